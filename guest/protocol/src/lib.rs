@@ -1,0 +1,56 @@
+//! What machinen's host side and its guest agent say to each other.
+//!
+//! This crate does no I/O. It holds the only copy of every name, number and layout that both sides must agree on:
+//! the ttrpc messages ([`api`], from `proto/agent.proto`), the first bytes of each stream ([`preamble`]),
+//! the addresses below, and the [`VERSION`] that is checked before anything else.
+//!
+//! ```text
+//!   host                                             guest agent
+//!    | <---- control stream: preamble, then ttrpc ----- |   the guest dials when it is ready
+//!    | ----- one raw stream per stdio direction ------> |   the host dials, preamble carries a token
+//! ```
+
+pub mod preamble;
+
+/// Generated messages and the ttrpc service of `proto/agent.proto`.
+#[allow(
+    clippy::all,
+    clippy::allow_attributes,
+    clippy::unwrap_used,
+    missing_debug_implementations,
+    rust_2018_idioms,
+    unreachable_pub,
+    unused_qualifications,
+    reason = "generated code"
+)]
+pub mod api {
+    mod generated {
+        include!(concat!(env!("OUT_DIR"), "/agent/api.rs"));
+    }
+    pub use generated::agent::*;
+    pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
+}
+
+/// Version of the whole protocol: messages, preamble and their meaning. Moved by every incompatible change.
+pub const VERSION: u16 = 1;
+
+/// AF_VSOCK port on the host (CID 2) that the agent dials with its control stream.
+///
+/// With vhost-user-vsock the host listens on the Unix socket `<uds>_<port>`.
+pub const CONTROL_PORT: u32 = 1024;
+
+/// AF_VSOCK port in the guest where the agent accepts raw streams.
+pub const STREAM_PORT: u32 = 1025;
+
+/// Name of the virtserialport that carries all streams as yamux where there is no vsock device.
+/// The guest finds it by `/sys/class/virtio-ports/*/name`.
+pub const SERIAL_PORT_NAME: &str = "io.machinen.agent";
+
+/// Largest ttrpc message either side sends or accepts, bytes.
+pub const MAX_MESSAGE: usize = 4 << 20;
+
+/// Most raw streams that may wait in the agent for a process to claim them.
+pub const MAX_UNCLAIMED_STREAMS: usize = 64;
+
+/// Key on the kernel command line that tells the agent which channel to use: `machinen.channel=vsock|serial`.
+pub const CHANNEL_ARG: &str = "machinen.channel";

@@ -1,0 +1,1 @@
+//! Test harness: a private containerd, images made on the spot, and what is left behind.

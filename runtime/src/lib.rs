@@ -1,0 +1,8 @@
+//! machinen's library: everything the shim and the command line share.
+//!
+//! Arrows point downward only: `shim -> runtime -> protocol <- guest`. ARCHITECTURE.md holds the map.
+
+pub mod process;
+pub mod rootdisk;
+pub mod sys;
+pub mod vm;

@@ -1,0 +1,1 @@
+//! Every unsafe call of the library.

@@ -1,0 +1,1 @@
+//! A microVM: QEMU, its disks and its channel.
