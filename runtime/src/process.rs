@@ -1,1 +1,0 @@
-//! The one supervisor of child processes.

@@ -1,0 +1,199 @@
+//! A running child process: watched by its pidfd, reaped exactly once, killed when its owner lets go.
+
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::process::{ChildStderr, ChildStdout};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+
+use super::{Exit, ProcessError, Spawn};
+use crate::sys;
+
+/// A child process. Dropping it sends SIGKILL; the background task that waits for it reaps it then too.
+#[derive(Debug)]
+pub struct Child {
+    program: String,
+    pid: u32,
+    pidfd: Arc<AsyncFd<OwnedFd>>,
+    exit: watch::Receiver<Option<Exit>>,
+    /// What the child prints, where the description said [`super::Stdio::Pipe`].
+    pub stdout: Option<ChildStdout>,
+    pub stderr: Option<ChildStderr>,
+}
+
+impl Spawn {
+    /// Starts the program; must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// The program cannot be started (not found: says what to install).
+    pub fn start(self) -> Result<Child, ProcessError> {
+        let (mut child, program) = self.spawn_std()?;
+        let pid = child.id();
+        let opened = sys::pidfd::open(pid).and_then(sys::async_fd);
+        let pidfd = match opened {
+            Ok(pidfd) => Arc::new(pidfd),
+            Err(source) => {
+                // The process is of no use without its handle; it has had no chance to be reaped, so the pid is its own.
+                let ended = child.kill().and_then(|()| child.wait());
+                drop(ended);
+                return Err(ProcessError::Child { action: "watch", program, pid, source });
+            }
+        };
+        let (sender, exit) = watch::channel(None);
+        let watched = Arc::clone(&pidfd);
+        tokio::spawn(async move {
+            let exit = reap(&watched).await;
+            sender.send_replace(Some(exit));
+        });
+        Ok(Child { program, pid, pidfd, exit, stdout: child.stdout.take(), stderr: child.stderr.take() })
+    }
+}
+
+impl Child {
+    pub fn program(&self) -> &str {
+        &self.program
+    }
+
+    /// Valid until the child has been reaped; use it to name the child, and [`Child::signal`] to act on it.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// How the child ended, if it has.
+    pub fn try_exit(&self) -> Option<Exit> {
+        *self.exit.borrow()
+    }
+
+    /// Resolves when the child has ended and been reaped, for any number of callers at any time.
+    pub fn exited(&self) -> impl Future<Output = Exit> + Send + 'static {
+        let mut exit = self.exit.clone();
+        async move {
+            let exited = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
+            match exited {
+                Some(exit) => exit,
+                // The task that reaps is gone only when the runtime shuts down, and this future with it.
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Sends a signal; a child that has ended already is no error.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn signal(&self, signal: Signal) -> Result<(), ProcessError> {
+        match sys::pidfd::send_signal(self.pidfd.as_fd(), signal) {
+            Err(error) if error.raw_os_error() != Some(libc::ESRCH) => Err(ProcessError::Child {
+                action: "signal",
+                program: self.program.clone(),
+                pid: self.pid,
+                source: error,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// SIGTERM, then SIGKILL when the child has not ended within `grace`; it has been reaped when this returns.
+    ///
+    /// # Errors
+    /// The kernel refuses the signal.
+    pub async fn terminate(&self, grace: Duration) -> Result<Exit, ProcessError> {
+        self.signal(Signal::SIGTERM)?;
+        match tokio::time::timeout(grace, self.exited()).await {
+            Ok(exit) => Ok(exit),
+            Err(_) => self.kill().await,
+        }
+    }
+
+    /// SIGKILL; the child has been reaped when this returns.
+    ///
+    /// # Errors
+    /// The kernel refuses the signal.
+    pub async fn kill(&self) -> Result<Exit, ProcessError> {
+        self.signal(Signal::SIGKILL)?;
+        Ok(self.exited().await)
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if self.try_exit().is_none()
+            && let Err(error) = self.signal(Signal::SIGKILL)
+        {
+            tracing::warn!(program = self.program, pid = self.pid, "cannot kill a child: {error}");
+        }
+    }
+}
+
+async fn reap(pidfd: &AsyncFd<OwnedFd>) -> Exit {
+    loop {
+        // A pidfd is readable when its process has ended, so a failure to wait for that leaves only asking the kernel.
+        let ready = pidfd.readable().await;
+        match waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
+            Ok(WaitStatus::Exited(_, code)) => return Exit::Code(code),
+            Ok(WaitStatus::Signaled(_, signal, _)) => return Exit::Signal(signal as i32),
+            Ok(_) => {}
+            Err(error) => {
+                tracing::error!("cannot wait for a child: {}", io::Error::from(error));
+                return Exit::Code(-1);
+            }
+        }
+        if let Ok(mut guard) = ready {
+            guard.clear_ready();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::Stdio;
+    use std::io::BufRead as _;
+
+    fn shell(script: &str) -> Child {
+        Spawn::new("sh").args(["-c", script]).stdout(Stdio::Pipe).start().unwrap()
+    }
+
+    fn wait_for_line(child: &mut Child) -> String {
+        let mut line = String::new();
+        io::BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        line
+    }
+
+    #[tokio::test]
+    async fn every_waiter_learns_the_exit() {
+        let child = shell("exit 7");
+        let (one, two) = tokio::join!(child.exited(), child.exited());
+        assert_eq!((one, two), (Exit::Code(7), Exit::Code(7)));
+        assert_eq!(child.exited().await, Exit::Code(7));
+        assert!(!std::path::Path::new(&format!("/proc/{}", child.pid())).exists());
+        child.signal(Signal::SIGTERM).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_stubborn_child_is_killed_after_its_grace() {
+        let mut child = shell("trap '' TERM; echo ready; while :; do read x < /dev/zero; done");
+        wait_for_line(&mut child);
+        assert_eq!(child.terminate(Duration::from_millis(20)).await.unwrap(), Exit::Signal(libc::SIGKILL));
+    }
+
+    #[tokio::test]
+    async fn a_willing_child_ends_within_its_grace() {
+        let mut child = shell("trap 'exit 3' TERM; echo ready; sleep 100 & wait");
+        wait_for_line(&mut child);
+        assert_eq!(child.terminate(Duration::from_secs(10)).await.unwrap(), Exit::Code(3));
+    }
+
+    #[tokio::test]
+    async fn letting_go_kills_and_reaps() {
+        let child = shell("exec sleep 100");
+        let exited = child.exited();
+        drop(child);
+        assert_eq!(exited.await, Exit::Signal(libc::SIGKILL));
+    }
+}

@@ -1,0 +1,95 @@
+//! How little a child process may do.
+
+use crate::sys::child::Setup;
+
+/// Who a child process runs as.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Identity {
+    pub uid: u32,
+    pub gid: u32,
+    /// Supplementary groups; all others are dropped.
+    pub groups: Vec<u32>,
+}
+
+/// Namespaces that a child process gets of its own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Namespaces {
+    pub net: bool,
+    /// Unmounts on the host still propagate into it, so that it never keeps a file system busy.
+    pub mount: bool,
+    pub ipc: bool,
+    pub uts: bool,
+}
+
+/// What is taken from a child process before it executes. The default takes nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Sandbox {
+    pub identity: Option<Identity>,
+    pub namespaces: Namespaces,
+    /// Empties every capability set, the bounding set included.
+    pub drop_capabilities: bool,
+    pub no_new_privileges: bool,
+    /// No core file, whatever the limit of machinen itself.
+    pub no_core: bool,
+    /// -1000..1000, see proc_pid_oom_score_adj(5).
+    pub oom_score_adj: Option<i16>,
+}
+
+impl Sandbox {
+    /// Everything taken: for programs that get all they need by inherited file descriptors.
+    pub fn strict(identity: Identity) -> Self {
+        Self {
+            identity: Some(identity),
+            namespaces: Namespaces { net: true, mount: true, ipc: true, uts: true },
+            drop_capabilities: true,
+            no_new_privileges: true,
+            no_core: true,
+            oom_score_adj: None,
+        }
+    }
+
+    pub(super) fn setup(&self) -> Setup {
+        let mut unshare = 0;
+        for (wanted, flag) in [
+            (self.namespaces.net, libc::CLONE_NEWNET),
+            (self.namespaces.mount, libc::CLONE_NEWNS),
+            (self.namespaces.ipc, libc::CLONE_NEWIPC),
+            (self.namespaces.uts, libc::CLONE_NEWUTS),
+        ] {
+            if wanted {
+                unshare |= flag;
+            }
+        }
+        Setup {
+            parent: std::process::id(),
+            unshare,
+            identity: self.identity.as_ref().map(|id| (id.uid, id.gid, id.groups.clone())),
+            drop_capabilities: self.drop_capabilities,
+            no_new_privileges: self.no_new_privileges,
+            no_core: self.no_core,
+            oom_score_adj: self.oom_score_adj.map(|value| value.to_string().into_bytes()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::Spawn;
+
+    #[test]
+    fn a_strict_child_is_nobody_and_dies_with_its_parent() {
+        let script = "id -u; id -g; id -G; grep -E 'CapEff|CapPrm|CapInh|CapBnd|CapAmb|NoNewPrivs' /proc/self/status; \
+            ulimit -c; cat /proc/self/oom_score_adj; tail -n +3 /proc/net/dev | wc -l";
+        let identity = Identity { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![7] };
+        let sandbox = Sandbox { oom_score_adj: Some(321), ..Sandbox::strict(identity) };
+        let output = Spawn::new("sh").args(["-c", script]).sandbox(sandbox).run().unwrap().success().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let none = "0000000000000000";
+        let expected = format!(
+            "1879048193\n1879048193\n1879048193 7\nCapInh:\t{none}\nCapPrm:\t{none}\nCapEff:\t{none}\n\
+             CapBnd:\t{none}\nCapAmb:\t{none}\nNoNewPrivs:\t1\n0\n321\n1\n"
+        );
+        assert_eq!(text, expected);
+    }
+}

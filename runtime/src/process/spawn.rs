@@ -1,0 +1,164 @@
+//! The description of a child process, and its start.
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use command_fds::{CommandFdExt as _, FdMapping};
+
+use super::{Exit, ProcessError, Sandbox, tool};
+use crate::sys;
+
+/// Where one of a child's three standard streams goes.
+#[derive(Debug, Default)]
+pub enum Stdio {
+    #[default]
+    Null,
+    Inherit,
+    /// Read or written by the parent.
+    Pipe,
+    Fd(OwnedFd),
+}
+
+/// A child process to be: nothing happens until [`Spawn::start`] or [`Spawn::run`].
+///
+/// The child gets no file descriptor but its three standard streams and those given to [`Spawn::fd`]. It is killed
+/// when the thread that started it ends, so start long-lived children on a thread that lives as long as the process.
+#[derive(Debug)]
+pub struct Spawn {
+    program: OsString,
+    args: Vec<OsString>,
+    env: Vec<(OsString, OsString)>,
+    stdin: Stdio,
+    stdout: Stdio,
+    stderr: Stdio,
+    fds: Vec<(OwnedFd, i32)>,
+    sandbox: Sandbox,
+}
+
+/// What a tool left behind when it ended.
+#[derive(Debug)]
+pub struct Output {
+    pub program: String,
+    pub exit: Exit,
+    /// The first 64 KiB.
+    pub stdout: Vec<u8>,
+    /// The first 64 KiB.
+    pub stderr: Vec<u8>,
+}
+
+impl Spawn {
+    /// `program` is a path, or a name that is looked up in PATH.
+    pub fn new(program: impl AsRef<OsStr>) -> Self {
+        Self {
+            program: program.as_ref().to_owned(),
+            args: Vec::new(),
+            env: Vec::new(),
+            stdin: Stdio::Null,
+            stdout: Stdio::Null,
+            stderr: Stdio::Null,
+            fds: Vec::new(),
+            sandbox: Sandbox::default(),
+        }
+    }
+
+    pub fn args<A: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
+        self.args.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
+        self
+    }
+
+    /// Adds to the inherited environment, or replaces a variable of it.
+    pub fn env(mut self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
+        self.env.push((key.as_ref().to_owned(), value.as_ref().to_owned()));
+        self
+    }
+
+    pub fn stdin(mut self, stdin: Stdio) -> Self {
+        self.stdin = stdin;
+        self
+    }
+
+    pub fn stdout(mut self, stdout: Stdio) -> Self {
+        self.stdout = stdout;
+        self
+    }
+
+    pub fn stderr(mut self, stderr: Stdio) -> Self {
+        self.stderr = stderr;
+        self
+    }
+
+    /// The child inherits `fd` under `number` (3 or more, each once).
+    pub fn fd(mut self, fd: OwnedFd, number: i32) -> Self {
+        self.fds.push((fd, number));
+        self
+    }
+
+    pub fn sandbox(mut self, sandbox: Sandbox) -> Self {
+        self.sandbox = sandbox;
+        self
+    }
+
+    /// Forks and executes; returns once the program runs, with the name to use in messages.
+    pub(super) fn spawn_std(self) -> Result<(std::process::Child, String), ProcessError> {
+        let program = self.program.to_string_lossy().into_owned();
+        let failed = |source: io::Error| ProcessError::Spawn { program: program.clone(), source };
+        #[expect(clippy::disallowed_methods, reason = "the one place that starts programs")]
+        let mut command = std::process::Command::new(&self.program);
+        command.args(&self.args).envs(self.env);
+        command.stdin(self.stdin).stdout(self.stdout).stderr(self.stderr);
+        // Before the descriptors move to their numbers, or the move could overwrite one that the setup uses.
+        sys::child::on_fork(&mut command, self.sandbox.setup());
+        let mappings = self
+            .fds
+            .into_iter()
+            .map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd })
+            .collect::<Vec<_>>();
+        command.fd_mappings(mappings).map_err(|error| failed(io::Error::other(error)))?;
+        match command.spawn() {
+            Ok(child) => Ok((child, program)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let hint = tool::hint(Path::new(&self.program));
+                Err(ProcessError::NotFound { program, hint })
+            }
+            Err(error) => Err(failed(error)),
+        }
+    }
+}
+
+impl From<Stdio> for std::process::Stdio {
+    fn from(stdio: Stdio) -> Self {
+        match stdio {
+            Stdio::Null => Self::null(),
+            Stdio::Inherit => Self::inherit(),
+            Stdio::Pipe => Self::piped(),
+            Stdio::Fd(fd) => Self::from(fd),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write as _;
+
+    #[test]
+    fn descriptors_arrive_under_their_numbers_and_no_others_do() {
+        let files: Vec<OwnedFd> = ["one", "two"]
+            .into_iter()
+            .map(|text| {
+                let (reader, mut writer) = io::pipe().unwrap();
+                writer.write_all(text.as_bytes()).unwrap();
+                reader.into()
+            })
+            .collect();
+        let mut spawn = Spawn::new("sh").args(["-c", "cat <&7; cat <&3; ls /proc/self/fd"]);
+        for (fd, number) in files.into_iter().zip([3, 7]) {
+            spawn = spawn.fd(fd, number);
+        }
+        let output = spawn.run().unwrap().success().unwrap();
+        // 4 is the directory that ls itself reads.
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), "twoone0\n1\n2\n3\n4\n7\n");
+    }
+}

@@ -1,0 +1,106 @@
+//! What a child process does to itself between fork and exec.
+
+use std::io;
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+
+/// Plain data, complete before the fork: the child of a process with threads may only make system calls.
+#[derive(Debug)]
+pub(crate) struct Setup {
+    /// Pid of the process that forks.
+    pub(crate) parent: u32,
+    /// CLONE_NEW* flags.
+    pub(crate) unshare: libc::c_int,
+    /// uid, gid, supplementary groups.
+    pub(crate) identity: Option<(u32, u32, Vec<u32>)>,
+    pub(crate) drop_capabilities: bool,
+    pub(crate) no_new_privileges: bool,
+    pub(crate) no_core: bool,
+    /// Decimal digits.
+    pub(crate) oom_score_adj: Option<Vec<u8>>,
+}
+
+/// Makes `command` apply `setup` to itself just before it executes.
+pub(crate) fn on_fork(command: &mut Command, setup: Setup) {
+    // SAFETY: `apply` only makes system calls on data that was complete before the fork; it does not allocate or lock.
+    unsafe { command.pre_exec(move || apply(&setup)) };
+}
+
+fn apply(setup: &Setup) -> io::Result<()> {
+    // SAFETY: plain system calls on values and on memory that `setup` owns.
+    unsafe {
+        // A group of its own: Ctrl-C at the terminal is for machinen, which then ends its children in order.
+        check(libc::setpgid(0, 0).into())?;
+        // Nothing is inherited but what is moved to its number after this.
+        check(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC))?;
+        if setup.no_core {
+            let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            check(libc::setrlimit(libc::RLIMIT_CORE, &none).into())?;
+        }
+        if let Some(value) = &setup.oom_score_adj {
+            let fd = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+            check(fd.into())?;
+            check(libc::write(fd, value.as_ptr().cast(), value.len()) as i64)?;
+            libc::close(fd);
+        }
+        if setup.unshare != 0 {
+            check(libc::unshare(setup.unshare).into())?;
+        }
+        if setup.unshare & libc::CLONE_NEWNS != 0 {
+            let flags = libc::MS_SLAVE | libc::MS_REC;
+            let none = std::ptr::null();
+            check(libc::mount(none, c"/".as_ptr(), none, flags, none.cast()).into())?;
+        }
+        if setup.drop_capabilities {
+            // The kernel says EINVAL for the first capability that it does not know.
+            for capability in 0..64 {
+                if libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) != 0 {
+                    let error = io::Error::last_os_error();
+                    if error.raw_os_error() == Some(libc::EINVAL) && capability > 0 {
+                        break;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        if let Some((uid, gid, groups)) = &setup.identity {
+            // The raw calls: the C library's own would try to change threads that do not exist in this child.
+            check(libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()))?;
+            check(libc::syscall(libc::SYS_setresgid, *gid, *gid, *gid))?;
+            check(libc::syscall(libc::SYS_setresuid, *uid, *uid, *uid))?;
+        }
+        if setup.drop_capabilities {
+            drop_capability_sets()?;
+        }
+        if setup.no_new_privileges {
+            check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0).into())?;
+        }
+        // After the change of identity, which clears it.
+        check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0).into())?;
+        if libc::getppid() as u32 != setup.parent {
+            libc::_exit(libc::EXIT_FAILURE);
+        }
+    }
+    Ok(())
+}
+
+/// Empties the ambient, inheritable, permitted and effective sets (capabilities(7)).
+fn drop_capability_sets() -> io::Result<()> {
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    const VERSION_3: u32 = 0x2008_0522;
+    let header = Header { version: VERSION_3, pid: 0 };
+    let none = [0_u32; 6];
+    // SAFETY: version 3 of capset(2) reads one header and two triples of 32-bit words.
+    unsafe {
+        check(libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0).into())?;
+        check(libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()))
+    }
+}
+
+fn check(result: i64) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
