@@ -2,7 +2,12 @@
 //!
 //! Arrows point downward only: `shim -> runtime -> protocol <- guest`. ARCHITECTURE.md holds the map.
 
+pub mod annotations;
+pub mod assets;
+pub mod config;
+pub mod error;
 pub mod process;
 pub mod rootdisk;
+pub mod spec;
 pub mod sys;
 pub mod vm;

@@ -1,7 +1,10 @@
 //! Every unsafe call of the library.
 
 pub(crate) mod child;
+pub mod inherit;
 pub(crate) mod pidfd;
+pub(crate) mod socket;
+pub(crate) mod vhost;
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -7,6 +7,7 @@
 mod child;
 mod sandbox;
 mod spawn;
+mod stranger;
 mod tool;
 
 use std::io;
@@ -16,6 +17,7 @@ use std::process::ExitStatus;
 pub use child::Child;
 pub use sandbox::{Identity, Namespaces, Sandbox};
 pub use spawn::{Output, Spawn, Stdio};
+pub use stranger::end_stranger;
 pub use tool::run;
 
 /// Why a child process could not do its work.

@@ -62,6 +62,7 @@ impl Sandbox {
         }
         Setup {
             parent: std::process::id(),
+            join_netns: None,
             unshare,
             identity: self.identity.as_ref().map(|id| (id.uid, id.gid, id.groups.clone())),
             drop_capabilities: self.drop_capabilities,

@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use command_fds::{CommandFdExt as _, FdMapping};
 
@@ -30,11 +30,13 @@ pub struct Spawn {
     program: OsString,
     args: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
+    dir: Option<PathBuf>,
     stdin: Stdio,
     stdout: Stdio,
     stderr: Stdio,
     fds: Vec<(OwnedFd, i32)>,
     sandbox: Sandbox,
+    join_netns: Option<OwnedFd>,
 }
 
 /// What a tool left behind when it ended.
@@ -55,11 +57,13 @@ impl Spawn {
             program: program.as_ref().to_owned(),
             args: Vec::new(),
             env: Vec::new(),
+            dir: None,
             stdin: Stdio::Null,
             stdout: Stdio::Null,
             stderr: Stdio::Null,
             fds: Vec::new(),
             sandbox: Sandbox::default(),
+            join_netns: None,
         }
     }
 
@@ -71,6 +75,12 @@ impl Spawn {
     /// Adds to the inherited environment, or replaces a variable of it.
     pub fn env(mut self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
         self.env.push((key.as_ref().to_owned(), value.as_ref().to_owned()));
+        self
+    }
+
+    /// The working directory, entered before the identity changes: the child need not be able to reach it by its path.
+    pub fn dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.dir = Some(dir.into());
         self
     }
 
@@ -100,6 +110,12 @@ impl Spawn {
         self
     }
 
+    /// The child runs in the network namespace that `netns` is open on (setns(2)).
+    pub fn join_netns(mut self, netns: OwnedFd) -> Self {
+        self.join_netns = Some(netns);
+        self
+    }
+
     /// Forks and executes; returns once the program runs, with the name to use in messages.
     pub(super) fn spawn_std(self) -> Result<(std::process::Child, String), ProcessError> {
         let program = self.program.to_string_lossy().into_owned();
@@ -107,9 +123,13 @@ impl Spawn {
         #[expect(clippy::disallowed_methods, reason = "the one place that starts programs")]
         let mut command = std::process::Command::new(&self.program);
         command.args(&self.args).envs(self.env);
+        if let Some(dir) = &self.dir {
+            command.current_dir(dir);
+        }
         command.stdin(self.stdin).stdout(self.stdout).stderr(self.stderr);
         // Before the descriptors move to their numbers, or the move could overwrite one that the setup uses.
-        sys::child::on_fork(&mut command, self.sandbox.setup());
+        let setup = sys::child::Setup { join_netns: self.join_netns, ..self.sandbox.setup() };
+        sys::child::on_fork(&mut command, setup);
         let mappings = self
             .fds
             .into_iter()

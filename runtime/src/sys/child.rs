@@ -1,6 +1,7 @@
 //! What a child process does to itself between fork and exec.
 
 use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
@@ -9,6 +10,8 @@ use std::process::Command;
 pub(crate) struct Setup {
     /// Pid of the process that forks.
     pub(crate) parent: u32,
+    /// A network namespace to enter.
+    pub(crate) join_netns: Option<OwnedFd>,
     /// CLONE_NEW* flags.
     pub(crate) unshare: libc::c_int,
     /// uid, gid, supplementary groups.
@@ -42,6 +45,9 @@ fn apply(setup: &Setup) -> io::Result<()> {
             check(fd.into())?;
             check(libc::write(fd, value.as_ptr().cast(), value.len()) as i64)?;
             libc::close(fd);
+        }
+        if let Some(netns) = &setup.join_netns {
+            check(libc::setns(netns.as_raw_fd(), libc::CLONE_NEWNET).into())?;
         }
         if setup.unshare != 0 {
             check(libc::unshare(setup.unshare).into())?;

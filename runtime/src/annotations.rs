@@ -1,0 +1,157 @@
+//! Per-container overrides: the annotations `io.machinen.*`, one row of [`KEYS`] each.
+//!
+//! Only keys that `annotations.allow` of the configuration lists are taken. A key of ours that is unknown, not
+//! allowed or malformed is an error, since a container that silently runs with other limits than asked is worse.
+
+use std::collections::HashMap;
+
+use crate::{
+    config::{Channel, Config},
+    error::{ErrorKind, Kind},
+};
+
+/// What every annotation of ours starts with.
+pub const PREFIX: &str = "io.machinen.";
+
+/// Puts a value into the configuration of one container, or says what would have been right.
+type Apply = fn(&mut Config, &str) -> Result<(), &'static str>;
+
+/// Every annotation, without its prefix, and what it does.
+pub const KEYS: &[(&str, Apply)] = &[
+    ("memory-ceiling", |config, value| {
+        config.vm.memory_mib =
+            number(value, 128, 1 << 20).ok_or("a whole number of MiB from 128 to 1048576")?;
+        Ok(())
+    }),
+    ("vcpus", |config, value| {
+        config.vm.vcpus = number(value, 1, 64).ok_or("a whole number from 1 to 64")?;
+        Ok(())
+    }),
+    ("rootdisk-size", |config, value| {
+        let mib: u32 = number(value, 64, 1 << 24).ok_or("a whole number of MiB from 64 to 16777216")?;
+        config.rootdisk.writable_size_mib = mib.into();
+        Ok(())
+    }),
+    ("kernel-args", |config, value| {
+        if value.len() > 1024 || !value.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+            return Err("at most 1024 printable ASCII characters");
+        }
+        if !config.vm.kernel_args.is_empty() {
+            config.vm.kernel_args.push(' ');
+        }
+        config.vm.kernel_args.push_str(value);
+        Ok(())
+    }),
+    ("channel", |config, value| {
+        config.vm.channel = match value {
+            "auto" => Channel::Auto,
+            "vsock" => Channel::Vsock,
+            "serial" => Channel::Serial,
+            _ => return Err("auto, vsock or serial"),
+        };
+        Ok(())
+    }),
+];
+
+/// Why an annotation was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AnnotationError {
+    #[error("annotation {PREFIX}{name} has the value {value:?}; it takes {expected}")]
+    BadValue { name: &'static str, value: String, expected: &'static str },
+    #[error("annotation {PREFIX}{name} is unknown; known are {}", known_keys())]
+    Unknown { name: String },
+    #[error("annotation {PREFIX}{name} is not allowed here; annotations.allow in the configuration decides")]
+    NotAllowed { name: &'static str },
+}
+
+impl Kind for AnnotationError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NotAllowed { .. } => ErrorKind::PermissionDenied,
+            Self::BadValue { .. } | Self::Unknown { .. } => ErrorKind::InvalidArgument,
+        }
+    }
+}
+
+/// The configuration for one container: `config` with the container's annotations applied.
+///
+/// # Errors
+/// The first annotation of ours, by name, that is unknown, not allowed or malformed.
+pub fn apply(config: &Config, annotations: &HashMap<String, String>) -> Result<Config, AnnotationError> {
+    let mut ours: Vec<(&str, &str)> = annotations
+        .iter()
+        .filter_map(|(name, value)| Some((name.strip_prefix(PREFIX)?, value.as_str())))
+        .collect();
+    ours.sort_unstable();
+    let mut result = config.clone();
+    for (name, value) in ours {
+        let Some(&(name, set)) = KEYS.iter().find(|(known, _)| *known == name) else {
+            return Err(AnnotationError::Unknown { name: name.to_owned() });
+        };
+        if !config.annotations.allow.iter().any(|allowed| allowed == name) {
+            return Err(AnnotationError::NotAllowed { name });
+        }
+        set(&mut result, value).map_err(|expected| AnnotationError::BadValue {
+            name,
+            value: value.chars().take(80).collect(),
+            expected,
+        })?;
+    }
+    Ok(result)
+}
+
+/// All names for messages, with commas.
+pub fn known_keys() -> String {
+    KEYS.iter().map(|&(name, _)| name).collect::<Vec<_>>().join(", ")
+}
+
+fn number(value: &str, least: u32, most: u32) -> Option<u32> {
+    value.parse().ok().filter(|number| (least..=most).contains(number))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(name: &str, value: &str) -> Result<Config, AnnotationError> {
+        apply(&Config::default(), &HashMap::from([(name.to_owned(), value.to_owned())]))
+    }
+
+    #[test]
+    fn each_key_reaches_its_setting() {
+        assert_eq!(with("io.machinen.memory-ceiling", "900").unwrap().vm.memory_mib, 900);
+        assert_eq!(with("io.machinen.vcpus", "3").unwrap().vm.vcpus, 3);
+        assert_eq!(with("io.machinen.rootdisk-size", "4096").unwrap().rootdisk.writable_size_mib, 4096);
+        assert_eq!(with("io.machinen.kernel-args", "a=b").unwrap().vm.kernel_args, "a=b");
+        assert_eq!(with("io.machinen.channel", "serial").unwrap().vm.channel, Channel::Serial);
+    }
+
+    #[test]
+    fn other_peoples_annotations_are_left_alone() {
+        assert_eq!(with("io.kubernetes.cri.sandbox-id", "x").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn bad_values_are_named_with_what_would_be_right() {
+        for (name, value) in [
+            ("io.machinen.memory-ceiling", "lots"),
+            ("io.machinen.memory-ceiling", "12"),
+            ("io.machinen.vcpus", "0"),
+            ("io.machinen.rootdisk-size", "-1"),
+            ("io.machinen.kernel-args", "a\nb"),
+            ("io.machinen.channel", "pigeon"),
+        ] {
+            let error = with(name, value).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("it takes"), "{error}");
+        }
+    }
+
+    #[test]
+    fn unknown_and_disallowed_keys_are_refused() {
+        assert!(matches!(with("io.machinen.memory", "1"), Err(AnnotationError::Unknown { .. })));
+        let mut config = Config::default();
+        config.annotations.allow.clear();
+        let annotations = HashMap::from([("io.machinen.vcpus".to_owned(), "1".to_owned())]);
+        assert_eq!(apply(&config, &annotations), Err(AnnotationError::NotAllowed { name: "vcpus" }));
+    }
+}

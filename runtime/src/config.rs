@@ -1,0 +1,205 @@
+//! The configuration file: everything has a default, and `config/machinen.toml` documents it all.
+
+use std::{
+    env, fs, io,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{ErrorKind, Kind};
+
+/// Read when `MACHINEN_CONFIG` is not set; its absence is not an error.
+pub const DEFAULT_PATH: &str = "/etc/machinen/machinen.toml";
+
+/// All settings. Units are in the names of the keys.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    pub assets: Assets,
+    pub vm: Vm,
+    pub rootdisk: Rootdisk,
+    pub annotations: Annotations,
+    pub log: Log,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Assets {
+    pub dir: PathBuf,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Vm {
+    pub qemu: PathBuf,
+    pub vhost_device_vsock: PathBuf,
+    pub accel: Accel,
+    pub memory_mib: u32,
+    pub vcpus: u32,
+    pub channel: Channel,
+    pub kernel_args: String,
+    pub boot_timeout_s: u64,
+}
+
+/// How the guest's instructions are run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    Auto,
+    Kvm,
+    Tcg,
+}
+
+/// How host and guest talk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Channel {
+    Auto,
+    Vsock,
+    Serial,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Rootdisk {
+    pub dir: PathBuf,
+    pub min_size_mib: u64,
+    pub writable_size_mib: u64,
+    pub mke2fs: PathBuf,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Annotations {
+    pub allow: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Log {
+    pub level: String,
+}
+
+impl Default for Vm {
+    fn default() -> Self {
+        Self {
+            qemu: "qemu-system-x86_64".into(),
+            vhost_device_vsock: "vhost-device-vsock".into(),
+            accel: Accel::Auto,
+            memory_mib: 0,
+            vcpus: 0,
+            channel: Channel::Auto,
+            kernel_args: String::new(),
+            boot_timeout_s: 60,
+        }
+    }
+}
+
+impl Default for Rootdisk {
+    fn default() -> Self {
+        Self {
+            dir: "/var/lib/machinen/rootdisk".into(),
+            min_size_mib: 2048,
+            writable_size_mib: 16384,
+            mke2fs: "mke2fs".into(),
+        }
+    }
+}
+
+impl Default for Annotations {
+    fn default() -> Self {
+        Self { allow: crate::annotations::KEYS.iter().map(|&(name, _)| name.to_owned()).collect() }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { level: "info".to_owned() }
+    }
+}
+
+/// Why the configuration could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("cannot read the configuration file {}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("the configuration file {} is not valid (see config/machinen.toml for every key)", path.display())]
+    Parse { path: PathBuf, source: toml::de::Error },
+    #[error("{} has an unknown annotation {name:?} in annotations.allow; known are {known}", path.display())]
+    UnknownAnnotation { path: PathBuf, name: String, known: String },
+}
+
+impl Kind for ConfigError {
+    fn kind(&self) -> ErrorKind {
+        ErrorKind::InvalidArgument
+    }
+}
+
+impl Config {
+    /// Loads `MACHINEN_CONFIG` or [`DEFAULT_PATH`]; the latter may be absent.
+    ///
+    /// # Errors
+    /// An unreadable file, a syntax error, an unknown key or value.
+    pub fn load() -> Result<Self, ConfigError> {
+        match env::var_os("MACHINEN_CONFIG") {
+            Some(path) => Self::read(Path::new(&path)),
+            None => match Self::read(Path::new(DEFAULT_PATH)) {
+                Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                    Ok(Self::default())
+                }
+                result => result,
+            },
+        }
+    }
+
+    fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text =
+            fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        let config: Self =
+            toml::from_str(&text).map_err(|source| ConfigError::Parse { path: path.into(), source })?;
+        for name in &config.annotations.allow {
+            if !crate::annotations::KEYS.iter().any(|(known, _)| known == name) {
+                return Err(ConfigError::UnknownAnnotation {
+                    path: path.into(),
+                    name: name.clone(),
+                    known: crate::annotations::known_keys(),
+                });
+            }
+        }
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documented_file_is_the_default() {
+        let documented = Config::read(Path::new("../config/machinen.toml")).unwrap();
+        assert_eq!(documented, Config::default());
+    }
+
+    #[test]
+    fn every_key_is_documented() {
+        let text = fs::read_to_string("../config/machinen.toml").unwrap();
+        let all = toml::Table::try_from(Config::default()).unwrap();
+        for (section, keys) in &all {
+            for key in keys.as_table().unwrap().keys() {
+                assert!(
+                    text.contains(&format!("\n{key} = ")),
+                    "{section}.{key} is not in config/machinen.toml"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn an_unknown_key_is_named() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), "[vm]\nmemory = 3\n").unwrap();
+        let error = crate::error::chain(&Config::read(file.path()).unwrap_err());
+        assert!(error.contains("unknown field `memory`"), "{error}");
+    }
+}

@@ -1,0 +1,53 @@
+//! Ending a process that is not our child.
+
+use std::{io, os::fd::AsFd as _, time::Duration};
+
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::signal::Signal,
+};
+
+use crate::sys;
+
+/// Kills the process `pid` if `is_ours` says so, and waits until it has ended; one that does not exist is fine.
+///
+/// The question is asked when the process is already held by a pidfd, so a recycled pid cannot slip in between.
+///
+/// # Errors
+/// The kernel refuses, or the process has not ended within `deadline`.
+pub fn end_stranger(pid: u32, is_ours: impl FnOnce() -> bool, deadline: Duration) -> io::Result<()> {
+    let pidfd = match sys::pidfd::open(pid) {
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+        result => result?,
+    };
+    if !is_ours() {
+        return Ok(());
+    }
+    match sys::pidfd::send_signal(pidfd.as_fd(), Signal::SIGKILL) {
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+        result => result?,
+    }
+    let timeout = PollTimeout::try_from(deadline).map_err(io::Error::other)?;
+    match poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], timeout)? {
+        0 => {
+            Err(io::Error::new(io::ErrorKind::TimedOut, format!("process {pid} does not end after SIGKILL")))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::Spawn;
+
+    #[tokio::test]
+    async fn only_what_is_ours_is_ended() {
+        let child = Spawn::new("sleep").args(["100"]).start().unwrap();
+        end_stranger(child.pid(), || false, Duration::from_secs(5)).unwrap();
+        assert_eq!(child.try_exit(), None);
+        end_stranger(child.pid(), || true, Duration::from_secs(5)).unwrap();
+        assert_eq!(child.exited().await, crate::process::Exit::Signal(libc::SIGKILL));
+        end_stranger(child.pid(), || true, Duration::from_secs(5)).unwrap();
+    }
+}
