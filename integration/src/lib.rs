@@ -1,1 +1,21 @@
 //! Test harness: a private containerd, images made on the spot, and what is left behind.
+//!
+//! ```text
+//!   test, demo or bench ──> Containerd ──stdin pipe──> machinen-keeper (subreaper)
+//!                              │                          └── containerd ── shims ── QEMU, ...
+//!                              └── ctr                    end of the pipe: kills all of them, unmounts, removes
+//! ```
+//!
+//! The keeper is why nothing outlives a test, even one that was killed: whatever containerd started is its
+//! descendant, and that is also how [`inventory`] knows which processes of the machine belong to which test.
+
+pub mod bundle;
+pub mod containerd;
+pub mod ctr;
+pub mod image;
+pub mod inventory;
+pub mod paths;
+pub mod phases;
+pub mod process;
+pub mod setup;
+pub mod sys;

@@ -1,0 +1,138 @@
+//! Runs a program and, when its own stdin ends, takes away everything that the program has left.
+//!
+//! `machinen-keeper ROOT NAMESPACE PROGRAM [ARGUMENT...]`
+//!
+//! The harness holds the other end of stdin. It ends when a test ends, in whatever way: then all descendants are
+//! killed (the keeper is their subreaper, so daemons are descendants too), what is mounted below ROOT is unmounted,
+//! control groups called NAMESPACE are removed, and so is ROOT.
+//!
+//! The line `restart` on stdin kills the program and starts it again, leaving its descendants alone. Each start is
+//! answered by a line with the program's pid on stdout.
+
+use std::{
+    env, io,
+    io::{BufRead, Write},
+    os::fd::AsFd,
+    path::Path,
+    process::{Command, ExitCode, Stdio},
+    sync::mpsc::{Receiver, Sender, channel},
+};
+
+use anyhow::{Context, Result, ensure};
+use machinen_integration::inventory;
+use nix::{
+    errno::Errno,
+    sys::{
+        prctl::set_child_subreaper,
+        signal::{Signal, kill},
+        wait::wait,
+    },
+    unistd::{Pid, setsid},
+};
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("machinen-keeper: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let args: Vec<String> = env::args().skip(1).collect();
+    ensure!(args.len() >= 3, "usage: machinen-keeper ROOT NAMESPACE PROGRAM [ARGUMENT...]");
+    let (root, namespace, command) = (Path::new(&args[0]), &args[1], &args[2..]);
+    set_child_subreaper(true).context("cannot become a subreaper")?;
+    // A signal for the harness's process group, such as Ctrl-C, is for the harness: the pipe ends with it.
+    setsid().context("cannot make a session")?;
+
+    let reaper = Reaper::start();
+    let mut program = reaper.spawn(command)?;
+    for line in io::stdin().lock().lines() {
+        if line.context("cannot read stdin")? == "restart" {
+            reaper.end(program)?;
+            program = reaper.spawn(command)?;
+        }
+    }
+    // First, so that it does not react to the deaths of the others.
+    terminate(program);
+    loop {
+        // Each death may bring new orphans.
+        let left = descendants()?;
+        if left.is_empty() {
+            return inventory::wipe(root, namespace);
+        }
+        left.into_iter().for_each(terminate);
+        reaper.next()?;
+    }
+}
+
+/// A thread that reaps every child of this process, orphans included, and reports that something has ended.
+struct Reaper {
+    deaths: Receiver<()>,
+    spawned: Sender<()>,
+}
+
+impl Reaper {
+    fn start() -> Self {
+        let (sender, deaths) = channel();
+        let (spawned, children) = channel();
+        std::thread::spawn(move || {
+            // Without a child there is nothing to wait for until one is spawned.
+            while children.recv().is_ok() {
+                while !matches!(wait(), Err(Errno::ECHILD)) {
+                    if sender.send(()).is_err() {
+                        return;
+                    }
+                }
+            }
+        });
+        Self { deaths, spawned }
+    }
+
+    fn spawn(&self, command: &[String]) -> Result<Pid> {
+        let pid = spawn(command)?;
+        self.spawned.send(()).context("the reaper has ended")?;
+        Ok(pid)
+    }
+
+    /// Kills a process and waits until it has been reaped.
+    fn end(&self, pid: Pid) -> Result<()> {
+        terminate(pid);
+        while descendants()?.contains(&pid) {
+            self.next()?;
+        }
+        Ok(())
+    }
+
+    fn next(&self) -> Result<()> {
+        self.deaths.recv().context("the reaper has ended")
+    }
+}
+
+fn spawn(command: &[String]) -> Result<Pid> {
+    let stderr = io::stderr().as_fd().try_clone_to_owned().context("cannot duplicate stderr")?;
+    #[expect(clippy::disallowed_methods, reason = "the keeper is a supervisor of its own")]
+    let child = Command::new(&command[0])
+        .args(&command[1..])
+        .stdin(Stdio::null())
+        .stdout(Stdio::from(stderr))
+        .spawn()
+        .with_context(|| format!("cannot run {}", command[0]))?;
+    println!("{}", child.id());
+    io::stdout().flush().context("cannot report the pid")?;
+    Ok(Pid::from_raw(i32::try_from(child.id()).context("pid out of range")?))
+}
+
+fn terminate(pid: Pid) {
+    // A process that has ended meanwhile is what was wanted.
+    let _gone = kill(pid, Signal::SIGKILL);
+}
+
+fn descendants() -> Result<Vec<Pid>> {
+    let own = std::process::id();
+    let processes = inventory::descendants(own).context("cannot list processes")?;
+    Ok(processes.iter().filter_map(|process| i32::try_from(process.pid).ok()).map(Pid::from_raw).collect())
+}

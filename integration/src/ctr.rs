@@ -1,0 +1,188 @@
+//! `ctr`, containerd's command line, against a private containerd.
+
+use std::{ffi::OsString, io::Write, path::Path, time::Duration};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    containerd::Containerd,
+    image::Image,
+    paths,
+    process::{DEADLINE, Invocation, Output, Running},
+};
+
+impl Containerd {
+    /// A `ctr` command line with address and namespace filled in.
+    ///
+    /// # Errors
+    /// This release's `ctr` is missing.
+    pub fn ctr<I: IntoIterator<Item = A>, A: Into<OsString>>(&self, args: I) -> Result<Invocation> {
+        Ok(Invocation::new(paths::containerd_program(self.version(), "ctr")?)
+            .arg("--address")
+            .arg(self.socket())
+            .args(["--namespace", self.namespace()])
+            .env("TMPDIR", self.root().join("tmp"))
+            .args(args))
+    }
+
+    /// Runs `ctr`, whatever its status.
+    ///
+    /// # Errors
+    /// It could not be run, or not within its time.
+    pub fn ctr_output(&self, args: &[&str]) -> Result<Output> {
+        self.ctr(args)?.run()
+    }
+
+    /// Runs `ctr` and returns what it printed.
+    ///
+    /// # Errors
+    /// It failed; both of its streams are quoted.
+    pub fn ctr_ok(&self, args: &[&str]) -> Result<String> {
+        Ok(self.ctr(args)?.run()?.ok()?.text())
+    }
+
+    /// Writes the image to an archive and imports it.
+    ///
+    /// # Errors
+    /// Either of it failed.
+    pub fn import(&self, image: &Image) -> Result<()> {
+        let archive = self.root().join("image.tar");
+        image.write(&archive)?;
+        self.ctr(["images", "import"])?.arg(&archive).run()?.ok()?;
+        std::fs::remove_file(&archive)?;
+        Ok(())
+    }
+
+    /// `ctr run` of a new container of an imported image.
+    pub fn run<'a>(&'a self, image: &str, command: &[&str]) -> Run<'a> {
+        Run {
+            containerd: self,
+            verb: vec!["run".into(), "--rm".into()],
+            flags: Vec::new(),
+            subject: Some(image.into()),
+            id: self.new_id(),
+            command: command.iter().map(Into::into).collect(),
+            stdin: false,
+            runtime: paths::runtime(),
+        }
+    }
+
+    /// `ctr run` of a container with a specification (config.json) of the caller's own.
+    pub fn run_spec<'a>(&'a self, config: &Path) -> Run<'a> {
+        let run = self.run("", &[]).flag("--config").flag(config);
+        Run { subject: None, ..run }
+    }
+}
+
+/// A `ctr run`, before it runs.
+#[derive(Debug, Clone)]
+pub struct Run<'a> {
+    containerd: &'a Containerd,
+    verb: Vec<OsString>,
+    flags: Vec<OsString>,
+    subject: Option<OsString>,
+    id: String,
+    command: Vec<OsString>,
+    stdin: bool,
+    runtime: String,
+}
+
+impl Run<'_> {
+    pub fn flag(mut self, flag: impl Into<OsString>) -> Self {
+        self.flags.push(flag.into());
+        self
+    }
+
+    pub fn flags(mut self, flags: &[&str]) -> Self {
+        self.flags.extend(flags.iter().map(Into::into));
+        self
+    }
+
+    pub fn id(mut self, id: &str) -> Self {
+        self.id = id.to_owned();
+        self
+    }
+
+    pub fn runtime(mut self, runtime: &str) -> Self {
+        self.runtime = runtime.to_owned();
+        self
+    }
+
+    /// Gives the container a stdin that the caller writes to; see [`Running::stdin`].
+    pub fn with_stdin(mut self) -> Self {
+        self.stdin = true;
+        self
+    }
+
+    /// Leaves the container running in the background (`--detach` excludes `--rm`).
+    pub fn detached(mut self) -> Self {
+        self.verb = vec!["run".into(), "--detach".into()];
+        self
+    }
+
+    /// The command line.
+    ///
+    /// # Errors
+    /// This release's `ctr` is missing.
+    pub fn invocation(&self) -> Result<Invocation> {
+        let mut ctr = self
+            .containerd
+            .ctr(self.verb.clone())?
+            .args(["--runtime", &self.runtime, "--fifo-dir"])
+            .arg(self.containerd.root().join("fifo"))
+            .args(self.flags.clone())
+            .args(self.subject.clone())
+            .arg(&self.id)
+            .args(self.command.clone());
+        if self.stdin {
+            ctr = ctr.with_stdin();
+        }
+        Ok(ctr)
+    }
+
+    /// Runs it to its end, whatever its status.
+    ///
+    /// # Errors
+    /// It could not be run, or not within its time.
+    pub fn output(&self) -> Result<Output> {
+        self.invocation()?.run()
+    }
+
+    /// Runs it and returns what the container printed.
+    ///
+    /// # Errors
+    /// It failed; both streams are quoted.
+    pub fn ok(&self) -> Result<String> {
+        Ok(self.output()?.ok()?.text())
+    }
+
+    /// Runs it with the bytes, and then EOF, as its stdin.
+    ///
+    /// ctr forgets an EOF that comes before the task exists, so everything is sent after its start.
+    ///
+    /// # Errors
+    /// It could not be run, or not within its time.
+    pub fn output_of_stdin(self, bytes: &[u8]) -> Result<Output> {
+        let from = self.containerd.log_position();
+        let containerd = self.containerd;
+        let mut running = self.with_stdin().spawn(DEADLINE)?;
+        let mut stdin = running.stdin().context("no stdin")?;
+        containerd.wait_for_event(from, "/tasks/start")?;
+        stdin.write_all(bytes).context("cannot write to ctr")?;
+        drop(stdin);
+        running.wait()
+    }
+
+    /// Starts it, for tests that act while it runs.
+    ///
+    /// # Errors
+    /// It could not be run.
+    pub fn spawn(&self, deadline: Duration) -> Result<Running> {
+        self.invocation()?.deadline(deadline).spawn()
+    }
+
+    /// Id of the container.
+    pub fn container(&self) -> &str {
+        &self.id
+    }
+}

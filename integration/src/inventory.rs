@@ -1,0 +1,204 @@
+//! What of a private containerd is on the machine now: processes, mounts, files and control groups.
+//!
+//! Only what belongs to one harness root is counted, so tests may run beside each other.
+
+use std::{
+    collections::BTreeSet,
+    fmt, fs,
+    os::unix::fs::FileTypeExt,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use nix::mount::{MntFlags, umount2};
+
+/// A process of the machine.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Process {
+    pub pid: u32,
+    pub parent: u32,
+    /// Command line, or the name in brackets for a zombie.
+    pub command: String,
+}
+
+/// Everything that one root, namespace and keeper account for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Inventory {
+    pub processes: BTreeSet<Process>,
+    pub mounts: BTreeSet<PathBuf>,
+    /// Files of every kind, with a letter for the kind where it is not a regular file.
+    pub files: BTreeSet<String>,
+    pub cgroups: BTreeSet<PathBuf>,
+}
+
+/// Where to look.
+#[derive(Debug, Clone)]
+pub struct Scope {
+    /// All descendants of this process, itself excluded.
+    pub keeper: u32,
+    /// Every mount below it.
+    pub root: PathBuf,
+    /// Directories whose content counts, recursively.
+    pub dirs: Vec<PathBuf>,
+    /// Name of the control groups' directory.
+    pub namespace: String,
+}
+
+impl Inventory {
+    /// # Errors
+    /// `/proc` or a directory cannot be read.
+    pub fn take(scope: &Scope) -> Result<Self> {
+        let mut files = BTreeSet::new();
+        for dir in &scope.dirs {
+            list(dir, &mut files)?;
+        }
+        Ok(Self {
+            processes: descendants(scope.keeper)?.into_iter().collect(),
+            mounts: mounts_below(&scope.root)?.into_iter().collect(),
+            files,
+            // The directory that holds a namespace's groups is left by runc too.
+            cgroups: cgroups(&scope.namespace)
+                .into_iter()
+                .filter(|path| !path.ends_with(&scope.namespace))
+                .collect(),
+        })
+    }
+
+    /// What is in this inventory and was not in the earlier one.
+    pub fn since(&self, before: &Self) -> Self {
+        Self {
+            processes: &self.processes - &before.processes,
+            mounts: &self.mounts - &before.mounts,
+            files: &self.files - &before.files,
+            cgroups: &self.cgroups - &before.cgroups,
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl fmt::Display for Inventory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for process in &self.processes {
+            writeln!(f, "  process {} (child of {}): {}", process.pid, process.parent, process.command)?;
+        }
+        self.mounts.iter().try_for_each(|path| writeln!(f, "  mount {}", path.display()))?;
+        self.files.iter().try_for_each(|file| writeln!(f, "  file {file}"))?;
+        self.cgroups.iter().try_for_each(|path| writeln!(f, "  cgroup {}", path.display()))
+    }
+}
+
+/// All descendants of a process, parents before children.
+///
+/// # Errors
+/// `/proc` cannot be read.
+pub fn descendants(ancestor: u32) -> Result<Vec<Process>> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir("/proc").context("cannot read /proc")? {
+        let name = entry.context("cannot read /proc")?.file_name();
+        let pid = name.to_str().and_then(|name| name.parse().ok());
+        // A process may end at any moment; it is not there then.
+        all.extend(pid.and_then(process));
+    }
+    let mut found: Vec<Process> = Vec::new();
+    let mut parents = vec![ancestor];
+    while let Some(parent) = parents.pop() {
+        let children = all.iter().filter(|process| process.parent == parent).cloned();
+        for child in children.collect::<Vec<_>>() {
+            parents.push(child.pid);
+            found.push(child);
+        }
+    }
+    Ok(found)
+}
+
+fn process(pid: u32) -> Option<Process> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name is in parentheses and may itself contain any character; the rest is numbers.
+    let (head, tail) = stat.rsplit_once(')')?;
+    let parent = tail.split_whitespace().nth(1)?.parse().ok()?;
+    let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let command = String::from_utf8_lossy(&command).replace('\0', " ");
+    let command = if command.is_empty() {
+        format!("[{}]", head.split_once('(').map_or("", |(_, name)| name))
+    } else {
+        command.trim_end().to_owned()
+    };
+    Some(Process { pid, parent, command })
+}
+
+/// Mount points at or below a path, in the order in which they were mounted.
+///
+/// # Errors
+/// `/proc/self/mountinfo` cannot be read.
+pub fn mounts_below(root: &Path) -> Result<Vec<PathBuf>> {
+    let table = fs::read_to_string("/proc/self/mountinfo").context("cannot read the mount table")?;
+    let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
+    Ok(points.filter(|point| point.starts_with(root)).collect())
+}
+
+/// Directories called `namespace` at the top of every control group hierarchy, and those below them.
+fn cgroups(namespace: &str) -> Vec<PathBuf> {
+    let Ok(hierarchies) = fs::read_dir("/sys/fs/cgroup") else { return Vec::new() };
+    let tops = hierarchies.flatten().map(|entry| entry.path()).chain([PathBuf::from("/sys/fs/cgroup")]);
+    let mut found: Vec<PathBuf> = tops.map(|top| top.join(namespace)).filter(|path| path.is_dir()).collect();
+    let mut next = 0;
+    while next < found.len() {
+        let entries = fs::read_dir(&found[next]).into_iter().flatten().flatten();
+        found.extend(entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect::<Vec<_>>());
+        next += 1;
+    }
+    found
+}
+
+fn list(dir: &Path, files: &mut BTreeSet<String>) -> Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).with_context(|| format!("cannot list {}", dir.display())),
+    };
+    for entry in entries.flatten() {
+        let Ok(kind) = entry.file_type() else { continue };
+        let path = entry.path();
+        let letter = match () {
+            () if kind.is_dir() => "d ",
+            () if kind.is_socket() => "s ",
+            () if kind.is_fifo() => "p ",
+            () => "",
+        };
+        files.insert(format!("{letter}{}", path.display()));
+        // What is mounted there is a container's own content; the mount itself is listed.
+        if kind.is_dir() && !entry.file_name().eq("rootfs") {
+            list(&path, files)?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes what a dead containerd has left: mounts below the root, control groups, the root itself.
+///
+/// # Errors
+/// Something could not be removed; the rest was tried nevertheless.
+pub fn wipe(root: &Path, namespace: &str) -> Result<()> {
+    let mut result = Ok(());
+    for point in mounts_below(root)?.iter().rev() {
+        if let Err(error) = umount2(point, MntFlags::MNT_DETACH) {
+            result = Err(error).with_context(|| format!("cannot unmount {}", point.display()));
+        }
+    }
+    for group in cgroups(namespace).iter().rev() {
+        if let Err(error) = fs::remove_dir(group) {
+            result = Err(error).with_context(|| format!("cannot remove {}", group.display()));
+        }
+    }
+    // With something still mounted below, removal could reach into a container's or the host's files.
+    result?;
+    match fs::remove_dir_all(root) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", root.display()))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,253 @@
+//! Programs that the harness runs: their output, exit status and time, and a deadline on all of it.
+
+use std::{
+    ffi::OsString,
+    io::Read,
+    os::{fd::AsFd, unix::process::ExitStatusExt},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::sys;
+
+/// Longest a program may take when nothing else was said: a VM on an emulated, busy processor fits in.
+pub const DEADLINE: Duration = Duration::from_secs(90);
+
+/// A command line, before it runs. Nothing of the harness's environment is passed on but `PATH`.
+#[derive(Debug, Clone)]
+pub struct Invocation {
+    program: PathBuf,
+    args: Vec<OsString>,
+    env: Vec<(OsString, OsString)>,
+    dir: Option<PathBuf>,
+    stdin: bool,
+    deadline: Duration,
+}
+
+/// What a program left.
+#[derive(Debug, Clone)]
+pub struct Output {
+    /// Exit status; 128+n when signal n ended it.
+    pub status: i32,
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    pub duration: Duration,
+}
+
+/// A running program.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    name: String,
+    started: Instant,
+    deadline: Duration,
+    stdout: Option<JoinHandle<Vec<u8>>>,
+    stderr: Option<JoinHandle<Vec<u8>>>,
+}
+
+impl Invocation {
+    pub fn new(program: impl AsRef<Path>) -> Self {
+        Self {
+            program: program.as_ref().to_owned(),
+            args: Vec::new(),
+            env: Vec::new(),
+            dir: None,
+            stdin: false,
+            deadline: DEADLINE,
+        }
+    }
+
+    pub fn arg(mut self, arg: impl Into<OsString>) -> Self {
+        self.args.push(arg.into());
+        self
+    }
+
+    pub fn args<I: IntoIterator<Item = A>, A: Into<OsString>>(mut self, args: I) -> Self {
+        self.args.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
+        self.env.push((name.into(), value.into()));
+        self
+    }
+
+    pub fn current_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.dir = Some(dir.into());
+        self
+    }
+
+    /// Makes the program's stdin a pipe; without it stdin is `/dev/null`. See [`Running::stdin`].
+    pub fn with_stdin(mut self) -> Self {
+        self.stdin = true;
+        self
+    }
+
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Starts the program; its output is collected while it runs.
+    ///
+    /// # Errors
+    /// The program cannot be executed.
+    pub fn spawn(&self) -> Result<Running> {
+        let mut child = self
+            .command(if self.stdin { Stdio::piped() } else { Stdio::null() })
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot run {}", self.program.display()))?;
+        let stdout = child.stdout.take().map(collect);
+        let stderr = child.stderr.take().map(collect);
+        Ok(Running {
+            child,
+            name: self.to_string(),
+            started: Instant::now(),
+            deadline: self.deadline,
+            stdout,
+            stderr,
+        })
+    }
+
+    /// Runs the program to its end. A status other than 0 is a result, not an error.
+    ///
+    /// # Errors
+    /// The program cannot be executed, or its deadline passed (it is killed then).
+    pub fn run(&self) -> Result<Output> {
+        self.spawn()?.wait()
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "the harness's one place that starts programs")]
+    fn command(&self, stdin: Stdio) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(&self.args).env_clear().stdin(stdin);
+        command.envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
+        command.envs(self.env.iter().map(|(name, value)| (name, value)));
+        if let Some(dir) = &self.dir {
+            command.current_dir(dir);
+        }
+        command
+    }
+
+    /// Starts a program that serves until its stdin ends; stdout and stderr come back as pipes.
+    ///
+    /// # Errors
+    /// The program cannot be executed.
+    pub fn serve(&self) -> Result<Child> {
+        self.command(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot run {}", self.program.display()))
+    }
+}
+
+impl std::fmt::Display for Invocation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.program.display())?;
+        self.args.iter().try_for_each(|arg| write!(f, " {}", arg.display()))
+    }
+}
+
+impl Running {
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The writing end of the program's stdin, once; present when the invocation asked for it.
+    pub fn stdin(&mut self) -> Option<ChildStdin> {
+        self.child.stdin.take()
+    }
+
+    /// Waits for the program's end.
+    ///
+    /// # Errors
+    /// The deadline passed; the program was killed.
+    pub fn wait(mut self) -> Result<Output> {
+        drop(self.child.stdin.take());
+        let ended = wait_readable(self.child.id(), self.deadline.saturating_sub(self.started.elapsed()))?;
+        if !ended {
+            self.child.kill().context("cannot kill an overdue program")?;
+        }
+        let status = self.child.wait().context("cannot wait for a child")?;
+        let duration = self.started.elapsed();
+        let stdout = join(self.stdout.take());
+        let stderr = join(self.stderr.take());
+        let output = Output {
+            status: status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default()),
+            stdout,
+            stderr,
+            duration,
+        };
+        if !ended {
+            bail!("`{}` did not end within {:?}: {output}", self.name, self.deadline);
+        }
+        Ok(output)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // After `wait` both calls find a reaped child and do nothing.
+        let _gone = self.child.kill();
+        let _reaped = self.child.wait();
+    }
+}
+
+impl Output {
+    /// Lossy, for messages and for output that is known to be text.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    pub fn error_text(&self) -> String {
+        String::from_utf8_lossy(&self.stderr).into_owned()
+    }
+
+    /// # Errors
+    /// The status was not 0; both streams are quoted.
+    pub fn ok(self) -> Result<Self> {
+        ensure!(self.status == 0, "{self}");
+        Ok(self)
+    }
+}
+
+impl std::fmt::Display for Output {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { status, duration, .. } = self;
+        write!(f, "status {status} after {duration:.1?}")?;
+        for (name, text) in [("stdout", self.text()), ("stderr", self.error_text())] {
+            let shown: String = text.chars().take(2000).collect();
+            write!(f, "\n  {name}: {}", shown.trim_end())?;
+        }
+        Ok(())
+    }
+}
+
+/// Waits until the process ends; false when it has not within the time.
+fn wait_readable(pid: u32, time: Duration) -> Result<bool> {
+    let fd = sys::pidfd_open(pid).context("cannot watch a child")?;
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    let timeout = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
+    Ok(poll(&mut fds, timeout).context("cannot poll a pidfd")? > 0)
+}
+
+fn collect(mut stream: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // What was read before an error is the best that is known.
+        let _end = stream.read_to_end(&mut bytes);
+        bytes
+    })
+}
+
+fn join(reader: Option<JoinHandle<Vec<u8>>>) -> Vec<u8> {
+    reader.map_or_else(Vec::new, |reader| reader.join().expect("reading a pipe does not panic"))
+}

@@ -1,0 +1,71 @@
+//! What a test changes before its containerd starts: machinen's configuration file and the environment.
+
+use std::{collections::BTreeMap, fmt::Write, path::Path};
+
+use anyhow::Result;
+
+use crate::paths;
+
+/// Configuration of a private containerd and of the machinen that it runs.
+#[derive(Debug, Clone, Default)]
+pub struct Setup {
+    /// Section, then key, then the value as TOML.
+    machinen: BTreeMap<String, BTreeMap<String, String>>,
+    env: BTreeMap<String, String>,
+}
+
+impl Setup {
+    /// Assets and tools of the checkout, and a rootdisk cache that all tests share.
+    pub fn new() -> Self {
+        let cache = paths::workspace().join("target/test/rootdisk");
+        let vsock = paths::tools().join("vhost-device-vsock");
+        Self::default()
+            .env("MACHINEN_ASSETS_DIR", paths::assets().display())
+            .set("rootdisk", "dir", Value::path(&cache))
+            .set("vm", "vhost_device_vsock", Value::path(&vsock))
+            .set("log", "level", Value::text("debug"))
+    }
+
+    /// Sets a key of `machinen.toml`.
+    pub fn set(mut self, section: &str, key: &str, value: Value) -> Self {
+        self.machinen.entry(section.to_owned()).or_default().insert(key.to_owned(), value.0);
+        self
+    }
+
+    /// Sets a variable of containerd's environment, which its shims inherit.
+    pub fn env(mut self, name: &str, value: impl ToString) -> Self {
+        self.env.insert(name.to_owned(), value.to_string());
+        self
+    }
+
+    pub(crate) fn environment(&self) -> impl Iterator<Item = (&String, &String)> {
+        self.env.iter()
+    }
+
+    pub(crate) fn machinen_toml(&self) -> Result<String> {
+        let mut text = String::new();
+        for (section, keys) in &self.machinen {
+            writeln!(text, "[{section}]")?;
+            keys.iter().try_for_each(|(key, value)| writeln!(text, "{key} = {value}"))?;
+        }
+        Ok(text)
+    }
+}
+
+/// A TOML value.
+#[derive(Debug, Clone)]
+pub struct Value(String);
+
+impl Value {
+    pub fn text(text: &str) -> Self {
+        Self(format!("{text:?}"))
+    }
+
+    pub fn path(path: &Path) -> Self {
+        Self::text(&path.display().to_string())
+    }
+
+    pub fn number(number: u64) -> Self {
+        Self(number.to_string())
+    }
+}

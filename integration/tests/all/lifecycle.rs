@@ -1,0 +1,135 @@
+//! A task's states and events as containerd's clients see them.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use machinen_integration::containerd::Containerd;
+
+use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd};
+
+on_every_containerd!(run_kill_delete, events_come_in_order, survives_a_restart_of_containerd);
+on_newest_containerd!(handled_signal, names_of_any_length, delete_with_force, many_at_once);
+
+/// What `ctr tasks list` says of a container: pid and status.
+fn task(containerd: &Containerd, id: &str) -> Result<Option<(u32, String)>> {
+    let list = containerd.ctr_ok(&["tasks", "list"])?;
+    let mut rows = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let Some(row) = rows.find(|row| row.first() == Some(&id)) else { return Ok(None) };
+    let [_, pid, status] = row[..] else { anyhow::bail!("odd list:\n{list}") };
+    Ok(Some((pid.parse()?, status.to_owned())))
+}
+
+fn status(containerd: &Containerd, id: &str) -> Result<String> {
+    Ok(task(containerd, id)?.with_context(|| format!("no task {id}"))?.1)
+}
+
+fn exit_code_of_delete(containerd: &Containerd, id: &str, code: i32) -> Result<()> {
+    let deleted = containerd.ctr_output(&["tasks", "delete", id])?;
+    let said = deleted.error_text().contains(&format!("exit code {code}")) || deleted.status == code;
+    ensure!(said, "deleting {id} should tell the exit code {code}: {deleted}");
+    containerd.ctr_ok(&["containers", "delete", id])?;
+    Ok(())
+}
+
+fn run_kill_delete(containerd: &mut Containerd) -> Result<()> {
+    let from = containerd.log_position();
+    let run = containerd.run(IMAGE, &["sleep", "1000"]).detached().flag("--null-io");
+    let id = run.container().to_owned();
+    run.ok()?;
+    let (pid, status_now) = task(containerd, &id)?.context("no task")?;
+    ensure!(status_now == "RUNNING", "the task is {status_now}");
+    ensure!(pid > 1 && std::fs::exists(format!("/proc/{pid}"))?, "{pid} is not a process of the host");
+    let processes = containerd.ctr_ok(&["tasks", "ps", &id])?;
+    let listed = processes.lines().skip(1).filter_map(|line| line.split_whitespace().next()?.parse().ok());
+    ensure!(listed.collect::<Vec<u32>>().contains(&pid), "no {pid} in\n{processes}");
+
+    containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", &id])?;
+    containerd.wait_for_event(from, "/tasks/exit")?;
+    let now = status(containerd, &id)?;
+    ensure!(now == "STOPPED", "the task is {now}");
+    exit_code_of_delete(containerd, &id, 137)?;
+    ensure!(task(containerd, &id)?.is_none(), "the task is still listed");
+    Ok(())
+}
+
+fn events_come_in_order(containerd: &mut Containerd) -> Result<()> {
+    let wanted = ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"];
+    // A process that ends at once must not overtake its own start.
+    for command in [["true"].as_slice(), &["sh", "-c", "sleep 1"]] {
+        let from = containerd.log_position();
+        containerd.run(IMAGE, command).ok()?;
+        containerd.wait_for_event(from, "/tasks/delete")?;
+        let events = containerd.events(from);
+        ensure!(events == wanted, "{command:?} had the events {events:?}");
+    }
+    Ok(())
+}
+
+fn survives_a_restart_of_containerd(containerd: &mut Containerd) -> Result<()> {
+    let run = containerd.run(IMAGE, &["sh", "-c", "trap 'exit 7' TERM; while :; do sleep 1000 & wait; done"]);
+    let run = run.detached().flag("--null-io");
+    let id = run.container().to_owned();
+    run.ok()?;
+    let before = task(containerd, &id)?;
+    containerd.restart()?;
+    let after = task(containerd, &id)?;
+    ensure!(before == after, "{before:?} became {after:?}");
+    let from = containerd.log_position();
+    containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGTERM", &id])?;
+    containerd.wait_for_event(from, "/tasks/exit")?;
+    exit_code_of_delete(containerd, &id, 7)
+}
+
+fn handled_signal(containerd: &mut Containerd) -> Result<()> {
+    let script = "trap 'echo caught; exit 3' USR1; echo ready; while :; do sleep 1000 & wait; done";
+    let from = containerd.log_position();
+    let run = containerd.run(IMAGE, &["sh", "-c", script]);
+    let running = run.spawn(Duration::from_secs(60))?;
+    containerd.wait_for_event(from, "/tasks/start")?;
+    containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGUSR1", run.container()])?;
+    let output = running.wait()?;
+    ensure!(output.status == 3 && output.text() == "ready\ncaught\n", "{output}");
+    Ok(())
+}
+
+fn names_of_any_length(containerd: &mut Containerd) -> Result<()> {
+    // containerd allows 76 characters.
+    let id = "i".repeat(76);
+    let output = containerd.run(IMAGE, &["echo", "long"]).id(&id).ok()?;
+    ensure!(output == "long\n", "{output}");
+    let value = "v".repeat(4096);
+    let mut run = containerd.run(IMAGE, &["sh", "-c", "env | wc -l; echo $LONG"]);
+    for number in 0..1000 {
+        run = run.flag("--env").flag(format!("VARIABLE_{number}=value {number}"));
+    }
+    let output = run.flag("--env").flag(format!("LONG={value}")).ok()?;
+    let (count, long) = output.split_once('\n').context("no output")?;
+    ensure!(count.parse::<u32>()? >= 1001, "{count} variables");
+    ensure!(long.trim_end() == value, "a long value came as {} bytes", long.len());
+    Ok(())
+}
+
+fn delete_with_force(containerd: &mut Containerd) -> Result<()> {
+    let run = containerd.run(IMAGE, &["sleep", "1000"]).detached().flag("--null-io");
+    let id = run.container().to_owned();
+    run.ok()?;
+    let refused = containerd.ctr_output(&["tasks", "delete", &id])?;
+    ensure!(refused.status != 0, "a running task was deleted: {refused}");
+    ensure!(status(containerd, &id)? == "RUNNING", "a refused delete changed the task");
+    containerd.ctr_output(&["tasks", "delete", "--force", &id])?;
+    ensure!(task(containerd, &id)?.is_none(), "the task is still there");
+    containerd.ctr_ok(&["containers", "delete", &id])?;
+    Ok(())
+}
+
+fn many_at_once(containerd: &mut Containerd) -> Result<()> {
+    let runs: Vec<_> =
+        (0..3).map(|code| containerd.run(IMAGE, &["sh", "-c", &format!("exit {code}")])).collect();
+    let time = Duration::from_secs(120);
+    let running = runs.iter().map(|run| run.spawn(time)).collect::<Result<Vec<_>>>()?;
+    for (code, running) in (0..).zip(running) {
+        let output = running.wait()?;
+        ensure!(output.status == code, "should be {code}: {output}");
+    }
+    Ok(())
+}

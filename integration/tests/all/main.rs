@@ -1,0 +1,8 @@
+//! The one integration test binary: real containerd, and what runs below it.
+//!
+//! Each test has a containerd of its own and proves at its end that nothing is left of its containers.
+
+mod harness;
+mod lifecycle;
+mod rootfs;
+mod streams;
