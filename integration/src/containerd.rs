@@ -3,34 +3,20 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
-    os::fd::AsFd,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout},
-    sync::{
-        Arc, Condvar, Mutex,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::{Arc, Mutex},
     thread::JoinHandle,
-    time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
-use nix::{
-    errno::Errno,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::inotify::{AddWatchFlags, InitFlags, Inotify},
-};
+use anyhow::{Context, Result};
 
 use crate::{
-    inventory::{Inventory, Scope},
+    log::Log,
     paths::{self, Version},
     process::Invocation,
     setup::Setup,
-    sys,
 };
-
-/// Longest that containerd may take to serve, and that its leftovers may take to go.
-const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Plugins that no test needs; without them containerd starts in 40 ms and leaves the host's /opt and /run alone.
 const DISABLED_PLUGINS: [&str; 14] = [
@@ -62,14 +48,7 @@ pub struct Containerd {
     pid: u32,
     log: Arc<Log>,
     reader: Option<JoinHandle<()>>,
-    ids: AtomicU32,
-}
-
-/// containerd's log so far; its shims' logs are in it too.
-#[derive(Debug, Default)]
-struct Log {
-    lines: Mutex<Vec<String>>,
-    grown: Condvar,
+    ids: Mutex<Vec<String>>,
 }
 
 impl Containerd {
@@ -106,7 +85,7 @@ impl Containerd {
         let stderr = keeper.stderr.take().context("the keeper has no stderr")?;
         let reader = std::thread::spawn({
             let log = Arc::clone(&log);
-            move || BufReader::new(stderr).lines().map_while(Result::ok).for_each(|line| log.push(line))
+            move || log.fill(BufReader::new(stderr))
         });
         let mut containerd = Self {
             version,
@@ -118,7 +97,7 @@ impl Containerd {
             pid: 0,
             log,
             reader: Some(reader),
-            ids: AtomicU32::new(1),
+            ids: Mutex::default(),
         };
         containerd.wait_until_serving(0)?;
         Ok(containerd)
@@ -129,7 +108,7 @@ impl Containerd {
     /// # Errors
     /// As for [`Containerd::start_with`].
     pub fn restart(&mut self) -> Result<()> {
-        let from = self.log.len();
+        let from = self.log.position();
         let keeper = self.commands.as_mut().context("the keeper is gone")?;
         writeln!(keeper, "restart").context("cannot write to the keeper")?;
         self.wait_until_serving(from)
@@ -138,9 +117,8 @@ impl Containerd {
     fn wait_until_serving(&mut self, from: usize) -> Result<()> {
         let mut pid = String::new();
         self.replies.read_line(&mut pid).context("cannot read from the keeper")?;
-        self.pid =
-            pid.trim().parse().with_context(|| format!("containerd was not started: {}", self.log()))?;
-        self.wait_for_log(from, DEADLINE, |line| line.contains("containerd successfully booted"))?;
+        self.pid = pid.trim().parse().with_context(|| format!("containerd was not started: {}", self.log))?;
+        self.log.wait_for(from, |line| line.contains("containerd successfully booted"))?;
         Ok(())
     }
 
@@ -173,131 +151,29 @@ impl Containerd {
 
     /// A container id that was not used before with this containerd.
     pub fn new_id(&self) -> String {
-        format!("c{}", self.ids.fetch_add(1, Ordering::Relaxed))
+        let mut ids = self.ids.lock().expect("nobody panics with the ids");
+        let id = format!("c{}", ids.len() + 1);
+        ids.push(id.clone());
+        id
     }
 
-    /// The log so far, without the lines that every start of containerd writes.
-    pub fn log(&self) -> String {
-        let lines = self.log.lines.lock().expect("the log's reader does not panic");
-        let telling = lines.iter().filter(|line| !line.contains("loading plugin"));
-        telling.map(|line| format!("{line}\n")).collect()
+    /// Makes the inventory know a container id of the caller's own.
+    pub fn note_id(&self, id: &str) {
+        self.ids.lock().expect("nobody panics with the ids").push(id.to_owned());
     }
 
-    /// Number of log lines so far, for [`Containerd::wait_for_log`].
-    pub fn log_position(&self) -> usize {
-        self.log.len()
+    /// What containerd and its shims have logged.
+    pub fn log(&self) -> &Log {
+        &self.log
     }
 
-    /// Waits for a log line after the given position, and returns it.
-    ///
-    /// # Errors
-    /// It did not come in time, or containerd ended before.
-    pub fn wait_for_log(
-        &self,
-        from: usize,
-        time: Duration,
-        mut wanted: impl FnMut(&str) -> bool,
-    ) -> Result<String> {
-        let end = Instant::now() + time;
-        let mut lines = self.log.lines.lock().expect("the log's reader does not panic");
-        let mut next = from;
-        loop {
-            if let Some(line) = lines[next..].iter().find(|line| wanted(line)) {
-                return Ok(line.clone());
-            }
-            next = lines.len();
-            let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.reader.as_ref().is_none_or(JoinHandle::is_finished) {
-                drop(lines);
-                bail!("containerd did not log what was awaited:\n{}", self.log());
-            }
-            lines = self.log.grown.wait_timeout(lines, left).expect("the log's reader does not panic").0;
-        }
+    pub(crate) fn keeper_pid(&self) -> u32 {
+        self.keeper.id()
     }
 
-    /// Waits until containerd has passed on a shim's event, e.g. `/tasks/exit`.
-    ///
-    /// # Errors
-    /// As for [`Containerd::wait_for_log`].
-    pub fn wait_for_event(&self, from: usize, topic: &str) -> Result<String> {
-        let topic = format!("topic={topic} ");
-        self.wait_for_log(from, DEADLINE, |line| line.contains("event forwarded") && line.contains(&topic))
-    }
-
-    /// Topics of the shims' events after the given log position, in order.
-    pub fn events(&self, from: usize) -> Vec<String> {
-        let lines = self.log.lines.lock().expect("the log's reader does not panic");
-        let forwarded = lines[from..].iter().filter(|line| line.contains("event forwarded"));
-        let topics = forwarded.filter_map(|line| line.split_once("topic=")?.1.split(' ').next());
-        topics.map(str::to_owned).collect()
-    }
-
-    /// What this containerd accounts for now, itself excluded.
-    ///
-    /// # Errors
-    /// `/proc` or a directory cannot be read.
-    pub fn inventory(&self) -> Result<Inventory> {
-        let mut inventory = Inventory::take(&self.scope())?;
-        inventory.processes.retain(|process| process.pid != self.pid);
-        Ok(inventory)
-    }
-
-    fn scope(&self) -> Scope {
-        let dirs = ["s/io.containerd.runtime.v2.task", "fifo", "tmp"];
-        Scope {
-            keeper: self.keeper.id(),
-            root: self.root.clone(),
-            dirs: dirs.iter().map(|dir| self.root.join(dir)).collect(),
-            namespace: self.namespace.clone(),
-        }
-    }
-
-    /// Waits until nothing is left that was not there `before`.
-    ///
-    /// Woken by the end of each process, a change of the mount table and removals in the bundles' directory.
-    ///
-    /// # Errors
-    /// Something was left after the deadline; it is listed.
-    pub fn settle(&self, before: &Inventory) -> Result<()> {
-        let end = Instant::now() + DEADLINE;
-        let mounts = fs::File::open("/proc/self/mountinfo").context("cannot open the mount table")?;
-        let bundles = Inotify::init(InitFlags::IN_CLOEXEC).context("cannot use inotify")?;
-        let removals = AddWatchFlags::IN_DELETE | AddWatchFlags::IN_MOVED_FROM;
-        for dir in self.scope().dirs.into_iter().chain([self.bundle("")]) {
-            match bundles.add_watch(&dir, removals) {
-                Ok(_) | Err(Errno::ENOENT) => {}
-                Err(error) => return Err(error).with_context(|| format!("cannot watch {}", dir.display())),
-            }
-        }
-        loop {
-            let left = self.inventory()?.since(before);
-            let time = end.saturating_duration_since(Instant::now());
-            // The namespace's own directory stays with containerd, empty.
-            let left = Inventory {
-                files: left.files.into_iter().filter(|file| !self.is_frame(file)).collect(),
-                ..left
-            };
-            if left.is_empty() {
-                return Ok(());
-            }
-            if time.is_zero() {
-                bail!("left behind after {DEADLINE:?}:\n{left}");
-            }
-            let ends: Vec<_> = left.processes.iter().filter_map(|it| sys::pidfd_open(it.pid).ok()).collect();
-            let mut fds: Vec<_> = ends.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
-            fds.push(PollFd::new(mounts.as_fd(), PollFlags::POLLPRI));
-            fds.push(PollFd::new(bundles.as_fd(), PollFlags::POLLIN));
-            let timeout = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
-            poll(&mut fds, timeout).context("cannot wait for things to go")?;
-            if fds.last().and_then(PollFd::any).unwrap_or(false) {
-                bundles.read_events().context("cannot read inotify events")?;
-            }
-        }
-    }
-
-    fn is_frame(&self, file: &str) -> bool {
-        let namespace = self.bundle("");
-        file.strip_prefix("d ").is_some_and(|dir| Path::new(dir) == namespace)
+    /// Ids of all containers so far.
+    pub(crate) fn ids(&self) -> Vec<String> {
+        self.ids.lock().expect("nobody panics with the ids").clone()
     }
 }
 
@@ -310,19 +186,8 @@ impl Drop for Containerd {
         }
         let cleaned = self.keeper.wait().is_ok_and(|status| status.success());
         if !cleaned {
-            eprintln!("the keeper of {} could not clean up:\n{}", self.root.display(), self.log());
+            eprintln!("the keeper of {} could not clean up:\n{}", self.root.display(), self.log);
         }
-    }
-}
-
-impl Log {
-    fn push(&self, line: String) {
-        self.lines.lock().expect("the log's readers do not panic").push(line);
-        self.grown.notify_all();
-    }
-
-    fn len(&self) -> usize {
-        self.lines.lock().expect("the log's reader does not panic").len()
     }
 }
 

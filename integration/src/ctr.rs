@@ -99,7 +99,8 @@ impl Run<'_> {
     }
 
     pub fn id(mut self, id: &str) -> Self {
-        self.id = id.to_owned();
+        self.containerd.note_id(id);
+        id.clone_into(&mut self.id);
         self
     }
 
@@ -163,11 +164,11 @@ impl Run<'_> {
     /// # Errors
     /// It could not be run, or not within its time.
     pub fn output_of_stdin(self, bytes: &[u8]) -> Result<Output> {
-        let from = self.containerd.log_position();
+        let from = self.containerd.log().position();
         let containerd = self.containerd;
         let mut running = self.with_stdin().spawn(DEADLINE)?;
         let mut stdin = running.stdin().context("no stdin")?;
-        containerd.wait_for_event(from, "/tasks/start")?;
+        containerd.log().wait_for_event(from, "/tasks/start")?;
         stdin.write_all(bytes).context("cannot write to ctr")?;
         drop(stdin);
         running.wait()

@@ -12,6 +12,9 @@ use std::{
 use anyhow::{Context, Result};
 use nix::mount::{MntFlags, umount2};
 
+/// Where shims listen, those of every containerd of the machine.
+pub const SHIM_SOCKETS: &str = "/run/containerd/s";
+
 /// A process of the machine.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Process {
@@ -40,6 +43,8 @@ pub struct Scope {
     pub root: PathBuf,
     /// Directories whose content counts, recursively.
     pub dirs: Vec<PathBuf>,
+    /// First part of the names of shims' sockets.
+    pub sockets: Vec<String>,
     /// Name of the control groups' directory.
     pub namespace: String,
 }
@@ -51,6 +56,12 @@ impl Inventory {
         let mut files = BTreeSet::new();
         for dir in &scope.dirs {
             list(dir, &mut files)?;
+        }
+        for entry in fs::read_dir(SHIM_SOCKETS).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if scope.sockets.iter().any(|socket| name.starts_with(socket)) {
+                files.insert(format!("s {SHIM_SOCKETS}/{name}"));
+            }
         }
         Ok(Self {
             processes: descendants(scope.keeper)?.into_iter().collect(),
@@ -193,6 +204,11 @@ pub fn wipe(root: &Path, namespace: &str) -> Result<()> {
             result = Err(error).with_context(|| format!("cannot remove {}", group.display()));
         }
     }
+    // Shims that were killed could not do this themselves; they may have done it all the same.
+    for socket in shim_sockets(root) {
+        let _absent = fs::remove_file(socket);
+    }
+    let _absent = fs::remove_dir_all(Path::new("/run/containerd/runc").join(namespace));
     // With something still mounted below, removal could reach into a container's or the host's files.
     result?;
     match fs::remove_dir_all(root) {
@@ -201,4 +217,21 @@ pub fn wipe(root: &Path, namespace: &str) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Where the shims of all bundles say that they listen.
+fn shim_sockets(root: &Path) -> Vec<PathBuf> {
+    let mut files = BTreeSet::new();
+    if list(&root.join("s"), &mut files).is_err() {
+        return Vec::new();
+    }
+    let told = files.iter().filter(|file| file.ends_with("/address") || file.ends_with("/bootstrap.json"));
+    let texts = told.filter_map(|file| fs::read_to_string(file).ok());
+    texts
+        .filter_map(|text| {
+            let (_, tail) = text.split_once(SHIM_SOCKETS)?;
+            let name: String = tail[1..].chars().take_while(char::is_ascii_hexdigit).collect();
+            Some(Path::new(SHIM_SOCKETS).join(name))
+        })
+        .collect()
 }

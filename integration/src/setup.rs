@@ -15,15 +15,20 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// Assets and tools of the checkout, and a rootdisk cache that all tests share.
+    /// For tests: the checkout's assets and tools, and a rootdisk cache that all tests share.
     pub fn new() -> Self {
         let cache = paths::workspace().join("target/test/rootdisk");
+        Self::of_user().set("rootdisk", "dir", Value::path(&cache)).set("log", "level", Value::text("debug"))
+    }
+
+    /// Nothing but where the checkout's assets and tools are; all else as any user has it.
+    pub fn of_user() -> Self {
         let vsock = paths::tools().join("vhost-device-vsock");
-        Self::default()
-            .env("MACHINEN_ASSETS_DIR", paths::assets().display())
-            .set("rootdisk", "dir", Value::path(&cache))
-            .set("vm", "vhost_device_vsock", Value::path(&vsock))
-            .set("log", "level", Value::text("debug"))
+        Self::default().env("MACHINEN_ASSETS_DIR", paths::assets().display()).set(
+            "vm",
+            "vhost_device_vsock",
+            Value::path(&vsock),
+        )
     }
 
     /// Sets a key of `machinen.toml`.

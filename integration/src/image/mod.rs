@@ -153,7 +153,8 @@ fn descriptor(kind: MediaType, digest: &str, size: u64) -> Result<Descriptor> {
     Ok(DescriptorBuilder::default().media_type(kind).digest(digest).size(size).build()?)
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// Lower-case hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

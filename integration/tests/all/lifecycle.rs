@@ -32,7 +32,7 @@ fn exit_code_of_delete(containerd: &Containerd, id: &str, code: i32) -> Result<(
 }
 
 fn run_kill_delete(containerd: &mut Containerd) -> Result<()> {
-    let from = containerd.log_position();
+    let from = containerd.log().position();
     let run = containerd.run(IMAGE, &["sleep", "1000"]).detached().flag("--null-io");
     let id = run.container().to_owned();
     run.ok()?;
@@ -44,7 +44,7 @@ fn run_kill_delete(containerd: &mut Containerd) -> Result<()> {
     ensure!(listed.collect::<Vec<u32>>().contains(&pid), "no {pid} in\n{processes}");
 
     containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", &id])?;
-    containerd.wait_for_event(from, "/tasks/exit")?;
+    containerd.log().wait_for_event(from, "/tasks/exit")?;
     let now = status(containerd, &id)?;
     ensure!(now == "STOPPED", "the task is {now}");
     exit_code_of_delete(containerd, &id, 137)?;
@@ -56,10 +56,10 @@ fn events_come_in_order(containerd: &mut Containerd) -> Result<()> {
     let wanted = ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"];
     // A process that ends at once must not overtake its own start.
     for command in [["true"].as_slice(), &["sh", "-c", "sleep 1"]] {
-        let from = containerd.log_position();
+        let from = containerd.log().position();
         containerd.run(IMAGE, command).ok()?;
-        containerd.wait_for_event(from, "/tasks/delete")?;
-        let events = containerd.events(from);
+        containerd.log().wait_for_event(from, "/tasks/delete")?;
+        let events = containerd.log().events(from);
         ensure!(events == wanted, "{command:?} had the events {events:?}");
     }
     Ok(())
@@ -74,18 +74,18 @@ fn survives_a_restart_of_containerd(containerd: &mut Containerd) -> Result<()> {
     containerd.restart()?;
     let after = task(containerd, &id)?;
     ensure!(before == after, "{before:?} became {after:?}");
-    let from = containerd.log_position();
+    let from = containerd.log().position();
     containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGTERM", &id])?;
-    containerd.wait_for_event(from, "/tasks/exit")?;
+    containerd.log().wait_for_event(from, "/tasks/exit")?;
     exit_code_of_delete(containerd, &id, 7)
 }
 
 fn handled_signal(containerd: &mut Containerd) -> Result<()> {
     let script = "trap 'echo caught; exit 3' USR1; echo ready; while :; do sleep 1000 & wait; done";
-    let from = containerd.log_position();
+    let from = containerd.log().position();
     let run = containerd.run(IMAGE, &["sh", "-c", script]);
     let running = run.spawn(Duration::from_secs(60))?;
-    containerd.wait_for_event(from, "/tasks/start")?;
+    containerd.log().wait_for_event(from, "/tasks/start")?;
     containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGUSR1", run.container()])?;
     let output = running.wait()?;
     ensure!(output.status == 3 && output.text() == "ready\ncaught\n", "{output}");

@@ -2,7 +2,9 @@
 //!
 //! Each test has a containerd of its own and proves at its end that nothing is left of its containers.
 
+mod confinement;
 mod harness;
 mod lifecycle;
+mod process;
 mod rootfs;
 mod streams;

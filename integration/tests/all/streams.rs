@@ -54,11 +54,11 @@ fn stdin_reaches_its_end(containerd: &mut Containerd) -> Result<()> {
 }
 
 fn stdin_is_live(containerd: &mut Containerd) -> Result<()> {
-    let from = containerd.log_position();
+    let from = containerd.log().position();
     let run = containerd.run(IMAGE, &["sh", "-c", "read line; echo got $line; read line || echo end"]);
     let mut running = run.with_stdin().spawn(Duration::from_secs(60))?;
     let mut stdin = running.stdin().context("no stdin")?;
-    containerd.wait_for_event(from, "/tasks/start")?;
+    containerd.log().wait_for_event(from, "/tasks/start")?;
     writeln!(stdin, "hello")?;
     drop(stdin);
     let output = running.wait()?.ok()?;
@@ -75,11 +75,11 @@ fn output_after_the_first_process(containerd: &mut Containerd) -> Result<()> {
 }
 
 fn no_reader_no_hang(containerd: &mut Containerd) -> Result<()> {
-    let from = containerd.log_position();
+    let from = containerd.log().position();
     let run = containerd.run(IMAGE, &["sh", "-c", "seq 1 100000; exit 5"]).detached().flag("--null-io");
     let id = run.container().to_owned();
     run.ok()?;
-    containerd.wait_for_event(from, "/tasks/exit")?;
+    containerd.log().wait_for_event(from, "/tasks/exit")?;
     let deleted = containerd.ctr_output(&["tasks", "delete", &id])?;
     ensure!(deleted.error_text().contains("exit code 5") || deleted.status == 5, "{deleted}");
     containerd.ctr_ok(&["containers", "delete", &id])?;

@@ -1,0 +1,70 @@
+//! `make run`: one container in a microVM of its own, from nothing to its exit code, and what each step took.
+//!
+//! Uses a private containerd, the freshly built shim and the user's own rootdisk cache, so that a second run shows
+//! what the cache saves.
+
+use std::{process::ExitCode, time::Instant};
+
+use anyhow::{Context, Result};
+use machinen_integration::{
+    containerd::Containerd,
+    image::Image,
+    paths::{self, Version},
+    phases,
+    setup::Setup,
+};
+
+/// What the container shows of its machine; 42 shows that the exit code comes back.
+const SCRIPT: &str = r#"
+echo "kernel:   $(uname -a)"
+echo "process:  pid $$ is $(tr '\0' ' ' </proc/1/cmdline | cut -c1-24)..., $(ls -d /proc/[0-9]* | wc -l) processes visible"
+echo "user:     $(id)"
+echo "cpu:      $(grep -c ^processor /proc/cpuinfo) x $(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1)"
+echo "memory:   $(sed -n 's/^MemTotal: *//p' /proc/meminfo)"
+echo "rootfs:   $(df -h / | tail -1 | tr -s ' ')"
+echo "mounts:"; sed 's/^/          /' /proc/mounts | cut -c1-110
+exit 42
+"#;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("machinen-demo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let runtime = paths::runtime();
+    println!("== a private containerd, an image made on the spot, runtime {runtime}");
+    let start = Instant::now();
+    let containerd = Containerd::start_with(Version::V1_6, &Setup::of_user())?;
+    println!("   containerd serves on {} after {:.0?}", containerd.socket().display(), start.elapsed());
+    let start = Instant::now();
+    let image = Image::busybox()?;
+    containerd.import(&image)?;
+    println!("   image {} imported in {:.0?}", image.name(), start.elapsed());
+
+    println!("== ctr run --rm --runtime {runtime} {} demo sh -c ...", image.name());
+    let before = containerd.inventory()?;
+    let from = containerd.log().position();
+    let run = containerd.run(image.name(), &["sh", "-c", SCRIPT]).id("demo");
+    let output = run.output()?;
+    print!("{}", output.text());
+    eprint!("{}", output.error_text());
+    println!("== exit code {}, {:.0?} in all", output.status, output.duration);
+    let lines = containerd.log().since(from);
+    match lines.iter().find_map(|line| phases::parse(line)) {
+        Some(phases) => phases.iter().for_each(|(name, millis)| println!("   {name:<24}{millis:>9.1} ms")),
+        None => println!("   ({runtime} does not log the phases of its start)"),
+    }
+    if output.status != 42 {
+        eprintln!("{}", containerd.log());
+        anyhow::bail!("the container should have ended with 42");
+    }
+    containerd.settle(&before).context("something is left of the container")?;
+    println!("== nothing is left of it: no process, mount, file or control group");
+    Ok(())
+}

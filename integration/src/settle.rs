@@ -1,0 +1,103 @@
+//! The proof that nothing was left: what a containerd accounts for, now and after everything has had time to go.
+
+use std::{
+    fs,
+    os::fd::AsFd,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::inotify::{AddWatchFlags, InitFlags, Inotify},
+};
+use sha2::{Digest, Sha256};
+
+use crate::{
+    containerd::Containerd,
+    image::hex,
+    inventory::{Inventory, SHIM_SOCKETS, Scope},
+    sys,
+};
+
+/// Longest that leftovers may take to go.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+impl Containerd {
+    /// What this containerd accounts for now, itself excluded.
+    ///
+    /// # Errors
+    /// `/proc` or a directory cannot be read.
+    pub fn inventory(&self) -> Result<Inventory> {
+        let mut inventory = Inventory::take(&self.scope())?;
+        inventory.processes.retain(|process| process.pid != self.pid());
+        Ok(inventory)
+    }
+
+    fn scope(&self) -> Scope {
+        let dirs = ["s/io.containerd.runtime.v2.task", "fifo", "tmp"];
+        Scope {
+            keeper: self.keeper_pid(),
+            root: self.root().to_owned(),
+            dirs: dirs.iter().map(|dir| self.root().join(dir)).collect(),
+            sockets: self.socket_names(),
+            namespace: self.namespace().to_owned(),
+        }
+    }
+
+    /// Shims name their sockets by a hash of what is unique to the container, as runc's and ours do.
+    fn socket_names(&self) -> Vec<String> {
+        let name = |id: &String| format!("{}/{}/{id}", self.socket().display(), self.namespace());
+        self.ids().iter().map(|id| hex(&Sha256::digest(name(id))[..16])).collect()
+    }
+
+    /// Waits until nothing is left that was not there `before`.
+    ///
+    /// Woken by the end of each process, a change of the mount table and removals in the bundles' directory.
+    ///
+    /// # Errors
+    /// Something was left after the deadline; it is listed.
+    pub fn settle(&self, before: &Inventory) -> Result<()> {
+        let end = Instant::now() + DEADLINE;
+        let mounts = fs::File::open("/proc/self/mountinfo").context("cannot open the mount table")?;
+        let bundles = Inotify::init(InitFlags::IN_CLOEXEC).context("cannot use inotify")?;
+        let removals = AddWatchFlags::IN_DELETE | AddWatchFlags::IN_MOVED_FROM;
+        for dir in self.scope().dirs.into_iter().chain([self.bundle(""), SHIM_SOCKETS.into()]) {
+            match bundles.add_watch(&dir, removals) {
+                Ok(_) | Err(Errno::ENOENT) => {}
+                Err(error) => return Err(error).with_context(|| format!("cannot watch {}", dir.display())),
+            }
+        }
+        loop {
+            let left = self.inventory()?.since(before);
+            let time = end.saturating_duration_since(Instant::now());
+            // The namespace's own directory stays with containerd, empty.
+            let left = Inventory {
+                files: left.files.into_iter().filter(|file| !self.is_frame(file)).collect(),
+                ..left
+            };
+            if left.is_empty() {
+                return Ok(());
+            }
+            if time.is_zero() {
+                bail!("left behind after {DEADLINE:?}:\n{left}");
+            }
+            let ends: Vec<_> = left.processes.iter().filter_map(|it| sys::pidfd_open(it.pid).ok()).collect();
+            let mut fds: Vec<_> = ends.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
+            fds.push(PollFd::new(mounts.as_fd(), PollFlags::POLLPRI));
+            fds.push(PollFd::new(bundles.as_fd(), PollFlags::POLLIN));
+            let timeout = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
+            poll(&mut fds, timeout).context("cannot wait for things to go")?;
+            if fds.last().and_then(PollFd::any).unwrap_or(false) {
+                bundles.read_events().context("cannot read inotify events")?;
+            }
+        }
+    }
+
+    fn is_frame(&self, file: &str) -> bool {
+        let namespace = self.bundle("");
+        file.strip_prefix("d ").is_some_and(|dir| Path::new(dir) == namespace)
+    }
+}
