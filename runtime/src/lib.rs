@@ -2,6 +2,8 @@
 //!
 //! Arrows point downward only: `shim -> runtime -> protocol <- guest`. ARCHITECTURE.md holds the map.
 
+pub mod accel;
+pub mod agent;
 pub mod annotations;
 pub mod assets;
 pub mod config;

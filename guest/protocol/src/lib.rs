@@ -34,10 +34,16 @@ pub mod api {
 /// Version of the whole protocol: messages, preamble and their meaning. Moved by every incompatible change.
 pub const VERSION: u16 = 1;
 
-/// AF_VSOCK port on the host (CID 2) that the agent dials with its control stream.
-///
-/// With vhost-user-vsock the host listens on the Unix socket `<uds>_<port>`.
+/// [`control_port`] of the first guest CID there is, 3.
 pub const CONTROL_PORT: u32 = 1024;
+
+/// AF_VSOCK port on the host (CID 2) that the agent of the guest with this CID dials with its control stream.
+///
+/// All VMs of a host share the host's ports, and each is served by a process of its own: a port for each CID keeps
+/// them apart. With vhost-user-vsock the host listens on the Unix socket `<uds>_<port>`.
+pub const fn control_port(guest_cid: u32) -> u32 {
+    CONTROL_PORT.wrapping_add(guest_cid).wrapping_sub(3)
+}
 
 /// AF_VSOCK port in the guest where the agent accepts raw streams.
 pub const STREAM_PORT: u32 = 1025;

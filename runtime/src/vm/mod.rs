@@ -1,1 +1,193 @@
 //! A microVM: QEMU, its disks and its channel.
+//!
+//! ```text
+//!   Vm (handle) ──requests──> driver task ──QMP──> QEMU <──channel── guest agent
+//!        └──────────────── streams, agent calls ──────────────────────┘
+//! ```
+//! [`Vm::launch`] returns when QEMU answers, while the guest still boots, so that disks can be attached meanwhile;
+//! [`Vm::agent`] resolves when the guest is ready. The driver task alone changes the VM and ends it; when the last handle
+//! is dropped it kills the VM. Whoever waits on [`Vm::exited`] may rely on nothing being left of it.
+
+mod argv;
+mod boot;
+mod capture;
+mod channel;
+mod disk;
+mod driver;
+mod exit;
+mod launch;
+pub mod qmp;
+mod spec;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+pub use boot::BootError;
+pub use channel::{BoxedStream, ChannelError, HostSupport, Stream, choose};
+pub use disk::{DiskAddress, DiskSpec};
+pub use exit::VmExit;
+pub use launch::LaunchError;
+pub use spec::{ChannelKind, VmSpec};
+
+use crate::agent;
+use crate::error::{ErrorKind, Kind};
+use channel::Channel;
+use driver::{Request, Stop};
+use qmp::QmpError;
+
+/// Why something about a VM failed.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    #[error(transparent)]
+    Boot(Arc<BootError>),
+    #[error("cannot attach disk {serial}")]
+    Attach { serial: String, source: QmpError },
+    #[error("cannot attach disk {serial}: {reason}")]
+    Disk { serial: String, reason: &'static str },
+    #[error("cannot detach the disk at {address}")]
+    Detach { address: DiskAddress, source: QmpError },
+    #[error("no disk is attached at {0}")]
+    NoDisk(DiskAddress),
+    #[error("cannot open a stream into the VM")]
+    Stream(#[source] ChannelError),
+    #[error("the VM has ended: {0}")]
+    Exited(VmExit),
+}
+
+impl Kind for VmError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Launch(error) => error.kind(),
+            Self::Boot(error) => error.kind(),
+            Self::Exited(_) => ErrorKind::Unavailable,
+            Self::NoDisk(_) => ErrorKind::NotFound,
+            Self::Stream(ChannelError::Deadline) => ErrorKind::DeadlineExceeded,
+            Self::Stream(_) => ErrorKind::Unavailable,
+            Self::Attach { .. } | Self::Disk { .. } | Self::Detach { .. } => ErrorKind::Internal,
+        }
+    }
+}
+
+/// A handle on a VM; clones are cheap and equal.
+#[derive(Debug, Clone)]
+pub struct Vm {
+    pid: u32,
+    channel: Arc<Channel>,
+    requests: mpsc::Sender<Request>,
+    stop: Arc<watch::Sender<Stop>>,
+    agent: watch::Receiver<Option<Result<agent::Client, Arc<BootError>>>>,
+    exit: watch::Receiver<Option<VmExit>>,
+}
+
+impl Vm {
+    /// Starts QEMU and returns when it answers; the guest boots meanwhile. Must be called inside a tokio runtime, on a
+    /// thread that lives as long as the VM shall (see [`crate::process::Spawn`]).
+    ///
+    /// `dir` is the VM's own directory, made if it is missing. It holds `console.log` and sockets while the VM runs.
+    ///
+    /// # Errors
+    /// A file is missing or not readable, QEMU is missing, too old or says no, the channel cannot be made: nothing is
+    /// left then but perhaps `console.log`.
+    pub async fn launch(spec: VmSpec, dir: &Path) -> Result<Self, VmError> {
+        Ok(launch::launch(spec, dir).await?)
+    }
+
+    /// QEMU's pid.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// The guest agent, as soon as it has answered and been configured. Any number of callers, at any time.
+    ///
+    /// # Errors
+    /// The boot deadline has passed, the VM has ended, or the agent is of another version: with the last console lines.
+    /// The VM is not ended by this error.
+    pub async fn agent(&self) -> Result<agent::Client, VmError> {
+        let mut agent = self.agent.clone();
+        let state = agent.wait_for(Option::is_some).await.ok().and_then(|state| state.clone());
+        match state {
+            Some(Ok(client)) => Ok(client),
+            Some(Err(error)) => Err(VmError::Boot(error)),
+            None => Err(self.ended().await),
+        }
+    }
+
+    /// Attaches a disk to the virtio-scsi controller; legal from the moment [`Vm::launch`] has returned.
+    ///
+    /// # Errors
+    /// QEMU refuses, the descriptor does not fit `read_only`, all 256 targets are taken, or the VM has ended.
+    pub async fn attach_disk(&self, disk: DiskSpec) -> Result<DiskAddress, VmError> {
+        self.request(|answer| Request::Attach(disk, answer)).await
+    }
+
+    /// Takes a disk away; the guest must have unmounted it.
+    ///
+    /// # Errors
+    /// There is no such disk, QEMU refuses, or the VM has ended.
+    pub async fn detach_disk(&self, address: DiskAddress) -> Result<(), VmError> {
+        self.request(|answer| Request::Detach(address, answer)).await
+    }
+
+    /// A raw stream into the guest, and the token that names it in calls to the agent. Legal when [`Vm::agent`] has
+    /// resolved.
+    ///
+    /// # Errors
+    /// The agent refuses, does not answer in time, or is gone.
+    pub async fn open_stream(&self) -> Result<(u64, BoxedStream), VmError> {
+        self.channel.open_stream().await.map_err(VmError::Stream)
+    }
+
+    /// Resolves when the VM has ended and nothing is left of it. Any number of callers, at any time.
+    pub fn exited(&self) -> impl Future<Output = VmExit> + Send + 'static {
+        let mut exit = self.exit.clone();
+        async move {
+            let exited = exit.wait_for(Option::is_some).await.ok().and_then(|exit| exit.clone());
+            match exited {
+                Some(exit) => exit,
+                // The driver goes without a word only when the runtime shuts down, and this future with it.
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Asks the agent to sync and power off, kills the VM after `grace`, and returns when nothing is left of it.
+    ///
+    /// A VM whose agent has not answered yet has nothing to sync and is killed at once.
+    pub async fn shutdown(&self, grace: Duration) -> VmExit {
+        self.stop.send_if_modified(|stop| {
+            let first = matches!(stop, Stop::No);
+            if first {
+                *stop = Stop::Within(grace);
+            }
+            first
+        });
+        self.exited().await
+    }
+
+    /// Kills the VM and returns when nothing is left of it. What the guest had not synced is lost.
+    pub async fn kill(&self) -> VmExit {
+        self.stop.send_replace(Stop::Now);
+        self.exited().await
+    }
+
+    async fn request<T>(
+        &self,
+        make: impl FnOnce(oneshot::Sender<Result<T, VmError>>) -> Request,
+    ) -> Result<T, VmError> {
+        let (answer, answered) = oneshot::channel();
+        let sent = self.requests.send(make(answer)).await.is_ok();
+        match if sent { answered.await.ok() } else { None } {
+            Some(result) => result,
+            None => Err(self.ended().await),
+        }
+    }
+
+    async fn ended(&self) -> VmError {
+        VmError::Exited(self.exited().await)
+    }
+}

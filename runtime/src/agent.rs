@@ -1,0 +1,289 @@
+//! Client of the guest agent: one method for each call, each with a deadline.
+
+mod ended;
+
+use std::time::Duration;
+
+use machinen_protocol::api::{
+    AgentClient, ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest,
+    CreateContainerResponse, Empty, EndStdinRequest, ListProcessesResponse, ProcessRequest,
+    SignalProcessRequest, WaitProcessResponse,
+};
+use ttrpc::Code;
+
+use ended::Ended;
+
+use crate::error::{ErrorKind, Kind};
+use crate::vm::BoxedStream;
+
+/// For calls that only look something up or pass something on.
+const QUICK: Duration = Duration::from_secs(20);
+/// For calls that mount, start processes or clean up, on an emulated CPU that is shared with others.
+const LONG: Duration = Duration::from_secs(120);
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The agent's own answer.
+    #[error("guest agent: {message}")]
+    Refused { code: Code, message: String },
+    #[error("guest agent: the connection is closed")]
+    Closed,
+    #[error("guest agent: no answer to {call} within {deadline:?}")]
+    Deadline { call: &'static str, deadline: Duration },
+    #[error("guest agent: {call} went wrong")]
+    Protocol { call: &'static str, source: ttrpc::Error },
+}
+
+impl Kind for AgentError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Refused { code, .. } => match code {
+                Code::INVALID_ARGUMENT | Code::OUT_OF_RANGE => ErrorKind::InvalidArgument,
+                Code::NOT_FOUND => ErrorKind::NotFound,
+                Code::ALREADY_EXISTS => ErrorKind::AlreadyExists,
+                Code::PERMISSION_DENIED | Code::UNAUTHENTICATED => ErrorKind::PermissionDenied,
+                Code::FAILED_PRECONDITION | Code::ABORTED => ErrorKind::FailedPrecondition,
+                Code::UNIMPLEMENTED => ErrorKind::Unimplemented,
+                Code::RESOURCE_EXHAUSTED => ErrorKind::ResourceExhausted,
+                Code::DEADLINE_EXCEEDED => ErrorKind::DeadlineExceeded,
+                Code::UNAVAILABLE => ErrorKind::Unavailable,
+                _ => ErrorKind::Internal,
+            },
+            Self::Closed => ErrorKind::Unavailable,
+            Self::Deadline { .. } => ErrorKind::DeadlineExceeded,
+            Self::Protocol { .. } => ErrorKind::Internal,
+        }
+    }
+}
+
+/// The agent of one VM; clones share the connection, and calls may be made concurrently.
+#[derive(Clone)]
+pub struct Client {
+    inner: AgentClient,
+    ended: Ended,
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Client").finish_non_exhaustive()
+    }
+}
+
+/// Makes one call with a deadline, or with none.
+macro_rules! call {
+    ($self:ident.$method:ident($request:expr), $deadline:expr) => {
+        finish(
+            stringify!($method),
+            $deadline,
+            &$self.ended,
+            $self.inner.$method(ttrpc::context::Context::default(), &$request),
+        )
+        .await
+    };
+}
+
+impl Client {
+    /// Over a control stream whose handshake is done. Must be called inside a tokio runtime.
+    pub fn new(control: BoxedStream) -> Self {
+        let ended = Ended::default();
+        let socket = ttrpc::r#async::transport::Socket::new(ended.watch(control));
+        Self { ended, inner: AgentClient::new(ttrpc::r#async::Client::new(socket)) }
+    }
+
+    /// Tells the guest what it cannot know; before any other call.
+    ///
+    /// # Errors
+    /// As every call: see [`AgentError`].
+    pub async fn configure(&self, request: ConfigureRequest) -> Result<ConfigureResponse, AgentError> {
+        call!(self.configure(request), Some(QUICK))
+    }
+
+    /// Prepares a container and leaves its init waiting.
+    ///
+    /// # Errors
+    /// The codes that `agent.proto` lists for this call.
+    pub async fn create_container(
+        &self,
+        request: CreateContainerRequest,
+    ) -> Result<CreateContainerResponse, AgentError> {
+        call!(self.create_container(request), Some(LONG))
+    }
+
+    /// Lets the waiting init execute the command.
+    ///
+    /// # Errors
+    /// No such container, or it is not waiting.
+    pub async fn start_container(&self, container: &str) -> Result<(), AgentError> {
+        call!(self.start_container(container_request(container)), Some(LONG)).map(nothing)
+    }
+
+    /// Resolves when the process has ended and its output has been sent: no deadline. An empty `exec` is the init.
+    ///
+    /// # Errors
+    /// No such process.
+    pub async fn wait_process(&self, container: &str, exec: &str) -> Result<WaitProcessResponse, AgentError> {
+        let request = ProcessRequest {
+            container_id: container.to_owned(),
+            exec_id: exec.to_owned(),
+            ..ProcessRequest::default()
+        };
+        call!(self.wait_process(request), None)
+    }
+
+    /// Sends a signal to one process, or with `all` to every process of the container.
+    ///
+    /// # Errors
+    /// No such process.
+    pub async fn signal_process(
+        &self,
+        container: &str,
+        exec: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), AgentError> {
+        let request = SignalProcessRequest {
+            container_id: container.to_owned(),
+            exec_id: exec.to_owned(),
+            signal,
+            all,
+            ..SignalProcessRequest::default()
+        };
+        call!(self.signal_process(request), Some(QUICK)).map(nothing)
+    }
+
+    /// Says that stdin has ended after `total_bytes`.
+    ///
+    /// # Errors
+    /// No such process.
+    pub async fn end_stdin(&self, container: &str, exec: &str, total_bytes: u64) -> Result<(), AgentError> {
+        let request = EndStdinRequest {
+            container_id: container.to_owned(),
+            exec_id: exec.to_owned(),
+            total_bytes,
+            ..EndStdinRequest::default()
+        };
+        call!(self.end_stdin(request), Some(QUICK)).map(nothing)
+    }
+
+    /// # Errors
+    /// No such container.
+    pub async fn list_processes(&self, container: &str) -> Result<ListProcessesResponse, AgentError> {
+        call!(self.list_processes(container_request(container)), Some(QUICK))
+    }
+
+    /// Removes what is left of a container; one that does not exist is no error.
+    ///
+    /// # Errors
+    /// It is still running, or something of it cannot be removed.
+    pub async fn delete_container(&self, container: &str) -> Result<(), AgentError> {
+        call!(self.delete_container(container_request(container)), Some(LONG)).map(nothing)
+    }
+
+    /// Syncs file systems and powers the VM off. [`crate::vm::Vm::shutdown`] is what callers want: it also waits.
+    ///
+    /// # Errors
+    /// The answer may be lost to the end of the VM: [`AgentError::Closed`].
+    pub async fn shutdown(&self) -> Result<(), AgentError> {
+        call!(self.shutdown(Empty::default()), Some(QUICK)).map(nothing)
+    }
+}
+
+fn nothing(_: Empty) {}
+
+fn container_request(container: &str) -> ContainerRequest {
+    ContainerRequest { container_id: container.to_owned(), ..ContainerRequest::default() }
+}
+
+async fn finish<T>(
+    call: &'static str,
+    deadline: Option<Duration>,
+    ended: &Ended,
+    answer: impl Future<Output = ttrpc::Result<T>>,
+) -> Result<T, AgentError> {
+    let answer = match deadline {
+        None => answer.await,
+        Some(deadline) => tokio::time::timeout(deadline, answer)
+            .await
+            .map_err(|_| AgentError::Deadline { call, deadline })?,
+    };
+    answer.map_err(|error| match error {
+        ttrpc::Error::RpcStatus(status) => {
+            // A code that this side does not know is as good as none.
+            let code = status.code.enum_value().unwrap_or(Code::UNKNOWN);
+            AgentError::Refused { code, message: status.message }
+        }
+        ttrpc::Error::Socket(_)
+        | ttrpc::Error::Nix(_)
+        | ttrpc::Error::LocalClosed
+        | ttrpc::Error::RemoteClosed
+        | ttrpc::Error::Eof => AgentError::Closed,
+        // Not every way in which ttrpc finds the connection closed has a name.
+        ttrpc::Error::Others(_) if ended.is_set() => AgentError::Closed,
+        source @ ttrpc::Error::Others(_) => AgentError::Protocol { call, source },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    use machinen_protocol::api::{Agent, create_agent};
+    use tokio::io::AsyncReadExt as _;
+    use ttrpc::r#async::TtrpcContext;
+
+    struct Fake;
+
+    #[async_trait::async_trait]
+    impl Agent for Fake {
+        async fn start_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+            let message = format!("no container {}", request.container_id);
+            Err(ttrpc::Error::RpcStatus(ttrpc::get_status(Code::NOT_FOUND, message)))
+        }
+
+        async fn list_processes(
+            &self,
+            _: &TtrpcContext,
+            _: ContainerRequest,
+        ) -> ttrpc::Result<ListProcessesResponse> {
+            Ok(ListProcessesResponse::default())
+        }
+    }
+
+    async fn connected() -> (Client, ttrpc::r#async::Server) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.sock");
+        let mut server = ttrpc::r#async::Server::new()
+            .bind(&format!("unix://{}", path.display()))
+            .unwrap()
+            .register_service(create_agent(Arc::new(Fake)));
+        server.start().await.unwrap();
+        let stream = tokio::net::UnixStream::connect(&path).await.unwrap();
+        (Client::new(Box::new(stream)), server)
+    }
+
+    #[tokio::test]
+    async fn the_agents_code_and_words_are_kept() {
+        let (client, _server) = connected().await;
+        let error = client.start_container("c7").await.unwrap_err();
+        assert_eq!(error.to_string(), "guest agent: no container c7");
+        assert!(matches!(error, AgentError::Refused { code: Code::NOT_FOUND, .. }));
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+        client.list_processes("c7").await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_end_of_the_vm_ends_every_call() {
+        let (ours, mut theirs) = tokio::io::duplex(4096);
+        let client = Client::new(Box::new(ours));
+        let (waited, ()) = tokio::join!(client.wait_process("c", ""), async {
+            // The call has been sent.
+            theirs.read_u8().await.unwrap();
+            drop(theirs);
+        });
+        assert!(matches!(waited, Err(AgentError::Closed)), "{waited:?}");
+        let after = client.list_processes("c").await;
+        assert!(matches!(after, Err(AgentError::Closed)), "{after:?}");
+    }
+}

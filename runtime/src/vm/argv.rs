@@ -1,0 +1,201 @@
+//! QEMU's command line: one pure function of the [`VmSpec`].
+//!
+//! QEMU is given no path: everything it needs is inherited under the numbers in [`fd`], so that it can run as a user
+//! who may open nothing.
+
+use machinen_protocol::{CHANNEL_ARG, SERIAL_PORT_NAME};
+
+use super::spec::{ChannelKind, VmSpec};
+use crate::accel::Accel;
+
+/// Numbers of the descriptors that QEMU inherits.
+pub(super) mod fd {
+    /// A connected socket that speaks QMP.
+    pub(crate) const QMP: i32 = 3;
+    /// A connected socket that takes what the guest prints on hvc0.
+    pub(crate) const CONSOLE: i32 = 4;
+    pub(crate) const KERNEL: i32 = 5;
+    pub(crate) const IMAGE: i32 = 6;
+    /// Serial: a connected socket. vhost-user: a socket connected to the daemon. Kernel vsock: /dev/vhost-vsock.
+    pub(crate) const CHANNEL: i32 = 7;
+}
+
+/// `id` of the virtio-scsi controller that disks are added to; its bus is `<id>.0`.
+pub(super) const SCSI: &str = "scsi";
+
+/// The CID of a guest whose host side is not the host's kernel: every such VM has a daemon of its own.
+pub(super) const PRIVATE_CID: u32 = 3;
+
+/// QEMU's arguments. `guest_cid` matters to the vsock channels only.
+pub(super) fn argv(spec: &VmSpec, guest_cid: u32) -> Vec<String> {
+    let mut args = Args::default();
+    args.option("-name", format!("machinen-{0},process=machinen-{0}", escape(&spec.id)));
+    let memory = match spec.channel {
+        // The daemon maps the guest's memory, so it has to be a shared file.
+        ChannelKind::VhostUserVsock { .. } => ",memory-backend=ram",
+        ChannelKind::KernelVsock | ChannelKind::Serial => "",
+    };
+    args.option("-machine", format!("microvm,acpi=on,isa-serial=off{memory}"));
+    match spec.accel {
+        Accel::Kvm => args.option("-accel", "kvm").option("-cpu", "host"),
+        Accel::Tcg { .. } => args.option("-accel", "tcg,thread=multi").option("-cpu", "max"),
+    };
+    args.option("-smp", spec.vcpus).option("-m", format!("{}M", spec.memory_mib));
+    args.flag("-nodefaults").flag("-no-user-config").flag("-no-reboot").option("-display", "none");
+    args.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+    if !memory.is_empty() {
+        args.option("-object", format!("memory-backend-memfd,id=ram,size={}M,share=on", spec.memory_mib));
+    }
+    args.option("-global", "virtio-mmio.force-legacy=false");
+
+    args.option("-chardev", format!("socket,id=qmp,fd={}", fd::QMP));
+    args.option("-mon", "chardev=qmp,mode=control");
+
+    args.option("-kernel", format!("/proc/self/fd/{}", fd::KERNEL));
+    args.option("-append", kernel_command_line(spec));
+
+    args.option("-add-fd", format!("fd={},set={IMAGE_FDSET}", fd::IMAGE));
+    args.option("-blockdev", disk("image", IMAGE_FDSET, true));
+    args.option("-device", "virtio-blk-device,drive=image");
+
+    args.option("-device", "virtio-serial-device,id=serial");
+    args.option("-chardev", format!("socket,id=console,fd={}", fd::CONSOLE));
+    args.option("-device", "virtconsole,bus=serial.0,chardev=console");
+
+    match &spec.channel {
+        ChannelKind::Serial => {
+            args.option("-chardev", format!("socket,id=channel,fd={}", fd::CHANNEL));
+            args.option(
+                "-device",
+                format!("virtserialport,bus=serial.0,chardev=channel,name={SERIAL_PORT_NAME}"),
+            );
+        }
+        ChannelKind::VhostUserVsock { .. } => {
+            args.option("-chardev", format!("socket,id=channel,fd={}", fd::CHANNEL));
+            args.option("-device", "vhost-user-vsock-device,chardev=channel");
+        }
+        ChannelKind::KernelVsock => {
+            args.option(
+                "-device",
+                format!("vhost-vsock-device,guest-cid={guest_cid},vhostfd={}", fd::CHANNEL),
+            );
+        }
+    }
+
+    args.option("-device", format!("virtio-scsi-device,id={SCSI}"));
+    args.option("-device", "virtio-balloon-device,free-page-reporting=on");
+    args.option("-device", "virtio-rng-device");
+    args.0
+}
+
+/// Set of descriptors that holds the guest image; sets of hot-added disks are numbered after it.
+pub(super) const IMAGE_FDSET: u64 = 1;
+
+/// A block device made of the one descriptor in an fd set, as `-blockdev` takes it.
+fn disk(node: &str, fdset: u64, read_only: bool) -> String {
+    let switch = if read_only { "on" } else { "off" };
+    format!(
+        "driver=raw,node-name={node},read-only={switch},file.driver=file,file.filename=/dev/fdset/{fdset},\
+         file.read-only={switch},file.locking=off"
+    )
+}
+
+fn kernel_command_line(spec: &VmSpec) -> String {
+    // loglevel=1, not 0: a kernel that panics raises a level that is not zero, and then says why on the console.
+    let mut line = format!(
+        "console=hvc0 quiet loglevel=1 root=/dev/vda ro rootfstype=erofs init=/sbin/machinen-agent \
+         reboot=t panic=-1 rcupdate.rcu_expedited=1 random.trust_cpu=on {CHANNEL_ARG}={}",
+        spec.channel.guest_name()
+    );
+    if let Accel::Tcg { tsc_khz } = spec.accel {
+        // Emulated timers are too slow to calibrate by, and emulation does not speculate.
+        let lpj = u64::from(tsc_khz) * 1000 / u64::from(GUEST_HZ);
+        line += &format!(" tsc_early_khz={tsc_khz} lpj={lpj} tsc=reliable no_timer_check mitigations=off");
+    }
+    if !spec.kernel_args.is_empty() {
+        line.push(' ');
+        line += &spec.kernel_args;
+    }
+    line
+}
+
+/// CONFIG_HZ of the guest kernel, in which `lpj` (delay loops per jiffy) counts.
+const GUEST_HZ: u32 = 250;
+
+/// A comma in an option's value is written twice.
+fn escape(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+#[derive(Default)]
+struct Args(Vec<String>);
+
+impl Args {
+    fn flag(&mut self, name: &str) -> &mut Self {
+        self.0.push(name.to_owned());
+        self
+    }
+
+    fn option(&mut self, name: &str, value: impl ToString) -> &mut Self {
+        self.0.push(name.to_owned());
+        self.0.push(value.to_string());
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::Identity;
+
+    fn spec(accel: Accel, channel: ChannelKind) -> VmSpec {
+        VmSpec {
+            id: "c1".into(),
+            qemu: "qemu-system-x86_64".into(),
+            accel,
+            memory_mib: 2048,
+            vcpus: 2,
+            kernel: "/a/vmlinux".into(),
+            image: "/a/guest.img".into(),
+            kernel_args: String::new(),
+            channel,
+            hostname: "c1".into(),
+            boot_timeout: std::time::Duration::from_secs(60),
+            identity: Identity::default(),
+            keep_console: false,
+        }
+    }
+
+    /// One option a line.
+    fn lines(spec: &VmSpec, guest_cid: u32) -> String {
+        let mut text = String::new();
+        for arg in argv(spec, guest_cid) {
+            text.push(if arg.starts_with('-') { '\n' } else { ' ' });
+            text += &arg;
+        }
+        text
+    }
+
+    #[test]
+    fn serial_on_tcg() {
+        insta::assert_snapshot!(lines(&spec(Accel::Tcg { tsc_khz: 2_500_000 }, ChannelKind::Serial), 0));
+    }
+
+    #[test]
+    fn vhost_user_vsock_on_tcg() {
+        let channel = ChannelKind::VhostUserVsock { daemon: "vhost-device-vsock".into() };
+        insta::assert_snapshot!(lines(&spec(Accel::Tcg { tsc_khz: 2_500_000 }, channel), PRIVATE_CID));
+    }
+
+    #[test]
+    fn kernel_vsock_on_kvm() {
+        let spec = VmSpec { kernel_args: "debug x=1".into(), ..spec(Accel::Kvm, ChannelKind::KernelVsock) };
+        insta::assert_snapshot!(lines(&spec, 77));
+    }
+
+    #[test]
+    fn an_id_cannot_add_options() {
+        let spec = VmSpec { id: "a,process=x".into(), ..spec(Accel::Kvm, ChannelKind::Serial) };
+        assert_eq!(argv(&spec, 0)[1], "machinen-a,,process=x,process=machinen-a,,process=x");
+    }
+}

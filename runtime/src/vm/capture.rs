@@ -1,0 +1,141 @@
+//! A bounded record of what an untrusted program prints, which is always read to its end.
+//!
+//! The guest's console and QEMU's stderr must neither block their writer nor fill the host's disk or memory: the first
+//! and the last [`KEPT`] bytes are kept, and how many are missing between them is said.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::io::{AsyncRead, AsyncReadExt as _};
+
+/// Bytes kept of the beginning, and again of the end.
+const KEPT: usize = 64 << 10;
+/// Bytes and lines of an excerpt in an error.
+const EXCERPT_BYTES: usize = 2 << 10;
+const EXCERPT_LINES: usize = 12;
+
+/// Shared by the task that reads and those that quote.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Capture(Arc<Mutex<Kept>>);
+
+#[derive(Debug, Default)]
+struct Kept {
+    head: Vec<u8>,
+    tail: VecDeque<u8>,
+    dropped: u64,
+}
+
+impl Capture {
+    /// Reads `source` to its end. What fits is written to `log` at once, and the rest when the source ends.
+    ///
+    /// # Errors
+    /// The log cannot be written; the source has been read to its end all the same.
+    pub(super) async fn read(
+        self,
+        mut source: impl AsyncRead + Unpin,
+        mut log: Option<File>,
+    ) -> io::Result<()> {
+        let mut buffer = vec![0; 4096];
+        let mut outcome = Ok(());
+        loop {
+            // A source that fails has nothing more to say, just as one that ended.
+            let count = source.read(&mut buffer).await.unwrap_or(0);
+            if count == 0 {
+                break;
+            }
+            let head = self.lock().push(&buffer[..count]);
+            if let (Some(file), Ok(())) = (&mut log, &outcome) {
+                outcome = file.write_all(&buffer[..head]);
+            }
+        }
+        if let (Some(mut file), Ok(())) = (log, &outcome) {
+            outcome = file.write_all(&self.lock().end());
+        }
+        outcome
+    }
+
+    /// The last lines as text fit for an error message; empty if nothing was printed.
+    pub(super) fn excerpt(&self) -> String {
+        let kept = self.lock();
+        let bytes: Vec<u8> = kept.head.iter().chain(&kept.tail).copied().collect();
+        excerpt(&bytes)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Kept> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kept {
+    /// Returns how many of the bytes went to the head.
+    fn push(&mut self, bytes: &[u8]) -> usize {
+        let head = bytes.len().min(KEPT - self.head.len());
+        self.head.extend_from_slice(&bytes[..head]);
+        self.tail.extend(&bytes[head..]);
+        let excess = self.tail.len().saturating_sub(KEPT);
+        self.tail.drain(..excess);
+        self.dropped += excess as u64;
+        head
+    }
+
+    /// What belongs after the head.
+    fn end(&mut self) -> Vec<u8> {
+        let mut end = Vec::new();
+        if self.dropped > 0 {
+            end.extend_from_slice(format!("\n[{} bytes left out]\n", self.dropped).as_bytes());
+        }
+        end.extend(&self.tail);
+        end
+    }
+}
+
+fn excerpt(bytes: &[u8]) -> String {
+    let end = &bytes[bytes.len().saturating_sub(EXCERPT_BYTES)..];
+    let text: String =
+        String::from_utf8_lossy(end).chars().filter(|c| *c == '\n' || !c.is_control()).collect();
+    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    lines[lines.len().saturating_sub(EXCERPT_LINES)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn captured(bytes: &[u8]) -> (Capture, Vec<u8>) {
+        let capture = Capture::default();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        capture.clone().read(bytes, Some(file.reopen().unwrap())).await.unwrap();
+        (capture, std::fs::read(file.path()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_flood_keeps_its_two_ends() {
+        let mut flood = vec![b'a'; KEPT];
+        flood.extend(vec![b'x'; 1_000_000]);
+        flood.extend(vec![b'b'; KEPT]);
+        let (_, log) = captured(&flood).await;
+        let mut expected = vec![b'a'; KEPT];
+        expected.extend(b"\n[1000000 bytes left out]\n");
+        expected.extend(vec![b'b'; KEPT]);
+        assert!(log == expected);
+    }
+
+    #[tokio::test]
+    async fn little_is_kept_whole() {
+        let (capture, log) = captured(b"one\r\n\x1b[31mtwo\n\n").await;
+        assert_eq!(log, b"one\r\n\x1b[31mtwo\n\n");
+        assert_eq!(capture.excerpt(), "one\n[31mtwo");
+    }
+
+    #[test]
+    fn an_excerpt_is_the_last_lines() {
+        let many: String = (0..10_000).map(|n| format!("line {n}\n")).collect();
+        let text = excerpt(many.as_bytes());
+        assert_eq!(text.lines().count(), EXCERPT_LINES);
+        assert!(text.ends_with("line 9999"));
+        assert_eq!(excerpt(&vec![b'y'; 1 << 20]).len(), EXCERPT_BYTES);
+        assert_eq!(excerpt(b""), "");
+    }
+}

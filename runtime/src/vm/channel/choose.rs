@@ -1,0 +1,52 @@
+//! Which channel `auto` is.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use super::kernel_vsock;
+use crate::config;
+use crate::vm::spec::ChannelKind;
+
+/// What this host offers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostSupport {
+    /// /dev/vhost-vsock can be opened.
+    pub kernel_vsock: bool,
+    /// The vhost-device-vsock program.
+    pub daemon: PathBuf,
+}
+
+impl HostSupport {
+    pub fn detect(daemon: &Path) -> Self {
+        let kernel_vsock = File::options().read(true).write(true).open(kernel_vsock::DEVICE).is_ok();
+        Self { kernel_vsock, daemon: daemon.to_owned() }
+    }
+}
+
+/// The channel for what the configuration asks.
+///
+/// `auto` is the kernel's vsock where the host has it, else serial: it needs no second process for each VM and no
+/// shared guest memory, starts sooner, and can be part of a template.
+pub fn choose(wanted: config::Channel, host: &HostSupport) -> ChannelKind {
+    match (wanted, host.kernel_vsock) {
+        (config::Channel::Auto | config::Channel::Vsock, true) => ChannelKind::KernelVsock,
+        (config::Channel::Vsock, false) => ChannelKind::VhostUserVsock { daemon: host.daemon.clone() },
+        (config::Channel::Auto, false) | (config::Channel::Serial, _) => ChannelKind::Serial,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_prefers_the_kernel_and_then_serial() {
+        let with = |kernel_vsock| HostSupport { kernel_vsock, daemon: "d".into() };
+        let user = ChannelKind::VhostUserVsock { daemon: "d".into() };
+        assert_eq!(choose(config::Channel::Auto, &with(true)), ChannelKind::KernelVsock);
+        assert_eq!(choose(config::Channel::Vsock, &with(true)), ChannelKind::KernelVsock);
+        assert_eq!(choose(config::Channel::Auto, &with(false)), ChannelKind::Serial);
+        assert_eq!(choose(config::Channel::Vsock, &with(false)), user);
+        assert_eq!(choose(config::Channel::Serial, &with(true)), ChannelKind::Serial);
+    }
+}

@@ -1,0 +1,138 @@
+//! The first bytes of each stream, on the host's side (see the protocol crate's `preamble`).
+
+use machinen_protocol::preamble::{ANSWER_LEN, Answer, Kind, PREAMBLE_LEN, Preamble, PreambleError};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use super::{ChannelError, Stream};
+
+/// Reads what the guest says first and answers it.
+pub(super) async fn accept_control(stream: &mut (impl Stream + ?Sized)) -> Result<(), ChannelError> {
+    let mut bytes = [0; PREAMBLE_LEN];
+    stream.read_exact(&mut bytes).await.map_err(ChannelError::Closed)?;
+    let verdict = match Preamble::decode(&bytes) {
+        Ok(Preamble { kind: Kind::Control, token: 0 }) => Ok(()),
+        Ok(Preamble { kind, token }) => {
+            let (field, value) = match kind {
+                Kind::Control => ("control token", token),
+                Kind::Stdio => ("stream kind", 2),
+            };
+            Err(ChannelError::Protocol(PreambleError::Unknown { field, value }))
+        }
+        Err(error) => Err(ChannelError::from(error)),
+    };
+    let answer = match verdict {
+        Ok(()) => Answer::Accepted,
+        Err(ChannelError::Version(_)) => Answer::WrongVersion,
+        Err(_) => Answer::Refused,
+    };
+    let written = async {
+        stream.write_all(&answer.encode()).await?;
+        stream.flush().await
+    };
+    // A guest that has gone already does not hide what was wrong with it.
+    let written = written.await.map_err(ChannelError::Closed);
+    verdict.and(written)
+}
+
+/// Says what a stream that the host dialled is for, and waits until the agent has accepted it.
+pub(super) async fn offer(
+    stream: &mut (impl Stream + ?Sized),
+    preamble: Preamble,
+) -> Result<(), ChannelError> {
+    let mut bytes = [0; ANSWER_LEN];
+    let exchange = async {
+        stream.write_all(&preamble.encode()).await?;
+        stream.flush().await?;
+        stream.read_exact(&mut bytes).await
+    };
+    exchange.await.map_err(ChannelError::Closed)?;
+    match Answer::decode(&bytes)? {
+        Answer::Accepted => Ok(()),
+        Answer::Refused => Err(ChannelError::Refused),
+        // The agent's version is in its answer and has just been found to be this side's.
+        Answer::WrongVersion => {
+            Err(ChannelError::Protocol(PreambleError::Unknown { field: "answer", value: 1 }))
+        }
+    }
+}
+
+impl From<PreambleError> for ChannelError {
+    fn from(error: PreambleError) -> Self {
+        match error {
+            PreambleError::Version { .. } => Self::Version(error),
+            _ => Self::Protocol(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::duplex;
+
+    fn chain(error: &ChannelError) -> String {
+        crate::error::chain(error)
+    }
+
+    #[tokio::test]
+    async fn a_control_stream_is_accepted() {
+        let (mut host, mut guest) = duplex(64);
+        guest.write_all(&Preamble { kind: Kind::Control, token: 0 }.encode()).await.unwrap();
+        accept_control(&mut host).await.unwrap();
+        let mut answer = [0; ANSWER_LEN];
+        guest.read_exact(&mut answer).await.unwrap();
+        assert_eq!(Answer::decode(&answer), Ok(Answer::Accepted));
+    }
+
+    #[tokio::test]
+    async fn another_version_names_both_and_the_remedy() {
+        let (mut host, mut guest) = duplex(64);
+        let mut first = Preamble { kind: Kind::Control, token: 0 }.encode();
+        first[8] = 77;
+        guest.write_all(&first).await.unwrap();
+        let error = accept_control(&mut host).await.unwrap_err();
+        let text = chain(&error);
+        assert!(
+            text.contains("make guest-image") && text.contains("77") && text.contains("speaks"),
+            "{text}"
+        );
+        let mut answer = [0; ANSWER_LEN];
+        guest.read_exact(&mut answer).await.unwrap();
+        assert_eq!(Answer::decode(&answer), Ok(Answer::WrongVersion));
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_says_nothing_of_this_is_refused() {
+        for first in [[0; PREAMBLE_LEN], Preamble { kind: Kind::Stdio, token: 1 }.encode()] {
+            let (mut host, mut guest) = duplex(64);
+            guest.write_all(&first).await.unwrap();
+            assert!(matches!(accept_control(&mut host).await, Err(ChannelError::Protocol(_))));
+        }
+        let (mut host, guest) = duplex(64);
+        drop(guest);
+        assert!(matches!(accept_control(&mut host).await, Err(ChannelError::Closed(_))));
+    }
+
+    #[tokio::test]
+    async fn an_offer_is_answered_three_ways() {
+        let preamble = Preamble { kind: Kind::Stdio, token: 5 };
+        let mut older = Answer::WrongVersion.encode();
+        older[8] = 9;
+        for (answer, expected) in [
+            (Answer::Accepted.encode(), "accepted"),
+            (Answer::Refused.encode(), "the guest agent refused a stream"),
+            (older, "rebuild the guest image"),
+        ] {
+            let (mut host, mut guest) = duplex(64);
+            guest.write_all(&answer).await.unwrap();
+            let text = match offer(&mut host, preamble).await {
+                Ok(()) => "accepted".to_owned(),
+                Err(error) => chain(&error),
+            };
+            assert!(text.contains(expected), "{text}");
+            let mut said = [0; PREAMBLE_LEN];
+            guest.read_exact(&mut said).await.unwrap();
+            assert_eq!(Preamble::decode(&said), Ok(preamble));
+        }
+    }
+}

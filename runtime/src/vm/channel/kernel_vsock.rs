@@ -1,0 +1,90 @@
+//! AF_VSOCK through the host kernel's vhost-vsock.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd as _;
+
+use machinen_protocol::{STREAM_PORT, control_port};
+use tokio::sync::Mutex;
+use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
+
+use super::{BoxedStream, ChannelError, GuestEnd};
+use crate::sys;
+
+pub(super) const DEVICE: &str = "/dev/vhost-vsock";
+
+/// CIDs that are tried before giving up; a host that runs more VMs than this has other limits first.
+const TRIES: u32 = 1 << 16;
+/// 0 to 2 are reserved, and small ones are what people write by hand.
+const FIRST: u32 = 1 << 16;
+
+#[derive(Debug)]
+pub(super) struct KernelVsock {
+    cid: u32,
+    listener: Mutex<Option<VsockListener>>,
+}
+
+impl KernelVsock {
+    /// Takes a CID that is free on this host and listens on the port that belongs to it.
+    pub(super) fn prepare() -> Result<(Self, GuestEnd), ChannelError> {
+        let failed = |action| move |source| ChannelError::Host { action, source };
+        let device =
+            File::options().read(true).write(true).open(DEVICE).map_err(failed("open /dev/vhost-vsock"))?;
+        let cid = candidates(std::process::id())
+            .find_map(|cid| match sys::vhost::set_guest_cid(device.as_fd(), cid) {
+                Ok(()) => Some(Ok(cid)),
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => None,
+                Err(error) => Some(Err(failed("set a vsock CID")(error))),
+            })
+            .unwrap_or(Err(ChannelError::NoCid(TRIES)))?;
+        let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_HOST, control_port(cid)))
+            .map_err(failed("listen on vsock"))?;
+        let listener = Mutex::new(Some(listener));
+        Ok((Self { cid, listener }, GuestEnd { fd: device.into(), cid }))
+    }
+
+    /// Other guests of this host can dial the port as well: they are turned away.
+    pub(super) async fn accept(&self) -> Result<BoxedStream, ChannelError> {
+        let failed = |source| ChannelError::Host { action: "accept a vsock stream", source };
+        let mut slot = self.listener.lock().await;
+        let Some(listener) = slot.as_mut() else {
+            return Err(failed(io::ErrorKind::NotConnected.into()));
+        };
+        loop {
+            let (stream, peer) = listener.accept().await.map_err(failed)?;
+            if peer.cid() == self.cid {
+                *slot = None;
+                return Ok(Box::new(stream));
+            }
+            tracing::warn!(cid = peer.cid(), "another guest dialled this VM's control port");
+        }
+    }
+
+    pub(super) async fn dial(&self) -> Result<BoxedStream, ChannelError> {
+        let stream = VsockStream::connect(VsockAddr::new(self.cid, STREAM_PORT))
+            .await
+            .map_err(ChannelError::Closed)?;
+        Ok(Box::new(stream))
+    }
+}
+
+/// Starts at a place of each process's own, so that VMs that start together seldom try the same.
+fn candidates(seed: u32) -> impl Iterator<Item = u32> {
+    let start = seed.wrapping_mul(0x9e37_79b1);
+    (0..TRIES).map(move |step| FIRST + (start.wrapping_add(step) & 0x3fff_ffff))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn candidates_are_valid_and_distinct() {
+        for seed in [0, 1, 4242, u32::MAX] {
+            let all: std::collections::BTreeSet<u32> = candidates(seed).collect();
+            assert_eq!(all.len(), TRIES as usize);
+            assert!(*all.first().unwrap() >= FIRST && *all.last().unwrap() < u32::MAX / 2);
+            assert!(all.iter().all(|cid| control_port(*cid) > *cid));
+        }
+    }
+}

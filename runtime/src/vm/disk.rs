@@ -1,0 +1,187 @@
+//! Disks of a running VM: added to and taken from the virtio-scsi controller by QMP.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use serde_json::json;
+use tokio::sync::broadcast;
+
+use super::VmError;
+use super::argv::{IMAGE_FDSET, SCSI};
+use super::qmp::{Event, Qmp, QmpError};
+
+/// Targets of one virtio-scsi controller; each disk is LUN 0 of a target of its own.
+const TARGETS: u32 = 256;
+
+/// QEMU drops a SCSI disk without asking the guest, so this is never reached by a healthy one.
+const DETACH_DEADLINE: Duration = Duration::from_secs(20);
+
+/// A disk to attach.
+#[derive(Debug)]
+pub struct DiskSpec {
+    /// A raw image or block device; opened read-only exactly if `read_only`.
+    pub file: OwnedFd,
+    pub read_only: bool,
+    /// Names the disk inside the guest and in messages, at most 36 bytes reach the guest.
+    pub serial: String,
+}
+
+/// Where the guest finds a disk: `/sys/bus/scsi/devices/0:0:<target>:<lun>`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DiskAddress {
+    pub target: u32,
+    pub lun: u32,
+}
+
+impl std::fmt::Display for DiskAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "target {} lun {}", self.target, self.lun)
+    }
+}
+
+/// The disks of one VM; owned by its driver.
+#[derive(Debug)]
+pub(super) struct Disks {
+    qmp: Qmp,
+    events: broadcast::Receiver<Event>,
+    /// Target to number; a number is never used twice.
+    attached: BTreeMap<u32, u64>,
+    last: u64,
+}
+
+impl Disks {
+    pub(super) fn new(qmp: Qmp, events: broadcast::Receiver<Event>) -> Self {
+        Self { qmp, events, attached: BTreeMap::new(), last: 0 }
+    }
+
+    pub(super) async fn attach(&mut self, disk: DiskSpec) -> Result<DiskAddress, VmError> {
+        let DiskSpec { file, read_only, serial } = disk;
+        let refused = |reason| VmError::Disk { serial: serial.clone(), reason };
+        if opened_read_only(&file) != Some(read_only) {
+            return Err(refused("its file is not opened as the disk is to be used"));
+        }
+        let target = (0..TARGETS)
+            .find(|target| !self.attached.contains_key(target))
+            .ok_or_else(|| refused("every target of the controller is in use"))?;
+        self.last += 1;
+        let number = self.last;
+        let address = DiskAddress { target, lun: 0 };
+        match self.plug(number, address, file, read_only, &serial).await {
+            Ok(()) => {
+                self.attached.insert(target, number);
+                Ok(address)
+            }
+            Err((undo, source)) => {
+                self.unwind(number, undo).await;
+                Err(VmError::Attach { serial, source })
+            }
+        }
+    }
+
+    /// On failure also says how much has to be undone.
+    async fn plug(
+        &self,
+        number: u64,
+        address: DiskAddress,
+        file: OwnedFd,
+        read_only: bool,
+        serial: &str,
+    ) -> Result<(), (Undo, QmpError)> {
+        let (node, fdset) = (node(number), fdset(number));
+        let handed = self.qmp.execute_with_fd("add-fd", json!({ "fdset-id": fdset }), file).await;
+        handed.map_err(|error| (Undo::Nothing, error))?;
+        // Images are shared between VMs and locked by whoever manages them, not by QEMU.
+        let block = json!({
+            "node-name": node, "driver": "raw", "read-only": read_only, "discard": "unmap",
+            "file": {
+                "driver": "file", "filename": format!("/dev/fdset/{fdset}"), "read-only": read_only,
+                "auto-read-only": false, "locking": "off", "discard": "unmap",
+            },
+        });
+        self.qmp.execute("blockdev-add", block).await.map_err(|error| (Undo::Fd, error))?;
+        let device = json!({
+            "driver": "scsi-hd", "id": node, "bus": format!("{SCSI}.0"), "drive": node,
+            "channel": 0, "scsi-id": address.target, "lun": address.lun, "serial": serial, "rotation_rate": 1,
+        });
+        self.qmp.execute("device_add", device).await.map_err(|error| (Undo::Block, error))?;
+        Ok(())
+    }
+
+    pub(super) async fn detach(&mut self, address: DiskAddress) -> Result<(), VmError> {
+        let number = match self.attached.get(&address.target) {
+            Some(number) if address.lun == 0 => *number,
+            _ => return Err(VmError::NoDisk(address)),
+        };
+        self.unplug(number).await.map_err(|source| VmError::Detach { address, source })?;
+        self.attached.remove(&address.target);
+        Ok(())
+    }
+
+    async fn unplug(&mut self, number: u64) -> Result<(), QmpError> {
+        let node = node(number);
+        let mut events = self.events.resubscribe();
+        self.qmp.execute("device_del", json!({ "id": node })).await?;
+        let gone = Event::DeviceDeleted(node.clone());
+        let deleted = async {
+            loop {
+                match events.recv().await {
+                    Ok(event) if event == gone => return Ok(()),
+                    // QEMU itself refuses the next step if the event that was lost was not this one.
+                    Err(broadcast::error::RecvError::Lagged(_)) => return Ok(()),
+                    Err(broadcast::error::RecvError::Closed) => return Err(QmpError::Closed),
+                    Ok(_) => {}
+                }
+            }
+        };
+        match tokio::time::timeout(DETACH_DEADLINE, deleted).await {
+            Ok(result) => result?,
+            Err(_) => return Err(QmpError::Deadline { command: "device_del" }),
+        }
+        self.qmp.execute("blockdev-del", json!({ "node-name": node })).await?;
+        self.qmp.execute("remove-fd", json!({ "fdset-id": fdset(number) })).await?;
+        Ok(())
+    }
+
+    /// What cannot be undone stays until the VM ends, under a number that is not used again.
+    async fn unwind(&self, number: u64, undo: Undo) {
+        let mut steps = Vec::new();
+        if undo == Undo::Block {
+            steps.push(("blockdev-del", json!({ "node-name": node(number) })));
+        }
+        if undo != Undo::Nothing {
+            steps.push(("remove-fd", json!({ "fdset-id": fdset(number) })));
+        }
+        for (command, arguments) in steps {
+            if let Err(error) = self.qmp.execute(command, arguments).await {
+                tracing::warn!("cannot take back a disk that was not attached: {error}");
+            }
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Undo {
+    Nothing,
+    Fd,
+    Block,
+}
+
+fn node(number: u64) -> String {
+    format!("disk-{number}")
+}
+
+fn fdset(number: u64) -> u64 {
+    IMAGE_FDSET + number
+}
+
+/// None when it is opened for writing alone.
+fn opened_read_only(file: &OwnedFd) -> Option<bool> {
+    let flags = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL).ok()?);
+    match flags & OFlag::O_ACCMODE {
+        OFlag::O_RDONLY => Some(true),
+        OFlag::O_RDWR => Some(false),
+        _ => None,
+    }
+}

@@ -1,0 +1,209 @@
+//! The one task that owns a VM: carries out requests, notes what QEMU says, ends it, and cleans up.
+
+use std::future::Future;
+use std::path::PathBuf;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+
+use super::VmError;
+use super::boot::BootError;
+use super::capture::Capture;
+use super::channel::Channel;
+use super::disk::{DiskAddress, DiskSpec, Disks};
+use super::exit::{Seen, VmExit, judge};
+use super::launch::CONSOLE_LOG;
+use super::qmp::{Event, Qmp};
+use crate::agent;
+use crate::process::{Child, Exit};
+
+/// After QEMU has ended its sockets end too; this only guards against a descriptor that leaked.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// What handles ask the driver for.
+#[derive(Debug)]
+pub(super) enum Request {
+    Attach(DiskSpec, oneshot::Sender<Result<DiskAddress, VmError>>),
+    Detach(DiskAddress, oneshot::Sender<Result<(), VmError>>),
+}
+
+/// Whether and how the VM is to end.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Stop {
+    No,
+    Within(Duration),
+    Now,
+}
+
+/// Everything that exists of a running VM.
+#[derive(Debug)]
+pub(super) struct Running {
+    pub(super) qemu: Child,
+    pub(super) channel: Arc<Channel>,
+    pub(super) console: Output,
+    pub(super) stderr: Output,
+    pub(super) dir: Dir,
+    pub(super) keep_console: bool,
+}
+
+/// Something that QEMU prints, and the task that reads it.
+#[derive(Debug)]
+pub(super) struct Output {
+    pub(super) capture: Capture,
+    pub(super) reader: JoinHandle<std::io::Result<()>>,
+}
+
+/// The VM's directory.
+#[derive(Debug)]
+pub(super) struct Dir {
+    pub(super) path: PathBuf,
+    /// It was made for this VM.
+    pub(super) made: bool,
+}
+
+/// What the driver hears.
+#[derive(Debug)]
+pub(super) struct Inputs {
+    pub(super) events: broadcast::Receiver<Event>,
+    pub(super) requests: mpsc::Receiver<Request>,
+    pub(super) stop: watch::Receiver<Stop>,
+    pub(super) agent: watch::Receiver<Option<Result<agent::Client, Arc<BootError>>>>,
+}
+
+/// Runs until the VM has ended and nothing is left of it.
+pub(super) async fn drive(running: Running, qmp: Qmp, inputs: Inputs) -> VmExit {
+    let Inputs { mut events, requests, mut stop, agent } = inputs;
+    let mut seen = Seen::default();
+    let mut work = pin!(serve(requests, Disks::new(qmp, events.resubscribe())));
+    let (mut working, mut listening) = (true, true);
+    let mut exited = pin!(running.qemu.exited());
+    let mut ending: Option<Pin<Box<dyn Future<Output = ()> + Send>>> = None;
+    let exit = loop {
+        let told = tokio::select! {
+            exit = &mut exited => break exit,
+            event = events.recv(), if listening => {
+                listening = !matches!(event, Err(broadcast::error::RecvError::Closed));
+                note(&mut seen, event);
+                continue;
+            }
+            told = stop.changed() => match told {
+                Ok(()) => *stop.borrow_and_update(),
+                Err(_) => Stop::Now,
+            },
+            () = &mut work, if working => {
+                // No handle is left.
+                working = false;
+                Stop::Now
+            }
+            () = async { ending.as_mut().expect("checked").await }, if ending.is_some() => Stop::Now,
+        };
+        seen.requested = true;
+        match told {
+            Stop::No => {}
+            Stop::Within(grace) => ending = Some(Box::pin(power_off(agent.borrow().clone(), grace))),
+            Stop::Now => {
+                if let Err(error) = running.qemu.signal(Signal::SIGKILL) {
+                    tracing::error!("cannot kill a VM: {}", crate::error::chain(&error));
+                }
+                break exited.await;
+            }
+        }
+    };
+    // What QEMU said last may not have been read yet; its end of the monitor is closed by now.
+    let drained = async {
+        while listening {
+            let event = events.recv().await;
+            listening = !matches!(event, Err(broadcast::error::RecvError::Closed));
+            note(&mut seen, event);
+        }
+    };
+    if tokio::time::timeout(DRAIN, drained).await.is_err() {
+        tracing::warn!("QEMU has ended but its monitor has not");
+    }
+    running.finish(&seen, exit).await
+}
+
+impl Running {
+    /// Cleans up after QEMU has ended, and says why it did.
+    pub(super) async fn finish(self, seen: &Seen, exit: Exit) -> VmExit {
+        let Self { qemu, channel, console, stderr, dir, keep_console } = self;
+        drop(qemu);
+        let console = console.end("console").await;
+        let stderr = stderr.end("stderr").await;
+        let reason = judge(seen, exit, console.excerpt(), stderr.excerpt());
+        if let Err(error) = channel.close().await {
+            tracing::warn!("{}", crate::error::chain(&error));
+        }
+        dir.clean(keep_console || reason != VmExit::Requested);
+        reason
+    }
+}
+
+impl Output {
+    async fn end(self, name: &str) -> Capture {
+        match tokio::time::timeout(DRAIN, self.reader).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => tracing::warn!("cannot log a VM's {name}: {error}"),
+            Ok(Err(_)) | Err(_) => tracing::warn!("a VM's {name} has not been read to its end"),
+        }
+        self.capture
+    }
+}
+
+impl Dir {
+    pub(super) fn clean(&self, keep_console: bool) {
+        let log = self.path.join(CONSOLE_LOG);
+        // A log that says nothing helps nobody.
+        let empty = log.metadata().is_ok_and(|meta| meta.len() == 0);
+        if (empty || !keep_console)
+            && let Err(error) = std::fs::remove_file(&log)
+        {
+            tracing::warn!(path = %log.display(), "cannot remove a console log: {error}");
+        }
+        // It stays if something is in it: the console log, or what the caller has put there.
+        if self.made
+            && let Err(error) = std::fs::remove_dir(&self.path)
+        {
+            tracing::debug!(path = %self.path.display(), "keeping the directory of a VM: {error}");
+        }
+    }
+}
+
+fn note(seen: &mut Seen, event: Result<Event, broadcast::error::RecvError>) {
+    match event {
+        Ok(Event::Shutdown { reason, .. }) => seen.shutdown = Some(reason),
+        Ok(Event::GuestPanicked) => seen.panicked = true,
+        Ok(_) => {}
+        Err(error) => tracing::debug!("QEMU's events: {error}"),
+    }
+}
+
+/// Ends when the last handle is gone.
+async fn serve(mut requests: mpsc::Receiver<Request>, mut disks: Disks) {
+    while let Some(request) = requests.recv().await {
+        // A caller that went away meanwhile does not want to know.
+        match request {
+            Request::Attach(disk, answer) => drop(answer.send(disks.attach(disk).await)),
+            Request::Detach(address, answer) => drop(answer.send(disks.detach(address).await)),
+        }
+    }
+}
+
+/// Asks the guest to end; ends itself when waiting longer is of no use.
+async fn power_off(agent: Option<Result<agent::Client, Arc<BootError>>>, grace: Duration) {
+    let Some(Ok(agent)) = agent else { return };
+    let asked = async {
+        match agent.shutdown().await {
+            // The answer may be lost to the end of the VM.
+            Ok(()) | Err(agent::AgentError::Closed) => std::future::pending().await,
+            Err(error) => tracing::warn!("{}", crate::error::chain(&error)),
+        }
+    };
+    if tokio::time::timeout(grace, asked).await.is_err() {
+        tracing::warn!("the guest did not power off within {grace:?}");
+    }
+}

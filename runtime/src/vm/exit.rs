@@ -1,0 +1,94 @@
+//! Why a VM ended.
+
+use crate::process::Exit;
+
+/// The end of a VM, judged by what QEMU said last and how it ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VmExit {
+    /// It was told to.
+    Requested,
+    /// The guest powered itself off.
+    PoweredOff,
+    /// The guest reset, which only a kernel that panicked does.
+    GuestPanic { console: String },
+    /// QEMU was killed, for example by the host's OOM killer.
+    Killed { signal: i32, stderr: String },
+    /// QEMU gave up.
+    Failed { code: i32, stderr: String },
+}
+
+impl std::fmt::Display for VmExit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Requested => f.write_str("it was told to stop"),
+            Self::PoweredOff => f.write_str("the guest powered itself off"),
+            Self::GuestPanic { console } => {
+                write!(f, "the guest kernel panicked{}", quoted("console", console))
+            }
+            Self::Killed { signal, stderr } => {
+                write!(f, "QEMU {}{}", Exit::Signal(*signal), quoted("stderr", stderr))
+            }
+            Self::Failed { code, stderr } => {
+                write!(f, "QEMU {}{}", Exit::Code(*code), quoted("stderr", stderr))
+            }
+        }
+    }
+}
+
+/// What was seen while the VM ran.
+#[derive(Debug, Default)]
+pub(super) struct Seen {
+    /// The owner asked for the end.
+    pub(super) requested: bool,
+    /// `reason` of QEMU's last SHUTDOWN event.
+    pub(super) shutdown: Option<String>,
+    pub(super) panicked: bool,
+}
+
+pub(super) fn judge(seen: &Seen, exit: Exit, console: String, stderr: String) -> VmExit {
+    let reset = seen.shutdown.as_deref() == Some("guest-reset");
+    match exit {
+        _ if seen.requested => VmExit::Requested,
+        _ if seen.panicked || reset => VmExit::GuestPanic { console },
+        Exit::Signal(signal) => VmExit::Killed { signal, stderr },
+        Exit::Code(0) => VmExit::PoweredOff,
+        Exit::Code(code) => VmExit::Failed { code, stderr },
+    }
+}
+
+/// `; its <name> ended with: <text>`, or nothing if there is no text.
+pub(super) fn quoted(name: &str, text: &str) -> String {
+    let line: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    if line.is_empty() { String::new() } else { format!("; its {name} ended with: {}", line.join(" | ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn judged(requested: bool, shutdown: Option<&str>, exit: Exit) -> VmExit {
+        let seen = Seen { requested, shutdown: shutdown.map(str::to_owned), panicked: false };
+        judge(&seen, exit, "con".into(), "err".into())
+    }
+
+    #[test]
+    fn every_end_has_its_reason() {
+        let killed = Exit::Signal(9);
+        assert_eq!(judged(true, None, killed), VmExit::Requested);
+        assert_eq!(judged(false, None, killed), VmExit::Killed { signal: 9, stderr: "err".into() });
+        assert_eq!(judged(false, Some("guest-shutdown"), Exit::Code(0)), VmExit::PoweredOff);
+        let panic = VmExit::GuestPanic { console: "con".into() };
+        assert_eq!(judged(false, Some("guest-reset"), Exit::Code(0)), panic);
+        assert_eq!(judged(false, None, Exit::Code(1)), VmExit::Failed { code: 1, stderr: "err".into() });
+        let seen = Seen { panicked: true, ..Seen::default() };
+        assert_eq!(judge(&seen, Exit::Code(0), "con".into(), String::new()), panic);
+    }
+
+    #[test]
+    fn the_text_quotes_what_was_printed_last() {
+        let text = VmExit::Failed { code: 1, stderr: "no memory\n\nbye\n".into() }.to_string();
+        assert_eq!(text, "QEMU exited with status 1; its stderr ended with: no memory | bye");
+        let text = VmExit::Killed { signal: 9, stderr: String::new() }.to_string();
+        assert_eq!(text, "QEMU was killed by SIGKILL");
+    }
+}

@@ -1,0 +1,305 @@
+//! A small client of QEMU's monitor protocol (QMP): commands, events, and descriptors handed over.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, BufReader};
+use tokio::net::UnixStream;
+use tokio::net::unix::OwnedWriteHalf;
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use crate::sys;
+
+/// The oldest QEMU whose microvm has what machinen uses.
+pub(super) const OLDEST: Version = Version { major: 7, minor: 2, micro: 0 };
+
+/// Longest line that is accepted, bytes; the greeting and all answers used here are far below.
+const MAX_LINE: u64 = 1 << 20;
+/// QEMU's main loop answers in milliseconds; when it does not for this long it never will.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// Why a command was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum QmpError {
+    #[error("QEMU closed its monitor")]
+    Closed,
+    #[error("cannot talk to QEMU's monitor")]
+    Io(#[source] io::Error),
+    #[error("QEMU's monitor said what is not QMP: {0}")]
+    Malformed(String),
+    #[error("QEMU {0} is too old, {OLDEST} or newer is needed; install the Debian package qemu-system-x86")]
+    TooOld(Version),
+    #[error("QEMU refused {command}: {description} ({class})")]
+    Refused { command: &'static str, class: String, description: String },
+    #[error("QEMU did not answer {command} within {DEADLINE:?}")]
+    Deadline { command: &'static str },
+}
+
+/// QEMU's version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+pub struct Version {
+    pub major: u32,
+    pub minor: u32,
+    pub micro: u32,
+}
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
+/// What QEMU tells unasked, as far as it matters here (QEMU's QMP reference, "Events").
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// The machine is off; `reason` is a `ShutdownCause`, such as `guest-shutdown` or `guest-reset`.
+    Shutdown {
+        guest: bool,
+        reason: String,
+    },
+    GuestPanicked,
+    Reset,
+    Stop,
+    /// The device with this id is gone.
+    DeviceDeleted(String),
+}
+
+/// A handle on the monitor; clones share it.
+#[derive(Debug, Clone)]
+pub struct Qmp {
+    commands: mpsc::Sender<Command>,
+    version: Version,
+}
+
+#[derive(Debug)]
+struct Command {
+    name: &'static str,
+    arguments: Value,
+    fd: Option<OwnedFd>,
+    answer: oneshot::Sender<Result<Value, QmpError>>,
+}
+
+#[derive(Deserialize)]
+struct Message {
+    #[serde(rename = "QMP")]
+    greeting: Option<Greeting>,
+    #[serde(rename = "return")]
+    result: Option<Value>,
+    error: Option<Refusal>,
+    id: Option<u64>,
+    event: Option<String>,
+    #[serde(default)]
+    data: Value,
+}
+
+#[derive(Deserialize)]
+struct Greeting {
+    version: GreetingVersion,
+}
+
+#[derive(Deserialize)]
+struct GreetingVersion {
+    qemu: Version,
+}
+
+#[derive(Deserialize)]
+struct Refusal {
+    class: String,
+    desc: String,
+}
+
+impl Qmp {
+    /// Greets QEMU and makes it ready for commands. Events come until QEMU closes its monitor. Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// QEMU is too old, ends first, or does not greet in time.
+    pub async fn connect(
+        socket: std::os::unix::net::UnixStream,
+    ) -> Result<(Self, broadcast::Receiver<Event>), QmpError> {
+        socket.set_nonblocking(true).map_err(QmpError::Io)?;
+        let (reader, writer) = UnixStream::from_std(socket).map_err(QmpError::Io)?.into_split();
+        let mut lines = Lines { reader: BufReader::new(reader), line: Vec::new() };
+        let greeting = tokio::time::timeout(DEADLINE, lines.next())
+            .await
+            .map_err(|_| QmpError::Deadline { command: "the greeting" })??;
+        let version = match greeting.greeting {
+            Some(greeting) => greeting.version.qemu,
+            None => return Err(QmpError::Malformed("a first message that is no greeting".into())),
+        };
+        if version < OLDEST {
+            return Err(QmpError::TooOld(version));
+        }
+        let (commands, queue) = mpsc::channel(16);
+        let (events, event_queue) = broadcast::channel(64);
+        tokio::spawn(serve(lines, writer, queue, events));
+        let qmp = Self { commands, version };
+        qmp.execute("qmp_capabilities", json!({})).await?;
+        Ok((qmp, event_queue))
+    }
+
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// # Errors
+    /// QEMU refuses the command, ends, or does not answer in time.
+    pub async fn execute(&self, command: &'static str, arguments: Value) -> Result<Value, QmpError> {
+        self.send(command, arguments, None).await
+    }
+
+    /// As [`Qmp::execute`], for the commands that take a descriptor (`add-fd`, `getfd`).
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub async fn execute_with_fd(
+        &self,
+        command: &'static str,
+        arguments: Value,
+        fd: OwnedFd,
+    ) -> Result<Value, QmpError> {
+        self.send(command, arguments, Some(fd)).await
+    }
+
+    async fn send(
+        &self,
+        name: &'static str,
+        arguments: Value,
+        fd: Option<OwnedFd>,
+    ) -> Result<Value, QmpError> {
+        let (answer, answered) = oneshot::channel();
+        let exchange = async {
+            self.commands
+                .send(Command { name, arguments, fd, answer })
+                .await
+                .map_err(|_| QmpError::Closed)?;
+            answered.await.map_err(|_| QmpError::Closed)?
+        };
+        match tokio::time::timeout(DEADLINE, exchange).await {
+            Ok(result) => result,
+            Err(_) => Err(QmpError::Deadline { command: name }),
+        }
+    }
+}
+
+/// Owns the socket until QEMU closes it or every handle is gone; commands without an answer then fail as closed.
+async fn serve<R: AsyncRead + Unpin>(
+    mut lines: Lines<R>,
+    writer: OwnedWriteHalf,
+    mut commands: mpsc::Receiver<Command>,
+    events: broadcast::Sender<Event>,
+) {
+    type Waiting = (&'static str, oneshot::Sender<Result<Value, QmpError>>);
+    let mut waiting: HashMap<u64, Waiting> = HashMap::new();
+    for id in 0_u64.. {
+        // One turn a command; messages are handled in between.
+        let command = loop {
+            tokio::select! {
+                command = commands.recv() => break command,
+                message = lines.next() => match message {
+                    Ok(message) => deliver(message, &mut waiting, &events),
+                    Err(error) => {
+                        tracing::debug!("QEMU's monitor ended: {error}");
+                        return;
+                    }
+                },
+            }
+        };
+        let Some(Command { name, arguments, fd, answer }) = command else { return };
+        let mut text = json!({ "execute": name, "arguments": arguments, "id": id }).to_string();
+        text.push('\n');
+        match write_all(&writer, text.as_bytes(), fd).await {
+            Ok(()) => {
+                waiting.insert(id, (name, answer));
+            }
+            Err(error) => {
+                // The caller that went away meanwhile has no use for the error.
+                answer.send(Err(QmpError::Io(error))).ok();
+            }
+        }
+    }
+}
+
+fn deliver(
+    message: Message,
+    waiting: &mut HashMap<u64, (&'static str, oneshot::Sender<Result<Value, QmpError>>)>,
+    events: &broadcast::Sender<Event>,
+) {
+    if let Some(name) = message.event {
+        if let Some(event) = event(&name, &message.data) {
+            // Nobody listening is no error.
+            events.send(event).ok();
+        }
+        return;
+    }
+    let Some((command, answer)) = message.id.and_then(|id| waiting.remove(&id)) else { return };
+    let result = match (message.result, message.error) {
+        (_, Some(Refusal { class, desc })) => Err(QmpError::Refused { command, class, description: desc }),
+        (Some(value), None) => Ok(value),
+        (None, None) => Err(QmpError::Malformed(format!("an empty answer to {command}"))),
+    };
+    answer.send(result).ok();
+}
+
+fn event(name: &str, data: &Value) -> Option<Event> {
+    let text = |key: &str| data[key].as_str().unwrap_or_default().to_owned();
+    Some(match name {
+        "SHUTDOWN" => {
+            Event::Shutdown { guest: data["guest"].as_bool().unwrap_or_default(), reason: text("reason") }
+        }
+        "GUEST_PANICKED" | "GUEST_CRASHLOADED" => Event::GuestPanicked,
+        "RESET" => Event::Reset,
+        "STOP" => Event::Stop,
+        // Devices without an id are parts of one that has an id.
+        "DEVICE_DELETED" if data["device"].is_string() => Event::DeviceDeleted(text("device")),
+        _ => return None,
+    })
+}
+
+/// The descriptor travels with the first bytes.
+async fn write_all(writer: &OwnedWriteHalf, bytes: &[u8], mut fd: Option<OwnedFd>) -> io::Result<()> {
+    let socket: &UnixStream = writer.as_ref();
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        socket.writable().await?;
+        let sent = socket.try_io(tokio::io::Interest::WRITABLE, || {
+            sys::socket::send_with_fd(socket.as_fd(), rest, fd.as_ref())
+        });
+        match sent {
+            Ok(count) => {
+                rest = &rest[count..];
+                fd = None;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+struct Lines<R> {
+    reader: BufReader<R>,
+    /// Survives a cancelled [`Lines::next`].
+    line: Vec<u8>,
+}
+
+impl<R: AsyncRead + Unpin> Lines<R> {
+    async fn next(&mut self) -> Result<Message, QmpError> {
+        let left = MAX_LINE - self.line.len() as u64;
+        (&mut self.reader).take(left).read_until(b'\n', &mut self.line).await.map_err(QmpError::Io)?;
+        if self.line.last() != Some(&b'\n') {
+            if (self.line.len() as u64) < MAX_LINE {
+                return Err(QmpError::Closed);
+            }
+            return Err(QmpError::Malformed(format!("a line longer than {MAX_LINE} bytes")));
+        }
+        let line = std::mem::take(&mut self.line);
+        serde_json::from_slice(&line).map_err(|error| QmpError::Malformed(error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,64 @@
+//! What a VM is to be: plain data, complete before anything is started.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::accel::Accel;
+use crate::process::Identity;
+
+/// Everything that shapes a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmSpec {
+    /// Names the QEMU process: the container's or pod's id.
+    pub id: String,
+    /// A path, or a name that is looked up in PATH.
+    pub qemu: PathBuf,
+    pub accel: Accel,
+    /// Ceiling of the guest's memory, MiB; the host pays only for what the guest has touched.
+    pub memory_mib: u32,
+    pub vcpus: u32,
+    /// Uncompressed kernel with a PVH entry point, readable by everyone.
+    pub kernel: PathBuf,
+    /// Read-only root file system with the agent, readable by everyone.
+    pub image: PathBuf,
+    /// Added to the kernel command line.
+    pub kernel_args: String,
+    pub channel: ChannelKind,
+    /// Hostname of the guest itself.
+    pub hostname: String,
+    /// From the start of QEMU until the agent has answered.
+    pub boot_timeout: Duration,
+    /// Who QEMU and its helpers run as; see [`VmSpec::unprivileged`].
+    pub identity: Identity,
+    /// Keep `console.log` when the VM ended as it was asked to; otherwise it is kept only after a failure.
+    pub keep_console: bool,
+}
+
+/// How the host and the agent talk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ChannelKind {
+    /// AF_VSOCK by the host kernel's /dev/vhost-vsock.
+    KernelVsock,
+    /// AF_VSOCK in the guest, Unix sockets on the host, by the program `daemon` (vhost-device-vsock).
+    VhostUserVsock { daemon: PathBuf },
+    /// One virtio serial port that carries all streams as yamux.
+    Serial,
+}
+
+impl ChannelKind {
+    /// The value of `machinen.channel` on the kernel command line.
+    pub fn guest_name(&self) -> &'static str {
+        match self {
+            Self::KernelVsock | Self::VhostUserVsock { .. } => "vsock",
+            Self::Serial => "serial",
+        }
+    }
+}
+
+impl VmSpec {
+    /// An identity that no account has and no other owner of VMs shares: the base plus the owner's pid (at most 2^22).
+    pub fn unprivileged(owner_pid: u32, groups: Vec<u32>) -> Identity {
+        const BASE: u32 = 0x7000_0000;
+        Identity { uid: BASE + owner_pid, gid: BASE + owner_pid, groups }
+    }
+}
