@@ -103,6 +103,14 @@ impl Containerd {
         Ok(containerd)
     }
 
+    /// Writes another configuration of machinen for the shims that start from now on.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn configure(&self, setup: &Setup) -> Result<()> {
+        write(&self.root, "machinen.toml", &setup.machinen_toml())
+    }
+
     /// Kills containerd and starts it again; shims live on.
     ///
     /// # Errors
@@ -200,10 +208,12 @@ fn write_configuration(root: &Path, setup: &Setup) -> Result<()> {
         "version = 2\nroot = \"{dir}/r\"\nstate = \"{dir}/s\"\ndisabled_plugins = {DISABLED_PLUGINS:?}\n\
          [grpc]\naddress = \"{dir}/c.sock\"\n[debug]\nlevel = \"trace\"\n"
     );
-    for (name, content) in [("containerd.toml", config), ("machinen.toml", setup.machinen_toml()?)] {
-        fs::write(root.join(name), content).with_context(|| format!("cannot write {dir}/{name}"))?;
-    }
-    Ok(())
+    write(root, "containerd.toml", &config)?;
+    write(root, "machinen.toml", &setup.machinen_toml())
+}
+
+fn write(dir: &Path, name: &str, content: &str) -> Result<()> {
+    fs::write(dir.join(name), content).with_context(|| format!("cannot write {}/{name}", dir.display()))
 }
 
 /// The harness's own path behind the directory of the freshly built shim, if there is one.

@@ -1,8 +1,6 @@
 //! What a test changes before its containerd starts: machinen's configuration file and the environment.
 
-use std::{collections::BTreeMap, fmt::Write, path::Path};
-
-use anyhow::Result;
+use std::{collections::BTreeMap, path::Path};
 
 use crate::paths;
 
@@ -47,13 +45,12 @@ impl Setup {
         self.env.iter()
     }
 
-    pub(crate) fn machinen_toml(&self) -> Result<String> {
-        let mut text = String::new();
-        for (section, keys) in &self.machinen {
-            writeln!(text, "[{section}]")?;
-            keys.iter().try_for_each(|(key, value)| writeln!(text, "{key} = {value}"))?;
-        }
-        Ok(text)
+    pub(crate) fn machinen_toml(&self) -> String {
+        let section = |(name, keys): (&String, &BTreeMap<String, String>)| {
+            let lines: String = keys.iter().map(|(key, value)| format!("{key} = {value}\n")).collect();
+            format!("[{name}]\n{lines}")
+        };
+        self.machinen.iter().map(section).collect()
     }
 }
 

@@ -17,12 +17,12 @@ use machinen_integration::{
 /// What the container shows of its machine; 42 shows that the exit code comes back.
 const SCRIPT: &str = r#"
 echo "kernel:   $(uname -a)"
-echo "process:  pid $$ is $(tr '\0' ' ' </proc/1/cmdline | cut -c1-24)..., $(ls -d /proc/[0-9]* | wc -l) processes visible"
+echo "process:  pid $$, $(cat /proc/1/comm), in $(cut -d: -f3 /proc/1/cgroup | tail -1), $(ls -d /proc/[0-9]* | wc -l) visible"
 echo "user:     $(id)"
 echo "cpu:      $(grep -c ^processor /proc/cpuinfo) x $(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1)"
 echo "memory:   $(sed -n 's/^MemTotal: *//p' /proc/meminfo)"
 echo "rootfs:   $(df -h / | tail -1 | tr -s ' ')"
-echo "mounts:"; sed 's/^/          /' /proc/mounts | cut -c1-110
+echo "mounts:   $(awk '{ printf "%s%s(%s)", (NR > 1 ? " " : ""), $2, $3 }' /proc/mounts)"
 exit 42
 "#;
 

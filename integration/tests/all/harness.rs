@@ -1,7 +1,7 @@
 //! How a test is run: containerd before, and the proof that nothing was left after.
 
-use anyhow::Result;
-use machinen_integration::{containerd::Containerd, image::Image, paths::Version, setup::Setup};
+use anyhow::{Result, ensure};
+use machinen_integration::{containerd::Containerd, ctr::Run, image::Image, paths::Version, setup::Setup};
 
 /// The image that every test's containerd has.
 pub(crate) const IMAGE: &str = "machinen.test/busybox:1";
@@ -58,3 +58,35 @@ macro_rules! on_newest_containerd {
     };
 }
 pub(crate) use on_newest_containerd;
+
+/// Runs what must fail, checks what the user reads, and that nothing is left and the next container works.
+///
+/// # Errors
+/// It did not fail, a word is missing from what the user reads, or something was left.
+pub(crate) fn fails_saying(containerd: &Containerd, run: &Run<'_>, words: &[&str]) -> Result<()> {
+    let before = containerd.inventory()?;
+    let output = run.output()?;
+    let said = output.error_text();
+    ensure!(output.status != 0, "it should have failed, but: {output}");
+    for word in words {
+        ensure!(said.contains(word), "the user does not read {word:?}: {output}");
+    }
+    // The caller's terms, not the program's: no source locations, no panics, no debug output of types.
+    for noise in ["panicked", ".rs:", "Os {", "source:"] {
+        ensure!(!said.contains(noise), "the user reads {noise:?}: {output}");
+    }
+    if std::env::var_os("MACHINEN_TEST_SHOW").is_some() {
+        println!("{}", said.trim());
+    }
+    containerd.settle(&before)
+}
+
+/// A container that shows that all is well again.
+///
+/// # Errors
+/// It does not work.
+pub(crate) fn works(containerd: &Containerd) -> Result<()> {
+    let output = containerd.run(IMAGE, &["echo", "well"]).output()?;
+    ensure!(output.status == 0 && output.text() == "well\n", "after all it should work, but: {output}");
+    Ok(())
+}

@@ -3,8 +3,11 @@
 //! Each test has a containerd of its own and proves at its end that nothing is left of its containers.
 
 mod confinement;
+mod guest_trouble;
 mod harness;
+mod host_trouble;
 mod lifecycle;
 mod process;
+mod refusals;
 mod rootfs;
 mod streams;

@@ -1,0 +1,204 @@
+//! Trouble on the host: programs or files that are missing, too old or damaged, a full disk, processes that die.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use machinen_integration::{
+    containerd::Containerd,
+    paths,
+    setup::{Setup, Value},
+};
+use nix::{
+    mount::{MsFlags, mount},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::harness::{IMAGE, fails_saying, on_every_containerd, on_newest_containerd, works};
+
+on_every_containerd!(qemu_killed, shim_killed);
+on_newest_containerd!(
+    qemu_missing_or_old,
+    mke2fs_missing_or_old,
+    assets_missing_or_damaged,
+    disk_full_while_converting,
+    one_conversion_for_many,
+    damaged_rootdisk_is_rebuilt,
+);
+
+/// Runs with one key of the configuration changed, which must fail, and then with the right one.
+fn fails_with(containerd: &Containerd, section: &str, key: &str, value: Value, words: &[&str]) -> Result<()> {
+    containerd.configure(&fresh_cache(containerd)?.set(section, key, value))?;
+    fails_saying(containerd, &containerd.run(IMAGE, &["true"]), words)
+}
+
+/// A rootdisk cache that nobody has used, so that conversions happen.
+fn fresh_cache(containerd: &Containerd) -> Result<Setup> {
+    let dir = containerd.root().join(format!("cache-{}", containerd.new_id()));
+    fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    Ok(Setup::new().set("rootdisk", "dir", Value::path(&dir)))
+}
+
+/// A program of the harness's own making.
+fn script(containerd: &Containerd, name: &str, text: &str) -> Result<PathBuf> {
+    let path = containerd.root().join(name);
+    fs::write(&path, format!("#!/bin/sh\n{text}\n"))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(path)
+}
+
+fn qemu_missing_or_old(containerd: &mut Containerd) -> Result<()> {
+    fails_with(containerd, "vm", "qemu", Value::text("/no/such/qemu"), &["/no/such/qemu", "install"])?;
+    let broken = script(containerd, "qemu-broken", "echo qemu-broken: cannot do that >&2; exit 1")?;
+    fails_with(containerd, "vm", "qemu", Value::path(&broken), &["QEMU", "cannot do that", "7.2"])?;
+    containerd.configure(&Setup::new())?;
+    works(containerd)
+}
+
+fn mke2fs_missing_or_old(containerd: &mut Containerd) -> Result<()> {
+    fails_with(containerd, "rootdisk", "mke2fs", Value::text("/no/such/mke2fs"), &["/no/such/mke2fs"])?;
+    let old = script(containerd, "mke2fs-old", "echo 'mke2fs 1.42.1 (1-Jan-2012)' >&2; exit 1")?;
+    fails_with(containerd, "rootdisk", "mke2fs", Value::path(&old), &["mke2fs"])?;
+    containerd.configure(&Setup::new())?;
+    works(containerd)
+}
+
+fn assets_missing_or_damaged(containerd: &mut Containerd) -> Result<()> {
+    let assets = containerd.root().join("assets");
+    fs::create_dir(&assets)?;
+    let value = || Value::path(&assets);
+    let (kernel, image) = (assets.join("vmlinux"), assets.join("guest.img"));
+    let kernel_name = kernel.display().to_string();
+    fails_with(containerd, "assets", "dir", value(), &["vmlinux", &assets.display().to_string()])?;
+    fs::copy(paths::assets().join("guest.img"), &image)?;
+    fs::write(&kernel, "this is no kernel")?;
+    fails_with(containerd, "assets", "dir", value(), &[&kernel_name])?;
+    fs::copy(paths::assets().join("vmlinux"), &kernel)?;
+    fs::write(&image, vec![7; 1 << 20])?;
+    // The kernel finds no file system, and says so on the console.
+    fails_with(containerd, "assets", "dir", value(), &["before its agent answered", "VFS"])?;
+    containerd.configure(&Setup::new())?;
+    works(containerd)
+}
+
+fn disk_full_while_converting(containerd: &mut Containerd) -> Result<()> {
+    let dir = containerd.root().join("small");
+    fs::create_dir(&dir)?;
+    let none = None::<&str>;
+    mount(Some("tmpfs"), &dir, Some("tmpfs"), MsFlags::empty(), Some("size=1m"))?;
+    let setup = Setup::new().set("rootdisk", "dir", Value::path(&dir));
+    containerd.configure(&setup)?;
+    let name = dir.display().to_string();
+    fails_saying(containerd, &containerd.run(IMAGE, &["true"]), &["No space left", &name])?;
+    let used = used_bytes(&dir)?;
+    ensure!(used < 64 << 10, "{used} bytes were left on the full disk");
+    // The same cache serves when it has room.
+    mount(none, &dir, none, MsFlags::MS_REMOUNT, Some("size=64m"))?;
+    works(containerd)?;
+    nix::mount::umount2(&dir, nix::mount::MntFlags::MNT_DETACH)?;
+    Ok(())
+}
+
+/// What the files of a directory take up.
+fn used_bytes(dir: &Path) -> Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let mut sum = 0;
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let status = entry.metadata()?;
+        sum += if status.is_dir() { used_bytes(&entry.path())? } else { status.blocks() * 512 };
+    }
+    Ok(sum)
+}
+
+fn one_conversion_for_many(containerd: &mut Containerd) -> Result<()> {
+    let setup = fresh_cache(containerd)?;
+    let marker = containerd.root().join("conversions");
+    let counting =
+        format!("case \"$*\" in *' -d '*) echo . >> {} ;; esac; exec mke2fs \"$@\"", marker.display());
+    let mke2fs = script(containerd, "mke2fs-counting", &counting)?;
+    containerd.configure(&setup.set("rootdisk", "mke2fs", Value::path(&mke2fs)))?;
+    let runs: Vec<_> = (0..3).map(|_| containerd.run(IMAGE, &["echo", "well"])).collect();
+    let running = runs.iter().map(|run| run.spawn(Duration::from_secs(180))).collect::<Result<Vec<_>>>()?;
+    for running in running {
+        ensure!(running.wait()?.ok()?.text() == "well\n", "a container did not work");
+    }
+    let conversions = fs::read_to_string(&marker).context("mke2fs was not run")?;
+    ensure!(conversions.lines().count() == 1, "{} conversions", conversions.lines().count());
+    Ok(())
+}
+
+fn damaged_rootdisk_is_rebuilt(containerd: &mut Containerd) -> Result<()> {
+    let dir = containerd.root().join("cache");
+    fs::create_dir(&dir)?;
+    containerd.configure(&Setup::new().set("rootdisk", "dir", Value::path(&dir)))?;
+    works(containerd)?;
+    let disk = largest_file(&dir)?.context("no rootdisk in the cache")?;
+    // Cut short, as by a crash of the host.
+    fs::OpenOptions::new().write(true).open(&disk)?.set_len(1 << 20)?;
+    works(containerd)?;
+    let size = fs::metadata(largest_file(&dir)?.context("no rootdisk in the cache")?)?.len();
+    ensure!(size >= 2 << 30, "the rootdisk has {size} bytes");
+    Ok(())
+}
+
+fn largest_file(dir: &Path) -> Result<Option<PathBuf>> {
+    let mut largest: Option<(u64, PathBuf)> = None;
+    let mut dirs = vec![dir.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir)? {
+            let entry = entry?;
+            let status = entry.metadata()?;
+            if status.is_dir() {
+                dirs.push(entry.path());
+            } else if largest.as_ref().is_none_or(|(size, _)| status.len() > *size) {
+                largest = Some((status.len(), entry.path()));
+            }
+        }
+    }
+    Ok(largest.map(|(_, path)| path))
+}
+
+/// A process of a running container whose command line contains all the words.
+fn find(containerd: &Containerd, words: &[&str]) -> Result<Pid> {
+    let inventory = containerd.inventory()?;
+    let found =
+        inventory.processes.iter().find(|process| words.iter().all(|word| process.command.contains(word)));
+    let pid = found.with_context(|| format!("no process {words:?} in\n{inventory}"))?.pid;
+    Ok(Pid::from_raw(i32::try_from(pid)?))
+}
+
+fn qemu_killed(containerd: &mut Containerd) -> Result<()> {
+    let from = containerd.log().position();
+    let run = containerd.run(IMAGE, &["sleep", "1000"]);
+    let running = run.spawn(Duration::from_secs(90))?;
+    containerd.log().wait_for_event(from, "/tasks/start")?;
+    let qemu = find(containerd, &["machinen-", run.container(), "-machine"])?;
+    let killed = Instant::now();
+    kill(qemu, Signal::SIGKILL)?;
+    containerd.log().wait_for_event(from, "/tasks/exit")?;
+    let took = killed.elapsed();
+    ensure!(took < Duration::from_secs(1), "the exit was told {took:?} after the death of QEMU");
+    let output = running.wait()?;
+    ensure!(output.status == 137, "{output}");
+    works(containerd)
+}
+
+fn shim_killed(containerd: &mut Containerd) -> Result<()> {
+    let run = containerd.run(IMAGE, &["sleep", "1000"]).detached().flag("--null-io");
+    let id = run.container().to_owned();
+    run.ok()?;
+    let from = containerd.log().position();
+    let shim = find(containerd, &["containerd-shim-machinen-v1", "-id", &id])?;
+    kill(shim, Signal::SIGKILL)?;
+    // containerd notices, runs our `delete`, and invents what the shim cannot say any more.
+    containerd.log().wait_for(from, |line| line.contains("shim disconnected") && line.contains(&id))?;
+    containerd.ctr_output(&["tasks", "delete", "--force", &id])?;
+    containerd.ctr_ok(&["containers", "delete", &id])?;
+    works(containerd)
+}
