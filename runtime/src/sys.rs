@@ -2,6 +2,7 @@
 
 pub(crate) mod child;
 pub mod inherit;
+pub(crate) mod kvm;
 pub(crate) mod pidfd;
 pub(crate) mod socket;
 pub(crate) mod vhost;

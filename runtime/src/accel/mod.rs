@@ -1,4 +1,24 @@
 //! How the guest's instructions are run: by KVM where it really works, else by QEMU's own translation (TCG).
+//!
+//! That /dev/kvm exists says little, and what the CPU claims less: inside another VM it may emulate a part of the
+//! instructions, slowly, and fail on the rest. So it is tried, once per boot of the host.
+
+mod cache;
+mod probe;
+mod tsc;
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use cache::Tried;
+
+use crate::config;
+use crate::error::{ErrorKind, Kind};
+
+const DEVICE: &str = "/dev/kvm";
 
 /// What runs the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -8,4 +28,192 @@ pub enum Accel {
     Tcg {
         tsc_khz: u32,
     },
+}
+
+/// What was found out about this host. Its text is one sentence for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verdict {
+    pub kvm: Kvm,
+    /// Frequency of the time stamp counter, kHz.
+    pub tsc_khz: u32,
+}
+
+/// Whether KVM can be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kvm {
+    Works,
+    /// There is no /dev/kvm.
+    Absent,
+    /// It cannot be opened, or only by root while QEMU runs as nobody.
+    Closed {
+        reason: String,
+    },
+    /// It does not run a guest's instructions as it should.
+    Broken {
+        reason: String,
+    },
+}
+
+/// Why the host could not be judged, or cannot do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum AccelError {
+    #[error("vm.accel is kvm, but {0}")]
+    NoKvm(Verdict),
+    #[error("cannot {action} {}", path.display())]
+    Cache { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("cannot measure the time stamp counter")]
+    Clock(#[source] io::Error),
+}
+
+impl Kind for AccelError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NoKvm(_) => ErrorKind::FailedPrecondition,
+            Self::Cache { .. } | Self::Clock(_) => ErrorKind::Internal,
+        }
+    }
+}
+
+/// Judges this host. What takes time is done once per boot and remembered in `run_dir` (made if it is missing). Blocks, for
+/// up to 200 ms the first time.
+///
+/// # Errors
+/// The memory in `run_dir` cannot be read or written, or the host's clock does not run.
+pub fn verdict(run_dir: &Path) -> Result<Verdict, AccelError> {
+    let device = open();
+    let mut facts = cache::load(run_dir)?.unwrap_or_default();
+    let mut learnt = false;
+    let tsc_khz = match facts.tsc_khz {
+        Some(known) => known,
+        None => {
+            learnt = true;
+            *facts.tsc_khz.insert(tsc::measure().map_err(AccelError::Clock)?)
+        }
+    };
+    let kvm = match device {
+        Err(kvm) => kvm,
+        Ok(access) => {
+            let tried = facts.kvm.get_or_insert_with(|| {
+                learnt = true;
+                probe::run().map_or_else(Tried::Broken, |()| Tried::Works)
+            });
+            match tried.clone() {
+                Tried::Works => access.map_or_else(|reason| Kvm::Closed { reason }, |()| Kvm::Works),
+                Tried::Broken(reason) => Kvm::Broken { reason },
+            }
+        }
+    };
+    if learnt {
+        cache::store(run_dir, facts)?;
+    }
+    Ok(Verdict { kvm, tsc_khz })
+}
+
+impl Verdict {
+    /// What to use for what the configuration asks.
+    ///
+    /// # Errors
+    /// KVM is asked for and does not work.
+    pub fn choose(&self, wanted: config::Accel) -> Result<Accel, AccelError> {
+        let tcg = Accel::Tcg { tsc_khz: self.tsc_khz };
+        match (wanted, &self.kvm) {
+            (config::Accel::Tcg, _) => Ok(tcg),
+            (config::Accel::Auto | config::Accel::Kvm, Kvm::Works) => Ok(Accel::Kvm),
+            (config::Accel::Auto, _) => Ok(tcg),
+            (config::Accel::Kvm, _) => Err(AccelError::NoKvm(self.clone())),
+        }
+    }
+}
+
+impl Accel {
+    /// Supplementary groups that QEMU needs to use it: the group of /dev/kvm.
+    pub fn groups(self) -> Vec<u32> {
+        match (self, fs::metadata(DEVICE)) {
+            (Self::Kvm, Ok(device)) => vec![device.gid()],
+            _ => Vec::new(),
+        }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let translated = "guests run by translation (TCG), several times slower";
+        match &self.kvm {
+            Kvm::Works => f.write_str("KVM works: guests run on the CPU itself"),
+            Kvm::Absent => {
+                write!(
+                    f,
+                    "there is no {DEVICE}: {translated}; load the module kvm_intel or kvm_amd if the CPU has it"
+                )
+            }
+            Kvm::Closed { reason } => write!(f, "{DEVICE} cannot be used ({reason}): {translated}"),
+            Kvm::Broken { reason } => {
+                write!(f, "{DEVICE} exists but does not work here ({reason}): {translated}")
+            }
+        }
+    }
+}
+
+/// Whether there is a device that root can open, and then whether QEMU can as well.
+fn open() -> Result<Result<(), String>, Kvm> {
+    match File::options().read(true).write(true).open(DEVICE).and_then(|device| device.metadata()) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Kvm::Absent),
+        Err(error) => Err(Kvm::Closed { reason: error.to_string() }),
+        Ok(device) => Ok(accessible(device.mode(), device.gid())),
+    }
+}
+
+/// QEMU runs as a user of no rights but the device's group.
+fn accessible(mode: u32, gid: u32) -> Result<(), String> {
+    let reason = if mode & 0o006 == 0o006 {
+        return Ok(());
+    } else if mode & 0o060 != 0o060 {
+        "only its owner may open it, and QEMU runs as nobody; try `chgrp kvm` and `chmod 660`"
+    } else if gid == 0 {
+        "its group is root's, which QEMU is not given; try `chgrp kvm`"
+    } else {
+        return Ok(());
+    };
+    Err(reason.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict_of(kvm: Kvm) -> Verdict {
+        Verdict { kvm, tsc_khz: 7 }
+    }
+
+    #[test]
+    fn the_configuration_and_the_host_decide_together() {
+        let (works, absent) = (verdict_of(Kvm::Works), verdict_of(Kvm::Absent));
+        assert_eq!(works.choose(config::Accel::Auto).unwrap(), Accel::Kvm);
+        assert_eq!(works.choose(config::Accel::Tcg).unwrap(), Accel::Tcg { tsc_khz: 7 });
+        assert_eq!(absent.choose(config::Accel::Auto).unwrap(), Accel::Tcg { tsc_khz: 7 });
+        let error = absent.choose(config::Accel::Kvm).unwrap_err().to_string();
+        assert!(error.starts_with("vm.accel is kvm, but there is no /dev/kvm"), "{error}");
+    }
+
+    #[test]
+    fn the_device_must_be_open_to_a_group_of_its_own() {
+        for (mode, gid, usable) in
+            [(0o600, 0, false), (0o660, 0, false), (0o660, 104, true), (0o666, 0, true), (0o640, 104, false)]
+        {
+            assert_eq!(accessible(mode, gid).is_ok(), usable, "{mode:o} {gid}");
+        }
+    }
+
+    #[test]
+    fn this_host_is_judged_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = dir.path().join("run");
+        let first = verdict(&run_dir).unwrap();
+        assert!((100_000..10_000_000).contains(&first.tsc_khz), "{first:?}");
+        // A second measurement would hardly give the same number.
+        assert_eq!(verdict(&run_dir).unwrap(), first);
+        let text = first.to_string();
+        println!("{text}; {} kHz", first.tsc_khz);
+        assert!(text.contains("KVM") || text.contains(DEVICE), "{text}");
+    }
 }

@@ -185,6 +185,9 @@ impl Qmp {
     }
 }
 
+/// Commands that have been sent and not answered, by id.
+type Waiting = HashMap<u64, (&'static str, oneshot::Sender<Result<Value, QmpError>>)>;
+
 /// Owns the socket until QEMU closes it or every handle is gone; commands without an answer then fail as closed.
 async fn serve<R: AsyncRead + Unpin>(
     mut lines: Lines<R>,
@@ -192,8 +195,7 @@ async fn serve<R: AsyncRead + Unpin>(
     mut commands: mpsc::Receiver<Command>,
     events: broadcast::Sender<Event>,
 ) {
-    type Waiting = (&'static str, oneshot::Sender<Result<Value, QmpError>>);
-    let mut waiting: HashMap<u64, Waiting> = HashMap::new();
+    let mut waiting = Waiting::new();
     for id in 0_u64.. {
         // One turn a command; messages are handled in between.
         let command = loop {
@@ -225,7 +227,7 @@ async fn serve<R: AsyncRead + Unpin>(
 
 fn deliver(
     message: Message,
-    waiting: &mut HashMap<u64, (&'static str, oneshot::Sender<Result<Value, QmpError>>)>,
+    waiting: &mut Waiting,
     events: &broadcast::Sender<Event>,
 ) {
     if let Some(name) = message.event {

@@ -1,0 +1,85 @@
+//! What was learnt about the host, kept until it boots again.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::AccelError;
+
+/// Moved when the meaning of the facts changes.
+const VERSION: u32 = 1;
+
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Facts {
+    version: u32,
+    pub(super) tsc_khz: Option<u32>,
+    /// None: not tried.
+    pub(super) kvm: Option<Tried>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Tried {
+    Works,
+    Broken(String),
+}
+
+/// None if nothing is known yet, or only in a form that this version does not read.
+pub(super) fn load(run_dir: &Path) -> Result<Option<Facts>, AccelError> {
+    let path = path(run_dir)?;
+    match fs::read(&path) {
+        Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok().filter(|facts: &Facts| facts.version == VERSION)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(AccelError::Cache { action: "read", path, source }),
+    }
+}
+
+/// Whole or not at all; of two that write at once either is right.
+pub(super) fn store(run_dir: &Path, facts: Facts) -> Result<(), AccelError> {
+    let path = path(run_dir)?;
+    let write = || {
+        fs::create_dir_all(run_dir)?;
+        let mut file = tempfile::NamedTempFile::new_in(run_dir)?;
+        file.write_all(&serde_json::to_vec(&Facts { version: VERSION, ..facts })?)?;
+        file.persist(&path).map_err(|error| error.error)?;
+        Ok(())
+    };
+    write().map_err(|source| AccelError::Cache { action: "write", path: path.clone(), source })
+}
+
+/// `<run_dir>/accel-<boot id>.json`.
+fn path(run_dir: &Path) -> Result<PathBuf, AccelError> {
+    const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+    let boot_id = fs::read_to_string(BOOT_ID).map_err(|source| AccelError::Cache {
+        action: "read",
+        path: BOOT_ID.into(),
+        source,
+    })?;
+    Ok(run_dir.join(format!("accel-{}.json", boot_id.trim())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn facts_come_back_and_noise_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = dir.path().join("a/b");
+        assert_eq!(load(&run_dir).unwrap(), None);
+        for kvm in [None, Some(Tried::Works), Some(Tried::Broken("slow".into()))] {
+            let facts = || Facts { version: VERSION, tsc_khz: Some(3), kvm: kvm.clone() };
+            store(&run_dir, facts()).unwrap();
+            assert_eq!(load(&run_dir).unwrap(), Some(facts()));
+        }
+        let file = fs::read_dir(&run_dir).unwrap().next().unwrap().unwrap().path();
+        let stored = fs::read_to_string(&file).unwrap();
+        assert_eq!(stored, r#"{"version":1,"tsc_khz":3,"kvm":{"broken":"slow"}}"#);
+        for noise in ["", "{", &stored.replace(":1,", ":2,")] {
+            fs::write(&file, noise).unwrap();
+            assert_eq!(load(&run_dir).unwrap(), None);
+        }
+    }
+}
