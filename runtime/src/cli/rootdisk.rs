@@ -1,0 +1,265 @@
+//! `machinen rootdisk`: the cache of disks, for people and scripts.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use crate::config;
+use crate::rootdisk::{
+    BuildOptions, Key, Listed, Progress, Prune, Rootdisk, RootdiskCache, RootdiskError, RootfsSource, State,
+};
+
+/// Arguments of `machinen rootdisk`.
+#[derive(Debug, Args)]
+pub struct RootdiskArgs {
+    /// The cache's directory instead of the configured one
+    #[arg(long, global = true, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// List the disks, the most recently used first
+    Ls,
+    /// Convert a root file system now, so that the first start from it is quick
+    #[command(long_about = "Convert a root file system now, so that the first start from it is quick.\n\nPATH is a \
+        directory. With several, they are the layers of an overlay, the top one first, which must not change any more; \
+        a start from a snapshot of the same layers finds the disk at once.")]
+    Build {
+        /// Directory, or layers of an overlay with the top one first
+        #[arg(required = true, value_name = "PATH")]
+        paths: Vec<PathBuf>,
+        /// PATH is a committed layer of a snapshotter even if there is only one
+        #[arg(long)]
+        layers: bool,
+        /// Least size of the disk, with K, M, G or T (powers of 1024); the configured one if not given
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        min_size: Option<u64>,
+    },
+    /// Read disks and compare all that is in them with their keys; a damaged one will be built anew
+    #[command(long_about = "Read disks and compare all that is in them with their keys. A damaged one is not used any \
+        more: the next start that needs it builds it anew. Exit status 1 if there is one.")]
+    Verify {
+        /// Keys or their first digits; all disks if none is given
+        #[arg(value_name = "KEY")]
+        keys: Vec<String>,
+    },
+    /// Remove disks that no container uses: all of them, or those that meet all the conditions given
+    Prune {
+        /// Only those not used for so long, such as 12h or 7days
+        #[arg(long, value_name = "AGE", value_parser = humantime::parse_duration)]
+        older_than: Option<Duration>,
+        /// Only as many, the least recently used first, as leave so much in the cache, with K, M, G or T
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        keep: Option<u64>,
+        /// Only say what would be removed
+        #[arg(long)]
+        dry_run: bool,
+    },
+}
+
+/// Why the command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    #[error("{0:?} is no disk in the cache; see `machinen rootdisk ls`")]
+    NoSuchKey(String),
+    #[error("{0:?} could be several disks; give more digits")]
+    Ambiguous(String),
+    #[error(transparent)]
+    Rootdisk(#[from] RootdiskError),
+}
+
+/// Runs one of the commands; prints its result on stdout and progress on stderr.
+///
+/// # Errors
+/// As the functions of [`RootdiskCache`] do, or a key that does not name one disk.
+pub fn run(args: RootdiskArgs, config: &config::Rootdisk) -> Result<ExitCode, CliError> {
+    let cache = RootdiskCache::open(args.dir.as_deref().unwrap_or(&config.dir))?;
+    let (text, value, ok) = match args.command {
+        Command::Ls => {
+            let listed = cache.list()?;
+            (table(&listed), listed.iter().map(listed_json).collect(), true)
+        }
+        Command::Build { paths, layers, min_size } => {
+            let source = match &paths[..] {
+                [dir] if !layers => RootfsSource::Dir(dir.clone()),
+                _ => RootfsSource::Overlay { lowers: paths, upper: None },
+            };
+            let options = BuildOptions {
+                min_size: min_size.unwrap_or(config.min_size_mib << 20),
+                mke2fs: config.mke2fs.clone(),
+            };
+            let disk = cache.get_or_build(&source, &options, &mut |progress: Progress| eprintln!("{progress}"))?;
+            (format!("{}\n", disk.key), built_json(&disk), true)
+        }
+        Command::Verify { keys } => verify(&cache, &keys)?,
+        Command::Prune { older_than, keep, dry_run } => {
+            let pruned = cache.prune(&Prune { older_than, keep_bytes: keep, dry_run })?;
+            let bytes: u64 = pruned.removed.iter().map(|disk| disk.allocated).sum();
+            let mut text = String::new();
+            for (verb, disks) in [("removed", &pruned.removed), ("in use", &pruned.in_use)] {
+                disks.iter().for_each(|disk| line(&mut text, &[verb, &disk.key.to_string(), &human(disk.allocated)]));
+            }
+            line(&mut text, &[if dry_run { "would free" } else { "freed" }, &human(bytes)]);
+            let keys = |disks: &[Listed]| disks.iter().map(|disk| disk.key.to_string()).collect::<Vec<_>>();
+            let value = json!({
+                "removed": keys(&pruned.removed), "inUse": keys(&pruned.in_use), "bytes": bytes, "dryRun": dry_run,
+            });
+            (text, value, true)
+        }
+    };
+    if args.json { println!("{value:#}") } else { print!("{text}") }
+    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn verify(cache: &RootdiskCache, keys: &[String]) -> Result<(String, Value, bool), CliError> {
+    let listed = cache.list()?;
+    let chosen: Vec<Key> = if keys.is_empty() {
+        listed.iter().filter(|disk| disk.state != State::Unfinished).map(|disk| disk.key).collect()
+    } else {
+        keys.iter().map(|key| resolve(&listed, key)).collect::<Result<_, _>>()?
+    };
+    let (mut text, mut values, mut ok) = (String::new(), Vec::new(), true);
+    for key in chosen {
+        eprintln!("verifying {key}");
+        let damage = cache.verify(key)?.err().map(|unusable| unusable.to_string());
+        ok &= damage.is_none();
+        line(&mut text, &[&key.to_string(), damage.as_deref().unwrap_or("ok")]);
+        values.push(json!({ "key": key.to_string(), "ok": damage.is_none(), "damage": damage }));
+    }
+    Ok((text, values.into(), ok))
+}
+
+fn resolve(listed: &[Listed], key: &str) -> Result<Key, CliError> {
+    let mut found = listed.iter().filter(|disk| !key.is_empty() && disk.key.to_string().starts_with(key));
+    match (found.next(), found.next()) {
+        (Some(disk), None) => Ok(disk.key),
+        (None, _) => Err(CliError::NoSuchKey(key.to_owned())),
+        (Some(_), Some(_)) => Err(CliError::Ambiguous(key.to_owned())),
+    }
+}
+
+fn table(listed: &[Listed]) -> String {
+    let mut text = String::new();
+    let now = SystemTime::now();
+    let ago = |time: Option<SystemTime>| {
+        let age = time.and_then(|time| now.duration_since(time).ok()).unwrap_or_default();
+        let mut rounded = humantime::format_duration(Duration::from_secs(age.as_secs())).to_string();
+        if let Some((at, _)) = rounded.match_indices(' ').nth(1) {
+            rounded.truncate(at);
+        }
+        rounded
+    };
+    let columns = |text: &mut String, c: [&str; 8]| {
+        let row = format!(
+            "{:<16} {:>9} {:>9} {:<12} {:<12} {:>5} {:<10} {}",
+            c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]
+        );
+        line(text, &[&row]);
+    };
+    columns(&mut text, ["KEY", "SIZE", "ON DISK", "CREATED", "USED", "USERS", "STATE", "SOURCE"]);
+    for disk in listed {
+        let created = disk.metadata.as_ref().map(|metadata| UNIX_EPOCH + Duration::from_secs(metadata.created));
+        columns(&mut text, [
+            &disk.key.to_string()[..16],
+            &human(disk.size),
+            &human(disk.allocated),
+            &ago(created),
+            &ago(disk.used),
+            &disk.users.len().to_string(),
+            state(&disk.state),
+            disk.metadata.as_ref().map_or("", |metadata| &metadata.source),
+        ]);
+    }
+    text
+}
+
+fn state(state: &State) -> &'static str {
+    match state {
+        State::Ready => "ready",
+        State::Unfinished => "unfinished",
+        State::Damaged(_) => "damaged",
+    }
+}
+
+fn listed_json(disk: &Listed) -> Value {
+    let seconds = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    json!({
+        "key": disk.key.to_string(),
+        "path": disk.path,
+        "size": disk.size,
+        "allocated": disk.allocated,
+        "state": state(&disk.state),
+        "users": disk.users,
+        "used": disk.used.map(seconds),
+        "created": disk.metadata.as_ref().map(|metadata| metadata.created),
+        "source": disk.metadata.as_ref().map(|metadata| &metadata.source),
+        "files": disk.metadata.as_ref().map(|metadata| metadata.files),
+        "content": disk.metadata.as_ref().map(|metadata| metadata.content),
+    })
+}
+
+fn built_json(disk: &Rootdisk) -> Value {
+    let phases = disk.phases.iter().map(|(name, time)| json!({ "name": name, "ms": time.as_secs_f64() * 1e3 }));
+    json!({
+        "key": disk.key.to_string(),
+        "path": disk.path,
+        "size": disk.size,
+        "cached": disk.cached,
+        "phases": phases.collect::<Vec<_>>(),
+    })
+}
+
+fn line(text: &mut String, words: &[&str]) {
+    writeln!(text, "{}", words.join(" ").trim_end()).expect("a String takes any text");
+}
+
+/// Bytes with one decimal in the largest unit that leaves at least 1.
+fn human(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let unit = (0..units.len()).rev().find(|unit| bytes >> (10 * unit) > 0).unwrap_or(0);
+    match unit {
+        0 => format!("{bytes}B"),
+        _ => format!("{:.1}{}", bytes as f64 / (1_u64 << (10 * unit)) as f64, units[unit]),
+    }
+}
+
+/// `512`, `64K`, `10M`, `3G`, `1T`
+fn size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let shift = match text[digits.len()..].to_ascii_uppercase().trim_end_matches("IB").trim_end_matches('B') {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err("give a number, with K, M, G or T after it for powers of 1024".to_owned()),
+    };
+    let number: u64 = digits.parse().map_err(|_| "give a number".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "the number is too large".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_and_written() {
+        for (text, bytes) in [("0", 0), ("512", 512), ("64k", 64 << 10), ("10MiB", 10 << 20), ("3G", 3 << 30), ("1TB", 1 << 40)] {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for bad in ["", "G", "1X", "-1", "1.5G", "99999999999T", "1GG"] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
+        assert_eq!((human(0), human(1023), human(1536), human(2 << 30)), ("0B".into(), "1023B".into(), "1.5KiB".into(), "2.0GiB".into()));
+    }
+}

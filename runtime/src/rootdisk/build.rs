@@ -1,0 +1,222 @@
+//! From a source to its disk.
+
+use std::fs::File;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{fstatvfs, ftruncate};
+
+use super::ext4::{self, BLOCK, INODE};
+use super::hashing;
+use super::key::Key;
+use super::lock::Lock;
+use super::mkfs::Mke2fs;
+use super::source::Recognised;
+use super::store::{self, DISK, Metadata, Opened};
+use super::tree::Tree;
+use super::view::View;
+use super::{BuildOptions, LARGEST, Progress, Rootdisk, RootdiskCache, RootdiskError, RootfsSource};
+
+/// Bytes of hashed content between two reports.
+const REPORT: u64 = 8 << 20;
+
+type Phases = Vec<(&'static str, Duration)>;
+
+impl RootdiskCache {
+    /// Finds or builds the disk of a root file system. Blocks; whoever else asks for the same waits, and gets what the
+    /// first one built.
+    ///
+    /// # Errors
+    /// The source cannot be read or changes meanwhile, the cache's file system is full, mke2fs is missing or fails.
+    /// Nothing is left of what was begun.
+    pub fn get_or_build(
+        &self,
+        source: &RootfsSource,
+        options: &BuildOptions,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Rootdisk, RootdiskError> {
+        let mut phases = Phases::new();
+        let mut recognised = timed(&mut phases, "identity", || source.recognise(options))?;
+        if let Some((key, opened)) = self.known(&recognised)? {
+            return Ok(self.rootdisk(key, opened, true, phases));
+        }
+        let _identity = timed(&mut phases, "wait", || self.lock("identity", recognised.identity, progress))?;
+        if let Some((key, opened)) = self.known(&recognised)? {
+            return Ok(self.rootdisk(key, opened, true, phases));
+        }
+        self.store.sweep()?;
+        let (view, tree) = timed(&mut phases, "walk", || recognised.walk(&self.empty.dir))?;
+        let shape = tree.shape();
+        let _shape = timed(&mut phases, "wait", || self.lock("shape", shape, progress))?;
+        let job = Job { cache: self, source, options, view, tree, shape: shape.to_string() };
+        let (key, opened, cached) = job.run(&recognised, &mut phases, progress)?;
+        self.index
+            .write(&self.index.dir.join(recognised.identity.to_string()), key.to_string().as_bytes())?;
+        Ok(self.rootdisk(key, opened, cached, phases))
+    }
+
+    /// The disk that the index has for a source. An index that cannot be read is no reason to fail.
+    fn known(&self, recognised: &Recognised) -> Result<Option<(Key, Opened)>, RootdiskError> {
+        let path = self.index.dir.join(recognised.identity.to_string());
+        let key = store::read(&path).ok().and_then(|text| String::from_utf8(text).ok()?.parse::<Key>().ok());
+        match key {
+            Some(key) => Ok(self.store.get(&key.to_string())?.map(|opened| (key, opened))),
+            None => Ok(None),
+        }
+    }
+
+    fn lock(&self, kind: &str, key: Key, progress: &mut dyn FnMut(Progress)) -> Result<Lock, RootdiskError> {
+        let path = self.locks.dir.join(format!("{kind}-{key}"));
+        Lock::acquire(&path, || progress(Progress::Waiting))
+            .map_err(|error| self.locks.error("lock", &path, error))
+    }
+
+    fn rootdisk(&self, key: Key, opened: Opened, cached: bool, phases: Phases) -> Rootdisk {
+        let path = self.store.path(&key.to_string(), DISK);
+        Rootdisk { key, path, file: opened.file, size: opened.metadata.size, cached, phases }
+    }
+
+    /// Whether there may be a disk of a tree of this shape.
+    fn has_shape(&self, shape: &str) -> Result<bool, RootdiskError> {
+        for name in self.store.names()? {
+            if self.store.metadata(&name)?.is_some_and(|metadata| metadata.shape == shape) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// One conversion, with all locks held.
+struct Job<'a> {
+    cache: &'a RootdiskCache,
+    source: &'a RootfsSource,
+    options: &'a BuildOptions,
+    view: View,
+    tree: Tree,
+    shape: String,
+}
+
+impl Job<'_> {
+    fn run(
+        &self,
+        recognised: &Recognised,
+        phases: &mut Phases,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(Key, Opened, bool), RootdiskError> {
+        let store = &self.cache.store;
+        let size = self.size()?;
+        let (files, bytes) = (self.tree.files().count() as u64, self.tree.content_bytes());
+        progress(Progress::Converting { files, bytes });
+        let (key, disk) = if self.cache.has_shape(&self.shape)? {
+            let mut reports = Reports::new(bytes, &mut *progress);
+            let key =
+                timed(phases, "hash", || hashing::key(&self.view, &self.tree, size, |n| reports.add(n)))?;
+            if let Some(opened) = store.get(&key.to_string())? {
+                return Ok((key, opened, true));
+            }
+            (key, timed(phases, "mke2fs", || self.convert(size, files))?)
+        } else {
+            self.hash_and_convert(size, files, phases, progress)?
+        };
+        progress(Progress::Finishing);
+        let (disk, mke2fs) = disk;
+        let finished = timed(phases, "normalise", || ext4::normalise(&disk, &self.tree));
+        finished.map_err(|source| RootdiskError::Finish { root: self.source.name().to_owned(), source })?;
+        if recognised.mutable {
+            timed(phases, "check", || self.tree.unchanged(&Tree::walk(&self.view)?))?;
+        }
+        let mut metadata = Metadata::new(size, self.source.describe(), self.shape.clone(), &mke2fs);
+        (metadata.files, metadata.content) = (files, bytes);
+        let opened = timed(phases, "publish", || store.publish(&key.to_string(), &disk, metadata))?;
+        Ok((key, opened, false))
+    }
+
+    /// Hashes on one core while mke2fs runs on another; both read the same files at about the same time, so that they
+    /// come from the medium once.
+    fn hash_and_convert(
+        &self,
+        size: u64,
+        files: u64,
+        phases: &mut Phases,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(Key, (File, String)), RootdiskError> {
+        let (sender, reports) = mpsc::channel();
+        let total = self.tree.content_bytes();
+        thread::scope(|scope| {
+            let hash = scope.spawn(move || {
+                let mut counted = Reports::new(total, |report| {
+                    // Nobody listens any more only when the other side has panicked.
+                    let _ = sender.send(report);
+                });
+                let start = Instant::now();
+                (hashing::key(&self.view, &self.tree, size, |n| counted.add(n)), start.elapsed())
+            });
+            let convert = scope.spawn(|| {
+                let start = Instant::now();
+                (self.convert(size, files), start.elapsed())
+            });
+            reports.iter().for_each(progress);
+            let (key, hash_time) = hash.join().expect("hashing does not panic");
+            let (disk, convert_time) = convert.join().expect("converting does not panic");
+            phases.extend([("hash", hash_time), ("mke2fs", convert_time)]);
+            Ok((key?, disk?))
+        })
+    }
+
+    /// The disk as mke2fs makes it, without a name, and mke2fs's version.
+    fn convert(&self, size: u64, files: u64) -> Result<(File, String), RootdiskError> {
+        let store = &self.cache.store;
+        let mke2fs = Mke2fs::find(&self.options.mke2fs)?;
+        let disk = store.unnamed()?;
+        let failed = |error: rustix::io::Errno| store.error("write to", &store.dir, error);
+        ftruncate(&disk, size).map_err(failed)?;
+        // Two bitmaps for each group of 128 MiB.
+        let needed = self.tree.needed_bytes() + size / (128 << 20) * 2 * BLOCK as u64 + (1 << 20);
+        let space = fstatvfs(&disk).map_err(failed)?;
+        let free = space.f_bavail * space.f_frsize;
+        if free < needed {
+            return Err(RootdiskError::NoSpace { dir: store.dir.clone(), needed, free });
+        }
+        // The first ten inodes are reserved, the eleventh is lost+found.
+        mke2fs.base(self.view.share()?, &disk, &store.dir, files + 16, needed)?;
+        Ok((disk, mke2fs.version))
+    }
+
+    /// 2.5 times the tree, which leaves room for what else a file system consists of; at least what was asked for.
+    fn size(&self) -> Result<u64, RootdiskError> {
+        let tree = self.tree.disk_bytes() + (16 * INODE + 64 * BLOCK) as u64;
+        let size = (tree.saturating_mul(5) / 2).max(self.options.min_size).next_multiple_of(BLOCK as u64);
+        if size > LARGEST - (1 << 30) { Err(RootdiskError::TooLarge { size }) } else { Ok(size) }
+    }
+}
+
+/// Turns many small steps into few reports.
+struct Reports<F> {
+    report: F,
+    done: u64,
+    reported: u64,
+    total: u64,
+}
+
+impl<F: FnMut(Progress)> Reports<F> {
+    fn new(total: u64, report: F) -> Self {
+        Self { report, done: 0, reported: 0, total }
+    }
+
+    fn add(&mut self, bytes: u64) {
+        self.done += bytes;
+        if self.done - self.reported >= REPORT || self.done == self.total {
+            self.reported = self.done;
+            (self.report)(Progress::Hashed { done: self.done, total: self.total });
+        }
+    }
+}
+
+fn timed<T>(phases: &mut Phases, name: &'static str, work: impl FnOnce() -> T) -> T {
+    let start = Instant::now();
+    let result = work();
+    phases.push((name, start.elapsed()));
+    result
+}

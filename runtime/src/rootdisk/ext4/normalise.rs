@@ -1,0 +1,111 @@
+//! Makes what mke2fs wrote a function of the tree alone, and checks it against the tree.
+//!
+//! mke2fs copies the times of access and change, places extended attributes in the source's order, drops the
+//! nanoseconds of modification times, gives the root directory a mode of its own and makes a lost+found. All of that
+//! is set right here; sizes, owners, modes and hard links are compared with what the walk saw.
+
+use std::collections::HashMap;
+use std::fs::File;
+
+use super::image::Image;
+use super::inode::Inode;
+use super::lost_found;
+use super::{Ext4Error, ROOT, put32};
+use crate::rootdisk::manifest::{Kind, Time};
+use crate::rootdisk::tree::{Entry, Tree};
+
+/// The time of the root directory and of the file system itself: they are when somebody unpacked the image, not the
+/// image's.
+const EPOCH: Time = Time { seconds: 0, nanoseconds: 0 };
+
+/// Normalises the disk in `file` that was made of `tree`.
+///
+/// # Errors
+/// The disk cannot be read or written, or does not hold the tree.
+pub(in crate::rootdisk) fn normalise(file: &File, tree: &Tree) -> Result<(), Ext4Error> {
+    let mut image = Image::open(file)?;
+    let mut inodes = vec![0; tree.entries.len()];
+    // Names of the directories on the way to the current entry that have not been visited yet.
+    let mut open: Vec<HashMap<Vec<u8>, u32>> = Vec::new();
+    for (index, entry) in tree.entries.iter().enumerate() {
+        let ino = if index == 0 {
+            ROOT
+        } else {
+            close(&mut open, entry.depth, tree, index)?;
+            let found = open.last_mut().and_then(|names| names.remove(entry.name()));
+            found.ok_or_else(|| differs(entry, "it is missing"))?
+        };
+        inodes[index] = ino;
+        let mut inode = image.inode(ino)?;
+        if let Some(first) = entry.first {
+            if inodes[first] != ino {
+                return Err(differs(entry, "it is no hard link"));
+            }
+            continue;
+        }
+        if index == 0 {
+            inode.set_permissions(entry.mode);
+            inode.set_owner(entry.uid, entry.gid);
+        }
+        compare(entry, &inode)?;
+        inode.set_times(if index == 0 { EPOCH } else { entry.mtime });
+        inode.clear_incidentals();
+        image.sort_xattrs(&mut inode, &entry.path)?;
+        image.put_inode(ino, &inode)?;
+        if entry.kind == Kind::Directory {
+            let names: HashMap<_, _> =
+                image.directory(&inode)?.into_iter().map(|found| (found.name, found.ino)).collect();
+            open.push(names);
+            if index == 0 && !tree.has_lost_found() {
+                let ino = open[0].remove(lost_found::NAME);
+                image.remove_lost_found(ino.ok_or_else(|| differs(entry, "it has no lost+found"))?)?;
+            }
+        }
+    }
+    close(&mut open, 0, tree, 0)?;
+    for ino in (1..11).filter(|&ino| ino != ROOT) {
+        let mut inode = image.inode(ino)?;
+        inode.set_times(EPOCH);
+        image.put_inode(ino, &inode)?;
+    }
+    let superblock = image.superblock()?;
+    // s_wtime, s_lastcheck, s_mkfs_time, their high bytes, s_kbytes_written.
+    for at in [0x30, 0x40, 0x108, 0x178, 0x17c, 0x274] {
+        put32(superblock, at, 0);
+    }
+    image.flush()
+}
+
+/// Leaves directories until `depth` is the number of open ones; every name in them must have been visited.
+fn close(
+    open: &mut Vec<HashMap<Vec<u8>, u32>>,
+    depth: usize,
+    tree: &Tree,
+    at: usize,
+) -> Result<(), Ext4Error> {
+    while open.len() > depth {
+        if let Some(name) = open.pop().and_then(|names| names.into_keys().next()) {
+            let what = format!("it has a name {:?} that the source has not", String::from_utf8_lossy(&name));
+            return Err(differs(&tree.entries[at], &what));
+        }
+    }
+    Ok(())
+}
+
+/// Everything that the inode says must be what the walk saw.
+fn compare(entry: &Entry, inode: &Inode) -> Result<(), Ext4Error> {
+    let check = |same: bool, what: &str| if same { Ok(()) } else { Err(differs(entry, what)) };
+    check(inode.mode() == u32::from(entry.mode) | entry.kind.mode(), "type or mode")?;
+    check((inode.uid(), inode.gid()) == (entry.uid, entry.gid), "owner")?;
+    match entry.kind {
+        Kind::File => check(inode.size() == entry.size, "size"),
+        Kind::Symlink => check(inode.size() == entry.target.len() as u64, "target"),
+        Kind::Character | Kind::Block => check(inode.device() == entry.rdev, "device number"),
+        Kind::Directory | Kind::Fifo | Kind::Socket => Ok(()),
+    }
+}
+
+fn differs(entry: &Entry, what: &str) -> Ext4Error {
+    let path = format!("/{}", String::from_utf8_lossy(&entry.path));
+    Ext4Error::Differs { path, what: what.to_owned() }
+}

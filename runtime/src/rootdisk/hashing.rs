@@ -1,0 +1,108 @@
+//! The key of a tree: reads all contents and extended attributes.
+
+use std::os::unix::fs::FileExt as _;
+
+use rustix::fs::{SeekFrom, fstat, lgetxattr, llistxattr, seek};
+use rustix::io::Errno;
+
+use super::RootdiskError;
+use super::content::Content;
+use super::key::Key;
+use super::manifest::{Kind, Manifest, Node, Record, Xattrs};
+use super::tree::{Entry, Tree, lossy};
+use super::view::View;
+
+/// Bytes read at once; a multiple of the block size.
+const BUFFER: usize = 256 << 10;
+/// The kernel's limits of a list of names and of a value.
+const XATTR_MAX: usize = 64 << 10;
+
+/// The key of the disk of `disk_size` bytes that is made of the tree. `done` is told how many bytes were read.
+///
+/// # Errors
+/// A file that cannot be read, or whose size is not what the walk saw.
+pub(super) fn key(
+    view: &View,
+    tree: &Tree,
+    disk_size: u64,
+    mut done: impl FnMut(u64),
+) -> Result<Key, RootdiskError> {
+    let mut manifest = Manifest::new(disk_size);
+    let mut buffer = vec![0; BUFFER];
+    for entry in &tree.entries {
+        if let Some(first) = entry.first {
+            manifest.add_link(&entry.path, &tree.entries[first].path);
+            continue;
+        }
+        let xattrs = xattrs(view, entry, &mut buffer)?;
+        let node = match entry.kind {
+            Kind::File => {
+                let content = content(view, entry, &mut buffer)?;
+                done(entry.size);
+                Node::File { size: entry.size, content }
+            }
+            Kind::Symlink => Node::Symlink { target: &entry.target },
+            Kind::Character | Kind::Block => Node::Device { number: entry.rdev },
+            Kind::Directory | Kind::Fifo | Kind::Socket => Node::Other,
+        };
+        manifest.add(&Record {
+            path: &entry.path,
+            kind: entry.kind,
+            mode: entry.mode,
+            uid: entry.uid,
+            gid: entry.gid,
+            mtime: entry.mtime,
+            xattrs: &xattrs,
+            node,
+        });
+    }
+    Ok(manifest.finish())
+}
+
+fn content(view: &View, entry: &Entry, buffer: &mut [u8]) -> Result<[u8; 32], RootdiskError> {
+    let mut content = Content::new();
+    if entry.size == 0 {
+        return Ok(content.finish());
+    }
+    let file = view.open(&entry.path)?;
+    let failed = |source| view.error("read", &entry.path, source);
+    let stat = fstat(&file).map_err(|error| failed(error.into()))?;
+    if Kind::of(stat.st_mode) != Some(Kind::File) || stat.st_size as u64 != entry.size {
+        return Err(RootdiskError::Changed { path: lossy(&entry.path) });
+    }
+    let sparse = entry.allocated < entry.size;
+    let mut offset = 0;
+    while offset < entry.size {
+        if sparse {
+            match seek(&file, SeekFrom::Data(offset)) {
+                // Down to the start of the block; what is before the data reads as zeros.
+                Ok(data) => offset = data - data % super::ext4::BLOCK as u64,
+                Err(Errno::NXIO) => break,
+                Err(error) => return Err(failed(error.into())),
+            }
+        }
+        let length = (entry.size - offset).min(buffer.len() as u64) as usize;
+        file.read_exact_at(&mut buffer[..length], offset).map_err(failed)?;
+        content.update(offset, &buffer[..length]);
+        offset += length as u64;
+    }
+    Ok(content.finish())
+}
+
+fn xattrs(view: &View, entry: &Entry, buffer: &mut [u8]) -> Result<Xattrs, RootdiskError> {
+    let path = view.path_of(&entry.path);
+    let failed = |error: Errno| view.error("read the extended attributes of", &entry.path, error);
+    let (names, values) = buffer.split_at_mut(XATTR_MAX);
+    let length = match llistxattr(&path[..], &mut names[..]) {
+        Ok(length) => length,
+        Err(Errno::NOTSUP) => 0,
+        Err(error) => return Err(failed(error)),
+    };
+    let mut found = Vec::new();
+    for name in names[..length].split(|&byte| byte == 0).filter(|name| !name.is_empty()) {
+        let value = lgetxattr(&path[..], name, &mut values[..XATTR_MAX]).map_err(failed)?;
+        found.push((name.to_vec(), values[..value].to_vec()));
+    }
+    found.sort();
+    Ok(found)
+}

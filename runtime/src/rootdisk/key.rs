@@ -1,0 +1,65 @@
+//! The name of a disk in the cache.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// A SHA-256: of a tree's manifest (the key of a disk), or of how a source is recognised without reading it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key([u8; 32]);
+
+/// Text that is not 64 hexadecimal digits.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not a rootdisk key (64 hexadecimal digits)")]
+pub struct KeyError {
+    text: String,
+}
+
+impl Key {
+    pub(super) fn new(digest: [u8; 32]) -> Self {
+        Self(digest)
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Key({self})")
+    }
+}
+
+impl FromStr for Key {
+    type Err = KeyError;
+
+    fn from_str(text: &str) -> Result<Self, KeyError> {
+        let error = || KeyError { text: text.to_owned() };
+        let digits = text.as_bytes();
+        if digits.len() != 64 || !digits.iter().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f')) {
+            return Err(error());
+        }
+        let mut key = [0; 32];
+        for (byte, pair) in key.iter_mut().zip(text.as_bytes().chunks(2)) {
+            let pair = std::str::from_utf8(pair).map_err(|_| error())?;
+            *byte = u8::from_str_radix(pair, 16).map_err(|_| error())?;
+        }
+        Ok(Self(key))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_and_back() {
+        let key = Key::new(std::array::from_fn(|index| index as u8 * 7));
+        assert_eq!(key.to_string().parse(), Ok(key));
+        for bad in ["", "00", &"0".repeat(65), &"A".repeat(64), &format!("+{}", "0".repeat(63))] {
+            assert!(bad.parse::<Key>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Locks by name, between threads and processes: whoever comes second waits for the first to let go or die.
+//!
+//! A lock is a flock(2) on a file that exists only while it is held or waited for, so it leaves nothing behind but
+//! after a kill, and then an empty file that the next holder removes.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+/// A held lock; dropping it lets the next one in.
+#[derive(Debug)]
+pub(super) struct Lock {
+    path: PathBuf,
+    _file: File,
+}
+
+impl Lock {
+    /// Calls `waiting` once if somebody else holds the lock, then waits.
+    pub(super) fn acquire(path: &Path, mut waiting: impl FnMut()) -> io::Result<Self> {
+        let mut told = false;
+        loop {
+            let file = open(path)?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(Errno::WOULDBLOCK) => {
+                    if !std::mem::replace(&mut told, true) {
+                        waiting();
+                    }
+                    lock_interruptible(&file)?;
+                }
+                result => result?,
+            }
+            // The holder before removed the file: those who come now lock another one.
+            if is_at(&file, path)? {
+                return Ok(Self { path: path.to_owned(), _file: file });
+            }
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), "cannot remove a lock file: {error}");
+        }
+    }
+}
+
+fn lock_interruptible(file: &File) -> io::Result<()> {
+    loop {
+        match flock(file, FlockOperation::LockExclusive) {
+            Err(Errno::INTR) => {}
+            result => return Ok(result?),
+        }
+    }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    File::options().write(true).create(true).truncate(false).mode(0o600).open(path)
+}
+
+/// Whether the open file is the one that has this path now.
+pub(super) fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let open = file.metadata()?;
+    match fs::symlink_metadata(path) {
+        Ok(named) => Ok((open.dev(), open.ino()) == (named.dev(), named.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[test]
+    fn one_at_a_time_and_nothing_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let inside = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        let lock = Lock::acquire(&path, || ()).unwrap();
+                        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
+                        std::thread::yield_now();
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                        drop(lock);
+                    }
+                });
+            }
+        });
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_file_that_a_killed_holder_left_is_no_obstacle() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        fs::write(&path, "").unwrap();
+        let lock = Lock::acquire(&path, || panic!("nobody holds it")).unwrap();
+        let (sender, told) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let path = &path;
+            let second = scope.spawn(move || Lock::acquire(path, || sender.send(()).unwrap()).map(drop));
+            told.recv().unwrap();
+            drop(lock);
+            second.join().unwrap().unwrap();
+        });
+    }
+}

@@ -1,0 +1,184 @@
+//! Looking after the cache: what is in it, whether it is whole, and what may go.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use rustix::fs::{major, minor};
+
+use super::ext4;
+use super::key::Key;
+use super::store::{self, DISK, Metadata, Unusable};
+use super::{RootdiskCache, RootdiskError};
+
+/// A disk in the cache.
+#[derive(Debug, Clone)]
+pub struct Listed {
+    pub key: Key,
+    pub path: PathBuf,
+    /// Bytes that it seems to have.
+    pub size: u64,
+    /// Bytes that it takes.
+    pub allocated: u64,
+    pub state: State,
+    /// Processes that hold it in use, each as often as it does.
+    pub users: Vec<u32>,
+    pub used: Option<SystemTime>,
+    pub metadata: Option<Metadata>,
+}
+
+/// Whether a disk would be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    Ready,
+    /// Being built right now, or what is left of somebody who was killed over it.
+    Unfinished,
+    Damaged(Unusable),
+}
+
+/// Which of the disks that nobody uses are removed: those that meet both conditions, and all that are not ready.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Prune {
+    /// Not used for so long.
+    pub older_than: Option<Duration>,
+    /// As long as the cache takes more than these bytes, the least recently used first.
+    pub keep_bytes: Option<u64>,
+    /// Only say what would be removed.
+    pub dry_run: bool,
+}
+
+/// What [`RootdiskCache::prune`] did.
+#[derive(Debug, Clone, Default)]
+pub struct Pruned {
+    pub removed: Vec<Listed>,
+    /// Would have gone, but came into use.
+    pub in_use: Vec<Listed>,
+}
+
+impl RootdiskCache {
+    /// All disks, the most recently used first.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn list(&self) -> Result<Vec<Listed>, RootdiskError> {
+        let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+        let mut found = Vec::new();
+        for name in self.store.names()? {
+            let Ok(key) = name.parse::<Key>() else { continue };
+            let path = self.store.path(&name, DISK);
+            // Gone since the directory was read.
+            let Ok(file) = fs::metadata(&path) else { continue };
+            let users = lock_holders(&locks, file.dev(), file.ino());
+            let state = match self.store.check(&name)? {
+                Ok(_) => State::Ready,
+                Err(Unusable::Absent) => continue,
+                Err(Unusable::Unfinished) => State::Unfinished,
+                Err(damage) => State::Damaged(damage),
+            };
+            let (used, metadata) = (self.store.used(&name), self.store.metadata(&name)?);
+            let (size, allocated) = (file.len(), file.blocks() * 512);
+            found.push(Listed { key, path, size, allocated, state, users, used, metadata });
+        }
+        found.sort_by_key(|listed| std::cmp::Reverse(listed.used));
+        Ok(found)
+    }
+
+    /// Reads a disk and compares all of it with its key. A damaged one is not used any more: the next start that needs
+    /// it builds it anew.
+    ///
+    /// # Errors
+    /// The disk cannot be opened.
+    pub fn verify(&self, key: Key) -> Result<Result<(), Unusable>, RootdiskError> {
+        let name = key.to_string();
+        let opened = match self.store.check(&name)? {
+            Ok(opened) => opened,
+            Err(unusable) => return Ok(Err(unusable)),
+        };
+        let damage = match ext4::manifest(&opened.file) {
+            Ok(found) if found == key => return Ok(Ok(())),
+            Ok(_) => Unusable::Content,
+            Err(error) => Unusable::Damaged(crate::error::chain(&error)),
+        };
+        self.store.unmark(&name)?;
+        Ok(Err(damage))
+    }
+
+    /// Removes disks that nobody uses.
+    ///
+    /// # Errors
+    /// A file cannot be removed.
+    pub fn prune(&self, what: &Prune) -> Result<Pruned, RootdiskError> {
+        let listed = self.list()?;
+        let mut total: u64 = listed.iter().map(|disk| disk.allocated).sum();
+        let mut pruned = Pruned::default();
+        let now = SystemTime::now();
+        for disk in listed.into_iter().rev() {
+            let age = disk.used.and_then(|used| now.duration_since(used).ok()).unwrap_or_default();
+            let old = what.older_than.is_none_or(|limit| age >= limit);
+            let too_much = what.keep_bytes.is_none_or(|budget| total > budget);
+            if disk.state == State::Ready && !(old && too_much) {
+                continue;
+            }
+            let free = if what.dry_run {
+                disk.users.is_empty()
+            } else {
+                self.store.remove(&disk.key.to_string())?
+            };
+            if free {
+                total -= disk.allocated;
+                pruned.removed.push(disk);
+            } else {
+                pruned.in_use.push(disk);
+            }
+        }
+        if !what.dry_run {
+            self.forget_removed()?;
+            self.templates.sweep()?;
+        }
+        Ok(pruned)
+    }
+
+    /// Removes from the index what leads nowhere.
+    fn forget_removed(&self) -> Result<(), RootdiskError> {
+        let failed = |error| self.index.error("list", &self.index.dir, error);
+        for entry in fs::read_dir(&self.index.dir).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            let key =
+                store::read(&path).ok().and_then(|text| String::from_utf8(text).ok()?.parse::<Key>().ok());
+            if key.is_none_or(|key| !self.store.path(&key.to_string(), DISK).exists()) {
+                self.index.remove_file(&path)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Processes that hold a flock(2) on a file, from the text of /proc/locks (proc(5)).
+fn lock_holders(locks: &str, device: u64, inode: u64) -> Vec<u32> {
+    let file = format!("{:02x}:{:02x}:{inode}", major(device), minor(device));
+    let held = locks.lines().filter_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        // A line with an arrow is of one who waits.
+        match fields[..] {
+            [_, "FLOCK", _, _, pid, place, ..] if place == file => pid.parse().ok(),
+            _ => None,
+        }
+    });
+    held.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_held_flocks_of_the_file_count() {
+        let locks = "1: FLOCK  ADVISORY  READ 4711 fe:00:123 0 EOF\n\
+                     1: -> FLOCK  ADVISORY  WRITE 5 fe:00:123 0 EOF\n\
+                     2: POSIX  ADVISORY  WRITE 6 fe:00:123 0 EOF\n\
+                     3: FLOCK  ADVISORY  READ 7 fe:01:123 0 EOF\n\
+                     4: FLOCK  ADVISORY  READ 8 fe:00:1234 0 EOF\n";
+        assert_eq!(lock_holders(locks, rustix::fs::makedev(0xfe, 0), 123), [4711]);
+    }
+}

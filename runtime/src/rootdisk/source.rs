@@ -1,0 +1,144 @@
+//! What a disk is made of, and how it is recognised without reading it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+use sha2::{Digest as _, Sha256};
+
+use super::key::Key;
+use super::manifest::FORMAT;
+use super::tree::Tree;
+use super::view::View;
+use super::{BuildOptions, RootdiskError};
+
+/// A root file system on the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RootfsSource {
+    /// Layers of an overlay. The lower ones must never change, as the committed layers of a snapshotter don't.
+    Overlay {
+        /// Top first.
+        lowers: Vec<PathBuf>,
+        /// The container's own layer: as good as not there while it is empty.
+        upper: Option<PathBuf>,
+    },
+    /// Any directory, without what is mounted below it.
+    Dir(PathBuf),
+}
+
+/// A source after a first look.
+pub(super) struct Recognised {
+    /// Equal for equal states of a source on this machine.
+    pub(super) identity: Key,
+    /// The layers that are not empty, top first; none for a directory.
+    layers: Vec<PathBuf>,
+    /// The view and the walk that it took to recognise a directory.
+    walked: Option<(View, Tree)>,
+    /// Whether it can change while it is read.
+    pub(super) mutable: bool,
+}
+
+impl RootfsSource {
+    /// For people.
+    pub(super) fn describe(&self) -> String {
+        match self {
+            Self::Dir(dir) => dir.display().to_string(),
+            Self::Overlay { lowers, upper } => {
+                let top = upper.as_ref().or(lowers.first()).map(|dir| dir.display().to_string());
+                format!(
+                    "{} layers, the top one {}",
+                    lowers.len() + usize::from(upper.is_some()),
+                    top.unwrap_or_default()
+                )
+            }
+        }
+    }
+
+    /// The directory to name in messages.
+    pub(super) fn name(&self) -> &Path {
+        match self {
+            Self::Dir(dir) => dir,
+            Self::Overlay { lowers, upper } => {
+                upper.as_deref().or(lowers.first().map(PathBuf::as_path)).unwrap_or(Path::new(""))
+            }
+        }
+    }
+
+    pub(super) fn recognise(&self, options: &BuildOptions) -> Result<Recognised, RootdiskError> {
+        let mut digest = Sha256::new();
+        digest.update(FORMAT.to_le_bytes());
+        digest.update(options.min_size.to_le_bytes());
+        match self {
+            Self::Dir(dir) => {
+                let view = View::of_dir(dir)?;
+                let tree = Tree::walk(&view)?;
+                digest.update(b"dir");
+                digest.update(tree.identity().to_string());
+                let identity = Key::new(digest.finalize().into());
+                Ok(Recognised { identity, layers: Vec::new(), walked: Some((view, tree)), mutable: true })
+            }
+            Self::Overlay { lowers, upper } => {
+                let mut layers = Vec::new();
+                if let Some(upper) = upper
+                    && !is_empty(upper)?
+                {
+                    digest.update(b"upper");
+                    digest.update(Tree::walk(&View::of_dir(upper)?)?.identity().to_string());
+                    layers.push(upper.clone());
+                }
+                for lower in lowers {
+                    digest.update(b"lower");
+                    digest.update(layer_identity(lower)?);
+                    layers.push(lower.clone());
+                }
+                if layers.is_empty() {
+                    return Err(RootdiskError::NoLayers);
+                }
+                let mutable = layers.len() > lowers.len();
+                Ok(Recognised { identity: Key::new(digest.finalize().into()), layers, walked: None, mutable })
+            }
+        }
+    }
+}
+
+impl Recognised {
+    /// Opens and walks the source.
+    pub(super) fn walk(&mut self, empty: &Path) -> Result<(View, Tree), RootdiskError> {
+        if let Some(walked) = self.walked.take() {
+            return Ok(walked);
+        }
+        let layers: Vec<&Path> = self.layers.iter().map(PathBuf::as_path).collect();
+        let view = View::of_layers(&layers, empty)?;
+        let tree = Tree::walk(&view)?;
+        Ok((view, tree))
+    }
+}
+
+fn is_empty(dir: &Path) -> Result<bool, RootdiskError> {
+    let failed = |source| view_error("list", dir, source);
+    fs::read_dir(dir).map_err(failed)?.next().transpose().map(|first| first.is_none()).map_err(failed)
+}
+
+/// A committed layer is known by its directory: a directory of the same name that was made later has another time of
+/// birth, and usually another inode.
+fn layer_identity(dir: &Path) -> Result<[u8; 32], RootdiskError> {
+    let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
+    let stat =
+        statx(CWD, dir, AtFlags::empty(), mask).map_err(|error| view_error("examine", dir, error.into()))?;
+    let mut digest = Sha256::new();
+    let path = dir.as_os_str().as_encoded_bytes();
+    digest.update((path.len() as u64).to_le_bytes());
+    digest.update(path);
+    for number in [u64::from(stat.stx_dev_major), stat.stx_dev_minor.into(), stat.stx_ino] {
+        digest.update(number.to_le_bytes());
+    }
+    for time in [stat.stx_btime, stat.stx_mtime, stat.stx_ctime] {
+        digest.update(time.tv_sec.to_le_bytes());
+        digest.update(time.tv_nsec.to_le_bytes());
+    }
+    Ok(digest.finalize().into())
+}
+
+fn view_error(action: &'static str, path: &Path, source: std::io::Error) -> RootdiskError {
+    RootdiskError::View { action, path: path.to_owned(), source }
+}

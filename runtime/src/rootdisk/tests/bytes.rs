@@ -1,0 +1,84 @@
+//! The bytes of a disk depend on its tree alone.
+
+use std::fs;
+use std::path::Path;
+
+use super::tree::{everything, touch};
+use super::{Fixture, layer, tool};
+use crate::rootdisk::{Key, RootfsSource};
+
+fn built(source: &RootfsSource) -> (Key, Vec<u8>) {
+    let fixture = Fixture::new();
+    let disk = fixture.build(source).unwrap();
+    (disk.key, fs::read(&disk.path).unwrap())
+}
+
+fn assert_same((key, bytes): &(Key, Vec<u8>), (other_key, other): &(Key, Vec<u8>)) {
+    assert_eq!(key, other_key);
+    let different = bytes.iter().zip(other).position(|(a, b)| a != b);
+    assert_eq!((bytes.len(), different), (other.len(), None));
+}
+
+#[test]
+fn neither_order_nor_time_nor_file_system_of_the_source_show() {
+    let (fixture, memory) = (Fixture::new(), tempfile::tempdir_in("/dev/shm").unwrap());
+    let (first, second, third) = (fixture.path("first"), fixture.path("second"), memory.path().join("third"));
+    everything(&first, false);
+    everything(&second, true);
+    // The time of the root directory is when it was unpacked.
+    touch(&second, 99, 0);
+    let disk = built(&layer(&first));
+    assert_same(&disk, &built(&layer(&second)));
+    assert_same(&disk, &built(&RootfsSource::Dir(first)));
+    // tmpfs has no user attributes before Linux 6.6, so the tree is copied with what both have.
+    let copy = |from: &Path, to: &Path| {
+        let (from, to) = (from.to_str().unwrap(), to.to_str().unwrap());
+        tool("cp", &["-a", "--no-preserve=xattr", from, to]);
+    };
+    copy(&second, &third);
+    let fourth = fixture.path("fourth");
+    copy(&second, &fourth);
+    assert_same(&built(&layer(&third)), &built(&layer(&fourth)));
+}
+
+#[test]
+fn layers_are_merged_as_overlayfs_does() {
+    let fixture = Fixture::new();
+    let (lower, upper, flat) = (fixture.path("lo:w,er"), fixture.path("upper"), fixture.path("flat"));
+    for (dir, files) in [
+        (&lower, &["kept", "gone", "dir/old"][..]),
+        (&upper, &["added", "dir/new"]),
+        (&flat, &["kept", "added", "dir/new"]),
+    ] {
+        for file in files {
+            let path = dir.join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, file).unwrap();
+            touch(&path, 7, 0);
+        }
+        touch(&dir.join("dir"), 8, 0);
+    }
+    tool("mknod", &[upper.join("gone").to_str().unwrap(), "c", "0", "0"]);
+    tool("setfattr", &["-n", "trusted.overlay.opaque", "-v", "y", upper.join("dir").to_str().unwrap()]);
+    let both = RootfsSource::Overlay { lowers: vec![upper.clone(), lower.clone()], upper: None };
+    let written = RootfsSource::Overlay { lowers: vec![lower], upper: Some(upper) };
+    let disk = built(&both);
+    assert_same(&disk, &built(&written));
+    assert_same(&disk, &built(&RootfsSource::Dir(flat)));
+}
+
+#[test]
+fn hundreds_of_layers_fit() {
+    let fixture = Fixture::new();
+    let lowers: Vec<_> = (0..300)
+        .map(|n| {
+            let dir = fixture.path(&format!("a layer with a rather long name, number {n}"));
+            fs::create_dir(&dir).unwrap();
+            fs::write(dir.join(n.to_string()), "").unwrap();
+            dir
+        })
+        .collect();
+    let disk = fixture.build(&RootfsSource::Overlay { lowers, upper: None }).unwrap();
+    let listed = fixture.cache.list().unwrap();
+    assert_eq!((listed[0].key, listed[0].metadata.as_ref().unwrap().files), (disk.key, 301));
+}

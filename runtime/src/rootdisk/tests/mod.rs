@@ -1,0 +1,73 @@
+//! Tests of the whole cache; they need root and mke2fs.
+
+mod bytes;
+mod cache;
+mod damage;
+mod failures;
+mod tree;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::{BuildOptions, Progress, Rootdisk, RootdiskCache, RootdiskError, RootfsSource};
+use crate::process;
+
+/// A cache in a directory of its own.
+struct Fixture {
+    dir: tempfile::TempDir,
+    cache: RootdiskCache,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = RootdiskCache::open(&dir.path().join("cache")).unwrap();
+        Self { dir, cache }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn build(&self, source: &RootfsSource) -> Result<Rootdisk, RootdiskError> {
+        self.build_watched(source, |_| ())
+    }
+
+    fn build_watched(
+        &self,
+        source: &RootfsSource,
+        mut watch: impl FnMut(Progress),
+    ) -> Result<Rootdisk, RootdiskError> {
+        self.cache.get_or_build(source, &small(), &mut watch)
+    }
+
+    /// Files of the cache's directory, without those of finished disks.
+    fn leftovers(&self) -> Vec<PathBuf> {
+        let listed = self.cache.list().unwrap();
+        let mut found = Vec::new();
+        for dir in ["", "locks", "writable", "empty"] {
+            for entry in fs::read_dir(self.cache.dir().join(dir)).unwrap() {
+                let path = entry.unwrap().path();
+                let disk = listed.iter().any(|disk| disk.path == path.with_extension("ext4"));
+                if path.is_file() && !disk {
+                    found.push(path);
+                }
+            }
+        }
+        found
+    }
+}
+
+/// Disks that are quick to make.
+fn small() -> BuildOptions {
+    BuildOptions { min_size: 16 << 20, ..BuildOptions::default() }
+}
+
+fn layer(dir: &Path) -> RootfsSource {
+    RootfsSource::Overlay { lowers: vec![dir.to_owned()], upper: None }
+}
+
+/// Runs a tool that the test needs.
+fn tool(program: &str, args: &[&str]) {
+    process::run(program, args, &[]).unwrap();
+}

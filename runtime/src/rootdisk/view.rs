@@ -1,0 +1,126 @@
+//! A read-only mount of a root file system that has no place in the file system tree.
+//!
+//! The mount is made in a mount namespace of one short-lived thread, and a detached copy of it is taken before the
+//! thread ends. The copy lives as long as its descriptor: there is nothing to unmount, whoever is killed and when.
+//! Source: mount(2), open_tree(2), mount_namespaces(7), Documentation/filesystems/overlayfs.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::{io, thread};
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use rustix::fs::{CWD, Mode, OFlags, open};
+use rustix::mount::{OpenTreeFlags, open_tree};
+
+use super::RootdiskError;
+use super::tree::lossy;
+
+/// The mount; files are opened below its descriptor.
+#[derive(Debug)]
+pub(super) struct View {
+    root: OwnedFd,
+    /// The source, for messages.
+    name: PathBuf,
+}
+
+impl AsFd for View {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
+    }
+}
+
+impl View {
+    /// A directory without what is mounted below it.
+    pub(super) fn of_dir(dir: &Path) -> Result<Self, RootdiskError> {
+        Self::mounted(dir, |target| {
+            let none = None::<&str>;
+            let bind = MsFlags::MS_BIND;
+            let read_only = bind | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOATIME;
+            mount(Some(dir), target, none, bind, none)
+                .and_then(|()| mount(none, target, none, read_only, none))
+                .map_err(|error| failed("mount a read-only view of", dir, error.into()))
+        })
+    }
+
+    /// The merged layers, top first; `empty` is an empty directory, since an overlay needs two.
+    pub(super) fn of_layers(layers: &[&Path], empty: &Path) -> Result<Self, RootdiskError> {
+        let name = layers.first().copied().unwrap_or(empty);
+        Self::mounted(name, |target| {
+            // The mount's options are limited to a page. Descriptors are short names whatever the paths are, so the
+            // kernel's limit of 500 layers fits; the colons and commas that paths may have do not matter either.
+            // They are opened here because the layers of an overlay must be in the caller's mount namespace.
+            let dirs = layers.iter().copied().chain((layers.len() < 2).then_some(empty)).map(|dir| {
+                open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+                    .map_err(|error| failed("open the layer", dir, error.into()))
+            });
+            let dirs = dirs.collect::<Result<Vec<_>, _>>()?;
+            let names: Vec<_> = dirs.iter().map(|dir| dir.as_raw_fd().to_string()).collect();
+            let options = format!("lowerdir={}", names.join(":"));
+            let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOATIME;
+            nix::unistd::chdir("/proc/self/fd")
+                .and_then(|()| {
+                    mount(Some("machinen"), target, Some("overlay"), flags, Some(options.as_str()))
+                })
+                .map_err(|error| failed("mount a read-only view of", name, error.into()))
+        })
+    }
+
+    /// Runs `make` to mount something at the path that it is given.
+    fn mounted(
+        name: &Path,
+        make: impl FnOnce(&Path) -> Result<(), RootdiskError> + Send,
+    ) -> Result<Self, RootdiskError> {
+        let detached = || -> Result<OwnedFd, RootdiskError> {
+            let prepare = || {
+                unshare(CloneFlags::CLONE_NEWNS)?;
+                let none = None::<&str>;
+                mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+            };
+            prepare().map_err(|error| failed("make a mount namespace for a view of", name, error.into()))?;
+            // Only this thread sees that something else is there now.
+            let target = Path::new("/proc");
+            make(target)?;
+            open_tree(CWD, target, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)
+                .map_err(|error| failed("detach a view of", name, error.into()))
+        };
+        let root = thread::scope(|scope| scope.spawn(detached).join()).expect("the thread does not panic")?;
+        Ok(Self { root, name: name.to_owned() })
+    }
+
+    /// A descriptor for a child process.
+    pub(super) fn share(&self) -> Result<OwnedFd, RootdiskError> {
+        self.root.try_clone().map_err(|error| failed("share the view of", &self.name, error))
+    }
+
+    /// The path of a file in the view, for calls that take no descriptor.
+    pub(super) fn path_of(&self, path: &[u8]) -> Vec<u8> {
+        let mut full = format!("/proc/self/fd/{}/", self.root.as_raw_fd()).into_bytes();
+        full.extend_from_slice(if path.is_empty() { b"." } else { path });
+        full
+    }
+
+    /// Opens a regular file for reading.
+    pub(super) fn open(&self, path: &[u8]) -> Result<File, RootdiskError> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        match rustix::fs::openat(self, path, flags, Mode::empty()) {
+            Ok(fd) => Ok(fd.into()),
+            Err(error) => Err(self.error("open", path, error)),
+        }
+    }
+
+    pub(super) fn error(
+        &self,
+        action: &'static str,
+        path: &[u8],
+        source: impl Into<io::Error>,
+    ) -> RootdiskError {
+        let (path, root) = (lossy(path), self.name.clone());
+        RootdiskError::Source { action, path, root, source: source.into() }
+    }
+}
+
+fn failed(action: &'static str, path: &Path, source: io::Error) -> RootdiskError {
+    RootdiskError::View { action, path: path.to_owned(), source }
+}

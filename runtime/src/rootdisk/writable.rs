@@ -1,0 +1,138 @@
+//! Empty file systems for the guest to write to.
+//!
+//! mke2fs takes 20 ms and four fsync(2)s, so it runs once for a size; a new layer is a sparse file with the few
+//! blocks (some 300 KiB) that mke2fs wrote to the template. Nothing needs to be synced here: what the guest syncs later
+//! takes with it all that this file has in memory.
+
+use std::fs::{File, Permissions};
+use std::io;
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::path::Path;
+
+use rustix::fs::{SeekFrom, ftruncate, seek};
+use rustix::io::Errno;
+use sha2::{Digest as _, Sha256};
+
+use super::ext4::BLOCK;
+use super::key::Key;
+use super::lock::Lock;
+use super::mkfs::Mke2fs;
+use super::store::{self, Metadata};
+use super::{LARGEST, RootdiskCache, RootdiskError};
+
+/// Part of a template's name: raise it when templates are made in another way.
+const FORMAT: u32 = 1;
+/// More data than any template has; one of 16 TiB has 60 MiB.
+const DATA_MAX: u64 = 256 << 20;
+
+/// The parts of a template that are not holes.
+struct Data {
+    pieces: Vec<(u64, Vec<u8>)>,
+    digest: Key,
+}
+
+impl RootdiskCache {
+    /// Makes an empty writable layer: a sparse ext4 file system of `size` bytes (rounded up to whole blocks) with a
+    /// journal, open for reading and writing. It has its name only when it is whole.
+    ///
+    /// # Errors
+    /// There is something of that name (see [`open_writable`]), no space or no mke2fs.
+    pub fn create_writable(&self, path: &Path, size: u64, mke2fs: &Path) -> Result<File, RootdiskError> {
+        let size = size.next_multiple_of(BLOCK as u64);
+        if size > LARGEST - (1 << 30) {
+            return Err(RootdiskError::TooLarge { size });
+        }
+        let data = self.template(size, mke2fs)?;
+        let failed = |source| RootdiskError::Writable { path: path.to_owned(), source };
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let make = || -> io::Result<File> {
+            let file = store::unnamed(dir)?;
+            ftruncate(&file, size)?;
+            for (offset, bytes) in &data.pieces {
+                file.write_all_at(bytes, *offset)?;
+            }
+            file.set_permissions(Permissions::from_mode(0o600))?;
+            store::name_new_file(&file, path)?;
+            Ok(file)
+        };
+        make().map_err(failed)
+    }
+
+    /// What a new layer of that size consists of; made by mke2fs if this is the first one, or the template is damaged.
+    fn template(&self, size: u64, mke2fs: &Path) -> Result<Data, RootdiskError> {
+        let name = format!("v{FORMAT}-{size}");
+        if let Some(data) = self.kept_template(&name)? {
+            return Ok(data);
+        }
+        let path = self.locks.dir.join(format!("writable-{name}"));
+        let _lock = Lock::acquire(&path, || ()).map_err(|error| self.locks.error("lock", &path, error))?;
+        if let Some(data) = self.kept_template(&name)? {
+            return Ok(data);
+        }
+        self.templates.sweep()?;
+        let mke2fs = Mke2fs::find(mke2fs)?;
+        let file = self.templates.unnamed()?;
+        let failed = |error: io::Error| self.templates.error("write to", &self.templates.dir, error);
+        ftruncate(&file, size).map_err(|error| failed(error.into()))?;
+        mke2fs.writable(&file, &self.templates.dir)?;
+        let data = data(&file, size).map_err(failed)?;
+        let metadata = Metadata::new(size, "template".to_owned(), data.digest.to_string(), &mke2fs.version);
+        self.templates.publish(&name, &file, metadata)?;
+        Ok(data)
+    }
+
+    fn kept_template(&self, name: &str) -> Result<Option<Data>, RootdiskError> {
+        let Some(opened) = self.templates.get(name)? else { return Ok(None) };
+        let data = data(&opened.file, opened.metadata.size)
+            .map_err(|error| self.templates.error("read", &self.templates.path(name, store::DISK), error))?;
+        Ok((data.digest.to_string() == opened.metadata.shape).then_some(data))
+    }
+}
+
+/// Opens a layer that a container wrote to before.
+///
+/// # Errors
+/// It is not there, or not what [`RootdiskCache::create_writable`] made.
+pub fn open_writable(path: &Path) -> Result<File, RootdiskError> {
+    let failed = |source| RootdiskError::Writable { path: path.to_owned(), source };
+    let file = File::options().read(true).write(true).open(path).map_err(failed)?;
+    let other = |what: &str| RootdiskError::NotWritable { path: path.to_owned(), what: what.to_owned() };
+    let mut superblock = [0; 1024];
+    file.read_exact_at(&mut superblock, 1024).map_err(|error| match error.kind() {
+        io::ErrorKind::UnexpectedEof => other("is too short"),
+        _ => failed(error),
+    })?;
+    if superblock[0x38..0x3a] != [0x53, 0xef] {
+        return Err(other("is not an ext4 file system"));
+    }
+    Ok(file)
+}
+
+fn data(file: &File, size: u64) -> io::Result<Data> {
+    let (mut pieces, mut digest, mut offset, mut total) = (Vec::new(), Sha256::new(), 0, 0);
+    loop {
+        let start = match seek(file, SeekFrom::Data(offset)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let end = seek(file, SeekFrom::Hole(start))?.min(size);
+        total += end - start;
+        if total > DATA_MAX {
+            return Err(io::Error::other("the template has too much data"));
+        }
+        // Places that the file system of the cache did not keep as holes need not be written.
+        for at in (start..end).step_by(BLOCK) {
+            let mut bytes = vec![0; BLOCK.min((end - at) as usize)];
+            file.read_exact_at(&mut bytes, at)?;
+            if bytes.iter().all(|&byte| byte == 0) {
+                continue;
+            }
+            digest.update(at.to_le_bytes());
+            digest.update(&bytes);
+            pieces.push((at, bytes));
+        }
+        offset = end;
+    }
+    Ok(Data { pieces, digest: Key::new(digest.finalize().into()) })
+}
