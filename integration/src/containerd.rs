@@ -9,12 +9,12 @@ use std::{
     thread::JoinHandle,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::{
     log::Log,
     paths::{self, Version},
-    process::Invocation,
+    process::{DEADLINE, Invocation, wait_for_end},
     setup::Setup,
 };
 
@@ -43,12 +43,19 @@ pub struct Containerd {
     root: PathBuf,
     namespace: String,
     keeper: Child,
-    commands: Option<ChildStdin>,
-    replies: BufReader<ChildStdout>,
+    /// Gone when the keeper has been told to clean up.
+    pipes: Mutex<Option<Pipes>>,
     pid: u32,
     log: Arc<Log>,
     reader: Option<JoinHandle<()>>,
     ids: Mutex<Vec<String>>,
+}
+
+/// Commands to the keeper and its answers.
+#[derive(Debug)]
+struct Pipes {
+    commands: ChildStdin,
+    answers: BufReader<ChildStdout>,
 }
 
 impl Containerd {
@@ -91,8 +98,10 @@ impl Containerd {
             version,
             root,
             namespace,
-            commands: keeper.stdin.take(),
-            replies: BufReader::new(keeper.stdout.take().context("the keeper has no stdout")?),
+            pipes: Mutex::new(Some(Pipes {
+                commands: keeper.stdin.take().context("the keeper has no stdin")?,
+                answers: BufReader::new(keeper.stdout.take().context("the keeper has no stdout")?),
+            })),
             keeper,
             pid: 0,
             log,
@@ -117,15 +126,40 @@ impl Containerd {
     /// As for [`Containerd::start_with`].
     pub fn restart(&mut self) -> Result<()> {
         let from = self.log.position();
-        let keeper = self.commands.as_mut().context("the keeper is gone")?;
-        writeln!(keeper, "restart").context("cannot write to the keeper")?;
+        self.command("restart")?;
         self.wait_until_serving(from)
     }
 
-    fn wait_until_serving(&mut self, from: usize) -> Result<()> {
+    /// Runs a shell script as a descendant of the keeper, so that what it leaves belongs to this containerd.
+    ///
+    /// # Errors
+    /// The script cannot be written, or the keeper is gone.
+    pub fn run_script(&self, text: &str) -> Result<()> {
+        let script = self.root.join("script.sh");
+        fs::write(&script, text).with_context(|| format!("cannot write {}", script.display()))?;
+        self.command(&format!("run {}", script.display()))?;
+        let pid = self.answer()?;
+        ensure!(wait_for_end(pid, DEADLINE)?, "a script did not end within {DEADLINE:?}");
+        Ok(())
+    }
+
+    fn command(&self, line: &str) -> Result<()> {
+        let mut pipes = self.pipes.lock().expect("nobody panics with the pipes");
+        let pipes = pipes.as_mut().context("the keeper is gone")?;
+        writeln!(pipes.commands, "{line}").context("cannot write to the keeper")
+    }
+
+    /// Pid of what the keeper has started last.
+    fn answer(&self) -> Result<u32> {
+        let mut pipes = self.pipes.lock().expect("nobody panics with the pipes");
         let mut pid = String::new();
-        self.replies.read_line(&mut pid).context("cannot read from the keeper")?;
-        self.pid = pid.trim().parse().with_context(|| format!("containerd was not started: {}", self.log))?;
+        let pipes = pipes.as_mut().context("the keeper is gone")?;
+        pipes.answers.read_line(&mut pid).context("cannot read from the keeper")?;
+        pid.trim().parse().with_context(|| format!("the keeper could not start a program: {}", self.log))
+    }
+
+    fn wait_until_serving(&mut self, from: usize) -> Result<()> {
+        self.pid = self.answer()?;
         self.log.wait_for(from, |line| line.contains("containerd successfully booted"))?;
         Ok(())
     }
@@ -188,7 +222,7 @@ impl Containerd {
 impl Drop for Containerd {
     fn drop(&mut self) {
         // The end of its stdin is the keeper's order to clean up; the end of its stderr says that all are gone.
-        drop(self.commands.take());
+        drop(self.pipes.lock().expect("nobody panics with the pipes").take());
         if let Some(reader) = self.reader.take() {
             reader.join().expect("reading a log does not panic");
         }

@@ -18,6 +18,8 @@ pub mod log;
 pub mod paths;
 pub mod phases;
 pub mod process;
+pub mod samples;
 mod settle;
 pub mod setup;
+pub mod shim;
 pub mod sys;

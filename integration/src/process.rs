@@ -172,7 +172,7 @@ impl Running {
     /// The deadline passed; the program was killed.
     pub fn wait(mut self) -> Result<Output> {
         drop(self.child.stdin.take());
-        let ended = wait_readable(self.child.id(), self.deadline.saturating_sub(self.started.elapsed()))?;
+        let ended = wait_for_end(self.child.id(), self.deadline.saturating_sub(self.started.elapsed()))?;
         if !ended {
             self.child.kill().context("cannot kill an overdue program")?;
         }
@@ -231,9 +231,15 @@ impl std::fmt::Display for Output {
     }
 }
 
-/// Waits until the process ends; false when it has not within the time.
-fn wait_readable(pid: u32, time: Duration) -> Result<bool> {
-    let fd = sys::pidfd_open(pid).context("cannot watch a child")?;
+/// Waits until a process ends, whoever its parent is; false when it has not within the time.
+///
+/// # Errors
+/// It cannot be watched.
+pub fn wait_for_end(pid: u32, time: Duration) -> Result<bool> {
+    let fd = match sys::pidfd_open(pid) {
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(true),
+        fd => fd.with_context(|| format!("cannot watch the process {pid}"))?,
+    };
     let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
     let timeout = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
     Ok(poll(&mut fds, timeout).context("cannot poll a pidfd")? > 0)

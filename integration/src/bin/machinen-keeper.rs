@@ -6,8 +6,8 @@
 //! killed (the keeper is their subreaper, so daemons are descendants too), what is mounted below ROOT is unmounted,
 //! control groups called NAMESPACE are removed, and so is ROOT.
 //!
-//! The line `restart` on stdin kills the program and starts it again, leaving its descendants alone. Each start is
-//! answered by a line with the program's pid on stdout.
+//! The line `restart` on stdin kills the program and starts it again, leaving its descendants alone; `run FILE` runs
+//! a shell script beside it. Each start is answered by a line with the new process's pid on stdout.
 
 use std::{
     env, io,
@@ -51,9 +51,12 @@ fn run() -> Result<()> {
     let reaper = Reaper::start();
     let mut program = reaper.spawn(command)?;
     for line in io::stdin().lock().lines() {
-        if line.context("cannot read stdin")? == "restart" {
+        let line = line.context("cannot read stdin")?;
+        if line == "restart" {
             reaper.end(program)?;
             program = reaper.spawn(command)?;
+        } else if let Some(script) = line.strip_prefix("run ") {
+            reaper.spawn(&["/bin/sh".to_owned(), script.to_owned()])?;
         }
     }
     // First, so that it does not react to the deaths of the others.

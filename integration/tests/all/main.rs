@@ -10,4 +10,5 @@ mod lifecycle;
 mod process;
 mod refusals;
 mod rootfs;
+mod shim;
 mod streams;

@@ -1,0 +1,75 @@
+//! A rootdisk from a tree of 200 MB in 10,000 files, against mke2fs alone.
+
+use std::{fs, path::Path};
+
+use anyhow::{Result, ensure};
+use machinen_integration::{
+    containerd::Containerd,
+    image::{Image, Layer},
+    paths,
+    process::Invocation,
+    samples::Samples,
+};
+
+const FILES: u64 = 10_000;
+const BYTES: u64 = 200_000_000;
+const DIRS: u64 = 100;
+
+#[derive(Debug, Default)]
+pub(crate) struct Conversion {
+    pub(crate) machinen: Samples,
+    pub(crate) mke2fs: Samples,
+}
+
+pub(crate) fn measure(containerd: &Containerd, rounds: usize) -> Result<Conversion> {
+    let (tree, cache, disk) = (
+        containerd.root().join("tree"),
+        containerd.root().join("converted"),
+        containerd.root().join("bare.ext4"),
+    );
+    Image::new("tree", vec![layer()]).unpack(&tree)?;
+    let mut conversion = Conversion::default();
+    // The first of each finds cold caches and is not counted.
+    for round in 0..=rounds {
+        let machinen = Invocation::new(paths::release_dir()?.join("machinen"))
+            .arg("rootdisk")
+            .arg("--dir")
+            .arg(&cache)
+            .arg("build")
+            .arg(&tree)
+            .run()?
+            .ok()?;
+        let bare = bare(&tree, &disk)?;
+        if round > 0 {
+            conversion.machinen.push(machinen.duration);
+            conversion.mke2fs.push(bare);
+        }
+        fs::remove_dir_all(&cache)?;
+        fs::remove_file(&disk)?;
+    }
+    fs::remove_dir_all(&tree)?;
+    Ok(conversion)
+}
+
+fn bare(tree: &Path, disk: &Path) -> Result<std::time::Duration> {
+    let output = Invocation::new("mke2fs")
+        .args(["-q", "-F", "-t", "ext4", "-d"])
+        .arg(tree)
+        .arg(disk)
+        .arg("2G")
+        .run()?;
+    ensure!(output.status == 0, "mke2fs: {output}");
+    Ok(output.duration)
+}
+
+/// Sizes vary as in a real tree: most files are small, a few are large.
+fn layer() -> Layer {
+    let mut layer = (0..DIRS).fold(Layer::new(), |layer, dir| layer.dir(&format!("dir{dir:03}"), 0o755));
+    let weights = |file: u64| if file % 50 == 0 { 60 } else { 1 + file % 10 };
+    let total: u64 = (0..FILES).map(weights).sum();
+    for file in 0..FILES {
+        let path = format!("dir{:03}/file{file:05}", file % DIRS);
+        layer = layer.noise(&path, file + 1, weights(file) * BYTES / total);
+    }
+    layer
+}

@@ -1,0 +1,164 @@
+//! The shim without containerd's client between: its command line, and the task API spoken to it directly.
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context, Result, bail};
+use containerd_shim_protos::{api, protobuf::Message};
+use ttrpc::{Code, Error};
+
+use crate::{containerd::Containerd, paths};
+
+/// Longest that a call may take, nanoseconds.
+const TIMEOUT: i64 = 60_000_000_000;
+
+/// A bundle as containerd would make it, and the shim that serves it.
+#[derive(Debug)]
+pub struct Shim<'a> {
+    containerd: &'a Containerd,
+    pub id: String,
+    pub bundle: PathBuf,
+}
+
+/// What a run of the shim's binary printed.
+#[derive(Debug)]
+pub struct Printed {
+    pub status: i32,
+    pub stdout: Vec<u8>,
+    pub stderr: String,
+}
+
+/// A connection to a serving shim.
+#[expect(missing_debug_implementations, reason = "ttrpc's client has none")]
+pub struct Client {
+    client: ttrpc::Client,
+    service: &'static str,
+}
+
+impl<'a> Shim<'a> {
+    /// Makes the bundle's directory, in which `config.json` is still missing.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn new(containerd: &'a Containerd) -> Result<Self> {
+        let id = containerd.new_id();
+        let bundle = containerd.bundle(&id);
+        fs::create_dir_all(bundle.join("rootfs"))
+            .with_context(|| format!("cannot make {}", bundle.display()))?;
+        Ok(Self { containerd, id, bundle })
+    }
+
+    /// `start`, as containerd of that protocol version runs it; 0: it does not say which.
+    ///
+    /// # Errors
+    /// The binary cannot be run.
+    pub fn start(&self, max_version: u32) -> Result<Printed> {
+        let version =
+            if max_version > 0 { format!("export MAX_SHIM_VERSION={max_version}") } else { String::new() };
+        self.run(&version, "start")
+    }
+
+    /// `delete`, as containerd runs it when the shim is dead.
+    ///
+    /// # Errors
+    /// The binary cannot be run.
+    pub fn delete(&self) -> Result<(Printed, api::DeleteResponse)> {
+        let printed = self.run("", &format!("-bundle {} delete", self.bundle.display()))?;
+        let response = api::DeleteResponse::parse_from_bytes(&printed.stdout);
+        let response = response.with_context(|| format!("delete printed no DeleteResponse: {printed:?}"))?;
+        Ok((printed, response))
+    }
+
+    fn run(&self, environment: &str, action: &str) -> Result<Printed> {
+        let root = self.containerd.root();
+        let (bundle, socket) = (self.bundle.display(), self.containerd.socket());
+        let output = |name: &str| root.join(format!("shim-{}.{name}", self.id));
+        let (stdout, stderr, status) = (output("out"), output("err"), output("status"));
+        self.containerd.run_script(&format!(
+            "cd {bundle}\nexport TTRPC_ADDRESS={socket}.ttrpc GRPC_ADDRESS={socket} NAMESPACE={namespace}\n\
+             {environment}\n{binary} -namespace {namespace} -id {id} -address {socket} \
+             -publish-binary /bin/true -debug {action} </dev/null >{stdout} 2>{stderr}\necho $? >{status}\n",
+            socket = socket.display(),
+            namespace = self.containerd.namespace(),
+            binary = paths::release_dir()?.join("containerd-shim-machinen-v1").display(),
+            id = self.id,
+            stdout = stdout.display(),
+            stderr = stderr.display(),
+            status = status.display(),
+        ))?;
+        let status = fs::read_to_string(&status).context("the shim's binary was not run")?;
+        Ok(Printed {
+            status: status.trim().parse()?,
+            stdout: fs::read(&stdout)?,
+            stderr: fs::read_to_string(&stderr)?,
+        })
+    }
+
+    /// A request that names this container and its bundle.
+    pub fn create_request(&self) -> api::CreateTaskRequest {
+        api::CreateTaskRequest {
+            id: self.id.clone(),
+            bundle: self.bundle.display().to_string(),
+            ..Default::default()
+        }
+    }
+}
+
+impl Client {
+    /// Connects to the address that `start` printed; `service` is the task API's name.
+    ///
+    /// # Errors
+    /// Nobody listens there.
+    pub fn connect(address: &str, service: &'static str) -> Result<Self> {
+        let client = ttrpc::Client::connect(address);
+        let client = client.with_context(|| format!("cannot connect to the shim at {address}"))?;
+        Ok(Self { client, service })
+    }
+
+    /// Calls a method; the shim's refusal is a result.
+    ///
+    /// # Errors
+    /// The connection broke, or the answer cannot be decoded.
+    pub fn call<Answer: Message>(
+        &self,
+        method: &str,
+        request: &impl Message,
+    ) -> Result<Result<Answer, (Code, String)>> {
+        let request = ttrpc::Request {
+            service: self.service.to_owned(),
+            method: method.to_owned(),
+            payload: request.write_to_bytes()?,
+            timeout_nano: TIMEOUT,
+            ..Default::default()
+        };
+        match self.client.request(request) {
+            Ok(response) => {
+                let answer = Answer::parse_from_bytes(&response.payload);
+                Ok(Ok(answer.with_context(|| format!("odd answer to {method}"))?))
+            }
+            Err(Error::RpcStatus(status)) => Ok(Err((status.code(), status.message))),
+            Err(error) => bail!("{method} was not answered: {error}"),
+        }
+    }
+
+    /// Calls a method that must succeed.
+    ///
+    /// # Errors
+    /// It did not.
+    pub fn ok<Answer: Message>(&self, method: &str, request: &impl Message) -> Result<Answer> {
+        match self.call(method, request)? {
+            Ok(answer) => Ok(answer),
+            Err((code, message)) => bail!("{method} was refused: {code:?}: {message}"),
+        }
+    }
+
+    /// Calls a method that must be refused, and returns how.
+    ///
+    /// # Errors
+    /// It was not.
+    pub fn refused(&self, method: &str, request: &impl Message) -> Result<(Code, String)> {
+        match self.call::<api::Empty>(method, request) {
+            Ok(Err(refusal)) => Ok(refusal),
+            _ => bail!("{method} was not refused"),
+        }
+    }
+}

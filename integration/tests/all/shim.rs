@@ -1,0 +1,285 @@
+//! The shim's command line and its task API, without containerd's client between.
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use containerd_shim_protos::{api, protobuf::EnumOrUnknown};
+use machinen_integration::{
+    bundle::Bundle,
+    containerd::Containerd,
+    process::wait_for_end,
+    shim::{Client, Shim},
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use ttrpc::Code;
+
+use crate::harness::on_newest_containerd;
+
+on_newest_containerd!(
+    start_answers_as_each_containerd_expects,
+    a_whole_life_on_either_service,
+    later_verbs_are_unimplemented,
+    configurations_that_are_none,
+    delete_from_half_finished_states,
+    answers_while_the_guest_hangs,
+    refusals_have_the_right_codes,
+);
+
+const V2: &str = "containerd.task.v2.Task";
+const V3: &str = "containerd.task.v3.Task";
+
+/// Starts a shim, and returns where it listens.
+fn serve(shim: &Shim<'_>) -> Result<String> {
+    let printed = shim.start(0)?;
+    ensure!(printed.status == 0 && printed.stderr.is_empty(), "{printed:?}");
+    Ok(String::from_utf8(printed.stdout)?.trim().to_owned())
+}
+
+/// Ends a shim without containers, and waits until it has gone.
+fn shut_down(shim: &Shim<'_>, client: &Client) -> Result<()> {
+    let connected: api::ConnectResponse = client.ok("Connect", &connect(shim))?;
+    client
+        .ok::<api::Empty>("Shutdown", &api::ShutdownRequest { id: shim.id.clone(), ..Default::default() })?;
+    ensure!(wait_for_end(connected.shim_pid, Duration::from_secs(3))?, "the shim lives on after Shutdown");
+    fs::remove_dir_all(&shim.bundle)?;
+    Ok(())
+}
+
+fn connect(shim: &Shim<'_>) -> api::ConnectRequest {
+    api::ConnectRequest { id: shim.id.clone(), ..Default::default() }
+}
+
+fn state(shim: &Shim<'_>, client: &Client) -> Result<api::StateResponse> {
+    client.ok("State", &api::StateRequest { id: shim.id.clone(), ..Default::default() })
+}
+
+fn signal(shim: &Shim<'_>, signal: u32) -> api::KillRequest {
+    api::KillRequest { id: shim.id.clone(), signal, ..Default::default() }
+}
+
+/// Puts a specification into the bundle whose rootfs is busybox in a directory.
+fn fill(shim: &Shim<'_>, rootfs: &Bundle, command: &[&str]) -> Result<()> {
+    let config = rootfs.config(command, |_| ())?;
+    fs::copy(config, shim.bundle.join("config.json"))?;
+    Ok(())
+}
+
+fn start_answers_as_each_containerd_expects(containerd: &mut Containerd) -> Result<()> {
+    for (version, json) in [(0, false), (2, false), (3, true), (4, true)] {
+        let shim = Shim::new(containerd)?;
+        let printed = shim.start(version)?;
+        ensure!(printed.status == 0 && printed.stderr.is_empty(), "{printed:?}");
+        let answer = String::from_utf8(printed.stdout)?;
+        let address = if json {
+            let answer: serde_json::Value = serde_json::from_str(&answer)?;
+            ensure!(answer["version"] == 3 && answer["protocol"] == "ttrpc", "{answer}");
+            answer["address"].as_str().context("no address")?.to_owned()
+        } else {
+            answer.trim().to_owned()
+        };
+        ensure!(address.starts_with("unix:///"), "{answer}");
+        shut_down(&shim, &Client::connect(&address, V3)?)?;
+    }
+    Ok(())
+}
+
+fn a_whole_life_on_either_service(containerd: &mut Containerd) -> Result<()> {
+    let rootfs = Bundle::busybox(containerd)?;
+    for service in [V2, V3] {
+        let shim = Shim::new(containerd)?;
+        fill(&shim, &rootfs, &["sh", "-c", "trap 'exit 21' TERM; while :; do sleep 1000 & wait; done"])?;
+        let client = Client::connect(&serve(&shim)?, service)?;
+        let created: api::CreateTaskResponse = client.ok("Create", &shim.create_request())?;
+        ensure!(fs::exists(format!("/proc/{}", created.pid))?, "{} is no process of the host", created.pid);
+        let now = state(&shim, &client)?;
+        ensure!(now.status == EnumOrUnknown::new(api::Status::CREATED) && now.pid == created.pid, "{now:?}");
+        let start = api::StartRequest { id: shim.id.clone(), ..Default::default() };
+        let started: api::StartResponse = client.ok("Start", &start)?;
+        ensure!(started.pid == created.pid, "{started:?}");
+        let now = state(&shim, &client)?;
+        ensure!(now.status == EnumOrUnknown::new(api::Status::RUNNING), "{now:?}");
+        let pids: api::PidsResponse =
+            client.ok("Pids", &api::PidsRequest { id: shim.id.clone(), ..Default::default() })?;
+        ensure!(pids.processes.iter().any(|process| process.pid == created.pid), "{pids:?}");
+        let connected: api::ConnectResponse = client.ok("Connect", &connect(&shim))?;
+        ensure!(connected.task_pid == created.pid, "{connected:?}");
+
+        // Asked to end while a task exists, the shim stays.
+        let shutdown = api::ShutdownRequest { id: shim.id.clone(), ..Default::default() };
+        client.ok::<api::Empty>("Shutdown", &shutdown)?;
+        client.ok::<api::Empty>("Kill", &signal(&shim, 15))?;
+        let wait = api::WaitRequest { id: shim.id.clone(), ..Default::default() };
+        let exit: api::WaitResponse = client.ok("Wait", &wait)?;
+        ensure!(exit.exit_status == 21 && exit.exited_at.seconds > 1_700_000_000, "{exit:?}");
+        let now = state(&shim, &client)?;
+        ensure!(now.status == EnumOrUnknown::new(api::Status::STOPPED) && now.exit_status == 21, "{now:?}");
+        let again: api::WaitResponse = client.ok("Wait", &wait)?;
+        ensure!(again == exit, "{again:?} after {exit:?}");
+        let deleted: api::DeleteResponse =
+            client.ok("Delete", &api::DeleteRequest { id: shim.id.clone(), ..Default::default() })?;
+        ensure!(deleted.exit_status == 21 && deleted.pid == created.pid, "{deleted:?}");
+        shut_down(&shim, &client)?;
+    }
+    Ok(())
+}
+
+fn later_verbs_are_unimplemented(containerd: &mut Containerd) -> Result<()> {
+    let shim = Shim::new(containerd)?;
+    let client = Client::connect(&serve(&shim)?, V3)?;
+    let id = || shim.id.clone();
+    let refusals = [
+        ("Pause", client.refused("Pause", &api::PauseRequest { id: id(), ..Default::default() })?),
+        ("Resume", client.refused("Resume", &api::ResumeRequest { id: id(), ..Default::default() })?),
+        ("Exec", client.refused("Exec", &api::ExecProcessRequest { id: id(), ..Default::default() })?),
+        (
+            "Checkpoint",
+            client.refused("Checkpoint", &api::CheckpointTaskRequest { id: id(), ..Default::default() })?,
+        ),
+        ("Update", client.refused("Update", &api::UpdateTaskRequest { id: id(), ..Default::default() })?),
+    ];
+    for (method, (code, message)) in refusals {
+        ensure!(code == Code::UNIMPLEMENTED && !message.is_empty(), "{method} answers {code:?}: {message}");
+    }
+    shut_down(&shim, &client)
+}
+
+fn configurations_that_are_none(containerd: &mut Containerd) -> Result<()> {
+    let rootfs = Bundle::busybox(containerd)?;
+    for (text, words) in [
+        (None, "config.json"),
+        (Some(""), "is empty"),
+        (Some("{ \"ociVersion\": "), "is not valid"),
+        (Some("[]"), "is not valid"),
+        (Some("{ \"ociVersion\": \"1.0.2\" }"), "no process"),
+    ] {
+        let shim = Shim::new(containerd)?;
+        let client = Client::connect(&serve(&shim)?, V3)?;
+        if let Some(text) = text {
+            fs::write(shim.bundle.join("config.json"), text)?;
+        }
+        let (_, message) = client.refused("Create", &shim.create_request())?;
+        ensure!(message.contains(words) && message.contains("config.json"), "{text:?}: {message}");
+        // The same shim takes a right one.
+        fill(&shim, &rootfs, &["true"])?;
+        client.ok::<api::CreateTaskResponse>("Create", &shim.create_request())?;
+        let delete = api::DeleteRequest { id: shim.id.clone(), ..Default::default() };
+        client.ok::<api::DeleteResponse>("Delete", &delete)?;
+        shut_down(&shim, &client)?;
+    }
+    Ok(())
+}
+
+fn delete_from_half_finished_states(containerd: &mut Containerd) -> Result<()> {
+    let rootfs = Bundle::busybox(containerd)?;
+    for steps in 0..4 {
+        let shim = Shim::new(containerd)?;
+        fill(&shim, &rootfs, &["sleep", "1000"])?;
+        let given = files(&shim)?;
+        if steps > 0 {
+            let client = Client::connect(&serve(&shim)?, V3)?;
+            if steps > 1 {
+                client.ok::<api::CreateTaskResponse>("Create", &shim.create_request())?;
+            }
+            if steps > 2 {
+                let start = api::StartRequest { id: shim.id.clone(), ..Default::default() };
+                client.ok::<api::StartResponse>("Start", &start)?;
+            }
+        }
+        let begun = Instant::now();
+        // Twice, since containerd may.
+        for _ in 0..2 {
+            let (printed, response) = shim.delete()?;
+            ensure!(printed.status == 0, "after {steps} steps: {printed:?}");
+            ensure!(response.exit_status == 137, "after {steps} steps: {response:?}");
+        }
+        ensure!(begun.elapsed() < Duration::from_secs(5), "delete took {:?}", begun.elapsed());
+        let left = files(&shim)?;
+        ensure!(left == given, "after {steps} steps delete left {left:?} of {given:?}");
+        fs::remove_dir_all(&shim.bundle)?;
+    }
+    Ok(())
+}
+
+fn files(shim: &Shim<'_>) -> Result<Vec<std::ffi::OsString>> {
+    let mut names =
+        fs::read_dir(&shim.bundle)?.map(|entry| Ok(entry?.file_name())).collect::<Result<Vec<_>>>()?;
+    names.sort();
+    Ok(names)
+}
+
+fn answers_while_the_guest_hangs(containerd: &mut Containerd) -> Result<()> {
+    let rootfs = Bundle::busybox(containerd)?;
+    let shim = Shim::new(containerd)?;
+    fill(&shim, &rootfs, &["sleep", "1000"])?;
+    let client = Client::connect(&serve(&shim)?, V3)?;
+    client.ok::<api::CreateTaskResponse>("Create", &shim.create_request())?;
+    let start = api::StartRequest { id: shim.id.clone(), ..Default::default() };
+    client.ok::<api::StartResponse>("Start", &start)?;
+    let inventory = containerd.inventory()?;
+    let qemu =
+        inventory.processes.iter().find(|process| process.command.contains("-machine")).context("no QEMU")?;
+    let qemu = Pid::from_raw(i32::try_from(qemu.pid)?);
+    kill(qemu, Signal::SIGSTOP)?;
+    let begun = Instant::now();
+    client.ok::<api::ConnectResponse>("Connect", &connect(&shim))?;
+    let pids: api::PidsResponse =
+        client.ok("Pids", &api::PidsRequest { id: shim.id.clone(), ..Default::default() })?;
+    ensure!(!pids.processes.is_empty(), "no pids");
+    ensure!(
+        begun.elapsed() < Duration::from_secs(5),
+        "a hung guest held the answers up for {:?}",
+        begun.elapsed()
+    );
+    let (printed, _) = shim.delete()?;
+    ensure!(printed.status == 0, "{printed:?}");
+    fs::remove_dir_all(&shim.bundle)?;
+    Ok(())
+}
+
+fn refusals_have_the_right_codes(containerd: &mut Containerd) -> Result<()> {
+    let rootfs = Bundle::busybox(containerd)?;
+    let shim = Shim::new(containerd)?;
+    fill(&shim, &rootfs, &["sleep", "1000"])?;
+    let client = Client::connect(&serve(&shim)?, V3)?;
+    let nobody = || "nobody".to_owned();
+    for (method, (code, message)) in [
+        ("State", client.refused("State", &api::StateRequest { id: nobody(), ..Default::default() })?),
+        ("Start", client.refused("Start", &api::StartRequest { id: nobody(), ..Default::default() })?),
+        (
+            "Kill",
+            client.refused("Kill", &api::KillRequest { id: nobody(), signal: 9, ..Default::default() })?,
+        ),
+        ("Wait", client.refused("Wait", &api::WaitRequest { id: nobody(), ..Default::default() })?),
+        ("Delete", client.refused("Delete", &api::DeleteRequest { id: nobody(), ..Default::default() })?),
+    ] {
+        ensure!(
+            code == Code::NOT_FOUND && message.contains("nobody"),
+            "{method} answers {code:?}: {message}"
+        );
+    }
+    client.ok::<api::CreateTaskResponse>("Create", &shim.create_request())?;
+    let (code, message) = client.refused("Create", &shim.create_request())?;
+    ensure!(code == Code::ALREADY_EXISTS, "a second Create answers {code:?}: {message}");
+    let start = api::StartRequest { id: shim.id.clone(), ..Default::default() };
+    client.ok::<api::StartResponse>("Start", &start)?;
+    let (code, message) = client.refused("Start", &start)?;
+    ensure!(code == Code::FAILED_PRECONDITION, "a second Start answers {code:?}: {message}");
+    let delete = api::DeleteRequest { id: shim.id.clone(), ..Default::default() };
+    let (code, message) = client.refused("Delete", &delete)?;
+    ensure!(code == Code::FAILED_PRECONDITION, "Delete of a running task answers {code:?}: {message}");
+    client.ok::<api::Empty>("Kill", &signal(&shim, 9))?;
+    let wait = api::WaitRequest { id: shim.id.clone(), ..Default::default() };
+    let exit: api::WaitResponse = client.ok("Wait", &wait)?;
+    ensure!(exit.exit_status == 137, "{exit:?}");
+    // What docker and the CRI take for "already gone".
+    let (code, message) = client.refused("Kill", &signal(&shim, 9))?;
+    ensure!(code == Code::NOT_FOUND, "Kill after the end answers {code:?}: {message}");
+    client.ok::<api::DeleteResponse>("Delete", &delete)?;
+    shut_down(&shim, &client)
+}
