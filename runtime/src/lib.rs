@@ -6,10 +6,15 @@ pub mod accel;
 pub mod agent;
 pub mod annotations;
 pub mod assets;
+pub mod cli;
 pub mod config;
 pub mod error;
+pub mod pod;
 pub mod process;
 pub mod rootdisk;
 pub mod spec;
 pub mod sys;
 pub mod vm;
+
+/// What is known until the host reboots lives here.
+pub const RUN_DIR: &str = "/run/machinen";

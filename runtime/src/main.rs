@@ -1,1 +1,5 @@
-fn main() {}
+//! The command line `machinen`.
+
+fn main() -> std::process::ExitCode {
+    machinen::cli::main()
+}

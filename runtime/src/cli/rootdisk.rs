@@ -31,9 +31,11 @@ enum Command {
     /// List the disks, the most recently used first
     Ls,
     /// Convert a root file system now, so that the first start from it is quick
-    #[command(long_about = "Convert a root file system now, so that the first start from it is quick.\n\nPATH is a \
+    #[command(
+        long_about = "Convert a root file system now, so that the first start from it is quick.\n\nPATH is a \
         directory. With several, they are the layers of an overlay, the top one first, which must not change any more; \
-        a start from a snapshot of the same layers finds the disk at once.")]
+        a start from a snapshot of the same layers finds the disk at once."
+    )]
     Build {
         /// Directory, or layers of an overlay with the top one first
         #[arg(required = true, value_name = "PATH")]
@@ -46,8 +48,10 @@ enum Command {
         min_size: Option<u64>,
     },
     /// Read disks and compare all that is in them with their keys; a damaged one will be built anew
-    #[command(long_about = "Read disks and compare all that is in them with their keys. A damaged one is not used any \
-        more: the next start that needs it builds it anew. Exit status 1 if there is one.")]
+    #[command(
+        long_about = "Read disks and compare all that is in them with their keys. A damaged one is not used any \
+        more: the next start that needs it builds it anew. Exit status 1 if there is one."
+    )]
     Verify {
         /// Keys or their first digits; all disks if none is given
         #[arg(value_name = "KEY")]
@@ -98,7 +102,8 @@ pub fn run(args: RootdiskArgs, config: &config::Rootdisk) -> Result<ExitCode, Cl
                 min_size: min_size.unwrap_or(config.min_size_mib << 20),
                 mke2fs: config.mke2fs.clone(),
             };
-            let disk = cache.get_or_build(&source, &options, &mut |progress: Progress| eprintln!("{progress}"))?;
+            let disk =
+                cache.get_or_build(&source, &options, &mut |progress: Progress| eprintln!("{progress}"))?;
             (format!("{}\n", disk.key), built_json(&disk), true)
         }
         Command::Verify { keys } => verify(&cache, &keys)?,
@@ -107,7 +112,9 @@ pub fn run(args: RootdiskArgs, config: &config::Rootdisk) -> Result<ExitCode, Cl
             let bytes: u64 = pruned.removed.iter().map(|disk| disk.allocated).sum();
             let mut text = String::new();
             for (verb, disks) in [("removed", &pruned.removed), ("in use", &pruned.in_use)] {
-                disks.iter().for_each(|disk| line(&mut text, &[verb, &disk.key.to_string(), &human(disk.allocated)]));
+                disks
+                    .iter()
+                    .for_each(|disk| line(&mut text, &[verb, &disk.key.to_string(), &human(disk.allocated)]));
             }
             line(&mut text, &[if dry_run { "would free" } else { "freed" }, &human(bytes)]);
             let keys = |disks: &[Listed]| disks.iter().map(|disk| disk.key.to_string()).collect::<Vec<_>>();
@@ -117,7 +124,11 @@ pub fn run(args: RootdiskArgs, config: &config::Rootdisk) -> Result<ExitCode, Cl
             (text, value, true)
         }
     };
-    if args.json { println!("{value:#}") } else { print!("{text}") }
+    if args.json {
+        println!("{value:#}")
+    } else {
+        print!("{text}")
+    }
     Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -168,17 +179,21 @@ fn table(listed: &[Listed]) -> String {
     };
     columns(&mut text, ["KEY", "SIZE", "ON DISK", "CREATED", "USED", "USERS", "STATE", "SOURCE"]);
     for disk in listed {
-        let created = disk.metadata.as_ref().map(|metadata| UNIX_EPOCH + Duration::from_secs(metadata.created));
-        columns(&mut text, [
-            &disk.key.to_string()[..16],
-            &human(disk.size),
-            &human(disk.allocated),
-            &ago(created),
-            &ago(disk.used),
-            &disk.users.len().to_string(),
-            state(&disk.state),
-            disk.metadata.as_ref().map_or("", |metadata| &metadata.source),
-        ]);
+        let created =
+            disk.metadata.as_ref().map(|metadata| UNIX_EPOCH + Duration::from_secs(metadata.created));
+        columns(
+            &mut text,
+            [
+                &disk.key.to_string()[..16],
+                &human(disk.size),
+                &human(disk.allocated),
+                &ago(created),
+                &ago(disk.used),
+                &disk.users.len().to_string(),
+                state(&disk.state),
+                disk.metadata.as_ref().map_or("", |metadata| &metadata.source),
+            ],
+        );
     }
     text
 }
@@ -209,7 +224,8 @@ fn listed_json(disk: &Listed) -> Value {
 }
 
 fn built_json(disk: &Rootdisk) -> Value {
-    let phases = disk.phases.iter().map(|(name, time)| json!({ "name": name, "ms": time.as_secs_f64() * 1e3 }));
+    let phases =
+        disk.phases.iter().map(|(name, time)| json!({ "name": name, "ms": time.as_secs_f64() * 1e3 }));
     json!({
         "key": disk.key.to_string(),
         "path": disk.path,
@@ -254,12 +270,22 @@ mod tests {
 
     #[test]
     fn sizes_are_read_and_written() {
-        for (text, bytes) in [("0", 0), ("512", 512), ("64k", 64 << 10), ("10MiB", 10 << 20), ("3G", 3 << 30), ("1TB", 1 << 40)] {
+        for (text, bytes) in [
+            ("0", 0),
+            ("512", 512),
+            ("64k", 64 << 10),
+            ("10MiB", 10 << 20),
+            ("3G", 3 << 30),
+            ("1TB", 1 << 40),
+        ] {
             assert_eq!(size(text), Ok(bytes), "{text}");
         }
         for bad in ["", "G", "1X", "-1", "1.5G", "99999999999T", "1GG"] {
             assert!(size(bad).is_err(), "{bad}");
         }
-        assert_eq!((human(0), human(1023), human(1536), human(2 << 30)), ("0B".into(), "1023B".into(), "1.5KiB".into(), "2.0GiB".into()));
+        assert_eq!(
+            (human(0), human(1023), human(1536), human(2 << 30)),
+            ("0B".into(), "1023B".into(), "1.5KiB".into(), "2.0GiB".into())
+        );
     }
 }

@@ -42,6 +42,14 @@ pub(super) struct Mke2fs {
     pub(super) version: String,
 }
 
+/// The version of the mke2fs that would be used. Blocks.
+///
+/// # Errors
+/// It is not there, or too old.
+pub fn mke2fs_version(configured: &Path) -> Result<String, RootdiskError> {
+    Mke2fs::find(configured).map(|mke2fs| mke2fs.version)
+}
+
 impl Mke2fs {
     /// Finds `configured` (a path, or a name in PATH or the system's directories) and asks for its version.
     ///

@@ -38,7 +38,7 @@ pub use error::RootdiskError;
 pub use ext4::Ext4Error;
 pub use key::{Key, KeyError};
 pub use manage::{Listed, Prune, Pruned, State};
-pub use mkfs::MKE2FS_VARIABLE;
+pub use mkfs::{MKE2FS_VARIABLE, mke2fs_version};
 pub use source::RootfsSource;
 pub use store::{Metadata, Unusable};
 pub use writable::open_writable;

@@ -18,6 +18,7 @@ mod exit;
 mod launch;
 pub mod qmp;
 mod spec;
+mod version;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -31,6 +32,7 @@ pub use disk::{DiskAddress, DiskSpec};
 pub use exit::VmExit;
 pub use launch::LaunchError;
 pub use spec::{ChannelKind, VmSpec};
+pub use version::{QemuError, qemu_version};
 
 use crate::agent;
 use crate::error::{ErrorKind, Kind};

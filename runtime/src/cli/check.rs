@@ -1,0 +1,133 @@
+//! `machinen check`: can this host run VMs, how, and what is missing.
+
+use std::{error::Error, path::Path, process::ExitCode};
+
+use clap::Args;
+use serde::Serialize;
+
+use crate::{
+    RUN_DIR,
+    accel::{self, Accel},
+    assets::Assets,
+    config::Config,
+    error::chain,
+    rootdisk::{RootdiskCache, mke2fs_version},
+    vm::{ChannelKind, HostSupport, choose, qemu_version},
+};
+
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Serialize)]
+struct Finding {
+    what: &'static str,
+    verdict: Verdict,
+    /// One sentence; where something is missing, with what to do about it.
+    text: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
+    Ok,
+    /// Containers run, but slower or with less.
+    Note,
+    /// No container can run.
+    Missing,
+}
+
+/// Prints one line for each finding; fails when something is missing without which no container can run.
+pub fn run(args: &CheckArgs, config: &Config) -> ExitCode {
+    let findings = [
+        user(),
+        accelerator(config),
+        qemu(config),
+        mke2fs(config),
+        assets(config),
+        channel(config),
+        cache(config),
+    ];
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&findings).expect("plain data"));
+    } else {
+        for Finding { what, verdict, text } in &findings {
+            let mark = match verdict {
+                Verdict::Ok => "ok",
+                Verdict::Note => "note",
+                Verdict::Missing => "MISSING",
+            };
+            println!("{mark:<9}{what:<10}{text}");
+        }
+    }
+    match findings.iter().any(|finding| finding.verdict == Verdict::Missing) {
+        true => ExitCode::FAILURE,
+        false => ExitCode::SUCCESS,
+    }
+}
+
+fn found(what: &'static str, result: Result<String, impl Error + 'static>) -> Finding {
+    match result {
+        Ok(text) => Finding { what, verdict: Verdict::Ok, text },
+        Err(error) => Finding { what, verdict: Verdict::Missing, text: chain(&error) },
+    }
+}
+
+fn user() -> Finding {
+    match nix::unistd::geteuid().is_root() {
+        true => Finding { what: "user", verdict: Verdict::Ok, text: "root".to_owned() },
+        false => Finding {
+            what: "user",
+            verdict: Verdict::Missing,
+            text: "not root; containerd runs its shims as root, try again with sudo".to_owned(),
+        },
+    }
+}
+
+fn accelerator(config: &Config) -> Finding {
+    let judged = accel::verdict(Path::new(RUN_DIR))
+        .and_then(|verdict| Ok((verdict.choose(config.vm.accel)?, verdict.to_string())));
+    match judged {
+        Ok((Accel::Tcg { .. }, text)) => Finding { what: "accel", verdict: Verdict::Note, text },
+        judged => found("accel", judged.map(|(_, text)| text)),
+    }
+}
+
+fn qemu(config: &Config) -> Finding {
+    let version = qemu_version(&config.vm.qemu);
+    found("qemu", version.map(|version| format!("{} is QEMU {version}", config.vm.qemu.display())))
+}
+
+fn mke2fs(config: &Config) -> Finding {
+    let version = mke2fs_version(&config.rootdisk.mke2fs);
+    found(
+        "mke2fs",
+        version.map(|version| format!("{} is version {version}", config.rootdisk.mke2fs.display())),
+    )
+}
+
+fn assets(config: &Config) -> Finding {
+    let assets = Assets::find(config);
+    found("guest", assets.map(|found| format!("{} and {}", found.kernel.display(), found.image.display())))
+}
+
+fn channel(config: &Config) -> Finding {
+    let host = HostSupport::detect(&config.vm.vhost_device_vsock);
+    let (verdict, text) = match choose(config.vm.channel, &host) {
+        ChannelKind::KernelVsock => (Verdict::Ok, "vsock by the host's kernel".to_owned()),
+        ChannelKind::VhostUserVsock { daemon } => (Verdict::Ok, format!("vsock by {}", daemon.display())),
+        ChannelKind::Serial => {
+            (Verdict::Note, "serial port; `modprobe vhost_vsock` gives containers a faster one".to_owned())
+        }
+    };
+    Finding { what: "channel", verdict, text }
+}
+
+fn cache(config: &Config) -> Finding {
+    let opened = RootdiskCache::open(&config.rootdisk.dir);
+    found("rootdisk", opened.map(|cache| format!("cache in {}", cache.dir().display())))
+}

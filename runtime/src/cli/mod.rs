@@ -1,0 +1,46 @@
+//! The command line `machinen`: one verb a file.
+
+mod check;
+mod rootdisk;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::{config::Config, error::chain};
+
+/// Container runtime that gives every pod a kernel of its own.
+#[derive(Debug, Parser)]
+#[command(name = "machinen", version)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Say whether this host can run VMs, how, and what is missing.
+    Check(check::CheckArgs),
+    /// Look after the cache of disks made from image root file systems.
+    Rootdisk(rootdisk::RootdiskArgs),
+}
+
+/// Runs one command; errors go to stderr in one line, with exit status 1 (2 for a wrong command line).
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli.verb) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("machinen: {}", chain(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(verb: Verb) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let config = Config::load()?;
+    match verb {
+        Verb::Check(args) => Ok(check::run(&args, &config)),
+        Verb::Rootdisk(args) => Ok(rootdisk::run(args, &config.rootdisk)?),
+    }
+}

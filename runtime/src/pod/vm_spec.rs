@@ -1,0 +1,175 @@
+//! What VM a pod gets: the configuration, this host, and the limits of the pod's first container.
+
+use std::{fs, io, num::NonZero, path::Path, thread, time::Duration};
+
+use oci_spec::runtime::Spec;
+
+use crate::{
+    RUN_DIR,
+    accel::{self, Accel, AccelError},
+    assets::Assets,
+    config::Config,
+    error::{ErrorKind, Kind},
+    vm::{HostSupport, VmSpec, choose},
+};
+
+const MEMINFO: &str = "/proc/meminfo";
+
+/// Bounds of the default memory ceiling, MiB.
+const LEAST_MEMORY: u32 = 512;
+const MOST_MEMORY: u32 = 16384;
+
+/// What the guest's kernel and agent need beside a container that has a limit, MiB.
+const GUEST_OVERHEAD: u32 = 128;
+
+const MOST_VCPUS: u32 = 8;
+
+/// Why no VM can be described.
+#[derive(Debug, thiserror::Error)]
+pub enum VmSpecError {
+    #[error("cannot read how much memory this host has from {MEMINFO}")]
+    Memory(#[source] io::Error),
+    #[error(transparent)]
+    Accel(#[from] AccelError),
+}
+
+impl Kind for VmSpecError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Memory(_) => ErrorKind::Internal,
+            Self::Accel(error) => error.kind(),
+        }
+    }
+}
+
+/// Describes the VM of the pod `name`, whose first container is `container`.
+///
+/// Blocks, the first time after the host has booted for as long as it takes to try KVM.
+///
+/// # Errors
+/// The configured accelerator does not work here, or the host's memory cannot be read.
+pub(super) fn build(
+    name: &str,
+    config: &Config,
+    assets: &Assets,
+    container: &Spec,
+) -> Result<VmSpec, VmSpecError> {
+    let accel = accel::verdict(Path::new(RUN_DIR))?.choose(config.vm.accel)?;
+    let limits = Limits::of(container);
+    let host_cpus = thread::available_parallelism().map_or(1, NonZero::get);
+    Ok(VmSpec {
+        id: name.to_owned(),
+        qemu: config.vm.qemu.clone(),
+        accel,
+        memory_mib: memory_mib(
+            config.vm.memory_mib,
+            host_memory_mib().map_err(VmSpecError::Memory)?,
+            limits.memory_mib,
+        ),
+        vcpus: vcpus(config.vm.vcpus, accel, host_cpus, limits.cpus),
+        kernel: assets.kernel.clone(),
+        image: assets.image.clone(),
+        kernel_args: config.vm.kernel_args.clone(),
+        channel: choose(config.vm.channel, &HostSupport::detect(&config.vm.vhost_device_vsock)),
+        hostname: "machinen".to_owned(),
+        boot_timeout: Duration::from_secs(config.vm.boot_timeout_s),
+        identity: VmSpec::unprivileged(std::process::id(), accel.groups()),
+        keep_console: true,
+    })
+}
+
+/// What a container's own limits say about its VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Limits {
+    memory_mib: Option<u32>,
+    /// Rounded up to whole CPUs.
+    cpus: Option<u32>,
+}
+
+impl Limits {
+    fn of(container: &Spec) -> Self {
+        let resources = container.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let memory = resources.and_then(|resources| resources.memory().as_ref()?.limit());
+        let cpu = resources.and_then(|resources| resources.cpu().as_ref());
+        let quota = cpu.and_then(|cpu| cpu.quota()).filter(|&quota| quota > 0);
+        let period = cpu.and_then(|cpu| cpu.period()).filter(|&period| period > 0).unwrap_or(100_000);
+        Self {
+            memory_mib: memory
+                .filter(|&bytes| bytes > 0)
+                .map(|bytes| u32::try_from((bytes as u64).div_ceil(1 << 20)).unwrap_or(u32::MAX)),
+            cpus: quota.map(|quota| u32::try_from((quota as u64).div_ceil(period)).unwrap_or(u32::MAX)),
+        }
+    }
+}
+
+/// The configured ceiling, or half of the host within bounds; more where the container's limit asks for more.
+fn memory_mib(configured: u32, host: u32, limit: Option<u32>) -> u32 {
+    if configured > 0 {
+        return configured;
+    }
+    let default = (host / 2).clamp(LEAST_MEMORY, MOST_MEMORY);
+    let wanted = limit.map_or(0, |limit| limit.saturating_add(GUEST_OVERHEAD).min(host));
+    default.max(wanted)
+}
+
+fn vcpus(configured: u32, accel: Accel, host: usize, limit: Option<u32>) -> u32 {
+    let wanted = match (configured, accel) {
+        (0, Accel::Kvm) => u32::try_from(host).unwrap_or(MOST_VCPUS).clamp(1, MOST_VCPUS),
+        (0, Accel::Tcg { .. }) => 1,
+        (configured, _) => configured,
+    };
+    wanted.min(limit.unwrap_or(u32::MAX)).max(1)
+}
+
+fn host_memory_mib() -> io::Result<u32> {
+    let text = fs::read_to_string(Path::new(MEMINFO))?;
+    let kib = text.lines().find_map(|line| {
+        line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+    });
+    let kib = kib.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "it has no MemTotal"))?;
+    Ok(u32::try_from(kib >> 10).unwrap_or(u32::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use oci_spec::runtime::{LinuxCpuBuilder, LinuxMemoryBuilder, LinuxResourcesBuilder};
+
+    use super::*;
+
+    #[test]
+    fn memory_is_half_of_the_host_within_bounds() {
+        assert_eq!(memory_mib(0, 600, None), 512);
+        assert_eq!(memory_mib(0, 24000, None), 12000);
+        assert_eq!(memory_mib(0, 1 << 20, None), 16384);
+        assert_eq!(memory_mib(900, 24000, Some(5000)), 900);
+        assert_eq!(memory_mib(0, 24000, Some(20000)), 20128);
+        assert_eq!(memory_mib(0, 24000, Some(900_000)), 24000);
+    }
+
+    #[test]
+    fn cpus_follow_the_accelerator_and_the_limit() {
+        let tcg = Accel::Tcg { tsc_khz: 1 };
+        assert_eq!(vcpus(0, Accel::Kvm, 64, None), 8);
+        assert_eq!(vcpus(0, Accel::Kvm, 4, Some(2)), 2);
+        assert_eq!(vcpus(0, tcg, 4, None), 1);
+        assert_eq!(vcpus(3, tcg, 2, None), 3);
+    }
+
+    #[test]
+    fn limits_are_read_from_the_configuration() {
+        let mut spec = Spec::default();
+        let resources = LinuxResourcesBuilder::default()
+            .memory(LinuxMemoryBuilder::default().limit(100 << 20).build().unwrap())
+            .cpu(LinuxCpuBuilder::default().quota(150_000).period(100_000_u64).build().unwrap())
+            .build()
+            .unwrap();
+        spec.linux_mut().as_mut().unwrap().set_resources(Some(resources));
+        assert_eq!(Limits::of(&spec), Limits { memory_mib: Some(100), cpus: Some(2) });
+        assert_eq!(Limits::of(&Spec::default()), Limits::default());
+    }
+
+    #[test]
+    fn this_host_has_memory() {
+        assert!(host_memory_mib().unwrap() > 64);
+    }
+}

@@ -1,0 +1,61 @@
+//! QEMU's version without starting a VM, for `machinen check`.
+
+use std::path::Path;
+
+use super::qmp::{OLDEST, QmpError, Version};
+use crate::process::{self, ProcessError};
+
+/// Why a QEMU cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum QemuError {
+    #[error(transparent)]
+    Run(#[from] ProcessError),
+    #[error("{program} does not say its version: {said:?}")]
+    Silent { program: String, said: String },
+    #[error(transparent)]
+    TooOld(QmpError),
+}
+
+/// Asks `qemu` for its version. Blocks.
+///
+/// # Errors
+/// It cannot be run, or is older than what machinen uses.
+pub fn qemu_version(qemu: &Path) -> Result<Version, QemuError> {
+    let output = process::run(qemu, ["--version"], &[])?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    match parse(&said) {
+        Some(version) if version < OLDEST => Err(QemuError::TooOld(QmpError::TooOld(version))),
+        Some(version) => Ok(version),
+        None => Err(QemuError::Silent {
+            program: qemu.display().to_string(),
+            said: said.lines().next().unwrap_or_default().chars().take(80).collect(),
+        }),
+    }
+}
+
+/// `QEMU emulator version 7.2.22 (Debian …)`
+fn parse(said: &str) -> Option<Version> {
+    let mut numbers =
+        said.split("version ").nth(1)?.split(|char: char| !char.is_ascii_digit()).map(str::parse);
+    let mut next = || numbers.next()?.ok();
+    Some(Version { major: next()?, minor: next()?, micro: next().unwrap_or_default() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read() {
+        let version = |major, minor, micro| Some(Version { major, minor, micro });
+        assert_eq!(parse("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright"), version(7, 2, 22));
+        assert_eq!(parse("QEMU emulator version 10.0"), version(10, 0, 0));
+        assert_eq!(parse("something else"), None);
+    }
+
+    #[test]
+    fn what_is_no_qemu_is_said() {
+        assert!(matches!(qemu_version(Path::new("/bin/true")), Err(QemuError::Silent { .. })));
+        assert!(matches!(qemu_version(Path::new("/nonexistent/qemu")), Err(QemuError::Run(_))));
+    }
+}

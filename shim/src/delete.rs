@@ -1,0 +1,80 @@
+//! `delete`: what containerd runs when a server is gone or never came up.
+//!
+//! It works from any half-finished state and fails on nothing that is already done. QEMU, its helpers and the anchor
+//! die with their server, so ending the server ends them all; what is left is files.
+
+use std::{
+    env, fs, io,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use containerd_shim_protos::api::DeleteResponse;
+use machinen::process::end_stranger;
+use protobuf::{Message, MessageField};
+
+use crate::{
+    args::Args,
+    error::ShimError,
+    events::timestamp,
+    server::POD_DIR,
+    start::{ADDRESS_FILE, PID_FILE},
+};
+
+/// What containerd's own runtimes answer: as if ended by SIGKILL.
+const KILLED: u32 = 137;
+
+/// containerd gives `delete` five seconds in all.
+const KILL_DEADLINE: Duration = Duration::from_secs(2);
+
+/// # Errors
+/// The server cannot be ended, or files not be removed.
+pub fn run(args: &Args) -> Result<(), ShimError> {
+    let bundle = match args.bundle.as_os_str().is_empty() {
+        true => env::current_dir().map_err(ShimError::io("find the bundle, the directory", "."))?,
+        false => args.bundle.clone(),
+    };
+    let pid = end_server(&bundle)?;
+    if let Some(socket) =
+        read(&bundle, ADDRESS_FILE).and_then(|text| Some(text.strip_prefix("unix://")?.into()))
+    {
+        gone(fs::remove_file(&socket), socket)?;
+    }
+    let pod = bundle.join(POD_DIR);
+    gone(fs::remove_dir_all(&pod), pod)?;
+    for file in [ADDRESS_FILE, PID_FILE] {
+        gone(fs::remove_file(bundle.join(file)), bundle.join(file))?;
+    }
+    let response = DeleteResponse {
+        pid,
+        exit_status: KILLED,
+        exited_at: MessageField::some(timestamp(SystemTime::now())),
+        ..Default::default()
+    };
+    response.write_to_writer(&mut io::stdout().lock()).map_err(ShimError::Encode)
+}
+
+/// Kills the server if it still runs; its pid is believed only if the process works in this bundle.
+fn end_server(bundle: &Path) -> Result<u32, ShimError> {
+    let Some(pid) = read(bundle, PID_FILE).and_then(|text| text.trim().parse::<u32>().ok()) else {
+        return Ok(0);
+    };
+    let ours = || {
+        let cwd = fs::read_link(format!("/proc/{pid}/cwd"));
+        let exe = fs::read_link(format!("/proc/{pid}/exe"));
+        cwd.is_ok_and(|cwd| Some(cwd) == fs::canonicalize(bundle).ok()) && exe.is_ok()
+    };
+    end_stranger(pid, ours, KILL_DEADLINE).map_err(ShimError::io("end the server of the bundle", bundle))?;
+    Ok(pid)
+}
+
+fn read(bundle: &Path, name: &str) -> Option<String> {
+    fs::read_to_string(bundle.join(name)).ok()
+}
+
+fn gone(result: io::Result<()>, path: PathBuf) -> Result<(), ShimError> {
+    match result {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(ShimError::io("remove", path)(error)),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,68 @@
+//! The shim's own errors, and the one map from what an error means to ttrpc's status codes.
+
+use std::{io, path::PathBuf};
+
+use containerd_shim_protos::ttrpc::{self, Code, get_status};
+use machinen::{
+    config::ConfigError,
+    error::{ErrorKind, Kind, chain},
+};
+
+#[derive(Debug, thiserror::Error)]
+pub enum ShimError {
+    #[error("wrong command line: {problem}")]
+    Usage { problem: String },
+    #[error("cannot {what} {}", path.display())]
+    Io { what: &'static str, path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(
+        "log.level {level:?} of the configuration is unknown; it takes error, warn, info, debug or trace"
+    )]
+    LogLevel { level: String },
+    #[error("the listener was not passed on; containerd starts this binary with the action `start`")]
+    NoListener,
+    #[error("cannot serve the task API")]
+    Serve(#[source] ttrpc::Error),
+    #[error("cannot encode the answer")]
+    Encode(#[source] protobuf::Error),
+    #[error("cannot encode the answer")]
+    Json(#[source] serde_json::Error),
+}
+
+impl ShimError {
+    pub fn io(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { what, path, source }
+    }
+}
+
+/// What containerd is told: the code by kind, the text with all causes.
+pub fn to_ttrpc(error: &(impl Kind + 'static)) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(get_status(code(error.kind()), chain(error)))
+}
+
+/// A verb that this version does not have.
+pub fn unimplemented<T>(what: &str) -> ttrpc::Result<T> {
+    Err(ttrpc::Error::RpcStatus(get_status(Code::UNIMPLEMENTED, format!("{what} is not supported yet"))))
+}
+
+/// Something that the request names and that does not exist.
+pub fn not_found<T>(what: String) -> ttrpc::Result<T> {
+    Err(ttrpc::Error::RpcStatus(get_status(Code::NOT_FOUND, what)))
+}
+
+fn code(kind: ErrorKind) -> Code {
+    match kind {
+        ErrorKind::InvalidArgument => Code::INVALID_ARGUMENT,
+        ErrorKind::NotFound => Code::NOT_FOUND,
+        ErrorKind::AlreadyExists => Code::ALREADY_EXISTS,
+        ErrorKind::PermissionDenied => Code::PERMISSION_DENIED,
+        ErrorKind::FailedPrecondition => Code::FAILED_PRECONDITION,
+        ErrorKind::Unimplemented => Code::UNIMPLEMENTED,
+        ErrorKind::ResourceExhausted => Code::RESOURCE_EXHAUSTED,
+        ErrorKind::DeadlineExceeded => Code::DEADLINE_EXCEEDED,
+        ErrorKind::Unavailable => Code::UNAVAILABLE,
+        ErrorKind::Internal => Code::INTERNAL,
+    }
+}

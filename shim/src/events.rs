@@ -1,0 +1,197 @@
+//! Events to containerd, in the order in which they happened.
+//!
+//! One task sends them one by one, so that a retry cannot let a later event pass an earlier one.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use containerd_shim_protos::{
+    api::{CreateTaskRequest, ForwardRequest},
+    events::task::{TaskCreate, TaskDelete, TaskExit, TaskIO, TaskOOM, TaskStart},
+    shim::event::Envelope,
+    shim_async::{Client, EventsClient},
+    topics,
+    ttrpc::{self, context},
+};
+use machinen::pod::event::Event;
+use protobuf::{
+    MessageField,
+    well_known_types::{any::Any, timestamp::Timestamp},
+};
+use tokio::{sync::mpsc, time::sleep};
+
+/// One event is tried this often; containerd takes it at once or is restarting.
+const TRIES: u32 = 5;
+/// Between tries, as containerd needs about this long to restart.
+const BACKOFF: Duration = Duration::from_secs(1);
+const CALL_NS: i64 = 5_000_000_000;
+
+/// The create requests of the containers that exist, for the fields that their events repeat.
+pub type Requests = Arc<Mutex<HashMap<String, CreateTaskRequest>>>;
+
+/// Sends events to containerd's ttrpc socket.
+pub struct Publisher {
+    namespace: String,
+    address: Option<String>,
+    requests: Requests,
+    client: Option<EventsClient>,
+}
+
+impl Publisher {
+    /// Without an address (a shim started by hand) events go to the log only.
+    pub fn new(namespace: String, address: Option<String>) -> Self {
+        let address = address
+            .filter(|address| !address.is_empty())
+            .map(|address| if address.contains("://") { address } else { format!("unix://{address}") });
+        Self { namespace, address, requests: Requests::default(), client: None }
+    }
+
+    pub fn requests(&self) -> Requests {
+        Arc::clone(&self.requests)
+    }
+
+    /// Sends until nobody can emit events any more.
+    pub async fn run(mut self, mut events: mpsc::UnboundedReceiver<Event>) {
+        while let Some(event) = events.recv().await {
+            let (topic, body) = self.encode(event);
+            match body {
+                Ok(body) => self.publish(topic, body).await,
+                Err(error) => tracing::error!(topic, "event cannot be encoded: {error}"),
+            }
+        }
+    }
+
+    async fn publish(&mut self, topic: &'static str, body: Any) {
+        let request = ForwardRequest {
+            envelope: MessageField::some(Envelope {
+                timestamp: MessageField::some(timestamp(SystemTime::now())),
+                namespace: self.namespace.clone(),
+                topic: topic.to_owned(),
+                event: MessageField::some(body),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        for attempt in 1..=TRIES {
+            match self.forward(&request).await {
+                Ok(()) => return,
+                Err(error) if attempt == TRIES => tracing::error!(topic, "event dropped: {error}"),
+                Err(error) => {
+                    tracing::debug!(topic, attempt, "event not taken: {error}");
+                    self.client = None;
+                    sleep(BACKOFF).await;
+                }
+            }
+        }
+    }
+
+    async fn forward(&mut self, request: &ForwardRequest) -> ttrpc::Result<()> {
+        let Some(address) = &self.address else { return Ok(()) };
+        let client = match &self.client {
+            Some(client) => client,
+            None => self.client.insert(EventsClient::new(Client::connect(address).await?)),
+        };
+        client.forward(context::with_timeout(CALL_NS), request).await?;
+        Ok(())
+    }
+
+    fn encode(&self, event: Event) -> (&'static str, protobuf::Result<Any>) {
+        match event {
+            Event::Created { id, pid } => {
+                let request = self.request(&id);
+                let io = TaskIO {
+                    stdin: request.stdin,
+                    stdout: request.stdout,
+                    stderr: request.stderr,
+                    terminal: request.terminal,
+                    ..Default::default()
+                };
+                let body = TaskCreate {
+                    container_id: id,
+                    bundle: request.bundle,
+                    rootfs: request.rootfs,
+                    io: MessageField::some(io),
+                    pid,
+                    ..Default::default()
+                };
+                (topics::TASK_CREATE_EVENT_TOPIC, any(&body))
+            }
+            Event::Started { id, pid } => {
+                let body = TaskStart { container_id: id, pid, ..Default::default() };
+                (topics::TASK_START_EVENT_TOPIC, any(&body))
+            }
+            Event::OutOfMemory { id } => {
+                (topics::TASK_OOM_EVENT_TOPIC, any(&TaskOOM { container_id: id, ..Default::default() }))
+            }
+            Event::Exited { id, pid, exit } => {
+                let body = TaskExit {
+                    container_id: id.clone(),
+                    id,
+                    pid,
+                    exit_status: exit.status,
+                    exited_at: MessageField::some(timestamp(exit.at)),
+                    ..Default::default()
+                };
+                (topics::TASK_EXIT_EVENT_TOPIC, any(&body))
+            }
+            Event::Deleted { id, pid, exit } => {
+                self.requests.lock().expect("no panic while held").remove(&id);
+                let body = TaskDelete {
+                    container_id: id.clone(),
+                    id,
+                    pid,
+                    exit_status: exit.status,
+                    exited_at: MessageField::some(timestamp(exit.at)),
+                    ..Default::default()
+                };
+                (topics::TASK_DELETE_EVENT_TOPIC, any(&body))
+            }
+        }
+    }
+
+    fn request(&self, id: &str) -> CreateTaskRequest {
+        self.requests.lock().expect("no panic while held").get(id).cloned().unwrap_or_default()
+    }
+}
+
+/// containerd's registry of types knows events by their bare full name (containerd, typeurl).
+fn any<M: protobuf::MessageFull>(message: &M) -> protobuf::Result<Any> {
+    let type_url = M::descriptor().full_name().to_owned();
+    Ok(Any { type_url, value: message.write_to_bytes()?, ..Default::default() })
+}
+
+/// Wall-clock time as protobuf has it; times before 1970 are 1970.
+pub fn timestamp(time: SystemTime) -> Timestamp {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp {
+        seconds: since.as_secs().try_into().unwrap_or(i64::MAX),
+        nanos: since.subsec_nanos().try_into().expect("less than a billion"),
+        ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use machinen::pod::state::Exit;
+    use protobuf::Message;
+
+    use super::*;
+
+    #[test]
+    fn an_exit_carries_the_names_containerd_looks_for() {
+        let publisher = Publisher::new("default".to_owned(), None);
+        let exit = Exit { status: 137, at: UNIX_EPOCH + Duration::from_millis(1500), oom_killed: false };
+        let (topic, body) = publisher.encode(Event::Exited { id: "c".to_owned(), pid: 7, exit });
+        let body = body.unwrap();
+        assert_eq!((topic, body.type_url.as_str()), ("/tasks/exit", "containerd.events.TaskExit"));
+        let decoded = TaskExit::parse_from_bytes(&body.value).unwrap();
+        assert_eq!(
+            (decoded.id.as_str(), decoded.container_id.as_str(), decoded.exit_status),
+            ("c", "c", 137)
+        );
+        assert_eq!((decoded.exited_at.seconds, decoded.exited_at.nanos), (1, 500_000_000));
+    }
+}

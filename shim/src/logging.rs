@@ -1,0 +1,37 @@
+//! The shim's log: lines in containerd's own style, through the bundle's `log` fifo into containerd's log.
+
+use std::{
+    fs::{File, OpenOptions},
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+    sync::Arc,
+};
+
+use machinen::config::Config;
+use nix::fcntl::OFlag;
+use tracing_subscriber::{filter::LevelFilter, layer::SubscriberExt, util::SubscriberInitExt};
+
+use crate::error::ShimError;
+
+/// Sends the log to `<bundle>/log`; without that fifo (started by hand) there is no log.
+///
+/// # Errors
+/// The configured level is unknown, or the fifo cannot be opened.
+pub fn init(bundle: &Path, config: &Config, debug: bool) -> Result<(), ShimError> {
+    let level: LevelFilter =
+        config.log.level.parse().map_err(|_| ShimError::LogLevel { level: config.log.level.clone() })?;
+    let level = if debug { level.max(LevelFilter::DEBUG) } else { level };
+    let path = bundle.join("log");
+    if !path.exists() {
+        return Ok(());
+    }
+    let file = open(&path).map_err(ShimError::io("open the log", path))?;
+    let lines = tracing_logfmt::builder().with_target(false).layer().with_writer(Arc::new(file));
+    tracing_subscriber::registry().with(level).with(lines).init();
+    Ok(())
+}
+
+/// Reading too keeps the fifo alive while containerd restarts; not blocking drops lines that nobody reads.
+fn open(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().read(true).write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path)
+}

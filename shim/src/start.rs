@@ -1,0 +1,135 @@
+//! `start`: leaves a server behind and tells containerd where it listens.
+//!
+//! containerd reads stdout and stderr together, so nothing but the answer is printed.
+
+use std::{
+    env, fs, io,
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::PermissionsExt,
+            net::{UnixListener, UnixStream},
+            process::CommandExt,
+        },
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use command_fds::{CommandFdExt, FdMapping};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use crate::{args::Args, error::ShimError};
+
+/// The server finds its listener here.
+pub const LISTENER_FD: i32 = 3;
+
+/// In the bundle: where the server listens, for `delete`.
+pub const ADDRESS_FILE: &str = "address";
+/// In the bundle: the server's pid, for `delete`.
+pub const PID_FILE: &str = "shim.pid";
+
+/// Where containerd's shims keep their sockets.
+const SOCKET_DIR: &str = "/run/containerd/s";
+
+/// The newest version of the shim protocol that this binary speaks.
+const VERSION: u32 = 3;
+
+/// Answer to `start` since containerd 1.7 (containerd, `BootstrapParams`).
+#[derive(Debug, Serialize)]
+struct Bootstrap<'a> {
+    version: u32,
+    address: &'a str,
+    protocol: &'static str,
+}
+
+/// # Errors
+/// The socket cannot be made or the server not started; nothing is left then.
+pub fn run(args: &Args) -> Result<(), ShimError> {
+    let bundle = env::current_dir().map_err(ShimError::io("find the bundle, the directory", "."))?;
+    let socket = socket_path(args);
+    let address = format!("unix://{}", socket.display());
+    if UnixStream::connect(&socket).is_err() {
+        spawn_server(args, &bundle, &socket, &address).inspect_err(|_| {
+            // The first failure is the one to report; a stale socket is replaced by the next try.
+            let _ = fs::remove_file(&socket);
+        })?;
+    }
+    println!("{}", answer(&address, env::var("MAX_SHIM_VERSION").ok().as_deref())?);
+    Ok(())
+}
+
+/// 1.6 takes the bare address only; newer ones say the newest version that they take.
+fn answer(address: &str, max_version: Option<&str>) -> Result<String, ShimError> {
+    match max_version.and_then(|version| version.parse::<u32>().ok()) {
+        Some(max) if max > 2 => {
+            let bootstrap = Bootstrap { version: VERSION.min(max), address, protocol: "ttrpc" };
+            serde_json::to_string(&bootstrap).map_err(ShimError::Json)
+        }
+        _ => Ok(address.to_owned()),
+    }
+}
+
+/// One socket per containerd, namespace and container, short enough for a Unix address.
+fn socket_path(args: &Args) -> PathBuf {
+    let name = format!("{}/{}/{}", args.address, args.namespace, args.id);
+    let hash = Sha256::digest(name);
+    let hex: String = hash[..16].iter().map(|byte| format!("{byte:02x}")).collect();
+    Path::new(SOCKET_DIR).join(hex)
+}
+
+fn spawn_server(args: &Args, bundle: &Path, socket: &Path, address: &str) -> Result<(), ShimError> {
+    fs::create_dir_all(SOCKET_DIR).map_err(ShimError::io("create the directory", SOCKET_DIR))?;
+    match fs::remove_file(socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(ShimError::io("remove the stale socket", socket)(error));
+        }
+        _ => {}
+    }
+    let listener = UnixListener::bind(socket).map_err(ShimError::io("listen on", socket))?;
+    fs::set_permissions(socket, fs::Permissions::from_mode(0o600))
+        .map_err(ShimError::io("set the mode of", socket))?;
+    let write = |name: &str, text: &str| {
+        let path = bundle.join(name);
+        fs::write(&path, text).map_err(ShimError::io("write", path))
+    };
+    write(ADDRESS_FILE, address)?;
+
+    let binary = env::current_exe().map_err(ShimError::io("find the binary", "/proc/self/exe"))?;
+    // The server outlives us, so the supervisor of children that end with their parent is not for it.
+    #[expect(clippy::disallowed_methods, reason = "a daemon, not a child")]
+    let mut command = Command::new(&binary);
+    command.args(["-namespace", &args.namespace, "-id", &args.id, "-address", &args.address]);
+    if args.debug {
+        command.arg("-debug");
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+    let mapping = FdMapping { parent_fd: OwnedFd::from(listener), child_fd: LISTENER_FD };
+    command.fd_mappings(vec![mapping]).expect("one descriptor cannot collide");
+    let child = command.spawn().map_err(ShimError::io("start", binary))?;
+    write(PID_FILE, &child.id().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_answer_is_what_each_containerd_understands() {
+        let bare = "unix:///run/s";
+        assert_eq!(answer(bare, None).unwrap(), bare);
+        assert_eq!(answer(bare, Some("2")).unwrap(), bare);
+        let json = r#"{"version":3,"address":"unix:///run/s","protocol":"ttrpc"}"#;
+        assert_eq!(answer(bare, Some("3")).unwrap(), json);
+        assert_eq!(answer(bare, Some("9")).unwrap(), json);
+    }
+
+    #[test]
+    fn sockets_differ_and_are_short() {
+        let args = |id: &str| Args { id: id.repeat(20), ..Default::default() };
+        let (one, two) = (socket_path(&args("one")), socket_path(&args("two")));
+        assert_ne!(one, two);
+        assert!(one.as_os_str().len() < 100);
+    }
+}
