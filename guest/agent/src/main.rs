@@ -1,1 +1,46 @@
-fn main() {}
+//! machinen's guest agent: PID 1 of the microVM.
+//!
+//! It boots user space, dials the host, and from then on owns every container and every process of the VM.
+//! The same binary runs as an ordinary process in private namespaces when it is given `--serial-fd`, for tests
+//! that want the real agent without a VM.
+
+mod agent;
+mod boot;
+mod cgroup;
+mod channel;
+mod configure;
+mod console;
+mod container;
+mod disk;
+mod engine;
+mod error;
+mod options;
+mod process;
+mod reaper;
+mod service;
+mod shutdown;
+mod stdio;
+mod sys;
+mod uevent;
+
+use options::Options;
+
+fn main() {
+    console::install_panic_hook();
+    if let Err(err) = run() {
+        console::fatal(&err);
+    }
+}
+
+fn run() -> Result<(), agent::AgentError> {
+    let options = Options::from_environment()?;
+    let machine = boot::boot(options)?;
+    console::trace("booted");
+    // The engine's process is forked while this one still has a single thread.
+    let engine = engine::Engine::fork()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(agent::AgentError::Runtime)?;
+    runtime.block_on(agent::run(machine, engine))
+}

@@ -1,0 +1,195 @@
+//! The cgroup of one container: who is in it, what happened to it, how it ends (cgroup v2, kernel document
+//! admin-guide/cgroup-v2.rst). Limits are the engine's business.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use nix::unistd::Pid;
+use tokio::io::Interest;
+
+use crate::sys;
+
+/// Where the hierarchy is mounted.
+pub(crate) const ROOT: &str = "/sys/fs/cgroup";
+/// Parent of all containers' cgroups, below [`ROOT`].
+pub(crate) const PARENT: &str = "machinen";
+
+/// A container with a writable cgroup file system can make as many cgroups as it likes; nobody has to read all.
+const MAX_CGROUPS: usize = 4096;
+const MAX_PIDS: usize = 1 << 16;
+/// How long killed processes may take to be gone.
+const EMPTY_DEADLINE: Duration = Duration::from_secs(5);
+
+#[derive(Debug, Clone)]
+pub(crate) struct Cgroup {
+    path: PathBuf,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CgroupError {
+    #[error("cannot read {path}")]
+    Read { path: PathBuf, source: io::Error },
+    #[error("cannot write {path}")]
+    Write { path: PathBuf, source: io::Error },
+    #[error("cannot remove cgroup {path}")]
+    Remove { path: PathBuf, source: io::Error },
+    #[error("cgroup {path} still has processes {} s after they were killed", EMPTY_DEADLINE.as_secs())]
+    NotEmpty { path: PathBuf },
+    #[error("cgroup {path} has too many children or processes to look at")]
+    TooMany { path: PathBuf },
+}
+
+impl Cgroup {
+    /// `path` is the spec's cgroupsPath, which the host has made absolute and free of `..`.
+    pub(crate) fn new(path: &Path) -> Self {
+        Self { path: Path::new(ROOT).join(path.strip_prefix("/").unwrap_or(path)) }
+    }
+
+    /// All processes, those in child cgroups included. None when the cgroup is gone.
+    ///
+    /// # Errors
+    /// The cgroup cannot be read, or holds more than the agent looks at.
+    pub(crate) fn pids(&self) -> Result<Vec<Pid>, CgroupError> {
+        let mut pids = Vec::new();
+        for dir in self.tree()? {
+            let path = dir.join("cgroup.procs");
+            let text = match fs::read_to_string(&path) {
+                Ok(text) => text,
+                // A threaded child cgroup has no processes of its own, and any may go while this reads.
+                Err(err) if is_gone(&err) || err.raw_os_error() == Some(libc::EOPNOTSUPP) => continue,
+                Err(source) => return Err(CgroupError::Read { path, source }),
+            };
+            pids.extend(text.lines().filter_map(|line| line.parse().ok()).map(Pid::from_raw));
+            if pids.len() > MAX_PIDS {
+                return Err(CgroupError::TooMany { path: self.path.clone() });
+            }
+        }
+        Ok(pids)
+    }
+
+    /// Sends a signal to every process. SIGKILL reaches even what forks meanwhile.
+    ///
+    /// # Errors
+    /// The cgroup cannot be read or written.
+    pub(crate) fn signal_all(&self, signal: i32) -> Result<(), CgroupError> {
+        if signal == libc::SIGKILL {
+            return self.kill();
+        }
+        for pid in self.pids()? {
+            // One that has just ended needs no signal.
+            let _ = sys::kill_raw(pid, signal);
+        }
+        Ok(())
+    }
+
+    /// Kills everything in it.
+    ///
+    /// # Errors
+    /// The cgroup exists and cannot be written.
+    pub(crate) fn kill(&self) -> Result<(), CgroupError> {
+        let path = self.path.join("cgroup.kill");
+        match fs::write(&path, "1") {
+            Ok(()) => Ok(()),
+            Err(err) if is_gone(&err) => Ok(()),
+            Err(source) => Err(CgroupError::Write { path, source }),
+        }
+    }
+
+    /// Whether the kernel's OOM killer has ended a process of it.
+    pub(crate) fn oom_killed(&self) -> bool {
+        // No memory controller (a test host), no answer.
+        fs::read_to_string(self.path.join("memory.events")).is_ok_and(|text| {
+            text.lines().any(|line| line.strip_prefix("oom_kill ").is_some_and(|n| n != "0"))
+        })
+    }
+
+    /// Waits until no process is left, then removes it with its children.
+    ///
+    /// # Errors
+    /// Processes remain after the deadline, or the kernel refuses.
+    pub(crate) async fn remove(&self) -> Result<(), CgroupError> {
+        tokio::time::timeout(EMPTY_DEADLINE, self.emptied())
+            .await
+            .map_err(|_| CgroupError::NotEmpty { path: self.path.clone() })??;
+        remove_tree(&self.path).map_err(|source| CgroupError::Remove { path: self.path.clone(), source })
+    }
+
+    async fn emptied(&self) -> Result<(), CgroupError> {
+        let path = self.path.join("cgroup.events");
+        let failed = |source| CgroupError::Read { path: path.clone(), source };
+        let file = match fs::File::open(&path) {
+            Ok(file) => file,
+            Err(err) if is_gone(&err) => return Ok(()),
+            Err(source) => return Err(failed(source)),
+        };
+        // The kernel tells changes of this file as POLLPRI.
+        let file = sys::register(file, Interest::PRIORITY).map_err(failed)?;
+        loop {
+            let text = match fs::read_to_string(&path) {
+                Ok(text) => text,
+                Err(err) if is_gone(&err) => return Ok(()),
+                Err(source) => return Err(failed(source)),
+            };
+            if text.lines().any(|line| line == "populated 0") {
+                return Ok(());
+            }
+            file.ready(Interest::PRIORITY).await.map_err(failed)?.clear_ready();
+        }
+    }
+
+    fn tree(&self) -> Result<Vec<PathBuf>, CgroupError> {
+        tree(&self.path).map_err(|source| match source.kind() {
+            io::ErrorKind::QuotaExceeded => CgroupError::TooMany { path: self.path.clone() },
+            _ => CgroupError::Read { path: self.path.clone(), source },
+        })
+    }
+}
+
+/// The cgroup and all below it, parents first. Empty when it does not exist.
+fn tree(root: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut dirs = vec![root.to_owned()];
+    let mut next = 0;
+    while let Some(dir) = dirs.get(next) {
+        let entries = match fs::read_dir(dir) {
+            Ok(entries) => entries,
+            Err(err) if is_gone(&err) => {
+                dirs.remove(next);
+                continue;
+            }
+            Err(err) => return Err(err),
+        };
+        next += 1;
+        for entry in entries {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                dirs.push(entry.path());
+            }
+        }
+        if dirs.len() > MAX_CGROUPS {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
+    }
+    Ok(dirs)
+}
+
+/// Removes a cgroup without processes, and all below it.
+///
+/// # Errors
+/// Those of rmdir(2); EBUSY while a process is in it.
+pub(crate) fn remove_tree(root: &Path) -> io::Result<()> {
+    for dir in tree(root)?.iter().rev() {
+        match fs::remove_dir(dir) {
+            Err(err) if !is_gone(&err) => return Err(err),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Reading a cgroup that is being removed answers ENODEV.
+fn is_gone(err: &io::Error) -> bool {
+    err.kind() == io::ErrorKind::NotFound || err.raw_os_error() == Some(libc::ENODEV)
+}

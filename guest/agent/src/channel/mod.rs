@@ -1,0 +1,143 @@
+//! The way to the host: one control stream that the agent dials, raw streams that the host dials.
+//!
+//! ```text
+//!   Vsock    control: connect(CID 2, CONTROL_PORT)     raw: accept on STREAM_PORT
+//!   Serial   both are yamux streams over one byte stream (a virtserialport, or a socket in tests)
+//! ```
+//! Nothing above this module knows which of the two it is.
+
+mod control;
+mod port;
+mod preamble;
+mod serial;
+mod unclaimed;
+mod vsock;
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use machinen_protocol::preamble::PreambleError;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_util::compat::Compat;
+use tokio_vsock::VsockStream;
+
+pub(crate) use self::{
+    control::{ControlStream, ControlWatch},
+    unclaimed::Unclaimed,
+};
+use crate::{boot::ChannelSource, uevent::UeventError};
+
+#[derive(Debug)]
+pub(crate) enum Channel {
+    Vsock,
+    Serial(serial::Serial),
+}
+
+/// One stream to the host.
+#[derive(Debug)]
+pub(crate) enum Stream {
+    Vsock(VsockStream),
+    Serial(Compat<yamux::Stream>),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ChannelError {
+    #[error("cannot listen on vsock port {port}")]
+    Listen { port: u32, source: io::Error },
+    #[error("cannot learn the VM's vsock address")]
+    Cid(#[source] io::Error),
+    #[error("cannot dial the host's vsock port {port}")]
+    Dial { port: u32, source: io::Error },
+    #[error("no virtserialport named {}", machinen_protocol::SERIAL_PORT_NAME)]
+    NoPort(#[source] UeventError),
+    #[error("cannot open the serial port")]
+    OpenPort(#[source] io::Error),
+    #[error("the serial channel has failed")]
+    Serial(#[source] yamux::ConnectionError),
+    #[error("the host has closed the serial channel")]
+    SerialClosed,
+    #[error("cannot greet the host")]
+    Greet(#[source] io::Error),
+    #[error("the host does not accept this agent")]
+    Refused,
+    #[error("the host answers the greeting with something else")]
+    Preamble(#[source] PreambleError),
+}
+
+impl Channel {
+    /// Accepts raw streams from now on, into `unclaimed`. Raw streams are accepted before the host can know
+    /// that the agent is there, so that none is ever refused for being early.
+    ///
+    /// # Errors
+    /// The device is missing or cannot be used.
+    pub(crate) async fn open(source: ChannelSource, unclaimed: &Unclaimed) -> Result<Self, ChannelError> {
+        match source {
+            ChannelSource::Vsock => {
+                vsock::listen(unclaimed.clone())?;
+                Ok(Self::Vsock)
+            }
+            ChannelSource::Port => {
+                Ok(Self::Serial(serial::Serial::over(port::open().await?, unclaimed.clone())))
+            }
+            ChannelSource::Stream(fd) => {
+                let port = port::Port::new(fd.into()).map_err(ChannelError::OpenPort)?;
+                Ok(Self::Serial(serial::Serial::over(port, unclaimed.clone())))
+            }
+        }
+    }
+
+    /// Dials the host's control port and greets it. The host takes this as "the guest is ready".
+    ///
+    /// # Errors
+    /// The host is not there, or speaks another version.
+    pub(crate) async fn dial_control(&self) -> Result<(ControlStream, ControlWatch), ChannelError> {
+        let mut stream = match self {
+            Self::Vsock => vsock::dial().await?,
+            Self::Serial(serial) => serial.dial().await?,
+        };
+        preamble::greet(&mut stream).await?;
+        Ok(ControlStream::new(stream))
+    }
+
+    /// Everything that was written before has been handed to the host when this returns.
+    pub(crate) async fn flush(&self) {
+        if let Self::Serial(serial) = self {
+            serial.close().await;
+        }
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Vsock(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Serial(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Vsock(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Self::Serial(stream) => Pin::new(stream).poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Vsock(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Serial(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Vsock(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Serial(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}

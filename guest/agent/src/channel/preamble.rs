@@ -1,0 +1,50 @@
+//! The first bytes of a stream, on either side of it.
+
+use machinen_protocol::preamble::{ANSWER_LEN, Answer, Kind, PREAMBLE_LEN, Preamble, PreambleError};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::{ChannelError, Stream, Unclaimed};
+use crate::console;
+
+/// Opens the control stream that was just dialled.
+pub(super) async fn greet(stream: &mut Stream) -> Result<(), ChannelError> {
+    stream
+        .write_all(&Preamble { kind: Kind::Control, token: 0 }.encode())
+        .await
+        .map_err(ChannelError::Greet)?;
+    stream.flush().await.map_err(ChannelError::Greet)?;
+    let mut answer = [0; ANSWER_LEN];
+    stream.read_exact(&mut answer).await.map_err(ChannelError::Greet)?;
+    match Answer::decode(&answer).map_err(ChannelError::Preamble)? {
+        Answer::Accepted => Ok(()),
+        Answer::WrongVersion | Answer::Refused => Err(ChannelError::Refused),
+    }
+}
+
+/// Reads what the host says on a stream that it has dialled, files it, and answers.
+pub(super) async fn welcome(mut stream: Stream, unclaimed: Unclaimed) {
+    let mut bytes = [0; PREAMBLE_LEN];
+    if stream.read_exact(&mut bytes).await.is_err() {
+        // The host has changed its mind.
+        return;
+    }
+    let refusal = match Preamble::decode(&bytes) {
+        Ok(Preamble { kind: Kind::Stdio, token }) if token != 0 => match unclaimed.reserve(token) {
+            Some(place) => {
+                let answered = stream.write_all(&Answer::Accepted.encode()).await;
+                if answered.is_ok() && stream.flush().await.is_ok() {
+                    place.fill(stream);
+                }
+                return;
+            }
+            None => Answer::Refused,
+        },
+        Ok(_) | Err(PreambleError::Unknown { .. } | PreambleError::NotMachinen) => Answer::Refused,
+        Err(PreambleError::Version { .. }) => Answer::WrongVersion,
+    };
+    console::say(&format!("refused a stream of the host: {refusal:?}"));
+    // It is closed after this, whether the answer arrives or not.
+    if stream.write_all(&refusal.encode()).await.is_ok() {
+        let _ = stream.shutdown().await;
+    }
+}

@@ -1,0 +1,111 @@
+//! yamux over one byte stream. One task owns the connection; everyone else asks it.
+
+use std::{
+    future::poll_fn,
+    task::{Context, Poll},
+};
+
+use tokio::{
+    io::BufStream,
+    sync::{mpsc, oneshot},
+};
+use tokio_util::compat::{FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
+use yamux::{Config, Connection, ConnectionError, Mode};
+
+use super::{ChannelError, Stream, Unclaimed, port::Port, preamble};
+use crate::console;
+
+/// The virtio driver takes at most this much in one write, and every write spins until the host has taken it.
+const PORT_WRITE: usize = 32 << 10;
+/// Length of a yamux frame's header (yamux specification).
+const FRAME_HEADER: usize = 12;
+const READ_BUFFER: usize = 64 << 10;
+
+type Dialled = oneshot::Sender<Result<yamux::Stream, ConnectionError>>;
+type Conn = Connection<tokio_util::compat::Compat<BufStream<Port>>>;
+
+#[derive(Debug)]
+enum Request {
+    Dial(Dialled),
+    /// Answered by being dropped when everything is written.
+    Close(oneshot::Sender<()>),
+}
+
+#[derive(Debug)]
+pub(crate) struct Serial {
+    requests: mpsc::Sender<Request>,
+}
+
+impl Serial {
+    pub(super) fn over(port: Port, unclaimed: Unclaimed) -> Self {
+        let mut config = Config::default();
+        // A frame and its header fill one write.
+        config.set_split_send_size(PORT_WRITE - FRAME_HEADER);
+        let stream = BufStream::with_capacity(READ_BUFFER, PORT_WRITE, port);
+        let connection = Connection::new(stream.compat(), config, Mode::Server);
+        let (requests, inbox) = mpsc::channel(1);
+        tokio::spawn(drive(connection, inbox, unclaimed));
+        Self { requests }
+    }
+
+    pub(super) async fn dial(&self) -> Result<Stream, ChannelError> {
+        let (reply, dialled) = oneshot::channel();
+        let gone = |_| ChannelError::SerialClosed;
+        self.requests.send(Request::Dial(reply)).await.map_err(|_| ChannelError::SerialClosed)?;
+        let stream = dialled.await.map_err(gone)?.map_err(ChannelError::Serial)?;
+        Ok(Stream::Serial(stream.compat()))
+    }
+
+    /// Writes everything that is waiting, then ends the connection.
+    pub(super) async fn close(&self) {
+        let (reply, closed) = oneshot::channel();
+        if self.requests.send(Request::Close(reply)).await.is_ok() {
+            // Being dropped is the answer.
+            let _ = closed.await;
+        }
+    }
+}
+
+enum Event {
+    Inbound(yamux::Stream),
+    Request(Request),
+    Ended(Option<ConnectionError>),
+}
+
+async fn drive(mut connection: Conn, mut requests: mpsc::Receiver<Request>, unclaimed: Unclaimed) {
+    loop {
+        match poll_fn(|cx| next(&mut connection, &mut requests, cx)).await {
+            Event::Inbound(stream) => {
+                tokio::spawn(preamble::welcome(Stream::Serial(stream.compat()), unclaimed.clone()));
+            }
+            Event::Request(Request::Dial(reply)) => {
+                // Nobody waits any more when this fails.
+                let _ = reply.send(poll_fn(|cx| connection.poll_new_outbound(cx)).await);
+            }
+            Event::Request(Request::Close(done)) => {
+                if let Err(err) = poll_fn(|cx| connection.poll_close(cx)).await {
+                    console::say(&format!("cannot close the serial channel: {err}"));
+                }
+                drop(done);
+                return;
+            }
+            Event::Ended(err) => {
+                if let Some(err) = err {
+                    console::say(&format!("the serial channel has failed: {err}"));
+                }
+                return;
+            }
+        }
+    }
+}
+
+fn next(connection: &mut Conn, requests: &mut mpsc::Receiver<Request>, cx: &mut Context<'_>) -> Poll<Event> {
+    if let Poll::Ready(Some(request)) = requests.poll_recv(cx) {
+        return Poll::Ready(Event::Request(request));
+    }
+    connection.poll_next_inbound(cx).map(|inbound| match inbound {
+        Some(Ok(stream)) => Event::Inbound(stream),
+        Some(Err(err)) => Event::Ended(Some(err)),
+        None => Event::Ended(None),
+    })
+}

@@ -1,0 +1,102 @@
+//! Raw streams that the host has opened and no process has claimed yet, by token.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use machinen_protocol::MAX_UNCLAIMED_STREAMS;
+use tokio::sync::Notify;
+
+use super::Stream;
+
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Unclaimed {
+    slots: Arc<Mutex<HashMap<u64, Option<Stream>>>>,
+    settled: Arc<Notify>,
+}
+
+/// A place in the table that is taken but whose stream is still being greeted.
+#[derive(Debug)]
+pub(super) struct Place {
+    unclaimed: Unclaimed,
+    token: u64,
+}
+
+impl Unclaimed {
+    /// Takes a place for a stream; None when the table is full or the token is in use.
+    pub(super) fn reserve(&self, token: u64) -> Option<Place> {
+        let mut slots = self.lock();
+        if slots.len() >= MAX_UNCLAIMED_STREAMS || slots.contains_key(&token) {
+            return None;
+        }
+        slots.insert(token, None);
+        Some(Place { unclaimed: self.clone(), token })
+    }
+
+    /// Hands out a stream, once. The host may refer to it the moment it has read the greeting's answer, which
+    /// can be before the agent has filed it: then this waits for that.
+    pub(crate) async fn claim(&self, token: u64) -> Option<Stream> {
+        loop {
+            let settled = self.settled.notified();
+            if let Some(stream) = self.lock().get_mut(&token)?.take() {
+                self.lock().remove(&token);
+                return Some(stream);
+            }
+            settled.await;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Option<Stream>>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Place {
+    pub(super) fn fill(self, stream: Stream) {
+        if let Some(slot) = self.unclaimed.lock().get_mut(&self.token) {
+            *slot = Some(stream);
+        }
+        self.unclaimed.settled.notify_waiters();
+    }
+}
+
+impl Drop for Place {
+    /// A stream that broke before it was filed leaves no trace.
+    fn drop(&mut self) {
+        let mut slots = self.unclaimed.lock();
+        if slots.get(&self.token).is_some_and(Option::is_none) {
+            slots.remove(&self.token);
+        }
+        drop(slots);
+        self.unclaimed.settled.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_token_is_taken_once_and_freed_when_its_stream_breaks() {
+        let unclaimed = Unclaimed::default();
+        let place = unclaimed.reserve(7).unwrap();
+        assert!(unclaimed.reserve(7).is_none());
+        let mut claim = Box::pin(unclaimed.claim(7));
+        assert!(futures_util::poll!(&mut claim).is_pending(), "still being greeted");
+        drop(place);
+        assert!(claim.await.is_none());
+        assert!(unclaimed.claim(8).await.is_none(), "never opened");
+        assert!(unclaimed.reserve(7).is_some());
+    }
+
+    #[test]
+    fn the_table_is_bounded() {
+        let unclaimed = Unclaimed::default();
+        let places: Vec<_> =
+            (1..=MAX_UNCLAIMED_STREAMS as u64).map(|t| unclaimed.reserve(t).unwrap()).collect();
+        assert!(unclaimed.reserve(1000).is_none());
+        drop(places);
+        assert!(unclaimed.reserve(1000).is_some());
+    }
+}

@@ -1,0 +1,122 @@
+//! The root file system of a container: an overlay of a shared read-only disk and a private writable one.
+//!
+//! ```text
+//!   <dir>/base     ext4, read-only, never replayed: the same blocks are mounted by other VMs
+//!   <dir>/rw       ext4, with upper/ and work/
+//!   <dir>/rootfs   overlay of both
+//! ```
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, MsFlags, mount, umount2},
+};
+
+use crate::disk::{Disk, DiskError};
+
+#[derive(Debug)]
+pub(crate) struct Rootfs {
+    path: PathBuf,
+    layers: [PathBuf; 2],
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RootfsError {
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error("cannot create {path}")]
+    Create { path: PathBuf, source: io::Error },
+    #[error("{device} holds no usable ext4 file system: cannot mount it as the {layer} layer")]
+    Mount { layer: &'static str, device: PathBuf, source: Errno },
+    #[error("cannot mount the overlay {path}")]
+    Overlay { path: PathBuf, source: Errno },
+    #[error("cannot unmount {path}")]
+    Unmount { path: PathBuf, source: io::Error },
+}
+
+impl Rootfs {
+    /// Mounts all three below `dir`.
+    ///
+    /// # Errors
+    /// What was mounted is unmounted again.
+    pub(crate) fn mount(dir: &Path, base: &Disk, writable: &Disk) -> Result<Self, RootfsError> {
+        let rootfs = Self { path: dir.join("rootfs"), layers: [dir.join("rw"), dir.join("base")] };
+        rootfs.try_mount(base, writable).inspect_err(|_| {
+            if let Err(err) = rootfs.unmount() {
+                crate::console::say(&crate::console::chain(&err));
+            }
+        })?;
+        Ok(rootfs)
+    }
+
+    fn try_mount(&self, base: &Disk, writable: &Disk) -> Result<(), RootfsError> {
+        let [rw, lower] = &self.layers;
+        mount_disk("base", base, lower, MsFlags::MS_RDONLY | MsFlags::MS_NOATIME, "noload")?;
+        // The host has written all inode tables; there is nothing for the kernel to do in the background.
+        mount_disk("writable", writable, rw, MsFlags::MS_NOATIME, "noinit_itable")?;
+        let (upper, work) = (rw.join("upper"), rw.join("work"));
+        for dir in [&upper, &work, &self.path] {
+            make_dir(dir)?;
+        }
+        // Container ids, the only variable part, have no character that means something to overlayfs.
+        let options =
+            format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
+        mount(Some("overlay"), &self.path, Some("overlay"), MsFlags::MS_NOATIME, Some(options.as_str()))
+            .map_err(|source| RootfsError::Overlay { path: self.path.clone(), source })
+    }
+
+    /// Where the container's root is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Unmounts what is mounted and removes the mount points. May be called again.
+    ///
+    /// # Errors
+    /// Something still uses it.
+    pub(crate) fn unmount(&self) -> Result<(), RootfsError> {
+        for path in std::iter::once(&self.path).chain(&self.layers) {
+            let failed = |source| RootfsError::Unmount { path: path.clone(), source };
+            match umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
+                // Not mounted, or not even made.
+                Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+                Err(err) => return Err(failed(err.into())),
+            }
+            match fs::remove_dir(path) {
+                Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(failed(err)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+fn mount_disk(
+    layer: &'static str,
+    disk: &Disk,
+    target: &Path,
+    flags: MsFlags,
+    options: &str,
+) -> Result<(), RootfsError> {
+    make_dir(target)?;
+    let (source, result) = match disk {
+        Disk::Block { device, .. } => {
+            (device, mount(Some(device), target, Some("ext4"), flags, Some(options)))
+        }
+        Disk::Directory(dir) => (dir, mount(Some(dir), target, None::<&str>, MsFlags::MS_BIND, None::<&str>)),
+    };
+    result.map_err(|err| RootfsError::Mount { layer, device: source.clone(), source: err })
+}
+
+fn make_dir(path: &Path) -> Result<(), RootfsError> {
+    match fs::create_dir(path) {
+        Err(err) if err.kind() != io::ErrorKind::AlreadyExists => {
+            Err(RootfsError::Create { path: path.to_owned(), source: err })
+        }
+        _ => Ok(()),
+    }
+}

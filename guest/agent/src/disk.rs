@@ -1,0 +1,110 @@
+//! Finding a disk that the host has attached, by its SCSI address.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use machinen_protocol::api;
+
+use crate::{
+    sys,
+    uevent::{UeventError, Uevents},
+};
+
+/// From the host's `device_add` to a readable disk takes some 20 ms; a disk that is not there by then was
+/// never attached.
+const DEADLINE: Duration = Duration::from_secs(5);
+
+/// Where disks come from.
+#[derive(Debug, Clone)]
+pub(crate) enum DiskSource {
+    /// The VM's virtio-scsi controller.
+    Scsi,
+    /// Images and directories named `<target>-<lun>`, in a test.
+    Directory(PathBuf),
+}
+
+/// A disk that was found.
+#[derive(Debug)]
+pub(crate) enum Disk {
+    Block {
+        device: PathBuf,
+        /// Keeps a loop device until it is mounted.
+        _loop_device: Option<OwnedFd>,
+    },
+    /// A directory that stands for the file system on the disk.
+    Directory(PathBuf),
+}
+
+/// SCSI address of a disk on the only controller's only bus.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Address {
+    target: u32,
+    lun: u32,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DiskError {
+    #[error("no disk at SCSI target {target} lun {lun}")]
+    Missing { target: u32, lun: u32, source: UeventError },
+    #[error("no disk image {path}")]
+    MissingImage { path: PathBuf, source: io::Error },
+    #[error("cannot make a loop device of {path}")]
+    Loop { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Uevents(UeventError),
+}
+
+impl From<&api::Disk> for Address {
+    fn from(disk: &api::Disk) -> Self {
+        Self { target: disk.target, lun: disk.lun }
+    }
+}
+
+impl DiskSource {
+    /// Finds both disks of a container, waiting for them if the guest's kernel has not seen them yet.
+    ///
+    /// # Errors
+    /// Not there before the deadline.
+    pub(crate) async fn find(&self, base: Address, writable: Address) -> Result<(Disk, Disk), DiskError> {
+        match self {
+            Self::Scsi => {
+                let uevents = Uevents::subscribe().map_err(DiskError::Uevents)?;
+                Ok((scsi(&uevents, base).await?, scsi(&uevents, writable).await?))
+            }
+            Self::Directory(dir) => Ok((image(dir, base, true)?, image(dir, writable, false)?)),
+        }
+    }
+}
+
+async fn scsi(uevents: &Uevents, Address { target, lun }: Address) -> Result<Disk, DiskError> {
+    let dir = PathBuf::from(format!("/sys/bus/scsi/devices/0:0:{target}:{lun}/block"));
+    let device = uevents
+        .find(DEADLINE, || block_device(&dir))
+        .await
+        .map_err(|source| DiskError::Missing { target, lun, source })?;
+    Ok(Disk::Block { device, _loop_device: None })
+}
+
+/// The disk is in sysfs a moment before it can be opened; its event comes after that moment.
+fn block_device(dir: &Path) -> Option<PathBuf> {
+    let name = fs::read_dir(dir).ok()?.next()?.ok()?.file_name();
+    let device = Path::new("/dev").join(name);
+    File::open(&device).is_ok().then_some(device)
+}
+
+fn image(dir: &Path, Address { target, lun }: Address, read_only: bool) -> Result<Disk, DiskError> {
+    let path = dir.join(format!("{target}-{lun}"));
+    let open = File::options().read(true).write(!read_only && !path.is_dir()).open(&path);
+    let file = open.map_err(|source| DiskError::MissingImage { path: path.clone(), source })?;
+    if path.is_dir() {
+        return Ok(Disk::Directory(path));
+    }
+    let (number, device) =
+        sys::attach_loop(file.as_fd(), read_only).map_err(|source| DiskError::Loop { path, source })?;
+    Ok(Disk::Block { device: format!("/dev/loop{number}").into(), _loop_device: Some(device) })
+}

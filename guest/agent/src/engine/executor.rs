@@ -1,0 +1,165 @@
+//! The user's command: found before the container is created, executed when it is started.
+//!
+//! libcontainer's own way loses the order of the environment, takes seconds for a large one, leaves SIGPIPE
+//! ignored, and words its errors unlike any other runtime.
+
+use std::{
+    collections::HashMap,
+    ffi::CString,
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
+use nix::{
+    errno::Errno,
+    unistd::{AccessFlags, eaccess, execve},
+};
+use oci_spec::runtime::{Process, Spec};
+
+use super::report::{Message, Refusal, Reporter};
+use crate::sys;
+
+#[derive(Debug, Clone)]
+pub(super) struct Command {
+    reporter: Reporter,
+    /// HOME where the spec has none.
+    home: String,
+}
+
+/// Why a command cannot be executed, as runc says it.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+enum CommandError {
+    #[error("exec: {name:?}: executable file not found in $PATH")]
+    NotInPath { name: String },
+    #[error("exec: {name:?}: stat {name}: {}", .errno.desc().to_lowercase())]
+    Stat { name: String, errno: Errno },
+    #[error("exec: {name:?}: {}", .errno.desc().to_lowercase())]
+    NotExecutable { name: String, errno: Errno },
+    #[error("exec {name}: {}", .errno.desc().to_lowercase())]
+    Exec { name: String, errno: Errno },
+    #[error("the process has no arguments")]
+    NoArgs,
+    #[error("a NUL byte in an argument or environment variable")]
+    Nul,
+}
+
+impl CommandError {
+    fn refusal(&self) -> Refusal {
+        match self {
+            Self::NotInPath { .. } | Self::Stat { errno: Errno::ENOENT | Errno::ENOTDIR, .. } => {
+                Refusal::NotFound
+            }
+            // The file was there: what is missing is its interpreter.
+            Self::Exec { errno: Errno::ENOENT, .. } => Refusal::NotFound,
+            Self::Stat { .. } | Self::NotExecutable { .. } | Self::Exec { .. } => Refusal::NotExecutable,
+            Self::NoArgs | Self::Nul => Refusal::Spec,
+        }
+    }
+}
+
+impl Command {
+    pub(super) fn new(reporter: Reporter, home: String) -> Self {
+        Self { reporter, home }
+    }
+
+    fn refuse(&self, err: &CommandError) {
+        self.reporter.send(Message::Refused { refusal: err.refusal(), text: err.to_string() });
+    }
+
+    fn try_exec(&self, spec: &Spec) -> Result<(), CommandError> {
+        let process = spec.process().as_ref().ok_or(CommandError::NoArgs)?;
+        let path = find(process)?;
+        let name = path.display().to_string();
+        let path = c_string(path.into_os_string().into_encoded_bytes())?;
+        let args = process.args().iter().flatten().map(|arg| c_string(arg.as_str()));
+        let args = args.collect::<Result<Vec<_>, _>>()?;
+        let env = self.environment(process)?;
+        sys::reset_signals();
+        let Err(errno) = execve(&path, &args, &env);
+        Err(CommandError::Exec { name, errno })
+    }
+
+    /// In the spec's order, as it stands there.
+    fn environment(&self, process: &Process) -> Result<Vec<CString>, CommandError> {
+        let given = process.env().iter().flatten();
+        let has_home =
+            given.clone().any(|var| var.strip_prefix("HOME=").is_some_and(|home| !home.is_empty()));
+        let home = (!has_home).then(|| format!("HOME={}", self.home));
+        given
+            .filter(|var| has_home || *var != "HOME=")
+            .map(String::as_str)
+            .chain(home.as_deref())
+            .map(c_string)
+            .collect()
+    }
+}
+
+impl Executor for Command {
+    /// Runs in the container, as its user, before it is reported as created.
+    fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
+        let found = spec.process().as_ref().ok_or(CommandError::NoArgs).and_then(find);
+        found.map(drop).map_err(|err| {
+            self.refuse(&err);
+            ExecutorValidationError::ArgValidationError(err.to_string())
+        })
+    }
+
+    /// Nothing: the environment is given to execve.
+    fn setup_envs(&self, _: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+        Ok(())
+    }
+
+    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        self.try_exec(spec).map_err(|err| {
+            self.refuse(&err);
+            ExecutorError::Other(err.to_string())
+        })
+    }
+}
+
+fn c_string(bytes: impl Into<Vec<u8>>) -> Result<CString, CommandError> {
+    CString::new(bytes).map_err(|_| CommandError::Nul)
+}
+
+/// Where the command is, by the rules of a shell: a name with a slash is a path, others are looked for in PATH.
+fn find(process: &Process) -> Result<PathBuf, CommandError> {
+    let name = process.args().as_ref().and_then(|args| args.first()).ok_or(CommandError::NoArgs)?;
+    if name.contains('/') {
+        let errno = |err: &io::Error| Errno::from_raw(err.raw_os_error().unwrap_or(libc::EIO));
+        let metadata = fs::metadata(name)
+            .map_err(|err| CommandError::Stat { name: name.clone(), errno: errno(&err) })?;
+        return executable(Path::new(name), &metadata)
+            .map(|()| name.into())
+            .map_err(|errno| CommandError::NotExecutable { name: name.clone(), errno });
+    }
+    let path = process.env().iter().flatten().rev().find_map(|var| var.strip_prefix("PATH="));
+    let mut denied = None;
+    for dir in path.unwrap_or_default().split(':') {
+        // An empty element is the working directory.
+        let candidate = Path::new(if dir.is_empty() { "." } else { dir }).join(name);
+        match fs::metadata(&candidate).map(|metadata| executable(&candidate, &metadata)) {
+            Ok(Ok(())) => return Ok(candidate),
+            Ok(Err(Errno::EACCES)) => denied = Some(Errno::EACCES),
+            _ => {}
+        }
+    }
+    let name = name.clone();
+    Err(denied.map_or(CommandError::NotInPath { name: name.clone() }, |errno| CommandError::NotExecutable {
+        name,
+        errno,
+    }))
+}
+
+fn executable(path: &Path, metadata: &fs::Metadata) -> Result<(), Errno> {
+    if metadata.is_dir() {
+        return Err(Errno::EISDIR);
+    }
+    // Root may execute what has any of the three bits, which access(2) knows; a file system without execution
+    // is what it asks the kernel for.
+    if metadata.mode() & 0o111 == 0 {
+        return Err(Errno::EACCES);
+    }
+    eaccess(path, AccessFlags::X_OK)
+}

@@ -1,0 +1,53 @@
+//! HOME of a user, from the container's own /etc/passwd.
+//!
+//! The C library would do this by loading name service modules of the container into our process.
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    path::Path,
+};
+
+use oci_spec::runtime::Spec;
+use pathrs::{Root, flags::OpenFlags};
+
+/// The file is the tenant's: no more than this is looked at.
+const MAX_PASSWD: u64 = 1 << 20;
+
+/// The home directory of the process's user; "/" when the container does not know it.
+pub(super) fn of_user(root: &Root, spec: &Spec) -> String {
+    let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
+    read(root, uid).unwrap_or_else(|| "/".to_owned())
+}
+
+fn read(root: &Root, uid: u32) -> Option<String> {
+    let handle = root.resolve(Path::new("/etc/passwd")).ok()?;
+    // A fifo in its place would be waited on for ever.
+    let flags = OpenFlags::O_RDONLY | OpenFlags::O_NONBLOCK | OpenFlags::O_CLOEXEC;
+    let file = handle.reopen(flags).ok()?;
+    file.metadata().ok()?.is_file().then_some(())?;
+    find(BufReader::new(file.take(MAX_PASSWD)), uid)
+}
+
+/// passwd(5): name:password:uid:gid:comment:home:shell
+fn find(passwd: impl BufRead, uid: u32) -> Option<String> {
+    let uid = uid.to_string();
+    passwd.split(b'\n').map_while(Result::ok).find_map(|line| {
+        let line = String::from_utf8(line).ok()?;
+        let mut fields = line.split(':').skip(2);
+        (fields.next()? == uid).then(|| fields.nth(2).map(str::to_owned))?
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_line_of_the_uid_counts() {
+        let passwd =
+            b"root:x:0:0:root:/root:/bin/sh\nbroken\n\xff:x:5:5::/no:\nme:x:5:5::/home/me:\n5:x:6:5::/x:\n";
+        assert_eq!(find(&passwd[..], 0), Some("/root".into()));
+        assert_eq!(find(&passwd[..], 5), Some("/home/me".into()));
+        assert_eq!(find(&passwd[..], 7), None);
+    }
+}

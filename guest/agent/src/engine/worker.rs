@@ -1,0 +1,115 @@
+//! One creation, in a process of its own.
+
+use std::{fs, os::fd::OwnedFd, path::Path};
+
+use libcontainer::{
+    container::builder::ContainerBuilder, error::LibcontainerError, syscall::syscall::SyscallType,
+};
+use nix::{
+    errno::Errno,
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        stat::{Mode, umask},
+    },
+    unistd::{getpid, setgroups},
+};
+use oci_spec::runtime::Spec;
+
+use super::{
+    executor::Command,
+    home, log,
+    report::{Message, Refusal, Reporter},
+    zygote::Request,
+};
+use crate::{console, sys};
+
+/// Open files of a container whose spec does not say: what init systems give to services.
+const FILES_SOFT: u64 = 1024;
+const FILES_HARD: u64 = 524_288;
+
+#[derive(Debug, thiserror::Error)]
+enum WorkerError {
+    #[error("cannot prepare the worker")]
+    Prepare(#[source] Errno),
+    #[error("cannot set the OOM score")]
+    OomScore(#[source] std::io::Error),
+    #[error("cannot read the spec back")]
+    Spec(#[source] oci_spec::OciSpecError),
+    #[error("cannot use the root file system")]
+    Rootfs(#[source] pathrs::error::Error),
+    #[error("cannot create the working directory {cwd}")]
+    Cwd { cwd: String, source: pathrs::error::Error },
+    #[error(transparent)]
+    Engine(#[from] LibcontainerError),
+    #[error("the engine made a container without an init")]
+    NoInit,
+}
+
+/// Makes the container and ends the process; the init that it leaves is the agent's child.
+pub(super) fn run(request: &Request, reporter: &Reporter, stdio: [OwnedFd; 3]) -> ! {
+    reporter.send(Message::Worker { pid: getpid().as_raw() });
+    log::install(reporter.clone());
+    match create(request, reporter, stdio) {
+        Ok(pid) => reporter.send(Message::Created { pid }),
+        Err(err) => {
+            if let WorkerError::Engine(
+                LibcontainerError::InvalidSpec(_) | LibcontainerError::MissingSpec(_),
+            ) = err
+            {
+                reporter.send(Message::Refused { refusal: Refusal::Spec, text: console::chain(&err) });
+            }
+            reporter.send(Message::Failed { text: console::chain(&err) });
+        }
+    }
+    sys::exit_now(0)
+}
+
+fn create(request: &Request, reporter: &Reporter, stdio: [OwnedFd; 3]) -> Result<i32, WorkerError> {
+    let spec = Spec::load(request.bundle.join("config.json")).map_err(WorkerError::Spec)?;
+    shed(&spec)?;
+    let root = pathrs::Root::open(&request.rootfs).map_err(WorkerError::Rootfs)?;
+    make_cwd(&root, &spec)?;
+    let command = Command::new(reporter.clone(), home::of_user(&root, &spec));
+    let [stdin, stdout, stderr] = stdio;
+    let container = ContainerBuilder::new(request.id.clone(), SyscallType::default())
+        .with_root_path(&request.state)?
+        .with_executor(command)
+        .with_stdin(stdin)
+        .with_stdout(stdout)
+        .with_stderr(stderr)
+        .as_init(&request.bundle)
+        .with_systemd(false)
+        .as_sibling(true)
+        .build()?;
+    container.pid().map(nix_0_29_pid).ok_or(WorkerError::NoInit)
+}
+
+/// Gives up what a container must not inherit from the agent.
+fn shed(spec: &Spec) -> Result<(), WorkerError> {
+    setgroups(&[]).map_err(WorkerError::Prepare)?;
+    umask(Mode::from_bits_truncate(0o022));
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(WorkerError::Prepare)?;
+    setrlimit(Resource::RLIMIT_NOFILE, FILES_SOFT, hard.min(FILES_HARD)).map_err(WorkerError::Prepare)?;
+    let told = spec.process().as_ref().is_some_and(|process| process.oom_score_adj().is_some());
+    if !told {
+        fs::write("/proc/self/oom_score_adj", "0").map_err(WorkerError::OomScore)?;
+    }
+    Ok(())
+}
+
+/// The working directory is made if the image lacks it, without leaving the root file system by its links.
+fn make_cwd(root: &pathrs::Root, spec: &Spec) -> Result<(), WorkerError> {
+    let cwd = spec.process().as_ref().map_or(Path::new("/"), |process| process.cwd());
+    if root.resolve(cwd).is_ok() {
+        return Ok(());
+    }
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    root.mkdir_all(cwd, &mode)
+        .map(drop)
+        .map_err(|source| WorkerError::Cwd { cwd: cwd.display().to_string(), source })
+}
+
+/// libcontainer uses another version of the crate that wraps a pid.
+fn nix_0_29_pid(pid: impl Into<libc::pid_t>) -> i32 {
+    pid.into()
+}

@@ -1,0 +1,111 @@
+//! What the agent is told when it starts: the kernel's command line in a VM, its own arguments otherwise.
+
+use std::{ffi::OsString, os::fd::OwnedFd, path::PathBuf};
+
+use nix::{errno::Errno, unistd::getpid};
+
+use crate::sys;
+
+/// Key on the kernel command line that prints the boot's timeline.
+const TRACE_ARG: &str = "machinen.trace";
+const USAGE: &str = "usage: machinen-agent --serial-fd FD --disk-dir DIR";
+
+#[derive(Debug)]
+pub(crate) enum Options {
+    /// PID 1 of a VM; the rest stands on the kernel's command line, readable once /proc is mounted.
+    Machine,
+    /// A process in namespaces of its own, with one byte stream as its serial port and a directory of disks.
+    Process { serial: OwnedFd, disks: PathBuf },
+}
+
+/// Which of the two channels the host listens on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ChannelKind {
+    Vsock,
+    Serial,
+}
+
+/// The part of the kernel's command line that is the agent's.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct KernelArgs {
+    pub(crate) channel: ChannelKind,
+    pub(crate) trace: bool,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OptionsError {
+    #[error("{USAGE} (or as init of a machinen VM, without arguments)")]
+    Usage,
+    #[error("descriptor {fd} of --serial-fd is not open")]
+    SerialFd { fd: i32, source: Errno },
+    #[error("kernel command line has no {}=vsock|serial", machinen_protocol::CHANNEL_ARG)]
+    NoChannel,
+    #[error("kernel command line has an unknown {}={value}", machinen_protocol::CHANNEL_ARG)]
+    UnknownChannel { value: String },
+}
+
+impl Options {
+    /// # Errors
+    /// Arguments that are neither those of an init (none) nor those of a test's process.
+    pub(crate) fn from_environment() -> Result<Self, OptionsError> {
+        let mut args = std::env::args_os().skip(1);
+        // The kernel hands words of its command line that it does not know to init.
+        if getpid().as_raw() == 1 {
+            return Ok(Self::Machine);
+        }
+        let mut value_of = |flag: &str| -> Result<OsString, OptionsError> {
+            if args.next().is_none_or(|arg| arg != flag) {
+                return Err(OptionsError::Usage);
+            }
+            args.next().ok_or(OptionsError::Usage)
+        };
+        let serial = value_of("--serial-fd")?;
+        let disks = value_of("--disk-dir")?.into();
+        let fd = serial.to_str().and_then(|fd| fd.parse().ok()).ok_or(OptionsError::Usage)?;
+        let serial = sys::inherited_fd(fd).map_err(|source| OptionsError::SerialFd { fd, source })?;
+        Ok(Self::Process { serial, disks })
+    }
+}
+
+impl KernelArgs {
+    /// # Errors
+    /// The channel is not named, or unknown.
+    pub(crate) fn parse(cmdline: &str) -> Result<Self, OptionsError> {
+        let mut channel = None;
+        let mut trace = false;
+        for word in cmdline.split_ascii_whitespace() {
+            let (key, value) = word.split_once('=').unwrap_or((word, ""));
+            match (key, value) {
+                (machinen_protocol::CHANNEL_ARG, "vsock") => channel = Some(ChannelKind::Vsock),
+                (machinen_protocol::CHANNEL_ARG, "serial") => channel = Some(ChannelKind::Serial),
+                (machinen_protocol::CHANNEL_ARG, value) => {
+                    return Err(OptionsError::UnknownChannel { value: value.to_owned() });
+                }
+                (TRACE_ARG, _) => trace = true,
+                _ => {}
+            }
+        }
+        Ok(Self { channel: channel.ok_or(OptionsError::NoChannel)?, trace })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_channel_is_found_among_the_kernels_own_words() {
+        let args =
+            KernelArgs::parse("root=/dev/vda ro quiet machinen.channel=serial console=hvc0\n").unwrap();
+        assert_eq!(args, KernelArgs { channel: ChannelKind::Serial, trace: false });
+        let args = KernelArgs::parse("machinen.trace machinen.channel=vsock").unwrap();
+        assert_eq!(args, KernelArgs { channel: ChannelKind::Vsock, trace: true });
+    }
+
+    #[test]
+    fn a_missing_or_unknown_channel_is_an_error() {
+        assert!(matches!(KernelArgs::parse("ro quiet"), Err(OptionsError::NoChannel)));
+        let err = KernelArgs::parse("machinen.channel=pigeon").unwrap_err();
+        assert_eq!(err.to_string(), "kernel command line has an unknown machinen.channel=pigeon");
+    }
+}

@@ -1,0 +1,179 @@
+//! One process of a container: its exit, its streams, and what the host may ask of it.
+
+use std::time::SystemTime;
+
+use nix::{errno::Errno, unistd::Pid};
+use tokio::{
+    sync::{oneshot, watch},
+    task::{AbortHandle, JoinHandle},
+};
+
+use crate::{
+    cgroup::Cgroup,
+    channel::Stream,
+    reaper::{Exit, Reaper},
+    stdio::{AgentEnds, StdinProgress, pump_in, pump_out},
+};
+
+#[derive(Debug)]
+pub(crate) struct Process {
+    pid: Pid,
+    reaper: Reaper,
+    stage: watch::Receiver<Stage>,
+    stdin: StdinProgress,
+    tasks: Vec<AbortHandle>,
+}
+
+/// A process ends in two steps: first it is gone, then the host has all of its output.
+#[derive(Debug, Clone, Copy)]
+enum Stage {
+    Running,
+    Exited,
+    Done(Ended),
+}
+
+/// Everything there is to say about the end of a process.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ended {
+    pub(crate) code: u32,
+    pub(crate) at: SystemTime,
+    pub(crate) stdout_bytes: u64,
+    pub(crate) stderr_bytes: u64,
+    pub(crate) oom_killed: bool,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ProcessError {
+    #[error("process already finished")]
+    Finished,
+    #[error("cannot send signal {signal}")]
+    Signal { signal: i32, source: Errno },
+    #[error("stdin ends after {total} bytes, but more have come")]
+    StdinEnd { total: u64 },
+    #[error("the process was deleted")]
+    Deleted,
+}
+
+/// What a process leaves to its supervisor when it starts.
+#[derive(Debug)]
+pub(crate) struct Started {
+    pub(crate) pid: Pid,
+    pub(crate) exit: oneshot::Receiver<Exit>,
+    pub(crate) ends: AgentEnds,
+    /// Killed as a whole when the process ends, where no pid namespace sees to that.
+    pub(crate) outlived_by: Option<Cgroup>,
+    pub(crate) cgroup: Cgroup,
+}
+
+impl Process {
+    /// Takes charge of a process that has just been made.
+    pub(crate) fn supervise(started: Started, reaper: Reaper) -> Self {
+        let Started { pid, exit, ends, outlived_by, cgroup } = started;
+        let (stage_sender, stage) = watch::channel(Stage::Running);
+        let (ended, _) = watch::channel(false);
+        let stdin = StdinProgress::new();
+        let mut tasks = Vec::new();
+        let pump_stdin = ends.stdin.map(|(stream, pipe)| tokio::spawn(pump_in(stream, pipe, stdin.clone())));
+        tasks.extend(pump_stdin.as_ref().map(JoinHandle::abort_handle));
+        let mut out = |end: Option<_>| {
+            let task = end.map(|(pipe, stream)| tokio::spawn(pump_out(pipe, stream, ended.subscribe())));
+            tasks.extend(task.as_ref().map(JoinHandle::abort_handle));
+            task
+        };
+        let (stdout, stderr) = (out(ends.stdout), out(ends.stderr));
+        let supervisor = tokio::spawn(async move {
+            let Ok(exit) = exit.await else { return };
+            if let Some(cgroup) = outlived_by
+                && let Err(err) = cgroup.kill()
+            {
+                crate::console::say(&crate::console::chain(&err));
+            }
+            stage_sender.send_replace(Stage::Exited);
+            if let Some(stdin) = pump_stdin {
+                stdin.abort();
+            }
+            ended.send_replace(true);
+            // The streams must stay open until the host has read what they carry.
+            let ((stdout_bytes, _out), (stderr_bytes, _err)) = (finish(stdout).await, finish(stderr).await);
+            stage_sender.send_replace(Stage::Done(Ended {
+                code: exit.code(),
+                at: exit.at,
+                stdout_bytes,
+                stderr_bytes,
+                oom_killed: cgroup.oom_killed(),
+            }));
+            stage_sender.closed().await;
+        });
+        tasks.push(supervisor.abort_handle());
+        Self { pid, reaper, stage, stdin, tasks }
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Whether it is gone, its output notwithstanding.
+    pub(crate) fn has_exited(&self) -> bool {
+        !matches!(*self.stage.borrow(), Stage::Running)
+    }
+
+    /// Waits until it is gone.
+    pub(crate) async fn exited(&self) {
+        let mut stage = self.stage.clone();
+        // An error means that the supervisor was stopped, which only deletion does.
+        let _ = stage.wait_for(|stage| !matches!(stage, Stage::Running)).await;
+    }
+
+    /// Waits until it is gone and its output was handed to its streams.
+    ///
+    /// # Errors
+    /// It is deleted meanwhile.
+    pub(crate) async fn ended(&self) -> Result<Ended, ProcessError> {
+        let mut stage = self.stage.clone();
+        loop {
+            if let Stage::Done(ended) = *stage.borrow_and_update() {
+                return Ok(ended);
+            }
+            stage.changed().await.map_err(|_| ProcessError::Deleted)?;
+        }
+    }
+
+    /// # Errors
+    /// It has ended, or the signal does not exist.
+    pub(crate) fn signal(&self, signal: i32) -> Result<(), ProcessError> {
+        match self.reaper.signal(self.pid, signal) {
+            Ok(true) => Ok(()),
+            Ok(false) | Err(Errno::ESRCH) => Err(ProcessError::Finished),
+            Err(source) => Err(ProcessError::Signal { signal, source }),
+        }
+    }
+
+    /// The process sees the end of its stdin after `total` bytes.
+    ///
+    /// # Errors
+    /// More than that were read already.
+    pub(crate) fn end_stdin(&self, total: u64) -> Result<(), ProcessError> {
+        if self.stdin.end_at(total) { Ok(()) } else { Err(ProcessError::StdinEnd { total }) }
+    }
+
+    /// Closes its streams, whether the host has read them or not.
+    pub(crate) fn close(&self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+async fn finish(pump: Option<JoinHandle<(u64, Stream)>>) -> (u64, Option<Stream>) {
+    match pump {
+        None => (0, None),
+        // A pump ends by itself, or is stopped together with its supervisor.
+        Some(pump) => pump.await.map_or((0, None), |(bytes, stream)| (bytes, Some(stream))),
+    }
+}

@@ -1,0 +1,215 @@
+//! The only unsafe code of the agent: system calls that no crate wraps, each a few lines.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+};
+
+use nix::{
+    errno::Errno,
+    unistd::{ForkResult, Pid},
+};
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// A child that has ended, as wait(2) tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum WaitStatus {
+    Exited(u8),
+    Signaled(u8),
+}
+
+/// Reaps one ended child of any kind, without waiting.
+///
+/// nix's wrapper fails for real-time signals, which a container may well use.
+///
+/// # Errors
+/// ECHILD when there is no child at all.
+pub(crate) fn reap_any() -> Result<Option<(Pid, WaitStatus)>, Errno> {
+    let mut status = 0;
+    // SAFETY: `status` is a valid place for the kernel to write to.
+    let pid = Errno::result(unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG | libc::__WALL) })?;
+    if pid == 0 {
+        return Ok(None);
+    }
+    let status = if libc::WIFSIGNALED(status) {
+        WaitStatus::Signaled(low_byte(libc::WTERMSIG(status)))
+    } else {
+        WaitStatus::Exited(low_byte(libc::WEXITSTATUS(status)))
+    };
+    Ok(Some((Pid::from_raw(pid), status)))
+}
+
+fn low_byte(value: i32) -> u8 {
+    value.to_le_bytes()[0]
+}
+
+/// kill(2) with any signal number, real-time ones included.
+///
+/// # Errors
+/// Those of kill(2).
+pub(crate) fn kill_raw(pid: Pid, signal: i32) -> Result<(), Errno> {
+    // SAFETY: no memory is involved.
+    Errno::result(unsafe { libc::kill(pid.as_raw(), signal) }).map(drop)
+}
+
+/// fork(2).
+///
+/// # Errors
+/// Those of fork(2).
+pub(crate) fn fork() -> Result<ForkResult, Errno> {
+    // SAFETY: called while the process has one thread only, so the child may do anything.
+    unsafe { nix::unistd::fork() }
+}
+
+/// A fork whose child becomes a child of this process's parent (clone(2), CLONE_PARENT).
+///
+/// # Errors
+/// Those of clone(2); EINVAL in the init process of a pid namespace.
+pub(crate) fn fork_sibling() -> Result<ForkResult, Errno> {
+    // SAFETY: no new stack and no shared memory are asked for, so this is fork(2) with another parent; it is
+    // called while the process has one thread only.
+    let pid = Errno::result(unsafe {
+        libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0)
+    })?;
+    match i32::try_from(pid) {
+        Ok(0) => Ok(ForkResult::Child),
+        Ok(pid) => Ok(ForkResult::Parent { child: Pid::from_raw(pid) }),
+        Err(_) => Err(Errno::EOVERFLOW),
+    }
+}
+
+/// _exit(2): ends a forked process without running what its parent has registered for the end.
+pub(crate) fn exit_now(code: i32) -> ! {
+    // SAFETY: always allowed.
+    unsafe { libc::_exit(code) }
+}
+
+/// Has the runtime watch a descriptor.
+///
+/// # Errors
+/// The kernel cannot poll it.
+pub(crate) fn register<T: AsFd + AsRawFd>(inner: T, interest: Interest) -> io::Result<AsyncFd<T>> {
+    // SAFETY: a type that lends its descriptor safely owns it for as long as it lives, and the AsyncFd owns that.
+    Ok(unsafe { AsyncFd::register_with_interest(inner, interest) }?)
+}
+
+/// Takes over a descriptor that was inherited over exec.
+///
+/// # Errors
+/// EBADF when it is not open.
+pub(crate) fn inherited_fd(fd: RawFd) -> Result<OwnedFd, Errno> {
+    // SAFETY: F_GETFD has no effect on memory, whatever the number.
+    Errno::result(unsafe { libc::fcntl(fd, libc::F_GETFD) })?;
+    // SAFETY: it is open (just checked) and its number came from the command line, so nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Takes over a descriptor that has just come over a socket (unix(7), SCM_RIGHTS).
+pub(crate) fn received_fd(fd: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has made it for this process, and the caller is the only one it was given to.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// Default action for every signal and an empty mask, as a program expects to find them.
+///
+/// The Rust runtime ignores SIGPIPE, and an ignored signal stays ignored over exec.
+pub(crate) fn reset_signals() {
+    for signal in 1..=64 {
+        // SAFETY: SIG_DFL runs no code of ours. Signals that cannot be changed answer an error, as they should.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    // SAFETY: sigset_t is plain data that sigemptyset fills; the old mask is not asked for.
+    unsafe {
+        let mut none = std::mem::zeroed();
+        libc::sigemptyset(&raw mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+    }
+}
+
+/// Credits fresh bytes to the kernel's random number generator and makes it use them at once (random(4)).
+///
+/// # Errors
+/// Those of the ioctls; EPERM without CAP_SYS_ADMIN.
+pub(crate) fn add_entropy(random: BorrowedFd<'_>, bytes: &[u8]) -> Result<(), Errno> {
+    const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
+    const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
+    #[repr(C)]
+    struct PoolInfo {
+        entropy_count: libc::c_int,
+        buf_size: libc::c_int,
+        buf: [u8; 512],
+    }
+    let mut info = PoolInfo { entropy_count: 0, buf_size: 0, buf: [0; 512] };
+    for chunk in bytes.chunks(info.buf.len()) {
+        let size = i32::try_from(chunk.len()).map_err(|_| Errno::EINVAL)?;
+        info.entropy_count = size * 8;
+        info.buf_size = size;
+        info.buf[..chunk.len()].copy_from_slice(chunk);
+        // SAFETY: RNDADDENTROPY reads a rand_pool_info, which `info` lays out, and no more of it than buf_size.
+        Errno::result(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const info) })?;
+    }
+    // SAFETY: RNDRESEEDCRNG takes no argument.
+    Errno::result(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) })?;
+    Ok(())
+}
+
+/// Brings the loopback interface up (netdevice(7)); the kernel gives it 127.0.0.1 and ::1 then.
+///
+/// # Errors
+/// Those of the ioctl.
+pub(crate) fn loopback_up(socket: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: ifreq is plain data.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: SIOCSIFFLAGS reads an ifreq.
+    Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) })?;
+    Ok(())
+}
+
+/// A free loop device backed by `file`, which the kernel takes away again after its last use (loop(4)).
+///
+/// # Errors
+/// Those of the ioctls, and of opening the device.
+pub(crate) fn attach_loop(file: BorrowedFd<'_>, read_only: bool) -> io::Result<(u32, OwnedFd)> {
+    const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4C82;
+    const LOOP_CONFIGURE: libc::Ioctl = 0x4C0A;
+    const LO_FLAGS_READ_ONLY: u32 = 1;
+    const LO_FLAGS_AUTOCLEAR: u32 = 4;
+    #[repr(C)]
+    struct LoopConfig {
+        fd: u32,
+        block_size: u32,
+        info: LoopInfo,
+        reserved: [u64; 8],
+    }
+    #[repr(C)]
+    struct LoopInfo {
+        start: [u64; 5],
+        number_encrypt: [u32; 3],
+        flags: u32,
+        names: [u8; 160],
+        init: [u64; 2],
+    }
+    let control = std::fs::File::open("/dev/loop-control")?;
+    loop {
+        // SAFETY: LOOP_CTL_GET_FREE takes no argument.
+        let number = Errno::result(unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) })?;
+        let device =
+            std::fs::OpenOptions::new().read(true).write(!read_only).open(format!("/dev/loop{number}"))?;
+        let mut info =
+            LoopInfo { start: [0; 5], number_encrypt: [0; 3], flags: 0, names: [0; 160], init: [0; 2] };
+        info.flags = LO_FLAGS_AUTOCLEAR | if read_only { LO_FLAGS_READ_ONLY } else { 0 };
+        let config =
+            LoopConfig { fd: file.as_raw_fd().cast_unsigned(), block_size: 0, info, reserved: [0; 8] };
+        // SAFETY: LOOP_CONFIGURE reads a loop_config, which `config` lays out.
+        match Errno::result(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) }) {
+            Ok(_) => return Ok((number.cast_unsigned(), device.into())),
+            // Somebody else took this number between the two calls.
+            Err(Errno::EBUSY) => {}
+            Err(err) => return Err(err.into()),
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! A host's side of the channel, and an agent to talk to.
+
+mod rootfs;
+mod spec;
+
+use std::{
+    io,
+    os::{fd::AsRawFd, unix::net::UnixStream as StdUnixStream},
+    path::Path,
+    process::ExitStatus,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use machinen_protocol::{
+    api::{self, AgentClient},
+    preamble::{ANSWER_LEN, Answer, Kind, PREAMBLE_LEN, Preamble},
+};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+    sync::{mpsc, oneshot},
+};
+use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
+use ttrpc::r#async::transport::Socket;
+use yamux::{Config, Connection, Mode};
+
+pub(crate) use self::{rootfs::Disks, spec::Spec};
+
+pub(crate) type RawStream = Compat<yamux::Stream>;
+
+/// Nothing in these tests takes longer, unless it hangs.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A running agent.
+pub(crate) struct Guest {
+    pub(crate) agent: AgentClient,
+    pub(crate) disks: Disks,
+    dial: mpsc::Sender<oneshot::Sender<yamux::Stream>>,
+    process: Option<tokio::process::Child>,
+    next_token: u64,
+}
+
+impl Guest {
+    /// The agent as a process.
+    pub(crate) async fn start() -> Self {
+        assert!(nix::unistd::geteuid().is_root(), "these tests make containers: run them as root");
+        let disks = Disks::new();
+        let (ours, theirs) = StdUnixStream::pair().unwrap();
+        fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+        #[expect(clippy::disallowed_methods, reason = "the process under test")]
+        let process = tokio::process::Command::new(env!("CARGO_BIN_EXE_machinen-agent"))
+            .args(["--serial-fd", &theirs.as_raw_fd().to_string(), "--disk-dir"])
+            .arg(disks.path())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        drop(theirs);
+        ours.set_nonblocking(true).unwrap();
+        let mut guest = Self::over(UnixStream::from_std(ours).unwrap(), disks).await;
+        guest.process = Some(process);
+        guest
+    }
+
+    /// The other side of any stream.
+    pub(crate) async fn over(stream: UnixStream, disks: Disks) -> Self {
+        let (dial, requests) = mpsc::channel(1);
+        let (inbound, mut accepted) = mpsc::channel(1);
+        let connection = Connection::new(stream.compat(), Config::default(), Mode::Client);
+        tokio::spawn(drive(connection, requests, inbound));
+        let control = within(accepted.recv()).await.expect("the agent opens a stream");
+        let mut control = control.compat();
+        let mut bytes = [0; PREAMBLE_LEN];
+        within(control.read_exact(&mut bytes)).await.unwrap();
+        assert_eq!(Preamble::decode(&bytes), Ok(Preamble { kind: Kind::Control, token: 0 }));
+        control.write_all(&Answer::Accepted.encode()).await.unwrap();
+        let agent = AgentClient::new(ttrpc::r#async::Client::new(Socket::new(control)));
+        Self { agent, disks, dial, process: None, next_token: 1 }
+    }
+
+    /// Opens a raw stream.
+    pub(crate) async fn stream(&mut self) -> (u64, RawStream) {
+        let token = self.next_token;
+        self.next_token += 1;
+        let (stream, answer) = self.greet(Preamble { kind: Kind::Stdio, token }.encode()).await;
+        assert_eq!(answer.unwrap(), Answer::Accepted);
+        (token, stream)
+    }
+
+    /// Opens a stream with any first bytes.
+    pub(crate) async fn greet(&self, bytes: [u8; PREAMBLE_LEN]) -> (RawStream, io::Result<Answer>) {
+        let (reply, dialled) = oneshot::channel();
+        self.dial.send(reply).await.unwrap();
+        let mut stream = dialled.await.unwrap().compat();
+        stream.write_all(&bytes).await.unwrap();
+        let mut answer = [0; ANSWER_LEN];
+        let read = within(stream.read_exact(&mut answer)).await;
+        (stream, read.map(|_| Answer::decode(&answer).unwrap()))
+    }
+
+    pub(crate) async fn configure(&self) -> ttrpc::Result<api::ConfigureResponse> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let request = api::ConfigureRequest {
+            realtime_ns: i64::try_from(now.as_nanos()).unwrap(),
+            entropy: vec![7; 64],
+            hostname: "guest".into(),
+            ..Default::default()
+        };
+        self.agent.configure(context(), &request).await
+    }
+
+    /// Creates a container without streams.
+    pub(crate) async fn create(&self, id: &str, spec: &Spec) -> ttrpc::Result<api::CreateContainerResponse> {
+        self.create_with(id, spec, api::Stdio::default()).await
+    }
+
+    pub(crate) async fn create_with(
+        &self,
+        id: &str,
+        spec: &Spec,
+        stdio: api::Stdio,
+    ) -> ttrpc::Result<api::CreateContainerResponse> {
+        let request = api::CreateContainerRequest {
+            container_id: id.into(),
+            oci_config: spec.bytes(id),
+            rootfs: Some(self.disks.rootfs(id)).into(),
+            stdio: Some(stdio).into(),
+            files: spec.files.clone(),
+            ..Default::default()
+        };
+        self.agent.create_container(context(), &request).await
+    }
+
+    pub(crate) async fn start_container(&self, id: &str) -> ttrpc::Result<api::Empty> {
+        self.agent.start_container(context(), &container(id)).await
+    }
+
+    pub(crate) async fn wait(&self, id: &str) -> api::WaitProcessResponse {
+        let request = api::ProcessRequest { container_id: id.into(), ..Default::default() };
+        self.agent.wait_process(context(), &request).await.unwrap()
+    }
+
+    pub(crate) async fn signal(&self, id: &str, signal: i32, all: bool) -> ttrpc::Result<api::Empty> {
+        let request = api::SignalProcessRequest {
+            container_id: id.into(),
+            signal: signal.unsigned_abs(),
+            all,
+            ..Default::default()
+        };
+        self.agent.signal_process(context(), &request).await
+    }
+
+    pub(crate) async fn delete(&self, id: &str) -> ttrpc::Result<api::Empty> {
+        self.agent.delete_container(context(), &container(id)).await
+    }
+
+    /// A whole life; what it wrote and how it ended.
+    pub(crate) async fn run(&mut self, spec: &Spec) -> Output {
+        self.run_with_input(spec, b"").await
+    }
+
+    pub(crate) async fn run_with_input(&mut self, spec: &Spec, input: &[u8]) -> Output {
+        let id = "c";
+        let (stdin, mut to_stdin) = self.stream().await;
+        let (stdout, mut from_stdout) = self.stream().await;
+        let (stderr, mut from_stderr) = self.stream().await;
+        let stdio = api::Stdio { stdin, stdout, stderr, ..Default::default() };
+        self.create_with(id, spec, stdio).await.unwrap();
+        self.start_container(id).await.unwrap();
+        let feed = async {
+            // A process that does not read its stdin may end before it is written.
+            if to_stdin.write_all(input).await.is_ok() {
+                let _ = self.end_stdin(id, input.len() as u64).await;
+            }
+        };
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let collect = async {
+            let ended = self.wait(id).await;
+            (ended.stdout_bytes, ended.stderr_bytes, ended)
+        };
+        // Reading must go on while waiting, as the agent holds no more than a buffer.
+        let read_out = read_until_told(&mut from_stdout, &mut out);
+        let read_err = read_until_told(&mut from_stderr, &mut err);
+        let ((), (out_bytes, err_bytes, ended)) = tokio::select! {
+            done = async { tokio::join!(feed, collect) } => done,
+            _ = read_out => unreachable!("reads until dropped"),
+            _ = read_err => unreachable!("reads until dropped"),
+        };
+        read_to(&mut from_stdout, &mut out, out_bytes).await;
+        read_to(&mut from_stderr, &mut err, err_bytes).await;
+        self.delete(id).await.unwrap();
+        Output {
+            code: ended.exit_status,
+            stdout: String::from_utf8_lossy(&out).into_owned(),
+            stderr: String::from_utf8_lossy(&err).into_owned(),
+        }
+    }
+
+    pub(crate) async fn end_stdin(&self, id: &str, total: u64) -> ttrpc::Result<api::Empty> {
+        let request =
+            api::EndStdinRequest { container_id: id.into(), total_bytes: total, ..Default::default() };
+        self.agent.end_stdin(context(), &request).await
+    }
+
+    /// Ends the agent; how its process ended, if it is one.
+    pub(crate) async fn shutdown(mut self) -> Option<ExitStatus> {
+        within(self.agent.shutdown(context(), &api::Empty::new())).await.unwrap();
+        match self.process.take() {
+            Some(mut process) => Some(within(process.wait()).await.unwrap()),
+            None => None,
+        }
+    }
+
+    /// The agent's own view of the file system below `path`: what is in its mount namespace.
+    pub(crate) fn state_dir(&self) -> std::path::PathBuf {
+        let pid = self.process.as_ref().and_then(tokio::process::Child::id).expect("it is a process");
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+        let inner = children.split_whitespace().next().expect("the agent's inner process");
+        Path::new("/proc").join(inner).join("root/run/machinen")
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Output {
+    pub(crate) code: u32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+async fn read_until_told(stream: &mut RawStream, into: &mut Vec<u8>) {
+    while let Ok(length @ 1..) = stream.read_buf(into).await {
+        let _ = length;
+    }
+    std::future::pending().await
+}
+
+async fn read_to(stream: &mut RawStream, into: &mut Vec<u8>, total: u64) {
+    let left = usize::try_from(total).unwrap() - into.len();
+    let mut rest = vec![0; left];
+    within(stream.read_exact(&mut rest)).await.unwrap();
+    into.extend(rest);
+}
+
+/// The outcome, unless it takes too long to ever come.
+pub(crate) async fn within<T>(work: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, work).await.expect("an answer in time")
+}
+
+pub(crate) fn context() -> ttrpc::context::Context {
+    ttrpc::context::with_timeout(PATIENCE.as_nanos().try_into().unwrap())
+}
+
+pub(crate) fn container(id: &str) -> api::ContainerRequest {
+    api::ContainerRequest { container_id: id.into(), ..Default::default() }
+}
+
+/// The status of a call that had to fail.
+pub(crate) fn status<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (ttrpc::Code, String) {
+    match result.expect_err("the call fails") {
+        ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),
+        other => panic!("not a status: {other}"),
+    }
+}
+
+async fn drive(
+    mut connection: Connection<Compat<UnixStream>>,
+    mut requests: mpsc::Receiver<oneshot::Sender<yamux::Stream>>,
+    inbound: mpsc::Sender<yamux::Stream>,
+) {
+    use std::task::Poll;
+    enum Event {
+        Dial(oneshot::Sender<yamux::Stream>),
+        Inbound(yamux::Stream),
+        End,
+    }
+    loop {
+        let event = std::future::poll_fn(|cx| {
+            if let Poll::Ready(Some(reply)) = requests.poll_recv(cx) {
+                return Poll::Ready(Event::Dial(reply));
+            }
+            connection.poll_next_inbound(cx).map(|next| match next {
+                Some(Ok(stream)) => Event::Inbound(stream),
+                _ => Event::End,
+            })
+        });
+        match event.await {
+            Event::Dial(reply) => {
+                let opened = std::future::poll_fn(|cx| connection.poll_new_outbound(cx)).await;
+                let Ok(stream) = opened else { return };
+                let _ = reply.send(stream);
+            }
+            Event::Inbound(stream) => {
+                let _ = inbound.send(stream).await;
+            }
+            Event::End => return,
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! The same agent in a VM.
