@@ -8,7 +8,7 @@ pub(crate) mod socket;
 pub(crate) mod vhost;
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
 use tokio::io::unix::AsyncFd;
 
@@ -16,6 +16,17 @@ use tokio::io::unix::AsyncFd;
 pub(crate) fn async_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` keeps its descriptor open and unchanged until it is dropped.
     unsafe { AsyncFd::register(fd) }.map_err(io::Error::from)
+}
+
+/// A close-on-exec duplicate under the first free number that is not below `number`.
+pub(crate) fn duplicate_from(fd: BorrowedFd<'_>, number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: fcntl(2) with F_DUPFD_CLOEXEC takes and returns integers.
+    let fd = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, number) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded, so this is a descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Fills `buffer` from the kernel's random number generator (getrandom(2)).

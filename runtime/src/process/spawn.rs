@@ -1,8 +1,11 @@
 //! The description of a child process, and its start.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 
 use command_fds::{CommandFdExt as _, FdMapping};
@@ -99,7 +102,7 @@ impl Spawn {
         self
     }
 
-    /// The child inherits `fd` under `number` (3 or more, each once).
+    /// The child inherits `fd` under `number` (3 to 63, each once).
     pub fn fd(mut self, fd: OwnedFd, number: i32) -> Self {
         self.fds.push((fd, number));
         self
@@ -120,8 +123,11 @@ impl Spawn {
     pub(super) fn spawn_std(self) -> Result<(std::process::Child, String), ProcessError> {
         let program = self.program.to_string_lossy().into_owned();
         let failed = |source: io::Error| ProcessError::Spawn { program: program.clone(), source };
+        let held = self.sandbox.identity.as_ref().and_then(|_| hold_unreachable(Path::new(&self.program)));
+        let path = held.as_ref().map(|fd| format!("/proc/self/fd/{}", fd.as_raw_fd()).into());
         #[expect(clippy::disallowed_methods, reason = "the one place that starts programs")]
-        let mut command = std::process::Command::new(&self.program);
+        let mut command = std::process::Command::new(path.as_ref().unwrap_or(&self.program));
+        command.arg0(&self.program);
         command.args(&self.args).envs(self.env);
         if let Some(dir) = &self.dir {
             command.current_dir(dir);
@@ -147,6 +153,25 @@ impl Spawn {
     }
 }
 
+/// A program in a directory that not everyone may enter, such as root's home, is executed through a descriptor.
+///
+/// None if the child can find it by its path, or if it is not there, which the attempt to execute it reports.
+fn hold_unreachable(program: &Path) -> Option<OwnedFd> {
+    // A name without a directory is looked up in PATH, whose directories are for everyone.
+    program.parent().filter(|dir| !dir.as_os_str().is_empty())?;
+    let real = program.canonicalize().ok()?;
+    let closed = |dir: &Path| dir.metadata().is_ok_and(|meta| meta.mode() & 0o001 == 0);
+    if !real.ancestors().skip(1).any(closed) {
+        return None;
+    }
+    let file = File::open(real).ok()?;
+    // Clear of the numbers that the child's own descriptors move to before it executes.
+    sys::duplicate_from(file.as_fd(), HELD_FROM).ok()
+}
+
+/// Above every number that is given to [`Spawn::fd`].
+const HELD_FROM: i32 = 64;
+
 impl From<Stdio> for std::process::Stdio {
     fn from(stdio: Stdio) -> Self {
         match stdio {
@@ -162,6 +187,18 @@ impl From<Stdio> for std::process::Stdio {
 mod tests {
     use super::*;
     use std::io::Write as _;
+
+    #[test]
+    fn a_program_in_a_private_directory_runs_as_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+        let program = dir.path().join("echo");
+        std::fs::copy("/bin/echo", &program).unwrap();
+        let identity = crate::process::Identity { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![] };
+        let spawn = Spawn::new(&program).args(["it", "runs"]).sandbox(Sandbox::strict(identity));
+        let output = spawn.run().unwrap().success().unwrap();
+        assert_eq!(output.stdout, b"it runs\n");
+    }
 
     #[test]
     fn descriptors_arrive_under_their_numbers_and_no_others_do() {

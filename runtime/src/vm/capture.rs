@@ -12,9 +12,14 @@ use tokio::io::{AsyncRead, AsyncReadExt as _};
 
 /// Bytes kept of the beginning, and again of the end.
 const KEPT: usize = 64 << 10;
-/// Bytes and lines of an excerpt in an error.
-const EXCERPT_BYTES: usize = 2 << 10;
+/// Bytes that are searched for an excerpt, and lines and bytes that it has at most.
+const SEARCHED: usize = 16 << 10;
 const EXCERPT_LINES: usize = 12;
+const EXCERPT_BYTES: usize = 2 << 10;
+/// What the guest kernel prints in the middle of the matter; the call trace after it is long.
+const PANIC: &str = "Kernel panic - not syncing";
+/// Lines of an excerpt that are after the panic.
+const AFTER_PANIC: usize = 2;
 
 /// Shared by the task that reads and those that quote.
 #[derive(Debug, Clone, Default)]
@@ -56,7 +61,7 @@ impl Capture {
         outcome
     }
 
-    /// The last lines as text fit for an error message; empty if nothing was printed.
+    /// The last lines, or those around a kernel panic, as text fit for an error message; empty if nothing was printed.
     pub(super) fn excerpt(&self) -> String {
         let kept = self.lock();
         let bytes: Vec<u8> = kept.head.iter().chain(&kept.tail).copied().collect();
@@ -92,11 +97,20 @@ impl Kept {
 }
 
 fn excerpt(bytes: &[u8]) -> String {
-    let end = &bytes[bytes.len().saturating_sub(EXCERPT_BYTES)..];
+    let end = &bytes[bytes.len().saturating_sub(SEARCHED)..];
     let text: String =
         String::from_utf8_lossy(end).chars().filter(|c| *c == '\n' || !c.is_control()).collect();
     let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-    lines[lines.len().saturating_sub(EXCERPT_LINES)..].join("\n")
+    let last = match lines.iter().rposition(|line| line.contains(PANIC)) {
+        Some(panic) => lines.len().min(panic + 1 + AFTER_PANIC),
+        None => lines.len(),
+    };
+    let mut excerpt = lines[last.saturating_sub(EXCERPT_LINES)..last].join("\n");
+    let mut excess = excerpt.len().saturating_sub(EXCERPT_BYTES);
+    while !excerpt.is_char_boundary(excess) {
+        excess += 1;
+    }
+    excerpt.split_off(excess)
 }
 
 #[cfg(test)]
@@ -137,5 +151,16 @@ mod tests {
         assert!(text.ends_with("line 9999"));
         assert_eq!(excerpt(&vec![b'y'; 1 << 20]).len(), EXCERPT_BYTES);
         assert_eq!(excerpt(b""), "");
+        assert!(excerpt("ä".repeat(5000).as_bytes()).len() <= EXCERPT_BYTES);
+    }
+
+    #[test]
+    fn a_panic_is_in_the_excerpt_with_what_led_to_it() {
+        let mut text = "early\n".repeat(100) + "the reason\n[1.0] Kernel panic - not syncing: x\n";
+        text += &"a trace\n".repeat(100);
+        let text = excerpt(text.as_bytes());
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), EXCERPT_LINES);
+        assert_eq!(&lines[8..], ["the reason", "[1.0] Kernel panic - not syncing: x", "a trace", "a trace"]);
     }
 }

@@ -3,7 +3,7 @@
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::Vm;
 use super::argv::{self, fd};
+use super::asset::{self, AssetError};
 use super::boot::Boot;
 use super::capture::Capture;
 use super::channel::{Channel, ChannelError, GuestEnd};
@@ -30,13 +31,8 @@ pub(super) const CONSOLE_LOG: &str = "console.log";
 /// Why QEMU could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
-    #[error("cannot use the guest {what} {}", path.display())]
-    Asset { what: &'static str, path: PathBuf, source: io::Error },
-    #[error(
-        "the guest {what} {} is not readable by everyone, and QEMU runs as nobody; try `chmod a+r`",
-        path.display()
-    )]
-    AssetMode { what: &'static str, path: PathBuf },
+    #[error(transparent)]
+    Asset(AssetError),
     #[error("cannot {action} in the VM's directory {}", dir.display())]
     Dir { action: &'static str, dir: PathBuf, source: io::Error },
     #[error("cannot {action} for QEMU")]
@@ -54,8 +50,7 @@ pub enum LaunchError {
 impl Kind for LaunchError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::Asset { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
-            Self::Asset { .. } | Self::AssetMode { .. } => ErrorKind::FailedPrecondition,
+            Self::Asset(error) => error.kind(),
             Self::Qemu(ProcessError::NotFound { .. }) => ErrorKind::NotFound,
             Self::Monitor(QmpError::TooOld(_)) => ErrorKind::FailedPrecondition,
             _ => ErrorKind::Internal,
@@ -64,8 +59,8 @@ impl Kind for LaunchError {
 }
 
 pub(super) async fn launch(spec: VmSpec, dir: &Path) -> Result<Vm, LaunchError> {
-    let kernel = asset("kernel", &spec.kernel)?;
-    let image = asset("image", &spec.image)?;
+    let kernel = asset::KERNEL.open(&spec.kernel).map_err(LaunchError::Asset)?;
+    let image = asset::IMAGE.open(&spec.image).map_err(LaunchError::Asset)?;
     let dir = make_dir(dir)?;
     let (channel, guest_end) = match Channel::prepare(&spec, &dir.path).await {
         Ok(prepared) => prepared,
@@ -194,16 +189,6 @@ fn read(source: impl tokio::io::AsyncRead + Unpin + Send + 'static, log: Option<
     let capture = Capture::default();
     let reader = tokio::spawn(capture.clone().read(source, log));
     Output { capture, reader }
-}
-
-fn asset(what: &'static str, path: &Path) -> Result<File, LaunchError> {
-    let failed = |source| LaunchError::Asset { what, path: path.to_owned(), source };
-    let file = File::open(path).map_err(failed)?;
-    let mode = file.metadata().map_err(failed)?.mode();
-    if mode & 0o004 == 0 {
-        return Err(LaunchError::AssetMode { what, path: path.to_owned() });
-    }
-    Ok(file)
 }
 
 fn make_dir(path: &Path) -> Result<Dir, LaunchError> {

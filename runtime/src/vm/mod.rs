@@ -9,6 +9,7 @@
 //! is dropped it kills the VM. Whoever waits on [`Vm::exited`] may rely on nothing being left of it.
 
 mod argv;
+mod asset;
 mod boot;
 mod capture;
 mod channel;
@@ -26,6 +27,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
+pub use asset::AssetError;
 pub use boot::BootError;
 pub use channel::{BoxedStream, ChannelError, HostSupport, Stream, choose};
 pub use disk::{DiskAddress, DiskSpec};

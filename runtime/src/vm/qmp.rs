@@ -225,11 +225,7 @@ async fn serve<R: AsyncRead + Unpin>(
     }
 }
 
-fn deliver(
-    message: Message,
-    waiting: &mut Waiting,
-    events: &broadcast::Sender<Event>,
-) {
+fn deliver(message: Message, waiting: &mut Waiting, events: &broadcast::Sender<Event>) {
     if let Some(name) = message.event {
         if let Some(event) = event(&name, &message.data) {
             // Nobody listening is no error.

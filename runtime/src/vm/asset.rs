@@ -1,0 +1,115 @@
+//! The guest's kernel and image: looked at before QEMU is, because QEMU starts from almost anything and says little.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+
+use crate::error::{ErrorKind, Kind};
+
+/// What a file must be.
+pub(super) struct Asset {
+    name: &'static str,
+    /// Where, and which bytes, tell that it is.
+    magic: &'static [(u64, &'static [u8])],
+    is: &'static str,
+}
+
+/// ELF, 64 bits, little endian, for x86-64 (elf(5)).
+pub(super) const KERNEL: Asset = Asset {
+    name: "kernel",
+    magic: &[(0, b"\x7fELF\x02\x01"), (18, &62_u16.to_le_bytes())],
+    is: "an uncompressed x86-64 kernel (vmlinux)",
+};
+
+/// The superblock's magic number (linux/fs/erofs/erofs_fs.h).
+pub(super) const IMAGE: Asset =
+    Asset { name: "image", magic: &[(1024, &0xe0f5_e1e2_u32.to_le_bytes())], is: "an erofs image" };
+
+/// Why a guest cannot be booted from a file.
+#[derive(Debug, thiserror::Error)]
+pub enum AssetError {
+    #[error("cannot read the guest {name} {}", path.display())]
+    Read { name: &'static str, path: PathBuf, source: io::Error },
+    #[error(
+        "the guest {name} {} is not readable by everyone, and QEMU runs as nobody; try `chmod a+r`",
+        path.display()
+    )]
+    Mode { name: &'static str, path: PathBuf },
+    #[error(
+        "the guest {name} {} is damaged: it is not {is}; build it again with `make kernel guest-image`",
+        path.display()
+    )]
+    Damaged { name: &'static str, path: PathBuf, is: &'static str },
+}
+
+impl Kind for AssetError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
+            Self::Read { .. } | Self::Mode { .. } | Self::Damaged { .. } => ErrorKind::FailedPrecondition,
+        }
+    }
+}
+
+impl Asset {
+    pub(super) fn open(&self, path: &Path) -> Result<File, AssetError> {
+        let (name, is, path) = (self.name, self.is, path.to_owned());
+        let read = || {
+            let file = File::open(&path)?;
+            let mode = file.metadata()?.mode();
+            Ok((self.fits(&file)?, mode, file))
+        };
+        match read() {
+            Err(source) => Err(AssetError::Read { name, path, source }),
+            Ok((_, mode, _)) if mode & 0o004 == 0 => Err(AssetError::Mode { name, path }),
+            Ok((false, ..)) => Err(AssetError::Damaged { name, path, is }),
+            Ok((true, _, file)) => Ok(file),
+        }
+    }
+
+    fn fits(&self, file: &File) -> io::Result<bool> {
+        for (offset, expected) in self.magic {
+            let mut found = vec![0; expected.len()];
+            match file.read_exact_at(&mut found, *offset) {
+                Ok(()) if found == *expected => {}
+                Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => return Err(error),
+                Ok(()) | Err(_) => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    #[test]
+    fn a_file_is_what_its_name_says_or_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        let judged = |asset: &Asset| asset.open(&path).map_err(|error| error.to_string());
+        let write = |bytes: &[u8], mode: u32| {
+            fs::write(&path, bytes).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        };
+        assert!(judged(&KERNEL).unwrap_err().starts_with("cannot read the guest kernel"));
+        let mut kernel = b"\x7fELF\x02\x01".to_vec();
+        kernel.resize(18, 0);
+        kernel.extend([62, 0]);
+        write(&kernel, 0o644);
+        judged(&KERNEL).unwrap();
+        assert!(judged(&IMAGE).unwrap_err().contains("is damaged: it is not an erofs image"));
+        write(&kernel, 0o640);
+        assert!(judged(&KERNEL).unwrap_err().contains("not readable by everyone"));
+        write(&kernel[..19], 0o644);
+        assert!(judged(&KERNEL).unwrap_err().contains("make kernel"));
+        let mut image = vec![0; 1024];
+        image.extend(0xe0f5_e1e2_u32.to_le_bytes());
+        write(&image, 0o644);
+        judged(&IMAGE).unwrap();
+    }
+}

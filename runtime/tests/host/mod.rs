@@ -1,0 +1,101 @@
+//! A place for VMs, and the check that nothing of them stays.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use machinen::accel;
+use machinen::config;
+use machinen::vm::{ChannelKind, DiskSpec, VmSpec};
+
+const DISK_BYTES: u64 = 4 << 20;
+
+pub struct Host {
+    root: tempfile::TempDir,
+}
+
+impl Host {
+    pub fn new() -> Self {
+        Self { root: tempfile::Builder::new().prefix("machinen-vm-").tempdir().unwrap() }
+    }
+
+    pub fn path(&self) -> &Path {
+        self.root.path()
+    }
+
+    /// The VM's directory; not there before and after.
+    pub fn dir(&self) -> PathBuf {
+        self.path().join("vm")
+    }
+
+    pub fn spec(&self, channel: ChannelKind) -> VmSpec {
+        let guest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest");
+        let asset = |name: &str| {
+            let path = guest.join(name);
+            assert!(path.exists(), "{} is missing; run `make guest-image`", path.display());
+            path
+        };
+        let accel = accel::verdict(self.path()).unwrap().choose(config::Accel::Auto).unwrap();
+        VmSpec {
+            id: "test".into(),
+            qemu: "qemu-system-x86_64".into(),
+            accel,
+            memory_mib: 512,
+            vcpus: 1,
+            kernel: asset("vmlinux"),
+            image: asset("guest.img"),
+            kernel_args: String::new(),
+            channel,
+            hostname: "test".into(),
+            boot_timeout: Duration::from_secs(60),
+            identity: VmSpec::unprivileged(std::process::id(), accel.groups()),
+            keep_console: false,
+        }
+    }
+
+    pub fn vhost_user_vsock(&self) -> ChannelKind {
+        let name = "target/tools/bin/vhost-device-vsock";
+        let daemon = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(name);
+        assert!(daemon.exists(), "{name} is missing; run `make setup`");
+        ChannelKind::VhostUserVsock { daemon }
+    }
+
+    pub fn disk(&self, serial: &str, read_only: bool) -> DiskSpec {
+        let path = self.path().join(serial);
+        let file = File::create(&path).unwrap();
+        file.set_len(DISK_BYTES).unwrap();
+        file.write_all_at(serial.as_bytes(), 0).unwrap();
+        (&file).flush().unwrap();
+        let file = File::options().read(true).write(!read_only).open(&path).unwrap();
+        DiskSpec { file: file.into(), read_only, serial: serial.into() }
+    }
+
+    pub fn nothing_is_left(&self, pid: u32) {
+        assert!(!Path::new(&format!("/proc/{pid}")).exists(), "process {pid} is left");
+        // Every process that was started runs as a user of this test's own.
+        let identity = VmSpec::unprivileged(std::process::id(), Vec::new());
+        let here = self.path().to_string_lossy().into_owned();
+        for entry in fs::read_dir("/proc").unwrap().filter_map(Result::ok) {
+            let file = |name: &str| fs::read_to_string(entry.path().join(name)).unwrap_or_default();
+            let cwd = fs::read_link(entry.path().join("cwd")).unwrap_or_default();
+            let ours = file("status").contains(&format!("Uid:\t{}", identity.uid));
+            assert!(!(ours && cwd.starts_with(&here)), "left: {}", file("cmdline").replace('\0', " "));
+        }
+        self.no_files_are_left();
+    }
+
+    pub fn no_files_are_left(&self) {
+        assert!(!self.dir().exists(), "left: {:?}", fs::read_dir(self.dir()).unwrap().collect::<Vec<_>>());
+    }
+}
+
+pub fn kill(pid: u32) {
+    let pid = nix::unistd::Pid::from_raw(pid.try_into().unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+}
+
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    machinen::error::chain(error)
+}
