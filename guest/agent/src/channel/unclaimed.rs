@@ -39,12 +39,22 @@ impl Unclaimed {
     pub(crate) async fn claim(&self, token: u64) -> Option<Stream> {
         loop {
             let settled = self.settled.notified();
-            if let Some(stream) = self.lock().get_mut(&token)?.take() {
-                self.lock().remove(&token);
-                return Some(stream);
+            let filed = self.take(token)?;
+            if filed.is_some() {
+                return filed;
             }
             settled.await;
         }
+    }
+
+    /// None when the token is unknown, Some(None) when its stream is not here yet.
+    fn take(&self, token: u64) -> Option<Option<Stream>> {
+        let mut slots = self.lock();
+        let stream = slots.get_mut(&token)?.take();
+        if stream.is_some() {
+            slots.remove(&token);
+        }
+        Some(stream)
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, Option<Stream>>> {
