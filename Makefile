@@ -1,7 +1,7 @@
-# One line a target; what a target does is in scripts/.
-AGENT ?= target/release/machinen-agent
+# One or a few lines a target; what a target does is in scripts/.
+PREFIX ?= /usr/local
 
-.PHONY: setup kernel guest-image run test bench lint
+.PHONY: setup kernel guest-image build run test bench lint install
 
 setup:
 	scripts/setup
@@ -9,18 +9,25 @@ setup:
 kernel: setup
 	scripts/kernel
 
-guest-image:
-	scripts/guest-image $(AGENT)
+guest-image: setup
+	scripts/guest-image "$$(scripts/build-agent)"
+
+build: kernel guest-image
+	cargo build --locked --release --workspace --exclude machinen-guest
 
 run: build
 	target/release/machinen-demo
 
 test: build
-	cargo test --workspace
+	cargo test --locked --workspace
 
 bench: build
 	target/release/machinen-bench
 
-lint:
+lint: setup
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+install: build
+	install -D -t $(DESTDIR)$(PREFIX)/bin target/release/containerd-shim-machinen-v1 target/release/machinen
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/machinen target/guest/vmlinux target/guest/guest.img
