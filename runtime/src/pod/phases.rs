@@ -20,6 +20,7 @@ impl Phases {
     }
 
     pub fn record(&self, name: &str, took: Duration) {
+        tracing::debug!(phase = name, "took {took:.1?}");
         self.0.lock().expect("no panic while held").push((name.to_owned(), took));
     }
 }
