@@ -65,7 +65,7 @@ fn bare(tree: &Path, disk: &Path) -> Result<std::time::Duration> {
 /// Sizes vary as in a real tree: most files are small, a few are large.
 fn layer() -> Layer {
     let mut layer = (0..DIRS).fold(Layer::new(), |layer, dir| layer.dir(&format!("dir{dir:03}"), 0o755));
-    let weights = |file: u64| if file % 50 == 0 { 60 } else { 1 + file % 10 };
+    let weights = |file: u64| if file.is_multiple_of(50) { 60 } else { 1 + file % 10 };
     let total: u64 = (0..FILES).map(weights).sum();
     for file in 0..FILES {
         let path = format!("dir{:03}/file{file:05}", file % DIRS);
