@@ -19,6 +19,9 @@ use crate::{
 /// never attached.
 const DEADLINE: Duration = Duration::from_secs(5);
 
+/// Makes the kernel look at one address of the VM's only controller: `<channel> <target> <lun>`.
+const SCAN: &str = "/sys/class/scsi_host/host0/scan";
+
 /// Where disks come from.
 #[derive(Debug, Clone)]
 pub(crate) enum DiskSource {
@@ -55,6 +58,8 @@ pub(crate) enum DiskError {
     MissingImage { path: PathBuf, source: io::Error },
     #[error("cannot make a loop device of {path}")]
     Loop { path: PathBuf, source: io::Error },
+    #[error("cannot make the kernel look for a disk")]
+    Scan(#[source] io::Error),
     #[error(transparent)]
     Uevents(UeventError),
 }
@@ -82,7 +87,11 @@ impl DiskSource {
 }
 
 async fn scsi(uevents: &Uevents, Address { target, lun }: Address) -> Result<Disk, DiskError> {
-    let dir = PathBuf::from(format!("/sys/bus/scsi/devices/0:0:{target}:{lun}/block"));
+    // The kernel shows a LUN as it was addressed, and above 255 that is with the flat format's flag (SAM-5, 4.7).
+    let shown = if lun > 255 { lun | 0x4000 } else { lun };
+    // The kernel looks at no target by itself: finding 256 of them empty would hold up the boot.
+    fs::write(SCAN, format!("0 {target} {lun}")).map_err(DiskError::Scan)?;
+    let dir = PathBuf::from(format!("/sys/bus/scsi/devices/0:0:{target}:{shown}/block"));
     let device = uevents
         .find(DEADLINE, || block_device(&dir))
         .await

@@ -7,15 +7,13 @@ use std::{
     path::Path,
 };
 
-use oci_spec::runtime::Spec;
 use pathrs::{Root, flags::OpenFlags};
 
 /// The file is the tenant's: no more than this is looked at.
 const MAX_PASSWD: u64 = 1 << 20;
 
-/// The home directory of the process's user; "/" when the container does not know it.
-pub(super) fn of_user(root: &Root, spec: &Spec) -> String {
-    let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
+/// The home directory of a user; "/" when the container does not know it.
+pub(super) fn of_user(root: &Root, uid: u32) -> String {
     read(root, uid).unwrap_or_else(|| "/".to_owned())
 }
 

@@ -125,7 +125,7 @@ impl Engine {
         let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|err| EngineError::Pipe(err.into()))?;
         let mut reports = Reports::new(read).map_err(EngineError::Pipe)?;
         let expectation = reaper.expect();
-        self.ask(&prepared.request(), &write, &stdio).map_err(|err| EngineError::Ask(err.into()))?;
+        self.ask(prepared.request(), &write, &stdio).map_err(|err| EngineError::Ask(err.into()))?;
         // From here on only the worker and its children hold them.
         drop((write, stdio));
         let pid = follow(&mut reports, &expectation).await?;

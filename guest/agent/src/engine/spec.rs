@@ -1,17 +1,15 @@
 //! The host's OCI configuration, made into what libcontainer can be given.
 //!
 //! Each adaption is here because libcontainer does something else than runc, or because the container shares the
-//! VM's network namespace.
+//! VM's network namespace. It works on plain JSON: the typed form is parsed once, by the engine, and the code that
+//! parses it is so large that a cold machine notices.
 
 use std::{
     fs, io,
     path::{Component, Path, PathBuf},
 };
 
-use oci_spec::{
-    OciSpecError,
-    runtime::{Linux, LinuxCapabilities, LinuxNamespaceType, Mount, MountBuilder, Process, Spec},
-};
+use serde_json::{Value, json};
 
 use super::{DIR, zygote::Request};
 use crate::{cgroup, container::FileMount};
@@ -19,9 +17,7 @@ use crate::{cgroup, container::FileMount};
 /// A container as the engine is asked to make it; its spec is on disk.
 #[derive(Debug)]
 pub(crate) struct Prepared {
-    id: String,
-    dir: PathBuf,
-    rootfs: PathBuf,
+    request: Request,
     cgroup_path: PathBuf,
     owner: u32,
     has_pid_namespace: bool,
@@ -33,8 +29,8 @@ pub(crate) enum SpecError {
     Parse(#[source] serde_json::Error),
     #[error("the OCI configuration has no {what}")]
     Missing { what: &'static str },
-    #[error("process.cwd {cwd} is not an absolute path")]
-    Cwd { cwd: PathBuf },
+    #[error("process.cwd {cwd:?} is not an absolute path")]
+    Cwd { cwd: String },
     #[error("linux.cgroupsPath {path} is not an absolute path without '..'")]
     CgroupPath { path: PathBuf },
     #[error("seccomp listeners are not supported")]
@@ -43,8 +39,6 @@ pub(crate) enum SpecError {
     SysctlName { key: String },
     #[error("cannot set sysctl {key}")]
     Sysctl { key: String, source: io::Error },
-    #[error("cannot complete the OCI configuration")]
-    Build(#[source] OciSpecError),
     #[error("cannot write {path}")]
     Write { path: PathBuf, source: io::Error },
 }
@@ -61,81 +55,49 @@ impl Prepared {
         config: &[u8],
         files: Vec<FileMount>,
     ) -> Result<Self, SpecError> {
-        let mut spec: Spec = serde_json::from_slice(config).map_err(SpecError::Parse)?;
-        let process = spec.process_mut().as_mut().ok_or(SpecError::Missing { what: "process" })?;
+        let mut spec: Value = serde_json::from_slice(config).map_err(SpecError::Parse)?;
+        // The host runs them.
+        spec.as_object_mut().ok_or(SpecError::Missing { what: "content" })?.remove("hooks");
+        let process = section(&mut spec, "process", "process")?;
         adapt_process(process)?;
-        let uid = process.user().uid();
-        let linux = spec.linux_mut().as_mut().ok_or(SpecError::Missing { what: "linux section" })?;
-        let cgroup_path = cgroup_path(linux, id)?;
-        if linux.seccomp().as_ref().is_some_and(|seccomp| seccomp.listener_path().is_some()) {
+        let uid = number(&process["user"]["uid"]);
+        let cwd = process["cwd"].as_str().unwrap_or_default().into();
+        let keeps_oom_score = process["oomScoreAdj"].is_null();
+        let linux = section(&mut spec, "linux", "linux section")?;
+        if !linux["seccomp"]["listenerPath"].is_null() {
             return Err(SpecError::SeccompListener);
         }
+        let cgroup_path = cgroup_path(linux, id)?;
         let owner = mapped(linux, uid);
-        let has_pid_namespace = has_namespace(linux, LinuxNamespaceType::Pid);
-        let shares_network = !has_namespace(linux, LinuxNamespaceType::Network);
-        let has_users = has_namespace(linux, LinuxNamespaceType::User);
+        let has_pid_namespace = has_namespace(linux, "pid");
+        let shares_network = !has_namespace(linux, "network");
+        let has_users = has_namespace(linux, "user");
         if shares_network {
             set_network_sysctls(linux)?;
         }
-        let mut mounts = spec.mounts_mut().take().unwrap_or_default();
-        if shares_network && has_users {
-            bind_sysfs(&mut mounts);
-        }
-        for mount in &mut mounts {
-            // libcontainer knows the hierarchy's mounts by v1's name.
-            if mount.typ().as_deref() == Some("cgroup2") {
-                mount.set_typ(Some("cgroup".to_owned()));
-            }
-        }
-        for file in files {
-            mounts.push(bind(file)?);
-        }
-        spec.set_mounts(Some(mounts));
-        let root = spec.root_mut().as_mut().ok_or(SpecError::Missing { what: "root" })?;
-        root.set_path(rootfs.to_owned());
-        // The host runs them.
-        spec.set_hooks(None);
-        let prepared = Self {
+        section(&mut spec, "root", "root")?["path"] = path_value(rootfs);
+        adapt_mounts(&mut spec, shares_network && has_users, files);
+        let dir = dir.join(DIR);
+        let request = Request {
             id: id.to_owned(),
-            dir: dir.join(DIR),
+            bundle: dir.join("bundle"),
+            state: dir.join("state"),
             rootfs: rootfs.to_owned(),
-            cgroup_path,
-            owner,
-            has_pid_namespace,
+            cwd,
+            uid,
+            keeps_oom_score,
         };
-        prepared.write(&spec)?;
-        Ok(prepared)
+        write(&request.bundle, &spec)?;
+        Ok(Self { request, cgroup_path, owner, has_pid_namespace })
     }
 
-    fn write(&self, spec: &Spec) -> Result<(), SpecError> {
-        let path = self.bundle().join("config.json");
-        let write = || {
-            fs::create_dir_all(self.bundle())?;
-            fs::write(&path, serde_json::to_vec(spec)?)
-        };
-        write().map_err(|source| SpecError::Write { path: path.clone(), source })
-    }
-
-    fn bundle(&self) -> PathBuf {
-        self.dir.join("bundle")
-    }
-
-    fn state(&self) -> PathBuf {
-        self.dir.join("state")
-    }
-
-    pub(super) fn request(&self) -> Request {
-        Request {
-            id: self.id.clone(),
-            bundle: self.bundle(),
-            state: self.state(),
-            rootfs: self.rootfs.clone(),
-        }
+    pub(super) fn request(&self) -> &Request {
+        &self.request
     }
 
     /// Where the init listens for its start.
     pub(super) fn notify_dir(&self) -> PathBuf {
-        self.state().join(&self.id)
+        self.request.state.join(&self.request.id)
     }
 
     /// Path of the container's cgroup below the hierarchy's root.
@@ -154,65 +116,121 @@ impl Prepared {
     }
 }
 
-fn adapt_process(process: &mut Process) -> Result<(), SpecError> {
-    if process.args().as_ref().is_none_or(Vec::is_empty) {
+fn write(bundle: &Path, spec: &Value) -> Result<(), SpecError> {
+    let path = bundle.join("config.json");
+    let write = || {
+        fs::create_dir_all(bundle)?;
+        fs::write(&path, serde_json::to_vec(spec)?)
+    };
+    write().map_err(|source| SpecError::Write { path: path.clone(), source })
+}
+
+/// An object of the spec that must be there.
+fn section<'a>(spec: &'a mut Value, key: &str, what: &'static str) -> Result<&'a mut Value, SpecError> {
+    spec.get_mut(key).filter(|value| value.is_object()).ok_or(SpecError::Missing { what })
+}
+
+/// An id; what is none is found by the engine when it parses the spec.
+fn number(value: &Value) -> u32 {
+    value.as_u64().and_then(|number| u32::try_from(number).ok()).unwrap_or(0)
+}
+
+fn path_value(path: &Path) -> Value {
+    path.to_string_lossy().into()
+}
+
+fn items<'a>(value: &'a Value) -> impl Iterator<Item = &'a Value> {
+    value.as_array().into_iter().flatten()
+}
+
+fn adapt_process(process: &mut Value) -> Result<(), SpecError> {
+    if items(&process["args"]).next().is_none() {
         return Err(SpecError::Missing { what: "process.args" });
     }
-    if !process.cwd().is_absolute() {
-        return Err(SpecError::Cwd { cwd: process.cwd().clone() });
+    let cwd = process["cwd"].as_str().unwrap_or_default();
+    if !cwd.starts_with('/') {
+        return Err(SpecError::Cwd { cwd: cwd.to_owned() });
     }
     // libcontainer takes "false" for "set late", when the right to install a seccomp filter is gone.
-    if process.no_new_privileges() == Some(false) {
-        process.set_no_new_privileges(None);
+    if process["noNewPrivileges"] == false {
+        process["noNewPrivileges"] = Value::Null;
     }
     // No capabilities are none, not all.
-    if process.capabilities().is_none() {
-        process.set_capabilities(Some(no_capabilities()));
+    if process["capabilities"].is_null() {
+        process["capabilities"] = json!({});
     }
     Ok(())
 }
 
-fn no_capabilities() -> LinuxCapabilities {
-    let mut none = LinuxCapabilities::default();
-    none.set_bounding(None).set_effective(None).set_inheritable(None).set_permitted(None).set_ambient(None);
-    none
+fn has_namespace(linux: &Value, kind: &str) -> bool {
+    items(&linux["namespaces"]).any(|namespace| namespace["type"] == kind)
 }
 
-fn has_namespace(linux: &Linux, kind: LinuxNamespaceType) -> bool {
-    linux.namespaces().iter().flatten().any(|namespace| namespace.typ() == kind)
-}
-
-fn cgroup_path(linux: &mut Linux, id: &str) -> Result<PathBuf, SpecError> {
-    let path = linux.cgroups_path().clone().unwrap_or_else(|| Path::new("/").join(cgroup::PARENT).join(id));
+fn cgroup_path(linux: &mut Value, id: &str) -> Result<PathBuf, SpecError> {
+    let path = match linux["cgroupsPath"].as_str() {
+        Some(path) if !path.is_empty() => path.into(),
+        _ => Path::new("/").join(cgroup::PARENT).join(id),
+    };
     let plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
     if !path.is_absolute() || !plain || path.components().count() < 2 {
         return Err(SpecError::CgroupPath { path });
     }
-    linux.set_cgroups_path(Some(path.clone()));
+    linux["cgroupsPath"] = path_value(&path);
     Ok(path)
 }
 
 /// The uid that a user of the container's user namespace has outside.
-fn mapped(linux: &Linux, uid: u32) -> u32 {
-    let mappings = linux.uid_mappings().iter().flatten();
-    let offset = |start: u32, size: u32| uid.checked_sub(start).filter(|offset| *offset < size);
-    mappings
-        .filter_map(|map| Some(map.host_id() + offset(map.container_id(), map.size())?))
-        .next()
+fn mapped(linux: &Value, uid: u32) -> u32 {
+    items(&linux["uidMappings"])
+        .find_map(|map| {
+            let offset = uid.checked_sub(number(&map["containerID"]))?;
+            (offset < number(&map["size"])).then(|| number(&map["hostID"]).wrapping_add(offset))
+        })
         .unwrap_or(uid)
 }
 
 /// The network is the VM's, and so are its settings: libcontainer refuses to touch them, and the pod is the VM.
-fn set_network_sysctls(linux: &mut Linux) -> Result<(), SpecError> {
-    let Some(mut sysctls) = linux.sysctl().clone() else { return Ok(()) };
+fn set_network_sysctls(linux: &mut Value) -> Result<(), SpecError> {
+    let Some(sysctls) = linux["sysctl"].as_object_mut() else { return Ok(()) };
     let network: Vec<String> = sysctls.keys().filter(|key| key.starts_with("net.")).cloned().collect();
     for key in network {
-        let value = sysctls.remove(&key).unwrap_or_default();
+        let value = sysctls.remove(&key);
         let path = sysctl_path(&key)?;
+        let value = value.as_ref().and_then(Value::as_str).unwrap_or_default();
         fs::write(path, value).map_err(|source| SpecError::Sysctl { key, source })?;
     }
-    linux.set_sysctl(Some(sysctls));
     Ok(())
+}
+
+fn adapt_mounts(spec: &mut Value, foreign_sysfs: bool, files: Vec<FileMount>) {
+    if !spec["mounts"].is_array() {
+        spec["mounts"] = json!([]);
+    }
+    let Some(mounts) = spec["mounts"].as_array_mut() else { return };
+    for mount in &mut *mounts {
+        match mount["type"].as_str() {
+            // libcontainer knows the hierarchy's mounts by v1's name.
+            Some("cgroup2") => mount["type"] = "cgroup".into(),
+            Some("sysfs") if foreign_sysfs => bind_sysfs(mount),
+            _ => {}
+        }
+    }
+    mounts.extend(files.into_iter().map(|file| {
+        json!({
+            "destination": path_value(&file.destination),
+            "type": "bind",
+            "source": path_value(&file.source),
+            "options": ["rbind", "rprivate"],
+        })
+    }));
+}
+
+/// A sysfs shows a network namespace, and only the owner of that may mount one: others get the VM's.
+fn bind_sysfs(mount: &mut Value) {
+    let options: Vec<Value> = items(&mount["options"]).cloned().chain(["rbind".into()]).collect();
+    mount["type"] = "bind".into();
+    mount["source"] = "/sys".into();
+    mount["options"] = options.into();
 }
 
 /// In a name with slashes, dots are part of the elements (sysctl(8)).
@@ -225,33 +243,8 @@ fn sysctl_path(key: &str) -> Result<PathBuf, SpecError> {
     Ok(Path::new("/proc/sys").join(relative))
 }
 
-/// A sysfs shows a network namespace, and only the owner of that may mount one: others get the VM's.
-fn bind_sysfs(mounts: &mut [Mount]) {
-    for mount in mounts {
-        if mount.typ().as_deref() == Some("sysfs") {
-            let mut options = mount.options().clone().unwrap_or_default();
-            options.push("rbind".to_owned());
-            mount.set_typ(Some("bind".to_owned()));
-            mount.set_source(Some("/sys".into()));
-            mount.set_options(Some(options));
-        }
-    }
-}
-
-fn bind(file: FileMount) -> Result<Mount, SpecError> {
-    MountBuilder::default()
-        .destination(file.destination)
-        .source(file.source)
-        .typ("bind")
-        .options(["rbind".to_owned(), "rprivate".to_owned()])
-        .build()
-        .map_err(SpecError::Build)
-}
-
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
-
     use super::*;
 
     fn adapt(change: impl FnOnce(&mut Value)) -> Result<(Prepared, Value), SpecError> {
@@ -316,7 +309,7 @@ mod tests {
         let cases: [(Change, &str); 7] = [
             (|c| c["process"] = Value::Null, "has no process"),
             (|c| c["process"]["args"] = json!([]), "has no process.args"),
-            (|c| c["process"]["cwd"] = json!("tmp"), "process.cwd tmp"),
+            (|c| c["process"]["cwd"] = json!("tmp"), "process.cwd \"tmp\""),
             (|c| c["root"] = Value::Null, "has no root"),
             (|c| c["linux"] = Value::Null, "has no linux"),
             (|c| c["linux"]["cgroupsPath"] = json!("/a/../.."), "linux.cgroupsPath"),

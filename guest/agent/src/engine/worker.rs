@@ -13,7 +13,6 @@ use nix::{
     },
     unistd::{getpid, setgroups},
 };
-use oci_spec::runtime::Spec;
 
 use super::{
     executor::Command,
@@ -33,8 +32,6 @@ enum WorkerError {
     Prepare(#[source] Errno),
     #[error("cannot set the OOM score")]
     OomScore(#[source] std::io::Error),
-    #[error("cannot read the spec back")]
-    Spec(#[source] oci_spec::OciSpecError),
     #[error("cannot use the root file system")]
     Rootfs(#[source] pathrs::error::Error),
     #[error("cannot create the working directory {cwd}")]
@@ -65,11 +62,10 @@ pub(super) fn run(request: &Request, reporter: &Reporter, stdio: [OwnedFd; 3]) -
 }
 
 fn create(request: &Request, reporter: &Reporter, stdio: [OwnedFd; 3]) -> Result<i32, WorkerError> {
-    let spec = Spec::load(request.bundle.join("config.json")).map_err(WorkerError::Spec)?;
-    shed(&spec)?;
+    shed(request)?;
     let root = pathrs::Root::open(&request.rootfs).map_err(WorkerError::Rootfs)?;
-    make_cwd(&root, &spec)?;
-    let command = Command::new(reporter.clone(), home::of_user(&root, &spec));
+    make_cwd(&root, &request.cwd)?;
+    let command = Command::new(reporter.clone(), home::of_user(&root, request.uid));
     let [stdin, stdout, stderr] = stdio;
     let container = ContainerBuilder::new(request.id.clone(), SyscallType::default())
         .with_root_path(&request.state)?
@@ -85,21 +81,19 @@ fn create(request: &Request, reporter: &Reporter, stdio: [OwnedFd; 3]) -> Result
 }
 
 /// Gives up what a container must not inherit from the agent.
-fn shed(spec: &Spec) -> Result<(), WorkerError> {
+fn shed(request: &Request) -> Result<(), WorkerError> {
     setgroups(&[]).map_err(WorkerError::Prepare)?;
     umask(Mode::from_bits_truncate(0o022));
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(WorkerError::Prepare)?;
     setrlimit(Resource::RLIMIT_NOFILE, FILES_SOFT, hard.min(FILES_HARD)).map_err(WorkerError::Prepare)?;
-    let told = spec.process().as_ref().is_some_and(|process| process.oom_score_adj().is_some());
-    if !told {
+    if request.keeps_oom_score {
         fs::write("/proc/self/oom_score_adj", "0").map_err(WorkerError::OomScore)?;
     }
     Ok(())
 }
 
 /// The working directory is made if the image lacks it, without leaving the root file system by its links.
-fn make_cwd(root: &pathrs::Root, spec: &Spec) -> Result<(), WorkerError> {
-    let cwd = spec.process().as_ref().map_or(Path::new("/"), |process| process.cwd());
+fn make_cwd(root: &pathrs::Root, cwd: &Path) -> Result<(), WorkerError> {
     if root.resolve(cwd).is_ok() {
         return Ok(());
     }

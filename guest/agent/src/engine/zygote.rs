@@ -38,6 +38,11 @@ pub(super) struct Request {
     /// Where libcontainer keeps its state, in a directory named like the container.
     pub(super) state: PathBuf,
     pub(super) rootfs: PathBuf,
+    /// Of the process, in the container.
+    pub(super) cwd: PathBuf,
+    pub(super) uid: u32,
+    /// The spec does not set the process's OOM score.
+    pub(super) keeps_oom_score: bool,
 }
 
 /// Returns in the agent; the zygote never does.
