@@ -57,14 +57,22 @@ impl Reporter {
     /// An agent that does not listen any more needs no report.
     pub(super) fn send(&self, mut message: Message) {
         if let Message::Log { text } | Message::Refused { text, .. } | Message::Failed { text } = &mut message
-            && let Some((end, _)) = text.char_indices().nth(MAX_TEXT)
+            && text.chars().count() > MAX_TEXT
         {
-            text.truncate(end);
+            *text = shortened(text);
         }
         let Ok(mut line) = serde_json::to_vec(&message) else { return };
         line.push(b'\n');
         let _ = (&*self.pipe).write_all(&line);
     }
+}
+
+/// Both ends of a text: it begins with what it is about, such as a path, and ends with what is wrong with it.
+fn shortened(text: &str) -> String {
+    const GAP: &str = "...";
+    let head = MAX_TEXT / 2;
+    let skipped = text.chars().count() - (MAX_TEXT - head - GAP.len());
+    text.chars().take(head).chain(GAP.chars()).chain(text.chars().skip(skipped)).collect()
 }
 
 /// The reading end, in the agent.
@@ -143,6 +151,7 @@ mod tests {
         assert!(matches!(reports.next().await.unwrap(), Some(Message::Worker { pid: 7 })));
         let Some(Message::Log { text }) = reports.next().await.unwrap() else { panic!("not a log") };
         assert_eq!(text.chars().count(), MAX_TEXT);
+        assert!(text.starts_with('\u{e4}') && text.contains("...") && text.ends_with('\n'));
         assert!(reports.last_words().unwrap().is_none(), "nothing is there, but a writer is");
         drop(reporter);
         assert!(reports.next().await.unwrap().is_none());
