@@ -114,9 +114,12 @@ pub(crate) fn received_fd(fd: RawFd) -> OwnedFd {
 ///
 /// The Rust runtime ignores SIGPIPE, and an ignored signal stays ignored over exec.
 pub(crate) fn reset_signals() {
+    // The kernel's own struct sigaction: handler (SIG_DFL is 0), flags, restorer, mask.
+    let default = [0_u64; 4];
     for signal in 1..=64 {
-        // SAFETY: SIG_DFL runs no code of ours. Signals that cannot be changed answer an error, as they should.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        // SAFETY: the default action runs no code of ours. The C library's wrapper would refuse the two signals
+        // that it keeps to itself. SIGKILL and SIGSTOP answer an error, as they should.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, &raw const default, 0, 8) };
     }
     // SAFETY: sigset_t is plain data that sigemptyset fills; the old mask is not asked for.
     unsafe {

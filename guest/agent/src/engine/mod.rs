@@ -143,22 +143,36 @@ impl Engine {
     }
 }
 
+/// What is known of the worker while its reports are read.
+#[derive(Debug)]
+enum Worker {
+    Unknown,
+    Running(oneshot::Receiver<Exit>),
+    /// It may have left children behind that keep the pipe open: what counts is what is in it.
+    Ended,
+}
+
 /// Reads reports until the container is there or will not be.
 async fn follow(reports: &mut Reports, expectation: &Expectation) -> Result<Pid, EngineError> {
     let mut outcome = Outcome::default();
-    let mut worker = None;
+    let mut worker = Worker::Unknown;
     loop {
         let message = match &mut worker {
-            None => reports.next().await,
-            // A worker that dies may leave children behind that keep the pipe open.
-            Some(exit) => tokio::select! {
+            Worker::Unknown => reports.next().await,
+            Worker::Running(exit) => tokio::select! {
                 biased;
                 message = reports.next() => message,
-                _ = exit => reports.last_words(),
+                _ = exit => {
+                    worker = Worker::Ended;
+                    continue;
+                }
             },
+            Worker::Ended => reports.last_words(),
         };
         match message.map_err(EngineError::Reports)? {
-            Some(Message::Worker { pid }) => worker = Some(expectation.watch(Pid::from_raw(pid))),
+            Some(Message::Worker { pid }) => {
+                worker = Worker::Running(expectation.watch(Pid::from_raw(pid)));
+            }
             Some(Message::Created { pid }) => return Ok(Pid::from_raw(pid)),
             Some(Message::Log { text }) => outcome.log(text),
             Some(Message::Refused { refusal, text }) => outcome.refused = Some((refusal, text)),

@@ -49,10 +49,8 @@ pub(super) fn run(request: &Request, reporter: &Reporter, stdio: [OwnedFd; 3]) -
     match create(request, reporter, stdio) {
         Ok(pid) => reporter.send(Message::Created { pid }),
         Err(err) => {
-            if let WorkerError::Engine(
-                LibcontainerError::InvalidSpec(_) | LibcontainerError::MissingSpec(_),
-            ) = err
-            {
+            use LibcontainerError::{InvalidSpec, MissingSpec, Spec};
+            if let WorkerError::Engine(InvalidSpec(_) | MissingSpec(_) | Spec(_)) = err {
                 reporter.send(Message::Refused { refusal: Refusal::Spec, text: console::chain(&err) });
             }
             reporter.send(Message::Failed { text: console::chain(&err) });

@@ -2,5 +2,6 @@
 //! the channel. Needs root. `vm` does the same with a VM, on request.
 
 mod lifecycle;
+mod oci;
 mod support;
 mod vm;
