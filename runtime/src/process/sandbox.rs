@@ -79,7 +79,7 @@ mod tests {
     use crate::process::Spawn;
 
     #[test]
-    fn a_strict_child_is_nobody_and_dies_with_its_parent() {
+    fn a_strict_child_is_nobody_and_alone() {
         let script = "id -u; id -g; id -G; grep -E 'CapEff|CapPrm|CapInh|CapBnd|CapAmb|NoNewPrivs' /proc/self/status; \
             ulimit -c; cat /proc/self/oom_score_adj; tail -n +3 /proc/net/dev | wc -l";
         let identity = Identity { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![7] };

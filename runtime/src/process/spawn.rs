@@ -189,11 +189,22 @@ mod tests {
     use std::io::Write as _;
 
     #[test]
+    fn a_child_ends_with_the_thread_that_started_it() {
+        for sandbox in [Sandbox::default(), Sandbox::strict(crate::process::Identity::default())] {
+            let spawn = Spawn::new("sleep").args(["100"]).sandbox(sandbox);
+            let starter = std::thread::spawn(|| spawn.spawn_std().unwrap());
+            let (mut child, _) = starter.join().unwrap();
+            assert_eq!(Exit::from(child.wait().unwrap()), Exit::Signal(libc::SIGKILL));
+        }
+    }
+
+    #[test]
     fn a_program_in_a_private_directory_runs_as_nobody() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
         let program = dir.path().join("echo");
-        std::fs::copy("/bin/echo", &program).unwrap();
+        // Not by this process: a child that another test forks meanwhile would hold the copy open for writing.
+        crate::process::run("cp", ["/bin/echo".as_ref(), program.as_os_str()], &[]).unwrap();
         let identity = crate::process::Identity { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![] };
         let spawn = Spawn::new(&program).args(["it", "runs"]).sandbox(Sandbox::strict(identity));
         let output = spawn.run().unwrap().success().unwrap();

@@ -6,7 +6,7 @@ use std::os::fd::AsFd as _;
 
 use machinen_protocol::{STREAM_PORT, control_port};
 use tokio::sync::Mutex;
-use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
+use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 
 use super::{BoxedStream, ChannelError, GuestEnd};
 use crate::sys;
@@ -37,13 +37,13 @@ impl KernelVsock {
                 Err(error) => Some(Err(failed("set a vsock CID")(error))),
             })
             .unwrap_or(Err(ChannelError::NoCid(TRIES)))?;
-        let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_HOST, control_port(cid)))
+        let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, control_port(cid)))
             .map_err(failed("listen on vsock"))?;
         let listener = Mutex::new(Some(listener));
         Ok((Self { cid, listener }, GuestEnd { fd: device.into(), cid }))
     }
 
-    /// Other guests of this host can dial the port as well: they are turned away.
+    /// Other guests and programs of this host can dial the port as well: they are turned away.
     pub(super) async fn accept(&self) -> Result<BoxedStream, ChannelError> {
         let failed = |source| ChannelError::Host { action: "accept a vsock stream", source };
         let mut slot = self.listener.lock().await;
@@ -56,7 +56,7 @@ impl KernelVsock {
                 *slot = None;
                 return Ok(Box::new(stream));
             }
-            tracing::warn!(cid = peer.cid(), "another guest dialled this VM's control port");
+            tracing::warn!(cid = peer.cid(), "a stranger dialled this VM's control port");
         }
     }
 
