@@ -6,7 +6,7 @@ use std::{
     os::{fd::AsFd, unix::process::ExitStatusExt},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
-    thread::JoinHandle,
+    sync::{Arc, Condvar, Mutex},
     time::{Duration, Instant},
 };
 
@@ -46,8 +46,20 @@ pub struct Running {
     name: String,
     started: Instant,
     deadline: Duration,
-    stdout: Option<JoinHandle<Vec<u8>>>,
-    stderr: Option<JoinHandle<Vec<u8>>>,
+    stdout: Stream,
+    stderr: Stream,
+}
+
+/// A stream of a running program, read as it comes.
+#[derive(Debug)]
+struct Stream {
+    state: Arc<(Mutex<Received>, Condvar)>,
+}
+
+#[derive(Debug, Default)]
+struct Received {
+    bytes: Vec<u8>,
+    ended: bool,
 }
 
 impl Invocation {
@@ -104,8 +116,8 @@ impl Invocation {
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("cannot run {}", self.program.display()))?;
-        let stdout = child.stdout.take().map(collect);
-        let stderr = child.stderr.take().map(collect);
+        let stdout = Stream::read(child.stdout.take().context("no stdout")?);
+        let stderr = Stream::read(child.stderr.take().context("no stderr")?);
         Ok(Running {
             child,
             name: self.to_string(),
@@ -166,6 +178,16 @@ impl Running {
         self.child.stdin.take()
     }
 
+    /// Waits until the program has written some text to its stdout.
+    ///
+    /// # Errors
+    /// It did not before its deadline or its end.
+    pub fn wait_for_stdout(&self, text: &str) -> Result<()> {
+        let left = self.deadline.saturating_sub(self.started.elapsed());
+        ensure!(self.stdout.contains(text, left), "`{}` did not print {text:?}", self.name);
+        Ok(())
+    }
+
     /// Waits for the program's end.
     ///
     /// # Errors
@@ -178,12 +200,10 @@ impl Running {
         }
         let status = self.child.wait().context("cannot wait for a child")?;
         let duration = self.started.elapsed();
-        let stdout = join(self.stdout.take());
-        let stderr = join(self.stderr.take());
         let output = Output {
             status: status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default()),
-            stdout,
-            stderr,
+            stdout: self.stdout.to_end(),
+            stderr: self.stderr.to_end(),
             duration,
         };
         if !ended {
@@ -224,8 +244,13 @@ impl std::fmt::Display for Output {
         let Self { status, duration, .. } = self;
         write!(f, "status {status} after {duration:.1?}")?;
         for (name, text) in [("stdout", self.text()), ("stderr", self.error_text())] {
-            let shown: String = text.chars().take(2000).collect();
-            write!(f, "\n  {name}: {}", shown.trim_end())?;
+            let text = text.trim_end();
+            match (text.char_indices().nth(1500), text.char_indices().nth_back(500)) {
+                (Some((head, _)), Some((tail, _))) if head < tail => {
+                    write!(f, "\n  {name}: {} ... {}", &text[..head], &text[tail..])?;
+                }
+                _ => write!(f, "\n  {name}: {text}")?,
+            }
         }
         Ok(())
     }
@@ -245,15 +270,48 @@ pub fn wait_for_end(pid: u32, time: Duration) -> Result<bool> {
     Ok(poll(&mut fds, timeout).context("cannot poll a pidfd")? > 0)
 }
 
-fn collect(mut stream: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
-    std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        // What was read before an error is the best that is known.
-        let _end = stream.read_to_end(&mut bytes);
-        bytes
-    })
-}
+impl Stream {
+    fn read(mut source: impl Read + Send + 'static) -> Self {
+        let state = Arc::new((Mutex::new(Received::default()), Condvar::new()));
+        std::thread::spawn({
+            let state = Arc::clone(&state);
+            move || {
+                let (received, grown) = &*state;
+                let mut buffer = vec![0; 64 << 10];
+                loop {
+                    let read = source.read(&mut buffer);
+                    let mut received = received.lock().expect("readers do not panic");
+                    match read {
+                        Ok(count) if count > 0 => received.bytes.extend_from_slice(&buffer[..count]),
+                        // What was read before an error is the best that is known.
+                        _ => received.ended = true,
+                    }
+                    grown.notify_all();
+                    if received.ended {
+                        return;
+                    }
+                }
+            }
+        });
+        Self { state }
+    }
 
-fn join(reader: Option<JoinHandle<Vec<u8>>>) -> Vec<u8> {
-    reader.map_or_else(Vec::new, |reader| reader.join().expect("reading a pipe does not panic"))
+    fn contains(&self, text: &str, time: Duration) -> bool {
+        let has = |bytes: &[u8]| bytes.windows(text.len()).any(|window| window == text.as_bytes());
+        let (received, grown) = &*self.state;
+        let received = received.lock().expect("readers do not panic");
+        let waited = grown
+            .wait_timeout_while(received, time, |received| !has(&received.bytes) && !received.ended)
+            .expect("readers do not panic");
+        has(&waited.0.bytes)
+    }
+
+    /// Everything, once the stream has ended.
+    fn to_end(&self) -> Vec<u8> {
+        let (received, grown) = &*self.state;
+        let received = received.lock().expect("readers do not panic");
+        let mut received =
+            grown.wait_while(received, |received| !received.ended).expect("readers do not panic");
+        std::mem::take(&mut received.bytes)
+    }
 }

@@ -147,14 +147,10 @@ impl Task for TaskService {
     }
 
     async fn connect(&self, _: &TtrpcContext, req: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
-        let container = self.pod.container(&req.id).map_err(failed)?;
+        // Asked before the container is created, it still says who serves; so does runc's shim.
+        let task_pid = self.pod.container(&req.id).map_or(0, |container| container.pid);
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        Ok(ConnectResponse {
-            shim_pid: std::process::id(),
-            task_pid: container.pid,
-            version,
-            ..Default::default()
-        })
+        Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, version, ..Default::default() })
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {

@@ -178,7 +178,7 @@ fn qemu_killed(containerd: &mut Containerd) -> Result<()> {
     let run = containerd.run(IMAGE, &["sleep", "1000"]);
     let running = run.spawn(Duration::from_secs(90))?;
     containerd.log().wait_for_event(from, "/tasks/start")?;
-    let qemu = find(containerd, &["machinen-", run.container(), "-machine"])?;
+    let qemu = find(containerd, &["microvm", run.container()])?;
     let killed = Instant::now();
     kill(qemu, Signal::SIGKILL)?;
     containerd.log().wait_for_event(from, "/tasks/exit")?;

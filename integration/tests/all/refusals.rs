@@ -20,7 +20,7 @@ fn command_not_found(containerd: &mut Containerd) -> Result<()> {
 fn command_not_executable(containerd: &mut Containerd) -> Result<()> {
     for (command, reason) in [
         ("/bin/not-executable", "permission denied"),
-        ("/etc", "permission denied"),
+        ("/etc", "is a directory"),
         ("/bin/bad-interpreter", "no such file"),
         ("/bin/setuid", "exec format error"),
     ] {

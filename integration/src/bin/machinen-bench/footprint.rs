@@ -24,7 +24,7 @@ pub(crate) struct Footprint {
 pub(crate) fn measure(containerd: &Containerd, image: &str) -> Result<Footprint> {
     let ours = idle(containerd, image, &paths::runtime(), |inventory| {
         let shim = find(inventory, "containerd-shim-machinen-v1")?;
-        let qemu = find(inventory, "-machine")?;
+        let qemu = find(inventory, "microvm")?;
         let command = fs::read_to_string(format!("/proc/{}/cmdline", qemu.pid))?;
         let pss = inventory.processes.iter().map(|process| field(process, "smaps_rollup", "Pss:"));
         Ok(Footprint {
