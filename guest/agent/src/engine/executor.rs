@@ -7,19 +7,25 @@ use std::{
     collections::HashMap,
     ffi::CString,
     fs, io,
-    os::unix::fs::MetadataExt,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::{FileTypeExt, MetadataExt},
+    },
     path::{Path, PathBuf},
 };
 
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use nix::{
     errno::Errno,
-    unistd::{AccessFlags, eaccess, execve},
+    sys::stat::makedev,
+    unistd::{AccessFlags, dup2_stderr, dup2_stdout, eaccess, execve},
 };
 use oci_spec::runtime::{Process, Spec};
 
 use super::report::{Message, Refusal, Reporter};
 use crate::sys;
+
+const NULL_DEVICE: u64 = makedev(1, 3);
 
 #[derive(Debug, Clone)]
 pub(super) struct Command {
@@ -99,6 +105,9 @@ impl Command {
 impl Executor for Command {
     /// Runs in the container, as its user, before it is reported as created.
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
+        let failed =
+            |err: io::Error| ExecutorValidationError::ArgValidationError(format!("/dev/null: {err}"));
+        reopen_null().map_err(failed)?;
         let found = spec.process().as_ref().ok_or(CommandError::NoArgs).and_then(find);
         found.map(drop).map_err(|err| {
             self.refuse(&err);
@@ -117,6 +126,31 @@ impl Executor for Command {
             ExecutorError::Other(err.to_string())
         })
     }
+}
+
+/// libcontainer exchanges the VM's /dev/null for the container's, but opens it for reading only, so that whoever
+/// writes to it fails.
+fn reopen_null() -> io::Result<()> {
+    let is_null = |file: &fs::Metadata| file.file_type().is_char_device() && file.rdev() == NULL_DEVICE;
+    let at_null = |fd: BorrowedFd<'_>| -> io::Result<bool> {
+        Ok(is_null(&fs::File::from(fd.try_clone_to_owned()?).metadata()?))
+    };
+    let (at_out, at_err) = (at_null(io::stdout().as_fd())?, at_null(io::stderr().as_fd())?);
+    if !at_out && !at_err {
+        return Ok(());
+    }
+    let null = fs::File::options().write(true).open("/dev/null")?;
+    // In the tenant's file system, a name proves nothing.
+    if !is_null(&null.metadata()?) {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    if at_out {
+        dup2_stdout(&null)?;
+    }
+    if at_err {
+        dup2_stderr(&null)?;
+    }
+    Ok(())
 }
 
 fn c_string(bytes: impl Into<Vec<u8>>) -> Result<CString, CommandError> {

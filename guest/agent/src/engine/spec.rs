@@ -9,6 +9,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+use pathrs::Root;
 use serde_json::{Value, json};
 
 use super::{DIR, zygote::Request};
@@ -39,6 +40,8 @@ pub(crate) enum SpecError {
     SysctlName { key: String },
     #[error("cannot set sysctl {key}")]
     Sysctl { key: String, source: io::Error },
+    #[error("cannot use the root file system")]
+    Rootfs(#[source] pathrs::error::Error),
     #[error("cannot write {path}")]
     Write { path: PathBuf, source: io::Error },
 }
@@ -76,7 +79,8 @@ impl Prepared {
             set_network_sysctls(linux)?;
         }
         section(&mut spec, "root", "root")?["path"] = path_value(rootfs);
-        adapt_mounts(&mut spec, shares_network && has_users, files);
+        adapt_mounts(&mut spec, shares_network && has_users);
+        add_files(&mut spec, rootfs, files)?;
         let dir = dir.join(DIR);
         let request = Request {
             id: id.to_owned(),
@@ -202,12 +206,8 @@ fn set_network_sysctls(linux: &mut Value) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn adapt_mounts(spec: &mut Value, foreign_sysfs: bool, files: Vec<FileMount>) {
-    if !spec["mounts"].is_array() {
-        spec["mounts"] = json!([]);
-    }
-    let Some(mounts) = spec["mounts"].as_array_mut() else { return };
-    for mount in &mut *mounts {
+fn adapt_mounts(spec: &mut Value, foreign_sysfs: bool) {
+    for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
         match mount["type"].as_str() {
             // libcontainer knows the hierarchy's mounts by v1's name.
             Some("cgroup2") => mount["type"] = "cgroup".into(),
@@ -215,14 +215,42 @@ fn adapt_mounts(spec: &mut Value, foreign_sysfs: bool, files: Vec<FileMount>) {
             _ => {}
         }
     }
-    mounts.extend(files.into_iter().map(|file| {
+}
+
+fn add_files(spec: &mut Value, rootfs: &Path, files: Vec<FileMount>) -> Result<(), SpecError> {
+    if files.is_empty() {
+        return Ok(());
+    }
+    if !spec["mounts"].is_array() {
+        spec["mounts"] = json!([]);
+    }
+    let root = Root::open(rootfs).map_err(SpecError::Rootfs)?;
+    let mounts = files.into_iter().map(|file| {
         json!({
-            "destination": path_value(&file.destination),
+            "destination": path_value(&behind_links(&root, file.destination)),
             "type": "bind",
             "source": path_value(&file.source),
             "options": ["rbind", "rprivate"],
         })
-    }));
+    });
+    if let Some(all) = spec["mounts"].as_array_mut() {
+        all.extend(mounts);
+    }
+    Ok(())
+}
+
+/// Where a path leads whose last element is a link, dangling or not: libcontainer makes missing files, but not
+/// behind links, and /etc/resolv.conf often is one. What is before the last element is followed by libcontainer,
+/// which also sees to it that nothing leads out of the root.
+fn behind_links(root: &Root, mut path: PathBuf) -> PathBuf {
+    // As many as the kernel follows (path_resolution(7)).
+    for _ in 0..40 {
+        match (root.readlink(&path), path.parent()) {
+            (Ok(target), Some(parent)) => path = parent.join(target),
+            _ => break,
+        }
+    }
+    path
 }
 
 /// A sysfs shows a network namespace, and only the owner of that may mount one: others get the VM's.
@@ -259,13 +287,8 @@ mod tests {
         change(&mut config);
         let dir = tempfile::tempdir().unwrap();
         let file = FileMount { source: "/run/f".into(), destination: "/etc/hosts".into() };
-        let prepared = Prepared::new(
-            "c1",
-            dir.path(),
-            Path::new("/r"),
-            &serde_json::to_vec(&config).unwrap(),
-            vec![file],
-        )?;
+        let prepared =
+            Prepared::new("c1", dir.path(), dir.path(), &serde_json::to_vec(&config).unwrap(), vec![file])?;
         let written = fs::read(dir.path().join("engine/bundle/config.json")).unwrap();
         Ok((prepared, serde_json::from_slice(&written).unwrap()))
     }
@@ -273,7 +296,7 @@ mod tests {
     #[test]
     fn what_libcontainer_would_misread_is_adapted() {
         let (prepared, spec) = adapt(|_| {}).unwrap();
-        assert_eq!(spec["root"]["path"], "/r");
+        assert_eq!(spec["process"]["cwd"], "/");
         assert_eq!(spec["linux"]["cgroupsPath"], "/machinen/c1");
         assert_eq!(spec["mounts"][0]["type"], "cgroup");
         assert_eq!(spec["mounts"][1]["source"], "/run/f");
