@@ -118,27 +118,37 @@ async fn a_qemu_that_is_killed_is_noticed_at_once() {
 
 #[tokio::test]
 async fn a_guest_that_is_too_slow_is_told_from_one_that_died() {
-    let host = Host::new();
-    let mut spec = host.spec(ChannelKind::Serial);
-    spec.boot_timeout = Duration::from_millis(1);
-    let vm = Vm::launch(spec, &host.dir()).await.unwrap();
-    let text = chain(&vm.agent().await.unwrap_err());
-    assert!(text.starts_with("the guest agent did not answer within 1ms"), "{text}");
-    // There is nothing to sync, so this does not wait.
-    let ending = Instant::now();
-    assert_eq!(vm.shutdown(GRACE).await, VmExit::Requested);
-    assert!(ending.elapsed() < GRACE);
-    host.nothing_is_left(vm.pid());
+    for channel in [ChannelKind::Serial, Host::new().vhost_user_vsock()] {
+        let host = Host::new();
+        let mut spec = host.spec(channel);
+        spec.boot_timeout = Duration::from_millis(1);
+        let vm = Vm::launch(spec, &host.dir()).await.unwrap();
+        let text = chain(&vm.agent().await.unwrap_err());
+        assert!(text.starts_with("the guest agent did not answer within 1ms"), "{text}");
+        assert_eq!(vm.kill().await, VmExit::Requested);
+        host.nothing_is_left(vm.pid());
+    }
 }
 
 #[tokio::test]
-async fn letting_go_of_the_last_handle_ends_the_vm() {
-    let host = Host::new();
-    let vm = Vm::launch(host.spec(host.vhost_user_vsock()), &host.dir()).await.unwrap();
-    let (pid, exited) = (vm.pid(), vm.exited());
-    drop(vm);
-    assert_eq!(exited.await, VmExit::Requested);
-    host.nothing_is_left(pid);
+async fn a_vm_that_still_boots_ends_at_once() {
+    for channel in [ChannelKind::Serial, Host::new().vhost_user_vsock()] {
+        let host = Host::new();
+        let vm = Vm::launch(host.spec(channel.clone()), &host.dir()).await.unwrap();
+        let ending = Instant::now();
+        // There is nothing to sync yet.
+        assert_eq!(vm.shutdown(GRACE).await, VmExit::Requested);
+        assert!(ending.elapsed() < GRACE / 2, "{:?}", ending.elapsed());
+        host.nothing_is_left(vm.pid());
+
+        let vm = Vm::launch(host.spec(channel), &host.dir()).await.unwrap();
+        let (pid, exited) = (vm.pid(), vm.exited());
+        // The last handle.
+        drop(vm);
+        assert_eq!(exited.await, VmExit::Requested);
+        assert!(ending.elapsed() < GRACE, "{:?}", ending.elapsed());
+        host.nothing_is_left(pid);
+    }
 }
 
 #[tokio::test]

@@ -102,7 +102,6 @@ impl VhostUser {
 
     pub(super) async fn close(&self) -> Result<(), ChannelError> {
         let killed = self.daemon.kill().await.map_err(ChannelError::Daemon);
-        *self.control.lock().await = None;
         let removed = self.sockets.remove();
         killed?;
         removed.map_err(|source| ChannelError::Host { action: "remove the sockets", source })
