@@ -1,4 +1,5 @@
 //! Real VMs: QEMU, the guest kernel and image of `target/guest`, both channels.
+#![expect(clippy::unwrap_used, reason = "a test may")]
 
 mod host;
 

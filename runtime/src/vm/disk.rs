@@ -185,3 +185,81 @@ fn opened_read_only(file: &OwnedFd) -> Option<bool> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::qmp::tests::{GREETING, OK, qemu};
+    use std::fs::File;
+    use std::os::unix::net::UnixStream;
+
+    const REFUSED: &str = r#"{"error": {"class": "GenericError", "desc": "no"}, "id": $ID}"#;
+
+    fn read_only(serial: &str) -> DiskSpec {
+        let file = File::open("/dev/null").unwrap().into();
+        DiskSpec { file, read_only: true, serial: serial.into() }
+    }
+
+    /// Runs `work` against a QEMU that answers so, and returns the names of the commands it got.
+    async fn with_qemu<F>(answers: &[&str], work: impl FnOnce(Disks) -> F) -> Vec<String>
+    where
+        F: Future<Output = ()>,
+    {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let answers: Vec<&str> = [OK].iter().chain(answers).copied().collect();
+        let client = async {
+            let (qmp, events) = Qmp::connect(ours).await.unwrap();
+            work(Disks::new(qmp, events)).await;
+        };
+        let ((), commands) = tokio::join!(client, qemu(theirs, GREETING, &answers));
+        commands[1..].iter().map(|command| command["execute"].as_str().unwrap().to_owned()).collect()
+    }
+
+    #[tokio::test]
+    async fn a_disk_comes_and_goes_and_its_place_is_used_again() {
+        let gone = r#"{"event": "DEVICE_DELETED", "data": {"device": "disk-1"}}
+{"return": {}, "id": $ID}"#;
+        let answers = [OK, OK, OK, OK, OK, OK, gone, OK, OK, OK, OK, OK];
+        let commands = with_qemu(&answers, |mut disks| async move {
+            let first = disks.attach(read_only("a")).await.unwrap();
+            let second = disks.attach(read_only("b")).await.unwrap();
+            assert_eq!((first.target, second.target), (0, 1));
+            disks.detach(first).await.unwrap();
+            assert!(matches!(disks.detach(first).await, Err(VmError::NoDisk(_))));
+            assert_eq!(disks.attach(read_only("c")).await.unwrap(), first);
+        })
+        .await;
+        let attach = ["add-fd", "blockdev-add", "device_add"];
+        let detach = ["device_del", "blockdev-del", "remove-fd"];
+        assert_eq!(commands, [attach, attach, detach, attach].concat());
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_is_refused_leaves_nothing_in_qemu() {
+        for (answers, expected) in [
+            (&[REFUSED][..], &["add-fd"][..]),
+            (&[OK, REFUSED, OK], &["add-fd", "blockdev-add", "remove-fd"]),
+            (
+                &[OK, OK, REFUSED, OK, OK],
+                &["add-fd", "blockdev-add", "device_add", "blockdev-del", "remove-fd"],
+            ),
+        ] {
+            let commands = with_qemu(answers, |mut disks| async move {
+                let error = disks.attach(read_only("a")).await.unwrap_err();
+                assert_eq!(error.to_string(), "cannot attach disk a");
+            })
+            .await;
+            assert_eq!(commands, expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_opened_otherwise_than_the_disk_never_reaches_qemu() {
+        let commands = with_qemu(&[], |mut disks| async move {
+            let wrong = DiskSpec { read_only: false, ..read_only("a") };
+            assert!(matches!(disks.attach(wrong).await, Err(VmError::Disk { .. })));
+        })
+        .await;
+        assert!(commands.is_empty());
+    }
+}

@@ -300,4 +300,4 @@ impl<R: AsyncRead + Unpin> Lines<R> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -7,10 +7,10 @@ use tokio::io::AsyncWriteExt as _;
 
 use super::*;
 
-const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}"#;
+pub(crate) const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}"#;
 
 /// QEMU's side: answers each command with the next of `answers` (`$ID` is the command's id), then closes.
-async fn qemu(socket: StdUnixStream, greeting: &str, answers: &[&str]) -> Vec<Value> {
+pub(crate) async fn qemu(socket: StdUnixStream, greeting: &str, answers: &[&str]) -> Vec<Value> {
     socket.set_nonblocking(true).unwrap();
     let (reader, mut writer) = UnixStream::from_std(socket).unwrap().into_split();
     writer.write_all(format!("{greeting}\r\n").as_bytes()).await.unwrap();
@@ -26,7 +26,7 @@ async fn qemu(socket: StdUnixStream, greeting: &str, answers: &[&str]) -> Vec<Va
     commands
 }
 
-const OK: &str = r#"{"return": {}, "id": $ID}"#;
+pub(crate) const OK: &str = r#"{"return": {}, "id": $ID}"#;
 
 #[tokio::test]
 async fn commands_answers_and_events() {
