@@ -125,9 +125,9 @@ pub fn run(args: RootdiskArgs, config: &config::Rootdisk) -> Result<ExitCode, Cl
         }
     };
     if args.json {
-        println!("{value:#}")
+        println!("{value:#}");
     } else {
-        print!("{text}")
+        print!("{text}");
     }
     Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -46,7 +46,7 @@ impl RootdiskCache {
             return Ok(self.rootdisk(key, opened, true, phases));
         }
         self.store.sweep()?;
-        let (view, tree) = timed(&mut phases, "walk", || recognised.walk(&self.empty.dir))?;
+        let (view, tree) = timed(&mut phases, "walk", || recognised.walk())?;
         let shape = tree.shape();
         let _shape = timed(&mut phases, "wait", || self.lock("shape", shape, progress))?;
         let job = Job { cache: self, source, options, view, tree, shape: shape.to_string() };

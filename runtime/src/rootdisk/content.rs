@@ -68,6 +68,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
         #[test]
         fn pieces_and_holes_do_not_matter(
             blocks in prop::collection::vec(0_u8..3, 0..12), tail in 0..BLOCK, cut in 0_usize..12,

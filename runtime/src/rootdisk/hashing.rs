@@ -1,8 +1,9 @@
 //! The key of a tree: reads all contents and extended attributes.
 
+use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 
-use rustix::fs::{SeekFrom, fstat, lgetxattr, llistxattr, seek};
+use rustix::fs::{SeekFrom, fgetxattr, flistxattr, fstat, lgetxattr, llistxattr, seek};
 use rustix::io::Errno;
 
 use super::RootdiskError;
@@ -10,7 +11,7 @@ use super::content::Content;
 use super::key::Key;
 use super::manifest::{Kind, Manifest, Node, Record, Xattrs};
 use super::tree::{Entry, Tree, lossy};
-use super::view::View;
+use super::view::{View, open_in};
 
 /// Bytes read at once; a multiple of the block size.
 const BUFFER: usize = 256 << 10;
@@ -29,21 +30,36 @@ pub(super) fn key(
 ) -> Result<Key, RootdiskError> {
     let mut manifest = Manifest::new(disk_size);
     let mut buffer = vec![0; BUFFER];
+    // The directory of the last entry: most of the next ones are in it too.
+    let mut dir = (Vec::new(), view.open(b"")?);
     for entry in &tree.entries {
         if let Some(first) = entry.first {
             manifest.add_link(&entry.path, &tree.entries[first].path);
             continue;
         }
-        let xattrs = xattrs(view, entry, &mut buffer)?;
-        let node = match entry.kind {
+        let parent = entry.parent().strip_suffix(b"/").unwrap_or_default();
+        if dir.0 != parent {
+            dir = (parent.to_vec(), view.open(parent)?);
+        }
+        let open = || {
+            let name = if entry.path.is_empty() { b"." } else { entry.name() };
+            open_in(&dir.1, name).map_err(|error| view.error("open", &entry.path, error))
+        };
+        let (xattrs, node) = match entry.kind {
             Kind::File => {
-                let content = content(view, entry, &mut buffer)?;
+                let file = File::from(open()?);
+                let content = content(view, entry, &file, &mut buffer)?;
                 done(entry.size);
-                Node::File { size: entry.size, content }
+                (xattrs(view, entry, Some(&file), &mut buffer)?, Node::File { size: entry.size, content })
             }
-            Kind::Symlink => Node::Symlink { target: &entry.target },
-            Kind::Character | Kind::Block => Node::Device { number: entry.rdev },
-            Kind::Directory | Kind::Fifo | Kind::Socket => Node::Other,
+            Kind::Directory => (xattrs(view, entry, Some(&open()?.into()), &mut buffer)?, Node::Other),
+            Kind::Symlink => {
+                (xattrs(view, entry, None, &mut buffer)?, Node::Symlink { target: &entry.target })
+            }
+            Kind::Character | Kind::Block => {
+                (xattrs(view, entry, None, &mut buffer)?, Node::Device { number: entry.rdev })
+            }
+            Kind::Fifo | Kind::Socket => (xattrs(view, entry, None, &mut buffer)?, Node::Other),
         };
         manifest.add(&Record {
             path: &entry.path,
@@ -59,14 +75,10 @@ pub(super) fn key(
     Ok(manifest.finish())
 }
 
-fn content(view: &View, entry: &Entry, buffer: &mut [u8]) -> Result<[u8; 32], RootdiskError> {
+fn content(view: &View, entry: &Entry, file: &File, buffer: &mut [u8]) -> Result<[u8; 32], RootdiskError> {
     let mut content = Content::new();
-    if entry.size == 0 {
-        return Ok(content.finish());
-    }
-    let file = view.open(&entry.path)?;
     let failed = |source| view.error("read", &entry.path, source);
-    let stat = fstat(&file).map_err(|error| failed(error.into()))?;
+    let stat = fstat(file).map_err(|error| failed(error.into()))?;
     if Kind::of(stat.st_mode) != Some(Kind::File) || stat.st_size as u64 != entry.size {
         return Err(RootdiskError::Changed { path: lossy(&entry.path) });
     }
@@ -74,7 +86,7 @@ fn content(view: &View, entry: &Entry, buffer: &mut [u8]) -> Result<[u8; 32], Ro
     let mut offset = 0;
     while offset < entry.size {
         if sparse {
-            match seek(&file, SeekFrom::Data(offset)) {
+            match seek(file, SeekFrom::Data(offset)) {
                 // Down to the start of the block; what is before the data reads as zeros.
                 Ok(data) => offset = data - data % super::ext4::BLOCK as u64,
                 Err(Errno::NXIO) => break,
@@ -89,19 +101,34 @@ fn content(view: &View, entry: &Entry, buffer: &mut [u8]) -> Result<[u8; 32], Ro
     Ok(content.finish())
 }
 
-fn xattrs(view: &View, entry: &Entry, buffer: &mut [u8]) -> Result<Xattrs, RootdiskError> {
-    let path = view.path_of(&entry.path);
+/// Of the open file, or by its path where opening would do more than that.
+fn xattrs(
+    view: &View,
+    entry: &Entry,
+    file: Option<&File>,
+    buffer: &mut [u8],
+) -> Result<Xattrs, RootdiskError> {
+    let path = if file.is_none() { view.path_of(&entry.path) } else { Vec::new() };
     let failed = |error: Errno| view.error("read the extended attributes of", &entry.path, error);
     let (names, values) = buffer.split_at_mut(XATTR_MAX);
-    let length = match llistxattr(&path[..], &mut names[..]) {
+    let listed = match file {
+        Some(file) => flistxattr(file, &mut *names),
+        None => llistxattr(&path[..], &mut *names),
+    };
+    let length = match listed {
         Ok(length) => length,
         Err(Errno::NOTSUP) => 0,
         Err(error) => return Err(failed(error)),
     };
     let mut found = Vec::new();
     for name in names[..length].split(|&byte| byte == 0).filter(|name| !name.is_empty()) {
-        let value = lgetxattr(&path[..], name, &mut values[..XATTR_MAX]).map_err(failed)?;
-        found.push((name.to_vec(), values[..value].to_vec()));
+        let values = &mut values[..XATTR_MAX];
+        let read = match file {
+            Some(file) => fgetxattr(file, name, &mut *values),
+            None => lgetxattr(&path[..], name, &mut *values),
+        };
+        let length = read.map_err(failed)?;
+        found.push((name.to_vec(), values[..length].to_vec()));
     }
     found.sort();
     Ok(found)

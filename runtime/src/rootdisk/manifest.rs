@@ -152,3 +152,168 @@ impl Manifest {
         self.0.update(bytes);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A record that owns what it refers to.
+    #[derive(Debug, Clone, PartialEq)]
+    struct Owned {
+        path: Vec<u8>,
+        kind: u8,
+        mode: u16,
+        owner: (u32, u32),
+        mtime: (i64, u32),
+        xattrs: Xattrs,
+        size: u64,
+        content: [u8; 32],
+        target: Vec<u8>,
+        device: (u32, u32),
+    }
+
+    fn owned() -> impl Strategy<Value = Owned> {
+        let bytes = || prop::collection::vec(1_u8..4, 1..4);
+        let kind = prop::sample::select(vec![1_u8, 2, 4, 6, 8, 10, 12]);
+        let time = (-9_i64..9, 0_u32..3);
+        let xattrs = prop::collection::vec((bytes(), bytes()), 0..3);
+        let rest = (0_u64..3, any::<bool>(), bytes(), (0_u32..3, 0_u32..3));
+        (bytes(), kind, 0_u16..3, (0_u32..3, 0_u32..3), time, xattrs, rest).prop_map(
+            |(path, kind, mode, owner, mtime, xattrs, (size, content, target, device))| {
+                let mut record = Owned {
+                    path,
+                    kind,
+                    mode,
+                    owner,
+                    mtime,
+                    xattrs,
+                    size,
+                    content: [content.into(); 32],
+                    target,
+                    device,
+                };
+                // What a type does not have is not in the manifest either.
+                if kind != 8 {
+                    (record.size, record.content) = (0, [0; 32]);
+                }
+                if kind != 10 {
+                    record.target.clear();
+                }
+                if !matches!(kind, 2 | 6) {
+                    record.device = (0, 0);
+                }
+                record
+            },
+        )
+    }
+
+    fn key(records: &[Owned]) -> Key {
+        let mut manifest = Manifest::new(1 << 20);
+        for owned in records {
+            let kind = Kind::of(u32::from(owned.kind) << 12).unwrap();
+            let node = match kind {
+                Kind::File => Node::File { size: owned.size, content: owned.content },
+                Kind::Symlink => Node::Symlink { target: &owned.target },
+                Kind::Character | Kind::Block => Node::Device { number: owned.device },
+                _ => Node::Other,
+            };
+            manifest.add(&Record {
+                path: &owned.path,
+                kind,
+                mode: owned.mode,
+                uid: owned.owner.0,
+                gid: owned.owner.1,
+                mtime: Time { seconds: owned.mtime.0, nanoseconds: owned.mtime.1 },
+                xattrs: &owned.xattrs,
+                node,
+            });
+        }
+        manifest.finish()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+        #[test]
+        fn keys_are_equal_exactly_for_equal_trees(
+            one in prop::collection::vec(owned(), 0..3), other in prop::collection::vec(owned(), 0..3),
+        ) {
+            prop_assert_eq!(key(&one) == key(&other), one == other);
+            prop_assert_eq!(key(&one), key(&one.clone()));
+        }
+
+        #[test]
+        fn every_field_counts(record in owned(), other in owned()) {
+            let with = |change: &dyn Fn(&mut Owned)| {
+                let mut changed = record.clone();
+                change(&mut changed);
+                changed
+            };
+            let changes = [
+                with(&|record| record.path.clone_from(&other.path)),
+                with(&|record| record.mode = other.mode),
+                with(&|record| record.owner.0 = other.owner.0),
+                with(&|record| record.owner.1 = other.owner.1),
+                with(&|record| record.mtime.0 = other.mtime.0),
+                with(&|record| record.mtime.1 = other.mtime.1),
+                with(&|record| record.xattrs.clone_from(&other.xattrs)),
+                with(&|record| if record.kind == 8 { record.size += 1 }),
+                with(&|record| if record.kind == 8 { record.content[31] ^= 1 }),
+                with(&|record| if record.kind == 10 { record.target.push(b'x') }),
+                with(&|record| if matches!(record.kind, 2 | 6) { record.device.1 += 1 }),
+            ];
+            for changed in changes {
+                let (records, changed) = ([record.clone()], [changed]);
+                prop_assert_eq!(key(&records) == key(&changed), records == changed);
+            }
+        }
+    }
+
+    #[test]
+    fn the_root_has_no_time_and_links_have_a_file() {
+        let root = |seconds| {
+            let mut manifest = Manifest::new(0);
+            let mtime = Time { seconds, nanoseconds: 0 };
+            let (path, node) = (&b""[..], Node::Other);
+            manifest.add(&Record {
+                path,
+                kind: Kind::Directory,
+                mode: 0,
+                uid: 0,
+                gid: 0,
+                mtime,
+                xattrs: &[],
+                node,
+            });
+            manifest.finish()
+        };
+        assert_eq!(root(1), root(2));
+        let link = |first: &[u8]| {
+            let mut manifest = Manifest::new(0);
+            manifest.add_link(b"name", first);
+            manifest.finish()
+        };
+        assert_ne!(link(b"a"), link(b"b"));
+        assert_ne!(Manifest::new(0).finish(), Manifest::new(1).finish());
+    }
+
+    /// The keys of disks that exist: if this fails, raise [`FORMAT`].
+    #[test]
+    fn the_format_is_what_it_was() {
+        let file = Owned {
+            path: b"a".to_vec(),
+            kind: 8,
+            mode: 0o644,
+            owner: (1, 2),
+            mtime: (3, 4),
+            xattrs: vec![(b"user.x".to_vec(), b"y".to_vec())],
+            size: 5,
+            content: [6; 32],
+            target: Vec::new(),
+            device: (0, 0),
+        };
+        assert_eq!(FORMAT, 1);
+        let expected = "34a97e728b8b8dcac532c16faf1eee0f07768fe95e0a359e52ebcbf92b32c294";
+        assert_eq!(key(&[file]).to_string(), expected);
+    }
+}

@@ -3,10 +3,11 @@
 use std::env;
 use std::ffi::OsStr;
 use std::fs::File;
+use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::fstatvfs;
+use rustix::fs::{MemfdFlags, fstatvfs, memfd_create};
 
 use super::RootdiskError;
 use super::ext4::{BLOCK, INODE};
@@ -20,9 +21,12 @@ const LEAST: (u32, u32) = (1, 46);
 /// Where Debian has it, and what PATH of a service or an unprivileged shell may lack.
 const SYSTEM_DIRS: [&str; 2] = ["/usr/sbin", "/sbin"];
 
-/// All that is not given here comes from a configuration file, so that one is not read.
+/// What is not given as an argument comes from a configuration file: not from the host's, but from one that says
+/// nothing. mke2fs wants to find a section for the types of file system that it guesses.
+const CONFIG: &str = "[fs_types]\n ext2 = {\n  blocksize = 4096\n }\n ext3 = {\n  blocksize = 4096\n }\n machinen = {\n  \
+                      blocksize = 4096\n }\n";
 const COMMON: [(&str, &str); 4] = [
-    ("MKE2FS_CONFIG", "/dev/null"),
+    ("MKE2FS_CONFIG", "/proc/self/fd/4"),
     ("E2FSPROGS_FAKE_TIME", "1"),
     ("SOURCE_DATE_EPOCH", "1"),
     ("LC_ALL", "C"),
@@ -89,10 +93,15 @@ impl Mke2fs {
         self.run(&args, "", Stdio::Fd(root), image, dir, needed)
     }
 
-    /// Makes `image`, as long as it already is, an empty file system with a journal. Nothing in it is left to be
+    /// Makes `image`, `size` bytes long, an empty file system with a journal. Nothing in it is left to be
     /// zeroed by the guest: what was not written to a sparse file is zero.
-    pub(super) fn writable(&self, image: &File, dir: &Path) -> Result<(), RootdiskError> {
-        let args = ["-O", WRITABLE, "-L", "machinen-rw", "-i", "16384", "-J", "size=32"];
+    pub(super) fn writable(&self, image: &File, size: u64, dir: &Path) -> Result<(), RootdiskError> {
+        let mut args = vec!["-O", WRITABLE, "-L", "machinen-rw", "-i", "16384"];
+        // The journal's blocks are taken one after the other, so that all of them are used in the end: not more than
+        // what is good for speed. Small file systems get less by themselves.
+        if size >= 1 << 30 {
+            args.extend(["-J", "size=32"]);
+        }
         self.run(&args, ",lazy_journal_init=1", Stdio::Null, image, dir, 1 << 20)
     }
 
@@ -109,12 +118,15 @@ impl Mke2fs {
         let (block, inode) = (BLOCK.to_string(), INODE.to_string());
         let extended = format!("hash_seed={HASH_SEED},root_owner=0:0{extended}");
         let mut spawn = Spawn::new(&self.program)
-            .args(["-q", "-F", "-b", &block, "-I", &inode, "-m", "0", "-G", "16", "-U", UUID])
+            .args([
+                "-q", "-F", "-T", "machinen", "-b", &block, "-I", &inode, "-m", "0", "-G", "16", "-U", UUID,
+            ])
             .args(["-o", "Linux", "-E", &extended])
             .args(args)
             .args(["/proc/self/fd/3"])
             .stdin(stdin)
-            .fd(image.try_clone().map_err(failed)?.into(), 3);
+            .fd(image.try_clone().map_err(failed)?.into(), 3)
+            .fd(config().map_err(failed)?.into(), 4);
         for (key, value) in COMMON {
             spawn = spawn.env(key, value);
         }
@@ -132,6 +144,12 @@ impl Mke2fs {
             }
         }
     }
+}
+
+fn config() -> io::Result<File> {
+    let mut file = File::from(memfd_create("mke2fs.conf", MemfdFlags::CLOEXEC)?);
+    file.write_all(CONFIG.as_bytes())?;
+    Ok(file)
 }
 
 fn locate(named: &Path) -> Option<PathBuf> {

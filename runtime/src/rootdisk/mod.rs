@@ -56,7 +56,6 @@ pub struct RootdiskCache {
     store: Store,
     index: Store,
     locks: Store,
-    empty: Store,
     templates: Store,
 }
 
@@ -125,7 +124,6 @@ impl RootdiskCache {
         Ok(Self {
             index: store.subdir("index")?,
             locks: store.subdir("locks")?,
-            empty: store.subdir("empty")?,
             templates: store.subdir("writable")?,
             store,
         })

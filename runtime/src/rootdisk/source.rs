@@ -91,9 +91,6 @@ impl RootfsSource {
                     digest.update(layer_identity(lower)?);
                     layers.push(lower.clone());
                 }
-                if layers.is_empty() {
-                    return Err(RootdiskError::NoLayers);
-                }
                 let mutable = layers.len() > lowers.len();
                 Ok(Recognised { identity: Key::new(digest.finalize().into()), layers, walked: None, mutable })
             }
@@ -103,12 +100,12 @@ impl RootfsSource {
 
 impl Recognised {
     /// Opens and walks the source.
-    pub(super) fn walk(&mut self, empty: &Path) -> Result<(View, Tree), RootdiskError> {
+    pub(super) fn walk(&mut self) -> Result<(View, Tree), RootdiskError> {
         if let Some(walked) = self.walked.take() {
             return Ok(walked);
         }
         let layers: Vec<&Path> = self.layers.iter().map(PathBuf::as_path).collect();
-        let view = View::of_layers(&layers, empty)?;
+        let view = View::of_layers(&layers)?;
         let tree = Tree::walk(&view)?;
         Ok((view, tree))
     }

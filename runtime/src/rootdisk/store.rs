@@ -5,7 +5,6 @@
 //! KEY.json         what it is; written last, removed first: a disk without it is not finished
 //! index/IDENTITY   the key of a source that was seen before
 //! locks/NAME       exists while somebody builds
-//! empty/           what its name says, for overlays of one layer
 //! writable/        templates of writable layers, in the same manner
 //! ```
 //! Everything is written to a file without a name, which gets its name when it is whole. So whoever is killed leaves

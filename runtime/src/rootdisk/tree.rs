@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::CStr;
 
-use rustix::fs::{AtFlags, Dir, Mode, OFlags, Stat, major, minor, openat, readlinkat, statat};
+use rustix::fs::{AtFlags, Dir, Stat, major, minor, readlinkat, statat};
 use sha2::{Digest as _, Sha256};
 
 use super::RootdiskError;
@@ -60,6 +60,11 @@ struct Identity {
 impl Entry {
     pub(super) fn name(&self) -> &[u8] {
         self.path.rsplit(|&byte| byte == b'/').next().unwrap_or_default()
+    }
+
+    /// The path of the directory that it is in.
+    pub(super) fn parent(&self) -> &[u8] {
+        &self.path[..self.path.len() - self.name().len()]
     }
 
     fn new(path: Vec<u8>, depth: usize, stat: &Stat, target: Vec<u8>) -> Result<Self, RootdiskError> {
@@ -200,9 +205,7 @@ fn own_bytes(entry: &Entry, content: u64) -> u64 {
 
 fn list(view: &View, dir: &Entry, found: &mut Vec<Entry>) -> Result<(), RootdiskError> {
     let failed = |error| view.error("list", &dir.path, error);
-    let path: &[u8] = if dir.path.is_empty() { b"." } else { &dir.path };
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let fd = openat(view, path, flags, Mode::empty()).map_err(failed)?;
+    let fd = view.open(&dir.path)?;
     for item in Dir::read_from(&fd).map_err(failed)? {
         let item = item.map_err(failed)?;
         let name: &CStr = item.file_name();

@@ -4,7 +4,6 @@
 //! thread ends. The copy lives as long as its descriptor: there is nothing to unmount, whoever is killed and when.
 //! Source: mount(2), open_tree(2), mount_namespaces(7), Documentation/filesystems/overlayfs.
 
-use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::{io, thread};
@@ -44,15 +43,21 @@ impl View {
         })
     }
 
-    /// The merged layers, top first; `empty` is an empty directory, since an overlay needs two.
-    pub(super) fn of_layers(layers: &[&Path], empty: &Path) -> Result<Self, RootdiskError> {
-        let name = layers.first().copied().unwrap_or(empty);
+    /// The merged layers, top first.
+    pub(super) fn of_layers(layers: &[&Path]) -> Result<Self, RootdiskError> {
+        let name = match layers {
+            [] => return Err(RootdiskError::NoLayers),
+            // An overlay needs two. What only an overlay hides, marks in a layer with nothing below it, means nothing
+            // and is hidden by the overlay that the guest makes of the disk.
+            [dir] => return Self::of_dir(dir),
+            [top, ..] => *top,
+        };
         Self::mounted(name, |target| {
             // The mount's options are limited to a page. Descriptors are short names whatever the paths are, so the
             // kernel's limit of 500 layers fits; the colons and commas that paths may have do not matter either.
             // They are opened here because the layers of an overlay must be in the caller's mount namespace.
-            let dirs = layers.iter().copied().chain((layers.len() < 2).then_some(empty)).map(|dir| {
-                open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            let dirs = layers.iter().map(|dir| {
+                open(*dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
                     .map_err(|error| failed("open the layer", dir, error.into()))
             });
             let dirs = dirs.collect::<Result<Vec<_>, _>>()?;
@@ -101,13 +106,10 @@ impl View {
         full
     }
 
-    /// Opens a regular file for reading.
-    pub(super) fn open(&self, path: &[u8]) -> Result<File, RootdiskError> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        match rustix::fs::openat(self, path, flags, Mode::empty()) {
-            Ok(fd) => Ok(fd.into()),
-            Err(error) => Err(self.error("open", path, error)),
-        }
+    /// Opens a file or directory of the tree for reading. Not for devices: opening those does things.
+    pub(super) fn open(&self, path: &[u8]) -> Result<OwnedFd, RootdiskError> {
+        let path_or_root: &[u8] = if path.is_empty() { b"." } else { path };
+        open_in(self, path_or_root).map_err(|error| self.error("open", path, error))
     }
 
     pub(super) fn error(
@@ -119,6 +121,12 @@ impl View {
         let (path, root) = (lossy(path), self.name.clone());
         RootdiskError::Source { action, path, root, source: source.into() }
     }
+}
+
+/// Opens for reading without following a link or waiting for a FIFO's other end.
+pub(super) fn open_in(dir: impl AsFd, name: &[u8]) -> rustix::io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    rustix::fs::openat(dir, name, flags, Mode::empty())
 }
 
 fn failed(action: &'static str, path: &Path, source: io::Error) -> RootdiskError {

@@ -74,7 +74,7 @@ impl RootdiskCache {
         let file = self.templates.unnamed()?;
         let failed = |error: io::Error| self.templates.error("write to", &self.templates.dir, error);
         ftruncate(&file, size).map_err(|error| failed(error.into()))?;
-        mke2fs.writable(&file, &self.templates.dir)?;
+        mke2fs.writable(&file, size, &self.templates.dir)?;
         let data = data(&file, size).map_err(failed)?;
         let metadata = Metadata::new(size, "template".to_owned(), data.digest.to_string(), &mke2fs.version);
         self.templates.publish(&name, &file, metadata)?;

@@ -15,8 +15,10 @@ fn built(source: &RootfsSource) -> (Key, Vec<u8>) {
 
 fn assert_same((key, bytes): &(Key, Vec<u8>), (other_key, other): &(Key, Vec<u8>)) {
     assert_eq!(key, other_key);
-    let different = bytes.iter().zip(other).position(|(a, b)| a != b);
-    assert_eq!((bytes.len(), different), (other.len(), None));
+    if bytes != other {
+        let different = bytes.iter().zip(other).position(|(a, b)| a != b);
+        panic!("{} and {} bytes, first different at {different:?}", bytes.len(), other.len());
+    }
 }
 
 #[test]
@@ -68,9 +70,9 @@ fn layers_are_merged_as_overlayfs_does() {
 }
 
 #[test]
-fn hundreds_of_layers_fit() {
+fn more_layers_than_fit_into_mount_options() {
     let fixture = Fixture::new();
-    let lowers: Vec<_> = (0..300)
+    let lowers: Vec<_> = (0..130)
         .map(|n| {
             let dir = fixture.path(&format!("a layer with a rather long name, number {n}"));
             fs::create_dir(&dir).unwrap();
@@ -80,5 +82,5 @@ fn hundreds_of_layers_fit() {
         .collect();
     let disk = fixture.build(&RootfsSource::Overlay { lowers, upper: None }).unwrap();
     let listed = fixture.cache.list().unwrap();
-    assert_eq!((listed[0].key, listed[0].metadata.as_ref().unwrap().files), (disk.key, 301));
+    assert_eq!((listed[0].key, listed[0].metadata.as_ref().unwrap().files), (disk.key, 131));
 }

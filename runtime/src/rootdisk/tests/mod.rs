@@ -5,6 +5,7 @@ mod cache;
 mod damage;
 mod failures;
 mod tree;
+mod writable;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -45,7 +46,7 @@ impl Fixture {
     fn leftovers(&self) -> Vec<PathBuf> {
         let listed = self.cache.list().unwrap();
         let mut found = Vec::new();
-        for dir in ["", "locks", "writable", "empty"] {
+        for dir in ["", "locks", "writable"] {
             for entry in fs::read_dir(self.cache.dir().join(dir)).unwrap() {
                 let path = entry.unwrap().path();
                 let disk = listed.iter().any(|disk| disk.path == path.with_extension("ext4"));
