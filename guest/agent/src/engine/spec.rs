@@ -71,6 +71,9 @@ impl Prepared {
             return Err(SpecError::SeccompListener);
         }
         let cgroup_path = cgroup_path(linux, id)?;
+        if let Some(resources) = linux.get_mut("resources") {
+            adapt_resources(resources);
+        }
         let owner = mapped(linux, uid);
         let has_pid_namespace = has_namespace(linux, "pid");
         let shares_network = !has_namespace(linux, "network");
@@ -181,6 +184,15 @@ fn cgroup_path(linux: &mut Value, id: &str) -> Result<PathBuf, SpecError> {
     }
     linux["cgroupsPath"] = path_value(&path);
     Ok(path)
+}
+
+/// libcontainer writes the weight where only the BFQ scheduler would have it, and overflows on the way.
+fn adapt_resources(resources: &mut Value) {
+    let weight = resources.pointer_mut("/blockIO/weight").map(Value::take);
+    let Some(given) = weight.as_ref().and_then(Value::as_u64).filter(|weight| *weight != 0) else { return };
+    // The OCI world's 10 to 1000 stand for the kernel's 1 to 10000.
+    let ours = 1 + given.saturating_sub(10) * 9999 / 990;
+    resources["unified"]["io.weight"] = format!("default {ours}").into();
 }
 
 /// The uid that a user of the container's user namespace has outside.
@@ -346,6 +358,16 @@ mod tests {
             Prepared::new("c", Path::new("/x"), Path::new("/r"), b"{", vec![]),
             Err(SpecError::Parse(_))
         ));
+    }
+
+    #[test]
+    fn an_io_weight_is_the_kernels() {
+        let (_, spec) =
+            adapt(|config| config["linux"]["resources"] = json!({"blockIO": {"weight": 1000}})).unwrap();
+        assert_eq!(spec["linux"]["resources"]["unified"], json!({"io.weight": "default 10000"}));
+        assert_eq!(spec["linux"]["resources"]["blockIO"]["weight"], Value::Null);
+        let (_, spec) = adapt(|_| {}).unwrap();
+        assert_eq!(spec["linux"].get("resources"), None);
     }
 
     #[test]

@@ -127,32 +127,15 @@ async fn two_containers_share_a_base_and_nothing_else() {
     assert_eq!(guest.wait("b").await.exit_status, 0);
     assert!(!guest.disks.base().join("mine").exists());
     // A shutdown takes what still runs with it.
-    assert!(guest.shutdown().await.unwrap().success());
-}
-
-#[tokio::test]
-async fn a_limit_that_the_kernel_cannot_keep_is_an_error() {
-    let controllers = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let root =
-        controllers.lines().find(|line| line.contains(" - cgroup2 ")).and_then(|line| line.split(' ').nth(4));
-    let has = std::fs::read_to_string(format!("{}/cgroup.controllers", root.unwrap())).unwrap();
-    let mut guest = Guest::start().await;
-    let spec = Spec::new(&["true"]).with(|s| s["linux"]["resources"] = json!({"pids": {"limit": 10}}));
-    if has.split_whitespace().any(|name| name == "pids") {
-        assert_eq!(guest.run(&spec).await.code, 0);
-    } else {
-        let (_, text) = status(guest.create("c", &spec).await);
-        assert!(text.contains("pids.max"), "{text}");
-    }
+    assert!(guest.shutdown().await.success());
 }
 
 #[tokio::test]
 async fn missing_disks_are_named() {
     let guest = Guest::start().await;
-    std::fs::remove_dir_all(guest.disks.base()).unwrap();
-    let (code, text) = status(guest.create("c", &Spec::new(&["true"])).await);
+    let (code, text) = status(guest.create_without_disks("c", &Spec::new(&["true"])).await);
     assert_eq!(code, Code::NOT_FOUND);
-    assert!(text.contains("0-0"), "{text}");
+    assert!(text.contains("77"), "{text}");
 }
 
 #[tokio::test]

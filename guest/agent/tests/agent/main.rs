@@ -1,9 +1,10 @@
 //! The agent as the host sees it: every test starts the real binary in namespaces of its own and talks to it over
-//! the channel. Needs root. `vm` does the same with a VM, on request.
+//! the channel. Needs root. With MACHINEN_TEST_VM=1 each starts a VM instead.
 
 mod hostile;
 mod lifecycle;
+mod limits;
 mod oci;
 mod stdio;
 mod support;
-mod vm;
+mod timeline;

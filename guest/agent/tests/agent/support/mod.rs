@@ -2,6 +2,7 @@
 
 mod rootfs;
 mod spec;
+pub(crate) mod vm;
 
 use std::{
     io,
@@ -25,6 +26,7 @@ use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompat
 use ttrpc::r#async::transport::Socket;
 use yamux::{Config, Connection, Mode};
 
+use self::vm::Vm;
 pub(crate) use self::{rootfs::Disks, spec::Spec};
 
 pub(crate) type RawStream = Compat<yamux::Stream>;
@@ -38,14 +40,18 @@ pub(crate) struct Guest {
     pub(crate) disks: Disks,
     dial: mpsc::Sender<oneshot::Sender<yamux::Stream>>,
     process: Option<tokio::process::Child>,
+    vm: Option<Vm>,
     next_token: u64,
 }
 
 impl Guest {
-    /// The agent as a process.
+    /// The agent as a process, or in a VM if MACHINEN_TEST_VM is set: everything here is true in both.
     pub(crate) async fn start() -> Self {
         assert!(nix::unistd::geteuid().is_root(), "these tests make containers: run them as root");
         let disks = Disks::new();
+        if std::env::var_os("MACHINEN_TEST_VM").is_some() {
+            return Vm::boot(disks).await;
+        }
         let (ours, theirs) = StdUnixStream::pair().unwrap();
         fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
         #[expect(clippy::disallowed_methods, reason = "the process under test")]
@@ -75,7 +81,7 @@ impl Guest {
         assert_eq!(Preamble::decode(&bytes), Ok(Preamble { kind: Kind::Control, token: 0 }));
         control.write_all(&Answer::Accepted.encode()).await.unwrap();
         let agent = AgentClient::new(ttrpc::r#async::Client::new(Socket::new(control)));
-        Self { agent, disks, dial, process: None, next_token: 1 }
+        Self { agent, disks, dial, process: None, vm: None, next_token: 1 }
     }
 
     /// Opens a raw stream.
@@ -120,10 +126,35 @@ impl Guest {
         spec: &Spec,
         stdio: api::Stdio,
     ) -> ttrpc::Result<api::CreateContainerResponse> {
+        let rootfs = self.disks.rootfs(id);
+        if let Some(vm) = &self.vm {
+            vm.attach(&self.disks, &rootfs);
+        }
+        self.create_on(id, spec, stdio, rootfs).await
+    }
+
+    /// Asks for disks that nobody has attached.
+    pub(crate) async fn create_without_disks(
+        &self,
+        id: &str,
+        spec: &Spec,
+    ) -> ttrpc::Result<api::CreateContainerResponse> {
+        let disk = |lun| Some(api::Disk { target: 7, lun, ..Default::default() }).into();
+        let rootfs = api::Rootfs { base: disk(77), writable: disk(78), ..Default::default() };
+        self.create_on(id, spec, api::Stdio::default(), rootfs).await
+    }
+
+    async fn create_on(
+        &self,
+        id: &str,
+        spec: &Spec,
+        stdio: api::Stdio,
+        rootfs: api::Rootfs,
+    ) -> ttrpc::Result<api::CreateContainerResponse> {
         let request = api::CreateContainerRequest {
             container_id: id.into(),
             oci_config: spec.bytes(id),
-            rootfs: Some(self.disks.rootfs(id)).into(),
+            rootfs: Some(rootfs).into(),
             stdio: Some(stdio).into(),
             files: spec.files.clone(),
             ..Default::default()
@@ -202,17 +233,41 @@ impl Guest {
         self.agent.end_stdin(context(), &request).await
     }
 
-    /// Ends the agent; how its process ended, if it is one.
-    pub(crate) async fn shutdown(mut self) -> Option<ExitStatus> {
+    /// Ends the agent; how its process, or its VM's, ended.
+    pub(crate) async fn shutdown(mut self) -> ExitStatus {
         within(self.agent.shutdown(context(), &api::Empty::new())).await.unwrap();
-        match self.process.take() {
-            Some(mut process) => Some(within(process.wait()).await.unwrap()),
-            None => None,
+        match (self.process.take(), self.vm.take()) {
+            (Some(mut process), _) => within(process.wait()).await.unwrap(),
+            (None, Some(vm)) => vm.ended().await,
+            (None, None) => unreachable!("it runs somewhere"),
         }
     }
 
-    /// The agent's own view of the file system below `path`: what is in its mount namespace.
-    pub(crate) fn state_dir(&self) -> std::path::PathBuf {
+    pub(crate) fn vm(&self) -> &Vm {
+        self.vm.as_ref().expect("it runs in a VM")
+    }
+
+    /// Whether the agent's kernel can limit this; a VM's can limit everything.
+    pub(crate) fn has_controller(&self, name: &str) -> bool {
+        if self.vm.is_some() {
+            return true;
+        }
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let root =
+            mounts.lines().find(|line| line.contains(" - cgroup2 ")).and_then(|line| line.split(' ').nth(4));
+        let all = std::fs::read_to_string(Path::new(root.unwrap()).join("cgroup.controllers")).unwrap();
+        all.split_whitespace().any(|controller| controller == name)
+    }
+
+    /// How many containers the agent keeps anything of; not known of a VM.
+    pub(crate) fn containers_left(&self) -> usize {
+        if self.vm.is_some() {
+            return 0;
+        }
+        std::fs::read_dir(self.state_dir()).unwrap().count()
+    }
+
+    fn state_dir(&self) -> std::path::PathBuf {
         let pid = self.process.as_ref().and_then(tokio::process::Child::id).expect("it is a process");
         let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
         let inner = children.split_whitespace().next().expect("the agent's inner process");

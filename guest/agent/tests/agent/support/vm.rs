@@ -1,9 +1,8 @@
-//! The same agent in a VM: how long each step takes, from QEMU's start to its end.
-//!
-//! Asked for by name, as it needs QEMU, a kernel and an image:
-//! `cargo test -p machinen-guest --test agent -- --ignored --nocapture vm`
+//! A VM of the test's own: QEMU by emulation, the serial channel, disks hot-added when a container wants them.
 
 use std::{
+    cell::RefCell,
+    collections::HashSet,
     fs::File,
     io::{BufRead, BufReader, Write},
     os::{
@@ -11,8 +10,7 @@ use std::{
         unix::net::UnixStream as StdUnixStream,
     },
     path::{Path, PathBuf},
-    process::Stdio,
-    time::Instant,
+    process::{ExitStatus, Stdio},
 };
 
 use machinen_protocol::{SERIAL_PORT_NAME, api};
@@ -20,12 +18,13 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 
-use crate::support::{Disks, Guest, Spec, within};
+use super::{Disks, Guest, within};
 
-struct Vm {
+pub(crate) struct Vm {
     qemu: tokio::process::Child,
     qmp: StdUnixStream,
     dir: tempfile::TempDir,
+    attached: RefCell<HashSet<(u32, u32)>>,
 }
 
 /// MACHINEN_ASSETS_DIR, or the checkout's.
@@ -42,7 +41,7 @@ fn inheritable(ours_and_theirs: (StdUnixStream, StdUnixStream)) -> (StdUnixStrea
 }
 
 impl Vm {
-    async fn boot(extra: &str) -> (Self, Guest) {
+    pub(crate) async fn boot(disks: Disks) -> Guest {
         let dir = tempfile::tempdir().unwrap();
         let (channel, qemus_channel) = inheritable(StdUnixStream::pair().unwrap());
         let (qmp, qemus_qmp) = inheritable(StdUnixStream::pair().unwrap());
@@ -51,7 +50,7 @@ impl Vm {
         let append = format!(
             "console=hvc0 quiet loglevel=1 root=/dev/vda ro rootfstype=erofs init=/sbin/machinen-agent \
              reboot=t panic=-1 rcupdate.rcu_expedited=1 random.trust_cpu=on machinen.channel=serial machinen.trace \
-             tsc_early_khz={khz} lpj={lpj} tsc=reliable no_timer_check mitigations=off {extra}"
+             tsc_early_khz={khz} lpj={lpj} tsc=reliable no_timer_check mitigations=off"
         );
         let console = File::create(dir.path().join("console")).unwrap();
         #[expect(clippy::disallowed_methods, reason = "a VM of the test's own")]
@@ -98,20 +97,30 @@ impl Vm {
             .unwrap();
         drop((qemus_channel, qemus_qmp));
         channel.set_nonblocking(true).unwrap();
-        let guest = Guest::over(UnixStream::from_std(channel).unwrap(), Disks::new()).await;
-        let mut vm = Self { qemu, qmp, dir };
+        let mut guest = Guest::over(UnixStream::from_std(channel).unwrap(), disks).await;
+        let vm = Self { qemu, qmp, dir, attached: RefCell::default() };
         vm.qmp_line();
-        vm.command("qmp_capabilities", json!({}));
-        (vm, guest)
+        vm.command("qmp_capabilities", &json!({}));
+        guest.vm = Some(vm);
+        guest
     }
 
-    fn qmp_line(&mut self) -> Value {
+    /// QEMU's process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.qemu.id().expect("it runs")
+    }
+
+    pub(crate) async fn ended(mut self) -> ExitStatus {
+        within(self.qemu.wait()).await.unwrap()
+    }
+
+    fn qmp_line(&self) -> Value {
         let mut line = String::new();
         BufReader::with_capacity(1, &self.qmp).read_line(&mut line).unwrap();
         serde_json::from_str(&line).unwrap()
     }
 
-    fn command(&mut self, name: &str, arguments: Value) {
+    fn command(&self, name: &str, arguments: &Value) {
         let text = json!({"execute": name, "arguments": arguments}).to_string();
         (&self.qmp).write_all(text.as_bytes()).unwrap();
         loop {
@@ -123,32 +132,37 @@ impl Vm {
         }
     }
 
-    fn attach(&mut self, target: u32, lun: u32, image: &Path, read_only: bool) {
-        let node = format!("disk-{target}-{lun}");
-        let file = json!({"driver": "file", "filename": image, "locking": "off"});
-        self.command(
-            "blockdev-add",
-            json!({"driver": "raw", "node-name": node, "read-only": read_only, "file": file}),
-        );
-        self.command(
-            "device_add",
-            json!({"driver": "scsi-hd", "drive": node, "bus": "scsi.0", "scsi-id": target, "lun": lun, "id": format!("d{node}")}),
-        );
+    /// Attaches what is not attached yet, with what is in its directory by now.
+    pub(crate) fn attach(&self, disks: &Disks, rootfs: &api::Rootfs) {
+        for (disk, read_only) in [(&rootfs.base, true), (&rootfs.writable, false)] {
+            if self.attached.borrow_mut().insert((disk.target, disk.lun)) {
+                let from = disks.path().join(format!("{}-{}", disk.target, disk.lun));
+                let image = self.dir.path().join(format!("{}-{}", disk.target, disk.lun));
+                if from.is_dir() {
+                    ext4(&image, &from);
+                } else {
+                    std::fs::copy(&from, &image).unwrap();
+                }
+                self.attach_image(disk, &image, read_only);
+            }
+        }
     }
 
-    fn console(&self) -> String {
+    fn attach_image(&self, disk: &api::Disk, image: &Path, read_only: bool) {
+        let node = format!("disk-{}-{}", disk.target, disk.lun);
+        let file = json!({"driver": "file", "filename": image, "locking": "off"});
+        let blockdev = json!({"driver": "raw", "node-name": node, "read-only": read_only, "file": file});
+        self.command("blockdev-add", &blockdev);
+        let device = json!({
+            "driver": "scsi-hd", "drive": node, "bus": "scsi.0", "id": format!("d{node}"),
+            "scsi-id": disk.target, "lun": disk.lun
+        });
+        self.command("device_add", &device);
+    }
+
+    pub(crate) fn console(&self) -> String {
         std::fs::read_to_string(self.dir.path().join("console")).unwrap()
     }
-}
-
-/// What all threads of a process have used: on a busy machine it says more than the wall clock.
-fn cpu_ms(pid: u32) -> f64 {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    let ns = tasks.filter_map(|task| {
-        let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
-        text.split(' ').next()?.parse::<u64>().ok()
-    });
-    ns.sum::<u64>() as f64 / 1e6
 }
 
 fn tsc_khz() -> u64 {
@@ -157,79 +171,10 @@ fn tsc_khz() -> u64 {
     (mhz.expect("a clock").parse::<f64>().unwrap() * 1000.0) as u64
 }
 
-fn ext4(path: &Path, from: Option<&Path>) {
+fn ext4(path: &Path, from: &Path) {
     File::create(path).unwrap().set_len(2 << 30).unwrap();
     #[expect(clippy::disallowed_methods, reason = "a disk of the test's own")]
     let mut mke2fs = std::process::Command::new("mke2fs");
-    mke2fs.args(["-q", "-F", "-t", "ext4", "-E", "lazy_itable_init=1"]);
-    if let Some(from) = from {
-        mke2fs.arg("-d").arg(from);
-    }
-    assert!(mke2fs.arg(path).status().unwrap().success());
-}
-
-#[tokio::test]
-#[ignore = "boots a VM"]
-async fn vm_timeline() {
-    let images = tempfile::tempdir().unwrap();
-    let disks = Disks::new();
-    let base = images.path().join("base");
-    ext4(&base, Some(&disks.base()));
-
-    let mut marks = Vec::new();
-    let mut last = (Instant::now(), 0.0);
-    let (mut vm, mut guest) = Vm::boot("").await;
-    let pid = vm.qemu.id().unwrap();
-    let mut mark = |name: &'static str| {
-        let now = (Instant::now(), cpu_ms(pid));
-        marks.push((name, (now.0 - last.0).as_secs_f64() * 1000.0, now.1 - last.1));
-        last = now;
-    };
-    mark("qemu to control stream");
-    guest.configure().await.unwrap();
-    mark("configure");
-    let spec = Spec::new(&["true"]);
-    let mut created = Vec::new();
-    for id in ["a", "b"] {
-        let api::Rootfs { base: b, writable: w, .. } = guest.disks.rootfs(id);
-        let (b, w) = (b.unwrap(), w.unwrap());
-        let writable = images.path().join(format!("rw-{id}"));
-        ext4(&writable, None);
-        mark("-");
-        if id == "a" {
-            vm.attach(b.target, b.lun, &base, true);
-        }
-        vm.attach(w.target, w.lun, &writable, false);
-        mark("hot-add");
-        let (stdout, _out) = guest.stream().await;
-        let (stderr, _err) = guest.stream().await;
-        mark("streams");
-        let stdio = api::Stdio { stdout, stderr, ..Default::default() };
-        created.push(guest.create_with(id, &spec, stdio).await);
-        mark("create");
-        if created.last().unwrap().is_err() {
-            break;
-        }
-        guest.start_container(id).await.unwrap();
-        mark("start");
-        assert_eq!(guest.wait(id).await.exit_status, 0);
-        mark("wait");
-        guest.delete(id).await.unwrap();
-        mark("delete");
-    }
-    guest.shutdown().await;
-    mark("shutdown answered");
-    within(vm.qemu.wait()).await.unwrap();
-    mark("qemu gone");
-    println!("{}", vm.console());
-    println!("      wall        cpu");
-    for (name, wall, cpu) in marks {
-        println!("{wall:>10.1} {cpu:>10.1} ms  {name}");
-    }
-    for created in created {
-        let created = created.unwrap();
-        let phases: Vec<String> =
-            created.phases.iter().map(|p| format!("{} {:.1}", p.name, p.micros as f64 / 1000.0)).collect();
-        println!("phases: {}", phases.join(", "));
-    }
+    mke2fs.args(["-q", "-F", "-t", "ext4", "-E", "lazy_itable_init=1", "-d"]).arg(from).arg(path);
+    assert!(mke2fs.status().unwrap().success());
 }
