@@ -146,7 +146,7 @@ fn path_value(path: &Path) -> Value {
     path.to_string_lossy().into()
 }
 
-fn items<'a>(value: &'a Value) -> impl Iterator<Item = &'a Value> {
+fn items(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 

@@ -93,7 +93,7 @@ async fn all_processes_of_a_container_are_listed_and_killed() {
     };
     within(async {
         while list().await < 3 {
-            tokio::task::yield_now().await
+            tokio::task::yield_now().await;
         }
     })
     .await;

@@ -286,7 +286,7 @@ async fn read_until_told(stream: &mut RawStream, into: &mut Vec<u8>) {
     while let Ok(length @ 1..) = stream.read_buf(into).await {
         let _ = length;
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 async fn read_to(stream: &mut RawStream, into: &mut Vec<u8>, total: u64) {
