@@ -22,7 +22,7 @@ impl Setup {
     /// Nothing but where the checkout's assets and tools are; all else as any user has it.
     pub fn of_user() -> Self {
         let vsock = paths::tools().join("vhost-device-vsock");
-        Self::default().env("MACHINEN_ASSETS_DIR", paths::assets().display()).set(
+        Self::default().set("assets", "dir", Value::path(&paths::assets())).set(
             "vm",
             "vhost_device_vsock",
             Value::path(&vsock),

@@ -72,7 +72,7 @@ pub(crate) fn fails_saying(containerd: &Containerd, run: &Run<'_>, words: &[&str
         ensure!(said.contains(word), "the user does not read {word:?}: {output}");
     }
     // The caller's terms, not the program's: no source locations, no panics, no debug output of types.
-    for noise in ["panicked", ".rs:", "Os {", "source:"] {
+    for noise in ["panicked at", ".rs:", "Os {", "source:"] {
         ensure!(!said.contains(noise), "the user reads {noise:?}: {output}");
     }
     if std::env::var_os("MACHINEN_TEST_SHOW").is_some() {

@@ -155,7 +155,7 @@ fn configurations_that_are_none(containerd: &mut Containerd) -> Result<()> {
         (None, "config.json"),
         (Some(""), "is empty"),
         (Some("{ \"ociVersion\": "), "is not valid"),
-        (Some("[]"), "is not valid"),
+        (Some("[]"), "ociVersion"),
         (Some("{ \"ociVersion\": \"1.0.2\" }"), "no process"),
     ] {
         let shim = Shim::new(containerd)?;
