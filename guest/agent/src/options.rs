@@ -8,6 +8,8 @@ use crate::sys;
 
 /// Key on the kernel command line that prints the boot's timeline.
 const TRACE_ARG: &str = "machinen.trace";
+/// Key on the kernel command line that ends the VM as soon as the agent runs: the least that a VM can take.
+const POWER_OFF_ARG: &str = "machinen.poweroff";
 const USAGE: &str = "usage: machinen-agent --serial-fd FD --disk-dir DIR";
 
 #[derive(Debug)]
@@ -30,6 +32,7 @@ pub(crate) enum ChannelKind {
 pub(crate) struct KernelArgs {
     pub(crate) channel: ChannelKind,
     pub(crate) trace: bool,
+    pub(crate) power_off: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +76,7 @@ impl KernelArgs {
     pub(crate) fn parse(cmdline: &str) -> Result<Self, OptionsError> {
         let mut channel = None;
         let mut trace = false;
+        let mut power_off = false;
         for word in cmdline.split_ascii_whitespace() {
             let (key, value) = word.split_once('=').unwrap_or((word, ""));
             match (key, value) {
@@ -82,10 +86,11 @@ impl KernelArgs {
                     return Err(OptionsError::UnknownChannel { value: value.to_owned() });
                 }
                 (TRACE_ARG, _) => trace = true,
+                (POWER_OFF_ARG, _) => power_off = true,
                 _ => {}
             }
         }
-        Ok(Self { channel: channel.ok_or(OptionsError::NoChannel)?, trace })
+        Ok(Self { channel: channel.ok_or(OptionsError::NoChannel)?, trace, power_off })
     }
 }
 
@@ -97,9 +102,9 @@ mod tests {
     fn the_channel_is_found_among_the_kernels_own_words() {
         let args =
             KernelArgs::parse("root=/dev/vda ro quiet machinen.channel=serial console=hvc0\n").unwrap();
-        assert_eq!(args, KernelArgs { channel: ChannelKind::Serial, trace: false });
-        let args = KernelArgs::parse("machinen.trace machinen.channel=vsock").unwrap();
-        assert_eq!(args, KernelArgs { channel: ChannelKind::Vsock, trace: true });
+        assert_eq!(args, KernelArgs { channel: ChannelKind::Serial, trace: false, power_off: false });
+        let args = KernelArgs::parse("machinen.trace machinen.channel=vsock machinen.poweroff").unwrap();
+        assert_eq!(args, KernelArgs { channel: ChannelKind::Vsock, trace: true, power_off: true });
     }
 
     #[test]

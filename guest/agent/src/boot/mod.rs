@@ -101,6 +101,9 @@ fn machine() -> Result<Machine, BootError> {
     if args.trace {
         console::enable_trace();
     }
+    if args.power_off {
+        console::end(0);
+    }
     // The agent owns all containers: memory pressure of one must never end it.
     write("/proc/self/oom_score_adj", "-1000")?;
     setrlimit(Resource::RLIMIT_NOFILE, AGENT_FILES, AGENT_FILES).map_err(BootError::Limit)?;
