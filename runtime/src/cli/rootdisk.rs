@@ -76,6 +76,8 @@ enum Command {
 pub enum CliError {
     #[error("{0:?} is no disk in the cache; see `machinen rootdisk ls`")]
     NoSuchKey(String),
+    #[error("cannot tell where relative paths start")]
+    Directory(#[source] std::io::Error),
     #[error("{0:?} could be several disks; give more digits")]
     Ambiguous(String),
     #[error(transparent)]
@@ -94,6 +96,8 @@ pub fn run(args: RootdiskArgs, config: &config::Rootdisk) -> Result<ExitCode, Cl
             (table(&listed), listed.iter().map(listed_json).collect(), true)
         }
         Command::Build { paths, layers, min_size } => {
+            let paths = paths.iter().map(std::path::absolute).collect::<Result<Vec<_>, _>>();
+            let paths = paths.map_err(CliError::Directory)?;
             let source = match &paths[..] {
                 [dir] if !layers => RootfsSource::Dir(dir.clone()),
                 _ => RootfsSource::Overlay { lowers: paths, upper: None },
@@ -287,5 +291,56 @@ mod tests {
             (human(0), human(1023), human(1536), human(2 << 30)),
             ("0B".into(), "1023B".into(), "1.5KiB".into(), "2.0GiB".into())
         );
+    }
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: RootdiskArgs,
+    }
+
+    /// Runs a command line on a cache; what it prints goes where the test's output goes.
+    fn command(dir: &std::path::Path, line: &str) -> Result<bool, CliError> {
+        let words = ["rootdisk", "--dir", dir.to_str().unwrap()].into_iter().chain(line.split(' '));
+        let args = <Line as clap::Parser>::try_parse_from(words).unwrap().args;
+        run(args, &config::Rootdisk::default()).map(|code| code == ExitCode::SUCCESS)
+    }
+
+    #[test]
+    fn a_disk_from_build_to_prune() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, cache) = (dir.path().join("root"), dir.path().join("cache"));
+        std::fs::create_dir(&root).unwrap();
+        std::fs::write(root.join("file"), "text").unwrap();
+        let build = format!("build --min-size 8M --layers {}", root.display());
+        assert!(command(&cache, &build).unwrap());
+        let listed = RootdiskCache::open(&cache).unwrap().list().unwrap();
+        let key = listed[0].key.to_string();
+        let table = table(&listed);
+        assert!(
+            table.lines().count() == 2 && table.contains(&key[..16]) && table.contains("8.0MiB"),
+            "{table}"
+        );
+        assert!(
+            table.ends_with(&format!("ready      1 layers, the top one {}\n", root.display())),
+            "{table}"
+        );
+        assert_eq!(listed_json(&listed[0])["state"], "ready");
+
+        assert!(command(&cache, &format!("verify {}", &key[..6])).unwrap());
+        let other = if key.starts_with('0') { "1" } else { "0" };
+        assert!(matches!(command(&cache, &format!("verify {other}")), Err(CliError::NoSuchKey(_))));
+        let disk = std::fs::OpenOptions::new().write(true).open(&listed[0].path).unwrap();
+        disk.set_len(1 << 20).unwrap();
+        assert!(!command(&cache, "verify").unwrap());
+        assert!(command(&cache, &build).unwrap());
+        assert!(command(&cache, "verify --json").unwrap());
+
+        assert!(
+            command(&cache, "prune --older-than 1h").unwrap() && command(&cache, "prune --keep 1G").unwrap()
+        );
+        assert_eq!(RootdiskCache::open(&cache).unwrap().list().unwrap().len(), 1);
+        assert!(command(&cache, "prune --json").unwrap());
+        assert_eq!(RootdiskCache::open(&cache).unwrap().list().unwrap().len(), 0);
     }
 }

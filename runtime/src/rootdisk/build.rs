@@ -41,14 +41,14 @@ impl RootdiskCache {
         if let Some((key, opened)) = self.known(&recognised)? {
             return Ok(self.rootdisk(key, opened, true, phases));
         }
-        let _identity = timed(&mut phases, "wait", || self.lock("identity", recognised.identity, progress))?;
+        let _identity = self.lock("identity", recognised.identity, &mut phases, progress)?;
         if let Some((key, opened)) = self.known(&recognised)? {
             return Ok(self.rootdisk(key, opened, true, phases));
         }
         self.store.sweep()?;
         let (view, tree) = timed(&mut phases, "walk", || recognised.walk())?;
         let shape = tree.shape();
-        let _shape = timed(&mut phases, "wait", || self.lock("shape", shape, progress))?;
+        let _shape = self.lock("shape", shape, &mut phases, progress)?;
         let job = Job { cache: self, source, options, view, tree, shape: shape.to_string() };
         let (key, opened, cached) = job.run(&recognised, &mut phases, progress)?;
         self.index
@@ -66,10 +66,21 @@ impl RootdiskCache {
         }
     }
 
-    fn lock(&self, kind: &str, key: Key, progress: &mut dyn FnMut(Progress)) -> Result<Lock, RootdiskError> {
+    fn lock(
+        &self,
+        kind: &str,
+        key: Key,
+        phases: &mut Phases,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Lock, RootdiskError> {
         let path = self.locks.dir.join(format!("{kind}-{key}"));
-        Lock::acquire(&path, || progress(Progress::Waiting))
-            .map_err(|error| self.locks.error("lock", &path, error))
+        let mut since = None;
+        let lock = Lock::acquire(&path, || {
+            since = Some(Instant::now());
+            progress(Progress::Waiting);
+        });
+        phases.extend(since.map(|since| ("wait", since.elapsed())));
+        lock.map_err(|error| self.locks.error("lock", &path, error))
     }
 
     fn rootdisk(&self, key: Key, opened: Opened, cached: bool, phases: Phases) -> Rootdisk {

@@ -11,7 +11,7 @@ use rustix::fs::{MemfdFlags, fstatvfs, memfd_create};
 
 use super::RootdiskError;
 use super::ext4::{BLOCK, INODE};
-use crate::process::{Output, ProcessError, Spawn, Stdio};
+use crate::process::{Namespaces, Output, ProcessError, Sandbox, Spawn, Stdio};
 
 /// Overrides the configuration.
 pub const MKE2FS_VARIABLE: &str = "MACHINEN_MKE2FS";
@@ -125,6 +125,7 @@ impl Mke2fs {
             .args(args)
             .args(["/proc/self/fd/3"])
             .stdin(stdin)
+            .sandbox(sandbox())
             .fd(image.try_clone().map_err(failed)?.into(), 3)
             .fd(config().map_err(failed)?.into(), 4);
         for (key, value) in COMMON {
@@ -144,6 +145,12 @@ impl Mke2fs {
             }
         }
     }
+}
+
+/// It needs its privileges to read all files and attributes, but nobody to talk to.
+fn sandbox() -> Sandbox {
+    let namespaces = Namespaces { net: true, ipc: true, ..Namespaces::default() };
+    Sandbox { namespaces, no_new_privileges: true, no_core: true, ..Sandbox::default() }
 }
 
 fn config() -> io::Result<File> {

@@ -2,6 +2,7 @@
 
 use super::dir::entries;
 use super::image::{Counter, Image};
+use super::inode::Inode;
 use super::{Ext4Error, ROOT, damaged, put16, u16_at, u32_at};
 
 pub(super) const NAME: &[u8] = b"lost+found";
@@ -14,9 +15,7 @@ impl Image<'_> {
             return Err(damaged("lost+found is not an empty directory"));
         }
         let mut root = self.inode(ROOT)?;
-        let first = self.extents(&root)?.first().map(|extent| extent.physical);
-        let first = first.ok_or_else(|| damaged("the root directory has no blocks"))?;
-        self.unlink(first, ino)?;
+        self.unlink(&root, ino)?;
         root.set_links(
             root.links().checked_sub(1).ok_or_else(|| damaged("the root directory has no links"))?,
         );
@@ -44,18 +43,30 @@ impl Image<'_> {
         self.count_free(freed, 1)
     }
 
-    /// Gives the space of the inode's record to the record before it.
-    fn unlink(&mut self, block: u64, ino: u32) -> Result<(), Ext4Error> {
-        let mut records = Vec::new();
-        entries(self.block(block)?, |at, bytes| records.push((at, u32_at(bytes, at))))?;
-        let index = records.iter().position(|&(_, other)| other == ino).filter(|&index| index > 0);
-        let index = index.ok_or_else(|| damaged("lost+found is not at the start of the root directory"))?;
-        let (before, at) = (records[index - 1].0, records[index].0);
-        let bytes = self.block_mut(block)?;
-        let (first, second) = (u16_at(bytes, before + 4), u16_at(bytes, at + 4));
-        bytes[at..at + 8 + NAME.len()].fill(0);
-        put16(bytes, before + 4, first + second);
-        Ok(())
+    /// Removes the inode's record from a directory.
+    fn unlink(&mut self, dir: &Inode, ino: u32) -> Result<(), Ext4Error> {
+        for extent in self.extents(dir)? {
+            for block in extent.physical..extent.physical + extent.blocks {
+                let mut records = Vec::new();
+                entries(self.block(block)?, |at, bytes| records.push((at, u32_at(bytes, at))))?;
+                let Some(index) = records.iter().position(|&(_, other)| other == ino) else { continue };
+                let at = records[index].0;
+                let bytes = self.block_mut(block)?;
+                let length = u16_at(bytes, at + 4);
+                bytes[at..at + 8 + NAME.len()].fill(0);
+                match index.checked_sub(1).map(|before| records[before].0) {
+                    // The record before it gets its space.
+                    Some(before) => {
+                        let sum = u16_at(bytes, before + 4) + length;
+                        put16(bytes, before + 4, sum);
+                    }
+                    // The first record of a block stays, without an inode.
+                    None => put16(bytes, at + 4, length),
+                }
+                return Ok(());
+            }
+        }
+        Err(damaged("lost+found is not in the root directory"))
     }
 }
 

@@ -24,6 +24,8 @@ const EPOCH: Time = Time { seconds: 0, nanoseconds: 0 };
 /// The disk cannot be read or written, or does not hold the tree.
 pub(in crate::rootdisk) fn normalise(file: &File, tree: &Tree) -> Result<(), Ext4Error> {
     let mut image = Image::open(file)?;
+    let mut names = vec![1_u64; tree.entries.len()];
+    tree.entries.iter().filter_map(|entry| entry.first).for_each(|first| names[first] += 1);
     let mut inodes = vec![0; tree.entries.len()];
     // Names of the directories on the way to the current entry that have not been visited yet.
     let mut open: Vec<HashMap<Vec<u8>, u32>> = Vec::new();
@@ -47,7 +49,7 @@ pub(in crate::rootdisk) fn normalise(file: &File, tree: &Tree) -> Result<(), Ext
             inode.set_permissions(entry.mode);
             inode.set_owner(entry.uid, entry.gid);
         }
-        compare(entry, &inode)?;
+        compare(entry, names[index], &inode)?;
         inode.set_times(if index == 0 { EPOCH } else { entry.mtime });
         inode.clear_incidentals();
         image.sort_xattrs(&mut inode, &entry.path)?;
@@ -92,11 +94,13 @@ fn close(
     Ok(())
 }
 
-/// Everything that the inode says must be what the walk saw.
-fn compare(entry: &Entry, inode: &Inode) -> Result<(), Ext4Error> {
+/// Everything that the inode says must be what the walk saw; `names` of the file were seen.
+fn compare(entry: &Entry, names: u64, inode: &Inode) -> Result<(), Ext4Error> {
     let check = |same: bool, what: &str| if same { Ok(()) } else { Err(differs(entry, what)) };
     check(inode.mode() == u32::from(entry.mode) | entry.kind.mode(), "type or mode")?;
     check((inode.uid(), inode.gid()) == (entry.uid, entry.gid), "owner")?;
+    // More than ext4 can count would be no change of the source, but a disk that is wrong all the same.
+    check(entry.kind == Kind::Directory || u64::from(inode.links()) == names, "number of hard links")?;
     match entry.kind {
         Kind::File => check(inode.size() == entry.size, "size"),
         Kind::Symlink => check(inode.size() == entry.target.len() as u64, "target"),

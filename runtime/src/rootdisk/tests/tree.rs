@@ -199,3 +199,14 @@ fn an_image_may_have_a_lost_found_of_its_own() {
     super::tool("e2fsck", &["-fn", disk.path.to_str().unwrap()]);
     assert!(disk.size == small().min_size && !disk.cached);
 }
+
+#[test]
+fn the_root_directory_may_have_many_blocks() {
+    let fixture = Fixture::new();
+    let root = fixture.path("root");
+    fs::create_dir(&root).unwrap();
+    (0..100).for_each(|n| fs::write(root.join(format!("{n:0>200}")), "").unwrap());
+    let disk = fixture.build(&layer(&root)).unwrap();
+    assert_eq!(ext4::manifest(&disk.file).unwrap(), disk.key);
+    super::tool("e2fsck", &["-fn", disk.path.to_str().unwrap()]);
+}
