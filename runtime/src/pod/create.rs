@@ -130,10 +130,11 @@ impl Pod {
         let disks = Disks { base, writable };
         let (stdio, streams) = phases.time("streams", connect_stdio(&vm, host_stdio)).await?;
         let request = request(&create.id, &prepared.guest, &disks, stdio, injected)?;
-        phases
+        let created = phases
             .time("guest-create", agent.create_container(request))
             .await
             .map_err(|source| PodError::guest("create", &create.id, source))?;
+        phases.record_guest(&created);
         Ok(self.assemble(create, anchor, agent, vm, streams))
     }
 

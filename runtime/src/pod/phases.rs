@@ -6,6 +6,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use machinen_protocol::api::CreateContainerResponse;
+
+/// Most phases of the guest's that are taken, and most characters of their names: both come from the guest.
+const MOST_GUEST_PHASES: usize = 32;
+const MOST_NAME: usize = 32;
+
 /// Named wall-clock durations, in the order in which the steps ended. Steps may overlap.
 #[derive(Debug, Default)]
 pub struct Phases(Mutex<Vec<(String, Duration)>>);
@@ -17,6 +23,15 @@ impl Phases {
         let result = step.await;
         self.record(name, start.elapsed());
         result
+    }
+
+    /// Takes over what the guest says of its part of a create, as `guest/<name>`.
+    pub fn record_guest(&self, created: &CreateContainerResponse) {
+        for phase in created.phases.iter().take(MOST_GUEST_PHASES) {
+            let plain = |char: &char| char.is_ascii_alphanumeric() || *char == '-';
+            let name: String = phase.name.chars().filter(plain).take(MOST_NAME).collect();
+            self.record(&format!("guest/{name}"), Duration::from_micros(phase.micros));
+        }
     }
 
     pub fn record(&self, name: &str, took: Duration) {
@@ -39,6 +54,21 @@ impl fmt::Display for Phases {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_guests_names_are_bounded() {
+        use machinen_protocol::api::Phase;
+
+        let phase = |name: String| Phase { name, micros: 1500, ..Default::default() };
+        let phases = Phases::default();
+        phases.record_guest(&CreateContainerResponse {
+            phases: vec![phase("mount\n level=error x=".to_owned() + &"y".repeat(5000)); 1000],
+            ..Default::default()
+        });
+        let text = phases.to_string();
+        assert_eq!(text.split(' ').count(), MOST_GUEST_PHASES);
+        assert_eq!(text.split(' ').next(), Some("guest/mountlevelerrorxyyyyyyyyyyyyyyyy=1.5ms"));
+    }
 
     #[test]
     fn phases_read_in_order() {
