@@ -12,6 +12,7 @@
 pub mod bundle;
 pub mod containerd;
 pub mod ctr;
+pub mod fake;
 pub mod image;
 pub mod inventory;
 pub mod log;

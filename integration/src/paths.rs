@@ -83,6 +83,20 @@ pub fn release_dir() -> Result<PathBuf> {
         .context("containerd-shim-machinen-v1 is not built: run `make build`")
 }
 
+/// The guest's agent, as `make guest-image` has built it.
+///
+/// # Errors
+/// It has not been built.
+pub fn agent() -> Result<PathBuf> {
+    let target = release_dir()?.join("..");
+    let triple = "x86_64-unknown-linux-gnu/release/machinen-agent";
+    [target, workspace().join("target")]
+        .into_iter()
+        .map(|dir| dir.join(triple))
+        .find(|path| path.is_file())
+        .context("machinen-agent is not built: run `make guest-image`")
+}
+
 /// Kernel and guest image.
 pub fn assets() -> PathBuf {
     workspace().join("target/guest")

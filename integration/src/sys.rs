@@ -1,8 +1,16 @@
 //! Every unsafe call of the harness.
 
 use std::{
-    io,
-    os::fd::{FromRawFd, OwnedFd},
+    io::{self, IoSliceMut},
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+};
+
+use nix::{
+    cmsg_space,
+    sys::socket::{ControlMessageOwned, MsgFlags, recvmsg},
 };
 
 /// A descriptor that becomes readable when the process ends (pidfd_open(2)).
@@ -19,4 +27,37 @@ pub fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
     let fd = i32::try_from(fd).map_err(|_| io::ErrorKind::InvalidData)?;
     // SAFETY: the kernel has just given us this descriptor and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Reads from a socket, together with the descriptors that were sent along (unix(7), SCM_RIGHTS; at most eight).
+///
+/// # Errors
+/// The socket failed.
+pub fn receive_with_fds(socket: &UnixStream, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut space = cmsg_space!([i32; 8]);
+    let mut parts = [IoSliceMut::new(buffer)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
+    let mut fds = Vec::new();
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(received) = control {
+            // SAFETY: the kernel has just given us these descriptors and nobody else knows them.
+            fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    Ok((message.bytes, fds))
+}
+
+/// Takes over a descriptor that this process has inherited.
+///
+/// # Errors
+/// It is not open.
+pub fn inherited(fd: i32) -> io::Result<OwnedFd> {
+    // SAFETY: F_DUPFD_CLOEXEC touches no memory; the answer is a new descriptor that nobody else knows.
+    unsafe {
+        match libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) {
+            own if own < 0 => Err(io::Error::last_os_error()),
+            own => Ok(OwnedFd::from_raw_fd(own)),
+        }
+    }
 }

@@ -3,6 +3,7 @@
 //! Each test has a containerd of its own and proves at its end that nothing is left of its containers.
 
 mod confinement;
+mod fake;
 mod guest_trouble;
 mod harness;
 mod host_trouble;

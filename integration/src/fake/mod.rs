@@ -1,0 +1,195 @@
+//! A VMM that is none: it takes QEMU's arguments and speaks QEMU's monitor protocol, and its guest is the real agent
+//! as an ordinary process in namespaces of its own. A start takes a tenth of a second, and it misbehaves on demand.
+//!
+//! ```text
+//!   shim ──exec──> fake-qemu (no privileges) ──monitor, console, channel, argv──> FakeVmm, in the test
+//!                      └── lives as long as the VM <──exit code────────────────── │ one thread a VM
+//!                                                                                 └── machinen-agent (root)
+//! ```
+
+mod monitor;
+mod vm;
+
+use std::{
+    fs,
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::PermissionsExt,
+            net::{UnixListener, UnixStream},
+        },
+    },
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    containerd::Containerd,
+    paths,
+    setup::{Setup, Value},
+};
+
+/// Where the test listens, beside the program.
+pub const SOCKET: &str = "vmm.sock";
+
+/// Longest that VMs may take to end with their shims.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// How the next VMs behave.
+#[derive(Debug, Clone, Copy)]
+pub enum Conduct {
+    /// As QEMU does, with the real agent in it.
+    Well,
+    /// Ends before it greets, with these last words.
+    Dies(&'static str),
+    /// Greets as this major version of QEMU.
+    GreetsAs(u32),
+    /// Writes this to the monitor instead of a greeting.
+    Babbles(&'static [u8]),
+    /// Refuses this command of the monitor.
+    Refuses(&'static str),
+    /// Ends when it is given this command.
+    DiesOn(&'static str),
+    /// Has no agent in it.
+    Silent,
+    /// Has no agent in it but something that writes this to the channel.
+    Speaks(&'static [u8]),
+    /// Writes that many bytes to its console, and has no agent in it.
+    Floods(usize),
+}
+
+/// The place where fake VMs run.
+#[derive(Debug)]
+pub struct FakeVmm {
+    dir: PathBuf,
+    shared: Arc<Shared>,
+    acceptor: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    conduct: Mutex<Conduct>,
+    running: Mutex<usize>,
+    fewer: Condvar,
+    ended: AtomicBool,
+}
+
+impl FakeVmm {
+    /// Waits for VMs of this containerd's shims; see [`FakeVmm::setup`].
+    ///
+    /// # Errors
+    /// The files cannot be made, or a program is not built.
+    pub fn start(containerd: &Containerd) -> Result<Self> {
+        let dir = containerd.root().join("fake");
+        fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        let program = dir.join("qemu-system-x86_64");
+        fs::copy(paths::own_program("fake-qemu")?, &program).context("cannot copy fake-qemu")?;
+        let agent = paths::agent()?;
+        let listener = UnixListener::bind(dir.join(SOCKET)).context("cannot listen for VMs")?;
+        // The user that QEMU runs as must get here.
+        for (path, mode) in
+            [(containerd.root(), 0o711), (&dir, 0o711), (&program, 0o755), (&dir.join(SOCKET), 0o777)]
+        {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode))
+                .with_context(|| format!("cannot set the mode of {}", path.display()))?;
+        }
+        let shared = Arc::new(Shared {
+            conduct: Mutex::new(Conduct::Well),
+            running: Mutex::new(0),
+            fewer: Condvar::new(),
+            ended: AtomicBool::new(false),
+        });
+        let acceptor = std::thread::spawn({
+            let (shared, dir) = (Arc::clone(&shared), dir.clone());
+            move || accept(&listener, &shared, &dir, &agent)
+        });
+        Ok(Self { dir, shared, acceptor: Some(acceptor) })
+    }
+
+    /// A configuration whose QEMU is this one. Rootdisks are below the containerd's own directory.
+    pub fn setup(&self) -> Setup {
+        Setup::new()
+            .set("vm", "qemu", Value::path(&self.dir.join("qemu-system-x86_64")))
+            .set("vm", "channel", Value::text("serial"))
+            .set("rootdisk", "dir", Value::path(&self.dir.join("rootdisk")))
+    }
+
+    /// Sets how VMs behave that start from now on.
+    pub fn conduct(&self, conduct: Conduct) {
+        *self.shared.conduct.lock().expect("nobody panics with the conduct") = conduct;
+    }
+
+    /// Waits until no VM is left.
+    ///
+    /// # Errors
+    /// One is, after a deadline.
+    pub fn settle(&self) -> Result<()> {
+        let running = self.shared.running.lock().expect("nobody panics with the count");
+        let (running, _) = self
+            .shared
+            .fewer
+            .wait_timeout_while(running, DEADLINE, |running| *running > 0)
+            .expect("nobody panics with the count");
+        ensure!(*running == 0, "{} fake VMs still run after {DEADLINE:?}", *running);
+        Ok(())
+    }
+}
+
+impl Drop for FakeVmm {
+    fn drop(&mut self) {
+        self.shared.ended.store(true, Ordering::Relaxed);
+        // Wakes the acceptor up; where it is gone already there is nothing to wake.
+        let _wake = UnixStream::connect(self.dir.join(SOCKET));
+        if let Some(acceptor) = self.acceptor.take() {
+            acceptor.join().expect("accepting does not panic");
+        }
+    }
+}
+
+fn accept(listener: &UnixListener, shared: &Arc<Shared>, dir: &Path, agent: &Path) {
+    for (number, connection) in listener.incoming().enumerate() {
+        let Ok(connection) = connection else { return };
+        if shared.ended.load(Ordering::Relaxed) {
+            return;
+        }
+        let conduct = *shared.conduct.lock().expect("nobody panics with the conduct");
+        let (shared, agent, disks) =
+            (Arc::clone(shared), agent.to_owned(), dir.join(format!("disks-{number}")));
+        *shared.running.lock().expect("nobody panics with the count") += 1;
+        std::thread::spawn(move || {
+            if let Err(error) = vm::run(connection, conduct, &agent, &disks) {
+                eprintln!("fake VM {number}: {error:#}");
+            }
+            *shared.running.lock().expect("nobody panics with the count") -= 1;
+            shared.fewer.notify_all();
+        });
+    }
+}
+
+/// What fake-qemu hands over.
+#[derive(Debug)]
+struct Handed {
+    monitor: UnixStream,
+    console: UnixStream,
+    channel: OwnedFd,
+}
+
+/// Descriptor numbers of monitor, console and channel in QEMU's arguments.
+///
+/// # Errors
+/// One of the three is not there.
+pub fn inherited_sockets(args: &[String]) -> Result<[i32; 3]> {
+    let number = |id: &str| -> Result<i32> {
+        let prefix = format!("socket,id={id},fd=");
+        let fd = args.iter().find_map(|arg| arg.strip_prefix(&prefix)?.parse().ok());
+        fd.with_context(|| format!("QEMU's arguments have no `-chardev {prefix}`"))
+    };
+    Ok([number("qmp")?, number("console")?, number("channel")?])
+}

@@ -1,0 +1,140 @@
+//! One fake VM, from the handing over of its sockets to the end of its agent.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
+};
+
+use anyhow::{Context, Result};
+use command_fds::{CommandFdExt, FdMapping};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use super::{Conduct, Handed, monitor::Monitor};
+use crate::{inventory, sys};
+
+/// The agent finds its channel under this number.
+const CHANNEL_FD: i32 = 3;
+
+/// Runs a VM until it ends: by its agent, by its monitor, or because fake-qemu was killed.
+pub(super) fn run(mut qemu: UnixStream, conduct: Conduct, agent: &Path, disks: &Path) -> Result<()> {
+    let Handed { monitor, mut console, channel } = receive(&qemu)?;
+    match conduct {
+        Conduct::Dies(words) => return end(&mut qemu, 1, words),
+        Conduct::Babbles(bytes) => {
+            (&monitor).write_all(bytes)?;
+            return until_killed(&qemu);
+        }
+        _ => {}
+    }
+    fs::create_dir(disks).with_context(|| format!("cannot make {}", disks.display()))?;
+    let monitor = Arc::new(Monitor::new(monitor, conduct, disks.to_owned())?);
+    let guest = match conduct {
+        Conduct::Silent => Guest::Nobody(channel),
+        Conduct::Speaks(bytes) => {
+            let mut channel = UnixStream::from(channel);
+            channel.write_all(bytes)?;
+            Guest::Nobody(channel.into())
+        }
+        Conduct::Floods(bytes) => {
+            // A reader that is gone has had enough.
+            let _closed = console.write_all(&vec![b'#'; bytes]);
+            Guest::Nobody(channel)
+        }
+        _ => Guest::Agent(Arc::new(Mutex::new(start(agent, channel, &console, disks)?))),
+    };
+    drop(console);
+    let watcher = std::thread::spawn({
+        let (guest, qemu, monitor) = (guest.clone()?, qemu.try_clone()?, Arc::clone(&monitor));
+        move || {
+            let dead = until_killed(&qemu);
+            // A process that was killed says nothing any more.
+            monitor.hang_up();
+            guest.kill();
+            dead
+        }
+    });
+    let (code, words) = monitor.serve(&guest)?;
+    guest.kill();
+    end(&mut qemu, code, words)?;
+    watcher.join().expect("waiting does not panic")?;
+    fs::remove_dir_all(disks).with_context(|| format!("cannot remove {}", disks.display()))
+}
+
+/// What is in the VM.
+#[derive(Debug)]
+pub(super) enum Guest {
+    Agent(Arc<Mutex<Child>>),
+    /// Keeps the channel open.
+    Nobody(OwnedFd),
+}
+
+impl Guest {
+    fn clone(&self) -> Result<Self> {
+        Ok(match self {
+            Self::Agent(child) => Self::Agent(Arc::clone(child)),
+            Self::Nobody(channel) => Self::Nobody(channel.try_clone()?),
+        })
+    }
+
+    /// Kills all processes of the guest at once, and waits for them.
+    pub(super) fn kill(&self) {
+        let Self::Agent(child) = self else { return };
+        let mut child = child.lock().expect("nobody panics with the agent");
+        if child.try_wait().is_ok_and(|ended| ended.is_some()) {
+            return;
+        }
+        // The outer process removes the agent's cgroup when the inner one, pid 1 of the guest, has ended.
+        let inner = inventory::descendants(child.id()).unwrap_or_default();
+        let pids = inner.first().map_or(child.id(), |process| process.pid);
+        let _gone = kill(Pid::from_raw(pids.cast_signed()), Signal::SIGKILL);
+        let _reaped = child.wait();
+    }
+}
+
+fn receive(qemu: &UnixStream) -> Result<Handed> {
+    let mut byte = [0];
+    let (_, fds) = sys::receive_with_fds(qemu, &mut byte).context("cannot receive a VM's sockets")?;
+    let [monitor, console, channel] = <[OwnedFd; 3]>::try_from(fds).ok().context("not three sockets")?;
+    let mut arguments = Vec::new();
+    (&*qemu).read_to_end(&mut arguments).context("cannot receive a VM's arguments")?;
+    Ok(Handed { monitor: monitor.into(), console: console.into(), channel })
+}
+
+/// Tells fake-qemu how to end.
+fn end(qemu: &mut UnixStream, code: u8, words: &str) -> Result<()> {
+    // It may have been killed meanwhile.
+    let _killed = qemu.write_all(&[code]).and_then(|()| qemu.write_all(words.as_bytes()));
+    qemu.shutdown(std::net::Shutdown::Write).or_else(|error| match error.kind() {
+        std::io::ErrorKind::NotConnected => Ok(()),
+        _ => Err(error).context("cannot end a VM"),
+    })
+}
+
+/// Returns when fake-qemu has ended, for whatever reason.
+fn until_killed(qemu: &UnixStream) -> Result<()> {
+    let mut fds = [nix::poll::PollFd::new(qemu.as_fd(), nix::poll::PollFlags::empty())];
+    // It has shut its half down long ago, so that reading tells nothing; the hang-up comes with its end.
+    nix::poll::poll(&mut fds, nix::poll::PollTimeout::NONE).context("cannot watch a VM")?;
+    Ok(())
+}
+
+#[expect(clippy::disallowed_methods, reason = "a fake VM supervises its own agent")]
+fn start(agent: &Path, channel: OwnedFd, console: &UnixStream, disks: &Path) -> Result<Child> {
+    let mut command = Command::new(agent);
+    command.args(["--serial-fd", &CHANNEL_FD.to_string(), "--disk-dir"]).arg(disks).env_clear();
+    let console = || -> Result<Stdio> { Ok(OwnedFd::from(console.try_clone()?).into()) };
+    command.stdin(Stdio::null()).stdout(console()?).stderr(console()?);
+    let mapping = FdMapping { parent_fd: channel, child_fd: CHANNEL_FD };
+    command.fd_mappings(vec![mapping]).context("cannot pass the channel on")?;
+    command.spawn().with_context(|| format!("cannot run {}", agent.display()))
+}

@@ -1,0 +1,166 @@
+//! Shim and runtime against a VMM that misbehaves: every step of a start can fail, in milliseconds.
+
+use std::{fs, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use containerd_shim_protos::api;
+use machinen_integration::{
+    bundle::Bundle,
+    containerd::Containerd,
+    ctr::Run,
+    fake::{Conduct, FakeVmm},
+    setup::Value,
+    shim::{Client, Shim},
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::harness::{fails_saying, on_every_containerd, on_newest_containerd};
+
+on_every_containerd!(a_container_without_a_machine);
+on_newest_containerd!(
+    monitors_that_misbehave,
+    guests_that_misbehave,
+    killed_while_running,
+    failures_leave_no_descriptors,
+    many_lives,
+);
+
+/// Makes shims use a fake VMM, and gives a rootfs for specifications of our own: `ctr` asks for a CPU weight, which a
+/// host that has its CPU controller in cgroup v1 cannot give to an agent that is an ordinary process.
+fn fake(containerd: &Containerd) -> Result<(FakeVmm, Bundle)> {
+    let fake = FakeVmm::start(containerd)?;
+    containerd.configure(&fake.setup())?;
+    Ok((fake, Bundle::busybox(containerd)?))
+}
+
+fn run<'a>(containerd: &'a Containerd, rootfs: &Bundle, command: &[&str]) -> Result<Run<'a>> {
+    Ok(containerd.run_spec(&rootfs.config(command, |_| ())?))
+}
+
+/// A container that shows that all is well again.
+fn works(containerd: &Containerd, rootfs: &Bundle) -> Result<()> {
+    let output = run(containerd, rootfs, &["echo", "well"])?.output()?;
+    ensure!(output.status == 0 && output.text() == "well\n", "after all it should work, but: {output}");
+    Ok(())
+}
+
+fn a_container_without_a_machine(containerd: &mut Containerd) -> Result<()> {
+    let (fake, rootfs) = fake(containerd)?;
+    let script = "echo out; echo err >&2; cat; exit 7";
+    let output = run(containerd, &rootfs, &["sh", "-c", script])?.output_of_stdin(b"in\n")?;
+    ensure!(output.status == 7 && output.text() == "out\nin\n" && output.error_text() == "err\n", "{output}");
+    fake.settle()
+}
+
+fn monitors_that_misbehave(containerd: &mut Containerd) -> Result<()> {
+    let (fake, rootfs) = fake(containerd)?;
+    works(containerd, &rootfs)?;
+    for (conduct, words) in [
+        (Conduct::Dies("qemu: could not frobnicate\n"), &["could not frobnicate"][..]),
+        (Conduct::GreetsAs(5), &["QEMU 5.2.0 is too old", "7.2"]),
+        (Conduct::Babbles(b"SSH-2.0-OpenSSH_9.2\r\n"), &["not QMP"]),
+        (Conduct::Babbles(b"{}\r\n"), &["QEMU"]),
+        (Conduct::Refuses("qmp_capabilities"), &["qmp_capabilities", "not today"]),
+        (Conduct::Refuses("add-fd"), &["attach", "add-fd", "not today"]),
+        (Conduct::Refuses("blockdev-add"), &["attach", "blockdev-add", "not today"]),
+        (Conduct::Refuses("device_add"), &["attach", "device_add", "not today"]),
+        (Conduct::DiesOn("qmp_capabilities"), &["QEMU"]),
+        (Conduct::DiesOn("add-fd"), &["attach", "QEMU"]),
+        (Conduct::DiesOn("device_add"), &["attach", "QEMU"]),
+    ] {
+        fake.conduct(conduct);
+        fails_saying(containerd, &run(containerd, &rootfs, &["true"])?, words)
+            .with_context(|| format!("with {conduct:?}"))?;
+        fake.settle().with_context(|| format!("with {conduct:?}"))?;
+    }
+    fake.conduct(Conduct::Well);
+    works(containerd, &rootfs)?;
+    fake.settle()
+}
+
+fn guests_that_misbehave(containerd: &mut Containerd) -> Result<()> {
+    let (fake, rootfs) = fake(containerd)?;
+    containerd.configure(&fake.setup().set("vm", "boot_timeout_s", Value::number(2)))?;
+    // yamux: a data frame that opens stream 2, with what follows it.
+    const VERSION_99: &[u8] = b"\0\0\0\x01\0\0\0\x02\0\0\0\x18machinen\x63\0\x01\0\0\0\0\0\0\0\0\0\0\0\0\0";
+    const NOISE: &[u8] = b"\0\0\0\x01\0\0\0\x02\0\0\0\x18GET / HTTP/1.1\r\n\r\n      ";
+    for (conduct, words) in [
+        (Conduct::Silent, &["did not answer within 2s"][..]),
+        (Conduct::Speaks(VERSION_99), &["version 99"]),
+        (Conduct::Speaks(NOISE), &["agent"]),
+        (Conduct::Speaks(&[0xff; 4096]), &["agent"]),
+        (Conduct::Floods(64 << 20), &["did not answer within 2s", "####"]),
+    ] {
+        fake.conduct(conduct);
+        let run = run(containerd, &rootfs, &["true"])?;
+        fails_saying(containerd, &run, words).with_context(|| format!("with {conduct:?}"))?;
+        fake.settle().with_context(|| format!("with {conduct:?}"))?;
+    }
+    fake.conduct(Conduct::Well);
+    works(containerd, &rootfs)?;
+    fake.settle()
+}
+
+fn killed_while_running(containerd: &mut Containerd) -> Result<()> {
+    let (fake, rootfs) = fake(containerd)?;
+    for _ in 0..5 {
+        let from = containerd.log().position();
+        let run = run(containerd, &rootfs, &["sleep", "1000"])?;
+        let running = run.spawn(Duration::from_secs(30))?;
+        containerd.log().wait_for_event(from, "/tasks/start")?;
+        let inventory = containerd.inventory()?;
+        let qemu = inventory.processes.iter().find(|process| process.command.contains("microvm"));
+        let qemu = qemu.with_context(|| format!("no QEMU in\n{inventory}"))?;
+        kill(Pid::from_raw(qemu.pid.cast_signed()), Signal::SIGKILL)?;
+        let output = running.wait()?;
+        ensure!(output.status == 137, "{output}");
+        fake.settle()?;
+    }
+    Ok(())
+}
+
+fn failures_leave_no_descriptors(containerd: &mut Containerd) -> Result<()> {
+    let (fake, rootfs) = fake(containerd)?;
+    let shim = Shim::new(containerd)?;
+    let config = rootfs.config(&["true"], |_| ())?;
+    fs::copy(config, shim.bundle.join("config.json"))?;
+    let printed = shim.start(0)?;
+    let client = Client::connect(String::from_utf8(printed.stdout)?.trim(), "containerd.task.v3.Task")?;
+    let connect = api::ConnectRequest { id: shim.id.clone(), ..Default::default() };
+    let served: api::ConnectResponse = client.ok("Connect", &connect)?;
+    let open = || -> Result<usize> { Ok(fs::read_dir(format!("/proc/{}/fd", served.shim_pid))?.count()) };
+    // The first failure may open what is kept for good reason.
+    fake.conduct(Conduct::Refuses("device_add"));
+    client.refused("Create", &shim.create_request())?;
+    let before = open()?;
+    for conduct in [
+        Conduct::Refuses("device_add"),
+        Conduct::Refuses("add-fd"),
+        Conduct::DiesOn("blockdev-add"),
+        Conduct::Dies("no\n"),
+        Conduct::Babbles(b"hello\n"),
+        Conduct::Refuses("device_add"),
+    ] {
+        fake.conduct(conduct);
+        client.refused("Create", &shim.create_request())?;
+    }
+    fake.settle()?;
+    let after = open()?;
+    ensure!(after <= before, "{before} descriptors became {after}");
+    let shutdown = api::ShutdownRequest { id: shim.id.clone(), ..Default::default() };
+    client.ok::<api::Empty>("Shutdown", &shutdown)?;
+    fs::remove_dir_all(&shim.bundle)?;
+    Ok(())
+}
+
+fn many_lives(containerd: &mut Containerd) -> Result<()> {
+    let (fake, rootfs) = fake(containerd)?;
+    for code in 0..20 {
+        let output = run(containerd, &rootfs, &["sh", "-c", &format!("exit {code}")])?.output()?;
+        ensure!(output.status == code, "should be {code}: {output}");
+    }
+    fake.settle()
+}
