@@ -72,7 +72,8 @@ impl Containerd {
     pub fn start_with(version: Version, setup: &Setup) -> Result<Self> {
         // Not /tmp, which may be a tmpfs: overlayfs and rootdisks want a real disk. Socket paths must be short.
         let root = tempfile::Builder::new().prefix("mit-").tempdir_in("/var/tmp");
-        let root = root.context("cannot make a directory in /var/tmp")?.keep();
+        let root_dir = root.context("cannot make a directory in /var/tmp")?;
+        let root = root_dir.path().to_owned();
         let namespace = root.file_name().and_then(|name| name.to_str()).context("odd directory name")?;
         let namespace = namespace.to_owned();
         write_configuration(&root, setup)?;
@@ -88,6 +89,8 @@ impl Containerd {
             keeper = keeper.env(name, value);
         }
         let mut keeper = keeper.serve()?;
+        // From here on the keeper removes it.
+        let root = root_dir.keep();
         let log = Arc::new(Log::default());
         let stderr = keeper.stderr.take().context("the keeper has no stderr")?;
         let reader = std::thread::spawn({

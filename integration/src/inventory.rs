@@ -199,10 +199,8 @@ pub fn wipe(root: &Path, namespace: &str) -> Result<()> {
             result = Err(error).with_context(|| format!("cannot unmount {}", point.display()));
         }
     }
-    for group in cgroups(namespace).iter().rev() {
-        if let Err(error) = fs::remove_dir(group) {
-            result = Err(error).with_context(|| format!("cannot remove {}", group.display()));
-        }
+    if let Err(error) = remove_cgroups(namespace) {
+        result = Err(error);
     }
     // Shims that were killed could not do this themselves; they may have done it all the same.
     for socket in shim_sockets(root) {
@@ -217,6 +215,17 @@ pub fn wipe(root: &Path, namespace: &str) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Removes the control groups called `name` at the top of every hierarchy, and those below them.
+///
+/// # Errors
+/// A process is still in one of them.
+pub fn remove_cgroups(name: &str) -> Result<()> {
+    for group in cgroups(name).iter().rev() {
+        fs::remove_dir(group).with_context(|| format!("cannot remove {}", group.display()))?;
+    }
+    Ok(())
 }
 
 /// Where the shims of all bundles say that they listen.

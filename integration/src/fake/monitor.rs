@@ -56,7 +56,7 @@ impl Monitor {
             }
             let result = self.answer_commands();
             // A guest that outlives its monitor has lost its machine.
-            guest.kill();
+            guest.kill()?;
             result
         })
     }

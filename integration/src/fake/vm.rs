@@ -59,12 +59,12 @@ pub(super) fn run(mut qemu: UnixStream, conduct: Conduct, agent: &Path, disks: &
             let dead = until_killed(&qemu);
             // A process that was killed says nothing any more.
             monitor.hang_up();
-            guest.kill();
+            guest.kill()?;
             dead
         }
     });
     let (code, words) = monitor.serve(&guest)?;
-    guest.kill();
+    guest.kill()?;
     end(&mut qemu, code, words)?;
     watcher.join().expect("waiting does not panic")?;
     fs::remove_dir_all(disks).with_context(|| format!("cannot remove {}", disks.display()))
@@ -87,17 +87,21 @@ impl Guest {
     }
 
     /// Kills all processes of the guest at once, and waits for them.
-    pub(super) fn kill(&self) {
-        let Self::Agent(child) = self else { return };
+    ///
+    /// # Errors
+    /// Something of it is left.
+    pub(super) fn kill(&self) -> Result<()> {
+        let Self::Agent(child) = self else { return Ok(()) };
         let mut child = child.lock().expect("nobody panics with the agent");
-        if child.try_wait().is_ok_and(|ended| ended.is_some()) {
-            return;
+        if child.try_wait().context("cannot wait for an agent")?.is_none() {
+            // With pid 1 of the guest all of it ends, and then the outer process that waits for it.
+            let inner = inventory::descendants(child.id())?;
+            let pid = inner.first().map_or(child.id(), |process| process.pid);
+            let _gone = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
+            child.wait().context("cannot wait for an agent")?;
         }
-        // The outer process removes the agent's cgroup when the inner one, pid 1 of the guest, has ended.
-        let inner = inventory::descendants(child.id()).unwrap_or_default();
-        let pids = inner.first().map_or(child.id(), |process| process.pid);
-        let _gone = kill(Pid::from_raw(pids.cast_signed()), Signal::SIGKILL);
-        let _reaped = child.wait();
+        // An agent that was killed as it started could not do this itself.
+        inventory::remove_cgroups(&format!("machinen-agent-{}", child.id()))
     }
 }
 
