@@ -30,8 +30,6 @@ const NULL_DEVICE: u64 = makedev(1, 3);
 #[derive(Debug, Clone)]
 pub(super) struct Command {
     reporter: Reporter,
-    /// HOME where the spec has none.
-    home: String,
 }
 
 /// Why a command cannot be executed, as runc says it.
@@ -66,39 +64,26 @@ impl CommandError {
 }
 
 impl Command {
-    pub(super) fn new(reporter: Reporter, home: String) -> Self {
-        Self { reporter, home }
+    pub(super) fn new(reporter: Reporter) -> Self {
+        Self { reporter }
     }
 
     fn refuse(&self, err: &CommandError) {
         self.reporter.send(Message::Refused { refusal: err.refusal(), text: err.to_string() });
     }
 
-    fn try_exec(&self, spec: &Spec) -> Result<(), CommandError> {
+    fn try_exec(spec: &Spec) -> Result<(), CommandError> {
         let process = spec.process().as_ref().ok_or(CommandError::NoArgs)?;
         let path = find(process)?;
         let name = path.display().to_string();
         let path = c_string(path.into_os_string().into_encoded_bytes())?;
         let args = process.args().iter().flatten().map(|arg| c_string(arg.as_str()));
         let args = args.collect::<Result<Vec<_>, _>>()?;
-        let env = self.environment(process)?;
+        let env = process.env().iter().flatten().map(|var| c_string(var.as_str()));
+        let env = env.collect::<Result<Vec<_>, _>>()?;
         sys::reset_signals();
         let Err(errno) = execve(&path, &args, &env);
         Err(CommandError::Exec { name, errno })
-    }
-
-    /// In the spec's order, as it stands there.
-    fn environment(&self, process: &Process) -> Result<Vec<CString>, CommandError> {
-        let given = process.env().iter().flatten();
-        let has_home =
-            given.clone().any(|var| var.strip_prefix("HOME=").is_some_and(|home| !home.is_empty()));
-        let home = (!has_home).then(|| format!("HOME={}", self.home));
-        given
-            .filter(|var| has_home || *var != "HOME=")
-            .map(String::as_str)
-            .chain(home.as_deref())
-            .map(c_string)
-            .collect()
     }
 }
 
@@ -121,7 +106,7 @@ impl Executor for Command {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        self.try_exec(spec).map_err(|err| {
+        Self::try_exec(spec).map_err(|err| {
             self.refuse(&err);
             ExecutorError::Other(err.to_string())
         })

@@ -12,7 +12,7 @@ use std::{
 use pathrs::Root;
 use serde_json::{Value, json};
 
-use super::{DIR, zygote::Request};
+use super::{DIR, home, zygote::Request};
 use crate::{cgroup, container::FileMount};
 
 /// A container as the engine is asked to make it; its spec is on disk.
@@ -61,9 +61,11 @@ impl Prepared {
         let mut spec: Value = serde_json::from_slice(config).map_err(SpecError::Parse)?;
         // The host runs them.
         spec.as_object_mut().ok_or(SpecError::Missing { what: "content" })?.remove("hooks");
+        let root = Root::open(rootfs).map_err(SpecError::Rootfs)?;
         let process = section(&mut spec, "process", "process")?;
         adapt_process(process)?;
         let uid = number(&process["user"]["uid"]);
+        add_home(process, || home::of_user(&root, uid));
         let cwd = process["cwd"].as_str().unwrap_or_default().into();
         let keeps_oom_score = process["oomScoreAdj"].is_null();
         let linux = section(&mut spec, "linux", "linux section")?;
@@ -83,7 +85,7 @@ impl Prepared {
         }
         section(&mut spec, "root", "root")?["path"] = path_value(rootfs);
         adapt_mounts(&mut spec, shares_network && has_users);
-        add_files(&mut spec, rootfs, files)?;
+        add_files(&mut spec, &root, files);
         let dir = dir.join(DIR);
         let request = Request {
             id: id.to_owned(),
@@ -91,7 +93,6 @@ impl Prepared {
             state: dir.join("state"),
             rootfs: rootfs.to_owned(),
             cwd,
-            uid,
             keeps_oom_score,
         };
         write(&request.bundle, &spec)?;
@@ -169,6 +170,16 @@ fn adapt_process(process: &mut Value) -> Result<(), SpecError> {
     Ok(())
 }
 
+/// libcontainer would ask the C library for a missing HOME, which would load what the tenant's files name.
+fn add_home(process: &mut Value, home: impl FnOnce() -> String) {
+    let is_home = |var: &Value| var.as_str().is_some_and(|var| var.starts_with("HOME="));
+    if items(&process["env"]).any(|var| is_home(var) && *var != "HOME=") {
+        return;
+    }
+    let given: Vec<Value> = items(&process["env"]).filter(|var| !is_home(var)).cloned().collect();
+    process["env"] = given.into_iter().chain([format!("HOME={}", home()).into()]).collect();
+}
+
 fn has_namespace(linux: &Value, kind: &str) -> bool {
     items(&linux["namespaces"]).any(|namespace| namespace["type"] == kind)
 }
@@ -229,17 +240,13 @@ fn adapt_mounts(spec: &mut Value, foreign_sysfs: bool) {
     }
 }
 
-fn add_files(spec: &mut Value, rootfs: &Path, files: Vec<FileMount>) -> Result<(), SpecError> {
-    if files.is_empty() {
-        return Ok(());
-    }
+fn add_files(spec: &mut Value, root: &Root, files: Vec<FileMount>) {
     if !spec["mounts"].is_array() {
         spec["mounts"] = json!([]);
     }
-    let root = Root::open(rootfs).map_err(SpecError::Rootfs)?;
     let mounts = files.into_iter().map(|file| {
         json!({
-            "destination": path_value(&behind_links(&root, file.destination)),
+            "destination": path_value(&behind_links(root, file.destination)),
             "type": "bind",
             "source": path_value(&file.source),
             "options": ["rbind", "rprivate"],
@@ -248,7 +255,6 @@ fn add_files(spec: &mut Value, rootfs: &Path, files: Vec<FileMount>) -> Result<(
     if let Some(all) = spec["mounts"].as_array_mut() {
         all.extend(mounts);
     }
-    Ok(())
 }
 
 /// Where a path leads whose last element is a link, dangling or not: libcontainer makes missing files, but not
@@ -308,7 +314,7 @@ mod tests {
     #[test]
     fn what_libcontainer_would_misread_is_adapted() {
         let (prepared, spec) = adapt(|_| {}).unwrap();
-        assert_eq!(spec["process"]["cwd"], "/");
+        assert_eq!(spec["process"]["env"], json!(["HOME=/"]));
         assert_eq!(spec["linux"]["cgroupsPath"], "/machinen/c1");
         assert_eq!(spec["mounts"][0]["type"], "cgroup");
         assert_eq!(spec["mounts"][1]["source"], "/run/f");

@@ -16,7 +16,7 @@ use nix::{
 
 use super::{
     executor::Command,
-    home, log,
+    log,
     report::{Message, Refusal, Reporter},
     zygote::Request,
 };
@@ -63,7 +63,7 @@ fn create(request: &Request, reporter: &Reporter, stdio: [OwnedFd; 3]) -> Result
     shed(request)?;
     let root = pathrs::Root::open(&request.rootfs).map_err(WorkerError::Rootfs)?;
     make_cwd(&root, &request.cwd)?;
-    let command = Command::new(reporter.clone(), home::of_user(&root, request.uid));
+    let command = Command::new(reporter.clone());
     let [stdin, stdout, stderr] = stdio;
     let container = ContainerBuilder::new(request.id.clone(), SyscallType::default())
         .with_root_path(&request.state)?

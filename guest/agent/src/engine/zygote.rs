@@ -40,7 +40,6 @@ pub(super) struct Request {
     pub(super) rootfs: PathBuf,
     /// Of the process, in the container.
     pub(super) cwd: PathBuf,
-    pub(super) uid: u32,
     /// The spec does not set the process's OOM score.
     pub(super) keeps_oom_score: bool,
 }
