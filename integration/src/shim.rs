@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf};
 
 use anyhow::{Context, Result, bail};
-use containerd_shim_protos::{api, protobuf::Message};
+use containerd_shim_protos::{api, protobuf::Message, types::introspection::RuntimeInfo};
 use ttrpc::{Code, Error};
 
 use crate::{containerd::Containerd, paths};
@@ -66,6 +66,17 @@ impl<'a> Shim<'a> {
         let response = api::DeleteResponse::parse_from_bytes(&printed.stdout);
         let response = response.with_context(|| format!("delete printed no DeleteResponse: {printed:?}"))?;
         Ok((printed, response))
+    }
+
+    /// `-info`, as containerd 2.2 and newer ask it once.
+    ///
+    /// # Errors
+    /// The binary cannot be run, or what it printed is not the message that containerd expects.
+    pub fn info(&self) -> Result<(Printed, RuntimeInfo)> {
+        let printed = self.run("", "-info")?;
+        let info = RuntimeInfo::parse_from_bytes(&printed.stdout);
+        let info = info.with_context(|| format!("-info printed no RuntimeInfo: {printed:?}"))?;
+        Ok((printed, info))
     }
 
     fn run(&self, environment: &str, action: &str) -> Result<Printed> {

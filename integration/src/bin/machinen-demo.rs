@@ -54,11 +54,14 @@ fn run() -> Result<()> {
     let output = run.output()?;
     print!("{}", output.text());
     eprint!("{}", output.error_text());
-    println!("== exit code {}, {:.0?} in all", output.status, output.duration);
-    let lines = containerd.log().since(from);
-    match lines.iter().find_map(|line| phases::parse(line)) {
-        Some(phases) => phases.iter().for_each(|(name, millis)| println!("   {name:<24}{millis:>9.1} ms")),
-        None => println!("   ({runtime} does not log the phases of its start)"),
+    println!("== exit code {}, {:.1?} in all", output.status, output.duration);
+    let phases: Vec<_> =
+        containerd.log().since(from).iter().filter_map(|line| phases::parse(line)).flatten().collect();
+    for (name, millis) in &phases {
+        println!("   {name:<32}{millis:>9.1} ms");
+    }
+    if phases.is_empty() {
+        println!("   ({runtime} does not log the phases of its start)");
     }
     if output.status != 42 {
         eprintln!("{}", containerd.log());

@@ -23,6 +23,7 @@ use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(
     start_answers_as_each_containerd_expects,
+    info_says_what_the_runtime_is,
     a_whole_life_on_either_service,
     later_verbs_are_unimplemented,
     configurations_that_are_none,
@@ -86,6 +87,18 @@ fn start_answers_as_each_containerd_expects(containerd: &mut Containerd) -> Resu
         ensure!(address.starts_with("unix:///"), "{answer}");
         shut_down(&shim, &Client::connect(&address, V3)?)?;
     }
+    Ok(())
+}
+
+fn info_says_what_the_runtime_is(containerd: &mut Containerd) -> Result<()> {
+    let shim = Shim::new(containerd)?;
+    let (printed, info) = shim.info()?;
+    ensure!(printed.status == 0 && printed.stderr.is_empty(), "{printed:?}");
+    ensure!(info.name == "io.machinen.v1" && !info.version.version.is_empty(), "{info:?}");
+    let features: serde_json::Value = serde_json::from_slice(&info.features.value)?;
+    ensure!(features["linux"]["cgroup"]["v2"] == true, "{features}");
+    ensure!(files(&shim)? == ["rootfs"], "-info left something in the bundle");
+    fs::remove_dir_all(&shim.bundle)?;
     Ok(())
 }
 
