@@ -64,6 +64,11 @@ impl Container {
         }
     }
 
+    /// Resolves when nothing of the container is left in the guest.
+    pub(super) async fn gone_from_guest(&self) {
+        self.cleaned.subscribe().wait_for(|&cleaned| cleaned).await.expect("the sender lives in self");
+    }
+
     /// Moves to the state after `transition`; the caller holds `transitions`.
     pub(super) fn advance(&self, transition: Transition) -> Result<(), StateError> {
         if let Some(next) = self.state().after(transition)? {

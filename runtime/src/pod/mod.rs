@@ -130,12 +130,7 @@ impl Pod {
             .after(Transition::Delete)
             .map_err(|source| PodError::state("delete", id, source))?;
         let exit = container.exited().await;
-        container
-            .cleaned
-            .subscribe()
-            .wait_for(|&cleaned| cleaned)
-            .await
-            .expect("the sender lives in container");
+        container.gone_from_guest().await;
         if self.containers().remove(id).is_some() {
             self.emit(Event::Deleted { id: id.to_owned(), pid: container.pid, exit });
         }
@@ -162,12 +157,7 @@ impl Pod {
         let containers: Vec<_> = self.containers().values().cloned().collect();
         for entry in containers {
             if let Entry::Ready(container) = entry {
-                container
-                    .cleaned
-                    .subscribe()
-                    .wait_for(|&cleaned| cleaned)
-                    .await
-                    .expect("the sender lives in container");
+                container.gone_from_guest().await;
             }
         }
     }
