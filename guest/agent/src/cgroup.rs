@@ -3,11 +3,12 @@
 
 use std::{
     fs, io,
+    os::fd::AsFd,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use nix::unistd::Pid;
+use nix::{errno::Errno, unistd::Pid};
 use tokio::io::Interest;
 
 use crate::sys;
@@ -30,6 +31,10 @@ pub(crate) struct Cgroup {
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CgroupError {
+    #[error("cannot create cgroup {path}")]
+    Create { path: PathBuf, source: io::Error },
+    #[error("cannot restrict the devices of cgroup {path}")]
+    Devices { path: PathBuf, source: Errno },
     #[error("cannot read {path}")]
     Read { path: PathBuf, source: io::Error },
     #[error("cannot write {path}")]
@@ -46,6 +51,27 @@ impl Cgroup {
     /// `path` is the spec's cgroupsPath, which the host has made absolute and free of `..`.
     pub(crate) fn new(path: &Path) -> Self {
         Self { path: Path::new(ROOT).join(path.strip_prefix("/").unwrap_or(path)) }
+    }
+
+    /// Makes it, with what its parents have to give, and lets only the devices be used that `filter` allows.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(crate) fn create(&self, filter: &[u64]) -> Result<(), CgroupError> {
+        let failed = |source| CgroupError::Create { path: self.path.clone(), source };
+        let below_root = self.path.strip_prefix(ROOT).unwrap_or(&self.path);
+        let mut dir = PathBuf::from(ROOT);
+        for name in below_root {
+            dir.push(name);
+            match fs::create_dir(&dir) {
+                Err(err) if err.kind() != io::ErrorKind::AlreadyExists => return Err(failed(err)),
+                Ok(()) if dir != self.path => enable_controllers(&dir)?,
+                _ => {}
+            }
+        }
+        let dir = fs::File::open(&self.path).map_err(failed)?;
+        sys::attach_device_filter(dir.as_fd(), filter)
+            .map_err(|source| CgroupError::Devices { path: self.path.clone(), source })
     }
 
     /// All processes, those in child cgroups included. None when the cgroup is gone.
@@ -146,6 +172,21 @@ impl Cgroup {
             _ => CgroupError::Read { path: self.path.clone(), source },
         })
     }
+}
+
+/// Lets the children of a cgroup be limited by all that itself can be.
+///
+/// # Errors
+/// The kernel refuses; EBUSY when a process is in it.
+pub(crate) fn enable_controllers(dir: &Path) -> Result<(), CgroupError> {
+    let path = dir.join("cgroup.controllers");
+    let controllers = fs::read_to_string(&path).map_err(|source| CgroupError::Read { path, source })?;
+    let enable: Vec<String> = controllers.split_ascii_whitespace().map(|name| format!("+{name}")).collect();
+    if enable.is_empty() {
+        return Ok(());
+    }
+    let path = dir.join("cgroup.subtree_control");
+    fs::write(&path, enable.join(" ")).map_err(|source| CgroupError::Write { path, source })
 }
 
 /// The cgroup and all below it, parents first. Empty when it does not exist.

@@ -216,3 +216,56 @@ pub(crate) fn attach_loop(file: BorrowedFd<'_>, read_only: bool) -> io::Result<(
         }
     }
 }
+
+/// Loads a BPF program that decides about devices, and puts it on a cgroup (bpf(2)). It stays as long as that.
+///
+/// # Errors
+/// Those of bpf(2).
+pub(crate) fn attach_device_filter(cgroup: BorrowedFd<'_>, code: &[u64]) -> Result<(), Errno> {
+    const BPF_PROG_LOAD: libc::c_long = 5;
+    const BPF_PROG_ATTACH: libc::c_long = 8;
+    const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+    const BPF_CGROUP_DEVICE: u32 = 6;
+    const BPF_F_ALLOW_MULTI: u32 = 2;
+    #[repr(C)]
+    struct Load {
+        kind: u32,
+        length: u32,
+        code: u64,
+        license: u64,
+        log: [u64; 2],
+    }
+    #[repr(C)]
+    struct Attach {
+        target: u32,
+        program: u32,
+        kind: u32,
+        flags: u32,
+    }
+    let length = u32::try_from(code.len()).map_err(|_| Errno::E2BIG)?;
+    let load = Load {
+        kind: BPF_PROG_TYPE_CGROUP_DEVICE,
+        length,
+        code: code.as_ptr().expose_provenance() as u64,
+        license: c"Apache-2.0".as_ptr().expose_provenance() as u64,
+        log: [0; 2],
+    };
+    // SAFETY: the kernel reads `length` instructions of eight bytes and the license, both of which outlive the call.
+    let program = Errno::result(unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<Load>())
+    })?;
+    let program = i32::try_from(program).map_err(|_| Errno::EOVERFLOW)?;
+    // SAFETY: the kernel has made the descriptor for this call.
+    let program = unsafe { OwnedFd::from_raw_fd(program) };
+    let attach = Attach {
+        target: cgroup.as_raw_fd().cast_unsigned(),
+        program: program.as_raw_fd().cast_unsigned(),
+        kind: BPF_CGROUP_DEVICE,
+        flags: BPF_F_ALLOW_MULTI,
+    };
+    // SAFETY: the kernel reads the struct.
+    Errno::result(unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attach, size_of::<Attach>())
+    })?;
+    Ok(())
+}

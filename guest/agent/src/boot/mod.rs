@@ -19,6 +19,7 @@ use nix::{
 };
 
 use crate::{
+    cgroup::CgroupError,
     console::{self, LastResort},
     disk::DiskSource,
     options::{ChannelKind, KernelArgs, Options, OptionsError},
@@ -66,6 +67,8 @@ pub(crate) enum BootError {
     Fork(#[source] Errno),
     #[error("no cgroup v2 hierarchy is mounted on this host")]
     NoCgroup2,
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Options(#[from] OptionsError),
 }

@@ -10,7 +10,7 @@ use nix::{
     mount::{MsFlags, mount},
 };
 
-use super::{BootError, write};
+use super::BootError;
 use crate::cgroup;
 
 struct Mount {
@@ -77,15 +77,8 @@ pub(super) fn prepare_cgroups() -> Result<(), BootError> {
     let root = Path::new(cgroup::ROOT);
     let parent = root.join(cgroup::PARENT);
     fs::create_dir_all(&parent).map_err(|source| BootError::Create { path: parent.clone(), source })?;
-    let controllers = fs::read_to_string(root.join("cgroup.controllers"))
-        .map_err(|source| BootError::Read { path: "cgroup.controllers", source })?;
-    let enable: Vec<String> = controllers.split_ascii_whitespace().map(|name| format!("+{name}")).collect();
-    if enable.is_empty() {
-        return Ok(());
-    }
-    let enable = enable.join(" ");
-    for dir in [root.to_owned(), parent] {
-        write(dir.join("cgroup.subtree_control"), &enable)?;
+    for dir in [root, &parent] {
+        cgroup::enable_controllers(dir)?;
     }
     Ok(())
 }

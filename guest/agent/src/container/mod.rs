@@ -240,11 +240,16 @@ async fn make(
 ) -> Result<(Cgroup, Process, Waiting), ContainerError> {
     let (process_ends, agent_ends) = streams.pipes(Uid::from_raw(prepared.owner()))?;
     let cgroup = Cgroup::new(prepared.cgroup_path());
-    let created = match parts.engine.create(&parts.reaper, prepared, process_ends).await {
+    let create = async {
+        cgroup.create(prepared.devices())?;
+        phases.done("cgroup");
+        Ok::<_, ContainerError>(parts.engine.create(&parts.reaper, prepared, process_ends).await?)
+    };
+    let created = match create.await {
         Ok(created) => created,
         Err(err) => {
             clear(&cgroup).await.unwrap_or_else(|err| crate::console::say(&crate::console::chain(&err)));
-            return Err(err.into());
+            return Err(err);
         }
     };
     phases.done("engine");

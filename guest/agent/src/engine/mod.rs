@@ -14,6 +14,7 @@
 //! Forking a process that is ready costs a few milliseconds where executing a helper costs tens of them.
 //! The report pipe stays open in the init until its command is executed: its end is "started".
 
+mod devices;
 mod executor;
 mod home;
 mod log;

@@ -12,7 +12,12 @@ use std::{
 use pathrs::Root;
 use serde_json::{Value, json};
 
-use super::{DIR, home, zygote::Request};
+use super::{
+    DIR,
+    devices::{self, Instruction},
+    home,
+    zygote::Request,
+};
 use crate::{cgroup, container::FileMount};
 
 /// A container as the engine is asked to make it; its spec is on disk.
@@ -22,6 +27,7 @@ pub(crate) struct Prepared {
     cgroup_path: PathBuf,
     owner: u32,
     has_pid_namespace: bool,
+    devices: Vec<Instruction>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +42,8 @@ pub(crate) enum SpecError {
     CgroupPath { path: PathBuf },
     #[error("seccomp listeners are not supported")]
     SeccompListener,
+    #[error("linux.resources.devices[{number}] cannot be understood")]
+    DeviceRule { number: usize },
     #[error("sysctl {key} is not a name")]
     SysctlName { key: String },
     #[error("cannot set sysctl {key}")]
@@ -76,6 +84,8 @@ impl Prepared {
         if let Some(resources) = linux.get_mut("resources") {
             adapt_resources(resources);
         }
+        let devices = devices::program(linux.pointer("/resources/devices").unwrap_or(&Value::Null))
+            .map_err(|number| SpecError::DeviceRule { number })?;
         let owner = mapped(linux, uid);
         let has_pid_namespace = has_namespace(linux, "pid");
         let shares_network = !has_namespace(linux, "network");
@@ -96,7 +106,7 @@ impl Prepared {
             keeps_oom_score,
         };
         write(&request.bundle, &spec)?;
-        Ok(Self { request, cgroup_path, owner, has_pid_namespace })
+        Ok(Self { request, cgroup_path, owner, has_pid_namespace, devices })
     }
 
     pub(super) fn request(&self) -> &Request {
@@ -111,6 +121,11 @@ impl Prepared {
     /// Path of the container's cgroup below the hierarchy's root.
     pub(crate) fn cgroup_path(&self) -> &Path {
         &self.cgroup_path
+    }
+
+    /// The program that says which devices it may use.
+    pub(crate) fn devices(&self) -> &[Instruction] {
+        &self.devices
     }
 
     /// The user to whom the process's streams belong, as the agent sees it.

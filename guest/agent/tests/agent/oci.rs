@@ -201,6 +201,21 @@ async fn devices() {
         ),
         ("links", Spec::sh("readlink /dev/fd; readlink /dev/stdin; readlink /dev/ptmx"), "/proc/self/fd\n/proc/self/fd/0\npts/ptmx"),
         (
+            "others cannot be used",
+            Spec::sh("mknod /dev/disk b 8 0 && mknod /dev/null2 c 1 3 && echo >/dev/null2; cat /dev/disk 2>&1 || true"),
+            "cat: can't open '/dev/disk': Operation not permitted",
+        ),
+        (
+            "unless they are allowed",
+            Spec::sh("mknod /dev/fuse2 c 10 229; true < /dev/fuse2 && echo opened").with(|s| {
+                s["linux"]["resources"]["devices"] = json!([
+                    {"allow": false, "access": "rwm"},
+                    {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "rwm"}
+                ]);
+            }),
+            "opened",
+        ),
+        (
             "listed ones",
             Spec::sh("stat -c '%A %u:%g %t,%T' /dev/x/mine").with(|s| {
                 s["linux"]["devices"] = json!([

@@ -1,0 +1,262 @@
+//! Which devices a container may open: a BPF program on its cgroup (cgroup v2 has no device controller of files).
+//!
+//! Containers of one pod share the kernel, and the disks of all of them are devices of it.
+
+use serde_json::Value;
+
+/// What a rule says about a request that it matches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Rule {
+    allow: bool,
+    /// None is both.
+    kind: Option<Kind>,
+    /// None is any.
+    major: Option<i32>,
+    minor: Option<i32>,
+    /// Of [`MKNOD`], [`READ`] and [`WRITE`].
+    access: i32,
+}
+
+/// Values of the kernel's BPF_DEVCG_DEV_* (bpf.h).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Block = 1,
+    Char = 2,
+}
+
+/// Values of the kernel's BPF_DEVCG_ACC_* (bpf.h).
+const MKNOD: i32 = 1;
+const READ: i32 = 2;
+const WRITE: i32 = 4;
+const ALL: i32 = MKNOD | READ | WRITE;
+
+/// One instruction of the kernel's BPF machine, as it is loaded.
+pub(crate) type Instruction = u64;
+
+/// The program for a spec's `linux.resources.devices`. Later rules win; before the first stand "nothing", and what
+/// other runtimes allow to every container: making any node, and using the harmless ones.
+///
+/// # Errors
+/// The number of the rule that cannot be understood.
+pub(super) fn program(rules: &Value) -> Result<Vec<Instruction>, usize> {
+    let given = rules.as_array().into_iter().flatten().enumerate();
+    let given = given.map(|(number, rule)| parse(rule).ok_or(number)).collect::<Result<Vec<_>, _>>()?;
+    Ok(compile(&ordered(given)))
+}
+
+/// The defaults stand after a leading "deny everything", which containerd writes first, and which they are meant
+/// to be exceptions of.
+fn ordered(given: Vec<Rule>) -> Vec<Rule> {
+    let denies_all =
+        |rule: &Rule| *rule == Rule { allow: false, kind: None, major: None, minor: None, access: ALL };
+    let leading = given.iter().take_while(|rule| denies_all(rule)).count();
+    let char =
+        |major, minor| Rule { allow: true, kind: Some(Kind::Char), major: Some(major), minor, access: ALL };
+    let make = |kind| Rule { allow: true, kind: Some(kind), major: None, minor: None, access: MKNOD };
+    let defaults = [
+        make(Kind::Char),
+        make(Kind::Block),
+        // null, zero, full, random, urandom; tty, console, ptmx; pts
+        char(1, Some(3)),
+        char(1, Some(5)),
+        char(1, Some(7)),
+        char(1, Some(8)),
+        char(1, Some(9)),
+        char(5, Some(0)),
+        char(5, Some(1)),
+        char(5, Some(2)),
+        char(136, None),
+    ];
+    defaults.into_iter().chain(given.into_iter().skip(leading)).collect()
+}
+
+fn parse(rule: &Value) -> Option<Rule> {
+    let kind = match rule["type"].as_str() {
+        None | Some("a" | "") => None,
+        Some("b") => Some(Kind::Block),
+        Some("c" | "u") => Some(Kind::Char),
+        Some(_) => return None,
+    };
+    let number = |value: &Value| match value.as_i64() {
+        None | Some(-1) => Some(None),
+        Some(number) => i32::try_from(number).ok().filter(|number| *number >= 0).map(Some),
+    };
+    let access = match rule["access"].as_str() {
+        None | Some("") => ALL,
+        Some(text) => text.chars().try_fold(0, |access, letter| match letter {
+            'm' => Some(access | MKNOD),
+            'r' => Some(access | READ),
+            'w' => Some(access | WRITE),
+            _ => None,
+        })?,
+    };
+    let (major, minor) = (number(&rule["major"])?, number(&rule["minor"])?);
+    Some(Rule { allow: rule["allow"].as_bool().unwrap_or(false), kind, major, minor, access })
+}
+
+// Registers: the context arrives in 1, the answer leaves in 0.
+const ANSWER: u8 = 0;
+const CONTEXT: u8 = 1;
+const KIND: u8 = 2;
+const ACCESS: u8 = 3;
+const MAJOR: u8 = 4;
+const MINOR: u8 = 5;
+const SCRATCH: u8 = 6;
+
+/// The last rule that matches decides, so they are tried from the last; when none does, the answer is no.
+fn compile(rules: &[Rule]) -> Vec<Instruction> {
+    let mut code = vec![
+        // struct bpf_cgroup_dev_ctx { u32 access_type; u32 major; u32 minor; }, access_type = access << 16 | kind
+        load(KIND, CONTEXT, 0),
+        move_register(ACCESS, KIND),
+        shift_right(ACCESS, 16),
+        and(KIND, 0xffff),
+        load(MAJOR, CONTEXT, 4),
+        load(MINOR, CONTEXT, 8),
+    ];
+    for rule in rules.iter().rev() {
+        let mut body = Vec::new();
+        // What does not match jumps over the rest of the rule.
+        let mut differs = Vec::new();
+        for (register, wanted) in
+            [(KIND, rule.kind.map(|kind| kind as i32)), (MAJOR, rule.major), (MINOR, rule.minor)]
+        {
+            if let Some(wanted) = wanted {
+                differs.push(body.len());
+                body.push(jump_if_not_equal(register, wanted));
+            }
+        }
+        if rule.access != ALL {
+            body.push(move_register(SCRATCH, ACCESS));
+            // An allowed access has no other bits than the rule's, a denied one has any of them.
+            body.push(and(SCRATCH, if rule.allow { ALL & !rule.access } else { rule.access }));
+            differs.push(body.len());
+            body.push(if rule.allow { jump_if_not_equal(SCRATCH, 0) } else { jump_if_equal(SCRATCH, 0) });
+        }
+        body.extend([move_value(ANSWER, rule.allow.into()), EXIT]);
+        let end = body.len();
+        for at in differs {
+            body[at] |= jump_distance(end - at - 1);
+        }
+        code.extend(body);
+    }
+    code.extend([move_value(ANSWER, 0), EXIT]);
+    code
+}
+
+const EXIT: Instruction = 0x95;
+
+const fn instruction(code: u8, to: u8, from: u8, offset: u16, value: i32) -> Instruction {
+    code as u64
+        | (to as u64) << 8
+        | (from as u64) << 12
+        | (offset as u64) << 16
+        | (value.cast_unsigned() as u64) << 32
+}
+
+fn jump_distance(instructions: usize) -> Instruction {
+    // A rule has less than ten of them.
+    (instructions as u64) << 16
+}
+
+fn load(to: u8, from: u8, offset: u16) -> Instruction {
+    instruction(0x61, to, from, offset, 0)
+}
+
+fn move_register(to: u8, from: u8) -> Instruction {
+    instruction(0xbf, to, from, 0, 0)
+}
+
+fn move_value(to: u8, value: i32) -> Instruction {
+    instruction(0xb7, to, 0, 0, value)
+}
+
+fn shift_right(register: u8, bits: i32) -> Instruction {
+    instruction(0x77, register, 0, 0, bits)
+}
+
+fn and(register: u8, value: i32) -> Instruction {
+    instruction(0x57, register, 0, 0, value)
+}
+
+fn jump_if_equal(register: u8, value: i32) -> Instruction {
+    instruction(0x15, register, 0, 0, value)
+}
+
+fn jump_if_not_equal(register: u8, value: i32) -> Instruction {
+    instruction(0x55, register, 0, 0, value)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// Runs a program as the kernel does, for the few instructions that are used.
+    fn allows(code: &[Instruction], kind: Kind, major: i32, minor: i32, access: i32) -> bool {
+        let context = [access << 16 | kind as i32, major, minor];
+        let mut registers = [0_i64; 8];
+        let mut at = 0;
+        loop {
+            let instruction = code[at];
+            let (to, from) = ((instruction >> 8 & 15) as usize, (instruction >> 12 & 15) as usize);
+            let offset = (instruction >> 16 & 0xffff) as usize;
+            let value = i64::from((instruction >> 32) as u32 as i32);
+            at += 1;
+            match instruction as u8 {
+                0x61 => registers[to] = i64::from(context[offset / 4]),
+                0xbf => registers[to] = registers[from],
+                0xb7 => registers[to] = value,
+                0x77 => registers[to] >>= value,
+                0x57 => registers[to] &= value,
+                0x15 if registers[to] == value => at += offset,
+                0x55 if registers[to] != value => at += offset,
+                0x15 | 0x55 => {}
+                0x95 => return registers[0] != 0,
+                other => panic!("instruction {other:#x}"),
+            }
+        }
+    }
+
+    #[test]
+    fn by_default_only_the_harmless_ones() {
+        for rules in [json!(null), json!([{"allow": false, "access": "rwm"}])] {
+            let code = program(&rules).unwrap();
+            assert!(allows(&code, Kind::Char, 1, 3, READ | WRITE));
+            assert!(allows(&code, Kind::Char, 136, 77, READ | WRITE));
+            assert!(allows(&code, Kind::Block, 8, 0, MKNOD));
+            assert!(!allows(&code, Kind::Block, 8, 0, READ));
+            assert!(!allows(&code, Kind::Block, 8, 0, READ | MKNOD));
+            assert!(!allows(&code, Kind::Char, 1, 1, READ));
+        }
+    }
+
+    #[test]
+    fn later_rules_win() {
+        let code = program(&json!([
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "type": "b", "major": 8, "minor": 16, "access": "r"},
+            {"allow": false, "type": "c", "major": 1, "minor": 3, "access": "w"},
+        ]))
+        .unwrap();
+        assert!(allows(&code, Kind::Block, 8, 16, READ));
+        assert!(!allows(&code, Kind::Block, 8, 16, READ | WRITE));
+        assert!(!allows(&code, Kind::Block, 8, 0, READ));
+        assert!(allows(&code, Kind::Char, 1, 3, READ));
+        assert!(!allows(&code, Kind::Char, 1, 3, READ | WRITE));
+    }
+
+    #[test]
+    fn privileged_is_everything() {
+        let code = program(&json!([{"allow": true, "access": "rwm"}])).unwrap();
+        assert!(allows(&code, Kind::Block, 8, 0, READ | WRITE));
+    }
+
+    #[test]
+    fn nonsense_is_pointed_at() {
+        assert_eq!(program(&json!([{"allow": true}, {"type": "x"}])), Err(1));
+        assert_eq!(program(&json!([{"access": "q"}])), Err(0));
+        assert_eq!(program(&json!([{"major": -2}])), Err(0));
+    }
+}
