@@ -1,7 +1,10 @@
 //! What the guest has of the image, and that containers do not see each other's writes.
 
+use std::{fs::Permissions, os::unix::fs::PermissionsExt};
+
 use anyhow::{Context, Result, ensure};
 use machinen_integration::{
+    bundle::Bundle,
     containerd::Containerd,
     image::{Image, Layer},
 };
@@ -9,7 +12,7 @@ use machinen_integration::{
 use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd};
 
 on_every_containerd!(writes_are_private);
-on_newest_containerd!(the_image_as_it_was_made, layers_and_whiteouts, size_and_kind);
+on_newest_containerd!(the_image_as_it_was_made, layers_and_whiteouts, size_and_kind, mode_of_the_root);
 
 fn writes_are_private(containerd: &mut Containerd) -> Result<()> {
     let script = "echo mine > /etc/passwd; rm /etc/secret; mkdir /new; echo kept > /new/file; sleep 1000";
@@ -65,6 +68,17 @@ fn layers_and_whiteouts(containerd: &mut Containerd) -> Result<()> {
     let wanted = format!("./{long}\n./opaque\n./opaque/above\n./replaced\nnew");
     ensure!(seen == format!(".\n{wanted}"), "the guest has\n{seen}");
     containerd.settle(&before)
+}
+
+/// The overlay's own root is not the image's, and must look like it all the same.
+fn mode_of_the_root(containerd: &mut Containerd) -> Result<()> {
+    let bundle = Bundle::busybox(containerd)?;
+    std::fs::set_permissions(bundle.rootfs(), Permissions::from_mode(0o751))?;
+    std::os::unix::fs::chown(bundle.rootfs(), Some(7), Some(8))?;
+    let config = bundle.config(&["stat", "-c", "%a %u:%g", "/"], |_| ())?;
+    let seen = containerd.run_spec(&config).ok()?;
+    ensure!(seen == "751 7:8\n", "the guest has {seen}");
+    Ok(())
 }
 
 fn size_and_kind(containerd: &mut Containerd) -> Result<()> {

@@ -8,12 +8,14 @@
 
 use std::{
     fs, io,
+    os::unix::fs::{MetadataExt as _, chown},
     path::{Path, PathBuf},
 };
 
 use nix::{
     errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
+    unistd::syncfs,
 };
 
 use crate::disk::{Disk, DiskError};
@@ -34,6 +36,8 @@ pub(crate) enum RootfsError {
     Mount { layer: &'static str, device: PathBuf, source: Errno },
     #[error("cannot mount the overlay {path}")]
     Overlay { path: PathBuf, source: Errno },
+    #[error("cannot write back {path}")]
+    Sync { path: PathBuf, source: io::Error },
     #[error("cannot unmount {path}")]
     Unmount { path: PathBuf, source: io::Error },
 }
@@ -59,7 +63,11 @@ impl Rootfs {
         // The host has written all inode tables; there is nothing for the kernel to do in the background.
         mount_disk("writable", writable, rw, MsFlags::MS_NOATIME, "noinit_itable")?;
         let (upper, work) = (rw.join("upper"), rw.join("work"));
-        for dir in [&upper, &work, &self.path] {
+        if make_dir(&upper)? {
+            like_the_image(&upper, lower)
+                .map_err(|source| RootfsError::Create { path: upper.clone(), source })?;
+        }
+        for dir in [&work, &self.path] {
             make_dir(dir)?;
         }
         // Container ids, the only variable part, have no character that means something to overlayfs.
@@ -72,6 +80,22 @@ impl Rootfs {
     /// Where the container's root is.
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Writes everything to the disk. Unmounting alone does not: the mounts of a container that has just ended go
+    /// away a little later than its processes, and the file system with the last of them.
+    ///
+    /// # Errors
+    /// Those of the disk.
+    pub(crate) fn sync(&self) -> Result<(), RootfsError> {
+        let [rw, _] = &self.layers;
+        let failed = |source| RootfsError::Sync { path: rw.clone(), source };
+        match fs::File::open(rw) {
+            Ok(rw) => syncfs(rw).map_err(|err| failed(err.into())),
+            // Unmounted and removed by an earlier try.
+            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(err) => Err(failed(err)),
+        }
     }
 
     /// Unmounts what is mounted and removes the mount points. May be called again.
@@ -112,11 +136,18 @@ fn mount_disk(
     result.map_err(|err| RootfsError::Mount { layer, device: source.clone(), source: err })
 }
 
-fn make_dir(path: &Path) -> Result<(), RootfsError> {
+/// Whether the directory is new.
+fn make_dir(path: &Path) -> Result<bool, RootfsError> {
     match fs::create_dir(path) {
-        Err(err) if err.kind() != io::ErrorKind::AlreadyExists => {
-            Err(RootfsError::Create { path: path.to_owned(), source: err })
-        }
-        _ => Ok(()),
+        Ok(()) => Ok(true),
+        Err(err) if err.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(source) => Err(RootfsError::Create { path: path.to_owned(), source }),
     }
+}
+
+/// An overlay's root has the owner and mode of the upper directory, so a fresh one gets the image's.
+fn like_the_image(upper: &Path, image: &Path) -> io::Result<()> {
+    let of_image = fs::metadata(image)?;
+    chown(upper, Some(of_image.uid()), Some(of_image.gid()))?;
+    fs::set_permissions(upper, of_image.permissions())
 }
