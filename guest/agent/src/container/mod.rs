@@ -219,6 +219,7 @@ impl Container {
         }
         self.init.close();
         clear(&self.cgroup).await?;
+        self.rootfs.sync()?;
         self.rootfs.unmount()?;
         remove_dir(&self.dir)
     }

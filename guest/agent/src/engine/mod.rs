@@ -200,7 +200,7 @@ impl Outcome {
         match (self.refused, self.first_log) {
             (Some((refusal, text)), _) => EngineError::Refused { refusal, text },
             (None, Some(log)) if !text.contains(&log) => {
-                EngineError::Failed { text: format!("{text} ({log})") }
+                EngineError::Failed { text: format!("{text}: {log}") }
             }
             (None, _) => EngineError::Failed { text },
         }

@@ -53,7 +53,7 @@ pub(super) fn run(request: &Request, reporter: &Reporter, stdio: [OwnedFd; 3]) -
             if let WorkerError::Engine(InvalidSpec(_) | MissingSpec(_) | Spec(_)) = err {
                 reporter.send(Message::Refused { refusal: Refusal::Spec, text: console::chain(&err) });
             }
-            reporter.send(Message::Failed { text: console::chain(&err) });
+            reporter.send(Message::Failed { text: without_wrappers(&console::chain(&err)).to_owned() });
         }
     }
     sys::exit_now(0)
@@ -76,6 +76,16 @@ fn create(request: &Request, reporter: &Reporter, stdio: [OwnedFd; 3]) -> Result
         .as_sibling(true)
         .build()?;
     container.pid().map(nix_0_29_pid).ok_or(WorkerError::NoInit)
+}
+
+/// The engine says "failed to create" once in every process that an error passes through.
+fn without_wrappers(mut text: &str) -> &str {
+    const WRAPPERS: [&str; 3] =
+        ["failed to create container: ", "exec process failed with error ", "error in executing process : "];
+    while let Some(rest) = WRAPPERS.iter().find_map(|wrapper| text.strip_prefix(wrapper)) {
+        text = rest;
+    }
+    text
 }
 
 /// Gives up what a container must not inherit from the agent.
@@ -104,4 +114,17 @@ fn make_cwd(root: &pathrs::Root, cwd: &Path) -> Result<(), WorkerError> {
 /// libcontainer uses another version of the crate that wraps a pid.
 fn nix_0_29_pid(pid: impl Into<libc::pid_t>) -> i32 {
     pid.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_keeps_what_it_says() {
+        let text = "failed to create container: exec process failed with error error in executing process : failed \
+                    to prepare rootfs";
+        assert_eq!(without_wrappers(text), "failed to prepare rootfs");
+        assert_eq!(without_wrappers("no such luck"), "no such luck");
+    }
 }
