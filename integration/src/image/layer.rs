@@ -5,13 +5,14 @@ use std::{
     io::{self, BufReader, Read, Write},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context, Result};
 use tar::{Builder, EntryType, Header};
 
-/// Modification time of every entry, seconds since the epoch.
-const MTIME: u64 = 1_700_000_000;
+/// Modification time of every entry, since the epoch.
+pub(super) const MTIME: Duration = Duration::from_secs(1_700_000_000);
 
 /// The entries of a layer, in order.
 #[derive(Debug, Clone, Default)]
@@ -104,6 +105,11 @@ impl Layer {
         self
     }
 
+    pub(super) fn directories(&self) -> impl Iterator<Item = &str> {
+        let dirs = self.entries.iter().filter(|entry| matches!(entry.content, Content::Directory));
+        dirs.map(|entry| entry.path.as_str())
+    }
+
     fn entry(mut self, path: &str, mode: u32, content: Content) -> Self {
         let path = path.trim_start_matches('/').to_owned();
         self.entries.push(Entry { path, mode, owner: (0, 0), xattrs: Vec::new(), content });
@@ -134,7 +140,7 @@ impl Entry {
         header.set_mode(self.mode);
         header.set_uid(self.owner.0);
         header.set_gid(self.owner.1);
-        header.set_mtime(MTIME);
+        header.set_mtime(MTIME.as_secs());
         header.set_size(0);
         match &self.content {
             Content::Directory => {

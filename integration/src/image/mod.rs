@@ -9,6 +9,7 @@ use std::{
     io::{self, BufWriter, Write},
     path::Path,
     str::FromStr,
+    time::UNIX_EPOCH,
 };
 
 use anyhow::{Context, Result, bail};
@@ -65,7 +66,13 @@ impl Image {
         let mut archive = tar::Archive::new(bytes.as_slice());
         archive.set_preserve_permissions(true);
         archive.set_preserve_ownerships(true);
-        archive.unpack(dir).with_context(|| format!("cannot unpack {} into {}", self.name, dir.display()))
+        let failed = || format!("cannot unpack {} into {}", self.name, dir.display());
+        archive.unpack(dir).with_context(failed)?;
+        // Directories get the time of their last new entry; the same image is to be the same tree.
+        for path in layer.directories() {
+            File::open(dir.join(path))?.set_modified(UNIX_EPOCH + layer::MTIME).with_context(failed)?;
+        }
+        Ok(())
     }
 
     /// Writes the image as an OCI archive, for `ctr images import`.

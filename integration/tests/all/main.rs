@@ -1,6 +1,9 @@
 //! The one integration test binary: real containerd, and what runs below it.
 //!
 //! Each test has a containerd of its own and proves at its end that nothing is left of its containers.
+//!
+//! `MACHINEN_TEST_RUNTIME=io.containerd.runc.v2` runs the tests with runc, which passes all that do not ask for what
+//! only machinen has. `MACHINEN_TEST_SHOW=1` with `--nocapture` prints what users read when something fails.
 
 mod confinement;
 mod fake;
