@@ -69,8 +69,8 @@ fn measure(containerd: &Containerd, image: &str, rounds: usize) -> Result<Report
     report.time("ctr run --rm true, machinen, warm", "start_warm_ms", warm);
     report.time("ctr run --rm true, runc", "start_runc_ms", runc);
     report.time("floor: the same VM boots and powers off", "floor_ms", floor);
-    for (name, times) in &starts.phases {
-        report.phase(name, times.median());
+    for phase in &starts.phases {
+        report.phase(&phase.name, phase.cold.median(), phase.warm.median());
     }
     report.time("rootdisk of 200 MB in 10,000 files", "conversion_ms", conversion.machinen.median());
     report.time("bare mke2fs -d of the same tree", "mke2fs_ms", conversion.mke2fs.median());

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 pub(crate) struct Report {
     rounds: usize,
     rows: Vec<Row>,
-    phases: Vec<(String, f64)>,
+    phases: Vec<Phase>,
     targets: Vec<Target>,
 }
 
@@ -18,6 +18,14 @@ struct Row {
     key: &'static str,
     value: f64,
     unit: &'static str,
+}
+
+/// Milliseconds.
+#[derive(Debug)]
+struct Phase {
+    name: String,
+    cold: f64,
+    warm: f64,
 }
 
 #[derive(Debug)]
@@ -48,9 +56,9 @@ impl Report {
         self.rows.push(Row { title, key, value: kib as f64, unit: "KiB" });
     }
 
-    /// A step of the warm start, milliseconds. Steps overlap.
-    pub(crate) fn phase(&mut self, name: &str, value: f64) {
-        self.phases.push((name.to_owned(), value));
+    /// A step of a start, milliseconds. Steps overlap.
+    pub(crate) fn phase(&mut self, name: &str, cold: f64, warm: f64) {
+        self.phases.push(Phase { name: name.to_owned(), cold, warm });
     }
 
     pub(crate) fn target(&mut self, title: &'static str, value: f64, limit: f64, unit: &'static str) {
@@ -60,8 +68,8 @@ impl Report {
     pub(crate) fn json(&self) -> Value {
         let mut values: Map<String, Value> =
             self.rows.iter().map(|row| (row.key.to_owned(), json!(row.value))).collect();
-        let phases: Map<String, Value> =
-            self.phases.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
+        let phase = |phase: &Phase| (phase.name.clone(), json!({ "cold": phase.cold, "warm": phase.warm }));
+        let phases: Map<String, Value> = self.phases.iter().map(phase).collect();
         let target = |target: &Target| {
             json!({
                 "target": target.title, "value": target.value, "limit": target.limit, "unit": target.unit,
@@ -69,7 +77,7 @@ impl Report {
             })
         };
         values.insert("rounds".to_owned(), json!(self.rounds));
-        values.insert("phases_of_warm_start_ms".to_owned(), phases.into());
+        values.insert("phases_ms".to_owned(), phases.into());
         values.insert("targets".to_owned(), self.targets.iter().map(target).collect());
         values.into()
     }
@@ -81,9 +89,9 @@ impl fmt::Display for Report {
         for Row { title, value, unit, .. } in &self.rows {
             writeln!(f, "  {title:<52}{value:>10.0} {unit}")?;
         }
-        writeln!(f, "steps of the warm start (they overlap)")?;
-        for (name, value) in &self.phases {
-            writeln!(f, "  {name:<52}{value:>10.1} ms")?;
+        writeln!(f, "steps of a start, cold and warm (they overlap)")?;
+        for Phase { name, cold, warm } in &self.phases {
+            writeln!(f, "  {name:<42}{cold:>10.1}{warm:>10.1} ms")?;
         }
         writeln!(f, "targets")?;
         for target in &self.targets {

@@ -18,8 +18,16 @@ pub(crate) struct Starts {
     pub(crate) warm: Samples,
     pub(crate) runc: Samples,
     pub(crate) floor: Samples,
-    /// Of the warm starts, in the order in which the shim tells them.
-    pub(crate) phases: Vec<(String, Samples)>,
+    /// In the order in which the shim tells them first.
+    pub(crate) phases: Vec<Phase>,
+}
+
+/// One step of a start.
+#[derive(Debug, Default)]
+pub(crate) struct Phase {
+    pub(crate) name: String,
+    pub(crate) cold: Samples,
+    pub(crate) warm: Samples,
 }
 
 pub(crate) fn measure(containerd: &Containerd, image: &str, floor: &Floor, rounds: usize) -> Result<Starts> {
@@ -33,19 +41,21 @@ pub(crate) fn measure(containerd: &Containerd, image: &str, floor: &Floor, round
     run(containerd, image, paths::RUNC)?;
     floor.run()?;
     for round in 0..rounds {
+        containerd.configure(&with_cache(&warm_cache))?;
+        let (warm, phases) = run_with_phases(containerd, image)?;
+        starts.warm.push(warm);
+        for (name, time) in phases {
+            phase(&mut starts.phases, name).warm.push(time);
+        }
         let cold_cache = containerd.root().join(format!("cold-{round}"));
         fs::create_dir(&cold_cache)?;
         containerd.configure(&with_cache(&cold_cache))?;
-        starts.cold.push(run(containerd, image, &paths::runtime())?);
-        fs::remove_dir_all(&cold_cache)?;
-        containerd.configure(&with_cache(&warm_cache))?;
-        let from = containerd.log().position();
-        starts.warm.push(run(containerd, image, &paths::runtime())?);
-        for line in containerd.log().since(from) {
-            for (name, millis) in phases::parse(&line).unwrap_or_default() {
-                add_phase(&mut starts.phases, name, millis);
-            }
+        let (cold, phases) = run_with_phases(containerd, image)?;
+        starts.cold.push(cold);
+        for (name, time) in phases {
+            phase(&mut starts.phases, name).cold.push(time);
         }
+        fs::remove_dir_all(&cold_cache)?;
         starts.runc.push(run(containerd, image, paths::RUNC)?);
         starts.floor.push(floor.run()?);
         eprintln!("round {} of {rounds}", round + 1);
@@ -53,16 +63,21 @@ pub(crate) fn measure(containerd: &Containerd, image: &str, floor: &Floor, round
     Ok(starts)
 }
 
-fn add_phase(phases: &mut Vec<(String, Samples)>, name: String, millis: f64) {
-    let time = Duration::from_secs_f64(millis / 1000.0);
-    match phases.iter_mut().find(|(known, _)| *known == name) {
-        Some((_, samples)) => samples.push(time),
-        None => {
-            let mut samples = Samples::default();
-            samples.push(time);
-            phases.push((name, samples));
-        }
-    }
+fn phase(phases: &mut Vec<Phase>, name: String) -> &mut Phase {
+    let at = phases.iter().position(|phase| phase.name == name).unwrap_or_else(|| {
+        phases.push(Phase { name, ..Phase::default() });
+        phases.len() - 1
+    });
+    &mut phases[at]
+}
+
+/// A start with machinen, and what its shim says of its steps.
+fn run_with_phases(containerd: &Containerd, image: &str) -> Result<(Duration, Vec<(String, Duration)>)> {
+    let from = containerd.log().position();
+    let time = run(containerd, image, &paths::runtime())?;
+    let lines = containerd.log().since(from);
+    let told = lines.iter().filter_map(|line| phases::parse(line)).flatten();
+    Ok((time, told.map(|(name, millis)| (name, Duration::from_secs_f64(millis / 1000.0))).collect()))
 }
 
 fn run(containerd: &Containerd, image: &str, runtime: &str) -> Result<Duration> {
