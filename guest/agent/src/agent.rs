@@ -93,6 +93,10 @@ async fn serve(channel: &Channel, parts: &Arc<Parts>) -> Result<(), AgentError> 
             channel.flush().await;
             console::end(0)
         }
-        () = watch.closed() => Err(AgentError::LeftAlone),
+        () = watch.closed() => {
+            // Nobody can ask for an orderly end any more, but the disks deserve one.
+            shutdown::run(parts).await;
+            Err(AgentError::LeftAlone)
+        }
     }
 }

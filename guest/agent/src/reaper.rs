@@ -82,12 +82,18 @@ impl Reaper {
         }
     }
 
-    fn reap_all(&self) {
+    /// Takes all exits that there are. True when no child is left.
+    fn reap_all(&self) -> bool {
         loop {
             match sys::reap_any() {
                 Ok(Some((pid, status))) => self.ended(pid, Exit { status, at: SystemTime::now() }),
-                Ok(None) | Err(Errno::EINTR) => return,
-                Err(_) => return self.shared.childless.notify_waiters(),
+                Err(Errno::EINTR) => {}
+                Ok(None) => return false,
+                // ECHILD is the only other error that waitpid(2) has.
+                Err(_) => {
+                    self.shared.childless.notify_waiters();
+                    return true;
+                }
             }
         }
     }
@@ -123,11 +129,9 @@ impl Reaper {
     /// Resolves when the agent has no child left.
     pub(crate) async fn childless(&self) {
         let childless = self.shared.childless.notified();
-        self.reap_all();
-        if sys::reap_any() == Err(Errno::ECHILD) {
-            return;
+        if !self.reap_all() {
+            childless.await;
         }
-        childless.await;
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {

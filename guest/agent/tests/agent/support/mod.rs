@@ -54,11 +54,11 @@ impl Guest {
         }
         let (ours, theirs) = StdUnixStream::pair().unwrap();
         fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+        // It ends when the stream does, and clears up then, which a killed one could not.
         #[expect(clippy::disallowed_methods, reason = "the process under test")]
         let process = tokio::process::Command::new(env!("CARGO_BIN_EXE_machinen-agent"))
             .args(["--serial-fd", &theirs.as_raw_fd().to_string(), "--disk-dir"])
             .arg(disks.path())
-            .kill_on_drop(true)
             .spawn()
             .unwrap();
         drop(theirs);
