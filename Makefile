@@ -19,7 +19,7 @@ run: build
 	target/release/machinen-demo
 
 test: build
-	cargo test --locked --workspace
+	scripts/test
 
 bench: build
 	target/release/machinen-bench

@@ -5,9 +5,10 @@ mod ended;
 use std::time::Duration;
 
 use machinen_protocol::api::{
-    AgentClient, ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest,
-    CreateContainerResponse, Empty, EndStdinRequest, ListProcessesResponse, ProcessRequest,
-    SignalProcessRequest, WaitProcessResponse,
+    AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, ConfigureRequest,
+    ConfigureResponse, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty,
+    EndStdinRequest, ExecProcessRequest, ExecProcessResponse, ExportLayerRequest, ListProcessesResponse,
+    ProcessRequest, ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, WaitProcessResponse,
 };
 use ttrpc::Code;
 
@@ -20,6 +21,9 @@ use crate::vm::BoxedStream;
 const QUICK: Duration = Duration::from_secs(20);
 /// For calls that mount, start processes or clean up, on an emulated CPU that is shared with others.
 const LONG: Duration = Duration::from_secs(120);
+
+/// For dumping a container: some gigabytes of memory at the speed of an emulated CPU.
+const DUMP: Duration = Duration::from_secs(15 * 60);
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +87,9 @@ macro_rules! call {
     };
 }
 
+// After the macro that it uses.
+mod control;
+
 impl Client {
     /// Over a control stream whose handshake is done. Must be called inside a tokio runtime.
     pub fn new(control: BoxedStream) -> Self {
@@ -99,6 +106,15 @@ impl Client {
         call!(self.configure(request), Some(QUICK))
     }
 
+    /// Sets the guest's wall clock, to nanoseconds since the Unix epoch.
+    ///
+    /// # Errors
+    /// It is no time after the epoch.
+    pub async fn set_clock(&self, realtime_ns: i64) -> Result<(), AgentError> {
+        let request = SetClockRequest { realtime_ns, ..SetClockRequest::default() };
+        call!(self.set_clock(request), Some(QUICK)).map(nothing)
+    }
+
     /// Prepares a container and leaves its init waiting.
     ///
     /// # Errors
@@ -107,7 +123,8 @@ impl Client {
         &self,
         request: CreateContainerRequest,
     ) -> Result<CreateContainerResponse, AgentError> {
-        call!(self.create_container(request), Some(LONG))
+        let deadline = if request.checkpoint.is_some() { DUMP } else { LONG };
+        call!(self.create_container(request), Some(deadline))
     }
 
     /// Lets the waiting init execute the command.
@@ -123,12 +140,44 @@ impl Client {
     /// # Errors
     /// No such process.
     pub async fn wait_process(&self, container: &str, exec: &str) -> Result<WaitProcessResponse, AgentError> {
-        let request = ProcessRequest {
+        call!(self.wait_process(process_request(container, exec)), None)
+    }
+
+    /// Runs one more process in a container; it runs when this returns.
+    ///
+    /// # Errors
+    /// The codes that `agent.proto` lists for this call.
+    pub async fn exec_process(&self, request: ExecProcessRequest) -> Result<ExecProcessResponse, AgentError> {
+        call!(self.exec_process(request), Some(LONG))
+    }
+
+    /// Forgets a process that has ended; one that does not exist is no error.
+    ///
+    /// # Errors
+    /// It is still running, or there is no such container.
+    pub async fn delete_process(&self, container: &str, exec: &str) -> Result<(), AgentError> {
+        call!(self.delete_process(process_request(container, exec)), Some(QUICK)).map(nothing)
+    }
+
+    /// Sets the size of a process's terminal, in characters.
+    ///
+    /// # Errors
+    /// No such process, or it has no terminal.
+    pub async fn resize_terminal(
+        &self,
+        container: &str,
+        exec: &str,
+        width: u32,
+        height: u32,
+    ) -> Result<(), AgentError> {
+        let request = ResizeTerminalRequest {
             container_id: container.to_owned(),
             exec_id: exec.to_owned(),
-            ..ProcessRequest::default()
+            width,
+            height,
+            ..ResizeTerminalRequest::default()
         };
-        call!(self.wait_process(request), None)
+        call!(self.resize_terminal(request), Some(QUICK)).map(nothing)
     }
 
     /// Sends a signal to one process, or with `all` to every process of the container.
@@ -180,6 +229,39 @@ impl Client {
         call!(self.delete_container(container_request(container)), Some(LONG)).map(nothing)
     }
 
+    /// Has the container's changes sent to the stream with that token; returns how many bytes the archive has. No
+    /// deadline: who reads the stream sees whether it goes on.
+    ///
+    /// # Errors
+    /// No such container or stream, or its files cannot be read.
+    pub async fn export_layer(&self, container: &str, stream: u64) -> Result<u64, AgentError> {
+        let request = ExportLayerRequest {
+            container_id: container.to_owned(),
+            stream,
+            ..ExportLayerRequest::default()
+        };
+        call!(self.export_layer(request), None).map(|answer| answer.total_bytes)
+    }
+
+    /// Dumps a paused container onto a disk.
+    ///
+    /// # Errors
+    /// The codes that `agent.proto` lists for this call.
+    pub async fn checkpoint_container(
+        &self,
+        request: CheckpointContainerRequest,
+    ) -> Result<CheckpointContainerResponse, AgentError> {
+        call!(self.checkpoint_container(request), Some(DUMP))
+    }
+
+    /// Resolves when the disk that a container was restored from is not needed any more: no deadline.
+    ///
+    /// # Errors
+    /// Memory is lost, and the container with it.
+    pub async fn wait_pages(&self, container: &str) -> Result<(), AgentError> {
+        call!(self.wait_pages(container_request(container)), None).map(nothing)
+    }
+
     /// Syncs file systems and powers the VM off. [`crate::vm::Vm::shutdown`] is what callers want: it also waits.
     ///
     /// # Errors
@@ -193,6 +275,14 @@ fn nothing(_: Empty) {}
 
 fn container_request(container: &str) -> ContainerRequest {
     ContainerRequest { container_id: container.to_owned(), ..ContainerRequest::default() }
+}
+
+fn process_request(container: &str, exec: &str) -> ProcessRequest {
+    ProcessRequest {
+        container_id: container.to_owned(),
+        exec_id: exec.to_owned(),
+        ..ProcessRequest::default()
+    }
 }
 
 async fn finish<T>(

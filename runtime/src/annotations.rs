@@ -42,6 +42,10 @@ pub const KEYS: &[(&str, Apply)] = &[
         config.vm.kernel_args.push_str(value);
         Ok(())
     }),
+    ("lazy", |config, value| {
+        config.restore.lazy = value.parse().map_err(|_| "true or false")?;
+        Ok(())
+    }),
     ("channel", |config, value| {
         config.vm.channel = match value {
             "auto" => Channel::Auto,

@@ -18,8 +18,12 @@ pub const DEFAULT_PATH: &str = "/etc/machinen/machinen.toml";
 pub struct Config {
     pub assets: Assets,
     pub vm: Vm,
+    pub template: Template,
+    pub pool: Pool,
+    pub restore: Restore,
     pub rootdisk: Rootdisk,
     pub annotations: Annotations,
+    pub task: Task,
     pub log: Log,
 }
 
@@ -40,6 +44,26 @@ pub struct Vm {
     pub channel: Channel,
     pub kernel_args: String,
     pub boot_timeout_s: u64,
+    pub memory_reserve_percent: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Template {
+    pub mode: TemplateMode,
+    pub dir: PathBuf,
+    pub budget_mib: u64,
+}
+
+/// What is done with templates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TemplateMode {
+    /// Those that are there are used, and missing ones are built in the background.
+    Auto,
+    /// Those that are there are used.
+    Use,
+    Off,
 }
 
 /// How the guest's instructions are run.
@@ -60,12 +84,28 @@ pub enum Channel {
     Serial,
 }
 
+/// Clones that wait for the next starts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Pool {
+    pub size: u32,
+    pub dir: PathBuf,
+}
+
+/// How containers go on from checkpoints.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Restore {
+    pub lazy: bool,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Rootdisk {
     pub dir: PathBuf,
     pub min_size_mib: u64,
     pub writable_size_mib: u64,
+    pub layer_max_entries: u64,
     pub mke2fs: PathBuf,
 }
 
@@ -73,6 +113,23 @@ pub struct Rootdisk {
 #[serde(default, deny_unknown_fields)]
 pub struct Annotations {
     pub allow: Vec<String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Task {
+    pub metrics: Metrics,
+}
+
+/// In which message the counts of a container go to containerd.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Metrics {
+    /// That of the host's cgroups.
+    #[default]
+    Auto,
+    Cgroup1,
+    Cgroup2,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,7 +149,20 @@ impl Default for Vm {
             channel: Channel::Auto,
             kernel_args: String::new(),
             boot_timeout_s: 60,
+            memory_reserve_percent: 1,
         }
+    }
+}
+
+impl Default for Template {
+    fn default() -> Self {
+        Self { mode: TemplateMode::Auto, dir: "/run/machinen/template".into(), budget_mib: 1024 }
+    }
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        Self { size: 0, dir: "/run/machinen/pool".into() }
     }
 }
 
@@ -102,6 +172,7 @@ impl Default for Rootdisk {
             dir: "/var/lib/machinen/rootdisk".into(),
             min_size_mib: 2048,
             writable_size_mib: 16384,
+            layer_max_entries: 2_000_000,
             mke2fs: "mke2fs".into(),
         }
     }
@@ -156,8 +227,16 @@ impl Config {
     fn read(path: &Path) -> Result<Self, ConfigError> {
         let text =
             fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        Self::parse(&text, path)
+    }
+
+    /// Reads the text of the file at `path`, which is only told in errors.
+    ///
+    /// # Errors
+    /// A syntax error, an unknown key or value.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let config: Self =
-            toml::from_str(&text).map_err(|source| ConfigError::Parse { path: path.into(), source })?;
+            toml::from_str(text).map_err(|source| ConfigError::Parse { path: path.into(), source })?;
         for name in &config.annotations.allow {
             if !crate::annotations::KEYS.iter().any(|(known, _)| known == name) {
                 return Err(ConfigError::UnknownAnnotation {

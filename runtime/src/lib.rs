@@ -3,17 +3,23 @@
 //! Arrows point downward only: `shim -> runtime -> protocol <- guest`. ARCHITECTURE.md holds the map.
 
 pub mod accel;
+pub mod admission;
 pub mod agent;
 pub mod annotations;
 pub mod assets;
+pub mod checkpoint;
 pub mod cli;
 pub mod config;
 pub mod error;
+pub mod layer;
+pub(crate) mod memfd;
 pub mod pod;
+pub mod pool;
 pub mod process;
 pub mod rootdisk;
 pub mod spec;
 pub mod sys;
+pub mod template;
 pub mod vm;
 
 /// What is known until the host reboots lives here.

@@ -29,6 +29,12 @@ pub(crate) fn duplicate_from(fd: BorrowedFd<'_>, number: i32) -> io::Result<Owne
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Undoes what Rust's start-up does to SIGPIPE; for programs whose output is all that they are about.
+pub(crate) fn end_on_broken_pipe() {
+    // SAFETY: signal(2) with the default action runs no code of this program.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
 /// Fills `buffer` from the kernel's random number generator (getrandom(2)).
 pub(crate) fn random(buffer: &mut [u8]) -> io::Result<()> {
     let mut filled = 0;

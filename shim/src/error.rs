@@ -6,6 +6,7 @@ use containerd_shim_protos::ttrpc::{self, Code, get_status};
 use machinen::{
     config::ConfigError,
     error::{ErrorKind, Kind, chain},
+    pool::MemberError,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +23,10 @@ pub enum ShimError {
     LogLevel { level: String },
     #[error("the listener was not passed on; containerd starts this binary with the action `start`")]
     NoListener,
+    #[error("a member of the warm pool needs the number of its slot; a server starts it")]
+    NoSlot,
+    #[error(transparent)]
+    Member(#[from] MemberError),
     #[error("cannot serve the task API")]
     Serve(#[source] ttrpc::Error),
     #[error("cannot encode the answer")]
@@ -42,14 +47,19 @@ pub fn to_ttrpc(error: &(impl Kind + 'static)) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(code(error.kind()), chain(error)))
 }
 
-/// A verb that this version does not have.
+/// A request for what this version does not have.
 pub fn unimplemented<T>(what: &str) -> ttrpc::Result<T> {
     Err(ttrpc::Error::RpcStatus(get_status(Code::UNIMPLEMENTED, format!("{what} is not supported yet"))))
 }
 
-/// Something that the request names and that does not exist.
-pub fn not_found<T>(what: String) -> ttrpc::Result<T> {
-    Err(ttrpc::Error::RpcStatus(get_status(Code::NOT_FOUND, what)))
+/// A request that makes no sense.
+pub fn invalid<T>(what: String) -> ttrpc::Result<T> {
+    Err(ttrpc::Error::RpcStatus(get_status(Code::INVALID_ARGUMENT, what)))
+}
+
+/// An answer that cannot be encoded.
+pub fn encoding(error: protobuf::Error) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(get_status(Code::INTERNAL, chain(&ShimError::Encode(error))))
 }
 
 fn code(kind: ErrorKind) -> Code {

@@ -10,7 +10,10 @@ use std::{
 
 use containerd_shim_protos::{
     api::{CreateTaskRequest, ForwardRequest},
-    events::task::{TaskCreate, TaskDelete, TaskExit, TaskIO, TaskOOM, TaskStart},
+    events::task::{
+        TaskCheckpointed, TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM,
+        TaskPaused, TaskResumed, TaskStart,
+    },
     shim::event::Envelope,
     shim_async::{Client, EventsClient},
     topics,
@@ -21,7 +24,10 @@ use protobuf::{
     MessageField,
     well_known_types::{any::Any, timestamp::Timestamp},
 };
-use tokio::{sync::mpsc, time::sleep};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::sleep,
+};
 
 /// One event is tried this often; containerd takes it at once or is restarting.
 const TRIES: u32 = 5;
@@ -53,9 +59,19 @@ impl Publisher {
         Arc::clone(&self.requests)
     }
 
-    /// Sends until nobody can emit events any more.
-    pub async fn run(mut self, mut events: mpsc::UnboundedReceiver<Event>) {
-        while let Some(event) = events.recv().await {
+    /// Sends until nobody can emit events any more, or, once `last` is told, until those that there are have been sent.
+    pub async fn run(mut self, mut events: mpsc::UnboundedReceiver<Event>, mut last: oneshot::Receiver<()>) {
+        let mut more = true;
+        loop {
+            let event = tokio::select! {
+                event = events.recv() => event,
+                _ = &mut last, if more => {
+                    more = false;
+                    events.close();
+                    continue;
+                }
+            };
+            let Some(event) = event else { break };
             let (topic, body) = self.encode(event);
             match body {
                 Ok(body) => self.publish(topic, body).await,
@@ -76,13 +92,18 @@ impl Publisher {
             ..Default::default()
         };
         for attempt in 1..=TRIES {
+            let reused = self.client.is_some();
             match self.forward(&request).await {
                 Ok(()) => return,
                 Err(error) if attempt == TRIES => tracing::error!(topic, "event dropped: {error}"),
                 Err(error) => {
                     tracing::debug!(topic, attempt, "event not taken: {error}");
                     self.client = None;
-                    sleep(BACKOFF).await;
+                    // A connection from before a restart of containerd says nothing of the one that runs now, and a
+                    // shim that is about to end has no time to lose.
+                    if !reused {
+                        sleep(BACKOFF).await;
+                    }
                 }
             }
         }
@@ -123,13 +144,33 @@ impl Publisher {
                 let body = TaskStart { container_id: id, pid, ..Default::default() };
                 (topics::TASK_START_EVENT_TOPIC, any(&body))
             }
+            Event::Paused { id } => {
+                (topics::TASK_PAUSED_EVENT_TOPIC, any(&TaskPaused { container_id: id, ..Default::default() }))
+            }
+            Event::Resumed { id } => (
+                topics::TASK_RESUMED_EVENT_TOPIC,
+                any(&TaskResumed { container_id: id, ..Default::default() }),
+            ),
+            Event::Checkpointed { id, path } => {
+                let checkpoint = path.display().to_string();
+                let body = TaskCheckpointed { container_id: id, checkpoint, ..Default::default() };
+                (topics::TASK_CHECKPOINTED_EVENT_TOPIC, any(&body))
+            }
             Event::OutOfMemory { id } => {
                 (topics::TASK_OOM_EVENT_TOPIC, any(&TaskOOM { container_id: id, ..Default::default() }))
             }
-            Event::Exited { id, pid, exit } => {
+            Event::ExecAdded { id, exec_id } => {
+                let body = TaskExecAdded { container_id: id, exec_id, ..Default::default() };
+                (topics::TASK_EXEC_ADDED_EVENT_TOPIC, any(&body))
+            }
+            Event::ExecStarted { id, exec_id, pid } => {
+                let body = TaskExecStarted { container_id: id, exec_id, pid, ..Default::default() };
+                (topics::TASK_EXEC_STARTED_EVENT_TOPIC, any(&body))
+            }
+            Event::Exited { id, exec_id, pid, exit } => {
                 let body = TaskExit {
-                    container_id: id.clone(),
-                    id,
+                    id: if exec_id.is_empty() { id.clone() } else { exec_id },
+                    container_id: id,
                     pid,
                     exit_status: exit.status,
                     exited_at: MessageField::some(timestamp(exit.at)),
@@ -158,7 +199,7 @@ impl Publisher {
 }
 
 /// containerd's registry of types knows events by their bare full name (containerd, typeurl).
-fn any<M: protobuf::MessageFull>(message: &M) -> protobuf::Result<Any> {
+pub fn any<M: protobuf::MessageFull>(message: &M) -> protobuf::Result<Any> {
     let type_url = M::descriptor().full_name().to_owned();
     Ok(Any { type_url, value: message.write_to_bytes()?, ..Default::default() })
 }
@@ -184,14 +225,15 @@ mod tests {
     fn an_exit_carries_the_names_containerd_looks_for() {
         let publisher = Publisher::new("default".to_owned(), None);
         let exit = Exit { status: 137, at: UNIX_EPOCH + Duration::from_millis(1500), oom_killed: false };
-        let (topic, body) = publisher.encode(Event::Exited { id: "c".to_owned(), pid: 7, exit });
-        let body = body.unwrap();
-        assert_eq!((topic, body.type_url.as_str()), ("/tasks/exit", "containerd.events.TaskExit"));
-        let decoded = TaskExit::parse_from_bytes(&body.value).unwrap();
-        assert_eq!(
-            (decoded.id.as_str(), decoded.container_id.as_str(), decoded.exit_status),
-            ("c", "c", 137)
-        );
-        assert_eq!((decoded.exited_at.seconds, decoded.exited_at.nanos), (1, 500_000_000));
+        for (exec_id, process) in [("", "c"), ("e", "e")] {
+            let event = Event::Exited { id: "c".to_owned(), exec_id: exec_id.to_owned(), pid: 7, exit };
+            let (topic, body) = publisher.encode(event);
+            let body = body.unwrap();
+            assert_eq!((topic, body.type_url.as_str()), ("/tasks/exit", "containerd.events.TaskExit"));
+            let decoded = TaskExit::parse_from_bytes(&body.value).unwrap();
+            let names = (decoded.id.as_str(), decoded.container_id.as_str());
+            assert_eq!((names, decoded.exit_status), ((process, "c"), 137));
+            assert_eq!((decoded.exited_at.seconds, decoded.exited_at.nanos), (1, 500_000_000));
+        }
     }
 }

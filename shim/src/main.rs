@@ -8,11 +8,14 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod checkpoint;
 mod delete;
 mod error;
 mod events;
 mod info;
 mod logging;
+mod member;
+mod metrics;
 mod server;
 mod start;
 mod task;
@@ -20,13 +23,30 @@ mod task;
 use std::process::ExitCode;
 
 use args::{Action, Args};
-use machinen::{error::chain, pod::anchor};
+use error::ShimError;
+use machinen::{error::chain, pod::anchor, pool, template};
 
 fn main() -> ExitCode {
     if std::env::args().nth(1).is_some_and(|first| first == anchor::ARGUMENT) {
         anchor::main();
     }
-    let result = Args::parse(std::env::args_os().skip(1)).and_then(|args| match args.action {
+    template::main_if_asked();
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("containerd-shim-machinen-v1: {}", chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), ShimError> {
+    let mut words = std::env::args().skip(1);
+    if words.next().is_some_and(|first| first == pool::ARGUMENT) {
+        return member::run(words.next());
+    }
+    let args = Args::parse(std::env::args_os().skip(1))?;
+    match args.action {
         Action::Start => start::run(&args),
         Action::Delete => delete::run(&args),
         Action::Info => info::run(),
@@ -35,12 +55,5 @@ fn main() -> ExitCode {
             Ok(())
         }
         Action::Serve => server::run(&args),
-    });
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("containerd-shim-machinen-v1: {}", chain(&error));
-            ExitCode::FAILURE
-        }
     }
 }

@@ -12,10 +12,12 @@ use containerd_shim_protos::{
     shim_async::create_task,
     ttrpc::asynchronous::{Server, transport::Listener},
 };
-use machinen::{config::Config, pod::Pod, sys};
+use machinen::{config::Config, pod::Pod, pool::Ready, sys};
+use serde::{Deserialize, Serialize};
 use tokio::{
+    runtime::Runtime,
     signal::unix::{SignalKind, signal},
-    sync::{Notify, mpsc},
+    sync::{Notify, mpsc, oneshot},
     time::timeout,
 };
 
@@ -49,30 +51,74 @@ pub fn run(args: &Args) -> Result<(), ShimError> {
     let bundle = env::current_dir().map_err(ShimError::io("find the bundle, the directory", "."))?;
     let config = Config::load()?;
     logging::init(&bundle, &config, args.debug)?;
-    // One thread: a shim per container must stay small, and children die with the thread that started them.
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(ShimError::io("start the event loop in", &bundle))?;
-    let result = runtime.block_on(serve(args, bundle.clone(), config, listener.into()));
-    remove_socket(&bundle);
+    let runtime = event_loop(&bundle)?;
+    let work = Work {
+        namespace: args.namespace.clone(),
+        id: args.id.clone(),
+        debug: args.debug,
+        bundle,
+        events: env::var("TTRPC_ADDRESS").ok(),
+    };
+    let result = runtime.block_on(serve(work, config, listener.into(), None));
     // Conversions that nobody waits for any more run in threads; they leave nothing half-done when they end with us.
     runtime.shutdown_background();
     result
 }
 
-async fn serve(
-    args: &Args,
-    bundle: PathBuf,
+/// One thread: a shim per container must stay small, and children die with the thread that started them.
+///
+/// # Errors
+/// Those of epoll_create(2) and its like.
+pub fn event_loop(bundle: &Path) -> Result<Runtime, ShimError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(ShimError::io("start the event loop in", bundle))
+}
+
+/// What a server is for.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Work {
+    pub namespace: String,
+    pub id: String,
+    pub debug: bool,
+    pub bundle: PathBuf,
+    /// Where containerd takes events.
+    pub events: Option<String>,
+}
+
+/// Serves the pod of `work`, whose first VM may be there already, to its end; the socket goes with it.
+///
+/// # Errors
+/// The listener or signals cannot be waited on.
+pub async fn serve(
+    work: Work,
     config: Config,
     listener: UnixListener,
+    ready: Option<Ready>,
 ) -> Result<(), ShimError> {
+    // Known now, because whoever ends us may have removed the bundle by then.
+    let socket = socket_of(&work.bundle);
+    let result = serve_pod(work, config, listener, ready).await;
+    remove(socket);
+    result
+}
+
+async fn serve_pod(
+    work: Work,
+    config: Config,
+    listener: UnixListener,
+    ready: Option<Ready>,
+) -> Result<(), ShimError> {
+    let Work { namespace, id, bundle, events, .. } = work;
     let (sender, receiver) = mpsc::unbounded_channel();
-    let pod = Pod::new(config, args.id.clone(), bundle.join(POD_DIR), sender);
+    let pod = Pod::new(config, namespace.clone(), id.clone(), bundle.join(POD_DIR), sender);
+    if let Some(ready) = ready {
+        pod.adopt(ready);
+    }
     let ended = Arc::new(Notify::new());
-    let publisher = Publisher::new(args.namespace.clone(), env::var("TTRPC_ADDRESS").ok());
+    let publisher = Publisher::new(namespace, events);
     let service = TaskService::new(pod.clone(), publisher.requests(), Arc::clone(&ended));
-    let published = tokio::spawn(publisher.run(receiver));
+    let (last, told) = oneshot::channel();
+    let published = tokio::spawn(publisher.run(receiver, told));
 
     let mut methods = create_task(Arc::new(service.clone()));
     let v2 = create_task(Arc::new(service)).remove(TASK_V3).map(|service| (TASK_V2.to_owned(), service));
@@ -80,31 +126,35 @@ async fn serve(
     let listener = Listener::try_from(listener).map_err(ShimError::io("listen on", &bundle))?;
     let mut server = Server::new().add_listener(listener).register_service(methods);
     server.start().await.map_err(ShimError::Serve)?;
-    tracing::debug!(id = args.id, "serving");
+    tracing::debug!(id, "serving");
 
     let mut terminate =
         signal(SignalKind::terminate()).map_err(ShimError::io("watch signals of", &bundle))?;
     tokio::select! {
         () = ended.notified() => {}
-        _ = terminate.recv() => tracing::info!(id = args.id, "ending on SIGTERM"),
+        _ = terminate.recv() => tracing::info!(id, "ending on SIGTERM"),
     }
     pod.end().await;
+    // Before containerd sees the connection close: it then runs `delete`, which kills a server that is still there.
+    let _ = last.send(());
+    if timeout(EVENTS_GRACE, published).await.is_err() {
+        tracing::warn!(id, "containerd did not take the last events in time");
+    }
     // Answers that are on their way still arrive; a connection that stays open does not hold us up.
     let _ = timeout(EVENTS_GRACE, server.shutdown()).await;
-    drop(server);
-    drop(pod);
-    if timeout(EVENTS_GRACE, published).await.is_err() {
-        tracing::warn!(id = args.id, "containerd did not take the last events in time");
-    }
     Ok(())
 }
 
+fn socket_of(bundle: &Path) -> Option<PathBuf> {
+    let address = fs::read_to_string(bundle.join(ADDRESS_FILE)).ok()?;
+    address.strip_prefix("unix://").map(PathBuf::from)
+}
+
 /// The socket must not outlive the server, or the next `start` would have to find out that it is stale.
-fn remove_socket(bundle: &Path) {
-    let Ok(address) = fs::read_to_string(bundle.join(ADDRESS_FILE)) else { return };
-    if let Some(path) = address.strip_prefix("unix://")
-        && let Err(error) = fs::remove_file(path)
+fn remove(socket: Option<PathBuf>) {
+    if let Some(path) = socket
+        && let Err(error) = fs::remove_file(&path)
     {
-        tracing::debug!(path, "socket not removed: {error}");
+        tracing::debug!(path = %path.display(), "socket not removed: {error}");
     }
 }

@@ -20,7 +20,9 @@ use command_fds::{CommandFdExt, FdMapping};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use crate::{args::Args, error::ShimError};
+use machinen::{config::Config, pool::Pool};
+
+use crate::{args::Args, error::ShimError, server::Work};
 
 /// The server finds its listener here.
 pub const LISTENER_FD: i32 = 3;
@@ -95,6 +97,10 @@ fn spawn_server(args: &Args, bundle: &Path, socket: &Path, address: &str) -> Res
         fs::write(&path, text).map_err(ShimError::io("write", path))
     };
     write(ADDRESS_FILE, address)?;
+    let listener = OwnedFd::from(listener);
+    if given_to_the_pool(args, bundle, &listener)? {
+        return Ok(());
+    }
 
     let binary = env::current_exe().map_err(ShimError::io("find the binary", "/proc/self/exe"))?;
     // The server outlives us, so the supervisor of children that end with their parent is not for it.
@@ -105,10 +111,26 @@ fn spawn_server(args: &Args, bundle: &Path, socket: &Path, address: &str) -> Res
         command.arg("-debug");
     }
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
-    let mapping = FdMapping { parent_fd: OwnedFd::from(listener), child_fd: LISTENER_FD };
+    let mapping = FdMapping { parent_fd: listener, child_fd: LISTENER_FD };
     command.fd_mappings(vec![mapping]).expect("one descriptor cannot collide");
     let child = command.spawn().map_err(ShimError::io("start", binary))?;
     write(PID_FILE, &child.id().to_string())
+}
+
+/// Whether a server that waits in the warm pool has taken the work.
+fn given_to_the_pool(args: &Args, bundle: &Path, listener: &OwnedFd) -> Result<bool, ShimError> {
+    // What is wrong with the configuration is for the server to say, in containerd's log.
+    let Ok(config) = Config::load() else { return Ok(false) };
+    let Ok(Some(pool)) = Pool::of(&config) else { return Ok(false) };
+    let work = Work {
+        namespace: args.namespace.clone(),
+        id: args.id.clone(),
+        debug: args.debug,
+        bundle: bundle.to_owned(),
+        events: env::var("TTRPC_ADDRESS").ok(),
+    };
+    let message = serde_json::to_vec(&work).map_err(ShimError::Json)?;
+    Ok(pool.hand_over(&message, listener).is_some())
 }
 
 #[cfg(test)]

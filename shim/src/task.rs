@@ -11,17 +11,25 @@ use containerd_shim_protos::{
         ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
         StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
     },
+    shim::oci::ProcessDetails,
     shim_async::Task,
     ttrpc::{self, asynchronous::TtrpcContext},
 };
-use machinen::pod::{Create, Pod, PodError, rootfs::RootfsMount, state::State, stdio::StdioNames};
+use machinen::pod::{
+    Create, Exec, HostProcess, Pod, PodError, rootfs::RootfsMount, state::State, stdio::StdioNames,
+};
 use protobuf::MessageField;
 use tokio::sync::Notify;
 
 use crate::{
-    error::{not_found, to_ttrpc, unimplemented},
-    events::{Requests, timestamp},
+    checkpoint,
+    error::{encoding, invalid, to_ttrpc, unimplemented},
+    events::{Requests, any, timestamp},
+    metrics,
 };
+
+/// How containerd's registry of types names the runtime-spec's limits, behind a prefix of its own.
+const RESOURCES_TYPE: &str = "opencontainers/runtime-spec/1/LinuxResources";
 
 /// The task API of one pod.
 #[derive(Clone)]
@@ -38,11 +46,6 @@ impl TaskService {
     }
 }
 
-/// Processes besides a container's init come with exec.
-fn only_init(id: &str, exec_id: &str) -> ttrpc::Result<()> {
-    if exec_id.is_empty() { Ok(()) } else { not_found(format!("container {id} has no process {exec_id}")) }
-}
-
 fn failed(error: PodError) -> ttrpc::Error {
     let told = to_ttrpc(&error);
     tracing::debug!("answered with an error: {told}");
@@ -52,8 +55,8 @@ fn failed(error: PodError) -> ttrpc::Error {
 #[async_trait]
 impl Task for TaskService {
     async fn create(&self, _: &TtrpcContext, req: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
-        if !req.checkpoint.is_empty() {
-            return unimplemented("restore from a checkpoint");
+        if !req.parent_checkpoint.is_empty() {
+            return unimplemented("a checkpoint with a parent");
         }
         let create = Create {
             id: req.id.clone(),
@@ -65,6 +68,7 @@ impl Task for TaskService {
                 stderr: req.stderr.clone(),
                 terminal: req.terminal,
             },
+            checkpoint: Some(&req.checkpoint).filter(|dir| !dir.is_empty()).map(Into::into),
         };
         let id = req.id.clone();
         if self.pod.container(&id).is_err() {
@@ -82,27 +86,34 @@ impl Task for TaskService {
     }
 
     async fn start(&self, _: &TtrpcContext, req: StartRequest) -> ttrpc::Result<StartResponse> {
-        only_init(&req.id, &req.exec_id)?;
-        let pid = self.pod.start(&req.id).await.map_err(failed)?;
+        let started = match req.exec_id.as_str() {
+            "" => self.pod.start(&req.id).await,
+            exec_id => self.pod.start_exec(&req.id, exec_id).await,
+        };
+        let pid = started.map_err(failed)?;
         Ok(StartResponse { pid, ..Default::default() })
     }
 
     async fn state(&self, _: &TtrpcContext, req: StateRequest) -> ttrpc::Result<StateResponse> {
-        only_init(&req.id, &req.exec_id)?;
         let container = self.pod.container(&req.id).map_err(failed)?;
+        let process = container.process(&req.exec_id).map_err(failed)?;
+        // A process that was added has no pid before it runs.
+        let waits = !req.exec_id.is_empty() && process.state() == State::Created;
         let mut response = StateResponse {
             id: container.id.clone(),
+            exec_id: req.exec_id.clone(),
             bundle: container.bundle.to_string_lossy().into_owned(),
-            pid: container.pid,
-            stdin: container.stdio.stdin.clone(),
-            stdout: container.stdio.stdout.clone(),
-            stderr: container.stdio.stderr.clone(),
-            terminal: container.stdio.terminal,
+            pid: if waits { 0 } else { container.pid },
+            stdin: process.stdio.stdin.clone(),
+            stdout: process.stdio.stdout.clone(),
+            stderr: process.stdio.stderr.clone(),
+            terminal: process.stdio.terminal,
             ..Default::default()
         };
-        match container.state() {
+        match process.state() {
             State::Created => response.set_status(Status::CREATED),
             State::Running => response.set_status(Status::RUNNING),
+            State::Paused => response.set_status(Status::PAUSED),
             State::Stopped(exit) => {
                 response.set_status(Status::STOPPED);
                 response.exit_status = exit.status;
@@ -113,35 +124,36 @@ impl Task for TaskService {
     }
 
     async fn wait(&self, _: &TtrpcContext, req: WaitRequest) -> ttrpc::Result<WaitResponse> {
-        only_init(&req.id, &req.exec_id)?;
-        let exit = self.pod.container(&req.id).map_err(failed)?.exited().await;
+        let container = self.pod.container(&req.id).map_err(failed)?;
+        let exit = container.process(&req.exec_id).map_err(failed)?.exited().await;
         let exited_at = MessageField::some(timestamp(exit.at));
         Ok(WaitResponse { exit_status: exit.status, exited_at, ..Default::default() })
     }
 
     async fn kill(&self, _: &TtrpcContext, req: KillRequest) -> ttrpc::Result<Empty> {
-        only_init(&req.id, &req.exec_id)?;
-        self.pod.kill(&req.id, req.signal, req.all).await.map_err(failed)?;
+        self.pod.kill(&req.id, &req.exec_id, req.signal, req.all).await.map_err(failed)?;
         Ok(Empty::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, req: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        only_init(&req.id, &req.exec_id)?;
-        let (pid, exit) = self.pod.delete(&req.id).await.map_err(failed)?;
+        let deleted = match req.exec_id.as_str() {
+            "" => self.pod.delete(&req.id).await,
+            exec_id => self.pod.delete_exec(&req.id, exec_id).await,
+        };
+        let (pid, exit) = deleted.map_err(failed)?;
         let exited_at = MessageField::some(timestamp(exit.at));
         Ok(DeleteResponse { pid, exit_status: exit.status, exited_at, ..Default::default() })
     }
 
     async fn pids(&self, _: &TtrpcContext, req: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        let container = self.pod.container(&req.id).map_err(failed)?;
-        let process = ProcessInfo { pid: container.pid, ..Default::default() };
-        Ok(PidsResponse { processes: vec![process], ..Default::default() })
+        let processes = self.pod.pids(&req.id).map_err(failed)?;
+        let processes = processes.iter().map(process_info).collect::<protobuf::Result<_>>();
+        Ok(PidsResponse { processes: processes.map_err(encoding)?, ..Default::default() })
     }
 
     async fn close_io(&self, _: &TtrpcContext, req: CloseIORequest) -> ttrpc::Result<Empty> {
-        only_init(&req.id, &req.exec_id)?;
         if req.stdin {
-            self.pod.close_stdin(&req.id).map_err(failed)?;
+            self.pod.close_stdin(&req.id, &req.exec_id).map_err(failed)?;
         }
         Ok(Empty::new())
     }
@@ -160,33 +172,61 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
-    async fn exec(&self, _: &TtrpcContext, _: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        unimplemented("exec")
+    async fn exec(&self, _: &TtrpcContext, req: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        let stdio = StdioNames {
+            stdin: req.stdin.clone(),
+            stdout: req.stdout.clone(),
+            stderr: req.stderr.clone(),
+            terminal: req.terminal,
+        };
+        // The Any's type is containerd's name for the OCI process, its value is JSON.
+        let exec = Exec { id: req.exec_id.clone(), process: req.spec.value.clone(), stdio };
+        self.pod.exec(&req.id, exec).map_err(failed)?;
+        Ok(Empty::new())
     }
 
-    async fn resize_pty(&self, _: &TtrpcContext, _: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        unimplemented("resizing a terminal")
+    async fn resize_pty(&self, _: &TtrpcContext, req: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        self.pod.resize(&req.id, &req.exec_id, req.width, req.height).await.map_err(failed)?;
+        Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> ttrpc::Result<Empty> {
-        unimplemented("pause")
+    async fn pause(&self, _: &TtrpcContext, req: PauseRequest) -> ttrpc::Result<Empty> {
+        self.pod.pause(&req.id).await.map_err(failed)?;
+        Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> ttrpc::Result<Empty> {
-        unimplemented("resume")
+    async fn resume(&self, _: &TtrpcContext, req: ResumeRequest) -> ttrpc::Result<Empty> {
+        self.pod.resume(&req.id).await.map_err(failed)?;
+        Ok(Empty::new())
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        unimplemented("checkpoint")
+    async fn checkpoint(&self, _: &TtrpcContext, req: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        let checkpoint = checkpoint::decode(&req)?;
+        self.pod.checkpoint(&req.id, checkpoint).await.map_err(failed)?;
+        Ok(Empty::new())
     }
 
-    async fn update(&self, _: &TtrpcContext, _: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        unimplemented("update")
+    async fn update(&self, _: &TtrpcContext, req: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let resources = req.resources.into_option().unwrap_or_default();
+        if !resources.type_url.ends_with(RESOURCES_TYPE) {
+            return invalid(format!("limits come as {RESOURCES_TYPE}, not as {:?}", resources.type_url));
+        }
+        self.pod.update(&req.id, &resources.value).await.map_err(failed)?;
+        Ok(Empty::new())
     }
 
-    async fn stats(&self, _: &TtrpcContext, _: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        unimplemented("stats")
+    async fn stats(&self, _: &TtrpcContext, req: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let stats = self.pod.stats(&req.id).await.map_err(failed)?;
+        let metrics = metrics::encode(&stats, self.pod.config().task.metrics).map_err(encoding)?;
+        Ok(StatsResponse { stats: MessageField::some(metrics), ..Default::default() })
     }
+}
+
+/// A process as `ctr task ps` and CRI list it; only those of an exec have details.
+fn process_info(process: &HostProcess) -> protobuf::Result<ProcessInfo> {
+    let details = ProcessDetails { exec_id: process.exec_id.clone(), ..Default::default() };
+    let info = if process.exec_id.is_empty() { None } else { Some(any(&details)?) };
+    Ok(ProcessInfo { pid: process.pid, info: info.into(), ..Default::default() })
 }
 
 fn rootfs_mount(mount: &containerd_shim_protos::api::Mount) -> RootfsMount {

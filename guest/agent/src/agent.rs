@@ -7,9 +7,10 @@ use tokio::sync::watch;
 
 use crate::{
     boot::{BootError, Machine},
-    channel::{Channel, ChannelError, Unclaimed},
+    channel::{Channel, ChannelError, Quiet, Unclaimed, wake},
     console,
-    container::Table,
+    container::{Container, Table},
+    criu,
     disk::DiskSource,
     engine::{Engine, EngineError},
     options::OptionsError,
@@ -25,7 +26,7 @@ pub(crate) struct Parts {
     pub(crate) reaper: Reaper,
     pub(crate) unclaimed: Unclaimed,
     pub(crate) disks: DiskSource,
-    pub(crate) containers: Table,
+    pub(crate) containers: Table<Container>,
     /// Whether the clock and the random number generator are the agent's to set.
     pub(crate) owns_kernel: bool,
     /// Set by the call that asks for the end, to its id.
@@ -58,17 +59,28 @@ pub(crate) enum AgentError {
 /// The channel does not come up, or the host goes away.
 pub(crate) async fn run(machine: Machine, engine: Engine) -> Result<(), AgentError> {
     let unclaimed = Unclaimed::default();
-    let channel = Channel::open(machine.channel, &unclaimed).await?;
+    let quiet = Quiet::open(machine.channel).await?;
     let reaper = Reaper::start().map_err(AgentError::Reaper)?;
     let parts = Arc::new(Parts {
         engine,
         reaper,
         unclaimed,
         disks: machine.disks,
-        containers: Table::default(),
+        containers: Table::new("container"),
         owns_kernel: machine.owns_kernel,
         shutdown: watch::Sender::new(None),
     });
+    console::trace("ready");
+    let _port = if machine.waits {
+        // What CRIU asks the kernel when it first runs, and its code, are there in every clone then.
+        if let Err(err) = criu::warm_up(&parts.reaper).await {
+            console::say(&console::chain(&err));
+        }
+        Some(wake::wait().await?)
+    } else {
+        None
+    };
+    let channel = Channel::open(quiet, &parts.unclaimed);
     console::trace("channel open");
     serve(&channel, &parts).await
 }
@@ -87,7 +99,6 @@ async fn serve(channel: &Channel, parts: &Arc<Parts>) -> Result<(), AgentError> 
     tokio::select! {
         biased;
         call = asked => {
-            shutdown::run(parts).await;
             // The answer is the last thing the agent says, but it does say it.
             watch.answered(call.unwrap_or_default()).await;
             channel.flush().await;

@@ -1,6 +1,8 @@
 //! The cgroup of one container: who is in it, what happened to it, how it ends (cgroup v2, kernel document
 //! admin-guide/cgroup-v2.rst). Limits are the engine's business.
 
+mod control;
+
 use std::{
     fs, io,
     os::fd::AsFd,
@@ -45,12 +47,24 @@ pub(crate) enum CgroupError {
     NotEmpty { path: PathBuf },
     #[error("cgroup {path} has too many children or processes to look at")]
     TooMany { path: PathBuf },
+    #[error("not all processes were frozen within {} s", control::FREEZE_DEADLINE.as_secs())]
+    NotFrozen,
+    #[error("{name:?} is not the name of a cgroup file")]
+    FileName { name: String },
+    #[error("the guest has no cgroup file {name}")]
+    NoFile { name: String },
+    #[error("cannot set {name} to {value:?}")]
+    Set { name: String, value: String, source: io::Error },
 }
 
 impl Cgroup {
     /// `path` is the spec's cgroupsPath, which the host has made absolute and free of `..`.
     pub(crate) fn new(path: &Path) -> Self {
         Self { path: Path::new(ROOT).join(path.strip_prefix("/").unwrap_or(path)) }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Makes it, with what its parents have to give, and lets only the devices be used that `filter` allows.
@@ -72,6 +86,14 @@ impl Cgroup {
         let dir = fs::File::open(&self.path).map_err(failed)?;
         sys::attach_device_filter(dir.as_fd(), filter)
             .map_err(|source| CgroupError::Devices { path: self.path.clone(), source })
+    }
+
+    /// Moves a process into it.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(crate) fn add(&self, pid: Pid) -> io::Result<()> {
+        fs::write(self.path.join("cgroup.procs"), pid.to_string())
     }
 
     /// All processes, those in child cgroups included. None when the cgroup is gone.
@@ -124,43 +146,50 @@ impl Cgroup {
         }
     }
 
-    /// Whether the kernel's OOM killer has ended a process of it.
-    pub(crate) fn oom_killed(&self) -> bool {
-        // No memory controller (a test host), no answer.
-        fs::read_to_string(self.path.join("memory.events")).is_ok_and(|text| {
-            text.lines().any(|line| line.strip_prefix("oom_kill ").is_some_and(|n| n != "0"))
-        })
-    }
-
     /// Waits until no process is left, then removes it with its children.
     ///
     /// # Errors
     /// Processes remain after the deadline, or the kernel refuses.
     pub(crate) async fn remove(&self) -> Result<(), CgroupError> {
-        tokio::time::timeout(EMPTY_DEADLINE, self.emptied())
-            .await
-            .map_err(|_| CgroupError::NotEmpty { path: self.path.clone() })??;
+        self.emptied().await?;
         remove_tree(&self.path).map_err(|source| CgroupError::Remove { path: self.path.clone(), source })
     }
 
-    async fn emptied(&self) -> Result<(), CgroupError> {
-        let path = self.path.join("cgroup.events");
+    /// Waits until no process is left.
+    ///
+    /// # Errors
+    /// Processes remain after the deadline.
+    pub(crate) async fn emptied(&self) -> Result<(), CgroupError> {
+        let empty = self.watch("cgroup.events", |text| has_line(text, "populated 0").then_some(()));
+        let not_empty = |_| CgroupError::NotEmpty { path: self.path.clone() };
+        tokio::time::timeout(EMPTY_DEADLINE, empty).await.map_err(not_empty)?.map(drop)
+    }
+
+    /// Reads a file now and after each change that the kernel tells, until `found` finds something in it. None when
+    /// the cgroup, or the file's controller, is not there (any more).
+    async fn watch<T>(
+        &self,
+        name: &str,
+        mut found: impl FnMut(&str) -> Option<T>,
+    ) -> Result<Option<T>, CgroupError> {
+        let path = self.path.join(name);
         let failed = |source| CgroupError::Read { path: path.clone(), source };
         let file = match fs::File::open(&path) {
             Ok(file) => file,
-            Err(err) if is_gone(&err) => return Ok(()),
+            Err(err) if is_gone(&err) => return Ok(None),
             Err(source) => return Err(failed(source)),
         };
-        // The kernel tells changes of this file as POLLPRI.
+        // The kernel tells changes of these files as POLLPRI.
         let file = sys::register(file, Interest::PRIORITY).map_err(failed)?;
         loop {
-            let text = match fs::read_to_string(&path) {
-                Ok(text) => text,
-                Err(err) if is_gone(&err) => return Ok(()),
+            match fs::read_to_string(&path) {
+                Ok(text) => {
+                    if let Some(found) = found(&text) {
+                        return Ok(Some(found));
+                    }
+                }
+                Err(err) if is_gone(&err) => return Ok(None),
                 Err(source) => return Err(failed(source)),
-            };
-            if text.lines().any(|line| line == "populated 0") {
-                return Ok(());
             }
             file.ready(Interest::PRIORITY).await.map_err(failed)?.clear_ready();
         }
@@ -172,6 +201,10 @@ impl Cgroup {
             _ => CgroupError::Read { path: self.path.clone(), source },
         })
     }
+}
+
+fn has_line(text: &str, wanted: &str) -> bool {
+    text.lines().any(|line| line == wanted)
 }
 
 /// Lets the children of a cgroup be limited by all that itself can be.

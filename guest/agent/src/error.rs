@@ -10,6 +10,7 @@ use crate::{
     configure::ConfigureError,
     console,
     container::{ContainerError, TableError},
+    criu::CriuError,
     engine::{EngineError, Refusal},
     process::ProcessError,
 };
@@ -38,6 +39,7 @@ impl From<ConfigureError> for Failure {
         let code = match &err {
             ConfigureError::Entropy { .. }
             | ConfigureError::Time { .. }
+            | ConfigureError::MachineId { .. }
             | ConfigureError::Hostname { .. } => Code::INVALID_ARGUMENT,
             _ => Code::INTERNAL,
         };
@@ -47,28 +49,32 @@ impl From<ConfigureError> for Failure {
 
 impl From<TableError> for Failure {
     fn from(err: TableError) -> Self {
-        let code = match &err {
-            TableError::BadId { .. } => Code::INVALID_ARGUMENT,
-            TableError::Exists { .. } => Code::ALREADY_EXISTS,
-            TableError::Missing { .. } => Code::NOT_FOUND,
-            TableError::Busy { .. } => Code::FAILED_PRECONDITION,
-        };
-        Self::new(code, &err)
+        Self::new(table_code(&err), &err)
     }
 }
 
 impl From<ContainerError> for Failure {
     fn from(err: ContainerError) -> Self {
         let code = match &err {
-            ContainerError::NoRootfs | ContainerError::Files(_) | ContainerError::Stdio(_) => {
-                Code::INVALID_ARGUMENT
-            }
-            ContainerError::Terminal => Code::UNIMPLEMENTED,
-            ContainerError::Rootfs(_) | ContainerError::NoProcess { .. } => Code::NOT_FOUND,
+            ContainerError::NoRootfs
+            | ContainerError::IsInit
+            | ContainerError::NoLayer
+            | ContainerError::Files(_)
+            | ContainerError::Stdio(_) => Code::INVALID_ARGUMENT,
+            ContainerError::Rootfs(_) | ContainerError::NoStream { .. } => Code::NOT_FOUND,
+            ContainerError::Table(err) => table_code(err),
             ContainerError::Engine(err) => engine_code(err),
             ContainerError::Process(err) => process_code(err),
-            ContainerError::AlreadyStarted | ContainerError::Running => Code::FAILED_PRECONDITION,
-            ContainerError::Cgroup(_) | ContainerError::State { .. } => Code::INTERNAL,
+            ContainerError::AlreadyStarted
+            | ContainerError::Running
+            | ContainerError::NotPaused
+            | ContainerError::PagesPending
+            | ContainerError::HasExecs { .. } => Code::FAILED_PRECONDITION,
+            ContainerError::NoCheckpointDisk => Code::INVALID_ARGUMENT,
+            ContainerError::Criu(err) => criu_code(err),
+            ContainerError::PagesLost(err) => criu_code(err),
+            ContainerError::Cgroup(err) => cgroup_code(err),
+            ContainerError::Layer(_) | ContainerError::State { .. } => Code::INTERNAL,
         };
         Self::new(code, &err)
     }
@@ -82,7 +88,41 @@ impl From<ProcessError> for Failure {
 
 impl From<CgroupError> for Failure {
     fn from(err: CgroupError) -> Self {
-        Self::new(Code::INTERNAL, &err)
+        Self::new(cgroup_code(&err), &err)
+    }
+}
+
+fn cgroup_code(err: &CgroupError) -> Code {
+    match err {
+        CgroupError::NotFrozen => Code::DEADLINE_EXCEEDED,
+        CgroupError::FileName { .. } => Code::INVALID_ARGUMENT,
+        CgroupError::NoFile { .. } => Code::UNIMPLEMENTED,
+        CgroupError::Set { source, .. } => match source.raw_os_error() {
+            Some(libc::EINVAL | libc::ERANGE | libc::E2BIG | libc::EOVERFLOW) => Code::INVALID_ARGUMENT,
+            Some(libc::ENODEV) => Code::NOT_FOUND,
+            _ => Code::INTERNAL,
+        },
+        _ => Code::INTERNAL,
+    }
+}
+
+fn criu_code(err: &CriuError) -> Code {
+    match err {
+        CriuError::Failed { .. } | CriuError::Died { .. } | CriuError::Pages { .. } => Code::ABORTED,
+        CriuError::Cpu { .. } | CriuError::Kernel { .. } | CriuError::NoFile { .. } => {
+            Code::FAILED_PRECONDITION
+        }
+        CriuError::Disk(_) | CriuError::Mount { .. } => Code::NOT_FOUND,
+        _ => Code::INTERNAL,
+    }
+}
+
+fn table_code(err: &TableError) -> Code {
+    match err {
+        TableError::BadId { .. } => Code::INVALID_ARGUMENT,
+        TableError::Exists { .. } => Code::ALREADY_EXISTS,
+        TableError::Missing { .. } => Code::NOT_FOUND,
+        TableError::Busy { .. } => Code::FAILED_PRECONDITION,
     }
 }
 
@@ -92,13 +132,15 @@ fn process_code(err: &ProcessError) -> Code {
         ProcessError::Signal { source: Errno::EINVAL, .. } | ProcessError::StdinEnd { .. } => {
             Code::INVALID_ARGUMENT
         }
-        ProcessError::Signal { .. } => Code::INTERNAL,
+        ProcessError::Running | ProcessError::NoTerminal => Code::FAILED_PRECONDITION,
+        ProcessError::Signal { .. } | ProcessError::Resize(_) => Code::INTERNAL,
     }
 }
 
 fn engine_code(err: &EngineError) -> Code {
     match err {
         EngineError::Spec(_) | EngineError::Refused { refusal: Refusal::Spec, .. } => Code::INVALID_ARGUMENT,
+        EngineError::NotRunning => Code::FAILED_PRECONDITION,
         EngineError::Refused { refusal: Refusal::NotFound, .. } => Code::NOT_FOUND,
         EngineError::Refused { refusal: Refusal::NotExecutable, .. } => Code::PERMISSION_DENIED,
         _ => Code::INTERNAL,

@@ -33,6 +33,8 @@ pub(crate) struct KernelArgs {
     pub(crate) channel: ChannelKind,
     pub(crate) trace: bool,
     pub(crate) power_off: bool,
+    /// This VM is to be saved: the agent waits to be woken before it dials the host.
+    pub(crate) waits: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -77,6 +79,7 @@ impl KernelArgs {
         let mut channel = None;
         let mut trace = false;
         let mut power_off = false;
+        let mut waits = false;
         for word in cmdline.split_ascii_whitespace() {
             let (key, value) = word.split_once('=').unwrap_or((word, ""));
             match (key, value) {
@@ -87,10 +90,11 @@ impl KernelArgs {
                 }
                 (TRACE_ARG, _) => trace = true,
                 (POWER_OFF_ARG, _) => power_off = true,
+                (machinen_protocol::TEMPLATE_ARG, _) => waits = true,
                 _ => {}
             }
         }
-        Ok(Self { channel: channel.ok_or(OptionsError::NoChannel)?, trace, power_off })
+        Ok(Self { channel: channel.ok_or(OptionsError::NoChannel)?, trace, power_off, waits })
     }
 }
 
@@ -102,9 +106,12 @@ mod tests {
     fn the_channel_is_found_among_the_kernels_own_words() {
         let args =
             KernelArgs::parse("root=/dev/vda ro quiet machinen.channel=serial console=hvc0\n").unwrap();
-        assert_eq!(args, KernelArgs { channel: ChannelKind::Serial, trace: false, power_off: false });
-        let args = KernelArgs::parse("machinen.trace machinen.channel=vsock machinen.poweroff").unwrap();
-        assert_eq!(args, KernelArgs { channel: ChannelKind::Vsock, trace: true, power_off: true });
+        let plain = KernelArgs { channel: ChannelKind::Serial, trace: false, power_off: false, waits: false };
+        assert_eq!(args, plain);
+        let args =
+            KernelArgs::parse("machinen.trace machinen.channel=vsock machinen.poweroff machinen.template");
+        let all = KernelArgs { channel: ChannelKind::Vsock, trace: true, power_off: true, waits: true };
+        assert_eq!(args.unwrap(), all);
     }
 
     #[test]

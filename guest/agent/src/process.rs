@@ -12,7 +12,7 @@ use crate::{
     cgroup::Cgroup,
     channel::Stream,
     reaper::{Exit, Reaper},
-    stdio::{AgentEnds, StdinProgress, pump_in, pump_out},
+    stdio::{AgentEnds, StdinProgress, Terminal, WindowSize, pump_in, pump_out},
 };
 
 #[derive(Debug)]
@@ -21,6 +21,7 @@ pub(crate) struct Process {
     reaper: Reaper,
     stage: watch::Receiver<Stage>,
     stdin: StdinProgress,
+    terminal: Option<Terminal>,
     tasks: Vec<AbortHandle>,
 }
 
@@ -39,7 +40,7 @@ pub(crate) struct Ended {
     pub(crate) at: SystemTime,
     pub(crate) stdout_bytes: u64,
     pub(crate) stderr_bytes: u64,
-    pub(crate) oom_killed: bool,
+    pub(crate) oom_kills: u64,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +53,12 @@ pub(crate) enum ProcessError {
     StdinEnd { total: u64 },
     #[error("the process was deleted")]
     Deleted,
+    #[error("the process is still running")]
+    Running,
+    #[error("the process has no terminal")]
+    NoTerminal,
+    #[error("cannot resize the process's terminal")]
+    Resize(#[source] Errno),
 }
 
 /// What a process leaves to its supervisor when it starts.
@@ -75,8 +82,20 @@ impl Process {
         let mut tasks = Vec::new();
         let pump_stdin = ends.stdin.map(|(stream, pipe)| tokio::spawn(pump_in(stream, pipe, stdin.clone())));
         tasks.extend(pump_stdin.as_ref().map(JoinHandle::abort_handle));
+        // A terminal whose output nobody takes any more is hung up, for which nobody may hold it.
+        let hang_up = ends.terminal.as_ref().and(pump_stdin.as_ref().map(JoinHandle::abort_handle));
         let mut out = |end: Option<_>| {
-            let task = end.map(|(pipe, stream)| tokio::spawn(pump_out(pipe, stream, ended.subscribe())));
+            let hang_up = hang_up.clone();
+            let task = end.map(|(source, stream)| {
+                let pump = pump_out(source, stream, ended.subscribe());
+                tokio::spawn(async move {
+                    let done = pump.await;
+                    if let Some(stdin) = hang_up {
+                        stdin.abort();
+                    }
+                    done
+                })
+            });
             tasks.extend(task.as_ref().map(JoinHandle::abort_handle));
             task
         };
@@ -100,12 +119,12 @@ impl Process {
                 at: exit.at,
                 stdout_bytes,
                 stderr_bytes,
-                oom_killed: cgroup.oom_killed(),
+                oom_kills: cgroup.oom_kills(),
             }));
             stage_sender.closed().await;
         });
         tasks.push(supervisor.abort_handle());
-        Self { pid, reaper, stage, stdin, tasks }
+        Self { pid, reaper, stage, stdin, terminal: ends.terminal, tasks }
     }
 
     pub(crate) fn pid(&self) -> Pid {
@@ -156,6 +175,16 @@ impl Process {
         if self.stdin.end_at(total) { Ok(()) } else { Err(ProcessError::StdinEnd { total }) }
     }
 
+    /// # Errors
+    /// It has no terminal, or none any more.
+    pub(crate) fn resize(&self, size: WindowSize) -> Result<(), ProcessError> {
+        match self.terminal.as_ref().ok_or(ProcessError::NoTerminal)?.resize(size) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(ProcessError::Finished),
+            Err(source) => Err(ProcessError::Resize(source)),
+        }
+    }
+
     /// Closes its streams, whether the host has read them or not.
     pub(crate) fn close(&self) {
         for task in &self.tasks {
@@ -170,10 +199,10 @@ impl Drop for Process {
     }
 }
 
-async fn finish(pump: Option<JoinHandle<(u64, Stream)>>) -> (u64, Option<Stream>) {
+async fn finish(pump: Option<JoinHandle<(u64, Option<Stream>)>>) -> (u64, Option<Stream>) {
     match pump {
         None => (0, None),
         // A pump ends by itself, or is stopped together with its supervisor.
-        Some(pump) => pump.await.map_or((0, None), |(bytes, stream)| (bytes, Some(stream))),
+        Some(pump) => pump.await.unwrap_or((0, None)),
     }
 }

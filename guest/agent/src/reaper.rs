@@ -7,6 +7,7 @@
 use std::{
     collections::HashMap,
     io,
+    os::fd::OwnedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::SystemTime,
 };
@@ -124,6 +125,18 @@ impl Reaper {
             return Ok(false);
         }
         sys::kill_raw(pid, signal).map(|()| true)
+    }
+
+    /// A handle on a watched process. None when it has been reaped, so that its pid may be another's by now.
+    ///
+    /// # Errors
+    /// Those of pidfd_open(2).
+    pub(crate) fn hold(&self, pid: Pid) -> Result<Option<OwnedFd>, Errno> {
+        // As for signals: nothing is reaped meanwhile.
+        if !self.lock().watched.contains_key(&pid) {
+            return Ok(None);
+        }
+        sys::open_process(pid).map(Some)
     }
 
     /// Resolves when the agent has no child left.

@@ -8,7 +8,14 @@ use std::{
 use machinen_protocol::api::{self, Agent};
 use ttrpc::r#async::TtrpcContext;
 
-use crate::{agent::Parts, configure, container::Container, error::Failure};
+use crate::{
+    agent::Parts,
+    configure,
+    container::{Container, ContainerError},
+    error::Failure,
+    shutdown,
+    stdio::{Streams, WindowSize},
+};
 
 #[derive(Debug)]
 pub(crate) struct Service {
@@ -38,6 +45,11 @@ impl Agent for Service {
         request: api::ConfigureRequest,
     ) -> ttrpc::Result<api::ConfigureResponse> {
         configure::configure(&self.parts, &request).map_err(|err| Failure::from(err).into())
+    }
+
+    async fn set_clock(&self, _: &TtrpcContext, request: api::SetClockRequest) -> ttrpc::Result<api::Empty> {
+        configure::set_clock(&self.parts, request.realtime_ns).map_err(Failure::from)?;
+        Ok(api::Empty::new())
     }
 
     async fn create_container(
@@ -82,7 +94,9 @@ impl Agent for Service {
             exited_at_ns: nanoseconds(ended.at),
             stdout_bytes: ended.stdout_bytes,
             stderr_bytes: ended.stderr_bytes,
-            oom_killed: ended.oom_killed,
+            oom_killed: ended.oom_kills > 0,
+            oom_kills: ended.oom_kills,
+            layer_unchanged: request.exec_id.is_empty() && container.layer_unchanged(),
             ..Default::default()
         })
     }
@@ -94,12 +108,7 @@ impl Agent for Service {
     ) -> ttrpc::Result<api::Empty> {
         let signal = i32::try_from(request.signal).unwrap_or(i32::MAX);
         let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
-        if request.all {
-            container.cgroup().signal_all(signal).map_err(Failure::from)?;
-        } else {
-            let process = container.process(&request.exec_id).map_err(Failure::from)?;
-            process.signal(signal).map_err(Failure::from)?;
-        }
+        container.signal(&request.exec_id, signal, request.all).map_err(Failure::from)?;
         Ok(api::Empty::new())
     }
 
@@ -139,9 +148,151 @@ impl Agent for Service {
         .await
     }
 
-    async fn shutdown(&self, call: &TtrpcContext, _: api::Empty) -> ttrpc::Result<api::Empty> {
-        self.parts.shutdown.send_replace(Some(call.mh.stream_id));
+    async fn exec_process(
+        &self,
+        _: &TtrpcContext,
+        request: api::ExecProcessRequest,
+    ) -> ttrpc::Result<api::ExecProcessResponse> {
+        let parts = Arc::clone(&self.parts);
+        whole(async move {
+            let container = parts.containers.get(&request.container_id);
+            let pid = match container {
+                Ok(container) => container.exec(&parts, request).await?,
+                Err(err) => {
+                    // The streams of the call go with it.
+                    let _ = Streams::claim(&request.stdio.unwrap_or_default(), &parts.unclaimed).await;
+                    return Err(err.into());
+                }
+            };
+            Ok(api::ExecProcessResponse { pid: pid.as_raw().unsigned_abs(), ..Default::default() })
+        })
+        .await
+    }
+
+    async fn delete_process(
+        &self,
+        _: &TtrpcContext,
+        request: api::ProcessRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
+        container.delete_process(&request.exec_id).map_err(Failure::from)?;
         Ok(api::Empty::new())
+    }
+
+    async fn resize_terminal(
+        &self,
+        _: &TtrpcContext,
+        request: api::ResizeTerminalRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
+        let process = container.process(&request.exec_id).map_err(Failure::from)?;
+        process.resize(WindowSize::clamped(request.width, request.height)).map_err(Failure::from)?;
+        Ok(api::Empty::new())
+    }
+
+    async fn export_layer(
+        &self,
+        _: &TtrpcContext,
+        request: api::ExportLayerRequest,
+    ) -> ttrpc::Result<api::ExportLayerResponse> {
+        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
+        let stream = self.parts.unclaimed.claim(request.stream).await;
+        let stream =
+            stream.ok_or(ContainerError::NoStream { token: request.stream }).map_err(Failure::from)?;
+        let total_bytes = container.export_layer(stream).await.map_err(Failure::from)?;
+        Ok(api::ExportLayerResponse { total_bytes, ..Default::default() })
+    }
+
+    async fn checkpoint_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::CheckpointContainerRequest,
+    ) -> ttrpc::Result<api::CheckpointContainerResponse> {
+        let parts = Arc::clone(&self.parts);
+        whole(async move {
+            let container = parts.containers.get(&request.container_id)?;
+            Ok(container.checkpoint(&parts, request).await?)
+        })
+        .await
+    }
+
+    async fn wait_pages(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
+        container.pages_fetched().await.map_err(Failure::from)?;
+        Ok(api::Empty::new())
+    }
+
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let parts = Arc::clone(&self.parts);
+        whole(async move {
+            parts.containers.get(&request.container_id)?.pause().await?;
+            Ok(api::Empty::new())
+        })
+        .await
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
+        container.resume().map_err(Failure::from)?;
+        Ok(api::Empty::new())
+    }
+
+    async fn read_cgroup(
+        &self,
+        _: &TtrpcContext,
+        request: api::ReadCgroupRequest,
+    ) -> ttrpc::Result<api::ReadCgroupResponse> {
+        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
+        let files = container.cgroup().read_files(&request.names).map_err(Failure::from)?;
+        Ok(api::ReadCgroupResponse { files, ..Default::default() })
+    }
+
+    async fn write_cgroup(
+        &self,
+        _: &TtrpcContext,
+        request: api::WriteCgroupRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
+        let cgroup = container.live_cgroup().map_err(Failure::from)?;
+        cgroup.write_files(&request.files).map_err(Failure::from)?;
+        Ok(api::Empty::new())
+    }
+
+    async fn wait_out_of_memory(
+        &self,
+        _: &TtrpcContext,
+        request: api::WaitOutOfMemoryRequest,
+    ) -> ttrpc::Result<api::WaitOutOfMemoryResponse> {
+        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
+        let (killed, ended) = tokio::select! {
+            // A kill is told before the end that it may have brought.
+            biased;
+            killed = container.cgroup().out_of_memory(request.seen) => (killed.map_err(Failure::from)?, false),
+            () = container.init().exited() => (container.cgroup().oom_kills(), true),
+        };
+        Ok(api::WaitOutOfMemoryResponse { killed, ended, ..Default::default() })
+    }
+
+    async fn shutdown(&self, call: &TtrpcContext, _: api::Empty) -> ttrpc::Result<api::Empty> {
+        let (parts, call) = (Arc::clone(&self.parts), call.mh.stream_id);
+        whole(async move {
+            shutdown::run(&parts).await;
+            parts.shutdown.send_replace(Some(call));
+            Ok(api::Empty::new())
+        })
+        .await
     }
 }
 

@@ -1,5 +1,7 @@
 //! The only unsafe code of the agent: system calls that no crate wraps, each a few lines.
 
+pub(crate) mod terminal;
+
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
@@ -71,11 +73,44 @@ pub(crate) fn fork_sibling() -> Result<ForkResult, Errno> {
     let pid = Errno::result(unsafe {
         libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0)
     })?;
+    fork_result(pid)
+}
+
+/// A fork whose child becomes a child of this process's parent, and is in another cgroup from its first moment on
+/// (clone(2), CLONE_PARENT and CLONE_INTO_CGROUP).
+///
+/// # Errors
+/// Those of clone3(2); EBUSY for a cgroup whose children have controllers.
+pub(crate) fn fork_sibling_into(cgroup: BorrowedFd<'_>) -> Result<ForkResult, Errno> {
+    /// Of linux/sched.h; the C library's crate has it in too narrow a type.
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    let mut args = [0_u64; 11];
+    args[0] = CLONE_INTO_CGROUP | u64::from(libc::CLONE_PARENT.cast_unsigned());
+    args[10] = cgroup.as_raw_fd().cast_unsigned().into();
+    // SAFETY: the kernel reads a clone_args, eleven words of which the first are flags and the last the cgroup; without
+    // a stack and shared memory this is fork(2), and it is called while the process has one thread only.
+    let pid = Errno::result(unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) })?;
+    fork_result(pid)
+}
+
+fn fork_result(pid: libc::c_long) -> Result<ForkResult, Errno> {
     match i32::try_from(pid) {
         Ok(0) => Ok(ForkResult::Child),
         Ok(pid) => Ok(ForkResult::Parent { child: Pid::from_raw(pid) }),
         Err(_) => Err(Errno::EOVERFLOW),
     }
+}
+
+/// A handle on a process that is known to exist (pidfd_open(2)).
+///
+/// # Errors
+/// Those of pidfd_open(2).
+pub(crate) fn open_process(pid: Pid) -> Result<OwnedFd, Errno> {
+    // SAFETY: no memory is involved.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
+    let fd = i32::try_from(fd).map_err(|_| Errno::EOVERFLOW)?;
+    // SAFETY: the kernel has made the descriptor for this call.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// _exit(2): ends a forked process without running what its parent has registered for the end.
@@ -268,4 +303,95 @@ pub(crate) fn attach_device_filter(cgroup: BorrowedFd<'_>, code: &[u64]) -> Resu
         libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attach, size_of::<Attach>())
     })?;
     Ok(())
+}
+
+/// Makes the file system of `root` complete on its disk and holds up whoever writes to it; or lets them go on. It may be
+/// either already.
+///
+/// # Errors
+/// Those of the ioctls FIFREEZE and FITHAW: ENOTSUPP where the file system cannot be frozen.
+pub(crate) fn freeze_file_system(root: BorrowedFd<'_>, frozen: bool) -> io::Result<()> {
+    const FIFREEZE: libc::Ioctl = 0xc004_5877;
+    const FITHAW: libc::Ioctl = 0xc004_5878;
+    let (request, already) = if frozen { (FIFREEZE, Errno::EBUSY) } else { (FITHAW, Errno::EINVAL) };
+    // SAFETY: neither takes an argument, whatever its number says.
+    match Errno::result(unsafe { libc::ioctl(root.as_raw_fd(), request) }) {
+        Ok(_) => Ok(()),
+        Err(error) if error == already => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A piece of a file and where it is on the disk, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FileExtent {
+    pub(crate) logical: u64,
+    pub(crate) physical: u64,
+    pub(crate) length: u64,
+    /// Reads as zeros, whatever the disk has there.
+    pub(crate) zero: bool,
+    /// The file has no other after it.
+    pub(crate) last: bool,
+}
+
+/// The next pieces of a file from an offset on, after writing it back (kernel document filesystems/fiemap.rst).
+///
+/// # Errors
+/// Those of the ioctl; EIO for a piece that has no place of its own on the disk.
+pub(crate) fn file_extents(file: BorrowedFd<'_>, from: u64) -> io::Result<Vec<FileExtent>> {
+    const FS_IOC_FIEMAP: libc::Ioctl = 0xc020_660b;
+    const FIEMAP_FLAG_SYNC: u32 = 1;
+    const LAST: u32 = 1;
+    const UNWRITTEN: u32 = 0x800;
+    /// Unknown place, not allocated yet, encoded, inside other data, at the end of another.
+    const NOT_PLAIN: u32 = 0x2 | 0x4 | 0x8 | 0x200 | 0x400;
+    const COUNT: usize = 256;
+    #[repr(C)]
+    #[derive(Clone, Copy)]
+    struct Extent {
+        logical: u64,
+        physical: u64,
+        length: u64,
+        reserved64: [u64; 2],
+        flags: u32,
+        reserved: [u32; 3],
+    }
+    #[repr(C)]
+    struct Map {
+        start: u64,
+        length: u64,
+        flags: u32,
+        mapped: u32,
+        count: u32,
+        reserved: u32,
+        extents: [Extent; COUNT],
+    }
+    let none = Extent { logical: 0, physical: 0, length: 0, reserved64: [0; 2], flags: 0, reserved: [0; 3] };
+    let mut map = Map {
+        start: from,
+        length: u64::MAX - from,
+        flags: FIEMAP_FLAG_SYNC,
+        mapped: 0,
+        count: COUNT as u32,
+        reserved: 0,
+        extents: [none; COUNT],
+    };
+    // SAFETY: FS_IOC_FIEMAP reads and writes a fiemap with room for `count` extents, which `map` lays out.
+    Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FIEMAP, &raw mut map) })?;
+    let mapped = map.extents.iter().take(map.mapped as usize);
+    mapped
+        .map(|extent| {
+            let zero = extent.flags & UNWRITTEN != 0;
+            if !zero && extent.flags & NOT_PLAIN != 0 {
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
+            Ok(FileExtent {
+                logical: extent.logical,
+                physical: extent.physical,
+                length: extent.length,
+                zero,
+                last: extent.flags & LAST != 0,
+            })
+        })
+        .collect()
 }

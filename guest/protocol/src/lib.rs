@@ -1,15 +1,17 @@
 //! What machinen's host side and its guest agent say to each other.
 //!
 //! This crate does no I/O. It holds the only copy of every name, number and layout that both sides must agree on:
-//! the ttrpc messages ([`api`], from `proto/agent.proto`), the first bytes of each stream ([`preamble`]),
-//! the addresses below, and the [`VERSION`] that is checked before anything else.
+//! the ttrpc messages ([`api`], from `proto/agent.proto`), the first bytes of each stream ([`preamble`]), the archive of a
+//! container's changes ([`layer`]), the addresses below, and the [`VERSION`] that is checked before anything else.
 //!
 //! ```text
 //!   host                                             guest agent
 //!    | <---- control stream: preamble, then ttrpc ----- |   the guest dials when it is ready
 //!    | ----- one raw stream per stdio direction ------> |   the host dials, preamble carries a token
+//!    | <---- wake port: "waiting", "go on" -----------> |   templates and clones only, before all else
 //! ```
 
+pub mod layer;
 pub mod preamble;
 
 /// Generated messages and the ttrpc service of `proto/agent.proto`.
@@ -32,7 +34,7 @@ pub mod api {
 }
 
 /// Version of the whole protocol: messages, preamble and their meaning. Moved by every incompatible change.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 3;
 
 /// [`control_port`] of the first guest CID there is, 3.
 pub const CONTROL_PORT: u32 = 1024;
@@ -51,6 +53,13 @@ pub const STREAM_PORT: u32 = 1025;
 /// Name of the virtserialport that carries all streams as yamux where there is no vsock device.
 /// The guest finds it by `/sys/class/virtio-ports/*/name`.
 pub const SERIAL_PORT_NAME: &str = "io.machinen.agent";
+
+/// Name of the virtserialport on which the agent of a template waits to be woken (see [`preamble::Kind::Waiting`]).
+/// Templates and their clones have it, other VMs do not.
+pub const WAKE_PORT_NAME: &str = "io.machinen.wake";
+
+/// Word on the kernel command line that makes the agent wait on the wake port before it dials the host.
+pub const TEMPLATE_ARG: &str = "machinen.template";
 
 /// Largest ttrpc message either side sends or accepts, bytes.
 pub const MAX_MESSAGE: usize = 4 << 20;

@@ -24,6 +24,8 @@ pub enum Kind {
     Control,
     /// One direction of a process's stdio, named by a token that a later control call refers to.
     Stdio,
+    /// No stream: on the wake port, the agent of a template says that it waits. The answer wakes it.
+    Waiting,
 }
 
 /// What the dialling side says first.
@@ -60,6 +62,7 @@ impl Preamble {
         let kind: u16 = match self.kind {
             Kind::Control => 1,
             Kind::Stdio => 2,
+            Kind::Waiting => 3,
         };
         let mut out = [0; PREAMBLE_LEN];
         out[..8].copy_from_slice(&MAGIC);
@@ -76,6 +79,7 @@ impl Preamble {
         let kind = match u16_at(bytes, 10) {
             1 => Kind::Control,
             2 => Kind::Stdio,
+            3 => Kind::Waiting,
             other => return Err(PreambleError::Unknown { field: "stream kind", value: other.into() }),
         };
         check_reserved(bytes)?;
@@ -140,16 +144,16 @@ mod tests {
     #[test]
     fn golden_bytes() {
         let control = Preamble { kind: Kind::Control, token: 0 }.encode();
-        assert_eq!(&control, b"machinen\x01\x00\x01\x00\0\0\0\0\0\0\0\0\0\0\0\0");
+        assert_eq!(&control, b"machinen\x03\x00\x01\x00\0\0\0\0\0\0\0\0\0\0\0\0");
         let stdio = Preamble { kind: Kind::Stdio, token: 0x0102_0304_0506_0708 }.encode();
-        assert_eq!(&stdio, b"machinen\x01\x00\x02\x00\0\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01");
-        assert_eq!(&Answer::Accepted.encode(), b"machinen\x01\x00\x00\x00\0\0\0\0");
-        assert_eq!(&Answer::Refused.encode(), b"machinen\x01\x00\x02\x00\0\0\0\0");
+        assert_eq!(&stdio, b"machinen\x03\x00\x02\x00\0\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01");
+        assert_eq!(&Answer::Accepted.encode(), b"machinen\x03\x00\x00\x00\0\0\0\0");
+        assert_eq!(&Answer::Refused.encode(), b"machinen\x03\x00\x02\x00\0\0\0\0");
     }
 
     #[test]
     fn round_trips() {
-        for kind in [Kind::Control, Kind::Stdio] {
+        for kind in [Kind::Control, Kind::Stdio, Kind::Waiting] {
             let preamble = Preamble { kind, token: u64::MAX };
             assert_eq!(Preamble::decode(&preamble.encode()), Ok(preamble));
         }

@@ -14,6 +14,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use cache::Tried;
+use serde::{Deserialize, Serialize};
 
 use crate::config;
 use crate::error::{ErrorKind, Kind};
@@ -21,7 +22,7 @@ use crate::error::{ErrorKind, Kind};
 const DEVICE: &str = "/dev/kvm";
 
 /// What runs the guest's instructions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Accel {
     Kvm,
     /// QEMU's translator; the guest must be told how fast the host's time stamp counter runs.

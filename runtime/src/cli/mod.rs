@@ -1,7 +1,11 @@
 //! The command line `machinen`: one verb a file.
 
 mod check;
+mod pool;
 mod rootdisk;
+mod snapshot;
+mod template;
+mod text;
 
 use std::process::ExitCode;
 
@@ -23,10 +27,18 @@ enum Verb {
     Check(check::CheckArgs),
     /// Look after the cache of disks made from image root file systems.
     Rootdisk(rootdisk::RootdiskArgs),
+    /// Look after the saved VMs that starts are cloned from.
+    Template(template::TemplateArgs),
+    /// Look after the clones that wait, ready, for the next starts.
+    Pool(pool::PoolArgs),
+    /// Look at checkpoints of containers.
+    Snapshot(snapshot::SnapshotArgs),
 }
 
 /// Runs one command; errors go to stderr in one line, with exit status 1 (2 for a wrong command line).
 pub fn main() -> ExitCode {
+    // `machinen ... | head` ends like any other program.
+    crate::sys::end_on_broken_pipe();
     let cli = Cli::parse();
     match run(cli.verb) {
         Ok(code) => code,
@@ -42,5 +54,11 @@ fn run(verb: Verb) -> Result<ExitCode, Box<dyn std::error::Error>> {
     match verb {
         Verb::Check(args) => Ok(check::run(&args, &config)),
         Verb::Rootdisk(args) => Ok(rootdisk::run(args, &config.rootdisk)?),
+        Verb::Template(args) => Ok(template::run(&args, config)?),
+        Verb::Pool(args) => {
+            pool::run(&args, &config)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Snapshot(args) => Ok(snapshot::run(&args)?),
     }
 }

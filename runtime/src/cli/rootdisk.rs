@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
+use super::text::{ago, human};
 use crate::config;
 use crate::rootdisk::{
     BuildOptions, Key, Listed, Progress, Prune, Rootdisk, RootdiskCache, RootdiskError, RootfsSource, State,
@@ -100,7 +101,7 @@ pub fn run(args: RootdiskArgs, config: &config::Rootdisk) -> Result<ExitCode, Cl
             let paths = paths.map_err(CliError::Directory)?;
             let source = match &paths[..] {
                 [dir] if !layers => RootfsSource::Dir(dir.clone()),
-                _ => RootfsSource::Overlay { lowers: paths, upper: None },
+                _ => RootfsSource::Overlay { lowers: paths },
             };
             let options = BuildOptions {
                 min_size: min_size.unwrap_or(config.min_size_mib << 20),
@@ -165,15 +166,6 @@ fn resolve(listed: &[Listed], key: &str) -> Result<Key, CliError> {
 
 fn table(listed: &[Listed]) -> String {
     let mut text = String::new();
-    let now = SystemTime::now();
-    let ago = |time: Option<SystemTime>| {
-        let age = time.and_then(|time| now.duration_since(time).ok()).unwrap_or_default();
-        let mut rounded = humantime::format_duration(Duration::from_secs(age.as_secs())).to_string();
-        if let Some((at, _)) = rounded.match_indices(' ').nth(1) {
-            rounded.truncate(at);
-        }
-        rounded
-    };
     let columns = |text: &mut String, c: [&str; 8]| {
         let row = format!(
             "{:<16} {:>9} {:>9} {:<12} {:<12} {:>5} {:<10} {}",
@@ -243,16 +235,6 @@ fn line(text: &mut String, words: &[&str]) {
     writeln!(text, "{}", words.join(" ").trim_end()).expect("a String takes any text");
 }
 
-/// Bytes with one decimal in the largest unit that leaves at least 1.
-fn human(bytes: u64) -> String {
-    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let unit = (0..units.len()).rev().find(|unit| bytes >> (10 * unit) > 0).unwrap_or(0);
-    match unit {
-        0 => format!("{bytes}B"),
-        _ => format!("{:.1}{}", bytes as f64 / (1_u64 << (10 * unit)) as f64, units[unit]),
-    }
-}
-
 /// `512`, `64K`, `10M`, `3G`, `1T`
 fn size(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
@@ -287,10 +269,6 @@ mod tests {
         for bad in ["", "G", "1X", "-1", "1.5G", "99999999999T", "1GG"] {
             assert!(size(bad).is_err(), "{bad}");
         }
-        assert_eq!(
-            (human(0), human(1023), human(1536), human(2 << 30)),
-            ("0B".into(), "1023B".into(), "1.5KiB".into(), "2.0GiB".into())
-        );
     }
 
     #[derive(clap::Parser)]

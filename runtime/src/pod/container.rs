@@ -1,31 +1,48 @@
 //! One container of a pod, as the host knows it after it was created.
 
-use std::path::PathBuf;
-
-use tokio::sync::{Mutex, watch};
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex},
+};
 
 use super::{
-    anchor,
-    state::{Exit, State, StateError, Transition},
-    stdio::{Input, StdioNames},
+    Process, anchor,
+    exec::Execs,
+    layer::Layer,
+    state::{Exit, State},
+    stdio::StdioNames,
 };
-use crate::process::Child;
+use crate::{
+    process::Child,
+    rootdisk::Key,
+    vm::{DiskAddress, Vm},
+};
 
 /// A container that exists in the guest.
 #[derive(Debug)]
 pub struct Container {
     pub id: String,
     pub bundle: PathBuf,
-    pub stdio: StdioNames,
     /// Pid of the anchor, the host process that stands for the container.
     pub pid: u32,
     anchor: Child,
-    state: watch::Sender<State>,
-    /// Held while a transition and its event happen, so that events keep the order of the transitions.
-    pub(super) transitions: Mutex<()>,
-    pub(super) stdin: Option<Input>,
-    /// Set once nothing of the container is left in the guest.
-    pub(super) cleaned: watch::Sender<bool>,
+    /// The pod's, for when its agent is of no use any more.
+    pub(super) vm: Vm,
+    pub(super) init: Arc<Process>,
+    pub(super) execs: Execs,
+    pub(super) layer: Layer,
+    /// The disk with the lower layers of its root file system, where that is an overlay.
+    pub(super) base: Option<Key>,
+    /// The disk with the checkpoint that it goes on from, until it has been started.
+    pub(super) checkpoint_disk: Mutex<Option<DiskAddress>>,
+}
+
+/// What a container has of disks.
+#[derive(Debug)]
+pub(super) struct Storage {
+    pub(super) layer: Layer,
+    pub(super) base: Option<Key>,
+    pub(super) checkpoint: Option<DiskAddress>,
 }
 
 impl Container {
@@ -34,47 +51,37 @@ impl Container {
         bundle: PathBuf,
         stdio: StdioNames,
         anchor: Child,
-        stdin: Option<Input>,
+        vm: Vm,
+        storage: Storage,
     ) -> Self {
+        let Storage { layer, base, checkpoint } = storage;
         Self {
             id,
             bundle,
-            stdio,
             pid: anchor.pid(),
             anchor,
-            state: watch::Sender::new(State::Created),
-            transitions: Mutex::new(()),
-            stdin,
-            cleaned: watch::Sender::new(false),
+            vm,
+            init: Arc::new(Process::new(stdio)),
+            execs: Execs::default(),
+            layer,
+            base,
+            checkpoint_disk: Mutex::new(checkpoint),
         }
     }
 
+    /// That of its init.
     pub fn state(&self) -> State {
-        *self.state.borrow()
+        self.init.state()
     }
 
     /// Resolves when the container's init has ended and its output was delivered.
     pub async fn exited(&self) -> Exit {
-        let mut state = self.state.subscribe();
-        loop {
-            if let State::Stopped(exit) = *state.borrow_and_update() {
-                return exit;
-            }
-            state.changed().await.expect("the sender lives in self");
-        }
+        self.init.exited().await
     }
 
     /// Resolves when nothing of the container is left in the guest.
     pub(super) async fn gone_from_guest(&self) {
-        self.cleaned.subscribe().wait_for(|&cleaned| cleaned).await.expect("the sender lives in self");
-    }
-
-    /// Moves to the state after `transition`; the caller holds `transitions`.
-    pub(super) fn advance(&self, transition: Transition) -> Result<(), StateError> {
-        if let Some(next) = self.state().after(transition)? {
-            self.state.send_replace(next);
-        }
-        Ok(())
+        self.init.gone().await;
     }
 
     /// Ends the anchor, as the container has ended.

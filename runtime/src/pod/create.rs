@@ -13,27 +13,30 @@ use std::{
 
 use machinen_protocol::api::{CreateContainerRequest, Disk, InjectedFile, Rootfs, Stdio};
 use protobuf::MessageField;
-use tokio::task::spawn_blocking;
+use tokio::{sync::watch, task::spawn_blocking};
 
 use super::{
     Container, Entry, Event, Pod, PodError, anchor,
-    exit::Outputs,
+    birth::Origin,
+    checkpoint::{self, Restore},
+    container::Storage,
+    layer::{self, Layer},
     phases::Phases,
     rootfs::{self, RootfsMount},
-    stdio::{HostStdio, Input, Output, StdioNames},
-    vm_spec,
+    stdio::{HostStdio, StdioNames},
+    streams::{self, Outputs, Streams},
 };
 use crate::{
     agent, annotations,
     assets::Assets,
     config::{self, Config},
     process::Child,
-    rootdisk::{self, BuildOptions, Progress, Rootdisk, RootdiskCache},
+    rootdisk::{BuildOptions, Progress, Rootdisk, RootdiskCache},
     spec::{
         bundle,
         guest::{self, GuestSpec, Injected, MAX_INJECTED},
     },
-    vm::{DiskAddress, DiskSpec, Vm},
+    vm::{DiskAddress, DiskSpec, Vm, VmError},
 };
 
 /// A request to create a container.
@@ -46,22 +49,28 @@ pub struct Create {
     /// How the caller would have the root file system mounted; empty: `root.path` of the configuration.
     pub rootfs: Vec<RootfsMount>,
     pub stdio: StdioNames,
+    /// Directory of the checkpoint that the container is to go on from, instead of executing its command. Not used any
+    /// more when the container has been created.
+    pub checkpoint: Option<PathBuf>,
 }
 
 /// What the guest is asked to make, decided before anything was touched.
 #[derive(Debug, Clone)]
-struct Prepared {
-    config: Config,
-    assets: Assets,
-    guest: GuestSpec,
+pub(super) struct Prepared {
+    pub(super) config: Config,
+    pub(super) assets: Assets,
+    pub(super) guest: GuestSpec,
     rootfs: rootfs::Plan,
+    restore: Option<Restore>,
 }
 
-/// The two disks of a container, attached.
+/// The disks of a container: what its image has, and what it writes; or one of them, which has all.
 #[derive(Debug)]
-struct Disks {
-    base: DiskAddress,
-    writable: DiskAddress,
+struct Disks<T> {
+    base: Option<T>,
+    writable: Option<T>,
+    /// What it goes on from.
+    checkpoint: Option<T>,
 }
 
 impl Pod {
@@ -90,11 +99,11 @@ impl Pod {
     async fn create_reserved(&self, create: Create) -> Result<u32, PodError> {
         let phases = Phases::default();
         let all = phases.time("create", self.create_timed(create, &phases)).await;
-        let (container, watched) = all?;
+        let (container, watched, origin) = all?;
         let (id, pid) = (container.id.clone(), container.pid);
         self.containers().insert(id.clone(), Entry::Ready(Arc::clone(&container)));
         self.emit(Event::Created { id: id.clone(), pid });
-        tracing::info!(id, pid, phases = %phases, "container created");
+        tracing::info!(id, pid, %origin, phases = %phases, "container created");
         let Watched { agent, vm, outputs } = watched;
         tokio::spawn(self.clone().watch(container, agent, vm, outputs));
         Ok(pid)
@@ -104,38 +113,67 @@ impl Pod {
         &self,
         create: Create,
         phases: &Phases,
-    ) -> Result<(Arc<Container>, Watched), PodError> {
+    ) -> Result<(Arc<Container>, Watched, Origin), PodError> {
         let prepared = self.prepare(&create)?;
-        let host_stdio = HostStdio::open(&create.stdio)?;
+        let mut host_stdio = HostStdio::open(&create.stdio, &self.owner(&create.id))?;
         let injected = read_injected(&prepared.guest.injected)?;
-        let (vm, base, writable) = tokio::try_join!(
-            phases.time("vm-launch", self.vm(&prepared)),
-            phases.time("rootdisk", base_disk(&prepared, &create.id)),
-            phases.time("writable", writable_disk(&prepared)),
-        )?;
-        // From here on the guest boots by itself; what this process does meanwhile costs the start nothing.
-        let anchor = anchor::spawn(prepared.guest.netns.as_deref())?;
-        let attach = async |what, disk: DiskSpec| {
-            vm.attach_disk(disk).await.map_err(|source| PodError::Vm { what, source })
+        let (launched, mut vm) = watch::channel(None);
+        let launch = async {
+            let birth = phases.time("vm-launch", self.vm(&prepared)).await?;
+            // In the place of a clone that ends another VM boots, when its disks are there.
+            launched.send_replace(Some(birth.vm.clone()).filter(|_| !birth.origin.is_clone()));
+            Ok(birth)
         };
-        let base =
-            DiskSpec { file: base.file.into(), read_only: true, serial: format!("base-{}", create.id) };
-        let writable =
-            DiskSpec { file: writable.into(), read_only: false, serial: format!("rw-{}", create.id) };
-        let (base, writable, agent) = tokio::try_join!(
-            phases.time("attach-base", attach("attach the base disk", base)),
-            phases.time("attach-writable", attach("attach the writable layer", writable)),
-            phases.time("vm-boot", async { vm.agent().await.map_err(PodError::Boot) }),
-        )?;
-        let disks = Disks { base, writable };
-        let (stdio, streams) = phases.time("streams", connect_stdio(&vm, host_stdio)).await?;
-        let request = request(&create.id, &prepared.guest, &disks, stdio, injected)?;
+        let disks = async {
+            tokio::try_join!(
+                phases.time("rootdisk", base_disk(&prepared, &create.id)),
+                phases.time("writable", layer::open_disk(&prepared.rootfs, &prepared.config)),
+                checkpoint::restore_disk(prepared.restore.as_ref(), &prepared.config, phases),
+            )
+        };
+        // A conversion can take long: a VM that ends meanwhile is told at once.
+        let disks = async {
+            tokio::select! { disks = disks => disks, error = lost(&mut vm) => Err(error) }
+        };
+        let stdio = async { host_stdio.ready().await.map_err(PodError::from) };
+        let (birth, (base, mut writable, checkpoint), ()) = tokio::try_join!(launch, disks, stdio)?;
+        let key = base.as_ref().map(|base| base.key);
+        let overlaid = key.filter(|_| prepared.rootfs.is_overlaid());
+        if let Some(restore) = &prepared.restore {
+            restore.check_rootfs(overlaid)?;
+        }
+        let mut files =
+            Disks { base: base.map(|base| base.file), writable: writable.file.take(), checkpoint };
+        if prepared.rootfs.read_only {
+            files.base = files.writable.take();
+        }
+        // From here on the guest goes on by itself; what this process does meanwhile costs the start nothing.
+        let anchor = anchor::spawn(prepared.guest.netns.as_deref())?;
+        let (birth, (disks, agent)) = match ready(&birth.vm, &create.id, &files, phases).await {
+            Err(error) if birth.origin.is_clone() => {
+                let birth = self.boot_instead(&prepared, birth, &error).await?;
+                let ready = ready(&birth.vm, &create.id, &files, phases).await?;
+                (birth, ready)
+            }
+            ready => (birth, ready?),
+        };
+        let vm = birth.vm.clone();
+        let _starting = self.shared.starting.acquire().await.expect("never closed");
+        let (stdio, streams) = phases.time("streams", streams::connect(&vm, host_stdio)).await?;
+        let mut request = request(&create.id, &prepared.guest, &disks, stdio, injected)?;
+        if let Some(restore) = &prepared.restore {
+            request.checkpoint =
+                MessageField::some(restore.request(disks.checkpoint, prepared.config.restore.lazy));
+        }
         let created = phases
             .time("guest-create", agent.create_container(request))
             .await
             .map_err(|source| PodError::guest("create", &create.id, source))?;
         phases.record_guest(&created);
-        Ok(self.assemble(create, anchor, agent, vm, streams))
+        let layer = Layer::new(&prepared.rootfs, &prepared.config, key, writable.keep());
+        let storage = Storage { layer, base: overlaid, checkpoint: disks.checkpoint };
+        let (container, watched) = self.assemble(create, anchor, agent, vm, streams, storage);
+        Ok((container, watched, birth.origin))
     }
 
     /// Everything that can be refused without touching anything.
@@ -146,21 +184,8 @@ impl Pod {
         let rootfs = rootfs::plan(&create.rootfs, &spec, &create.bundle)?;
         let guest = guest::reduce(spec, &create.id)?;
         let assets = Assets::find(&config)?;
-        Ok(Prepared { config, assets, guest, rootfs })
-    }
-
-    /// The pod's VM, booting if this is its first container.
-    async fn vm(&self, prepared: &Prepared) -> Result<Vm, PodError> {
-        let mut slot = self.shared.vm.lock().await;
-        if let Some(vm) = &*slot {
-            return Ok(vm.clone());
-        }
-        let (name, prepared) = (self.shared.name.clone(), prepared.clone());
-        let build = move || vm_spec::build(&name, &prepared.config, &prepared.assets, &prepared.guest.spec);
-        let spec = spawn_blocking(build).await.map_err(PodError::Worker)??;
-        let vm = Vm::launch(spec, &self.shared.dir).await.map_err(PodError::Boot)?;
-        *slot = Some(vm.clone());
-        Ok(vm)
+        let restore = create.checkpoint.as_ref().map(|dir| Restore::read(&create.id, dir)).transpose()?;
+        Ok(Prepared { config, assets, guest, rootfs, restore })
     }
 
     fn assemble(
@@ -169,19 +194,13 @@ impl Pod {
         anchor: Child,
         agent: agent::Client,
         vm: Vm,
-        streams: Streams,
+        mut streams: Streams,
+        storage: Storage,
     ) -> (Arc<Container>, Watched) {
-        let Streams { stdin, outputs } = streams;
-        let stdin = stdin.map(|(stdin, to_guest)| {
-            let (agent, id) = (agent.clone(), create.id.clone());
-            Input::start(stdin, to_guest, async move |total| {
-                if let Err(error) = agent.end_stdin(&id, "", total).await {
-                    // A process that has ended needs no end of its stdin.
-                    tracing::debug!(id, "end of stdin not delivered: {error}");
-                }
-            })
-        });
-        let container = Container::new(create.id, create.bundle, create.stdio, anchor, stdin);
+        let stdin = streams.start_input(&agent, &create.id, "");
+        let container = Container::new(create.id, create.bundle, create.stdio, anchor, vm.clone(), storage);
+        container.init.feed(stdin);
+        let outputs = streams.outputs;
         (Arc::new(container), Watched { agent, vm, outputs })
     }
 
@@ -199,6 +218,28 @@ impl Pod {
     }
 }
 
+/// Attaches the disks while the guest comes to life.
+async fn ready(
+    vm: &Vm,
+    id: &str,
+    files: &Disks<File>,
+    phases: &Phases,
+) -> Result<(Disks<DiskAddress>, agent::Client), PodError> {
+    let attach = async |what, file: &Option<File>, read_only, name: &str| {
+        let Some(file) = file else { return Ok(None) };
+        let file = file.try_clone().map_err(PodError::Descriptor)?.into();
+        let disk = DiskSpec { file, read_only, serial: format!("{name}-{id}") };
+        vm.attach_disk(disk).await.map(Some).map_err(|source| PodError::Vm { what, source })
+    };
+    let (base, writable, checkpoint, agent) = tokio::try_join!(
+        phases.time("attach-base", attach("attach the base disk", &files.base, true, "base")),
+        phases.time("attach-writable", attach("attach the writable layer", &files.writable, false, "rw")),
+        attach("attach the checkpoint", &files.checkpoint, true, "cp"),
+        phases.time("vm-ready", async { vm.agent().await.map_err(PodError::Boot) }),
+    )?;
+    Ok((Disks { base, writable, checkpoint }, agent))
+}
+
 /// What the watcher of a container needs.
 struct Watched {
     agent: agent::Client,
@@ -206,39 +247,33 @@ struct Watched {
     outputs: Outputs,
 }
 
-/// The streams of a process, connected on both sides.
-struct Streams {
-    stdin: Option<(super::stdio::Stdin, crate::vm::BoxedStream)>,
-    outputs: Outputs,
+/// Resolves when the VM has ended; never, while there is none.
+async fn lost(launched: &mut watch::Receiver<Option<Vm>>) -> PodError {
+    let vm = launched.wait_for(Option::is_some).await.ok().and_then(|vm| vm.clone());
+    match vm {
+        Some(vm) => PodError::Boot(VmError::Exited(vm.exited().await)),
+        None => std::future::pending().await,
+    }
 }
 
-async fn base_disk(prepared: &Prepared, id: &str) -> Result<Rootdisk, PodError> {
+/// None where the root file system is on a disk already.
+async fn base_disk(prepared: &Prepared, id: &str) -> Result<Option<Rootdisk>, PodError> {
+    let Some(source) = prepared.rootfs.source.clone() else { return Ok(None) };
     let config::Rootdisk { dir, min_size_mib, mke2fs, .. } = prepared.config.rootdisk.clone();
-    let (source, id) = (prepared.rootfs.source.clone(), id.to_owned());
+    let id = id.to_owned();
+    let (plan, all) = (prepared.rootfs.clone(), prepared.config.clone());
     let build = move || {
         let cache = RootdiskCache::open(&dir)?;
+        if let Some(base) = layer::base_of_left_disk(&plan, &all, &cache)? {
+            return Ok(base);
+        }
         let options = BuildOptions { min_size: min_size_mib << 20, mke2fs };
         cache.get_or_build(&source, &options, &mut |progress| match progress {
             Progress::Hashed { .. } => tracing::debug!(id, "rootdisk: {progress}"),
             _ => tracing::info!(id, "rootdisk: {progress}"),
         })
     };
-    spawn_blocking(build).await.map_err(PodError::Worker)?.map_err(PodError::Rootdisk)
-}
-
-/// The container's writable layer: the one that an earlier start on the same snapshot left, or a fresh one.
-async fn writable_disk(prepared: &Prepared) -> Result<File, PodError> {
-    let path = prepared.rootfs.writable.clone();
-    let size = prepared.config.rootdisk.writable_size_mib << 20;
-    let config::Rootdisk { dir, mke2fs, .. } = prepared.config.rootdisk.clone();
-    let open = move || {
-        let disk = match path.exists() {
-            true => rootdisk::open_writable(&path),
-            false => RootdiskCache::open(&dir).and_then(|cache| cache.create_writable(&path, size, &mke2fs)),
-        };
-        disk.map_err(PodError::Writable)
-    };
-    spawn_blocking(open).await.map_err(PodError::Worker)?
+    spawn_blocking(build).await.map_err(PodError::Worker)?.map(Some).map_err(PodError::Rootdisk)
 }
 
 fn read_injected(files: &[Injected]) -> Result<Vec<InjectedFile>, PodError> {
@@ -265,41 +300,17 @@ fn read_injected(files: &[Injected]) -> Result<Vec<InjectedFile>, PodError> {
         .collect()
 }
 
-/// Opens a raw stream to the guest for each stream of the caller's.
-async fn connect_stdio(vm: &Vm, host: HostStdio) -> Result<(Stdio, Streams), PodError> {
-    let mut stdio = Stdio::default();
-    let open = async || {
-        vm.open_stream().await.map_err(|source| PodError::Vm { what: "open a stream to the guest", source })
-    };
-    let mut stdin = None;
-    if let Some(source) = host.stdin {
-        let (token, stream) = open().await?;
-        stdio.stdin = token;
-        stdin = Some((source, stream));
-    }
-    let mut outputs = Outputs { stdout: None, stderr: None };
-    if let Some(sink) = host.stdout {
-        let (token, stream) = open().await?;
-        stdio.stdout = token;
-        outputs.stdout = Some(Output::start("stdout", stream, sink));
-    }
-    if let Some(sink) = host.stderr {
-        let (token, stream) = open().await?;
-        stdio.stderr = token;
-        outputs.stderr = Some(Output::start("stderr", stream, sink));
-    }
-    Ok((stdio, Streams { stdin, outputs }))
-}
-
 fn request(
     id: &str,
     guest: &GuestSpec,
-    disks: &Disks,
+    disks: &Disks<DiskAddress>,
     stdio: Stdio,
     files: Vec<InjectedFile>,
 ) -> Result<CreateContainerRequest, PodError> {
-    let disk = |address: &DiskAddress| {
-        MessageField::some(Disk { target: address.target, lun: address.lun, ..Default::default() })
+    let disk = |address: &Option<DiskAddress>| {
+        let disk =
+            |address: &DiskAddress| Disk { target: address.target, lun: address.lun, ..Default::default() };
+        MessageField::from_option(address.as_ref().map(disk))
     };
     Ok(CreateContainerRequest {
         container_id: id.to_owned(),

@@ -1,18 +1,23 @@
 //! Why a pod did not do what was asked.
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, time::Duration};
 
 use super::{
-    anchor::AnchorError, rootfs::RootfsError, state::StateError, stdio::StdioError, vm_spec::VmSpecError,
+    anchor::AnchorError, resources::ResourcesError, rootfs::RootfsError, state::StateError, stdio::StdioError,
 };
 use crate::{
+    accel::AccelError,
+    admission::AdmissionError,
     agent::AgentError,
     annotations::AnnotationError,
     assets::AssetError,
+    checkpoint::CheckpointError,
     error::{ErrorKind, Kind},
+    layer::LayerError,
     rootdisk::RootdiskError,
-    spec::{bundle::BundleError, guest::ReduceError},
-    vm::VmError,
+    spec::{bundle::BundleError, exec::ProcessSpecError, guest::ReduceError},
+    template::TemplateError,
+    vm::{SavedError, VmError},
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +26,12 @@ pub enum PodError {
     NoContainer { id: String },
     #[error("container {id} already exists")]
     Exists { id: String },
+    #[error("container {id} has no process {exec_id}")]
+    NoProcess { id: String, exec_id: String },
+    #[error("container {id} has a process {exec_id} already")]
+    ExecExists { id: String, exec_id: String },
+    #[error("a process that is added to container {id} needs an id")]
+    NoExecId { id: String },
     #[error("container {id} is still being created")]
     BeingCreated { id: String },
     #[error("cannot {verb} container {id}")]
@@ -29,6 +40,8 @@ pub enum PodError {
     Gone { id: String },
     #[error("cannot {verb} container {id}")]
     Guest { verb: &'static str, id: String, source: AgentError },
+    #[error("cannot {verb} container {id}: the guest did not answer within {deadline:?}")]
+    Unanswered { verb: &'static str, id: String, deadline: Duration },
     #[error(transparent)]
     Annotation(#[from] AnnotationError),
     #[error(transparent)]
@@ -38,23 +51,43 @@ pub enum PodError {
     #[error(transparent)]
     Reduce(#[from] ReduceError),
     #[error(transparent)]
+    Process(#[from] ProcessSpecError),
+    #[error(transparent)]
     Rootfs(#[from] RootfsError),
     #[error(transparent)]
     Stdio(#[from] StdioError),
     #[error(transparent)]
     Anchor(#[from] AnchorError),
     #[error(transparent)]
-    VmSpec(#[from] VmSpecError),
+    Accel(#[from] AccelError),
+    #[error(transparent)]
+    Admission(#[from] AdmissionError),
+    #[error("cannot understand the new limits as the runtime-spec's LinuxResources")]
+    Resources { source: serde_json::Error },
+    #[error(transparent)]
+    Limits(#[from] ResourcesError),
     #[error("cannot convert the rootfs to a disk")]
     Rootdisk(#[source] RootdiskError),
     #[error("cannot prepare the writable layer")]
-    Writable(#[source] RootdiskError),
+    Writable(#[from] RootdiskError),
+    #[error("cannot export what the container has written")]
+    Layer(#[source] LayerError),
+    #[error("cannot checkpoint container {id}")]
+    Checkpoint { id: String, source: CheckpointError },
+    #[error("cannot restore container {id} from the checkpoint {}", dir.display())]
+    Restore { id: String, dir: PathBuf, source: CheckpointError },
     #[error("cannot boot the VM")]
     Boot(#[source] VmError),
+    #[error("cannot clone a VM")]
+    Clone(#[source] SavedError),
+    #[error(transparent)]
+    Template(#[from] TemplateError),
     #[error("cannot {what}")]
     Vm { what: &'static str, source: VmError },
     #[error("cannot read {} for the container", path.display())]
     Injected { path: PathBuf, source: io::Error },
+    #[error("cannot duplicate a disk's descriptor")]
+    Descriptor(#[source] io::Error),
     #[error("cannot encode the configuration for the guest")]
     Encode(#[source] serde_json::Error),
     #[error("a worker thread ended early")]
@@ -66,20 +99,31 @@ impl PodError {
         Self::State { verb, id: id.to_owned(), source }
     }
 
-    pub(super) fn guest(verb: &'static str, id: &str, source: AgentError) -> Self {
+    pub(crate) fn guest(verb: &'static str, id: &str, source: AgentError) -> Self {
         Self::Guest { verb, id: id.to_owned(), source }
+    }
+
+    /// The VM, and every process in it, ended while it was being asked.
+    pub(super) fn is_loss_of_the_vm(&self) -> bool {
+        matches!(
+            self,
+            Self::Guest { source: AgentError::Closed, .. } | Self::Vm { source: VmError::Exited(_), .. }
+        )
     }
 }
 
 impl Kind for PodError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::NoContainer { .. } => ErrorKind::NotFound,
-            Self::Exists { .. } => ErrorKind::AlreadyExists,
+            Self::NoContainer { .. } | Self::NoProcess { .. } => ErrorKind::NotFound,
+            Self::Exists { .. } | Self::ExecExists { .. } => ErrorKind::AlreadyExists,
+            Self::NoExecId { .. } => ErrorKind::InvalidArgument,
+            Self::Process(error) => error.kind(),
             Self::BeingCreated { .. } => ErrorKind::Unavailable,
             Self::State { source: StateError::AlreadyStopped, verb: "signal", .. } => ErrorKind::NotFound,
             Self::State { .. } => ErrorKind::FailedPrecondition,
             Self::Gone { .. } => ErrorKind::NotFound,
+            Self::Unanswered { .. } => ErrorKind::DeadlineExceeded,
             Self::Guest { source, .. } => source.kind(),
             Self::Annotation(error) => error.kind(),
             Self::Asset(error) => error.kind(),
@@ -88,10 +132,18 @@ impl Kind for PodError {
             Self::Rootfs(error) => error.kind(),
             Self::Stdio(error) => error.kind(),
             Self::Anchor(_) => ErrorKind::Internal,
-            Self::VmSpec(error) => error.kind(),
+            Self::Accel(error) => error.kind(),
+            Self::Admission(error) => error.kind(),
+            Self::Resources { .. } => ErrorKind::InvalidArgument,
+            Self::Limits(error) => error.kind(),
             Self::Rootdisk(source) | Self::Writable(source) => source.kind(),
+            Self::Layer(source) => source.kind(),
+            Self::Checkpoint { source, .. } | Self::Restore { source, .. } => source.kind(),
             Self::Boot(source) | Self::Vm { source, .. } => source.kind(),
-            Self::Injected { .. } | Self::Encode(_) | Self::Worker(_) => ErrorKind::Internal,
+            Self::Clone(_) | Self::Template(_) => ErrorKind::Internal,
+            Self::Injected { .. } | Self::Descriptor(_) | Self::Encode(_) | Self::Worker(_) => {
+                ErrorKind::Internal
+            }
         }
     }
 }

@@ -1,12 +1,23 @@
 //! What follows when a container's init ends, by itself or with its VM.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::SystemTime,
+};
 
 use machinen_protocol::api::WaitProcessResponse;
 use tokio::time::Duration;
 
-use super::{Container, Entry, Event, Exit, Pod, Transition, stdio::Output};
-use crate::{agent, error::chain, vm::Vm};
+use super::{Container, Entry, Event, Exit, Pod, Transition, stdio::Logger, streams::Outputs};
+use crate::{
+    agent::{self, AgentError},
+    error::chain,
+    vm::Vm,
+};
 
 /// Longest wait for a VM to sync its disks and power off before it is killed.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
@@ -17,13 +28,6 @@ const LOST: u32 = 128 + libc::SIGKILL as u32;
 /// Statuses above are of no process; a guest that claims one is not believed.
 const MAX_STATUS: u32 = 255;
 
-/// The two output streams of a container's init.
-#[derive(Debug)]
-pub(super) struct Outputs {
-    pub stdout: Option<Output>,
-    pub stderr: Option<Output>,
-}
-
 impl Pod {
     /// Waits for the end of `container`, delivers its output, and takes down what it leaves behind.
     pub(super) async fn watch(
@@ -33,45 +37,72 @@ impl Pod {
         vm: Vm,
         outputs: Outputs,
     ) {
-        let exit = match agent.wait_process(&container.id, "").await {
-            Ok(ended) => deliver(&container.id, outputs, &ended).await,
-            Err(error) => {
-                // Without its agent a VM is of no use; one that was lost already makes this a no-op.
-                vm.kill().await;
-                let reason = vm.exited().await;
-                tracing::error!(id = container.id, "container lost: {}: {reason}", chain(&error));
-                outputs.abandon().await;
-                Exit { status: LOST, at: SystemTime::now(), oom_killed: false }
-            }
+        let told = AtomicU64::new(0);
+        let mut waiting = pin!(agent.wait_process(&container.id, ""));
+        let waited = tokio::select! {
+            biased;
+            waited = &mut waiting => waited,
+            () = self.watch_memory(&container, &agent, &told) => waiting.await,
         };
+        let untold_kill = waited.as_ref().is_ok_and(|ended| ended.oom_kills > told.into_inner());
+        if let Err(error) = &waited {
+            // Without its agent a VM is of no use; one that was lost already makes this a no-op.
+            vm.kill().await;
+            let reason = vm.exited().await;
+            tracing::error!(id = container.id, "container lost: {}: {reason}", chain(error));
+        }
+        // Whether the guest is there to export what the container has written, and whether that is nothing.
+        let unchanged = waited.as_ref().ok().map(|ended| ended.layer_unchanged);
+        let (exit, logger) = ended(&container.id, outputs, waited).await;
+        // What else ran in the container has ended with its init, and says so first.
+        container.execs.end().await;
         container.end_anchor().await;
-        self.record(&container, exit).await;
-        self.clean(&container, &agent).await;
-        container.cleaned.send_replace(true);
+        // Before anyone is told of the end: who hears of it may read the snapshot.
+        let saved = match unchanged {
+            Some(unchanged) => container.layer.export_at_end(&vm, &agent, &container.id, unchanged).await,
+            None => None,
+        };
+        self.record(&container, exit, untold_kill).await;
+        let secure = container.layer.secure(saved).await;
+        self.clean(&container, &agent, secure).await;
+        if secure {
+            container.layer.discard_disk().await;
+        }
+        if let Some(logger) = logger {
+            logger.finish().await;
+        }
+        container.init.set_gone();
     }
 
-    async fn record(&self, container: &Container, exit: Exit) {
-        let _ordered = container.transitions.lock().await;
-        if let Err(error) = container.advance(Transition::Exited(exit)) {
+    /// A kill for want of memory is told before the end that it brought.
+    async fn record(&self, container: &Container, exit: Exit, untold_kill: bool) {
+        let _ordered = container.init.transitions.lock().await;
+        if let Err(error) = container.init.advance(Transition::Exited(exit)) {
             tracing::error!(id = container.id, "exit reported twice: {error}");
             return;
         }
-        if exit.oom_killed {
+        if untold_kill {
             self.emit(Event::OutOfMemory { id: container.id.clone() });
         }
         tracing::info!(id = container.id, status = exit.status, "container exited");
-        self.emit(Event::Exited { id: container.id.clone(), pid: container.pid, exit });
+        let (id, exec_id) = (container.id.clone(), String::new());
+        self.emit(Event::Exited { id, exec_id, pid: container.pid, exit });
     }
 
     /// The VM goes with its last running container; otherwise only the container's part of the guest does.
-    async fn clean(&self, container: &Container, agent: &agent::Client) {
+    ///
+    /// With its writes on the host (`secure`), a VM has nothing to sync: the disks of containers that ended before it
+    /// were synced when they were deleted.
+    async fn clean(&self, container: &Container, agent: &agent::Client, secure: bool) {
         let mut slot = self.shared.vm.lock().await;
         if self.has_others(&container.id) {
             if let Err(error) = agent.delete_container(&container.id).await {
                 tracing::warn!(id = container.id, "cannot clean up in the guest: {}", chain(&error));
+                self.shared.unsynced.store(true, Ordering::Relaxed);
             }
         } else if let Some(vm) = slot.take() {
-            let exit = vm.shutdown(SHUTDOWN_GRACE).await;
+            let synced = secure && !self.shared.unsynced.load(Ordering::Relaxed);
+            let exit = if synced { vm.kill().await } else { vm.shutdown(SHUTDOWN_GRACE).await };
             tracing::debug!(id = container.id, "VM ended: {exit}");
         }
     }
@@ -81,35 +112,29 @@ impl Pod {
             other != id
                 && match entry {
                     Entry::Creating => true,
-                    Entry::Ready(container) => !*container.cleaned.borrow(),
+                    Entry::Ready(container) => !container.init.is_gone(),
                 }
         })
     }
 }
 
-async fn deliver(id: &str, outputs: Outputs, ended: &WaitProcessResponse) -> Exit {
-    // The guest's clock and its claims are the tenant's: time is taken here, and the status is bounded.
-    let exit = Exit {
-        status: ended.exit_status.min(MAX_STATUS),
-        at: SystemTime::now(),
-        oom_killed: ended.oom_killed,
-    };
-    let finish = async |output: Option<Output>, bytes| match output {
-        Some(output) => output.finish(bytes).await,
-        None => Ok(()),
-    };
-    let (stdout, stderr) =
-        tokio::join!(finish(outputs.stdout, ended.stdout_bytes), finish(outputs.stderr, ended.stderr_bytes));
-    for problem in [stdout, stderr].into_iter().filter_map(Result::err) {
-        tracing::error!(id, "{problem}");
-    }
-    exit
-}
-
-impl Outputs {
-    async fn abandon(self) {
-        for output in [self.stdout, self.stderr].into_iter().flatten() {
-            output.abandon().await;
+/// Delivers what a process has written, and says how it ended. A logging program is left to be waited for.
+pub(super) async fn ended(
+    id: &str,
+    outputs: Outputs,
+    waited: Result<WaitProcessResponse, AgentError>,
+) -> (Exit, Option<Logger>) {
+    match waited {
+        Ok(ended) => {
+            // The guest's clock and its claims are the tenant's: time is taken here, and the status is bounded.
+            let status = ended.exit_status.min(MAX_STATUS);
+            let exit = Exit { status, at: SystemTime::now(), oom_killed: ended.oom_killed };
+            (exit, outputs.deliver(id, &ended).await)
+        }
+        Err(error) => {
+            tracing::debug!(id, "not waited for: {}", chain(&error));
+            let logger = outputs.abandon().await;
+            (Exit { status: LOST, at: SystemTime::now(), oom_killed: false }, logger)
         }
     }
 }

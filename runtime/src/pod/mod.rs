@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   create ---> config, bundle, rootfs plan              (pure: refusals cost nothing)
-//!           \-> VM boots | base disk found or built | writable disk made | anchor started      (all at once)
+//!           \-> VM cloned, or boots | base disk found or built | writable disk made | anchor started      (all at once)
 //!            -> disks attached as they become ready -> agent answers -> streams -> CreateContainer
 //!   start  ---> StartContainer; a watcher waits for the end since create
 //!   end    ---> output drained -> Stopped, event -> last container: VM powers off
@@ -11,32 +11,66 @@
 //! Whoever owns a [`Pod`] owns its VM: the shim, or the command line's monitor.
 
 pub mod anchor;
+mod beside;
+mod birth;
+mod checkpoint;
 mod container;
 mod create;
 mod error;
 pub mod event;
+mod exec;
 mod exit;
+mod layer;
+mod out_of_memory;
+mod pause;
 mod phases;
+mod pids;
+mod process;
+mod resources;
 pub mod rootfs;
 pub mod state;
+pub mod stats;
 pub mod stdio;
+mod streams;
+mod update;
 mod vm_spec;
 
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
 };
 
-use tokio::sync::mpsc;
+use tokio::{
+    sync::{Semaphore, mpsc},
+    time::{Duration, timeout},
+};
 
+pub(crate) use birth::CLONE_NEEDS;
+pub use birth::plain_vm;
+pub use checkpoint::Checkpoint;
 pub use container::Container;
 pub use create::Create;
 pub use error::PodError;
 use event::Event;
+pub use exec::Exec;
+pub use pids::HostProcess;
+pub use process::Process;
 use state::{Exit, State, StateError, Transition};
+use stdio::Owner;
 
-use crate::{agent, config::Config, vm::Vm};
+use crate::{
+    agent,
+    config::Config,
+    pool::Ready,
+    vm::{Vm, VmSpec},
+};
+
+/// Longest wait for the guest to take a signal.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 /// One VM and the containers in it; cheap to clone, all clones are the same pod.
 #[derive(Debug, Clone)]
@@ -47,6 +81,8 @@ pub struct Pod {
 #[derive(Debug)]
 struct Shared {
     config: Config,
+    /// containerd's namespace, which logging programs are told.
+    namespace: String,
     /// Names the VM in logs and process lists.
     name: String,
     /// Where the pod keeps its sockets and the console log; made by the first create, removed with the VM.
@@ -54,7 +90,19 @@ struct Shared {
     events: mpsc::UnboundedSender<Event>,
     /// Held by create and by the end of the last container, so that the VM is booted and ended once.
     vm: tokio::sync::Mutex<Option<Vm>>,
+    /// A clone that was made ahead of time, until the first container.
+    ready: Mutex<Option<Ready>>,
+    /// The pod's VM is a clone like this, and the warm pool is to have more of them.
+    repeated: Mutex<Option<VmSpec>>,
+    /// A VM like this was booted because there is no template of it.
+    wanted_template: Mutex<Option<VmSpec>>,
+    /// How much memory the VM was given, MiB.
+    vm_memory_mib: AtomicU32,
     containers: Mutex<HashMap<String, Entry>>,
+    /// Held while a process's streams are open and not claimed.
+    starting: Semaphore,
+    /// A container's part of the guest could not be cleaned up, so its disk may not have been synced.
+    unsynced: AtomicBool,
 }
 
 #[derive(Debug, Clone)]
@@ -66,14 +114,27 @@ enum Entry {
 
 impl Pod {
     /// An empty pod; its VM boots with its first container. Events are sent in the order in which they happen.
-    pub fn new(config: Config, name: String, dir: PathBuf, events: mpsc::UnboundedSender<Event>) -> Self {
+    pub fn new(
+        config: Config,
+        namespace: String,
+        name: String,
+        dir: PathBuf,
+        events: mpsc::UnboundedSender<Event>,
+    ) -> Self {
         let shared = Shared {
             config,
+            namespace,
             name,
             dir,
             events,
             vm: tokio::sync::Mutex::default(),
+            ready: Mutex::default(),
+            repeated: Mutex::default(),
+            wanted_template: Mutex::default(),
+            vm_memory_mib: AtomicU32::new(0),
             containers: Mutex::default(),
+            starting: Semaphore::new(streams::STARTING),
+            unsynced: AtomicBool::new(false),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -84,32 +145,61 @@ impl Pod {
     /// The container does not exist or was started before, or its command cannot be executed.
     pub async fn start(&self, id: &str) -> Result<u32, PodError> {
         let container = self.container(id)?;
-        let _ordered = container.transitions.lock().await;
+        let _ordered = container.init.transitions.lock().await;
         container.state().after(Transition::Start).map_err(|source| PodError::state("start", id, source))?;
-        self.agent(id)
-            .await?
-            .start_container(id)
-            .await
-            .map_err(|source| PodError::guest("start", id, source))?;
-        container.advance(Transition::Start).map_err(|source| PodError::state("start", id, source))?;
+        let agent = self.agent(id).await?;
+        agent.start_container(id).await.map_err(|source| PodError::guest("start", id, source))?;
+        container.init.advance(Transition::Start).map_err(|source| PodError::state("start", id, source))?;
         self.emit(Event::Started { id: id.to_owned(), pid: container.pid });
+        container.release_checkpoint(agent);
+        self.ask_for_template();
+        self.refill_pool();
         Ok(container.pid)
     }
 
-    /// Sends `signal` to the container's init, or to all of its processes.
+    /// Sends `signal` to a process of the container, or to all of them; the init is "".
+    ///
+    /// SIGKILL works even when the guest does not: an agent that does not take it in time loses its VM, and with it all
+    /// containers of the pod.
     ///
     /// # Errors
-    /// The container does not exist or has stopped, or the agent does not answer.
-    pub async fn kill(&self, id: &str, signal: u32, all: bool) -> Result<(), PodError> {
+    /// The process does not exist, does not run, or the agent does not answer.
+    pub async fn kill(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), PodError> {
         let container = self.container(id)?;
-        if let State::Stopped(_) = container.state() {
-            return Err(PodError::state("signal", id, StateError::AlreadyStopped));
+        let guest_id = container.guest_id(exec_id, "signal")?;
+        let name = container.name(exec_id);
+        let fatal = signal == libc::SIGKILL as u32 && (exec_id.is_empty() || all);
+        let sent = async {
+            let sent = self.agent(id).await?.signal_process(id, &guest_id, signal, all).await;
+            sent.map_err(|source| PodError::guest("signal", &name, source))
+        };
+        match timeout(KILL_PATIENCE, sent).await {
+            Err(_) if fatal => {
+                tracing::error!(
+                    id,
+                    "the guest did not take SIGKILL within {KILL_PATIENCE:?}: killing its VM"
+                );
+                container.vm.kill().await;
+                Ok(())
+            }
+            Err(_) => Err(PodError::Unanswered { verb: "signal", id: name, deadline: KILL_PATIENCE }),
+            // Who hears "not found" waits for the exit; any other answer keeps containerd from deleting the container.
+            Ok(Err(error)) if error.is_loss_of_the_vm() => Err(PodError::Gone { id: id.to_owned() }),
+            Ok(sent) => sent,
         }
-        let agent = self.agent(id).await?;
-        agent
-            .signal_process(id, "", signal, all)
-            .await
-            .map_err(|source| PodError::guest("signal", id, source))
+    }
+
+    /// Brings what a container has written so far to its snapshot. Its processes must be frozen in the guest.
+    ///
+    /// # Errors
+    /// The container does not exist, or its writes cannot be exported; the snapshot is as it was then.
+    pub async fn export_layer(&self, id: &str) -> Result<(), PodError> {
+        let container = self.container(id)?;
+        let vm = self.vm_of(id).await?;
+        let agent =
+            vm.agent().await.map_err(|source| PodError::Vm { what: "reach the guest agent", source })?;
+        container.layer.export(&vm, &agent, id).await.map_err(PodError::Layer)?;
+        Ok(())
     }
 
     /// Forgets a stopped container, or ends one that was never started. Nothing of it is left when this returns.
@@ -119,7 +209,7 @@ impl Pod {
     pub async fn delete(&self, id: &str) -> Result<(u32, Exit), PodError> {
         let container = self.container(id)?;
         if container.state() == State::Created {
-            match self.kill(id, libc::SIGKILL as u32, false).await {
+            match self.kill(id, "", libc::SIGKILL as u32, false).await {
                 Ok(()) | Err(PodError::State { .. } | PodError::Gone { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -137,21 +227,20 @@ impl Pod {
         Ok((container.pid, exit))
     }
 
-    /// The container's stdin ends when everything that was written to its fifo so far has been read.
+    /// A process's stdin ends when everything that was written to its fifo so far has been read.
     ///
     /// # Errors
-    /// The container does not exist.
-    pub fn close_stdin(&self, id: &str) -> Result<(), PodError> {
-        if let Some(stdin) = &self.container(id)?.stdin {
-            stdin.close();
-        }
+    /// The process does not exist.
+    pub fn close_stdin(&self, id: &str, exec_id: &str) -> Result<(), PodError> {
+        self.container(id)?.process(exec_id)?.close_stdin();
         Ok(())
     }
 
     /// Ends the VM and all containers in it, as the owner is ending; each container reports its exit first.
     pub async fn end(&self) {
+        let unused = self.take_ready().map(|ready| ready.vm);
         let vm = self.shared.vm.lock().await.take();
-        if let Some(vm) = vm {
+        for vm in unused.into_iter().chain(vm) {
             vm.kill().await;
         }
         let containers: Vec<_> = self.containers().values().cloned().collect();
@@ -172,14 +261,31 @@ impl Pod {
         }
     }
 
+    /// What the pod's containers are run with, their annotations aside.
+    pub fn config(&self) -> &Config {
+        &self.shared.config
+    }
+
     /// No container exists or is being created.
     pub fn is_empty(&self) -> bool {
         self.containers().is_empty()
     }
 
+    async fn vm_of(&self, id: &str) -> Result<Vm, PodError> {
+        self.shared.vm.lock().await.clone().ok_or_else(|| PodError::Gone { id: id.to_owned() })
+    }
+
+    fn owner(&self, id: &str) -> Owner {
+        Owner { namespace: self.shared.namespace.clone(), id: id.to_owned() }
+    }
+
     async fn agent(&self, id: &str) -> Result<agent::Client, PodError> {
-        let vm = self.shared.vm.lock().await.clone().ok_or_else(|| PodError::Gone { id: id.to_owned() })?;
+        let vm = self.vm_of(id).await?;
         vm.agent().await.map_err(|source| PodError::Vm { what: "reach the guest agent", source })
+    }
+
+    fn vm_memory_mib(&self) -> u32 {
+        self.shared.vm_memory_mib.load(Ordering::Relaxed)
     }
 
     fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<String, Entry>> {

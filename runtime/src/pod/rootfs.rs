@@ -6,6 +6,7 @@ use oci_spec::runtime::Spec;
 
 use crate::{
     error::{ErrorKind, Kind},
+    layer::Target,
     rootdisk::RootfsSource,
 };
 
@@ -23,10 +24,24 @@ pub struct RootfsMount {
 /// Where a container's root file system comes from and where its writes go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
-    pub source: RootfsSource,
+    /// What is converted to the base disk. None: there is a disk already, `writable`, that is the whole root file system.
+    pub source: Option<RootfsSource>,
+    /// The disk may not be written.
+    pub read_only: bool,
     /// The writable layer's disk: beside the snapshot's upper directory, so that it is removed with the snapshot and
-    /// found again by the next start on it; in the bundle where there is no snapshot.
+    /// found again by the next start on it; in the bundle where there is none. Not for [`Target::Whole`], see
+    /// [`super::beside`].
     pub writable: PathBuf,
+    /// What gets the container's writes when it ends or is paused. None: they stay on the disk, since the caller has
+    /// mounted the root file system for reading, or has named a directory of its own that no snapshotter reads.
+    pub target: Option<Target>,
+}
+
+impl Plan {
+    /// The base disk is the lower layers, and nothing that a container has written.
+    pub fn is_overlaid(&self) -> bool {
+        matches!(self.target, Some(Target::Upper(_)))
+    }
 }
 
 /// Why a root file system cannot be used.
@@ -37,9 +52,11 @@ pub enum RootfsError {
     #[error("the OCI configuration has no root and the caller mounted none")]
     None,
     #[error(
-        "rootfs mounts of the type {kind:?} are not supported yet; supported are overlay and bind (snapshotters overlayfs and native)"
+        "rootfs mounts of the type {kind:?} are not supported yet; supported are overlay, bind and ext4 (snapshotters overlayfs, native and blockfile)"
     )]
     Kind { kind: String },
+    #[error("the disk {} is not supported yet: it is a device, and files are (snapshotter blockfile)", path.display())]
+    Device { path: PathBuf },
     #[error("a rootfs of {count} mounts is not supported yet; one overlay or bind mount is")]
     Several { count: usize },
     #[error("the overlay rootfs has no lowerdir")]
@@ -51,7 +68,7 @@ impl Kind for RootfsError {
         match self {
             Self::Missing { .. } => ErrorKind::NotFound,
             Self::None | Self::NoLower => ErrorKind::InvalidArgument,
-            Self::Kind { .. } | Self::Several { .. } => ErrorKind::Unimplemented,
+            Self::Kind { .. } | Self::Device { .. } | Self::Several { .. } => ErrorKind::Unimplemented,
         }
     }
 }
@@ -64,21 +81,35 @@ pub fn plan(mounts: &[RootfsMount], spec: &Spec, bundle: &Path) -> Result<Plan, 
     let plan = match mounts {
         [] => {
             let root = spec.root().as_ref().ok_or(RootfsError::None)?;
-            Plan { source: RootfsSource::Dir(bundle.join(root.path())), writable: bundle.join(WRITABLE) }
+            let source = Some(RootfsSource::Dir(bundle.join(root.path())));
+            Plan { source, read_only: false, writable: bundle.join(WRITABLE), target: None }
         }
         [mount] if mount.kind == "overlay" => overlay(mount, bundle)?,
         [mount] if mount.kind == "bind" || mount.options.iter().any(|option| option.ends_with("bind")) => {
-            Plan { source: RootfsSource::Dir(mount.source.clone()), writable: bundle.join(WRITABLE) }
+            let read_only = mount.options.iter().any(|option| option == "ro");
+            let target = (!read_only).then(|| Target::Whole(mount.source.clone()));
+            let source = Some(RootfsSource::Dir(mount.source.clone()));
+            Plan { source, read_only: false, writable: bundle.join(WRITABLE), target }
+        }
+        [mount] if mount.kind == "ext4" => {
+            let read_only = mount.options.iter().any(|option| option == "ro");
+            Plan { source: None, read_only, writable: mount.source.clone(), target: None }
         }
         [mount] => return Err(RootfsError::Kind { kind: mount.kind.clone() }),
         several => return Err(RootfsError::Several { count: several.len() }),
     };
     let dirs: Vec<&PathBuf> = match &plan.source {
-        RootfsSource::Overlay { lowers, upper } => lowers.iter().chain(upper).collect(),
-        RootfsSource::Dir(dir) => vec![dir],
+        Some(RootfsSource::Overlay { lowers }) => lowers.iter().collect(),
+        Some(RootfsSource::Dir(dir)) => vec![dir],
+        None => match plan.writable.metadata() {
+            Ok(disk) if disk.is_file() => vec![],
+            Ok(_) => return Err(RootfsError::Device { path: plan.writable }),
+            Err(_) => return Err(RootfsError::Missing { path: plan.writable }),
+        },
     };
-    match dirs.into_iter().find(|dir| !dir.is_dir()) {
-        Some(path) => Err(RootfsError::Missing { path: path.clone() }),
+    let target = plan.target.iter().map(Target::path);
+    match dirs.into_iter().map(PathBuf::as_path).chain(target).find(|dir| !dir.is_dir()) {
+        Some(path) => Err(RootfsError::Missing { path: path.to_owned() }),
         None => Ok(plan),
     }
 }
@@ -91,7 +122,9 @@ fn overlay(mount: &RootfsMount, bundle: &Path) -> Result<Plan, RootfsError> {
     }
     let upper = option("upperdir=").map(|path| PathBuf::from(unescape(path)));
     let home = upper.as_deref().and_then(Path::parent).unwrap_or(bundle);
-    Ok(Plan { writable: home.join(WRITABLE), source: RootfsSource::Overlay { lowers, upper } })
+    let writable = home.join(WRITABLE);
+    let source = Some(RootfsSource::Overlay { lowers });
+    Ok(Plan { writable, read_only: false, source, target: upper.map(Target::Upper) })
 }
 
 /// `lowerdir=a:b\:c` has the two directories `a` and `b:c`, the top one first.
@@ -144,7 +177,39 @@ mod tests {
         ];
         let plan = plan(&[mount("overlay", &options)], &Spec::default(), dir.path()).unwrap();
         assert_eq!(plan.writable, dir.path().join("3").join(WRITABLE));
-        assert_eq!(plan.source, RootfsSource::Overlay { lowers: vec![one, two], upper: Some(upper) });
+        assert_eq!(plan.source, Some(RootfsSource::Overlay { lowers: vec![one, two] }));
+        assert_eq!(plan.target, Some(Target::Upper(upper)));
+    }
+
+    #[test]
+    fn a_directory_gets_writes_back_unless_it_is_mounted_for_reading() {
+        let dir = tempfile::tempdir().unwrap();
+        let bind = |option: &str| RootfsMount {
+            kind: "bind".to_owned(),
+            source: dir.path().to_owned(),
+            options: vec!["rbind".to_owned(), option.to_owned()],
+        };
+        let target = |option| plan(&[bind(option)], &Spec::default(), Path::new("/")).unwrap().target;
+        assert_eq!(target("rw"), Some(Target::Whole(dir.path().to_owned())));
+        assert_eq!(target("ro"), None);
+    }
+
+    #[test]
+    fn a_disk_is_taken_as_it_is() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let disk = |option: &str, path: &Path| RootfsMount {
+            kind: "ext4".to_owned(),
+            source: path.to_owned(),
+            options: vec!["loop".to_owned(), option.to_owned()],
+        };
+        let planned = plan(&[disk("rw", file.path())], &Spec::default(), Path::new("/")).unwrap();
+        let whole = Plan { source: None, read_only: false, writable: file.path().to_owned(), target: None };
+        assert_eq!(planned, whole);
+        assert!(plan(&[disk("ro", file.path())], &Spec::default(), Path::new("/")).unwrap().read_only);
+        let device = plan(&[disk("rw", Path::new("/dev/null"))], &Spec::default(), Path::new("/"));
+        assert_eq!(device, Err(RootfsError::Device { path: "/dev/null".into() }));
+        let missing = plan(&[disk("rw", Path::new("/no/disk"))], &Spec::default(), Path::new("/"));
+        assert_eq!(missing, Err(RootfsError::Missing { path: "/no/disk".into() }));
     }
 
     #[test]
@@ -154,13 +219,13 @@ mod tests {
         assert_eq!(error, RootfsError::Missing { path: dir.path().join("rootfs") });
         fs::create_dir(dir.path().join("rootfs")).unwrap();
         let plan = plan(&[], &Spec::default(), dir.path()).unwrap();
-        assert_eq!(plan.source, RootfsSource::Dir(dir.path().join("rootfs")));
+        assert_eq!(plan.source, Some(RootfsSource::Dir(dir.path().join("rootfs"))));
     }
 
     #[test]
     fn what_is_not_supported_is_named() {
-        let error = plan(&[mount("ext4", &[])], &Spec::default(), Path::new("/")).unwrap_err();
-        assert!(error.to_string().contains("\"ext4\"") && error.kind() == ErrorKind::Unimplemented);
+        let error = plan(&[mount("xfs", &[])], &Spec::default(), Path::new("/")).unwrap_err();
+        assert!(error.to_string().contains("\"xfs\"") && error.kind() == ErrorKind::Unimplemented);
         let several = [mount("erofs", &[]), mount("overlay", &[])];
         assert_eq!(plan(&several, &Spec::default(), Path::new("/")), Err(RootfsError::Several { count: 2 }));
         assert_eq!(

@@ -1,8 +1,11 @@
-//! The life of a container as one pure function, and its projection to OCI's status words.
+//! The life of a container, and of every other process in it, as one pure function, and its projection to OCI's
+//! status words.
 //!
 //! ```text
-//!   Created --start--> Running --exited--> Stopped --delete--> (gone)
-//!      \------------------exited-------------^
+//!                      Paused --------exited----------v
+//!                  pause| ^resume                     Stopped --delete--> (gone)
+//!   Created --start--> Running --------exited----------^  ^
+//!      \------------------exited--------------------------/
 //! ```
 
 use std::time::SystemTime;
@@ -23,6 +26,8 @@ pub enum State {
     /// Its init waits in the guest; nothing of the user's has run.
     Created,
     Running,
+    /// Every process of it is frozen; signals but SIGKILL wait for the end of that.
+    Paused,
     Stopped(Exit),
 }
 
@@ -30,6 +35,8 @@ pub enum State {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transition {
     Start,
+    Pause,
+    Resume,
     /// The init ended by itself, by a signal, or with its VM.
     Exited(Exit),
     Delete,
@@ -44,6 +51,14 @@ pub enum StateError {
     AlreadyStopped,
     #[error("is still running")]
     StillRunning,
+    #[error("has not been started")]
+    NotStarted,
+    #[error("has no terminal")]
+    NoTerminal,
+    #[error("is paused")]
+    Paused,
+    #[error("is not paused")]
+    NotPaused,
 }
 
 impl State {
@@ -53,20 +68,29 @@ impl State {
     /// Why the transition may not happen in this state.
     pub fn after(self, transition: Transition) -> Result<Option<Self>, StateError> {
         match (self, transition) {
-            (Self::Created, Transition::Start) => Ok(Some(Self::Running)),
-            (Self::Running, Transition::Start) => Err(StateError::AlreadyStarted),
-            (Self::Created | Self::Running, Transition::Exited(exit)) => Ok(Some(Self::Stopped(exit))),
-            (Self::Stopped(_), Transition::Start | Transition::Exited(_)) => Err(StateError::AlreadyStopped),
+            (Self::Created, Transition::Start) | (Self::Paused, Transition::Resume) => {
+                Ok(Some(Self::Running))
+            }
+            (Self::Running, Transition::Pause) => Ok(Some(Self::Paused)),
+            (Self::Created | Self::Running | Self::Paused, Transition::Exited(exit)) => {
+                Ok(Some(Self::Stopped(exit)))
+            }
             (Self::Stopped(_), Transition::Delete) => Ok(None),
+            (Self::Stopped(_), _) => Err(StateError::AlreadyStopped),
+            (Self::Running | Self::Paused, Transition::Start) => Err(StateError::AlreadyStarted),
+            (Self::Created, Transition::Pause | Transition::Resume) => Err(StateError::NotStarted),
+            (Self::Paused, Transition::Pause | Transition::Delete) => Err(StateError::Paused),
+            (Self::Running, Transition::Resume) => Err(StateError::NotPaused),
             (Self::Created | Self::Running, Transition::Delete) => Err(StateError::StillRunning),
         }
     }
 
-    /// The status word of the runtime-spec (runtime.md, "State").
+    /// The status word of the runtime-spec (runtime.md, "State"), and runc's for what that does not know.
     pub fn status(self) -> &'static str {
         match self {
             Self::Created => "created",
             Self::Running => "running",
+            Self::Paused => "paused",
             Self::Stopped(_) => "stopped",
         }
     }
@@ -85,6 +109,8 @@ mod tests {
     fn transition() -> impl Strategy<Value = Transition> {
         prop_oneof![
             Just(Transition::Start),
+            Just(Transition::Pause),
+            Just(Transition::Resume),
             (0u32..256).prop_map(|status| Transition::Exited(exit(status))),
             Just(Transition::Delete),
         ]
@@ -94,7 +120,7 @@ mod tests {
         #[test]
         fn a_container_starts_once_stops_once_and_keeps_its_exit(steps in prop::collection::vec(transition(), 0..12)) {
             let mut state = State::Created;
-            let (mut starts, mut first_exit) = (0, None);
+            let (mut starts, mut first_exit, mut frozen) = (0, None, false);
             for step in steps {
                 match state.after(step) {
                     Ok(Some(next)) => {
@@ -103,6 +129,14 @@ mod tests {
                             Transition::Exited(exit) => {
                                 prop_assert_eq!(first_exit, None);
                                 first_exit = Some(exit);
+                            }
+                            Transition::Pause => {
+                                prop_assert!(starts == 1 && first_exit.is_none() && !frozen);
+                                frozen = true;
+                            }
+                            Transition::Resume => {
+                                prop_assert!(frozen && first_exit.is_none());
+                                frozen = false;
                             }
                             Transition::Delete => prop_assert!(false, "delete leaves nothing"),
                         }
@@ -115,8 +149,10 @@ mod tests {
                     }
                     Err(_) => {}
                 }
-                if let State::Stopped(exit) = state {
-                    prop_assert_eq!(Some(exit), first_exit);
+                match state {
+                    State::Stopped(exit) => prop_assert_eq!(Some(exit), first_exit),
+                    State::Paused => prop_assert!(frozen),
+                    State::Created | State::Running => prop_assert!(!frozen),
                 }
             }
             prop_assert!(starts <= 1);
@@ -128,5 +164,10 @@ mod tests {
         assert_eq!(State::Running.after(Transition::Start), Err(StateError::AlreadyStarted));
         assert_eq!(State::Running.after(Transition::Delete), Err(StateError::StillRunning));
         assert_eq!(State::Stopped(exit(0)).after(Transition::Start), Err(StateError::AlreadyStopped));
+        assert_eq!(State::Created.after(Transition::Pause), Err(StateError::NotStarted));
+        assert_eq!(State::Paused.after(Transition::Pause), Err(StateError::Paused));
+        assert_eq!(State::Paused.after(Transition::Delete), Err(StateError::Paused));
+        assert_eq!(State::Running.after(Transition::Resume), Err(StateError::NotPaused));
+        assert_eq!(State::Stopped(exit(0)).after(Transition::Pause), Err(StateError::AlreadyStopped));
     }
 }

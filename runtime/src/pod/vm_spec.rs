@@ -1,19 +1,17 @@
 //! What VM a pod gets: the configuration, this host, and the limits of the pod's first container.
 
-use std::{fs, io, num::NonZero, path::Path, thread, time::Duration};
+use std::{num::NonZero, path::Path, thread, time::Duration};
 
 use oci_spec::runtime::Spec;
 
 use crate::{
     RUN_DIR,
     accel::{self, Accel, AccelError},
+    admission::HostMemory,
     assets::Assets,
     config::Config,
-    error::{ErrorKind, Kind},
     vm::{HostSupport, VmSpec, choose},
 };
-
-const MEMINFO: &str = "/proc/meminfo";
 
 /// Bounds of the default memory ceiling, MiB. A higher one is not free: the guest's kernel touches 16 MiB for each GiB
 /// when it boots, which under TCG takes tens of milliseconds too.
@@ -25,36 +23,22 @@ const GUEST_OVERHEAD: u32 = 128;
 
 const MOST_VCPUS: u32 = 8;
 
-/// Why no VM can be described.
-#[derive(Debug, thiserror::Error)]
-pub enum VmSpecError {
-    #[error("cannot read how much memory this host has from {MEMINFO}")]
-    Memory(#[source] io::Error),
-    #[error(transparent)]
-    Accel(#[from] AccelError),
-}
-
-impl Kind for VmSpecError {
-    fn kind(&self) -> ErrorKind {
-        match self {
-            Self::Memory(_) => ErrorKind::Internal,
-            Self::Accel(error) => error.kind(),
-        }
-    }
-}
+/// Longest hostname that Linux takes (gethostname(2)).
+const MOST_HOSTNAME: usize = 64;
 
 /// Describes the VM of the pod `name`, whose first container is `container`.
 ///
 /// Blocks, the first time after the host has booted for as long as it takes to try KVM.
 ///
 /// # Errors
-/// The configured accelerator does not work here, or the host's memory cannot be read.
+/// The configured accelerator does not work here.
 pub(super) fn build(
     name: &str,
     config: &Config,
     assets: &Assets,
     container: &Spec,
-) -> Result<VmSpec, VmSpecError> {
+    host: HostMemory,
+) -> Result<VmSpec, AccelError> {
     let accel = accel::verdict(Path::new(RUN_DIR))?.choose(config.vm.accel)?;
     let limits = Limits::of(container);
     let host_cpus = thread::available_parallelism().map_or(1, NonZero::get);
@@ -64,7 +48,7 @@ pub(super) fn build(
         accel,
         memory_mib: memory_mib(
             config.vm.memory_mib,
-            host_memory_mib().map_err(VmSpecError::Memory)?,
+            u32::try_from(host.total).unwrap_or(u32::MAX),
             limits.memory_mib,
         ),
         vcpus: vcpus(config.vm.vcpus, accel, host_cpus, limits.cpus),
@@ -72,7 +56,7 @@ pub(super) fn build(
         image: assets.image.clone(),
         kernel_args: config.vm.kernel_args.clone(),
         channel: choose(config.vm.channel, &HostSupport::detect(&config.vm.vhost_device_vsock)),
-        hostname: "machinen".to_owned(),
+        hostname: name.chars().filter(char::is_ascii).take(MOST_HOSTNAME).collect(),
         boot_timeout: Duration::from_secs(config.vm.boot_timeout_s),
         identity: VmSpec::unprivileged(std::process::id(), accel.groups()),
         keep_console: true,
@@ -104,13 +88,16 @@ impl Limits {
 }
 
 /// The configured ceiling, or half of the host within bounds; more where the container's limit asks for more.
+///
+/// What is not configured is a power of two, because every size of VM has a template of its own.
 fn memory_mib(configured: u32, host: u32, limit: Option<u32>) -> u32 {
     if configured > 0 {
         return configured;
     }
-    let default = (host / 2).clamp(LEAST_MEMORY, MOST_MEMORY);
-    let wanted = limit.map_or(0, |limit| limit.saturating_add(GUEST_OVERHEAD).min(host));
-    default.max(wanted)
+    let half = (host / 2).clamp(LEAST_MEMORY, MOST_MEMORY);
+    let default = 1 << half.ilog2();
+    let wanted = limit.map_or(0, |limit| limit.saturating_add(GUEST_OVERHEAD));
+    default.max(wanted.checked_next_power_of_two().unwrap_or(u32::MAX).min(host))
 }
 
 fn vcpus(configured: u32, accel: Accel, host: usize, limit: Option<u32>) -> u32 {
@@ -122,15 +109,6 @@ fn vcpus(configured: u32, accel: Accel, host: usize, limit: Option<u32>) -> u32 
     wanted.min(limit.unwrap_or(u32::MAX)).max(1)
 }
 
-fn host_memory_mib() -> io::Result<u32> {
-    let text = fs::read_to_string(Path::new(MEMINFO))?;
-    let kib = text.lines().find_map(|line| {
-        line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
-    });
-    let kib = kib.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "it has no MemTotal"))?;
-    Ok(u32::try_from(kib >> 10).unwrap_or(u32::MAX))
-}
-
 #[cfg(test)]
 mod tests {
     use oci_spec::runtime::{LinuxCpuBuilder, LinuxMemoryBuilder, LinuxResourcesBuilder};
@@ -140,10 +118,11 @@ mod tests {
     #[test]
     fn memory_is_half_of_the_host_within_bounds() {
         assert_eq!(memory_mib(0, 600, None), 512);
-        assert_eq!(memory_mib(0, 2400, None), 1200);
+        assert_eq!(memory_mib(0, 2400, None), 1024);
         assert_eq!(memory_mib(0, 1 << 20, None), 2048);
         assert_eq!(memory_mib(900, 24000, Some(5000)), 900);
-        assert_eq!(memory_mib(0, 24000, Some(20000)), 20128);
+        assert_eq!(memory_mib(0, 24000, Some(3000)), 4096);
+        assert_eq!(memory_mib(0, 24000, Some(20000)), 24000);
         assert_eq!(memory_mib(0, 24000, Some(900_000)), 24000);
     }
 
@@ -167,10 +146,5 @@ mod tests {
         spec.linux_mut().as_mut().unwrap().set_resources(Some(resources));
         assert_eq!(Limits::of(&spec), Limits { memory_mib: Some(100), cpus: Some(2) });
         assert_eq!(Limits::of(&Spec::default()), Limits::default());
-    }
-
-    #[test]
-    fn this_host_has_memory() {
-        assert!(host_memory_mib().unwrap() > 64);
     }
 }

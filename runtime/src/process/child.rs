@@ -130,6 +130,15 @@ impl Drop for Child {
     }
 }
 
+/// Sees to it that a process that nobody looks after does not stay as a zombie while this process lives.
+pub(super) fn reap_in_background(child: std::process::Child, program: String) {
+    let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+    match sys::pidfd::open(child.id()).and_then(sys::async_fd) {
+        Ok(pidfd) => drop(runtime.spawn(async move { reap(&pidfd).await })),
+        Err(error) => tracing::warn!(program, "cannot watch a process: {error}"),
+    }
+}
+
 async fn reap(pidfd: &AsyncFd<OwnedFd>) -> Exit {
     loop {
         // A pidfd is readable when its process has ended, so a failure to wait for that leaves only asking the kernel.

@@ -18,7 +18,7 @@ pub use child::Child;
 pub use sandbox::{Identity, Namespaces, Sandbox};
 pub use spawn::{Output, Spawn, Stdio};
 pub use stranger::end_stranger;
-pub use tool::run;
+pub use tool::{find_program, run};
 
 /// Why a child process could not do its work.
 #[derive(Debug, thiserror::Error)]

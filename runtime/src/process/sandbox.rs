@@ -1,9 +1,16 @@
 //! How little a child process may do.
 
-use crate::sys::child::Setup;
+use serde::{Deserialize, Serialize};
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
+};
+
+use crate::sys::child::{Bond, Setup};
 
 /// Who a child process runs as.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     pub uid: u32,
     pub gid: u32,
@@ -33,6 +40,8 @@ pub struct Sandbox {
     pub no_core: bool,
     /// -1000..1000, see proc_pid_oom_score_adj(5).
     pub oom_score_adj: Option<i16>,
+    /// The number of a descriptor: fallocate(2) that would punch a hole into it does nothing and succeeds.
+    pub whole_file: Option<i32>,
 }
 
 impl Sandbox {
@@ -45,6 +54,7 @@ impl Sandbox {
             no_new_privileges: true,
             no_core: true,
             oom_score_adj: None,
+            whole_file: None,
         }
     }
 
@@ -62,6 +72,7 @@ impl Sandbox {
         }
         Setup {
             parent: std::process::id(),
+            bond: Bond::Child,
             join_netns: None,
             unshare,
             identity: self.identity.as_ref().map(|id| (id.uid, id.gid, id.groups.clone())),
@@ -69,8 +80,24 @@ impl Sandbox {
             no_new_privileges: self.no_new_privileges,
             no_core: self.no_core,
             oom_score_adj: self.oom_score_adj.map(|value| value.to_string().into_bytes()),
+            filter: self.whole_file.map(no_holes),
         }
     }
+}
+
+/// A filter that makes fallocate(2) with FALLOC_FL_PUNCH_HOLE a success without effect for one descriptor.
+fn no_holes(fd: i32) -> BpfProgram {
+    let punch = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE) as u64;
+    let equals =
+        |argument, value| SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value);
+    let rule = equals(0, u64::from(fd.cast_unsigned()))
+        .and_then(|fd| equals(1, punch).map(|mode| vec![fd, mode]))
+        .and_then(SeccompRule::new);
+    let filter = rule.and_then(|rule| {
+        let rules = [(libc::SYS_fallocate, vec![rule])].into_iter().collect();
+        SeccompFilter::new(rules, SeccompAction::Allow, SeccompAction::Errno(0), TargetArch::x86_64)
+    });
+    filter.and_then(TryInto::try_into).expect("a constant rule for a supported architecture")
 }
 
 #[cfg(test)]

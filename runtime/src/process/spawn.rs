@@ -1,5 +1,6 @@
 //! The description of a child process, and its start.
 
+use std::convert::Infallible;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
@@ -10,8 +11,9 @@ use std::path::{Path, PathBuf};
 
 use command_fds::{CommandFdExt as _, FdMapping};
 
-use super::{Exit, ProcessError, Sandbox, tool};
+use super::{Exit, ProcessError, Sandbox, child, tool};
 use crate::sys;
+use crate::sys::child::Bond;
 
 /// Where one of a child's three standard streams goes.
 #[derive(Debug, Default)]
@@ -33,6 +35,7 @@ pub struct Spawn {
     program: OsString,
     args: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
+    clear_env: bool,
     dir: Option<PathBuf>,
     stdin: Stdio,
     stdout: Stdio,
@@ -60,6 +63,7 @@ impl Spawn {
             program: program.as_ref().to_owned(),
             args: Vec::new(),
             env: Vec::new(),
+            clear_env: false,
             dir: None,
             stdin: Stdio::Null,
             stdout: Stdio::Null,
@@ -78,6 +82,12 @@ impl Spawn {
     /// Adds to the inherited environment, or replaces a variable of it.
     pub fn env(mut self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
         self.env.push((key.as_ref().to_owned(), value.as_ref().to_owned()));
+        self
+    }
+
+    /// Nothing of the environment is inherited.
+    pub fn clear_env(mut self) -> Self {
+        self.clear_env = true;
         self
     }
 
@@ -121,6 +131,35 @@ impl Spawn {
 
     /// Forks and executes; returns once the program runs, with the name to use in messages.
     pub(super) fn spawn_std(self) -> Result<(std::process::Child, String), ProcessError> {
+        self.execute(Bond::Child, std::process::Command::spawn)
+    }
+
+    /// Starts the program in a session of its own, in which it outlives this process. Inside a tokio runtime it is
+    /// reaped if it ends before.
+    ///
+    /// # Errors
+    /// The program cannot be started.
+    pub fn detach(self) -> Result<(), ProcessError> {
+        let (child, program) = self.execute(Bond::Detached, std::process::Command::spawn)?;
+        child::reap_in_background(child, program);
+        Ok(())
+    }
+
+    /// Executes the program in the place of this one; returns only if that fails.
+    pub fn replace(self) -> ProcessError {
+        let result = self.execute(Bond::Replacement, |command| Err::<Infallible, _>(command.exec()));
+        match result {
+            Err(error) => error,
+            Ok((never, _)) => match never {},
+        }
+    }
+
+    /// Makes the command and runs it by `run`; what comes of it goes with the program's name for messages.
+    fn execute<T>(
+        self,
+        bond: Bond,
+        run: impl FnOnce(&mut std::process::Command) -> io::Result<T>,
+    ) -> Result<(T, String), ProcessError> {
         let program = self.program.to_string_lossy().into_owned();
         let failed = |source: io::Error| ProcessError::Spawn { program: program.clone(), source };
         let held = self.sandbox.identity.as_ref().and_then(|_| hold_unreachable(Path::new(&self.program)));
@@ -128,13 +167,16 @@ impl Spawn {
         #[expect(clippy::disallowed_methods, reason = "the one place that starts programs")]
         let mut command = std::process::Command::new(path.as_ref().unwrap_or(&self.program));
         command.arg0(&self.program);
+        if self.clear_env {
+            command.env_clear();
+        }
         command.args(&self.args).envs(self.env);
         if let Some(dir) = &self.dir {
             command.current_dir(dir);
         }
         command.stdin(self.stdin).stdout(self.stdout).stderr(self.stderr);
         // Before the descriptors move to their numbers, or the move could overwrite one that the setup uses.
-        let setup = sys::child::Setup { join_netns: self.join_netns, ..self.sandbox.setup() };
+        let setup = sys::child::Setup { join_netns: self.join_netns, bond, ..self.sandbox.setup() };
         sys::child::on_fork(&mut command, setup);
         let mappings = self
             .fds
@@ -142,8 +184,8 @@ impl Spawn {
             .map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd })
             .collect::<Vec<_>>();
         command.fd_mappings(mappings).map_err(|error| failed(io::Error::other(error)))?;
-        match command.spawn() {
-            Ok(child) => Ok((child, program)),
+        match run(&mut command) {
+            Ok(result) => Ok((result, program)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let hint = tool::hint(Path::new(&self.program));
                 Err(ProcessError::NotFound { program, hint })

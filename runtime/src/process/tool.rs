@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{Exit, Output, ProcessError, Spawn, Stdio};
 
@@ -75,6 +75,18 @@ fn keep(source: Option<impl Read>) -> io::Result<Vec<u8>> {
         io::copy(&mut source, &mut io::sink())?;
     }
     Ok(kept)
+}
+
+/// Where a program is that is named by a path or looked up in PATH; the name itself if it is nowhere.
+pub fn find_program(name: &Path) -> PathBuf {
+    if name.components().count() > 1 {
+        return name.to_owned();
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .map(|dir| dir.join(name))
+        .find(|file| file.is_file())
+        .unwrap_or_else(|| name.to_owned())
 }
 
 /// What to do about a program that is not there.

@@ -56,6 +56,15 @@ impl RootdiskCache {
         Ok(self.rootdisk(key, opened, cached, phases))
     }
 
+    /// The finished disk of that key, if there is one.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn get(&self, key: Key) -> Result<Option<Rootdisk>, RootdiskError> {
+        let opened = self.store.get(&key.to_string())?;
+        Ok(opened.map(|opened| self.rootdisk(key, opened, true, Phases::new())))
+    }
+
     /// The disk that the index has for a source. An index that cannot be read is no reason to fail.
     fn known(&self, recognised: &Recognised) -> Result<Option<(Key, Opened)>, RootdiskError> {
         let path = self.index.dir.join(recognised.identity.to_string());

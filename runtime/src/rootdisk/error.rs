@@ -47,6 +47,12 @@ pub enum RootdiskError {
     Mke2fs { dir: PathBuf, source: ProcessError },
     #[error("cannot finish the disk of the root file system {}", root.display())]
     Finish { root: PathBuf, source: Ext4Error },
+    #[error(
+        "{} needs {}, more than the container's writable layer of {} has room for; raise rootdisk.writable_size_mib in \
+         the configuration, or set the annotation io.machinen.rootdisk-size",
+        path.display(), mib(*needed), mib(*size)
+    )]
+    UpperTooLarge { path: PathBuf, needed: u64, size: u64 },
     #[error("cannot make the writable layer {}", path.display())]
     Writable { path: PathBuf, source: io::Error },
     #[error("the writable layer {} {what}; remove it to start with an empty one", path.display())]
@@ -63,7 +69,7 @@ impl Kind for RootdiskError {
             | Self::NoMke2fs { .. }
             | Self::OldMke2fs { .. }
             | Self::NotWritable { .. } => ErrorKind::FailedPrecondition,
-            Self::NoSpace { .. } => ErrorKind::ResourceExhausted,
+            Self::NoSpace { .. } | Self::UpperTooLarge { .. } => ErrorKind::ResourceExhausted,
             Self::Cache { source, .. } | Self::View { source, .. } | Self::Source { source, .. } => {
                 of_io(source)
             }

@@ -15,7 +15,7 @@ pub struct KeyError {
 }
 
 impl Key {
-    pub(super) fn new(digest: [u8; 32]) -> Self {
+    pub fn new(digest: [u8; 32]) -> Self {
         Self(digest)
     }
 }

@@ -105,6 +105,22 @@ impl Mke2fs {
         self.run(&args, ",lazy_journal_init=1", Stdio::Null, image, dir, 1 << 20)
     }
 
+    /// Makes `image` like [`Mke2fs::writable`], with the tree below `root` in it. Without checksums, so that the tree's
+    /// times can be set right afterwards.
+    pub(super) fn seeded(
+        &self,
+        root: OwnedFd,
+        image: &File,
+        dir: &Path,
+        inodes: u64,
+        needed: u64,
+    ) -> Result<(), RootdiskError> {
+        let (features, inodes) = (format!("{BASE},has_journal"), inodes.to_string());
+        let args =
+            ["-N", &inodes, "-O", &features, "-L", "machinen-rw", "-J", "size=32", "-d", "/proc/self/fd/0/."];
+        self.run(&args, ",lazy_journal_init=1", Stdio::Fd(root), image, dir, needed)
+    }
+
     fn run(
         &self,
         args: &[&str],

@@ -1,6 +1,5 @@
 //! What a disk is made of, and how it is recognised without reading it.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
@@ -19,8 +18,6 @@ pub enum RootfsSource {
     Overlay {
         /// Top first.
         lowers: Vec<PathBuf>,
-        /// The container's own layer: as good as not there while it is empty.
-        upper: Option<PathBuf>,
     },
     /// Any directory, without what is mounted below it.
     Dir(PathBuf),
@@ -30,7 +27,7 @@ pub enum RootfsSource {
 pub(super) struct Recognised {
     /// Equal for equal states of a source on this machine.
     pub(super) identity: Key,
-    /// The layers that are not empty, top first; none for a directory.
+    /// Top first; none for a directory.
     layers: Vec<PathBuf>,
     /// The view and the walk that it took to recognise a directory.
     walked: Option<(View, Tree)>,
@@ -43,13 +40,9 @@ impl RootfsSource {
     pub(super) fn describe(&self) -> String {
         match self {
             Self::Dir(dir) => dir.display().to_string(),
-            Self::Overlay { lowers, upper } => {
-                let top = upper.as_ref().or(lowers.first()).map(|dir| dir.display().to_string());
-                format!(
-                    "{} layers, the top one {}",
-                    lowers.len() + usize::from(upper.is_some()),
-                    top.unwrap_or_default()
-                )
+            Self::Overlay { lowers } => {
+                let top = lowers.first().map(|dir| dir.display().to_string());
+                format!("{} layers, the top one {}", lowers.len(), top.unwrap_or_default())
             }
         }
     }
@@ -58,9 +51,7 @@ impl RootfsSource {
     pub(super) fn name(&self) -> &Path {
         match self {
             Self::Dir(dir) => dir,
-            Self::Overlay { lowers, upper } => {
-                upper.as_deref().or(lowers.first().map(PathBuf::as_path)).unwrap_or(Path::new(""))
-            }
+            Self::Overlay { lowers } => lowers.first().map_or(Path::new(""), PathBuf::as_path),
         }
     }
 
@@ -77,22 +68,13 @@ impl RootfsSource {
                 let identity = Key::new(digest.finalize().into());
                 Ok(Recognised { identity, layers: Vec::new(), walked: Some((view, tree)), mutable: true })
             }
-            Self::Overlay { lowers, upper } => {
-                let mut layers = Vec::new();
-                if let Some(upper) = upper
-                    && !is_empty(upper)?
-                {
-                    digest.update(b"upper");
-                    digest.update(Tree::walk(&View::of_dir(upper)?)?.identity().to_string());
-                    layers.push(upper.clone());
-                }
+            Self::Overlay { lowers } => {
                 for lower in lowers {
                     digest.update(b"lower");
                     digest.update(layer_identity(lower)?);
-                    layers.push(lower.clone());
                 }
-                let mutable = layers.len() > lowers.len();
-                Ok(Recognised { identity: Key::new(digest.finalize().into()), layers, walked: None, mutable })
+                let (identity, layers) = (Key::new(digest.finalize().into()), lowers.clone());
+                Ok(Recognised { identity, layers, walked: None, mutable: false })
             }
         }
     }
@@ -109,11 +91,6 @@ impl Recognised {
         let tree = Tree::walk(&view)?;
         Ok((view, tree))
     }
-}
-
-fn is_empty(dir: &Path) -> Result<bool, RootdiskError> {
-    let failed = |source| view_error("list", dir, source);
-    fs::read_dir(dir).map_err(failed)?.next().transpose().map(|first| first.is_none()).map_err(failed)
 }
 
 /// A committed layer is known by its directory: a directory of the same name that was made later has another time of

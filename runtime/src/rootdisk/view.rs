@@ -72,6 +72,23 @@ impl View {
         })
     }
 
+    /// A directory that has nothing but `upper`, which is `dir`: the tree of a writable layer that holds `dir`'s files.
+    pub(super) fn of_upper(dir: &Path) -> Result<Self, RootdiskError> {
+        Self::mounted(dir, |target| {
+            let none = None::<&str>;
+            let upper = target.join("upper");
+            let (bind, read_only) = (
+                MsFlags::MS_BIND,
+                MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOATIME,
+            );
+            mount(Some("machinen"), target, Some("tmpfs"), MsFlags::empty(), Some("mode=0755,size=64k"))
+                .and_then(|()| nix::unistd::mkdir(&upper, nix::sys::stat::Mode::S_IRWXU))
+                .and_then(|()| mount(Some(dir), &upper, none, bind, none))
+                .and_then(|()| mount(none, &upper, none, read_only, none))
+                .map_err(|error| failed("mount a read-only view of", dir, error.into()))
+        })
+    }
+
     /// Runs `make` to mount something at the path that it is given.
     fn mounted(
         name: &Path,
@@ -87,7 +104,8 @@ impl View {
             // Only this thread sees that something else is there now.
             let target = Path::new("/proc");
             make(target)?;
-            open_tree(CWD, target, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)
+            let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+            open_tree(CWD, target, flags | OpenTreeFlags::AT_RECURSIVE)
                 .map_err(|error| failed("detach a view of", name, error.into()))
         };
         let root = thread::scope(|scope| scope.spawn(detached).join()).expect("the thread does not panic")?;

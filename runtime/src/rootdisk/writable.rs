@@ -1,4 +1,4 @@
-//! Empty file systems for the guest to write to.
+//! File systems for the guest to write to: empty ones, and ones with what a container wrote before.
 //!
 //! mke2fs takes 20 ms and four fsync(2)s, so it runs once for a size; a new layer is a sparse file with the few
 //! blocks (some 300 KiB) that mke2fs wrote to the template. Nothing needs to be synced here: what the guest syncs later
@@ -6,6 +6,7 @@
 
 use std::fs::{File, Permissions};
 use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::Path;
 
@@ -13,17 +14,24 @@ use rustix::fs::{SeekFrom, ftruncate, seek};
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
-use super::ext4::BLOCK;
+use super::ext4::{self, BLOCK, INODE};
 use super::key::Key;
 use super::lock::Lock;
 use super::mkfs::Mke2fs;
 use super::store::{self, Metadata};
+use super::tree::Tree;
+use super::view::View;
 use super::{LARGEST, RootdiskCache, RootdiskError};
 
 /// Part of a template's name: raise it when templates are made in another way.
 const FORMAT: u32 = 1;
 /// More data than any template has; one of 16 TiB has 60 MiB.
 const DATA_MAX: u64 = 256 << 20;
+
+/// Bytes of a layer for each inode that it has room for.
+const BYTES_PER_INODE: u64 = 16384;
+/// Bytes of the journal, and then some.
+const JOURNAL: u64 = 34 << 20;
 
 /// The parts of a template that are not holes.
 struct Data {
@@ -56,6 +64,81 @@ impl RootdiskCache {
             Ok(file)
         };
         make().map_err(failed)
+    }
+
+    /// An empty file system like a writable layer's, in a file of the cache's directory that has no name: what is on it is
+    /// gone with its last descriptor.
+    ///
+    /// # Errors
+    /// No space or no mke2fs.
+    pub fn unnamed_writable(&self, size: u64, mke2fs: &Path) -> Result<File, RootdiskError> {
+        let size = size.next_multiple_of(BLOCK as u64);
+        let data = self.template(size, mke2fs)?;
+        let file = self.store.unnamed()?;
+        let make = || -> io::Result<()> {
+            ftruncate(&file, size)?;
+            data.pieces.iter().try_for_each(|(offset, bytes)| file.write_all_at(bytes, *offset))
+        };
+        make().map_err(|error| self.store.error("write to", &self.store.dir, error))?;
+        Ok(file)
+    }
+
+    /// A file system, open for reading, with the files of a flat directory, in a file of the cache's directory that has no name.
+    /// `bytes`: of the files, in whole blocks.
+    ///
+    /// # Errors
+    /// No space or no mke2fs.
+    pub fn disk_of_files(
+        &self,
+        dir: OwnedFd,
+        files: u64,
+        bytes: u64,
+        mke2fs: &Path,
+    ) -> Result<File, RootdiskError> {
+        let inodes = files + files / 4 + 64;
+        let size = (bytes + bytes / 64 + inodes * INODE as u64 + (16 << 20)).next_multiple_of(BLOCK as u64);
+        let mke2fs = Mke2fs::find(mke2fs)?;
+        let file = self.store.unnamed()?;
+        ftruncate(&file, size)
+            .map_err(|error| self.store.error("write to", &self.store.dir, io::Error::from(error)))?;
+        mke2fs.base(dir, &file, &self.store.dir, inodes, bytes)?;
+        // QEMU is given a disk for reading by a descriptor for reading.
+        File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+            .map_err(|error| self.store.error("open a disk in", &self.store.dir, error))
+    }
+
+    /// Makes a writable layer like [`RootdiskCache::create_writable`] whose directory `upper` is a copy of `upper`, the
+    /// upper directory of an overlay. Nobody may change it meanwhile.
+    ///
+    /// # Errors
+    /// There is something of that name, `upper` cannot be read or does not fit, no space or no mke2fs.
+    pub fn seed_writable(
+        &self,
+        path: &Path,
+        size: u64,
+        upper: &Path,
+        mke2fs: &Path,
+    ) -> Result<File, RootdiskError> {
+        let size = size.next_multiple_of(BLOCK as u64);
+        let failed = |source| RootdiskError::Writable { path: path.to_owned(), source };
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let view = View::of_upper(upper)?;
+        let tree = Tree::walk(&view)?;
+        let files = tree.files().count() as u64;
+        let inodes = (size / BYTES_PER_INODE).max(files + files / 4 + 1024);
+        let needed = tree.needed_bytes() + JOURNAL;
+        if needed + inodes * INODE as u64 > size {
+            return Err(RootdiskError::UpperTooLarge { path: upper.to_owned(), needed, size });
+        }
+        let mke2fs = Mke2fs::find(mke2fs)?;
+        let file = store::unnamed(dir).map_err(failed)?;
+        ftruncate(&file, size).map_err(|error| failed(error.into()))?;
+        mke2fs.seeded(view.share()?, &file, dir, inodes, needed)?;
+        let finished = ext4::normalise(&file, &tree);
+        finished.map_err(|source| RootdiskError::Finish { root: upper.to_owned(), source })?;
+        file.set_permissions(Permissions::from_mode(0o600)).map_err(failed)?;
+        store::name_new_file(&file, path).map_err(failed)?;
+        Ok(file)
     }
 
     /// What a new layer of that size consists of; made by mke2fs if this is the first one, or the template is damaged.

@@ -49,6 +49,14 @@ pub fn load(bundle: &Path) -> Result<Spec, BundleError> {
     File::open(&path)
         .and_then(|file| file.take(MAX_CONFIG + 1).read_to_end(&mut text))
         .map_err(|source| BundleError::Read { path: path.clone(), source })?;
+    parse(&text, path)
+}
+
+/// Reads the content of the file at `path`, which is only told in errors.
+///
+/// # Errors
+/// As for [`load`].
+pub fn parse(text: &[u8], path: PathBuf) -> Result<Spec, BundleError> {
     if text.iter().all(u8::is_ascii_whitespace) {
         return Err(BundleError::Empty { path });
     }
@@ -56,7 +64,7 @@ pub fn load(bundle: &Path) -> Result<Spec, BundleError> {
         return Err(BundleError::TooLarge { path });
     }
     let spec: Spec =
-        serde_json::from_slice(&text).map_err(|source| BundleError::Parse { path: path.clone(), source })?;
+        serde_json::from_slice(text).map_err(|source| BundleError::Parse { path: path.clone(), source })?;
     match problem(&spec) {
         Some(problem) => Err(BundleError::Invalid { path, problem }),
         None => Ok(spec),

@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, Mount, Process, Spec};
 
 use crate::error::{ErrorKind, Kind};
 
@@ -73,10 +73,15 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
         linux.set_mount_label(None);
     }
     if let Some(process) = spec.process_mut() {
-        process.set_apparmor_profile(None);
-        process.set_selinux_label(None);
+        drop_labels(process);
     }
     Ok(GuestSpec { spec, injected, netns })
+}
+
+/// The guest has no security modules; the host's names mean nothing there.
+pub(super) fn drop_labels(process: &mut Process) {
+    process.set_apparmor_profile(None);
+    process.set_selinux_label(None);
 }
 
 fn refuse_hooks(spec: &Spec) -> Result<(), ReduceError> {

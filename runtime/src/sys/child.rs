@@ -5,11 +5,25 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
+use seccompiler::BpfProgram;
+
+/// What the process is to the one that makes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Bond {
+    /// It is killed when the thread that made it ends.
+    Child,
+    /// It has a session of its own and lives on.
+    Detached,
+    /// It is the same process.
+    Replacement,
+}
+
 /// Plain data, complete before the fork: the child of a process with threads may only make system calls.
 #[derive(Debug)]
 pub(crate) struct Setup {
     /// Pid of the process that forks.
     pub(crate) parent: u32,
+    pub(crate) bond: Bond,
     /// A network namespace to enter.
     pub(crate) join_netns: Option<OwnedFd>,
     /// CLONE_NEW* flags.
@@ -21,6 +35,8 @@ pub(crate) struct Setup {
     pub(crate) no_core: bool,
     /// Decimal digits.
     pub(crate) oom_score_adj: Option<Vec<u8>>,
+    /// A filter of system calls.
+    pub(crate) filter: Option<BpfProgram>,
 }
 
 /// Makes `command` apply `setup` to itself just before it executes.
@@ -32,8 +48,12 @@ pub(crate) fn on_fork(command: &mut Command, setup: Setup) {
 fn apply(setup: &Setup) -> io::Result<()> {
     // SAFETY: plain system calls on values and on memory that `setup` owns.
     unsafe {
-        // A group of its own: Ctrl-C at the terminal is for machinen, which then ends its children in order.
-        check(libc::setpgid(0, 0).into())?;
+        match setup.bond {
+            // A group of its own: Ctrl-C at the terminal is for machinen, which then ends its children in order.
+            Bond::Child => check(libc::setpgid(0, 0).into())?,
+            Bond::Detached => check(libc::setsid().into())?,
+            Bond::Replacement => {}
+        }
         // Nothing is inherited but what is moved to its number after this.
         check(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC))?;
         if setup.no_core {
@@ -81,10 +101,15 @@ fn apply(setup: &Setup) -> io::Result<()> {
         if setup.no_new_privileges {
             check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0).into())?;
         }
-        // After the change of identity, which clears it.
-        check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0).into())?;
-        if libc::getppid() as u32 != setup.parent {
-            libc::_exit(libc::EXIT_FAILURE);
+        if let Some(filter) = &setup.filter {
+            seccompiler::apply_filter(filter).map_err(|_| io::Error::last_os_error())?;
+        }
+        if setup.bond == Bond::Child {
+            // After the change of identity, which clears it.
+            check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0).into())?;
+            if libc::getppid() as u32 != setup.parent {
+                libc::_exit(libc::EXIT_FAILURE);
+            }
         }
     }
     Ok(())

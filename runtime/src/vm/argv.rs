@@ -3,7 +3,7 @@
 //! QEMU is given no path: everything it needs is inherited under the numbers in [`fd`], so that it can run as a user
 //! who may open nothing.
 
-use machinen_protocol::{CHANNEL_ARG, SERIAL_PORT_NAME};
+use machinen_protocol::{CHANNEL_ARG, SERIAL_PORT_NAME, TEMPLATE_ARG, WAKE_PORT_NAME};
 
 use super::spec::{ChannelKind, VmSpec};
 use crate::accel::Accel;
@@ -18,6 +18,21 @@ pub(super) mod fd {
     pub(crate) const IMAGE: i32 = 6;
     /// Serial: a connected socket. vhost-user: a socket connected to the daemon. Kernel vsock: /dev/vhost-vsock.
     pub(crate) const CHANNEL: i32 = 7;
+    /// Template and clone: the file that is the guest's memory.
+    pub(crate) const MEMORY: i32 = 8;
+    /// Template and clone: a connected socket on which the agent says that it waits, and is woken.
+    pub(crate) const WAKE: i32 = 9;
+}
+
+/// How the guest comes to life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Start {
+    /// It boots.
+    Boot,
+    /// It boots, up to an agent that waits to be woken, with its memory in a file that outlives QEMU.
+    Template,
+    /// It goes on from where a template waits. Its devices must be the template's, and be created in the same order.
+    Clone,
 }
 
 /// `id` of the virtio-scsi controller that disks are added to; its bus is `<id>.0`.
@@ -27,15 +42,13 @@ pub(super) const SCSI: &str = "scsi";
 pub(super) const PRIVATE_CID: u32 = 3;
 
 /// QEMU's arguments. `guest_cid` matters to the vsock channels only.
-pub(super) fn argv(spec: &VmSpec, guest_cid: u32) -> Vec<String> {
+pub(super) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
     let mut args = Args::default();
     args.option("-name", format!("machinen-{0},process=machinen-{0}", escape(&spec.id)));
-    let memory = match spec.channel {
-        // The daemon maps the guest's memory, so it has to be a shared file.
-        ChannelKind::VhostUserVsock { .. } => ",memory-backend=ram",
-        ChannelKind::KernelVsock | ChannelKind::Serial => "",
-    };
-    args.option("-machine", format!("microvm,acpi=on,isa-serial=off{memory}"));
+    let memory = memory(spec, start);
+    let backend = if memory.is_some() { ",memory-backend=ram" } else { "" };
+    // A saved state need not describe itself to people.
+    args.option("-machine", format!("microvm,acpi=on,isa-serial=off,suppress-vmdesc=on{backend}"));
     match spec.accel {
         Accel::Kvm => args.option("-accel", "kvm").option("-cpu", "host"),
         Accel::Tcg { .. } => args.option("-accel", "tcg,thread=multi").option("-cpu", "max"),
@@ -43,24 +56,35 @@ pub(super) fn argv(spec: &VmSpec, guest_cid: u32) -> Vec<String> {
     args.option("-smp", spec.vcpus).option("-m", format!("{}M", spec.memory_mib));
     args.flag("-nodefaults").flag("-no-user-config").flag("-no-reboot").option("-display", "none");
     args.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
-    if !memory.is_empty() {
-        args.option("-object", format!("memory-backend-memfd,id=ram,size={}M,share=on", spec.memory_mib));
+    if let Some(memory) = memory {
+        args.option("-object", format!("{memory},id=ram,size={}M", spec.memory_mib));
     }
     args.option("-global", "virtio-mmio.force-legacy=false");
 
     args.option("-chardev", format!("socket,id=qmp,fd={}", fd::QMP));
     args.option("-mon", "chardev=qmp,mode=control");
 
-    args.option("-kernel", format!("/proc/self/fd/{}", fd::KERNEL));
-    args.option("-append", kernel_command_line(spec));
+    if start == Start::Clone {
+        args.option("-incoming", "defer");
+    } else {
+        args.option("-kernel", format!("/proc/self/fd/{}", fd::KERNEL));
+        args.option("-append", kernel_command_line(spec, start));
+    }
 
     args.option("-add-fd", format!("fd={},set={IMAGE_FDSET}", fd::IMAGE));
     args.option("-blockdev", disk("image", IMAGE_FDSET, true));
     args.option("-device", "virtio-blk-device,drive=image");
 
-    args.option("-device", "virtio-serial-device,id=serial");
+    args.option(
+        "-device", // The console, the channel and the wake port; the guest sets up two queues for each possible port.
+        "virtio-serial-device,id=serial,max_ports=3",
+    );
     args.option("-chardev", format!("socket,id=console,fd={}", fd::CONSOLE));
     args.option("-device", "virtconsole,bus=serial.0,chardev=console");
+    if start != Start::Boot {
+        args.option("-chardev", format!("socket,id=wake,fd={}", fd::WAKE));
+        args.option("-device", format!("virtserialport,bus=serial.0,chardev=wake,name={WAKE_PORT_NAME}"));
+    }
 
     match &spec.channel {
         ChannelKind::Serial => {
@@ -100,7 +124,23 @@ fn disk(node: &str, fdset: u64, read_only: bool) -> String {
     )
 }
 
-fn kernel_command_line(spec: &VmSpec) -> String {
+/// Type and sharing of the backend of the guest's memory, where QEMU's own default will not do.
+fn memory(spec: &VmSpec, start: Start) -> Option<String> {
+    match (start, &spec.channel) {
+        (Start::Template, _) => {
+            Some(format!("memory-backend-file,mem-path=/proc/self/fd/{},share=on", fd::MEMORY))
+        }
+        // Copy on write.
+        (Start::Clone, _) => {
+            Some(format!("memory-backend-file,mem-path=/proc/self/fd/{},share=off", fd::MEMORY))
+        }
+        // The daemon maps the guest's memory, so it has to be a shared file.
+        (Start::Boot, ChannelKind::VhostUserVsock { .. }) => Some("memory-backend-memfd,share=on".to_owned()),
+        (Start::Boot, ChannelKind::KernelVsock | ChannelKind::Serial) => None,
+    }
+}
+
+fn kernel_command_line(spec: &VmSpec, start: Start) -> String {
     // loglevel=1, not 0: a kernel that panics raises a level that is not zero, and then says why on the console.
     // scan=manual: the agent has the kernel look at each disk's address, instead of at all 256 at boot.
     let mut line = format!(
@@ -112,6 +152,9 @@ fn kernel_command_line(spec: &VmSpec) -> String {
         // Emulated timers are too slow to calibrate by, and emulation does not speculate.
         let lpj = u64::from(tsc_khz) * 1000 / u64::from(GUEST_HZ);
         line += &format!(" tsc_early_khz={tsc_khz} lpj={lpj} tsc=reliable no_timer_check mitigations=off");
+    }
+    if start == Start::Template {
+        line += &format!(" {TEMPLATE_ARG}");
     }
     if !spec.kernel_args.is_empty() {
         line.push(' ');
@@ -168,9 +211,9 @@ mod tests {
     }
 
     /// One option a line.
-    fn lines(spec: &VmSpec, guest_cid: u32) -> String {
+    fn lines(spec: &VmSpec, start: Start, guest_cid: u32) -> String {
         let mut text = String::new();
-        for arg in argv(spec, guest_cid) {
+        for arg in argv(spec, start, guest_cid) {
             text.push(if arg.starts_with('-') { '\n' } else { ' ' });
             text += &arg;
         }
@@ -179,24 +222,56 @@ mod tests {
 
     #[test]
     fn serial_on_tcg() {
-        insta::assert_snapshot!(lines(&spec(Accel::Tcg { tsc_khz: 2_500_000 }, ChannelKind::Serial), 0));
+        let spec = spec(Accel::Tcg { tsc_khz: 2_500_000 }, ChannelKind::Serial);
+        insta::assert_snapshot!(lines(&spec, Start::Boot, 0));
+    }
+
+    #[test]
+    fn template_on_tcg() {
+        let spec = spec(Accel::Tcg { tsc_khz: 2_500_000 }, ChannelKind::Serial);
+        insta::assert_snapshot!(lines(&spec, Start::Template, 0));
+    }
+
+    #[test]
+    fn clone_on_kvm() {
+        insta::assert_snapshot!(lines(&spec(Accel::Kvm, ChannelKind::KernelVsock), Start::Clone, 78));
+    }
+
+    #[test]
+    fn a_clone_has_its_templates_devices() {
+        for channel in [ChannelKind::Serial, ChannelKind::KernelVsock] {
+            let spec = spec(Accel::Kvm, channel);
+            let devices = |start| {
+                let args = argv(&spec, start, 3);
+                let pairs: Vec<_> = args.windows(2).map(|pair| (pair[0].clone(), pair[1].clone())).collect();
+                pairs
+                    .into_iter()
+                    .filter(|(name, _)| {
+                        ["-device", "-chardev", "-blockdev", "-machine", "-cpu", "-smp", "-m"]
+                            .contains(&&**name)
+                    })
+                    .collect::<Vec<_>>()
+            };
+            assert_eq!(devices(Start::Template), devices(Start::Clone));
+        }
     }
 
     #[test]
     fn vhost_user_vsock_on_tcg() {
         let channel = ChannelKind::VhostUserVsock { daemon: "vhost-device-vsock".into() };
-        insta::assert_snapshot!(lines(&spec(Accel::Tcg { tsc_khz: 2_500_000 }, channel), PRIVATE_CID));
+        let spec = spec(Accel::Tcg { tsc_khz: 2_500_000 }, channel);
+        insta::assert_snapshot!(lines(&spec, Start::Boot, PRIVATE_CID));
     }
 
     #[test]
     fn kernel_vsock_on_kvm() {
         let spec = VmSpec { kernel_args: "debug x=1".into(), ..spec(Accel::Kvm, ChannelKind::KernelVsock) };
-        insta::assert_snapshot!(lines(&spec, 77));
+        insta::assert_snapshot!(lines(&spec, Start::Boot, 77));
     }
 
     #[test]
     fn an_id_cannot_add_options() {
         let spec = VmSpec { id: "a,process=x".into(), ..spec(Accel::Kvm, ChannelKind::Serial) };
-        assert_eq!(argv(&spec, 0)[1], "machinen-a,,process=x,process=machinen-a,,process=x");
+        assert_eq!(argv(&spec, Start::Boot, 0)[1], "machinen-a,,process=x,process=machinen-a,,process=x");
     }
 }

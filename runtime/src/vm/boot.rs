@@ -1,7 +1,7 @@
 //! From the start of QEMU to an agent that is ready.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use machinen_protocol::api::ConfigureRequest;
 use tokio::sync::watch;
@@ -16,6 +16,11 @@ use crate::sys;
 
 /// Bytes of fresh randomness that every guest is given.
 const ENTROPY: usize = 64;
+/// Bytes of a machine id (machine-id(5)).
+const MACHINE_ID: usize = 16;
+/// How wrong a guest's clock may be, and how often it is set until it is better on a host that is busy.
+const CLOCK_ERROR: Duration = Duration::from_millis(8);
+const CLOCK_TRIES: usize = 8;
 /// How long the end of QEMU may be behind the end of its channel.
 const SETTLE: Duration = Duration::from_secs(2);
 
@@ -87,12 +92,7 @@ impl Boot {
             .await
             .map_err(|source| BootError::Channel { console: self.console.excerpt(), source })?;
         let client = Client::new(control);
-        let request = configuration(&self.hostname).map_err(BootError::Entropy)?;
-        let response = client
-            .configure(request)
-            .await
-            .map_err(|source| BootError::Configure { console: self.console.excerpt(), source })?;
-        tracing::debug!(kernel = response.kernel_release, agent = response.agent_version, "guest is ready");
+        introduce(&client, &self.hostname, || self.console.excerpt()).await?;
         Ok(client)
     }
 
@@ -114,15 +114,59 @@ impl Boot {
     }
 }
 
+/// Makes a guest a machine of its own: a name, an id, randomness, the time. What it had of these before is gone.
+pub(super) async fn introduce(
+    client: &Client,
+    hostname: &str,
+    console: impl Fn() -> String,
+) -> Result<(), BootError> {
+    let request = configuration(hostname).map_err(BootError::Entropy)?;
+    let machine_id = request.machine_id.clone();
+    let failed = |source| BootError::Configure { console: console(), source };
+    let response = client.configure(request).await.map_err(failed)?;
+    tracing::debug!(
+        hostname,
+        machine_id,
+        boot_id = plain(&response.boot_id),
+        kernel = plain(&response.kernel_release),
+        agent = plain(&response.agent_version),
+        "guest is ready"
+    );
+    // The first call takes a guest long, and its clock is late by as much; an error of the clock is no longer than the
+    // call that set it.
+    for _ in 0..CLOCK_TRIES {
+        let start = Instant::now();
+        client.set_clock(now_ns()).await.map_err(failed)?;
+        if start.elapsed() <= CLOCK_ERROR {
+            return Ok(());
+        }
+    }
+    tracing::debug!(hostname, "the guest's clock may be wrong by more than {CLOCK_ERROR:?}");
+    Ok(())
+}
+
+/// What a guest says of itself, as far as it is a word of reasonable length.
+fn plain(said: &str) -> String {
+    let plain = |char: &char| char.is_ascii_alphanumeric() || "-+._".contains(*char);
+    said.chars().filter(plain).take(64).collect()
+}
+
 fn configuration(hostname: &str) -> std::io::Result<ConfigureRequest> {
     let mut entropy = vec![0; ENTROPY];
     sys::random(&mut entropy)?;
-    // A host clock before 1970 or after 2262 is as wrong as no clock.
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos());
+    let mut machine_id = [0; MACHINE_ID];
+    sys::random(&mut machine_id)?;
     Ok(ConfigureRequest {
-        realtime_ns: i64::try_from(now).unwrap_or_default(),
+        realtime_ns: now_ns(),
         entropy,
         hostname: hostname.to_owned(),
+        machine_id: machine_id.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}")),
         ..ConfigureRequest::default()
     })
+}
+
+/// A host clock before 1970 or after 2262 is as wrong as no clock.
+fn now_ns() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos());
+    i64::try_from(now).unwrap_or_default()
 }

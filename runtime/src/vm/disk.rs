@@ -101,8 +101,9 @@ impl Disks {
             },
         });
         self.qmp.execute("blockdev-add", block).await.map_err(|error| (Undo::Fd, error))?;
+        // report: a host without space is an error for the guest to see, instead of a VM that stands still.
         let device = json!({
-            "driver": "scsi-hd", "id": node, "bus": format!("{SCSI}.0"), "drive": node,
+            "driver": "scsi-hd", "werror": "report", "rerror": "report", "id": node, "bus": format!("{SCSI}.0"), "drive": node,
             "channel": 0, "scsi-id": address.target, "lun": address.lun, "serial": serial, "rotation_rate": 1,
         });
         self.qmp.execute("device_add", device).await.map_err(|error| (Undo::Block, error))?;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use tokio::net::UnixStream;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
@@ -44,6 +45,8 @@ pub(super) enum Stop {
 pub(super) struct Running {
     pub(super) qemu: Child,
     pub(super) channel: Arc<Channel>,
+    /// Kept open, because the guest would be told of its end.
+    pub(super) wake: Option<UnixStream>,
     pub(super) console: Output,
     pub(super) stderr: Output,
     pub(super) dir: Dir,
@@ -113,25 +116,34 @@ pub(super) async fn drive(running: Running, qmp: Qmp, inputs: Inputs) -> VmExit 
             }
         }
     };
-    // What QEMU said last may not have been read yet; its end of the monitor is closed by now.
+    if listening {
+        note_all(&mut seen, &mut events).await;
+    }
+    running.finish(&seen, exit).await
+}
+
+/// Takes note of what QEMU said last, which may not have been read yet when it has ended.
+pub(super) async fn note_all(seen: &mut Seen, events: &mut broadcast::Receiver<Event>) {
     let drained = async {
-        while listening {
+        loop {
             let event = events.recv().await;
-            listening = !matches!(event, Err(broadcast::error::RecvError::Closed));
-            note(&mut seen, event);
+            if matches!(event, Err(broadcast::error::RecvError::Closed)) {
+                return;
+            }
+            note(seen, event);
         }
     };
+    // Its end of the monitor is closed by now.
     if tokio::time::timeout(DRAIN, drained).await.is_err() {
         tracing::warn!("QEMU has ended but its monitor has not");
     }
-    running.finish(&seen, exit).await
 }
 
 impl Running {
     /// Cleans up after QEMU has ended, and says why it did.
     pub(super) async fn finish(self, seen: &Seen, exit: Exit) -> VmExit {
-        let Self { qemu, channel, console, stderr, dir, keep_console } = self;
-        drop(qemu);
+        let Self { qemu, channel, wake, console, stderr, dir, keep_console } = self;
+        drop((qemu, wake));
         let console = console.end("console").await;
         let stderr = stderr.end("stderr").await;
         let reason = judge(seen, exit, console.excerpt(), stderr.excerpt());
@@ -198,8 +210,10 @@ async fn power_off(agent: Option<Result<agent::Client, Arc<BootError>>>, grace: 
     let Some(Ok(agent)) = agent else { return };
     let asked = async {
         match agent.shutdown().await {
-            // The answer may be lost to the end of the VM.
-            Ok(()) | Err(agent::AgentError::Closed) => std::future::pending().await,
+            // The disks are unmounted and synced: what the guest's kernel does after that is only slower than a kill.
+            Ok(()) => {}
+            // The answer was lost to the end of the VM.
+            Err(agent::AgentError::Closed) => std::future::pending().await,
             Err(error) => tracing::warn!("{}", crate::error::chain(&error)),
         }
     };

@@ -2,6 +2,7 @@
 
 use std::fs::{DirBuilder, File};
 use std::io;
+use std::os::fd::AsFd as _;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixStream as StdUnixStream;
@@ -10,17 +11,18 @@ use std::sync::Arc;
 
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{broadcast, mpsc, watch};
 
 use super::Vm;
-use super::argv::{self, fd};
+use super::argv::{self, Start, fd};
 use super::asset::{self, AssetError};
 use super::boot::Boot;
 use super::capture::Capture;
 use super::channel::{Channel, ChannelError, GuestEnd};
 use super::driver::{self, Dir, Inputs, Output, Running, Stop};
 use super::exit::{Seen, VmExit};
-use super::qmp::{Qmp, QmpError};
+use super::qmp::{Event, Qmp, QmpError};
+use super::saved::{self, Saved, SavedError};
 use super::spec::VmSpec;
 use crate::error::{ErrorKind, Kind};
 use crate::process::{ProcessError, Sandbox, Spawn, Stdio};
@@ -58,11 +60,55 @@ impl Kind for LaunchError {
     }
 }
 
+/// What a VM starts from.
+#[derive(Debug)]
+pub(super) enum Origin<'a> {
+    Boot,
+    /// As [`Origin::Boot`], with this memory, up to an agent that waits.
+    Template {
+        memory: OwnedFd,
+    },
+    Clone(&'a Saved),
+}
+
+impl Origin<'_> {
+    fn start(&self) -> Start {
+        match self {
+            Self::Boot => Start::Boot,
+            Self::Template { .. } => Start::Template,
+            Self::Clone(_) => Start::Clone,
+        }
+    }
+}
+
+/// A QEMU that answers and has no driver yet: it is to be handed over or ended.
+#[derive(Debug)]
+pub(super) struct Launched {
+    pub(super) qmp: Qmp,
+    pub(super) events: broadcast::Receiver<Event>,
+    running: Running,
+}
+
 pub(super) async fn launch(spec: VmSpec, dir: &Path) -> Result<Vm, LaunchError> {
+    Ok(begin(&spec, dir, Origin::Boot).await?.hand_over(spec))
+}
+
+/// As [`launch`], from the state of another VM.
+pub(super) async fn clone(spec: VmSpec, dir: &Path, saved: &Saved) -> Result<Vm, SavedError> {
+    saved.check()?;
+    let mut launched = begin(&spec, dir, Origin::Clone(saved)).await?;
+    match saved::restore(&mut launched, saved).await {
+        Ok(()) => Ok(launched.hand_over(spec)),
+        Err(error) => Err(error.explained(&launched.end().await)),
+    }
+}
+
+/// Starts QEMU and returns when it answers.
+pub(super) async fn begin(spec: &VmSpec, dir: &Path, origin: Origin<'_>) -> Result<Launched, LaunchError> {
     let kernel = asset::KERNEL.open(&spec.kernel).map_err(LaunchError::Asset)?;
     let image = asset::IMAGE.open(&spec.image).map_err(LaunchError::Asset)?;
     let dir = make_dir(dir)?;
-    let (channel, guest_end) = match Channel::prepare(&spec, &dir.path).await {
+    let (channel, guest_end) = match Channel::prepare(spec, origin.start(), &dir.path).await {
         Ok(prepared) => prepared,
         Err(error) => {
             dir.clean(false);
@@ -70,8 +116,8 @@ pub(super) async fn launch(spec: VmSpec, dir: &Path) -> Result<Vm, LaunchError> 
         }
     };
     let channel = Arc::new(channel);
-    let started = start(&spec, &dir.path, guest_end, kernel, image);
-    let Started { qemu, monitor, console, stderr } = match started {
+    let started = start(spec, origin, &dir.path, guest_end, kernel, image);
+    let Started { qemu, monitor, wake, console, stderr } = match started {
         Ok(started) => started,
         Err(error) => {
             if let Err(error) = channel.close().await {
@@ -81,46 +127,69 @@ pub(super) async fn launch(spec: VmSpec, dir: &Path) -> Result<Vm, LaunchError> 
             return Err(error);
         }
     };
-    let console_capture = console.capture.clone();
-    let keep_console = spec.keep_console;
-    let running = Running { qemu, channel, console, stderr, dir, keep_console };
+    let running = Running { qemu, channel, wake, console, stderr, dir, keep_console: spec.keep_console };
     match Qmp::connect(monitor).await {
-        Ok((qmp, events)) => Ok(hand_over(spec, running, console_capture, qmp, events)),
+        Ok((qmp, events)) => Ok(Launched { qmp, events, running }),
         Err(error) => Err(failed(running, error).await),
     }
 }
 
-/// QEMU runs and answers: from here on its driver owns it.
-fn hand_over(
-    spec: VmSpec,
-    running: Running,
-    console: Capture,
-    qmp: Qmp,
-    events: tokio::sync::broadcast::Receiver<super::qmp::Event>,
-) -> Vm {
-    let (requests, request_queue) = mpsc::channel(16);
-    let (stop, stopped) = watch::channel(Stop::No);
-    let (exit_sender, exit) = watch::channel(None);
-    let (agent_sender, agent) = watch::channel(None);
-    let (pid, channel) = (running.qemu.pid(), Arc::clone(&running.channel));
-    tracing::debug!(pid, version = %qmp.version(), "QEMU answers");
-    let boot = Boot {
-        channel: Arc::clone(&channel),
-        console,
-        hostname: spec.hostname,
-        timeout: spec.boot_timeout,
-        exit: exit.clone(),
-    };
-    tokio::spawn(async move {
-        agent_sender.send_replace(Some(boot.run().await));
-    });
-    let inputs = Inputs { events, requests: request_queue, stop: stopped, agent: agent.clone() };
-    tokio::spawn(async move {
-        let exit = driver::drive(running, qmp, inputs).await;
-        tracing::debug!(pid, "VM has ended: {exit}");
-        exit_sender.send_replace(Some(exit));
-    });
-    Vm { pid, channel, requests, stop: Arc::new(stop), agent, exit }
+impl Launched {
+    pub(super) fn pid(&self) -> u32 {
+        self.running.qemu.pid()
+    }
+
+    /// The host's end of the wake port, which templates and clones have.
+    pub(super) fn wake_port(&mut self) -> &mut UnixStream {
+        self.running.wake.as_mut().expect("asked of a template or a clone")
+    }
+
+    /// From here on its driver owns it.
+    fn hand_over(self, spec: VmSpec) -> Vm {
+        let Self { qmp, events, running } = self;
+        let (requests, request_queue) = mpsc::channel(16);
+        let (stop, stopped) = watch::channel(Stop::No);
+        let (exit_sender, exit) = watch::channel(None);
+        let (agent_sender, agent) = watch::channel(None);
+        let (pid, channel) = (running.qemu.pid(), Arc::clone(&running.channel));
+        tracing::debug!(pid, version = %qmp.version(), "QEMU answers");
+        let boot = Boot {
+            channel: Arc::clone(&channel),
+            console: running.console.capture.clone(),
+            hostname: spec.hostname,
+            timeout: spec.boot_timeout,
+            exit: exit.clone(),
+        };
+        tokio::spawn(async move {
+            agent_sender.send_replace(Some(boot.run().await));
+        });
+        let inputs = Inputs { events, requests: request_queue, stop: stopped, agent: agent.clone() };
+        tokio::spawn(async move {
+            let exit = driver::drive(running, qmp, inputs).await;
+            tracing::debug!(pid, "VM has ended: {exit}");
+            exit_sender.send_replace(Some(exit));
+        });
+        Vm { pid, channel, requests, stop: Arc::new(stop), agent, exit }
+    }
+
+    /// Ends it, if it has not ended by itself; nothing is left of it when this returns.
+    pub(super) async fn end(self) -> VmExit {
+        let Self { qmp, mut events, running } = self;
+        // QEMU has ended if it closed its monitor: then its own reason is the one to report.
+        let requested = qmp.execute("quit", serde_json::json!({})).await.is_ok();
+        drop(qmp);
+        let mut seen = Seen { requested, ..Seen::default() };
+        match running.qemu.terminate(EXITING).await {
+            Ok(exit) => {
+                driver::note_all(&mut seen, &mut events).await;
+                running.finish(&seen, exit).await
+            }
+            Err(error) => {
+                tracing::error!("cannot end a VM: {}", crate::error::chain(&error));
+                VmExit::Requested
+            }
+        }
+    }
 }
 
 /// QEMU that never answered: its own last words say more than its closed monitor.
@@ -141,12 +210,14 @@ const EXITING: std::time::Duration = std::time::Duration::from_secs(5);
 struct Started {
     qemu: crate::process::Child,
     monitor: StdUnixStream,
+    wake: Option<UnixStream>,
     console: Output,
     stderr: Output,
 }
 
 fn start(
     spec: &VmSpec,
+    origin: Origin<'_>,
     dir: &Path,
     guest_end: GuestEnd,
     kernel: File,
@@ -163,26 +234,46 @@ fn start(
     let (monitor, monitor_end) = StdUnixStream::pair().map_err(failed("make a socket pair"))?;
     let (console, console_end) = StdUnixStream::pair().map_err(failed("make a socket pair"))?;
     let (stderr, stderr_end) = io::pipe().map_err(failed("make a pipe"))?;
-    console.set_nonblocking(true).map_err(failed("make a socket pair"))?;
-    let console = UnixStream::from_std(console).map_err(failed("watch a socket"))?;
+    let watched = |socket: StdUnixStream| {
+        socket
+            .set_nonblocking(true)
+            .and_then(|()| UnixStream::from_std(socket))
+            .map_err(failed("watch a socket"))
+    };
+    let console = watched(console)?;
     let stderr = pipe::Receiver::from_owned_fd(stderr.into()).map_err(failed("watch a pipe"))?;
 
-    let mut spawn = Spawn::new(&spec.qemu)
-        .args(argv::argv(spec, guest_end.cid))
-        .stderr(Stdio::Fd(stderr_end.into()))
-        .sandbox(Sandbox::strict(spec.identity.clone()));
-    let inherited: [(OwnedFd, i32); 5] = [
+    let args = argv::argv(spec, origin.start(), guest_end.cid);
+    let mut sandbox = Sandbox::strict(spec.identity.clone());
+    let mut inherited: Vec<(OwnedFd, i32)> = vec![
         (monitor_end.into(), fd::QMP),
         (console_end.into(), fd::CONSOLE),
         (kernel.into(), fd::KERNEL),
         (image.into(), fd::IMAGE),
         (guest_end.fd, fd::CHANNEL),
     ];
+    let memory = match origin {
+        Origin::Boot => None,
+        Origin::Template { memory } => Some(memory),
+        Origin::Clone(saved) => {
+            sandbox.whole_file = Some(saved.memory_fd);
+            Some(saved.memory.as_fd().try_clone_to_owned().map_err(failed("duplicate a descriptor"))?)
+        }
+    };
+    let wake = match memory {
+        None => None,
+        Some(memory) => {
+            let (wake, wake_end) = StdUnixStream::pair().map_err(failed("make a socket pair"))?;
+            inherited.extend([(memory, fd::MEMORY), (wake_end.into(), fd::WAKE)]);
+            Some(watched(wake)?)
+        }
+    };
+    let mut spawn = Spawn::new(&spec.qemu).args(args).stderr(Stdio::Fd(stderr_end.into())).sandbox(sandbox);
     for (fd, number) in inherited {
         spawn = spawn.fd(fd, number);
     }
     let qemu = spawn.start().map_err(LaunchError::Qemu)?;
-    Ok(Started { qemu, monitor, console: read(console, Some(log)), stderr: read(stderr, None) })
+    Ok(Started { qemu, monitor, wake, console: read(console, Some(log)), stderr: read(stderr, None) })
 }
 
 fn read(source: impl tokio::io::AsyncRead + Unpin + Send + 'static, log: Option<File>) -> Output {

@@ -18,8 +18,10 @@ mod driver;
 mod exit;
 mod launch;
 pub mod qmp;
+mod saved;
 mod spec;
 mod version;
+mod wake;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -29,10 +31,14 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub use asset::AssetError;
 pub use boot::BootError;
+#[cfg(fuzzing)]
+pub use channel::greet;
 pub use channel::{BoxedStream, ChannelError, HostSupport, Stream, choose};
 pub use disk::{DiskAddress, DiskSpec};
 pub use exit::VmExit;
 pub use launch::LaunchError;
+pub use qmp::Version as QemuVersion;
+pub use saved::{Saved, SavedError};
 pub use spec::{ChannelKind, VmSpec};
 pub use version::{QemuError, qemu_version};
 
@@ -101,6 +107,15 @@ impl Vm {
         Ok(launch::launch(spec, dir).await?)
     }
 
+    /// As [`Vm::launch`], but the guest goes on from where `saved` waits instead of booting. `spec` must be what it was
+    /// made with, but for `id`, `hostname`, `identity` and the console.
+    ///
+    /// # Errors
+    /// QEMU does not start, or does not take the state: nothing is left then, and the same VM can be launched.
+    pub async fn restore(spec: VmSpec, dir: &Path, saved: &Saved) -> Result<Self, SavedError> {
+        launch::clone(spec, dir, saved).await
+    }
+
     /// QEMU's pid.
     pub fn pid(&self) -> u32 {
         self.pid
@@ -119,6 +134,15 @@ impl Vm {
             Some(Err(error)) => Err(VmError::Boot(error)),
             None => Err(self.ended().await),
         }
+    }
+
+    /// Gives a clone that was made ahead of time the identity of the pod that it is for, and the time.
+    ///
+    /// # Errors
+    /// As [`Vm::agent`], or the agent does not take it. The VM is not ended by this error.
+    pub(crate) async fn introduce(&self, hostname: &str) -> Result<(), VmError> {
+        let agent = self.agent().await?;
+        boot::introduce(&agent, hostname, String::new).await.map_err(|error| VmError::Boot(error.into()))
     }
 
     /// Attaches a disk to the virtio-scsi controller; legal from the moment [`Vm::launch`] has returned.

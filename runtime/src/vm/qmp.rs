@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, BufReader};
 use tokio::net::UnixStream;
@@ -40,7 +40,7 @@ pub enum QmpError {
 }
 
 /// QEMU's version.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Version {
     pub major: u32,
     pub minor: u32,
@@ -66,6 +66,10 @@ pub enum Event {
     Stop,
     /// The device with this id is gone.
     DeviceDeleted(String),
+    /// A VM's state has been written or read, or not.
+    MigrationEnded {
+        completed: bool,
+    },
 }
 
 /// A handle on the monitor; clones share it.
@@ -251,6 +255,11 @@ fn event(name: &str, data: &Value) -> Option<Event> {
         "GUEST_PANICKED" | "GUEST_CRASHLOADED" => Event::GuestPanicked,
         "RESET" => Event::Reset,
         "STOP" => Event::Stop,
+        "MIGRATION" => match data["status"].as_str() {
+            Some("completed") => Event::MigrationEnded { completed: true },
+            Some("failed" | "cancelled") => Event::MigrationEnded { completed: false },
+            _ => return None,
+        },
         // Devices without an id are parts of one that has an id.
         "DEVICE_DELETED" if data["device"].is_string() => Event::DeviceDeleted(text("device")),
         _ => return None,

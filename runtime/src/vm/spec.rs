@@ -3,11 +3,14 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
+use super::argv;
 use crate::accel::Accel;
 use crate::process::Identity;
 
 /// Everything that shapes a VM.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmSpec {
     /// Names the QEMU process: the container's or pod's id.
     pub id: String,
@@ -35,7 +38,7 @@ pub struct VmSpec {
 }
 
 /// How the host and the agent talk.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ChannelKind {
     /// AF_VSOCK by the host kernel's /dev/vhost-vsock.
     KernelVsock,
@@ -56,6 +59,12 @@ impl ChannelKind {
 }
 
 impl VmSpec {
+    /// QEMU's arguments for a template of this VM; what differs between its clones is not in them.
+    pub fn template_args(&self) -> Vec<String> {
+        let spec = Self { id: String::new(), ..self.clone() };
+        argv::argv(&spec, argv::Start::Template, argv::PRIVATE_CID)
+    }
+
     /// An identity that no account has and no other owner of VMs shares: the base plus the owner's pid (at most 2^22).
     pub fn unprivileged(owner_pid: u32, groups: Vec<u32>) -> Identity {
         const BASE: u32 = 0x7000_0000;

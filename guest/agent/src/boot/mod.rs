@@ -36,6 +36,8 @@ pub(crate) struct Machine {
     pub(crate) disks: DiskSource,
     /// The clock and the random number generator are this machine's own, not somebody else's.
     pub(crate) owns_kernel: bool,
+    /// The agent is to wait on the wake port before it dials the host.
+    pub(crate) waits: bool,
 }
 
 #[derive(Debug)]
@@ -86,6 +88,7 @@ pub(crate) fn boot(options: Options) -> Result<Machine, BootError> {
                 channel: ChannelSource::Stream(serial),
                 disks: DiskSource::Directory(disks),
                 owns_kernel: false,
+                waits: false,
             })
         }
     }
@@ -115,7 +118,7 @@ fn machine() -> Result<Machine, BootError> {
         ChannelKind::Vsock => ChannelSource::Vsock,
         ChannelKind::Serial => ChannelSource::Port,
     };
-    Ok(Machine { channel, disks: DiskSource::Scsi, owns_kernel: true })
+    Ok(Machine { channel, disks: DiskSource::Scsi, owns_kernel: true, waits: args.waits })
 }
 
 /// Has the kernel read all of the agent now, in a few large requests while it boots on: page faults would ask for

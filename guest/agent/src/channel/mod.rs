@@ -12,6 +12,7 @@ mod preamble;
 mod serial;
 mod unclaimed;
 mod vsock;
+pub(crate) mod wake;
 
 use std::{
     io,
@@ -19,7 +20,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use machinen_protocol::preamble::PreambleError;
+use machinen_protocol::{SERIAL_PORT_NAME, preamble::PreambleError};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::compat::Compat;
 use tokio_vsock::VsockStream;
@@ -51,10 +52,12 @@ pub(crate) enum ChannelError {
     Cid(#[source] io::Error),
     #[error("cannot dial the host's vsock port {port}")]
     Dial { port: u32, source: io::Error },
-    #[error("no virtserialport named {}", machinen_protocol::SERIAL_PORT_NAME)]
-    NoPort(#[source] UeventError),
+    #[error("no virtserialport named {name}")]
+    NoPort { name: &'static str, source: UeventError },
     #[error("cannot open the serial port")]
     OpenPort(#[source] io::Error),
+    #[error("cannot wait to be woken")]
+    Wake(#[source] io::Error),
     #[error("the serial channel has failed")]
     Serial(#[source] yamux::ConnectionError),
     #[error("the host has closed the serial channel")]
@@ -67,25 +70,38 @@ pub(crate) enum ChannelError {
     Preamble(#[source] PreambleError),
 }
 
+/// The guest's end of the channel, on which nothing has been said yet: this much a template can have.
+#[derive(Debug)]
+pub(crate) enum Quiet {
+    Vsock(vsock::Listener),
+    Serial(port::Port),
+}
+
+impl Quiet {
+    /// # Errors
+    /// The device is missing or cannot be used.
+    pub(crate) async fn open(source: ChannelSource) -> Result<Self, ChannelError> {
+        match source {
+            ChannelSource::Vsock => vsock::Listener::bind().map(Self::Vsock),
+            ChannelSource::Port => port::open(SERIAL_PORT_NAME).await.map(Self::Serial),
+            ChannelSource::Stream(fd) => {
+                port::Port::new(fd.into()).map(Self::Serial).map_err(ChannelError::OpenPort)
+            }
+        }
+    }
+}
+
 impl Channel {
     /// Accepts raw streams from now on, into `unclaimed`. Raw streams are accepted before the host can know
     /// that the agent is there, so that none is ever refused for being early.
-    ///
-    /// # Errors
-    /// The device is missing or cannot be used.
-    pub(crate) async fn open(source: ChannelSource, unclaimed: &Unclaimed) -> Result<Self, ChannelError> {
-        match source {
-            ChannelSource::Vsock => {
-                vsock::listen(unclaimed.clone())?;
-                Ok(Self::Vsock)
+    pub(crate) fn open(quiet: Quiet, unclaimed: &Unclaimed) -> Self {
+        match quiet {
+            Quiet::Vsock(listener) => {
+                listener.accept_into(unclaimed.clone());
+                Self::Vsock
             }
-            ChannelSource::Port => {
-                Ok(Self::Serial(serial::Serial::over(port::open().await?, unclaimed.clone())))
-            }
-            ChannelSource::Stream(fd) => {
-                let port = port::Port::new(fd.into()).map_err(ChannelError::OpenPort)?;
-                Ok(Self::Serial(serial::Serial::over(port, unclaimed.clone())))
-            }
+            // It speaks at once: a yamux session has two ends, and a clone has another host than its template.
+            Quiet::Serial(port) => Self::Serial(serial::Serial::over(port, unclaimed.clone())),
         }
     }
 
@@ -122,7 +138,9 @@ impl AsyncRead for Stream {
 impl AsyncWrite for Stream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Self::Vsock(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Self::Vsock(stream) => {
+                Pin::new(stream).poll_write(cx, &bytes[..bytes.len().min(vsock::MAX_WRITE)])
+            }
             Self::Serial(stream) => Pin::new(stream).poll_write(cx, bytes),
         }
     }

@@ -3,15 +3,22 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
-    os::{fd::AsFd, unix::fs::OpenOptionsExt},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::OpenOptionsExt,
+    },
     path::{Path, PathBuf},
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use machinen_protocol::SERIAL_PORT_NAME;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
+};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, unix::AsyncFd};
 
 use super::ChannelError;
@@ -22,18 +29,19 @@ const DEADLINE: Duration = Duration::from_secs(5);
 const PORTS: &str = "/sys/class/virtio-ports";
 
 #[derive(Debug)]
-pub(super) struct Port {
+pub(crate) struct Port {
     file: AsyncFd<File>,
 }
 
 /// Opens the agent's port, waiting for the kernel to learn its name.
-pub(super) async fn open() -> Result<Port, ChannelError> {
+pub(super) async fn open(name: &'static str) -> Result<Port, ChannelError> {
     // The port is nearly always there: the subscription is only paid for when it is not.
-    let path = match find() {
+    let path = match find(name) {
         Some(path) => path,
         None => {
-            let uevents = Uevents::subscribe().map_err(ChannelError::NoPort)?;
-            uevents.find(DEADLINE, find).await.map_err(ChannelError::NoPort)?
+            let missing = |source| ChannelError::NoPort { name, source };
+            let uevents = Uevents::subscribe().map_err(missing)?;
+            uevents.find(DEADLINE, || find(name)).await.map_err(missing)?
         }
     };
     let file = OpenOptions::new()
@@ -42,13 +50,37 @@ pub(super) async fn open() -> Result<Port, ChannelError> {
         .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
         .open(path)
         .map_err(ChannelError::OpenPort)?;
+    until_connected(file.as_fd()).map_err(ChannelError::OpenPort)?;
     Port::new(file).map_err(ChannelError::OpenPort)
 }
 
-fn find() -> Option<PathBuf> {
+/// Waits until the kernel knows that the host has the other end: it learns that after the port's name, and until then
+/// a port looks like one whose host has gone. Blocks, for what is on its way already.
+fn until_connected(port: BorrowedFd<'_>) -> io::Result<()> {
+    let mut ports = [PollFd::new(port, PollFlags::POLLOUT)];
+    poll(&mut ports, PollTimeout::ZERO)?;
+    if ports[0].revents().is_some_and(|seen| !seen.contains(PollFlags::POLLHUP)) {
+        return Ok(());
+    }
+    // Edges, because the hang-up is there all the time.
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    epoll.add(port, EpollEvent::new(EpollFlags::EPOLLOUT | EpollFlags::EPOLLET, 0))?;
+    let timeout = EpollTimeout::try_from(DEADLINE).map_err(io::Error::other)?;
+    loop {
+        let mut events = [EpollEvent::empty()];
+        match epoll.wait(&mut events, timeout) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) if events[0].events().contains(EpollFlags::EPOLLOUT) => return Ok(()),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(err) => return Err(err.into()),
+        }
+    }
+}
+
+fn find(wanted: &str) -> Option<PathBuf> {
     fs::read_dir(PORTS).ok()?.flatten().find_map(|entry| {
         let name = fs::read_to_string(entry.path().join("name")).ok()?;
-        (name.trim_end() == SERIAL_PORT_NAME).then(|| Path::new("/dev").join(entry.file_name()))
+        (name.trim_end() == wanted).then(|| Path::new("/dev").join(entry.file_name()))
     })
 }
 

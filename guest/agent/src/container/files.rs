@@ -10,7 +10,7 @@ use std::{
 use machinen_protocol::api;
 
 /// A file of the agent's that the engine mounts into the container.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct FileMount {
     pub(crate) source: PathBuf,
     pub(crate) destination: PathBuf,

@@ -6,6 +6,8 @@
 //! ```
 //! "Stopped" is not a state of its own: it is what the kernel says about the init.
 
+mod checkpoint;
+mod exec;
 mod files;
 mod rootfs;
 mod table;
@@ -13,11 +15,12 @@ mod table;
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use machinen_protocol::api;
 use nix::unistd::Uid;
+use tokio::sync::watch;
 
 pub(crate) use self::{
     files::FileMount,
@@ -30,7 +33,11 @@ use self::{
 use crate::{
     agent::Parts,
     cgroup::{Cgroup, CgroupError},
-    engine::{self, EngineError, Prepared, Waiting},
+    channel::Stream,
+    criu::{CriuError, Fetching, Held, Restored},
+    disk::Layers,
+    engine::{self, EngineError, Prepared, Tenancy, Waiting},
+    layer::{self, LayerError, Stamp},
     process::{Process, ProcessError, Started},
     stdio::{StdioError, Streams},
 };
@@ -42,23 +49,55 @@ pub(crate) const STATE: &str = "/run/machinen";
 pub(crate) struct Container {
     dir: PathBuf,
     rootfs: Rootfs,
+    /// What the upper directory was like before the command ran.
+    before: Option<Stamp>,
     cgroup: Cgroup,
-    init: Process,
+    init: Arc<Process>,
+    /// Its other processes, by exec id.
+    execs: Table<Process>,
+    tenancy: Tenancy,
     stage: Mutex<Stage>,
+    pages: watch::Sender<Pages>,
+}
+
+/// Where the memory of a container is.
+#[derive(Debug, Clone)]
+enum Pages {
+    Here,
+    /// Some of it is still on the disk that the container was restored from.
+    Pending,
+    /// Why there is no more of it.
+    Lost(Arc<CriuError>),
 }
 
 #[derive(Debug)]
 enum Stage {
-    Created(Waiting),
+    Created(Waits),
     Started,
+}
+
+/// What keeps an init from running.
+#[derive(Debug)]
+enum Waits {
+    /// It has yet to execute its command.
+    New(Waiting),
+    /// It goes on from a checkpoint.
+    Restored(Box<Held>),
+}
+
+impl Waits {
+    async fn start(self) -> Result<Option<Fetching>, ContainerError> {
+        match self {
+            Self::New(waiting) => Ok(waiting.start().await.map(|()| None)?),
+            Self::Restored(held) => Ok(held.release().await?),
+        }
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ContainerError {
     #[error("no root file system is given")]
     NoRootfs,
-    #[error("a terminal is not supported yet")]
-    Terminal,
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
     #[error(transparent)]
@@ -71,14 +110,34 @@ pub(crate) enum ContainerError {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Process(#[from] ProcessError),
+    #[error(transparent)]
+    Criu(#[from] CriuError),
+    #[error("{0}")]
+    PagesLost(Arc<CriuError>),
+    #[error("memory of the container is still being fetched from the checkpoint that it was restored from")]
+    PagesPending,
+    #[error("the container is not paused")]
+    NotPaused,
+    #[error("processes were added to the container and still run: {}", .execs.join(", "))]
+    HasExecs { execs: Vec<String> },
+    #[error("no disk is given for the checkpoint")]
+    NoCheckpointDisk,
+    #[error("cannot export the container's changes")]
+    Layer(#[from] LayerError),
+    #[error("the container's disk is its own snapshot, of which there is no archive")]
+    NoLayer,
+    #[error("no stream with token {token} is waiting for the archive")]
+    NoStream { token: u64 },
     #[error("cannot {what} {path}")]
     State { what: &'static str, path: PathBuf, source: io::Error },
     #[error("container has been started already")]
     AlreadyStarted,
     #[error("container is still running")]
     Running,
-    #[error("container has no process {exec_id}")]
-    NoProcess { exec_id: String },
+    #[error("the init is deleted with its container")]
+    IsInit,
+    #[error(transparent)]
+    Table(#[from] TableError),
 }
 
 /// The time that each phase of a creation took, for the host's log.
@@ -132,32 +191,55 @@ impl Container {
         let mut phases = Phases::new();
         let stdio = request.stdio.unwrap_or_default();
         let streams = Streams::claim(&stdio, &parts.unclaimed).await?;
-        if stdio.terminal {
-            return Err(ContainerError::Terminal);
-        }
         let rootfs = request.rootfs.into_option().ok_or(ContainerError::NoRootfs)?;
-        let (Some(base), Some(writable)) = (rootfs.base.as_ref(), rootfs.writable.as_ref()) else {
-            return Err(ContainerError::NoRootfs);
+        let [base, writable] = [&rootfs.base, &rootfs.writable].map(|disk| disk.as_ref().map(Into::into));
+        let disks = Layers::of(base, writable).ok_or(ContainerError::NoRootfs)?;
+        let disks = parts.disks.find(disks).await.map_err(RootfsError::from)?;
+        let from = match request.checkpoint.into_option() {
+            Some(from) => Some(checkpoint::From::find(parts, from).await?),
+            None => None,
         };
-        let (base, writable) =
-            parts.disks.find(base.into(), writable.into()).await.map_err(RootfsError::from)?;
         phases.done("disks");
-        let rootfs = Rootfs::mount(dir, &base, &writable)?;
-        drop((base, writable));
+        let rootfs = Rootfs::mount(dir, &disks)?;
+        drop(disks);
         phases.done("mounts");
         let files = files::write(&dir.join("files"), &request.files)?;
-        let prepared = Prepared::new(&request.container_id, dir, rootfs.path(), &request.oci_config, files);
+        let prepared = Prepared::new(
+            &request.container_id,
+            dir,
+            rootfs.path(),
+            &request.oci_config,
+            files.clone(),
+            stdio.terminal,
+        );
         let made = match prepared {
             Ok(prepared) => {
                 phases.done("spec");
-                make(parts, &prepared, streams, &mut phases).await
+                let origin = from.as_ref().map(|from| from.place(dir, rootfs.path(), &files));
+                let made = make(parts, &prepared, streams, origin, &mut phases).await;
+                made.map(|made| (made, prepared.tenancy().clone()))
             }
             Err(err) => Err(EngineError::from(err).into()),
         };
         match made {
-            Ok((cgroup, init, waiting)) => {
-                let stage = Mutex::new(Stage::Created(waiting));
-                Ok((Self { dir: dir.to_owned(), rootfs, cgroup, init, stage }, phases))
+            Ok(((cgroup, init, waits), tenancy)) => {
+                let (init, execs) = (Arc::new(init), Table::new("process"));
+                let stage = Mutex::new(Stage::Created(waits));
+                let before = rootfs.upper().as_deref().and_then(Stamp::take);
+                Ok((
+                    Self {
+                        dir: dir.to_owned(),
+                        rootfs,
+                        before,
+                        cgroup,
+                        init,
+                        execs,
+                        tenancy,
+                        stage,
+                        pages: watch::Sender::new(Pages::Here),
+                    },
+                    phases,
+                ))
             }
             Err(err) => {
                 rootfs.unmount().unwrap_or_else(|err| crate::console::say(&crate::console::chain(&err)));
@@ -171,17 +253,37 @@ impl Container {
     /// # Errors
     /// It was started before, it has ended, or the command cannot be executed.
     pub(crate) async fn start(&self) -> Result<(), ContainerError> {
-        let waiting = {
+        let waits = {
             let mut stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
             match std::mem::replace(&mut *stage, Stage::Started) {
-                Stage::Created(waiting) => waiting,
+                Stage::Created(waits) => waits,
                 Stage::Started => return Err(ContainerError::AlreadyStarted),
             }
         };
         if self.init.has_exited() {
             return Err(ProcessError::Finished.into());
         }
-        Ok(waiting.start().await?)
+        let held = matches!(waits, Waits::Restored(_));
+        match waits.start().await {
+            Ok(None) => {}
+            Ok(Some(fetching)) => self.fetch(fetching),
+            Err(error) => {
+                if held {
+                    // Half of it may run.
+                    self.cgroup.kill()?;
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Restored, and not started yet.
+    fn is_held(&self) -> bool {
+        matches!(
+            *self.stage.lock().unwrap_or_else(PoisonError::into_inner),
+            Stage::Created(Waits::Restored(_))
+        )
     }
 
     pub(crate) fn init(&self) -> &Process {
@@ -192,15 +294,84 @@ impl Container {
         &self.cgroup
     }
 
+    /// The cgroup, while there is somebody in it.
+    ///
+    /// # Errors
+    /// The init has ended.
+    pub(crate) fn live_cgroup(&self) -> Result<&Cgroup, ContainerError> {
+        if self.init.has_exited() { Err(ProcessError::Finished.into()) } else { Ok(&self.cgroup) }
+    }
+
+    /// Holds its processes, and what they have written is on the disk.
+    ///
+    /// # Errors
+    /// The init has ended, or the disk cannot be written; its processes go on then.
+    pub(crate) async fn pause(&self) -> Result<(), ContainerError> {
+        let cgroup = self.live_cgroup()?;
+        cgroup.freeze().await?;
+        if let Err(error) = self.rootfs.freeze() {
+            cgroup.thaw()?;
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// The init has ended.
+    pub(crate) fn resume(&self) -> Result<(), ContainerError> {
+        let cgroup = self.live_cgroup()?;
+        self.rootfs.thaw()?;
+        Ok(cgroup.thaw()?)
+    }
+
+    /// Sends a signal to a process, or to all; the init is "". SIGKILL ends processes that are held too, and what they write
+    /// while they end must not wait.
+    ///
+    /// # Errors
+    /// There is no such process, or no such signal.
+    pub(crate) fn signal(&self, exec_id: &str, signal: i32, all: bool) -> Result<(), ContainerError> {
+        if signal == libc::SIGKILL
+            && !self.init.has_exited()
+            && let Err(err) = self.rootfs.thaw()
+        {
+            // No reason not to kill.
+            crate::console::say(&crate::console::chain(&err));
+        }
+        // Of a process that is being traced, which one that is restored is until it starts, CRIU hears the end first.
+        if all || (signal == libc::SIGKILL && exec_id.is_empty() && self.is_held()) {
+            return Ok(self.cgroup.signal_all(signal)?);
+        }
+        Ok(self.process(exec_id)?.signal(signal)?)
+    }
+
     /// The process that an exec_id names; the init is "".
     ///
     /// # Errors
     /// There is none.
-    pub(crate) fn process(&self, exec_id: &str) -> Result<&Process, ContainerError> {
+    pub(crate) fn process(&self, exec_id: &str) -> Result<Arc<Process>, ContainerError> {
         match exec_id {
-            "" => Ok(&self.init),
-            _ => Err(ContainerError::NoProcess { exec_id: exec_id.to_owned() }),
+            "" => Ok(Arc::clone(&self.init)),
+            _ => Ok(self.execs.get(exec_id)?),
         }
+    }
+
+    /// Whether nothing was written to the root file system since the container was created.
+    pub(crate) fn layer_unchanged(&self) -> bool {
+        let upper = self.rootfs.upper();
+        self.before.as_ref().zip(upper).is_some_and(|(before, upper)| before.holds(&upper))
+    }
+
+    /// Sends what the container has changed. It has ended, or its processes are frozen.
+    ///
+    /// # Errors
+    /// Something of it cannot be read, or the host does not take it.
+    pub(crate) async fn export_layer(&self, stream: Stream) -> Result<u64, ContainerError> {
+        if self.init.has_exited() {
+            // Where the init has no pid namespace of its own, others may write a moment longer.
+            self.cgroup.kill()?;
+            self.cgroup.emptied().await?;
+        }
+        Ok(layer::export(self.rootfs.upper().ok_or(ContainerError::NoLayer)?, stream).await?)
     }
 
     /// Removes everything of a container that does not run (any more). May be tried again after an error.
@@ -219,6 +390,18 @@ impl Container {
         }
         self.init.close();
         clear(&self.cgroup).await?;
+        // What it was restored from is mounted in its directory until it has started, and has all of its memory.
+        let waits = {
+            let mut stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *stage, Stage::Started)
+        };
+        drop(waits);
+        if let Err(err) = self.pages_fetched().await {
+            crate::console::say(&crate::console::chain(&err));
+        }
+        for exec in self.execs.all() {
+            exec.close();
+        }
         self.rootfs.sync()?;
         self.rootfs.unmount()?;
         remove_dir(&self.dir)
@@ -232,32 +415,46 @@ impl Container {
     }
 }
 
-/// Has the engine make the container, and takes charge of its init.
+/// Has the engine make the container, or CRIU restore it, and takes charge of its init.
 async fn make(
     parts: &Parts,
     prepared: &Prepared,
     streams: Streams,
+    restored_at: Option<checkpoint::Place<'_>>,
     phases: &mut Phases,
-) -> Result<(Cgroup, Process, Waiting), ContainerError> {
-    let (process_ends, agent_ends) = streams.pipes(Uid::from_raw(prepared.owner()))?;
+) -> Result<(Cgroup, Process, Waits), ContainerError> {
+    let pipes = restored_at.as_ref().map(checkpoint::Place::pipes).unwrap_or_default();
+    let (process_ends, pending) = streams.ends(Uid::from_raw(prepared.owner()), pipes)?;
     let cgroup = Cgroup::new(prepared.cgroup_path());
     let create = async {
         cgroup.create(prepared.devices())?;
         phases.done("cgroup");
-        Ok::<_, ContainerError>(parts.engine.create(&parts.reaper, prepared, process_ends).await?)
+        let (pid, exit, waits) = match restored_at {
+            None => {
+                let created = parts.engine.create(&parts.reaper, prepared, process_ends).await?;
+                let engine::Created { pid, exit, waiting } = created;
+                phases.done("engine");
+                (pid, exit, Waits::New(waiting))
+            }
+            Some(place) => {
+                let Restored { pid, exit, held } =
+                    place.restore(parts, prepared, &cgroup, process_ends).await?;
+                phases.done("criu");
+                (pid, exit, Waits::Restored(Box::new(held)))
+            }
+        };
+        Ok::<_, ContainerError>((pid, exit, waits, pending.connect()?))
     };
-    let created = match create.await {
-        Ok(created) => created,
+    let (pid, exit, waits, ends) = match create.await {
+        Ok(made) => made,
         Err(err) => {
             clear(&cgroup).await.unwrap_or_else(|err| crate::console::say(&crate::console::chain(&err)));
             return Err(err);
         }
     };
-    phases.done("engine");
-    let engine::Created { pid, exit, waiting } = created;
     let outlived_by = (!prepared.has_pid_namespace()).then(|| cgroup.clone());
-    let started = Started { pid, exit, ends: agent_ends, outlived_by, cgroup: cgroup.clone() };
-    Ok((cgroup, Process::supervise(started, parts.reaper.clone()), waiting))
+    let started = Started { pid, exit, ends, outlived_by, cgroup: cgroup.clone() };
+    Ok((cgroup, Process::supervise(started, parts.reaper.clone()), waits))
 }
 
 /// Kills what is left in a cgroup and removes it.
@@ -277,7 +474,7 @@ fn make_dir(dir: &Path) -> Result<(), ContainerError> {
 /// Removes the agent's own files. Never called while something is mounted below: [`Rootfs::unmount`] has
 /// removed its mount points before, and a mount point that is left makes this fail, not descend.
 fn remove_dir(dir: &Path) -> Result<(), ContainerError> {
-    for path in [dir.join("files"), dir.join(engine::DIR)] {
+    for path in [dir.join("files"), dir.join(engine::DIR), dir.join("criu")] {
         match fs::remove_dir_all(&path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 return Err(ContainerError::State { what: "remove", path, source });

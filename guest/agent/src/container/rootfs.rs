@@ -1,14 +1,17 @@
-//! The root file system of a container: an overlay of a shared read-only disk and a private writable one.
+//! The root file system of a container: an overlay of a shared read-only disk and a private writable one, or one disk.
 //!
 //! ```text
 //!   <dir>/base     ext4, read-only, never replayed: the same blocks are mounted by other VMs
 //!   <dir>/rw       ext4, with upper/ and work/
-//!   <dir>/rootfs   overlay of both
+//!   <dir>/rootfs   overlay of both; or the one disk
 //! ```
 
 use std::{
     fs, io,
-    os::unix::fs::{MetadataExt as _, chown},
+    os::{
+        fd::{AsFd as _, BorrowedFd},
+        unix::fs::{MetadataExt as _, chown},
+    },
     path::{Path, PathBuf},
 };
 
@@ -18,12 +21,23 @@ use nix::{
     unistd::syncfs,
 };
 
-use crate::disk::{Disk, DiskError};
+use crate::{
+    disk::{Disk, DiskError, Layers},
+    sys,
+};
 
 #[derive(Debug)]
 pub(crate) struct Rootfs {
     path: PathBuf,
     layers: [PathBuf; 2],
+    kind: Kind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Overlay,
+    ReadOnly,
+    Whole,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +50,8 @@ pub(crate) enum RootfsError {
     Mount { layer: &'static str, device: PathBuf, source: Errno },
     #[error("cannot mount the overlay {path}")]
     Overlay { path: PathBuf, source: Errno },
+    #[error("cannot {action} {path}")]
+    Freeze { action: &'static str, path: PathBuf, source: io::Error },
     #[error("cannot write back {path}")]
     Sync { path: PathBuf, source: io::Error },
     #[error("cannot unmount {path}")]
@@ -43,13 +59,26 @@ pub(crate) enum RootfsError {
 }
 
 impl Rootfs {
-    /// Mounts all three below `dir`.
+    /// Mounts it below `dir`.
     ///
     /// # Errors
     /// What was mounted is unmounted again.
-    pub(crate) fn mount(dir: &Path, base: &Disk, writable: &Disk) -> Result<Self, RootfsError> {
-        let rootfs = Self { path: dir.join("rootfs"), layers: [dir.join("rw"), dir.join("base")] };
-        rootfs.try_mount(base, writable).inspect_err(|_| {
+    pub(crate) fn mount(dir: &Path, disks: &Layers<Disk>) -> Result<Self, RootfsError> {
+        let kind = match disks {
+            Layers::Overlay { .. } => Kind::Overlay,
+            Layers::ReadOnly(_) => Kind::ReadOnly,
+            Layers::Whole(_) => Kind::Whole,
+        };
+        let rootfs = Self { path: dir.join("rootfs"), layers: [dir.join("rw"), dir.join("base")], kind };
+        let mounted = match disks {
+            Layers::Overlay { base, writable } => rootfs.mount_overlay(base, writable),
+            // Nobody else has it mounted, and what an earlier VM has left unfinished is finished now.
+            Layers::ReadOnly(disk) => mount_disk("only", disk, &rootfs.path, MsFlags::MS_RDONLY, ""),
+            Layers::Whole(disk) => {
+                mount_disk("only", disk, &rootfs.path, MsFlags::MS_NOATIME, "noinit_itable")
+            }
+        };
+        mounted.inspect_err(|_| {
             if let Err(err) = rootfs.unmount() {
                 crate::console::say(&crate::console::chain(&err));
             }
@@ -57,7 +86,7 @@ impl Rootfs {
         Ok(rootfs)
     }
 
-    fn try_mount(&self, base: &Disk, writable: &Disk) -> Result<(), RootfsError> {
+    fn mount_overlay(&self, base: &Disk, writable: &Disk) -> Result<(), RootfsError> {
         let [rw, lower] = &self.layers;
         mount_disk("base", base, lower, MsFlags::MS_RDONLY | MsFlags::MS_NOATIME, "noload")?;
         // The host has written all inode tables; there is nothing for the kernel to do in the background.
@@ -82,13 +111,49 @@ impl Rootfs {
         &self.path
     }
 
+    /// Where the overlay keeps what the container writes; None where there is no overlay.
+    pub(crate) fn upper(&self) -> Option<PathBuf> {
+        (self.kind == Kind::Overlay).then(|| self.layers[0].join("upper"))
+    }
+
+    /// Brings a disk that is the whole root file system to a state that others can read, until [`Rootfs::thaw`]: whoever
+    /// writes waits. Others need none of it, since what was written is sent to the host.
+    ///
+    /// # Errors
+    /// Those of the disk.
+    pub(crate) fn freeze(&self) -> Result<(), RootfsError> {
+        self.when_whole("freeze", |root| sys::freeze_file_system(root, true))
+    }
+
+    /// # Errors
+    /// Those of ioctl(2).
+    pub(crate) fn thaw(&self) -> Result<(), RootfsError> {
+        self.when_whole("thaw", |root| sys::freeze_file_system(root, false))
+    }
+
+    fn when_whole(
+        &self,
+        action: &'static str,
+        act: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
+    ) -> Result<(), RootfsError> {
+        if self.kind != Kind::Whole {
+            return Ok(());
+        }
+        let acted = fs::File::open(&self.path).and_then(|root| act(root.as_fd()));
+        acted.map_err(|source| RootfsError::Freeze { action, path: self.path.clone(), source })
+    }
+
     /// Writes everything to the disk. Unmounting alone does not: the mounts of a container that has just ended go
     /// away a little later than its processes, and the file system with the last of them.
     ///
     /// # Errors
     /// Those of the disk.
     pub(crate) fn sync(&self) -> Result<(), RootfsError> {
-        let [rw, _] = &self.layers;
+        let rw = match self.kind {
+            Kind::Overlay => &self.layers[0],
+            Kind::Whole => &self.path,
+            Kind::ReadOnly => return Ok(()),
+        };
         let failed = |source| RootfsError::Sync { path: rw.clone(), source };
         match fs::File::open(rw) {
             Ok(rw) => syncfs(rw).map_err(|err| failed(err.into())),
@@ -128,9 +193,10 @@ fn mount_disk(
 ) -> Result<(), RootfsError> {
     make_dir(target)?;
     let (source, result) = match disk {
-        Disk::Block { device, .. } => {
-            (device, mount(Some(device), target, Some("ext4"), flags, Some(options)))
-        }
+        Disk::Block { device, .. } => (
+            device,
+            mount(Some(device), target, Some("ext4"), flags, (!options.is_empty()).then_some(options)),
+        ),
         Disk::Directory(dir) => (dir, mount(Some(dir), target, None::<&str>, MsFlags::MS_BIND, None::<&str>)),
     };
     result.map_err(|err| RootfsError::Mount { layer, device: source.clone(), source: err })

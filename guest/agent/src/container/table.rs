@@ -1,126 +1,144 @@
-//! All containers of the VM, by id.
+//! What has an id: all containers of the VM, and all processes of a container beside its init.
 
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use super::Container;
-
 /// A directory name may not be longer, and ids are directory names.
 const MAX_ID: usize = 255;
 
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Table {
-    slots: Arc<Mutex<HashMap<String, Slot>>>,
+#[derive(Debug)]
+pub(crate) struct Table<T> {
+    /// What the things are, for messages.
+    what: &'static str,
+    slots: Arc<Mutex<HashMap<String, Slot<T>>>>,
 }
 
 #[derive(Debug)]
-enum Slot {
+enum Slot<T> {
     /// Being created or deleted: the id is taken, and nothing can be asked of it.
     Busy,
-    Here(Arc<Container>),
+    Here(Arc<T>),
 }
 
-/// The sole right to create or delete the container of one id.
+/// The sole right to create or delete the thing of one id.
 #[derive(Debug)]
-pub(crate) struct Reservation {
-    table: Table,
+pub(crate) struct Reservation<T> {
+    table: Table<T>,
     id: String,
     /// What the table holds again when the reservation is given up.
-    otherwise: Option<Arc<Container>>,
+    otherwise: Option<Arc<T>>,
 }
+
+/// What is taken out, and the right to put it back or not.
+type Taken<T> = (Reservation<T>, Arc<T>);
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum TableError {
-    #[error("container id {id:?} is not usable: 1 to {MAX_ID} of A-Z a-z 0-9 _ + - . and not only dots")]
-    BadId { id: String },
-    #[error("container {id} already exists")]
-    Exists { id: String },
-    #[error("container {id} does not exist")]
-    Missing { id: String },
-    #[error("container {id} is being created or deleted")]
-    Busy { id: String },
+    #[error("{what} id {id:?} is not usable: 1 to {MAX_ID} of A-Z a-z 0-9 _ + - . and not only dots")]
+    BadId { what: &'static str, id: String },
+    #[error("{what} {id} already exists")]
+    Exists { what: &'static str, id: String },
+    #[error("{what} {id} does not exist")]
+    Missing { what: &'static str, id: String },
+    #[error("{what} {id} is being created or deleted")]
+    Busy { what: &'static str, id: String },
 }
 
-impl Table {
-    /// Takes an id for a new container.
+impl<T> Clone for Table<T> {
+    fn clone(&self) -> Self {
+        Self { what: self.what, slots: Arc::clone(&self.slots) }
+    }
+}
+
+impl<T> Table<T> {
+    pub(crate) fn new(what: &'static str) -> Self {
+        Self { what, slots: Arc::default() }
+    }
+
+    /// Takes an id for a new one.
     ///
     /// # Errors
     /// The id cannot be one, or is taken.
-    pub(crate) fn reserve(&self, id: &str) -> Result<Reservation, TableError> {
+    pub(crate) fn reserve(&self, id: &str) -> Result<Reservation<T>, TableError> {
         if !is_id(id) {
-            return Err(TableError::BadId { id: id.chars().take(MAX_ID).collect() });
+            return Err(TableError::BadId { what: self.what, id: id.chars().take(MAX_ID).collect() });
         }
         let mut slots = self.lock();
         if slots.contains_key(id) {
-            return Err(TableError::Exists { id: id.to_owned() });
+            return Err(TableError::Exists { what: self.what, id: id.to_owned() });
         }
         slots.insert(id.to_owned(), Slot::Busy);
         Ok(Reservation { table: self.clone(), id: id.to_owned(), otherwise: None })
     }
 
-    /// Takes a container out, to delete it. None when there is none.
+    /// Takes one out, to delete it. None when there is none.
     ///
     /// # Errors
     /// Somebody else is at it.
-    pub(crate) fn take(&self, id: &str) -> Result<Option<(Reservation, Arc<Container>)>, TableError> {
+    pub(crate) fn take(&self, id: &str) -> Result<Option<Taken<T>>, TableError> {
         let mut slots = self.lock();
         match slots.get(id) {
             None => Ok(None),
-            Some(Slot::Busy) => Err(TableError::Busy { id: id.to_owned() }),
-            Some(Slot::Here(container)) => {
-                let container = Arc::clone(container);
+            Some(Slot::Busy) => Err(TableError::Busy { what: self.what, id: id.to_owned() }),
+            Some(Slot::Here(thing)) => {
+                let thing = Arc::clone(thing);
                 slots.insert(id.to_owned(), Slot::Busy);
-                let otherwise = Some(Arc::clone(&container));
-                Ok(Some((Reservation { table: self.clone(), id: id.to_owned(), otherwise }, container)))
+                let otherwise = Some(Arc::clone(&thing));
+                Ok(Some((Reservation { table: self.clone(), id: id.to_owned(), otherwise }, thing)))
             }
         }
     }
 
     /// # Errors
     /// There is none, or not quite.
-    pub(crate) fn get(&self, id: &str) -> Result<Arc<Container>, TableError> {
+    pub(crate) fn get(&self, id: &str) -> Result<Arc<T>, TableError> {
         match self.lock().get(id) {
-            Some(Slot::Here(container)) => Ok(Arc::clone(container)),
-            Some(Slot::Busy) => Err(TableError::Busy { id: id.to_owned() }),
-            None => Err(TableError::Missing { id: id.to_owned() }),
+            Some(Slot::Here(thing)) => Ok(Arc::clone(thing)),
+            Some(Slot::Busy) => Err(TableError::Busy { what: self.what, id: id.to_owned() }),
+            None => Err(TableError::Missing { what: self.what, id: id.to_owned() }),
         }
     }
 
-    pub(crate) fn all(&self) -> Vec<Arc<Container>> {
+    pub(crate) fn all(&self) -> Vec<Arc<T>> {
+        self.entries().into_iter().map(|(_, thing)| thing).collect()
+    }
+
+    /// All that are there, with their ids.
+    pub(crate) fn entries(&self) -> Vec<(String, Arc<T>)> {
         let slots = self.lock();
         slots
-            .values()
-            .filter_map(|slot| match slot {
-                Slot::Here(container) => Some(Arc::clone(container)),
+            .iter()
+            .filter_map(|(id, slot)| match slot {
+                Slot::Here(thing) => Some((id.clone(), Arc::clone(thing))),
                 Slot::Busy => None,
             })
             .collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Slot<T>>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Reservation {
-    /// The container is there now.
-    pub(crate) fn fill(mut self, container: Container) {
-        self.otherwise = Some(Arc::new(container));
+impl<T> Reservation<T> {
+    /// It is there now.
+    pub(crate) fn fill(mut self, thing: T) {
+        self.otherwise = Some(Arc::new(thing));
     }
 
-    /// The container is gone now.
+    /// It is gone now.
     pub(crate) fn clear(mut self) {
         self.otherwise = None;
     }
 }
 
-impl Drop for Reservation {
+impl<T> Drop for Reservation<T> {
     fn drop(&mut self) {
         let mut slots = self.table.lock();
         match self.otherwise.take() {
-            Some(container) => slots.insert(std::mem::take(&mut self.id), Slot::Here(container)),
+            Some(thing) => slots.insert(std::mem::take(&mut self.id), Slot::Here(thing)),
             None => slots.remove(&self.id),
         };
     }
@@ -138,21 +156,21 @@ mod tests {
 
     #[test]
     fn an_id_is_taken_until_the_reservation_goes() {
-        let table = Table::default();
+        let table = Table::<()>::new("thing");
         let reservation = table.reserve("a").unwrap();
-        assert_eq!(table.reserve("a").unwrap_err(), TableError::Exists { id: "a".into() });
-        assert_eq!(table.get("a").unwrap_err(), TableError::Busy { id: "a".into() });
+        assert_eq!(table.reserve("a").unwrap_err(), TableError::Exists { what: "thing", id: "a".into() });
+        assert_eq!(table.get("a").unwrap_err(), TableError::Busy { what: "thing", id: "a".into() });
         drop(reservation);
-        assert_eq!(table.get("a").unwrap_err(), TableError::Missing { id: "a".into() });
+        assert_eq!(table.get("a").unwrap_err(), TableError::Missing { what: "thing", id: "a".into() });
         assert!(table.take("a").unwrap().is_none());
     }
 
     #[test]
     fn ids_that_mean_something_to_a_path_or_a_mount_are_refused() {
         for id in ["", ".", "..", "a/b", "a:b", "a,b", "a b", "a\0", "\u{e4}"] {
-            assert!(matches!(Table::default().reserve(id), Err(TableError::BadId { .. })), "{id:?}");
+            assert!(matches!(Table::<()>::new("thing").reserve(id), Err(TableError::BadId { .. })), "{id:?}");
         }
-        assert!(Table::default().reserve(&"x".repeat(MAX_ID + 1)).is_err());
-        assert!(Table::default().reserve("Az09_+-.").is_ok());
+        assert!(Table::<()>::new("thing").reserve(&"x".repeat(MAX_ID + 1)).is_err());
+        assert!(Table::<()>::new("thing").reserve("Az09_+-.").is_ok());
     }
 }

@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    convert::Infallible,
     ffi::CString,
     fs, io,
     os::{
@@ -18,7 +19,7 @@ use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, Exec
 use nix::{
     errno::Errno,
     sys::stat::makedev,
-    unistd::{AccessFlags, dup2_stderr, dup2_stdout, eaccess, execve},
+    unistd::{AccessFlags, dup2_stderr, dup2_stdin, dup2_stdout, eaccess, execve},
 };
 use oci_spec::runtime::{Process, Spec};
 
@@ -34,7 +35,7 @@ pub(super) struct Command {
 
 /// Why a command cannot be executed, as runc says it.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-enum CommandError {
+pub(super) enum CommandError {
     #[error("exec: {name:?}: executable file not found in $PATH")]
     NotInPath { name: String },
     #[error("exec: {name:?}: stat {name}: {}", .errno.desc().to_lowercase())]
@@ -50,7 +51,7 @@ enum CommandError {
 }
 
 impl CommandError {
-    fn refusal(&self) -> Refusal {
+    pub(super) fn refusal(&self) -> Refusal {
         match self {
             Self::NotInPath { .. } | Self::Stat { errno: Errno::ENOENT | Errno::ENOTDIR, .. } => {
                 Refusal::NotFound
@@ -71,20 +72,22 @@ impl Command {
     fn refuse(&self, err: &CommandError) {
         self.reporter.send(Message::Refused { refusal: err.refusal(), text: err.to_string() });
     }
+}
 
-    fn try_exec(spec: &Spec) -> Result<(), CommandError> {
-        let process = spec.process().as_ref().ok_or(CommandError::NoArgs)?;
-        let path = find(process)?;
-        let name = path.display().to_string();
-        let path = c_string(path.into_os_string().into_encoded_bytes())?;
-        let args = process.args().iter().flatten().map(|arg| c_string(arg.as_str()));
-        let args = args.collect::<Result<Vec<_>, _>>()?;
-        let env = process.env().iter().flatten().map(|var| c_string(var.as_str()));
-        let env = env.collect::<Result<Vec<_>, _>>()?;
-        sys::reset_signals();
-        let Err(errno) = execve(&path, &args, &env);
-        Err(CommandError::Exec { name, errno })
-    }
+/// Replaces this program by a process's command.
+///
+/// # Errors
+/// It is not there, or not executable.
+pub(super) fn execute(process: &Process) -> Result<Infallible, CommandError> {
+    let path = find(process)?;
+    let name = path.display().to_string();
+    let path = c_string(path.into_os_string().into_encoded_bytes())?;
+    let args = process.args().iter().flatten().map(|arg| c_string(arg.as_str()));
+    let args = args.collect::<Result<Vec<_>, _>>()?;
+    let env = process.env().iter().flatten().map(|var| c_string(var.as_str()));
+    let env = env.collect::<Result<Vec<_>, _>>()?;
+    sys::reset_signals();
+    execve(&path, &args, &env).map_err(|errno| CommandError::Exec { name, errno })
 }
 
 impl Executor for Command {
@@ -106,28 +109,31 @@ impl Executor for Command {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        Self::try_exec(spec).map_err(|err| {
-            self.refuse(&err);
-            ExecutorError::Other(err.to_string())
-        })
+        let Err(err) = spec.process().as_ref().ok_or(CommandError::NoArgs).and_then(execute);
+        self.refuse(&err);
+        Err(ExecutorError::Other(err.to_string()))
     }
 }
 
-/// libcontainer exchanges the VM's /dev/null for the container's, but opens it for reading only, so that whoever
-/// writes to it fails.
-fn reopen_null() -> io::Result<()> {
+/// Exchanges the VM's /dev/null for the container's. libcontainer does too, but opens it for reading only, so that
+/// whoever writes to it fails.
+pub(super) fn reopen_null() -> io::Result<()> {
     let is_null = |file: &fs::Metadata| file.file_type().is_char_device() && file.rdev() == NULL_DEVICE;
     let at_null = |fd: BorrowedFd<'_>| -> io::Result<bool> {
         Ok(is_null(&fs::File::from(fd.try_clone_to_owned()?).metadata()?))
     };
-    let (at_out, at_err) = (at_null(io::stdout().as_fd())?, at_null(io::stderr().as_fd())?);
-    if !at_out && !at_err {
+    let at = [at_null(io::stdin().as_fd())?, at_null(io::stdout().as_fd())?, at_null(io::stderr().as_fd())?];
+    if at == [false; 3] {
         return Ok(());
     }
-    let null = fs::File::options().write(true).open("/dev/null")?;
+    let null = fs::File::options().read(true).write(true).open("/dev/null")?;
     // In the tenant's file system, a name proves nothing.
     if !is_null(&null.metadata()?) {
         return Err(io::ErrorKind::InvalidData.into());
+    }
+    let [at_in, at_out, at_err] = at;
+    if at_in {
+        dup2_stdin(&null)?;
     }
     if at_out {
         dup2_stdout(&null)?;

@@ -11,22 +11,31 @@
 //!     ├─ reaps all of them                                                                               │
 //!     └─ notify socket: start ──> init (waits, then executes the command) <── clones, as the agent's child ┘
 //! ```
+//! Another process in a container needs less, and is the agent's own code (see `exec`): the zygote forks it, as the
+//! agent's child too, into the container's pid namespace and cgroup.
+//!
 //! Forking a process that is ready costs a few milliseconds where executing a helper costs tens of them.
 //! The report pipe stays open in the init until its command is executed: its end is "started".
 
 mod devices;
+mod exec;
 mod executor;
 mod home;
 mod log;
+mod process;
 mod report;
+mod shed;
 mod spec;
+mod tenancy;
+mod terminal;
 mod worker;
 mod zygote;
 
 use std::{
-    io::{self, IoSlice},
+    fs,
+    io::{self, IoSlice, Seek, Write},
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsRawFd, OwnedFd, RawFd},
         unix::net::UnixStream as StdUnixStream,
     },
     path::PathBuf,
@@ -36,6 +45,7 @@ use nix::{
     errno::Errno,
     fcntl::{OFlag, open},
     sys::{
+        memfd::{MFdFlags, memfd_create},
         socket::{ControlMessage, MsgFlags, sendmsg},
         stat::Mode,
     },
@@ -45,7 +55,8 @@ use tokio::sync::oneshot;
 
 pub(crate) use self::{
     report::Refusal,
-    spec::{Prepared, SpecError},
+    spec::{MountPoint, Prepared, SpecError},
+    tenancy::{PreparedProcess, Tenancy},
 };
 use self::{
     report::{Message, Reports},
@@ -73,6 +84,13 @@ pub(crate) struct Created {
     pub(crate) waiting: Waiting,
 }
 
+/// A process that has executed its command.
+#[derive(Debug)]
+pub(crate) struct Executed {
+    pub(crate) pid: Pid,
+    pub(crate) exit: oneshot::Receiver<Exit>,
+}
+
 /// What lets a waiting init go.
 #[derive(Debug)]
 pub(crate) struct Waiting {
@@ -95,8 +113,12 @@ pub(crate) enum EngineError {
     /// The words for commands that cannot be executed are those that callers of OCI runtimes look for.
     #[error("{text}")]
     Refused { refusal: Refusal, text: String },
-    #[error("cannot create the container: {text}")]
-    Failed { text: String },
+    #[error("cannot {what}: {text}")]
+    Failed { what: &'static str, text: String },
+    #[error("the container does not run")]
+    NotRunning,
+    #[error("cannot hold the container's init")]
+    Hold(#[source] Errno),
     #[error("the engine's process has ended without an answer{log}")]
     Died { log: String },
     #[error("cannot reach the container's init: it has ended, or was started before")]
@@ -123,25 +145,59 @@ impl Engine {
         prepared: &Prepared,
         stdio: ProcessEnds,
     ) -> Result<Created, EngineError> {
-        let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|err| EngineError::Pipe(err.into()))?;
-        let mut reports = Reports::new(read).map_err(EngineError::Pipe)?;
         let expectation = reaper.expect();
-        self.ask(prepared.request(), &write, &stdio).map_err(|err| EngineError::Ask(err.into()))?;
-        // From here on only the worker and its children hold them.
-        drop((write, stdio));
-        let pid = follow(&mut reports, &expectation).await?;
+        let mut reports = self.ask(&Request::Create(prepared.request().clone()), stdio.into_fds())?;
+        let mut outcome = Outcome::new("create the container");
+        let pid = follow(&mut reports, &expectation, &mut outcome).await?;
         let exit = expectation.watch(pid);
         Ok(Created { pid, exit, waiting: Waiting { notify_dir: prepared.notify_dir(), reports } })
     }
 
-    fn ask(&self, request: &Request, report: &OwnedFd, stdio: &ProcessEnds) -> Result<(), Errno> {
-        let text = serde_json::to_vec(request).map_err(|_| Errno::EINVAL)?;
-        let [stdin, stdout, stderr] = &stdio.0;
-        let fds = [report, stdin, stdout, stderr].map(AsRawFd::as_raw_fd);
-        let control = [ControlMessage::ScmRights(&fds)];
-        let flags = MsgFlags::MSG_NOSIGNAL;
-        sendmsg::<()>(self.zygote.as_raw_fd(), &[IoSlice::new(&text)], &control, flags, None).map(drop)
+    /// Runs one more process in a container, whose init is `init`. Nothing of it is left when this fails.
+    ///
+    /// # Errors
+    /// The container does not run, or the command cannot be executed.
+    pub(crate) async fn exec(
+        &self,
+        reaper: &Reaper,
+        init: Pid,
+        tenancy: &Tenancy,
+        process: &PreparedProcess,
+        stdio: ProcessEnds,
+    ) -> Result<Executed, EngineError> {
+        let handle = reaper.hold(init).map_err(EngineError::Hold)?.ok_or(EngineError::NotRunning)?;
+        let file = process_file(&process.json).map_err(EngineError::Ask)?;
+        let expectation = reaper.expect();
+        let fds = [file, handle].into_iter().chain(stdio.into_fds()).collect();
+        let mut reports = self.ask(&Request::Exec(tenancy.request(init, process)), fds)?;
+        let mut outcome = Outcome::new("start the process");
+        let pid = follow(&mut reports, &expectation, &mut outcome).await?;
+        let exit = expectation.watch(pid);
+        reports.executed(outcome).await?;
+        Ok(Executed { pid, exit })
     }
+
+    /// Sends a request, and gives the descriptors away: from here on only the engine's processes hold them.
+    fn ask(&self, request: &Request, fds: Vec<OwnedFd>) -> Result<Reports, EngineError> {
+        let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|err| EngineError::Pipe(err.into()))?;
+        let reports = Reports::new(read).map_err(EngineError::Pipe)?;
+        let text = serde_json::to_vec(request).map_err(|err| EngineError::Ask(err.into()))?;
+        let fds: Vec<OwnedFd> = [write].into_iter().chain(fds).collect();
+        let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let control = [ControlMessage::ScmRights(&numbers)];
+        let flags = MsgFlags::MSG_NOSIGNAL;
+        sendmsg::<()>(self.zygote.as_raw_fd(), &[IoSlice::new(&text)], &control, flags, None)
+            .map_err(|err| EngineError::Ask(err.into()))?;
+        Ok(reports)
+    }
+}
+
+/// A file in memory, at its start.
+fn process_file(json: &[u8]) -> io::Result<OwnedFd> {
+    let mut file = fs::File::from(memfd_create(c"process", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(json)?;
+    file.rewind()?;
+    Ok(file.into())
 }
 
 /// What is known of the worker while its reports are read.
@@ -154,8 +210,11 @@ enum Worker {
 }
 
 /// Reads reports until the container is there or will not be.
-async fn follow(reports: &mut Reports, expectation: &Expectation) -> Result<Pid, EngineError> {
-    let mut outcome = Outcome::default();
+async fn follow(
+    reports: &mut Reports,
+    expectation: &Expectation,
+    outcome: &mut Outcome,
+) -> Result<Pid, EngineError> {
     let mut worker = Worker::Unknown;
     loop {
         let message = match &mut worker {
@@ -183,31 +242,54 @@ async fn follow(reports: &mut Reports, expectation: &Expectation) -> Result<Pid,
     }
 }
 
-/// What is known when a creation fails.
-#[derive(Debug, Default)]
+/// What is known when something fails.
+#[derive(Debug)]
 struct Outcome {
+    what: &'static str,
     refused: Option<(Refusal, String)>,
     /// The innermost error comes first, and is the one that names the thing.
     first_log: Option<String>,
 }
 
 impl Outcome {
+    fn new(what: &'static str) -> Self {
+        Self { what, refused: None, first_log: None }
+    }
+
     fn log(&mut self, text: String) {
         self.first_log.get_or_insert(text);
     }
 
-    fn failed(self, text: String) -> EngineError {
-        match (self.refused, self.first_log) {
+    fn failed(&mut self, text: String) -> EngineError {
+        match (self.refused.take(), self.first_log.take()) {
             (Some((refusal, text)), _) => EngineError::Refused { refusal, text },
             (None, Some(log)) if !text.contains(&log) => {
-                EngineError::Failed { text: format!("{text}: {log}") }
+                EngineError::Failed { what: self.what, text: format!("{text}: {log}") }
             }
-            (None, _) => EngineError::Failed { text },
+            (None, _) => EngineError::Failed { what: self.what, text },
         }
     }
 
-    fn died(self) -> EngineError {
-        EngineError::Died { log: self.first_log.map(|log| format!(": {log}")).unwrap_or_default() }
+    fn died(&mut self) -> EngineError {
+        EngineError::Died { log: self.first_log.take().map(|log| format!(": {log}")).unwrap_or_default() }
+    }
+}
+
+impl Reports {
+    /// Reads until the command is executed, which closes the pipe.
+    async fn executed(&mut self, mut outcome: Outcome) -> Result<(), EngineError> {
+        while let Some(message) = self.next().await.map_err(EngineError::Reports)? {
+            match message {
+                Message::Refused { refusal, text } => outcome.refused = Some((refusal, text)),
+                Message::Failed { text } => return Err(outcome.failed(text)),
+                Message::Log { text } => outcome.log(text),
+                Message::Worker { .. } | Message::Created { .. } => {}
+            }
+        }
+        match outcome.refused {
+            None => Ok(()),
+            Some((refusal, text)) => Err(EngineError::Refused { refusal, text }),
+        }
     }
 }
 
@@ -218,12 +300,7 @@ impl Waiting {
     /// The init is gone, or the command cannot be executed.
     pub(crate) async fn start(mut self) -> Result<(), EngineError> {
         self.notify().map_err(EngineError::NotWaiting)?;
-        while let Some(message) = self.reports.next().await.map_err(EngineError::Reports)? {
-            if let Message::Refused { refusal, text } = message {
-                return Err(EngineError::Refused { refusal, text });
-            }
-        }
-        Ok(())
+        self.reports.executed(Outcome::new("start the container")).await
     }
 
     fn notify(&self) -> io::Result<()> {

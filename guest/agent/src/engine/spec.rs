@@ -16,24 +16,38 @@ use super::{
     DIR,
     devices::{self, Instruction},
     home,
-    zygote::Request,
+    process::{self, Console},
+    tenancy::Tenancy,
+    zygote::Create,
 };
 use crate::{cgroup, container::FileMount};
 
 /// A container as the engine is asked to make it; its spec is on disk.
 #[derive(Debug)]
 pub(crate) struct Prepared {
-    request: Request,
+    request: Create,
+    tenancy: Tenancy,
     cgroup_path: PathBuf,
     owner: u32,
     has_pid_namespace: bool,
     devices: Vec<Instruction>,
+    mount_points: Vec<MountPoint>,
+}
+
+/// Where the configuration mounts something onto the root file system itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct MountPoint {
+    pub(crate) path: PathBuf,
+    /// A file, not a directory, is mounted.
+    pub(crate) is_file: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SpecError {
     #[error("the OCI configuration cannot be understood")]
     Parse(#[source] serde_json::Error),
+    #[error("the process cannot be understood")]
+    ParseProcess(#[source] serde_json::Error),
     #[error("the OCI configuration has no {what}")]
     Missing { what: &'static str },
     #[error("process.cwd {cwd:?} is not an absolute path")]
@@ -65,17 +79,19 @@ impl Prepared {
         rootfs: &Path,
         config: &[u8],
         files: Vec<FileMount>,
+        terminal: bool,
     ) -> Result<Self, SpecError> {
         let mut spec: Value = serde_json::from_slice(config).map_err(SpecError::Parse)?;
         // The host runs them.
         spec.as_object_mut().ok_or(SpecError::Missing { what: "content" })?.remove("hooks");
         let root = Root::open(rootfs).map_err(SpecError::Rootfs)?;
-        let process = section(&mut spec, "process", "process")?;
-        adapt_process(process)?;
-        let uid = number(&process["user"]["uid"]);
-        add_home(process, || home::of_user(&root, uid));
-        let cwd = process["cwd"].as_str().unwrap_or_default().into();
-        let keeps_oom_score = process["oomScoreAdj"].is_null();
+        let given = section(&mut spec, "process", "process")?;
+        process::adapt(given, terminal)?;
+        let uid = process::uid(given);
+        process::add_home(given, || home::of_user(&root, uid));
+        let cwd = given["cwd"].as_str().unwrap_or_default().into();
+        let keeps_oom_score = given["oomScoreAdj"].is_null();
+        let size = process::console_size(given);
         let linux = section(&mut spec, "linux", "linux section")?;
         if !linux["seccomp"]["listenerPath"].is_null() {
             return Err(SpecError::SeccompListener);
@@ -86,31 +102,40 @@ impl Prepared {
         }
         let devices = devices::program(linux.pointer("/resources/devices").unwrap_or(&Value::Null))
             .map_err(|number| SpecError::DeviceRule { number })?;
-        let owner = mapped(linux, uid);
+        let owner = mapped(&linux["uidMappings"], uid);
         let has_pid_namespace = has_namespace(linux, "pid");
         let shares_network = !has_namespace(linux, "network");
         let has_users = has_namespace(linux, "user");
         if shares_network {
             set_network_sysctls(linux)?;
         }
+        let dir = dir.join(DIR);
+        make_dir(&dir)?;
+        let tenancy = Tenancy::new(linux, rootfs, &cgroup_path, &dir)?;
         section(&mut spec, "root", "root")?["path"] = path_value(rootfs);
         adapt_mounts(&mut spec, shares_network && has_users);
         add_files(&mut spec, &root, files);
-        let dir = dir.join(DIR);
-        let request = Request {
+        let mount_points = mount_points(&spec["mounts"]);
+        let request = Create {
             id: id.to_owned(),
             bundle: dir.join("bundle"),
             state: dir.join("state"),
             rootfs: rootfs.to_owned(),
             cwd,
             keeps_oom_score,
+            console: terminal.then_some(Console { owner, size }),
         };
         write(&request.bundle, &spec)?;
-        Ok(Self { request, cgroup_path, owner, has_pid_namespace, devices })
+        Ok(Self { request, tenancy, cgroup_path, owner, has_pid_namespace, devices, mount_points })
     }
 
-    pub(super) fn request(&self) -> &Request {
+    pub(super) fn request(&self) -> &Create {
         &self.request
+    }
+
+    /// What further processes need.
+    pub(crate) fn tenancy(&self) -> &Tenancy {
+        &self.tenancy
     }
 
     /// Where the init listens for its start.
@@ -121,6 +146,11 @@ impl Prepared {
     /// Path of the container's cgroup below the hierarchy's root.
     pub(crate) fn cgroup_path(&self) -> &Path {
         &self.cgroup_path
+    }
+
+    /// Where something is mounted.
+    pub(crate) fn mount_points(&self) -> &[MountPoint] {
+        &self.mount_points
     }
 
     /// The program that says which devices it may use.
@@ -148,13 +178,17 @@ fn write(bundle: &Path, spec: &Value) -> Result<(), SpecError> {
     write().map_err(|source| SpecError::Write { path: path.clone(), source })
 }
 
+fn make_dir(dir: &Path) -> Result<(), SpecError> {
+    fs::create_dir_all(dir).map_err(|source| SpecError::Write { path: dir.to_owned(), source })
+}
+
 /// An object of the spec that must be there.
 fn section<'a>(spec: &'a mut Value, key: &str, what: &'static str) -> Result<&'a mut Value, SpecError> {
     spec.get_mut(key).filter(|value| value.is_object()).ok_or(SpecError::Missing { what })
 }
 
 /// An id; what is none is found by the engine when it parses the spec.
-fn number(value: &Value) -> u32 {
+pub(super) fn number(value: &Value) -> u32 {
     value.as_u64().and_then(|number| u32::try_from(number).ok()).unwrap_or(0)
 }
 
@@ -162,40 +196,11 @@ fn path_value(path: &Path) -> Value {
     path.to_string_lossy().into()
 }
 
-fn items(value: &Value) -> impl Iterator<Item = &Value> {
+pub(super) fn items(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 
-fn adapt_process(process: &mut Value) -> Result<(), SpecError> {
-    if items(&process["args"]).next().is_none() {
-        return Err(SpecError::Missing { what: "process.args" });
-    }
-    let cwd = process["cwd"].as_str().unwrap_or_default();
-    if !cwd.starts_with('/') {
-        return Err(SpecError::Cwd { cwd: cwd.to_owned() });
-    }
-    // libcontainer takes "false" for "set late", when the right to install a seccomp filter is gone.
-    if process["noNewPrivileges"] == false {
-        process["noNewPrivileges"] = Value::Null;
-    }
-    // No capabilities are none, not all.
-    if process["capabilities"].is_null() {
-        process["capabilities"] = json!({});
-    }
-    Ok(())
-}
-
-/// libcontainer would ask the C library for a missing HOME, which would load what the tenant's files name.
-fn add_home(process: &mut Value, home: impl FnOnce() -> String) {
-    let is_home = |var: &Value| var.as_str().is_some_and(|var| var.starts_with("HOME="));
-    if items(&process["env"]).any(|var| is_home(var) && *var != "HOME=") {
-        return;
-    }
-    let given: Vec<Value> = items(&process["env"]).filter(|var| !is_home(var)).cloned().collect();
-    process["env"] = given.into_iter().chain([format!("HOME={}", home()).into()]).collect();
-}
-
-fn has_namespace(linux: &Value, kind: &str) -> bool {
+pub(super) fn has_namespace(linux: &Value, kind: &str) -> bool {
     items(&linux["namespaces"]).any(|namespace| namespace["type"] == kind)
 }
 
@@ -222,8 +227,8 @@ fn adapt_resources(resources: &mut Value) {
 }
 
 /// The uid that a user of the container's user namespace has outside.
-fn mapped(linux: &Value, uid: u32) -> u32 {
-    items(&linux["uidMappings"])
+pub(super) fn mapped(uid_mappings: &Value, uid: u32) -> u32 {
+    items(uid_mappings)
         .find_map(|map| {
             let offset = uid.checked_sub(number(&map["containerID"]))?;
             (offset < number(&map["size"])).then(|| number(&map["hostID"]).wrapping_add(offset))
@@ -270,6 +275,20 @@ fn add_files(spec: &mut Value, root: &Root, files: Vec<FileMount>) {
     if let Some(all) = spec["mounts"].as_array_mut() {
         all.extend(mounts);
     }
+}
+
+fn mount_points(mounts: &Value) -> Vec<MountPoint> {
+    let destination = |mount: &Value| PathBuf::from(mount["destination"].as_str().unwrap_or_default());
+    let all: Vec<PathBuf> = items(mounts).map(destination).collect();
+    let is_below = |path: &Path| all.iter().any(|other| other != path && path.starts_with(other));
+    items(mounts)
+        .map(|mount| MountPoint {
+            path: destination(mount),
+            is_file: mount["type"] == "bind"
+                && mount["source"].as_str().is_some_and(|path| Path::new(path).is_file()),
+        })
+        .filter(|point| !is_below(&point.path))
+        .collect()
 }
 
 /// Where a path leads whose last element is a link, dangling or not: libcontainer makes missing files, but not
@@ -320,8 +339,14 @@ mod tests {
         change(&mut config);
         let dir = tempfile::tempdir().unwrap();
         let file = FileMount { source: "/run/f".into(), destination: "/etc/hosts".into() };
-        let prepared =
-            Prepared::new("c1", dir.path(), dir.path(), &serde_json::to_vec(&config).unwrap(), vec![file])?;
+        let prepared = Prepared::new(
+            "c1",
+            dir.path(),
+            dir.path(),
+            &serde_json::to_vec(&config).unwrap(),
+            vec![file],
+            false,
+        )?;
         let written = fs::read(dir.path().join("engine/bundle/config.json")).unwrap();
         Ok((prepared, serde_json::from_slice(&written).unwrap()))
     }
@@ -338,6 +363,20 @@ mod tests {
         assert_eq!(spec["process"]["capabilities"], json!({}));
         assert!(prepared.has_pid_namespace());
         assert_eq!(prepared.owner(), 5);
+    }
+
+    #[test]
+    fn mount_points_on_the_root_file_system_are_known() {
+        let mounts = json!([
+            {"destination": "/dev", "type": "tmpfs"},
+            {"destination": "/dev/pts", "type": "devpts"},
+            {"destination": "/devices", "type": "tmpfs"},
+            {"destination": "/etc/hosts", "type": "bind", "source": "/proc/self/status"},
+        ]);
+        let found: Vec<_> =
+            mount_points(&mounts).into_iter().map(|point| (point.path, point.is_file)).collect();
+        let points = [("/dev", false), ("/devices", false), ("/etc/hosts", true)];
+        assert_eq!(found, points.map(|(path, is_file)| (PathBuf::from(path), is_file)));
     }
 
     #[test]
@@ -376,7 +415,7 @@ mod tests {
             assert!(err.contains(text), "{err}");
         }
         assert!(matches!(
-            Prepared::new("c", Path::new("/x"), Path::new("/r"), b"{", vec![]),
+            Prepared::new("c", Path::new("/x"), Path::new("/r"), b"{", vec![], false),
             Err(SpecError::Parse(_))
         ));
     }

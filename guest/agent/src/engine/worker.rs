@@ -1,37 +1,43 @@
 //! One creation, in a process of its own.
 
-use std::{fs, os::fd::OwnedFd, path::Path};
+use std::{
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::net::UnixListener,
+    },
+    path::{Path, PathBuf},
+};
 
 use libcontainer::{
     container::builder::ContainerBuilder, error::LibcontainerError, syscall::syscall::SyscallType,
 };
 use nix::{
-    errno::Errno,
-    sys::{
-        resource::{Resource, getrlimit, setrlimit},
-        stat::{Mode, umask},
-    },
-    unistd::{getpid, setgroups},
+    fcntl::{OFlag, open},
+    sys::{socket::MsgFlags, stat::Mode},
+    unistd::getpid,
 };
 
 use super::{
     executor::Command,
     log,
+    process::Console,
     report::{Message, Refusal, Reporter},
-    zygote::Request,
+    shed, terminal,
+    zygote::Create,
 };
-use crate::{console, sys};
-
-/// Open files of a container whose spec does not say: what init systems give to services.
-const FILES_SOFT: u64 = 1024;
-const FILES_HARD: u64 = 524_288;
+use crate::{
+    console,
+    stdio::{ProcessEnds, receive_fd},
+    sys,
+};
 
 #[derive(Debug, thiserror::Error)]
 enum WorkerError {
     #[error("cannot prepare the worker")]
-    Prepare(#[source] Errno),
-    #[error("cannot set the OOM score")]
-    OomScore(#[source] std::io::Error),
+    Prepare(#[source] shed::ShedError),
+    #[error("cannot pass the terminal on")]
+    Terminal(#[source] io::Error),
     #[error("cannot use the root file system")]
     Rootfs(#[source] pathrs::error::Error),
     #[error("cannot create the working directory {cwd}")]
@@ -43,10 +49,10 @@ enum WorkerError {
 }
 
 /// Makes the container and ends the process; the init that it leaves is the agent's child.
-pub(super) fn run(request: &Request, reporter: &Reporter, stdio: [OwnedFd; 3]) -> ! {
+pub(super) fn run(request: &Create, reporter: &Reporter, ends: ProcessEnds) -> ! {
     reporter.send(Message::Worker { pid: getpid().as_raw() });
     log::install(reporter.clone());
-    match create(request, reporter, stdio) {
+    match create(request, reporter, ends) {
         Ok(pid) => reporter.send(Message::Created { pid }),
         Err(err) => {
             use LibcontainerError::{InvalidSpec, MissingSpec, Spec};
@@ -59,23 +65,57 @@ pub(super) fn run(request: &Request, reporter: &Reporter, stdio: [OwnedFd; 3]) -
     sys::exit_now(0)
 }
 
-fn create(request: &Request, reporter: &Reporter, stdio: [OwnedFd; 3]) -> Result<i32, WorkerError> {
-    shed(request)?;
+fn create(request: &Create, reporter: &Reporter, ends: ProcessEnds) -> Result<i32, WorkerError> {
+    shed::shed().map_err(WorkerError::Prepare)?;
+    if request.keeps_oom_score {
+        shed::set_oom_score("0").map_err(WorkerError::Prepare)?;
+    }
     let root = pathrs::Root::open(&request.rootfs).map_err(WorkerError::Rootfs)?;
     make_cwd(&root, &request.cwd)?;
-    let command = Command::new(reporter.clone());
-    let [stdin, stdout, stderr] = stdio;
-    let container = ContainerBuilder::new(request.id.clone(), SyscallType::default())
+    let mut builder = ContainerBuilder::new(request.id.clone(), SyscallType::default())
         .with_root_path(&request.state)?
-        .with_executor(command)
-        .with_stdin(stdin)
-        .with_stdout(stdout)
-        .with_stderr(stderr)
-        .as_init(&request.bundle)
-        .with_systemd(false)
-        .as_sibling(true)
-        .build()?;
+        .with_executor(Command::new(reporter.clone()));
+    let mut relay = None;
+    match ends {
+        ProcessEnds::Files([stdin, stdout, stderr]) => {
+            builder = builder.with_stdin(stdin).with_stdout(stdout).with_stderr(stderr);
+        }
+        ProcessEnds::Terminal(socket) => {
+            let listening = Relay::listen(&request.bundle, socket).map_err(WorkerError::Terminal)?;
+            builder = builder.with_console_socket(Some(&listening.path));
+            relay = Some(listening);
+        }
+    }
+    let container = builder.as_init(&request.bundle).with_systemd(false).as_sibling(true).build()?;
+    if let Some(relay) = relay {
+        relay.pass_on(request.console.unwrap_or_default()).map_err(WorkerError::Terminal)?;
+    }
     container.pid().map(nix_0_29_pid).ok_or(WorkerError::NoInit)
+}
+
+/// libcontainer sends a terminal to a socket that it finds by its path; the agent waits at one that has none.
+struct Relay {
+    listener: UnixListener,
+    path: PathBuf,
+    socket: OwnedFd,
+}
+
+impl Relay {
+    fn listen(dir: &Path, socket: OwnedFd) -> io::Result<Self> {
+        const NAME: &str = "console.sock";
+        // The address of a socket has 108 bytes at most, which a long container id exceeds.
+        let short = open(dir, OFlag::O_PATH | OFlag::O_CLOEXEC | OFlag::O_DIRECTORY, Mode::empty())?;
+        let listener = UnixListener::bind(format!("/proc/self/fd/{}/{NAME}", short.as_raw_fd()))?;
+        Ok(Self { listener, path: dir.join(NAME), socket })
+    }
+
+    /// The container is there, so its terminal has been sent.
+    fn pass_on(self, console: Console) -> io::Result<()> {
+        let (connection, _) = self.listener.accept()?;
+        let master = receive_fd(connection.as_fd(), MsgFlags::empty())?;
+        terminal::prepare(master.as_fd(), console)?;
+        terminal::send(self.socket.as_fd(), master.as_fd())
+    }
 }
 
 /// The engine says "failed to create" once in every process that an error passes through.
@@ -86,18 +126,6 @@ fn without_wrappers(mut text: &str) -> &str {
         text = rest;
     }
     text
-}
-
-/// Gives up what a container must not inherit from the agent.
-fn shed(request: &Request) -> Result<(), WorkerError> {
-    setgroups(&[]).map_err(WorkerError::Prepare)?;
-    umask(Mode::from_bits_truncate(0o022));
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(WorkerError::Prepare)?;
-    setrlimit(Resource::RLIMIT_NOFILE, FILES_SOFT, hard.min(FILES_HARD)).map_err(WorkerError::Prepare)?;
-    if request.keeps_oom_score {
-        fs::write("/proc/self/oom_score_adj", "0").map_err(WorkerError::OomScore)?;
-    }
-    Ok(())
 }
 
 /// The working directory is made if the image lacks it, without leaving the root file system by its links.

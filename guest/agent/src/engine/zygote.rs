@@ -1,6 +1,7 @@
-//! The process from which workers are forked: small, single-threaded, with nothing in it but the agent's code.
+//! The process from which all others are forked: small, single-threaded, with nothing in it but the agent's code.
 
 use std::{
+    fs::File,
     io::IoSliceMut,
     os::fd::{AsRawFd, OwnedFd},
     path::PathBuf,
@@ -19,19 +20,30 @@ use nix::{
 use serde::{Deserialize, Serialize};
 
 use super::{
+    exec,
+    process::Console,
     report::{Message, Reporter},
     worker,
 };
-use crate::{console, sys};
+use crate::{console, stdio::ProcessEnds, sys};
 
-/// Ids and paths; the spec itself is in a file.
+/// Ids and paths; specs are in files.
 const MAX_REQUEST: usize = 16 << 10;
-/// The report pipe and the three standard streams.
-const FDS: usize = 4;
+/// The report pipe, a process and the handle of the init it joins, and the three standard streams.
+const MAX_FDS: usize = 6;
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Request {
+    /// With the report pipe, and the process's ends of its streams.
+    Create(Create),
+    /// With the report pipe, the OCI process in a file, a pidfd of the container's init, and the ends.
+    Exec(Exec),
+}
 
 /// One container to make.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Request {
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Create {
     pub(super) id: String,
     /// Holds config.json.
     pub(super) bundle: PathBuf,
@@ -42,6 +54,24 @@ pub(super) struct Request {
     pub(super) cwd: PathBuf,
     /// The spec does not set the process's OOM score.
     pub(super) keeps_oom_score: bool,
+    /// How its terminal is to be, if it gets one.
+    pub(super) console: Option<Console>,
+}
+
+/// One process to run in a container.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Exec {
+    /// Of the container's init, as the agent sees it.
+    pub(super) init: i32,
+    /// CLONE_NEW* of the namespaces that the container does not share with the VM.
+    pub(super) namespaces: i32,
+    pub(super) cgroup: PathBuf,
+    /// Holds the spec's linux.seccomp.
+    pub(super) seccomp: Option<PathBuf>,
+    /// The spec's linux.personality.domain.
+    pub(super) personality: Option<String>,
+    /// How its terminal is to be, if it gets one.
+    pub(super) console: Option<Console>,
 }
 
 /// Returns in the agent; the zygote never does.
@@ -59,26 +89,35 @@ pub(super) fn fork() -> Result<OwnedFd, Errno> {
 fn serve(socket: OwnedFd) -> ! {
     let named = set_pdeathsig(Signal::SIGKILL).and_then(|()| nix::sys::prctl::set_name(c"machinen-engine"));
     if let Err(err) = named {
-        console::say(&format!("the engine's process cannot prepare itself: {err}"));
-        sys::exit_now(1);
+        fail(&format!("the engine's process cannot prepare itself: {err}"));
     }
+    let pids: OwnedFd = match File::open("/proc/self/ns/pid") {
+        Ok(file) => file.into(),
+        Err(err) => fail(&format!("the engine's process cannot open its pid namespace: {err}")),
+    };
     loop {
         match receive(&socket) {
-            Ok(Some((request, fds))) => spawn(&request, fds),
+            Ok(Some((request, fds))) => {
+                if spawn(&request, fds, &pids).is_none() {
+                    console::say("the engine's process was sent a request without its descriptors");
+                }
+            }
             Ok(None) => sys::exit_now(0),
             Err(Errno::EINTR) => {}
-            Err(err) => {
-                console::say(&format!("the engine's process cannot read a request: {err}"));
-                sys::exit_now(1);
-            }
+            Err(err) => fail(&format!("the engine's process cannot read a request: {err}")),
         }
     }
 }
 
+pub(super) fn fail(text: &str) -> ! {
+    console::say(text);
+    sys::exit_now(1)
+}
+
 /// None when the agent is gone.
-fn receive(socket: &OwnedFd) -> Result<Option<(Request, [OwnedFd; FDS])>, Errno> {
+fn receive(socket: &OwnedFd) -> Result<Option<(Request, Vec<OwnedFd>)>, Errno> {
     let mut bytes = vec![0; MAX_REQUEST];
-    let mut space = cmsg_space!([i32; FDS]);
+    let mut space = cmsg_space!([i32; MAX_FDS]);
     let mut parts = [IoSliceMut::new(&mut bytes)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
@@ -93,14 +132,27 @@ fn receive(socket: &OwnedFd) -> Result<Option<(Request, [OwnedFd; FDS])>, Errno>
         return Ok(None);
     }
     let request = serde_json::from_slice(&bytes[..length]).map_err(|_| Errno::EBADMSG)?;
-    Ok(Some((request, fds.try_into().map_err(|_| Errno::EBADMSG)?)))
+    Ok(Some((request, fds)))
 }
 
-fn spawn(request: &Request, [report, stdin, stdout, stderr]: [OwnedFd; FDS]) {
-    let reporter = Reporter::new(report);
-    match sys::fork_sibling() {
-        Ok(ForkResult::Parent { .. }) => {}
-        Ok(ForkResult::Child) => worker::run(request, &reporter, [stdin, stdout, stderr]),
-        Err(err) => reporter.send(Message::Failed { text: format!("cannot fork a worker: {err}") }),
+/// None when descriptors are missing.
+fn spawn(request: &Request, fds: Vec<OwnedFd>, pids: &OwnedFd) -> Option<()> {
+    let mut fds = fds.into_iter();
+    let reporter = Reporter::new(fds.next()?);
+    match request {
+        Request::Create(create) => {
+            let ends = ProcessEnds::from_fds(fds.collect())?;
+            match sys::fork_sibling() {
+                Ok(ForkResult::Parent { .. }) => {}
+                Ok(ForkResult::Child) => worker::run(create, &reporter, ends),
+                Err(err) => reporter.send(Message::Failed { text: format!("cannot fork a worker: {err}") }),
+            }
+        }
+        Request::Exec(request) => {
+            let (process, init) = (fds.next()?, fds.next()?);
+            let ends = ProcessEnds::from_fds(fds.collect())?;
+            exec::spawn(exec::Exec { request, process, init, ends }, &reporter, pids);
+        }
     }
+    Some(())
 }

@@ -1,8 +1,9 @@
 //! Limits of the container's cgroup: in a VM all of them hold, on a host those that it has controllers for.
 
+use machinen_protocol::api;
 use serde_json::{Value, json};
 
-use crate::support::{Guest, Spec, status};
+use crate::support::{Guest, Spec, context, status};
 
 fn limited(script: &str, resources: Value) -> Spec {
     Spec::sh(script).with(|s| {
@@ -56,4 +57,23 @@ async fn running_out_of_memory_is_told() {
     guest.create("c", &Spec::new(&["false"])).await.unwrap();
     guest.start_container("c").await.unwrap();
     assert!(!guest.wait("c").await.oom_killed);
+}
+
+#[tokio::test]
+async fn each_killed_process_is_told_while_the_container_runs() {
+    let guest = Guest::start().await;
+    if !guest.has_controller("memory") {
+        eprintln!("this host's cgroup v2 has no memory controller: seen in a VM only (MACHINEN_TEST_VM=1)");
+        return;
+    }
+    let script = "dd if=/dev/zero of=/dev/null bs=200M count=1; dd if=/dev/zero of=/dev/null bs=200M count=1; sleep 1000";
+    guest.create("c", &limited(script, json!({"memory": {"limit": 33_554_432}}))).await.unwrap();
+    guest.start_container("c").await.unwrap();
+    for seen in [0, 1] {
+        let request = api::WaitOutOfMemoryRequest { container_id: "c".into(), seen, ..Default::default() };
+        let told = guest.agent.wait_out_of_memory(context(), &request).await.unwrap();
+        assert!(told.killed > seen && !told.ended, "{told:?}");
+    }
+    guest.signal("c", libc::SIGKILL, false).await.unwrap();
+    assert!(guest.wait("c").await.oom_kills >= 2);
 }

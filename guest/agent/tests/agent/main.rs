@@ -3,10 +3,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a step that fails fails its test")]
 
+mod control;
+mod exec;
 mod hostile;
+mod layer;
 mod lifecycle;
 mod limits;
 mod oci;
 mod stdio;
 mod support;
+mod terminal;
 mod timeline;

@@ -14,7 +14,7 @@ const GROUP_DESCRIPTOR: usize = 32;
 const SUPERBLOCK: usize = 1024;
 
 const INCOMPAT: u32 = 0x2 | 0x40 | 0x200; // filetype, extent, flex_bg
-const COMPAT: u32 = 0x8 | 0x20; // ext_attr, dir_index
+const COMPAT: u32 = 0x4 | 0x8 | 0x20; // has_journal, ext_attr, dir_index
 const RO_COMPAT: u32 = 0x1 | 0x2 | 0x8 | 0x20 | 0x40; // sparse_super, large_file, huge_file, dir_nlink, extra_isize
 
 /// An open disk. Changes are in memory until [`Image::flush`].
@@ -43,7 +43,7 @@ pub(super) enum Counter {
 
 impl<'a> Image<'a> {
     /// # Errors
-    /// A disk that is not ext4, or not with exactly the features that the cache's disks have.
+    /// A disk that is not ext4, or has other features than those that this program asks mke2fs for.
     pub(super) fn open(file: &'a File) -> Result<Self, Ext4Error> {
         let mut first = [0; BLOCK];
         file.read_exact_at(&mut first, 0).map_err(|source| Ext4Error::Read { block: 0, source })?;

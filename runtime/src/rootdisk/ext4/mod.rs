@@ -1,7 +1,7 @@
 //! The ext4 format as far as the cache needs it: to make the bytes that mke2fs wrote a function of the tree alone
 //! ([`normalise`]), and to read a disk back without mounting it ([`manifest`]).
 //!
-//! Only disks with the features that [`super::mkfs`] asks for are understood, without journal and checksums; all
+//! Only disks with the features that [`super::mkfs`] asks for are understood, without checksums and with a journal that was never used; all
 //! else is refused. Source: the kernel's Documentation/filesystems/ext4 and fs/ext4/ext4.h; all numbers are little-endian.
 
 mod dir;

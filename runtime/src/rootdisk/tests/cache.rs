@@ -52,23 +52,6 @@ fn another_root_of_the_same_image_is_read_but_not_converted() {
 }
 
 #[test]
-fn an_upper_layer_counts_once_something_is_in_it() {
-    let fixture = Fixture::new();
-    let (root, upper) = (fixture.path("root"), fixture.path("upper"));
-    make(&root, "text");
-    fs::create_dir(&upper).unwrap();
-    let with_upper = RootfsSource::Overlay { lowers: vec![root.clone()], upper: Some(upper.clone()) };
-    let first = fixture.build(&layer(&root)).unwrap();
-    assert!(fixture.build(&with_upper).unwrap().cached);
-    make(&upper, "changed");
-    let second = fixture.build(&with_upper).unwrap();
-    assert!(!second.cached && second.key != first.key);
-    assert!(fixture.build(&with_upper).unwrap().cached);
-    fs::write(upper.join("file"), "again").unwrap();
-    assert!(!fixture.build(&with_upper).unwrap().cached);
-}
-
-#[test]
 fn the_second_waits_for_the_first() {
     let fixture = Fixture::new();
     let root = fixture.path("root");

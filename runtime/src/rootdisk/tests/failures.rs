@@ -138,12 +138,9 @@ fn sources_that_are_not_there_are_named() {
     let fixture = Fixture::new();
     let (missing, file) = (fixture.path("missing"), fixture.path("file"));
     fs::write(&file, "").unwrap();
-    let overlay = |lowers: &[&PathBuf], upper| RootfsSource::Overlay {
-        lowers: lowers.iter().copied().cloned().collect(),
-        upper,
-    };
-    for source in [RootfsSource::Dir(missing.clone()), layer(&missing), overlay(&[&missing, &missing], None)]
-    {
+    let overlay =
+        |lowers: &[&PathBuf]| RootfsSource::Overlay { lowers: lowers.iter().copied().cloned().collect() };
+    for source in [RootfsSource::Dir(missing.clone()), layer(&missing), overlay(&[&missing, &missing])] {
         let error = fixture.build(&source).unwrap_err();
         let text = chain(&error);
         assert!(
@@ -153,10 +150,10 @@ fn sources_that_are_not_there_are_named() {
         );
         assert_eq!(error.kind(), ErrorKind::NotFound);
     }
-    assert!(matches!(fixture.build(&overlay(&[], None)), Err(RootdiskError::NoLayers)));
+    assert!(matches!(fixture.build(&overlay(&[])), Err(RootdiskError::NoLayers)));
     let text = chain(&fixture.build(&layer(&file)).unwrap_err());
     assert!(text.contains(file.to_str().unwrap()), "{text}");
-    let text = chain(&fixture.build(&overlay(&[&file, &file], None)).unwrap_err());
+    let text = chain(&fixture.build(&overlay(&[&file, &file])).unwrap_err());
     assert!(text.contains("Not a directory"), "{text}");
 }
 

@@ -65,7 +65,7 @@ fn small() -> BuildOptions {
 }
 
 fn layer(dir: &Path) -> RootfsSource {
-    RootfsSource::Overlay { lowers: vec![dir.to_owned()], upper: None }
+    RootfsSource::Overlay { lowers: vec![dir.to_owned()] }
 }
 
 /// Runs a tool that the test needs.

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use super::{Fixture, tool};
 use crate::error::{ErrorKind, Kind as _};
+use crate::process::Spawn;
 use crate::rootdisk::open_writable;
 
 const SIZE: u64 = 4 << 30;
@@ -68,4 +69,81 @@ fn what_a_container_wrote_is_never_overwritten() {
     assert_eq!(open_writable(&path).unwrap_err().kind(), ErrorKind::NotFound);
     let error = fixture.cache.create_writable(&path, u64::MAX >> 1, Path::new("mke2fs")).unwrap_err();
     assert!(error.to_string().ends_with("the largest is 16 TiB"), "{error}");
+}
+
+/// What a tree has, directories' sizes excepted, and all attributes.
+const LISTING: &str = "cd \"$1\" && find . -type d -printf '%P %y %m %U %G %T@\\n' -o -printf '%P %y %m %U %G %T@ %s %n %l\\n' | sort; \
+                       find . -type c -exec stat -c '%n %t %T' {} + | sort; \
+                       find . -type f -exec md5sum {} + | sort";
+
+#[test]
+fn a_seeded_layer_has_the_upper_directorys_files() {
+    let fixture = Fixture::new();
+    let (upper, disk) = (fixture.path("upper"), fixture.path("disk"));
+    let long = "n".repeat(255);
+    let script = format!(
+        "mkdir -p {0}/etc {0}/opaque {0}/many; cd {0}; echo a > one; ln one two; mknod etc/gone c 0 0; chmod 751 .; \
+         chown 3:4 .; mkfifo fifo; \
+         cp /bin/true setuid; chown 7:8 setuid; chmod 4755 setuid; cp /bin/true opaque/cap; setcap cap_net_raw+p opaque/cap; \
+         truncate -s 64M sparse; echo x >> sparse; ln -s {long} link; touch {long}; \
+         for i in $(seq 300); do echo $i > many/$i; done; touch -d '2001-02-03 04:05:06.789012345' many/7 many etc . ; \
+         touch -h -d '1950-01-01 00:00:00.5' link",
+        upper.display()
+    );
+    tool("sh", &["-ec", &script]);
+    let xattrs =
+        [("opaque", "trusted.overlay.opaque", "y"), ("one", "user.x", "two\nlines"), (".", "trusted.z", "z")];
+    for (file, key, value) in xattrs {
+        rustix::fs::lsetxattr(upper.join(file), key, value.as_bytes(), rustix::fs::XattrFlags::CREATE)
+            .unwrap();
+    }
+    let file = fixture.cache.seed_writable(&disk, SIZE, &upper, Path::new("mke2fs")).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), SIZE);
+    assert!(
+        file.metadata().unwrap().blocks() * 512 < 8 << 20,
+        "{} blocks",
+        file.metadata().unwrap().blocks()
+    );
+    let disk_path = disk.to_str().unwrap();
+    tool("e2fsck", &["-fn", disk_path]);
+    let mounted = fixture.path("mounted");
+    fs::create_dir(&mounted).unwrap();
+    let (listing, wanted, found) = (fixture.path("listing"), fixture.path("wanted"), fixture.path("found"));
+    fs::write(&listing, LISTING).unwrap();
+    let script = format!(
+        "sh {listing} {upper} > {wanted}; mount -o loop,noatime {disk} {dir}; sh {listing} {dir}/upper > {found}; \
+         ls {dir} > {found}.root; echo more > {dir}/upper/more; umount {dir}",
+        listing = listing.display(),
+        upper = upper.display(),
+        wanted = wanted.display(),
+        disk = disk.display(),
+        dir = mounted.display(),
+        found = found.display(),
+    );
+    tool("unshare", &["--mount", "sh", "-ec", &script]);
+    assert_eq!(fs::read_to_string(&found).unwrap(), fs::read_to_string(&wanted).unwrap());
+    assert_eq!(fs::read_to_string(found.with_extension("root")).unwrap(), "upper\n");
+    // The journal works.
+    tool("e2fsck", &["-fn", disk_path]);
+    // debugfs(8) shows attributes of a disk without mounting it.
+    let all = [&xattrs[..], &[("opaque/cap", "security.capability", "")]].concat();
+    for (file, key, value) in all {
+        let request = format!("ea_get -V upper/{file} {key}");
+        let output = Spawn::new("debugfs").args(["-R", &request, disk_path]).run().unwrap();
+        let mut wanted = vec![0; 100];
+        let length = rustix::fs::lgetxattr(upper.join(file), key, wanted.as_mut_slice()).unwrap();
+        assert_eq!(output.stdout.strip_suffix(b"\n").unwrap(), &wanted[..length], "{file} {key} {value}");
+    }
+}
+
+#[test]
+fn an_upper_directory_that_does_not_fit_is_refused() {
+    let fixture = Fixture::new();
+    let (upper, disk) = (fixture.path("upper"), fixture.path("disk"));
+    fs::create_dir(&upper).unwrap();
+    fs::write(upper.join("big"), vec![7; 64 << 20]).unwrap();
+    let error = fixture.cache.seed_writable(&disk, 64 << 20, &upper, Path::new("mke2fs")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ResourceExhausted);
+    assert!(error.to_string().contains("io.machinen.rootdisk-size"), "{error}");
+    assert!(!disk.exists());
 }

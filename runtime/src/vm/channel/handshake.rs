@@ -15,6 +15,7 @@ pub(super) async fn accept_control(stream: &mut (impl Stream + ?Sized)) -> Resul
             let (field, value) = match kind {
                 Kind::Control => ("control token", token),
                 Kind::Stdio => ("stream kind", 2),
+                Kind::Waiting => ("stream kind", 3),
             };
             Err(ChannelError::Protocol(PreambleError::Unknown { field, value }))
         }

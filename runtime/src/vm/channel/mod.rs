@@ -15,6 +15,7 @@ mod vhost_user;
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -24,7 +25,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 pub use choose::{HostSupport, choose};
 
-use super::argv::PRIVATE_CID;
+use super::argv::{PRIVATE_CID, Start};
 use super::spec::{ChannelKind, VmSpec};
 use crate::process::ProcessError;
 
@@ -63,6 +64,14 @@ pub enum ChannelError {
     Deadline,
 }
 
+/// What the host does with the first bytes that come over a serial channel; for fuzzing.
+#[cfg(fuzzing)]
+pub async fn greet(socket: tokio::net::UnixStream) -> Result<BoxedStream, ChannelError> {
+    let mut control = serial::Serial::over(socket).accept().await?;
+    handshake::accept_control(&mut control).await?;
+    Ok(control)
+}
+
 /// The host's end of the channel of one VM.
 #[derive(Debug)]
 pub(super) struct Channel {
@@ -75,6 +84,10 @@ enum Connector {
     KernelVsock(kernel_vsock::KernelVsock),
     VhostUser(vhost_user::VhostUser),
     Serial(serial::Serial),
+    /// The serial port of a template, kept open.
+    Silent {
+        _ours: StdUnixStream,
+    },
 }
 
 /// What QEMU is started with.
@@ -86,8 +99,16 @@ pub(super) struct GuestEnd {
 
 impl Channel {
     /// Makes the channel ready to be dialled by the guest. `dir` is the VM's own directory.
-    pub(super) async fn prepare(spec: &VmSpec, dir: &Path) -> Result<(Self, GuestEnd), ChannelError> {
+    pub(super) async fn prepare(
+        spec: &VmSpec,
+        start: Start,
+        dir: &Path,
+    ) -> Result<(Self, GuestEnd), ChannelError> {
         let (connector, end) = match &spec.channel {
+            ChannelKind::Serial if start == Start::Template => {
+                let (ours, fd) = serial::Serial::silent()?;
+                (Connector::Silent { _ours: ours }, GuestEnd { fd, cid: PRIVATE_CID })
+            }
             ChannelKind::KernelVsock => {
                 let (kernel, end) = kernel_vsock::KernelVsock::prepare()?;
                 (Connector::KernelVsock(kernel), end)
@@ -110,6 +131,7 @@ impl Channel {
             Connector::KernelVsock(kernel) => kernel.accept().await?,
             Connector::VhostUser(user) => user.accept().await?,
             Connector::Serial(serial) => serial.accept().await?,
+            Connector::Silent { .. } => return Err(silent()),
         };
         handshake::accept_control(&mut stream).await?;
         Ok(stream)
@@ -123,6 +145,7 @@ impl Channel {
                 Connector::KernelVsock(kernel) => kernel.dial().await?,
                 Connector::VhostUser(user) => user.dial().await?,
                 Connector::Serial(serial) => serial.dial().await?,
+                Connector::Silent { .. } => return Err(silent()),
             };
             handshake::offer(&mut stream, Preamble { kind: Kind::Stdio, token }).await?;
             Ok((token, stream))
@@ -136,8 +159,12 @@ impl Channel {
     /// Ends what serves the channel and removes its files; nothing of it is left when this returns.
     pub(super) async fn close(&self) -> Result<(), ChannelError> {
         match &self.connector {
-            Connector::KernelVsock(_) | Connector::Serial(_) => Ok(()),
+            Connector::KernelVsock(_) | Connector::Serial(_) | Connector::Silent { .. } => Ok(()),
             Connector::VhostUser(user) => user.close().await,
         }
     }
+}
+
+fn silent() -> ChannelError {
+    ChannelError::Closed(io::ErrorKind::NotConnected.into())
 }

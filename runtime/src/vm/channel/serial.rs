@@ -30,13 +30,21 @@ impl Serial {
     /// Returns the end that QEMU inherits.
     pub(super) fn prepare() -> Result<(Self, OwnedFd), ChannelError> {
         let failed = |source| ChannelError::Host { action: "make a socket pair", source };
-        let (ours, qemus) = StdUnixStream::pair().map_err(failed)?;
+        let (ours, qemus) = Self::silent()?;
         ours.set_nonblocking(true).map_err(failed)?;
         let ours = UnixStream::from_std(ours).map_err(failed)?;
-        Ok((Self::over(ours), qemus.into()))
+        Ok((Self::over(ours), qemus))
     }
 
-    fn over(socket: UnixStream) -> Self {
+    /// The two ends without anything that speaks on ours: yamux would at once, and a template would keep what it
+    /// heard, for all of its clones.
+    pub(super) fn silent() -> Result<(StdUnixStream, OwnedFd), ChannelError> {
+        let failed = |source| ChannelError::Host { action: "make a socket pair", source };
+        let (ours, qemus) = StdUnixStream::pair().map_err(failed)?;
+        Ok((ours, qemus.into()))
+    }
+
+    pub(super) fn over(socket: UnixStream) -> Self {
         let mut config = yamux::Config::default();
         config.set_max_num_streams(MAX_STREAMS);
         config.set_max_connection_receive_window(Some(MAX_STREAMS * MIN_WINDOW));

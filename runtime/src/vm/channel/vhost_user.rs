@@ -27,6 +27,11 @@ use crate::vm::capture::Capture;
 /// Longest answer to CONNECT that is read, bytes.
 const MAX_ANSWER: usize = 32;
 
+/// What the daemon holds of a stream for a host that does not read, bytes: as much as the guest's kernel lets a stream
+/// have on its way (vsock(7), SO_VM_SOCKETS_BUFFER_SIZE). With less the guest waits more often; with more it waits for
+/// ever, since the daemon says only after three quarters of this that it has taken something.
+const BUFFER: usize = 256 << 10;
+
 #[derive(Debug)]
 pub(super) struct VhostUser {
     daemon: Child,
@@ -59,7 +64,12 @@ impl VhostUser {
         let created = Created::watch(&sockets.path).map_err(failed("watch a directory"))?;
         let (stderr, stderr_writer) = io::pipe().map_err(failed("make a pipe"))?;
         let daemon = Spawn::new(program)
-            .args(["--vm", &format!("guest-cid={PRIVATE_CID},socket=vhost.sock,uds-path=vm.vsock")])
+            .args([
+                "--vm",
+                &format!(
+                    "guest-cid={PRIVATE_CID},socket=vhost.sock,uds-path=vm.vsock,tx-buffer-size={BUFFER}"
+                ),
+            ])
             .dir(&sockets.path)
             .stderr(Stdio::Fd(stderr_writer.into()))
             .sandbox(Sandbox::strict(identity.clone()))

@@ -1,5 +1,6 @@
 //! A host's side of the channel, and an agent to talk to.
 
+mod exec;
 mod rootfs;
 mod spec;
 pub(crate) mod vm;
@@ -110,6 +111,7 @@ impl Guest {
             realtime_ns: i64::try_from(now.as_nanos()).unwrap(),
             entropy: vec![7; 64],
             hostname: "guest".into(),
+            machine_id: "0123456789abcdef".repeat(2),
             ..Default::default()
         };
         self.agent.configure(context(), &request).await
@@ -167,13 +169,29 @@ impl Guest {
     }
 
     pub(crate) async fn wait(&self, id: &str) -> api::WaitProcessResponse {
-        let request = api::ProcessRequest { container_id: id.into(), ..Default::default() };
+        self.wait_exec(id, "").await
+    }
+
+    /// The init is "".
+    pub(crate) async fn wait_exec(&self, id: &str, exec: &str) -> api::WaitProcessResponse {
+        let request = process(id, exec);
         self.agent.wait_process(context(), &request).await.unwrap()
     }
 
     pub(crate) async fn signal(&self, id: &str, signal: i32, all: bool) -> ttrpc::Result<api::Empty> {
+        self.signal_exec(id, "", signal, all).await
+    }
+
+    pub(crate) async fn signal_exec(
+        &self,
+        id: &str,
+        exec: &str,
+        signal: i32,
+        all: bool,
+    ) -> ttrpc::Result<api::Empty> {
         let request = api::SignalProcessRequest {
             container_id: id.into(),
+            exec_id: exec.into(),
             signal: signal.unsigned_abs(),
             all,
             ..Default::default()
@@ -198,28 +216,37 @@ impl Guest {
         let stdio = api::Stdio { stdin, stdout, stderr, ..Default::default() };
         self.create_with(id, spec, stdio).await.unwrap();
         self.start_container(id).await.unwrap();
+        let streams = (&mut to_stdin, &mut from_stdout, &mut from_stderr);
+        let output = self.converse(id, "", input, streams).await;
+        self.delete(id).await.unwrap();
+        output
+    }
+
+    /// Gives a process its input, and reads what it writes until it has ended.
+    async fn converse(
+        &self,
+        id: &str,
+        exec: &str,
+        input: &[u8],
+        (to_stdin, from_stdout, from_stderr): (&mut RawStream, &mut RawStream, &mut RawStream),
+    ) -> Output {
         let feed = async {
             // A process that does not read its stdin may end before it is written.
             if to_stdin.write_all(input).await.is_ok() {
-                let _ = self.end_stdin(id, input.len() as u64).await;
+                let _ = self.end_exec_stdin(id, exec, input.len() as u64).await;
             }
         };
         let (mut out, mut err) = (Vec::new(), Vec::new());
-        let collect = async {
-            let ended = self.wait(id).await;
-            (ended.stdout_bytes, ended.stderr_bytes, ended)
-        };
         // Reading must go on while waiting, as the agent holds no more than a buffer.
-        let read_out = read_until_told(&mut from_stdout, &mut out);
-        let read_err = read_until_told(&mut from_stderr, &mut err);
-        let ((), (out_bytes, err_bytes, ended)) = tokio::select! {
-            done = async { tokio::join!(feed, collect) } => done,
+        let read_out = read_until_told(from_stdout, &mut out);
+        let read_err = read_until_told(from_stderr, &mut err);
+        let ((), ended) = tokio::select! {
+            done = async { tokio::join!(feed, self.wait_exec(id, exec)) } => done,
             _ = read_out => unreachable!("reads until dropped"),
             _ = read_err => unreachable!("reads until dropped"),
         };
-        read_to(&mut from_stdout, &mut out, out_bytes).await;
-        read_to(&mut from_stderr, &mut err, err_bytes).await;
-        self.delete(id).await.unwrap();
+        read_to(from_stdout, &mut out, ended.stdout_bytes).await;
+        read_to(from_stderr, &mut err, ended.stderr_bytes).await;
         Output {
             code: ended.exit_status,
             stdout: String::from_utf8_lossy(&out).into_owned(),
@@ -228,8 +255,16 @@ impl Guest {
     }
 
     pub(crate) async fn end_stdin(&self, id: &str, total: u64) -> ttrpc::Result<api::Empty> {
-        let request =
-            api::EndStdinRequest { container_id: id.into(), total_bytes: total, ..Default::default() };
+        self.end_exec_stdin(id, "", total).await
+    }
+
+    async fn end_exec_stdin(&self, id: &str, exec: &str, total: u64) -> ttrpc::Result<api::Empty> {
+        let request = api::EndStdinRequest {
+            container_id: id.into(),
+            exec_id: exec.into(),
+            total_bytes: total,
+            ..Default::default()
+        };
         self.agent.end_stdin(context(), &request).await
     }
 
@@ -307,6 +342,10 @@ pub(crate) fn context() -> ttrpc::context::Context {
 
 pub(crate) fn container(id: &str) -> api::ContainerRequest {
     api::ContainerRequest { container_id: id.into(), ..Default::default() }
+}
+
+pub(crate) fn process(id: &str, exec: &str) -> api::ProcessRequest {
+    api::ProcessRequest { container_id: id.into(), exec_id: exec.into(), ..Default::default() }
 }
 
 /// The status of a call that had to fail.

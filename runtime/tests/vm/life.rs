@@ -1,13 +1,10 @@
-//! Real VMs: QEMU, the guest kernel and image of `target/guest`, both channels.
-#![expect(clippy::unwrap_used, reason = "a test may")]
-
-mod host;
+//! VMs that boot, run and end, in order and not.
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use host::{Host, chain};
+use crate::host::{self, Host, chain};
 use machinen::vm::{BootError, ChannelKind, DiskSpec, LaunchError, Vm, VmError, VmExit};
 use tokio::io::AsyncWriteExt as _;
 

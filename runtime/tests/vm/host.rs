@@ -72,6 +72,11 @@ impl Host {
         DiskSpec { file: file.into(), read_only, serial: serial.into() }
     }
 
+    /// What a VM that has ended has said, if that was kept.
+    pub fn console(&self) -> String {
+        fs::read_to_string(self.dir().join("console.log")).unwrap_or_default()
+    }
+
     pub fn nothing_is_left(&self, pid: u32) {
         assert!(!Path::new(&format!("/proc/{pid}")).exists(), "process {pid} is left");
         // Every process that was started runs as a user of this test's own.

@@ -1,0 +1,96 @@
+//! Checkpoint and restore: CRIU dumps a container's processes into files, and makes processes of them again.
+//!
+//! ```text
+//!   dump      frozen processes ── criu swrk ──> images on a disk of the host's ── where they are on it ──> host
+//!   restore   images on a disk ── criu swrk ──> processes that have not run yet ── start ──> they run
+//! ```
+//! CRIU is spoken to over its RPC socket (`rpc`), one process for each dump or restore. The host reads the images from the
+//! disk itself, by the extents that it is told: no byte of them is sent.
+
+mod cpu;
+mod dump;
+mod extents;
+mod lazy;
+mod mounted;
+mod mounts;
+mod restore;
+mod rpc;
+
+use std::{
+    fs::File,
+    io,
+    os::fd::AsRawFd as _,
+    path::{Path, PathBuf},
+};
+
+use machinen_protocol::api::CriuOptions;
+use nix::errno::Errno;
+use rust_criu::rust_criu_protobuf::rpc::{Criu_cg_mode, Criu_network_lock_method, Criu_opts};
+
+pub(crate) use self::{
+    dump::{Source, dump},
+    mounts::make_mount_points,
+    restore::{Fetching, Held, Place, Restored, restore},
+    rpc::warm_up,
+};
+use crate::{cgroup::CgroupError, disk::DiskError};
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CriuError {
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error("cannot {what} {path}")]
+    File { what: &'static str, path: PathBuf, source: io::Error },
+    #[error("cannot mount the checkpoint's disk {device}")]
+    Mount { device: PathBuf, source: Errno },
+    #[error("cannot run criu")]
+    Run(#[source] io::Error),
+    #[error("cannot talk to criu")]
+    Talk(#[source] io::Error),
+    #[error("criu has ended without an answer{log}")]
+    Died { log: String },
+    #[error("criu cannot {what} it{log}")]
+    Failed { what: &'static str, log: String },
+    #[error("cannot read the container's limits")]
+    Limits(#[from] CgroupError),
+    #[error("cannot find out what the container's processes have mounted or open")]
+    Inspect(#[source] procfs::ProcError),
+    #[error("the checkpoint was taken with CPU features that this VM lacks: {missing}")]
+    Cpu { missing: String },
+    #[error("the checkpoint was taken on kernel {theirs}, which is newer than this VM's {ours}")]
+    Kernel { theirs: String, ours: String },
+    #[error("the checkpoint has a file mounted at {destination}, for which the configuration has none")]
+    NoFile { destination: String },
+    #[error("cannot make the mount point {path}")]
+    MountPoint { path: PathBuf, source: Box<pathrs::error::Error> },
+    #[error("the image {name} has too many pieces")]
+    Pieces { name: String },
+    #[error("the container's memory cannot be fetched{log}")]
+    Pages { log: String },
+    #[error("criu has not sent the terminal's master")]
+    NoMaster,
+    #[error("criu has not said which process it has restored")]
+    NoPid,
+}
+
+/// What a dump and a restore are told alike. CRIU finds the directory of the images, while it starts, by this process's
+/// descriptor.
+fn options(images: &File, rootfs: &Path, options: &CriuOptions) -> Criu_opts {
+    /// CRIU's "info": what it does, without what it reads.
+    const LOG_LEVEL: i32 = 3;
+    let mut opts = Criu_opts::new();
+    opts.set_images_dir_fd(images.as_raw_fd());
+    opts.set_root(rootfs.display().to_string());
+    opts.set_log_level(LOG_LEVEL);
+    opts.set_notify_scripts(true);
+    opts.set_orphan_pts_master(true);
+    opts.set_manage_cgroups_mode(Criu_cg_mode::SOFT);
+    opts.set_manage_cgroups(true);
+    opts.set_network_lock(Criu_network_lock_method::NFTABLES);
+    opts.set_tcp_established(options.tcp_established);
+    opts.set_tcp_close(options.tcp_close);
+    opts.set_ext_unix_sk(options.ext_unix_sk);
+    opts.set_shell_job(options.shell_job);
+    opts.set_file_locks(options.file_locks);
+    opts
+}

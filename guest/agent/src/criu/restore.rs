@@ -1,0 +1,211 @@
+//! Making a dumped container's processes again, up to the moment before they run.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use machinen_protocol::api::{CheckpointFacts, CriuOptions};
+use nix::{
+    mount::MsFlags,
+    sys::socket::{ControlMessage, MsgFlags, sendmsg},
+    unistd::Pid,
+};
+use protobuf::MessageField;
+use rust_criu::rust_criu_protobuf::rpc::{Cgroup_root, Criu_req, Criu_req_type, Inherit_fd};
+use tokio::sync::oneshot;
+
+use super::{CriuError, cpu, lazy::Pages, mounted::Mounted, rpc::Criu};
+use crate::{
+    cgroup::{self, Cgroup},
+    container::FileMount,
+    disk::Disk,
+    reaper::{Exit, Reaper},
+    stdio::ProcessEnds,
+};
+
+const LOG: &str = "restore.log";
+
+/// Where the processes are to be.
+#[derive(Debug)]
+pub(crate) struct Place<'a> {
+    /// Exists, with its limits.
+    pub(crate) cgroup: &'a Cgroup,
+    pub(crate) rootfs: &'a Path,
+    /// The agent's directory of the container.
+    pub(crate) dir: &'a Path,
+    pub(crate) files: &'a [FileMount],
+}
+
+/// Processes that are there and have not run.
+#[derive(Debug)]
+pub(crate) struct Restored {
+    pub(crate) pid: Pid,
+    pub(crate) exit: oneshot::Receiver<Exit>,
+    pub(crate) held: Held,
+}
+
+/// What keeps restored processes from running.
+#[derive(Debug)]
+pub(crate) struct Held {
+    criu: Criu,
+    pages: Option<Pages>,
+    images: Mounted,
+    work: PathBuf,
+}
+
+/// Memory of running processes that is still on the disk.
+#[derive(Debug)]
+pub(crate) struct Fetching {
+    pages: Pages,
+    images: Mounted,
+    work: PathBuf,
+}
+
+impl Fetching {
+    /// Returns when the disk is not needed any more.
+    ///
+    /// # Errors
+    /// Pages are missing, and will be.
+    pub(crate) async fn done(self) -> Result<(), CriuError> {
+        self.pages.fetched(self.images, &self.work).await
+    }
+}
+
+impl Held {
+    /// Lets the processes run, and returns when they do; with what is to be waited for, if their memory is fetched later.
+    ///
+    /// # Errors
+    /// CRIU fails in the last moment.
+    pub(crate) async fn release(self) -> Result<Option<Fetching>, CriuError> {
+        let Self { criu, pages, images, work } = self;
+        criu.go_on().await?;
+        criu.finish("restore", &work.join(LOG)).await?;
+        criu.ended().await;
+        Ok(pages.map(|pages| Fetching { pages, images, work }))
+    }
+}
+
+/// # Errors
+/// This VM is not one for the checkpoint, or CRIU cannot restore it; its processes are gone then.
+pub(crate) async fn restore(
+    reaper: &Reaper,
+    place: &Place<'_>,
+    disk: &Disk,
+    options: &CriuOptions,
+    facts: &CheckpointFacts,
+    stdio: ProcessEnds,
+) -> Result<Restored, CriuError> {
+    cpu::check_kernel(&facts.kernel_release)?;
+    cpu::check(&facts.cpu_flags)?;
+    let images = Mounted::mount(disk, place.dir, MsFlags::MS_RDONLY | MsFlags::MS_NOATIME)?;
+    let work = place.dir.join("criu");
+    fs::create_dir_all(&work).map_err(|source| CriuError::File {
+        what: "create",
+        path: work.clone(),
+        source,
+    })?;
+    let open = |path: &Path| {
+        File::open(path).map_err(|source| CriuError::File { what: "open", path: path.to_owned(), source })
+    };
+    let (work_dir, images_dir) = (open(&work)?, open(images.path())?);
+    let log = work.join(LOG);
+    let mut opts = super::options(&images_dir, place.rootfs, options);
+    opts.set_work_dir_fd(work_dir.as_raw_fd());
+    opts.set_log_file(LOG.to_owned());
+    opts.set_rst_sibling(true);
+    opts.set_lazy_pages(options.lazy_pages);
+    let mut root = Cgroup_root::new();
+    root.set_ctrl(String::new());
+    root.set_path(place.cgroup.path().strip_prefix(cgroup::ROOT).map_or_else(
+        |_| place.cgroup.path().display().to_string(),
+        |path| Path::new("/").join(path).display().to_string(),
+    ));
+    opts.cg_root.push(root);
+    for mount in &facts.mounts {
+        opts.external.push(format!("mnt[{}]:{}", mount.destination, source(mount, place.files)?));
+    }
+    let (inherited, console) = match stdio {
+        ProcessEnds::Files(files) => {
+            for (file, name) in
+                files.iter().zip(&facts.descriptors).filter(|(_, name)| name.starts_with("pipe:"))
+            {
+                let mut inherit = Inherit_fd::new();
+                inherit.set_key(name.clone());
+                inherit.set_fd(file.as_raw_fd());
+                opts.inherit_fd.push(inherit);
+            }
+            (Vec::from(files), None)
+        }
+        ProcessEnds::Terminal(socket) => (Vec::new(), Some(socket)),
+    };
+    let mut request = Criu_req::new();
+    request.set_type(Criu_req_type::RESTORE);
+    request.opts = MessageField::some(opts);
+    let pages = match options.lazy_pages {
+        true => Some(Pages::serve(reaper, images.path(), &work).await?),
+        false => None,
+    };
+    let expectation = reaper.expect();
+    let criu = Criu::start(reaper, &inherited)?;
+    drop(inherited);
+    // What it makes is in its own cgroup.
+    place.cgroup.add(criu.pid()).map_err(|source| CriuError::File {
+        what: "move criu into",
+        path: place.cgroup.path().to_owned(),
+        source,
+    })?;
+    criu.send(&request).await?;
+    let pid = follow(&criu, console, &log).await?;
+    let exit = expectation.watch(pid);
+    Ok(Restored { pid, exit, held: Held { criu, pages, images, work } })
+}
+
+/// Until the processes are there and would run next.
+async fn follow(criu: &Criu, console: Option<OwnedFd>, log: &Path) -> Result<Pid, CriuError> {
+    let mut pid = None;
+    loop {
+        let (answer, fd) =
+            criu.receive().await?.ok_or_else(|| CriuError::Died { log: super::rpc::quote(log) })?;
+        if answer.type_() != Criu_req_type::NOTIFY {
+            return Err(failed(log));
+        }
+        match answer.notify.script() {
+            "orphan-pts-master" => {
+                let master = fd.ok_or(CriuError::NoMaster)?;
+                if let Some(console) = &console {
+                    pass_on(console, &master).map_err(CriuError::Talk)?;
+                }
+            }
+            "post-restore" => pid = Some(answer.notify.pid()).filter(|pid| *pid > 0),
+            // Without an answer to this one they wait.
+            "pre-resume" => return pid.map(Pid::from_raw).ok_or(CriuError::NoPid),
+            _ => {}
+        }
+        criu.go_on().await?;
+    }
+}
+
+/// As the engine does for a new container.
+fn pass_on(console: &OwnedFd, master: &OwnedFd) -> io::Result<()> {
+    let fds = [master.as_raw_fd()];
+    let control = [ControlMessage::ScmRights(&fds)];
+    let bytes = [io::IoSlice::new(b"master")];
+    sendmsg::<()>(console.as_raw_fd(), &bytes, &control, MsgFlags::MSG_NOSIGNAL, None)?;
+    Ok(())
+}
+
+fn source(mount: &machinen_protocol::api::ExternalMount, files: &[FileMount]) -> Result<String, CriuError> {
+    if !mount.source.is_empty() {
+        return Ok(mount.source.clone());
+    }
+    let file = files.iter().find(|file| file.destination == Path::new(&mount.destination));
+    let file = file.ok_or_else(|| CriuError::NoFile { destination: mount.destination.clone() })?;
+    Ok(file.source.display().to_string())
+}
+
+fn failed(log: &Path) -> CriuError {
+    CriuError::Failed { what: "restore", log: super::rpc::quote(log) }
+}

@@ -1,0 +1,248 @@
+//! One `criu swrk` process and the conversation with it (CRIU's rpc.proto, over a socket of whole messages).
+
+use std::{
+    fs,
+    io::IoSliceMut,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use nix::{
+    cmsg_space,
+    errno::Errno,
+    fcntl::{FcntlArg, FdFlag, OFlag, fcntl},
+    sys::socket::{
+        AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, send, socketpair,
+    },
+    unistd::Pid,
+};
+use protobuf::{Message, MessageField};
+use rust_criu::rust_criu_protobuf::rpc::{Criu_features, Criu_req, Criu_req_type, Criu_resp};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::oneshot,
+};
+
+use super::CriuError;
+use crate::{
+    reaper::{Exit, Reaper},
+    sys,
+};
+
+const PROGRAM: &str = "/usr/sbin/criu";
+/// Answers are a few words and numbers.
+const MAX_ANSWER: usize = 64 << 10;
+/// As much of CRIU's log as a message quotes.
+const MAX_QUOTE: usize = 600;
+
+#[derive(Debug)]
+pub(super) struct Criu {
+    socket: AsyncFd<OwnedFd>,
+    reaper: Reaper,
+    pid: Pid,
+    exit: Option<oneshot::Receiver<Exit>>,
+}
+
+impl Criu {
+    /// Starts it; the descriptors in `inherited` are open in it under their numbers.
+    ///
+    /// # Errors
+    /// Those of starting a program.
+    pub(super) fn start(reaper: &Reaper, inherited: &[OwnedFd]) -> Result<Self, CriuError> {
+        let run = |err: Errno| CriuError::Run(err.into());
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+                .map_err(run)?;
+        fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK)).map_err(run)?;
+        let inherited: Vec<BorrowedFd<'_>> =
+            inherited.iter().map(AsFd::as_fd).chain([theirs.as_fd()]).collect();
+        let (pid, exit) = spawn(reaper, &["swrk", &theirs.as_raw_fd().to_string()], &inherited)?;
+        let exit = Some(exit);
+        let socket = sys::register(ours, Interest::READABLE | Interest::WRITABLE).map_err(CriuError::Run)?;
+        Ok(Self { socket, reaper: reaper.clone(), pid, exit })
+    }
+
+    pub(super) fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// # Errors
+    /// It has ended.
+    pub(super) async fn send(&self, request: &Criu_req) -> Result<(), CriuError> {
+        let bytes = request.write_to_bytes().map_err(|err| CriuError::Talk(err.into()))?;
+        let write = |fd: &OwnedFd| Ok(send(fd.as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL)?);
+        self.socket.async_io(Interest::WRITABLE, write).await.map(drop).map_err(CriuError::Talk)
+    }
+
+    /// Its next message, and a descriptor if one came along. None when it has ended.
+    ///
+    /// # Errors
+    /// What it says is no message.
+    pub(super) async fn receive(&self) -> Result<Option<(Criu_resp, Option<OwnedFd>)>, CriuError> {
+        let mut bytes = vec![0; MAX_ANSWER];
+        let read = |fd: &OwnedFd| Ok(receive(fd.as_raw_fd(), &mut bytes)?);
+        let received = self.socket.async_io(Interest::READABLE, read).await;
+        let (length, fd) = match received {
+            Err(err) if err.raw_os_error() == Some(libc::ECONNRESET) => return Ok(None),
+            received => received.map_err(CriuError::Talk)?,
+        };
+        if length == 0 {
+            return Ok(None);
+        }
+        let answer =
+            Criu_resp::parse_from_bytes(&bytes[..length]).map_err(|err| CriuError::Talk(err.into()))?;
+        Ok(Some((answer, fd)))
+    }
+
+    /// Lets it go on after it has told something.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub(super) async fn go_on(&self) -> Result<(), CriuError> {
+        let mut request = Criu_req::new();
+        request.set_type(Criu_req_type::NOTIFY);
+        request.set_notify_success(true);
+        self.send(&request).await
+    }
+
+    /// Lets it do what it was asked for, to its last answer.
+    ///
+    /// # Errors
+    /// It could not, and what its log says.
+    pub(super) async fn finish(&self, what: &'static str, log: &Path) -> Result<(), CriuError> {
+        loop {
+            match self.receive().await? {
+                None => return Err(CriuError::Died { log: quote(log) }),
+                Some((answer, _)) if answer.type_() == Criu_req_type::NOTIFY => self.go_on().await?,
+                Some((answer, _)) if answer.success() => return Ok(()),
+                Some(_) => return Err(CriuError::Failed { what, log: quote(log) }),
+            }
+        }
+    }
+
+    /// Ends it, if it has not ended by itself.
+    pub(super) fn kill(&self) {
+        // The reaper knows whether it has.
+        let _ = self.reaper.signal(self.pid, libc::SIGKILL);
+    }
+
+    /// Waits until it is gone, after its last answer.
+    pub(super) async fn ended(mut self) {
+        if let Some(exit) = self.exit.take() {
+            // An error is an exit that somebody else was told.
+            let _ = exit.await;
+        }
+    }
+}
+
+impl Drop for Criu {
+    fn drop(&mut self) {
+        if self.exit.is_some() {
+            self.kill();
+        }
+    }
+}
+
+/// Starts CRIU; the descriptors in `inherited` are open in it under their numbers.
+///
+/// # Errors
+/// Those of starting a program.
+pub(super) fn spawn(
+    reaper: &Reaper,
+    args: &[&str],
+    inherited: &[impl AsFd],
+) -> Result<(Pid, oneshot::Receiver<Exit>), CriuError> {
+    // Until this returns nothing else starts a program: there is one thread.
+    for fd in inherited {
+        fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).map_err(|err| CriuError::Run(err.into()))?;
+    }
+    let expectation = reaper.expect();
+    #[expect(clippy::disallowed_methods, reason = "in the guest the agent's reaper is who supervises")]
+    let child = Command::new(PROGRAM)
+        .args(args)
+        .env_clear()
+        .env("PATH", "/usr/sbin:/usr/bin")
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(CriuError::Run)?;
+    let pid = Pid::from_raw(child.id().cast_signed());
+    Ok((pid, expectation.watch(pid)))
+}
+
+fn receive(socket: RawFd, bytes: &mut [u8]) -> Result<(usize, Option<OwnedFd>), Errno> {
+    let mut parts = [IoSliceMut::new(bytes)];
+    let mut space = cmsg_space!(RawFd);
+    let message = recvmsg::<()>(socket, &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let mut received = None;
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(fds) = control {
+            received = fds.into_iter().map(sys::received_fd).next();
+        }
+    }
+    Ok((message.bytes, received))
+}
+
+/// Has CRIU find out what the kernel can, which it keeps in /run/criu.kdat.
+///
+/// # Errors
+/// It cannot be run.
+pub(crate) async fn warm_up(reaper: &Reaper) -> Result<(), CriuError> {
+    let mut request = Criu_req::new();
+    request.set_type(Criu_req_type::FEATURE_CHECK);
+    request.features = MessageField::some(Criu_features { mem_track: Some(true), ..Default::default() });
+    let criu = Criu::start(reaper, &[])?;
+    criu.send(&request).await?;
+    criu.receive().await?;
+    criu.ended().await;
+    Ok(())
+}
+
+/// What CRIU's log says of a failure: its first errors, which name the thing.
+pub(super) fn quote(log: &Path) -> String {
+    let Ok(bytes) = fs::read(log) else { return String::new() };
+    reasons(&String::from_utf8_lossy(&bytes))
+}
+
+fn reasons(log: &str) -> String {
+    let mut text = String::new();
+    // "(00.012345) 42: Error (criu/file.c:10): the reason"; what is not like that is of a program that CRIU has run.
+    let tells = |line: &&str| line.contains("Error (") || !line.starts_with('(');
+    // A question of its own to the kernel at the start, to which the container's rules for devices say no.
+    let is_probe = |line: &&str| line.contains("tun: Unable to create tun");
+    for line in log.lines().filter(tells).filter(|line| !is_probe(line)) {
+        let reason = line.split_once("Error (").and_then(|(_, rest)| rest.split_once("): "));
+        let reason = reason.map_or(line, |(_, reason)| reason).trim();
+        if text.len() + reason.len() > MAX_QUOTE {
+            break;
+        }
+        text.push_str(if text.is_empty() { ": " } else { "; " });
+        text.push_str(reason);
+    }
+    if text.is_empty() {
+        // It says where it was, at least.
+        text = log.lines().last().map(|line| format!(": its log ends with {line:?}")).unwrap_or_default();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_errors_are_quoted() {
+        let log = "(00.001) Something\n(00.002) 7: Error (criu/sk-inet.c:1): Connected TCP socket, consider using \
+                   --tcp-established option.\n(00.003) Warn  (x.c:1): no\n(00.004) Error (criu/cr-dump.c:2): Dumping FAILED.\n";
+        assert_eq!(
+            reasons(log),
+            ": Connected TCP socket, consider using --tcp-established option.; Dumping FAILED."
+        );
+        assert_eq!(reasons("tar: no\n(00.1) Error (x.c:1): it failed\n"), ": tar: no; it failed");
+        assert_eq!(reasons("(0) a\n(0) fine\n"), ": its log ends with \"(0) fine\"");
+        assert_eq!(reasons(""), "");
+    }
+}

@@ -1,0 +1,80 @@
+//! The process of an OCI configuration, made into what libcontainer and the agent's own exec can be given.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::spec::{SpecError, items, number};
+use crate::stdio::WindowSize;
+
+/// How a process's terminal is to be.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Console {
+    /// As whoever makes the terminal sees him.
+    pub(super) owner: u32,
+    pub(super) size: Option<WindowSize>,
+}
+
+/// What libcontainer would misread, or does unlike runc.
+pub(super) fn adapt(process: &mut Value, terminal: bool) -> Result<(), SpecError> {
+    if items(&process["args"]).next().is_none() {
+        return Err(SpecError::Missing { what: "process.args" });
+    }
+    let cwd = process["cwd"].as_str().unwrap_or_default();
+    if !cwd.starts_with('/') {
+        return Err(SpecError::Cwd { cwd: cwd.to_owned() });
+    }
+    // libcontainer takes "false" for "set late", when the right to install a seccomp filter is gone.
+    if process["noNewPrivileges"] == false {
+        process["noNewPrivileges"] = Value::Null;
+    }
+    // No capabilities are none, not all.
+    if process["capabilities"].is_null() {
+        process["capabilities"] = json!({});
+    }
+    // The streams decide.
+    process["terminal"] = terminal.into();
+    Ok(())
+}
+
+/// libcontainer would ask the C library for a missing HOME, which would load what the tenant's files name.
+pub(super) fn add_home(process: &mut Value, home: impl FnOnce() -> String) {
+    let is_home = |var: &Value| var.as_str().is_some_and(|var| var.starts_with("HOME="));
+    if items(&process["env"]).any(|var| is_home(var) && *var != "HOME=") {
+        return;
+    }
+    let given: Vec<Value> = items(&process["env"]).filter(|var| !is_home(var)).cloned().collect();
+    process["env"] = given.into_iter().chain([format!("HOME={}", home()).into()]).collect();
+}
+
+pub(super) fn uid(process: &Value) -> u32 {
+    number(&process["user"]["uid"])
+}
+
+/// The size that the caller's terminal has; none or nonsense is none.
+pub(super) fn console_size(process: &Value) -> Option<WindowSize> {
+    let side = |name: &str| process["consoleSize"][name].as_u64().and_then(|n| u16::try_from(n).ok());
+    Some(WindowSize { width: side("width")?, height: side("height")? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_or_empty_home_is_found() {
+        let mut process = json!({"env": ["HOME=", "A=b"]});
+        add_home(&mut process, || "/root".to_owned());
+        assert_eq!(process["env"], json!(["A=b", "HOME=/root"]));
+        add_home(&mut process, || unreachable!("it is there"));
+        assert_eq!(process["env"], json!(["A=b", "HOME=/root"]));
+    }
+
+    #[test]
+    fn a_size_is_taken_whole_or_not_at_all() {
+        let size = |value| console_size(&json!({"consoleSize": value}));
+        assert_eq!(size(json!({"height": 24, "width": 80})), Some(WindowSize { width: 80, height: 24 }));
+        assert_eq!(size(json!({"height": 24})), None);
+        assert_eq!(size(json!({"height": 1 << 20, "width": 80})), None);
+        assert_eq!(size(Value::Null), None);
+    }
+}

@@ -1,0 +1,116 @@
+//! What has to be known of a container to run more processes in it.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use nix::unistd::Pid;
+use pathrs::Root;
+use serde_json::Value;
+
+use super::{
+    home, process,
+    process::Console,
+    spec::{SpecError, has_namespace, mapped},
+    zygote,
+};
+use crate::cgroup::Cgroup;
+
+/// Namespaces by their names in the OCI configuration; the network is the VM's.
+const NAMESPACES: [(&str, i32); 7] = [
+    ("mount", libc::CLONE_NEWNS),
+    ("pid", libc::CLONE_NEWPID),
+    ("ipc", libc::CLONE_NEWIPC),
+    ("uts", libc::CLONE_NEWUTS),
+    ("cgroup", libc::CLONE_NEWCGROUP),
+    ("user", libc::CLONE_NEWUSER),
+    ("network", libc::CLONE_NEWNET),
+];
+/// CLONE_NEWTIME (linux/sched.h), which the C library does not have.
+const CLONE_NEWTIME: i32 = 0x80;
+
+#[derive(Debug, Clone)]
+pub(crate) struct Tenancy {
+    rootfs: PathBuf,
+    namespaces: i32,
+    cgroup: PathBuf,
+    seccomp: Option<PathBuf>,
+    personality: Option<String>,
+    uid_mappings: Value,
+}
+
+/// A process as the engine is asked to run it.
+#[derive(Debug)]
+pub(crate) struct PreparedProcess {
+    /// OCI process, as JSON.
+    pub(super) json: Vec<u8>,
+    console: Console,
+    owner: u32,
+}
+
+impl Tenancy {
+    /// From the spec's linux section. Writes what is too large to pass on into `dir`.
+    pub(super) fn new(linux: &Value, rootfs: &Path, cgroup: &Path, dir: &Path) -> Result<Self, SpecError> {
+        let mut namespaces = 0;
+        for (name, flag) in NAMESPACES.into_iter().chain([("time", CLONE_NEWTIME)]) {
+            if has_namespace(linux, name) {
+                namespaces |= flag;
+            }
+        }
+        let seccomp = match &linux["seccomp"] {
+            Value::Null => None,
+            filter => {
+                let path = dir.join("seccomp.json");
+                fs::write(&path, filter.to_string())
+                    .map_err(|source| SpecError::Write { path: path.clone(), source })?;
+                Some(path)
+            }
+        };
+        let personality = linux.pointer("/personality/domain").and_then(Value::as_str).map(str::to_owned);
+        Ok(Self {
+            rootfs: rootfs.to_owned(),
+            namespaces,
+            cgroup: Cgroup::new(cgroup).path().to_owned(),
+            seccomp,
+            personality,
+            uid_mappings: linux["uidMappings"].clone(),
+        })
+    }
+
+    /// Reads the host's OCI process and adapts it.
+    ///
+    /// # Errors
+    /// It lacks what every process needs.
+    pub(crate) fn process(&self, json: &[u8], terminal: bool) -> Result<PreparedProcess, SpecError> {
+        let mut value: Value = serde_json::from_slice(json).map_err(SpecError::ParseProcess)?;
+        if !value.is_object() {
+            return Err(SpecError::Missing { what: "process" });
+        }
+        process::adapt(&mut value, terminal)?;
+        let uid = process::uid(&value);
+        let root = Root::open(&self.rootfs).map_err(SpecError::Rootfs)?;
+        process::add_home(&mut value, || home::of_user(&root, uid));
+        let console = Console { owner: uid, size: process::console_size(&value) };
+        let owner = mapped(&self.uid_mappings, uid);
+        Ok(PreparedProcess { json: value.to_string().into_bytes(), console, owner })
+    }
+
+    pub(super) fn request(&self, init: Pid, process: &PreparedProcess) -> zygote::Exec {
+        zygote::Exec {
+            init: init.as_raw(),
+            namespaces: self.namespaces,
+            cgroup: self.cgroup.clone(),
+            seccomp: self.seccomp.clone(),
+            personality: self.personality.clone(),
+            console: Some(process.console),
+        }
+    }
+}
+
+impl PreparedProcess {
+    /// The user to whom the process's streams belong, as the agent sees it.
+    pub(crate) fn owner(&self) -> u32 {
+        self.owner
+    }
+}

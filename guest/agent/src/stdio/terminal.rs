@@ -1,0 +1,128 @@
+//! A process's terminal, from the agent's side: the master of a pair that the process has made in the container's
+//! own devpts.
+//!
+//! The pumps own the master. When they let go of it, the kernel hangs the terminal up: its session gets SIGHUP, and
+//! whoever reads from it an end.
+
+use std::{
+    io::{self, IoSliceMut},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    sync::{Arc, Weak},
+};
+
+use nix::{
+    cmsg_space,
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair},
+};
+use serde::{Deserialize, Serialize};
+use tokio::io::{Interest, unix::AsyncFd};
+
+use super::StdioError;
+use crate::sys::{self, terminal};
+
+/// Characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct WindowSize {
+    pub(crate) width: u16,
+    pub(crate) height: u16,
+}
+
+impl WindowSize {
+    /// More than the kernel knows is as much as it knows.
+    pub(crate) fn clamped(width: u32, height: u32) -> Self {
+        let side = |n| u16::try_from(n).unwrap_or(u16::MAX);
+        Self { width: side(width), height: side(height) }
+    }
+}
+
+/// The agent's end of the socket through which a master comes.
+#[derive(Debug)]
+pub(crate) struct ConsoleSocket(OwnedFd);
+
+/// The master's descriptor, watched; closed with its last clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Master(Arc<AsyncFd<OwnedFd>>);
+
+/// What can be asked of a terminal for as long as its pumps run.
+#[derive(Debug)]
+pub(crate) struct Terminal(Weak<AsyncFd<OwnedFd>>);
+
+impl ConsoleSocket {
+    pub(super) fn pair() -> Result<(Self, OwnedFd), StdioError> {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags);
+        let (ours, theirs) = pair.map_err(|err| StdioError::Terminal(err.into()))?;
+        Ok((Self(ours), theirs))
+    }
+
+    /// Takes the master, which has been sent by now.
+    pub(super) fn receive(self) -> Result<(Terminal, Master), StdioError> {
+        let master = receive_fd(self.0.as_fd(), MsgFlags::MSG_DONTWAIT).map_err(StdioError::NoMaster)?;
+        fcntl(&master, FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK))
+            .map_err(|err| StdioError::Terminal(err.into()))?;
+        let master = sys::register(master, Interest::READABLE | Interest::WRITABLE);
+        let master = Arc::new(master.map_err(StdioError::Terminal)?);
+        Ok((Terminal(Arc::downgrade(&master)), Master(master)))
+    }
+}
+
+/// Receives one descriptor.
+///
+/// # Errors
+/// Those of recvmsg(2); EBADMSG when what has come carries none.
+pub(crate) fn receive_fd(socket: BorrowedFd<'_>, flags: MsgFlags) -> Result<OwnedFd, Errno> {
+    let mut bytes = [0; 256];
+    let mut parts = [IoSliceMut::new(&mut bytes)];
+    let mut space = cmsg_space!(i32);
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC | flags;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(fds) = control
+            && let Some(fd) = fds.into_iter().next()
+        {
+            return Ok(sys::received_fd(fd));
+        }
+    }
+    Err(Errno::EBADMSG)
+}
+
+impl Terminal {
+    /// False when the terminal is gone. The kernel tells the foreground processes of a change by SIGWINCH.
+    ///
+    /// # Errors
+    /// Those of the ioctl.
+    pub(crate) fn resize(&self, size: WindowSize) -> Result<bool, Errno> {
+        match self.0.upgrade() {
+            None => Ok(false),
+            Some(master) => terminal::set_size(master.as_fd(), size.width, size.height).map(|()| true),
+        }
+    }
+}
+
+impl Master {
+    /// 0 when every process has closed the terminal.
+    pub(super) async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.0.async_io(Interest::READABLE, |fd| Ok(nix::unistd::read(fd, buffer)?)).await;
+        match read {
+            Err(err) if err.raw_os_error() == Some(libc::EIO) => Ok(0),
+            read => read,
+        }
+    }
+
+    pub(super) async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let write = |fd: &OwnedFd| Ok(nix::unistd::write(fd, bytes)?);
+            let written = self.0.async_io(Interest::WRITABLE, write).await?;
+            bytes = &bytes[written..];
+        }
+        Ok(())
+    }
+}
+
+impl AsFd for Master {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.get_ref().as_fd()
+    }
+}

@@ -1,0 +1,64 @@
+//! Why a checkpoint cannot be written or used.
+
+use std::{io, path::PathBuf};
+
+use crate::{
+    error::{ErrorKind, Kind},
+    rootdisk::{Key, RootdiskError},
+};
+
+use super::manifest::{FORMAT, MANIFEST};
+
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    #[error("cannot {action} {}", path.display())]
+    File { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("not enough space for the checkpoint in {}", path.display())]
+    NoSpace { path: PathBuf, source: io::Error },
+    #[error("{} is not empty: a checkpoint needs a directory of its own", path.display())]
+    NotEmpty { path: PathBuf },
+    #[error("the guest's answer about its images makes no sense: {what}")]
+    Guest { what: String },
+    #[error(transparent)]
+    Disk(#[from] RootdiskError),
+    #[error("{} is no checkpoint of machinen: it has no {MANIFEST}", dir.display())]
+    NoManifest { dir: PathBuf },
+    #[error("{} is not valid", path.display())]
+    Manifest { path: PathBuf, source: serde_json::Error },
+    #[error("{} has format {found}, this version of machinen reads format {FORMAT}", path.display())]
+    Format { path: PathBuf, found: u32 },
+    #[error("the checkpoint was taken on {found}, this host is {here}")]
+    Arch { found: String, here: &'static str },
+    #[error("{} is named {name:?}, which is not a plain file name", path.display())]
+    Name { path: PathBuf, name: String },
+    #[error("{} of the checkpoint {what}: it was truncated or changed", path.display())]
+    Changed { path: PathBuf, what: String },
+    #[error(
+        "the checkpoint was taken on the root file system {theirs}, but the container has {ours}: restore it with the same image"
+    )]
+    Rootfs { theirs: String, ours: Key },
+}
+
+impl CheckpointError {
+    pub(super) fn file(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace { path, source },
+            _ => Self::File { action, path, source },
+        }
+    }
+}
+
+impl Kind for CheckpointError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::File { .. } | Self::Guest { .. } => ErrorKind::Internal,
+            Self::NoSpace { .. } => ErrorKind::ResourceExhausted,
+            Self::NotEmpty { .. } => ErrorKind::AlreadyExists,
+            Self::Disk(error) => error.kind(),
+            Self::NoManifest { .. } => ErrorKind::NotFound,
+            Self::Manifest { .. } | Self::Name { .. } | Self::Changed { .. } => ErrorKind::InvalidArgument,
+            Self::Format { .. } | Self::Arch { .. } | Self::Rootfs { .. } => ErrorKind::FailedPrecondition,
+        }
+    }
+}

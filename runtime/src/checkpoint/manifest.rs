@@ -1,0 +1,229 @@
+//! `machinen.json`: what a checkpoint is of, and what it takes to restore it.
+//!
+//! Version rules: a field that older versions may ignore is added without a change of [`FORMAT`]; anything that they would
+//! misread changes it. Unknown fields are ignored, missing ones without a default are an error.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::Read as _,
+    path::{Path, PathBuf},
+};
+
+use machinen_protocol::api::{CgroupFile, CheckpointFacts, CriuOptions, ExternalMount};
+use serde::{Deserialize, Serialize};
+
+use super::CheckpointError;
+
+/// Version of the directory's format.
+pub const FORMAT: u32 = 1;
+/// The file's name.
+pub const MANIFEST: &str = "machinen.json";
+
+/// More than a manifest with the most files takes.
+const MAX_SIZE: u64 = 16 << 20;
+
+/// A checkpoint, described.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    pub format: u32,
+    /// Version of machinen that wrote it.
+    pub machinen: String,
+    /// As in `std::env::consts::ARCH`.
+    pub arch: String,
+    /// RFC 3339, UTC.
+    pub created: String,
+    /// Id of the container.
+    pub container: String,
+    /// Of the guest: uname(2)'s release.
+    pub kernel: String,
+    pub criu: String,
+    /// Features of the guest's CPU, by /proc/cpuinfo's names.
+    pub cpu_flags: Vec<String>,
+    /// Key of the base disk; none where the root file system is one disk of the snapshotter's.
+    #[serde(default)]
+    pub rootdisk: Option<String>,
+    /// `sha256:` and the digest of the bundle's config.json.
+    pub config: String,
+    pub terminal: bool,
+    /// CRIU's names of what the first process has as its standard streams; empty for one that is closed.
+    pub descriptors: Vec<String>,
+    pub mounts: Vec<Mount>,
+    /// Files of the container's cgroup.
+    pub limits: BTreeMap<String, String>,
+    pub options: Options,
+    pub files: Vec<ImageDigest>,
+}
+
+/// A mount in the container whose source is outside of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    pub destination: PathBuf,
+    /// In the guest; none for a file of the host's that the configuration mounts there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<PathBuf>,
+}
+
+/// What was asked for, each CRIU's option of the same name.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Options {
+    #[serde(default)]
+    pub tcp_established: bool,
+    #[serde(default)]
+    pub ext_unix_sk: bool,
+    #[serde(default)]
+    pub shell_job: bool,
+    #[serde(default)]
+    pub file_locks: bool,
+}
+
+/// One file of the checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageDigest {
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// Hexadecimal.
+    pub sha256: String,
+}
+
+impl Manifest {
+    /// Reads the manifest of the checkpoint in `dir`, and sees whether this host can use it. The images are not read.
+    ///
+    /// # Errors
+    /// There is none, it is not valid, or of another format or architecture.
+    pub fn read(dir: &Path) -> Result<Self, CheckpointError> {
+        let path = dir.join(MANIFEST);
+        let file = File::open(&path).map_err(|source| match source.kind() {
+            std::io::ErrorKind::NotFound => CheckpointError::NoManifest { dir: dir.to_owned() },
+            _ => CheckpointError::File { action: "open", path: path.clone(), source },
+        })?;
+        let mut text = Vec::new();
+        file.take(MAX_SIZE).read_to_end(&mut text).map_err(CheckpointError::file("read", &path))?;
+        Self::parse(&text, &path)
+    }
+
+    /// The same for a manifest that was read already, from `path`.
+    ///
+    /// # Errors
+    /// It is not valid, or of another format or architecture.
+    pub fn parse(text: &[u8], path: &Path) -> Result<Self, CheckpointError> {
+        #[derive(Deserialize)]
+        struct Version {
+            format: u32,
+        }
+        let path = path.to_owned();
+        let invalid = |source| CheckpointError::Manifest { path: path.clone(), source };
+        let Version { format } = serde_json::from_slice(text).map_err(invalid)?;
+        if format != FORMAT {
+            return Err(CheckpointError::Format { path, found: format });
+        }
+        let manifest: Self = serde_json::from_slice(text).map_err(invalid)?;
+        let here = std::env::consts::ARCH;
+        if manifest.arch != here {
+            return Err(CheckpointError::Arch { found: manifest.arch, here });
+        }
+        for ImageDigest { name, .. } in &manifest.files {
+            if !is_plain(name) {
+                return Err(CheckpointError::Name { path, name: name.clone() });
+            }
+        }
+        Ok(manifest)
+    }
+
+    pub(super) fn take_facts(&mut self, facts: CheckpointFacts) {
+        self.kernel = facts.kernel_release;
+        self.criu = facts.criu_version;
+        self.cpu_flags = facts.cpu_flags;
+        self.descriptors = facts.descriptors;
+        let mounts = facts.mounts.into_iter().map(|mount| Mount {
+            destination: mount.destination.into(),
+            source: Some(mount.source).filter(|source| !source.is_empty()).map(Into::into),
+        });
+        self.mounts = mounts.collect();
+        self.limits = facts.limits.into_iter().map(|file| (file.name, file.content)).collect();
+    }
+
+    /// What the guest is told.
+    pub(crate) fn facts(&self) -> CheckpointFacts {
+        let mounts = self.mounts.iter().map(|mount| ExternalMount {
+            destination: mount.destination.display().to_string(),
+            source: mount.source.as_ref().map(|source| source.display().to_string()).unwrap_or_default(),
+            ..Default::default()
+        });
+        let limits = self.limits.iter().map(|(name, content)| CgroupFile {
+            name: name.clone(),
+            content: content.clone(),
+            ..Default::default()
+        });
+        CheckpointFacts {
+            kernel_release: self.kernel.clone(),
+            criu_version: self.criu.clone(),
+            cpu_flags: self.cpu_flags.clone(),
+            descriptors: self.descriptors.clone(),
+            mounts: mounts.collect(),
+            limits: limits.collect(),
+            ..Default::default()
+        }
+    }
+}
+
+impl Options {
+    pub(crate) fn criu(self) -> CriuOptions {
+        CriuOptions {
+            tcp_established: self.tcp_established,
+            ext_unix_sk: self.ext_unix_sk,
+            shell_job: self.shell_job,
+            file_locks: self.file_locks,
+            ..Default::default()
+        }
+    }
+}
+
+/// One element of a path, which containerd's CRI plugin takes too: it refuses names with "..".
+pub(super) fn is_plain(name: &str) -> bool {
+    (1..=255).contains(&name.len())
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+        && !name.starts_with('.')
+        && !name.contains("..")
+        && name != MANIFEST
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What was written by an earlier version is read for ever, and means the same.
+    #[test]
+    fn the_first_format_is_read() {
+        let golden = include_str!("golden/format-1.json");
+        let dir = tempfile::tempdir().unwrap();
+        // A field of a later version.
+        let later = golden.replacen('{', "{ \"later\": [1],", 1).replace("x86_64", std::env::consts::ARCH);
+        std::fs::write(dir.path().join(MANIFEST), later).unwrap();
+        let manifest = Manifest::read(dir.path()).unwrap();
+        assert_eq!((manifest.container.as_str(), manifest.kernel.as_str()), ("web", "6.12.117-machinen"));
+        assert_eq!(manifest.mounts[0], Mount { destination: "/etc/hosts".into(), source: None });
+        assert_eq!(manifest.limits["memory.max"], "104857600\n");
+        assert!(manifest.options.file_locks && !manifest.options.shell_job);
+        assert_eq!(manifest.files[0].size, 913);
+        // And written as it was.
+        let mut again = Manifest { arch: "x86_64".into(), ..manifest };
+        let facts = again.facts();
+        again.take_facts(facts);
+        let (written, read): (serde_json::Value, serde_json::Value) =
+            (serde_json::to_value(&again).unwrap(), serde_json::from_str(golden).unwrap());
+        assert_eq!(written, read);
+    }
+
+    #[test]
+    fn names_that_lead_elsewhere_are_refused() {
+        for name in ["", ".", "..", "a/b", "/a", ".hidden", "a..b", "a b", "a\0", MANIFEST, &"x".repeat(256)]
+        {
+            assert!(!is_plain(name), "{name:?}");
+        }
+        for name in ["pages-1.img", "core-12.img", "stats-dump", "dump.log", "tmpfs-dev-63.tar.gz.img"] {
+            assert!(is_plain(name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! `machinen snapshot`: checkpoints on disk, for people and scripts.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use super::text::human;
+use crate::checkpoint::{self, CheckpointError, Manifest};
+use crate::error::chain;
+
+/// Arguments of `machinen snapshot`.
+#[derive(Debug, Args)]
+pub struct SnapshotArgs {
+    /// Print JSON
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// List the checkpoints in a directory: those that are directories in it
+    Ls {
+        #[arg(default_value = ".")]
+        dir: PathBuf,
+    },
+    /// Say what a checkpoint is of, and what it takes to restore it
+    Inspect {
+        /// Directory with machinen.json
+        dir: PathBuf,
+    },
+    /// Read checkpoints and compare sizes and digests with what was written. Exit status 1 if one has changed
+    Verify {
+        #[arg(required = true, value_name = "DIR")]
+        dirs: Vec<PathBuf>,
+    },
+    /// Remove checkpoints: the files that their manifests name, and the directories if nothing else is in them
+    Rm {
+        #[arg(required = true, value_name = "DIR")]
+        dirs: Vec<PathBuf>,
+    },
+}
+
+/// Runs one of the commands; prints its result on stdout.
+///
+/// # Errors
+/// A directory cannot be read, or is no checkpoint.
+pub fn run(args: &SnapshotArgs) -> Result<ExitCode, CheckpointError> {
+    let (text, value, ok) = match &args.command {
+        Command::Ls { dir } => {
+            let found = list(dir)?;
+            (table(&found), found.iter().map(|(dir, manifest)| summary(dir, manifest)).collect(), true)
+        }
+        Command::Inspect { dir } => {
+            let manifest = Manifest::read(dir)?;
+            (describe(&manifest), json!(manifest), true)
+        }
+        Command::Verify { dirs } => {
+            let results: Vec<_> = dirs.iter().map(|dir| (dir, checkpoint::verify(dir))).collect();
+            let word = |result: &Result<Manifest, CheckpointError>| match result {
+                Ok(_) => "ok".to_owned(),
+                Err(error) => chain(error),
+            };
+            let text = results.iter().map(|(dir, result)| format!("{} {}\n", dir.display(), word(result)));
+            let value = results.iter().map(|(dir, result)| json!({ "path": dir, "state": word(result) }));
+            (text.collect(), value.collect(), results.iter().all(|(_, result)| result.is_ok()))
+        }
+        Command::Rm { dirs } => {
+            dirs.iter().try_for_each(|dir| checkpoint::remove(dir))?;
+            (dirs.iter().map(|dir| format!("{}\n", dir.display())).collect(), json!(dirs), true)
+        }
+    };
+    if args.json {
+        println!("{value:#}");
+    } else {
+        print!("{text}");
+    }
+    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What is no checkpoint is not listed; one of another version is an error.
+fn list(dir: &Path) -> Result<Vec<(PathBuf, Manifest)>, CheckpointError> {
+    let failed = |source| CheckpointError::File { action: "read", path: dir.to_owned(), source };
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        match Manifest::read(&path) {
+            Ok(manifest) => found.push((path, manifest)),
+            Err(CheckpointError::NoManifest { .. }) => {}
+            Err(CheckpointError::File { .. }) if !path.is_dir() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    found.sort_by(|(_, a), (_, b)| b.created.cmp(&a.created));
+    Ok(found)
+}
+
+fn bytes(manifest: &Manifest) -> u64 {
+    manifest.files.iter().fold(0, |sum: u64, file| sum.saturating_add(file.size))
+}
+
+fn table(found: &[(PathBuf, Manifest)]) -> String {
+    let row = |path: &str, container: &str, created: &str, size: &str| {
+        format!("{path:<32} {container:<24} {created:<20} {size:>9}\n")
+    };
+    let mut text = row("PATH", "CONTAINER", "CREATED", "SIZE");
+    for (path, manifest) in found {
+        let size = human(bytes(manifest));
+        text += &row(&path.display().to_string(), &manifest.container, &manifest.created, &size);
+    }
+    text
+}
+
+fn summary(path: &Path, manifest: &Manifest) -> Value {
+    json!({
+        "path": path, "container": manifest.container, "created": manifest.created, "bytes": bytes(manifest),
+    })
+}
+
+fn describe(manifest: &Manifest) -> String {
+    let Manifest { format, machinen, arch, created, container, kernel, criu, config, .. } = manifest;
+    let rootdisk = manifest.rootdisk.as_deref().unwrap_or("a disk of the snapshotter's own");
+    let mut text = format!(
+        "container  {container}\ncreated    {created}, by machinen {machinen} (format {format})\nneeds      {arch}, \
+         kernel {kernel} or newer, {} CPU features\ncriu       {criu}\nrootdisk   {rootdisk}\nconfig     {config}\n\
+         terminal   {}\nsize       {} in {} files\n",
+        manifest.cpu_flags.len(),
+        if manifest.terminal { "yes" } else { "no" },
+        human(bytes(manifest)),
+        manifest.files.len(),
+    );
+    for mount in &manifest.mounts {
+        let source =
+            mount.source.as_ref().map_or("a file of the configuration".into(), |path| path.to_string_lossy());
+        text += &format!("mount      {} from {source}\n", mount.destination.display());
+    }
+    for (name, value) in &manifest.limits {
+        text += &format!("limit      {name} {}\n", value.trim());
+    }
+    text
+}

@@ -1,0 +1,186 @@
+//! `machinen template`: the saved VMs, for people and scripts.
+
+use std::process::ExitCode;
+use std::time::{Duration, UNIX_EPOCH};
+
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use super::text::{ago, human};
+use crate::assets::{AssetError, Assets};
+use crate::config::Config;
+use crate::pod::{self, PodError};
+use crate::template::{self, Listed, TemplateError, Templates};
+
+/// Arguments of `machinen template`.
+#[derive(Debug, Args)]
+pub struct TemplateArgs {
+    /// Print JSON
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Build the template that containers without annotations and limits start from, unless it is there
+    #[command(
+        long_about = "Build the template that containers without annotations and limits start from, unless it is \
+        there. Options stand for the annotations of the same name, to build it for containers that have them."
+    )]
+    Build {
+        /// Memory of the VM, MiB
+        #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(128..))]
+        memory_ceiling: Option<u32>,
+        /// Virtual CPUs
+        #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=64))]
+        vcpus: Option<u32>,
+    },
+    /// List the templates, the most recently used first
+    Ls,
+    /// Read templates and compare all that is in them with what was built. Exit status 1 if one has changed
+    Verify {
+        /// Keys or their first digits; all templates if none is given
+        #[arg(value_name = "KEY")]
+        keys: Vec<String>,
+    },
+    /// Remove templates; VMs that were cloned from them live on
+    Rm {
+        /// Keys or their first digits
+        #[arg(value_name = "KEY", required_unless_present = "all")]
+        keys: Vec<String>,
+        /// All of them
+        #[arg(long, conflicts_with = "keys")]
+        all: bool,
+    },
+}
+
+/// Why the command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    #[error("{0:?} is no template; see `machinen template ls`")]
+    NoSuchKey(String),
+    #[error("{0:?} could be several templates; give more digits")]
+    Ambiguous(String),
+    #[error(transparent)]
+    Asset(#[from] AssetError),
+    #[error(transparent)]
+    Spec(#[from] PodError),
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+}
+
+/// Runs one of the commands; prints its result on stdout and progress on stderr.
+///
+/// # Errors
+/// As the functions of [`Templates`] do, or a key that does not name one template.
+pub fn run(args: &TemplateArgs, mut config: Config) -> Result<ExitCode, CliError> {
+    let templates = Templates::at(&config.template.dir);
+    let (text, value, ok) = match &args.command {
+        Command::Build { memory_ceiling, vcpus } => {
+            config.vm.memory_mib = memory_ceiling.unwrap_or(config.vm.memory_mib);
+            config.vm.vcpus = vcpus.unwrap_or(config.vm.vcpus);
+            let spec = pod::plain_vm(&config, &Assets::find(&config)?)?;
+            let mut progress = |line| eprintln!("{line}");
+            let built = template::build(&templates, &spec, config.template.budget_mib, &mut progress)?;
+            let key = built.manifest.shape.key();
+            (format!("{key}\n"), json!({ "key": key, "allocated": built.manifest.allocated }), true)
+        }
+        Command::Ls => {
+            let listed = templates.list()?;
+            (table(&listed), listed.iter().map(listed_json).collect(), true)
+        }
+        Command::Verify { keys } => {
+            let mut ok = true;
+            let mut lines = Vec::new();
+            for listed in chosen(templates.list()?, keys)? {
+                let same = templates.verify(&listed)?;
+                ok &= same;
+                lines.push((listed.key, if same { "ok" } else { "changed" }));
+            }
+            let text = lines.iter().map(|(key, word)| format!("{key} {word}\n")).collect();
+            let value = lines.iter().map(|(key, word)| json!({ "key": key, "state": word })).collect();
+            (text, value, ok)
+        }
+        Command::Rm { keys, all } => {
+            let keys = if *all { templates.remove_all()? } else { remove(&templates, keys)? };
+            (keys.iter().map(|key| format!("{key}\n")).collect(), json!(keys), true)
+        }
+    };
+    if args.json {
+        println!("{value:#}");
+    } else {
+        print!("{text}");
+    }
+    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Removes those that the keys name.
+fn remove(templates: &Templates, keys: &[String]) -> Result<Vec<String>, CliError> {
+    let keys: Vec<_> = chosen(templates.list()?, keys)?.into_iter().map(|listed| listed.key).collect();
+    for key in &keys {
+        templates.remove(key)?;
+    }
+    Ok(keys)
+}
+
+/// Those that the keys name, or all.
+fn chosen(listed: Vec<Listed>, keys: &[String]) -> Result<Vec<Listed>, CliError> {
+    for key in keys {
+        match listed.iter().filter(|template| template.key.starts_with(key)).count() {
+            1 => {}
+            0 => return Err(CliError::NoSuchKey(key.clone())),
+            _ => return Err(CliError::Ambiguous(key.clone())),
+        }
+    }
+    let named = |template: &Listed| keys.is_empty() || keys.iter().any(|key| template.key.starts_with(key));
+    Ok(listed.into_iter().filter(named).collect())
+}
+
+fn table(listed: &[Listed]) -> String {
+    let row = |c: [&str; 7]| {
+        let row =
+            format!("{:<16} {:>7} {:>5} {:>9} {:<12} {:<12} {}", c[0], c[1], c[2], c[3], c[4], c[5], c[6]);
+        format!("{}\n", row.trim_end())
+    };
+    let mut text = row(["KEY", "MEMORY", "VCPUS", "TAKES", "CREATED", "USED", "STATE"]);
+    for template in listed {
+        let Listed { key, manifest, used, .. } = template;
+        let created = UNIX_EPOCH + Duration::from_secs(manifest.created);
+        text += &row([
+            key,
+            &format!("{}MiB", manifest.memory_mib),
+            &manifest.vcpus.to_string(),
+            &human(manifest.allocated),
+            &ago(Some(created)),
+            &ago(*used),
+            state(template),
+        ]);
+    }
+    text
+}
+
+fn state(template: &Listed) -> &'static str {
+    match (template.alive, template.manifest.shape.is_current()) {
+        (false, _) => "gone",
+        (true, false) => "outdated",
+        (true, true) => "ready",
+    }
+}
+
+fn listed_json(listed: &Listed) -> Value {
+    let seconds =
+        listed.used.and_then(|time| time.duration_since(UNIX_EPOCH).ok()).map(|time| time.as_secs());
+    json!({
+        "key": listed.key,
+        "memoryMib": listed.manifest.memory_mib,
+        "vcpus": listed.manifest.vcpus,
+        "allocated": listed.manifest.allocated,
+        "created": listed.manifest.created,
+        "used": seconds,
+        "state": state(listed),
+        "holder": listed.manifest.pid,
+        "shape": listed.manifest.shape,
+    })
+}

@@ -1,0 +1,439 @@
+//! From an archive to a directory tree, entry by entry.
+//!
+//! Entries come depth first, so the directory that an entry belongs to is always open already: one descriptor for it, and
+//! the names that lead there. A directory is finished (its time set, and in [`Target::Whole`](super::Target) what the guest
+//! did not touch added) when the first entry after its last one comes. So nothing is remembered of what is finished.
+
+use std::{
+    ffi::CStr,
+    fs::File,
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+};
+
+use machinen_protocol::layer::{MAX_RECORDS, OPAQUE};
+use rustix::fs::{
+    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags,
+    chmodat, chownat, fchmod, fchown, fsetxattr, ftruncate, futimens, linkat, lsetxattr, makedev, mkdirat,
+    mknodat, openat, openat2, symlinkat, utimensat,
+};
+use rustix::io::Errno;
+
+use super::{
+    LayerError, Limits,
+    archive::{self, Components, Entry, Node, lossy},
+    lower::Lower,
+};
+
+const BUFFER: usize = 64 << 10;
+/// Bytes that files take on a disk in multiples of.
+const BLOCK: u64 = 4096;
+/// Bytes of an inode, which everything costs.
+const INODE: u64 = 256;
+/// Most bytes after the archive's end: it is filled up to a record.
+const TAIL: u64 = 64 << 10;
+
+/// Character devices that every container may have: memory devices, terminals, fuse and tun.
+const DEVICES: [(u32, u32); 10] =
+    [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (10, 229), (10, 200)];
+
+/// What became of an archive.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Applied {
+    pub entries: u64,
+    /// Bytes on the disk, in whole blocks.
+    pub bytes: u64,
+    /// Device nodes that were replaced by a mark of removal.
+    pub devices_left_out: u64,
+}
+
+/// Makes in the empty directory `root` what the archive says. With `lower`, a whole root file system, the result is that
+/// with the archive's changes; without, the changes themselves with overlayfs's marks.
+///
+/// Reads `archive` to its end, which must come only when the archive is known to be complete.
+///
+/// # Errors
+/// An archive that the guest's agent would not send, or one beyond the limits, or the host's file system fails. What was
+/// made remains.
+pub fn apply(
+    archive: impl Read,
+    root: BorrowedFd<'_>,
+    lower: Option<BorrowedFd<'_>>,
+    limits: Limits,
+) -> Result<Applied, LayerError> {
+    let mut archive = tar::Archive::new(archive);
+    let mut applier = Applier {
+        root,
+        lower: lower.map(Lower::new),
+        limits,
+        applied: Applied::default(),
+        open: Vec::new(),
+        dir: duplicate(root)?,
+        buffer: vec![0; BUFFER],
+    };
+    let mut records: Option<Vec<u8>> = None;
+    for entry in archive.entries().map_err(LayerError::Read)?.raw(true) {
+        let mut entry = entry.map_err(LayerError::Read)?;
+        let header = entry.header().clone();
+        if archive::is_extended(&header) {
+            if entry.size() > MAX_RECORDS as u64 {
+                return Err(LayerError::Archive { what: "has too long an extended header" });
+            }
+            let mut bytes = Vec::new();
+            entry.read_to_end(&mut bytes).map_err(LayerError::Read)?;
+            if records.replace(bytes).is_some() {
+                return Err(LayerError::Archive { what: "has two extended headers for one entry" });
+            }
+            continue;
+        }
+        let size = entry.size();
+        let parsed = archive::parse(&header, size, &records.take().unwrap_or_default());
+        applier.entry(parsed.map_err(|(path, what)| LayerError::Entry { path, what })?, size, &mut entry)?;
+    }
+    if records.is_some() {
+        return Err(LayerError::Archive { what: "ends with an extended header" });
+    }
+    let tail = io::copy(&mut archive.into_inner().take(TAIL), &mut io::sink()).map_err(LayerError::Read)?;
+    if tail == TAIL {
+        return Err(LayerError::Archive { what: "goes on after its end" });
+    }
+    applier.finish()
+}
+
+/// A directory whose entries are still coming.
+struct Open {
+    /// Empty for the root.
+    name: Vec<u8>,
+    mtime: (i64, u32),
+    /// What is below it in the whole root file system is to be added.
+    merged: bool,
+}
+
+struct Applier<'a> {
+    root: BorrowedFd<'a>,
+    lower: Option<Lower<'a>>,
+    limits: Limits,
+    applied: Applied,
+    /// The directories from the root to the current one; empty before the first entry.
+    open: Vec<Open>,
+    /// The last of `open`.
+    dir: OwnedFd,
+    buffer: Vec<u8>,
+}
+
+impl Applier<'_> {
+    fn entry(&mut self, entry: Entry, size: u64, content: &mut impl Read) -> Result<(), LayerError> {
+        self.applied.entries += 1;
+        if self.applied.entries > self.limits.entries {
+            return Err(LayerError::Entries { limit: self.limits.entries });
+        }
+        let attributes: usize =
+            entry.xattrs.iter().map(|(name, value)| name.as_bytes().len() + value.len()).sum();
+        self.charge(INODE + attributes as u64)?;
+        let Some((name, parents)) = entry.path.split_last() else { return self.begin(&entry) };
+        self.enter(parents).map_err(|what| refused(&entry.path, what))?;
+        let failed = |action| {
+            let path = &entry.path;
+            move |errno: Errno| match errno {
+                Errno::EXIST => refused(path, "comes twice"),
+                errno => write_error(action, path, errno.into()),
+            }
+        };
+        match &entry.node {
+            Node::Directory => self.directory(&entry, name),
+            Node::File | Node::Sparse(_) => {
+                let flags =
+                    OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let file = openat(&self.dir, name.as_slice(), flags, Mode::RUSR | Mode::WUSR);
+                let file = File::from(file.map_err(failed("create"))?);
+                match entry.node {
+                    Node::Sparse(full) => self.pieces(&entry, size, full, content, &file)?,
+                    _ => self.content(&entry, size, content, &file)?,
+                }
+                dress(file.as_fd(), &entry, true)
+            }
+            Node::Symlink(target) => {
+                symlinkat(target.as_c_str(), &self.dir, name.as_slice())
+                    .map_err(failed("create the link"))?;
+                self.dress_in_place(&entry, name)
+            }
+            Node::Link(target) => self.link(&entry.path, name, target),
+            Node::Fifo => {
+                mknodat(&self.dir, name.as_slice(), FileType::Fifo, Mode::RUSR, 0)
+                    .map_err(failed("create"))?;
+                self.dress_in_place(&entry, name)
+            }
+            Node::Character(0, 0) => self.removal(&entry, name),
+            Node::Character(major, minor) if DEVICES.contains(&(*major, *minor)) => {
+                let device = makedev(*major, *minor);
+                mknodat(&self.dir, name.as_slice(), FileType::CharacterDevice, Mode::RUSR, device)
+                    .map_err(failed("create"))?;
+                self.dress_in_place(&entry, name)
+            }
+            Node::Character(major, minor) | Node::Block(major, minor) => {
+                let path = lossy(&entry.path.join(&b'/'));
+                tracing::warn!(path, device = %format!("{major}:{minor}"), "a device node of the container's stays out of its snapshot");
+                self.applied.devices_left_out += 1;
+                self.removal(&entry, name)
+            }
+        }
+    }
+
+    /// The first entry: the root itself.
+    fn begin(&mut self, entry: &Entry) -> Result<(), LayerError> {
+        if !self.open.is_empty() || entry.node != Node::Directory {
+            return Err(refused(&entry.path, "comes twice, or is no directory"));
+        }
+        let merged = self.lower.is_some() && !is_opaque(entry);
+        dress(self.dir.as_fd(), entry, self.lower.is_none())?;
+        self.open.push(Open { name: Vec::new(), mtime: entry.mtime, merged });
+        Ok(())
+    }
+
+    fn directory(&mut self, entry: &Entry, name: &[u8]) -> Result<(), LayerError> {
+        self.charge(BLOCK)?;
+        match mkdirat(&self.dir, name, Mode::RWXU) {
+            Err(Errno::EXIST) => return Err(refused(&entry.path, "comes twice")),
+            made => made.map_err(|errno| write_error("create", &entry.path, errno.into()))?,
+        }
+        let dir = openat(&self.dir, name, directory_flags(), Mode::empty())
+            .map_err(|errno| write_error("open", &entry.path, errno.into()))?;
+        dress(dir.as_fd(), entry, self.lower.is_none())?;
+        let above = self.open.last().is_some_and(|open| open.merged);
+        let merged = match &self.lower {
+            Some(lower) if above && !is_opaque(entry) => lower.has_dir(&entry.path)?,
+            _ => false,
+        };
+        self.open.push(Open { name: name.to_owned(), mtime: entry.mtime, merged });
+        self.dir = dir;
+        Ok(())
+    }
+
+    /// Finishes directories until the one that `parents` name is the current one.
+    fn enter(&mut self, parents: &[Vec<u8>]) -> Result<(), Refusal> {
+        if self.open.is_empty() {
+            return Err(Refusal::What("comes before the root"));
+        }
+        let names = self.open[1..].iter().map(|open| &open.name);
+        let common = names.zip(parents).take_while(|(open, parent)| open == parent).count();
+        while self.open.len() - 1 > common {
+            self.leave().map_err(|error| Refusal::Error(Box::new(error)))?;
+        }
+        if common < parents.len() {
+            return Err(Refusal::What("comes before its directory, or long after it"));
+        }
+        Ok(())
+    }
+
+    /// Finishes the current directory and makes the one above the current one.
+    fn leave(&mut self) -> Result<(), LayerError> {
+        let path: Components = self.open[1..].iter().map(|open| open.name.clone()).collect();
+        let Some(last) = self.open.pop() else { return Ok(()) };
+        if let Some(lower) = &self.lower {
+            lower.complete(self.dir.as_fd(), &path, last.merged)?;
+        }
+        futimens(&self.dir, &times(last.mtime))
+            .map_err(|errno| write_error("set the time of", &path, errno.into()))?;
+        if let Some((_, parents)) = path.split_last() {
+            self.dir = open_dir(self.root, parents, directory_flags())
+                .map_err(|errno| write_error("open", parents, errno.into()))?;
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<Applied, LayerError> {
+        if self.open.is_empty() {
+            return Err(LayerError::Archive { what: "is empty" });
+        }
+        while !self.open.is_empty() {
+            self.leave()?;
+        }
+        Ok(self.applied)
+    }
+
+    fn content(
+        &mut self,
+        entry: &Entry,
+        size: u64,
+        content: &mut impl Read,
+        mut file: &File,
+    ) -> Result<(), LayerError> {
+        self.charge(size.checked_next_multiple_of(BLOCK).unwrap_or(u64::MAX))?;
+        let mut left = size;
+        while left > 0 {
+            let read = self.read(left, content)?;
+            file.write_all(&self.buffer[..read]).map_err(|error| write_error("write", &entry.path, error))?;
+            left -= read as u64;
+        }
+        Ok(())
+    }
+
+    fn pieces(
+        &mut self,
+        entry: &Entry,
+        size: u64,
+        full: u64,
+        content: &mut impl Read,
+        file: &File,
+    ) -> Result<(), LayerError> {
+        let (pieces, taken) = archive::read_map(content, full).map_err(|what| refused(&entry.path, what))?;
+        let total = pieces.iter().try_fold(taken, |sum, (_, length)| sum.checked_add(*length));
+        if total != Some(size) {
+            return Err(refused(&entry.path, "has more or less data than the map of its holes says"));
+        }
+        for (offset, length) in pieces {
+            let end = offset + length;
+            self.charge(end.checked_next_multiple_of(BLOCK).unwrap_or(u64::MAX) - offset / BLOCK * BLOCK)?;
+            let mut at = offset;
+            while at < end {
+                let read = self.read(end - at, content)?;
+                file.write_all_at(&self.buffer[..read], at)
+                    .map_err(|error| write_error("write", &entry.path, error))?;
+                at += read as u64;
+            }
+        }
+        ftruncate(file, full).map_err(|errno| write_error("set the size of", &entry.path, errno.into()))
+    }
+
+    /// Some of the next `left` bytes, into the buffer.
+    fn read(&mut self, left: u64, content: &mut impl Read) -> Result<usize, LayerError> {
+        let most = usize::try_from(left).unwrap_or(usize::MAX).min(self.buffer.len());
+        match content.read(&mut self.buffer[..most]).map_err(LayerError::Read)? {
+            0 => Err(LayerError::Archive { what: "ends in the middle of a file" }),
+            read => Ok(read),
+        }
+    }
+
+    fn link(&self, path: &[Vec<u8>], name: &[u8], target: &[Vec<u8>]) -> Result<(), LayerError> {
+        let Some((target_name, parents)) = target.split_last() else {
+            return Err(refused(path, "is a hard link to the root"));
+        };
+        let dir = open_dir(self.root, parents, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC);
+        let linked =
+            dir.and_then(|dir| linkat(dir, target_name.as_slice(), &self.dir, name, AtFlags::empty()));
+        linked.map_err(|errno| match errno {
+            Errno::EXIST => refused(path, "comes twice"),
+            Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV | Errno::PERM => {
+                refused(path, "is a hard link to what is no file of the archive")
+            }
+            errno => write_error("create the hard link", path, errno.into()),
+        })
+    }
+
+    /// Marks that what lower layers have of that name is removed. A whole root file system needs the mark only until the
+    /// directory is complete, and only where there is something to hide.
+    fn removal(&self, entry: &Entry, name: &[u8]) -> Result<(), LayerError> {
+        mknodat(&self.dir, name, FileType::CharacterDevice, Mode::empty(), makedev(0, 0)).map_err(|errno| {
+            match errno {
+                Errno::EXIST => refused(&entry.path, "comes twice"),
+                errno => write_error("mark as removed", &entry.path, errno.into()),
+            }
+        })
+    }
+
+    /// Owner, mode, attributes and time of what must not be opened.
+    fn dress_in_place(&self, entry: &Entry, name: &[u8]) -> Result<(), LayerError> {
+        let failed = |action| move |errno: Errno| write_error(action, &entry.path, errno.into());
+        let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
+        chownat(&self.dir, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(failed("set the owner of"))?;
+        if !matches!(entry.node, Node::Symlink(_)) {
+            // It was made here a moment ago and is no link.
+            chmodat(&self.dir, name, Mode::from_raw_mode(entry.mode), AtFlags::empty())
+                .map_err(failed("set the mode of"))?;
+        }
+        for (key, value) in &entry.xattrs {
+            let path = [format!("/proc/self/fd/{}/", self.dir.as_raw_fd()).as_bytes(), name].concat();
+            lsetxattr(path, key.as_c_str(), value, XattrFlags::empty())
+                .map_err(failed("set an attribute of"))?;
+        }
+        utimensat(&self.dir, name, &times(entry.mtime), AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(failed("set the time of"))
+    }
+
+    fn charge(&mut self, bytes: u64) -> Result<(), LayerError> {
+        self.applied.bytes = self.applied.bytes.saturating_add(bytes);
+        if self.applied.bytes > self.limits.bytes {
+            return Err(LayerError::Bytes { limit: self.limits.bytes });
+        }
+        Ok(())
+    }
+}
+
+/// Owner, mode, attributes and time of an open file or directory; `marked`: overlayfs's marks too.
+fn dress(file: BorrowedFd<'_>, entry: &Entry, marked: bool) -> Result<(), LayerError> {
+    let failed = |action| move |errno: Errno| write_error(action, &entry.path, errno.into());
+    // In this order: a new owner takes away setuid bits and capabilities.
+    fchown(file, Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid)))
+        .map_err(failed("set the owner of"))?;
+    fchmod(file, Mode::from_raw_mode(entry.mode)).map_err(failed("set the mode of"))?;
+    for (key, value) in &entry.xattrs {
+        if marked || key.as_bytes() != OPAQUE.0.as_bytes() {
+            set_xattr(file, key, value).map_err(failed("set an attribute of"))?;
+        }
+    }
+    futimens(file, &times(entry.mtime)).map_err(failed("set the time of"))
+}
+
+pub(super) fn set_xattr(file: BorrowedFd<'_>, key: &CStr, value: &[u8]) -> Result<(), Errno> {
+    fsetxattr(file, key, value, XattrFlags::empty())
+}
+
+fn is_opaque(entry: &Entry) -> bool {
+    entry.xattrs.iter().any(|(key, _)| key.as_bytes() == OPAQUE.0.as_bytes())
+}
+
+pub(super) fn times((seconds, nanoseconds): (i64, u32)) -> Timestamps {
+    let last_access = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
+    Timestamps { last_access, last_modification: Timespec { tv_sec: seconds, tv_nsec: nanoseconds.into() } }
+}
+
+pub(super) fn directory_flags() -> OFlags {
+    OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC
+}
+
+/// Opens a directory below `root`, through directories only.
+pub(super) fn open_dir(root: BorrowedFd<'_>, path: &[Vec<u8>], flags: OFlags) -> Result<OwnedFd, Errno> {
+    let path = if path.is_empty() { b".".to_vec() } else { path.join(&b'/') };
+    let resolve = ResolveFlags::BENEATH
+        | ResolveFlags::NO_SYMLINKS
+        | ResolveFlags::NO_MAGICLINKS
+        | ResolveFlags::NO_XDEV;
+    openat2(root, path, flags, Mode::empty(), resolve)
+}
+
+fn duplicate(root: BorrowedFd<'_>) -> Result<OwnedFd, LayerError> {
+    // Not dup(2): the position in the directory would be shared.
+    openat(root, c".", directory_flags(), Mode::empty())
+        .map_err(|errno| write_error("open", &[], errno.into()))
+}
+
+/// Why an entry is not where it should be.
+enum Refusal {
+    What(&'static str),
+    Error(Box<LayerError>),
+}
+
+impl From<&'static str> for Refusal {
+    fn from(what: &'static str) -> Self {
+        Self::What(what)
+    }
+}
+
+fn refused(path: &[Vec<u8>], refusal: impl Into<Refusal>) -> LayerError {
+    match refusal.into() {
+        Refusal::What(what) => LayerError::Entry { path: name(path), what },
+        Refusal::Error(error) => *error,
+    }
+}
+
+pub(super) fn write_error(action: &'static str, path: &[Vec<u8>], source: io::Error) -> LayerError {
+    LayerError::Write { action, path: name(path), source }
+}
+
+fn name(path: &[Vec<u8>]) -> String {
+    if path.is_empty() { ".".to_owned() } else { lossy(&path.join(&b'/')) }
+}

@@ -1,0 +1,67 @@
+//! Why a container's changes did not reach the host.
+
+use std::{io, path::PathBuf};
+
+use crate::{
+    agent::AgentError,
+    error::{ErrorKind, Kind},
+    vm::VmError,
+};
+
+#[derive(Debug, thiserror::Error)]
+pub enum LayerError {
+    #[error("the guest's archive {what}")]
+    Archive { what: &'static str },
+    #[error("the guest's archive cannot be read")]
+    Read(#[source] io::Error),
+    #[error("{path:?} in the guest's archive {what}")]
+    Entry { path: String, what: &'static str },
+    #[error(
+        "the guest's archive has more than {limit} entries; raise rootdisk.layer_max_entries in the configuration \
+         if the container really has that many files"
+    )]
+    Entries { limit: u64 },
+    #[error("the guest's archive needs more than the {} MiB that the container's writable layer has", limit >> 20)]
+    Bytes { limit: u64 },
+    #[error("cannot {action} {path:?} of the layer")]
+    Write { action: &'static str, path: String, source: io::Error },
+    #[error("cannot {action} {}", path.display())]
+    Place { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("{} is a mount point and cannot be replaced", path.display())]
+    MountPoint { path: PathBuf },
+    #[error("cannot open a stream for the archive")]
+    Stream(#[source] VmError),
+    #[error("the guest cannot export its changes")]
+    Agent(#[source] AgentError),
+    #[error("the stream of the archive broke after {arrived} bytes")]
+    Broken { arrived: u64, source: io::Error },
+    #[error("the stream of the archive ended after {arrived} bytes")]
+    Ended { arrived: u64 },
+    #[error("the guest sent {arrived} bytes of an archive of {total}")]
+    TooMuch { arrived: u64, total: u64 },
+    #[error("the guest sent nothing for {seconds} s")]
+    Stalled { seconds: u64 },
+    #[error("a worker thread ended early")]
+    Worker(#[source] tokio::task::JoinError),
+}
+
+impl Kind for LayerError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Archive { .. } | Self::Read(_) | Self::Entry { .. } | Self::TooMuch { .. } => {
+                ErrorKind::FailedPrecondition
+            }
+            Self::Entries { .. } | Self::Bytes { .. } => ErrorKind::ResourceExhausted,
+            Self::Write { source, .. } | Self::Place { source, .. } => match source.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::ResourceExhausted,
+                _ => ErrorKind::Internal,
+            },
+            Self::MountPoint { .. } => ErrorKind::FailedPrecondition,
+            Self::Stream(source) => source.kind(),
+            Self::Agent(source) => source.kind(),
+            Self::Broken { .. } | Self::Ended { .. } => ErrorKind::Unavailable,
+            Self::Stalled { .. } => ErrorKind::DeadlineExceeded,
+            Self::Worker(_) => ErrorKind::Internal,
+        }
+    }
+}

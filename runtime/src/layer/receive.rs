@@ -1,0 +1,203 @@
+//! The archive's way from the guest to whoever applies it, which is another thread: files block.
+
+use std::{
+    io::{self, Read},
+    pin::pin,
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncReadExt},
+    sync::mpsc,
+    task::spawn_blocking,
+    time::timeout,
+};
+
+use super::{Applied, LayerError, Limits, Place, Replaced, Target, apply};
+use crate::{agent, vm::Vm};
+
+/// Bytes that are read at once.
+const CHUNK: usize = 64 << 10;
+/// Chunks that wait to be applied; the guest waits when there are more.
+const WAITING: usize = 4;
+/// Longest time in which a guest that exports may send nothing.
+const STALL: Duration = Duration::from_secs(60);
+
+/// Asks the guest for a container's changes and puts them in the place of `target`'s. The container has ended or its
+/// processes are frozen.
+///
+/// # Errors
+/// The guest cannot send them, sends something else, or the host cannot store them. The old layer is still there then, and
+/// nothing is left of the new one.
+pub async fn receive(
+    vm: &Vm,
+    agent: &agent::Client,
+    container: &str,
+    target: Target,
+    limits: Limits,
+) -> Result<(Applied, Replaced), LayerError> {
+    let (token, stream) = vm.open_stream().await.map_err(LayerError::Stream)?;
+    let (sender, chunks) = mpsc::channel(WAITING);
+    let applying = spawn_blocking(move || {
+        let place = Place::beside(target.path())?;
+        let lower = match &target {
+            Target::Upper(_) => None,
+            Target::Whole(_) => Some(place.current()?),
+        };
+        let lower = lower.as_ref().map(std::os::fd::AsFd::as_fd);
+        let applied = apply(Archive::new(chunks), place.fresh(), lower, limits)?;
+        Ok((applied, place.exchange()?))
+    });
+    let answer = async { agent.export_layer(container, token).await.map_err(LayerError::Agent) };
+    let passed = pass(stream, answer, sender).await;
+    let applied = applying.await.map_err(LayerError::Worker)?;
+    match (passed, applied) {
+        (Err(Stop::Failed(error)), _) | (Ok(()) | Err(Stop::Unwanted), Err(error)) => Err(error),
+        (Ok(()) | Err(Stop::Unwanted), Ok(applied)) => Ok(applied),
+    }
+}
+
+/// Why not all of the archive was passed on.
+enum Stop {
+    Failed(LayerError),
+    /// Whoever applies it has stopped, and says why.
+    Unwanted,
+}
+
+/// What is passed on: bytes, and that these were all. A channel that closes without that word means a failure.
+type Piece = Option<Vec<u8>>;
+
+/// Passes bytes on until there are as many as the agent's answer says.
+async fn pass(
+    mut stream: impl AsyncRead + Unpin,
+    answer: impl Future<Output = Result<u64, LayerError>>,
+    pieces: mpsc::Sender<Piece>,
+) -> Result<(), Stop> {
+    let mut answer = pin!(answer);
+    let (mut total, mut arrived) = (None, 0_u64);
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match total {
+            Some(total) if arrived == total => {
+                return pieces.send(None).await.map_err(|_| Stop::Unwanted);
+            }
+            Some(total) if arrived > total => {
+                return Err(Stop::Failed(LayerError::TooMuch { arrived, total }));
+            }
+            _ => {}
+        }
+        let read = tokio::select! {
+            answered = &mut answer, if total.is_none() => {
+                total = Some(answered.map_err(Stop::Failed)?);
+                continue;
+            }
+            read = timeout(STALL, stream.read(&mut buffer)) => read,
+        };
+        match read {
+            Ok(Ok(0)) => {
+                // The agent's own words are worth more, if it has any.
+                if total.is_none() {
+                    answer.await.map_err(Stop::Failed)?;
+                }
+                return Err(Stop::Failed(LayerError::Ended { arrived }));
+            }
+            Ok(Ok(read)) => {
+                arrived += read as u64;
+                pieces.send(Some(buffer[..read].to_vec())).await.map_err(|_| Stop::Unwanted)?;
+            }
+            Ok(Err(source)) => return Err(Stop::Failed(LayerError::Broken { arrived, source })),
+            Err(_) => return Err(Stop::Failed(LayerError::Stalled { seconds: STALL.as_secs() })),
+        }
+    }
+}
+
+/// The passed bytes as the applying thread reads them: the end comes only when all of them have.
+struct Archive {
+    pieces: mpsc::Receiver<Piece>,
+    current: Vec<u8>,
+    at: usize,
+    ended: bool,
+}
+
+impl Archive {
+    fn new(pieces: mpsc::Receiver<Piece>) -> Self {
+        Self { pieces, current: Vec::new(), at: 0, ended: false }
+    }
+}
+
+impl Read for Archive {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.at == self.current.len() && !self.ended {
+            match self.pieces.blocking_recv() {
+                Some(Some(piece)) => (self.current, self.at) = (piece, 0),
+                Some(None) => self.ended = true,
+                None => return Err(io::ErrorKind::ConnectionAborted.into()),
+            }
+        }
+        let read = buffer.len().min(self.current.len() - self.at);
+        buffer[..read].copy_from_slice(&self.current[self.at..self.at + read]);
+        self.at += read;
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    /// What arrives of `bytes` when the agent answers `answer`.
+    async fn passed(
+        bytes: &[u8],
+        answer: Result<u64, LayerError>,
+        closed: bool,
+    ) -> (Result<(), Stop>, io::Result<Vec<u8>>) {
+        let (mut guest, host) = tokio::io::duplex(16);
+        let (sender, pieces) = mpsc::channel(1);
+        let reader = spawn_blocking(move || {
+            let mut all = Vec::new();
+            Archive::new(pieces).read_to_end(&mut all).map(|_| all)
+        });
+        let (answered, wait) = tokio::sync::oneshot::channel();
+        let send = async {
+            guest.write_all(bytes).await.unwrap();
+            let kept = if closed {
+                drop(guest);
+                None
+            } else {
+                Some(guest)
+            };
+            answered.send(answer).ok();
+            kept
+        };
+        let (_kept, passed) = tokio::join!(send, pass(host, async { wait.await.unwrap() }, sender));
+        (passed, reader.await.unwrap())
+    }
+
+    #[tokio::test]
+    async fn the_count_says_where_the_archive_ends() {
+        let bytes: Vec<u8> = (0..100_000_u32).map(|n| n as u8).collect();
+        // The stream stays open, and the answer comes before or after the last bytes.
+        let (passed, read) = passed(&bytes, Ok(100_000), false).await;
+        assert!(passed.is_ok() && read.unwrap() == bytes);
+    }
+
+    #[tokio::test]
+    async fn a_closed_stream_is_no_end() {
+        let (outcome, read) = passed(b"half", Ok(8), true).await;
+        assert!(matches!(outcome, Err(Stop::Failed(LayerError::Ended { arrived: 4 }))));
+        assert!(read.is_err());
+        let (outcome, read) = passed(b"twice", Ok(3), false).await;
+        assert!(matches!(outcome, Err(Stop::Failed(LayerError::TooMuch { arrived: 5, total: 3 }))));
+        assert!(read.is_err());
+    }
+
+    #[tokio::test]
+    async fn the_agents_own_words_are_kept() {
+        let refused = LayerError::Agent(agent::AgentError::Closed);
+        let (outcome, read) = passed(b"some", Err(refused), true).await;
+        assert!(matches!(outcome, Err(Stop::Failed(LayerError::Agent(_)))));
+        assert!(read.is_err());
+    }
+}

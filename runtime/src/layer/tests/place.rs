@@ -1,0 +1,71 @@
+//! The exchange: the old layer or the new one, and nothing beside them.
+
+use std::{fs, path::Path};
+
+use super::{Archive, Fixture, LIMITS};
+use crate::layer::{LayerError, Place, apply, sweep};
+
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn the_new_layer_takes_the_place_of_the_old_one() {
+    let fixture = Fixture::new();
+    let upper = fixture.path("root");
+    fs::write(upper.join("old"), "").unwrap();
+    let place = Place::beside(&upper).unwrap();
+    apply(Archive::new().file("new", b"x").bytes().as_slice(), place.fresh(), None, LIMITS).unwrap();
+    assert_eq!(names(&upper), ["old"]);
+    let replaced = place.exchange().unwrap();
+    assert_eq!(names(&upper), ["new"]);
+    replaced.sync().unwrap();
+    drop(replaced);
+    fixture.assert_contained();
+}
+
+#[test]
+fn a_failure_leaves_the_old_layer_and_nothing_else() {
+    let fixture = Fixture::new();
+    let upper = fixture.path("root");
+    fs::write(upper.join("old"), "").unwrap();
+    let place = Place::beside(&upper).unwrap();
+    let archive = Archive::new().file("new", b"x").file("new", b"y").bytes();
+    apply(archive.as_slice(), place.fresh(), None, LIMITS).unwrap_err();
+    drop(place);
+    assert_eq!(names(&upper), ["old"]);
+    fixture.assert_contained();
+}
+
+#[test]
+fn what_a_killed_export_left_is_swept() {
+    let fixture = Fixture::new();
+    let (upper, other) = (fixture.path("root"), fixture.path("root-2"));
+    let place = Place::beside(&upper).unwrap();
+    apply(Archive::new().dir("d").file("d/f", b"x").bytes().as_slice(), place.fresh(), None, LIMITS).unwrap();
+    std::mem::forget(place);
+    // That of a neighbour's with a similar name is left alone.
+    fs::create_dir(&other).unwrap();
+    let neighbours = Place::beside(&other).unwrap();
+    sweep(&upper).unwrap();
+    assert_eq!(names(fixture.dir.path()).len(), 4);
+    neighbours.exchange().unwrap();
+    fs::remove_dir(&other).unwrap();
+    fixture.assert_contained();
+}
+
+#[test]
+fn a_mount_point_cannot_be_replaced() {
+    let fixture = Fixture::new();
+    let error = Place::beside(Path::new("/proc")).map(|place| place.exchange().map(drop));
+    let error = match error {
+        Ok(result) => result.unwrap_err(),
+        // A root file system that cannot be written to shows the same.
+        Err(error) => error,
+    };
+    assert!(matches!(error, LayerError::MountPoint { .. } | LayerError::Place { .. }), "{error}");
+    fixture.assert_contained();
+}

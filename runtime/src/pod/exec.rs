@@ -1,0 +1,360 @@
+//! Processes that are added to a container.
+//!
+//! ```text
+//!   exec   ---> the process is read and named                 nothing of it exists in the guest
+//!   start  ---> streams -> ExecProcess; a watcher waits for the end
+//!   end    ---> output drained -> Stopped, event -> the guest forgets it
+//!   delete ---> the entry goes, its id is free
+//! ```
+//! Its states are those of a container. One that could not be started has stopped without having run.
+
+use std::{
+    collections::{HashMap, hash_map},
+    sync::{Arc, Mutex, MutexGuard},
+    time::SystemTime,
+};
+
+use machinen_protocol::api::ExecProcessRequest;
+use oci_spec::runtime;
+use protobuf::MessageField;
+
+use super::{
+    Container, Event, Exit, Pod, PodError, Process, State, StateError, Transition,
+    exit::ended,
+    stdio::{HostStdio, StdioNames},
+    streams::{self, Outputs},
+};
+use crate::{
+    agent,
+    error::{ErrorKind, Kind, chain},
+    spec,
+};
+
+/// What shells say of a command that cannot be executed, of one that is not there, and runc of all else.
+const NOT_EXECUTABLE: u32 = 126;
+const NOT_FOUND: u32 = 127;
+const NOT_STARTED: u32 = 255;
+
+/// A request to add a process to a container.
+#[derive(Debug, Clone, Default)]
+pub struct Exec {
+    /// Unique among the container's processes.
+    pub id: String,
+    /// OCI process (runtime-spec, config.md, "Process"), as JSON.
+    pub process: Vec<u8>,
+    pub stdio: StdioNames,
+}
+
+/// A process that was added.
+#[derive(Debug)]
+pub(super) struct Added {
+    id: String,
+    pub(super) process: Arc<Process>,
+    stage: Mutex<Stage>,
+}
+
+#[derive(Debug)]
+enum Stage {
+    Described(Box<runtime::Process>),
+    /// The guest knows it by an id of its own, so that ours can be anything, and be used again at once.
+    Sent {
+        guest_id: String,
+    },
+}
+
+/// All processes that were added to a container.
+#[derive(Debug, Default)]
+pub(super) struct Execs(Mutex<Table>);
+
+#[derive(Debug, Default)]
+struct Table {
+    added: HashMap<String, Arc<Added>>,
+    started: u64,
+    /// The container's init has ended: nothing starts any more.
+    closed: bool,
+}
+
+impl Execs {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().expect("no panic while held")
+    }
+
+    fn get(&self, id: &str) -> Option<Arc<Added>> {
+        self.lock().added.get(id).map(Arc::clone)
+    }
+
+    /// An id for the guest; None when nothing may start any more.
+    fn admit(&self) -> Option<String> {
+        let mut table = self.lock();
+        if table.closed {
+            return None;
+        }
+        table.started += 1;
+        Some(format!("exec-{}", table.started))
+    }
+
+    /// Lets nothing start any more, and waits until what has started has ended.
+    pub(super) async fn end(&self) {
+        let added: Vec<_> = {
+            let mut table = self.lock();
+            table.closed = true;
+            table.added.values().cloned().collect()
+        };
+        for exec in added {
+            // Whoever is starting it holds this.
+            let state = {
+                let _ordered = exec.process.transitions.lock().await;
+                exec.process.state()
+            };
+            if state != State::Created {
+                exec.process.exited().await;
+            }
+        }
+    }
+}
+
+impl Added {
+    fn stage(&self) -> MutexGuard<'_, Stage> {
+        self.stage.lock().expect("no panic while held")
+    }
+
+    fn guest_id(&self) -> Option<String> {
+        match &*self.stage() {
+            Stage::Described(_) => None,
+            Stage::Sent { guest_id } => Some(guest_id.clone()),
+        }
+    }
+}
+
+impl Container {
+    /// # Errors
+    /// There is no such process.
+    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, PodError> {
+        match exec_id {
+            "" => Ok(Arc::clone(&self.init)),
+            _ => Ok(Arc::clone(&self.added(exec_id)?.process)),
+        }
+    }
+
+    fn added(&self, exec_id: &str) -> Result<Arc<Added>, PodError> {
+        let missing = || PodError::NoProcess { id: self.id.clone(), exec_id: exec_id.to_owned() };
+        self.execs.get(exec_id).ok_or_else(missing)
+    }
+
+    /// By what the guest knows a process; the init is "".
+    ///
+    /// # Errors
+    /// It does not exist, or does not run.
+    pub(super) fn guest_id(&self, exec_id: &str, verb: &'static str) -> Result<String, PodError> {
+        let guest_id = if exec_id.is_empty() { Some(String::new()) } else { self.added(exec_id)?.guest_id() };
+        let failed = |source| PodError::State { verb, id: self.name(exec_id), source };
+        match self.process(exec_id)?.state() {
+            State::Stopped(_) => Err(failed(StateError::AlreadyStopped)),
+            _ => guest_id.ok_or_else(|| failed(StateError::NotStarted)),
+        }
+    }
+
+    /// A process as messages name it.
+    pub(super) fn name(&self, exec_id: &str) -> String {
+        if exec_id.is_empty() { self.id.clone() } else { format!("{}, process {exec_id}", self.id) }
+    }
+}
+
+/// A process that is added to a paused container would not run either.
+fn may_exec(container: &Container) -> Result<(), PodError> {
+    let refused = |source| Err(PodError::state("exec in", &container.id, source));
+    match container.state() {
+        State::Stopped(_) => refused(StateError::AlreadyStopped),
+        State::Paused => refused(StateError::Paused),
+        State::Created | State::Running => Ok(()),
+    }
+}
+
+impl Pod {
+    /// Adds a process to a container, to be started.
+    ///
+    /// # Errors
+    /// The container does not exist or has stopped, the id is taken, or the process cannot be understood.
+    pub fn exec(&self, id: &str, exec: Exec) -> Result<(), PodError> {
+        let container = self.container(id)?;
+        may_exec(&container)?;
+        if exec.id.is_empty() {
+            return Err(PodError::NoExecId { id: id.to_owned() });
+        }
+        let process = spec::exec::reduce(&exec.process, exec.stdio.terminal)?;
+        let added = Added {
+            id: exec.id.clone(),
+            process: Arc::new(Process::new(exec.stdio)),
+            stage: Mutex::new(Stage::Described(Box::new(process))),
+        };
+        match container.execs.lock().added.entry(exec.id.clone()) {
+            hash_map::Entry::Occupied(_) => {
+                return Err(PodError::ExecExists { id: id.to_owned(), exec_id: exec.id });
+            }
+            hash_map::Entry::Vacant(entry) => _ = entry.insert(Arc::new(added)),
+        }
+        self.emit(Event::ExecAdded { id: id.to_owned(), exec_id: exec.id });
+        Ok(())
+    }
+
+    /// Starts a process that was added; returns the pid that stands for it, which is that of the container's anchor.
+    ///
+    /// # Errors
+    /// It does not exist or was started before, the container does not run, or the command cannot be executed.
+    pub async fn start_exec(&self, id: &str, exec_id: &str) -> Result<u32, PodError> {
+        let container = self.container(id)?;
+        let exec = container.added(exec_id)?;
+        // In a task of its own, so that a caller that goes away leaves nothing half-started.
+        let pod = self.clone();
+        let task = tokio::spawn(async move { pod.start_added(container, exec).await });
+        task.await.map_err(PodError::Worker)?
+    }
+
+    async fn start_added(&self, container: Arc<Container>, exec: Arc<Added>) -> Result<u32, PodError> {
+        let refused = |source| PodError::state("start", &container.name(&exec.id), source);
+        let _ordered = exec.process.transitions.lock().await;
+        exec.process.state().after(Transition::Start).map_err(refused)?;
+        may_exec(&container)?;
+        match self.send(&container, &exec).await {
+            Ok(watch) => {
+                exec.process.advance(Transition::Start).map_err(refused)?;
+                self.emit(Event::ExecStarted {
+                    id: container.id.clone(),
+                    exec_id: exec.id.clone(),
+                    pid: container.pid,
+                });
+                tokio::spawn(self.clone().watch_exec(Arc::clone(&container), Arc::clone(&exec), watch));
+                Ok(container.pid)
+            }
+            Err(error) => {
+                let status = match error.kind() {
+                    ErrorKind::PermissionDenied => NOT_EXECUTABLE,
+                    ErrorKind::NotFound => NOT_FOUND,
+                    _ => NOT_STARTED,
+                };
+                exec.process.advance(Transition::Exited(exit(status))).map_err(refused)?;
+                exec.process.set_gone();
+                Err(error)
+            }
+        }
+    }
+
+    /// Has the guest run it.
+    async fn send(&self, container: &Container, exec: &Added) -> Result<Watch, PodError> {
+        let mut host = HostStdio::open(&exec.process.stdio, &self.owner(&exec.id))?;
+        host.ready().await?;
+        let vm = self.vm_of(&container.id).await?;
+        let agent = self.agent(&container.id).await?;
+        let gone = || PodError::state("exec in", &container.id, StateError::AlreadyStopped);
+        let guest_id = container.execs.admit().ok_or_else(gone)?;
+        let stage = std::mem::replace(&mut *exec.stage(), Stage::Sent { guest_id: guest_id.clone() });
+        let Stage::Described(process) = stage else {
+            return Err(PodError::state("start", &container.name(&exec.id), StateError::AlreadyStarted));
+        };
+        let _starting = self.shared.starting.acquire().await.expect("never closed");
+        let (stdio, mut streams) = streams::connect(&vm, host).await?;
+        let request = ExecProcessRequest {
+            container_id: container.id.clone(),
+            exec_id: guest_id.clone(),
+            process: serde_json::to_vec(&process).map_err(PodError::Encode)?,
+            stdio: MessageField::some(stdio),
+            ..Default::default()
+        };
+        agent
+            .exec_process(request)
+            .await
+            .map_err(|source| PodError::guest("start", &container.name(&exec.id), source))?;
+        exec.process.feed(streams.start_input(&agent, &container.id, &guest_id));
+        Ok(Watch { agent, guest_id, outputs: streams.outputs })
+    }
+
+    async fn watch_exec(self, container: Arc<Container>, exec: Arc<Added>, watch: Watch) {
+        let Watch { agent, guest_id, outputs } = watch;
+        let name = container.name(&exec.id);
+        let (exit, logger) = ended(&name, outputs, agent.wait_process(&container.id, &guest_id).await).await;
+        {
+            let _ordered = exec.process.transitions.lock().await;
+            if let Err(error) = exec.process.advance(Transition::Exited(exit)) {
+                tracing::error!(id = name, "exit reported twice: {error}");
+            }
+            tracing::debug!(id = name, status = exit.status, "process exited");
+            self.emit(Event::Exited {
+                id: container.id.clone(),
+                exec_id: exec.id.clone(),
+                pid: container.pid,
+                exit,
+            });
+        }
+        // A VM that is gone needs not forget.
+        if let Err(error) = agent.delete_process(&container.id, &guest_id).await {
+            tracing::debug!(id = name, "not forgotten in the guest: {}", chain(&error));
+        }
+        if let Some(logger) = logger {
+            logger.finish().await;
+        }
+        exec.process.set_gone();
+    }
+
+    /// Forgets a process that has ended, or was never started.
+    ///
+    /// # Errors
+    /// It does not exist, or is running.
+    pub async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<(u32, Exit), PodError> {
+        let container = self.container(id)?;
+        let exec = container.added(exec_id)?;
+        let refused = |source| PodError::state("delete", &container.name(exec_id), source);
+        let (pid, exit) = {
+            let _ordered = exec.process.transitions.lock().await;
+            let never_ran = exec.process.state() == State::Created;
+            if never_ran {
+                exec.process.advance(Transition::Exited(exit(0))).map_err(refused)?;
+                exec.process.set_gone();
+            }
+            exec.process.state().after(Transition::Delete).map_err(refused)?;
+            (if never_ran { 0 } else { container.pid }, exec.process.exited().await)
+        };
+        exec.process.gone().await;
+        container.execs.lock().added.remove(exec_id);
+        Ok((pid, exit))
+    }
+
+    /// Sets the size of a process's terminal, in characters; of one that does not run yet, the size it starts with.
+    ///
+    /// # Errors
+    /// The process does not exist, has ended, or has no terminal.
+    pub async fn resize(&self, id: &str, exec_id: &str, width: u32, height: u32) -> Result<(), PodError> {
+        let container = self.container(id)?;
+        if !container.process(exec_id)?.stdio.terminal {
+            return Err(PodError::state(
+                "resize the terminal of",
+                &container.name(exec_id),
+                StateError::NoTerminal,
+            ));
+        }
+        if !exec_id.is_empty()
+            && let Stage::Described(process) = &mut *container.added(exec_id)?.stage()
+        {
+            let size = runtime::BoxBuilder::default().width(width).height(height).build();
+            process.set_console_size(Some(size.expect("every field is given")));
+            return Ok(());
+        }
+        let verb = "resize the terminal of";
+        let guest_id = container.guest_id(exec_id, verb)?;
+        let agent = self.agent(id).await?;
+        agent
+            .resize_terminal(id, &guest_id, width, height)
+            .await
+            .map_err(|source| PodError::guest(verb, &container.name(exec_id), source))
+    }
+}
+
+/// What the watcher of a process needs.
+struct Watch {
+    agent: agent::Client,
+    guest_id: String,
+    outputs: Outputs,
+}
+
+fn exit(status: u32) -> Exit {
+    Exit { status, at: SystemTime::now(), oom_killed: false }
+}

@@ -1,0 +1,290 @@
+//! What a container has used, by the count of its cgroup in the guest.
+//!
+//! The guest sends the cgroup's files as they are and the host reads them here, as the text of a stranger: what is no
+//! number is left out, and what there can be many of is cut off.
+
+use std::{collections::HashMap, str::FromStr};
+
+use machinen_protocol::api::CgroupFile;
+
+use super::{Pod, PodError};
+
+/// The files that are asked for.
+pub const FILES: &[&str] = &[
+    "cpu.stat",
+    "cpu.pressure",
+    "memory.current",
+    "memory.max",
+    "memory.peak",
+    "memory.stat",
+    "memory.events",
+    "memory.swap.current",
+    "memory.swap.max",
+    "memory.pressure",
+    "pids.current",
+    "pids.max",
+    "io.stat",
+    "io.pressure",
+];
+
+/// More block devices than a VM has.
+const MAX_DEVICES: usize = 512;
+
+/// Counts of one container; the names are those of the kernel's files (admin-guide/cgroup-v2.rst).
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Stats {
+    pub cpu: Cpu,
+    pub memory: Memory,
+    pub pids: Pids,
+    pub io: Vec<Io>,
+    pub io_pressure: Option<Pressure>,
+}
+
+/// Times in microseconds.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Cpu {
+    pub usage_usec: u64,
+    pub user_usec: u64,
+    pub system_usec: u64,
+    pub nr_periods: u64,
+    pub nr_throttled: u64,
+    pub throttled_usec: u64,
+    pub pressure: Option<Pressure>,
+}
+
+/// Bytes, but for the counts of events.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Memory {
+    pub current: u64,
+    /// `u64::MAX`: none.
+    pub max: u64,
+    pub peak: u64,
+    pub swap_current: u64,
+    /// `u64::MAX`: none.
+    pub swap_max: u64,
+    pub stat: Table,
+    pub events: Table,
+    pub pressure: Option<Pressure>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pids {
+    pub current: u64,
+    /// None: no limit.
+    pub max: Option<u64>,
+}
+
+/// What went to and came from one block device of the guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Io {
+    pub major: u64,
+    pub minor: u64,
+    pub rbytes: u64,
+    pub wbytes: u64,
+    pub rios: u64,
+    pub wios: u64,
+}
+
+/// Time lost to waiting (Documentation/accounting/psi.rst).
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Pressure {
+    pub some: Stall,
+    pub full: Stall,
+}
+
+/// Shares in percent, the total in microseconds.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Stall {
+    pub avg10: f64,
+    pub avg60: f64,
+    pub avg300: f64,
+    pub total: u64,
+}
+
+/// A file of lines `name number`; what is not in it is 0.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Table(HashMap<String, u64>);
+
+impl Pod {
+    /// What a container has used so far.
+    ///
+    /// # Errors
+    /// It does not exist or is gone from the guest, or the agent does not answer.
+    pub async fn stats(&self, id: &str) -> Result<Stats, PodError> {
+        self.container(id)?;
+        let files = self.agent(id).await?.read_cgroup(id, FILES).await;
+        Ok(Stats::read(&files.map_err(|source| PodError::guest("count the resources of", id, source))?))
+    }
+}
+
+impl Stats {
+    /// Reads the files; any content is taken, what cannot be understood is 0.
+    pub fn read(files: &[CgroupFile]) -> Self {
+        let text =
+            |name: &str| files.iter().find(|file| file.name == name).map_or("", |file| file.content.as_str());
+        let limit = |name| number(text(name)).unwrap_or(u64::MAX);
+        let count = |name| number(text(name)).unwrap_or(0);
+        let cpu = Table::read(text("cpu.stat"));
+        Self {
+            cpu: Cpu {
+                usage_usec: cpu.get("usage_usec"),
+                user_usec: cpu.get("user_usec"),
+                system_usec: cpu.get("system_usec"),
+                nr_periods: cpu.get("nr_periods"),
+                nr_throttled: cpu.get("nr_throttled"),
+                throttled_usec: cpu.get("throttled_usec"),
+                pressure: Pressure::read(text("cpu.pressure")),
+            },
+            memory: Memory {
+                current: count("memory.current"),
+                max: limit("memory.max"),
+                peak: count("memory.peak"),
+                swap_current: count("memory.swap.current"),
+                swap_max: limit("memory.swap.max"),
+                stat: Table::read(text("memory.stat")),
+                events: Table::read(text("memory.events")),
+                pressure: Pressure::read(text("memory.pressure")),
+            },
+            pids: Pids { current: count("pids.current"), max: number(text("pids.max")) },
+            io: text("io.stat").lines().filter_map(Io::read).take(MAX_DEVICES).collect(),
+            io_pressure: Pressure::read(text("io.pressure")),
+        }
+    }
+}
+
+impl Table {
+    /// Names that no file of the kernel has as many of.
+    const MAX_ROWS: usize = 512;
+
+    fn read(text: &str) -> Self {
+        let rows = text.lines().filter_map(|line| {
+            let (name, value) = line.split_once(' ')?;
+            Some((name.to_owned(), number(value)?))
+        });
+        Self(rows.take(Self::MAX_ROWS).collect())
+    }
+
+    pub fn get(&self, name: &str) -> u64 {
+        self.0.get(name).copied().unwrap_or(0)
+    }
+
+    /// The sum of several rows, as much of it as fits.
+    pub fn sum(&self, names: &[&str]) -> u64 {
+        names.iter().fold(0, |sum, name| sum.saturating_add(self.get(name)))
+    }
+}
+
+impl Io {
+    fn read(line: &str) -> Option<Self> {
+        let mut words = line.split_ascii_whitespace();
+        let (major, minor) = words.next()?.split_once(':')?;
+        let mut io = Self { major: number(major)?, minor: number(minor)?, ..Self::default() };
+        for word in words {
+            let Some((name, value)) = word.split_once('=') else { continue };
+            let place = match name {
+                "rbytes" => &mut io.rbytes,
+                "wbytes" => &mut io.wbytes,
+                "rios" => &mut io.rios,
+                "wios" => &mut io.wios,
+                _ => continue,
+            };
+            *place = number(value)?;
+        }
+        Some(io)
+    }
+}
+
+impl Pressure {
+    fn read(text: &str) -> Option<Self> {
+        let stall = |kind: &str| text.lines().find_map(|line| Stall::read(line.strip_prefix(kind)?));
+        // The whole machine's CPUs have no "full".
+        Some(Self { some: stall("some ")?, full: stall("full ").unwrap_or_default() })
+    }
+}
+
+impl Stall {
+    fn read(fields: &str) -> Option<Self> {
+        let mut stall = Self::default();
+        for field in fields.split_ascii_whitespace() {
+            match field.split_once('=')? {
+                ("avg10", value) => stall.avg10 = percent(value)?,
+                ("avg60", value) => stall.avg60 = percent(value)?,
+                ("avg300", value) => stall.avg300 = percent(value)?,
+                ("total", value) => stall.total = number(value)?,
+                _ => {}
+            }
+        }
+        Some(stall)
+    }
+}
+
+fn number<T: FromStr>(text: &str) -> Option<T> {
+    text.trim_end().parse().ok()
+}
+
+fn percent(text: &str) -> Option<f64> {
+    number(text).filter(|share: &f64| (0.0..=100.0).contains(share))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn file(name: &str, content: &str) -> CgroupFile {
+        CgroupFile { name: name.to_owned(), content: content.to_owned(), ..Default::default() }
+    }
+
+    #[test]
+    fn the_kernels_own_files_are_read() {
+        let stats = Stats::read(&[
+            file(
+                "cpu.stat",
+                "usage_usec 1234\nuser_usec 1000\nsystem_usec 234\nnr_periods 9\nnr_throttled 4\nthrottled_usec 77\n",
+            ),
+            file("memory.current", "4096\n"),
+            file("memory.max", "max\n"),
+            file("memory.peak", "8192\n"),
+            file("memory.stat", "anon 10\nfile 20\nworkingset_refault_anon 1\nworkingset_refault_file 2\n"),
+            file("memory.events", "low 0\nhigh 0\nmax 12\noom 3\noom_kill 1\noom_group_kill 0\n"),
+            file("pids.current", "3\n"),
+            file("pids.max", "100\n"),
+            file("io.stat", "8:0 rbytes=512 wbytes=1024 rios=1 wios=2 dbytes=0 dios=0\n8:16 \n7:x\n"),
+            file(
+                "io.pressure",
+                "some avg10=1.50 avg60=0.20 avg300=0.00 total=99\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=5\n",
+            ),
+        ]);
+        assert_eq!((stats.cpu.usage_usec, stats.cpu.nr_throttled, stats.cpu.throttled_usec), (1234, 4, 77));
+        assert_eq!((stats.memory.current, stats.memory.max, stats.memory.peak), (4096, u64::MAX, 8192));
+        assert_eq!(stats.memory.stat.sum(&["workingset_refault_anon", "workingset_refault_file"]), 3);
+        assert_eq!(stats.memory.events.get("oom_kill"), 1);
+        assert_eq!(stats.pids, Pids { current: 3, max: Some(100) });
+        assert_eq!(
+            stats.io[0],
+            Io { major: 8, rbytes: 512, wbytes: 1024, rios: 1, wios: 2, ..Io::default() }
+        );
+        assert_eq!(stats.io.len(), 2);
+        let pressure = stats.io_pressure.unwrap();
+        assert_eq!((pressure.some.avg10, pressure.full.total), (1.5, 5));
+    }
+
+    #[test]
+    fn what_there_is_too_much_of_is_cut_off() {
+        let rows: String = (0..100_000).map(|row| format!("{row}:0 rbytes=1\n")).collect();
+        assert_eq!(Stats::read(&[file("io.stat", &rows)]).io.len(), MAX_DEVICES);
+        let table = Table(HashMap::from([("a".to_owned(), u64::MAX), ("b".to_owned(), 1)]));
+        assert_eq!(table.sum(&["a", "b"]), u64::MAX);
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_taken(text in "[ -~\n]{0,200}", which in 0..FILES.len()) {
+            let stats = Stats::read(&[file(FILES[which], &text)]);
+            if let Some(pressure) = stats.cpu.pressure {
+                prop_assert!(pressure.some.avg10 <= 100.0);
+            }
+        }
+    }
+}

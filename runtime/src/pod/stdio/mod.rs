@@ -1,0 +1,192 @@
+//! A process's standard streams on the host: the caller's fifos, files and logging programs on one side, raw streams
+//! to the guest on the other.
+//!
+//! Where a stream ends is said by the control channel in bytes (see machinen-protocol), so nothing here guesses from
+//! a closed connection.
+
+mod fifo;
+mod input;
+mod logger;
+mod output;
+mod unread;
+mod uri;
+
+use std::{
+    io,
+    path::PathBuf,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use tokio::{io::AsyncWrite, net::unix::pipe};
+
+use self::uri::Target;
+pub use self::{fifo::Stdin, input::Input, logger::Logger, output::Output};
+use crate::{
+    error::{ErrorKind, Kind},
+    process::ProcessError,
+};
+
+const BUFFER: usize = 64 << 10;
+
+/// The standard streams that a caller asks for, as it names them; an empty name is /dev/null.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StdioNames {
+    pub stdin: String,
+    pub stdout: String,
+    pub stderr: String,
+    pub terminal: bool,
+}
+
+/// Whose streams they are, for logging programs.
+#[derive(Debug, Clone)]
+pub struct Owner {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// Of the container, or of the process that was added to it.
+    pub id: String,
+}
+
+/// Why a standard stream cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StdioError {
+    #[error(
+        "{stream} {name:?} is not understood; it takes a path, fifo:///path, file:///path, binary:///program?k=v or \
+         binary-v2:///program?k=v"
+    )]
+    Scheme { stream: &'static str, name: String },
+    #[error("stdin cannot be {name:?}: it takes a path or fifo:///path")]
+    Stdin { name: String },
+    #[error("stderr cannot be {name:?}: a logging program takes stderr together with stdout")]
+    Stderr { name: String },
+    #[error("a terminal has one output, but stderr is {name:?}")]
+    TerminalStderr { name: String },
+    #[error("cannot open {stream} {}", path.display())]
+    Open { stream: &'static str, path: PathBuf, source: io::Error },
+    #[error("{stream} {} is not a fifo", path.display())]
+    NotFifo { stream: &'static str, path: PathBuf },
+    #[error("cannot make a pipe to the logging program")]
+    Pipe(#[source] io::Error),
+    #[error("cannot start the logging program")]
+    Logger(#[source] ProcessError),
+    #[error("logging program {program} is not ready within {limit:?}")]
+    LoggerNotReady { program: String, limit: Duration },
+    #[error(
+        "logging program {program} has closed fd 5 without writing a byte to it, which binary-v2 asks for"
+    )]
+    LoggerSilent { program: String },
+}
+
+impl Kind for StdioError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
+            Self::Logger(ProcessError::NotFound { .. }) => ErrorKind::NotFound,
+            Self::Logger(_) | Self::Pipe(_) | Self::LoggerSilent { .. } => ErrorKind::Internal,
+            Self::LoggerNotReady { .. } => ErrorKind::DeadlineExceeded,
+            Self::Scheme { .. }
+            | Self::Stdin { .. }
+            | Self::Stderr { .. }
+            | Self::TerminalStderr { .. }
+            | Self::Open { .. }
+            | Self::NotFifo { .. } => ErrorKind::InvalidArgument,
+        }
+    }
+}
+
+/// The host ends of a process's standard streams, opened.
+#[derive(Debug)]
+pub struct HostStdio {
+    pub terminal: bool,
+    pub stdin: Option<Stdin>,
+    pub stdout: Option<Sink>,
+    pub stderr: Option<Sink>,
+    pub logger: Option<Logger>,
+}
+
+/// Where output goes.
+#[derive(Debug)]
+pub enum Sink {
+    Pipe(pipe::Sender),
+    File(tokio::fs::File),
+}
+
+impl HostStdio {
+    /// Opens what `names` says and starts what it names, without waiting. Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// The first stream that is not there or not understood.
+    pub fn open(names: &StdioNames, owner: &Owner) -> Result<Self, StdioError> {
+        let mut stdio =
+            Self { terminal: names.terminal, stdin: None, stdout: None, stderr: None, logger: None };
+        let (stdout, stderr) =
+            (Target::parse("stdout", &names.stdout)?, Target::parse("stderr", &names.stderr)?);
+        match Target::parse("stdin", &names.stdin)? {
+            Target::Null => {}
+            Target::Fifo(path) => stdio.stdin = Some(fifo::open_stdin(&path)?),
+            _ => return Err(StdioError::Stdin { name: names.stdin.clone() }),
+        }
+        let mut shared = None;
+        stdio.stdout = match &stdout {
+            Target::Null => None,
+            Target::Fifo(path) => Some(fifo::open_output("stdout", path)?),
+            Target::File(path) => Some(fifo::append("stdout", path)?),
+            Target::Program(program) => {
+                let (logger, ends) = Logger::start(program, owner)?;
+                stdio.logger = Some(logger);
+                shared = Some(ends.stderr);
+                Some(Sink::Pipe(ends.stdout))
+            }
+        };
+        // containerd's clients name the same program or file for both; a terminal has nothing for the second.
+        let same = names.stderr == names.stdout;
+        stdio.stderr = match stderr {
+            Target::Null => None,
+            _ if names.terminal && same => None,
+            _ if names.terminal => return Err(StdioError::TerminalStderr { name: names.stderr.clone() }),
+            Target::Fifo(path) => Some(fifo::open_output("stderr", &path)?),
+            Target::File(path) => Some(fifo::append("stderr", &path)?),
+            Target::Program(_) if same => shared.map(Sink::Pipe),
+            Target::Program(_) => return Err(StdioError::Stderr { name: names.stderr.clone() }),
+        };
+        Ok(stdio)
+    }
+
+    /// Waits until everything that was started is ready.
+    ///
+    /// # Errors
+    /// A logging program is not.
+    pub async fn ready(&mut self) -> Result<(), StdioError> {
+        match &mut self.logger {
+            None => Ok(()),
+            Some(logger) => logger.ready().await,
+        }
+    }
+}
+
+impl AsyncWrite for Sink {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Pipe(pipe) => Pin::new(pipe).poll_write(cx, bytes),
+            Self::File(file) => Pin::new(file).poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Pipe(pipe) => Pin::new(pipe).poll_flush(cx),
+            Self::File(file) => Pin::new(file).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Pipe(pipe) => Pin::new(pipe).poll_shutdown(cx),
+            Self::File(file) => Pin::new(file).poll_shutdown(cx),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,168 @@
+//! Streams of every kind, with real fifos, files and programs.
+
+use std::{
+    fs::OpenOptions,
+    io::{Read, Write},
+};
+
+use nix::{sys::stat::Mode, unistd::mkfifo};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, duplex},
+    sync::oneshot,
+};
+
+use super::*;
+
+fn owner() -> Owner {
+    Owner { namespace: "ns".to_owned(), id: "c".to_owned() }
+}
+
+fn open(names: StdioNames) -> Result<HostStdio, StdioError> {
+    HostStdio::open(&names, &owner())
+}
+
+fn fifo(dir: &tempfile::TempDir, name: &str) -> String {
+    let path = dir.path().join(name);
+    mkfifo(&path, Mode::S_IRWXU).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn output_ends_at_the_count_not_at_the_end_of_the_stream() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = fifo(&dir, "out");
+    let host = open(StdioNames { stdout: name.clone(), ..Default::default() }).unwrap();
+    let mut reader = std::fs::File::open(&name).unwrap();
+    let (mut guest, from_guest) = duplex(4096);
+    let output = Output::start("stdout", from_guest, host.stdout.unwrap());
+    guest.write_all(b"hello").await.unwrap();
+    output.finish(5).await.unwrap();
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "hello");
+}
+
+#[tokio::test]
+async fn missing_output_is_noticed() {
+    let (guest, from_guest) = duplex(4096);
+    let output = Output::start("stdout", from_guest, tokio::io::sink());
+    drop(guest);
+    assert_eq!(output.finish(5).await.unwrap_err(), "stdout lost bytes: 0 of 5 arrived");
+}
+
+#[tokio::test(start_paused = true)]
+async fn output_that_never_comes_does_not_hold_up_the_exit() {
+    let (mut guest, from_guest) = duplex(4096);
+    let output = Output::start("stdout", from_guest, tokio::io::sink());
+    guest.write_all(b"four").await.unwrap();
+    let error = output.finish(5).await.unwrap_err();
+    assert!(error.contains("only 4 bytes came"), "{error}");
+    drop(guest);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reader_that_is_gone_does_not_hold_up_the_exit() {
+    let (mut guest, from_guest) = duplex(1 << 20);
+    let (sink, unread) = duplex(16);
+    let output = Output::start("stdout", from_guest, sink);
+    guest.write_all(&[7; 1000]).await.unwrap();
+    let error = output.finish(1000).await.unwrap_err();
+    assert!(error.contains("takes nothing"), "{error}");
+    drop(unread);
+}
+
+#[tokio::test]
+async fn stdin_ends_when_the_caller_says_so_and_not_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = fifo(&dir, "in");
+    let host = open(StdioNames { stdin: name.clone(), ..Default::default() }).unwrap();
+    let (to_guest, mut guest) = duplex(4096);
+    let (said, mut total) = oneshot::channel();
+    let input = Input::start(host.stdin.unwrap(), to_guest, async move |count| {
+        said.send(count).unwrap();
+    });
+    for text in ["one ", "two"] {
+        // Each writer comes and goes, as a client that detaches and attaches again.
+        OpenOptions::new().write(true).open(&name).unwrap().write_all(text.as_bytes()).unwrap();
+        let mut buffer = vec![0; text.len()];
+        guest.read_exact(&mut buffer).await.unwrap();
+        assert_eq!(buffer, text.as_bytes());
+    }
+    assert!(total.try_recv().is_err());
+    input.close();
+    assert_eq!(total.await.unwrap(), 7);
+}
+
+#[test]
+fn a_missing_fifo_and_a_regular_file_are_named() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let _guard = runtime.enter();
+    let names = StdioNames { stdout: "/nonexistent/out".to_owned(), ..Default::default() };
+    assert_eq!(
+        HostStdio::open(&names, &owner()).unwrap_err().to_string(),
+        "cannot open stdout /nonexistent/out"
+    );
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let names = StdioNames { stdin: file.path().to_str().unwrap().to_owned(), ..Default::default() };
+    assert!(matches!(HostStdio::open(&names, &owner()), Err(StdioError::NotFifo { stream: "stdin", .. })));
+}
+
+#[tokio::test]
+async fn a_file_is_made_and_appended_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a b/log");
+    let name = format!("file://{}/a%20b/log", dir.path().display());
+    for text in ["one ", "two"] {
+        let names = StdioNames { stdout: name.clone(), stderr: name.clone(), ..Default::default() };
+        let host = open(names).unwrap();
+        let (mut guest, from_guest) = duplex(4096);
+        let output = Output::start("stdout", from_guest, host.stdout.unwrap());
+        guest.write_all(text.as_bytes()).await.unwrap();
+        output.finish(text.len() as u64).await.unwrap();
+    }
+    assert_eq!(std::fs::read_to_string(path).unwrap(), "one two");
+}
+
+/// Runs a script as the logging program of a process that writes "out" and "err"; what it has written to $1.
+async fn log_with(scheme: &str, script: &str) -> Result<String, StdioError> {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    let query: String = form_urlencoded::Serializer::new(String::new())
+        .append_pair("-c", script)
+        .append_pair("sh", log.to_str().unwrap())
+        .finish();
+    let name = format!("{scheme}:///bin/sh?{query}");
+    let mut host = open(StdioNames { stdout: name.clone(), stderr: name, ..Default::default() })?;
+    host.ready().await?;
+    for (sink, text) in [(host.stdout, "out"), (host.stderr, "err")] {
+        let (mut guest, from_guest) = duplex(4096);
+        let output = Output::start("stdout", from_guest, sink.unwrap());
+        guest.write_all(text.as_bytes()).await.unwrap();
+        output.finish(3).await.unwrap();
+    }
+    host.logger.unwrap().finish().await;
+    Ok(std::fs::read_to_string(log).unwrap())
+}
+
+#[tokio::test]
+async fn a_logging_program_gets_both_streams_its_environment_and_an_end() {
+    let script = "exec 5>&-; (env | sort | grep CONTAINER; cat <&3; cat <&4) >$1";
+    let logged = log_with("binary", script).await.unwrap();
+    assert_eq!(logged, "CONTAINER_ID=c\nCONTAINER_NAMESPACE=ns\nouterr");
+}
+
+#[tokio::test]
+async fn the_second_version_says_that_it_is_ready() {
+    let logged = log_with("binary-v2", "echo >&5; cat <&3 >$1; cat <&4 >>$1").await.unwrap();
+    assert_eq!(logged, "outerr");
+    let error = log_with("binary-v2", "exec 5>&-; cat <&3").await.unwrap_err();
+    assert!(matches!(error, StdioError::LoggerSilent { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_missing_program_is_named() {
+    let names = StdioNames { stdout: "binary:///no/logger".to_owned(), ..Default::default() };
+    let error = open(names).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert!(crate::error::chain(&error).contains("/no/logger not found"), "{error:?}");
+}

@@ -1,0 +1,106 @@
+//! The names that callers give to standard streams (containerd, `core/runtime/v2/README.md`, "Logging").
+//!
+//! ```text
+//!   ""                         /dev/null
+//!   /path   fifo:///path       a fifo; a path may also be a file that is there already
+//!   file:///path               a file, appended to
+//!   binary:///program?k=v      a program that reads stdout at fd 3 and stderr at fd 4, and closes fd 5 when it is ready
+//!   binary-v2:///program?k=v   the same, but it must write a byte to fd 5
+//! ```
+
+use std::path::PathBuf;
+
+use percent_encoding::percent_decode_str;
+
+use super::StdioError;
+
+/// Where a standard stream leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Target {
+    Null,
+    Fifo(PathBuf),
+    File(PathBuf),
+    Program(Program),
+}
+
+/// A logging program.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Program {
+    pub(super) path: PathBuf,
+    /// Names and values of the query, as containerd passes them on.
+    pub(super) args: Vec<String>,
+    /// It says that it is ready; otherwise closing the descriptor is enough.
+    pub(super) must_say: bool,
+}
+
+impl Target {
+    /// # Errors
+    /// A scheme that is none of the above, or a path that is not absolute.
+    pub(super) fn parse(stream: &'static str, name: &str) -> Result<Self, StdioError> {
+        let bad = || StdioError::Scheme { stream, name: name.to_owned() };
+        if name.is_empty() {
+            return Ok(Self::Null);
+        }
+        let Some((scheme, rest)) = name.split_once("://") else {
+            return if name.starts_with('/') { Ok(Self::Fifo(name.into())) } else { Err(bad()) };
+        };
+        let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+        if !path.starts_with('/') {
+            return Err(bad());
+        }
+        let path: PathBuf = percent_decode_str(path).decode_utf8().map_err(|_| bad())?.as_ref().into();
+        match scheme {
+            "fifo" => Ok(Self::Fifo(path)),
+            "file" => Ok(Self::File(path)),
+            "binary" | "binary-v2" => {
+                let pairs = form_urlencoded::parse(query.as_bytes());
+                let args = pairs.flat_map(|(key, value)| [key.into_owned(), value.into_owned()]).collect();
+                Ok(Self::Program(Program { path, args, must_say: scheme == "binary-v2" }))
+            }
+            _ => Err(bad()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parse(name: &str) -> Target {
+        Target::parse("stdout", name).unwrap()
+    }
+
+    #[test]
+    fn the_schemes_of_containerd() {
+        assert_eq!(parse(""), Target::Null);
+        assert_eq!(parse("/a b%20c?d"), Target::Fifo("/a b%20c?d".into()));
+        assert_eq!(parse("fifo:///a"), Target::Fifo("/a".into()));
+        assert_eq!(parse("file:///var/log/a%20b"), Target::File("/var/log/a b".into()));
+        let program = |name| match parse(name) {
+            Target::Program(program) => program,
+            other => panic!("{other:?}"),
+        };
+        let nerdctl = program("binary:///usr/bin/nerdctl?_NERDCTL_INTERNAL_LOGGING=%2Fvar%2Flib%2Fnerdctl");
+        assert_eq!(nerdctl.path, PathBuf::from("/usr/bin/nerdctl"));
+        assert_eq!(nerdctl.args, ["_NERDCTL_INTERNAL_LOGGING", "/var/lib/nerdctl"]);
+        assert!(!nerdctl.must_say && program("binary-v2:///l").must_say);
+        assert_eq!(program("binary:///l?a&b=1+2").args, ["a", "", "b", "1 2"]);
+    }
+
+    #[test]
+    fn others_are_named() {
+        for name in ["relative", "npipe:///a", "file://host/a", "binary://logger", "file:///%ff"] {
+            let error = Target::parse("stderr", name).unwrap_err().to_string();
+            assert!(error.contains("stderr") && error.contains(name), "{error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_name_is_too_odd(name in "(/|[a-z0-9-]{0,9}://)?[ -~\u{e4}%?&=]{0,40}") {
+            let _ = Target::parse("stdin", &name);
+        }
+    }
+}

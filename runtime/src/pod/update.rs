@@ -1,0 +1,40 @@
+//! Changing the limits of a running container.
+
+use oci_spec::runtime::LinuxResources;
+
+use super::{
+    Pod, PodError,
+    resources::{self, Now},
+    state::{State, StateError},
+};
+
+impl Pod {
+    /// Sets limits of a container, all or none; `json` is the runtime-spec's LinuxResources.
+    ///
+    /// # Errors
+    /// The container does not exist or has stopped, the limits cannot be understood, or the guest does not have or
+    /// not take one of them.
+    pub async fn update(&self, id: &str, json: &[u8]) -> Result<(), PodError> {
+        let container = self.container(id)?;
+        if let State::Stopped(_) = container.state() {
+            return Err(PodError::state("update", id, StateError::AlreadyStopped));
+        }
+        let wanted: LinuxResources =
+            serde_json::from_slice(json).map_err(|source| PodError::Resources { source })?;
+        let agent = self.agent(id).await?;
+        let failed = |source| PodError::guest("update", id, source);
+        let now = agent.read_cgroup(id, &["cpu.max", "memory.max"]).await.map_err(failed)?;
+        let content =
+            |name| now.iter().find(|file| file.name == name).map_or("", |file| file.content.as_str());
+        let now = Now {
+            cpu_max: content("cpu.max"),
+            memory_max: content("memory.max"),
+            vm_memory_mib: self.vm_memory_mib(),
+        };
+        let writes = resources::writes(&wanted, now)?;
+        if writes.is_empty() {
+            return Ok(());
+        }
+        agent.write_cgroup(id, writes).await.map_err(failed)
+    }
+}

@@ -1,0 +1,60 @@
+//! A clone that is ready for a pod that does not exist yet.
+
+use std::path::Path;
+
+use tokio::task::spawn_blocking;
+
+use super::rehearsal::rehearse;
+use crate::{
+    RUN_DIR,
+    admission::{self, HostMemory},
+    config::Config,
+    pod::{CLONE_NEEDS, PodError},
+    template::{Found, Shape, Templates},
+    vm::{Vm, VmSpec},
+};
+
+/// A VM whose agent answers, and what it is a clone of.
+#[derive(Debug)]
+pub struct Ready {
+    pub(crate) vm: Vm,
+    pub(crate) shape: Shape,
+}
+
+impl Ready {
+    /// Clones a VM like `spec` into `dir`, owned by this process. None: there is no template of it.
+    ///
+    /// # Errors
+    /// The host has no memory for one more, or the clone does not come to life.
+    pub(super) async fn make(
+        mut spec: VmSpec,
+        config: &Config,
+        dir: &Path,
+    ) -> Result<Option<Self>, PodError> {
+        spec.identity = VmSpec::unprivileged(std::process::id(), spec.accel.groups());
+        spec.keep_console = false;
+        "ready".clone_into(&mut spec.id);
+        "ready".clone_into(&mut spec.hostname);
+        let (templates, wanted) = (Templates::at(&config.template.dir), spec.clone());
+        let found = spawn_blocking(move || {
+            let Some(shape) = Shape::of(&wanted)? else { return Ok(None) };
+            Ok(match templates.find(&shape)? {
+                Found::Ready(template) => Some((*template, shape)),
+                Found::Building | Found::Absent | Found::Failed(_) => None,
+            })
+        });
+        let found = found.await.map_err(PodError::Worker)?.map_err(PodError::Template)?;
+        let Some((template, shape)) = found else { return Ok(None) };
+        let starting = Path::new(RUN_DIR).join("starting");
+        let reserve = config.vm.memory_reserve_percent;
+        let _promise = admission::admit(&starting, CLONE_NEEDS, reserve, HostMemory::now()?)?;
+        let vm = Vm::restore(spec, dir, &template.saved).await.map_err(PodError::Clone)?;
+        match rehearse(&vm, config).await {
+            Ok(()) => Ok(Some(Self { vm, shape })),
+            Err(error) => {
+                vm.kill().await;
+                Err(error)
+            }
+        }
+    }
+}

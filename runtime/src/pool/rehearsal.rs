@@ -1,0 +1,83 @@
+//! A container that is created and deleted again, before anyone asks for one.
+//!
+//! Most of what creating a container takes in a clone under emulation is the translation of code that runs for the first
+//! time, and the next one is created in a tenth of it. So a clone that waits anyway has done it once.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::PermissionsExt as _,
+};
+
+use machinen_protocol::api::{CreateContainerRequest, Disk, Rootfs};
+use protobuf::MessageField;
+use tokio::task::spawn_blocking;
+
+use crate::{
+    config::{self, Config},
+    pod::PodError,
+    rootdisk::{RootdiskCache, RootdiskError},
+    vm::{DiskSpec, Vm},
+};
+
+const ID: &str = "rehearsal";
+/// What most containers have; its command is there and never executed.
+const SPEC: &str = include_str!("rehearsal.json");
+/// A small one is enough to write nothing to.
+const WRITABLE: u64 = 64 << 20;
+
+/// Creates the container in `vm` and deletes it. Its disks stay attached: they have no names, and end with the VM.
+///
+/// # Errors
+/// Something of it cannot be made; the VM may not be as it was.
+pub(super) async fn rehearse(vm: &Vm, config: &Config) -> Result<(), PodError> {
+    let config::Rootdisk { dir, mke2fs, .. } = config.rootdisk.clone();
+    let make = move || -> Result<(File, File), RootdiskError> {
+        let cache = RootdiskCache::open(&dir)?;
+        let failed = |source| RootdiskError::Cache { action: "write to", path: dir.clone(), source };
+        let root = root().map_err(failed)?;
+        let opened = File::open(root.path()).map_err(failed)?;
+        Ok((
+            cache.disk_of_files(opened.into(), 1, 4096, &mke2fs)?,
+            cache.unnamed_writable(WRITABLE, &mke2fs)?,
+        ))
+    };
+    let (base, writable) = spawn_blocking(make).await.map_err(PodError::Worker)??;
+    let attach = async |file: File, read_only| {
+        let disk = DiskSpec { file: file.into(), read_only, serial: ID.to_owned() };
+        let attached = vm.attach_disk(disk).await;
+        let address = attached.map_err(|source| PodError::Vm { what: "attach a disk", source })?;
+        let disk = Disk { target: address.target, lun: address.lun, ..Default::default() };
+        Ok::<_, PodError>(MessageField::some(disk))
+    };
+    let (base, writable) = (attach(base, true).await?, attach(writable, false).await?);
+    let agent = vm.agent().await.map_err(PodError::Boot)?;
+    let request = CreateContainerRequest {
+        container_id: ID.to_owned(),
+        oci_config: SPEC.into(),
+        rootfs: MessageField::some(Rootfs { base, writable, ..Default::default() }),
+        ..Default::default()
+    };
+    agent.create_container(request).await.map_err(|source| PodError::guest("create", ID, source))?;
+    agent.delete_container(ID).await.map_err(|source| PodError::guest("delete", ID, source))
+}
+
+/// A root file system with a command.
+fn root() -> io::Result<tempfile::TempDir> {
+    let dir = tempfile::tempdir()?;
+    let command = dir.path().join("init");
+    fs::write(&command, "#!/init\n")?;
+    fs::set_permissions(&command, fs::Permissions::from_mode(0o755))?;
+    Ok(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_specification_is_one() {
+        let spec: oci_spec::runtime::Spec = serde_json::from_str(SPEC).unwrap();
+        assert_eq!(spec.process().as_ref().unwrap().args().as_ref().unwrap(), &["/init"]);
+    }
+}

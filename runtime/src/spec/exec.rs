@@ -1,0 +1,88 @@
+//! A process that is added to a container: what of it holds inside the guest.
+
+use oci_spec::runtime::Process;
+
+use super::guest::drop_labels;
+use crate::error::{ErrorKind, Kind};
+
+/// What of a process machinen cannot do.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessSpecError {
+    #[error("the process is not a valid OCI process")]
+    Parse(#[source] serde_json::Error),
+    #[error("the process has no arguments")]
+    NoArgs,
+    #[error("{what} of a process that is added to a container is not supported")]
+    Unsupported { what: &'static str },
+}
+
+impl Kind for ProcessSpecError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Parse(_) | Self::NoArgs => ErrorKind::InvalidArgument,
+            Self::Unsupported { .. } => ErrorKind::Unimplemented,
+        }
+    }
+}
+
+/// Reads a process (runtime-spec, config.md, "Process") and reduces it to the guest's part.
+///
+/// # Errors
+/// It is none, or asks for what machinen cannot keep.
+pub fn reduce(json: &[u8], terminal: bool) -> Result<Process, ProcessSpecError> {
+    let mut process: Process = serde_json::from_slice(json).map_err(ProcessSpecError::Parse)?;
+    if process.args().iter().flatten().next().is_none() {
+        return Err(ProcessSpecError::NoArgs);
+    }
+    for (what, given) in [
+        ("ioPriority", process.io_priority().is_some()),
+        ("scheduler", process.scheduler().is_some()),
+        ("execCPUAffinity", process.exec_cpu_affinity().is_some()),
+    ] {
+        if given {
+            return Err(ProcessSpecError::Unsupported { what });
+        }
+    }
+    process.set_terminal(Some(terminal));
+    drop_labels(&mut process);
+    Ok(process)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn reduced(change: impl FnOnce(&mut serde_json::Value)) -> Result<Process, ProcessSpecError> {
+        let mut json = json!({
+            "user": {"uid": 1, "gid": 2},
+            "args": ["sh"],
+            "cwd": "/tmp",
+            "apparmorProfile": "docker-default",
+            "selinuxLabel": "a:b:c",
+        });
+        change(&mut json);
+        reduce(json.to_string().as_bytes(), true)
+    }
+
+    #[test]
+    fn the_hosts_part_goes_and_the_rest_stays() {
+        let process = reduced(|_| ()).unwrap();
+        assert_eq!((process.user().uid(), process.user().gid()), (1, 2));
+        assert_eq!((process.apparmor_profile(), process.selinux_label()), (&None, &None));
+        assert_eq!(process.terminal(), Some(true));
+    }
+
+    #[test]
+    fn what_cannot_be_kept_is_named() {
+        let error = reduced(|json| json["scheduler"] = json!({"policy": "SCHED_IDLE"})).unwrap_err();
+        assert_eq!(
+            (error.kind(), error.to_string().split(' ').next()),
+            (ErrorKind::Unimplemented, Some("scheduler"))
+        );
+        let error = reduced(|json| json["args"] = json!([])).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert!(matches!(reduce(b"{", false), Err(ProcessSpecError::Parse(_))));
+    }
+}

@@ -1,0 +1,216 @@
+//! The process that builds a template, apart from whoever asked for it, and then becomes its holder.
+
+use std::convert::Infallible;
+use std::fs::{self, File};
+use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use super::manifest::{Manifest, VERSION};
+use super::store::{Found, Template, Templates, gone};
+use super::{Shape, TemplateError, hash, holder, store};
+use crate::error::chain;
+use crate::memfd;
+use crate::process::{Spawn, Stdio};
+use crate::sys::inherit;
+use crate::vm::{Saved, VmSpec};
+
+/// First argument of a process that is a builder; the request is its stdin.
+pub(super) const ARGUMENT: &str = "template-builder";
+
+/// Added to the niceness: nobody waits for a template, and containers are being started.
+const NICE: i32 = 10;
+
+/// What the builder is asked for.
+#[derive(Debug, Serialize, Deserialize)]
+struct Request {
+    dir: PathBuf,
+    budget_mib: u64,
+    spec: VmSpec,
+}
+
+/// How far a build is: one line for people.
+pub type Progress = String;
+
+impl Templates {
+    /// Has a template built in the background, by a process that outlives this one.
+    ///
+    /// # Errors
+    /// The builder cannot be started.
+    pub fn request(&self, spec: &VmSpec, budget_mib: u64) -> Result<(), TemplateError> {
+        self.start_builder(spec, budget_mib).map(drop)
+    }
+
+    fn start_builder(&self, spec: &VmSpec, budget_mib: u64) -> Result<io::PipeReader, TemplateError> {
+        let request = Request { dir: self.dir().to_owned(), budget_mib, spec: spec.clone() };
+        let request = serde_json::to_vec(&request).map_err(TemplateError::Encode)?;
+        let memory = |source| TemplateError::Memory { action: "pass on a request", source };
+        let stdin = memfd::holding(&request).map_err(memory)?;
+        let (reader, writer) = io::pipe().map_err(memory)?;
+        Spawn::new("/proc/self/exe")
+            .args([ARGUMENT])
+            .dir("/")
+            .stdin(Stdio::Fd(reopened(&stdin).map_err(memory)?))
+            .fd(writer.into(), holder::REPORT)
+            .detach()
+            .map_err(TemplateError::Builder)?;
+        Ok(reader)
+    }
+}
+
+/// A descriptor of its own position.
+fn reopened(fd: &OwnedFd) -> io::Result<OwnedFd> {
+    use std::os::fd::AsRawFd as _;
+    File::open(format!("/proc/self/fd/{}", fd.as_raw_fd())).map(Into::into)
+}
+
+/// Builds a template of `spec`, unless there is one, and waits for it. Blocks for some seconds.
+///
+/// # Errors
+/// It cannot be built, or another process is building it.
+pub fn build(
+    templates: &Templates,
+    spec: &VmSpec,
+    budget_mib: u64,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Template, TemplateError> {
+    let shape = Shape::of(spec)?.ok_or(TemplateError::Vm(crate::vm::SavedError::Channel))?;
+    templates.create()?;
+    let failed = templates.names(&shape.key()).failed();
+    gone(fs::remove_file(&failed)).map_err(TemplateError::file("remove", failed))?;
+    match templates.find(&shape)? {
+        Found::Ready(template) => return Ok(*template),
+        Found::Building => return Err(TemplateError::Building),
+        Found::Absent | Found::Failed(_) => {}
+    }
+    let report = templates.start_builder(spec, budget_mib)?;
+    for line in BufReader::new(report).lines() {
+        let line = line.map_err(|source| TemplateError::Memory { action: "hear of the builder", source })?;
+        match line.split_once(": ") {
+            Some(("failed", reason)) => return Err(TemplateError::Failed(reason.to_owned())),
+            _ if line == "busy" => return Err(TemplateError::Building),
+            _ if line == "ready" => break,
+            _ => progress(line),
+        }
+    }
+    match templates.find(&shape)? {
+        Found::Ready(template) => Ok(*template),
+        _ => Err(TemplateError::Failed("its builder has ended without a word".to_owned())),
+    }
+}
+
+pub(super) fn main() -> ! {
+    let report = match inherit::take(holder::REPORT) {
+        Ok(report) => File::from(report),
+        Err(_) => std::process::exit(2),
+    };
+    let mut text = Vec::new();
+    let request = io::stdin().lock().read_to_end(&mut text).map(|_| serde_json::from_slice::<Request>(&text));
+    let Ok(Ok(request)) = request else { std::process::exit(2) };
+    let Err(error) = run(request, &report);
+    say(&report, &format!("failed: {}", chain(&error)));
+    std::process::exit(1)
+}
+
+/// Ends as the holder of what was built.
+fn run(request: Request, report: &File) -> Result<Infallible, TemplateError> {
+    let Request { dir, budget_mib, mut spec } = request;
+    if let Err(error) = rustix::process::nice(NICE) {
+        tracing::debug!("cannot be nice: {error}");
+    }
+    let templates = Templates::at(&dir);
+    templates.create()?;
+    let shape = Shape::of(&spec)?.ok_or(TemplateError::Vm(crate::vm::SavedError::Channel))?;
+    let key = shape.key();
+    let Some(lock) = templates.lock(&key)? else {
+        say(report, "busy");
+        std::process::exit(0);
+    };
+    spec.identity = VmSpec::unprivileged(std::process::id(), spec.accel.groups());
+    spec.keep_console = false;
+    "template".clone_into(&mut spec.id);
+    let built = make(&templates, &shape, &spec, budget_mib, report);
+    let spawn = match built {
+        Ok(saved) => hold(&templates, &key, saved, lock, report),
+        Err(error) => Err(error),
+    };
+    let error = match spawn {
+        Ok(spawn) => TemplateError::Builder(spawn.replace()),
+        Err(error) => error,
+    };
+    templates.note_failure(&key, &chain(&error))?;
+    Err(error)
+}
+
+/// Everything up to a manifest that nobody reads yet.
+fn make(
+    templates: &Templates,
+    shape: &Shape,
+    spec: &VmSpec,
+    budget_mib: u64,
+    report: &File,
+) -> Result<Saved, TemplateError> {
+    let names = templates.names(&shape.key());
+    // What a builder or holder that was killed has left.
+    for path in [names.manifest(), names.unpublished(), names.failed()] {
+        gone(fs::remove_file(&path)).map_err(TemplateError::file("remove", path))?;
+    }
+    gone(fs::remove_dir_all(names.vm())).map_err(TemplateError::file("remove", names.vm()))?;
+    say(report, &format!("booting a VM of {} MiB and {} CPUs", spec.memory_mib, spec.vcpus));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime =
+        runtime.map_err(|source| TemplateError::Memory { action: "start an event loop", source })?;
+    let saved = runtime.block_on(Saved::make(spec, &names.vm()));
+    gone(fs::remove_dir_all(names.vm())).map_err(TemplateError::file("remove", names.vm()))?;
+    let saved = saved?;
+    let memory = |source| TemplateError::Memory { action: "read the memory", source };
+    let file = File::from(saved.memory.as_fd().try_clone_to_owned().map_err(memory)?);
+    let allocated = file.metadata().map_err(memory)?.blocks() * 512;
+    say(report, &format!("saved, {} MiB of memory", allocated >> 20));
+    templates.make_room(allocated, budget_mib)?;
+    let manifest = Manifest {
+        version: VERSION,
+        shape: shape.clone(),
+        pid: std::process::id(),
+        qemu: saved.qemu,
+        memory_fd: saved.memory_fd,
+        memory_mib: spec.memory_mib,
+        vcpus: spec.vcpus,
+        allocated,
+        devices: saved.devices.len() as u64,
+        sha256: hash::digest(&file, &saved.devices).map_err(memory)?,
+        created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+    };
+    let text = serde_json::to_vec_pretty(&manifest).map_err(TemplateError::Encode)?;
+    store::write(&names.unpublished(), &text)?;
+    Ok(saved)
+}
+
+/// The holder: this program, with nothing but what it is to hold.
+fn hold(
+    templates: &Templates,
+    key: &str,
+    saved: Saved,
+    lock: File,
+    report: &File,
+) -> Result<Spawn, TemplateError> {
+    let memory = |source| TemplateError::Memory { action: "pass on the memory", source };
+    let devices = memfd::holding(&saved.devices).map_err(memory)?;
+    let report = report.try_clone().map_err(memory)?;
+    Ok(Spawn::new("/proc/self/exe")
+        .args([holder::ARGUMENT.as_ref(), templates.dir().as_os_str(), key.as_ref()])
+        .dir("/")
+        .fd(saved.memory, holder::MEMORY)
+        .fd(devices, holder::DEVICES)
+        .fd(lock.into(), holder::LOCK)
+        .fd(report.into(), holder::REPORT))
+}
+
+/// Nobody need be listening.
+pub(super) fn say(mut report: &File, line: &str) {
+    drop(writeln!(report, "{}", line.replace('\n', "; ")));
+}

@@ -1,0 +1,42 @@
+//! Templates: saved VMs that are cloned instead of booting a VM each time.
+//!
+//! ```text
+//!   start ── find(shape) ──┬─ ready ───> the holder's two memfds ──> clone
+//!                          ├─ building ─> boot
+//!                          └─ absent ──> boot, and when the container runs: request ──> builder process
+//!
+//!   builder:  lock KEY.lock ── boot, save, seal, hash ── make room ── execute itself as the holder
+//!   holder:   publish KEY.json ── hold memory, device state and lock until it is killed
+//! ```
+//! A template is memory, so it lives in memory: two sealed memfds that a process without any other task keeps. They
+//! are reached through that process's /proc/PID/fd, which only root may. The lock that the holder keeps is what
+//! tells that it lives; when it is gone, so is the template, and what its files say counts for nothing. A file of a
+//! file system could not be sealed, and one QEMU that a guest has taken over could change what all later VMs run.
+//!
+//! The key is a digest of the [`Shape`], everything that made the template what it is. Another kernel, image, QEMU,
+//! CPU or command line is another key; a template whose files have changed since is removed when the next is built.
+
+mod builder;
+mod error;
+mod hash;
+mod holder;
+mod manifest;
+mod shape;
+mod store;
+
+pub use builder::{Progress, build};
+pub use error::TemplateError;
+pub use manifest::Manifest;
+pub use shape::Shape;
+pub use store::{Found, Listed, Template, Templates};
+
+/// Runs the builder or the holder, if that is what this process was started for; to be called first in every binary
+/// that owns VMs.
+pub fn main_if_asked() {
+    let mut args = std::env::args().skip(1);
+    match args.next().as_deref() {
+        Some(builder::ARGUMENT) => builder::main(),
+        Some(holder::ARGUMENT) => holder::main(args),
+        _ => {}
+    }
+}

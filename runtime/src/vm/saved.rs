@@ -1,0 +1,252 @@
+//! The state of a VM whose agent waits to be woken, made once and cloned many times.
+//!
+//! ```text
+//!   save:     boot with the memory in a memfd -> "waiting" -> stop -> device state by a pipe -> quit -> seal
+//!   restore:  -incoming defer, the memory copy on write -> device state by a pipe -> "go on" -> cont
+//! ```
+//! The memory is a memfd and not a file of a file system because only a memfd can be sealed: QEMU insists on opening
+//! it for writing (before 8.2 it cannot do otherwise), and runs as a user whom a guest may have taken over.
+//!
+//! QEMU gives memory back by punching holes, in a file even if it is mapped privately. For a clone that must do
+//! nothing: what returns the memory is the madvise(2) after it, by which the clone's own copy goes.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::unix::pipe;
+use tokio::sync::broadcast;
+use tokio::time::timeout;
+
+use super::argv::fd;
+use super::launch::{Launched, Origin, begin};
+use super::qmp::{Event, QmpError, Version};
+use super::wake::{self, WakeError};
+use super::{LaunchError, VmExit, VmSpec};
+use crate::error::{ErrorKind, Kind};
+use crate::memfd;
+
+/// The state of microvm's devices is some 60 KiB; the rest is for more disks and CPUs.
+const MAX_DEVICES: u64 = 16 << 20;
+
+/// QEMU reads or writes this little in milliseconds.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// A VM that waits to be woken, as often as one likes.
+pub struct Saved {
+    /// A sealed memfd of the VM's memory size.
+    pub memory: OwnedFd,
+    /// QEMU's migration stream without the memory.
+    pub devices: Vec<u8>,
+    /// The number by which QEMU knows the memory.
+    pub memory_fd: i32,
+    /// A stream is only for the version that wrote it.
+    pub qemu: Version,
+}
+
+impl std::fmt::Debug for Saved {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Saved")
+            .field("memory", &self.memory)
+            .field("qemu", &self.qemu)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why the state of a VM could not be saved or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum SavedError {
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    #[error("cannot {action} for the memory of a template")]
+    Memory { action: &'static str, source: io::Error },
+    #[error("the guest did not come to wait{ended}")]
+    Waiting { ended: String, source: WakeError },
+    #[error("the guest did not come to wait within {0:?}")]
+    WaitingDeadline(Duration),
+    #[error("QEMU cannot {action} the state of a VM")]
+    Qmp { action: &'static str, source: QmpError },
+    #[error("cannot pass on the state of a VM")]
+    Stream(#[source] io::Error),
+    #[error("QEMU did not {action} the state of a VM{ended}")]
+    Failed { action: &'static str, ended: String },
+    #[error("the state is of QEMU {saved}, this is {running}")]
+    Version { saved: Version, running: Version },
+    #[error("the template's memory is not sealed")]
+    NotSealed,
+    #[error("QEMU knows the template's memory by another number")]
+    Number,
+    #[error("a VM with the channel of vhost-device-vsock cannot be cloned")]
+    Channel,
+}
+
+impl Kind for SavedError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Launch(error) => error.kind(),
+            Self::WaitingDeadline(_) => ErrorKind::DeadlineExceeded,
+            Self::Memory { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+                ErrorKind::ResourceExhausted
+            }
+            _ => ErrorKind::Internal,
+        }
+    }
+}
+
+impl Saved {
+    /// Boots a VM to an agent that waits, and saves it. Nothing runs any more when this returns. `dir` as for
+    /// [`super::Vm::launch`].
+    ///
+    /// # Errors
+    /// The VM does not boot, or QEMU cannot save it.
+    pub async fn make(spec: &VmSpec, dir: &Path) -> Result<Self, SavedError> {
+        if let super::ChannelKind::VhostUserVsock { .. } = spec.channel {
+            return Err(SavedError::Channel);
+        }
+        let memory = memfd::sparse(u64::from(spec.memory_mib) << 20).map_err(failed("make a memfd"))?;
+        let passed = memory.try_clone().map_err(failed("duplicate a descriptor"))?;
+        let mut launched = begin(spec, dir, Origin::Template { memory: passed }).await?;
+        let made = save(spec, &mut launched, &memory).await;
+        let exit = launched.end().await;
+        let (devices, memory_fd, qemu) = made.map_err(|error| error.explained(&exit))?;
+        // Possible only now that no mapping is left.
+        memfd::seal(&memory).map_err(failed("seal a memfd"))?;
+        Ok(Self { memory, devices, memory_fd, qemu })
+    }
+
+    /// # Errors
+    /// The memory could be written to.
+    pub(super) fn check(&self) -> Result<(), SavedError> {
+        if memfd::is_sealed(&self.memory) { Ok(()) } else { Err(SavedError::NotSealed) }
+    }
+}
+
+fn failed(action: &'static str) -> impl Fn(io::Error) -> SavedError {
+    move |source| SavedError::Memory { action, source }
+}
+
+async fn save(
+    spec: &VmSpec,
+    launched: &mut Launched,
+    memory: &OwnedFd,
+) -> Result<(Vec<u8>, i32, Version), SavedError> {
+    let port = launched.wake_port();
+    match timeout(spec.boot_timeout, wake::waiting(port)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(source)) => return Err(SavedError::Waiting { ended: String::new(), source }),
+        Err(_) => return Err(SavedError::WaitingDeadline(spec.boot_timeout)),
+    }
+    let memory_fd = number_of(launched.pid(), memory)?;
+    let qmp = &launched.qmp;
+    let refused = |source| SavedError::Qmp { action: "save", source };
+    qmp.execute("stop", json!({})).await.map_err(refused)?;
+    qmp.execute("migrate-set-capabilities", capabilities()).await.map_err(refused)?;
+    let (reader, writer) = io::pipe().map_err(SavedError::Stream)?;
+    qmp.execute_with_fd("getfd", json!({ "fdname": STATE }), writer.into()).await.map_err(refused)?;
+    qmp.execute("migrate", json!({ "uri": format!("fd:{STATE}") })).await.map_err(refused)?;
+    let reader = pipe::Receiver::from_owned_fd(reader.into()).map_err(SavedError::Stream)?;
+    let mut devices = Vec::new();
+    // One byte more tells a stream that is too long from one that fits exactly.
+    let read = timeout(DEADLINE, reader.take(MAX_DEVICES + 1).read_to_end(&mut devices)).await;
+    let ended = migration_ended(&mut launched.events).await;
+    match read {
+        Ok(Ok(length)) if ended && length as u64 <= MAX_DEVICES => {
+            Ok((devices, memory_fd, launched.qmp.version()))
+        }
+        Ok(Err(error)) => Err(SavedError::Stream(error)),
+        _ => Err(SavedError::Failed { action: "save", ended: String::new() }),
+    }
+}
+
+/// Makes a QEMU that waits for it a clone that runs.
+pub(super) async fn restore(launched: &mut Launched, saved: &Saved) -> Result<(), SavedError> {
+    let (qmp, running) = (&launched.qmp, launched.qmp.version());
+    if running != saved.qemu {
+        return Err(SavedError::Version { saved: saved.qemu, running });
+    }
+    // The filter that keeps QEMU from punching holes goes by the number.
+    if number_of(launched.pid(), &saved.memory)? != saved.memory_fd {
+        return Err(SavedError::Number);
+    }
+    let refused = |source| SavedError::Qmp { action: "restore", source };
+    let (reader, writer) = io::pipe().map_err(SavedError::Stream)?;
+    qmp.execute_with_fd("getfd", json!({ "fdname": STATE }), reader.into()).await.map_err(refused)?;
+    qmp.execute("migrate-set-capabilities", capabilities()).await.map_err(refused)?;
+    qmp.execute("migrate-incoming", json!({ "uri": format!("fd:{STATE}") })).await.map_err(refused)?;
+    let mut writer = pipe::Sender::from_owned_fd(writer.into()).map_err(SavedError::Stream)?;
+    let written = timeout(DEADLINE, writer.write_all(&saved.devices)).await;
+    drop(writer);
+    if !matches!(written, Ok(Ok(()))) || !migration_ended(&mut launched.events).await {
+        return Err(SavedError::Failed { action: "restore", ended: String::new() });
+    }
+    wake::wake(launched.wake_port()).await.map_err(SavedError::Stream)?;
+    launched.qmp.execute("cont", json!({})).await.map_err(refused)?;
+    Ok(())
+}
+
+/// Name of the pipe in QEMU.
+const STATE: &str = "state";
+
+/// x-ignore-shared: memory that is in a file stays there. events: QEMU says when it is done.
+fn capabilities() -> serde_json::Value {
+    let on = |name: &str| json!({ "capability": name, "state": true });
+    json!({ "capabilities": [on("x-ignore-shared"), on("events")] })
+}
+
+/// Whether it ended well.
+async fn migration_ended(events: &mut broadcast::Receiver<Event>) -> bool {
+    let ended = async {
+        loop {
+            match events.recv().await {
+                Ok(Event::MigrationEnded { completed }) => return completed,
+                Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return false,
+            }
+        }
+    };
+    timeout(DEADLINE, ended).await.unwrap_or(false)
+}
+
+/// The number of the descriptor by which QEMU has opened the memory, beside the one that it inherited.
+fn number_of(pid: u32, memory: &OwnedFd) -> Result<i32, SavedError> {
+    let look = || -> io::Result<Option<i32>> {
+        let wanted = File::from(memory.as_fd().try_clone_to_owned()?).metadata()?;
+        for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+            let entry = entry?;
+            let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            // One that was closed meanwhile is not it.
+            let Ok(file) = std::fs::metadata(entry.path()) else { continue };
+            if let Some(number) = number
+                && number != fd::MEMORY
+                && (file.dev(), file.ino()) == (wanted.dev(), wanted.ino())
+            {
+                return Ok(Some(number));
+            }
+        }
+        Ok(None)
+    };
+    look().map_err(failed("find QEMU's descriptor"))?.ok_or(SavedError::Number)
+}
+
+impl SavedError {
+    /// With QEMU's own last words, where the error is that it ended.
+    pub(super) fn explained(self, exit: &VmExit) -> Self {
+        let ended = match exit {
+            VmExit::Requested => return self,
+            exit => format!(": {exit}"),
+        };
+        match self {
+            Self::Waiting { source, .. } => Self::Waiting { ended, source },
+            Self::Failed { action, .. }
+            | Self::Qmp { action, source: QmpError::Closed | QmpError::Io(_) } => {
+                Self::Failed { action, ended }
+            }
+            other => other,
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! A server that waits in the warm pool for its work, with a VM that is ready.
+
+use std::{env, fs, io};
+
+use machinen::{config::Config, pool::Member};
+
+use crate::{
+    error::ShimError,
+    logging,
+    server::{self, Work},
+    start::PID_FILE,
+};
+
+/// Becomes the member of the slot `number`, and then the server of whoever takes it.
+///
+/// # Errors
+/// There is no clone to be had, or, once it was taken, the same as for any server.
+pub fn run(number: Option<String>) -> Result<(), ShimError> {
+    let number = number.and_then(|number| number.parse().ok()).ok_or(ShimError::NoSlot)?;
+    let spec = serde_json::from_reader(io::stdin().lock()).map_err(ShimError::Json)?;
+    let config = Config::load()?;
+    let runtime = server::event_loop(".".as_ref())?;
+    let result = runtime.block_on(async {
+        let Some(member) = Member::join(&config, number, spec).await? else { return Ok(()) };
+        let Some(taken) = member.taken().await? else { return Ok(()) };
+        let work: Work = serde_json::from_slice(&taken.message).map_err(ShimError::Json)?;
+        // Where `delete` expects a server to be, before anyone counts on it.
+        env::set_current_dir(&work.bundle).map_err(ShimError::io("enter the bundle", &work.bundle))?;
+        logging::init(&work.bundle, &config, work.debug)?;
+        let pid_file = work.bundle.join(PID_FILE);
+        fs::write(&pid_file, std::process::id().to_string()).map_err(ShimError::io("write", pid_file))?;
+        let (listener, ready) = taken.accept().await?;
+        tracing::debug!(id = work.id, "taken from the warm pool");
+        server::serve(work, config, listener, Some(ready)).await
+    });
+    runtime.shutdown_background();
+    result
+}
