@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Plugins that no test needs; without them containerd starts in 40 ms and leaves the host's /opt and /run alone.
-const DISABLED_PLUGINS: [&str; 14] = [
+const DISABLED_PLUGINS: [&str; 13] = [
     "io.containerd.grpc.v1.cri",
     "io.containerd.cri.v1.images",
     "io.containerd.cri.v1.runtime",
@@ -29,12 +29,17 @@ const DISABLED_PLUGINS: [&str; 14] = [
     "io.containerd.internal.v1.tracing",
     "io.containerd.nri.v1.nri",
     "io.containerd.snapshotter.v1.aufs",
-    "io.containerd.snapshotter.v1.blockfile",
     "io.containerd.snapshotter.v1.btrfs",
     "io.containerd.snapshotter.v1.devmapper",
     "io.containerd.snapshotter.v1.zfs",
     "io.containerd.tracing.processor.v1.otlp",
 ];
+
+/// Only where a test asks for it: it needs a disk to copy.
+const BLOCKFILE: &str = "io.containerd.snapshotter.v1.blockfile";
+
+/// Bytes of each snapshot of the blockfile snapshotter.
+const BLOCKFILE_SIZE: u64 = 64 << 20;
 
 /// A running private containerd.
 #[derive(Debug)]
@@ -121,6 +126,15 @@ impl Containerd {
     /// The file cannot be written.
     pub fn configure(&self, setup: &Setup) -> Result<()> {
         write(&self.root, "machinen.toml", &setup.machinen_toml())
+    }
+
+    /// The command line `machinen`, with the configuration that the shims have.
+    ///
+    /// # Errors
+    /// It has not been built.
+    pub fn machinen(&self, args: &[&str]) -> Result<Invocation> {
+        let program = paths::release_dir()?.join("machinen");
+        Ok(Invocation::new(program).args(args).env("MACHINEN_CONFIG", self.root.join("machinen.toml")))
     }
 
     /// Kills containerd and starts it again; shims live on.
@@ -212,7 +226,8 @@ impl Containerd {
         &self.log
     }
 
-    pub(crate) fn keeper_pid(&self) -> u32 {
+    /// Pid of the process that all others are descendants of.
+    pub fn keeper_pid(&self) -> u32 {
         self.keeper.id()
     }
 
@@ -241,9 +256,22 @@ fn write_configuration(root: &Path, setup: &Setup) -> Result<()> {
         fs::create_dir(root.join(dir)).with_context(|| format!("cannot make {}/{dir}", root.display()))?;
     }
     let dir = root.display();
+    let mut disabled = DISABLED_PLUGINS.to_vec();
+    let mut more = String::new();
+    if setup.blockfile {
+        let scratch = root.join("scratch.ext4");
+        fs::File::create(&scratch)?.set_len(BLOCKFILE_SIZE)?;
+        Invocation::new("mke2fs").args(["-q", "-t", "ext4", "-F"]).arg(&scratch).run()?.ok()?;
+        more = format!(
+            "[plugins.\"{BLOCKFILE}\"]\nroot_path = \"{dir}/r/{BLOCKFILE}\"\nscratch_file = {scratch:?}\n\
+             fs_type = \"ext4\"\n"
+        );
+    } else {
+        disabled.push(BLOCKFILE);
+    }
     let config = format!(
-        "version = 2\nroot = \"{dir}/r\"\nstate = \"{dir}/s\"\ndisabled_plugins = {DISABLED_PLUGINS:?}\n\
-         [grpc]\naddress = \"{dir}/c.sock\"\n[debug]\nlevel = \"trace\"\n"
+        "version = 2\nroot = \"{dir}/r\"\nstate = \"{dir}/s\"\ndisabled_plugins = {disabled:?}\n\
+         [grpc]\naddress = \"{dir}/c.sock\"\n[debug]\nlevel = \"trace\"\n{more}"
     );
     write(root, "containerd.toml", &config)?;
     write(root, "machinen.toml", &setup.machinen_toml())

@@ -121,6 +121,12 @@ impl Run<'_> {
         self
     }
 
+    /// Leaves the container and its snapshot behind.
+    pub fn kept(mut self) -> Self {
+        self.verb = vec!["run".into()];
+        self
+    }
+
     /// The command line.
     ///
     /// # Errors

@@ -151,7 +151,7 @@ pub fn mounts_below(root: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Directories called `namespace` at the top of every control group hierarchy, and those below them.
-fn cgroups(namespace: &str) -> Vec<PathBuf> {
+pub fn cgroups(namespace: &str) -> Vec<PathBuf> {
     let Ok(hierarchies) = fs::read_dir("/sys/fs/cgroup") else { return Vec::new() };
     let tops = hierarchies.flatten().map(|entry| entry.path()).chain([PathBuf::from("/sys/fs/cgroup")]);
     let mut found: Vec<PathBuf> = tops.map(|top| top.join(namespace)).filter(|path| path.is_dir()).collect();

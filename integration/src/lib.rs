@@ -12,6 +12,7 @@
 pub mod bundle;
 pub mod containerd;
 pub mod ctr;
+pub mod exec;
 pub mod fake;
 pub mod image;
 pub mod inventory;
@@ -20,7 +21,10 @@ pub mod paths;
 pub mod phases;
 pub mod process;
 pub mod samples;
+pub mod served;
 mod settle;
 pub mod setup;
 pub mod shim;
 pub mod sys;
+pub mod templates;
+pub mod terminal;

@@ -3,7 +3,10 @@
 use std::{
     ffi::OsString,
     io::Read,
-    os::{fd::AsFd, unix::process::ExitStatusExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::process::ExitStatusExt,
+    },
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
     sync::{Arc, Condvar, Mutex},
@@ -52,7 +55,7 @@ pub struct Running {
 
 /// A stream of a running program, read as it comes.
 #[derive(Debug)]
-struct Stream {
+pub(crate) struct Stream {
     state: Arc<(Mutex<Received>, Condvar)>,
 }
 
@@ -146,6 +149,19 @@ impl Invocation {
             command.current_dir(dir);
         }
         command
+    }
+
+    /// Starts the program on a terminal.
+    ///
+    /// # Errors
+    /// The program cannot be executed.
+    pub(crate) fn spawn_on(&self, terminal: &OwnedFd) -> Result<Child> {
+        let stdio = || terminal.try_clone().map(Stdio::from).context("cannot duplicate a terminal");
+        self.command(stdio()?)
+            .stdout(stdio()?)
+            .stderr(stdio()?)
+            .spawn()
+            .with_context(|| format!("cannot run {}", self.program.display()))
     }
 
     /// Starts a program that serves until its stdin ends; stdout and stderr come back as pipes.
@@ -271,7 +287,7 @@ pub fn wait_for_end(pid: u32, time: Duration) -> Result<bool> {
 }
 
 impl Stream {
-    fn read(mut source: impl Read + Send + 'static) -> Self {
+    pub(crate) fn read(mut source: impl Read + Send + 'static) -> Self {
         let state = Arc::new((Mutex::new(Received::default()), Condvar::new()));
         std::thread::spawn({
             let state = Arc::clone(&state);
@@ -296,7 +312,7 @@ impl Stream {
         Self { state }
     }
 
-    fn contains(&self, text: &str, time: Duration) -> bool {
+    pub(crate) fn contains(&self, text: &str, time: Duration) -> bool {
         let has = |bytes: &[u8]| bytes.windows(text.len()).any(|window| window == text.as_bytes());
         let (received, grown) = &*self.state;
         let received = received.lock().expect("readers do not panic");
@@ -304,6 +320,11 @@ impl Stream {
             .wait_timeout_while(received, time, |received| !has(&received.bytes) && !received.ended)
             .expect("readers do not panic");
         has(&waited.0.bytes)
+    }
+
+    /// What has come so far.
+    pub(crate) fn so_far(&self) -> Vec<u8> {
+        self.state.0.lock().expect("readers do not panic").bytes.clone()
     }
 
     /// Everything, once the stream has ended.

@@ -19,6 +19,14 @@ impl Samples {
         let (low, high) = (sorted.len().saturating_sub(1) / 2, sorted.len() / 2);
         f64::midpoint(middle(low), middle(high))
     }
+
+    /// Milliseconds that 99 % of the samples do not exceed: of fewer than a hundred the highest; 0 of none.
+    pub fn p99(&self) -> f64 {
+        let mut sorted = self.0.clone();
+        sorted.sort_unstable();
+        let rank = (sorted.len() * 99).div_ceil(100);
+        rank.checked_sub(1).map_or(0.0, |at| sorted[at].as_secs_f64() * 1000.0)
+    }
 }
 
 #[cfg(test)]
@@ -36,5 +44,11 @@ mod tests {
         assert!((of(&[40, 10, 20, 30]) - 25.0).abs() < 1e-9);
         assert!((of(&[7]) - 7.0).abs() < 1e-9);
         assert!(of(&[]).abs() < 1e-9);
+    }
+
+    #[test]
+    fn ninety_nine_of_a_hundred() {
+        let p99 = |last: u64| Samples((1..=last).map(Duration::from_millis).collect()).p99();
+        assert!((p99(200) - 198.0).abs() < 1e-9 && (p99(9) - 9.0).abs() < 1e-9 && p99(0).abs() < 1e-9);
     }
 }

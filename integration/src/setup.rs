@@ -1,8 +1,11 @@
 //! What a test changes before its containerd starts: machinen's configuration file and the environment.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, env, path::Path};
 
 use crate::paths;
+
+/// Names the directory of the templates that tests clone their VMs from.
+const TEMPLATES: &str = "MACHINEN_TEST_TEMPLATES";
 
 /// Configuration of a private containerd and of the machinen that it runs.
 #[derive(Debug, Clone, Default)]
@@ -10,13 +13,28 @@ pub struct Setup {
     /// Section, then key, then the value as TOML.
     machinen: BTreeMap<String, BTreeMap<String, String>>,
     env: BTreeMap<String, String>,
+    pub(crate) blockfile: bool,
 }
 
 impl Setup {
-    /// For tests: the checkout's assets and tools, and a rootdisk cache that all tests share.
+    /// For tests: the checkout's assets and tools, a rootdisk cache that all tests share, and the templates that
+    /// `MACHINEN_TEST_TEMPLATES` names, a directory in which `make test` has built one; without it every VM boots.
     pub fn new() -> Self {
         let cache = paths::workspace().join("target/test/rootdisk");
-        Self::of_user().set("rootdisk", "dir", Value::path(&cache)).set("log", "level", Value::text("debug"))
+        let setup = Self::of_user().set("rootdisk", "dir", Value::path(&cache)).set(
+            "log",
+            "level",
+            Value::text("debug"),
+        );
+        match env::var_os(TEMPLATES) {
+            Some(dir) => setup.templates(Path::new(&dir), "use"),
+            None => setup.set("template", "mode", Value::text("off")),
+        }
+    }
+
+    /// Where templates are, and what is done with them: `auto`, `use` or `off`.
+    pub fn templates(self, dir: &Path, mode: &str) -> Self {
+        self.set("template", "dir", Value::path(dir)).set("template", "mode", Value::text(mode))
     }
 
     /// Nothing but where the checkout's assets and tools are; all else as any user has it.
@@ -32,6 +50,12 @@ impl Setup {
     /// Sets a key of `machinen.toml`.
     pub fn set(mut self, section: &str, key: &str, value: Value) -> Self {
         self.machinen.entry(section.to_owned()).or_default().insert(key.to_owned(), value.0);
+        self
+    }
+
+    /// Gives containerd (1.7 and newer) the snapshotter whose snapshots are disks in files.
+    pub fn blockfile(mut self) -> Self {
+        self.blockfile = true;
         self
     }
 

@@ -1,15 +1,18 @@
 //! The shim without containerd's client between: its command line, and the task API spoken to it directly.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, time::Duration};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use containerd_shim_protos::{api, protobuf::Message, types::introspection::RuntimeInfo};
 use ttrpc::{Code, Error};
 
-use crate::{containerd::Containerd, paths};
+use crate::{containerd::Containerd, paths, process::wait_for_end};
+
+/// The task API's name, as containerd 2 and newer call it.
+pub const V3: &str = "containerd.task.v3.Task";
 
 /// Longest that a call may take, nanoseconds.
-const TIMEOUT: i64 = 60_000_000_000;
+const TIMEOUT: i64 = 120_000_000_000;
 
 /// A bundle as containerd would make it, and the shim that serves it.
 #[derive(Debug)]
@@ -52,9 +55,45 @@ impl<'a> Shim<'a> {
     /// # Errors
     /// The binary cannot be run.
     pub fn start(&self, max_version: u32) -> Result<Printed> {
+        // In the place of the fifo that containerd makes before it calls, and reads.
+        fs::File::options().create(true).append(true).open(self.bundle.join("log"))?;
         let version =
             if max_version > 0 { format!("export MAX_SHIM_VERSION={max_version}") } else { String::new() };
         self.run(&version, "start")
+    }
+
+    /// Starts it, and returns where it listens.
+    ///
+    /// # Errors
+    /// It does not start, or prints what would confuse containerd.
+    pub fn serve(&self) -> Result<String> {
+        let printed = self.start(0)?;
+        ensure!(printed.status == 0 && printed.stderr.is_empty(), "{printed:?}");
+        Ok(String::from_utf8(printed.stdout)?.trim().to_owned())
+    }
+
+    /// Ends a shim without containers, waits until it has gone, and removes the bundle.
+    ///
+    /// # Errors
+    /// It lives on.
+    pub fn shut_down(&self, client: &Client) -> Result<()> {
+        let id = || self.id.clone();
+        let connected: api::ConnectResponse =
+            client.ok("Connect", &api::ConnectRequest { id: id(), ..Default::default() })?;
+        client.ok::<api::Empty>("Shutdown", &api::ShutdownRequest { id: id(), ..Default::default() })?;
+        ensure!(
+            wait_for_end(connected.shim_pid, Duration::from_secs(3))?,
+            "the shim lives on after Shutdown"
+        );
+        Ok(fs::remove_dir_all(&self.bundle)?)
+    }
+
+    /// What the shim has logged.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn log(&self) -> Result<String> {
+        Ok(fs::read_to_string(self.bundle.join("log"))?)
     }
 
     /// `delete`, as containerd runs it when the shim is dead.

@@ -42,15 +42,34 @@ fn run() -> Result<()> {
     let start = Instant::now();
     let containerd = Containerd::start_with(Version::V1_6, &Setup::of_user())?;
     println!("   containerd serves on {} after {:.0?}", containerd.socket().display(), start.elapsed());
+    // Templates of its own, which go with it.
+    let templates = containerd.root().join("templates");
+    containerd.configure(&Setup::of_user().templates(&templates, "use"))?;
     let start = Instant::now();
     let image = Image::busybox()?;
     containerd.import(&image)?;
     println!("   image {} imported in {:.0?}", image.name(), start.elapsed());
 
     println!("== ctr run --rm --runtime {runtime} {} demo sh -c ...", image.name());
+    demonstrate(&containerd, image.name(), "demo")?;
+
+    println!("== machinen template build");
+    let start = Instant::now();
+    let built = containerd.machinen(&["template", "build"])?.run()?.ok()?;
+    print!("{}", built.error_text());
+    println!("   template {} after {:.1?}", built.text().trim(), start.elapsed());
+
+    println!("== the same container once more, in a clone of the template");
+    demonstrate(&containerd, image.name(), "demo2")?;
+    containerd.machinen(&["template", "rm", "--all"])?.run()?.ok()?;
+    Ok(())
+}
+
+/// Runs the container, and shows what it says, what each step took, and that nothing is left.
+fn demonstrate(containerd: &Containerd, image: &str, id: &str) -> Result<()> {
     let before = containerd.inventory()?;
     let from = containerd.log().position();
-    let run = containerd.run(image.name(), &["sh", "-c", SCRIPT]).id("demo");
+    let run = containerd.run(image, &["sh", "-c", SCRIPT]).id(id);
     let output = run.output()?;
     print!("{}", output.text());
     eprint!("{}", output.error_text());
@@ -61,7 +80,7 @@ fn run() -> Result<()> {
         println!("   {name:<32}{millis:>9.1} ms");
     }
     if phases.is_empty() {
-        println!("   ({runtime} does not log the phases of its start)");
+        println!("   ({} does not log the phases of its start)", paths::runtime());
     }
     if output.status != 42 {
         eprintln!("{}", containerd.log());

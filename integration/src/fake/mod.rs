@@ -30,9 +30,11 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
+use nix::unistd::Pid;
+
 use crate::{
     containerd::Containerd,
-    paths,
+    inventory, paths,
     setup::{Setup, Value},
 };
 
@@ -57,6 +59,10 @@ pub enum Conduct {
     Refuses(&'static str),
     /// Ends when it is given this command.
     DiesOn(&'static str),
+    /// Does not answer this command, nor any later one.
+    HangsOn(&'static str),
+    /// Stops its agent, and with it all that it would say, when it is given this command.
+    StopsAgentOn(&'static str),
     /// Has no agent in it.
     Silent,
     /// Has no agent in it but something that writes this to the channel.
@@ -79,6 +85,18 @@ struct Shared {
     running: Mutex<usize>,
     fewer: Condvar,
     ended: AtomicBool,
+    /// How many VMs have come to where they hang.
+    hanging: Mutex<usize>,
+    more: Condvar,
+    /// The outer processes of the agents that run.
+    agents: Mutex<Vec<u32>>,
+}
+
+impl Shared {
+    fn hangs(&self) {
+        *self.hanging.lock().expect("nobody panics with the count") += 1;
+        self.more.notify_all();
+    }
 }
 
 impl FakeVmm {
@@ -105,6 +123,9 @@ impl FakeVmm {
             running: Mutex::new(0),
             fewer: Condvar::new(),
             ended: AtomicBool::new(false),
+            hanging: Mutex::new(0),
+            more: Condvar::new(),
+            agents: Mutex::default(),
         });
         let acceptor = std::thread::spawn({
             let (shared, dir) = (Arc::clone(&shared), dir.clone());
@@ -118,12 +139,40 @@ impl FakeVmm {
         Setup::new()
             .set("vm", "qemu", Value::path(&self.dir.join("qemu-system-x86_64")))
             .set("vm", "channel", Value::text("serial"))
+            .set("template", "mode", Value::text("off"))
             .set("rootdisk", "dir", Value::path(&self.dir.join("rootdisk")))
     }
 
     /// Sets how VMs behave that start from now on.
     pub fn conduct(&self, conduct: Conduct) {
+        *self.shared.hanging.lock().expect("nobody panics with the count") = 0;
         *self.shared.conduct.lock().expect("nobody panics with the conduct") = conduct;
+    }
+
+    /// Waits until a VM has come to where its conduct says that it hangs.
+    ///
+    /// # Errors
+    /// None has, after a deadline.
+    pub fn wait_until_one_hangs(&self) -> Result<()> {
+        let hanging = self.shared.hanging.lock().expect("nobody panics with the count");
+        let (hanging, _) = self
+            .shared
+            .more
+            .wait_timeout_while(hanging, DEADLINE, |hanging| *hanging == 0)
+            .expect("nobody panics with the count");
+        ensure!(*hanging > 0, "no fake VM has come to where it hangs after {DEADLINE:?}");
+        Ok(())
+    }
+
+    /// The agents of the VMs that run: each is pid 1 of its guest.
+    ///
+    /// # Errors
+    /// `/proc` cannot be read.
+    pub fn agents(&self) -> Result<Vec<Pid>> {
+        let outer = self.shared.agents.lock().expect("nobody panics with the agents").clone();
+        let inner =
+            |&pid: &u32| Ok(inventory::descendants(pid)?.first().map(|agent| agent.pid.cast_signed()));
+        outer.iter().filter_map(|pid| inner(pid).transpose()).map(|pid| pid.map(Pid::from_raw)).collect()
     }
 
     /// Waits until no VM is left.
@@ -164,7 +213,7 @@ fn accept(listener: &UnixListener, shared: &Arc<Shared>, dir: &Path, agent: &Pat
             (Arc::clone(shared), agent.to_owned(), dir.join(format!("disks-{number}")));
         *shared.running.lock().expect("nobody panics with the count") += 1;
         std::thread::spawn(move || {
-            if let Err(error) = vm::run(connection, conduct, &agent, &disks) {
+            if let Err(error) = vm::run(connection, conduct, &agent, &disks, &shared) {
                 eprintln!("fake VM {number}: {error:#}");
             }
             *shared.running.lock().expect("nobody panics with the count") -= 1;

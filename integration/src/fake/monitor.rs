@@ -9,14 +9,14 @@ use std::{
         unix::net::UnixStream,
     },
     path::PathBuf,
-    sync::Mutex,
+    sync::{Arc, Mutex},
 };
 
 use anyhow::{Context, Result};
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use serde_json::{Value, json};
 
-use super::{Conduct, vm::Guest};
+use super::{Conduct, Shared, vm::Guest};
 use crate::sys;
 
 #[derive(Debug)]
@@ -27,6 +27,7 @@ pub(super) struct Monitor {
     /// Where the agent looks for disks.
     disks: PathBuf,
     state: Mutex<State>,
+    shared: Arc<Shared>,
 }
 
 #[derive(Debug, Default)]
@@ -43,9 +44,14 @@ struct State {
 type Refusal = (&'static str, String);
 
 impl Monitor {
-    pub(super) fn new(socket: UnixStream, conduct: Conduct, disks: PathBuf) -> Result<Self> {
+    pub(super) fn new(
+        socket: UnixStream,
+        conduct: Conduct,
+        disks: PathBuf,
+        shared: Arc<Shared>,
+    ) -> Result<Self> {
         let writer = Mutex::new(socket.try_clone()?);
-        Ok(Self { socket, writer, conduct, disks, state: Mutex::default() })
+        Ok(Self { socket, writer, conduct, disks, state: Mutex::default(), shared })
     }
 
     /// Serves until the VM is to end; returns the exit code and last words.
@@ -54,7 +60,7 @@ impl Monitor {
             if let Guest::Agent(child) = guest {
                 scope.spawn(|| self.follow(child));
             }
-            let result = self.answer_commands();
+            let result = self.answer_commands(guest);
             // A guest that outlives its monitor has lost its machine.
             guest.kill()?;
             result
@@ -77,13 +83,14 @@ impl Monitor {
         }
     }
 
-    fn answer_commands(&self) -> Result<(u8, &'static str)> {
+    fn answer_commands(&self, guest: &Guest) -> Result<(u8, &'static str)> {
         let major = if let Conduct::GreetsAs(major) = self.conduct { major } else { 7 };
         let version = json!({ "qemu": { "major": major, "minor": 2, "micro": 0 }, "package": "fake" });
         self.send(&json!({ "QMP": { "version": version, "capabilities": [] } }));
         let mut buffer = vec![0; 64 << 10];
         let mut line = Vec::new();
         let mut fds = Vec::new();
+        let mut hangs = false;
         loop {
             let (count, more) = match sys::receive_with_fds(&self.socket, &mut buffer) {
                 Ok(received) => received,
@@ -100,6 +107,16 @@ impl Monitor {
                 line.drain(..=end);
                 let name = command["execute"].as_str().context("no command")?;
                 match self.conduct {
+                    _ if hangs => continue,
+                    Conduct::HangsOn(last) if last == name => {
+                        hangs = true;
+                        self.shared.hangs();
+                        continue;
+                    }
+                    Conduct::StopsAgentOn(last) if last == name => {
+                        guest.stop()?;
+                        self.shared.hangs();
+                    }
                     Conduct::DiesOn(fatal) if fatal == name => {
                         return Ok((1, "fake-qemu: that was too much\n"));
                     }

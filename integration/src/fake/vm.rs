@@ -10,23 +10,31 @@ use std::{
     path::Path,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
+    time::Instant,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use command_fds::{CommandFdExt, FdMapping};
 use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 
-use super::{Conduct, Handed, monitor::Monitor};
+use super::{Conduct, DEADLINE, Handed, Shared, monitor::Monitor};
 use crate::{inventory, sys};
 
 /// The agent finds its channel under this number.
 const CHANNEL_FD: i32 = 3;
 
 /// Runs a VM until it ends: by its agent, by its monitor, or because fake-qemu was killed.
-pub(super) fn run(mut qemu: UnixStream, conduct: Conduct, agent: &Path, disks: &Path) -> Result<()> {
+pub(super) fn run(
+    mut qemu: UnixStream,
+    conduct: Conduct,
+    agent: &Path,
+    disks: &Path,
+    shared: &Arc<Shared>,
+) -> Result<()> {
     let Handed { monitor, mut console, channel } = receive(&qemu)?;
     match conduct {
         Conduct::Dies(words) => return end(&mut qemu, 1, words),
@@ -37,9 +45,12 @@ pub(super) fn run(mut qemu: UnixStream, conduct: Conduct, agent: &Path, disks: &
         _ => {}
     }
     fs::create_dir(disks).with_context(|| format!("cannot make {}", disks.display()))?;
-    let monitor = Arc::new(Monitor::new(monitor, conduct, disks.to_owned())?);
+    let monitor = Arc::new(Monitor::new(monitor, conduct, disks.to_owned(), Arc::clone(shared))?);
     let guest = match conduct {
-        Conduct::Silent => Guest::Nobody(channel),
+        Conduct::Silent => {
+            shared.hangs();
+            Guest::Nobody(channel)
+        }
         Conduct::Speaks(bytes) => {
             let mut channel = UnixStream::from(channel);
             channel.write_all(bytes)?;
@@ -53,6 +64,8 @@ pub(super) fn run(mut qemu: UnixStream, conduct: Conduct, agent: &Path, disks: &
         _ => Guest::Agent(Arc::new(Mutex::new(start(agent, channel, &console, disks)?))),
     };
     drop(console);
+    let agent = guest.pid();
+    shared.agents.lock().expect("nobody panics with the agents").extend(agent);
     let watcher = std::thread::spawn({
         let (guest, qemu, monitor) = (guest.clone()?, qemu.try_clone()?, Arc::clone(&monitor));
         move || {
@@ -63,7 +76,9 @@ pub(super) fn run(mut qemu: UnixStream, conduct: Conduct, agent: &Path, disks: &
             dead
         }
     });
-    let (code, words) = monitor.serve(&guest)?;
+    let served = monitor.serve(&guest);
+    shared.agents.lock().expect("nobody panics with the agents").retain(|&pid| Some(pid) != agent);
+    let (code, words) = served?;
     guest.kill()?;
     end(&mut qemu, code, words)?;
     watcher.join().expect("waiting does not panic")?;
@@ -86,6 +101,22 @@ impl Guest {
         })
     }
 
+    /// The agent's outer process.
+    fn pid(&self) -> Option<u32> {
+        let Self::Agent(child) = self else { return None };
+        Some(child.lock().expect("nobody panics with the agent").id())
+    }
+
+    /// Its agent says nothing any more, as if it was stuck; its containers go on.
+    ///
+    /// # Errors
+    /// There is none.
+    pub(super) fn stop(&self) -> Result<()> {
+        let outer = self.pid().context("no agent to stop")?;
+        let inner = inventory::descendants(outer)?.first().map_or(outer, |process| process.pid);
+        kill(Pid::from_raw(inner.cast_signed()), Signal::SIGSTOP).context("cannot stop an agent")
+    }
+
     /// Kills all processes of the guest at once, and waits for them.
     ///
     /// # Errors
@@ -98,11 +129,30 @@ impl Guest {
             let inner = inventory::descendants(child.id())?;
             let pid = inner.first().map_or(child.id(), |process| process.pid);
             let _gone = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
+            // It may be what was stopped.
+            let _gone = kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGCONT);
             child.wait().context("cannot wait for an agent")?;
         }
         // An agent that was killed as it started could not do this itself.
-        inventory::remove_cgroups(&format!("machinen-agent-{}", child.id()))
+        clear_cgroups(&format!("machinen-agent-{}", child.id()))
     }
+}
+
+/// Removes control groups when the last process has left them: one that was just being forked may still come and go.
+fn clear_cgroups(name: &str) -> Result<()> {
+    let end = Instant::now() + DEADLINE;
+    for group in inventory::cgroups(name) {
+        // v1's hierarchies have none, and nobody of ours.
+        let Ok(events) = fs::File::open(group.join("cgroup.events")) else { continue };
+        let _gone = fs::write(group.join("cgroup.kill"), "1");
+        while fs::read_to_string(group.join("cgroup.events")).is_ok_and(|text| text.contains("populated 1")) {
+            let left = PollTimeout::try_from(end.saturating_duration_since(Instant::now()))?;
+            let mut changed = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+            let told = poll(&mut changed, left).context("cannot watch a control group")?;
+            ensure!(told > 0, "{} has processes after {DEADLINE:?}", group.display());
+        }
+    }
+    inventory::remove_cgroups(name)
 }
 
 fn receive(qemu: &UnixStream) -> Result<Handed> {
@@ -126,9 +176,9 @@ fn end(qemu: &mut UnixStream, code: u8, words: &str) -> Result<()> {
 
 /// Returns when fake-qemu has ended, for whatever reason.
 fn until_killed(qemu: &UnixStream) -> Result<()> {
-    let mut fds = [nix::poll::PollFd::new(qemu.as_fd(), nix::poll::PollFlags::empty())];
+    let mut fds = [PollFd::new(qemu.as_fd(), PollFlags::empty())];
     // It has shut its half down long ago, so that reading tells nothing; the hang-up comes with its end.
-    nix::poll::poll(&mut fds, nix::poll::PollTimeout::NONE).context("cannot watch a VM")?;
+    poll(&mut fds, PollTimeout::NONE).context("cannot watch a VM")?;
     Ok(())
 }
 

@@ -45,7 +45,7 @@ fn fresh_cache(containerd: &Containerd) -> Result<Setup> {
 }
 
 /// A program of the harness's own making.
-fn script(containerd: &Containerd, name: &str, text: &str) -> Result<PathBuf> {
+pub(crate) fn script(containerd: &Containerd, name: &str, text: &str) -> Result<PathBuf> {
     let path = containerd.root().join(name);
     fs::write(&path, format!("#!/bin/sh\n{text}\n"))?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
@@ -170,7 +170,7 @@ fn largest_file(dir: &Path) -> Result<Option<PathBuf>> {
 }
 
 /// A process of a running container whose command line contains all the words.
-fn find(containerd: &Containerd, words: &[&str]) -> Result<Pid> {
+pub(crate) fn find(containerd: &Containerd, words: &[&str]) -> Result<Pid> {
     let inventory = containerd.inventory()?;
     let found =
         inventory.processes.iter().find(|process| words.iter().all(|word| process.command.contains(word)));

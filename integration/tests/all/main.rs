@@ -5,14 +5,23 @@
 //! `MACHINEN_TEST_RUNTIME=io.containerd.runc.v2` runs the tests with runc, which passes all that do not ask for what
 //! only machinen has. `MACHINEN_TEST_SHOW=1` with `--nocapture` prints what users read when something fails.
 
+mod checkpoint;
+mod clones;
 mod confinement;
+mod control;
+mod exec;
+mod exec_api;
 mod fake;
 mod guest_trouble;
 mod harness;
 mod host_trouble;
+mod layer;
 mod lifecycle;
+mod logging;
 mod process;
 mod refusals;
 mod rootfs;
 mod shim;
 mod streams;
+mod survival;
+mod terminal;

@@ -10,8 +10,7 @@ use containerd_shim_protos::{api, protobuf::EnumOrUnknown};
 use machinen_integration::{
     bundle::Bundle,
     containerd::Containerd,
-    process::wait_for_end,
-    shim::{Client, Shim},
+    shim::{Client, Shim, V3},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -25,7 +24,6 @@ on_newest_containerd!(
     start_answers_as_each_containerd_expects,
     info_says_what_the_runtime_is,
     a_whole_life_on_either_service,
-    later_verbs_are_unimplemented,
     configurations_that_are_none,
     delete_from_half_finished_states,
     answers_while_the_guest_hangs,
@@ -33,24 +31,6 @@ on_newest_containerd!(
 );
 
 const V2: &str = "containerd.task.v2.Task";
-const V3: &str = "containerd.task.v3.Task";
-
-/// Starts a shim, and returns where it listens.
-fn serve(shim: &Shim<'_>) -> Result<String> {
-    let printed = shim.start(0)?;
-    ensure!(printed.status == 0 && printed.stderr.is_empty(), "{printed:?}");
-    Ok(String::from_utf8(printed.stdout)?.trim().to_owned())
-}
-
-/// Ends a shim without containers, and waits until it has gone.
-fn shut_down(shim: &Shim<'_>, client: &Client) -> Result<()> {
-    let connected: api::ConnectResponse = client.ok("Connect", &connect(shim))?;
-    client
-        .ok::<api::Empty>("Shutdown", &api::ShutdownRequest { id: shim.id.clone(), ..Default::default() })?;
-    ensure!(wait_for_end(connected.shim_pid, Duration::from_secs(3))?, "the shim lives on after Shutdown");
-    fs::remove_dir_all(&shim.bundle)?;
-    Ok(())
-}
 
 fn connect(shim: &Shim<'_>) -> api::ConnectRequest {
     api::ConnectRequest { id: shim.id.clone(), ..Default::default() }
@@ -60,12 +40,12 @@ fn state(shim: &Shim<'_>, client: &Client) -> Result<api::StateResponse> {
     client.ok("State", &api::StateRequest { id: shim.id.clone(), ..Default::default() })
 }
 
-fn signal(shim: &Shim<'_>, signal: u32) -> api::KillRequest {
+pub(crate) fn signal(shim: &Shim<'_>, signal: u32) -> api::KillRequest {
     api::KillRequest { id: shim.id.clone(), signal, ..Default::default() }
 }
 
 /// Puts a specification into the bundle whose rootfs is busybox in a directory.
-fn fill(shim: &Shim<'_>, rootfs: &Bundle, command: &[&str]) -> Result<()> {
+pub(crate) fn fill(shim: &Shim<'_>, rootfs: &Bundle, command: &[&str]) -> Result<()> {
     let config = rootfs.config(command, |_| ())?;
     fs::copy(config, shim.bundle.join("config.json"))?;
     Ok(())
@@ -85,7 +65,7 @@ fn start_answers_as_each_containerd_expects(containerd: &mut Containerd) -> Resu
             answer.trim().to_owned()
         };
         ensure!(address.starts_with("unix:///"), "{answer}");
-        shut_down(&shim, &Client::connect(&address, V3)?)?;
+        shim.shut_down(&Client::connect(&address, V3)?)?;
     }
     Ok(())
 }
@@ -107,7 +87,7 @@ fn a_whole_life_on_either_service(containerd: &mut Containerd) -> Result<()> {
     for service in [V2, V3] {
         let shim = Shim::new(containerd)?;
         fill(&shim, &rootfs, &["sleep", "1000"])?;
-        let client = Client::connect(&serve(&shim)?, service)?;
+        let client = Client::connect(&shim.serve()?, service)?;
         let created: api::CreateTaskResponse = client.ok("Create", &shim.create_request())?;
         ensure!(fs::exists(format!("/proc/{}", created.pid))?, "{} is no process of the host", created.pid);
         let now = state(&shim, &client)?;
@@ -137,29 +117,9 @@ fn a_whole_life_on_either_service(containerd: &mut Containerd) -> Result<()> {
         let deleted: api::DeleteResponse =
             client.ok("Delete", &api::DeleteRequest { id: shim.id.clone(), ..Default::default() })?;
         ensure!(deleted.exit_status == 137 && deleted.pid == created.pid, "{deleted:?}");
-        shut_down(&shim, &client)?;
+        shim.shut_down(&client)?;
     }
     Ok(())
-}
-
-fn later_verbs_are_unimplemented(containerd: &mut Containerd) -> Result<()> {
-    let shim = Shim::new(containerd)?;
-    let client = Client::connect(&serve(&shim)?, V3)?;
-    let id = || shim.id.clone();
-    let refusals = [
-        ("Pause", client.refused("Pause", &api::PauseRequest { id: id(), ..Default::default() })?),
-        ("Resume", client.refused("Resume", &api::ResumeRequest { id: id(), ..Default::default() })?),
-        ("Exec", client.refused("Exec", &api::ExecProcessRequest { id: id(), ..Default::default() })?),
-        (
-            "Checkpoint",
-            client.refused("Checkpoint", &api::CheckpointTaskRequest { id: id(), ..Default::default() })?,
-        ),
-        ("Update", client.refused("Update", &api::UpdateTaskRequest { id: id(), ..Default::default() })?),
-    ];
-    for (method, (code, message)) in refusals {
-        ensure!(code == Code::UNIMPLEMENTED && !message.is_empty(), "{method} answers {code:?}: {message}");
-    }
-    shut_down(&shim, &client)
 }
 
 fn configurations_that_are_none(containerd: &mut Containerd) -> Result<()> {
@@ -172,7 +132,7 @@ fn configurations_that_are_none(containerd: &mut Containerd) -> Result<()> {
         (Some("{ \"ociVersion\": \"1.0.2\" }"), "no process"),
     ] {
         let shim = Shim::new(containerd)?;
-        let client = Client::connect(&serve(&shim)?, V3)?;
+        let client = Client::connect(&shim.serve()?, V3)?;
         if let Some(text) = text {
             fs::write(shim.bundle.join("config.json"), text)?;
         }
@@ -183,7 +143,7 @@ fn configurations_that_are_none(containerd: &mut Containerd) -> Result<()> {
         client.ok::<api::CreateTaskResponse>("Create", &shim.create_request())?;
         let delete = api::DeleteRequest { id: shim.id.clone(), ..Default::default() };
         client.ok::<api::DeleteResponse>("Delete", &delete)?;
-        shut_down(&shim, &client)?;
+        shim.shut_down(&client)?;
     }
     Ok(())
 }
@@ -195,7 +155,7 @@ fn delete_from_half_finished_states(containerd: &mut Containerd) -> Result<()> {
         fill(&shim, &rootfs, &["sleep", "1000"])?;
         let given = files(&shim)?;
         if steps > 0 {
-            let client = Client::connect(&serve(&shim)?, V3)?;
+            let client = Client::connect(&shim.serve()?, V3)?;
             if steps > 1 {
                 client.ok::<api::CreateTaskResponse>("Create", &shim.create_request())?;
             }
@@ -232,7 +192,7 @@ fn answers_while_the_guest_hangs(containerd: &mut Containerd) -> Result<()> {
     let rootfs = Bundle::busybox(containerd)?;
     let shim = Shim::new(containerd)?;
     fill(&shim, &rootfs, &["sleep", "1000"])?;
-    let client = Client::connect(&serve(&shim)?, V3)?;
+    let client = Client::connect(&shim.serve()?, V3)?;
     client.ok::<api::CreateTaskResponse>("Create", &shim.create_request())?;
     let start = api::StartRequest { id: shim.id.clone(), ..Default::default() };
     client.ok::<api::StartResponse>("Start", &start)?;
@@ -261,7 +221,7 @@ fn refusals_have_the_right_codes(containerd: &mut Containerd) -> Result<()> {
     let rootfs = Bundle::busybox(containerd)?;
     let shim = Shim::new(containerd)?;
     fill(&shim, &rootfs, &["sleep", "1000"])?;
-    let client = Client::connect(&serve(&shim)?, V3)?;
+    let client = Client::connect(&shim.serve()?, V3)?;
     let nobody = || "nobody".to_owned();
     for (method, (code, message)) in [
         ("State", client.refused("State", &api::StateRequest { id: nobody(), ..Default::default() })?),
@@ -296,5 +256,5 @@ fn refusals_have_the_right_codes(containerd: &mut Containerd) -> Result<()> {
     let (code, message) = client.refused("Kill", &signal(&shim, 9))?;
     ensure!(code == Code::NOT_FOUND, "Kill after the end answers {code:?}: {message}");
     client.ok::<api::DeleteResponse>("Delete", &delete)?;
-    shut_down(&shim, &client)
+    shim.shut_down(&client)
 }

@@ -8,7 +8,7 @@ use machinen_integration::containerd::Containerd;
 use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd};
 
 on_every_containerd!(exit_codes, output_is_separate_and_complete, stdin_reaches_its_end);
-on_newest_containerd!(stdin_is_live, output_after_the_first_process, no_reader_no_hang);
+on_newest_containerd!(stdin_is_live, output_after_the_first_process, no_reader_no_hang, much_over_vsock);
 
 fn exit_codes(containerd: &mut Containerd) -> Result<()> {
     for (command, status) in [
@@ -50,6 +50,16 @@ fn stdin_reaches_its_end(containerd: &mut Containerd) -> Result<()> {
     ensure!(output.text().trim() == text.len().to_string(), "{output}");
     let output = containerd.run(IMAGE, &["cat"]).output_of_stdin(b"")?.ok()?;
     ensure!(output.stdout.is_empty(), "{output}");
+    Ok(())
+}
+
+/// By large writes, which the agent must split: the daemon drops packets that are too long for it.
+fn much_over_vsock(containerd: &mut Containerd) -> Result<()> {
+    const BLOCKS: usize = 2000;
+    let count = format!("count={BLOCKS}");
+    let run = containerd.run(IMAGE, &["dd", "if=/dev/zero", "bs=65536", &count]);
+    let output = run.flags(&["--annotation", "io.machinen.channel=vsock"]).output()?.ok()?;
+    ensure!(output.stdout.len() == BLOCKS << 16, "{} bytes of {}", output.stdout.len(), BLOCKS << 16);
     Ok(())
 }
 

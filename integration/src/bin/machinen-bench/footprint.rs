@@ -69,7 +69,7 @@ fn find<'a>(inventory: &'a Inventory, word: &str) -> Result<&'a Process> {
 }
 
 /// A field of a file of the process's in /proc, KiB.
-fn field(process: &Process, file: &str, name: &str) -> Result<u64> {
+pub(crate) fn field(process: &Process, file: &str, name: &str) -> Result<u64> {
     let path = format!("/proc/{}/{file}", process.pid);
     let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
     let value =

@@ -1,23 +1,25 @@
-//! Starts: cold and warm with machinen, with runc, and the floor, taking turns.
+//! Starts: by clones, by boots with a warm and a cold cache, with runc, and the floor, taking turns.
 
 use std::{fs, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use machinen_integration::{
-    containerd::Containerd,
-    paths, phases,
-    samples::Samples,
-    setup::{Setup, Value},
-};
+use machinen_integration::{containerd::Containerd, phases, process::DEADLINE, samples::Samples};
 
-use crate::floor::Floor;
+use crate::{Kind, floor::Floor, setup_of};
 
 #[derive(Debug, Default)]
 pub(crate) struct Starts {
+    /// A boot, and a rootdisk that has to be made.
     pub(crate) cold: Samples,
-    pub(crate) warm: Samples,
+    pub(crate) boot: Samples,
+    pub(crate) clone: Samples,
     pub(crate) runc: Samples,
     pub(crate) floor: Samples,
+    /// From the start of a clone's QEMU to its agent's answer.
+    pub(crate) agent: Samples,
+    /// From the start of `ctr` to the first byte that the container has written.
+    pub(crate) first_byte: Samples,
+    pub(crate) first_byte_runc: Samples,
     /// In the order in which the shim tells them first.
     pub(crate) phases: Vec<Phase>,
 }
@@ -27,64 +29,98 @@ pub(crate) struct Starts {
 pub(crate) struct Phase {
     pub(crate) name: String,
     pub(crate) cold: Samples,
-    pub(crate) warm: Samples,
+    pub(crate) boot: Samples,
+    pub(crate) clone: Samples,
 }
+
+/// The steps of a clone until its agent answers, one after the other.
+const TO_AGENT: [&str; 2] = ["vm-launch", "vm-ready"];
 
 pub(crate) fn measure(containerd: &Containerd, image: &str, floor: &Floor, rounds: usize) -> Result<Starts> {
     let mut starts = Starts::default();
-    let warm_cache = containerd.root().join("warm");
-    let with_cache = |dir: &std::path::Path| Setup::new().set("rootdisk", "dir", Value::path(dir));
-    fs::create_dir(&warm_cache)?;
-    containerd.configure(&with_cache(&warm_cache))?;
+    let cache = |name: &str| containerd.root().join(name);
+    fs::create_dir(cache("warm"))?;
     // Not counted: fills the cache, and the page cache for all.
-    run(containerd, image, &paths::runtime())?;
-    run(containerd, image, paths::RUNC)?;
+    for kind in [Kind::Boot, Kind::Clone, Kind::Runc] {
+        containerd.configure(&setup_of(containerd, kind, &cache("warm")))?;
+        run(containerd, image, kind)?;
+    }
     floor.run()?;
     for round in 0..rounds {
-        containerd.configure(&with_cache(&warm_cache))?;
-        let (warm, phases) = run_with_phases(containerd, image)?;
-        starts.warm.push(warm);
-        for (name, time) in phases {
-            phase(&mut starts.phases, name).warm.push(time);
-        }
-        let cold_cache = containerd.root().join(format!("cold-{round}"));
-        fs::create_dir(&cold_cache)?;
-        containerd.configure(&with_cache(&cold_cache))?;
-        let (cold, phases) = run_with_phases(containerd, image)?;
-        starts.cold.push(cold);
-        for (name, time) in phases {
-            phase(&mut starts.phases, name).cold.push(time);
-        }
-        fs::remove_dir_all(&cold_cache)?;
-        starts.runc.push(run(containerd, image, paths::RUNC)?);
+        containerd.configure(&setup_of(containerd, Kind::Clone, &cache("warm")))?;
+        let (time, phases) = run_with_phases(containerd, image, Kind::Clone)?;
+        starts.clone.push(time);
+        let to_agent = phases.iter().filter(|(name, _)| TO_AGENT.contains(&name.as_str()));
+        starts.agent.push(to_agent.map(|(_, time)| *time).sum());
+        starts.note(phases, |phase| &mut phase.clone);
+        starts.first_byte.push(first_byte(containerd, image, Kind::Clone)?);
+
+        containerd.configure(&setup_of(containerd, Kind::Boot, &cache("warm")))?;
+        let (time, phases) = run_with_phases(containerd, image, Kind::Boot)?;
+        starts.boot.push(time);
+        starts.note(phases, |phase| &mut phase.boot);
+
+        let cold = cache(&format!("cold-{round}"));
+        fs::create_dir(&cold)?;
+        containerd.configure(&setup_of(containerd, Kind::Boot, &cold))?;
+        let (time, phases) = run_with_phases(containerd, image, Kind::Boot)?;
+        starts.cold.push(time);
+        starts.note(phases, |phase| &mut phase.cold);
+        fs::remove_dir_all(&cold)?;
+
+        starts.runc.push(run(containerd, image, Kind::Runc)?);
+        starts.first_byte_runc.push(first_byte(containerd, image, Kind::Runc)?);
         starts.floor.push(floor.run()?);
         eprintln!("round {} of {rounds}", round + 1);
     }
     Ok(starts)
 }
 
-fn phase(phases: &mut Vec<Phase>, name: String) -> &mut Phase {
-    let at = phases.iter().position(|phase| phase.name == name).unwrap_or_else(|| {
-        phases.push(Phase { name, ..Phase::default() });
-        phases.len() - 1
-    });
-    &mut phases[at]
+impl Starts {
+    fn note(&mut self, phases: Vec<(String, Duration)>, column: impl Fn(&mut Phase) -> &mut Samples) {
+        for (name, time) in phases {
+            let at = self.phases.iter().position(|phase| phase.name == name).unwrap_or_else(|| {
+                self.phases.push(Phase { name, ..Phase::default() });
+                self.phases.len() - 1
+            });
+            column(&mut self.phases[at]).push(time);
+        }
+    }
 }
 
 /// A start with machinen, and what its shim says of its steps.
-fn run_with_phases(containerd: &Containerd, image: &str) -> Result<(Duration, Vec<(String, Duration)>)> {
+fn run_with_phases(
+    containerd: &Containerd,
+    image: &str,
+    kind: Kind,
+) -> Result<(Duration, Vec<(String, Duration)>)> {
     let from = containerd.log().position();
-    let time = run(containerd, image, &paths::runtime())?;
+    let time = run(containerd, image, kind)?;
     let lines = containerd.log().since(from);
+    let wanted = format!("origin={}", if kind == Kind::Clone { "clone" } else { "boot" });
+    ensure!(lines.iter().any(|line| line.contains(&wanted)), "the VM was not of {wanted}");
     let told = lines.iter().filter_map(|line| phases::parse(line)).flatten();
     Ok((time, told.map(|(name, millis)| (name, Duration::from_secs_f64(millis / 1000.0))).collect()))
 }
 
-fn run(containerd: &Containerd, image: &str, runtime: &str) -> Result<Duration> {
+fn run(containerd: &Containerd, image: &str, kind: Kind) -> Result<Duration> {
     let before = containerd.inventory()?;
-    let output = containerd.run(image, &["true"]).runtime(runtime).output()?;
+    let runtime = kind.runtime();
+    let output = containerd.run(image, &["true"]).runtime(&runtime).output()?;
     ensure!(output.status == 0, "{runtime}: {output}");
     // What ends in the background must not slow the next one.
     containerd.settle(&before).context("after a start")?;
     Ok(output.duration)
+}
+
+fn first_byte(containerd: &Containerd, image: &str, kind: Kind) -> Result<Duration> {
+    let before = containerd.inventory()?;
+    let run = containerd.run(image, &["echo", "x"]).runtime(&kind.runtime());
+    let start = std::time::Instant::now();
+    let running = run.spawn(DEADLINE)?;
+    running.wait_for_stdout("x")?;
+    let time = start.elapsed();
+    running.wait()?.ok()?;
+    containerd.settle(&before).context("after a start")?;
+    Ok(time)
 }

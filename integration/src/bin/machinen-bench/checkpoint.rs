@@ -1,0 +1,92 @@
+//! Checkpoint and restore of containers with some memory: how long they stand still, and how soon they run again.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use containerd_shim_protos::api;
+use machinen_integration::{
+    bundle::{Bundle, mount},
+    containerd::Containerd,
+    served::Served,
+};
+
+/// Resident memory of the containers, MiB.
+pub(crate) const SIZES: [u64; 4] = [8, 64, 256, 1024];
+
+/// What one size costs.
+#[derive(Debug)]
+pub(crate) struct Cost {
+    pub(crate) mib: u64,
+    /// The whole call, and what of it CRIU says that it took itself.
+    pub(crate) checkpoint: Duration,
+    pub(crate) criu: Duration,
+    /// Create and Start, with all of the memory.
+    pub(crate) restore: Duration,
+    /// The same, with the memory to come later.
+    pub(crate) lazy: Duration,
+    pub(crate) bundle_kib: u64,
+}
+
+pub(crate) fn measure(containerd: &Containerd) -> Result<Vec<Cost>> {
+    let bundle = Bundle::busybox(containerd)?;
+    // Not counted: fills the cache of disks.
+    one(containerd, &bundle, 1)?;
+    SIZES.iter().map(|&mib| one(containerd, &bundle, mib)).collect()
+}
+
+fn one(containerd: &Containerd, bundle: &Bundle, mib: u64) -> Result<Cost> {
+    let dir = containerd.root().join("images");
+    let source = Served::run(containerd, &config(bundle, mib, false)?)?;
+    let ready = "until [ -e /tmp/ready ]; do usleep 50000; done";
+    ensure!(source.exec_to("ready", &["sh", "-c", ready], "")? == 0, "the container does not get ready");
+    let request = api::CheckpointTaskRequest {
+        id: source.shim.id.clone(),
+        path: dir.display().to_string(),
+        ..Default::default()
+    };
+    let begun = Instant::now();
+    source.client.ok::<api::Empty>("Checkpoint", &request)?;
+    let checkpoint = begun.elapsed();
+    source.end()?;
+    let restored = |lazily| -> Result<Duration> {
+        let mut served = Served::of(containerd, &config(bundle, mib, lazily)?)?;
+        let begun = Instant::now();
+        served.create(|request| request.checkpoint = dir.display().to_string())?;
+        served.begin()?;
+        let took = begun.elapsed();
+        served.end()?;
+        Ok(took)
+    };
+    let (restore, lazy) = (restored(false)?, restored(true)?);
+    let criu = criu_time(&dir.join("dump.log"))?;
+    let sizes = fs::read_dir(&dir)?.map(|entry| Ok(entry?.metadata()?.len())).collect::<Result<Vec<_>>>()?;
+    fs::remove_dir_all(&dir)?;
+    eprintln!("checkpoint of {mib} MiB: {checkpoint:.1?}, restore {restore:.1?}, lazily {lazy:.1?}");
+    Ok(Cost { mib, checkpoint, criu, restore, lazy, bundle_kib: sizes.iter().sum::<u64>() / 1024 })
+}
+
+/// tail holds as much as it is to print at the end, which does not come.
+fn config(bundle: &Bundle, mib: u64, lazily: bool) -> Result<PathBuf> {
+    let script = format!("(head -c {mib}m /dev/zero; touch /tmp/ready; exec sleep 100000) | tail -c {mib}m");
+    bundle.config(&["sh", "-c", &script], |spec| {
+        spec["annotations"]["io.machinen.lazy"] = lazily.to_string().into();
+        spec["mounts"].as_array_mut().expect("an array").push(mount(
+            "/tmp",
+            "tmpfs",
+            "tmpfs",
+            &["mode=1777"],
+        ));
+    })
+}
+
+/// "(12.345678) the last thing that it did"
+fn criu_time(log: &Path) -> Result<Duration> {
+    let log = fs::read_to_string(log)?;
+    let last = log.lines().rev().find_map(|line| line.strip_prefix('(')?.split_once(')'));
+    let (seconds, _) = last.context("CRIU's log has no times")?;
+    Ok(Duration::from_secs_f64(seconds.trim().parse()?))
+}

@@ -1,0 +1,82 @@
+//! Idle containers whose VMs are clones: memory of each when there are 1, 10 and 30, and what each start cost the host
+//! beside its VM.
+
+use std::{fs, time::Duration};
+
+use anyhow::{Context, Result};
+use machinen_integration::{containerd::Containerd, inventory::Process};
+
+use crate::{cpu, footprint::field};
+
+pub(crate) const SIZES: [usize; 3] = [1, 10, 30];
+
+/// Processes that are there however many containers there are.
+const COMMON: [&str; 2] = ["template-holder", "template-builder"];
+
+#[derive(Debug, Default)]
+pub(crate) struct Crowd {
+    /// KiB of one container, by the number of containers.
+    pub(crate) pss: Vec<(usize, u64)>,
+    pub(crate) private_dirty: Vec<(usize, u64)>,
+    /// KiB of the shims alone.
+    pub(crate) shim_pss: Vec<(usize, u64)>,
+    /// Processor time of a start on the host outside QEMU: shim, its start and helpers, anchor.
+    pub(crate) host_cpu: Duration,
+    /// The same of containerd and `ctr`, for which a runtime can do nothing.
+    pub(crate) daemon_cpu: Duration,
+    /// Processor time of QEMU until its container idles.
+    pub(crate) qemu_cpu: Duration,
+}
+
+/// The containers are left to the end of their containerd.
+pub(crate) fn measure(containerd: &Containerd, image: &str) -> Result<Crowd> {
+    let mut crowd = Crowd::default();
+    let before = containerd.inventory()?;
+    let started = cpu::ended_children(containerd.pid())?;
+    let daemon = cpu::own(containerd.pid())?;
+    let mut count = 0;
+    for size in SIZES {
+        while count < size {
+            containerd.run(image, &["sleep", "100000"]).detached().flag("--null-io").ok()?;
+            count += 1;
+        }
+        let processes = containerd.inventory()?.since(&before).processes;
+        let own = |process: &&Process| !COMMON.iter().any(|word| process.command.contains(word));
+        let processes: Vec<_> = processes.iter().filter(own).collect();
+        let each = |name: &str, word: &str| -> Result<u64> {
+            let counted = processes.iter().filter(|process| process.command.contains(word));
+            let sum = counted.map(|process| field(process, "smaps_rollup", name)).sum::<Result<u64>>()?;
+            Ok(sum / size as u64)
+        };
+        crowd.pss.push((size, each("Pss:", "")?));
+        crowd.private_dirty.push((size, each("Private_Dirty:", "")?));
+        crowd.shim_pss.push((size, each("Pss:", "containerd-shim-machinen-v1")?));
+        eprintln!("{size} idle containers");
+        if size == SIZES[SIZES.len() - 1] {
+            let number = u32::try_from(size)?;
+            for process in &processes {
+                let qemu = process.command.contains("microvm");
+                let used = cpu::own(process.pid)?;
+                *if qemu { &mut crowd.qemu_cpu } else { &mut crowd.host_cpu } += used;
+                if !qemu {
+                    crowd.host_cpu += cpu::ended_children(process.pid)?;
+                }
+            }
+            // Its children are the shims' starts.
+            crowd.host_cpu += cpu::ended_children(containerd.pid())?.saturating_sub(started);
+            crowd.daemon_cpu = cpu::own(containerd.pid())?.saturating_sub(daemon);
+            for time in [&mut crowd.host_cpu, &mut crowd.daemon_cpu, &mut crowd.qemu_cpu] {
+                *time /= number;
+            }
+        }
+    }
+    Ok(crowd)
+}
+
+/// What a template takes, KiB, however many clones it has: it is the memory that its holder keeps.
+pub(crate) fn template_kib(holder: u32) -> Result<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    let path = format!("/proc/{holder}/fd/3");
+    let memory = fs::metadata(&path).with_context(|| format!("cannot look at {path}"))?;
+    Ok(memory.blocks() / 2)
+}

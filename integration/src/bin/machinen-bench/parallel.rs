@@ -1,0 +1,66 @@
+//! Many starts at once: how long until all are done, and what each costs.
+
+use std::{thread, time::Instant};
+
+use anyhow::{Result, ensure};
+use machinen_integration::{containerd::Containerd, samples::Samples};
+
+use crate::{Kind, cpu};
+
+/// How many at once.
+pub(crate) const WIDTHS: [usize; 3] = [1, 5, 20];
+
+/// So many starts of one kind at once.
+#[derive(Debug)]
+pub(crate) struct Parallel {
+    pub(crate) kind: Kind,
+    pub(crate) width: usize,
+    /// From the first `ctr` to the end of the last.
+    pub(crate) wall: Samples,
+    /// Processor time of one start, until nothing is left of it.
+    pub(crate) cpu: Samples,
+}
+
+pub(crate) fn measure(
+    containerd: &Containerd,
+    image: &str,
+    configure: impl Fn(Kind) -> Result<()>,
+    rounds: usize,
+) -> Result<Vec<Parallel>> {
+    let kinds = [Kind::Clone, Kind::Boot, Kind::Runc];
+    let each = kinds.into_iter().flat_map(|kind| WIDTHS.map(|width| (kind, width)));
+    let mut measured: Vec<_> = each
+        .map(|(kind, width)| Parallel { kind, width, wall: Samples::default(), cpu: Samples::default() })
+        .collect();
+    for round in 0..rounds {
+        for parallel in &mut measured {
+            configure(parallel.kind)?;
+            parallel.round(containerd, image)?;
+        }
+        eprintln!("parallel starts, round {} of {rounds}", round + 1);
+    }
+    Ok(measured)
+}
+
+impl Parallel {
+    fn round(&mut self, containerd: &Containerd, image: &str) -> Result<()> {
+        let before = containerd.inventory()?;
+        let used = cpu::total(containerd)?;
+        let runtime = self.kind.runtime();
+        let runs: Vec<_> =
+            (0..self.width).map(|_| containerd.run(image, &["true"]).runtime(&runtime)).collect();
+        let start = Instant::now();
+        let outputs = thread::scope(|scope| {
+            let started: Vec<_> = runs.iter().map(|run| scope.spawn(|| run.output())).collect();
+            started.into_iter().map(|run| run.join().expect("no panic")).collect::<Result<Vec<_>>>()
+        })?;
+        self.wall.push(start.elapsed());
+        for output in outputs {
+            ensure!(output.status == 0, "{runtime}: {output}");
+        }
+        containerd.settle(&before)?;
+        let used = cpu::total(containerd)?.saturating_sub(used);
+        self.cpu.push(used / u32::try_from(self.width)?);
+        Ok(())
+    }
+}

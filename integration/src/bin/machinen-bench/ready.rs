@@ -1,0 +1,56 @@
+//! Starts that find a clone which has waited for them (the warm pool).
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use machinen_integration::{containerd::Containerd, process::DEADLINE, samples::Samples, setup::Value};
+use serde_json::Value as Json;
+
+use crate::{Kind, setup_of};
+
+/// `ctr run --rm` of true, with one ready clone each time.
+pub(crate) fn measure(containerd: &Containerd, image: &str, cache: &Path, rounds: usize) -> Result<Samples> {
+    let dir = containerd.root().join("pool");
+    let setup = setup_of(containerd, Kind::Clone, cache);
+    containerd.configure(&setup.set("pool", "size", Value::number(1)).set(
+        "pool",
+        "dir",
+        Value::path(&dir),
+    ))?;
+    // Not counted: it finds no clone, and asks for one.
+    run(containerd, image)?;
+    let mut samples = Samples::default();
+    for _ in 0..rounds {
+        wait_for_one(containerd)?;
+        let from = containerd.log().position();
+        samples.push(run(containerd, image)?);
+        let lines = containerd.log().since(from);
+        ensure!(lines.iter().any(|line| line.contains("origin=ready")), "the VM was not a ready clone");
+    }
+    wait_for_one(containerd)?;
+    containerd.machinen(&["pool", "drain"])?.run()?.ok()?;
+    Ok(samples)
+}
+
+fn run(containerd: &Containerd, image: &str) -> Result<Duration> {
+    let output = containerd.run(image, &["true"]).output()?;
+    ensure!(output.status == 0, "{output}");
+    Ok(output.duration)
+}
+
+fn wait_for_one(containerd: &Containerd) -> Result<()> {
+    let end = Instant::now() + DEADLINE;
+    loop {
+        let listed = containerd.machinen(&["pool", "ls", "--json"])?.run()?.ok()?;
+        let members: Json = serde_json::from_slice(&listed.stdout).context("odd list")?;
+        if members.as_array().is_some_and(|members| !members.is_empty()) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < end, "no clone gets ready");
+        #[expect(clippy::disallowed_methods, reason = "between measurements")]
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}

@@ -1,0 +1,153 @@
+//! A container without containerd: the task API spoken to its shim.
+
+use std::{fs, path::Path};
+
+use anyhow::{Result, ensure};
+use containerd_shim_protos::{
+    api,
+    protobuf::{EnumOrUnknown, MessageField, well_known_types::any::Any},
+};
+use serde_json::json;
+
+use crate::{
+    bundle::Bundle,
+    containerd::Containerd,
+    shim::{Client, Shim, V3},
+};
+
+/// A container, and the shim that serves it.
+#[expect(missing_debug_implementations, reason = "ttrpc's client has none")]
+pub struct Served<'a> {
+    pub shim: Shim<'a>,
+    pub client: Client,
+    pub pid: u32,
+}
+
+impl<'a> Served<'a> {
+    /// A container that only waits.
+    ///
+    /// # Errors
+    /// Its rootfs cannot be made, or it does not start.
+    pub fn idle(containerd: &'a Containerd) -> Result<Self> {
+        let rootfs = Bundle::busybox(containerd)?;
+        Self::run(containerd, &rootfs.config(&["sleep", "1000"], |_| ())?)
+    }
+
+    /// A container with that specification, which runs.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn run(containerd: &'a Containerd, config: &Path) -> Result<Self> {
+        let mut served = Self::of(containerd, config)?;
+        served.create(|_| ())?;
+        served.begin()?;
+        Ok(served)
+    }
+
+    /// A shim for a container with that specification.
+    ///
+    /// # Errors
+    /// The shim does not start.
+    pub fn of(containerd: &'a Containerd, config: &Path) -> Result<Self> {
+        let shim = Shim::new(containerd)?;
+        fs::copy(config, shim.bundle.join("config.json"))?;
+        let client = Client::connect(&shim.serve()?, V3)?;
+        Ok(Self { shim, client, pid: 0 })
+    }
+
+    /// # Errors
+    /// It is refused.
+    pub fn create(&mut self, change: impl FnOnce(&mut api::CreateTaskRequest)) -> Result<()> {
+        let mut request = self.shim.create_request();
+        change(&mut request);
+        let created: api::CreateTaskResponse = self.client.ok("Create", &request)?;
+        self.pid = created.pid;
+        Ok(())
+    }
+
+    /// # Errors
+    /// It is refused.
+    pub fn begin(&self) -> Result<()> {
+        self.client.ok::<api::StartResponse>("Start", &self.start("")).map(drop)
+    }
+
+    /// Runs a command in it, whose output goes to `stdout`, and returns its status.
+    ///
+    /// # Errors
+    /// A call is refused.
+    pub fn exec_to(&self, exec_id: &str, args: &[&str], stdout: &str) -> Result<u32> {
+        let request = api::ExecProcessRequest { stdout: stdout.to_owned(), ..self.exec(exec_id, args) };
+        self.client.ok::<api::Empty>("Exec", &request)?;
+        self.client.ok::<api::StartResponse>("Start", &self.start(exec_id))?;
+        let status = self.wait(exec_id)?.exit_status;
+        self.client.ok::<api::DeleteResponse>("Delete", &self.delete(exec_id))?;
+        Ok(status)
+    }
+
+    pub fn exec(&self, exec_id: &str, args: &[&str]) -> api::ExecProcessRequest {
+        let process = json!({
+            "user": {"uid": 0, "gid": 0}, "args": args, "env": ["PATH=/bin"], "cwd": "/",
+            "capabilities": {"bounding": ["CAP_KILL"]},
+        });
+        let spec = Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".to_owned(),
+            value: process.to_string().into_bytes(),
+            ..Default::default()
+        };
+        let (id, exec_id) = (self.shim.id.clone(), exec_id.to_owned());
+        api::ExecProcessRequest { id, exec_id, spec: MessageField::some(spec), ..Default::default() }
+    }
+
+    pub fn start(&self, exec_id: &str) -> api::StartRequest {
+        api::StartRequest { id: self.shim.id.clone(), exec_id: exec_id.to_owned(), ..Default::default() }
+    }
+
+    pub fn delete(&self, exec_id: &str) -> api::DeleteRequest {
+        api::DeleteRequest { id: self.shim.id.clone(), exec_id: exec_id.to_owned(), ..Default::default() }
+    }
+
+    pub fn kill(&self, exec_id: &str, number: u32) -> api::KillRequest {
+        let (id, exec_id) = (self.shim.id.clone(), exec_id.to_owned());
+        api::KillRequest { id, exec_id, signal: number, ..Default::default() }
+    }
+
+    /// # Errors
+    /// It is refused.
+    pub fn state(&self, exec_id: &str) -> Result<api::StateResponse> {
+        let (id, exec_id) = (self.shim.id.clone(), exec_id.to_owned());
+        self.client.ok("State", &api::StateRequest { id, exec_id, ..Default::default() })
+    }
+
+    /// # Errors
+    /// It is refused.
+    pub fn wait(&self, exec_id: &str) -> Result<api::WaitResponse> {
+        let (id, exec_id) = (self.shim.id.clone(), exec_id.to_owned());
+        self.client.ok("Wait", &api::WaitRequest { id, exec_id, ..Default::default() })
+    }
+
+    /// # Errors
+    /// It is not.
+    pub fn is(&self, exec_id: &str, status: api::Status, pid: u32) -> Result<()> {
+        let state = self.state(exec_id)?;
+        ensure!(state.status == EnumOrUnknown::new(status) && state.pid == pid, "{state:?}");
+        ensure!(state.exec_id == exec_id && state.id == self.shim.id, "{state:?}");
+        Ok(())
+    }
+
+    /// # Errors
+    /// A call is refused, or the shim lives on.
+    pub fn end(&self) -> Result<()> {
+        self.client.ok::<api::Empty>("Kill", &self.kill("", 9))?;
+        self.wait("")?;
+        self.end_stopped()
+    }
+
+    /// Of a container that has ended, or was never started.
+    ///
+    /// # Errors
+    /// A call is refused, or the shim lives on.
+    pub fn end_stopped(&self) -> Result<()> {
+        self.client.ok::<api::DeleteResponse>("Delete", &self.delete(""))?;
+        self.shim.shut_down(&self.client)
+    }
+}

@@ -1,0 +1,59 @@
+//! Checkpoint and restore, by containerd's clients and by its API.
+
+mod api;
+mod clients;
+mod damage;
+mod state;
+mod workloads;
+
+use std::path::Path;
+
+use anyhow::Result;
+use containerd_shim_protos::{
+    api::{CheckpointTaskRequest, Empty},
+    protobuf::{Message, MessageField, well_known_types::any::Any},
+    shim::oci::CheckpointOptions,
+};
+use machinen_integration::{served::Served, shim::Client};
+use ttrpc::Code;
+
+/// Counts in memory, and shows the count in a file.
+const COUNTER: &str = "i=100; while :; do i=$((i+1)); echo $i >/new; mv /new /count; usleep 50000; done";
+
+/// A shell command that succeeds if the count goes on within some seconds, from at least `least`.
+fn counts_from(least: u32) -> String {
+    format!(
+        "until [ -s /count ]; do usleep 50000; done; a=$(cat /count); [ $a -ge {least} ] || exit 3; for n in $(seq 200); do [ $(cat /count) -gt $((a+2)) ] && \
+         exit 0; usleep 50000; done; exit 4"
+    )
+}
+
+fn request(
+    served: &Served<'_>,
+    path: &Path,
+    options: Option<&CheckpointOptions>,
+) -> Result<CheckpointTaskRequest> {
+    let options = match options {
+        None => MessageField::none(),
+        Some(options) => MessageField::some(Any {
+            type_url: "containerd.runc.v1.CheckpointOptions".to_owned(),
+            value: options.write_to_bytes()?,
+            ..Default::default()
+        }),
+    };
+    Ok(CheckpointTaskRequest {
+        id: served.shim.id.clone(),
+        path: path.display().to_string(),
+        options,
+        ..Default::default()
+    })
+}
+
+/// Takes a checkpoint with the options of whoever has none.
+fn checkpoint(served: &Served<'_>, path: &Path) -> Result<()> {
+    served.client.ok::<Empty>("Checkpoint", &request(served, path, None)?).map(drop)
+}
+
+fn refused(client: &Client, request: &CheckpointTaskRequest) -> Result<(Code, String)> {
+    client.refused("Checkpoint", request)
+}

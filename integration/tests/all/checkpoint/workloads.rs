@@ -1,0 +1,139 @@
+//! Programs of the real world go on after a restore as if nothing had happened.
+
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Result, ensure};
+use containerd_shim_protos::{api::Empty, shim::oci::CheckpointOptions};
+use machinen_integration::{
+    bundle::{Bundle, mount},
+    containerd::Containerd,
+    paths,
+    process::Invocation,
+    served::Served,
+    terminal::Terminal,
+};
+use serde_json::json;
+use ttrpc::Code;
+
+use super::{
+    clients::{REF, remove_what_containerd_leaves},
+    refused, request,
+};
+use crate::harness::{IMAGE, on_newest_containerd};
+
+on_newest_containerd!(one_of_everything, much_memory_fetched_later, a_terminal_session);
+
+/// Python and Redis beside busybox.
+fn bundle_with_workloads(containerd: &Containerd) -> Result<Bundle> {
+    let bundle = Bundle::busybox(containerd)?;
+    let rootfs = bundle.rootfs();
+    let usr = paths::workspace().join("target/tools/workloads/usr/.");
+    Invocation::new("cp").arg("-a").arg(usr).arg(rootfs.join("usr")).run()?.ok()?;
+    for name in ["lib", "lib64"] {
+        symlink(format!("usr/{name}"), rootfs.join(name))?;
+    }
+    fs::write(rootfs.join("workload.py"), include_str!("workload.py"))?;
+    Ok(bundle)
+}
+
+fn config(bundle: &Bundle, mib: u32, lazily: bool) -> Result<PathBuf> {
+    let command = ["python3.13", "/workload.py", &mib.to_string()];
+    bundle.config(&command, |spec| {
+        let mounts = spec["mounts"].as_array_mut().expect("an array");
+        mounts.push(mount("/tmp", "tmpfs", "tmpfs", &["mode=1777"]));
+        spec["process"]["env"] = json!(["PATH=/usr/bin:/bin", "LC_ALL=C", "PYTHONDONTWRITEBYTECODE=1"]);
+        spec["annotations"] = json!({"io.machinen.lazy": lazily.to_string()});
+        spec["linux"]["resources"] = json!({"memory": {"limit": u64::from(mib + 512) << 20}});
+    })
+}
+
+/// Checkpoints the workload, restores it, and asks it what is not as it was.
+fn goes_on(containerd: &mut Containerd, mib: u32, lazily: bool) -> Result<()> {
+    let bundle = bundle_with_workloads(containerd)?;
+    let config = config(&bundle, mib, lazily)?;
+    let mut source = Served::of(containerd, &config)?;
+    let said = containerd.root().join("said");
+    source.create(|request| request.stderr = format!("file://{}", said.display()))?;
+    source.begin()?;
+    let ready = "for n in $(seq 1200); do [ -e /tmp/ready ] && exit 0; usleep 50000; done; cat /tmp/redis.log; exit 1";
+    ensure!(
+        source.exec_to("ready", &["sh", "-c", ready], "")? == 0,
+        "it does not get ready: {}",
+        fs::read_to_string(&said)?
+    );
+    let dir = containerd.root().join("images");
+    let options = CheckpointOptions { open_tcp: true, file_locks: true, ..Default::default() };
+    source.client.ok::<Empty>("Checkpoint", &request(&source, &dir, Some(&options))?)?;
+    // The source too is as it was.
+    as_it_was(containerd, &source)?;
+    source.end()?;
+    let mut restored = Served::of(containerd, &config)?;
+    restored.create(|request| request.checkpoint = dir.display().to_string())?;
+    restored.begin()?;
+    if lazily {
+        let (code, message) =
+            refused(&restored.client, &request(&restored, &dir.join("again"), Some(&options))?)?;
+        ensure!(
+            code == Code::FAILED_PRECONDITION && message.contains("still being fetched"),
+            "{code:?}: {message}"
+        );
+    }
+    as_it_was(containerd, &restored)?;
+    // By now it has touched all of its memory, and can be checkpointed as any other.
+    let again = request(&restored, &dir.join("again"), Some(&options))?;
+    restored.client.ok::<Empty>("Checkpoint", &again)?;
+    restored.end()?;
+    fs::remove_file(&said)?;
+    Ok(fs::remove_dir_all(&dir)?)
+}
+
+fn as_it_was(containerd: &Containerd, served: &Served<'_>) -> Result<()> {
+    let path: &Path = &containerd.root().join("result");
+    let ask = "touch /tmp/go; for n in $(seq 1200); do [ -e /tmp/result ] && exec cat /tmp/result; usleep 50000; done; \
+               echo no answer";
+    let status = served.exec_to("ask", &["sh", "-c", ask], &format!("file://{}", path.display()))?;
+    let said = fs::read_to_string(path)?;
+    fs::remove_file(path)?;
+    ensure!(status == 0 && said == "as it was", "status {status}; what differs: {said}");
+    Ok(())
+}
+
+fn one_of_everything(containerd: &mut Containerd) -> Result<()> {
+    goes_on(containerd, 8, false)
+}
+
+fn much_memory_fetched_later(containerd: &mut Containerd) -> Result<()> {
+    goes_on(containerd, 256, true)
+}
+
+fn a_terminal_session(containerd: &mut Containerd) -> Result<()> {
+    let script = "trap 'echo \"now $(stty size)\"' WINCH; n=0; echo ready; while read -r line; do n=$((n+1)); \
+                  echo \"$n $line\"; done; exit 6";
+    let run = containerd.run(IMAGE, &["sh", "-c", script]).flag("--tty");
+    let mut terminal = Terminal::run(&run.invocation()?, 80, 25)?;
+    terminal.expect("ready\r")?;
+    terminal.type_in("first\r")?;
+    terminal.expect("1 first\r")?;
+    containerd.ctr_ok(&["containers", "checkpoint", "--rw", "--image", "--task", run.container(), REF])?;
+    terminal.type_in("second\r")?;
+    terminal.expect("2 second\r")?;
+    terminal.type_in("\x04")?;
+    ensure!(terminal.wait()?.0 == 6, "the source does not end as it should");
+    let second = containerd.new_id();
+    let restore = containerd.ctr(["containers", "restore", "--rw", "--live", &second, REF])?;
+    let mut terminal = Terminal::run(&restore, 80, 25)?;
+    // It knows of the first line, and not of the second.
+    terminal.type_in("again\r")?;
+    terminal.expect("2 again\r")?;
+    terminal.type_in("\x04")?;
+    let (status, seen) = terminal.wait()?;
+    ensure!(status == 6, "status {status} after {seen:?}");
+    containerd.ctr_ok(&["containers", "rm", &second])?;
+    remove_what_containerd_leaves(containerd)?;
+    containerd.ctr_ok(&["images", "rm", "--sync", REF])?;
+    Ok(())
+}

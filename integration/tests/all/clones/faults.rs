@@ -1,0 +1,270 @@
+//! A template that cannot be had or used costs a start the time of a boot, never more.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use machinen_integration::{
+    containerd::Containerd,
+    process::wait_for_end,
+    setup::{Setup, Value},
+    templates::Templates,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use super::{automatic, runs_from, told, with_template};
+use crate::harness::{IMAGE, fails_saying, on_newest_containerd, works};
+use crate::host_trouble::{find, script};
+
+on_newest_containerd!(
+    holder_killed,
+    builder_killed,
+    manifest_damaged,
+    directory_of_others,
+    qemu_upgraded,
+    budget_too_small,
+    state_that_qemu_refuses,
+    no_memory_for_a_vm,
+    memory_for_some_only,
+);
+
+/// Longest that a killed process may take to go.
+const END: Duration = Duration::from_secs(10);
+
+fn manifest(templates: &Templates<'_>, key: &str) -> PathBuf {
+    templates.dir.join(key).with_extension("json")
+}
+
+fn holder_killed(containerd: &mut Containerd) -> Result<()> {
+    let templates = automatic(containerd)?;
+    let mut watch = templates.watch()?;
+    runs_from(containerd, "boot")?;
+    watch.wait_for("json")?;
+    let old = templates.only()?;
+    kill(Pid::from_raw(i32::try_from(old.holder)?), Signal::SIGKILL)?;
+    ensure!(wait_for_end(old.holder, END)?, "the holder does not end");
+    // Manifest and lock are still there, and count for nothing.
+    ensure!(manifest(&templates, &old.key).exists() && templates.list()?[0].state == "gone", "what is left");
+    let mut watch = templates.watch()?;
+    runs_from(containerd, "boot")?;
+    watch.wait_for("json")?;
+    let new = templates.only()?;
+    ensure!(new.key == old.key && new.holder != old.holder, "{old:?} and {new:?}");
+    runs_from(containerd, "clone")?;
+    templates.remove_all()
+}
+
+fn builder_killed(containerd: &mut Containerd) -> Result<()> {
+    let templates = automatic(containerd)?;
+    let mut watch = templates.watch()?;
+    runs_from(containerd, "boot")?;
+    watch.wait_for("vm")?;
+    let builder = find(containerd, &["template-builder"])?;
+    kill(builder, Signal::SIGKILL)?;
+    ensure!(wait_for_end(builder.as_raw().cast_unsigned(), END)?, "the builder does not end");
+    let half = fs::read_dir(&templates.dir)?
+        .flatten()
+        .any(|entry| entry.path().extension().is_some_and(|is| is == "vm"));
+    ensure!(half && watch.count("json")? == 0, "it was not killed half-way: {watch:?}");
+    let mut watch = templates.watch()?;
+    runs_from(containerd, "boot")?;
+    watch.wait_for("json")?;
+    runs_from(containerd, "clone")?;
+    templates.remove_all()
+}
+
+fn manifest_damaged(containerd: &mut Containerd) -> Result<()> {
+    let (templates, template) = with_template(containerd)?;
+    let path = manifest(&templates, &template.key);
+    let text = fs::read_to_string(&path)?;
+    let other_version = text.replacen("\"version\": 1", "\"version\": 99", 1);
+    ensure!(other_version != text, "no version in {text}");
+    let other_digest = {
+        let (head, tail) = text.split_once("\"sha256\": \"").context("no digest")?;
+        let digit = if tail.starts_with('0') { '1' } else { '0' };
+        format!("{head}\"sha256\": \"{digit}{}", &tail[1..])
+    };
+    // Only a check tells that what a template should have been is not what it is.
+    fs::write(&path, other_digest)?;
+    let verified = templates.command(&["verify"])?;
+    ensure!(verified.status == 1 && verified.text().trim_end().ends_with(" changed"), "{verified}");
+    fs::write(&path, &text)?;
+    runs_from(containerd, "clone")?;
+    let other_form = format!("{{ \"version\": 1, \"rest\": {text} }}");
+    for damaged in [&text[..text.len() / 2], "", "\u{7f}ELF", &other_version, &other_form] {
+        fs::write(&path, damaged)?;
+        // "use" leaves it as it is.
+        runs_from(containerd, "boot")?;
+        templates.command(&["ls"])?.ok()?;
+    }
+    // "auto" puts another in its place, and the holder of the old one ends.
+    containerd.configure(&Setup::new().templates(&templates.dir, "auto"))?;
+    let mut watch = templates.watch()?;
+    runs_from(containerd, "boot")?;
+    watch.wait_for("json")?;
+    let new = templates.only()?;
+    ensure!(new.key == template.key && new.holder != template.holder, "{template:?} and {new:?}");
+    ensure!(wait_for_end(template.holder, END)?, "the old holder lives");
+    runs_from(containerd, "clone")?;
+    // And so it is removed.
+    fs::write(&path, "")?;
+    templates.command(&["rm", "--all"])?.ok()?;
+    ensure!(wait_for_end(new.holder, END)?, "a holder whose manifest is damaged is not removed");
+    templates.remove_all()
+}
+
+fn directory_of_others(containerd: &mut Containerd) -> Result<()> {
+    let (templates, template) = with_template(containerd)?;
+    let mode = |mode| fs::set_permissions(&templates.dir, fs::Permissions::from_mode(mode));
+    for open in [0o777, 0o750, 0o701] {
+        mode(open)?;
+        let from = containerd.log().position();
+        runs_from(containerd, "boot")?;
+        let dir = templates.dir.display().to_string();
+        let lines = told(containerd, from, &["alone, so templates in it cannot be trusted", &dir]);
+        ensure!(lines == 1, "{lines} lines say that {dir} has mode {open:o}");
+    }
+    mode(0o700)?;
+    runs_from(containerd, "clone")?;
+    ensure!(templates.only()? == template, "another template");
+    templates.remove_all()
+}
+
+/// QEMU as the system has it, run by a script that can do something before.
+fn wrapped(containerd: &Containerd, name: &str, before: &str) -> Result<PathBuf> {
+    script(containerd, name, &format!("{before}\nexec qemu-system-x86_64 \"$@\""))
+}
+
+fn with_qemu(templates: &Templates<'_>, mode: &str, qemu: &Path) -> Setup {
+    Setup::new().templates(&templates.dir, mode).set("vm", "qemu", Value::path(qemu))
+}
+
+fn qemu_upgraded(containerd: &mut Containerd) -> Result<()> {
+    let templates = Templates::new(containerd)?;
+    let qemu = wrapped(containerd, "qemu", ": old")?;
+    containerd.configure(&with_qemu(&templates, "auto", &qemu))?;
+    let mut watch = templates.watch()?;
+    runs_from(containerd, "boot")?;
+    watch.wait_for("json")?;
+    let old = templates.only()?;
+    runs_from(containerd, "clone")?;
+    // As a package manager does: a new file takes the old one's name.
+    let new = wrapped(containerd, "qemu.new", ": new")?;
+    fs::rename(new, &qemu)?;
+    ensure!(templates.list()?[0].state == "outdated", "nobody has noticed");
+    let mut watch = templates.watch()?;
+    runs_from(containerd, "boot")?;
+    watch.wait_for("json")?;
+    let new = templates.only()?;
+    ensure!(new.key != old.key, "the template of another QEMU has the same key");
+    ensure!(wait_for_end(old.holder, END)?, "the outdated template lives");
+    runs_from(containerd, "clone")?;
+    templates.remove_all()
+}
+
+fn budget_too_small(containerd: &mut Containerd) -> Result<()> {
+    let templates = Templates::new(containerd)?;
+    let setup = Setup::new().templates(&templates.dir, "auto");
+    containerd.configure(&setup.clone().set("template", "budget_mib", Value::number(1)))?;
+    let mut watch = templates.watch()?;
+    runs_from(containerd, "boot")?;
+    watch.wait_for("failed")?;
+    templates.quiet()?;
+    for _ in 0..2 {
+        let from = containerd.log().position();
+        runs_from(containerd, "boot")?;
+        let lines = told(containerd, from, &["booting a VM", "does not fit into template.budget_mib = 1"]);
+        ensure!(lines == 1, "{lines} lines say why there is no template");
+    }
+    templates.quiet()?;
+    ensure!(watch.count("vm")? == 1 && watch.count("json")? == 0, "it was tried again: {watch:?}");
+    // Asked for by a person it is tried again, with what is configured now.
+    containerd.configure(&setup)?;
+    templates.build()?;
+    runs_from(containerd, "clone")?;
+    templates.remove_all()
+}
+
+fn state_that_qemu_refuses(containerd: &mut Containerd) -> Result<()> {
+    let templates = Templates::new(containerd)?;
+    let refuses = "case \"$*\" in *-incoming*) echo 'qemu: cannot load that' >&2; exit 1 ;; esac";
+    let qemu = wrapped(containerd, "qemu-refuses", refuses)?;
+    containerd.configure(&with_qemu(&templates, "use", &qemu))?;
+    let template = templates.build()?;
+    let from = containerd.log().position();
+    runs_from(containerd, "boot")?;
+    let lines = told(containerd, from, &["cannot clone a VM, booting instead", "cannot load that"]);
+    ensure!(lines == 1, "{lines} lines say that it could not be cloned");
+    // It is not tried a second time.
+    ensure!(wait_for_end(template.holder, END)?, "the template lives");
+    let from = containerd.log().position();
+    runs_from(containerd, "boot")?;
+    let lines = told(containerd, from, &["booting a VM", "no template", "cannot load that"]);
+    ensure!(lines == 1, "{lines} lines say why there is no template");
+    templates.remove_all()
+}
+
+/// What is said when the host has no memory for a VM.
+const NO_MEMORY: [&str; 2] = ["not enough memory on this host", "vm.memory_reserve_percent"];
+
+fn no_memory_for_a_vm(containerd: &mut Containerd) -> Result<()> {
+    let (templates, _) = with_template(containerd)?;
+    let setup = Setup::new().templates(&templates.dir, "use");
+    for mode in ["use", "off"] {
+        let setup = setup.clone().templates(&templates.dir, mode);
+        containerd.configure(&setup.set("vm", "memory_reserve_percent", Value::number(100)))?;
+        fails_saying(containerd, &containerd.run(IMAGE, &["true"]), &NO_MEMORY)?;
+    }
+    containerd.configure(&setup)?;
+    runs_from(containerd, "clone")?;
+    templates.remove_all()
+}
+
+/// Most memory that a start takes by its own account, MiB; the host's own account changes while the test runs.
+const SOME: u64 = 450;
+
+fn memory_for_some_only(containerd: &mut Containerd) -> Result<()> {
+    let setup = Setup::new().set("template", "mode", Value::text("off"));
+    let before = containerd.inventory()?;
+    // Others on this machine start and end, so that all or none may fit.
+    for _ in 0..5 {
+        let (total, available) = host_memory_mib()?;
+        let reserve = available.saturating_sub(SOME) * 100 / total;
+        containerd.configure(&setup.clone().set("vm", "memory_reserve_percent", Value::number(reserve)))?;
+        let runs: Vec<_> = (0..8).map(|_| containerd.run(IMAGE, &["echo", "well"])).collect();
+        let outputs = thread::scope(|scope| -> Result<Vec<_>> {
+            let started: Vec<_> = runs.iter().map(|run| scope.spawn(|| run.output())).collect();
+            started.into_iter().map(|run| run.join().expect("no panic")).collect()
+        })?;
+        containerd.settle(&before)?;
+        let (worked, refused): (Vec<_>, Vec<_>) = outputs.into_iter().partition(|output| output.status == 0);
+        for output in &refused {
+            let said = output.error_text();
+            ensure!(NO_MEMORY.iter().all(|word| said.contains(word)), "not refused but: {output}");
+        }
+        ensure!(worked.iter().all(|output| output.text() == "well\n"), "{worked:?}");
+        if !worked.is_empty() && !refused.is_empty() {
+            containerd.configure(&Setup::new())?;
+            return works(containerd);
+        }
+    }
+    anyhow::bail!("never were some refused and others not")
+}
+
+/// Total and available.
+fn host_memory_mib() -> Result<(u64, u64)> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let field = |name: &str| -> Result<u64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).context("odd /proc/meminfo")?;
+        Ok(line.trim().trim_end_matches("kB").trim().parse::<u64>()? >> 10)
+    };
+    Ok((field("MemTotal:")?, field("MemAvailable:")?))
+}
