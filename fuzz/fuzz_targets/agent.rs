@@ -1,0 +1,30 @@
+//! The control stream after its handshake: whatever comes, every call ends, with the stream at the latest.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use machinen::agent::Client;
+use tokio::io::AsyncWriteExt;
+
+fuzz_target!(|data: &[u8]| {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let (ours, mut guests) = tokio::io::duplex(64 << 10);
+        let client = Client::new(Box::new(ours));
+        let calls = async {
+            let (processes, exit, files) = tokio::join!(
+                client.list_processes("c"),
+                client.wait_process("c", ""),
+                client.read_cgroup("c", &["cpu.stat"]),
+            );
+            drop((processes, exit, files));
+        };
+        let guest = async {
+            // A host that has had enough hangs up.
+            let _closed = guests.write_all(data).await;
+            let _closed = guests.shutdown().await;
+            // What the host sends has to go somewhere, or its calls are never sent.
+            let _read = tokio::io::copy(&mut guests, &mut tokio::io::sink()).await;
+        };
+        tokio::select! { () = calls => {}, () = async { guest.await; std::future::pending().await } => {} }
+    });
+});

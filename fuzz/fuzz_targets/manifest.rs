@@ -1,0 +1,23 @@
+//! A checkpoint's manifest: any text is taken or refused with words, and names lead nowhere.
+#![no_main]
+
+use std::path::Path;
+
+use libfuzzer_sys::fuzz_target;
+use machinen::{
+    checkpoint::{MANIFEST, Manifest},
+    error::chain,
+};
+
+fuzz_target!(|data: &[u8]| {
+    match Manifest::parse(data, Path::new(MANIFEST)) {
+        Ok(manifest) => {
+            for file in &manifest.files {
+                let path = Path::new("dir").join(&file.name);
+                assert_eq!(path.parent(), Some(Path::new("dir")));
+                assert!(path.file_name().is_some_and(|name| name != MANIFEST));
+            }
+        }
+        Err(error) => assert!(!chain(&error).is_empty()),
+    }
+});
