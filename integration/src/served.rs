@@ -55,6 +55,16 @@ impl<'a> Served<'a> {
         Ok(Self { shim, client, pid: 0 })
     }
 
+    /// A container with that specification in the VM of this one.
+    ///
+    /// # Errors
+    /// Its bundle cannot be made.
+    pub fn beside(&self, containerd: &'a Containerd, config: &Path) -> Result<Self> {
+        let shim = Shim::new(containerd)?;
+        fs::copy(config, shim.bundle.join("config.json"))?;
+        Ok(Self { shim, client: self.client.clone(), pid: 0 })
+    }
+
     /// # Errors
     /// It is refused.
     pub fn create(&mut self, change: impl FnOnce(&mut api::CreateTaskRequest)) -> Result<()> {

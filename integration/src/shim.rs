@@ -31,6 +31,7 @@ pub struct Printed {
 }
 
 /// A connection to a serving shim.
+#[derive(Clone)]
 #[expect(missing_debug_implementations, reason = "ttrpc's client has none")]
 pub struct Client {
     client: ttrpc::Client,

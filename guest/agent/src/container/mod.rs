@@ -34,7 +34,7 @@ use crate::{
     agent::Parts,
     cgroup::{Cgroup, CgroupError},
     channel::Stream,
-    criu::{CriuError, Fetching, Held, Restored},
+    criu::{self, CriuError, Fetching, Held, Restored},
     disk::Layers,
     engine::{self, EngineError, Prepared, Tenancy, Waiting},
     layer::{self, LayerError, Stamp},
@@ -474,7 +474,8 @@ fn make_dir(dir: &Path) -> Result<(), ContainerError> {
 /// Removes the agent's own files. Never called while something is mounted below: [`Rootfs::unmount`] has
 /// removed its mount points before, and a mount point that is left makes this fail, not descend.
 fn remove_dir(dir: &Path) -> Result<(), ContainerError> {
-    for path in [dir.join("files"), dir.join(engine::DIR), dir.join("criu")] {
+    criu::clear(dir)?;
+    for path in [dir.join("files"), dir.join(engine::DIR)] {
         match fs::remove_dir_all(&path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 return Err(ContainerError::State { what: "remove", path, source });

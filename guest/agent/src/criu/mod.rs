@@ -30,7 +30,7 @@ use rust_criu::rust_criu_protobuf::rpc::{Criu_cg_mode, Criu_network_lock_method,
 pub(crate) use self::{
     dump::{Source, dump},
     mounts::make_mount_points,
-    restore::{Fetching, Held, Place, Restored, restore},
+    restore::{Fetching, Held, Place, Restored, clear, restore},
     rpc::warm_up,
 };
 use crate::{cgroup::CgroupError, disk::DiskError};

@@ -9,10 +9,11 @@ use std::{
 
 use machinen_protocol::api::{CheckpointFacts, CriuOptions};
 use nix::{
-    mount::MsFlags,
+    mount::{MntFlags, MsFlags, umount2},
     sys::socket::{ControlMessage, MsgFlags, sendmsg},
     unistd::Pid,
 };
+use procfs::process::Process;
 use protobuf::MessageField;
 use rust_criu::rust_criu_protobuf::rpc::{Cgroup_root, Criu_req, Criu_req_type, Inherit_fd};
 use tokio::sync::oneshot;
@@ -27,6 +28,8 @@ use crate::{
 };
 
 const LOG: &str = "restore.log";
+/// CRIU's own directory, in the agent's directory of a container.
+const WORK: &str = "criu";
 
 /// Where the processes are to be.
 #[derive(Debug)]
@@ -88,6 +91,25 @@ impl Held {
     }
 }
 
+/// Removes what a restore has left in the agent's directory of a container; CRIU has ended.
+///
+/// # Errors
+/// Those of the file system.
+pub(crate) fn clear(dir: &Path) -> Result<(), CriuError> {
+    let work = dir.join(WORK);
+    if !work.exists() {
+        return Ok(());
+    }
+    let failed = |source| CriuError::File { what: "remove", path: work.clone(), source };
+    // Killed in the middle, it leaves cgroups mounted, which are no files of ours.
+    let mounts = Process::myself().and_then(|process| process.mountinfo()).map_err(CriuError::Inspect)?;
+    let mut below: Vec<_> =
+        mounts.into_iter().map(|mount| mount.mount_point).filter(|at| at.starts_with(&work)).collect();
+    below.reverse();
+    below.iter().try_for_each(|at| umount2(at, MntFlags::MNT_DETACH)).map_err(|err| failed(err.into()))?;
+    fs::remove_dir_all(&work).map_err(failed)
+}
+
 /// # Errors
 /// This VM is not one for the checkpoint, or CRIU cannot restore it; its processes are gone then.
 pub(crate) async fn restore(
@@ -101,7 +123,7 @@ pub(crate) async fn restore(
     cpu::check_kernel(&facts.kernel_release)?;
     cpu::check(&facts.cpu_flags)?;
     let images = Mounted::mount(disk, place.dir, MsFlags::MS_RDONLY | MsFlags::MS_NOATIME)?;
-    let work = place.dir.join("criu");
+    let work = place.dir.join(WORK);
     fs::create_dir_all(&work).map_err(|source| CriuError::File {
         what: "create",
         path: work.clone(),

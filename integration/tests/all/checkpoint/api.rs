@@ -209,8 +209,9 @@ fn deleted_before_all_of_it_is_there(containerd: &mut Containerd) -> Result<()> 
     let dir = containerd.root().join("images");
     checkpoint(&source, &dir)?;
     source.end()?;
+    let pod = Served::idle(containerd)?;
     for starts in [false, true] {
-        let mut restored = Served::of(containerd, &config)?;
+        let mut restored = pod.beside(containerd, &config)?;
         restored.create(|request| request.checkpoint = dir.display().to_string())?;
         if starts {
             restored.begin()?;
@@ -218,15 +219,16 @@ fn deleted_before_all_of_it_is_there(containerd: &mut Containerd) -> Result<()> 
             restored.wait("")?;
         }
         restored.client.ok::<DeleteResponse>("Delete", &restored.delete(""))?;
-        let log = restored.shim.log()?;
-        ensure!(log.contains("container created"), "there is no log");
+        fs::remove_dir_all(&restored.shim.bundle)?;
+        let log = pod.shim.log()?;
+        ensure!(log.matches("container created").count() == 2 + usize::from(starts), "odd log: {log}");
         let trouble: Vec<_> = log
             .lines()
             .filter(|line| ["warn", "error"].iter().any(|level| line.contains(&format!("level={level}"))))
             .collect();
         ensure!(trouble.is_empty(), "started: {starts}; the shim says {trouble:#?}");
-        restored.shim.shut_down(&restored.client)?;
     }
+    pod.end()?;
     Ok(fs::remove_dir_all(&dir)?)
 }
 
