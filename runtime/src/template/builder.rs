@@ -4,7 +4,6 @@ use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -12,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::manifest::{Manifest, VERSION};
 use super::store::{Found, Template, Templates, gone};
-use super::{Shape, TemplateError, hash, holder, store};
+use super::{Shape, TemplateError, hash, holder, pages, store};
 use crate::error::chain;
 use crate::memfd;
 use crate::process::{Spawn, Stdio};
@@ -169,7 +168,7 @@ fn make(
     let saved = saved?;
     let memory = |source| TemplateError::Memory { action: "read the memory", source };
     let file = File::from(saved.memory.as_fd().try_clone_to_owned().map_err(memory)?);
-    let allocated = file.metadata().map_err(memory)?.blocks() * 512;
+    let allocated = pages::allocated(&file).map_err(memory)?;
     say(report, &format!("saved, {} MiB of memory", allocated >> 20));
     templates.make_room(allocated, budget_mib)?;
     let manifest = Manifest {

@@ -1,17 +1,31 @@
-//! The process that keeps a template: it publishes it, and then does nothing until it is killed.
+//! The process that keeps a template: it publishes it, and then does next to nothing until it is killed.
+//!
+//! Memory of a clone that its template never had becomes the template's too, as a page of zeros: that is how the kernel
+//! copies what is missing in a file (mmap(2), MAP_PRIVATE). A template that has grown to twice its size gives way to a copy
+//! of itself as soon as no clone uses it.
 
 use std::{
     env,
     ffi::OsStr,
     fs::{self, File},
     io,
-    os::unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::{
+            ffi::OsStrExt as _,
+            fs::{MetadataExt as _, OpenOptionsExt as _},
+        },
+    },
     path::Path,
 };
 
-use nix::sys::prctl;
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{prctl, stat::Mode},
+    unistd::mkfifo,
+};
 
-use super::{builder, store};
+use super::{builder, pages, store};
 use crate::sys::inherit;
 
 /// First argument of a process that is a holder; its directory and key follow.
@@ -28,20 +42,40 @@ pub(super) fn main(mut args: impl Iterator<Item = String>) -> ! {
     let (Some(dir), Some(key)) = (args.next(), args.next()) else { std::process::exit(2) };
     // Its own name in process lists.
     let named = prctl::set_name(c"machinen-templ");
-    let published = publish(Path::new(&dir), &key).and(named.map_err(io::Error::from));
+    let names = store::Names::new(Path::new(&dir), &key);
+    let published = publish(&names).and_then(|held| named.map(|()| held).map_err(io::Error::from));
     // It is closed with this: whoever waits sees the end.
     if let Ok(report) = inherit::take(REPORT).map(File::from) {
         match &published {
-            Ok(()) => builder::say(&report, "ready"),
+            Ok(_) => builder::say(&report, "ready"),
             Err(error) => builder::say(&report, &format!("failed: cannot publish it: {error}")),
         }
     }
-    if published.is_err() {
-        std::process::exit(1);
-    }
+    // Only an error ends it, and with it the template, so that the next start has another one built.
+    drop(published.map(|(memory, users)| keep(memory, users, &names)));
+    std::process::exit(1)
+}
+
+/// Each time that the last clone has ended, sees to the memory.
+fn keep(mut memory: OwnedFd, mut users: File, names: &store::Names) -> io::Result<()> {
+    let built = pages::allocated(&File::from(memory.try_clone()?))?;
     loop {
-        nix::unistd::pause();
+        poll(&mut [PollFd::new(users.as_fd(), PollFlags::empty())], PollTimeout::NONE)?;
+        // Another one for the next time: a reader that has seen the last writer go sees nothing else any more.
+        users = watch(names)?;
+        let grown = File::from(memory.try_clone()?);
+        if pages::allocated(&grown)? > 2 * built
+            && let Ok(copy) = pages::copy(&grown)
+        {
+            // Under the number by which it is found. A host without memory for a copy keeps the old one.
+            rustix::io::dup2(&copy, &mut memory)?;
+        }
     }
+}
+
+/// Shows when nobody has the template in use any more (fifo(7)).
+fn watch(names: &store::Names) -> io::Result<File> {
+    File::options().read(true).custom_flags(libc::O_NONBLOCK).open(names.used())
 }
 
 /// The process that holds a template, whatever its manifest says.
@@ -61,8 +95,12 @@ pub(super) fn find(dir: &Path, key: &str) -> Option<u32> {
 }
 
 /// From here on the descriptors are under the numbers that the manifest stands for.
-fn publish(dir: &Path, key: &str) -> io::Result<()> {
-    let names = store::Names::new(dir, key);
+fn publish(names: &store::Names) -> io::Result<(OwnedFd, File)> {
     env::set_current_dir("/")?;
-    fs::rename(names.unpublished(), names.manifest())
+    let memory = inherit::take(MEMORY)?;
+    store::gone(fs::remove_file(names.used()))?;
+    mkfifo(&names.used(), Mode::S_IRUSR | Mode::S_IWUSR)?;
+    let users = watch(names)?;
+    fs::rename(names.unpublished(), names.manifest())?;
+    Ok((memory, users))
 }

@@ -7,6 +7,7 @@
 //!
 //!   builder:  lock KEY.lock ── boot, save, seal, hash ── make room ── execute itself as the holder
 //!   holder:   publish KEY.json ── hold memory, device state and lock until it is killed
+//!             └─ no clone is left, and the memory has grown ── put a copy of it in its place
 //! ```
 //! A template is memory, so it lives in memory: two sealed memfds that a process without any other task keeps. They
 //! are reached through that process's /proc/PID/fd, which only root may. The lock that the holder keeps is what
@@ -21,6 +22,7 @@ mod error;
 mod hash;
 mod holder;
 mod manifest;
+mod pages;
 mod shape;
 mod store;
 

@@ -3,6 +3,7 @@
 //! ```text
 //!   KEY.lock     held by the builder, then by the holder; its time is that of the last clone
 //!   KEY.json     the manifest; counts only while the lock is held
+//!   KEY.used     a fifo that each clone's owner has open for writing: its end tells the holder that no clone is left
 //!   KEY.failed   why the last attempt to build failed
 //!   KEY.vm/      while the template's VM runs
 //! ```
@@ -12,6 +13,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
@@ -84,6 +86,10 @@ impl Names {
 
     pub(super) fn lock(&self) -> PathBuf {
         self.base.with_extension("lock")
+    }
+
+    pub(super) fn used(&self) -> PathBuf {
+        self.base.with_extension("used")
     }
 
     pub(super) fn failed(&self) -> PathBuf {
@@ -159,7 +165,7 @@ impl Templates {
                 return Ok(Found::Absent);
             }
         };
-        match open(*manifest) {
+        match open(*manifest, &names) {
             Ok(template) => {
                 // A time that is not noted makes it the first to go, no more.
                 drop(File::open(names.lock()).and_then(|lock| lock.set_modified(SystemTime::now())));
@@ -206,7 +212,7 @@ impl Templates {
     /// It is gone or cannot be read.
     pub fn verify(&self, listed: &Listed) -> Result<bool, TemplateError> {
         let memory = |source| TemplateError::Memory { action: "read the memory", source };
-        let template = open(listed.manifest.clone()).map_err(memory)?;
+        let template = open(listed.manifest.clone(), &self.names(&listed.key)).map_err(memory)?;
         let file = File::from(template.saved.memory);
         let digest = hash::digest(&file, &template.saved.devices).map_err(memory)?;
         Ok(digest == listed.manifest.sha256)
@@ -222,7 +228,7 @@ impl Templates {
             end_stranger(pid, || holder::find(&self.dir, key) == Some(pid), END_DEADLINE)
                 .map_err(TemplateError::file("end the holder of", names.manifest()))?;
         }
-        for path in [names.manifest(), names.unpublished(), names.failed(), names.lock()] {
+        for path in [names.manifest(), names.unpublished(), names.used(), names.failed(), names.lock()] {
             gone(fs::remove_file(&path)).map_err(TemplateError::file("remove", path))?;
         }
         gone(fs::remove_dir_all(names.vm())).map_err(TemplateError::file("remove", names.vm()))
@@ -368,7 +374,7 @@ pub(super) fn write(path: &Path, content: &[u8]) -> Result<(), TemplateError> {
 }
 
 /// Takes hold of what the holder keeps.
-fn open(manifest: Manifest) -> io::Result<Template> {
+fn open(manifest: Manifest, names: &Names) -> io::Result<Template> {
     let descriptor = |number: i32| {
         let file = File::open(format!("/proc/{}/fd/{number}", manifest.pid))?;
         if memfd::is_sealed(&file) {
@@ -377,6 +383,8 @@ fn open(manifest: Manifest) -> io::Result<Template> {
             Err(io::Error::other("the holder's memory is not sealed"))
         }
     };
+    // Before the memory: what is used is not replaced.
+    let used = File::options().write(true).custom_flags(libc::O_NONBLOCK).open(names.used())?;
     let memory = descriptor(holder::MEMORY)?;
     if memory.metadata()?.len() != u64::from(manifest.memory_mib) << 20 {
         return Err(io::Error::other("the holder's memory is of another size"));
@@ -387,7 +395,13 @@ fn open(manifest: Manifest) -> io::Result<Template> {
     if devices.len() as u64 != manifest.devices {
         return Err(io::Error::other("the holder's device state is of another size"));
     }
-    let saved = Saved { memory: memory.into(), devices, memory_fd: manifest.memory_fd, qemu: manifest.qemu };
+    let saved = Saved {
+        memory: memory.into(),
+        devices,
+        memory_fd: manifest.memory_fd,
+        qemu: manifest.qemu,
+        used: Some(Arc::new(used.into())),
+    };
     Ok(Template { manifest, saved })
 }
 

@@ -1,6 +1,7 @@
 //! The one task that owns a VM: carries out requests, notes what QEMU says, ends it, and cleans up.
 
 use std::future::Future;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -51,6 +52,8 @@ pub(super) struct Running {
     pub(super) stderr: Output,
     pub(super) dir: Dir,
     pub(super) keep_console: bool,
+    /// Whoever has the other end sees when it is closed.
+    pub(super) used: Option<Arc<OwnedFd>>,
 }
 
 /// Something that QEMU prints, and the task that reads it.
@@ -142,8 +145,8 @@ pub(super) async fn note_all(seen: &mut Seen, events: &mut broadcast::Receiver<E
 impl Running {
     /// Cleans up after QEMU has ended, and says why it did.
     pub(super) async fn finish(self, seen: &Seen, exit: Exit) -> VmExit {
-        let Self { qemu, channel, wake, console, stderr, dir, keep_console } = self;
-        drop((qemu, wake));
+        let Self { qemu, channel, wake, console, stderr, dir, keep_console, used } = self;
+        drop((qemu, wake, used));
         let console = console.end("console").await;
         let stderr = stderr.end("stderr").await;
         let reason = judge(seen, exit, console.excerpt(), stderr.excerpt());

@@ -116,6 +116,10 @@ pub(super) async fn begin(spec: &VmSpec, dir: &Path, origin: Origin<'_>) -> Resu
         }
     };
     let channel = Arc::new(channel);
+    let used = match origin {
+        Origin::Clone(saved) => saved.used.clone(),
+        Origin::Boot | Origin::Template { .. } => None,
+    };
     let started = start(spec, origin, &dir.path, guest_end, kernel, image);
     let Started { qemu, monitor, wake, console, stderr } = match started {
         Ok(started) => started,
@@ -127,7 +131,8 @@ pub(super) async fn begin(spec: &VmSpec, dir: &Path, origin: Origin<'_>) -> Resu
             return Err(error);
         }
     };
-    let running = Running { qemu, channel, wake, console, stderr, dir, keep_console: spec.keep_console };
+    let running =
+        Running { qemu, channel, wake, console, stderr, dir, keep_console: spec.keep_console, used };
     match Qmp::connect(monitor).await {
         Ok((qmp, events)) => Ok(Launched { qmp, events, running }),
         Err(error) => Err(failed(running, error).await),

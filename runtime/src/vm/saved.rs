@@ -15,6 +15,7 @@ use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
@@ -47,6 +48,8 @@ pub struct Saved {
     pub memory_fd: i32,
     /// A stream is only for the version that wrote it.
     pub qemu: Version,
+    /// Each clone keeps it open as long as it lives.
+    pub used: Option<Arc<OwnedFd>>,
 }
 
 impl std::fmt::Debug for Saved {
@@ -116,7 +119,7 @@ impl Saved {
         let (devices, memory_fd, qemu) = made.map_err(|error| error.explained(&exit))?;
         // Possible only now that no mapping is left.
         memfd::seal(&memory).map_err(failed("seal a memfd"))?;
-        Ok(Self { memory, devices, memory_fd, qemu })
+        Ok(Self { memory, devices, memory_fd, qemu, used: None })
     }
 
     /// # Errors

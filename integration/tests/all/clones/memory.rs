@@ -1,4 +1,5 @@
-//! What a clone's container gives back goes back to the host, and not out of the template.
+//! What a clone's container gives back goes back to the host, and not out of the template; and what it has made the template
+//! grow by goes with the last clone.
 
 use std::{
     fs::{self, File},
@@ -15,10 +16,10 @@ use machinen_integration::{
     process::DEADLINE,
 };
 
-use super::{origin, with_template};
+use super::{origin, runs_from, with_template};
 use crate::harness::on_newest_containerd;
 
-on_newest_containerd!(freed_memory_returns);
+on_newest_containerd!(freed_memory_returns, growth_goes_with_the_last_clone);
 
 const TOUCHED_KIB: u64 = 150 << 10;
 
@@ -79,6 +80,40 @@ fn freed_memory_returns(containerd: &mut Containerd) -> Result<()> {
     ensure!(now >= allocated, "the template has lost memory: {now} blocks of {allocated}");
     let verified = templates.command(&["verify"])?.ok()?;
     ensure!(verified.text().trim_end().ends_with(" ok"), "{verified}");
+    templates.remove_all()
+}
+
+fn growth_goes_with_the_last_clone(containerd: &mut Containerd) -> Result<()> {
+    let (templates, template) = with_template(containerd)?;
+    let blocks = || -> Result<u64> { Ok(fs::metadata(format!("/proc/{}/fd/3", template.holder))?.blocks()) };
+    let built = blocks()?;
+    let (large, little) = (Bundle::busybox(containerd)?, Bundle::busybox(containerd)?);
+    // Memory that the template has never had.
+    let script = "head -c 400m /dev/zero | tail -c 400m | wc -c; read go";
+    let big = containerd.run_spec(&large.config(&["sh", "-c", script], |_| ())?).with_stdin();
+    let small =
+        containerd.run_spec(&little.config(&["sh", "-c", "echo ready; read go"], |_| ())?).with_stdin();
+    let mut small = small.spawn(DEADLINE)?;
+    small.wait_for_stdout("ready")?;
+    let mut big = big.spawn(DEADLINE)?;
+    big.wait_for_stdout("419430400")?;
+    let grown = blocks()?;
+    ensure!(grown > 3 * built, "{built} blocks before, {grown} with 400 MiB in use");
+    drop(big.stdin());
+    big.wait()?;
+    // The other one may use what has been added.
+    ensure!(blocks()? >= grown, "memory of a template in use has gone");
+    drop(small.stdin());
+    small.wait()?;
+    let end = Instant::now() + DEADLINE;
+    while blocks()? > 2 * built {
+        ensure!(Instant::now() < end, "{built} blocks before, {} without any clone", blocks()?);
+        #[expect(clippy::disallowed_methods, reason = "memory that is given back is no event for others")]
+        thread::sleep(Duration::from_millis(20));
+    }
+    let verified = templates.command(&["verify"])?.ok()?;
+    ensure!(verified.text().trim_end().ends_with(" ok"), "{verified}");
+    runs_from(containerd, "clone")?;
     templates.remove_all()
 }
 
