@@ -1,11 +1,11 @@
 //! Containers with a specification of the test's own: a rootfs directory and a config.json.
 
-use std::{fs, path::PathBuf};
+use std::{fs, os::unix::fs::symlink, path::PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::{containerd::Containerd, image::Image};
+use crate::{containerd::Containerd, image::Image, paths, process::Invocation};
 
 /// A rootfs in a directory, from which any number of specifications can be made.
 #[derive(Debug)]
@@ -23,6 +23,21 @@ impl Bundle {
         fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         Image::busybox()?.unpack(&dir.join("rootfs"))?;
         Ok(Self { dir })
+    }
+
+    /// As [`Bundle::busybox`], with Python and Redis beside it.
+    ///
+    /// # Errors
+    /// The files cannot be written, or `make setup` has not unpacked them.
+    pub fn with_workloads(containerd: &Containerd) -> Result<Self> {
+        let bundle = Self::busybox(containerd)?;
+        let rootfs = bundle.rootfs();
+        let usr = paths::workspace().join("target/tools/workloads/usr/.");
+        Invocation::new("cp").arg("-a").arg(usr).arg(rootfs.join("usr")).run()?.ok()?;
+        for name in ["lib", "lib64"] {
+            symlink(format!("usr/{name}"), rootfs.join(name))?;
+        }
+        Ok(bundle)
     }
 
     pub fn rootfs(&self) -> PathBuf {

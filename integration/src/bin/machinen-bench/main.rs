@@ -7,6 +7,7 @@ mod checkpoint;
 mod conversion;
 mod cpu;
 mod crowd;
+mod disk;
 mod exec;
 mod floor;
 mod footprint;
@@ -40,6 +41,13 @@ struct Args {
 /// Rounds of what takes long.
 const FEW: usize = 5;
 const FEWER: usize = 3;
+
+/// By the kinds of [`disk::measure`].
+const DISK_TARGETS: [&str; 3] = [
+    "untar: at least 0.9 x as fast as on the bare disk",
+    "synced writes: at least 0.9 x as fast as on the bare disk",
+    "sequential writing: at least 0.9 x as fast as on the bare disk",
+];
 
 /// What a start is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,6 +143,15 @@ fn measure(containerd: &Containerd, image: &str, rounds: usize) -> Result<Report
     let throughput = exec::throughput(containerd, 3)?;
     report.rate("stdout through a fifo", "stdout_mb_s", throughput);
     configure(Kind::Clone)?;
+    let disk = disk::measure(containerd, rounds.min(FEW))?;
+    for work in &disk {
+        report.time(format!("{}, in a container", work.title), format!("{}_ms", work.key), &work.container);
+        report.time(
+            "  the same on its disk without the overlay",
+            format!("{}_bare_ms", work.key),
+            &work.bare,
+        );
+    }
     let checkpoints = checkpoint::measure(containerd)?;
     for cost in &checkpoints {
         let (mib, millis) = (cost.mib, |time: std::time::Duration| time.as_secs_f64() * 1000.0);
@@ -196,6 +213,9 @@ fn measure(containerd: &Containerd, image: &str, rounds: usize) -> Result<Report
     }
     let exec = execs.machinen.median() / execs.runc.median();
     report.target("exec: at most 3 x runc", exec, 3.0, "x");
+    for (work, title) in disk.iter().zip(DISK_TARGETS) {
+        report.target_at_least(title, work.bare.median() / work.container.median(), 0.9, "x");
+    }
     report.target_at_least("stdout: at least 50 MB/s", throughput, 50.0, "MB/s");
     report.target("RSS of the shim: at most 8 MB", footprint.shim_rss_kib as f64 * 1.024 / 1000.0, 8.0, "MB");
     Ok(report)

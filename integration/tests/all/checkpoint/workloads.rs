@@ -2,7 +2,6 @@
 
 use std::{
     fs,
-    os::unix::fs::symlink,
     path::{Path, PathBuf},
 };
 
@@ -11,8 +10,6 @@ use containerd_shim_protos::{api::Empty, shim::oci::CheckpointOptions};
 use machinen_integration::{
     bundle::{Bundle, mount},
     containerd::Containerd,
-    paths,
-    process::Invocation,
     served::Served,
     terminal::Terminal,
 };
@@ -27,19 +24,6 @@ use crate::harness::{IMAGE, on_newest_containerd};
 
 on_newest_containerd!(one_of_everything, much_memory_fetched_later, a_terminal_session);
 
-/// Python and Redis beside busybox.
-fn bundle_with_workloads(containerd: &Containerd) -> Result<Bundle> {
-    let bundle = Bundle::busybox(containerd)?;
-    let rootfs = bundle.rootfs();
-    let usr = paths::workspace().join("target/tools/workloads/usr/.");
-    Invocation::new("cp").arg("-a").arg(usr).arg(rootfs.join("usr")).run()?.ok()?;
-    for name in ["lib", "lib64"] {
-        symlink(format!("usr/{name}"), rootfs.join(name))?;
-    }
-    fs::write(rootfs.join("workload.py"), include_str!("workload.py"))?;
-    Ok(bundle)
-}
-
 fn config(bundle: &Bundle, mib: u32, lazily: bool) -> Result<PathBuf> {
     let command = ["python3.13", "/workload.py", &mib.to_string()];
     bundle.config(&command, |spec| {
@@ -53,7 +37,8 @@ fn config(bundle: &Bundle, mib: u32, lazily: bool) -> Result<PathBuf> {
 
 /// Checkpoints the workload, restores it, and asks it what is not as it was.
 fn goes_on(containerd: &mut Containerd, mib: u32, lazily: bool) -> Result<()> {
-    let bundle = bundle_with_workloads(containerd)?;
+    let bundle = Bundle::with_workloads(containerd)?;
+    fs::write(bundle.rootfs().join("workload.py"), include_str!("workload.py"))?;
     let config = config(&bundle, mib, lazily)?;
     let mut source = Served::of(containerd, &config)?;
     let said = containerd.root().join("said");
