@@ -254,6 +254,14 @@ impl Client {
         call!(self.checkpoint_container(request), Some(DUMP))
     }
 
+    /// Copies the memory of a running container onto a disk, for the dump that comes next.
+    ///
+    /// # Errors
+    /// The codes that `agent.proto` lists for this call.
+    pub async fn pre_dump_container(&self, request: CheckpointContainerRequest) -> Result<(), AgentError> {
+        call!(self.pre_dump_container(request), Some(DUMP)).map(nothing)
+    }
+
     /// Resolves when the disk that a container was restored from is not needed any more: no deadline.
     ///
     /// # Errors

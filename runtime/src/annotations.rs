@@ -42,6 +42,10 @@ pub const KEYS: &[(&str, Apply)] = &[
         config.vm.kernel_args.push_str(value);
         Ok(())
     }),
+    ("pre-dump", |config, value| {
+        config.checkpoint.pre_dump = value.parse().map_err(|_| "true or false")?;
+        Ok(())
+    }),
     ("lazy", |config, value| {
         config.restore.lazy = value.parse().map_err(|_| "true or false")?;
         Ok(())

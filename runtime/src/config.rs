@@ -20,6 +20,7 @@ pub struct Config {
     pub vm: Vm,
     pub template: Template,
     pub pool: Pool,
+    pub checkpoint: Checkpoint,
     pub restore: Restore,
     pub rootdisk: Rootdisk,
     pub annotations: Annotations,
@@ -90,6 +91,13 @@ pub enum Channel {
 pub struct Pool {
     pub size: u32,
     pub dir: PathBuf,
+}
+
+/// How checkpoints are taken.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Checkpoint {
+    pub pre_dump: bool,
 }
 
 /// How containers go on from checkpoints.

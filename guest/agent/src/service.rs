@@ -216,6 +216,20 @@ impl Agent for Service {
         .await
     }
 
+    async fn pre_dump_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::CheckpointContainerRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let parts = Arc::clone(&self.parts);
+        whole(async move {
+            let container = parts.containers.get(&request.container_id)?;
+            container.pre_dump(&parts, request).await?;
+            Ok(api::Empty::new())
+        })
+        .await
+    }
+
     async fn wait_pages(
         &self,
         _: &TtrpcContext,

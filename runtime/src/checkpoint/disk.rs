@@ -3,7 +3,9 @@
 use std::{
     fs::{self, File},
     io::{self, Read as _},
+    panic::resume_unwind,
     path::{Path, PathBuf},
+    thread,
 };
 
 use rustix::fs::{Mode, OFlags};
@@ -30,9 +32,16 @@ pub(crate) fn image_disk(
 ) -> Result<File, CheckpointError> {
     let opened = rustix::fs::open(dir, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
     let opened = opened.map_err(|error| CheckpointError::file("open", dir)(error.into()))?;
-    manifest.files.iter().try_for_each(|image| verify_image(dir, image))?;
+    manifest.files.iter().try_for_each(|image| open_image(dir, image).map(drop))?;
     let bytes = manifest.files.iter().map(|file| file.size.next_multiple_of(4096)).sum();
-    Ok(cache.disk_of_files(opened, manifest.files.len() as u64, bytes, mke2fs)?)
+    // Side by side: each reads all of it once.
+    let (disk, verified) = thread::scope(|scope| {
+        let disk = scope.spawn(|| cache.disk_of_files(opened, manifest.files.len() as u64, bytes, mke2fs));
+        let verified = manifest.files.iter().try_for_each(|image| verify_image(dir, image));
+        (disk.join().unwrap_or_else(|panic| resume_unwind(panic)), verified)
+    });
+    verified?;
+    Ok(disk?)
 }
 
 /// Reads a checkpoint, and compares all of it with what was written. Blocks.
@@ -69,24 +78,31 @@ pub fn remove(dir: &Path) -> Result<(), CheckpointError> {
 }
 
 /// # Errors
-/// The image is not the one that was written.
-fn verify_image(dir: &Path, image: &ImageDigest) -> Result<(), CheckpointError> {
-    let path: PathBuf = dir.join(&image.name);
-    let changed = |what: String| CheckpointError::Changed { path: path.clone(), what };
+/// The image is missing, or not a file of the size that was written.
+fn open_image(dir: &Path, image: &ImageDigest) -> Result<(PathBuf, File), CheckpointError> {
+    let path = dir.join(&image.name);
+    let changed = |what: String| Err(CheckpointError::Changed { path: path.clone(), what });
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = match rustix::fs::open(&path, flags, Mode::empty()) {
         Ok(file) => File::from(file),
-        Err(rustix::io::Errno::NOENT) => return Err(changed("is missing".to_owned())),
-        Err(rustix::io::Errno::LOOP) => return Err(changed("is a link".to_owned())),
+        Err(rustix::io::Errno::NOENT) => return changed("is missing".to_owned()),
+        Err(rustix::io::Errno::LOOP) => return changed("is a link".to_owned()),
         Err(error) => return Err(CheckpointError::file("open", &path)(error.into())),
     };
     let metadata = file.metadata().map_err(CheckpointError::file("read", &path))?;
     if !metadata.is_file() {
-        return Err(changed("is not a regular file".to_owned()));
+        return changed("is not a regular file".to_owned());
     }
     if metadata.len() != image.size {
-        return Err(changed(format!("has {} bytes instead of {}", metadata.len(), image.size)));
+        return changed(format!("has {} bytes instead of {}", metadata.len(), image.size));
     }
+    Ok((path, file))
+}
+
+/// # Errors
+/// The image is not the one that was written.
+fn verify_image(dir: &Path, image: &ImageDigest) -> Result<(), CheckpointError> {
+    let (path, file) = open_image(dir, image)?;
     let (mut digest, mut buffer, mut rest) = (Sha256::new(), vec![0; CHUNK], file.take(image.size));
     loop {
         match rest.read(&mut buffer).map_err(CheckpointError::file("read", &path))? {
@@ -95,7 +111,7 @@ fn verify_image(dir: &Path, image: &ImageDigest) -> Result<(), CheckpointError> 
         }
     }
     if format!("{:x}", digest.finalize()) != image.sha256 {
-        return Err(changed("has another content".to_owned()));
+        return Err(CheckpointError::Changed { path, what: "has another content".to_owned() });
     }
     Ok(())
 }

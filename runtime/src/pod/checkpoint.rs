@@ -1,8 +1,8 @@
 //! A container's checkpoint: taken while it stands still, and gone on from by another.
 //!
 //! ```text
-//!   checkpoint   freeze, export the layer (unless paused) -> a disk for the guest -> CRIU dumps onto it
-//!                -> read, hashed, synced to the directory -> exit: killed | else: as it was before
+//!   checkpoint   a disk for the guest -> freeze, export the layer (unless paused) -> CRIU dumps onto it
+//!                -> goes on, unless it is to end -> read, hashed, synced to the directory -> exit: killed
 //!   create       manifest understood -> images checked and put on a disk -> CRIU makes the processes, which wait
 //!   start        they run
 //! ```
@@ -10,21 +10,19 @@
 
 use std::{
     fs::{self, File},
-    io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
-use machinen_protocol::api::{
-    CheckpointContainerRequest, CheckpointContainerResponse, CriuOptions, Disk, RestoreFrom,
-};
+use machinen_protocol::api::{CriuOptions, Disk, RestoreFrom};
 use protobuf::MessageField;
 use sha2::{Digest as _, Sha256};
 use tokio::task::spawn_blocking;
 
 use super::{
     Container, Event, Pod, PodError,
+    dump::{Dumped, Taking},
     phases::Phases,
     state::{State, StateError},
 };
@@ -34,11 +32,8 @@ use crate::{
     config::{self, Config},
     error::chain,
     rootdisk::{Key, RootdiskCache},
-    vm::{DiskAddress, DiskSpec, Vm, VmError},
+    vm::{DiskAddress, VmError},
 };
-
-/// What images can take beside the container's memory, bytes.
-const BESIDE_MEMORY: u64 = 256 << 20;
 
 /// A request to checkpoint a container.
 #[derive(Debug, Clone, Default)]
@@ -79,121 +74,59 @@ impl Pod {
             State::Stopped(_) => return refused(StateError::AlreadyStopped),
         };
         let agent = self.agent(id).await?;
-        if !was_paused {
-            agent.pause_container(id).await.map_err(|source| PodError::guest("pause", id, source))?;
-        }
+        let failed = |source| PodError::Checkpoint { id: id.to_owned(), source };
+        let manifest = manifest(container, wanted.options).map_err(failed)?;
+        let phases = Phases::default();
+        let taking = Taking::new(self, container, &agent, wanted, !was_paused);
         let written = async {
-            if !was_paused {
-                self.while_frozen(container).await?;
-            }
-            self.write_checkpoint(container, &agent, wanted).await
-        };
-        let mut done = written.await;
-        if done.is_ok() {
+            let Dumped { images, criu } = taking.images(&phases).await?;
+            let Saved { files, bytes } = save(id, images, manifest, wanted, &phases).await?;
+            let path = wanted.path.display();
+            tracing::info!(id, files, bytes, ?criu, phases = %phases, %path, "container checkpointed");
             self.emit(Event::Checkpointed { id: id.to_owned(), path: wanted.path.clone() });
             if wanted.exit {
                 let killed = agent.signal_process(id, "", libc::SIGKILL.cast_unsigned(), true).await;
-                done = killed.map_err(|source| PodError::guest("end", id, source));
+                killed.map_err(|source| PodError::guest("end", id, source))?;
             }
+            Ok(())
+        };
+        let written = written.await;
+        if written.is_err() {
+            taking.let_go().await;
         }
-        let goes_on = done.is_err() || !wanted.exit;
-        if goes_on
-            && !was_paused
-            && let Err(error) = agent.resume_container(id).await
-        {
-            tracing::error!(id, "cannot resume after a checkpoint: {}", chain(&error));
-        }
-        done
+        written
     }
+}
 
-    async fn write_checkpoint(
-        &self,
-        container: &Container,
-        agent: &agent::Client,
-        wanted: &Checkpoint,
-    ) -> Result<(), PodError> {
-        let id = container.id.as_str();
-        let failed = |source| PodError::Checkpoint { id: id.to_owned(), source };
-        let manifest = manifest(container, wanted.options).map_err(failed)?;
-        let (scratch, size) = self.scratch_disk().await?;
-        let phases = Phases::default();
-        let vm = self.vm_of(id).await?;
-        let dumped = phases.time("dump", dump(&vm, agent, id, &scratch, wanted.options)).await;
-        // The guest only sees that a write has failed.
-        let dumped = dumped.map_err(|error| match is_full(&scratch) {
-            true => failed(CheckpointError::NoSpace {
-                path: self.shared.config.rootdisk.dir.clone(),
-                source: io::ErrorKind::StorageFull.into(),
-            }),
-            false => error,
-        })?;
-        let criu = Duration::from_micros(dumped.criu_us);
-        let images =
-            Images { disk: scratch, size, files: dumped.files, facts: dumped.facts.unwrap_or_default() };
-        let Checkpoint { path, also, work, .. } = wanted.clone();
-        let save = move || -> Result<Saved, CheckpointError> {
-            let saved = checkpoint::save(images, manifest, &path)?;
-            let also = also.filter(|also| *also != path);
-            let copied = also.as_ref().map_or(Ok(()), |also| checkpoint::copy(&path, also));
-            let also = also.filter(|_| copied.is_ok());
-            let copied =
-                copied.and_then(|()| work.map_or(Ok(()), |work| checkpoint::copy_reports(&path, &work)));
-            if copied.is_err() {
-                for dir in also.iter().chain([&path]) {
-                    if let Err(error) = checkpoint::remove(dir) {
-                        tracing::warn!("{}", chain(&error));
-                    }
+/// Writes the files. On an error none is left.
+async fn save(
+    id: &str,
+    images: Images,
+    manifest: Manifest,
+    wanted: &Checkpoint,
+    phases: &Phases,
+) -> Result<Saved, PodError> {
+    let Checkpoint { path, also, work, .. } = wanted.clone();
+    let save = move || -> Result<Saved, CheckpointError> {
+        let saved = checkpoint::save(images, manifest, &path)?;
+        let also = also.filter(|also| *also != path);
+        let copied = also.as_ref().map_or(Ok(()), |also| checkpoint::copy(&path, also));
+        let also = also.filter(|_| copied.is_ok());
+        let copied = copied.and_then(|()| work.map_or(Ok(()), |work| checkpoint::copy_reports(&path, &work)));
+        if copied.is_err() {
+            for dir in also.iter().chain([&path]) {
+                if let Err(error) = checkpoint::remove(dir) {
+                    tracing::warn!("{}", chain(&error));
                 }
             }
-            copied.map(|()| saved)
-        };
-        let saved = phases.time("save", async { spawn_blocking(save).await.map_err(PodError::Worker) });
-        let Saved { files, bytes } = saved.await?.map_err(failed)?;
-        tracing::info!(id, files, bytes, ?criu, phases = %phases, path = %wanted.path.display(), "container checkpointed");
-        Ok(())
-    }
-
-    /// As large as the images can be. Nobody can open it, and it goes with its descriptor.
-    async fn scratch_disk(&self) -> Result<(File, u64), PodError> {
-        let size = (u64::from(self.vm_memory_mib()) << 20) * 5 / 4 + BESIDE_MEMORY;
-        let config::Rootdisk { dir, mke2fs, .. } = self.shared.config.rootdisk.clone();
-        let make = move || RootdiskCache::open(&dir)?.unnamed_writable(size, &mke2fs);
-        let file = spawn_blocking(make).await.map_err(PodError::Worker)??;
-        Ok((file, size))
-    }
-}
-
-/// Has CRIU dump onto the disk, which the VM does not have any more when this returns.
-async fn dump(
-    vm: &Vm,
-    agent: &agent::Client,
-    id: &str,
-    scratch: &File,
-    options: Options,
-) -> Result<CheckpointContainerResponse, PodError> {
-    let file = scratch.try_clone().map_err(PodError::Descriptor)?.into();
-    let disk = DiskSpec { file, read_only: false, serial: "checkpoint".to_owned() };
-    let vm_error = |what| move |source| PodError::Vm { what, source };
-    let address = vm.attach_disk(disk).await.map_err(vm_error("attach a disk for the checkpoint"))?;
-    let request = CheckpointContainerRequest {
-        container_id: id.to_owned(),
-        disk: MessageField::some(guest_disk(address)),
-        options: MessageField::some(options.criu()),
-        ..Default::default()
+        }
+        copied.map(|()| saved)
     };
-    let dumped = agent.checkpoint_container(request).await;
-    let detached = vm.detach_disk(address).await;
-    let dumped = dumped.map_err(|source| PodError::guest("checkpoint", id, source))?;
-    detached.map_err(vm_error("detach the checkpoint's disk"))?;
-    Ok(dumped)
+    let saved = phases.time("save", async { spawn_blocking(save).await.map_err(PodError::Worker) });
+    saved.await?.map_err(|source| PodError::Checkpoint { id: id.to_owned(), source })
 }
 
-/// The file system of the host that the file is on has no room.
-fn is_full(file: &File) -> bool {
-    rustix::fs::fstatvfs(file).is_ok_and(|space| space.f_bavail * space.f_frsize < 1 << 20)
-}
-
-fn guest_disk(address: DiskAddress) -> Disk {
+pub(super) fn guest_disk(address: DiskAddress) -> Disk {
     Disk { target: address.target, lun: address.lun, ..Default::default() }
 }
 

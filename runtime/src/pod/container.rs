@@ -35,14 +35,17 @@ pub struct Container {
     pub(super) base: Option<Key>,
     /// The disk with the checkpoint that it goes on from, until it has been started.
     pub(super) checkpoint_disk: Mutex<Option<DiskAddress>>,
+    /// Its memory goes to a checkpoint's disk once before it stands still.
+    pub(super) pre_dump: bool,
 }
 
-/// What a container has of disks.
+/// What a container has of disks, and how they are used.
 #[derive(Debug)]
 pub(super) struct Storage {
     pub(super) layer: Layer,
     pub(super) base: Option<Key>,
     pub(super) checkpoint: Option<DiskAddress>,
+    pub(super) pre_dump: bool,
 }
 
 impl Container {
@@ -54,7 +57,7 @@ impl Container {
         vm: Vm,
         storage: Storage,
     ) -> Self {
-        let Storage { layer, base, checkpoint } = storage;
+        let Storage { layer, base, checkpoint, pre_dump } = storage;
         Self {
             id,
             bundle,
@@ -66,6 +69,7 @@ impl Container {
             layer,
             base,
             checkpoint_disk: Mutex::new(checkpoint),
+            pre_dump,
         }
     }
 

@@ -171,7 +171,12 @@ impl Pod {
             .map_err(|source| PodError::guest("create", &create.id, source))?;
         phases.record_guest(&created);
         let layer = Layer::new(&prepared.rootfs, &prepared.config, key, writable.keep());
-        let storage = Storage { layer, base: overlaid, checkpoint: disks.checkpoint };
+        let storage = Storage {
+            layer,
+            base: overlaid,
+            checkpoint: disks.checkpoint,
+            pre_dump: prepared.config.checkpoint.pre_dump,
+        };
         let (container, watched) = self.assemble(create, anchor, agent, vm, streams, storage);
         Ok((container, watched, birth.origin))
     }
@@ -228,7 +233,7 @@ async fn ready(
     let attach = async |what, file: &Option<File>, read_only, name: &str| {
         let Some(file) = file else { return Ok(None) };
         let file = file.try_clone().map_err(PodError::Descriptor)?.into();
-        let disk = DiskSpec { file, read_only, serial: format!("{name}-{id}") };
+        let disk = DiskSpec { file, read_only, volatile: false, serial: format!("{name}-{id}") };
         vm.attach_disk(disk).await.map(Some).map_err(|source| PodError::Vm { what, source })
     };
     let (base, writable, checkpoint, agent) = tokio::try_join!(

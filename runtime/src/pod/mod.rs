@@ -16,6 +16,7 @@ mod birth;
 mod checkpoint;
 mod container;
 mod create;
+mod dump;
 mod error;
 pub mod event;
 mod exec;

@@ -44,7 +44,7 @@ pub(super) async fn rehearse(vm: &Vm, config: &Config) -> Result<(), PodError> {
     };
     let (base, writable) = spawn_blocking(make).await.map_err(PodError::Worker)??;
     let attach = async |file: File, read_only| {
-        let disk = DiskSpec { file: file.into(), read_only, serial: ID.to_owned() };
+        let disk = DiskSpec { file: file.into(), read_only, volatile: true, serial: ID.to_owned() };
         let attached = vm.attach_disk(disk).await;
         let address = attached.map_err(|source| PodError::Vm { what: "attach a disk", source })?;
         let disk = Disk { target: address.target, lun: address.lun, ..Default::default() };

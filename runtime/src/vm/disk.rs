@@ -24,6 +24,8 @@ pub struct DiskSpec {
     /// A raw image or block device; opened read-only exactly if `read_only`.
     pub file: OwnedFd,
     pub read_only: bool,
+    /// Its content is of use only while the host runs: what the guest flushes need not reach the host's medium.
+    pub volatile: bool,
     /// Names the disk inside the guest and in messages, at most 36 bytes reach the guest.
     pub serial: String,
 }
@@ -57,9 +59,9 @@ impl Disks {
     }
 
     pub(super) async fn attach(&mut self, disk: DiskSpec) -> Result<DiskAddress, VmError> {
-        let DiskSpec { file, read_only, serial } = disk;
+        let serial = disk.serial.clone();
         let refused = |reason| VmError::Disk { serial: serial.clone(), reason };
-        if opened_read_only(&file) != Some(read_only) {
+        if opened_read_only(&disk.file) != Some(disk.read_only) {
             return Err(refused("its file is not opened as the disk is to be used"));
         }
         let target = (0..TARGETS)
@@ -68,7 +70,7 @@ impl Disks {
         self.last += 1;
         let number = self.last;
         let address = DiskAddress { target, lun: 0 };
-        match self.plug(number, address, file, read_only, &serial).await {
+        match self.plug(number, address, disk).await {
             Ok(()) => {
                 self.attached.insert(target, number);
                 Ok(address)
@@ -81,20 +83,15 @@ impl Disks {
     }
 
     /// On failure also says how much has to be undone.
-    async fn plug(
-        &self,
-        number: u64,
-        address: DiskAddress,
-        file: OwnedFd,
-        read_only: bool,
-        serial: &str,
-    ) -> Result<(), (Undo, QmpError)> {
+    async fn plug(&self, number: u64, address: DiskAddress, disk: DiskSpec) -> Result<(), (Undo, QmpError)> {
+        let DiskSpec { file, read_only, volatile, serial } = disk;
         let (node, fdset) = (node(number), fdset(number));
         let handed = self.qmp.execute_with_fd("add-fd", json!({ "fdset-id": fdset }), file).await;
         handed.map_err(|error| (Undo::Nothing, error))?;
         // Images are shared between VMs and locked by whoever manages them, not by QEMU.
         let block = json!({
             "node-name": node, "driver": "raw", "read-only": read_only, "discard": "unmap",
+            "cache": { "no-flush": volatile },
             "file": {
                 "driver": "file", "filename": format!("/dev/fdset/{fdset}"), "read-only": read_only,
                 "auto-read-only": false, "locking": "off", "discard": "unmap",
@@ -198,7 +195,7 @@ mod tests {
 
     fn read_only(serial: &str) -> DiskSpec {
         let file = File::open("/dev/null").unwrap().into();
-        DiskSpec { file, read_only: true, serial: serial.into() }
+        DiskSpec { file, read_only: true, volatile: false, serial: serial.into() }
     }
 
     /// Runs `work` against a QEMU that answers so, and returns the names of the commands it got.

@@ -69,7 +69,7 @@ impl Host {
         file.write_all_at(serial.as_bytes(), 0).unwrap();
         (&file).flush().unwrap();
         let file = File::options().read(true).write(!read_only).open(&path).unwrap();
-        DiskSpec { file: file.into(), read_only, serial: serial.into() }
+        DiskSpec { file: file.into(), read_only, volatile: false, serial: serial.into() }
     }
 
     /// What a VM that has ended has said, if that was kept.

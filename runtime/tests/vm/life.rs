@@ -72,7 +72,9 @@ async fn a_disk_that_does_not_fit_is_refused() {
     let error = vm.attach_disk(disk).await.unwrap_err();
     assert!(chain(&error).contains("cannot attach disk base: its file is not opened"), "{}", chain(&error));
     let directory = OwnedFd::from(File::open(host.path()).unwrap());
-    let error = vm.attach_disk(DiskSpec { file: directory, read_only: true, serial: "dir".into() }).await;
+    let error = vm
+        .attach_disk(DiskSpec { file: directory, read_only: true, volatile: false, serial: "dir".into() })
+        .await;
     let text = chain(&error.unwrap_err());
     assert!(text.starts_with("cannot attach disk dir: QEMU refused blockdev-add: "), "{text}");
     vm.attach_disk(host.disk("base", true)).await.unwrap();

@@ -15,6 +15,30 @@ use crate::{
 };
 
 impl Container {
+    /// Copies its memory onto a disk while it runs.
+    ///
+    /// # Errors
+    /// CRIU cannot.
+    pub(crate) async fn pre_dump(
+        &self,
+        parts: &Parts,
+        request: CheckpointContainerRequest,
+    ) -> Result<(), ContainerError> {
+        let source = self.source()?;
+        if matches!(*self.pages.borrow(), Pages::Pending) {
+            return Err(ContainerError::PagesPending);
+        }
+        let disk = request.disk.as_ref().ok_or(ContainerError::NoCheckpointDisk)?;
+        let disk = parts.disks.find_one(disk.into(), false).await.map_err(CriuError::from)?;
+        Ok(criu::pre_dump(&parts.reaper, &source, &disk, &request.options.unwrap_or_default()).await?)
+    }
+
+    /// What CRIU is to dump.
+    fn source(&self) -> Result<Source<'_>, ContainerError> {
+        let cgroup = self.live_cgroup()?;
+        Ok(Source { init: self.init.pid(), cgroup, rootfs: self.rootfs.path(), dir: &self.dir })
+    }
+
     /// Dumps it onto a disk; it stays paused.
     ///
     /// # Errors
@@ -24,8 +48,8 @@ impl Container {
         parts: &Parts,
         request: CheckpointContainerRequest,
     ) -> Result<CheckpointContainerResponse, ContainerError> {
-        let cgroup = self.live_cgroup()?;
-        if !cgroup.is_frozen() {
+        let source = self.source()?;
+        if !source.cgroup.is_frozen() {
             return Err(ContainerError::NotPaused);
         }
         if matches!(*self.pages.borrow(), Pages::Pending) {
@@ -37,7 +61,6 @@ impl Container {
         }
         let disk = request.disk.as_ref().ok_or(ContainerError::NoCheckpointDisk)?;
         let disk = parts.disks.find_one(disk.into(), false).await.map_err(CriuError::from)?;
-        let source = Source { init: self.init.pid(), cgroup, rootfs: self.rootfs.path(), dir: &self.dir };
         // CRIU writes to the root file system where a file has lost its name.
         self.rootfs.thaw()?;
         let dumped = criu::dump(&parts.reaper, &source, &disk, &request.options.unwrap_or_default()).await;

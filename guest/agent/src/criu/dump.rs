@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    path::Path,
+    path::{Path, PathBuf},
     time::Instant,
 };
 
@@ -12,12 +12,20 @@ use nix::{
     unistd::{Pid, syncfs},
 };
 use protobuf::MessageField;
-use rust_criu::rust_criu_protobuf::rpc::{Criu_req, Criu_req_type};
+use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type};
 
-use super::{CriuError, cpu, extents, mounted::Mounted, mounts, rpc::Criu};
+use super::{
+    CriuError, cpu, extents,
+    mounted::Mounted,
+    mounts,
+    pagemap::{self, Merged},
+    rpc::Criu,
+};
 use crate::{cgroup::Cgroup, disk::Disk, reaper::Reaper};
 
 const LOG: &str = "dump.log";
+/// Directory on the disk of what was copied before the dump.
+const BEFORE: &str = "before";
 /// CRIU refuses to save unlinked files above 1 MiB unless it is told to.
 const GHOST_LIMIT: u32 = 1 << 30;
 /// Settings of a cgroup that make a restored container like the one that was dumped.
@@ -47,6 +55,31 @@ pub(crate) struct Source<'a> {
     pub(crate) dir: &'a Path,
 }
 
+/// Copies the memory of processes that run, for [`dump`] on the same disk to count on.
+///
+/// # Errors
+/// CRIU cannot; the disk is as before.
+pub(crate) async fn pre_dump(
+    reaper: &Reaper,
+    source: &Source<'_>,
+    disk: &Disk,
+    options: &CriuOptions,
+) -> Result<(), CriuError> {
+    let mounted = Mounted::mount(disk, source.dir, MsFlags::MS_NOATIME)?;
+    let images = directory(&mounted, BEFORE)?;
+    let mut opts = opts(&images, source, options)?;
+    opts.opts.set_track_mem(true);
+    let done = run(reaper, Criu_req_type::PRE_DUMP, opts, &images).await;
+    if done.is_err() {
+        fs::remove_dir_all(&images).map_err(|source| CriuError::File {
+            what: "remove",
+            path: images,
+            source,
+        })?;
+    }
+    done
+}
+
 /// Dumps, writes back, and says where on the disk everything is. The processes stay frozen.
 ///
 /// # Errors
@@ -59,28 +92,39 @@ pub(crate) async fn dump(
 ) -> Result<CheckpointContainerResponse, CriuError> {
     let mut facts = facts(source)?;
     let mounted = Mounted::mount(disk, source.dir, MsFlags::MS_NOATIME)?;
-    // The disk's root has lost+found.
-    let images = mounted.path().join("images");
-    fs::create_dir_all(&images).map_err(|source| CriuError::File {
-        what: "create",
-        path: images.clone(),
-        source,
-    })?;
+    let before = Some(mounted.path().join(BEFORE)).filter(|before| before.is_dir());
+    let images = directory(&mounted, "images")?;
     let since = Instant::now();
-    run(reaper, source, &images, options, &facts).await?;
+    let mut opts = opts(&images, source, options)?;
+    opts.opts.external.extend(facts.mounts.iter().map(|mount| format!("mnt[{0}]:{0}", mount.destination)));
+    if before.is_some() {
+        opts.opts.set_track_mem(true);
+        opts.opts.set_parent_img(format!("../{BEFORE}"));
+    }
+    run(reaper, Criu_req_type::DUMP, opts, &images).await?;
     facts.criu_version = version(&images.join(LOG));
     let criu_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
-    let files = files(&images)?;
+    let merged = before.map_or(Ok(Vec::new()), |before| pagemap::merge(&images, &before))?;
+    let files = files(&images, &merged)?;
     Ok(CheckpointContainerResponse { files, facts: MessageField::some(facts), criu_us, ..Default::default() })
 }
 
-async fn run(
-    reaper: &Reaper,
-    source: &Source<'_>,
-    images: &Path,
-    options: &CriuOptions,
-    facts: &CheckpointFacts,
-) -> Result<(), CriuError> {
+/// A directory on the disk, whose root has lost+found.
+fn directory(mounted: &Mounted, name: &str) -> Result<PathBuf, CriuError> {
+    let path = mounted.path().join(name);
+    match fs::create_dir_all(&path) {
+        Ok(()) => Ok(path),
+        Err(source) => Err(CriuError::File { what: "create", path, source }),
+    }
+}
+
+/// CRIU's options, and the directory that they name by its number.
+struct Opts {
+    opts: Criu_opts,
+    _dir: File,
+}
+
+fn opts(images: &Path, source: &Source<'_>, options: &CriuOptions) -> Result<Opts, CriuError> {
     let dir = File::open(images).map_err(|source| CriuError::File {
         what: "open",
         path: images.to_owned(),
@@ -93,14 +137,18 @@ async fn run(
     opts.set_ghost_limit(GHOST_LIMIT);
     opts.set_link_remap(true);
     opts.set_log_file(LOG.to_owned());
-    opts.external.extend(facts.mounts.iter().map(|mount| format!("mnt[{0}]:{0}", mount.destination)));
+    Ok(Opts { opts, _dir: dir })
+}
+
+async fn run(reaper: &Reaper, what: Criu_req_type, opts: Opts, images: &Path) -> Result<(), CriuError> {
     let mut request = Criu_req::new();
-    request.set_type(Criu_req_type::DUMP);
-    request.opts = MessageField::some(opts);
+    request.set_type(what);
+    request.opts = MessageField::some(opts.opts);
     let criu = Criu::start(reaper, &[])?;
     criu.send(&request).await?;
     let outcome = criu.finish("checkpoint", &images.join(LOG)).await;
-    if outcome.is_err() {
+    // After a copy it would wait to be asked for the dump, which may never come.
+    if outcome.is_err() || what == Criu_req_type::PRE_DUMP {
         criu.kill();
     }
     // Only then nothing of it is open on the disk any more.
@@ -134,7 +182,8 @@ fn descriptors(init: Pid) -> Vec<String> {
     (0..3).map(|fd| name(fd).map(|name| name.display().to_string()).unwrap_or_default()).collect()
 }
 
-fn files(images: &Path) -> Result<Vec<ImageFile>, CriuError> {
+/// Writes everything back, and tells where it is; pages of files in pieces are where the pieces are.
+fn files(images: &Path, merged: &[Merged]) -> Result<Vec<ImageFile>, CriuError> {
     let failed = |what, path: &Path| {
         let path = path.to_owned();
         move |source| CriuError::File { what, path, source }
@@ -144,9 +193,14 @@ fn files(images: &Path) -> Result<Vec<ImageFile>, CriuError> {
     let mut files = Vec::new();
     for entry in fs::read_dir(images).map_err(failed("read", images))? {
         let path = entry.map_err(failed("read", images))?.path();
-        let file = File::open(&path).map_err(failed("open", &path))?;
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        files.push(extents::locate(name, &file)?);
+        let located = match merged.iter().find(|merged| merged.name == name) {
+            // CRIU's link to the dump before.
+            None if path.is_symlink() => continue,
+            None => extents::locate(name, &path)?,
+            Some(merged) => extents::locate_pieces(merged)?,
+        };
+        files.push(located);
     }
     files.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(files)

@@ -13,6 +13,7 @@ mod extents;
 mod lazy;
 mod mounted;
 mod mounts;
+mod pagemap;
 mod restore;
 mod rpc;
 
@@ -28,7 +29,7 @@ use nix::errno::Errno;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_cg_mode, Criu_network_lock_method, Criu_opts};
 
 pub(crate) use self::{
-    dump::{Source, dump},
+    dump::{Source, dump, pre_dump},
     mounts::make_mount_points,
     restore::{Fetching, Held, Place, Restored, clear, restore},
     rpc::warm_up,
@@ -63,6 +64,8 @@ pub(crate) enum CriuError {
     NoFile { destination: String },
     #[error("cannot make the mount point {path}")]
     MountPoint { path: PathBuf, source: Box<pathrs::error::Error> },
+    #[error("the page at {address:#x} is in neither of two dumps")]
+    Missing { address: u64 },
     #[error("the image {name} has too many pieces")]
     Pieces { name: String },
     #[error("the container's memory cannot be fetched{log}")]

@@ -11,6 +11,7 @@ use containerd_shim_protos::api;
 use machinen_integration::{
     bundle::{Bundle, mount},
     containerd::Containerd,
+    phases,
     served::Served,
 };
 
@@ -24,6 +25,9 @@ pub(crate) struct Cost {
     /// The whole call, and what of it CRIU says that it took itself.
     pub(crate) checkpoint: Duration,
     pub(crate) criu: Duration,
+    /// How long the container stood still, and how long another one whose memory was copied before.
+    pub(crate) frozen: Duration,
+    pub(crate) frozen_after_copy: Duration,
     /// Create and Start, with all of the memory.
     pub(crate) restore: Duration,
     /// The same, with the memory to come later.
@@ -40,7 +44,30 @@ pub(crate) fn measure(containerd: &Containerd) -> Result<Vec<Cost>> {
 
 fn one(containerd: &Containerd, bundle: &Bundle, mib: u64) -> Result<Cost> {
     let dir = containerd.root().join("images");
-    let source = Served::run(containerd, &config(bundle, mib, false)?)?;
+    let (_, frozen_after_copy) = take(containerd, &config(bundle, mib, "pre-dump")?, &dir)?;
+    fs::remove_dir_all(&dir)?;
+    let (checkpoint, frozen) = take(containerd, &config(bundle, mib, "")?, &dir)?;
+    let restored = |kind| -> Result<Duration> {
+        let mut served = Served::of(containerd, &config(bundle, mib, kind)?)?;
+        let begun = Instant::now();
+        served.create(|request| request.checkpoint = dir.display().to_string())?;
+        served.begin()?;
+        let took = begun.elapsed();
+        served.end()?;
+        Ok(took)
+    };
+    let (restore, lazy) = (restored("")?, restored("lazy")?);
+    let criu = criu_time(&dir.join("dump.log"))?;
+    let sizes = fs::read_dir(&dir)?.map(|entry| Ok(entry?.metadata()?.len())).collect::<Result<Vec<_>>>()?;
+    fs::remove_dir_all(&dir)?;
+    eprintln!("checkpoint of {mib} MiB: {checkpoint:.1?}, restore {restore:.1?}, lazily {lazy:.1?}");
+    let bundle_kib = sizes.iter().sum::<u64>() / 1024;
+    Ok(Cost { mib, checkpoint, criu, frozen, frozen_after_copy, restore, lazy, bundle_kib })
+}
+
+/// How long the whole call takes, and for how long of it the container stands still.
+fn take(containerd: &Containerd, config: &Path, dir: &Path) -> Result<(Duration, Duration)> {
+    let source = Served::run(containerd, config)?;
     let ready = "until [ -e /tmp/ready ]; do usleep 50000; done";
     ensure!(source.exec_to("ready", &["sh", "-c", ready], "")? == 0, "the container does not get ready");
     let request = api::CheckpointTaskRequest {
@@ -50,30 +77,22 @@ fn one(containerd: &Containerd, bundle: &Bundle, mib: u64) -> Result<Cost> {
     };
     let begun = Instant::now();
     source.client.ok::<api::Empty>("Checkpoint", &request)?;
-    let checkpoint = begun.elapsed();
+    let took = begun.elapsed();
+    let log = source.shim.log()?;
+    let line = log.lines().find(|line| line.contains("container checkpointed")).context("no line of it")?;
+    let phases = phases::parse(line).with_context(|| format!("no phases on {line}"))?;
+    let (_, frozen) = phases.iter().find(|(name, _)| name == "frozen").context("no such phase")?;
     source.end()?;
-    let restored = |lazily| -> Result<Duration> {
-        let mut served = Served::of(containerd, &config(bundle, mib, lazily)?)?;
-        let begun = Instant::now();
-        served.create(|request| request.checkpoint = dir.display().to_string())?;
-        served.begin()?;
-        let took = begun.elapsed();
-        served.end()?;
-        Ok(took)
-    };
-    let (restore, lazy) = (restored(false)?, restored(true)?);
-    let criu = criu_time(&dir.join("dump.log"))?;
-    let sizes = fs::read_dir(&dir)?.map(|entry| Ok(entry?.metadata()?.len())).collect::<Result<Vec<_>>>()?;
-    fs::remove_dir_all(&dir)?;
-    eprintln!("checkpoint of {mib} MiB: {checkpoint:.1?}, restore {restore:.1?}, lazily {lazy:.1?}");
-    Ok(Cost { mib, checkpoint, criu, restore, lazy, bundle_kib: sizes.iter().sum::<u64>() / 1024 })
+    Ok((took, Duration::from_secs_f64(frozen / 1000.0)))
 }
 
 /// tail holds as much as it is to print at the end, which does not come.
-fn config(bundle: &Bundle, mib: u64, lazily: bool) -> Result<PathBuf> {
+fn config(bundle: &Bundle, mib: u64, wanted: &str) -> Result<PathBuf> {
     let script = format!("(head -c {mib}m /dev/zero; touch /tmp/ready; exec sleep 100000) | tail -c {mib}m");
     bundle.config(&["sh", "-c", &script], |spec| {
-        spec["annotations"]["io.machinen.lazy"] = lazily.to_string().into();
+        if !wanted.is_empty() {
+            spec["annotations"][format!("io.machinen.{wanted}")] = "true".into();
+        }
         spec["mounts"].as_array_mut().expect("an array").push(mount(
             "/tmp",
             "tmpfs",

@@ -158,6 +158,13 @@ fn measure(containerd: &Containerd, image: &str, rounds: usize) -> Result<Report
         let key = |what: &str| format!("{what}_{mib}_mib");
         report.mean(format!("checkpoint of {mib} MiB"), key("checkpoint_ms"), millis(cost.checkpoint));
         report.mean("  of which CRIU itself", key("checkpoint_criu_ms"), millis(cost.criu));
+        report.mean(
+            "  of which the container stands still",
+            key("checkpoint_frozen_ms"),
+            millis(cost.frozen),
+        );
+        let after_copy = millis(cost.frozen_after_copy);
+        report.mean("  the same after a pre-dump", key("checkpoint_frozen_pre_dump_ms"), after_copy);
         report.mean("  restore of it, Create and Start", key("restore_ms"), millis(cost.restore));
         report.mean("  the same, memory fetched later", key("restore_lazy_ms"), millis(cost.lazy));
         report.size("  size of the files", key("checkpoint_kib"), cost.bundle_kib);

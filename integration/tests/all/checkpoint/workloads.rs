@@ -22,24 +22,35 @@ use super::{
 };
 use crate::harness::{IMAGE, on_newest_containerd};
 
-on_newest_containerd!(one_of_everything, much_memory_fetched_later, a_terminal_session);
+on_newest_containerd!(one_of_everything, memory_copied_ahead, much_memory_fetched_later, a_terminal_session);
 
-fn config(bundle: &Bundle, mib: u32, lazily: bool) -> Result<PathBuf> {
+/// How its memory goes to a checkpoint, and comes from there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Memory {
+    AtOnce,
+    CopiedAhead,
+    FetchedLater,
+}
+
+fn config(bundle: &Bundle, mib: u32, memory: Memory) -> Result<PathBuf> {
     let command = ["python3.13", "/workload.py", &mib.to_string()];
     bundle.config(&command, |spec| {
         let mounts = spec["mounts"].as_array_mut().expect("an array");
         mounts.push(mount("/tmp", "tmpfs", "tmpfs", &["mode=1777"]));
         spec["process"]["env"] = json!(["PATH=/usr/bin:/bin", "LC_ALL=C", "PYTHONDONTWRITEBYTECODE=1"]);
-        spec["annotations"] = json!({"io.machinen.lazy": lazily.to_string()});
+        spec["annotations"] = json!({
+            "io.machinen.lazy": (memory == Memory::FetchedLater).to_string(),
+            "io.machinen.pre-dump": (memory == Memory::CopiedAhead).to_string(),
+        });
         spec["linux"]["resources"] = json!({"memory": {"limit": u64::from(mib + 512) << 20}});
     })
 }
 
 /// Checkpoints the workload, restores it, and asks it what is not as it was.
-fn goes_on(containerd: &mut Containerd, mib: u32, lazily: bool) -> Result<()> {
+fn goes_on(containerd: &mut Containerd, mib: u32, memory: Memory) -> Result<()> {
     let bundle = Bundle::with_workloads(containerd)?;
     fs::write(bundle.rootfs().join("workload.py"), include_str!("workload.py"))?;
-    let config = config(&bundle, mib, lazily)?;
+    let config = config(&bundle, mib, memory)?;
     let mut source = Served::of(containerd, &config)?;
     let said = containerd.root().join("said");
     source.create(|request| request.stderr = format!("file://{}", said.display()))?;
@@ -53,13 +64,15 @@ fn goes_on(containerd: &mut Containerd, mib: u32, lazily: bool) -> Result<()> {
     let dir = containerd.root().join("images");
     let options = CheckpointOptions { open_tcp: true, file_locks: true, ..Default::default() };
     source.client.ok::<Empty>("Checkpoint", &request(&source, &dir, Some(&options))?)?;
+    let log = source.shim.log()?;
+    ensure!(log.contains("pre-dump=") == (memory == Memory::CopiedAhead), "odd phases: {log}");
     // The source too is as it was.
     as_it_was(containerd, &source)?;
     source.end()?;
     let mut restored = Served::of(containerd, &config)?;
     restored.create(|request| request.checkpoint = dir.display().to_string())?;
     restored.begin()?;
-    if lazily {
+    if memory == Memory::FetchedLater {
         let (code, message) =
             refused(&restored.client, &request(&restored, &dir.join("again"), Some(&options))?)?;
         ensure!(
@@ -88,11 +101,15 @@ fn as_it_was(containerd: &Containerd, served: &Served<'_>) -> Result<()> {
 }
 
 fn one_of_everything(containerd: &mut Containerd) -> Result<()> {
-    goes_on(containerd, 8, false)
+    goes_on(containerd, 8, Memory::AtOnce)
+}
+
+fn memory_copied_ahead(containerd: &mut Containerd) -> Result<()> {
+    goes_on(containerd, 64, Memory::CopiedAhead)
 }
 
 fn much_memory_fetched_later(containerd: &mut Containerd) -> Result<()> {
-    goes_on(containerd, 256, true)
+    goes_on(containerd, 256, Memory::FetchedLater)
 }
 
 fn a_terminal_session(containerd: &mut Containerd) -> Result<()> {
