@@ -426,6 +426,24 @@ fn blockfile_snapshotter(containerd: &mut Containerd) -> Result<()> {
     kept.remove()
 }
 
+/// Snapshots whose layers are disks of the host's are an overlay like any other to a container.
+fn erofs_snapshotter(containerd: &mut Containerd) -> Result<()> {
+    let script = "echo run >> /count; cat /count; rm -f /etc/secret; mkdir -p /new; echo x > /new/f";
+    let kept = Kept::run(containerd, IMAGE, "erofs", script)?;
+    ensure!(kept.delete_task()? == 0, "the script failed");
+    let diff = kept.diff()?;
+    for path in ["count", "etc/.wh.secret", "new/f"] {
+        ensure!(diff.contains_key(path), "no {path} in the diff: {:?}", diff.keys());
+    }
+    ensure!(!diff.contains_key("bin/busybox"), "what was not touched is in the diff");
+    let seen = kept.again()?;
+    ensure!(seen == "run\nrun\n", "the next start printed\n{seen}");
+    kept.delete_task()?;
+    kept.remove()?;
+    // The layers of an image stay mounted as long as that is there.
+    containerd.ctr_ok(&["images", "rm", "--sync", IMAGE]).map(drop)
+}
+
 mod on_disks {
     use machinen_integration::{paths::Version, setup::Setup};
 
@@ -435,6 +453,12 @@ mod on_disks {
     #[test]
     fn blockfile_1_7() {
         run_with(Version::V1_7, &Setup::new().blockfile(), super::blockfile_snapshotter);
+    }
+
+    /// 2.1 is the first that has it.
+    #[test]
+    fn erofs_2_1() {
+        run_with(Version::V2_1, &Setup::new(), super::erofs_snapshotter);
     }
 
     #[test]

@@ -52,7 +52,7 @@ pub enum RootfsError {
     #[error("the OCI configuration has no root and the caller mounted none")]
     None,
     #[error(
-        "rootfs mounts of the type {kind:?} are not supported yet; supported are overlay, bind and ext4 (snapshotters overlayfs, native and blockfile)"
+        "rootfs mounts of the type {kind:?} are not supported yet; supported are overlay, bind and ext4 (snapshotters overlayfs, native, erofs and blockfile)"
     )]
     Kind { kind: String },
     #[error("the disk {} is not supported yet: it is a device, and files are (snapshotter blockfile)", path.display())]
