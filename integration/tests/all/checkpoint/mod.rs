@@ -3,6 +3,7 @@
 mod api;
 mod clients;
 mod damage;
+mod inspect;
 mod state;
 mod workloads;
 
