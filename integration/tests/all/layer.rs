@@ -390,10 +390,10 @@ fn many_files_and_large_ones(containerd: &mut Containerd) -> Result<()> {
     kept.remove()
 }
 
-/// Snapshots that are disks go to the guest as they are.
-fn blockfile_snapshotter(containerd: &mut Containerd) -> Result<()> {
+/// What a container writes to a snapshot of that kind is in it, and there at its next start.
+fn is_kept_in(containerd: &Containerd, snapshotter: &'static str) -> Result<()> {
     let script = "echo run >> /count; cat /count; rm -f /etc/secret; mkdir -p /new; echo x > /new/f";
-    let kept = Kept::run(containerd, IMAGE, "blockfile", script)?;
+    let kept = Kept::run(containerd, IMAGE, snapshotter, script)?;
     ensure!(kept.delete_task()? == 0, "the script failed");
     let diff = kept.diff()?;
     for path in ["count", "etc/.wh.secret", "new/f"] {
@@ -403,7 +403,12 @@ fn blockfile_snapshotter(containerd: &mut Containerd) -> Result<()> {
     let seen = kept.again()?;
     ensure!(seen == "run\nrun\n", "the next start printed\n{seen}");
     kept.delete_task()?;
-    kept.remove()?;
+    kept.remove()
+}
+
+/// Snapshots that are disks go to the guest as they are.
+fn blockfile_snapshotter(containerd: &mut Containerd) -> Result<()> {
+    is_kept_in(containerd, "blockfile")?;
 
     // While it is paused, others read a whole file system; and it can be killed then.
     let script = "echo one > /paused; sleep 1000";
@@ -428,18 +433,7 @@ fn blockfile_snapshotter(containerd: &mut Containerd) -> Result<()> {
 
 /// Snapshots whose layers are disks of the host's are an overlay like any other to a container.
 fn erofs_snapshotter(containerd: &mut Containerd) -> Result<()> {
-    let script = "echo run >> /count; cat /count; rm -f /etc/secret; mkdir -p /new; echo x > /new/f";
-    let kept = Kept::run(containerd, IMAGE, "erofs", script)?;
-    ensure!(kept.delete_task()? == 0, "the script failed");
-    let diff = kept.diff()?;
-    for path in ["count", "etc/.wh.secret", "new/f"] {
-        ensure!(diff.contains_key(path), "no {path} in the diff: {:?}", diff.keys());
-    }
-    ensure!(!diff.contains_key("bin/busybox"), "what was not touched is in the diff");
-    let seen = kept.again()?;
-    ensure!(seen == "run\nrun\n", "the next start printed\n{seen}");
-    kept.delete_task()?;
-    kept.remove()?;
+    is_kept_in(containerd, "erofs")?;
     // The layers of an image stay mounted as long as that is there.
     containerd.ctr_ok(&["images", "rm", "--sync", IMAGE]).map(drop)
 }
