@@ -1,6 +1,6 @@
 //! machinen's library: everything the shim and the command line share.
 //!
-//! Arrows point downward only: `shim -> runtime -> protocol <- guest`. ARCHITECTURE.md holds the map.
+//! Arrows point downward only: `shim, cli -> runtime -> protocol <- guest`. ARCHITECTURE.md holds the map.
 
 pub mod accel;
 pub mod admission;
@@ -8,7 +8,6 @@ pub mod agent;
 pub mod annotations;
 pub mod assets;
 pub mod checkpoint;
-pub mod cli;
 pub mod config;
 pub mod error;
 pub mod layer;

@@ -30,7 +30,7 @@ pub(crate) fn duplicate_from(fd: BorrowedFd<'_>, number: i32) -> io::Result<Owne
 }
 
 /// Undoes what Rust's start-up does to SIGPIPE; for programs whose output is all that they are about.
-pub(crate) fn end_on_broken_pipe() {
+pub fn end_on_broken_pipe() {
     // SAFETY: signal(2) with the default action runs no code of this program.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }

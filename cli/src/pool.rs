@@ -3,8 +3,8 @@
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use crate::config::Config;
-use crate::pool::{self, PoolError};
+use machinen::config::Config;
+use machinen::pool::{self, PoolError};
 
 /// Arguments of `machinen pool`.
 #[derive(Debug, Args)]

@@ -8,8 +8,8 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::text::human;
-use crate::checkpoint::{self, CheckpointError, Manifest};
-use crate::error::chain;
+use machinen::checkpoint::{self, CheckpointError, Manifest};
+use machinen::error::chain;
 
 /// Arguments of `machinen snapshot`.
 #[derive(Debug, Args)]

@@ -7,10 +7,10 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::text::{ago, human};
-use crate::assets::{AssetError, Assets};
-use crate::config::Config;
-use crate::pod::{self, PodError};
-use crate::template::{self, Listed, TemplateError, Templates};
+use machinen::assets::{AssetError, Assets};
+use machinen::config::Config;
+use machinen::pod::{self, PodError};
+use machinen::template::{self, Listed, TemplateError, Templates};
 
 /// Arguments of `machinen template`.
 #[derive(Debug, Args)]

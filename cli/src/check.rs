@@ -5,7 +5,7 @@ use std::{error::Error, path::Path, process::ExitCode};
 use clap::Args;
 use serde::Serialize;
 
-use crate::{
+use machinen::{
     RUN_DIR,
     accel::{self, Accel},
     assets::Assets,

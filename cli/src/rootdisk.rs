@@ -9,8 +9,8 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::text::{ago, human};
-use crate::config;
-use crate::rootdisk::{
+use machinen::config;
+use machinen::rootdisk::{
     BuildOptions, Key, Listed, Progress, Prune, Rootdisk, RootdiskCache, RootdiskError, RootfsSource, State,
 };
 

@@ -10,8 +10,7 @@ mod text;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-
-use crate::{config::Config, error::chain};
+use machinen::{config::Config, error::chain};
 
 /// Container runtime that gives every pod a kernel of its own.
 #[derive(Debug, Parser)]
@@ -36,9 +35,10 @@ enum Verb {
 }
 
 /// Runs one command; errors go to stderr in one line, with exit status 1 (2 for a wrong command line).
-pub fn main() -> ExitCode {
+fn main() -> ExitCode {
+    machinen::template::main_if_asked();
     // `machinen ... | head` ends like any other program.
-    crate::sys::end_on_broken_pipe();
+    machinen::sys::end_on_broken_pipe();
     let cli = Cli::parse();
     match run(cli.verb) {
         Ok(code) => code,
