@@ -5,6 +5,7 @@ use std::{io, path::PathBuf};
 use crate::{
     agent::AgentError,
     error::{ErrorKind, Kind},
+    process::ProcessError,
     vm::VmError,
 };
 
@@ -29,6 +30,10 @@ pub enum LayerError {
     Place { action: &'static str, path: PathBuf, source: io::Error },
     #[error("{} is a mount point and cannot be replaced", path.display())]
     MountPoint { path: PathBuf },
+    #[error("cannot copy {}", path.display())]
+    Copy { path: PathBuf, source: ProcessError },
+    #[error("{} was replaced while it was copied: the container was paused, checkpointed or ended; try again", path.display())]
+    Exchanged { path: PathBuf },
     #[error("cannot open a stream for the archive")]
     Stream(#[source] VmError),
     #[error("the guest cannot export its changes")]
@@ -56,7 +61,8 @@ impl Kind for LayerError {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::ResourceExhausted,
                 _ => ErrorKind::Internal,
             },
-            Self::MountPoint { .. } => ErrorKind::FailedPrecondition,
+            Self::Copy { .. } => ErrorKind::Internal,
+            Self::Exchanged { .. } | Self::MountPoint { .. } => ErrorKind::FailedPrecondition,
             Self::Stream(source) => source.kind(),
             Self::Agent(source) => source.kind(),
             Self::Broken { .. } | Self::Ended { .. } => ErrorKind::Unavailable,

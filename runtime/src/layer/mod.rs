@@ -21,6 +21,7 @@ mod error;
 mod lower;
 mod place;
 mod receive;
+mod twin;
 
 use std::path::PathBuf;
 
@@ -28,6 +29,7 @@ pub use apply::{Applied, apply};
 pub use error::LayerError;
 pub use place::{Place, Replaced, sweep};
 pub use receive::receive;
+pub use twin::{Twins, identity};
 
 /// What an archive may ask of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

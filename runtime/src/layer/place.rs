@@ -57,6 +57,11 @@ impl Place {
         self.fresh.as_fd()
     }
 
+    /// Where that is.
+    pub fn fresh_path(&self) -> PathBuf {
+        self.dir.join(FRESH)
+    }
+
     /// The layer that is there now.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 mod faithful;
 mod hostile;
 mod place;
+mod twin;
 mod whole;
 
 use std::{
