@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use crate::{
-    config::{Channel, Config},
+    config::{Channel, Config, Tcp},
     error::{ErrorKind, Kind},
 };
 
@@ -48,6 +48,14 @@ pub const KEYS: &[(&str, Apply)] = &[
     }),
     ("lazy", |config, value| {
         config.restore.lazy = value.parse().map_err(|_| "true or false")?;
+        Ok(())
+    }),
+    ("tcp", |config, value| {
+        config.restore.tcp = match value {
+            "keep" => Tcp::Keep,
+            "close" => Tcp::Close,
+            _ => return Err("keep or close"),
+        };
         Ok(())
     }),
     ("channel", |config, value| {
@@ -132,6 +140,8 @@ mod tests {
         assert_eq!(with("io.machinen.rootdisk-size", "4096").unwrap().rootdisk.writable_size_mib, 4096);
         assert_eq!(with("io.machinen.kernel-args", "a=b").unwrap().vm.kernel_args, "a=b");
         assert_eq!(with("io.machinen.channel", "serial").unwrap().vm.channel, Channel::Serial);
+        assert!(with("io.machinen.lazy", "true").unwrap().restore.lazy);
+        assert_eq!(with("io.machinen.tcp", "close").unwrap().restore.tcp, Tcp::Close);
     }
 
     #[test]
@@ -148,6 +158,7 @@ mod tests {
             ("io.machinen.rootdisk-size", "-1"),
             ("io.machinen.kernel-args", "a\nb"),
             ("io.machinen.channel", "pigeon"),
+            ("io.machinen.tcp", "open"),
         ] {
             let error = with(name, value).unwrap_err().to_string();
             assert!(error.contains(name) && error.contains("it takes"), "{error}");

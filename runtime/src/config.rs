@@ -101,10 +101,22 @@ pub struct Checkpoint {
 }
 
 /// How containers go on from checkpoints.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Restore {
     pub lazy: bool,
+    pub tcp: Tcp,
+}
+
+/// What becomes of established TCP connections.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tcp {
+    /// They are as they were.
+    #[default]
+    Keep,
+    /// They are closed.
+    Close,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

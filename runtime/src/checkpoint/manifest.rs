@@ -45,6 +45,12 @@ pub struct Manifest {
     pub rootdisk: Option<String>,
     /// `sha256:` and the digest of the bundle's config.json.
     pub config: String,
+    /// That config.json's; empty where it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// Which directory of the host had the container's writes of that moment; see [`crate::layer::identity`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer: Option<String>,
     pub terminal: bool,
     /// CRIU's names of what the first process has as its standard streams; empty for one that is closed.
     pub descriptors: Vec<String>,

@@ -16,7 +16,9 @@ use std::{
 };
 
 use machinen_protocol::api::{CriuOptions, Disk, RestoreFrom};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use protobuf::MessageField;
+use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 use tokio::task::spawn_blocking;
 
@@ -32,6 +34,7 @@ use crate::{
     config::{self, Config},
     error::chain,
     rootdisk::{Key, RootdiskCache},
+    spec,
     vm::{DiskAddress, VmError},
 };
 
@@ -79,7 +82,8 @@ impl Pod {
         let phases = Phases::default();
         let taking = Taking::new(self, container, &agent, wanted, !was_paused);
         let written = async {
-            let Dumped { images, criu } = taking.images(&phases).await?;
+            let Dumped { images, criu, layer } = taking.images(&phases).await?;
+            let manifest = Manifest { layer, ..manifest };
             let Saved { files, bytes } = save(id, images, manifest, wanted, &phases).await?;
             let path = wanted.path.display();
             tracing::info!(id, files, bytes, ?criu, phases = %phases, %path, "container checkpointed");
@@ -130,6 +134,13 @@ pub(super) fn guest_disk(address: DiskAddress) -> Disk {
     Disk { target: address.target, lun: address.lun, ..Default::default() }
 }
 
+/// What is told of a configuration.
+#[derive(Deserialize)]
+struct Named {
+    #[serde(default)]
+    hostname: String,
+}
+
 fn manifest(container: &Container, options: Options) -> Result<Manifest, CheckpointError> {
     let path = container.bundle.join("config.json");
     let config = fs::read(&path).map_err(|source| CheckpointError::File {
@@ -137,6 +148,8 @@ fn manifest(container: &Container, options: Options) -> Result<Manifest, Checkpo
         path: path.clone(),
         source,
     })?;
+    let Named { hostname } = serde_json::from_slice(&config)
+        .map_err(|source| CheckpointError::Manifest { path: path.clone(), source })?;
     Ok(Manifest {
         format: FORMAT,
         machinen: env!("CARGO_PKG_VERSION").to_owned(),
@@ -145,6 +158,7 @@ fn manifest(container: &Container, options: Options) -> Result<Manifest, Checkpo
         container: container.id.clone(),
         rootdisk: container.base.map(|key| key.to_string()),
         config: format!("sha256:{:x}", Sha256::digest(&config)),
+        hostname: Some(hostname),
         terminal: container.init.stdio.terminal,
         options,
         ..Manifest::default()
@@ -206,13 +220,35 @@ impl Restore {
         }
     }
 
-    pub(super) fn request(&self, disk: Option<DiskAddress>, lazy: bool) -> RestoreFrom {
+    /// `spec` is the new container's.
+    pub(super) fn request(
+        &self,
+        disk: Option<DiskAddress>,
+        config: config::Restore,
+        spec: &Spec,
+    ) -> RestoreFrom {
+        let options = CriuOptions {
+            lazy_pages: config.lazy,
+            tcp_close: config.tcp == config::Tcp::Close,
+            ..self.manifest.options.criu()
+        };
         RestoreFrom {
             disk: disk.map(guest_disk).into(),
-            options: MessageField::some(CriuOptions { lazy_pages: lazy, ..self.manifest.options.criu() }),
+            options: MessageField::some(options),
             facts: MessageField::some(self.manifest.facts()),
+            hostname: new_hostname(self.manifest.hostname.as_deref(), spec).to_owned(),
             ..Default::default()
         }
+    }
+}
+
+/// The hostname that the configuration has, if it is another one than that of the checkpoint's; else what the processes
+/// have made of it stays.
+fn new_hostname<'a>(was: Option<&str>, spec: &'a Spec) -> &'a str {
+    let own = spec::has_own(spec, LinuxNamespaceType::Uts);
+    match (was, spec.hostname().as_deref()) {
+        (Some(was), Some(now)) if own && was != now => now,
+        _ => "",
     }
 }
 
@@ -232,4 +268,31 @@ pub(super) async fn restore_disk(
     };
     let made = phases.time("checkpoint", async { spawn_blocking(make).await.map_err(PodError::Worker)? });
     made.await.map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use oci_spec::runtime::LinuxNamespaceBuilder;
+
+    use super::*;
+
+    #[test]
+    fn a_hostname_is_set_where_another_is_configured() {
+        let spec = |hostname: &str, kind| {
+            let mut spec = Spec::default();
+            spec.set_hostname(Some(hostname.to_owned()).filter(|name| !name.is_empty()));
+            let namespace = LinuxNamespaceBuilder::default().typ(kind).build().unwrap();
+            spec.linux_mut().as_mut().unwrap().set_namespaces(Some(vec![namespace]));
+            spec
+        };
+        let own = |hostname| spec(hostname, LinuxNamespaceType::Uts);
+        assert_eq!(new_hostname(Some("a"), &own("b")), "b");
+        assert_eq!(new_hostname(Some(""), &own("b")), "b");
+        // What the processes have made of it stays.
+        assert_eq!(new_hostname(Some("a"), &own("a")), "");
+        assert_eq!(new_hostname(Some("a"), &own("")), "");
+        // A checkpoint of an earlier version does not tell, and the VM's is not the container's.
+        assert_eq!(new_hostname(None, &own("b")), "");
+        assert_eq!(new_hostname(Some("a"), &spec("b", LinuxNamespaceType::Pid)), "");
+    }
 }

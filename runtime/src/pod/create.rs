@@ -162,8 +162,11 @@ impl Pod {
         let (stdio, streams) = phases.time("streams", streams::connect(&vm, host_stdio)).await?;
         let mut request = request(&create.id, &prepared.guest, &disks, stdio, injected)?;
         if let Some(restore) = &prepared.restore {
-            request.checkpoint =
-                MessageField::some(restore.request(disks.checkpoint, prepared.config.restore.lazy));
+            request.checkpoint = MessageField::some(restore.request(
+                disks.checkpoint,
+                prepared.config.restore,
+                &prepared.guest.spec,
+            ));
         }
         let created = phases
             .time("guest-create", agent.create_container(request))

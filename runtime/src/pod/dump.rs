@@ -46,6 +46,8 @@ pub(super) struct Taking<'a> {
 pub(super) struct Dumped {
     pub(super) images: Images,
     pub(super) criu: Duration,
+    /// Which directory has what the container had written; see [`crate::layer::identity`].
+    pub(super) layer: Option<String>,
 }
 
 impl<'a> Taking<'a> {
@@ -90,16 +92,17 @@ impl<'a> Taking<'a> {
             false => error,
         })?;
         detached.map_err(vm_error("detach the checkpoint's disk"))?;
+        let (dumped, layer) = dumped;
         let criu = Duration::from_micros(dumped.criu_us);
         let images = Images { disk, size, files: dumped.files, facts: dumped.facts.unwrap_or_default() };
-        Ok(Dumped { images, criu })
+        Ok(Dumped { images, criu, layer })
     }
 
     async fn dump(
         &self,
         request: CheckpointContainerRequest,
         phases: &Phases,
-    ) -> Result<CheckpointContainerResponse, PodError> {
+    ) -> Result<(CheckpointContainerResponse, Option<String>), PodError> {
         let id = self.container.id.as_str();
         if self.runs && self.container.pre_dump {
             let copied = phases.time("pre-dump", self.agent.pre_dump_container(request.clone())).await;
@@ -117,8 +120,9 @@ impl<'a> Taking<'a> {
             if self.runs {
                 self.pod.while_frozen(self.container).await?;
             }
+            let layer = self.container.layer.identity().map_err(PodError::Layer)?;
             let dumped = phases.time("dump", self.agent.checkpoint_container(request)).await;
-            dumped.map_err(|source| PodError::guest("checkpoint", id, source))
+            Ok((dumped.map_err(|source| PodError::guest("checkpoint", id, source))?, layer))
         };
         let dumped = dumped.await;
         if dumped.is_err() || !self.wanted.exit {

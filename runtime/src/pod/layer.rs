@@ -170,6 +170,14 @@ impl Layer {
         Self { target, disk, limits, clean, exporting: tokio::sync::Mutex::default() }
     }
 
+    /// Which directory has it; see [`layer::identity`].
+    ///
+    /// # Errors
+    /// The directory cannot be looked at.
+    pub fn identity(&self) -> Result<Option<String>, LayerError> {
+        self.target.as_ref().map(|target| layer::identity(target.path())).transpose()
+    }
+
     /// Brings what the container has written to its snapshot; it has ended, or its processes are frozen.
     ///
     /// # Errors

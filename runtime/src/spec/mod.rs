@@ -9,3 +9,12 @@
 pub mod bundle;
 pub mod exec;
 pub mod guest;
+
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+/// Whether the container has a namespace of this kind to itself.
+pub fn has_own(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let own = namespaces.into_iter().flatten().find(|namespace| namespace.typ() == kind);
+    own.is_some_and(|namespace| namespace.path().is_none())
+}

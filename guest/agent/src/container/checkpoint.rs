@@ -115,6 +115,7 @@ pub(super) struct From {
     disk: Disk,
     options: api::CriuOptions,
     facts: api::CheckpointFacts,
+    hostname: String,
 }
 
 /// Where that is to be.
@@ -132,7 +133,12 @@ impl From {
     pub(super) async fn find(parts: &Parts, from: api::RestoreFrom) -> Result<Self, ContainerError> {
         let disk = from.disk.as_ref().ok_or(ContainerError::NoCheckpointDisk)?;
         let disk = parts.disks.find_one(disk.into(), true).await.map_err(CriuError::from)?;
-        Ok(Self { disk, options: from.options.unwrap_or_default(), facts: from.facts.unwrap_or_default() })
+        Ok(Self {
+            disk,
+            options: from.options.unwrap_or_default(),
+            facts: from.facts.unwrap_or_default(),
+            hostname: from.hostname,
+        })
     }
 
     pub(super) fn place<'a>(&'a self, dir: &'a Path, rootfs: &'a Path, files: &'a [FileMount]) -> Place<'a> {
@@ -161,7 +167,7 @@ impl Place<'_> {
         let Self { from, dir, rootfs, files } = self;
         cgroup.write_files(&from.facts.limits)?;
         criu::make_mount_points(rootfs, prepared.mount_points())?;
-        let place = criu::Place { cgroup, rootfs, dir, files };
+        let place = criu::Place { cgroup, rootfs, dir, files, hostname: &from.hostname };
         let restored =
             criu::restore(&parts.reaper, &place, &from.disk, &from.options, &from.facts, stdio).await?;
         Ok(restored)

@@ -16,6 +16,7 @@ mod mounts;
 mod pagemap;
 mod restore;
 mod rpc;
+mod uts;
 
 use std::{
     fs::File,
@@ -74,6 +75,8 @@ pub(crate) enum CriuError {
     NoMaster,
     #[error("criu has not said which process it has restored")]
     NoPid,
+    #[error("cannot set the hostname {name:?} of the restored processes")]
+    Hostname { name: String, source: Errno },
 }
 
 /// What a dump and a restore are told alike. CRIU finds the directory of the images, while it starts, by this process's

@@ -18,7 +18,7 @@ use protobuf::MessageField;
 use rust_criu::rust_criu_protobuf::rpc::{Cgroup_root, Criu_req, Criu_req_type, Inherit_fd};
 use tokio::sync::oneshot;
 
-use super::{CriuError, cpu, lazy::Pages, mounted::Mounted, rpc::Criu};
+use super::{CriuError, cpu, lazy::Pages, mounted::Mounted, rpc::Criu, uts};
 use crate::{
     cgroup::{self, Cgroup},
     container::FileMount,
@@ -40,6 +40,8 @@ pub(crate) struct Place<'a> {
     /// The agent's directory of the container.
     pub(crate) dir: &'a Path,
     pub(crate) files: &'a [FileMount],
+    /// Of their UTS namespace; empty: the one that they had.
+    pub(crate) hostname: &'a str,
 }
 
 /// Processes that are there and have not run.
@@ -182,6 +184,9 @@ pub(crate) async fn restore(
     criu.send(&request).await?;
     let pid = follow(&criu, console, &log).await?;
     let exit = expectation.watch(pid);
+    if !place.hostname.is_empty() {
+        uts::rename(pid, place.hostname)?;
+    }
     Ok(Restored { pid, exit, held: Held { criu, pages, images, work } })
 }
 
