@@ -1,15 +1,22 @@
-//! containerd's checkpoint request, decoded.
+//! containerd's checkpoint request, and where a container is to go on from, decoded.
 //!
 //! runc's options are what every client knows. They come under their name of today, and from `ctr` of containerd 1.x,
 //! which knows the runtime by name and this one not, under that of the first shim's; the fields are the same.
 
-use containerd_shim_protos::{api::CheckpointTaskRequest, shim::oci::CheckpointOptions, ttrpc};
+use std::path::PathBuf;
+
+use containerd_shim_protos::{
+    api::{CheckpointTaskRequest, CreateTaskRequest},
+    shim::oci::{CheckpointOptions, Options as CreateOptions},
+    ttrpc,
+};
 use machinen::{checkpoint::Options, pod::Checkpoint};
 use protobuf::Message as _;
 
 use crate::error::invalid;
 
 const TYPES: [&str; 2] = ["containerd.runc.v1.CheckpointOptions", "containerd.linux.runc.CheckpointOptions"];
+const CREATE_TYPE: &str = "containerd.runc.v1.Options";
 /// What runc does with the cgroups: here a container has one of its own, whatever is asked for.
 const CGROUPS_MODES: [&str; 7] = ["", "ignore", "cg_none", "props", "soft", "full", "strict"];
 
@@ -51,6 +58,21 @@ pub fn decode(req: &CheckpointTaskRequest) -> ttrpc::Result<Checkpoint> {
     })
 }
 
+/// The directory that a new container goes on from. containerd 2 tells what its client names in runc's options
+/// (`criu_image_path`); earlier ones do so for runc only, and hand the options on.
+///
+/// # Errors
+/// Options that cannot be decoded.
+pub fn restored_from(req: &CreateTaskRequest) -> ttrpc::Result<Option<PathBuf>> {
+    let named = |dir: &str| Some(dir).filter(|dir| !dir.is_empty()).map(PathBuf::from);
+    let options = req.options.as_ref().filter(|any| any.type_url.rsplit('/').next() == Some(CREATE_TYPE));
+    let (None, Some(any)) = (named(&req.checkpoint), options) else { return Ok(named(&req.checkpoint)) };
+    match CreateOptions::parse_from_bytes(&any.value) {
+        Ok(options) => Ok(named(&options.criu_image_path)),
+        Err(error) => invalid(format!("the task options cannot be decoded: {error}")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use protobuf::{MessageField, well_known_types::any::Any};
@@ -86,6 +108,22 @@ mod tests {
         let none = CheckpointTaskRequest { path: "/p".to_owned(), ..Default::default() };
         let decoded = decode(&none).unwrap();
         assert!(!decoded.exit && decoded.also.is_none());
+    }
+
+    #[test]
+    fn a_container_goes_on_from_what_either_field_names() {
+        let options = CreateOptions { criu_image_path: "/o".to_owned(), ..Default::default() };
+        let request = |checkpoint: &str, type_url: &str, value: Vec<u8>| CreateTaskRequest {
+            checkpoint: checkpoint.to_owned(),
+            options: MessageField::some(Any { type_url: type_url.to_owned(), value, ..Default::default() }),
+            ..Default::default()
+        };
+        let bytes = options.write_to_bytes().unwrap();
+        assert_eq!(restored_from(&request("", CREATE_TYPE, bytes.clone())).unwrap(), Some("/o".into()));
+        assert_eq!(restored_from(&request("/c", CREATE_TYPE, bytes)).unwrap(), Some("/c".into()));
+        assert_eq!(restored_from(&request("", "x.Options", vec![0xff])).unwrap(), None);
+        assert_eq!(restored_from(&CreateTaskRequest::default()).unwrap(), None);
+        assert!(restored_from(&request("", CREATE_TYPE, vec![0xff])).is_err());
     }
 
     #[test]

@@ -68,7 +68,7 @@ impl Task for TaskService {
                 stderr: req.stderr.clone(),
                 terminal: req.terminal,
             },
-            checkpoint: Some(&req.checkpoint).filter(|dir| !dir.is_empty()).map(Into::into),
+            checkpoint: checkpoint::restored_from(&req)?,
         };
         let id = req.id.clone();
         if self.pod.container(&id).is_err() {
