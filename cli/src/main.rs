@@ -1,6 +1,7 @@
 //! The command line `machinen`: one verb a file.
 
 mod check;
+mod fork;
 mod pool;
 mod rootdisk;
 mod snapshot;
@@ -32,6 +33,13 @@ enum Verb {
     Pool(pool::PoolArgs),
     /// Look at checkpoints of containers.
     Snapshot(snapshot::SnapshotArgs),
+    /// Make a second container that goes on from where a running one is.
+    #[command(
+        long_about = "Make a second container that goes on from where a running one is: with the same processes and memory, and \
+        what SRC has written until then, in a VM of its own. SRC runs on. NEW has SRC's image, labels and configuration, but \
+        another hostname and machine id, and its output goes nowhere."
+    )]
+    Fork(fork::ForkArgs),
 }
 
 /// Runs one command; errors go to stderr in one line, with exit status 1 (2 for a wrong command line).
@@ -60,5 +68,9 @@ fn run(verb: Verb) -> Result<ExitCode, Box<dyn std::error::Error>> {
             Ok(ExitCode::SUCCESS)
         }
         Verb::Snapshot(args) => Ok(snapshot::run(&args)?),
+        Verb::Fork(args) => {
+            fork::run(&args, &config)?;
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }

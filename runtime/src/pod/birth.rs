@@ -14,7 +14,7 @@ use tokio::task::spawn_blocking;
 use super::{Pod, PodError, create::Prepared, vm_spec};
 use crate::{
     RUN_DIR,
-    admission::{self, HostMemory, Promise},
+    admission::{self, AdmissionError, HostMemory, Promise},
     assets::Assets,
     config,
     error::chain,
@@ -217,6 +217,15 @@ impl Pod {
         self.shared.vm_memory_mib.store(plan.spec.memory_mib, Ordering::Relaxed);
         Ok(plan)
     }
+}
+
+/// Whether a VM more would be refused now, even if it took as little as one can. Nothing is promised.
+///
+/// # Errors
+/// It would be.
+pub fn admits_one_more(config: &config::Config) -> Result<(), AdmissionError> {
+    let dir = Path::new(RUN_DIR).join("starting");
+    admission::admit(&dir, CLONE_NEEDS, config.vm.memory_reserve_percent, HostMemory::now()?).map(drop)
 }
 
 /// The VM of a container that has no annotations and no limits.

@@ -51,7 +51,7 @@ use tokio::{
 };
 
 pub(crate) use birth::CLONE_NEEDS;
-pub use birth::plain_vm;
+pub use birth::{admits_one_more, plain_vm};
 pub use checkpoint::Checkpoint;
 pub use container::Container;
 pub use create::Create;

@@ -1,0 +1,113 @@
+//! The container that is forked.
+
+use std::{fs::File, path::Path};
+
+use containerd_client::{
+    services::v1::{
+        Container,
+        snapshots::{Info, Kind},
+    },
+    types::{
+        Mount,
+        v1::{Process, Status},
+    },
+};
+use machinen::pod::rootfs::{self, Plan, RootfsMount};
+use oci_spec::runtime::Spec;
+use rustix::fs::{FlockOperation, flock};
+
+use super::{containerd::Containerd, error::ForkError};
+
+/// The runtime's name, and its program's, which containerd takes for one too.
+const RUNTIME: &str = "io.machinen.v1";
+const PROGRAM: &str = "/containerd-shim-machinen-v1";
+
+/// A container that can be forked.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub(super) container: Container,
+    pub(super) task: Process,
+    pub(super) snapshot: Info,
+    /// Where its root file system is and where its writes go.
+    pub(super) rootfs: Plan,
+}
+
+impl Source {
+    /// # Errors
+    /// There is none, or it cannot be forked.
+    pub(super) async fn find(containerd: &Containerd, id: &str) -> Result<Self, ForkError> {
+        let id_of = || id.to_owned();
+        let container = containerd.container(id).await.map_err(|error| match error.is_not_found() {
+            true => ForkError::NoContainer { id: id_of(), namespace: containerd.namespace.clone() },
+            false => error,
+        })?;
+        let runtime = container.runtime.as_ref().map(|runtime| runtime.name.clone()).unwrap_or_default();
+        if runtime != RUNTIME && !runtime.ends_with(PROGRAM) {
+            return Err(ForkError::Runtime { id: id_of(), runtime });
+        }
+        let task = containerd.task(id).await.map_err(|error| match error.is_not_found() {
+            true => ForkError::NotRunning { id: id_of(), state: "has no task" },
+            false => error,
+        })?;
+        let state = match task.status() {
+            Status::Running | Status::Paused => None,
+            Status::Created => Some("has not been started"),
+            Status::Stopped => Some("has ended"),
+            Status::Pausing | Status::Unknown => Some("is in no known state"),
+        };
+        if let Some(state) = state {
+            return Err(ForkError::NotRunning { id: id_of(), state });
+        }
+        if container.snapshotter.is_empty() || container.snapshot_key.is_empty() {
+            return Err(ForkError::NoSnapshot { id: id_of() });
+        }
+        let snapshot = containerd.snapshot(&container.snapshotter, &container.snapshot_key).await?;
+        if snapshot.kind() != Kind::Active {
+            return Err(ForkError::NoSnapshot { id: id_of() });
+        }
+        let mounts = containerd.mounts(&container.snapshotter, &container.snapshot_key).await?;
+        let rootfs = plan(id, &mounts)?;
+        Ok(Self { container, task, snapshot, rootfs })
+    }
+
+    pub(super) fn is_paused(&self) -> bool {
+        self.task.status() == Status::Paused
+    }
+
+    /// Holds other forks of this container off until it is dropped: each exports what it has written anew. Blocks.
+    ///
+    /// # Errors
+    /// The directory cannot be locked.
+    pub(super) fn lock(&self) -> Result<File, ForkError> {
+        let path = self.rootfs.target.as_ref().map_or(self.rootfs.writable.as_path(), |target| target.path());
+        // It stays while what is in it is exchanged.
+        let home = path.parent().unwrap_or(path);
+        let failed = |errno: rustix::io::Errno| ForkError::file("lock", home)(errno.into());
+        let lock = File::open(home).map_err(ForkError::file("open", home))?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                eprintln!("waiting for another fork of {}", self.container.id);
+                flock(&lock, FlockOperation::LockExclusive).map_err(failed)?;
+            }
+            locked => locked.map_err(failed)?,
+        }
+        Ok(lock)
+    }
+}
+
+/// Where the root file system is that containerd would have mounted so.
+///
+/// # Errors
+/// machinen cannot use it.
+pub(super) fn plan(id: &str, mounts: &[Mount]) -> Result<Plan, ForkError> {
+    let mounts: Vec<_> = mounts
+        .iter()
+        .map(|mount| RootfsMount {
+            kind: mount.r#type.clone(),
+            source: mount.source.clone().into(),
+            options: mount.options.clone(),
+        })
+        .collect();
+    rootfs::plan(&mounts, &Spec::default(), Path::new("/"))
+        .map_err(|source| ForkError::Rootfs { id: id.to_owned(), source })
+}

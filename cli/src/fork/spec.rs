@@ -1,0 +1,145 @@
+//! The configuration of a fork: its source's, with what is to be the fork's own.
+
+use clap::ValueEnum;
+use machinen::{annotations::PREFIX, spec::has_own};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use serde_json::{Map, Value};
+
+use super::error::ForkError;
+
+/// Longest hostname that Linux takes (gethostname(2)).
+const MOST_HOSTNAME: usize = 64;
+
+/// What becomes of established TCP connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Tcp {
+    /// NEW finds them closed
+    Close,
+    /// NEW has them too
+    Keep,
+}
+
+/// What is asked for.
+#[derive(Debug)]
+pub(super) struct Wishes<'a> {
+    pub(super) source: &'a str,
+    pub(super) new: &'a str,
+    pub(super) hostname: Option<&'a str>,
+    pub(super) tcp: Tcp,
+    pub(super) lazy: bool,
+}
+
+/// Configurations of a fork.
+#[derive(Debug)]
+pub(super) struct ForkSpec {
+    /// That it has.
+    pub(super) lasting: Vec<u8>,
+    /// The same, with how it is restored this time.
+    pub(super) restoring: Vec<u8>,
+    /// None: that of its VM.
+    pub(super) hostname: Option<String>,
+}
+
+impl ForkSpec {
+    /// # Errors
+    /// The source's is no OCI configuration, or it cannot have such a hostname.
+    pub(super) fn new(source: &[u8], wishes: &Wishes<'_>) -> Result<Self, ForkError> {
+        let id = || wishes.source.to_owned();
+        let failed = |source| ForkError::Spec { id: id(), source };
+        let typed: Spec = serde_json::from_slice(source).map_err(failed)?;
+        let mut spec: Map<String, Value> = serde_json::from_slice(source).map_err(failed)?;
+        let hostname = match (has_own(&typed, LinuxNamespaceType::Uts), wishes.hostname) {
+            (true, Some(name)) => Some(checked(name)?),
+            (true, None) => Some(wishes.new.chars().take(MOST_HOSTNAME).collect()),
+            (false, None) => None,
+            (false, Some(_)) => return Err(ForkError::Hostname { id: id() }),
+        };
+        if let Some(hostname) = &hostname {
+            spec.insert("hostname".to_owned(), hostname.as_str().into());
+        }
+        if let Some(path) = spec.get_mut("linux").and_then(|linux| linux.get_mut("cgroupsPath"))
+            && let Some(above) = path.as_str().and_then(|path| path.strip_suffix(wishes.source))
+        {
+            *path = format!("{above}{}", wishes.new).into();
+        }
+        let lasting = serde_json::to_vec(&spec).map_err(failed)?;
+        let annotations = spec.entry("annotations").or_insert(Value::Null);
+        let tcp = if wishes.tcp == Tcp::Keep { "keep" } else { "close" };
+        annotations[format!("{PREFIX}tcp")] = tcp.into();
+        if wishes.lazy {
+            annotations[format!("{PREFIX}lazy")] = "true".into();
+        }
+        let restoring = serde_json::to_vec(&spec).map_err(failed)?;
+        Ok(Self { lasting, restoring, hostname })
+    }
+}
+
+fn checked(name: &str) -> Result<String, ForkError> {
+    let fits = (1..=MOST_HOSTNAME).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_graphic());
+    if fits { Ok(name.to_owned()) } else { Err(ForkError::BadHostname { name: name.to_owned() }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const WISHES: Wishes<'_> =
+        Wishes { source: "one", new: "two", hostname: None, tcp: Tcp::Close, lazy: false };
+
+    fn source() -> Value {
+        json!({
+            "ociVersion": "1.0.2", "hostname": "was", "x-unknown": 1,
+            "linux": {"namespaces": [{"type": "uts"}], "cgroupsPath": "/default/one"},
+        })
+    }
+
+    fn of(source: &Value, wishes: &Wishes<'_>) -> Result<(Value, Value), ForkError> {
+        let spec = ForkSpec::new(source.to_string().as_bytes(), wishes)?;
+        let parse = |bytes: &[u8]| serde_json::from_slice(bytes).unwrap();
+        Ok((parse(&spec.lasting), parse(&spec.restoring)))
+    }
+
+    #[test]
+    fn a_fork_is_its_source_but_for_its_identity() {
+        let mut expected = source();
+        expected["hostname"] = "two".into();
+        expected["linux"]["cgroupsPath"] = "/default/two".into();
+        let (lasting, mut restoring) = of(&source(), &WISHES).unwrap();
+        assert_eq!(lasting, expected);
+        let annotations = restoring.as_object_mut().unwrap().remove("annotations").unwrap();
+        assert_eq!(annotations, json!({"io.machinen.tcp": "close"}));
+        assert_eq!(restoring, expected);
+    }
+
+    #[test]
+    fn wishes_are_for_this_once_and_hostnames_for_good() {
+        let mut source = source();
+        source["annotations"] = json!({"io.machinen.tcp": "close", "mine": "x"});
+        let wishes = Wishes { tcp: Tcp::Keep, lazy: true, hostname: Some("web"), ..WISHES };
+        let (lasting, restoring) = of(&source, &wishes).unwrap();
+        assert_eq!(lasting["annotations"], source["annotations"]);
+        assert_eq!(lasting["hostname"], "web");
+        assert_eq!(
+            restoring["annotations"],
+            json!({"io.machinen.tcp": "keep", "io.machinen.lazy": "true", "mine": "x"})
+        );
+    }
+
+    #[test]
+    fn hostnames_fit() {
+        let long = "x".repeat(76);
+        let (lasting, _) = of(&source(), &Wishes { new: &long, ..WISHES }).unwrap();
+        assert_eq!(lasting["hostname"], long[..64]);
+        for name in ["", "a b", &long] {
+            let refused = of(&source(), &Wishes { hostname: Some(name), ..WISHES });
+            assert!(matches!(refused, Err(ForkError::BadHostname { .. })), "{name:?}");
+        }
+        let mut shares = source();
+        shares["linux"]["namespaces"] = json!([{"type": "pid"}]);
+        assert_eq!(of(&shares, &WISHES).unwrap().0["hostname"], "was");
+        let refused = of(&shares, &Wishes { hostname: Some("x"), ..WISHES });
+        assert!(matches!(refused, Err(ForkError::Hostname { .. })));
+    }
+}
