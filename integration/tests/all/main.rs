@@ -12,6 +12,7 @@ mod control;
 mod exec;
 mod exec_api;
 mod fake;
+mod fork;
 mod guest_trouble;
 mod harness;
 mod host_trouble;

@@ -11,6 +11,7 @@ mod disk;
 mod exec;
 mod floor;
 mod footprint;
+mod fork;
 mod parallel;
 mod ready;
 mod report;
@@ -169,6 +170,9 @@ fn measure(containerd: &Containerd, image: &str, rounds: usize) -> Result<Report
         report.mean("  the same, memory fetched later", key("restore_lazy_ms"), millis(cost.lazy));
         report.size("  size of the files", key("checkpoint_kib"), cost.bundle_kib);
     }
+    let forks = fork::measure(containerd, image, rounds.min(FEW))?;
+    report.time("fork to running", "fork_ms", &forks.whole);
+    report.time("  of which the checkpoint", "fork_dump_ms", &forks.dump);
     report.size(
         "PSS of shim, QEMU and anchor, one idle container, booted",
         "pss_machinen_kib",
@@ -218,6 +222,8 @@ fn measure(containerd: &Containerd, image: &str, rounds: usize) -> Result<Report
         let ratio = millis(large.lazy) / millis(small.lazy);
         report.target("lazy restore of 1 GiB: at most 1.5 x that of 8 MiB", ratio, 1.5, "x");
     }
+    let limit = 2.0 * clone + forks.dump.median();
+    report.target("fork: at most 2 x warm start + its checkpoint", forks.whole.median(), limit, "ms");
     let exec = execs.machinen.median() / execs.runc.median();
     report.target("exec: at most 3 x runc", exec, 3.0, "x");
     for (work, title) in disk.iter().zip(DISK_TARGETS) {

@@ -29,7 +29,7 @@ fn counts_from(least: u32) -> String {
     )
 }
 
-fn request(
+pub(crate) fn request(
     served: &Served<'_>,
     path: &Path,
     options: Option<&CheckpointOptions>,

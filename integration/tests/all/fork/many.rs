@@ -1,0 +1,55 @@
+//! Ten forks of one container, made at once.
+
+use std::{collections::BTreeSet, fs, thread, time::Duration};
+
+use anyhow::{Result, ensure};
+use machinen_integration::containerd::Containerd;
+
+use super::{count_above, counter, end_all, forking, nothing_but_the_fork, sh};
+use crate::harness::on_newest_containerd;
+
+on_newest_containerd!(ten_at_once);
+
+const FORKS: usize = 10;
+
+/// Emulated on a few processors, and one source can be checkpointed once at a time.
+const DEADLINE: Duration = Duration::from_secs(300);
+
+fn ten_at_once(containerd: &mut Containerd) -> Result<()> {
+    let run = counter(containerd, &[])?;
+    let source = run.container();
+    let before = count_above(containerd, source, 103)?;
+    let ids: Vec<_> = (0..FORKS).map(|_| containerd.new_id()).collect();
+    thread::scope(|scope| {
+        let forks: Vec<_> = ids
+            .iter()
+            .map(|id| {
+                let containerd = &*containerd;
+                scope.spawn(move || -> Result<()> {
+                    forking(containerd, &[source, id])?.deadline(DEADLINE).run()?.ok().map(drop)
+                })
+            })
+            .collect();
+        forks.into_iter().try_for_each(|fork| fork.join().expect("no panic"))
+    })?;
+    nothing_but_the_fork(containerd)?;
+    // All of them run, side by side, each from where its source was, each by itself.
+    let counts = ids.iter().map(|id| count_above(containerd, id, before)).collect::<Result<Vec<_>>>()?;
+    for (id, count) in ids.iter().zip(counts) {
+        count_above(containerd, id, count)?;
+        sh(containerd, id, &format!("echo {id} >/data/mine"))?;
+    }
+    let ask = "cat /data/mine /proc/sys/kernel/hostname; uniq -d /data/log | wc -l";
+    for id in &ids {
+        let said = sh(containerd, id, ask)?;
+        ensure!(said == format!("{id}\n{id}\n0"), "{id} says {said:?}");
+    }
+    let boots = ids.iter().map(|id| sh(containerd, id, "cat /proc/sys/kernel/random/boot_id"));
+    let boots = boots.collect::<Result<BTreeSet<_>>>()?;
+    ensure!(boots.len() == FORKS, "the VMs are not different: {boots:?}");
+    count_above(containerd, source, before)?;
+    let cache = machinen_integration::paths::workspace().join("target/test/rootdisk/forks");
+    let left: Vec<_> = fs::read_dir(cache)?.flatten().map(|entry| entry.path()).collect();
+    ensure!(left.is_empty(), "images are left: {left:?}");
+    end_all(containerd, ids.iter().map(String::as_str).chain([source]))
+}

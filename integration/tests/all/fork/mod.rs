@@ -1,0 +1,97 @@
+//! `machinen fork`: a second container that goes on from where a running one is.
+
+mod beside;
+mod connections;
+mod faults;
+mod many;
+
+use std::{fs, thread, time::Instant};
+
+use anyhow::{Context, Result, ensure};
+use machinen_integration::{
+    containerd::Containerd,
+    ctr::Run,
+    process::{DEADLINE, Invocation, Output},
+};
+
+use crate::harness::IMAGE;
+
+/// Counts in memory, shows the count in a file, and notes every one in another that it has open.
+const COUNTER: &str = "mkdir /data; exec 5>>/data/log; i=100; while :; do i=$((i+1)); echo $i >/data/new; echo $i >&5; \
+                       mv /data/new /data/count; usleep 50000; done";
+
+/// `machinen fork` with these arguments.
+fn forking(containerd: &Containerd, args: &[&str]) -> Result<Invocation> {
+    let fork = containerd.machinen(&["fork"])?.arg("--address").arg(containerd.socket());
+    Ok(fork
+        .args(["--namespace", containerd.namespace()])
+        .args(args)
+        .env("TMPDIR", containerd.root().join("tmp")))
+}
+
+fn fork(containerd: &Containerd, args: &[&str]) -> Result<Output> {
+    let output = forking(containerd, args)?.run()?.ok()?;
+    nothing_but_the_fork(containerd)?;
+    Ok(output)
+}
+
+/// A container in the background, whose count has begun.
+fn counter<'a>(containerd: &'a Containerd, flags: &[&str]) -> Result<Run<'a>> {
+    let run = containerd.run(IMAGE, &["sh", "-c", COUNTER]).detached().flag("--null-io").flags(flags);
+    run.ok()?;
+    count_above(containerd, run.container(), 102)?;
+    Ok(run)
+}
+
+/// What a shell command in a container prints.
+fn sh(containerd: &Containerd, id: &str, script: &str) -> Result<String> {
+    let exec = containerd.new_id();
+    let text = containerd.ctr_ok(&["tasks", "exec", "--exec-id", &exec, id, "sh", "-c", script])?;
+    Ok(text.trim().to_owned())
+}
+
+/// What the counter has come to, when that is more than `least`.
+fn count_above(containerd: &Containerd, id: &str, least: u32) -> Result<u32> {
+    let ask = format!(
+        "until [ $(cat /data/count 2>/dev/null || echo 0) -gt {least} ]; do usleep 50000; done; cat /data/count"
+    );
+    let count = sh(containerd, id, &ask)?;
+    count.parse().with_context(|| format!("odd count {count:?}"))
+}
+
+/// Neither leases nor images nor content of a checkpoint are left.
+fn nothing_but_the_fork(containerd: &Containerd) -> Result<()> {
+    let leases = containerd.ctr_ok(&["leases", "ls", "--quiet"])?;
+    ensure!(!leases.contains("machinen-fork"), "a lease is left: {leases}");
+    let content = containerd.ctr_ok(&["content", "ls"])?;
+    ensure!(!content.contains("checkpoint"), "content is left: {content}");
+    let left = fs::read_dir(containerd.root().join("tmp"))?.flatten().map(|entry| entry.file_name());
+    let left: Vec<_> = left.filter(|name| name.to_string_lossy().contains("checkpoint")).collect();
+    ensure!(left.is_empty(), "containerd has left {left:?}");
+    Ok(())
+}
+
+/// Nothing of a fork that failed: no container, snapshot or task of this id.
+fn nothing_of(containerd: &Containerd, new: &str) -> Result<()> {
+    for listed in [&["containers", "ls"][..], &["snapshots", "ls"], &["tasks", "ls"]] {
+        let text = containerd.ctr_ok(listed)?;
+        let found = text.lines().any(|line| line.split_whitespace().next() == Some(new));
+        ensure!(!found, "{new} is in {listed:?}: {text}");
+    }
+    nothing_but_the_fork(containerd)
+}
+
+fn end_all<'a>(containerd: &Containerd, ids: impl IntoIterator<Item = &'a str>) -> Result<()> {
+    ids.into_iter().try_for_each(|id| containerd.end(id))
+}
+
+/// Waits for what no event tells of.
+fn eventually(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let end = Instant::now() + DEADLINE;
+    while !done()? {
+        ensure!(Instant::now() < end, "not within {DEADLINE:?}: {what}");
+        #[expect(clippy::disallowed_methods, reason = "nobody tells of it")]
+        thread::sleep(std::time::Duration::from_millis(10));
+    }
+    Ok(())
+}
