@@ -2,7 +2,7 @@
 //!
 //! This crate does no I/O. It holds the only copy of every name, number and layout that both sides must agree on:
 //! the ttrpc messages ([`api`], from `proto/agent.proto`), the first bytes of each stream ([`preamble`]), the archive of a
-//! container's changes ([`layer`]), the addresses below, and the [`VERSION`] that is checked before anything else.
+//! container's changes ([`layer`]), the messages about its files ([`view`]), the addresses below, and the [`VERSION`] that is checked before anything else.
 //!
 //! ```text
 //!   host                                             guest agent
@@ -13,6 +13,7 @@
 
 pub mod layer;
 pub mod preamble;
+pub mod view;
 
 /// Generated messages and the ttrpc service of `proto/agent.proto`.
 #[allow(
