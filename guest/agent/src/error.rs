@@ -13,6 +13,7 @@ use crate::{
     criu::CriuError,
     engine::{EngineError, Refusal},
     process::ProcessError,
+    view::ViewError,
 };
 
 /// A failed call, ready to be answered.
@@ -74,7 +75,10 @@ impl From<ContainerError> for Failure {
             ContainerError::Criu(err) => criu_code(err),
             ContainerError::PagesLost(err) => criu_code(err),
             ContainerError::Cgroup(err) => cgroup_code(err),
-            ContainerError::Layer(_) | ContainerError::State { .. } => Code::INTERNAL,
+            ContainerError::View(ViewError::NotRunning) => Code::FAILED_PRECONDITION,
+            ContainerError::View(_) | ContainerError::Layer(_) | ContainerError::State { .. } => {
+                Code::INTERNAL
+            }
         };
         Self::new(code, &err)
     }

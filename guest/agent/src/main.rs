@@ -24,6 +24,7 @@ mod shutdown;
 mod stdio;
 mod sys;
 mod uevent;
+mod view;
 
 use options::Options;
 

@@ -203,6 +203,17 @@ impl Agent for Service {
         Ok(api::ExportLayerResponse { total_bytes, ..Default::default() })
     }
 
+    async fn open_view(&self, _: &TtrpcContext, request: api::OpenViewRequest) -> ttrpc::Result<api::Empty> {
+        let parts = Arc::clone(&self.parts);
+        whole(async move {
+            let stream = parts.unclaimed.claim(request.stream).await;
+            let stream = stream.ok_or(ContainerError::NoStream { token: request.stream })?;
+            parts.containers.get(&request.container_id)?.open_view(&parts, stream).await?;
+            Ok(api::Empty::new())
+        })
+        .await
+    }
+
     async fn checkpoint_container(
         &self,
         _: &TtrpcContext,

@@ -9,8 +9,10 @@
 mod checkpoint;
 mod exec;
 mod files;
+mod pause;
 mod rootfs;
 mod table;
+mod view;
 
 use std::{
     fs, io,
@@ -40,6 +42,7 @@ use crate::{
     layer::{self, LayerError, Stamp},
     process::{Process, ProcessError, Started},
     stdio::{StdioError, Streams},
+    view::{View, ViewError},
 };
 
 /// Parent of all that the agent keeps about containers.
@@ -56,6 +59,7 @@ pub(crate) struct Container {
     /// Its other processes, by exec id.
     execs: Table<Process>,
     tenancy: Tenancy,
+    view: View,
     stage: Mutex<Stage>,
     pages: watch::Sender<Pages>,
 }
@@ -122,6 +126,8 @@ pub(crate) enum ContainerError {
     HasExecs { execs: Vec<String> },
     #[error("no disk is given for the checkpoint")]
     NoCheckpointDisk,
+    #[error(transparent)]
+    View(#[from] ViewError),
     #[error("cannot export the container's changes")]
     Layer(#[from] LayerError),
     #[error("the container's disk is its own snapshot, of which there is no archive")]
@@ -235,6 +241,7 @@ impl Container {
                         init,
                         execs,
                         tenancy,
+                        view: View::default(),
                         stage,
                         pages: watch::Sender::new(Pages::Here),
                     },
@@ -302,28 +309,6 @@ impl Container {
         if self.init.has_exited() { Err(ProcessError::Finished.into()) } else { Ok(&self.cgroup) }
     }
 
-    /// Holds its processes, and what they have written is on the disk.
-    ///
-    /// # Errors
-    /// The init has ended, or the disk cannot be written; its processes go on then.
-    pub(crate) async fn pause(&self) -> Result<(), ContainerError> {
-        let cgroup = self.live_cgroup()?;
-        cgroup.freeze().await?;
-        if let Err(error) = self.rootfs.freeze() {
-            cgroup.thaw()?;
-            return Err(error.into());
-        }
-        Ok(())
-    }
-
-    /// # Errors
-    /// The init has ended.
-    pub(crate) fn resume(&self) -> Result<(), ContainerError> {
-        let cgroup = self.live_cgroup()?;
-        self.rootfs.thaw()?;
-        Ok(cgroup.thaw()?)
-    }
-
     /// Sends a signal to a process, or to all; the init is "". SIGKILL ends processes that are held too, and what they write
     /// while they end must not wait.
     ///
@@ -370,6 +355,7 @@ impl Container {
             // Where the init has no pid namespace of its own, others may write a moment longer.
             self.cgroup.kill()?;
             self.cgroup.emptied().await?;
+            self.view.end().await;
         }
         Ok(layer::export(self.rootfs.upper().ok_or(ContainerError::NoLayer)?, stream).await?)
     }
@@ -402,6 +388,7 @@ impl Container {
         for exec in self.execs.all() {
             exec.close();
         }
+        self.view.end().await;
         self.rootfs.sync()?;
         self.rootfs.unmount()?;
         remove_dir(&self.dir)

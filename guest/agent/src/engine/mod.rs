@@ -12,7 +12,8 @@
 //!     └─ notify socket: start ──> init (waits, then executes the command) <── clones, as the agent's child ┘
 //! ```
 //! Another process in a container needs less, and is the agent's own code (see `exec`): the zygote forks it, as the
-//! agent's child too, into the container's pid namespace and cgroup.
+//! agent's child too, into the container's pid namespace and cgroup. The process that serves a container's files to the host
+//! (see `view`) is forked by the zygote as well.
 //!
 //! Forking a process that is ready costs a few milliseconds where executing a helper costs tens of them.
 //! The report pipe stays open in the init until its command is executed: its end is "started".
@@ -175,6 +176,29 @@ impl Engine {
         let exit = expectation.watch(pid);
         reports.executed(outcome).await?;
         Ok(Executed { pid, exit })
+    }
+
+    /// Forks a process that serves the files below `root` to whoever has the other end of `socket`.
+    ///
+    /// # Errors
+    /// It cannot be forked.
+    pub(crate) async fn serve_view(
+        &self,
+        reaper: &Reaper,
+        root: OwnedFd,
+        socket: OwnedFd,
+    ) -> Result<Executed, EngineError> {
+        let expectation = reaper.expect();
+        let mut reports = self.ask(&Request::View, vec![root, socket])?;
+        let mut outcome = Outcome::new("serve the container's files");
+        match reports.next().await.map_err(EngineError::Reports)? {
+            Some(Message::Worker { pid }) => {
+                let pid = Pid::from_raw(pid);
+                Ok(Executed { pid, exit: expectation.watch(pid) })
+            }
+            Some(Message::Failed { text }) => Err(outcome.failed(text)),
+            _ => Err(outcome.died()),
+        }
     }
 
     /// Sends a request, and gives the descriptors away: from here on only the engine's processes hold them.

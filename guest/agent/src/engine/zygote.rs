@@ -25,7 +25,7 @@ use super::{
     report::{Message, Reporter},
     worker,
 };
-use crate::{console, stdio::ProcessEnds, sys};
+use crate::{console, stdio::ProcessEnds, sys, view};
 
 /// Ids and paths; specs are in files.
 const MAX_REQUEST: usize = 16 << 10;
@@ -39,6 +39,8 @@ pub(super) enum Request {
     Create(Create),
     /// With the report pipe, the OCI process in a file, a pidfd of the container's init, and the ends.
     Exec(Exec),
+    /// With the report pipe, a container's root, and the socket on which its files are asked for.
+    View,
 }
 
 /// One container to make.
@@ -152,6 +154,19 @@ fn spawn(request: &Request, fds: Vec<OwnedFd>, pids: &OwnedFd) -> Option<()> {
             let (process, init) = (fds.next()?, fds.next()?);
             let ends = ProcessEnds::from_fds(fds.collect())?;
             exec::spawn(exec::Exec { request, process, init, ends }, &reporter, pids);
+        }
+        Request::View => {
+            let (root, socket) = (fds.next()?, fds.next()?);
+            match sys::fork_sibling() {
+                Ok(ForkResult::Parent { .. }) => {}
+                Ok(ForkResult::Child) => {
+                    reporter.send(Message::Worker { pid: nix::unistd::getpid().as_raw() });
+                    // Nothing more is reported.
+                    drop(reporter);
+                    view::serve(root, socket)
+                }
+                Err(err) => reporter.send(Message::Failed { text: format!("cannot fork a server: {err}") }),
+            }
         }
     }
     Some(())

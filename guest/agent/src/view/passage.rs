@@ -1,0 +1,134 @@
+//! Requests of the host to the process that serves a view, one after the other, and its replies back.
+//!
+//! Here, and not in the server, is it decided that nothing may be changed now: the server could be in the middle of it.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use machinen_protocol::view::{
+    MAJOR, MAX_DATA, MAX_REPLY, MAX_REQUEST, MINOR, REPLY_HEADER, REQUEST_HEADER, Request, opcode, refusal,
+};
+use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::socket::{MsgFlags, recv, send},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, Interest, unix::AsyncFd},
+    sync::Mutex,
+};
+
+use crate::{channel::Stream, console, sys};
+
+/// What lets changes through, or not.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Gate(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    closed: AtomicBool,
+    /// Held while a change is being made.
+    changing: Mutex<()>,
+}
+
+impl Gate {
+    /// No change is being made when this returns, and none is made until [`Gate::open`].
+    pub(super) async fn close(&self) {
+        self.0.closed.store(true, Ordering::SeqCst);
+        drop(self.0.changing.lock().await);
+    }
+
+    pub(super) fn open(&self) {
+        self.0.closed.store(false, Ordering::SeqCst);
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Passage {
+    server: AsyncFd<OwnedFd>,
+    gate: Gate,
+    message: Vec<u8>,
+}
+
+impl Passage {
+    /// Greets the server at the other end of `socket` as a kernel would; it is ready when this returns.
+    pub(super) async fn open(socket: OwnedFd, gate: Gate) -> io::Result<Self> {
+        let flags = OFlag::from_bits_retain(fcntl(&socket, FcntlArg::F_GETFL)?);
+        fcntl(&socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        let server = sys::register(socket, Interest::READABLE | Interest::WRITABLE)?;
+        let message = vec![0; MAX_REQUEST.max(MAX_REPLY)];
+        let mut passage = Self { server, gate, message };
+        let greeting = init();
+        passage.message[..greeting.len()].copy_from_slice(&greeting);
+        passage.send(greeting.len()).await?;
+        passage.receive().await?;
+        Ok(passage)
+    }
+
+    /// Runs until the host closes the stream or the server ends.
+    pub(super) async fn run(mut self, mut stream: Stream) {
+        if let Err(error) = self.pass(&mut stream).await
+            && error.kind() != io::ErrorKind::UnexpectedEof
+        {
+            console::say(&format!("a container's files are not served any more: {error}"));
+        }
+    }
+
+    async fn pass(&mut self, stream: &mut Stream) -> io::Result<()> {
+        let gate = self.gate.clone();
+        loop {
+            stream.read_exact(&mut self.message[..REQUEST_HEADER]).await?;
+            let header = self.message.first_chunk().expect("it is larger");
+            let request = Request::decode(header).map_err(io::Error::other)?;
+            stream.read_exact(&mut self.message[REQUEST_HEADER..request.length]).await?;
+            let changes = request.changes(&self.message[REQUEST_HEADER..request.length]);
+            let _changing = if changes { Some(gate.0.changing.lock().await) } else { None };
+            if changes && gate.0.closed.load(Ordering::SeqCst) {
+                stream.write_all(&refusal(request.unique, libc::EROFS)).await?;
+                stream.flush().await?;
+                continue;
+            }
+            self.send(request.length).await?;
+            if request.is_answered() {
+                let length = self.receive().await?;
+                stream.write_all(&self.message[..length]).await?;
+                stream.flush().await?;
+            }
+        }
+    }
+
+    /// Each message of the socket is one of FUSE.
+    async fn send(&self, length: usize) -> io::Result<()> {
+        let message = &self.message[..length];
+        let send = |fd: &OwnedFd| Ok(send(fd.as_raw_fd(), message, MsgFlags::MSG_NOSIGNAL)?);
+        self.server.async_io(Interest::WRITABLE, send).await.map(drop)
+    }
+
+    async fn receive(&mut self) -> io::Result<usize> {
+        let Self { server, message, .. } = self;
+        let receive = |fd: &OwnedFd| Ok(recv(fd.as_raw_fd(), message, MsgFlags::empty())?);
+        match server.async_io(Interest::READABLE, receive).await? {
+            0 => Err(io::ErrorKind::BrokenPipe.into()),
+            length if length < REPLY_HEADER => Err(io::ErrorKind::InvalidData.into()),
+            length => Ok(length),
+        }
+    }
+}
+
+/// FUSE_INIT without any of its flags. The server's answer says nothing that the host has not decided.
+fn init() -> Vec<u8> {
+    let no_flags = 0_u32;
+    let body: Vec<u8> =
+        [MAJOR, MINOR, MAX_DATA as u32, no_flags].iter().flat_map(|word| word.to_le_bytes()).collect();
+    let length = (REQUEST_HEADER + body.len()) as u32;
+    let mut message = [length.to_le_bytes(), opcode::INIT.to_le_bytes()].concat();
+    message.extend_from_slice(&1_u64.to_le_bytes());
+    message.resize(REQUEST_HEADER, 0);
+    message.extend_from_slice(&body);
+    message
+}
