@@ -8,7 +8,8 @@ use machinen_protocol::api::{
     AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, ConfigureRequest,
     ConfigureResponse, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty,
     EndStdinRequest, ExecProcessRequest, ExecProcessResponse, ExportLayerRequest, ListProcessesResponse,
-    ProcessRequest, ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, WaitProcessResponse,
+    OpenViewRequest, ProcessRequest, ResizeTerminalRequest, SetClockRequest, SignalProcessRequest,
+    WaitProcessResponse,
 };
 use ttrpc::Code;
 
@@ -241,6 +242,16 @@ impl Client {
             ..ExportLayerRequest::default()
         };
         call!(self.export_layer(request), None).map(|answer| answer.total_bytes)
+    }
+
+    /// Has the container's files served on the stream with that token.
+    ///
+    /// # Errors
+    /// No such container or stream, or it has ended.
+    pub async fn open_view(&self, container: &str, stream: u64) -> Result<(), AgentError> {
+        let request =
+            OpenViewRequest { container_id: container.to_owned(), stream, ..OpenViewRequest::default() };
+        call!(self.open_view(request), Some(QUICK)).map(nothing)
     }
 
     /// Dumps a paused container onto a disk.

@@ -19,6 +19,7 @@ pub mod rootdisk;
 pub mod spec;
 pub mod sys;
 pub mod template;
+pub mod view;
 pub mod vm;
 
 /// What is known until the host reboots lives here.

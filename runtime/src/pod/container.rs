@@ -6,14 +6,15 @@ use std::{
 };
 
 use super::{
-    Process, anchor,
+    Process,
+    anchor::Anchor,
     exec::Execs,
     layer::Layer,
     state::{Exit, State},
     stdio::StdioNames,
 };
 use crate::{
-    process::Child,
+    process,
     rootdisk::Key,
     vm::{DiskAddress, Vm},
 };
@@ -25,7 +26,7 @@ pub struct Container {
     pub bundle: PathBuf,
     /// Pid of the anchor, the host process that stands for the container.
     pub pid: u32,
-    anchor: Child,
+    anchor: tokio::sync::Mutex<Anchor>,
     /// The pod's, for when its agent is of no use any more.
     pub(super) vm: Vm,
     pub(super) init: Arc<Process>,
@@ -53,7 +54,7 @@ impl Container {
         id: String,
         bundle: PathBuf,
         stdio: StdioNames,
-        anchor: Child,
+        anchor: Anchor,
         vm: Vm,
         storage: Storage,
     ) -> Self {
@@ -62,7 +63,7 @@ impl Container {
             id,
             bundle,
             pid: anchor.pid(),
-            anchor,
+            anchor: tokio::sync::Mutex::new(anchor),
             vm,
             init: Arc::new(Process::new(stdio)),
             execs: Execs::default(),
@@ -88,10 +89,16 @@ impl Container {
         self.init.gone().await;
     }
 
-    /// Ends the anchor, as the container has ended.
+    /// Resolves when the anchor has ended, by whomever.
+    pub(super) async fn anchor_ended(&self) -> process::Exit {
+        let ended = self.anchor.lock().await.ended();
+        ended.await
+    }
+
+    /// Ends the anchor, and with it the view of the container's files, as the container has ended.
     pub(super) async fn end_anchor(&self) {
-        if let Err(error) = self.anchor.kill().await {
-            tracing::warn!(id = self.id, "cannot end the {}: {error}", anchor::ARGUMENT);
+        if let Err(error) = self.anchor.lock().await.end().await {
+            tracing::warn!(id = self.id, "cannot end the container's anchor: {error}");
         }
     }
 }

@@ -16,7 +16,8 @@ use protobuf::MessageField;
 use tokio::{sync::watch, task::spawn_blocking};
 
 use super::{
-    Container, Entry, Event, Pod, PodError, anchor,
+    Container, Entry, Event, Pod, PodError,
+    anchor::Anchor,
     birth::Origin,
     checkpoint::{self, Restore},
     container::Storage,
@@ -30,12 +31,12 @@ use crate::{
     agent, annotations,
     assets::Assets,
     config::{self, Config},
-    process::Child,
     rootdisk::{BuildOptions, Progress, Rootdisk, RootdiskCache},
     spec::{
         bundle,
         guest::{self, GuestSpec, Injected, MAX_INJECTED},
     },
+    view::Guest,
     vm::{DiskAddress, DiskSpec, Vm, VmError},
 };
 
@@ -148,7 +149,7 @@ impl Pod {
             files.base = files.writable.take();
         }
         // From here on the guest goes on by itself; what this process does meanwhile costs the start nothing.
-        let anchor = anchor::spawn(prepared.guest.netns.as_deref())?;
+        let mut anchor = Anchor::spawn(&create.id, prepared.guest.netns.as_deref())?;
         let (birth, (disks, agent)) = match ready(&birth.vm, &create.id, &files, phases).await {
             Err(error) if birth.origin.is_clone() => {
                 let birth = self.boot_instead(&prepared, birth, &error).await?;
@@ -173,6 +174,8 @@ impl Pod {
             .await
             .map_err(|source| PodError::guest("create", &create.id, source))?;
         phases.record_guest(&created);
+        // It has been for long; its pid must not be told before.
+        phases.time("anchor", anchor.settled()).await?;
         let layer = Layer::new(&prepared.rootfs, &prepared.config, key, writable.keep());
         let storage = Storage {
             layer,
@@ -199,13 +202,19 @@ impl Pod {
     fn assemble(
         &self,
         create: Create,
-        anchor: Child,
+        anchor: Anchor,
         agent: agent::Client,
         vm: Vm,
         mut streams: Streams,
         storage: Storage,
     ) -> (Arc<Container>, Watched) {
         let stdin = streams.start_input(&agent, &create.id, "");
+        anchor.attach(Guest {
+            vm: vm.clone(),
+            agent: agent.clone(),
+            container: create.id.clone(),
+            unclaimed: Arc::clone(&self.shared.starting),
+        });
         let container = Container::new(create.id, create.bundle, create.stdio, anchor, vm.clone(), storage);
         container.init.feed(stdin);
         let outputs = streams.outputs;

@@ -39,10 +39,13 @@ impl Pod {
     ) {
         let told = AtomicU64::new(0);
         let mut waiting = pin!(agent.wait_process(&container.id, ""));
+        let beside = async {
+            tokio::join!(self.watch_memory(&container, &agent, &told), self.follow_anchor(&container))
+        };
         let waited = tokio::select! {
             biased;
             waited = &mut waiting => waited,
-            () = self.watch_memory(&container, &agent, &told) => waiting.await,
+            ((), ()) = beside => waiting.await,
         };
         let untold_kill = waited.as_ref().is_ok_and(|ended| ended.oom_kills > told.into_inner());
         if let Err(error) = &waited {
@@ -72,6 +75,15 @@ impl Pod {
             logger.finish().await;
         }
         container.init.set_gone();
+    }
+
+    /// Who kills the process that stands for a container means the container.
+    async fn follow_anchor(&self, container: &Container) {
+        let exit = container.anchor_ended().await;
+        tracing::info!(id = container.id, "the container's anchor has ended ({exit}): killing the container");
+        if let Err(error) = self.kill(&container.id, "", libc::SIGKILL.cast_unsigned(), false).await {
+            tracing::warn!(id = container.id, "cannot kill the container of an anchor: {}", chain(&error));
+        }
     }
 
     /// A kill for want of memory is told before the end that it brought.

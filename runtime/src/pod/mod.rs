@@ -101,7 +101,7 @@ struct Shared {
     vm_memory_mib: AtomicU32,
     containers: Mutex<HashMap<String, Entry>>,
     /// Held while a process's streams are open and not claimed.
-    starting: Semaphore,
+    starting: Arc<Semaphore>,
     /// A container's part of the guest could not be cleaned up, so its disk may not have been synced.
     unsynced: AtomicBool,
 }
@@ -134,7 +134,7 @@ impl Pod {
             wanted_template: Mutex::default(),
             vm_memory_mib: AtomicU32::new(0),
             containers: Mutex::default(),
-            starting: Semaphore::new(streams::STARTING),
+            starting: Arc::new(Semaphore::new(streams::STARTING)),
             unsynced: AtomicBool::new(false),
         };
         Self { shared: Arc::new(shared) }

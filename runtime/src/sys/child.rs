@@ -78,16 +78,7 @@ fn apply(setup: &Setup) -> io::Result<()> {
             check(libc::mount(none, c"/".as_ptr(), none, flags, none.cast()).into())?;
         }
         if setup.drop_capabilities {
-            // The kernel says EINVAL for the first capability that it does not know.
-            for capability in 0..64 {
-                if libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) != 0 {
-                    let error = io::Error::last_os_error();
-                    if error.raw_os_error() == Some(libc::EINVAL) && capability > 0 {
-                        break;
-                    }
-                    return Err(error);
-                }
-            }
+            drop_bounding_set()?;
         }
         if let Some((uid, gid, groups)) = &setup.identity {
             // The raw calls: the C library's own would try to change threads that do not exist in this child.
@@ -110,6 +101,27 @@ fn apply(setup: &Setup) -> io::Result<()> {
             if libc::getppid() as u32 != setup.parent {
                 libc::_exit(libc::EXIT_FAILURE);
             }
+        }
+    }
+    Ok(())
+}
+
+/// Gives up every capability of this process, for good.
+pub(crate) fn drop_capabilities() -> io::Result<()> {
+    drop_bounding_set()?;
+    drop_capability_sets()
+}
+
+fn drop_bounding_set() -> io::Result<()> {
+    // The kernel says EINVAL for the first capability that it does not know.
+    for capability in 0..64 {
+        // SAFETY: no memory is involved.
+        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
+            let error = io::Error::last_os_error();
+            if error.raw_os_error() == Some(libc::EINVAL) && capability > 0 {
+                break;
+            }
+            return Err(error);
         }
     }
     Ok(())

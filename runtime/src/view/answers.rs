@@ -1,0 +1,67 @@
+//! What the host answers without its guest.
+
+use std::io;
+
+use machinen_protocol::view::{MAJOR, MAX_DATA, MINOR, REPLY_HEADER, REQUEST_HEADER, ROOT, Request, opcode};
+
+use super::device::Device;
+
+/// Flags of FUSE_INIT: writes larger than a page, lookups beside each other, `max_pages` counts.
+const BIG_WRITES: u32 = 1 << 5;
+const PARALLEL_DIROPS: u32 = 1 << 18;
+const MAX_PAGES: u32 = 1 << 22;
+
+const PAGE: usize = 4096;
+
+/// Before the container is there, only the process whose root the view becomes has business with it, and that looks at
+/// nothing but the root's attributes.
+pub(super) fn without_guest(device: &Device, request: Request, message: &[u8]) -> io::Result<()> {
+    match request.opcode {
+        opcode::INIT => device.write(&init(request, message)),
+        opcode::GETATTR if request.node == ROOT => device.write(&root(request)),
+        _ if by_host(device, request)? || !request.is_answered() => Ok(()),
+        _ => device.refuse(request, libc::EAGAIN),
+    }
+}
+
+/// Whether the request was none of the guest's business, and has been answered.
+pub(super) fn by_host(device: &Device, request: Request) -> io::Result<bool> {
+    match request.opcode {
+        // The kernel asks no more then: who gives up waits until there is a reply, or none in time.
+        opcode::INTERRUPT => device.refuse(request, libc::ENOSYS)?,
+        opcode::DESTROY => device.refuse(request, 0)?,
+        _ => return Ok(false),
+    }
+    Ok(true)
+}
+
+/// What the view is to be like (fuse_init_out): what is not set is not used, caches of names, data and locks included.
+fn init(request: Request, message: &[u8]) -> Vec<u8> {
+    let offered = message.get(REQUEST_HEADER + 12..REQUEST_HEADER + 16);
+    let offered = offered.map_or(0, |flags| u32::from_le_bytes(flags.try_into().expect("four bytes")));
+    let flags = offered & (BIG_WRITES | PARALLEL_DIROPS | MAX_PAGES);
+    let (no_readahead, default_background, granularity_ns) = (0_u32, 0_u32, 1_u32);
+    let mut body = Vec::with_capacity(64);
+    for word in [MAJOR, MINOR, no_readahead, flags, default_background, MAX_DATA as u32, granularity_ns] {
+        body.extend_from_slice(&word.to_le_bytes());
+    }
+    body.extend_from_slice(&((MAX_DATA / PAGE) as u16).to_le_bytes());
+    body.resize(64, 0);
+    reply(request, &body)
+}
+
+/// A directory of root's (fuse_attr_out), to be asked for again at the next access.
+fn root(request: Request) -> Vec<u8> {
+    const MODE: u32 = libc::S_IFDIR | 0o755;
+    let mut body = vec![0; 104];
+    // Behind the times for which it is valid: number, then after six more words of eight bytes and three of four, the mode.
+    body[16..24].copy_from_slice(&ROOT.to_le_bytes());
+    body[76..80].copy_from_slice(&MODE.to_le_bytes());
+    body[80..84].copy_from_slice(&2_u32.to_le_bytes());
+    reply(request, &body)
+}
+
+fn reply(request: Request, body: &[u8]) -> Vec<u8> {
+    let length = (REPLY_HEADER + body.len()) as u32;
+    [&length.to_le_bytes()[..], &[0; 4], &request.unique.to_le_bytes(), body].concat()
+}
