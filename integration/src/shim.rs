@@ -51,16 +51,28 @@ impl<'a> Shim<'a> {
         Ok(Self { containerd, id, bundle })
     }
 
+    /// As [`Shim::serve`], with shell commands that run first.
+    ///
+    /// # Errors
+    /// As that.
+    pub fn serve_in(&self, environment: &str) -> Result<String> {
+        self.announced(self.start_in(environment)?)
+    }
+
     /// `start`, as containerd of that protocol version runs it; 0: it does not say which.
     ///
     /// # Errors
     /// The binary cannot be run.
     pub fn start(&self, max_version: u32) -> Result<Printed> {
-        // In the place of the fifo that containerd makes before it calls, and reads.
-        fs::File::options().create(true).append(true).open(self.bundle.join("log"))?;
         let version =
             if max_version > 0 { format!("export MAX_SHIM_VERSION={max_version}") } else { String::new() };
-        self.run(&version, "start")
+        self.start_in(&version)
+    }
+
+    fn start_in(&self, environment: &str) -> Result<Printed> {
+        // In the place of the fifo that containerd makes before it calls, and reads.
+        fs::File::options().create(true).append(true).open(self.bundle.join("log"))?;
+        self.run(environment, "start")
     }
 
     /// Starts it, and returns where it listens.
@@ -68,8 +80,11 @@ impl<'a> Shim<'a> {
     /// # Errors
     /// It does not start, or prints what would confuse containerd.
     pub fn serve(&self) -> Result<String> {
-        let printed = self.start(0)?;
-        ensure!(printed.status == 0 && printed.stderr.is_empty(), "{printed:?}");
+        self.announced(self.start(0)?)
+    }
+
+    fn announced(&self, printed: Printed) -> Result<String> {
+        ensure!(printed.status == 0 && printed.stderr.is_empty(), "{}: {printed:?}", self.id);
         Ok(String::from_utf8(printed.stdout)?.trim().to_owned())
     }
 

@@ -26,3 +26,4 @@ mod shim;
 mod streams;
 mod survival;
 mod terminal;
+mod view;
