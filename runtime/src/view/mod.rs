@@ -106,6 +106,16 @@ impl Guest {
     }
 }
 
+/// What the host does with all that a guest sends, from the first request at the device on; for fuzzing.
+#[cfg(fuzzing)]
+pub async fn session(device: OwnedFd, guest: BoxedStream) {
+    let device = Device::over(device).expect("a descriptor that can be watched");
+    let mut buffer = vec![0; MAX_REQUEST];
+    if let Ok(Read::Request(first)) = device.read(&mut buffer).await {
+        session::run(&device, guest, first, &mut buffer).await;
+    }
+}
+
 /// Serves the kernel until the view is unmounted.
 async fn serve(id: String, device: Device, mut guest: watch::Receiver<Option<Guest>>) {
     match serve_guest(&id, &device, &mut guest).await {
