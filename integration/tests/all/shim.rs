@@ -173,8 +173,10 @@ fn delete_from_half_finished_states(containerd: &mut Containerd) -> Result<()> {
         }
         ensure!(begun.elapsed() < Duration::from_secs(5), "delete took {:?}", begun.elapsed());
         let left = files(&shim)?;
-        // The writable layer goes with the snapshot, which here is the bundle; until then a new start finds it.
-        let left: Vec<_> = left.into_iter().filter(|name| name != "machinen-writable.ext4").collect();
+        // The writable layer goes with the snapshot, which here is the bundle; until then a new start finds it. The log is
+        // the caller's.
+        let others = ["machinen-writable.ext4", "log"];
+        let left: Vec<_> = left.into_iter().filter(|name| others.iter().all(|other| name != other)).collect();
         ensure!(left == given, "after {steps} steps delete left {left:?} of {given:?}");
         fs::remove_dir_all(&shim.bundle)?;
     }
