@@ -18,8 +18,9 @@ use std::{
 use nix::mount::{MntFlags, umount2};
 use rustix::{
     fs::CWD,
+    io::Errno,
     mount::{MoveMountFlags, move_mount},
-    process::{fchdir, pivot_root},
+    process::{chroot, fchdir, pivot_root},
 };
 use tokio::{io::AsyncReadExt as _, net::unix::pipe};
 
@@ -156,9 +157,16 @@ fn settle() -> io::Result<()> {
     let root = sys::inherit::take(ROOT_FD)?;
     move_mount(&root, "", CWD, DOORWAY, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     fchdir(&root)?;
+    match pivot_root(".", ".") {
+        // The old root is on top of the new one after this (pivot_root(2)).
+        Ok(()) => umount2(".", MntFlags::MNT_DETACH)?,
+        // It is the kernel's first one (ramfs-rootfs-initramfs.rst): nothing can take its place, but something can cover it.
+        Err(Errno::INVAL) => {
+            move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+            chroot(".")?;
+        }
+        Err(error) => return Err(error.into()),
+    }
     drop(root);
-    // The old root is on top of the new one after this (pivot_root(2)).
-    pivot_root(".", ".")?;
-    umount2(".", MntFlags::MNT_DETACH)?;
     sys::child::drop_capabilities()
 }

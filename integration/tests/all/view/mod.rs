@@ -355,6 +355,7 @@ fn each_container_of_a_pod_has_its_own(containerd: &mut Containerd) -> Result<()
     let (client, bundle) = (&first.client, dir.display().to_string());
     let request = api::CreateTaskRequest { id: id.clone(), bundle, ..Default::default() };
     let second = client.ok::<api::CreateTaskResponse>("Create", &request)?.pid;
+    ensure!(root(second, "etc/passwd").exists(), "a container that has not been started is not seen");
     client.ok::<api::StartResponse>("Start", &api::StartRequest { id: id.clone(), ..Default::default() })?;
     let held = File::open(root(first.pid, "etc/passwd"))?;
     fs::write(root(first.pid, "name"), "first")?;
