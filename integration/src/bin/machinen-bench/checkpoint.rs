@@ -15,31 +15,67 @@ use machinen_integration::{
     served::Served,
 };
 
+use crate::report::Report;
+
 /// Resident memory of the containers, MiB.
-pub(crate) const SIZES: [u64; 4] = [8, 64, 256, 1024];
+const SIZES: [u64; 4] = [8, 64, 256, 1024];
 
 /// What one size costs.
 #[derive(Debug)]
-pub(crate) struct Cost {
-    pub(crate) mib: u64,
+struct Cost {
+    mib: u64,
     /// The whole call, and what of it CRIU says that it took itself.
-    pub(crate) checkpoint: Duration,
-    pub(crate) criu: Duration,
+    checkpoint: Duration,
+    criu: Duration,
     /// How long the container stood still, and how long another one whose memory was copied before.
-    pub(crate) frozen: Duration,
-    pub(crate) frozen_after_copy: Duration,
+    frozen: Duration,
+    frozen_after_copy: Duration,
     /// Create and Start, with all of the memory.
-    pub(crate) restore: Duration,
+    restore: Duration,
     /// The same, with the memory to come later.
-    pub(crate) lazy: Duration,
-    pub(crate) bundle_kib: u64,
+    lazy: Duration,
+    bundle_kib: u64,
 }
 
-pub(crate) fn measure(containerd: &Containerd) -> Result<Vec<Cost>> {
+pub(crate) fn measure(containerd: &Containerd, report: &mut Report) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     // Not counted: fills the cache of disks.
     one(containerd, &bundle, 1)?;
-    SIZES.iter().map(|&mib| one(containerd, &bundle, mib)).collect()
+    let [small, _, large, largest] = SIZES.map(|mib| {
+        let cost = one(containerd, &bundle, mib)?;
+        cost.report(report);
+        Ok::<_, anyhow::Error>(cost)
+    });
+    let (small, large, largest) = (small?, large?, largest?);
+    let limit = 1.3 * millis(large.criu) + 200.0;
+    report.target(
+        "checkpoint of 256 MiB: at most 1.3 x CRIU + 200 ms",
+        millis(large.checkpoint),
+        limit,
+        "ms",
+    );
+    let ratio = millis(largest.lazy) / millis(small.lazy);
+    report.target("lazy restore of 1 GiB: at most 1.5 x that of 8 MiB", ratio, 1.5, "x");
+    Ok(())
+}
+
+impl Cost {
+    fn report(&self, report: &mut Report) {
+        let mib = self.mib;
+        let key = |what: &str| format!("{what}_{mib}_mib");
+        report.mean(format!("checkpoint of {mib} MiB"), key("checkpoint_ms"), millis(self.checkpoint));
+        report.mean("  of which CRIU itself", key("checkpoint_criu_ms"), millis(self.criu));
+        let (frozen, after_copy) = (millis(self.frozen), millis(self.frozen_after_copy));
+        report.mean("  of which the container stands still", key("checkpoint_frozen_ms"), frozen);
+        report.mean("  the same after a pre-dump", key("checkpoint_frozen_pre_dump_ms"), after_copy);
+        report.mean("  restore of it, Create and Start", key("restore_ms"), millis(self.restore));
+        report.mean("  the same, memory fetched later", key("restore_lazy_ms"), millis(self.lazy));
+        report.size("  size of the files", key("checkpoint_kib"), self.bundle_kib);
+    }
+}
+
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
 }
 
 fn one(containerd: &Containerd, bundle: &Bundle, mib: u64) -> Result<Cost> {

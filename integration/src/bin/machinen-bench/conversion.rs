@@ -11,24 +11,20 @@ use machinen_integration::{
     samples::Samples,
 };
 
+use crate::report::Report;
+
 const FILES: u64 = 10_000;
 const BYTES: u64 = 200_000_000;
 const DIRS: u64 = 100;
 
-#[derive(Debug, Default)]
-pub(crate) struct Conversion {
-    pub(crate) machinen: Samples,
-    pub(crate) mke2fs: Samples,
-}
-
-pub(crate) fn measure(containerd: &Containerd, rounds: usize) -> Result<Conversion> {
+pub(crate) fn measure(containerd: &Containerd, rounds: usize, report: &mut Report) -> Result<()> {
     let (tree, cache, disk) = (
         containerd.root().join("tree"),
         containerd.root().join("converted"),
         containerd.root().join("bare.ext4"),
     );
     Image::new("tree", vec![layer()]).unpack(&tree)?;
-    let mut conversion = Conversion::default();
+    let (mut ours, mut theirs) = (Samples::default(), Samples::default());
     // The first of each finds cold caches and is not counted.
     for round in 0..=rounds {
         let machinen = Invocation::new(paths::release_dir()?.join("machinen"))
@@ -41,14 +37,17 @@ pub(crate) fn measure(containerd: &Containerd, rounds: usize) -> Result<Conversi
             .ok()?;
         let bare = bare(&tree, &disk)?;
         if round > 0 {
-            conversion.machinen.push(machinen.duration);
-            conversion.mke2fs.push(bare);
+            ours.push(machinen.duration);
+            theirs.push(bare);
         }
         fs::remove_dir_all(&cache)?;
         fs::remove_file(&disk)?;
     }
     fs::remove_dir_all(&tree)?;
-    Ok(conversion)
+    report.time("rootdisk of 200 MB in 10,000 files", "conversion_ms", &ours);
+    report.time("bare mke2fs -d of the same tree", "mke2fs_ms", &theirs);
+    report.target("conversion: at most 1.2 x mke2fs", ours.median() / theirs.median(), 1.2, "x");
+    Ok(())
 }
 
 fn bare(tree: &Path, disk: &Path) -> Result<std::time::Duration> {

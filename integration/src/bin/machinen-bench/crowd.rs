@@ -6,30 +6,30 @@ use std::{fs, time::Duration};
 use anyhow::{Context, Result};
 use machinen_integration::{containerd::Containerd, inventory::Process};
 
-use crate::{cpu, footprint::field};
+use crate::{cpu, footprint::field, report::Report};
 
-pub(crate) const SIZES: [usize; 3] = [1, 10, 30];
+const SIZES: [usize; 3] = [1, 10, 30];
 
 /// Processes that are there however many containers there are.
 const COMMON: [&str; 2] = ["template-holder", "template-builder"];
 
 #[derive(Debug, Default)]
-pub(crate) struct Crowd {
+struct Crowd {
     /// KiB of one container, by the number of containers.
-    pub(crate) pss: Vec<(usize, u64)>,
-    pub(crate) private_dirty: Vec<(usize, u64)>,
+    pss: Vec<(usize, u64)>,
+    private_dirty: Vec<(usize, u64)>,
     /// KiB of the shims alone.
-    pub(crate) shim_pss: Vec<(usize, u64)>,
+    shim_pss: Vec<(usize, u64)>,
     /// Processor time of a start on the host outside QEMU: shim, its start and helpers, anchor.
-    pub(crate) host_cpu: Duration,
+    host_cpu: Duration,
     /// The same of containerd and `ctr`, for which a runtime can do nothing.
-    pub(crate) daemon_cpu: Duration,
+    daemon_cpu: Duration,
     /// Processor time of QEMU until its container idles.
-    pub(crate) qemu_cpu: Duration,
+    qemu_cpu: Duration,
 }
 
 /// The containers are left to the end of their containerd.
-pub(crate) fn measure(containerd: &Containerd, image: &str) -> Result<Crowd> {
+pub(crate) fn measure(containerd: &Containerd, image: &str, report: &mut Report) -> Result<()> {
     let mut crowd = Crowd::default();
     let before = containerd.inventory()?;
     let started = cpu::ended_children(containerd.pid())?;
@@ -70,7 +70,36 @@ pub(crate) fn measure(containerd: &Containerd, image: &str) -> Result<Crowd> {
             }
         }
     }
-    Ok(crowd)
+    crowd.report(report);
+    Ok(())
+}
+
+impl Crowd {
+    fn report(&self, report: &mut Report) {
+        for (size, pss) in &self.pss {
+            let key = format!("pss_clone_{size}_kib");
+            report.size(format!("PSS of an idle clone, one of {size}"), key, *pss);
+        }
+        for (size, dirty) in &self.private_dirty {
+            let key = format!("private_dirty_clone_{size}_kib");
+            report.size(format!("private dirty memory of an idle clone, one of {size}"), key, *dirty);
+        }
+        for (size, pss) in &self.shim_pss {
+            report.size(
+                format!("PSS of the shim, one of {size}"),
+                format!("pss_clone_shim_{size}_kib"),
+                *pss,
+            );
+        }
+        let millis = |time: Duration| time.as_secs_f64() * 1000.0;
+        let host = millis(self.host_cpu);
+        report.mean("processor time of a clone's start on the host, outside QEMU", "host_cpu_ms", host);
+        report.mean("  the same of containerd, without ctr", "containerd_cpu_ms", millis(self.daemon_cpu));
+        report.mean("  the same of QEMU, until the container idles", "qemu_cpu_ms", millis(self.qemu_cpu));
+        let crowded = self.pss.last().map_or(0, |(_, pss)| *pss) as f64 / 1024.0;
+        report.target("PSS of an idle clone, one of 30: at most 40 MiB", crowded, 40.0, "MiB");
+        report.target("processor time outside QEMU: at most 60 ms a start", host, 60.0, "ms");
+    }
 }
 
 /// What a template takes, KiB, however many clones it has: it is the memory that its holder keeps.

@@ -10,18 +10,19 @@ use anyhow::{Context, Result, ensure};
 use machinen_integration::{bundle::Bundle, containerd::Containerd, paths, samples::Samples, served::Served};
 use nix::{sys::stat::Mode, unistd::mkfifo};
 
+use crate::report::Report;
+
 /// Output of one measurement, MiB.
 const OUTPUT: usize = 256;
 
-#[derive(Debug, Default)]
-pub(crate) struct Execs {
-    pub(crate) machinen: Samples,
-    pub(crate) runc: Samples,
-}
-
-/// `ctr tasks exec` of true, by turns in a container of machinen's and one of runc's.
-pub(crate) fn measure(containerd: &Containerd, image: &str, rounds: usize) -> Result<Execs> {
-    let mut execs = Execs::default();
+/// `ctr tasks exec` of true, by turns in a container of machinen's and one of runc's; and output.
+pub(crate) fn measure(
+    containerd: &Containerd,
+    image: &str,
+    rounds: usize,
+    report: &mut Report,
+) -> Result<()> {
+    let (mut machinen, mut runc) = (Samples::default(), Samples::default());
     let ours = containerd.idle(image, Some(&paths::runtime()))?;
     let theirs = containerd.idle(image, Some(paths::RUNC))?;
     // Not counted: a VM's first is slower than the others.
@@ -29,12 +30,18 @@ pub(crate) fn measure(containerd: &Containerd, image: &str, rounds: usize) -> Re
         run(containerd, id)?;
     }
     for _ in 0..rounds {
-        execs.machinen.push(run(containerd, &ours)?);
-        execs.runc.push(run(containerd, &theirs)?);
+        machinen.push(run(containerd, &ours)?);
+        runc.push(run(containerd, &theirs)?);
     }
     containerd.end(&ours)?;
     containerd.end(&theirs)?;
-    Ok(execs)
+    report.time("ctr tasks exec true, machinen", "exec_ms", &machinen);
+    report.time("ctr tasks exec true, runc", "exec_runc_ms", &runc);
+    report.target("exec: at most 3 x runc", machinen.median() / runc.median(), 3.0, "x");
+    let rate = throughput(containerd, 3)?;
+    report.rate("stdout through a fifo", "stdout_mb_s", rate);
+    report.target_at_least("stdout: at least 50 MB/s", rate, 50.0, "MB/s");
+    Ok(())
 }
 
 fn run(containerd: &Containerd, id: &str) -> Result<Duration> {
@@ -44,7 +51,7 @@ fn run(containerd: &Containerd, id: &str) -> Result<Duration> {
 }
 
 /// MB/s of a process's stdout, read from its fifo by a reader that does nothing else. The median of some rounds.
-pub(crate) fn throughput(containerd: &Containerd, rounds: usize) -> Result<f64> {
+fn throughput(containerd: &Containerd, rounds: usize) -> Result<f64> {
     let rootfs = Bundle::busybox(containerd)?;
     let mut rates = (0..rounds).map(|_| rate(containerd, &rootfs)).collect::<Result<Vec<f64>>>()?;
     rates.sort_by(f64::total_cmp);

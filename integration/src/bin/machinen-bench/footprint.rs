@@ -9,6 +9,8 @@ use machinen_integration::{
     paths,
 };
 
+use crate::report::Report;
+
 #[derive(Debug)]
 pub(crate) struct Footprint {
     /// QEMU's command line.
@@ -19,6 +21,19 @@ pub(crate) struct Footprint {
     pub(crate) shim_rss_kib: u64,
     pub(crate) runc_pss_kib: u64,
     pub(crate) binary_kib: u64,
+}
+
+impl Footprint {
+    pub(crate) fn report(&self, report: &mut Report) {
+        let all = "PSS of shim, QEMU and anchor, one idle container, booted";
+        report.size(all, "pss_machinen_kib", self.pss_kib);
+        report.size("  of which the shim", "pss_shim_kib", self.shim_pss_kib);
+        report.size("PSS of runc's shim, one idle container", "pss_runc_shim_kib", self.runc_pss_kib);
+        report.size("RSS of the shim", "rss_shim_kib", self.shim_rss_kib);
+        report.size("size of the shim's binary", "shim_binary_kib", self.binary_kib);
+        let rss = self.shim_rss_kib as f64 * 1.024 / 1000.0;
+        report.target("RSS of the shim: at most 8 MB", rss, 8.0, "MB");
+    }
 }
 
 pub(crate) fn measure(containerd: &Containerd, image: &str) -> Result<Footprint> {

@@ -5,7 +5,7 @@ use std::{thread, time::Instant};
 use anyhow::{Result, ensure};
 use machinen_integration::{containerd::Containerd, samples::Samples};
 
-use crate::{Kind, cpu};
+use crate::{Kind, cpu, report::Report};
 
 /// How many at once.
 pub(crate) const WIDTHS: [usize; 3] = [1, 5, 20];
@@ -19,6 +19,15 @@ pub(crate) struct Parallel {
     pub(crate) wall: Samples,
     /// Processor time of one start, until nothing is left of it.
     pub(crate) cpu: Samples,
+}
+
+impl Parallel {
+    pub(crate) fn report(&self, report: &mut Report) {
+        let (kind, width) = (self.kind.name(), self.width);
+        let key = format!("parallel_{kind}_{width}");
+        report.time(format!("{width} at once, {kind}"), format!("{key}_ms"), &self.wall);
+        report.time("  processor time of each", format!("{key}_cpu_ms"), &self.cpu);
+    }
 }
 
 pub(crate) fn measure(

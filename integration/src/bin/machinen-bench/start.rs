@@ -5,7 +5,7 @@ use std::{fs, time::Duration};
 use anyhow::{Context, Result, ensure};
 use machinen_integration::{containerd::Containerd, phases, process::DEADLINE, samples::Samples};
 
-use crate::{Kind, floor::Floor, setup_of};
+use crate::{Kind, floor::Floor, report::Report, setup_of};
 
 #[derive(Debug, Default)]
 pub(crate) struct Starts {
@@ -31,6 +31,24 @@ pub(crate) struct Phase {
     pub(crate) cold: Samples,
     pub(crate) boot: Samples,
     pub(crate) clone: Samples,
+}
+
+impl Starts {
+    pub(crate) fn report(&self, report: &mut Report) {
+        report.time("ctr run --rm true, boot with a cold cache", "start_cold_ms", &self.cold);
+        report.time("ctr run --rm true, boot", "start_warm_ms", &self.boot);
+        report.time("ctr run --rm true, clone", "start_clone_ms", &self.clone);
+        report.time("ctr run --rm true, runc", "start_runc_ms", &self.runc);
+        report.time("floor: the same VM boots and powers off", "floor_ms", &self.floor);
+        report.time("clone to the agent's answer", "clone_to_agent_ms", &self.agent);
+        report.time("to the first byte of output, clone", "first_byte_clone_ms", &self.first_byte);
+        report.time("to the first byte of output, runc", "first_byte_runc_ms", &self.first_byte_runc);
+        for phase in &self.phases {
+            let [cold, boot, clone] =
+                [&phase.cold, &phase.boot, &phase.clone].map(|samples| samples.median());
+            report.phase(&phase.name, cold, boot, clone);
+        }
+    }
 }
 
 /// The steps of a clone until its agent answers, one after the other.
