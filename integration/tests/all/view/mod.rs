@@ -25,10 +25,14 @@ use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd};
 on_every_containerd!(
     the_host_sees_what_is_there,
     the_container_sees_what_the_host_writes,
-    much_is_copied_both_ways,
     a_paused_container_is_for_reading,
 );
-on_newest_containerd!(either_channel, a_checkpoint_does_not_mind, each_container_of_a_pod_has_its_own,);
+on_newest_containerd!(
+    much_is_copied_both_ways,
+    either_channel,
+    a_checkpoint_does_not_mind,
+    each_container_of_a_pod_has_its_own,
+);
 
 /// A container that waits, and its root on the host.
 struct Shown<'a> {
