@@ -14,6 +14,7 @@ on_newest_containerd!(
     hidden_and_read_only_paths,
     read_only_root,
     devices,
+    privileged,
     sysctls,
     system_calls,
     group_limits,
@@ -109,6 +110,20 @@ fn devices(containerd: &mut Containerd) -> Result<()> {
     ensure!(output.text() == wanted, "wanted\n{wanted}got {output}");
     ensure!(output.error_text().contains("No space left on device"), "/dev/full is not full: {output}");
     ensure!(output.error_text().contains("/tmp/disk"), "a block device was made without CAP_MKNOD: {output}");
+    Ok(())
+}
+
+/// `ctr run --privileged`: all capabilities, and all devices of the VM.
+fn privileged(containerd: &mut Containerd) -> Result<()> {
+    let script = "mknod /dev/log-of-the-kernel c 1 11 && echo x >/dev/log-of-the-kernel && mount -t tmpfs x /dev/shm && echo well";
+    let run = |flags: &[&str]| {
+        let run = containerd.run(IMAGE, &["sh", "-c", script]);
+        flags.iter().fold(run, |run, flag| run.flag(flag)).output()
+    };
+    let output = run(&["--privileged"])?;
+    ensure!(output.status == 0 && output.text() == "well\n", "{output}");
+    let output = run(&[])?;
+    ensure!(output.status != 0 && output.error_text().contains("log-of-the-kernel"), "{output}");
     Ok(())
 }
 

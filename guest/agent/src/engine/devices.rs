@@ -134,11 +134,15 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
             body.push(if rule.allow { jump_if_not_equal(SCRATCH, 0) } else { jump_if_equal(SCRATCH, 0) });
         }
         body.extend([move_value(ANSWER, rule.allow.into()), EXIT]);
-        let end = body.len();
+        let (end, matches_all) = (body.len(), differs.is_empty());
         for at in differs {
             body[at] |= jump_distance(end - at - 1);
         }
         code.extend(body);
+        if matches_all {
+            // The kernel refuses a program with instructions that are never reached.
+            return code;
+        }
     }
     code.extend([move_value(ANSWER, 0), EXIT]);
     code
@@ -251,6 +255,8 @@ mod tests {
     fn privileged_is_everything() {
         let code = program(&json!([{"allow": true, "access": "rwm"}])).unwrap();
         assert!(allows(&code, Kind::Block, 8, 0, READ | WRITE));
+        // Nothing stands behind the answer.
+        assert_eq!(code[6..], [move_value(ANSWER, 1), EXIT]);
     }
 
     #[test]
