@@ -19,7 +19,7 @@ def find_writable():
     """The major and minor number of the disk that takes the container's writes."""
     for name in os.listdir("/sys/block"):
         read = lambda file: open(f"/sys/block/{name}/{file}").read().strip()
-        if name.startswith("vd") and read("ro") == "0":
+        if name.startswith("sd") and read("ro") == "0":
             return os.makedev(*map(int, read("dev").split(":")))
     sys.exit("there is no writable disk")
 
@@ -55,7 +55,7 @@ def sequential(work):
 
 
 def timed(task, base):
-    work = f"{base}/work"
+    work = f"{base}/files-of-the-bench"
     os.mkdir(work)
     os.sync()
     begun = time.monotonic()
