@@ -32,8 +32,9 @@ on_newest_containerd!(
     without_fuse_there_is_an_empty_directory,
 );
 
-/// Longest for an access to a guest that does not answer: the view's patience, and some.
-const BOUND: Duration = Duration::from_secs(45);
+/// Longest for an access to a guest that does not answer: the view's patience with what was asked before, which may be the
+/// closing of another file, that with a new connection, and some.
+const BOUND: Duration = Duration::from_secs(70);
 
 fn the_end_is_told(containerd: &mut Containerd) -> Result<()> {
     let shown = Shown::start(containerd)?;
