@@ -32,8 +32,8 @@ on_newest_containerd!(
     without_fuse_there_is_an_empty_directory,
 );
 
-/// Longest for an access to a guest that does not answer: the view's patience with what was asked before, which may be the
-/// closing of another file, that with a new connection, and some.
+/// Longest for an access to a guest that does not answer, and some. One access can be two requests, the second of which is made
+/// when the first has failed, and the view is patient with each.
 const BOUND: Duration = Duration::from_secs(70);
 
 fn the_end_is_told(containerd: &mut Containerd) -> Result<()> {
