@@ -66,6 +66,8 @@ fn goes_on(containerd: &mut Containerd, mib: u32, memory: Memory) -> Result<()> 
     source.client.ok::<Empty>("Checkpoint", &request(&source, &dir, Some(&options))?)?;
     let log = source.shim.log()?;
     ensure!(log.contains("pre-dump=") == (memory == Memory::CopiedAhead), "odd phases: {log}");
+    // A failure costs nothing but time, and would not be noticed otherwise.
+    ensure!(!log.contains("cannot copy memory ahead"), "no pre-dump: {log}");
     // The source too is as it was.
     as_it_was(containerd, &source)?;
     source.end()?;
