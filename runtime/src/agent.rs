@@ -5,11 +5,11 @@ mod ended;
 use std::time::Duration;
 
 use machinen_protocol::api::{
-    AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, ConfigureRequest,
-    ConfigureResponse, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty,
-    EndStdinRequest, ExecProcessRequest, ExecProcessResponse, ExportLayerRequest, ListProcessesResponse,
-    OpenViewRequest, ProcessRequest, ResizeTerminalRequest, SetClockRequest, SignalProcessRequest,
-    WaitProcessResponse,
+    AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, CheckpointImagesResponse,
+    ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
+    Empty, EndStdinRequest, ExecProcessRequest, ExecProcessResponse, ExportLayerRequest, ImageFile,
+    ListProcessesResponse, OpenViewRequest, ProcessRequest, ResizeTerminalRequest, SetClockRequest,
+    SignalProcessRequest, WaitProcessResponse,
 };
 use ttrpc::Code;
 
@@ -263,6 +263,16 @@ impl Client {
         request: CheckpointContainerRequest,
     ) -> Result<CheckpointContainerResponse, AgentError> {
         call!(self.checkpoint_container(request), Some(DUMP))
+    }
+
+    /// Where on its disk the images of the last dump are.
+    ///
+    /// # Errors
+    /// The codes that `agent.proto` lists for this call.
+    pub async fn checkpoint_images(&self, container: &str) -> Result<Vec<ImageFile>, AgentError> {
+        let answer: CheckpointImagesResponse =
+            call!(self.checkpoint_images(container_request(container)), Some(DUMP))?;
+        Ok(answer.files)
     }
 
     /// Copies the memory of a running container onto a disk, for the dump that comes next.

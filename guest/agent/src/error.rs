@@ -69,6 +69,7 @@ impl From<ContainerError> for Failure {
             ContainerError::AlreadyStarted
             | ContainerError::Running
             | ContainerError::NotPaused
+            | ContainerError::NotDumped
             | ContainerError::PagesPending
             | ContainerError::HasExecs { .. } => Code::FAILED_PRECONDITION,
             ContainerError::NoCheckpointDisk => Code::INVALID_ARGUMENT,

@@ -227,6 +227,20 @@ impl Agent for Service {
         .await
     }
 
+    async fn checkpoint_images(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRequest,
+    ) -> ttrpc::Result<api::CheckpointImagesResponse> {
+        let parts = Arc::clone(&self.parts);
+        whole(async move {
+            let container = parts.containers.get(&request.container_id)?;
+            let files = container.checkpoint_images().await?;
+            Ok(api::CheckpointImagesResponse { files, ..Default::default() })
+        })
+        .await
+    }
+
     async fn pre_dump_container(
         &self,
         _: &TtrpcContext,

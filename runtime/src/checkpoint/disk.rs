@@ -1,117 +1,277 @@
-//! From a directory of files to the disk that a guest restores from.
+//! The disk that a guest restores from: the files of a checkpoint as they are, behind the metadata of a file system.
+//!
+//! ```text
+//!   guest ── reads ──> QEMU ── NBD over a socket pair ──> thread: metadata from memory, images from their files, and each
+//!                                                         part of them is checked before a byte of it is given away
+//! ```
+//! Nothing is copied, and memory that is fetched later is not even read before: what a restore takes does not grow with it.
+//! The thread ends with the connection, so with the disk in the VM or the VM.
 
 use std::{
-    fs::{self, File},
-    io::{self, Read as _},
-    panic::resume_unwind,
+    fs::File,
+    io::{self, Read, Seek, SeekFrom, Write},
+    os::unix::{fs::FileExt as _, net::UnixStream},
     path::{Path, PathBuf},
+    sync::{Arc, Mutex},
     thread,
 };
 
-use rustix::fs::{Mode, OFlags};
-use sha2::{Digest as _, Sha256};
+use nbd::server::{Export, handshake, transmission};
 
 use super::{
-    CheckpointError,
-    manifest::{ImageDigest, MANIFEST, Manifest},
+    CheckpointError, digest,
+    digest::PART,
+    erofs::{self, Layout},
+    files::{open_image, verify_opened},
+    manifest::Manifest,
 };
-use crate::rootdisk::RootdiskCache;
+use crate::vm::DiskSource;
 
-const CHUNK: usize = 1 << 20;
+/// What `nbd` lists the only export as, and QEMU looks for it in that list.
+const EXPORT: &str = "rustnbd";
 
-/// A disk with the images of the checkpoint in `dir`, which has no name and goes with its last descriptor. Every size and
-/// digest was checked. Blocks.
-///
-/// # Errors
-/// An image is missing or not as it was written; no space or no mke2fs.
-pub(crate) fn image_disk(
-    dir: &Path,
-    manifest: &Manifest,
-    cache: &RootdiskCache,
-    mke2fs: &Path,
-) -> Result<File, CheckpointError> {
-    let opened = rustix::fs::open(dir, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
-    let opened = opened.map_err(|error| CheckpointError::file("open", dir)(error.into()))?;
-    manifest.files.iter().try_for_each(|image| open_image(dir, image).map(drop))?;
-    let bytes = manifest.files.iter().map(|file| file.size.next_multiple_of(4096)).sum();
-    // Side by side: each reads all of it once.
-    let (disk, verified) = thread::scope(|scope| {
-        let disk = scope.spawn(|| cache.disk_of_files(opened, manifest.files.len() as u64, bytes, mke2fs));
-        let verified = manifest.files.iter().try_for_each(|image| verify_image(dir, image));
-        (disk.join().unwrap_or_else(|panic| resume_unwind(panic)), verified)
-    });
-    verified?;
-    Ok(disk?)
+/// A disk to be attached; clones are the same one.
+#[derive(Debug, Clone)]
+pub(crate) struct ImageDisk(Arc<Content>);
+
+#[derive(Debug)]
+struct Content {
+    metadata: Vec<u8>,
+    images: Vec<Image>,
+    size: u64,
+    /// Why the guest was told of an error.
+    fault: Mutex<Option<CheckpointError>>,
 }
 
-/// Reads a checkpoint, and compares all of it with what was written. Blocks.
-///
-/// # Errors
-/// It is no checkpoint, or what is different.
-pub fn verify(dir: &Path) -> Result<Manifest, CheckpointError> {
-    let manifest = Manifest::read(dir)?;
-    manifest.files.iter().try_for_each(|image| verify_image(dir, image))?;
-    Ok(manifest)
+/// One file of the checkpoint, on the disk.
+#[derive(Debug)]
+struct Image {
+    /// Where it begins.
+    at: u64,
+    size: u64,
+    file: File,
+    path: PathBuf,
+    /// Of its parts; none where it was checked as a whole.
+    parts: Vec<String>,
 }
 
-/// Removes a checkpoint: the files that its manifest names, and the directory if nothing else is in it. Blocks.
-///
-/// # Errors
-/// It is no checkpoint, or a file cannot be removed; the manifest goes last, so that it can be tried again.
-pub fn remove(dir: &Path) -> Result<(), CheckpointError> {
-    let manifest = Manifest::read(dir)?;
-    for name in manifest.files.iter().map(|file| file.name.as_str()).chain([MANIFEST]) {
-        let path = dir.join(name);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(CheckpointError::file("remove", path)(error));
+impl ImageDisk {
+    /// Opens all images. All but memory are compared with their digests now, memory when it is read. Blocks.
+    ///
+    /// # Errors
+    /// An image is missing or not as it was written.
+    pub(crate) fn open(dir: &Path, manifest: &Manifest) -> Result<Self, CheckpointError> {
+        let opened = manifest.files.iter().map(|image| Ok((image, open_image(dir, image)?)));
+        let opened = opened.collect::<Result<Vec<_>, CheckpointError>>()?;
+        let named: Vec<_> = manifest.files.iter().map(|image| (image.name.as_str(), image.size)).collect();
+        let too_large = || CheckpointError::TooLarge { dir: dir.to_owned() };
+        let Layout { metadata, offsets, size } = erofs::layout(&named).ok_or_else(too_large)?;
+        let images = opened.into_iter().zip(offsets).map(|((image, (path, file)), at)| {
+            if !image.is_memory() || image.parts.is_empty() {
+                verify_opened(image, &path, &file)?;
             }
-            _ => {}
-        }
+            let parts = if image.size <= PART { vec![image.sha256.clone()] } else { image.parts.clone() };
+            Ok(Image { at, size: image.size, file, path, parts })
+        });
+        let images = images.collect::<Result<_, CheckpointError>>()?;
+        Ok(Self(Arc::new(Content { metadata, images, size, fault: Mutex::new(None) })))
     }
-    match fs::remove_dir(dir) {
-        Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => {
-            Err(CheckpointError::file("remove", dir)(error))
-        }
-        _ => Ok(()),
+
+    /// Starts to serve it to whoever is given the result.
+    ///
+    /// # Errors
+    /// No socket or thread can be had.
+    pub(crate) fn serve(&self) -> io::Result<DiskSource> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let content = Arc::clone(&self.0);
+        thread::Builder::new().name("checkpoint-disk".to_owned()).spawn(move || {
+            // QEMU closes the socket without a word when it is killed.
+            if let Err(error) = serve(&ours, content) {
+                tracing::debug!("the disk of a checkpoint is not read any more: {error}");
+            }
+        })?;
+        Ok(DiskSource::Nbd { socket: theirs.into(), export: EXPORT })
+    }
+
+    /// What was wrong with the checkpoint, if the guest could not read of it for that reason.
+    pub(crate) fn fault(&self) -> Option<CheckpointError> {
+        self.0.fault.lock().expect("no panic while held").take()
     }
 }
 
-/// # Errors
-/// The image is missing, or not a file of the size that was written.
-fn open_image(dir: &Path, image: &ImageDigest) -> Result<(PathBuf, File), CheckpointError> {
-    let path = dir.join(&image.name);
-    let changed = |what: String| Err(CheckpointError::Changed { path: path.clone(), what });
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = match rustix::fs::open(&path, flags, Mode::empty()) {
-        Ok(file) => File::from(file),
-        Err(rustix::io::Errno::NOENT) => return changed("is missing".to_owned()),
-        Err(rustix::io::Errno::LOOP) => return changed("is a link".to_owned()),
-        Err(error) => return Err(CheckpointError::file("open", &path)(error.into())),
-    };
-    let metadata = file.metadata().map_err(CheckpointError::file("read", &path))?;
-    if !metadata.is_file() {
-        return changed("is not a regular file".to_owned());
-    }
-    if metadata.len() != image.size {
-        return changed(format!("has {} bytes instead of {}", metadata.len(), image.size));
-    }
-    Ok((path, file))
+fn serve(mut socket: &UnixStream, content: Arc<Content>) -> io::Result<()> {
+    let size = content.size;
+    handshake(&mut socket, |_| Ok(Export { size, readonly: true, ..Export::<()>::default() }))?;
+    transmission(socket, Reader { content, at: 0, buffer: Vec::new(), buffered: None })
 }
 
-/// # Errors
-/// The image is not the one that was written.
-fn verify_image(dir: &Path, image: &ImageDigest) -> Result<(), CheckpointError> {
-    let (path, file) = open_image(dir, image)?;
-    let (mut digest, mut buffer, mut rest) = (Sha256::new(), vec![0; CHUNK], file.take(image.size));
-    loop {
-        match rest.read(&mut buffer).map_err(CheckpointError::file("read", &path))? {
-            0 => break,
-            count => digest.update(&buffer[..count]),
+/// One client's place on the disk.
+struct Reader {
+    content: Arc<Content>,
+    at: u64,
+    /// The part that was checked last, and of which image it is which.
+    buffer: Vec<u8>,
+    buffered: Option<(usize, u64)>,
+}
+
+impl Read for Reader {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let content = Arc::clone(&self.content);
+        let (from, rest) = (self.at, content.size.saturating_sub(self.at));
+        let limit = usize::try_from(rest).unwrap_or(usize::MAX).min(into.len());
+        let into = &mut into[..limit];
+        let count = match content.images.partition_point(|image| image.at <= from).checked_sub(1) {
+            _ if into.is_empty() => 0,
+            None => give(&content.metadata[from as usize..], into),
+            Some(index) => self.read_image(index, into)?,
+        };
+        self.at += count as u64;
+        Ok(count)
+    }
+}
+
+impl Reader {
+    fn read_image(&mut self, index: usize, into: &mut [u8]) -> io::Result<usize> {
+        let content = Arc::clone(&self.content);
+        let image = &content.images[index];
+        let at = self.at - image.at;
+        let Some(rest) = image.size.checked_sub(at).filter(|rest| *rest > 0) else {
+            // What is left of the block.
+            let count = erofs::BLOCK.min(into.len());
+            let count = count.min(erofs::BLOCK - (at % erofs::BLOCK as u64) as usize);
+            into[..count].fill(0);
+            return Ok(count);
+        };
+        let fault = |what: &str| {
+            let path = image.path.clone();
+            tracing::error!(path = %path.display(), "an image of a checkpoint {what} now");
+            let fault = CheckpointError::Changed { path, what: what.to_owned() };
+            self.content.fault.lock().expect("no panic while held").get_or_insert(fault);
+            io::Error::from_raw_os_error(libc::EIO)
+        };
+        if image.parts.is_empty() {
+            let count = usize::try_from(rest).unwrap_or(usize::MAX).min(into.len());
+            image.file.read_exact_at(&mut into[..count], at).map_err(|_| fault("cannot be read"))?;
+            return Ok(count);
         }
+        let number = at / PART;
+        if self.buffered != Some((index, number)) {
+            self.buffered = None;
+            let part = digest::read_part(&image.file, image.size, number, &mut self.buffer);
+            let part = part.map_err(|_| fault("cannot be read"))?;
+            if Some(&digest::of(part)) != image.parts.get(number as usize) {
+                return Err(fault("has another content"));
+            }
+            self.buffered = Some((index, number));
+        }
+        Ok(give(&self.buffer[(at % PART) as usize..], into))
     }
-    if format!("{:x}", digest.finalize()) != image.sha256 {
-        return Err(CheckpointError::Changed { path, what: "has another content".to_owned() });
+}
+
+/// As much as there is and fits.
+fn give(from: &[u8], into: &mut [u8]) -> usize {
+    let count = from.len().min(into.len());
+    into[..count].copy_from_slice(&from[..count]);
+    count
+}
+
+impl Seek for Reader {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        match to {
+            SeekFrom::Start(at) => self.at = at,
+            _ => return Err(io::ErrorKind::Unsupported.into()),
+        }
+        Ok(self.at)
     }
-    Ok(())
+}
+
+/// Nobody writes to it; the protocol's library wants to be able to.
+impl Write for Reader {
+    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+        Err(io::Error::from_raw_os_error(libc::EROFS))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use nbd::client;
+
+    use super::*;
+    use crate::checkpoint::ImageDigest;
+
+    /// A checkpoint with these files, memory among them.
+    fn saved(dir: &Path, files: &[(&str, Vec<u8>)]) -> Manifest {
+        let digests = files.iter().map(|(name, content)| {
+            let path = dir.join(name);
+            fs::write(&path, content).unwrap();
+            let (file, size) = (File::open(path).unwrap(), content.len() as u64);
+            let parts = if size > PART { digest::of_parts(&file, size).unwrap() } else { Vec::new() };
+            ImageDigest { name: (*name).to_owned(), size, sha256: digest::of(content), parts }
+        });
+        Manifest { files: digests.collect(), ..Manifest::default() }
+    }
+
+    /// The bytes of the disk, as far as they can be read.
+    fn read(disk: &ImageDisk) -> Vec<u8> {
+        let DiskSource::Nbd { socket, .. } = disk.serve().unwrap() else { panic!("not served") };
+        let mut socket = UnixStream::from(socket);
+        let export = client::handshake(&mut socket, EXPORT.as_bytes()).unwrap();
+        assert!(export.readonly && export.size == disk.0.size);
+        let (mut client, mut all, mut block) =
+            (client::NbdClient::new(&mut socket, &export), Vec::new(), [0; 4096]);
+        while (all.len() as u64) < export.size && client.read_exact(&mut block).is_ok() {
+            all.extend(block);
+        }
+        all
+    }
+
+    #[test]
+    fn the_disk_has_all_files_where_its_metadata_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let memory: Vec<u8> = (0..3 * PART + 4096).map(|at| (at / 1000) as u8).collect();
+        let files = [("core-1.img", vec![7; 900]), ("empty", vec![]), ("pages-1.img", memory)];
+        let disk = ImageDisk::open(dir.path(), &saved(dir.path(), &files)).unwrap();
+        // What was opened is used, whatever becomes of the names.
+        dir.close().unwrap();
+        let all = read(&disk);
+        assert_eq!(all.len() as u64, disk.0.size);
+        assert!(all.starts_with(&disk.0.metadata));
+        for (image, (name, content)) in disk.0.images.iter().zip(&files) {
+            assert!(all[image.at as usize..].starts_with(content), "{name}");
+        }
+        assert!(disk.fault().is_none());
+    }
+
+    #[test]
+    fn memory_is_checked_when_it_is_read_and_all_else_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = [("ghost-file-1.img", vec![1; 3 << 20]), ("pages-1.img", vec![2; 3 << 20])];
+        let manifest = saved(dir.path(), &files);
+        let change = |name: &str, byte| {
+            let file = File::options().write(true).open(dir.path().join(name)).unwrap();
+            file.write_all_at(&[byte], PART + 77).unwrap();
+        };
+        change("ghost-file-1.img", 9);
+        let error = ImageDisk::open(dir.path(), &manifest).unwrap_err();
+        assert!(matches!(error, CheckpointError::Changed { .. }), "{error}");
+        change("ghost-file-1.img", 1);
+        change("pages-1.img", 9);
+        let disk = ImageDisk::open(dir.path(), &manifest).unwrap();
+        let wrong = disk.0.images[1].at + PART;
+        assert_eq!(read(&disk).len() as u64, wrong);
+        let fault = disk.fault().unwrap().to_string();
+        assert!(fault.contains("pages-1.img") && fault.contains("another content"), "{fault}");
+        // Where the parts are not known it is checked like all else.
+        let mut older = manifest.clone();
+        older.files[1].parts.clear();
+        assert!(ImageDisk::open(dir.path(), &older).is_err());
+        change("pages-1.img", 2);
+        assert_eq!(read(&ImageDisk::open(dir.path(), &older).unwrap()).len() as u64, disk.0.size);
+    }
 }

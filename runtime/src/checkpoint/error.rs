@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use crate::{
     error::{ErrorKind, Kind},
-    rootdisk::{Key, RootdiskError},
+    rootdisk::Key,
 };
 
 use super::manifest::{FORMAT, MANIFEST};
@@ -19,8 +19,6 @@ pub enum CheckpointError {
     NotEmpty { path: PathBuf },
     #[error("the guest's answer about its images makes no sense: {what}")]
     Guest { what: String },
-    #[error(transparent)]
-    Disk(#[from] RootdiskError),
     #[error("{} is no checkpoint of machinen: it has no {MANIFEST}", dir.display())]
     NoManifest { dir: PathBuf },
     #[error("{} is not valid", path.display())]
@@ -31,6 +29,10 @@ pub enum CheckpointError {
     Arch { found: String, here: &'static str },
     #[error("{} is named {name:?}, which is not a plain file name", path.display())]
     Name { path: PathBuf, name: String },
+    #[error("{} does not have the digests of all parts of {name}, or has too many", path.display())]
+    Parts { path: PathBuf, name: String },
+    #[error("the files of the checkpoint {} are more than 16 TiB", dir.display())]
+    TooLarge { dir: PathBuf },
     #[error("{} of the checkpoint {what}: it was truncated or changed", path.display())]
     Changed { path: PathBuf, what: String },
     #[error(
@@ -55,9 +57,12 @@ impl Kind for CheckpointError {
             Self::File { .. } | Self::Guest { .. } => ErrorKind::Internal,
             Self::NoSpace { .. } => ErrorKind::ResourceExhausted,
             Self::NotEmpty { .. } => ErrorKind::AlreadyExists,
-            Self::Disk(error) => error.kind(),
             Self::NoManifest { .. } => ErrorKind::NotFound,
-            Self::Manifest { .. } | Self::Name { .. } | Self::Changed { .. } => ErrorKind::InvalidArgument,
+            Self::Manifest { .. }
+            | Self::Name { .. }
+            | Self::Parts { .. }
+            | Self::TooLarge { .. }
+            | Self::Changed { .. } => ErrorKind::InvalidArgument,
             Self::Format { .. } | Self::Arch { .. } | Self::Rootfs { .. } => ErrorKind::FailedPrecondition,
         }
     }

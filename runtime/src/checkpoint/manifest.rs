@@ -13,7 +13,7 @@ use std::{
 use machinen_protocol::api::{CgroupFile, CheckpointFacts, CriuOptions, ExternalMount};
 use serde::{Deserialize, Serialize};
 
-use super::CheckpointError;
+use super::{CheckpointError, digest::PART};
 
 /// Version of the directory's format.
 pub const FORMAT: u32 = 1;
@@ -91,6 +91,16 @@ pub struct ImageDigest {
     pub size: u64,
     /// Hexadecimal.
     pub sha256: String,
+    /// The same of each MiB, for images larger than one, so that what is read can be checked without the rest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<String>,
+}
+
+impl ImageDigest {
+    /// Whether it is memory of processes, which has no structure that anything depends on before it is read.
+    pub(super) fn is_memory(&self) -> bool {
+        self.name.starts_with("pages-")
+    }
 }
 
 impl Manifest {
@@ -129,9 +139,12 @@ impl Manifest {
         if manifest.arch != here {
             return Err(CheckpointError::Arch { found: manifest.arch, here });
         }
-        for ImageDigest { name, .. } in &manifest.files {
+        for ImageDigest { name, size, parts, .. } in &manifest.files {
             if !is_plain(name) {
                 return Err(CheckpointError::Name { path, name: name.clone() });
+            }
+            if !parts.is_empty() && parts.len() as u64 != size.div_ceil(PART) {
+                return Err(CheckpointError::Parts { path, name: name.clone() });
             }
         }
         Ok(manifest)
@@ -220,6 +233,25 @@ mod tests {
         let (written, read): (serde_json::Value, serde_json::Value) =
             (serde_json::to_value(&again).unwrap(), serde_json::from_str(golden).unwrap());
         assert_eq!(written, read);
+    }
+
+    #[test]
+    fn parts_that_are_not_those_of_the_size_are_refused() {
+        let golden: serde_json::Value = serde_json::from_str(include_str!("golden/format-1.json")).unwrap();
+        let parsed = |size: u64, parts: usize| {
+            let mut text = golden.clone();
+            text["arch"] = std::env::consts::ARCH.into();
+            text["files"][0]["size"] = size.into();
+            text["files"][0]["parts"] = vec!["00"; parts].into();
+            Manifest::parse(text.to_string().as_bytes(), Path::new("machinen.json"))
+        };
+        for (size, parts) in [(PART, 2), (PART + 1, 1), (0, 1), (u64::MAX, 3)] {
+            let refused = parsed(size, parts);
+            assert!(matches!(refused, Err(CheckpointError::Parts { .. })), "{size} {parts}: {refused:?}");
+        }
+        for (size, parts) in [(PART, 1), (PART + 1, 2), (3 * PART, 3), (3 * PART, 0)] {
+            assert!(parsed(size, parts).is_ok(), "{size} {parts}");
+        }
     }
 
     #[test]

@@ -2,20 +2,24 @@
 //!
 //! ```text
 //!   save   disk that the guest wrote ── read by extents, hashed, synced ──> DIR/*.img ... DIR/machinen.json (last)
-//!   load   DIR ── machinen.json understood, every size and digest checked ──> disk for the guest to read
+//!   load   DIR ── machinen.json understood, sizes and digests checked ──> disk for the guest to read; memory is checked
+//!                 when it is read
 //! ```
 //! What the guest says about its images (names, sizes, places) is checked before anything of it is used. The manifest is
 //! written last: a directory without it is no checkpoint.
 
+mod digest;
 mod disk;
+mod erofs;
 mod error;
+mod files;
 mod manifest;
 mod save;
 
-pub use disk::{remove, verify};
 pub use error::CheckpointError;
+pub use files::{remove, verify};
 pub use manifest::{FORMAT, ImageDigest, MANIFEST, Manifest, Mount, Options};
 pub use save::Saved;
 
-pub(crate) use disk::image_disk;
+pub(crate) use disk::ImageDisk;
 pub(crate) use save::{Images, copy, copy_reports, save};

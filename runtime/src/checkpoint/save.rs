@@ -2,22 +2,21 @@
 
 use std::{
     fs::{self, DirBuilder, File},
-    io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _},
+    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
+    thread,
 };
 
 use machinen_protocol::api::{CheckpointFacts, ImageFile};
-use sha2::{Digest as _, Sha256};
 
 use super::{
-    CheckpointError,
+    CheckpointError, digest,
     manifest::{ImageDigest, MANIFEST, Manifest, is_plain},
 };
 
 /// CRIU makes a few files for each process; a container has thousands of those at most.
 const MAX_FILES: usize = 100_000;
-const CHUNK: usize = 1 << 20;
 
 /// What the guest says of its images, and the disk that it says it of.
 #[derive(Debug)]
@@ -45,12 +44,9 @@ pub struct Saved {
 pub(crate) fn save(images: Images, mut manifest: Manifest, dir: &Path) -> Result<Saved, CheckpointError> {
     check(&images)?;
     let mut written = Written::begin(dir)?;
-    let mut bytes = 0;
-    for file in &images.files {
-        let sha256 = written.image(file, &images.disk)?;
-        bytes += file.size;
-        manifest.files.push(ImageDigest { name: file.name.clone(), size: file.size, sha256 });
-    }
+    let copies = images.files.iter().map(|file| written.image(file, &images.disk));
+    manifest.files = finish(copies.collect::<Result<_, _>>()?)?;
+    let bytes = images.files.iter().map(|file| file.size).sum();
     let files = images.files.len();
     manifest.take_facts(images.facts);
     written.manifest(&manifest)?;
@@ -153,12 +149,11 @@ impl Written {
         Ok((file, path))
     }
 
-    /// Copies an image from the disk, and returns its digest.
-    fn image(&mut self, image: &ImageFile, disk: &File) -> Result<String, CheckpointError> {
+    /// Copies an image from the disk.
+    fn image(&mut self, image: &ImageFile, disk: &File) -> Result<Copied, CheckpointError> {
         let (file, path) = self.create(&image.name)?;
-        let copied = copy_pieces(image, disk, &file).map_err(CheckpointError::file("write", &path))?;
-        file.sync_all().map_err(CheckpointError::file("write", &path))?;
-        Ok(copied)
+        copy_pieces(image, disk, &file).map_err(CheckpointError::file("write", &path))?;
+        Ok(Copied { name: image.name.clone(), size: image.size, path })
     }
 
     /// A file that has reached the medium, under another name.
@@ -212,36 +207,59 @@ impl Drop for Written {
     }
 }
 
-/// What no piece covers is a hole, in the copy too.
-fn copy_pieces(image: &ImageFile, disk: &File, to: &File) -> io::Result<String> {
+/// What no piece covers is a hole, in the copy too. Where the file system can, the copy shares the disk's blocks.
+fn copy_pieces(image: &ImageFile, mut disk: &File, mut to: &File) -> io::Result<()> {
     to.set_len(image.size)?;
-    let mut digest = Sha256::new();
-    let mut buffer = vec![0; CHUNK];
-    let mut at = 0;
     for piece in &image.extents {
-        zeros(&mut digest, piece.logical - at);
-        let mut done = 0;
-        while done < piece.length {
-            let length = CHUNK.min(usize::try_from(piece.length - done).unwrap_or(CHUNK));
-            let chunk = &mut buffer[..length];
-            disk.read_exact_at(chunk, piece.physical + done)?;
-            to.write_all_at(chunk, piece.logical + done)?;
-            digest.update(&*chunk);
-            done += length as u64;
+        disk.seek(SeekFrom::Start(piece.physical))?;
+        to.seek(SeekFrom::Start(piece.logical))?;
+        if io::copy(&mut disk.take(piece.length), &mut to)? != piece.length {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        at = piece.logical + piece.length;
     }
-    zeros(&mut digest, image.size - at);
-    Ok(format!("{:x}", digest.finalize()))
+    Ok(())
 }
 
-fn zeros(digest: &mut Sha256, mut count: u64) {
-    let zeros = [0; 4096];
-    while count > 0 {
-        let length = count.min(zeros.len() as u64);
-        digest.update(&zeros[..length as usize]);
-        count -= length;
+/// An image that has its name and is not on the medium yet.
+#[derive(Debug)]
+struct Copied {
+    name: String,
+    size: u64,
+    path: PathBuf,
+}
+
+impl Copied {
+    fn with<T>(&self, work: impl FnOnce(&File) -> io::Result<T>) -> Result<T, CheckpointError> {
+        File::open(&self.path)
+            .and_then(|file| work(&file))
+            .map_err(CheckpointError::file("write", &self.path))
     }
+}
+
+/// Brings the copies to the medium, and reads them for their digests meanwhile.
+fn finish(copies: Vec<Copied>) -> Result<Vec<ImageDigest>, CheckpointError> {
+    let sync = || copies.iter().try_for_each(|copy| copy.with(File::sync_all));
+    let whole = |copy: &Copied| copy.with(|file| digest::of_file(file, copy.size));
+    let parts = |copy: &Copied| match copy.size {
+        ..=digest::PART => Ok(Vec::new()),
+        size => copy.with(|file| digest::of_parts(file, size)),
+    };
+    let (synced, wholes, parts) = thread::scope(|scope| {
+        let synced = scope.spawn(sync);
+        let parts = scope.spawn(|| copies.iter().map(parts).collect::<Result<Vec<_>, _>>());
+        let wholes = copies.iter().map(whole).collect::<Result<Vec<_>, _>>();
+        let no_panic = "the thread does not panic";
+        (synced.join().expect(no_panic), wholes, parts.join().expect(no_panic))
+    });
+    synced?;
+    let digests = copies.into_iter().zip(wholes?).zip(parts?);
+    let digests = digests.map(|((copy, sha256), parts)| ImageDigest {
+        name: copy.name,
+        size: copy.size,
+        sha256,
+        parts,
+    });
+    Ok(digests.collect())
 }
 
 #[cfg(test)]
@@ -281,7 +299,7 @@ mod tests {
         let content = [0, 0, 0, 1, 2, 0, 3, 4, 0, 0];
         assert_eq!(fs::read(path.join("pages-1.img")).unwrap(), content);
         let manifest = Manifest::read(&path).unwrap();
-        assert_eq!(manifest.files[0].sha256, format!("{:x}", Sha256::digest(content)));
+        assert_eq!(manifest.files[0].sha256, digest::of(&content));
     }
 
     #[test]

@@ -3,13 +3,13 @@
 //! ```text
 //!   checkpoint   a disk for the guest -> freeze, export the layer (unless paused) -> CRIU dumps onto it
 //!                -> goes on, unless it is to end -> read, hashed, synced to the directory -> exit: killed
-//!   create       manifest understood -> images checked and put on a disk -> CRIU makes the processes, which wait
+//!   create       manifest understood -> images are a disk -> CRIU makes the processes, which wait
 //!   start        they run
 //! ```
 //! Until the files are on the medium nothing has happened to the container: a failure leaves it as it was.
 
 use std::{
-    fs::{self, File},
+    fs,
     path::{Path, PathBuf},
     sync::Arc,
     time::SystemTime,
@@ -30,10 +30,10 @@ use super::{
 };
 use crate::{
     agent::{self, AgentError},
-    checkpoint::{self, CheckpointError, FORMAT, Images, Manifest, Options, Saved},
-    config::{self, Config},
+    checkpoint::{self, CheckpointError, FORMAT, ImageDisk, Images, Manifest, Options, Saved},
+    config,
     error::chain,
-    rootdisk::{Key, RootdiskCache},
+    rootdisk::Key,
     spec,
     vm::{DiskAddress, VmError},
 };
@@ -82,9 +82,15 @@ impl Pod {
         let phases = Phases::default();
         let taking = Taking::new(self, container, &agent, wanted, !was_paused);
         let written = async {
-            let Dumped { images, criu, layer } = taking.images(&phases).await?;
+            let Dumped { images, attached, criu, layer } = taking.images(&phases).await?;
             let manifest = Manifest { layer, ..manifest };
-            let Saved { files, bytes } = save(id, images, manifest, wanted, &phases).await?;
+            let (saved, detached) = tokio::join!(
+                save(id, images, manifest, wanted, &phases),
+                phases.time("detach", attached.detach()),
+            );
+            // A disk that stays in the VM costs it a place, and the checkpoint is whole.
+            detached.unwrap_or_else(|error| tracing::warn!(id, "{}", chain(&error)));
+            let Saved { files, bytes } = saved?;
             let path = wanted.path.display();
             tracing::info!(id, files, bytes, ?criu, phases = %phases, %path, "container checkpointed");
             self.emit(Event::Checkpointed { id: id.to_owned(), path: wanted.path.clone() });
@@ -165,18 +171,28 @@ fn manifest(container: &Container, options: Options) -> Result<Manifest, Checkpo
     })
 }
 
+/// A checkpoint in a VM.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub(super) address: DiskAddress,
+    pub(super) disk: ImageDisk,
+}
+
 impl Container {
     /// Takes the disk with the checkpoint out of the VM of a container that runs, when it has all of its memory.
     pub(super) fn release_checkpoint(self: &Arc<Self>, agent: agent::Client) {
-        let disk = self.checkpoint_disk.lock().expect("no panic while held").take();
-        let Some(address) = disk else { return };
+        let source = self.checkpoint.lock().expect("no panic while held").take();
+        let Some(Source { address, disk }) = source else { return };
         let container = Arc::clone(self);
         tokio::spawn(async move {
             let id = container.id.as_str();
             match agent.wait_pages(id).await {
                 Ok(()) => tracing::info!(id, "all of the container's memory was fetched from its checkpoint"),
                 Err(AgentError::Closed) => return,
-                Err(error) => tracing::error!(id, "a restored container has lost memory: {}", chain(&error)),
+                Err(error) => {
+                    let why = disk.fault().map_or_else(|| chain(&error), |fault| chain(&fault));
+                    tracing::error!(id, "a restored container has lost memory, and was killed: {why}");
+                }
             }
             match container.vm.detach_disk(address).await {
                 Ok(()) | Err(VmError::Exited(_)) => {}
@@ -203,6 +219,14 @@ impl Restore {
         match Manifest::read(&dir) {
             Ok(manifest) => Ok(Self { id, dir, manifest }),
             Err(source) => Err(PodError::Restore { id, dir, source }),
+        }
+    }
+
+    /// Why the guest could not restore it: what is wrong with the checkpoint, if anything is.
+    pub(super) fn refused(&self, disk: &ImageDisk, error: AgentError) -> PodError {
+        match disk.fault() {
+            Some(fault) => self.failed(fault),
+            None => PodError::guest("create", &self.id, error),
         }
     }
 
@@ -255,19 +279,15 @@ fn new_hostname<'a>(was: Option<&str>, spec: &'a Spec) -> &'a str {
 /// The disk with the images that are gone on from.
 pub(super) async fn restore_disk(
     restore: Option<&Restore>,
-    config: &Config,
     phases: &Phases,
-) -> Result<Option<File>, PodError> {
+) -> Result<Option<ImageDisk>, PodError> {
     let Some(restore) = restore.cloned() else { return Ok(None) };
-    let config::Rootdisk { dir, mke2fs, .. } = config.rootdisk.clone();
-    let make = move || {
-        let cache = RootdiskCache::open(&dir).map_err(CheckpointError::from);
-        let disk =
-            cache.and_then(|cache| checkpoint::image_disk(&restore.dir, &restore.manifest, &cache, &mke2fs));
+    let open = move || {
+        let disk = ImageDisk::open(&restore.dir, &restore.manifest);
         disk.map_err(|source| restore.failed(source))
     };
-    let made = phases.time("checkpoint", async { spawn_blocking(make).await.map_err(PodError::Worker)? });
-    made.await.map(Some)
+    let opened = phases.time("checkpoint", async { spawn_blocking(open).await.map_err(PodError::Worker)? });
+    opened.await.map(Some)
 }
 
 #[cfg(test)]

@@ -8,16 +8,13 @@ use std::{
 use super::{
     Process,
     anchor::Anchor,
+    checkpoint,
     exec::Execs,
     layer::Layer,
     state::{Exit, State},
     stdio::StdioNames,
 };
-use crate::{
-    process,
-    rootdisk::Key,
-    vm::{DiskAddress, Vm},
-};
+use crate::{process, rootdisk::Key, vm::Vm};
 
 /// A container that exists in the guest.
 #[derive(Debug)]
@@ -34,8 +31,8 @@ pub struct Container {
     pub(super) layer: Layer,
     /// The disk with the lower layers of its root file system, where that is an overlay.
     pub(super) base: Option<Key>,
-    /// The disk with the checkpoint that it goes on from, until it has been started.
-    pub(super) checkpoint_disk: Mutex<Option<DiskAddress>>,
+    /// The checkpoint that it goes on from, until it has been started.
+    pub(super) checkpoint: Mutex<Option<checkpoint::Source>>,
     /// Its memory goes to a checkpoint's disk once before it stands still.
     pub(super) pre_dump: bool,
 }
@@ -45,7 +42,7 @@ pub struct Container {
 pub(super) struct Storage {
     pub(super) layer: Layer,
     pub(super) base: Option<Key>,
-    pub(super) checkpoint: Option<DiskAddress>,
+    pub(super) checkpoint: Option<checkpoint::Source>,
     pub(super) pre_dump: bool,
 }
 
@@ -69,7 +66,7 @@ impl Container {
             execs: Execs::default(),
             layer,
             base,
-            checkpoint_disk: Mutex::new(checkpoint),
+            checkpoint: Mutex::new(checkpoint),
             pre_dump,
         }
     }

@@ -30,6 +30,7 @@ use super::{
 use crate::{
     agent, annotations,
     assets::Assets,
+    checkpoint::ImageDisk,
     config::{self, Config},
     rootdisk::{BuildOptions, Progress, Rootdisk, RootdiskCache},
     spec::{
@@ -37,7 +38,7 @@ use crate::{
         guest::{self, GuestSpec, Injected, MAX_INJECTED},
     },
     view::Guest,
-    vm::{DiskAddress, DiskSpec, Vm, VmError},
+    vm::{DiskAddress, DiskSource, DiskSpec, Vm, VmError},
 };
 
 /// A request to create a container.
@@ -67,11 +68,11 @@ pub(super) struct Prepared {
 
 /// The disks of a container: what its image has, and what it writes; or one of them, which has all.
 #[derive(Debug)]
-struct Disks<T> {
+struct Disks<T, C = T> {
     base: Option<T>,
     writable: Option<T>,
     /// What it goes on from.
-    checkpoint: Option<T>,
+    checkpoint: Option<C>,
 }
 
 impl Pod {
@@ -129,7 +130,7 @@ impl Pod {
             tokio::try_join!(
                 phases.time("rootdisk", base_disk(&prepared, &create.id)),
                 phases.time("writable", layer::open_disk(&prepared.rootfs, &prepared.config)),
-                checkpoint::restore_disk(prepared.restore.as_ref(), &prepared.config, phases),
+                checkpoint::restore_disk(prepared.restore.as_ref(), phases),
             )
         };
         // A conversion can take long: a VM that ends meanwhile is told at once.
@@ -169,10 +170,13 @@ impl Pod {
                 &prepared.guest.spec,
             ));
         }
-        let created = phases
-            .time("guest-create", agent.create_container(request))
-            .await
-            .map_err(|source| PodError::guest("create", &create.id, source))?;
+        let created =
+            phases.time("guest-create", agent.create_container(request)).await.map_err(|source| {
+                match (&prepared.restore, &files.checkpoint) {
+                    (Some(restore), Some(disk)) => restore.refused(disk, source),
+                    _ => PodError::guest("create", &create.id, source),
+                }
+            })?;
         phases.record_guest(&created);
         // It has been for long; its pid must not be told before.
         phases.time("anchor", anchor.settled()).await?;
@@ -180,7 +184,10 @@ impl Pod {
         let storage = Storage {
             layer,
             base: overlaid,
-            checkpoint: disks.checkpoint,
+            checkpoint: disks
+                .checkpoint
+                .zip(files.checkpoint)
+                .map(|(address, disk)| checkpoint::Source { address, disk }),
             pre_dump: prepared.config.checkpoint.pre_dump,
         };
         let (container, watched) = self.assemble(create, anchor, agent, vm, streams, storage);
@@ -239,19 +246,28 @@ impl Pod {
 async fn ready(
     vm: &Vm,
     id: &str,
-    files: &Disks<File>,
+    files: &Disks<File, ImageDisk>,
     phases: &Phases,
 ) -> Result<(Disks<DiskAddress>, agent::Client), PodError> {
-    let attach = async |what, file: &Option<File>, read_only, name: &str| {
-        let Some(file) = file else { return Ok(None) };
-        let file = file.try_clone().map_err(PodError::Descriptor)?.into();
-        let disk = DiskSpec { file, read_only, volatile: false, serial: format!("{name}-{id}") };
+    let attach = async |what, source, read_only, name: &str| {
+        let disk = DiskSpec { source, read_only, volatile: false, serial: format!("{name}-{id}") };
         vm.attach_disk(disk).await.map(Some).map_err(|source| PodError::Vm { what, source })
     };
+    let attach_file = async |what, file: &Option<File>, read_only, name| {
+        let Some(file) = file else { return Ok(None) };
+        let file = file.try_clone().map_err(PodError::Descriptor)?;
+        attach(what, DiskSource::File(file.into()), read_only, name).await
+    };
+    let attach_checkpoint = async {
+        let Some(disk) = &files.checkpoint else { return Ok(None) };
+        let source = disk.serve().map_err(PodError::Descriptor)?;
+        attach("attach the checkpoint", source, true, "cp").await
+    };
     let (base, writable, checkpoint, agent) = tokio::try_join!(
-        phases.time("attach-base", attach("attach the base disk", &files.base, true, "base")),
-        phases.time("attach-writable", attach("attach the writable layer", &files.writable, false, "rw")),
-        attach("attach the checkpoint", &files.checkpoint, true, "cp"),
+        phases.time("attach-base", attach_file("attach the base disk", &files.base, true, "base")),
+        phases
+            .time("attach-writable", attach_file("attach the writable layer", &files.writable, false, "rw")),
+        attach_checkpoint,
         phases.time("vm-ready", async { vm.agent().await.map_err(PodError::Boot) }),
     )?;
     Ok((Disks { base, writable, checkpoint }, agent))

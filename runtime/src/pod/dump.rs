@@ -1,7 +1,8 @@
 //! What of a checkpoint the guest does: a container's memory and state onto a disk, while it stands still as short as can be.
 //!
 //! ```text
-//!   disk attached -> (pre-dump: memory copied, it runs) -> frozen, layer exported -> dump -> goes on -> disk detached
+//!   disk attached -> (pre-dump: memory copied, it runs) -> frozen, layer exported -> dump -> goes on
+//!                                                                                         -> written back, located
 //! ```
 
 use std::{
@@ -11,7 +12,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use machinen_protocol::api::{CheckpointContainerRequest, CheckpointContainerResponse};
+use machinen_protocol::api::{
+    CheckpointContainerRequest, CheckpointContainerResponse, CheckpointFacts, ImageFile,
+};
 use protobuf::MessageField;
 use tokio::task::spawn_blocking;
 
@@ -26,7 +29,7 @@ use crate::{
     config,
     error::chain,
     rootdisk::RootdiskCache,
-    vm::DiskSpec,
+    vm::{DiskAddress, DiskSource, DiskSpec, Vm},
 };
 
 /// What images can take beside the container's memory, bytes.
@@ -45,9 +48,40 @@ pub(super) struct Taking<'a> {
 /// What CRIU has left, and how long it took.
 pub(super) struct Dumped {
     pub(super) images: Images,
+    /// Where the guest has written them.
+    pub(super) attached: Attached,
     pub(super) criu: Duration,
     /// Which directory has what the container had written; see [`crate::layer::identity`].
     pub(super) layer: Option<String>,
+}
+
+/// The guest's part of that.
+struct Left {
+    files: Vec<ImageFile>,
+    facts: CheckpointFacts,
+    criu: Duration,
+    layer: Option<String>,
+}
+
+/// A disk in the VM, to be detached.
+pub(super) struct Attached {
+    vm: Vm,
+    address: DiskAddress,
+}
+
+impl Attached {
+    async fn attach(vm: Vm, disk: DiskSpec) -> Result<Self, PodError> {
+        let attached = vm.attach_disk(disk).await;
+        let what = "attach a disk for the checkpoint";
+        attached.map(|address| Self { vm, address }).map_err(|source| PodError::Vm { what, source })
+    }
+
+    /// # Errors
+    /// QEMU does not let go of it.
+    pub(super) async fn detach(self) -> Result<(), PodError> {
+        let what = "detach the checkpoint's disk";
+        self.vm.detach_disk(self.address).await.map_err(|source| PodError::Vm { what, source })
+    }
 }
 
 impl<'a> Taking<'a> {
@@ -62,47 +96,44 @@ impl<'a> Taking<'a> {
         Self { pod, container, agent, wanted, runs, held: AtomicBool::new(false) }
     }
 
-    /// Has CRIU dump. A container that ran goes on, unless it is to end: then it is held until it does, or [`Taking::let_go`].
+    /// Has CRIU dump onto a disk, which is still in the VM afterwards, unused. A container that ran goes on, unless it is to
+    /// end: then it is held until it does, or [`Taking::let_go`].
     ///
     /// # Errors
-    /// No space, or CRIU cannot.
+    /// No space, or CRIU cannot; the disk is not in the VM any more.
     pub(super) async fn images(&self, phases: &Phases) -> Result<Dumped, PodError> {
         let id = self.container.id.as_str();
         let vm = self.pod.vm_of(id).await?;
         let (disk, size) = self.scratch_disk().await?;
-        let file = disk.try_clone().map_err(PodError::Descriptor)?.into();
-        let attached = DiskSpec { file, read_only: false, volatile: true, serial: "checkpoint".to_owned() };
-        let vm_error = |what| move |source| PodError::Vm { what, source };
-        let address = vm.attach_disk(attached).await.map_err(vm_error("attach a disk for the checkpoint"))?;
+        let source = DiskSource::File(disk.try_clone().map_err(PodError::Descriptor)?.into());
+        let spec = DiskSpec { source, read_only: false, volatile: true, serial: "checkpoint".to_owned() };
+        let attached = phases.time("attach", Attached::attach(vm, spec)).await?;
         let request = CheckpointContainerRequest {
             container_id: id.to_owned(),
-            disk: MessageField::some(guest_disk(address)),
+            disk: MessageField::some(guest_disk(attached.address)),
             options: MessageField::some(self.wanted.options.criu()),
             ..Default::default()
         };
-        let dumped = self.dump(request, phases).await;
-        let detached = vm.detach_disk(address).await;
-        // The guest only sees that a write has failed.
-        let dumped = dumped.map_err(|error| match is_full(&disk) {
-            true => {
-                let path = self.pod.shared.config.rootdisk.dir.clone();
-                let source = CheckpointError::NoSpace { path, source: io::ErrorKind::StorageFull.into() };
-                PodError::Checkpoint { id: id.to_owned(), source }
+        match self.dump(request, phases).await {
+            Ok(Left { files, facts, criu, layer }) => {
+                Ok(Dumped { images: Images { disk, size, files, facts }, attached, criu, layer })
             }
-            false => error,
-        })?;
-        detached.map_err(vm_error("detach the checkpoint's disk"))?;
-        let (dumped, layer) = dumped;
-        let criu = Duration::from_micros(dumped.criu_us);
-        let images = Images { disk, size, files: dumped.files, facts: dumped.facts.unwrap_or_default() };
-        Ok(Dumped { images, criu, layer })
+            // The guest only sees that a write has failed.
+            Err(error) => {
+                let full = is_full(&disk);
+                attached.detach().await.unwrap_or_else(|error| tracing::warn!(id, "{}", chain(&error)));
+                Err(if full { self.no_space() } else { error })
+            }
+        }
     }
 
-    async fn dump(
-        &self,
-        request: CheckpointContainerRequest,
-        phases: &Phases,
-    ) -> Result<(CheckpointContainerResponse, Option<String>), PodError> {
+    fn no_space(&self) -> PodError {
+        let path = self.pod.shared.config.rootdisk.dir.clone();
+        let source = CheckpointError::NoSpace { path, source: io::ErrorKind::StorageFull.into() };
+        PodError::Checkpoint { id: self.container.id.clone(), source }
+    }
+
+    async fn dump(&self, request: CheckpointContainerRequest, phases: &Phases) -> Result<Left, PodError> {
         let id = self.container.id.as_str();
         if self.runs && self.container.pre_dump {
             let copied = phases.time("pre-dump", self.agent.pre_dump_container(request.clone())).await;
@@ -124,12 +155,24 @@ impl<'a> Taking<'a> {
             let dumped = phases.time("dump", self.agent.checkpoint_container(request)).await;
             Ok((dumped.map_err(|source| PodError::guest("checkpoint", id, source))?, layer))
         };
-        let dumped = dumped.await;
-        if dumped.is_err() || !self.wanted.exit {
-            self.let_go().await;
-        }
-        phases.record("frozen", since.elapsed());
-        dumped
+        let dumped: Result<_, PodError> = dumped.await;
+        let goes_on = async {
+            if dumped.is_err() || !self.wanted.exit {
+                self.let_go().await;
+            }
+            phases.record("frozen", since.elapsed());
+        };
+        let files = async {
+            match dumped.is_ok() {
+                true => phases.time("images", self.agent.checkpoint_images(id)).await,
+                false => Ok(Vec::new()),
+            }
+        };
+        let ((), files) = tokio::join!(goes_on, files);
+        let (CheckpointContainerResponse { facts, criu_us, .. }, layer) = dumped?;
+        let files = files.map_err(|source| PodError::guest("checkpoint", id, source))?;
+        let criu = Duration::from_micros(criu_us);
+        Ok(Left { files, facts: facts.unwrap_or_default(), criu, layer })
     }
 
     /// Lets a container go on that this has frozen.

@@ -17,7 +17,7 @@ use crate::{
     config::{self, Config},
     pod::PodError,
     rootdisk::{RootdiskCache, RootdiskError},
-    vm::{DiskSpec, Vm},
+    vm::{DiskSource, DiskSpec, Vm},
 };
 
 const ID: &str = "rehearsal";
@@ -44,7 +44,8 @@ pub(super) async fn rehearse(vm: &Vm, config: &Config) -> Result<(), PodError> {
     };
     let (base, writable) = spawn_blocking(make).await.map_err(PodError::Worker)??;
     let attach = async |file: File, read_only| {
-        let disk = DiskSpec { file: file.into(), read_only, volatile: true, serial: ID.to_owned() };
+        let source = DiskSource::File(file.into());
+        let disk = DiskSpec { source, read_only, volatile: true, serial: ID.to_owned() };
         let attached = vm.attach_disk(disk).await;
         let address = attached.map_err(|source| PodError::Vm { what: "attach a disk", source })?;
         let disk = Disk { target: address.target, lun: address.lun, ..Default::default() };

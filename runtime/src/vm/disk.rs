@@ -18,11 +18,19 @@ const TARGETS: u32 = 256;
 /// QEMU drops a SCSI disk without asking the guest, so this is never reached by a healthy one.
 const DETACH_DEADLINE: Duration = Duration::from_secs(20);
 
+/// Where the bytes of a disk are.
+#[derive(Debug)]
+pub enum DiskSource {
+    /// In a raw image or block device; opened read-only exactly if the disk is.
+    File(OwnedFd),
+    /// With who has the other end of this connected stream socket, and offers an export of this name there by NBD.
+    Nbd { socket: OwnedFd, export: &'static str },
+}
+
 /// A disk to attach.
 #[derive(Debug)]
 pub struct DiskSpec {
-    /// A raw image or block device; opened read-only exactly if `read_only`.
-    pub file: OwnedFd,
+    pub source: DiskSource,
     pub read_only: bool,
     /// Its content is of use only while the host runs: what the guest flushes need not reach the host's medium.
     pub volatile: bool,
@@ -48,9 +56,18 @@ impl std::fmt::Display for DiskAddress {
 pub(super) struct Disks {
     qmp: Qmp,
     events: broadcast::Receiver<Event>,
-    /// Target to number; a number is never used twice.
-    attached: BTreeMap<u32, u64>,
+    /// By target.
+    attached: BTreeMap<u32, Attached>,
+    /// Number of the last one; none is used twice.
     last: u64,
+}
+
+/// A disk that QEMU has.
+#[derive(Debug, Clone, Copy)]
+struct Attached {
+    number: u64,
+    /// QEMU keeps its descriptor until it is told to close it.
+    has_fdset: bool,
 }
 
 impl Disks {
@@ -61,7 +78,10 @@ impl Disks {
     pub(super) async fn attach(&mut self, disk: DiskSpec) -> Result<DiskAddress, VmError> {
         let serial = disk.serial.clone();
         let refused = |reason| VmError::Disk { serial: serial.clone(), reason };
-        if opened_read_only(&disk.file) != Some(disk.read_only) {
+        let has_fdset = matches!(disk.source, DiskSource::File(_));
+        if let DiskSource::File(file) = &disk.source
+            && opened_read_only(file) != Some(disk.read_only)
+        {
             return Err(refused("its file is not opened as the disk is to be used"));
         }
         let target = (0..TARGETS)
@@ -72,7 +92,7 @@ impl Disks {
         let address = DiskAddress { target, lun: 0 };
         match self.plug(number, address, disk).await {
             Ok(()) => {
-                self.attached.insert(target, number);
+                self.attached.insert(target, Attached { number, has_fdset });
                 Ok(address)
             }
             Err((undo, source)) => {
@@ -84,40 +104,56 @@ impl Disks {
 
     /// On failure also says how much has to be undone.
     async fn plug(&self, number: u64, address: DiskAddress, disk: DiskSpec) -> Result<(), (Undo, QmpError)> {
-        let DiskSpec { file, read_only, volatile, serial } = disk;
-        let (node, fdset) = (node(number), fdset(number));
-        let handed = self.qmp.execute_with_fd("add-fd", json!({ "fdset-id": fdset }), file).await;
-        handed.map_err(|error| (Undo::Nothing, error))?;
-        // Images are shared between VMs and locked by whoever manages them, not by QEMU.
+        let DiskSpec { source, read_only, volatile, serial } = disk;
+        let node = node(number);
+        let (undo, storage) = match source {
+            DiskSource::File(file) => {
+                let fdset = fdset(number);
+                let handed = self.qmp.execute_with_fd("add-fd", json!({ "fdset-id": fdset }), file).await;
+                handed.map_err(|error| (Undo::Nothing, error))?;
+                // Images are shared between VMs and locked by whoever manages them, not by QEMU.
+                let storage = json!({
+                    "driver": "file", "filename": format!("/dev/fdset/{fdset}"), "read-only": read_only,
+                    "auto-read-only": false, "locking": "off", "discard": "unmap",
+                });
+                (Undo::Fdset, storage)
+            }
+            DiskSource::Nbd { socket, export } => {
+                // Gone from there as soon as it is used.
+                let handed = self.qmp.execute_with_fd("getfd", json!({ "fdname": node }), socket).await;
+                handed.map_err(|error| (Undo::Nothing, error))?;
+                let server = json!({ "type": "fd", "str": node });
+                let storage = json!({
+                    "driver": "nbd", "server": server, "export": export, "read-only": read_only,
+                });
+                (Undo::Socket, storage)
+            }
+        };
         let block = json!({
             "node-name": node, "driver": "raw", "read-only": read_only, "discard": "unmap",
-            "cache": { "no-flush": volatile },
-            "file": {
-                "driver": "file", "filename": format!("/dev/fdset/{fdset}"), "read-only": read_only,
-                "auto-read-only": false, "locking": "off", "discard": "unmap",
-            },
+            "cache": { "no-flush": volatile }, "file": storage,
         });
-        self.qmp.execute("blockdev-add", block).await.map_err(|error| (Undo::Fd, error))?;
+        self.qmp.execute("blockdev-add", block).await.map_err(|error| (undo, error))?;
         // report: a host without space is an error for the guest to see, instead of a VM that stands still.
         let device = json!({
             "driver": "scsi-hd", "werror": "report", "rerror": "report", "id": node, "bus": format!("{SCSI}.0"), "drive": node,
             "channel": 0, "scsi-id": address.target, "lun": address.lun, "serial": serial, "rotation_rate": 1,
         });
-        self.qmp.execute("device_add", device).await.map_err(|error| (Undo::Block, error))?;
+        self.qmp.execute("device_add", device).await.map_err(|error| (undo.and_block(), error))?;
         Ok(())
     }
 
     pub(super) async fn detach(&mut self, address: DiskAddress) -> Result<(), VmError> {
-        let number = match self.attached.get(&address.target) {
-            Some(number) if address.lun == 0 => *number,
+        let attached = match self.attached.get(&address.target) {
+            Some(attached) if address.lun == 0 => *attached,
             _ => return Err(VmError::NoDisk(address)),
         };
-        self.unplug(number).await.map_err(|source| VmError::Detach { address, source })?;
+        self.unplug(attached).await.map_err(|source| VmError::Detach { address, source })?;
         self.attached.remove(&address.target);
         Ok(())
     }
 
-    async fn unplug(&mut self, number: u64) -> Result<(), QmpError> {
+    async fn unplug(&mut self, Attached { number, has_fdset }: Attached) -> Result<(), QmpError> {
         let node = node(number);
         let mut events = self.events.resubscribe();
         self.qmp.execute("device_del", json!({ "id": node })).await?;
@@ -138,19 +174,23 @@ impl Disks {
             Err(_) => return Err(QmpError::Deadline { command: "device_del" }),
         }
         self.qmp.execute("blockdev-del", json!({ "node-name": node })).await?;
-        self.qmp.execute("remove-fd", json!({ "fdset-id": fdset(number) })).await?;
+        if has_fdset {
+            self.qmp.execute("remove-fd", json!({ "fdset-id": fdset(number) })).await?;
+        }
         Ok(())
     }
 
     /// What cannot be undone stays until the VM ends, under a number that is not used again.
     async fn unwind(&self, number: u64, undo: Undo) {
-        let mut steps = Vec::new();
-        if undo == Undo::Block {
-            steps.push(("blockdev-del", json!({ "node-name": node(number) })));
-        }
-        if undo != Undo::Nothing {
-            steps.push(("remove-fd", json!({ "fdset-id": fdset(number) })));
-        }
+        let block = ("blockdev-del", json!({ "node-name": node(number) }));
+        let fdset = ("remove-fd", json!({ "fdset-id": fdset(number) }));
+        let steps = match undo {
+            Undo::Nothing => vec![],
+            Undo::Fdset => vec![fdset],
+            Undo::FdsetAndBlock => vec![block, fdset],
+            Undo::Socket => vec![("closefd", json!({ "fdname": node(number) }))],
+            Undo::Block => vec![block],
+        };
         for (command, arguments) in steps {
             if let Err(error) = self.qmp.execute(command, arguments).await {
                 tracing::warn!("cannot take back a disk that was not attached: {error}");
@@ -159,11 +199,23 @@ impl Disks {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 enum Undo {
     Nothing,
-    Fd,
+    Fdset,
+    FdsetAndBlock,
+    Socket,
+    /// A socket is closed with it.
     Block,
+}
+
+impl Undo {
+    fn and_block(self) -> Self {
+        match self {
+            Self::Fdset | Self::FdsetAndBlock => Self::FdsetAndBlock,
+            Self::Nothing | Self::Socket | Self::Block => Self::Block,
+        }
+    }
 }
 
 fn node(number: u64) -> String {
@@ -194,8 +246,13 @@ mod tests {
     const REFUSED: &str = r#"{"error": {"class": "GenericError", "desc": "no"}, "id": $ID}"#;
 
     fn read_only(serial: &str) -> DiskSpec {
-        let file = File::open("/dev/null").unwrap().into();
-        DiskSpec { file, read_only: true, volatile: false, serial: serial.into() }
+        let source = DiskSource::File(File::open("/dev/null").unwrap().into());
+        DiskSpec { source, read_only: true, volatile: false, serial: serial.into() }
+    }
+
+    fn served() -> DiskSpec {
+        let (socket, _) = UnixStream::pair().unwrap();
+        DiskSpec { source: DiskSource::Nbd { socket: socket.into(), export: "x" }, ..read_only("n") }
     }
 
     /// Runs `work` against a QEMU that answers so, and returns the names of the commands it got.
@@ -245,6 +302,28 @@ mod tests {
             let commands = with_qemu(answers, |mut disks| async move {
                 let error = disks.attach(read_only("a")).await.unwrap_err();
                 assert_eq!(error.to_string(), "cannot attach disk a");
+            })
+            .await;
+            assert_eq!(commands, expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_is_served_needs_no_fdset() {
+        let gone = r#"{"event": "DEVICE_DELETED", "data": {"device": "disk-1"}}
+{"return": {}, "id": $ID}"#;
+        let commands = with_qemu(&[OK, OK, OK, gone, OK], |mut disks| async move {
+            let address = disks.attach(served()).await.unwrap();
+            disks.detach(address).await.unwrap();
+        })
+        .await;
+        assert_eq!(commands, ["getfd", "blockdev-add", "device_add", "device_del", "blockdev-del"]);
+        for (answers, expected) in [
+            (&[OK, REFUSED, OK][..], &["getfd", "blockdev-add", "closefd"][..]),
+            (&[OK, OK, REFUSED, OK], &["getfd", "blockdev-add", "device_add", "blockdev-del"]),
+        ] {
+            let commands = with_qemu(answers, |mut disks| async move {
+                disks.attach(served()).await.unwrap_err();
             })
             .await;
             assert_eq!(commands, expected);

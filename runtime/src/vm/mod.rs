@@ -34,7 +34,7 @@ pub use boot::BootError;
 #[cfg(fuzzing)]
 pub use channel::greet;
 pub use channel::{BoxedStream, ChannelError, HostSupport, Stream, choose};
-pub use disk::{DiskAddress, DiskSpec};
+pub use disk::{DiskAddress, DiskSource, DiskSpec};
 pub use exit::VmExit;
 pub use launch::LaunchError;
 pub use qmp::Version as QemuVersion;

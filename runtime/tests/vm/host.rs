@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use machinen::accel;
 use machinen::config;
-use machinen::vm::{ChannelKind, DiskSpec, VmSpec};
+use machinen::vm::{ChannelKind, DiskSource, DiskSpec, VmSpec};
 
 const DISK_BYTES: u64 = 4 << 20;
 
@@ -69,7 +69,7 @@ impl Host {
         file.write_all_at(serial.as_bytes(), 0).unwrap();
         (&file).flush().unwrap();
         let file = File::options().read(true).write(!read_only).open(&path).unwrap();
-        DiskSpec { file: file.into(), read_only, volatile: false, serial: serial.into() }
+        DiskSpec { source: DiskSource::File(file.into()), read_only, volatile: false, serial: serial.into() }
     }
 
     /// What a VM that has ended has said, if that was kept.

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use crate::host::{self, Host, chain};
-use machinen::vm::{BootError, ChannelKind, DiskSpec, LaunchError, Vm, VmError, VmExit};
+use machinen::vm::{BootError, ChannelKind, DiskSource, DiskSpec, LaunchError, Vm, VmError, VmExit};
 use tokio::io::AsyncWriteExt as _;
 
 const GRACE: Duration = Duration::from_secs(10);
@@ -73,7 +73,12 @@ async fn a_disk_that_does_not_fit_is_refused() {
     assert!(chain(&error).contains("cannot attach disk base: its file is not opened"), "{}", chain(&error));
     let directory = OwnedFd::from(File::open(host.path()).unwrap());
     let error = vm
-        .attach_disk(DiskSpec { file: directory, read_only: true, volatile: false, serial: "dir".into() })
+        .attach_disk(DiskSpec {
+            source: DiskSource::File(directory),
+            read_only: true,
+            volatile: false,
+            serial: "dir".into(),
+        })
         .await;
     let text = chain(&error.unwrap_err());
     assert!(text.starts_with("cannot attach disk dir: QEMU refused blockdev-add: "), "{text}");

@@ -1,6 +1,9 @@
 //! A container's checkpoint, and a container that goes on from one.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::Path,
+    sync::{Arc, MutexGuard, PoisonError},
+};
 
 use machinen_protocol::api::{self, CheckpointContainerRequest, CheckpointContainerResponse};
 
@@ -8,7 +11,7 @@ use super::{Container, ContainerError, FileMount, Pages};
 use crate::{
     agent::Parts,
     cgroup::Cgroup,
-    criu::{self, CriuError, Fetching, Restored, Source},
+    criu::{self, CriuError, Dumped, Fetching, Restored, Source},
     disk::Disk,
     engine::Prepared,
     stdio::ProcessEnds,
@@ -65,7 +68,22 @@ impl Container {
         self.rootfs.thaw()?;
         let dumped = criu::dump(&parts.reaper, &source, &disk, &request.options.unwrap_or_default()).await;
         self.rootfs.freeze()?;
-        Ok(dumped?)
+        let (dumped, response) = dumped?;
+        *self.dumped() = Some(dumped);
+        Ok(response)
+    }
+
+    /// Where on its disk the last dump is.
+    ///
+    /// # Errors
+    /// There is none, or those of writing it back.
+    pub(crate) async fn checkpoint_images(&self) -> Result<Vec<api::ImageFile>, ContainerError> {
+        let dumped = self.dumped().take().ok_or(ContainerError::NotDumped)?;
+        Ok(dumped.images().await?)
+    }
+
+    fn dumped(&self) -> MutexGuard<'_, Option<Dumped>> {
+        self.dumped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -36,7 +36,7 @@ use crate::{
     agent::Parts,
     cgroup::{Cgroup, CgroupError},
     channel::Stream,
-    criu::{self, CriuError, Fetching, Held, Restored},
+    criu::{self, CriuError, Dumped, Fetching, Held, Restored},
     disk::Layers,
     engine::{self, EngineError, Prepared, Tenancy, Waiting},
     layer::{self, LayerError, Stamp},
@@ -62,6 +62,8 @@ pub(crate) struct Container {
     view: View,
     stage: Mutex<Stage>,
     pages: watch::Sender<Pages>,
+    /// What it was dumped to, until the host knows where that is.
+    dumped: Mutex<Option<Dumped>>,
 }
 
 /// Where the memory of a container is.
@@ -126,6 +128,8 @@ pub(crate) enum ContainerError {
     HasExecs { execs: Vec<String> },
     #[error("no disk is given for the checkpoint")]
     NoCheckpointDisk,
+    #[error("the container was not dumped")]
+    NotDumped,
     #[error(transparent)]
     View(#[from] ViewError),
     #[error("cannot export the container's changes")]
@@ -244,6 +248,7 @@ impl Container {
                         view: View::default(),
                         stage,
                         pages: watch::Sender::new(Pages::Here),
+                        dumped: Mutex::default(),
                     },
                     phases,
                 ))

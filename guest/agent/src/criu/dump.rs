@@ -13,6 +13,7 @@ use nix::{
 };
 use protobuf::MessageField;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type};
+use tokio::task::spawn_blocking;
 
 use super::{
     CriuError, cpu, extents,
@@ -24,6 +25,8 @@ use super::{
 use crate::{cgroup::Cgroup, disk::Disk, reaper::Reaper};
 
 const LOG: &str = "dump.log";
+/// What the disk has.
+const FILE_SYSTEM: &str = "ext4";
 /// Directory on the disk of what was copied before the dump.
 const BEFORE: &str = "before";
 /// CRIU refuses to save unlinked files above 1 MiB unless it is told to.
@@ -65,7 +68,7 @@ pub(crate) async fn pre_dump(
     disk: &Disk,
     options: &CriuOptions,
 ) -> Result<(), CriuError> {
-    let mounted = Mounted::mount(disk, source.dir, MsFlags::MS_NOATIME)?;
+    let mounted = Mounted::mount(disk, source.dir, FILE_SYSTEM, MsFlags::MS_NOATIME)?;
     let images = directory(&mounted, BEFORE)?;
     let mut opts = opts(&images, source, options)?;
     opts.opts.set_track_mem(true);
@@ -80,7 +83,34 @@ pub(crate) async fn pre_dump(
     done
 }
 
-/// Dumps, writes back, and says where on the disk everything is. The processes stay frozen.
+/// What a dump has left on its disk, which is mounted until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Dumped {
+    images: PathBuf,
+    /// What was copied before it.
+    before: Option<PathBuf>,
+    _mounted: Mounted,
+}
+
+impl Dumped {
+    /// Writes everything back, and says where on the disk it is.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(crate) async fn images(self) -> Result<Vec<ImageFile>, CriuError> {
+        let located = move || {
+            let merged = match &self.before {
+                Some(before) => pagemap::merge(&self.images, before)?,
+                None => Vec::new(),
+            };
+            files(&self.images, &merged)
+        };
+        // The container runs, and others are to be answered.
+        spawn_blocking(located).await.map_err(CriuError::Thread)?
+    }
+}
+
+/// Dumps onto a disk. The processes stay frozen.
 ///
 /// # Errors
 /// CRIU cannot; the processes are as before.
@@ -89,9 +119,9 @@ pub(crate) async fn dump(
     source: &Source<'_>,
     disk: &Disk,
     options: &CriuOptions,
-) -> Result<CheckpointContainerResponse, CriuError> {
+) -> Result<(Dumped, CheckpointContainerResponse), CriuError> {
     let mut facts = facts(source)?;
-    let mounted = Mounted::mount(disk, source.dir, MsFlags::MS_NOATIME)?;
+    let mounted = Mounted::mount(disk, source.dir, FILE_SYSTEM, MsFlags::MS_NOATIME)?;
     let before = Some(mounted.path().join(BEFORE)).filter(|before| before.is_dir());
     let images = directory(&mounted, "images")?;
     let since = Instant::now();
@@ -104,9 +134,9 @@ pub(crate) async fn dump(
     run(reaper, Criu_req_type::DUMP, opts, &images).await?;
     facts.criu_version = version(&images.join(LOG));
     let criu_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
-    let merged = before.map_or(Ok(Vec::new()), |before| pagemap::merge(&images, &before))?;
-    let files = files(&images, &merged)?;
-    Ok(CheckpointContainerResponse { files, facts: MessageField::some(facts), criu_us, ..Default::default() })
+    let response =
+        CheckpointContainerResponse { facts: MessageField::some(facts), criu_us, ..Default::default() };
+    Ok((Dumped { images, before, _mounted: mounted }, response))
 }
 
 /// A directory on the disk, whose root has lost+found.

@@ -30,7 +30,7 @@ use nix::errno::Errno;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_cg_mode, Criu_network_lock_method, Criu_opts};
 
 pub(crate) use self::{
-    dump::{Source, dump, pre_dump},
+    dump::{Dumped, Source, dump, pre_dump},
     mounts::make_mount_points,
     restore::{Fetching, Held, Place, Restored, clear, restore},
     rpc::warm_up,
@@ -39,6 +39,8 @@ use crate::{cgroup::CgroupError, disk::DiskError};
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CriuError {
+    #[error("a thread failed")]
+    Thread(#[source] tokio::task::JoinError),
     #[error(transparent)]
     Disk(#[from] DiskError),
     #[error("cannot {what} {path}")]

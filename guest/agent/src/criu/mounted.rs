@@ -19,8 +19,8 @@ pub(super) struct Mounted(PathBuf);
 
 impl Mounted {
     /// # Errors
-    /// There is no file system on it that the kernel knows.
-    pub(super) fn mount(disk: &Disk, dir: &Path, flags: MsFlags) -> Result<Self, CriuError> {
+    /// There is no such file system on it.
+    pub(super) fn mount(disk: &Disk, dir: &Path, kind: &str, flags: MsFlags) -> Result<Self, CriuError> {
         let at = dir.join(DIR);
         fs::create_dir_all(&at).map_err(|source| CriuError::File {
             what: "create",
@@ -28,7 +28,7 @@ impl Mounted {
             source,
         })?;
         let mounted = match disk {
-            Disk::Block { device, .. } => mount(Some(device), &at, Some("ext4"), flags, None::<&str>)
+            Disk::Block { device, .. } => mount(Some(device), &at, Some(kind), flags, None::<&str>)
                 .map_err(|source| CriuError::Mount { device: device.clone(), source }),
             Disk::Directory(path) => mount(Some(path), &at, None::<&str>, MsFlags::MS_BIND, None::<&str>)
                 .map_err(|source| CriuError::Mount { device: path.clone(), source }),

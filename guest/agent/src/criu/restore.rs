@@ -124,7 +124,7 @@ pub(crate) async fn restore(
 ) -> Result<Restored, CriuError> {
     cpu::check_kernel(&facts.kernel_release)?;
     cpu::check(&facts.cpu_flags)?;
-    let images = Mounted::mount(disk, place.dir, MsFlags::MS_RDONLY | MsFlags::MS_NOATIME)?;
+    let images = Mounted::mount(disk, place.dir, "erofs", MsFlags::MS_RDONLY | MsFlags::MS_NOATIME)?;
     let work = place.dir.join(WORK);
     fs::create_dir_all(&work).map_err(|source| CriuError::File {
         what: "create",

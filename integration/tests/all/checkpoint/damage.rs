@@ -2,11 +2,11 @@
 
 use std::{
     fs,
-    os::unix::fs::symlink,
+    os::unix::fs::{FileExt as _, symlink},
     path::{Path, PathBuf},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use machinen_integration::{bundle::Bundle, containerd::Containerd, served::Served};
 use serde_json::{Value, json};
 use ttrpc::Code;
@@ -14,7 +14,7 @@ use ttrpc::Code;
 use super::{COUNTER, checkpoint, counts_from};
 use crate::harness::on_newest_containerd;
 
-on_newest_containerd!(what_is_not_restored);
+on_newest_containerd!(what_is_not_restored, memory_that_has_changed);
 
 /// How one is spoiled, the code of the refusal, and a word that the user reads.
 type Case = (&'static str, fn(&Path) -> Result<()>, Code, &'static str);
@@ -126,6 +126,68 @@ fn what_is_not_restored(containerd: &mut Containerd) -> Result<()> {
     ensure!(code == Code::UNIMPLEMENTED && message.contains("parent"), "{code:?}: {message}");
     served.shim.shut_down(&served.client)?;
     Ok(fs::remove_dir_all(good)?)
+}
+
+/// Memory is compared with its digests when it is read: before the start, or while the container runs.
+fn memory_that_has_changed(containerd: &mut Containerd) -> Result<()> {
+    let bundle = Bundle::busybox(containerd)?;
+    let holds_memory = "(head -c 16m /dev/zero; touch /ready; exec sleep 100000) | tail -c 16m";
+    let config = |lazy: bool| {
+        bundle.config(&["sh", "-c", holds_memory], |spec| {
+            spec["annotations"]["io.machinen.lazy"] = lazy.to_string().into();
+        })
+    };
+    let source = Served::run(containerd, &config(false)?)?;
+    let ready = "until [ -e /ready ]; do usleep 50000; done";
+    ensure!(source.exec_to("ready", &["sh", "-c", ready], "")? == 0, "the memory is not there");
+    let dir = containerd.root().join("images");
+    checkpoint(&source, &dir)?;
+    source.end()?;
+    let before = containerd.inventory()?;
+
+    let (file, size) = largest(&dir)?;
+    let place = size / 2 + 5;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, place)?;
+    file.write_all_at(&[byte[0] ^ 0x10], place)?;
+    let mut served = Served::of(containerd, &config(false)?)?;
+    let mut request = served.shim.create_request();
+    request.checkpoint = dir.display().to_string();
+    let (code, message) = served.client.refused("Create", &request)?;
+    ensure!(code == Code::INVALID_ARGUMENT && message.contains("has another content"), "{code:?}: {message}");
+    // With the bit as it was the same shim restores it.
+    file.write_all_at(&byte, place)?;
+    served.create(|request| request.checkpoint = dir.display().to_string())?;
+    served.begin()?;
+    served.end()?;
+    containerd.settle(&before)?;
+
+    let mut served = Served::of(containerd, &config(true)?)?;
+    served.create(|request| request.checkpoint = dir.display().to_string())?;
+    file.write_all_at(&[byte[0] ^ 0x10], place)?;
+    served.begin()?;
+    let status = served.wait("")?.exit_status;
+    ensure!(status == 137, "it ended with {status}");
+    let log = served.shim.log()?;
+    let told =
+        log.lines().any(|line| line.contains("has lost memory") && line.contains("has another content"));
+    ensure!(told, "nobody is told why: {log}");
+    served.end_stopped()?;
+    containerd.settle(&before)?;
+    Ok(fs::remove_dir_all(dir)?)
+}
+
+/// What has most of the memory.
+fn largest(dir: &Path) -> Result<(fs::File, u64)> {
+    let mut largest = None;
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        largest = largest.max(Some((entry.metadata()?.len(), entry.path())));
+    }
+    let (size, path) = largest.context("no files")?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    ensure!(name.starts_with("pages-") && size > 8 << 20, "{name} has {size} bytes");
+    Ok((fs::File::options().read(true).write(true).open(path)?, size))
 }
 
 fn copy(from: &Path, to: &Path) -> Result<PathBuf> {

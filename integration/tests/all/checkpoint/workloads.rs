@@ -73,10 +73,11 @@ fn goes_on(containerd: &mut Containerd, mib: u32, memory: Memory) -> Result<()> 
     source.end()?;
     let mut restored = Served::of(containerd, &config)?;
     restored.create(|request| request.checkpoint = dir.display().to_string())?;
+    // What is needed of it is held.
+    fs::remove_dir_all(&dir)?;
     restored.begin()?;
     if memory == Memory::FetchedLater {
-        let (code, message) =
-            refused(&restored.client, &request(&restored, &dir.join("again"), Some(&options))?)?;
+        let (code, message) = refused(&restored.client, &request(&restored, &dir, Some(&options))?)?;
         ensure!(
             code == Code::FAILED_PRECONDITION && message.contains("still being fetched"),
             "{code:?}: {message}"
@@ -84,7 +85,7 @@ fn goes_on(containerd: &mut Containerd, mib: u32, memory: Memory) -> Result<()> 
     }
     as_it_was(containerd, &restored)?;
     // By now it has touched all of its memory, and can be checkpointed as any other.
-    let again = request(&restored, &dir.join("again"), Some(&options))?;
+    let again = request(&restored, &dir, Some(&options))?;
     restored.client.ok::<Empty>("Checkpoint", &again)?;
     restored.end()?;
     fs::remove_file(&said)?;

@@ -1,0 +1,110 @@
+//! Digests of images: of each whole, and of its parts, so that a part can be checked without the rest.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt as _,
+    sync::atomic::{AtomicU64, Ordering},
+    thread,
+};
+
+use sha2::{Digest as _, Sha256};
+
+/// Bytes of a part; the last one of an image is shorter.
+pub(super) const PART: u64 = 1 << 20;
+
+/// Hexadecimal sha256 of these bytes.
+pub(super) fn of(bytes: &[u8]) -> String {
+    format!("{:x}", Sha256::digest(bytes))
+}
+
+/// Of a whole file, read from its beginning to `size`. Blocks.
+///
+/// # Errors
+/// Those of reading; the file is shorter.
+pub(super) fn of_file(file: &File, size: u64) -> io::Result<String> {
+    let (mut digest, mut buffer) = (Sha256::new(), Vec::new());
+    for number in 0..size.div_ceil(PART) {
+        digest.update(read_part(file, size, number, &mut buffer)?);
+    }
+    Ok(format!("{:x}", digest.finalize()))
+}
+
+/// Of each part of a file of `size` bytes. Blocks.
+///
+/// # Errors
+/// As for [`of_file`].
+pub(super) fn of_parts(file: &File, size: u64) -> io::Result<Vec<String>> {
+    let mut buffer = Vec::new();
+    (0..size.div_ceil(PART)).map(|number| Ok(of(read_part(file, size, number, &mut buffer)?))).collect()
+}
+
+/// Whether each part is what `digests` says, on all processors. Blocks.
+///
+/// # Errors
+/// As for [`of_file`].
+pub(super) fn parts_are(file: &File, size: u64, digests: &[String]) -> io::Result<bool> {
+    let next = AtomicU64::new(0);
+    let some = || {
+        let mut buffer = Vec::new();
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let Some(digest) = usize::try_from(number).ok().and_then(|number| digests.get(number)) else {
+                return Ok(true);
+            };
+            if of(read_part(file, size, number, &mut buffer)?) != *digest {
+                next.store(digests.len() as u64, Ordering::Relaxed);
+                return Ok(false);
+            }
+        }
+    };
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(digests.len());
+    thread::scope(|scope| {
+        let started: Vec<_> = (0..threads).map(|_| scope.spawn(some)).collect();
+        let results = started.into_iter().map(|thread| thread.join().expect("the thread does not panic"));
+        results.collect::<io::Result<Vec<_>>>().map(|each| each.into_iter().all(|right| right))
+    })
+}
+
+/// One part of a file of `size` bytes.
+///
+/// # Errors
+/// Those of reading; the file is shorter.
+pub(super) fn read_part<'a>(
+    file: &File,
+    size: u64,
+    number: u64,
+    buffer: &'a mut Vec<u8>,
+) -> io::Result<&'a [u8]> {
+    let start = number * PART;
+    buffer.resize(usize::try_from(PART.min(size - start)).expect("a part fits"), 0);
+    file.read_exact_at(buffer, start)?;
+    Ok(buffer)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn a_change_in_any_part_is_found() {
+        let size = 5 * PART + 3;
+        let mut file = tempfile::tempfile().unwrap();
+        let content: Vec<u8> = (0..size).map(|at| (at / 251) as u8).collect();
+        file.write_all(&content).unwrap();
+        let digests = of_parts(&file, size).unwrap();
+        assert_eq!(digests.len(), 6);
+        assert_eq!(of_file(&file, size).unwrap(), of(&content));
+        assert!(parts_are(&file, size, &digests).unwrap());
+        for at in [0, PART - 1, 3 * PART, size - 1] {
+            let byte = content[at as usize];
+            file.write_all_at(&[byte ^ 1], at).unwrap();
+            assert!(!parts_are(&file, size, &digests).unwrap(), "{at}");
+            file.write_all_at(&[byte], at).unwrap();
+        }
+        file.set_len(size - 1).unwrap();
+        assert!(parts_are(&file, size, &digests).is_err());
+    }
+}

@@ -1,0 +1,175 @@
+//! The metadata of an EROFS file system with one directory of files, whose bytes somebody else has: they follow it, each file
+//! in blocks of its own. So a disk with any files is made without reading or copying them.
+//!
+//! ```text
+//!   block 0         superblock, at byte 1024
+//!   from block 1    inodes: the root directory's, then the files'
+//!   then            the directory's entries; from there on the files' bytes
+//! ```
+//! mkfs.erofs and the crates that write EROFS put the files' bytes in. Source: Linux, Documentation/filesystems/erofs.rst and
+//! fs/erofs/erofs_fs.h; only extended inodes with the flat layout are used.
+
+/// Bytes.
+pub(super) const BLOCK: usize = 4096;
+
+const BLOCK_BITS: u8 = 12;
+const SUPERBLOCK: usize = 1024;
+const MAGIC: u32 = 0xe0f5_e1e2;
+/// Inodes are counted in places of 32 bytes, of which an extended one takes two.
+const PLACE: usize = 32;
+const INODE: usize = 64;
+/// Inodes begin with block 1.
+const ROOT: u64 = (BLOCK / PLACE) as u64;
+const EXTENDED: u16 = 1;
+const ENTRY: usize = 12;
+const REGULAR: u8 = 1;
+const DIRECTORY: u8 = 2;
+
+/// The metadata, and where bytes of files belong.
+#[derive(Debug)]
+pub(super) struct Layout {
+    /// Whole blocks.
+    pub(super) metadata: Vec<u8>,
+    /// Of each file, in bytes.
+    pub(super) offsets: Vec<u64>,
+    /// Of everything, in bytes.
+    pub(super) size: u64,
+}
+
+/// Of files with these names, which are of one element each, and sizes. None: more than EROFS can have, 16 TiB.
+pub(super) fn layout(files: &[(&str, u64)]) -> Option<Layout> {
+    let entries = entries(files);
+    let inodes = BLOCK + ((1 + files.len()) * INODE).next_multiple_of(BLOCK);
+    let mut next = (inodes + entries.len().next_multiple_of(BLOCK)) as u64;
+    let mut offsets = Vec::new();
+    for (_, size) in files {
+        offsets.push(next);
+        next = next.checked_add(size.checked_next_multiple_of(BLOCK as u64)?)?;
+    }
+    u32::try_from(next / BLOCK as u64).ok()?;
+
+    let mut metadata = vec![0; BLOCK];
+    let mut put = |at: usize, bytes: &[u8]| metadata[SUPERBLOCK + at..][..bytes.len()].copy_from_slice(bytes);
+    put(0, &MAGIC.to_le_bytes());
+    put(12, &[BLOCK_BITS]);
+    put(14, &(ROOT as u16).to_le_bytes());
+    put(16, &(1 + files.len() as u64).to_le_bytes());
+    put(36, &block(next));
+    let directory = Inode { number: 1, mode: libc::S_IFDIR | 0o500, links: 2, size: entries.len() as u64 };
+    directory.write(inodes as u64, &mut metadata);
+    for (index, ((_, size), offset)) in files.iter().zip(&offsets).enumerate() {
+        let file = Inode { number: index as u32 + 2, mode: libc::S_IFREG | 0o400, links: 1, size: *size };
+        file.write(*offset, &mut metadata);
+    }
+    metadata.resize(inodes, 0);
+    metadata.extend(entries);
+    metadata.resize(metadata.len().next_multiple_of(BLOCK), 0);
+    Some(Layout { metadata, offsets, size: next })
+}
+
+fn block(offset: u64) -> [u8; 4] {
+    ((offset / BLOCK as u64) as u32).to_le_bytes()
+}
+
+struct Inode {
+    number: u32,
+    mode: u32,
+    links: u32,
+    size: u64,
+}
+
+impl Inode {
+    /// `struct erofs_inode_extended`; owner and times are 0.
+    fn write(&self, offset: u64, to: &mut Vec<u8>) {
+        let start = to.len();
+        to.extend(EXTENDED.to_le_bytes());
+        to.extend([0; 2]);
+        to.extend((self.mode as u16).to_le_bytes());
+        to.extend([0; 2]);
+        to.extend(self.size.to_le_bytes());
+        to.extend(block(offset));
+        to.extend(self.number.to_le_bytes());
+        to.extend([0; 20]);
+        to.extend(self.links.to_le_bytes());
+        to.resize(start + INODE, 0);
+    }
+}
+
+/// The directory's content: blocks of entries and then their names, in the order of the names' bytes.
+fn entries(files: &[(&str, u64)]) -> Vec<u8> {
+    let number = |index: usize| ROOT + ((1 + index) * (INODE / PLACE)) as u64;
+    let named = files.iter().enumerate().map(|(index, (name, _))| (*name, number(index), REGULAR));
+    let mut all: Vec<_> =
+        [(".", ROOT, DIRECTORY), ("..", ROOT, DIRECTORY)].into_iter().chain(named).collect();
+    all.sort_unstable();
+    let mut content = Vec::new();
+    let mut rest = all.as_slice();
+    while !rest.is_empty() {
+        let mut room = BLOCK;
+        let fit = rest.iter().take_while(|(name, ..)| {
+            let taken = ENTRY + name.len();
+            let fits = taken <= room;
+            room = room.saturating_sub(taken);
+            fits
+        });
+        let (these, others) = rest.split_at(fit.count());
+        // Before it only whole blocks.
+        content.resize(content.len().next_multiple_of(BLOCK), 0);
+        let mut name_at = these.len() * ENTRY;
+        for (name, inode, kind) in these {
+            content.extend(inode.to_le_bytes());
+            content.extend((name_at as u16).to_le_bytes());
+            content.extend([*kind, 0]);
+            name_at += name.len();
+        }
+        these.iter().for_each(|(name, ..)| content.extend(name.as_bytes()));
+        rest = others;
+    }
+    content
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::FileExt as _, process::Command};
+
+    use super::*;
+
+    /// What erofs-utils makes of it.
+    #[test]
+    fn fsck_finds_each_file_with_its_bytes() {
+        // More than a block of entries, names that sort before ".", no bytes, and bytes that fill their blocks.
+        let mut files: Vec<_> =
+            (0..700).map(|number| (format!("core-{number}.img"), number % 9 * 1024)).collect();
+        files.extend([("-x".to_owned(), 1), ("a".repeat(255), 8192), ("empty".to_owned(), 0)]);
+        let dir = tempfile::tempdir().unwrap();
+        let (image, tree) = (dir.path().join("image"), dir.path().join("tree"));
+        let named: Vec<_> = files.iter().map(|(name, size)| (name.as_str(), *size)).collect();
+        let layout = layout(&named).unwrap();
+        let file = fs::File::create(&image).unwrap();
+        file.set_len(layout.size).unwrap();
+        file.write_all_at(&layout.metadata, 0).unwrap();
+        let content = |name: &str, size: u64| name.bytes().cycle().take(size as usize).collect::<Vec<u8>>();
+        for ((name, size), offset) in named.iter().zip(&layout.offsets) {
+            file.write_all_at(&content(name, *size), *offset).unwrap();
+        }
+        let fsck = Command::new("fsck.erofs")
+            .arg(format!("--extract={}", tree.display()))
+            .arg(&image)
+            .output()
+            .expect("fsck.erofs, of erofs-utils");
+        assert!(fsck.status.success(), "{}", String::from_utf8_lossy(&fsck.stderr));
+        assert_eq!(fs::read_dir(&tree).unwrap().count(), files.len());
+        for (name, size) in named {
+            assert!(fs::read(tree.join(name)).unwrap() == content(name, size), "{name}");
+        }
+    }
+
+    #[test]
+    fn more_than_it_can_have_is_refused() {
+        assert!(layout(&[("a", 15 << 40)]).is_some());
+        for size in [16 << 40, u64::MAX - 5000, u64::MAX] {
+            assert!(layout(&[("a", size)]).is_none(), "{size}");
+        }
+        assert!(layout(&[("a", u64::MAX / 2), ("b", u64::MAX / 2)]).is_none());
+    }
+}

@@ -1,0 +1,88 @@
+//! The directory of a checkpoint, as others leave it: read, verified, removed.
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{Mode, OFlags};
+
+use super::{
+    CheckpointError, digest,
+    manifest::{ImageDigest, MANIFEST, Manifest},
+};
+
+/// Reads a checkpoint, and compares all of it with what was written. Blocks.
+///
+/// # Errors
+/// It is no checkpoint, or what is different.
+pub fn verify(dir: &Path) -> Result<Manifest, CheckpointError> {
+    let manifest = Manifest::read(dir)?;
+    for image in &manifest.files {
+        let (path, file) = open_image(dir, image)?;
+        verify_opened(image, &path, &file)?;
+    }
+    Ok(manifest)
+}
+
+/// Removes a checkpoint: the files that its manifest names, and the directory if nothing else is in it. Blocks.
+///
+/// # Errors
+/// It is no checkpoint, or a file cannot be removed; the manifest goes last, so that it can be tried again.
+pub fn remove(dir: &Path) -> Result<(), CheckpointError> {
+    let manifest = Manifest::read(dir)?;
+    for name in manifest.files.iter().map(|file| file.name.as_str()).chain([MANIFEST]) {
+        let path = dir.join(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(CheckpointError::file("remove", path)(error));
+            }
+            _ => {}
+        }
+    }
+    match fs::remove_dir(dir) {
+        Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => {
+            Err(CheckpointError::file("remove", dir)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// # Errors
+/// The image is missing, or not a file of the size that was written.
+pub(super) fn open_image(dir: &Path, image: &ImageDigest) -> Result<(PathBuf, File), CheckpointError> {
+    let path = dir.join(&image.name);
+    let changed = |what: String| Err(CheckpointError::Changed { path: path.clone(), what });
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = match rustix::fs::open(&path, flags, Mode::empty()) {
+        Ok(file) => File::from(file),
+        Err(rustix::io::Errno::NOENT) => return changed("is missing".to_owned()),
+        Err(rustix::io::Errno::LOOP) => return changed("is a link".to_owned()),
+        Err(error) => return Err(CheckpointError::file("open", &path)(error.into())),
+    };
+    let metadata = file.metadata().map_err(CheckpointError::file("read", &path))?;
+    if !metadata.is_file() {
+        return changed("is not a regular file".to_owned());
+    }
+    if metadata.len() != image.size {
+        return changed(format!("has {} bytes instead of {}", metadata.len(), image.size));
+    }
+    Ok((path, file))
+}
+
+/// # Errors
+/// The image is not the one that was written.
+pub(super) fn verify_opened(image: &ImageDigest, path: &Path, file: &File) -> Result<(), CheckpointError> {
+    let same = if image.parts.is_empty() {
+        digest::of_file(file, image.size).map(|found| found == image.sha256)
+    } else {
+        digest::parts_are(file, image.size, &image.parts)
+    };
+    match same.map_err(CheckpointError::file("read", path))? {
+        true => Ok(()),
+        false => {
+            Err(CheckpointError::Changed { path: path.to_owned(), what: "has another content".to_owned() })
+        }
+    }
+}
