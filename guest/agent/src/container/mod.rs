@@ -204,11 +204,14 @@ impl Container {
         let rootfs = request.rootfs.into_option().ok_or(ContainerError::NoRootfs)?;
         let [base, writable] = [&rootfs.base, &rootfs.writable].map(|disk| disk.as_ref().map(Into::into));
         let disks = Layers::of(base, writable).ok_or(ContainerError::NoRootfs)?;
-        let disks = parts.disks.find(disks).await.map_err(RootfsError::from)?;
-        let from = match request.checkpoint.into_option() {
-            Some(from) => Some(checkpoint::From::find(parts, from).await?),
-            None => None,
+        let disks = async { Ok(parts.disks.find(disks).await.map_err(RootfsError::from)?) };
+        let from = async {
+            match request.checkpoint.into_option() {
+                Some(from) => checkpoint::From::find(parts, from).await.map(Some),
+                None => Ok(None),
+            }
         };
+        let (disks, from) = tokio::try_join!(disks, from)?;
         phases.done("disks");
         let rootfs = Rootfs::mount(dir, &disks)?;
         drop(disks);
