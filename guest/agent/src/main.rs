@@ -2,7 +2,7 @@
 //!
 //! It boots user space, dials the host, and from then on owns every container and every process of the VM.
 //! The same binary runs as an ordinary process in private namespaces when it is given `--serial-fd`, for tests
-//! that want the real agent without a VM.
+//! that want the real agent without a VM. As `tar` it is what CRIU calls so (`criu/tmpfs.rs`).
 
 mod agent;
 mod boot;
@@ -26,13 +26,19 @@ mod sys;
 mod uevent;
 mod view;
 
+use std::process::ExitCode;
+
 use options::Options;
 
-fn main() {
+fn main() -> ExitCode {
+    if let Some(code) = criu::run_as_tar() {
+        return code;
+    }
     console::install_panic_hook();
     if let Err(err) = run() {
         console::fatal(&err);
     }
+    ExitCode::SUCCESS
 }
 
 fn run() -> Result<(), agent::AgentError> {

@@ -16,6 +16,7 @@ mod mounts;
 mod pagemap;
 mod restore;
 mod rpc;
+mod tmpfs;
 mod uts;
 
 use std::{
@@ -34,6 +35,7 @@ pub(crate) use self::{
     mounts::make_mount_points,
     restore::{Fetching, Held, Place, Restored, clear, restore},
     rpc::warm_up,
+    tmpfs::run_as_tar,
 };
 use crate::{cgroup::CgroupError, disk::DiskError};
 

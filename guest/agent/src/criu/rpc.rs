@@ -24,7 +24,7 @@ use tokio::{
     sync::oneshot,
 };
 
-use super::CriuError;
+use super::{CriuError, tmpfs};
 use crate::{
     reaper::{Exit, Reaper},
     sys,
@@ -162,7 +162,7 @@ pub(super) fn spawn(
     let child = Command::new(PROGRAM)
         .args(args)
         .env_clear()
-        .env("PATH", "/usr/sbin:/usr/bin")
+        .env("PATH", format!("{}:/usr/sbin:/usr/bin", tmpfs::DIR))
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
