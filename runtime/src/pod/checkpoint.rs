@@ -84,13 +84,8 @@ impl Pod {
         let written = async {
             let Dumped { images, attached, criu, layer } = taking.images(&phases).await?;
             let manifest = Manifest { layer, ..manifest };
-            let (saved, detached) = tokio::join!(
-                save(id, images, manifest, wanted, &phases),
-                phases.time("detach", attached.detach()),
-            );
-            // A disk that stays in the VM costs it a place, and the checkpoint is whole.
-            detached.unwrap_or_else(|error| tracing::warn!(id, "{}", chain(&error)));
-            let Saved { files, bytes } = saved?;
+            attached.release();
+            let Saved { files, bytes } = save(id, images, manifest, wanted, &phases).await?;
             let path = wanted.path.display();
             tracing::info!(id, files, bytes, ?criu, phases = %phases, %path, "container checkpointed");
             self.emit(Event::Checkpointed { id: id.to_owned(), path: wanted.path.clone() });

@@ -76,9 +76,17 @@ impl Attached {
         attached.map(|address| Self { vm, address }).map_err(|source| PodError::Vm { what, source })
     }
 
+    /// Has it detached, which nobody needs to wait for: the guest is done with it.
+    pub(super) fn release(self) {
+        tokio::spawn(async move {
+            // One that stays in the VM costs it a place.
+            self.detach().await.unwrap_or_else(|error| tracing::warn!("{}", chain(&error)));
+        });
+    }
+
     /// # Errors
     /// QEMU does not let go of it.
-    pub(super) async fn detach(self) -> Result<(), PodError> {
+    async fn detach(self) -> Result<(), PodError> {
         let what = "detach the checkpoint's disk";
         self.vm.detach_disk(self.address).await.map_err(|source| PodError::Vm { what, source })
     }
