@@ -116,8 +116,9 @@ fn much_memory_fetched_later(containerd: &mut Containerd) -> Result<()> {
 }
 
 fn a_terminal_session(containerd: &mut Containerd) -> Result<()> {
-    let script = "trap 'echo \"now $(stty size)\"' WINCH; n=0; echo ready; while read -r line; do n=$((n+1)); \
-                  echo \"$n $line\"; done; exit 6";
+    // A signal interrupts a read, and the first size may come at any time.
+    let script = "trap 'w=1; echo \"now $(stty size)\"' WINCH; n=0; echo ready; while :; do if read -r line; then \
+                  n=$((n+1)); echo \"$n $line\"; elif [ \"$w\" ]; then w=; else break; fi; done; exit 6";
     let run = containerd.run(IMAGE, &["sh", "-c", script]).flag("--tty");
     let mut terminal = Terminal::run(&run.invocation()?, 80, 25)?;
     terminal.expect("ready\r")?;
