@@ -13,6 +13,7 @@ mod extents;
 mod lazy;
 mod mounted;
 mod mounts;
+mod oom;
 mod pagemap;
 mod restore;
 mod rpc;

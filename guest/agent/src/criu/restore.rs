@@ -18,7 +18,7 @@ use protobuf::MessageField;
 use rust_criu::rust_criu_protobuf::rpc::{Cgroup_root, Criu_req, Criu_req_type, Inherit_fd};
 use tokio::sync::oneshot;
 
-use super::{CriuError, cpu, lazy::Pages, mounted::Mounted, rpc::Criu, uts};
+use super::{CriuError, cpu, lazy::Pages, mounted::Mounted, oom, rpc::Criu, uts};
 use crate::{
     cgroup::{self, Cgroup},
     container::FileMount,
@@ -175,6 +175,7 @@ pub(crate) async fn restore(
     let expectation = reaper.expect();
     let criu = Criu::start(reaper, &inherited)?;
     drop(inherited);
+    oom::protect(criu.pid())?;
     // What it makes is in its own cgroup.
     place.cgroup.add(criu.pid()).map_err(|source| CriuError::File {
         what: "move criu into",
@@ -184,6 +185,7 @@ pub(crate) async fn restore(
     criu.send(&request).await?;
     let pid = follow(&criu, console, &log).await?;
     let exit = expectation.watch(pid);
+    oom::expose(place.cgroup, criu.pid())?;
     if !place.hostname.is_empty() {
         uts::rename(pid, place.hostname)?;
     }
