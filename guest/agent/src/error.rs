@@ -113,7 +113,10 @@ fn cgroup_code(err: &CgroupError) -> Code {
 
 fn criu_code(err: &CriuError) -> Code {
     match err {
-        CriuError::Failed { .. } | CriuError::Died { .. } | CriuError::Pages { .. } => Code::ABORTED,
+        CriuError::Failed { .. }
+        | CriuError::Died { .. }
+        | CriuError::Harmed { .. }
+        | CriuError::Pages { .. } => Code::ABORTED,
         CriuError::Hostname { .. } => Code::INVALID_ARGUMENT,
         CriuError::Cpu { .. } | CriuError::Kernel { .. } | CriuError::NoFile { .. } => {
             Code::FAILED_PRECONDITION

@@ -8,7 +8,8 @@
 //! side, so that the guest has no say in it. Nothing is cached: every access asks the guest.
 //!
 //! Until somebody looks, nothing of it exists in the guest. A guest that does not answer, or answers nonsense, costs whoever
-//! looks an error; the next access asks anew.
+//! looks an error; the next access asks anew. One access can be several requests, so a guest that has missed a deadline is
+//! asked once more, for somebody who serves requests, and until that is answered every request fails at once.
 
 mod answers;
 mod device;
@@ -60,6 +61,12 @@ enum OpenError {
     Agent(#[from] AgentError),
     #[error("the guest did not answer within {PATIENCE:?}")]
     Deadline,
+}
+
+impl OpenError {
+    fn is_silence(&self) -> bool {
+        matches!(self, Self::Deadline | Self::Agent(AgentError::Deadline { .. }))
+    }
 }
 
 impl View {
@@ -143,22 +150,60 @@ async fn serve_guest(
             },
         }
     };
+    requests(id, device, &mut buffer, || guest.open()).await
+}
+
+/// Has them served by who is opened in the guest.
+async fn requests<Opening: Future<Output = Result<BoxedStream, OpenError>>>(
+    id: &str,
+    device: &Device,
+    buffer: &mut [u8],
+    open: impl Fn() -> Opening,
+) -> std::io::Result<Read> {
+    let mut opened = None;
+    // While the guest is silent.
+    let mut word = None;
     loop {
-        let Read::Request(request) = device.read(&mut buffer).await? else { return Ok(Read::Unmounted) };
+        let read = tokio::select! {
+            biased;
+            found = async { word.as_mut().expect("checked").await }, if word.is_some() => {
+                word = None;
+                // Without one, the next access waits as long as this did.
+                opened = Result::ok(found);
+                continue;
+            }
+            read = device.read(buffer) => read?,
+        };
+        let Read::Request(request) = read else { return Ok(Read::Unmounted) };
         if answers::by_host(device, request)? || !request.is_answered() {
             // What is forgotten was known to a process that is gone.
             continue;
         }
-        match guest.open().await {
-            Ok(stream) => match session::run(device, stream, request, &mut buffer).await {
+        if word.is_some() {
+            device.refuse(request, libc::EIO)?;
+            continue;
+        }
+        let stream = match opened.take() {
+            Some(stream) => Ok(stream),
+            None => open().await,
+        };
+        let silent = match stream {
+            Ok(stream) => match session::run(device, stream, request, buffer).await {
                 session::End::Unmounted => return Ok(Read::Unmounted),
                 session::End::Device(error) => return Err(error),
-                end => tracing::warn!(id, "an access to the container's files failed: {}", chain(&end)),
+                end => {
+                    tracing::warn!(id, "an access to the container's files failed: {}", chain(&end));
+                    matches!(end, session::End::Deadline)
+                }
             },
             Err(error) => {
                 tracing::warn!(id, "the container's files cannot be accessed: {}", chain(&error));
                 device.refuse(request, libc::EIO)?;
+                error.is_silence()
             }
+        };
+        if silent {
+            word = Some(Box::pin(open()));
         }
     }
 }

@@ -10,9 +10,9 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socket
 use proptest::prelude::*;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
 
-use super::answers;
 use super::device::{Device, Read};
 use super::session::{self, End};
+use super::{PATIENCE, answers, requests};
 
 const LOOKUP: u32 = 1;
 const ASKER: u32 = 4321;
@@ -154,6 +154,47 @@ async fn a_silent_guest_is_not_waited_for() {
         let end = run(device, &kernel, ours).await;
         assert!(matches!(end, End::Deadline), "{end:?}");
         assert_eq!(kernel.told(), [refusal(2, libc::EIO)]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_was_silent_is_waited_for_once() {
+    let (kernel, device) = Kernel::new();
+    let mut buffer = vec![0; MAX_REQUEST];
+    let (told, answers) = (tokio::sync::Notify::new(), tokio::sync::Notify::new());
+    let (silent, _kept) = duplex(1 << 20);
+    let (served, mut guest) = duplex(1 << 20);
+    let streams = std::cell::RefCell::new(vec![served, silent]);
+    // The first stream is there at once, the second when the guest answers again.
+    let open = || async {
+        if streams.borrow().len() == 1 {
+            told.notify_one();
+            answers.notified().await;
+        }
+        let stream: crate::vm::BoxedStream = Box::new(streams.borrow_mut().pop().expect("asked twice"));
+        Ok(stream)
+    };
+    let begun = tokio::time::Instant::now();
+    let asking = async {
+        kernel.ask(&message_of(LOOKUP, 2, b"name\0"));
+        told.notified().await;
+        assert_eq!(kernel.told(), [refusal(2, libc::EIO)]);
+        let waited = begun.elapsed();
+        assert!(waited >= PATIENCE, "it was not waited for: {waited:?}");
+        kernel.ask(&message_of(LOOKUP, 4, b"name\0"));
+        while kernel.told() != [refusal(4, libc::EIO)] {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(begun.elapsed(), waited, "it was waited for again");
+        answers.notify_one();
+        tokio::task::yield_now().await;
+        kernel.ask(&message_of(LOOKUP, 6, b"name\0"));
+        let (request, _) = heard(&mut guest).await;
+        assert_eq!(request.unique, 6);
+    };
+    tokio::select! {
+        end = requests("id", &device, &mut buffer, open) => panic!("{end:?}"),
+        () = asking => {}
     }
 }
 

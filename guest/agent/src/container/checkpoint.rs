@@ -33,7 +33,12 @@ impl Container {
         }
         let disk = request.disk.as_ref().ok_or(ContainerError::NoCheckpointDisk)?;
         let disk = parts.disks.find_one(disk.into(), false).await.map_err(CriuError::from)?;
-        Ok(criu::pre_dump(&parts.reaper, &source, &disk, &request.options.unwrap_or_default()).await?)
+        let copied =
+            criu::pre_dump(&parts.reaper, &source, &disk, &request.options.unwrap_or_default()).await;
+        if let Err(CriuError::Harmed { .. }) = copied {
+            source.cgroup.kill()?;
+        }
+        Ok(copied?)
     }
 
     /// What CRIU is to dump.
@@ -67,7 +72,11 @@ impl Container {
         // CRIU writes to the root file system where a file has lost its name.
         self.rootfs.thaw()?;
         let dumped = criu::dump(&parts.reaper, &source, &disk, &request.options.unwrap_or_default()).await;
-        self.rootfs.freeze()?;
+        match dumped {
+            // Half a container is worse than none.
+            Err(CriuError::Harmed { .. }) => source.cgroup.kill()?,
+            _ => self.rootfs.freeze()?,
+        }
         let (dumped, response) = dumped?;
         *self.dumped() = Some(dumped);
         Ok(response)

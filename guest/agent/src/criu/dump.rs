@@ -17,6 +17,7 @@ use tokio::task::spawn_blocking;
 
 use super::{
     CriuError, cpu, extents,
+    mend::mend,
     mounted::Mounted,
     mounts,
     pagemap::{self, Merged},
@@ -61,7 +62,7 @@ pub(crate) struct Source<'a> {
 /// Copies the memory of processes that run, for [`dump`] on the same disk to count on.
 ///
 /// # Errors
-/// CRIU cannot; the disk is as before.
+/// CRIU cannot; the disk is as before. [`CriuError::Harmed`]: the processes are not, and must end.
 pub(crate) async fn pre_dump(
     reaper: &Reaper,
     source: &Source<'_>,
@@ -72,7 +73,10 @@ pub(crate) async fn pre_dump(
     let images = directory(&mounted, BEFORE)?;
     let mut opts = opts(&images, source, options)?;
     opts.opts.set_track_mem(true);
-    let done = run(reaper, Criu_req_type::PRE_DUMP, opts, &images).await;
+    let done = match run(reaper, Criu_req_type::PRE_DUMP, opts, &images).await {
+        Err(died @ CriuError::Died { .. }) => Err(mend(source, false, false, &images.join(LOG), died).await),
+        done => done,
+    };
     if done.is_err() {
         fs::remove_dir_all(&images).map_err(|source| CriuError::File {
             what: "remove",
@@ -113,7 +117,7 @@ impl Dumped {
 /// Dumps onto a disk. The processes stay frozen.
 ///
 /// # Errors
-/// CRIU cannot; the processes are as before.
+/// CRIU cannot; the processes are as before. [`CriuError::Harmed`]: they are not, and must end.
 pub(crate) async fn dump(
     reaper: &Reaper,
     source: &Source<'_>,
@@ -131,7 +135,12 @@ pub(crate) async fn dump(
         opts.opts.set_track_mem(true);
         opts.opts.set_parent_img(format!("../{BEFORE}"));
     }
-    run(reaper, Criu_req_type::DUMP, opts, &images).await?;
+    match run(reaper, Criu_req_type::DUMP, opts, &images).await {
+        Err(died @ CriuError::Died { .. }) => {
+            return Err(mend(source, true, options.tcp_established, &images.join(LOG), died).await);
+        }
+        done => done?,
+    }
     facts.criu_version = version(&images.join(LOG));
     let criu_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
     let response =
@@ -179,10 +188,10 @@ async fn run(reaper: &Reaper, what: Criu_req_type, opts: Opts, images: &Path) ->
     let outcome = criu.finish("checkpoint", &images.join(LOG)).await;
     // After a copy it would wait to be asked for the dump, which may never come.
     if outcome.is_err() || what == Criu_req_type::PRE_DUMP {
-        criu.kill();
+        criu.end().await;
     }
     // Only then nothing of it is open on the disk any more.
-    criu.ended().await;
+    criu.exit().await;
     outcome
 }
 

@@ -15,7 +15,7 @@ use tokio::{
 use super::{
     CriuError,
     mounted::Mounted,
-    rpc::{self, quote},
+    rpc::{self, how, quote},
 };
 use crate::{
     reaper::{Exit, Reaper},
@@ -54,12 +54,12 @@ impl Pages {
             &fd,
         ];
         let (pid, exit) = rpc::spawn(reaper, &args, &[told])?;
-        let pages = Self { reaper: reaper.clone(), pid, exit: Some(exit) };
+        let mut pages = Self { reaper: reaper.clone(), pid, exit: Some(exit) };
         // One byte, or the end.
         let ready = sys::register(std::fs::File::from(ready), Interest::READABLE).map_err(CriuError::Run)?;
         match first_byte(&ready).await {
             Ok(true) => Ok(pages),
-            Ok(false) => Err(CriuError::Died { log: quote(&work.join(LOG)) }),
+            Ok(false) => Err(CriuError::Died { how: how(pages.ended().await), log: quote(&work.join(LOG)) }),
             Err(source) => Err(CriuError::Talk(source)),
         }
     }
@@ -69,17 +69,22 @@ impl Pages {
     /// # Errors
     /// Pages are missing, and will be.
     pub(super) async fn fetched(mut self, images: Mounted, work: &Path) -> Result<(), CriuError> {
+        let exit = self.ended().await;
+        drop(images);
+        match exit {
+            Some(exit) if exit.code() == 0 => Ok(()),
+            exit => Err(CriuError::Pages { how: how(exit), log: quote(&work.join(LOG)) }),
+        }
+    }
+
+    async fn ended(&mut self) -> Option<Exit> {
         // Dropped before, it is killed.
         let exit = match &mut self.exit {
             Some(exit) => exit.await.ok(),
             None => None,
         };
         self.exit = None;
-        drop(images);
-        match exit {
-            Some(exit) if exit.code() == 0 => Ok(()),
-            _ => Err(CriuError::Pages { log: quote(&work.join(LOG)) }),
-        }
+        exit
     }
 }
 

@@ -11,13 +11,17 @@ mod cpu;
 mod dump;
 mod extents;
 mod lazy;
+mod mend;
 mod mounted;
 mod mounts;
+mod network;
+mod oom;
 mod pagemap;
 mod restore;
 mod rpc;
 mod tmpfs;
 mod uts;
+mod yard;
 
 use std::{
     fs::File,
@@ -53,8 +57,10 @@ pub(crate) enum CriuError {
     Run(#[source] io::Error),
     #[error("cannot talk to criu")]
     Talk(#[source] io::Error),
-    #[error("criu has ended without an answer{log}")]
-    Died { log: String },
+    #[error("criu {how}{log}")]
+    Died { how: String, log: String },
+    #[error("{died}; one of the container's processes was running its code, so the container has ended")]
+    Harmed { died: Box<CriuError> },
     #[error("criu cannot {what} it{log}")]
     Failed { what: &'static str, log: String },
     #[error("cannot read the container's limits")]
@@ -73,12 +79,14 @@ pub(crate) enum CriuError {
     Missing { address: u64 },
     #[error("the image {name} has too many pieces")]
     Pieces { name: String },
-    #[error("the container's memory cannot be fetched{log}")]
-    Pages { log: String },
+    #[error("the container's memory cannot be fetched: criu {how}{log}")]
+    Pages { how: String, log: String },
     #[error("criu has not sent the terminal's master")]
     NoMaster,
     #[error("criu has not said which process it has restored")]
     NoPid,
+    #[error("cannot take CRIU's lock off the container's connections")]
+    Unlock(#[source] Errno),
     #[error("cannot set the hostname {name:?} of the restored processes")]
     Hostname { name: String, source: Errno },
 }

@@ -16,11 +16,12 @@ use nix::{
 use procfs::process::Process;
 use protobuf::MessageField;
 use rust_criu::rust_criu_protobuf::rpc::{Cgroup_root, Criu_req, Criu_req_type, Inherit_fd};
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, task::AbortHandle};
 
-use super::{CriuError, cpu, lazy::Pages, mounted::Mounted, rpc::Criu, uts};
+use super::{CriuError, cpu, lazy::Pages, mounted::Mounted, oom, rpc::Criu, uts, yard};
 use crate::{
-    cgroup::{self, Cgroup},
+    cgroup::{self, Cgroup, CgroupError},
+    console,
     container::FileMount,
     disk::Disk,
     reaper::{Exit, Reaper},
@@ -55,6 +56,7 @@ pub(crate) struct Restored {
 /// What keeps restored processes from running.
 #[derive(Debug)]
 pub(crate) struct Held {
+    guard: Guard,
     criu: Criu,
     pages: Option<Pages>,
     images: Mounted,
@@ -85,10 +87,11 @@ impl Held {
     /// # Errors
     /// CRIU fails in the last moment.
     pub(crate) async fn release(self) -> Result<Option<Fetching>, CriuError> {
-        let Self { criu, pages, images, work } = self;
+        let Self { guard, criu, pages, images, work } = self;
+        drop(guard);
         criu.go_on().await?;
         criu.finish("restore", &work.join(LOG)).await?;
-        criu.ended().await;
+        criu.exit().await;
         Ok(pages.map(|pages| Fetching { pages, images, work }))
     }
 }
@@ -109,7 +112,8 @@ pub(crate) fn clear(dir: &Path) -> Result<(), CriuError> {
         mounts.into_iter().map(|mount| mount.mount_point).filter(|at| at.starts_with(&work)).collect();
     below.reverse();
     below.iter().try_for_each(|at| umount2(at, MntFlags::MNT_DETACH)).map_err(|err| failed(err.into()))?;
-    fs::remove_dir_all(&work).map_err(failed)
+    fs::remove_dir_all(&work).map_err(failed)?;
+    yard::clear()
 }
 
 /// # Errors
@@ -151,7 +155,7 @@ pub(crate) async fn restore(
     for mount in &facts.mounts {
         opts.external.push(format!("mnt[{}]:{}", mount.destination, source(mount, place.files)?));
     }
-    let (inherited, console) = match stdio {
+    let (inherited, terminal) = match stdio {
         ProcessEnds::Files(files) => {
             for (file, name) in
                 files.iter().zip(&facts.descriptors).filter(|(_, name)| name.starts_with("pipe:"))
@@ -175,35 +179,66 @@ pub(crate) async fn restore(
     let expectation = reaper.expect();
     let criu = Criu::start(reaper, &inherited)?;
     drop(inherited);
+    oom::protect(criu.pid())?;
     // What it makes is in its own cgroup.
-    place.cgroup.add(criu.pid()).map_err(|source| CriuError::File {
-        what: "move criu into",
-        path: place.cgroup.path().to_owned(),
-        source,
-    })?;
+    match place.cgroup.add(criu.pid()) {
+        // It has ended, of which is told below.
+        Err(err) if err.raw_os_error() == Some(libc::ESRCH) => {}
+        added => added.map_err(|source| CriuError::File {
+            what: "move criu into",
+            path: place.cgroup.path().to_owned(),
+            source,
+        })?,
+    }
     criu.send(&request).await?;
-    let pid = follow(&criu, console, &log).await?;
+    let pid = follow(&criu, terminal, &log).await?;
+    let guard = Guard::over(&criu, place.cgroup.clone());
     let exit = expectation.watch(pid);
+    oom::expose(place.cgroup, criu.pid())?;
     if !place.hostname.is_empty() {
         uts::rename(pid, place.hostname)?;
     }
-    Ok(Restored { pid, exit, held: Held { criu, pages, images, work } })
+    Ok(Restored { pid, exit, held: Held { guard, criu, pages, images, work } })
+}
+
+/// Sees to it that what CRIU holds does not run if it is killed, since nobody has started it.
+#[derive(Debug)]
+struct Guard(AbortHandle);
+
+impl Guard {
+    fn over(criu: &Criu, cgroup: Cgroup) -> Self {
+        let ended = criu.exit();
+        let guard = tokio::spawn(async move {
+            ended.await;
+            // Who starts it is told why that cannot be. Where it was killed with all that it held there is nothing to hold.
+            match cgroup.freeze().await {
+                Ok(()) | Err(CgroupError::NoFile { .. }) => {}
+                Err(err) => console::say(&console::chain(&err)),
+            }
+        });
+        Self(guard.abort_handle())
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// Until the processes are there and would run next.
-async fn follow(criu: &Criu, console: Option<OwnedFd>, log: &Path) -> Result<Pid, CriuError> {
+async fn follow(criu: &Criu, terminal: Option<OwnedFd>, log: &Path) -> Result<Pid, CriuError> {
     let mut pid = None;
     loop {
-        let (answer, fd) =
-            criu.receive().await?.ok_or_else(|| CriuError::Died { log: super::rpc::quote(log) })?;
+        let Some((answer, fd)) = criu.receive().await? else { return Err(criu.died(log).await) };
         if answer.type_() != Criu_req_type::NOTIFY {
             return Err(failed(log));
         }
         match answer.notify.script() {
             "orphan-pts-master" => {
                 let master = fd.ok_or(CriuError::NoMaster)?;
-                if let Some(console) = &console {
-                    pass_on(console, &master).map_err(CriuError::Talk)?;
+                if let Some(terminal) = &terminal {
+                    pass_on(terminal, &master).map_err(CriuError::Talk)?;
                 }
             }
             "post-restore" => pid = Some(answer.notify.pid()).filter(|pid| *pid > 0),
@@ -216,11 +251,11 @@ async fn follow(criu: &Criu, console: Option<OwnedFd>, log: &Path) -> Result<Pid
 }
 
 /// As the engine does for a new container.
-fn pass_on(console: &OwnedFd, master: &OwnedFd) -> io::Result<()> {
+fn pass_on(terminal: &OwnedFd, master: &OwnedFd) -> io::Result<()> {
     let fds = [master.as_raw_fd()];
     let control = [ControlMessage::ScmRights(&fds)];
     let bytes = [io::IoSlice::new(b"master")];
-    sendmsg::<()>(console.as_raw_fd(), &bytes, &control, MsgFlags::MSG_NOSIGNAL, None)?;
+    sendmsg::<()>(terminal.as_raw_fd(), &bytes, &control, MsgFlags::MSG_NOSIGNAL, None)?;
     Ok(())
 }
 

@@ -3,7 +3,10 @@
 use std::{
     fs,
     io::IoSliceMut,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+        unix::process::CommandExt as _,
+    },
     path::Path,
     process::{Command, Stdio},
 };
@@ -12,8 +15,11 @@ use nix::{
     cmsg_space,
     errno::Errno,
     fcntl::{FcntlArg, FdFlag, OFlag, fcntl},
-    sys::socket::{
-        AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, send, socketpair,
+    sys::{
+        signal::Signal,
+        socket::{
+            AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recv, recvmsg, send, socketpair,
+        },
     },
     unistd::Pid,
 };
@@ -21,13 +27,13 @@ use protobuf::{Message, MessageField};
 use rust_criu::rust_criu_protobuf::rpc::{Criu_features, Criu_req, Criu_req_type, Criu_resp};
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    sync::oneshot,
+    sync::{oneshot, watch},
 };
 
 use super::{CriuError, tmpfs};
 use crate::{
     reaper::{Exit, Reaper},
-    sys,
+    sys::{self, WaitStatus},
 };
 
 const PROGRAM: &str = "/usr/sbin/criu";
@@ -41,7 +47,7 @@ pub(super) struct Criu {
     socket: AsyncFd<OwnedFd>,
     reaper: Reaper,
     pid: Pid,
-    exit: Option<oneshot::Receiver<Exit>>,
+    exit: watch::Receiver<Option<Exit>>,
 }
 
 impl Criu {
@@ -58,7 +64,9 @@ impl Criu {
         let inherited: Vec<BorrowedFd<'_>> =
             inherited.iter().map(AsFd::as_fd).chain([theirs.as_fd()]).collect();
         let (pid, exit) = spawn(reaper, &["swrk", &theirs.as_raw_fd().to_string()], &inherited)?;
-        let exit = Some(exit);
+        let (ended, told) = watch::channel(None);
+        tokio::spawn(async move { ended.send(exit.await.ok()) });
+        let exit = told;
         let socket = sys::register(ours, Interest::READABLE | Interest::WRITABLE).map_err(CriuError::Run)?;
         Ok(Self { socket, reaper: reaper.clone(), pid, exit })
     }
@@ -67,12 +75,17 @@ impl Criu {
         self.pid
     }
 
+    /// One that has ended is told of by [`Criu::receive`].
+    ///
     /// # Errors
-    /// It has ended.
+    /// Those of sending.
     pub(super) async fn send(&self, request: &Criu_req) -> Result<(), CriuError> {
         let bytes = request.write_to_bytes().map_err(|err| CriuError::Talk(err.into()))?;
-        let write = |fd: &OwnedFd| Ok(send(fd.as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL)?);
-        self.socket.async_io(Interest::WRITABLE, write).await.map(drop).map_err(CriuError::Talk)
+        let write = |fd: &OwnedFd| match send(fd.as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL) {
+            Ok(_) | Err(Errno::EPIPE | Errno::ECONNRESET) => Ok(()),
+            Err(err) => Err(err.into()),
+        };
+        self.socket.async_io(Interest::WRITABLE, write).await.map_err(CriuError::Talk)
     }
 
     /// Its next message, and a descriptor if one came along. None when it has ended.
@@ -81,10 +94,18 @@ impl Criu {
     /// What it says is no message.
     pub(super) async fn receive(&self) -> Result<Option<(Criu_resp, Option<OwnedFd>)>, CriuError> {
         let mut bytes = vec![0; MAX_ANSWER];
-        let read = |fd: &OwnedFd| Ok(receive(fd.as_raw_fd(), &mut bytes)?);
-        let received = self.socket.async_io(Interest::READABLE, read).await;
+        let mut read = |fd: &OwnedFd| Ok(receive(fd.as_raw_fd(), &mut bytes)?);
+        let mut exit = self.exit.clone();
+        let received = tokio::select! {
+            biased;
+            received = self.socket.async_io(Interest::READABLE, &mut read) => received,
+            // What it has begun to make may hold the other end for longer than itself. Its last words may be there.
+            _ = exit.wait_for(Option::is_some) => read(self.socket.get_ref()),
+        };
         let (length, fd) = match received {
-            Err(err) if err.raw_os_error() == Some(libc::ECONNRESET) => return Ok(None),
+            Err(err) if matches!(err.raw_os_error(), Some(libc::ECONNRESET | libc::EAGAIN)) => {
+                return Ok(None);
+            }
             received => received.map_err(CriuError::Talk)?,
         };
         if length == 0 {
@@ -98,7 +119,7 @@ impl Criu {
     /// Lets it go on after it has told something.
     ///
     /// # Errors
-    /// It has ended.
+    /// Those of sending.
     pub(super) async fn go_on(&self) -> Result<(), CriuError> {
         let mut request = Criu_req::new();
         request.set_type(Criu_req_type::NOTIFY);
@@ -113,7 +134,7 @@ impl Criu {
     pub(super) async fn finish(&self, what: &'static str, log: &Path) -> Result<(), CriuError> {
         loop {
             match self.receive().await? {
-                None => return Err(CriuError::Died { log: quote(log) }),
+                None => return Err(self.died(log).await),
                 Some((answer, _)) if answer.type_() == Criu_req_type::NOTIFY => self.go_on().await?,
                 Some((answer, _)) if answer.success() => return Ok(()),
                 Some(_) => return Err(CriuError::Failed { what, log: quote(log) }),
@@ -127,20 +148,44 @@ impl Criu {
         let _ = self.reaper.signal(self.pid, libc::SIGKILL);
     }
 
-    /// Waits until it is gone, after its last answer.
-    pub(super) async fn ended(mut self) {
-        if let Some(exit) = self.exit.take() {
-            // An error is an exit that somebody else was told.
-            let _ = exit.await;
-        }
+    /// Ends all of it, and returns when nothing of it is left: it does some of its work in children.
+    pub(super) async fn end(&self) {
+        // There may be no group any more.
+        let _ = sys::kill_raw(Pid::from_raw(-self.pid.as_raw()), libc::SIGKILL);
+        self.exit().await;
+        // Each of them has the other end.
+        let mut rest = [0; 64];
+        let mut read = |fd: &OwnedFd| Ok(recv(fd.as_raw_fd(), &mut rest, MsgFlags::empty())?);
+        while self.socket.async_io(Interest::READABLE, &mut read).await.is_ok_and(|length| length > 0) {}
+    }
+
+    /// What there is to say when it says nothing more.
+    pub(super) async fn died(&self, log: &Path) -> CriuError {
+        CriuError::Died { how: how(self.exit().await), log: quote(log) }
+    }
+
+    /// Waits until it is gone. None where nobody knows how it ended.
+    pub(super) fn exit(&self) -> impl Future<Output = Option<Exit>> + use<> {
+        let mut exit = self.exit.clone();
+        async move { exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit) }
     }
 }
 
 impl Drop for Criu {
     fn drop(&mut self) {
-        if self.exit.is_some() {
-            self.kill();
-        }
+        self.kill();
+    }
+}
+
+/// How it has ended, as the end of a sentence.
+pub(super) fn how(exit: Option<Exit>) -> String {
+    match exit.map(|exit| exit.status) {
+        Some(WaitStatus::Signaled(signal)) => match Signal::try_from(i32::from(signal)) {
+            Ok(name) => format!("was killed by signal {signal} ({name})"),
+            Err(_) => format!("was killed by signal {signal}"),
+        },
+        Some(WaitStatus::Exited(status)) => format!("has ended with status {status}"),
+        None => "has ended".to_owned(),
     }
 }
 
@@ -164,6 +209,7 @@ pub(super) fn spawn(
         .env_clear()
         .env("PATH", format!("{}:/usr/sbin:/usr/bin", tmpfs::DIR))
         .current_dir("/")
+        .process_group(0)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -197,7 +243,7 @@ pub(crate) async fn warm_up(reaper: &Reaper) -> Result<(), CriuError> {
     let criu = Criu::start(reaper, &[])?;
     criu.send(&request).await?;
     criu.receive().await?;
-    criu.ended().await;
+    criu.exit().await;
     Ok(())
 }
 
@@ -232,6 +278,14 @@ fn reasons(log: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_signal_that_killed_it_has_its_name() {
+        let ended = |status| how(Some(Exit { status, at: std::time::SystemTime::UNIX_EPOCH }));
+        assert_eq!(ended(WaitStatus::Signaled(9)), "was killed by signal 9 (SIGKILL)");
+        assert_eq!(ended(WaitStatus::Signaled(40)), "was killed by signal 40");
+        assert_eq!(ended(WaitStatus::Exited(1)), "has ended with status 1");
+    }
 
     #[test]
     fn the_first_errors_are_quoted() {

@@ -4,6 +4,7 @@ mod api;
 mod clients;
 mod damage;
 mod inspect;
+mod killed;
 mod state;
 mod workloads;
 

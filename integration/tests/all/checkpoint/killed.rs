@@ -1,0 +1,356 @@
+//! CRIU is killed: whoever has asked is told, the container goes on or ends as a whole, nothing is left, the next try works.
+//!
+//! It is killed by a container of the same pod that sees all processes of the VM.
+
+use std::{collections::BTreeSet, fs, os::unix::fs::symlink, path::Path};
+
+use anyhow::{Context as _, Result, ensure};
+use containerd_shim_protos::{
+    api::{CheckpointTaskRequest, DeleteResponse, Empty, PauseRequest, ResumeRequest, StartResponse, Status},
+    shim::oci::CheckpointOptions,
+};
+use machinen_integration::{
+    bundle::{self, Bundle},
+    containerd::Containerd,
+    served::Served,
+};
+use serde_json::json;
+use ttrpc::Code;
+
+use super::{checkpoint, counts_from, refused, request};
+use crate::harness::on_newest_containerd;
+
+on_newest_containerd!(
+    in_a_dump,
+    with_its_code_in_them,
+    ahead_of_a_dump,
+    in_a_restore,
+    before_start,
+    while_it_fetches
+);
+
+/// What a user reads of it.
+const TOLD: &str = "criu was killed by signal 9 (SIGKILL)";
+
+/// And if the container could not go on.
+const ENDED: &str = "the container has ended";
+
+/// Counts, as [`counts_from`] wants to see it. A checkpoint has the file.
+const COUNTER: &str =
+    "i=100; while :; do i=$((i+1)); echo $i >/tmp/new; mv /tmp/new /tmp/count; usleep 50000; done";
+
+/// What a counter hears of itself over its connection.
+const ECHO: &str = "read -r i <&4";
+/// It does not care.
+const NOTHING: &str = "true";
+
+/// The same with a connection to itself, and much memory in another process. The containers of a pod have one network, hence
+/// the port.
+fn connected(port: u16, hear: &str) -> String {
+    format!(
+        "trap '' PIPE
+         (head -c 64m /dev/zero; touch /tmp/ready; sleep 1000) | tail -c 64m &
+         mkfifo /tmp/to /tmp/from /tmp/in /tmp/back
+         nc -l -p {port} <>/tmp/back >/tmp/in &
+         cat </tmp/in >/tmp/back &
+         until grep -qi ':{port:04x} .* 0A ' /proc/net/tcp6; do usleep 20000; done
+         nc 127.0.0.1 {port} </tmp/to >/tmp/from &
+         exec 3>/tmp/to 4</tmp/from
+         until [ -e /tmp/ready ]; do usleep 20000; done
+         i=100
+         while :; do i=$((i+1)); echo $i >&3; {hear}; echo $i >/tmp/new; mv /tmp/new /tmp/count; usleep 50000; done"
+    )
+}
+
+/// The CRIU that was asked to dump or restore: what it is started with, and what it calls itself later.
+const WORKER: &str = "swrk|rpc";
+
+/// When it is killed, as a condition of the shell: at once when it is there, or with more to see.
+const SEEN: &str = "true";
+/// It holds the processes.
+const HOLDS: &str = "grep -qs 'TracerPid:.[1-9]' /proc/[0-9]*/status";
+/// It has put code of its own into one of them.
+const INFECTS: &str = "grep -qs CRIUMFD /proc/[0-9]*/maps";
+/// It has made a first process.
+const MAKES: &str = "[ $(grep -lsx criu /proc/[0-9]*/comm | wc -l) -ge 2 ]";
+/// It writes memory.
+const WRITES: &str = "[ -s \"$(echo /proc/1/root/run/machinen/*/checkpoint/images/pages-1.img)\" ]";
+/// It has locked a connection.
+const LOCKS: &str =
+    "[ -e \"$(echo /proc/1/root/run/machinen/*/checkpoint/images/tcp-stream-*.img | cut -d' ' -f1)\" ]";
+
+struct Pod<'a> {
+    containerd: &'a Containerd,
+    bundle: Bundle,
+    idle: Served<'a>,
+}
+
+impl<'a> Pod<'a> {
+    fn new(containerd: &'a Containerd) -> Result<Self> {
+        let bundle = Bundle::busybox(containerd)?;
+        symlink("/tmp/count", bundle.rootfs().join("count"))?;
+        Ok(Self { containerd, bundle, idle: Served::idle(containerd)? })
+    }
+
+    /// A container of the pod that does what a script says, or goes on from a checkpoint of it.
+    fn container(&self, script: &str, annotation: &str) -> Result<Served<'a>> {
+        let config = self.bundle.config(&["sh", "-c", script], |spec| {
+            if !annotation.is_empty() {
+                spec["annotations"] = json!({annotation: "true"});
+            }
+            let mounts = spec["mounts"].as_array_mut().expect("an array");
+            mounts.push(bundle::mount("/tmp", "tmpfs", "tmpfs", &["mode=1777"]));
+        })?;
+        self.idle.beside(self.containerd, &config)
+    }
+
+    fn running(&self, script: &str, annotation: &str) -> Result<Served<'a>> {
+        let mut served = self.container(script, annotation)?;
+        served.create(|_| ())?;
+        served.begin()?;
+        let status = served.exec_to("look", &["sh", "-c", &counts_from(100)], "")?;
+        ensure!(status == 0, "it does not count: {status}");
+        Ok(served)
+    }
+
+    /// A script that sees the VM's processes, and their files.
+    fn outside(&self, script: &str, stdout: &Path) -> Result<Served<'a>> {
+        let config = self.bundle.config(&["sh", "-c", script], |spec| {
+            let namespaces = spec["linux"]["namespaces"].as_array_mut().expect("an array");
+            namespaces.retain(|namespace| namespace["type"] != "pid");
+            for set in ["bounding", "effective", "permitted"] {
+                let set = spec["process"]["capabilities"][set].as_array_mut().expect("an array");
+                set.push(json!("CAP_SYS_PTRACE"));
+            }
+        })?;
+        let mut served = self.idle.beside(self.containerd, &config)?;
+        served.create(|request| request.stdout = format!("file://{}", stdout.display()))?;
+        served.begin()?;
+        Ok(served)
+    }
+
+    /// Kills the CRIU whose arguments have `word`, when it is there and `when` is true.
+    fn killer(&self, word: &str, when: &str) -> Result<Killer<'a>> {
+        let script = format!(
+            "n=0; until pid=; for d in $(grep -lsx criu /proc/[0-9]*/comm); do d=${{d%/comm}}; d=${{d#/proc/}}; \
+             grep -qsE '{word}' /proc/$d/cmdline && [ $d -lt ${{pid:-99999}} ] && pid=$d; done; [ \"$pid\" ] && {when}; \
+             do n=$((n+1)); [ $n -lt 2000 ] || exit 7; done; \
+             [ $(cat /proc/$pid/oom_score_adj) -le -999 ] || exit 6; kill -9 $pid || exit 5"
+        );
+        Ok(Killer(self.outside(&script, Path::new("/dev/null"))?))
+    }
+
+    /// What there is in the VM besides CRIU's caches: processes (not the kernel's), mounts, control groups, temporary files.
+    fn content(&self) -> Result<BTreeSet<String>> {
+        let script = "for s in $(grep -LE '^PPid:.[02]$' /proc/[0-9]*/status); do head -n 1 $s; done; cut -d' ' -f5 /proc/1/mountinfo; \
+                      cd /proc/1/root; find sys/fs/cgroup/machinen tmp run run/machinen/* -maxdepth 1";
+        let said = self.containerd.root().join("content");
+        let looks = self.outside(script, &said)?;
+        ensure!(looks.wait("")?.exit_status == 0, "cannot look");
+        gone(&looks)?;
+        let content = fs::read_to_string(&said)?.replace(&looks.shim.id, "(who looks)");
+        fs::remove_file(&said)?;
+        Ok(content.lines().map(ToOwned::to_owned).collect())
+    }
+
+    /// Everything is deleted but the idle container.
+    fn end(self) -> Result<()> {
+        self.idle.end()
+    }
+}
+
+struct Killer<'a>(Served<'a>);
+
+impl Killer<'_> {
+    /// It has done its work.
+    fn done(self) -> Result<()> {
+        let status = self.0.wait("")?.exit_status;
+        ensure!(status == 0, "criu was not killed: {status}");
+        gone(&self.0)
+    }
+}
+
+/// Deletes a container that has stopped.
+fn gone(served: &Served<'_>) -> Result<()> {
+    served.client.ok::<DeleteResponse>("Delete", &served.delete(""))?;
+    Ok(fs::remove_dir_all(&served.shim.bundle)?)
+}
+
+fn end(served: &Served<'_>) -> Result<()> {
+    served.client.ok::<Empty>("Kill", &served.kill("", 9))?;
+    served.wait("")?;
+    gone(served)
+}
+
+fn goes_on(served: &Served<'_>) -> Result<()> {
+    served.is("", Status::RUNNING, served.pid)?;
+    // As any container, and unlike CRIU, it is one to be killed when memory runs out.
+    let look = format!("[ $(cat /proc/1/oom_score_adj) = 0 ] || exit 5; {}", counts_from(100));
+    let status = served.exec_to("look", &["sh", "-c", &look], "")?;
+    ensure!(status == 0, "it does not go on: {status}");
+    Ok(())
+}
+
+fn in_a_dump(containerd: &mut Containerd) -> Result<()> {
+    let pod = Pod::new(containerd)?;
+    let source = pod.running(&connected(7000, ECHO), "")?;
+    let dir = containerd.root().join("images");
+    for when in [SEEN, HOLDS] {
+        let told = killed_in_a_dump(&pod, &source, when)?;
+        ensure!(!told.contains(ENDED), "{when}: {told}");
+        goes_on(&source).context(when)?;
+    }
+    // One that the client has paused stays so.
+    let id = || source.shim.id.clone();
+    source.client.ok::<Empty>("Pause", &PauseRequest { id: id(), ..Default::default() })?;
+    killed_in_a_dump(&pod, &source, HOLDS)?;
+    source.is("", Status::PAUSED, source.pid)?;
+    let frozen = format!("grep -qx 'frozen 1' /proc/1/root/sys/fs/cgroup/machinen/{}/cgroup.events", id());
+    let looks = pod.outside(&frozen, Path::new("/dev/null"))?;
+    ensure!(looks.wait("")?.exit_status == 0, "a paused container runs");
+    gone(&looks)?;
+    source.client.ok::<Empty>("Resume", &ResumeRequest { id: id(), ..Default::default() })?;
+    goes_on(&source)?;
+    // The next one is whole.
+    source.client.ok::<Empty>("Checkpoint", &with_connections(&source, &dir)?)?;
+    goes_on(&source)?;
+    end(&source)?;
+    let mut restored = pod.container(&connected(7000, ECHO), "")?;
+    restored.create(|request| request.checkpoint = dir.display().to_string())?;
+    restored.begin()?;
+    goes_on(&restored)?;
+    end(&restored)?;
+    fs::remove_dir_all(&dir)?;
+    pod.end()
+}
+
+fn with_connections(source: &Served<'_>, dir: &Path) -> Result<CheckpointTaskRequest> {
+    request(source, dir, Some(&CheckpointOptions { open_tcp: true, ..Default::default() }))
+}
+
+/// What the caller reads.
+fn killed_in_a_dump(pod: &Pod<'_>, source: &Served<'_>, when: &str) -> Result<String> {
+    let dir = pod.containerd.root().join("images");
+    let killer = pod.killer(WORKER, when)?;
+    let (code, message) = refused(&source.client, &with_connections(source, &dir)?)?;
+    ensure!(code == Code::FAILED_PRECONDITION && message.contains(TOLD), "{when}: {code:?}: {message}");
+    killer.done()?;
+    ensure!(!dir.exists(), "{when}: something is left of a checkpoint that failed");
+    Ok(message)
+}
+
+/// While it has its code in the processes they may be lost, but then all of them, and whoever waits is told.
+fn with_its_code_in_them(containerd: &mut Containerd) -> Result<()> {
+    let pod = Pod::new(containerd)?;
+    for (port, when) in (7000..).zip([INFECTS, WRITES, LOCKS]) {
+        let source = pod.running(&connected(port, NOTHING), "")?;
+        let told = killed_in_a_dump(&pod, &source, when)?;
+        if told.contains(ENDED) || goes_on(&source).is_err() {
+            let exit = source.wait("")?.exit_status;
+            ensure!([133, 137].contains(&exit), "{when}: it ended with {exit}");
+            gone(&source)?;
+            continue;
+        }
+        let dir = containerd.root().join("images");
+        source.client.ok::<Empty>("Checkpoint", &with_connections(&source, &dir)?)?;
+        fs::remove_dir_all(&dir)?;
+        goes_on(&source)?;
+        end(&source)?;
+    }
+    pod.end()
+}
+
+fn ahead_of_a_dump(containerd: &mut Containerd) -> Result<()> {
+    let pod = Pod::new(containerd)?;
+    let source = pod.running(COUNTER, "io.machinen.pre-dump")?;
+    let dir = containerd.root().join("images");
+    for (count, when) in [SEEN, HOLDS].into_iter().enumerate() {
+        let killer = pod.killer(WORKER, when)?;
+        checkpoint(&source, &dir)?;
+        killer.done()?;
+        fs::remove_dir_all(&dir)?;
+        goes_on(&source)?;
+        let log = pod.idle.shim.log()?;
+        let told =
+            log.lines().filter(|line| line.contains("cannot copy memory ahead") && line.contains(TOLD));
+        ensure!(told.count() == count + 1, "{when}: the log does not say so: {log}");
+    }
+    end(&source)?;
+    pod.end()
+}
+
+fn in_a_restore(containerd: &mut Containerd) -> Result<()> {
+    let pod = Pod::new(containerd)?;
+    let dir = containerd.root().join("images");
+    let source = pod.running(COUNTER, "")?;
+    checkpoint(&source, &dir)?;
+    end(&source)?;
+    let before = pod.content()?;
+    for when in [SEEN, MAKES] {
+        let mut restored = pod.container(COUNTER, "")?;
+        let killer = pod.killer(WORKER, when)?;
+        let mut create = restored.shim.create_request();
+        create.checkpoint = dir.display().to_string();
+        let (code, message) = restored.client.refused("Create", &create)?;
+        ensure!(code == Code::FAILED_PRECONDITION && message.contains(TOLD), "{when}: {code:?}: {message}");
+        killer.done()?;
+        let after = pod.content()?;
+        ensure!(before == after, "{when}: there was {before:#?} and is {after:#?}");
+        restored.create(|request| request.checkpoint.clone_from(&create.checkpoint))?;
+        restored.begin()?;
+        goes_on(&restored)?;
+        end(&restored)?;
+    }
+    fs::remove_dir_all(&dir)?;
+    pod.end()
+}
+
+fn before_start(containerd: &mut Containerd) -> Result<()> {
+    let pod = Pod::new(containerd)?;
+    let dir = containerd.root().join("images");
+    let source = pod.running(COUNTER, "")?;
+    checkpoint(&source, &dir)?;
+    end(&source)?;
+    let before = pod.content()?;
+    let mut restored = pod.container(COUNTER, "")?;
+    restored.create(|request| request.checkpoint = dir.display().to_string())?;
+    pod.killer(WORKER, SEEN)?.done()?;
+    let (code, message) = restored.client.refused("Start", &restored.start(""))?;
+    ensure!(code == Code::FAILED_PRECONDITION && message.contains(TOLD), "{code:?}: {message}");
+    let exit = restored.wait("")?.exit_status;
+    ensure!(exit == 137, "it ended with {exit}");
+    gone(&restored)?;
+    let after = pod.content()?;
+    ensure!(before == after, "there was {before:#?} and is {after:#?}");
+    let mut again = pod.container(COUNTER, "")?;
+    again.create(|request| request.checkpoint = dir.display().to_string())?;
+    again.begin()?;
+    goes_on(&again)?;
+    end(&again)?;
+    fs::remove_dir_all(&dir)?;
+    pod.end()
+}
+
+fn while_it_fetches(containerd: &mut Containerd) -> Result<()> {
+    let pod = Pod::new(containerd)?;
+    let dir = containerd.root().join("images");
+    let script = format!(
+        "(head -c 64m /dev/zero; touch /tmp/ready; sleep 1000) | tail -c 64m & \
+                          until [ -e /tmp/ready ]; do usleep 20000; done; {COUNTER}"
+    );
+    let source = pod.running(&script, "")?;
+    checkpoint(&source, &dir)?;
+    end(&source)?;
+    let mut restored = pod.container(&script, "io.machinen.lazy")?;
+    restored.create(|request| request.checkpoint = dir.display().to_string())?;
+    restored.client.ok::<StartResponse>("Start", &restored.start(""))?;
+    pod.killer("lazy-pages", SEEN)?.done()?;
+    let exit = restored.wait("")?.exit_status;
+    ensure!(exit == 137, "it ended with {exit}");
+    gone(&restored)?;
+    let log = pod.idle.shim.log()?;
+    let told = |line: &str| line.contains("has lost memory") && line.contains(TOLD);
+    ensure!(log.lines().any(told), "the log does not say so: {log}");
+    fs::remove_dir_all(&dir)?;
+    pod.end()
+}
