@@ -4,7 +4,7 @@
 
 use std::{collections::BTreeSet, fs, os::unix::fs::symlink, path::Path};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use containerd_shim_protos::{
     api::{CheckpointTaskRequest, DeleteResponse, Empty, PauseRequest, ResumeRequest, StartResponse, Status},
     shim::oci::CheckpointOptions,
@@ -22,6 +22,7 @@ use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(
     in_a_dump,
+    in_a_dump_of_a_paused_container,
     with_its_code_in_them,
     ahead_of_a_dump,
     in_a_restore,
@@ -195,21 +196,8 @@ fn in_a_dump(containerd: &mut Containerd) -> Result<()> {
     let pod = Pod::new(containerd)?;
     let source = pod.running(&connected(7000, ECHO), "")?;
     let dir = containerd.root().join("images");
-    for when in [SEEN, HOLDS] {
-        let told = killed_in_a_dump(&pod, &source, when)?;
-        ensure!(!told.contains(ENDED), "{when}: {told}");
-        goes_on(&source).context(when)?;
-    }
-    // One that the client has paused stays so.
-    let id = || source.shim.id.clone();
-    source.client.ok::<Empty>("Pause", &PauseRequest { id: id(), ..Default::default() })?;
-    killed_in_a_dump(&pod, &source, HOLDS)?;
-    source.is("", Status::PAUSED, source.pid)?;
-    let frozen = format!("grep -qx 'frozen 1' /proc/1/root/sys/fs/cgroup/machinen/{}/cgroup.events", id());
-    let looks = pod.outside(&frozen, Path::new("/dev/null"))?;
-    ensure!(looks.wait("")?.exit_status == 0, "a paused container runs");
-    gone(&looks)?;
-    source.client.ok::<Empty>("Resume", &ResumeRequest { id: id(), ..Default::default() })?;
+    let told = killed_in_a_dump(&pod, &source, SEEN)?;
+    ensure!(!told.contains(ENDED), "{told}");
     goes_on(&source)?;
     // The next one is whole.
     source.client.ok::<Empty>("Checkpoint", &with_connections(&source, &dir)?)?;
@@ -222,6 +210,42 @@ fn in_a_dump(containerd: &mut Containerd) -> Result<()> {
     end(&restored)?;
     fs::remove_dir_all(&dir)?;
     pod.end()
+}
+
+/// One that the client has paused stays so.
+fn in_a_dump_of_a_paused_container(containerd: &mut Containerd) -> Result<()> {
+    let pod = Pod::new(containerd)?;
+    // It may be lost as in [`with_its_code_in_them`], but not always.
+    for _ in 0..5 {
+        let source = pod.running(COUNTER, "")?;
+        let id = || source.shim.id.clone();
+        source.client.ok::<Empty>("Pause", &PauseRequest { id: id(), ..Default::default() })?;
+        if killed_in_a_dump(&pod, &source, HOLDS)?.contains(ENDED) {
+            lost(&source)?;
+            continue;
+        }
+        source.is("", Status::PAUSED, source.pid)?;
+        let frozen =
+            format!("grep -qx 'frozen 1' /proc/1/root/sys/fs/cgroup/machinen/{}/cgroup.events", id());
+        let looks = pod.outside(&frozen, Path::new("/dev/null"))?;
+        ensure!(looks.wait("")?.exit_status == 0, "a paused container runs");
+        gone(&looks)?;
+        source.client.ok::<Empty>("Resume", &ResumeRequest { id: id(), ..Default::default() })?;
+        if goes_on(&source).is_err() {
+            lost(&source)?;
+            continue;
+        }
+        end(&source)?;
+        return pod.end();
+    }
+    bail!("it was lost each time")
+}
+
+/// It has ended as a whole, and whoever waits is told.
+fn lost(source: &Served<'_>) -> Result<()> {
+    let exit = source.wait("")?.exit_status;
+    ensure!([133, 137].contains(&exit), "it ended with {exit}");
+    gone(source)
 }
 
 fn with_connections(source: &Served<'_>, dir: &Path) -> Result<CheckpointTaskRequest> {
@@ -242,13 +266,11 @@ fn killed_in_a_dump(pod: &Pod<'_>, source: &Served<'_>, when: &str) -> Result<St
 /// While it has its code in the processes they may be lost, but then all of them, and whoever waits is told.
 fn with_its_code_in_them(containerd: &mut Containerd) -> Result<()> {
     let pod = Pod::new(containerd)?;
-    for (port, when) in (7000..).zip([INFECTS, WRITES, LOCKS]) {
+    for (port, when) in (7000..).zip([HOLDS, INFECTS, WRITES, LOCKS]) {
         let source = pod.running(&connected(port, NOTHING), "")?;
         let told = killed_in_a_dump(&pod, &source, when)?;
         if told.contains(ENDED) || goes_on(&source).is_err() {
-            let exit = source.wait("")?.exit_status;
-            ensure!([133, 137].contains(&exit), "{when}: it ended with {exit}");
-            gone(&source)?;
+            lost(&source).context(when)?;
             continue;
         }
         let dir = containerd.root().join("images");
@@ -262,20 +284,27 @@ fn with_its_code_in_them(containerd: &mut Containerd) -> Result<()> {
 
 fn ahead_of_a_dump(containerd: &mut Containerd) -> Result<()> {
     let pod = Pod::new(containerd)?;
-    let source = pod.running(COUNTER, "io.machinen.pre-dump")?;
     let dir = containerd.root().join("images");
     for (count, when) in [SEEN, HOLDS].into_iter().enumerate() {
+        let source = pod.running(COUNTER, "io.machinen.pre-dump")?;
         let killer = pod.killer(WORKER, when)?;
-        checkpoint(&source, &dir)?;
+        let taken = checkpoint(&source, &dir);
         killer.done()?;
-        fs::remove_dir_all(&dir)?;
-        goes_on(&source)?;
         let log = pod.idle.shim.log()?;
         let told =
             log.lines().filter(|line| line.contains("cannot copy memory ahead") && line.contains(TOLD));
         ensure!(told.count() == count + 1, "{when}: the log does not say so: {log}");
+        match taken {
+            Ok(()) => {
+                fs::remove_dir_all(&dir)?;
+                goes_on(&source)?;
+                end(&source)?;
+            }
+            // Its code was in one of them, as in [`with_its_code_in_them`].
+            Err(_) if when == HOLDS => lost(&source)?,
+            Err(error) => return Err(error),
+        }
     }
-    end(&source)?;
     pod.end()
 }
 
