@@ -113,7 +113,9 @@ pub(crate) fn clear(dir: &Path) -> Result<(), CriuError> {
     below.reverse();
     below.iter().try_for_each(|at| umount2(at, MntFlags::MNT_DETACH)).map_err(|err| failed(err.into()))?;
     fs::remove_dir_all(&work).map_err(failed)?;
-    yard::clear()
+    // No reason to keep a container.
+    yard::clear().unwrap_or_else(|err| console::say(&console::chain(&err)));
+    Ok(())
 }
 
 /// # Errors

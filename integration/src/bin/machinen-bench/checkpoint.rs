@@ -1,4 +1,5 @@
-//! Checkpoint and restore of containers with some memory: how long they stand still, and how soon they run again.
+//! Checkpoint and restore of containers with some memory: how long they stand still, and how soon they run again. What is
+//! written is held against the least that it takes: the same amount written to a fresh disk by a program in the guest.
 
 use std::{
     fs,
@@ -19,6 +20,8 @@ use crate::report::Report;
 
 /// Resident memory of the containers, MiB.
 const SIZES: [u64; 4] = [8, 64, 256, 1024];
+/// From here on most of the time goes into the writing, MiB.
+const MUCH: u64 = 256;
 
 /// What one size costs.
 #[derive(Debug)]
@@ -44,6 +47,13 @@ pub(crate) fn measure(containerd: &Containerd, report: &mut Report) -> Result<()
     let [small, _, large, largest] = SIZES.map(|mib| {
         let cost = one(containerd, &bundle, mib)?;
         cost.report(report);
+        if mib >= MUCH {
+            let written = written(containerd, &bundle, mib)?;
+            let rate = |time: Duration| (mib << 20) as f64 / 1e6 / time.as_secs_f64();
+            let key = |what: &str| format!("checkpoint_{what}_{mib}_mib");
+            report.rate("  its memory by the time of the checkpoint", &key("rate"), rate(cost.checkpoint));
+            report.rate("  the same amount written to a fresh disk", &key("floor_rate"), rate(written));
+        }
         Ok::<_, anyhow::Error>(cost)
     });
     let (small, large, largest) = (small?, large?, largest?);
@@ -99,6 +109,23 @@ fn one(containerd: &Containerd, bundle: &Bundle, mib: u64) -> Result<Cost> {
     eprintln!("checkpoint of {mib} MiB: {checkpoint:.1?}, restore {restore:.1?}, lazily {lazy:.1?}");
     let bundle_kib = sizes.iter().sum::<u64>() / 1024;
     Ok(Cost { mib, checkpoint, criu, frozen, frozen_after_copy, restore, lazy, bundle_kib })
+}
+
+/// How long a program takes to write and sync as much to the container's own disk, which is as fresh as a checkpoint's.
+fn written(containerd: &Containerd, bundle: &Bundle, mib: u64) -> Result<Duration> {
+    let config = bundle.config(&["sleep", "100000"], |spec| {
+        spec["annotations"]["io.machinen.rootdisk-size"] = (2 * mib).to_string().into();
+    })?;
+    let served = Served::run(containerd, &config)?;
+    let write = format!("dd if=/dev/zero of=/written bs=1M count={mib} conv=fsync");
+    let begun = Instant::now();
+    ensure!(served.exec_to("write", &["sh", "-c", &write], "")? == 0, "cannot write {mib} MiB");
+    let took = begun.elapsed();
+    // What is there at the end goes to the host.
+    ensure!(served.exec_to("remove", &["rm", "/written"], "")? == 0, "cannot remove it");
+    served.end()?;
+    eprintln!("{mib} MiB written: {took:.1?}");
+    Ok(took)
 }
 
 /// How long the whole call takes, and for how long of it the container stands still.
