@@ -7,7 +7,7 @@ use std::time::Duration;
 use machinen_protocol::api::{
     AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, CheckpointImagesResponse,
     ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
-    Empty, EndStdinRequest, ExecProcessRequest, ExecProcessResponse, ExportLayerRequest, ImageFile,
+    Empty, EndStdinRequest, ExecProcessRequest, ExecProcessResponse, ExportLayerRequest,
     ListProcessesResponse, OpenViewRequest, ProcessRequest, ResizeTerminalRequest, SetClockRequest,
     SignalProcessRequest, WaitProcessResponse,
 };
@@ -265,14 +265,12 @@ impl Client {
         call!(self.checkpoint_container(request), Some(DUMP))
     }
 
-    /// Where on its disk the images of the last dump are.
+    /// Where on its disk some more of the last dump is.
     ///
     /// # Errors
     /// The codes that `agent.proto` lists for this call.
-    pub async fn checkpoint_images(&self, container: &str) -> Result<Vec<ImageFile>, AgentError> {
-        let answer: CheckpointImagesResponse =
-            call!(self.checkpoint_images(container_request(container)), Some(DUMP))?;
-        Ok(answer.files)
+    pub async fn checkpoint_images(&self, container: &str) -> Result<CheckpointImagesResponse, AgentError> {
+        call!(self.checkpoint_images(container_request(container)), Some(DUMP))
     }
 
     /// Copies the memory of a running container onto a disk, for the dump that comes next.

@@ -235,8 +235,7 @@ impl Agent for Service {
         let parts = Arc::clone(&self.parts);
         whole(async move {
             let container = parts.containers.get(&request.container_id)?;
-            let files = container.checkpoint_images().await?;
-            Ok(api::CheckpointImagesResponse { files, ..Default::default() })
+            Ok(container.checkpoint_images().await?)
         })
         .await
     }

@@ -4,6 +4,7 @@ pub(crate) mod terminal;
 
 use std::{
     io,
+    ops::Range,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 
@@ -334,13 +335,25 @@ pub(crate) struct FileExtent {
     pub(crate) last: bool,
 }
 
-/// The next pieces of a file from an offset on, after writing it back (kernel document filesystems/fiemap.rst).
+/// Writes back the data of a part of a file, and waits for that (sync_file_range(2)).
+///
+/// # Errors
+/// Those of writing.
+pub(crate) fn write_back(file: BorrowedFd<'_>, from: u64, length: u64) -> io::Result<()> {
+    let number = |value: u64| libc::off64_t::try_from(value).map_err(|_| io::ErrorKind::InvalidInput);
+    let flags =
+        libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: takes no pointers.
+    let done = unsafe { libc::sync_file_range(file.as_raw_fd(), number(from)?, number(length)?, flags) };
+    Ok(Errno::result(done).map(drop)?)
+}
+
+/// The first pieces of a part of a file, which was written back (kernel document filesystems/fiemap.rst).
 ///
 /// # Errors
 /// Those of the ioctl; EIO for a piece that has no place of its own on the disk.
-pub(crate) fn file_extents(file: BorrowedFd<'_>, from: u64) -> io::Result<Vec<FileExtent>> {
+pub(crate) fn file_extents(file: BorrowedFd<'_>, part: Range<u64>) -> io::Result<Vec<FileExtent>> {
     const FS_IOC_FIEMAP: libc::Ioctl = 0xc020_660b;
-    const FIEMAP_FLAG_SYNC: u32 = 1;
     const LAST: u32 = 1;
     const UNWRITTEN: u32 = 0x800;
     /// Unknown place, not allocated yet, encoded, inside other data, at the end of another.
@@ -368,9 +381,9 @@ pub(crate) fn file_extents(file: BorrowedFd<'_>, from: u64) -> io::Result<Vec<Fi
     }
     let none = Extent { logical: 0, physical: 0, length: 0, reserved64: [0; 2], flags: 0, reserved: [0; 3] };
     let mut map = Map {
-        start: from,
-        length: u64::MAX - from,
-        flags: FIEMAP_FLAG_SYNC,
+        start: part.start,
+        length: part.end - part.start,
+        flags: 0,
         mapped: 0,
         count: COUNT as u32,
         reserved: 0,

@@ -1,8 +1,12 @@
 //! Digests of images: of each whole, and of its parts, so that a part can be checked without the rest.
+//!
+//! The whole has a sha256, as everything around containers. Parts are read between a container and its memory, and have
+//! the faster BLAKE3.
 
 use std::{
     fs::File,
     io,
+    ops::Range,
     os::unix::fs::FileExt as _,
     sync::atomic::{AtomicU64, Ordering},
     thread,
@@ -13,30 +17,49 @@ use sha2::{Digest as _, Sha256};
 /// Bytes of a part; the last one of an image is shorter.
 pub(super) const PART: u64 = 1 << 20;
 
-/// Hexadecimal sha256 of these bytes.
-pub(super) fn of(bytes: &[u8]) -> String {
-    format!("{:x}", Sha256::digest(bytes))
+/// Hexadecimal BLAKE3 of the bytes of a part.
+pub(super) fn of_part(bytes: &[u8]) -> String {
+    blake3::hash(bytes).to_hex().to_string()
 }
 
-/// Of a whole file, read from its beginning to `size`. Blocks.
+/// Hexadecimal sha256 of a whole file of `size` bytes. Blocks.
 ///
 /// # Errors
 /// Those of reading; the file is shorter.
 pub(super) fn of_file(file: &File, size: u64) -> io::Result<String> {
-    let (mut digest, mut buffer) = (Sha256::new(), Vec::new());
-    for number in 0..size.div_ceil(PART) {
-        digest.update(read_part(file, size, number, &mut buffer)?);
-    }
-    Ok(format!("{:x}", digest.finalize()))
+    let mut digest = Sha256::new();
+    update(&mut digest, file, 0..size)?;
+    Ok(hexadecimal(digest))
 }
 
-/// Of each part of a file of `size` bytes. Blocks.
+/// Goes on with some bytes of a file, which begin with a part. Blocks.
 ///
 /// # Errors
 /// As for [`of_file`].
-pub(super) fn of_parts(file: &File, size: u64) -> io::Result<Vec<String>> {
+pub(super) fn update(digest: &mut Sha256, file: &File, bytes: Range<u64>) -> io::Result<()> {
     let mut buffer = Vec::new();
-    (0..size.div_ceil(PART)).map(|number| Ok(of(read_part(file, size, number, &mut buffer)?))).collect()
+    parts(bytes.clone()).try_for_each(|number| {
+        digest.update(read_part(file, bytes.end, number, &mut buffer)?);
+        Ok(())
+    })
+}
+
+pub(super) fn hexadecimal(digest: Sha256) -> String {
+    format!("{:x}", digest.finalize())
+}
+
+/// Of each part among some bytes of a file, which begin and end with one. Blocks.
+///
+/// # Errors
+/// As for [`of_file`].
+pub(super) fn of_parts(file: &File, bytes: Range<u64>) -> io::Result<Vec<String>> {
+    let mut buffer = Vec::new();
+    let digest = |number| Ok(of_part(read_part(file, bytes.end, number, &mut buffer)?));
+    parts(bytes.clone()).map(digest).collect()
+}
+
+fn parts(bytes: Range<u64>) -> Range<u64> {
+    bytes.start / PART..bytes.end.div_ceil(PART)
 }
 
 /// Whether each part is what `digests` says, on all processors. Blocks.
@@ -52,7 +75,7 @@ pub(super) fn parts_are(file: &File, size: u64, digests: &[String]) -> io::Resul
             let Some(digest) = usize::try_from(number).ok().and_then(|number| digests.get(number)) else {
                 return Ok(true);
             };
-            if of(read_part(file, size, number, &mut buffer)?) != *digest {
+            if of_part(read_part(file, size, number, &mut buffer)?) != *digest {
                 next.store(digests.len() as u64, Ordering::Relaxed);
                 return Ok(false);
             }
@@ -94,9 +117,10 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         let content: Vec<u8> = (0..size).map(|at| (at / 251) as u8).collect();
         file.write_all(&content).unwrap();
-        let digests = of_parts(&file, size).unwrap();
+        let digests = of_parts(&file, 0..size).unwrap();
         assert_eq!(digests.len(), 6);
-        assert_eq!(of_file(&file, size).unwrap(), of(&content));
+        assert_eq!(of_parts(&file, PART..3 * PART).unwrap(), digests[1..3]);
+        assert_eq!(of_file(&file, size).unwrap(), format!("{:x}", Sha256::digest(&content)));
         assert!(parts_are(&file, size, &digests).unwrap());
         for at in [0, PART - 1, 3 * PART, size - 1] {
             let byte = content[at as usize];

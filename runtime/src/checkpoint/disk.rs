@@ -70,7 +70,12 @@ impl ImageDisk {
             if !image.is_memory() || image.parts.is_empty() {
                 verify_opened(image, &path, &file)?;
             }
-            let parts = if image.size <= PART { vec![image.sha256.clone()] } else { image.parts.clone() };
+            let parts = match image.parts.is_empty() && image.size <= PART {
+                true => {
+                    digest::of_parts(&file, 0..image.size).map_err(CheckpointError::file("read", &path))?
+                }
+                false => image.parts.clone(),
+            };
             Ok(Image { at, size: image.size, file, path, parts })
         });
         let images = images.collect::<Result<_, CheckpointError>>()?;
@@ -159,7 +164,7 @@ impl Reader {
             self.buffered = None;
             let part = digest::read_part(&image.file, image.size, number, &mut self.buffer);
             let part = part.map_err(|_| fault("cannot be read"))?;
-            if Some(&digest::of(part)) != image.parts.get(number as usize) {
+            if Some(&digest::of_part(part)) != image.parts.get(number as usize) {
                 return Err(fault("has another content"));
             }
             self.buffered = Some((index, number));
@@ -211,8 +216,13 @@ mod tests {
             let path = dir.join(name);
             fs::write(&path, content).unwrap();
             let (file, size) = (File::open(path).unwrap(), content.len() as u64);
-            let parts = if size > PART { digest::of_parts(&file, size).unwrap() } else { Vec::new() };
-            ImageDigest { name: (*name).to_owned(), size, sha256: digest::of(content), parts }
+            let parts = if size > PART { digest::of_parts(&file, 0..size).unwrap() } else { Vec::new() };
+            ImageDigest {
+                name: (*name).to_owned(),
+                size,
+                sha256: digest::of_file(&file, size).unwrap(),
+                parts,
+            }
         });
         Manifest { files: digests.collect(), ..Manifest::default() }
     }

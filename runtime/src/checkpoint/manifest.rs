@@ -91,7 +91,7 @@ pub struct ImageDigest {
     pub size: u64,
     /// Hexadecimal.
     pub sha256: String,
-    /// The same of each MiB, for images larger than one, so that what is read can be checked without the rest.
+    /// BLAKE3 of each MiB, hexadecimal, for images larger than one, so that what is read can be checked without the rest.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parts: Vec<String>,
 }
@@ -150,7 +150,7 @@ impl Manifest {
         Ok(manifest)
     }
 
-    pub(super) fn take_facts(&mut self, facts: CheckpointFacts) {
+    pub(crate) fn with_facts(mut self, facts: CheckpointFacts) -> Self {
         self.kernel = facts.kernel_release;
         self.criu = facts.criu_version;
         self.cpu_flags = facts.cpu_flags;
@@ -161,6 +161,7 @@ impl Manifest {
         });
         self.mounts = mounts.collect();
         self.limits = facts.limits.into_iter().map(|file| (file.name, file.content)).collect();
+        self
     }
 
     /// What the guest is told.
@@ -227,9 +228,8 @@ mod tests {
         assert!(manifest.options.file_locks && !manifest.options.shell_job);
         assert_eq!(manifest.files[0].size, 913);
         // And written as it was.
-        let mut again = Manifest { arch: "x86_64".into(), ..manifest };
-        let facts = again.facts();
-        again.take_facts(facts);
+        let facts = manifest.facts();
+        let again = Manifest { arch: "x86_64".into(), ..manifest }.with_facts(facts);
         let (written, read): (serde_json::Value, serde_json::Value) =
             (serde_json::to_value(&again).unwrap(), serde_json::from_str(golden).unwrap());
         assert_eq!(written, read);

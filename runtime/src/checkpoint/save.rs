@@ -1,14 +1,23 @@
 //! From the disk that a guest has written CRIU's images on to a directory of files.
 
 use std::{
+    collections::HashSet,
     fs::{self, DirBuilder, File},
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
+    mem,
+    ops::Range,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    thread,
+    sync::{
+        Arc,
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
+    thread::{self, Scope, ScopedJoinHandle},
 };
 
-use machinen_protocol::api::{CheckpointFacts, ImageFile};
+use machinen_protocol::api::ImageFile;
+use sha2::{Digest as _, Sha256};
+use tokio::sync::mpsc;
 
 use super::{
     CheckpointError, digest,
@@ -17,15 +26,17 @@ use super::{
 
 /// CRIU makes a few files for each process; a container has thousands of those at most.
 const MAX_FILES: usize = 100_000;
+/// Copies that are open and wait for their digests.
+const WAITING: usize = 32;
 
-/// What the guest says of its images, and the disk that it says it of.
+/// Images on a disk, and what the guest says of them.
 #[derive(Debug)]
 pub(crate) struct Images {
     pub disk: File,
     /// Bytes.
     pub size: u64,
-    pub files: Vec<ImageFile>,
-    pub facts: CheckpointFacts,
+    /// Piece by piece; ends with the last, or when there will be no more.
+    pub located: mpsc::Receiver<Vec<ImageFile>>,
 }
 
 /// A checkpoint that was written.
@@ -42,13 +53,33 @@ pub struct Saved {
 /// # Errors
 /// Nothing of it is left then.
 pub(crate) fn save(images: Images, mut manifest: Manifest, dir: &Path) -> Result<Saved, CheckpointError> {
-    check(&images)?;
+    let Images { disk, size, mut located } = images;
     let mut written = Written::begin(dir)?;
-    let copies = images.files.iter().map(|file| written.image(file, &images.disk));
-    manifest.files = finish(copies.collect::<Result<_, _>>()?)?;
-    let bytes = images.files.iter().map(|file| file.size).sum();
-    let files = images.files.len();
-    manifest.take_facts(images.facts);
+    let mut said = Said::new(size);
+    manifest.files = digested(|copied| {
+        let mut current = None;
+        while let Some(pieces) = located.blocking_recv() {
+            for image in pieces {
+                let from = said.next(&image)?;
+                let (file, path) = match current.take() {
+                    Some(begun) if from > 0 => begun,
+                    _ => written.create(&image.name).map(|(file, path)| (Arc::new(file), Arc::from(path)))?,
+                };
+                copy_pieces(&image, &disk, &file).map_err(CheckpointError::file("write", &*path))?;
+                let (name, size, to) = (image.name, image.size, image.located);
+                let copy =
+                    Copied { file: Arc::clone(&file), path: Arc::clone(&path), name, size, bytes: from..to };
+                current = Some((file, path));
+                if !copied(copy) {
+                    return Ok(());
+                }
+            }
+        }
+        said.finished()
+    })?;
+    manifest.files.sort_by(|a, b| a.name.cmp(&b.name));
+    let bytes = manifest.files.iter().map(|file| file.size).sum();
+    let files = manifest.files.len();
     written.manifest(&manifest)?;
     written.keep()?;
     Ok(Saved { files, bytes })
@@ -84,38 +115,72 @@ pub(crate) fn copy_reports(from: &Path, to: &Path) -> Result<(), CheckpointError
     Ok(())
 }
 
-/// The guest may say what it likes.
-fn check(images: &Images) -> Result<(), CheckpointError> {
-    let wrong = |what: String| Err(CheckpointError::Guest { what });
-    if images.files.is_empty() || images.files.len() > MAX_FILES {
-        return wrong(format!("{} images", images.files.len()));
+/// What the guest has said so far. It may say what it likes.
+#[derive(Debug)]
+struct Said {
+    /// Of the disk.
+    size: u64,
+    names: HashSet<String>,
+    /// Bytes of all pieces.
+    total: u64,
+    /// The image that is not located as a whole: its name and size, and where it goes on.
+    unfinished: Option<(String, u64, u64)>,
+}
+
+impl Said {
+    fn new(size: u64) -> Self {
+        Self { size, names: HashSet::new(), total: 0, unfinished: None }
     }
-    let mut names = std::collections::HashSet::new();
-    let mut total: u64 = 0;
-    for file in &images.files {
-        let name = file.name.escape_debug();
-        if !is_plain(&file.name) || !names.insert(&file.name) {
-            return wrong(format!("an image is named \"{:.64}\"", name.to_string()));
+
+    /// Takes what comes next, and returns from where on it is of its image.
+    fn next(&mut self, image: &ImageFile) -> Result<u64, CheckpointError> {
+        let name = image.name.escape_debug();
+        let from = match self.unfinished.take() {
+            Some((name, size, from)) if name == image.name && size == image.size => from,
+            Some((name, ..)) => return wrong(format!("an end of {name} is missing")),
+            None if self.names.len() == MAX_FILES => return wrong(format!("more than {MAX_FILES} images")),
+            None if !is_plain(&image.name) || !self.names.insert(image.name.clone()) => {
+                return wrong(format!("an image is named \"{:.64}\"", name.to_string()));
+            }
+            None => 0,
+        };
+        if image.size > self.size {
+            return wrong(format!("{name} has {} bytes on a disk of {}", image.size, self.size));
         }
-        if file.size > images.size {
-            return wrong(format!("{name} has {} bytes on a disk of {}", file.size, images.size));
+        let goes_on = image.located > from && image.located < image.size && image.located % digest::PART == 0;
+        if goes_on {
+            self.unfinished = Some((image.name.clone(), image.size, image.located));
+        } else if image.located != image.size {
+            return wrong(format!("{} of {} bytes of {name}", image.located, image.size));
         }
-        let mut end = 0;
-        for piece in &file.extents {
+        let mut end = from;
+        for piece in &image.extents {
             let within = |from: u64, limit: u64| from.checked_add(piece.length).filter(|&end| end <= limit);
-            let fits = within(piece.physical, images.size).is_some();
-            match within(piece.logical, file.size) {
+            let fits = within(piece.physical, self.size).is_some();
+            match within(piece.logical, image.located) {
                 Some(next) if fits && piece.logical >= end => end = next,
                 _ => return wrong(format!("a piece of {name} is nowhere")),
             }
-            total = total.saturating_add(piece.length);
+            self.total = self.total.saturating_add(piece.length);
+        }
+        // Pieces that overlap on the disk would make the copy larger than the disk.
+        if self.total > self.size {
+            return wrong(format!("images of {} bytes on a disk of {}", self.total, self.size));
+        }
+        Ok(from)
+    }
+
+    fn finished(&self) -> Result<(), CheckpointError> {
+        match &self.unfinished {
+            Some((name, ..)) => wrong(format!("an end of {name} is missing")),
+            None if self.names.is_empty() => wrong("no images".to_owned()),
+            None => Ok(()),
         }
     }
-    // Pieces that overlap on the disk would make the copy larger than the disk.
-    if total > images.size {
-        return wrong(format!("images of {total} bytes on a disk of {}", images.size));
-    }
-    Ok(())
+}
+
+fn wrong<T>(what: String) -> Result<T, CheckpointError> {
+    Err(CheckpointError::Guest { what })
 }
 
 /// Files that go again unless they are kept.
@@ -143,17 +208,10 @@ impl Written {
 
     fn create(&mut self, name: &str) -> Result<(File, PathBuf), CheckpointError> {
         let path = self.dir.join(name);
-        let file = File::options().write(true).create_new(true).mode(0o600).open(&path);
+        let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&path);
         let file = file.map_err(CheckpointError::file("create", &path))?;
         self.files.push(path.clone());
         Ok((file, path))
-    }
-
-    /// Copies an image from the disk.
-    fn image(&mut self, image: &ImageFile, disk: &File) -> Result<Copied, CheckpointError> {
-        let (file, path) = self.create(&image.name)?;
-        copy_pieces(image, disk, &file).map_err(CheckpointError::file("write", &path))?;
-        Ok(Copied { name: image.name.clone(), size: image.size, path })
     }
 
     /// A file that has reached the medium, under another name.
@@ -220,46 +278,88 @@ fn copy_pieces(image: &ImageFile, mut disk: &File, mut to: &File) -> io::Result<
     Ok(())
 }
 
-/// An image that has its name and is not on the medium yet.
-#[derive(Debug)]
+/// Some bytes of an image that are in their file, and not on the medium yet.
+#[derive(Debug, Clone)]
 struct Copied {
+    file: Arc<File>,
+    path: Arc<Path>,
     name: String,
+    /// Of the image.
     size: u64,
-    path: PathBuf,
+    bytes: Range<u64>,
 }
 
 impl Copied {
-    fn with<T>(&self, work: impl FnOnce(&File) -> io::Result<T>) -> Result<T, CheckpointError> {
-        File::open(&self.path)
-            .and_then(|file| work(&file))
-            .map_err(CheckpointError::file("write", &self.path))
+    fn is_last(&self) -> bool {
+        self.bytes.end == self.size
+    }
+
+    fn failed(&self) -> impl FnOnce(io::Error) -> CheckpointError {
+        CheckpointError::file("write", &*self.path)
     }
 }
 
-/// Brings the copies to the medium, and reads them for their digests meanwhile.
-fn finish(copies: Vec<Copied>) -> Result<Vec<ImageDigest>, CheckpointError> {
-    let sync = || copies.iter().try_for_each(|copy| copy.with(File::sync_all));
-    let whole = |copy: &Copied| copy.with(|file| digest::of_file(file, copy.size));
-    let parts = |copy: &Copied| match copy.size {
-        ..=digest::PART => Ok(Vec::new()),
-        size => copy.with(|file| digest::of_parts(file, size)),
-    };
-    let (synced, wholes, parts) = thread::scope(|scope| {
-        let synced = scope.spawn(sync);
-        let parts = scope.spawn(|| copies.iter().map(parts).collect::<Result<Vec<_>, _>>());
-        let wholes = copies.iter().map(whole).collect::<Result<Vec<_>, _>>();
+/// Has images copied by `copy`, which passes on what it has copied, while others read that for its digests and bring it to the
+/// medium. `copy` ends when it is told that nobody goes on.
+fn digested(
+    copy: impl FnOnce(&mut dyn FnMut(Copied) -> bool) -> Result<(), CheckpointError>,
+) -> Result<Vec<ImageDigest>, CheckpointError> {
+    thread::scope(|scope| {
+        let ((wholes, to_whole), (parts, to_parts), (synced, to_sync)) =
+            (with_input(scope, wholes), with_input(scope, parts), with_input(scope, synced));
+        let workers = [to_whole, to_parts, to_sync];
+        let copied = copy(&mut |copied| workers.iter().all(|worker| worker.send(copied.clone()).is_ok()));
+        drop(workers);
         let no_panic = "the thread does not panic";
-        (synced.join().expect(no_panic), wholes, parts.join().expect(no_panic))
-    });
-    synced?;
-    let digests = copies.into_iter().zip(wholes?).zip(parts?);
-    let digests = digests.map(|((copy, sha256), parts)| ImageDigest {
-        name: copy.name,
-        size: copy.size,
-        sha256,
-        parts,
-    });
-    Ok(digests.collect())
+        let (wholes, parts, synced) =
+            (wholes.join().expect(no_panic), parts.join().expect(no_panic), synced.join().expect(no_panic));
+        copied.and(synced)?;
+        let digests = wholes?.into_iter().zip(parts?);
+        Ok(digests.map(|(whole, parts)| ImageDigest { parts, ..whole }).collect())
+    })
+}
+
+type Worker<'scope, T> = (ScopedJoinHandle<'scope, T>, SyncSender<Copied>);
+
+fn with_input<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    work: impl FnOnce(Receiver<Copied>) -> T + Send + 'scope,
+) -> Worker<'scope, T> {
+    let (sender, receiver) = sync_channel(WAITING);
+    (scope.spawn(move || work(receiver)), sender)
+}
+
+fn wholes(copied: Receiver<Copied>) -> Result<Vec<ImageDigest>, CheckpointError> {
+    let (mut digests, mut digest) = (Vec::new(), Sha256::new());
+    for copy in copied {
+        digest::update(&mut digest, &copy.file, copy.bytes.clone()).map_err(copy.failed())?;
+        if copy.is_last() {
+            let sha256 = digest::hexadecimal(mem::take(&mut digest));
+            digests.push(ImageDigest { name: copy.name, size: copy.size, sha256, parts: Vec::new() });
+        }
+    }
+    Ok(digests)
+}
+
+/// Those of each image that has more than one.
+fn parts(copied: Receiver<Copied>) -> Result<Vec<Vec<String>>, CheckpointError> {
+    let (mut all, mut parts) = (Vec::new(), Vec::new());
+    for copy in copied {
+        if copy.size > digest::PART {
+            parts.extend(digest::of_parts(&copy.file, copy.bytes.clone()).map_err(copy.failed())?);
+        }
+        if copy.is_last() {
+            all.push(mem::take(&mut parts));
+        }
+    }
+    Ok(all)
+}
+
+fn synced(copied: Receiver<Copied>) -> Result<(), CheckpointError> {
+    copied
+        .into_iter()
+        .filter(Copied::is_last)
+        .try_for_each(|copy| copy.file.sync_all().map_err(copy.failed()))
 }
 
 #[cfg(test)]
@@ -280,13 +380,15 @@ mod tests {
             length,
             ..Default::default()
         });
-        ImageFile { name: name.into(), size, extents: extents.collect(), ..Default::default() }
+        ImageFile { name: name.into(), size, extents: extents.collect(), located: size, ..Default::default() }
     }
 
     fn images(files: Vec<ImageFile>) -> Images {
+        let (sender, located) = mpsc::channel(1);
+        sender.try_send(files).unwrap();
         let mut disk = tempfile::tempfile().unwrap();
         disk.write_all(&(0..=255).cycle().take(64 << 10).collect::<Vec<u8>>()).unwrap();
-        Images { disk, size: 64 << 10, files, facts: CheckpointFacts::default() }
+        Images { disk, size: 64 << 10, located }
     }
 
     #[test]
@@ -299,7 +401,7 @@ mod tests {
         let content = [0, 0, 0, 1, 2, 0, 3, 4, 0, 0];
         assert_eq!(fs::read(path.join("pages-1.img")).unwrap(), content);
         let manifest = Manifest::read(&path).unwrap();
-        assert_eq!(manifest.files[0].sha256, digest::of(&content));
+        assert_eq!(manifest.files[0].sha256, format!("{:x}", Sha256::digest(content)));
     }
 
     #[test]
@@ -320,6 +422,65 @@ mod tests {
             let path = dir.path().join("new");
             let said = format!("{files:?}");
             let error = save(images(files), manifest(), &path).unwrap_err();
+            assert!(matches!(error, CheckpointError::Guest { .. }), "{said}: {error}");
+            assert!(!path.exists());
+        }
+    }
+
+    #[test]
+    fn an_image_comes_in_pieces() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("new");
+        let size = 2 * digest::PART + 10;
+        let disk = tempfile::tempfile().unwrap();
+        disk.set_len(8 << 20).unwrap();
+        (&disk).write_all(&vec![9; 8 << 20]).unwrap();
+        let piece = |from: u64, located: u64| ImageFile {
+            located,
+            ..file("pages-1.img", size, &[(from, from + 4096, located - from)])
+        };
+        let (sender, located) = mpsc::channel(4);
+        sender.try_send(vec![file("b", 1, &[(0, 0, 1)]), piece(0, digest::PART)]).unwrap();
+        sender.try_send(vec![piece(digest::PART, size), file("a", 0, &[])]).unwrap();
+        drop(sender);
+        let saved = save(Images { disk, size: 8 << 20, located }, manifest(), &path).unwrap();
+        assert_eq!(saved, Saved { files: 3, bytes: size + 1 });
+        let files = Manifest::read(&path).unwrap().files;
+        assert_eq!(
+            files.iter().map(|file| file.name.as_str()).collect::<Vec<_>>(),
+            ["a", "b", "pages-1.img"]
+        );
+        let content = vec![9; size as usize];
+        assert!(fs::read(path.join("pages-1.img")).unwrap() == content);
+        assert_eq!(files[2].sha256, format!("{:x}", Sha256::digest(&content)));
+        assert_eq!(files[2].parts.len(), 3);
+        assert_eq!(files[2].parts[2], digest::of_part(&content[..10]));
+        assert!(files[0].parts.is_empty() && files[1].parts.is_empty());
+    }
+
+    #[test]
+    fn pieces_that_do_not_go_on_are_refused() {
+        let (part, size) = (digest::PART, 3 * digest::PART);
+        let piece = |name: &str, located| ImageFile { located, ..file(name, size, &[]) };
+        let cases = [
+            vec![piece("a", part)],
+            vec![piece("a", part), piece("b", size)],
+            vec![piece("a", part), piece("a", part), piece("a", size)],
+            vec![piece("a", part), ImageFile { size: 2 * part, ..piece("a", 2 * part) }],
+            vec![piece("a", 2 * part), piece("a", part), piece("a", size)],
+            vec![piece("a", part + 1), piece("a", size)],
+            vec![piece("a", 0), piece("a", size)],
+            vec![piece("a", size + 1)],
+            vec![piece("a", part), ImageFile { located: size, ..file("a", size, &[(0, 0, part)]) }],
+            vec![ImageFile { located: part, ..file("a", size, &[(part, 0, part)]) }, piece("a", size)],
+        ];
+        for files in cases {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("new");
+            let said = format!("{files:?}");
+            let mut images = images(files);
+            images.size = 8 << 20;
+            let error = save(images, manifest(), &path).unwrap_err();
             assert!(matches!(error, CheckpointError::Guest { .. }), "{said}: {error}");
             assert!(!path.exists());
         }

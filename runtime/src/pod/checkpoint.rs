@@ -20,7 +20,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use protobuf::MessageField;
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
-use tokio::task::spawn_blocking;
+use tokio::{sync::mpsc, task::spawn_blocking};
 
 use super::{
     Container, Event, Pod, PodError,
@@ -37,6 +37,9 @@ use crate::{
     spec,
     vm::{DiskAddress, VmError},
 };
+
+/// Answers of the guest on their way to who writes the files.
+const WAITING: usize = 2;
 
 /// A request to checkpoint a container.
 #[derive(Debug, Clone, Default)]
@@ -82,12 +85,20 @@ impl Pod {
         let phases = Phases::default();
         let taking = Taking::new(self, container, &agent, wanted, !was_paused);
         let written = async {
-            let Dumped { images, attached, criu, layer } = taking.images(&phases).await?;
-            let manifest = Manifest { layer, ..manifest };
+            let Dumped { attached, facts, layer } = taking.dumped(&phases).await?;
+            let manifest = Manifest { layer, ..manifest }.with_facts(facts);
+            let (located, pieces) = mpsc::channel(WAITING);
+            let images = attached.images(pieces)?;
+            let (located, saved) = tokio::join!(
+                phases.time("images", taking.locate(&attached, located)),
+                save(id, images, manifest, wanted, &phases),
+            );
             attached.release();
-            let Saved { files, bytes } = save(id, images, manifest, wanted, &phases).await?;
+            // What was not located cannot be saved.
+            located?;
+            let Saved { files, bytes } = saved?;
             let path = wanted.path.display();
-            tracing::info!(id, files, bytes, ?criu, phases = %phases, %path, "container checkpointed");
+            tracing::info!(id, files, bytes, phases = %phases, %path, "container checkpointed");
             self.emit(Event::Checkpointed { id: id.to_owned(), path: wanted.path.clone() });
             if wanted.exit {
                 let killed = agent.signal_process(id, "", libc::SIGKILL.cast_unsigned(), true).await;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   disk attached -> (pre-dump: memory copied, it runs) -> frozen, layer exported -> dump -> goes on
-//!                                                                                         -> written back, located
+//!                                                     (written back, located) x n, while the host copies and digests
 //! ```
 
 use std::{
@@ -16,7 +16,7 @@ use machinen_protocol::api::{
     CheckpointContainerRequest, CheckpointContainerResponse, CheckpointFacts, ImageFile,
 };
 use protobuf::MessageField;
-use tokio::task::spawn_blocking;
+use tokio::{sync::mpsc, task::spawn_blocking};
 
 use super::{
     Container, Pod, PodError,
@@ -45,35 +45,41 @@ pub(super) struct Taking<'a> {
     held: AtomicBool,
 }
 
-/// What CRIU has left, and how long it took.
+/// What CRIU has left.
 pub(super) struct Dumped {
-    pub(super) images: Images,
-    /// Where the guest has written them.
+    /// Where the guest has written it.
     pub(super) attached: Attached,
-    pub(super) criu: Duration,
+    pub(super) facts: CheckpointFacts,
     /// Which directory has what the container had written; see [`crate::layer::identity`].
     pub(super) layer: Option<String>,
-}
-
-/// The guest's part of that.
-struct Left {
-    files: Vec<ImageFile>,
-    facts: CheckpointFacts,
-    criu: Duration,
-    layer: Option<String>,
 }
 
 /// A disk in the VM, to be detached.
 pub(super) struct Attached {
     vm: Vm,
     address: DiskAddress,
+    file: File,
+    /// Bytes.
+    size: u64,
 }
 
 impl Attached {
-    async fn attach(vm: Vm, disk: DiskSpec) -> Result<Self, PodError> {
+    async fn attach(vm: Vm, file: File, size: u64) -> Result<Self, PodError> {
+        let source = DiskSource::File(file.try_clone().map_err(PodError::Descriptor)?.into());
+        let disk = DiskSpec { source, read_only: false, volatile: true, serial: "checkpoint".to_owned() };
         let attached = vm.attach_disk(disk).await;
         let what = "attach a disk for the checkpoint";
-        attached.map(|address| Self { vm, address }).map_err(|source| PodError::Vm { what, source })
+        let address = attached.map_err(|source| PodError::Vm { what, source })?;
+        Ok(Self { vm, address, file, size })
+    }
+
+    /// What is written to it, as the guest tells of it by and by.
+    ///
+    /// # Errors
+    /// No descriptor can be had.
+    pub(super) fn images(&self, located: mpsc::Receiver<Vec<ImageFile>>) -> Result<Images, PodError> {
+        let disk = self.file.try_clone().map_err(PodError::Descriptor)?;
+        Ok(Images { disk, size: self.size, located })
     }
 
     /// Has it detached, which nobody needs to wait for: the guest is done with it.
@@ -104,18 +110,16 @@ impl<'a> Taking<'a> {
         Self { pod, container, agent, wanted, runs, held: AtomicBool::new(false) }
     }
 
-    /// Has CRIU dump onto a disk, which is still in the VM afterwards, unused. A container that ran goes on, unless it is to
-    /// end: then it is held until it does, or [`Taking::let_go`].
+    /// Has CRIU dump onto a disk. A container that ran goes on, unless it is to end: then it is held until it does, or
+    /// [`Taking::let_go`].
     ///
     /// # Errors
     /// No space, or CRIU cannot; the disk is not in the VM any more.
-    pub(super) async fn images(&self, phases: &Phases) -> Result<Dumped, PodError> {
+    pub(super) async fn dumped(&self, phases: &Phases) -> Result<Dumped, PodError> {
         let id = self.container.id.as_str();
         let vm = self.pod.vm_of(id).await?;
         let (disk, size) = self.scratch_disk().await?;
-        let source = DiskSource::File(disk.try_clone().map_err(PodError::Descriptor)?.into());
-        let spec = DiskSpec { source, read_only: false, volatile: true, serial: "checkpoint".to_owned() };
-        let attached = phases.time("attach", Attached::attach(vm, spec)).await?;
+        let attached = phases.time("attach", Attached::attach(vm, disk, size)).await?;
         let request = CheckpointContainerRequest {
             container_id: id.to_owned(),
             disk: MessageField::some(guest_disk(attached.address)),
@@ -123,16 +127,42 @@ impl<'a> Taking<'a> {
             ..Default::default()
         };
         match self.dump(request, phases).await {
-            Ok(Left { files, facts, criu, layer }) => {
-                Ok(Dumped { images: Images { disk, size, files, facts }, attached, criu, layer })
+            Ok((CheckpointContainerResponse { facts, criu_us, .. }, layer)) => {
+                phases.record("criu", Duration::from_micros(criu_us));
+                Ok(Dumped { attached, facts: facts.unwrap_or_default(), layer })
             }
-            // The guest only sees that a write has failed.
             Err(error) => {
-                let full = is_full(&disk);
+                let error = self.blame(error, &attached);
                 attached.detach().await.unwrap_or_else(|error| tracing::warn!(id, "{}", chain(&error)));
-                Err(if full { self.no_space() } else { error })
+                Err(error)
             }
         }
+    }
+
+    /// Has what was dumped written back, and passes on where it is.
+    ///
+    /// # Errors
+    /// No space.
+    pub(super) async fn locate(
+        &self,
+        attached: &Attached,
+        located: mpsc::Sender<Vec<ImageFile>>,
+    ) -> Result<(), PodError> {
+        let id = self.container.id.as_str();
+        loop {
+            let answer = self.agent.checkpoint_images(id).await;
+            let answer =
+                answer.map_err(|source| self.blame(PodError::guest("checkpoint", id, source), attached))?;
+            // Who has failed to write says so himself.
+            if located.send(answer.files).await.is_err() || answer.last {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The guest only sees that a write has failed.
+    fn blame(&self, error: PodError, attached: &Attached) -> PodError {
+        if is_full(&attached.file) { self.no_space() } else { error }
     }
 
     fn no_space(&self) -> PodError {
@@ -141,7 +171,11 @@ impl<'a> Taking<'a> {
         PodError::Checkpoint { id: self.container.id.clone(), source }
     }
 
-    async fn dump(&self, request: CheckpointContainerRequest, phases: &Phases) -> Result<Left, PodError> {
+    async fn dump(
+        &self,
+        request: CheckpointContainerRequest,
+        phases: &Phases,
+    ) -> Result<(CheckpointContainerResponse, Option<String>), PodError> {
         let id = self.container.id.as_str();
         if self.runs && self.container.pre_dump {
             let copied = phases.time("pre-dump", self.agent.pre_dump_container(request.clone())).await;
@@ -163,24 +197,12 @@ impl<'a> Taking<'a> {
             let dumped = phases.time("dump", self.agent.checkpoint_container(request)).await;
             Ok((dumped.map_err(|source| PodError::guest("checkpoint", id, source))?, layer))
         };
-        let dumped: Result<_, PodError> = dumped.await;
-        let goes_on = async {
-            if dumped.is_err() || !self.wanted.exit {
-                self.let_go().await;
-            }
-            phases.record("frozen", since.elapsed());
-        };
-        let files = async {
-            match dumped.is_ok() {
-                true => phases.time("images", self.agent.checkpoint_images(id)).await,
-                false => Ok(Vec::new()),
-            }
-        };
-        let ((), files) = tokio::join!(goes_on, files);
-        let (CheckpointContainerResponse { facts, criu_us, .. }, layer) = dumped?;
-        let files = files.map_err(|source| PodError::guest("checkpoint", id, source))?;
-        let criu = Duration::from_micros(criu_us);
-        Ok(Left { files, facts: facts.unwrap_or_default(), criu, layer })
+        let dumped = dumped.await;
+        if dumped.is_err() || !self.wanted.exit {
+            self.let_go().await;
+        }
+        phases.record("frozen", since.elapsed());
+        dumped
     }
 
     /// Lets a container go on that this has frozen.

@@ -41,8 +41,9 @@ impl Container {
         Ok(copied?)
     }
 
-    /// What CRIU is to dump.
+    /// What CRIU is to dump. What it has dumped before, and nobody has asked for, is in the way.
     fn source(&self) -> Result<Source<'_>, ContainerError> {
+        drop(self.dumped().take());
         let cgroup = self.live_cgroup()?;
         Ok(Source { init: self.init.pid(), cgroup, rootfs: self.rootfs.path(), dir: &self.dir })
     }
@@ -82,13 +83,16 @@ impl Container {
         Ok(response)
     }
 
-    /// Where on its disk the last dump is.
+    /// Where on its disk some more of the last dump is, and whether that is the last.
     ///
     /// # Errors
     /// There is none, or those of writing it back.
-    pub(crate) async fn checkpoint_images(&self) -> Result<Vec<api::ImageFile>, ContainerError> {
+    pub(crate) async fn checkpoint_images(&self) -> Result<api::CheckpointImagesResponse, ContainerError> {
         let dumped = self.dumped().take().ok_or(ContainerError::NotDumped)?;
-        Ok(dumped.images().await?)
+        let (files, rest) = dumped.images().await?;
+        let last = rest.is_none();
+        *self.dumped() = rest;
+        Ok(api::CheckpointImagesResponse { files, last, ..Default::default() })
     }
 
     fn dumped(&self) -> MutexGuard<'_, Option<Dumped>> {

@@ -7,27 +7,19 @@ use std::{
 };
 
 use machinen_protocol::api::{CheckpointContainerResponse, CheckpointFacts, CriuOptions, ImageFile};
-use nix::{
-    mount::MsFlags,
-    unistd::{Pid, syncfs},
-};
+use nix::{mount::MsFlags, unistd::Pid};
 use protobuf::MessageField;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type};
 use tokio::task::spawn_blocking;
 
-use super::{
-    CriuError, cpu, extents,
-    mend::mend,
-    mounted::Mounted,
-    mounts,
-    pagemap::{self, Merged},
-    rpc::Criu,
-};
+use super::{CriuError, cpu, extents, mend::mend, mounted::Mounted, mounts, pagemap, rpc::Criu};
 use crate::{cgroup::Cgroup, disk::Disk, reaper::Reaper};
 
 const LOG: &str = "dump.log";
 /// What the disk has.
 const FILE_SYSTEM: &str = "ext4";
+/// Bytes that are written back before the host is told of them, in whole MiB.
+const AT_ONCE: u64 = 32 << 20;
 /// Directory on the disk of what was copied before the dump.
 const BEFORE: &str = "before";
 /// CRIU refuses to save unlinked files above 1 MiB unless it is told to.
@@ -93,24 +85,50 @@ pub(crate) struct Dumped {
     images: PathBuf,
     /// What was copied before it.
     before: Option<PathBuf>,
+    /// What the host does not know of yet, the next at the end; none before it was looked for.
+    left: Option<Vec<Left>>,
     _mounted: Mounted,
 }
 
+/// An image, from some place on.
+#[derive(Debug)]
+struct Left {
+    name: String,
+    size: u64,
+    from: u64,
+}
+
 impl Dumped {
-    /// Writes everything back, and says where on the disk it is.
+    /// Writes some of it back, and says where on the disk that is: so much that the host has work meanwhile. With what is
+    /// left, if anything is.
     ///
     /// # Errors
     /// Those of the file system.
-    pub(crate) async fn images(self) -> Result<Vec<ImageFile>, CriuError> {
-        let located = move || {
-            let merged = match &self.before {
-                Some(before) => pagemap::merge(&self.images, before)?,
-                None => Vec::new(),
+    pub(crate) async fn images(mut self) -> Result<(Vec<ImageFile>, Option<Self>), CriuError> {
+        let locate = move || {
+            if let Some(before) = &self.before {
+                return Ok((merged(&self.images, before)?, None));
+            }
+            let mut left = match self.left.take() {
+                Some(left) => left,
+                None => images(&self.images)?,
             };
-            files(&self.images, &merged)
+            let (mut files, mut bytes) = (Vec::new(), 0);
+            while bytes < AT_ONCE
+                && let Some(next) = left.pop()
+            {
+                let to = next.size.min(next.from + AT_ONCE);
+                files.push(extents::locate(&next.name, &self.images.join(&next.name), next.from..to)?);
+                bytes += to - next.from;
+                if to < next.size {
+                    left.push(Left { from: to, ..next });
+                }
+            }
+            let rest = if left.is_empty() { None } else { Some(Self { left: Some(left), ..self }) };
+            Ok((files, rest))
         };
         // The container runs, and others are to be answered.
-        spawn_blocking(located).await.map_err(CriuError::Thread)?
+        spawn_blocking(locate).await.map_err(CriuError::Thread)?
     }
 }
 
@@ -145,7 +163,7 @@ pub(crate) async fn dump(
     let criu_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
     let response =
         CheckpointContainerResponse { facts: MessageField::some(facts), criu_us, ..Default::default() };
-    Ok((Dumped { images, before, _mounted: mounted }, response))
+    Ok((Dumped { images, before, left: None, _mounted: mounted }, response))
 }
 
 /// A directory on the disk, whose root has lost+found.
@@ -221,26 +239,31 @@ fn descriptors(init: Pid) -> Vec<String> {
     (0..3).map(|fd| name(fd).map(|name| name.display().to_string()).unwrap_or_default()).collect()
 }
 
-/// Writes everything back, and tells where it is; pages of files in pieces are where the pieces are.
-fn files(images: &Path, merged: &[Merged]) -> Result<Vec<ImageFile>, CriuError> {
-    let failed = |what, path: &Path| {
-        let path = path.to_owned();
-        move |source| CriuError::File { what, path, source }
-    };
-    let dir = File::open(images).map_err(failed("open", images))?;
-    syncfs(&dir).map_err(|err| failed("write back", images)(err.into()))?;
-    let mut files = Vec::new();
-    for entry in fs::read_dir(images).map_err(failed("read", images))? {
-        let path = entry.map_err(failed("read", images))?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let located = match merged.iter().find(|merged| merged.name == name) {
-            // CRIU's link to the dump before.
-            None if path.is_symlink() => continue,
-            None => extents::locate(name, &path)?,
-            Some(merged) => extents::locate_pieces(merged)?,
-        };
-        files.push(located);
+/// All of them, memory first, since the last are the next.
+fn images(dir: &Path) -> Result<Vec<Left>, CriuError> {
+    let failed = |source| CriuError::File { what: "read", path: dir.to_owned(), source };
+    let mut images = Vec::new();
+    for entry in fs::read_dir(dir).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let status = entry.metadata().map_err(failed)?;
+        // CRIU's link to the dump before.
+        if status.is_file() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            images.push(Left { name, size: status.len(), from: 0 });
+        }
     }
-    files.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(files)
+    images.sort_by_key(|image| (!image.name.starts_with("pages-"), image.name.clone()));
+    Ok(images)
+}
+
+/// All of two dumps, as one; pages of files in pieces are where the pieces are.
+fn merged(dir: &Path, before: &Path) -> Result<Vec<ImageFile>, CriuError> {
+    let merged = pagemap::merge(dir, before)?;
+    let located = images(dir)?.into_iter().map(|Left { name, .. }| {
+        match merged.iter().find(|merged| merged.name == name) {
+            None => extents::locate(&name, &dir.join(&name), extents::WHOLE),
+            Some(merged) => extents::locate_pieces(merged),
+        }
+    });
+    located.collect()
 }

@@ -14,39 +14,49 @@ use crate::sys::{self, FileExtent};
 /// More pieces than a file of this size on an empty disk has, and fewer than a message to the host has room for.
 const MAX_PIECES: usize = 1 << 16;
 
-/// What the host has to know of a file in order to read it from the disk. Everything is written back.
+/// What the host has to know of a file in order to read some of its bytes from the disk. They are written back.
 ///
 /// # Errors
-/// Those of reading the file's map; too many pieces.
-pub(super) fn locate(name: String, path: &Path) -> Result<ImageFile, CriuError> {
+/// Those of writing and of reading the file's map; too many pieces.
+pub(super) fn locate(name: &str, path: &Path, bytes: Range<u64>) -> Result<ImageFile, CriuError> {
     let failed = |source| CriuError::File { what: "locate", path: path.to_owned(), source };
     let file = File::open(path).map_err(failed)?;
     let size = file.metadata().map_err(failed)?.len();
+    let bytes = bytes.start..bytes.end.min(size);
     let mut extents = Vec::new();
-    let mut from = 0;
-    while from < size {
-        let found = sys::file_extents(file.as_fd(), from).map_err(failed)?;
+    // No bytes would be all of them.
+    if !bytes.is_empty() {
+        sys::write_back(file.as_fd(), bytes.start, bytes.end - bytes.start).map_err(failed)?;
+    }
+    let mut from = bytes.start;
+    while from < bytes.end {
+        let found = sys::file_extents(file.as_fd(), from..bytes.end).map_err(failed)?;
         let Some(last) = found.last() else { break };
         from = last.logical + last.length;
         let ended = last.last;
-        extents.extend(found.into_iter().filter(|extent| !extent.zero).map(|extent| piece(&extent, size)));
+        let pieces: Vec<_> =
+            found.into_iter().filter(|extent| !extent.zero).map(|extent| piece(&extent, size)).collect();
+        cut(&pieces, &bytes, bytes.start, &mut extents);
         if extents.len() > MAX_PIECES {
-            return Err(CriuError::Pieces { name });
+            return Err(CriuError::Pieces { name: name.to_owned() });
         }
         if ended {
             break;
         }
     }
-    Ok(ImageFile { name, size, extents, ..Default::default() })
+    Ok(ImageFile { name: name.to_owned(), size, extents, located: bytes.end, ..Default::default() })
 }
+
+/// [`locate`] for a whole file.
+pub(super) const WHOLE: Range<u64> = 0..u64::MAX;
 
 /// The same for a file that is in pieces. With too many of them it is put together.
 ///
 /// # Errors
 /// As for [`locate`]; those of writing it.
 pub(super) fn locate_pieces(merged: &Merged) -> Result<ImageFile, CriuError> {
-    let own = locate(merged.name.clone(), &merged.own)?;
-    let other = locate(merged.name.clone(), &merged.other)?;
+    let own = locate(&merged.name, &merged.own, WHOLE)?;
+    let other = locate(&merged.name, &merged.other, WHOLE)?;
     let (mut extents, mut size) = (Vec::new(), 0);
     for piece in &merged.pieces {
         let of = if piece.of_parent { &other } else { &own };
@@ -54,7 +64,8 @@ pub(super) fn locate_pieces(merged: &Merged) -> Result<ImageFile, CriuError> {
         size += piece.bytes.end - piece.bytes.start;
     }
     if extents.len() <= MAX_PIECES {
-        return Ok(ImageFile { name: merged.name.clone(), size, extents, ..Default::default() });
+        let name = merged.name.clone();
+        return Ok(ImageFile { name, size, extents, located: size, ..Default::default() });
     }
     // Not among the images.
     let whole = merged.other.with_extension("whole");
@@ -63,7 +74,7 @@ pub(super) fn locate_pieces(merged: &Merged) -> Result<ImageFile, CriuError> {
         path: whole.clone(),
         source,
     })?;
-    locate(merged.name.clone(), &whole)
+    locate(&merged.name, &whole, WHOLE)
 }
 
 /// What of the extents is within some bytes of their file, as part of another file which it is in from `at` on.
