@@ -27,7 +27,7 @@ const MUCH: u64 = 256;
 #[derive(Debug)]
 struct Cost {
     mib: u64,
-    /// The whole call, and what of it CRIU says that it took itself.
+    /// The whole call, and what of it the program criu took.
     checkpoint: Duration,
     criu: Duration,
     /// How long the container stood still, and how long another one whose memory was copied before.
@@ -90,9 +90,9 @@ fn millis(time: Duration) -> f64 {
 
 fn one(containerd: &Containerd, bundle: &Bundle, mib: u64) -> Result<Cost> {
     let dir = containerd.root().join("images");
-    let (_, frozen_after_copy) = take(containerd, &config(bundle, mib, "pre-dump")?, &dir)?;
+    let Taken { frozen: frozen_after_copy, .. } = take(containerd, &config(bundle, mib, "pre-dump")?, &dir)?;
     fs::remove_dir_all(&dir)?;
-    let (checkpoint, frozen) = take(containerd, &config(bundle, mib, "")?, &dir)?;
+    let Taken { took: checkpoint, frozen, criu } = take(containerd, &config(bundle, mib, "")?, &dir)?;
     let restored = |kind| -> Result<Duration> {
         let mut served = Served::of(containerd, &config(bundle, mib, kind)?)?;
         let begun = Instant::now();
@@ -103,7 +103,6 @@ fn one(containerd: &Containerd, bundle: &Bundle, mib: u64) -> Result<Cost> {
         Ok(took)
     };
     let (restore, lazy) = (restored("")?, restored("lazy")?);
-    let criu = criu_time(&dir.join("dump.log"))?;
     let sizes = fs::read_dir(&dir)?.map(|entry| Ok(entry?.metadata()?.len())).collect::<Result<Vec<_>>>()?;
     fs::remove_dir_all(&dir)?;
     eprintln!("checkpoint of {mib} MiB: {checkpoint:.1?}, restore {restore:.1?}, lazily {lazy:.1?}");
@@ -128,8 +127,14 @@ fn written(containerd: &Containerd, bundle: &Bundle, mib: u64) -> Result<Duratio
     Ok(took)
 }
 
-/// How long the whole call takes, and for how long of it the container stands still.
-fn take(containerd: &Containerd, config: &Path, dir: &Path) -> Result<(Duration, Duration)> {
+/// How long the whole call takes, and for how long of it the container stands still, and CRIU runs.
+struct Taken {
+    took: Duration,
+    frozen: Duration,
+    criu: Duration,
+}
+
+fn take(containerd: &Containerd, config: &Path, dir: &Path) -> Result<Taken> {
     let source = Served::run(containerd, config)?;
     let ready = "until [ -e /tmp/ready ]; do usleep 50000; done";
     ensure!(source.exec_to("ready", &["sh", "-c", ready], "")? == 0, "the container does not get ready");
@@ -144,9 +149,12 @@ fn take(containerd: &Containerd, config: &Path, dir: &Path) -> Result<(Duration,
     let log = source.shim.log()?;
     let line = log.lines().find(|line| line.contains("container checkpointed")).context("no line of it")?;
     let phases = phases::parse(line).with_context(|| format!("no phases on {line}"))?;
-    let (_, frozen) = phases.iter().find(|(name, _)| name == "frozen").context("no such phase")?;
+    let phase = |wanted: &str| -> Result<Duration> {
+        let (_, millis) = phases.iter().find(|(name, _)| name == wanted).context("no such phase")?;
+        Ok(Duration::from_secs_f64(millis / 1000.0))
+    };
     source.end()?;
-    Ok((took, Duration::from_secs_f64(frozen / 1000.0)))
+    Ok(Taken { took, frozen: phase("frozen")?, criu: phase("criu")? })
 }
 
 /// tail holds as much as it is to print at the end, which does not come.
@@ -163,12 +171,4 @@ fn config(bundle: &Bundle, mib: u64, wanted: &str) -> Result<PathBuf> {
             &["mode=1777"],
         ));
     })
-}
-
-/// "(12.345678) the last thing that it did"
-fn criu_time(log: &Path) -> Result<Duration> {
-    let log = fs::read_to_string(log)?;
-    let last = log.lines().rev().find_map(|line| line.strip_prefix('(')?.split_once(')'));
-    let (seconds, _) = last.context("CRIU's log has no times")?;
-    Ok(Duration::from_secs_f64(seconds.trim().parse()?))
 }

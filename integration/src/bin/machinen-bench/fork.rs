@@ -13,7 +13,7 @@ pub(crate) struct Forks {
 }
 
 /// Of a checkpoint, one after the other.
-const PHASES: [&str; 3] = ["dump", "images", "save"];
+const PHASES: [&str; 2] = ["dump", "save"];
 
 pub(crate) fn measure(containerd: &Containerd, image: &str, rounds: usize) -> Result<Forks> {
     let mut forks = Forks::default();
