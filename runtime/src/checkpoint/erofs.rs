@@ -136,6 +136,7 @@ mod tests {
 
     /// What erofs-utils makes of it.
     #[test]
+    #[expect(clippy::disallowed_methods, reason = "the test waits for it at once")]
     fn fsck_finds_each_file_with_its_bytes() {
         // More than a block of entries, names that sort before ".", no bytes, and bytes that fill their blocks.
         let mut files: Vec<_> =

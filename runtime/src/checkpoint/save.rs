@@ -147,7 +147,8 @@ impl Said {
         if image.size > self.size {
             return wrong(format!("{name} has {} bytes on a disk of {}", image.size, self.size));
         }
-        let goes_on = image.located > from && image.located < image.size && image.located % digest::PART == 0;
+        let goes_on =
+            image.located > from && image.located < image.size && image.located.is_multiple_of(digest::PART);
         if goes_on {
             self.unfinished = Some((image.name.clone(), image.size, image.located));
         } else if image.located != image.size {
