@@ -15,7 +15,7 @@ use std::{
     thread::{self, Scope, ScopedJoinHandle},
 };
 
-use machinen_protocol::api::ImageFile;
+use machinen_protocol::api::{CheckpointImagesResponse, ImageFile};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
@@ -32,11 +32,11 @@ const WAITING: usize = 32;
 /// Images on a disk, and what the guest says of them.
 #[derive(Debug)]
 pub(crate) struct Images {
-    pub disk: File,
+    pub disk: Arc<File>,
     /// Bytes.
     pub size: u64,
-    /// Piece by piece; ends with the last, or when there will be no more.
-    pub located: mpsc::Receiver<Vec<ImageFile>>,
+    /// Piece by piece, up to the last; ends before that where there will be no more.
+    pub located: mpsc::Receiver<CheckpointImagesResponse>,
 }
 
 /// A checkpoint that was written.
@@ -58,8 +58,9 @@ pub(crate) fn save(images: Images, mut manifest: Manifest, dir: &Path) -> Result
     let mut said = Said::new(size);
     manifest.files = digested(|copied| {
         let mut current = None;
-        while let Some(pieces) = located.blocking_recv() {
-            for image in pieces {
+        while let Some(answer) = located.blocking_recv() {
+            said.answered(&answer)?;
+            for image in answer.files {
                 let from = said.next(&image)?;
                 let (file, path) = match current.take() {
                     Some(begun) if from > 0 => begun,
@@ -125,11 +126,21 @@ struct Said {
     total: u64,
     /// The image that is not located as a whole: its name and size, and where it goes on.
     unfinished: Option<(String, u64, u64)>,
+    last: bool,
 }
 
 impl Said {
     fn new(size: u64) -> Self {
-        Self { size, names: HashSet::new(), total: 0, unfinished: None }
+        Self { size, names: HashSet::new(), total: 0, unfinished: None, last: false }
+    }
+
+    /// Each answer brings it further: there is an end to them.
+    fn answered(&mut self, answer: &CheckpointImagesResponse) -> Result<(), CheckpointError> {
+        if self.last || answer.files.is_empty() && !answer.last {
+            return wrong("an answer about no images".to_owned());
+        }
+        self.last = answer.last;
+        Ok(())
     }
 
     /// Takes what comes next, and returns from where on it is of its image.
@@ -174,7 +185,7 @@ impl Said {
     fn finished(&self) -> Result<(), CheckpointError> {
         match &self.unfinished {
             Some((name, ..)) => wrong(format!("an end of {name} is missing")),
-            None if self.names.is_empty() => wrong("no images".to_owned()),
+            None if self.names.is_empty() || !self.last => wrong("images are missing".to_owned()),
             None => Ok(()),
         }
     }
@@ -384,12 +395,16 @@ mod tests {
         ImageFile { name: name.into(), size, extents: extents.collect(), located: size, ..Default::default() }
     }
 
+    fn answer(files: Vec<ImageFile>, last: bool) -> CheckpointImagesResponse {
+        CheckpointImagesResponse { files, last, ..Default::default() }
+    }
+
     fn images(files: Vec<ImageFile>) -> Images {
         let (sender, located) = mpsc::channel(1);
-        sender.try_send(files).unwrap();
+        sender.try_send(answer(files, true)).unwrap();
         let mut disk = tempfile::tempfile().unwrap();
         disk.write_all(&(0..=255).cycle().take(64 << 10).collect::<Vec<u8>>()).unwrap();
-        Images { disk, size: 64 << 10, located }
+        Images { disk: Arc::new(disk), size: 64 << 10, located }
     }
 
     #[test]
@@ -441,10 +456,10 @@ mod tests {
             ..file("pages-1.img", size, &[(from, from + 4096, located - from)])
         };
         let (sender, located) = mpsc::channel(4);
-        sender.try_send(vec![file("b", 1, &[(0, 0, 1)]), piece(0, digest::PART)]).unwrap();
-        sender.try_send(vec![piece(digest::PART, size), file("a", 0, &[])]).unwrap();
+        sender.try_send(answer(vec![file("b", 1, &[(0, 0, 1)]), piece(0, digest::PART)], false)).unwrap();
+        sender.try_send(answer(vec![piece(digest::PART, size), file("a", 0, &[])], true)).unwrap();
         drop(sender);
-        let saved = save(Images { disk, size: 8 << 20, located }, manifest(), &path).unwrap();
+        let saved = save(Images { disk: Arc::new(disk), size: 8 << 20, located }, manifest(), &path).unwrap();
         assert_eq!(saved, Saved { files: 3, bytes: size + 1 });
         let files = Manifest::read(&path).unwrap().files;
         assert_eq!(
@@ -457,6 +472,38 @@ mod tests {
         assert_eq!(files[2].parts.len(), 3);
         assert_eq!(files[2].parts[2], digest::of_part(&content[..10]));
         assert!(files[0].parts.is_empty() && files[1].parts.is_empty());
+    }
+
+    #[test]
+    fn without_the_last_it_is_no_checkpoint() {
+        let one = || vec![file("a", 1, &[(0, 0, 1)])];
+        let cases = [
+            // As when the guest is gone.
+            vec![answer(one(), false)],
+            vec![answer(one(), false), answer(vec![], false)],
+            vec![answer(one(), true), answer(vec![file("b", 1, &[])], true)],
+            vec![answer(vec![], true)],
+            vec![],
+        ];
+        for answers in cases {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("new");
+            let (sender, located) = mpsc::channel(4);
+            let said = format!("{answers:?}");
+            answers.into_iter().for_each(|answer| sender.try_send(answer).unwrap());
+            drop(sender);
+            let error = save(Images { located, ..images(vec![]) }, manifest(), &path).unwrap_err();
+            assert!(matches!(error, CheckpointError::Guest { .. }), "{said}: {error}");
+            assert!(!path.exists(), "{said}");
+        }
+        // It may be the last answer that has nothing new.
+        let dir = tempfile::tempdir().unwrap();
+        let (sender, located) = mpsc::channel(4);
+        for answer in [answer(one(), false), answer(vec![], true)] {
+            sender.try_send(answer).unwrap();
+        }
+        drop(sender);
+        assert!(save(Images { located, ..images(vec![]) }, manifest(), &dir.path().join("new")).is_ok());
     }
 
     #[test]

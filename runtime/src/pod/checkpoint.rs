@@ -88,7 +88,7 @@ impl Pod {
             let Dumped { attached, facts, layer } = taking.dumped(&phases).await?;
             let manifest = Manifest { layer, ..manifest }.with_facts(facts);
             let (located, pieces) = mpsc::channel(WAITING);
-            let images = attached.images(pieces)?;
+            let images = attached.images(pieces);
             let (located, saved) = tokio::join!(
                 phases.time("images", taking.locate(&attached, located)),
                 save(id, images, manifest, wanted, &phases),

@@ -8,12 +8,15 @@
 use std::{
     fs::File,
     io,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use machinen_protocol::api::{
-    CheckpointContainerRequest, CheckpointContainerResponse, CheckpointFacts, ImageFile,
+    CheckpointContainerRequest, CheckpointContainerResponse, CheckpointFacts, CheckpointImagesResponse,
 };
 use protobuf::MessageField;
 use tokio::{sync::mpsc, task::spawn_blocking};
@@ -58,7 +61,7 @@ pub(super) struct Dumped {
 pub(super) struct Attached {
     vm: Vm,
     address: DiskAddress,
-    file: File,
+    file: Arc<File>,
     /// Bytes.
     size: u64,
 }
@@ -70,16 +73,12 @@ impl Attached {
         let attached = vm.attach_disk(disk).await;
         let what = "attach a disk for the checkpoint";
         let address = attached.map_err(|source| PodError::Vm { what, source })?;
-        Ok(Self { vm, address, file, size })
+        Ok(Self { vm, address, file: Arc::new(file), size })
     }
 
     /// What is written to it, as the guest tells of it by and by.
-    ///
-    /// # Errors
-    /// No descriptor can be had.
-    pub(super) fn images(&self, located: mpsc::Receiver<Vec<ImageFile>>) -> Result<Images, PodError> {
-        let disk = self.file.try_clone().map_err(PodError::Descriptor)?;
-        Ok(Images { disk, size: self.size, located })
+    pub(super) fn images(&self, located: mpsc::Receiver<CheckpointImagesResponse>) -> Images {
+        Images { disk: Arc::clone(&self.file), size: self.size, located }
     }
 
     /// Has it detached, which nobody needs to wait for: the guest is done with it.
@@ -146,15 +145,16 @@ impl<'a> Taking<'a> {
     pub(super) async fn locate(
         &self,
         attached: &Attached,
-        located: mpsc::Sender<Vec<ImageFile>>,
+        located: mpsc::Sender<CheckpointImagesResponse>,
     ) -> Result<(), PodError> {
         let id = self.container.id.as_str();
         loop {
             let answer = self.agent.checkpoint_images(id).await;
             let answer =
                 answer.map_err(|source| self.blame(PodError::guest("checkpoint", id, source), attached))?;
+            let last = answer.last;
             // Who has failed to write says so himself.
-            if located.send(answer.files).await.is_err() || answer.last {
+            if located.send(answer).await.is_err() || last {
                 return Ok(());
             }
         }

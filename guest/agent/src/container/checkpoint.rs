@@ -95,7 +95,7 @@ impl Container {
         Ok(api::CheckpointImagesResponse { files, last, ..Default::default() })
     }
 
-    fn dumped(&self) -> MutexGuard<'_, Option<Dumped>> {
+    pub(super) fn dumped(&self) -> MutexGuard<'_, Option<Dumped>> {
         self.dumped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

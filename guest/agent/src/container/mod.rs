@@ -390,6 +390,8 @@ impl Container {
             std::mem::replace(&mut *stage, Stage::Started)
         };
         drop(waits);
+        // So is what it was dumped to, where the host could not write it.
+        drop(self.dumped().take());
         if let Err(err) = self.pages_fetched().await {
             crate::console::say(&crate::console::chain(&err));
         }

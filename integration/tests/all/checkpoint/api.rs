@@ -44,7 +44,7 @@ on_newest_containerd!(
     files_and_who_goes_on,
     nothing_runs_before_start,
     output_goes_on,
-    deleted_before_all_of_it_is_there,
+    deleted_with_images_in_the_guest,
     what_fails_leaves_the_source_running,
     no_room_for_what_the_guest_writes,
     killed_while_it_is_taken
@@ -195,7 +195,7 @@ fn nothing_runs_before_start(containerd: &mut Containerd) -> Result<()> {
     Ok(fs::remove_dir_all(&dir)?)
 }
 
-fn deleted_before_all_of_it_is_there(containerd: &mut Containerd) -> Result<()> {
+fn deleted_with_images_in_the_guest(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     let script = "(head -c 100m /dev/zero; touch /tmp/ready; sleep 1000) | tail -c 100m";
     let config = bundle.config(&["sh", "-c", script], |spec| {
@@ -220,16 +220,34 @@ fn deleted_before_all_of_it_is_there(containerd: &mut Containerd) -> Result<()> 
         }
         restored.client.ok::<DeleteResponse>("Delete", &restored.delete(""))?;
         fs::remove_dir_all(&restored.shim.bundle)?;
-        let log = pod.shim.log()?;
-        ensure!(log.matches("container created").count() == 2 + usize::from(starts), "odd log: {log}");
-        let trouble: Vec<_> = log
-            .lines()
-            .filter(|line| ["warn", "error"].iter().any(|level| line.contains(&format!("level={level}"))))
-            .collect();
-        ensure!(trouble.is_empty(), "started: {starts}; the shim says {trouble:#?}");
+        let created = pod.shim.log()?.matches("container created").count();
+        ensure!(created == 2 + usize::from(starts), "{created} containers were created");
+        no_trouble(&pod).with_context(|| format!("started: {starts}"))?;
     }
+    // One whose checkpoint was not written, when the guest had more to tell of it.
+    let mut source = pod.beside(containerd, &config)?;
+    source.create(|_| ())?;
+    source.begin()?;
+    ensure!(source.exec_to("ready", &["sh", "-c", ready], "")? == 0, "it does not get ready");
+    let (code, message) = refused(&source.client, &request(&source, &dir, None)?)?;
+    ensure!(code == Code::ALREADY_EXISTS && message.contains("is not empty"), "{code:?}: {message}");
+    source.client.ok::<Empty>("Kill", &source.kill("", 9))?;
+    source.wait("")?;
+    source.client.ok::<DeleteResponse>("Delete", &source.delete(""))?;
+    fs::remove_dir_all(&source.shim.bundle)?;
+    no_trouble(&pod)?;
     pod.end()?;
     Ok(fs::remove_dir_all(&dir)?)
+}
+
+/// The shim has nothing to complain of.
+fn no_trouble(pod: &Served<'_>) -> Result<()> {
+    let log = pod.shim.log()?;
+    let is_trouble =
+        |line: &&str| ["warn", "error"].iter().any(|level| line.contains(&format!("level={level}")));
+    let trouble: Vec<_> = log.lines().filter(is_trouble).collect();
+    ensure!(trouble.is_empty(), "the shim says {trouble:#?}");
+    Ok(())
 }
 
 fn output_goes_on(containerd: &mut Containerd) -> Result<()> {
