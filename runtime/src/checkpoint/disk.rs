@@ -17,6 +17,7 @@ use std::{
 };
 
 use nbd::server::{Export, handshake, transmission};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{
     CheckpointError, digest,
@@ -61,6 +62,7 @@ impl ImageDisk {
     /// # Errors
     /// An image is missing or not as it was written.
     pub(crate) fn open(dir: &Path, manifest: &Manifest) -> Result<Self, CheckpointError> {
+        allow_many_files();
         let opened = manifest.files.iter().map(|image| Ok((image, open_image(dir, image)?)));
         let opened = opened.collect::<Result<Vec<_>, CheckpointError>>()?;
         let named: Vec<_> = manifest.files.iter().map(|image| (image.name.as_str(), image.size)).collect();
@@ -102,6 +104,13 @@ impl ImageDisk {
     pub(crate) fn fault(&self) -> Option<CheckpointError> {
         self.0.fault.lock().expect("no panic while held").take()
     }
+}
+
+/// Some hundred processes have more images than a process has files open, unless it asks (RLIMIT_NOFILE's soft limit).
+fn allow_many_files() {
+    let limit = getrlimit(Resource::Nofile);
+    // Where it is refused, the image that cannot be opened is the error.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 fn serve(mut socket: &UnixStream, content: Arc<Content>) -> io::Result<()> {
@@ -256,6 +265,19 @@ mod tests {
             assert!(all[image.at as usize..].starts_with(content), "{name}");
         }
         assert!(disk.fault().is_none());
+    }
+
+    #[test]
+    fn there_may_be_more_images_than_files_that_are_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let files: Vec<_> = (0..1500).map(|number| format!("core-{number}.img")).collect();
+        let files: Vec<_> = files.iter().map(|name| (name.as_str(), vec![1])).collect();
+        let manifest = saved(dir.path(), &files);
+        let limit = getrlimit(Resource::Nofile);
+        setrlimit(Resource::Nofile, Rlimit { current: Some(1024), ..limit }).unwrap();
+        let opened = ImageDisk::open(dir.path(), &manifest);
+        setrlimit(Resource::Nofile, limit).unwrap();
+        assert_eq!(opened.unwrap().0.images.len(), 1500);
     }
 
     #[test]
