@@ -9,11 +9,13 @@
 //! written last: a directory without it is no checkpoint.
 
 mod digest;
+mod digested;
 mod disk;
 mod erofs;
 mod error;
 mod files;
 mod manifest;
+mod said;
 mod save;
 
 pub use error::CheckpointError;

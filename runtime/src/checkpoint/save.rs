@@ -1,33 +1,22 @@
 //! From the disk that a guest has written CRIU's images on to a directory of files.
 
 use std::{
-    collections::HashSet,
     fs::{self, DirBuilder, File},
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
-    mem,
-    ops::Range,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        mpsc::{Receiver, SyncSender, sync_channel},
-    },
-    thread::{self, Scope, ScopedJoinHandle},
+    sync::Arc,
 };
 
 use machinen_protocol::api::{CheckpointImagesResponse, ImageFile};
-use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::{
-    CheckpointError, digest,
-    manifest::{ImageDigest, MANIFEST, Manifest, is_plain},
+    CheckpointError,
+    digested::{Copied, digested},
+    manifest::{MANIFEST, Manifest},
+    said::Said,
 };
-
-/// CRIU makes a few files for each process; a container has thousands of those at most.
-const MAX_FILES: usize = 100_000;
-/// Copies that are open and wait for their digests.
-const WAITING: usize = 32;
 
 /// Images on a disk, and what the guest says of them.
 #[derive(Debug)]
@@ -114,85 +103,6 @@ pub(crate) fn copy_reports(from: &Path, to: &Path) -> Result<(), CheckpointError
         }
     }
     Ok(())
-}
-
-/// What the guest has said so far. It may say what it likes.
-#[derive(Debug)]
-struct Said {
-    /// Of the disk.
-    size: u64,
-    names: HashSet<String>,
-    /// Bytes of all pieces.
-    total: u64,
-    /// The image that is not located as a whole: its name and size, and where it goes on.
-    unfinished: Option<(String, u64, u64)>,
-    last: bool,
-}
-
-impl Said {
-    fn new(size: u64) -> Self {
-        Self { size, names: HashSet::new(), total: 0, unfinished: None, last: false }
-    }
-
-    /// Each answer brings it further: there is an end to them.
-    fn answered(&mut self, answer: &CheckpointImagesResponse) -> Result<(), CheckpointError> {
-        if self.last || answer.files.is_empty() && !answer.last {
-            return wrong("an answer about no images".to_owned());
-        }
-        self.last = answer.last;
-        Ok(())
-    }
-
-    /// Takes what comes next, and returns from where on it is of its image.
-    fn next(&mut self, image: &ImageFile) -> Result<u64, CheckpointError> {
-        let name = image.name.escape_debug();
-        let from = match self.unfinished.take() {
-            Some((name, size, from)) if name == image.name && size == image.size => from,
-            Some((name, ..)) => return wrong(format!("an end of {name} is missing")),
-            None if self.names.len() == MAX_FILES => return wrong(format!("more than {MAX_FILES} images")),
-            None if !is_plain(&image.name) || !self.names.insert(image.name.clone()) => {
-                return wrong(format!("an image is named \"{:.64}\"", name.to_string()));
-            }
-            None => 0,
-        };
-        if image.size > self.size {
-            return wrong(format!("{name} has {} bytes on a disk of {}", image.size, self.size));
-        }
-        let goes_on =
-            image.located > from && image.located < image.size && image.located.is_multiple_of(digest::PART);
-        if goes_on {
-            self.unfinished = Some((image.name.clone(), image.size, image.located));
-        } else if image.located != image.size {
-            return wrong(format!("{} of {} bytes of {name}", image.located, image.size));
-        }
-        let mut end = from;
-        for piece in &image.extents {
-            let within = |from: u64, limit: u64| from.checked_add(piece.length).filter(|&end| end <= limit);
-            let fits = within(piece.physical, self.size).is_some();
-            match within(piece.logical, image.located) {
-                Some(next) if fits && piece.logical >= end => end = next,
-                _ => return wrong(format!("a piece of {name} is nowhere")),
-            }
-            self.total = self.total.saturating_add(piece.length);
-        }
-        // Pieces that overlap on the disk would make the copy larger than the disk.
-        if self.total > self.size {
-            return wrong(format!("images of {} bytes on a disk of {}", self.total, self.size));
-        }
-        Ok(from)
-    }
-
-    fn finished(&self) -> Result<(), CheckpointError> {
-        match &self.unfinished {
-            Some((name, ..)) => wrong(format!("an end of {name} is missing")),
-            None if self.names.is_empty() || !self.last => wrong("images are missing".to_owned()),
-            None => Ok(()),
-        }
-    }
-}
-
-fn wrong<T>(what: String) -> Result<T, CheckpointError> {
-    Err(CheckpointError::Guest { what })
 }
 
 /// Files that go again unless they are kept.
@@ -290,95 +200,13 @@ fn copy_pieces(image: &ImageFile, mut disk: &File, mut to: &File) -> io::Result<
     Ok(())
 }
 
-/// Some bytes of an image that are in their file, and not on the medium yet.
-#[derive(Debug, Clone)]
-struct Copied {
-    file: Arc<File>,
-    path: Arc<Path>,
-    name: String,
-    /// Of the image.
-    size: u64,
-    bytes: Range<u64>,
-}
-
-impl Copied {
-    fn is_last(&self) -> bool {
-        self.bytes.end == self.size
-    }
-
-    fn failed(&self) -> impl FnOnce(io::Error) -> CheckpointError {
-        CheckpointError::file("write", &*self.path)
-    }
-}
-
-/// Has images copied by `copy`, which passes on what it has copied, while others read that for its digests and bring it to the
-/// medium. `copy` ends when it is told that nobody goes on.
-fn digested(
-    copy: impl FnOnce(&mut dyn FnMut(Copied) -> bool) -> Result<(), CheckpointError>,
-) -> Result<Vec<ImageDigest>, CheckpointError> {
-    thread::scope(|scope| {
-        let ((wholes, to_whole), (parts, to_parts), (synced, to_sync)) =
-            (with_input(scope, wholes), with_input(scope, parts), with_input(scope, synced));
-        let workers = [to_whole, to_parts, to_sync];
-        let copied = copy(&mut |copied| workers.iter().all(|worker| worker.send(copied.clone()).is_ok()));
-        drop(workers);
-        let no_panic = "the thread does not panic";
-        let (wholes, parts, synced) =
-            (wholes.join().expect(no_panic), parts.join().expect(no_panic), synced.join().expect(no_panic));
-        copied.and(synced)?;
-        let digests = wholes?.into_iter().zip(parts?);
-        Ok(digests.map(|(whole, parts)| ImageDigest { parts, ..whole }).collect())
-    })
-}
-
-type Worker<'scope, T> = (ScopedJoinHandle<'scope, T>, SyncSender<Copied>);
-
-fn with_input<'scope, T: Send + 'scope>(
-    scope: &'scope Scope<'scope, '_>,
-    work: impl FnOnce(Receiver<Copied>) -> T + Send + 'scope,
-) -> Worker<'scope, T> {
-    let (sender, receiver) = sync_channel(WAITING);
-    (scope.spawn(move || work(receiver)), sender)
-}
-
-fn wholes(copied: Receiver<Copied>) -> Result<Vec<ImageDigest>, CheckpointError> {
-    let (mut digests, mut digest) = (Vec::new(), Sha256::new());
-    for copy in copied {
-        digest::update(&mut digest, &copy.file, copy.bytes.clone()).map_err(copy.failed())?;
-        if copy.is_last() {
-            let sha256 = digest::hexadecimal(mem::take(&mut digest));
-            digests.push(ImageDigest { name: copy.name, size: copy.size, sha256, parts: Vec::new() });
-        }
-    }
-    Ok(digests)
-}
-
-/// Those of each image that has more than one.
-fn parts(copied: Receiver<Copied>) -> Result<Vec<Vec<String>>, CheckpointError> {
-    let (mut all, mut parts) = (Vec::new(), Vec::new());
-    for copy in copied {
-        if copy.size > digest::PART {
-            parts.extend(digest::of_parts(&copy.file, copy.bytes.clone()).map_err(copy.failed())?);
-        }
-        if copy.is_last() {
-            all.push(mem::take(&mut parts));
-        }
-    }
-    Ok(all)
-}
-
-fn synced(copied: Receiver<Copied>) -> Result<(), CheckpointError> {
-    copied
-        .into_iter()
-        .filter(Copied::is_last)
-        .try_for_each(|copy| copy.file.sync_all().map_err(copy.failed()))
-}
-
 #[cfg(test)]
 mod tests {
     use machinen_protocol::api::Extent;
+    use sha2::{Digest as _, Sha256};
 
     use super::*;
+    use crate::checkpoint::digest;
 
     fn manifest() -> Manifest {
         let arch = std::env::consts::ARCH.into();

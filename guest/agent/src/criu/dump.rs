@@ -12,8 +12,10 @@ use protobuf::MessageField;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type};
 use tokio::task::spawn_blocking;
 
-use super::{CriuError, cpu, extents, mend::mend, mounted::Mounted, mounts, pagemap, rpc::Criu};
-use crate::{cgroup::Cgroup, disk::Disk, reaper::Reaper};
+use super::{
+    CriuError, cpu, extents, mend::mend, mounted::Mounted, mounts, pagemap, rpc::Criu, source::Source,
+};
+use crate::{disk::Disk, reaper::Reaper};
 
 const LOG: &str = "dump.log";
 /// What the disk has.
@@ -39,17 +41,6 @@ const LIMITS: [&str; 12] = [
     "memory.swap.max",
     "pids.max",
 ];
-
-/// What is to be dumped.
-#[derive(Debug)]
-pub(crate) struct Source<'a> {
-    pub(crate) init: Pid,
-    /// All of it is frozen.
-    pub(crate) cgroup: &'a Cgroup,
-    pub(crate) rootfs: &'a Path,
-    /// The agent's directory of the container.
-    pub(crate) dir: &'a Path,
-}
 
 /// Copies the memory of processes that run, for [`dump`] on the same disk to count on.
 ///

@@ -16,7 +16,7 @@ use nix::{
 use procfs::process::{MMPermissions, MMapPath, Process};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
-use super::{CriuError, dump::Source, network};
+use super::{CriuError, network, source::Source};
 use crate::console;
 
 /// What CRIU puts at the start of executable memory to make a system call (`code_syscall` of its compel/arch/x86): the

@@ -19,6 +19,7 @@ mod oom;
 mod pagemap;
 mod restore;
 mod rpc;
+mod source;
 mod tmpfs;
 mod uts;
 mod yard;
@@ -35,10 +36,11 @@ use nix::errno::Errno;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_cg_mode, Criu_network_lock_method, Criu_opts};
 
 pub(crate) use self::{
-    dump::{Dumped, Source, dump, pre_dump},
+    dump::{Dumped, dump, pre_dump},
     mounts::make_mount_points,
     restore::{Fetching, Held, Place, Restored, clear, restore},
     rpc::warm_up,
+    source::Source,
     tmpfs::run_as_tar,
 };
 use crate::{cgroup::CgroupError, disk::DiskError};

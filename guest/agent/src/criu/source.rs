@@ -1,0 +1,18 @@
+//! A container, as far as CRIU's dump of it needs to know.
+
+use std::path::Path;
+
+use nix::unistd::Pid;
+
+use crate::cgroup::Cgroup;
+
+/// What is to be dumped.
+#[derive(Debug)]
+pub(crate) struct Source<'a> {
+    pub(crate) init: Pid,
+    /// All of it is frozen.
+    pub(crate) cgroup: &'a Cgroup,
+    pub(crate) rootfs: &'a Path,
+    /// The agent's directory of the container.
+    pub(crate) dir: &'a Path,
+}
