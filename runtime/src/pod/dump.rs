@@ -141,7 +141,7 @@ impl<'a> Taking<'a> {
     /// Has what was dumped written back, and passes on where it is.
     ///
     /// # Errors
-    /// No space.
+    /// No space, or the guest cannot.
     pub(super) async fn locate(
         &self,
         attached: &Attached,

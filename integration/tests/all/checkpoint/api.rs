@@ -47,7 +47,8 @@ on_newest_containerd!(
     deleted_with_images_in_the_guest,
     what_fails_leaves_the_source_running,
     no_room_for_what_the_guest_writes,
-    killed_while_it_is_taken
+    killed_while_it_is_taken,
+    shim_killed_while_it_writes
 );
 
 fn files_and_who_goes_on(containerd: &mut Containerd) -> Result<()> {
@@ -66,6 +67,7 @@ fn files_and_who_goes_on(containerd: &mut Containerd) -> Result<()> {
     served.is("", Status::RUNNING, served.pid)?;
     goes_on(102)?;
     complete(&dir("first"))?;
+    small_trees_are_archived_by_the_agent(&dir("first"))?;
     // Paused by the client, which resumes.
     let id = || served.shim.id.clone();
     served.client.ok::<Empty>("Pause", &PauseRequest { id: id(), ..Default::default() })?;
@@ -438,6 +440,56 @@ fn killed_while_it_is_taken(containerd: &mut Containerd) -> Result<()> {
     let exit = served.wait("")?.exit_status;
     ensure!(exit == 137, "it ended with {exit}");
     served.end_stopped()
+}
+
+/// The shim is killed when it has begun to write: nobody takes what is left for a checkpoint, or has to.
+fn shim_killed_while_it_writes(containerd: &mut Containerd) -> Result<()> {
+    let bundle = Bundle::busybox(containerd)?;
+    let script = "(head -c 100m /dev/zero; touch /ready; exec sleep 1000) | tail -c 100m";
+    let served = Served::run(containerd, &bundle.config(&["sh", "-c", script], |_| ())?)?;
+    let ready = "until [ -e /ready ]; do usleep 50000; done";
+    ensure!(served.exec_to("ready", &["sh", "-c", ready], "")? == 0, "it does not get ready");
+    let dir = containerd.root().join("images");
+    let request = request(&served, &dir, None)?;
+    let inventory = containerd.inventory()?;
+    let shim = inventory.processes.iter().find(|process| process.command.contains(&served.shim.id));
+    let shim = shim.context("no shim")?;
+    ensure!(shim.command.contains("containerd-shim-machinen-v1"), "{}", shim.command);
+    let answer = thread::scope(|scope| {
+        let answer = scope.spawn(|| served.client.ok::<Empty>("Checkpoint", &request));
+        let end = Instant::now() + DEADLINE;
+        let begun = || fs::read_dir(&dir).is_ok_and(|mut files| files.next().is_some());
+        while !begun() && Instant::now() < end {
+            #[expect(clippy::disallowed_methods, reason = "who makes it tells nobody")]
+            thread::sleep(Duration::from_millis(1));
+        }
+        let killed = kill(Pid::from_raw(shim.pid.cast_signed()), Signal::SIGKILL);
+        let answer = answer.join().expect("no panic");
+        killed.map(|()| answer)
+    });
+    ensure!(answer?.is_err(), "the shim has answered before it was killed");
+    ensure!(!dir.join("machinen.json").exists(), "it says that it is a checkpoint");
+    let refused = containerd.machinen(&["snapshot", "inspect"])?.arg(&dir).run()?;
+    let said = String::from_utf8_lossy(&refused.stderr);
+    ensure!(refused.status != 0 && said.contains("no checkpoint"), "{said}");
+    served.shim.delete()?;
+    fs::remove_dir_all(&served.shim.bundle)?;
+    Ok(fs::remove_dir_all(&dir)?)
+}
+
+/// The agent's archives do not name the system that they are from, as gzip's do (RFC 1952, 2.3).
+fn small_trees_are_archived_by_the_agent(dir: &Path) -> Result<()> {
+    const UNKNOWN: u8 = 255;
+    let mut archives = 0;
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.display().to_string().ends_with(".tar.gz.img") {
+            archives += 1;
+            ensure!(fs::read(&path)?.get(9) == Some(&UNKNOWN), "{} is of GNU tar and gzip", path.display());
+        }
+    }
+    ensure!(archives > 0, "there is no tmpfs");
+    Ok(())
 }
 
 /// How many files without a name a process has open.

@@ -114,6 +114,22 @@ impl<'a> Pod<'a> {
         Ok(served)
     }
 
+    /// A container of it is checkpointed into a directory, and ended.
+    fn checkpointed(&self, dir: &Path, script: &str) -> Result<()> {
+        let source = self.running(script, "")?;
+        checkpoint(&source, dir)?;
+        end(&source)
+    }
+
+    /// Another one goes on from there, and is ended.
+    fn goes_on_from(&self, dir: &Path, script: &str) -> Result<()> {
+        let mut restored = self.container(script, "")?;
+        restored.create(|request| request.checkpoint = dir.display().to_string())?;
+        restored.begin()?;
+        goes_on(&restored)?;
+        end(&restored)
+    }
+
     /// A script that sees the VM's processes, and their files.
     fn outside(&self, script: &str, stdout: &Path) -> Result<Served<'a>> {
         let config = self.bundle.config(&["sh", "-c", script], |spec| {
@@ -203,11 +219,7 @@ fn in_a_dump(containerd: &mut Containerd) -> Result<()> {
     source.client.ok::<Empty>("Checkpoint", &with_connections(&source, &dir)?)?;
     goes_on(&source)?;
     end(&source)?;
-    let mut restored = pod.container(&connected(7000, ECHO), "")?;
-    restored.create(|request| request.checkpoint = dir.display().to_string())?;
-    restored.begin()?;
-    goes_on(&restored)?;
-    end(&restored)?;
+    pod.goes_on_from(&dir, &connected(7000, ECHO))?;
     fs::remove_dir_all(&dir)?;
     pod.end()
 }
@@ -311,9 +323,7 @@ fn ahead_of_a_dump(containerd: &mut Containerd) -> Result<()> {
 fn in_a_restore(containerd: &mut Containerd) -> Result<()> {
     let pod = Pod::new(containerd)?;
     let dir = containerd.root().join("images");
-    let source = pod.running(COUNTER, "")?;
-    checkpoint(&source, &dir)?;
-    end(&source)?;
+    pod.checkpointed(&dir, COUNTER)?;
     let before = pod.content()?;
     for when in [SEEN, MAKES] {
         let mut restored = pod.container(COUNTER, "")?;
@@ -337,9 +347,7 @@ fn in_a_restore(containerd: &mut Containerd) -> Result<()> {
 fn before_start(containerd: &mut Containerd) -> Result<()> {
     let pod = Pod::new(containerd)?;
     let dir = containerd.root().join("images");
-    let source = pod.running(COUNTER, "")?;
-    checkpoint(&source, &dir)?;
-    end(&source)?;
+    pod.checkpointed(&dir, COUNTER)?;
     let before = pod.content()?;
     let mut restored = pod.container(COUNTER, "")?;
     restored.create(|request| request.checkpoint = dir.display().to_string())?;
@@ -351,11 +359,7 @@ fn before_start(containerd: &mut Containerd) -> Result<()> {
     gone(&restored)?;
     let after = pod.content()?;
     ensure!(before == after, "there was {before:#?} and is {after:#?}");
-    let mut again = pod.container(COUNTER, "")?;
-    again.create(|request| request.checkpoint = dir.display().to_string())?;
-    again.begin()?;
-    goes_on(&again)?;
-    end(&again)?;
+    pod.goes_on_from(&dir, COUNTER)?;
     fs::remove_dir_all(&dir)?;
     pod.end()
 }
@@ -367,9 +371,7 @@ fn while_it_fetches(containerd: &mut Containerd) -> Result<()> {
         "(head -c 64m /dev/zero; touch /tmp/ready; sleep 1000) | tail -c 64m & \
                           until [ -e /tmp/ready ]; do usleep 20000; done; {COUNTER}"
     );
-    let source = pod.running(&script, "")?;
-    checkpoint(&source, &dir)?;
-    end(&source)?;
+    pod.checkpointed(&dir, &script)?;
     let mut restored = pod.container(&script, "io.machinen.lazy")?;
     restored.create(|request| request.checkpoint = dir.display().to_string())?;
     restored.client.ok::<StartResponse>("Start", &restored.start(""))?;
