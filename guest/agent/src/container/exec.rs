@@ -1,7 +1,10 @@
 //! Processes of a container beside its init.
 
+use std::time::Duration;
+
 use machinen_protocol::api;
 use nix::unistd::{Pid, Uid};
+use tokio::time::timeout;
 
 use super::{Container, ContainerError};
 use crate::{
@@ -10,6 +13,9 @@ use crate::{
     process::{Process, ProcessError, Started},
     stdio::Streams,
 };
+
+/// How long the end of an init may take to be seen after its namespaces and its cgroup have begun to go.
+const END_GRACE: Duration = Duration::from_secs(1);
 
 impl Container {
     /// Runs one more process. Nothing of it is left when this fails.
@@ -28,8 +34,11 @@ impl Container {
         let process = self.tenancy.process(&request.process, stdio.terminal).map_err(EngineError::from)?;
         let (ends, pending) = streams.ends(Uid::from_raw(process.owner()), [false; 3])?;
         let init = self.init.pid();
-        let Executed { pid, exit } =
-            parts.engine.exec(&parts.reaper, init, &self.tenancy, &process, ends).await?;
+        let executed = parts.engine.exec(&parts.reaper, init, &self.tenancy, &process, ends).await;
+        let Executed { pid, exit } = match executed {
+            Ok(executed) => executed,
+            Err(err) => return Err(self.blame_end(err).await.into()),
+        };
         let ends = match pending.connect() {
             Ok(ends) => ends,
             Err(err) => {
@@ -42,6 +51,14 @@ impl Container {
         let started = Started { pid, exit, ends, outlived_by: None, cgroup };
         place.fill(Process::supervise(started, parts.reaper.clone()));
         Ok(pid)
+    }
+
+    /// Where the container is just ending, that is the reason for whatever failed first.
+    async fn blame_end(&self, err: EngineError) -> EngineError {
+        match err {
+            EngineError::Spec(_) | EngineError::Refused { .. } => err,
+            err => timeout(END_GRACE, self.init.exited()).await.map_or(err, |()| EngineError::NotRunning),
+        }
     }
 
     /// The ids of the processes beside the init that have not ended.
