@@ -2,14 +2,10 @@
 //!
 //! One task sends them one by one, so that a retry cannot let a later event pass an earlier one.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex},
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::{
-    api::{CreateTaskRequest, ForwardRequest},
+    api::{self, ForwardRequest},
     events::task::{
         TaskCheckpointed, TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM,
         TaskPaused, TaskResumed, TaskStart,
@@ -19,7 +15,7 @@ use containerd_shim_protos::{
     topics,
     ttrpc::{self, context},
 };
-use machinen::pod::event::Event;
+use machinen::pod::{Create, event::Event, stdio::StdioNames};
 use protobuf::{
     MessageField,
     well_known_types::{any::Any, timestamp::Timestamp},
@@ -35,14 +31,10 @@ const TRIES: u32 = 5;
 const BACKOFF: Duration = Duration::from_secs(1);
 const CALL_NS: i64 = 5_000_000_000;
 
-/// The create requests of the containers that exist, for the fields that their events repeat.
-pub type Requests = Arc<Mutex<HashMap<String, CreateTaskRequest>>>;
-
 /// Sends events to containerd's ttrpc socket.
 pub struct Publisher {
     namespace: String,
     address: Option<String>,
-    requests: Requests,
     client: Option<EventsClient>,
 }
 
@@ -52,11 +44,7 @@ impl Publisher {
         let address = address
             .filter(|address| !address.is_empty())
             .map(|address| if address.contains("://") { address } else { format!("unix://{address}") });
-        Self { namespace, address, requests: Requests::default(), client: None }
-    }
-
-    pub fn requests(&self) -> Requests {
-        Arc::clone(&self.requests)
+        Self { namespace, address, client: None }
     }
 
     /// Sends until nobody can emit events any more, or, once `last` is told, until those that there are have been sent.
@@ -121,25 +109,7 @@ impl Publisher {
 
     fn encode(&self, event: Event) -> (&'static str, protobuf::Result<Any>) {
         match event {
-            Event::Created { id, pid } => {
-                let request = self.request(&id);
-                let io = TaskIO {
-                    stdin: request.stdin,
-                    stdout: request.stdout,
-                    stderr: request.stderr,
-                    terminal: request.terminal,
-                    ..Default::default()
-                };
-                let body = TaskCreate {
-                    container_id: id,
-                    bundle: request.bundle,
-                    rootfs: request.rootfs,
-                    io: MessageField::some(io),
-                    pid,
-                    ..Default::default()
-                };
-                (topics::TASK_CREATE_EVENT_TOPIC, any(&body))
-            }
+            Event::Created { pid, create } => (topics::TASK_CREATE_EVENT_TOPIC, any(&created(pid, *create))),
             Event::Started { id, pid } => {
                 let body = TaskStart { container_id: id, pid, ..Default::default() };
                 (topics::TASK_START_EVENT_TOPIC, any(&body))
@@ -179,7 +149,6 @@ impl Publisher {
                 (topics::TASK_EXIT_EVENT_TOPIC, any(&body))
             }
             Event::Deleted { id, pid, exit } => {
-                self.requests.lock().expect("no panic while held").remove(&id);
                 let body = TaskDelete {
                     container_id: id.clone(),
                     id,
@@ -192,9 +161,25 @@ impl Publisher {
             }
         }
     }
+}
 
-    fn request(&self, id: &str) -> CreateTaskRequest {
-        self.requests.lock().expect("no panic while held").get(id).cloned().unwrap_or_default()
+/// What was asked for, as containerd's clients see it again.
+fn created(pid: u32, create: Create) -> TaskCreate {
+    let StdioNames { stdin, stdout, stderr, terminal } = create.stdio;
+    let rootfs = create.rootfs.into_iter().map(|mount| api::Mount {
+        type_: mount.kind,
+        source: mount.source.display().to_string(),
+        options: mount.options,
+        ..Default::default()
+    });
+    TaskCreate {
+        container_id: create.id,
+        bundle: create.bundle.display().to_string(),
+        rootfs: rootfs.collect(),
+        io: MessageField::some(TaskIO { stdin, stdout, stderr, terminal, ..Default::default() }),
+        checkpoint: create.checkpoint.map(|path| path.display().to_string()).unwrap_or_default(),
+        pid,
+        ..Default::default()
     }
 }
 
@@ -216,7 +201,7 @@ pub fn timestamp(time: SystemTime) -> Timestamp {
 
 #[cfg(test)]
 mod tests {
-    use machinen::pod::state::Exit;
+    use machinen::pod::{rootfs::RootfsMount, state::Exit};
     use protobuf::Message;
 
     use super::*;
@@ -235,5 +220,31 @@ mod tests {
             assert_eq!((names, decoded.exit_status), ((process, "c"), 137));
             assert_eq!((decoded.exited_at.seconds, decoded.exited_at.nanos), (1, 500_000_000));
         }
+    }
+
+    #[test]
+    fn a_creation_repeats_what_was_asked_for() {
+        let publisher = Publisher::new("default".to_owned(), None);
+        let mount = RootfsMount {
+            kind: "overlay".to_owned(),
+            source: "overlay".into(),
+            options: vec!["lowerdir=/l".to_owned()],
+        };
+        let create = Create {
+            id: "c".to_owned(),
+            bundle: "/b".into(),
+            rootfs: vec![mount],
+            stdio: StdioNames { stdin: "/in".to_owned(), terminal: true, ..StdioNames::default() },
+            checkpoint: Some("/cp".into()),
+        };
+        let (topic, body) = publisher.encode(Event::Created { pid: 7, create: Box::new(create) });
+        let decoded = TaskCreate::parse_from_bytes(&body.unwrap().value).unwrap();
+        assert_eq!((topic, decoded.container_id.as_str(), decoded.pid), ("/tasks/create", "c", 7));
+        assert_eq!((decoded.bundle.as_str(), decoded.checkpoint.as_str()), ("/b", "/cp"));
+        assert_eq!((decoded.io.stdin.as_str(), decoded.io.terminal), ("/in", true));
+        assert_eq!(
+            (decoded.rootfs[0].type_.as_str(), &decoded.rootfs[0].options[..]),
+            ("overlay", &["lowerdir=/l".to_owned()][..])
+        );
     }
 }

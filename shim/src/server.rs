@@ -116,7 +116,7 @@ async fn serve_pod(
     }
     let ended = Arc::new(Notify::new());
     let publisher = Publisher::new(namespace, events);
-    let service = TaskService::new(pod.clone(), publisher.requests(), Arc::clone(&ended));
+    let service = TaskService::new(pod.clone(), Arc::clone(&ended));
     let (last, told) = oneshot::channel();
     let published = tokio::spawn(publisher.run(receiver, told));
 

@@ -24,7 +24,7 @@ use tokio::sync::Notify;
 use crate::{
     checkpoint,
     error::{encoding, invalid, to_ttrpc, unimplemented},
-    events::{Requests, any, timestamp},
+    events::{any, timestamp},
     metrics,
 };
 
@@ -35,14 +35,13 @@ const RESOURCES_TYPE: &str = "opencontainers/runtime-spec/1/LinuxResources";
 #[derive(Clone)]
 pub struct TaskService {
     pod: Pod,
-    requests: Requests,
     ended: Arc<Notify>,
 }
 
 impl TaskService {
     /// `ended` is notified when containerd has asked for the end and no container is left.
-    pub fn new(pod: Pod, requests: Requests, ended: Arc<Notify>) -> Self {
-        Self { pod, requests, ended }
+    pub fn new(pod: Pod, ended: Arc<Notify>) -> Self {
+        Self { pod, ended }
     }
 }
 
@@ -70,19 +69,8 @@ impl Task for TaskService {
             },
             checkpoint: checkpoint::restored_from(&req)?,
         };
-        let id = req.id.clone();
-        if self.pod.container(&id).is_err() {
-            self.requests.lock().expect("no panic while held").insert(id.clone(), req);
-        }
-        match self.pod.create(create).await {
-            Ok(pid) => Ok(CreateTaskResponse { pid, ..Default::default() }),
-            Err(error) => {
-                if self.pod.container(&id).is_err() {
-                    self.requests.lock().expect("no panic while held").remove(&id);
-                }
-                Err(failed(error))
-            }
-        }
+        let pid = self.pod.create(create).await.map_err(failed)?;
+        Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 
     async fn start(&self, _: &TtrpcContext, req: StartRequest) -> ttrpc::Result<StartResponse> {

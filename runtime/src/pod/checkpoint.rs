@@ -72,6 +72,7 @@ impl Pod {
     async fn checkpoint_whole(&self, container: &Container, wanted: &Checkpoint) -> Result<(), PodError> {
         let id = container.id.as_str();
         let _ordered = container.init.transitions.lock().await;
+        let _none_starting = container.freezing.write().await;
         let refused = |source| Err(PodError::state("checkpoint", id, source));
         let was_paused = match container.state() {
             State::Running => false,

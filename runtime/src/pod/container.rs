@@ -5,6 +5,8 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use tokio::sync::RwLock;
+
 use super::{
     Process,
     anchor::Anchor,
@@ -28,6 +30,9 @@ pub struct Container {
     pub(super) vm: Vm,
     pub(super) init: Arc<Process>,
     pub(super) execs: Execs,
+    /// Read while a process is being added, written while the container is being frozen: a process that arrives in a
+    /// frozen cgroup could not report that it was started, and a checkpoint would be refused because of it.
+    pub(super) freezing: RwLock<()>,
     pub(super) layer: Layer,
     /// The disk with the lower layers of its root file system, where that is an overlay.
     pub(super) base: Option<Key>,
@@ -64,6 +69,7 @@ impl Container {
             vm,
             init: Arc::new(Process::new(stdio)),
             execs: Execs::default(),
+            freezing: RwLock::default(),
             layer,
             base,
             checkpoint: Mutex::new(checkpoint),

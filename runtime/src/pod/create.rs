@@ -42,7 +42,7 @@ use crate::{
 };
 
 /// A request to create a container.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Create {
     /// Unique in the pod.
     pub id: String,
@@ -100,11 +100,12 @@ impl Pod {
 
     async fn create_reserved(&self, create: Create) -> Result<u32, PodError> {
         let phases = Phases::default();
+        let asked = Box::new(create.clone());
         let all = phases.time("create", self.create_timed(create, &phases)).await;
         let (container, watched, origin) = all?;
         let (id, pid) = (container.id.clone(), container.pid);
         self.containers().insert(id.clone(), Entry::Ready(Arc::clone(&container)));
-        self.emit(Event::Created { id: id.clone(), pid });
+        self.emit(Event::Created { pid, create: asked });
         tracing::info!(id, pid, %origin, phases = %phases, "container created");
         let Watched { agent, vm, outputs } = watched;
         tokio::spawn(self.clone().watch(container, agent, vm, outputs));
@@ -215,7 +216,7 @@ impl Pod {
         mut streams: Streams,
         storage: Storage,
     ) -> (Arc<Container>, Watched) {
-        let stdin = streams.start_input(&agent, &create.id, "");
+        let stdin = streams.take_input(&agent, &create.id, "");
         anchor.attach(Guest {
             vm: vm.clone(),
             agent: agent.clone(),
@@ -223,7 +224,7 @@ impl Pod {
             unclaimed: Arc::clone(&self.shared.starting),
         });
         let container = Container::new(create.id, create.bundle, create.stdio, anchor, vm.clone(), storage);
-        container.init.feed(stdin);
+        container.init.connect_stdin(stdin);
         let outputs = streams.outputs;
         (Arc::new(container), Watched { agent, vm, outputs })
     }

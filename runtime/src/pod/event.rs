@@ -2,14 +2,15 @@
 
 use std::path::PathBuf;
 
-use super::state::Exit;
+use super::{Create, state::Exit};
 
 /// Something that happened, in the order it happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     Created {
-        id: String,
         pid: u32,
+        /// As it was asked for.
+        create: Box<Create>,
     },
     Started {
         id: String,

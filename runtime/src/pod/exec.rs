@@ -118,11 +118,23 @@ impl Added {
         self.stage.lock().expect("no panic while held")
     }
 
-    fn guest_id(&self) -> Option<String> {
+    async fn guest_id(&self) -> Option<String> {
+        let _decided = self.process.transitions.lock().await;
         match &*self.stage() {
             Stage::Described(_) => None,
             Stage::Sent { guest_id } => Some(guest_id.clone()),
         }
+    }
+}
+
+impl Added {
+    /// Sets the size that the terminal of a process starts with; false when the process has been started.
+    async fn resize_ahead(&self, width: u32, height: u32) -> bool {
+        let _decided = self.process.transitions.lock().await;
+        let Stage::Described(process) = &mut *self.stage() else { return false };
+        let size = runtime::BoxBuilder::default().width(width).height(height).build();
+        process.set_console_size(Some(size.expect("every field is given")));
+        true
     }
 }
 
@@ -141,12 +153,15 @@ impl Container {
         self.execs.get(exec_id).ok_or_else(missing)
     }
 
-    /// By what the guest knows a process; the init is "".
+    /// By what the guest knows a process; the init is "". A process that is being started is waited for.
     ///
     /// # Errors
     /// It does not exist, or does not run.
-    pub(super) fn guest_id(&self, exec_id: &str, verb: &'static str) -> Result<String, PodError> {
-        let guest_id = if exec_id.is_empty() { Some(String::new()) } else { self.added(exec_id)?.guest_id() };
+    pub(super) async fn guest_id(&self, exec_id: &str, verb: &'static str) -> Result<String, PodError> {
+        let guest_id = match exec_id {
+            "" => Some(String::new()),
+            _ => self.added(exec_id)?.guest_id().await,
+        };
         let failed = |source| PodError::State { verb, id: self.name(exec_id), source };
         match self.process(exec_id)?.state() {
             State::Stopped(_) => Err(failed(StateError::AlreadyStopped)),
@@ -214,6 +229,7 @@ impl Pod {
         let refused = |source| PodError::state("start", &container.name(&exec.id), source);
         let _ordered = exec.process.transitions.lock().await;
         exec.process.state().after(Transition::Start).map_err(refused)?;
+        let _thawed = container.freezing.read().await;
         may_exec(&container)?;
         match self.send(&container, &exec).await {
             Ok(watch) => {
@@ -260,11 +276,13 @@ impl Pod {
             stdio: MessageField::some(stdio),
             ..Default::default()
         };
+        exec.process.connect_stdin(streams.take_input(&agent, &container.id, &guest_id));
+        let stdin = exec.process.open_stdin()?;
         agent
             .exec_process(request)
             .await
             .map_err(|source| PodError::guest("start", &container.name(&exec.id), source))?;
-        exec.process.feed(streams.start_input(&agent, &container.id, &guest_id));
+        exec.process.feed(stdin);
         Ok(Watch { agent, guest_id, outputs: streams.outputs })
     }
 
@@ -331,15 +349,11 @@ impl Pod {
                 StateError::NoTerminal,
             ));
         }
-        if !exec_id.is_empty()
-            && let Stage::Described(process) = &mut *container.added(exec_id)?.stage()
-        {
-            let size = runtime::BoxBuilder::default().width(width).height(height).build();
-            process.set_console_size(Some(size.expect("every field is given")));
+        if !exec_id.is_empty() && container.added(exec_id)?.resize_ahead(width, height).await {
             return Ok(());
         }
         let verb = "resize the terminal of";
-        let guest_id = container.guest_id(exec_id, verb)?;
+        let guest_id = container.guest_id(exec_id, verb).await?;
         let agent = self.agent(id).await?;
         agent
             .resize_terminal(id, &guest_id, width, height)

@@ -149,7 +149,9 @@ impl Pod {
         let _ordered = container.init.transitions.lock().await;
         container.state().after(Transition::Start).map_err(|source| PodError::state("start", id, source))?;
         let agent = self.agent(id).await?;
+        let stdin = container.init.open_stdin()?;
         agent.start_container(id).await.map_err(|source| PodError::guest("start", id, source))?;
+        container.init.feed(stdin);
         container.init.advance(Transition::Start).map_err(|source| PodError::state("start", id, source))?;
         self.emit(Event::Started { id: id.to_owned(), pid: container.pid });
         container.release_checkpoint(agent);
@@ -167,10 +169,10 @@ impl Pod {
     /// The process does not exist, does not run, or the agent does not answer.
     pub async fn kill(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), PodError> {
         let container = self.container(id)?;
-        let guest_id = container.guest_id(exec_id, "signal")?;
         let name = container.name(exec_id);
         let fatal = signal == libc::SIGKILL as u32 && (exec_id.is_empty() || all);
         let sent = async {
+            let guest_id = container.guest_id(exec_id, "signal").await?;
             let sent = self.agent(id).await?.signal_process(id, &guest_id, signal, all).await;
             sent.map_err(|source| PodError::guest("signal", &name, source))
         };
@@ -228,7 +230,8 @@ impl Pod {
         Ok((container.pid, exit))
     }
 
-    /// A process's stdin ends when everything that was written to its fifo so far has been read.
+    /// A process's stdin ends when everything that was written to its fifo so far has been read. The process need not have
+    /// started.
     ///
     /// # Errors
     /// The process does not exist.

@@ -21,6 +21,7 @@ impl Pod {
     async fn freeze(&self, container: &Container) -> Result<(), PodError> {
         let id = container.id.as_str();
         let _ordered = container.init.transitions.lock().await;
+        let _none_starting = container.freezing.write().await;
         let refused = |source| PodError::state("pause", id, source);
         container.state().after(Transition::Pause).map_err(refused)?;
         let agent = self.agent(id).await?;

@@ -1,12 +1,13 @@
 //! A process of a container, as the host knows it: its init, or one that was added to it.
 
-use std::sync::OnceLock;
+use std::sync::{self, MutexGuard};
 
 use tokio::sync::{Mutex, watch};
 
 use super::{
     state::{Exit, State, StateError, Transition},
-    stdio::{Input, StdioNames},
+    stdio::{Input, Stdin, StdioError, StdioNames},
+    streams::PendingInput,
 };
 
 #[derive(Debug)]
@@ -15,9 +16,22 @@ pub struct Process {
     state: watch::Sender<State>,
     /// Held while a transition and its event happen, so that events keep the order of the transitions.
     pub(super) transitions: Mutex<()>,
-    stdin: OnceLock<Input>,
+    stdin: sync::Mutex<ProcessStdin>,
+    /// The caller has closed stdin (CloseIO), which it may do at any time, also before the process starts.
+    stdin_closed: watch::Sender<bool>,
     /// Set once nothing of the process is left, in the guest and here.
     cleaned: watch::Sender<bool>,
+}
+
+/// What is known of a process's stdin.
+#[derive(Debug)]
+enum ProcessStdin {
+    /// It has none, or its streams are not connected yet.
+    Absent,
+    /// Its streams are connected.
+    Pending(PendingInput),
+    /// It runs, and is fed.
+    Fed { _input: Input },
 }
 
 impl Process {
@@ -26,7 +40,8 @@ impl Process {
             stdio,
             state: watch::Sender::new(State::Created),
             transitions: Mutex::new(()),
-            stdin: OnceLock::new(),
+            stdin: sync::Mutex::new(ProcessStdin::Absent),
+            stdin_closed: watch::Sender::new(false),
             cleaned: watch::Sender::new(false),
         }
     }
@@ -54,23 +69,46 @@ impl Process {
         Ok(())
     }
 
-    /// The caller's stdin is on its way.
-    pub(super) fn feed(&self, stdin: Option<Input>) {
-        if let Some(stdin) = stdin {
-            // A process starts once.
-            let _ = self.stdin.set(stdin);
+    /// Sets where its stdin will come from when it starts.
+    pub(super) fn connect_stdin(&self, input: Option<PendingInput>) {
+        if let Some(input) = input {
+            *self.stdin() = ProcessStdin::Pending(input);
         }
     }
 
-    /// Stdin ends when everything that was written to its fifo so far has been read.
-    pub(super) fn close_stdin(&self) {
-        if let Some(stdin) = self.stdin.get() {
-            stdin.close();
+    /// Opens the caller's end of stdin, right before the process starts; None where there is no stdin.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub(super) fn open_stdin(&self) -> Result<Option<Stdin>, StdioError> {
+        match &*self.stdin() {
+            ProcessStdin::Pending(input) => input.open().map(Some),
+            ProcessStdin::Absent | ProcessStdin::Fed { .. } => Ok(None),
         }
+    }
+
+    /// Starts to copy what [`Process::open_stdin`] has opened to the process, which has started.
+    pub(super) fn feed(&self, opened: Option<Stdin>) {
+        let Some(opened) = opened else { return };
+        let mut stdin = self.stdin();
+        if let ProcessStdin::Pending(input) = std::mem::replace(&mut *stdin, ProcessStdin::Absent) {
+            *stdin = ProcessStdin::Fed { _input: input.start(opened, self.stdin_closed.subscribe()) };
+        }
+    }
+
+    /// Stdin ends when everything that was written to its fifo so far has been read; before the process has started, when
+    /// it starts.
+    pub(super) fn close_stdin(&self) {
+        self.stdin_closed.send_replace(true);
+    }
+
+    fn stdin(&self) -> MutexGuard<'_, ProcessStdin> {
+        self.stdin.lock().expect("no panic while held")
     }
 
     /// Nothing of it is left.
     pub(super) fn set_gone(&self) {
+        *self.stdin() = ProcessStdin::Absent;
         self.cleaned.send_replace(true);
     }
 

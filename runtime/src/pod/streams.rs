@@ -1,13 +1,16 @@
 //! A process's streams between the caller and the guest: connected, watched to their ends.
 
+use std::fmt;
+
 use machinen_protocol::{
     MAX_UNCLAIMED_STREAMS,
     api::{self, WaitProcessResponse},
 };
+use tokio::sync::watch;
 
 use super::{
     PodError,
-    stdio::{HostStdio, Input, Logger, Output, Stdin},
+    stdio::{HostStdio, Input, InputEnd, Logger, Output, Stdin, StdinFifo, StdioError},
 };
 use crate::{
     agent,
@@ -17,10 +20,21 @@ use crate::{
 /// How many processes may be starting at once: each has three streams open that the agent has not claimed.
 pub(super) const STARTING: usize = MAX_UNCLAIMED_STREAMS / 3;
 
-/// The streams of a process, connected on both sides.
+/// The streams of a process, connected on both sides, but for the caller's end of stdin.
 pub(super) struct Streams {
-    stdin: Option<(Stdin, BoxedStream)>,
+    stdin: Option<(StdinFifo, BoxedStream)>,
+    terminal: bool,
     pub(super) outputs: Outputs,
+}
+
+/// Stdin of a process that has not started: the guest's end is connected, the caller's is not open.
+pub(super) struct PendingInput {
+    fifo: StdinFifo,
+    to_guest: BoxedStream,
+    terminal: bool,
+    agent: agent::Client,
+    /// Of the container, and of the process in it as the guest knows it; the init is "".
+    id: (String, String),
 }
 
 /// The two output streams of a process, and what takes them.
@@ -62,20 +76,42 @@ pub(super) async fn connect(vm: &Vm, host: HostStdio) -> Result<(api::Stdio, Str
         stdio.stderr = token;
         Output::to("stderr", stream, sink)
     });
-    Ok((stdio, Streams { stdin, outputs }))
+    Ok((stdio, Streams { stdin, terminal: host.terminal, outputs }))
 }
 
 impl Streams {
-    /// Starts to copy stdin to a process that the guest knows by these ids.
-    pub(super) fn start_input(&mut self, agent: &agent::Client, id: &str, exec: &str) -> Option<Input> {
-        let (stdin, to_guest) = self.stdin.take()?;
-        let (agent, id, exec) = (agent.clone(), id.to_owned(), exec.to_owned());
-        Some(Input::start(stdin, to_guest, async move |total| {
+    /// Stdin of a process that the guest knows by these ids.
+    pub(super) fn take_input(&mut self, agent: &agent::Client, id: &str, exec: &str) -> Option<PendingInput> {
+        let (fifo, to_guest) = self.stdin.take()?;
+        let id = (id.to_owned(), exec.to_owned());
+        Some(PendingInput { fifo, to_guest, terminal: self.terminal, agent: agent.clone(), id })
+    }
+}
+
+impl fmt::Debug for PendingInput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PendingInput").field("fifo", &self.fifo).field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl PendingInput {
+    /// Opens the caller's end.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub(super) fn open(&self) -> Result<Stdin, StdioError> {
+        self.fifo.open()
+    }
+
+    /// Starts to copy from the caller's end.
+    pub(super) fn start(self, stdin: Stdin, closed: watch::Receiver<bool>) -> Input {
+        let Self { to_guest, terminal, agent, id: (id, exec), .. } = self;
+        Input::start(stdin, InputEnd { closed, terminal }, to_guest, async move |total| {
             if let Err(error) = agent.end_stdin(&id, &exec, total).await {
                 // A process that has ended needs no end of its stdin.
                 tracing::debug!(id, exec, "end of stdin not delivered: {error}");
             }
-        }))
+        })
     }
 }
 

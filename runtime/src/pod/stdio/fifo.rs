@@ -4,38 +4,100 @@
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt},
-    path::Path,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
 };
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::net::unix::pipe;
 
 use super::{Sink, StdioError};
 
-/// A stdin fifo and our own writing end of it, which keeps it from ending before the caller says so.
+/// The fifo of a stdin, found and not open yet.
+///
+/// A client whose write waits for a reader knows by then that the container exists and can close its stdin (CloseIO).
+/// One that finds a reader earlier hands over all of its input, and may forget to report the end: `ctr` of containerd
+/// 1.6 does where its input ends before its Create request is answered. So a fifo gets its reader when the process starts.
+#[derive(Debug)]
+pub struct StdinFifo {
+    /// Opened with O_PATH: neither a reader nor a writer, and still the same fifo if its name is removed.
+    handle: OwnedFd,
+    path: PathBuf,
+}
+
+/// The reading end of a stdin fifo, with a writing end of our own that keeps it from ending while clients detach and
+/// attach again.
 #[derive(Debug)]
 pub struct Stdin {
     pub(super) reader: pipe::Receiver,
-    pub(super) keeper: pipe::Sender,
+    keeper: Option<OwnedFd>,
+    fifo: StdinFifo,
 }
 
-/// # Errors
-/// It is not there, or not a fifo.
-pub(super) fn open_stdin(path: &Path) -> Result<Stdin, StdioError> {
-    let failed = |source| StdioError::Open { stream: "stdin", path: path.into(), source };
-    let open = |options: &mut OpenOptions| -> Result<File, StdioError> {
-        let file = open(options, path).map_err(failed)?;
-        match is_fifo(&file).map_err(failed)? {
-            true => Ok(file),
+impl StdinFifo {
+    /// # Errors
+    /// It is not there, or not a fifo.
+    pub(super) fn find(path: &Path) -> Result<Self, StdioError> {
+        let failed = |source| StdioError::Open { stream: "stdin", path: path.into(), source };
+        let handle = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC).open(path);
+        let handle = handle.map_err(failed)?;
+        match is_fifo(&handle).map_err(failed)? {
+            true => Ok(Self { handle: handle.into(), path: path.into() }),
             false => Err(StdioError::NotFifo { stream: "stdin", path: path.into() }),
         }
-    };
-    let reader = open(OpenOptions::new().read(true))?;
-    let keeper = open(OpenOptions::new().write(true))?;
-    Ok(Stdin {
-        reader: pipe::Receiver::from_file(reader).map_err(failed)?,
-        keeper: pipe::Sender::from_file(keeper).map_err(failed)?,
-    })
+    }
+
+    /// Opens the reading end, which lets waiting clients write. Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn open(&self) -> Result<Stdin, StdioError> {
+        let failed = |source| StdioError::Open { stream: "stdin", path: self.path.clone(), source };
+        let again = || Ok(Self { handle: self.handle.try_clone()?, path: self.path.clone() });
+        let reader = self.end(OpenOptions::new().read(true)).map_err(failed)?;
+        let mut stdin = Stdin {
+            reader: pipe::Receiver::from_file(reader).map_err(failed)?,
+            keeper: None,
+            fifo: again().map_err(failed)?,
+        };
+        stdin.keep().map_err(failed)?;
+        Ok(stdin)
+    }
+
+    fn end(&self, options: &mut OpenOptions) -> io::Result<File> {
+        open(options, Path::new(&format!("/proc/self/fd/{}", self.handle.as_raw_fd())))
+    }
+}
+
+impl Stdin {
+    pub(super) fn is_kept(&self) -> bool {
+        self.keeper.is_some()
+    }
+
+    /// From now on the fifo ends when the last client has closed it.
+    pub(super) fn release(&mut self) {
+        self.keeper = None;
+    }
+
+    fn keep(&mut self) -> io::Result<()> {
+        self.keeper = Some(self.fifo.end(OpenOptions::new().write(true))?.into());
+        Ok(())
+    }
+
+    /// Whether the fifo is empty and no client has it open for writing.
+    pub(super) fn is_abandoned(&mut self) -> io::Result<bool> {
+        self.release();
+        // The kernel reports the hang-up since there has been a writer, the one that was just closed.
+        let mut fds = [PollFd::new(self.reader.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO)?;
+        let events = fds[0].revents().unwrap_or(PollFlags::empty());
+        // Without a wait in between, what a client does in this moment is seen by the next read.
+        self.keep()?;
+        Ok(events.contains(PollFlags::POLLHUP) && !events.contains(PollFlags::POLLIN))
+    }
 }
 
 /// A fifo, or a file that is there already and is appended to.

@@ -1,19 +1,32 @@
 //! Input from the caller to the guest.
 
-use std::{io, sync::Mutex};
+use std::{io, pin::pin, time::Duration};
 
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    net::unix::pipe,
+    io::{AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    sync::watch,
     task::JoinHandle,
+    time::sleep,
 };
 
 use super::{BUFFER, fifo::Stdin};
 
+/// How long after the start of a process a client may take to open the process's stdin. A client that has anything to
+/// write is waiting in open(2) by then; one whose input was empty may have come and gone without a word.
+const CLIENT_GRACE: Duration = Duration::from_secs(1);
+
+/// What ends an input.
+#[derive(Debug)]
+pub struct InputEnd {
+    /// Becomes true when the caller has closed stdin (CloseIO): the input ends when everything in the fifo has been read.
+    pub closed: watch::Receiver<bool>,
+    /// A terminal stays open for clients to come; a pipe that no client has opened has ended.
+    pub terminal: bool,
+}
+
 /// The caller's stdin on its way to the guest.
 #[derive(Debug)]
 pub struct Input {
-    keeper: Mutex<Option<pipe::Sender>>,
     task: JoinHandle<()>,
 }
 
@@ -21,30 +34,24 @@ impl Input {
     /// Starts to copy; `ended` is called with the number of bytes when the caller has sent its last one.
     pub fn start<F>(
         stdin: Stdin,
+        end: InputEnd,
         to_guest: impl AsyncWrite + Unpin + Send + 'static,
         ended: impl FnOnce(u64) -> F + Send + 'static,
     ) -> Self
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let Stdin { reader, keeper } = stdin;
         let task = tokio::spawn(async move {
             let mut to_guest = to_guest;
-            let mut reader = reader;
-            match copy_input(&mut reader, &mut to_guest).await {
+            match copy_input(stdin, end, &mut to_guest).await {
                 Ok(total) => ended(total).await,
-                // The process or its VM has ended; whoever waits for it says so.
+                // The process or its VM has ended, which is reported by the wait for the process.
                 Err(error) => tracing::debug!("stdin ends early: {error}"),
             }
-            // The guest reads the stream to the count it was told; the connection lives until the process is gone.
+            // The guest reads the stream to the count that it was given; the connection lives until the process is gone.
             std::future::pending::<()>().await;
         });
-        Self { keeper: Mutex::new(Some(keeper)), task }
-    }
-
-    /// The caller will write no more: stdin ends when everything in the fifo has been read.
-    pub fn close(&self) {
-        self.keeper.lock().expect("no panic while held").take();
+        Self { task }
     }
 }
 
@@ -55,13 +62,33 @@ impl Drop for Input {
 }
 
 async fn copy_input(
-    from: &mut (impl AsyncRead + Unpin),
+    mut stdin: Stdin,
+    end: InputEnd,
     to_guest: &mut (impl AsyncWrite + Unpin),
 ) -> io::Result<u64> {
+    let InputEnd { mut closed, terminal } = end;
+    let mut grace = pin!(sleep(CLIENT_GRACE));
+    let mut unclaimed = !terminal;
     let mut buffer = vec![0; BUFFER];
     let mut copied = 0;
     loop {
-        let read = from.read(&mut buffer).await?;
+        let read = tokio::select! {
+            biased;
+            // A process that is gone needs no more input either.
+            _ = closed.wait_for(|closed| *closed), if stdin.is_kept() => {
+                stdin.release();
+                continue;
+            }
+            read = stdin.reader.read(&mut buffer) => read?,
+            () = &mut grace, if unclaimed => {
+                unclaimed = false;
+                match stdin.is_abandoned()? {
+                    true => return Ok(copied),
+                    false => continue,
+                }
+            }
+        };
+        unclaimed = false;
         if read == 0 {
             return Ok(copied);
         }

@@ -22,7 +22,12 @@ use std::{
 use tokio::{io::AsyncWrite, net::unix::pipe};
 
 use self::uri::Target;
-pub use self::{fifo::Stdin, input::Input, logger::Logger, output::Output};
+pub use self::{
+    fifo::{Stdin, StdinFifo},
+    input::{Input, InputEnd},
+    logger::Logger,
+    output::Output,
+};
 use crate::{
     error::{ErrorKind, Kind},
     process::ProcessError,
@@ -95,11 +100,12 @@ impl Kind for StdioError {
     }
 }
 
-/// The host ends of a process's standard streams, opened.
+/// The host ends of a process's standard streams; those of output are open.
 #[derive(Debug)]
 pub struct HostStdio {
     pub terminal: bool,
-    pub stdin: Option<Stdin>,
+    /// Not open yet: see [`StdinFifo`].
+    pub stdin: Option<StdinFifo>,
     pub stdout: Option<Sink>,
     pub stderr: Option<Sink>,
     pub logger: Option<Logger>,
@@ -113,7 +119,7 @@ pub enum Sink {
 }
 
 impl HostStdio {
-    /// Opens what `names` says and starts what it names, without waiting. Must be called inside a tokio runtime.
+    /// Opens the outputs that `names` names, finds the input and starts logging programs, without waiting. Must be called inside a tokio runtime.
     ///
     /// # Errors
     /// The first stream that is not there or not understood.
@@ -124,7 +130,7 @@ impl HostStdio {
             (Target::parse("stdout", &names.stdout)?, Target::parse("stderr", &names.stderr)?);
         match Target::parse("stdin", &names.stdin)? {
             Target::Null => {}
-            Target::Fifo(path) => stdio.stdin = Some(fifo::open_stdin(&path)?),
+            Target::Fifo(path) => stdio.stdin = Some(StdinFifo::find(&path)?),
             _ => return Err(StdioError::Stdin { name: names.stdin.clone() }),
         }
         let mut shared = None;

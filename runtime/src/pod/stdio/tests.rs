@@ -3,12 +3,13 @@
 use std::{
     fs::OpenOptions,
     io::{Read, Write},
+    os::unix::fs::OpenOptionsExt,
 };
 
 use nix::{sys::stat::Mode, unistd::mkfifo};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, duplex},
-    sync::oneshot,
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+    sync::{oneshot, watch},
 };
 
 use super::*;
@@ -71,26 +72,125 @@ async fn a_reader_that_is_gone_does_not_hold_up_the_exit() {
     drop(unread);
 }
 
-#[tokio::test]
-async fn stdin_ends_when_the_caller_says_so_and_not_before() {
-    let dir = tempfile::tempdir().unwrap();
-    let name = fifo(&dir, "in");
-    let host = open(StdioNames { stdin: name.clone(), ..Default::default() }).unwrap();
-    let (to_guest, mut guest) = duplex(4096);
-    let (said, mut total) = oneshot::channel();
-    let input = Input::start(host.stdin.unwrap(), to_guest, async move |count| {
-        said.send(count).unwrap();
-    });
-    for text in ["one ", "two"] {
-        // Each writer comes and goes, as a client that detaches and attaches again.
-        OpenOptions::new().write(true).open(&name).unwrap().write_all(text.as_bytes()).unwrap();
+/// Stdin of a process that starts now: its fifo's name, CloseIO, what the guest gets, and the count at its end.
+struct Fed {
+    name: String,
+    close: watch::Sender<bool>,
+    guest: DuplexStream,
+    total: oneshot::Receiver<u64>,
+    _input: Input,
+}
+
+impl Fed {
+    /// `before` happens when the fifo is known and not open.
+    fn start(
+        dir: &tempfile::TempDir,
+        terminal: bool,
+        before: impl FnOnce(&str, &watch::Sender<bool>),
+    ) -> Self {
+        let name = fifo(dir, "in");
+        let host = open(StdioNames { stdin: name.clone(), terminal, ..Default::default() }).unwrap();
+        let close = watch::Sender::new(false);
+        before(&name, &close);
+        let (to_guest, guest) = duplex(1 << 20);
+        let (ended, total) = oneshot::channel();
+        let end = InputEnd { closed: close.subscribe(), terminal };
+        let input = Input::start(host.stdin.unwrap().open().unwrap(), end, to_guest, async move |count| {
+            ended.send(count).unwrap();
+        });
+        Self { name, close, guest, total, _input: input }
+    }
+
+    fn write(&self, text: &str) {
+        OpenOptions::new().write(true).open(&self.name).unwrap().write_all(text.as_bytes()).unwrap();
+    }
+
+    async fn expect(&mut self, text: &str) {
         let mut buffer = vec![0; text.len()];
-        guest.read_exact(&mut buffer).await.unwrap();
+        self.guest.read_exact(&mut buffer).await.unwrap();
         assert_eq!(buffer, text.as_bytes());
     }
-    assert!(total.try_recv().is_err());
-    input.close();
-    assert_eq!(total.await.unwrap(), 7);
+}
+
+#[tokio::test]
+async fn stdin_ends_when_the_caller_closes_it_and_not_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut fed = Fed::start(&dir, false, |_, _| ());
+    for text in ["one ", "two"] {
+        // Each writer comes and goes, as a client that detaches and attaches again.
+        fed.write(text);
+        fed.expect(text).await;
+    }
+    assert!(fed.total.try_recv().is_err());
+    fed.close.send_replace(true);
+    assert_eq!(fed.total.await.unwrap(), 7);
+}
+
+#[tokio::test]
+async fn a_fifo_has_no_reader_before_the_process_starts() {
+    let dir = tempfile::tempdir().unwrap();
+    let open_now =
+        |name: &str| OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(name).map(drop);
+    let fed = Fed::start(&dir, false, |name, _| {
+        let refused = open_now(name).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::ENXIO));
+    });
+    open_now(&fed.name).unwrap();
+}
+
+#[tokio::test]
+async fn stdin_that_was_closed_before_the_start_has_what_is_in_its_fifo() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut client = None;
+    let mut fed = Fed::start(&dir, false, |name, close| {
+        let both = OpenOptions::new().read(true).write(true).open(name).unwrap();
+        client.insert(both).write_all(b"early").unwrap();
+        close.send_replace(true);
+    });
+    fed.expect("early").await;
+    assert!(fed.total.try_recv().is_err());
+    drop(client);
+    assert_eq!(fed.total.await.unwrap(), 5);
+}
+
+#[tokio::test]
+async fn stdin_without_a_writer_ends_at_once_when_it_is_closed_before_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let fed = Fed::start(&dir, false, |_, close| _ = close.send_replace(true));
+    assert_eq!(fed.total.await.unwrap(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn stdin_that_no_client_opens_has_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let fed = Fed::start(&dir, false, |_, _| ());
+    assert_eq!(fed.total.await.unwrap(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_writes_nothing_for_long_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut fed = Fed::start(&dir, false, |_, _| ());
+    let mut client = OpenOptions::new().write(true).open(&fed.name).unwrap();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(fed.total.try_recv().is_err());
+    client.write_all(b"text").unwrap();
+    fed.expect("text").await;
+    drop(client);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(fed.total.try_recv().is_err());
+    fed.close.send_replace(true);
+    assert_eq!(fed.total.await.unwrap(), 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_terminal_waits_for_clients_to_come() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut fed = Fed::start(&dir, true, |_, _| ());
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(fed.total.try_recv().is_err());
+    fed.write("typed");
+    fed.expect("typed").await;
 }
 
 #[test]
