@@ -165,16 +165,13 @@ impl Run<'_> {
 
     /// Runs it with the bytes, and then EOF, as its stdin.
     ///
-    /// ctr forgets an EOF that comes before the task exists, so everything is sent after its start.
+    /// They are there before ctr is: it has read all of them, and their end, long before the container runs.
     ///
     /// # Errors
     /// It could not be run, or not within its time.
     pub fn output_of_stdin(self, bytes: &[u8]) -> Result<Output> {
-        let from = self.containerd.log().position();
-        let containerd = self.containerd;
         let mut running = self.with_stdin().spawn(DEADLINE)?;
         let mut stdin = running.stdin().context("no stdin")?;
-        containerd.log().wait_for_event(from, "/tasks/start")?;
         stdin.write_all(bytes).context("cannot write to ctr")?;
         drop(stdin);
         running.wait()

@@ -94,15 +94,13 @@ impl Exec<'_> {
         self.invocation()?.deadline(deadline).spawn()
     }
 
-    /// Runs it with the bytes, and then EOF, as its stdin; sent after its start, like those of a container.
+    /// Runs it with the bytes, and then EOF, as its stdin.
     ///
     /// # Errors
     /// It could not be run, or not within its time.
     pub fn output_of_stdin(&self, bytes: &[u8]) -> Result<Output> {
-        let from = self.containerd.log().position();
         let mut running = self.invocation()?.with_stdin().deadline(DEADLINE).spawn()?;
         let mut stdin = running.stdin().context("no stdin")?;
-        self.containerd.log().wait_for_event(from, "/tasks/exec-started")?;
         stdin.write_all(bytes).context("cannot write to ctr")?;
         drop(stdin);
         running.wait()

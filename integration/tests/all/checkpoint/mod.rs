@@ -52,7 +52,7 @@ pub(crate) fn request(
 }
 
 /// Takes a checkpoint with the options of whoever has none.
-fn checkpoint(served: &Served<'_>, path: &Path) -> Result<()> {
+pub(crate) fn checkpoint(served: &Served<'_>, path: &Path) -> Result<()> {
     served.client.ok::<Empty>("Checkpoint", &request(served, path, None)?).map(drop)
 }
 

@@ -16,7 +16,10 @@ use nix::{
 use serde_json::{Value as Json, json};
 
 use super::{origin, runs_from, twins::have_nothing_in_common, works_from};
-use crate::harness::{IMAGE, on_newest_containerd};
+use crate::{
+    harness::{IMAGE, on_newest_containerd},
+    stdin::input_of_any_size,
+};
 
 on_newest_containerd!(
     ready_clones_are_taken_and_replaced,
@@ -107,6 +110,7 @@ fn what_does_not_fit_is_given_up(containerd: &mut Containerd) -> Result<()> {
     pool.full()?;
     let other = ["--annotation", "io.machinen.memory-ceiling=300"];
     works_from(containerd, &containerd.run(IMAGE, &["echo", "well"]).flags(&other), "boot")?;
+    input_of_any_size(containerd)?;
     runs_from(containerd, "ready")?;
     pool.full()?;
     // What is wrong with a container takes its clone with it, and nothing else.
