@@ -16,6 +16,7 @@ mod fork;
 mod guest_trouble;
 mod harness;
 mod host_trouble;
+mod kernel;
 mod layer;
 mod lifecycle;
 mod logging;
