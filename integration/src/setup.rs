@@ -94,4 +94,8 @@ impl Value {
     pub fn number(number: u64) -> Self {
         Self(number.to_string())
     }
+
+    pub fn flag(flag: bool) -> Self {
+        Self(flag.to_string())
+    }
 }

@@ -44,6 +44,7 @@ pub struct Vm {
     pub vcpus: u32,
     pub channel: Channel,
     pub kernel_args: String,
+    pub io_uring: bool,
     pub boot_timeout_s: u64,
     pub memory_reserve_percent: u64,
 }
@@ -168,6 +169,7 @@ impl Default for Vm {
             vcpus: 0,
             channel: Channel::Auto,
             kernel_args: String::new(),
+            io_uring: true,
             boot_timeout_s: 60,
             memory_reserve_percent: 1,
         }

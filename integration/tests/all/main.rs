@@ -17,6 +17,7 @@ mod guest_trouble;
 mod harness;
 mod host_trouble;
 mod interleaving;
+mod kernel;
 mod layer;
 mod lifecycle;
 mod logging;

@@ -5,6 +5,7 @@
 
 mod isolate;
 mod mounts;
+mod sysctl;
 
 use std::{fs, io, os::fd::OwnedFd, path::PathBuf};
 
@@ -112,6 +113,7 @@ fn machine() -> Result<Machine, BootError> {
     }
     // The agent owns all containers: memory pressure of one must never end it.
     write("/proc/self/oom_score_adj", "-1000")?;
+    sysctl::set_all()?;
     setrlimit(Resource::RLIMIT_NOFILE, AGENT_FILES, AGENT_FILES).map_err(BootError::Limit)?;
     finish()?;
     let channel = match args.channel {

@@ -1,0 +1,207 @@
+//! What the guest's kernel answers to programs: system calls, 32-bit programs, packet filters, network devices, and
+//! which of its device events a container hears.
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use containerd_shim_protos::api::{DeleteResponse, Empty};
+use machinen_integration::{
+    bundle::Bundle,
+    containerd::Containerd,
+    paths,
+    process::{Invocation, Output},
+    served::Served,
+    setup::{Setup, Value as Toml},
+};
+use serde_json::json;
+
+use crate::{
+    checkpoint::request,
+    harness::{self, NEWEST, on_newest_containerd},
+};
+
+on_newest_containerd!(
+    what_programs_look_for,
+    a_program_of_32_bit,
+    network_devices,
+    events_of_the_vms_own_disks_are_not_heard,
+);
+
+const CALLS: (&str, &str) = ("calls.py", include_str!("kernel/calls.py"));
+const DEVICES: (&str, &str) = ("devices.py", include_str!("kernel/devices.py"));
+const EVENTS: (&str, &str) = ("events.py", include_str!("kernel/events.py"));
+const LINKS: (&str, &str) = ("links.py", include_str!("kernel/links.py"));
+
+/// A specification that runs the first of the scripts, with the rights that administrators have.
+fn script(
+    containerd: &Containerd,
+    scripts: &[(&str, &str)],
+    arguments: &[&str],
+) -> Result<(Bundle, PathBuf)> {
+    let bundle = Bundle::with_workloads(containerd)?;
+    for (name, text) in scripts {
+        fs::write(bundle.rootfs().join(name), text)?;
+    }
+    let (name, _) = scripts.first().context("no script")?;
+    let path = format!("/{name}");
+    let command = [&["python3.13", path.as_str()], arguments].concat();
+    let config = bundle.config(&command, |spec| {
+        let process = &mut spec["process"];
+        process["env"] = json!(["PATH=/usr/bin:/bin", "LC_ALL=C", "PYTHONDONTWRITEBYTECODE=1"]);
+        let rights = process["capabilities"].as_object_mut().expect("an object");
+        for list in rights.values_mut() {
+            let list = list.as_array_mut().expect("an array");
+            list.extend(
+                ["NET_ADMIN", "NET_RAW", "SYS_ADMIN", "MKNOD"].map(|name| format!("CAP_{name}").into()),
+            );
+        }
+        spec["linux"]["resources"] = json!({ "devices": [{ "allow": true, "access": "rwm" }] });
+    })?;
+    Ok((bundle, config))
+}
+
+fn what_programs_look_for(containerd: &mut Containerd) -> Result<()> {
+    let (_bundle, config) = script(containerd, &[CALLS], &[])?;
+    let output = containerd.run_spec(&config).output()?;
+    ensure!(output.text() == "asked\n", "not there: {output}");
+    Ok(())
+}
+
+/// `vm.io_uring` of the configuration.
+#[test]
+fn io_uring_can_be_turned_off() {
+    let setup = Setup::new().set("vm", "io_uring", Toml::flag(false));
+    harness::run_with(NEWEST, &setup, |containerd| {
+        let (_bundle, config) = script(containerd, &[CALLS], &["io_uring", "pidfd"])?;
+        let output = containerd.run_spec(&config).output()?;
+        ensure!(output.text() == "io_uring: [Errno 1] Operation not permitted\nasked\n", "{output}");
+        Ok(())
+    });
+}
+
+fn a_program_of_32_bit(containerd: &mut Containerd) -> Result<()> {
+    let bundle = Bundle::busybox(containerd)?;
+    let program = bundle.rootfs().join("bin/of-32-bit");
+    fs::write(&program, elf32("of 32 bit\n"))?;
+    Invocation::new("chmod").arg("755").arg(&program).run()?.ok()?;
+    let output = containerd.run_spec(&bundle.config(&["of-32-bit"], |_| ())?).output()?;
+    ensure!(output.status == 7 && output.text() == "of 32 bit\n", "{output}");
+    Ok(())
+}
+
+/// The smallest i386 program that writes a text and exits with 7: file header, one program header, code, text.
+fn elf32(text: &str) -> Vec<u8> {
+    const BASE: u32 = 0x0804_8000;
+    const HEADERS: u32 = 52 + 32;
+    let length = u32::try_from(text.len()).expect("a short text");
+    let code = |text_at: u32| {
+        let mut code = vec![0xb8, 4, 0, 0, 0, 0xbb, 1, 0, 0, 0, 0xb9]; // mov eax, write; mov ebx, 1; mov ecx, ...
+        code.extend(text_at.to_le_bytes());
+        code.push(0xba); // mov edx, ...
+        code.extend(length.to_le_bytes());
+        code.extend([0xcd, 0x80]); // int 0x80
+        code.extend([0xb8, 1, 0, 0, 0, 0xbb, 7, 0, 0, 0, 0xcd, 0x80]); // mov eax, exit; mov ebx, 7; int 0x80
+        code
+    };
+    let code = code(BASE + HEADERS + u32::try_from(code(0).len()).expect("a short program"));
+    let size = HEADERS + u32::try_from(code.len()).expect("a short program") + length;
+    let mut file = b"\x7fELF\x01\x01\x01".to_vec();
+    file.resize(16, 0);
+    // e_type, e_machine, e_version, e_entry, e_phoff, e_shoff, e_flags
+    file.extend([2, 0, 3, 0]);
+    file.extend([1, BASE + HEADERS, 52, 0, 0].into_iter().flat_map(u32::to_le_bytes));
+    // e_ehsize, e_phentsize, e_phnum, e_shentsize, e_shnum, e_shstrndx
+    file.extend([52_u16, 32, 1, 0, 0, 0].into_iter().flat_map(u16::to_le_bytes));
+    // p_type, p_offset, p_vaddr, p_paddr, p_filesz, p_memsz, p_flags, p_align
+    file.extend([1, 0, BASE, BASE, size, size, 5, 0x1000].into_iter().flat_map(u32::to_le_bytes));
+    file.extend(code);
+    file.extend(text.as_bytes());
+    file
+}
+
+fn network_devices(containerd: &mut Containerd) -> Result<()> {
+    let (_bundle, config) = script(containerd, &[DEVICES, LINKS], &[])?;
+    let output = containerd.run_spec(&config).output()?;
+    // No driver makes a device by itself.
+    ensure!(output.text() == "there are lo\nasked\n", "{output}");
+    Ok(())
+}
+
+/// What the listener of `events.py` has heard since the last question.
+fn heard(containerd: &Containerd, served: &Served<'_>, question: &str) -> Result<String> {
+    let path = containerd.root().join("heard");
+    let ask = format!("echo {question} >/ask; cat /answer");
+    let status = served.exec_to("ask", &["sh", "-c", &ask], &format!("file://{}", path.display()))?;
+    let heard = fs::read_to_string(&path)?;
+    fs::remove_file(path)?;
+    ensure!(status == 0, "status {status}: {heard}");
+    Ok(heard)
+}
+
+/// Nothing of the VM's, all of its own.
+fn listens(containerd: &Containerd, served: &Served<'_>) -> Result<()> {
+    let of_the_vm = heard(containerd, served, "")?;
+    ensure!(of_the_vm.is_empty(), "it has heard what is the VM's own: {of_the_vm}");
+    let own = heard(containerd, served, "act")?;
+    for event in ["add", "remove"] {
+        for device in ["block/loop77", "net/of-a-test"] {
+            let line = format!("{event}@/devices/virtual/{device}");
+            ensure!(own.lines().any(|seen| seen == line), "{line} was not heard: {own}");
+        }
+    }
+    Ok(())
+}
+
+fn events_of_the_vms_own_disks_are_not_heard(containerd: &mut Containerd) -> Result<()> {
+    let (_bundle, config) = script(containerd, &[EVENTS, LINKS], &[])?;
+    let mut source = Served::of(containerd, &config)?;
+    let said = containerd.root().join("said");
+    source.create(|request| request.stdout = format!("file://{}", said.display()))?;
+    source.begin()?;
+    let ready = "for n in $(seq 1200); do [ -p /answer ] && exit 0; usleep 50000; done; exit 1";
+    ensure!(source.exec_to("ready", &["sh", "-c", ready], "")? == 0, "it does not get ready");
+    listens(containerd, &source)?;
+    // Disks of another container in this VM come and go.
+    let other = Bundle::busybox(containerd)?;
+    let mut other = source.beside(containerd, &other.config(&["true"], |_| ())?)?;
+    other.create(|_| ())?;
+    other.begin()?;
+    other.wait("")?;
+    other.client.ok::<DeleteResponse>("Delete", &other.delete(""))?;
+    // So does that of a checkpoint. Events that waited in the listener's socket would make it fail.
+    let dir = containerd.root().join("images");
+    source.client.ok::<Empty>("Checkpoint", &request(&source, &dir, None)?)?;
+    listens(containerd, &source)?;
+    source.end()?;
+    let mut restored = Served::of(containerd, &config)?;
+    restored.create(|request| request.checkpoint = dir.display().to_string())?;
+    restored.begin()?;
+    fs::remove_dir_all(&dir)?;
+    listens(containerd, &restored)?;
+    restored.client.ok::<Empty>("Checkpoint", &request(&restored, &dir, None)?)?;
+    listens(containerd, &restored)?;
+    restored.end()?;
+    fs::remove_file(&said)?;
+    Ok(fs::remove_dir_all(&dir)?)
+}
+
+/// The script that `make test` runs names who misses what.
+#[test]
+fn the_table_of_requirements_is_checked() {
+    let check = |config: &str| -> Result<Output> {
+        let path = tempfile::NamedTempFile::new()?;
+        fs::write(&path, config)?;
+        Invocation::new(paths::workspace().join("scripts/kernel-requirements")).arg(path.path()).run()
+    };
+    let built = fs::read_to_string(paths::assets().join("kernel.config")).expect("scripts/kernel makes it");
+    let output = check(&built).expect("it runs");
+    assert!(output.status == 0, "{output}");
+    let without = built.replace("CONFIG_CGROUP_CPUACCT=y\n", "");
+    let with = format!("{without}CONFIG_MPTCP=y\n");
+    let output = check(&with).expect("it runs");
+    let said = output.error_text();
+    assert!(output.status != 0, "{output}");
+    for line in ["java misses CONFIG_CGROUP_CPUACCT (required)", "CONFIG_MPTCP is there"] {
+        assert!(said.contains(line), "it does not say {line:?}: {output}");
+    }
+}
