@@ -19,6 +19,7 @@ mod host_trouble;
 mod layer;
 mod lifecycle;
 mod logging;
+mod optional;
 mod process;
 mod refusals;
 mod rootfs;
