@@ -9,6 +9,7 @@ mod checkpoint;
 mod clones;
 mod confinement;
 mod control;
+mod cpusets;
 mod exec;
 mod exec_api;
 mod fake;

@@ -232,10 +232,7 @@ impl<'a> Both<'a> {
     }
 
     fn finish(self, known: &[&'static str]) -> Result<()> {
-        self.idle.client.ok::<api::Empty>("Kill", &self.idle.kill("", 9))?;
-        self.idle.wait("")?;
-        self.idle.client.ok::<api::DeleteResponse>("Delete", &self.idle.delete(""))?;
-        self.idle.shim.shut_down(&self.idle.client)?;
+        self.idle.end()?;
         ensure!(
             self.differences.is_empty(),
             "{} variants are not as with runc:\n{}",

@@ -108,6 +108,10 @@ fn complete_process(process: &mut Value) {
         texts.filter(|text| text.is_null()).for_each(|text| *text = json!(""));
     }
     if let Some(sets) = members.get_mut("capabilities").and_then(Value::as_object_mut) {
+        // A set that is absent is empty; libcontainer would leave what the process has.
+        for set in ["bounding", "effective", "permitted", "inheritable", "ambient"] {
+            sets.entry(set).or_insert_with(|| json!([]));
+        }
         drop_unknown_capabilities(sets);
     }
 }
@@ -199,7 +203,9 @@ mod tests {
                 "args": ["a", "", ""],
                 "env": [""],
                 "user": {},
-                "capabilities": {"bounding": ["CAP_CHOWN"], "permitted": []},
+                "capabilities": {
+                    "bounding": ["CAP_CHOWN"], "effective": [], "permitted": [], "inheritable": [], "ambient": [],
+                },
             })
         );
     }
