@@ -53,6 +53,8 @@ pub enum ReduceError {
     NoDestination,
     #[error("OCI {hook} hooks are not supported yet")]
     Hook { hook: &'static str },
+    #[error("linux.namespaces has two {kind} namespaces")]
+    TwoNamespaces { kind: LinuxNamespaceType },
     #[error("joining the {kind} namespace {} of another container is not supported yet", path.display())]
     SharedNamespace { kind: LinuxNamespaceType, path: PathBuf },
     #[error("{field} is not supported: {reason}")]
@@ -68,7 +70,7 @@ pub enum ReduceError {
 impl Kind for ReduceError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::NoDestination => ErrorKind::InvalidArgument,
+            Self::NoDestination | Self::TwoNamespaces { .. } => ErrorKind::InvalidArgument,
             Self::Resources(error) => error.kind(),
             _ => ErrorKind::Unimplemented,
         }
@@ -230,7 +232,11 @@ fn is_bind(mount: &Mount) -> bool {
 fn take_namespaces(linux: &mut Linux) -> Result<Option<PathBuf>, ReduceError> {
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
     let mut netns = None;
-    for namespace in &namespaces {
+    for (number, namespace) in namespaces.iter().enumerate() {
+        let kind = namespace.typ();
+        if namespaces[..number].iter().any(|other| other.typ() == kind) {
+            return Err(ReduceError::TwoNamespaces { kind });
+        }
         match (namespace.typ(), namespace.path()) {
             (LinuxNamespaceType::Network, path) => netns = path.clone(),
             (kind, Some(path)) => {
@@ -375,6 +381,14 @@ mod tests {
         let affinity = serde_json::from_value(json!({"initial": "0-3"})).unwrap();
         spec.process_mut().as_mut().unwrap().set_exec_cpu_affinity(Some(affinity));
         assert!(reduce(spec, "c1").unwrap_err().to_string().contains("execCPUAffinity"));
+    }
+
+    #[test]
+    fn a_namespace_comes_once() {
+        let twice = json!([{"type": "pid"}, {"type": "network"}, {"type": "pid"}]);
+        let error = linux(json!({"namespaces": twice})).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert_eq!(error.to_string(), "linux.namespaces has two pid namespaces");
     }
 
     #[test]

@@ -68,6 +68,21 @@ pub(super) fn configuration(spec: &mut Value) {
     if linux.get("seccomp").is_some_and(says_nothing) {
         remove(linux, "seccomp");
     }
+    complete_seccomp(linux);
+}
+
+/// Puts in what a rule of system calls says by saying nothing.
+fn complete_seccomp(linux: &mut Value) {
+    let rules = linux.pointer_mut("/seccomp/syscalls").and_then(Value::as_array_mut);
+    for rule in rules.into_iter().flatten().filter_map(Value::as_object_mut) {
+        rule.entry("names").or_insert_with(|| json!([]));
+        let args = rule.get_mut("args").and_then(Value::as_array_mut);
+        for arg in args.into_iter().flatten().filter_map(Value::as_object_mut) {
+            for number in ["index", "value"] {
+                arg.entry(number).or_insert_with(|| json!(0));
+            }
+        }
+    }
 }
 
 /// The process of a configuration, or one that is added.
@@ -207,6 +222,19 @@ mod tests {
                     "bounding": ["CAP_CHOWN"], "effective": [], "permitted": [], "inheritable": [], "ambient": [],
                 },
             })
+        );
+    }
+
+    #[test]
+    fn a_rule_of_system_calls_is_complete() {
+        let rule = json!({"action": "SCMP_ACT_LOG", "args": [{"op": "SCMP_CMP_EQ", "value": null}]});
+        let read =
+            read(json!({"linux": {"seccomp": {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]}}}));
+        assert_eq!(
+            read["linux"]["seccomp"]["syscalls"],
+            json!([{
+                "action": "SCMP_ACT_LOG", "names": [], "args": [{"op": "SCMP_CMP_EQ", "index": 0, "value": 0}],
+            }])
         );
     }
 
