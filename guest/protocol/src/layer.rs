@@ -11,7 +11,8 @@
 //!   `trusted.overlay.opaque`, both as overlayfs keeps them. Other attributes of overlayfs mean something on the disk
 //!   where they were made only, and are not sent.
 //! - A file with holes is in GNU's sparse format 1.0: the data begins with a map, see [`map`].
-//! - Another name of a file is a hard link to the first one. Sockets mean nothing without their process and are left out.
+//! - Another name of a file is a hard link to the first one, symbolic links and sockets included.
+//! - A bound socket has no type in a tar: it is a fifo with the record [`FILE_TYPE`], as star(1) has it.
 
 /// Most bytes in the records of one entry; 4 KiB of attributes and two paths fit many times.
 pub const MAX_RECORDS: usize = 256 << 10;
@@ -34,11 +35,14 @@ pub const OVERLAY: &str = "trusted.overlay.";
 pub const NESTED_OVERLAY: &str = "trusted.overlay.overlay.";
 
 /// Keys of records that are not attributes.
-pub const KEYS: [&str; 6] = [PATH, LINK, MTIME, SPARSE_MAJOR, SPARSE_MINOR, SPARSE_SIZE];
+pub const KEYS: [&str; 7] = [PATH, LINK, MTIME, FILE_TYPE, SPARSE_MAJOR, SPARSE_MINOR, SPARSE_SIZE];
 pub const PATH: &str = "path";
 pub const LINK: &str = "linkpath";
 /// See [`format_time`].
 pub const MTIME: &str = "mtime";
+/// What a file really is; only of a fifo that is a [`SOCKET`].
+pub const FILE_TYPE: &str = "SCHILY.filetype";
+pub const SOCKET: &str = "socket";
 pub const SPARSE_MAJOR: &str = "GNU.sparse.major";
 pub const SPARSE_MINOR: &str = "GNU.sparse.minor";
 /// Bytes that the file seems to have, holes included.

@@ -36,6 +36,7 @@ on_newest_containerd!(
     attributes_of_the_image_survive,
     too_much_stays_on_the_disk,
     many_files_and_large_ones,
+    names_of_one_file_and_sockets_are_kept,
 );
 
 const DISK: &str = "machinen-writable.ext4";
@@ -205,6 +206,29 @@ fn stop_and_start_keeps_writes(containerd: &mut Containerd) -> Result<()> {
     ensure!(fs::metadata(upper.join("count"))?.mtime() == first.mtime(), "another time");
     ensure!(!upper.with_file_name(DISK).exists(), "the disk is still there");
     kept.remove()
+}
+
+/// Two names of each kind of file, made by the first start and looked at by all. syslogd follows the link to where it binds.
+const PAIRS: &str = "if ! test -e /d; then mkdir /d; echo x > /d/file; ln -s nowhere /d/link; mkfifo /d/fifo; \
+                     mknod /d/null c 1 3; ln -s /d/socket /dev/log; syslogd -n & until test -S /d/socket; do usleep 10000; done; \
+                     kill -9 $!; chmod 640 /d/socket; chown 5:6 /d/socket; \
+                     for kind in file link fifo null socket; do ln /d/$kind /$kind; done; ln /link /link2; fi; \
+                     for kind in file link fifo null socket; do stat -c '%n %F %h' /$kind; \
+                     stat -c %i /d/$kind /$kind | uniq | wc -l; done; stat -c '%a %u %g' /d/socket";
+
+fn names_of_one_file_and_sockets_are_kept(containerd: &mut Containerd) -> Result<()> {
+    for snapshotter in ["overlayfs", "native"] {
+        let kept = Kept::run(containerd, IMAGE, snapshotter, PAIRS)?;
+        ensure!(kept.delete_task()? == 0, "the script failed");
+        for start in 2..4 {
+            let seen = kept.again()?;
+            let wanted = "/file regular file 2\n1\n/link symbolic link 3\n1\n/fifo fifo 2\n1\n\
+                          /null character special file 2\n1\n/socket socket 2\n1\n640 5 6\n";
+            ensure!(seen == wanted, "{snapshotter}, start {start} printed\n{seen}");
+        }
+        kept.remove()?;
+    }
+    Ok(())
 }
 
 /// Kills a process of a container that has synced, and sees what the next start finds.

@@ -161,9 +161,10 @@ impl Applier<'_> {
                 self.dress_in_place(&entry, name)
             }
             Node::Link(target) => self.link(&entry.path, name, target),
-            Node::Fifo => {
-                mknodat(&self.dir, name.as_slice(), FileType::Fifo, Mode::RUSR, 0)
-                    .map_err(failed("create"))?;
+            // Nothing listens at a socket that is made so: it is a name, as it is for the container after its end.
+            Node::Fifo | Node::Socket => {
+                let kind = if entry.node == Node::Fifo { FileType::Fifo } else { FileType::Socket };
+                mknodat(&self.dir, name.as_slice(), kind, Mode::RUSR, 0).map_err(failed("create"))?;
                 self.dress_in_place(&entry, name)
             }
             Node::Character(0, 0) => self.removal(&entry, name),

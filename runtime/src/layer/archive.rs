@@ -3,8 +3,8 @@
 use std::{ffi::CString, io::Read};
 
 use machinen_protocol::layer::{
-    self, BLOCK, LINK, MAX_DEPTH, MAX_PATH, MAX_PIECES, MTIME, PATH, Records, SPARSE_MAJOR, SPARSE_MINOR,
-    SPARSE_SIZE, XATTR,
+    self, BLOCK, FILE_TYPE, LINK, MAX_DEPTH, MAX_PATH, MAX_PIECES, MTIME, PATH, Records, SOCKET,
+    SPARSE_MAJOR, SPARSE_MINOR, SPARSE_SIZE, XATTR,
 };
 use tar::{EntryType, Header};
 
@@ -45,6 +45,7 @@ pub(super) enum Node {
     Symlink(CString),
     Link(Components),
     Fifo,
+    Socket,
     Character(u32, u32),
     Block(u32, u32),
 }
@@ -124,11 +125,15 @@ fn node(header: &Header, records: &Extended<'_>) -> Result<Node, &'static str> {
             }
             Node::Link(target)
         }
+        EntryType::Fifo if records.is_socket => Node::Socket,
         EntryType::Fifo => Node::Fifo,
         EntryType::Char => device().map(|(major, minor)| Node::Character(major, minor))?,
         EntryType::Block => device().map(|(major, minor)| Node::Block(major, minor))?,
         _ => return Err("has an unexpected type"),
     };
+    if records.is_socket && node != Node::Socket {
+        return Err("is said to be a socket although it is something else");
+    }
     match (&node, records.sparse) {
         (Node::Sparse(_), _) | (_, [None, None, None]) => Ok(node),
         _ => Err("has holes although it is no regular file"),
@@ -171,6 +176,7 @@ struct Extended<'a> {
     path: Option<&'a [u8]>,
     link: Option<&'a [u8]>,
     mtime: Option<(i64, u32)>,
+    is_socket: bool,
     /// Version of the format (two numbers) and the size.
     sparse: [Option<u64>; 3],
     xattrs: Vec<(CString, Vec<u8>)>,
@@ -190,6 +196,8 @@ impl<'a> Extended<'a> {
                 PATH => all.path = Some(value),
                 LINK => all.link = Some(value),
                 MTIME => all.mtime = Some(layer::parse_time(value).ok_or("has an impossible time")?),
+                FILE_TYPE if value == SOCKET.as_bytes() => all.is_socket = true,
+                FILE_TYPE => return Err("has an unexpected type in its extended header"),
                 SPARSE_MAJOR => all.sparse[0] = Some(number()?),
                 SPARSE_MINOR => all.sparse[1] = Some(number()?),
                 SPARSE_SIZE => all.sparse[2] = Some(number()?),

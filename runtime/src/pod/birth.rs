@@ -215,6 +215,7 @@ impl Pod {
         let (name, prepared) = (self.shared.name.clone(), prepared.clone());
         let plan = spawn_blocking(move || plan(&name, &prepared, mode)).await.map_err(PodError::Worker)??;
         self.shared.vm_memory_mib.store(plan.spec.memory_mib, Ordering::Relaxed);
+        self.shared.vm_vcpus.store(plan.spec.vcpus, Ordering::Relaxed);
         Ok(plan)
     }
 }

@@ -251,22 +251,30 @@ impl Restore {
         }
     }
 
-    /// `spec` is the new container's.
+    /// `spec` is the new container's, and `cpus` are those of its VM.
     pub(super) fn request(
         &self,
         disk: Option<DiskAddress>,
         config: config::Restore,
         spec: &Spec,
+        cpus: u32,
     ) -> RestoreFrom {
         let options = CriuOptions {
             lazy_pages: config.lazy,
             tcp_close: config.tcp == config::Tcp::Close,
             ..self.manifest.options.criu()
         };
+        let mut facts = self.manifest.facts();
+        // The VM that the checkpoint was taken in may have had more of them.
+        for file in &mut facts.limits {
+            if let Some(content) = spec::cpus::file_in_guest(&file.name, &file.content, cpus) {
+                file.content = format!("{content}\n");
+            }
+        }
         RestoreFrom {
             disk: disk.map(guest_disk).into(),
             options: MessageField::some(options),
-            facts: MessageField::some(self.manifest.facts()),
+            facts: MessageField::some(facts),
             hostname: new_hostname(self.manifest.hostname.as_deref(), spec).to_owned(),
             ..Default::default()
         }

@@ -12,6 +12,7 @@ use std::{
 };
 
 use machinen_protocol::api::{CreateContainerRequest, Disk, InjectedFile, Rootfs, Stdio};
+use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 use tokio::{sync::watch, task::spawn_blocking};
 
@@ -163,12 +164,14 @@ impl Pod {
         let vm = birth.vm.clone();
         let _starting = self.shared.starting.acquire().await.expect("never closed");
         let (stdio, streams) = phases.time("streams", streams::connect(&vm, host_stdio)).await?;
-        let mut request = request(&create.id, &prepared.guest, &disks, stdio, injected)?;
+        let guest_spec = prepared.guest.for_vm(self.vm_vcpus());
+        let mut request = request(&create.id, &guest_spec, &disks, stdio, injected)?;
         if let Some(restore) = &prepared.restore {
             request.checkpoint = MessageField::some(restore.request(
                 disks.checkpoint,
                 prepared.config.restore,
-                &prepared.guest.spec,
+                &guest_spec,
+                self.vm_vcpus(),
             ));
         }
         let created =
@@ -336,7 +339,7 @@ fn read_injected(files: &[Injected]) -> Result<Vec<InjectedFile>, PodError> {
 
 fn request(
     id: &str,
-    guest: &GuestSpec,
+    guest_spec: &Spec,
     disks: &Disks<DiskAddress>,
     stdio: Stdio,
     files: Vec<InjectedFile>,
@@ -348,7 +351,7 @@ fn request(
     };
     Ok(CreateContainerRequest {
         container_id: id.to_owned(),
-        oci_config: serde_json::to_vec(&guest.spec).map_err(PodError::Encode)?,
+        oci_config: serde_json::to_vec(guest_spec).map_err(PodError::Encode)?,
         rootfs: MessageField::some(Rootfs {
             base: disk(&disks.base),
             writable: disk(&disks.writable),

@@ -2,9 +2,7 @@
 
 use std::{io, path::PathBuf, time::Duration};
 
-use super::{
-    anchor::AnchorError, resources::ResourcesError, rootfs::RootfsError, state::StateError, stdio::StdioError,
-};
+use super::{anchor::AnchorError, rootfs::RootfsError, state::StateError, stdio::StdioError};
 use crate::{
     accel::AccelError,
     admission::AdmissionError,
@@ -15,7 +13,7 @@ use crate::{
     error::{ErrorKind, Kind},
     layer::LayerError,
     rootdisk::RootdiskError,
-    spec::{bundle::BundleError, exec::ProcessSpecError, guest::ReduceError},
+    spec::{bundle::BundleError, exec::ProcessSpecError, guest::ReduceError, resources::ResourcesError},
     template::TemplateError,
     vm::{SavedError, VmError},
 };

@@ -27,7 +27,6 @@ mod pause;
 mod phases;
 mod pids;
 mod process;
-mod resources;
 pub mod rootfs;
 pub mod state;
 pub mod stats;
@@ -99,6 +98,7 @@ struct Shared {
     wanted_template: Mutex<Option<VmSpec>>,
     /// How much memory the VM was given, MiB.
     vm_memory_mib: AtomicU32,
+    vm_vcpus: AtomicU32,
     containers: Mutex<HashMap<String, Entry>>,
     /// Held while a process's streams are open and not claimed.
     starting: Arc<Semaphore>,
@@ -133,6 +133,7 @@ impl Pod {
             repeated: Mutex::default(),
             wanted_template: Mutex::default(),
             vm_memory_mib: AtomicU32::new(0),
+            vm_vcpus: AtomicU32::new(0),
             containers: Mutex::default(),
             starting: Arc::new(Semaphore::new(streams::STARTING)),
             unsynced: AtomicBool::new(false),
@@ -290,6 +291,10 @@ impl Pod {
 
     fn vm_memory_mib(&self) -> u32 {
         self.shared.vm_memory_mib.load(Ordering::Relaxed)
+    }
+
+    fn vm_vcpus(&self) -> u32 {
+        self.shared.vm_vcpus.load(Ordering::Relaxed)
     }
 
     fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<String, Entry>> {

@@ -4,9 +4,9 @@ use oci_spec::runtime::LinuxResources;
 
 use super::{
     Pod, PodError,
-    resources::{self, Now},
     state::{State, StateError},
 };
+use crate::spec::resources::{self, Now};
 
 impl Pod {
     /// Sets limits of a container, all or none; `json` is the runtime-spec's LinuxResources.
@@ -20,16 +20,19 @@ impl Pod {
             return Err(PodError::state("update", id, StateError::AlreadyStopped));
         }
         let wanted: LinuxResources =
-            serde_json::from_slice(json).map_err(|source| PodError::Resources { source })?;
+            resources::parse(json).map_err(|source| PodError::Resources { source })?;
         let agent = self.agent(id).await?;
         let failed = |source| PodError::guest("update", id, source);
-        let now = agent.read_cgroup(id, &["cpu.max", "memory.max"]).await.map_err(failed)?;
+        let now =
+            agent.read_cgroup(id, &["cpu.max", "memory.max", "memory.current"]).await.map_err(failed)?;
         let content =
             |name| now.iter().find(|file| file.name == name).map_or("", |file| file.content.as_str());
         let now = Now {
             cpu_max: content("cpu.max"),
             memory_max: content("memory.max"),
+            memory_current: content("memory.current"),
             vm_memory_mib: self.vm_memory_mib(),
+            vcpus: self.vm_vcpus(),
         };
         let writes = resources::writes(&wanted, now)?;
         if writes.is_empty() {

@@ -43,9 +43,9 @@ impl Kind {
         (self as u32) << 12
     }
 
-    /// Whether several names of one file stay one file on the disk: mke2fs copies symbolic links one by one.
+    /// Whether a file may have several names.
     pub(super) fn may_be_linked(self) -> bool {
-        !matches!(self, Self::Directory | Self::Symlink)
+        self != Self::Directory
     }
 }
 

@@ -169,9 +169,10 @@ impl Tree {
         Key::new(digest.finalize().into())
     }
 
-    /// The files that a disk has an inode for, with their first names.
+    /// The files that mke2fs makes an inode for, with their first names; symbolic links, which it copies for each of
+    /// theirs, with all.
     pub(super) fn files(&self) -> impl Iterator<Item = &Entry> {
-        self.entries.iter().filter(|entry| entry.first.is_none())
+        self.entries.iter().filter(|entry| entry.first.is_none() || entry.kind == Kind::Symlink)
     }
 
     /// Bytes of all regular files.

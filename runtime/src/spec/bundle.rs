@@ -6,8 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Process, Spec};
+use serde_json::Value;
 
+use super::json;
 use crate::error::{ErrorKind, Kind};
 
 /// Larger files are refused, bytes: the agent takes messages of 4 MiB.
@@ -63,8 +65,19 @@ pub fn parse(text: &[u8], path: PathBuf) -> Result<Spec, BundleError> {
     if text.len() as u64 > MAX_CONFIG {
         return Err(BundleError::TooLarge { path });
     }
-    let spec: Spec =
-        serde_json::from_slice(text).map_err(|source| BundleError::Parse { path: path.clone(), source })?;
+    let typed = |text| -> Result<Spec, serde_json::Error> {
+        let mut value: Value = serde_json::from_slice(text)?;
+        if !value.is_object() {
+            return Err(serde::de::Error::custom("it is no object with ociVersion, process and root"));
+        }
+        json::configuration(&mut value);
+        serde_json::from_value(value)
+    };
+    let mut spec = typed(text).map_err(|source| BundleError::Parse { path: path.clone(), source })?;
+    if spec.version().is_empty() {
+        // The specification wants one, but clients that leave it out have always been served.
+        spec.set_version("1.0.0".to_owned());
+    }
     match problem(&spec) {
         Some(problem) => Err(BundleError::Invalid { path, problem }),
         None => Ok(spec),
@@ -84,10 +97,21 @@ fn problem(spec: &Spec) -> Option<String> {
     if !process.cwd().is_absolute() {
         return Some(format!("has the relative process.cwd {:?}; it must be absolute", process.cwd()));
     }
-    if spec.linux().is_none() {
-        return Some("has no linux section; only Linux containers are supported".to_owned());
+    if let Some(variable) = odd_variable(process) {
+        return Some(format!("has {variable:?} in process.env; it must be NAME=VALUE"));
     }
-    None
+    if spec.root().is_none() {
+        return Some("has no root, which says where the root file system is".to_owned());
+    }
+    let devices = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()?.devices().as_ref());
+    let number = devices.into_iter().flatten().position(|rule| rule.access().is_none());
+    number.map(|number| format!("has no access in linux.resources.devices[{number}]; it takes some of rwm"))
+}
+
+/// A variable without a name or a value, which runc refuses too.
+pub(super) fn odd_variable(process: &Process) -> Option<&str> {
+    let is_odd = |variable: &&String| variable.split_once('=').is_none_or(|(name, _)| name.is_empty());
+    process.env().iter().flatten().find(is_odd).map(String::as_str)
 }
 
 #[cfg(test)]
@@ -110,11 +134,18 @@ mod tests {
     }
 
     #[test]
+    fn the_least_configuration_loads() {
+        load_text("{\"process\": {\"cwd\": \"/\", \"args\": [\"a\"]}, \"root\": {\"path\": \"rootfs\"}}")
+            .unwrap();
+    }
+
+    #[test]
     fn what_is_wrong_is_said() {
         for (text, expected) in [
             ("", "is empty"),
             (" \n", "is empty"),
             ("{\"ociVersion\": ", "is not valid: EOF"),
+            ("[]", "is not valid"),
             ("{\"ociVersion\": \"2.0\", \"linux\": {}}", "ociVersion \"2.0\""),
             ("{\"ociVersion\": \"1.0.2\", \"linux\": {}}", "no process"),
             (
@@ -124,6 +155,16 @@ mod tests {
             (
                 "{\"ociVersion\": \"1.0.2\", \"process\": {\"cwd\": \"tmp\", \"args\": [\"a\"], \"user\": {\"uid\": 0, \"gid\": 0}}}",
                 "must be absolute",
+            ),
+            (
+                "{\"process\": {\"cwd\": \"/\", \"args\": [\"a\"], \"env\": [\"NAME\"]}}",
+                "\"NAME\" in process.env",
+            ),
+            ("{\"process\": {\"cwd\": \"/\", \"args\": [\"a\"]}}", "has no root"),
+            (
+                "{\"process\": {\"cwd\": \"/\", \"args\": [\"a\"]}, \"root\": {}, \
+                  \"linux\": {\"resources\": {\"devices\": [{\"allow\": true, \"access\": \"\"}]}}}",
+                "linux.resources.devices[0]",
             ),
         ] {
             let error = chain(&load_text(text).unwrap_err());

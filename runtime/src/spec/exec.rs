@@ -2,7 +2,7 @@
 
 use oci_spec::runtime::Process;
 
-use super::guest::drop_labels;
+use super::{bundle::odd_variable, guest::drop_labels, json};
 use crate::error::{ErrorKind, Kind};
 
 /// What of a process machinen cannot do.
@@ -12,6 +12,12 @@ pub enum ProcessSpecError {
     Parse(#[source] serde_json::Error),
     #[error("the process has no arguments")]
     NoArgs,
+    #[error("the process has no working directory (cwd)")]
+    NoCwd,
+    #[error("the process has the relative cwd {cwd:?}; it must be absolute")]
+    RelativeCwd { cwd: String },
+    #[error("the process has {variable:?} in its env; it must be NAME=VALUE")]
+    Variable { variable: String },
     #[error("{what} of a process that is added to a container is not supported")]
     Unsupported { what: &'static str },
 }
@@ -19,7 +25,11 @@ pub enum ProcessSpecError {
 impl Kind for ProcessSpecError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::Parse(_) | Self::NoArgs => ErrorKind::InvalidArgument,
+            Self::Parse(_)
+            | Self::NoArgs
+            | Self::NoCwd
+            | Self::RelativeCwd { .. }
+            | Self::Variable { .. } => ErrorKind::InvalidArgument,
             Self::Unsupported { .. } => ErrorKind::Unimplemented,
         }
     }
@@ -30,9 +40,20 @@ impl Kind for ProcessSpecError {
 /// # Errors
 /// It is none, or asks for what machinen cannot keep.
 pub fn reduce(json: &[u8], terminal: bool) -> Result<Process, ProcessSpecError> {
-    let mut process: Process = serde_json::from_slice(json).map_err(ProcessSpecError::Parse)?;
+    let mut value = serde_json::from_slice(json).map_err(ProcessSpecError::Parse)?;
+    json::process(&mut value);
+    if value.is_object() && value.get("cwd").is_none() {
+        return Err(ProcessSpecError::NoCwd);
+    }
+    let mut process: Process = serde_json::from_value(value).map_err(ProcessSpecError::Parse)?;
     if process.args().iter().flatten().next().is_none() {
         return Err(ProcessSpecError::NoArgs);
+    }
+    if !process.cwd().is_absolute() {
+        return Err(ProcessSpecError::RelativeCwd { cwd: process.cwd().display().to_string() });
+    }
+    if let Some(variable) = odd_variable(&process) {
+        return Err(ProcessSpecError::Variable { variable: variable.to_owned() });
     }
     for (what, given) in [
         ("ioPriority", process.io_priority().is_some()),
@@ -75,6 +96,34 @@ mod tests {
     }
 
     #[test]
+    fn all_but_the_command_and_its_directory_may_be_absent_null_or_empty() {
+        let least = json!({"args": ["sh"], "cwd": "/"});
+        let least = reduce(least.to_string().as_bytes(), false).unwrap();
+        for value in [json!(null), json!(""), json!({}), json!([])] {
+            for member in [
+                "user",
+                "env",
+                "capabilities",
+                "rlimits",
+                "consoleSize",
+                "terminal",
+                "apparmorProfile",
+                "oomScoreAdj",
+            ] {
+                let mut process = json!({"args": ["sh"], "cwd": "/"});
+                process[member] = value.clone();
+                match reduce(process.to_string().as_bytes(), false) {
+                    Ok(same) => {
+                        assert_eq!((same.user(), same.args()), (least.user(), least.args()), "{process}");
+                    }
+                    // An object for a list, or a list for an object.
+                    Err(error) => assert!(value.is_object() || value.is_array(), "{process}: {error}"),
+                }
+            }
+        }
+    }
+
+    #[test]
     fn what_cannot_be_kept_is_named() {
         let error = reduced(|json| json["scheduler"] = json!({"policy": "SCHED_IDLE"})).unwrap_err();
         assert_eq!(
@@ -83,6 +132,15 @@ mod tests {
         );
         let error = reduced(|json| json["args"] = json!([])).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        for (member, value, words) in [
+            ("cwd", json!(""), "no working directory"),
+            ("cwd", json!("tmp"), "relative cwd"),
+            ("env", json!(["A"]), "NAME=VALUE"),
+        ] {
+            let error = reduced(|json| json[member] = value).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+            assert!(error.to_string().contains(words), "{error}");
+        }
         assert!(matches!(reduce(b"{", false), Err(ProcessSpecError::Parse(_))));
     }
 }

@@ -1,12 +1,20 @@
 //! What of an OCI configuration holds inside the guest.
 //!
 //! The host keeps its own part (hooks, the network namespace, labels of its security modules, the cgroup path) and
-//! hands the rest on unchanged. What cannot be kept is refused by name, never dropped silently.
+//! hands the rest on. Names of the host's CPUs and memory nodes are translated when it is known what VM the container
+//! is in. What cannot be kept is refused by name, never dropped silently.
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespaceType, Mount, Process, Spec};
+use oci_spec::runtime::{
+    Linux, LinuxBuilder, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespaceBuilder,
+    LinuxNamespaceType, Mount, Process, Spec,
+};
 
+use super::{
+    cpus,
+    resources::{self, ResourcesError},
+};
 use crate::error::{ErrorKind, Kind};
 
 /// Largest host file that is copied into a container, bytes.
@@ -41,18 +49,29 @@ pub enum ReduceError {
     Bind { destination: PathBuf, source_path: PathBuf },
     #[error("mount {} has the type {kind:?}, which is not supported; supported are {}", destination.display(), GUEST_KINDS.join(", "))]
     MountKind { destination: PathBuf, kind: String },
-    #[error("mount destination {} is not an absolute path", destination.display())]
-    RelativeDestination { destination: PathBuf },
+    #[error("a mount has no destination")]
+    NoDestination,
     #[error("OCI {hook} hooks are not supported yet")]
     Hook { hook: &'static str },
+    #[error("linux.namespaces has two {kind} namespaces")]
+    TwoNamespaces { kind: LinuxNamespaceType },
     #[error("joining the {kind} namespace {} of another container is not supported yet", path.display())]
     SharedNamespace { kind: LinuxNamespaceType, path: PathBuf },
+    #[error("{field} is not supported: {reason}")]
+    Field { field: &'static str, reason: &'static str },
+    #[error(
+        "linux.devices has {}, block device {major}:{minor} of the host, which the VM does not have", path.display()
+    )]
+    BlockDevice { path: PathBuf, major: i64, minor: i64 },
+    #[error(transparent)]
+    Resources(#[from] ResourcesError),
 }
 
 impl Kind for ReduceError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::RelativeDestination { .. } => ErrorKind::InvalidArgument,
+            Self::NoDestination | Self::TwoNamespaces { .. } => ErrorKind::InvalidArgument,
+            Self::Resources(error) => error.kind(),
             _ => ErrorKind::Unimplemented,
         }
     }
@@ -66,16 +85,87 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
     refuse_hooks(&spec)?;
     spec.set_hooks(None);
     let injected = take_injected(&mut spec)?;
-    let netns = take_network_namespace(&mut spec)?;
-    if let Some(linux) = spec.linux_mut() {
-        // The guest has one cgroup tree and no security modules; the host's names mean nothing there.
-        linux.set_cgroups_path(Some(Path::new("/machinen").join(id)));
-        linux.set_mount_label(None);
-    }
+    let linux = spec.linux_mut().get_or_insert_with(nothing_of_linux);
+    let netns = take_namespaces(linux)?;
+    // The guest has one cgroup tree and no security modules; the host's names mean nothing there.
+    linux.set_cgroups_path(Some(Path::new("/machinen").join(id)));
+    linux.set_mount_label(None);
+    reduce_linux(linux)?;
     if let Some(process) = spec.process_mut() {
         drop_labels(process);
+        if process.exec_cpu_affinity().is_some() {
+            return Err(ReduceError::Field {
+                field: "process.execCPUAffinity",
+                reason: "the guest's CPUs are not the host's",
+            });
+        }
     }
     Ok(GuestSpec { spec, injected, netns })
+}
+
+impl GuestSpec {
+    /// The configuration for a guest with that many CPUs.
+    pub fn for_vm(&self, cpus: u32) -> Spec {
+        let mut spec = self.spec.clone();
+        if let Some(resources) = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut()) {
+            cpus::translate(resources, cpus);
+        }
+        spec
+    }
+}
+
+/// What a configuration without a `linux` section says: nothing is limited, and nothing is the container's own.
+fn nothing_of_linux() -> Linux {
+    let mut linux = LinuxBuilder::default().build().expect("every field has a default");
+    linux.set_resources(None).set_namespaces(None).set_masked_paths(None).set_readonly_paths(None);
+    linux
+}
+
+fn reduce_linux(linux: &mut Linux) -> Result<(), ReduceError> {
+    let has_devices = linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty());
+    for (field, given, reason) in [
+        ("linux.intelRdt", linux.intel_rdt().is_some(), "a VM has no cache and bandwidth classes"),
+        ("linux.netDevices", has_devices, "the host's network devices are not the VM's"),
+    ] {
+        if given {
+            return Err(ReduceError::Field { field, reason });
+        }
+    }
+    if let Some(mut policy) = linux.memory_policy().clone() {
+        if cpus::set("memoryPolicy.nodes", policy.nodes().as_deref())?.is_some() {
+            // The guest has one node.
+            policy.set_nodes(Some("0".to_owned()));
+        }
+        linux.set_memory_policy(Some(policy));
+    }
+    if let Some(mut limits) = linux.resources().clone() {
+        resources::for_creation(&mut limits)?;
+        linux.set_resources(Some(limits));
+    }
+    if !may_use_any_device(linux)
+        && let Some(device) = linux.devices().iter().flatten().find(|device| is_block(device))
+    {
+        return Err(ReduceError::BlockDevice {
+            path: device.path().clone(),
+            major: device.major(),
+            minor: device.minor(),
+        });
+    }
+    Ok(())
+}
+
+/// Privileged containers get a node for each device of the host, whatever it is.
+fn may_use_any_device(linux: &Linux) -> bool {
+    let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_ref());
+    let is_about_all = |rule: &&LinuxDeviceCgroup| {
+        matches!(rule.typ(), None | Some(LinuxDeviceType::A))
+            && [rule.major(), rule.minor()].iter().all(|number| number.is_none_or(|number| number < 0))
+    };
+    rules.into_iter().flatten().filter(is_about_all).next_back().is_some_and(LinuxDeviceCgroup::allow)
+}
+
+fn is_block(device: &LinuxDevice) -> bool {
+    device.typ() == LinuxDeviceType::B
 }
 
 /// The guest has no security modules; the host's names mean nothing there.
@@ -104,11 +194,14 @@ fn take_injected(spec: &mut Spec) -> Result<Vec<Injected>, ReduceError> {
     let mut injected = Vec::new();
     let mut kept = Vec::new();
     for mount in spec.mounts().iter().flatten() {
-        let destination = mount.destination();
-        if !destination.is_absolute() {
-            return Err(ReduceError::RelativeDestination { destination: destination.clone() });
+        if mount.destination().as_os_str().is_empty() {
+            return Err(ReduceError::NoDestination);
         }
-        if is_bind(mount) {
+        let mut mount = mount.clone();
+        // On Linux a relative one is meant from the root (config.md, "Mounts").
+        mount.set_destination(Path::new("/").join(mount.destination()));
+        let destination = mount.destination();
+        if is_bind(&mount) {
             let source = mount.source().clone().unwrap_or_default();
             match destination.to_str().filter(|path| INJECTED.contains(path) && source == Path::new(path)) {
                 Some(path) => injected.push(Injected { source, destination: path.to_owned() }),
@@ -122,7 +215,7 @@ fn take_injected(spec: &mut Spec) -> Result<Vec<Injected>, ReduceError> {
         if !GUEST_KINDS.contains(&kind.as_str()) {
             return Err(ReduceError::MountKind { destination: destination.clone(), kind });
         }
-        kept.push(mount.clone());
+        kept.push(mount);
     }
     spec.set_mounts(Some(kept));
     Ok(injected)
@@ -134,12 +227,16 @@ fn is_bind(mount: &Mount) -> bool {
         || mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind")
 }
 
-/// Removes the network namespace: inside the guest, containers share the VM's, which is the pod's.
-fn take_network_namespace(spec: &mut Spec) -> Result<Option<PathBuf>, ReduceError> {
-    let Some(linux) = spec.linux_mut() else { return Ok(None) };
+/// Removes the network namespace: inside the guest, containers share the VM's, which is the pod's. Adds one of mounts,
+/// which every container has.
+fn take_namespaces(linux: &mut Linux) -> Result<Option<PathBuf>, ReduceError> {
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
     let mut netns = None;
-    for namespace in &namespaces {
+    for (number, namespace) in namespaces.iter().enumerate() {
+        let kind = namespace.typ();
+        if namespaces[..number].iter().any(|other| other.typ() == kind) {
+            return Err(ReduceError::TwoNamespaces { kind });
+        }
         match (namespace.typ(), namespace.path()) {
             (LinuxNamespaceType::Network, path) => netns = path.clone(),
             (kind, Some(path)) => {
@@ -149,6 +246,12 @@ fn take_network_namespace(spec: &mut Spec) -> Result<Option<PathBuf>, ReduceErro
         }
     }
     namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+    if !namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Mount) {
+        // What it would share are the mounts of the VM's agent, which are nothing to a container.
+        namespaces.push(
+            LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Mount).build().expect("it has a type"),
+        );
+    }
     linux.set_namespaces(Some(namespaces));
     Ok(netns)
 }
@@ -156,9 +259,9 @@ fn take_network_namespace(spec: &mut Spec) -> Result<Option<PathBuf>, ReduceErro
 #[cfg(test)]
 mod tests {
     use oci_spec::runtime::{
-        HookBuilder, HooksBuilder, LinuxNamespaceBuilder, MountBuilder, get_default_mounts,
-        get_default_namespaces,
+        HookBuilder, HooksBuilder, MountBuilder, get_default_mounts, get_default_namespaces,
     };
+    use serde_json::{Value, json};
 
     use super::*;
 
@@ -222,6 +325,83 @@ mod tests {
             with(LinuxNamespaceType::Pid, "/proc/1/ns/pid"),
             Err(ReduceError::SharedNamespace { .. })
         ));
+    }
+
+    /// A configuration with that `linux` section, reduced for a VM with two CPUs.
+    fn linux(linux: Value) -> Result<Value, ReduceError> {
+        let spec = json!({"ociVersion": "1.2.0", "linux": linux});
+        let reduced = reduce(serde_json::from_value(spec).unwrap(), "c1")?;
+        Ok(serde_json::to_value(reduced.for_vm(2)).unwrap()["linux"].clone())
+    }
+
+    #[test]
+    fn cpus_and_nodes_are_the_guests() {
+        let reduced = linux(json!({
+            "resources": {"cpu": {"cpus": "4-7", "mems": "1"}, "unified": {"cpuset.cpus": "5"}},
+            "memoryPolicy": {"mode": "MPOL_BIND", "nodes": "0-1"},
+        }))
+        .unwrap();
+        assert_eq!(reduced["resources"]["cpu"], json!({"cpus": "0-1", "mems": "0"}));
+        assert_eq!(reduced["resources"]["unified"], json!({"cpuset.cpus": "1"}));
+        assert_eq!(reduced["memoryPolicy"]["nodes"], "0");
+        for nonsense in [
+            json!({"cpu": {"cpus": "5-2"}}),
+            json!({"cpu": {"mems": "x"}}),
+            json!({"unified": {"cpuset.cpus": ","}}),
+        ] {
+            let error = linux(json!({"resources": nonsense})).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
+        }
+    }
+
+    #[test]
+    fn a_configuration_without_linux_has_only_mounts_of_its_own() {
+        let spec = serde_json::from_value(json!({"ociVersion": "1.2.0"})).unwrap();
+        let reduced = serde_json::to_value(reduce(spec, "c1").unwrap().spec).unwrap();
+        assert_eq!(
+            reduced["linux"],
+            json!({"cgroupsPath": "/machinen/c1", "namespaces": [{"type": "mount"}]})
+        );
+    }
+
+    #[test]
+    fn what_is_of_the_host_is_refused_by_name() {
+        let disk = json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
+        let all = json!([{"allow": true, "access": "rwm"}]);
+        for (section, words) in [
+            (json!({"intelRdt": {}}), "linux.intelRdt"),
+            (json!({"netDevices": {"eth0": {"name": "eth1"}}}), "linux.netDevices"),
+            (json!({"devices": disk}), "/dev/sda, block device 8:0 of the host"),
+        ] {
+            let error = linux(section).unwrap_err();
+            assert!(error.kind() == ErrorKind::Unimplemented && error.to_string().contains(words), "{error}");
+        }
+        linux(json!({"devices": disk, "resources": {"devices": all}})).unwrap();
+        let mut spec = Spec::default();
+        let affinity = serde_json::from_value(json!({"initial": "0-3"})).unwrap();
+        spec.process_mut().as_mut().unwrap().set_exec_cpu_affinity(Some(affinity));
+        assert!(reduce(spec, "c1").unwrap_err().to_string().contains("execCPUAffinity"));
+    }
+
+    #[test]
+    fn a_namespace_comes_once() {
+        let twice = json!([{"type": "pid"}, {"type": "network"}, {"type": "pid"}]);
+        let error = linux(json!({"namespaces": twice})).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert_eq!(error.to_string(), "linux.namespaces has two pid namespaces");
+    }
+
+    #[test]
+    fn a_relative_destination_is_below_the_root() {
+        let mount = |destination: &str| {
+            let mut spec = Spec::default();
+            let mount = json!({"destination": destination, "type": "tmpfs"});
+            spec.set_mounts(Some(vec![serde_json::from_value(mount).unwrap()]));
+            reduce(spec, "c1")
+        };
+        let mounts = mount("scratch/a").unwrap().spec.mounts().clone().unwrap();
+        assert_eq!(mounts[0].destination(), Path::new("/scratch/a"));
+        assert_eq!(mount("").unwrap_err(), ReduceError::NoDestination);
     }
 
     #[test]

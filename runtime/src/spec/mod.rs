@@ -3,12 +3,16 @@
 //! ```text
 //!   config.json --bundle::load--> Spec --guest::reduce--> GuestSpec (JSON for the agent, injected files)
 //!   Process     --exec::reduce--> Process
+//!   LinuxResources --resources::writes--> files of the container's cgroup
 //! ```
 //! Everything here but `bundle::load` is pure.
 
 pub mod bundle;
+pub mod cpus;
 pub mod exec;
 pub mod guest;
+mod json;
+pub mod resources;
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 

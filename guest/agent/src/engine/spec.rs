@@ -251,6 +251,10 @@ fn set_network_sysctls(linux: &mut Value) -> Result<(), SpecError> {
 
 fn adapt_mounts(spec: &mut Value, foreign_sysfs: bool) {
     for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
+        // Optional, and without a meaning for a file system that has no device; libcontainer insists on one.
+        if mount["source"].as_str().is_none_or(str::is_empty) {
+            mount["source"] = mount["type"].clone();
+        }
         match mount["type"].as_str() {
             // libcontainer knows the hierarchy's mounts by v1's name.
             Some("cgroup2") => mount["type"] = "cgroup".into(),
@@ -363,6 +367,23 @@ mod tests {
         assert_eq!(spec["process"]["capabilities"], json!({}));
         assert!(prepared.has_pid_namespace());
         assert_eq!(prepared.owner(), 5);
+    }
+
+    #[test]
+    fn a_mount_without_a_source_is_named_like_its_type() {
+        for unset in [json!(null), json!("")] {
+            let (_, spec) = adapt(|config| {
+                config["mounts"] = json!([{"destination": "/scratch", "type": "tmpfs", "source": unset}]);
+            })
+            .unwrap();
+            assert_eq!(spec["mounts"][0]["source"], "tmpfs");
+        }
+        let (_, spec) =
+            adapt(|config| config["mounts"] = json!([{"destination": "/c", "type": "cgroup2"}])).unwrap();
+        assert_eq!(
+            (&spec["mounts"][0]["source"], &spec["mounts"][0]["type"]),
+            (&json!("cgroup2"), &json!("cgroup"))
+        );
     }
 
     #[test]

@@ -82,9 +82,6 @@ impl<W: Write> Packer<'_, W> {
         if name.len() > layer::MAX_PATH {
             return Err(PackError::Unfit { path: path.to_owned(), what: "its path is too long" });
         }
-        if kind.is_socket() {
-            return Ok(());
-        }
         let whiteout = kind.is_char_device() && status.rdev() == 0;
         let mut entry = Entry::new(if name.is_empty() { b"." } else { name });
         if !kind.is_dir() && !whiteout && status.nlink() > 1 {
@@ -110,8 +107,11 @@ impl<W: Write> Packer<'_, W> {
         } else if kind.is_symlink() {
             let target = fs::read_link(path).map_err(read(path))?;
             entry.link(EntryType::Symlink, target.as_os_str().as_bytes());
-        } else if kind.is_fifo() {
+        } else if kind.is_fifo() || kind.is_socket() {
             entry.header.set_entry_type(EntryType::Fifo);
+            if kind.is_socket() {
+                entry.record(layer::FILE_TYPE.as_bytes(), layer::SOCKET.as_bytes());
+            }
         } else {
             let kind = if kind.is_block_device() { EntryType::Block } else { EntryType::Char };
             entry.device(kind, status.rdev());

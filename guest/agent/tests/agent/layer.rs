@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, io::Read};
 
 use machinen_protocol::{
     api,
-    layer::{Records, SPARSE_SIZE},
+    layer::{FILE_TYPE, Records, SOCKET, SPARSE_SIZE},
 };
 use tar::EntryType;
 use tokio::io::AsyncReadExt;
@@ -99,6 +99,29 @@ async fn everything_written_is_in_the_archive() {
     }
     // It can be had again, and nothing else changed by it.
     assert_eq!(export(&mut guest, "a").await.len(), found.len());
+    guest.delete("a").await.unwrap();
+}
+
+#[tokio::test]
+async fn links_and_sockets_are_in_the_archive() {
+    let mut guest = Guest::start().await;
+    // syslogd follows the link to where it binds.
+    let script = "ln -s /socket /dev/log; syslogd -n & until test -S /socket; do usleep 10000; done; kill -9 $!; \
+                  chmod 640 /socket; chown 5:6 /socket; ln /socket /socket2; ln -s nowhere /link; ln /link /link2; mkfifo /fifo";
+    guest.create("a", &Spec::sh(script)).await.unwrap();
+    guest.start_container("a").await.unwrap();
+    assert_eq!(guest.wait("a").await.exit_status, 0);
+    let found = export(&mut guest, "a").await;
+    let socket = &found["socket"];
+    assert_eq!((socket.header.entry_type(), socket.records[FILE_TYPE].as_str()), (EntryType::Fifo, SOCKET));
+    let owner = (socket.header.uid().unwrap(), socket.header.gid().unwrap());
+    assert_eq!((socket.header.mode().unwrap(), owner), (0o640, (5, 6)));
+    assert!(!found["fifo"].records.contains_key(FILE_TYPE));
+    for (name, first) in [("socket2", "socket"), ("link2", "link")] {
+        let header = &found[name].header;
+        assert_eq!(header.entry_type(), EntryType::Link);
+        assert_eq!(header.link_name_bytes().unwrap().as_ref(), first.as_bytes());
+    }
     guest.delete("a").await.unwrap();
 }
 

@@ -119,6 +119,31 @@ fn hard_links_and_holes() {
 }
 
 #[test]
+fn sockets_are_names_with_owners_and_modes() {
+    let fixture = Fixture::new();
+    let archive = Archive::new()
+        .dir("run")
+        .owner(33, 34)
+        .mode(0o660)
+        .record("mtime", "1234.5")
+        .xattr("trusted.of-a-socket", "v")
+        .socket("run/socket")
+        .link("run/same", "run/socket")
+        .entry(EntryType::Fifo, "run/fifo", |_| (), b"");
+    fixture.apply(archive).unwrap();
+    let status = |name: &str| fs::symlink_metadata(fixture.path("root/run").join(name)).unwrap();
+    let socket = status("socket");
+    assert!(socket.file_type().is_socket() && status("fifo").file_type().is_fifo());
+    assert_eq!((socket.mode() & 0o7777, socket.uid(), socket.gid()), (0o660, 33, 34));
+    assert_eq!((socket.mtime(), socket.mtime_nsec()), (1234, 500_000_000));
+    assert_eq!((socket.ino(), socket.nlink()), (status("same").ino(), 2));
+    let mut value = [0; 9];
+    let length =
+        lgetxattr(fixture.path("root/run/socket"), "trusted.of-a-socket", value.as_mut_slice()).unwrap();
+    assert_eq!(&value[..length], b"v");
+}
+
+#[test]
 fn names_as_long_as_names_get() {
     let fixture = Fixture::new();
     let name = "n".repeat(255);

@@ -77,6 +77,20 @@ fn kinds_and_records_that_no_agent_sends() {
         refused("unexpected type", Archive::new().entry(EntryType::new(kind), "a", |_| (), b""));
     }
     refused("although it is no regular file", Archive::new().entry(EntryType::Directory, "a", |_| (), b"x"));
+    for kind in ["regular", "directory", "", "socket\0", "block special"] {
+        let entry = |archive: Archive| archive.entry(EntryType::Fifo, "a", |_| (), b"");
+        refused("unexpected type", entry(Archive::new().record("SCHILY.filetype", kind)));
+    }
+    let said_to_be = || Archive::new().record("SCHILY.filetype", "socket");
+    refused("although it is something else", said_to_be().file("a", b""));
+    refused("although it is something else", said_to_be().dir("a"));
+    refused("although it is something else", said_to_be().symlink("a", "b"));
+    refused("although it is something else", said_to_be().device(EntryType::Block, "a", 8, 0));
+    refused(
+        "although it is something else",
+        Archive::new().file("f", b"").record("SCHILY.filetype", "socket").link("a", "f"),
+    );
+    refused("has data", said_to_be().entry(EntryType::Fifo, "a", |_| (), b"data"));
     refused("unexpected record", Archive::new().record("size", "5").file("a", b"x"));
     refused("unexpected record", Archive::new().record("GNU.sparse.map", "0,5").file("a", b"x"));
     refused("impossible time", Archive::new().record("mtime", "soon").file("a", b"x"));

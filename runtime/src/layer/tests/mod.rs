@@ -76,6 +76,10 @@ impl Archive {
         self.linked(EntryType::Link, path, target)
     }
 
+    fn socket(self, path: &str) -> Self {
+        self.record("SCHILY.filetype", "socket").entry(EntryType::Fifo, path, |_| (), b"")
+    }
+
     fn device(self, kind: EntryType, path: &str, major: u32, minor: u32) -> Self {
         let number = |header: &mut Header| {
             header.set_device_major(major).unwrap();

@@ -93,6 +93,10 @@ impl<'a> Image<'a> {
         self.blocks_per_group
     }
 
+    pub(super) fn inodes_per_group(&self) -> u32 {
+        self.inodes_per_group
+    }
+
     pub(super) fn block(&mut self, block: u64) -> Result<&[u8; BLOCK], Ext4Error> {
         Ok(&self.cached(block)?.bytes)
     }

@@ -21,24 +21,9 @@ impl Image<'_> {
         );
         self.put_inode(ROOT, &root)?;
 
-        let mut freed = 0;
-        for extent in self.extents(&inode)? {
-            for block in extent.physical..extent.physical + extent.blocks {
-                let per_group = u64::from(self.blocks_per_group());
-                let (group, bit) = ((block / per_group) as u32, (block % per_group) as usize);
-                clear(self.block_bitmap(group)?, bit)?;
-                self.count(group, Counter::FreeBlocks, 1)?;
-                // So that the free blocks of all disks are alike, whatever mke2fs left there.
-                self.block_mut(block)?.fill(0);
-                freed += 1;
-            }
-        }
-        let mut empty = inode;
-        empty.bytes_mut().fill(0);
-        self.put_inode(ino, &empty)?;
+        let freed = self.free_blocks(&inode)?;
+        self.free_inode(ino, inode)?;
         // lost+found is made right after the reserved inodes, so it is in the first group.
-        clear(self.inode_bitmap(0)?, ino as usize - 1)?;
-        self.count(0, Counter::FreeInodes, 1)?;
         self.count(0, Counter::Directories, -1)?;
         self.count_free(freed, 1)
     }
@@ -68,10 +53,4 @@ impl Image<'_> {
         }
         Err(damaged("lost+found is not in the root directory"))
     }
-}
-
-fn clear(bitmap: &mut [u8], bit: usize) -> Result<(), Ext4Error> {
-    let byte = bitmap.get_mut(bit / 8).filter(|byte| **byte & 1 << (bit % 8) != 0);
-    *byte.ok_or_else(|| damaged("lost+found is not marked as used"))? &= !(1 << (bit % 8));
-    Ok(())
 }

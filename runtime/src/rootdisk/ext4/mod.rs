@@ -11,6 +11,7 @@ mod inode;
 mod lost_found;
 mod normalise;
 mod read;
+mod relink;
 mod xattr;
 
 use std::io;

@@ -1,8 +1,8 @@
 //! Makes what mke2fs wrote a function of the tree alone, and checks it against the tree.
 //!
 //! mke2fs copies the times of access and change, places extended attributes in the source's order, drops the
-//! nanoseconds of modification times, gives the root directory a mode of its own and makes a lost+found. All of that
-//! is set right here; sizes, owners, modes and hard links are compared with what the walk saw.
+//! nanoseconds of modification times, gives the root directory a mode of its own, makes a lost+found and copies a
+//! symbolic link once for each of its names. All of that is set right here; sizes, owners, modes and hard links are compared with what the walk saw.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -27,23 +27,32 @@ pub(in crate::rootdisk) fn normalise(file: &File, tree: &Tree) -> Result<(), Ext
     let mut names = vec![1_u64; tree.entries.len()];
     tree.entries.iter().filter_map(|entry| entry.first).for_each(|first| names[first] += 1);
     let mut inodes = vec![0; tree.entries.len()];
-    // Names of the directories on the way to the current entry that have not been visited yet.
-    let mut open: Vec<HashMap<Vec<u8>, u32>> = Vec::new();
+    let mut open: Vec<Open> = Vec::new();
     for (index, entry) in tree.entries.iter().enumerate() {
         let ino = if index == 0 {
             ROOT
         } else {
             close(&mut open, entry.depth, tree, index)?;
-            let found = open.last_mut().and_then(|names| names.remove(entry.name()));
+            let found = open.last_mut().and_then(|dir| dir.names.remove(entry.name()));
             found.ok_or_else(|| differs(entry, "it is missing"))?
         };
         inodes[index] = ino;
         let mut inode = image.inode(ino)?;
         if let Some(first) = entry.first {
-            if inodes[first] != ino {
-                return Err(differs(entry, "it is no hard link"));
+            match (entry.kind, open.last()) {
+                _ if inodes[first] == ino => {}
+                (Kind::Symlink, Some(dir)) => {
+                    compare(entry, 1, &inode)?;
+                    image.relink(dir.ino, entry.name(), ino, inodes[first])?;
+                }
+                _ => return Err(differs(entry, "it is no hard link")),
             }
             continue;
+        }
+        if entry.kind == Kind::Symlink && inode.links() == 1 {
+            // The copies under its other names are removed when these are visited.
+            let all = u16::try_from(names[index]).map_err(|_| differs(entry, "it has too many names"))?;
+            inode.set_links(all);
         }
         if index == 0 {
             inode.set_permissions(entry.mode);
@@ -57,9 +66,9 @@ pub(in crate::rootdisk) fn normalise(file: &File, tree: &Tree) -> Result<(), Ext
         if entry.kind == Kind::Directory {
             let names: HashMap<_, _> =
                 image.directory(&inode)?.into_iter().map(|found| (found.name, found.ino)).collect();
-            open.push(names);
+            open.push(Open { ino, names });
             if index == 0 && !tree.has_lost_found() {
-                let ino = open[0].remove(lost_found::NAME);
+                let ino = open[0].names.remove(lost_found::NAME);
                 image.remove_lost_found(ino.ok_or_else(|| differs(entry, "it has no lost+found"))?)?;
             }
         }
@@ -78,15 +87,17 @@ pub(in crate::rootdisk) fn normalise(file: &File, tree: &Tree) -> Result<(), Ext
     image.flush()
 }
 
+/// A directory on the way to the current entry.
+struct Open {
+    ino: u32,
+    /// What in it has not been visited yet.
+    names: HashMap<Vec<u8>, u32>,
+}
+
 /// Leaves directories until `depth` is the number of open ones; every name in them must have been visited.
-fn close(
-    open: &mut Vec<HashMap<Vec<u8>, u32>>,
-    depth: usize,
-    tree: &Tree,
-    at: usize,
-) -> Result<(), Ext4Error> {
+fn close(open: &mut Vec<Open>, depth: usize, tree: &Tree, at: usize) -> Result<(), Ext4Error> {
     while open.len() > depth {
-        if let Some(name) = open.pop().and_then(|names| names.into_keys().next()) {
+        if let Some(name) = open.pop().and_then(|dir| dir.names.into_keys().next()) {
             let what = format!("it has a name {:?} that the source has not", String::from_utf8_lossy(&name));
             return Err(differs(&tree.entries[at], &what));
         }

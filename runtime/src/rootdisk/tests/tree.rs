@@ -106,9 +106,18 @@ pub(super) fn everything(root: &Path, reverse: bool) {
         steps.reverse();
     }
     steps.iter().for_each(|step| step(root));
-    for (from, to) in
-        [("text", "hard"), ("text", "dir/hard too"), ("nodes/null", "dir/null"), ("nodes/fifo", "dir/fifo")]
-    {
+    for (from, to) in [
+        ("text", "hard"),
+        ("text", "dir/hard too"),
+        ("nodes/null", "dir/null"),
+        ("nodes/fifo", "dir/fifo"),
+        ("nodes/socket", "dir/socket"),
+        ("short link", "dir/short link"),
+        ("short link", "many/one of many"),
+        ("block link", "another block link"),
+        ("long link", "dir/long link"),
+        ("long link", "dir/longer link"),
+    ] {
         fs::hard_link(root.join(from), root.join(to)).unwrap();
     }
     let big = vec![0xa5; 900];

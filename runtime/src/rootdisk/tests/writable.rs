@@ -74,7 +74,9 @@ fn what_a_container_wrote_is_never_overwritten() {
 /// What a tree has, directories' sizes excepted, and all attributes.
 const LISTING: &str = "cd \"$1\" && find . -type d -printf '%P %y %m %U %G %T@\\n' -o -printf '%P %y %m %U %G %T@ %s %n %l\\n' | sort; \
                        find . -type c -exec stat -c '%n %t %T' {} + | sort; \
-                       find . -type f -exec md5sum {} + | sort";
+                       find . -type f -exec md5sum {} + | sort; \
+                       find . ! -type d -links +1 -printf '%i %P\\n' | sort -k2 | \
+                       awk '{ if (!($1 in first)) first[$1] = $2; print first[$1], $2 }'";
 
 #[test]
 fn a_seeded_layer_has_the_upper_directorys_files() {
@@ -85,14 +87,23 @@ fn a_seeded_layer_has_the_upper_directorys_files() {
         "mkdir -p {0}/etc {0}/opaque {0}/many; cd {0}; echo a > one; ln one two; mknod etc/gone c 0 0; chmod 751 .; \
          chown 3:4 .; mkfifo fifo; \
          cp /bin/true setuid; chown 7:8 setuid; chmod 4755 setuid; cp /bin/true opaque/cap; setcap cap_net_raw+p opaque/cap; \
+         mknod null c 1 3; ln null null2; ln fifo fifo2; chown 5:6 fifo; \
+         python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind(\"socket\")'; chmod 640 socket; ln socket etc/socket; \
+         ln -s nowhere short; ln short short2; ln short many/short; chown -h 9:9 short; \
+         ln -s $(head -c 3000 /dev/zero | tr '\\0' x) far; ln far etc/far; \
          truncate -s 64M sparse; echo x >> sparse; ln -s {long} link; touch {long}; \
          for i in $(seq 300); do echo $i > many/$i; done; touch -d '2001-02-03 04:05:06.789012345' many/7 many etc . ; \
          touch -h -d '1950-01-01 00:00:00.5' link",
         upper.display()
     );
     tool("sh", &["-ec", &script]);
-    let xattrs =
-        [("opaque", "trusted.overlay.opaque", "y"), ("one", "user.x", "two\nlines"), (".", "trusted.z", "z")];
+    let xattrs = [
+        ("opaque", "trusted.overlay.opaque", "y"),
+        ("one", "user.x", "two\nlines"),
+        (".", "trusted.z", "z"),
+        ("short", "trusted.s", "of a link"),
+        ("etc/socket", "trusted.s", "of a socket"),
+    ];
     for (file, key, value) in xattrs {
         rustix::fs::lsetxattr(upper.join(file), key, value.as_bytes(), rustix::fs::XattrFlags::CREATE)
             .unwrap();

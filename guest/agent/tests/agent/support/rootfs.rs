@@ -9,10 +9,10 @@ use std::{
 use machinen_protocol::api;
 
 const BUSYBOX: &str = "/bin/busybox";
-const APPLETS: [&str; 33] = [
+const APPLETS: [&str; 38] = [
     "sh", "true", "false", "cat", "echo", "id", "ls", "env", "sleep", "kill", "touch", "mkdir", "stat",
     "grep", "head", "wc", "dd", "hostname", "mount", "ps", "readlink", "seq", "sort", "tr", "cut", "test",
-    "mknod", "nproc", "yes", "chmod", "diff", "stty", "tty",
+    "mknod", "nproc", "yes", "chmod", "diff", "stty", "tty", "ln", "mkfifo", "chown", "syslogd", "usleep",
 ];
 
 /// The agent's disks, as directories.

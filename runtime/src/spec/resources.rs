@@ -1,12 +1,14 @@
-//! What new limits of a running container are to its cgroup in the guest.
+//! What limits of a container are to its cgroup in the guest.
 //!
 //! The limits come as the runtime-spec's LinuxResources, whose CPU and block I/O parts are those of cgroup v1; runc's
-//! translations to v2 apply, as they did when the container was created. A limit that cgroup v2 or the guest does not
-//! have is refused by name. Zero means "as it is", which is what clients send for what they do not change.
+//! translations to v2 apply, to the limits that a container is created with and to new ones. A limit that cgroup v2 or
+//! the guest does not have is refused by name, and so is one whose value cannot be. Zero means "as it is", which is what
+//! clients send for what they do not change, or "no limit" where nothing was before.
 
 use machinen_protocol::api::CgroupFile;
-use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources};
+use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources};
 
+use super::{cpus, json};
 use crate::error::{ErrorKind, Kind};
 
 /// The kernel's default, microseconds; the one that applies where a quota comes without a period.
@@ -15,7 +17,7 @@ const PERIOD: u64 = 100_000;
 /// Why limits are refused before the guest has seen them.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ResourcesError {
-    #[error("linux.resources.{field} cannot be changed: {reason}")]
+    #[error("linux.resources.{field} is not supported: {reason}")]
     Unsupported { field: &'static str, reason: &'static str },
     #[error("linux.resources.{field} has the value {value}; it takes {expected}")]
     Invalid { field: &'static str, value: String, expected: &'static str },
@@ -24,6 +26,11 @@ pub enum ResourcesError {
          create the container with that limit, or with the annotation io.machinen.memory-ceiling"
     )]
     BeyondVm { mib: u64, vm_mib: u32 },
+    #[error(
+        "linux.resources.memory.limit is {limit} bytes, but the container uses {used}, and checkBeforeUpdate forbids \
+         to set a lower limit then"
+    )]
+    InUse { limit: u64, used: u64 },
 }
 
 impl Kind for ResourcesError {
@@ -31,33 +38,104 @@ impl Kind for ResourcesError {
         match self {
             Self::Unsupported { .. } => ErrorKind::Unimplemented,
             Self::Invalid { .. } => ErrorKind::InvalidArgument,
-            Self::BeyondVm { .. } => ErrorKind::FailedPrecondition,
+            Self::BeyondVm { .. } | Self::InUse { .. } => ErrorKind::FailedPrecondition,
         }
     }
 }
 
+/// Reads the runtime-spec's LinuxResources.
+///
+/// # Errors
+/// It is something else.
+pub fn parse(text: &[u8]) -> Result<LinuxResources, serde_json::Error> {
+    let mut value: serde_json::Value = serde_json::from_slice(text)?;
+    json::resources(&mut value);
+    // Null changes nothing.
+    serde_json::from_value::<Option<LinuxResources>>(value).map(Option::unwrap_or_default)
+}
+
 /// What holds before the change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Now<'a> {
+pub struct Now<'a> {
     /// Content of cpu.max: quota and period.
-    pub(super) cpu_max: &'a str,
+    pub cpu_max: &'a str,
     /// Content of memory.max.
-    pub(super) memory_max: &'a str,
-    pub(super) vm_memory_mib: u32,
+    pub memory_max: &'a str,
+    /// Content of memory.current.
+    pub memory_current: &'a str,
+    /// Zero while there is no VM.
+    pub vm_memory_mib: u32,
+    pub vcpus: u32,
+}
+
+/// Makes the limits that a container is to be created with plain for the guest: what means "no limit" is left out.
+///
+/// # Errors
+/// A limit that cannot be.
+pub fn for_creation(resources: &mut LinuxResources) -> Result<(), ResourcesError> {
+    if let Some(memory) = resources.memory().filter(|memory| memory.check_before_update().is_some()) {
+        let mut memory = memory;
+        // There is no use yet that could be above it.
+        memory.set_check_before_update(None);
+        resources.set_memory(Some(memory));
+    }
+    ignore_kernel_memory(resources);
+    let none = Now { cpu_max: "", memory_max: "", memory_current: "", vm_memory_mib: 0, vcpus: 1 };
+    writes(resources, none)?;
+    unset_zeros(resources);
+    Ok(())
+}
+
+/// runc does so with a warning: the kernel has no such limits any more.
+fn ignore_kernel_memory(resources: &mut LinuxResources) {
+    let Some(mut memory) = *resources.memory() else { return };
+    if memory.kernel().is_some_and(|limit| limit > 0) || memory.kernel_tcp().is_some_and(|limit| limit > 0) {
+        tracing::warn!("limits of kernel memory are ignored: cgroup v2 counts it with the rest");
+    }
+    memory.set_kernel(None);
+    memory.set_kernel_tcp(None);
+    resources.set_memory(Some(memory));
+}
+
+/// The guest's engine takes a zero for a limit of nothing.
+fn unset_zeros(resources: &mut LinuxResources) {
+    if let Some(mut memory) = *resources.memory() {
+        memory.set_limit(memory.limit().filter(|&limit| limit != 0));
+        memory.set_reservation(memory.reservation().filter(|&reservation| reservation != 0));
+        memory.set_swap(memory.swap().filter(|&swap| swap != 0));
+        resources.set_memory(Some(memory));
+    }
+    if let Some(mut cpu) = resources.cpu().clone() {
+        cpu.set_shares(cpu.shares().filter(|&shares| shares != 0));
+        cpu.set_quota(cpu.quota().filter(|&quota| quota != 0));
+        cpu.set_period(cpu.period().filter(|&period| period != 0));
+        cpu.set_burst(cpu.burst().filter(|&burst| burst != 0));
+        cpu.set_idle(cpu.idle().filter(|&idle| idle != 0));
+        cpu.set_realtime_runtime(None);
+        cpu.set_realtime_period(None);
+        resources.set_cpu(Some(cpu));
+    }
+    if resources.pids().as_ref().is_some_and(|pids| pids.limit() == 0) {
+        resources.set_pids(None);
+    }
+    if let Some(mut all) = resources.hugepage_limits().clone() {
+        all.retain(|hugepages| hugepages.limit() != 0);
+        resources.set_hugepage_limits(Some(all));
+    }
 }
 
 /// The files of the cgroup to write, in this order.
 ///
 /// # Errors
 /// A limit that cannot be.
-pub(super) fn writes(resources: &LinuxResources, now: Now<'_>) -> Result<Vec<CgroupFile>, ResourcesError> {
+pub fn writes(resources: &LinuxResources, now: Now<'_>) -> Result<Vec<CgroupFile>, ResourcesError> {
     let mut writes = Writes::default();
     // Devices are not changed, as runc does not: clients send them along with every update.
     if let Some(memory) = resources.memory() {
         writes.memory(memory, now)?;
     }
     if let Some(cpu) = resources.cpu() {
-        writes.cpu(cpu, now.cpu_max)?;
+        writes.cpu(cpu, now)?;
     }
     if let Some(limit) = resources.pids().as_ref().map(|pids| pids.limit()).filter(|&limit| limit != 0) {
         writes.add("pids.max", limit_text(limit));
@@ -66,10 +144,7 @@ pub(super) fn writes(resources: &LinuxResources, now: Now<'_>) -> Result<Vec<Cgr
         writes.block_io(block_io)?;
     }
     for hugepages in resources.hugepage_limits().iter().flatten() {
-        // The guest reserves none, so that none is all there is.
-        if hugepages.limit() != 0 {
-            return Err(unsupported("hugepageLimits", "the guest has no huge pages reserved"));
-        }
+        writes.hugepages(hugepages)?;
     }
     if resources.network().as_ref().is_some_and(|network| {
         network.class_id().unwrap_or(0) != 0
@@ -83,10 +158,18 @@ pub(super) fn writes(resources: &LinuxResources, now: Now<'_>) -> Result<Vec<Cgr
     let mut unified: Vec<_> = resources.unified().iter().flatten().collect();
     unified.sort();
     for (name, value) in unified {
-        if name.starts_with("cgroup.") || name.contains('/') || !name.contains('.') {
+        let counts = ["cgroup.max.depth", "cgroup.max.descendants"].contains(&name.as_str());
+        if (name.starts_with("cgroup.") && !counts) || name.contains('/') || !name.contains('.') {
             return Err(invalid("unified", name, "names of a controller's files, such as memory.high"));
         }
-        writes.add(name, value.clone());
+        let is_set = cpus::CPU_FILES.contains(&name.as_str()) || name == cpus::NODE_FILE;
+        let content = match cpus::set("unified", Some(value).filter(|_| is_set).map(String::as_str))? {
+            Some(_) => cpus::file_in_guest(name, value, now.vcpus).unwrap_or_default(),
+            // The kernel does not see a write of no bytes.
+            None if is_set => "\n".to_owned(),
+            None => value.clone(),
+        };
+        writes.add(name, content);
     }
     Ok(writes.0)
 }
@@ -140,6 +223,13 @@ impl Writes {
             if bytes > vm && vm > 0 && !same {
                 return Err(ResourcesError::BeyondVm { mib: bytes >> 20, vm_mib: now.vm_memory_mib });
             }
+            if let Ok(used) = now.memory_current.trim_end().parse::<u64>()
+                && memory.check_before_update() == Some(true)
+                && limit > 0
+                && bytes < used
+            {
+                return Err(ResourcesError::InUse { limit: bytes, used });
+            }
             self.add("memory.max", limit_text(limit));
         }
         if let Some(reservation) = set(memory.reservation()) {
@@ -148,26 +238,68 @@ impl Writes {
         Ok(())
     }
 
-    fn cpu(&mut self, cpu: &LinuxCpu, now: &str) -> Result<(), ResourcesError> {
+    fn cpu(&mut self, cpu: &LinuxCpu, now: Now<'_>) -> Result<(), ResourcesError> {
         if cpu.realtime_runtime().is_some_and(|runtime| runtime != 0)
             || cpu.realtime_period().is_some_and(|period| period != 0)
         {
             return Err(unsupported("cpu.realtimeRuntime", "cgroup v2 has no real-time share"));
         }
+        let idle = match cpu.idle() {
+            None | Some(0 | 1) => cpu.idle(),
+            Some(idle) => return Err(invalid("cpu.idle", idle, "0 or 1")),
+        };
+        if idle == Some(0) {
+            // Weights of a cgroup that is idle cannot be set.
+            self.add("cpu.idle", "0".to_owned());
+        }
         if let Some(shares) = cpu.shares().filter(|&shares| shares != 0) {
             self.add("cpu.weight", weight_of_shares(shares).to_string());
         }
+        if idle == Some(1) {
+            self.add("cpu.idle", "1".to_owned());
+        }
+        self.bandwidth(cpu, now.cpu_max);
+        if let Some(set) = cpus::of(cpu)? {
+            self.add(cpus::CPU_FILES[0], set.in_guest(now.vcpus).to_string());
+        }
+        if cpus::set("cpu.mems", cpu.mems().as_deref())?.is_some() {
+            // The guest has one node.
+            self.add(cpus::NODE_FILE, "0".to_owned());
+        }
+        Ok(())
+    }
+
+    fn bandwidth(&mut self, cpu: &LinuxCpu, now: &str) {
         let quota = cpu.quota().filter(|&quota| quota != 0);
         let period = cpu.period().filter(|&period| period != 0);
-        if quota.is_some() || period.is_some() {
+        // A burst above the quota is refused by the kernel, whichever of them is written first.
+        let changes = quota.is_some() || period.is_some();
+        if cpu.burst().is_some_and(|burst| burst == 0 || changes) {
+            self.add("cpu.max.burst", "0".to_owned());
+        }
+        if changes {
             let (old_quota, old_period) = now.trim_end().split_once(' ').unwrap_or(("max", ""));
             let quota = quota.map_or_else(|| old_quota.to_owned(), limit_text);
             let period = period.or_else(|| old_period.parse().ok()).unwrap_or(PERIOD);
             self.add("cpu.max", format!("{quota} {period}"));
         }
-        for (name, value) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
-            if let Some(value) = value.as_ref().filter(|value| !value.is_empty()) {
-                self.add(name, value.clone());
+        if let Some(burst) = cpu.burst().filter(|&burst| burst != 0) {
+            self.add("cpu.max.burst", burst.to_string());
+        }
+    }
+
+    /// Whether the guest has pages of that size is seen when the files are written.
+    fn hugepages(&mut self, hugepages: &LinuxHugepageLimit) -> Result<(), ResourcesError> {
+        let size = hugepages.page_size();
+        let digits = size.strip_suffix("KB").or(size.strip_suffix("MB")).or(size.strip_suffix("GB"));
+        if !digits
+            .is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit()))
+        {
+            return Err(invalid("hugepageLimits.pageSize", size, "a size such as 2MB or 1GB"));
+        }
+        if hugepages.limit() != 0 {
+            for file in ["max", "rsvd.max"] {
+                self.add(&format!("hugetlb.{size}.{file}"), limit_text(hugepages.limit()));
             }
         }
         Ok(())
@@ -232,10 +364,16 @@ fn weight_of_shares(shares: u64) -> u64 {
 mod tests {
     use super::*;
 
-    const NOW: Now<'_> = Now { cpu_max: "max 100000\n", memory_max: "max\n", vm_memory_mib: 512 };
+    const NOW: Now<'_> = Now {
+        cpu_max: "max 100000\n",
+        memory_max: "max\n",
+        memory_current: "8388608\n",
+        vm_memory_mib: 512,
+        vcpus: 2,
+    };
 
     fn update(json: &str) -> Result<Vec<(String, String)>, ResourcesError> {
-        let writes = writes(&serde_json::from_str(json).unwrap(), NOW)?;
+        let writes = writes(&parse(json.as_bytes()).unwrap(), NOW)?;
         Ok(writes.into_iter().map(|file| (file.name, file.content)).collect())
     }
 
@@ -253,24 +391,39 @@ mod tests {
             (r#"{"cpu":{"period":50000}}"#, "cpu.max", "max 50000"),
             (r#"{"cpu":{"quota":-1,"period":7000}}"#, "cpu.max", "max 7000"),
             (r#"{"cpu":{"cpus":"0-1"}}"#, "cpuset.cpus", "0-1"),
+            (r#"{"cpu":{"cpus":"7"}}"#, "cpuset.cpus", "1"),
+            (r#"{"cpu":{"cpus":"4-7"}}"#, "cpuset.cpus", "0-1"),
+            (r#"{"cpu":{"mems":"0-1"}}"#, "cpuset.mems", "0"),
+            (r#"{"cpu":{"idle":1}}"#, "cpu.idle", "1"),
+            (r#"{"cpu":{"burst":1000}}"#, "cpu.max.burst", "1000"),
+            (r#"{"unified":{"cpuset.cpus":"6"}}"#, "cpuset.cpus", "0"),
+            (r#"{"unified":{"cpuset.mems":"1"}}"#, "cpuset.mems", "0"),
+            (r#"{"unified":{"cpuset.cpus":""}}"#, "cpuset.cpus", "\n"),
             (r#"{"pids":{"limit":7}}"#, "pids.max", "7"),
             (r#"{"pids":{"limit":-1}}"#, "pids.max", "max"),
             (r#"{"blockIO":{"weight":100}}"#, "io.weight", "default 910"),
             (r#"{"unified":{"memory.high":"1048576"}}"#, "memory.high", "1048576"),
+            (r#"{"unified":{"cgroup.max.depth":"3"}}"#, "cgroup.max.depth", "3"),
         ] {
             assert_eq!(update(json).unwrap(), [(name.to_owned(), content.to_owned())], "{json}");
         }
         let both = update(r#"{"memory":{"limit":1048576,"swap":3145728}}"#).unwrap();
         assert_eq!(both[0], ("memory.swap.max".to_owned(), "2097152".to_owned()));
+        let pages = update(r#"{"hugepageLimits":[{"pageSize":"2MB","limit":4194304}]}"#).unwrap();
+        let names: Vec<_> = pages.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["hugetlb.2MB.max", "hugetlb.2MB.rsvd.max"]);
     }
 
     #[test]
     fn what_is_not_set_is_left_alone() {
         for json in [
             "{}",
+            "null",
+            r#"{"memory":null,"cpu":{"cpus":null,"shares":null},"unified":null}"#,
             r#"{"memory":{"limit":0,"swap":0},"cpu":{"shares":0,"quota":0,"period":0,"cpus":""},"pids":{"limit":0}}"#,
             r#"{"devices":[{"allow":false,"access":"rwm"}],"blockIO":{"weight":0},"network":{"classID":0}}"#,
             r#"{"hugepageLimits":[{"pageSize":"2MB","limit":0}]}"#,
+            r#"{"cpu":{"cpus":"","mems":" "}}"#,
         ] {
             assert_eq!(update(json).unwrap(), [], "{json}");
         }
@@ -286,11 +439,67 @@ mod tests {
             (r#"{"cpu":{"realtimeRuntime":95000}}"#, "real-time"),
             (r#"{"blockIO":{"weight":5}}"#, "10 to 1000"),
             (r#"{"blockIO":{"throttleReadBpsDevice":[{"major":8,"minor":0,"rate":1}]}}"#, "io.max"),
-            (r#"{"hugepageLimits":[{"pageSize":"2MB","limit":4194304}]}"#, "huge pages"),
+            (
+                r#"{"hugepageLimits":[{"pageSize":"two","limit":4194304}]}"#,
+                "two; it takes a size such as 2MB",
+            ),
+            (r#"{"cpu":{"cpus":"5-2"}}"#, "cpu.cpus has the value \"5-2\""),
+            (r#"{"cpu":{"mems":"a"}}"#, "cpu.mems has the value \"a\""),
+            (r#"{"cpu":{"idle":2}}"#, "0 or 1"),
+            (r#"{"unified":{"cpuset.cpus":"1-"}}"#, "unified has the value \"1-\""),
+            (
+                r#"{"memory":{"limit":4096,"checkBeforeUpdate":true}}"#,
+                "4096 bytes, but the container uses 8388608",
+            ),
             (r#"{"unified":{"cgroup.freeze":"1"}}"#, "cgroup.freeze"),
             (r#"{"unified":{"../memory.max":"1"}}"#, "../memory.max"),
         ] {
             let error = update(json).unwrap_err().to_string();
+            assert!(error.contains(words), "{json}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_order_of_writes_is_the_kernels() {
+        let names = |json: &str| -> Vec<String> {
+            update(json).unwrap().into_iter().map(|(name, content)| format!("{name}={content}")).collect()
+        };
+        assert_eq!(
+            names(r#"{"cpu":{"quota":5000,"burst":2000}}"#),
+            ["cpu.max.burst=0", "cpu.max=5000 100000", "cpu.max.burst=2000"]
+        );
+        assert_eq!(names(r#"{"cpu":{"burst":0}}"#), ["cpu.max.burst=0"]);
+        assert_eq!(names(r#"{"cpu":{"idle":0,"shares":1024}}"#), ["cpu.idle=0", "cpu.weight=100"]);
+        assert_eq!(names(r#"{"cpu":{"idle":1,"shares":1024}}"#), ["cpu.weight=100", "cpu.idle=1"]);
+    }
+
+    #[test]
+    fn a_container_is_created_without_what_means_no_limit() {
+        let created = |json: &str| {
+            let mut resources = serde_json::from_str(json).unwrap();
+            for_creation(&mut resources).map(|()| serde_json::to_value(resources).unwrap())
+        };
+        for (json, plain) in [
+            (r#"{"memory":{"limit":0,"swap":0,"kernel":9},"pids":{"limit":0}}"#, r#"{"memory":{}}"#),
+            (
+                r#"{"cpu":{"shares":0,"quota":-1,"period":0,"idle":0,"burst":0,"realtimePeriod":0}}"#,
+                r#"{"cpu":{"quota":-1}}"#,
+            ),
+            (r#"{"hugepageLimits":[{"pageSize":"1GB","limit":0}]}"#, r#"{"hugepageLimits":[]}"#),
+            (r#"{"memory":{"limit":4096,"checkBeforeUpdate":true}}"#, r#"{"memory":{"limit":4096}}"#),
+        ] {
+            let plain: serde_json::Value = serde_json::from_str(plain).unwrap();
+            assert_eq!(created(json).unwrap(), plain, "{json}");
+        }
+        for (json, words) in [
+            (r#"{"cpu":{"cpus":"a"}}"#, "cpu.cpus"),
+            (r#"{"memory":{"swappiness":60}}"#, "memory.swappiness"),
+            (r#"{"memory":{"swap":4096}}"#, "together with memory.limit"),
+            (r#"{"rdma":{"mlx5_1":{"hcaHandles":3}}}"#, "RDMA"),
+            (r#"{"network":{"classID":5}}"#, "classes"),
+            (r#"{"blockIO":{"weightDevice":[{"major":8,"minor":0,"weight":10}]}}"#, "host's devices"),
+        ] {
+            let error = created(json).unwrap_err().to_string();
             assert!(error.contains(words), "{json}: {error}");
         }
     }
