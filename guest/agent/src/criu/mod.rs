@@ -92,6 +92,8 @@ pub(crate) enum CriuError {
     #[error("cannot set the hostname {name:?} of the restored processes")]
     Hostname { name: String, source: Errno },
 }
+    #[error("cannot examine the UTS namespace of the restored processes")]
+    Namespace(#[source] io::Error),
 
 /// What a dump and a restore are told alike. CRIU finds the directory of the images, while it starts, by this process's
 /// descriptor.

@@ -5,6 +5,7 @@ mod clients;
 mod damage;
 mod inspect;
 mod killed;
+mod joined;
 mod state;
 mod workloads;
 
