@@ -8,6 +8,7 @@ mod killed;
 mod joined;
 mod state;
 mod workloads;
+mod watches;
 
 use std::path::Path;
 
