@@ -1,14 +1,15 @@
 //! Checkpoint and restore, by containerd's clients and by its API.
 
 mod api;
+mod cgroups;
 mod clients;
 mod damage;
 mod inspect;
-mod killed;
 mod joined;
+mod killed;
 mod state;
-mod workloads;
 mod watches;
+mod workloads;
 
 use std::path::Path;
 
