@@ -112,6 +112,8 @@ fn machine() -> Result<Machine, BootError> {
     }
     // The agent owns all containers: memory pressure of one must never end it.
     write("/proc/self/oom_score_adj", "-1000")?;
+    // The kernel's messages are of the VM: a container reads them if it may on a host that keeps them from its users.
+    write("/proc/sys/kernel/dmesg_restrict", "1")?;
     setrlimit(Resource::RLIMIT_NOFILE, AGENT_FILES, AGENT_FILES).map_err(BootError::Limit)?;
     finish()?;
     let channel = match args.channel {
