@@ -2,6 +2,7 @@
 //! admin-guide/cgroup-v2.rst). Limits are the engine's business.
 
 mod control;
+mod nested;
 
 use std::{
     fs, io,
@@ -47,6 +48,10 @@ pub(crate) enum CgroupError {
     NotEmpty { path: PathBuf },
     #[error("cgroup {path} has too many children or processes to look at")]
     TooMany { path: PathBuf },
+    #[error("cgroup {path} has more than {} cgroups below it, or too many settings of them, to be kept in a checkpoint", nested::MAX_NESTED - 1)]
+    TooManyNested { path: PathBuf },
+    #[error("{path} has a name that a checkpoint cannot keep as that of a cgroup")]
+    Name { path: PathBuf },
     #[error("not all processes were frozen within {} s", control::FREEZE_DEADLINE.as_secs())]
     NotFrozen,
     #[error("{name:?} is not the name of a cgroup file")]

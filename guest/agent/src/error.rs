@@ -101,6 +101,7 @@ fn cgroup_code(err: &CgroupError) -> Code {
     match err {
         CgroupError::NotFrozen => Code::DEADLINE_EXCEEDED,
         CgroupError::FileName { .. } => Code::INVALID_ARGUMENT,
+        CgroupError::TooManyNested { .. } | CgroupError::Name { .. } => Code::FAILED_PRECONDITION,
         CgroupError::NoFile { .. } => Code::UNIMPLEMENTED,
         CgroupError::Set { source, .. } => match source.raw_os_error() {
             Some(libc::EINVAL | libc::ERANGE | libc::E2BIG | libc::EOVERFLOW) => Code::INVALID_ARGUMENT,
@@ -118,6 +119,7 @@ fn criu_code(err: &CriuError) -> Code {
         | CriuError::Harmed { .. }
         | CriuError::Pages { .. } => Code::ABORTED,
         CriuError::Hostname { .. } => Code::INVALID_ARGUMENT,
+        CriuError::Limits(err) => cgroup_code(err),
         CriuError::Cpu { .. } | CriuError::Kernel { .. } | CriuError::NoFile { .. } => {
             Code::FAILED_PRECONDITION
         }

@@ -67,15 +67,16 @@ pub(crate) struct Started {
     pub(crate) pid: Pid,
     pub(crate) exit: oneshot::Receiver<Exit>,
     pub(crate) ends: AgentEnds,
-    /// Killed as a whole when the process ends, where no pid namespace sees to that.
-    pub(crate) outlived_by: Option<Cgroup>,
     pub(crate) cgroup: Cgroup,
+    /// It is the container's first process, with which all others end. The kernel sees to that in a pid namespace of the
+    /// container's own; where processes share the VM's, the agent does.
+    pub(crate) is_init: bool,
 }
 
 impl Process {
     /// Takes charge of a process that has just been made.
     pub(crate) fn supervise(started: Started, reaper: Reaper) -> Self {
-        let Started { pid, exit, ends, outlived_by, cgroup } = started;
+        let Started { pid, exit, ends, cgroup, is_init } = started;
         let (stage_sender, stage) = watch::channel(Stage::Running);
         let (ended, _) = watch::channel(false);
         let stdin = StdinProgress::new();
@@ -102,9 +103,7 @@ impl Process {
         let (stdout, stderr) = (out(ends.stdout), out(ends.stderr));
         let supervisor = tokio::spawn(async move {
             let Ok(exit) = exit.await else { return };
-            if let Some(cgroup) = outlived_by
-                && let Err(err) = cgroup.kill()
-            {
+            if is_init && let Err(err) = cgroup.kill() {
                 crate::console::say(&crate::console::chain(&err));
             }
             stage_sender.send_replace(Stage::Exited);

@@ -15,6 +15,8 @@ on_newest_containerd!(
     read_only_root,
     devices,
     privileged,
+    the_vm_does_not_show,
+    clocks_of_its_own,
     sysctls,
     system_calls,
     group_limits,
@@ -125,6 +127,47 @@ fn privileged(containerd: &mut Containerd) -> Result<()> {
     let output = run(&[])?;
     ensure!(output.status != 0 && output.error_text().contains("log-of-the-kernel"), "{output}");
     Ok(())
+}
+
+/// See "What of the VM a container can see" in ARCHITECTURE.md.
+fn the_vm_does_not_show(containerd: &mut Containerd) -> Result<()> {
+    let bundle = Bundle::busybox(containerd)?;
+    // The descriptor is of the directory that is being read.
+    let script = "dmesg | wc -l; cat /proc/self/cgroup; ls /proc/self/fd | wc -l; ls -d /proc/[0-9]* | wc -l; \
+                  mknod /dev/disk b 8 0; cat /dev/disk | wc -c; ls /run";
+    let config = bundle.config(&["sh", "-c", script], |spec| {
+        spec["linux"]["namespaces"].as_array_mut().expect("an array").push(json!({"type": "cgroup"}));
+        for set in ["bounding", "effective", "permitted"] {
+            spec["process"]["capabilities"][set].as_array_mut().expect("an array").push("CAP_MKNOD".into());
+        }
+        spec["linux"]["resources"] = json!({"devices": [{"allow": false, "access": "rwm"}, {"allow": true, "type": "b", "access": "m"}]});
+    })?;
+    let output = containerd.run_spec(&config).output()?;
+    ensure!(output.text() == "0\n0::/\n4\n3\n0\n", "{output}");
+    let errors = output.error_text();
+    ensure!(errors.contains("klogctl") && errors.contains("/dev/disk"), "{output}");
+    Ok(())
+}
+
+fn clocks_of_its_own(containerd: &mut Containerd) -> Result<()> {
+    let bundle = Bundle::busybox(containerd)?;
+    let look = "cut -d. -f1 /proc/uptime";
+    let script = format!("{look}; while :; do sleep 1; done");
+    let config = bundle.config(&["sh", "-c", &script], |spec| {
+        spec["linux"]["namespaces"].as_array_mut().expect("an array").push(json!({"type": "time"}));
+        spec["linux"]["timeOffsets"] =
+            json!({"boottime": {"secs": 864_000, "nanosecs": 0}, "monotonic": {"secs": 86400}});
+    })?;
+    let served = machinen_integration::served::Served::run(containerd, &config)?;
+    let path = containerd.root().join("uptime");
+    ensure!(
+        served.exec_to("look", &["sh", "-c", look], &format!("file://{}", path.display()))? == 0,
+        "no clock"
+    );
+    let uptime: u64 = std::fs::read_to_string(&path)?.trim().parse()?;
+    std::fs::remove_file(&path)?;
+    ensure!((864_000..900_000).contains(&uptime), "an added process has been up for {uptime} s");
+    served.end()
 }
 
 fn sysctls(containerd: &mut Containerd) -> Result<()> {

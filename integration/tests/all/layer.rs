@@ -33,6 +33,7 @@ on_newest_containerd!(
     nothing_written_leaves_nothing,
     native_snapshotter,
     what_the_host_put_into_the_snapshot_is_there,
+    marks_of_the_hosts_overlay_do_not_matter,
     attributes_of_the_image_survive,
     too_much_stays_on_the_disk,
     many_files_and_large_ones,
@@ -343,6 +344,26 @@ fn what_the_host_put_into_the_snapshot_is_there(containerd: &mut Containerd) -> 
     let seen = kept.again()?;
     ensure!(seen == "one\ntwo\ngone\n", "the next start printed\n{seen}");
     ensure!(upper.join("dir/put").exists(), "it is gone after the next end");
+    kept.remove()
+}
+
+/// An overlay that was mounted with an index marks its upper directory with the lower one that it belongs to, and files
+/// with where they come from: nothing that this VM has.
+fn marks_of_the_hosts_overlay_do_not_matter(containerd: &mut Containerd) -> Result<()> {
+    let script = "if [ -e /first ]; then cat /first; echo two >/first; echo x >>/etc/passwd; exit; fi; echo one >/first";
+    let kept = Kept::run(containerd, IMAGE, "overlayfs", script)?;
+    ensure!(kept.delete_task()? == 0, "the script failed");
+    // struct ovl_fb: version 0, magic, length, flags, type of handle, uuid, and a handle of eight bytes.
+    let mut origin = vec![0, 0xfb, 29, 0, 1];
+    origin.extend([7; 16]);
+    origin.extend([9; 8]);
+    for (file, seen) in [("", "one\n"), ("first", "two\n")] {
+        let path = kept.dir()?.join(file);
+        let flags = rustix::fs::XattrFlags::empty();
+        rustix::fs::setxattr(&path, "trusted.overlay.origin", &origin, flags)?;
+        let said = kept.again()?;
+        ensure!(said == seen, "with a mark on {file:?} the next start printed {said:?}");
+    }
     kept.remove()
 }
 

@@ -10,7 +10,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machinen_protocol::api::{CgroupFile, CheckpointFacts, CriuOptions, ExternalMount};
+use machinen_protocol::api::{
+    CgroupFile, CgroupFileOwner, CheckpointFacts, CriuOptions, ExternalMount, NestedCgroup,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{CheckpointError, digest::PART};
@@ -57,6 +59,9 @@ pub struct Manifest {
     pub mounts: Vec<Mount>,
     /// Files of the container's cgroup.
     pub limits: BTreeMap<String, String>,
+    /// The container's cgroup, with what is not among the limits, and all below it, parents first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cgroups: Vec<Cgroup>,
     pub options: Options,
     pub files: Vec<ImageDigest>,
 }
@@ -68,6 +73,19 @@ pub struct Mount {
     /// In the guest; none for a file of the host's that the configuration mounts there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<PathBuf>,
+}
+
+/// A cgroup of the container's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cgroup {
+    /// Relative to the container's own, whose path is empty.
+    pub path: String,
+    /// Names and contents of its files, in the order in which they are set.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub settings: Vec<(String, String)>,
+    /// Names, users and groups of files that are not root's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub owners: Vec<(String, u32, u32)>,
 }
 
 /// What was asked for, each CRIU's option of the same name.
@@ -161,6 +179,7 @@ impl Manifest {
         });
         self.mounts = mounts.collect();
         self.limits = facts.limits.into_iter().map(|file| (file.name, file.content)).collect();
+        self.cgroups = facts.cgroups.into_iter().map(Cgroup::from).collect();
         self
     }
 
@@ -183,7 +202,40 @@ impl Manifest {
             descriptors: self.descriptors.clone(),
             mounts: mounts.collect(),
             limits: limits.collect(),
+            cgroups: self.cgroups.iter().map(Cgroup::to_message).collect(),
             ..Default::default()
+        }
+    }
+}
+
+impl Cgroup {
+    fn to_message(&self) -> NestedCgroup {
+        let settings = self.settings.iter().map(|(name, content)| CgroupFile {
+            name: name.clone(),
+            content: content.clone(),
+            ..Default::default()
+        });
+        let owners = self.owners.iter().map(|(name, uid, gid)| CgroupFileOwner {
+            name: name.clone(),
+            uid: *uid,
+            gid: *gid,
+            ..Default::default()
+        });
+        NestedCgroup {
+            path: self.path.clone(),
+            settings: settings.collect(),
+            owners: owners.collect(),
+            ..Default::default()
+        }
+    }
+}
+
+impl From<NestedCgroup> for Cgroup {
+    fn from(nested: NestedCgroup) -> Self {
+        Self {
+            path: nested.path,
+            settings: nested.settings.into_iter().map(|file| (file.name, file.content)).collect(),
+            owners: nested.owners.into_iter().map(|owner| (owner.name, owner.uid, owner.gid)).collect(),
         }
     }
 }
@@ -233,6 +285,26 @@ mod tests {
         let (written, read): (serde_json::Value, serde_json::Value) =
             (serde_json::to_value(&again).unwrap(), serde_json::from_str(golden).unwrap());
         assert_eq!(written, read);
+    }
+
+    #[test]
+    fn cgroups_below_the_containers_are_kept() {
+        let golden: Manifest = serde_json::from_str(include_str!("golden/format-1.json")).unwrap();
+        assert_eq!(golden.cgroups, []);
+        let owner = ("cgroup.procs".to_owned(), 1000, 1000);
+        let cgroup = |path: &str, settings: &[(&str, &str)]| Cgroup {
+            path: path.to_owned(),
+            settings: settings.iter().map(|(name, content)| ((*name).into(), (*content).into())).collect(),
+            owners: vec![owner.clone()],
+        };
+        let cgroups = vec![
+            cgroup("", &[("cgroup.subtree_control", "memory")]),
+            cgroup("work", &[("memory.max", "67108864"), ("cgroup.freeze", "1")]),
+        ];
+        let manifest = Manifest { cgroups: cgroups.clone(), ..golden };
+        let read: Manifest = serde_json::from_str(&serde_json::to_string(&manifest).unwrap()).unwrap();
+        assert_eq!(read.cgroups, cgroups);
+        assert_eq!(read.clone().with_facts(read.facts()).cgroups, cgroups);
     }
 
     #[test]

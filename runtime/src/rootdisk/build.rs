@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{fstatvfs, ftruncate};
+use sha2::{Digest as _, Sha256};
 
 use super::ext4::{self, BLOCK, INODE};
 use super::hashing;
@@ -142,7 +143,10 @@ impl Job<'_> {
         };
         progress(Progress::Finishing);
         let (disk, mke2fs) = disk;
-        let finished = timed(phases, "normalise", || ext4::normalise(&disk, &self.tree));
+        let finished = timed(phases, "normalise", || {
+            ext4::normalise(&disk, &self.tree, ext4::Marks::Kept)
+                .and_then(|()| ext4::set_uuid(&disk, uuid(key, &mke2fs)))
+        });
         finished.map_err(|source| RootdiskError::Finish { root: self.source.name().to_owned(), source })?;
         if recognised.mutable {
             timed(phases, "check", || self.tree.unchanged(&Tree::walk(&self.view)?))?;
@@ -210,6 +214,18 @@ impl Job<'_> {
         let size = (tree.saturating_mul(5) / 2).max(self.options.min_size).next_multiple_of(BLOCK as u64);
         if size > LARGEST - (1 << 30) { Err(RootdiskError::TooLarge { size }) } else { Ok(size) }
     }
+}
+
+/// One for each layout: what a guest has noted of a file's number is not to be believed on a disk of the same files that
+/// another version of mke2fs has made.
+fn uuid(key: Key, mke2fs: &str) -> [u8; 16] {
+    let digest: [u8; 32] = Sha256::digest(format!("machinen base {key} {mke2fs}")).into();
+    let mut uuid = [0; 16];
+    uuid.copy_from_slice(&digest[..16]);
+    // Version and variant for what is no random number and no time (RFC 9562, version 8).
+    uuid[6] = 0x80 | uuid[6] & 0x0f;
+    uuid[8] = 0x80 | uuid[8] & 0x3f;
+    uuid
 }
 
 /// Turns many small steps into few reports.

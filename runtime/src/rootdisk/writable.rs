@@ -134,7 +134,7 @@ impl RootdiskCache {
         let file = store::unnamed(dir).map_err(failed)?;
         ftruncate(&file, size).map_err(|error| failed(error.into()))?;
         mke2fs.seeded(view.share()?, &file, dir, inodes, needed)?;
-        let finished = ext4::normalise(&file, &tree);
+        let finished = ext4::normalise(&file, &tree, ext4::Marks::Dropped);
         finished.map_err(|source| RootdiskError::Finish { root: upper.to_owned(), source })?;
         file.set_permissions(Permissions::from_mode(0o600)).map_err(failed)?;
         store::name_new_file(&file, path).map_err(failed)?;

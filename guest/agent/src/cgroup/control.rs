@@ -101,7 +101,7 @@ impl Cgroup {
         fs::read_to_string(self.path.join("memory.events")).map_or(0, |text| oom_kills(&text))
     }
 
-    fn read(&self, name: &str) -> Result<Option<String>, CgroupError> {
+    pub(super) fn read(&self, name: &str) -> Result<Option<String>, CgroupError> {
         let path = self.path.join(checked(name)?);
         let read = || {
             let mut content = String::new();
@@ -116,7 +116,7 @@ impl Cgroup {
         }
     }
 
-    fn set(&self, name: &str, value: &str) -> Result<(), CgroupError> {
+    pub(super) fn set(&self, name: &str, value: &str) -> Result<(), CgroupError> {
         let path = self.path.join(checked(name)?);
         let open = fs::OpenOptions::new().write(true).open(path);
         open.and_then(|mut file| file.write_all(value.as_bytes())).map_err(|source| match source.kind() {

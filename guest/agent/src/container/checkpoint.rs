@@ -196,7 +196,11 @@ impl Place<'_> {
         stdio: ProcessEnds,
     ) -> Result<Restored, ContainerError> {
         let Self { from, dir, rootfs, files } = self;
-        cgroup.write_files(&from.facts.limits)?;
+        // What an idle cgroup (cpu.idle) says of its weight cannot be set.
+        let is_set = |file: &&api::CgroupFile| file.name != "cpu.weight" || file.content.trim_end() != "0";
+        let limits: Vec<_> = from.facts.limits.iter().filter(is_set).cloned().collect();
+        cgroup.write_files(&limits)?;
+        cgroup.make(&from.facts.cgroups)?;
         criu::make_mount_points(rootfs, prepared.mount_points())?;
         let place = criu::Place { cgroup, rootfs, dir, files, hostname: &from.hostname };
         let restored =

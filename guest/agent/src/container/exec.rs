@@ -48,7 +48,7 @@ impl Container {
             }
         };
         let cgroup = self.cgroup.clone();
-        let started = Started { pid, exit, ends, outlived_by: None, cgroup };
+        let started = Started { pid, exit, ends, cgroup, is_init: false };
         place.fill(Process::supervise(started, parts.reaper.clone()));
         Ok(pid)
     }

@@ -449,8 +449,7 @@ async fn make(
             return Err(err);
         }
     };
-    let outlived_by = (!prepared.has_pid_namespace()).then(|| cgroup.clone());
-    let started = Started { pid, exit, ends, outlived_by, cgroup: cgroup.clone() };
+    let started = Started { pid, exit, ends, cgroup: cgroup.clone(), is_init: true };
     Ok((cgroup, Process::supervise(started, parts.reaper.clone()), waits))
 }
 

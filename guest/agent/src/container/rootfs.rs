@@ -6,6 +6,8 @@
 //!   <dir>/rootfs   overlay of both; or the one disk
 //! ```
 
+mod origin;
+
 use std::{
     fs, io,
     os::{
@@ -25,6 +27,10 @@ use crate::{
     disk::{Disk, DiskError, Layers},
     sys,
 };
+
+/// Directories of the writable disk.
+const UPPER: &str = "upper";
+const WORK: &str = "work";
 
 #[derive(Debug)]
 pub(crate) struct Rootfs {
@@ -50,6 +56,8 @@ pub(crate) enum RootfsError {
     Mount { layer: &'static str, device: PathBuf, source: Errno },
     #[error("cannot mount the overlay {path}")]
     Overlay { path: PathBuf, source: Errno },
+    #[error("cannot reset the overlay's index on {path}")]
+    Index { path: PathBuf, source: io::Error },
     #[error("cannot {action} {path}")]
     Freeze { action: &'static str, path: PathBuf, source: io::Error },
     #[error("cannot write back {path}")]
@@ -91,19 +99,26 @@ impl Rootfs {
         mount_disk("base", base, lower, MsFlags::MS_RDONLY | MsFlags::MS_NOATIME, "noload")?;
         // The host has written all inode tables; there is nothing for the kernel to do in the background.
         mount_disk("writable", writable, rw, MsFlags::MS_NOATIME, "noinit_itable")?;
-        let (upper, work) = (rw.join("upper"), rw.join("work"));
+        let (upper, work) = (rw.join(UPPER), rw.join(WORK));
         if make_dir(&upper)? {
             like_the_image(&upper, lower)
                 .map_err(|source| RootfsError::Create { path: upper.clone(), source })?;
         }
-        for dir in [&work, &self.path] {
-            make_dir(dir)?;
+        let failed = |source| RootfsError::Index { path: rw.clone(), source };
+        make_dir(&self.path)?;
+        // Of a disk that was written without an index, nothing says which lower layer its marks are about.
+        if !make_dir(&work)? && !origin::is_marked(&upper).map_err(failed)? {
+            origin::forget(&upper).map_err(failed)?;
         }
-        // Container ids, the only variable part, have no character that means something to overlayfs.
-        let options =
-            format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
-        mount(Some("overlay"), &self.path, Some("overlay"), MsFlags::MS_NOATIME, Some(options.as_str()))
-            .map_err(|source| RootfsError::Overlay { path: self.path.clone(), source })
+        match overlay(lower, rw, &self.path) {
+            // The disk was used with another base disk, whose files have other numbers.
+            Err(Errno::ESTALE) => {
+                forget_index(rw).map_err(failed)?;
+                overlay(lower, rw, &self.path)
+            }
+            mounted => mounted,
+        }
+        .map_err(|source| RootfsError::Overlay { path: self.path.clone(), source })
     }
 
     /// Where the container's root is.
@@ -113,7 +128,7 @@ impl Rootfs {
 
     /// Where the overlay keeps what the container writes; None where there is no overlay.
     pub(crate) fn upper(&self) -> Option<PathBuf> {
-        (self.kind == Kind::Overlay).then(|| self.layers[0].join("upper"))
+        (self.kind == Kind::Overlay).then(|| self.layers[0].join(UPPER))
     }
 
     /// Brings a disk that is the whole root file system to a state that others can read, until [`Rootfs::thaw`]: whoever
@@ -182,6 +197,28 @@ impl Rootfs {
         }
         Ok(())
     }
+}
+
+/// Files have handles (name_to_handle_at(2)) that stay the same when they are copied up, which takes an index. Without them
+/// CRIU cannot save what watches a file (inotify(7)).
+fn overlay(lower: &Path, rw: &Path, target: &Path) -> Result<(), Errno> {
+    // Container ids, the only variable part, have no character that means something to overlayfs.
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={},index=on,nfs_export=on",
+        lower.display(),
+        rw.join(UPPER).display(),
+        rw.join(WORK).display()
+    );
+    mount(Some("overlay"), target, Some("overlay"), MsFlags::MS_NOATIME, Some(options.as_str()))
+}
+
+/// Makes the kernel build the index anew, which is no part of the files.
+fn forget_index(rw: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(rw.join(WORK).join("index")) {
+        Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
+        _ => {}
+    }
+    origin::forget(&rw.join(UPPER))
 }
 
 fn mount_disk(

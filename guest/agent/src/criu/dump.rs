@@ -182,6 +182,8 @@ fn opts(images: &Path, source: &Source<'_>, options: &CriuOptions) -> Result<Opt
     opts.set_pid(source.init.as_raw());
     opts.set_leave_running(true);
     opts.set_freeze_cgroup(source.cgroup.path().display().to_string());
+    // All that is below it is recorded, wherever the first process is.
+    opts.cg_root.push(super::cgroup_root(source.cgroup));
     opts.set_ghost_limit(GHOST_LIMIT);
     opts.set_link_remap(true);
     opts.set_log_file(LOG.to_owned());
@@ -213,6 +215,7 @@ fn facts(source: &Source<'_>) -> Result<CheckpointFacts, CriuError> {
         descriptors: descriptors(source.init),
         mounts: mounts::external(source.init, &source.dir.join("files"))?,
         limits,
+        cgroups: source.cgroup.record(&LIMITS)?,
         ..Default::default()
     })
 }

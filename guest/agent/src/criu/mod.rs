@@ -33,7 +33,7 @@ use std::{
 
 use machinen_protocol::api::CriuOptions;
 use nix::errno::Errno;
-use rust_criu::rust_criu_protobuf::rpc::{Criu_cg_mode, Criu_network_lock_method, Criu_opts};
+use rust_criu::rust_criu_protobuf::rpc::{Cgroup_root, Criu_cg_mode, Criu_network_lock_method, Criu_opts};
 
 pub(crate) use self::{
     dump::{Dumped, dump, pre_dump},
@@ -43,7 +43,10 @@ pub(crate) use self::{
     source::Source,
     tmpfs::run_as_tar,
 };
-use crate::{cgroup::CgroupError, disk::DiskError};
+use crate::{
+    cgroup::{self, Cgroup, CgroupError},
+    disk::DiskError,
+};
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CriuError {
@@ -89,8 +92,21 @@ pub(crate) enum CriuError {
     NoPid,
     #[error("cannot take CRIU's lock off the container's connections")]
     Unlock(#[source] Errno),
+    #[error("cannot examine the UTS namespace of the restored processes")]
+    Namespace(#[source] io::Error),
     #[error("cannot set the hostname {name:?} of the restored processes")]
     Hostname { name: String, source: Errno },
+}
+
+/// What CRIU is to take for the root of the container's cgroups.
+fn cgroup_root(cgroup: &Cgroup) -> Cgroup_root {
+    let path = cgroup.path();
+    let path = path.strip_prefix(cgroup::ROOT).map_or(path.to_owned(), |below| Path::new("/").join(below));
+    let mut root = Cgroup_root::new();
+    // The one hierarchy of cgroup v2.
+    root.set_ctrl(String::new());
+    root.set_path(path.display().to_string());
+    root
 }
 
 /// What a dump and a restore are told alike. CRIU finds the directory of the images, while it starts, by this process's

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machinen_protocol::api::{CheckpointFacts, CriuOptions};
+use machinen_protocol::api::{CheckpointFacts, CriuOptions, NestedCgroup};
 use nix::{
     mount::{MntFlags, MsFlags, umount2},
     sys::socket::{ControlMessage, MsgFlags, sendmsg},
@@ -15,12 +15,12 @@ use nix::{
 };
 use procfs::process::Process;
 use protobuf::MessageField;
-use rust_criu::rust_criu_protobuf::rpc::{Cgroup_root, Criu_req, Criu_req_type, Inherit_fd};
+use rust_criu::rust_criu_protobuf::rpc::{Criu_req, Criu_req_type, Inherit_fd};
 use tokio::{sync::oneshot, task::AbortHandle};
 
 use super::{CriuError, cpu, lazy::Pages, mounted::Mounted, oom, rpc::Criu, uts, yard};
 use crate::{
-    cgroup::{self, Cgroup, CgroupError},
+    cgroup::{Cgroup, CgroupError},
     console,
     container::FileMount,
     disk::Disk,
@@ -58,9 +58,18 @@ pub(crate) struct Restored {
 pub(crate) struct Held {
     guard: Guard,
     criu: Criu,
+    nested: Nested,
     pages: Option<Pages>,
     images: Mounted,
     work: PathBuf,
+}
+
+/// What was below the cgroup of the container that was dumped.
+#[derive(Debug)]
+struct Nested {
+    /// Of the restored one.
+    cgroup: Cgroup,
+    recorded: Vec<NestedCgroup>,
 }
 
 /// Memory of running processes that is still on the disk.
@@ -87,8 +96,9 @@ impl Held {
     /// # Errors
     /// CRIU fails in the last moment.
     pub(crate) async fn release(self) -> Result<Option<Fetching>, CriuError> {
-        let Self { guard, criu, pages, images, work } = self;
+        let Self { guard, criu, nested, pages, images, work } = self;
         drop(guard);
+        nested.cgroup.refreeze(&nested.recorded)?;
         criu.go_on().await?;
         criu.finish("restore", &work.join(LOG)).await?;
         criu.exit().await;
@@ -147,13 +157,7 @@ pub(crate) async fn restore(
     opts.set_log_file(LOG.to_owned());
     opts.set_rst_sibling(true);
     opts.set_lazy_pages(options.lazy_pages);
-    let mut root = Cgroup_root::new();
-    root.set_ctrl(String::new());
-    root.set_path(place.cgroup.path().strip_prefix(cgroup::ROOT).map_or_else(
-        |_| place.cgroup.path().display().to_string(),
-        |path| Path::new("/").join(path).display().to_string(),
-    ));
-    opts.cg_root.push(root);
+    opts.cg_root.push(super::cgroup_root(place.cgroup));
     for mount in &facts.mounts {
         opts.external.push(format!("mnt[{}]:{}", mount.destination, source(mount, place.files)?));
     }
@@ -193,14 +197,15 @@ pub(crate) async fn restore(
         })?,
     }
     criu.send(&request).await?;
-    let pid = follow(&criu, terminal, &log).await?;
+    let nested = Nested { cgroup: place.cgroup.clone(), recorded: facts.cgroups.clone() };
+    let pid = follow(&criu, terminal, &nested, &log).await?;
     let guard = Guard::over(&criu, place.cgroup.clone());
     let exit = expectation.watch(pid);
     oom::expose(place.cgroup, criu.pid())?;
     if !place.hostname.is_empty() {
         uts::rename(pid, place.hostname)?;
     }
-    Ok(Restored { pid, exit, held: Held { guard, criu, pages, images, work } })
+    Ok(Restored { pid, exit, held: Held { guard, criu, nested, pages, images, work } })
 }
 
 /// Sees to it that what CRIU holds does not run if it is killed, since nobody has started it.
@@ -229,8 +234,13 @@ impl Drop for Guard {
 }
 
 /// Until the processes are there and would run next.
-async fn follow(criu: &Criu, terminal: Option<OwnedFd>, log: &Path) -> Result<Pid, CriuError> {
-    let mut pid = None;
+async fn follow(
+    criu: &Criu,
+    terminal: Option<OwnedFd>,
+    nested: &Nested,
+    log: &Path,
+) -> Result<Pid, CriuError> {
+    let (mut pid, mut settled) = (None, false);
     loop {
         let Some((answer, fd)) = criu.receive().await? else { return Err(criu.died(log).await) };
         if answer.type_() != Criu_req_type::NOTIFY {
@@ -243,7 +253,17 @@ async fn follow(criu: &Criu, terminal: Option<OwnedFd>, log: &Path) -> Result<Pi
                     pass_on(terminal, &master).map_err(CriuError::Talk)?;
                 }
             }
-            "post-restore" => pid = Some(answer.notify.pid()).filter(|pid| *pid > 0),
+            // The first process is in its cgroup, and has no memory yet. Not said of one without namespaces.
+            "post-setup-namespaces" => {
+                nested.cgroup.settle(&nested.recorded)?;
+                settled = true;
+            }
+            "post-restore" => {
+                if !settled {
+                    nested.cgroup.settle(&nested.recorded)?;
+                }
+                pid = Some(answer.notify.pid()).filter(|pid| *pid > 0);
+            }
             // Without an answer to this one they wait.
             "pre-resume" => return pid.map(Pid::from_raw).ok_or(CriuError::NoPid),
             _ => {}

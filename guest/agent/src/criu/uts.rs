@@ -1,6 +1,6 @@
 //! Another name for the machine that restored processes see: CRIU gives them the one that they had.
 
-use std::{fs::File, path::PathBuf};
+use std::{fs::File, os::unix::fs::MetadataExt as _, path::PathBuf};
 
 use nix::{
     sched::{CloneFlags, setns},
@@ -18,6 +18,11 @@ pub(super) fn rename(pid: Pid, name: &str) -> Result<(), CriuError> {
         |path: PathBuf| File::open(&path).map_err(|source| CriuError::File { what: "open", path, source });
     let ours = open("/proc/self/ns/uts".into())?;
     let theirs = open(format!("/proc/{pid}/ns/uts").into())?;
+    let inode = |file: &File| file.metadata().map(|status| status.ino()).map_err(CriuError::Namespace);
+    if inode(&ours)? == inode(&theirs)? {
+        // They share the VM's, which has its name from the pod.
+        return Ok(());
+    }
     let failed = |source| CriuError::Hostname { name: name.to_owned(), source };
     // There is one thread, and nothing else happens before it is back.
     setns(theirs, CloneFlags::CLONE_NEWUTS).map_err(failed)?;

@@ -122,8 +122,8 @@ fn fork(exec: &Exec<'_>, pids: &OwnedFd) -> Result<ForkResult, ExecError> {
     }
     let forked = match sys::fork_sibling_into(cgroup.as_fd()) {
         // The container has given controllers to cgroups below its own, which may not hold processes then: its
-        // init is somewhere below, and so is this.
-        Err(Errno::EBUSY) => cgroup_of(request.init)
+        // init is somewhere below, and the process goes there too.
+        Err(Errno::EBUSY | Errno::EOPNOTSUPP) => cgroup_of(request.init)
             .and_then(|path| open_cgroup(&path))
             .and_then(|cgroup| sys::fork_sibling_into(cgroup.as_fd()).map_err(ExecError::Fork)),
         forked => forked.map_err(ExecError::Fork),

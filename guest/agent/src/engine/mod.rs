@@ -23,6 +23,7 @@ mod exec;
 mod executor;
 mod home;
 mod log;
+mod namespaces;
 mod process;
 mod report;
 mod shed;
@@ -55,6 +56,7 @@ use nix::{
 use tokio::sync::oneshot;
 
 pub(crate) use self::{
+    namespaces::NamespaceError,
     report::Refusal,
     spec::{MountPoint, Prepared, SpecError},
     tenancy::{PreparedProcess, Tenancy},
@@ -118,6 +120,8 @@ pub(crate) enum EngineError {
     Failed { what: &'static str, text: String },
     #[error("the container does not run")]
     NotRunning,
+    #[error("cannot find out which namespaces the container has")]
+    Namespaces(#[from] NamespaceError),
     #[error("cannot hold the container's init")]
     Hold(#[source] Errno),
     #[error("the engine's process has ended without an answer{log}")]
@@ -167,10 +171,14 @@ impl Engine {
         stdio: ProcessEnds,
     ) -> Result<Executed, EngineError> {
         let handle = reaper.hold(init).map_err(EngineError::Hold)?.ok_or(EngineError::NotRunning)?;
+        let request = match tenancy.request(init, process) {
+            Err(err) if err.is_gone() => return Err(EngineError::NotRunning),
+            request => request?,
+        };
         let file = process_file(&process.json).map_err(EngineError::Ask)?;
         let expectation = reaper.expect();
         let fds = [file, handle].into_iter().chain(stdio.into_fds()).collect();
-        let mut reports = self.ask(&Request::Exec(tenancy.request(init, process)), fds)?;
+        let mut reports = self.ask(&Request::Exec(request), fds)?;
         let mut outcome = Outcome::new("start the process");
         let pid = follow(&mut reports, &expectation, &mut outcome).await?;
         let exit = expectation.watch(pid);

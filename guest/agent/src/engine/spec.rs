@@ -29,7 +29,6 @@ pub(crate) struct Prepared {
     tenancy: Tenancy,
     cgroup_path: PathBuf,
     owner: u32,
-    has_pid_namespace: bool,
     devices: Vec<Instruction>,
     mount_points: Vec<MountPoint>,
 }
@@ -103,7 +102,6 @@ impl Prepared {
         let devices = devices::program(linux.pointer("/resources/devices").unwrap_or(&Value::Null))
             .map_err(|number| SpecError::DeviceRule { number })?;
         let owner = mapped(&linux["uidMappings"], uid);
-        let has_pid_namespace = has_namespace(linux, "pid");
         let shares_network = !has_namespace(linux, "network");
         let has_users = has_namespace(linux, "user");
         if shares_network {
@@ -126,7 +124,7 @@ impl Prepared {
             console: terminal.then_some(Console { owner, size }),
         };
         write(&request.bundle, &spec)?;
-        Ok(Self { request, tenancy, cgroup_path, owner, has_pid_namespace, devices, mount_points })
+        Ok(Self { request, tenancy, cgroup_path, owner, devices, mount_points })
     }
 
     pub(super) fn request(&self) -> &Create {
@@ -162,11 +160,6 @@ impl Prepared {
     pub(crate) fn owner(&self) -> u32 {
         self.owner
     }
-
-    /// Whether the kernel kills all of the container when its init ends.
-    pub(crate) fn has_pid_namespace(&self) -> bool {
-        self.has_pid_namespace
-    }
 }
 
 fn write(bundle: &Path, spec: &Value) -> Result<(), SpecError> {
@@ -200,7 +193,7 @@ pub(super) fn items(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 
-pub(super) fn has_namespace(linux: &Value, kind: &str) -> bool {
+fn has_namespace(linux: &Value, kind: &str) -> bool {
     items(&linux["namespaces"]).any(|namespace| namespace["type"] == kind)
 }
 
@@ -365,7 +358,6 @@ mod tests {
         assert_eq!(spec["hooks"], Value::Null);
         assert_eq!(spec["process"]["noNewPrivileges"], Value::Null);
         assert_eq!(spec["process"]["capabilities"], json!({}));
-        assert!(prepared.has_pid_namespace());
         assert_eq!(prepared.owner(), 5);
     }
 

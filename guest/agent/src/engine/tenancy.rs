@@ -10,30 +10,18 @@ use pathrs::Root;
 use serde_json::Value;
 
 use super::{
-    home, process,
+    home,
+    namespaces::{self, NamespaceError},
+    process,
     process::Console,
-    spec::{SpecError, has_namespace, mapped},
+    spec::{SpecError, mapped},
     zygote,
 };
 use crate::cgroup::Cgroup;
 
-/// Namespaces by their names in the OCI configuration; the network is the VM's.
-const NAMESPACES: [(&str, i32); 7] = [
-    ("mount", libc::CLONE_NEWNS),
-    ("pid", libc::CLONE_NEWPID),
-    ("ipc", libc::CLONE_NEWIPC),
-    ("uts", libc::CLONE_NEWUTS),
-    ("cgroup", libc::CLONE_NEWCGROUP),
-    ("user", libc::CLONE_NEWUSER),
-    ("network", libc::CLONE_NEWNET),
-];
-/// CLONE_NEWTIME (linux/sched.h), which the C library does not have.
-const CLONE_NEWTIME: i32 = 0x80;
-
 #[derive(Debug, Clone)]
 pub(crate) struct Tenancy {
     rootfs: PathBuf,
-    namespaces: i32,
     cgroup: PathBuf,
     seccomp: Option<PathBuf>,
     personality: Option<String>,
@@ -52,12 +40,6 @@ pub(crate) struct PreparedProcess {
 impl Tenancy {
     /// From the spec's linux section. Writes what is too large to pass on into `dir`.
     pub(super) fn new(linux: &Value, rootfs: &Path, cgroup: &Path, dir: &Path) -> Result<Self, SpecError> {
-        let mut namespaces = 0;
-        for (name, flag) in NAMESPACES.into_iter().chain([("time", CLONE_NEWTIME)]) {
-            if has_namespace(linux, name) {
-                namespaces |= flag;
-            }
-        }
         let seccomp = match &linux["seccomp"] {
             Value::Null => None,
             filter => {
@@ -70,7 +52,6 @@ impl Tenancy {
         let personality = linux.pointer("/personality/domain").and_then(Value::as_str).map(str::to_owned);
         Ok(Self {
             rootfs: rootfs.to_owned(),
-            namespaces,
             cgroup: Cgroup::new(cgroup).path().to_owned(),
             seccomp,
             personality,
@@ -96,15 +77,23 @@ impl Tenancy {
         Ok(PreparedProcess { json: value.to_string().into_bytes(), console, owner })
     }
 
-    pub(super) fn request(&self, init: Pid, process: &PreparedProcess) -> zygote::Exec {
-        zygote::Exec {
+    /// What the zygote is asked for. The namespaces are those that the init has at this moment.
+    ///
+    /// # Errors
+    /// The init has ended, or cannot be examined.
+    pub(super) fn request(
+        &self,
+        init: Pid,
+        process: &PreparedProcess,
+    ) -> Result<zygote::Exec, NamespaceError> {
+        Ok(zygote::Exec {
             init: init.as_raw(),
-            namespaces: self.namespaces,
+            namespaces: namespaces::own(init)?,
             cgroup: self.cgroup.clone(),
             seccomp: self.seccomp.clone(),
             personality: self.personality.clone(),
             console: Some(process.console),
-        }
+        })
     }
 }
 

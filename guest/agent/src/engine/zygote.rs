@@ -65,7 +65,7 @@ pub(super) struct Create {
 pub(super) struct Exec {
     /// Of the container's init, as the agent sees it.
     pub(super) init: i32,
-    /// CLONE_NEW* of the namespaces that the container does not share with the VM.
+    /// CLONE_NEW* of the namespaces that the init does not share with the agent.
     pub(super) namespaces: i32,
     pub(super) cgroup: PathBuf,
     /// Holds the spec's linux.seccomp.

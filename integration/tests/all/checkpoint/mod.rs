@@ -1,11 +1,14 @@
 //! Checkpoint and restore, by containerd's clients and by its API.
 
 mod api;
+mod cgroups;
 mod clients;
 mod damage;
 mod inspect;
+mod joined;
 mod killed;
 mod state;
+mod watches;
 mod workloads;
 
 use std::path::Path;

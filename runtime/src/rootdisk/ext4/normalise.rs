@@ -18,11 +18,31 @@ use crate::rootdisk::tree::{Entry, Tree};
 /// image's.
 const EPOCH: Time = Time { seconds: 0, nanoseconds: 0 };
 
+/// What to do with the marks of an overlay that say from which file of its lower layer another one was copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::rootdisk) enum Marks {
+    Kept,
+    /// They are about a file system of the host's. In the guest they would hide what is in the lower layer.
+    Dropped,
+}
+
+/// Gives a disk an identity, which the handles of its files contain (name_to_handle_at(2)).
+///
+/// # Errors
+/// The disk cannot be read or written.
+pub(in crate::rootdisk) fn set_uuid(file: &File, uuid: [u8; 16]) -> Result<(), Ext4Error> {
+    /// Of the superblock.
+    const S_UUID: usize = 0x68;
+    let mut image = Image::open(file)?;
+    image.superblock()?[S_UUID..S_UUID + uuid.len()].copy_from_slice(&uuid);
+    image.flush()
+}
+
 /// Normalises the disk in `file` that was made of `tree`.
 ///
 /// # Errors
 /// The disk cannot be read or written, or does not hold the tree.
-pub(in crate::rootdisk) fn normalise(file: &File, tree: &Tree) -> Result<(), Ext4Error> {
+pub(in crate::rootdisk) fn normalise(file: &File, tree: &Tree, marks: Marks) -> Result<(), Ext4Error> {
     let mut image = Image::open(file)?;
     let mut names = vec![1_u64; tree.entries.len()];
     tree.entries.iter().filter_map(|entry| entry.first).for_each(|first| names[first] += 1);
@@ -61,7 +81,7 @@ pub(in crate::rootdisk) fn normalise(file: &File, tree: &Tree) -> Result<(), Ext
         compare(entry, names[index], &inode)?;
         inode.set_times(if index == 0 { EPOCH } else { entry.mtime });
         inode.clear_incidentals();
-        image.sort_xattrs(&mut inode, &entry.path)?;
+        image.sort_xattrs(&mut inode, &entry.path, marks)?;
         image.put_inode(ino, &inode)?;
         if entry.kind == Kind::Directory {
             let names: HashMap<_, _> =

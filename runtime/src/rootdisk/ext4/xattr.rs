@@ -6,6 +6,7 @@
 
 use super::image::Image;
 use super::inode::Inode;
+use super::normalise::Marks;
 use super::{BLOCK, Ext4Error, INODE, damaged, put16, put32, u16_at, u32_at};
 use crate::rootdisk::manifest::Xattrs;
 
@@ -35,6 +36,11 @@ impl Raw {
         ENTRY + self.name.len().next_multiple_of(4) + self.value.len().next_multiple_of(4)
     }
 
+    /// `trusted.overlay.origin`.
+    fn is_origin(&self) -> bool {
+        self.prefix == 4 && self.name == b"overlay.origin"
+    }
+
     fn hash(&self) -> u32 {
         let name = self.name.iter().fold(0_u32, |hash, &byte| hash.rotate_left(5) ^ u32::from(byte));
         self.value.chunks(4).fold(name, |hash, chunk| {
@@ -61,10 +67,17 @@ impl Image<'_> {
     }
 
     /// Puts the attributes in order; true if the inode changed. `path` is for messages.
-    pub(super) fn sort_xattrs(&mut self, inode: &mut Inode, path: &[u8]) -> Result<bool, Ext4Error> {
+    pub(super) fn sort_xattrs(
+        &mut self,
+        inode: &mut Inode,
+        path: &[u8],
+        marks: Marks,
+    ) -> Result<bool, Ext4Error> {
         let (inside, outside) = self.raw_xattrs(inode)?;
         let mut all = [inside, outside].concat();
-        if all.len() < 2 {
+        let found = all.len();
+        all.retain(|raw| marks == Marks::Kept || !raw.is_origin());
+        if all.len() == found && found < 2 {
             return Ok(false);
         }
         all.sort_by(|a, b| (a.prefix, a.name.len(), &a.name).cmp(&(b.prefix, b.name.len(), &b.name)));

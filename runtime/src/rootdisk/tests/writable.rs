@@ -104,6 +104,11 @@ fn a_seeded_layer_has_the_upper_directorys_files() {
         ("short", "trusted.s", "of a link"),
         ("etc/socket", "trusted.s", "of a socket"),
     ];
+    for file in [".", "one", "many"] {
+        // About a file of the host's.
+        let create = rustix::fs::XattrFlags::CREATE;
+        rustix::fs::lsetxattr(upper.join(file), "trusted.overlay.origin", b"handle", create).unwrap();
+    }
     for (file, key, value) in xattrs {
         rustix::fs::lsetxattr(upper.join(file), key, value.as_bytes(), rustix::fs::XattrFlags::CREATE)
             .unwrap();
@@ -144,6 +149,11 @@ fn a_seeded_layer_has_the_upper_directorys_files() {
         let mut wanted = vec![0; 100];
         let length = rustix::fs::lgetxattr(upper.join(file), key, wanted.as_mut_slice()).unwrap();
         assert_eq!(output.stdout.strip_suffix(b"\n").unwrap(), &wanted[..length], "{file} {key} {value}");
+    }
+    for file in [".", "one", "many"] {
+        let request = format!("ea_list upper/{file}");
+        let output = Spawn::new("debugfs").args(["-R", &request, disk_path]).run().unwrap();
+        assert!(!String::from_utf8_lossy(&output.stdout).contains("origin"), "{file}");
     }
 }
 

@@ -1,0 +1,111 @@
+//! Cgroups that a container has made below its own, with their controllers, limits, owners and processes.
+
+use std::fs;
+
+use anyhow::{Result, ensure};
+use machinen_integration::{
+    bundle::{Bundle, mount},
+    containerd::Containerd,
+    served::Served,
+};
+use serde_json::json;
+
+use super::checkpoint;
+use crate::harness::on_newest_containerd;
+
+on_newest_containerd!(below_a_namespace, without_a_namespace, more_than_can_be_kept);
+
+/// The first process moves down and gives controllers, as systemd and dockerd do. Where the hierarchy begins depends on the
+/// namespace.
+const MAKE: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup); cd $c; mkdir init work work/deep idle; \
+                    echo $$ >init/cgroup.procs; echo '+memory +pids +cpu' >cgroup.subtree_control; \
+                    echo '+memory +pids' >work/cgroup.subtree_control; \
+                    echo 64M >work/memory.max; echo 33 >work/deep/pids.max; echo 300 >idle/cpu.weight; \
+                    echo 1 >idle/memory.oom.group; chown 1000 work/cgroup.procs work; \
+                    sleep 7777 & echo $! >work/deep/cgroup.procs; sleep 8888 & echo $! >idle/cgroup.procs; \
+                    echo 1 >idle/cgroup.freeze; touch /dev/shm/made; exec sleep 9999";
+/// Paths below the container's cgroup, and nothing that another start would change.
+const LOOK: &str = "until [ -e /dev/shm/made ]; do usleep 50000; done; \
+                    c=/sys/fs/cgroup$(cut -d: -f3 /proc/1/cgroup); cd ${c%/init}; \
+                    for f in cgroup.subtree_control work/cgroup.subtree_control work/memory.max work/deep/pids.max \
+                    idle/cpu.weight idle/memory.oom.group idle/cgroup.freeze; do echo $f $(cat $f); done; \
+                    stat -c '%n %u' work work/cgroup.procs idle; \
+                    for p in self $(pidof sleep); do echo $(tr '\\0' ' ' </proc/$p/cmdline | cut -c1-10) \
+                    $(cut -d: -f3 /proc/$p/cgroup | sed 's,^/machinen/[^/]*,,'); done | sort";
+/// A process in the limited cgroup that takes more.
+const LIMIT: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/1/cgroup); cd ${c%/init}; echo $$ >work/deep/cgroup.procs; \
+                     head -c 200m /dev/zero | tail -c 199m >/dev/null; echo $?";
+
+fn below_a_namespace(containerd: &mut Containerd) -> Result<()> {
+    restored_as_it_was(containerd, true)
+}
+
+fn without_a_namespace(containerd: &mut Containerd) -> Result<()> {
+    restored_as_it_was(containerd, false)
+}
+
+fn restored_as_it_was(containerd: &Containerd, has_namespace: bool) -> Result<()> {
+    let config = config(containerd, MAKE, has_namespace)?;
+    let mut running = Served::run(containerd, &config)?;
+    let before = said(containerd, &running, LOOK)?;
+    for set in [
+        "work/memory.max 67108864",
+        "work/deep/pids.max 33",
+        "idle/cpu.weight 300",
+        "idle/cgroup.freeze 1",
+        "work/cgroup.procs 1000",
+        "sleep 7777 /work/deep",
+        "sleep 8888 /idle",
+    ] {
+        ensure!(before.contains(set), "{set:?} was not set:\n{before}");
+    }
+    ensure!(has_namespace == (said(containerd, &running, "cat /proc/1/cgroup")? == "0::/init\n"), "{before}");
+    for round in 1..=2 {
+        let dir = containerd.root().join(format!("images-{round}"));
+        checkpoint(&running, &dir)?;
+        running.end()?;
+        let mut restored = Served::of(containerd, &config)?;
+        restored.create(|request| request.checkpoint = dir.display().to_string())?;
+        restored.begin()?;
+        fs::remove_dir_all(&dir)?;
+        let after = said(containerd, &restored, LOOK)?;
+        ensure!(after == before, "restore {round}: before\n{before}\nafter\n{after}");
+        running = restored;
+    }
+    let limited = said(containerd, &running, LIMIT)?;
+    ensure!(limited.ends_with("137\n"), "the limit below does not hold: {limited}");
+    running.end()
+}
+
+fn more_than_can_be_kept(containerd: &mut Containerd) -> Result<()> {
+    let script = "cd /sys/fs/cgroup; for n in $(seq 1200); do mkdir $n; done; touch /dev/shm/made; while :; do sleep 1; done";
+    let source = Served::run(containerd, &config(containerd, script, true)?)?;
+    said(containerd, &source, "until [ -e /dev/shm/made ]; do usleep 50000; done")?;
+    let dir = containerd.root().join("images");
+    let (code, message) = super::refused(&source.client, &super::request(&source, &dir, None)?)?;
+    ensure!(
+        code == ttrpc::Code::FAILED_PRECONDITION && message.contains("cgroups below it"),
+        "{code:?}: {message}"
+    );
+    ensure!(!dir.exists() || fs::read_dir(&dir)?.next().is_none(), "half a checkpoint is left");
+    source.end()
+}
+
+fn config(containerd: &Containerd, script: &str, has_namespace: bool) -> Result<std::path::PathBuf> {
+    Bundle::busybox(containerd)?.config(&["sh", "-c", script], |spec| {
+        if has_namespace {
+            spec["linux"]["namespaces"].as_array_mut().expect("an array").push(json!({"type": "cgroup"}));
+        }
+        let mounts = spec["mounts"].as_array_mut().expect("an array");
+        mounts.push(mount("/sys/fs/cgroup", "cgroup", "cgroup", &["rw", "nosuid", "noexec", "nodev"]));
+    })
+}
+
+/// What a shell command in the container prints.
+fn said(containerd: &Containerd, served: &Served<'_>, script: &str) -> Result<String> {
+    let path = containerd.root().join("said");
+    served.exec_to("look", &["sh", "-c", script], &format!("file://{}", path.display()))?;
+    let text = fs::read_to_string(&path)?;
+    fs::remove_file(&path)?;
+    Ok(text)
+}

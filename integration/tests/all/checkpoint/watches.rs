@@ -1,0 +1,71 @@
+//! What watches files still hears of changes after a restore.
+
+use std::fs;
+
+use anyhow::{Result, ensure};
+use machinen_integration::{
+    bundle::{Bundle, mount},
+    containerd::Containerd,
+    served::Served,
+};
+use serde_json::json;
+
+use super::checkpoint;
+use crate::harness::on_newest_containerd;
+
+on_newest_containerd!(watches_of_files);
+
+/// Watches a file and a directory of the image, one of each that it has changed before, and one of a tmpfs; says of which it
+/// has heard.
+const WATCHER: &str = r#"
+import ctypes, os, struct, time
+paths = ["/etc/passwd", "/usr/lib", "/etc/group", "/home", "/dev/shm"]
+with open("/etc/group", "a") as f: f.write("x:x:99:\n")
+os.chmod("/home", 0o711)
+libc = ctypes.CDLL(None)
+fd = libc.inotify_init1(os.O_NONBLOCK)
+names = {libc.inotify_add_watch(fd, path.encode(), 0x306): path for path in paths}
+seen = set()
+open("/run/ready", "w").close()
+while True:
+    try: data = os.read(fd, 4096)
+    except BlockingIOError: time.sleep(0.05); continue
+    while data:
+        wd, _, _, length = struct.unpack_from("iIII", data)
+        seen.add(names[wd])
+        data = data[16 + length:]
+    with open("/run/new", "w") as f: f.write(" ".join(sorted(seen)))
+    os.rename("/run/new", "/run/seen")
+"#;
+const READY: &str = "until [ -e /run/ready ]; do usleep 50000; done";
+/// Attributes of the one, the content of the other.
+const CHANGE: &str = "chmod 600 /etc/passwd; touch /usr/lib/zz /home/zz /dev/shm/zz; echo y:x:98: >> /etc/group; \
+                      for n in $(seq 200); do [ \"$(cat /run/seen 2>/dev/null)\" = '/dev/shm /etc/group /etc/passwd /home /usr/lib' ] && exit; \
+                      usleep 50000; done; cat /run/seen; exit 1";
+
+fn watches_of_files(containerd: &mut Containerd) -> Result<()> {
+    let bundle = Bundle::with_workloads(containerd)?;
+    let config = bundle.config(&["python3.13", "-c", WATCHER], |spec| {
+        spec["process"]["env"] = json!(["PATH=/usr/bin:/bin", "LC_ALL=C", "PYTHONDONTWRITEBYTECODE=1"]);
+        let mounts = spec["mounts"].as_array_mut().expect("an array");
+        mounts.push(mount("/run", "tmpfs", "tmpfs", &["mode=755"]));
+    })?;
+    let mut running = Served::run(containerd, &config)?;
+    ensure!(running.exec_to("ready", &["sh", "-c", READY], "")? == 0, "it does not get ready");
+    // The second restore is of what was restored, from another disk than the first.
+    for round in 1..=2 {
+        let dir = containerd.root().join(format!("images-{round}"));
+        checkpoint(&running, &dir)?;
+        running.end()?;
+        let mut restored = Served::of(containerd, &config)?;
+        restored.create(|request| request.checkpoint = dir.display().to_string())?;
+        restored.begin()?;
+        fs::remove_dir_all(&dir)?;
+        running = restored;
+    }
+    let said = containerd.root().join("said");
+    let status = running.exec_to("change", &["sh", "-c", CHANGE], &format!("file://{}", said.display()))?;
+    ensure!(status == 0, "it has heard only of {:?}", fs::read_to_string(&said)?);
+    fs::remove_file(&said)?;
+    running.end()
+}
