@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 
 use super::{
     state::{Exit, State, StateError, Transition},
@@ -59,6 +59,14 @@ impl Process {
         if let Some(stdin) = stdin {
             // A process starts once.
             let _ = self.stdin.set(stdin);
+        }
+    }
+
+    /// How many bytes of stdin were taken from the caller; no more are until this is dropped. None where there is no stdin.
+    pub(super) async fn hold_stdin(&self) -> Option<OwnedMutexGuard<u64>> {
+        match self.stdin.get() {
+            Some(stdin) => Some(stdin.hold().await),
+            None => None,
         }
     }
 
