@@ -5,7 +5,10 @@ mod clients;
 mod damage;
 mod inspect;
 mod killed;
+mod refused;
 mod state;
+mod stdin;
+mod verify;
 mod workloads;
 
 use std::path::Path;
