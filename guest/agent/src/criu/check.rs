@@ -3,7 +3,7 @@
 //!
 //! | what | why |
 //! |---|---|
-//! | another uts, ipc, time, user, cgroup or pid namespace than the first process has | CRIU keeps those of the first one only |
+//! | another uts, ipc, time, net, user, cgroup or pid namespace than the first process has | CRIU keeps those of the first one only, and for a second network wants a program that is not in the image |
 //! | a program that is executed from a memfd | CRIU finds no file to execute |
 //! | a removed file that has other hard links, not on a tmpfs | CRIU's link to it is not in the new root file system |
 //! | an overlay that is mounted inside | its layers are not there when it is mounted again |
@@ -24,11 +24,12 @@ use super::{CriuError, source::Source, task::Task};
 use crate::sys;
 
 /// Links in /proc/PID/ns, and that of the first process that each has to be.
-const NAMESPACES: [(&str, &str); 8] = [
+const NAMESPACES: [(&str, &str); 9] = [
     ("uts", "uts"),
     ("ipc", "ipc"),
     ("time", "time"),
     ("time_for_children", "time"),
+    ("net", "net"),
     ("user", "user"),
     ("cgroup", "cgroup"),
     ("pid", "pid"),
@@ -99,9 +100,11 @@ fn odd_policy(tasks: &Path) -> Option<String> {
         sys::scheduling_policy(Pid::from_raw(tid)).ok()
     });
     let odd = policies.find(|policy| !POLICIES.contains(policy))?;
-    Some(format!(
-        "has a thread with the scheduling policy {odd}, of which only the common ones can be restored"
-    ))
+    let name = match odd {
+        libc::SCHED_DEADLINE => "SCHED_DEADLINE".to_owned(),
+        other => other.to_string(),
+    };
+    Some(format!("has a thread with the scheduling policy {name}"))
 }
 
 /// A file that was removed while it is open, mapped or executed.

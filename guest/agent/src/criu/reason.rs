@@ -68,7 +68,7 @@ impl Reason {
                 said.push(error);
                 let pid = named_pid(error).or(current);
                 let pid = pid.or_else(|| lines.filter_map(self::error).find_map(named_pid));
-                return Self { text: said.join("; "), pid };
+                return Self { text: one_line(&said.join("; ")), pid };
             }
             current = line.contains("Dumping task (pid: ").then(|| named_pid(line)).flatten().or(current);
             // Of a program that CRIU runs, which says itself what is wrong, right before CRIU does.
@@ -86,7 +86,7 @@ impl Reason {
     fn with_pid(&self, inner: Pid) -> String {
         let Some(pid) = self.pid else { return self.to_string() };
         let (pid, inner) = (pid.to_string(), inner.to_string());
-        let words = self.text.split(' ').map(|word| if word == pid { inner.as_str() } else { word });
+        let words = self.text.split_whitespace().map(|word| if word == pid { inner.as_str() } else { word });
         Self { text: words.collect::<Vec<_>>().join(" "), pid: None }.to_string()
     }
 }
@@ -104,6 +104,11 @@ impl std::fmt::Display for Reason {
             None => Ok(()),
         }
     }
+}
+
+/// CRIU puts tabs into some of its sentences.
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// "(00.012345)     42: Error (criu/file.c:10): the reason"

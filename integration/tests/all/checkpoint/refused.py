@@ -123,6 +123,7 @@ KINDS = {
     "ipc": lambda: unshare(0x08000000),
     "time": lambda: with_child(0x80),
     "time-for-children": lambda: unshare(0x80),
+    "net": lambda: unshare(0x40000000),
     "user": lambda: unshare(0x10000000),
     "cgroup": lambda: unshare(0x02000000),
     "pid": lambda: with_child(0x20000000),

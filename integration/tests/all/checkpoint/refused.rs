@@ -18,11 +18,12 @@ use crate::harness::on_newest_containerd;
 on_newest_containerd!(what_cannot_be_restored);
 
 /// What a process does (see refused.py), and what the caller of a checkpoint reads then.
-const KINDS: [(&str, &[&str]); 17] = [
+const KINDS: [(&str, &[&str]); 18] = [
     ("uts", &["process ", "(python3.13) is in another uts namespace than the container's first process"]),
     ("ipc", &["is in another ipc namespace"]),
     ("time", &["another time namespace"]),
     ("time-for-children", &["has another time namespace for its children"]),
+    ("net", &["is in another net namespace"]),
     ("user", &["is in another user namespace"]),
     ("cgroup", &["is in another cgroup namespace"]),
     ("pid", &["another pid namespace"]),
@@ -31,7 +32,7 @@ const KINDS: [(&str, &[&str]); 17] = [
     ("links-mapped", &[" uses /map-", "which was removed and has other hard links"]),
     ("links-program", &[" uses /program-", "which was removed and has other hard links"]),
     ("overlay", &["has an overlay mounted at /tmp/merged"]),
-    ("deadline", &["scheduling policy 6"]),
+    ("deadline", &["has a thread with the scheduling policy SCHED_DEADLINE"]),
     ("traced", &["is traced by another process"]),
     ("backlog", &["criu cannot checkpoint it: process ", "(python3.13): unix: Non-empty write queue"]),
     ("packets", &["(python3.13): The packetized mode for pipes is not supported yet"]),
