@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use crate::{
-    config::{Channel, Config, Tcp},
+    config::{Channel, Config, Tcp, Verify},
     error::{ErrorKind, Kind},
 };
 
@@ -44,6 +44,14 @@ pub const KEYS: &[(&str, Apply)] = &[
     }),
     ("pre-dump", |config, value| {
         config.checkpoint.pre_dump = value.parse().map_err(|_| "true or false")?;
+        Ok(())
+    }),
+    ("verify", |config, value| {
+        config.checkpoint.verify = match value {
+            "off" => Verify::Off,
+            "restore" => Verify::Restore,
+            _ => return Err("off or restore"),
+        };
         Ok(())
     }),
     ("lazy", |config, value| {

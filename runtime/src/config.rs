@@ -99,6 +99,17 @@ pub struct Pool {
 #[serde(default, deny_unknown_fields)]
 pub struct Checkpoint {
     pub pre_dump: bool,
+    pub verify: Verify,
+}
+
+/// How a checkpoint is tried out before its caller hears that it is good.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verify {
+    #[default]
+    Off,
+    /// It is restored in a VM of its own.
+    Restore,
 }
 
 /// How containers go on from checkpoints.

@@ -115,6 +115,7 @@ fn cgroup_code(err: &CgroupError) -> Code {
 fn criu_code(err: &CriuError) -> Code {
     match err {
         CriuError::Failed { .. }
+        | CriuError::Unrestorable { .. }
         | CriuError::Died { .. }
         | CriuError::Harmed { .. }
         | CriuError::Pages { .. } => Code::ABORTED,

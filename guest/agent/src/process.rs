@@ -12,7 +12,7 @@ use crate::{
     cgroup::Cgroup,
     channel::Stream,
     reaper::{Exit, Reaper},
-    stdio::{AgentEnds, StdinProgress, Terminal, WindowSize, pump_in, pump_out},
+    stdio::{AgentEnds, Input, Pipe, Stdin, Terminal, WindowSize, pump_out},
 };
 
 #[derive(Debug)]
@@ -20,7 +20,9 @@ pub(crate) struct Process {
     pid: Pid,
     reaper: Reaper,
     stage: watch::Receiver<Stage>,
-    stdin: StdinProgress,
+    stdin: Stdin,
+    /// What CRIU calls the pipes that its standard streams are, for as long as it has not put others in their place.
+    pipes: [Option<String>; 3],
     terminal: Option<Terminal>,
     tasks: Vec<AbortHandle>,
 }
@@ -79,9 +81,12 @@ impl Process {
         let Started { pid, exit, ends, cgroup, is_init } = started;
         let (stage_sender, stage) = watch::channel(Stage::Running);
         let (ended, _) = watch::channel(false);
-        let stdin = StdinProgress::new();
+        let pipes = ends.pipes.each_ref().map(|pipe| pipe.as_ref().map(Pipe::name));
+        let [stdin_pipe, ..] = ends.pipes;
+        let has_stream = ends.stdin.as_ref().is_some_and(Input::has_stream);
+        let stdin = Stdin::new(stdin_pipe, &ends.unread, has_stream);
         let mut tasks = Vec::new();
-        let pump_stdin = ends.stdin.map(|(stream, pipe)| tokio::spawn(pump_in(stream, pipe, stdin.clone())));
+        let pump_stdin = ends.stdin.map(|input| tokio::spawn(stdin.clone().pump(input)));
         tasks.extend(pump_stdin.as_ref().map(JoinHandle::abort_handle));
         // A terminal whose output nobody takes any more is hung up, for which nobody may hold it.
         let hang_up = ends.terminal.as_ref().and(pump_stdin.as_ref().map(JoinHandle::abort_handle));
@@ -123,7 +128,7 @@ impl Process {
             stage_sender.closed().await;
         });
         tasks.push(supervisor.abort_handle());
-        Self { pid, reaper, stage, stdin, terminal: ends.terminal, tasks }
+        Self { pid, reaper, stage, stdin, pipes, terminal: ends.terminal, tasks }
     }
 
     pub(crate) fn pid(&self) -> Pid {
@@ -172,6 +177,15 @@ impl Process {
     /// More than that were read already.
     pub(crate) fn end_stdin(&self, total: u64) -> Result<(), ProcessError> {
         if self.stdin.end_at(total) { Ok(()) } else { Err(ProcessError::StdinEnd { total }) }
+    }
+
+    /// The pipes that were made for its standard streams, as CRIU names them.
+    pub(crate) fn pipes(&self) -> &[Option<String>; 3] {
+        &self.pipes
+    }
+
+    pub(crate) fn stdin(&self) -> &Stdin {
+        &self.stdin
     }
 
     /// # Errors

@@ -55,6 +55,17 @@ pub(crate) fn kill_raw(pid: Pid, signal: i32) -> Result<(), Errno> {
     Errno::result(unsafe { libc::kill(pid.as_raw(), signal) }).map(drop)
 }
 
+/// The scheduling policy of a thread, without its flags: of the kernel's include/uapi/linux/sched.h.
+///
+/// # Errors
+/// There is no such thread.
+pub(crate) fn scheduling_policy(thread: Pid) -> Result<i32, Errno> {
+    const SCHED_RESET_ON_FORK: i32 = 0x4000_0000;
+    // SAFETY: no memory is involved.
+    Errno::result(unsafe { libc::syscall(libc::SYS_sched_getscheduler, thread.as_raw()) })
+        .map(|policy| i32::try_from(policy).unwrap_or(i32::MAX) & !SCHED_RESET_ON_FORK)
+}
+
 /// fork(2).
 ///
 /// # Errors

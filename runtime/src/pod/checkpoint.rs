@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   checkpoint   a disk for the guest -> freeze, export the layer (unless paused) -> CRIU dumps onto it
-//!                -> goes on, unless it is to end -> read, hashed, synced to the directory -> exit: killed
+//!                -> goes on, unless it is to end -> read, hashed, synced to the directory (-> tried out) -> exit: killed
 //!   create       manifest understood -> images are a disk -> CRIU makes the processes, which wait
 //!   start        they run
 //! ```
@@ -86,18 +86,23 @@ impl Pod {
         let phases = Phases::default();
         let taking = Taking::new(self, container, &agent, wanted, !was_paused);
         let written = async {
-            let Dumped { attached, facts, layer } = taking.dumped(&phases).await?;
+            let Dumped { attached, facts, layer, twin } = taking.dumped(&phases).await?;
             let manifest = Manifest { layer, ..manifest }.with_facts(facts);
             let (located, pieces) = mpsc::channel(WAITING);
             let images = attached.images(pieces);
             let (located, saved) = tokio::join!(
                 phases.time("images", taking.locate(&attached, located)),
-                save(id, images, manifest, wanted, &phases),
+                save(id, images, manifest, &wanted.path, &phases),
             );
             attached.release();
             // What was not located cannot be saved.
             located?;
             let Saved { files, bytes } = saved?;
+            let tried = match twin {
+                Some(twin) => self.verify(container, &wanted.path, twin, &phases).await,
+                None => Ok(()),
+            };
+            finish(id, wanted, tried).await?;
             let path = wanted.path.display();
             tracing::info!(id, files, bytes, phases = %phases, %path, "container checkpointed");
             self.emit(Event::Checkpointed { id: id.to_owned(), path: wanted.path.clone() });
@@ -120,27 +125,37 @@ async fn save(
     id: &str,
     images: Images,
     manifest: Manifest,
-    wanted: &Checkpoint,
+    path: &Path,
     phases: &Phases,
 ) -> Result<Saved, PodError> {
-    let Checkpoint { path, also, work, .. } = wanted.clone();
-    let save = move || -> Result<Saved, CheckpointError> {
-        let saved = checkpoint::save(images, manifest, &path)?;
-        let also = also.filter(|also| *also != path);
-        let copied = also.as_ref().map_or(Ok(()), |also| checkpoint::copy(&path, also));
-        let also = also.filter(|_| copied.is_ok());
-        let copied = copied.and_then(|()| work.map_or(Ok(()), |work| checkpoint::copy_reports(&path, &work)));
-        if copied.is_err() {
-            for dir in also.iter().chain([&path]) {
-                if let Err(error) = checkpoint::remove(dir) {
-                    tracing::warn!("{}", chain(&error));
-                }
-            }
-        }
-        copied.map(|()| saved)
-    };
+    let path = path.to_owned();
+    let save = move || checkpoint::save(images, manifest, &path);
     let saved = phases.time("save", async { spawn_blocking(save).await.map_err(PodError::Worker) });
     saved.await?.map_err(|source| PodError::Checkpoint { id: id.to_owned(), source })
+}
+
+/// Puts a checkpoint that is written, and was `tried`, where else the caller wants it. On an error none is left.
+async fn finish(id: &str, wanted: &Checkpoint, tried: Result<(), PodError>) -> Result<(), PodError> {
+    let Checkpoint { path, also, work, .. } = wanted.clone();
+    let id = id.to_owned();
+    let finish = move || {
+        let also = also.filter(|also| *also != path);
+        let copy = || {
+            also.as_ref().map_or(Ok(()), |also| checkpoint::copy(&path, also))?;
+            work.map_or(Ok(()), |work| checkpoint::copy_reports(&path, &work)).inspect_err(|_| {
+                also.iter().for_each(|also| discard(also));
+            })
+        };
+        let failed = |source| PodError::Checkpoint { id, source };
+        tried.and_then(|()| copy().map_err(failed)).inspect_err(|_| discard(&path))
+    };
+    spawn_blocking(finish).await.map_err(PodError::Worker)?
+}
+
+fn discard(dir: &Path) {
+    if let Err(error) = checkpoint::remove(dir) {
+        tracing::warn!("{}", chain(&error));
+    }
 }
 
 pub(super) fn guest_disk(address: DiskAddress) -> Disk {
@@ -249,6 +264,10 @@ impl Restore {
             }
             _ => Ok(()),
         }
+    }
+
+    pub(super) fn has_terminal(&self) -> bool {
+        self.manifest.terminal
     }
 
     /// `spec` is the new container's, and `cpus` are those of its VM.

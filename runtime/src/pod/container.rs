@@ -13,10 +13,11 @@ use super::{
     checkpoint,
     exec::Execs,
     layer::Layer,
+    rootfs::RootfsMount,
     state::{Exit, State},
     stdio::StdioNames,
 };
-use crate::{process, rootdisk::Key, vm::Vm};
+use crate::{config, process, rootdisk::Key, vm::Vm};
 
 /// A container that exists in the guest.
 #[derive(Debug)]
@@ -38,8 +39,10 @@ pub struct Container {
     pub(super) base: Option<Key>,
     /// The checkpoint that it goes on from, until it has been started.
     pub(super) checkpoint: Mutex<Option<checkpoint::Source>>,
-    /// Its memory goes to a checkpoint's disk once before it stands still.
-    pub(super) pre_dump: bool,
+    /// How its checkpoints are taken.
+    pub(super) taking: config::Checkpoint,
+    /// How the caller mounted its root file system.
+    pub(super) rootfs: Vec<RootfsMount>,
 }
 
 /// What a container has of disks, and how they are used.
@@ -48,7 +51,8 @@ pub(super) struct Storage {
     pub(super) layer: Layer,
     pub(super) base: Option<Key>,
     pub(super) checkpoint: Option<checkpoint::Source>,
-    pub(super) pre_dump: bool,
+    pub(super) taking: config::Checkpoint,
+    pub(super) rootfs: Vec<RootfsMount>,
 }
 
 impl Container {
@@ -60,7 +64,7 @@ impl Container {
         vm: Vm,
         storage: Storage,
     ) -> Self {
-        let Storage { layer, base, checkpoint, pre_dump } = storage;
+        let Storage { layer, base, checkpoint, taking, rootfs } = storage;
         Self {
             id,
             bundle,
@@ -73,7 +77,8 @@ impl Container {
             layer,
             base,
             checkpoint: Mutex::new(checkpoint),
-            pre_dump,
+            taking,
+            rootfs,
         }
     }
 

@@ -63,17 +63,17 @@ pub(super) struct Prepared {
     pub(super) config: Config,
     pub(super) assets: Assets,
     pub(super) guest: GuestSpec,
-    rootfs: rootfs::Plan,
-    restore: Option<Restore>,
+    pub(super) rootfs: rootfs::Plan,
+    pub(super) restore: Option<Restore>,
 }
 
 /// The disks of a container: what its image has, and what it writes; or one of them, which has all.
 #[derive(Debug)]
-struct Disks<T, C = T> {
-    base: Option<T>,
-    writable: Option<T>,
+pub(super) struct Disks<T, C = T> {
+    pub(super) base: Option<T>,
+    pub(super) writable: Option<T>,
     /// What it goes on from.
-    checkpoint: Option<C>,
+    pub(super) checkpoint: Option<C>,
 }
 
 impl Pod {
@@ -192,14 +192,15 @@ impl Pod {
                 .checkpoint
                 .zip(files.checkpoint)
                 .map(|(address, disk)| checkpoint::Source { address, disk }),
-            pre_dump: prepared.config.checkpoint.pre_dump,
+            taking: prepared.config.checkpoint,
+            rootfs: create.rootfs.clone(),
         };
         let (container, watched) = self.assemble(create, anchor, agent, vm, streams, storage);
         Ok((container, watched, birth.origin))
     }
 
     /// Everything that can be refused without touching anything.
-    fn prepare(&self, create: &Create) -> Result<Prepared, PodError> {
+    pub(super) fn prepare(&self, create: &Create) -> Result<Prepared, PodError> {
         let spec = bundle::load(&create.bundle)?;
         let annotations = spec.annotations().clone().unwrap_or_default();
         let config = annotations::apply(&self.shared.config, &annotations)?;
@@ -247,7 +248,7 @@ impl Pod {
 }
 
 /// Attaches the disks while the guest comes to life.
-async fn ready(
+pub(super) async fn ready(
     vm: &Vm,
     id: &str,
     files: &Disks<File, ImageDisk>,
@@ -294,7 +295,7 @@ async fn lost(launched: &mut watch::Receiver<Option<Vm>>) -> PodError {
 }
 
 /// None where the root file system is on a disk already.
-async fn base_disk(prepared: &Prepared, id: &str) -> Result<Option<Rootdisk>, PodError> {
+pub(super) async fn base_disk(prepared: &Prepared, id: &str) -> Result<Option<Rootdisk>, PodError> {
     let Some(source) = prepared.rootfs.source.clone() else { return Ok(None) };
     let config::Rootdisk { dir, min_size_mib, mke2fs, .. } = prepared.config.rootdisk.clone();
     let id = id.to_owned();
@@ -313,7 +314,7 @@ async fn base_disk(prepared: &Prepared, id: &str) -> Result<Option<Rootdisk>, Po
     spawn_blocking(build).await.map_err(PodError::Worker)?.map(Some).map_err(PodError::Rootdisk)
 }
 
-fn read_injected(files: &[Injected]) -> Result<Vec<InjectedFile>, PodError> {
+pub(super) fn read_injected(files: &[Injected]) -> Result<Vec<InjectedFile>, PodError> {
     let read = |path: &Path| -> io::Result<(Vec<u8>, u32)> {
         let file = File::open(path)?;
         let mode = file.metadata()?.mode() & 0o777;
@@ -337,7 +338,7 @@ fn read_injected(files: &[Injected]) -> Result<Vec<InjectedFile>, PodError> {
         .collect()
 }
 
-fn request(
+pub(super) fn request(
     id: &str,
     guest_spec: &Spec,
     disks: &Disks<DiskAddress>,

@@ -25,6 +25,7 @@ use super::{
     Container, Pod, PodError,
     checkpoint::{Checkpoint, guest_disk},
     phases::Phases,
+    verify::Twin,
 };
 use crate::{
     agent,
@@ -49,12 +50,14 @@ pub(super) struct Taking<'a> {
 }
 
 /// What CRIU has left.
-pub(super) struct Dumped {
+pub(super) struct Dumped<'a> {
     /// Where the guest has written it.
     pub(super) attached: Attached,
     pub(super) facts: CheckpointFacts,
     /// Which directory has what the container had written; see [`crate::layer::identity`].
     pub(super) layer: Option<String>,
+    /// For a trial restore, if there is to be one.
+    pub(super) twin: Option<Twin<'a>>,
 }
 
 /// A disk in the VM, to be detached.
@@ -114,7 +117,7 @@ impl<'a> Taking<'a> {
     ///
     /// # Errors
     /// No space, or CRIU cannot; the disk is not in the VM any more.
-    pub(super) async fn dumped(&self, phases: &Phases) -> Result<Dumped, PodError> {
+    pub(super) async fn dumped(&self, phases: &Phases) -> Result<Dumped<'a>, PodError> {
         let id = self.container.id.as_str();
         let vm = self.pod.vm_of(id).await?;
         let (disk, size) = self.scratch_disk().await?;
@@ -126,9 +129,9 @@ impl<'a> Taking<'a> {
             ..Default::default()
         };
         match self.dump(request, phases).await {
-            Ok((CheckpointContainerResponse { facts, criu_us, .. }, layer)) => {
+            Ok((CheckpointContainerResponse { facts, criu_us, .. }, layer, twin)) => {
                 phases.record("criu", Duration::from_micros(criu_us));
-                Ok(Dumped { attached, facts: facts.unwrap_or_default(), layer })
+                Ok(Dumped { attached, facts: facts.unwrap_or_default(), layer, twin })
             }
             Err(error) => {
                 let error = self.blame(error, &attached);
@@ -175,9 +178,9 @@ impl<'a> Taking<'a> {
         &self,
         request: CheckpointContainerRequest,
         phases: &Phases,
-    ) -> Result<(CheckpointContainerResponse, Option<String>), PodError> {
+    ) -> Result<(CheckpointContainerResponse, Option<String>, Option<Twin<'a>>), PodError> {
         let id = self.container.id.as_str();
-        if self.runs && self.container.pre_dump {
+        if self.runs && self.container.taking.pre_dump {
             let copied = phases.time("pre-dump", self.agent.pre_dump_container(request.clone())).await;
             if let Err(error) = copied {
                 tracing::warn!(id, "cannot copy memory ahead of a checkpoint: {}", chain(&error));
@@ -194,8 +197,15 @@ impl<'a> Taking<'a> {
                 self.pod.while_frozen(self.container).await?;
             }
             let layer = self.container.layer.identity().map_err(PodError::Layer)?;
+            // What it has not read of it goes with the checkpoint; what the caller writes meanwhile, to the source only.
+            let held = self.container.init.hold_stdin().await;
+            let request =
+                CheckpointContainerRequest { stdin_bytes: held.as_deref().copied().unwrap_or(0), ..request };
             let dumped = phases.time("dump", self.agent.checkpoint_container(request)).await;
-            Ok((dumped.map_err(|source| PodError::guest("checkpoint", id, source))?, layer))
+            drop(held);
+            let dumped = dumped.map_err(|source| PodError::guest("checkpoint", id, source))?;
+            let twin = phases.time("twin", Twin::of(self.container, &self.pod.shared.config)).await?;
+            Ok((dumped, layer, twin))
         };
         let dumped = dumped.await;
         if dumped.is_err() || !self.wanted.exit {
@@ -218,7 +228,7 @@ impl<'a> Taking<'a> {
     /// As large as the images can be. Nobody can open it, and it goes with its descriptor.
     async fn scratch_disk(&self) -> Result<(File, u64), PodError> {
         let memory = u64::from(self.pod.vm_memory_mib()) << 20;
-        let before = if self.container.pre_dump { memory } else { 0 };
+        let before = if self.container.taking.pre_dump { memory } else { 0 };
         let size = memory * 5 / 4 + before + BESIDE_MEMORY;
         let config::Rootdisk { dir, mke2fs, .. } = self.pod.shared.config.rootdisk.clone();
         let make = move || RootdiskCache::open(&dir)?.unnamed_writable(size, &mke2fs);

@@ -72,6 +72,8 @@ pub enum PodError {
     Layer(#[source] LayerError),
     #[error("cannot checkpoint container {id}")]
     Checkpoint { id: String, source: CheckpointError },
+    #[error("the checkpoint of container {id} was removed, since its trial restore failed")]
+    Verify { id: String, source: Box<PodError> },
     #[error("cannot restore container {id} from the checkpoint {}", dir.display())]
     Restore { id: String, dir: PathBuf, source: CheckpointError },
     #[error("cannot boot the VM")]
@@ -137,6 +139,7 @@ impl Kind for PodError {
             Self::Rootdisk(source) | Self::Writable(source) => source.kind(),
             Self::Layer(source) => source.kind(),
             Self::Checkpoint { source, .. } | Self::Restore { source, .. } => source.kind(),
+            Self::Verify { source, .. } => source.kind(),
             Self::Boot(source) | Self::Vm { source, .. } => source.kind(),
             Self::Clone(_) | Self::Template(_) => ErrorKind::Internal,
             Self::Injected { .. } | Self::Descriptor(_) | Self::Encode(_) | Self::Worker(_) => {

@@ -128,6 +128,30 @@ pub(super) fn base_of_left_disk(
     Ok(found)
 }
 
+/// A disk like the container's was when its checkpoint was taken, for another VM to write to. `copy` is that of
+/// [`Layer::only_disk`]; otherwise the snapshot has all of it, and `upper` must not be exchanged meanwhile.
+pub(super) async fn twin_disk(
+    plan: &rootfs::Plan,
+    config: &Config,
+    copy: Option<File>,
+) -> Result<File, PodError> {
+    if let Some(copy) = copy {
+        return Ok(copy);
+    }
+    let target = plan.target.clone();
+    let size = config.rootdisk.writable_size_mib << 20;
+    let config::Rootdisk { dir, mke2fs, .. } = config.rootdisk.clone();
+    let make = move || {
+        let cache = RootdiskCache::open(&dir)?;
+        match target {
+            Some(Target::Upper(upper)) if was_written(&upper)? => cache.unnamed_seeded(size, &upper, &mke2fs),
+            // What was written is in the base disk by now.
+            _ => cache.unnamed_writable(size, &mke2fs),
+        }
+    };
+    Ok(spawn_blocking(make).await.map_err(PodError::Worker)??)
+}
+
 fn was_written(upper: &Path) -> Result<bool, RootdiskError> {
     let failed = |source| RootdiskError::Writable { path: upper.to_owned(), source };
     let mode = fs::metadata(upper).map_err(failed)?.permissions().mode() & 0o7777;
@@ -168,6 +192,16 @@ impl Layer {
             }
         }
         Self { target, disk, limits, clean, exporting: tokio::sync::Mutex::default() }
+    }
+
+    /// The disk, where nothing else has what the container has written.
+    pub fn only_disk(&self) -> Option<&Path> {
+        self.target.is_none().then_some(&*self.disk)
+    }
+
+    /// Keeps the snapshot as it is until the guard is dropped.
+    pub async fn hold(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.exporting.lock().await
     }
 
     /// Which directory has it; see [`layer::identity`].

@@ -33,6 +33,7 @@ pub mod stats;
 pub mod stdio;
 mod streams;
 mod update;
+mod verify;
 mod vm_spec;
 
 use std::{

@@ -2,7 +2,7 @@
 
 use std::sync::{self, MutexGuard};
 
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 
 use super::{
     state::{Exit, State, StateError, Transition},
@@ -31,7 +31,7 @@ enum ProcessStdin {
     /// Its streams are connected.
     Pending(PendingInput),
     /// It runs, and is fed.
-    Fed { _input: Input },
+    Fed(Input),
 }
 
 impl Process {
@@ -83,7 +83,7 @@ impl Process {
     pub(super) fn open_stdin(&self) -> Result<Option<Stdin>, StdioError> {
         match &*self.stdin() {
             ProcessStdin::Pending(input) => input.open().map(Some),
-            ProcessStdin::Absent | ProcessStdin::Fed { .. } => Ok(None),
+            ProcessStdin::Absent | ProcessStdin::Fed(_) => Ok(None),
         }
     }
 
@@ -92,8 +92,18 @@ impl Process {
         let Some(opened) = opened else { return };
         let mut stdin = self.stdin();
         if let ProcessStdin::Pending(input) = std::mem::replace(&mut *stdin, ProcessStdin::Absent) {
-            *stdin = ProcessStdin::Fed { _input: input.start(opened, self.stdin_closed.subscribe()) };
+            *stdin = ProcessStdin::Fed(input.start(opened, self.stdin_closed.subscribe()));
         }
+    }
+
+    /// How many bytes of stdin were taken from the caller; no more are taken until the guard is dropped. None where there is
+    /// no stdin.
+    pub(super) async fn hold_stdin(&self) -> Option<OwnedMutexGuard<u64>> {
+        let held = match &*self.stdin() {
+            ProcessStdin::Fed(input) => input.hold(),
+            ProcessStdin::Absent | ProcessStdin::Pending(_) => return None,
+        };
+        Some(held.await)
     }
 
     /// Stdin ends when everything that was written to its fifo so far has been read; before the process has started, when

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::Path;
 
-use rustix::fs::{SeekFrom, ftruncate, seek};
+use rustix::fs::{SeekFrom, ftruncate, ioctl_ficlone, seek};
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
@@ -119,25 +119,35 @@ impl RootdiskCache {
         upper: &Path,
         mke2fs: &Path,
     ) -> Result<File, RootdiskError> {
-        let size = size.next_multiple_of(BLOCK as u64);
         let failed = |source| RootdiskError::Writable { path: path.to_owned(), source };
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let view = View::of_upper(upper)?;
-        let tree = Tree::walk(&view)?;
-        let files = tree.files().count() as u64;
-        let inodes = (size / BYTES_PER_INODE).max(files + files / 4 + 1024);
-        let needed = tree.needed_bytes() + JOURNAL;
-        if needed + inodes * INODE as u64 > size {
-            return Err(RootdiskError::UpperTooLarge { path: upper.to_owned(), needed, size });
-        }
-        let mke2fs = Mke2fs::find(mke2fs)?;
         let file = store::unnamed(dir).map_err(failed)?;
-        ftruncate(&file, size).map_err(|error| failed(error.into()))?;
-        mke2fs.seeded(view.share()?, &file, dir, inodes, needed)?;
-        let finished = ext4::normalise(&file, &tree, ext4::Marks::Dropped);
-        finished.map_err(|source| RootdiskError::Finish { root: upper.to_owned(), source })?;
+        seed(&file, dir, size, upper, mke2fs)?;
         file.set_permissions(Permissions::from_mode(0o600)).map_err(failed)?;
         store::name_new_file(&file, path).map_err(failed)?;
+        Ok(file)
+    }
+
+    /// The same in a file of the cache's directory that has no name.
+    ///
+    /// # Errors
+    /// `upper` cannot be read or does not fit, no space or no mke2fs.
+    pub fn unnamed_seeded(&self, size: u64, upper: &Path, mke2fs: &Path) -> Result<File, RootdiskError> {
+        let file = self.store.unnamed()?;
+        seed(&file, &self.store.dir, size, upper, mke2fs)?;
+        Ok(file)
+    }
+
+    /// A copy of a disk that nobody writes to meanwhile, in a file of the cache's directory that has no name. It shares the
+    /// disk's blocks where the file system can, and has its holes.
+    ///
+    /// # Errors
+    /// The disk cannot be read, or no space.
+    pub fn unnamed_copy(&self, disk: &Path) -> Result<File, RootdiskError> {
+        let failed = |source| RootdiskError::Writable { path: disk.to_owned(), source };
+        let from = File::open(disk).map_err(failed)?;
+        let file = self.store.unnamed()?;
+        copy_data(&from, &file).map_err(failed)?;
         Ok(file)
     }
 
@@ -189,6 +199,49 @@ pub fn open_writable(path: &Path) -> Result<File, RootdiskError> {
         return Err(other("is not an ext4 file system"));
     }
     Ok(file)
+}
+
+/// Makes a file system of `size` bytes in `file`, which is in `dir`, with a copy of `upper` in it.
+fn seed(file: &File, dir: &Path, size: u64, upper: &Path, mke2fs: &Path) -> Result<(), RootdiskError> {
+    let size = size.next_multiple_of(BLOCK as u64);
+    let failed = |source| RootdiskError::Writable { path: dir.to_owned(), source };
+    let view = View::of_upper(upper)?;
+    let tree = Tree::walk(&view)?;
+    let files = tree.files().count() as u64;
+    let inodes = (size / BYTES_PER_INODE).max(files + files / 4 + 1024);
+    let needed = tree.needed_bytes() + JOURNAL;
+    if needed + inodes * INODE as u64 > size {
+        return Err(RootdiskError::UpperTooLarge { path: upper.to_owned(), needed, size });
+    }
+    let mke2fs = Mke2fs::find(mke2fs)?;
+    ftruncate(file, size).map_err(|error| failed(error.into()))?;
+    mke2fs.seeded(view.share()?, file, dir, inodes, needed)?;
+    let finished = ext4::normalise(file, &tree, ext4::Marks::Dropped);
+    finished.map_err(|source| RootdiskError::Finish { root: upper.to_owned(), source })
+}
+
+/// Copies what is no hole to an empty file.
+fn copy_data(mut from: &File, mut to: &File) -> io::Result<()> {
+    if ioctl_ficlone(to, from).is_ok() {
+        return Ok(());
+    }
+    let size = from.metadata()?.len();
+    ftruncate(to, size)?;
+    let mut offset = 0;
+    loop {
+        let start = match seek(from, SeekFrom::Data(offset)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let end = seek(from, SeekFrom::Hole(start))?.min(size);
+        seek(from, SeekFrom::Start(start))?;
+        seek(to, SeekFrom::Start(start))?;
+        if io::copy(&mut io::Read::take(&mut from, end - start), &mut to)? != end - start {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        offset = end;
+    }
 }
 
 fn data(file: &File, size: u64) -> io::Result<Data> {

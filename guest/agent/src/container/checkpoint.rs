@@ -45,7 +45,7 @@ impl Container {
     fn source(&self) -> Result<Source<'_>, ContainerError> {
         drop(self.dumped().take());
         let cgroup = self.live_cgroup()?;
-        Ok(Source { init: self.init.pid(), cgroup, rootfs: self.rootfs.path(), dir: &self.dir })
+        Ok(Source { init: &self.init, cgroup, rootfs: self.rootfs.path(), dir: &self.dir })
     }
 
     /// Dumps it onto a disk; it stays paused.
@@ -72,7 +72,8 @@ impl Container {
         let disk = parts.disks.find_one(disk.into(), false).await.map_err(CriuError::from)?;
         // CRIU writes to the root file system where a file has lost its name.
         self.rootfs.thaw()?;
-        let dumped = criu::dump(&parts.reaper, &source, &disk, &request.options.unwrap_or_default()).await;
+        let options = request.options.unwrap_or_default();
+        let dumped = criu::dump(&parts.reaper, &source, &disk, &options, request.stdin_bytes).await;
         match dumped {
             // Half a container is worse than none.
             Err(CriuError::Harmed { .. }) => source.cgroup.kill()?,

@@ -41,7 +41,7 @@ use crate::{
     engine::{self, EngineError, Prepared, Tenancy, Waiting},
     layer::{self, LayerError, Stamp},
     process::{Process, ProcessError, Started},
-    stdio::{StdioError, Streams},
+    stdio::{AgentEnds, StdioError, Streams},
     view::{View, ViewError},
 };
 
@@ -426,21 +426,22 @@ async fn make(
     let create = async {
         cgroup.create(prepared.devices())?;
         phases.done("cgroup");
-        let (pid, exit, waits) = match restored_at {
+        let (pid, exit, waits, unread) = match restored_at {
             None => {
                 let created = parts.engine.create(&parts.reaper, prepared, process_ends).await?;
                 let engine::Created { pid, exit, waiting } = created;
                 phases.done("engine");
-                (pid, exit, Waits::New(waiting))
+                (pid, exit, Waits::New(waiting), Vec::new())
             }
             Some(place) => {
-                let Restored { pid, exit, held } =
+                let Restored { pid, exit, held, stdin } =
                     place.restore(parts, prepared, &cgroup, process_ends).await?;
                 phases.done("criu");
-                (pid, exit, Waits::Restored(Box::new(held)))
+                (pid, exit, Waits::Restored(Box::new(held)), stdin)
             }
         };
-        Ok::<_, ContainerError>((pid, exit, waits, pending.connect()?))
+        let ends = AgentEnds { unread, ..pending.connect()? };
+        Ok::<_, ContainerError>((pid, exit, waits, ends))
     };
     let (pid, exit, waits, ends) = match create.await {
         Ok(made) => made,

@@ -7,15 +7,16 @@ use std::{
 };
 
 use machinen_protocol::api::{CheckpointContainerResponse, CheckpointFacts, CriuOptions, ImageFile};
-use nix::{mount::MsFlags, unistd::Pid};
+use nix::mount::MsFlags;
 use protobuf::MessageField;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type};
 use tokio::task::spawn_blocking;
 
 use super::{
-    CriuError, cpu, extents, mend::mend, mounted::Mounted, mounts, pagemap, rpc::Criu, source::Source,
+    CriuError, STDIN, check::check, cpu, extents, mend::mend, mounted::Mounted, mounts, pagemap,
+    reason::quote_of_dump, rpc::Criu, source::Source,
 };
-use crate::{disk::Disk, reaper::Reaper};
+use crate::{disk::Disk, process::Process, reaper::Reaper, stdio};
 
 const LOG: &str = "dump.log";
 /// What the disk has.
@@ -52,6 +53,7 @@ pub(crate) async fn pre_dump(
     disk: &Disk,
     options: &CriuOptions,
 ) -> Result<(), CriuError> {
+    check(source)?;
     let mounted = Mounted::mount(disk, source.dir, FILE_SYSTEM, MsFlags::MS_NOATIME)?;
     let images = directory(&mounted, BEFORE)?;
     let mut opts = opts(&images, source, options)?;
@@ -126,13 +128,15 @@ impl Dumped {
 /// Dumps onto a disk. The processes stay frozen.
 ///
 /// # Errors
-/// CRIU cannot; the processes are as before. [`CriuError::Harmed`]: they are not, and must end.
+/// CRIU cannot, or could not restore it; the processes are as before. [`CriuError::Harmed`]: they are not, and must end.
 pub(crate) async fn dump(
     reaper: &Reaper,
     source: &Source<'_>,
     disk: &Disk,
     options: &CriuOptions,
+    stdin_sent: u64,
 ) -> Result<(Dumped, CheckpointContainerResponse), CriuError> {
+    check(source)?;
     let mut facts = facts(source)?;
     let mounted = Mounted::mount(disk, source.dir, FILE_SYSTEM, MsFlags::MS_NOATIME)?;
     let before = Some(mounted.path().join(BEFORE)).filter(|before| before.is_dir());
@@ -150,6 +154,9 @@ pub(crate) async fn dump(
         }
         done => done?,
     }
+    let unread = source.init.stdin().unread(stdin_sent).await.map_err(CriuError::Stdin)?;
+    let path = images.join(STDIN);
+    stdio::save_unread(&unread, &path).map_err(|source| CriuError::File { what: "write", path, source })?;
     facts.criu_version = version(&images.join(LOG));
     let criu_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
     let response =
@@ -179,7 +186,7 @@ fn opts(images: &Path, source: &Source<'_>, options: &CriuOptions) -> Result<Opt
         source,
     })?;
     let mut opts = super::options(&dir, source.rootfs, options);
-    opts.set_pid(source.init.as_raw());
+    opts.set_pid(source.init.pid().as_raw());
     opts.set_leave_running(true);
     opts.set_freeze_cgroup(source.cgroup.path().display().to_string());
     // All that is below it is recorded, wherever the first process is.
@@ -196,7 +203,7 @@ async fn run(reaper: &Reaper, what: Criu_req_type, opts: Opts, images: &Path) ->
     request.opts = MessageField::some(opts.opts);
     let criu = Criu::start(reaper, &[])?;
     criu.send(&request).await?;
-    let outcome = criu.finish("checkpoint", &images.join(LOG)).await;
+    let outcome = criu.finish("checkpoint", &images.join(LOG), quote_of_dump).await;
     // After a copy it would wait to be asked for the dump, which may never come.
     if outcome.is_err() || what == Criu_req_type::PRE_DUMP {
         criu.end().await;
@@ -213,7 +220,7 @@ fn facts(source: &Source<'_>) -> Result<CheckpointFacts, CriuError> {
         kernel_release: cpu::kernel(),
         cpu_flags: cpu::flags()?,
         descriptors: descriptors(source.init),
-        mounts: mounts::external(source.init, &source.dir.join("files"))?,
+        mounts: mounts::external(source.init.pid(), &source.dir.join("files"))?,
         limits,
         cgroups: source.cgroup.record(&LIMITS)?,
         ..Default::default()
@@ -227,10 +234,16 @@ fn version(log: &Path) -> String {
     version.map(|(_, version)| version.split(' ').next().unwrap_or_default().to_owned()).unwrap_or_default()
 }
 
-/// What CRIU calls the pipes that the agent has the other ends of.
-fn descriptors(init: Pid) -> Vec<String> {
-    let name = |fd: u32| fs::read_link(format!("/proc/{init}/fd/{fd}"));
-    (0..3).map(|fd| name(fd).map(|name| name.display().to_string()).unwrap_or_default()).collect()
+/// What CRIU calls the pipes that the agent has the other ends of, wherever the processes have them open. What else the
+/// first process has in their places is named too, but for pipes of its own.
+fn descriptors(init: &Process) -> Vec<String> {
+    let open = |fd: usize| fs::read_link(format!("/proc/{}/fd/{fd}", init.pid()));
+    let other = |fd| open(fd).map(|name| name.display().to_string()).unwrap_or_default();
+    let name = |(fd, pipe): (usize, &Option<String>)| match pipe {
+        Some(pipe) => pipe.clone(),
+        None => Some(other(fd)).filter(|name| !name.starts_with("pipe:")).unwrap_or_default(),
+    };
+    init.pipes().iter().enumerate().map(name).collect()
 }
 
 /// All of them, memory first, since the last are the next.

@@ -15,7 +15,8 @@ use tokio::{
 use super::{
     CriuError,
     mounted::Mounted,
-    rpc::{self, how, quote},
+    reason::quote,
+    rpc::{self, how},
 };
 use crate::{
     reaper::{Exit, Reaper},

@@ -53,7 +53,7 @@ pub(super) async fn mend(
     if let Err(err) = left {
         say(&err);
     }
-    if harmed || is_ending(source.init) { CriuError::Harmed { died: Box::new(died) } } else { died }
+    if harmed || is_ending(source.init.pid()) { CriuError::Harmed { died: Box::new(died) } } else { died }
 }
 
 /// What CRIU calls itself in its log: "(00.001) CRIU run id = 0b7b3f0c-...".

@@ -7,6 +7,7 @@
 //! CRIU is spoken to over its RPC socket (`rpc`), one process for each dump or restore. The host reads the images from the
 //! disk itself, by the extents that it is told: no byte of them is sent.
 
+mod check;
 mod cpu;
 mod dump;
 mod extents;
@@ -17,9 +18,11 @@ mod mounts;
 mod network;
 mod oom;
 mod pagemap;
+mod reason;
 mod restore;
 mod rpc;
 mod source;
+mod task;
 mod tmpfs;
 mod uts;
 mod yard;
@@ -41,12 +44,16 @@ pub(crate) use self::{
     restore::{Fetching, Held, Place, Restored, clear, restore},
     rpc::warm_up,
     source::Source,
+    task::Task,
     tmpfs::run_as_tar,
 };
 use crate::{
     cgroup::{self, Cgroup, CgroupError},
     disk::DiskError,
 };
+
+/// Image with what the first process has not read of its stdin; none where that is nothing. Not one of CRIU's.
+const STDIN: &str = "machinen-stdin";
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CriuError {
@@ -68,6 +75,8 @@ pub(crate) enum CriuError {
     Harmed { died: Box<CriuError> },
     #[error("criu cannot {what} it{log}")]
     Failed { what: &'static str, log: String },
+    #[error("{task} {why}, which cannot be restored")]
+    Unrestorable { task: Task, why: String },
     #[error("cannot read the container's limits")]
     Limits(#[from] CgroupError),
     #[error("cannot find out what the container's processes have mounted or open")]
@@ -86,6 +95,8 @@ pub(crate) enum CriuError {
     Pieces { name: String },
     #[error("the container's memory cannot be fetched: criu {how}{log}")]
     Pages { how: String, log: String },
+    #[error("cannot copy what waits in the container's stdin")]
+    Stdin(#[source] io::Error),
     #[error("criu has not sent the terminal's master")]
     NoMaster,
     #[error("criu has not said which process it has restored")]

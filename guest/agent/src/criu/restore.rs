@@ -18,14 +18,14 @@ use protobuf::MessageField;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_req, Criu_req_type, Inherit_fd};
 use tokio::{sync::oneshot, task::AbortHandle};
 
-use super::{CriuError, cpu, lazy::Pages, mounted::Mounted, oom, rpc::Criu, uts, yard};
+use super::{CriuError, STDIN, cpu, lazy::Pages, mounted::Mounted, oom, reason::quote, rpc::Criu, uts, yard};
 use crate::{
     cgroup::{Cgroup, CgroupError},
     console,
     container::FileMount,
     disk::Disk,
     reaper::{Exit, Reaper},
-    stdio::ProcessEnds,
+    stdio::{self, ProcessEnds},
 };
 
 const LOG: &str = "restore.log";
@@ -51,6 +51,8 @@ pub(crate) struct Restored {
     pub(crate) pid: Pid,
     pub(crate) exit: oneshot::Receiver<Exit>,
     pub(crate) held: Held,
+    /// What the first of them is to find in its stdin.
+    pub(crate) stdin: Vec<u8>,
 }
 
 /// What keeps restored processes from running.
@@ -100,7 +102,7 @@ impl Held {
         drop(guard);
         nested.cgroup.refreeze(&nested.recorded)?;
         criu.go_on().await?;
-        criu.finish("restore", &work.join(LOG)).await?;
+        criu.finish("restore", &work.join(LOG), quote).await?;
         criu.exit().await;
         Ok(pages.map(|pages| Fetching { pages, images, work }))
     }
@@ -136,11 +138,12 @@ pub(crate) async fn restore(
     disk: &Disk,
     options: &CriuOptions,
     facts: &CheckpointFacts,
-    stdio: ProcessEnds,
+    ends: ProcessEnds,
 ) -> Result<Restored, CriuError> {
     cpu::check_kernel(&facts.kernel_release)?;
     cpu::check(&facts.cpu_flags)?;
     let images = Mounted::mount(disk, place.dir, "erofs", MsFlags::MS_RDONLY | MsFlags::MS_NOATIME)?;
+    let stdin = stdio::read_unread(&images.path().join(STDIN)).map_err(CriuError::Stdin)?;
     let work = place.dir.join(WORK);
     fs::create_dir_all(&work).map_err(|source| CriuError::File {
         what: "create",
@@ -161,7 +164,7 @@ pub(crate) async fn restore(
     for mount in &facts.mounts {
         opts.external.push(format!("mnt[{}]:{}", mount.destination, source(mount, place.files)?));
     }
-    let (inherited, terminal) = match stdio {
+    let (inherited, terminal) = match ends {
         ProcessEnds::Files(files) => {
             for (file, name) in
                 files.iter().zip(&facts.descriptors).filter(|(_, name)| name.starts_with("pipe:"))
@@ -205,7 +208,7 @@ pub(crate) async fn restore(
     if !place.hostname.is_empty() {
         uts::rename(pid, place.hostname)?;
     }
-    Ok(Restored { pid, exit, held: Held { guard, criu, nested, pages, images, work } })
+    Ok(Restored { pid, exit, held: Held { guard, criu, nested, pages, images, work }, stdin })
 }
 
 /// Sees to it that what CRIU holds does not run if it is killed, since nobody has started it.
@@ -291,5 +294,5 @@ fn source(mount: &machinen_protocol::api::ExternalMount, files: &[FileMount]) ->
 }
 
 fn failed(log: &Path) -> CriuError {
-    CriuError::Failed { what: "restore", log: super::rpc::quote(log) }
+    CriuError::Failed { what: "restore", log: quote(log) }
 }

@@ -1,7 +1,6 @@
 //! One `criu swrk` process and the conversation with it (CRIU's rpc.proto, over a socket of whole messages).
 
 use std::{
-    fs,
     io::IoSliceMut,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
@@ -30,7 +29,7 @@ use tokio::{
     sync::{oneshot, watch},
 };
 
-use super::{CriuError, tmpfs};
+use super::{CriuError, reason::quote, tmpfs};
 use crate::{
     reaper::{Exit, Reaper},
     sys::{self, WaitStatus},
@@ -39,8 +38,6 @@ use crate::{
 const PROGRAM: &str = "/usr/sbin/criu";
 /// Answers are a few words and numbers.
 const MAX_ANSWER: usize = 64 << 10;
-/// As much of CRIU's log as a message quotes.
-const MAX_QUOTE: usize = 600;
 
 #[derive(Debug)]
 pub(super) struct Criu {
@@ -130,8 +127,13 @@ impl Criu {
     /// Lets it do what it was asked for, to its last answer.
     ///
     /// # Errors
-    /// It could not, and what its log says.
-    pub(super) async fn finish(&self, what: &'static str, log: &Path) -> Result<(), CriuError> {
+    /// It could not, and what `quote` finds in its log.
+    pub(super) async fn finish(
+        &self,
+        what: &'static str,
+        log: &Path,
+        quote: fn(&Path) -> String,
+    ) -> Result<(), CriuError> {
         loop {
             match self.receive().await? {
                 None => return Err(self.died(log).await),
@@ -247,34 +249,6 @@ pub(crate) async fn warm_up(reaper: &Reaper) -> Result<(), CriuError> {
     Ok(())
 }
 
-/// What CRIU's log says of a failure: its first errors, which name the thing.
-pub(super) fn quote(log: &Path) -> String {
-    let Ok(bytes) = fs::read(log) else { return String::new() };
-    reasons(&String::from_utf8_lossy(&bytes))
-}
-
-fn reasons(log: &str) -> String {
-    let mut text = String::new();
-    // "(00.012345) 42: Error (criu/file.c:10): the reason"; what is not like that is of a program that CRIU has run.
-    let tells = |line: &&str| line.contains("Error (") || !line.starts_with('(');
-    // A question of its own to the kernel at the start, to which the container's rules for devices say no.
-    let is_probe = |line: &&str| line.contains("tun: Unable to create tun");
-    for line in log.lines().filter(tells).filter(|line| !is_probe(line)) {
-        let reason = line.split_once("Error (").and_then(|(_, rest)| rest.split_once("): "));
-        let reason = reason.map_or(line, |(_, reason)| reason).trim();
-        if text.len() + reason.len() > MAX_QUOTE {
-            break;
-        }
-        text.push_str(if text.is_empty() { ": " } else { "; " });
-        text.push_str(reason);
-    }
-    if text.is_empty() {
-        // It says where it was, at least.
-        text = log.lines().last().map(|line| format!(": its log ends with {line:?}")).unwrap_or_default();
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -285,18 +259,5 @@ mod tests {
         assert_eq!(ended(WaitStatus::Signaled(9)), "was killed by signal 9 (SIGKILL)");
         assert_eq!(ended(WaitStatus::Signaled(40)), "was killed by signal 40");
         assert_eq!(ended(WaitStatus::Exited(1)), "has ended with status 1");
-    }
-
-    #[test]
-    fn the_first_errors_are_quoted() {
-        let log = "(00.001) Something\n(00.002) 7: Error (criu/sk-inet.c:1): Connected TCP socket, consider using \
-                   --tcp-established option.\n(00.003) Warn  (x.c:1): no\n(00.004) Error (criu/cr-dump.c:2): Dumping FAILED.\n";
-        assert_eq!(
-            reasons(log),
-            ": Connected TCP socket, consider using --tcp-established option.; Dumping FAILED."
-        );
-        assert_eq!(reasons("tar: no\n(00.1) Error (x.c:1): it failed\n"), ": tar: no; it failed");
-        assert_eq!(reasons("(0) a\n(0) fine\n"), ": its log ends with \"(0) fine\"");
-        assert_eq!(reasons(""), "");
     }
 }

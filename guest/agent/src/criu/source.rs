@@ -2,14 +2,12 @@
 
 use std::path::Path;
 
-use nix::unistd::Pid;
-
-use crate::cgroup::Cgroup;
+use crate::{cgroup::Cgroup, process::Process};
 
 /// What is to be dumped.
 #[derive(Debug)]
 pub(crate) struct Source<'a> {
-    pub(crate) init: Pid,
+    pub(crate) init: &'a Process,
     /// All of it is frozen.
     pub(crate) cgroup: &'a Cgroup,
     pub(crate) rootfs: &'a Path,

@@ -5,7 +5,9 @@
 //! by the control channel, never by closing: the agent keeps an output stream open until its process is deleted.
 
 mod pump;
+mod stdin;
 mod terminal;
+mod unread;
 
 use std::{
     fs::OpenOptions,
@@ -23,13 +25,15 @@ use tokio::net::unix::pipe;
 
 use crate::channel::{Stream, Unclaimed};
 
+pub(crate) use self::{
+    pump::pump_out,
+    stdin::{Input, Stdin},
+    terminal::{Terminal, WindowSize, receive_fd},
+    unread::{Pipe, read as read_unread, save as save_unread},
+};
 use self::{
     pump::{Sink, Source},
     terminal::ConsoleSocket,
-};
-pub(crate) use self::{
-    pump::{StdinProgress, pump_in, pump_out},
-    terminal::{Terminal, WindowSize, receive_fd},
 };
 
 /// The streams of one process, claimed.
@@ -53,17 +57,21 @@ pub(crate) enum ProcessEnds {
 /// What the agent keeps until the process is there.
 #[derive(Debug)]
 pub(crate) enum Pending {
-    Files(AgentEnds),
+    Files(Box<AgentEnds>),
     Terminal { socket: ConsoleSocket, stdin: Option<Stream>, stdout: Option<Stream> },
 }
 
 /// The agent's ends of everything.
 #[derive(Debug)]
 pub(crate) struct AgentEnds {
-    pub(crate) stdin: Option<(Stream, Sink)>,
+    pub(crate) stdin: Option<Input>,
     pub(crate) stdout: Option<(Source, Option<Stream>)>,
     pub(crate) stderr: Option<(Source, Option<Stream>)>,
     pub(crate) terminal: Option<Terminal>,
+    /// Those that were made for stdin, stdout and stderr.
+    pub(crate) pipes: [Option<Pipe>; 3],
+    /// What the process finds in its stdin before all else.
+    pub(crate) unread: Vec<u8>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -129,21 +137,20 @@ impl Streams {
             return Ok((ProcessEnds::Terminal(theirs), pending));
         }
         let [stdin_pipe, stdout_pipe, stderr_pipe] = pipes;
-        let (stdin_end, stdin) = match self.stdin {
-            // At its end from the beginning.
-            None if stdin_pipe => (pipe("stdin")?.0, None),
-            None => (null("stdin")?, None),
-            Some(stream) => {
-                let (read, write) = pipe("stdin")?;
-                own(&read, owner, "stdin")?;
-                let write = pipe::Sender::from_owned_fd(write).map_err(failed("stdin"))?;
-                (read, Some((stream, Sink::Pipe(write))))
-            }
-        };
+        let (stdin_end, stdin) = input(self.stdin, owner, stdin_pipe)?;
         let (stdout_end, stdout) = output("stdout", self.stdout, owner, stdout_pipe)?;
         let (stderr_end, stderr) = output("stderr", self.stderr, owner, stderr_pipe)?;
-        let ends = AgentEnds { stdin, stdout, stderr, terminal: None };
-        Ok((ProcessEnds::Files([stdin_end, stdout_end, stderr_end]), Pending::Files(ends)))
+        let made = |name, end: &OwnedFd, is_pipe: bool| match is_pipe {
+            true => Pipe::of(end).map(Some).map_err(failed(name)),
+            false => Ok(None),
+        };
+        let pipes = [
+            made("stdin", &stdin_end, stdin.is_some())?,
+            made("stdout", &stdout_end, stdout.is_some())?,
+            made("stderr", &stderr_end, stderr.is_some())?,
+        ];
+        let ends = AgentEnds { stdin, stdout, stderr, terminal: None, pipes, unread: Vec::new() };
+        Ok((ProcessEnds::Files([stdin_end, stdout_end, stderr_end]), Pending::Files(Box::new(ends))))
     }
 }
 
@@ -154,15 +161,18 @@ impl Pending {
     /// The process has not sent its terminal.
     pub(crate) fn connect(self) -> Result<AgentEnds, StdioError> {
         match self {
-            Self::Files(ends) => Ok(ends),
+            Self::Files(ends) => Ok(*ends),
             Self::Terminal { socket, stdin, stdout } => {
                 let (terminal, master) = socket.receive()?;
                 Ok(AgentEnds {
-                    stdin: stdin.map(|stream| (stream, Sink::Terminal(master.clone()))),
+                    stdin: stdin
+                        .map(|stream| Input { stream: Some(stream), sink: Sink::Terminal(master.clone()) }),
                     // Read even if nobody listens, or the process would wait for ever.
                     stdout: Some((Source::Terminal(master), stdout)),
                     stderr: None,
                     terminal: Some(terminal),
+                    pipes: [None, None, None],
+                    unread: Vec::new(),
                 })
             }
         }
@@ -170,6 +180,21 @@ impl Pending {
 }
 
 type Output = (OwnedFd, Option<(Source, Option<Stream>)>);
+
+/// A pipe that was there before is at its end when it has what was carried over, if nothing else comes.
+fn input(
+    stream: Option<Stream>,
+    owner: Uid,
+    pipe_anyhow: bool,
+) -> Result<(OwnedFd, Option<Input>), StdioError> {
+    if stream.is_none() && !pipe_anyhow {
+        return Ok((null("stdin")?, None));
+    }
+    let (read, write) = pipe("stdin")?;
+    own(&read, owner, "stdin")?;
+    let sink = Sink::Pipe(pipe::Sender::from_owned_fd(write).map_err(failed("stdin"))?);
+    Ok((read, Some(Input { stream, sink })))
+}
 
 fn output(
     name: &'static str,

@@ -3,10 +3,7 @@
 use std::{
     io,
     os::fd::AsFd,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Mutex, PoisonError},
 };
 
 use tokio::{
@@ -15,7 +12,7 @@ use tokio::{
     sync::watch,
 };
 
-use super::terminal::Master;
+use super::{terminal::Master, unread::Waiting};
 use crate::channel::Stream;
 
 /// As large as a process's pipes: what it writes at full speed is moved in few steps.
@@ -54,10 +51,23 @@ impl Source {
 }
 
 impl Sink {
-    async fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+    /// Writes some of what waits. At no time is a byte in both, or in neither, when something else runs.
+    pub(super) async fn write_some(&self, waiting: &Mutex<Waiting>) -> io::Result<()> {
+        let write = |write: &dyn Fn(&[u8]) -> io::Result<usize>| {
+            let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            let written = write(waiting.bytes())?;
+            waiting.advance(written);
+            io::Result::Ok(())
+        };
         match self {
-            Self::Pipe(pipe) => pipe.write_all(bytes).await,
-            Self::Terminal(master) => master.write_all(bytes).await,
+            Self::Pipe(pipe) => loop {
+                pipe.writable().await?;
+                match write(&|bytes| pipe.try_write(bytes)) {
+                    Err(err) if err.kind() == io::ErrorKind::WouldBlock => {}
+                    written => return written,
+                }
+            },
+            Self::Terminal(master) => master.write_some(write).await,
         }
     }
 }
@@ -92,56 +102,4 @@ pub(crate) async fn pump_out(
         let _ = stream.flush().await;
     }
     (total, stream)
-}
-
-/// How much of stdin has been taken from the host, and how much there will be.
-#[derive(Debug, Clone)]
-pub(crate) struct StdinProgress {
-    taken: Arc<AtomicU64>,
-    total: watch::Sender<Option<u64>>,
-}
-
-impl StdinProgress {
-    pub(crate) fn new() -> Self {
-        Self { taken: Arc::default(), total: watch::Sender::new(None) }
-    }
-
-    /// The host has sent its last byte. False when more than `total` bytes have been read already.
-    pub(crate) fn end_at(&self, total: u64) -> bool {
-        if self.taken.load(Ordering::Relaxed) > total {
-            return false;
-        }
-        self.total.send_replace(Some(total));
-        true
-    }
-}
-
-/// Moves the host's bytes to a process until the announced end, or until either side has closed.
-pub(crate) async fn pump_in(mut stream: Stream, mut sink: Sink, progress: StdinProgress) {
-    let mut total = progress.total.subscribe();
-    let mut buffer = vec![0; BUFFER];
-    loop {
-        let taken = progress.taken.load(Ordering::Relaxed);
-        let left = match *total.borrow_and_update() {
-            None => BUFFER,
-            Some(total) => usize::try_from(total.saturating_sub(taken)).unwrap_or(BUFFER).min(BUFFER),
-        };
-        if left == 0 {
-            return;
-        }
-        let length = tokio::select! {
-            read = stream.read(&mut buffer[..left]) => match read {
-                Ok(length @ 1..) => length,
-                _ => return,
-            },
-            changed = total.changed() => match changed {
-                Ok(()) => continue,
-                Err(_) => return,
-            },
-        };
-        progress.taken.fetch_add(length as u64, Ordering::Relaxed);
-        if sink.write_all(&buffer[..length]).await.is_err() {
-            return;
-        }
-    }
 }

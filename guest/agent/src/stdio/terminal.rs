@@ -111,13 +111,12 @@ impl Master {
         }
     }
 
-    pub(super) async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            let write = |fd: &OwnedFd| Ok(nix::unistd::write(fd, bytes)?);
-            let written = self.0.async_io(Interest::WRITABLE, write).await?;
-            bytes = &bytes[written..];
-        }
-        Ok(())
+    pub(super) async fn write_some(
+        &self,
+        write: impl Fn(&dyn Fn(&[u8]) -> io::Result<usize>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let write = |fd: &OwnedFd| write(&|bytes| Ok(nix::unistd::write(fd, bytes)?));
+        self.0.async_io(Interest::WRITABLE, write).await
     }
 }
 

@@ -7,7 +7,10 @@ mod damage;
 mod inspect;
 mod joined;
 mod killed;
+mod refused;
 mod state;
+mod stdin;
+mod verify;
 mod watches;
 mod workloads;
 

@@ -1,10 +1,11 @@
 //! Input from the caller to the guest.
 
-use std::{io, pin::pin, time::Duration};
+use std::{io, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
-    io::{AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    sync::watch,
+    io::{AsyncWrite, AsyncWriteExt},
+    net::unix::pipe,
+    sync::{OwnedMutexGuard, watch},
     task::JoinHandle,
     time::sleep,
 };
@@ -28,7 +29,11 @@ pub struct InputEnd {
 #[derive(Debug)]
 pub struct Input {
     task: JoinHandle<()>,
+    taken: Taken,
 }
+
+/// Bytes that were taken from the caller and go to the guest, whether they are there yet or not. Locked while some are taken.
+type Taken = Arc<tokio::sync::Mutex<u64>>;
 
 impl Input {
     /// Starts to copy; `ended` is called with the number of bytes when the caller has sent its last one.
@@ -41,9 +46,11 @@ impl Input {
     where
         F: Future<Output = ()> + Send + 'static,
     {
+        let taken = Taken::default();
+        let counted = Arc::clone(&taken);
         let task = tokio::spawn(async move {
             let mut to_guest = to_guest;
-            match copy_input(stdin, end, &mut to_guest).await {
+            match copy_input(stdin, end, &mut to_guest, &counted).await {
                 Ok(total) => ended(total).await,
                 // The process or its VM has ended, which is reported by the wait for the process.
                 Err(error) => tracing::debug!("stdin ends early: {error}"),
@@ -51,7 +58,13 @@ impl Input {
             // The guest reads the stream to the count that it was given; the connection lives until the process is gone.
             std::future::pending::<()>().await;
         });
-        Self { task }
+        Self { task, taken }
+    }
+
+    /// How many bytes were taken from the caller. No more are taken until the guard is dropped; what the caller writes
+    /// meanwhile waits in the fifo.
+    pub fn hold(&self) -> impl Future<Output = OwnedMutexGuard<u64>> + use<> {
+        Arc::clone(&self.taken).lock_owned()
     }
 }
 
@@ -65,12 +78,12 @@ async fn copy_input(
     mut stdin: Stdin,
     end: InputEnd,
     to_guest: &mut (impl AsyncWrite + Unpin),
+    taken: &Taken,
 ) -> io::Result<u64> {
     let InputEnd { mut closed, terminal } = end;
     let mut grace = pin!(sleep(CLIENT_GRACE));
     let mut unclaimed = !terminal;
     let mut buffer = vec![0; BUFFER];
-    let mut copied = 0;
     loop {
         let read = tokio::select! {
             biased;
@@ -79,21 +92,36 @@ async fn copy_input(
                 stdin.release();
                 continue;
             }
-            read = stdin.reader.read(&mut buffer) => read?,
+            read = take(&stdin.reader, taken, &mut buffer) => read?,
             () = &mut grace, if unclaimed => {
                 unclaimed = false;
                 match stdin.is_abandoned()? {
-                    true => return Ok(copied),
+                    true => 0,
                     false => continue,
                 }
             }
         };
         unclaimed = false;
         if read == 0 {
-            return Ok(copied);
+            return Ok(*taken.lock().await);
         }
         to_guest.write_all(&buffer[..read]).await?;
         to_guest.flush().await?;
-        copied += read as u64;
+    }
+}
+
+/// Reads and counts what is there, unless that is held. Nothing is lost if this is cancelled.
+async fn take(from: &pipe::Receiver, taken: &Taken, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        from.readable().await?;
+        let mut taken = taken.lock().await;
+        match from.try_read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            read => {
+                let read = read?;
+                *taken += read as u64;
+                return Ok(read);
+            }
+        }
     }
 }

@@ -193,6 +193,33 @@ async fn a_terminal_waits_for_clients_to_come() {
     fed.expect("typed").await;
 }
 
+#[tokio::test]
+async fn stdin_that_is_held_stays_with_the_caller() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = fifo(&dir, "in");
+    let host = open(StdioNames { stdin: name.clone(), ..Default::default() }).unwrap();
+    // A guest that takes less than what was written.
+    let (to_guest, mut guest) = duplex(4);
+    let input = Input::start(host.stdin.unwrap(), to_guest, async |_| ());
+    let mut writer = OpenOptions::new().write(true).open(&name).unwrap();
+    writer.write_all(b"first ").unwrap();
+    let mut first = [0; 2];
+    guest.read_exact(&mut first).await.unwrap();
+    let held = input.hold().await;
+    assert_eq!(*held, 6);
+    writer.write_all(b"second").unwrap();
+    // What was taken arrives, and nothing else does.
+    let mut rest = [0; 4];
+    guest.read_exact(&mut rest).await.unwrap();
+    assert_eq!([&first[..], &rest].concat(), b"first ");
+    tokio::task::yield_now().await;
+    assert_eq!(*held, 6);
+    drop(held);
+    let mut second = [0; 6];
+    guest.read_exact(&mut second).await.unwrap();
+    assert_eq!(&second, b"second");
+}
+
 #[test]
 fn a_missing_fifo_and_a_regular_file_are_named() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

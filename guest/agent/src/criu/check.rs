@@ -1,0 +1,187 @@
+//! What CRIU 4.1 dumps without a complaint and then cannot restore, or refuses in words that say nothing: found by what the
+//! kernel says of the processes, while they are frozen and before CRIU looks at them.
+//!
+//! | what | why |
+//! |---|---|
+//! | another uts, ipc, time, net, user, cgroup or pid namespace than the first process has | CRIU keeps those of the first one only, and for a second network wants a program that is not in the image |
+//! | a program that is executed from a memfd | CRIU finds no file to execute |
+//! | a removed file that has other hard links, not on a tmpfs | CRIU's link to it is not in the new root file system |
+//! | an overlay that is mounted inside | its layers are not there when it is mounted again |
+//! | SCHED_DEADLINE and sched_ext | CRIU does not know their parameters |
+//! | a process that another one traces | there can be only one tracer, and CRIU is one |
+
+use std::{
+    collections::HashSet,
+    fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use nix::unistd::Pid;
+use procfs::process::Process;
+
+use super::{CriuError, source::Source, task::Task};
+use crate::sys;
+
+/// Links in /proc/PID/ns, and that of the first process that each has to be.
+const NAMESPACES: [(&str, &str); 9] = [
+    ("uts", "uts"),
+    ("ipc", "ipc"),
+    ("time", "time"),
+    ("time_for_children", "time"),
+    ("net", "net"),
+    ("user", "user"),
+    ("cgroup", "cgroup"),
+    ("pid", "pid"),
+    ("pid_for_children", "pid"),
+];
+/// The policies that CRIU restores.
+const POLICIES: [i32; 5] =
+    [libc::SCHED_OTHER, libc::SCHED_FIFO, libc::SCHED_RR, libc::SCHED_BATCH, libc::SCHED_IDLE];
+/// How the kernel shows a path that does not lead to the file any more.
+const REMOVED: &str = " (deleted)";
+
+/// # Errors
+/// The first thing that could not be restored.
+pub(super) fn check(source: &Source<'_>) -> Result<(), CriuError> {
+    let init = source.init.pid();
+    let root = root_device(init);
+    let mut seen = HashSet::new();
+    for pid in source.cgroup.pids()? {
+        let Some(why) = why_not(init, pid).or_else(|| overlay_of(pid, root.as_deref(), &mut seen)) else {
+            continue;
+        };
+        if let Some(task) = Task::find(pid) {
+            return Err(CriuError::Unrestorable { task, why });
+        }
+    }
+    Ok(())
+}
+
+/// What of a process cannot be restored. One that has ended has nothing.
+fn why_not(init: Pid, pid: Pid) -> Option<String> {
+    let at = |name: &str| PathBuf::from(format!("/proc/{pid}/{name}"));
+    is_traced(pid)
+        .or_else(|| elsewhere(init, pid))
+        .or_else(|| runs_memfd(&at("exe")))
+        .or_else(|| odd_policy(&at("task")))
+        .or_else(|| removed(pid))
+}
+
+fn is_traced(pid: Pid) -> Option<String> {
+    let status = Process::new(pid.as_raw()).and_then(|process| process.status()).ok()?;
+    (status.tracerpid != 0).then(|| "is traced by another process".to_owned())
+}
+
+fn elsewhere(init: Pid, pid: Pid) -> Option<String> {
+    let link = |pid: Pid, name: &str| fs::read_link(format!("/proc/{pid}/ns/{name}")).ok();
+    let (kind, _) = NAMESPACES.iter().find(|(kind, of)| {
+        let (theirs, ours) = (link(pid, kind), link(init, of));
+        theirs.is_some() && ours.is_some() && theirs != ours
+    })?;
+    Some(match kind.split_once('_') {
+        None => format!("is in another {kind} namespace than the container's first process"),
+        Some((kind, _)) => {
+            format!("has another {kind} namespace for its children than the container's first process is in")
+        }
+    })
+}
+
+fn runs_memfd(exe: &Path) -> Option<String> {
+    let is_memfd = fs::read_link(exe)
+        .is_ok_and(|exe| exe.starts_with("/memfd:") || exe.to_string_lossy().starts_with("/memfd:"));
+    is_memfd.then(|| "executes a program from a memfd".to_owned())
+}
+
+fn odd_policy(tasks: &Path) -> Option<String> {
+    let threads = fs::read_dir(tasks).ok()?.flatten();
+    let mut policies = threads.filter_map(|thread| {
+        let tid = thread.file_name().to_string_lossy().parse().ok()?;
+        sys::scheduling_policy(Pid::from_raw(tid)).ok()
+    });
+    let odd = policies.find(|policy| !POLICIES.contains(policy))?;
+    let name = match odd {
+        libc::SCHED_DEADLINE => "SCHED_DEADLINE".to_owned(),
+        other => other.to_string(),
+    };
+    Some(format!("has a thread with the scheduling policy {name}"))
+}
+
+/// A file that was removed while it is open, mapped or executed.
+fn removed(pid: Pid) -> Option<String> {
+    let at = |name: &str| PathBuf::from(format!("/proc/{pid}/{name}"));
+    let open = fs::read_dir(at("fd")).ok()?.flatten().map(|entry| entry.path());
+    let open = open.chain([at("exe")]).filter_map(|link| Some((fs::read_link(&link).ok()?, link)));
+    let open = open.map(|(path, link)| (path.to_string_lossy().into_owned(), link));
+    let maps = fs::read_to_string(at("maps")).unwrap_or_default();
+    let mapped = maps.lines().filter(|line| line.ends_with(REMOVED)).filter_map(|line| {
+        let (range, rest) = line.split_once(' ')?;
+        Some((rest[rest.find('/')?..].to_owned(), at("map_files").join(range)))
+    });
+    let (path, _) =
+        open.chain(mapped).find(|(path, link)| path.ends_with(REMOVED) && has_other_links(link))?;
+    let path = path.trim_end_matches(REMOVED).escape_debug().to_string();
+    Some(format!("uses {path}, which was removed and has other hard links"))
+}
+
+/// Those of a tmpfs are archived while CRIU's own link to them is there.
+fn has_other_links(link: &Path) -> bool {
+    fs::metadata(link).is_ok_and(|file| !file.is_dir() && file.nlink() > 0)
+        && rustix::fs::statfs(link).is_ok_and(|fs| fs.f_type != libc::TMPFS_MAGIC)
+}
+
+/// Where a process has an overlay mounted that is not the container's root file system, in a mount namespace that is not
+/// one of `seen`.
+fn overlay_of(pid: Pid, root: Option<&str>, seen: &mut HashSet<PathBuf>) -> Option<String> {
+    if !seen.insert(fs::read_link(format!("/proc/{pid}/ns/mnt")).ok()?) {
+        return None;
+    }
+    let mounts = Process::new(pid.as_raw()).and_then(|process| process.mountinfo()).ok()?;
+    let overlay =
+        mounts.into_iter().find(|mount| mount.fs_type == "overlay" && Some(mount.majmin.as_str()) != root)?;
+    Some(format!("has an overlay mounted at {}", overlay.mount_point.display().to_string().escape_debug()))
+}
+
+/// That of the container's root file system.
+fn root_device(init: Pid) -> Option<String> {
+    let mounts = Process::new(init.as_raw()).and_then(|process| process.mountinfo()).ok()?;
+    mounts
+        .into_iter()
+        .filter(|mount| mount.mount_point == Path::new("/"))
+        .map(|mount| mount.majmin)
+        .next_back()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn an_ordinary_process_can_be_restored() {
+        let pid = nix::unistd::getpid();
+        // The test itself may be debugged.
+        assert_eq!(elsewhere(pid, pid), None);
+        assert_eq!(odd_policy(Path::new("/proc/self/task")), None);
+        assert_eq!(runs_memfd(Path::new("/proc/self/exe")), None);
+        assert_eq!(why_not(pid, Pid::from_raw(i32::MAX)), None);
+    }
+
+    #[test]
+    fn a_removed_file_with_other_links_is_found() {
+        let pid = nix::unistd::getpid();
+        // Not a tmpfs, on which it would do no harm.
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let (one, other) = (dir.path().join("one"), dir.path().join("other"));
+        let mut file = fs::File::create(&one).unwrap();
+        file.write_all(b"x").unwrap();
+        let found = || removed(pid).filter(|why| why.contains("/one,"));
+        assert_eq!(found(), None);
+        fs::hard_link(&one, &other).unwrap();
+        fs::remove_file(&one).unwrap();
+        assert!(found().is_some_and(|why| why.ends_with("which was removed and has other hard links")));
+        fs::remove_file(&other).unwrap();
+        assert_eq!(found(), None);
+    }
+}

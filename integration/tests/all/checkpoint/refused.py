@@ -1,0 +1,180 @@
+# Does what /kind names, in a child, when there is such a file; ends the child when there is none any more.
+
+import ctypes
+import mmap
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+
+libc = ctypes.CDLL(None, use_errno=True)
+kept = []
+
+
+def ok(result):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "cannot")
+    return result
+
+
+def syscall(number, *args):
+    return ok(libc.syscall(number, *args))
+
+
+def unshare(flags):
+    ok(libc.unshare(flags))
+
+
+def with_child(flags):
+    unshare(flags)
+    if os.fork() == 0:
+        time.sleep(9999)
+
+
+def memfd_program():
+    fd = os.memfd_create("program")
+    os.write(fd, open("/bin/busybox", "rb").read())
+    if os.fork() == 0:
+        os.execv("/proc/self/fd/%d" % fd, ["sleep", "9999"])
+    os.close(fd)
+    time.sleep(0.5)
+
+
+def file_with_links(at):
+    path = "%s/file-%d" % (at, os.getpid())
+    kept.append(open(path, "w"))
+    os.link(path, path + "-other")
+    os.unlink(path)
+
+
+def mapped_file_with_links():
+    path = "/map-%d" % os.getpid()
+    with open(path, "w+b") as file:
+        file.write(b"x" * 9000)
+        file.flush()
+        kept.append(mmap.mmap(file.fileno(), 9000))
+    os.link(path, path + "-other")
+    os.unlink(path)
+
+
+def program_with_links():
+    path = "/program-%d" % os.getpid()
+    with open(path, "wb") as file:
+        file.write(open("/bin/busybox", "rb").read())
+    os.chmod(path, 0o755)
+    os.link(path, path + "-other")
+    if os.fork() == 0:
+        os.execv(path, ["sleep", "9999"])
+    time.sleep(0.5)
+    os.unlink(path)
+
+
+def overlay():
+    for name in ("lower", "upper", "work", "merged"):
+        os.makedirs("/tmp/" + name, exist_ok=True)
+    unshare(0x20000)
+    ok(libc.mount(b"none", b"/", None, (1 << 18) | 16384, None))
+    options = b"lowerdir=/tmp/lower,upperdir=/tmp/upper,workdir=/tmp/work"
+    ok(libc.mount(b"overlay", b"/tmp/merged", b"overlay", 0, options))
+
+
+def deadline():
+    attributes = struct.pack("IIQiIQQQ", 48, 6, 0, 0, 0, 10_000_000, 30_000_000, 30_000_000)
+    syscall(314, 0, attributes, 0)
+
+
+def traced():
+    child = os.fork()
+    if child == 0:
+        libc.ptrace(0, 0, 0, 0)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(9999)
+    os.waitpid(child, os.WUNTRACED)
+
+
+def backlog():
+    server = socket.socket(socket.AF_UNIX)
+    server.bind("\0backlog")
+    server.listen()
+    client = socket.socket(socket.AF_UNIX)
+    client.connect("\0backlog")
+    client.send(b"early")
+    kept.extend([server, client])
+
+
+def packets():
+    read, write = os.pipe2(os.O_DIRECT)
+    os.write(write, b"packet")
+    kept.extend([read, write])
+
+
+def dead_leader():
+    import threading
+    threading.Thread(target=time.sleep, args=(9999,)).start()
+    libc.syscall(60, 0)
+
+
+KINDS = {
+    "nothing": lambda: None,
+    "uts": lambda: unshare(0x04000000),
+    "ipc": lambda: unshare(0x08000000),
+    "time": lambda: with_child(0x80),
+    "time-for-children": lambda: unshare(0x80),
+    "net": lambda: unshare(0x40000000),
+    "user": lambda: unshare(0x10000000),
+    "cgroup": lambda: unshare(0x02000000),
+    "pid": lambda: with_child(0x20000000),
+    "memfd-program": memfd_program,
+    "links": lambda: file_with_links("/"),
+    "links-tmpfs": lambda: file_with_links("/tmp"),
+    "links-mapped": mapped_file_with_links,
+    "links-program": program_with_links,
+    "overlay": overlay,
+    "deadline": deadline,
+    "traced": traced,
+    "backlog": backlog,
+    "packets": packets,
+    "dead-leader": dead_leader,
+}
+
+
+def run(kind):
+    os.setpgid(0, 0)
+    KINDS[kind]()
+    open("/ready", "w").close()
+    time.sleep(9999)
+
+
+while True:
+    time.sleep(0.02)
+    try:
+        kind = open("/kind").read().strip()
+    except FileNotFoundError:
+        continue
+    child = os.fork()
+    if child == 0:
+        try:
+            run(kind)
+        except BaseException as error:
+            with open("/ready", "w") as file:
+                file.write(repr(error))
+        time.sleep(9999)
+    if kind == "dead-leader":
+        time.sleep(0.5)
+        open("/ready", "w").close()
+    while os.path.exists("/kind"):
+        time.sleep(0.02)
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except ProcessLookupError:
+        os.kill(child, signal.SIGKILL)
+    try:
+        while True:
+            os.waitpid(-1, 0)
+    except ChildProcessError:
+        pass
+    kept.clear()
+    open("/idle", "w").close()

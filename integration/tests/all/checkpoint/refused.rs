@@ -1,0 +1,103 @@
+//! What cannot be restored is refused when it is checkpointed, in words that name the process and the reason.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result, ensure};
+use containerd_shim_protos::{api::Status, shim::oci::CheckpointOptions};
+use machinen_integration::{
+    bundle::{Bundle, mount},
+    containerd::Containerd,
+    served::Served,
+};
+use serde_json::json;
+use ttrpc::Code;
+
+use super::{checkpoint, refused, request};
+use crate::harness::on_newest_containerd;
+
+on_newest_containerd!(what_cannot_be_restored);
+
+/// What a process does (see refused.py), and what the caller of a checkpoint reads then.
+const KINDS: [(&str, &[&str]); 18] = [
+    ("uts", &["process ", "(python3.13) is in another uts namespace than the container's first process"]),
+    ("ipc", &["is in another ipc namespace"]),
+    ("time", &["another time namespace"]),
+    ("time-for-children", &["has another time namespace for its children"]),
+    ("net", &["is in another net namespace"]),
+    ("user", &["is in another user namespace"]),
+    ("cgroup", &["is in another cgroup namespace"]),
+    ("pid", &["another pid namespace"]),
+    ("memfd-program", &["executes a program from a memfd"]),
+    ("links", &["process ", " uses /file-", "which was removed and has other hard links"]),
+    ("links-mapped", &[" uses /map-", "which was removed and has other hard links"]),
+    ("links-program", &[" uses /program-", "which was removed and has other hard links"]),
+    ("overlay", &["has an overlay mounted at /tmp/merged"]),
+    ("deadline", &["has a thread with the scheduling policy SCHED_DEADLINE"]),
+    ("traced", &["is traced by another process"]),
+    ("backlog", &["criu cannot checkpoint it: process ", "(python3.13): unix: Non-empty write queue"]),
+    ("packets", &["(python3.13): The packetized mode for pipes is not supported yet"]),
+    ("dead-leader", &["Zombies with threads are not supported"]),
+];
+
+fn what_cannot_be_restored(containerd: &mut Containerd) -> Result<()> {
+    let bundle = Bundle::with_workloads(containerd)?;
+    fs::write(bundle.rootfs().join("refused.py"), include_str!("refused.py"))?;
+    let config = bundle.config(&["python3.13", "/refused.py"], |spec| {
+        let capabilities = ["CAP_SYS_ADMIN", "CAP_SYS_NICE", "CAP_KILL", "CAP_SYS_PTRACE"];
+        let capabilities =
+            json!({"bounding": capabilities, "effective": capabilities, "permitted": capabilities});
+        spec["process"]["capabilities"] = capabilities;
+        spec["process"]["env"] = json!(["PATH=/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE=1"]);
+        let mounts = spec["mounts"].as_array_mut().expect("an array");
+        mounts.push(mount("/tmp", "tmpfs", "tmpfs", &["mode=1777"]));
+    })?;
+    let served = Served::run(containerd, &config)?;
+    let dir = containerd.root().join("images");
+    for (kind, words) in KINDS {
+        begin(containerd, &served, kind)?;
+        let exit = CheckpointOptions { exit: true, ..Default::default() };
+        let (code, message) = refused(&served.client, &request(&served, &dir, Some(&exit))?)
+            .with_context(|| format!("{kind} is not refused"))?;
+        ensure!(code == Code::FAILED_PRECONDITION, "{kind}: {code:?}: {message}");
+        for word in words {
+            ensure!(message.contains(word), "{kind}: {word:?} is not in {message}");
+        }
+        // One reason, without what CRIU's clean-up says.
+        ensure!(!message.contains("failed with -1") && !message.contains("FAILED"), "{kind}: {message}");
+        ensure!(!dir.exists(), "{kind}: something is left of a checkpoint that failed");
+        served.is("", Status::RUNNING, served.pid)?;
+        end(&served).with_context(|| format!("{kind}: it does not run on"))?;
+    }
+    // What looks like it, and can be restored.
+    begin(containerd, &served, "links-tmpfs")?;
+    restores(containerd, &served, &config, &dir)?;
+    served.end()
+}
+
+fn begin(containerd: &Containerd, served: &Served<'_>, kind: &str) -> Result<()> {
+    let said = containerd.root().join("said");
+    let script = format!(
+        "rm -f /ready; echo {kind} >/kind.new; mv /kind.new /kind; until [ -e /ready ]; do usleep 20000; done; cat /ready"
+    );
+    let status = served.exec_to("begin", &["sh", "-c", &script], &format!("file://{}", said.display()))?;
+    let text = fs::read_to_string(&said)?;
+    fs::remove_file(&said)?;
+    ensure!(status == 0 && text.is_empty(), "{kind}: status {status}: {text}");
+    Ok(())
+}
+
+fn end(served: &Served<'_>) -> Result<()> {
+    let script = "rm -f /idle /kind; until [ -e /idle ]; do usleep 20000; done";
+    ensure!(served.exec_to("end", &["sh", "-c", script], "")? == 0, "it does not answer");
+    Ok(())
+}
+
+fn restores(containerd: &Containerd, served: &Served<'_>, config: &Path, dir: &Path) -> Result<()> {
+    checkpoint(served, dir)?;
+    let mut restored = Served::of(containerd, config)?;
+    restored.create(|request| request.checkpoint = dir.display().to_string())?;
+    restored.begin()?;
+    end(&restored)?;
+    restored.end()?;
+    Ok(fs::remove_dir_all(dir)?)
+}
