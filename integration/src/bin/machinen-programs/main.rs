@@ -9,9 +9,9 @@ mod program;
 mod report;
 mod steps;
 
-use std::process::ExitCode;
+use std::{fs, process::ExitCode};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use machinen_integration::{
     containerd::Containerd,
@@ -90,7 +90,9 @@ fn run(args: &Args) -> Result<bool> {
     let report = walk_all(&containerd, &mut images, &chosen, args.only)?;
     println!("{report}");
     let file = report.save()?;
-    println!("written to {}", file.display());
+    let log = file.with_file_name("containerd.log");
+    fs::write(&log, containerd.log().to_string()).with_context(|| format!("cannot write {}", log.display()))?;
+    println!("written to {}; containerd's log is {}", file.display(), log.display());
     Ok(report.passed())
 }
 

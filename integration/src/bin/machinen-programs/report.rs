@@ -7,6 +7,9 @@ use machinen_integration::paths;
 
 use crate::program::{Program, Runtime, Step};
 
+/// Longest note of an error, in characters.
+const MOST: usize = 600;
+
 /// What became of a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Outcome {
@@ -48,7 +51,7 @@ impl Outcome {
         match self {
             Self::Passed(_) => None,
             Self::Refused(text) => Some(format!("refused, as expected: {text}")),
-            Self::Failed(error) => Some(format!("FAIL: {error}")),
+            Self::Failed(error) => Some(format!("FAIL: {}", one_line(error))),
             Self::NotTried(reason) => Some(format!("n-a: {reason}")),
         }
     }
@@ -108,6 +111,17 @@ impl Report {
         fs::create_dir_all(file.parent().context("no directory")?)?;
         fs::write(&file, self.to_string()).with_context(|| format!("cannot write {}", file.display()))?;
         Ok(file)
+    }
+}
+
+/// An error with what programs have printed in one line, and not too long a one.
+fn one_line(error: &str) -> String {
+    let lines: Vec<_> =
+        error.lines().map(str::trim).filter(|line| !["", "stdout:", "stderr:"].contains(line)).collect();
+    let line = lines.join(" | ");
+    match line.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{} ...", &line[..end]),
+        None => line,
     }
 }
 
