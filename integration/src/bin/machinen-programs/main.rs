@@ -91,7 +91,8 @@ fn run(args: &Args) -> Result<bool> {
     println!("{report}");
     let file = report.save()?;
     let log = file.with_file_name("containerd.log");
-    fs::write(&log, containerd.log().to_string()).with_context(|| format!("cannot write {}", log.display()))?;
+    fs::write(&log, containerd.log().to_string())
+        .with_context(|| format!("cannot write {}", log.display()))?;
     println!("written to {}; containerd's log is {}", file.display(), log.display());
     Ok(report.passed())
 }

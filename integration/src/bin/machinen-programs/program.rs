@@ -169,3 +169,42 @@ fn read(path: &Path) -> Result<Program> {
     program.name = path.file_stem().and_then(|stem| stem.to_str()).context("odd name")?.to_owned();
     Ok(program)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_file_is_a_program() {
+        let programs = load().expect("all of them can be read");
+        assert!(programs.len() >= 20, "only {} programs", programs.len());
+        for program in &programs {
+            assert!(!program.about.is_empty() && !program.packages.is_empty(), "{program:?}");
+            // What it sees without a script is its memory.
+            assert!(
+                program.limits.is_some() || program.sees.is_none(),
+                "{} sees what nobody asks",
+                program.name
+            );
+        }
+        let short: Vec<_> = programs.iter().filter(|program| program.image == crate::SHORT).collect();
+        assert!((4..=5).contains(&short.len()), "{} programs in the short form", short.len());
+    }
+
+    #[test]
+    fn an_unknown_field_is_no_program() {
+        let text = "about = 'a'\nimage = 'b'\npackages = []\nrun = ''\nready = ''\nuse = ''\n";
+        assert!(toml::from_str::<Program>(text).is_ok());
+        assert!(toml::from_str::<Program>(&format!("{text}umask = 1\n")).is_err());
+        assert!(toml::from_str::<Program>(&format!("{text}[refused.machinen]\nfrok = 'x'\n")).is_err());
+    }
+
+    #[test]
+    fn a_refusal_is_of_one_runtime_and_step() {
+        let text = "about = 'a'\nimage = 'b'\npackages = []\nrun = ''\nready = ''\nuse = ''\n[refused.runc]\nfork = 'no'\n";
+        let program: Program = toml::from_str(text).expect("a program");
+        assert_eq!(program.refusal(Runtime::Runc, Step::Fork), Some("no"));
+        assert_eq!(program.refusal(Runtime::Runc, Step::Start), None);
+        assert_eq!(program.refusal(Runtime::Machinen, Step::Fork), None);
+    }
+}

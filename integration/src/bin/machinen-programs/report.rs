@@ -147,3 +147,44 @@ impl fmt::Display for Report {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::*;
+
+    fn outcome(result: Result<()>, refusal: Option<&str>) -> Outcome {
+        Outcome::of(result, Duration::from_secs(1), refusal)
+    }
+
+    fn report(runtime: Runtime, outcome: Outcome) -> Report {
+        let steps = BTreeMap::from([(Step::Start, outcome)]);
+        Report { rows: vec![Row { program: "one".to_owned(), runtime, steps }] }
+    }
+
+    #[test]
+    fn a_refusal_must_come_and_say_what_is_expected() {
+        let refused = outcome(Err(anyhow!("criu: ctty inheritance").context("cannot")), Some("ctty"));
+        assert_eq!(refused, Outcome::Refused("ctty".to_owned()));
+        assert!(matches!(outcome(Err(anyhow!("no VM")), Some("ctty")), Outcome::Failed(_)));
+        assert!(matches!(outcome(Ok(()), Some("ctty")), Outcome::Failed(_)));
+        assert!(matches!(outcome(Ok(()), None), Outcome::Passed(_)));
+        assert!(matches!(outcome(Err(anyhow!("no VM")), None), Outcome::Failed(_)));
+    }
+
+    #[test]
+    fn only_failures_in_microvms_count() {
+        let failed = || Outcome::Failed("no VM".to_owned());
+        assert!(!report(Runtime::Machinen, failed()).passed());
+        assert!(report(Runtime::Runc, failed()).passed());
+        assert!(report(Runtime::Machinen, Outcome::Refused("ctty".to_owned())).passed());
+        assert!(report(Runtime::Machinen, Outcome::NotTried("no criu".to_owned())).passed());
+    }
+
+    #[test]
+    fn an_error_is_one_line_of_a_bounded_length() {
+        assert_eq!(one_line("status 1\n  stdout: \n  stderr: no VM\n"), "status 1 | stderr: no VM");
+        assert_eq!(one_line(&"é".repeat(MOST + 1)).chars().count(), MOST + 4);
+    }
+}
