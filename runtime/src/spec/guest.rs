@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespaceType, Mount, Process, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Mount, Process, Spec};
 
 use crate::error::{ErrorKind, Kind};
 
@@ -67,6 +67,7 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
     spec.set_hooks(None);
     let injected = take_injected(&mut spec)?;
     let netns = take_network_namespace(&mut spec)?;
+    add_cgroup_namespace(&mut spec);
     if let Some(linux) = spec.linux_mut() {
         // The guest has one cgroup tree and no security modules; the host's names mean nothing there.
         linux.set_cgroups_path(Some(Path::new("/machinen").join(id)));
@@ -153,6 +154,22 @@ fn take_network_namespace(spec: &mut Spec) -> Result<Option<PathBuf>, ReduceErro
     Ok(netns)
 }
 
+/// Gives the container a cgroup namespace, whatever the configuration says.
+///
+/// On a host with cgroup v1 clients ask for none, since a mount of the cgroups shows a container its own groups there. The
+/// guest has version 2 only, where the same configuration would show the VM's root: programs find no limits in it, and a
+/// privileged container that makes groups below (as dockerd's usual start does) would leave its own, with its limits.
+fn add_cgroup_namespace(spec: &mut Spec) {
+    let Some(linux) = spec.linux_mut() else { return };
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    if namespaces.iter().all(|namespace| namespace.typ() != LinuxNamespaceType::Cgroup) {
+        let mut own = LinuxNamespace::default();
+        own.set_typ(LinuxNamespaceType::Cgroup);
+        namespaces.push(own);
+        linux.set_namespaces(Some(namespaces));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use oci_spec::runtime::{
@@ -182,6 +199,21 @@ mod tests {
             linux.namespaces().as_ref().unwrap().iter().map(|namespace| namespace.typ()).collect();
         assert!(!kinds.contains(&LinuxNamespaceType::Network));
         assert_eq!(kinds.len(), get_default_namespaces().len() - 1);
+    }
+
+    #[test]
+    fn every_container_has_one_cgroup_namespace() {
+        let kinds = |given: &[LinuxNamespaceType]| {
+            let namespaces = given.iter().map(|&kind| LinuxNamespaceBuilder::default().typ(kind).build().unwrap());
+            let mut spec = Spec::default();
+            spec.linux_mut().as_mut().unwrap().set_namespaces(Some(namespaces.collect()));
+            let reduced = reduce(spec, "c1").unwrap().spec;
+            let namespaces = reduced.linux().as_ref().unwrap().namespaces().clone().unwrap();
+            namespaces.iter().map(LinuxNamespace::typ).collect::<Vec<_>>()
+        };
+        let (pid, cgroup) = (LinuxNamespaceType::Pid, LinuxNamespaceType::Cgroup);
+        assert_eq!(kinds(&[pid]), [pid, cgroup]);
+        assert_eq!(kinds(&[cgroup, pid]), [cgroup, pid]);
     }
 
     #[test]
