@@ -204,7 +204,8 @@ mod tests {
     #[test]
     fn every_container_has_one_cgroup_namespace() {
         let kinds = |given: &[LinuxNamespaceType]| {
-            let namespaces = given.iter().map(|&kind| LinuxNamespaceBuilder::default().typ(kind).build().unwrap());
+            let namespaces =
+                given.iter().map(|&kind| LinuxNamespaceBuilder::default().typ(kind).build().unwrap());
             let mut spec = Spec::default();
             spec.linux_mut().as_mut().unwrap().set_namespaces(Some(namespaces.collect()));
             let reduced = reduce(spec, "c1").unwrap().spec;
