@@ -154,12 +154,16 @@ fn take_network_namespace(spec: &mut Spec) -> Result<Option<PathBuf>, ReduceErro
     Ok(netns)
 }
 
-/// Gives the container a cgroup namespace, whatever the configuration says.
+/// Gives a container for which cgroups are mounted a cgroup namespace, whether the configuration has one or not.
 ///
-/// On a host with cgroup v1 clients ask for none, since a mount of the cgroups shows a container its own groups there. The
-/// guest has version 2 only, where the same configuration would show the VM's root: programs find no limits in it, and a
-/// privileged container that makes groups below (as dockerd's usual start does) would leave its own, with its limits.
+/// On a host with cgroup v1 clients ask for none, since that mount shows a container its own groups there. The guest has
+/// version 2 only, where the same configuration would show the VM's root: programs find no limits in it, and a privileged
+/// container that makes groups below (as dockerd's usual start does) would leave its own, with its limits.
 fn add_cgroup_namespace(spec: &mut Spec) {
+    let mut kinds = spec.mounts().iter().flatten().filter_map(|mount| mount.typ().as_deref());
+    if !kinds.any(|kind| ["cgroup", "cgroup2"].contains(&kind)) {
+        return;
+    }
     let Some(linux) = spec.linux_mut() else { return };
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
     if namespaces.iter().all(|namespace| namespace.typ() != LinuxNamespaceType::Cgroup) {
@@ -202,19 +206,23 @@ mod tests {
     }
 
     #[test]
-    fn every_container_has_one_cgroup_namespace() {
-        let kinds = |given: &[LinuxNamespaceType]| {
+    fn where_cgroups_are_mounted_there_is_a_cgroup_namespace() {
+        let kinds = |given: &[LinuxNamespaceType], mounted: &str| {
             let namespaces =
                 given.iter().map(|&kind| LinuxNamespaceBuilder::default().typ(kind).build().unwrap());
             let mut spec = Spec::default();
             spec.linux_mut().as_mut().unwrap().set_namespaces(Some(namespaces.collect()));
+            let mount = MountBuilder::default().destination("/sys/fs/cgroup").typ(mounted).build().unwrap();
+            spec.set_mounts(Some(vec![mount]));
             let reduced = reduce(spec, "c1").unwrap().spec;
             let namespaces = reduced.linux().as_ref().unwrap().namespaces().clone().unwrap();
             namespaces.iter().map(LinuxNamespace::typ).collect::<Vec<_>>()
         };
         let (pid, cgroup) = (LinuxNamespaceType::Pid, LinuxNamespaceType::Cgroup);
-        assert_eq!(kinds(&[pid]), [pid, cgroup]);
-        assert_eq!(kinds(&[cgroup, pid]), [cgroup, pid]);
+        assert_eq!(kinds(&[pid], "cgroup"), [pid, cgroup]);
+        assert_eq!(kinds(&[pid], "cgroup2"), [pid, cgroup]);
+        assert_eq!(kinds(&[cgroup, pid], "cgroup"), [cgroup, pid]);
+        assert_eq!(kinds(&[pid], "tmpfs"), [pid]);
     }
 
     #[test]
