@@ -1,7 +1,7 @@
 # One or a few lines a target; what a target does is in scripts/.
 PREFIX ?= /usr/local
 
-.PHONY: setup kernel guest-image build run test bench lint install
+.PHONY: setup kernel guest-image build run test test-programs bench lint install
 
 setup:
 	scripts/setup
@@ -20,6 +20,10 @@ run: build
 
 test: build
 	scripts/test
+
+# PROGRAMS: names of programs, or --short for those that the continuous integration runs.
+test-programs: build
+	target/release/machinen-programs $(PROGRAMS)
 
 bench: build
 	target/release/machinen-bench

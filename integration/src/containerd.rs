@@ -87,7 +87,7 @@ impl Containerd {
         let mut keeper = Invocation::new(paths::own_program("machinen-keeper")?)
             .args([&root, Path::new(&namespace), &containerd, Path::new("--config")])
             .arg(root.join("containerd.toml"))
-            .env("PATH", search_path()?)
+            .env("PATH", search_path(setup)?)
             .env("TMPDIR", root.join("tmp"))
             .env("MACHINEN_CONFIG", root.join("machinen.toml"));
         for (name, value) in setup.environment() {
@@ -281,13 +281,13 @@ fn write(dir: &Path, name: &str, content: &str) -> Result<()> {
     fs::write(dir.join(name), content).with_context(|| format!("cannot write {}/{name}", dir.display()))
 }
 
-/// The harness's own path behind the directory of the freshly built shim, if there is one.
-fn search_path() -> Result<std::ffi::OsString> {
+/// The harness's own path behind the directory of the freshly built shim, if there is one, and the setup's.
+fn search_path(setup: &Setup) -> Result<std::ffi::OsString> {
     let shim = match paths::release_dir() {
         Err(error) if paths::runtime() == "io.machinen.v1" => return Err(error),
         found => found.ok(),
     };
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let dirs = shim.into_iter().chain(std::env::split_paths(&path));
+    let dirs = shim.into_iter().chain(setup.programs.clone()).chain(std::env::split_paths(&path));
     std::env::join_paths(dirs).context("a directory of PATH has a colon in its name")
 }

@@ -1,6 +1,10 @@
 //! What a test changes before its containerd starts: machinen's configuration file and the environment.
 
-use std::{collections::BTreeMap, env, path::Path};
+use std::{
+    collections::BTreeMap,
+    env,
+    path::{Path, PathBuf},
+};
 
 use crate::paths;
 
@@ -14,6 +18,8 @@ pub struct Setup {
     machinen: BTreeMap<String, BTreeMap<String, String>>,
     env: BTreeMap<String, String>,
     pub(crate) blockfile: bool,
+    /// Directories of programs that containerd and the runtimes find before the host's.
+    pub(crate) programs: Vec<PathBuf>,
 }
 
 impl Setup {
@@ -56,6 +62,12 @@ impl Setup {
     /// Gives containerd (1.7 and newer) the snapshotter whose snapshots are disks in files.
     pub fn blockfile(mut self) -> Self {
         self.blockfile = true;
+        self
+    }
+
+    /// Adds a directory of programs that containerd and the runtimes find before the host's.
+    pub fn programs(mut self, dir: &Path) -> Self {
+        self.programs.push(dir.to_owned());
         self
     }
 

@@ -18,6 +18,8 @@ pub(super) const MTIME: Duration = Duration::from_secs(1_700_000_000);
 #[derive(Debug, Clone, Default)]
 pub struct Layer {
     entries: Vec<Entry>,
+    /// A tar archive that is the layer, instead of entries.
+    archive: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone)]
@@ -46,6 +48,11 @@ enum Content {
 impl Layer {
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A layer that is in a tar archive already.
+    pub fn of_archive(archive: &Path) -> Self {
+        Self { entries: Vec::new(), archive: Some(archive.to_owned()) }
     }
 
     pub fn dir(self, path: &str, mode: u32) -> Self {
@@ -120,7 +127,13 @@ impl Layer {
     ///
     /// # Errors
     /// A host file cannot be read, or the output not written.
-    pub fn write(&self, output: impl Write) -> Result<()> {
+    pub fn write(&self, mut output: impl Write) -> Result<()> {
+        if let Some(archive) = &self.archive {
+            let mut file =
+                File::open(archive).with_context(|| format!("cannot open {}", archive.display()))?;
+            io::copy(&mut file, &mut output).with_context(|| format!("cannot copy {}", archive.display()))?;
+            return Ok(());
+        }
         let mut tar = Builder::new(output);
         for entry in &self.entries {
             entry.append(&mut tar).with_context(|| format!("cannot put {} into a layer", entry.path))?;

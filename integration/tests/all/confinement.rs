@@ -214,7 +214,15 @@ fn resources(spec: &mut Value) -> &mut Value {
 }
 
 fn group_limits(containerd: &mut Containerd) -> Result<()> {
+    // Clients on a host with cgroup v1 ask for no namespace of its own, and mean that the container sees its own group.
     let bundle = Bundle::busybox(containerd)?;
+    for namespaces in [&[][..], &["cgroup"]] {
+        group_limits_with(containerd, &bundle, namespaces)?;
+    }
+    Ok(())
+}
+
+fn group_limits_with(containerd: &Containerd, bundle: &Bundle, namespaces: &[&str]) -> Result<()> {
     let script = "cd /sys/fs/cgroup; cat memory.max memory.low pids.max cpu.max cpu.weight; cat /proc/self/cgroup; \
                   touch x 2>/dev/null || echo read-only";
     let config = bundle.config(&["sh", "-c", script], |spec| {
@@ -225,7 +233,8 @@ fn group_limits(containerd: &mut Containerd) -> Result<()> {
             "cgroup",
             &["nosuid", "noexec", "nodev", "relatime", "ro"],
         ));
-        spec["linux"]["namespaces"].as_array_mut().expect("an array").push(json!({ "type": "cgroup" }));
+        let more = namespaces.iter().map(|kind| json!({ "type": kind }));
+        spec["linux"]["namespaces"].as_array_mut().expect("an array").extend(more);
         *resources(spec) = json!({
             "memory": { "limit": 100 << 20, "reservation": 50 << 20 },
             "pids": { "limit": 33 },

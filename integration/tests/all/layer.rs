@@ -127,6 +127,7 @@ fn writes_reach_the_snapshot(containerd: &mut Containerd) -> Result<()> {
          ln -s /nowhere /sym; truncate -s 32M /sparse; echo end >> /sparse; rm /etc/secret; \
          rm -r /home/alice; mkdir -m 700 /home/alice; echo x > /home/alice/f; touch -d @1000000000 /etc/passwd; \
          mknod /null c 1 3; mknod /disk b 8 0; echo long > /root/{long}; mkdir -p /a/b/c; echo deep > /a/b/c/d; \
+         mknod /a/b/disk b 8 0; \
          mkdir /gone; rmdir /gone"
     );
     let kept = Kept::run(containerd, IMAGE, "overlayfs", &script)?;
@@ -155,6 +156,8 @@ fn writes_reach_the_snapshot(containerd: &mut Containerd) -> Result<()> {
     ensure!(status("null")?.rdev() == 0x103 && status("disk")?.rdev() == 0, "devices");
     ensure!(fs::read(upper.join("root").join(&long))? == b"long\n", "long name");
     ensure!(fs::read(upper.join("a/b/c/d"))? == b"deep\n", "deep");
+    // Nothing of the image can show there, and a mark of removal would make the diff below fail.
+    ensure!(status("a/b/disk").is_err(), "a mark in a new directory");
     ensure!(status("gone").is_err(), "what was there and is gone again");
     // Nothing that is only the guest's.
     let mut origin = [0; 256];

@@ -46,7 +46,7 @@ pub struct Applied {
     pub entries: u64,
     /// Bytes on the disk, in whole blocks.
     pub bytes: u64,
-    /// Device nodes that were replaced by a mark of removal.
+    /// Device nodes that were left out.
     pub devices_left_out: u64,
 }
 
@@ -110,6 +110,8 @@ struct Open {
     mtime: (i64, u32),
     /// What is below it in the whole root file system is to be added.
     merged: bool,
+    /// Nothing of lower layers shows in it.
+    opaque: bool,
 }
 
 struct Applier<'a> {
@@ -178,7 +180,7 @@ impl Applier<'_> {
                 let path = lossy(&entry.path.join(&b'/'));
                 tracing::warn!(path, device = %format!("{major}:{minor}"), "a device node of the container's stays out of its snapshot");
                 self.applied.devices_left_out += 1;
-                self.removal(&entry, name)
+                self.leave_out(&entry, name)
             }
         }
     }
@@ -190,7 +192,7 @@ impl Applier<'_> {
         }
         let merged = self.lower.is_some() && !is_opaque(entry);
         dress(self.dir.as_fd(), entry, self.lower.is_none())?;
-        self.open.push(Open { name: Vec::new(), mtime: entry.mtime, merged });
+        self.open.push(Open { name: Vec::new(), mtime: entry.mtime, merged, opaque: is_opaque(entry) });
         Ok(())
     }
 
@@ -208,7 +210,8 @@ impl Applier<'_> {
             Some(lower) if above && !is_opaque(entry) => lower.has_dir(&entry.path)?,
             _ => false,
         };
-        self.open.push(Open { name: name.to_owned(), mtime: entry.mtime, merged });
+        let opaque = is_opaque(entry) || self.open.last().is_some_and(|open| open.opaque);
+        self.open.push(Open { name: name.to_owned(), mtime: entry.mtime, merged, opaque });
         self.dir = dir;
         Ok(())
     }
@@ -322,6 +325,14 @@ impl Applier<'_> {
             }
             errno => write_error("create the hard link", path, errno.into()),
         })
+    }
+
+    /// Hides what lower layers have in the place of an entry that is left out.
+    ///
+    /// Where nothing of them shows there must be no mark: overlayfs lists such a directory as it is, so the mark would be
+    /// a name that cannot be looked up, and containerd could not compare or commit the snapshot.
+    fn leave_out(&self, entry: &Entry, name: &[u8]) -> Result<(), LayerError> {
+        if self.open.last().is_some_and(|open| open.opaque) { Ok(()) } else { self.removal(entry, name) }
     }
 
     /// Marks that what lower layers have of that name is removed. A whole root file system needs the mark only until the

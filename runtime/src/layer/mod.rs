@@ -9,8 +9,8 @@
 //! entries and the bytes on the disk are bounded; memory does not grow with the archive.
 //!
 //! Device nodes: a removed file is one (0:0) and is kept; those that every container has (null, zero, full, random,
-//! urandom, tty, console, ptmx, fuse, net/tun) are too. For any other the layer gets a removed file and the log a line:
-//! a node that opens the host's disks has no place on the host, wherever it is.
+//! urandom, tty, console, ptmx, fuse, net/tun) are too. For any other the log gets a line, and the layer a removed file where
+//! something of a lower layer could show instead: a node that opens the host's disks has no place on the host, wherever it is.
 //!
 //! The layer is exchanged with one rename(2): whoever dies, and when, leaves the old one or the new one. The container's
 //! disk is kept until the new one has reached the medium; a disk that exists has writes that the snapshot may lack.

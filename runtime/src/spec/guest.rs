@@ -7,8 +7,8 @@
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    Linux, LinuxBuilder, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespaceBuilder,
-    LinuxNamespaceType, Mount, Process, Spec,
+    Linux, LinuxBuilder, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespace,
+    LinuxNamespaceBuilder, LinuxNamespaceType, Mount, Process, Spec,
 };
 
 use super::{
@@ -85,7 +85,11 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
     refuse_hooks(&spec)?;
     spec.set_hooks(None);
     let injected = take_injected(&mut spec)?;
+    let mounts_cgroups = mounts_cgroups(&spec);
     let linux = spec.linux_mut().get_or_insert_with(nothing_of_linux);
+    if mounts_cgroups {
+        add_cgroup_namespace(linux);
+    }
     let netns = take_namespaces(linux)?;
     // The guest has one cgroup tree and no security modules; the host's names mean nothing there.
     linux.set_cgroups_path(Some(Path::new("/machinen").join(id)));
@@ -256,6 +260,26 @@ fn take_namespaces(linux: &mut Linux) -> Result<Option<PathBuf>, ReduceError> {
     Ok(netns)
 }
 
+fn mounts_cgroups(spec: &Spec) -> bool {
+    let mut kinds = spec.mounts().iter().flatten().filter_map(|mount| mount.typ().as_deref());
+    kinds.any(|kind| ["cgroup", "cgroup2"].contains(&kind))
+}
+
+/// Gives a container for which cgroups are mounted a cgroup namespace, whether the configuration has one or not.
+///
+/// On a host with cgroup v1 clients ask for none, since that mount shows a container its own groups there. The guest has
+/// version 2 only, where the same configuration would show the VM's root: programs find no limits in it, and a privileged
+/// container that makes groups below (as dockerd's usual start does) would leave its own, with its limits.
+fn add_cgroup_namespace(linux: &mut Linux) {
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    if namespaces.iter().all(|namespace| namespace.typ() != LinuxNamespaceType::Cgroup) {
+        let mut own = LinuxNamespace::default();
+        own.set_typ(LinuxNamespaceType::Cgroup);
+        namespaces.push(own);
+        linux.set_namespaces(Some(namespaces));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use oci_spec::runtime::{
@@ -285,6 +309,26 @@ mod tests {
             linux.namespaces().as_ref().unwrap().iter().map(|namespace| namespace.typ()).collect();
         assert!(!kinds.contains(&LinuxNamespaceType::Network));
         assert_eq!(kinds.len(), get_default_namespaces().len() - 1);
+    }
+
+    #[test]
+    fn where_cgroups_are_mounted_there_is_a_cgroup_namespace() {
+        let kinds = |given: &[LinuxNamespaceType], mounted: &str| {
+            let namespaces =
+                given.iter().map(|&kind| LinuxNamespaceBuilder::default().typ(kind).build().unwrap());
+            let mut spec = Spec::default();
+            spec.linux_mut().as_mut().unwrap().set_namespaces(Some(namespaces.collect()));
+            let mount = MountBuilder::default().destination("/sys/fs/cgroup").typ(mounted).build().unwrap();
+            spec.set_mounts(Some(vec![mount]));
+            let reduced = reduce(spec, "c1").unwrap().spec;
+            let namespaces = reduced.linux().as_ref().unwrap().namespaces().clone().unwrap();
+            namespaces.iter().map(LinuxNamespace::typ).collect::<Vec<_>>()
+        };
+        let (pid, cgroup) = (LinuxNamespaceType::Pid, LinuxNamespaceType::Cgroup);
+        assert_eq!(kinds(&[pid], "cgroup"), [pid, cgroup]);
+        assert_eq!(kinds(&[pid], "cgroup2"), [pid, cgroup]);
+        assert_eq!(kinds(&[cgroup, pid], "cgroup"), [cgroup, pid]);
+        assert_eq!(kinds(&[pid], "tmpfs"), [pid]);
     }
 
     #[test]

@@ -56,6 +56,8 @@ fn attributes_and_marks() {
         .dir("opaque")
         .xattr("trusted.overlay.overlay.opaque", "y")
         .dir("opaque/nested")
+        .device(EntryType::Block, "opaque/nested/sda", 8, 0)
+        .device(EntryType::Char, "opaque/nested/null", 1, 3)
         .xattr("security.capability", capability)
         .xattr("user.lines", "one\ntwo\n")
         .owner(1000, 1000)
@@ -67,7 +69,7 @@ fn attributes_and_marks() {
         .device(EntryType::Char, "mem", 1, 1)
         .device(EntryType::Block, "sda", 8, 0);
     let applied = fixture.apply(archive).unwrap();
-    assert_eq!(applied.devices_left_out, 2);
+    assert_eq!(applied.devices_left_out, 3);
     let root = fixture.path("root");
     let xattr = |name: &str, key: &str| {
         let mut value = vec![0; 100];
@@ -89,6 +91,9 @@ fn attributes_and_marks() {
     // Nothing that opens the host's memory or disks, and nothing of the image shines through either.
     assert_eq!(device("mem"), (true, 0));
     assert_eq!(device("sda"), (true, 0));
+    // Where nothing of the image can shine through a mark would only be a name that cannot be looked up.
+    assert!(fs::symlink_metadata(root.join("opaque/nested/sda")).is_err());
+    assert_eq!(device("opaque/nested/null"), (true, 0x103));
 }
 
 #[test]
