@@ -149,8 +149,10 @@ impl Pod {
             return Ok(());
         };
         let stdio = Stdio { terminal: restore.has_terminal(), ..Default::default() };
-        let mut request = create::request(id, &prepared.guest, &disks, stdio, injected)?;
-        let from = restore.request(disks.checkpoint, prepared.config.restore, &prepared.guest.spec);
+        let vcpus = self.vm_vcpus();
+        let spec = prepared.guest.for_vm(vcpus);
+        let mut request = create::request(id, &spec, &disks, stdio, injected)?;
+        let from = restore.request(disks.checkpoint, prepared.config.restore, &spec, vcpus);
         request.checkpoint = MessageField::some(from);
         let created = agent.create_container(request).await;
         created.map(drop).map_err(|source| restore.refused(disk, source))

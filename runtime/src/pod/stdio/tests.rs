@@ -200,7 +200,9 @@ async fn stdin_that_is_held_stays_with_the_caller() {
     let host = open(StdioNames { stdin: name.clone(), ..Default::default() }).unwrap();
     // A guest that takes less than what was written.
     let (to_guest, mut guest) = duplex(4);
-    let input = Input::start(host.stdin.unwrap(), to_guest, async |_| ());
+    let close = watch::Sender::new(false);
+    let end = InputEnd { closed: close.subscribe(), terminal: false };
+    let input = Input::start(host.stdin.unwrap().open().unwrap(), end, to_guest, async |_| ());
     let mut writer = OpenOptions::new().write(true).open(&name).unwrap();
     writer.write_all(b"first ").unwrap();
     let mut first = [0; 2];
