@@ -184,7 +184,8 @@ struct Both<'a> {
 impl<'a> Both<'a> {
     fn new(containerd: &'a Containerd) -> Result<Self> {
         let (idle, bundle) = (Served::idle(containerd)?, Bundle::busybox(containerd)?);
-        Ok(Self { containerd, idle, bundle, seen: HashMap::new(), differences: Vec::new(), used: Vec::new() })
+        let (seen, differences, used) = (HashMap::new(), Vec::new(), Vec::new());
+        Ok(Self { containerd, idle, bundle, runs: 0, seen, differences, used })
     }
 
     /// Notes the variant if one of the two serves it and the other does not.
