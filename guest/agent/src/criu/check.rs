@@ -6,6 +6,7 @@
 //! | another uts, ipc, time, net, user, cgroup or pid namespace than the first process has | CRIU keeps those of the first one only, and for a second network wants a program that is not in the image |
 //! | a program that is executed from a memfd | CRIU finds no file to execute |
 //! | a removed file that has other hard links, not on a tmpfs | CRIU's link to it is not in the new root file system |
+//! | huge pages of hugetlb, unless the kernel command line asks for them | another VM has none |
 //! | an overlay that is mounted inside | its layers are not there when it is mounted again |
 //! | SCHED_DEADLINE and sched_ext | CRIU does not know their parameters |
 //! | a process that another one traces | there can be only one tracer, and CRIU is one |
@@ -107,7 +108,7 @@ fn odd_policy(tasks: &Path) -> Option<String> {
     Some(format!("has a thread with the scheduling policy {name}"))
 }
 
-/// A file that was removed while it is open, mapped or executed.
+/// A file without a name, or with another one than it was opened by, that is open, mapped or executed.
 fn removed(pid: Pid) -> Option<String> {
     let at = |name: &str| PathBuf::from(format!("/proc/{pid}/{name}"));
     let open = fs::read_dir(at("fd")).ok()?.flatten().map(|entry| entry.path());
@@ -116,18 +117,37 @@ fn removed(pid: Pid) -> Option<String> {
     let maps = fs::read_to_string(at("maps")).unwrap_or_default();
     let mapped = maps.lines().filter(|line| line.ends_with(REMOVED)).filter_map(|line| {
         let (range, rest) = line.split_once(' ')?;
-        Some((rest[rest.find('/')?..].to_owned(), at("map_files").join(range)))
+        Some((rest[rest.find('/')?..].to_owned(), at("map_files").join(file_of(range)?)))
     });
-    let (path, _) =
-        open.chain(mapped).find(|(path, link)| path.ends_with(REMOVED) && has_other_links(link))?;
-    let path = path.trim_end_matches(REMOVED).escape_debug().to_string();
-    Some(format!("uses {path}, which was removed and has other hard links"))
+    let mut removed = open.chain(mapped).filter(|(path, _)| path.ends_with(REMOVED));
+    removed.find_map(|(path, link)| {
+        let path = path.trim_end_matches(REMOVED).escape_debug().to_string();
+        match rustix::fs::statfs(&link).ok()?.f_type {
+            // CRIU's own link to one of a tmpfs is in the archive of that.
+            libc::TMPFS_MAGIC => None,
+            libc::HUGETLBFS_MAGIC => {
+                (!has_huge_pages()).then(|| format!("uses huge pages ({path}), of which another VM has none"))
+            }
+            _ => has_other_links(&link)
+                .then(|| format!("uses {path}, which was removed and has other hard links")),
+        }
+    })
 }
 
-/// Those of a tmpfs are archived while CRIU's own link to them is there.
+/// What /proc/PID/map_files calls a range of /proc/PID/maps, which fills addresses up with zeros.
+fn file_of(range: &str) -> Option<String> {
+    let (start, end) = range.split_once('-')?;
+    let short = |address: &str| u64::from_str_radix(address, 16).ok();
+    Some(format!("{:x}-{:x}", short(start)?, short(end)?))
+}
+
 fn has_other_links(link: &Path) -> bool {
     fs::metadata(link).is_ok_and(|file| !file.is_dir() && file.nlink() > 0)
-        && rustix::fs::statfs(link).is_ok_and(|fs| fs.f_type != libc::TMPFS_MAGIC)
+}
+
+/// Every VM with this one's kernel command line has them from its start.
+fn has_huge_pages() -> bool {
+    fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.contains("hugepages="))
 }
 
 /// Where a process has an overlay mounted that is not the container's root file system, in a mount namespace that is not
@@ -166,6 +186,12 @@ mod tests {
         assert_eq!(odd_policy(Path::new("/proc/self/task")), None);
         assert_eq!(runs_memfd(Path::new("/proc/self/exe")), None);
         assert_eq!(why_not(pid, Pid::from_raw(i32::MAX)), None);
+    }
+
+    #[test]
+    fn a_range_is_a_file() {
+        assert_eq!(file_of("00400000-0040b000").as_deref(), Some("400000-40b000"));
+        assert_eq!(file_of("7ffe-x"), None);
     }
 
     #[test]

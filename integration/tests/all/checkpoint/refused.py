@@ -72,6 +72,13 @@ def program_with_links():
     os.unlink(path)
 
 
+def huge_pages():
+    with open("/proc/sys/vm/nr_hugepages", "w") as file:
+        file.write("4")
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000
+    kept.append(mmap.mmap(-1, 2 << 20, flags))
+
+
 def overlay():
     for name in ("lower", "upper", "work", "merged"):
         os.makedirs("/tmp/" + name, exist_ok=True)
@@ -132,6 +139,7 @@ KINDS = {
     "links-tmpfs": lambda: file_with_links("/tmp"),
     "links-mapped": mapped_file_with_links,
     "links-program": program_with_links,
+    "huge-pages": huge_pages,
     "overlay": overlay,
     "deadline": deadline,
     "traced": traced,

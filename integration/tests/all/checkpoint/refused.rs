@@ -18,7 +18,7 @@ use crate::harness::on_newest_containerd;
 on_newest_containerd!(what_cannot_be_restored);
 
 /// What a process does (see refused.py), and what the caller of a checkpoint reads then.
-const KINDS: [(&str, &[&str]); 18] = [
+const KINDS: [(&str, &[&str]); 19] = [
     ("uts", &["process ", "(python3.13) is in another uts namespace than the container's first process"]),
     ("ipc", &["is in another ipc namespace"]),
     ("time", &["another time namespace"]),
@@ -31,6 +31,10 @@ const KINDS: [(&str, &[&str]); 18] = [
     ("links", &["process ", " uses /file-", "which was removed and has other hard links"]),
     ("links-mapped", &[" uses /map-", "which was removed and has other hard links"]),
     ("links-program", &[" uses /program-", "which was removed and has other hard links"]),
+    (
+        "huge-pages",
+        &["uses huge pages (/anon_hugepage), of which another VM has none: that cannot be restored"],
+    ),
     ("overlay", &["has an overlay mounted at /tmp/merged"]),
     ("deadline", &["has a thread with the scheduling policy SCHED_DEADLINE"]),
     ("traced", &["is traced by another process"]),
