@@ -20,9 +20,10 @@ use std::{
 
 use nix::unistd::Pid;
 use procfs::process::Process;
+use rustix::fs::{AtFlags, CWD, linkat};
 
 use super::{CriuError, source::Source, task::Task};
-use crate::sys;
+use crate::{console, sys};
 
 /// Links in /proc/PID/ns, and that of the first process that each has to be.
 const NAMESPACES: [(&str, &str); 9] = [
@@ -42,6 +43,8 @@ const POLICIES: [i32; 5] =
 /// How the kernel shows a path that does not lead to the file any more.
 const REMOVED: &str = " (deleted)";
 
+/// The root file system can be written.
+///
 /// # Errors
 /// The first thing that could not be restored.
 pub(super) fn check(source: &Source<'_>) -> Result<(), CriuError> {
@@ -66,7 +69,7 @@ fn why_not(init: Pid, pid: Pid) -> Option<String> {
         .or_else(|| elsewhere(init, pid))
         .or_else(|| runs_memfd(&at("exe")))
         .or_else(|| odd_policy(&at("task")))
-        .or_else(|| removed(pid))
+        .or_else(|| removed(pid, Path::new(&format!("/proc/{init}/root"))))
 }
 
 fn is_traced(pid: Pid) -> Option<String> {
@@ -109,7 +112,8 @@ fn odd_policy(tasks: &Path) -> Option<String> {
 }
 
 /// A file without a name, or with another one than it was opened by, that is open, mapped or executed.
-fn removed(pid: Pid) -> Option<String> {
+/// `root` is the container's root directory, where a link is tried.
+fn removed(pid: Pid, root: &Path) -> Option<String> {
     let at = |name: &str| PathBuf::from(format!("/proc/{pid}/{name}"));
     let open = fs::read_dir(at("fd")).ok()?.flatten().map(|entry| entry.path());
     let open = open.chain([at("exe")]).filter_map(|link| Some((fs::read_link(&link).ok()?, link)));
@@ -128,7 +132,7 @@ fn removed(pid: Pid) -> Option<String> {
             libc::HUGETLBFS_MAGIC => {
                 (!has_huge_pages()).then(|| format!("uses huge pages ({path}), of which another VM has none"))
             }
-            _ => has_other_links(&link)
+            _ => has_other_links(&link, root)
                 .then(|| format!("uses {path}, which was removed and has other hard links")),
         }
     })
@@ -141,8 +145,22 @@ fn file_of(range: &str) -> Option<String> {
     Some(format!("{:x}-{:x}", short(start)?, short(end)?))
 }
 
-fn has_other_links(link: &Path) -> bool {
-    fs::metadata(link).is_ok_and(|file| !file.is_dir() && file.nlink() > 0)
+/// Whether CRIU, which needs one more link to such a file, gets it. What stat(2) says of the links of an overlay's file is true of
+/// the layer below. Where there is no link to be had CRIU takes the file's content, or says that it cannot.
+fn has_other_links(link: &Path, root: &Path) -> bool {
+    if !fs::metadata(link).is_ok_and(|file| !file.is_dir() && file.nlink() > 0) {
+        return false;
+    }
+    let tried = root.join(format!(".machinen-{}", std::process::id()));
+    match linkat(CWD, link, CWD, &tried, AtFlags::SYMLINK_FOLLOW) {
+        Err(_) => false,
+        Ok(()) => {
+            if let Err(source) = fs::remove_file(&tried) {
+                console::say(&console::chain(&CriuError::File { what: "remove", path: tried, source }));
+            }
+            true
+        }
+    }
 }
 
 /// Every VM with this one's kernel command line has them from its start.
@@ -202,11 +220,12 @@ mod tests {
         let (one, other) = (dir.path().join("one"), dir.path().join("other"));
         let mut file = fs::File::create(&one).unwrap();
         file.write_all(b"x").unwrap();
-        let found = || removed(pid).filter(|why| why.contains("/one,"));
+        let found = || removed(pid, dir.path()).filter(|why| why.contains("/one,"));
         assert_eq!(found(), None);
         fs::hard_link(&one, &other).unwrap();
         fs::remove_file(&one).unwrap();
         assert!(found().is_some_and(|why| why.ends_with("which was removed and has other hard links")));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         fs::remove_file(&other).unwrap();
         assert_eq!(found(), None);
     }

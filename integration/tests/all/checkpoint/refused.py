@@ -50,6 +50,16 @@ def file_with_links(at):
     os.unlink(path)
 
 
+def replaced_library():
+    """As a package manager does it with a file of the image."""
+    path = "/replaced"
+    with open(path) as file:
+        kept.append(mmap.mmap(file.fileno(), 4096, mmap.MAP_PRIVATE, mmap.PROT_READ))
+    with open(path + ".new", "w") as file:
+        file.write("new" * 4000)
+    os.rename(path + ".new", path)
+
+
 def mapped_file_with_links():
     path = "/map-%d" % os.getpid()
     with open(path, "w+b") as file:
@@ -137,6 +147,7 @@ KINDS = {
     "memfd-program": memfd_program,
     "links": lambda: file_with_links("/"),
     "links-tmpfs": lambda: file_with_links("/tmp"),
+    "replaced": replaced_library,
     "links-mapped": mapped_file_with_links,
     "links-program": program_with_links,
     "huge-pages": huge_pages,

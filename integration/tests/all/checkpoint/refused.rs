@@ -46,6 +46,7 @@ const KINDS: [(&str, &[&str]); 19] = [
 fn what_cannot_be_restored(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::with_workloads(containerd)?;
     fs::write(bundle.rootfs().join("refused.py"), include_str!("refused.py"))?;
+    fs::write(bundle.rootfs().join("replaced"), "old".repeat(4000))?;
     let config = bundle.config(&["python3.13", "/refused.py"], |spec| {
         let capabilities = ["CAP_SYS_ADMIN", "CAP_SYS_NICE", "CAP_KILL", "CAP_SYS_PTRACE"];
         let capabilities =
@@ -73,8 +74,11 @@ fn what_cannot_be_restored(containerd: &mut Containerd) -> Result<()> {
         end(&served).with_context(|| format!("{kind}: it does not run on"))?;
     }
     // What looks like it, and can be restored.
-    begin(containerd, &served, "links-tmpfs")?;
-    restores(containerd, &served, &config, &dir)?;
+    for kind in ["links-tmpfs", "replaced"] {
+        begin(containerd, &served, kind)?;
+        restores(containerd, &served, &config, &dir).with_context(|| kind)?;
+        end(&served)?;
+    }
     served.end()
 }
 
