@@ -6,6 +6,7 @@
 //! | another uts, ipc, time, net, user, cgroup or pid namespace than the first process has | CRIU keeps those of the first one only, and for a second network wants a program that is not in the image |
 //! | a program that is executed from a memfd | CRIU finds no file to execute |
 //! | a removed file that has other hard links, not on a tmpfs | CRIU's link to it is not in the new root file system |
+//! | huge pages of hugetlb, unless the kernel command line asks for them | another VM has none |
 //! | an overlay that is mounted inside | its layers are not there when it is mounted again |
 //! | SCHED_DEADLINE and sched_ext | CRIU does not know their parameters |
 //! | a process that another one traces | there can be only one tracer, and CRIU is one |
@@ -19,9 +20,10 @@ use std::{
 
 use nix::unistd::Pid;
 use procfs::process::Process;
+use rustix::fs::{AtFlags, CWD, linkat};
 
 use super::{CriuError, source::Source, task::Task};
-use crate::sys;
+use crate::{console, sys};
 
 /// Links in /proc/PID/ns, and that of the first process that each has to be.
 const NAMESPACES: [(&str, &str); 9] = [
@@ -41,6 +43,8 @@ const POLICIES: [i32; 5] =
 /// How the kernel shows a path that does not lead to the file any more.
 const REMOVED: &str = " (deleted)";
 
+/// The root file system can be written.
+///
 /// # Errors
 /// The first thing that could not be restored.
 pub(super) fn check(source: &Source<'_>) -> Result<(), CriuError> {
@@ -65,7 +69,7 @@ fn why_not(init: Pid, pid: Pid) -> Option<String> {
         .or_else(|| elsewhere(init, pid))
         .or_else(|| runs_memfd(&at("exe")))
         .or_else(|| odd_policy(&at("task")))
-        .or_else(|| removed(pid))
+        .or_else(|| removed(pid, Path::new(&format!("/proc/{init}/root"))))
 }
 
 fn is_traced(pid: Pid) -> Option<String> {
@@ -107,8 +111,9 @@ fn odd_policy(tasks: &Path) -> Option<String> {
     Some(format!("has a thread with the scheduling policy {name}"))
 }
 
-/// A file that was removed while it is open, mapped or executed.
-fn removed(pid: Pid) -> Option<String> {
+/// A file without a name, or with another one than it was opened by, that is open, mapped or executed.
+/// `root` is the container's root directory, where a link is tried.
+fn removed(pid: Pid, root: &Path) -> Option<String> {
     let at = |name: &str| PathBuf::from(format!("/proc/{pid}/{name}"));
     let open = fs::read_dir(at("fd")).ok()?.flatten().map(|entry| entry.path());
     let open = open.chain([at("exe")]).filter_map(|link| Some((fs::read_link(&link).ok()?, link)));
@@ -116,18 +121,51 @@ fn removed(pid: Pid) -> Option<String> {
     let maps = fs::read_to_string(at("maps")).unwrap_or_default();
     let mapped = maps.lines().filter(|line| line.ends_with(REMOVED)).filter_map(|line| {
         let (range, rest) = line.split_once(' ')?;
-        Some((rest[rest.find('/')?..].to_owned(), at("map_files").join(range)))
+        Some((rest[rest.find('/')?..].to_owned(), at("map_files").join(file_of(range)?)))
     });
-    let (path, _) =
-        open.chain(mapped).find(|(path, link)| path.ends_with(REMOVED) && has_other_links(link))?;
-    let path = path.trim_end_matches(REMOVED).escape_debug().to_string();
-    Some(format!("uses {path}, which was removed and has other hard links"))
+    let mut removed = open.chain(mapped).filter(|(path, _)| path.ends_with(REMOVED));
+    removed.find_map(|(path, link)| {
+        let path = path.trim_end_matches(REMOVED).escape_debug().to_string();
+        match rustix::fs::statfs(&link).ok()?.f_type {
+            // CRIU's own link to one of a tmpfs is in the archive of that.
+            libc::TMPFS_MAGIC => None,
+            libc::HUGETLBFS_MAGIC => {
+                (!has_huge_pages()).then(|| format!("uses huge pages ({path}), of which another VM has none"))
+            }
+            _ => has_other_links(&link, root)
+                .then(|| format!("uses {path}, which was removed and has other hard links")),
+        }
+    })
 }
 
-/// Those of a tmpfs are archived while CRIU's own link to them is there.
-fn has_other_links(link: &Path) -> bool {
-    fs::metadata(link).is_ok_and(|file| !file.is_dir() && file.nlink() > 0)
-        && rustix::fs::statfs(link).is_ok_and(|fs| fs.f_type != libc::TMPFS_MAGIC)
+/// What /proc/PID/map_files calls a range of /proc/PID/maps, which fills addresses up with zeros.
+fn file_of(range: &str) -> Option<String> {
+    let (start, end) = range.split_once('-')?;
+    let short = |address: &str| u64::from_str_radix(address, 16).ok();
+    Some(format!("{:x}-{:x}", short(start)?, short(end)?))
+}
+
+/// Whether CRIU, which needs one more link to such a file, gets it. What stat(2) says of the links of an overlay's file is true of
+/// the layer below. Where there is no link to be had CRIU takes the file's content, or says that it cannot.
+fn has_other_links(link: &Path, root: &Path) -> bool {
+    if !fs::metadata(link).is_ok_and(|file| !file.is_dir() && file.nlink() > 0) {
+        return false;
+    }
+    let tried = root.join(format!(".machinen-{}", std::process::id()));
+    match linkat(CWD, link, CWD, &tried, AtFlags::SYMLINK_FOLLOW) {
+        Err(_) => false,
+        Ok(()) => {
+            if let Err(source) = fs::remove_file(&tried) {
+                console::say(&console::chain(&CriuError::File { what: "remove", path: tried, source }));
+            }
+            true
+        }
+    }
+}
+
+/// Every VM with this one's kernel command line has them from its start.
+fn has_huge_pages() -> bool {
+    fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.contains("hugepages="))
 }
 
 /// Where a process has an overlay mounted that is not the container's root file system, in a mount namespace that is not
@@ -169,6 +207,12 @@ mod tests {
     }
 
     #[test]
+    fn a_range_is_a_file() {
+        assert_eq!(file_of("00400000-0040b000").as_deref(), Some("400000-40b000"));
+        assert_eq!(file_of("7ffe-x"), None);
+    }
+
+    #[test]
     fn a_removed_file_with_other_links_is_found() {
         let pid = nix::unistd::getpid();
         // Not a tmpfs, on which it would do no harm.
@@ -176,11 +220,12 @@ mod tests {
         let (one, other) = (dir.path().join("one"), dir.path().join("other"));
         let mut file = fs::File::create(&one).unwrap();
         file.write_all(b"x").unwrap();
-        let found = || removed(pid).filter(|why| why.contains("/one,"));
+        let found = || removed(pid, dir.path()).filter(|why| why.contains("/one,"));
         assert_eq!(found(), None);
         fs::hard_link(&one, &other).unwrap();
         fs::remove_file(&one).unwrap();
         assert!(found().is_some_and(|why| why.ends_with("which was removed and has other hard links")));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         fs::remove_file(&other).unwrap();
         assert_eq!(found(), None);
     }

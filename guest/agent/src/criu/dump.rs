@@ -53,7 +53,6 @@ pub(crate) async fn pre_dump(
     disk: &Disk,
     options: &CriuOptions,
 ) -> Result<(), CriuError> {
-    check(source)?;
     let mounted = Mounted::mount(disk, source.dir, FILE_SYSTEM, MsFlags::MS_NOATIME)?;
     let images = directory(&mounted, BEFORE)?;
     let mut opts = opts(&images, source, options)?;

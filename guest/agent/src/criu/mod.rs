@@ -75,7 +75,7 @@ pub(crate) enum CriuError {
     Harmed { died: Box<CriuError> },
     #[error("criu cannot {what} it{log}")]
     Failed { what: &'static str, log: String },
-    #[error("{task} {why}, which cannot be restored")]
+    #[error("{task} {why}: that cannot be restored")]
     Unrestorable { task: Task, why: String },
     #[error("cannot read the container's limits")]
     Limits(#[from] CgroupError),

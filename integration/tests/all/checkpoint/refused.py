@@ -50,6 +50,16 @@ def file_with_links(at):
     os.unlink(path)
 
 
+def replaced_library():
+    """As a package manager does it with a file of the image."""
+    path = "/replaced"
+    with open(path) as file:
+        kept.append(mmap.mmap(file.fileno(), 4096, mmap.MAP_PRIVATE, mmap.PROT_READ))
+    with open(path + ".new", "w") as file:
+        file.write("new" * 4000)
+    os.rename(path + ".new", path)
+
+
 def mapped_file_with_links():
     path = "/map-%d" % os.getpid()
     with open(path, "w+b") as file:
@@ -70,6 +80,13 @@ def program_with_links():
         os.execv(path, ["sleep", "9999"])
     time.sleep(0.5)
     os.unlink(path)
+
+
+def huge_pages():
+    with open("/proc/sys/vm/nr_hugepages", "w") as file:
+        file.write("4")
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000
+    kept.append(mmap.mmap(-1, 2 << 20, flags))
 
 
 def overlay():
@@ -130,8 +147,10 @@ KINDS = {
     "memfd-program": memfd_program,
     "links": lambda: file_with_links("/"),
     "links-tmpfs": lambda: file_with_links("/tmp"),
+    "replaced": replaced_library,
     "links-mapped": mapped_file_with_links,
     "links-program": program_with_links,
+    "huge-pages": huge_pages,
     "overlay": overlay,
     "deadline": deadline,
     "traced": traced,

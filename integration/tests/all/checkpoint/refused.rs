@@ -18,7 +18,7 @@ use crate::harness::on_newest_containerd;
 on_newest_containerd!(what_cannot_be_restored);
 
 /// What a process does (see refused.py), and what the caller of a checkpoint reads then.
-const KINDS: [(&str, &[&str]); 18] = [
+const KINDS: [(&str, &[&str]); 19] = [
     ("uts", &["process ", "(python3.13) is in another uts namespace than the container's first process"]),
     ("ipc", &["is in another ipc namespace"]),
     ("time", &["another time namespace"]),
@@ -31,6 +31,10 @@ const KINDS: [(&str, &[&str]); 18] = [
     ("links", &["process ", " uses /file-", "which was removed and has other hard links"]),
     ("links-mapped", &[" uses /map-", "which was removed and has other hard links"]),
     ("links-program", &[" uses /program-", "which was removed and has other hard links"]),
+    (
+        "huge-pages",
+        &["uses huge pages (/anon_hugepage), of which another VM has none: that cannot be restored"],
+    ),
     ("overlay", &["has an overlay mounted at /tmp/merged"]),
     ("deadline", &["has a thread with the scheduling policy SCHED_DEADLINE"]),
     ("traced", &["is traced by another process"]),
@@ -42,6 +46,7 @@ const KINDS: [(&str, &[&str]); 18] = [
 fn what_cannot_be_restored(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::with_workloads(containerd)?;
     fs::write(bundle.rootfs().join("refused.py"), include_str!("refused.py"))?;
+    fs::write(bundle.rootfs().join("replaced"), "old".repeat(4000))?;
     let config = bundle.config(&["python3.13", "/refused.py"], |spec| {
         let capabilities = ["CAP_SYS_ADMIN", "CAP_SYS_NICE", "CAP_KILL", "CAP_SYS_PTRACE"];
         let capabilities =
@@ -69,8 +74,11 @@ fn what_cannot_be_restored(containerd: &mut Containerd) -> Result<()> {
         end(&served).with_context(|| format!("{kind}: it does not run on"))?;
     }
     // What looks like it, and can be restored.
-    begin(containerd, &served, "links-tmpfs")?;
-    restores(containerd, &served, &config, &dir)?;
+    for kind in ["links-tmpfs", "replaced"] {
+        begin(containerd, &served, kind)?;
+        restores(containerd, &served, &config, &dir).with_context(|| kind)?;
+        end(&served)?;
+    }
     served.end()
 }
 
