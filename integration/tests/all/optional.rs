@@ -265,7 +265,10 @@ impl<'a> Both<'a> {
 fn with_runc(config: &Path) -> Result<Result<(), String>> {
     let dir: PathBuf = config.parent().context("a file is in a directory")?.into();
     let state = dir.join("runc");
-    let runc = |args: &[&str]| Invocation::new("runc").arg("--root").arg(&state).args(args).run();
+    // A configuration without a mount namespace has runc mount /proc and /dev where the caller is: not on the host.
+    let runc = |args: &[&str]| {
+        Invocation::new("unshare").args(["--mount", "runc", "--root"]).arg(&state).args(args).run()
+    };
     let bundle = dir.display().to_string();
     let id = format!("machinen-test-{}", std::process::id());
     let output = runc(&["run", "--bundle", &bundle, &id])?;
