@@ -9,6 +9,7 @@
 //! | huge pages of hugetlb, unless the kernel command line asks for them | another VM has none |
 //! | an overlay that is mounted inside | its layers are not there when it is mounted again |
 //! | SCHED_DEADLINE and sched_ext | CRIU does not know their parameters |
+//! | a record lock on a file that its holder has mapped | CRIU loses the lock (`locks.rs`) |
 //! | a process that another one traces | there can be only one tracer, and CRIU is one |
 
 use std::{
@@ -22,7 +23,7 @@ use nix::unistd::Pid;
 use procfs::process::Process;
 use rustix::fs::{AtFlags, CWD, linkat};
 
-use super::{CriuError, source::Source, task::Task};
+use super::{CriuError, locks, source::Source, task::Task};
 use crate::{console, sys};
 
 /// Links in /proc/PID/ns, and that of the first process that each has to be.
@@ -69,6 +70,7 @@ fn why_not(init: Pid, pid: Pid) -> Option<String> {
         .or_else(|| elsewhere(init, pid))
         .or_else(|| runs_memfd(&at("exe")))
         .or_else(|| odd_policy(&at("task")))
+        .or_else(|| locks::lost_by_a_restore(pid))
         .or_else(|| removed(pid, Path::new(&format!("/proc/{init}/root"))))
 }
 

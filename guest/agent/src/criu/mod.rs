@@ -12,6 +12,7 @@ mod cpu;
 mod dump;
 mod extents;
 mod lazy;
+mod locks;
 mod mend;
 mod mounted;
 mod mounts;

@@ -128,6 +128,15 @@ def packets():
     kept.extend([read, write])
 
 
+def mapped_file_with_lock():
+    import fcntl
+    file = open("/locked", "w+b")
+    file.write(b"x" * 4096)
+    file.flush()
+    fcntl.lockf(file, fcntl.LOCK_EX, 1)
+    kept.extend([file, mmap.mmap(file.fileno(), 4096)])
+
+
 def dead_leader():
     import threading
     threading.Thread(target=time.sleep, args=(9999,)).start()
@@ -136,6 +145,7 @@ def dead_leader():
 
 KINDS = {
     "nothing": lambda: None,
+    "lock-mapped": mapped_file_with_lock,
     "uts": lambda: unshare(0x04000000),
     "ipc": lambda: unshare(0x08000000),
     "time": lambda: with_child(0x80),

@@ -18,7 +18,7 @@ use crate::harness::on_newest_containerd;
 on_newest_containerd!(what_cannot_be_restored);
 
 /// What a process does (see refused.py), and what the caller of a checkpoint reads then.
-const KINDS: [(&str, &[&str]); 19] = [
+const KINDS: [(&str, &[&str]); 20] = [
     ("uts", &["process ", "(python3.13) is in another uts namespace than the container's first process"]),
     ("ipc", &["is in another ipc namespace"]),
     ("time", &["another time namespace"]),
@@ -35,6 +35,7 @@ const KINDS: [(&str, &[&str]); 19] = [
         "huge-pages",
         &["uses huge pages (/anon_hugepage), of which another VM has none: that cannot be restored"],
     ),
+    ("lock-mapped", &["holds a record lock on /locked, which it has also mapped"]),
     ("overlay", &["has an overlay mounted at /tmp/merged"]),
     ("deadline", &["has a thread with the scheduling policy SCHED_DEADLINE"]),
     ("traced", &["is traced by another process"]),
