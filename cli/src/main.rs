@@ -2,7 +2,9 @@
 
 mod check;
 mod fork;
+mod output;
 mod pool;
+mod prefix;
 mod rootdisk;
 mod snapshot;
 mod template;
@@ -29,13 +31,13 @@ enum Verb {
     Rootdisk(rootdisk::RootdiskArgs),
     /// Look after the saved VMs that starts are cloned from.
     Template(template::TemplateArgs),
-    /// Look after the clones that wait, ready, for the next starts.
+    /// Look after the clones that wait for the next starts.
     Pool(pool::PoolArgs),
     /// Look at checkpoints of containers.
     Snapshot(snapshot::SnapshotArgs),
-    /// Make a second container that goes on from where a running one is.
+    /// Make a second container that continues from where a running one is.
     #[command(
-        long_about = "Make a second container that goes on from where a running one is: with the same processes and memory, and \
+        long_about = "Make a second container that continues from where a running one is: with the same processes and memory, and \
         what SRC has written until then, in a VM of its own. SRC runs on. NEW has SRC's image, labels and configuration, but \
         another hostname and machine id, and its output goes nowhere."
     )]
@@ -61,13 +63,13 @@ fn run(verb: Verb) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let config = Config::load()?;
     match verb {
         Verb::Check(args) => Ok(check::run(&args, &config)),
-        Verb::Rootdisk(args) => Ok(rootdisk::run(args, &config.rootdisk)?),
-        Verb::Template(args) => Ok(template::run(&args, config)?),
-        Verb::Pool(args) => {
-            pool::run(&args, &config)?;
-            Ok(ExitCode::SUCCESS)
+        Verb::Rootdisk(args) => {
+            let json = args.json;
+            Ok(rootdisk::run(args, &config.rootdisk)?.print(json))
         }
-        Verb::Snapshot(args) => Ok(snapshot::run(&args)?),
+        Verb::Template(args) => Ok(template::run(&args, config)?.print(args.json)),
+        Verb::Pool(args) => Ok(pool::run(&args, &config)?.print(args.json)),
+        Verb::Snapshot(args) => Ok(snapshot::run(&args)?.print(args.json)),
         Verb::Fork(args) => {
             fork::run(&args, &config)?;
             Ok(ExitCode::SUCCESS)

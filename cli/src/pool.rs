@@ -1,49 +1,106 @@
 //! `machinen pool`: the clones that wait for the next starts.
 
-use clap::{Args, Subcommand};
-use serde_json::json;
+use std::time::{Duration, UNIX_EPOCH};
 
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use super::{
+    output::{Align, Output, Table},
+    text::{ago, human},
+};
 use machinen::config::Config;
-use machinen::pool::{self, PoolError};
+use machinen::pool::{self, Listed, PoolError, Record, Stage};
 
 /// Arguments of `machinen pool`.
 #[derive(Debug, Args)]
 pub struct PoolArgs {
     /// Print JSON
     #[arg(long, global = true)]
-    json: bool,
+    pub(super) json: bool,
     #[command(subcommand)]
     command: Command,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// List the sockets of the clones that are ready
+    /// List the clones, those of other configurations too, the oldest first
     Ls,
-    /// End all clones that are ready, those of other configurations too; the next start makes new ones if `pool.size` asks
-    /// for them
+    /// End all clones that no container has taken, those that are being made and those of other configurations too; the next
+    /// start makes new ones if `pool.size` asks for them
     Drain,
 }
 
-/// Runs one of the commands and prints its result.
+/// Runs one of the commands.
 ///
 /// # Errors
 /// The pool's directory cannot be read, or a member does not end.
-pub fn run(args: &PoolArgs, config: &Config) -> Result<(), PoolError> {
-    let (text, value) = match args.command {
+pub fn run(args: &PoolArgs, config: &Config) -> Result<Output, PoolError> {
+    match args.command {
         Command::Ls => {
-            let members = pool::members(&config.pool.dir)?;
-            (members.iter().map(|path| format!("{}\n", path.display())).collect(), json!(members))
+            let members = pool::list(&config.pool.dir)?;
+            Ok(Output::new(table(&members), members.iter().map(listed_json).collect::<Value>()))
         }
         Command::Drain => {
             let ended = pool::drain(&config.pool.dir)?;
-            (format!("{ended} ended\n"), json!({ "ended": ended }))
+            Ok(Output::new(format!("{ended} ended\n"), json!({ "ended": ended })))
         }
-    };
-    if args.json {
-        println!("{value:#}");
-    } else {
-        print!("{text}");
     }
-    Ok(())
+}
+
+fn table(members: &[Listed]) -> String {
+    let mut table = Table::new([
+        ("PID", Align::Right),
+        ("MEMORY", Align::Right),
+        ("VCPUS", Align::Right),
+        ("TAKES", Align::Right),
+        ("CREATED", Align::Left),
+        ("STATE", Align::Left),
+    ]);
+    for Listed { record, takes, .. } in members {
+        // One that has just been started has not said yet what it is.
+        let cell = |text: fn(&Record) -> String| record.as_ref().map(text).unwrap_or_default();
+        table.row([
+            cell(|record| if record.pid == 0 { String::new() } else { record.pid.to_string() }),
+            cell(|record| format!("{}MiB", record.memory_mib)),
+            cell(|record| record.vcpus.to_string()),
+            human(*takes),
+            cell(|record| ago(Some(UNIX_EPOCH + Duration::from_secs(record.created)))),
+            record.as_ref().map_or(Stage::Starting, |record| record.stage).name().to_owned(),
+        ]);
+    }
+    table.to_string()
+}
+
+fn listed_json(listed: &Listed) -> Value {
+    let Listed { pool, record, takes } = listed;
+    json!({
+        "pool": pool,
+        "pid": record.as_ref().map(|record| record.pid),
+        "memoryMib": record.as_ref().map(|record| record.memory_mib),
+        "vcpus": record.as_ref().map(|record| record.vcpus),
+        "takes": takes,
+        "created": record.as_ref().map(|record| record.created),
+        "state": record.as_ref().map_or(Stage::Starting, |record| record.stage).name(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn members_are_rows_however_far_they_have_come() {
+        let record = Record { pid: 42, created: 1, memory_mib: 2048, vcpus: 2, stage: Stage::WarmingUp };
+        let member = |record| Listed { pool: "/run/pool".into(), record, takes: 52 << 20 };
+        let members = [member(None), member(Some(record))];
+        let table = table(&members);
+        let rows: Vec<Vec<_>> = table.lines().map(|row| row.split_whitespace().collect()).collect();
+        assert_eq!(rows[0], ["PID", "MEMORY", "VCPUS", "TAKES", "CREATED", "STATE"]);
+        assert_eq!(rows[1], ["52.0MiB", "starting"]);
+        assert_eq!(rows[2][..4], ["42", "2048MiB", "2", "52.0MiB"]);
+        assert!(table.ends_with("  warming up\n"));
+        assert_eq!(listed_json(&members[0])["state"], "starting");
+        assert_eq!(listed_json(&members[1])["pid"], 42);
+    }
 }

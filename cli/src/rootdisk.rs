@@ -1,17 +1,20 @@
 //! `machinen rootdisk`: the cache of disks, for people and scripts.
 
-use std::fmt::Write as _;
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::text::{ago, human};
+use super::{
+    output::{Align, Output, Table},
+    prefix::{self, PrefixError},
+    text::{ago, human},
+};
 use machinen::config;
 use machinen::rootdisk::{
-    BuildOptions, Key, Listed, Progress, Prune, Rootdisk, RootdiskCache, RootdiskError, RootfsSource, State,
+    BuildOptions, Key, Listed, Progress, Prune, Pruned, Rootdisk, RootdiskCache, RootdiskError, RootfsSource,
+    State,
 };
 
 /// Arguments of `machinen rootdisk`.
@@ -22,7 +25,7 @@ pub struct RootdiskArgs {
     dir: Option<PathBuf>,
     /// Print JSON
     #[arg(long, global = true)]
-    json: bool,
+    pub(super) json: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -75,26 +78,24 @@ enum Command {
 /// Why the command failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CliError {
-    #[error("{0:?} is no disk in the cache; see `machinen rootdisk ls`")]
-    NoSuchKey(String),
+    #[error(transparent)]
+    Key(#[from] PrefixError),
     #[error("cannot tell where relative paths start")]
     Directory(#[source] std::io::Error),
-    #[error("{0:?} could be several disks; give more digits")]
-    Ambiguous(String),
     #[error(transparent)]
     Rootdisk(#[from] RootdiskError),
 }
 
-/// Runs one of the commands; prints its result on stdout and progress on stderr.
+/// Runs one of the commands; prints progress on stderr.
 ///
 /// # Errors
 /// As the functions of [`RootdiskCache`] do, or a key that does not name one disk.
-pub fn run(args: RootdiskArgs, config: &config::Rootdisk) -> Result<ExitCode, CliError> {
+pub fn run(args: RootdiskArgs, config: &config::Rootdisk) -> Result<Output, CliError> {
     let cache = RootdiskCache::open(args.dir.as_deref().unwrap_or(&config.dir))?;
-    let (text, value, ok) = match args.command {
+    match args.command {
         Command::Ls => {
             let listed = cache.list()?;
-            (table(&listed), listed.iter().map(listed_json).collect(), true)
+            Ok(Output::new(table(&listed), listed.iter().map(listed_json).collect::<Value>()))
         }
         Command::Build { paths, layers, min_size } => {
             let paths = paths.iter().map(std::path::absolute).collect::<Result<Vec<_>, _>>();
@@ -109,89 +110,74 @@ pub fn run(args: RootdiskArgs, config: &config::Rootdisk) -> Result<ExitCode, Cl
             };
             let disk =
                 cache.get_or_build(&source, &options, &mut |progress: Progress| eprintln!("{progress}"))?;
-            (format!("{}\n", disk.key), built_json(&disk), true)
+            Ok(Output::lines([disk.key], built_json(&disk)))
         }
-        Command::Verify { keys } => verify(&cache, &keys)?,
+        Command::Verify { keys } => verify(&cache, &keys),
         Command::Prune { older_than, keep, dry_run } => {
-            let pruned = cache.prune(&Prune { older_than, keep_bytes: keep, dry_run })?;
-            let bytes: u64 = pruned.removed.iter().map(|disk| disk.allocated).sum();
-            let mut text = String::new();
-            for (verb, disks) in [("removed", &pruned.removed), ("in use", &pruned.in_use)] {
-                disks
-                    .iter()
-                    .for_each(|disk| line(&mut text, &[verb, &disk.key.to_string(), &human(disk.allocated)]));
-            }
-            line(&mut text, &[if dry_run { "would free" } else { "freed" }, &human(bytes)]);
-            let keys = |disks: &[Listed]| disks.iter().map(|disk| disk.key.to_string()).collect::<Vec<_>>();
-            let value = json!({
-                "removed": keys(&pruned.removed), "inUse": keys(&pruned.in_use), "bytes": bytes, "dryRun": dry_run,
-            });
-            (text, value, true)
+            Ok(pruned(&cache.prune(&Prune { older_than, keep_bytes: keep, dry_run })?, dry_run))
         }
-    };
-    if args.json {
-        println!("{value:#}");
-    } else {
-        print!("{text}");
     }
-    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn verify(cache: &RootdiskCache, keys: &[String]) -> Result<(String, Value, bool), CliError> {
+fn pruned(pruned: &Pruned, dry_run: bool) -> Output {
+    let bytes: u64 = pruned.removed.iter().map(|disk| disk.allocated).sum();
+    let mut lines = Vec::new();
+    for (verb, disks) in [("removed", &pruned.removed), ("in use", &pruned.in_use)] {
+        lines.extend(disks.iter().map(|disk| format!("{verb} {} {}", disk.key, human(disk.allocated))));
+    }
+    lines.push(format!("{} {}", if dry_run { "would free" } else { "freed" }, human(bytes)));
+    let keys = |disks: &[Listed]| disks.iter().map(|disk| disk.key.to_string()).collect::<Vec<_>>();
+    let value = json!({
+        "removed": keys(&pruned.removed), "inUse": keys(&pruned.in_use), "bytes": bytes, "dryRun": dry_run,
+    });
+    Output::lines(lines, value)
+}
+
+fn verify(cache: &RootdiskCache, keys: &[String]) -> Result<Output, CliError> {
     let listed = cache.list()?;
     let chosen: Vec<Key> = if keys.is_empty() {
         listed.iter().filter(|disk| disk.state != State::Unfinished).map(|disk| disk.key).collect()
     } else {
-        keys.iter().map(|key| resolve(&listed, key)).collect::<Result<_, _>>()?
+        let find = |key: &String| prefix::find(&listed, |disk| disk.key.to_string(), key, "rootdisk");
+        keys.iter().map(|key| find(key).map(|disk| disk.key)).collect::<Result<_, _>>()?
     };
-    let (mut text, mut values, mut ok) = (String::new(), Vec::new(), true);
+    let (mut lines, mut values, mut ok) = (Vec::new(), Vec::new(), true);
     for key in chosen {
         eprintln!("verifying {key}");
         let damage = cache.verify(key)?.err().map(|unusable| unusable.to_string());
         ok &= damage.is_none();
-        line(&mut text, &[&key.to_string(), damage.as_deref().unwrap_or("ok")]);
+        lines.push(format!("{key} {}", damage.as_deref().unwrap_or("ok")));
         values.push(json!({ "key": key.to_string(), "ok": damage.is_none(), "damage": damage }));
     }
-    Ok((text, values.into(), ok))
-}
-
-fn resolve(listed: &[Listed], key: &str) -> Result<Key, CliError> {
-    let mut found = listed.iter().filter(|disk| !key.is_empty() && disk.key.to_string().starts_with(key));
-    match (found.next(), found.next()) {
-        (Some(disk), None) => Ok(disk.key),
-        (None, _) => Err(CliError::NoSuchKey(key.to_owned())),
-        (Some(_), Some(_)) => Err(CliError::Ambiguous(key.to_owned())),
-    }
+    Ok(Output { ok, ..Output::lines(lines, values) })
 }
 
 fn table(listed: &[Listed]) -> String {
-    let mut text = String::new();
-    let columns = |text: &mut String, c: [&str; 8]| {
-        let row = format!(
-            "{:<16} {:>9} {:>9} {:<12} {:<12} {:>5} {:<10} {}",
-            c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]
-        );
-        line(text, &[&row]);
-    };
-    columns(&mut text, ["KEY", "SIZE", "ON DISK", "CREATED", "USED", "USERS", "STATE", "SOURCE"]);
+    let mut table = Table::new([
+        ("KEY", Align::Left),
+        ("SIZE", Align::Right),
+        ("ON DISK", Align::Right),
+        ("CREATED", Align::Left),
+        ("USED", Align::Left),
+        ("USERS", Align::Right),
+        ("STATE", Align::Left),
+        ("SOURCE", Align::Left),
+    ]);
     for disk in listed {
         let created =
             disk.metadata.as_ref().map(|metadata| UNIX_EPOCH + Duration::from_secs(metadata.created));
-        columns(
-            &mut text,
-            [
-                &disk.key.to_string()[..16],
-                &human(disk.size),
-                &human(disk.allocated),
-                &ago(created),
-                &ago(disk.used),
-                &disk.users.len().to_string(),
-                state(&disk.state),
-                disk.metadata.as_ref().map_or("", |metadata| &metadata.source),
-            ],
-        );
+        table.row([
+            disk.key.to_string()[..16].to_owned(),
+            human(disk.size),
+            human(disk.allocated),
+            ago(created),
+            ago(disk.used),
+            disk.users.len().to_string(),
+            state(&disk.state).to_owned(),
+            disk.metadata.as_ref().map(|metadata| metadata.source.clone()).unwrap_or_default(),
+        ]);
     }
-    text
+    table.to_string()
 }
 
 fn state(state: &State) -> &'static str {
@@ -229,10 +215,6 @@ fn built_json(disk: &Rootdisk) -> Value {
         "cached": disk.cached,
         "phases": phases.collect::<Vec<_>>(),
     })
-}
-
-fn line(text: &mut String, words: &[&str]) {
-    writeln!(text, "{}", words.join(" ").trim_end()).expect("a String takes any text");
 }
 
 /// `512`, `64K`, `10M`, `3G`, `1T`
@@ -281,7 +263,7 @@ mod tests {
     fn command(dir: &std::path::Path, line: &str) -> Result<bool, CliError> {
         let words = ["rootdisk", "--dir", dir.to_str().unwrap()].into_iter().chain(line.split(' '));
         let args = <Line as clap::Parser>::try_parse_from(words).unwrap().args;
-        run(args, &config::Rootdisk::default()).map(|code| code == ExitCode::SUCCESS)
+        run(args, &config::Rootdisk::default()).map(|output| output.ok)
     }
 
     #[test]
@@ -299,15 +281,15 @@ mod tests {
             table.lines().count() == 2 && table.contains(&key[..16]) && table.contains("8.0MiB"),
             "{table}"
         );
-        assert!(
-            table.ends_with(&format!("ready      1 layers, the top one {}\n", root.display())),
-            "{table}"
-        );
+        assert!(table.ends_with(&format!("  ready  1 layers, the top one {}\n", root.display())), "{table}");
         assert_eq!(listed_json(&listed[0])["state"], "ready");
 
         assert!(command(&cache, &format!("verify {}", &key[..6])).unwrap());
         let other = if key.starts_with('0') { "1" } else { "0" };
-        assert!(matches!(command(&cache, &format!("verify {other}")), Err(CliError::NoSuchKey(_))));
+        assert!(matches!(
+            command(&cache, &format!("verify {other}")),
+            Err(CliError::Key(PrefixError::NoSuchKey { .. }))
+        ));
         let disk = std::fs::OpenOptions::new().write(true).open(&listed[0].path).unwrap();
         disk.set_len(1 << 20).unwrap();
         assert!(!command(&cache, "verify").unwrap());

@@ -2,12 +2,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::text::human;
+use super::{
+    output::{Align, Output, Table},
+    text::human,
+};
 use machinen::checkpoint::{self, CheckpointError, Manifest};
 use machinen::error::chain;
 
@@ -16,7 +18,7 @@ use machinen::error::chain;
 pub struct SnapshotArgs {
     /// Print JSON
     #[arg(long, global = true)]
-    json: bool,
+    pub(super) json: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -45,41 +47,39 @@ enum Command {
     },
 }
 
-/// Runs one of the commands; prints its result on stdout.
+/// Runs one of the commands.
 ///
 /// # Errors
 /// A directory cannot be read, or is no checkpoint.
-pub fn run(args: &SnapshotArgs) -> Result<ExitCode, CheckpointError> {
-    let (text, value, ok) = match &args.command {
+pub fn run(args: &SnapshotArgs) -> Result<Output, CheckpointError> {
+    match &args.command {
         Command::Ls { dir } => {
             let found = list(dir)?;
-            (table(&found), found.iter().map(|(dir, manifest)| summary(dir, manifest)).collect(), true)
+            let value: Value = found.iter().map(|(dir, manifest)| summary(dir, manifest)).collect();
+            Ok(Output::new(table(&found), value))
         }
         Command::Inspect { dir } => {
             let manifest = Manifest::read(dir)?;
-            (describe(&manifest), json!(manifest), true)
+            Ok(Output::new(describe(&manifest), json!(manifest)))
         }
-        Command::Verify { dirs } => {
-            let results: Vec<_> = dirs.iter().map(|dir| (dir, checkpoint::verify(dir))).collect();
-            let word = |result: &Result<Manifest, CheckpointError>| match result {
-                Ok(_) => "ok".to_owned(),
-                Err(error) => chain(error),
-            };
-            let text = results.iter().map(|(dir, result)| format!("{} {}\n", dir.display(), word(result)));
-            let value = results.iter().map(|(dir, result)| json!({ "path": dir, "state": word(result) }));
-            (text.collect(), value.collect(), results.iter().all(|(_, result)| result.is_ok()))
-        }
+        Command::Verify { dirs } => Ok(verify(dirs)),
         Command::Rm { dirs } => {
             dirs.iter().try_for_each(|dir| checkpoint::remove(dir))?;
-            (dirs.iter().map(|dir| format!("{}\n", dir.display())).collect(), json!(dirs), true)
+            Ok(Output::lines(dirs.iter().map(|dir| dir.display()), json!(dirs)))
         }
-    };
-    if args.json {
-        println!("{value:#}");
-    } else {
-        print!("{text}");
     }
-    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn verify(dirs: &[PathBuf]) -> Output {
+    let (mut lines, mut values, mut ok) = (Vec::new(), Vec::new(), true);
+    for dir in dirs {
+        let verified = checkpoint::verify(dir);
+        ok &= verified.is_ok();
+        let state = verified.map_or_else(|error| chain(&error), |_| "ok".to_owned());
+        lines.push(format!("{} {state}", dir.display()));
+        values.push(json!({ "path": dir, "state": state }));
+    }
+    Output { ok, ..Output::lines(lines, values) }
 }
 
 /// What is no checkpoint is not listed; one of another version is an error.
@@ -104,15 +104,21 @@ fn bytes(manifest: &Manifest) -> u64 {
 }
 
 fn table(found: &[(PathBuf, Manifest)]) -> String {
-    let row = |path: &str, container: &str, created: &str, size: &str| {
-        format!("{path:<32} {container:<24} {created:<20} {size:>9}\n")
-    };
-    let mut text = row("PATH", "CONTAINER", "CREATED", "SIZE");
+    let mut table = Table::new([
+        ("PATH", Align::Left),
+        ("CONTAINER", Align::Left),
+        ("CREATED", Align::Left),
+        ("SIZE", Align::Right),
+    ]);
     for (path, manifest) in found {
-        let size = human(bytes(manifest));
-        text += &row(&path.display().to_string(), &manifest.container, &manifest.created, &size);
+        table.row([
+            path.display().to_string(),
+            manifest.container.clone(),
+            manifest.created.clone(),
+            human(bytes(manifest)),
+        ]);
     }
-    text
+    table.to_string()
 }
 
 fn summary(path: &Path, manifest: &Manifest) -> Value {

@@ -1,12 +1,15 @@
 //! `machinen template`: the saved VMs, for people and scripts.
 
-use std::process::ExitCode;
 use std::time::{Duration, UNIX_EPOCH};
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::text::{ago, human};
+use super::{
+    output::{Align, Output, Table},
+    prefix::{self, PrefixError},
+    text::{ago, human},
+};
 use machinen::assets::{AssetError, Assets};
 use machinen::config::Config;
 use machinen::pod::{self, PodError};
@@ -17,7 +20,7 @@ use machinen::template::{self, Listed, TemplateError, Templates};
 pub struct TemplateArgs {
     /// Print JSON
     #[arg(long, global = true)]
-    json: bool,
+    pub(super) json: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -59,10 +62,8 @@ enum Command {
 /// Why the command failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CliError {
-    #[error("{0:?} is no template; see `machinen template ls`")]
-    NoSuchKey(String),
-    #[error("{0:?} could be several templates; give more digits")]
-    Ambiguous(String),
+    #[error(transparent)]
+    Key(#[from] PrefixError),
     #[error(transparent)]
     Asset(#[from] AssetError),
     #[error(transparent)]
@@ -71,13 +72,13 @@ pub enum CliError {
     Template(#[from] TemplateError),
 }
 
-/// Runs one of the commands; prints its result on stdout and progress on stderr.
+/// Runs one of the commands; prints progress on stderr.
 ///
 /// # Errors
 /// As the functions of [`Templates`] do, or a key that does not name one template.
-pub fn run(args: &TemplateArgs, mut config: Config) -> Result<ExitCode, CliError> {
+pub fn run(args: &TemplateArgs, mut config: Config) -> Result<Output, CliError> {
     let templates = Templates::at(&config.template.dir);
-    let (text, value, ok) = match &args.command {
+    match &args.command {
         Command::Build { memory_ceiling, vcpus } => {
             config.vm.memory_mib = memory_ceiling.unwrap_or(config.vm.memory_mib);
             config.vm.vcpus = vcpus.unwrap_or(config.vm.vcpus);
@@ -85,35 +86,30 @@ pub fn run(args: &TemplateArgs, mut config: Config) -> Result<ExitCode, CliError
             let mut progress = |line| eprintln!("{line}");
             let built = template::build(&templates, &spec, config.template.budget_mib, &mut progress)?;
             let key = built.manifest.shape.key();
-            (format!("{key}\n"), json!({ "key": key, "allocated": built.manifest.allocated }), true)
+            Ok(Output::lines([&key], json!({ "key": key, "allocated": built.manifest.allocated })))
         }
         Command::Ls => {
             let listed = templates.list()?;
-            (table(&listed), listed.iter().map(listed_json).collect(), true)
+            Ok(Output::new(table(&listed), listed.iter().map(listed_json).collect::<Value>()))
         }
-        Command::Verify { keys } => {
-            let mut ok = true;
-            let mut lines = Vec::new();
-            for listed in chosen(templates.list()?, keys)? {
-                let same = templates.verify(&listed)?;
-                ok &= same;
-                lines.push((listed.key, if same { "ok" } else { "changed" }));
-            }
-            let text = lines.iter().map(|(key, word)| format!("{key} {word}\n")).collect();
-            let value = lines.iter().map(|(key, word)| json!({ "key": key, "state": word })).collect();
-            (text, value, ok)
-        }
+        Command::Verify { keys } => verify(&templates, keys),
         Command::Rm { keys, all } => {
             let keys = if *all { templates.remove_all()? } else { remove(&templates, keys)? };
-            (keys.iter().map(|key| format!("{key}\n")).collect(), json!(keys), true)
+            Ok(Output::lines(&keys, keys.as_slice()))
         }
-    };
-    if args.json {
-        println!("{value:#}");
-    } else {
-        print!("{text}");
     }
-    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn verify(templates: &Templates, keys: &[String]) -> Result<Output, CliError> {
+    let (mut lines, mut values, mut ok) = (Vec::new(), Vec::new(), true);
+    for listed in chosen(templates.list()?, keys)? {
+        let same = templates.verify(&listed)?;
+        ok &= same;
+        let state = if same { "ok" } else { "changed" };
+        lines.push(format!("{} {state}", listed.key));
+        values.push(json!({ "key": listed.key, "state": state }));
+    }
+    Ok(Output { ok, ..Output::lines(lines, values) })
 }
 
 /// Removes those that the keys name.
@@ -128,37 +124,35 @@ fn remove(templates: &Templates, keys: &[String]) -> Result<Vec<String>, CliErro
 /// Those that the keys name, or all.
 fn chosen(listed: Vec<Listed>, keys: &[String]) -> Result<Vec<Listed>, CliError> {
     for key in keys {
-        match listed.iter().filter(|template| template.key.starts_with(key)).count() {
-            1 => {}
-            0 => return Err(CliError::NoSuchKey(key.clone())),
-            _ => return Err(CliError::Ambiguous(key.clone())),
-        }
+        prefix::find(&listed, |template| template.key.clone(), key, "template")?;
     }
     let named = |template: &Listed| keys.is_empty() || keys.iter().any(|key| template.key.starts_with(key));
     Ok(listed.into_iter().filter(named).collect())
 }
 
 fn table(listed: &[Listed]) -> String {
-    let row = |c: [&str; 7]| {
-        let row =
-            format!("{:<16} {:>7} {:>5} {:>9} {:<12} {:<12} {}", c[0], c[1], c[2], c[3], c[4], c[5], c[6]);
-        format!("{}\n", row.trim_end())
-    };
-    let mut text = row(["KEY", "MEMORY", "VCPUS", "TAKES", "CREATED", "USED", "STATE"]);
+    let mut table = Table::new([
+        ("KEY", Align::Left),
+        ("MEMORY", Align::Right),
+        ("VCPUS", Align::Right),
+        ("TAKES", Align::Right),
+        ("CREATED", Align::Left),
+        ("USED", Align::Left),
+        ("STATE", Align::Left),
+    ]);
     for template in listed {
         let Listed { key, manifest, used, .. } = template;
-        let created = UNIX_EPOCH + Duration::from_secs(manifest.created);
-        text += &row([
-            key,
-            &format!("{}MiB", manifest.memory_mib),
-            &manifest.vcpus.to_string(),
-            &human(manifest.allocated),
-            &ago(Some(created)),
-            &ago(*used),
-            state(template),
+        table.row([
+            key.clone(),
+            format!("{}MiB", manifest.memory_mib),
+            manifest.vcpus.to_string(),
+            human(manifest.allocated),
+            ago(Some(UNIX_EPOCH + Duration::from_secs(manifest.created))),
+            ago(*used),
+            state(template).to_owned(),
         ]);
     }
-    text
+    table.to_string()
 }
 
 fn state(template: &Listed) -> &'static str {

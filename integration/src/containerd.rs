@@ -147,6 +147,16 @@ impl Containerd {
         self.wait_until_serving(from)
     }
 
+    /// Kills containerd; shims live on. [`Containerd::restart`] starts it again.
+    ///
+    /// # Errors
+    /// The keeper is gone.
+    pub fn stop(&mut self) -> Result<()> {
+        self.command("stop")?;
+        self.pid = self.answer()?;
+        Ok(())
+    }
+
     /// Runs a shell script as a descendant of the keeper, so that what it leaves belongs to this containerd.
     ///
     /// # Errors

@@ -92,6 +92,7 @@ pub enum Channel {
 pub struct Pool {
     pub size: u32,
     pub dir: PathBuf,
+    pub containerd_timeout_s: u64,
 }
 
 /// How checkpoints are taken.
@@ -195,7 +196,7 @@ impl Default for Template {
 
 impl Default for Pool {
     fn default() -> Self {
-        Self { size: 0, dir: "/run/machinen/pool".into() }
+        Self { size: 0, dir: "/run/machinen/pool".into(), containerd_timeout_s: 600 }
     }
 }
 

@@ -21,6 +21,7 @@ pub mod sys;
 pub mod template;
 pub mod view;
 pub mod vm;
+pub mod watch;
 
 /// What is known until the host reboots lives here.
 pub const RUN_DIR: &str = "/run/machinen";

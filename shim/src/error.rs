@@ -23,7 +23,7 @@ pub enum ShimError {
     LogLevel { level: String },
     #[error("the listener was not passed on; containerd starts this binary with the action `start`")]
     NoListener,
-    #[error("a member of the warm pool needs the number of its slot; a server starts it")]
+    #[error("a member of the warm pool needs its slot and the number of it; a server starts it")]
     NoSlot,
     #[error(transparent)]
     Member(#[from] MemberError),

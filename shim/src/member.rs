@@ -2,7 +2,11 @@
 
 use std::{env, fs, io};
 
-use machinen::{config::Config, pool::Member};
+use machinen::{
+    config::Config,
+    pool::{Member, SLOT_FD},
+    sys,
+};
 
 use crate::{
     error::ShimError,
@@ -11,17 +15,19 @@ use crate::{
     start::PID_FILE,
 };
 
-/// Becomes the member of the slot `number`, and then the server of whoever takes it.
+/// Becomes the member of the slot `number`, and then the server of the container that takes it.
 ///
 /// # Errors
 /// There is no clone to be had, or, once it was taken, the same as for any server.
 pub fn run(number: Option<String>) -> Result<(), ShimError> {
+    // Before anything else opens descriptors.
+    let slot = sys::inherit::take(SLOT_FD).map_err(|_| ShimError::NoSlot)?;
     let number = number.and_then(|number| number.parse().ok()).ok_or(ShimError::NoSlot)?;
-    let spec = serde_json::from_reader(io::stdin().lock()).map_err(ShimError::Json)?;
+    let request = serde_json::from_reader(io::stdin().lock()).map_err(ShimError::Json)?;
     let config = Config::load()?;
     let runtime = server::event_loop(".".as_ref())?;
     let result = runtime.block_on(async {
-        let Some(member) = Member::join(&config, number, spec).await? else { return Ok(()) };
+        let Some(member) = Member::join(&config, number, slot, request).await? else { return Ok(()) };
         let Some(taken) = member.taken().await? else { return Ok(()) };
         let work: Work = serde_json::from_slice(&taken.message).map_err(ShimError::Json)?;
         // Where `delete` expects a server to be, before anyone counts on it.

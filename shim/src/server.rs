@@ -114,6 +114,9 @@ async fn serve_pod(
     if let Some(ready) = ready {
         pod.adopt(ready);
     }
+    if let Some(socket) = &events {
+        pod.serves(PathBuf::from(socket.trim_start_matches("unix://")));
+    }
     let ended = Arc::new(Notify::new());
     let publisher = Publisher::new(namespace, events);
     let service = TaskService::new(pod.clone(), Arc::clone(&ended));

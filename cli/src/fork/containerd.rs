@@ -1,7 +1,9 @@
 //! containerd's API, as far as a fork needs it: each call with its namespace and lease, and an error that says what failed.
 
 use std::{
-    path::Path,
+    collections::HashMap,
+    error::Error as _,
+    path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
@@ -28,9 +30,10 @@ use super::error::ForkError;
 /// containerd forgets a lease after this time, and what only that held, if nobody is left to give it back.
 const LEASE: Duration = Duration::from_secs(24 * 3600);
 
-/// A connection.
+/// A connection, which is made anew after a restart of containerd.
 pub(super) struct Containerd {
     client: Client,
+    pub(super) address: PathBuf,
     pub(super) namespace: String,
     namespace_header: AsciiMetadataValue,
     lease: Option<AsciiMetadataValue>,
@@ -46,7 +49,7 @@ impl Containerd {
         let header = namespace.parse::<AsciiMetadataValue>().ok().filter(|header| !header.is_empty());
         let namespace = namespace.to_owned();
         let Some(namespace_header) = header else { return Err(ForkError::Namespace { namespace }) };
-        Ok(Self { client, namespace, namespace_header, lease: None })
+        Ok(Self { client, address: path, namespace, namespace_header, lease: None })
     }
 
     fn request<T>(&self, message: T) -> Request<T> {
@@ -59,6 +62,11 @@ impl Containerd {
         request
     }
 
+    /// Whether containerd serves requests now.
+    pub(super) async fn serves(&self) -> bool {
+        self.client.version().version(()).await.is_ok()
+    }
+
     /// Keeps what is made from now on from being collected as garbage, until the lease is given back.
     pub(super) async fn take_lease(&mut self, id: &str) -> Result<(), ForkError> {
         let expires = humantime::format_rfc3339_seconds(SystemTime::now() + LEASE).to_string();
@@ -69,7 +77,7 @@ impl Containerd {
         Ok(())
     }
 
-    /// Returns when what only the lease has held is gone.
+    /// Returns when the content and snapshots that only the lease has kept are removed.
     pub(super) async fn give_back_lease(&mut self, id: &str) -> Result<(), ForkError> {
         self.lease = None;
         let request = self.request(DeleteLease { id: id.to_owned(), sync: true });
@@ -121,10 +129,11 @@ impl Containerd {
         snapshotter: &str,
         key: &str,
         parent: &str,
+        labels: HashMap<String, String>,
     ) -> Result<Vec<Mount>, ForkError> {
         let (snapshotter, key, parent) = (snapshotter.to_owned(), key.to_owned(), parent.to_owned());
         let what = format!("make the snapshot {key}");
-        let request = self.request(PrepareSnapshotRequest { snapshotter, key, parent, ..Default::default() });
+        let request = self.request(PrepareSnapshotRequest { snapshotter, key, parent, labels });
         Ok(answer(what, self.client.snapshots().prepare(request).await)?.mounts)
     }
 
@@ -191,8 +200,12 @@ impl Containerd {
     }
 }
 
+/// An error that containerd has answered has no source; one of the connection has.
 fn answer<T>(what: impl Into<String>, answer: Result<Response<T>, Status>) -> Result<T, ForkError> {
-    let failed = |status| ForkError::Call { what: what.into(), status: Box::new(status) };
+    let failed = |status: Status| match status.source() {
+        Some(_) => ForkError::Lost { what: what.into(), status: Box::new(status) },
+        None => ForkError::Call { what: what.into(), status: Box::new(status) },
+    };
     answer.map(Response::into_inner).map_err(failed)
 }
 

@@ -17,6 +17,10 @@ pub enum ForkError {
     Namespace { namespace: String },
     #[error("cannot {what}: {}", .status.message())]
     Call { what: String, status: Box<tonic::Status> },
+    #[error("the connection to containerd broke before it answered the request to {what}: {}", .status.message())]
+    Lost { what: String, status: Box<tonic::Status> },
+    #[error("containerd does not serve requests at {}", address.display())]
+    NotServing { address: PathBuf },
     #[error("there is no container {id:?} in the namespace {namespace:?}")]
     NoContainer { id: String, namespace: String },
     #[error("{id} has the runtime {runtime:?}; containers of io.machinen.v1 can be forked")]
@@ -25,6 +29,12 @@ pub enum ForkError {
     NotRunning { id: String, state: &'static str },
     #[error("{id} exists already; choose another id")]
     Exists { id: String },
+    #[error(
+        "there is a snapshot {id} already; choose another id, or remove the snapshot with `ctr snapshots rm`"
+    )]
+    SnapshotExists { id: String },
+    #[error("{id} was resumed by another client while its disk was copied; try again")]
+    Resumed { id: String },
     #[error("{id} has no snapshot that gets what it writes, of which the new container could have a copy")]
     NoSnapshot { id: String },
     #[error("cannot use the root file system of {id}")]
@@ -39,6 +49,8 @@ pub enum ForkError {
     Memory(#[from] AdmissionError),
     #[error("{} is not empty: --bundle needs a directory of its own", path.display())]
     BundleNotEmpty { path: PathBuf },
+    #[error("another fork keeps its checkpoint in {}: --bundle needs a directory of its own", path.display())]
+    BundleInUse { path: PathBuf },
     #[error("cannot {action} {}", path.display())]
     File { action: &'static str, path: PathBuf, source: io::Error },
     #[error(transparent)]
@@ -57,8 +69,27 @@ impl ForkError {
         move |source| Self::File { action, path, source }
     }
 
-    /// containerd does not have what it was asked for.
+    /// containerd does not have what the request names.
     pub(super) fn is_not_found(&self) -> bool {
-        matches!(self, Self::Call { status, .. } if status.code() == Code::NotFound)
+        self.has_code(Code::NotFound)
+    }
+
+    /// containerd has already what the request was to make.
+    pub(super) fn is_already_exists(&self) -> bool {
+        self.has_code(Code::AlreadyExists)
+    }
+
+    /// Whether containerd has done what it was asked for is not known.
+    pub(super) fn is_lost(&self) -> bool {
+        matches!(self, Self::Lost { .. })
+    }
+
+    /// Another client has paused, checkpointed or resumed the source meanwhile; the same works once that has passed.
+    pub(super) fn is_disturbance(&self) -> bool {
+        matches!(self, Self::Resumed { .. } | Self::Layer { source: LayerError::Exchanged { .. }, .. })
+    }
+
+    fn has_code(&self, code: Code) -> bool {
+        matches!(self, Self::Call { status, .. } if status.code() == code)
     }
 }

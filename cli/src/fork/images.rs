@@ -1,7 +1,7 @@
-//! Where the images of a fork's checkpoint are: in the directory that the user has named, or in one that goes with the fork.
+//! The directory of the checkpoint that a fork is made from: one that the user has named, or one that is removed with the fork.
 //!
 //! ```text
-//!   <rootdisk.dir>/forks/XXXXXX/   locked by the fork that has made it; what nobody holds was left by one that was killed
+//!   <rootdisk.dir>/forks/XXXXXX/   locked by the fork that has made it; an unlocked one was left by a fork that was killed
 //! ```
 
 use std::{
@@ -12,23 +12,30 @@ use std::{
 };
 
 use machinen::{
-    checkpoint::{self, CheckpointError},
+    checkpoint::{self, CheckpointError, Manifest},
     error::chain,
 };
-use rustix::fs::{FlockOperation, flock};
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
 
 use super::error::ForkError;
 
-/// A directory for images.
+/// A directory for images, which no other fork uses.
 #[derive(Debug)]
-pub(super) enum Images {
-    Kept(PathBuf),
-    Temporary { path: PathBuf, _lock: File },
+pub(super) struct Images {
+    path: PathBuf,
+    /// The user has named it and gets the checkpoint.
+    kept: bool,
+    /// It was not there before.
+    made: bool,
+    _lock: File,
 }
 
 impl Images {
     /// # Errors
-    /// There is something in the directory, or none can be made.
+    /// There is something in the directory, another fork uses it, or none can be made.
     pub(super) fn at(bundle: Option<&Path>, cache: &Path) -> Result<Self, ForkError> {
         match bundle {
             Some(path) => kept(path),
@@ -37,45 +44,75 @@ impl Images {
     }
 
     pub(super) fn path(&self) -> &Path {
-        match self {
-            Self::Kept(path) | Self::Temporary { path, .. } => path,
-        }
+        &self.path
     }
 
     pub(super) fn is_kept(&self) -> bool {
-        matches!(self, Self::Kept(_))
+        self.kept
+    }
+
+    /// Removes a checkpoint that is of no use, so that the next one finds an empty directory. Blocks.
+    ///
+    /// # Errors
+    /// A file of it cannot be removed.
+    pub(super) fn clear(&self) -> Result<(), ForkError> {
+        match checkpoint::clear(&self.path) {
+            Err(CheckpointError::NoManifest { .. }) => Ok(()),
+            cleared => Ok(cleared?),
+        }
     }
 
     /// # Errors
-    /// Something of it cannot be removed.
+    /// A file of it cannot be removed.
     pub(super) fn remove(&self) -> Result<(), ForkError> {
-        let path = self.path();
-        match self {
-            // Only what a checkpoint has made there.
-            Self::Kept(_) => match checkpoint::remove(path) {
-                Err(CheckpointError::NoManifest { .. }) => Ok(()),
-                removed => Ok(removed?),
-            },
-            Self::Temporary { .. } => gone(fs::remove_dir_all(path), path),
+        if !self.kept {
+            return gone(fs::remove_dir_all(&self.path), &self.path);
         }
+        // Nothing but what the checkpoint has made there.
+        self.clear()?;
+        match fs::remove_dir(&self.path) {
+            Err(error) if self.made && error.kind() != io::ErrorKind::DirectoryNotEmpty => {
+                gone(Err(error), &self.path)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The checkpoint of `source` in a directory, after all of it was compared with its digests. None: there is no such checkpoint.
+/// Blocks.
+///
+/// # Errors
+/// There is one, and it is not complete.
+pub(super) fn complete(path: &Path, source: &str) -> Result<Option<Manifest>, ForkError> {
+    match checkpoint::verify(path) {
+        Err(CheckpointError::NoManifest { .. }) => Ok(None),
+        verified => Ok(Some(verified?).filter(|manifest| manifest.container == source)),
     }
 }
 
 fn kept(path: &Path) -> Result<Images, ForkError> {
     let path = std::path::absolute(path).map_err(ForkError::file("find", path))?;
-    let parent = path.parent().unwrap_or(&path);
-    match fs::read_dir(&path).map(|mut entries| entries.next()) {
-        Ok(Some(_)) => Err(ForkError::BundleNotEmpty { path }),
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(ForkError::file("read", path)(error)),
-        Err(_) if !parent.is_dir() => Err(ForkError::file("find", parent)(io::ErrorKind::NotFound.into())),
-        _ => Ok(Images::Kept(path)),
+    let made = match DirBuilder::new().mode(0o700).create(&path) {
+        Ok(()) => true,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+        Err(error) => return Err(ForkError::file("make the directory", path)(error)),
+    };
+    let lock = File::open(&path).map_err(ForkError::file("open", &path))?;
+    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => return Err(ForkError::BundleInUse { path }),
+        locked => locked.map_err(|errno| ForkError::file("lock", &path)(errno.into()))?,
+    }
+    match fs::read_dir(&path).map_err(ForkError::file("read", &path))?.next() {
+        Some(_) => Err(ForkError::BundleNotEmpty { path }),
+        None => Ok(Images { path, kept: true, made, _lock: lock }),
     }
 }
 
 fn temporary(dir: &Path) -> Result<Images, ForkError> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(ForkError::file("make", dir))?;
     let guard = File::open(dir).map_err(ForkError::file("open", dir))?;
-    // Whoever makes one or looks for what is left holds it.
+    // A fork holds it while it makes its directory and while it looks for those that were left.
     let locked = flock(&guard, FlockOperation::LockExclusive);
     locked.map_err(|errno| ForkError::file("lock", dir)(errno.into()))?;
     sweep(dir)?;
@@ -83,19 +120,19 @@ fn temporary(dir: &Path) -> Result<Images, ForkError> {
     let lock = File::open(&path).map_err(ForkError::file("open", &path))?;
     let locked = flock(&lock, FlockOperation::NonBlockingLockExclusive);
     locked.map_err(|errno| ForkError::file("lock", &path)(errno.into()))?;
-    Ok(Images::Temporary { path, _lock: lock })
+    Ok(Images { path, kept: false, made: true, _lock: lock })
 }
 
 fn sweep(dir: &Path) -> Result<(), ForkError> {
     for entry in fs::read_dir(dir).map_err(ForkError::file("read", dir))? {
         let path = entry.map_err(ForkError::file("read", dir))?.path();
-        // One that is removed by its fork meanwhile.
+        // Its fork may have removed it since.
         let Ok(left) = File::open(&path) else { continue };
         if flock(&left, FlockOperation::NonBlockingLockExclusive).is_ok()
             && let Err(error) = gone(fs::remove_dir_all(&path), &path)
         {
             // A shim may still write there; the next fork finds it.
-            eprintln!("machinen: what an earlier fork has left: {}", chain(&error));
+            eprintln!("machinen: images of an earlier fork: {}", chain(&error));
         }
     }
     Ok(())
@@ -131,14 +168,44 @@ mod tests {
     fn a_bundle_has_a_directory_of_its_own() {
         let dir = tempfile::tempdir().unwrap();
         let images = |name: &str| Images::at(Some(&dir.path().join(name)), Path::new("/nowhere"));
-        assert!(images("new").unwrap().is_kept());
-        assert!(images("no/where").unwrap_err().to_string().starts_with("cannot find"));
+        let new = images("new").unwrap();
+        assert!(new.is_kept() && matches!(images("new"), Err(ForkError::BundleInUse { .. })));
+        new.remove().unwrap();
+        assert!(!dir.path().join("new").exists());
+        assert!(images("no/where").unwrap_err().to_string().starts_with("cannot make"));
         fs::create_dir(dir.path().join("used")).unwrap();
         let empty = images("used").unwrap();
         fs::write(dir.path().join("used/file"), "mine").unwrap();
-        assert!(matches!(images("used"), Err(ForkError::BundleNotEmpty { .. })));
         // Nothing of a checkpoint is there.
         empty.remove().unwrap();
+        drop(empty);
+        assert!(matches!(images("used"), Err(ForkError::BundleNotEmpty { .. })));
         assert!(dir.path().join("used/file").exists());
+    }
+
+    #[test]
+    fn a_checkpoint_is_complete_if_its_manifest_and_its_images_say_so() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(complete(dir.path(), "one").unwrap().is_none());
+        let image = checkpoint::ImageDigest {
+            name: "core-1.img".into(),
+            size: 1,
+            // Of "x".
+            sha256: "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881".into(),
+            parts: Vec::new(),
+        };
+        let manifest = Manifest {
+            format: checkpoint::FORMAT,
+            arch: std::env::consts::ARCH.to_owned(),
+            container: "one".to_owned(),
+            files: vec![image],
+            ..Manifest::default()
+        };
+        let text = serde_json::to_vec(&manifest).unwrap();
+        fs::write(dir.path().join(checkpoint::MANIFEST), text).unwrap();
+        assert!(matches!(complete(dir.path(), "one"), Err(ForkError::Checkpoint(_))));
+        fs::write(dir.path().join("core-1.img"), "x").unwrap();
+        assert_eq!(complete(dir.path(), "one").unwrap(), Some(manifest));
+        assert_eq!(complete(dir.path(), "another").unwrap(), None);
     }
 }

@@ -1,24 +1,28 @@
-//! `machinen fork`: a second container that goes on from where a running one is, through containerd's own API.
+//! `machinen fork`: a second container that continues from where a running one is, through containerd's own API.
 //!
 //! ```text
-//!   look up SRC; NEW is free; memory for a VM more       nothing touched yet: refusals cost nothing
+//!   look up SRC; NEW is free; memory for one more VM     nothing touched yet: refusals cost nothing
 //!   one fork of SRC at a time from here
 //!   lease, snapshot of NEW, container NEW                the names are taken
 //!   (a disk of the snapshotter's: pause)
-//!   checkpoint, SRC goes on; what it has written copied  the source stands still no longer than CRIU needs
-//!   (resume)
+//!   checkpoint, SRC continues; its writes are copied     SRC is frozen no longer than CRIU needs
+//!   (resume)                                             again, if another client has disturbed it
 //!   others may fork SRC again
 //!   task of NEW from the checkpoint, images removed, start
 //! ```
-//! What has been made is noted in order and taken back in the opposite one, if a later step fails or a signal comes.
+//! What has been made is noted in order and taken back in the opposite one, if a later step fails or a signal comes, after a
+//! restart of containerd too.
 
+mod capture;
 mod containerd;
 mod error;
 mod images;
+mod serving;
 mod signals;
 mod source;
 mod spec;
 mod steps;
+mod undo;
 
 use std::path::PathBuf;
 

@@ -70,10 +70,6 @@ impl Source {
         Ok(Self { container, task, snapshot, rootfs })
     }
 
-    pub(super) fn is_paused(&self) -> bool {
-        self.task.status() == Status::Paused
-    }
-
     /// Holds other forks of this container off until it is dropped: each exports what it has written anew. Blocks.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! The steps of a fork, and how they are taken back.
+//! The steps of a fork.
 
 use std::{
     path::PathBuf,
@@ -7,13 +7,11 @@ use std::{
 
 use containerd_client::{
     services::v1::{Container, CreateTaskRequest},
-    tonic::Code,
     types::Mount,
 };
-use containerd_shim_protos::shim::oci::{CheckpointOptions, Options};
-use machinen::{checkpoint::Manifest, config::Config, error::chain, layer::Twins, pod, pod::rootfs::Plan};
+use containerd_shim_protos::shim::oci::Options;
+use machinen::{config::Config, error::chain, layer::Twins, pod, pod::rootfs::Plan};
 use prost_types::Any;
-use tokio::task::spawn_blocking;
 
 use super::{
     ForkArgs,
@@ -23,6 +21,7 @@ use super::{
     signals::Signals,
     source::{self, Source},
     spec::{ForkSpec, Wishes},
+    undo::{LABEL, Made},
 };
 
 /// A container that was made.
@@ -34,27 +33,16 @@ pub(super) struct Forked {
     pub(super) bundle: Option<PathBuf>,
 }
 
-/// What is taken back if a later step fails.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Made {
-    Images,
-    Lease,
-    Snapshot,
-    Container,
-    Pause,
-    Task,
-}
-
-struct Fork<'a> {
-    containerd: Containerd,
-    args: &'a ForkArgs,
-    source: Source,
-    spec: ForkSpec,
-    images: Images,
-    lease: String,
-    signals: Signals,
+pub(super) struct Fork<'a> {
+    pub(super) containerd: Containerd,
+    pub(super) args: &'a ForkArgs,
+    pub(super) source: Source,
+    pub(super) spec: ForkSpec,
+    pub(super) images: Images,
+    pub(super) lease: String,
+    pub(super) signals: Signals,
     /// In this order.
-    made: Vec<Made>,
+    pub(super) made: Vec<Made>,
 }
 
 /// # Errors
@@ -83,7 +71,7 @@ pub(super) async fn fork(
     let lock = source.lock()?;
     let signals = Signals::catch()?;
     let images = Images::at(args.bundle.as_deref(), &config.rootdisk.dir)?;
-    // Not the same as one that was killed has left.
+    // Not the name of a lease that a killed fork has left.
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let lease = format!("machinen-fork-{}-{}", args.new, since.as_nanos());
     let mut fork = Fork { containerd, args, source, spec, images, lease, signals, made: vec![Made::Images] };
@@ -97,7 +85,7 @@ pub(super) async fn fork(
     match forked {
         Ok(pid) => Ok(fork.finish(pid).await),
         Err(error) => {
-            fork.take_back().await;
+            fork.take_back(&error).await;
             Err(error)
         }
     }
@@ -106,37 +94,23 @@ pub(super) async fn fork(
 impl Fork<'_> {
     /// Up to a snapshot and images of the same moment. Returns how the snapshot is mounted.
     async fn prepare(&mut self) -> Result<Vec<Mount>, ForkError> {
-        let id = self.args.source.as_str();
         let new = self.args.new.as_str();
-        self.containerd.take_lease(&self.lease).await?;
-        self.made.push(Made::Lease);
+        let leased = self.containerd.take_lease(&self.lease).await;
+        self.note(Made::Lease, leased)?;
         self.signals.check()?;
-        let rootfs = self.make_snapshot().await?;
-        self.made.push(Made::Snapshot);
+        let rootfs = self.make_snapshot().await;
+        let rootfs = self.note(Made::Snapshot, rootfs)?;
         self.signals.check()?;
         let twins = twins(&self.source.rootfs, source::plan(new, &rootfs)?)
-            .ok_or_else(|| ForkError::NoSnapshot { id: id.to_owned() })?;
-        self.containerd.create_container(self.container(&self.spec.restoring)).await?;
-        self.made.push(Made::Container);
+            .ok_or_else(|| ForkError::NoSnapshot { id: self.args.source.clone() })?;
+        let created = self.containerd.create_container(self.container(&self.spec.restoring)).await;
+        let created = created.map_err(|error| match error.is_already_exists() {
+            true => ForkError::Exists { id: new.to_owned() },
+            false => error,
+        });
+        self.note(Made::Container, created)?;
         self.signals.check()?;
-        let pauses = !self.source.is_paused() && twins.is_live();
-        if pauses {
-            self.containerd.pause(id).await?;
-            self.made.push(Made::Pause);
-            self.signals.check()?;
-        }
-        eprintln!("checkpointing {id}");
-        self.containerd.checkpoint(id, &self.checkpoint_options()).await?;
-        self.signals.check()?;
-        eprintln!("copying what {id} has written");
-        let then = Manifest::read(self.images.path())?.layer;
-        let copied = spawn_blocking(move || twins.copy(then.as_deref())).await;
-        let copied = copied.map_err(ForkError::Worker)?;
-        copied.map_err(|source| ForkError::Layer { id: id.to_owned(), source })?;
-        if pauses {
-            self.containerd.resume(id).await?;
-            self.made.retain(|made| *made != Made::Pause);
-        }
+        self.capture(&twins).await?;
         self.signals.check()?;
         Ok(rootfs)
     }
@@ -150,10 +124,10 @@ impl Fork<'_> {
         let terminal = self.source.task.terminal;
         let request =
             CreateTaskRequest { container_id: new.to_owned(), rootfs, terminal, ..Default::default() };
-        self.containerd.create_task(request, &options).await?;
-        self.made.push(Made::Task);
+        let created = self.containerd.create_task(request, &options).await;
+        self.note(Made::Task, created)?;
         self.signals.check()?;
-        // The next task of it is none that is restored from this checkpoint.
+        // The next task of it is not restored from this checkpoint.
         self.containerd.update_spec(self.container(&self.spec.lasting)).await?;
         // The VM has a disk with all of the images.
         if !self.images.is_kept() {
@@ -163,42 +137,26 @@ impl Fork<'_> {
         self.containerd.start(new).await
     }
 
-    /// NEW runs: no failure is one of it any more.
+    /// NEW runs: what fails from now on is no failure of the fork.
     async fn finish(mut self, pid: u32) -> Forked {
-        if let Err(error) = self.containerd.give_back_lease(&self.lease).await {
-            eprintln!("machinen: {}; it expires by itself", chain(&error));
+        match self.containerd.give_back_lease(&self.lease).await {
+            Err(error) if !error.is_not_found() => {
+                eprintln!("machinen: {}; it expires by itself", chain(&error));
+            }
+            _ => {}
         }
         let bundle = self.images.is_kept().then(|| self.images.path().to_owned());
         Forked { pid, hostname: self.spec.hostname, bundle }
     }
 
-    async fn take_back(&mut self) {
-        let (source, new) = (&self.args.source, &self.args.new);
-        while let Some(made) = self.made.pop() {
-            let taken = match made {
-                Made::Task => self.containerd.end_task(new).await,
-                Made::Pause => self.containerd.resume(source).await,
-                Made::Container => self.containerd.delete_container(new).await,
-                Made::Snapshot => {
-                    self.containerd.remove_snapshot(&self.source.container.snapshotter, new).await
-                }
-                Made::Lease => self.containerd.give_back_lease(&self.lease).await,
-                Made::Images => self.images.remove(),
-            };
-            if let Err(error) = taken {
-                eprintln!("machinen: taking back a fork that failed: {}", chain(&error));
-            }
-        }
-    }
-
     async fn make_snapshot(&self) -> Result<Vec<Mount>, ForkError> {
         let Source { container, snapshot, .. } = &self.source;
-        let made = self.containerd.prepare(&container.snapshotter, &self.args.new, &snapshot.parent).await;
-        made.map_err(|error| match error {
-            ForkError::Call { status, .. } if status.code() == Code::AlreadyExists => {
-                ForkError::Exists { id: format!("a snapshot {}", self.args.new) }
-            }
-            error => error,
+        let labels = [(LABEL.to_owned(), self.lease.clone())].into();
+        let new = self.args.new.as_str();
+        let made = self.containerd.prepare(&container.snapshotter, new, &snapshot.parent, labels).await;
+        made.map_err(|error| match error.is_already_exists() {
+            true => ForkError::SnapshotExists { id: new.to_owned() },
+            false => error,
         })
     }
 
@@ -214,16 +172,6 @@ impl Fork<'_> {
             spec: Some(Any { type_url: kind, value: spec.to_owned() }),
             snapshotter: source.snapshotter.clone(),
             snapshot_key: self.args.new.clone(),
-            ..Default::default()
-        }
-    }
-
-    /// The fork has a copy of every file, so locks on them are no hindrance; nor are connections, whatever becomes of them.
-    fn checkpoint_options(&self) -> CheckpointOptions {
-        CheckpointOptions {
-            open_tcp: true,
-            file_locks: true,
-            image_path: self.images.path().display().to_string(),
             ..Default::default()
         }
     }

@@ -6,8 +6,8 @@
 //! killed (the keeper is their subreaper, so daemons are descendants too), what is mounted below ROOT is unmounted,
 //! control groups called NAMESPACE are removed, and so is ROOT.
 //!
-//! The line `restart` on stdin kills the program and starts it again, leaving its descendants alone; `run FILE` runs
-//! a shell script beside it. Each start is answered by a line with the new process's pid on stdout.
+//! The line `stop` on stdin kills the program, leaving its descendants alone; `restart` starts it again after that; `run FILE`
+//! runs a shell script next to it. Each start is answered by a line with the new process's pid on stdout, `stop` by one with 0.
 
 use std::{
     env, io,
@@ -49,18 +49,21 @@ fn run() -> Result<()> {
     setsid().context("cannot make a session")?;
 
     let reaper = Reaper::start();
-    let mut program = reaper.spawn(command)?;
+    let mut program = Some(reaper.spawn(command)?);
     for line in io::stdin().lock().lines() {
         let line = line.context("cannot read stdin")?;
         if line == "restart" {
-            reaper.end(program)?;
-            program = reaper.spawn(command)?;
+            program.take().map_or(Ok(()), |pid| reaper.end(pid))?;
+            program = Some(reaper.spawn(command)?);
+        } else if line == "stop" {
+            program.take().map_or(Ok(()), |pid| reaper.end(pid))?;
+            println!("0");
         } else if let Some(script) = line.strip_prefix("run ") {
             reaper.spawn(&["/bin/sh".to_owned(), script.to_owned()])?;
         }
     }
     // First, so that it does not react to the deaths of the others.
-    terminate(program);
+    program.into_iter().for_each(terminate);
     loop {
         // Each death may bring new orphans.
         let left = descendants()?;

@@ -26,11 +26,11 @@ pub fn verify(dir: &Path) -> Result<Manifest, CheckpointError> {
     Ok(manifest)
 }
 
-/// Removes a checkpoint: the files that its manifest names, and the directory if nothing else is in it. Blocks.
+/// Removes the files of a checkpoint: those that its manifest names, and the manifest. Blocks.
 ///
 /// # Errors
 /// It is no checkpoint, or a file cannot be removed; the manifest goes last, so that it can be tried again.
-pub fn remove(dir: &Path) -> Result<(), CheckpointError> {
+pub fn clear(dir: &Path) -> Result<(), CheckpointError> {
     let manifest = Manifest::read(dir)?;
     for name in manifest.files.iter().map(|file| file.name.as_str()).chain([MANIFEST]) {
         let path = dir.join(name);
@@ -41,6 +41,15 @@ pub fn remove(dir: &Path) -> Result<(), CheckpointError> {
             _ => {}
         }
     }
+    Ok(())
+}
+
+/// Removes a checkpoint: its files, and the directory if nothing else is in it. Blocks.
+///
+/// # Errors
+/// As for [`clear`].
+pub fn remove(dir: &Path) -> Result<(), CheckpointError> {
+    clear(dir)?;
     match fs::remove_dir(dir) {
         Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => {
             Err(CheckpointError::file("remove", dir)(error))

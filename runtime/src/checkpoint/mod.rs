@@ -19,7 +19,7 @@ mod said;
 mod save;
 
 pub use error::CheckpointError;
-pub use files::{remove, verify};
+pub use files::{clear, remove, verify};
 pub use manifest::{FORMAT, ImageDigest, MANIFEST, Manifest, Mount, Options};
 pub use save::Saved;
 

@@ -4,7 +4,7 @@
 //! its kind also asks for a template, once its container runs, so that nobody waits for it.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::{
     assets::Assets,
     config,
     error::chain,
-    pool::{Pool, Ready},
+    pool::{self, Pool, Ready},
     template::{Found, Shape, Template, Templates},
     vm::{Vm, VmSpec},
 };
@@ -164,6 +164,12 @@ impl Pod {
         *self.shared.ready.lock().expect("no panic while held") = Some(ready);
     }
 
+    /// Names the socket of the containerd that the pod's containers are for. Members of the warm pool end when it has gone.
+    pub fn serves(&self, containerd: PathBuf) {
+        // There is one for the life of a pod.
+        let _ = self.shared.containerd.set(containerd);
+    }
+
     /// The VM that was made ahead of time, if it is what is planned and takes its new identity.
     async fn ready_for(&self, plan: &Plan) -> Option<Vm> {
         let Ready { vm, shape } = self.take_ready()?;
@@ -187,8 +193,9 @@ impl Pod {
     /// Has the warm pool filled again with VMs like this pod's, if that was a clone and there is to be a pool.
     pub(super) fn refill_pool(&self) {
         let Some(spec) = self.repeated().take() else { return };
+        let request = pool::Request { spec, containerd: self.shared.containerd.get().cloned() };
         let pool = Pool::of(&self.shared.config);
-        if let Err(error) = pool.and_then(|pool| pool.map_or(Ok(()), |pool| pool.refill(&spec))) {
+        if let Err(error) = pool.and_then(|pool| pool.map_or(Ok(()), |pool| pool.refill(&request))) {
             tracing::warn!("{}", chain(&error));
         }
     }

@@ -40,7 +40,7 @@ use std::{
     collections::HashMap,
     path::PathBuf,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
@@ -95,6 +95,8 @@ struct Shared {
     ready: Mutex<Option<Ready>>,
     /// The pod's VM is a clone like this, and the warm pool is to have more of them.
     repeated: Mutex<Option<VmSpec>>,
+    /// Where containerd listens, if the pod's owner has said so.
+    containerd: OnceLock<PathBuf>,
     /// A VM like this was booted because there is no template of it.
     wanted_template: Mutex<Option<VmSpec>>,
     /// How much memory the VM was given, MiB.
@@ -132,6 +134,7 @@ impl Pod {
             vm: tokio::sync::Mutex::default(),
             ready: Mutex::default(),
             repeated: Mutex::default(),
+            containerd: OnceLock::new(),
             wanted_template: Mutex::default(),
             vm_memory_mib: AtomicU32::new(0),
             vm_vcpus: AtomicU32::new(0),

@@ -1,30 +1,27 @@
-//! A member of the warm pool: a process with a ready clone, waiting to be taken.
+//! A member of the warm pool: a process that makes a clone, and waits to be taken with it.
 
 use std::{
-    env, fs, io,
+    fs, io,
     os::{
         fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::net::UnixListener,
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
-use nix::sys::{
-    inotify::{AddWatchFlags, InitFlags, Inotify},
-    socket::{AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, bind, listen, send, socket},
+use nix::sys::socket::{
+    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, bind, listen, send, socket,
 };
-use tokio::{
-    io::unix::AsyncFd,
-    signal::unix::{SignalKind, signal},
-};
+use tokio::io::unix::AsyncFd;
 
-use super::{MAX_MESSAGE, Pool, PoolError, Ready, Slot, file};
-use crate::{
-    config::{self, Config},
-    pod::PodError,
-    sys,
-    vm::VmSpec,
+use super::{
+    MAX_MESSAGE, Pool, PoolError, Ready, Request,
+    dismissal::Dismissal,
+    file,
+    slot::{Record, Slot, Stage},
 };
+use crate::{config::Config, pod::PodError, sys};
 
 /// Why a process could not be a member.
 #[derive(Debug, thiserror::Error)]
@@ -40,11 +37,12 @@ pub enum MemberError {
 /// A process that waits in its slot.
 #[derive(Debug)]
 pub struct Member {
+    /// It is another's as soon as this is dropped.
     slot: Slot,
-    /// The slot is another's as soon as this is dropped.
-    _lock: fs::File,
+    record: Record,
+    dismissal: Dismissal,
+    path: PathBuf,
     listener: AsyncFd<OwnedFd>,
-    changes: AsyncFd<OwnedFd>,
     ready: Ready,
 }
 
@@ -59,62 +57,99 @@ pub struct Taken {
 }
 
 impl Member {
-    /// Takes the slot `number` and makes a clone like `spec`. None: nobody needs this member.
+    /// Makes a clone for the slot `number`, whose locked file is `slot`. None: the member is not needed, because there is no
+    /// template, or for one of the reasons for which [`Member::taken`] ends; nothing is left then.
     ///
     /// # Errors
-    /// The slot's files cannot be made, or there is no clone to be had. Nothing is left then.
-    pub async fn join(config: &Config, number: u32, spec: VmSpec) -> Result<Option<Self>, MemberError> {
+    /// The slot's files cannot be used, or the clone does not work. Nothing is left then.
+    pub async fn join(
+        config: &Config,
+        number: u32,
+        slot: OwnedFd,
+        request: Request,
+    ) -> Result<Option<Self>, MemberError> {
         let Some(pool) = Pool::of(config)? else { return Ok(None) };
-        let slot = pool.slot(number);
-        let Some(lock) = slot.lock()? else { return Ok(None) };
-        // Before the clone: what changes meanwhile is noticed too.
-        let changes = watch().map_err(file("watch", "/proc/self/exe"))?;
+        // The configuration may have changed since the slot was taken, and the pool be another one.
+        let path = Slot::path(&pool.dir, number);
+        let Some(slot) = Slot::inherited(path.clone(), slot)? else { return Ok(None) };
+        let patience = Duration::from_secs(config.pool.containerd_timeout_s);
+        let dismissal = Dismissal::watch(&slot, request.containerd.map(|socket| (socket, patience)))?;
+        // What has changed before the watch began is not noticed by it.
+        if !slot.has_name()? {
+            return Ok(None);
+        }
+        let mut record =
+            Record { pid: std::process::id(), stage: Stage::Cloning, ..Record::new(&request.spec) };
+        slot.write(&record)?;
         sweep(&pool.dir).map_err(file("clear", &pool.dir))?;
-        let dir = pool.dir.join(format!("{VM_DIR}{}", std::process::id()));
-        let Some(ready) = Ready::make(spec, config, &dir).await? else { return Ok(None) };
-        let path = slot.socket();
-        match publish(&path) {
-            Ok(listener) => Ok(Some(Self { slot, _lock: lock, listener, changes, ready })),
-            Err(error) => {
-                ready.vm.kill().await;
-                Err(file("listen on", path)(error).into())
-            }
-        }
-    }
-
-    /// Waits to be taken. None: it is not needed any more, because it was told to go, its VM has ended, or the
-    /// configuration or the program has changed; nothing is left then.
-    ///
-    /// # Errors
-    /// The slot's socket cannot be waited on.
-    pub async fn taken(self) -> Result<Option<Taken>, MemberError> {
-        let path = self.slot.socket();
-        let failed = |error| MemberError::Pool(file("wait on", &path)(error));
-        let mut terminated = signal(SignalKind::terminate()).map_err(failed)?;
-        let ended = self.ready.vm.exited();
-        let request = tokio::select! {
-            request = request(&self.listener) => request.map_err(failed).map(Some),
-            _ = terminated.recv() => Ok(None),
-            _ = ended => Ok(None),
-            changed = self.changes.readable() => changed.map(|_| None).map_err(failed),
-        };
-        // Whoever comes from now on finds nobody, and the slot is free.
-        let Self { listener, ready, .. } = self;
-        let removed = fs::remove_file(&path);
-        drop(listener);
-        if let Err(error) = removed {
-            tracing::warn!(path = %path.display(), "cannot remove a socket: {error}");
-        }
-        match request {
-            Ok(Some(Request { message, fd: Some(fd), connection })) => {
-                Ok(Some(Taken { message, connection, fd, ready }))
-            }
+        let dir = pool.dir.join(name(VM, ""));
+        // Not given up half-way: a VM that is being made has no owner that could end it.
+        let Some(ready) = Ready::clone_vm(request.spec, config, &dir).await? else { return Ok(None) };
+        let path = pool.dir.join(name(MEMBER, SOCKET));
+        match listening(&slot, &mut record, &dismissal, &ready, config, &path).await {
+            Ok(Some(listener)) => Ok(Some(Self { slot, record, dismissal, path, listener, ready })),
             other => {
                 ready.vm.kill().await;
                 other.map(|_| None)
             }
         }
     }
+
+    /// Waits to be taken. None: it is not needed any more, because the pool was drained, the configuration or the program has
+    /// changed, containerd has been gone for long, the VM has ended, or on SIGTERM; nothing is left then.
+    ///
+    /// # Errors
+    /// The member's socket cannot be waited on.
+    pub async fn taken(self) -> Result<Option<Taken>, MemberError> {
+        let Self { slot, mut record, dismissal, path, listener, ready } = self;
+        let request = tokio::select! {
+            request = request(&listener) => request.map(Some).map_err(file("wait on", &path)),
+            reason = dismissal.comes() => {
+                tracing::debug!("a member of the warm pool ends: {reason:?}");
+                Ok(None)
+            }
+            _ = ready.vm.exited() => Ok(None),
+        };
+        // A start that connects from now on finds no member.
+        let removed = fs::remove_file(&path);
+        drop(listener);
+        if let Err(error) = removed {
+            tracing::warn!(path = %path.display(), "cannot remove a socket: {error}");
+        }
+        match request {
+            Ok(Some(HandedOver { message, fd, connection })) => {
+                // From here on nothing of the pool's ends this process: its slot is free, and it does not watch any more.
+                record.stage = Stage::Taken;
+                slot.write(&record)?;
+                Ok(Some(Taken { message, connection, fd, ready }))
+            }
+            other => {
+                ready.vm.kill().await;
+                Ok(other.map(|_| None)?)
+            }
+        }
+    }
+}
+
+/// Warms a clone up and listens for the start that takes it. None: it is not needed any more.
+async fn listening(
+    slot: &Slot,
+    record: &mut Record,
+    dismissal: &Dismissal,
+    ready: &Ready,
+    config: &Config,
+    path: &Path,
+) -> Result<Option<AsyncFd<OwnedFd>>, MemberError> {
+    record.stage = Stage::WarmingUp;
+    slot.write(record)?;
+    tokio::select! {
+        biased;
+        _ = dismissal.comes() => return Ok(None),
+        warm = ready.warm_up(config) => warm?,
+    }
+    record.stage = Stage::Ready;
+    slot.write(record)?;
+    Ok(Some(publish(path).map_err(file("listen on", path))?))
 }
 
 impl Taken {
@@ -133,16 +168,16 @@ impl Taken {
     }
 }
 
-/// A message to a member. Without a descriptor: it is to end.
-struct Request {
+/// Work for a member.
+struct HandedOver {
     message: Vec<u8>,
-    fd: Option<OwnedFd>,
+    fd: OwnedFd,
     /// Closed when the member has done what it was asked.
     connection: OwnedFd,
 }
 
-/// Waits for somebody who says something; others only look whether there is a member.
-async fn request(listener: &AsyncFd<OwnedFd>) -> io::Result<Request> {
+/// Waits for a message with a descriptor. A connection on which none comes is of no interest.
+async fn request(listener: &AsyncFd<OwnedFd>) -> io::Result<HandedOver> {
     loop {
         let mut ready = listener.readable().await?;
         let connection = match sys::socket::accept(listener.get_ref().as_fd()) {
@@ -162,14 +197,14 @@ async fn request(listener: &AsyncFd<OwnedFd>) -> io::Result<Request> {
                 received => break received,
             }
         };
-        if let Ok((length @ 1.., fd)) = received {
+        if let Ok((length @ 1.., Some(fd))) = received {
             message.truncate(length);
-            return Ok(Request { message, fd, connection: connection.into_inner() });
+            return Ok(HandedOver { message, fd, connection: connection.into_inner() });
         }
     }
 }
 
-/// Only one who holds the slot's lock comes here. The socket has its name when somebody listens.
+/// The socket has its name when it is listened on.
 fn publish(path: &Path) -> io::Result<AsyncFd<OwnedFd>> {
     let unpublished = path.with_extension("new");
     match fs::remove_file(&unpublished) {
@@ -184,36 +219,56 @@ fn publish(path: &Path) -> io::Result<AsyncFd<OwnedFd>> {
     sys::async_fd(listener)
 }
 
-/// Before the pid of the process that a VM's directory belongs to.
-const VM_DIR: &str = "vm-";
+/// Extension of a member's socket.
+pub(super) const SOCKET: &str = ".sock";
 
-/// Removes what members that were killed have left of their VMs.
+/// The files of a member have its pid in their names.
+const MEMBER: &str = "member-";
+const VM: &str = "vm-";
+
+fn name(prefix: &str, extension: &str) -> String {
+    format!("{prefix}{}{extension}", std::process::id())
+}
+
+/// Removes what members that were killed have left.
 fn sweep(dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
-        let name = path.file_name().and_then(|name| name.to_str());
-        let pid = name.and_then(|name| name.strip_prefix(VM_DIR));
-        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
-            fs::remove_dir_all(&path)?;
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let owned = name.strip_prefix(VM).or_else(|| name.strip_prefix(MEMBER));
+        let Some(pid) = owned.and_then(|name| name.split('.').next()) else { continue };
+        if !Path::new("/proc").join(pid).exists() {
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            match removed {
+                // Another member was faster.
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
     }
     Ok(())
 }
 
-/// Readable when the program or its configuration is not what it was.
-fn watch() -> io::Result<AsyncFd<OwnedFd>> {
-    let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
-    let flags = AddWatchFlags::IN_MODIFY
-        | AddWatchFlags::IN_ATTRIB
-        | AddWatchFlags::IN_MOVE_SELF
-        | AddWatchFlags::IN_DELETE_SELF;
-    let config = env::var_os("MACHINEN_CONFIG").map_or_else(|| config::DEFAULT_PATH.into(), PathBuf::from);
-    for path in [Path::new("/proc/self/exe"), &config] {
-        match inotify.add_watch(path, flags) {
-            // No configuration is a configuration.
-            Ok(_) | Err(nix::Error::ENOENT) => {}
-            Err(error) => return Err(error.into()),
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_dead_have_left_is_swept() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        for name in ["vm-1", "vm-99999999"] {
+            fs::create_dir(path(name)).unwrap();
         }
+        let files =
+            ["member-1.sock", "member-99999999.sock", "member-99999999.new", "slot-0.lock", "slot-0.log"];
+        for name in files {
+            fs::write(path(name), "").unwrap();
+        }
+        sweep(dir.path()).unwrap();
+        let mut left: Vec<_> =
+            fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["member-1.sock", "slot-0.lock", "slot-0.log", "vm-1"]);
     }
-    sys::async_fd(inotify.as_fd().try_clone_to_owned()?)
 }

@@ -1,18 +1,23 @@
 //! The warm pool: clones that are ready before anyone asks for a container.
 //!
 //! ```text
-//!   a container runs ── refill ──> a member process for each free slot, told what VM the container has
-//!   member           ── lock slot-N.lock ── clone, wait for its agent ── listen on slot-N.sock
+//!   a container runs ── refill ──> a member process for each free slot, with the VM that it is to make, and the slot's lock
+//!   member           ── clone, wait for its agent, create a container once ── listen on member-PID.sock
 //!   next start       ── connect ── hand over its listener ──> the member answers, frees the slot, and serves
+//!   drain            ── unlink the files of occupied slots ──> their members end, however far they have come
 //! ```
 //! A VM cannot change its owner: it ends with the process that started it. So what waits is the whole owner, and a start
 //! gives it the work instead of starting a process. Members are for starts with the same program, configuration and
 //! namespaces only ([`Pool::of`]), and whose container wants the same VM: one that does not gives the clone up and gets
-//! its own.
+//! its own. A member ends by itself when it is of no use any more (`dismissal.rs`).
 
+mod client;
+mod dismissal;
+mod listing;
 mod member;
 mod ready;
 mod rehearsal;
+mod slot;
 
 use std::{
     env, fs, io,
@@ -23,17 +28,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::{
-    errno::Errno,
-    sys::{
-        socket::{
-            AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, getsockopt, recv, send,
-            setsockopt, socket, sockopt,
-        },
-        time::{TimeVal, TimeValLike as _},
+use nix::sys::{
+    socket::{
+        AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, getsockopt, recv, setsockopt, socket,
+        sockopt,
     },
+    time::{TimeVal, TimeValLike as _},
 };
-use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::{
@@ -43,21 +45,24 @@ use crate::{
     sys::socket::send_with_fd,
     vm::VmSpec,
 };
+use slot::Slot;
 
+pub use listing::{Listed, drain, list};
 pub use member::{Member, MemberError, Taken};
 pub use ready::Ready;
+pub use slot::{Record, Stage};
 
-/// First argument of a process that is to be a member; the VM that it is to have is its stdin, as JSON.
+/// First argument of a process that is to be a member, before the number of its slot; a [`Request`] is its stdin, as JSON.
 pub const ARGUMENT: &str = "pool-member";
+
+/// A member finds the locked file of its slot here.
+pub const SLOT_FD: i32 = 3;
 
 /// Longest message to a member, bytes.
 const MAX_MESSAGE: usize = 64 << 10;
 
 /// A member answers at once or is not there; more than this costs more than it saves.
 const PATIENCE_S: i64 = 2;
-
-/// A member that is told to go has a VM to end.
-const DRAIN_PATIENCE_S: i64 = 10;
 
 /// Why there is no pool, or no more of it.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +73,18 @@ pub enum PoolError {
     Start(#[source] ProcessError),
     #[error("cannot tell a member of the warm pool what VM to make")]
     Request(#[source] io::Error),
+    #[error("cannot wait for the end of a member of the warm pool")]
+    Wait(#[source] io::Error),
+    #[error("the member of the warm pool with the pid {pid} has not ended within {seconds} s")]
+    Stays { pid: u32, seconds: u64 },
+}
+
+/// What a member is to make, and for which containerd.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Request {
+    pub spec: VmSpec,
+    /// Its socket, if it is known. The member ends when there has been no containerd for long.
+    pub containerd: Option<PathBuf>,
 }
 
 fn file(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> PoolError {
@@ -105,83 +122,51 @@ impl Pool {
         Ok(Some(Self { dir: config.pool.dir.join(key), size: config.pool.size }))
     }
 
-    /// Starts a member for each slot that has none; each has a VM like `spec`. They outlive this process.
+    /// Starts a member for each slot that has none; each has a VM as the request says. They outlive this process.
     ///
     /// # Errors
     /// The directory cannot be made, or a process not be started.
-    pub fn refill(&self, spec: &VmSpec) -> Result<(), PoolError> {
+    pub fn refill(&self, request: &Request) -> Result<(), PoolError> {
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(&self.dir)
             .map_err(file("make the directory", &self.dir))?;
-        let request = serde_json::to_vec(spec).expect("plain data");
-        for slot in 0..self.size {
-            // Let go at once: the member takes it, or sees that another has.
-            if self.slot(slot).lock()?.is_none() {
-                continue;
-            }
-            let stderr = self.slot(slot).log()?;
-            let stdin = memfd::holding(&request).map_err(PoolError::Request)?;
-            let path = format!("/proc/self/fd/{}", stdin.as_raw_fd());
-            let stdin = fs::File::open(path).map_err(PoolError::Request)?;
-            Spawn::new("/proc/self/exe")
-                .args([ARGUMENT, &slot.to_string()])
-                .dir("/")
-                .stdin(Stdio::Fd(stdin.into()))
-                .stderr(Stdio::Fd(stderr.into()))
-                .detach()
-                .map_err(PoolError::Start)?;
-        }
-        Ok(())
+        (0..self.size).try_for_each(|number| self.start_member(number, request))
+    }
+
+    /// The slot is taken before the member's process exists, so that a drain at any time finds it.
+    fn start_member(&self, number: u32, request: &Request) -> Result<(), PoolError> {
+        let path = Slot::path(&self.dir, number);
+        let Some(slot) = Slot::take(&path)? else { return Ok(()) };
+        slot.write(&Record::new(&request.spec))?;
+        let stderr = log(&path)?;
+        let request = serde_json::to_vec(request).expect("plain data");
+        let stdin = memfd::holding(&request).map_err(PoolError::Request)?;
+        let stdin = fs::File::open(format!("/proc/self/fd/{}", stdin.as_raw_fd()));
+        Spawn::new("/proc/self/exe")
+            .args([ARGUMENT, &number.to_string()])
+            .dir("/")
+            .stdin(Stdio::Fd(stdin.map_err(PoolError::Request)?.into()))
+            .stderr(Stdio::Fd(stderr.into()))
+            .fd(slot.share()?, SLOT_FD)
+            .detach()
+            .map_err(PoolError::Start)
     }
 
     /// Gives a member a message and a descriptor; returns the member's pid. None when there is no member that takes them.
     pub fn hand_over(&self, message: &[u8], fd: &OwnedFd) -> Option<u32> {
-        (0..self.size).find_map(|slot| {
-            let socket = self.slot(slot).socket();
-            match offer(&socket, message, fd) {
-                Ok(pid) => Some(pid),
-                Err(error) => {
-                    tracing::debug!(path = %socket.display(), "no member of the pool: {error}");
-                    None
-                }
+        // Without the directory there is no member.
+        let mut sockets = entries(&self.dir).unwrap_or_default();
+        sockets.retain(|path| path.to_str().is_some_and(|path| path.ends_with(member::SOCKET)));
+        sockets.into_iter().find_map(|socket| match offer(&socket, message, fd) {
+            Ok(pid) => Some(pid),
+            Err(error) => {
+                tracing::debug!(path = %socket.display(), "no member of the pool: {error}");
+                None
             }
         })
     }
-
-    fn slot(&self, number: u32) -> Slot {
-        Slot { path: self.dir.join(format!("slot-{number}")) }
-    }
-}
-
-/// Ends all members of all pools below `dir`, whatever their configuration; returns how many there were.
-///
-/// # Errors
-/// The directory cannot be read, or a member does not end.
-pub fn drain(dir: &Path) -> Result<usize, PoolError> {
-    let members = members(dir)?;
-    for socket in &members {
-        dismiss(socket).map_err(file("end the member at", socket))?;
-    }
-    Ok(members.len())
-}
-
-/// The sockets of all members that wait below `dir`.
-///
-/// # Errors
-/// The directory cannot be read.
-pub fn members(dir: &Path) -> Result<Vec<PathBuf>, PoolError> {
-    let mut sockets = Vec::new();
-    for pool in entries(dir).map_err(file("read", dir))? {
-        for path in entries(&pool).map_err(file("read", &pool))? {
-            // What a member left that was killed answers to nobody.
-            if path.extension().is_some_and(|extension| extension == "sock") && dial(&path).is_ok() {
-                sockets.push(path);
-            }
-        }
-    }
-    Ok(sockets)
 }
 
 fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
@@ -192,41 +177,17 @@ fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
     }
 }
 
-/// A place for one member; whoever holds its lock is the member.
-#[derive(Debug)]
-struct Slot {
-    path: PathBuf,
-}
-
-impl Slot {
-    fn socket(&self) -> PathBuf {
-        self.path.with_extension("sock")
-    }
-
-    /// Where the next member says why it has failed. What the last one said there is logged.
-    fn log(&self) -> Result<fs::File, PoolError> {
-        let path = self.path.with_extension("log");
-        match fs::read_to_string(&path) {
-            Ok(said) if !said.is_empty() => {
-                tracing::warn!("a member of the warm pool has failed: {}", said.trim());
-            }
-            _ => {}
+/// Where the next member of a slot says why it has failed. What the last one said there is logged.
+fn log(slot: &Path) -> Result<fs::File, PoolError> {
+    let path = slot.with_extension("log");
+    match fs::read_to_string(&path) {
+        Ok(said) if !said.is_empty() => {
+            tracing::warn!("a member of the warm pool has failed: {}", said.trim());
         }
-        let open = fs::File::options().create(true).truncate(true).write(true).mode(0o600).open(&path);
-        open.map_err(file("open", path))
+        _ => {}
     }
-
-    /// None while there is a member.
-    fn lock(&self) -> Result<Option<fs::File>, PoolError> {
-        let path = self.path.with_extension("lock");
-        let open = fs::File::options().create(true).truncate(false).write(true).mode(0o600).open(&path);
-        let lock = open.map_err(file("open", &path))?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(lock)),
-            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-            Err(error) => Err(file("lock", path)(error.into())),
-        }
-    }
+    let open = fs::File::options().create(true).truncate(true).write(true).mode(0o600).open(&path);
+    open.map_err(file("open", path))
 }
 
 fn dial(path: &Path) -> io::Result<OwnedFd> {
@@ -246,23 +207,5 @@ fn offer(path: &Path, message: &[u8], fd: &OwnedFd) -> io::Result<u32> {
             u32::try_from(peer.pid()).map_err(io::Error::other)
         }
         _ => Err(io::ErrorKind::UnexpectedEof.into()),
-    }
-}
-
-/// A message without a descriptor ends a member; its end of the connection closes with it.
-fn dismiss(path: &Path) -> io::Result<()> {
-    let socket = match dial(path) {
-        Ok(socket) => socket,
-        // It was taken meanwhile, or has ended.
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-            return Ok(());
-        }
-        Err(error) => return Err(error),
-    };
-    setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(DRAIN_PATIENCE_S))?;
-    send(socket.as_raw_fd(), b"end", MsgFlags::MSG_NOSIGNAL)?;
-    match recv(socket.as_raw_fd(), &mut [0], MsgFlags::empty()) {
-        Ok(_) | Err(Errno::ECONNRESET) => Ok(()),
-        Err(error) => Err(error.into()),
     }
 }

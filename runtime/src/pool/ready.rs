@@ -1,4 +1,4 @@
-//! A clone that is ready for a pod that does not exist yet.
+//! A clone for a pod that does not exist yet.
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ use crate::{
     vm::{Vm, VmSpec},
 };
 
-/// A VM whose agent answers, and what it is a clone of.
+/// A VM, and what it is a clone of.
 #[derive(Debug)]
 pub struct Ready {
     pub(crate) vm: Vm,
@@ -25,8 +25,8 @@ impl Ready {
     /// Clones a VM like `spec` into `dir`, owned by this process. None: there is no template of it.
     ///
     /// # Errors
-    /// The host has no memory for one more, or the clone does not come to life.
-    pub(super) async fn make(
+    /// The host has no memory for one more, or QEMU does not take the template's state. Nothing is left then.
+    pub(super) async fn clone_vm(
         mut spec: VmSpec,
         config: &Config,
         dir: &Path,
@@ -49,12 +49,14 @@ impl Ready {
         let reserve = config.vm.memory_reserve_percent;
         let _promise = admission::admit(&starting, CLONE_NEEDS, reserve, HostMemory::now()?)?;
         let vm = Vm::restore(spec, dir, &template.saved).await.map_err(PodError::Clone)?;
-        match rehearse(&vm, config).await {
-            Ok(()) => Ok(Some(Self { vm, shape })),
-            Err(error) => {
-                vm.kill().await;
-                Err(error)
-            }
-        }
+        Ok(Some(Self { vm, shape }))
+    }
+
+    /// Waits for the agent and has it create a container once. After an error, or if it is given up, the VM must be killed.
+    ///
+    /// # Errors
+    /// The clone does not work.
+    pub(super) async fn warm_up(&self, config: &Config) -> Result<(), PodError> {
+        rehearse(&self.vm, config).await
     }
 }

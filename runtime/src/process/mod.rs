@@ -5,6 +5,7 @@
 //! and keeps a bounded part of what it printed.
 
 mod child;
+mod memory;
 mod sandbox;
 mod spawn;
 mod stranger;
@@ -15,6 +16,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
 pub use child::Child;
+pub use memory::tree_pss;
 pub use sandbox::{Identity, Namespaces, Sandbox};
 pub use spawn::{Output, Spawn, Stdio};
 pub use stranger::end_stranger;

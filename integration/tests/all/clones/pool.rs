@@ -1,6 +1,6 @@
 //! Clones that are ready before anyone asks for a container.
 
-use std::{fs, path::PathBuf, thread};
+use std::{fs, path::PathBuf, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use machinen_integration::{
@@ -17,6 +17,7 @@ use serde_json::{Value as Json, json};
 
 use super::{origin, runs_from, twins::have_nothing_in_common, works_from};
 use crate::{
+    fork::eventually,
     harness::{IMAGE, on_newest_containerd},
     stdin::input_of_any_size,
 };
@@ -24,7 +25,10 @@ use crate::{
 on_newest_containerd!(
     ready_clones_are_taken_and_replaced,
     what_does_not_fit_is_given_up,
-    members_that_are_lost
+    members_that_are_lost,
+    a_drain_ends_members_however_far_they_have_come,
+    a_drain_while_members_are_taken,
+    members_end_some_time_after_their_containerd,
 );
 
 const SIZE: usize = 3;
@@ -38,9 +42,13 @@ struct Pool<'a> {
 
 impl<'a> Pool<'a> {
     fn new(containerd: &'a Containerd) -> Result<Self> {
+        Self::configured(containerd, Setup::new())
+    }
+
+    fn configured(containerd: &'a Containerd, setup: Setup) -> Result<Self> {
         let templates = Templates::new(containerd)?;
         let dir = containerd.root().join("pool");
-        let setup = Setup::new()
+        let setup = setup
             .templates(&templates.dir, "use")
             .set("pool", "size", Value::number(SIZE as u64))
             .set("pool", "dir", Value::path(&dir));
@@ -58,18 +66,29 @@ impl<'a> Pool<'a> {
     fn full(&self) -> Result<()> {
         let pools: Vec<_> = fs::read_dir(&self.dir)?.collect::<Result<_, _>>()?;
         let [pool] = &pools[..] else { anyhow::bail!("not one pool: {pools:?}") };
-        Watch::of(&pool.path())?.wait_until(|| {
-            let members = self.command("ls")?;
-            Ok(members.as_array().is_some_and(|members| members.len() == SIZE))
-        })
+        Watch::of(&pool.path())?
+            .wait_until(|| Ok(self.states()?.iter().filter(|it| *it == "ready").count() == SIZE))
+    }
+
+    /// How far the members have come.
+    fn states(&self) -> Result<Vec<String>> {
+        let members = self.command("ls")?;
+        let state = |member: &Json| member["state"].as_str().unwrap_or_default().to_owned();
+        Ok(members.as_array().context("no list")?.iter().map(state).collect())
+    }
+
+    /// Processes of members and of their VMs.
+    fn processes(&self) -> Result<Vec<u32>> {
+        let all = self.containerd.inventory()?.processes;
+        let theirs = |command: &str| ["pool-member", "qemu"].iter().any(|word| command.contains(word));
+        Ok(all.iter().filter(|process| theirs(&process.command)).map(|process| process.pid).collect())
     }
 
     fn end(self) -> Result<()> {
         self.command("drain")?;
         ensure!(self.command("ls")? == json!([]), "the pool is not empty");
-        for process in self.containerd.inventory()?.processes {
-            ensure!(!process.command.contains("qemu"), "{process:?} has outlived the pool");
-        }
+        let left = self.processes()?;
+        ensure!(left.is_empty(), "{left:?} have outlived the pool");
         self.templates.remove_all()?;
         Ok(fs::remove_dir_all(&self.dir)?)
     }
@@ -148,5 +167,103 @@ fn members_that_are_lost(containerd: &mut Containerd) -> Result<()> {
     runs_from(containerd, "clone")?;
     pool.templates.remove_all()?;
     fs::remove_dir_all(&pool.dir)?;
+    containerd.settle(&before)
+}
+
+fn a_drain_ends_members_however_far_they_have_come(containerd: &mut Containerd) -> Result<()> {
+    let before = containerd.inventory()?;
+    let pool = Pool::new(containerd)?;
+    for state in ["starting", "cloning", "warming up", "ready"] {
+        runs_from(containerd, "clone")?;
+        // One that is farther by then will do: which moment a drain meets is not for the caller to choose.
+        let reached =
+            ["starting", "cloning", "warming up", "ready"].into_iter().skip_while(|it| *it != state);
+        let reached: Vec<_> = reached.collect();
+        eventually(state, || Ok(pool.states()?.iter().any(|is| reached.contains(&is.as_str()))))?;
+        let had = pool.states()?;
+        let drained = pool.command("drain")?;
+        ensure!(drained["ended"].as_u64() >= Some(1), "{drained} of {had:?}");
+        let left = pool.processes()?;
+        ensure!(left.is_empty(), "{left:?} have survived the drain of {had:?}");
+        ensure!(pool.states()?.is_empty(), "{:?}", pool.states()?);
+    }
+    // The pool is of use again at once.
+    runs_from(containerd, "clone")?;
+    pool.full()?;
+    listed(&pool)?;
+    runs_from(containerd, "ready")?;
+    pool.full()?;
+    pool.end()?;
+    containerd.settle(&before)
+}
+
+/// Members, as programs and people see them.
+fn listed(pool: &Pool<'_>) -> Result<()> {
+    let members = pool.command("ls")?;
+    for member in members.as_array().context("no list")? {
+        let number = |name: &str| member[name].as_u64().unwrap_or_default();
+        ensure!(number("pid") > 1 && number("memoryMib") >= 128 && number("vcpus") >= 1, "{member}");
+        // A VM that does nothing takes some memory, and far less than it may.
+        ensure!((10 << 20..400 << 20).contains(&number("takes")), "{member}");
+        ensure!(number("created") > 1_700_000_000, "{member}");
+    }
+    let table = pool.containerd.machinen(&["pool", "ls"])?.run()?.ok()?.text();
+    let lines: Vec<_> = table.lines().collect();
+    ensure!(lines.len() == SIZE + 1 && lines[0].contains("PID") && lines[1].ends_with("ready"), "{table}");
+    Ok(())
+}
+
+/// Whichever is first: a container gets a member or makes its own VM, and a member that it has got is not ended.
+fn a_drain_while_members_are_taken(containerd: &mut Containerd) -> Result<()> {
+    let before = containerd.inventory()?;
+    let pool = Pool::new(containerd)?;
+    runs_from(containerd, "clone")?;
+    pool.full()?;
+    for _ in 0..3 {
+        let runs: Vec<_> =
+            (0..SIZE).map(|_| containerd.run(IMAGE, &["sh", "-c", "sleep 1; echo well"])).collect();
+        thread::scope(|scope| {
+            let started: Vec<_> = runs.iter().map(|run| scope.spawn(|| run.ok())).collect();
+            for _ in 0..5 {
+                pool.command("drain")?;
+            }
+            started.into_iter().try_for_each(|run| {
+                let said = run.join().expect("no panic")?;
+                ensure!(said == "well\n", "a container did not work: {said}");
+                Ok(())
+            })
+        })?;
+        pool.full()?;
+    }
+    pool.end()?;
+    containerd.settle(&before)
+}
+
+fn members_end_some_time_after_their_containerd(containerd: &mut Containerd) -> Result<()> {
+    const AFTER: Duration = Duration::from_secs(5);
+    let before = containerd.inventory()?;
+    let setup = Setup::new().set("pool", "containerd_timeout_s", Value::number(AFTER.as_secs()));
+    let pool = Pool::configured(containerd, setup)?;
+    runs_from(containerd, "clone")?;
+    pool.full()?;
+    let members = pool.processes()?;
+    ensure!(members.len() == 2 * SIZE, "{members:?}");
+    let Pool { templates, dir, .. } = pool;
+    let templates = templates.dir;
+    containerd.restart()?;
+    for pid in &members {
+        ensure!(!wait_for_end(*pid, AFTER / 2)?, "a restart of containerd has ended {pid}");
+    }
+    runs_from(containerd, "ready")?;
+    containerd.stop()?;
+    for pid in containerd.inventory()?.processes.iter().filter(|it| it.command.contains("pool-member")) {
+        ensure!(wait_for_end(pid.pid, DEADLINE)?, "{pid:?} waits for a containerd that has gone");
+    }
+    containerd.restart()?;
+    let output = containerd.machinen(&["pool", "ls", "--json"])?.run()?.ok()?;
+    ensure!(output.text().trim() == "[]", "{output}");
+    containerd.machinen(&["template", "rm", "--all"])?.run()?.ok()?;
+    fs::remove_dir_all(&templates)?;
+    fs::remove_dir_all(&dir)?;
     containerd.settle(&before)
 }

@@ -40,7 +40,13 @@ fn fails(containerd: &Containerd, args: &[&str], words: &[&str]) -> Result<()> {
     containerd.settle(&before)
 }
 
-fn failed(containerd: &Containerd, args: &[&str], words: &[&str], status: i32, said: &str) -> Result<()> {
+pub(super) fn failed(
+    containerd: &Containerd,
+    args: &[&str],
+    words: &[&str],
+    status: i32,
+    said: &str,
+) -> Result<()> {
     ensure!(status == 1, "it ended with {status}: {said}");
     for word in words {
         ensure!(said.contains(word), "the user does not read {word:?}: {said}");
@@ -55,7 +61,7 @@ fn failed(containerd: &Containerd, args: &[&str], words: &[&str], status: i32, s
     nothing_of(containerd, args.last().context("no id")?)
 }
 
-fn goes_on(containerd: &Containerd, source: &str) -> Result<()> {
+pub(super) fn goes_on(containerd: &Containerd, source: &str) -> Result<()> {
     let tasks = containerd.ctr_ok(&["tasks", "ls"])?;
     let line = tasks.lines().find(|line| line.split_whitespace().next() == Some(source));
     ensure!(line.is_some_and(|line| line.contains("RUNNING")), "the source does not run: {tasks}");
@@ -63,7 +69,7 @@ fn goes_on(containerd: &Containerd, source: &str) -> Result<()> {
     count_above(containerd, source, now).map(drop)
 }
 
-fn works(containerd: &Containerd, source: &str, new: &str) -> Result<()> {
+pub(super) fn works(containerd: &Containerd, source: &str, new: &str) -> Result<()> {
     goes_on(containerd, source)?;
     fork(containerd, &[source, new])?;
     count_above(containerd, new, 102)?;
@@ -87,7 +93,7 @@ fn refused_before_anything_happens(containerd: &mut Containerd) -> Result<()> {
     // Its snapshot's name is taken.
     containerd.ctr_ok(&["snapshots", "prepare", &new])?;
     let output = forking(containerd, &[source, &new])?.run()?;
-    ensure!(output.status == 1 && output.error_text().contains("a snapshot"), "{output}");
+    ensure!(output.status == 1 && output.error_text().contains("there is a snapshot"), "{output}");
     containerd.ctr_ok(&["snapshots", "rm", &new])?;
     let used = containerd.root().join("tmp");
     fs::write(used.join("mine"), "")?;
@@ -150,7 +156,7 @@ fn no_room_for_the_images(containerd: &mut Containerd) -> Result<()> {
 }
 
 /// Waits for a line of the shims or of containerd.
-fn at(containerd: &Containerd, from: usize, word: &str) -> Result<()> {
+pub(super) fn at(containerd: &Containerd, from: usize, word: &str) -> Result<()> {
     containerd.log().wait_for(from, |line| line.contains(word)).map(drop)
 }
 

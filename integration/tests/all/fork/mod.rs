@@ -2,6 +2,7 @@
 
 mod beside;
 mod connections;
+mod existing;
 mod faults;
 mod many;
 
@@ -85,12 +86,12 @@ fn end_all<'a>(containerd: &Containerd, ids: impl IntoIterator<Item = &'a str>) 
     ids.into_iter().try_for_each(|id| containerd.end(id))
 }
 
-/// Waits for what no event tells of.
-fn eventually(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+/// Waits for what no event reports.
+pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     let end = Instant::now() + DEADLINE;
     while !done()? {
         ensure!(Instant::now() < end, "not within {DEADLINE:?}: {what}");
-        #[expect(clippy::disallowed_methods, reason = "nobody tells of it")]
+        #[expect(clippy::disallowed_methods, reason = "no event reports it")]
         thread::sleep(std::time::Duration::from_millis(10));
     }
     Ok(())

@@ -1,0 +1,32 @@
+//! Waiting for a containerd that is being restarted.
+
+use std::{io, time::Duration};
+
+use machinen::watch::Watch;
+use tokio::time::timeout;
+
+use super::{containerd::Containerd, error::ForkError};
+
+/// A restart takes containerd a second or a few: it looks for the shims of its containers first.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Returns when containerd serves requests: at once, or after the next event at its socket.
+///
+/// # Errors
+/// It does not within a minute.
+pub(super) async fn serving(containerd: &Containerd) -> Result<(), ForkError> {
+    let address = containerd.address.as_path();
+    let served = async {
+        // Before the first try, so that no event is missed.
+        let watch = Watch::new()?;
+        watch.names(address.parent().unwrap_or(address))?;
+        while !containerd.serves().await {
+            watch.changed().await?;
+        }
+        Ok::<_, io::Error>(())
+    };
+    match timeout(PATIENCE, served).await {
+        Ok(served) => served.map_err(ForkError::file("watch", address)),
+        Err(_) => Err(ForkError::NotServing { address: address.to_owned() }),
+    }
+}

@@ -1,0 +1,103 @@
+//! What a verb prints: as a text or as JSON, and whether what it has found is as it should be.
+
+use std::fmt::{Display, Write as _};
+use std::process::ExitCode;
+
+use serde_json::Value;
+
+/// The result of a verb.
+#[derive(Debug)]
+pub(super) struct Output {
+    pub(super) text: String,
+    pub(super) value: Value,
+    /// The exit status is 1 otherwise.
+    pub(super) ok: bool,
+}
+
+impl Output {
+    pub(super) fn new(text: impl Into<String>, value: impl Into<Value>) -> Self {
+        Self { text: text.into(), value: value.into(), ok: true }
+    }
+
+    /// One word a line.
+    pub(super) fn lines<T: Display>(lines: impl IntoIterator<Item = T>, value: impl Into<Value>) -> Self {
+        let mut text = String::new();
+        for line in lines {
+            writeln!(text, "{line}").expect("a String takes any text");
+        }
+        Self::new(text, value)
+    }
+
+    pub(super) fn print(self, json: bool) -> ExitCode {
+        if json {
+            println!("{:#}", self.value);
+        } else {
+            print!("{}", self.text);
+        }
+        if self.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+}
+
+/// On which side a column has its spaces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Align {
+    Left,
+    Right,
+}
+
+/// Rows below a head, each column as wide as its widest cell.
+#[derive(Debug)]
+pub(super) struct Table<const N: usize> {
+    align: [Align; N],
+    rows: Vec<[String; N]>,
+}
+
+impl<const N: usize> Table<N> {
+    pub(super) fn new(columns: [(&str, Align); N]) -> Self {
+        let rows = vec![columns.map(|(head, _)| head.to_owned())];
+        Self { align: columns.map(|(_, align)| align), rows }
+    }
+
+    pub(super) fn row(&mut self, cells: [String; N]) {
+        self.rows.push(cells);
+    }
+}
+
+impl<const N: usize> Display for Table<N> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let width =
+            |column: usize| self.rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+        let widths: [usize; N] = std::array::from_fn(width);
+        for row in &self.rows {
+            let mut line = String::new();
+            for ((cell, width), align) in row.iter().zip(widths).zip(self.align) {
+                match align {
+                    Align::Left => write!(line, "{cell:<width$}  ")?,
+                    Align::Right => write!(line, "{cell:>width$}  ")?,
+                }
+            }
+            writeln!(f, "{}", line.trim_end())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_as_wide_as_they_must_be() {
+        let mut table = Table::new([("KEY", Align::Left), ("SIZE", Align::Right), ("STATE", Align::Left)]);
+        assert_eq!(table.to_string(), "KEY  SIZE  STATE\n");
+        table.row(["abcdef".into(), "1.5MiB".into(), "ready".into()]);
+        table.row(["a".into(), "0B".into(), String::new()]);
+        assert_eq!(table.to_string(), "KEY       SIZE  STATE\nabcdef  1.5MiB  ready\na           0B\n");
+    }
+
+    #[test]
+    fn lines_end_with_newlines() {
+        let output = Output::lines(["a", "b"], Value::Null);
+        assert!(output.ok && output.text == "a\nb\n");
+    }
+}

@@ -1,0 +1,44 @@
+//! Keys of digits of which users give the first few.
+
+/// Why a prefix does not name one of the things that there are.
+#[derive(Debug, thiserror::Error)]
+pub enum PrefixError {
+    #[error("{prefix:?} is no {thing}; see `machinen {thing} ls`")]
+    NoSuchKey { prefix: String, thing: &'static str },
+    #[error("{prefix:?} could be several {thing}s; give more digits")]
+    Ambiguous { prefix: String, thing: &'static str },
+}
+
+/// The one of `all` whose key begins with `prefix`. `thing` is what they are, and the verb that lists them.
+///
+/// # Errors
+/// There is none, or there are several.
+pub(super) fn find<'a, T>(
+    all: &'a [T],
+    key: impl Fn(&T) -> String,
+    prefix: &str,
+    thing: &'static str,
+) -> Result<&'a T, PrefixError> {
+    let mut found = all.iter().filter(|candidate| !prefix.is_empty() && key(candidate).starts_with(prefix));
+    let prefix = || prefix.to_owned();
+    match (found.next(), found.next()) {
+        (Some(found), None) => Ok(found),
+        (None, _) => Err(PrefixError::NoSuchKey { prefix: prefix(), thing }),
+        (Some(_), Some(_)) => Err(PrefixError::Ambiguous { prefix: prefix(), thing }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prefix_names_one_or_none() {
+        let find = |prefix| find(&["ab1", "ab2", "c"], |key| (*key).to_owned(), prefix, "disk");
+        assert_eq!(*find("ab2").unwrap(), "ab2");
+        assert_eq!(*find("c").unwrap(), "c");
+        assert_eq!(find("d").unwrap_err().to_string(), "\"d\" is no disk; see `machinen disk ls`");
+        assert!(matches!(find(""), Err(PrefixError::NoSuchKey { .. })));
+        assert_eq!(find("ab").unwrap_err().to_string(), "\"ab\" could be several disks; give more digits");
+    }
+}

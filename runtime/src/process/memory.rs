@@ -1,0 +1,67 @@
+//! What a process and its descendants take of the host's memory.
+
+use std::{collections::HashMap, fs};
+
+/// The proportional share (PSS) of the process `pid` and all its descendants, bytes. What has ended meanwhile counts nothing.
+pub fn tree_pss(pid: u32) -> u64 {
+    let children = children();
+    let mut tree = vec![pid];
+    let mut next = 0;
+    while let Some(parent) = tree.get(next) {
+        let found = children.get(parent).into_iter().flatten().copied();
+        let found: Vec<_> = found.filter(|child| !tree.contains(child)).collect();
+        tree.extend(found);
+        next += 1;
+    }
+    tree.into_iter().filter_map(pss).sum()
+}
+
+/// The children of all processes.
+fn children() -> HashMap<u32, Vec<u32>> {
+    let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        if let Some(pid) = pid
+            && let Some(parent) =
+                fs::read_to_string(entry.path().join("stat")).ok().as_deref().and_then(parent)
+        {
+            children.entry(parent).or_default().push(pid);
+        }
+    }
+    children
+}
+
+/// The fourth field; the second is a name in parentheses, which may have anything in it.
+fn parent(stat: &str) -> Option<u32> {
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
+fn pss(pid: u32) -> Option<u64> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kib| kib << 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::Spawn;
+
+    #[test]
+    fn parents_are_found_whatever_a_process_is_called() {
+        assert_eq!(parent("7 (a) 9) S 12 7 7 0"), Some(12));
+        assert_eq!(parent("7"), None);
+    }
+
+    #[tokio::test]
+    async fn descendants_count() {
+        let alone = tree_pss(std::process::id());
+        assert!(alone > 0);
+        let child = Spawn::new("sleep").args(["100"]).start().unwrap();
+        let own = pss(std::process::id()).unwrap();
+        assert!(tree_pss(child.pid()) > 0 && tree_pss(std::process::id()) > own / 2);
+        assert!(children()[&std::process::id()].contains(&child.pid()));
+        child.kill().await.unwrap();
+        assert_eq!(tree_pss(0x7fff_ffff), 0);
+    }
+}
