@@ -324,11 +324,11 @@ mod tests {
             let namespaces = reduced.linux().as_ref().unwrap().namespaces().clone().unwrap();
             namespaces.iter().map(LinuxNamespace::typ).collect::<Vec<_>>()
         };
-        let (pid, cgroup) = (LinuxNamespaceType::Pid, LinuxNamespaceType::Cgroup);
-        assert_eq!(kinds(&[pid], "cgroup"), [pid, cgroup]);
-        assert_eq!(kinds(&[pid], "cgroup2"), [pid, cgroup]);
-        assert_eq!(kinds(&[cgroup, pid], "cgroup"), [cgroup, pid]);
-        assert_eq!(kinds(&[pid], "tmpfs"), [pid]);
+        let (mount, cgroup) = (LinuxNamespaceType::Mount, LinuxNamespaceType::Cgroup);
+        assert_eq!(kinds(&[mount], "cgroup"), [mount, cgroup]);
+        assert_eq!(kinds(&[mount], "cgroup2"), [mount, cgroup]);
+        assert_eq!(kinds(&[cgroup, mount], "cgroup"), [cgroup, mount]);
+        assert_eq!(kinds(&[mount], "tmpfs"), [mount]);
     }
 
     #[test]
