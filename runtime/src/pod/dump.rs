@@ -199,8 +199,11 @@ impl<'a> Taking<'a> {
             let layer = self.container.layer.identity().map_err(PodError::Layer)?;
             // What it has not read of it goes with the checkpoint; what the caller writes meanwhile, to the source only.
             let held = self.container.init.hold_stdin().await;
-            let request =
-                CheckpointContainerRequest { stdin_bytes: held.as_deref().copied().unwrap_or(0), ..request };
+            let request = CheckpointContainerRequest {
+                stdin_bytes: held.as_deref().copied().unwrap_or(0),
+                sync_rootfs: Twin::copies_disk(self.container),
+                ..request
+            };
             let dumped = phases.time("dump", self.agent.checkpoint_container(request)).await;
             drop(held);
             let dumped = dumped.map_err(|source| PodError::guest("checkpoint", id, source))?;

@@ -43,6 +43,11 @@ pub(super) struct Twin<'a> {
 }
 
 impl<'a> Twin<'a> {
+    /// Whether the container's disk is going to be copied, for which the guest must have written everything to it.
+    pub(super) fn copies_disk(container: &Container) -> bool {
+        container.taking.verify != Verify::Off && container.layer.only_disk().is_some()
+    }
+
     /// None where no checkpoint of the container's is tried out. The container is frozen, and what it has written is in its
     /// snapshot if it has one.
     ///
@@ -79,7 +84,7 @@ impl Pod {
         phases: &Phases,
     ) -> Result<(), PodError> {
         let shared = &self.shared;
-        // Nobody is told what happens in it.
+        // No caller gets the events of the second VM.
         let (events, _) = mpsc::unbounded_channel();
         let (namespace, name) = (shared.namespace.clone(), format!("{}-verify", shared.name));
         let pod = Self::new(shared.config.clone(), namespace, name, shared.dir.join(DIR), events);

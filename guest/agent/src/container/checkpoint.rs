@@ -80,6 +80,9 @@ impl Container {
             _ => self.rootfs.freeze()?,
         }
         let (dumped, response) = dumped?;
+        if request.sync_rootfs {
+            self.rootfs.sync()?;
+        }
         *self.dumped() = Some(dumped);
         Ok(response)
     }

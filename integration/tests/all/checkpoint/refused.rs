@@ -49,7 +49,8 @@ fn what_cannot_be_restored(containerd: &mut Containerd) -> Result<()> {
     fs::write(bundle.rootfs().join("refused.py"), include_str!("refused.py"))?;
     fs::write(bundle.rootfs().join("replaced"), "old".repeat(4000))?;
     let config = bundle.config(&["python3.13", "/refused.py"], |spec| {
-        let capabilities = ["CAP_SYS_ADMIN", "CAP_SYS_NICE", "CAP_KILL", "CAP_SYS_PTRACE"];
+        let capabilities =
+            ["CAP_SYS_ADMIN", "CAP_SYS_NICE", "CAP_KILL", "CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE"];
         let capabilities =
             json!({"bounding": capabilities, "effective": capabilities, "permitted": capabilities});
         spec["process"]["capabilities"] = capabilities;
