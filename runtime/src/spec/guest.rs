@@ -165,7 +165,7 @@ fn may_use_any_device(linux: &Linux) -> bool {
         matches!(rule.typ(), None | Some(LinuxDeviceType::A))
             && [rule.major(), rule.minor()].iter().all(|number| number.is_none_or(|number| number < 0))
     };
-    rules.into_iter().flatten().filter(is_about_all).next_back().is_some_and(LinuxDeviceCgroup::allow)
+    rules.into_iter().flatten().rfind(is_about_all).is_some_and(LinuxDeviceCgroup::allow)
 }
 
 fn is_block(device: &LinuxDevice) -> bool {

@@ -18,15 +18,18 @@ on_newest_containerd!(below_a_namespace, without_a_namespace, more_than_can_be_k
 /// The first process moves down and gives controllers, as systemd and dockerd do. Where the hierarchy begins depends on the
 /// namespace.
 const MAKE: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup); cd $c; mkdir init work work/deep idle; \
-                    echo $$ >init/cgroup.procs; echo '+memory +pids +cpu' >cgroup.subtree_control; \
+                    echo $$ >init/cgroup.procs; \
+                    until echo '+memory +pids +cpu' >cgroup.subtree_control; do usleep 10000; done; \
                     echo '+memory +pids' >work/cgroup.subtree_control; \
                     echo 64M >work/memory.max; echo 33 >work/deep/pids.max; echo 300 >idle/cpu.weight; \
                     echo 1 >idle/memory.oom.group; chown 1000 work/cgroup.procs work; \
                     sleep 7777 & echo $! >work/deep/cgroup.procs; sleep 8888 & echo $! >idle/cgroup.procs; \
                     echo 1 >idle/cgroup.freeze; touch /dev/shm/made; exec sleep 9999";
-/// Paths below the container's cgroup, and nothing that another start would change.
-const LOOK: &str = "until [ -e /dev/shm/made ]; do usleep 50000; done; \
-                    c=/sys/fs/cgroup$(cut -d: -f3 /proc/1/cgroup); cd ${c%/init}; \
+/// Paths below the container's cgroup, and nothing that another start would change. A process that waits in the cgroup itself
+/// would keep the first one from giving controllers.
+const LOOK: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/1/cgroup); c=${c%/init}; mkdir -p $c/init; \
+                    echo $$ >$c/init/cgroup.procs; \
+                    until [ -e /dev/shm/made ]; do usleep 50000; done; cd $c; \
                     for f in cgroup.subtree_control work/cgroup.subtree_control work/memory.max work/deep/pids.max \
                     idle/cpu.weight idle/memory.oom.group idle/cgroup.freeze; do echo $f $(cat $f); done; \
                     stat -c '%n %u' work work/cgroup.procs idle; \
