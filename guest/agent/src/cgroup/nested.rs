@@ -167,6 +167,17 @@ impl Cgroup {
         Ok(())
     }
 
+    /// Thaws those that a process of the container has frozen. Nothing in them runs, since the container's own cgroup is frozen;
+    /// but CRIU thaws that one while it holds the processes, and would wait for the others.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(crate) fn unfreeze(&self, recorded: &[NestedCgroup]) -> Result<(), CgroupError> {
+        let is_frozen = |nested: &&NestedCgroup| nested.settings.iter().any(|file| file.name == FREEZE);
+        let mut below = recorded.iter().filter(|nested| !nested.path.is_empty()).filter(is_frozen);
+        below.try_for_each(|nested| self.below(nested)?.set(FREEZE, "0"))
+    }
+
     /// Freezes those that were frozen by a process of the container. All processes are held by CRIU.
     ///
     /// # Errors

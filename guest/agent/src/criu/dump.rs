@@ -147,7 +147,10 @@ pub(crate) async fn dump(
         opts.opts.set_track_mem(true);
         opts.opts.set_parent_img(format!("../{BEFORE}"));
     }
-    match run(reaper, Criu_req_type::DUMP, opts, &images).await {
+    source.cgroup.unfreeze(&facts.cgroups)?;
+    let ran = run(reaper, Criu_req_type::DUMP, opts, &images).await;
+    source.cgroup.refreeze(&facts.cgroups)?;
+    match ran {
         Err(died @ CriuError::Died { .. }) => {
             return Err(mend(source, true, options.tcp_established, &images.join(LOG), died).await);
         }

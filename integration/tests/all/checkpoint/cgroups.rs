@@ -94,13 +94,22 @@ fn more_than_can_be_kept(containerd: &mut Containerd) -> Result<()> {
     source.end()
 }
 
+/// A configuration that mounts cgroups has a namespace for them; without one the container mounts them itself.
 fn config(containerd: &Containerd, script: &str, has_namespace: bool) -> Result<std::path::PathBuf> {
-    Bundle::busybox(containerd)?.config(&["sh", "-c", script], |spec| {
+    let script = match has_namespace {
+        true => script.to_owned(),
+        false => format!("mount -t cgroup2 none /sys/fs/cgroup; {script}"),
+    };
+    Bundle::busybox(containerd)?.config(&["sh", "-c", &script], |spec| {
         if has_namespace {
-            spec["linux"]["namespaces"].as_array_mut().expect("an array").push(json!({"type": "cgroup"}));
+            let mounts = spec["mounts"].as_array_mut().expect("an array");
+            mounts.push(mount("/sys/fs/cgroup", "cgroup", "cgroup", &["rw", "nosuid", "noexec", "nodev"]));
+            return;
         }
-        let mounts = spec["mounts"].as_array_mut().expect("an array");
-        mounts.push(mount("/sys/fs/cgroup", "cgroup", "cgroup", &["rw", "nosuid", "noexec", "nodev"]));
+        for set in ["bounding", "effective", "permitted"] {
+            let capabilities = spec["process"]["capabilities"][set].as_array_mut().expect("an array");
+            capabilities.push(json!("CAP_SYS_ADMIN"));
+        }
     })
 }
 
