@@ -41,7 +41,7 @@ fn locked_files(pid: Pid) -> Vec<PathBuf> {
         .collect()
 }
 
-/// A line of /proc/PID/fdinfo, such as `lock:	1: POSIX  ADVISORY  READ 42 08:10:1234 128 128` (proc_pid_fdinfo(5)).
+/// A line of /proc/PID/fdinfo, such as `lock: 1: POSIX  ADVISORY  READ 42 08:10:1234 128 128` (proc_pid_fdinfo(5)).
 fn is_record_lock(line: &str) -> bool {
     line.strip_prefix("lock:").is_some_and(|lock| lock.split_whitespace().nth(1) == Some("POSIX"))
 }

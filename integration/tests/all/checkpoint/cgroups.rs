@@ -23,8 +23,9 @@ const MAKE: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup); cd $c; mkd
                     echo '+memory +pids' >work/cgroup.subtree_control; \
                     echo 64M >work/memory.max; echo 33 >work/deep/pids.max; echo 300 >idle/cpu.weight; \
                     echo 1 >idle/memory.oom.group; chown 1000 work/cgroup.procs work; \
-                    sleep 7777 & echo $! >work/deep/cgroup.procs; sleep 8888 & echo $! >idle/cgroup.procs; \
-                    echo 1 >idle/cgroup.freeze; touch /dev/shm/made; exec sleep 9999";
+                    (cd /; exec sleep 7777) & echo $! >work/deep/cgroup.procs; \
+                    (cd /; exec sleep 8888) & echo $! >idle/cgroup.procs; \
+                    echo 1 >idle/cgroup.freeze; touch /dev/shm/made; cd /; exec sleep 9999";
 /// Paths below the container's cgroup, and nothing that another start would change. A process that waits in the cgroup itself
 /// would keep the first one from giving controllers.
 const LOOK: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/1/cgroup); c=${c%/init}; mkdir -p $c/init; \

@@ -12,7 +12,6 @@ KINDS = [
     ("veth", b"", False),
     ("bridge", b"", False),
     ("ifb", b"", False),
-    ("bond", b"", False),
     ("netkit", b"", False),
     ("wireguard", b"", False),
     ("macvlan", attribute(1, number(4)), True),
