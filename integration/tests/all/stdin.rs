@@ -150,6 +150,10 @@ fn closed_at_any_moment(containerd: &mut Containerd) -> Result<()> {
     Ok(())
 }
 
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a client that says nothing for longer than the shim waits for one"
+)]
 fn a_client_that_is_late(containerd: &mut Containerd) -> Result<()> {
     let rootfs = Bundle::busybox(containerd)?;
     let mut served = Served::of(containerd, &rootfs.config(&["cat"], |_| ())?)?;

@@ -141,6 +141,7 @@ impl<'a> Case<'a> {
         }
     }
 
+    #[expect(clippy::disallowed_methods, reason = "when a request is made is a part of the random program")]
     fn lane<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, lane: &Lane) -> Result<()> {
         for &(pause, request) in lane {
             sleep(Duration::from_micros(pause));
