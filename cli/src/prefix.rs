@@ -12,7 +12,7 @@ pub enum PrefixError {
 /// The one of `all` whose key begins with `prefix`. `thing` is what they are, and the verb that lists them.
 ///
 /// # Errors
-/// There is none, or there are several.
+/// No entry has that prefix, or several have it.
 pub(super) fn find<'a, T>(
     all: &'a [T],
     key: impl Fn(&T) -> String,

@@ -243,7 +243,7 @@ impl Cgroup {
         Ok(processes.lines().map(str::to_owned).collect())
     }
 
-    /// A cgroup that was recorded, which may come from a checkpoint that nobody vouches for.
+    /// A cgroup that was recorded, which may come from a checkpoint that is not trusted.
     fn below(&self, nested: &NestedCgroup) -> Result<Self, CgroupError> {
         let is_name = |name: &str| {
             (1..=MAX_NAME).contains(&name.len())

@@ -76,7 +76,7 @@ impl Pipe {
         format!("pipe:[{}]", self.inode)
     }
 
-    /// A copy of what is in it. Nobody may read or write meanwhile.
+    /// A copy of what is in it. No process may read or write meanwhile.
     ///
     /// # Errors
     /// It holds more than [`MAX_UNREAD`], or the kernel does not copy it.
