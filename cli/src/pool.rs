@@ -10,7 +10,7 @@ use super::{
     text::{ago, human},
 };
 use machinen::config::Config;
-use machinen::pool::{self, Listed, PoolError, Record, Stage};
+use machinen::pool::{self, ListedMember, MemberRecord, MemberStage, PoolError};
 
 /// Arguments of `machinen pool`.
 #[derive(Debug, Args)]
@@ -48,7 +48,7 @@ pub fn run(args: &PoolArgs, config: &Config) -> Result<Output, PoolError> {
     }
 }
 
-fn table(members: &[Listed]) -> String {
+fn table(members: &[ListedMember]) -> String {
     let mut table = Table::new([
         ("PID", Align::Right),
         ("MEMORY", Align::Right),
@@ -57,31 +57,31 @@ fn table(members: &[Listed]) -> String {
         ("CREATED", Align::Left),
         ("STATE", Align::Left),
     ]);
-    for Listed { record, takes, .. } in members {
+    for ListedMember { record, memory, .. } in members {
         // One that has just been started has not said yet what it is.
-        let cell = |text: fn(&Record) -> String| record.as_ref().map(text).unwrap_or_default();
+        let cell = |text: fn(&MemberRecord) -> String| record.as_ref().map(text).unwrap_or_default();
         table.row([
             cell(|record| if record.pid == 0 { String::new() } else { record.pid.to_string() }),
             cell(|record| format!("{}MiB", record.memory_mib)),
             cell(|record| record.vcpus.to_string()),
-            human(*takes),
+            human(*memory),
             cell(|record| ago(Some(UNIX_EPOCH + Duration::from_secs(record.created)))),
-            record.as_ref().map_or(Stage::Starting, |record| record.stage).name().to_owned(),
+            record.as_ref().map_or(MemberStage::Starting, |record| record.stage).name().to_owned(),
         ]);
     }
     table.to_string()
 }
 
-fn listed_json(listed: &Listed) -> Value {
-    let Listed { pool, record, takes } = listed;
+fn listed_json(listed: &ListedMember) -> Value {
+    let ListedMember { pool, record, memory } = listed;
     json!({
         "pool": pool,
         "pid": record.as_ref().map(|record| record.pid),
         "memoryMib": record.as_ref().map(|record| record.memory_mib),
         "vcpus": record.as_ref().map(|record| record.vcpus),
-        "takes": takes,
+        "takes": memory,
         "created": record.as_ref().map(|record| record.created),
-        "state": record.as_ref().map_or(Stage::Starting, |record| record.stage).name(),
+        "state": record.as_ref().map_or(MemberStage::Starting, |record| record.stage).name(),
     })
 }
 
@@ -91,8 +91,9 @@ mod tests {
 
     #[test]
     fn members_are_rows_however_far_they_have_come() {
-        let record = Record { pid: 42, created: 1, memory_mib: 2048, vcpus: 2, stage: Stage::WarmingUp };
-        let member = |record| Listed { pool: "/run/pool".into(), record, takes: 52 << 20 };
+        let record =
+            MemberRecord { pid: 42, created: 1, memory_mib: 2048, vcpus: 2, stage: MemberStage::WarmingUp };
+        let member = |record| ListedMember { pool: "/run/pool".into(), record, memory: 52 << 20 };
         let members = [member(None), member(Some(record))];
         let table = table(&members);
         let rows: Vec<Vec<_>> = table.lines().map(|row| row.split_whitespace().collect()).collect();

@@ -10,7 +10,7 @@ use super::{
     output::{Align, Output, Table},
     text::human,
 };
-use machinen::checkpoint::{self, CheckpointError, Manifest};
+use machinen::checkpoint::{self, CheckpointError, CheckpointManifest};
 use machinen::error::chain;
 
 /// Arguments of `machinen snapshot`.
@@ -59,7 +59,7 @@ pub fn run(args: &SnapshotArgs) -> Result<Output, CheckpointError> {
             Ok(Output::new(table(&found), value))
         }
         Command::Inspect { dir } => {
-            let manifest = Manifest::read(dir)?;
+            let manifest = CheckpointManifest::read(dir)?;
             Ok(Output::new(describe(&manifest), json!(manifest)))
         }
         Command::Verify { dirs } => Ok(verify(dirs)),
@@ -83,12 +83,12 @@ fn verify(dirs: &[PathBuf]) -> Output {
 }
 
 /// What is no checkpoint is not listed; one of another version is an error.
-fn list(dir: &Path) -> Result<Vec<(PathBuf, Manifest)>, CheckpointError> {
+fn list(dir: &Path) -> Result<Vec<(PathBuf, CheckpointManifest)>, CheckpointError> {
     let failed = |source| CheckpointError::File { action: "read", path: dir.to_owned(), source };
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
-        match Manifest::read(&path) {
+        match CheckpointManifest::read(&path) {
             Ok(manifest) => found.push((path, manifest)),
             Err(CheckpointError::NoManifest { .. }) => {}
             Err(CheckpointError::File { .. }) if !path.is_dir() => {}
@@ -99,11 +99,11 @@ fn list(dir: &Path) -> Result<Vec<(PathBuf, Manifest)>, CheckpointError> {
     Ok(found)
 }
 
-fn bytes(manifest: &Manifest) -> u64 {
+fn bytes(manifest: &CheckpointManifest) -> u64 {
     manifest.files.iter().fold(0, |sum: u64, file| sum.saturating_add(file.size))
 }
 
-fn table(found: &[(PathBuf, Manifest)]) -> String {
+fn table(found: &[(PathBuf, CheckpointManifest)]) -> String {
     let mut table = Table::new([
         ("PATH", Align::Left),
         ("CONTAINER", Align::Left),
@@ -121,14 +121,15 @@ fn table(found: &[(PathBuf, Manifest)]) -> String {
     table.to_string()
 }
 
-fn summary(path: &Path, manifest: &Manifest) -> Value {
+fn summary(path: &Path, manifest: &CheckpointManifest) -> Value {
     json!({
         "path": path, "container": manifest.container, "created": manifest.created, "bytes": bytes(manifest),
     })
 }
 
-fn describe(manifest: &Manifest) -> String {
-    let Manifest { format, machinen, arch, created, container, kernel, criu, config, .. } = manifest;
+fn describe(manifest: &CheckpointManifest) -> String {
+    let CheckpointManifest { format, machinen, arch, created, container, kernel, criu, config, .. } =
+        manifest;
     let rootdisk = manifest.rootdisk.as_deref().unwrap_or("a disk of the snapshotter's own");
     let mut text = format!(
         "container  {container}\ncreated    {created}, by machinen {machinen} (format {format})\nneeds      {arch}, \

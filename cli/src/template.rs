@@ -10,7 +10,7 @@ use super::{
     prefix::{self, PrefixError},
     text::{ago, human},
 };
-use machinen::assets::{AssetError, Assets};
+use machinen::assets::{Assets, MissingAsset};
 use machinen::config::Config;
 use machinen::pod::{self, PodError};
 use machinen::template::{self, Listed, TemplateError, Templates};
@@ -65,7 +65,7 @@ pub enum CliError {
     #[error(transparent)]
     Key(#[from] PrefixError),
     #[error(transparent)]
-    Asset(#[from] AssetError),
+    Asset(#[from] MissingAsset),
     #[error(transparent)]
     Spec(#[from] PodError),
     #[error(transparent)]
@@ -82,7 +82,7 @@ pub fn run(args: &TemplateArgs, mut config: Config) -> Result<Output, CliError> 
         Command::Build { memory_ceiling, vcpus } => {
             config.vm.memory_mib = memory_ceiling.unwrap_or(config.vm.memory_mib);
             config.vm.vcpus = vcpus.unwrap_or(config.vm.vcpus);
-            let spec = pod::plain_vm(&config, &Assets::find(&config)?)?;
+            let spec = pod::default_vm_spec(&config, &Assets::find(&config)?)?;
             let mut progress = |line| eprintln!("{line}");
             let built = template::build(&templates, &spec, config.template.budget_mib, &mut progress)?;
             let key = built.manifest.shape.key();

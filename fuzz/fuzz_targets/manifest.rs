@@ -5,12 +5,12 @@ use std::path::Path;
 
 use libfuzzer_sys::fuzz_target;
 use machinen::{
-    checkpoint::{MANIFEST, Manifest},
+    checkpoint::{MANIFEST, CheckpointManifest},
     error::chain,
 };
 
 fuzz_target!(|data: &[u8]| {
-    match Manifest::parse(data, Path::new(MANIFEST)) {
+    match CheckpointManifest::parse(data, Path::new(MANIFEST)) {
         Ok(manifest) => {
             for file in &manifest.files {
                 let path = Path::new("dir").join(&file.name);

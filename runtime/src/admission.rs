@@ -1,13 +1,16 @@
-//! Whether this host has memory for one more VM, before its kernel has to kill something.
+//! Decides whether this host has memory for one more VM, before the host's kernel has to kill processes.
 //!
-//! Memory is taken page by page while a VM starts, so that twenty that start at once would all find enough. Each notes
-//! what it is going to take in a file that it holds locked until it has started; what the others hold is not there
-//! any more for who comes next. A file that nobody holds is of a process that was killed.
+//! A VM takes its memory page by page while it starts, so twenty VMs that start at once would all find enough
+//! free memory. Each start therefore reserves its memory: it writes the amount to a file that it keeps locked
+//! until the VM has started, and later starts subtract all such amounts. A file that is not locked belongs to
+//! a process that was killed.
 
-use std::fs::{self, DirBuilder, File};
-use std::io::{self, Write as _};
-use std::os::unix::fs::DirBuilderExt as _;
-use std::path::{Path, PathBuf};
+use std::{
+    fs::{self, DirBuilder, File},
+    io::{self, Write as _},
+    os::unix::fs::DirBuilderExt as _,
+    path::{Path, PathBuf},
+};
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -20,10 +23,10 @@ const MEMINFO: &str = "/proc/meminfo";
 pub enum AdmissionError {
     #[error(
         "not enough memory on this host for one more VM: it takes some {needed} MiB, and {available} MiB are available of \
-         which {reserve} MiB are kept free (vm.memory_reserve_percent) and {promised} MiB are for VMs that are starting; end \
+         which {reserve} MiB are kept free (vm.memory_reserve_percent) and {reserved} MiB are for VMs that are starting; end \
          a container or add memory"
     )]
-    Memory { needed: u64, available: u64, reserve: u64, promised: u64 },
+    Memory { needed: u64, available: u64, reserve: u64, reserved: u64 },
     #[error("cannot {action} {}", path.display())]
     File { action: &'static str, path: PathBuf, source: io::Error },
 }
@@ -62,14 +65,14 @@ impl HostMemory {
     }
 }
 
-/// What a VM that is starting is going to take; dropped when it has it.
+/// Memory that is reserved for a VM that is starting. Dropped when the VM has taken it.
 #[derive(Debug)]
-pub struct Promise {
+pub struct Reservation {
     path: PathBuf,
     _held: File,
 }
 
-impl Drop for Promise {
+impl Drop for Reservation {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_file(&self.path) {
             tracing::warn!(path = %self.path.display(), "cannot remove a file: {error}");
@@ -77,38 +80,39 @@ impl Drop for Promise {
     }
 }
 
-/// Promises `needed` MiB to one more VM, in the directory `dir`, which is made if it is missing.
+/// Reserves `needed` MiB for one more VM, in the directory `dir`, which is created if it is missing.
 ///
 /// # Errors
-/// There is not so much beyond `reserve_percent` of the host's memory and what others were promised.
+/// The host has less available memory than `reserve_percent` of all, the existing reservations and `needed`
+/// together.
 pub fn admit(
     dir: &Path,
     needed: u64,
     reserve_percent: u64,
     host: HostMemory,
-) -> Result<Promise, AdmissionError> {
+) -> Result<Reservation, AdmissionError> {
     let failed = |action, path: &Path| {
         let path = path.to_owned();
         move |source: io::Error| AdmissionError::File { action, path, source }
     };
     DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed("make the directory", dir))?;
     let guard = File::open(dir).map_err(failed("open", dir))?;
-    // Held by everyone for as long as it takes to look and to promise.
+    // Locked while the reservations are read and one is added.
     flock(&guard, FlockOperation::LockExclusive).map_err(|error| failed("lock", dir)(error.into()))?;
-    let promised = promised(dir).map_err(failed("read", dir))?;
+    let reserved = reserved(dir).map_err(failed("read", dir))?;
     let reserve = host.total * reserve_percent / 100;
-    if reserve_percent > 0 && host.available < reserve + promised + needed {
-        return Err(AdmissionError::Memory { needed, available: host.available, reserve, promised });
+    if reserve_percent > 0 && host.available < reserve + reserved + needed {
+        return Err(AdmissionError::Memory { needed, available: host.available, reserve, reserved });
     }
     let file = tempfile::Builder::new().prefix("vm-").tempfile_in(dir).map_err(failed("write in", dir))?;
     let (mut held, path) = file.keep().map_err(|error| failed("write in", dir)(error.error))?;
-    let promise = flock(&held, FlockOperation::NonBlockingLockExclusive).map_err(io::Error::from);
-    promise.and_then(|()| write!(held, "{needed}")).map_err(failed("write", &path))?;
-    Ok(Promise { path, _held: held })
+    let reservation = flock(&held, FlockOperation::NonBlockingLockExclusive).map_err(io::Error::from);
+    reservation.and_then(|()| write!(held, "{needed}")).map_err(failed("write", &path))?;
+    Ok(Reservation { path, _held: held })
 }
 
-/// The sum of what is promised; what nobody holds any more is removed.
-fn promised(dir: &Path) -> io::Result<u64> {
+/// Returns the sum of all reservations, and removes those of processes that were killed.
+fn reserved(dir: &Path) -> io::Result<u64> {
     let mut sum = 0;
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
@@ -129,10 +133,10 @@ mod tests {
     const HOST: HostMemory = HostMemory { total: 10_000, available: 1_000 };
 
     #[test]
-    fn those_that_start_at_once_share_what_there_is() {
+    fn concurrent_starts_share_the_available_memory() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().join("starting");
-        let promises: Vec<_> = (0..3).map(|_| admit(&dir, 300, 1, HOST).unwrap()).collect();
+        let reservations: Vec<_> = (0..3).map(|_| admit(&dir, 300, 1, HOST).unwrap()).collect();
         let error = admit(&dir, 300, 1, HOST).unwrap_err();
         let text = error.to_string();
         assert!(
@@ -140,18 +144,18 @@ mod tests {
             "{text}"
         );
         assert_eq!(error.kind(), ErrorKind::ResourceExhausted);
-        drop(promises);
+        drop(reservations);
         drop(admit(&dir, 300, 1, HOST).unwrap());
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
     }
 
     #[test]
-    fn a_promise_of_the_dead_counts_for_nothing() {
+    fn a_reservation_of_a_killed_process_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("vm-killed"), "900").unwrap();
-        let promise = admit(dir.path(), 800, 1, HOST).unwrap();
+        let reservation = admit(dir.path(), 800, 1, HOST).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        drop(promise);
+        drop(reservation);
     }
 
     #[test]

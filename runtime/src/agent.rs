@@ -1,6 +1,6 @@
 //! Client of the guest agent: one method for each call, each with a deadline.
 
-mod ended;
+mod stream_end;
 
 use std::time::Duration;
 
@@ -13,23 +13,25 @@ use machinen_protocol::api::{
 };
 use ttrpc::Code;
 
-use ended::Ended;
+use stream_end::StreamEnd;
 
-use crate::error::{ErrorKind, Kind};
-use crate::vm::BoxedStream;
+use crate::{
+    error::{ErrorKind, Kind},
+    vm::BoxedStream,
+};
 
-/// For calls that only look something up or pass something on.
+/// Deadline of calls that only look up or forward something.
 const QUICK: Duration = Duration::from_secs(20);
-/// For calls that mount, start processes or clean up, on an emulated CPU that is shared with others.
+/// Deadline of calls that mount, start processes or clean up, on an emulated CPU that is shared with others.
 const LONG: Duration = Duration::from_secs(120);
 
-/// For dumping a container: some gigabytes of memory at the speed of an emulated CPU.
+/// Deadline of a dump: some gigabytes of memory at the speed of an emulated CPU.
 const DUMP: Duration = Duration::from_secs(15 * 60);
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
-    /// The agent's own answer.
+    /// The agent answered with an error.
     #[error("guest agent: {message}")]
     Refused { code: Code, message: String },
     #[error("guest agent: the connection is closed")]
@@ -62,11 +64,11 @@ impl Kind for AgentError {
     }
 }
 
-/// The agent of one VM; clones share the connection, and calls may be made concurrently.
+/// The agent of one VM. Clones share the connection, and calls may be made concurrently.
 #[derive(Clone)]
 pub struct Client {
     inner: AgentClient,
-    ended: Ended,
+    ended: StreamEnd,
 }
 
 impl std::fmt::Debug for Client {
@@ -75,7 +77,7 @@ impl std::fmt::Debug for Client {
     }
 }
 
-/// Makes one call with a deadline, or with none.
+/// Makes one call, with a deadline or without one.
 macro_rules! call {
     ($self:ident.$method:ident($request:expr), $deadline:expr) => {
         finish(
@@ -88,21 +90,21 @@ macro_rules! call {
     };
 }
 
-// After the macro that it uses.
-mod control;
+// Declared after the macro that it uses.
+mod cgroup_calls;
 
 impl Client {
-    /// Over a control stream whose handshake is done. Must be called inside a tokio runtime.
+    /// Uses a control stream whose handshake is done. Must be called inside a tokio runtime.
     pub fn new(control: BoxedStream) -> Self {
-        let ended = Ended::default();
+        let ended = StreamEnd::default();
         let socket = ttrpc::r#async::transport::Socket::new(ended.watch(control));
         Self { ended, inner: AgentClient::new(ttrpc::r#async::Client::new(socket)) }
     }
 
-    /// Tells the guest what it cannot know; before any other call.
+    /// Configures the guest with values that it cannot know. Must precede every other call.
     ///
     /// # Errors
-    /// As every call: see [`AgentError`].
+    /// See [`AgentError`], as for every call.
     pub async fn configure(&self, request: ConfigureRequest) -> Result<ConfigureResponse, AgentError> {
         call!(self.configure(request), Some(QUICK))
     }
@@ -110,13 +112,13 @@ impl Client {
     /// Sets the guest's wall clock, to nanoseconds since the Unix epoch.
     ///
     /// # Errors
-    /// It is no time after the epoch.
+    /// The time is not after the epoch.
     pub async fn set_clock(&self, realtime_ns: i64) -> Result<(), AgentError> {
         let request = SetClockRequest { realtime_ns, ..SetClockRequest::default() };
         call!(self.set_clock(request), Some(QUICK)).map(nothing)
     }
 
-    /// Prepares a container and leaves its init waiting.
+    /// Prepares a container; its init waits when this returns.
     ///
     /// # Errors
     /// The codes that `agent.proto` lists for this call.
@@ -131,20 +133,21 @@ impl Client {
     /// Lets the waiting init execute the command.
     ///
     /// # Errors
-    /// No such container, or it is not waiting.
+    /// The container does not exist, or its init is not waiting.
     pub async fn start_container(&self, container: &str) -> Result<(), AgentError> {
         call!(self.start_container(container_request(container)), Some(LONG)).map(nothing)
     }
 
-    /// Resolves when the process has ended and its output has been sent: no deadline. An empty `exec` is the init.
+    /// Resolves when the process has ended and its output has been sent. There is no deadline. An empty
+    /// `exec` means the init.
     ///
     /// # Errors
-    /// No such process.
+    /// The process does not exist.
     pub async fn wait_process(&self, container: &str, exec: &str) -> Result<WaitProcessResponse, AgentError> {
         call!(self.wait_process(process_request(container, exec)), None)
     }
 
-    /// Runs one more process in a container; it runs when this returns.
+    /// Runs an additional process in a container; it is running when this returns.
     ///
     /// # Errors
     /// The codes that `agent.proto` lists for this call.
@@ -152,10 +155,10 @@ impl Client {
         call!(self.exec_process(request), Some(LONG))
     }
 
-    /// Forgets a process that has ended; one that does not exist is no error.
+    /// Removes a process that has ended. Succeeds if the process does not exist.
     ///
     /// # Errors
-    /// It is still running, or there is no such container.
+    /// The process is still running, or the container does not exist.
     pub async fn delete_process(&self, container: &str, exec: &str) -> Result<(), AgentError> {
         call!(self.delete_process(process_request(container, exec)), Some(QUICK)).map(nothing)
     }
@@ -163,7 +166,7 @@ impl Client {
     /// Sets the size of a process's terminal, in characters.
     ///
     /// # Errors
-    /// No such process, or it has no terminal.
+    /// The process does not exist, or has no terminal.
     pub async fn resize_terminal(
         &self,
         container: &str,
@@ -184,7 +187,7 @@ impl Client {
     /// Sends a signal to one process, or with `all` to every process of the container.
     ///
     /// # Errors
-    /// No such process.
+    /// The process does not exist.
     pub async fn signal_process(
         &self,
         container: &str,
@@ -202,10 +205,10 @@ impl Client {
         call!(self.signal_process(request), Some(QUICK)).map(nothing)
     }
 
-    /// Says that stdin has ended after `total_bytes`.
+    /// Reports that stdin has ended after `total_bytes`.
     ///
     /// # Errors
-    /// No such process.
+    /// The process does not exist.
     pub async fn end_stdin(&self, container: &str, exec: &str, total_bytes: u64) -> Result<(), AgentError> {
         let request = EndStdinRequest {
             container_id: container.to_owned(),
@@ -217,24 +220,24 @@ impl Client {
     }
 
     /// # Errors
-    /// No such container.
+    /// The container does not exist.
     pub async fn list_processes(&self, container: &str) -> Result<ListProcessesResponse, AgentError> {
         call!(self.list_processes(container_request(container)), Some(QUICK))
     }
 
-    /// Removes what is left of a container; one that does not exist is no error.
+    /// Removes what is left of a container. Succeeds if the container does not exist.
     ///
     /// # Errors
-    /// It is still running, or something of it cannot be removed.
+    /// The container is still running, or a part of it cannot be removed.
     pub async fn delete_container(&self, container: &str) -> Result<(), AgentError> {
         call!(self.delete_container(container_request(container)), Some(LONG)).map(nothing)
     }
 
-    /// Has the container's changes sent to the stream with that token; returns how many bytes the archive has. No
-    /// deadline: who reads the stream sees whether it goes on.
+    /// Has the agent send the container's changes to the stream with this token; returns the size of the
+    /// archive. There is no deadline, because the reader of the stream notices whether it makes progress.
     ///
     /// # Errors
-    /// No such container or stream, or its files cannot be read.
+    /// The container or stream does not exist, or the container's files cannot be read.
     pub async fn export_layer(&self, container: &str, stream: u64) -> Result<u64, AgentError> {
         let request = ExportLayerRequest {
             container_id: container.to_owned(),
@@ -244,10 +247,10 @@ impl Client {
         call!(self.export_layer(request), None).map(|answer| answer.total_bytes)
     }
 
-    /// Has the container's files served on the stream with that token.
+    /// Has the agent serve the container's files on the stream with this token.
     ///
     /// # Errors
-    /// No such container or stream, or it has ended.
+    /// The container or stream does not exist, or the container has ended.
     pub async fn open_view(&self, container: &str, stream: u64) -> Result<(), AgentError> {
         let request =
             OpenViewRequest { container_id: container.to_owned(), stream, ..OpenViewRequest::default() };
@@ -268,7 +271,7 @@ impl Client {
     /// Where on its disk some more of the last dump is.
     ///
     /// # Errors
-    /// The codes that `agent.proto` lists for this call.
+    /// Returns the locations of further images of the last dump on its disk.
     pub async fn checkpoint_images(&self, container: &str) -> Result<CheckpointImagesResponse, AgentError> {
         call!(self.checkpoint_images(container_request(container)), Some(DUMP))
     }
@@ -281,18 +284,19 @@ impl Client {
         call!(self.pre_dump_container(request), Some(DUMP)).map(nothing)
     }
 
-    /// Resolves when the disk that a container was restored from is not needed any more: no deadline.
+    /// Resolves when the disk that a container was restored from is no longer needed. There is no deadline.
     ///
     /// # Errors
-    /// Memory is lost, and the container with it.
+    /// Memory of the container could not be read, and the container was killed.
     pub async fn wait_pages(&self, container: &str) -> Result<(), AgentError> {
         call!(self.wait_pages(container_request(container)), None).map(nothing)
     }
 
-    /// Syncs file systems and powers the VM off. [`crate::vm::Vm::shutdown`] is what callers want: it also waits.
+    /// Syncs file systems and powers the VM off. Callers should use [`crate::vm::Vm::shutdown`], which also
+    /// waits.
     ///
     /// # Errors
-    /// The answer may be lost to the end of the VM: [`AgentError::Closed`].
+    /// The answer may be lost when the VM ends: [`AgentError::Closed`].
     pub async fn shutdown(&self) -> Result<(), AgentError> {
         call!(self.shutdown(Empty::default()), Some(QUICK)).map(nothing)
     }
@@ -315,7 +319,7 @@ fn process_request(container: &str, exec: &str) -> ProcessRequest {
 async fn finish<T>(
     call: &'static str,
     deadline: Option<Duration>,
-    ended: &Ended,
+    ended: &StreamEnd,
     answer: impl Future<Output = ttrpc::Result<T>>,
 ) -> Result<T, AgentError> {
     let answer = match deadline {
@@ -326,7 +330,7 @@ async fn finish<T>(
     };
     answer.map_err(|error| match error {
         ttrpc::Error::RpcStatus(status) => {
-            // A code that this side does not know is as good as none.
+            // A code that this side does not know is treated as unknown.
             let code = status.code.enum_value().unwrap_or(Code::UNKNOWN);
             AgentError::Refused { code, message: status.message }
         }
@@ -335,7 +339,7 @@ async fn finish<T>(
         | ttrpc::Error::LocalClosed
         | ttrpc::Error::RemoteClosed
         | ttrpc::Error::Eof => AgentError::Closed,
-        // Not every way in which ttrpc finds the connection closed has a name.
+        // ttrpc reports some closed connections only as a text.
         ttrpc::Error::Others(_) if ended.is_set() => AgentError::Closed,
         source @ ttrpc::Error::Others(_) => AgentError::Protocol { call, source },
     })
@@ -381,7 +385,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_agents_code_and_words_are_kept() {
+    async fn the_code_and_message_of_the_agent_are_kept() {
         let (client, _server) = connected().await;
         let error = client.start_container("c7").await.unwrap_err();
         assert_eq!(error.to_string(), "guest agent: no container c7");

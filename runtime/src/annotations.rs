@@ -1,7 +1,8 @@
 //! Per-container overrides: the annotations `io.machinen.*`, one row of [`KEYS`] each.
 //!
-//! Only keys that `annotations.allow` of the configuration lists are taken. A key of ours that is unknown, not
-//! allowed or malformed is an error, since a container that silently runs with other limits than asked is worse.
+//! Only keys in `annotations.allow` of the configuration are accepted. An annotation with the prefix that is
+//! unknown, not allowed or malformed is an error, because a container that silently runs with other limits
+//! than requested would be worse.
 
 use std::collections::HashMap;
 
@@ -10,13 +11,13 @@ use crate::{
     error::{ErrorKind, Kind},
 };
 
-/// What every annotation of ours starts with.
+/// The prefix of machinen's annotations.
 pub const PREFIX: &str = "io.machinen.";
 
-/// Puts a value into the configuration of one container, or says what would have been right.
+/// Applies a value to the configuration of one container. The error describes the valid values.
 type Apply = fn(&mut Config, &str) -> Result<(), &'static str>;
 
-/// Every annotation, without its prefix, and what it does.
+/// Every annotation, without its prefix, and its effect.
 pub const KEYS: &[(&str, Apply)] = &[
     ("memory-ceiling", |config, value| {
         config.vm.memory_mib =
@@ -97,10 +98,10 @@ impl Kind for AnnotationError {
     }
 }
 
-/// The configuration for one container: `config` with the container's annotations applied.
+/// Returns the configuration of one container: `config` with the container's annotations applied.
 ///
 /// # Errors
-/// The first annotation of ours, by name, that is unknown, not allowed or malformed.
+/// The first annotation, by name, that is unknown, not allowed or malformed.
 pub fn apply(config: &Config, annotations: &HashMap<String, String>) -> Result<Config, AnnotationError> {
     let mut ours: Vec<(&str, &str)> = annotations
         .iter()
@@ -124,7 +125,7 @@ pub fn apply(config: &Config, annotations: &HashMap<String, String>) -> Result<C
     Ok(result)
 }
 
-/// All names for messages, with commas.
+/// All keys for messages, separated by commas.
 pub fn known_keys() -> String {
     KEYS.iter().map(|&(name, _)| name).collect::<Vec<_>>().join(", ")
 }
@@ -153,12 +154,12 @@ mod tests {
     }
 
     #[test]
-    fn other_peoples_annotations_are_left_alone() {
+    fn annotations_without_the_prefix_are_ignored() {
         assert_eq!(with("io.kubernetes.cri.sandbox-id", "x").unwrap(), Config::default());
     }
 
     #[test]
-    fn bad_values_are_named_with_what_would_be_right() {
+    fn errors_name_the_valid_values() {
         for (name, value) in [
             ("io.machinen.memory-ceiling", "lots"),
             ("io.machinen.memory-ceiling", "12"),

@@ -1,4 +1,4 @@
-//! Where the guest kernel and the guest image are.
+//! Finds the guest kernel and the guest image.
 
 use std::{
     env,
@@ -10,7 +10,7 @@ use crate::{
     error::{ErrorKind, Kind},
 };
 
-/// Overrides every other place.
+/// Takes precedence over every other directory.
 pub const DIR_VARIABLE: &str = "MACHINEN_ASSETS_DIR";
 
 const KERNEL: &str = "vmlinux";
@@ -25,45 +25,45 @@ pub struct Assets {
     pub image: PathBuf,
 }
 
-/// A file that is nowhere to be found.
+/// A file that is in none of the directories.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "guest {what} {file} is missing; looked in {searched}; build it with `make kernel guest-image`, or set {DIR_VARIABLE}"
 )]
-pub struct AssetError {
+pub struct MissingAsset {
     what: &'static str,
     file: &'static str,
     searched: String,
 }
 
-impl Kind for AssetError {
+impl Kind for MissingAsset {
     fn kind(&self) -> ErrorKind {
         ErrorKind::NotFound
     }
 }
 
 impl Assets {
-    /// Looks in `MACHINEN_ASSETS_DIR`, then `assets.dir` of the configuration, then `../share/machinen` beside the
-    /// running binary, then `target/guest` of the checkout that the binary was built in. A directory that was named
-    /// by the user is the only one searched.
+    /// Looks in `MACHINEN_ASSETS_DIR`, then `assets.dir` of the configuration, then `../share/machinen`
+    /// relative to the running binary, then `target/guest` of the checkout that the binary was built in. If
+    /// the user has named a directory, no other one is searched.
     ///
     /// # Errors
-    /// A missing file is named together with all the places searched.
-    pub fn find(config: &Config) -> Result<Self, AssetError> {
+    /// A file is missing. The error names all directories that were searched.
+    pub fn find(config: &Config) -> Result<Self, MissingAsset> {
         let named = env::var_os(DIR_VARIABLE)
             .map(PathBuf::from)
             .or_else(|| Some(config.assets.dir.clone()))
             .filter(|dir| !dir.as_os_str().is_empty());
         match named {
             Some(dir) => Self::in_first_of(&[dir]),
-            None => Self::in_first_of(&beside(&env::current_exe().unwrap_or_default())),
+            None => Self::in_first_of(&dirs_of(&env::current_exe().unwrap_or_default())),
         }
     }
 
-    fn in_first_of(dirs: &[PathBuf]) -> Result<Self, AssetError> {
+    fn in_first_of(dirs: &[PathBuf]) -> Result<Self, MissingAsset> {
         let dir = dirs.iter().find(|dir| dir.join(KERNEL).is_file()).or(dirs.first());
         let find = |what, file| {
-            dir.map(|dir| dir.join(file)).filter(|path| path.is_file()).ok_or_else(|| AssetError {
+            dir.map(|dir| dir.join(file)).filter(|path| path.is_file()).ok_or_else(|| MissingAsset {
                 what,
                 file,
                 searched: dirs.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>().join(", "),
@@ -73,8 +73,9 @@ impl Assets {
     }
 }
 
-/// `PREFIX/bin/x` has its data in `PREFIX/share/machinen`; `CHECKOUT/target/release/x` in `CHECKOUT/target/guest`.
-fn beside(binary: &Path) -> Vec<PathBuf> {
+/// The directories that belong to a binary: `PREFIX/share/machinen` for `PREFIX/bin/x`, and
+/// `CHECKOUT/target/guest` for `CHECKOUT/target/release/x`.
+fn dirs_of(binary: &Path) -> Vec<PathBuf> {
     let parent = binary.parent().unwrap_or(Path::new("/"));
     let mut dirs = vec![parent.join("../share/machinen")];
     dirs.extend(binary.ancestors().filter(|dir| dir.ends_with("target")).map(|target| target.join("guest")));
@@ -88,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_directory_with_a_kernel_is_taken_whole() {
+    fn kernel_and_image_come_from_the_first_directory_with_a_kernel() {
         let dir = tempfile::tempdir().unwrap();
         let (first, second) = (dir.path().join("first"), dir.path().join("second"));
         fs::create_dir_all(&first).unwrap();
@@ -103,8 +104,8 @@ mod tests {
 
     #[test]
     fn a_checkout_and_a_prefix_are_known() {
-        let dirs = beside(Path::new("/src/target/release/machinen"));
+        let dirs = dirs_of(Path::new("/src/target/release/machinen"));
         assert_eq!(dirs[1], Path::new("/src/target/guest"));
-        assert_eq!(beside(Path::new("/usr/bin/machinen")), [Path::new("/usr/bin/../share/machinen")]);
+        assert_eq!(dirs_of(Path::new("/usr/bin/machinen")), [Path::new("/usr/bin/../share/machinen")]);
     }
 }

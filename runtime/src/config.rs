@@ -1,4 +1,4 @@
-//! The configuration file: everything has a default, and `config/machinen.toml` documents it all.
+//! The configuration file. Every key has a default, and `config/machinen.toml` documents all of them.
 
 use std::{
     env, fs, io,
@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{ErrorKind, Kind};
 
-/// Read when `MACHINEN_CONFIG` is not set; its absence is not an error.
+/// Read when `MACHINEN_CONFIG` is not set; the file may be missing.
 pub const DEFAULT_PATH: &str = "/etc/machinen/machinen.toml";
 
-/// All settings. Units are in the names of the keys.
+/// All settings. The names of the keys include the units.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
@@ -57,18 +57,18 @@ pub struct Template {
     pub budget_mib: u64,
 }
 
-/// What is done with templates.
+/// Whether templates are used and built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TemplateMode {
-    /// Those that are there are used, and missing ones are built in the background.
+    /// Existing templates are used, and missing ones are built in the background.
     Auto,
-    /// Those that are there are used.
+    /// Existing templates are used; none is built.
     Use,
     Off,
 }
 
-/// How the guest's instructions are run.
+/// How the guest's instructions are executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Accel {
@@ -77,7 +77,7 @@ pub enum Accel {
     Tcg,
 }
 
-/// How host and guest talk.
+/// How host and guest communicate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Channel {
@@ -86,7 +86,7 @@ pub enum Channel {
     Serial,
 }
 
-/// Clones that wait for the next starts.
+/// The warm pool: clones that wait for the next starts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Pool {
@@ -103,17 +103,17 @@ pub struct Checkpoint {
     pub verify: Verify,
 }
 
-/// How a checkpoint is tried out before its caller hears that it is good.
+/// Whether a checkpoint is verified before its request succeeds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verify {
     #[default]
     Off,
-    /// It is restored in a VM of its own.
+    /// The checkpoint is restored in a VM of its own.
     Restore,
 }
 
-/// How containers go on from checkpoints.
+/// How containers are restored from checkpoints.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Restore {
@@ -121,11 +121,11 @@ pub struct Restore {
     pub tcp: Tcp,
 }
 
-/// What becomes of established TCP connections.
+/// What happens to established TCP connections.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Tcp {
-    /// They are as they were.
+    /// They are restored.
     #[default]
     Keep,
     /// They are closed.
@@ -154,11 +154,11 @@ pub struct Task {
     pub metrics: Metrics,
 }
 
-/// In which message the counts of a container go to containerd.
+/// The message that carries a container's metrics to containerd.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Metrics {
-    /// That of the host's cgroups.
+    /// The one that matches the host's cgroups.
     #[default]
     Auto,
     Cgroup1,
@@ -224,7 +224,7 @@ impl Default for Log {
     }
 }
 
-/// Why the configuration could not be used.
+/// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("cannot read the configuration file {}", path.display())]
@@ -242,10 +242,10 @@ impl Kind for ConfigError {
 }
 
 impl Config {
-    /// Loads `MACHINEN_CONFIG` or [`DEFAULT_PATH`]; the latter may be absent.
+    /// Loads `MACHINEN_CONFIG` or [`DEFAULT_PATH`]; the latter may be missing.
     ///
     /// # Errors
-    /// An unreadable file, a syntax error, an unknown key or value.
+    /// The file cannot be read, or has a syntax error, an unknown key or an invalid value.
     pub fn load() -> Result<Self, ConfigError> {
         match env::var_os("MACHINEN_CONFIG") {
             Some(path) => Self::read(Path::new(&path)),
@@ -264,10 +264,10 @@ impl Config {
         Self::parse(&text, path)
     }
 
-    /// Reads the text of the file at `path`, which is only told in errors.
+    /// Parses the text of the file at `path`, which is used in errors only.
     ///
     /// # Errors
-    /// A syntax error, an unknown key or value.
+    /// The text has a syntax error, an unknown key or an invalid value.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let config: Self =
             toml::from_str(text).map_err(|source| ConfigError::Parse { path: path.into(), source })?;

@@ -1,37 +1,37 @@
-//! What an error means to whoever asked, and how it is printed.
+//! The meaning of an error for its caller, and its text for users.
 //!
-//! Each module has its own error enum; this one says only what a caller can do about it. The shim maps
-//! [`ErrorKind`] to ttrpc codes, the command line maps it to exit codes, each in one place.
+//! Each module has its own error enum; [`ErrorKind`] says only how a caller can react. The shim maps it to
+//! ttrpc codes and the command line maps it to exit codes, each in one place.
 
 use std::{error::Error, fmt::Write};
 
 /// What an error means for its caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ErrorKind {
-    /// The request, the bundle or the configuration is wrong: it will fail again unchanged.
+    /// The request, the bundle or the configuration is wrong; an unchanged request will fail again.
     InvalidArgument,
     /// A container, process, file or program that the request names does not exist.
     NotFound,
     AlreadyExists,
     PermissionDenied,
-    /// Not in this state: the same request may succeed later or earlier in a container's life.
+    /// The request is not possible in the container's present state, but may be in an earlier or later one.
     FailedPrecondition,
-    /// This version of machinen cannot do it.
+    /// This version of machinen does not support the request.
     Unimplemented,
-    /// Disk, memory or another bounded thing ran out.
+    /// Disk, memory or another bounded resource is exhausted.
     ResourceExhausted,
     DeadlineExceeded,
-    /// The VM or its agent is gone.
+    /// The VM or its agent has ended.
     Unavailable,
     Internal,
 }
 
-/// Errors that know what they mean for a caller.
+/// An error that has an [`ErrorKind`].
 pub trait Kind: Error {
     fn kind(&self) -> ErrorKind;
 }
 
-/// One line with the error and all its causes, `: ` between them.
+/// One line with the error and all its causes, separated by `: `.
 ///
 /// A cause whose text the line already ends with is not repeated.
 pub fn chain(error: &(dyn Error + 'static)) -> String {

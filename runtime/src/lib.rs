@@ -1,6 +1,7 @@
-//! machinen's library: everything the shim and the command line share.
+//! The library of machinen, with everything that the shim and the command line share.
 //!
-//! Arrows point downward only: `shim, cli -> runtime -> protocol <- guest`. ARCHITECTURE.md holds the map.
+//! Dependencies point downward only: `shim, cli -> runtime -> protocol <- guest`. ARCHITECTURE.md has the
+//! map.
 
 pub mod accel;
 pub mod admission;
@@ -23,5 +24,5 @@ pub mod view;
 pub mod vm;
 pub mod watch;
 
-/// What is known until the host reboots lives here.
+/// The directory of all state that ends with a reboot of the host.
 pub const RUN_DIR: &str = "/run/machinen";

@@ -1,4 +1,4 @@
-//! Waiting for changes of files, by inotify(7).
+//! Waits for changes of files, by inotify(7).
 
 use std::{
     io,
@@ -11,18 +11,18 @@ use tokio::io::unix::AsyncFd;
 
 use crate::sys;
 
-/// Files and directories that are watched.
+/// A set of watched files and directories.
 #[derive(Debug)]
-pub struct Watch {
+pub struct FileWatch {
     inotify: Inotify,
     events: AsyncFd<OwnedFd>,
 }
 
-impl Watch {
-    /// Nothing is watched yet.
+impl FileWatch {
+    /// Creates an empty set.
     ///
     /// # Errors
-    /// Those of inotify_init(2), or there is no event loop.
+    /// The errors of inotify_init(2), or there is no event loop.
     pub fn new() -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
         let events = sys::async_fd(inotify.as_fd().try_clone_to_owned()?)?;
@@ -32,23 +32,24 @@ impl Watch {
     /// Watches the content, the attributes and the name of a file.
     ///
     /// # Errors
-    /// Those of inotify_add_watch(2).
+    /// The errors of inotify_add_watch(2).
     pub fn file(&self, path: &Path) -> io::Result<()> {
         self.add(path, AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_MOVE_SELF | AddWatchFlags::IN_DELETE_SELF)
     }
 
-    /// Watches the attributes of a file, of which the number of its names is one.
+    /// Watches the attributes of a file, which include its number of names.
     ///
     /// # Errors
-    /// Those of inotify_add_watch(2).
+    /// The errors of inotify_add_watch(2).
     pub fn attributes(&self, path: &Path) -> io::Result<()> {
         self.add(path, AddWatchFlags::IN_DELETE_SELF)
     }
 
-    /// Watches a directory for names that appear, and for sockets in it whose owner begins to listen (and then sets a mode).
+    /// Watches a directory for new names, and for sockets in it on which a process starts to listen (it then
+    /// sets a mode).
     ///
     /// # Errors
-    /// Those of inotify_add_watch(2).
+    /// The errors of inotify_add_watch(2).
     pub fn names(&self, dir: &Path) -> io::Result<()> {
         self.add(dir, AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO)
     }
@@ -58,7 +59,7 @@ impl Watch {
         Ok(())
     }
 
-    /// Returns after at least one event since the last call, which what has happened is not told of.
+    /// Returns after at least one event since the last call. The event itself is not reported.
     ///
     /// # Errors
     /// The events cannot be read.
@@ -82,24 +83,24 @@ mod tests {
 
     use super::*;
 
-    async fn quiet(watch: &Watch) -> bool {
+    async fn is_quiet(watch: &FileWatch) -> bool {
         timeout(Duration::from_millis(20), watch.changed()).await.is_err()
     }
 
     #[tokio::test]
-    async fn what_happens_is_noticed_once() {
+    async fn a_change_is_reported_once() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         fs::write(&file, "").unwrap();
         let (content, names, attributes) =
-            (Watch::new().unwrap(), Watch::new().unwrap(), Watch::new().unwrap());
+            (FileWatch::new().unwrap(), FileWatch::new().unwrap(), FileWatch::new().unwrap());
         content.file(&file).unwrap();
         names.names(dir.path()).unwrap();
         attributes.attributes(&file).unwrap();
-        assert!(quiet(&content).await && quiet(&names).await);
+        assert!(is_quiet(&content).await && is_quiet(&names).await);
         fs::write(&file, "x").unwrap();
         content.changed().await.unwrap();
-        assert!(quiet(&content).await && quiet(&names).await && quiet(&attributes).await);
+        assert!(is_quiet(&content).await && is_quiet(&names).await && is_quiet(&attributes).await);
         let _listener = UnixListener::bind(dir.path().join("socket")).unwrap();
         names.changed().await.unwrap();
         fs::remove_file(&file).unwrap();
@@ -112,7 +113,7 @@ mod tests {
         use std::os::fd::AsRawFd as _;
         let file = tempfile::NamedTempFile::new().unwrap();
         let (file, path) = file.into_parts();
-        let watch = Watch::new().unwrap();
+        let watch = FileWatch::new().unwrap();
         watch.attributes(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd()))).unwrap();
         path.close().unwrap();
         watch.changed().await.unwrap();

@@ -1,4 +1,4 @@
-//! The command line that containerd gives a shim (containerd, runtime v2 README, "Commands" and "Flags").
+//! The command line that containerd passes to a shim (containerd, runtime v2 README, "Commands" and "Flags").
 
 use std::{ffi::OsString, path::PathBuf};
 
@@ -6,10 +6,10 @@ use go_flag::FlagSet;
 
 use crate::error::ShimError;
 
-/// What to do, the first word that is no flag.
+/// What to do: the first word that is not a flag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Action {
-    /// None: serve the task API on the listener that `start` passed on.
+    /// Without an action: serve the task API on the listener that `start` has passed.
     #[default]
     Serve,
     Start,
@@ -20,7 +20,7 @@ pub enum Action {
 
 /// Flags in Go's style (`-id x`, `--id=x`).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Args {
+pub struct ShimArgs {
     pub action: Action,
     pub namespace: String,
     pub id: String,
@@ -30,9 +30,9 @@ pub struct Args {
     pub debug: bool,
 }
 
-impl Args {
+impl ShimArgs {
     /// # Errors
-    /// An unknown flag or action, or a flag without its value.
+    /// A flag or the action is unknown, or a flag has no value.
     pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Self, ShimError> {
         let mut args = Self::default();
         let (mut bundle, mut publish_binary, mut socket) = (String::new(), String::new(), String::new());
@@ -71,8 +71,8 @@ impl Args {
 mod tests {
     use super::*;
 
-    fn parse(line: &str) -> Result<Args, ShimError> {
-        Args::parse(line.split(' ').map(OsString::from))
+    fn parse(line: &str) -> Result<ShimArgs, ShimError> {
+        ShimArgs::parse(line.split(' ').map(OsString::from))
     }
 
     #[test]
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_unknown_is_named() {
+    fn unknown_words_are_named() {
         for line in ["-what start", "-id x restart"] {
             let error = parse(line).unwrap_err().to_string();
             assert!(error.contains("what") || error.contains("restart"), "{error}");

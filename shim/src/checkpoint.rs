@@ -1,7 +1,7 @@
-//! containerd's checkpoint request, and where a container is to go on from, decoded.
+//! Decodes containerd's checkpoint request, and the directory that a new container is restored from.
 //!
-//! runc's options are what every client knows. They come under their name of today, and from `ctr` of containerd 1.x,
-//! which knows the runtime by name and this one not, under that of the first shim's; the fields are the same.
+//! All clients use runc's options. `ctr` of containerd 1.x, which knows the runtime runc but not this one,
+//! uses the type name of the first shim; the fields are the same.
 
 use std::path::PathBuf;
 
@@ -10,19 +10,20 @@ use containerd_shim_protos::{
     shim::oci::{CheckpointOptions, Options as CreateOptions},
     ttrpc,
 };
-use machinen::{checkpoint::Options, pod::Checkpoint};
+use machinen::{checkpoint::DumpOptions, pod::CheckpointRequest};
 use protobuf::Message as _;
 
 use crate::error::invalid;
 
 const TYPES: [&str; 2] = ["containerd.runc.v1.CheckpointOptions", "containerd.linux.runc.CheckpointOptions"];
 const CREATE_TYPE: &str = "containerd.runc.v1.Options";
-/// What runc does with the cgroups: here a container has one of its own, whatever is asked for.
+/// What runc does with the cgroups. Here a container always has a cgroup of its own, so the mode has no
+/// effect.
 const CGROUPS_MODES: [&str; 7] = ["", "ignore", "cg_none", "props", "soft", "full", "strict"];
 
 /// # Errors
-/// Options of another kind, or that this version does not have.
-pub fn decode(req: &CheckpointTaskRequest) -> ttrpc::Result<Checkpoint> {
+/// The options have another type, or ask for something that this version does not support.
+pub fn decode(req: &CheckpointTaskRequest) -> ttrpc::Result<CheckpointRequest> {
     let options = match req.options.as_ref() {
         None => CheckpointOptions::default(),
         Some(any) if any.type_url.is_empty() => CheckpointOptions::default(),
@@ -44,12 +45,12 @@ pub fn decode(req: &CheckpointTaskRequest) -> ttrpc::Result<Checkpoint> {
         return invalid(format!("cgroups mode {:?} is unknown", options.cgroups_mode));
     }
     let path = |path: &str| Some(path).filter(|path| !path.is_empty()).map(Into::into);
-    Ok(Checkpoint {
+    Ok(CheckpointRequest {
         path: req.path.clone().into(),
         also: path(&options.image_path),
         work: path(&options.work_path),
         exit: options.exit,
-        options: Options {
+        options: DumpOptions {
             tcp_established: options.open_tcp,
             ext_unix_sk: options.external_unix_sockets,
             shell_job: options.terminal,
@@ -58,11 +59,11 @@ pub fn decode(req: &CheckpointTaskRequest) -> ttrpc::Result<Checkpoint> {
     })
 }
 
-/// The directory that a new container goes on from. containerd 2 tells what its client names in runc's options
-/// (`criu_image_path`); earlier ones do so for runc only, and hand the options on.
+/// Returns the directory that a new container is restored from. containerd 2 sets the field of the request
+/// from runc's options (`criu_image_path`); earlier versions do so for runc only, and pass the options on.
 ///
 /// # Errors
-/// Options that cannot be decoded.
+/// The options cannot be decoded.
 pub fn restored_from(req: &CreateTaskRequest) -> ttrpc::Result<Option<PathBuf>> {
     let named = |dir: &str| Some(dir).filter(|dir| !dir.is_empty()).map(PathBuf::from);
     let options = req.options.as_ref().filter(|any| any.type_url.rsplit('/').next() == Some(CREATE_TYPE));
@@ -93,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn options_come_under_either_name_or_not_at_all() {
+    fn options_have_either_type_name_or_are_absent() {
         let options = CheckpointOptions {
             exit: true,
             open_tcp: true,
@@ -111,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_container_goes_on_from_what_either_field_names() {
+    fn a_container_is_restored_from_the_directory_in_either_field() {
         let options = CreateOptions { criu_image_path: "/o".to_owned(), ..Default::default() };
         let request = |checkpoint: &str, type_url: &str, value: Vec<u8>| CreateTaskRequest {
             checkpoint: checkpoint.to_owned(),
@@ -127,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused() {
+    fn invalid_options_are_refused() {
         let default = CheckpointOptions::default();
         let namespaces = CheckpointOptions { empty_namespaces: vec!["pid".to_owned()], ..Default::default() };
         let mode = CheckpointOptions { cgroups_mode: "odd".to_owned(), ..Default::default() };

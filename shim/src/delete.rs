@@ -1,7 +1,7 @@
-//! `delete`: what containerd runs when a server is gone or never came up.
+//! `delete`: the action that containerd runs when a server has ended or never started.
 //!
-//! It works from any half-finished state and fails on nothing that is already done. QEMU, its helpers and the anchor
-//! die with their server, so ending the server ends them all; what is left is files.
+//! It works in any partial state, and a part that is already gone is not an error. QEMU, its helpers and the
+//! anchor die with their server, so it is enough to end the server and remove its files.
 
 use std::{
     env, fs, io,
@@ -14,22 +14,22 @@ use machinen::process::end_stranger;
 use protobuf::{Message, MessageField};
 
 use crate::{
-    args::Args,
+    args::ShimArgs,
     error::ShimError,
     events::timestamp,
     server::POD_DIR,
     start::{ADDRESS_FILE, PID_FILE},
 };
 
-/// What containerd's own runtimes answer: as if ended by SIGKILL.
+/// The status that containerd's own runtimes answer: that of SIGKILL.
 const KILLED: u32 = 137;
 
-/// containerd gives `delete` five seconds in all.
+/// containerd gives `delete` five seconds in total.
 const KILL_DEADLINE: Duration = Duration::from_secs(2);
 
 /// # Errors
-/// The server cannot be ended, or files not be removed.
-pub fn run(args: &Args) -> Result<(), ShimError> {
+/// The server cannot be ended, or files cannot be removed.
+pub fn run(args: &ShimArgs) -> Result<(), ShimError> {
     let bundle = match args.bundle.as_os_str().is_empty() {
         true => env::current_dir().map_err(ShimError::io("find the bundle, the directory", "."))?,
         false => args.bundle.clone(),
@@ -38,12 +38,12 @@ pub fn run(args: &Args) -> Result<(), ShimError> {
     if let Some(socket) =
         read(&bundle, ADDRESS_FILE).and_then(|text| Some(text.strip_prefix("unix://")?.into()))
     {
-        gone(fs::remove_file(&socket), socket)?;
+        removed(fs::remove_file(&socket), socket)?;
     }
     let pod = bundle.join(POD_DIR);
-    gone(fs::remove_dir_all(&pod), pod)?;
+    removed(fs::remove_dir_all(&pod), pod)?;
     for file in [ADDRESS_FILE, PID_FILE] {
-        gone(fs::remove_file(bundle.join(file)), bundle.join(file))?;
+        removed(fs::remove_file(bundle.join(file)), bundle.join(file))?;
     }
     let response = DeleteResponse {
         pid,
@@ -54,7 +54,7 @@ pub fn run(args: &Args) -> Result<(), ShimError> {
     response.write_to_writer(&mut io::stdout().lock()).map_err(ShimError::Encode)
 }
 
-/// Kills the server if it still runs; its pid is believed only if the process works in this bundle.
+/// Kills the server if it still runs. The recorded pid is used only if that process works in this bundle.
 fn end_server(bundle: &Path) -> Result<u32, ShimError> {
     let Some(pid) = read(bundle, PID_FILE).and_then(|text| text.trim().parse::<u32>().ok()) else {
         return Ok(0);
@@ -72,7 +72,7 @@ fn read(bundle: &Path, name: &str) -> Option<String> {
     fs::read_to_string(bundle.join(name)).ok()
 }
 
-fn gone(result: io::Result<()>, path: PathBuf) -> Result<(), ShimError> {
+fn removed(result: io::Result<()>, path: PathBuf) -> Result<(), ShimError> {
     match result {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(ShimError::io("remove", path)(error)),
         _ => Ok(()),

@@ -1,4 +1,4 @@
-//! The shim's own errors, and the one map from what an error means to ttrpc's status codes.
+//! The shim's own errors, and the map from the kind of an error to ttrpc's status codes.
 
 use std::{io, path::PathBuf};
 
@@ -23,7 +23,9 @@ pub enum ShimError {
     LogLevel { level: String },
     #[error("the listener was not passed on; containerd starts this binary with the action `start`")]
     NoListener,
-    #[error("a member of the warm pool needs its slot and the number of it; a server starts it")]
+    #[error(
+        "the slot of the warm pool or its number was not passed; members of the pool are started by servers"
+    )]
     NoSlot,
     #[error(transparent)]
     Member(#[from] MemberError),
@@ -42,22 +44,22 @@ impl ShimError {
     }
 }
 
-/// What containerd is told: the code by kind, the text with all causes.
+/// The error that containerd receives: the code of its kind, and the text with all causes.
 pub fn to_ttrpc(error: &(impl Kind + 'static)) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(code(error.kind()), chain(error)))
 }
 
-/// A request for what this version does not have.
+/// Refuses a request that this version does not support.
 pub fn unimplemented<T>(what: &str) -> ttrpc::Result<T> {
     Err(ttrpc::Error::RpcStatus(get_status(Code::UNIMPLEMENTED, format!("{what} is not supported yet"))))
 }
 
-/// A request that makes no sense.
+/// Refuses an invalid request.
 pub fn invalid<T>(what: String) -> ttrpc::Result<T> {
     Err(ttrpc::Error::RpcStatus(get_status(Code::INVALID_ARGUMENT, what)))
 }
 
-/// An answer that cannot be encoded.
+/// Reports an answer that cannot be encoded.
 pub fn encoding(error: protobuf::Error) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(Code::INTERNAL, chain(&ShimError::Encode(error))))
 }

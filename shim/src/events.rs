@@ -1,6 +1,6 @@
-//! Events to containerd, in the order in which they happened.
+//! Sends events to containerd, in the order in which they occurred.
 //!
-//! One task sends them one by one, so that a retry cannot let a later event pass an earlier one.
+//! One task sends all of them in sequence, so a retry cannot reorder them.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -15,7 +15,7 @@ use containerd_shim_protos::{
     topics,
     ttrpc::{self, context},
 };
-use machinen::pod::{Create, event::Event, stdio::StdioNames};
+use machinen::pod::{CreateRequest, event::PodEvent, stdio::StdioNames};
 use protobuf::{
     MessageField,
     well_known_types::{any::Any, timestamp::Timestamp},
@@ -25,9 +25,9 @@ use tokio::{
     time::sleep,
 };
 
-/// One event is tried this often; containerd takes it at once or is restarting.
+/// Number of attempts for an event. An attempt fails while containerd restarts.
 const TRIES: u32 = 5;
-/// Between tries, as containerd needs about this long to restart.
+/// Wait between attempts; containerd takes about this long to restart.
 const BACKOFF: Duration = Duration::from_secs(1);
 const CALL_NS: i64 = 5_000_000_000;
 
@@ -39,7 +39,7 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// Without an address (a shim started by hand) events go to the log only.
+    /// Without an address (the shim was started by hand) events only go to the log.
     pub fn new(namespace: String, address: Option<String>) -> Self {
         let address = address
             .filter(|address| !address.is_empty())
@@ -47,8 +47,13 @@ impl Publisher {
         Self { namespace, address, client: None }
     }
 
-    /// Sends until nobody can emit events any more, or, once `last` is told, until those that there are have been sent.
-    pub async fn run(mut self, mut events: mpsc::UnboundedReceiver<Event>, mut last: oneshot::Receiver<()>) {
+    /// Sends events until all senders are dropped, or, after `last` has resolved, until the pending events
+    /// are sent.
+    pub async fn run(
+        mut self,
+        mut events: mpsc::UnboundedReceiver<PodEvent>,
+        mut last: oneshot::Receiver<()>,
+    ) {
         let mut more = true;
         loop {
             let event = tokio::select! {
@@ -85,10 +90,11 @@ impl Publisher {
                 Ok(()) => return,
                 Err(error) if attempt == TRIES => tracing::error!(topic, "event dropped: {error}"),
                 Err(error) => {
-                    tracing::debug!(topic, attempt, "event not taken: {error}");
+                    tracing::debug!(topic, attempt, "event not accepted: {error}");
                     self.client = None;
-                    // A connection from before a restart of containerd says nothing of the one that runs now, and a
-                    // shim that is about to end has no time to lose.
+                    // The connection may date from before a restart of containerd, so a failure of it does
+                    // not mean that containerd is absent. A new connection is tried at once, because a shim
+                    // that is about to end has little time.
                     if !reused {
                         sleep(BACKOFF).await;
                     }
@@ -107,37 +113,39 @@ impl Publisher {
         Ok(())
     }
 
-    fn encode(&self, event: Event) -> (&'static str, protobuf::Result<Any>) {
+    fn encode(&self, event: PodEvent) -> (&'static str, protobuf::Result<Any>) {
         match event {
-            Event::Created { pid, create } => (topics::TASK_CREATE_EVENT_TOPIC, any(&created(pid, *create))),
-            Event::Started { id, pid } => {
+            PodEvent::Created { pid, create } => {
+                (topics::TASK_CREATE_EVENT_TOPIC, any(&created(pid, *create)))
+            }
+            PodEvent::Started { id, pid } => {
                 let body = TaskStart { container_id: id, pid, ..Default::default() };
                 (topics::TASK_START_EVENT_TOPIC, any(&body))
             }
-            Event::Paused { id } => {
+            PodEvent::Paused { id } => {
                 (topics::TASK_PAUSED_EVENT_TOPIC, any(&TaskPaused { container_id: id, ..Default::default() }))
             }
-            Event::Resumed { id } => (
+            PodEvent::Resumed { id } => (
                 topics::TASK_RESUMED_EVENT_TOPIC,
                 any(&TaskResumed { container_id: id, ..Default::default() }),
             ),
-            Event::Checkpointed { id, path } => {
+            PodEvent::Checkpointed { id, path } => {
                 let checkpoint = path.display().to_string();
                 let body = TaskCheckpointed { container_id: id, checkpoint, ..Default::default() };
                 (topics::TASK_CHECKPOINTED_EVENT_TOPIC, any(&body))
             }
-            Event::OutOfMemory { id } => {
+            PodEvent::OutOfMemory { id } => {
                 (topics::TASK_OOM_EVENT_TOPIC, any(&TaskOOM { container_id: id, ..Default::default() }))
             }
-            Event::ExecAdded { id, exec_id } => {
+            PodEvent::ExecAdded { id, exec_id } => {
                 let body = TaskExecAdded { container_id: id, exec_id, ..Default::default() };
                 (topics::TASK_EXEC_ADDED_EVENT_TOPIC, any(&body))
             }
-            Event::ExecStarted { id, exec_id, pid } => {
+            PodEvent::ExecStarted { id, exec_id, pid } => {
                 let body = TaskExecStarted { container_id: id, exec_id, pid, ..Default::default() };
                 (topics::TASK_EXEC_STARTED_EVENT_TOPIC, any(&body))
             }
-            Event::Exited { id, exec_id, pid, exit } => {
+            PodEvent::Exited { id, exec_id, pid, exit } => {
                 let body = TaskExit {
                     id: if exec_id.is_empty() { id.clone() } else { exec_id },
                     container_id: id,
@@ -148,7 +156,7 @@ impl Publisher {
                 };
                 (topics::TASK_EXIT_EVENT_TOPIC, any(&body))
             }
-            Event::Deleted { id, pid, exit } => {
+            PodEvent::Deleted { id, pid, exit } => {
                 let body = TaskDelete {
                     container_id: id.clone(),
                     id,
@@ -163,8 +171,8 @@ impl Publisher {
     }
 }
 
-/// What was asked for, as containerd's clients see it again.
-fn created(pid: u32, create: Create) -> TaskCreate {
+/// The event repeats the request, as containerd's clients expect.
+fn created(pid: u32, create: CreateRequest) -> TaskCreate {
     let StdioNames { stdin, stdout, stderr, terminal } = create.stdio;
     let rootfs = create.rootfs.into_iter().map(|mount| api::Mount {
         type_: mount.kind,
@@ -183,13 +191,14 @@ fn created(pid: u32, create: Create) -> TaskCreate {
     }
 }
 
-/// containerd's registry of types knows events by their bare full name (containerd, typeurl).
+/// Packs a message under its bare full name, which is the name of events in containerd's registry of types
+/// (containerd, typeurl).
 pub fn any<M: protobuf::MessageFull>(message: &M) -> protobuf::Result<Any> {
     let type_url = M::descriptor().full_name().to_owned();
     Ok(Any { type_url, value: message.write_to_bytes()?, ..Default::default() })
 }
 
-/// Wall-clock time as protobuf has it; times before 1970 are 1970.
+/// Wall-clock time in protobuf's format; times before 1970 become 1970.
 pub fn timestamp(time: SystemTime) -> Timestamp {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     Timestamp {
@@ -201,7 +210,7 @@ pub fn timestamp(time: SystemTime) -> Timestamp {
 
 #[cfg(test)]
 mod tests {
-    use machinen::pod::{rootfs::RootfsMount, state::Exit};
+    use machinen::pod::{rootfs::RootfsMount, state::ProcessExit};
     use protobuf::Message;
 
     use super::*;
@@ -209,9 +218,10 @@ mod tests {
     #[test]
     fn an_exit_carries_the_names_containerd_looks_for() {
         let publisher = Publisher::new("default".to_owned(), None);
-        let exit = Exit { status: 137, at: UNIX_EPOCH + Duration::from_millis(1500), oom_killed: false };
+        let exit =
+            ProcessExit { status: 137, at: UNIX_EPOCH + Duration::from_millis(1500), oom_killed: false };
         for (exec_id, process) in [("", "c"), ("e", "e")] {
-            let event = Event::Exited { id: "c".to_owned(), exec_id: exec_id.to_owned(), pid: 7, exit };
+            let event = PodEvent::Exited { id: "c".to_owned(), exec_id: exec_id.to_owned(), pid: 7, exit };
             let (topic, body) = publisher.encode(event);
             let body = body.unwrap();
             assert_eq!((topic, body.type_url.as_str()), ("/tasks/exit", "containerd.events.TaskExit"));
@@ -223,21 +233,21 @@ mod tests {
     }
 
     #[test]
-    fn a_creation_repeats_what_was_asked_for() {
+    fn a_create_event_repeats_the_request() {
         let publisher = Publisher::new("default".to_owned(), None);
         let mount = RootfsMount {
             kind: "overlay".to_owned(),
             source: "overlay".into(),
             options: vec!["lowerdir=/l".to_owned()],
         };
-        let create = Create {
+        let create = CreateRequest {
             id: "c".to_owned(),
             bundle: "/b".into(),
             rootfs: vec![mount],
             stdio: StdioNames { stdin: "/in".to_owned(), terminal: true, ..StdioNames::default() },
             checkpoint: Some("/cp".into()),
         };
-        let (topic, body) = publisher.encode(Event::Created { pid: 7, create: Box::new(create) });
+        let (topic, body) = publisher.encode(PodEvent::Created { pid: 7, create: Box::new(create) });
         let decoded = TaskCreate::parse_from_bytes(&body.unwrap().value).unwrap();
         assert_eq!((topic, decoded.container_id.as_str(), decoded.pid), ("/tasks/create", "c", 7));
         assert_eq!((decoded.bundle.as_str(), decoded.checkpoint.as_str()), ("/b", "/cp"));

@@ -1,4 +1,4 @@
-//! `-info`: what this runtime is and can do (containerd 2.2 and newer, once per runtime).
+//! `-info`: describes this runtime and its features (containerd 2.2 and newer, once per runtime).
 
 use std::io;
 
@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::error::ShimError;
 
-/// How containerd's registry of types names the features document of the runtime-spec.
+/// The name of the runtime-spec's features document in containerd's registry of types.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
 /// # Errors
@@ -31,7 +31,7 @@ pub fn run() -> Result<(), ShimError> {
     info.write_to_writer(&mut io::stdout().lock()).map_err(ShimError::Encode)
 }
 
-/// The features document (runtime-spec, features.md): what the guest's kernel and engine do.
+/// The features document (runtime-spec, features.md): the features of the guest's kernel and engine.
 fn features() -> serde_json::Value {
     json!({
         "ociVersionMin": "1.0.0",

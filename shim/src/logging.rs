@@ -1,4 +1,4 @@
-//! The shim's log: lines in containerd's own style, through the bundle's `log` fifo into containerd's log.
+//! The shim's log: lines in containerd's format, sent to containerd's log through the bundle's `log` fifo.
 
 use std::{
     fs::{File, OpenOptions},
@@ -13,7 +13,7 @@ use tracing_subscriber::{filter::LevelFilter, layer::SubscriberExt, util::Subscr
 
 use crate::error::ShimError;
 
-/// Sends the log to `<bundle>/log`; without that fifo (started by hand) there is no log.
+/// Sends the log to `<bundle>/log`. If that fifo is missing (the shim was started by hand), there is no log.
 ///
 /// # Errors
 /// The configured level is unknown, or the fifo cannot be opened.
@@ -31,7 +31,8 @@ pub fn init(bundle: &Path, config: &Config, debug: bool) -> Result<(), ShimError
     Ok(())
 }
 
-/// Reading too keeps the fifo alive while containerd restarts; not blocking drops lines that nobody reads.
+/// Opened for reading too, so that the fifo survives a restart of containerd, and without blocking, so that
+/// lines are dropped while there is no reader.
 fn open(path: &Path) -> std::io::Result<File> {
     OpenOptions::new().read(true).write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path)
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   containerd --exec--> start  --spawns--> the server (this binary, without an action) --ttrpc--> containerd
-//!              --exec--> delete              when the server is gone, or start failed
+//!              --exec--> delete              when the server has ended, or start has failed
 //!              --exec--> -info               once per runtime, containerd 2.2 and newer
 //! ```
 #![forbid(unsafe_code)]
@@ -22,7 +22,7 @@ mod task;
 
 use std::process::ExitCode;
 
-use args::{Action, Args};
+use args::{Action, ShimArgs};
 use error::ShimError;
 use machinen::{error::chain, pod::anchor, pool, template};
 
@@ -45,7 +45,7 @@ fn run() -> Result<(), ShimError> {
     if words.next().is_some_and(|first| first == pool::ARGUMENT) {
         return member::run(words.next());
     }
-    let args = Args::parse(std::env::args_os().skip(1))?;
+    let args = ShimArgs::parse(std::env::args_os().skip(1))?;
     match args.action {
         Action::Start => start::run(&args),
         Action::Delete => delete::run(&args),

@@ -1,4 +1,4 @@
-//! A server that waits in the warm pool for its work, with a VM that is ready.
+//! A member of the warm pool: a server that waits for its work, with a VM that is ready.
 
 use std::{env, fs, io};
 
@@ -11,16 +11,16 @@ use machinen::{
 use crate::{
     error::ShimError,
     logging,
-    server::{self, Work},
+    server::{self, ServerParams},
     start::PID_FILE,
 };
 
 /// Becomes the member of the slot `number`, and then the server of the container that takes it.
 ///
 /// # Errors
-/// There is no clone to be had, or, once it was taken, the same as for any server.
+/// The clone cannot be made, or, after the member was taken, the same as for any server.
 pub fn run(number: Option<String>) -> Result<(), ShimError> {
-    // Before anything else opens descriptors.
+    // This comes before other descriptors are opened.
     let slot = sys::inherit::take(SLOT_FD).map_err(|_| ShimError::NoSlot)?;
     let number = number.and_then(|number| number.parse().ok()).ok_or(ShimError::NoSlot)?;
     let request = serde_json::from_reader(io::stdin().lock()).map_err(ShimError::Json)?;
@@ -29,15 +29,15 @@ pub fn run(number: Option<String>) -> Result<(), ShimError> {
     let result = runtime.block_on(async {
         let Some(member) = Member::join(&config, number, slot, request).await? else { return Ok(()) };
         let Some(taken) = member.taken().await? else { return Ok(()) };
-        let work: Work = serde_json::from_slice(&taken.message).map_err(ShimError::Json)?;
-        // Where `delete` expects a server to be, before anyone counts on it.
+        let work: ServerParams = serde_json::from_slice(&taken.message).map_err(ShimError::Json)?;
+        // `delete` expects the server in this directory, and the answer to the start follows below.
         env::set_current_dir(&work.bundle).map_err(ShimError::io("enter the bundle", &work.bundle))?;
         logging::init(&work.bundle, &config, work.debug)?;
         let pid_file = work.bundle.join(PID_FILE);
         fs::write(&pid_file, std::process::id().to_string()).map_err(ShimError::io("write", pid_file))?;
-        let (listener, ready) = taken.accept().await?;
+        let (listener, warm_vm) = taken.accept().await?;
         tracing::debug!(id = work.id, "taken from the warm pool");
-        server::serve(work, config, listener, Some(ready)).await
+        server::serve(work, config, listener, Some(warm_vm)).await
     });
     runtime.shutdown_background();
     result

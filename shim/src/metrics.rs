@@ -1,26 +1,26 @@
-//! A container's counts as containerd's clients read them.
+//! A container's metrics in the messages that containerd's clients read.
 //!
-//! `ctr`, nerdctl, docker and CRI take cgroup v1's or v2's message by its type, whatever the host. containerd's own
-//! collector (its `/v1/metrics`) does not: it takes the one that fits the host's cgroups, which is also what runc's shim
-//! sends. So `auto` goes by the host. The numbers are those of cgroup v2, which is what every guest has.
+//! `ctr`, nerdctl, docker and CRI accept cgroup v1's or v2's message by its type, on any host. containerd's
+//! own collector (its `/v1/metrics`) only accepts the one that matches the host's cgroups, which is also what
+//! runc's shim sends. So `auto` follows the host. The numbers come from cgroup v2, which every guest has.
 
 use containerd_shim_protos::{cgroups::metrics as v1, cgroups_v2::metrics as v2};
 use machinen::{
     config::Metrics,
-    pod::stats::{Io, Pressure, Stall, Stats},
+    pod::stats::{IoStats, Pressure, Stall, Stats},
 };
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use protobuf::{MessageField, well_known_types::any::Any};
 
 use crate::events::any;
 
-/// Where the host's cgroups are: a cgroup v2 file system, or the directory of v1's hierarchies (file-hierarchy(7)).
+/// The host's cgroups: a cgroup v2 file system, or the directory of v1's hierarchies (file-hierarchy(7)).
 const CGROUPS: &str = "/sys/fs/cgroup";
 
-/// The message that the configuration or the host asks for.
+/// Encodes the message that the configuration or the host requires.
 ///
 /// # Errors
-/// It cannot be encoded.
+/// The message cannot be encoded.
 pub fn encode(stats: &Stats, format: Metrics) -> protobuf::Result<Any> {
     let unified = || statfs(CGROUPS).is_ok_and(|fs| fs.filesystem_type() == CGROUP2_SUPER_MAGIC);
     match format {
@@ -107,7 +107,7 @@ fn cgroup2(stats: &Stats) -> v2::Metrics {
     }
 }
 
-fn io_entry(io: &Io) -> v2::IOEntry {
+fn io_entry(io: &IoStats) -> v2::IOEntry {
     v2::IOEntry {
         major: io.major,
         minor: io.minor,
@@ -137,7 +137,7 @@ fn pressure(pressure: Option<&Pressure>) -> MessageField<v2::PSIStats> {
     stats.into()
 }
 
-/// v1's times are nanoseconds, and its swap is memory and swap together.
+/// In v1 times are nanoseconds, and swap includes memory.
 fn cgroup1(stats: &Stats) -> v1::Metrics {
     let Stats { cpu, memory, pids, io, .. } = stats;
     let (stat, events) = (&memory.stat, &memory.events);
@@ -146,7 +146,7 @@ fn cgroup1(stats: &Stats) -> v1::Metrics {
         MessageField::some(v1::MemoryEntry { usage, limit, max, failcnt, ..Default::default() })
     };
     let both = |memory: u64, swap: u64| memory.saturating_add(swap);
-    let blkio = |read: fn(&Io) -> u64, write: fn(&Io) -> u64| {
+    let blkio = |read: fn(&IoStats) -> u64, write: fn(&IoStats) -> u64| {
         let entries =
             io.iter().flat_map(move |io| [("Read", read(io)), ("Write", write(io))].map(|op| (io, op)));
         entries
@@ -162,7 +162,7 @@ fn cgroup1(stats: &Stats) -> v1::Metrics {
     v1::Metrics {
         pids: MessageField::some(v1::PidsStat {
             current: pids.current,
-            // v1's word for none.
+            // In v1 zero means no limit.
             limit: pids.max.unwrap_or(0),
             ..Default::default()
         }),
@@ -203,7 +203,8 @@ fn cgroup1(stats: &Stats) -> v1::Metrics {
     }
 }
 
-/// What v1's memory.stat would say. v2 counts a cgroup with all below it, so that each number and its total are one.
+/// The counterpart of v1's memory.stat. In v2 a cgroup's numbers include its descendants, so each number
+/// equals its total.
 fn memory_stat(stats: &Stats) -> v1::MemoryStat {
     let stat = &stats.memory.stat;
     v1::MemoryStat {
@@ -239,23 +240,23 @@ fn memory_stat(stats: &Stats) -> v1::MemoryStat {
 
 #[cfg(test)]
 mod tests {
-    use machinen::pod::stats::{Cpu, Memory, Pids};
+    use machinen::pod::stats::{CpuStats, MemoryStats, PidsStats};
     use protobuf::Message;
 
     use super::*;
 
     fn stats() -> Stats {
         Stats {
-            cpu: Cpu { usage_usec: 5, ..Cpu::default() },
-            memory: Memory { current: 4096, max: u64::MAX, swap_max: 7, ..Memory::default() },
-            pids: Pids { current: 2, max: None },
-            io: vec![Io { major: 8, minor: 16, rbytes: 512, rios: 1, ..Io::default() }],
+            cpu: CpuStats { usage_usec: 5, ..CpuStats::default() },
+            memory: MemoryStats { current: 4096, max: u64::MAX, swap_max: 7, ..MemoryStats::default() },
+            pids: PidsStats { current: 2, max: None },
+            io: vec![IoStats { major: 8, minor: 16, rbytes: 512, rios: 1, ..IoStats::default() }],
             ..Stats::default()
         }
     }
 
     #[test]
-    fn either_message_has_what_clients_dereference() {
+    fn both_messages_have_the_fields_that_clients_dereference() {
         let any = encode(&stats(), Metrics::Cgroup2).unwrap();
         assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
         let metrics = v2::Metrics::parse_from_bytes(&any.value).unwrap();

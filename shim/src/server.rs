@@ -1,4 +1,4 @@
-//! The server: one process, one pod, the task API in both of its versions on one socket.
+//! The server: one process with one pod, and the task API in both of its versions on one socket.
 
 use std::{
     env, fs,
@@ -12,7 +12,7 @@ use containerd_shim_protos::{
     shim_async::create_task,
     ttrpc::asynchronous::{Server, transport::Listener},
 };
-use machinen::{config::Config, pod::Pod, pool::Ready, sys};
+use machinen::{config::Config, pod::Pod, pool::WarmVm, sys};
 use serde::{Deserialize, Serialize};
 use tokio::{
     runtime::Runtime,
@@ -22,7 +22,7 @@ use tokio::{
 };
 
 use crate::{
-    args::Args,
+    args::ShimArgs,
     error::ShimError,
     events::Publisher,
     logging,
@@ -30,29 +30,29 @@ use crate::{
     task::TaskService,
 };
 
-/// The task API under its name since containerd 2.0.
+/// The name of the task API since containerd 2.0.
 const TASK_V3: &str = "containerd.task.v3.Task";
-/// The same methods and messages, as containerd 1.x calls them.
+/// The name of the same methods and messages in containerd 1.x.
 const TASK_V2: &str = "containerd.task.v2.Task";
 
-/// Directory in the bundle where the pod keeps its sockets and its console log.
+/// Directory in the bundle with the pod's sockets and console log.
 pub const POD_DIR: &str = "vm";
 
-/// Longest wait at the end for containerd to take the last events.
+/// How long containerd may take to receive the last events at the end.
 const EVENTS_GRACE: Duration = Duration::from_secs(2);
 
-/// Serves until containerd asks for the end and no container is left, or SIGTERM.
+/// Serves until containerd requests a shutdown and no container is left, or until SIGTERM.
 ///
 /// # Errors
-/// The configuration is wrong or the listener was not passed on.
-pub fn run(args: &Args) -> Result<(), ShimError> {
-    // Before anything else opens descriptors.
+/// The configuration is invalid, or the listener was not passed.
+pub fn run(args: &ShimArgs) -> Result<(), ShimError> {
+    // This comes before other descriptors are opened.
     let listener = sys::inherit::take(LISTENER_FD).map_err(|_| ShimError::NoListener)?;
     let bundle = env::current_dir().map_err(ShimError::io("find the bundle, the directory", "."))?;
     let config = Config::load()?;
     logging::init(&bundle, &config, args.debug)?;
     let runtime = event_loop(&bundle)?;
-    let work = Work {
+    let work = ServerParams {
         namespace: args.namespace.clone(),
         id: args.id.clone(),
         debug: args.debug,
@@ -60,68 +60,70 @@ pub fn run(args: &Args) -> Result<(), ShimError> {
         events: env::var("TTRPC_ADDRESS").ok(),
     };
     let result = runtime.block_on(serve(work, config, listener.into(), None));
-    // Conversions that nobody waits for any more run in threads; they leave nothing half-done when they end with us.
+    // Image conversions that are no longer needed may still run in threads. They can be stopped at any point.
     runtime.shutdown_background();
     result
 }
 
-/// One thread: a shim per container must stay small, and children die with the thread that started them.
+/// Creates a single-threaded event loop: a shim per container must be small, and children die with the thread
+/// that started them.
 ///
 /// # Errors
-/// Those of epoll_create(2) and its like.
+/// The event loop cannot be created.
 pub fn event_loop(bundle: &Path) -> Result<Runtime, ShimError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(ShimError::io("start the event loop in", bundle))
 }
 
-/// What a server is for.
+/// What a server has to serve.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Work {
+pub struct ServerParams {
     pub namespace: String,
     pub id: String,
     pub debug: bool,
     pub bundle: PathBuf,
-    /// Where containerd takes events.
+    /// The socket on which containerd receives events.
     pub events: Option<String>,
 }
 
-/// Serves the pod of `work`, whose first VM may be there already, to its end; the socket goes with it.
+/// Serves the pod of `work` until its end, and removes the socket. The VM of the first container may exist
+/// already.
 ///
 /// # Errors
-/// The listener or signals cannot be waited on.
+/// The listener or the signals fail.
 pub async fn serve(
-    work: Work,
+    work: ServerParams,
     config: Config,
     listener: UnixListener,
-    ready: Option<Ready>,
+    warm_vm: Option<WarmVm>,
 ) -> Result<(), ShimError> {
-    // Known now, because whoever ends us may have removed the bundle by then.
+    // Read now, because the bundle may have been removed by the time that the server ends.
     let socket = socket_of(&work.bundle);
-    let result = serve_pod(work, config, listener, ready).await;
+    let result = serve_pod(work, config, listener, warm_vm).await;
     remove(socket);
     result
 }
 
 async fn serve_pod(
-    work: Work,
+    work: ServerParams,
     config: Config,
     listener: UnixListener,
-    ready: Option<Ready>,
+    warm_vm: Option<WarmVm>,
 ) -> Result<(), ShimError> {
-    let Work { namespace, id, bundle, events, .. } = work;
+    let ServerParams { namespace, id, bundle, events, .. } = work;
     let (sender, receiver) = mpsc::unbounded_channel();
     let pod = Pod::new(config, namespace.clone(), id.clone(), bundle.join(POD_DIR), sender);
-    if let Some(ready) = ready {
-        pod.adopt(ready);
+    if let Some(warm_vm) = warm_vm {
+        pod.adopt(warm_vm);
     }
     if let Some(socket) = &events {
-        pod.serves(PathBuf::from(socket.trim_start_matches("unix://")));
+        pod.set_containerd(PathBuf::from(socket.trim_start_matches("unix://")));
     }
     let ended = Arc::new(Notify::new());
     let publisher = Publisher::new(namespace, events);
     let service = TaskService::new(pod.clone(), Arc::clone(&ended));
-    let (last, told) = oneshot::channel();
-    let published = tokio::spawn(publisher.run(receiver, told));
+    let (last, last_sent) = oneshot::channel();
+    let published = tokio::spawn(publisher.run(receiver, last_sent));
 
     let mut methods = create_task(Arc::new(service.clone()));
     let v2 = create_task(Arc::new(service)).remove(TASK_V3).map(|service| (TASK_V2.to_owned(), service));
@@ -138,12 +140,13 @@ async fn serve_pod(
         _ = terminate.recv() => tracing::info!(id, "ending on SIGTERM"),
     }
     pod.end().await;
-    // Before containerd sees the connection close: it then runs `delete`, which kills a server that is still there.
+    // Sent before containerd sees the connection close, since it then runs `delete`, which kills a server
+    // that is still running.
     let _ = last.send(());
     if timeout(EVENTS_GRACE, published).await.is_err() {
-        tracing::warn!(id, "containerd did not take the last events in time");
+        tracing::warn!(id, "containerd did not receive the last events in time");
     }
-    // Answers that are on their way still arrive; a connection that stays open does not hold us up.
+    // Answers in flight still arrive, and a connection that stays open delays the end by a limited time.
     let _ = timeout(EVENTS_GRACE, server.shutdown()).await;
     Ok(())
 }
@@ -153,7 +156,7 @@ fn socket_of(bundle: &Path) -> Option<PathBuf> {
     address.strip_prefix("unix://").map(PathBuf::from)
 }
 
-/// The socket must not outlive the server, or the next `start` would have to find out that it is stale.
+/// Removes the socket, so that the next `start` does not find a stale one.
 fn remove(socket: Option<PathBuf>) {
     if let Some(path) = socket
         && let Err(error) = fs::remove_file(&path)

@@ -1,6 +1,6 @@
-//! `start`: leaves a server behind and tells containerd where it listens.
+//! `start`: starts a server in the background and reports its address to containerd.
 //!
-//! containerd reads stdout and stderr together, so nothing but the answer is printed.
+//! containerd reads stdout and stderr together, so only the answer is printed.
 
 use std::{
     env, fs, io,
@@ -22,23 +22,23 @@ use sha2::{Digest, Sha256};
 
 use machinen::{config::Config, pool::Pool};
 
-use crate::{args::Args, error::ShimError, server::Work};
+use crate::{args::ShimArgs, error::ShimError, server::ServerParams};
 
-/// The server finds its listener here.
+/// The descriptor on which the server inherits its listener.
 pub const LISTENER_FD: i32 = 3;
 
-/// In the bundle: where the server listens, for `delete`.
+/// File in the bundle with the server's address, for `delete`.
 pub const ADDRESS_FILE: &str = "address";
-/// In the bundle: the server's pid, for `delete`.
+/// File in the bundle with the server's pid, for `delete`.
 pub const PID_FILE: &str = "shim.pid";
 
-/// Where containerd's shims keep their sockets.
+/// The directory of the sockets of containerd's shims.
 const SOCKET_DIR: &str = "/run/containerd/s";
 
-/// The newest version of the shim protocol that this binary speaks.
+/// The newest version of the shim protocol that this binary implements.
 const VERSION: u32 = 3;
 
-/// Answer to `start` since containerd 1.7 (containerd, `BootstrapParams`).
+/// The answer to `start` since containerd 1.7 (containerd, `BootstrapParams`).
 #[derive(Debug, Serialize)]
 struct Bootstrap<'a> {
     version: u32,
@@ -47,14 +47,14 @@ struct Bootstrap<'a> {
 }
 
 /// # Errors
-/// The socket cannot be made or the server not started; nothing is left then.
-pub fn run(args: &Args) -> Result<(), ShimError> {
+/// The socket cannot be created or the server cannot be started. Nothing is left then.
+pub fn run(args: &ShimArgs) -> Result<(), ShimError> {
     let bundle = env::current_dir().map_err(ShimError::io("find the bundle, the directory", "."))?;
     let socket = socket_path(args);
     let address = format!("unix://{}", socket.display());
     if UnixStream::connect(&socket).is_err() {
         spawn_server(args, &bundle, &socket, &address).inspect_err(|_| {
-            // The first failure is the one to report; a stale socket is replaced by the next try.
+            // The first failure is the one to report; the next attempt replaces a stale socket.
             let _ = fs::remove_file(&socket);
         })?;
     }
@@ -62,7 +62,8 @@ pub fn run(args: &Args) -> Result<(), ShimError> {
     Ok(())
 }
 
-/// 1.6 takes the bare address only; newer ones say the newest version that they take.
+/// containerd 1.6 expects the bare address; newer versions pass the newest protocol version that they
+/// support.
 fn answer(address: &str, max_version: Option<&str>) -> Result<String, ShimError> {
     match max_version.and_then(|version| version.parse::<u32>().ok()) {
         Some(max) if max > 2 => {
@@ -74,14 +75,14 @@ fn answer(address: &str, max_version: Option<&str>) -> Result<String, ShimError>
 }
 
 /// One socket per containerd, namespace and container, short enough for a Unix address.
-fn socket_path(args: &Args) -> PathBuf {
+fn socket_path(args: &ShimArgs) -> PathBuf {
     let name = format!("{}/{}/{}", args.address, args.namespace, args.id);
     let hash = Sha256::digest(name);
     let hex: String = hash[..16].iter().map(|byte| format!("{byte:02x}")).collect();
     Path::new(SOCKET_DIR).join(hex)
 }
 
-fn spawn_server(args: &Args, bundle: &Path, socket: &Path, address: &str) -> Result<(), ShimError> {
+fn spawn_server(args: &ShimArgs, bundle: &Path, socket: &Path, address: &str) -> Result<(), ShimError> {
     fs::create_dir_all(SOCKET_DIR).map_err(ShimError::io("create the directory", SOCKET_DIR))?;
     match fs::remove_file(socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -98,12 +99,12 @@ fn spawn_server(args: &Args, bundle: &Path, socket: &Path, address: &str) -> Res
     };
     write(ADDRESS_FILE, address)?;
     let listener = OwnedFd::from(listener);
-    if given_to_the_pool(args, bundle, &listener)? {
+    if handed_to_pool(args, bundle, &listener)? {
         return Ok(());
     }
 
     let binary = env::current_exe().map_err(ShimError::io("find the binary", "/proc/self/exe"))?;
-    // The server outlives us, so the supervisor of children that end with their parent is not for it.
+    // The server outlives this process, so it cannot be a supervised child, which would end with its parent.
     #[expect(clippy::disallowed_methods, reason = "a daemon, not a child")]
     let mut command = Command::new(&binary);
     command.args(["-namespace", &args.namespace, "-id", &args.id, "-address", &args.address]);
@@ -117,12 +118,12 @@ fn spawn_server(args: &Args, bundle: &Path, socket: &Path, address: &str) -> Res
     write(PID_FILE, &child.id().to_string())
 }
 
-/// Whether a server that waits in the warm pool has taken the work.
-fn given_to_the_pool(args: &Args, bundle: &Path, listener: &OwnedFd) -> Result<bool, ShimError> {
-    // What is wrong with the configuration is for the server to say, in containerd's log.
+/// Whether a member of the warm pool has accepted the work.
+fn handed_to_pool(args: &ShimArgs, bundle: &Path, listener: &OwnedFd) -> Result<bool, ShimError> {
+    // An invalid configuration is reported by the server, in containerd's log.
     let Ok(config) = Config::load() else { return Ok(false) };
     let Ok(Some(pool)) = Pool::of(&config) else { return Ok(false) };
-    let work = Work {
+    let work = ServerParams {
         namespace: args.namespace.clone(),
         id: args.id.clone(),
         debug: args.debug,
@@ -138,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_answer_is_what_each_containerd_understands() {
+    fn the_answer_fits_the_version_of_containerd() {
         let bare = "unix:///run/s";
         assert_eq!(answer(bare, None).unwrap(), bare);
         assert_eq!(answer(bare, Some("2")).unwrap(), bare);
@@ -149,7 +150,7 @@ mod tests {
 
     #[test]
     fn sockets_differ_and_are_short() {
-        let args = |id: &str| Args { id: id.repeat(20), ..Default::default() };
+        let args = |id: &str| ShimArgs { id: id.repeat(20), ..Default::default() };
         let (one, two) = (socket_path(&args("one")), socket_path(&args("two")));
         assert_ne!(one, two);
         assert!(one.as_os_str().len() < 100);

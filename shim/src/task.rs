@@ -16,7 +16,8 @@ use containerd_shim_protos::{
     ttrpc::{self, asynchronous::TtrpcContext},
 };
 use machinen::pod::{
-    Create, Exec, HostProcess, Pod, PodError, rootfs::RootfsMount, state::State, stdio::StdioNames,
+    CreateRequest, ExecRequest, HostProcess, Pod, PodError, rootfs::RootfsMount, state::ProcessState,
+    stdio::StdioNames,
 };
 use protobuf::MessageField;
 use tokio::sync::Notify;
@@ -28,7 +29,7 @@ use crate::{
     metrics,
 };
 
-/// How containerd's registry of types names the runtime-spec's limits, behind a prefix of its own.
+/// The name of the runtime-spec's limits in containerd's registry of types, after a prefix.
 const RESOURCES_TYPE: &str = "opencontainers/runtime-spec/1/LinuxResources";
 
 /// The task API of one pod.
@@ -39,16 +40,16 @@ pub struct TaskService {
 }
 
 impl TaskService {
-    /// `ended` is notified when containerd has asked for the end and no container is left.
+    /// `ended` is notified when containerd has requested a shutdown and no container is left.
     pub fn new(pod: Pod, ended: Arc<Notify>) -> Self {
         Self { pod, ended }
     }
 }
 
 fn failed(error: PodError) -> ttrpc::Error {
-    let told = to_ttrpc(&error);
-    tracing::debug!("answered with an error: {told}");
-    told
+    let answer = to_ttrpc(&error);
+    tracing::debug!("answered with an error: {answer}");
+    answer
 }
 
 #[async_trait]
@@ -57,7 +58,7 @@ impl Task for TaskService {
         if !req.parent_checkpoint.is_empty() {
             return unimplemented("a checkpoint with a parent");
         }
-        let create = Create {
+        let create = CreateRequest {
             id: req.id.clone(),
             bundle: req.bundle.clone().into(),
             rootfs: req.rootfs.iter().map(rootfs_mount).collect(),
@@ -85,8 +86,8 @@ impl Task for TaskService {
     async fn state(&self, _: &TtrpcContext, req: StateRequest) -> ttrpc::Result<StateResponse> {
         let container = self.pod.container(&req.id).map_err(failed)?;
         let process = container.process(&req.exec_id).map_err(failed)?;
-        // A process that was added has no pid before it runs.
-        let waits = !req.exec_id.is_empty() && process.state() == State::Created;
+        // A process that was added has no pid until it is started.
+        let waits = !req.exec_id.is_empty() && process.state() == ProcessState::Created;
         let mut response = StateResponse {
             id: container.id.clone(),
             exec_id: req.exec_id.clone(),
@@ -99,10 +100,10 @@ impl Task for TaskService {
             ..Default::default()
         };
         match process.state() {
-            State::Created => response.set_status(Status::CREATED),
-            State::Running => response.set_status(Status::RUNNING),
-            State::Paused => response.set_status(Status::PAUSED),
-            State::Stopped(exit) => {
+            ProcessState::Created => response.set_status(Status::CREATED),
+            ProcessState::Running => response.set_status(Status::RUNNING),
+            ProcessState::Paused => response.set_status(Status::PAUSED),
+            ProcessState::Stopped(exit) => {
                 response.set_status(Status::STOPPED);
                 response.exit_status = exit.status;
                 response.exited_at = MessageField::some(timestamp(exit.at));
@@ -147,7 +148,7 @@ impl Task for TaskService {
     }
 
     async fn connect(&self, _: &TtrpcContext, req: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
-        // Asked before the container is created, it still says who serves; so does runc's shim.
+        // Before the container exists, the answer still has the pid of the server, as that of runc's shim.
         let task_pid = self.pod.container(&req.id).map_or(0, |container| container.pid);
         let version = env!("CARGO_PKG_VERSION").to_owned();
         Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, version, ..Default::default() })
@@ -167,8 +168,8 @@ impl Task for TaskService {
             stderr: req.stderr.clone(),
             terminal: req.terminal,
         };
-        // The Any's type is containerd's name for the OCI process, its value is JSON.
-        let exec = Exec { id: req.exec_id.clone(), process: req.spec.value.clone(), stdio };
+        // The Any's type is containerd's name for the OCI process, and its value is JSON.
+        let exec = ExecRequest { id: req.exec_id.clone(), process: req.spec.value.clone(), stdio };
         self.pod.exec(&req.id, exec).map_err(failed)?;
         Ok(Empty::new())
     }
@@ -210,7 +211,7 @@ impl Task for TaskService {
     }
 }
 
-/// A process as `ctr task ps` and CRI list it; only those of an exec have details.
+/// A process in the lists of `ctr task ps` and CRI; only added processes have details.
 fn process_info(process: &HostProcess) -> protobuf::Result<ProcessInfo> {
     let details = ProcessDetails { exec_id: process.exec_id.clone(), ..Default::default() };
     let info = if process.exec_id.is_empty() { None } else { Some(any(&details)?) };

@@ -6,7 +6,7 @@
 
 use containerd_client::types::v1::Status;
 use containerd_shim_protos::shim::oci::CheckpointOptions;
-use machinen::{checkpoint::Manifest, layer::Twins};
+use machinen::{checkpoint::CheckpointManifest, layer::Twins};
 use tokio::task::spawn_blocking;
 
 use super::{error::ForkError, images, steps::Fork, undo::Made};
@@ -54,10 +54,10 @@ impl Fork<'_> {
     }
 
     /// What is in the directory of the images is complete when this returns.
-    async fn checkpoint(&self) -> Result<Manifest, ForkError> {
+    async fn checkpoint(&self) -> Result<CheckpointManifest, ForkError> {
         let (id, path) = (self.args.source.clone(), self.images.path().to_owned());
         match self.containerd.checkpoint(&id, &self.checkpoint_options()).await {
-            Ok(()) => Ok(Manifest::read(&path)?),
+            Ok(()) => Ok(CheckpointManifest::read(&path)?),
             // After the shim has written the directory, containerd 1 copies it, and the container's configuration, to its content
             // store. That fails where another checkpoint has put the same configuration there.
             Err(error) if error.is_already_exists() => {

@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use containerd_client::tonic::{self, Code, transport};
 use machinen::{
-    admission::AdmissionError, checkpoint::CheckpointError, layer::LayerError, pod::rootfs::RootfsError,
+    admission::AdmissionError, checkpoint::CheckpointError, layer::LayerError, pod::rootfs::RootfsPlanError,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -38,7 +38,7 @@ pub enum ForkError {
     #[error("{id} has no snapshot that gets what it writes, of which the new container could have a copy")]
     NoSnapshot { id: String },
     #[error("cannot use the root file system of {id}")]
-    Rootfs { id: String, source: RootfsError },
+    Rootfs { id: String, source: RootfsPlanError },
     #[error("the configuration of {id} is not understood")]
     Spec { id: String, source: serde_json::Error },
     #[error("{id} shares the hostname of its VM, so the new container cannot have --hostname")]

@@ -12,7 +12,7 @@ use std::{
 };
 
 use machinen::{
-    checkpoint::{self, CheckpointError, Manifest},
+    checkpoint::{self, CheckpointError, CheckpointManifest},
     error::chain,
 };
 use rustix::{
@@ -84,7 +84,7 @@ impl Images {
 ///
 /// # Errors
 /// There is one, and it is not complete.
-pub(super) fn complete(path: &Path, source: &str) -> Result<Option<Manifest>, ForkError> {
+pub(super) fn complete(path: &Path, source: &str) -> Result<Option<CheckpointManifest>, ForkError> {
     match checkpoint::verify(path) {
         Err(CheckpointError::NoManifest { .. }) => Ok(None),
         verified => Ok(Some(verified?).filter(|manifest| manifest.container == source)),
@@ -194,12 +194,12 @@ mod tests {
             sha256: "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881".into(),
             parts: Vec::new(),
         };
-        let manifest = Manifest {
+        let manifest = CheckpointManifest {
             format: checkpoint::FORMAT,
             arch: std::env::consts::ARCH.to_owned(),
             container: "one".to_owned(),
             files: vec![image],
-            ..Manifest::default()
+            ..CheckpointManifest::default()
         };
         let text = serde_json::to_vec(&manifest).unwrap();
         fs::write(dir.path().join(checkpoint::MANIFEST), text).unwrap();

@@ -2,7 +2,7 @@
 
 use std::{io, time::Duration};
 
-use machinen::watch::Watch;
+use machinen::watch::FileWatch;
 use tokio::time::timeout;
 
 use super::{containerd::Containerd, error::ForkError};
@@ -18,7 +18,7 @@ pub(super) async fn serving(containerd: &Containerd) -> Result<(), ForkError> {
     let address = containerd.address.as_path();
     let served = async {
         // Before the first try, so that no event is missed.
-        let watch = Watch::new()?;
+        let watch = FileWatch::new()?;
         watch.names(address.parent().unwrap_or(address))?;
         while !containerd.serves().await {
             watch.changed().await?;

@@ -12,7 +12,7 @@ use containerd_client::{
         v1::{Process, Status},
     },
 };
-use machinen::pod::rootfs::{self, Plan, RootfsMount};
+use machinen::pod::rootfs::{self, RootfsMount, RootfsPlan};
 use oci_spec::runtime::Spec;
 use rustix::fs::{FlockOperation, flock};
 
@@ -29,7 +29,7 @@ pub(super) struct Source {
     pub(super) task: Process,
     pub(super) snapshot: Info,
     /// Where its root file system is and where its writes go.
-    pub(super) rootfs: Plan,
+    pub(super) rootfs: RootfsPlan,
 }
 
 impl Source {
@@ -95,7 +95,7 @@ impl Source {
 ///
 /// # Errors
 /// machinen cannot use it.
-pub(super) fn plan(id: &str, mounts: &[Mount]) -> Result<Plan, ForkError> {
+pub(super) fn plan(id: &str, mounts: &[Mount]) -> Result<RootfsPlan, ForkError> {
     let mounts: Vec<_> = mounts
         .iter()
         .map(|mount| RootfsMount {

@@ -10,7 +10,7 @@ use containerd_client::{
     types::Mount,
 };
 use containerd_shim_protos::shim::oci::Options;
-use machinen::{config::Config, error::chain, layer::Twins, pod, pod::rootfs::Plan};
+use machinen::{config::Config, error::chain, layer::Twins, pod, pod::rootfs::RootfsPlan};
 use prost_types::Any;
 
 use super::{
@@ -178,12 +178,12 @@ impl Fork<'_> {
 }
 
 /// None where the writes of one of them do not get to its snapshot.
-fn twins(from: &Plan, to: Plan) -> Option<Twins> {
+fn twins(from: &RootfsPlan, to: RootfsPlan) -> Option<Twins> {
     match (from.clone(), to) {
-        (Plan { target: Some(from), .. }, Plan { target: Some(to), .. }) => {
+        (RootfsPlan { target: Some(from), .. }, RootfsPlan { target: Some(to), .. }) => {
             Some(Twins::Directories { from, to })
         }
-        (Plan { source: None, writable: from, .. }, Plan { source: None, writable: to, .. }) => {
+        (RootfsPlan { source: None, writable: from, .. }, RootfsPlan { source: None, writable: to, .. }) => {
             Some(Twins::Disks { from, to })
         }
         _ => None,

@@ -1,7 +1,7 @@
-//! Digests of images: of each whole, and of its parts, so that a part can be checked without the rest.
+//! Digests of images: one of each whole image, and one of each part, so that a part can be verified alone.
 //!
-//! The whole has a sha256, as everything around containers. Parts are read between a container and its memory, and have
-//! the faster BLAKE3.
+//! The whole image has a SHA-256 digest, as is usual for containers. Parts have the faster BLAKE3, because
+//! they are verified while a restored process waits for its memory.
 
 use std::{
     fs::File,
@@ -14,25 +14,25 @@ use std::{
 
 use sha2::{Digest as _, Sha256};
 
-/// Bytes of a part; the last one of an image is shorter.
+/// Size of a part, bytes. The last part of an image may be shorter.
 pub(super) const PART: u64 = 1 << 20;
 
-/// Hexadecimal BLAKE3 of the bytes of a part.
+/// The hexadecimal BLAKE3 digest of a part.
 pub(super) fn of_part(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex().to_string()
 }
 
-/// Hexadecimal sha256 of a whole file of `size` bytes. Blocks.
+/// The hexadecimal SHA-256 digest of a whole file of `size` bytes. Blocks.
 ///
 /// # Errors
-/// Those of reading; the file is shorter.
+/// The file cannot be read, or is shorter.
 pub(super) fn of_file(file: &File, size: u64) -> io::Result<String> {
     let mut digest = Sha256::new();
     update(&mut digest, file, 0..size)?;
     Ok(hexadecimal(digest))
 }
 
-/// Goes on with some bytes of a file, which begin with a part. Blocks.
+/// Adds a range of a file to a digest. The range starts at the start of a part. Blocks.
 ///
 /// # Errors
 /// As for [`of_file`].
@@ -48,7 +48,7 @@ pub(super) fn hexadecimal(digest: Sha256) -> String {
     format!("{:x}", digest.finalize())
 }
 
-/// Of each part among some bytes of a file, which begin and end with one. Blocks.
+/// The digests of the parts in a range of a file, which starts and ends at the boundary of a part. Blocks.
 ///
 /// # Errors
 /// As for [`of_file`].
@@ -62,7 +62,7 @@ fn parts(bytes: Range<u64>) -> Range<u64> {
     bytes.start / PART..bytes.end.div_ceil(PART)
 }
 
-/// Whether each part is what `digests` says, on all processors. Blocks.
+/// Whether each part has the digest in `digests`. Uses all processors. Blocks.
 ///
 /// # Errors
 /// As for [`of_file`].
@@ -89,10 +89,10 @@ pub(super) fn parts_are(file: &File, size: u64, digests: &[String]) -> io::Resul
     })
 }
 
-/// One part of a file of `size` bytes.
+/// Reads one part of a file of `size` bytes.
 ///
 /// # Errors
-/// Those of reading; the file is shorter.
+/// The file cannot be read, or is shorter.
 pub(super) fn read_part<'a>(
     file: &File,
     size: u64,

@@ -1,11 +1,13 @@
-//! The disk that a guest restores from: the files of a checkpoint as they are, behind the metadata of a file system.
+//! The disk that a guest restores from: the files of a checkpoint, unchanged, behind the metadata of a file
+//! system.
 //!
 //! ```text
-//!   guest ── reads ──> QEMU ── NBD over a socket pair ──> thread: metadata from memory, images from their files, and each
-//!                                                         part of them is checked before a byte of it is given away
+//!   guest ── reads ──> QEMU ── NBD over a socket pair ──> thread: metadata from memory, images from their files;
+//!                                                         a part is verified before any byte of it is served
 //! ```
-//! Nothing is copied, and memory that is fetched later is not even read before: what a restore takes does not grow with it.
-//! The thread ends with the connection, so with the disk in the VM or the VM.
+//! No data is copied, and memory that the guest fetches later is not read in advance, so the cost of a
+//! restore does not grow with it. The thread ends with the connection, which ends when the disk is detached
+//! or the VM ends.
 
 use std::{
     fs::File,
@@ -24,44 +26,45 @@ use super::{
     digest::PART,
     erofs::{self, Layout},
     files::{open_image, verify_opened},
-    manifest::Manifest,
+    manifest::CheckpointManifest,
 };
 use crate::vm::DiskSource;
 
-/// What `nbd` lists the only export as, and QEMU looks for it in that list.
+/// The name of the only export in the list that `nbd` serves, by which QEMU selects it.
 const EXPORT: &str = "rustnbd";
 
-/// A disk to be attached; clones are the same one.
+/// A disk that can be attached to a VM. Clones are handles of the same disk.
 #[derive(Debug, Clone)]
-pub(crate) struct ImageDisk(Arc<Content>);
+pub(crate) struct ImageDisk(Arc<DiskContent>);
 
 #[derive(Debug)]
-struct Content {
+struct DiskContent {
     metadata: Vec<u8>,
-    images: Vec<Image>,
+    images: Vec<DiskImage>,
     size: u64,
-    /// Why the guest was told of an error.
+    /// The damage for which a read of the guest was refused.
     fault: Mutex<Option<CheckpointError>>,
 }
 
 /// One file of the checkpoint, on the disk.
 #[derive(Debug)]
-struct Image {
-    /// Where it begins.
+struct DiskImage {
+    /// Offset of the file on the disk, bytes.
     at: u64,
     size: u64,
     file: File,
     path: PathBuf,
-    /// Of its parts; none where it was checked as a whole.
+    /// Digests of the parts; empty if the image was verified as a whole.
     parts: Vec<String>,
 }
 
 impl ImageDisk {
-    /// Opens all images. All but memory are compared with their digests now, memory when it is read. Blocks.
+    /// Opens all images and compares them with their digests, except memory, which is compared when it is
+    /// read. Blocks.
     ///
     /// # Errors
-    /// An image is missing or not as it was written.
-    pub(crate) fn open(dir: &Path, manifest: &Manifest) -> Result<Self, CheckpointError> {
+    /// An image is missing or was changed.
+    pub(crate) fn open(dir: &Path, manifest: &CheckpointManifest) -> Result<Self, CheckpointError> {
         allow_many_files();
         let opened = manifest.files.iter().map(|image| Ok((image, open_image(dir, image)?)));
         let opened = opened.collect::<Result<Vec<_>, CheckpointError>>()?;
@@ -78,52 +81,53 @@ impl ImageDisk {
                 }
                 false => image.parts.clone(),
             };
-            Ok(Image { at, size: image.size, file, path, parts })
+            Ok(DiskImage { at, size: image.size, file, path, parts })
         });
         let images = images.collect::<Result<_, CheckpointError>>()?;
-        Ok(Self(Arc::new(Content { metadata, images, size, fault: Mutex::new(None) })))
+        Ok(Self(Arc::new(DiskContent { metadata, images, size, fault: Mutex::new(None) })))
     }
 
-    /// Starts to serve it to whoever is given the result.
+    /// Serves the disk on a socket, in a thread of its own.
     ///
     /// # Errors
-    /// No socket or thread can be had.
+    /// No socket or thread can be created.
     pub(crate) fn serve(&self) -> io::Result<DiskSource> {
         let (ours, theirs) = UnixStream::pair()?;
         let content = Arc::clone(&self.0);
         thread::Builder::new().name("checkpoint-disk".to_owned()).spawn(move || {
-            // QEMU closes the socket without a word when it is killed.
+            // When QEMU is killed it closes the socket without an end of the NBD session.
             if let Err(error) = serve(&ours, content) {
-                tracing::debug!("the disk of a checkpoint is not read any more: {error}");
+                tracing::debug!("the disk of a checkpoint is no longer served: {error}");
             }
         })?;
         Ok(DiskSource::Nbd { socket: theirs.into(), export: EXPORT })
     }
 
-    /// What was wrong with the checkpoint, if the guest could not read of it for that reason.
+    /// Returns the damage for which a read of the guest was refused, if any.
     pub(crate) fn fault(&self) -> Option<CheckpointError> {
         self.0.fault.lock().expect("no panic while held").take()
     }
 }
 
-/// Some hundred processes have more images than a process has files open, unless it asks (RLIMIT_NOFILE's soft limit).
+/// Raises the soft limit RLIMIT_NOFILE, because some hundred processes have more images than a process may
+/// open by default.
 fn allow_many_files() {
     let limit = getrlimit(Resource::Nofile);
-    // Where it is refused, the image that cannot be opened is the error.
+    // If the limit cannot be raised, the image that cannot be opened becomes the error.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
-fn serve(mut socket: &UnixStream, content: Arc<Content>) -> io::Result<()> {
+fn serve(mut socket: &UnixStream, content: Arc<DiskContent>) -> io::Result<()> {
     let size = content.size;
     handshake(&mut socket, |_| Ok(Export { size, readonly: true, ..Export::<()>::default() }))?;
     transmission(socket, Reader { content, at: 0, buffer: Vec::new(), buffered: None })
 }
 
-/// One client's place on the disk.
+/// The state of one NBD session.
 struct Reader {
-    content: Arc<Content>,
+    content: Arc<DiskContent>,
     at: u64,
-    /// The part that was checked last, and of which image it is which.
+    /// The part that was verified last; `buffered` has the index of its image and its number.
     buffer: Vec<u8>,
     buffered: Option<(usize, u64)>,
 }
@@ -136,7 +140,7 @@ impl Read for Reader {
         let into = &mut into[..limit];
         let count = match content.images.partition_point(|image| image.at <= from).checked_sub(1) {
             _ if into.is_empty() => 0,
-            None => give(&content.metadata[from as usize..], into),
+            None => copy_available(&content.metadata[from as usize..], into),
             Some(index) => self.read_image(index, into)?,
         };
         self.at += count as u64;
@@ -150,7 +154,7 @@ impl Reader {
         let image = &content.images[index];
         let at = self.at - image.at;
         let Some(rest) = image.size.checked_sub(at).filter(|rest| *rest > 0) else {
-            // What is left of the block.
+            // The rest of the file's last block.
             let count = erofs::BLOCK.min(into.len());
             let count = count.min(erofs::BLOCK - (at % erofs::BLOCK as u64) as usize);
             into[..count].fill(0);
@@ -158,7 +162,7 @@ impl Reader {
         };
         let fault = |what: &str| {
             let path = image.path.clone();
-            tracing::error!(path = %path.display(), "an image of a checkpoint {what} now");
+            tracing::error!(path = %path.display(), "an image of a checkpoint {what}");
             let fault = CheckpointError::Changed { path, what: what.to_owned() };
             self.content.fault.lock().expect("no panic while held").get_or_insert(fault);
             io::Error::from_raw_os_error(libc::EIO)
@@ -174,16 +178,16 @@ impl Reader {
             let part = digest::read_part(&image.file, image.size, number, &mut self.buffer);
             let part = part.map_err(|_| fault("cannot be read"))?;
             if Some(&digest::of_part(part)) != image.parts.get(number as usize) {
-                return Err(fault("has another content"));
+                return Err(fault("has different content"));
             }
             self.buffered = Some((index, number));
         }
-        Ok(give(&self.buffer[(at % PART) as usize..], into))
+        Ok(copy_available(&self.buffer[(at % PART) as usize..], into))
     }
 }
 
-/// As much as there is and fits.
-fn give(from: &[u8], into: &mut [u8]) -> usize {
+/// Copies as much as is available and fits; returns the number of bytes.
+fn copy_available(from: &[u8], into: &mut [u8]) -> usize {
     let count = from.len().min(into.len());
     into[..count].copy_from_slice(&from[..count]);
     count
@@ -199,7 +203,7 @@ impl Seek for Reader {
     }
 }
 
-/// Nobody writes to it; the protocol's library wants to be able to.
+/// Writes are never requested from a read-only export, but the NBD library requires the trait.
 impl Write for Reader {
     fn write(&mut self, _: &[u8]) -> io::Result<usize> {
         Err(io::Error::from_raw_os_error(libc::EROFS))
@@ -219,8 +223,8 @@ mod tests {
     use super::*;
     use crate::checkpoint::ImageDigest;
 
-    /// A checkpoint with these files, memory among them.
-    fn saved(dir: &Path, files: &[(&str, Vec<u8>)]) -> Manifest {
+    /// Writes a checkpoint with these files, which include memory.
+    fn saved(dir: &Path, files: &[(&str, Vec<u8>)]) -> CheckpointManifest {
         let digests = files.iter().map(|(name, content)| {
             let path = dir.join(name);
             fs::write(&path, content).unwrap();
@@ -233,10 +237,10 @@ mod tests {
                 parts,
             }
         });
-        Manifest { files: digests.collect(), ..Manifest::default() }
+        CheckpointManifest { files: digests.collect(), ..CheckpointManifest::default() }
     }
 
-    /// The bytes of the disk, as far as they can be read.
+    /// Returns the bytes of the disk that can be read.
     fn read(disk: &ImageDisk) -> Vec<u8> {
         let DiskSource::Nbd { socket, .. } = disk.serve().unwrap() else { panic!("not served") };
         let mut socket = UnixStream::from(socket);
@@ -256,7 +260,7 @@ mod tests {
         let memory: Vec<u8> = (0..3 * PART + 4096).map(|at| (at / 1000) as u8).collect();
         let files = [("core-1.img", vec![7; 900]), ("empty", vec![]), ("pages-1.img", memory)];
         let disk = ImageDisk::open(dir.path(), &saved(dir.path(), &files)).unwrap();
-        // What was opened is used, whatever becomes of the names.
+        // The disk uses the open files, whatever happens to their names.
         dir.close().unwrap();
         let all = read(&disk);
         assert_eq!(all.len() as u64, disk.0.size);
@@ -268,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn there_may_be_more_images_than_files_that_are_open() {
+    fn images_may_exceed_the_soft_limit_of_open_files() {
         let dir = tempfile::tempdir().unwrap();
         let files: Vec<_> = (0..1500).map(|number| format!("core-{number}.img")).collect();
         let files: Vec<_> = files.iter().map(|name| (name.as_str(), vec![1])).collect();
@@ -281,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_checked_when_it_is_read_and_all_else_before() {
+    fn memory_is_verified_when_it_is_read_and_other_images_before() {
         let dir = tempfile::tempdir().unwrap();
         let files = [("ghost-file-1.img", vec![1; 3 << 20]), ("pages-1.img", vec![2; 3 << 20])];
         let manifest = saved(dir.path(), &files);
@@ -298,8 +302,8 @@ mod tests {
         let wrong = disk.0.images[1].at + PART;
         assert_eq!(read(&disk).len() as u64, wrong);
         let fault = disk.fault().unwrap().to_string();
-        assert!(fault.contains("pages-1.img") && fault.contains("another content"), "{fault}");
-        // Where the parts are not known it is checked like all else.
+        assert!(fault.contains("pages-1.img") && fault.contains("different content"), "{fault}");
+        // An image without digests of its parts is verified as a whole.
         let mut older = manifest.clone();
         older.files[1].parts.clear();
         assert!(ImageDisk::open(dir.path(), &older).is_err());

@@ -1,42 +1,45 @@
-//! The metadata of an EROFS file system with one directory of files, whose bytes somebody else has: they follow it, each file
-//! in blocks of its own. So a disk with any files is made without reading or copying them.
+//! Makes the metadata of an EROFS file system with one directory of files. The files' bytes are not part of
+//! it: they follow the metadata, each file in blocks of its own, and can be served from elsewhere. So a disk
+//! with any files is made without reading or copying them.
 //!
 //! ```text
 //!   block 0         superblock, at byte 1024
 //!   from block 1    inodes: the root directory's, then the files'
 //!   then            the directory's entries; from there on the files' bytes
 //! ```
-//! mkfs.erofs and the crates that write EROFS put the files' bytes in. Source: Linux, Documentation/filesystems/erofs.rst and
-//! fs/erofs/erofs_fs.h; only extended inodes with the flat layout are used.
+//! mkfs.erofs and the crates that write EROFS would copy the files' bytes. Source: Linux,
+//! Documentation/filesystems/erofs.rst and fs/erofs/erofs_fs.h; only extended inodes with the flat layout are
+//! used.
 
-/// Bytes.
+/// Size of a block, bytes.
 pub(super) const BLOCK: usize = 4096;
 
 const BLOCK_BITS: u8 = 12;
 const SUPERBLOCK: usize = 1024;
 const MAGIC: u32 = 0xe0f5_e1e2;
-/// Inodes are counted in places of 32 bytes, of which an extended one takes two.
+/// Inode numbers count units of 32 bytes; an extended inode takes two of them.
 const PLACE: usize = 32;
 const INODE: usize = 64;
-/// Inodes begin with block 1.
+/// Number of the root inode; the inodes start with block 1.
 const ROOT: u64 = (BLOCK / PLACE) as u64;
 const EXTENDED: u16 = 1;
 const ENTRY: usize = 12;
 const REGULAR: u8 = 1;
 const DIRECTORY: u8 = 2;
 
-/// The metadata, and where bytes of files belong.
+/// The metadata, and the offsets of the files' bytes.
 #[derive(Debug)]
 pub(super) struct Layout {
-    /// Whole blocks.
+    /// A whole number of blocks.
     pub(super) metadata: Vec<u8>,
-    /// Of each file, in bytes.
+    /// Offset of each file, bytes.
     pub(super) offsets: Vec<u64>,
-    /// Of everything, in bytes.
+    /// Size of the whole file system, bytes.
     pub(super) size: u64,
 }
 
-/// Of files with these names, which are of one element each, and sizes. None: more than EROFS can have, 16 TiB.
+/// Lays out files with these names, each a single path element, and sizes. Returns None if they exceed
+/// EROFS's limit of 16 TiB.
 pub(super) fn layout(files: &[(&str, u64)]) -> Option<Layout> {
     let entries = entries(files);
     let inodes = BLOCK + ((1 + files.len()) * INODE).next_multiple_of(BLOCK);
@@ -55,10 +58,12 @@ pub(super) fn layout(files: &[(&str, u64)]) -> Option<Layout> {
     put(14, &(ROOT as u16).to_le_bytes());
     put(16, &(1 + files.len() as u64).to_le_bytes());
     put(36, &block(next));
-    let directory = Inode { number: 1, mode: libc::S_IFDIR | 0o500, links: 2, size: entries.len() as u64 };
+    let directory =
+        ErofsInode { number: 1, mode: libc::S_IFDIR | 0o500, links: 2, size: entries.len() as u64 };
     directory.write(inodes as u64, &mut metadata);
     for (index, ((_, size), offset)) in files.iter().zip(&offsets).enumerate() {
-        let file = Inode { number: index as u32 + 2, mode: libc::S_IFREG | 0o400, links: 1, size: *size };
+        let file =
+            ErofsInode { number: index as u32 + 2, mode: libc::S_IFREG | 0o400, links: 1, size: *size };
         file.write(*offset, &mut metadata);
     }
     metadata.resize(inodes, 0);
@@ -71,15 +76,15 @@ fn block(offset: u64) -> [u8; 4] {
     ((offset / BLOCK as u64) as u32).to_le_bytes()
 }
 
-struct Inode {
+struct ErofsInode {
     number: u32,
     mode: u32,
     links: u32,
     size: u64,
 }
 
-impl Inode {
-    /// `struct erofs_inode_extended`; owner and times are 0.
+impl ErofsInode {
+    /// Writes a `struct erofs_inode_extended`; owner and times are 0.
     fn write(&self, offset: u64, to: &mut Vec<u8>) {
         let start = to.len();
         to.extend(EXTENDED.to_le_bytes());
@@ -95,7 +100,7 @@ impl Inode {
     }
 }
 
-/// The directory's content: blocks of entries and then their names, in the order of the names' bytes.
+/// Returns the directory's content: blocks with entries followed by their names, sorted by the names' bytes.
 fn entries(files: &[(&str, u64)]) -> Vec<u8> {
     let number = |index: usize| ROOT + ((1 + index) * (INODE / PLACE)) as u64;
     let named = files.iter().enumerate().map(|(index, (name, _))| (*name, number(index), REGULAR));
@@ -113,7 +118,7 @@ fn entries(files: &[(&str, u64)]) -> Vec<u8> {
             fits
         });
         let (these, others) = rest.split_at(fit.count());
-        // Before it only whole blocks.
+        // All blocks before this one are full.
         content.resize(content.len().next_multiple_of(BLOCK), 0);
         let mut name_at = these.len() * ENTRY;
         for (name, inode, kind) in these {
@@ -134,11 +139,12 @@ mod tests {
 
     use super::*;
 
-    /// What erofs-utils makes of it.
+    /// Compares with erofs-utils.
     #[test]
     #[expect(clippy::disallowed_methods, reason = "the test waits for it at once")]
     fn fsck_finds_each_file_with_its_bytes() {
-        // More than a block of entries, names that sort before ".", no bytes, and bytes that fill their blocks.
+        // These have more than a block of entries, names that sort before ".", an empty file, and files that
+        // fill their blocks.
         let mut files: Vec<_> =
             (0..700).map(|number| (format!("core-{number}.img"), number % 9 * 1024)).collect();
         files.extend([("-x".to_owned(), 1), ("a".repeat(255), 8192), ("empty".to_owned(), 0)]);
@@ -166,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn more_than_it_can_have_is_refused() {
+    fn files_that_exceed_the_format_are_refused() {
         assert!(layout(&[("a", 15 << 40)]).is_some());
         for size in [16 << 40, u64::MAX - 5000, u64::MAX] {
             assert!(layout(&[("a", size)]).is_none(), "{size}");

@@ -1,4 +1,4 @@
-//! Why a checkpoint cannot be written or used.
+//! The errors of writing and using checkpoints.
 
 use std::{io, path::PathBuf};
 
@@ -17,9 +17,9 @@ pub enum CheckpointError {
     NoSpace { path: PathBuf, source: io::Error },
     #[error("{} is not empty: a checkpoint needs a directory of its own", path.display())]
     NotEmpty { path: PathBuf },
-    #[error("the guest's answer about its images makes no sense: {what}")]
+    #[error("the guest's report about its images is not valid: {what}")]
     Guest { what: String },
-    #[error("{} is no checkpoint of machinen: it has no {MANIFEST}", dir.display())]
+    #[error("{} is not a checkpoint of machinen: it has no {MANIFEST}", dir.display())]
     NoManifest { dir: PathBuf },
     #[error("{} is not valid", path.display())]
     Manifest { path: PathBuf, source: serde_json::Error },

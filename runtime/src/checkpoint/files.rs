@@ -1,4 +1,4 @@
-//! The directory of a checkpoint, as others leave it: read, verified, removed.
+//! Reads, verifies and removes the directory of a checkpoint, which other programs may have changed.
 
 use std::{
     fs::{self, File},
@@ -10,15 +10,15 @@ use rustix::fs::{Mode, OFlags};
 
 use super::{
     CheckpointError, digest,
-    manifest::{ImageDigest, MANIFEST, Manifest},
+    manifest::{CheckpointManifest, ImageDigest, MANIFEST},
 };
 
-/// Reads a checkpoint, and compares all of it with what was written. Blocks.
+/// Reads a checkpoint and verifies all of its files. Blocks.
 ///
 /// # Errors
-/// It is no checkpoint, or what is different.
-pub fn verify(dir: &Path) -> Result<Manifest, CheckpointError> {
-    let manifest = Manifest::read(dir)?;
+/// The directory has no valid checkpoint, or a file was changed.
+pub fn verify(dir: &Path) -> Result<CheckpointManifest, CheckpointError> {
+    let manifest = CheckpointManifest::read(dir)?;
     for image in &manifest.files {
         let (path, file) = open_image(dir, image)?;
         verify_opened(image, &path, &file)?;
@@ -29,9 +29,10 @@ pub fn verify(dir: &Path) -> Result<Manifest, CheckpointError> {
 /// Removes the files of a checkpoint: those that its manifest names, and the manifest. Blocks.
 ///
 /// # Errors
-/// It is no checkpoint, or a file cannot be removed; the manifest goes last, so that it can be tried again.
+/// The directory has no valid checkpoint, or a file cannot be removed. The manifest is removed last, so that
+/// the request can be repeated.
 pub fn clear(dir: &Path) -> Result<(), CheckpointError> {
-    let manifest = Manifest::read(dir)?;
+    let manifest = CheckpointManifest::read(dir)?;
     for name in manifest.files.iter().map(|file| file.name.as_str()).chain([MANIFEST]) {
         let path = dir.join(name);
         match fs::remove_file(&path) {
@@ -44,7 +45,7 @@ pub fn clear(dir: &Path) -> Result<(), CheckpointError> {
     Ok(())
 }
 
-/// Removes a checkpoint: its files, and the directory if nothing else is in it. Blocks.
+/// Removes a checkpoint: its files, and the directory if it is empty then. Blocks.
 ///
 /// # Errors
 /// As for [`clear`].
@@ -59,7 +60,7 @@ pub fn remove(dir: &Path) -> Result<(), CheckpointError> {
 }
 
 /// # Errors
-/// The image is missing, or not a file of the size that was written.
+/// The image is missing, or is not a file of the recorded size.
 pub(super) fn open_image(dir: &Path, image: &ImageDigest) -> Result<(PathBuf, File), CheckpointError> {
     let path = dir.join(&image.name);
     let changed = |what: String| Err(CheckpointError::Changed { path: path.clone(), what });
@@ -81,7 +82,7 @@ pub(super) fn open_image(dir: &Path, image: &ImageDigest) -> Result<(PathBuf, Fi
 }
 
 /// # Errors
-/// The image is not the one that was written.
+/// The content of the image differs from what was written.
 pub(super) fn verify_opened(image: &ImageDigest, path: &Path, file: &File) -> Result<(), CheckpointError> {
     let same = if image.parts.is_empty() {
         digest::of_file(file, image.size).map(|found| found == image.sha256)
@@ -91,7 +92,7 @@ pub(super) fn verify_opened(image: &ImageDigest, path: &Path, file: &File) -> Re
     match same.map_err(CheckpointError::file("read", path))? {
         true => Ok(()),
         false => {
-            Err(CheckpointError::Changed { path: path.to_owned(), what: "has another content".to_owned() })
+            Err(CheckpointError::Changed { path: path.to_owned(), what: "has different content".to_owned() })
         }
     }
 }

@@ -1,7 +1,8 @@
-//! `machinen.json`: what a checkpoint is of, and what it takes to restore it.
+//! `machinen.json`: describes a checkpoint, and what is needed to restore it.
 //!
-//! Version rules: a field that older versions may ignore is added without a change of [`FORMAT`]; anything that they would
-//! misread changes it. Unknown fields are ignored, missing ones without a default are an error.
+//! Version rules: a field that older versions may ignore is added without a change of [`FORMAT`]; a field
+//! that they would misread requires a change. Unknown fields are ignored; a missing field without a default
+//! is an error.
 
 use std::{
     collections::BTreeMap,
@@ -22,75 +23,77 @@ pub const FORMAT: u32 = 1;
 /// The file's name.
 pub const MANIFEST: &str = "machinen.json";
 
-/// More than a manifest with the most files takes.
+/// An upper bound: a manifest with the largest number of files is smaller.
 const MAX_SIZE: u64 = 16 << 20;
 
-/// A checkpoint, described.
+/// The description of a checkpoint.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Manifest {
+pub struct CheckpointManifest {
     pub format: u32,
-    /// Version of machinen that wrote it.
+    /// Version of machinen that wrote the checkpoint.
     pub machinen: String,
-    /// As in `std::env::consts::ARCH`.
+    /// A value of `std::env::consts::ARCH`.
     pub arch: String,
-    /// RFC 3339, UTC.
+    /// Time of the checkpoint: RFC 3339, UTC.
     pub created: String,
     /// Id of the container.
     pub container: String,
-    /// Of the guest: uname(2)'s release.
+    /// The guest kernel's release, as uname(2) reports it.
     pub kernel: String,
     pub criu: String,
-    /// Features of the guest's CPU, by /proc/cpuinfo's names.
+    /// Features of the guest's CPU, named as in /proc/cpuinfo.
     pub cpu_flags: Vec<String>,
-    /// Key of the base disk; none where the root file system is one disk of the snapshotter's.
+    /// Key of the base disk; None if the snapshotter provides the root file system as one disk.
     #[serde(default)]
     pub rootdisk: Option<String>,
     /// `sha256:` and the digest of the bundle's config.json.
     pub config: String,
-    /// That config.json's; empty where it has none.
+    /// The hostname in that config.json; empty if it has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hostname: Option<String>,
-    /// Which directory of the host had the container's writes of that moment; see [`crate::layer::identity`].
+    /// Identity of the host's directory that had the container's changes at that time; see
+    /// [`crate::layer::identity`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layer: Option<String>,
     pub terminal: bool,
-    /// CRIU's names of what the first process has as its standard streams; empty for one that is closed.
+    /// CRIU's names for the standard streams of the first process; empty for a closed stream.
     pub descriptors: Vec<String>,
-    pub mounts: Vec<Mount>,
-    /// Files of the container's cgroup.
+    pub mounts: Vec<ManifestMount>,
+    /// Files of the container's cgroup, with their content.
     pub limits: BTreeMap<String, String>,
-    /// The container's cgroup, with what is not among the limits, and all below it, parents first.
+    /// The container's cgroup with the settings that are not among the limits, and all cgroups below it,
+    /// parents first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub cgroups: Vec<Cgroup>,
-    pub options: Options,
+    pub cgroups: Vec<ManifestCgroup>,
+    pub options: DumpOptions,
     pub files: Vec<ImageDigest>,
 }
 
-/// A mount in the container whose source is outside of it.
+/// A mount in the container whose source is outside of the container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Mount {
+pub struct ManifestMount {
     pub destination: PathBuf,
-    /// In the guest; none for a file of the host's that the configuration mounts there.
+    /// Path in the guest; None for a file of the host that the configuration mounts there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<PathBuf>,
 }
 
-/// A cgroup of the container's.
+/// The container's cgroup, or one below it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Cgroup {
-    /// Relative to the container's own, whose path is empty.
+pub struct ManifestCgroup {
+    /// Relative to the container's cgroup, whose path is empty.
     pub path: String,
-    /// Names and contents of its files, in the order in which they are set.
+    /// Names and contents of the cgroup's files, in the order in which they are written.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub settings: Vec<(String, String)>,
-    /// Names, users and groups of files that are not root's.
+    /// Names, user ids and group ids of files that do not belong to root.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub owners: Vec<(String, u32, u32)>,
 }
 
-/// What was asked for, each CRIU's option of the same name.
+/// The options of the request, each named as in CRIU.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Options {
+pub struct DumpOptions {
     #[serde(default)]
     pub tcp_established: bool,
     #[serde(default)]
@@ -109,23 +112,26 @@ pub struct ImageDigest {
     pub size: u64,
     /// Hexadecimal.
     pub sha256: String,
-    /// BLAKE3 of each MiB, hexadecimal, for images larger than one, so that what is read can be checked without the rest.
+    /// Hexadecimal BLAKE3 digests of each MiB, for images larger than one MiB, so that a range can be
+    /// verified alone.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parts: Vec<String>,
 }
 
 impl ImageDigest {
-    /// Whether it is memory of processes, which has no structure that anything depends on before it is read.
+    /// Whether the image holds memory of processes. It has no structure that has to be verified before it is
+    /// read.
     pub(super) fn is_memory(&self) -> bool {
         self.name.starts_with("pages-")
     }
 }
 
-impl Manifest {
-    /// Reads the manifest of the checkpoint in `dir`, and sees whether this host can use it. The images are not read.
+impl CheckpointManifest {
+    /// Reads the manifest of the checkpoint in `dir`, and checks whether this host can use it. Does not read
+    /// the images.
     ///
     /// # Errors
-    /// There is none, it is not valid, or of another format or architecture.
+    /// The manifest is missing, not valid, or has another format or architecture.
     pub fn read(dir: &Path) -> Result<Self, CheckpointError> {
         let path = dir.join(MANIFEST);
         let file = File::open(&path).map_err(|source| match source.kind() {
@@ -137,18 +143,18 @@ impl Manifest {
         Self::parse(&text, &path)
     }
 
-    /// The same for a manifest that was read already, from `path`.
+    /// Like [`CheckpointManifest::read`], for a manifest that was read from `path` already.
     ///
     /// # Errors
-    /// It is not valid, or of another format or architecture.
+    /// The manifest is not valid, or has another format or architecture.
     pub fn parse(text: &[u8], path: &Path) -> Result<Self, CheckpointError> {
         #[derive(Deserialize)]
-        struct Version {
+        struct FormatOnly {
             format: u32,
         }
         let path = path.to_owned();
         let invalid = |source| CheckpointError::Manifest { path: path.clone(), source };
-        let Version { format } = serde_json::from_slice(text).map_err(invalid)?;
+        let FormatOnly { format } = serde_json::from_slice(text).map_err(invalid)?;
         if format != FORMAT {
             return Err(CheckpointError::Format { path, found: format });
         }
@@ -173,17 +179,17 @@ impl Manifest {
         self.criu = facts.criu_version;
         self.cpu_flags = facts.cpu_flags;
         self.descriptors = facts.descriptors;
-        let mounts = facts.mounts.into_iter().map(|mount| Mount {
+        let mounts = facts.mounts.into_iter().map(|mount| ManifestMount {
             destination: mount.destination.into(),
             source: Some(mount.source).filter(|source| !source.is_empty()).map(Into::into),
         });
         self.mounts = mounts.collect();
         self.limits = facts.limits.into_iter().map(|file| (file.name, file.content)).collect();
-        self.cgroups = facts.cgroups.into_iter().map(Cgroup::from).collect();
+        self.cgroups = facts.cgroups.into_iter().map(ManifestCgroup::from).collect();
         self
     }
 
-    /// What the guest is told.
+    /// The part of the manifest that the guest needs.
     pub(crate) fn facts(&self) -> CheckpointFacts {
         let mounts = self.mounts.iter().map(|mount| ExternalMount {
             destination: mount.destination.display().to_string(),
@@ -202,13 +208,13 @@ impl Manifest {
             descriptors: self.descriptors.clone(),
             mounts: mounts.collect(),
             limits: limits.collect(),
-            cgroups: self.cgroups.iter().map(Cgroup::to_message).collect(),
+            cgroups: self.cgroups.iter().map(ManifestCgroup::to_message).collect(),
             ..Default::default()
         }
     }
 }
 
-impl Cgroup {
+impl ManifestCgroup {
     fn to_message(&self) -> NestedCgroup {
         let settings = self.settings.iter().map(|(name, content)| CgroupFile {
             name: name.clone(),
@@ -230,7 +236,7 @@ impl Cgroup {
     }
 }
 
-impl From<NestedCgroup> for Cgroup {
+impl From<NestedCgroup> for ManifestCgroup {
     fn from(nested: NestedCgroup) -> Self {
         Self {
             path: nested.path,
@@ -240,7 +246,7 @@ impl From<NestedCgroup> for Cgroup {
     }
 }
 
-impl Options {
+impl DumpOptions {
     pub(crate) fn criu(self) -> CriuOptions {
         CriuOptions {
             tcp_established: self.tcp_established,
@@ -252,7 +258,8 @@ impl Options {
     }
 }
 
-/// One element of a path, which containerd's CRI plugin takes too: it refuses names with "..".
+/// Whether this is a single path element that containerd's CRI plugin also accepts: it refuses names with
+/// "..".
 pub(super) fn is_plain(name: &str) -> bool {
     (1..=255).contains(&name.len())
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
@@ -265,23 +272,23 @@ pub(super) fn is_plain(name: &str) -> bool {
 mod tests {
     use super::*;
 
-    /// What was written by an earlier version is read for ever, and means the same.
+    /// A manifest of an earlier version remains readable for ever, with the same meaning.
     #[test]
     fn the_first_format_is_read() {
         let golden = include_str!("golden/format-1.json");
         let dir = tempfile::tempdir().unwrap();
-        // A field of a later version.
+        // A field of a later version is ignored.
         let later = golden.replacen('{', "{ \"later\": [1],", 1).replace("x86_64", std::env::consts::ARCH);
         std::fs::write(dir.path().join(MANIFEST), later).unwrap();
-        let manifest = Manifest::read(dir.path()).unwrap();
+        let manifest = CheckpointManifest::read(dir.path()).unwrap();
         assert_eq!((manifest.container.as_str(), manifest.kernel.as_str()), ("web", "6.12.117-machinen"));
-        assert_eq!(manifest.mounts[0], Mount { destination: "/etc/hosts".into(), source: None });
+        assert_eq!(manifest.mounts[0], ManifestMount { destination: "/etc/hosts".into(), source: None });
         assert_eq!(manifest.limits["memory.max"], "104857600\n");
         assert!(manifest.options.file_locks && !manifest.options.shell_job);
         assert_eq!(manifest.files[0].size, 913);
-        // And written as it was.
+        // The manifest is written unchanged.
         let facts = manifest.facts();
-        let again = Manifest { arch: "x86_64".into(), ..manifest }.with_facts(facts);
+        let again = CheckpointManifest { arch: "x86_64".into(), ..manifest }.with_facts(facts);
         let (written, read): (serde_json::Value, serde_json::Value) =
             (serde_json::to_value(&again).unwrap(), serde_json::from_str(golden).unwrap());
         assert_eq!(written, read);
@@ -289,10 +296,10 @@ mod tests {
 
     #[test]
     fn cgroups_below_the_containers_are_kept() {
-        let golden: Manifest = serde_json::from_str(include_str!("golden/format-1.json")).unwrap();
+        let golden: CheckpointManifest = serde_json::from_str(include_str!("golden/format-1.json")).unwrap();
         assert_eq!(golden.cgroups, []);
         let owner = ("cgroup.procs".to_owned(), 1000, 1000);
-        let cgroup = |path: &str, settings: &[(&str, &str)]| Cgroup {
+        let cgroup = |path: &str, settings: &[(&str, &str)]| ManifestCgroup {
             path: path.to_owned(),
             settings: settings.iter().map(|(name, content)| ((*name).into(), (*content).into())).collect(),
             owners: vec![owner.clone()],
@@ -301,8 +308,9 @@ mod tests {
             cgroup("", &[("cgroup.subtree_control", "memory")]),
             cgroup("work", &[("memory.max", "67108864"), ("cgroup.freeze", "1")]),
         ];
-        let manifest = Manifest { cgroups: cgroups.clone(), ..golden };
-        let read: Manifest = serde_json::from_str(&serde_json::to_string(&manifest).unwrap()).unwrap();
+        let manifest = CheckpointManifest { cgroups: cgroups.clone(), ..golden };
+        let read: CheckpointManifest =
+            serde_json::from_str(&serde_json::to_string(&manifest).unwrap()).unwrap();
         assert_eq!(read.cgroups, cgroups);
         assert_eq!(read.clone().with_facts(read.facts()).cgroups, cgroups);
     }
@@ -315,7 +323,7 @@ mod tests {
             text["arch"] = std::env::consts::ARCH.into();
             text["files"][0]["size"] = size.into();
             text["files"][0]["parts"] = vec!["00"; parts].into();
-            Manifest::parse(text.to_string().as_bytes(), Path::new("machinen.json"))
+            CheckpointManifest::parse(text.to_string().as_bytes(), Path::new("machinen.json"))
         };
         for (size, parts) in [(PART, 2), (PART + 1, 1), (0, 1), (u64::MAX, 3)] {
             let refused = parsed(size, parts);

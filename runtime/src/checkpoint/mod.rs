@@ -1,27 +1,28 @@
-//! Checkpoints on disk: a directory of flat files, CRIU's images and `machinen.json`, which says what they are.
+//! Checkpoints on disk: a directory of flat files, with CRIU's images and `machinen.json`, which describes
+//! them.
 //!
 //! ```text
 //!   save   disk that the guest wrote ── read by extents, hashed, synced ──> DIR/*.img ... DIR/machinen.json (last)
-//!   load   DIR ── machinen.json understood, sizes and digests checked ──> disk for the guest to read; memory is checked
-//!                 when it is read
+//!   load   DIR ── machinen.json parsed, sizes and digests verified ──> disk for the guest to read; memory is
+//!                 verified when it is read
 //! ```
-//! What the guest says about its images (names, sizes, places) is checked before anything of it is used. The manifest is
-//! written last: a directory without it is no checkpoint.
+//! The guest's report about its images (names, sizes, offsets) is validated before the host uses it. The
+//! manifest is written last, so a directory without it has no complete checkpoint.
 
 mod digest;
-mod digested;
 mod disk;
 mod erofs;
 mod error;
 mod files;
+mod hash_pipeline;
 mod manifest;
-mod said;
+mod report;
 mod save;
 
 pub use error::CheckpointError;
 pub use files::{clear, remove, verify};
-pub use manifest::{FORMAT, ImageDigest, MANIFEST, Manifest, Mount, Options};
-pub use save::Saved;
+pub use manifest::{CheckpointManifest, DumpOptions, FORMAT, ImageDigest, MANIFEST, ManifestMount};
+pub use save::SavedCheckpoint;
 
 pub(crate) use disk::ImageDisk;
-pub(crate) use save::{Images, copy, copy_reports, save};
+pub(crate) use save::{DumpImages, copy, copy_reports, save};

@@ -1,4 +1,4 @@
-//! From the disk that a guest has written CRIU's images on to a directory of files.
+//! Copies CRIU's images from the disk that a guest has written to a directory of files.
 
 use std::{
     fs::{self, DirBuilder, File},
@@ -13,84 +13,94 @@ use tokio::sync::mpsc;
 
 use super::{
     CheckpointError,
-    digested::{Copied, digested},
-    manifest::{MANIFEST, Manifest},
-    said::Said,
+    hash_pipeline::{self, CopiedRange},
+    manifest::{CheckpointManifest, MANIFEST},
+    report::ImageReport,
 };
 
-/// Images on a disk, and what the guest says of them.
+/// Images on a disk, with the guest's report about them.
 #[derive(Debug)]
-pub(crate) struct Images {
+pub(crate) struct DumpImages {
     pub disk: Arc<File>,
-    /// Bytes.
+    /// Size of the disk, bytes.
     pub size: u64,
-    /// Piece by piece, up to the last; ends before that where there will be no more.
+    /// The guest's report, in pieces. It is incomplete if the channel closes before the last piece.
     pub located: mpsc::Receiver<CheckpointImagesResponse>,
 }
 
-/// A checkpoint that was written.
+/// The size of a checkpoint that was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Saved {
+pub struct SavedCheckpoint {
     pub files: usize,
     /// Bytes of the images, holes included.
     pub bytes: u64,
 }
 
-/// Writes the checkpoint into `dir`, which is made unless it is there and empty. Everything is on the medium when this
-/// returns. Blocks.
+/// Writes the checkpoint into `dir`, which is created or must be empty. Everything is on stable storage when
+/// this returns. Blocks.
 ///
 /// # Errors
-/// Nothing of it is left then.
-pub(crate) fn save(images: Images, mut manifest: Manifest, dir: &Path) -> Result<Saved, CheckpointError> {
-    let Images { disk, size, mut located } = images;
+/// A failure leaves nothing of the checkpoint.
+pub(crate) fn save(
+    images: DumpImages,
+    mut manifest: CheckpointManifest,
+    dir: &Path,
+) -> Result<SavedCheckpoint, CheckpointError> {
+    let DumpImages { disk, size, mut located } = images;
     let mut written = Written::begin(dir)?;
-    let mut said = Said::new(size);
-    manifest.files = digested(|copied| {
+    let mut report = ImageReport::new(size);
+    manifest.files = hash_pipeline::run(|copied| {
         let mut current = None;
         while let Some(answer) = located.blocking_recv() {
-            said.answered(&answer)?;
+            report.accept(&answer)?;
             for image in answer.files {
-                let from = said.next(&image)?;
+                let from = report.accept_image(&image)?;
                 let (file, path) = match current.take() {
                     Some(begun) if from > 0 => begun,
                     _ => written.create(&image.name).map(|(file, path)| (Arc::new(file), Arc::from(path)))?,
                 };
                 copy_pieces(&image, &disk, &file).map_err(CheckpointError::file("write", &*path))?;
                 let (name, size, to) = (image.name, image.size, image.located);
-                let copy =
-                    Copied { file: Arc::clone(&file), path: Arc::clone(&path), name, size, bytes: from..to };
+                let copy = CopiedRange {
+                    file: Arc::clone(&file),
+                    path: Arc::clone(&path),
+                    name,
+                    size,
+                    bytes: from..to,
+                };
                 current = Some((file, path));
                 if !copied(copy) {
                     return Ok(());
                 }
             }
         }
-        said.finished()
+        report.finish()
     })?;
     manifest.files.sort_by(|a, b| a.name.cmp(&b.name));
     let bytes = manifest.files.iter().map(|file| file.size).sum();
     let files = manifest.files.len();
     written.manifest(&manifest)?;
     written.keep()?;
-    Ok(Saved { files, bytes })
+    Ok(SavedCheckpoint { files, bytes })
 }
 
-/// The same checkpoint in another directory, where that can be by links: nobody writes to images. Blocks.
+/// Copies a checkpoint to another directory, by hard links if possible, since images are never changed.
+/// Blocks.
 ///
 /// # Errors
-/// Nothing of it is left then.
+/// A failure leaves nothing of the copy.
 pub(crate) fn copy(from: &Path, to: &Path) -> Result<(), CheckpointError> {
-    let manifest = Manifest::read(from)?;
+    let manifest = CheckpointManifest::read(from)?;
     let mut written = Written::begin(to)?;
     manifest.files.iter().try_for_each(|image| written.copy(&image.name, &from.join(&image.name)))?;
     written.manifest(&manifest)?;
     written.keep()
 }
 
-/// CRIU's own reports on a checkpoint, in a directory that may have others. Blocks.
+/// Copies CRIU's own log and statistics to a directory that may hold other files. Blocks.
 ///
 /// # Errors
-/// The directory cannot be made or written.
+/// The directory cannot be created or written.
 pub(crate) fn copy_reports(from: &Path, to: &Path) -> Result<(), CheckpointError> {
     fs::create_dir_all(to).map_err(CheckpointError::file("create", to))?;
     for name in ["dump.log", "stats-dump"] {
@@ -105,7 +115,7 @@ pub(crate) fn copy_reports(from: &Path, to: &Path) -> Result<(), CheckpointError
     Ok(())
 }
 
-/// Files that go again unless they are kept.
+/// Files that are removed when this is dropped, unless they are kept.
 #[derive(Debug)]
 struct Written {
     dir: PathBuf,
@@ -136,21 +146,21 @@ impl Written {
         Ok((file, path))
     }
 
-    /// A file that has reached the medium, under another name.
+    /// Adds a file, which is on stable storage, under another name.
     fn copy(&mut self, name: &str, source: &Path) -> Result<(), CheckpointError> {
         let path = self.dir.join(name);
         if fs::hard_link(source, &path).is_ok() {
             self.files.push(path);
             return Ok(());
         }
-        // Another file system.
+        // The directories are on different file systems.
         let (mut file, path) = self.create(name)?;
         let mut source = File::open(source).map_err(CheckpointError::file("open", source))?;
         let copied = io::copy(&mut source, &mut file).and_then(|_| file.sync_all());
         copied.map_err(CheckpointError::file("write", &path))
     }
 
-    fn manifest(&mut self, manifest: &Manifest) -> Result<(), CheckpointError> {
+    fn manifest(&mut self, manifest: &CheckpointManifest) -> Result<(), CheckpointError> {
         let (mut file, path) = self.create(MANIFEST)?;
         let mut text = serde_json::to_vec_pretty(manifest)
             .map_err(|source| CheckpointError::Manifest { path: path.clone(), source })?;
@@ -182,12 +192,14 @@ impl Drop for Written {
             removed.push(fs::remove_dir(&self.dir));
         }
         for error in removed.into_iter().filter_map(Result::err) {
-            tracing::warn!(dir = %self.dir.display(), "cannot remove a part of a checkpoint that failed: {error}");
+            let dir = self.dir.display();
+            tracing::warn!(%dir, "cannot remove a part of a checkpoint that failed: {error}");
         }
     }
 }
 
-/// What no piece covers is a hole, in the copy too. Where the file system can, the copy shares the disk's blocks.
+/// Ranges that no piece covers are holes, also in the copy. The copy shares the disk's blocks if the file
+/// system supports it.
 fn copy_pieces(image: &ImageFile, mut disk: &File, mut to: &File) -> io::Result<()> {
     to.set_len(image.size)?;
     for piece in &image.extents {
@@ -208,9 +220,9 @@ mod tests {
     use super::*;
     use crate::checkpoint::digest;
 
-    fn manifest() -> Manifest {
+    fn manifest() -> CheckpointManifest {
         let arch = std::env::consts::ARCH.into();
-        Manifest { format: super::super::FORMAT, arch, ..Manifest::default() }
+        CheckpointManifest { format: super::super::FORMAT, arch, ..CheckpointManifest::default() }
     }
 
     fn file(name: &str, size: u64, extents: &[(u64, u64, u64)]) -> ImageFile {
@@ -227,12 +239,12 @@ mod tests {
         CheckpointImagesResponse { files, last, ..Default::default() }
     }
 
-    fn images(files: Vec<ImageFile>) -> Images {
+    fn images(files: Vec<ImageFile>) -> DumpImages {
         let (sender, located) = mpsc::channel(1);
         sender.try_send(answer(files, true)).unwrap();
         let mut disk = tempfile::tempfile().unwrap();
         disk.write_all(&(0..=255).cycle().take(64 << 10).collect::<Vec<u8>>()).unwrap();
-        Images { disk: Arc::new(disk), size: 64 << 10, located }
+        DumpImages { disk: Arc::new(disk), size: 64 << 10, located }
     }
 
     #[test]
@@ -241,15 +253,15 @@ mod tests {
         let path = dir.path().join("new");
         let image = file("pages-1.img", 10, &[(2, 256, 3), (6, 515, 2)]);
         let saved = save(images(vec![image]), manifest(), &path).unwrap();
-        assert_eq!(saved, Saved { files: 1, bytes: 10 });
+        assert_eq!(saved, SavedCheckpoint { files: 1, bytes: 10 });
         let content = [0, 0, 0, 1, 2, 0, 3, 4, 0, 0];
         assert_eq!(fs::read(path.join("pages-1.img")).unwrap(), content);
-        let manifest = Manifest::read(&path).unwrap();
+        let manifest = CheckpointManifest::read(&path).unwrap();
         assert_eq!(manifest.files[0].sha256, format!("{:x}", Sha256::digest(content)));
     }
 
     #[test]
-    fn what_a_hostile_guest_says_is_refused_and_nothing_is_left() {
+    fn invalid_reports_are_refused_and_leave_nothing() {
         let cases = [
             vec![],
             vec![file("../x", 1, &[])],
@@ -264,9 +276,9 @@ mod tests {
         for files in cases {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("new");
-            let said = format!("{files:?}");
+            let case = format!("{files:?}");
             let error = save(images(files), manifest(), &path).unwrap_err();
-            assert!(matches!(error, CheckpointError::Guest { .. }), "{said}: {error}");
+            assert!(matches!(error, CheckpointError::Guest { .. }), "{case}: {error}");
             assert!(!path.exists());
         }
     }
@@ -287,9 +299,10 @@ mod tests {
         sender.try_send(answer(vec![file("b", 1, &[(0, 0, 1)]), piece(0, digest::PART)], false)).unwrap();
         sender.try_send(answer(vec![piece(digest::PART, size), file("a", 0, &[])], true)).unwrap();
         drop(sender);
-        let saved = save(Images { disk: Arc::new(disk), size: 8 << 20, located }, manifest(), &path).unwrap();
-        assert_eq!(saved, Saved { files: 3, bytes: size + 1 });
-        let files = Manifest::read(&path).unwrap().files;
+        let saved =
+            save(DumpImages { disk: Arc::new(disk), size: 8 << 20, located }, manifest(), &path).unwrap();
+        assert_eq!(saved, SavedCheckpoint { files: 3, bytes: size + 1 });
+        let files = CheckpointManifest::read(&path).unwrap().files;
         assert_eq!(
             files.iter().map(|file| file.name.as_str()).collect::<Vec<_>>(),
             ["a", "b", "pages-1.img"]
@@ -303,10 +316,10 @@ mod tests {
     }
 
     #[test]
-    fn without_the_last_it_is_no_checkpoint() {
+    fn a_report_without_its_last_answer_is_refused() {
         let one = || vec![file("a", 1, &[(0, 0, 1)])];
         let cases = [
-            // As when the guest is gone.
+            // This is what arrives when the guest has ended.
             vec![answer(one(), false)],
             vec![answer(one(), false), answer(vec![], false)],
             vec![answer(one(), true), answer(vec![file("b", 1, &[])], true)],
@@ -317,25 +330,25 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("new");
             let (sender, located) = mpsc::channel(4);
-            let said = format!("{answers:?}");
+            let case = format!("{answers:?}");
             answers.into_iter().for_each(|answer| sender.try_send(answer).unwrap());
             drop(sender);
-            let error = save(Images { located, ..images(vec![]) }, manifest(), &path).unwrap_err();
-            assert!(matches!(error, CheckpointError::Guest { .. }), "{said}: {error}");
-            assert!(!path.exists(), "{said}");
+            let error = save(DumpImages { located, ..images(vec![]) }, manifest(), &path).unwrap_err();
+            assert!(matches!(error, CheckpointError::Guest { .. }), "{case}: {error}");
+            assert!(!path.exists(), "{case}");
         }
-        // It may be the last answer that has nothing new.
+        // The last answer may repeat what was reported before.
         let dir = tempfile::tempdir().unwrap();
         let (sender, located) = mpsc::channel(4);
         for answer in [answer(one(), false), answer(vec![], true)] {
             sender.try_send(answer).unwrap();
         }
         drop(sender);
-        assert!(save(Images { located, ..images(vec![]) }, manifest(), &dir.path().join("new")).is_ok());
+        assert!(save(DumpImages { located, ..images(vec![]) }, manifest(), &dir.path().join("new")).is_ok());
     }
 
     #[test]
-    fn pieces_that_do_not_go_on_are_refused() {
+    fn pieces_that_do_not_continue_an_image_are_refused() {
         let (part, size) = (digest::PART, 3 * digest::PART);
         let piece = |name: &str, located| ImageFile { located, ..file(name, size, &[]) };
         let cases = [
@@ -353,11 +366,11 @@ mod tests {
         for files in cases {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("new");
-            let said = format!("{files:?}");
+            let case = format!("{files:?}");
             let mut images = images(files);
             images.size = 8 << 20;
             let error = save(images, manifest(), &path).unwrap_err();
-            assert!(matches!(error, CheckpointError::Guest { .. }), "{said}: {error}");
+            assert!(matches!(error, CheckpointError::Guest { .. }), "{case}: {error}");
             assert!(!path.exists());
         }
     }
@@ -377,7 +390,7 @@ mod tests {
         let path = dir.path().join("new");
         let mut images =
             images(vec![file("a", 1, &[(0, 0, 1)]), file("b", 1 << 15, &[(0, 1 << 15, 1 << 15)])]);
-        // Shorter than the guest was told it is.
+        // The disk is shorter than the guest was told.
         images.disk.set_len(40 << 10).unwrap();
         images.size = 64 << 10;
         assert!(save(images, manifest(), &path).is_err());

@@ -1,12 +1,14 @@
 //! The host process whose pid stands for a container.
 //!
-//! Clients look at `/proc/<pid>/ns/net` and friends, open files below `/proc/<pid>/root`, and signal it. The VMM's pid would
-//! send them to the VMM's namespaces, the guest's pid to a stranger, so each container has one process that does nothing in
-//! the container's own namespaces, with a view of the container's root file system as its root. It ends with the container,
-//! and with the process that owns the VM.
+//! Clients look at `/proc/<pid>/ns/net` and the other namespaces, open files below `/proc/<pid>/root`, and
+//! signal the pid. The VMM's pid would lead them to the VMM's namespaces, and a pid of the guest to an
+//! unrelated process. So each container has one idle process on the host, in the container's own namespaces,
+//! with a view of the container's root file system as its root. The anchor ends with the container and with
+//! the process that owns the VM.
 //!
-//! It never touches what is below its root, so it starts and ends whatever the guest does. Its root is an empty directory
-//! where there can be no view: never the host's, for which a client could take it.
+//! The anchor never accesses files below its root, so it starts and ends whatever the guest does. If there
+//! can be no view, its root is an empty directory: never the host's root, which a client could mistake for
+//! the container's.
 
 use std::{
     fs::File,
@@ -31,17 +33,17 @@ use crate::{
     view::{self, DeviceError, Guest, View},
 };
 
-/// First argument with which a binary that owns VMs runs [`main`] instead of its own work.
+/// First argument that makes a binary that owns VMs run [`main`] instead of its usual work.
 pub const ARGUMENT: &str = "container-anchor";
 
-/// The descriptor on which it finds its root.
+/// The descriptor on which the anchor inherits its root.
 const ROOT_FD: i32 = 3;
-/// What it says when it is where it is to stay; anything else is what went wrong.
-const SETTLED: &str = "settled";
-/// Where its root is mounted for a moment: a directory that every host has.
-const DOORWAY: &str = "/proc";
+/// What the anchor reports when it has entered its root; any other text is an error message.
+const IN_ROOT: &str = "in root";
+/// Where the root is mounted temporarily. Every host has this directory.
+const TEMPORARY_MOUNT: &str = "/proc";
 
-/// Why there is no anchor.
+/// Why an anchor could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum AnchorError {
     #[error("cannot open the network namespace {}", path.display())]
@@ -50,26 +52,26 @@ pub enum AnchorError {
     Root(#[source] DeviceError),
     #[error("cannot start the container's anchor process")]
     Spawn(#[source] ProcessError),
-    #[error("cannot hear the container's anchor process")]
-    Hear(#[source] io::Error),
-    #[error("the container's anchor process cannot settle: {said}")]
-    Unsettled { said: String },
+    #[error("cannot read the report of the container's anchor process")]
+    Report(#[source] io::Error),
+    #[error("the container's anchor process cannot enter its root: {report}")]
+    NoRoot { report: String },
 }
 
 /// The anchor of a container that is being created or exists.
 #[derive(Debug)]
 pub struct Anchor {
-    /// Ends before the process, which may be waiting for it.
+    /// Ends before the process, which may be waiting for a reply of the view.
     view: Option<View>,
     child: Child,
-    said: pipe::Receiver,
+    report: pipe::Receiver,
 }
 
 impl Anchor {
-    /// Starts the anchor of the container `id`, in the network namespace at `netns` or a fresh one.
+    /// Starts the anchor of the container `id`, in the network namespace at `netns` or a new one.
     ///
     /// # Errors
-    /// The namespace cannot be opened, or the process not started.
+    /// The namespace cannot be opened, or the process cannot be started.
     pub fn spawn(id: &str, netns: Option<&Path>) -> Result<Self, AnchorError> {
         let (view, root) = match View::mount(id) {
             Ok((view, root)) => (Some(view), root),
@@ -95,26 +97,26 @@ impl Anchor {
             spawn = spawn.join_netns(file.into());
         }
         let mut child = spawn.start().map_err(AnchorError::Spawn)?;
-        let said = OwnedFd::from(child.stdout.take().expect("it was asked for"));
-        let said = pipe::Receiver::from_owned_fd(said).map_err(AnchorError::Hear)?;
-        Ok(Self { view, child, said })
+        let report = OwnedFd::from(child.stdout.take().expect("it was asked for"));
+        let report = pipe::Receiver::from_owned_fd(report).map_err(AnchorError::Report)?;
+        Ok(Self { view, child, report })
     }
 
     pub fn pid(&self) -> u32 {
         self.child.pid()
     }
 
-    /// Waits until the process has its root: from then on its pid may be told.
+    /// Waits until the process has entered its root. Its pid may only be passed to clients after that.
     ///
     /// # Errors
-    /// It has not got there.
-    pub async fn settled(&mut self) -> Result<(), AnchorError> {
-        let mut said = String::new();
-        self.said.read_to_string(&mut said).await.map_err(AnchorError::Hear)?;
-        if said == SETTLED { Ok(()) } else { Err(AnchorError::Unsettled { said }) }
+    /// The process could not enter its root.
+    pub async fn wait_for_root(&mut self) -> Result<(), AnchorError> {
+        let mut report = String::new();
+        self.report.read_to_string(&mut report).await.map_err(AnchorError::Report)?;
+        if report == IN_ROOT { Ok(()) } else { Err(AnchorError::NoRoot { report }) }
     }
 
-    /// The container is there to be looked at.
+    /// Connects the view to the guest, because the container exists there now.
     pub(super) fn attach(&self, guest: Guest) {
         if let Some(view) = &self.view {
             view.attach(guest);
@@ -126,10 +128,10 @@ impl Anchor {
         self.child.exited()
     }
 
-    /// Ends the view, and then the process.
+    /// Ends the view and then the process.
     ///
     /// # Errors
-    /// The kernel refuses to kill it.
+    /// The kernel refuses to kill the process.
     pub(super) async fn end(&mut self) -> Result<(), ProcessError> {
         if let Some(view) = &mut self.view {
             view.end().await;
@@ -138,29 +140,31 @@ impl Anchor {
     }
 }
 
-/// What the anchor does: go where it belongs, give up all privileges, and wait to be killed.
+/// What the anchor process does: enter its root and namespaces, give up all privileges, and wait to be
+/// killed.
 pub fn main() -> ! {
-    let said = match settle() {
-        Ok(()) => SETTLED.to_owned(),
+    let report = match enter_root() {
+        Ok(()) => IN_ROOT.to_owned(),
         Err(error) => error.to_string(),
     };
-    // Whoever does not listen any more is about to end this process.
-    let heard = io::stdout().write_all(said.as_bytes()).and_then(|()| io::stdout().flush());
-    drop((heard, sys::inherit::take(libc::STDOUT_FILENO)));
+    // A write fails if the parent has closed the pipe; it is about to kill this process then.
+    let written = io::stdout().write_all(report.as_bytes()).and_then(|()| io::stdout().flush());
+    drop((written, sys::inherit::take(libc::STDOUT_FILENO)));
     loop {
         nix::unistd::pause();
     }
 }
 
-/// Makes the mount that this process was given its root, and gives up the host's mounts and all capabilities.
-fn settle() -> io::Result<()> {
+/// Makes the inherited mount the root of this process, and gives up the host's mounts and all capabilities.
+fn enter_root() -> io::Result<()> {
     let root = sys::inherit::take(ROOT_FD)?;
-    move_mount(&root, "", CWD, DOORWAY, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    move_mount(&root, "", CWD, TEMPORARY_MOUNT, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     fchdir(&root)?;
     match pivot_root(".", ".") {
         // The old root is on top of the new one after this (pivot_root(2)).
         Ok(()) => umount2(".", MntFlags::MNT_DETACH)?,
-        // It is the kernel's first one (ramfs-rootfs-initramfs.rst): nothing can take its place, but something can cover it.
+        // The current root is the kernel's initial root file system, which pivot_root(2) cannot replace
+        // (ramfs-rootfs-initramfs.rst), but which another mount can cover.
         Err(Errno::INVAL) => {
             move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
             chroot(".")?;

@@ -1,12 +1,12 @@
-//! A container's checkpoint: taken while it stands still, and gone on from by another.
+//! Checkpoints of a container: taken while it is frozen, and restored into another container.
 //!
 //! ```text
 //!   checkpoint   a disk for the guest -> freeze, export the layer (unless paused) -> CRIU dumps onto it
-//!                -> goes on, unless it is to end -> read, hashed, synced to the directory (-> tried out) -> exit: killed
-//!   create       manifest understood -> images are a disk -> CRIU makes the processes, which wait
-//!   start        they run
+//!                -> resumed, unless it is to end -> files hashed and synced (-> verified) -> exit: killed
+//!   create       manifest checked -> images are a disk -> CRIU makes the processes, which wait
+//!   start        the processes run
 //! ```
-//! Until the files are on the medium nothing has happened to the container: a failure leaves it as it was.
+//! The container is ended only after the files are on stable storage. A failure leaves it as it was.
 
 use std::{
     fs,
@@ -23,14 +23,17 @@ use sha2::{Digest as _, Sha256};
 use tokio::{sync::mpsc, task::spawn_blocking};
 
 use super::{
-    Container, Event, Pod, PodError,
-    dump::{Dumped, Taking},
-    phases::Phases,
-    state::{State, StateError},
+    Container, Pod, PodError, PodEvent,
+    checkpoint_guest::{Dump, DumpOutcome},
+    phases::PhaseTimes,
+    state::{ProcessState, StateError},
 };
 use crate::{
     agent::{self, AgentError},
-    checkpoint::{self, CheckpointError, FORMAT, ImageDisk, Images, Manifest, Options, Saved},
+    checkpoint::{
+        self, CheckpointError, CheckpointManifest, DumpImages, DumpOptions, FORMAT, ImageDisk,
+        SavedCheckpoint,
+    },
     config,
     error::chain,
     rootdisk::Key,
@@ -38,74 +41,79 @@ use crate::{
     vm::{DiskAddress, VmError},
 };
 
-/// Answers of the guest on their way to who writes the files.
+/// Number of the guest's reports that may wait for the thread that writes the files.
 const WAITING: usize = 2;
 
 /// A request to checkpoint a container.
 #[derive(Debug, Clone, Default)]
-pub struct Checkpoint {
-    /// Gets the files; made unless it is there and empty.
+pub struct CheckpointRequest {
+    /// Receives the files. The directory is created, or must be empty.
     pub path: PathBuf,
-    /// Gets the same files, where the caller names another place.
+    /// Receives the same files, if the caller names a second directory.
     pub also: Option<PathBuf>,
-    /// Gets CRIU's log and statistics.
+    /// Receives CRIU's log and statistics.
     pub work: Option<PathBuf>,
     /// End the container when its checkpoint is complete.
     pub exit: bool,
-    pub options: Options,
+    pub options: DumpOptions,
 }
 
 impl Pod {
-    /// Writes a checkpoint of a container that runs or is paused, together with what it has written.
+    /// Writes a checkpoint of a running or paused container, together with the changes of its files.
     ///
     /// # Errors
-    /// It does not exist or run, CRIU cannot dump it, or the directory cannot be written: the container goes on as before,
-    /// and nothing of the checkpoint is left.
-    pub async fn checkpoint(&self, id: &str, checkpoint: Checkpoint) -> Result<(), PodError> {
+    /// The container does not exist or is not running, CRIU cannot dump it, or the directory cannot be
+    /// written. The container continues as before, and nothing of the checkpoint is left.
+    pub async fn checkpoint(&self, id: &str, checkpoint: CheckpointRequest) -> Result<(), PodError> {
         let container = self.container(id)?;
-        // In a task of its own: a caller that goes away must not leave a frozen container that is said to run.
+        // Runs in a task of its own: a caller that goes away must not leave a frozen container that is
+        // reported as running.
         let pod = self.clone();
         let task = tokio::spawn(async move { pod.checkpoint_whole(&container, &checkpoint).await });
         task.await.map_err(PodError::Worker)?
     }
 
-    async fn checkpoint_whole(&self, container: &Container, wanted: &Checkpoint) -> Result<(), PodError> {
+    async fn checkpoint_whole(
+        &self,
+        container: &Container,
+        wanted: &CheckpointRequest,
+    ) -> Result<(), PodError> {
         let id = container.id.as_str();
         let _ordered = container.init.transitions.lock().await;
         let _none_starting = container.freezing.write().await;
         let refused = |source| Err(PodError::state("checkpoint", id, source));
         let was_paused = match container.state() {
-            State::Running => false,
-            State::Paused => true,
-            State::Created => return refused(StateError::NotStarted),
-            State::Stopped(_) => return refused(StateError::AlreadyStopped),
+            ProcessState::Running => false,
+            ProcessState::Paused => true,
+            ProcessState::Created => return refused(StateError::NotStarted),
+            ProcessState::Stopped(_) => return refused(StateError::AlreadyStopped),
         };
         let agent = self.agent(id).await?;
         let failed = |source| PodError::Checkpoint { id: id.to_owned(), source };
         let manifest = manifest(container, wanted.options).map_err(failed)?;
-        let phases = Phases::default();
-        let taking = Taking::new(self, container, &agent, wanted, !was_paused);
+        let phases = PhaseTimes::default();
+        let dump = Dump::new(self, container, &agent, wanted, !was_paused);
         let written = async {
-            let Dumped { attached, facts, layer, twin } = taking.dumped(&phases).await?;
-            let manifest = Manifest { layer, ..manifest }.with_facts(facts);
+            let DumpOutcome { disk, facts, layer, trial_disk } = dump.run(&phases).await?;
+            let manifest = CheckpointManifest { layer, ..manifest }.with_facts(facts);
             let (located, pieces) = mpsc::channel(WAITING);
-            let images = attached.images(pieces);
+            let images = disk.images(pieces);
             let (located, saved) = tokio::join!(
-                phases.time("images", taking.locate(&attached, located)),
+                phases.time("images", dump.locate(&disk, located)),
                 save(id, images, manifest, &wanted.path, &phases),
             );
-            attached.release();
-            // What was not located cannot be saved.
+            disk.release();
+            // An error of the guest comes first: the writer fails too when a location is missing.
             located?;
-            let Saved { files, bytes } = saved?;
-            let tried = match twin {
-                Some(twin) => self.verify(container, &wanted.path, twin, &phases).await,
+            let SavedCheckpoint { files, bytes } = saved?;
+            let verified = match trial_disk {
+                Some(trial_disk) => self.verify(container, &wanted.path, trial_disk, &phases).await,
                 None => Ok(()),
             };
-            finish(id, wanted, tried).await?;
+            finish(id, wanted, verified).await?;
             let path = wanted.path.display();
             tracing::info!(id, files, bytes, phases = %phases, %path, "container checkpointed");
-            self.emit(Event::Checkpointed { id: id.to_owned(), path: wanted.path.clone() });
+            self.emit(PodEvent::Checkpointed { id: id.to_owned(), path: wanted.path.clone() });
             if wanted.exit {
                 let killed = agent.signal_process(id, "", libc::SIGKILL.cast_unsigned(), true).await;
                 killed.map_err(|source| PodError::guest("end", id, source))?;
@@ -114,29 +122,34 @@ impl Pod {
         };
         let written = written.await;
         if written.is_err() {
-            taking.let_go().await;
+            dump.thaw().await;
         }
         written
     }
 }
 
-/// Writes the files. On an error none is left.
+/// Writes the files. After an error none is left.
 async fn save(
     id: &str,
-    images: Images,
-    manifest: Manifest,
+    images: DumpImages,
+    manifest: CheckpointManifest,
     path: &Path,
-    phases: &Phases,
-) -> Result<Saved, PodError> {
+    phases: &PhaseTimes,
+) -> Result<SavedCheckpoint, PodError> {
     let path = path.to_owned();
     let save = move || checkpoint::save(images, manifest, &path);
     let saved = phases.time("save", async { spawn_blocking(save).await.map_err(PodError::Worker) });
     saved.await?.map_err(|source| PodError::Checkpoint { id: id.to_owned(), source })
 }
 
-/// Puts a checkpoint that is written, and was `tried`, where else the caller wants it. On an error none is left.
-async fn finish(id: &str, wanted: &Checkpoint, tried: Result<(), PodError>) -> Result<(), PodError> {
-    let Checkpoint { path, also, work, .. } = wanted.clone();
+/// Copies a complete checkpoint to the caller's other directories. If `verified` or a copy fails, removes all
+/// of them.
+async fn finish(
+    id: &str,
+    wanted: &CheckpointRequest,
+    verified: Result<(), PodError>,
+) -> Result<(), PodError> {
+    let CheckpointRequest { path, also, work, .. } = wanted.clone();
     let id = id.to_owned();
     let finish = move || {
         let also = also.filter(|also| *also != path);
@@ -147,7 +160,7 @@ async fn finish(id: &str, wanted: &Checkpoint, tried: Result<(), PodError>) -> R
             })
         };
         let failed = |source| PodError::Checkpoint { id, source };
-        tried.and_then(|()| copy().map_err(failed)).inspect_err(|_| discard(&path))
+        verified.and_then(|()| copy().map_err(failed)).inspect_err(|_| discard(&path))
     };
     spawn_blocking(finish).await.map_err(PodError::Worker)?
 }
@@ -162,23 +175,23 @@ pub(super) fn guest_disk(address: DiskAddress) -> Disk {
     Disk { target: address.target, lun: address.lun, ..Default::default() }
 }
 
-/// What is told of a configuration.
+/// The part of a configuration that the manifest records.
 #[derive(Deserialize)]
-struct Named {
+struct ConfigHostname {
     #[serde(default)]
     hostname: String,
 }
 
-fn manifest(container: &Container, options: Options) -> Result<Manifest, CheckpointError> {
+fn manifest(container: &Container, options: DumpOptions) -> Result<CheckpointManifest, CheckpointError> {
     let path = container.bundle.join("config.json");
     let config = fs::read(&path).map_err(|source| CheckpointError::File {
         action: "read",
         path: path.clone(),
         source,
     })?;
-    let Named { hostname } = serde_json::from_slice(&config)
+    let ConfigHostname { hostname } = serde_json::from_slice(&config)
         .map_err(|source| CheckpointError::Manifest { path: path.clone(), source })?;
-    Ok(Manifest {
+    Ok(CheckpointManifest {
         format: FORMAT,
         machinen: env!("CARGO_PKG_VERSION").to_owned(),
         arch: std::env::consts::ARCH.to_owned(),
@@ -189,22 +202,23 @@ fn manifest(container: &Container, options: Options) -> Result<Manifest, Checkpo
         hostname: Some(hostname),
         terminal: container.init.stdio.terminal,
         options,
-        ..Manifest::default()
+        ..CheckpointManifest::default()
     })
 }
 
-/// A checkpoint in a VM.
+/// A checkpoint's images that are attached to a VM.
 #[derive(Debug)]
-pub(super) struct Source {
+pub(super) struct RestoreDisk {
     pub(super) address: DiskAddress,
     pub(super) disk: ImageDisk,
 }
 
 impl Container {
-    /// Takes the disk with the checkpoint out of the VM of a container that runs, when it has all of its memory.
+    /// Detaches the checkpoint's disk from the VM of a running container when all of the container's memory
+    /// has been read from it.
     pub(super) fn release_checkpoint(self: &Arc<Self>, agent: agent::Client) {
         let source = self.checkpoint.lock().expect("no panic while held").take();
-        let Some(Source { address, disk }) = source else { return };
+        let Some(RestoreDisk { address, disk }) = source else { return };
         let container = Arc::clone(self);
         tokio::spawn(async move {
             let id = container.id.as_str();
@@ -213,7 +227,10 @@ impl Container {
                 Err(AgentError::Closed) => return,
                 Err(error) => {
                     let why = disk.fault().map_or_else(|| chain(&error), |fault| chain(&fault));
-                    tracing::error!(id, "a restored container has lost memory, and was killed: {why}");
+                    tracing::error!(
+                        id,
+                        "a restored container was killed, because its memory could not be read: {why}"
+                    );
                 }
             }
             match container.vm.detach_disk(address).await {
@@ -226,25 +243,25 @@ impl Container {
     }
 }
 
-/// A checkpoint that a container is to go on from.
+/// A checkpoint that a container is to be restored from.
 #[derive(Debug, Clone)]
-pub(super) struct Restore {
+pub(super) struct RestorePlan {
     id: String,
     dir: PathBuf,
-    manifest: Manifest,
+    manifest: CheckpointManifest,
 }
 
-impl Restore {
-    /// Everything about it that can be refused without reading its images.
+impl RestorePlan {
+    /// Reads the manifest, and makes all checks that need no images.
     pub(super) fn read(id: &str, dir: &Path) -> Result<Self, PodError> {
         let (id, dir) = (id.to_owned(), dir.to_owned());
-        match Manifest::read(&dir) {
+        match CheckpointManifest::read(&dir) {
             Ok(manifest) => Ok(Self { id, dir, manifest }),
             Err(source) => Err(PodError::Restore { id, dir, source }),
         }
     }
 
-    /// Why the guest could not restore it: what is wrong with the checkpoint, if anything is.
+    /// The reason why the guest could not restore the container: damage of the checkpoint, if any was found.
     pub(super) fn refused(&self, disk: &ImageDisk, error: AgentError) -> PodError {
         match disk.fault() {
             Some(fault) => self.failed(fault),
@@ -256,7 +273,7 @@ impl Restore {
         PodError::Restore { id: self.id.clone(), dir: self.dir.clone(), source }
     }
 
-    /// Its processes have files of that disk open.
+    /// Checks the base disk, since the processes have files on it open.
     pub(super) fn check_rootfs(&self, base: Option<Key>) -> Result<(), PodError> {
         match (&self.manifest.rootdisk, base) {
             (Some(theirs), Some(ours)) if *theirs != ours.to_string() => {
@@ -270,7 +287,7 @@ impl Restore {
         self.manifest.terminal
     }
 
-    /// `spec` is the new container's, and `cpus` are those of its VM.
+    /// `spec` is the new container's, and `cpus` is the number of its VM's CPUs.
     pub(super) fn request(
         &self,
         disk: Option<DiskAddress>,
@@ -284,7 +301,7 @@ impl Restore {
             ..self.manifest.options.criu()
         };
         let mut facts = self.manifest.facts();
-        // The VM that the checkpoint was taken in may have had more of them.
+        // The VM of the checkpoint may have had more CPUs.
         for file in &mut facts.limits {
             if let Some(content) = spec::cpus::file_in_guest(&file.name, &file.content, cpus) {
                 file.content = format!("{content}\n");
@@ -294,15 +311,15 @@ impl Restore {
             disk: disk.map(guest_disk).into(),
             options: MessageField::some(options),
             facts: MessageField::some(facts),
-            hostname: new_hostname(self.manifest.hostname.as_deref(), spec).to_owned(),
+            hostname: changed_hostname(self.manifest.hostname.as_deref(), spec).to_owned(),
             ..Default::default()
         }
     }
 }
 
-/// The hostname that the configuration has, if it is another one than that of the checkpoint's; else what the processes
-/// have made of it stays.
-fn new_hostname<'a>(was: Option<&str>, spec: &'a Spec) -> &'a str {
+/// Returns the configured hostname if it differs from that of the checkpoint. Otherwise the hostname that the
+/// processes have set stays.
+fn changed_hostname<'a>(was: Option<&str>, spec: &'a Spec) -> &'a str {
     let own = spec::has_own(spec, LinuxNamespaceType::Uts);
     match (was, spec.hostname().as_deref()) {
         (Some(was), Some(now)) if own && was != now => now,
@@ -310,10 +327,10 @@ fn new_hostname<'a>(was: Option<&str>, spec: &'a Spec) -> &'a str {
     }
 }
 
-/// The disk with the images that are gone on from.
+/// Opens the images of the checkpoint as a disk.
 pub(super) async fn restore_disk(
-    restore: Option<&Restore>,
-    phases: &Phases,
+    restore: Option<&RestorePlan>,
+    phases: &PhaseTimes,
 ) -> Result<Option<ImageDisk>, PodError> {
     let Some(restore) = restore.cloned() else { return Ok(None) };
     let open = move || {
@@ -340,13 +357,14 @@ mod tests {
             spec
         };
         let own = |hostname| spec(hostname, LinuxNamespaceType::Uts);
-        assert_eq!(new_hostname(Some("a"), &own("b")), "b");
-        assert_eq!(new_hostname(Some(""), &own("b")), "b");
-        // What the processes have made of it stays.
-        assert_eq!(new_hostname(Some("a"), &own("a")), "");
-        assert_eq!(new_hostname(Some("a"), &own("")), "");
-        // A checkpoint of an earlier version does not tell, and the VM's is not the container's.
-        assert_eq!(new_hostname(None, &own("b")), "");
-        assert_eq!(new_hostname(Some("a"), &spec("b", LinuxNamespaceType::Pid)), "");
+        assert_eq!(changed_hostname(Some("a"), &own("b")), "b");
+        assert_eq!(changed_hostname(Some(""), &own("b")), "b");
+        // The hostname that the processes have set stays.
+        assert_eq!(changed_hostname(Some("a"), &own("a")), "");
+        assert_eq!(changed_hostname(Some("a"), &own("")), "");
+        // A checkpoint of an earlier version does not record the hostname, and the VM's hostname is not the
+        // container's.
+        assert_eq!(changed_hostname(None, &own("b")), "");
+        assert_eq!(changed_hostname(Some("a"), &spec("b", LinuxNamespaceType::Pid)), "");
     }
 }

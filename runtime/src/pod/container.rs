@@ -1,4 +1,4 @@
-//! One container of a pod, as the host knows it after it was created.
+//! The host's record of a container after it was created.
 
 use std::{
     path::PathBuf,
@@ -8,13 +8,13 @@ use std::{
 use tokio::sync::RwLock;
 
 use super::{
-    Process,
+    ContainerProcess,
     anchor::Anchor,
     checkpoint,
     exec::Execs,
-    layer::Layer,
+    layer::WritableLayer,
     rootfs::RootfsMount,
-    state::{Exit, State},
+    state::{ProcessExit, ProcessState},
     stdio::StdioNames,
 };
 use crate::{config, process, rootdisk::Key, vm::Vm};
@@ -27,31 +27,32 @@ pub struct Container {
     /// Pid of the anchor, the host process that stands for the container.
     pub pid: u32,
     anchor: tokio::sync::Mutex<Anchor>,
-    /// The pod's, for when its agent is of no use any more.
+    /// The pod's VM, which is killed if its agent does not respond.
     pub(super) vm: Vm,
-    pub(super) init: Arc<Process>,
+    pub(super) init: Arc<ContainerProcess>,
     pub(super) execs: Execs,
-    /// Read while a process is being added, written while the container is being frozen: a process that arrives in a
-    /// frozen cgroup could not report that it was started, and a checkpoint would be refused because of it.
+    /// Locked for reading while a process is being added, and for writing while the container is being
+    /// frozen: a process that arrives in a frozen cgroup could not report that it was started, and would
+    /// prevent a checkpoint.
     pub(super) freezing: RwLock<()>,
-    pub(super) layer: Layer,
-    /// The disk with the lower layers of its root file system, where that is an overlay.
+    pub(super) layer: WritableLayer,
+    /// The disk with the lower layers of the root file system, if that is an overlay.
     pub(super) base: Option<Key>,
-    /// The checkpoint that it goes on from, until it has been started.
-    pub(super) checkpoint: Mutex<Option<checkpoint::Source>>,
-    /// How its checkpoints are taken.
-    pub(super) taking: config::Checkpoint,
-    /// How the caller mounted its root file system.
+    /// The disk of the checkpoint that the container is restored from, until the container has been started.
+    pub(super) checkpoint: Mutex<Option<checkpoint::RestoreDisk>>,
+    /// How checkpoints of this container are taken.
+    pub(super) checkpoint_config: config::Checkpoint,
+    /// The mounts of the root file system that the caller asked for.
     pub(super) rootfs: Vec<RootfsMount>,
 }
 
-/// What a container has of disks, and how they are used.
+/// The disks of a container, and how they are used.
 #[derive(Debug)]
-pub(super) struct Storage {
-    pub(super) layer: Layer,
+pub(super) struct ContainerStorage {
+    pub(super) layer: WritableLayer,
     pub(super) base: Option<Key>,
-    pub(super) checkpoint: Option<checkpoint::Source>,
-    pub(super) taking: config::Checkpoint,
+    pub(super) checkpoint: Option<checkpoint::RestoreDisk>,
+    pub(super) checkpoint_config: config::Checkpoint,
     pub(super) rootfs: Vec<RootfsMount>,
 }
 
@@ -62,33 +63,33 @@ impl Container {
         stdio: StdioNames,
         anchor: Anchor,
         vm: Vm,
-        storage: Storage,
+        storage: ContainerStorage,
     ) -> Self {
-        let Storage { layer, base, checkpoint, taking, rootfs } = storage;
+        let ContainerStorage { layer, base, checkpoint, checkpoint_config, rootfs } = storage;
         Self {
             id,
             bundle,
             pid: anchor.pid(),
             anchor: tokio::sync::Mutex::new(anchor),
             vm,
-            init: Arc::new(Process::new(stdio)),
+            init: Arc::new(ContainerProcess::new(stdio)),
             execs: Execs::default(),
             freezing: RwLock::default(),
             layer,
             base,
             checkpoint: Mutex::new(checkpoint),
-            taking,
+            checkpoint_config,
             rootfs,
         }
     }
 
-    /// That of its init.
-    pub fn state(&self) -> State {
+    /// The state of the container's init.
+    pub fn state(&self) -> ProcessState {
         self.init.state()
     }
 
-    /// Resolves when the container's init has ended and its output was delivered.
-    pub async fn exited(&self) -> Exit {
+    /// Resolves when the container's init has ended and its output has been delivered.
+    pub async fn exited(&self) -> ProcessExit {
         self.init.exited().await
     }
 
@@ -97,13 +98,13 @@ impl Container {
         self.init.gone().await;
     }
 
-    /// Resolves when the anchor has ended, by whomever.
+    /// Resolves when the anchor has ended, whatever the cause.
     pub(super) async fn anchor_ended(&self) -> process::Exit {
         let ended = self.anchor.lock().await.ended();
         ended.await
     }
 
-    /// Ends the anchor, and with it the view of the container's files, as the container has ended.
+    /// Ends the anchor, and with it the view of the container's files, because the container has ended.
     pub(super) async fn end_anchor(&self) {
         if let Err(error) = self.anchor.lock().await.end().await {
             tracing::warn!(id = self.id, "cannot end the container's anchor: {error}");

@@ -1,7 +1,7 @@
-//! Creating a container: from a bundle to an init that waits in the guest.
+//! Creates a container: from a bundle to an init that waits in the guest.
 //!
-//! What needs nothing of each other runs at once, and the guest boots meanwhile. A failure at any step takes down
-//! what the earlier ones made; only the base disk stays, since it is a cache.
+//! Steps that do not depend on each other run concurrently, and the guest boots meanwhile. If a step fails,
+//! the results of the earlier ones are removed. Only the base disk stays, since it is in a cache.
 
 use std::{
     fs::File,
@@ -17,16 +17,16 @@ use protobuf::MessageField;
 use tokio::{sync::watch, task::spawn_blocking};
 
 use super::{
-    Container, Entry, Event, Pod, PodError,
+    Container, ContainerSlot, Pod, PodError, PodEvent,
     anchor::Anchor,
-    birth::Origin,
-    checkpoint::{self, Restore},
-    container::Storage,
-    layer::{self, Layer},
-    phases::Phases,
+    checkpoint::{self, RestorePlan},
+    container::ContainerStorage,
+    layer::{self, WritableLayer},
+    phases::PhaseTimes,
+    provision::Origin,
     rootfs::{self, RootfsMount},
     stdio::{HostStdio, StdioNames},
-    streams::{self, Outputs, Streams},
+    streams::{self, Outputs, ProcessStreams},
 };
 use crate::{
     agent, annotations,
@@ -44,35 +44,37 @@ use crate::{
 
 /// A request to create a container.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Create {
+pub struct CreateRequest {
     /// Unique in the pod.
     pub id: String,
     /// Directory with `config.json`.
     pub bundle: PathBuf,
-    /// How the caller would have the root file system mounted; empty: `root.path` of the configuration.
+    /// The mounts of the root file system that the caller asks for; if empty, `root.path` of the
+    /// configuration is used.
     pub rootfs: Vec<RootfsMount>,
     pub stdio: StdioNames,
-    /// Directory of the checkpoint that the container is to go on from, instead of executing its command. Not used any
-    /// more when the container has been created.
+    /// Directory of the checkpoint to restore the container from, instead of executing its command. It may be
+    /// removed once the container has been created.
     pub checkpoint: Option<PathBuf>,
 }
 
-/// What the guest is asked to make, decided before anything was touched.
+/// Everything that is decided about a container before anything is changed on the host.
 #[derive(Debug, Clone)]
-pub(super) struct Prepared {
+pub(super) struct CreatePlan {
     pub(super) config: Config,
     pub(super) assets: Assets,
     pub(super) guest: GuestSpec,
-    pub(super) rootfs: rootfs::Plan,
-    pub(super) restore: Option<Restore>,
+    pub(super) rootfs: rootfs::RootfsPlan,
+    pub(super) restore: Option<RestorePlan>,
 }
 
-/// The disks of a container: what its image has, and what it writes; or one of them, which has all.
+/// The disks of a container: the base disk with its image and the writable disk with its changes, or only one
+/// of them that holds everything.
 #[derive(Debug)]
-pub(super) struct Disks<T, C = T> {
+pub(super) struct ContainerDisks<T, C = T> {
     pub(super) base: Option<T>,
     pub(super) writable: Option<T>,
-    /// What it goes on from.
+    /// The disk with the checkpoint's images, if the container is restored.
     pub(super) checkpoint: Option<C>,
 }
 
@@ -80,14 +82,14 @@ impl Pod {
     /// Creates a container; its init waits in the guest when this returns. Returns the pid of its anchor.
     ///
     /// # Errors
-    /// What is wrong with the bundle, the rootfs or this host. Nothing is left behind.
-    pub async fn create(&self, create: Create) -> Result<u32, PodError> {
+    /// The bundle, the root file system or this host does not allow it. Nothing is left behind.
+    pub async fn create(&self, create: CreateRequest) -> Result<u32, PodError> {
         let id = create.id.clone();
         match self.containers().entry(id.clone()) {
             std::collections::hash_map::Entry::Occupied(_) => return Err(PodError::Exists { id }),
-            std::collections::hash_map::Entry::Vacant(vacant) => vacant.insert(Entry::Creating),
+            std::collections::hash_map::Entry::Vacant(vacant) => vacant.insert(ContainerSlot::Creating),
         };
-        // In a task of its own, so that a caller that goes away leaves no half-made container.
+        // Runs in a task of its own, so that a caller that goes away does not leave a half-made container.
         let pod = self.clone();
         let task = tokio::spawn(async move {
             let result = pod.create_reserved(create).await;
@@ -99,127 +101,128 @@ impl Pod {
         task.await.map_err(PodError::Worker)?
     }
 
-    async fn create_reserved(&self, create: Create) -> Result<u32, PodError> {
-        let phases = Phases::default();
-        let asked = Box::new(create.clone());
+    async fn create_reserved(&self, create: CreateRequest) -> Result<u32, PodError> {
+        let phases = PhaseTimes::default();
+        let request = Box::new(create.clone());
         let all = phases.time("create", self.create_timed(create, &phases)).await;
         let (container, watched, origin) = all?;
         let (id, pid) = (container.id.clone(), container.pid);
-        self.containers().insert(id.clone(), Entry::Ready(Arc::clone(&container)));
-        self.emit(Event::Created { pid, create: asked });
+        self.containers().insert(id.clone(), ContainerSlot::Ready(Arc::clone(&container)));
+        self.emit(PodEvent::Created { pid, create: request });
         tracing::info!(id, pid, %origin, phases = %phases, "container created");
-        let Watched { agent, vm, outputs } = watched;
+        let ContainerWatch { agent, vm, outputs } = watched;
         tokio::spawn(self.clone().watch(container, agent, vm, outputs));
         Ok(pid)
     }
 
     async fn create_timed(
         &self,
-        create: Create,
-        phases: &Phases,
-    ) -> Result<(Arc<Container>, Watched, Origin), PodError> {
-        let prepared = self.prepare(&create)?;
+        create: CreateRequest,
+        phases: &PhaseTimes,
+    ) -> Result<(Arc<Container>, ContainerWatch, Origin), PodError> {
+        let plan = self.plan(&create)?;
         let mut host_stdio = HostStdio::open(&create.stdio, &self.owner(&create.id))?;
-        let injected = read_injected(&prepared.guest.injected)?;
+        let injected = read_injected(&plan.guest.injected)?;
         let (launched, mut vm) = watch::channel(None);
         let launch = async {
-            let birth = phases.time("vm-launch", self.vm(&prepared)).await?;
-            // In the place of a clone that ends another VM boots, when its disks are there.
-            launched.send_replace(Some(birth.vm.clone()).filter(|_| !birth.origin.is_clone()));
-            Ok(birth)
+            let provisioned = phases.time("vm-launch", self.provision(&plan)).await?;
+            // A clone that ends early is not an error: another VM is booted instead once the disks are there.
+            launched.send_replace(Some(provisioned.vm.clone()).filter(|_| !provisioned.origin.is_clone()));
+            Ok(provisioned)
         };
         let disks = async {
             tokio::try_join!(
-                phases.time("rootdisk", base_disk(&prepared, &create.id)),
-                phases.time("writable", layer::open_disk(&prepared.rootfs, &prepared.config)),
-                checkpoint::restore_disk(prepared.restore.as_ref(), phases),
+                phases.time("rootdisk", base_disk(&plan, &create.id)),
+                phases.time("writable", layer::open_disk(&plan.rootfs, &plan.config)),
+                checkpoint::restore_disk(plan.restore.as_ref(), phases),
             )
         };
-        // A conversion can take long: a VM that ends meanwhile is told at once.
+        // Converting an image can take long, so the end of the VM is reported without waiting for it.
         let disks = async {
-            tokio::select! { disks = disks => disks, error = lost(&mut vm) => Err(error) }
+            tokio::select! { disks = disks => disks, error = vm_end(&mut vm) => Err(error) }
         };
         let stdio = async { host_stdio.ready().await.map_err(PodError::from) };
-        let (birth, (base, mut writable, checkpoint), ()) = tokio::try_join!(launch, disks, stdio)?;
+        let (provisioned, (base, mut writable, checkpoint), ()) = tokio::try_join!(launch, disks, stdio)?;
         let key = base.as_ref().map(|base| base.key);
-        let overlaid = key.filter(|_| prepared.rootfs.is_overlaid());
-        if let Some(restore) = &prepared.restore {
+        let overlaid = key.filter(|_| plan.rootfs.is_overlaid());
+        if let Some(restore) = &plan.restore {
             restore.check_rootfs(overlaid)?;
         }
         let mut files =
-            Disks { base: base.map(|base| base.file), writable: writable.file.take(), checkpoint };
-        if prepared.rootfs.read_only {
+            ContainerDisks { base: base.map(|base| base.file), writable: writable.file.take(), checkpoint };
+        if plan.rootfs.read_only {
             files.base = files.writable.take();
         }
-        // From here on the guest goes on by itself; what this process does meanwhile costs the start nothing.
-        let mut anchor = Anchor::spawn(&create.id, prepared.guest.netns.as_deref())?;
-        let (birth, (disks, agent)) = match ready(&birth.vm, &create.id, &files, phases).await {
-            Err(error) if birth.origin.is_clone() => {
-                let birth = self.boot_instead(&prepared, birth, &error).await?;
-                let ready = ready(&birth.vm, &create.id, &files, phases).await?;
-                (birth, ready)
-            }
-            ready => (birth, ready?),
-        };
-        let vm = birth.vm.clone();
+        // From here on the guest proceeds on its own, so work on the host does not delay the start.
+        let mut anchor = Anchor::spawn(&create.id, plan.guest.netns.as_deref())?;
+        let (provisioned, (disks, agent)) =
+            match attach_disks(&provisioned.vm, &create.id, &files, phases).await {
+                Err(error) if provisioned.origin.is_clone() => {
+                    let provisioned = self.boot_instead(&plan, provisioned, &error).await?;
+                    let attached = attach_disks(&provisioned.vm, &create.id, &files, phases).await?;
+                    (provisioned, attached)
+                }
+                attached => (provisioned, attached?),
+            };
+        let vm = provisioned.vm.clone();
         let _starting = self.shared.starting.acquire().await.expect("never closed");
         let (stdio, streams) = phases.time("streams", streams::connect(&vm, host_stdio)).await?;
-        let guest_spec = prepared.guest.for_vm(self.vm_vcpus());
+        let guest_spec = plan.guest.for_vm(self.vm_vcpus());
         let mut request = request(&create.id, &guest_spec, &disks, stdio, injected)?;
-        if let Some(restore) = &prepared.restore {
+        if let Some(restore) = &plan.restore {
             request.checkpoint = MessageField::some(restore.request(
                 disks.checkpoint,
-                prepared.config.restore,
+                plan.config.restore,
                 &guest_spec,
                 self.vm_vcpus(),
             ));
         }
         let created =
             phases.time("guest-create", agent.create_container(request)).await.map_err(|source| {
-                match (&prepared.restore, &files.checkpoint) {
+                match (&plan.restore, &files.checkpoint) {
                     (Some(restore), Some(disk)) => restore.refused(disk, source),
                     _ => PodError::guest("create", &create.id, source),
                 }
             })?;
         phases.record_guest(&created);
-        // It has been for long; its pid must not be told before.
-        phases.time("anchor", anchor.settled()).await?;
-        let layer = Layer::new(&prepared.rootfs, &prepared.config, key, writable.keep());
-        let storage = Storage {
+        // The anchor has long entered its root by now; its pid must not be passed to clients before.
+        phases.time("anchor", anchor.wait_for_root()).await?;
+        let layer = WritableLayer::new(&plan.rootfs, &plan.config, key, writable.keep());
+        let storage = ContainerStorage {
             layer,
             base: overlaid,
             checkpoint: disks
                 .checkpoint
                 .zip(files.checkpoint)
-                .map(|(address, disk)| checkpoint::Source { address, disk }),
-            taking: prepared.config.checkpoint,
+                .map(|(address, disk)| checkpoint::RestoreDisk { address, disk }),
+            checkpoint_config: plan.config.checkpoint,
             rootfs: create.rootfs.clone(),
         };
         let (container, watched) = self.assemble(create, anchor, agent, vm, streams, storage);
-        Ok((container, watched, birth.origin))
+        Ok((container, watched, provisioned.origin))
     }
 
-    /// Everything that can be refused without touching anything.
-    pub(super) fn prepare(&self, create: &Create) -> Result<Prepared, PodError> {
+    /// Makes all checks that change nothing on the host or in the guest.
+    pub(super) fn plan(&self, create: &CreateRequest) -> Result<CreatePlan, PodError> {
         let spec = bundle::load(&create.bundle)?;
         let annotations = spec.annotations().clone().unwrap_or_default();
         let config = annotations::apply(&self.shared.config, &annotations)?;
         let rootfs = rootfs::plan(&create.rootfs, &spec, &create.bundle)?;
         let guest = guest::reduce(spec, &create.id)?;
         let assets = Assets::find(&config)?;
-        let restore = create.checkpoint.as_ref().map(|dir| Restore::read(&create.id, dir)).transpose()?;
-        Ok(Prepared { config, assets, guest, rootfs, restore })
+        let restore = create.checkpoint.as_ref().map(|dir| RestorePlan::read(&create.id, dir)).transpose()?;
+        Ok(CreatePlan { config, assets, guest, rootfs, restore })
     }
 
     fn assemble(
         &self,
-        create: Create,
+        create: CreateRequest,
         anchor: Anchor,
         agent: agent::Client,
         vm: Vm,
-        mut streams: Streams,
-        storage: Storage,
-    ) -> (Arc<Container>, Watched) {
+        mut streams: ProcessStreams,
+        storage: ContainerStorage,
+    ) -> (Arc<Container>, ContainerWatch) {
         let stdin = streams.take_input(&agent, &create.id, "");
         anchor.attach(Guest {
             vm: vm.clone(),
@@ -230,10 +233,10 @@ impl Pod {
         let container = Container::new(create.id, create.bundle, create.stdio, anchor, vm.clone(), storage);
         container.init.connect_stdin(stdin);
         let outputs = streams.outputs;
-        (Arc::new(container), Watched { agent, vm, outputs })
+        (Arc::new(container), ContainerWatch { agent, vm, outputs })
     }
 
-    /// Takes down what a failed create left: the id, and the VM if no other container uses it.
+    /// Undoes what a failed create has left: the id, and the VM if no other container uses it.
     async fn unwind(&self, id: &str) {
         let mut slot = self.shared.vm.lock().await;
         let last = {
@@ -247,13 +250,13 @@ impl Pod {
     }
 }
 
-/// Attaches the disks while the guest comes to life.
-pub(super) async fn ready(
+/// Attaches the disks while the guest starts, and waits for its agent.
+pub(super) async fn attach_disks(
     vm: &Vm,
     id: &str,
-    files: &Disks<File, ImageDisk>,
-    phases: &Phases,
-) -> Result<(Disks<DiskAddress>, agent::Client), PodError> {
+    files: &ContainerDisks<File, ImageDisk>,
+    phases: &PhaseTimes,
+) -> Result<(ContainerDisks<DiskAddress>, agent::Client), PodError> {
     let attach = async |what, source, read_only, name: &str| {
         let disk = DiskSpec { source, read_only, volatile: false, serial: format!("{name}-{id}") };
         vm.attach_disk(disk).await.map(Some).map_err(|source| PodError::Vm { what, source })
@@ -275,18 +278,18 @@ pub(super) async fn ready(
         attach_checkpoint,
         phases.time("vm-ready", async { vm.agent().await.map_err(PodError::Boot) }),
     )?;
-    Ok((Disks { base, writable, checkpoint }, agent))
+    Ok((ContainerDisks { base, writable, checkpoint }, agent))
 }
 
 /// What the watcher of a container needs.
-struct Watched {
+struct ContainerWatch {
     agent: agent::Client,
     vm: Vm,
     outputs: Outputs,
 }
 
-/// Resolves when the VM has ended; never, while there is none.
-async fn lost(launched: &mut watch::Receiver<Option<Vm>>) -> PodError {
+/// Resolves when the VM has ended. Stays pending while there is no VM.
+async fn vm_end(launched: &mut watch::Receiver<Option<Vm>>) -> PodError {
     let vm = launched.wait_for(Option::is_some).await.ok().and_then(|vm| vm.clone());
     match vm {
         Some(vm) => PodError::Boot(VmError::Exited(vm.exited().await)),
@@ -294,15 +297,15 @@ async fn lost(launched: &mut watch::Receiver<Option<Vm>>) -> PodError {
     }
 }
 
-/// None where the root file system is on a disk already.
-pub(super) async fn base_disk(prepared: &Prepared, id: &str) -> Result<Option<Rootdisk>, PodError> {
-    let Some(source) = prepared.rootfs.source.clone() else { return Ok(None) };
-    let config::Rootdisk { dir, min_size_mib, mke2fs, .. } = prepared.config.rootdisk.clone();
+/// Returns None if the root file system is on a disk already.
+pub(super) async fn base_disk(plan: &CreatePlan, id: &str) -> Result<Option<Rootdisk>, PodError> {
+    let Some(source) = plan.rootfs.source.clone() else { return Ok(None) };
+    let config::Rootdisk { dir, min_size_mib, mke2fs, .. } = plan.config.rootdisk.clone();
     let id = id.to_owned();
-    let (plan, all) = (prepared.rootfs.clone(), prepared.config.clone());
+    let (plan, all) = (plan.rootfs.clone(), plan.config.clone());
     let build = move || {
         let cache = RootdiskCache::open(&dir)?;
-        if let Some(base) = layer::base_of_left_disk(&plan, &all, &cache)? {
+        if let Some(base) = layer::base_of_existing_disk(&plan, &all, &cache)? {
             return Ok(base);
         }
         let options = BuildOptions { min_size: min_size_mib << 20, mke2fs };
@@ -341,7 +344,7 @@ pub(super) fn read_injected(files: &[Injected]) -> Result<Vec<InjectedFile>, Pod
 pub(super) fn request(
     id: &str,
     guest_spec: &Spec,
-    disks: &Disks<DiskAddress>,
+    disks: &ContainerDisks<DiskAddress>,
     stdio: Stdio,
     files: Vec<InjectedFile>,
 ) -> Result<CreateContainerRequest, PodError> {

@@ -1,14 +1,14 @@
-//! Why a pod did not do what was asked.
+//! The errors of a pod's requests.
 
 use std::{io, path::PathBuf, time::Duration};
 
-use super::{anchor::AnchorError, rootfs::RootfsError, state::StateError, stdio::StdioError};
+use super::{anchor::AnchorError, rootfs::RootfsPlanError, state::StateError, stdio::StdioError};
 use crate::{
     accel::AccelError,
     admission::AdmissionError,
     agent::AgentError,
     annotations::AnnotationError,
-    assets::AssetError,
+    assets::MissingAsset,
     checkpoint::CheckpointError,
     error::{ErrorKind, Kind},
     layer::LayerError,
@@ -34,7 +34,7 @@ pub enum PodError {
     BeingCreated { id: String },
     #[error("cannot {verb} container {id}")]
     State { verb: &'static str, id: String, source: StateError },
-    #[error("the VM of container {id} is gone")]
+    #[error("the VM of container {id} has ended")]
     Gone { id: String },
     #[error("cannot {verb} container {id}")]
     Guest { verb: &'static str, id: String, source: AgentError },
@@ -43,7 +43,7 @@ pub enum PodError {
     #[error(transparent)]
     Annotation(#[from] AnnotationError),
     #[error(transparent)]
-    Asset(#[from] AssetError),
+    Asset(#[from] MissingAsset),
     #[error(transparent)]
     Bundle(#[from] BundleError),
     #[error(transparent)]
@@ -51,7 +51,7 @@ pub enum PodError {
     #[error(transparent)]
     Process(#[from] ProcessSpecError),
     #[error(transparent)]
-    Rootfs(#[from] RootfsError),
+    Rootfs(#[from] RootfsPlanError),
     #[error(transparent)]
     Stdio(#[from] StdioError),
     #[error(transparent)]
@@ -60,7 +60,7 @@ pub enum PodError {
     Accel(#[from] AccelError),
     #[error(transparent)]
     Admission(#[from] AdmissionError),
-    #[error("cannot understand the new limits as the runtime-spec's LinuxResources")]
+    #[error("the new limits are not a valid LinuxResources of the runtime-spec")]
     Resources { source: serde_json::Error },
     #[error(transparent)]
     Limits(#[from] ResourcesError),
@@ -103,7 +103,7 @@ impl PodError {
         Self::Guest { verb, id: id.to_owned(), source }
     }
 
-    /// The VM, and every process in it, ended while it was being asked.
+    /// Whether the request failed because the VM, and every process in it, ended.
     pub(super) fn is_loss_of_the_vm(&self) -> bool {
         matches!(
             self,

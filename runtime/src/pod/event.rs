@@ -1,16 +1,16 @@
-//! What happens to containers, for whoever publishes it.
+//! Events of containers, for the owner of the pod to publish.
 
 use std::path::PathBuf;
 
-use super::{Create, state::Exit};
+use super::{CreateRequest, state::ProcessExit};
 
-/// Something that happened, in the order it happened.
+/// An event, sent in the order of occurrence.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
+pub enum PodEvent {
     Created {
         pid: u32,
-        /// As it was asked for.
-        create: Box<Create>,
+        /// The request, unchanged.
+        create: Box<CreateRequest>,
     },
     Started {
         id: String,
@@ -27,7 +27,7 @@ pub enum Event {
         id: String,
         path: PathBuf,
     },
-    /// The guest's kernel has ended a process of the container for want of memory.
+    /// The guest's kernel has killed a process because the container was out of memory.
     OutOfMemory {
         id: String,
     },
@@ -40,16 +40,16 @@ pub enum Event {
         exec_id: String,
         pid: u32,
     },
-    /// An empty `exec_id` is the container's init.
+    /// `exec_id` is empty for the container's init.
     Exited {
         id: String,
         exec_id: String,
         pid: u32,
-        exit: Exit,
+        exit: ProcessExit,
     },
     Deleted {
         id: String,
         pid: u32,
-        exit: Exit,
+        exit: ProcessExit,
     },
 }

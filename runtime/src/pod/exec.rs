@@ -6,7 +6,8 @@
 //!   end    ---> output drained -> Stopped, event -> the guest forgets it
 //!   delete ---> the entry goes, its id is free
 //! ```
-//! Its states are those of a container. One that could not be started has stopped without having run.
+//! The states of such a process are those of a container. A process that could not be started counts as
+//! stopped, although it never ran.
 
 use std::{
     collections::{HashMap, hash_map},
@@ -19,8 +20,8 @@ use oci_spec::runtime;
 use protobuf::MessageField;
 
 use super::{
-    Container, Event, Exit, Pod, PodError, Process, State, StateError, Transition,
-    exit::ended,
+    Container, ContainerProcess, Pod, PodError, PodEvent, ProcessExit, ProcessState, StateError, Transition,
+    exit::finish_output,
     stdio::{HostStdio, StdioNames},
     streams::{self, Outputs},
 };
@@ -30,14 +31,15 @@ use crate::{
     spec,
 };
 
-/// What shells say of a command that cannot be executed, of one that is not there, and runc of all else.
+/// The exit statuses by which shells report a command that cannot be executed and one that does not exist,
+/// and by which runc reports every other failure to start.
 const NOT_EXECUTABLE: u32 = 126;
 const NOT_FOUND: u32 = 127;
 const NOT_STARTED: u32 = 255;
 
 /// A request to add a process to a container.
 #[derive(Debug, Clone, Default)]
-pub struct Exec {
+pub struct ExecRequest {
     /// Unique among the container's processes.
     pub id: String,
     /// OCI process (runtime-spec, config.md, "Process"), as JSON.
@@ -45,18 +47,19 @@ pub struct Exec {
     pub stdio: StdioNames,
 }
 
-/// A process that was added.
+/// A process that was added to a container.
 #[derive(Debug)]
-pub(super) struct Added {
+pub(super) struct AddedProcess {
     id: String,
-    pub(super) process: Arc<Process>,
-    stage: Mutex<Stage>,
+    pub(super) process: Arc<ContainerProcess>,
+    stage: Mutex<ExecStage>,
 }
 
 #[derive(Debug)]
-enum Stage {
+enum ExecStage {
     Described(Box<runtime::Process>),
-    /// The guest knows it by an id of its own, so that ours can be anything, and be used again at once.
+    /// The guest knows the process by an id of its own, so the caller's id can be any text and can be reused
+    /// at once.
     Sent {
         guest_id: String,
     },
@@ -64,26 +67,26 @@ enum Stage {
 
 /// All processes that were added to a container.
 #[derive(Debug, Default)]
-pub(super) struct Execs(Mutex<Table>);
+pub(super) struct Execs(Mutex<ExecTable>);
 
 #[derive(Debug, Default)]
-struct Table {
-    added: HashMap<String, Arc<Added>>,
+struct ExecTable {
+    added: HashMap<String, Arc<AddedProcess>>,
     started: u64,
-    /// The container's init has ended: nothing starts any more.
+    /// The container's init has ended, so no further process may start.
     closed: bool,
 }
 
 impl Execs {
-    fn lock(&self) -> MutexGuard<'_, Table> {
+    fn lock(&self) -> MutexGuard<'_, ExecTable> {
         self.0.lock().expect("no panic while held")
     }
 
-    fn get(&self, id: &str) -> Option<Arc<Added>> {
+    fn get(&self, id: &str) -> Option<Arc<AddedProcess>> {
         self.lock().added.get(id).map(Arc::clone)
     }
 
-    /// An id for the guest; None when nothing may start any more.
+    /// Returns an id for the guest, or None when no further process may start.
     fn admit(&self) -> Option<String> {
         let mut table = self.lock();
         if table.closed {
@@ -93,7 +96,7 @@ impl Execs {
         Some(format!("exec-{}", table.started))
     }
 
-    /// Lets nothing start any more, and waits until what has started has ended.
+    /// Refuses further starts, and waits until every process that was started has ended.
     pub(super) async fn end(&self) {
         let added: Vec<_> = {
             let mut table = self.lock();
@@ -101,37 +104,37 @@ impl Execs {
             table.added.values().cloned().collect()
         };
         for exec in added {
-            // Whoever is starting it holds this.
+            // A start that is under way holds this lock.
             let state = {
                 let _ordered = exec.process.transitions.lock().await;
                 exec.process.state()
             };
-            if state != State::Created {
+            if state != ProcessState::Created {
                 exec.process.exited().await;
             }
         }
     }
 }
 
-impl Added {
-    fn stage(&self) -> MutexGuard<'_, Stage> {
+impl AddedProcess {
+    fn stage(&self) -> MutexGuard<'_, ExecStage> {
         self.stage.lock().expect("no panic while held")
     }
 
     async fn guest_id(&self) -> Option<String> {
         let _decided = self.process.transitions.lock().await;
         match &*self.stage() {
-            Stage::Described(_) => None,
-            Stage::Sent { guest_id } => Some(guest_id.clone()),
+            ExecStage::Described(_) => None,
+            ExecStage::Sent { guest_id } => Some(guest_id.clone()),
         }
     }
 }
 
-impl Added {
-    /// Sets the size that the terminal of a process starts with; false when the process has been started.
-    async fn resize_ahead(&self, width: u32, height: u32) -> bool {
+impl AddedProcess {
+    /// Sets the initial size of the process's terminal; returns false if the process was started already.
+    async fn set_initial_size(&self, width: u32, height: u32) -> bool {
         let _decided = self.process.transitions.lock().await;
-        let Stage::Described(process) = &mut *self.stage() else { return false };
+        let ExecStage::Described(process) = &mut *self.stage() else { return false };
         let size = runtime::BoxBuilder::default().width(width).height(height).build();
         process.set_console_size(Some(size.expect("every field is given")));
         true
@@ -140,23 +143,23 @@ impl Added {
 
 impl Container {
     /// # Errors
-    /// There is no such process.
-    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, PodError> {
+    /// The process does not exist.
+    pub fn process(&self, exec_id: &str) -> Result<Arc<ContainerProcess>, PodError> {
         match exec_id {
             "" => Ok(Arc::clone(&self.init)),
             _ => Ok(Arc::clone(&self.added(exec_id)?.process)),
         }
     }
 
-    fn added(&self, exec_id: &str) -> Result<Arc<Added>, PodError> {
+    fn added(&self, exec_id: &str) -> Result<Arc<AddedProcess>, PodError> {
         let missing = || PodError::NoProcess { id: self.id.clone(), exec_id: exec_id.to_owned() };
         self.execs.get(exec_id).ok_or_else(missing)
     }
 
-    /// By what the guest knows a process; the init is "". A process that is being started is waited for.
+    /// The id by which the guest knows a process; the init's is "". Waits for a start that is under way.
     ///
     /// # Errors
-    /// It does not exist, or does not run.
+    /// The process does not exist, or is not running.
     pub(super) async fn guest_id(&self, exec_id: &str, verb: &'static str) -> Result<String, PodError> {
         let guest_id = match exec_id {
             "" => Some(String::new()),
@@ -164,24 +167,24 @@ impl Container {
         };
         let failed = |source| PodError::State { verb, id: self.name(exec_id), source };
         match self.process(exec_id)?.state() {
-            State::Stopped(_) => Err(failed(StateError::AlreadyStopped)),
+            ProcessState::Stopped(_) => Err(failed(StateError::AlreadyStopped)),
             _ => guest_id.ok_or_else(|| failed(StateError::NotStarted)),
         }
     }
 
-    /// A process as messages name it.
+    /// The process's name in messages.
     pub(super) fn name(&self, exec_id: &str) -> String {
         if exec_id.is_empty() { self.id.clone() } else { format!("{}, process {exec_id}", self.id) }
     }
 }
 
-/// A process that is added to a paused container would not run either.
+/// A process that is added to a paused container could not run either.
 fn may_exec(container: &Container) -> Result<(), PodError> {
     let refused = |source| Err(PodError::state("exec in", &container.id, source));
     match container.state() {
-        State::Stopped(_) => refused(StateError::AlreadyStopped),
-        State::Paused => refused(StateError::Paused),
-        State::Created | State::Running => Ok(()),
+        ProcessState::Stopped(_) => refused(StateError::AlreadyStopped),
+        ProcessState::Paused => refused(StateError::Paused),
+        ProcessState::Created | ProcessState::Running => Ok(()),
     }
 }
 
@@ -189,18 +192,18 @@ impl Pod {
     /// Adds a process to a container, to be started.
     ///
     /// # Errors
-    /// The container does not exist or has stopped, the id is taken, or the process cannot be understood.
-    pub fn exec(&self, id: &str, exec: Exec) -> Result<(), PodError> {
+    /// The container does not exist or has stopped, the id is taken, or the process is not valid.
+    pub fn exec(&self, id: &str, exec: ExecRequest) -> Result<(), PodError> {
         let container = self.container(id)?;
         may_exec(&container)?;
         if exec.id.is_empty() {
             return Err(PodError::NoExecId { id: id.to_owned() });
         }
         let process = spec::exec::reduce(&exec.process, exec.stdio.terminal)?;
-        let added = Added {
+        let added = AddedProcess {
             id: exec.id.clone(),
-            process: Arc::new(Process::new(exec.stdio)),
-            stage: Mutex::new(Stage::Described(Box::new(process))),
+            process: Arc::new(ContainerProcess::new(exec.stdio)),
+            stage: Mutex::new(ExecStage::Described(Box::new(process))),
         };
         match container.execs.lock().added.entry(exec.id.clone()) {
             hash_map::Entry::Occupied(_) => {
@@ -208,24 +211,26 @@ impl Pod {
             }
             hash_map::Entry::Vacant(entry) => _ = entry.insert(Arc::new(added)),
         }
-        self.emit(Event::ExecAdded { id: id.to_owned(), exec_id: exec.id });
+        self.emit(PodEvent::ExecAdded { id: id.to_owned(), exec_id: exec.id });
         Ok(())
     }
 
-    /// Starts a process that was added; returns the pid that stands for it, which is that of the container's anchor.
+    /// Starts a process that was added; returns the pid that stands for it, which is that of the container's
+    /// anchor.
     ///
     /// # Errors
-    /// It does not exist or was started before, the container does not run, or the command cannot be executed.
+    /// The process does not exist or was started before, the container is not running, or the command cannot
+    /// be executed.
     pub async fn start_exec(&self, id: &str, exec_id: &str) -> Result<u32, PodError> {
         let container = self.container(id)?;
         let exec = container.added(exec_id)?;
-        // In a task of its own, so that a caller that goes away leaves nothing half-started.
+        // Runs in a task of its own, so that a caller that goes away does not leave a half-started process.
         let pod = self.clone();
         let task = tokio::spawn(async move { pod.start_added(container, exec).await });
         task.await.map_err(PodError::Worker)?
     }
 
-    async fn start_added(&self, container: Arc<Container>, exec: Arc<Added>) -> Result<u32, PodError> {
+    async fn start_added(&self, container: Arc<Container>, exec: Arc<AddedProcess>) -> Result<u32, PodError> {
         let refused = |source| PodError::state("start", &container.name(&exec.id), source);
         let _ordered = exec.process.transitions.lock().await;
         exec.process.state().after(Transition::Start).map_err(refused)?;
@@ -234,7 +239,7 @@ impl Pod {
         match self.send(&container, &exec).await {
             Ok(watch) => {
                 exec.process.advance(Transition::Start).map_err(refused)?;
-                self.emit(Event::ExecStarted {
+                self.emit(PodEvent::ExecStarted {
                     id: container.id.clone(),
                     exec_id: exec.id.clone(),
                     pid: container.pid,
@@ -255,16 +260,16 @@ impl Pod {
         }
     }
 
-    /// Has the guest run it.
-    async fn send(&self, container: &Container, exec: &Added) -> Result<Watch, PodError> {
+    /// Asks the guest to run the process.
+    async fn send(&self, container: &Container, exec: &AddedProcess) -> Result<ExecWatch, PodError> {
         let mut host = HostStdio::open(&exec.process.stdio, &self.owner(&exec.id))?;
         host.ready().await?;
         let vm = self.vm_of(&container.id).await?;
         let agent = self.agent(&container.id).await?;
         let gone = || PodError::state("exec in", &container.id, StateError::AlreadyStopped);
         let guest_id = container.execs.admit().ok_or_else(gone)?;
-        let stage = std::mem::replace(&mut *exec.stage(), Stage::Sent { guest_id: guest_id.clone() });
-        let Stage::Described(process) = stage else {
+        let stage = std::mem::replace(&mut *exec.stage(), ExecStage::Sent { guest_id: guest_id.clone() });
+        let ExecStage::Described(process) = stage else {
             return Err(PodError::state("start", &container.name(&exec.id), StateError::AlreadyStarted));
         };
         let _starting = self.shared.starting.acquire().await.expect("never closed");
@@ -283,29 +288,30 @@ impl Pod {
             .await
             .map_err(|source| PodError::guest("start", &container.name(&exec.id), source))?;
         exec.process.feed(stdin);
-        Ok(Watch { agent, guest_id, outputs: streams.outputs })
+        Ok(ExecWatch { agent, guest_id, outputs: streams.outputs })
     }
 
-    async fn watch_exec(self, container: Arc<Container>, exec: Arc<Added>, watch: Watch) {
-        let Watch { agent, guest_id, outputs } = watch;
+    async fn watch_exec(self, container: Arc<Container>, exec: Arc<AddedProcess>, watch: ExecWatch) {
+        let ExecWatch { agent, guest_id, outputs } = watch;
         let name = container.name(&exec.id);
-        let (exit, logger) = ended(&name, outputs, agent.wait_process(&container.id, &guest_id).await).await;
+        let (exit, logger) =
+            finish_output(&name, outputs, agent.wait_process(&container.id, &guest_id).await).await;
         {
             let _ordered = exec.process.transitions.lock().await;
             if let Err(error) = exec.process.advance(Transition::Exited(exit)) {
                 tracing::error!(id = name, "exit reported twice: {error}");
             }
             tracing::debug!(id = name, status = exit.status, "process exited");
-            self.emit(Event::Exited {
+            self.emit(PodEvent::Exited {
                 id: container.id.clone(),
                 exec_id: exec.id.clone(),
                 pid: container.pid,
                 exit,
             });
         }
-        // A VM that is gone needs not forget.
+        // This fails when the VM has ended, and then there is nothing left to remove.
         if let Err(error) = agent.delete_process(&container.id, &guest_id).await {
-            tracing::debug!(id = name, "not forgotten in the guest: {}", chain(&error));
+            tracing::debug!(id = name, "cannot remove the process from the guest: {}", chain(&error));
         }
         if let Some(logger) = logger {
             logger.finish().await;
@@ -313,17 +319,17 @@ impl Pod {
         exec.process.set_gone();
     }
 
-    /// Forgets a process that has ended, or was never started.
+    /// Removes a process that has ended or was never started.
     ///
     /// # Errors
-    /// It does not exist, or is running.
-    pub async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<(u32, Exit), PodError> {
+    /// The process does not exist, or is running.
+    pub async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<(u32, ProcessExit), PodError> {
         let container = self.container(id)?;
         let exec = container.added(exec_id)?;
         let refused = |source| PodError::state("delete", &container.name(exec_id), source);
         let (pid, exit) = {
             let _ordered = exec.process.transitions.lock().await;
-            let never_ran = exec.process.state() == State::Created;
+            let never_ran = exec.process.state() == ProcessState::Created;
             if never_ran {
                 exec.process.advance(Transition::Exited(exit(0))).map_err(refused)?;
                 exec.process.set_gone();
@@ -336,7 +342,8 @@ impl Pod {
         Ok((pid, exit))
     }
 
-    /// Sets the size of a process's terminal, in characters; of one that does not run yet, the size it starts with.
+    /// Sets the size of a process's terminal, in characters. For a process that is not running yet, this is
+    /// the initial size.
     ///
     /// # Errors
     /// The process does not exist, has ended, or has no terminal.
@@ -349,7 +356,7 @@ impl Pod {
                 StateError::NoTerminal,
             ));
         }
-        if !exec_id.is_empty() && container.added(exec_id)?.resize_ahead(width, height).await {
+        if !exec_id.is_empty() && container.added(exec_id)?.set_initial_size(width, height).await {
             return Ok(());
         }
         let verb = "resize the terminal of";
@@ -362,13 +369,13 @@ impl Pod {
     }
 }
 
-/// What the watcher of a process needs.
-struct Watch {
+/// What the watcher of an added process needs.
+struct ExecWatch {
     agent: agent::Client,
     guest_id: String,
     outputs: Outputs,
 }
 
-fn exit(status: u32) -> Exit {
-    Exit { status, at: SystemTime::now(), oom_killed: false }
+fn exit(status: u32) -> ProcessExit {
+    ProcessExit { status, at: SystemTime::now(), oom_killed: false }
 }

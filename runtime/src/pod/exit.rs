@@ -1,4 +1,4 @@
-//! What follows when a container's init ends, by itself or with its VM.
+//! What happens when a container's init ends, by itself or with its VM.
 
 use std::{
     pin::pin,
@@ -12,7 +12,9 @@ use std::{
 use machinen_protocol::api::WaitProcessResponse;
 use tokio::time::Duration;
 
-use super::{Container, Entry, Event, Exit, Pod, Transition, stdio::Logger, streams::Outputs};
+use super::{
+    Container, ContainerSlot, Pod, PodEvent, ProcessExit, Transition, stdio::Logger, streams::Outputs,
+};
 use crate::{
     agent::{self, AgentError},
     error::chain,
@@ -22,14 +24,14 @@ use crate::{
 /// Longest wait for a VM to sync its disks and power off before it is killed.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 
-/// What containerd's clients expect of a container whose VM was lost: as if killed by SIGKILL.
+/// The exit status that containerd's clients expect of a container whose VM was lost: that of SIGKILL.
 const LOST: u32 = 128 + libc::SIGKILL as u32;
 
-/// Statuses above are of no process; a guest that claims one is not believed.
+/// No process has a status above this; a larger claim of the guest is reduced to it.
 const MAX_STATUS: u32 = 255;
 
 impl Pod {
-    /// Waits for the end of `container`, delivers its output, and takes down what it leaves behind.
+    /// Waits for the end of `container`, delivers its output, and removes what it leaves behind.
     pub(super) async fn watch(
         self,
         container: Arc<Container>,
@@ -37,35 +39,37 @@ impl Pod {
         vm: Vm,
         outputs: Outputs,
     ) {
-        let told = AtomicU64::new(0);
+        let reported = AtomicU64::new(0);
         let mut waiting = pin!(agent.wait_process(&container.id, ""));
-        let beside = async {
-            tokio::join!(self.watch_memory(&container, &agent, &told), self.follow_anchor(&container))
+        let watchers = async {
+            tokio::join!(self.watch_memory(&container, &agent, &reported), self.follow_anchor(&container))
         };
         let waited = tokio::select! {
             biased;
             waited = &mut waiting => waited,
-            ((), ()) = beside => waiting.await,
+            ((), ()) = watchers => waiting.await,
         };
-        let untold_kill = waited.as_ref().is_ok_and(|ended| ended.oom_kills > told.into_inner());
+        let unreported_kill = waited.as_ref().is_ok_and(|ended| ended.oom_kills > reported.into_inner());
         if let Err(error) = &waited {
-            // Without its agent a VM is of no use; one that was lost already makes this a no-op.
+            // A VM is useless without its agent. If the VM has ended already, this does nothing.
             vm.kill().await;
             let reason = vm.exited().await;
             tracing::error!(id = container.id, "container lost: {}: {reason}", chain(error));
         }
-        // Whether the guest is there to export what the container has written, and whether that is nothing.
+        // None: the guest is lost and cannot export the container's changes. Otherwise whether there are no
+        // changes.
         let unchanged = waited.as_ref().ok().map(|ended| ended.layer_unchanged);
-        let (exit, logger) = ended(&container.id, outputs, waited).await;
-        // What else ran in the container has ended with its init, and says so first.
+        let (exit, logger) = finish_output(&container.id, outputs, waited).await;
+        // The other processes of the container have ended with the init; their exits are reported first.
         container.execs.end().await;
         container.end_anchor().await;
-        // Before anyone is told of the end: who hears of it may read the snapshot.
+        // This comes before the exit is reported, since clients may read the snapshot as soon as they receive
+        // that event.
         let saved = match unchanged {
             Some(unchanged) => container.layer.export_at_end(&vm, &agent, &container.id, unchanged).await,
             None => None,
         };
-        self.record(&container, exit, untold_kill).await;
+        self.record(&container, exit, unreported_kill).await;
         let secure = container.layer.secure(saved).await;
         self.clean(&container, &agent, secure).await;
         if secure {
@@ -77,7 +81,7 @@ impl Pod {
         container.init.set_gone();
     }
 
-    /// Who kills the process that stands for a container means the container.
+    /// Killing the process that stands for a container kills the container.
     async fn follow_anchor(&self, container: &Container) {
         let exit = container.anchor_ended().await;
         tracing::info!(id = container.id, "the container's anchor has ended ({exit}): killing the container");
@@ -86,25 +90,25 @@ impl Pod {
         }
     }
 
-    /// A kill for want of memory is told before the end that it brought.
-    async fn record(&self, container: &Container, exit: Exit, untold_kill: bool) {
+    /// An out-of-memory kill is reported before the exit that it caused.
+    async fn record(&self, container: &Container, exit: ProcessExit, unreported_kill: bool) {
         let _ordered = container.init.transitions.lock().await;
         if let Err(error) = container.init.advance(Transition::Exited(exit)) {
             tracing::error!(id = container.id, "exit reported twice: {error}");
             return;
         }
-        if untold_kill {
-            self.emit(Event::OutOfMemory { id: container.id.clone() });
+        if unreported_kill {
+            self.emit(PodEvent::OutOfMemory { id: container.id.clone() });
         }
         tracing::info!(id = container.id, status = exit.status, "container exited");
         let (id, exec_id) = (container.id.clone(), String::new());
-        self.emit(Event::Exited { id, exec_id, pid: container.pid, exit });
+        self.emit(PodEvent::Exited { id, exec_id, pid: container.pid, exit });
     }
 
-    /// The VM goes with its last running container; otherwise only the container's part of the guest does.
+    /// Ends the VM with its last running container; otherwise removes only this container from the guest.
     ///
-    /// With its writes on the host (`secure`), a VM has nothing to sync: the disks of containers that ended before it
-    /// were synced when they were deleted.
+    /// If the changes are safe on the host (`secure`), the VM has nothing to sync: the disks of containers
+    /// that ended earlier were synced when they were deleted.
     async fn clean(&self, container: &Container, agent: &agent::Client, secure: bool) {
         let mut slot = self.shared.vm.lock().await;
         if self.has_others(&container.id) {
@@ -123,30 +127,31 @@ impl Pod {
         self.containers().iter().any(|(other, entry)| {
             other != id
                 && match entry {
-                    Entry::Creating => true,
-                    Entry::Ready(container) => !container.init.is_gone(),
+                    ContainerSlot::Creating => true,
+                    ContainerSlot::Ready(container) => !container.init.is_gone(),
                 }
         })
     }
 }
 
-/// Delivers what a process has written, and says how it ended. A logging program is left to be waited for.
-pub(super) async fn ended(
+/// Delivers the rest of a process's output, and returns how the process ended. The caller waits for the
+/// logging program.
+pub(super) async fn finish_output(
     id: &str,
     outputs: Outputs,
     waited: Result<WaitProcessResponse, AgentError>,
-) -> (Exit, Option<Logger>) {
+) -> (ProcessExit, Option<Logger>) {
     match waited {
         Ok(ended) => {
-            // The guest's clock and its claims are the tenant's: time is taken here, and the status is bounded.
+            // The guest is not trusted: the time is taken on the host, and the status is bounded.
             let status = ended.exit_status.min(MAX_STATUS);
-            let exit = Exit { status, at: SystemTime::now(), oom_killed: ended.oom_killed };
+            let exit = ProcessExit { status, at: SystemTime::now(), oom_killed: ended.oom_killed };
             (exit, outputs.deliver(id, &ended).await)
         }
         Err(error) => {
-            tracing::debug!(id, "not waited for: {}", chain(&error));
+            tracing::debug!(id, "cannot wait for the process: {}", chain(&error));
             let logger = outputs.abandon().await;
-            (Exit { status: LOST, at: SystemTime::now(), oom_killed: false }, logger)
+            (ProcessExit { status: LOST, at: SystemTime::now(), oom_killed: false }, logger)
         }
     }
 }

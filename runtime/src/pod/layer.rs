@@ -1,13 +1,13 @@
-//! A container's writable layer: its disk, and how what is on it gets into the snapshot.
+//! A container's writable layer: its disk, and how the content of the disk gets into the snapshot.
 //!
 //! ```text
-//!   create   disk there  -> used as it is: an earlier end did not get its writes to the snapshot
-//!            none there  -> made, empty or with what the snapshot's upper directory has
-//!   pause    exported; the disk stays, as the container goes on
+//!   create   disk exists   -> used as it is: its changes were not exported when an earlier container ended
+//!            no disk       -> created, empty or with the content of the snapshot's upper directory
+//!   pause    exported; the disk stays, because the container continues
 //!   end      exported, or nothing was written -> disk removed
 //!            not exported (VM or shim killed, host full) -> disk stays
 //! ```
-//! So the disk's existence is its dirty mark, and the snapshot is complete when there is none.
+//! The existence of the disk is thus the mark that the snapshot is incomplete.
 
 use std::{
     fs::{self, File},
@@ -20,7 +20,7 @@ use tokio::task::spawn_blocking;
 
 use super::{
     PodError,
-    beside::{self, Disks},
+    native_disk::{self, NativeDisks},
     rootfs,
 };
 use crate::{
@@ -32,12 +32,12 @@ use crate::{
     vm::Vm,
 };
 
-/// Permissions that containerd's overlayfs snapshotter gives a new upper directory. An empty one with others has been
-/// written to.
+/// Permissions that containerd's overlayfs snapshotter gives a new upper directory. An empty directory with
+/// other permissions has been written to.
 const FRESH_MODE: u32 = 0o755;
 
-/// The disk of a container that is being created. One that was made for it is removed if it is dropped before
-/// [`NewDisk::keep`]: nothing has been written to it then.
+/// The disk of a container that is being created. A disk that was created for the container is removed if
+/// this is dropped before [`NewDisk::keep`], since nothing has been written to it then.
 #[derive(Debug)]
 pub(super) struct NewDisk {
     pub file: Option<File>,
@@ -45,7 +45,8 @@ pub(super) struct NewDisk {
 }
 
 impl NewDisk {
-    /// The disk is the container's from now on. True if it has nothing but what is in the snapshot.
+    /// The disk belongs to the container from now on. Returns true if its content is only that of the
+    /// snapshot.
     pub fn keep(mut self) -> bool {
         self.made.take().is_some()
     }
@@ -61,16 +62,16 @@ impl Drop for NewDisk {
     }
 }
 
-/// Where the disk of a container is.
-fn disk_path(plan: &rootfs::Plan, config: &Config) -> PathBuf {
+/// The path of a container's disk.
+fn disk_path(plan: &rootfs::RootfsPlan, config: &Config) -> PathBuf {
     match &plan.target {
-        Some(Target::Whole(root)) => beside::path(&config.rootdisk.dir, root),
+        Some(Target::Whole(root)) => native_disk::path(&config.rootdisk.dir, root),
         _ => plan.writable.clone(),
     }
 }
 
-/// Opens the disk that an earlier container on the same snapshot left, or makes one.
-pub(super) async fn open_disk(plan: &rootfs::Plan, config: &Config) -> Result<NewDisk, PodError> {
+/// Opens the disk that an earlier container on the same snapshot has left, or creates one.
+pub(super) async fn open_disk(plan: &rootfs::RootfsPlan, config: &Config) -> Result<NewDisk, PodError> {
     let (path, plan) = (disk_path(plan, config), plan.clone());
     let size = config.rootdisk.writable_size_mib << 20;
     let config::Rootdisk { dir, mke2fs, .. } = config.rootdisk.clone();
@@ -84,13 +85,14 @@ pub(super) async fn open_disk(plan: &rootfs::Plan, config: &Config) -> Result<Ne
             layer::sweep(target.path()).map_err(PodError::Layer)?;
         }
         let _disks = match &plan.target {
-            Some(Target::Whole(_)) => Some(Disks::lock(&dir).map_err(failed)?),
+            Some(Target::Whole(_)) => Some(NativeDisks::lock(&dir).map_err(failed)?),
             _ => None,
         };
         if path.exists() {
-            tracing::info!(path = %path.display(), "the container's disk has writes that its snapshot lacks: used as it is");
+            let shown = path.display();
+            tracing::info!(path = %shown, "the container's disk has changes that its snapshot lacks: the disk is used");
             let file = rootdisk::open_writable(&path)?;
-            beside::mark_used(&file).map_err(failed)?;
+            native_disk::mark_in_use(&file).map_err(failed)?;
             return Ok(NewDisk { file: Some(file), made: None });
         }
         let cache = RootdiskCache::open(&dir)?;
@@ -101,37 +103,41 @@ pub(super) async fn open_disk(plan: &rootfs::Plan, config: &Config) -> Result<Ne
             _ => cache.create_writable(&path, size, &mke2fs)?,
         };
         if let Some(Target::Whole(root)) = &plan.target {
-            beside::mark_used(&file).and_then(|()| beside::label(&file, root, None)).map_err(failed)?;
+            native_disk::mark_in_use(&file)
+                .and_then(|()| native_disk::label(&file, root, None))
+                .map_err(failed)?;
         }
         Ok(NewDisk { file: Some(file), made: Some(path) })
     };
     spawn_blocking(open).await.map_err(PodError::Worker)?
 }
 
-/// The base disk that is under the writes of a disk that an earlier container left, where that matters: a whole root file
-/// system may have got some of the writes since. Blocks.
-pub(super) fn base_of_left_disk(
-    plan: &rootfs::Plan,
+/// Returns the base disk below a disk that an earlier container has left, where that matters: a whole root
+/// file system may have received some of the changes since. Blocks.
+pub(super) fn base_of_existing_disk(
+    plan: &rootfs::RootfsPlan,
     config: &Config,
     cache: &RootdiskCache,
 ) -> Result<Option<Rootdisk>, RootdiskError> {
     let Some(Target::Whole(root)) = &plan.target else { return Ok(None) };
     let path = disk_path(plan, config);
-    let base = beside::base_of(&path, root)
+    let base = native_disk::base_of(&path, root)
         .map_err(|source| RootdiskError::Writable { path: path.clone(), source })?;
     let Some(key) = base else { return Ok(None) };
     let found = cache.get(key)?;
     if found.is_none() {
         let root = root.display();
-        tracing::warn!(disk = %path.display(), "the base disk {key} of a container's disk is gone: {root} is taken as it is now");
+        let disk = path.display();
+        tracing::warn!(%disk, "the base disk {key} of a disk is missing: the present content of {root} is used");
     }
     Ok(found)
 }
 
-/// A disk like the container's was when its checkpoint was taken, for another VM to write to. `copy` is that of
-/// [`Layer::only_disk`]; otherwise the snapshot has all of it, and `upper` must not be exchanged meanwhile.
-pub(super) async fn twin_disk(
-    plan: &rootfs::Plan,
+/// Returns a disk with the content that the container's disk had at its checkpoint, for a VM that writes to
+/// it. `copy` is the copy of [`WritableLayer::only_disk`]. Without it the snapshot has all of the content,
+/// and the caller keeps `upper` from being exchanged.
+pub(super) async fn trial_disk(
+    plan: &rootfs::RootfsPlan,
     config: &Config,
     copy: Option<File>,
 ) -> Result<File, PodError> {
@@ -145,7 +151,7 @@ pub(super) async fn twin_disk(
         let cache = RootdiskCache::open(&dir)?;
         match target {
             Some(Target::Upper(upper)) if was_written(&upper)? => cache.unnamed_seeded(size, &upper, &mke2fs),
-            // What was written is in the base disk by now.
+            // The changes are part of the base disk now.
             _ => cache.unnamed_writable(size, &mke2fs),
         }
     };
@@ -160,74 +166,76 @@ fn was_written(upper: &Path) -> Result<bool, RootdiskError> {
 
 /// The layer of a container that exists.
 #[derive(Debug)]
-pub(super) struct Layer {
+pub(super) struct WritableLayer {
     target: Option<Target>,
     disk: PathBuf,
     limits: Limits,
-    /// The disk began as a copy of what the snapshot has.
+    /// The disk started as a copy of the snapshot's content.
     clean: bool,
     /// One export at a time.
     exporting: tokio::sync::Mutex<()>,
 }
 
-/// The snapshot has all that the container has written.
+/// Proof that the snapshot has everything that the container has written.
 #[derive(Debug)]
-pub(super) struct Saved {
-    /// The layer that the snapshot had before, if it was exchanged.
+pub(super) struct ExportedLayer {
+    /// The previous content of the snapshot, if it was exchanged.
     replaced: Option<Replaced>,
 }
 
-impl Layer {
-    /// `base`: what the disk's writes are over; `clean`: see [`NewDisk::keep`].
-    pub fn new(plan: &rootfs::Plan, config: &Config, base: Option<Key>, clean: bool) -> Self {
+impl WritableLayer {
+    /// `base`: the base disk below the changes; `clean`: the result of [`NewDisk::keep`].
+    pub fn new(plan: &rootfs::RootfsPlan, config: &Config, base: Option<Key>, clean: bool) -> Self {
         let limits = Limits {
             entries: config.rootdisk.layer_max_entries,
             bytes: config.rootdisk.writable_size_mib << 20,
         };
         let (target, disk) = (plan.target.clone(), disk_path(plan, config));
         if let (Some(Target::Whole(root)), true) = (&target, clean) {
-            let labelled = File::open(&disk).and_then(|disk| beside::label(&disk, root, base));
+            let labelled = File::open(&disk).and_then(|disk| native_disk::label(&disk, root, base));
             if let Err(error) = labelled {
-                tracing::warn!(disk = %disk.display(), "cannot note what a container's disk is over: {error}");
+                let disk = disk.display();
+                tracing::warn!(%disk, "cannot record the base disk of a container's disk: {error}");
             }
         }
         Self { target, disk, limits, clean, exporting: tokio::sync::Mutex::default() }
     }
 
-    /// The disk, where nothing else has what the container has written.
+    /// The path of the disk, if the container's changes exist nowhere else.
     pub fn only_disk(&self) -> Option<&Path> {
         self.target.is_none().then_some(&*self.disk)
     }
 
-    /// Keeps the snapshot as it is until the guard is dropped.
+    /// Keeps the snapshot unchanged until the guard is dropped.
     pub async fn hold(&self) -> tokio::sync::MutexGuard<'_, ()> {
         self.exporting.lock().await
     }
 
-    /// Which directory has it; see [`layer::identity`].
+    /// The identity of the directory with the layer; see [`layer::identity`].
     ///
     /// # Errors
-    /// The directory cannot be looked at.
+    /// The directory cannot be read.
     pub fn identity(&self) -> Result<Option<String>, LayerError> {
         self.target.as_ref().map(|target| layer::identity(target.path())).transpose()
     }
 
-    /// Brings what the container has written to its snapshot; it has ended, or its processes are frozen.
+    /// Copies what the container has written to its snapshot. The container has ended, or its processes are
+    /// frozen.
     ///
     /// # Errors
-    /// The snapshot is as it was then.
+    /// The export failed; the snapshot is unchanged.
     pub async fn export(
         &self,
         vm: &Vm,
         agent: &agent::Client,
         id: &str,
-    ) -> Result<Option<Saved>, LayerError> {
+    ) -> Result<Option<ExportedLayer>, LayerError> {
         let Some(target) = self.target.clone() else { return Ok(None) };
         let _one = self.exporting.lock().await;
         let (applied, replaced) = layer::receive(vm, agent, id, target.clone(), self.limits).await?;
         if let Target::Whole(root) = &target {
-            // The disk stays the directory's, which is another one now.
-            beside::relabel(&self.disk, root).map_err(|source| LayerError::Place {
+            // The directory was exchanged for another one, which the disk belongs to now.
+            native_disk::relabel(&self.disk, root).map_err(|source| LayerError::Place {
                 action: "label",
                 path: self.disk.clone(),
                 source,
@@ -239,19 +247,20 @@ impl Layer {
             bytes = applied.bytes,
             "the container's writes are in its snapshot"
         );
-        Ok(Some(Saved { replaced: Some(replaced) }))
+        Ok(Some(ExportedLayer { replaced: Some(replaced) }))
     }
 
-    /// [`Layer::export`] for a container that has ended. A failure is logged: the writes are on the disk then.
+    /// Like [`WritableLayer::export`], for a container that has ended. A failure is logged, and the changes
+    /// stay on the disk.
     pub async fn export_at_end(
         &self,
         vm: &Vm,
         agent: &agent::Client,
         id: &str,
         unchanged: bool,
-    ) -> Option<Saved> {
+    ) -> Option<ExportedLayer> {
         if unchanged && self.clean {
-            return Some(Saved { replaced: None });
+            return Some(ExportedLayer { replaced: None });
         }
         self.export(vm, agent, id).await.unwrap_or_else(|error| {
             let disk = self.disk.display();
@@ -264,11 +273,11 @@ impl Layer {
         })
     }
 
-    /// Returns when what was exported has reached the medium, so that the disk is not needed any more; false if that is
-    /// not known. Removes what the snapshot had before.
-    pub async fn secure(&self, saved: Option<Saved>) -> bool {
+    /// Waits until the exported files are on stable storage and removes the previous content of the snapshot.
+    /// Returns whether the disk is no longer needed.
+    pub async fn secure(&self, saved: Option<ExportedLayer>) -> bool {
         let Some(saved) = saved else { return false };
-        // Without an exchange there is nothing to wait for, and no thread to start.
+        // Without an exchange there is nothing to sync, and no thread is needed.
         let Some(replaced) = saved.replaced else { return true };
         match spawn_blocking(move || replaced.sync()).await {
             Ok(Ok(())) => true,
@@ -283,7 +292,7 @@ impl Layer {
         }
     }
 
-    /// Removes the disk, which nothing uses any more.
+    /// Removes the disk, which is no longer used.
     pub async fn discard_disk(&self) {
         match tokio::fs::remove_file(&self.disk).await {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {

@@ -1,32 +1,32 @@
 //! A pod: one VM and the containers in it. A single container is a pod of one.
 //!
 //! ```text
-//!   create ---> config, bundle, rootfs plan              (pure: refusals cost nothing)
-//!           \-> VM cloned, or boots | base disk found or built | writable disk made | anchor started      (all at once)
+//!   create ---> config, bundle, rootfs plan              (pure: nothing to undo)
+//!           \-> VM cloned, or boots | base disk found or built | writable disk made | anchor    (concurrently)
 //!            -> disks attached as they become ready -> agent answers -> streams -> CreateContainer
 //!   start  ---> StartContainer; a watcher waits for the end since create
 //!   end    ---> output drained -> Stopped, event -> last container: VM powers off
-//!   delete ---> the entry goes, when nothing is left in the guest
+//!   delete ---> the entry is removed when nothing is left in the guest
 //! ```
-//! Whoever owns a [`Pod`] owns its VM: the shim, or the command line's monitor.
+//! The owner of a [`Pod`] owns its VM: the shim, or the command line's monitor.
 
 pub mod anchor;
-mod beside;
-mod birth;
 mod checkpoint;
+mod checkpoint_guest;
 mod container;
 mod create;
-mod dump;
 mod error;
 pub mod event;
 mod exec;
 mod exit;
 mod layer;
+mod native_disk;
 mod out_of_memory;
 mod pause;
 mod phases;
 mod pids;
 mod process;
+mod provision;
 pub mod rootfs;
 pub mod state;
 pub mod stats;
@@ -50,92 +50,86 @@ use tokio::{
     time::{Duration, timeout},
 };
 
-pub(crate) use birth::CLONE_NEEDS;
-pub use birth::{admits_one_more, plain_vm};
-pub use checkpoint::Checkpoint;
+pub use checkpoint::CheckpointRequest;
 pub use container::Container;
-pub use create::Create;
+pub use create::CreateRequest;
 pub use error::PodError;
-use event::Event;
-pub use exec::Exec;
+use event::PodEvent;
+pub use exec::ExecRequest;
 pub use pids::HostProcess;
-pub use process::Process;
-use state::{Exit, State, StateError, Transition};
-use stdio::Owner;
+pub use process::ContainerProcess;
+use provision::Afterwards;
+pub(crate) use provision::CLONE_NEEDS;
+pub use provision::{admits_one_more, default_vm_spec};
+use state::{ProcessExit, ProcessState, StateError, Transition};
+use stdio::StreamOwner;
 
-use crate::{
-    agent,
-    config::Config,
-    pool::Ready,
-    vm::{Vm, VmSpec},
-};
+use crate::{agent, config::Config, pool::WarmVm, vm::Vm};
 
-/// Longest wait for the guest to take a signal.
+/// How long the guest may take to deliver a signal.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
-/// One VM and the containers in it; cheap to clone, all clones are the same pod.
+/// One VM and the containers in it. Clones are handles of the same pod.
 #[derive(Debug, Clone)]
 pub struct Pod {
-    shared: Arc<Shared>,
+    shared: Arc<PodShared>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct PodShared {
     config: Config,
-    /// containerd's namespace, which logging programs are told.
+    /// containerd's namespace, which is passed to logging programs.
     namespace: String,
-    /// Names the VM in logs and process lists.
+    /// Name of the VM in logs and process lists.
     name: String,
-    /// Where the pod keeps its sockets and the console log; made by the first create, removed with the VM.
+    /// Directory of the pod's sockets and the console log; created with the first container, removed with the
+    /// VM.
     dir: PathBuf,
-    events: mpsc::UnboundedSender<Event>,
-    /// Held by create and by the end of the last container, so that the VM is booted and ended once.
+    events: mpsc::UnboundedSender<PodEvent>,
+    /// Locked by create and by the end of the last container, so that the VM is started and ended once.
     vm: tokio::sync::Mutex<Option<Vm>>,
     /// A clone that was made ahead of time, until the first container.
-    ready: Mutex<Option<Ready>>,
-    /// The pod's VM is a clone like this, and the warm pool is to have more of them.
-    repeated: Mutex<Option<VmSpec>>,
-    /// Where containerd listens, if the pod's owner has said so.
+    warm_vm: Mutex<Option<WarmVm>>,
+    /// The socket of containerd, if the pod's owner knows it.
     containerd: OnceLock<PathBuf>,
-    /// A VM like this was booted because there is no template of it.
-    wanted_template: Mutex<Option<VmSpec>>,
-    /// How much memory the VM was given, MiB.
+    afterwards: Mutex<Afterwards>,
+    /// Memory of the VM, MiB.
     vm_memory_mib: AtomicU32,
     vm_vcpus: AtomicU32,
-    containers: Mutex<HashMap<String, Entry>>,
-    /// Held while a process's streams are open and not claimed.
+    containers: Mutex<HashMap<String, ContainerSlot>>,
+    /// One permit is held while a process's streams are open and the agent has not claimed them.
     starting: Arc<Semaphore>,
-    /// A container's part of the guest could not be cleaned up, so its disk may not have been synced.
+    /// A container could not be removed from the guest, so its disk may not have been synced.
     unsynced: AtomicBool,
 }
 
 #[derive(Debug, Clone)]
-enum Entry {
-    /// The id is taken while its container is being created.
+enum ContainerSlot {
+    /// The id is reserved while its container is being created.
     Creating,
     Ready(Arc<Container>),
 }
 
 impl Pod {
-    /// An empty pod; its VM boots with its first container. Events are sent in the order in which they happen.
+    /// Creates an empty pod; its VM starts with its first container. Events are sent in the order of
+    /// occurrence.
     pub fn new(
         config: Config,
         namespace: String,
         name: String,
         dir: PathBuf,
-        events: mpsc::UnboundedSender<Event>,
+        events: mpsc::UnboundedSender<PodEvent>,
     ) -> Self {
-        let shared = Shared {
+        let shared = PodShared {
             config,
             namespace,
             name,
             dir,
             events,
             vm: tokio::sync::Mutex::default(),
-            ready: Mutex::default(),
-            repeated: Mutex::default(),
+            warm_vm: Mutex::default(),
             containerd: OnceLock::new(),
-            wanted_template: Mutex::default(),
+            afterwards: Mutex::default(),
             vm_memory_mib: AtomicU32::new(0),
             vm_vcpus: AtomicU32::new(0),
             containers: Mutex::default(),
@@ -145,7 +139,7 @@ impl Pod {
         Self { shared: Arc::new(shared) }
     }
 
-    /// Lets the user's process run; returns the pid of the container's anchor.
+    /// Starts the user's process; returns the pid of the container's anchor.
     ///
     /// # Errors
     /// The container does not exist or was started before, or its command cannot be executed.
@@ -158,20 +152,21 @@ impl Pod {
         agent.start_container(id).await.map_err(|source| PodError::guest("start", id, source))?;
         container.init.feed(stdin);
         container.init.advance(Transition::Start).map_err(|source| PodError::state("start", id, source))?;
-        self.emit(Event::Started { id: id.to_owned(), pid: container.pid });
+        self.emit(PodEvent::Started { id: id.to_owned(), pid: container.pid });
         container.release_checkpoint(agent);
-        self.ask_for_template();
+        self.request_template();
         self.refill_pool();
         Ok(container.pid)
     }
 
-    /// Sends `signal` to a process of the container, or to all of them; the init is "".
+    /// Sends `signal` to a process of the container (the init if `exec_id` is empty), or with `all` to all of
+    /// them.
     ///
-    /// SIGKILL works even when the guest does not: an agent that does not take it in time loses its VM, and with it all
-    /// containers of the pod.
+    /// SIGKILL works even if the guest hangs: if the agent does not deliver it in time, its VM is killed, and
+    /// with it all containers of the pod.
     ///
     /// # Errors
-    /// The process does not exist, does not run, or the agent does not answer.
+    /// The process does not exist or is not running, or the agent does not answer.
     pub async fn kill(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), PodError> {
         let container = self.container(id)?;
         let name = container.name(exec_id);
@@ -191,16 +186,17 @@ impl Pod {
                 Ok(())
             }
             Err(_) => Err(PodError::Unanswered { verb: "signal", id: name, deadline: KILL_PATIENCE }),
-            // Who hears "not found" waits for the exit; any other answer keeps containerd from deleting the container.
+            // On "not found" containerd waits for the exit; any other answer would keep it from deleting the
+            // container.
             Ok(Err(error)) if error.is_loss_of_the_vm() => Err(PodError::Gone { id: id.to_owned() }),
             Ok(sent) => sent,
         }
     }
 
-    /// Brings what a container has written so far to its snapshot. Its processes must be frozen in the guest.
+    /// Copies what a container has written so far to its snapshot. Its processes must be frozen in the guest.
     ///
     /// # Errors
-    /// The container does not exist, or its writes cannot be exported; the snapshot is as it was then.
+    /// The container does not exist, or the export fails; the snapshot is unchanged then.
     pub async fn export_layer(&self, id: &str) -> Result<(), PodError> {
         let container = self.container(id)?;
         let vm = self.vm_of(id).await?;
@@ -210,13 +206,14 @@ impl Pod {
         Ok(())
     }
 
-    /// Forgets a stopped container, or ends one that was never started. Nothing of it is left when this returns.
+    /// Deletes a stopped container, or ends one that was never started. Nothing of the container is left when
+    /// this returns.
     ///
     /// # Errors
     /// The container does not exist or is running.
-    pub async fn delete(&self, id: &str) -> Result<(u32, Exit), PodError> {
+    pub async fn delete(&self, id: &str) -> Result<(u32, ProcessExit), PodError> {
         let container = self.container(id)?;
-        if container.state() == State::Created {
+        if container.state() == ProcessState::Created {
             match self.kill(id, "", libc::SIGKILL as u32, false).await {
                 Ok(()) | Err(PodError::State { .. } | PodError::Gone { .. }) => {}
                 Err(error) => return Err(error),
@@ -230,13 +227,12 @@ impl Pod {
         let exit = container.exited().await;
         container.gone_from_guest().await;
         if self.containers().remove(id).is_some() {
-            self.emit(Event::Deleted { id: id.to_owned(), pid: container.pid, exit });
+            self.emit(PodEvent::Deleted { id: id.to_owned(), pid: container.pid, exit });
         }
         Ok((container.pid, exit))
     }
 
-    /// A process's stdin ends when everything that was written to its fifo so far has been read. The process need not have
-    /// started.
+    /// Ends a process's stdin after the data that is in its fifo now. The process need not have started.
     ///
     /// # Errors
     /// The process does not exist.
@@ -245,37 +241,38 @@ impl Pod {
         Ok(())
     }
 
-    /// Ends the VM and all containers in it, as the owner is ending; each container reports its exit first.
+    /// Ends the VM and all containers in it, because the owner is ending. Each container reports its exit
+    /// first.
     pub async fn end(&self) {
-        let unused = self.take_ready().map(|ready| ready.vm);
+        let unused = self.take_warm_vm().map(|warm| warm.vm);
         let vm = self.shared.vm.lock().await.take();
         for vm in unused.into_iter().chain(vm) {
             vm.kill().await;
         }
         let containers: Vec<_> = self.containers().values().cloned().collect();
         for entry in containers {
-            if let Entry::Ready(container) = entry {
+            if let ContainerSlot::Ready(container) = entry {
                 container.gone_from_guest().await;
             }
         }
     }
 
     /// # Errors
-    /// There is no such container, or it is still being created.
+    /// The container does not exist, or is still being created.
     pub fn container(&self, id: &str) -> Result<Arc<Container>, PodError> {
         match self.containers().get(id) {
-            Some(Entry::Ready(container)) => Ok(Arc::clone(container)),
-            Some(Entry::Creating) => Err(PodError::BeingCreated { id: id.to_owned() }),
+            Some(ContainerSlot::Ready(container)) => Ok(Arc::clone(container)),
+            Some(ContainerSlot::Creating) => Err(PodError::BeingCreated { id: id.to_owned() }),
             None => Err(PodError::NoContainer { id: id.to_owned() }),
         }
     }
 
-    /// What the pod's containers are run with, their annotations aside.
+    /// The configuration of the pod, without the containers' annotations.
     pub fn config(&self) -> &Config {
         &self.shared.config
     }
 
-    /// No container exists or is being created.
+    /// Whether no container exists or is being created.
     pub fn is_empty(&self) -> bool {
         self.containers().is_empty()
     }
@@ -284,8 +281,8 @@ impl Pod {
         self.shared.vm.lock().await.clone().ok_or_else(|| PodError::Gone { id: id.to_owned() })
     }
 
-    fn owner(&self, id: &str) -> Owner {
-        Owner { namespace: self.shared.namespace.clone(), id: id.to_owned() }
+    fn owner(&self, id: &str) -> StreamOwner {
+        StreamOwner { namespace: self.shared.namespace.clone(), id: id.to_owned() }
     }
 
     async fn agent(&self, id: &str) -> Result<agent::Client, PodError> {
@@ -301,12 +298,12 @@ impl Pod {
         self.shared.vm_vcpus.load(Ordering::Relaxed)
     }
 
-    fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<String, Entry>> {
+    fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<String, ContainerSlot>> {
         self.shared.containers.lock().expect("no panic while held")
     }
 
-    fn emit(&self, event: Event) {
-        // Nobody listens any more only when the owner of the pod is ending.
+    fn emit(&self, event: PodEvent) {
+        // The receiver is closed only when the owner of the pod is ending.
         let _ = self.shared.events.send(event);
     }
 }

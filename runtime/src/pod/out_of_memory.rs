@@ -1,27 +1,32 @@
-//! Telling that a container has run out of memory, while it runs.
+//! Reports that a running container has run out of memory.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use machinen_protocol::api::WaitOutOfMemoryResponse;
 use tokio::time::{Duration, sleep};
 
-use super::{Container, Event, Pod};
+use super::{Container, Pod, PodEvent};
 use crate::{agent, error::chain};
 
-/// Least time between two events of a container: a guest may claim as many kills as it likes.
+/// Shortest time between two events of a container, because a guest may claim any number of kills.
 const PACE: Duration = Duration::from_secs(1);
 
 impl Pod {
-    /// Emits an event whenever the guest's kernel has killed for want of memory, and notes in `told` how many kills
-    /// that were. Returns when there is nothing more to watch.
-    pub(super) async fn watch_memory(&self, container: &Container, agent: &agent::Client, told: &AtomicU64) {
+    /// Emits an event when the guest's kernel has killed processes because the container was out of memory,
+    /// and stores the number of kills in `reported`. Returns when there is nothing left to watch.
+    pub(super) async fn watch_memory(
+        &self,
+        container: &Container,
+        agent: &agent::Client,
+        reported: &AtomicU64,
+    ) {
         loop {
-            let seen = told.load(Ordering::Relaxed);
+            let seen = reported.load(Ordering::Relaxed);
             match agent.wait_out_of_memory(&container.id, seen).await {
                 Ok(WaitOutOfMemoryResponse { killed, ended, .. }) => {
                     if killed > seen {
-                        told.store(killed, Ordering::Relaxed);
-                        self.emit(Event::OutOfMemory { id: container.id.clone() });
+                        reported.store(killed, Ordering::Relaxed);
+                        self.emit(PodEvent::OutOfMemory { id: container.id.clone() });
                         tracing::info!(id = container.id, killed, "out of memory");
                     }
                     if ended {
@@ -30,8 +35,12 @@ impl Pod {
                     sleep(PACE).await;
                 }
                 Err(error) => {
-                    // Whoever waits for the end of the container tells why.
-                    tracing::debug!(id = container.id, "memory is not watched any more: {}", chain(&error));
+                    // The task that waits for the container's end reports the reason.
+                    tracing::debug!(
+                        id = container.id,
+                        "cannot watch for out-of-memory kills: {}",
+                        chain(&error)
+                    );
                     return;
                 }
             }

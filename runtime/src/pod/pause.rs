@@ -1,18 +1,21 @@
-//! Pausing a container: its processes are frozen by the guest's kernel, while the guest itself, its agent and the
-//! pod's other containers go on. The vCPUs are never stopped: whoever pauses asks the guest for more then.
+//! Pausing a container: the guest's kernel freezes its processes, while the agent and the pod's other
+//! containers continue. The vCPUs are never stopped, because clients send further requests for a paused
+//! container.
 
 use std::sync::Arc;
 
-use super::{Container, Event, Pod, PodError, Transition};
+use super::{Container, Pod, PodError, PodEvent, Transition};
 
 impl Pod {
-    /// Freezes every process of a container; none of them runs when this returns.
+    /// Freezes every process of a container. None of them runs when this returns.
     ///
     /// # Errors
-    /// It does not exist, does not run or is paused already, or cannot be frozen; it runs on then.
+    /// The container does not exist, is not running or is paused already, or cannot be frozen. It continues
+    /// to run then.
     pub async fn pause(&self, id: &str) -> Result<(), PodError> {
         let container = self.container(id)?;
-        // In a task of its own: a caller that goes away must not leave a frozen container that is said to run.
+        // Runs in a task of its own: a caller that goes away must not leave a frozen container that is
+        // reported as running.
         let pod = self.clone();
         let task = tokio::spawn(async move { pod.freeze(&container).await });
         task.await.map_err(PodError::Worker)?
@@ -33,22 +36,23 @@ impl Pod {
             return Err(error);
         }
         container.init.advance(Transition::Pause).map_err(refused)?;
-        self.emit(Event::Paused { id: id.to_owned() });
+        self.emit(PodEvent::Paused { id: id.to_owned() });
         Ok(())
     }
 
-    /// What has to happen between the freezing of a container and its being called paused.
+    /// Does the work that has to happen after a container is frozen and before it is reported as paused.
     ///
-    /// The one place for it: nothing of the container writes meanwhile, its agent answers, and an error undoes the pause.
+    /// This is the only place for such work: the container's files do not change meanwhile, its agent
+    /// answers, and an error undoes the pause.
     pub(super) async fn while_frozen(&self, container: &Container) -> Result<(), PodError> {
-        // Whoever pauses a container reads its snapshot next.
+        // Clients that pause a container read its snapshot next.
         self.export_layer(&container.id).await
     }
 
-    /// Lets a paused container go on.
+    /// Resumes a paused container.
     ///
     /// # Errors
-    /// It does not exist or is not paused, or the agent does not answer.
+    /// The container does not exist or is not paused, or the agent does not answer.
     pub async fn resume(&self, id: &str) -> Result<(), PodError> {
         let container = self.container(id)?;
         let pod = self.clone();
@@ -64,7 +68,7 @@ impl Pod {
         let agent = self.agent(id).await?;
         agent.resume_container(id).await.map_err(|source| PodError::guest("resume", id, source))?;
         container.init.advance(Transition::Resume).map_err(refused)?;
-        self.emit(Event::Resumed { id: id.to_owned() });
+        self.emit(PodEvent::Resumed { id: id.to_owned() });
         Ok(())
     }
 }

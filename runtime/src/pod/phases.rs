@@ -1,4 +1,4 @@
-//! How long each step of a start took, for the log and the benchmarks.
+//! The duration of each step of a start, for the log and the benchmarks.
 
 use std::{
     fmt,
@@ -8,16 +8,16 @@ use std::{
 
 use machinen_protocol::api::CreateContainerResponse;
 
-/// Most phases of the guest's that are taken, and most characters of their names: both come from the guest.
+/// Bounds of the number of phases that the guest reports and of the length of their names.
 const MOST_GUEST_PHASES: usize = 32;
 const MOST_NAME: usize = 32;
 
 /// Named wall-clock durations, in the order in which the steps ended. Steps may overlap.
 #[derive(Debug, Default)]
-pub struct Phases(Mutex<Vec<(String, Duration)>>);
+pub struct PhaseTimes(Mutex<Vec<(String, Duration)>>);
 
-impl Phases {
-    /// Runs `step` and records how long it took, also when it fails.
+impl PhaseTimes {
+    /// Runs `step` and records its duration, also if it fails.
     pub async fn time<T>(&self, name: &str, step: impl Future<Output = T>) -> T {
         let start = Instant::now();
         let result = step.await;
@@ -25,7 +25,7 @@ impl Phases {
         result
     }
 
-    /// Takes over what the guest says of its part of a create, as `guest/<name>`.
+    /// Records the guest's phases of a create as `guest/<name>`.
     pub fn record_guest(&self, created: &CreateContainerResponse) {
         for phase in created.phases.iter().take(MOST_GUEST_PHASES) {
             let plain = |char: &char| char.is_ascii_alphanumeric() || *char == '-';
@@ -41,7 +41,7 @@ impl Phases {
 }
 
 /// `rootdisk=1.2ms vm=60.0ms …`
-impl fmt::Display for Phases {
+impl fmt::Display for PhaseTimes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, (name, took)) in self.0.lock().expect("no panic while held").iter().enumerate() {
             let space = if index == 0 { "" } else { " " };
@@ -60,7 +60,7 @@ mod tests {
         use machinen_protocol::api::Phase;
 
         let phase = |name: String| Phase { name, micros: 1500, ..Default::default() };
-        let phases = Phases::default();
+        let phases = PhaseTimes::default();
         phases.record_guest(&CreateContainerResponse {
             phases: vec![phase("mount\n level=error x=".to_owned() + &"y".repeat(5000)); 1000],
             ..Default::default()
@@ -72,7 +72,7 @@ mod tests {
 
     #[test]
     fn phases_read_in_order() {
-        let phases = Phases::default();
+        let phases = PhaseTimes::default();
         phases.record("rootdisk", Duration::from_micros(1234));
         phases.record("vm", Duration::from_millis(60));
         assert_eq!(phases.to_string(), "rootdisk=1.2ms vm=60.0ms");

@@ -1,9 +1,10 @@
-//! What a container's processes are called on the host.
+//! The pids under which the host reports a container's processes.
 //!
-//! Clients look these pids up in the host's /proc: `ctr task ps` and CRI print them, nerdctl and docker run `ps` on
-//! them. The pids of the guest's kernel are numbers of other processes there, so a container is shown as the anchor
-//! that stands for it. After a restart containerd takes a container without pids for lost, so the answer needs no guest
-//! and is the same whether that runs, is paused, hangs or is gone.
+//! Clients look these pids up in the host's /proc: `ctr task ps` and CRI print them, nerdctl and docker run
+//! `ps` on them. The pids of the guest's kernel belong to other processes on the host, so a container is
+//! reported as its anchor. After a restart containerd treats a container without pids as lost. The answer
+//! therefore does not involve the guest, and is the same whether the guest runs, is paused, hangs or has
+//! ended.
 
 use super::{Pod, PodError};
 
@@ -11,12 +12,12 @@ use super::{Pod, PodError};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostProcess {
     pub pid: u32,
-    /// Empty: the container's init.
+    /// Empty for the container's init.
     pub exec_id: String,
 }
 
 impl Pod {
-    /// The host processes of a container, the anchor first.
+    /// Returns the host processes of a container, the anchor first.
     ///
     /// # Errors
     /// The container does not exist.

@@ -1,44 +1,44 @@
-//! A process of a container, as the host knows it: its init, or one that was added to it.
+//! The host's record of a container's process: its init, or a process that was added to it.
 
 use std::sync::{self, MutexGuard};
 
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 
 use super::{
-    state::{Exit, State, StateError, Transition},
-    stdio::{Input, Stdin, StdioError, StdioNames},
+    state::{ProcessExit, ProcessState, StateError, Transition},
+    stdio::{StdinCopy, StdinReader, StdioError, StdioNames},
     streams::PendingInput,
 };
 
 #[derive(Debug)]
-pub struct Process {
+pub struct ContainerProcess {
     pub stdio: StdioNames,
-    state: watch::Sender<State>,
+    state: watch::Sender<ProcessState>,
     /// Held while a transition and its event happen, so that events keep the order of the transitions.
     pub(super) transitions: Mutex<()>,
     stdin: sync::Mutex<ProcessStdin>,
-    /// The caller has closed stdin (CloseIO), which it may do at any time, also before the process starts.
+    /// The caller has closed stdin (CloseIO). This may happen at any time, also before the process starts.
     stdin_closed: watch::Sender<bool>,
-    /// Set once nothing of the process is left, in the guest and here.
+    /// Set when nothing of the process is left in the guest or on the host.
     cleaned: watch::Sender<bool>,
 }
 
-/// What is known of a process's stdin.
+/// The state of a process's stdin.
 #[derive(Debug)]
 enum ProcessStdin {
-    /// It has none, or its streams are not connected yet.
+    /// There is no stdin, or its streams are not connected yet.
     Absent,
-    /// Its streams are connected.
+    /// The streams are connected.
     Pending(PendingInput),
-    /// It runs, and is fed.
-    Fed(Input),
+    /// The process runs, and its stdin is being copied.
+    Fed(StdinCopy),
 }
 
-impl Process {
+impl ContainerProcess {
     pub(super) fn new(stdio: StdioNames) -> Self {
         Self {
             stdio,
-            state: watch::Sender::new(State::Created),
+            state: watch::Sender::new(ProcessState::Created),
             transitions: Mutex::new(()),
             stdin: sync::Mutex::new(ProcessStdin::Absent),
             stdin_closed: watch::Sender::new(false),
@@ -46,15 +46,15 @@ impl Process {
         }
     }
 
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> ProcessState {
         *self.state.borrow()
     }
 
-    /// Resolves when the process has ended and its output was delivered.
-    pub async fn exited(&self) -> Exit {
+    /// Resolves when the process has ended and its output has been delivered.
+    pub async fn exited(&self) -> ProcessExit {
         let mut state = self.state.subscribe();
         loop {
-            if let State::Stopped(exit) = *state.borrow_and_update() {
+            if let ProcessState::Stopped(exit) = *state.borrow_and_update() {
                 return exit;
             }
             state.changed().await.expect("the sender lives in self");
@@ -69,26 +69,27 @@ impl Process {
         Ok(())
     }
 
-    /// Sets where its stdin will come from when it starts.
+    /// Sets where stdin will come from when the process starts.
     pub(super) fn connect_stdin(&self, input: Option<PendingInput>) {
         if let Some(input) = input {
             *self.stdin() = ProcessStdin::Pending(input);
         }
     }
 
-    /// Opens the caller's end of stdin, right before the process starts; None where there is no stdin.
+    /// Opens the caller's end of stdin, right before the process starts. Returns None if there is no stdin.
     ///
     /// # Errors
     /// Those of open(2).
-    pub(super) fn open_stdin(&self) -> Result<Option<Stdin>, StdioError> {
+    pub(super) fn open_stdin(&self) -> Result<Option<StdinReader>, StdioError> {
         match &*self.stdin() {
             ProcessStdin::Pending(input) => input.open().map(Some),
             ProcessStdin::Absent | ProcessStdin::Fed(_) => Ok(None),
         }
     }
 
-    /// Starts to copy what [`Process::open_stdin`] has opened to the process, which has started.
-    pub(super) fn feed(&self, opened: Option<Stdin>) {
+    /// Starts to copy input that [`ContainerProcess::open_stdin`] has opened to the process, which has
+    /// started.
+    pub(super) fn feed(&self, opened: Option<StdinReader>) {
         let Some(opened) = opened else { return };
         let mut stdin = self.stdin();
         if let ProcessStdin::Pending(input) = std::mem::replace(&mut *stdin, ProcessStdin::Absent) {
@@ -96,8 +97,8 @@ impl Process {
         }
     }
 
-    /// How many bytes of stdin were taken from the caller; no more are taken until the guard is dropped. None where there is
-    /// no stdin.
+    /// Returns how many bytes of stdin were taken from the caller. No more are taken until the guard is
+    /// dropped. Returns None if there is no stdin.
     pub(super) async fn hold_stdin(&self) -> Option<OwnedMutexGuard<u64>> {
         let held = match &*self.stdin() {
             ProcessStdin::Fed(input) => input.hold(),
@@ -106,8 +107,8 @@ impl Process {
         Some(held.await)
     }
 
-    /// Stdin ends when everything that was written to its fifo so far has been read; before the process has started, when
-    /// it starts.
+    /// Ends stdin after the data that is in its fifo now. If the process has not started, the request takes
+    /// effect when it starts.
     pub(super) fn close_stdin(&self) {
         self.stdin_closed.send_replace(true);
     }
@@ -116,7 +117,7 @@ impl Process {
         self.stdin.lock().expect("no panic while held")
     }
 
-    /// Nothing of it is left.
+    /// Records that nothing of the process is left.
     pub(super) fn set_gone(&self) {
         *self.stdin() = ProcessStdin::Absent;
         self.cleaned.send_replace(true);
@@ -126,7 +127,7 @@ impl Process {
         *self.cleaned.borrow()
     }
 
-    /// Resolves when nothing of it is left.
+    /// Resolves when nothing of the process is left.
     pub(super) async fn gone(&self) {
         self.cleaned.subscribe().wait_for(|&cleaned| cleaned).await.expect("the sender lives in self");
     }

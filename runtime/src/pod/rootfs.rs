@@ -1,4 +1,5 @@
-//! From what the caller mounted for a container to what its VM gets: a base to convert and a place for its writes.
+//! Translates the caller's mounts of a root file system to what the VM gets: a base to convert, and a disk
+//! for the changes.
 
 use std::path::{Path, PathBuf};
 
@@ -21,24 +22,26 @@ pub struct RootfsMount {
     pub options: Vec<String>,
 }
 
-/// Where a container's root file system comes from and where its writes go.
+/// Where a container's root file system comes from, and where its changes go.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Plan {
-    /// What is converted to the base disk. None: there is a disk already, `writable`, that is the whole root file system.
+pub struct RootfsPlan {
+    /// What is converted to the base disk. None: `writable` is an existing disk with the whole root file
+    /// system.
     pub source: Option<RootfsSource>,
-    /// The disk may not be written.
+    /// The disk is attached read-only.
     pub read_only: bool,
-    /// The writable layer's disk: beside the snapshot's upper directory, so that it is removed with the snapshot and
-    /// found again by the next start on it; in the bundle where there is none. Not for [`Target::Whole`], see
-    /// [`super::beside`].
+    /// The writable layer's disk. It is next to the snapshot's upper directory, so that it is removed with
+    /// the snapshot and found by the next start on it, or in the bundle if there is no upper directory. Not
+    /// used for [`Target::Whole`]; see [`super::native_disk`].
     pub writable: PathBuf,
-    /// What gets the container's writes when it ends or is paused. None: they stay on the disk, since the caller has
-    /// mounted the root file system for reading, or has named a directory of its own that no snapshotter reads.
+    /// Receives the container's changes when it ends or is paused. None: the changes stay on the disk, since
+    /// the caller has mounted the root file system read-only, or has named a directory of its own that no
+    /// snapshotter reads.
     pub target: Option<Target>,
 }
 
-impl Plan {
-    /// The base disk is the lower layers, and nothing that a container has written.
+impl RootfsPlan {
+    /// Whether the base disk holds only the lower layers, and nothing that a container has written.
     pub fn is_overlaid(&self) -> bool {
         matches!(self.target, Some(Target::Upper(_)))
     }
@@ -46,7 +49,7 @@ impl Plan {
 
 /// Why a root file system cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum RootfsError {
+pub enum RootfsPlanError {
     #[error("the rootfs {} is missing", path.display())]
     Missing { path: PathBuf },
     #[error("the OCI configuration has no root and the caller mounted none")]
@@ -63,7 +66,7 @@ pub enum RootfsError {
     NoLower,
 }
 
-impl Kind for RootfsError {
+impl Kind for RootfsPlanError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Missing { .. } => ErrorKind::NotFound,
@@ -73,58 +76,58 @@ impl Kind for RootfsError {
     }
 }
 
-/// Plans from the caller's mounts, or, where there are none, from `root.path` of the configuration.
+/// Plans the disks from the caller's mounts, or from `root.path` of the configuration if there are no mounts.
 ///
 /// # Errors
-/// A directory that is missing, or a kind of mount that is not supported.
-pub fn plan(mounts: &[RootfsMount], spec: &Spec, bundle: &Path) -> Result<Plan, RootfsError> {
+/// A directory is missing, or a type of mount is not supported.
+pub fn plan(mounts: &[RootfsMount], spec: &Spec, bundle: &Path) -> Result<RootfsPlan, RootfsPlanError> {
     let plan = match mounts {
         [] => {
-            let root = spec.root().as_ref().ok_or(RootfsError::None)?;
+            let root = spec.root().as_ref().ok_or(RootfsPlanError::None)?;
             let source = Some(RootfsSource::Dir(bundle.join(root.path())));
-            Plan { source, read_only: false, writable: bundle.join(WRITABLE), target: None }
+            RootfsPlan { source, read_only: false, writable: bundle.join(WRITABLE), target: None }
         }
         [mount] if mount.kind == "overlay" => overlay(mount, bundle)?,
         [mount] if mount.kind == "bind" || mount.options.iter().any(|option| option.ends_with("bind")) => {
             let read_only = mount.options.iter().any(|option| option == "ro");
             let target = (!read_only).then(|| Target::Whole(mount.source.clone()));
             let source = Some(RootfsSource::Dir(mount.source.clone()));
-            Plan { source, read_only: false, writable: bundle.join(WRITABLE), target }
+            RootfsPlan { source, read_only: false, writable: bundle.join(WRITABLE), target }
         }
         [mount] if mount.kind == "ext4" => {
             let read_only = mount.options.iter().any(|option| option == "ro");
-            Plan { source: None, read_only, writable: mount.source.clone(), target: None }
+            RootfsPlan { source: None, read_only, writable: mount.source.clone(), target: None }
         }
-        [mount] => return Err(RootfsError::Kind { kind: mount.kind.clone() }),
-        several => return Err(RootfsError::Several { count: several.len() }),
+        [mount] => return Err(RootfsPlanError::Kind { kind: mount.kind.clone() }),
+        several => return Err(RootfsPlanError::Several { count: several.len() }),
     };
     let dirs: Vec<&PathBuf> = match &plan.source {
         Some(RootfsSource::Overlay { lowers }) => lowers.iter().collect(),
         Some(RootfsSource::Dir(dir)) => vec![dir],
         None => match plan.writable.metadata() {
             Ok(disk) if disk.is_file() => vec![],
-            Ok(_) => return Err(RootfsError::Device { path: plan.writable }),
-            Err(_) => return Err(RootfsError::Missing { path: plan.writable }),
+            Ok(_) => return Err(RootfsPlanError::Device { path: plan.writable }),
+            Err(_) => return Err(RootfsPlanError::Missing { path: plan.writable }),
         },
     };
     let target = plan.target.iter().map(Target::path);
     match dirs.into_iter().map(PathBuf::as_path).chain(target).find(|dir| !dir.is_dir()) {
-        Some(path) => Err(RootfsError::Missing { path: path.to_owned() }),
+        Some(path) => Err(RootfsPlanError::Missing { path: path.to_owned() }),
         None => Ok(plan),
     }
 }
 
-fn overlay(mount: &RootfsMount, bundle: &Path) -> Result<Plan, RootfsError> {
+fn overlay(mount: &RootfsMount, bundle: &Path) -> Result<RootfsPlan, RootfsPlanError> {
     let option = |name: &str| mount.options.iter().find_map(|option| option.strip_prefix(name));
     let lowers = split_lowers(option("lowerdir=").unwrap_or_default());
     if lowers.is_empty() {
-        return Err(RootfsError::NoLower);
+        return Err(RootfsPlanError::NoLower);
     }
     let upper = option("upperdir=").map(|path| PathBuf::from(unescape(path)));
     let home = upper.as_deref().and_then(Path::parent).unwrap_or(bundle);
     let writable = home.join(WRITABLE);
     let source = Some(RootfsSource::Overlay { lowers });
-    Ok(Plan { writable, read_only: false, source, target: upper.map(Target::Upper) })
+    Ok(RootfsPlan { writable, read_only: false, source, target: upper.map(Target::Upper) })
 }
 
 /// `lowerdir=a:b\:c` has the two directories `a` and `b:c`, the top one first.
@@ -162,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn an_overlay_keeps_its_writes_beside_the_snapshot() {
+    fn the_disk_of_an_overlay_is_next_to_the_upper_directory() {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| {
             let path = dir.path().join(name);
@@ -182,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_gets_writes_back_unless_it_is_mounted_for_reading() {
+    fn a_directory_receives_the_changes_unless_it_is_mounted_read_only() {
         let dir = tempfile::tempdir().unwrap();
         let bind = |option: &str| RootfsMount {
             kind: "bind".to_owned(),
@@ -195,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_is_taken_as_it_is() {
+    fn an_ext4_mount_is_the_whole_root_file_system() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let disk = |option: &str, path: &Path| RootfsMount {
             kind: "ext4".to_owned(),
@@ -203,34 +206,38 @@ mod tests {
             options: vec!["loop".to_owned(), option.to_owned()],
         };
         let planned = plan(&[disk("rw", file.path())], &Spec::default(), Path::new("/")).unwrap();
-        let whole = Plan { source: None, read_only: false, writable: file.path().to_owned(), target: None };
+        let whole =
+            RootfsPlan { source: None, read_only: false, writable: file.path().to_owned(), target: None };
         assert_eq!(planned, whole);
         assert!(plan(&[disk("ro", file.path())], &Spec::default(), Path::new("/")).unwrap().read_only);
         let device = plan(&[disk("rw", Path::new("/dev/null"))], &Spec::default(), Path::new("/"));
-        assert_eq!(device, Err(RootfsError::Device { path: "/dev/null".into() }));
+        assert_eq!(device, Err(RootfsPlanError::Device { path: "/dev/null".into() }));
         let missing = plan(&[disk("rw", Path::new("/no/disk"))], &Spec::default(), Path::new("/"));
-        assert_eq!(missing, Err(RootfsError::Missing { path: "/no/disk".into() }));
+        assert_eq!(missing, Err(RootfsPlanError::Missing { path: "/no/disk".into() }));
     }
 
     #[test]
     fn without_mounts_the_configuration_names_the_root() {
         let dir = tempfile::tempdir().unwrap();
         let error = plan(&[], &Spec::default(), dir.path()).unwrap_err();
-        assert_eq!(error, RootfsError::Missing { path: dir.path().join("rootfs") });
+        assert_eq!(error, RootfsPlanError::Missing { path: dir.path().join("rootfs") });
         fs::create_dir(dir.path().join("rootfs")).unwrap();
         let plan = plan(&[], &Spec::default(), dir.path()).unwrap();
         assert_eq!(plan.source, Some(RootfsSource::Dir(dir.path().join("rootfs"))));
     }
 
     #[test]
-    fn what_is_not_supported_is_named() {
+    fn unsupported_mounts_are_named() {
         let error = plan(&[mount("xfs", &[])], &Spec::default(), Path::new("/")).unwrap_err();
         assert!(error.to_string().contains("\"xfs\"") && error.kind() == ErrorKind::Unimplemented);
         let several = [mount("erofs", &[]), mount("overlay", &[])];
-        assert_eq!(plan(&several, &Spec::default(), Path::new("/")), Err(RootfsError::Several { count: 2 }));
+        assert_eq!(
+            plan(&several, &Spec::default(), Path::new("/")),
+            Err(RootfsPlanError::Several { count: 2 })
+        );
         assert_eq!(
             plan(&[mount("overlay", &[])], &Spec::default(), Path::new("/")),
-            Err(RootfsError::NoLower)
+            Err(RootfsPlanError::NoLower)
         );
     }
 }

@@ -1,4 +1,4 @@
-//! The life of a container, and of every other process in it, as one pure function, and its projection to OCI's
+//! The states of a container and of every process in it, as one pure function, and their projection to OCI's
 //! status words.
 //!
 //! ```text
@@ -12,37 +12,37 @@ use std::time::SystemTime;
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Exit {
+pub struct ProcessExit {
     /// 0..=255; 128+n when signal n ended the process.
     pub status: u32,
     pub at: SystemTime,
-    /// The guest kernel's OOM killer ended a process of the container.
+    /// The guest kernel's OOM killer killed a process of the container.
     pub oom_killed: bool,
 }
 
-/// Where a container is in its life. Each state holds exactly what exists in it.
+/// The state of a process. Each variant holds exactly what exists in that state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
-    /// Its init waits in the guest; nothing of the user's has run.
+pub enum ProcessState {
+    /// The init waits in the guest; none of the user's code has run.
     Created,
     Running,
-    /// Every process of it is frozen; signals but SIGKILL wait for the end of that.
+    /// Every process of the container is frozen; signals other than SIGKILL are delivered when it is resumed.
     Paused,
-    Stopped(Exit),
+    Stopped(ProcessExit),
 }
 
-/// What may happen to a container.
+/// An event that changes the state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transition {
     Start,
     Pause,
     Resume,
-    /// The init ended by itself, by a signal, or with its VM.
-    Exited(Exit),
+    /// The process ended by itself, by a signal, or with its VM.
+    Exited(ProcessExit),
     Delete,
 }
 
-/// Why something may not happen now.
+/// Why a request is not possible in the current state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum StateError {
     #[error("already started")]
@@ -61,11 +61,11 @@ pub enum StateError {
     NotPaused,
 }
 
-impl State {
-    /// The state after `transition`, or `None` when the container is gone.
+impl ProcessState {
+    /// Returns the state after `transition`, or `None` when the container is removed.
     ///
     /// # Errors
-    /// Why the transition may not happen in this state.
+    /// Why the transition is not possible in this state.
     pub fn after(self, transition: Transition) -> Result<Option<Self>, StateError> {
         match (self, transition) {
             (Self::Created, Transition::Start) | (Self::Paused, Transition::Resume) => {
@@ -85,7 +85,8 @@ impl State {
         }
     }
 
-    /// The status word of the runtime-spec (runtime.md, "State"), and runc's for what that does not know.
+    /// The status word of the runtime-spec (runtime.md, "State"), and runc's word for a state that the
+    /// runtime-spec lacks.
     pub fn status(self) -> &'static str {
         match self {
             Self::Created => "created",
@@ -102,8 +103,8 @@ mod tests {
 
     use super::*;
 
-    fn exit(status: u32) -> Exit {
-        Exit { status, at: SystemTime::UNIX_EPOCH, oom_killed: false }
+    fn exit(status: u32) -> ProcessExit {
+        ProcessExit { status, at: SystemTime::UNIX_EPOCH, oom_killed: false }
     }
 
     fn transition() -> impl Strategy<Value = Transition> {
@@ -119,7 +120,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_container_starts_once_stops_once_and_keeps_its_exit(steps in prop::collection::vec(transition(), 0..12)) {
-            let mut state = State::Created;
+            let mut state = ProcessState::Created;
             let (mut starts, mut first_exit, mut frozen) = (0, None, false);
             for step in steps {
                 match state.after(step) {
@@ -150,9 +151,9 @@ mod tests {
                     Err(_) => {}
                 }
                 match state {
-                    State::Stopped(exit) => prop_assert_eq!(Some(exit), first_exit),
-                    State::Paused => prop_assert!(frozen),
-                    State::Created | State::Running => prop_assert!(!frozen),
+                    ProcessState::Stopped(exit) => prop_assert_eq!(Some(exit), first_exit),
+                    ProcessState::Paused => prop_assert!(frozen),
+                    ProcessState::Created | ProcessState::Running => prop_assert!(!frozen),
                 }
             }
             prop_assert!(starts <= 1);
@@ -160,14 +161,14 @@ mod tests {
     }
 
     #[test]
-    fn refusals_say_why() {
-        assert_eq!(State::Running.after(Transition::Start), Err(StateError::AlreadyStarted));
-        assert_eq!(State::Running.after(Transition::Delete), Err(StateError::StillRunning));
-        assert_eq!(State::Stopped(exit(0)).after(Transition::Start), Err(StateError::AlreadyStopped));
-        assert_eq!(State::Created.after(Transition::Pause), Err(StateError::NotStarted));
-        assert_eq!(State::Paused.after(Transition::Pause), Err(StateError::Paused));
-        assert_eq!(State::Paused.after(Transition::Delete), Err(StateError::Paused));
-        assert_eq!(State::Running.after(Transition::Resume), Err(StateError::NotPaused));
-        assert_eq!(State::Stopped(exit(0)).after(Transition::Pause), Err(StateError::AlreadyStopped));
+    fn refusals_have_a_reason() {
+        assert_eq!(ProcessState::Running.after(Transition::Start), Err(StateError::AlreadyStarted));
+        assert_eq!(ProcessState::Running.after(Transition::Delete), Err(StateError::StillRunning));
+        assert_eq!(ProcessState::Stopped(exit(0)).after(Transition::Start), Err(StateError::AlreadyStopped));
+        assert_eq!(ProcessState::Created.after(Transition::Pause), Err(StateError::NotStarted));
+        assert_eq!(ProcessState::Paused.after(Transition::Pause), Err(StateError::Paused));
+        assert_eq!(ProcessState::Paused.after(Transition::Delete), Err(StateError::Paused));
+        assert_eq!(ProcessState::Running.after(Transition::Resume), Err(StateError::NotPaused));
+        assert_eq!(ProcessState::Stopped(exit(0)).after(Transition::Pause), Err(StateError::AlreadyStopped));
     }
 }

@@ -1,7 +1,7 @@
-//! What a container has used, by the count of its cgroup in the guest.
+//! A container's resource usage, as its cgroup in the guest accounts for it.
 //!
-//! The guest sends the cgroup's files as they are and the host reads them here, as the text of a stranger: what is no
-//! number is left out, and what there can be many of is cut off.
+//! The guest sends the cgroup's files unchanged, and the host parses them here as untrusted text: values that
+//! are not numbers are ignored, and the number of rows is bounded.
 
 use std::{collections::HashMap, str::FromStr};
 
@@ -9,7 +9,7 @@ use machinen_protocol::api::CgroupFile;
 
 use super::{Pod, PodError};
 
-/// The files that are asked for.
+/// The cgroup files to read.
 pub const FILES: &[&str] = &[
     "cpu.stat",
     "cpu.pressure",
@@ -27,22 +27,22 @@ pub const FILES: &[&str] = &[
     "io.pressure",
 ];
 
-/// More block devices than a VM has.
+/// An upper bound: a VM has fewer block devices.
 const MAX_DEVICES: usize = 512;
 
-/// Counts of one container; the names are those of the kernel's files (admin-guide/cgroup-v2.rst).
+/// The usage of one container. Fields are named as in the kernel's files (admin-guide/cgroup-v2.rst).
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Stats {
-    pub cpu: Cpu,
-    pub memory: Memory,
-    pub pids: Pids,
-    pub io: Vec<Io>,
+    pub cpu: CpuStats,
+    pub memory: MemoryStats,
+    pub pids: PidsStats,
+    pub io: Vec<IoStats>,
     pub io_pressure: Option<Pressure>,
 }
 
 /// Times in microseconds.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Cpu {
+pub struct CpuStats {
     pub usage_usec: u64,
     pub user_usec: u64,
     pub system_usec: u64,
@@ -52,31 +52,31 @@ pub struct Cpu {
     pub pressure: Option<Pressure>,
 }
 
-/// Bytes, but for the counts of events.
+/// Bytes, except the counts of events.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Memory {
+pub struct MemoryStats {
     pub current: u64,
-    /// `u64::MAX`: none.
+    /// `u64::MAX` means no limit.
     pub max: u64,
     pub peak: u64,
     pub swap_current: u64,
-    /// `u64::MAX`: none.
+    /// `u64::MAX` means no limit.
     pub swap_max: u64,
-    pub stat: Table,
-    pub events: Table,
+    pub stat: FlatKeyedFile,
+    pub events: FlatKeyedFile,
     pub pressure: Option<Pressure>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Pids {
+pub struct PidsStats {
     pub current: u64,
-    /// None: no limit.
+    /// None means no limit.
     pub max: Option<u64>,
 }
 
-/// What went to and came from one block device of the guest.
+/// Traffic of one block device of the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Io {
+pub struct IoStats {
     pub major: u64,
     pub minor: u64,
     pub rbytes: u64,
@@ -101,15 +101,15 @@ pub struct Stall {
     pub total: u64,
 }
 
-/// A file of lines `name number`; what is not in it is 0.
+/// A file with lines of the form `name number`; a name that is missing has the value 0.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Table(HashMap<String, u64>);
+pub struct FlatKeyedFile(HashMap<String, u64>);
 
 impl Pod {
-    /// What a container has used so far.
+    /// Returns a container's usage so far.
     ///
     /// # Errors
-    /// It does not exist or is gone from the guest, or the agent does not answer.
+    /// The container does not exist or has left the guest, or the agent does not answer.
     pub async fn stats(&self, id: &str) -> Result<Stats, PodError> {
         self.container(id)?;
         let files = self.agent(id).await?.read_cgroup(id, FILES).await;
@@ -118,15 +118,15 @@ impl Pod {
 }
 
 impl Stats {
-    /// Reads the files; any content is taken, what cannot be understood is 0.
+    /// Parses the files. Any content is accepted; values that cannot be parsed become 0.
     pub fn read(files: &[CgroupFile]) -> Self {
         let text =
             |name: &str| files.iter().find(|file| file.name == name).map_or("", |file| file.content.as_str());
         let limit = |name| number(text(name)).unwrap_or(u64::MAX);
         let count = |name| number(text(name)).unwrap_or(0);
-        let cpu = Table::read(text("cpu.stat"));
+        let cpu = FlatKeyedFile::read(text("cpu.stat"));
         Self {
-            cpu: Cpu {
+            cpu: CpuStats {
                 usage_usec: cpu.get("usage_usec"),
                 user_usec: cpu.get("user_usec"),
                 system_usec: cpu.get("system_usec"),
@@ -135,25 +135,25 @@ impl Stats {
                 throttled_usec: cpu.get("throttled_usec"),
                 pressure: Pressure::read(text("cpu.pressure")),
             },
-            memory: Memory {
+            memory: MemoryStats {
                 current: count("memory.current"),
                 max: limit("memory.max"),
                 peak: count("memory.peak"),
                 swap_current: count("memory.swap.current"),
                 swap_max: limit("memory.swap.max"),
-                stat: Table::read(text("memory.stat")),
-                events: Table::read(text("memory.events")),
+                stat: FlatKeyedFile::read(text("memory.stat")),
+                events: FlatKeyedFile::read(text("memory.events")),
                 pressure: Pressure::read(text("memory.pressure")),
             },
-            pids: Pids { current: count("pids.current"), max: number(text("pids.max")) },
-            io: text("io.stat").lines().filter_map(Io::read).take(MAX_DEVICES).collect(),
+            pids: PidsStats { current: count("pids.current"), max: number(text("pids.max")) },
+            io: text("io.stat").lines().filter_map(IoStats::read).take(MAX_DEVICES).collect(),
             io_pressure: Pressure::read(text("io.pressure")),
         }
     }
 }
 
-impl Table {
-    /// Names that no file of the kernel has as many of.
+impl FlatKeyedFile {
+    /// An upper bound: no such file of the kernel has as many rows.
     const MAX_ROWS: usize = 512;
 
     fn read(text: &str) -> Self {
@@ -168,13 +168,13 @@ impl Table {
         self.0.get(name).copied().unwrap_or(0)
     }
 
-    /// The sum of several rows, as much of it as fits.
+    /// The saturating sum of several rows.
     pub fn sum(&self, names: &[&str]) -> u64 {
         names.iter().fold(0, |sum, name| sum.saturating_add(self.get(name)))
     }
 }
 
-impl Io {
+impl IoStats {
     fn read(line: &str) -> Option<Self> {
         let mut words = line.split_ascii_whitespace();
         let (major, minor) = words.next()?.split_once(':')?;
@@ -197,7 +197,7 @@ impl Io {
 impl Pressure {
     fn read(text: &str) -> Option<Self> {
         let stall = |kind: &str| text.lines().find_map(|line| Stall::read(line.strip_prefix(kind)?));
-        // The whole machine's CPUs have no "full".
+        // The pressure file of the root cgroup has no "full" line for CPUs.
         Some(Self { some: stall("some ")?, full: stall("full ").unwrap_or_default() })
     }
 }
@@ -260,10 +260,10 @@ mod tests {
         assert_eq!((stats.memory.current, stats.memory.max, stats.memory.peak), (4096, u64::MAX, 8192));
         assert_eq!(stats.memory.stat.sum(&["workingset_refault_anon", "workingset_refault_file"]), 3);
         assert_eq!(stats.memory.events.get("oom_kill"), 1);
-        assert_eq!(stats.pids, Pids { current: 3, max: Some(100) });
+        assert_eq!(stats.pids, PidsStats { current: 3, max: Some(100) });
         assert_eq!(
             stats.io[0],
-            Io { major: 8, rbytes: 512, wbytes: 1024, rios: 1, wios: 2, ..Io::default() }
+            IoStats { major: 8, rbytes: 512, wbytes: 1024, rios: 1, wios: 2, ..IoStats::default() }
         );
         assert_eq!(stats.io.len(), 2);
         let pressure = stats.io_pressure.unwrap();
@@ -271,10 +271,10 @@ mod tests {
     }
 
     #[test]
-    fn what_there_is_too_much_of_is_cut_off() {
+    fn long_files_are_truncated() {
         let rows: String = (0..100_000).map(|row| format!("{row}:0 rbytes=1\n")).collect();
         assert_eq!(Stats::read(&[file("io.stat", &rows)]).io.len(), MAX_DEVICES);
-        let table = Table(HashMap::from([("a".to_owned(), u64::MAX), ("b".to_owned(), 1)]));
+        let table = FlatKeyedFile(HashMap::from([("a".to_owned(), u64::MAX), ("b".to_owned(), 1)]));
         assert_eq!(table.sum(&["a", "b"]), u64::MAX);
     }
 

@@ -1,4 +1,4 @@
-//! A process's streams between the caller and the guest: connected, watched to their ends.
+//! A process's streams between the caller and the guest: connected, and delivered to their ends.
 
 use std::fmt;
 
@@ -10,18 +10,18 @@ use tokio::sync::watch;
 
 use super::{
     PodError,
-    stdio::{HostStdio, Input, InputEnd, Logger, Output, Stdin, StdinFifo, StdioError},
+    stdio::{HostStdio, Logger, OutputCopy, StdinCopy, StdinEnd, StdinFifo, StdinReader, StdioError},
 };
 use crate::{
     agent,
     vm::{BoxedStream, Vm},
 };
 
-/// How many processes may be starting at once: each has three streams open that the agent has not claimed.
+/// How many processes may be starting at once. Each has three streams open that the agent has not claimed.
 pub(super) const STARTING: usize = MAX_UNCLAIMED_STREAMS / 3;
 
-/// The streams of a process, connected on both sides, but for the caller's end of stdin.
-pub(super) struct Streams {
+/// The streams of a process, connected at both ends except for the caller's end of stdin.
+pub(super) struct ProcessStreams {
     stdin: Option<(StdinFifo, BoxedStream)>,
     terminal: bool,
     pub(super) outputs: Outputs,
@@ -33,29 +33,29 @@ pub(super) struct PendingInput {
     to_guest: BoxedStream,
     terminal: bool,
     agent: agent::Client,
-    /// Of the container, and of the process in it as the guest knows it; the init is "".
+    /// Ids of the container and of the process in the guest; the init's is "".
     id: (String, String),
 }
 
-/// The two output streams of a process, and what takes them.
+/// The two output streams of a process, and the logging program that receives them.
 #[derive(Debug)]
 pub(super) struct Outputs {
-    stdout: Option<Output>,
-    stderr: Option<Output>,
+    stdout: Option<OutputCopy>,
+    stderr: Option<OutputCopy>,
     logger: Option<Logger>,
 }
 
-/// Opens a raw stream to the guest for each stream of the caller's.
+/// Opens a raw stream to the guest for each stream of the caller.
 ///
 /// # Errors
-/// The VM is gone.
-pub(super) async fn connect(vm: &Vm, host: HostStdio) -> Result<(api::Stdio, Streams), PodError> {
+/// The VM has ended.
+pub(super) async fn connect(vm: &Vm, host: HostStdio) -> Result<(api::Stdio, ProcessStreams), PodError> {
     let mut stdio = api::Stdio { terminal: host.terminal, ..Default::default() };
     let open = async |wanted: bool| match wanted {
         true => vm.open_stream().await.map(Some),
         false => Ok(None),
     };
-    // At once: each takes a round trip to the guest.
+    // Opened concurrently, because each takes a round trip to the guest.
     let opened = tokio::try_join!(
         open(host.stdin.is_some()),
         open(host.stdout.is_some()),
@@ -70,17 +70,17 @@ pub(super) async fn connect(vm: &Vm, host: HostStdio) -> Result<(api::Stdio, Str
     let mut outputs = Outputs { stdout: None, stderr: None, logger: host.logger };
     outputs.stdout = host.stdout.zip(stdout).map(|(sink, (token, stream))| {
         stdio.stdout = token;
-        Output::to("stdout", stream, sink)
+        OutputCopy::to("stdout", stream, sink)
     });
     outputs.stderr = host.stderr.zip(stderr).map(|(sink, (token, stream))| {
         stdio.stderr = token;
-        Output::to("stderr", stream, sink)
+        OutputCopy::to("stderr", stream, sink)
     });
-    Ok((stdio, Streams { stdin, terminal: host.terminal, outputs }))
+    Ok((stdio, ProcessStreams { stdin, terminal: host.terminal, outputs }))
 }
 
-impl Streams {
-    /// Stdin of a process that the guest knows by these ids.
+impl ProcessStreams {
+    /// Takes the stdin of the process that has these ids in the guest.
     pub(super) fn take_input(&mut self, agent: &agent::Client, id: &str, exec: &str) -> Option<PendingInput> {
         let (fifo, to_guest) = self.stdin.take()?;
         let id = (id.to_owned(), exec.to_owned());
@@ -99,16 +99,16 @@ impl PendingInput {
     ///
     /// # Errors
     /// Those of open(2).
-    pub(super) fn open(&self) -> Result<Stdin, StdioError> {
+    pub(super) fn open(&self) -> Result<StdinReader, StdioError> {
         self.fifo.open()
     }
 
     /// Starts to copy from the caller's end.
-    pub(super) fn start(self, stdin: Stdin, closed: watch::Receiver<bool>) -> Input {
+    pub(super) fn start(self, stdin: StdinReader, closed: watch::Receiver<bool>) -> StdinCopy {
         let Self { to_guest, terminal, agent, id: (id, exec), .. } = self;
-        Input::start(stdin, InputEnd { closed, terminal }, to_guest, async move |total| {
+        StdinCopy::start(stdin, StdinEnd { closed, terminal }, to_guest, async move |total| {
             if let Err(error) = agent.end_stdin(&id, &exec, total).await {
-                // A process that has ended needs no end of its stdin.
+                // A process that has ended does not need the end of its stdin.
                 tracing::debug!(id, exec, "end of stdin not delivered: {error}");
             }
         })
@@ -116,9 +116,10 @@ impl PendingInput {
 }
 
 impl Outputs {
-    /// Waits until the caller has everything that the process has written; what takes it may still be at it.
+    /// Waits until the caller has received all output of the process. The logging program may still be
+    /// working on it.
     pub(super) async fn deliver(self, id: &str, ended: &WaitProcessResponse) -> Option<Logger> {
-        let finish = async |output: Option<Output>, bytes| match output {
+        let finish = async |output: Option<OutputCopy>, bytes| match output {
             Some(output) => output.finish(bytes).await,
             None => Ok(()),
         };
@@ -130,7 +131,7 @@ impl Outputs {
         self.logger
     }
 
-    /// Delivers what has arrived from a guest that is gone.
+    /// Delivers the output that has arrived from a guest that has ended.
     pub(super) async fn abandon(self) -> Option<Logger> {
         for output in [self.stdout, self.stderr].into_iter().flatten() {
             output.abandon().await;

@@ -1,22 +1,22 @@
-//! Changing the limits of a running container.
+//! Changes the limits of a running container.
 
 use oci_spec::runtime::LinuxResources;
 
 use super::{
     Pod, PodError,
-    state::{State, StateError},
+    state::{ProcessState, StateError},
 };
-use crate::spec::resources::{self, Now};
+use crate::spec::resources::{self, CurrentLimits};
 
 impl Pod {
-    /// Sets limits of a container, all or none; `json` is the runtime-spec's LinuxResources.
+    /// Sets limits of a container, all or none of them. `json` is the runtime-spec's LinuxResources.
     ///
     /// # Errors
-    /// The container does not exist or has stopped, the limits cannot be understood, or the guest does not have or
-    /// not take one of them.
+    /// The container does not exist or has stopped, the limits are not valid, or the guest lacks or refuses
+    /// one of them.
     pub async fn update(&self, id: &str, json: &[u8]) -> Result<(), PodError> {
         let container = self.container(id)?;
-        if let State::Stopped(_) = container.state() {
+        if let ProcessState::Stopped(_) = container.state() {
             return Err(PodError::state("update", id, StateError::AlreadyStopped));
         }
         let wanted: LinuxResources =
@@ -27,7 +27,7 @@ impl Pod {
             agent.read_cgroup(id, &["cpu.max", "memory.max", "memory.current"]).await.map_err(failed)?;
         let content =
             |name| now.iter().find(|file| file.name == name).map_or("", |file| file.content.as_str());
-        let now = Now {
+        let now = CurrentLimits {
             cpu_max: content("cpu.max"),
             memory_max: content("memory.max"),
             memory_current: content("memory.current"),

@@ -1,12 +1,13 @@
-//! A checkpoint that is tried out before its caller hears that it is good: restored in a VM of its own, up to the moment
-//! before its processes would run.
+//! A trial restore: a checkpoint is restored in a VM of its own, up to the moment before its processes would
+//! run, before the checkpoint request succeeds.
 //!
 //! ```text
-//!   twin     while the source is frozen: its disk is copied, or its layer is held as it is in the snapshot
-//!   verify   checkpoint written -> another VM, with the twin of the disk -> CRIU restores -> the VM is killed
+//!   trial disk   while the source is frozen: its disk is copied, or its snapshot is kept from changing
+//!   verify       checkpoint written -> another VM, with the trial disk -> CRIU restores -> the VM is killed
 //! ```
-//! Nothing of the source's is written: its base disk is shared for reading, what it writes to is a twin without a name. The
-//! processes have /dev/null or pipes without another end as their standard streams, and no instruction of theirs runs.
+//! The trial changes nothing of the source container: the base disk is attached read-only, and writes go to
+//! the trial disk, which has no name. The restored processes get /dev/null or pipes without a peer as their
+//! standard streams, and execute no instruction.
 
 use std::{fs::File, path::Path};
 
@@ -18,11 +19,11 @@ use tokio::{
 };
 
 use super::{
-    Container, Create, Pod, PodError,
+    Container, CreateRequest, Pod, PodError,
     checkpoint::restore_disk,
-    create::{self, Disks, Prepared},
+    create::{self, ContainerDisks, CreatePlan},
     layer,
-    phases::Phases,
+    phases::PhaseTimes,
 };
 use crate::{
     checkpoint::ImageDisk,
@@ -31,25 +32,25 @@ use crate::{
     rootdisk::RootdiskCache,
 };
 
-/// Directory of the VM, in that of the pod's.
+/// Directory of the trial's VM, below that of the pod.
 const DIR: &str = "verify";
 
-/// What the disk of a container had when its checkpoint was taken.
-pub(super) struct Twin<'a> {
-    /// A copy of the disk, where nothing else has what is on it.
+/// The content of a container's disk at the time of its checkpoint.
+pub(super) struct TrialDisk<'a> {
+    /// A copy of the disk, if the container's changes exist nowhere else.
     copy: Option<File>,
-    /// Otherwise the snapshot, which stays as it is until this is dropped.
+    /// Otherwise a lock that keeps the snapshot from changing.
     _held: Option<MutexGuard<'a, ()>>,
 }
 
-impl<'a> Twin<'a> {
-    /// Whether the container's disk is going to be copied, for which the guest must have written everything to it.
+impl<'a> TrialDisk<'a> {
+    /// Whether the container's disk will be copied. The guest must have written all data to it then.
     pub(super) fn copies_disk(container: &Container) -> bool {
-        container.taking.verify != Verify::Off && container.layer.only_disk().is_some()
+        container.checkpoint_config.verify != Verify::Off && container.layer.only_disk().is_some()
     }
 
-    /// None where no checkpoint of the container's is tried out. The container is frozen, and what it has written is in its
-    /// snapshot if it has one.
+    /// Returns None if the container's checkpoints are not verified. The container must be frozen, and its
+    /// changes must have been exported to its snapshot, if it has one.
     ///
     /// # Errors
     /// The disk cannot be copied.
@@ -57,7 +58,7 @@ impl<'a> Twin<'a> {
         container: &'a Container,
         config: &config::Config,
     ) -> Result<Option<Self>, PodError> {
-        if container.taking.verify == Verify::Off {
+        if container.checkpoint_config.verify == Verify::Off {
             return Ok(None);
         }
         let Some(disk) = container.layer.only_disk().map(Path::to_owned) else {
@@ -72,92 +73,98 @@ impl<'a> Twin<'a> {
 }
 
 impl Pod {
-    /// Restores the container's checkpoint that is in `dir`, and throws the result away.
+    /// Restores the container's checkpoint from `dir`, and discards the result.
     ///
     /// # Errors
-    /// Why it cannot be restored, or no VM can be had for it.
+    /// The checkpoint cannot be restored, or there is no VM for the trial.
     pub(super) async fn verify(
         &self,
         container: &Container,
         dir: &Path,
-        twin: Twin<'_>,
-        phases: &Phases,
+        trial_disk: TrialDisk<'_>,
+        phases: &PhaseTimes,
     ) -> Result<(), PodError> {
         let shared = &self.shared;
-        // No caller gets the events of the second VM.
+        // Events of the trial's VM are dropped.
         let (events, _) = mpsc::unbounded_channel();
         let (namespace, name) = (shared.namespace.clone(), format!("{}-verify", shared.name));
         let pod = Self::new(shared.config.clone(), namespace, name, shared.dir.join(DIR), events);
-        let restored = phases.time("verify", pod.restore_held(container, dir, twin)).await;
+        let restored = phases.time("verify", pod.restore_without_start(container, dir, trial_disk)).await;
         pod.end().await;
         restored.map_err(|source| PodError::Verify { id: container.id.clone(), source: Box::new(source) })
     }
 
-    async fn restore_held(&self, container: &Container, dir: &Path, twin: Twin<'_>) -> Result<(), PodError> {
+    async fn restore_without_start(
+        &self,
+        container: &Container,
+        dir: &Path,
+        trial_disk: TrialDisk<'_>,
+    ) -> Result<(), PodError> {
         let id = container.id.as_str();
-        let prepared = self.prepare_twin(container, dir)?;
-        let phases = Phases::default();
-        let birth = self.vm(&prepared);
+        let plan = self.prepare_trial(container, dir)?;
+        let phases = PhaseTimes::default();
+        let provisioned = self.provision(&plan);
         let disks = async {
             let disks = tokio::try_join!(
-                create::base_disk(&prepared, id),
-                layer::twin_disk(&prepared.rootfs, &prepared.config, twin.copy),
-                restore_disk(prepared.restore.as_ref(), &phases),
+                create::base_disk(&plan, id),
+                layer::trial_disk(&plan.rootfs, &plan.config, trial_disk.copy),
+                restore_disk(plan.restore.as_ref(), &phases),
             );
-            disks.map(|(base, writable, checkpoint)| Disks {
+            disks.map(|(base, writable, checkpoint)| ContainerDisks {
                 base: base.map(|base| base.file),
                 writable: Some(writable),
                 checkpoint,
             })
         };
-        let (birth, mut files) = tokio::try_join!(birth, disks)?;
-        if prepared.rootfs.read_only {
+        let (provisioned, mut files) = tokio::try_join!(provisioned, disks)?;
+        if plan.rootfs.read_only {
             files.base = files.writable.take();
         }
-        match self.create_held(&prepared, id, &birth.vm, &files).await {
-            Err(error) if birth.origin.is_clone() && error.is_loss_of_the_vm() => {
-                let birth = self.boot_instead(&prepared, birth, &error).await?;
-                self.create_held(&prepared, id, &birth.vm, &files).await
+        match self.create_without_start(&plan, id, &provisioned.vm, &files).await {
+            Err(error) if provisioned.origin.is_clone() && error.is_loss_of_the_vm() => {
+                let provisioned = self.boot_instead(&plan, provisioned, &error).await?;
+                self.create_without_start(&plan, id, &provisioned.vm, &files).await
             }
             created => created,
         }
     }
 
-    fn prepare_twin(&self, container: &Container, dir: &Path) -> Result<Prepared, PodError> {
-        let create = Create {
+    fn prepare_trial(&self, container: &Container, dir: &Path) -> Result<CreatePlan, PodError> {
+        let create = CreateRequest {
             id: container.id.clone(),
             bundle: container.bundle.clone(),
             rootfs: container.rootfs.clone(),
             checkpoint: Some(dir.to_owned()),
-            ..Create::default()
+            ..CreateRequest::default()
         };
-        let mut prepared = self.prepare(&create)?;
-        // All of the memory is to be read.
-        prepared.config.restore.lazy = false;
-        if let Some(Target::Whole(_)) = prepared.rootfs.target {
-            // All of it is in the directory, and the disk that the container writes to is not asked what is below it.
-            prepared.rootfs.target = None;
+        let mut plan = self.plan(&create)?;
+        // The trial reads all of the memory.
+        plan.config.restore.lazy = false;
+        if let Some(Target::Whole(_)) = plan.rootfs.target {
+            // The directory holds all of the changes. The label of the container's own disk must not decide
+            // about the base disk.
+            plan.rootfs.target = None;
         }
-        Ok(prepared)
+        Ok(plan)
     }
 
-    async fn create_held(
+    async fn create_without_start(
         &self,
-        prepared: &Prepared,
+        plan: &CreatePlan,
         id: &str,
         vm: &crate::vm::Vm,
-        files: &Disks<File, ImageDisk>,
+        files: &ContainerDisks<File, ImageDisk>,
     ) -> Result<(), PodError> {
-        let injected = create::read_injected(&prepared.guest.injected)?;
-        let (disks, agent) = create::ready(vm, id, files, &Phases::default()).await?;
-        let Some((restore, disk)) = prepared.restore.as_ref().zip(files.checkpoint.as_ref()) else {
+        let injected = create::read_injected(&plan.guest.injected)?;
+        let (disks, agent) = create::attach_disks(vm, id, files, &PhaseTimes::default()).await?;
+        let Some((restore, disk)) = plan.restore.as_ref().zip(files.checkpoint.as_ref()) else {
             return Ok(());
         };
         let stdio = Stdio { terminal: restore.has_terminal(), ..Default::default() };
         let vcpus = self.vm_vcpus();
-        let spec = prepared.guest.for_vm(vcpus);
+        let spec = plan.guest.for_vm(vcpus);
         let mut request = create::request(id, &spec, &disks, stdio, injected)?;
-        let from = restore.request(disks.checkpoint, prepared.config.restore, &spec, vcpus);
+        let from = restore.request(disks.checkpoint, plan.config.restore, &spec, vcpus);
         request.checkpoint = MessageField::some(from);
         let created = agent.create_container(request).await;
         created.map(drop).map_err(|source| restore.refused(disk, source))

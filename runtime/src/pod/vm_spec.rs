@@ -1,4 +1,5 @@
-//! What VM a pod gets: the configuration, this host, and the limits of the pod's first container.
+//! Decides what VM a pod gets, from the configuration, this host, and the limits of the pod's first
+//! container.
 
 use std::{num::NonZero, path::Path, thread, time::Duration};
 
@@ -13,12 +14,12 @@ use crate::{
     vm::{HostSupport, VmSpec, choose},
 };
 
-/// Bounds of the default memory ceiling, MiB. A higher one is not free: the guest's kernel touches 16 MiB for each GiB
-/// when it boots, which under TCG takes tens of milliseconds too.
+/// Bounds of the default memory ceiling, MiB. Memory that is never used still costs something: the guest's
+/// kernel touches 16 MiB for each GiB when it boots, which also takes tens of milliseconds under TCG.
 const LEAST_MEMORY: u32 = 512;
 const MOST_MEMORY: u32 = 2048;
 
-/// What the guest's kernel and agent need beside a container that has a limit, MiB.
+/// Memory for the guest's kernel and agent, in addition to a container's limit, MiB.
 const GUEST_OVERHEAD: u32 = 128;
 
 const MOST_VCPUS: u32 = 8;
@@ -28,7 +29,7 @@ const MOST_HOSTNAME: usize = 64;
 
 /// Describes the VM of the pod `name`, whose first container is `container`.
 ///
-/// Blocks, the first time after the host has booted for as long as it takes to try KVM.
+/// Blocks. The first call after a boot of the host tries KVM, which takes some time.
 ///
 /// # Errors
 /// The configured accelerator does not work here.
@@ -40,7 +41,7 @@ pub(super) fn build(
     host: HostMemory,
 ) -> Result<VmSpec, AccelError> {
     let accel = accel::verdict(Path::new(RUN_DIR))?.choose(config.vm.accel)?;
-    let limits = Limits::of(container);
+    let limits = ContainerLimits::of(container);
     let host_cpus = thread::available_parallelism().map_or(1, NonZero::get);
     Ok(VmSpec {
         id: name.to_owned(),
@@ -63,15 +64,15 @@ pub(super) fn build(
     })
 }
 
-/// What a container's own limits say about its VM.
+/// The part of a container's own limits that decides the size of its VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-struct Limits {
+struct ContainerLimits {
     memory_mib: Option<u32>,
     /// Rounded up to whole CPUs.
     cpus: Option<u32>,
 }
 
-impl Limits {
+impl ContainerLimits {
     fn of(container: &Spec) -> Self {
         let resources = container.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         let memory = resources.and_then(|resources| resources.memory().as_ref()?.limit());
@@ -90,7 +91,8 @@ impl Limits {
 /// Turns io_uring off for all processes (kernel.io_uring_disabled in the kernel's sysctl documentation).
 const NO_IO_URING: &str = "sysctl.kernel.io_uring_disabled=2";
 
-/// What the configuration adds to the kernel's command line. The user's own text is the last, so that it wins.
+/// What the configuration adds to the kernel's command line. The user's own text comes last, so that it takes
+/// precedence.
 fn kernel_args(vm: &config::Vm) -> String {
     match (vm.io_uring, vm.kernel_args.as_str()) {
         (true, args) => args.to_owned(),
@@ -99,9 +101,10 @@ fn kernel_args(vm: &config::Vm) -> String {
     }
 }
 
-/// The configured ceiling, or half of the host within bounds; more where the container's limit asks for more.
+/// The configured ceiling, or half of the host's memory within bounds; more if the container's limit requires
+/// it.
 ///
-/// What is not configured is a power of two, because every size of VM has a template of its own.
+/// A size that is not configured is a power of two, because every size of VM needs a template of its own.
 fn memory_mib(configured: u32, host: u32, limit: Option<u32>) -> u32 {
     if configured > 0 {
         return configured;
@@ -166,7 +169,7 @@ mod tests {
             .build()
             .unwrap();
         spec.linux_mut().as_mut().unwrap().set_resources(Some(resources));
-        assert_eq!(Limits::of(&spec), Limits { memory_mib: Some(100), cpus: Some(2) });
-        assert_eq!(Limits::of(&Spec::default()), Limits::default());
+        assert_eq!(ContainerLimits::of(&spec), ContainerLimits { memory_mib: Some(100), cpus: Some(2) });
+        assert_eq!(ContainerLimits::of(&Spec::default()), ContainerLimits::default());
     }
 }

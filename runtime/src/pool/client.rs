@@ -1,7 +1,7 @@
-//! Whether the containerd that a member is to serve still exists.
+//! Detects when the containerd that a member is for has ended.
 //!
-//! A connection to its socket ends when containerd does: that is the event. A restart brings a socket of the same name back
-//! within seconds; if there is none for longer, containerd has gone for good.
+//! A connection to containerd's socket ends when containerd does, which is the event. A restart creates a
+//! socket of the same name within seconds; if there is none for longer, containerd is not coming back.
 
 use std::{
     io,
@@ -14,12 +14,12 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use crate::watch::Watch;
+use crate::watch::FileWatch;
 
 /// Returns when nothing has listened on `socket` for as long as `patience`.
 ///
 /// # Errors
-/// The socket's directory is there and cannot be watched.
+/// The socket's directory exists and cannot be watched.
 pub(super) async fn gone(socket: &Path, patience: Duration) -> io::Result<()> {
     let mut connected = UnixStream::connect(socket).await;
     loop {
@@ -33,7 +33,7 @@ pub(super) async fn gone(socket: &Path, patience: Duration) -> io::Result<()> {
     }
 }
 
-/// Returns when the other side has closed a connection on which it has nothing to say.
+/// Returns when the peer has closed a connection. Data that arrives is ignored.
 async fn closed(stream: &UnixStream) {
     let mut ignored = [0; 64];
     loop {
@@ -46,13 +46,13 @@ async fn closed(stream: &UnixStream) {
     }
 }
 
-/// The next connection, or the error of the last try, which is at the deadline.
+/// Returns the next connection, or the error of the last attempt, which is made at the deadline.
 async fn again(socket: &Path, deadline: Instant) -> io::Result<io::Result<UnixStream>> {
-    // Before the first try, so that no event is missed.
-    let watch = Watch::new()?;
+    // The watch starts before the first attempt, so that no event is missed.
+    let watch = FileWatch::new()?;
     let dir = socket.parent().map(PathBuf::from).unwrap_or_default();
     match watch.names(&dir) {
-        // It went with containerd, so nothing is to be seen until the deadline.
+        // The directory was removed with the socket, so there are no events until the deadline.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         watched => watched?,
     }
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_containerd_that_is_never_there_is_gone_after_a_while() {
+    async fn a_containerd_that_never_listens_is_gone_after_the_patience() {
         let dir = tempfile::tempdir().unwrap();
         let started = Instant::now();
         assert!(is_gone(&dir.path().join("sock"), LONG).await);
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_that_is_restarted_is_not_gone() {
+    async fn a_containerd_that_restarts_is_not_gone() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("sock");
         let first = UnixListener::bind(&socket).unwrap();
@@ -104,13 +104,13 @@ mod tests {
             for _ in 0..3 {
                 drop(first.accept().await.unwrap());
             }
-            // The name stays, and nothing listens.
+            // The name remains, and nothing listens.
             let connection = first.accept().await.unwrap();
             drop((first, connection));
             std::fs::remove_file(&socket).unwrap();
             let second = UnixListener::bind(&socket).unwrap();
             let connection = second.accept().await.unwrap();
-            // Longer than the patience: it is there.
+            // A connection that lasts longer than the patience is not an absence.
             assert!(timeout(2 * PATIENCE, ended.notified()).await.is_err());
             drop((second, connection));
         };

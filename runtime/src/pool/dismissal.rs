@@ -1,4 +1,4 @@
-//! Why a member ends although no container has taken it.
+//! The reasons for which a member ends although no container has taken it.
 
 use std::{
     env, io,
@@ -12,30 +12,31 @@ use tokio::{
     task::JoinHandle,
 };
 
-use super::{PoolError, client, file, slot::Slot};
-use crate::{config, watch::Watch};
+use super::{PoolError, client, file, slot::PoolSlot};
+use crate::{config, watch::FileWatch};
 
-/// The reasons.
+/// Why a member ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Reason {
+pub(super) enum EndReason {
     Signal,
-    /// The pool was drained, or the program or its configuration is not what it was.
+    /// The pool was drained, or the program or its configuration was changed.
     Changed,
     ContainerdGone,
-    /// What tells of the others is lost.
-    Blind,
+    /// The watch that reports the other reasons has failed.
+    WatchFailed,
 }
 
-/// Notices the first reason, at any time from when it was made on.
+/// Waits for the first reason from the moment it was created.
 #[derive(Debug)]
 pub(super) struct Dismissal {
-    reason: watch::Receiver<Option<Reason>>,
+    reason: watch::Receiver<Option<EndReason>>,
     watcher: JoinHandle<()>,
 }
 
 impl Dismissal {
-    /// `containerd` is the socket of the containerd that the member is for, if it is known, and how long that may be absent.
-    pub(super) fn watch(slot: &Slot, containerd: Option<(PathBuf, Duration)>) -> Result<Self, PoolError> {
+    /// `containerd` is the socket of the containerd that the member is for, if known, and the time that it
+    /// may be absent.
+    pub(super) fn watch(slot: &PoolSlot, containerd: Option<(PathBuf, Duration)>) -> Result<Self, PoolError> {
         let own = Path::new("/proc/self/exe");
         let changes = changes(own, slot).map_err(file("watch", own))?;
         let mut terminate = signal(SignalKind::terminate()).map_err(file("watch signals of", own))?;
@@ -48,20 +49,20 @@ impl Dismissal {
                 }
             };
             let reason = tokio::select! {
-                _ = terminate.recv() => Reason::Signal,
-                changed = changes.changed() => changed.map_or(Reason::Blind, |()| Reason::Changed),
-                gone = gone => gone.map_or(Reason::Blind, |()| Reason::ContainerdGone),
+                _ = terminate.recv() => EndReason::Signal,
+                changed = changes.changed() => changed.map_or(EndReason::WatchFailed, |()| EndReason::Changed),
+                gone = gone => gone.map_or(EndReason::WatchFailed, |()| EndReason::ContainerdGone),
             };
             sender.send_replace(Some(reason));
         });
         Ok(Self { reason, watcher })
     }
 
-    /// Resolves when there is a reason, and at once after that.
-    pub(super) async fn comes(&self) -> Reason {
+    /// Resolves when there is a reason, and at once from then on.
+    pub(super) async fn wait(&self) -> EndReason {
         let mut reason = self.reason.clone();
         let found = reason.wait_for(Option::is_some).await.ok().and_then(|reason| *reason);
-        found.unwrap_or(Reason::Blind)
+        found.unwrap_or(EndReason::WatchFailed)
     }
 }
 
@@ -71,14 +72,15 @@ impl Drop for Dismissal {
     }
 }
 
-/// Changes when the member's slot loses its name, or the program or its configuration is not what it was.
-fn changes(program: &Path, slot: &Slot) -> io::Result<Watch> {
-    let watch = Watch::new()?;
+/// A watch that reports when the member's slot loses its name, or the program or its configuration is
+/// changed.
+fn changes(program: &Path, slot: &PoolSlot) -> io::Result<FileWatch> {
+    let watch = FileWatch::new()?;
     watch.attributes(&slot.open_path())?;
     watch.file(program)?;
     let config = env::var_os("MACHINEN_CONFIG").map_or_else(|| config::DEFAULT_PATH.into(), PathBuf::from);
     match watch.file(&config) {
-        // No configuration is a configuration.
+        // A missing configuration file is valid.
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(watch),
     }

@@ -1,4 +1,4 @@
-//! A member of the warm pool: a process that makes a clone, and waits to be taken with it.
+//! A member of the warm pool: a process that makes a clone and waits until a start takes it.
 
 use std::{
     fs, io,
@@ -16,49 +16,50 @@ use nix::sys::socket::{
 use tokio::io::unix::AsyncFd;
 
 use super::{
-    MAX_MESSAGE, Pool, PoolError, Ready, Request,
+    MAX_MESSAGE, MemberRequest, Pool, PoolError, WarmVm,
     dismissal::Dismissal,
     file,
-    slot::{Record, Slot, Stage},
+    slot::{MemberRecord, MemberStage, PoolSlot},
 };
 use crate::{config::Config, pod::PodError, sys};
 
-/// Why a process could not be a member.
+/// The errors of a member.
 #[derive(Debug, thiserror::Error)]
 pub enum MemberError {
     #[error(transparent)]
     Pool(#[from] PoolError),
-    #[error("cannot have a clone ready")]
+    #[error("cannot make a clone for the warm pool")]
     Clone(#[from] PodError),
-    #[error("the taker of a ready clone has gone")]
-    TakerGone(#[source] io::Error),
+    #[error("the start that took a member of the warm pool has ended")]
+    StartEnded(#[source] io::Error),
 }
 
 /// A process that waits in its slot.
 #[derive(Debug)]
 pub struct Member {
-    /// It is another's as soon as this is dropped.
-    slot: Slot,
-    record: Record,
+    /// The slot becomes free when this is dropped.
+    slot: PoolSlot,
+    record: MemberRecord,
     dismissal: Dismissal,
     path: PathBuf,
     listener: AsyncFd<OwnedFd>,
-    ready: Ready,
+    warm_vm: WarmVm,
 }
 
-/// A member that was taken, and does not belong to the pool any more.
+/// A member that a start has taken, and that no longer belongs to the pool.
 #[derive(Debug)]
-pub struct Taken {
-    /// What the taker has said.
+pub struct TakenMember {
+    /// The message of the start.
     pub message: Vec<u8>,
     connection: OwnedFd,
     fd: OwnedFd,
-    ready: Ready,
+    warm_vm: WarmVm,
 }
 
 impl Member {
-    /// Makes a clone for the slot `number`, whose locked file is `slot`. None: the member is not needed, because there is no
-    /// template, or for one of the reasons for which [`Member::taken`] ends; nothing is left then.
+    /// Makes a clone for the slot `number`, whose locked file is `slot`. Returns None if the member is not
+    /// needed, because there is no template or for a reason for which [`Member::taken`] ends; nothing is left
+    /// then.
     ///
     /// # Errors
     /// The slot's files cannot be used, or the clone does not work. Nothing is left then.
@@ -66,118 +67,124 @@ impl Member {
         config: &Config,
         number: u32,
         slot: OwnedFd,
-        request: Request,
+        request: MemberRequest,
     ) -> Result<Option<Self>, MemberError> {
         let Some(pool) = Pool::of(config)? else { return Ok(None) };
-        // The configuration may have changed since the slot was taken, and the pool be another one.
-        let path = Slot::path(&pool.dir, number);
-        let Some(slot) = Slot::inherited(path.clone(), slot)? else { return Ok(None) };
+        // If the configuration has changed since the slot was taken, this process belongs to another pool.
+        let path = PoolSlot::path(&pool.dir, number);
+        let Some(slot) = PoolSlot::inherited(path.clone(), slot)? else { return Ok(None) };
         let patience = Duration::from_secs(config.pool.containerd_timeout_s);
         let dismissal = Dismissal::watch(&slot, request.containerd.map(|socket| (socket, patience)))?;
-        // What has changed before the watch began is not noticed by it.
+        // The watch does not report what happened before it began.
         if !slot.has_name()? {
             return Ok(None);
         }
-        let mut record =
-            Record { pid: std::process::id(), stage: Stage::Cloning, ..Record::new(&request.spec) };
+        let mut record = MemberRecord {
+            pid: std::process::id(),
+            stage: MemberStage::Cloning,
+            ..MemberRecord::new(&request.spec)
+        };
         slot.write(&record)?;
         sweep(&pool.dir).map_err(file("clear", &pool.dir))?;
         let dir = pool.dir.join(name(VM, ""));
-        // Not given up half-way: a VM that is being made has no owner that could end it.
-        let Some(ready) = Ready::clone_vm(request.spec, config, &dir).await? else { return Ok(None) };
+        // This is not cancelled half-way, because a VM that is being made has no owner yet that could end it.
+        let Some(warm_vm) = WarmVm::clone_vm(request.spec, config, &dir).await? else { return Ok(None) };
         let path = pool.dir.join(name(MEMBER, SOCKET));
-        match listening(&slot, &mut record, &dismissal, &ready, config, &path).await {
-            Ok(Some(listener)) => Ok(Some(Self { slot, record, dismissal, path, listener, ready })),
+        match warm_up_and_listen(&slot, &mut record, &dismissal, &warm_vm, config, &path).await {
+            Ok(Some(listener)) => Ok(Some(Self { slot, record, dismissal, path, listener, warm_vm })),
             other => {
-                ready.vm.kill().await;
+                warm_vm.vm.kill().await;
                 other.map(|_| None)
             }
         }
     }
 
-    /// Waits to be taken. None: it is not needed any more, because the pool was drained, the configuration or the program has
-    /// changed, containerd has been gone for long, the VM has ended, or on SIGTERM; nothing is left then.
+    /// Waits until a start takes the member. Returns None if the member is no longer needed, because the pool
+    /// was drained, the configuration or the program has changed, containerd has been absent for long, the VM
+    /// has ended, or on SIGTERM; nothing is left then.
     ///
     /// # Errors
-    /// The member's socket cannot be waited on.
-    pub async fn taken(self) -> Result<Option<Taken>, MemberError> {
-        let Self { slot, mut record, dismissal, path, listener, ready } = self;
+    /// The member's socket fails.
+    pub async fn taken(self) -> Result<Option<TakenMember>, MemberError> {
+        let Self { slot, mut record, dismissal, path, listener, warm_vm } = self;
         let request = tokio::select! {
-            request = request(&listener) => request.map(Some).map_err(file("wait on", &path)),
-            reason = dismissal.comes() => {
+            request = next_work(&listener) => request.map(Some).map_err(file("wait on", &path)),
+            reason = dismissal.wait() => {
                 tracing::debug!("a member of the warm pool ends: {reason:?}");
                 Ok(None)
             }
-            _ = ready.vm.exited() => Ok(None),
+            _ = warm_vm.vm.exited() => Ok(None),
         };
-        // A start that connects from now on finds no member.
+        // From now on a start that connects finds no member.
         let removed = fs::remove_file(&path);
         drop(listener);
         if let Err(error) = removed {
             tracing::warn!(path = %path.display(), "cannot remove a socket: {error}");
         }
         match request {
-            Ok(Some(HandedOver { message, fd, connection })) => {
-                // From here on nothing of the pool's ends this process: its slot is free, and it does not watch any more.
-                record.stage = Stage::Taken;
+            Ok(Some(HandedWork { message, fd, connection })) => {
+                // From here on nothing of the pool ends this process: its slot is free, and it watches
+                // nothing any more.
+                record.stage = MemberStage::Taken;
                 slot.write(&record)?;
-                Ok(Some(Taken { message, connection, fd, ready }))
+                Ok(Some(TakenMember { message, connection, fd, warm_vm }))
             }
             other => {
-                ready.vm.kill().await;
+                warm_vm.vm.kill().await;
                 Ok(other.map(|_| None)?)
             }
         }
     }
 }
 
-/// Warms a clone up and listens for the start that takes it. None: it is not needed any more.
-async fn listening(
-    slot: &Slot,
-    record: &mut Record,
+/// Warms a clone up and listens for the start that takes it. Returns None if the member is no longer needed.
+async fn warm_up_and_listen(
+    slot: &PoolSlot,
+    record: &mut MemberRecord,
     dismissal: &Dismissal,
-    ready: &Ready,
+    warm_vm: &WarmVm,
     config: &Config,
     path: &Path,
 ) -> Result<Option<AsyncFd<OwnedFd>>, MemberError> {
-    record.stage = Stage::WarmingUp;
+    record.stage = MemberStage::WarmingUp;
     slot.write(record)?;
     tokio::select! {
         biased;
-        _ = dismissal.comes() => return Ok(None),
-        warm = ready.warm_up(config) => warm?,
+        _ = dismissal.wait() => return Ok(None),
+        warm = warm_vm.warm_up(config) => warm?,
     }
-    record.stage = Stage::Ready;
+    record.stage = MemberStage::Ready;
     slot.write(record)?;
     Ok(Some(publish(path).map_err(file("listen on", path))?))
 }
 
-impl Taken {
-    /// Tells the taker that this process does the work from now on. Returns the listener that it gave, and the clone.
+impl TakenMember {
+    /// Confirms to the start that this process does its work from now on. Returns the listener that the start
+    /// has passed, and the clone.
     ///
     /// # Errors
-    /// The taker has not waited; it has others do the work, and nothing is left here.
-    pub async fn accept(self) -> Result<(UnixListener, Ready), MemberError> {
+    /// The start has given up waiting and uses another process. Nothing is left here.
+    pub async fn accept(self) -> Result<(UnixListener, WarmVm), MemberError> {
         match send(self.connection.as_raw_fd(), b"1", MsgFlags::MSG_NOSIGNAL) {
-            Ok(_) => Ok((self.fd.into(), self.ready)),
+            Ok(_) => Ok((self.fd.into(), self.warm_vm)),
             Err(error) => {
-                self.ready.vm.kill().await;
-                Err(MemberError::TakerGone(error.into()))
+                self.warm_vm.vm.kill().await;
+                Err(MemberError::StartEnded(error.into()))
             }
         }
     }
 }
 
-/// Work for a member.
-struct HandedOver {
+/// The work that a start has handed over.
+struct HandedWork {
     message: Vec<u8>,
     fd: OwnedFd,
-    /// Closed when the member has done what it was asked.
+    /// Closed when the member has confirmed.
     connection: OwnedFd,
 }
 
-/// Waits for a message with a descriptor. A connection on which none comes is of no interest.
-async fn request(listener: &AsyncFd<OwnedFd>) -> io::Result<HandedOver> {
+/// Waits for a message with a descriptor. A connection without one is ignored.
+async fn next_work(listener: &AsyncFd<OwnedFd>) -> io::Result<HandedWork> {
     loop {
         let mut ready = listener.readable().await?;
         let connection = match sys::socket::accept(listener.get_ref().as_fd()) {
@@ -199,12 +206,12 @@ async fn request(listener: &AsyncFd<OwnedFd>) -> io::Result<HandedOver> {
         };
         if let Ok((length @ 1.., Some(fd))) = received {
             message.truncate(length);
-            return Ok(HandedOver { message, fd, connection: connection.into_inner() });
+            return Ok(HandedWork { message, fd, connection: connection.into_inner() });
         }
     }
 }
 
-/// The socket has its name when it is listened on.
+/// The socket gets its name only when it is being listened on.
 fn publish(path: &Path) -> io::Result<AsyncFd<OwnedFd>> {
     let unpublished = path.with_extension("new");
     match fs::remove_file(&unpublished) {
@@ -222,7 +229,7 @@ fn publish(path: &Path) -> io::Result<AsyncFd<OwnedFd>> {
 /// Extension of a member's socket.
 pub(super) const SOCKET: &str = ".sock";
 
-/// The files of a member have its pid in their names.
+/// A member's files have its pid in their names.
 const MEMBER: &str = "member-";
 const VM: &str = "vm-";
 
@@ -230,7 +237,7 @@ fn name(prefix: &str, extension: &str) -> String {
     format!("{prefix}{}{extension}", std::process::id())
 }
 
-/// Removes what members that were killed have left.
+/// Removes the files of members that were killed.
 fn sweep(dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
@@ -240,7 +247,7 @@ fn sweep(dir: &Path) -> io::Result<()> {
         if !Path::new("/proc").join(pid).exists() {
             let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
             match removed {
-                // Another member was faster.
+                // Another member has removed it meanwhile.
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
@@ -254,7 +261,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_the_dead_have_left_is_swept() {
+    fn only_files_of_ended_processes_are_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         for name in ["vm-1", "vm-99999999"] {

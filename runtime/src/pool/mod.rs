@@ -1,23 +1,24 @@
-//! The warm pool: clones that are ready before anyone asks for a container.
+//! The warm pool: clones that are ready before a container is requested.
 //!
 //! ```text
-//!   a container runs ── refill ──> a member process for each free slot, with the VM that it is to make, and the slot's lock
+//!   a container runs ── refill ──> a member process for each free slot, with the VM to make and the slot's lock
 //!   member           ── clone, wait for its agent, create a container once ── listen on member-PID.sock
 //!   next start       ── connect ── hand over its listener ──> the member answers, frees the slot, and serves
-//!   drain            ── unlink the files of occupied slots ──> their members end, however far they have come
+//!   drain            ── unlink the files of occupied slots ──> their members end, whatever their progress
 //! ```
-//! A VM cannot change its owner: it ends with the process that started it. So what waits is the whole owner, and a start
-//! gives it the work instead of starting a process. Members are for starts with the same program, configuration and
-//! namespaces only ([`Pool::of`]), and whose container wants the same VM: one that does not gives the clone up and gets
-//! its own. A member ends by itself when it is of no use any more (`dismissal.rs`).
+//! A VM cannot change its owner, because it ends with the process that started it. So a member is a whole
+//! owner that waits, and a start hands its work over to a member instead of starting a process. A member only
+//! serves starts with the same program, configuration and namespaces ([`Pool::of`]). If the container needs a
+//! different VM, the member kills the clone and starts that VM. A member that is no longer needed ends by
+//! itself (`dismissal.rs`).
 
 mod client;
 mod dismissal;
 mod listing;
 mod member;
-mod ready;
-mod rehearsal;
 mod slot;
+mod warm_up;
+mod warm_vm;
 
 use std::{
     env, fs, io,
@@ -45,33 +46,34 @@ use crate::{
     sys::socket::send_with_fd,
     vm::VmSpec,
 };
-use slot::Slot;
+use slot::PoolSlot;
 
-pub use listing::{Listed, drain, list};
-pub use member::{Member, MemberError, Taken};
-pub use ready::Ready;
-pub use slot::{Record, Stage};
+pub use listing::{ListedMember, drain, list};
+pub use member::{Member, MemberError, TakenMember};
+pub use slot::{MemberRecord, MemberStage};
+pub use warm_vm::WarmVm;
 
-/// First argument of a process that is to be a member, before the number of its slot; a [`Request`] is its stdin, as JSON.
+/// First argument of a member's process, before the number of its slot. Its stdin is a [`MemberRequest`] as
+/// JSON.
 pub const ARGUMENT: &str = "pool-member";
 
-/// A member finds the locked file of its slot here.
+/// The descriptor on which a member inherits the locked file of its slot.
 pub const SLOT_FD: i32 = 3;
 
-/// Longest message to a member, bytes.
+/// Size limit of a message to a member, bytes.
 const MAX_MESSAGE: usize = 64 << 10;
 
-/// A member answers at once or is not there; more than this costs more than it saves.
+/// A member that is alive answers at once; waiting longer would cost more than the pool saves.
 const PATIENCE_S: i64 = 2;
 
-/// Why there is no pool, or no more of it.
+/// The errors of the pool.
 #[derive(Debug, thiserror::Error)]
 pub enum PoolError {
     #[error("cannot {action} {}", path.display())]
     File { action: &'static str, path: PathBuf, source: io::Error },
     #[error("cannot start a member of the warm pool")]
     Start(#[source] ProcessError),
-    #[error("cannot tell a member of the warm pool what VM to make")]
+    #[error("cannot pass a request to a member of the warm pool")]
     Request(#[source] io::Error),
     #[error("cannot wait for the end of a member of the warm pool")]
     Wait(#[source] io::Error),
@@ -79,11 +81,11 @@ pub enum PoolError {
     Stays { pid: u32, seconds: u64 },
 }
 
-/// What a member is to make, and for which containerd.
+/// What VM a member is to make, and for which containerd.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Request {
+pub struct MemberRequest {
     pub spec: VmSpec,
-    /// Its socket, if it is known. The member ends when there has been no containerd for long.
+    /// The socket of that containerd, if known. The member ends when containerd has been absent for long.
     pub containerd: Option<PathBuf>,
 }
 
@@ -92,7 +94,7 @@ fn file(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error
     move |source| PoolError::File { action, path, source }
 }
 
-/// The members that a process may use, by the rules of its configuration.
+/// The members that a process with a certain configuration may use.
 #[derive(Debug, Clone)]
 pub struct Pool {
     dir: PathBuf,
@@ -100,10 +102,10 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// None: the configuration wants none.
+    /// Returns None if the configuration disables the pool.
     ///
     /// # Errors
-    /// This program or its namespaces cannot be looked at.
+    /// This program or its namespaces cannot be inspected.
     pub fn of(config: &Config) -> Result<Option<Self>, PoolError> {
         if config.pool.size == 0 {
             return Ok(None);
@@ -111,7 +113,8 @@ impl Pool {
         let mut digest = Sha256::new();
         digest.update(serde_json::to_vec(config).expect("plain data"));
         digest.update(env::var_os("MACHINEN_ASSETS_DIR").unwrap_or_default().as_encoded_bytes());
-        // A program that was replaced is another one, as is one that sees other files or another network.
+        // Members are not shared with a program that was replaced, nor with one that has other mounts, pids
+        // or another network.
         for name in ["exe", "ns/mnt", "ns/net", "ns/pid"] {
             let path = Path::new("/proc/self").join(name);
             let at = fs::metadata(&path).map_err(file("look at", path))?;
@@ -122,11 +125,11 @@ impl Pool {
         Ok(Some(Self { dir: config.pool.dir.join(key), size: config.pool.size }))
     }
 
-    /// Starts a member for each slot that has none; each has a VM as the request says. They outlive this process.
+    /// Starts a member for each free slot, with a VM as requested. The members outlive this process.
     ///
     /// # Errors
-    /// The directory cannot be made, or a process not be started.
-    pub fn refill(&self, request: &Request) -> Result<(), PoolError> {
+    /// The directory cannot be created, or a process cannot be started.
+    pub fn refill(&self, request: &MemberRequest) -> Result<(), PoolError> {
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -135,11 +138,11 @@ impl Pool {
         (0..self.size).try_for_each(|number| self.start_member(number, request))
     }
 
-    /// The slot is taken before the member's process exists, so that a drain at any time finds it.
-    fn start_member(&self, number: u32, request: &Request) -> Result<(), PoolError> {
-        let path = Slot::path(&self.dir, number);
-        let Some(slot) = Slot::take(&path)? else { return Ok(()) };
-        slot.write(&Record::new(&request.spec))?;
+    /// Takes the slot before the member's process exists, so that a drain always finds it.
+    fn start_member(&self, number: u32, request: &MemberRequest) -> Result<(), PoolError> {
+        let path = PoolSlot::path(&self.dir, number);
+        let Some(slot) = PoolSlot::take(&path)? else { return Ok(()) };
+        slot.write(&MemberRecord::new(&request.spec))?;
         let stderr = log(&path)?;
         let request = serde_json::to_vec(request).expect("plain data");
         let stdin = memfd::holding(&request).map_err(PoolError::Request)?;
@@ -154,9 +157,10 @@ impl Pool {
             .map_err(PoolError::Start)
     }
 
-    /// Gives a member a message and a descriptor; returns the member's pid. None when there is no member that takes them.
+    /// Hands a message and a descriptor over to a member; returns the member's pid. Returns None if no member
+    /// accepts them.
     pub fn hand_over(&self, message: &[u8], fd: &OwnedFd) -> Option<u32> {
-        // Without the directory there is no member.
+        // If the directory is missing, there is no member.
         let mut sockets = entries(&self.dir).unwrap_or_default();
         sockets.retain(|path| path.to_str().is_some_and(|path| path.ends_with(member::SOCKET)));
         sockets.into_iter().find_map(|socket| match offer(&socket, message, fd) {
@@ -177,12 +181,13 @@ fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
     }
 }
 
-/// Where the next member of a slot says why it has failed. What the last one said there is logged.
+/// Opens the file to which the next member of a slot writes its errors, and logs those of the previous
+/// member.
 fn log(slot: &Path) -> Result<fs::File, PoolError> {
     let path = slot.with_extension("log");
     match fs::read_to_string(&path) {
-        Ok(said) if !said.is_empty() => {
-            tracing::warn!("a member of the warm pool has failed: {}", said.trim());
+        Ok(errors) if !errors.is_empty() => {
+            tracing::warn!("a member of the warm pool has failed: {}", errors.trim());
         }
         _ => {}
     }

@@ -1,12 +1,14 @@
-//! A place for one member: a file that the member holds locked, and that says what the member is.
+//! A slot of the pool, for one member: a file that the member keeps locked and that holds the member's
+//! record.
 //!
 //! ```text
 //!   refill   locks slot-N.lock, starts the member with the locked descriptor
-//!   member   holds it until it has ended, or has been handed to a container
-//!   drain    unlinks the file, which the member sees as an event, and waits for the lock
+//!   member   keeps it locked until it has ended, or has been handed to a container
+//!   drain    unlinks the file, which the member receives as an event, and waits for the lock
 //! ```
-//! So there is no moment at which a member exists, or is about to, and its slot is not locked. The lock belongs to the open
-//! file (fcntl(2), F_OFD_SETLK), so that it is inherited, and can be asked for without being taken.
+//! A slot is thus locked from before its member starts until after the member has ended. The lock belongs to
+//! the open file description (fcntl(2), F_OFD_SETLK), so it can be inherited, and can be queried without
+//! being taken.
 
 use std::{
     fs::{self, File},
@@ -28,20 +30,20 @@ use serde::{Deserialize, Serialize};
 use super::{PoolError, file};
 use crate::vm::VmSpec;
 
-/// How far a member has come.
+/// The progress of a member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Stage {
+pub enum MemberStage {
     Starting,
     Cloning,
     WarmingUp,
     Ready,
-    /// It is a container's shim.
+    /// The member serves a container as its shim.
     Taken,
 }
 
-impl Stage {
-    /// As users read it.
+impl MemberStage {
+    /// The name that users see.
     pub fn name(self) -> &'static str {
         match self {
             Self::Starting => "starting",
@@ -53,44 +55,44 @@ impl Stage {
     }
 }
 
-/// What the file says of the member.
+/// The content of a slot's file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Record {
-    /// 0 until the member's process says it itself.
+pub struct MemberRecord {
+    /// 0 until the member's process has written its pid.
     pub pid: u32,
     /// Seconds since 1970.
     pub created: u64,
     pub memory_mib: u32,
     pub vcpus: u32,
-    pub stage: Stage,
+    pub stage: MemberStage,
 }
 
-impl Record {
+impl MemberRecord {
     pub(super) fn new(spec: &VmSpec) -> Self {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        Self { pid: 0, created, memory_mib: spec.memory_mib, vcpus: spec.vcpus, stage: Stage::Starting }
+        Self { pid: 0, created, memory_mib: spec.memory_mib, vcpus: spec.vcpus, stage: MemberStage::Starting }
     }
 }
 
-/// Extension of the files.
+/// Extension of the slots' files.
 const EXTENSION: &str = "lock";
 
-/// Longest record, bytes.
+/// Size limit of a record, bytes.
 const MAX_RECORD: usize = 4096;
 
-/// A slot that this process holds, or looks at.
+/// A slot that this process holds or inspects.
 #[derive(Debug)]
-pub(super) struct Slot {
+pub(super) struct PoolSlot {
     path: PathBuf,
     file: File,
 }
 
-impl Slot {
+impl PoolSlot {
     pub(super) fn path(dir: &Path, number: u32) -> PathBuf {
         dir.join(format!("slot-{number}")).with_extension(EXTENSION)
     }
 
-    /// Takes a slot that is free. None while there is a member.
+    /// Takes a free slot. Returns None if the slot has a member.
     pub(super) fn take(path: &Path) -> Result<Option<Self>, PoolError> {
         loop {
             let open =
@@ -100,14 +102,14 @@ impl Slot {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 locked => locked.map_err(file("lock", path))?,
             }
-            // It may have been drained, and have lost its name, just before it was locked.
+            // A drain may have removed the file's name just before it was locked.
             if slot.has_name()? {
                 return Ok(Some(slot));
             }
         }
     }
 
-    /// The slot that this process was given by the one that has taken it. None: the member is not needed any more.
+    /// The slot that this process has inherited. Returns None if the member is no longer needed.
     pub(super) fn inherited(path: PathBuf, fd: OwnedFd) -> Result<Option<Self>, PoolError> {
         let slot = Self { path, file: fd.into() };
         Ok(slot.has_name()?.then_some(slot))
@@ -121,7 +123,7 @@ impl Slot {
                 continue;
             }
             let opened = match File::options().read(true).write(true).open(&path) {
-                // Another drain was faster.
+                // Another drain has removed the file meanwhile.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 opened => opened.map_err(file("open", &path))?,
             };
@@ -133,17 +135,17 @@ impl Slot {
         Ok(slots)
     }
 
-    /// For the member: the same open file.
+    /// Returns a descriptor of the same open file description, for the member.
     pub(super) fn share(&self) -> Result<OwnedFd, PoolError> {
         Ok(self.file.try_clone().map_err(file("share", &self.path))?.into())
     }
 
-    /// A path of the open file, whatever has become of its name.
+    /// A path of the open file that remains valid when its name is removed.
     pub(super) fn open_path(&self) -> PathBuf {
         format!("/proc/self/fd/{}", self.file.as_raw_fd()).into()
     }
 
-    /// Whether the open file is the one at the slot's path.
+    /// Whether the slot's path still names the open file.
     pub(super) fn has_name(&self) -> Result<bool, PoolError> {
         let ours = self.file.metadata().map_err(file("look at", &self.path))?;
         match fs::metadata(&self.path) {
@@ -153,7 +155,8 @@ impl Slot {
         }
     }
 
-    /// Has the member end: it sees that its slot has lost its name. The next one gets another file.
+    /// Asks the member to end, by removing the file's name, which the member watches. The next member uses a
+    /// new file.
     pub(super) fn dismiss(&self) -> Result<(), PoolError> {
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(file("remove", &self.path)(error)),
@@ -161,7 +164,7 @@ impl Slot {
         }
     }
 
-    /// Returns when there is no member any more. Blocks.
+    /// Waits until the slot has no member. Blocks.
     pub(super) fn wait(&self) -> io::Result<()> {
         loop {
             match self.lock(true) {
@@ -171,17 +174,17 @@ impl Slot {
         }
     }
 
-    pub(super) fn write(&self, record: &Record) -> Result<(), PoolError> {
+    pub(super) fn write(&self, record: &MemberRecord) -> Result<(), PoolError> {
         let text = serde_json::to_vec(record).expect("plain data");
         let written = self.file.write_all_at(&text, 0).and_then(|()| self.file.set_len(text.len() as u64));
         written.map_err(file("write", &self.path))
     }
 
-    /// None: the member is just writing it.
-    pub(super) fn read(&self) -> Result<Option<Record>, PoolError> {
+    /// Reads the record. Returns None while the member is writing it.
+    pub(super) fn read(&self) -> Result<Option<MemberRecord>, PoolError> {
         let mut text = vec![0; MAX_RECORD];
         let length = self.file.read_at(&mut text, 0).map_err(file("read", &self.path))?;
-        // A longer one that was there before may still follow.
+        // The rest of a longer, earlier record may follow.
         Ok(serde_json::Deserializer::from_slice(&text[..length]).into_iter().next().and_then(Result::ok))
     }
 
@@ -201,7 +204,7 @@ impl Slot {
     }
 }
 
-/// The whole file, for writing.
+/// A lock for writing on the whole file.
 fn whole() -> libc::flock {
     libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,
@@ -216,39 +219,39 @@ fn whole() -> libc::flock {
 mod tests {
     use super::*;
 
-    fn record(stage: Stage) -> Record {
-        Record { pid: 7, created: 1, memory_mib: 512, vcpus: 2, stage }
+    fn record(stage: MemberStage) -> MemberRecord {
+        MemberRecord { pid: 7, created: 1, memory_mib: 512, vcpus: 2, stage }
     }
 
     #[test]
     fn one_member_has_a_slot_until_all_that_share_its_file_are_gone() {
         let dir = tempfile::tempdir().unwrap();
-        let path = Slot::path(dir.path(), 0);
-        let slot = Slot::take(&path).unwrap().unwrap();
-        assert!(Slot::take(&path).unwrap().is_none());
+        let path = PoolSlot::path(dir.path(), 0);
+        let slot = PoolSlot::take(&path).unwrap().unwrap();
+        assert!(PoolSlot::take(&path).unwrap().is_none());
         let member = slot.share().unwrap();
         drop(slot);
-        assert!(Slot::take(&path).unwrap().is_none());
-        let member = Slot::inherited(path.clone(), member).unwrap().unwrap();
-        assert_eq!(Slot::occupied(dir.path()).unwrap().len(), 1);
-        // To look does not disturb.
-        assert!(Slot::take(&path).unwrap().is_none());
+        assert!(PoolSlot::take(&path).unwrap().is_none());
+        let member = PoolSlot::inherited(path.clone(), member).unwrap().unwrap();
+        assert_eq!(PoolSlot::occupied(dir.path()).unwrap().len(), 1);
+        // Querying the locks does not disturb them.
+        assert!(PoolSlot::take(&path).unwrap().is_none());
         drop(member);
-        assert_eq!(Slot::occupied(dir.path()).unwrap().len(), 0);
-        assert!(Slot::take(&path).unwrap().is_some());
+        assert_eq!(PoolSlot::occupied(dir.path()).unwrap().len(), 0);
+        assert!(PoolSlot::take(&path).unwrap().is_some());
     }
 
     #[test]
     fn a_drained_slot_is_not_inherited_and_is_free_for_another() {
         let dir = tempfile::tempdir().unwrap();
-        let path = Slot::path(dir.path(), 0);
-        let slot = Slot::take(&path).unwrap().unwrap();
-        let [found] = &Slot::occupied(dir.path()).unwrap()[..] else { panic!("not one") };
+        let path = PoolSlot::path(dir.path(), 0);
+        let slot = PoolSlot::take(&path).unwrap().unwrap();
+        let [found] = &PoolSlot::occupied(dir.path()).unwrap()[..] else { panic!("not one") };
         found.dismiss().unwrap();
         assert!(!slot.has_name().unwrap());
-        let other = Slot::take(&path).unwrap().unwrap();
-        // It has the name, and is not that member's.
-        assert!(Slot::inherited(path, slot.share().unwrap()).unwrap().is_none());
+        let other = PoolSlot::take(&path).unwrap().unwrap();
+        // The slot has a new file, which is not that member's.
+        assert!(PoolSlot::inherited(path, slot.share().unwrap()).unwrap().is_none());
         assert!(other.has_name().unwrap());
         drop(slot);
         found.wait().unwrap();
@@ -257,15 +260,15 @@ mod tests {
     #[test]
     fn records_are_read_as_they_were_written() {
         let dir = tempfile::tempdir().unwrap();
-        let slot = Slot::take(&Slot::path(dir.path(), 0)).unwrap().unwrap();
+        let slot = PoolSlot::take(&PoolSlot::path(dir.path(), 0)).unwrap().unwrap();
         assert_eq!(slot.read().unwrap(), None);
-        for stage in [Stage::WarmingUp, Stage::Ready] {
+        for stage in [MemberStage::WarmingUp, MemberStage::Ready] {
             slot.write(&record(stage)).unwrap();
             assert_eq!(slot.read().unwrap(), Some(record(stage)));
         }
-        // Between the two steps of a write.
-        slot.file.write_all_at(&serde_json::to_vec(&record(Stage::WarmingUp)).unwrap(), 0).unwrap();
-        slot.file.write_all_at(&serde_json::to_vec(&record(Stage::Ready)).unwrap(), 0).unwrap();
-        assert_eq!(slot.read().unwrap(), Some(record(Stage::Ready)));
+        // The content between the two steps of a write.
+        slot.file.write_all_at(&serde_json::to_vec(&record(MemberStage::WarmingUp)).unwrap(), 0).unwrap();
+        slot.file.write_all_at(&serde_json::to_vec(&record(MemberStage::Ready)).unwrap(), 0).unwrap();
+        assert_eq!(slot.read().unwrap(), Some(record(MemberStage::Ready)));
     }
 }

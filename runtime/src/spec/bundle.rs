@@ -1,4 +1,4 @@
-//! Reading a bundle's `config.json`, with errors that name what is wrong with it.
+//! Reads a bundle's `config.json`, with errors that name what is wrong.
 
 use std::{
     fs::File,
@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::json;
 use crate::error::{ErrorKind, Kind};
 
-/// Larger files are refused, bytes: the agent takes messages of 4 MiB.
+/// Larger files are refused, bytes: the agent accepts messages of 4 MiB.
 const MAX_CONFIG: u64 = 3 << 20;
 
 /// Why a bundle cannot be used.
@@ -44,7 +44,7 @@ impl Kind for BundleError {
 /// Source: runtime-spec, config.md ("Process": args and cwd, "Specification version").
 ///
 /// # Errors
-/// A file that is missing, empty, too large, not JSON, not an OCI configuration, or without a process to run.
+/// The file is missing, empty, too large, not JSON, not an OCI configuration, or has no process to run.
 pub fn load(bundle: &Path) -> Result<Spec, BundleError> {
     let path = bundle.join("config.json");
     let mut text = Vec::new();
@@ -54,7 +54,7 @@ pub fn load(bundle: &Path) -> Result<Spec, BundleError> {
     parse(&text, path)
 }
 
-/// Reads the content of the file at `path`, which is only told in errors.
+/// Parses the content of the file at `path`, which is used in errors only.
 ///
 /// # Errors
 /// As for [`load`].
@@ -68,14 +68,14 @@ pub fn parse(text: &[u8], path: PathBuf) -> Result<Spec, BundleError> {
     let typed = |text| -> Result<Spec, serde_json::Error> {
         let mut value: Value = serde_json::from_slice(text)?;
         if !value.is_object() {
-            return Err(serde::de::Error::custom("it is no object with ociVersion, process and root"));
+            return Err(serde::de::Error::custom("it is not an object with ociVersion, process and root"));
         }
         json::configuration(&mut value);
         serde_json::from_value(value)
     };
     let mut spec = typed(text).map_err(|source| BundleError::Parse { path: path.clone(), source })?;
     if spec.version().is_empty() {
-        // The specification wants one, but clients that leave it out have always been served.
+        // The specification requires a version, but clients that leave it out have always been served.
         spec.set_version("1.0.0".to_owned());
     }
     match problem(&spec) {
@@ -108,7 +108,7 @@ fn problem(spec: &Spec) -> Option<String> {
     number.map(|number| format!("has no access in linux.resources.devices[{number}]; it takes some of rwm"))
 }
 
-/// A variable without a name or a value, which runc refuses too.
+/// Returns a variable without a name or a value, which runc refuses too.
 pub(super) fn odd_variable(process: &Process) -> Option<&str> {
     let is_odd = |variable: &&String| variable.split_once('=').is_none_or(|(name, _)| name.is_empty());
     process.env().iter().flatten().find(is_odd).map(String::as_str)
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said() {
+    fn errors_name_the_problem() {
         for (text, expected) in [
             ("", "is empty"),
             (" \n", "is empty"),

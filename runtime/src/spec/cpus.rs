@@ -1,8 +1,8 @@
-//! Sets of the host's CPUs and memory nodes, translated to the guest's.
+//! Translates sets of the host's CPUs and memory nodes to the guest's.
 //!
-//! A cpuset names CPUs of the host. The VM has other CPUs, usually fewer, and they are not bound to CPUs of the host:
-//! what lasts of a set is how many CPUs it has. Which of the guest's CPUs stand for it is chosen so that containers of
-//! one VM whose sets have nothing in common share none of the guest's CPUs as long as there are enough.
+//! A cpuset names CPUs of the host. The VM has other CPUs, usually fewer, and they are not bound to CPUs of
+//! the host, so only the number of CPUs in the set is kept. The guest's CPUs are chosen such that containers
+//! of one VM with disjoint sets share none of the guest's CPUs, as long as there are enough.
 
 use std::collections::BTreeSet;
 
@@ -10,23 +10,23 @@ use oci_spec::runtime::{LinuxCpu, LinuxResources};
 
 use super::resources::ResourcesError;
 
-/// Numbers from here on name no CPU or node of any host (the kernel's largest NR_CPUS on x86).
+/// No CPU or node of any host has a number this high (the kernel's largest NR_CPUS on x86).
 const LIMIT: u32 = 8192;
 
-/// The files of a cgroup that hold sets of CPUs and of nodes.
+/// The cgroup files that hold sets of CPUs and of nodes.
 pub const CPU_FILES: [&str; 2] = ["cpuset.cpus", "cpuset.cpus.exclusive"];
 pub const NODE_FILE: &str = "cpuset.mems";
 
-/// What a set has to look like.
+/// The format of a set, for error messages.
 const FORMAT: &str = "numbers below 8192 and ranges of them, such as 0-3,8";
 
 /// A set of numbers that is not empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Set(BTreeSet<u32>);
+pub struct CpuSet(BTreeSet<u32>);
 
-impl Set {
-    /// Reads the kernel's list format (cpuset(7), "List format"). Elements may be empty and have blanks around them,
-    /// as the kernel allows. None if `text` is something else, or names nothing.
+impl CpuSet {
+    /// Parses the kernel's list format (cpuset(7), "List format"). Elements may be empty and have blanks
+    /// around them, as the kernel allows. Returns None if `text` has another format, or names no number.
     pub fn parse(text: &str) -> Option<Self> {
         let mut numbers = BTreeSet::new();
         for element in text.split(',').map(str::trim).filter(|element| !element.is_empty()) {
@@ -36,7 +36,7 @@ impl Set {
             };
             let (first, last) = match range.split_once('-') {
                 Some((first, last)) => (number(first)?, number(last)?),
-                // Only a range has a pattern.
+                // Only a range can have a pattern.
                 None if pattern.is_some() => return None,
                 None => (number(range)?, number(range)?),
             };
@@ -52,13 +52,13 @@ impl Set {
         (!numbers.is_empty()).then_some(Self(numbers))
     }
 
-    /// How many CPUs it names.
+    /// The number of CPUs in the set.
     pub fn count(&self) -> usize {
         self.0.len()
     }
 
-    /// The CPUs of a guest with `cpus` of them that stand for the set: as many as it has, or all. Each number falls on
-    /// the guest's CPU of that number modulo `cpus`, or on the next one that is free.
+    /// Returns CPUs of a guest with `cpus` CPUs that stand for this set: as many as the set has, or all. Each
+    /// number is mapped to the guest's CPU of that number modulo `cpus`, or to the next one that is free.
     pub fn in_guest(&self, cpus: u32) -> Self {
         let cpus = cpus.max(1);
         let mut chosen = BTreeSet::new();
@@ -70,8 +70,8 @@ impl Set {
     }
 }
 
-impl std::fmt::Display for Set {
-    /// In the kernel's list format.
+impl std::fmt::Display for CpuSet {
+    /// Formats the set as the kernel's list.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut rest = self.0.iter().copied().peekable();
         let mut comma = "";
@@ -90,43 +90,44 @@ impl std::fmt::Display for Set {
     }
 }
 
-/// Digits only.
+/// Parses digits only, without a sign.
 fn number(text: &str) -> Option<u32> {
     if text.bytes().all(|byte| byte.is_ascii_digit()) { text.parse().ok() } else { None }
 }
 
-/// A set that is one, or an error that names the field. An empty text is no set.
+/// Parses the set in a field; an empty text is no set.
 ///
 /// # Errors
-/// It is neither.
-pub fn set(field: &'static str, text: Option<&str>) -> Result<Option<Set>, ResourcesError> {
+/// The text is not a set. The error names the field.
+pub fn set(field: &'static str, text: Option<&str>) -> Result<Option<CpuSet>, ResourcesError> {
     let Some(text) = text.filter(|text| !text.trim().is_empty()) else { return Ok(None) };
     let invalid = || ResourcesError::Invalid {
         field,
         value: format!("{:?}", text.chars().take(80).collect::<String>()),
         expected: FORMAT,
     };
-    Set::parse(text).map(Some).ok_or_else(invalid)
+    CpuSet::parse(text).map(Some).ok_or_else(invalid)
 }
 
-/// The set of CPUs that a container is limited to by either of its fields.
+/// The set of CPUs that a container is limited to.
 ///
 /// # Errors
-/// One of them is no set.
-pub fn of(cpu: &LinuxCpu) -> Result<Option<Set>, ResourcesError> {
+/// The text is not a set.
+pub fn of(cpu: &LinuxCpu) -> Result<Option<CpuSet>, ResourcesError> {
     set("cpu.cpus", cpu.cpus().as_deref())
 }
 
-/// What a file of the cgroup has to hold for a content that is the host's; None for a file without CPUs or nodes.
+/// Translates the content of a cgroup file from the host's numbers to the guest's. Returns None for a file
+/// that holds no set.
 pub fn file_in_guest(name: &str, content: &str, cpus: u32) -> Option<String> {
     if CPU_FILES.contains(&name) {
-        return Some(Set::parse(content).map_or_else(String::new, |set| set.in_guest(cpus).to_string()));
+        return Some(CpuSet::parse(content).map_or_else(String::new, |set| set.in_guest(cpus).to_string()));
     }
     // The guest has one node.
-    (name == NODE_FILE).then(|| Set::parse(content).map_or_else(String::new, |_| "0".to_owned()))
+    (name == NODE_FILE).then(|| CpuSet::parse(content).map_or_else(String::new, |_| "0".to_owned()))
 }
 
-/// Puts the CPUs and the node of a guest with `cpus` CPUs in the place of the host's. What is no set stays: it has been
+/// Replaces the host's CPUs and nodes by those of a guest with `cpus` CPUs. Texts that are not a set were
 /// refused before.
 pub fn translate(resources: &mut LinuxResources, cpus: u32) {
     if let Some(cpu) = resources.cpu().clone() {
@@ -156,7 +157,7 @@ mod tests {
     use super::*;
 
     fn guest(text: &str, cpus: u32) -> String {
-        Set::parse(text).unwrap().in_guest(cpus).to_string()
+        CpuSet::parse(text).unwrap().in_guest(cpus).to_string()
     }
 
     #[test]
@@ -169,7 +170,7 @@ mod tests {
             ("4-7", 4, "0-3"),
             ("4-7", 8, "4-7"),
             ("2,5", 8, "2,5"),
-            // Both fall on 0; the second one takes the next.
+            // Both numbers map to 0, so the second takes the next CPU.
             ("0,4", 4, "0-1"),
             ("3,7", 4, "0,3"),
             ("0-7:1/2", 8, "0,2,4,6"),
@@ -183,13 +184,13 @@ mod tests {
     #[test]
     fn sets_without_a_cpu_in_common_stay_apart() {
         for (one, other, cpus) in [("0", "1", 2), ("2-3", "4-5", 4), ("8", "9", 2), ("0-3", "4-7", 8)] {
-            let [one, other] = [one, other].map(|set| Set::parse(set).unwrap().in_guest(cpus).0);
+            let [one, other] = [one, other].map(|set| CpuSet::parse(set).unwrap().in_guest(cpus).0);
             assert!(one.is_disjoint(&other), "{one:?} {other:?}");
         }
     }
 
     #[test]
-    fn nonsense_is_no_set() {
+    fn other_texts_are_not_a_set() {
         for text in [
             "a",
             "5-2",
@@ -215,7 +216,7 @@ mod tests {
             "0;1",
             "٣",
         ] {
-            assert_eq!(Set::parse(text), None, "{text:?}");
+            assert_eq!(CpuSet::parse(text), None, "{text:?}");
         }
         let error = set("cpu.cpus", Some("5-2")).unwrap_err().to_string();
         assert_eq!(
@@ -227,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn every_place_of_a_set_is_translated() {
+    fn every_member_with_a_set_is_translated() {
         let mut resources: LinuxResources = serde_json::from_str(
             r#"{"cpu": {"cpus": "4-7", "mems": "1", "shares": 5},
                 "unified": {"cpuset.cpus": "6", "cpuset.mems": "0-1", "cpuset.cpus.exclusive": "", "memory.high": "7"}}"#,
@@ -248,16 +249,16 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
         #[test]
-        fn no_cpu_is_lost_and_none_invented(numbers in prop::collection::btree_set(0_u32..64, 1..20), cpus in 1_u32..20) {
-            let guest = Set(numbers.clone()).in_guest(cpus);
+        fn the_number_of_cpus_is_kept_up_to_that_of_the_guest(numbers in prop::collection::btree_set(0_u32..64, 1..20), cpus in 1_u32..20) {
+            let guest = CpuSet(numbers.clone()).in_guest(cpus);
             prop_assert_eq!(guest.count(), numbers.len().min(cpus as usize));
             prop_assert!(guest.0.iter().all(|&cpu| cpu < cpus));
-            prop_assert_eq!(Set::parse(&guest.to_string()), Some(guest));
+            prop_assert_eq!(CpuSet::parse(&guest.to_string()), Some(guest));
         }
 
         #[test]
         fn any_text_is_understood_or_refused(text in "[0-9,:/ -]{0,12}") {
-            if let Some(set) = Set::parse(&text) {
+            if let Some(set) = CpuSet::parse(&text) {
                 prop_assert!(set.count() <= LIMIT as usize);
             }
         }

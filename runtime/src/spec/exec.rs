@@ -1,11 +1,11 @@
-//! A process that is added to a container: what of it holds inside the guest.
+//! Reduces a process that is added to a container to the part that applies inside the guest.
 
 use oci_spec::runtime::Process;
 
 use super::{bundle::odd_variable, guest::drop_labels, json};
 use crate::error::{ErrorKind, Kind};
 
-/// What of a process machinen cannot do.
+/// Why a process is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessSpecError {
     #[error("the process is not a valid OCI process")]
@@ -38,7 +38,7 @@ impl Kind for ProcessSpecError {
 /// Reads a process (runtime-spec, config.md, "Process") and reduces it to the guest's part.
 ///
 /// # Errors
-/// It is none, or asks for what machinen cannot keep.
+/// The text is not a valid process, or asks for something that machinen does not support.
 pub fn reduce(json: &[u8], terminal: bool) -> Result<Process, ProcessSpecError> {
     let mut value = serde_json::from_slice(json).map_err(ProcessSpecError::Parse)?;
     json::process(&mut value);
@@ -116,7 +116,7 @@ mod tests {
                     Ok(same) => {
                         assert_eq!((same.user(), same.args()), (least.user(), least.args()), "{process}");
                     }
-                    // An object for a list, or a list for an object.
+                    // This member takes an object where a list is given, or the reverse.
                     Err(error) => assert!(value.is_object() || value.is_array(), "{process}: {error}"),
                 }
             }
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_kept_is_named() {
+    fn refused_members_are_named() {
         let error = reduced(|json| json["scheduler"] = json!({"policy": "SCHED_IDLE"})).unwrap_err();
         assert_eq!(
             (error.kind(), error.to_string().split(' ').next()),

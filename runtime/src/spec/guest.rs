@@ -1,8 +1,8 @@
-//! What of an OCI configuration holds inside the guest.
+//! Reduces an OCI configuration to the part that applies inside the guest.
 //!
-//! The host keeps its own part (hooks, the network namespace, labels of its security modules, the cgroup path) and
-//! hands the rest on. Names of the host's CPUs and memory nodes are translated when it is known what VM the container
-//! is in. What cannot be kept is refused by name, never dropped silently.
+//! The host keeps its own part (hooks, the network namespace, labels of its security modules, the cgroup
+//! path) and passes the rest on. Names of the host's CPUs and memory nodes are translated later, when the
+//! container's VM is known. What is not supported is refused by name, never dropped silently.
 
 use std::path::{Path, PathBuf};
 
@@ -20,18 +20,18 @@ use crate::error::{ErrorKind, Kind};
 /// Largest host file that is copied into a container, bytes.
 pub const MAX_INJECTED: u64 = 1 << 20;
 
-/// Kinds of file systems that the guest's kernel mounts by itself.
+/// Types of file systems that the guest's kernel provides.
 const GUEST_KINDS: &[&str] = &["proc", "sysfs", "devpts", "tmpfs", "mqueue", "cgroup", "cgroup2"];
 
-/// Files that `ctr run --net-host` binds from the host. They are copied when the container is created.
+/// Files of the host that `ctr run --net-host` binds. They are copied when the container is created.
 const INJECTED: &[&str] = &["/etc/hosts", "/etc/resolv.conf"];
 
-/// What the guest is told about a container.
+/// A container's configuration for the guest.
 #[derive(Debug, Clone)]
 pub struct GuestSpec {
     pub spec: Spec,
     pub injected: Vec<Injected>,
-    /// Where the container's network namespace is on the host, if the configuration names one.
+    /// Path of the container's network namespace on the host, if the configuration names one.
     pub netns: Option<PathBuf>,
 }
 
@@ -42,7 +42,7 @@ pub struct Injected {
     pub destination: String,
 }
 
-/// What of a configuration machinen cannot do.
+/// Why a configuration is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ReduceError {
     #[error("mount {} of the host path {} is not supported yet (bind mounts come with volumes)", destination.display(), source_path.display())]
@@ -80,18 +80,18 @@ impl Kind for ReduceError {
 /// Reduces a host's configuration to the guest's.
 ///
 /// # Errors
-/// The first thing that machinen cannot keep.
+/// The first part of the configuration that machinen does not support.
 pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
     refuse_hooks(&spec)?;
     spec.set_hooks(None);
     let injected = take_injected(&mut spec)?;
     let mounts_cgroups = mounts_cgroups(&spec);
-    let linux = spec.linux_mut().get_or_insert_with(nothing_of_linux);
+    let linux = spec.linux_mut().get_or_insert_with(empty_linux);
     if mounts_cgroups {
         add_cgroup_namespace(linux);
     }
     let netns = take_namespaces(linux)?;
-    // The guest has one cgroup tree and no security modules; the host's names mean nothing there.
+    // The guest has one cgroup tree and no security modules, so the host's names have no meaning there.
     linux.set_cgroups_path(Some(Path::new("/machinen").join(id)));
     linux.set_mount_label(None);
     reduce_linux(linux)?;
@@ -108,7 +108,7 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
 }
 
 impl GuestSpec {
-    /// The configuration for a guest with that many CPUs.
+    /// Returns the configuration for a guest with `cpus` CPUs.
     pub fn for_vm(&self, cpus: u32) -> Spec {
         let mut spec = self.spec.clone();
         if let Some(resources) = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut()) {
@@ -118,8 +118,9 @@ impl GuestSpec {
     }
 }
 
-/// What a configuration without a `linux` section says: nothing is limited, and nothing is the container's own.
-fn nothing_of_linux() -> Linux {
+/// What the absence of a `linux` section means: there are no limits, and the container has no namespaces of
+/// its own.
+fn empty_linux() -> Linux {
     let mut linux = LinuxBuilder::default().build().expect("every field has a default");
     linux.set_resources(None).set_namespaces(None).set_masked_paths(None).set_readonly_paths(None);
     linux
@@ -158,7 +159,8 @@ fn reduce_linux(linux: &mut Linux) -> Result<(), ReduceError> {
     Ok(())
 }
 
-/// Privileged containers get a node for each device of the host, whatever it is.
+/// Whether the container may use all devices. A privileged container has a node for each device of the host,
+/// of any type.
 fn may_use_any_device(linux: &Linux) -> bool {
     let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_ref());
     let is_about_all = |rule: &&LinuxDeviceCgroup| {
@@ -172,7 +174,7 @@ fn is_block(device: &LinuxDevice) -> bool {
     device.typ() == LinuxDeviceType::B
 }
 
-/// The guest has no security modules; the host's names mean nothing there.
+/// Removes the labels of the host's security modules, which the guest does not have.
 pub(super) fn drop_labels(process: &mut Process) {
     process.set_apparmor_profile(None);
     process.set_selinux_label(None);
@@ -202,7 +204,7 @@ fn take_injected(spec: &mut Spec) -> Result<Vec<Injected>, ReduceError> {
             return Err(ReduceError::NoDestination);
         }
         let mut mount = mount.clone();
-        // On Linux a relative one is meant from the root (config.md, "Mounts").
+        // On Linux a relative destination is relative to the root (config.md, "Mounts").
         mount.set_destination(Path::new("/").join(mount.destination()));
         let destination = mount.destination();
         if is_bind(&mount) {
@@ -231,8 +233,8 @@ fn is_bind(mount: &Mount) -> bool {
         || mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind")
 }
 
-/// Removes the network namespace: inside the guest, containers share the VM's, which is the pod's. Adds one of mounts,
-/// which every container has.
+/// Removes the network namespace, because containers in the guest share that of the VM, which is the pod's.
+/// Adds a mount namespace, which every container has.
 fn take_namespaces(linux: &mut Linux) -> Result<Option<PathBuf>, ReduceError> {
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
     let mut netns = None;
@@ -251,7 +253,7 @@ fn take_namespaces(linux: &mut Linux) -> Result<Option<PathBuf>, ReduceError> {
     }
     namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
     if !namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Mount) {
-        // What it would share are the mounts of the VM's agent, which are nothing to a container.
+        // Without it the container would share the mounts of the VM's agent, which are of no use to it.
         namespaces.push(
             LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Mount).build().expect("it has a type"),
         );
@@ -265,11 +267,12 @@ fn mounts_cgroups(spec: &Spec) -> bool {
     kinds.any(|kind| ["cgroup", "cgroup2"].contains(&kind))
 }
 
-/// Gives a container for which cgroups are mounted a cgroup namespace, whether the configuration has one or not.
+/// Adds a cgroup namespace to a container that mounts cgroups, if the configuration has none.
 ///
-/// On a host with cgroup v1 clients ask for none, since that mount shows a container its own groups there. The guest has
-/// version 2 only, where the same configuration would show the VM's root: programs find no limits in it, and a privileged
-/// container that makes groups below (as dockerd's usual start does) would leave its own, with its limits.
+/// On a host with cgroup v1 clients request none, since that mount shows a container its own groups there.
+/// The guest only has version 2, where the same configuration would show the root of the VM's tree: programs
+/// would find no limits in it, and a privileged container that creates groups (as dockerd does by default)
+/// would leave its own group, with its limits.
 fn add_cgroup_namespace(linux: &mut Linux) {
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
     if namespaces.iter().all(|namespace| namespace.typ() != LinuxNamespaceType::Cgroup) {
@@ -371,7 +374,7 @@ mod tests {
         ));
     }
 
-    /// A configuration with that `linux` section, reduced for a VM with two CPUs.
+    /// Reduces a configuration with this `linux` section for a VM with two CPUs.
     fn linux(linux: Value) -> Result<Value, ReduceError> {
         let spec = json!({"ociVersion": "1.2.0", "linux": linux});
         let reduced = reduce(serde_json::from_value(spec).unwrap(), "c1")?;
@@ -409,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_of_the_host_is_refused_by_name() {
+    fn members_that_concern_the_host_are_refused_by_name() {
         let disk = json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
         let all = json!([{"allow": true, "access": "rwm"}]);
         for (section, words) in [
@@ -428,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_comes_once() {
+    fn two_namespaces_of_a_kind_are_refused() {
         let twice = json!([{"type": "pid"}, {"type": "network"}, {"type": "pid"}]);
         let error = linux(json!({"namespaces": twice})).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidArgument);

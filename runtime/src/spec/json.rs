@@ -1,12 +1,13 @@
-//! What the JSON of a configuration says to the programs that it is written for.
+//! Normalises the JSON of a configuration as the programs that it is written for read it.
 //!
-//! containerd, its clients and runc are written in Go, whose decoder makes no difference between a member that is absent,
-//! one that is null and (for a text) one that is empty: clients write any of the three for what they do not set. Here
-//! all three become the first one, before anything looks at the configuration. The members of maps are data, and stay.
+//! containerd, its clients and runc are written in Go, whose decoder does not distinguish an absent member
+//! from one that is null or (for a text) empty. Clients write any of the three for a value that they do not
+//! set. Here all three become absent before any other code reads the configuration. The members of maps are
+//! data, and are kept.
 
 use serde_json::{Map, Value, json};
 
-/// Paths of objects whose members have names of the caller's choice and texts as values.
+/// Paths of objects whose members have names chosen by the caller and texts as values.
 const TEXT_MAPS: [&str; 3] = ["annotations", "linux.sysctl", "linux.resources.unified"];
 
 /// Capabilities that the guest's kernel has (linux/capability.h).
@@ -54,24 +55,24 @@ const CAPABILITIES: [&str; 41] = [
     "CAP_CHECKPOINT_RESTORE",
 ];
 
-/// A whole configuration.
+/// Normalises a whole configuration.
 pub(super) fn configuration(spec: &mut Value) {
     unset(spec, "");
     if let Some(process) = spec.get_mut("process") {
         complete_process(process);
     }
     let Some(linux) = spec.get_mut("linux") else { return };
-    // Without an action, architectures and system calls it filters nothing (runc's rule).
-    let says_nothing = |seccomp: &Value| {
+    // A filter without an action, architectures and system calls filters nothing (runc's rule).
+    let is_unset = |seccomp: &Value| {
         ["defaultAction", "architectures", "syscalls"].iter().all(|member| is_empty(&seccomp[member]))
     };
-    if linux.get("seccomp").is_some_and(says_nothing) {
+    if linux.get("seccomp").is_some_and(is_unset) {
         remove(linux, "seccomp");
     }
     complete_seccomp(linux);
 }
 
-/// Puts in what a rule of system calls says by saying nothing.
+/// Adds the default values of members that a rule of system calls leaves out.
 fn complete_seccomp(linux: &mut Value) {
     let rules = linux.pointer_mut("/seccomp/syscalls").and_then(Value::as_array_mut);
     for rule in rules.into_iter().flatten().filter_map(Value::as_object_mut) {
@@ -85,18 +86,19 @@ fn complete_seccomp(linux: &mut Value) {
     }
 }
 
-/// The process of a configuration, or one that is added.
+/// Normalises the process of a configuration, or one that is added.
 pub(super) fn process(process: &mut Value) {
     unset(process, "process");
     complete_process(process);
 }
 
-/// Limits.
+/// Normalises the limits of an update.
 pub(super) fn resources(resources: &mut Value) {
     unset(resources, "linux.resources");
 }
 
-/// Removes members that are null or empty texts, at all depths; `path` is that of `value`, without numbers of elements.
+/// Removes members that are null or empty texts, at all depths. `path` is the path of `value`, without
+/// indices of arrays.
 fn unset(value: &mut Value, path: &str) {
     match value {
         Value::Object(members) if TEXT_MAPS.contains(&path) => {
@@ -116,14 +118,14 @@ fn unset(value: &mut Value, path: &str) {
 
 fn complete_process(process: &mut Value) {
     let Some(members) = process.as_object_mut() else { return };
-    // Nobody named is root.
+    // A process without a user runs as root.
     members.entry("user").or_insert_with(|| json!({}));
     for list in ["args", "env"] {
         let texts = members.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten();
         texts.filter(|text| text.is_null()).for_each(|text| *text = json!(""));
     }
     if let Some(sets) = members.get_mut("capabilities").and_then(Value::as_object_mut) {
-        // A set that is absent is empty; libcontainer would leave what the process has.
+        // An absent set is empty; libcontainer would keep the set that the process has.
         for set in ["bounding", "effective", "permitted", "inheritable", "ambient"] {
             sets.entry(set).or_insert_with(|| json!([]));
         }
@@ -131,7 +133,8 @@ fn complete_process(process: &mut Value) {
     }
 }
 
-/// As runc does: a list that is made for a newer kernel is no reason not to run.
+/// Drops unknown capabilities, as runc does: a list that was written for a newer kernel must not prevent a
+/// start.
 fn drop_unknown_capabilities(sets: &mut Map<String, Value>) {
     let mut unknown = Vec::new();
     for set in sets.values_mut().filter_map(Value::as_array_mut) {
@@ -194,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_the_callers_keep_their_values() {
+    fn members_of_maps_keep_their_values() {
         let maps = json!({
             "annotations": {"a": "", "b": null},
             "linux": {"sysctl": {"kernel.x": ""}, "resources": {"unified": {"memory.high": ""}}},
@@ -239,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_object_stays_as_it_is() {
+    fn values_that_are_not_objects_are_unchanged() {
         for odd in [json!(null), json!([]), json!("x"), json!({"process": 5, "linux": "y"})] {
             assert_eq!(read(odd.clone()), odd);
         }

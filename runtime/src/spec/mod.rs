@@ -1,11 +1,11 @@
-//! From an OCI bundle on the host to what the guest is told.
+//! Translates an OCI bundle on the host to what the guest's agent receives.
 //!
 //! ```text
 //!   config.json --bundle::load--> Spec --guest::reduce--> GuestSpec (JSON for the agent, injected files)
 //!   Process     --exec::reduce--> Process
 //!   LinuxResources --resources::writes--> files of the container's cgroup
 //! ```
-//! Everything here but `bundle::load` is pure.
+//! Everything except `bundle::load` is pure.
 
 pub mod bundle;
 pub mod cpus;
@@ -16,7 +16,7 @@ pub mod resources;
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
-/// Whether the container has a namespace of this kind to itself.
+/// Whether the container has a namespace of this kind of its own.
 pub fn has_own(spec: &Spec, kind: LinuxNamespaceType) -> bool {
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     let own = namespaces.into_iter().flatten().find(|namespace| namespace.typ() == kind);

@@ -1,9 +1,10 @@
-//! What limits of a container are to its cgroup in the guest.
+//! Translates the limits of a container to files of its cgroup in the guest.
 //!
-//! The limits come as the runtime-spec's LinuxResources, whose CPU and block I/O parts are those of cgroup v1; runc's
-//! translations to v2 apply, to the limits that a container is created with and to new ones. A limit that cgroup v2 or
-//! the guest does not have is refused by name, and so is one whose value cannot be. Zero means "as it is", which is what
-//! clients send for what they do not change, or "no limit" where nothing was before.
+//! The limits are the runtime-spec's LinuxResources, whose CPU and block I/O parts follow cgroup v1. They are
+//! translated to v2 as runc does, when a container is created and when its limits are updated. A limit that
+//! cgroup v2 or the guest does not have is refused by name, and so is an invalid value. Zero means
+//! "unchanged", which clients send for limits that they do not change, or "no limit" when the container is
+//! created.
 
 use machinen_protocol::api::CgroupFile;
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources};
@@ -11,10 +12,10 @@ use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory,
 use super::{cpus, json};
 use crate::error::{ErrorKind, Kind};
 
-/// The kernel's default, microseconds; the one that applies where a quota comes without a period.
+/// The kernel's default period, microseconds. It applies to a quota without a period.
 const PERIOD: u64 = 100_000;
 
-/// Why limits are refused before the guest has seen them.
+/// Why limits are refused before the guest receives them.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ResourcesError {
     #[error("linux.resources.{field} is not supported: {reason}")]
@@ -27,8 +28,8 @@ pub enum ResourcesError {
     )]
     BeyondVm { mib: u64, vm_mib: u32 },
     #[error(
-        "linux.resources.memory.limit is {limit} bytes, but the container uses {used}, and checkBeforeUpdate forbids \
-         to set a lower limit then"
+        "linux.resources.memory.limit is {limit} bytes, but the container uses {used}, and checkBeforeUpdate \
+         refuses a lower limit"
     )]
     InUse { limit: u64, used: u64 },
 }
@@ -43,50 +44,50 @@ impl Kind for ResourcesError {
     }
 }
 
-/// Reads the runtime-spec's LinuxResources.
+/// Parses the runtime-spec's LinuxResources.
 ///
 /// # Errors
-/// It is something else.
+/// The text is not a valid LinuxResources.
 pub fn parse(text: &[u8]) -> Result<LinuxResources, serde_json::Error> {
     let mut value: serde_json::Value = serde_json::from_slice(text)?;
     json::resources(&mut value);
-    // Null changes nothing.
+    // Null changes no limit.
     serde_json::from_value::<Option<LinuxResources>>(value).map(Option::unwrap_or_default)
 }
 
-/// What holds before the change.
+/// The state of the cgroup before an update.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Now<'a> {
+pub struct CurrentLimits<'a> {
     /// Content of cpu.max: quota and period.
     pub cpu_max: &'a str,
     /// Content of memory.max.
     pub memory_max: &'a str,
     /// Content of memory.current.
     pub memory_current: &'a str,
-    /// Zero while there is no VM.
+    /// Zero if there is no VM yet.
     pub vm_memory_mib: u32,
     pub vcpus: u32,
 }
 
-/// Makes the limits that a container is to be created with plain for the guest: what means "no limit" is left out.
+/// Prepares the limits of a new container for the guest: removes values that mean "no limit".
 ///
 /// # Errors
-/// A limit that cannot be.
+/// A limit is invalid or not supported.
 pub fn for_creation(resources: &mut LinuxResources) -> Result<(), ResourcesError> {
     if let Some(memory) = resources.memory().filter(|memory| memory.check_before_update().is_some()) {
         let mut memory = memory;
-        // There is no use yet that could be above it.
+        // A new container uses no memory yet that a limit could be compared with.
         memory.set_check_before_update(None);
         resources.set_memory(Some(memory));
     }
     ignore_kernel_memory(resources);
-    let none = Now { cpu_max: "", memory_max: "", memory_current: "", vm_memory_mib: 0, vcpus: 1 };
+    let none = CurrentLimits { cpu_max: "", memory_max: "", memory_current: "", vm_memory_mib: 0, vcpus: 1 };
     writes(resources, none)?;
     unset_zeros(resources);
     Ok(())
 }
 
-/// runc does so with a warning: the kernel has no such limits any more.
+/// Removes limits of kernel memory with a warning, as runc does, because the kernel no longer has them.
 fn ignore_kernel_memory(resources: &mut LinuxResources) {
     let Some(mut memory) = *resources.memory() else { return };
     if memory.kernel().is_some_and(|limit| limit > 0) || memory.kernel_tcp().is_some_and(|limit| limit > 0) {
@@ -97,7 +98,7 @@ fn ignore_kernel_memory(resources: &mut LinuxResources) {
     resources.set_memory(Some(memory));
 }
 
-/// The guest's engine takes a zero for a limit of nothing.
+/// Removes zeros, which the guest's engine would read as limits.
 fn unset_zeros(resources: &mut LinuxResources) {
     if let Some(mut memory) = *resources.memory() {
         memory.set_limit(memory.limit().filter(|&limit| limit != 0));
@@ -124,13 +125,13 @@ fn unset_zeros(resources: &mut LinuxResources) {
     }
 }
 
-/// The files of the cgroup to write, in this order.
+/// Returns the cgroup files to write, in this order.
 ///
 /// # Errors
-/// A limit that cannot be.
-pub fn writes(resources: &LinuxResources, now: Now<'_>) -> Result<Vec<CgroupFile>, ResourcesError> {
+/// A limit is invalid or not supported.
+pub fn writes(resources: &LinuxResources, now: CurrentLimits<'_>) -> Result<Vec<CgroupFile>, ResourcesError> {
     let mut writes = Writes::default();
-    // Devices are not changed, as runc does not: clients send them along with every update.
+    // Rules of devices are ignored, as runc does, because clients send them with every update.
     if let Some(memory) = resources.memory() {
         writes.memory(memory, now)?;
     }
@@ -165,7 +166,7 @@ pub fn writes(resources: &LinuxResources, now: Now<'_>) -> Result<Vec<CgroupFile
         let is_set = cpus::CPU_FILES.contains(&name.as_str()) || name == cpus::NODE_FILE;
         let content = match cpus::set("unified", Some(value).filter(|_| is_set).map(String::as_str))? {
             Some(_) => cpus::file_in_guest(name, value, now.vcpus).unwrap_or_default(),
-            // The kernel does not see a write of no bytes.
+            // The kernel ignores a write of zero bytes.
             None if is_set => "\n".to_owned(),
             None => value.clone(),
         };
@@ -182,7 +183,7 @@ impl Writes {
         self.0.push(CgroupFile { name: name.to_owned(), content, ..Default::default() });
     }
 
-    fn memory(&mut self, memory: &LinuxMemory, now: Now<'_>) -> Result<(), ResourcesError> {
+    fn memory(&mut self, memory: &LinuxMemory, now: CurrentLimits<'_>) -> Result<(), ResourcesError> {
         let set = |value: Option<i64>| value.filter(|&value| value != 0);
         let limit = set(memory.limit());
         if set(memory.kernel()).is_some_and(|kernel| kernel > 0) {
@@ -192,13 +193,13 @@ impl Writes {
             return Err(unsupported("memory.kernelTCP", "cgroup v2 counts it with the rest"));
         }
         if memory.swappiness().is_some_and(|swappiness| swappiness != 0) {
-            return Err(unsupported("memory.swappiness", "cgroup v2 has none"));
+            return Err(unsupported("memory.swappiness", "cgroup v2 has no such limit"));
         }
         if memory.disable_oom_killer() == Some(true) {
             return Err(unsupported("memory.disableOOMKiller", "cgroup v2 has no such switch"));
         }
         if let Some(swap) = set(memory.swap()) {
-            // The spec's is the sum of both.
+            // The runtime-spec's value is the sum of memory and swap.
             let swap = match (swap, limit) {
                 (..0, _) => -1,
                 (_, None | Some(..0)) => {
@@ -208,7 +209,7 @@ impl Writes {
                     return Err(invalid(
                         "memory.swap",
                         swap,
-                        "at least memory.limit, whose sum with swap it is",
+                        "at least memory.limit, because it is the sum of memory and swap",
                     ));
                 }
                 (swap, Some(limit)) => swap - limit,
@@ -218,7 +219,8 @@ impl Writes {
         if let Some(limit) = limit {
             let bytes = u64::try_from(limit).unwrap_or(0);
             let vm = u64::from(now.vm_memory_mib) << 20;
-            // Clients repeat what they do not change, and what a container was created with it may keep.
+            // Clients repeat limits that they do not change, and a container may keep the limit that it was
+            // created with.
             let same = now.memory_max.trim_end().parse() == Ok(bytes);
             if bytes > vm && vm > 0 && !same {
                 return Err(ResourcesError::BeyondVm { mib: bytes >> 20, vm_mib: now.vm_memory_mib });
@@ -238,7 +240,7 @@ impl Writes {
         Ok(())
     }
 
-    fn cpu(&mut self, cpu: &LinuxCpu, now: Now<'_>) -> Result<(), ResourcesError> {
+    fn cpu(&mut self, cpu: &LinuxCpu, now: CurrentLimits<'_>) -> Result<(), ResourcesError> {
         if cpu.realtime_runtime().is_some_and(|runtime| runtime != 0)
             || cpu.realtime_period().is_some_and(|period| period != 0)
         {
@@ -249,7 +251,7 @@ impl Writes {
             Some(idle) => return Err(invalid("cpu.idle", idle, "0 or 1")),
         };
         if idle == Some(0) {
-            // Weights of a cgroup that is idle cannot be set.
+            // The weight of an idle cgroup cannot be set.
             self.add("cpu.idle", "0".to_owned());
         }
         if let Some(shares) = cpu.shares().filter(|&shares| shares != 0) {
@@ -272,7 +274,8 @@ impl Writes {
     fn bandwidth(&mut self, cpu: &LinuxCpu, now: &str) {
         let quota = cpu.quota().filter(|&quota| quota != 0);
         let period = cpu.period().filter(|&period| period != 0);
-        // A burst above the quota is refused by the kernel, whichever of them is written first.
+        // The kernel refuses a burst above the quota, in whichever order they are written, so it is reset
+        // first.
         let changes = quota.is_some() || period.is_some();
         if cpu.burst().is_some_and(|burst| burst == 0 || changes) {
             self.add("cpu.max.burst", "0".to_owned());
@@ -288,7 +291,7 @@ impl Writes {
         }
     }
 
-    /// Whether the guest has pages of that size is seen when the files are written.
+    /// Whether the guest has pages of this size is found when the files are written.
     fn hugepages(&mut self, hugepages: &LinuxHugepageLimit) -> Result<(), ResourcesError> {
         let size = hugepages.page_size();
         let digits = size.strip_suffix("KB").or(size.strip_suffix("MB")).or(size.strip_suffix("GB"));
@@ -319,13 +322,13 @@ impl Writes {
             return Err(unsupported("blockIO.weightDevice", HOST_DEVICES));
         }
         if block_io.leaf_weight().is_some_and(|weight| weight != 0) {
-            return Err(unsupported("blockIO.leafWeight", "cgroup v2 has none"));
+            return Err(unsupported("blockIO.leafWeight", "cgroup v2 has no such limit"));
         }
         if let Some(weight) = block_io.weight().filter(|&weight| weight != 0) {
             if !(10..=1000).contains(&weight) {
                 return Err(invalid("blockIO.weight", weight, "10 to 1000"));
             }
-            // The OCI world's 10 to 1000 stand for the kernel's 1 to 10000.
+            // OCI's weights of 10 to 1000 correspond to the kernel's 1 to 10000.
             let ours = 1 + (u64::from(weight) - 10) * 9999 / 990;
             self.add("io.weight", format!("default {ours}"));
         }
@@ -341,13 +344,13 @@ fn invalid(field: &'static str, value: impl std::fmt::Display, expected: &'stati
     ResourcesError::Invalid { field, value: value.to_string(), expected }
 }
 
-/// Negative limits are none.
+/// A negative limit means no limit.
 fn limit_text(limit: i64) -> String {
     if limit < 0 { "max".to_owned() } else { limit.to_string() }
 }
 
-/// cgroup v2's weight (1 to 10000, default 100) for v1's shares (2 to 262144, default 1024), so that the least, the
-/// default and the most of both are the same (the rule of the field since runc 1.3.2; crun and youki have it too).
+/// cgroup v2's weight (1 to 10000, default 100) for v1's shares (2 to 262144, default 1024). The minimum,
+/// default and maximum correspond (the rule that runc uses since 1.3.2; crun and youki have it too).
 fn weight_of_shares(shares: u64) -> u64 {
     match shares {
         ..=2 => 1,
@@ -364,7 +367,7 @@ fn weight_of_shares(shares: u64) -> u64 {
 mod tests {
     use super::*;
 
-    const NOW: Now<'_> = Now {
+    const NOW: CurrentLimits<'_> = CurrentLimits {
         cpu_max: "max 100000\n",
         memory_max: "max\n",
         memory_current: "8388608\n",
@@ -415,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_set_is_left_alone() {
+    fn unset_limits_are_unchanged() {
         for json in [
             "{}",
             "null",
@@ -430,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_named() {
+    fn invalid_limits_are_named() {
         for (json, words) in [
             (r#"{"memory":{"swappiness":60}}"#, "memory.swappiness"),
             (r#"{"memory":{"swap":4096}}"#, "together with memory.limit"),
@@ -460,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn the_order_of_writes_is_the_kernels() {
+    fn files_are_written_in_the_order_that_the_kernel_needs() {
         let names = |json: &str| -> Vec<String> {
             update(json).unwrap().into_iter().map(|(name, content)| format!("{name}={content}")).collect()
         };
@@ -474,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn a_container_is_created_without_what_means_no_limit() {
+    fn values_that_mean_no_limit_are_removed_at_creation() {
         let created = |json: &str| {
             let mut resources = serde_json::from_str(json).unwrap();
             for_creation(&mut resources).map(|()| serde_json::to_value(resources).unwrap())
@@ -507,7 +510,7 @@ mod tests {
     #[test]
     fn a_limit_beyond_the_vm_may_stay() {
         let resources = serde_json::from_str(r#"{"memory":{"limit":1073741824}}"#).unwrap();
-        let now = Now { memory_max: "1073741824\n", ..NOW };
+        let now = CurrentLimits { memory_max: "1073741824\n", ..NOW };
         assert_eq!(writes(&resources, now).unwrap().len(), 1);
     }
 }

@@ -92,7 +92,7 @@ impl Boot {
             .await
             .map_err(|source| BootError::Channel { console: self.console.excerpt(), source })?;
         let client = Client::new(control);
-        introduce(&client, &self.hostname, || self.console.excerpt()).await?;
+        configure_guest(&client, &self.hostname, || self.console.excerpt()).await?;
         Ok(client)
     }
 
@@ -115,7 +115,7 @@ impl Boot {
 }
 
 /// Makes a guest a machine of its own: a name, an id, randomness, the time. What it had of these before is gone.
-pub(super) async fn introduce(
+pub(super) async fn configure_guest(
     client: &Client,
     hostname: &str,
     console: impl Fn() -> String,

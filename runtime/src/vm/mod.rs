@@ -140,9 +140,11 @@ impl Vm {
     ///
     /// # Errors
     /// As [`Vm::agent`], or the agent does not take it. The VM is not ended by this error.
-    pub(crate) async fn introduce(&self, hostname: &str) -> Result<(), VmError> {
+    pub(crate) async fn configure_guest(&self, hostname: &str) -> Result<(), VmError> {
         let agent = self.agent().await?;
-        boot::introduce(&agent, hostname, String::new).await.map_err(|error| VmError::Boot(error.into()))
+        boot::configure_guest(&agent, hostname, String::new)
+            .await
+            .map_err(|error| VmError::Boot(error.into()))
     }
 
     /// Attaches a disk to the virtio-scsi controller; legal from the moment [`Vm::launch`] has returned.

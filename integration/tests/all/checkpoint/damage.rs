@@ -24,7 +24,7 @@ const CASES: [Case; 13] = [
     ("half a manifest", |dir| shorten(&dir.join("machinen.json")), Code::INVALID_ARGUMENT, "is not valid"),
     ("half an image", |dir| shorten(&dir.join("pages-1.img")), Code::INVALID_ARGUMENT, "pages-1.img"),
     ("no image", |dir| Ok(fs::remove_file(dir.join("core-1.img"))?), Code::INVALID_ARGUMENT, "core-1.img"),
-    ("a flipped bit", flip, Code::INVALID_ARGUMENT, "another content"),
+    ("a flipped bit", flip, Code::INVALID_ARGUMENT, "different content"),
     ("two images exchanged", exchange, Code::INVALID_ARGUMENT, "it was truncated or changed"),
     ("a link", link, Code::INVALID_ARGUMENT, "is a link"),
     (
@@ -154,7 +154,10 @@ fn memory_that_has_changed(containerd: &mut Containerd) -> Result<()> {
     let mut request = served.shim.create_request();
     request.checkpoint = dir.display().to_string();
     let (code, message) = served.client.refused("Create", &request)?;
-    ensure!(code == Code::INVALID_ARGUMENT && message.contains("has another content"), "{code:?}: {message}");
+    ensure!(
+        code == Code::INVALID_ARGUMENT && message.contains("has different content"),
+        "{code:?}: {message}"
+    );
     // With the bit as it was the same shim restores it.
     file.write_all_at(&byte, place)?;
     served.create(|request| request.checkpoint = dir.display().to_string())?;
@@ -169,8 +172,9 @@ fn memory_that_has_changed(containerd: &mut Containerd) -> Result<()> {
     let status = served.wait("")?.exit_status;
     ensure!(status == 137, "it ended with {status}");
     let log = served.shim.log()?;
-    let told =
-        log.lines().any(|line| line.contains("has lost memory") && line.contains("has another content"));
+    let told = log
+        .lines()
+        .any(|line| line.contains("its memory could not be read") && line.contains("has different content"));
     ensure!(told, "nobody is told why: {log}");
     served.end_stopped()?;
     containerd.settle(&before)?;

@@ -380,7 +380,7 @@ fn while_it_fetches(containerd: &mut Containerd) -> Result<()> {
     ensure!(exit == 137, "it ended with {exit}");
     gone(&restored)?;
     let log = pod.idle.shim.log()?;
-    let told = |line: &str| line.contains("has lost memory") && line.contains(TOLD);
+    let told = |line: &str| line.contains("its memory could not be read") && line.contains(TOLD);
     ensure!(log.lines().any(told), "the log does not say so: {log}");
     fs::remove_dir_all(&dir)?;
     pod.end()

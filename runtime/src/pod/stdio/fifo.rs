@@ -1,5 +1,5 @@
-//! Fifos and files of the caller, opened such that they neither block us when their reader is late nor end when it
-//! comes and goes, as containerd's clients do when they detach and attach again.
+//! Opens the caller's fifos and files. A late reader does not block machinen, and streams survive when
+//! clients detach and attach again.
 
 use std::{
     fs::{File, OpenOptions},
@@ -14,13 +14,14 @@ use std::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::net::unix::pipe;
 
-use super::{Sink, StdioError};
+use super::{OutputSink, StdioError};
 
-/// The fifo of a stdin, found and not open yet.
+/// The fifo of a stdin, which exists and is not open yet.
 ///
-/// A client whose write waits for a reader knows by then that the container exists and can close its stdin (CloseIO).
-/// One that finds a reader earlier hands over all of its input, and may forget to report the end: `ctr` of containerd
-/// 1.6 does where its input ends before its Create request is answered. So a fifo gets its reader when the process starts.
+/// A fifo gets its reader only when the process starts. A client whose write waits for a reader knows by then
+/// that the container exists, and can close its stdin (CloseIO). A client that finds a reader earlier may
+/// write all of its input and then fail to report the end: `ctr` of containerd 1.6 does so if its input ends
+/// before its Create request is answered.
 #[derive(Debug)]
 pub struct StdinFifo {
     /// Opened with O_PATH: neither a reader nor a writer, and still the same fifo if its name is removed.
@@ -28,10 +29,10 @@ pub struct StdinFifo {
     path: PathBuf,
 }
 
-/// The reading end of a stdin fifo, with a writing end of our own that keeps it from ending while clients detach and
-/// attach again.
+/// The reading end of a stdin fifo, with a writing end that keeps the stream from ending while clients detach
+/// and attach again.
 #[derive(Debug)]
-pub struct Stdin {
+pub struct StdinReader {
     pub(super) reader: pipe::Receiver,
     keeper: Option<OwnedFd>,
     fifo: StdinFifo,
@@ -39,7 +40,7 @@ pub struct Stdin {
 
 impl StdinFifo {
     /// # Errors
-    /// It is not there, or not a fifo.
+    /// The path does not exist, or is not a fifo.
     pub(super) fn find(path: &Path) -> Result<Self, StdioError> {
         let failed = |source| StdioError::Open { stream: "stdin", path: path.into(), source };
         let handle = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC).open(path);
@@ -50,15 +51,15 @@ impl StdinFifo {
         }
     }
 
-    /// Opens the reading end, which lets waiting clients write. Must be called inside a tokio runtime.
+    /// Opens the reading end, so that waiting clients can write. Must be called inside a tokio runtime.
     ///
     /// # Errors
     /// Those of open(2).
-    pub fn open(&self) -> Result<Stdin, StdioError> {
+    pub fn open(&self) -> Result<StdinReader, StdioError> {
         let failed = |source| StdioError::Open { stream: "stdin", path: self.path.clone(), source };
         let again = || Ok(Self { handle: self.handle.try_clone()?, path: self.path.clone() });
         let reader = self.end(OpenOptions::new().read(true)).map_err(failed)?;
-        let mut stdin = Stdin {
+        let mut stdin = StdinReader {
             reader: pipe::Receiver::from_file(reader).map_err(failed)?,
             keeper: None,
             fifo: again().map_err(failed)?,
@@ -72,12 +73,12 @@ impl StdinFifo {
     }
 }
 
-impl Stdin {
+impl StdinReader {
     pub(super) fn is_kept(&self) -> bool {
         self.keeper.is_some()
     }
 
-    /// From now on the fifo ends when the last client has closed it.
+    /// Closes the writing end: the stream ends when the last client has closed the fifo.
     pub(super) fn release(&mut self) {
         self.keeper = None;
     }
@@ -90,38 +91,40 @@ impl Stdin {
     /// Whether the fifo is empty and no client has it open for writing.
     pub(super) fn is_abandoned(&mut self) -> io::Result<bool> {
         self.release();
-        // The kernel reports the hang-up since there has been a writer, the one that was just closed.
+        // The kernel reports a hang-up only if there has been a writer: the writing end that was just closed.
         let mut fds = [PollFd::new(self.reader.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::ZERO)?;
         let events = fds[0].revents().unwrap_or(PollFlags::empty());
-        // Without a wait in between, what a client does in this moment is seen by the next read.
+        // There is no await in between, so the next read sees the data of a client that opens the fifo at
+        // this moment.
         self.keep()?;
         Ok(events.contains(PollFlags::POLLHUP) && !events.contains(PollFlags::POLLIN))
     }
 }
 
-/// A fifo, or a file that is there already and is appended to.
+/// Opens a fifo, or an existing file for appending.
 ///
 /// # Errors
-/// It is not there.
-pub(super) fn open_output(stream: &'static str, path: &Path) -> Result<Sink, StdioError> {
+/// The path does not exist.
+pub(super) fn open_output(stream: &'static str, path: &Path) -> Result<OutputSink, StdioError> {
     let failed = |source| StdioError::Open { stream, path: path.into(), source };
     if path.metadata().map_err(failed)?.is_file() {
         return Ok(file(open(OpenOptions::new().append(true), path).map_err(failed)?));
     }
-    // Read and write: the open does not wait for a reader, and writes do not fail while there is none.
+    // Opened for reading and writing: the open does not wait for a reader, and writes do not fail while there
+    // is none.
     let file = open(OpenOptions::new().read(true).write(true), path).map_err(failed)?;
     if !is_fifo(&file).map_err(failed)? {
         return Err(StdioError::NotFifo { stream, path: path.into() });
     }
-    pipe::Sender::from_file(file).map(Sink::Pipe).map_err(failed)
+    pipe::Sender::from_file(file).map(OutputSink::Pipe).map_err(failed)
 }
 
-/// A file that is appended to, and made with its directories if it is not there.
+/// Opens a file for appending; creates the file and its directories if they are missing.
 ///
 /// # Errors
-/// It can be neither opened nor made.
-pub(super) fn append(stream: &'static str, path: &Path) -> Result<Sink, StdioError> {
+/// The file can be neither opened nor created.
+pub(super) fn append(stream: &'static str, path: &Path) -> Result<OutputSink, StdioError> {
     let failed = |source| StdioError::Open { stream, path: path.into(), source };
     if let Some(dir) = path.parent() {
         std::fs::DirBuilder::new().recursive(true).mode(0o755).create(dir).map_err(failed)?;
@@ -129,8 +132,8 @@ pub(super) fn append(stream: &'static str, path: &Path) -> Result<Sink, StdioErr
     open(OpenOptions::new().append(true).create(true).mode(0o644), path).map(file).map_err(failed)
 }
 
-fn file(file: File) -> Sink {
-    Sink::File(tokio::fs::File::from_std(file))
+fn file(file: File) -> OutputSink {
+    OutputSink::File(tokio::fs::File::from_std(file))
 }
 
 fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {

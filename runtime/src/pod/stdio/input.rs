@@ -10,84 +10,87 @@ use tokio::{
     time::sleep,
 };
 
-use super::{BUFFER, fifo::Stdin};
+use super::{BUFFER, fifo::StdinReader};
 
-/// How long after the start of a process a client may take to open the process's stdin. A client that has anything to
-/// write is waiting in open(2) by then; one whose input was empty may have come and gone without a word.
+/// How long a client may take to open stdin after the start of a process. A client with input is waiting in
+/// open(2) by then; a client whose input was empty may have opened and closed the fifo without a trace.
 const CLIENT_GRACE: Duration = Duration::from_secs(1);
 
-/// What ends an input.
+/// The conditions that end an input.
 #[derive(Debug)]
-pub struct InputEnd {
-    /// Becomes true when the caller has closed stdin (CloseIO): the input ends when everything in the fifo has been read.
+pub struct StdinEnd {
+    /// Becomes true when the caller has closed stdin (CloseIO). The input ends when the data in the fifo has
+    /// been read.
     pub closed: watch::Receiver<bool>,
-    /// A terminal stays open for clients to come; a pipe that no client has opened has ended.
+    /// A terminal waits for clients without a limit; a pipe that no client opens ends.
     pub terminal: bool,
 }
 
 /// The caller's stdin on its way to the guest.
 #[derive(Debug)]
-pub struct Input {
+pub struct StdinCopy {
     task: JoinHandle<()>,
-    taken: Taken,
+    taken: TakenBytes,
 }
 
-/// Bytes that were taken from the caller and go to the guest, whether they are there yet or not. Locked while some are taken.
-type Taken = Arc<tokio::sync::Mutex<u64>>;
+/// Number of bytes that were taken from the caller, including those that are still on their way to the guest.
+/// Locked while bytes are taken.
+type TakenBytes = Arc<tokio::sync::Mutex<u64>>;
 
-impl Input {
-    /// Starts to copy; `ended` is called with the number of bytes when the caller has sent its last one.
+impl StdinCopy {
+    /// Starts to copy. `ended` is called with the number of bytes when the caller's input has ended.
     pub fn start<F>(
-        stdin: Stdin,
-        end: InputEnd,
+        stdin: StdinReader,
+        end: StdinEnd,
         to_guest: impl AsyncWrite + Unpin + Send + 'static,
         ended: impl FnOnce(u64) -> F + Send + 'static,
     ) -> Self
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let taken = Taken::default();
+        let taken = TakenBytes::default();
         let counted = Arc::clone(&taken);
         let task = tokio::spawn(async move {
             let mut to_guest = to_guest;
             match copy_input(stdin, end, &mut to_guest, &counted).await {
                 Ok(total) => ended(total).await,
-                // The process or its VM has ended, which is reported by the wait for the process.
+                // The process or its VM has ended, which the wait for the process reports.
                 Err(error) => tracing::debug!("stdin ends early: {error}"),
             }
-            // The guest reads the stream to the count that it was given; the connection lives until the process is gone.
+            // The guest reads the stream up to the reported count, so the connection stays open until the
+            // process is removed.
             std::future::pending::<()>().await;
         });
         Self { task, taken }
     }
 
-    /// How many bytes were taken from the caller. No more are taken until the guard is dropped; what the caller writes
-    /// meanwhile waits in the fifo.
+    /// Returns how many bytes were taken from the caller. No more are taken until the guard is dropped;
+    /// further input waits in the fifo.
     pub fn hold(&self) -> impl Future<Output = OwnedMutexGuard<u64>> + use<> {
         Arc::clone(&self.taken).lock_owned()
     }
 }
 
-impl Drop for Input {
+impl Drop for StdinCopy {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
 async fn copy_input(
-    mut stdin: Stdin,
-    end: InputEnd,
+    mut stdin: StdinReader,
+    end: StdinEnd,
     to_guest: &mut (impl AsyncWrite + Unpin),
-    taken: &Taken,
+    taken: &TakenBytes,
 ) -> io::Result<u64> {
-    let InputEnd { mut closed, terminal } = end;
+    let StdinEnd { mut closed, terminal } = end;
     let mut grace = pin!(sleep(CLIENT_GRACE));
     let mut unclaimed = !terminal;
     let mut buffer = vec![0; BUFFER];
     loop {
         let read = tokio::select! {
             biased;
-            // A process that is gone needs no more input either.
+            // When the sender has been dropped, the process is removed and needs no more input.
             _ = closed.wait_for(|closed| *closed), if stdin.is_kept() => {
                 stdin.release();
                 continue;
@@ -110,8 +113,8 @@ async fn copy_input(
     }
 }
 
-/// Reads and counts what is there, unless that is held. Nothing is lost if this is cancelled.
-async fn take(from: &pipe::Receiver, taken: &Taken, buffer: &mut [u8]) -> io::Result<usize> {
+/// Reads and counts available bytes, once the count is not held. Cancelling this loses nothing.
+async fn take(from: &pipe::Receiver, taken: &TakenBytes, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
         from.readable().await?;
         let mut taken = taken.lock().await;

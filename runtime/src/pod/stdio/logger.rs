@@ -1,33 +1,33 @@
-//! Logging programs: what `nerdctl run -d` always uses.
+//! Logging programs, which `nerdctl run -d` always uses.
 //!
 //! ```text
-//!   machinen ── fd 3: stdout ──> program (arguments: the URI's query; environment: CONTAINER_ID, CONTAINER_NAMESPACE)
+//!   machinen ── fd 3: stdout ──> program (args: the URI's query; env: CONTAINER_ID, CONTAINER_NAMESPACE)
 //!            ── fd 4: stderr ──>
 //!            <── fd 5: ready ───  closed, or a byte
 //! ```
-//! The program ends when its streams do. It is ours to reap, and to kill if it does not end.
+//! The program ends after its streams have ended. machinen reaps it, and kills it if it does not end.
 
 use std::{io, os::fd::OwnedFd, time::Duration};
 
 use tokio::{io::AsyncReadExt, net::unix::pipe, time::timeout};
 
-use super::{Owner, StdioError, uri::Program};
+use super::{StdioError, StreamOwner, uri::LoggerProgram};
 use crate::process::{Child, Spawn};
 
-/// Longest that a program may take until it is ready.
+/// Longest time until the program is ready.
 const READY: Duration = Duration::from_secs(30);
-/// Longest that it may take after the end of its streams; containerd gives it as long.
+/// Longest time from the end of the streams to the end of the program; containerd allows the same.
 const GRACE: Duration = Duration::from_secs(12);
 
-/// A logging program that runs.
+/// A running logging program.
 #[derive(Debug)]
 pub struct Logger {
     child: Child,
     ready: pipe::Receiver,
-    must_say: bool,
+    must_report: bool,
 }
 
-/// The writing ends of a program's streams.
+/// The writing ends of the program's streams.
 #[derive(Debug)]
 pub(super) struct LoggerEnds {
     pub(super) stdout: pipe::Sender,
@@ -35,11 +35,14 @@ pub(super) struct LoggerEnds {
 }
 
 impl Logger {
-    /// Starts the program; it is not ready yet.
+    /// Starts the program, without waiting until it is ready.
     ///
     /// # Errors
-    /// It cannot be started.
-    pub(super) fn start(program: &Program, owner: &Owner) -> Result<(Self, LoggerEnds), StdioError> {
+    /// The program cannot be started.
+    pub(super) fn start(
+        program: &LoggerProgram,
+        owner: &StreamOwner,
+    ) -> Result<(Self, LoggerEnds), StdioError> {
         let (their_stdout, stdout) = pipe()?;
         let (their_stderr, stderr) = pipe()?;
         let (ready, their_ready) = pipe()?;
@@ -56,24 +59,24 @@ impl Logger {
         let sender = |end| pipe::Sender::from_owned_fd(end).map_err(StdioError::Pipe);
         let ends = LoggerEnds { stdout: sender(stdout)?, stderr: sender(stderr)? };
         let ready = pipe::Receiver::from_owned_fd(ready).map_err(StdioError::Pipe)?;
-        Ok((Self { child, ready, must_say: program.must_say }, ends))
+        Ok((Self { child, ready, must_report: program.must_report }, ends))
     }
 
     /// Waits until the program is ready.
     ///
     /// # Errors
-    /// It does not become so in time, or ends before it has said so where it must.
+    /// The program does not become ready in time, or ends without reporting it where that is required.
     pub async fn ready(&mut self) -> Result<(), StdioError> {
         let program = || self.child.program().to_owned();
         match timeout(READY, self.ready.read(&mut [0])).await {
             Err(_) => Err(StdioError::LoggerNotReady { program: program(), limit: READY }),
             Ok(Err(error)) => Err(StdioError::Pipe(error)),
-            Ok(Ok(0)) if self.must_say => Err(StdioError::LoggerSilent { program: program() }),
+            Ok(Ok(0)) if self.must_report => Err(StdioError::LoggerSilent { program: program() }),
             Ok(Ok(_)) => Ok(()),
         }
     }
 
-    /// Waits for the program's end, which follows that of its streams, and reaps it.
+    /// Waits for the end of the program, which follows the end of its streams, and reaps it.
     pub async fn finish(self) {
         let program = self.child.program().to_owned();
         match timeout(GRACE, self.child.exited()).await {

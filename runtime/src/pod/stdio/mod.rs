@@ -1,8 +1,8 @@
-//! A process's standard streams on the host: the caller's fifos, files and logging programs on one side, raw streams
-//! to the guest on the other.
+//! A process's standard streams on the host: the caller's fifos, files and logging programs at one end, raw
+//! streams to the guest at the other.
 //!
-//! Where a stream ends is said by the control channel in bytes (see machinen-protocol), so nothing here guesses from
-//! a closed connection.
+//! The control channel reports the end of each stream as a byte count (see machinen-protocol), so no code
+//! here infers it from a closed connection.
 
 mod fifo;
 mod input;
@@ -21,12 +21,12 @@ use std::{
 
 use tokio::{io::AsyncWrite, net::unix::pipe};
 
-use self::uri::Target;
+use self::uri::StreamTarget;
 pub use self::{
-    fifo::{Stdin, StdinFifo},
-    input::{Input, InputEnd},
+    fifo::{StdinFifo, StdinReader},
+    input::{StdinCopy, StdinEnd},
     logger::Logger,
-    output::Output,
+    output::OutputCopy,
 };
 use crate::{
     error::{ErrorKind, Kind},
@@ -35,7 +35,7 @@ use crate::{
 
 const BUFFER: usize = 64 << 10;
 
-/// The standard streams that a caller asks for, as it names them; an empty name is /dev/null.
+/// The names of the standard streams that a caller asks for; an empty name is /dev/null.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StdioNames {
     pub stdin: String,
@@ -44,12 +44,12 @@ pub struct StdioNames {
     pub terminal: bool,
 }
 
-/// Whose streams they are, for logging programs.
+/// The process that the streams belong to, for logging programs.
 #[derive(Debug, Clone)]
-pub struct Owner {
+pub struct StreamOwner {
     /// containerd's namespace.
     pub namespace: String,
-    /// Of the container, or of the process that was added to it.
+    /// Id of the container, or of the process that was added to it.
     pub id: String,
 }
 
@@ -100,69 +100,71 @@ impl Kind for StdioError {
     }
 }
 
-/// The host ends of a process's standard streams; those of output are open.
+/// The host ends of a process's standard streams. The outputs are open.
 #[derive(Debug)]
 pub struct HostStdio {
     pub terminal: bool,
-    /// Not open yet: see [`StdinFifo`].
+    /// Opened later: see [`StdinFifo`].
     pub stdin: Option<StdinFifo>,
-    pub stdout: Option<Sink>,
-    pub stderr: Option<Sink>,
+    pub stdout: Option<OutputSink>,
+    pub stderr: Option<OutputSink>,
     pub logger: Option<Logger>,
 }
 
-/// Where output goes.
+/// The destination of an output stream.
 #[derive(Debug)]
-pub enum Sink {
+pub enum OutputSink {
     Pipe(pipe::Sender),
     File(tokio::fs::File),
 }
 
 impl HostStdio {
-    /// Opens the outputs that `names` names, finds the input and starts logging programs, without waiting. Must be called inside a tokio runtime.
+    /// Opens the outputs, finds the input and starts logging programs, without waiting. Must be called inside
+    /// a tokio runtime.
     ///
     /// # Errors
-    /// The first stream that is not there or not understood.
-    pub fn open(names: &StdioNames, owner: &Owner) -> Result<Self, StdioError> {
+    /// The first stream that does not exist or has an invalid name.
+    pub fn open(names: &StdioNames, owner: &StreamOwner) -> Result<Self, StdioError> {
         let mut stdio =
             Self { terminal: names.terminal, stdin: None, stdout: None, stderr: None, logger: None };
         let (stdout, stderr) =
-            (Target::parse("stdout", &names.stdout)?, Target::parse("stderr", &names.stderr)?);
-        match Target::parse("stdin", &names.stdin)? {
-            Target::Null => {}
-            Target::Fifo(path) => stdio.stdin = Some(StdinFifo::find(&path)?),
+            (StreamTarget::parse("stdout", &names.stdout)?, StreamTarget::parse("stderr", &names.stderr)?);
+        match StreamTarget::parse("stdin", &names.stdin)? {
+            StreamTarget::Null => {}
+            StreamTarget::Fifo(path) => stdio.stdin = Some(StdinFifo::find(&path)?),
             _ => return Err(StdioError::Stdin { name: names.stdin.clone() }),
         }
         let mut shared = None;
         stdio.stdout = match &stdout {
-            Target::Null => None,
-            Target::Fifo(path) => Some(fifo::open_output("stdout", path)?),
-            Target::File(path) => Some(fifo::append("stdout", path)?),
-            Target::Program(program) => {
+            StreamTarget::Null => None,
+            StreamTarget::Fifo(path) => Some(fifo::open_output("stdout", path)?),
+            StreamTarget::File(path) => Some(fifo::append("stdout", path)?),
+            StreamTarget::Program(program) => {
                 let (logger, ends) = Logger::start(program, owner)?;
                 stdio.logger = Some(logger);
                 shared = Some(ends.stderr);
-                Some(Sink::Pipe(ends.stdout))
+                Some(OutputSink::Pipe(ends.stdout))
             }
         };
-        // containerd's clients name the same program or file for both; a terminal has nothing for the second.
+        // containerd's clients pass the same program or file for both outputs; a terminal has no second
+        // output.
         let same = names.stderr == names.stdout;
         stdio.stderr = match stderr {
-            Target::Null => None,
+            StreamTarget::Null => None,
             _ if names.terminal && same => None,
             _ if names.terminal => return Err(StdioError::TerminalStderr { name: names.stderr.clone() }),
-            Target::Fifo(path) => Some(fifo::open_output("stderr", &path)?),
-            Target::File(path) => Some(fifo::append("stderr", &path)?),
-            Target::Program(_) if same => shared.map(Sink::Pipe),
-            Target::Program(_) => return Err(StdioError::Stderr { name: names.stderr.clone() }),
+            StreamTarget::Fifo(path) => Some(fifo::open_output("stderr", &path)?),
+            StreamTarget::File(path) => Some(fifo::append("stderr", &path)?),
+            StreamTarget::Program(_) if same => shared.map(OutputSink::Pipe),
+            StreamTarget::Program(_) => return Err(StdioError::Stderr { name: names.stderr.clone() }),
         };
         Ok(stdio)
     }
 
-    /// Waits until everything that was started is ready.
+    /// Waits until the logging program is ready.
     ///
     /// # Errors
-    /// A logging program is not.
+    /// The logging program did not become ready.
     pub async fn ready(&mut self) -> Result<(), StdioError> {
         match &mut self.logger {
             None => Ok(()),
@@ -171,7 +173,7 @@ impl HostStdio {
     }
 }
 
-impl AsyncWrite for Sink {
+impl AsyncWrite for OutputSink {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Pipe(pipe) => Pin::new(pipe).poll_write(cx, bytes),

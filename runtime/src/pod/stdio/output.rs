@@ -1,4 +1,4 @@
-//! Output from the guest to the caller: complete when as many bytes have arrived as the guest says there were.
+//! Output from the guest to the caller. It is complete when as many bytes have arrived as the guest reports.
 
 use std::{io, pin::pin, time::Duration};
 
@@ -9,25 +9,25 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{BUFFER, Sink, unread::Unread};
+use super::{BUFFER, OutputSink, unread::Unread};
 
-/// How long a reader may take nothing of the output of a process that has ended before the rest is dropped.
+/// How long the reader of an ended process's output may stall before the rest is dropped.
 const READER_GRACE: Duration = Duration::from_secs(10);
 
-/// How long nothing may come of what a process that has ended is said to have written. Its guest is not believed for
-/// ever, or a container could be kept from ending.
+/// How long the guest may stall before the output of an ended process is given up. Without this limit a guest
+/// could keep a container from ending.
 const GUEST_GRACE: Duration = Duration::from_secs(10);
 
 /// One output stream on its way from the guest to the caller.
 #[derive(Debug)]
-pub struct Output {
+pub struct OutputCopy {
     name: &'static str,
     total: watch::Sender<Option<u64>>,
     copied: JoinHandle<io::Result<u64>>,
     unread: Option<Unread>,
 }
 
-impl Output {
+impl OutputCopy {
     /// Starts to copy from the guest to the caller.
     pub fn start(
         name: &'static str,
@@ -38,19 +38,24 @@ impl Output {
         Self { name, total, copied: tokio::spawn(copy_output(from_guest, sink, seen)), unread: None }
     }
 
-    /// The same to what a caller has named; if that is a fifo, its reader is waited for in the end.
-    pub fn to(name: &'static str, from_guest: impl AsyncRead + Unpin + Send + 'static, sink: Sink) -> Self {
+    /// Like [`OutputCopy::start`], for a stream that the caller has named. If that is a fifo, its reader is
+    /// waited for at the end.
+    pub fn to(
+        name: &'static str,
+        from_guest: impl AsyncRead + Unpin + Send + 'static,
+        sink: OutputSink,
+    ) -> Self {
         let unread = match &sink {
-            Sink::Pipe(fifo) => Unread::of(fifo),
-            Sink::File(_) => None,
+            OutputSink::Pipe(fifo) => Unread::of(fifo),
+            OutputSink::File(_) => None,
         };
         Self { unread, ..Self::start(name, from_guest, sink) }
     }
 
-    /// Waits until the `total` bytes that the process wrote have reached the caller.
+    /// Waits until all `total` bytes of the process have reached the caller.
     ///
     /// # Errors
-    /// A sentence for the log when they did not all arrive.
+    /// A sentence for the log, if some bytes did not arrive.
     pub async fn finish(self, total: u64) -> Result<(), String> {
         self.total.send_replace(Some(total));
         match self.copied.await {
@@ -66,9 +71,9 @@ impl Output {
         }
     }
 
-    /// Delivers what has arrived when the guest is gone and nobody can say how much there was.
+    /// Delivers the bytes that have arrived from a guest that has ended, when the total is unknown.
     pub async fn abandon(self) {
-        // The stream ends with its VM; the deadline is for one that does not.
+        // The stream ends with its VM. The deadline is for a stream that does not end.
         if timeout(READER_GRACE, self.copied).await.is_err() {
             tracing::warn!(stream = self.name, "output dropped: its reader takes nothing");
         }
@@ -90,7 +95,7 @@ async fn copy_output(
             read = from_guest.read(&mut buffer) => read?,
             changed = total.changed() => match changed {
                 Ok(()) => continue,
-                // Abandoned: the stream says when it ends.
+                // The copy was abandoned: it ends with the stream.
                 Err(_) => from_guest.read(&mut buffer).await?,
             },
             () = sleep(GUEST_GRACE), if total.borrow().is_some() => {
@@ -104,12 +109,12 @@ async fn copy_output(
         put(&mut sink, &buffer[..read], &mut total).await?;
         copied += read as u64;
     }
-    // A file takes bytes before it has written them.
+    // A tokio file buffers bytes before it writes them.
     sink.flush().await?;
     Ok(copied)
 }
 
-/// Writes all of `bytes`; once the process has ended, only as long as the reader takes something within the grace.
+/// Writes all of `bytes`. Once the process has ended, the reader must accept them within the grace period.
 async fn put(
     sink: &mut (impl AsyncWrite + Unpin),
     bytes: &[u8],

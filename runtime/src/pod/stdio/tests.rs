@@ -14,8 +14,8 @@ use tokio::{
 
 use super::*;
 
-fn owner() -> Owner {
-    Owner { namespace: "ns".to_owned(), id: "c".to_owned() }
+fn owner() -> StreamOwner {
+    StreamOwner { namespace: "ns".to_owned(), id: "c".to_owned() }
 }
 
 fn open(names: StdioNames) -> Result<HostStdio, StdioError> {
@@ -35,7 +35,7 @@ async fn output_ends_at_the_count_not_at_the_end_of_the_stream() {
     let host = open(StdioNames { stdout: name.clone(), ..Default::default() }).unwrap();
     let mut reader = std::fs::File::open(&name).unwrap();
     let (mut guest, from_guest) = duplex(4096);
-    let output = Output::start("stdout", from_guest, host.stdout.unwrap());
+    let output = OutputCopy::start("stdout", from_guest, host.stdout.unwrap());
     guest.write_all(b"hello").await.unwrap();
     output.finish(5).await.unwrap();
     let mut text = String::new();
@@ -44,9 +44,9 @@ async fn output_ends_at_the_count_not_at_the_end_of_the_stream() {
 }
 
 #[tokio::test]
-async fn missing_output_is_noticed() {
+async fn missing_output_is_reported() {
     let (guest, from_guest) = duplex(4096);
-    let output = Output::start("stdout", from_guest, tokio::io::sink());
+    let output = OutputCopy::start("stdout", from_guest, tokio::io::sink());
     drop(guest);
     assert_eq!(output.finish(5).await.unwrap_err(), "stdout lost bytes: 0 of 5 arrived");
 }
@@ -54,7 +54,7 @@ async fn missing_output_is_noticed() {
 #[tokio::test(start_paused = true)]
 async fn output_that_never_comes_does_not_hold_up_the_exit() {
     let (mut guest, from_guest) = duplex(4096);
-    let output = Output::start("stdout", from_guest, tokio::io::sink());
+    let output = OutputCopy::start("stdout", from_guest, tokio::io::sink());
     guest.write_all(b"four").await.unwrap();
     let error = output.finish(5).await.unwrap_err();
     assert!(error.contains("only 4 bytes came"), "{error}");
@@ -65,24 +65,25 @@ async fn output_that_never_comes_does_not_hold_up_the_exit() {
 async fn a_reader_that_is_gone_does_not_hold_up_the_exit() {
     let (mut guest, from_guest) = duplex(1 << 20);
     let (sink, unread) = duplex(16);
-    let output = Output::start("stdout", from_guest, sink);
+    let output = OutputCopy::start("stdout", from_guest, sink);
     guest.write_all(&[7; 1000]).await.unwrap();
     let error = output.finish(1000).await.unwrap_err();
     assert!(error.contains("takes nothing"), "{error}");
     drop(unread);
 }
 
-/// Stdin of a process that starts now: its fifo's name, CloseIO, what the guest gets, and the count at its end.
+/// Stdin of a process that starts now: the fifo's name, CloseIO, the guest's end, and the count at the end of
+/// the input.
 struct Fed {
     name: String,
     close: watch::Sender<bool>,
     guest: DuplexStream,
     total: oneshot::Receiver<u64>,
-    _input: Input,
+    _input: StdinCopy,
 }
 
 impl Fed {
-    /// `before` happens when the fifo is known and not open.
+    /// `before` runs when the fifo exists and is not open yet.
     fn start(
         dir: &tempfile::TempDir,
         terminal: bool,
@@ -94,10 +95,11 @@ impl Fed {
         before(&name, &close);
         let (to_guest, guest) = duplex(1 << 20);
         let (ended, total) = oneshot::channel();
-        let end = InputEnd { closed: close.subscribe(), terminal };
-        let input = Input::start(host.stdin.unwrap().open().unwrap(), end, to_guest, async move |count| {
-            ended.send(count).unwrap();
-        });
+        let end = StdinEnd { closed: close.subscribe(), terminal };
+        let input =
+            StdinCopy::start(host.stdin.unwrap().open().unwrap(), end, to_guest, async move |count| {
+                ended.send(count).unwrap();
+            });
         Self { name, close, guest, total, _input: input }
     }
 
@@ -117,7 +119,7 @@ async fn stdin_ends_when_the_caller_closes_it_and_not_before() {
     let dir = tempfile::tempdir().unwrap();
     let mut fed = Fed::start(&dir, false, |_, _| ());
     for text in ["one ", "two"] {
-        // Each writer comes and goes, as a client that detaches and attaches again.
+        // Each writer opens and closes the fifo, as a client that detaches and attaches again.
         fed.write(text);
         fed.expect(text).await;
     }
@@ -198,11 +200,11 @@ async fn stdin_that_is_held_stays_with_the_caller() {
     let dir = tempfile::tempdir().unwrap();
     let name = fifo(&dir, "in");
     let host = open(StdioNames { stdin: name.clone(), ..Default::default() }).unwrap();
-    // A guest that takes less than what was written.
+    // The guest accepts less than what was written.
     let (to_guest, mut guest) = duplex(4);
     let close = watch::Sender::new(false);
-    let end = InputEnd { closed: close.subscribe(), terminal: false };
-    let input = Input::start(host.stdin.unwrap().open().unwrap(), end, to_guest, async |_| ());
+    let end = StdinEnd { closed: close.subscribe(), terminal: false };
+    let input = StdinCopy::start(host.stdin.unwrap().open().unwrap(), end, to_guest, async |_| ());
     let mut writer = OpenOptions::new().write(true).open(&name).unwrap();
     writer.write_all(b"first ").unwrap();
     let mut first = [0; 2];
@@ -210,7 +212,7 @@ async fn stdin_that_is_held_stays_with_the_caller() {
     let held = input.hold().await;
     assert_eq!(*held, 6);
     writer.write_all(b"second").unwrap();
-    // What was taken arrives, and nothing else does.
+    // The bytes that were taken arrive, and no others.
     let mut rest = [0; 4];
     guest.read_exact(&mut rest).await.unwrap();
     assert_eq!([&first[..], &rest].concat(), b"first ");
@@ -245,14 +247,15 @@ async fn a_file_is_made_and_appended_to() {
         let names = StdioNames { stdout: name.clone(), stderr: name.clone(), ..Default::default() };
         let host = open(names).unwrap();
         let (mut guest, from_guest) = duplex(4096);
-        let output = Output::start("stdout", from_guest, host.stdout.unwrap());
+        let output = OutputCopy::start("stdout", from_guest, host.stdout.unwrap());
         guest.write_all(text.as_bytes()).await.unwrap();
         output.finish(text.len() as u64).await.unwrap();
     }
     assert_eq!(std::fs::read_to_string(path).unwrap(), "one two");
 }
 
-/// Runs a script as the logging program of a process that writes "out" and "err"; what it has written to $1.
+/// Runs a script as the logging program of a process that writes "out" and "err". Returns what the script has
+/// written to $1.
 async fn log_with(scheme: &str, script: &str) -> Result<String, StdioError> {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("log");
@@ -265,7 +268,7 @@ async fn log_with(scheme: &str, script: &str) -> Result<String, StdioError> {
     host.ready().await?;
     for (sink, text) in [(host.stdout, "out"), (host.stderr, "err")] {
         let (mut guest, from_guest) = duplex(4096);
-        let output = Output::start("stdout", from_guest, sink.unwrap());
+        let output = OutputCopy::start("stdout", from_guest, sink.unwrap());
         guest.write_all(text.as_bytes()).await.unwrap();
         output.finish(3).await.unwrap();
     }
@@ -281,7 +284,7 @@ async fn a_logging_program_gets_both_streams_its_environment_and_an_end() {
 }
 
 #[tokio::test]
-async fn the_second_version_says_that_it_is_ready() {
+async fn a_program_of_binary_v2_reports_that_it_is_ready() {
     let logged = log_with("binary-v2", "echo >&5; cat <&3 >$1; cat <&4 >>$1").await.unwrap();
     assert_eq!(logged, "outerr");
     let error = log_with("binary-v2", "exec 5>&-; cat <&3").await.unwrap_err();

@@ -1,7 +1,7 @@
-//! Output that a fifo holds when its process has ended.
+//! Output that is still in a fifo when its process has ended.
 //!
-//! containerd's clients open a fifo in the background and give up on that when they hear of the end. What a short process
-//! has written would be gone then, so its end is told when it has been read.
+//! containerd's clients open a fifo in the background, and give up when they receive the exit event. The
+//! output of a short process would be lost then, so the exit is reported only after the fifo was read.
 
 use std::{
     io,
@@ -15,23 +15,23 @@ use tokio::{net::unix::pipe, time::timeout};
 
 use crate::sys;
 
-/// A client that is there reads at once; for one that is not, nobody waits long.
+/// A client that is present reads at once; an absent client must not delay the exit for long.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// A fifo, to wait for its reader.
+/// A fifo whose reader is waited for.
 #[derive(Debug)]
 pub(super) struct Unread(OwnedFd);
 
 impl Unread {
-    /// None for a pipe without a name: its reader, a logging program, has it open from the start. None too for a fifo that
-    /// cannot be watched, which is no reason not to use it.
+    /// Returns None for an unnamed pipe, because its reader, a logging program, has had it open from the
+    /// start. Also returns None for a fifo that cannot be watched; the fifo remains usable.
     pub(super) fn of(fifo: &pipe::Sender) -> Option<Self> {
         let fd = fifo.as_fd().try_clone_to_owned().ok()?;
         let path = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;
         path.is_absolute().then_some(Self(fd))
     }
 
-    /// Returns when nothing is left in the fifo, or nobody takes it.
+    /// Returns when the fifo is empty, or its reader takes nothing within the grace period.
     pub(super) async fn read(self) {
         match timeout(GRACE, self.emptied()).await {
             Ok(Ok(())) => {}
@@ -48,7 +48,7 @@ impl Unread {
         let path = format!("/proc/self/fd/{}", self.0.as_raw_fd());
         inotify.add_watch(path.as_str(), AddWatchFlags::IN_ACCESS)?;
         let events = sys::async_fd(inotify.as_fd().try_clone_to_owned()?)?;
-        // Looked at again after the watch began: nothing falls between.
+        // The fifo is checked again after the watch was added, so no read is missed.
         while ioctl_fionread(&self.0)? > 0 {
             let mut ready = events.readable().await?;
             match inotify.read_events() {
@@ -84,7 +84,7 @@ mod tests {
         nix::unistd::write(&fifo, b"text").unwrap();
         let unread = Unread::of(&fifo).unwrap();
         let (waited, text) = tokio::join!(timeout(GRACE / 2, unread.emptied()), async {
-            // The wait has begun.
+            // By now the other future is waiting.
             tokio::task::yield_now().await;
             let mut text = [0; 4];
             OpenOptions::new().read(true).open(&path).unwrap().read_exact(&mut text).unwrap();
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn nobody_is_waited_for_long() {
+    async fn an_absent_reader_delays_the_exit_only_briefly() {
         let dir = tempfile::tempdir().unwrap();
         let fifo = fifo(&dir.path().join("out"));
         Unread::of(&fifo).unwrap().read().await;

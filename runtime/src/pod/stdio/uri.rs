@@ -4,7 +4,7 @@
 //!   ""                         /dev/null
 //!   /path   fifo:///path       a fifo; a path may also be a file that is there already
 //!   file:///path               a file, appended to
-//!   binary:///program?k=v      a program that reads stdout at fd 3 and stderr at fd 4, and closes fd 5 when it is ready
+//!   binary:///program?k=v      a program that reads fd 3 (stdout) and fd 4 (stderr), and closes fd 5 when ready
 //!   binary-v2:///program?k=v   the same, but it must write a byte to fd 5
 //! ```
 
@@ -14,28 +14,28 @@ use percent_encoding::percent_decode_str;
 
 use super::StdioError;
 
-/// Where a standard stream leads.
+/// The destination of a standard stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Target {
+pub(super) enum StreamTarget {
     Null,
     Fifo(PathBuf),
     File(PathBuf),
-    Program(Program),
+    Program(LoggerProgram),
 }
 
 /// A logging program.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Program {
+pub(super) struct LoggerProgram {
     pub(super) path: PathBuf,
-    /// Names and values of the query, as containerd passes them on.
+    /// Names and values of the URI's query, in the order in which containerd passes them.
     pub(super) args: Vec<String>,
-    /// It says that it is ready; otherwise closing the descriptor is enough.
-    pub(super) must_say: bool,
+    /// The program writes a byte when it is ready; otherwise closing the descriptor is enough.
+    pub(super) must_report: bool,
 }
 
-impl Target {
+impl StreamTarget {
     /// # Errors
-    /// A scheme that is none of the above, or a path that is not absolute.
+    /// The scheme is unknown, or the path is not absolute.
     pub(super) fn parse(stream: &'static str, name: &str) -> Result<Self, StdioError> {
         let bad = || StdioError::Scheme { stream, name: name.to_owned() };
         if name.is_empty() {
@@ -55,7 +55,7 @@ impl Target {
             "binary" | "binary-v2" => {
                 let pairs = form_urlencoded::parse(query.as_bytes());
                 let args = pairs.flat_map(|(key, value)| [key.into_owned(), value.into_owned()]).collect();
-                Ok(Self::Program(Program { path, args, must_say: scheme == "binary-v2" }))
+                Ok(Self::Program(LoggerProgram { path, args, must_report: scheme == "binary-v2" }))
             }
             _ => Err(bad()),
         }
@@ -68,39 +68,39 @@ mod tests {
 
     use super::*;
 
-    fn parse(name: &str) -> Target {
-        Target::parse("stdout", name).unwrap()
+    fn parse(name: &str) -> StreamTarget {
+        StreamTarget::parse("stdout", name).unwrap()
     }
 
     #[test]
     fn the_schemes_of_containerd() {
-        assert_eq!(parse(""), Target::Null);
-        assert_eq!(parse("/a b%20c?d"), Target::Fifo("/a b%20c?d".into()));
-        assert_eq!(parse("fifo:///a"), Target::Fifo("/a".into()));
-        assert_eq!(parse("file:///var/log/a%20b"), Target::File("/var/log/a b".into()));
+        assert_eq!(parse(""), StreamTarget::Null);
+        assert_eq!(parse("/a b%20c?d"), StreamTarget::Fifo("/a b%20c?d".into()));
+        assert_eq!(parse("fifo:///a"), StreamTarget::Fifo("/a".into()));
+        assert_eq!(parse("file:///var/log/a%20b"), StreamTarget::File("/var/log/a b".into()));
         let program = |name| match parse(name) {
-            Target::Program(program) => program,
+            StreamTarget::Program(program) => program,
             other => panic!("{other:?}"),
         };
         let nerdctl = program("binary:///usr/bin/nerdctl?_NERDCTL_INTERNAL_LOGGING=%2Fvar%2Flib%2Fnerdctl");
         assert_eq!(nerdctl.path, PathBuf::from("/usr/bin/nerdctl"));
         assert_eq!(nerdctl.args, ["_NERDCTL_INTERNAL_LOGGING", "/var/lib/nerdctl"]);
-        assert!(!nerdctl.must_say && program("binary-v2:///l").must_say);
+        assert!(!nerdctl.must_report && program("binary-v2:///l").must_report);
         assert_eq!(program("binary:///l?a&b=1+2").args, ["a", "", "b", "1 2"]);
     }
 
     #[test]
-    fn others_are_named() {
+    fn invalid_names_are_reported() {
         for name in ["relative", "npipe:///a", "file://host/a", "binary://logger", "file:///%ff"] {
-            let error = Target::parse("stderr", name).unwrap_err().to_string();
+            let error = StreamTarget::parse("stderr", name).unwrap_err().to_string();
             assert!(error.contains("stderr") && error.contains(name), "{error}");
         }
     }
 
     proptest! {
         #[test]
-        fn no_name_is_too_odd(name in "(/|[a-z0-9-]{0,9}://)?[ -~\u{e4}%?&=]{0,40}") {
-            let _ = Target::parse("stdin", &name);
+        fn any_name_is_parsed_or_refused(name in "(/|[a-z0-9-]{0,9}://)?[ -~\u{e4}%?&=]{0,40}") {
+            let _ = StreamTarget::parse("stdin", &name);
         }
     }
 }

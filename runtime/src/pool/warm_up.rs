@@ -1,7 +1,8 @@
-//! A container that is created and deleted again, before anyone asks for one.
+//! Warms a clone up: creates a container in it and deletes it again, before the clone is used.
 //!
-//! Most of what creating a container takes in a clone under emulation is the translation of code that runs for the first
-//! time, and the next one is created in a tenth of it. So a clone that waits anyway has done it once.
+//! Under emulation most of the time of creating a container is spent on translating code that runs for the
+//! first time; the next container takes a tenth of that time. So a clone that waits has created a container
+//! once.
 
 use std::{
     fs::{self, File},
@@ -20,17 +21,18 @@ use crate::{
     vm::{DiskSource, DiskSpec, Vm},
 };
 
-const ID: &str = "rehearsal";
-/// What most containers have; its command is there and never executed.
-const SPEC: &str = include_str!("rehearsal.json");
-/// A small one is enough to write nothing to.
+const ID: &str = "warm-up";
+/// A configuration with what most containers have. Its command exists and is never executed.
+const SPEC: &str = include_str!("warm_up.json");
+/// Nothing is written to the disk, so a small one is enough, bytes.
 const WRITABLE: u64 = 64 << 20;
 
-/// Creates the container in `vm` and deletes it. Its disks stay attached: they have no names, and end with the VM.
+/// Creates a container in `vm` and deletes it. Its disks stay attached: they have no names, and are freed
+/// with the VM.
 ///
 /// # Errors
-/// Something of it cannot be made; the VM may not be as it was.
-pub(super) async fn rehearse(vm: &Vm, config: &Config) -> Result<(), PodError> {
+/// The container cannot be created or deleted. The VM must not be used then.
+pub(super) async fn warm_up(vm: &Vm, config: &Config) -> Result<(), PodError> {
     let config::Rootdisk { dir, mke2fs, .. } = config.rootdisk.clone();
     let make = move || -> Result<(File, File), RootdiskError> {
         let cache = RootdiskCache::open(&dir)?;
@@ -63,7 +65,7 @@ pub(super) async fn rehearse(vm: &Vm, config: &Config) -> Result<(), PodError> {
     agent.delete_container(ID).await.map_err(|source| PodError::guest("delete", ID, source))
 }
 
-/// A root file system with a command.
+/// Makes a root file system with a command.
 fn root() -> io::Result<tempfile::TempDir> {
     let dir = tempfile::tempdir()?;
     let command = dir.path().join("init");
@@ -77,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_specification_is_one() {
+    fn the_configuration_is_valid() {
         let spec: oci_spec::runtime::Spec = serde_json::from_str(SPEC).unwrap();
         assert_eq!(spec.process().as_ref().unwrap().args().as_ref().unwrap(), &["/init"]);
     }

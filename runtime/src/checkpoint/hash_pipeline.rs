@@ -1,4 +1,4 @@
-//! Images that are copied, read for their digests and brought to the medium, all at the same time.
+//! Copies, hashes and syncs images concurrently.
 
 use std::{
     fs::File,
@@ -16,21 +16,21 @@ use sha2::{Digest as _, Sha256};
 
 use super::{CheckpointError, digest, manifest::ImageDigest};
 
-/// Copies that are open and wait for their digests.
+/// Number of open copies that may wait for each worker.
 const WAITING: usize = 32;
 
-/// Some bytes of an image that are in their file, and not on the medium yet.
+/// A range of an image that was copied to its file and may not be on stable storage yet.
 #[derive(Debug, Clone)]
-pub(super) struct Copied {
+pub(super) struct CopiedRange {
     pub(super) file: Arc<File>,
     pub(super) path: Arc<Path>,
     pub(super) name: String,
-    /// Of the image.
+    /// Size of the image.
     pub(super) size: u64,
     pub(super) bytes: Range<u64>,
 }
 
-impl Copied {
+impl CopiedRange {
     fn is_last(&self) -> bool {
         self.bytes.end == self.size
     }
@@ -40,15 +40,15 @@ impl Copied {
     }
 }
 
-/// Has images copied by `copy`, which passes on what it has copied, while others read that for its digests and bring it to the
-/// medium. `copy` ends when it is told that nobody goes on.
-pub(super) fn digested(
-    copy: impl FnOnce(&mut dyn FnMut(Copied) -> bool) -> Result<(), CheckpointError>,
+/// Runs `copy`, which passes on each range that it has copied, while worker threads hash and sync these
+/// ranges. The callback returns false when a worker has failed, and `copy` ends then.
+pub(super) fn run(
+    copy: impl FnOnce(&mut dyn FnMut(CopiedRange) -> bool) -> Result<(), CheckpointError>,
 ) -> Result<Vec<ImageDigest>, CheckpointError> {
     thread::scope(|scope| {
-        let ((wholes, to_whole), (parts, to_parts), (synced, to_sync)) =
-            (with_input(scope, wholes), with_input(scope, parts), with_input(scope, synced));
-        let workers = [to_whole, to_parts, to_sync];
+        let ((wholes, to_wholes), (parts, to_parts), (synced, to_sync)) =
+            (spawn(scope, hash_wholes), spawn(scope, hash_parts), spawn(scope, sync));
+        let workers = [to_wholes, to_parts, to_sync];
         let copied = copy(&mut |copied| workers.iter().all(|worker| worker.send(copied.clone()).is_ok()));
         drop(workers);
         let no_panic = "the thread does not panic";
@@ -60,17 +60,17 @@ pub(super) fn digested(
     })
 }
 
-type Worker<'scope, T> = (ScopedJoinHandle<'scope, T>, SyncSender<Copied>);
+type HashWorker<'scope, T> = (ScopedJoinHandle<'scope, T>, SyncSender<CopiedRange>);
 
-fn with_input<'scope, T: Send + 'scope>(
+fn spawn<'scope, T: Send + 'scope>(
     scope: &'scope Scope<'scope, '_>,
-    work: impl FnOnce(Receiver<Copied>) -> T + Send + 'scope,
-) -> Worker<'scope, T> {
+    work: impl FnOnce(Receiver<CopiedRange>) -> T + Send + 'scope,
+) -> HashWorker<'scope, T> {
     let (sender, receiver) = sync_channel(WAITING);
     (scope.spawn(move || work(receiver)), sender)
 }
 
-fn wholes(copied: Receiver<Copied>) -> Result<Vec<ImageDigest>, CheckpointError> {
+fn hash_wholes(copied: Receiver<CopiedRange>) -> Result<Vec<ImageDigest>, CheckpointError> {
     let (mut digests, mut digest) = (Vec::new(), Sha256::new());
     for copy in copied {
         digest::update(&mut digest, &copy.file, copy.bytes.clone()).map_err(copy.failed())?;
@@ -82,8 +82,8 @@ fn wholes(copied: Receiver<Copied>) -> Result<Vec<ImageDigest>, CheckpointError>
     Ok(digests)
 }
 
-/// Those of each image that has more than one.
-fn parts(copied: Receiver<Copied>) -> Result<Vec<Vec<String>>, CheckpointError> {
+/// The parts' digests of each image; none for an image of a single part.
+fn hash_parts(copied: Receiver<CopiedRange>) -> Result<Vec<Vec<String>>, CheckpointError> {
     let (mut all, mut parts) = (Vec::new(), Vec::new());
     for copy in copied {
         if copy.size > digest::PART {
@@ -96,9 +96,9 @@ fn parts(copied: Receiver<Copied>) -> Result<Vec<Vec<String>>, CheckpointError> 
     Ok(all)
 }
 
-fn synced(copied: Receiver<Copied>) -> Result<(), CheckpointError> {
+fn sync(copied: Receiver<CopiedRange>) -> Result<(), CheckpointError> {
     copied
         .into_iter()
-        .filter(Copied::is_last)
+        .filter(CopiedRange::is_last)
         .try_for_each(|copy| copy.file.sync_all().map_err(copy.failed()))
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use tokio::task::spawn_blocking;
 
-use super::rehearsal::rehearse;
+use super::warm_up::warm_up;
 use crate::{
     RUN_DIR,
     admission::{self, HostMemory},
@@ -14,18 +14,19 @@ use crate::{
     vm::{Vm, VmSpec},
 };
 
-/// A VM, and what it is a clone of.
+/// A VM that was made ahead of time, and the shape of its template.
 #[derive(Debug)]
-pub struct Ready {
+pub struct WarmVm {
     pub(crate) vm: Vm,
     pub(crate) shape: Shape,
 }
 
-impl Ready {
-    /// Clones a VM like `spec` into `dir`, owned by this process. None: there is no template of it.
+impl WarmVm {
+    /// Clones a VM like `spec` in the directory `dir`; this process owns it. Returns None if there is no
+    /// template.
     ///
     /// # Errors
-    /// The host has no memory for one more, or QEMU does not take the template's state. Nothing is left then.
+    /// The host has no memory for one more VM, or QEMU refuses the template's state. Nothing is left then.
     pub(super) async fn clone_vm(
         mut spec: VmSpec,
         config: &Config,
@@ -52,11 +53,12 @@ impl Ready {
         Ok(Some(Self { vm, shape }))
     }
 
-    /// Waits for the agent and has it create a container once. After an error, or if it is given up, the VM must be killed.
+    /// Waits for the agent and lets it create a container once. If this fails or is cancelled, the caller
+    /// must kill the VM.
     ///
     /// # Errors
     /// The clone does not work.
     pub(super) async fn warm_up(&self, config: &Config) -> Result<(), PodError> {
-        rehearse(&self.vm, config).await
+        warm_up(&self.vm, config).await
     }
 }

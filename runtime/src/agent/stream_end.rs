@@ -1,27 +1,31 @@
-//! Whether the control stream has ended, which ttrpc's errors do not always tell.
+//! Detects the end of the control stream, which ttrpc's errors do not always report.
 
-use std::io;
-use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll};
+use std::{
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll},
+};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::vm::BoxedStream;
 
 #[derive(Debug, Clone, Default)]
-pub(super) struct Ended(Arc<AtomicBool>);
+pub(super) struct StreamEnd(Arc<AtomicBool>);
 
-/// The stream, watched.
-pub(super) struct Watched {
+/// A stream whose end is recorded.
+pub(super) struct ObservedStream {
     stream: BoxedStream,
-    ended: Ended,
+    ended: StreamEnd,
 }
 
-impl Ended {
-    pub(super) fn watch(&self, stream: BoxedStream) -> Watched {
-        Watched { stream, ended: self.clone() }
+impl StreamEnd {
+    pub(super) fn watch(&self, stream: BoxedStream) -> ObservedStream {
+        ObservedStream { stream, ended: self.clone() }
     }
 
     pub(super) fn is_set(&self) -> bool {
@@ -40,13 +44,13 @@ impl Ended {
     }
 }
 
-impl Drop for Watched {
+impl Drop for ObservedStream {
     fn drop(&mut self) {
         self.ended.set();
     }
 }
 
-impl AsyncRead for Watched {
+impl AsyncRead for ObservedStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let (before, room) = (buf.filled().len(), buf.remaining());
@@ -58,7 +62,7 @@ impl AsyncRead for Watched {
     }
 }
 
-impl AsyncWrite for Watched {
+impl AsyncWrite for ObservedStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let result = Pin::new(&mut this.stream).poll_write(cx, bytes);

@@ -1,4 +1,4 @@
-//! The calls that concern the cgroup of a running container.
+//! The calls for the cgroup of a running container.
 
 use std::time::Duration;
 
@@ -8,30 +8,30 @@ use machinen_protocol::api::{
 
 use super::{AgentError, Client, QUICK, container_request, finish, nothing};
 
-/// The agent's own deadline for freezing, and some.
+/// A little longer than the agent's own deadline for freezing.
 const FREEZE: Duration = Duration::from_secs(30);
-/// For what callers ask again and again, and would rather miss than wait for.
+/// For calls that are repeated regularly, so that a missing answer is better than a late one.
 const SOON: Duration = Duration::from_secs(10);
 
 impl Client {
-    /// Freezes a container: no process of it runs when this returns.
+    /// Freezes a container: none of its processes runs when this returns.
     ///
     /// # Errors
-    /// It has ended, or a process cannot be frozen; all of them run on then.
+    /// The container has ended, or a process cannot be frozen; all of them continue to run then.
     pub async fn pause_container(&self, container: &str) -> Result<(), AgentError> {
         call!(self.pause_container(container_request(container)), Some(FREEZE)).map(nothing)
     }
 
     /// # Errors
-    /// It has ended.
+    /// The container has ended.
     pub async fn resume_container(&self, container: &str) -> Result<(), AgentError> {
         call!(self.resume_container(container_request(container)), Some(QUICK)).map(nothing)
     }
 
-    /// The content of those of the cgroup's files that exist.
+    /// Returns the content of those files of the cgroup that exist.
     ///
     /// # Errors
-    /// No such container.
+    /// The container does not exist.
     pub async fn read_cgroup(&self, container: &str, names: &[&str]) -> Result<Vec<CgroupFile>, AgentError> {
         let request = ReadCgroupRequest {
             container_id: container.to_owned(),
@@ -41,20 +41,21 @@ impl Client {
         call!(self.read_cgroup(request), Some(SOON)).map(|answer| answer.files)
     }
 
-    /// Writes files of the cgroup in the order given, all or none.
+    /// Writes files of the cgroup in the given order, all or none of them.
     ///
     /// # Errors
-    /// The guest's kernel does not take a value, or has no such file.
+    /// The guest's kernel refuses a value, or has no such file.
     pub async fn write_cgroup(&self, container: &str, files: Vec<CgroupFile>) -> Result<(), AgentError> {
         let request =
             WriteCgroupRequest { container_id: container.to_owned(), files, ..WriteCgroupRequest::default() };
         call!(self.write_cgroup(request), Some(QUICK)).map(nothing)
     }
 
-    /// Resolves when more than `seen` processes were killed for want of memory, or the init has ended: no deadline.
+    /// Resolves when more than `seen` processes were killed because the container was out of memory, or the
+    /// init has ended. There is no deadline.
     ///
     /// # Errors
-    /// No such container.
+    /// The container does not exist.
     pub async fn wait_out_of_memory(
         &self,
         container: &str,

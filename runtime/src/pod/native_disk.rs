@@ -1,12 +1,14 @@
-//! Where the writable disk of a whole root file system lives, as the native snapshotter has them: there is nothing beside
-//! such a snapshot that goes with it, and what is in it is the container's.
+//! The writable disks of containers on a whole root file system, as the native snapshotter provides it.
+//! Everything in such a snapshot belongs to the container and nothing outside of it is removed with it, so
+//! the disk is kept in a directory of machinen's.
 //!
 //! ```text
-//!   <rootdisk.dir>/layers/<digest of the path>.ext4     attribute user.machinen.layer: identity, base key, path
+//!   <rootdisk.dir>/layers/<digest of the path>.ext4   attribute user.machinen.layer: identity, base key, path
 //! ```
-//! A disk there is one that was not exported. It belongs to the directory of that path only as long as that has the same
-//! identity: another one of the same name is another container's. Whoever makes a disk removes those that belong to nothing
-//! any more. All of this happens under a lock on the directory.
+//! A disk exists there as long as its changes have not been exported. It belongs to the directory at that
+//! path only while the directory has the recorded identity: a later directory of the same name belongs to
+//! another container. A process that creates a disk first removes the disks whose directory is gone. All of
+//! this happens under a lock on the directory of disks.
 
 use std::{
     fs::{self, File},
@@ -27,24 +29,24 @@ const ATTRIBUTE: &str = "user.machinen.layer";
 /// Longest value, bytes: a path and some numbers.
 const ATTRIBUTE_MAX: usize = 8 << 10;
 
-/// What is known of a disk.
+/// The attribute of a disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Label {
-    /// Device, inode and time of birth of the directory that the disk's writes are for.
+    /// Device, inode and birth time of the directory that the disk's changes are for.
     identity: String,
-    /// The base disk that the writes are over; not known until it was found or built.
+    /// The base disk below the changes; None until it was found or built.
     base: Option<Key>,
     path: PathBuf,
 }
 
-/// The directory of such disks, locked.
+/// The locked directory of these disks.
 #[derive(Debug)]
-pub(super) struct Disks {
+pub(super) struct NativeDisks {
     dir: PathBuf,
     _lock: File,
 }
 
-/// Where the disk for `root` is, whether it exists or not.
+/// The path of the disk for `root`, whether the disk exists or not.
 pub(super) fn path(cache: &Path, root: &Path) -> PathBuf {
     let digest = Key::new(Sha256::digest(root.as_os_str().as_bytes()).into());
     dir(cache).join(format!("{digest}.ext4"))
@@ -54,8 +56,9 @@ fn dir(cache: &Path) -> PathBuf {
     cache.join("layers")
 }
 
-impl Disks {
-    /// Makes the directory if there is none, waits for the lock, and removes the disks that belong to nothing.
+impl NativeDisks {
+    /// Creates the directory if it is missing, waits for the lock, and removes the disks that belong to no
+    /// directory.
     pub(super) fn lock(cache: &Path) -> io::Result<Self> {
         let dir = dir(cache);
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
@@ -75,7 +78,7 @@ impl Disks {
             let path = entry?.path();
             let disk = File::open(&path)?;
             let belongs = Label::of(&disk)?.is_some_and(|label| label.is_of(&label.path));
-            // One that is in use may be without its label for a moment, when its directory is exchanged.
+            // A disk in use may lack a valid label for a moment, while its directory is being exchanged.
             if !belongs && flock(&disk, FlockOperation::NonBlockingLockExclusive).is_ok() {
                 tracing::info!(path = %path.display(), "removed a disk whose snapshot is gone");
                 fs::remove_file(path)?;
@@ -85,25 +88,26 @@ impl Disks {
     }
 }
 
-/// Notes that the disk's writes are for `root` as it is now, over the base disk of that key.
+/// Records that the disk's changes are for the present directory `root`, on top of the base disk with that
+/// key.
 pub(super) fn label(disk: &File, root: &Path, base: Option<Key>) -> io::Result<()> {
     let label = Label { identity: identity(root)?, base, path: root.to_owned() };
     Ok(fsetxattr(disk, ATTRIBUTE, &label.encode(), XattrFlags::empty())?)
 }
 
-/// Says that the disk is in use as long as this description of it is open anywhere, in a VM too.
-pub(super) fn mark_used(disk: &File) -> io::Result<()> {
+/// Marks the disk as in use, for as long as this open file description exists in any process, including a VM.
+pub(super) fn mark_in_use(disk: &File) -> io::Result<()> {
     Ok(flock(disk, FlockOperation::LockShared)?)
 }
 
-/// [`label`] for a disk by its path; keeps the base that was noted before.
+/// Like [`label`], for a disk at a path; keeps the recorded base disk.
 pub(super) fn relabel(disk: &Path, root: &Path) -> io::Result<()> {
     let disk = File::open(disk)?;
     let base = Label::of(&disk)?.and_then(|label| label.base);
     label(&disk, root, base)
 }
 
-/// The base disk under the writes of a disk that an earlier container on `root` left.
+/// The base disk below a disk that an earlier container on `root` has left.
 pub(super) fn base_of(disk: &Path, root: &Path) -> io::Result<Option<Key>> {
     match File::open(disk) {
         Ok(disk) => Ok(Label::of(&disk)?.filter(|label| label.is_of(root)).and_then(|label| label.base)),
@@ -158,41 +162,41 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_disk_goes_with_its_directory() {
-        // Not a tmpfs, which may know no such attributes.
+    fn a_disk_is_removed_with_its_directory() {
+        // A tmpfs may not support user attributes.
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         let (cache, root) = (dir.path().join("cache"), dir.path().join("root"));
         fs::create_dir(&root).unwrap();
         let disk = path(&cache, &root);
         let key = Key::new([7; 32]);
         {
-            let _disks = Disks::lock(&cache).unwrap();
+            let _disks = NativeDisks::lock(&cache).unwrap();
             let file = File::create(&disk).unwrap();
             label(&file, &root, None).unwrap();
             label(&file, &root, Some(key)).unwrap();
         }
-        drop(Disks::lock(&cache).unwrap());
+        drop(NativeDisks::lock(&cache).unwrap());
         assert_eq!(base_of(&disk, &root).unwrap(), Some(key));
-        // Exchanged, as by a pause.
+        // The directory is exchanged, as by a pause.
         fs::rename(&root, dir.path().join("old")).unwrap();
         fs::create_dir(&root).unwrap();
         relabel(&disk, &root).unwrap();
-        drop(Disks::lock(&cache).unwrap());
+        drop(NativeDisks::lock(&cache).unwrap());
         assert_eq!(base_of(&disk, &root).unwrap(), Some(key));
-        // Another directory of the same name is another container's.
+        // Another directory of the same name belongs to another container.
         fs::rename(&root, dir.path().join("older")).unwrap();
         fs::create_dir(&root).unwrap();
-        drop(Disks::lock(&cache).unwrap());
+        drop(NativeDisks::lock(&cache).unwrap());
         assert!(!disk.exists());
         assert_eq!(base_of(&disk, &root).unwrap(), None);
-        // One that is in use stays.
+        // A disk in use stays.
         let used = File::create(&disk).unwrap();
-        mark_used(&used).unwrap();
-        drop(Disks::lock(&cache).unwrap());
+        mark_in_use(&used).unwrap();
+        drop(NativeDisks::lock(&cache).unwrap());
         assert!(disk.exists());
         drop(used);
-        // One whose maker was killed before it said what it is for.
-        drop(Disks::lock(&cache).unwrap());
+        // A disk whose creator was killed before it was labelled.
+        drop(NativeDisks::lock(&cache).unwrap());
         assert!(!disk.exists());
     }
 
