@@ -90,7 +90,7 @@ pub enum CliError {
 ///
 /// # Errors
 /// As the functions of [`RootdiskCache`] do, or a key that does not name one disk.
-pub fn run(args: RootdiskArgs, config: &config::Rootdisk) -> Result<Output, CliError> {
+pub fn run(args: RootdiskArgs, config: &config::RootdiskConfig) -> Result<Output, CliError> {
     let cache = RootdiskCache::open(args.dir.as_deref().unwrap_or(&config.dir))?;
     match args.command {
         Command::Ls => {
@@ -263,7 +263,7 @@ mod tests {
     fn command(dir: &std::path::Path, line: &str) -> Result<bool, CliError> {
         let words = ["rootdisk", "--dir", dir.to_str().unwrap()].into_iter().chain(line.split(' '));
         let args = <Line as clap::Parser>::try_parse_from(words).unwrap().args;
-        run(args, &config::Rootdisk::default()).map(|output| output.ok)
+        run(args, &config::RootdiskConfig::default()).map(|output| output.ok)
     }
 
     #[test]

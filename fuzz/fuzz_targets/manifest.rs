@@ -5,7 +5,7 @@ use std::path::Path;
 
 use libfuzzer_sys::fuzz_target;
 use machinen::{
-    checkpoint::{MANIFEST, CheckpointManifest},
+    checkpoint::{CheckpointManifest, MANIFEST},
     error::chain,
 };
 

@@ -14,7 +14,7 @@ use std::{
 
 use rustix::fs::{FlockOperation, flock};
 
-use crate::error::{ErrorKind, Kind};
+use crate::error::{ErrorKind, HasKind};
 
 const MEMINFO: &str = "/proc/meminfo";
 
@@ -22,7 +22,7 @@ const MEMINFO: &str = "/proc/meminfo";
 #[derive(Debug, thiserror::Error)]
 pub enum AdmissionError {
     #[error(
-        "not enough memory on this host for one more VM: it takes some {needed} MiB, and {available} MiB are available of \
+        "not enough memory on this host for one more VM: it needs about {needed} MiB, and {available} MiB are available of \
          which {reserve} MiB are kept free (vm.memory_reserve_percent) and {reserved} MiB are for VMs that are starting; end \
          a container or add memory"
     )]
@@ -31,7 +31,7 @@ pub enum AdmissionError {
     File { action: &'static str, path: PathBuf, source: io::Error },
 }
 
-impl Kind for AdmissionError {
+impl HasKind for AdmissionError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Memory { .. } => ErrorKind::ResourceExhausted,
@@ -140,7 +140,7 @@ mod tests {
         let error = admit(&dir, 300, 1, HOST).unwrap_err();
         let text = error.to_string();
         assert!(
-            text.contains("takes some 300 MiB, and 1000 MiB") && text.contains("100 MiB are kept"),
+            text.contains("needs about 300 MiB, and 1000 MiB") && text.contains("100 MiB are kept"),
             "{text}"
         );
         assert_eq!(error.kind(), ErrorKind::ResourceExhausted);

@@ -16,7 +16,7 @@ use ttrpc::Code;
 use stream_end::StreamEnd;
 
 use crate::{
-    error::{ErrorKind, Kind},
+    error::{ErrorKind, HasKind},
     vm::BoxedStream,
 };
 
@@ -42,7 +42,7 @@ pub enum AgentError {
     Protocol { call: &'static str, source: ttrpc::Error },
 }
 
-impl Kind for AgentError {
+impl HasKind for AgentError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Refused { code, .. } => match code {

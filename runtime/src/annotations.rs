@@ -7,8 +7,8 @@
 use std::collections::HashMap;
 
 use crate::{
-    config::{Channel, Config, Tcp, Verify},
-    error::{ErrorKind, Kind},
+    config::{ChannelMode, Config, TcpMode, VerifyMode},
+    error::{ErrorKind, HasKind},
 };
 
 /// The prefix of machinen's annotations.
@@ -49,8 +49,8 @@ pub const KEYS: &[(&str, Apply)] = &[
     }),
     ("verify", |config, value| {
         config.checkpoint.verify = match value {
-            "off" => Verify::Off,
-            "restore" => Verify::Restore,
+            "off" => VerifyMode::Off,
+            "restore" => VerifyMode::Restore,
             _ => return Err("off or restore"),
         };
         Ok(())
@@ -61,17 +61,17 @@ pub const KEYS: &[(&str, Apply)] = &[
     }),
     ("tcp", |config, value| {
         config.restore.tcp = match value {
-            "keep" => Tcp::Keep,
-            "close" => Tcp::Close,
+            "keep" => TcpMode::Keep,
+            "close" => TcpMode::Close,
             _ => return Err("keep or close"),
         };
         Ok(())
     }),
     ("channel", |config, value| {
         config.vm.channel = match value {
-            "auto" => Channel::Auto,
-            "vsock" => Channel::Vsock,
-            "serial" => Channel::Serial,
+            "auto" => ChannelMode::Auto,
+            "vsock" => ChannelMode::Vsock,
+            "serial" => ChannelMode::Serial,
             _ => return Err("auto, vsock or serial"),
         };
         Ok(())
@@ -89,7 +89,7 @@ pub enum AnnotationError {
     NotAllowed { name: &'static str },
 }
 
-impl Kind for AnnotationError {
+impl HasKind for AnnotationError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::NotAllowed { .. } => ErrorKind::PermissionDenied,
@@ -148,9 +148,9 @@ mod tests {
         assert_eq!(with("io.machinen.vcpus", "3").unwrap().vm.vcpus, 3);
         assert_eq!(with("io.machinen.rootdisk-size", "4096").unwrap().rootdisk.writable_size_mib, 4096);
         assert_eq!(with("io.machinen.kernel-args", "a=b").unwrap().vm.kernel_args, "a=b");
-        assert_eq!(with("io.machinen.channel", "serial").unwrap().vm.channel, Channel::Serial);
+        assert_eq!(with("io.machinen.channel", "serial").unwrap().vm.channel, ChannelMode::Serial);
         assert!(with("io.machinen.lazy", "true").unwrap().restore.lazy);
-        assert_eq!(with("io.machinen.tcp", "close").unwrap().restore.tcp, Tcp::Close);
+        assert_eq!(with("io.machinen.tcp", "close").unwrap().restore.tcp, TcpMode::Close);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::{
 
 use crate::{
     config::Config,
-    error::{ErrorKind, Kind},
+    error::{ErrorKind, HasKind},
 };
 
 /// Takes precedence over every other directory.
@@ -36,7 +36,7 @@ pub struct MissingAsset {
     searched: String,
 }
 
-impl Kind for MissingAsset {
+impl HasKind for MissingAsset {
     fn kind(&self) -> ErrorKind {
         ErrorKind::NotFound
     }

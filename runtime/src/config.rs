@@ -7,7 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{ErrorKind, Kind};
+use crate::error::{ErrorKind, HasKind};
 
 /// Read when `MACHINEN_CONFIG` is not set; the file may be missing.
 pub const DEFAULT_PATH: &str = "/etc/machinen/machinen.toml";
@@ -16,33 +16,33 @@ pub const DEFAULT_PATH: &str = "/etc/machinen/machinen.toml";
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    pub assets: Assets,
-    pub vm: Vm,
-    pub template: Template,
-    pub pool: Pool,
-    pub checkpoint: Checkpoint,
-    pub restore: Restore,
-    pub rootdisk: Rootdisk,
-    pub annotations: Annotations,
-    pub task: Task,
-    pub log: Log,
+    pub assets: AssetsConfig,
+    pub vm: VmConfig,
+    pub template: TemplateConfig,
+    pub pool: PoolConfig,
+    pub checkpoint: CheckpointConfig,
+    pub restore: RestoreConfig,
+    pub rootdisk: RootdiskConfig,
+    pub annotations: AnnotationsConfig,
+    pub task: TaskConfig,
+    pub log: LogConfig,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Assets {
+pub struct AssetsConfig {
     pub dir: PathBuf,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Vm {
+pub struct VmConfig {
     pub qemu: PathBuf,
     pub vhost_device_vsock: PathBuf,
-    pub accel: Accel,
+    pub accel: AccelMode,
     pub memory_mib: u32,
     pub vcpus: u32,
-    pub channel: Channel,
+    pub channel: ChannelMode,
     pub kernel_args: String,
     pub io_uring: bool,
     pub boot_timeout_s: u64,
@@ -51,7 +51,7 @@ pub struct Vm {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Template {
+pub struct TemplateConfig {
     pub mode: TemplateMode,
     pub dir: PathBuf,
     pub budget_mib: u64,
@@ -71,7 +71,7 @@ pub enum TemplateMode {
 /// How the guest's instructions are executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Accel {
+pub enum AccelMode {
     Auto,
     Kvm,
     Tcg,
@@ -80,7 +80,7 @@ pub enum Accel {
 /// How host and guest communicate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Channel {
+pub enum ChannelMode {
     Auto,
     Vsock,
     Serial,
@@ -89,7 +89,7 @@ pub enum Channel {
 /// The warm pool: clones that wait for the next starts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Pool {
+pub struct PoolConfig {
     pub size: u32,
     pub dir: PathBuf,
     pub containerd_timeout_s: u64,
@@ -98,15 +98,15 @@ pub struct Pool {
 /// How checkpoints are taken.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Checkpoint {
+pub struct CheckpointConfig {
     pub pre_dump: bool,
-    pub verify: Verify,
+    pub verify: VerifyMode,
 }
 
 /// Whether a checkpoint is verified before its request succeeds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Verify {
+pub enum VerifyMode {
     #[default]
     Off,
     /// The checkpoint is restored in a VM of its own.
@@ -116,15 +116,15 @@ pub enum Verify {
 /// How containers are restored from checkpoints.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Restore {
+pub struct RestoreConfig {
     pub lazy: bool,
-    pub tcp: Tcp,
+    pub tcp: TcpMode,
 }
 
 /// What happens to established TCP connections.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Tcp {
+pub enum TcpMode {
     /// They are restored.
     #[default]
     Keep,
@@ -134,7 +134,7 @@ pub enum Tcp {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Rootdisk {
+pub struct RootdiskConfig {
     pub dir: PathBuf,
     pub min_size_mib: u64,
     pub writable_size_mib: u64,
@@ -144,20 +144,20 @@ pub struct Rootdisk {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Annotations {
+pub struct AnnotationsConfig {
     pub allow: Vec<String>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Task {
-    pub metrics: Metrics,
+pub struct TaskConfig {
+    pub metrics: MetricsFormat,
 }
 
 /// The message that carries a container's metrics to containerd.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Metrics {
+pub enum MetricsFormat {
     /// The one that matches the host's cgroups.
     #[default]
     Auto,
@@ -167,19 +167,19 @@ pub enum Metrics {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Log {
+pub struct LogConfig {
     pub level: String,
 }
 
-impl Default for Vm {
+impl Default for VmConfig {
     fn default() -> Self {
         Self {
             qemu: "qemu-system-x86_64".into(),
             vhost_device_vsock: "vhost-device-vsock".into(),
-            accel: Accel::Auto,
+            accel: AccelMode::Auto,
             memory_mib: 0,
             vcpus: 0,
-            channel: Channel::Auto,
+            channel: ChannelMode::Auto,
             kernel_args: String::new(),
             io_uring: true,
             boot_timeout_s: 60,
@@ -188,19 +188,19 @@ impl Default for Vm {
     }
 }
 
-impl Default for Template {
+impl Default for TemplateConfig {
     fn default() -> Self {
         Self { mode: TemplateMode::Auto, dir: "/run/machinen/template".into(), budget_mib: 1024 }
     }
 }
 
-impl Default for Pool {
+impl Default for PoolConfig {
     fn default() -> Self {
         Self { size: 0, dir: "/run/machinen/pool".into(), containerd_timeout_s: 600 }
     }
 }
 
-impl Default for Rootdisk {
+impl Default for RootdiskConfig {
     fn default() -> Self {
         Self {
             dir: "/var/lib/machinen/rootdisk".into(),
@@ -212,13 +212,13 @@ impl Default for Rootdisk {
     }
 }
 
-impl Default for Annotations {
+impl Default for AnnotationsConfig {
     fn default() -> Self {
         Self { allow: crate::annotations::KEYS.iter().map(|&(name, _)| name.to_owned()).collect() }
     }
 }
 
-impl Default for Log {
+impl Default for LogConfig {
     fn default() -> Self {
         Self { level: "info".to_owned() }
     }
@@ -235,7 +235,7 @@ pub enum ConfigError {
     UnknownAnnotation { path: PathBuf, name: String, known: String },
 }
 
-impl Kind for ConfigError {
+impl HasKind for ConfigError {
     fn kind(&self) -> ErrorKind {
         ErrorKind::InvalidArgument
     }

@@ -27,7 +27,7 @@ pub enum ErrorKind {
 }
 
 /// An error that has an [`ErrorKind`].
-pub trait Kind: Error {
+pub trait HasKind: Error {
     fn kind(&self) -> ErrorKind;
 }
 

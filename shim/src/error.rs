@@ -5,7 +5,7 @@ use std::{io, path::PathBuf};
 use containerd_shim_protos::ttrpc::{self, Code, get_status};
 use machinen::{
     config::ConfigError,
-    error::{ErrorKind, Kind, chain},
+    error::{ErrorKind, HasKind, chain},
     pool::MemberError,
 };
 
@@ -21,7 +21,7 @@ pub enum ShimError {
         "log.level {level:?} of the configuration is unknown; it takes error, warn, info, debug or trace"
     )]
     LogLevel { level: String },
-    #[error("the listener was not passed on; containerd starts this binary with the action `start`")]
+    #[error("the listener was not passed; containerd starts this binary with the action `start`")]
     NoListener,
     #[error(
         "the slot of the warm pool or its number was not passed; members of the pool are started by servers"
@@ -45,7 +45,7 @@ impl ShimError {
 }
 
 /// The error that containerd receives: the code of its kind, and the text with all causes.
-pub fn to_ttrpc(error: &(impl Kind + 'static)) -> ttrpc::Error {
+pub fn to_ttrpc(error: &(impl HasKind + 'static)) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(code(error.kind()), chain(error)))
 }
 

@@ -6,7 +6,7 @@
 
 use containerd_shim_protos::{cgroups::metrics as v1, cgroups_v2::metrics as v2};
 use machinen::{
-    config::Metrics,
+    config::MetricsFormat,
     pod::stats::{IoStats, Pressure, Stall, Stats},
 };
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
@@ -21,13 +21,13 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 ///
 /// # Errors
 /// The message cannot be encoded.
-pub fn encode(stats: &Stats, format: Metrics) -> protobuf::Result<Any> {
+pub fn encode(stats: &Stats, format: MetricsFormat) -> protobuf::Result<Any> {
     let unified = || statfs(CGROUPS).is_ok_and(|fs| fs.filesystem_type() == CGROUP2_SUPER_MAGIC);
     match format {
-        Metrics::Cgroup2 => any(&cgroup2(stats)),
-        Metrics::Cgroup1 => any(&cgroup1(stats)),
-        Metrics::Auto if unified() => any(&cgroup2(stats)),
-        Metrics::Auto => any(&cgroup1(stats)),
+        MetricsFormat::Cgroup2 => any(&cgroup2(stats)),
+        MetricsFormat::Cgroup1 => any(&cgroup1(stats)),
+        MetricsFormat::Auto if unified() => any(&cgroup2(stats)),
+        MetricsFormat::Auto => any(&cgroup1(stats)),
     }
 }
 
@@ -257,13 +257,13 @@ mod tests {
 
     #[test]
     fn both_messages_have_the_fields_that_clients_dereference() {
-        let any = encode(&stats(), Metrics::Cgroup2).unwrap();
+        let any = encode(&stats(), MetricsFormat::Cgroup2).unwrap();
         assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
         let metrics = v2::Metrics::parse_from_bytes(&any.value).unwrap();
         assert_eq!((metrics.memory.usage, metrics.cpu.usage_usec, metrics.pids.current), (4096, 5, 2));
         assert_eq!((metrics.memory.usage_limit, metrics.io.usage[0].rbytes), (u64::MAX, 512));
 
-        let any = encode(&stats(), Metrics::Cgroup1).unwrap();
+        let any = encode(&stats(), MetricsFormat::Cgroup1).unwrap();
         assert_eq!(any.type_url, "io.containerd.cgroups.v1.Metrics");
         let metrics = v1::Metrics::parse_from_bytes(&any.value).unwrap();
         assert_eq!((metrics.memory.usage.usage, metrics.cpu.usage.total), (4096, 5000));

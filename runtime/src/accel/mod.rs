@@ -17,7 +17,7 @@ use cache::Tried;
 use serde::{Deserialize, Serialize};
 
 use crate::config;
-use crate::error::{ErrorKind, Kind};
+use crate::error::{ErrorKind, HasKind};
 
 const DEVICE: &str = "/dev/kvm";
 
@@ -66,7 +66,7 @@ pub enum AccelError {
     Clock(#[source] io::Error),
 }
 
-impl Kind for AccelError {
+impl HasKind for AccelError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::NoKvm(_) => ErrorKind::FailedPrecondition,
@@ -115,13 +115,13 @@ impl Verdict {
     ///
     /// # Errors
     /// KVM is asked for and does not work.
-    pub fn choose(&self, wanted: config::Accel) -> Result<Accel, AccelError> {
+    pub fn choose(&self, wanted: config::AccelMode) -> Result<Accel, AccelError> {
         let tcg = Accel::Tcg { tsc_khz: self.tsc_khz };
         match (wanted, &self.kvm) {
-            (config::Accel::Tcg, _) => Ok(tcg),
-            (config::Accel::Auto | config::Accel::Kvm, Kvm::Works) => Ok(Accel::Kvm),
-            (config::Accel::Auto, _) => Ok(tcg),
-            (config::Accel::Kvm, _) => Err(AccelError::NoKvm(self.clone())),
+            (config::AccelMode::Tcg, _) => Ok(tcg),
+            (config::AccelMode::Auto | config::AccelMode::Kvm, Kvm::Works) => Ok(Accel::Kvm),
+            (config::AccelMode::Auto, _) => Ok(tcg),
+            (config::AccelMode::Kvm, _) => Err(AccelError::NoKvm(self.clone())),
         }
     }
 }
@@ -189,10 +189,10 @@ mod tests {
     #[test]
     fn the_configuration_and_the_host_decide_together() {
         let (works, absent) = (verdict_of(Kvm::Works), verdict_of(Kvm::Absent));
-        assert_eq!(works.choose(config::Accel::Auto).unwrap(), Accel::Kvm);
-        assert_eq!(works.choose(config::Accel::Tcg).unwrap(), Accel::Tcg { tsc_khz: 7 });
-        assert_eq!(absent.choose(config::Accel::Auto).unwrap(), Accel::Tcg { tsc_khz: 7 });
-        let error = absent.choose(config::Accel::Kvm).unwrap_err().to_string();
+        assert_eq!(works.choose(config::AccelMode::Auto).unwrap(), Accel::Kvm);
+        assert_eq!(works.choose(config::AccelMode::Tcg).unwrap(), Accel::Tcg { tsc_khz: 7 });
+        assert_eq!(absent.choose(config::AccelMode::Auto).unwrap(), Accel::Tcg { tsc_khz: 7 });
+        let error = absent.choose(config::AccelMode::Kvm).unwrap_err().to_string();
         assert!(error.starts_with("vm.accel is kvm, but there is no /dev/kvm"), "{error}");
     }
 

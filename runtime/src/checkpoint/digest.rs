@@ -35,7 +35,7 @@ pub(super) fn of_file(file: &File, size: u64) -> io::Result<String> {
 /// Adds a range of a file to a digest. The range starts at the start of a part. Blocks.
 ///
 /// # Errors
-/// As for [`of_file`].
+/// The same as for [`of_file`].
 pub(super) fn update(digest: &mut Sha256, file: &File, bytes: Range<u64>) -> io::Result<()> {
     let mut buffer = Vec::new();
     parts(bytes.clone()).try_for_each(|number| {
@@ -51,7 +51,7 @@ pub(super) fn hexadecimal(digest: Sha256) -> String {
 /// The digests of the parts in a range of a file, which starts and ends at the boundary of a part. Blocks.
 ///
 /// # Errors
-/// As for [`of_file`].
+/// The same as for [`of_file`].
 pub(super) fn of_parts(file: &File, bytes: Range<u64>) -> io::Result<Vec<String>> {
     let mut buffer = Vec::new();
     let digest = |number| Ok(of_part(read_part(file, bytes.end, number, &mut buffer)?));
@@ -65,7 +65,7 @@ fn parts(bytes: Range<u64>) -> Range<u64> {
 /// Whether each part has the digest in `digests`. Uses all processors. Blocks.
 ///
 /// # Errors
-/// As for [`of_file`].
+/// The same as for [`of_file`].
 pub(super) fn parts_are(file: &File, size: u64, digests: &[String]) -> io::Result<bool> {
     let next = AtomicU64::new(0);
     let some = || {

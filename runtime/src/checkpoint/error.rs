@@ -3,7 +3,7 @@
 use std::{io, path::PathBuf};
 
 use crate::{
-    error::{ErrorKind, Kind},
+    error::{ErrorKind, HasKind},
     rootdisk::Key,
 };
 
@@ -51,7 +51,7 @@ impl CheckpointError {
     }
 }
 
-impl Kind for CheckpointError {
+impl HasKind for CheckpointError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::File { .. } | Self::Guest { .. } => ErrorKind::Internal,

@@ -48,7 +48,7 @@ pub fn clear(dir: &Path) -> Result<(), CheckpointError> {
 /// Removes a checkpoint: its files, and the directory if it is empty then. Blocks.
 ///
 /// # Errors
-/// As for [`clear`].
+/// The same as for [`clear`].
 pub fn remove(dir: &Path) -> Result<(), CheckpointError> {
     clear(dir)?;
     match fs::remove_dir(dir) {

@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use crate::{
     agent::AgentError,
-    error::{ErrorKind, Kind},
+    error::{ErrorKind, HasKind},
     process::ProcessError,
     vm::VmError,
 };
@@ -50,7 +50,7 @@ pub enum LayerError {
     Worker(#[source] tokio::task::JoinError),
 }
 
-impl Kind for LayerError {
+impl HasKind for LayerError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Archive { .. } | Self::Read(_) | Self::Entry { .. } | Self::TooMuch { .. } => {

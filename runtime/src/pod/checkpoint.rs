@@ -291,13 +291,13 @@ impl RestorePlan {
     pub(super) fn request(
         &self,
         disk: Option<DiskAddress>,
-        config: config::Restore,
+        config: config::RestoreConfig,
         spec: &Spec,
         cpus: u32,
     ) -> RestoreFrom {
         let options = CriuOptions {
             lazy_pages: config.lazy,
-            tcp_close: config.tcp == config::Tcp::Close,
+            tcp_close: config.tcp == config::TcpMode::Close,
             ..self.manifest.options.criu()
         };
         let mut facts = self.manifest.facts();

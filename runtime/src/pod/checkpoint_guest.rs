@@ -238,7 +238,7 @@ impl<'a> Dump<'a> {
         let memory = u64::from(self.pod.vm_memory_mib()) << 20;
         let before = if self.container.checkpoint_config.pre_dump { memory } else { 0 };
         let size = memory * 5 / 4 + before + OTHER_IMAGES;
-        let config::Rootdisk { dir, mke2fs, .. } = self.pod.shared.config.rootdisk.clone();
+        let config::RootdiskConfig { dir, mke2fs, .. } = self.pod.shared.config.rootdisk.clone();
         let make = move || RootdiskCache::open(&dir)?.unnamed_writable(size, &mke2fs);
         let file = spawn_blocking(make).await.map_err(PodError::Worker)??;
         Ok((file, size))

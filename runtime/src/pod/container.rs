@@ -41,7 +41,7 @@ pub struct Container {
     /// The disk of the checkpoint that the container is restored from, until the container has been started.
     pub(super) checkpoint: Mutex<Option<checkpoint::RestoreDisk>>,
     /// How checkpoints of this container are taken.
-    pub(super) checkpoint_config: config::Checkpoint,
+    pub(super) checkpoint_config: config::CheckpointConfig,
     /// The mounts of the root file system that the caller asked for.
     pub(super) rootfs: Vec<RootfsMount>,
 }
@@ -52,7 +52,7 @@ pub(super) struct ContainerStorage {
     pub(super) layer: WritableLayer,
     pub(super) base: Option<Key>,
     pub(super) checkpoint: Option<checkpoint::RestoreDisk>,
-    pub(super) checkpoint_config: config::Checkpoint,
+    pub(super) checkpoint_config: config::CheckpointConfig,
     pub(super) rootfs: Vec<RootfsMount>,
 }
 

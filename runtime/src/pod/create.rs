@@ -23,7 +23,7 @@ use super::{
     container::ContainerStorage,
     layer::{self, WritableLayer},
     phases::PhaseTimes,
-    provision::Origin,
+    provision::VmOrigin,
     rootfs::{self, RootfsMount},
     stdio::{HostStdio, StdioNames},
     streams::{self, Outputs, ProcessStreams},
@@ -119,7 +119,7 @@ impl Pod {
         &self,
         create: CreateRequest,
         phases: &PhaseTimes,
-    ) -> Result<(Arc<Container>, ContainerWatch, Origin), PodError> {
+    ) -> Result<(Arc<Container>, ContainerWatch, VmOrigin), PodError> {
         let plan = self.plan(&create)?;
         let mut host_stdio = HostStdio::open(&create.stdio, &self.owner(&create.id))?;
         let injected = read_injected(&plan.guest.injected)?;
@@ -300,7 +300,7 @@ async fn vm_end(launched: &mut watch::Receiver<Option<Vm>>) -> PodError {
 /// Returns None if the root file system is on a disk already.
 pub(super) async fn base_disk(plan: &CreatePlan, id: &str) -> Result<Option<Rootdisk>, PodError> {
     let Some(source) = plan.rootfs.source.clone() else { return Ok(None) };
-    let config::Rootdisk { dir, min_size_mib, mke2fs, .. } = plan.config.rootdisk.clone();
+    let config::RootdiskConfig { dir, min_size_mib, mke2fs, .. } = plan.config.rootdisk.clone();
     let id = id.to_owned();
     let (plan, all) = (plan.rootfs.clone(), plan.config.clone());
     let build = move || {

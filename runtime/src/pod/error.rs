@@ -10,7 +10,7 @@ use crate::{
     annotations::AnnotationError,
     assets::MissingAsset,
     checkpoint::CheckpointError,
-    error::{ErrorKind, Kind},
+    error::{ErrorKind, HasKind},
     layer::LayerError,
     rootdisk::RootdiskError,
     spec::{bundle::BundleError, exec::ProcessSpecError, guest::ReduceError, resources::ResourcesError},
@@ -112,7 +112,7 @@ impl PodError {
     }
 }
 
-impl Kind for PodError {
+impl HasKind for PodError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::NoContainer { .. } | Self::NoProcess { .. } => ErrorKind::NotFound,

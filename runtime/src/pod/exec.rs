@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     agent,
-    error::{ErrorKind, Kind, chain},
+    error::{ErrorKind, HasKind, chain},
     spec,
 };
 

@@ -74,7 +74,7 @@ fn disk_path(plan: &rootfs::RootfsPlan, config: &Config) -> PathBuf {
 pub(super) async fn open_disk(plan: &rootfs::RootfsPlan, config: &Config) -> Result<NewDisk, PodError> {
     let (path, plan) = (disk_path(plan, config), plan.clone());
     let size = config.rootdisk.writable_size_mib << 20;
-    let config::Rootdisk { dir, mke2fs, .. } = config.rootdisk.clone();
+    let config::RootdiskConfig { dir, mke2fs, .. } = config.rootdisk.clone();
     let open = move || -> Result<NewDisk, PodError> {
         let failed = |source| RootdiskError::Writable { path: path.clone(), source };
         if plan.source.is_none() {
@@ -146,7 +146,7 @@ pub(super) async fn trial_disk(
     }
     let target = plan.target.clone();
     let size = config.rootdisk.writable_size_mib << 20;
-    let config::Rootdisk { dir, mke2fs, .. } = config.rootdisk.clone();
+    let config::RootdiskConfig { dir, mke2fs, .. } = config.rootdisk.clone();
     let make = move || {
         let cache = RootdiskCache::open(&dir)?;
         match target {
@@ -266,7 +266,7 @@ impl WritableLayer {
             let disk = self.disk.display();
             tracing::error!(
                 id,
-                "the container's writes did not get to its snapshot and are kept in {disk}: {}",
+                "the container's writes could not be exported to its snapshot and are kept in {disk}: {}",
                 chain(&error)
             );
             None

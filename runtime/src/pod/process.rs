@@ -79,7 +79,7 @@ impl ContainerProcess {
     /// Opens the caller's end of stdin, right before the process starts. Returns None if there is no stdin.
     ///
     /// # Errors
-    /// Those of open(2).
+    /// The errors of open(2).
     pub(super) fn open_stdin(&self) -> Result<Option<StdinReader>, StdioError> {
         match &*self.stdin() {
             ProcessStdin::Pending(input) => input.open().map(Some),

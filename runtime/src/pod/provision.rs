@@ -40,14 +40,14 @@ const CLONE_TIMEOUT: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 pub(super) struct Provisioned {
     pub(super) vm: Vm,
-    pub(super) origin: Origin,
+    pub(super) origin: VmOrigin,
     /// Held until the container is created.
     _reservation: Option<Reservation>,
 }
 
 /// Where the VM of a container comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Origin {
+pub(super) enum VmOrigin {
     Clone,
     /// A clone that was made ahead of time, by a member of the warm pool.
     Warm,
@@ -56,14 +56,14 @@ pub(super) enum Origin {
     Pod,
 }
 
-impl Origin {
+impl VmOrigin {
     /// Whether a VM can be booted instead if this one fails.
     pub(super) fn is_clone(self) -> bool {
         matches!(self, Self::Clone | Self::Warm)
     }
 }
 
-impl fmt::Display for Origin {
+impl fmt::Display for VmOrigin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Clone => "clone",
@@ -102,7 +102,7 @@ impl Pod {
     pub(super) async fn provision(&self, create: &CreatePlan) -> Result<Provisioned, PodError> {
         let mut slot = self.shared.vm.lock().await;
         if let Some(vm) = &*slot {
-            return Ok(Provisioned { vm: vm.clone(), origin: Origin::Pod, _reservation: None });
+            return Ok(Provisioned { vm: vm.clone(), origin: VmOrigin::Pod, _reservation: None });
         }
         let plan = self.plan_vm(create, create.config.template.mode).await?;
         if let StartFrom::Template(_) = &plan.from
@@ -112,14 +112,14 @@ impl Pod {
         }
         if let Some(vm) = self.matching_warm_vm(&plan).await {
             *slot = Some(vm.clone());
-            return Ok(Provisioned { vm, origin: Origin::Warm, _reservation: Some(plan.reservation) });
+            return Ok(Provisioned { vm, origin: VmOrigin::Warm, _reservation: Some(plan.reservation) });
         }
         let provisioned = match plan {
             VmPlan { mut spec, from: StartFrom::Template(found), reservation } => {
                 let (template, shape) = *found;
                 spec.boot_timeout = spec.boot_timeout.min(CLONE_TIMEOUT);
                 match Vm::restore(spec, &self.shared.dir, &template.saved).await {
-                    Ok(vm) => Provisioned { vm, origin: Origin::Clone, _reservation: Some(reservation) },
+                    Ok(vm) => Provisioned { vm, origin: VmOrigin::Clone, _reservation: Some(reservation) },
                     Err(error) => {
                         self.discard_template(create, shape, chain(&error)).await;
                         self.boot(create).await?
@@ -131,7 +131,7 @@ impl Pod {
                     self.afterwards().build = Some(spec.clone());
                 }
                 let vm = Vm::launch(spec, &self.shared.dir).await.map_err(PodError::Boot)?;
-                Provisioned { vm, origin: Origin::Boot, _reservation: Some(reservation) }
+                Provisioned { vm, origin: VmOrigin::Boot, _reservation: Some(reservation) }
             }
         };
         *slot = Some(provisioned.vm.clone());
@@ -160,13 +160,13 @@ impl Pod {
     async fn boot(&self, create: &CreatePlan) -> Result<Provisioned, PodError> {
         let VmPlan { spec, reservation, .. } = self.plan_vm(create, config::TemplateMode::Off).await?;
         let vm = Vm::launch(spec, &self.shared.dir).await.map_err(PodError::Boot)?;
-        Ok(Provisioned { vm, origin: Origin::Boot, _reservation: Some(reservation) })
+        Ok(Provisioned { vm, origin: VmOrigin::Boot, _reservation: Some(reservation) })
     }
 
     /// Requests the template that was missing when this pod's VM was booted.
     pub(super) fn request_template(&self) {
         let Some(spec) = self.afterwards().build.take() else { return };
-        let config::Template { dir, budget_mib, .. } = &self.shared.config.template;
+        let config::TemplateConfig { dir, budget_mib, .. } = &self.shared.config.template;
         if let Err(error) = Templates::at(dir).request(&spec, *budget_mib) {
             tracing::warn!("{}", chain(&error));
         }

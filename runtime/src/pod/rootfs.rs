@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::Spec;
 
 use crate::{
-    error::{ErrorKind, Kind},
+    error::{ErrorKind, HasKind},
     layer::Target,
     rootdisk::RootfsSource,
 };
@@ -58,7 +58,7 @@ pub enum RootfsPlanError {
         "rootfs mounts of the type {kind:?} are not supported yet; supported are overlay, bind and ext4 (snapshotters overlayfs, native, erofs and blockfile)"
     )]
     Kind { kind: String },
-    #[error("the disk {} is not supported yet: it is a device, and files are (snapshotter blockfile)", path.display())]
+    #[error("the disk {} is not supported yet: it is a device, only files are (snapshotter blockfile)", path.display())]
     Device { path: PathBuf },
     #[error("a rootfs of {count} mounts is not supported yet; one overlay or bind mount is")]
     Several { count: usize },
@@ -66,7 +66,7 @@ pub enum RootfsPlanError {
     NoLower,
 }
 
-impl Kind for RootfsPlanError {
+impl HasKind for RootfsPlanError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Missing { .. } => ErrorKind::NotFound,

@@ -98,7 +98,7 @@ impl PendingInput {
     /// Opens the caller's end.
     ///
     /// # Errors
-    /// Those of open(2).
+    /// The errors of open(2).
     pub(super) fn open(&self) -> Result<StdinReader, StdioError> {
         self.fifo.open()
     }

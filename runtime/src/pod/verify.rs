@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     checkpoint::ImageDisk,
-    config::{self, Verify},
+    config::{self, VerifyMode},
     layer::Target,
     rootdisk::RootdiskCache,
 };
@@ -46,7 +46,7 @@ pub(super) struct TrialDisk<'a> {
 impl<'a> TrialDisk<'a> {
     /// Whether the container's disk will be copied. The guest must have written all data to it then.
     pub(super) fn copies_disk(container: &Container) -> bool {
-        container.checkpoint_config.verify != Verify::Off && container.layer.only_disk().is_some()
+        container.checkpoint_config.verify != VerifyMode::Off && container.layer.only_disk().is_some()
     }
 
     /// Returns None if the container's checkpoints are not verified. The container must be frozen, and its
@@ -58,7 +58,7 @@ impl<'a> TrialDisk<'a> {
         container: &'a Container,
         config: &config::Config,
     ) -> Result<Option<Self>, PodError> {
-        if container.checkpoint_config.verify == Verify::Off {
+        if container.checkpoint_config.verify == VerifyMode::Off {
             return Ok(None);
         }
         let Some(disk) = container.layer.only_disk().map(Path::to_owned) else {

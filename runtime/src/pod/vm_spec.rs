@@ -93,7 +93,7 @@ const NO_IO_URING: &str = "sysctl.kernel.io_uring_disabled=2";
 
 /// What the configuration adds to the kernel's command line. The user's own text comes last, so that it takes
 /// precedence.
-fn kernel_args(vm: &config::Vm) -> String {
+fn kernel_args(vm: &config::VmConfig) -> String {
     match (vm.io_uring, vm.kernel_args.as_str()) {
         (true, args) => args.to_owned(),
         (false, "") => NO_IO_URING.to_owned(),
@@ -152,8 +152,11 @@ mod tests {
 
     #[test]
     fn io_uring_is_turned_off_before_the_users_arguments() {
-        let vm =
-            |io_uring, args: &str| config::Vm { io_uring, kernel_args: args.into(), ..config::Vm::default() };
+        let vm = |io_uring, args: &str| config::VmConfig {
+            io_uring,
+            kernel_args: args.into(),
+            ..config::VmConfig::default()
+        };
         assert_eq!(kernel_args(&vm(true, "")), "");
         assert_eq!(kernel_args(&vm(true, "debug")), "debug");
         assert_eq!(kernel_args(&vm(false, "")), NO_IO_URING);

@@ -33,7 +33,7 @@ const WRITABLE: u64 = 64 << 20;
 /// # Errors
 /// The container cannot be created or deleted. The VM must not be used then.
 pub(super) async fn warm_up(vm: &Vm, config: &Config) -> Result<(), PodError> {
-    let config::Rootdisk { dir, mke2fs, .. } = config.rootdisk.clone();
+    let config::RootdiskConfig { dir, mke2fs, .. } = config.rootdisk.clone();
     let make = move || -> Result<(File, File), RootdiskError> {
         let cache = RootdiskCache::open(&dir)?;
         let failed = |source| RootdiskError::Cache { action: "write to", path: dir.clone(), source };

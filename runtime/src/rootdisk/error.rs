@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::ext4::Ext4Error;
-use crate::error::{ErrorKind, Kind};
+use crate::error::{ErrorKind, HasKind};
 use crate::process::ProcessError;
 
 /// Why a disk could not be found, made or removed.
@@ -59,7 +59,7 @@ pub enum RootdiskError {
     NotWritable { path: PathBuf, what: String },
 }
 
-impl Kind for RootdiskError {
+impl HasKind for RootdiskError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::NoLayers | Self::Kind { .. } | Self::PathTooLong { .. } | Self::TooLarge { .. } => {

@@ -10,7 +10,7 @@ use oci_spec::runtime::{Process, Spec};
 use serde_json::Value;
 
 use super::json;
-use crate::error::{ErrorKind, Kind};
+use crate::error::{ErrorKind, HasKind};
 
 /// Larger files are refused, bytes: the agent accepts messages of 4 MiB.
 const MAX_CONFIG: u64 = 3 << 20;
@@ -30,7 +30,7 @@ pub enum BundleError {
     Invalid { path: PathBuf, problem: String },
 }
 
-impl Kind for BundleError {
+impl HasKind for BundleError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
@@ -57,7 +57,7 @@ pub fn load(bundle: &Path) -> Result<Spec, BundleError> {
 /// Parses the content of the file at `path`, which is used in errors only.
 ///
 /// # Errors
-/// As for [`load`].
+/// The same as for [`load`].
 pub fn parse(text: &[u8], path: PathBuf) -> Result<Spec, BundleError> {
     if text.iter().all(u8::is_ascii_whitespace) {
         return Err(BundleError::Empty { path });
@@ -101,11 +101,11 @@ fn problem(spec: &Spec) -> Option<String> {
         return Some(format!("has {variable:?} in process.env; it must be NAME=VALUE"));
     }
     if spec.root().is_none() {
-        return Some("has no root, which says where the root file system is".to_owned());
+        return Some("has no root, the path of the root file system".to_owned());
     }
     let devices = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()?.devices().as_ref());
     let number = devices.into_iter().flatten().position(|rule| rule.access().is_none());
-    number.map(|number| format!("has no access in linux.resources.devices[{number}]; it takes some of rwm"))
+    number.map(|number| format!("has no access in linux.resources.devices[{number}]; it takes one or more of the letters r, w and m"))
 }
 
 /// Returns a variable without a name or a value, which runc refuses too.

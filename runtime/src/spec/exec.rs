@@ -3,7 +3,7 @@
 use oci_spec::runtime::Process;
 
 use super::{bundle::odd_variable, guest::drop_labels, json};
-use crate::error::{ErrorKind, Kind};
+use crate::error::{ErrorKind, HasKind};
 
 /// Why a process is refused.
 #[derive(Debug, thiserror::Error)]
@@ -22,7 +22,7 @@ pub enum ProcessSpecError {
     Unsupported { what: &'static str },
 }
 
-impl Kind for ProcessSpecError {
+impl HasKind for ProcessSpecError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Parse(_)

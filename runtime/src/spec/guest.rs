@@ -15,7 +15,7 @@ use super::{
     cpus,
     resources::{self, ResourcesError},
 };
-use crate::error::{ErrorKind, Kind};
+use crate::error::{ErrorKind, HasKind};
 
 /// Largest host file that is copied into a container, bytes.
 pub const MAX_INJECTED: u64 = 1 << 20;
@@ -67,7 +67,7 @@ pub enum ReduceError {
     Resources(#[from] ResourcesError),
 }
 
-impl Kind for ReduceError {
+impl HasKind for ReduceError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::NoDestination | Self::TwoNamespaces { .. } => ErrorKind::InvalidArgument,

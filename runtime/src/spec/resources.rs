@@ -10,7 +10,7 @@ use machinen_protocol::api::CgroupFile;
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources};
 
 use super::{cpus, json};
-use crate::error::{ErrorKind, Kind};
+use crate::error::{ErrorKind, HasKind};
 
 /// The kernel's default period, microseconds. It applies to a quota without a period.
 const PERIOD: u64 = 100_000;
@@ -34,7 +34,7 @@ pub enum ResourcesError {
     InUse { limit: u64, used: u64 },
 }
 
-impl Kind for ResourcesError {
+impl HasKind for ResourcesError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Unsupported { .. } => ErrorKind::Unimplemented,
@@ -91,7 +91,7 @@ pub fn for_creation(resources: &mut LinuxResources) -> Result<(), ResourcesError
 fn ignore_kernel_memory(resources: &mut LinuxResources) {
     let Some(mut memory) = *resources.memory() else { return };
     if memory.kernel().is_some_and(|limit| limit > 0) || memory.kernel_tcp().is_some_and(|limit| limit > 0) {
-        tracing::warn!("limits of kernel memory are ignored: cgroup v2 counts it with the rest");
+        tracing::warn!("limits of kernel memory are ignored: cgroup v2 counts it as part of memory.limit");
     }
     memory.set_kernel(None);
     memory.set_kernel_tcp(None);
@@ -187,10 +187,10 @@ impl Writes {
         let set = |value: Option<i64>| value.filter(|&value| value != 0);
         let limit = set(memory.limit());
         if set(memory.kernel()).is_some_and(|kernel| kernel > 0) {
-            return Err(unsupported("memory.kernel", "cgroup v2 counts it with the rest"));
+            return Err(unsupported("memory.kernel", "cgroup v2 counts it as part of memory.limit"));
         }
         if set(memory.kernel_tcp()).is_some_and(|kernel| kernel > 0) {
-            return Err(unsupported("memory.kernelTCP", "cgroup v2 counts it with the rest"));
+            return Err(unsupported("memory.kernelTCP", "cgroup v2 counts it as part of memory.limit"));
         }
         if memory.swappiness().is_some_and(|swappiness| swappiness != 0) {
             return Err(unsupported("memory.swappiness", "cgroup v2 has no such limit"));

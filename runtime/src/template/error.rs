@@ -3,7 +3,7 @@
 use std::{io, path::PathBuf};
 
 use crate::{
-    error::{ErrorKind, Kind},
+    error::{ErrorKind, HasKind},
     process::ProcessError,
     vm::SavedError,
 };
@@ -38,7 +38,7 @@ impl TemplateError {
     }
 }
 
-impl Kind for TemplateError {
+impl HasKind for TemplateError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Vm(error) => error.kind(),

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
-use crate::error::{ErrorKind, Kind};
+use crate::error::{ErrorKind, HasKind};
 
 /// What a file must be.
 pub(super) struct Asset {
@@ -43,7 +43,7 @@ pub enum AssetError {
     Damaged { name: &'static str, path: PathBuf, is: &'static str },
 }
 
-impl Kind for AssetError {
+impl HasKind for AssetError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,

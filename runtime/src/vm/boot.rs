@@ -11,7 +11,7 @@ use super::capture::Capture;
 use super::channel::{Channel, ChannelError};
 use super::exit::quoted;
 use crate::agent::{AgentError, Client};
-use crate::error::{ErrorKind, Kind};
+use crate::error::{ErrorKind, HasKind};
 use crate::sys;
 
 /// Bytes of fresh randomness that every guest is given.
@@ -39,7 +39,7 @@ pub enum BootError {
     Entropy(#[source] std::io::Error),
 }
 
-impl Kind for BootError {
+impl HasKind for BootError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Deadline { .. } => ErrorKind::DeadlineExceeded,

@@ -24,7 +24,7 @@ use super::exit::{Seen, VmExit};
 use super::qmp::{Event, Qmp, QmpError};
 use super::saved::{self, Saved, SavedError};
 use super::spec::VmSpec;
-use crate::error::{ErrorKind, Kind};
+use crate::error::{ErrorKind, HasKind};
 use crate::process::{ProcessError, Sandbox, Spawn, Stdio};
 
 /// What the guest printed on its console, in the VM's directory.
@@ -49,7 +49,7 @@ pub enum LaunchError {
     Monitor(#[source] QmpError),
 }
 
-impl Kind for LaunchError {
+impl HasKind for LaunchError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Asset(error) => error.kind(),

@@ -43,7 +43,7 @@ pub use spec::{ChannelKind, VmSpec};
 pub use version::{QemuError, qemu_version};
 
 use crate::agent;
-use crate::error::{ErrorKind, Kind};
+use crate::error::{ErrorKind, HasKind};
 use channel::Channel;
 use driver::{Request, Stop};
 use qmp::QmpError;
@@ -69,7 +69,7 @@ pub enum VmError {
     Exited(VmExit),
 }
 
-impl Kind for VmError {
+impl HasKind for VmError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Launch(error) => error.kind(),

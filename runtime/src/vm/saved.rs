@@ -29,7 +29,7 @@ use super::launch::{Launched, Origin, begin};
 use super::qmp::{Event, QmpError, Version};
 use super::wake::{self, WakeError};
 use super::{LaunchError, VmExit, VmSpec};
-use crate::error::{ErrorKind, Kind};
+use crate::error::{ErrorKind, HasKind};
 use crate::memfd;
 
 /// The state of microvm's devices is some 60 KiB; the rest is for more disks and CPUs.
@@ -88,7 +88,7 @@ pub enum SavedError {
     Channel,
 }
 
-impl Kind for SavedError {
+impl HasKind for SavedError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Launch(error) => error.kind(),

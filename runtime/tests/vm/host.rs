@@ -37,7 +37,7 @@ impl Host {
             assert!(path.exists(), "{} is missing; run `make guest-image`", path.display());
             path
         };
-        let accel = accel::verdict(self.path()).unwrap().choose(config::Accel::Auto).unwrap();
+        let accel = accel::verdict(self.path()).unwrap().choose(config::AccelMode::Auto).unwrap();
         VmSpec {
             id: "test".into(),
             qemu: "qemu-system-x86_64".into(),

@@ -54,7 +54,7 @@ impl StdinFifo {
     /// Opens the reading end, so that waiting clients can write. Must be called inside a tokio runtime.
     ///
     /// # Errors
-    /// Those of open(2).
+    /// The errors of open(2).
     pub fn open(&self) -> Result<StdinReader, StdioError> {
         let failed = |source| StdioError::Open { stream: "stdin", path: self.path.clone(), source };
         let again = || Ok(Self { handle: self.handle.try_clone()?, path: self.path.clone() });

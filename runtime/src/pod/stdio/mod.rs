@@ -29,7 +29,7 @@ pub use self::{
     output::OutputCopy,
 };
 use crate::{
-    error::{ErrorKind, Kind},
+    error::{ErrorKind, HasKind},
     process::ProcessError,
 };
 
@@ -83,7 +83,7 @@ pub enum StdioError {
     LoggerSilent { program: String },
 }
 
-impl Kind for StdioError {
+impl HasKind for StdioError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,

@@ -75,7 +75,7 @@ impl OutputCopy {
     pub async fn abandon(self) {
         // The stream ends with its VM. The deadline is for a stream that does not end.
         if timeout(READER_GRACE, self.copied).await.is_err() {
-            tracing::warn!(stream = self.name, "output dropped: its reader takes nothing");
+            tracing::warn!(stream = self.name, "output dropped: its reader accepts nothing");
         }
     }
 }
@@ -126,6 +126,6 @@ async fn put(
         _ = total.wait_for(Option::is_some) => {}
     }
     timeout(READER_GRACE, write).await.unwrap_or_else(|_| {
-        Err(io::Error::new(io::ErrorKind::TimedOut, "its reader takes nothing, the rest was dropped"))
+        Err(io::Error::new(io::ErrorKind::TimedOut, "its reader accepts nothing, the rest was dropped"))
     })
 }

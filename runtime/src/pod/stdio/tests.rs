@@ -68,7 +68,7 @@ async fn a_reader_that_is_gone_does_not_hold_up_the_exit() {
     let output = OutputCopy::start("stdout", from_guest, sink);
     guest.write_all(&[7; 1000]).await.unwrap();
     let error = output.finish(1000).await.unwrap_err();
-    assert!(error.contains("takes nothing"), "{error}");
+    assert!(error.contains("accepts nothing"), "{error}");
     drop(unread);
 }
 

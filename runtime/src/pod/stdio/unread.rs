@@ -36,7 +36,7 @@ impl Unread {
         match timeout(GRACE, self.emptied()).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::debug!("cannot wait for the reader of a fifo: {error}"),
-            Err(_) => tracing::debug!("a fifo has no reader, or one that takes nothing"),
+            Err(_) => tracing::debug!("a fifo has no reader, or one that reads nothing"),
         }
     }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::cache::process;
 use super::{Fixture, layer, small, tool};
-use crate::error::{ErrorKind, Kind as _, chain};
+use crate::error::{ErrorKind, HasKind as _, chain};
 use crate::process::Exit;
 use crate::rootdisk::{BuildOptions, Progress, RootdiskCache, RootdiskError, RootfsSource};
 

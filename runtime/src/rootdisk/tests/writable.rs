@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use super::{Fixture, tool};
-use crate::error::{ErrorKind, Kind as _};
+use crate::error::{ErrorKind, HasKind as _};
 use crate::process::Spawn;
 use crate::rootdisk::open_writable;
 

@@ -27,11 +27,11 @@ impl HostSupport {
 ///
 /// `auto` is the kernel's vsock where the host has it, else serial: it needs no second process for each VM and no
 /// shared guest memory, starts sooner, and can be part of a template.
-pub fn choose(wanted: config::Channel, host: &HostSupport) -> ChannelKind {
+pub fn choose(wanted: config::ChannelMode, host: &HostSupport) -> ChannelKind {
     match (wanted, host.kernel_vsock) {
-        (config::Channel::Auto | config::Channel::Vsock, true) => ChannelKind::KernelVsock,
-        (config::Channel::Vsock, false) => ChannelKind::VhostUserVsock { daemon: host.daemon.clone() },
-        (config::Channel::Auto, false) | (config::Channel::Serial, _) => ChannelKind::Serial,
+        (config::ChannelMode::Auto | config::ChannelMode::Vsock, true) => ChannelKind::KernelVsock,
+        (config::ChannelMode::Vsock, false) => ChannelKind::VhostUserVsock { daemon: host.daemon.clone() },
+        (config::ChannelMode::Auto, false) | (config::ChannelMode::Serial, _) => ChannelKind::Serial,
     }
 }
 
@@ -43,10 +43,10 @@ mod tests {
     fn auto_prefers_the_kernel_and_then_serial() {
         let with = |kernel_vsock| HostSupport { kernel_vsock, daemon: "d".into() };
         let user = ChannelKind::VhostUserVsock { daemon: "d".into() };
-        assert_eq!(choose(config::Channel::Auto, &with(true)), ChannelKind::KernelVsock);
-        assert_eq!(choose(config::Channel::Vsock, &with(true)), ChannelKind::KernelVsock);
-        assert_eq!(choose(config::Channel::Auto, &with(false)), ChannelKind::Serial);
-        assert_eq!(choose(config::Channel::Vsock, &with(false)), user);
-        assert_eq!(choose(config::Channel::Serial, &with(true)), ChannelKind::Serial);
+        assert_eq!(choose(config::ChannelMode::Auto, &with(true)), ChannelKind::KernelVsock);
+        assert_eq!(choose(config::ChannelMode::Vsock, &with(true)), ChannelKind::KernelVsock);
+        assert_eq!(choose(config::ChannelMode::Auto, &with(false)), ChannelKind::Serial);
+        assert_eq!(choose(config::ChannelMode::Vsock, &with(false)), user);
+        assert_eq!(choose(config::ChannelMode::Serial, &with(true)), ChannelKind::Serial);
     }
 }
