@@ -124,7 +124,7 @@ fn command_line(containerd: &Containerd, id: &str) -> Result<()> {
     snapshot(&["rm", "first"])?.ok()?;
     ensure!(!containerd.root().join("first").exists(), "it is still there");
     let nothing = snapshot(&["inspect", "first"])?;
-    ensure!(nothing.status == 1 && nothing.error_text().contains("is no checkpoint"), "{nothing}");
+    ensure!(nothing.status == 1 && nothing.error_text().contains("is not a checkpoint"), "{nothing}");
     Ok(())
 }
 
@@ -471,7 +471,7 @@ fn shim_killed_while_it_writes(containerd: &mut Containerd) -> Result<()> {
     ensure!(!dir.join("machinen.json").exists(), "it says that it is a checkpoint");
     let refused = containerd.machinen(&["snapshot", "inspect"])?.arg(&dir).run()?;
     let said = String::from_utf8_lossy(&refused.stderr);
-    ensure!(refused.status != 0 && said.contains("no checkpoint"), "{said}");
+    ensure!(refused.status != 0 && said.contains("not a checkpoint"), "{said}");
     served.shim.delete()?;
     fs::remove_dir_all(&served.shim.bundle)?;
     Ok(fs::remove_dir_all(&dir)?)

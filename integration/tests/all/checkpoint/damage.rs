@@ -20,7 +20,12 @@ on_newest_containerd!(what_is_not_restored, memory_that_has_changed);
 type Case = (&'static str, fn(&Path) -> Result<()>, Code, &'static str);
 
 const CASES: [Case; 13] = [
-    ("no manifest", |dir| Ok(fs::remove_file(dir.join("machinen.json"))?), Code::NOT_FOUND, "no checkpoint"),
+    (
+        "no manifest",
+        |dir| Ok(fs::remove_file(dir.join("machinen.json"))?),
+        Code::NOT_FOUND,
+        "not a checkpoint",
+    ),
     ("half a manifest", |dir| shorten(&dir.join("machinen.json")), Code::INVALID_ARGUMENT, "is not valid"),
     ("half an image", |dir| shorten(&dir.join("pages-1.img")), Code::INVALID_ARGUMENT, "pages-1.img"),
     ("no image", |dir| Ok(fs::remove_file(dir.join("core-1.img"))?), Code::INVALID_ARGUMENT, "core-1.img"),
