@@ -3,8 +3,6 @@
 use std::{error::Error, path::Path, process::ExitCode};
 
 use clap::Args;
-use serde::Serialize;
-
 use machinen::{
     RUN_DIR,
     accel::{self, Accel},
@@ -14,6 +12,7 @@ use machinen::{
     rootdisk::{RootdiskCache, mke2fs_version},
     vm::{ChannelKind, HostSupport, choose, qemu_version},
 };
+use serde::Serialize;
 
 #[derive(Debug, Args)]
 pub struct CheckArgs {

@@ -1,7 +1,9 @@
 //! What a verb prints: as a text or as JSON, and whether what it has found is as it should be.
 
-use std::fmt::{Display, Write as _};
-use std::process::ExitCode;
+use std::{
+    fmt::{Display, Write as _},
+    process::ExitCode,
+};
 
 use serde_json::Value;
 

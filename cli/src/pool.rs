@@ -3,14 +3,16 @@
 use std::time::{Duration, UNIX_EPOCH};
 
 use clap::{Args, Subcommand};
+use machinen::{
+    config::Config,
+    pool::{self, Listed, PoolError, Record, Stage},
+};
 use serde_json::{Value, json};
 
 use super::{
     output::{Align, Output, Table},
     text::{ago, human},
 };
-use machinen::config::Config;
-use machinen::pool::{self, Listed, PoolError, Record, Stage};
 
 /// Arguments of `machinen pool`.
 #[derive(Debug, Args)]

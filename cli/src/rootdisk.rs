@@ -1,20 +1,24 @@
 //! `machinen rootdisk`: the cache of disks, for people and scripts.
 
-use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    path::PathBuf,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use clap::{Args, Subcommand};
+use machinen::{
+    config,
+    rootdisk::{
+        BuildOptions, Key, Listed, Progress, Prune, Pruned, Rootdisk, RootdiskCache, RootdiskError,
+        RootfsSource, State,
+    },
+};
 use serde_json::{Value, json};
 
 use super::{
     output::{Align, Output, Table},
     prefix::{self, PrefixError},
     text::{ago, human},
-};
-use machinen::config;
-use machinen::rootdisk::{
-    BuildOptions, Key, Listed, Progress, Prune, Pruned, Rootdisk, RootdiskCache, RootdiskError, RootfsSource,
-    State,
 };
 
 /// Arguments of `machinen rootdisk`.

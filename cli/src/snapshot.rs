@@ -1,17 +1,21 @@
 //! `machinen snapshot`: checkpoints on disk, for people and scripts.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use clap::{Args, Subcommand};
+use machinen::{
+    checkpoint::{self, CheckpointError, Manifest},
+    error::chain,
+};
 use serde_json::{Value, json};
 
 use super::{
     output::{Align, Output, Table},
     text::human,
 };
-use machinen::checkpoint::{self, CheckpointError, Manifest};
-use machinen::error::chain;
 
 /// Arguments of `machinen snapshot`.
 #[derive(Debug, Args)]

@@ -3,6 +3,12 @@
 use std::time::{Duration, UNIX_EPOCH};
 
 use clap::{Args, Subcommand};
+use machinen::{
+    assets::{AssetError, Assets},
+    config::Config,
+    pod::{self, PodError},
+    template::{self, Listed, TemplateError, Templates},
+};
 use serde_json::{Value, json};
 
 use super::{
@@ -10,10 +16,6 @@ use super::{
     prefix::{self, PrefixError},
     text::{ago, human},
 };
-use machinen::assets::{AssetError, Assets};
-use machinen::config::Config;
-use machinen::pod::{self, PodError};
-use machinen::template::{self, Listed, TemplateError, Templates};
 
 /// Arguments of `machinen template`.
 #[derive(Debug, Args)]

@@ -1,11 +1,15 @@
 //! Memory files, and how they are made unchangeable (memfd_create(2), fcntl(2)).
 
-use std::fs::File;
-use std::io::{self, Write as _};
-use std::os::fd::{AsFd, OwnedFd};
+use std::{
+    fs::File,
+    io::{self, Write as _},
+    os::fd::{AsFd, OwnedFd},
+};
 
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::{
+    fcntl::{FcntlArg, SealFlag, fcntl},
+    sys::memfd::{MFdFlags, memfd_create},
+};
 
 /// With these nobody can change or resize it, not even through a mapping.
 const SEALED: SealFlag = SealFlag::F_SEAL_WRITE
@@ -41,9 +45,9 @@ pub(crate) fn is_sealed(fd: impl AsFd) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::{fd::AsRawFd as _, unix::fs::FileExt as _};
+
     use super::*;
-    use std::os::fd::AsRawFd as _;
-    use std::os::unix::fs::FileExt as _;
 
     #[test]
     fn what_is_sealed_can_be_opened_for_writing_and_not_written() {

@@ -7,8 +7,10 @@ pub(crate) mod pidfd;
 pub(crate) mod socket;
 pub(crate) mod vhost;
 
-use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::{
+    io,
+    os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+};
 
 use tokio::io::unix::AsyncFd;
 

@@ -7,13 +7,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use containerd_client::services::v1::{CreateRequest as CreateLease, DeleteRequest as DeleteLease};
 use containerd_client::{
     Client,
     services::v1::{
-        CheckpointTaskRequest, Container, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest,
-        DeleteTaskRequest, GetContainerRequest, GetRequest, KillRequest, PauseTaskRequest, ResumeTaskRequest,
-        StartRequest, UpdateContainerRequest, WaitRequest,
+        CheckpointTaskRequest, Container, CreateContainerRequest, CreateRequest as CreateLease,
+        CreateTaskRequest, DeleteContainerRequest, DeleteRequest as DeleteLease, DeleteTaskRequest,
+        GetContainerRequest, GetRequest, KillRequest, PauseTaskRequest, ResumeTaskRequest, StartRequest,
+        UpdateContainerRequest, WaitRequest,
         snapshots::{
             Info, MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest,
         },

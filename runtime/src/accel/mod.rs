@@ -7,17 +7,21 @@ mod cache;
 mod probe;
 mod tsc;
 
-use std::fmt;
-use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::{
+    fmt,
+    fs::{self, File},
+    io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
 
 use cache::Tried;
 use serde::{Deserialize, Serialize};
 
-use crate::config;
-use crate::error::{ErrorKind, Kind};
+use crate::{
+    config,
+    error::{ErrorKind, Kind},
+};
 
 const DEVICE: &str = "/dev/kvm";
 

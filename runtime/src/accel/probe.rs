@@ -4,16 +4,18 @@
 //! instruction; the second is a loop that takes a CPU about a millisecond and an emulator minutes. Anything but HLT in
 //! time after each part is a fault.
 
-use std::num::NonZeroUsize;
-use std::thread;
-use std::time::Duration;
+use std::{num::NonZeroUsize, thread, time::Duration};
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
-use nix::sys::signal::{SigEvent, SigSet, SigevNotify, Signal};
-use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
-use nix::time::ClockId;
-use nix::unistd::gettid;
+use nix::{
+    sys::{
+        signal::{SigEvent, SigSet, SigevNotify, Signal},
+        timer::{Expiration, Timer, TimerSetTimeFlags},
+    },
+    time::ClockId,
+    unistd::gettid,
+};
 
 use crate::sys::kvm::{Memory, interrupt_only_by, os_error};
 

@@ -1,10 +1,14 @@
 //! How fast the host's time stamp counter runs.
 
-use std::io;
-use std::time::{Duration, Instant};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
-use nix::errno::Errno;
-use nix::time::{ClockId, ClockNanosleepFlags, clock_gettime, clock_nanosleep};
+use nix::{
+    errno::Errno,
+    time::{ClockId, ClockNanosleepFlags, clock_gettime, clock_nanosleep},
+};
 
 use crate::sys::kvm::tsc;
 

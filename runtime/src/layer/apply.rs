@@ -15,12 +15,14 @@ use std::{
 };
 
 use machinen_protocol::layer::{MAX_RECORDS, OPAQUE};
-use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags,
-    chmodat, chownat, fchmod, fchown, fsetxattr, ftruncate, futimens, linkat, lsetxattr, makedev, mkdirat,
-    mknodat, openat, openat2, symlinkat, utimensat,
+use rustix::{
+    fs::{
+        AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT, Uid,
+        XattrFlags, chmodat, chownat, fchmod, fchown, fsetxattr, ftruncate, futimens, linkat, lsetxattr,
+        makedev, mkdirat, mknodat, openat, openat2, symlinkat, utimensat,
+    },
+    io::Errno,
 };
-use rustix::io::Errno;
 
 use super::{
     LayerError, Limits,

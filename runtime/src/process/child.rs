@@ -1,15 +1,18 @@
 //! A running child process: watched by its pidfd, reaped exactly once, killed when its owner lets go.
 
-use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::process::{ChildStderr, ChildStdout};
-use std::sync::Arc;
-use std::time::Duration;
+use std::{
+    io,
+    os::fd::{AsFd as _, OwnedFd},
+    process::{ChildStderr, ChildStdout},
+    sync::Arc,
+    time::Duration,
+};
 
-use nix::sys::signal::Signal;
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use tokio::io::unix::AsyncFd;
-use tokio::sync::watch;
+use nix::sys::{
+    signal::Signal,
+    wait::{Id, WaitPidFlag, WaitStatus, waitid},
+};
+use tokio::{io::unix::AsyncFd, sync::watch};
 
 use super::{Exit, ProcessError, Spawn};
 use crate::sys;
@@ -160,9 +163,10 @@ async fn reap(pidfd: &AsyncFd<OwnedFd>) -> Exit {
 
 #[cfg(test)]
 mod tests {
+    use std::io::BufRead as _;
+
     use super::*;
     use crate::process::Stdio;
-    use std::io::BufRead as _;
 
     fn shell(script: &str) -> Child {
         Spawn::new("sh").args(["-c", script]).stdout(Stdio::Pipe).start().unwrap()

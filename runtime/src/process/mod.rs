@@ -11,9 +11,7 @@ mod spawn;
 mod stranger;
 mod tool;
 
-use std::io;
-use std::os::unix::process::ExitStatusExt as _;
-use std::process::ExitStatus;
+use std::{io, os::unix::process::ExitStatusExt as _, process::ExitStatus};
 
 pub use child::Child;
 pub use memory::tree_pss;

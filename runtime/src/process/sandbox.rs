@@ -1,11 +1,10 @@
 //! How little a child process may do.
 
-use serde::{Deserialize, Serialize};
-
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
     TargetArch,
 };
+use serde::{Deserialize, Serialize};
 
 use crate::sys::child::{Bond, Setup};
 

@@ -1,19 +1,21 @@
 //! The description of a child process, and its start.
 
-use std::convert::Infallible;
-use std::ffi::{OsStr, OsString};
-use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
-use std::os::unix::fs::MetadataExt as _;
-use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
+use std::{
+    convert::Infallible,
+    ffi::{OsStr, OsString},
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        unix::{fs::MetadataExt as _, process::CommandExt as _},
+    },
+    path::{Path, PathBuf},
+};
 
 use command_fds::{CommandFdExt as _, FdMapping};
 
 use super::{Exit, ProcessError, Sandbox, child, tool};
-use crate::sys;
-use crate::sys::child::Bond;
+use crate::{sys, sys::child::Bond};
 
 /// Where one of a child's three standard streams goes.
 #[derive(Debug, Default)]
@@ -227,8 +229,9 @@ impl From<Stdio> for std::process::Stdio {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::Write as _;
+
+    use super::*;
 
     #[test]
     fn a_child_ends_with_the_thread_that_started_it() {

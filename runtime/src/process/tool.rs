@@ -1,8 +1,10 @@
 //! Short-lived tools such as mke2fs, run to their end on a blocking thread.
 
-use std::ffi::OsStr;
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::{
+    ffi::OsStr,
+    io::{self, Read},
+    path::{Path, PathBuf},
+};
 
 use super::{Exit, Output, ProcessError, Spawn, Stdio};
 

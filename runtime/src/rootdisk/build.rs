@@ -1,23 +1,27 @@
 //! From a source to its disk.
 
-use std::fs::File;
-use std::sync::mpsc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::{
+    fs::File,
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use rustix::fs::{fstatvfs, ftruncate};
 use sha2::{Digest as _, Sha256};
 
-use super::ext4::{self, BLOCK, INODE};
-use super::hashing;
-use super::key::Key;
-use super::lock::Lock;
-use super::mkfs::Mke2fs;
-use super::source::Recognised;
-use super::store::{self, DISK, Metadata, Opened};
-use super::tree::Tree;
-use super::view::View;
-use super::{BuildOptions, LARGEST, Progress, Rootdisk, RootdiskCache, RootdiskError, RootfsSource};
+use super::{
+    BuildOptions, LARGEST, Progress, Rootdisk, RootdiskCache, RootdiskError, RootfsSource,
+    ext4::{self, BLOCK, INODE},
+    hashing,
+    key::Key,
+    lock::Lock,
+    mkfs::Mke2fs,
+    source::Recognised,
+    store::{self, DISK, Metadata, Opened},
+    tree::Tree,
+    view::View,
+};
 
 /// Bytes of hashed content between two reports.
 const REPORT: u64 = 8 << 20;

@@ -58,8 +58,9 @@ impl Content {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     fn whole(data: &[u8]) -> [u8; 32] {
         let mut content = Content::new();

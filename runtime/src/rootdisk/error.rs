@@ -1,11 +1,12 @@
 //! Why there is no disk.
 
-use std::io;
-use std::path::PathBuf;
+use std::{io, path::PathBuf};
 
 use super::ext4::Ext4Error;
-use crate::error::{ErrorKind, Kind};
-use crate::process::ProcessError;
+use crate::{
+    error::{ErrorKind, Kind},
+    process::ProcessError,
+};
 
 /// Why a disk could not be found, made or removed.
 #[derive(Debug, thiserror::Error)]

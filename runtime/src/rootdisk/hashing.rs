@@ -1,17 +1,20 @@
 //! The key of a tree: reads all contents and extended attributes.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt as _;
+use std::{fs::File, os::unix::fs::FileExt as _};
 
-use rustix::fs::{SeekFrom, fgetxattr, flistxattr, fstat, lgetxattr, llistxattr, seek};
-use rustix::io::Errno;
+use rustix::{
+    fs::{SeekFrom, fgetxattr, flistxattr, fstat, lgetxattr, llistxattr, seek},
+    io::Errno,
+};
 
-use super::RootdiskError;
-use super::content::Content;
-use super::key::Key;
-use super::manifest::{Kind, Manifest, Node, Record, Xattrs};
-use super::tree::{Entry, Tree, lossy};
-use super::view::{View, open_in};
+use super::{
+    RootdiskError,
+    content::Content,
+    key::Key,
+    manifest::{Kind, Manifest, Node, Record, Xattrs},
+    tree::{Entry, Tree, lossy},
+    view::{View, open_in},
+};
 
 /// Bytes read at once; a multiple of the block size.
 const BUFFER: usize = 256 << 10;

@@ -1,7 +1,6 @@
 //! The name of a disk in the cache.
 
-use std::fmt;
-use std::str::FromStr;
+use std::{fmt, str::FromStr};
 
 /// A SHA-256: of a tree's manifest (the key of a disk), or of how a source is recognised without reading it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

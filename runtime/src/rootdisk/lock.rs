@@ -3,13 +3,17 @@
 //! A lock is a flock(2) on a file that exists only while it is held or waited for, so it leaves nothing behind but
 //! after a kill, and then an empty file that the next holder removes.
 
-use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
-use std::path::{Path, PathBuf};
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+};
 
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
 
 /// A held lock; dropping it lets the next one in.
 #[derive(Debug)]
@@ -74,8 +78,9 @@ pub(super) fn is_at(file: &File, path: &Path) -> io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
 
     #[test]
     fn one_at_a_time_and_nothing_left() {

@@ -1,16 +1,19 @@
 //! Looking after the cache: what is in it, whether it is whole, and what may go.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::{
+    fs,
+    os::unix::fs::MetadataExt as _,
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
 
 use rustix::fs::{major, minor};
 
-use super::ext4;
-use super::key::Key;
-use super::store::{self, DISK, Metadata, Unusable};
-use super::{RootdiskCache, RootdiskError};
+use super::{
+    RootdiskCache, RootdiskError, ext4,
+    key::Key,
+    store::{self, DISK, Metadata, Unusable},
+};
 
 /// A disk in the cache.
 #[derive(Debug, Clone)]

@@ -155,8 +155,9 @@ impl Manifest {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     /// A record that owns what it refers to.
     #[derive(Debug, Clone, PartialEq)]

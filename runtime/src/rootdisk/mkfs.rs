@@ -1,16 +1,20 @@
 //! mke2fs: found, old enough to be refused or not, and run with arguments under which nothing of the host gets in.
 
-use std::env;
-use std::ffi::OsStr;
-use std::fs::File;
-use std::io::{self, Write as _};
-use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::{
+    env,
+    ffi::OsStr,
+    fs::File,
+    io::{self, Write as _},
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
 
 use rustix::fs::{MemfdFlags, fstatvfs, memfd_create};
 
-use super::RootdiskError;
-use super::ext4::{BLOCK, INODE};
+use super::{
+    RootdiskError,
+    ext4::{BLOCK, INODE},
+};
 use crate::process::{Namespaces, Output, ProcessError, Sandbox, Spawn, Stdio};
 
 /// Overrides the configuration.

@@ -29,10 +29,12 @@ mod tree;
 mod view;
 mod writable;
 
-use std::fmt;
-use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::{
+    fmt,
+    fs::File,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 pub use error::RootdiskError;
 pub use ext4::Ext4Error;
@@ -40,10 +42,9 @@ pub use key::{Key, KeyError};
 pub use manage::{Listed, Prune, Pruned, State};
 pub use mkfs::{MKE2FS_VARIABLE, mke2fs_version};
 pub use source::RootfsSource;
+use store::Store;
 pub use store::{Metadata, Unusable};
 pub use writable::open_writable;
-
-use store::Store;
 
 /// Where the cache is unless the configuration says otherwise.
 pub const DEFAULT_DIR: &str = "/var/lib/machinen/rootdisk";

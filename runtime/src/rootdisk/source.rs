@@ -5,11 +5,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use sha2::{Digest as _, Sha256};
 
-use super::key::Key;
-use super::manifest::FORMAT;
-use super::tree::Tree;
-use super::view::View;
-use super::{BuildOptions, RootdiskError};
+use super::{BuildOptions, RootdiskError, key::Key, manifest::FORMAT, tree::Tree, view::View};
 
 /// A root file system on the host.
 #[derive(Debug, Clone, PartialEq, Eq)]

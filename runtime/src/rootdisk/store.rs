@@ -10,21 +10,28 @@
 //! Everything is written to a file without a name, which gets its name when it is whole. So whoever is killed leaves
 //! at worst a disk without its metadata, which [`Store::sweep`] removes.
 
-use std::fs::{self, File};
-use std::io::{self, Write as _};
-use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, PermissionsExt as _};
-use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    fs::{self, File},
+    io::{self, Write as _},
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, PermissionsExt as _},
+    },
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
 
-use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
-use rustix::fs::{flock, linkat, open, utimensat};
-use rustix::io::Errno;
+use rustix::{
+    fs::{
+        AtFlags, CWD, FlockOperation, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, flock,
+        linkat, open, utimensat,
+    },
+    io::Errno,
+};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::RootdiskError;
-use super::lock::is_at;
+use super::{RootdiskError, lock::is_at};
 
 pub(super) const DISK: &str = "ext4";
 const METADATA: &str = "json";

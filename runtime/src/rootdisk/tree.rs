@@ -1,16 +1,17 @@
 //! A walk over a root file system: everything that stat(2) says, in one fixed order.
 
-use std::collections::HashMap;
-use std::ffi::CStr;
+use std::{collections::HashMap, ffi::CStr};
 
 use rustix::fs::{AtFlags, Dir, Stat, major, minor, readlinkat, statat};
 use sha2::{Digest as _, Sha256};
 
-use super::RootdiskError;
-use super::ext4::{BLOCK, INODE};
-use super::key::Key;
-use super::manifest::{Kind, Time};
-use super::view::View;
+use super::{
+    RootdiskError,
+    ext4::{BLOCK, INODE},
+    key::Key,
+    manifest::{Kind, Time},
+    view::View,
+};
 
 /// Longest path, in bytes, that can be reached from outside of the container.
 const PATH_LIMIT: usize = 4000;

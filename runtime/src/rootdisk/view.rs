@@ -4,17 +4,23 @@
 //! thread ends. The copy lives as long as its descriptor: there is nothing to unmount, whoever is killed and when.
 //! Source: mount(2), open_tree(2), mount_namespaces(7), Documentation/filesystems/overlayfs.
 
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::{io, thread};
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    thread,
+};
 
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
-use rustix::fs::{CWD, Mode, OFlags, open};
-use rustix::mount::{OpenTreeFlags, open_tree};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+use rustix::{
+    fs::{CWD, Mode, OFlags, open},
+    mount::{OpenTreeFlags, open_tree},
+};
 
-use super::RootdiskError;
-use super::tree::lossy;
+use super::{RootdiskError, tree::lossy};
 
 /// The mount; files are opened below its descriptor.
 #[derive(Debug)]

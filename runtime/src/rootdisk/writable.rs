@@ -4,24 +4,32 @@
 //! blocks (some 300 KiB) that mke2fs wrote to the template. Nothing needs to be synced here: what the guest syncs later
 //! takes with it all that this file has in memory.
 
-use std::fs::{File, Permissions};
-use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::{
+    fs::{File, Permissions},
+    io,
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::fs::{FileExt as _, PermissionsExt as _},
+    },
+    path::Path,
+};
 
-use rustix::fs::{SeekFrom, ftruncate, ioctl_ficlone, seek};
-use rustix::io::Errno;
+use rustix::{
+    fs::{SeekFrom, ftruncate, ioctl_ficlone, seek},
+    io::Errno,
+};
 use sha2::{Digest as _, Sha256};
 
-use super::ext4::{self, BLOCK, INODE};
-use super::key::Key;
-use super::lock::Lock;
-use super::mkfs::Mke2fs;
-use super::store::{self, Metadata};
-use super::tree::Tree;
-use super::view::View;
-use super::{LARGEST, RootdiskCache, RootdiskError};
+use super::{
+    LARGEST, RootdiskCache, RootdiskError,
+    ext4::{self, BLOCK, INODE},
+    key::Key,
+    lock::Lock,
+    mkfs::Mke2fs,
+    store::{self, Metadata},
+    tree::Tree,
+    view::View,
+};
 
 /// Part of a template's name: raise it when templates are made in another way.
 const FORMAT: u32 = 1;

@@ -1,9 +1,13 @@
 //! What a child process does to itself between fork and exec.
 
-use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::process::CommandExt as _;
-use std::process::Command;
+use std::{
+    io,
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::process::CommandExt as _,
+    },
+    process::Command,
+};
 
 use seccompiler::BpfProgram;
 

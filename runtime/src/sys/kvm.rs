@@ -1,14 +1,13 @@
 //! The parts of KVM that touch raw memory, and the time stamp counter.
 
-use std::io;
-use std::num::NonZeroUsize;
-use std::os::fd::AsRawFd as _;
-use std::ptr::NonNull;
+use std::{io, num::NonZeroUsize, os::fd::AsRawFd as _, ptr::NonNull};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{VcpuFd, VmFd};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
-use nix::sys::signal::Signal;
+use nix::sys::{
+    mman::{MapFlags, ProtFlags, mmap_anonymous, munmap},
+    signal::Signal,
+};
 
 /// Zeroed memory for a guest.
 #[derive(Debug)]

@@ -1,7 +1,9 @@
 //! Processes by file descriptor (pidfd_open(2)): never a pid that meanwhile belongs to another.
 
-use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::{
+    io,
+    os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+};
 
 use nix::sys::signal::Signal;
 

@@ -1,22 +1,29 @@
 //! The process that builds a template, apart from whoever asked for it, and then becomes its holder.
 
-use std::convert::Infallible;
-use std::fs::{self, File};
-use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    convert::Infallible,
+    fs::{self, File},
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    os::fd::{AsFd as _, OwnedFd},
+    path::PathBuf,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use serde::{Deserialize, Serialize};
 
-use super::manifest::{Manifest, VERSION};
-use super::store::{Found, Template, Templates, gone};
-use super::{Shape, TemplateError, hash, holder, pages, store};
-use crate::error::chain;
-use crate::memfd;
-use crate::process::{Spawn, Stdio};
-use crate::sys::inherit;
-use crate::vm::{Saved, VmSpec};
+use super::{
+    Shape, TemplateError, hash, holder,
+    manifest::{Manifest, VERSION},
+    pages, store,
+    store::{Found, Template, Templates, gone},
+};
+use crate::{
+    error::chain,
+    memfd,
+    process::{Spawn, Stdio},
+    sys::inherit,
+    vm::{Saved, VmSpec},
+};
 
 /// First argument of a process that is a builder; the request is its stdin.
 pub(super) const ARGUMENT: &str = "template-builder";

@@ -20,9 +20,10 @@ pub(super) fn digest(memory: &File, devices: &[u8]) -> io::Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt as _;
+
     use super::*;
     use crate::memfd;
-    use std::os::unix::fs::FileExt as _;
 
     const PAGE: usize = 4096;
 

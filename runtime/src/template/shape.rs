@@ -1,17 +1,20 @@
 //! Everything that makes a template what it is.
 
-use std::fmt::Write as _;
-use std::fs;
-use std::io;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::{
+    fmt::Write as _,
+    fs, io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::TemplateError;
-use crate::process;
-use crate::vm::{ChannelKind, VmSpec};
+use crate::{
+    process,
+    vm::{ChannelKind, VmSpec},
+};
 
 /// Two VMs of one shape can be clones of one template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,8 +118,7 @@ fn cpu() -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::accel::Accel;
-    use crate::process::Identity as User;
+    use crate::{accel::Accel, process::Identity as User};
 
     fn spec(dir: &Path) -> VmSpec {
         for name in ["vmlinux", "guest.img"] {

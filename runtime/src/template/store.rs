@@ -8,22 +8,26 @@
 //!   KEY.vm/      while the template's VM runs
 //! ```
 
-use std::collections::BTreeSet;
-use std::fs::{self, DirBuilder, File};
-use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::{
+    collections::BTreeSet,
+    fs::{self, DirBuilder, File},
+    io::{self, Read as _, Write as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
 
-use super::manifest::{Manifest, VERSION};
-use super::{Shape, TemplateError, hash, holder};
-use crate::memfd;
-use crate::process::end_stranger;
-use crate::vm::Saved;
+use super::{
+    Shape, TemplateError, hash, holder,
+    manifest::{Manifest, VERSION},
+};
+use crate::{memfd, process::end_stranger, vm::Saved};
 
 /// A failure counts for so long; then a start asks for another attempt.
 const RETRY: Duration = Duration::from_secs(600);

@@ -1,14 +1,18 @@
 //! A FUSE file system and its device, /dev/fuse (fuse(4)). The connection ends when the device is closed.
 
-use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::{
+    io,
+    os::fd::{AsRawFd as _, OwnedFd},
+};
 
 use machinen_protocol::view::{MAX_DATA, REQUEST_HEADER, Request, refusal};
 use nix::errno::Errno;
-use rustix::fs::{Mode, OFlags, open};
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
-    fsmount, fsopen,
+use rustix::{
+    fs::{Mode, OFlags, open},
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
+        fsmount, fsopen,
+    },
 };
 use tokio::io::unix::AsyncFd;
 

@@ -17,20 +17,22 @@ mod session;
 #[cfg(test)]
 mod tests;
 
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::time::Duration;
+use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
-use tokio::sync::{Semaphore, watch};
-use tokio::task::JoinHandle;
-
-use crate::agent::{self, AgentError};
-use crate::error::chain;
-use crate::vm::{BoxedStream, Vm, VmError};
 pub(crate) use device::empty;
 use device::{Device, Read};
 pub use device::{DeviceError, Step};
 use machinen_protocol::view::MAX_REQUEST;
+use tokio::{
+    sync::{Semaphore, watch},
+    task::JoinHandle,
+};
+
+use crate::{
+    agent::{self, AgentError},
+    error::chain,
+    vm::{BoxedStream, Vm, VmError},
+};
 
 /// Longest wait for the guest: for one request, or for somebody there who serves requests.
 const PATIENCE: Duration = Duration::from_secs(30);

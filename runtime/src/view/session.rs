@@ -1,17 +1,22 @@
 //! The kernel's requests to somebody in the guest, and what comes back: forwarded, checked, and never waited for too long.
 
-use std::collections::VecDeque;
-use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    collections::VecDeque,
+    io,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use machinen_protocol::view::{MAX_REPLY, REPLY_HEADER, Reply, Request, ViewError};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::sync::Notify;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    sync::Notify,
+    time::{Instant, sleep_until, timeout},
+};
 
-use super::PATIENCE;
-use super::answers;
-use super::device::{Device, Read};
+use super::{
+    PATIENCE, answers,
+    device::{Device, Read},
+};
 use crate::vm::BoxedStream;
 
 /// Requests that the guest may have at once; more wait in the kernel.

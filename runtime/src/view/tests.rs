@@ -5,14 +5,19 @@ use std::os::fd::OwnedFd;
 use machinen_protocol::view::{
     MAX_REPLY, MAX_REQUEST, REPLY_HEADER, REQUEST_HEADER, ROOT, Reply, Request, opcode, refusal,
 };
-use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
+use nix::{
+    errno::Errno,
+    sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair},
+};
 use proptest::prelude::*;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
 
-use super::device::{Device, Read};
-use super::session::{self, End};
-use super::{PATIENCE, answers, requests};
+use super::{
+    PATIENCE, answers,
+    device::{Device, Read},
+    requests,
+    session::{self, End},
+};
 
 const LOOKUP: u32 = 1;
 const ASKER: u32 = 4321;

@@ -1,9 +1,11 @@
 //! The guest's kernel and image: looked at before QEMU is, because QEMU starts from almost anything and says little.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::{FileExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+};
 
 use crate::error::{ErrorKind, Kind};
 
@@ -83,9 +85,9 @@ impl Asset {
 
 #[cfg(test)]
 mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt as _};
+
     use super::*;
-    use std::fs;
-    use std::os::unix::fs::PermissionsExt as _;
 
     #[test]
     fn a_file_is_what_its_name_says_or_named() {

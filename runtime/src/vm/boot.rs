@@ -1,18 +1,24 @@
 //! From the start of QEMU to an agent that is ready.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
 
 use machinen_protocol::api::ConfigureRequest;
 use tokio::sync::watch;
 
-use super::VmExit;
-use super::capture::Capture;
-use super::channel::{Channel, ChannelError};
-use super::exit::quoted;
-use crate::agent::{AgentError, Client};
-use crate::error::{ErrorKind, Kind};
-use crate::sys;
+use super::{
+    VmExit,
+    capture::Capture,
+    channel::{Channel, ChannelError},
+    exit::quoted,
+};
+use crate::{
+    agent::{AgentError, Client},
+    error::{ErrorKind, Kind},
+    sys,
+};
 
 /// Bytes of fresh randomness that every guest is given.
 const ENTROPY: usize = 64;

@@ -3,10 +3,12 @@
 //! The guest's console and QEMU's stderr must neither block their writer nor fill the host's disk or memory: the first
 //! and the last [`KEPT`] bytes are kept, and how many are missing between them is said.
 
-use std::collections::VecDeque;
-use std::fs::File;
-use std::io::{self, Write as _};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    collections::VecDeque,
+    fs::File,
+    io::{self, Write as _},
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 

@@ -1,16 +1,16 @@
 //! Disks of a running VM: added to and taken from the virtio-scsi controller by QMP.
 
-use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::{collections::BTreeMap, os::fd::OwnedFd, time::Duration};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde_json::json;
 use tokio::sync::broadcast;
 
-use super::VmError;
-use super::argv::{IMAGE_FDSET, SCSI};
-use super::qmp::{Event, Qmp, QmpError};
+use super::{
+    VmError,
+    argv::{IMAGE_FDSET, SCSI},
+    qmp::{Event, Qmp, QmpError},
+};
 
 /// Targets of one virtio-scsi controller; each disk is LUN 0 of a target of its own.
 const TARGETS: u32 = 256;
@@ -238,10 +238,10 @@ fn opened_read_only(file: &OwnedFd) -> Option<bool> {
 
 #[cfg(test)]
 mod tests {
+    use std::{fs::File, os::unix::net::UnixStream};
+
     use super::*;
     use crate::vm::qmp::tests::{GREETING, OK, qemu};
-    use std::fs::File;
-    use std::os::unix::net::UnixStream;
 
     const REFUSED: &str = r#"{"error": {"class": "GenericError", "desc": "no"}, "id": $ID}"#;
 

@@ -1,27 +1,35 @@
 //! The one task that owns a VM: carries out requests, notes what QEMU says, ends it, and cleans up.
 
-use std::future::Future;
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
-use std::pin::{Pin, pin};
-use std::sync::Arc;
-use std::time::Duration;
+use std::{
+    future::Future,
+    os::fd::OwnedFd,
+    path::PathBuf,
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use nix::sys::signal::Signal;
-use tokio::net::UnixStream;
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
-use tokio::task::JoinHandle;
+use tokio::{
+    net::UnixStream,
+    sync::{broadcast, mpsc, oneshot, watch},
+    task::JoinHandle,
+};
 
-use super::VmError;
-use super::boot::BootError;
-use super::capture::Capture;
-use super::channel::Channel;
-use super::disk::{DiskAddress, DiskSpec, Disks};
-use super::exit::{Seen, VmExit, judge};
-use super::launch::CONSOLE_LOG;
-use super::qmp::{Event, Qmp};
-use crate::agent;
-use crate::process::{Child, Exit};
+use super::{
+    VmError,
+    boot::BootError,
+    capture::Capture,
+    channel::Channel,
+    disk::{DiskAddress, DiskSpec, Disks},
+    exit::{Seen, VmExit, judge},
+    launch::CONSOLE_LOG,
+    qmp::{Event, Qmp},
+};
+use crate::{
+    agent,
+    process::{Child, Exit},
+};
 
 /// After QEMU has ended its sockets end too; this only guards against a descriptor that leaked.
 const DRAIN: Duration = Duration::from_secs(2);

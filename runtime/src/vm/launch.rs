@@ -1,31 +1,41 @@
 //! Starting QEMU: everything it inherits is made here, and taken back if it does not answer.
 
-use std::fs::{DirBuilder, File};
-use std::io;
-use std::os::fd::AsFd as _;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
-use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::{
+    fs::{DirBuilder, File},
+    io,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::{
+            fs::{DirBuilderExt as _, OpenOptionsExt as _},
+            net::UnixStream as StdUnixStream,
+        },
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use tokio::net::UnixStream;
-use tokio::net::unix::pipe;
-use tokio::sync::{broadcast, mpsc, watch};
+use tokio::{
+    net::{UnixStream, unix::pipe},
+    sync::{broadcast, mpsc, watch},
+};
 
-use super::Vm;
-use super::argv::{self, Start, fd};
-use super::asset::{self, AssetError};
-use super::boot::Boot;
-use super::capture::Capture;
-use super::channel::{Channel, ChannelError, GuestEnd};
-use super::driver::{self, Dir, Inputs, Output, Running, Stop};
-use super::exit::{Seen, VmExit};
-use super::qmp::{Event, Qmp, QmpError};
-use super::saved::{self, Saved, SavedError};
-use super::spec::VmSpec;
-use crate::error::{ErrorKind, Kind};
-use crate::process::{ProcessError, Sandbox, Spawn, Stdio};
+use super::{
+    Vm,
+    argv::{self, Start, fd},
+    asset::{self, AssetError},
+    boot::Boot,
+    capture::Capture,
+    channel::{Channel, ChannelError, GuestEnd},
+    driver::{self, Dir, Inputs, Output, Running, Stop},
+    exit::{Seen, VmExit},
+    qmp::{Event, Qmp, QmpError},
+    saved::{self, Saved, SavedError},
+    spec::VmSpec,
+};
+use crate::{
+    error::{ErrorKind, Kind},
+    process::{ProcessError, Sandbox, Spawn, Stdio},
+};
 
 /// What the guest printed on its console, in the VM's directory.
 pub(super) const CONSOLE_LOG: &str = "console.log";

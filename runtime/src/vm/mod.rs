@@ -23,30 +23,29 @@ mod spec;
 mod version;
 mod wake;
 
-use std::path::Path;
-use std::sync::Arc;
-use std::time::Duration;
-
-use tokio::sync::{mpsc, oneshot, watch};
+use std::{path::Path, sync::Arc, time::Duration};
 
 pub use asset::AssetError;
 pub use boot::BootError;
+use channel::Channel;
 #[cfg(fuzzing)]
 pub use channel::greet;
 pub use channel::{BoxedStream, ChannelError, HostSupport, Stream, choose};
 pub use disk::{DiskAddress, DiskSource, DiskSpec};
+use driver::{Request, Stop};
 pub use exit::VmExit;
 pub use launch::LaunchError;
+use qmp::QmpError;
 pub use qmp::Version as QemuVersion;
 pub use saved::{Saved, SavedError};
 pub use spec::{ChannelKind, VmSpec};
+use tokio::sync::{mpsc, oneshot, watch};
 pub use version::{QemuError, qemu_version};
 
-use crate::agent;
-use crate::error::{ErrorKind, Kind};
-use channel::Channel;
-use driver::{Request, Stop};
-use qmp::QmpError;
+use crate::{
+    agent,
+    error::{ErrorKind, Kind},
+};
 
 /// Why something about a VM failed.
 #[derive(Debug, thiserror::Error)]

@@ -1,16 +1,19 @@
 //! A small client of QEMU's monitor protocol (QMP): commands, events, and descriptors handed over.
 
-use std::collections::HashMap;
-use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{AsFd as _, OwnedFd},
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, BufReader};
-use tokio::net::UnixStream;
-use tokio::net::unix::OwnedWriteHalf;
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, BufReader},
+    net::{UnixStream, unix::OwnedWriteHalf},
+    sync::{broadcast, mpsc, oneshot},
+};
 
 use crate::sys;
 

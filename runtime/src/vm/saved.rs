@@ -10,27 +10,37 @@
 //! QEMU gives memory back by punching holes, in a file even if it is mapped privately. For a clone that must do
 //! nothing: what returns the memory is the madvise(2) after it, by which the clone's own copy goes.
 
-use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
-use std::sync::Arc;
-use std::time::Duration;
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use serde_json::json;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::unix::pipe;
-use tokio::sync::broadcast;
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::unix::pipe,
+    sync::broadcast,
+    time::timeout,
+};
 
-use super::argv::fd;
-use super::launch::{Launched, Origin, begin};
-use super::qmp::{Event, QmpError, Version};
-use super::wake::{self, WakeError};
-use super::{LaunchError, VmExit, VmSpec};
-use crate::error::{ErrorKind, Kind};
-use crate::memfd;
+use super::{
+    LaunchError, VmExit, VmSpec,
+    argv::fd,
+    launch::{Launched, Origin, begin},
+    qmp::{Event, QmpError, Version},
+    wake::{self, WakeError},
+};
+use crate::{
+    error::{ErrorKind, Kind},
+    memfd,
+};
 
 /// The state of microvm's devices is some 60 KiB; the rest is for more disks and CPUs.
 const MAX_DEVICES: u64 = 16 << 20;

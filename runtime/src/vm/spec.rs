@@ -1,13 +1,11 @@
 //! What a VM is to be: plain data, complete before anything is started.
 
-use std::path::PathBuf;
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
 use super::argv;
-use crate::accel::Accel;
-use crate::process::Identity;
+use crate::{accel::Accel, process::Identity};
 
 /// Everything that shapes a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

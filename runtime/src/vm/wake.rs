@@ -8,8 +8,10 @@
 use std::io;
 
 use machinen_protocol::preamble::{Answer, Kind, PREAMBLE_LEN, Preamble, PreambleError};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::UnixStream;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::UnixStream,
+};
 
 /// Why an agent did not say that it waits.
 #[derive(Debug, thiserror::Error)]

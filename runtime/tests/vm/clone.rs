@@ -1,9 +1,10 @@
 //! Saved VMs and their clones.
 
-use std::fs::File;
-use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::FileExt as _;
-use std::time::Instant;
+use std::{
+    fs::File,
+    os::{fd::AsRawFd as _, unix::fs::FileExt as _},
+    time::Instant,
+};
 
 use machinen::vm::{ChannelKind, Saved, SavedError, Vm, VmExit, VmSpec};
 

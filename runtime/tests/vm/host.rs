@@ -1,14 +1,17 @@
 //! A place for VMs, and the check that nothing of them stays.
 
-use std::fs::{self, File};
-use std::io::Write as _;
-use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::{
+    fs::{self, File},
+    io::Write as _,
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use machinen::accel;
-use machinen::config;
-use machinen::vm::{ChannelKind, DiskSource, DiskSpec, VmSpec};
+use machinen::{
+    accel, config,
+    vm::{ChannelKind, DiskSource, DiskSpec, VmSpec},
+};
 
 const DISK_BYTES: u64 = 4 << 20;
 

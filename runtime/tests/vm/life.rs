@@ -1,12 +1,15 @@
 //! VMs that boot, run and end, in order and not.
 
-use std::fs::{self, File};
-use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::{
+    fs::{self, File},
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
 
-use crate::host::{self, Host, chain};
 use machinen::vm::{BootError, ChannelKind, DiskSource, DiskSpec, LaunchError, Vm, VmError, VmExit};
 use tokio::io::AsyncWriteExt as _;
+
+use crate::host::{self, Host, chain};
 
 const GRACE: Duration = Duration::from_secs(10);
 

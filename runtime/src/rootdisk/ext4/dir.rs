@@ -1,8 +1,6 @@
 //! The entries of a directory.
 
-use super::image::Image;
-use super::inode::Inode;
-use super::{BLOCK, Ext4Error, damaged, u16_at, u32_at};
+use super::{BLOCK, Ext4Error, damaged, image::Image, inode::Inode, u16_at, u32_at};
 
 /// A name in a directory, without `.` and `..`.
 #[derive(Debug, Clone, PartialEq, Eq)]

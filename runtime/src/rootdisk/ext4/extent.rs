@@ -1,8 +1,6 @@
 //! Which blocks of the disk hold which blocks of a file.
 
-use super::image::Image;
-use super::inode::Inode;
-use super::{Ext4Error, damaged, u16_at, u32_at};
+use super::{Ext4Error, damaged, image::Image, inode::Inode, u16_at, u32_at};
 
 const MAGIC: u16 = 0xf30a;
 const MAX_DEPTH: u16 = 5;

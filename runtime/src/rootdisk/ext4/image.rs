@@ -1,11 +1,8 @@
 //! A disk's superblock, group descriptors and blocks.
 
-use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt as _;
+use std::{collections::BTreeMap, fs::File, os::unix::fs::FileExt as _};
 
-use super::inode::Inode;
-use super::{BLOCK, Ext4Error, INODE, damaged, put16, put32, u16_at, u32_at};
+use super::{BLOCK, Ext4Error, INODE, damaged, inode::Inode, put16, put32, u16_at, u32_at};
 
 /// Blocks that are kept in memory before they are written back and dropped (64 MiB).
 const CACHED: usize = 16384;

@@ -1,9 +1,12 @@
 //! Removes the lost+found that mke2fs always makes: the tree of an image has none.
 
-use super::dir::entries;
-use super::image::{Counter, Image};
-use super::inode::Inode;
-use super::{Ext4Error, ROOT, damaged, put16, u16_at, u32_at};
+use super::{
+    Ext4Error, ROOT, damaged,
+    dir::entries,
+    image::{Counter, Image},
+    inode::Inode,
+    put16, u16_at, u32_at,
+};
 
 pub(super) const NAME: &[u8] = b"lost+found";
 

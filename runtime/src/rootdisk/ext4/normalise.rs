@@ -4,15 +4,13 @@
 //! nanoseconds of modification times, gives the root directory a mode of its own, makes a lost+found and copies a
 //! symbolic link once for each of its names. All of that is set right here; sizes, owners, modes and hard links are compared with what the walk saw.
 
-use std::collections::HashMap;
-use std::fs::File;
+use std::{collections::HashMap, fs::File};
 
-use super::image::Image;
-use super::inode::Inode;
-use super::lost_found;
-use super::{Ext4Error, ROOT, put32};
-use crate::rootdisk::manifest::{Kind, Time};
-use crate::rootdisk::tree::{Entry, Tree};
+use super::{Ext4Error, ROOT, image::Image, inode::Inode, lost_found, put32};
+use crate::rootdisk::{
+    manifest::{Kind, Time},
+    tree::{Entry, Tree},
+};
 
 /// The time of the root directory and of the file system itself: they are when somebody unpacked the image, not the
 /// image's.

@@ -1,14 +1,13 @@
 //! Reads a disk back into the manifest that its key is the digest of.
 
-use std::collections::HashMap;
-use std::fs::File;
+use std::{collections::HashMap, fs::File};
 
-use super::image::Image;
-use super::inode::Inode;
-use super::{BLOCK, Ext4Error, ROOT, damaged};
-use crate::rootdisk::content::Content;
-use crate::rootdisk::key::Key;
-use crate::rootdisk::manifest::{Kind, Manifest, Node, Record};
+use super::{BLOCK, Ext4Error, ROOT, damaged, image::Image, inode::Inode};
+use crate::rootdisk::{
+    content::Content,
+    key::Key,
+    manifest::{Kind, Manifest, Node, Record},
+};
 
 /// Deepest directory that is followed; a path of more names is longer than PATH_MAX.
 const MAX_DEPTH: usize = 2048;

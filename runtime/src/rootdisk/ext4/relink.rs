@@ -1,10 +1,13 @@
 //! Makes the names of one symbolic link one file again: mke2fs copies regular files, devices, fifos and sockets with
 //! several names once, but a symbolic link for each name.
 
-use super::dir::entries;
-use super::image::{Counter, Image};
-use super::inode::Inode;
-use super::{Ext4Error, damaged, put32, u32_at};
+use super::{
+    Ext4Error, damaged,
+    dir::entries,
+    image::{Counter, Image},
+    inode::Inode,
+    put32, u32_at,
+};
 
 impl Image<'_> {
     /// Has `name` in the directory `dir` lead to the inode `to` in the place of the copy `from`, which is removed.

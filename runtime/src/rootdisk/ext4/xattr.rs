@@ -4,10 +4,10 @@
 //! in one order. Whether the block is needed does not depend on the order (it is when the sum of all does not fit into
 //! the inode), so nothing else on the disk moves.
 
-use super::image::Image;
-use super::inode::Inode;
-use super::normalise::Marks;
-use super::{BLOCK, Ext4Error, INODE, damaged, put16, put32, u16_at, u32_at};
+use super::{
+    BLOCK, Ext4Error, INODE, damaged, image::Image, inode::Inode, normalise::Marks, put16, put32, u16_at,
+    u32_at,
+};
 use crate::rootdisk::manifest::Xattrs;
 
 const MAGIC: u32 = 0xea02_0000;

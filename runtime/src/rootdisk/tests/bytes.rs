@@ -1,10 +1,11 @@
 //! The bytes of a disk depend on its tree alone.
 
-use std::fs;
-use std::path::Path;
+use std::{fs, path::Path};
 
-use super::tree::{everything, touch};
-use super::{Fixture, layer, tool};
+use super::{
+    Fixture, layer, tool,
+    tree::{everything, touch},
+};
 use crate::rootdisk::{Key, RootfsSource};
 
 fn built(source: &RootfsSource) -> (Key, Vec<u8>) {

@@ -1,13 +1,12 @@
 //! What is known is not built again, and what is in use stays.
 
-use std::fs;
-use std::path::Path;
-use std::sync::mpsc;
-use std::time::Duration;
+use std::{fs, path::Path, sync::mpsc, time::Duration};
 
 use super::{Fixture, layer, small, tool};
-use crate::process::Spawn;
-use crate::rootdisk::{BuildOptions, Progress, Prune, RootdiskCache, RootfsSource, State};
+use crate::{
+    process::Spawn,
+    rootdisk::{BuildOptions, Progress, Prune, RootdiskCache, RootfsSource, State},
+};
 
 fn phases(disk: &crate::rootdisk::Rootdisk) -> Vec<&'static str> {
     disk.phases.iter().map(|(name, _)| *name).collect()

@@ -1,17 +1,18 @@
 //! Disks that are not what they were are found and made anew; nothing on a disk can do worse than be refused.
 
-use std::fs::{self, File};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
-use std::path::Path;
+use std::{
+    fs::{self, File},
+    os::unix::fs::{FileExt as _, MetadataExt as _},
+    path::Path,
+};
 
 use proptest::prelude::*;
 
-use super::tree::{everything, touch};
-use super::{Fixture, layer};
-use crate::rootdisk::store::Unusable;
-use crate::rootdisk::tree::Tree;
-use crate::rootdisk::view::View;
-use crate::rootdisk::{State, ext4};
+use super::{
+    Fixture, layer,
+    tree::{everything, touch},
+};
+use crate::rootdisk::{State, ext4, store::Unusable, tree::Tree, view::View};
 
 /// Changes a byte in place and, if asked, makes it look as if nothing was written.
 fn flip(path: &Path, at: u64, hidden: bool) {

@@ -1,14 +1,17 @@
 //! What goes wrong is said in the user's terms, nothing is left of it, and the next try works.
 
-use std::fs;
-use std::os::unix::fs::{PermissionsExt as _, symlink};
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt as _, symlink},
+    path::{Path, PathBuf},
+};
 
-use super::cache::process;
-use super::{Fixture, layer, small, tool};
-use crate::error::{ErrorKind, Kind as _, chain};
-use crate::process::Exit;
-use crate::rootdisk::{BuildOptions, Progress, RootdiskCache, RootdiskError, RootfsSource};
+use super::{Fixture, cache::process, layer, small, tool};
+use crate::{
+    error::{ErrorKind, Kind as _, chain},
+    process::Exit,
+    rootdisk::{BuildOptions, Progress, RootdiskCache, RootdiskError, RootfsSource},
+};
 
 fn make(fixture: &Fixture) -> PathBuf {
     let root = fixture.path("root");

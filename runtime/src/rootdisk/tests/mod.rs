@@ -7,8 +7,10 @@ mod failures;
 mod tree;
 mod writable;
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use super::{BuildOptions, Progress, Rootdisk, RootdiskCache, RootdiskError, RootfsSource};
 use crate::process;

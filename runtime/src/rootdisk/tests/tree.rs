@@ -1,20 +1,21 @@
 //! Trees with everything that a root file system can have.
 
-use std::ffi::CString;
-use std::fs::{self, File};
-use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{FileExt as _, PermissionsExt as _, chown, lchown, symlink};
-use std::path::{Path, PathBuf};
+use std::{
+    ffi::CString,
+    fs::{self, File},
+    os::unix::{
+        ffi::OsStrExt as _,
+        fs::{FileExt as _, PermissionsExt as _, chown, lchown, symlink},
+    },
+    path::{Path, PathBuf},
+};
 
 use rustix::fs::{
     AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags, lsetxattr, makedev, mknodat, utimensat,
 };
 
 use super::{Fixture, layer, small};
-use crate::rootdisk::ext4;
-use crate::rootdisk::hashing;
-use crate::rootdisk::tree::Tree;
-use crate::rootdisk::view::View;
+use crate::rootdisk::{ext4, hashing, tree::Tree, view::View};
 
 /// A name that is no UTF-8, one with what shells and parsers trip over, and the longest one.
 fn names() -> [Vec<u8>; 3] {

@@ -1,13 +1,13 @@
 //! Writable layers.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
 
 use super::{Fixture, tool};
-use crate::error::{ErrorKind, Kind as _};
-use crate::process::Spawn;
-use crate::rootdisk::open_writable;
+use crate::{
+    error::{ErrorKind, Kind as _},
+    process::Spawn,
+    rootdisk::open_writable,
+};
 
 const SIZE: u64 = 4 << 30;
 

@@ -1,11 +1,12 @@
 //! Which channel `auto` is.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+};
 
 use super::kernel_vsock;
-use crate::config;
-use crate::vm::spec::ChannelKind;
+use crate::{config, vm::spec::ChannelKind};
 
 /// What this host offers.
 #[derive(Debug, Clone, PartialEq, Eq)]

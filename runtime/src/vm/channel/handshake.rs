@@ -68,8 +68,9 @@ impl From<PreambleError> for ChannelError {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use tokio::io::duplex;
+
+    use super::*;
 
     fn chain(error: &ChannelError) -> String {
         crate::error::chain(error)

@@ -1,8 +1,6 @@
 //! AF_VSOCK through the host kernel's vhost-vsock.
 
-use std::fs::File;
-use std::io;
-use std::os::fd::AsFd as _;
+use std::{fs::File, io, os::fd::AsFd as _};
 
 use machinen_protocol::{STREAM_PORT, control_port};
 use tokio::sync::Mutex;

@@ -13,20 +13,22 @@ mod kernel_vsock;
 mod serial;
 mod vhost_user;
 
-use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::{
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
+pub use choose::{HostSupport, choose};
 use machinen_protocol::preamble::{Kind, Preamble, PreambleError};
 use tokio::io::{AsyncRead, AsyncWrite};
 
-pub use choose::{HostSupport, choose};
-
-use super::argv::{PRIVATE_CID, Start};
-use super::spec::{ChannelKind, VmSpec};
+use super::{
+    argv::{PRIVATE_CID, Start},
+    spec::{ChannelKind, VmSpec},
+};
 use crate::process::ProcessError;
 
 /// A byte stream to or from the guest agent.

@@ -1,14 +1,17 @@
 //! All streams as yamux over one virtio serial port.
 
-use std::collections::VecDeque;
-use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream as StdUnixStream;
-use std::pin::pin;
-use std::task::Poll;
+use std::{
+    collections::VecDeque,
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    pin::pin,
+    task::Poll,
+};
 
-use tokio::net::UnixStream;
-use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::{
+    net::UnixStream,
+    sync::{Mutex, mpsc, oneshot},
+};
 use tokio_util::compat::{FuturesAsyncReadCompatExt as _, TokioAsyncReadCompatExt as _};
 
 use super::{BoxedStream, ChannelError};
@@ -118,8 +121,9 @@ async fn serve<S>(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
 
     /// A guest: dials one control stream, and echoes what comes on every stream that the host dials.
     fn guest(socket: UnixStream) -> oneshot::Receiver<yamux::Stream> {

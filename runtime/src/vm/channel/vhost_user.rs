@@ -6,23 +6,33 @@
 //!   <dir>/vsock/vm.vsock_1024  the host listens, the daemon dials for the guest
 //! ```
 
-use std::fs::{self, DirBuilder, File};
-use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt as _, chown};
-use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::{Path, PathBuf};
+use std::{
+    fs::{self, DirBuilder, File},
+    io,
+    os::{
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        unix::{
+            fs::{DirBuilderExt as _, chown},
+            net::UnixStream as StdUnixStream,
+        },
+    },
+    path::{Path, PathBuf},
+};
 
 use machinen_protocol::{STREAM_PORT, control_port};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Mutex;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{UnixListener, UnixStream},
+    sync::Mutex,
+};
 
 use super::{BoxedStream, ChannelError, PRIVATE_CID};
-use crate::process::{Child, Exit, Identity, Sandbox, Spawn, Stdio};
-use crate::sys;
-use crate::vm::capture::Capture;
+use crate::{
+    process::{Child, Exit, Identity, Sandbox, Spawn, Stdio},
+    sys,
+    vm::capture::Capture,
+};
 
 /// Longest answer to CONNECT that is read, bytes.
 const MAX_ANSWER: usize = 32;

@@ -1,7 +1,9 @@
 //! The monitor client against a peer that the test scripts.
 
-use std::io::{Read as _, Write as _};
-use std::os::unix::net::UnixStream as StdUnixStream;
+use std::{
+    io::{Read as _, Write as _},
+    os::unix::net::UnixStream as StdUnixStream,
+};
 
 use tokio::io::AsyncWriteExt as _;
 
@@ -97,8 +99,9 @@ async fn a_descriptor_travels_with_its_command() {
         assert!(buffer[..count].ends_with(b"\n"));
         theirs.write_all(OK.replace("$ID", "0\n").replace("\n}", "}\n").as_bytes()).unwrap();
 
-        use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
         use std::os::fd::AsRawFd as _;
+
+        use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
         let mut control = nix::cmsg_space!([std::os::fd::RawFd; 4]);
         let mut slices = [io::IoSliceMut::new(&mut buffer)];
         let message =
