@@ -5,7 +5,7 @@ use std::{error::Error, path::Path, process::ExitCode};
 use clap::Args;
 use machinen::{
     RUN_DIR,
-    accel::{self, Accel},
+    accel::{self, Accelerator},
     assets::Assets,
     config::Config,
     error::chain,
@@ -25,14 +25,14 @@ pub struct CheckArgs {
 #[derive(Debug, Serialize)]
 struct Finding {
     what: &'static str,
-    verdict: Verdict,
+    verdict: CheckVerdict,
     /// One sentence; where something is missing, with what to do about it.
     text: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Verdict {
+enum CheckVerdict {
     Ok,
     /// Containers run, but slower or with less.
     Note,
@@ -56,14 +56,14 @@ pub fn run(args: &CheckArgs, config: &Config) -> ExitCode {
     } else {
         for Finding { what, verdict, text } in &findings {
             let mark = match verdict {
-                Verdict::Ok => "ok",
-                Verdict::Note => "note",
-                Verdict::Missing => "MISSING",
+                CheckVerdict::Ok => "ok",
+                CheckVerdict::Note => "note",
+                CheckVerdict::Missing => "MISSING",
             };
             println!("{mark:<9}{what:<10}{text}");
         }
     }
-    match findings.iter().any(|finding| finding.verdict == Verdict::Missing) {
+    match findings.iter().any(|finding| finding.verdict == CheckVerdict::Missing) {
         true => ExitCode::FAILURE,
         false => ExitCode::SUCCESS,
     }
@@ -71,17 +71,17 @@ pub fn run(args: &CheckArgs, config: &Config) -> ExitCode {
 
 fn found(what: &'static str, result: Result<String, impl Error + 'static>) -> Finding {
     match result {
-        Ok(text) => Finding { what, verdict: Verdict::Ok, text },
-        Err(error) => Finding { what, verdict: Verdict::Missing, text: chain(&error) },
+        Ok(text) => Finding { what, verdict: CheckVerdict::Ok, text },
+        Err(error) => Finding { what, verdict: CheckVerdict::Missing, text: chain(&error) },
     }
 }
 
 fn user() -> Finding {
     match nix::unistd::geteuid().is_root() {
-        true => Finding { what: "user", verdict: Verdict::Ok, text: "root".to_owned() },
+        true => Finding { what: "user", verdict: CheckVerdict::Ok, text: "root".to_owned() },
         false => Finding {
             what: "user",
-            verdict: Verdict::Missing,
+            verdict: CheckVerdict::Missing,
             text: "not root; containerd runs its shims as root, try again with sudo".to_owned(),
         },
     }
@@ -91,7 +91,7 @@ fn accelerator(config: &Config) -> Finding {
     let judged = accel::verdict(Path::new(RUN_DIR))
         .and_then(|verdict| Ok((verdict.choose(config.vm.accel)?, verdict.to_string())));
     match judged {
-        Ok((Accel::Tcg { .. }, text)) => Finding { what: "accel", verdict: Verdict::Note, text },
+        Ok((Accelerator::Tcg { .. }, text)) => Finding { what: "accel", verdict: CheckVerdict::Note, text },
         judged => found("accel", judged.map(|(_, text)| text)),
     }
 }
@@ -117,11 +117,14 @@ fn assets(config: &Config) -> Finding {
 fn channel(config: &Config) -> Finding {
     let host = HostSupport::detect(&config.vm.vhost_device_vsock);
     let (verdict, text) = match choose(config.vm.channel, &host) {
-        ChannelKind::KernelVsock => (Verdict::Ok, "vsock by the host's kernel".to_owned()),
-        ChannelKind::VhostUserVsock { daemon } => (Verdict::Ok, format!("vsock by {}", daemon.display())),
-        ChannelKind::Serial => {
-            (Verdict::Note, "serial port; `modprobe vhost_vsock` gives containers a faster one".to_owned())
+        ChannelKind::KernelVsock => (CheckVerdict::Ok, "vsock by the host's kernel".to_owned()),
+        ChannelKind::VhostUserVsock { daemon } => {
+            (CheckVerdict::Ok, format!("vsock by {}", daemon.display()))
         }
+        ChannelKind::Serial => (
+            CheckVerdict::Note,
+            "serial port; `modprobe vhost_vsock` gives containers a faster one".to_owned(),
+        ),
     };
     Finding { what: "channel", verdict, text }
 }

@@ -10,7 +10,7 @@ use machinen::{
 use serde_json::{Value, json};
 
 use super::{
-    output::{Align, Output, Table},
+    output::{Align, TextTable, VerbOutput},
     text::{ago, human},
 };
 
@@ -21,11 +21,11 @@ pub struct PoolArgs {
     #[arg(long, global = true)]
     pub(super) json: bool,
     #[command(subcommand)]
-    command: Command,
+    command: PoolCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum PoolCommand {
     /// List the clones, those of other configurations too, the oldest first
     Ls,
     /// End all clones that no container has taken, those that are being made and those of other configurations too; the next
@@ -37,21 +37,21 @@ enum Command {
 ///
 /// # Errors
 /// The pool's directory cannot be read, or a member does not end.
-pub fn run(args: &PoolArgs, config: &Config) -> Result<Output, PoolError> {
+pub fn run(args: &PoolArgs, config: &Config) -> Result<VerbOutput, PoolError> {
     match args.command {
-        Command::Ls => {
+        PoolCommand::Ls => {
             let members = pool::list(&config.pool.dir)?;
-            Ok(Output::new(table(&members), members.iter().map(listed_json).collect::<Value>()))
+            Ok(VerbOutput::new(table(&members), members.iter().map(listed_json).collect::<Value>()))
         }
-        Command::Drain => {
+        PoolCommand::Drain => {
             let ended = pool::drain(&config.pool.dir)?;
-            Ok(Output::new(format!("{ended} ended\n"), json!({ "ended": ended })))
+            Ok(VerbOutput::new(format!("{ended} ended\n"), json!({ "ended": ended })))
         }
     }
 }
 
 fn table(members: &[Listed]) -> String {
-    let mut table = Table::new([
+    let mut table = TextTable::new([
         ("PID", Align::Right),
         ("MEMORY", Align::Right),
         ("VCPUS", Align::Right),

@@ -13,7 +13,7 @@ use machinen::{
 use serde_json::{Value, json};
 
 use super::{
-    output::{Align, Output, Table},
+    output::{Align, TextTable, VerbOutput},
     text::human,
 };
 
@@ -24,11 +24,11 @@ pub struct SnapshotArgs {
     #[arg(long, global = true)]
     pub(super) json: bool,
     #[command(subcommand)]
-    command: Command,
+    command: SnapshotCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum SnapshotCommand {
     /// List the checkpoints in a directory: those that are directories in it
     Ls {
         #[arg(default_value = ".")]
@@ -55,26 +55,26 @@ enum Command {
 ///
 /// # Errors
 /// A directory cannot be read, or is no checkpoint.
-pub fn run(args: &SnapshotArgs) -> Result<Output, CheckpointError> {
+pub fn run(args: &SnapshotArgs) -> Result<VerbOutput, CheckpointError> {
     match &args.command {
-        Command::Ls { dir } => {
+        SnapshotCommand::Ls { dir } => {
             let found = list(dir)?;
             let value: Value = found.iter().map(|(dir, manifest)| summary(dir, manifest)).collect();
-            Ok(Output::new(table(&found), value))
+            Ok(VerbOutput::new(table(&found), value))
         }
-        Command::Inspect { dir } => {
+        SnapshotCommand::Inspect { dir } => {
             let manifest = Manifest::read(dir)?;
-            Ok(Output::new(describe(&manifest), json!(manifest)))
+            Ok(VerbOutput::new(describe(&manifest), json!(manifest)))
         }
-        Command::Verify { dirs } => Ok(verify(dirs)),
-        Command::Rm { dirs } => {
+        SnapshotCommand::Verify { dirs } => Ok(verify(dirs)),
+        SnapshotCommand::Rm { dirs } => {
             dirs.iter().try_for_each(|dir| checkpoint::remove(dir))?;
-            Ok(Output::lines(dirs.iter().map(|dir| dir.display()), json!(dirs)))
+            Ok(VerbOutput::lines(dirs.iter().map(|dir| dir.display()), json!(dirs)))
         }
     }
 }
 
-fn verify(dirs: &[PathBuf]) -> Output {
+fn verify(dirs: &[PathBuf]) -> VerbOutput {
     let (mut lines, mut values, mut ok) = (Vec::new(), Vec::new(), true);
     for dir in dirs {
         let verified = checkpoint::verify(dir);
@@ -83,7 +83,7 @@ fn verify(dirs: &[PathBuf]) -> Output {
         lines.push(format!("{} {state}", dir.display()));
         values.push(json!({ "path": dir, "state": state }));
     }
-    Output { ok, ..Output::lines(lines, values) }
+    VerbOutput { ok, ..VerbOutput::lines(lines, values) }
 }
 
 /// What is no checkpoint is not listed; one of another version is an error.
@@ -108,7 +108,7 @@ fn bytes(manifest: &Manifest) -> u64 {
 }
 
 fn table(found: &[(PathBuf, Manifest)]) -> String {
-    let mut table = Table::new([
+    let mut table = TextTable::new([
         ("PATH", Align::Left),
         ("CONTAINER", Align::Left),
         ("CREATED", Align::Left),

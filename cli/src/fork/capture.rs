@@ -6,10 +6,10 @@
 
 use containerd_client::types::v1::Status;
 use containerd_shim_protos::shim::oci::CheckpointOptions;
-use machinen::{checkpoint::Manifest, layer::Twins};
+use machinen::{checkpoint::Manifest, layer::LayerCopy};
 use tokio::task::spawn_blocking;
 
-use super::{error::ForkError, images, steps::Fork, undo::Made};
+use super::{checkpoint_dir, error::ForkError, steps::Fork, undo::Undo};
 
 /// A client that disturbs more often than that does nothing else.
 const TRIES: usize = 5;
@@ -17,7 +17,7 @@ const TRIES: usize = 5;
 impl Fork<'_> {
     /// # Errors
     /// The source cannot be checkpointed, what it has written cannot be copied, or other clients have disturbed each try.
-    pub(super) async fn capture(&mut self, twins: &Twins) -> Result<(), ForkError> {
+    pub(super) async fn capture(&mut self, twins: &LayerCopy) -> Result<(), ForkError> {
         for _ in 1..TRIES {
             match self.capture_once(twins).await {
                 Err(error) if error.is_disturbance() => {
@@ -25,7 +25,7 @@ impl Fork<'_> {
                         "another client has paused, checkpointed or resumed {}; again",
                         self.args.source
                     );
-                    self.images.clear()?;
+                    self.checkpoint_dir.clear()?;
                 }
                 captured => return captured,
             }
@@ -34,7 +34,7 @@ impl Fork<'_> {
         self.capture_once(twins).await
     }
 
-    async fn capture_once(&mut self, twins: &Twins) -> Result<(), ForkError> {
+    async fn capture_once(&mut self, twins: &LayerCopy) -> Result<(), ForkError> {
         if twins.is_live() {
             self.pause().await?;
             self.signals.check()?;
@@ -55,13 +55,13 @@ impl Fork<'_> {
 
     /// What is in the directory of the images is complete when this returns.
     async fn checkpoint(&self) -> Result<Manifest, ForkError> {
-        let (id, path) = (self.args.source.clone(), self.images.path().to_owned());
+        let (id, path) = (self.args.source.clone(), self.checkpoint_dir.path().to_owned());
         match self.containerd.checkpoint(&id, &self.checkpoint_options()).await {
             Ok(()) => Ok(Manifest::read(&path)?),
             // After the shim has written the directory, containerd 1 copies it, and the container's configuration, to its content
             // store. That fails where another checkpoint has put the same configuration there.
             Err(error) if error.is_already_exists() => {
-                let verified = spawn_blocking(move || images::complete(&path, &id)).await;
+                let verified = spawn_blocking(move || checkpoint_dir::complete(&path, &id)).await;
                 verified.map_err(ForkError::Worker)??.ok_or(error)
             }
             Err(error) => Err(error),
@@ -73,7 +73,7 @@ impl Fork<'_> {
         CheckpointOptions {
             open_tcp: true,
             file_locks: true,
-            image_path: self.images.path().display().to_string(),
+            image_path: self.checkpoint_dir.path().display().to_string(),
             ..Default::default()
         }
     }
@@ -84,7 +84,7 @@ impl Fork<'_> {
             return Ok(());
         }
         let paused = self.containerd.pause(&self.args.source).await;
-        match self.note(Made::Pause, paused) {
+        match self.note(Undo::Pause, paused) {
             Err(error) if !error.is_lost() && self.is_paused().await? => Ok(()),
             paused => paused,
         }
@@ -94,9 +94,9 @@ impl Fork<'_> {
     /// The source was resumed before: the copy of its disk is not of one moment.
     async fn end_pause(&mut self) -> Result<(), ForkError> {
         let was_paused = self.is_paused().await?;
-        if self.made.contains(&Made::Pause) {
+        if self.undo.contains(&Undo::Pause) {
             self.resume().await?;
-            self.made.retain(|made| *made != Made::Pause);
+            self.undo.retain(|undo| *undo != Undo::Pause);
         }
         match was_paused {
             true => Ok(()),

@@ -31,7 +31,7 @@ use super::error::ForkError;
 const LEASE: Duration = Duration::from_secs(24 * 3600);
 
 /// A connection, which is made anew after a restart of containerd.
-pub(super) struct Containerd {
+pub(super) struct ContainerdClient {
     client: Client,
     pub(super) address: PathBuf,
     pub(super) namespace: String,
@@ -39,7 +39,7 @@ pub(super) struct Containerd {
     lease: Option<AsciiMetadataValue>,
 }
 
-impl Containerd {
+impl ContainerdClient {
     /// # Errors
     /// Nobody listens there.
     pub(super) async fn connect(address: &Path, namespace: &str) -> Result<Self, ForkError> {

@@ -14,9 +14,9 @@
 //! restart of containerd too.
 
 mod capture;
+mod checkpoint_dir;
 mod containerd;
 mod error;
-mod images;
 mod serving;
 mod signals;
 mod source;
@@ -30,7 +30,7 @@ use clap::Args;
 use machinen::config::Config;
 use serde_json::json;
 
-use self::{containerd::Containerd, error::ForkError, spec::Tcp};
+use self::{containerd::ContainerdClient, error::ForkError, spec::TcpChoice};
 
 /// Arguments of `machinen fork`.
 #[derive(Debug, Args)]
@@ -42,8 +42,8 @@ pub struct ForkArgs {
     #[arg(long, short, env = "CONTAINERD_NAMESPACE", default_value = "default")]
     namespace: String,
     /// What NEW's established TCP connections become: both ends of one cannot go on twice
-    #[arg(long, value_enum, default_value_t = Tcp::Close)]
-    tcp: Tcp,
+    #[arg(long, value_enum, default_value_t = TcpChoice::Close)]
+    tcp: TcpChoice,
     /// NEW runs before its memory is there, and fetches it
     #[arg(long)]
     lazy: bool,
@@ -70,7 +70,7 @@ pub struct ForkArgs {
 pub fn run(args: &ForkArgs, config: &Config) -> Result<(), ForkError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let forked = runtime.map_err(ForkError::Start)?.block_on(async {
-        let containerd = Containerd::connect(&args.address, &args.namespace).await?;
+        let containerd = ContainerdClient::connect(&args.address, &args.namespace).await?;
         steps::fork(containerd, args, config).await
     })?;
     if args.json {

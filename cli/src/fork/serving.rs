@@ -5,7 +5,7 @@ use std::{io, time::Duration};
 use machinen::watch::Watch;
 use tokio::time::timeout;
 
-use super::{containerd::Containerd, error::ForkError};
+use super::{containerd::ContainerdClient, error::ForkError};
 
 /// A restart takes containerd a second or a few: it looks for the shims of its containers first.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -14,7 +14,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 ///
 /// # Errors
 /// It does not within a minute.
-pub(super) async fn serving(containerd: &Containerd) -> Result<(), ForkError> {
+pub(super) async fn serving(containerd: &ContainerdClient) -> Result<(), ForkError> {
     let address = containerd.address.as_path();
     let served = async {
         // Before the first try, so that no event is missed.

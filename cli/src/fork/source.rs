@@ -16,7 +16,7 @@ use machinen::pod::rootfs::{self, Plan, RootfsMount};
 use oci_spec::runtime::Spec;
 use rustix::fs::{FlockOperation, flock};
 
-use super::{containerd::Containerd, error::ForkError};
+use super::{containerd::ContainerdClient, error::ForkError};
 
 /// The runtime's name, and its program's, which containerd takes for one too.
 const RUNTIME: &str = "io.machinen.v1";
@@ -24,7 +24,7 @@ const PROGRAM: &str = "/containerd-shim-machinen-v1";
 
 /// A container that can be forked.
 #[derive(Debug)]
-pub(super) struct Source {
+pub(super) struct ForkSource {
     pub(super) container: Container,
     pub(super) task: Process,
     pub(super) snapshot: Info,
@@ -32,10 +32,10 @@ pub(super) struct Source {
     pub(super) rootfs: Plan,
 }
 
-impl Source {
+impl ForkSource {
     /// # Errors
     /// There is none, or it cannot be forked.
-    pub(super) async fn find(containerd: &Containerd, id: &str) -> Result<Self, ForkError> {
+    pub(super) async fn find(containerd: &ContainerdClient, id: &str) -> Result<Self, ForkError> {
         let id_of = || id.to_owned();
         let container = containerd.container(id).await.map_err(|error| match error.is_not_found() {
             true => ForkError::NoContainer { id: id_of(), namespace: containerd.namespace.clone() },

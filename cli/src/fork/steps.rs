@@ -10,18 +10,18 @@ use containerd_client::{
     types::Mount,
 };
 use containerd_shim_protos::shim::oci::Options;
-use machinen::{config::Config, error::chain, layer::Twins, pod, pod::rootfs::Plan};
+use machinen::{config::Config, error::chain, layer::LayerCopy, pod, pod::rootfs::Plan};
 use prost_types::Any;
 
 use super::{
     ForkArgs,
-    containerd::Containerd,
+    checkpoint_dir::CheckpointDir,
+    containerd::ContainerdClient,
     error::ForkError,
-    images::Images,
     signals::Signals,
-    source::{self, Source},
-    spec::{ForkSpec, Wishes},
-    undo::{LABEL, Made},
+    source::{self, ForkSource},
+    spec::{ForkOptions, ForkSpec},
+    undo::{LABEL, Undo},
 };
 
 /// A container that was made.
@@ -34,31 +34,31 @@ pub(super) struct Forked {
 }
 
 pub(super) struct Fork<'a> {
-    pub(super) containerd: Containerd,
+    pub(super) containerd: ContainerdClient,
     pub(super) args: &'a ForkArgs,
-    pub(super) source: Source,
+    pub(super) source: ForkSource,
     pub(super) spec: ForkSpec,
-    pub(super) images: Images,
+    pub(super) checkpoint_dir: CheckpointDir,
     pub(super) lease: String,
     pub(super) signals: Signals,
     /// In this order.
-    pub(super) made: Vec<Made>,
+    pub(super) undo: Vec<Undo>,
 }
 
 /// # Errors
 /// Nothing has changed then.
 pub(super) async fn fork(
-    containerd: Containerd,
+    containerd: ContainerdClient,
     args: &ForkArgs,
     config: &Config,
 ) -> Result<Forked, ForkError> {
-    let source = Source::find(&containerd, &args.source).await?;
+    let source = ForkSource::find(&containerd, &args.source).await?;
     match containerd.container(&args.new).await {
         Ok(_) => return Err(ForkError::Exists { id: args.new.clone() }),
         Err(error) if error.is_not_found() => {}
         Err(error) => return Err(error),
     }
-    let wishes = Wishes {
+    let options = ForkOptions {
         source: &args.source,
         new: &args.new,
         hostname: args.hostname.as_deref(),
@@ -66,15 +66,24 @@ pub(super) async fn fork(
         lazy: args.lazy,
     };
     let configured = source.container.spec.as_ref().map(|spec| spec.value.as_slice()).unwrap_or_default();
-    let spec = ForkSpec::new(configured, &wishes)?;
+    let spec = ForkSpec::new(configured, &options)?;
     pod::admits_one_more(config)?;
     let lock = source.lock()?;
     let signals = Signals::catch()?;
-    let images = Images::at(args.bundle.as_deref(), &config.rootdisk.dir)?;
+    let checkpoint_dir = CheckpointDir::at(args.bundle.as_deref(), &config.rootdisk.dir)?;
     // Not the name of a lease that a killed fork has left.
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let lease = format!("machinen-fork-{}-{}", args.new, since.as_nanos());
-    let mut fork = Fork { containerd, args, source, spec, images, lease, signals, made: vec![Made::Images] };
+    let mut fork = Fork {
+        containerd,
+        args,
+        source,
+        spec,
+        checkpoint_dir,
+        lease,
+        signals,
+        undo: vec![Undo::CheckpointDir],
+    };
     let forked = match fork.prepare().await {
         Ok(rootfs) => {
             drop(lock);
@@ -96,10 +105,10 @@ impl Fork<'_> {
     async fn prepare(&mut self) -> Result<Vec<Mount>, ForkError> {
         let new = self.args.new.as_str();
         let leased = self.containerd.take_lease(&self.lease).await;
-        self.note(Made::Lease, leased)?;
+        self.note(Undo::Lease, leased)?;
         self.signals.check()?;
         let rootfs = self.make_snapshot().await;
-        let rootfs = self.note(Made::Snapshot, rootfs)?;
+        let rootfs = self.note(Undo::Snapshot, rootfs)?;
         self.signals.check()?;
         let twins = twins(&self.source.rootfs, source::plan(new, &rootfs)?)
             .ok_or_else(|| ForkError::NoSnapshot { id: self.args.source.clone() })?;
@@ -108,7 +117,7 @@ impl Fork<'_> {
             true => ForkError::Exists { id: new.to_owned() },
             false => error,
         });
-        self.note(Made::Container, created)?;
+        self.note(Undo::Container, created)?;
         self.signals.check()?;
         self.capture(&twins).await?;
         self.signals.check()?;
@@ -119,19 +128,19 @@ impl Fork<'_> {
     async fn restore(&mut self, rootfs: Vec<Mount>) -> Result<u32, ForkError> {
         let new = self.args.new.as_str();
         eprintln!("restoring {new}");
-        let images = self.images.path().display().to_string();
-        let options = Options { criu_image_path: images, ..Default::default() };
+        let checkpoint_dir = self.checkpoint_dir.path().display().to_string();
+        let options = Options { criu_image_path: checkpoint_dir, ..Default::default() };
         let terminal = self.source.task.terminal;
         let request =
             CreateTaskRequest { container_id: new.to_owned(), rootfs, terminal, ..Default::default() };
         let created = self.containerd.create_task(request, &options).await;
-        self.note(Made::Task, created)?;
+        self.note(Undo::Task, created)?;
         self.signals.check()?;
         // The next task of it is not restored from this checkpoint.
         self.containerd.update_spec(self.container(&self.spec.lasting)).await?;
         // The VM has a disk with all of the images.
-        if !self.images.is_kept() {
-            self.images.remove()?;
+        if !self.checkpoint_dir.is_kept() {
+            self.checkpoint_dir.remove()?;
         }
         self.signals.check()?;
         self.containerd.start(new).await
@@ -145,16 +154,16 @@ impl Fork<'_> {
             }
             _ => {}
         }
-        let bundle = self.images.is_kept().then(|| self.images.path().to_owned());
+        let bundle = self.checkpoint_dir.is_kept().then(|| self.checkpoint_dir.path().to_owned());
         Forked { pid, hostname: self.spec.hostname, bundle }
     }
 
     async fn make_snapshot(&self) -> Result<Vec<Mount>, ForkError> {
-        let Source { container, snapshot, .. } = &self.source;
+        let ForkSource { container, snapshot, .. } = &self.source;
         let labels = [(LABEL.to_owned(), self.lease.clone())].into();
         let new = self.args.new.as_str();
-        let made = self.containerd.prepare(&container.snapshotter, new, &snapshot.parent, labels).await;
-        made.map_err(|error| match error.is_already_exists() {
+        let created = self.containerd.prepare(&container.snapshotter, new, &snapshot.parent, labels).await;
+        created.map_err(|error| match error.is_already_exists() {
             true => ForkError::SnapshotExists { id: new.to_owned() },
             false => error,
         })
@@ -178,13 +187,13 @@ impl Fork<'_> {
 }
 
 /// None where the writes of one of them do not get to its snapshot.
-fn twins(from: &Plan, to: Plan) -> Option<Twins> {
+fn twins(from: &Plan, to: Plan) -> Option<LayerCopy> {
     match (from.clone(), to) {
         (Plan { target: Some(from), .. }, Plan { target: Some(to), .. }) => {
-            Some(Twins::Directories { from, to })
+            Some(LayerCopy::Directories { from, to })
         }
         (Plan { source: None, writable: from, .. }, Plan { source: None, writable: to, .. }) => {
-            Some(Twins::Disks { from, to })
+            Some(LayerCopy::Disks { from, to })
         }
         _ => None,
     }

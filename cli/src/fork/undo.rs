@@ -13,8 +13,8 @@ pub(super) const LABEL: &str = "io.machinen.fork";
 
 /// What is taken back if a later step fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Made {
-    Images,
+pub(super) enum Undo {
+    CheckpointDir,
     Lease,
     Snapshot,
     Container,
@@ -24,9 +24,9 @@ pub(super) enum Made {
 
 impl Fork<'_> {
     /// Notes what a request has made, or may have made.
-    pub(super) fn note<T>(&mut self, made: Made, answer: Result<T, ForkError>) -> Result<T, ForkError> {
+    pub(super) fn note<T>(&mut self, undo: Undo, answer: Result<T, ForkError>) -> Result<T, ForkError> {
         if answer.as_ref().err().is_none_or(ForkError::is_lost) {
-            self.made.push(made);
+            self.undo.push(undo);
         }
         answer
     }
@@ -40,8 +40,8 @@ impl Fork<'_> {
         if let Err(error) = serves {
             report(&error);
         }
-        while let Some(made) = self.made.pop() {
-            match self.remove(made).await {
+        while let Some(undo) = self.undo.pop() {
+            match self.remove(undo).await {
                 // Another client was faster.
                 Err(error) if error.is_not_found() => {}
                 Err(error) => report(&error),
@@ -50,17 +50,17 @@ impl Fork<'_> {
         }
     }
 
-    async fn remove(&mut self, made: Made) -> Result<(), ForkError> {
+    async fn remove(&mut self, undo: Undo) -> Result<(), ForkError> {
         let new = self.args.new.as_str();
-        match made {
-            Made::Task => self.containerd.end_task(new).await,
-            Made::Pause => self.resume().await,
-            Made::Container if !self.owns_container().await? => Ok(()),
-            Made::Container => self.containerd.delete_container(new).await,
-            Made::Snapshot if !self.owns_snapshot().await? => Ok(()),
-            Made::Snapshot => self.containerd.remove_snapshot(&self.source.container.snapshotter, new).await,
-            Made::Lease => self.containerd.give_back_lease(&self.lease).await,
-            Made::Images => self.images.remove(),
+        match undo {
+            Undo::Task => self.containerd.end_task(new).await,
+            Undo::Pause => self.resume().await,
+            Undo::Container if !self.owns_container().await? => Ok(()),
+            Undo::Container => self.containerd.delete_container(new).await,
+            Undo::Snapshot if !self.owns_snapshot().await? => Ok(()),
+            Undo::Snapshot => self.containerd.remove_snapshot(&self.source.container.snapshotter, new).await,
+            Undo::Lease => self.containerd.give_back_lease(&self.lease).await,
+            Undo::CheckpointDir => self.checkpoint_dir.remove(),
         }
     }
 

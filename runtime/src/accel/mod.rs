@@ -27,7 +27,7 @@ const DEVICE: &str = "/dev/kvm";
 
 /// What runs the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Accel {
+pub enum Accelerator {
     Kvm,
     /// QEMU's translator; the guest must be told how fast the host's time stamp counter runs.
     Tcg {
@@ -37,15 +37,15 @@ pub enum Accel {
 
 /// What was found out about this host. Its text is one sentence for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Verdict {
-    pub kvm: Kvm,
+pub struct AccelVerdict {
+    pub kvm: KvmState,
     /// Frequency of the time stamp counter, kHz.
     pub tsc_khz: u32,
 }
 
 /// Whether KVM can be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Kvm {
+pub enum KvmState {
     Works,
     /// There is no /dev/kvm.
     Absent,
@@ -63,7 +63,7 @@ pub enum Kvm {
 #[derive(Debug, thiserror::Error)]
 pub enum AccelError {
     #[error("vm.accel is kvm, but {0}")]
-    NoKvm(Verdict),
+    NoKvm(AccelVerdict),
     #[error("cannot {action} {}", path.display())]
     Cache { action: &'static str, path: PathBuf, source: io::Error },
     #[error("cannot measure the time stamp counter")]
@@ -84,7 +84,7 @@ impl Kind for AccelError {
 ///
 /// # Errors
 /// The memory in `run_dir` cannot be read or written, or the host's clock does not run.
-pub fn verdict(run_dir: &Path) -> Result<Verdict, AccelError> {
+pub fn verdict(run_dir: &Path) -> Result<AccelVerdict, AccelError> {
     let device = open();
     let mut facts = cache::load(run_dir)?.unwrap_or_default();
     let mut learnt = false;
@@ -103,34 +103,36 @@ pub fn verdict(run_dir: &Path) -> Result<Verdict, AccelError> {
                 probe::run().map_or_else(Tried::Broken, |()| Tried::Works)
             });
             match tried.clone() {
-                Tried::Works => access.map_or_else(|reason| Kvm::Closed { reason }, |()| Kvm::Works),
-                Tried::Broken(reason) => Kvm::Broken { reason },
+                Tried::Works => {
+                    access.map_or_else(|reason| KvmState::Closed { reason }, |()| KvmState::Works)
+                }
+                Tried::Broken(reason) => KvmState::Broken { reason },
             }
         }
     };
     if learnt {
         cache::store(run_dir, facts)?;
     }
-    Ok(Verdict { kvm, tsc_khz })
+    Ok(AccelVerdict { kvm, tsc_khz })
 }
 
-impl Verdict {
+impl AccelVerdict {
     /// What to use for what the configuration asks.
     ///
     /// # Errors
     /// KVM is asked for and does not work.
-    pub fn choose(&self, wanted: config::Accel) -> Result<Accel, AccelError> {
-        let tcg = Accel::Tcg { tsc_khz: self.tsc_khz };
+    pub fn choose(&self, wanted: config::Accel) -> Result<Accelerator, AccelError> {
+        let tcg = Accelerator::Tcg { tsc_khz: self.tsc_khz };
         match (wanted, &self.kvm) {
             (config::Accel::Tcg, _) => Ok(tcg),
-            (config::Accel::Auto | config::Accel::Kvm, Kvm::Works) => Ok(Accel::Kvm),
+            (config::Accel::Auto | config::Accel::Kvm, KvmState::Works) => Ok(Accelerator::Kvm),
             (config::Accel::Auto, _) => Ok(tcg),
             (config::Accel::Kvm, _) => Err(AccelError::NoKvm(self.clone())),
         }
     }
 }
 
-impl Accel {
+impl Accelerator {
     /// Supplementary groups that QEMU needs to use it: the group of /dev/kvm.
     pub fn groups(self) -> Vec<u32> {
         match (self, fs::metadata(DEVICE)) {
@@ -140,19 +142,19 @@ impl Accel {
     }
 }
 
-impl fmt::Display for Verdict {
+impl fmt::Display for AccelVerdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let translated = "guests run by translation (TCG), several times slower";
         match &self.kvm {
-            Kvm::Works => f.write_str("KVM works: guests run on the CPU itself"),
-            Kvm::Absent => {
+            KvmState::Works => f.write_str("KVM works: guests run on the CPU itself"),
+            KvmState::Absent => {
                 write!(
                     f,
                     "there is no {DEVICE}: {translated}; load the module kvm_intel or kvm_amd if the CPU has it"
                 )
             }
-            Kvm::Closed { reason } => write!(f, "{DEVICE} cannot be used ({reason}): {translated}"),
-            Kvm::Broken { reason } => {
+            KvmState::Closed { reason } => write!(f, "{DEVICE} cannot be used ({reason}): {translated}"),
+            KvmState::Broken { reason } => {
                 write!(f, "{DEVICE} exists but does not work here ({reason}): {translated}")
             }
         }
@@ -160,10 +162,10 @@ impl fmt::Display for Verdict {
 }
 
 /// Whether there is a device that root can open, and then whether QEMU can as well.
-fn open() -> Result<Result<(), String>, Kvm> {
+fn open() -> Result<Result<(), String>, KvmState> {
     match File::options().read(true).write(true).open(DEVICE).and_then(|device| device.metadata()) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Kvm::Absent),
-        Err(error) => Err(Kvm::Closed { reason: error.to_string() }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(KvmState::Absent),
+        Err(error) => Err(KvmState::Closed { reason: error.to_string() }),
         Ok(device) => Ok(accessible(device.mode(), device.gid())),
     }
 }
@@ -186,16 +188,16 @@ fn accessible(mode: u32, gid: u32) -> Result<(), String> {
 mod tests {
     use super::*;
 
-    fn verdict_of(kvm: Kvm) -> Verdict {
-        Verdict { kvm, tsc_khz: 7 }
+    fn verdict_of(kvm: KvmState) -> AccelVerdict {
+        AccelVerdict { kvm, tsc_khz: 7 }
     }
 
     #[test]
     fn the_configuration_and_the_host_decide_together() {
-        let (works, absent) = (verdict_of(Kvm::Works), verdict_of(Kvm::Absent));
-        assert_eq!(works.choose(config::Accel::Auto).unwrap(), Accel::Kvm);
-        assert_eq!(works.choose(config::Accel::Tcg).unwrap(), Accel::Tcg { tsc_khz: 7 });
-        assert_eq!(absent.choose(config::Accel::Auto).unwrap(), Accel::Tcg { tsc_khz: 7 });
+        let (works, absent) = (verdict_of(KvmState::Works), verdict_of(KvmState::Absent));
+        assert_eq!(works.choose(config::Accel::Auto).unwrap(), Accelerator::Kvm);
+        assert_eq!(works.choose(config::Accel::Tcg).unwrap(), Accelerator::Tcg { tsc_khz: 7 });
+        assert_eq!(absent.choose(config::Accel::Auto).unwrap(), Accelerator::Tcg { tsc_khz: 7 });
         let error = absent.choose(config::Accel::Kvm).unwrap_err().to_string();
         assert!(error.starts_with("vm.accel is kvm, but there is no /dev/kvm"), "{error}");
     }

@@ -17,7 +17,7 @@ use nix::{
     unistd::gettid,
 };
 
-use crate::sys::kvm::{Memory, interrupt_only_by, os_error};
+use crate::sys::kvm::{GuestMemory, interrupt_only_by, os_error};
 
 /// For both parts together, and for each of at most [`TRIES`] tries: a host that is busy elsewhere is not at fault.
 const DEADLINE: Duration = Duration::from_millis(60);
@@ -74,7 +74,7 @@ fn attempt() -> Result<(), Fault> {
     let vm = kvm.create_vm().map_err(failed("making a VM"))?;
     // Intel CPUs without "unrestricted guest" need a place for a task state segment.
     vm.set_tss_address(0xfffb_d000).map_err(failed("placing the TSS"))?;
-    let mut memory = Memory::new(SIZE).map_err(|error| Fault::Certain(format!("no memory: {error}")))?;
+    let mut memory = GuestMemory::new(SIZE).map_err(|error| Fault::Certain(format!("no memory: {error}")))?;
     fill(&mut memory);
     memory.map_into(&vm).map_err(|error| Fault::Certain(format!("giving it memory: {error}")))?;
     let mut vcpu = vm.create_vcpu(0).map_err(failed("making a vCPU"))?;
@@ -112,7 +112,7 @@ fn name(exit: &VcpuExit<'_>) -> String {
     text.split(['(', ' ', '{']).next().unwrap_or_default().to_owned()
 }
 
-fn fill(memory: &mut Memory) {
+fn fill(memory: &mut GuestMemory) {
     const PRESENT_WRITABLE: u64 = 0b11;
     const LARGE: u64 = 1 << 7;
     for (table, entry) in

@@ -26,7 +26,7 @@ use super::{
     files::{open_image, verify_opened},
     manifest::Manifest,
 };
-use crate::vm::DiskSource;
+use crate::vm::DiskBacking;
 
 /// What `nbd` lists the only export as, and QEMU looks for it in that list.
 const EXPORT: &str = "rustnbd";
@@ -88,7 +88,7 @@ impl ImageDisk {
     ///
     /// # Errors
     /// No socket or thread can be had.
-    pub(crate) fn serve(&self) -> io::Result<DiskSource> {
+    pub(crate) fn serve(&self) -> io::Result<DiskBacking> {
         let (ours, theirs) = UnixStream::pair()?;
         let content = Arc::clone(&self.0);
         thread::Builder::new().name("checkpoint-disk".to_owned()).spawn(move || {
@@ -97,7 +97,7 @@ impl ImageDisk {
                 tracing::debug!("the disk of a checkpoint is not read any more: {error}");
             }
         })?;
-        Ok(DiskSource::Nbd { socket: theirs.into(), export: EXPORT })
+        Ok(DiskBacking::Nbd { socket: theirs.into(), export: EXPORT })
     }
 
     /// What was wrong with the checkpoint, if the guest could not read of it for that reason.
@@ -238,7 +238,7 @@ mod tests {
 
     /// The bytes of the disk, as far as they can be read.
     fn read(disk: &ImageDisk) -> Vec<u8> {
-        let DiskSource::Nbd { socket, .. } = disk.serve().unwrap() else { panic!("not served") };
+        let DiskBacking::Nbd { socket, .. } = disk.serve().unwrap() else { panic!("not served") };
         let mut socket = UnixStream::from(socket);
         let export = client::handshake(&mut socket, EXPORT.as_bytes()).unwrap();
         assert!(export.readonly && export.size == disk.0.size);

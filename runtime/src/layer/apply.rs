@@ -1,7 +1,7 @@
 //! From an archive to a directory tree, entry by entry.
 //!
 //! Entries come depth first, so the directory that an entry belongs to is always open already: one descriptor for it, and
-//! the names that lead there. A directory is finished (its time set, and in [`Target::Whole`](super::Target) what the guest
+//! the names that lead there. A directory is finished (its time set, and in [`LayerTarget::Whole`](super::Target) what the guest
 //! did not touch added) when the first entry after its last one comes. So nothing is remembered of what is finished.
 
 use std::{
@@ -25,8 +25,8 @@ use rustix::{
 };
 
 use super::{
-    LayerError, Limits,
-    archive::{self, Components, Entry, Node, lossy},
+    LayerError, LayerLimits,
+    archive::{self, ArchiveEntry, Components, EntryNode, lossy},
     lower::Lower,
 };
 
@@ -64,7 +64,7 @@ pub fn apply(
     archive: impl Read,
     root: BorrowedFd<'_>,
     lower: Option<BorrowedFd<'_>>,
-    limits: Limits,
+    limits: LayerLimits,
 ) -> Result<Applied, LayerError> {
     let mut archive = tar::Archive::new(archive);
     let mut applier = Applier {
@@ -106,7 +106,7 @@ pub fn apply(
 }
 
 /// A directory whose entries are still coming.
-struct Open {
+struct OpenDir {
     /// Empty for the root.
     name: Vec<u8>,
     mtime: (i64, u32),
@@ -119,17 +119,17 @@ struct Open {
 struct Applier<'a> {
     root: BorrowedFd<'a>,
     lower: Option<Lower<'a>>,
-    limits: Limits,
+    limits: LayerLimits,
     applied: Applied,
     /// The directories from the root to the current one; empty before the first entry.
-    open: Vec<Open>,
+    open: Vec<OpenDir>,
     /// The last of `open`.
     dir: OwnedFd,
     buffer: Vec<u8>,
 }
 
 impl Applier<'_> {
-    fn entry(&mut self, entry: Entry, size: u64, content: &mut impl Read) -> Result<(), LayerError> {
+    fn entry(&mut self, entry: ArchiveEntry, size: u64, content: &mut impl Read) -> Result<(), LayerError> {
         self.applied.entries += 1;
         if self.applied.entries > self.limits.entries {
             return Err(LayerError::Entries { limit: self.limits.entries });
@@ -147,38 +147,38 @@ impl Applier<'_> {
             }
         };
         match &entry.node {
-            Node::Directory => self.directory(&entry, name),
-            Node::File | Node::Sparse(_) => {
+            EntryNode::Directory => self.directory(&entry, name),
+            EntryNode::File | EntryNode::Sparse(_) => {
                 let flags =
                     OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let file = openat(&self.dir, name.as_slice(), flags, Mode::RUSR | Mode::WUSR);
                 let file = File::from(file.map_err(failed("create"))?);
                 match entry.node {
-                    Node::Sparse(full) => self.pieces(&entry, size, full, content, &file)?,
+                    EntryNode::Sparse(full) => self.pieces(&entry, size, full, content, &file)?,
                     _ => self.content(&entry, size, content, &file)?,
                 }
                 dress(file.as_fd(), &entry, true)
             }
-            Node::Symlink(target) => {
+            EntryNode::Symlink(target) => {
                 symlinkat(target.as_c_str(), &self.dir, name.as_slice())
                     .map_err(failed("create the link"))?;
                 self.dress_in_place(&entry, name)
             }
-            Node::Link(target) => self.link(&entry.path, name, target),
+            EntryNode::Link(target) => self.link(&entry.path, name, target),
             // Nothing listens at a socket that is made so: it is a name, as it is for the container after its end.
-            Node::Fifo | Node::Socket => {
-                let kind = if entry.node == Node::Fifo { FileType::Fifo } else { FileType::Socket };
+            EntryNode::Fifo | EntryNode::Socket => {
+                let kind = if entry.node == EntryNode::Fifo { FileType::Fifo } else { FileType::Socket };
                 mknodat(&self.dir, name.as_slice(), kind, Mode::RUSR, 0).map_err(failed("create"))?;
                 self.dress_in_place(&entry, name)
             }
-            Node::Character(0, 0) => self.removal(&entry, name),
-            Node::Character(major, minor) if DEVICES.contains(&(*major, *minor)) => {
+            EntryNode::Character(0, 0) => self.removal(&entry, name),
+            EntryNode::Character(major, minor) if DEVICES.contains(&(*major, *minor)) => {
                 let device = makedev(*major, *minor);
                 mknodat(&self.dir, name.as_slice(), FileType::CharacterDevice, Mode::RUSR, device)
                     .map_err(failed("create"))?;
                 self.dress_in_place(&entry, name)
             }
-            Node::Character(major, minor) | Node::Block(major, minor) => {
+            EntryNode::Character(major, minor) | EntryNode::Block(major, minor) => {
                 let path = lossy(&entry.path.join(&b'/'));
                 tracing::warn!(path, device = %format!("{major}:{minor}"), "a device node of the container's stays out of its snapshot");
                 self.applied.devices_left_out += 1;
@@ -188,17 +188,17 @@ impl Applier<'_> {
     }
 
     /// The first entry: the root itself.
-    fn begin(&mut self, entry: &Entry) -> Result<(), LayerError> {
-        if !self.open.is_empty() || entry.node != Node::Directory {
+    fn begin(&mut self, entry: &ArchiveEntry) -> Result<(), LayerError> {
+        if !self.open.is_empty() || entry.node != EntryNode::Directory {
             return Err(refused(&entry.path, "comes twice, or is no directory"));
         }
         let merged = self.lower.is_some() && !is_opaque(entry);
         dress(self.dir.as_fd(), entry, self.lower.is_none())?;
-        self.open.push(Open { name: Vec::new(), mtime: entry.mtime, merged, opaque: is_opaque(entry) });
+        self.open.push(OpenDir { name: Vec::new(), mtime: entry.mtime, merged, opaque: is_opaque(entry) });
         Ok(())
     }
 
-    fn directory(&mut self, entry: &Entry, name: &[u8]) -> Result<(), LayerError> {
+    fn directory(&mut self, entry: &ArchiveEntry, name: &[u8]) -> Result<(), LayerError> {
         self.charge(BLOCK)?;
         match mkdirat(&self.dir, name, Mode::RWXU) {
             Err(Errno::EXIST) => return Err(refused(&entry.path, "comes twice")),
@@ -213,23 +213,23 @@ impl Applier<'_> {
             _ => false,
         };
         let opaque = is_opaque(entry) || self.open.last().is_some_and(|open| open.opaque);
-        self.open.push(Open { name: name.to_owned(), mtime: entry.mtime, merged, opaque });
+        self.open.push(OpenDir { name: name.to_owned(), mtime: entry.mtime, merged, opaque });
         self.dir = dir;
         Ok(())
     }
 
     /// Finishes directories until the one that `parents` name is the current one.
-    fn enter(&mut self, parents: &[Vec<u8>]) -> Result<(), Refusal> {
+    fn enter(&mut self, parents: &[Vec<u8>]) -> Result<(), EntryRefusal> {
         if self.open.is_empty() {
-            return Err(Refusal::What("comes before the root"));
+            return Err(EntryRefusal::What("comes before the root"));
         }
         let names = self.open[1..].iter().map(|open| &open.name);
         let common = names.zip(parents).take_while(|(open, parent)| open == parent).count();
         while self.open.len() - 1 > common {
-            self.leave().map_err(|error| Refusal::Error(Box::new(error)))?;
+            self.leave().map_err(|error| EntryRefusal::Error(Box::new(error)))?;
         }
         if common < parents.len() {
-            return Err(Refusal::What("comes before its directory, or long after it"));
+            return Err(EntryRefusal::What("comes before its directory, or long after it"));
         }
         Ok(())
     }
@@ -262,7 +262,7 @@ impl Applier<'_> {
 
     fn content(
         &mut self,
-        entry: &Entry,
+        entry: &ArchiveEntry,
         size: u64,
         content: &mut impl Read,
         mut file: &File,
@@ -279,7 +279,7 @@ impl Applier<'_> {
 
     fn pieces(
         &mut self,
-        entry: &Entry,
+        entry: &ArchiveEntry,
         size: u64,
         full: u64,
         content: &mut impl Read,
@@ -333,13 +333,13 @@ impl Applier<'_> {
     ///
     /// Where nothing of them shows there must be no mark: overlayfs lists such a directory as it is, so the mark would be
     /// a name that cannot be looked up, and containerd could not compare or commit the snapshot.
-    fn leave_out(&self, entry: &Entry, name: &[u8]) -> Result<(), LayerError> {
+    fn leave_out(&self, entry: &ArchiveEntry, name: &[u8]) -> Result<(), LayerError> {
         if self.open.last().is_some_and(|open| open.opaque) { Ok(()) } else { self.removal(entry, name) }
     }
 
     /// Marks that what lower layers have of that name is removed. A whole root file system needs the mark only until the
     /// directory is complete, and only where there is something to hide.
-    fn removal(&self, entry: &Entry, name: &[u8]) -> Result<(), LayerError> {
+    fn removal(&self, entry: &ArchiveEntry, name: &[u8]) -> Result<(), LayerError> {
         mknodat(&self.dir, name, FileType::CharacterDevice, Mode::empty(), makedev(0, 0)).map_err(|errno| {
             match errno {
                 Errno::EXIST => refused(&entry.path, "comes twice"),
@@ -349,12 +349,12 @@ impl Applier<'_> {
     }
 
     /// Owner, mode, attributes and time of what must not be opened.
-    fn dress_in_place(&self, entry: &Entry, name: &[u8]) -> Result<(), LayerError> {
+    fn dress_in_place(&self, entry: &ArchiveEntry, name: &[u8]) -> Result<(), LayerError> {
         let failed = |action| move |errno: Errno| write_error(action, &entry.path, errno.into());
         let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
         chownat(&self.dir, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
             .map_err(failed("set the owner of"))?;
-        if !matches!(entry.node, Node::Symlink(_)) {
+        if !matches!(entry.node, EntryNode::Symlink(_)) {
             // It was made here a moment ago and is no link.
             chmodat(&self.dir, name, Mode::from_raw_mode(entry.mode), AtFlags::empty())
                 .map_err(failed("set the mode of"))?;
@@ -378,7 +378,7 @@ impl Applier<'_> {
 }
 
 /// Owner, mode, attributes and time of an open file or directory; `marked`: overlayfs's marks too.
-fn dress(file: BorrowedFd<'_>, entry: &Entry, marked: bool) -> Result<(), LayerError> {
+fn dress(file: BorrowedFd<'_>, entry: &ArchiveEntry, marked: bool) -> Result<(), LayerError> {
     let failed = |action| move |errno: Errno| write_error(action, &entry.path, errno.into());
     // In this order: a new owner takes away setuid bits and capabilities.
     fchown(file, Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid)))
@@ -396,7 +396,7 @@ pub(super) fn set_xattr(file: BorrowedFd<'_>, key: &CStr, value: &[u8]) -> Resul
     fsetxattr(file, key, value, XattrFlags::empty())
 }
 
-fn is_opaque(entry: &Entry) -> bool {
+fn is_opaque(entry: &ArchiveEntry) -> bool {
     entry.xattrs.iter().any(|(key, _)| key.as_bytes() == OPAQUE.0.as_bytes())
 }
 
@@ -426,21 +426,21 @@ fn duplicate(root: BorrowedFd<'_>) -> Result<OwnedFd, LayerError> {
 }
 
 /// Why an entry is not where it should be.
-enum Refusal {
+enum EntryRefusal {
     What(&'static str),
     Error(Box<LayerError>),
 }
 
-impl From<&'static str> for Refusal {
+impl From<&'static str> for EntryRefusal {
     fn from(what: &'static str) -> Self {
         Self::What(what)
     }
 }
 
-fn refused(path: &[Vec<u8>], refusal: impl Into<Refusal>) -> LayerError {
+fn refused(path: &[Vec<u8>], refusal: impl Into<EntryRefusal>) -> LayerError {
     match refusal.into() {
-        Refusal::What(what) => LayerError::Entry { path: name(path), what },
-        Refusal::Error(error) => *error,
+        EntryRefusal::What(what) => LayerError::Entry { path: name(path), what },
+        EntryRefusal::Error(error) => *error,
     }
 }
 

@@ -17,23 +17,23 @@
 
 mod apply;
 mod archive;
+mod copy;
 mod error;
 mod lower;
-mod place;
 mod receive;
-mod twin;
+mod staging;
 
 use std::path::PathBuf;
 
 pub use apply::{Applied, apply};
+pub use copy::{LayerCopy, identity};
 pub use error::LayerError;
-pub use place::{Place, Replaced, sweep};
 pub use receive::receive;
-pub use twin::{Twins, identity};
+pub use staging::{PreviousLayer, StagingDir, sweep};
 
 /// What an archive may ask of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub struct LayerLimits {
     /// Entries of the archive.
     pub entries: u64,
     /// Bytes on the disk, in whole blocks.
@@ -42,14 +42,14 @@ pub struct Limits {
 
 /// Which directory of the host holds a container's changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Target {
+pub enum LayerTarget {
     /// The upper directory of an overlay: gets the changes with overlayfs's marks.
     Upper(PathBuf),
     /// The whole root file system, as the native snapshotter keeps it: gets what the container had.
     Whole(PathBuf),
 }
 
-impl Target {
+impl LayerTarget {
     pub fn path(&self) -> &std::path::Path {
         match self {
             Self::Upper(path) | Self::Whole(path) => path,

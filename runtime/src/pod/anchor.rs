@@ -26,9 +26,9 @@ use tokio::{io::AsyncReadExt as _, net::unix::pipe};
 
 use crate::{
     error::chain,
-    process::{Child, Exit, Namespaces, ProcessError, Sandbox, Spawn, Stdio},
+    process::{Child, Namespaces, ProcessError, ProcessExit, Sandbox, Spawn, Stdio},
     sys,
-    view::{self, DeviceError, Guest, View},
+    view::{self, ContainerView, DeviceError, ViewGuest},
 };
 
 /// First argument with which a binary that owns VMs runs [`main`] instead of its own work.
@@ -60,7 +60,7 @@ pub enum AnchorError {
 #[derive(Debug)]
 pub struct Anchor {
     /// Ends before the process, which may be waiting for it.
-    view: Option<View>,
+    view: Option<ContainerView>,
     child: Child,
     said: pipe::Receiver,
 }
@@ -71,7 +71,7 @@ impl Anchor {
     /// # Errors
     /// The namespace cannot be opened, or the process not started.
     pub fn spawn(id: &str, netns: Option<&Path>) -> Result<Self, AnchorError> {
-        let (view, root) = match View::mount(id) {
+        let (view, root) = match ContainerView::mount(id) {
             Ok((view, root)) => (Some(view), root),
             Err(error) => {
                 tracing::warn!(
@@ -115,14 +115,14 @@ impl Anchor {
     }
 
     /// The container is there to be looked at.
-    pub(super) fn attach(&self, guest: Guest) {
+    pub(super) fn attach(&self, guest: ViewGuest) {
         if let Some(view) = &self.view {
             view.attach(guest);
         }
     }
 
     /// Resolves when the process has ended.
-    pub(super) fn ended(&self) -> impl Future<Output = Exit> + Send + 'static {
+    pub(super) fn ended(&self) -> impl Future<Output = ProcessExit> + Send + 'static {
         self.child.exited()
     }
 

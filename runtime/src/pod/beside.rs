@@ -21,7 +21,7 @@ use rustix::{
 };
 use sha2::{Digest as _, Sha256};
 
-use crate::rootdisk::Key;
+use crate::rootdisk::RootdiskKey;
 
 const ATTRIBUTE: &str = "user.machinen.layer";
 /// Longest value, bytes: a path and some numbers.
@@ -33,7 +33,7 @@ struct Label {
     /// Device, inode and time of birth of the directory that the disk's writes are for.
     identity: String,
     /// The base disk that the writes are over; not known until it was found or built.
-    base: Option<Key>,
+    base: Option<RootdiskKey>,
     path: PathBuf,
 }
 
@@ -46,7 +46,7 @@ pub(super) struct Disks {
 
 /// Where the disk for `root` is, whether it exists or not.
 pub(super) fn path(cache: &Path, root: &Path) -> PathBuf {
-    let digest = Key::new(Sha256::digest(root.as_os_str().as_bytes()).into());
+    let digest = RootdiskKey::new(Sha256::digest(root.as_os_str().as_bytes()).into());
     dir(cache).join(format!("{digest}.ext4"))
 }
 
@@ -86,7 +86,7 @@ impl Disks {
 }
 
 /// Notes that the disk's writes are for `root` as it is now, over the base disk of that key.
-pub(super) fn label(disk: &File, root: &Path, base: Option<Key>) -> io::Result<()> {
+pub(super) fn label(disk: &File, root: &Path, base: Option<RootdiskKey>) -> io::Result<()> {
     let label = Label { identity: identity(root)?, base, path: root.to_owned() };
     Ok(fsetxattr(disk, ATTRIBUTE, &label.encode(), XattrFlags::empty())?)
 }
@@ -104,7 +104,7 @@ pub(super) fn relabel(disk: &Path, root: &Path) -> io::Result<()> {
 }
 
 /// The base disk under the writes of a disk that an earlier container on `root` left.
-pub(super) fn base_of(disk: &Path, root: &Path) -> io::Result<Option<Key>> {
+pub(super) fn base_of(disk: &Path, root: &Path) -> io::Result<Option<RootdiskKey>> {
     match File::open(disk) {
         Ok(disk) => Ok(Label::of(&disk)?.filter(|label| label.is_of(root)).and_then(|label| label.base)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -164,7 +164,7 @@ mod tests {
         let (cache, root) = (dir.path().join("cache"), dir.path().join("root"));
         fs::create_dir(&root).unwrap();
         let disk = path(&cache, &root);
-        let key = Key::new([7; 32]);
+        let key = RootdiskKey::new([7; 32]);
         {
             let _disks = Disks::lock(&cache).unwrap();
             let file = File::create(&disk).unwrap();
@@ -200,7 +200,7 @@ mod tests {
     fn labels_round_trip() {
         let label = Label { identity: "1:2 3 4.5".into(), base: None, path: "/a\nb".into() };
         assert_eq!(Label::decode(&label.encode()), Some(label.clone()));
-        let label = Label { base: Some(Key::new([1; 32])), ..label };
+        let label = Label { base: Some(RootdiskKey::new([1; 32])), ..label };
         assert_eq!(Label::decode(&label.encode()), Some(label));
         assert_eq!(Label::decode(b"nonsense"), None);
     }

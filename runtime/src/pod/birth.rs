@@ -19,7 +19,7 @@ use crate::{
     config,
     error::chain,
     pool::{self, Pool, Ready},
-    template::{Found, Shape, Template, Templates},
+    template::{Found, Shape, Template, TemplateStore},
     vm::{Vm, VmSpec},
 };
 
@@ -154,7 +154,7 @@ impl Pod {
     pub(super) fn ask_for_template(&self) {
         let Some(spec) = self.wanted_template().take() else { return };
         let config::Template { dir, budget_mib, .. } = &self.shared.config.template;
-        if let Err(error) = Templates::at(dir).request(&spec, *budget_mib) {
+        if let Err(error) = TemplateStore::at(dir).request(&spec, *budget_mib) {
             tracing::warn!("{}", chain(&error));
         }
     }
@@ -175,7 +175,7 @@ impl Pod {
         let Ready { vm, shape } = self.take_ready()?;
         let fits = matches!(&plan.from, From::Template(found) if found.1 == shape);
         let reason = match fits {
-            true => match vm.introduce(&plan.spec.hostname).await {
+            true => match vm.configure_guest(&plan.spec.hostname).await {
                 Ok(()) => return Some(vm),
                 Err(error) => chain(&error),
             },
@@ -211,7 +211,7 @@ impl Pod {
     /// Later starts boot too, instead of failing at the same template.
     async fn give_up_on(&self, prepared: &Prepared, shape: Shape, reason: String) {
         tracing::warn!(pod = self.shared.name, "cannot clone a VM, booting instead: {reason}");
-        let templates = Templates::at(&prepared.config.template.dir);
+        let templates = TemplateStore::at(&prepared.config.template.dir);
         let discarded = spawn_blocking(move || templates.discard(&shape, &reason)).await;
         if let Ok(Err(error)) = discarded {
             tracing::warn!("{}", chain(&error));
@@ -265,7 +265,9 @@ fn from_template(name: &str, spec: &VmSpec, config: &config::Config, mode: confi
     let auto = mode == config::TemplateMode::Auto;
     // What is missing or not to be trusted is no reason not to boot, which says more of it.
     let found = match Shape::of(spec) {
-        Ok(Some(shape)) => Templates::at(&config.template.dir).find(&shape).map(|found| Some((found, shape))),
+        Ok(Some(shape)) => {
+            TemplateStore::at(&config.template.dir).find(&shape).map(|found| Some((found, shape)))
+        }
         Ok(None) => Ok(None),
         Err(error) => Err(error),
     };

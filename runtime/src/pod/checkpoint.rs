@@ -33,7 +33,7 @@ use crate::{
     checkpoint::{self, CheckpointError, FORMAT, ImageDisk, Images, Manifest, Options, Saved},
     config,
     error::chain,
-    rootdisk::Key,
+    rootdisk::RootdiskKey,
     spec,
     vm::{DiskAddress, VmError},
 };
@@ -257,7 +257,7 @@ impl Restore {
     }
 
     /// Its processes have files of that disk open.
-    pub(super) fn check_rootfs(&self, base: Option<Key>) -> Result<(), PodError> {
+    pub(super) fn check_rootfs(&self, base: Option<RootdiskKey>) -> Result<(), PodError> {
         match (&self.manifest.rootdisk, base) {
             (Some(theirs), Some(ours)) if *theirs != ours.to_string() => {
                 Err(self.failed(CheckpointError::Rootfs { theirs: theirs.clone(), ours }))

@@ -17,7 +17,7 @@ use super::{
     state::{Exit, State},
     stdio::StdioNames,
 };
-use crate::{config, process, rootdisk::Key, vm::Vm};
+use crate::{config, process, rootdisk::RootdiskKey, vm::Vm};
 
 /// A container that exists in the guest.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ pub struct Container {
     pub(super) freezing: RwLock<()>,
     pub(super) layer: Layer,
     /// The disk with the lower layers of its root file system, where that is an overlay.
-    pub(super) base: Option<Key>,
+    pub(super) base: Option<RootdiskKey>,
     /// The checkpoint that it goes on from, until it has been started.
     pub(super) checkpoint: Mutex<Option<checkpoint::Source>>,
     /// How its checkpoints are taken.
@@ -49,7 +49,7 @@ pub struct Container {
 #[derive(Debug)]
 pub(super) struct Storage {
     pub(super) layer: Layer,
-    pub(super) base: Option<Key>,
+    pub(super) base: Option<RootdiskKey>,
     pub(super) checkpoint: Option<checkpoint::Source>,
     pub(super) taking: config::Checkpoint,
     pub(super) rootfs: Vec<RootfsMount>,
@@ -98,7 +98,7 @@ impl Container {
     }
 
     /// Resolves when the anchor has ended, by whomever.
-    pub(super) async fn anchor_ended(&self) -> process::Exit {
+    pub(super) async fn anchor_ended(&self) -> process::ProcessExit {
         let ended = self.anchor.lock().await.ended();
         ended.await
     }

@@ -15,7 +15,7 @@ use crate::{
     rootdisk::RootdiskError,
     spec::{bundle::BundleError, exec::ProcessSpecError, guest::ReduceError, resources::ResourcesError},
     template::TemplateError,
-    vm::{SavedError, VmError},
+    vm::{VmError, VmSnapshotError},
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -79,7 +79,7 @@ pub enum PodError {
     #[error("cannot boot the VM")]
     Boot(#[source] VmError),
     #[error("cannot clone a VM")]
-    Clone(#[source] SavedError),
+    Clone(#[source] VmSnapshotError),
     #[error(transparent)]
     Template(#[from] TemplateError),
     #[error("cannot {what}")]

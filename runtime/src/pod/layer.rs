@@ -27,8 +27,8 @@ use crate::{
     agent,
     config::{self, Config},
     error::chain,
-    layer::{self, LayerError, Limits, Replaced, Target},
-    rootdisk::{self, Key, Rootdisk, RootdiskCache, RootdiskError},
+    layer::{self, LayerError, LayerLimits, LayerTarget, PreviousLayer},
+    rootdisk::{self, Rootdisk, RootdiskCache, RootdiskError, RootdiskKey},
     vm::Vm,
 };
 
@@ -64,7 +64,7 @@ impl Drop for NewDisk {
 /// Where the disk of a container is.
 fn disk_path(plan: &rootfs::Plan, config: &Config) -> PathBuf {
     match &plan.target {
-        Some(Target::Whole(root)) => beside::path(&config.rootdisk.dir, root),
+        Some(LayerTarget::Whole(root)) => beside::path(&config.rootdisk.dir, root),
         _ => plan.writable.clone(),
     }
 }
@@ -84,7 +84,7 @@ pub(super) async fn open_disk(plan: &rootfs::Plan, config: &Config) -> Result<Ne
             layer::sweep(target.path()).map_err(PodError::Layer)?;
         }
         let _disks = match &plan.target {
-            Some(Target::Whole(_)) => Some(Disks::lock(&dir).map_err(failed)?),
+            Some(LayerTarget::Whole(_)) => Some(Disks::lock(&dir).map_err(failed)?),
             _ => None,
         };
         if path.exists() {
@@ -95,12 +95,12 @@ pub(super) async fn open_disk(plan: &rootfs::Plan, config: &Config) -> Result<Ne
         }
         let cache = RootdiskCache::open(&dir)?;
         let file = match &plan.target {
-            Some(Target::Upper(upper)) if was_written(upper)? => {
+            Some(LayerTarget::Upper(upper)) if was_written(upper)? => {
                 cache.seed_writable(&path, size, upper, &mke2fs)?
             }
             _ => cache.create_writable(&path, size, &mke2fs)?,
         };
-        if let Some(Target::Whole(root)) = &plan.target {
+        if let Some(LayerTarget::Whole(root)) = &plan.target {
             beside::mark_used(&file).and_then(|()| beside::label(&file, root, None)).map_err(failed)?;
         }
         Ok(NewDisk { file: Some(file), made: Some(path) })
@@ -115,7 +115,7 @@ pub(super) fn base_of_left_disk(
     config: &Config,
     cache: &RootdiskCache,
 ) -> Result<Option<Rootdisk>, RootdiskError> {
-    let Some(Target::Whole(root)) = &plan.target else { return Ok(None) };
+    let Some(LayerTarget::Whole(root)) = &plan.target else { return Ok(None) };
     let path = disk_path(plan, config);
     let base = beside::base_of(&path, root)
         .map_err(|source| RootdiskError::Writable { path: path.clone(), source })?;
@@ -144,7 +144,9 @@ pub(super) async fn twin_disk(
     let make = move || {
         let cache = RootdiskCache::open(&dir)?;
         match target {
-            Some(Target::Upper(upper)) if was_written(&upper)? => cache.unnamed_seeded(size, &upper, &mke2fs),
+            Some(LayerTarget::Upper(upper)) if was_written(&upper)? => {
+                cache.unnamed_seeded(size, &upper, &mke2fs)
+            }
             // What was written is in the base disk by now.
             _ => cache.unnamed_writable(size, &mke2fs),
         }
@@ -161,9 +163,9 @@ fn was_written(upper: &Path) -> Result<bool, RootdiskError> {
 /// The layer of a container that exists.
 #[derive(Debug)]
 pub(super) struct Layer {
-    target: Option<Target>,
+    target: Option<LayerTarget>,
     disk: PathBuf,
-    limits: Limits,
+    limits: LayerLimits,
     /// The disk began as a copy of what the snapshot has.
     clean: bool,
     /// One export at a time.
@@ -174,18 +176,18 @@ pub(super) struct Layer {
 #[derive(Debug)]
 pub(super) struct Saved {
     /// The layer that the snapshot had before, if it was exchanged.
-    replaced: Option<Replaced>,
+    replaced: Option<PreviousLayer>,
 }
 
 impl Layer {
     /// `base`: what the disk's writes are over; `clean`: see [`NewDisk::keep`].
-    pub fn new(plan: &rootfs::Plan, config: &Config, base: Option<Key>, clean: bool) -> Self {
-        let limits = Limits {
+    pub fn new(plan: &rootfs::Plan, config: &Config, base: Option<RootdiskKey>, clean: bool) -> Self {
+        let limits = LayerLimits {
             entries: config.rootdisk.layer_max_entries,
             bytes: config.rootdisk.writable_size_mib << 20,
         };
         let (target, disk) = (plan.target.clone(), disk_path(plan, config));
-        if let (Some(Target::Whole(root)), true) = (&target, clean) {
+        if let (Some(LayerTarget::Whole(root)), true) = (&target, clean) {
             let labelled = File::open(&disk).and_then(|disk| beside::label(&disk, root, base));
             if let Err(error) = labelled {
                 tracing::warn!(disk = %disk.display(), "cannot note what a container's disk is over: {error}");
@@ -225,7 +227,7 @@ impl Layer {
         let Some(target) = self.target.clone() else { return Ok(None) };
         let _one = self.exporting.lock().await;
         let (applied, replaced) = layer::receive(vm, agent, id, target.clone(), self.limits).await?;
-        if let Target::Whole(root) = &target {
+        if let LayerTarget::Whole(root) = &target {
             // The disk stays the directory's, which is another one now.
             beside::relabel(&self.disk, root).map_err(|source| LayerError::Place {
                 action: "label",

@@ -27,7 +27,7 @@ use super::{
 use crate::{
     checkpoint::ImageDisk,
     config::{self, Verify},
-    layer::Target,
+    layer::LayerTarget,
     rootdisk::RootdiskCache,
 };
 
@@ -134,7 +134,7 @@ impl Pod {
         let mut prepared = self.prepare(&create)?;
         // All of the memory is to be read.
         prepared.config.restore.lazy = false;
-        if let Some(Target::Whole(_)) = prepared.rootfs.target {
+        if let Some(LayerTarget::Whole(_)) = prepared.rootfs.target {
             // All of it is in the directory, and the disk that the container writes to is not asked what is below it.
             prepared.rootfs.target = None;
         }

@@ -10,7 +10,7 @@ use crate::{
     admission::{self, HostMemory},
     config::Config,
     pod::{CLONE_NEEDS, PodError},
-    template::{Found, Shape, Templates},
+    template::{Found, Shape, TemplateStore},
     vm::{Vm, VmSpec},
 };
 
@@ -35,7 +35,7 @@ impl Ready {
         spec.keep_console = false;
         "ready".clone_into(&mut spec.id);
         "ready".clone_into(&mut spec.hostname);
-        let (templates, wanted) = (Templates::at(&config.template.dir), spec.clone());
+        let (templates, wanted) = (TemplateStore::at(&config.template.dir), spec.clone());
         let found = spawn_blocking(move || {
             let Some(shape) = Shape::of(&wanted)? else { return Ok(None) };
             Ok(match templates.find(&shape)? {

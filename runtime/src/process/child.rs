@@ -14,7 +14,7 @@ use nix::sys::{
 };
 use tokio::{io::unix::AsyncFd, sync::watch};
 
-use super::{Exit, ProcessError, Spawn};
+use super::{ProcessError, ProcessExit, Spawn};
 use crate::sys;
 
 /// A child process. Dropping it sends SIGKILL; the background task that waits for it reaps it then too.
@@ -23,7 +23,7 @@ pub struct Child {
     program: String,
     pid: u32,
     pidfd: Arc<AsyncFd<OwnedFd>>,
-    exit: watch::Receiver<Option<Exit>>,
+    exit: watch::Receiver<Option<ProcessExit>>,
     /// What the child prints, where the description said [`super::Stdio::Pipe`].
     pub stdout: Option<ChildStdout>,
     pub stderr: Option<ChildStderr>,
@@ -68,12 +68,12 @@ impl Child {
     }
 
     /// How the child ended, if it has.
-    pub fn try_exit(&self) -> Option<Exit> {
+    pub fn try_exit(&self) -> Option<ProcessExit> {
         *self.exit.borrow()
     }
 
     /// Resolves when the child has ended and been reaped, for any number of callers at any time.
-    pub fn exited(&self) -> impl Future<Output = Exit> + Send + 'static {
+    pub fn exited(&self) -> impl Future<Output = ProcessExit> + Send + 'static {
         let mut exit = self.exit.clone();
         async move {
             let exited = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
@@ -105,7 +105,7 @@ impl Child {
     ///
     /// # Errors
     /// The kernel refuses the signal.
-    pub async fn terminate(&self, grace: Duration) -> Result<Exit, ProcessError> {
+    pub async fn terminate(&self, grace: Duration) -> Result<ProcessExit, ProcessError> {
         self.signal(Signal::SIGTERM)?;
         match tokio::time::timeout(grace, self.exited()).await {
             Ok(exit) => Ok(exit),
@@ -117,7 +117,7 @@ impl Child {
     ///
     /// # Errors
     /// The kernel refuses the signal.
-    pub async fn kill(&self) -> Result<Exit, ProcessError> {
+    pub async fn kill(&self) -> Result<ProcessExit, ProcessError> {
         self.signal(Signal::SIGKILL)?;
         Ok(self.exited().await)
     }
@@ -142,17 +142,17 @@ pub(super) fn reap_in_background(child: std::process::Child, program: String) {
     }
 }
 
-async fn reap(pidfd: &AsyncFd<OwnedFd>) -> Exit {
+async fn reap(pidfd: &AsyncFd<OwnedFd>) -> ProcessExit {
     loop {
         // A pidfd is readable when its process has ended, so a failure to wait for that leaves only asking the kernel.
         let ready = pidfd.readable().await;
         match waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
-            Ok(WaitStatus::Exited(_, code)) => return Exit::Code(code),
-            Ok(WaitStatus::Signaled(_, signal, _)) => return Exit::Signal(signal as i32),
+            Ok(WaitStatus::Exited(_, code)) => return ProcessExit::Code(code),
+            Ok(WaitStatus::Signaled(_, signal, _)) => return ProcessExit::Signal(signal as i32),
             Ok(_) => {}
             Err(error) => {
                 tracing::error!("cannot wait for a child: {}", io::Error::from(error));
-                return Exit::Code(-1);
+                return ProcessExit::Code(-1);
             }
         }
         if let Ok(mut guard) = ready {
@@ -182,8 +182,8 @@ mod tests {
     async fn every_waiter_learns_the_exit() {
         let child = shell("exit 7");
         let (one, two) = tokio::join!(child.exited(), child.exited());
-        assert_eq!((one, two), (Exit::Code(7), Exit::Code(7)));
-        assert_eq!(child.exited().await, Exit::Code(7));
+        assert_eq!((one, two), (ProcessExit::Code(7), ProcessExit::Code(7)));
+        assert_eq!(child.exited().await, ProcessExit::Code(7));
         assert!(!std::path::Path::new(&format!("/proc/{}", child.pid())).exists());
         child.signal(Signal::SIGTERM).unwrap();
     }
@@ -192,14 +192,17 @@ mod tests {
     async fn a_stubborn_child_is_killed_after_its_grace() {
         let mut child = shell("trap '' TERM; echo ready; while :; do read x < /dev/zero; done");
         wait_for_line(&mut child);
-        assert_eq!(child.terminate(Duration::from_millis(20)).await.unwrap(), Exit::Signal(libc::SIGKILL));
+        assert_eq!(
+            child.terminate(Duration::from_millis(20)).await.unwrap(),
+            ProcessExit::Signal(libc::SIGKILL)
+        );
     }
 
     #[tokio::test]
     async fn a_willing_child_ends_within_its_grace() {
         let mut child = shell("trap 'exit 3' TERM; echo ready; sleep 100 & wait");
         wait_for_line(&mut child);
-        assert_eq!(child.terminate(Duration::from_secs(10)).await.unwrap(), Exit::Code(3));
+        assert_eq!(child.terminate(Duration::from_secs(10)).await.unwrap(), ProcessExit::Code(3));
     }
 
     #[tokio::test]
@@ -207,6 +210,6 @@ mod tests {
         let child = shell("exec sleep 100");
         let exited = child.exited();
         drop(child);
-        assert_eq!(exited.await, Exit::Signal(libc::SIGKILL));
+        assert_eq!(exited.await, ProcessExit::Signal(libc::SIGKILL));
     }
 }

@@ -6,11 +6,11 @@ use seccompiler::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::sys::child::{Bond, Setup};
+use crate::sys::child::{Bond, ChildSetup};
 
 /// Who a child process runs as.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Identity {
+pub struct RunAs {
     pub uid: u32,
     pub gid: u32,
     /// Supplementary groups; all others are dropped.
@@ -30,7 +30,7 @@ pub struct Namespaces {
 /// What is taken from a child process before it executes. The default takes nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Sandbox {
-    pub identity: Option<Identity>,
+    pub identity: Option<RunAs>,
     pub namespaces: Namespaces,
     /// Empties every capability set, the bounding set included.
     pub drop_capabilities: bool,
@@ -45,7 +45,7 @@ pub struct Sandbox {
 
 impl Sandbox {
     /// Everything taken: for programs that get all they need by inherited file descriptors.
-    pub fn strict(identity: Identity) -> Self {
+    pub fn strict(identity: RunAs) -> Self {
         Self {
             identity: Some(identity),
             namespaces: Namespaces { net: true, mount: true, ipc: true, uts: true },
@@ -57,7 +57,7 @@ impl Sandbox {
         }
     }
 
-    pub(super) fn setup(&self) -> Setup {
+    pub(super) fn setup(&self) -> ChildSetup {
         let mut unshare = 0;
         for (wanted, flag) in [
             (self.namespaces.net, libc::CLONE_NEWNET),
@@ -69,7 +69,7 @@ impl Sandbox {
                 unshare |= flag;
             }
         }
-        Setup {
+        ChildSetup {
             parent: std::process::id(),
             bond: Bond::Child,
             join_netns: None,
@@ -108,7 +108,7 @@ mod tests {
     fn a_strict_child_is_nobody_and_alone() {
         let script = "id -u; id -g; id -G; grep -E 'CapEff|CapPrm|CapInh|CapBnd|CapAmb|NoNewPrivs' /proc/self/status; \
             ulimit -c; cat /proc/self/oom_score_adj; tail -n +3 /proc/net/dev | wc -l";
-        let identity = Identity { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![7] };
+        let identity = RunAs { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![7] };
         let sandbox = Sandbox { oom_score_adj: Some(321), ..Sandbox::strict(identity) };
         let output = Spawn::new("sh").args(["-c", script]).sandbox(sandbox).run().unwrap().success().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();

@@ -14,7 +14,7 @@ use std::{
 
 use command_fds::{CommandFdExt as _, FdMapping};
 
-use super::{Exit, ProcessError, Sandbox, child, tool};
+use super::{ProcessError, ProcessExit, Sandbox, child, tool};
 use crate::{sys, sys::child::Bond};
 
 /// Where one of a child's three standard streams goes.
@@ -49,9 +49,9 @@ pub struct Spawn {
 
 /// What a tool left behind when it ended.
 #[derive(Debug)]
-pub struct Output {
+pub struct ToolOutput {
     pub program: String,
-    pub exit: Exit,
+    pub exit: ProcessExit,
     /// The first 64 KiB.
     pub stdout: Vec<u8>,
     /// The first 64 KiB.
@@ -178,7 +178,7 @@ impl Spawn {
         }
         command.stdin(self.stdin).stdout(self.stdout).stderr(self.stderr);
         // Before the descriptors move to their numbers, or the move could overwrite one that the setup uses.
-        let setup = sys::child::Setup { join_netns: self.join_netns, bond, ..self.sandbox.setup() };
+        let setup = sys::child::ChildSetup { join_netns: self.join_netns, bond, ..self.sandbox.setup() };
         sys::child::on_fork(&mut command, setup);
         let mappings = self
             .fds
@@ -235,11 +235,11 @@ mod tests {
 
     #[test]
     fn a_child_ends_with_the_thread_that_started_it() {
-        for sandbox in [Sandbox::default(), Sandbox::strict(crate::process::Identity::default())] {
+        for sandbox in [Sandbox::default(), Sandbox::strict(crate::process::RunAs::default())] {
             let spawn = Spawn::new("sleep").args(["100"]).sandbox(sandbox);
             let starter = std::thread::spawn(|| spawn.spawn_std().unwrap());
             let (mut child, _) = starter.join().unwrap();
-            assert_eq!(Exit::from(child.wait().unwrap()), Exit::Signal(libc::SIGKILL));
+            assert_eq!(ProcessExit::from(child.wait().unwrap()), ProcessExit::Signal(libc::SIGKILL));
         }
     }
 
@@ -250,7 +250,7 @@ mod tests {
         let program = dir.path().join("echo");
         // Not by this process: a child that another test forks meanwhile would hold the copy open for writing.
         crate::process::run("cp", ["/bin/echo".as_ref(), program.as_os_str()], &[]).unwrap();
-        let identity = crate::process::Identity { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![] };
+        let identity = crate::process::RunAs { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![] };
         let spawn = Spawn::new(&program).args(["it", "runs"]).sandbox(Sandbox::strict(identity));
         let output = spawn.run().unwrap().success().unwrap();
         assert_eq!(output.stdout, b"it runs\n");

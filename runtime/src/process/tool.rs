@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Exit, Output, ProcessError, Spawn, Stdio};
+use super::{ProcessError, ProcessExit, Spawn, Stdio, ToolOutput};
 
 /// Bytes of each of stdout and stderr that are kept; what is printed after that is read and dropped.
 const KEPT: usize = 64 << 10;
@@ -23,7 +23,7 @@ pub fn run<A: AsRef<OsStr>>(
     program: impl AsRef<OsStr>,
     args: impl IntoIterator<Item = A>,
     env: &[(&str, &str)],
-) -> Result<Output, ProcessError> {
+) -> Result<ToolOutput, ProcessError> {
     let mut spawn = Spawn::new(program).args(args).env("LC_ALL", "C");
     for (key, value) in env {
         spawn = spawn.env(key, value);
@@ -36,7 +36,7 @@ impl Spawn {
     ///
     /// # Errors
     /// The program cannot be started or waited for.
-    pub fn run(self) -> Result<Output, ProcessError> {
+    pub fn run(self) -> Result<ToolOutput, ProcessError> {
         let (mut child, program) = self.stdout(Stdio::Pipe).stderr(Stdio::Pipe).spawn_std()?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let (stdout, stderr) = std::thread::scope(|scope| {
@@ -48,8 +48,8 @@ impl Spawn {
             move |source| ProcessError::Child { action, program, pid, source }
         };
         let status = child.wait().map_err(failed("wait for", child.id()))?;
-        Ok(Output {
-            exit: Exit::from(status),
+        Ok(ToolOutput {
+            exit: ProcessExit::from(status),
             stdout: stdout.map_err(failed("read the output of", child.id()))?,
             stderr: stderr.map_err(failed("read the errors of", child.id()))?,
             program,
@@ -57,7 +57,7 @@ impl Spawn {
     }
 }
 
-impl Output {
+impl ToolOutput {
     /// # Errors
     /// [`ProcessError::Failed`] unless the program exited with 0.
     pub fn success(self) -> Result<Self, ProcessError> {
@@ -113,7 +113,7 @@ mod tests {
     fn output_is_bounded_and_both_pipes_are_read() {
         let script = "head -c 300000 /dev/zero >&2; head -c 300000 /dev/zero; exit 3";
         let output = Spawn::new("sh").args(["-c", script]).run().unwrap();
-        assert_eq!(output.exit, Exit::Code(3));
+        assert_eq!(output.exit, ProcessExit::Code(3));
         assert_eq!((output.stdout.len(), output.stderr.len()), (KEPT, KEPT));
     }
 

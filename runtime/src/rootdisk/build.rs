@@ -11,22 +11,22 @@ use rustix::fs::{fstatvfs, ftruncate};
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    BuildOptions, LARGEST, Progress, Rootdisk, RootdiskCache, RootdiskError, RootfsSource,
+    BuildOptions, LARGEST, Rootdisk, RootdiskCache, RootdiskError, RootdiskProgress, RootfsSource,
     ext4::{self, BLOCK, INODE},
     hashing,
-    key::Key,
+    key::RootdiskKey,
     lock::Lock,
     mkfs::Mke2fs,
     source::Recognised,
-    store::{self, DISK, Metadata, Opened},
-    tree::Tree,
-    view::View,
+    source_mount::SourceMount,
+    store::{self, DISK, DiskMetadata, Opened},
+    tree::SourceTree,
 };
 
 /// Bytes of hashed content between two reports.
 const REPORT: u64 = 8 << 20;
 
-type Phases = Vec<(&'static str, Duration)>;
+type PhaseTimes = Vec<(&'static str, Duration)>;
 
 impl RootdiskCache {
     /// Finds or builds the disk of a root file system. Blocks; whoever else asks for the same waits, and gets what the
@@ -39,9 +39,9 @@ impl RootdiskCache {
         &self,
         source: &RootfsSource,
         options: &BuildOptions,
-        progress: &mut dyn FnMut(Progress),
+        progress: &mut dyn FnMut(RootdiskProgress),
     ) -> Result<Rootdisk, RootdiskError> {
-        let mut phases = Phases::new();
+        let mut phases = PhaseTimes::new();
         let mut recognised = timed(&mut phases, "identity", || source.recognise(options))?;
         if let Some((key, opened)) = self.known(&recognised)? {
             return Ok(self.rootdisk(key, opened, true, phases));
@@ -51,10 +51,10 @@ impl RootdiskCache {
             return Ok(self.rootdisk(key, opened, true, phases));
         }
         self.store.sweep()?;
-        let (view, tree) = timed(&mut phases, "walk", || recognised.walk())?;
+        let (source_mount, tree) = timed(&mut phases, "walk", || recognised.walk())?;
         let shape = tree.shape();
         let _shape = self.lock("shape", shape, &mut phases, progress)?;
-        let job = Job { cache: self, source, options, view, tree, shape: shape.to_string() };
+        let job = Job { cache: self, source, options, source_mount, tree, shape: shape.to_string() };
         let (key, opened, cached) = job.run(&recognised, &mut phases, progress)?;
         self.index
             .write(&self.index.dir.join(recognised.identity.to_string()), key.to_string().as_bytes())?;
@@ -65,15 +65,17 @@ impl RootdiskCache {
     ///
     /// # Errors
     /// It cannot be read.
-    pub fn get(&self, key: Key) -> Result<Option<Rootdisk>, RootdiskError> {
+    pub fn get(&self, key: RootdiskKey) -> Result<Option<Rootdisk>, RootdiskError> {
         let opened = self.store.get(&key.to_string())?;
-        Ok(opened.map(|opened| self.rootdisk(key, opened, true, Phases::new())))
+        Ok(opened.map(|opened| self.rootdisk(key, opened, true, PhaseTimes::new())))
     }
 
     /// The disk that the index has for a source. An index that cannot be read is no reason to fail.
-    fn known(&self, recognised: &Recognised) -> Result<Option<(Key, Opened)>, RootdiskError> {
+    fn known(&self, recognised: &Recognised) -> Result<Option<(RootdiskKey, Opened)>, RootdiskError> {
         let path = self.index.dir.join(recognised.identity.to_string());
-        let key = store::read(&path).ok().and_then(|text| String::from_utf8(text).ok()?.parse::<Key>().ok());
+        let key = store::read(&path)
+            .ok()
+            .and_then(|text| String::from_utf8(text).ok()?.parse::<RootdiskKey>().ok());
         match key {
             Some(key) => Ok(self.store.get(&key.to_string())?.map(|opened| (key, opened))),
             None => Ok(None),
@@ -83,21 +85,21 @@ impl RootdiskCache {
     fn lock(
         &self,
         kind: &str,
-        key: Key,
-        phases: &mut Phases,
-        progress: &mut dyn FnMut(Progress),
+        key: RootdiskKey,
+        phases: &mut PhaseTimes,
+        progress: &mut dyn FnMut(RootdiskProgress),
     ) -> Result<Lock, RootdiskError> {
         let path = self.locks.dir.join(format!("{kind}-{key}"));
         let mut since = None;
         let lock = Lock::acquire(&path, || {
             since = Some(Instant::now());
-            progress(Progress::Waiting);
+            progress(RootdiskProgress::Waiting);
         });
         phases.extend(since.map(|since| ("wait", since.elapsed())));
         lock.map_err(|error| self.locks.error("lock", &path, error))
     }
 
-    fn rootdisk(&self, key: Key, opened: Opened, cached: bool, phases: Phases) -> Rootdisk {
+    fn rootdisk(&self, key: RootdiskKey, opened: Opened, cached: bool, phases: PhaseTimes) -> Rootdisk {
         let path = self.store.path(&key.to_string(), DISK);
         Rootdisk { key, path, file: opened.file, size: opened.metadata.size, cached, phases }
     }
@@ -118,8 +120,8 @@ struct Job<'a> {
     cache: &'a RootdiskCache,
     source: &'a RootfsSource,
     options: &'a BuildOptions,
-    view: View,
-    tree: Tree,
+    source_mount: SourceMount,
+    tree: SourceTree,
     shape: String,
 }
 
@@ -127,17 +129,18 @@ impl Job<'_> {
     fn run(
         &self,
         recognised: &Recognised,
-        phases: &mut Phases,
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<(Key, Opened, bool), RootdiskError> {
+        phases: &mut PhaseTimes,
+        progress: &mut dyn FnMut(RootdiskProgress),
+    ) -> Result<(RootdiskKey, Opened, bool), RootdiskError> {
         let store = &self.cache.store;
         let size = self.size()?;
         let (files, bytes) = (self.tree.files().count() as u64, self.tree.content_bytes());
-        progress(Progress::Converting { files, bytes });
+        progress(RootdiskProgress::Converting { files, bytes });
         let (key, disk) = if self.cache.has_shape(&self.shape)? {
-            let mut reports = Reports::new(bytes, &mut *progress);
-            let key =
-                timed(phases, "hash", || hashing::key(&self.view, &self.tree, size, |n| reports.add(n)))?;
+            let mut reports = ProgressReports::new(bytes, &mut *progress);
+            let key = timed(phases, "hash", || {
+                hashing::key(&self.source_mount, &self.tree, size, |n| reports.add(n))
+            })?;
             if let Some(opened) = store.get(&key.to_string())? {
                 return Ok((key, opened, true));
             }
@@ -145,17 +148,17 @@ impl Job<'_> {
         } else {
             self.hash_and_convert(size, files, phases, progress)?
         };
-        progress(Progress::Finishing);
+        progress(RootdiskProgress::Finishing);
         let (disk, mke2fs) = disk;
         let finished = timed(phases, "normalise", || {
-            ext4::normalise(&disk, &self.tree, ext4::Marks::Kept)
+            ext4::normalise(&disk, &self.tree, ext4::OriginMarks::Kept)
                 .and_then(|()| ext4::set_uuid(&disk, uuid(key, &mke2fs)))
         });
         finished.map_err(|source| RootdiskError::Finish { root: self.source.name().to_owned(), source })?;
         if recognised.mutable {
-            timed(phases, "check", || self.tree.unchanged(&Tree::walk(&self.view)?))?;
+            timed(phases, "check", || self.tree.unchanged(&SourceTree::walk(&self.source_mount)?))?;
         }
-        let mut metadata = Metadata::new(size, self.source.describe(), self.shape.clone(), &mke2fs);
+        let mut metadata = DiskMetadata::new(size, self.source.describe(), self.shape.clone(), &mke2fs);
         (metadata.files, metadata.content) = (files, bytes);
         let opened = timed(phases, "publish", || store.publish(&key.to_string(), &disk, metadata))?;
         Ok((key, opened, false))
@@ -167,19 +170,19 @@ impl Job<'_> {
         &self,
         size: u64,
         files: u64,
-        phases: &mut Phases,
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<(Key, (File, String)), RootdiskError> {
+        phases: &mut PhaseTimes,
+        progress: &mut dyn FnMut(RootdiskProgress),
+    ) -> Result<(RootdiskKey, (File, String)), RootdiskError> {
         let (sender, reports) = mpsc::channel();
         let total = self.tree.content_bytes();
         thread::scope(|scope| {
             let hash = scope.spawn(move || {
-                let mut counted = Reports::new(total, |report| {
+                let mut counted = ProgressReports::new(total, |report| {
                     // Nobody listens any more only when the other side has panicked.
                     let _ = sender.send(report);
                 });
                 let start = Instant::now();
-                (hashing::key(&self.view, &self.tree, size, |n| counted.add(n)), start.elapsed())
+                (hashing::key(&self.source_mount, &self.tree, size, |n| counted.add(n)), start.elapsed())
             });
             let convert = scope.spawn(|| {
                 let start = Instant::now();
@@ -208,7 +211,7 @@ impl Job<'_> {
             return Err(RootdiskError::NoSpace { dir: store.dir.clone(), needed, free });
         }
         // The first ten inodes are reserved, the eleventh is lost+found.
-        mke2fs.base(self.view.share()?, &disk, &store.dir, files + 16, needed)?;
+        mke2fs.base(self.source_mount.share()?, &disk, &store.dir, files + 16, needed)?;
         Ok((disk, mke2fs.version))
     }
 
@@ -222,7 +225,7 @@ impl Job<'_> {
 
 /// One for each layout: what a guest has noted of a file's number is not to be believed on a disk of the same files that
 /// another version of mke2fs has made.
-fn uuid(key: Key, mke2fs: &str) -> [u8; 16] {
+fn uuid(key: RootdiskKey, mke2fs: &str) -> [u8; 16] {
     let digest: [u8; 32] = Sha256::digest(format!("machinen base {key} {mke2fs}")).into();
     let mut uuid = [0; 16];
     uuid.copy_from_slice(&digest[..16]);
@@ -233,14 +236,14 @@ fn uuid(key: Key, mke2fs: &str) -> [u8; 16] {
 }
 
 /// Turns many small steps into few reports.
-struct Reports<F> {
+struct ProgressReports<F> {
     report: F,
     done: u64,
     reported: u64,
     total: u64,
 }
 
-impl<F: FnMut(Progress)> Reports<F> {
+impl<F: FnMut(RootdiskProgress)> ProgressReports<F> {
     fn new(total: u64, report: F) -> Self {
         Self { report, done: 0, reported: 0, total }
     }
@@ -249,12 +252,12 @@ impl<F: FnMut(Progress)> Reports<F> {
         self.done += bytes;
         if self.done - self.reported >= REPORT || self.done == self.total {
             self.reported = self.done;
-            (self.report)(Progress::Hashed { done: self.done, total: self.total });
+            (self.report)(RootdiskProgress::Hashed { done: self.done, total: self.total });
         }
     }
 }
 
-fn timed<T>(phases: &mut Phases, name: &'static str, work: impl FnOnce() -> T) -> T {
+fn timed<T>(phases: &mut PhaseTimes, name: &'static str, work: impl FnOnce() -> T) -> T {
     let start = Instant::now();
     let result = work();
     phases.push((name, start.elapsed()));

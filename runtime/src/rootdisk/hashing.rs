@@ -9,11 +9,11 @@ use rustix::{
 
 use super::{
     RootdiskError,
-    content::Content,
-    key::Key,
-    manifest::{Kind, Manifest, Node, Record, Xattrs},
-    tree::{Entry, Tree, lossy},
-    view::{View, open_in},
+    file_digest::FileDigest,
+    key::RootdiskKey,
+    manifest::{FileKind, FileRecord, RecordData, TreeManifest, Xattrs},
+    source_mount::{SourceMount, open_in},
+    tree::{SourceTree, TreeEntry, lossy},
 };
 
 /// Bytes read at once; a multiple of the block size.
@@ -26,15 +26,15 @@ const XATTR_MAX: usize = 64 << 10;
 /// # Errors
 /// A file that cannot be read, or whose size is not what the walk saw.
 pub(super) fn key(
-    view: &View,
-    tree: &Tree,
+    source_mount: &SourceMount,
+    tree: &SourceTree,
     disk_size: u64,
     mut done: impl FnMut(u64),
-) -> Result<Key, RootdiskError> {
-    let mut manifest = Manifest::new(disk_size);
+) -> Result<RootdiskKey, RootdiskError> {
+    let mut manifest = TreeManifest::new(disk_size);
     let mut buffer = vec![0; BUFFER];
     // The directory of the last entry: most of the next ones are in it too.
-    let mut dir = (Vec::new(), view.open(b"")?);
+    let mut dir = (Vec::new(), source_mount.open(b"")?);
     for entry in &tree.entries {
         if let Some(first) = entry.first {
             manifest.add_link(&entry.path, &tree.entries[first].path);
@@ -42,29 +42,37 @@ pub(super) fn key(
         }
         let parent = entry.parent().strip_suffix(b"/").unwrap_or_default();
         if dir.0 != parent {
-            dir = (parent.to_vec(), view.open(parent)?);
+            dir = (parent.to_vec(), source_mount.open(parent)?);
         }
         let open = || {
             let name = if entry.path.is_empty() { b"." } else { entry.name() };
-            open_in(&dir.1, name).map_err(|error| view.error("open", &entry.path, error))
+            open_in(&dir.1, name).map_err(|error| source_mount.error("open", &entry.path, error))
         };
         let (xattrs, node) = match entry.kind {
-            Kind::File => {
+            FileKind::File => {
                 let file = File::from(open()?);
-                let content = content(view, entry, &file, &mut buffer)?;
+                let content = content(source_mount, entry, &file, &mut buffer)?;
                 done(entry.size);
-                (xattrs(view, entry, Some(&file), &mut buffer)?, Node::File { size: entry.size, content })
+                (
+                    xattrs(source_mount, entry, Some(&file), &mut buffer)?,
+                    RecordData::File { size: entry.size, content },
+                )
             }
-            Kind::Directory => (xattrs(view, entry, Some(&open()?.into()), &mut buffer)?, Node::Other),
-            Kind::Symlink => {
-                (xattrs(view, entry, None, &mut buffer)?, Node::Symlink { target: &entry.target })
+            FileKind::Directory => {
+                (xattrs(source_mount, entry, Some(&open()?.into()), &mut buffer)?, RecordData::Other)
             }
-            Kind::Character | Kind::Block => {
-                (xattrs(view, entry, None, &mut buffer)?, Node::Device { number: entry.rdev })
+            FileKind::Symlink => (
+                xattrs(source_mount, entry, None, &mut buffer)?,
+                RecordData::Symlink { target: &entry.target },
+            ),
+            FileKind::Character | FileKind::Block => {
+                (xattrs(source_mount, entry, None, &mut buffer)?, RecordData::Device { number: entry.rdev })
             }
-            Kind::Fifo | Kind::Socket => (xattrs(view, entry, None, &mut buffer)?, Node::Other),
+            FileKind::Fifo | FileKind::Socket => {
+                (xattrs(source_mount, entry, None, &mut buffer)?, RecordData::Other)
+            }
         };
-        manifest.add(&Record {
+        manifest.add(&FileRecord {
             path: &entry.path,
             kind: entry.kind,
             mode: entry.mode,
@@ -78,11 +86,16 @@ pub(super) fn key(
     Ok(manifest.finish())
 }
 
-fn content(view: &View, entry: &Entry, file: &File, buffer: &mut [u8]) -> Result<[u8; 32], RootdiskError> {
-    let mut content = Content::new();
-    let failed = |source| view.error("read", &entry.path, source);
+fn content(
+    source_mount: &SourceMount,
+    entry: &TreeEntry,
+    file: &File,
+    buffer: &mut [u8],
+) -> Result<[u8; 32], RootdiskError> {
+    let mut content = FileDigest::new();
+    let failed = |source| source_mount.error("read", &entry.path, source);
     let stat = fstat(file).map_err(|error| failed(error.into()))?;
-    if Kind::of(stat.st_mode) != Some(Kind::File) || stat.st_size as u64 != entry.size {
+    if FileKind::of(stat.st_mode) != Some(FileKind::File) || stat.st_size as u64 != entry.size {
         return Err(RootdiskError::Changed { path: lossy(&entry.path) });
     }
     let sparse = entry.allocated < entry.size;
@@ -106,13 +119,13 @@ fn content(view: &View, entry: &Entry, file: &File, buffer: &mut [u8]) -> Result
 
 /// Of the open file, or by its path where opening would do more than that.
 fn xattrs(
-    view: &View,
-    entry: &Entry,
+    source_mount: &SourceMount,
+    entry: &TreeEntry,
     file: Option<&File>,
     buffer: &mut [u8],
 ) -> Result<Xattrs, RootdiskError> {
-    let path = if file.is_none() { view.path_of(&entry.path) } else { Vec::new() };
-    let failed = |error: Errno| view.error("read the extended attributes of", &entry.path, error);
+    let path = if file.is_none() { source_mount.path_of(&entry.path) } else { Vec::new() };
+    let failed = |error: Errno| source_mount.error("read the extended attributes of", &entry.path, error);
     let (names, values) = buffer.split_at_mut(XATTR_MAX);
     let listed = match file {
         Some(file) => flistxattr(file, &mut *names),

@@ -11,29 +11,29 @@ use rustix::fs::{major, minor};
 
 use super::{
     RootdiskCache, RootdiskError, ext4,
-    key::Key,
-    store::{self, DISK, Metadata, Unusable},
+    key::RootdiskKey,
+    store::{self, DISK, DiskMetadata, Unusable},
 };
 
 /// A disk in the cache.
 #[derive(Debug, Clone)]
-pub struct Listed {
-    pub key: Key,
+pub struct ListedDisk {
+    pub key: RootdiskKey,
     pub path: PathBuf,
     /// Bytes that it seems to have.
     pub size: u64,
     /// Bytes that it takes.
     pub allocated: u64,
-    pub state: State,
+    pub state: DiskState,
     /// Processes that hold it in use, each as often as it does.
     pub users: Vec<u32>,
     pub used: Option<SystemTime>,
-    pub metadata: Option<Metadata>,
+    pub metadata: Option<DiskMetadata>,
 }
 
 /// Whether a disk would be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum State {
+pub enum DiskState {
     Ready,
     /// Being built right now, or what is left of somebody who was killed over it.
     Unfinished,
@@ -54,9 +54,9 @@ pub struct Prune {
 /// What [`RootdiskCache::prune`] did.
 #[derive(Debug, Clone, Default)]
 pub struct Pruned {
-    pub removed: Vec<Listed>,
+    pub removed: Vec<ListedDisk>,
     /// Would have gone, but came into use.
-    pub in_use: Vec<Listed>,
+    pub in_use: Vec<ListedDisk>,
 }
 
 impl RootdiskCache {
@@ -64,24 +64,24 @@ impl RootdiskCache {
     ///
     /// # Errors
     /// The directory cannot be read.
-    pub fn list(&self) -> Result<Vec<Listed>, RootdiskError> {
+    pub fn list(&self) -> Result<Vec<ListedDisk>, RootdiskError> {
         let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
         let mut found = Vec::new();
         for name in self.store.names()? {
-            let Ok(key) = name.parse::<Key>() else { continue };
+            let Ok(key) = name.parse::<RootdiskKey>() else { continue };
             let path = self.store.path(&name, DISK);
             // Gone since the directory was read.
             let Ok(file) = fs::metadata(&path) else { continue };
             let users = lock_holders(&locks, file.dev(), file.ino());
             let state = match self.store.check(&name)? {
-                Ok(_) => State::Ready,
+                Ok(_) => DiskState::Ready,
                 Err(Unusable::Absent) => continue,
-                Err(Unusable::Unfinished) => State::Unfinished,
-                Err(damage) => State::Damaged(damage),
+                Err(Unusable::Unfinished) => DiskState::Unfinished,
+                Err(damage) => DiskState::Damaged(damage),
             };
             let (used, metadata) = (self.store.used(&name), self.store.metadata(&name)?);
             let (size, allocated) = (file.len(), file.blocks() * 512);
-            found.push(Listed { key, path, size, allocated, state, users, used, metadata });
+            found.push(ListedDisk { key, path, size, allocated, state, users, used, metadata });
         }
         found.sort_by_key(|listed| std::cmp::Reverse(listed.used));
         Ok(found)
@@ -92,7 +92,7 @@ impl RootdiskCache {
     ///
     /// # Errors
     /// The disk cannot be opened.
-    pub fn verify(&self, key: Key) -> Result<Result<(), Unusable>, RootdiskError> {
+    pub fn verify(&self, key: RootdiskKey) -> Result<Result<(), Unusable>, RootdiskError> {
         let name = key.to_string();
         let opened = match self.store.check(&name)? {
             Ok(opened) => opened,
@@ -120,7 +120,7 @@ impl RootdiskCache {
             let age = disk.used.and_then(|used| now.duration_since(used).ok()).unwrap_or_default();
             let old = what.older_than.is_none_or(|limit| age >= limit);
             let too_much = what.keep_bytes.is_none_or(|budget| total > budget);
-            if disk.state == State::Ready && !(old && too_much) {
+            if disk.state == DiskState::Ready && !(old && too_much) {
                 continue;
             }
             let free = if what.dry_run {
@@ -147,8 +147,9 @@ impl RootdiskCache {
         let failed = |error| self.index.error("list", &self.index.dir, error);
         for entry in fs::read_dir(&self.index.dir).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
-            let key =
-                store::read(&path).ok().and_then(|text| String::from_utf8(text).ok()?.parse::<Key>().ok());
+            let key = store::read(&path)
+                .ok()
+                .and_then(|text| String::from_utf8(text).ok()?.parse::<RootdiskKey>().ok());
             if key.is_none_or(|key| !self.store.path(&key.to_string(), DISK).exists()) {
                 self.index.remove_file(&path)?;
             }

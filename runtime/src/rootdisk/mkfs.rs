@@ -15,7 +15,7 @@ use super::{
     RootdiskError,
     ext4::{BLOCK, INODE},
 };
-use crate::process::{Namespaces, Output, ProcessError, Sandbox, Spawn, Stdio};
+use crate::process::{Namespaces, ProcessError, Sandbox, Spawn, Stdio, ToolOutput};
 
 /// Overrides the configuration.
 pub const MKE2FS_VARIABLE: &str = "MACHINEN_MKE2FS";
@@ -151,7 +151,7 @@ impl Mke2fs {
         for (key, value) in COMMON {
             spawn = spawn.env(key, value);
         }
-        match spawn.run().and_then(Output::success) {
+        match spawn.run().and_then(ToolOutput::success) {
             Ok(_) => Ok(()),
             Err(source) => {
                 let full = matches!(&source, ProcessError::Failed { stderr, .. } if stderr.contains("No space left"));

@@ -14,9 +14,9 @@
 //! run side by side.
 
 mod build;
-mod content;
 mod error;
 mod ext4;
+mod file_digest;
 mod hashing;
 mod key;
 mod lock;
@@ -24,9 +24,9 @@ mod manage;
 mod manifest;
 mod mkfs;
 mod source;
+mod source_mount;
 mod store;
 mod tree;
-mod view;
 mod writable;
 
 use std::{
@@ -38,12 +38,12 @@ use std::{
 
 pub use error::RootdiskError;
 pub use ext4::Ext4Error;
-pub use key::{Key, KeyError};
-pub use manage::{Listed, Prune, Pruned, State};
+pub use key::{RootdiskKey, RootdiskKeyError};
+pub use manage::{DiskState, ListedDisk, Prune, Pruned};
 pub use mkfs::{MKE2FS_VARIABLE, mke2fs_version};
 pub use source::RootfsSource;
 use store::Store;
-pub use store::{Metadata, Unusable};
+pub use store::{DiskMetadata, Unusable};
 pub use writable::open_writable;
 
 /// Where the cache is unless the configuration says otherwise.
@@ -77,7 +77,7 @@ impl Default for BuildOptions {
 
 /// What happens during a build, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Progress {
+pub enum RootdiskProgress {
     /// Somebody else builds the same disk; the next event comes when that is done.
     Waiting,
     /// The tree was walked; conversion begins.
@@ -88,7 +88,7 @@ pub enum Progress {
     Finishing,
 }
 
-impl fmt::Display for Progress {
+impl fmt::Display for RootdiskProgress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Waiting => f.write_str("waiting for whoever builds the same disk"),
@@ -102,7 +102,7 @@ impl fmt::Display for Progress {
 /// A disk that is in use as long as this lives.
 #[derive(Debug)]
 pub struct Rootdisk {
-    pub key: Key,
+    pub key: RootdiskKey,
     pub path: PathBuf,
     /// Open for reading only, and holding a shared lock: while this description is open anywhere, in another process
     /// too, the disk is in use and stays.

@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use sha2::{Digest as _, Sha256};
 
-use super::{BuildOptions, RootdiskError, key::Key, manifest::FORMAT, tree::Tree, view::View};
+use super::{
+    BuildOptions, RootdiskError, key::RootdiskKey, manifest::FORMAT, source_mount::SourceMount,
+    tree::SourceTree,
+};
 
 /// A root file system on the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,11 +25,11 @@ pub enum RootfsSource {
 /// A source after a first look.
 pub(super) struct Recognised {
     /// Equal for equal states of a source on this machine.
-    pub(super) identity: Key,
+    pub(super) identity: RootdiskKey,
     /// Top first; none for a directory.
     layers: Vec<PathBuf>,
     /// The view and the walk that it took to recognise a directory.
-    walked: Option<(View, Tree)>,
+    walked: Option<(SourceMount, SourceTree)>,
     /// Whether it can change while it is read.
     pub(super) mutable: bool,
 }
@@ -57,19 +60,24 @@ impl RootfsSource {
         digest.update(options.min_size.to_le_bytes());
         match self {
             Self::Dir(dir) => {
-                let view = View::of_dir(dir)?;
-                let tree = Tree::walk(&view)?;
+                let source_mount = SourceMount::of_dir(dir)?;
+                let tree = SourceTree::walk(&source_mount)?;
                 digest.update(b"dir");
                 digest.update(tree.identity().to_string());
-                let identity = Key::new(digest.finalize().into());
-                Ok(Recognised { identity, layers: Vec::new(), walked: Some((view, tree)), mutable: true })
+                let identity = RootdiskKey::new(digest.finalize().into());
+                Ok(Recognised {
+                    identity,
+                    layers: Vec::new(),
+                    walked: Some((source_mount, tree)),
+                    mutable: true,
+                })
             }
             Self::Overlay { lowers } => {
                 for lower in lowers {
                     digest.update(b"lower");
                     digest.update(layer_identity(lower)?);
                 }
-                let (identity, layers) = (Key::new(digest.finalize().into()), lowers.clone());
+                let (identity, layers) = (RootdiskKey::new(digest.finalize().into()), lowers.clone());
                 Ok(Recognised { identity, layers, walked: None, mutable: false })
             }
         }
@@ -78,14 +86,14 @@ impl RootfsSource {
 
 impl Recognised {
     /// Opens and walks the source.
-    pub(super) fn walk(&mut self) -> Result<(View, Tree), RootdiskError> {
+    pub(super) fn walk(&mut self) -> Result<(SourceMount, SourceTree), RootdiskError> {
         if let Some(walked) = self.walked.take() {
             return Ok(walked);
         }
         let layers: Vec<&Path> = self.layers.iter().map(PathBuf::as_path).collect();
-        let view = View::of_layers(&layers)?;
-        let tree = Tree::walk(&view)?;
-        Ok((view, tree))
+        let source_mount = SourceMount::of_layers(&layers)?;
+        let tree = SourceTree::walk(&source_mount)?;
+        Ok((source_mount, tree))
     }
 }
 

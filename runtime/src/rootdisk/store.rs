@@ -35,7 +35,7 @@ use super::{RootdiskError, lock::is_at};
 
 pub(super) const DISK: &str = "ext4";
 const METADATA: &str = "json";
-/// Version of [`Metadata`]; disks with another one are built anew.
+/// Version of [`DiskMetadata`]; disks with another one are built anew.
 const VERSION: u32 = 1;
 const METADATA_MAX: u64 = 64 << 10;
 /// Bytes at a disk's start that its seal covers.
@@ -43,7 +43,7 @@ const SEALED: usize = 8192;
 
 /// What is known of a finished disk, beside it as JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Metadata {
+pub struct DiskMetadata {
     pub version: u32,
     /// Bytes that the disk seems to have; most are holes.
     pub size: u64,
@@ -56,7 +56,7 @@ pub struct Metadata {
     /// Bytes of the regular files' content.
     pub content: u64,
     pub mke2fs: String,
-    /// Digest of the walk; see [`super::tree::Tree::shape`].
+    /// Digest of the walk; see [`super::tree::SourceTree::shape`].
     pub(super) shape: String,
     seal: Seal,
 }
@@ -79,10 +79,10 @@ pub(super) struct Store {
 #[derive(Debug)]
 pub(super) struct Opened {
     pub(super) file: File,
-    pub(super) metadata: Metadata,
+    pub(super) metadata: DiskMetadata,
 }
 
-impl Metadata {
+impl DiskMetadata {
     pub(super) fn new(size: u64, source: String, shape: String, mke2fs: &str) -> Self {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let (files, content, seal) = (0, 0, Seal::default());
@@ -188,7 +188,7 @@ impl Store {
     }
 
     /// The metadata, if it is there and can be understood.
-    pub(super) fn metadata(&self, name: &str) -> Result<Option<Metadata>, RootdiskError> {
+    pub(super) fn metadata(&self, name: &str) -> Result<Option<DiskMetadata>, RootdiskError> {
         let path = self.path(name, METADATA);
         let text = match read(&path) {
             Ok(text) => text,
@@ -213,7 +213,7 @@ impl Store {
         &self,
         name: &str,
         disk: &File,
-        mut metadata: Metadata,
+        mut metadata: DiskMetadata,
     ) -> Result<Opened, RootdiskError> {
         let path = self.path(name, DISK);
         let failed = |error| self.error("publish", &path, error);
@@ -317,7 +317,7 @@ fn seal(disk: &File) -> io::Result<Seal> {
     let metadata = disk.metadata()?;
     let mut start = vec![0; SEALED.min(metadata.len() as usize)];
     disk.read_exact_at(&mut start, 0)?;
-    let start = super::key::Key::new(Sha256::digest(&start).into()).to_string();
+    let start = super::key::RootdiskKey::new(Sha256::digest(&start).into()).to_string();
     Ok(Seal { mtime: metadata.mtime(), mtime_nsec: metadata.mtime_nsec(), start })
 }
 

@@ -23,12 +23,12 @@ use sha2::{Digest as _, Sha256};
 use super::{
     LARGEST, RootdiskCache, RootdiskError,
     ext4::{self, BLOCK, INODE},
-    key::Key,
+    key::RootdiskKey,
     lock::Lock,
     mkfs::Mke2fs,
-    store::{self, Metadata},
-    tree::Tree,
-    view::View,
+    source_mount::SourceMount,
+    store::{self, DiskMetadata},
+    tree::SourceTree,
 };
 
 /// Part of a template's name: raise it when templates are made in another way.
@@ -44,7 +44,7 @@ const JOURNAL: u64 = 34 << 20;
 /// The parts of a template that are not holes.
 struct Data {
     pieces: Vec<(u64, Vec<u8>)>,
-    digest: Key,
+    digest: RootdiskKey,
 }
 
 impl RootdiskCache {
@@ -177,7 +177,8 @@ impl RootdiskCache {
         ftruncate(&file, size).map_err(|error| failed(error.into()))?;
         mke2fs.writable(&file, size, &self.templates.dir)?;
         let data = data(&file, size).map_err(failed)?;
-        let metadata = Metadata::new(size, "template".to_owned(), data.digest.to_string(), &mke2fs.version);
+        let metadata =
+            DiskMetadata::new(size, "template".to_owned(), data.digest.to_string(), &mke2fs.version);
         self.templates.publish(&name, &file, metadata)?;
         Ok(data)
     }
@@ -213,8 +214,8 @@ pub fn open_writable(path: &Path) -> Result<File, RootdiskError> {
 fn seed(file: &File, dir: &Path, size: u64, upper: &Path, mke2fs: &Path) -> Result<(), RootdiskError> {
     let size = size.next_multiple_of(BLOCK as u64);
     let failed = |source| RootdiskError::Writable { path: dir.to_owned(), source };
-    let view = View::of_upper(upper)?;
-    let tree = Tree::walk(&view)?;
+    let source_mount = SourceMount::of_upper(upper)?;
+    let tree = SourceTree::walk(&source_mount)?;
     let files = tree.files().count() as u64;
     let inodes = (size / BYTES_PER_INODE).max(files + files / 4 + 1024);
     let needed = tree.needed_bytes() + JOURNAL;
@@ -223,8 +224,8 @@ fn seed(file: &File, dir: &Path, size: u64, upper: &Path, mke2fs: &Path) -> Resu
     }
     let mke2fs = Mke2fs::find(mke2fs)?;
     ftruncate(file, size).map_err(|error| failed(error.into()))?;
-    mke2fs.seeded(view.share()?, file, dir, inodes, needed)?;
-    let finished = ext4::normalise(file, &tree, ext4::Marks::Dropped);
+    mke2fs.seeded(source_mount.share()?, file, dir, inodes, needed)?;
+    let finished = ext4::normalise(file, &tree, ext4::OriginMarks::Dropped);
     finished.map_err(|source| RootdiskError::Finish { root: upper.to_owned(), source })
 }
 
@@ -278,5 +279,5 @@ fn data(file: &File, size: u64) -> io::Result<Data> {
         }
         offset = end;
     }
-    Ok(Data { pieces, digest: Key::new(digest.finalize().into()) })
+    Ok(Data { pieces, digest: RootdiskKey::new(digest.finalize().into()) })
 }

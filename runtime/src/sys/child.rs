@@ -24,7 +24,7 @@ pub(crate) enum Bond {
 
 /// Plain data, complete before the fork: the child of a process with threads may only make system calls.
 #[derive(Debug)]
-pub(crate) struct Setup {
+pub(crate) struct ChildSetup {
     /// Pid of the process that forks.
     pub(crate) parent: u32,
     pub(crate) bond: Bond,
@@ -44,12 +44,12 @@ pub(crate) struct Setup {
 }
 
 /// Makes `command` apply `setup` to itself just before it executes.
-pub(crate) fn on_fork(command: &mut Command, setup: Setup) {
+pub(crate) fn on_fork(command: &mut Command, setup: ChildSetup) {
     // SAFETY: `apply` only makes system calls on data that was complete before the fork; it does not allocate or lock.
     unsafe { command.pre_exec(move || apply(&setup)) };
 }
 
-fn apply(setup: &Setup) -> io::Result<()> {
+fn apply(setup: &ChildSetup) -> io::Result<()> {
     // SAFETY: plain system calls on values and on memory that `setup` owns.
     unsafe {
         match setup.bond {

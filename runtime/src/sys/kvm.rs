@@ -11,12 +11,12 @@ use nix::sys::{
 
 /// Zeroed memory for a guest.
 #[derive(Debug)]
-pub(crate) struct Memory {
+pub(crate) struct GuestMemory {
     address: NonNull<libc::c_void>,
     size: NonZeroUsize,
 }
 
-impl Memory {
+impl GuestMemory {
     pub(crate) fn new(size: NonZeroUsize) -> io::Result<Self> {
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new private mapping at an address of the kernel's choice touches no memory in use.
@@ -50,7 +50,7 @@ impl Memory {
     }
 }
 
-impl Drop for Memory {
+impl Drop for GuestMemory {
     fn drop(&mut self) {
         // SAFETY: the mapping was made by `new`, and nothing refers to it any more.
         // Failure would mean that it is not mapped, which leaves nothing to do.

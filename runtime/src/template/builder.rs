@@ -13,16 +13,16 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Shape, TemplateError, hash, holder,
-    manifest::{Manifest, VERSION},
+    manifest::{TemplateManifest, VERSION},
     pages, store,
-    store::{Found, Template, Templates, gone},
+    store::{Found, Template, TemplateStore, gone},
 };
 use crate::{
     error::chain,
     memfd,
     process::{Spawn, Stdio},
     sys::inherit,
-    vm::{Saved, VmSpec},
+    vm::{VmSnapshot, VmSpec},
 };
 
 /// First argument of a process that is a builder; the request is its stdin.
@@ -33,16 +33,13 @@ const NICE: i32 = 10;
 
 /// What the builder is asked for.
 #[derive(Debug, Serialize, Deserialize)]
-struct Request {
+struct BuildRequest {
     dir: PathBuf,
     budget_mib: u64,
     spec: VmSpec,
 }
 
-/// How far a build is: one line for people.
-pub type Progress = String;
-
-impl Templates {
+impl TemplateStore {
     /// Has a template built in the background, by a process that outlives this one.
     ///
     /// # Errors
@@ -52,7 +49,7 @@ impl Templates {
     }
 
     fn start_builder(&self, spec: &VmSpec, budget_mib: u64) -> Result<io::PipeReader, TemplateError> {
-        let request = Request { dir: self.dir().to_owned(), budget_mib, spec: spec.clone() };
+        let request = BuildRequest { dir: self.dir().to_owned(), budget_mib, spec: spec.clone() };
         let request = serde_json::to_vec(&request).map_err(TemplateError::Encode)?;
         let memory = |source| TemplateError::Memory { action: "pass on a request", source };
         let stdin = memfd::holding(&request).map_err(memory)?;
@@ -79,12 +76,12 @@ fn reopened(fd: &OwnedFd) -> io::Result<OwnedFd> {
 /// # Errors
 /// It cannot be built, or another process is building it.
 pub fn build(
-    templates: &Templates,
+    templates: &TemplateStore,
     spec: &VmSpec,
     budget_mib: u64,
-    progress: &mut dyn FnMut(Progress),
+    progress: &mut dyn FnMut(String),
 ) -> Result<Template, TemplateError> {
-    let shape = Shape::of(spec)?.ok_or(TemplateError::Vm(crate::vm::SavedError::Channel))?;
+    let shape = Shape::of(spec)?.ok_or(TemplateError::Vm(crate::vm::VmSnapshotError::Channel))?;
     templates.create()?;
     let failed = templates.names(&shape.key()).failed();
     gone(fs::remove_file(&failed)).map_err(TemplateError::file("remove", failed))?;
@@ -115,7 +112,8 @@ pub(super) fn main() -> ! {
         Err(_) => std::process::exit(2),
     };
     let mut text = Vec::new();
-    let request = io::stdin().lock().read_to_end(&mut text).map(|_| serde_json::from_slice::<Request>(&text));
+    let request =
+        io::stdin().lock().read_to_end(&mut text).map(|_| serde_json::from_slice::<BuildRequest>(&text));
     let Ok(Ok(request)) = request else { std::process::exit(2) };
     let Err(error) = run(request, &report);
     say(&report, &format!("failed: {}", chain(&error)));
@@ -123,14 +121,14 @@ pub(super) fn main() -> ! {
 }
 
 /// Ends as the holder of what was built.
-fn run(request: Request, report: &File) -> Result<Infallible, TemplateError> {
-    let Request { dir, budget_mib, mut spec } = request;
+fn run(request: BuildRequest, report: &File) -> Result<Infallible, TemplateError> {
+    let BuildRequest { dir, budget_mib, mut spec } = request;
     if let Err(error) = rustix::process::nice(NICE) {
         tracing::debug!("cannot be nice: {error}");
     }
-    let templates = Templates::at(&dir);
+    let templates = TemplateStore::at(&dir);
     templates.create()?;
-    let shape = Shape::of(&spec)?.ok_or(TemplateError::Vm(crate::vm::SavedError::Channel))?;
+    let shape = Shape::of(&spec)?.ok_or(TemplateError::Vm(crate::vm::VmSnapshotError::Channel))?;
     let key = shape.key();
     let Some(lock) = templates.lock(&key)? else {
         say(report, "busy");
@@ -154,12 +152,12 @@ fn run(request: Request, report: &File) -> Result<Infallible, TemplateError> {
 
 /// Everything up to a manifest that nobody reads yet.
 fn make(
-    templates: &Templates,
+    templates: &TemplateStore,
     shape: &Shape,
     spec: &VmSpec,
     budget_mib: u64,
     report: &File,
-) -> Result<Saved, TemplateError> {
+) -> Result<VmSnapshot, TemplateError> {
     let names = templates.names(&shape.key());
     // What a builder or holder that was killed has left.
     for path in [names.manifest(), names.unpublished(), names.failed()] {
@@ -170,7 +168,7 @@ fn make(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime =
         runtime.map_err(|source| TemplateError::Memory { action: "start an event loop", source })?;
-    let saved = runtime.block_on(Saved::make(spec, &names.vm()));
+    let saved = runtime.block_on(VmSnapshot::make(spec, &names.vm()));
     gone(fs::remove_dir_all(names.vm())).map_err(TemplateError::file("remove", names.vm()))?;
     let saved = saved?;
     let memory = |source| TemplateError::Memory { action: "read the memory", source };
@@ -178,7 +176,7 @@ fn make(
     let allocated = pages::allocated(&file).map_err(memory)?;
     say(report, &format!("saved, {} MiB of memory", allocated >> 20));
     templates.make_room(allocated, budget_mib)?;
-    let manifest = Manifest {
+    let manifest = TemplateManifest {
         version: VERSION,
         shape: shape.clone(),
         pid: std::process::id(),
@@ -198,9 +196,9 @@ fn make(
 
 /// The holder: this program, with nothing but what it is to hold.
 fn hold(
-    templates: &Templates,
+    templates: &TemplateStore,
     key: &str,
-    saved: Saved,
+    saved: VmSnapshot,
     lock: File,
     report: &File,
 ) -> Result<Spawn, TemplateError> {

@@ -5,7 +5,7 @@ use std::{io, path::PathBuf};
 use crate::{
     error::{ErrorKind, Kind},
     process::ProcessError,
-    vm::SavedError,
+    vm::VmSnapshotError,
 };
 
 /// Why a template could not be made, found or looked after.
@@ -16,7 +16,7 @@ pub enum TemplateError {
     #[error("{} is not root's alone, so templates in it cannot be trusted", dir.display())]
     Open { dir: PathBuf },
     #[error("cannot build a template")]
-    Vm(#[from] SavedError),
+    Vm(#[from] VmSnapshotError),
     #[error("cannot {action} for a template")]
     Memory { action: &'static str, source: io::Error },
     #[error("a template of {needed} MiB does not fit into template.budget_mib = {budget}")]

@@ -42,7 +42,7 @@ pub(super) fn main(mut args: impl Iterator<Item = String>) -> ! {
     let (Some(dir), Some(key)) = (args.next(), args.next()) else { std::process::exit(2) };
     // Its own name in process lists.
     let named = prctl::set_name(c"machinen-templ");
-    let names = store::Names::new(Path::new(&dir), &key);
+    let names = store::TemplatePaths::new(Path::new(&dir), &key);
     let published = publish(&names).and_then(|held| named.map(|()| held).map_err(io::Error::from));
     // It is closed with this: whoever waits sees the end.
     if let Ok(report) = inherit::take(REPORT).map(File::from) {
@@ -57,7 +57,7 @@ pub(super) fn main(mut args: impl Iterator<Item = String>) -> ! {
 }
 
 /// Each time that the last clone has ended, sees to the memory.
-fn keep(mut memory: OwnedFd, mut users: File, names: &store::Names) -> io::Result<()> {
+fn keep(mut memory: OwnedFd, mut users: File, names: &store::TemplatePaths) -> io::Result<()> {
     let built = pages::allocated(&File::from(memory.try_clone()?))?;
     loop {
         poll(&mut [PollFd::new(users.as_fd(), PollFlags::empty())], PollTimeout::NONE)?;
@@ -74,7 +74,7 @@ fn keep(mut memory: OwnedFd, mut users: File, names: &store::Names) -> io::Resul
 }
 
 /// Shows when nobody has the template in use any more (fifo(7)).
-fn watch(names: &store::Names) -> io::Result<File> {
+fn watch(names: &store::TemplatePaths) -> io::Result<File> {
     File::options().read(true).custom_flags(libc::O_NONBLOCK).open(names.used())
 }
 
@@ -95,7 +95,7 @@ pub(super) fn find(dir: &Path, key: &str) -> Option<u32> {
 }
 
 /// From here on the descriptors are under the numbers that the manifest stands for.
-fn publish(names: &store::Names) -> io::Result<(OwnedFd, File)> {
+fn publish(names: &store::TemplatePaths) -> io::Result<(OwnedFd, File)> {
     env::set_current_dir("/")?;
     let memory = inherit::take(MEMORY)?;
     store::gone(fs::remove_file(names.used()))?;

@@ -10,7 +10,7 @@ pub(super) const VERSION: u32 = 1;
 
 /// A published template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Manifest {
+pub struct TemplateManifest {
     pub(super) version: u32,
     pub shape: Shape,
     /// The holder.

@@ -26,11 +26,11 @@ mod pages;
 mod shape;
 mod store;
 
-pub use builder::{Progress, build};
+pub use builder::build;
 pub use error::TemplateError;
-pub use manifest::Manifest;
+pub use manifest::TemplateManifest;
 pub use shape::Shape;
-pub use store::{Found, Listed, Template, Templates};
+pub use store::{Found, ListedTemplate, Template, TemplateStore};
 
 /// Runs the builder or the holder, if that is what this process was started for; to be called first in every binary
 /// that owns VMs.

@@ -21,9 +21,9 @@ use crate::{
 pub struct Shape {
     machinen: String,
     protocol: u16,
-    qemu: Identity,
-    kernel: Identity,
-    image: Identity,
+    qemu: FileIdentity,
+    kernel: FileIdentity,
+    image: FileIdentity,
     /// QEMU's arguments; accelerator, memory, CPUs, time stamp counter and the kernel's command line are among them.
     args: Vec<String>,
     /// With KVM the guest sees the host's CPU.
@@ -32,7 +32,7 @@ pub struct Shape {
 
 /// A file that has changed is another one. Its content is not read: that would take longer than a clone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Identity {
+struct FileIdentity {
     path: PathBuf,
     device: u64,
     inode: u64,
@@ -40,7 +40,7 @@ struct Identity {
     modified_ns: i128,
 }
 
-impl Identity {
+impl FileIdentity {
     fn of(path: &Path) -> io::Result<Self> {
         let path = fs::canonicalize(path)?;
         let file = fs::metadata(&path)?;
@@ -62,7 +62,7 @@ impl Shape {
         if matches!(spec.channel, ChannelKind::VhostUserVsock { .. }) || counts_on_zeros(&spec.kernel_args) {
             return Ok(None);
         }
-        let identity = |path: &Path| Identity::of(path).map_err(TemplateError::file("look at", path));
+        let identity = |path: &Path| FileIdentity::of(path).map_err(TemplateError::file("look at", path));
         Ok(Some(Self {
             machinen: env!("CARGO_PKG_VERSION").to_owned(),
             protocol: machinen_protocol::VERSION,
@@ -89,7 +89,7 @@ impl Shape {
 
     /// QEMU, kernel and image are still what they were.
     pub fn is_current(&self) -> bool {
-        [&self.qemu, &self.kernel, &self.image].into_iter().all(Identity::is_current)
+        [&self.qemu, &self.kernel, &self.image].into_iter().all(FileIdentity::is_current)
     }
 }
 
@@ -118,7 +118,7 @@ fn cpu() -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{accel::Accel, process::Identity as User};
+    use crate::{accel::Accelerator, process::RunAs};
 
     fn spec(dir: &Path) -> VmSpec {
         for name in ["vmlinux", "guest.img"] {
@@ -127,7 +127,7 @@ mod tests {
         VmSpec {
             id: "one".into(),
             qemu: "/bin/sh".into(),
-            accel: Accel::Kvm,
+            accel: Accelerator::Kvm,
             memory_mib: 512,
             vcpus: 1,
             kernel: dir.join("vmlinux"),
@@ -136,7 +136,7 @@ mod tests {
             channel: ChannelKind::Serial,
             hostname: "one".into(),
             boot_timeout: std::time::Duration::from_secs(1),
-            identity: User::default(),
+            identity: RunAs::default(),
             keep_console: false,
         }
     }
@@ -149,7 +149,7 @@ mod tests {
         let same = VmSpec {
             id: "two".into(),
             hostname: "two".into(),
-            identity: User { uid: 7, ..User::default() },
+            identity: RunAs { uid: 7, ..RunAs::default() },
             keep_console: true,
             ..base.clone()
         };
@@ -157,8 +157,8 @@ mod tests {
         for other in [
             VmSpec { memory_mib: 1024, ..base.clone() },
             VmSpec { vcpus: 2, ..base.clone() },
-            VmSpec { accel: Accel::Tcg { tsc_khz: 5 }, ..base.clone() },
-            VmSpec { accel: Accel::Tcg { tsc_khz: 6 }, ..base.clone() },
+            VmSpec { accel: Accelerator::Tcg { tsc_khz: 5 }, ..base.clone() },
+            VmSpec { accel: Accelerator::Tcg { tsc_khz: 6 }, ..base.clone() },
             VmSpec { kernel_args: "x".into(), ..base.clone() },
             VmSpec { qemu: "/bin/ls".into(), ..base.clone() },
             VmSpec { channel: ChannelKind::KernelVsock, ..base.clone() },

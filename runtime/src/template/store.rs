@@ -25,9 +25,9 @@ use rustix::{
 
 use super::{
     Shape, TemplateError, hash, holder,
-    manifest::{Manifest, VERSION},
+    manifest::{TemplateManifest, VERSION},
 };
-use crate::{memfd, process::end_stranger, vm::Saved};
+use crate::{memfd, process::kill_foreign, vm::VmSnapshot};
 
 /// A failure counts for so long; then a start asks for another attempt.
 const RETRY: Duration = Duration::from_secs(600);
@@ -37,7 +37,7 @@ const END_DEADLINE: Duration = Duration::from_secs(5);
 
 /// The templates in one directory.
 #[derive(Debug, Clone)]
-pub struct Templates {
+pub struct TemplateStore {
     dir: PathBuf,
 }
 
@@ -55,15 +55,15 @@ pub enum Found {
 /// A template that is ready to be cloned; it stays so while this exists, whatever becomes of its holder.
 #[derive(Debug)]
 pub struct Template {
-    pub manifest: Manifest,
-    pub saved: Saved,
+    pub manifest: TemplateManifest,
+    pub saved: VmSnapshot,
 }
 
 /// A template as a person wants to know of it.
 #[derive(Debug)]
-pub struct Listed {
+pub struct ListedTemplate {
     pub key: String,
-    pub manifest: Manifest,
+    pub manifest: TemplateManifest,
     /// Its holder lives.
     pub alive: bool,
     pub used: Option<SystemTime>,
@@ -71,11 +71,11 @@ pub struct Listed {
 
 /// The files of one template.
 #[derive(Debug)]
-pub(super) struct Names {
+pub(super) struct TemplatePaths {
     base: PathBuf,
 }
 
-impl Names {
+impl TemplatePaths {
     pub(super) fn new(dir: &Path, key: &str) -> Self {
         Self { base: dir.join(key) }
     }
@@ -105,7 +105,7 @@ impl Names {
     }
 }
 
-impl Templates {
+impl TemplateStore {
     /// Nothing is touched; the directory need not exist.
     pub fn at(dir: &Path) -> Self {
         Self { dir: dir.to_owned() }
@@ -115,8 +115,8 @@ impl Templates {
         &self.dir
     }
 
-    pub(super) fn names(&self, key: &str) -> Names {
-        Names::new(&self.dir, key)
+    pub(super) fn names(&self, key: &str) -> TemplatePaths {
+        TemplatePaths::new(&self.dir, key)
     }
 
     /// Makes the directory; what is in it is for root alone.
@@ -187,7 +187,7 @@ impl Templates {
     ///
     /// # Errors
     /// The directory is not to be trusted, or cannot be read.
-    pub fn list(&self) -> Result<Vec<Listed>, TemplateError> {
+    pub fn list(&self) -> Result<Vec<ListedTemplate>, TemplateError> {
         let mut listed = Vec::new();
         if !self.trusted()? {
             return Ok(listed);
@@ -204,7 +204,7 @@ impl Templates {
             let lock = self.names(&key).lock();
             let alive = is_locked(&lock)?;
             let used = fs::metadata(&lock).and_then(|lock| lock.modified()).ok();
-            listed.push(Listed { key, manifest, alive, used });
+            listed.push(ListedTemplate { key, manifest, alive, used });
         }
         listed.sort_by_key(|template| std::cmp::Reverse(template.used));
         Ok(listed)
@@ -214,7 +214,7 @@ impl Templates {
     ///
     /// # Errors
     /// It is gone or cannot be read.
-    pub fn verify(&self, listed: &Listed) -> Result<bool, TemplateError> {
+    pub fn verify(&self, listed: &ListedTemplate) -> Result<bool, TemplateError> {
         let memory = |source| TemplateError::Memory { action: "read the memory", source };
         let template = open(listed.manifest.clone(), &self.names(&listed.key)).map_err(memory)?;
         let file = File::from(template.saved.memory);
@@ -229,7 +229,7 @@ impl Templates {
     pub fn remove(&self, key: &str) -> Result<(), TemplateError> {
         let names = self.names(key);
         if let Some(pid) = holder::find(&self.dir, key) {
-            end_stranger(pid, || holder::find(&self.dir, key) == Some(pid), END_DEADLINE)
+            kill_foreign(pid, || holder::find(&self.dir, key) == Some(pid), END_DEADLINE)
                 .map_err(TemplateError::file("end the holder of", names.manifest()))?;
         }
         for path in [names.manifest(), names.unpublished(), names.used(), names.failed(), names.lock()] {
@@ -242,7 +242,7 @@ impl Templates {
     /// stays.
     ///
     /// # Errors
-    /// As for [`Templates::remove`]; the directory cannot be read.
+    /// As for [`TemplateStore::remove`]; the directory cannot be read.
     pub fn remove_all(&self) -> Result<Vec<String>, TemplateError> {
         let mut keys = BTreeSet::new();
         if self.trusted()? {
@@ -352,7 +352,7 @@ enum Known {
     Nothing,
     /// It is not of this version, or of none.
     Damaged,
-    Template(Box<Manifest>),
+    Template(Box<TemplateManifest>),
 }
 
 fn read(path: &Path) -> Result<Known, TemplateError> {
@@ -378,7 +378,7 @@ pub(super) fn write(path: &Path, content: &[u8]) -> Result<(), TemplateError> {
 }
 
 /// Takes hold of what the holder keeps.
-fn open(manifest: Manifest, names: &Names) -> io::Result<Template> {
+fn open(manifest: TemplateManifest, names: &TemplatePaths) -> io::Result<Template> {
     let descriptor = |number: i32| {
         let file = File::open(format!("/proc/{}/fd/{number}", manifest.pid))?;
         if memfd::is_sealed(&file) {
@@ -399,18 +399,18 @@ fn open(manifest: Manifest, names: &Names) -> io::Result<Template> {
     if devices.len() as u64 != manifest.devices {
         return Err(io::Error::other("the holder's device state is of another size"));
     }
-    let saved = Saved {
+    let saved = VmSnapshot {
         memory: memory.into(),
         devices,
         memory_fd: manifest.memory_fd,
         qemu: manifest.qemu,
-        used: Some(Arc::new(used.into())),
+        in_use: Some(Arc::new(used.into())),
     };
     Ok(Template { manifest, saved })
 }
 
 /// Why a template could not be built or cloned a short while ago.
-fn failure(names: &Names) -> Option<String> {
+fn failure(names: &TemplatePaths) -> Option<String> {
     let path = names.failed();
     let age = fs::metadata(&path).ok()?.modified().ok()?.elapsed().unwrap_or_default();
     if age > RETRY {

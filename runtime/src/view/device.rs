@@ -25,16 +25,16 @@ const HARMLESS: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID
 
 /// What is done to have a file system to mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
+pub enum DeviceStep {
     Open,
     Make,
 }
 
 /// Why there is none.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {} {what}", match .step { Step::Open => "open", Step::Make => "make" })]
+#[error("cannot {} {what}", match .step { DeviceStep::Open => "open", DeviceStep::Make => "make" })]
 pub struct DeviceError {
-    step: Step,
+    step: DeviceStep,
     what: &'static str,
     source: io::Error,
 }
@@ -44,7 +44,7 @@ pub(super) struct Device(AsyncFd<OwnedFd>);
 
 /// What comes from the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Read {
+pub(super) enum DeviceRead {
     Request(Request),
     Unmounted,
 }
@@ -54,7 +54,7 @@ impl Device {
     pub(super) fn mount() -> Result<(Self, OwnedFd), DeviceError> {
         let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let opened = open("/dev/fuse", flags, Mode::empty());
-        let device = opened.map_err(|error| failed(Step::Open, "/dev/fuse", error.into()))?;
+        let device = opened.map_err(|error| failed(DeviceStep::Open, "/dev/fuse", error.into()))?;
         let number = device.as_raw_fd().to_string();
         let max_read = MAX_DATA.to_string();
         let options = [
@@ -67,8 +67,8 @@ impl Device {
             ("max_read", &max_read),
         ];
         let root = make("fuse", &options, &["default_permissions"], HARMLESS)
-            .map_err(|error| failed(Step::Make, "a FUSE file system", error))?;
-        let device = Self::over(device).map_err(|error| failed(Step::Open, "/dev/fuse", error))?;
+            .map_err(|error| failed(DeviceStep::Make, "a FUSE file system", error))?;
+        let device = Self::over(device).map_err(|error| failed(DeviceStep::Open, "/dev/fuse", error))?;
         Ok((device, root))
     }
 
@@ -77,18 +77,18 @@ impl Device {
     }
 
     /// The next request; all of it is in `buffer`. Nothing is lost when this is cancelled.
-    pub(super) async fn read(&self, buffer: &mut [u8]) -> io::Result<Read> {
+    pub(super) async fn read(&self, buffer: &mut [u8]) -> io::Result<DeviceRead> {
         loop {
             let mut ready = self.0.readable().await?;
             let read = ready.try_io(|fd| Ok(nix::unistd::read(fd, buffer)?));
             match read {
                 Err(_) => {}
-                Ok(Ok(0)) => return Ok(Read::Unmounted),
-                Ok(Ok(length)) => return Ok(Read::Request(decode(&buffer[..length])?)),
+                Ok(Ok(0)) => return Ok(DeviceRead::Unmounted),
+                Ok(Ok(length)) => return Ok(DeviceRead::Request(decode(&buffer[..length])?)),
                 Ok(Err(error)) => match error.raw_os_error() {
                     // Whoever asked has given up.
                     Some(libc::ENOENT | libc::EINTR) => {}
-                    Some(libc::ENODEV | libc::ECONNABORTED) => return Ok(Read::Unmounted),
+                    Some(libc::ENODEV | libc::ECONNABORTED) => return Ok(DeviceRead::Unmounted),
                     _ => return Err(error),
                 },
             }
@@ -119,7 +119,8 @@ fn decode(message: &[u8]) -> io::Result<Request> {
 pub(crate) fn empty() -> Result<OwnedFd, DeviceError> {
     let options = [("source", "machinen"), ("size", "4096"), ("nr_inodes", "1"), ("mode", "555")];
     let read_only = HARMLESS | MountAttrFlags::MOUNT_ATTR_RDONLY;
-    make("tmpfs", &options, &[], read_only).map_err(|error| failed(Step::Make, "an empty file system", error))
+    make("tmpfs", &options, &[], read_only)
+        .map_err(|error| failed(DeviceStep::Make, "an empty file system", error))
 }
 
 fn make(
@@ -139,6 +140,6 @@ fn make(
     Ok(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?)
 }
 
-fn failed(step: Step, what: &'static str, source: io::Error) -> DeviceError {
+fn failed(step: DeviceStep, what: &'static str, source: io::Error) -> DeviceError {
     DeviceError { step, what, source }
 }

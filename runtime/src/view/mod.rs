@@ -20,8 +20,8 @@ mod tests;
 use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
 pub(crate) use device::empty;
-use device::{Device, Read};
-pub use device::{DeviceError, Step};
+use device::{Device, DeviceRead};
+pub use device::{DeviceError, DeviceStep};
 use machinen_protocol::view::MAX_REQUEST;
 use tokio::{
     sync::{Semaphore, watch},
@@ -39,14 +39,14 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A mounted view; who holds it holds the connection to the kernel.
 #[derive(Debug)]
-pub(crate) struct View {
-    guest: watch::Sender<Option<Guest>>,
+pub(crate) struct ContainerView {
+    guest: watch::Sender<Option<ViewGuest>>,
     task: JoinHandle<()>,
 }
 
 /// Where the files are.
 #[derive(Debug, Clone)]
-pub(crate) struct Guest {
+pub(crate) struct ViewGuest {
     pub(crate) vm: Vm,
     pub(crate) agent: agent::Client,
     pub(crate) container: String,
@@ -71,7 +71,7 @@ impl OpenError {
     }
 }
 
-impl View {
+impl ContainerView {
     /// A view for the container `id`, and the mount to be made a root of; it is mounted nowhere yet. Requests wait until the
     /// container is there. Must be called inside a tokio runtime.
     ///
@@ -85,7 +85,7 @@ impl View {
     }
 
     /// The container is there.
-    pub(crate) fn attach(&self, guest: Guest) {
+    pub(crate) fn attach(&self, guest: ViewGuest) {
         self.guest.send_replace(Some(guest));
     }
 
@@ -97,13 +97,13 @@ impl View {
     }
 }
 
-impl Drop for View {
+impl Drop for ContainerView {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-impl Guest {
+impl ViewGuest {
     async fn open(&self) -> Result<BoxedStream, OpenError> {
         let open = async {
             let _unclaimed = self.unclaimed.acquire().await.expect("never closed");
@@ -120,16 +120,16 @@ impl Guest {
 pub async fn session(device: OwnedFd, guest: BoxedStream) {
     let device = Device::over(device).expect("a descriptor that can be watched");
     let mut buffer = vec![0; MAX_REQUEST];
-    if let Ok(Read::Request(first)) = device.read(&mut buffer).await {
+    if let Ok(DeviceRead::Request(first)) = device.read(&mut buffer).await {
         session::run(&device, guest, first, &mut buffer).await;
     }
 }
 
 /// Serves the kernel until the view is unmounted.
-async fn serve(id: String, device: Device, mut guest: watch::Receiver<Option<Guest>>) {
+async fn serve(id: String, device: Device, mut guest: watch::Receiver<Option<ViewGuest>>) {
     match serve_guest(&id, &device, &mut guest).await {
-        Ok(Read::Unmounted) => tracing::debug!(id, "nobody can look at the container's files any more"),
-        Ok(Read::Request(_)) => {}
+        Ok(DeviceRead::Unmounted) => tracing::debug!(id, "nobody can look at the container's files any more"),
+        Ok(DeviceRead::Request(_)) => {}
         Err(error) => tracing::error!(id, "the container's files are not visible any more: {error}"),
     }
 }
@@ -137,18 +137,18 @@ async fn serve(id: String, device: Device, mut guest: watch::Receiver<Option<Gue
 async fn serve_guest(
     id: &str,
     device: &Device,
-    guest: &mut watch::Receiver<Option<Guest>>,
-) -> std::io::Result<Read> {
+    guest: &mut watch::Receiver<Option<ViewGuest>>,
+) -> std::io::Result<DeviceRead> {
     let mut buffer = vec![0; MAX_REQUEST];
     let guest = loop {
         tokio::select! {
             read = device.read(&mut buffer) => match read? {
-                Read::Unmounted => return Ok(Read::Unmounted),
-                Read::Request(request) => answers::without_guest(device, request, &buffer)?,
+                DeviceRead::Unmounted => return Ok(DeviceRead::Unmounted),
+                DeviceRead::Request(request) => answers::without_guest(device, request, &buffer)?,
             },
             attached = guest.wait_for(Option::is_some) => match attached.ok().and_then(|guest| guest.clone()) {
                 Some(guest) => break guest,
-                None => return Ok(Read::Unmounted),
+                None => return Ok(DeviceRead::Unmounted),
             },
         }
     };
@@ -161,7 +161,7 @@ async fn requests<Opening: Future<Output = Result<BoxedStream, OpenError>>>(
     device: &Device,
     buffer: &mut [u8],
     open: impl Fn() -> Opening,
-) -> std::io::Result<Read> {
+) -> std::io::Result<DeviceRead> {
     let mut opened = None;
     // While the guest is silent.
     let mut word = None;
@@ -176,7 +176,7 @@ async fn requests<Opening: Future<Output = Result<BoxedStream, OpenError>>>(
             }
             read = device.read(buffer) => read?,
         };
-        let Read::Request(request) = read else { return Ok(Read::Unmounted) };
+        let DeviceRead::Request(request) = read else { return Ok(DeviceRead::Unmounted) };
         if answers::by_host(device, request)? || !request.is_answered() {
             // What is forgotten was known to a process that is gone.
             continue;
@@ -191,11 +191,11 @@ async fn requests<Opening: Future<Output = Result<BoxedStream, OpenError>>>(
         };
         let silent = match stream {
             Ok(stream) => match session::run(device, stream, request, buffer).await {
-                session::End::Unmounted => return Ok(Read::Unmounted),
-                session::End::Device(error) => return Err(error),
+                session::SessionEnd::Unmounted => return Ok(DeviceRead::Unmounted),
+                session::SessionEnd::Device(error) => return Err(error),
                 end => {
                     tracing::warn!(id, "an access to the container's files failed: {}", chain(&end));
-                    matches!(end, session::End::Deadline)
+                    matches!(end, session::SessionEnd::Deadline)
                 }
             },
             Err(error) => {

@@ -15,7 +15,7 @@ use tokio::{
 
 use super::{
     PATIENCE, answers,
-    device::{Device, Read},
+    device::{Device, DeviceRead},
 };
 use crate::vm::BoxedStream;
 
@@ -26,7 +26,7 @@ const ASKER: std::ops::Range<usize> = 32..36;
 
 /// Why a session is over.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum End {
+pub(super) enum SessionEnd {
     #[error("it is unmounted")]
     Unmounted,
     #[error("the kernel refuses")]
@@ -46,19 +46,24 @@ pub(super) enum End {
 struct Session<'a> {
     device: &'a Device,
     /// Requests without a reply, oldest first.
-    waiting: Mutex<VecDeque<Waiting>>,
+    waiting: Mutex<VecDeque<PendingRequest>>,
     asked: Notify,
     answered: Notify,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Waiting {
+struct PendingRequest {
     request: Request,
     until: Instant,
 }
 
 /// Runs until it cannot go on. `first` is in `buffer`. What is without a reply then has failed.
-pub(super) async fn run(device: &Device, stream: BoxedStream, first: Request, buffer: &mut [u8]) -> End {
+pub(super) async fn run(
+    device: &Device,
+    stream: BoxedStream,
+    first: Request,
+    buffer: &mut [u8],
+) -> SessionEnd {
     let (from_guest, to_guest) = tokio::io::split(stream);
     let session =
         Session { device, waiting: Mutex::default(), asked: Notify::new(), answered: Notify::new() };
@@ -70,42 +75,42 @@ pub(super) async fn run(device: &Device, stream: BoxedStream, first: Request, bu
     };
     for waiting in session.waiting().drain(..) {
         if let Err(error) = device.refuse(waiting.request, libc::EIO) {
-            return End::Device(error);
+            return SessionEnd::Device(error);
         }
     }
     end
 }
 
 impl Session<'_> {
-    fn waiting(&self) -> MutexGuard<'_, VecDeque<Waiting>> {
+    fn waiting(&self) -> MutexGuard<'_, VecDeque<PendingRequest>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn ask(&self, mut guest: impl AsyncWrite + Unpin, first: Request, buffer: &mut [u8]) -> End {
+    async fn ask(&self, mut guest: impl AsyncWrite + Unpin, first: Request, buffer: &mut [u8]) -> SessionEnd {
         let mut request = first;
         loop {
             match timeout(PATIENCE, forward(&mut guest, request, buffer)).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => return End::Stream(error),
-                Err(_) => return End::Deadline,
+                Ok(Err(error)) => return SessionEnd::Stream(error),
+                Err(_) => return SessionEnd::Deadline,
             }
             while self.waiting().len() >= MOST {
                 self.answered.notified().await;
             }
             request = match self.next(buffer).await {
-                Ok(Read::Request(request)) => request,
-                Ok(Read::Unmounted) => return End::Unmounted,
-                Err(error) => return End::Device(error),
+                Ok(DeviceRead::Request(request)) => request,
+                Ok(DeviceRead::Unmounted) => return SessionEnd::Unmounted,
+                Err(error) => return SessionEnd::Device(error),
             };
             self.enlist(request);
         }
     }
 
     /// The next request that is for the guest.
-    async fn next(&self, buffer: &mut [u8]) -> io::Result<Read> {
+    async fn next(&self, buffer: &mut [u8]) -> io::Result<DeviceRead> {
         loop {
             match self.device.read(buffer).await? {
-                Read::Request(request) if answers::by_host(self.device, request)? => {}
+                DeviceRead::Request(request) if answers::by_host(self.device, request)? => {}
                 read => return Ok(read),
             }
         }
@@ -114,47 +119,47 @@ impl Session<'_> {
     /// From now on there will be a reply to it, whosoever.
     fn enlist(&self, request: Request) {
         if request.is_answered() {
-            self.waiting().push_back(Waiting { request, until: Instant::now() + PATIENCE });
+            self.waiting().push_back(PendingRequest { request, until: Instant::now() + PATIENCE });
             self.asked.notify_one();
         }
     }
 
-    async fn answer(&self, mut guest: impl AsyncRead + Unpin) -> End {
+    async fn answer(&self, mut guest: impl AsyncRead + Unpin) -> SessionEnd {
         let mut buffer = vec![0; MAX_REPLY];
         loop {
             let (header, body) = buffer.split_at_mut(REPLY_HEADER);
             if let Err(error) = guest.read_exact(header).await {
-                return End::Stream(error);
+                return SessionEnd::Stream(error);
             }
             let reply = match Reply::decode(header.as_array().expect("split there")) {
                 Ok(reply) => reply,
-                Err(error) => return End::NoReply(error),
+                Err(error) => return SessionEnd::NoReply(error),
             };
-            let asked = |waiting: &Waiting| waiting.request.unique == reply.unique;
+            let asked = |waiting: &PendingRequest| waiting.request.unique == reply.unique;
             if !self.waiting().iter().any(asked) {
-                return End::Unasked;
+                return SessionEnd::Unasked;
             }
             if let Err(error) = guest.read_exact(&mut body[..reply.length - REPLY_HEADER]).await {
-                return End::Stream(error);
+                return SessionEnd::Stream(error);
             }
             self.waiting().retain(|waiting| !asked(waiting));
             self.answered.notify_one();
             match self.device.write(&buffer[..reply.length]) {
                 Ok(()) => {}
                 // The kernel has told whoever asked.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return End::Misfit,
-                Err(error) => return End::Device(error),
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return SessionEnd::Misfit,
+                Err(error) => return SessionEnd::Device(error),
             }
         }
     }
 
     /// Every request has the same time, so it is the oldest that runs out of it first.
-    async fn lose_patience(&self) -> End {
+    async fn lose_patience(&self) -> SessionEnd {
         loop {
             let oldest = self.waiting().front().copied();
             match oldest {
                 None => self.asked.notified().await,
-                Some(waiting) if waiting.until <= Instant::now() => return End::Deadline,
+                Some(waiting) if waiting.until <= Instant::now() => return SessionEnd::Deadline,
                 Some(waiting) => sleep_until(waiting.until).await,
             }
         }

@@ -14,9 +14,9 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
 
 use super::{
     PATIENCE, answers,
-    device::{Device, Read},
+    device::{Device, DeviceRead},
     requests,
-    session::{self, End},
+    session::{self, SessionEnd},
 };
 
 const LOOKUP: u32 = 1;
@@ -71,10 +71,10 @@ fn reply(unique: u64, body: &[u8]) -> Vec<u8> {
 }
 
 /// A session whose first request is a lookup with the number 2, until it ends.
-async fn run(device: Device, kernel: &Kernel, guest: DuplexStream) -> End {
+async fn run(device: Device, kernel: &Kernel, guest: DuplexStream) -> SessionEnd {
     let mut buffer = vec![0; MAX_REQUEST];
     kernel.ask(&message_of(LOOKUP, 2, b"name\0"));
-    let Read::Request(first) = device.read(&mut buffer).await.unwrap() else { panic!("no request") };
+    let DeviceRead::Request(first) = device.read(&mut buffer).await.unwrap() else { panic!("no request") };
     session::run(&device, Box::new(guest), first, &mut buffer).await
 }
 
@@ -107,7 +107,7 @@ async fn requests_and_replies_pass() {
         guest.write_all(&refusal(2, libc::ENOENT)).await.unwrap();
         drop(guest);
     });
-    assert!(matches!(end, End::Stream(_)), "{end:?}");
+    assert!(matches!(end, SessionEnd::Stream(_)), "{end:?}");
     assert_eq!(
         kernel.told(),
         [refusal(3, libc::ENOSYS).to_vec(), reply(6, &[7; 128]), refusal(2, libc::ENOENT).to_vec()]
@@ -134,7 +134,7 @@ async fn a_guest_that_lies_costs_an_error_and_its_session() {
         let (ours, mut guest) = duplex(1 << 20);
         guest.write_all(&message).await.unwrap();
         let end = run(device, &kernel, ours).await;
-        assert!(matches!(end, End::NoReply(_) | End::Unasked), "{lie}: {end:?}");
+        assert!(matches!(end, SessionEnd::NoReply(_) | SessionEnd::Unasked), "{lie}: {end:?}");
         assert_eq!(kernel.told(), [refusal(2, libc::EIO)], "{lie}");
     }
 }
@@ -145,7 +145,7 @@ async fn an_answer_counts_once() {
     let (ours, mut guest) = duplex(1 << 20);
     guest.write_all(&[reply(2, b"first"), reply(2, b"second")].concat()).await.unwrap();
     let end = run(device, &kernel, ours).await;
-    assert!(matches!(end, End::Unasked), "{end:?}");
+    assert!(matches!(end, SessionEnd::Unasked), "{end:?}");
     assert_eq!(kernel.told(), [reply(2, b"first")]);
 }
 
@@ -157,7 +157,7 @@ async fn a_silent_guest_is_not_waited_for() {
         let (ours, mut guest) = duplex(room);
         guest.write_all(part).await.unwrap();
         let end = run(device, &kernel, ours).await;
-        assert!(matches!(end, End::Deadline), "{end:?}");
+        assert!(matches!(end, SessionEnd::Deadline), "{end:?}");
         assert_eq!(kernel.told(), [refusal(2, libc::EIO)]);
     }
 }
@@ -220,7 +220,7 @@ async fn more_requests_wait_in_the_kernel() {
         heard(&mut guest).await;
         drop(guest);
     });
-    assert!(matches!(end, End::Stream(_)), "{end:?}");
+    assert!(matches!(end, SessionEnd::Stream(_)), "{end:?}");
     assert_eq!(kernel.told().len(), 65, "all are answered, by whomever");
 }
 
@@ -236,7 +236,9 @@ async fn until_there_is_a_guest_only_the_root_is_there() {
         message_of(opcode::FORGET, 8, &[1; 8]),
     ] {
         kernel.ask(&message);
-        let Read::Request(request) = device.read(&mut buffer).await.unwrap() else { panic!("no request") };
+        let DeviceRead::Request(request) = device.read(&mut buffer).await.unwrap() else {
+            panic!("no request")
+        };
         answers::without_guest(&device, request, &buffer).unwrap();
     }
     let mut fuse_init_out = vec![0; 64];

@@ -6,7 +6,7 @@
 use machinen_protocol::{CHANNEL_ARG, SERIAL_PORT_NAME, TEMPLATE_ARG, WAKE_PORT_NAME};
 
 use super::spec::{ChannelKind, VmSpec};
-use crate::accel::Accel;
+use crate::accel::Accelerator;
 
 /// Numbers of the descriptors that QEMU inherits.
 pub(super) mod fd {
@@ -43,15 +43,15 @@ pub(super) const PRIVATE_CID: u32 = 3;
 
 /// QEMU's arguments. `guest_cid` matters to the vsock channels only.
 pub(super) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
-    let mut args = Args::default();
+    let mut args = QemuArgs::default();
     args.option("-name", format!("machinen-{0},process=machinen-{0}", escape(&spec.id)));
     let memory = memory(spec, start);
     let backend = if memory.is_some() { ",memory-backend=ram" } else { "" };
     // A saved state need not describe itself to people.
     args.option("-machine", format!("microvm,acpi=on,isa-serial=off,suppress-vmdesc=on{backend}"));
     match spec.accel {
-        Accel::Kvm => args.option("-accel", "kvm").option("-cpu", "host"),
-        Accel::Tcg { .. } => args.option("-accel", "tcg,thread=multi").option("-cpu", "max"),
+        Accelerator::Kvm => args.option("-accel", "kvm").option("-cpu", "host"),
+        Accelerator::Tcg { .. } => args.option("-accel", "tcg,thread=multi").option("-cpu", "max"),
     };
     args.option("-smp", spec.vcpus).option("-m", format!("{}M", spec.memory_mib));
     args.flag("-nodefaults").flag("-no-user-config").flag("-no-reboot").option("-display", "none");
@@ -148,7 +148,7 @@ fn kernel_command_line(spec: &VmSpec, start: Start) -> String {
          reboot=t panic=-1 rcupdate.rcu_expedited=1 random.trust_cpu=on scsi_mod.scan=manual {CHANNEL_ARG}={}",
         spec.channel.guest_name()
     );
-    if let Accel::Tcg { tsc_khz } = spec.accel {
+    if let Accelerator::Tcg { tsc_khz } = spec.accel {
         // Emulated timers are too slow to calibrate by, and emulation does not speculate.
         let lpj = u64::from(tsc_khz) * 1000 / u64::from(GUEST_HZ);
         line += &format!(" tsc_early_khz={tsc_khz} lpj={lpj} tsc=reliable no_timer_check mitigations=off");
@@ -172,9 +172,9 @@ fn escape(value: &str) -> String {
 }
 
 #[derive(Default)]
-struct Args(Vec<String>);
+struct QemuArgs(Vec<String>);
 
-impl Args {
+impl QemuArgs {
     fn flag(&mut self, name: &str) -> &mut Self {
         self.0.push(name.to_owned());
         self
@@ -190,9 +190,9 @@ impl Args {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::process::Identity;
+    use crate::process::RunAs;
 
-    fn spec(accel: Accel, channel: ChannelKind) -> VmSpec {
+    fn spec(accel: Accelerator, channel: ChannelKind) -> VmSpec {
         VmSpec {
             id: "c1".into(),
             qemu: "qemu-system-x86_64".into(),
@@ -205,7 +205,7 @@ mod tests {
             channel,
             hostname: "c1".into(),
             boot_timeout: std::time::Duration::from_secs(60),
-            identity: Identity::default(),
+            identity: RunAs::default(),
             keep_console: false,
         }
     }
@@ -222,25 +222,25 @@ mod tests {
 
     #[test]
     fn serial_on_tcg() {
-        let spec = spec(Accel::Tcg { tsc_khz: 2_500_000 }, ChannelKind::Serial);
+        let spec = spec(Accelerator::Tcg { tsc_khz: 2_500_000 }, ChannelKind::Serial);
         insta::assert_snapshot!(lines(&spec, Start::Boot, 0));
     }
 
     #[test]
     fn template_on_tcg() {
-        let spec = spec(Accel::Tcg { tsc_khz: 2_500_000 }, ChannelKind::Serial);
+        let spec = spec(Accelerator::Tcg { tsc_khz: 2_500_000 }, ChannelKind::Serial);
         insta::assert_snapshot!(lines(&spec, Start::Template, 0));
     }
 
     #[test]
     fn clone_on_kvm() {
-        insta::assert_snapshot!(lines(&spec(Accel::Kvm, ChannelKind::KernelVsock), Start::Clone, 78));
+        insta::assert_snapshot!(lines(&spec(Accelerator::Kvm, ChannelKind::KernelVsock), Start::Clone, 78));
     }
 
     #[test]
     fn a_clone_has_its_templates_devices() {
         for channel in [ChannelKind::Serial, ChannelKind::KernelVsock] {
-            let spec = spec(Accel::Kvm, channel);
+            let spec = spec(Accelerator::Kvm, channel);
             let devices = |start| {
                 let args = argv(&spec, start, 3);
                 let pairs: Vec<_> = args.windows(2).map(|pair| (pair[0].clone(), pair[1].clone())).collect();
@@ -259,19 +259,20 @@ mod tests {
     #[test]
     fn vhost_user_vsock_on_tcg() {
         let channel = ChannelKind::VhostUserVsock { daemon: "vhost-device-vsock".into() };
-        let spec = spec(Accel::Tcg { tsc_khz: 2_500_000 }, channel);
+        let spec = spec(Accelerator::Tcg { tsc_khz: 2_500_000 }, channel);
         insta::assert_snapshot!(lines(&spec, Start::Boot, PRIVATE_CID));
     }
 
     #[test]
     fn kernel_vsock_on_kvm() {
-        let spec = VmSpec { kernel_args: "debug x=1".into(), ..spec(Accel::Kvm, ChannelKind::KernelVsock) };
+        let spec =
+            VmSpec { kernel_args: "debug x=1".into(), ..spec(Accelerator::Kvm, ChannelKind::KernelVsock) };
         insta::assert_snapshot!(lines(&spec, Start::Boot, 77));
     }
 
     #[test]
     fn an_id_cannot_add_options() {
-        let spec = VmSpec { id: "a,process=x".into(), ..spec(Accel::Kvm, ChannelKind::Serial) };
+        let spec = VmSpec { id: "a,process=x".into(), ..spec(Accelerator::Kvm, ChannelKind::Serial) };
         assert_eq!(argv(&spec, Start::Boot, 0)[1], "machinen-a,,process=x,process=machinen-a,,process=x");
     }
 }

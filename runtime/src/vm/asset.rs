@@ -30,7 +30,7 @@ pub(super) const IMAGE: Asset =
 
 /// Why a guest cannot be booted from a file.
 #[derive(Debug, thiserror::Error)]
-pub enum AssetError {
+pub enum AssetFileError {
     #[error("cannot read the guest {name} {}", path.display())]
     Read { name: &'static str, path: PathBuf, source: io::Error },
     #[error(
@@ -45,7 +45,7 @@ pub enum AssetError {
     Damaged { name: &'static str, path: PathBuf, is: &'static str },
 }
 
-impl Kind for AssetError {
+impl Kind for AssetFileError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
@@ -55,7 +55,7 @@ impl Kind for AssetError {
 }
 
 impl Asset {
-    pub(super) fn open(&self, path: &Path) -> Result<File, AssetError> {
+    pub(super) fn open(&self, path: &Path) -> Result<File, AssetFileError> {
         let (name, is, path) = (self.name, self.is, path.to_owned());
         let read = || {
             let file = File::open(&path)?;
@@ -63,9 +63,9 @@ impl Asset {
             Ok((self.fits(&file)?, mode, file))
         };
         match read() {
-            Err(source) => Err(AssetError::Read { name, path, source }),
-            Ok((_, mode, _)) if mode & 0o004 == 0 => Err(AssetError::Mode { name, path }),
-            Ok((false, ..)) => Err(AssetError::Damaged { name, path, is }),
+            Err(source) => Err(AssetFileError::Read { name, path, source }),
+            Ok((_, mode, _)) if mode & 0o004 == 0 => Err(AssetFileError::Mode { name, path }),
+            Ok((false, ..)) => Err(AssetFileError::Damaged { name, path, is }),
             Ok((true, _, file)) => Ok(file),
         }
     }

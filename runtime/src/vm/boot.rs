@@ -10,8 +10,8 @@ use tokio::sync::watch;
 
 use super::{
     VmExit,
-    capture::Capture,
-    channel::{Channel, ChannelError},
+    bounded_log::BoundedLog,
+    channel::{ChannelError, VmChannel},
     exit::quoted,
 };
 use crate::{
@@ -58,8 +58,8 @@ impl Kind for BootError {
 
 /// What the boot task works with.
 pub(super) struct Boot {
-    pub(super) channel: Arc<Channel>,
-    pub(super) console: Capture,
+    pub(super) channel: Arc<VmChannel>,
+    pub(super) console: BoundedLog,
     pub(super) hostname: String,
     pub(super) timeout: Duration,
     pub(super) exit: watch::Receiver<Option<VmExit>>,
@@ -98,7 +98,7 @@ impl Boot {
             .await
             .map_err(|source| BootError::Channel { console: self.console.excerpt(), source })?;
         let client = Client::new(control);
-        introduce(&client, &self.hostname, || self.console.excerpt()).await?;
+        configure_guest(&client, &self.hostname, || self.console.excerpt()).await?;
         Ok(client)
     }
 
@@ -121,7 +121,7 @@ impl Boot {
 }
 
 /// Makes a guest a machine of its own: a name, an id, randomness, the time. What it had of these before is gone.
-pub(super) async fn introduce(
+pub(super) async fn configure_guest(
     client: &Client,
     hostname: &str,
     console: impl Fn() -> String,

@@ -9,7 +9,7 @@ use tokio::sync::broadcast;
 use super::{
     VmError,
     argv::{IMAGE_FDSET, SCSI},
-    qmp::{Event, Qmp, QmpError},
+    qmp::{Qmp, QmpError, QmpEvent},
 };
 
 /// Targets of one virtio-scsi controller; each disk is LUN 0 of a target of its own.
@@ -20,7 +20,7 @@ const DETACH_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Where the bytes of a disk are.
 #[derive(Debug)]
-pub enum DiskSource {
+pub enum DiskBacking {
     /// In a raw image or block device; opened read-only exactly if the disk is.
     File(OwnedFd),
     /// With who has the other end of this connected stream socket, and offers an export of this name there by NBD.
@@ -30,7 +30,7 @@ pub enum DiskSource {
 /// A disk to attach.
 #[derive(Debug)]
 pub struct DiskSpec {
-    pub source: DiskSource,
+    pub source: DiskBacking,
     pub read_only: bool,
     /// Its content is of use only while the host runs: what the guest flushes need not reach the host's medium.
     pub volatile: bool,
@@ -53,33 +53,33 @@ impl std::fmt::Display for DiskAddress {
 
 /// The disks of one VM; owned by its driver.
 #[derive(Debug)]
-pub(super) struct Disks {
+pub(super) struct AttachedDisks {
     qmp: Qmp,
-    events: broadcast::Receiver<Event>,
+    events: broadcast::Receiver<QmpEvent>,
     /// By target.
-    attached: BTreeMap<u32, Attached>,
+    attached: BTreeMap<u32, AttachedDisk>,
     /// Number of the last one; none is used twice.
     last: u64,
 }
 
 /// A disk that QEMU has.
 #[derive(Debug, Clone, Copy)]
-struct Attached {
+struct AttachedDisk {
     number: u64,
     /// QEMU keeps its descriptor until it is told to close it.
     has_fdset: bool,
 }
 
-impl Disks {
-    pub(super) fn new(qmp: Qmp, events: broadcast::Receiver<Event>) -> Self {
+impl AttachedDisks {
+    pub(super) fn new(qmp: Qmp, events: broadcast::Receiver<QmpEvent>) -> Self {
         Self { qmp, events, attached: BTreeMap::new(), last: 0 }
     }
 
     pub(super) async fn attach(&mut self, disk: DiskSpec) -> Result<DiskAddress, VmError> {
         let serial = disk.serial.clone();
         let refused = |reason| VmError::Disk { serial: serial.clone(), reason };
-        let has_fdset = matches!(disk.source, DiskSource::File(_));
-        if let DiskSource::File(file) = &disk.source
+        let has_fdset = matches!(disk.source, DiskBacking::File(_));
+        if let DiskBacking::File(file) = &disk.source
             && opened_read_only(file) != Some(disk.read_only)
         {
             return Err(refused("its file is not opened as the disk is to be used"));
@@ -92,7 +92,7 @@ impl Disks {
         let address = DiskAddress { target, lun: 0 };
         match self.plug(number, address, disk).await {
             Ok(()) => {
-                self.attached.insert(target, Attached { number, has_fdset });
+                self.attached.insert(target, AttachedDisk { number, has_fdset });
                 Ok(address)
             }
             Err((undo, source)) => {
@@ -103,30 +103,35 @@ impl Disks {
     }
 
     /// On failure also says how much has to be undone.
-    async fn plug(&self, number: u64, address: DiskAddress, disk: DiskSpec) -> Result<(), (Undo, QmpError)> {
+    async fn plug(
+        &self,
+        number: u64,
+        address: DiskAddress,
+        disk: DiskSpec,
+    ) -> Result<(), (PlugUndo, QmpError)> {
         let DiskSpec { source, read_only, volatile, serial } = disk;
         let node = node(number);
         let (undo, storage) = match source {
-            DiskSource::File(file) => {
+            DiskBacking::File(file) => {
                 let fdset = fdset(number);
                 let handed = self.qmp.execute_with_fd("add-fd", json!({ "fdset-id": fdset }), file).await;
-                handed.map_err(|error| (Undo::Nothing, error))?;
+                handed.map_err(|error| (PlugUndo::Nothing, error))?;
                 // Images are shared between VMs and locked by whoever manages them, not by QEMU.
                 let storage = json!({
                     "driver": "file", "filename": format!("/dev/fdset/{fdset}"), "read-only": read_only,
                     "auto-read-only": false, "locking": "off", "discard": "unmap",
                 });
-                (Undo::Fdset, storage)
+                (PlugUndo::Fdset, storage)
             }
-            DiskSource::Nbd { socket, export } => {
+            DiskBacking::Nbd { socket, export } => {
                 // Gone from there as soon as it is used.
                 let handed = self.qmp.execute_with_fd("getfd", json!({ "fdname": node }), socket).await;
-                handed.map_err(|error| (Undo::Nothing, error))?;
+                handed.map_err(|error| (PlugUndo::Nothing, error))?;
                 let server = json!({ "type": "fd", "str": node });
                 let storage = json!({
                     "driver": "nbd", "server": server, "export": export, "read-only": read_only,
                 });
-                (Undo::Socket, storage)
+                (PlugUndo::Socket, storage)
             }
         };
         let block = json!({
@@ -153,11 +158,11 @@ impl Disks {
         Ok(())
     }
 
-    async fn unplug(&mut self, Attached { number, has_fdset }: Attached) -> Result<(), QmpError> {
+    async fn unplug(&mut self, AttachedDisk { number, has_fdset }: AttachedDisk) -> Result<(), QmpError> {
         let node = node(number);
         let mut events = self.events.resubscribe();
         self.qmp.execute("device_del", json!({ "id": node })).await?;
-        let gone = Event::DeviceDeleted(node.clone());
+        let gone = QmpEvent::DeviceDeleted(node.clone());
         let deleted = async {
             loop {
                 match events.recv().await {
@@ -181,15 +186,15 @@ impl Disks {
     }
 
     /// What cannot be undone stays until the VM ends, under a number that is not used again.
-    async fn unwind(&self, number: u64, undo: Undo) {
+    async fn unwind(&self, number: u64, undo: PlugUndo) {
         let block = ("blockdev-del", json!({ "node-name": node(number) }));
         let fdset = ("remove-fd", json!({ "fdset-id": fdset(number) }));
         let steps = match undo {
-            Undo::Nothing => vec![],
-            Undo::Fdset => vec![fdset],
-            Undo::FdsetAndBlock => vec![block, fdset],
-            Undo::Socket => vec![("closefd", json!({ "fdname": node(number) }))],
-            Undo::Block => vec![block],
+            PlugUndo::Nothing => vec![],
+            PlugUndo::Fdset => vec![fdset],
+            PlugUndo::FdsetAndBlock => vec![block, fdset],
+            PlugUndo::Socket => vec![("closefd", json!({ "fdname": node(number) }))],
+            PlugUndo::Block => vec![block],
         };
         for (command, arguments) in steps {
             if let Err(error) = self.qmp.execute(command, arguments).await {
@@ -200,7 +205,7 @@ impl Disks {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Undo {
+enum PlugUndo {
     Nothing,
     Fdset,
     FdsetAndBlock,
@@ -209,7 +214,7 @@ enum Undo {
     Block,
 }
 
-impl Undo {
+impl PlugUndo {
     fn and_block(self) -> Self {
         match self {
             Self::Fdset | Self::FdsetAndBlock => Self::FdsetAndBlock,
@@ -246,17 +251,17 @@ mod tests {
     const REFUSED: &str = r#"{"error": {"class": "GenericError", "desc": "no"}, "id": $ID}"#;
 
     fn read_only(serial: &str) -> DiskSpec {
-        let source = DiskSource::File(File::open("/dev/null").unwrap().into());
+        let source = DiskBacking::File(File::open("/dev/null").unwrap().into());
         DiskSpec { source, read_only: true, volatile: false, serial: serial.into() }
     }
 
     fn served() -> DiskSpec {
         let (socket, _) = UnixStream::pair().unwrap();
-        DiskSpec { source: DiskSource::Nbd { socket: socket.into(), export: "x" }, ..read_only("n") }
+        DiskSpec { source: DiskBacking::Nbd { socket: socket.into(), export: "x" }, ..read_only("n") }
     }
 
     /// Runs `work` against a QEMU that answers so, and returns the names of the commands it got.
-    async fn with_qemu<F>(answers: &[&str], work: impl FnOnce(Disks) -> F) -> Vec<String>
+    async fn with_qemu<F>(answers: &[&str], work: impl FnOnce(AttachedDisks) -> F) -> Vec<String>
     where
         F: Future<Output = ()>,
     {
@@ -264,7 +269,7 @@ mod tests {
         let answers: Vec<&str> = [OK].iter().chain(answers).copied().collect();
         let client = async {
             let (qmp, events) = Qmp::connect(ours).await.unwrap();
-            work(Disks::new(qmp, events)).await;
+            work(AttachedDisks::new(qmp, events)).await;
         };
         let ((), commands) = tokio::join!(client, qemu(theirs, GREETING, &answers));
         commands[1..].iter().map(|command| command["execute"].as_str().unwrap().to_owned()).collect()

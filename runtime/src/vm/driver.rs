@@ -19,16 +19,16 @@ use tokio::{
 use super::{
     VmError,
     boot::BootError,
-    capture::Capture,
-    channel::Channel,
-    disk::{DiskAddress, DiskSpec, Disks},
-    exit::{Seen, VmExit, judge},
+    bounded_log::BoundedLog,
+    channel::VmChannel,
+    disk::{AttachedDisks, DiskAddress, DiskSpec},
+    exit::{ExitEvidence, VmExit, classify},
     launch::CONSOLE_LOG,
-    qmp::{Event, Qmp},
+    qmp::{Qmp, QmpEvent},
 };
 use crate::{
     agent,
-    process::{Child, Exit},
+    process::{Child, ProcessExit},
 };
 
 /// After QEMU has ended its sockets end too; this only guards against a descriptor that leaked.
@@ -36,14 +36,14 @@ const DRAIN: Duration = Duration::from_secs(2);
 
 /// What handles ask the driver for.
 #[derive(Debug)]
-pub(super) enum Request {
+pub(super) enum VmRequest {
     Attach(DiskSpec, oneshot::Sender<Result<DiskAddress, VmError>>),
     Detach(DiskAddress, oneshot::Sender<Result<(), VmError>>),
 }
 
 /// Whether and how the VM is to end.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Stop {
+pub(super) enum StopRequest {
     No,
     Within(Duration),
     Now,
@@ -51,29 +51,29 @@ pub(super) enum Stop {
 
 /// Everything that exists of a running VM.
 #[derive(Debug)]
-pub(super) struct Running {
+pub(super) struct RunningVm {
     pub(super) qemu: Child,
-    pub(super) channel: Arc<Channel>,
+    pub(super) channel: Arc<VmChannel>,
     /// Kept open, because the guest would be told of its end.
     pub(super) wake: Option<UnixStream>,
-    pub(super) console: Output,
-    pub(super) stderr: Output,
-    pub(super) dir: Dir,
+    pub(super) console: QemuOutput,
+    pub(super) stderr: QemuOutput,
+    pub(super) dir: VmDir,
     pub(super) keep_console: bool,
     /// Whoever has the other end sees when it is closed.
-    pub(super) used: Option<Arc<OwnedFd>>,
+    pub(super) in_use: Option<Arc<OwnedFd>>,
 }
 
 /// Something that QEMU prints, and the task that reads it.
 #[derive(Debug)]
-pub(super) struct Output {
-    pub(super) capture: Capture,
+pub(super) struct QemuOutput {
+    pub(super) bounded_log: BoundedLog,
     pub(super) reader: JoinHandle<std::io::Result<()>>,
 }
 
 /// The VM's directory.
 #[derive(Debug)]
-pub(super) struct Dir {
+pub(super) struct VmDir {
     pub(super) path: PathBuf,
     /// It was made for this VM.
     pub(super) made: bool,
@@ -82,17 +82,17 @@ pub(super) struct Dir {
 /// What the driver hears.
 #[derive(Debug)]
 pub(super) struct Inputs {
-    pub(super) events: broadcast::Receiver<Event>,
-    pub(super) requests: mpsc::Receiver<Request>,
-    pub(super) stop: watch::Receiver<Stop>,
+    pub(super) events: broadcast::Receiver<QmpEvent>,
+    pub(super) requests: mpsc::Receiver<VmRequest>,
+    pub(super) stop: watch::Receiver<StopRequest>,
     pub(super) agent: watch::Receiver<Option<Result<agent::Client, Arc<BootError>>>>,
 }
 
 /// Runs until the VM has ended and nothing is left of it.
-pub(super) async fn drive(running: Running, qmp: Qmp, inputs: Inputs) -> VmExit {
+pub(super) async fn drive(running: RunningVm, qmp: Qmp, inputs: Inputs) -> VmExit {
     let Inputs { mut events, requests, mut stop, agent } = inputs;
-    let mut seen = Seen::default();
-    let mut work = pin!(serve(requests, Disks::new(qmp, events.resubscribe())));
+    let mut seen = ExitEvidence::default();
+    let mut work = pin!(serve(requests, AttachedDisks::new(qmp, events.resubscribe())));
     let (mut working, mut listening) = (true, true);
     let mut exited = pin!(running.qemu.exited());
     let mut ending: Option<Pin<Box<dyn Future<Output = ()> + Send>>> = None;
@@ -106,20 +106,20 @@ pub(super) async fn drive(running: Running, qmp: Qmp, inputs: Inputs) -> VmExit 
             }
             told = stop.changed() => match told {
                 Ok(()) => *stop.borrow_and_update(),
-                Err(_) => Stop::Now,
+                Err(_) => StopRequest::Now,
             },
             () = &mut work, if working => {
                 // No handle is left.
                 working = false;
-                Stop::Now
+                StopRequest::Now
             }
-            () = async { ending.as_mut().expect("checked").await }, if ending.is_some() => Stop::Now,
+            () = async { ending.as_mut().expect("checked").await }, if ending.is_some() => StopRequest::Now,
         };
         seen.requested = true;
         match told {
-            Stop::No => {}
-            Stop::Within(grace) => ending = Some(Box::pin(power_off(agent.borrow().clone(), grace))),
-            Stop::Now => {
+            StopRequest::No => {}
+            StopRequest::Within(grace) => ending = Some(Box::pin(power_off(agent.borrow().clone(), grace))),
+            StopRequest::Now => {
                 if let Err(error) = running.qemu.signal(Signal::SIGKILL) {
                     tracing::error!("cannot kill a VM: {}", crate::error::chain(&error));
                 }
@@ -134,7 +134,7 @@ pub(super) async fn drive(running: Running, qmp: Qmp, inputs: Inputs) -> VmExit 
 }
 
 /// Takes note of what QEMU said last, which may not have been read yet when it has ended.
-pub(super) async fn note_all(seen: &mut Seen, events: &mut broadcast::Receiver<Event>) {
+pub(super) async fn note_all(seen: &mut ExitEvidence, events: &mut broadcast::Receiver<QmpEvent>) {
     let drained = async {
         loop {
             let event = events.recv().await;
@@ -150,14 +150,14 @@ pub(super) async fn note_all(seen: &mut Seen, events: &mut broadcast::Receiver<E
     }
 }
 
-impl Running {
+impl RunningVm {
     /// Cleans up after QEMU has ended, and says why it did.
-    pub(super) async fn finish(self, seen: &Seen, exit: Exit) -> VmExit {
-        let Self { qemu, channel, wake, console, stderr, dir, keep_console, used } = self;
-        drop((qemu, wake, used));
+    pub(super) async fn finish(self, seen: &ExitEvidence, exit: ProcessExit) -> VmExit {
+        let Self { qemu, channel, wake, console, stderr, dir, keep_console, in_use } = self;
+        drop((qemu, wake, in_use));
         let console = console.end("console").await;
         let stderr = stderr.end("stderr").await;
-        let reason = judge(seen, exit, console.excerpt(), stderr.excerpt());
+        let reason = classify(seen, exit, console.excerpt(), stderr.excerpt());
         if let Err(error) = channel.close().await {
             tracing::warn!("{}", crate::error::chain(&error));
         }
@@ -166,18 +166,18 @@ impl Running {
     }
 }
 
-impl Output {
-    async fn end(self, name: &str) -> Capture {
+impl QemuOutput {
+    async fn end(self, name: &str) -> BoundedLog {
         match tokio::time::timeout(DRAIN, self.reader).await {
             Ok(Ok(Ok(()))) => {}
             Ok(Ok(Err(error))) => tracing::warn!("cannot log a VM's {name}: {error}"),
             Ok(Err(_)) | Err(_) => tracing::warn!("a VM's {name} has not been read to its end"),
         }
-        self.capture
+        self.bounded_log
     }
 }
 
-impl Dir {
+impl VmDir {
     pub(super) fn clean(&self, keep_console: bool) {
         let log = self.path.join(CONSOLE_LOG);
         // A log that says nothing helps nobody.
@@ -196,22 +196,22 @@ impl Dir {
     }
 }
 
-fn note(seen: &mut Seen, event: Result<Event, broadcast::error::RecvError>) {
+fn note(seen: &mut ExitEvidence, event: Result<QmpEvent, broadcast::error::RecvError>) {
     match event {
-        Ok(Event::Shutdown { reason, .. }) => seen.shutdown = Some(reason),
-        Ok(Event::GuestPanicked) => seen.panicked = true,
+        Ok(QmpEvent::Shutdown { reason, .. }) => seen.shutdown = Some(reason),
+        Ok(QmpEvent::GuestPanicked) => seen.panicked = true,
         Ok(_) => {}
         Err(error) => tracing::debug!("QEMU's events: {error}"),
     }
 }
 
 /// Ends when the last handle is gone.
-async fn serve(mut requests: mpsc::Receiver<Request>, mut disks: Disks) {
+async fn serve(mut requests: mpsc::Receiver<VmRequest>, mut disks: AttachedDisks) {
     while let Some(request) = requests.recv().await {
         // A caller that went away meanwhile does not want to know.
         match request {
-            Request::Attach(disk, answer) => drop(answer.send(disks.attach(disk).await)),
-            Request::Detach(address, answer) => drop(answer.send(disks.detach(address).await)),
+            VmRequest::Attach(disk, answer) => drop(answer.send(disks.attach(disk).await)),
+            VmRequest::Detach(address, answer) => drop(answer.send(disks.detach(address).await)),
         }
     }
 }

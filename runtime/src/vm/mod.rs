@@ -11,33 +11,33 @@
 mod argv;
 mod asset;
 mod boot;
-mod capture;
+mod bounded_log;
 mod channel;
 mod disk;
 mod driver;
 mod exit;
 mod launch;
 pub mod qmp;
-mod saved;
+mod snapshot;
 mod spec;
 mod version;
 mod wake;
 
 use std::{path::Path, sync::Arc, time::Duration};
 
-pub use asset::AssetError;
+pub use asset::AssetFileError;
 pub use boot::BootError;
-use channel::Channel;
+use channel::VmChannel;
 #[cfg(fuzzing)]
 pub use channel::greet;
-pub use channel::{BoxedStream, ChannelError, HostSupport, Stream, choose};
-pub use disk::{DiskAddress, DiskSource, DiskSpec};
-use driver::{Request, Stop};
+pub use channel::{BoxedStream, ByteStream, ChannelError, HostSupport, choose};
+pub use disk::{DiskAddress, DiskBacking, DiskSpec};
+use driver::{StopRequest, VmRequest};
 pub use exit::VmExit;
 pub use launch::LaunchError;
+pub use qmp::QemuVersion;
 use qmp::QmpError;
-pub use qmp::Version as QemuVersion;
-pub use saved::{Saved, SavedError};
+pub use snapshot::{VmSnapshot, VmSnapshotError};
 pub use spec::{ChannelKind, VmSpec};
 use tokio::sync::{mpsc, oneshot, watch};
 pub use version::{QemuError, qemu_version};
@@ -86,9 +86,9 @@ impl Kind for VmError {
 #[derive(Debug, Clone)]
 pub struct Vm {
     pid: u32,
-    channel: Arc<Channel>,
-    requests: mpsc::Sender<Request>,
-    stop: Arc<watch::Sender<Stop>>,
+    channel: Arc<VmChannel>,
+    requests: mpsc::Sender<VmRequest>,
+    stop: Arc<watch::Sender<StopRequest>>,
     agent: watch::Receiver<Option<Result<agent::Client, Arc<BootError>>>>,
     exit: watch::Receiver<Option<VmExit>>,
 }
@@ -106,13 +106,13 @@ impl Vm {
         Ok(launch::launch(spec, dir).await?)
     }
 
-    /// As [`Vm::launch`], but the guest goes on from where `saved` waits instead of booting. `spec` must be what it was
+    /// As [`Vm::launch`], but the guest goes on from where `snapshot` waits instead of booting. `spec` must be what it was
     /// made with, but for `id`, `hostname`, `identity` and the console.
     ///
     /// # Errors
     /// QEMU does not start, or does not take the state: nothing is left then, and the same VM can be launched.
-    pub async fn restore(spec: VmSpec, dir: &Path, saved: &Saved) -> Result<Self, SavedError> {
-        launch::clone(spec, dir, saved).await
+    pub async fn restore(spec: VmSpec, dir: &Path, snapshot: &VmSnapshot) -> Result<Self, VmSnapshotError> {
+        launch::clone(spec, dir, snapshot).await
     }
 
     /// QEMU's pid.
@@ -139,9 +139,11 @@ impl Vm {
     ///
     /// # Errors
     /// As [`Vm::agent`], or the agent does not take it. The VM is not ended by this error.
-    pub(crate) async fn introduce(&self, hostname: &str) -> Result<(), VmError> {
+    pub(crate) async fn configure_guest(&self, hostname: &str) -> Result<(), VmError> {
         let agent = self.agent().await?;
-        boot::introduce(&agent, hostname, String::new).await.map_err(|error| VmError::Boot(error.into()))
+        boot::configure_guest(&agent, hostname, String::new)
+            .await
+            .map_err(|error| VmError::Boot(error.into()))
     }
 
     /// Attaches a disk to the virtio-scsi controller; legal from the moment [`Vm::launch`] has returned.
@@ -149,7 +151,7 @@ impl Vm {
     /// # Errors
     /// QEMU refuses, the descriptor does not fit `read_only`, all 256 targets are taken, or the VM has ended.
     pub async fn attach_disk(&self, disk: DiskSpec) -> Result<DiskAddress, VmError> {
-        self.request(|answer| Request::Attach(disk, answer)).await
+        self.request(|answer| VmRequest::Attach(disk, answer)).await
     }
 
     /// Takes a disk away; the guest must have unmounted it.
@@ -157,7 +159,7 @@ impl Vm {
     /// # Errors
     /// There is no such disk, QEMU refuses, or the VM has ended.
     pub async fn detach_disk(&self, address: DiskAddress) -> Result<(), VmError> {
-        self.request(|answer| Request::Detach(address, answer)).await
+        self.request(|answer| VmRequest::Detach(address, answer)).await
     }
 
     /// A raw stream into the guest, and the token that names it in calls to the agent. Legal when [`Vm::agent`] has
@@ -187,9 +189,9 @@ impl Vm {
     /// A VM whose agent has not answered yet has nothing to sync and is killed at once.
     pub async fn shutdown(&self, grace: Duration) -> VmExit {
         self.stop.send_if_modified(|stop| {
-            let first = matches!(stop, Stop::No);
+            let first = matches!(stop, StopRequest::No);
             if first {
-                *stop = Stop::Within(grace);
+                *stop = StopRequest::Within(grace);
             }
             first
         });
@@ -198,13 +200,13 @@ impl Vm {
 
     /// Kills the VM and returns when nothing is left of it. What the guest had not synced is lost.
     pub async fn kill(&self) -> VmExit {
-        self.stop.send_replace(Stop::Now);
+        self.stop.send_replace(StopRequest::Now);
         self.exited().await
     }
 
     async fn request<T>(
         &self,
-        make: impl FnOnce(oneshot::Sender<Result<T, VmError>>) -> Request,
+        make: impl FnOnce(oneshot::Sender<Result<T, VmError>>) -> VmRequest,
     ) -> Result<T, VmError> {
         let (answer, answered) = oneshot::channel();
         let sent = self.requests.send(make(answer)).await.is_ok();

@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use super::argv;
-use crate::{accel::Accel, process::Identity};
+use crate::{accel::Accelerator, process::RunAs};
 
 /// Everything that shapes a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -14,7 +14,7 @@ pub struct VmSpec {
     pub id: String,
     /// A path, or a name that is looked up in PATH.
     pub qemu: PathBuf,
-    pub accel: Accel,
+    pub accel: Accelerator,
     /// Ceiling of the guest's memory, MiB; the host pays only for what the guest has touched.
     pub memory_mib: u32,
     pub vcpus: u32,
@@ -30,7 +30,7 @@ pub struct VmSpec {
     /// From the start of QEMU until the agent has answered.
     pub boot_timeout: Duration,
     /// Who QEMU and its helpers run as; see [`VmSpec::unprivileged`].
-    pub identity: Identity,
+    pub identity: RunAs,
     /// Keep `console.log` when the VM ended as it was asked to; otherwise it is kept only after a failure.
     pub keep_console: bool,
 }
@@ -64,8 +64,8 @@ impl VmSpec {
     }
 
     /// An identity that no account has and no other owner of VMs shares: the base plus the owner's pid (at most 2^22).
-    pub fn unprivileged(owner_pid: u32, groups: Vec<u32>) -> Identity {
+    pub fn unprivileged(owner_pid: u32, groups: Vec<u32>) -> RunAs {
         const BASE: u32 = 0x7000_0000;
-        Identity { uid: BASE + owner_pid, gid: BASE + owner_pid, groups }
+        RunAs { uid: BASE + owner_pid, gid: BASE + owner_pid, groups }
     }
 }

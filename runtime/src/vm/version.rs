@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::qmp::{OLDEST, QmpError, Version};
+use super::qmp::{OLDEST, QemuVersion, QmpError};
 use crate::process::{self, ProcessError};
 
 /// Why a QEMU cannot be used.
@@ -20,7 +20,7 @@ pub enum QemuError {
 ///
 /// # Errors
 /// It cannot be run, or is older than what machinen uses.
-pub fn qemu_version(qemu: &Path) -> Result<Version, QemuError> {
+pub fn qemu_version(qemu: &Path) -> Result<QemuVersion, QemuError> {
     let output = process::run(qemu, ["--version"], &[])?;
     let said = String::from_utf8_lossy(&output.stdout);
     match parse(&said) {
@@ -34,11 +34,11 @@ pub fn qemu_version(qemu: &Path) -> Result<Version, QemuError> {
 }
 
 /// `QEMU emulator version 7.2.22 (Debian …)`
-fn parse(said: &str) -> Option<Version> {
+fn parse(said: &str) -> Option<QemuVersion> {
     let mut numbers =
         said.split("version ").nth(1)?.split(|char: char| !char.is_ascii_digit()).map(str::parse);
     let mut next = || numbers.next()?.ok();
-    Some(Version { major: next()?, minor: next()?, micro: next().unwrap_or_default() })
+    Some(QemuVersion { major: next()?, minor: next()?, micro: next().unwrap_or_default() })
 }
 
 #[cfg(test)]
@@ -47,7 +47,7 @@ mod tests {
 
     #[test]
     fn versions_are_read() {
-        let version = |major, minor, micro| Some(Version { major, minor, micro });
+        let version = |major, minor, micro| Some(QemuVersion { major, minor, micro });
         assert_eq!(parse("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright"), version(7, 2, 22));
         assert_eq!(parse("QEMU emulator version 10.0"), version(10, 0, 0));
         assert_eq!(parse("something else"), None);

@@ -6,14 +6,15 @@ use std::{
     time::Instant,
 };
 
-use machinen::vm::{ChannelKind, Saved, SavedError, Vm, VmExit, VmSpec};
+use machinen::vm::{ChannelKind, Vm, VmExit, VmSnapshot, VmSnapshotError, VmSpec};
 
 use crate::host::{self, Host, chain};
 
-async fn saved(host: &Host) -> Saved {
+async fn saved(host: &Host) -> VmSnapshot {
     let start = Instant::now();
     let spec = host.spec(ChannelKind::Serial);
-    let saved = Saved::make(&spec, &host.dir()).await.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let saved =
+        VmSnapshot::make(&spec, &host.dir()).await.unwrap_or_else(|error| panic!("{}", chain(&error)));
     println!("saved in {:?}, {} bytes of device state", start.elapsed(), saved.devices.len());
     host.no_files_are_left();
     saved
@@ -62,7 +63,7 @@ async fn a_state_that_qemu_does_not_take_leaves_nothing() {
     let spec = || host.spec(ChannelKind::Serial);
     let mut saved = saved(&host).await;
     let devices = saved.devices.clone();
-    let refused = async |saved: &Saved, spec: VmSpec, words: &str| {
+    let refused = async |saved: &VmSnapshot, spec: VmSpec, words: &str| {
         let error = Vm::restore(spec, &host.dir(), saved).await.unwrap_err();
         let text = chain(&error);
         assert!(text.contains(words), "{words:?} is not in {text:?}");
@@ -98,15 +99,15 @@ async fn a_state_that_qemu_does_not_take_leaves_nothing() {
 async fn a_guest_that_does_not_come_to_wait_is_quoted() {
     let host = Host::new();
     let spec = VmSpec { kernel_args: "init=/nowhere".into(), ..host.spec(ChannelKind::Serial) };
-    let error = Saved::make(&spec, &host.dir()).await.unwrap_err();
+    let error = VmSnapshot::make(&spec, &host.dir()).await.unwrap_err();
     assert!(
-        matches!(error, SavedError::Waiting { .. }) && chain(&error).contains("panic"),
+        matches!(error, VmSnapshotError::Waiting { .. }) && chain(&error).contains("panic"),
         "{}",
         chain(&error)
     );
     std::fs::remove_dir_all(host.dir()).unwrap();
-    let error = Saved::make(&host.spec(host.vhost_user_vsock()), &host.dir()).await.unwrap_err();
-    assert!(matches!(error, SavedError::Channel), "{}", chain(&error));
+    let error = VmSnapshot::make(&host.spec(host.vhost_user_vsock()), &host.dir()).await.unwrap_err();
+    assert!(matches!(error, VmSnapshotError::Channel), "{}", chain(&error));
     host.no_files_are_left();
 }
 

@@ -10,7 +10,7 @@ use std::{
 
 use machinen::{
     accel, config,
-    vm::{ChannelKind, DiskSource, DiskSpec, VmSpec},
+    vm::{ChannelKind, DiskBacking, DiskSpec, VmSpec},
 };
 
 const DISK_BYTES: u64 = 4 << 20;
@@ -72,7 +72,7 @@ impl Host {
         file.write_all_at(serial.as_bytes(), 0).unwrap();
         (&file).flush().unwrap();
         let file = File::options().read(true).write(!read_only).open(&path).unwrap();
-        DiskSpec { source: DiskSource::File(file.into()), read_only, volatile: false, serial: serial.into() }
+        DiskSpec { source: DiskBacking::File(file.into()), read_only, volatile: false, serial: serial.into() }
     }
 
     /// What a VM that has ended has said, if that was kept.

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use machinen::vm::{BootError, ChannelKind, DiskSource, DiskSpec, LaunchError, Vm, VmError, VmExit};
+use machinen::vm::{BootError, ChannelKind, DiskBacking, DiskSpec, LaunchError, Vm, VmError, VmExit};
 use tokio::io::AsyncWriteExt as _;
 
 use crate::host::{self, Host, chain};
@@ -77,7 +77,7 @@ async fn a_disk_that_does_not_fit_is_refused() {
     let directory = OwnedFd::from(File::open(host.path()).unwrap());
     let error = vm
         .attach_disk(DiskSpec {
-            source: DiskSource::File(directory),
+            source: DiskBacking::File(directory),
             read_only: true,
             volatile: false,
             serial: "dir".into(),

@@ -8,12 +8,12 @@ use std::{
 use rustix::fs::lgetxattr;
 use tar::EntryType;
 
-use super::{Archive, Fixture};
+use super::{LayerFixture, TestArchive};
 
 #[test]
 fn owners_modes_times_and_content() {
-    let fixture = Fixture::new();
-    let archive = Archive::without_root()
+    let fixture = LayerFixture::new();
+    let archive = TestArchive::without_root()
         .owner(7, 8)
         .mode(0o751)
         .dir(".")
@@ -48,10 +48,10 @@ fn owners_modes_times_and_content() {
 
 #[test]
 fn attributes_and_marks() {
-    let fixture = Fixture::new();
+    let fixture = LayerFixture::new();
     // Version 2, cap_net_raw in the permitted set; one byte of it ends a line.
     let capability = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0x0a, 0, 0, 0, 0, 0, 0, 0];
-    let archive = Archive::new()
+    let archive = TestArchive::new()
         .xattr("trusted.overlay.opaque", "y")
         .dir("opaque")
         .xattr("trusted.overlay.overlay.opaque", "y")
@@ -98,8 +98,8 @@ fn attributes_and_marks() {
 
 #[test]
 fn hard_links_and_holes() {
-    let fixture = Fixture::new();
-    let archive = Archive::new()
+    let fixture = LayerFixture::new();
+    let archive = TestArchive::new()
         .dir("a")
         .file("a/one", b"same")
         .symlink("a/symlink", "one")
@@ -125,8 +125,8 @@ fn hard_links_and_holes() {
 
 #[test]
 fn sockets_are_names_with_owners_and_modes() {
-    let fixture = Fixture::new();
-    let archive = Archive::new()
+    let fixture = LayerFixture::new();
+    let archive = TestArchive::new()
         .dir("run")
         .owner(33, 34)
         .mode(0o660)
@@ -150,9 +150,9 @@ fn sockets_are_names_with_owners_and_modes() {
 
 #[test]
 fn names_as_long_as_names_get() {
-    let fixture = Fixture::new();
+    let fixture = LayerFixture::new();
     let name = "n".repeat(255);
-    let mut archive = Archive::new();
+    let mut archive = TestArchive::new();
     let mut path = String::new();
     for _ in 0..15 {
         path = if path.is_empty() { name.clone() } else { format!("{path}/{name}") };
@@ -167,8 +167,8 @@ fn names_as_long_as_names_get() {
 
 #[test]
 fn directories_may_end_at_any_depth() {
-    let fixture = Fixture::new();
-    let archive = Archive::new()
+    let fixture = LayerFixture::new();
+    let archive = TestArchive::new()
         .dir("a")
         .dir("a/b")
         .dir("a/b/c")

@@ -1,9 +1,9 @@
 //! Archives as the agent sends them, and as a hostile guest would. They need root.
 
+mod copy;
 mod faithful;
 mod hostile;
-mod place;
-mod twin;
+mod staging;
 mod whole;
 
 use std::{
@@ -16,19 +16,19 @@ use std::{
 use machinen_protocol::layer::push_record;
 use tar::{Builder, EntryType, Header};
 
-use super::{Applied, LayerError, Limits, apply};
+use super::{Applied, LayerError, LayerLimits, apply};
 
-const LIMITS: Limits = Limits { entries: 1000, bytes: 64 << 20 };
+const LIMITS: LayerLimits = LayerLimits { entries: 1000, bytes: 64 << 20 };
 
 /// An archive that grows entry by entry; names are taken as they are.
-struct Archive {
+struct TestArchive {
     builder: Builder<Vec<u8>>,
     records: Vec<u8>,
     mode: u32,
     owner: (u64, u64),
 }
 
-impl Archive {
+impl TestArchive {
     /// One that begins with the root.
     fn new() -> Self {
         Self::without_root().dir(".")
@@ -155,11 +155,11 @@ impl Archive {
 }
 
 /// A directory to apply to, beside files that must stay as they are.
-struct Fixture {
+struct LayerFixture {
     dir: tempfile::TempDir,
 }
 
-impl Fixture {
+impl LayerFixture {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("root")).unwrap();
@@ -172,7 +172,7 @@ impl Fixture {
         self.dir.path().join(name)
     }
 
-    fn apply(&self, archive: Archive) -> Result<Applied, LayerError> {
+    fn apply(&self, archive: TestArchive) -> Result<Applied, LayerError> {
         self.apply_bytes(archive.bytes().as_slice())
     }
 

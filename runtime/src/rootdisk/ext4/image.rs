@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fs::File, os::unix::fs::FileExt as _};
 
-use super::{BLOCK, Ext4Error, INODE, damaged, inode::Inode, put16, put32, u16_at, u32_at};
+use super::{BLOCK, Ext4Error, INODE, damaged, inode::Ext4Inode, put16, put32, u16_at, u32_at};
 
 /// Blocks that are kept in memory before they are written back and dropped (64 MiB).
 const CACHED: usize = 16384;
@@ -14,8 +14,8 @@ const INCOMPAT: u32 = 0x2 | 0x40 | 0x200; // filetype, extent, flex_bg
 const COMPAT: u32 = 0x4 | 0x8 | 0x20; // has_journal, ext_attr, dir_index
 const RO_COMPAT: u32 = 0x1 | 0x2 | 0x8 | 0x20 | 0x40; // sparse_super, large_file, huge_file, dir_nlink, extra_isize
 
-/// An open disk. Changes are in memory until [`Image::flush`].
-pub(super) struct Image<'a> {
+/// An open disk. Changes are in memory until [`Ext4Image::flush`].
+pub(super) struct Ext4Image<'a> {
     file: &'a File,
     blocks: u64,
     inodes: u32,
@@ -38,7 +38,7 @@ pub(super) enum Counter {
     Directories = 16,
 }
 
-impl<'a> Image<'a> {
+impl<'a> Ext4Image<'a> {
     /// # Errors
     /// A disk that is not ext4, or has other features than those that this program asks mke2fs for.
     pub(super) fn open(file: &'a File) -> Result<Self, Ext4Error> {
@@ -98,7 +98,7 @@ impl<'a> Image<'a> {
         Ok(&self.cached(block)?.bytes)
     }
 
-    /// Like [`Image::block`], and [`Image::flush`] will write it.
+    /// Like [`Ext4Image::block`], and [`Ext4Image::flush`] will write it.
     pub(super) fn block_mut(&mut self, block: u64) -> Result<&mut [u8; BLOCK], Ext4Error> {
         let cached = self.cached(block)?;
         cached.dirty = true;
@@ -116,13 +116,13 @@ impl<'a> Image<'a> {
         Ok(&mut self.block_mut(0)?[SUPERBLOCK..2 * SUPERBLOCK])
     }
 
-    pub(super) fn inode(&mut self, ino: u32) -> Result<Inode, Ext4Error> {
+    pub(super) fn inode(&mut self, ino: u32) -> Result<Ext4Inode, Ext4Error> {
         let (block, at) = self.locate(ino)?;
         let bytes = &self.block(block)?[at..at + INODE];
-        Ok(Inode::new(bytes.try_into().expect("the slice is as long as an inode")))
+        Ok(Ext4Inode::new(bytes.try_into().expect("the slice is as long as an inode")))
     }
 
-    pub(super) fn put_inode(&mut self, ino: u32, inode: &Inode) -> Result<(), Ext4Error> {
+    pub(super) fn put_inode(&mut self, ino: u32, inode: &Ext4Inode) -> Result<(), Ext4Error> {
         let (block, at) = self.locate(ino)?;
         self.block_mut(block)?[at..at + INODE].copy_from_slice(inode.bytes());
         Ok(())

@@ -3,14 +3,14 @@
 use super::{
     Ext4Error, ROOT, damaged,
     dir::entries,
-    image::{Counter, Image},
-    inode::Inode,
+    image::{Counter, Ext4Image},
+    inode::Ext4Inode,
     put16, u16_at, u32_at,
 };
 
 pub(super) const NAME: &[u8] = b"lost+found";
 
-impl Image<'_> {
+impl Ext4Image<'_> {
     /// Removes the empty directory `/lost+found`, as rmdir(2) would.
     pub(super) fn remove_lost_found(&mut self, ino: u32) -> Result<(), Ext4Error> {
         let inode = self.inode(ino)?;
@@ -32,7 +32,7 @@ impl Image<'_> {
     }
 
     /// Removes the inode's record from a directory.
-    fn unlink(&mut self, dir: &Inode, ino: u32) -> Result<(), Ext4Error> {
+    fn unlink(&mut self, dir: &Ext4Inode, ino: u32) -> Result<(), Ext4Error> {
         for extent in self.extents(dir)? {
             for block in extent.physical..extent.physical + extent.blocks {
                 let mut records = Vec::new();

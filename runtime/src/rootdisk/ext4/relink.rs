@@ -4,12 +4,12 @@
 use super::{
     Ext4Error, damaged,
     dir::entries,
-    image::{Counter, Image},
-    inode::Inode,
+    image::{Counter, Ext4Image},
+    inode::Ext4Inode,
     put32, u32_at,
 };
 
-impl Image<'_> {
+impl Ext4Image<'_> {
     /// Has `name` in the directory `dir` lead to the inode `to` in the place of the copy `from`, which is removed.
     pub(super) fn relink(&mut self, dir: u32, name: &[u8], from: u32, to: u32) -> Result<(), Ext4Error> {
         let dir = self.inode(dir)?;
@@ -25,7 +25,7 @@ impl Image<'_> {
         self.count_free(freed, 1)
     }
 
-    fn repoint(&mut self, dir: &Inode, name: &[u8], from: u32, to: u32) -> Result<(), Ext4Error> {
+    fn repoint(&mut self, dir: &Ext4Inode, name: &[u8], from: u32, to: u32) -> Result<(), Ext4Error> {
         for extent in self.extents(dir)? {
             for block in extent.physical..extent.physical + extent.blocks {
                 let mut found = None;
@@ -45,7 +45,7 @@ impl Image<'_> {
     }
 
     /// Marks the blocks of a file's content as free, and returns how many they are.
-    pub(super) fn free_blocks(&mut self, inode: &Inode) -> Result<u32, Ext4Error> {
+    pub(super) fn free_blocks(&mut self, inode: &Ext4Inode) -> Result<u32, Ext4Error> {
         let mut freed = 0;
         for extent in self.extents(inode)? {
             for block in extent.physical..extent.physical + extent.blocks {
@@ -67,7 +67,7 @@ impl Image<'_> {
     }
 
     /// Marks an inode as free; the superblock's number of free ones is the caller's to change.
-    pub(super) fn free_inode(&mut self, ino: u32, mut inode: Inode) -> Result<(), Ext4Error> {
+    pub(super) fn free_inode(&mut self, ino: u32, mut inode: Ext4Inode) -> Result<(), Ext4Error> {
         inode.bytes_mut().fill(0);
         self.put_inode(ino, &inode)?;
         let per_group = self.inodes_per_group();

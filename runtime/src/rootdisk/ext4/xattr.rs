@@ -1,12 +1,12 @@
 //! Extended attributes: in the inode as far as they fit, the rest in one block.
 //!
-//! mke2fs places them in the order in which the source file system lists them; [`Image::sort_xattrs`] places them anew
+//! mke2fs places them in the order in which the source file system lists them; [`Ext4Image::sort_xattrs`] places them anew
 //! in one order. Whether the block is needed does not depend on the order (it is when the sum of all does not fit into
 //! the inode), so nothing else on the disk moves.
 
 use super::{
-    BLOCK, Ext4Error, INODE, damaged, image::Image, inode::Inode, normalise::Marks, put16, put32, u16_at,
-    u32_at,
+    BLOCK, Ext4Error, INODE, damaged, image::Ext4Image, inode::Ext4Inode, normalise::OriginMarks, put16,
+    put32, u16_at, u32_at,
 };
 use crate::rootdisk::manifest::Xattrs;
 
@@ -51,9 +51,9 @@ impl Raw {
     }
 }
 
-impl Image<'_> {
+impl Ext4Image<'_> {
     /// Names and values as getxattr(2) gives them, sorted by name.
-    pub(super) fn xattrs(&mut self, inode: &Inode) -> Result<Xattrs, Ext4Error> {
+    pub(super) fn xattrs(&mut self, inode: &Ext4Inode) -> Result<Xattrs, Ext4Error> {
         let (inside, outside) = self.raw_xattrs(inode)?;
         let mut named = Vec::new();
         for raw in inside.into_iter().chain(outside) {
@@ -69,14 +69,14 @@ impl Image<'_> {
     /// Puts the attributes in order; true if the inode changed. `path` is for messages.
     pub(super) fn sort_xattrs(
         &mut self,
-        inode: &mut Inode,
+        inode: &mut Ext4Inode,
         path: &[u8],
-        marks: Marks,
+        marks: OriginMarks,
     ) -> Result<bool, Ext4Error> {
         let (inside, outside) = self.raw_xattrs(inode)?;
         let mut all = [inside, outside].concat();
         let found = all.len();
-        all.retain(|raw| marks == Marks::Kept || !raw.is_origin());
+        all.retain(|raw| marks == OriginMarks::Kept || !raw.is_origin());
         if all.len() == found && found < 2 {
             return Ok(false);
         }
@@ -95,7 +95,7 @@ impl Image<'_> {
         Ok(true)
     }
 
-    fn raw_xattrs(&mut self, inode: &Inode) -> Result<(Vec<Raw>, Vec<Raw>), Ext4Error> {
+    fn raw_xattrs(&mut self, inode: &Ext4Inode) -> Result<(Vec<Raw>, Vec<Raw>), Ext4Error> {
         let (mut inside, mut outside) = (Vec::new(), Vec::new());
         if let Some(start) = inode.xattr_start()
             && u32_at(inode.bytes(), start) == MAGIC

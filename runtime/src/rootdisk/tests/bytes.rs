@@ -3,18 +3,18 @@
 use std::{fs, path::Path};
 
 use super::{
-    Fixture, layer, tool,
+    CacheFixture, layer, tool,
     tree::{everything, touch},
 };
-use crate::rootdisk::{Key, RootfsSource};
+use crate::rootdisk::{RootdiskKey, RootfsSource};
 
-fn built(source: &RootfsSource) -> (Key, Vec<u8>) {
-    let fixture = Fixture::new();
+fn built(source: &RootfsSource) -> (RootdiskKey, Vec<u8>) {
+    let fixture = CacheFixture::new();
     let disk = fixture.build(source).unwrap();
     (disk.key, fs::read(&disk.path).unwrap())
 }
 
-fn assert_same((key, bytes): &(Key, Vec<u8>), (other_key, other): &(Key, Vec<u8>)) {
+fn assert_same((key, bytes): &(RootdiskKey, Vec<u8>), (other_key, other): &(RootdiskKey, Vec<u8>)) {
     assert_eq!(key, other_key);
     if bytes != other {
         let different = bytes.iter().zip(other).position(|(a, b)| a != b);
@@ -24,7 +24,7 @@ fn assert_same((key, bytes): &(Key, Vec<u8>), (other_key, other): &(Key, Vec<u8>
 
 #[test]
 fn neither_order_nor_time_nor_file_system_of_the_source_show() {
-    let (fixture, memory) = (Fixture::new(), tempfile::tempdir_in("/dev/shm").unwrap());
+    let (fixture, memory) = (CacheFixture::new(), tempfile::tempdir_in("/dev/shm").unwrap());
     let (first, second, third) = (fixture.path("first"), fixture.path("second"), memory.path().join("third"));
     everything(&first, false);
     everything(&second, true);
@@ -46,7 +46,7 @@ fn neither_order_nor_time_nor_file_system_of_the_source_show() {
 
 #[test]
 fn layers_are_merged_as_overlayfs_does() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let (lower, upper, flat) = (fixture.path("lo:w,er"), fixture.path("upper"), fixture.path("flat"));
     for (dir, files) in [
         (&lower, &["kept", "gone", "dir/old"][..]),
@@ -70,7 +70,7 @@ fn layers_are_merged_as_overlayfs_does() {
 
 #[test]
 fn more_layers_than_fit_into_mount_options() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let lowers: Vec<_> = (0..130)
         .map(|n| {
             let dir = fixture.path(&format!("a layer with a rather long name, number {n}"));

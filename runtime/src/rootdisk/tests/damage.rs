@@ -9,10 +9,10 @@ use std::{
 use proptest::prelude::*;
 
 use super::{
-    Fixture, layer,
+    CacheFixture, layer,
     tree::{everything, touch},
 };
-use crate::rootdisk::{State, ext4, store::Unusable, tree::Tree, view::View};
+use crate::rootdisk::{DiskState, ext4, source_mount::SourceMount, store::Unusable, tree::SourceTree};
 
 /// Changes a byte in place and, if asked, makes it look as if nothing was written.
 fn flip(path: &Path, at: u64, hidden: bool) {
@@ -42,7 +42,7 @@ fn find(disk: &[u8], needle: &[u8]) -> u64 {
 
 #[test]
 fn what_was_touched_is_built_anew() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = fixture.path("root");
     fs::create_dir(&root).unwrap();
     fs::write(root.join("file"), "needle").unwrap();
@@ -84,7 +84,7 @@ fn what_was_touched_is_built_anew() {
 
 #[test]
 fn verify_reads_everything() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = fixture.path("root");
     everything(&root, false);
     let disk = fixture.build(&layer(&root)).unwrap();
@@ -96,7 +96,7 @@ fn verify_reads_everything() {
         flip(&disk.path, at, true);
         let damage = fixture.cache.verify(disk.key).unwrap().unwrap_err();
         assert!(matches!(damage, Unusable::Content | Unusable::Damaged(_)), "{damage}");
-        assert_eq!(fixture.cache.list().unwrap()[0].state, State::Unfinished);
+        assert_eq!(fixture.cache.list().unwrap()[0].state, DiskState::Unfinished);
         assert!(!fixture.build(&layer(&root)).unwrap().cached);
         assert_eq!(fixture.cache.verify(disk.key).unwrap(), Ok(()));
     }
@@ -104,12 +104,12 @@ fn verify_reads_everything() {
 
 #[test]
 fn no_byte_can_make_the_reader_fail_badly() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = fixture.path("root");
     everything(&root, false);
     let disk = fixture.build(&layer(&root)).unwrap();
     let good = fs::read(&disk.path).unwrap();
-    let tree = Tree::walk(&View::of_dir(&root).unwrap()).unwrap();
+    let tree = SourceTree::walk(&SourceMount::of_dir(&root).unwrap()).unwrap();
     // Where something is that the reader looks at.
     let words = blocks(&good).flat_map(|(offset, block)| {
         let words = block.chunks(4).enumerate().filter(|(_, word)| **word != [0; 4]);
@@ -128,6 +128,6 @@ fn no_byte_can_make_the_reader_fail_badly() {
         }
         // Errors are fine, and so is a change that does not matter; a panic or an endless loop is not.
         let _ = ext4::manifest(&file);
-        let _ = ext4::normalise(&file, &tree, ext4::Marks::Kept);
+        let _ = ext4::normalise(&file, &tree, ext4::OriginMarks::Kept);
     });
 }

@@ -6,14 +6,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Fixture, cache::process, layer, small, tool};
+use super::{CacheFixture, cache::process, layer, small, tool};
 use crate::{
     error::{ErrorKind, Kind as _, chain},
-    process::Exit,
-    rootdisk::{BuildOptions, Progress, RootdiskCache, RootdiskError, RootfsSource},
+    process::ProcessExit,
+    rootdisk::{BuildOptions, RootdiskCache, RootdiskError, RootdiskProgress, RootfsSource},
 };
 
-fn make(fixture: &Fixture) -> PathBuf {
+fn make(fixture: &CacheFixture) -> PathBuf {
     let root = fixture.path("root");
     fs::create_dir(&root).unwrap();
     fs::write(root.join("file"), vec![3; 3 << 20]).unwrap();
@@ -29,7 +29,7 @@ fn script(path: &Path, text: &str) {
 struct Small(PathBuf);
 
 impl Small {
-    fn mount(fixture: &Fixture, size: &str) -> Self {
+    fn mount(fixture: &CacheFixture, size: &str) -> Self {
         let dir = fixture.path("small");
         fs::create_dir(&dir).unwrap();
         tool("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs", dir.to_str().unwrap()]);
@@ -46,10 +46,10 @@ impl Drop for Small {
 
 #[test]
 fn whoever_is_killed_leaves_nothing_that_matters() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = make(&fixture);
     for point in ["Converting", "Hashed", "Finishing"] {
-        assert_eq!(process(&fixture, &root, point).exit, Exit::Signal(9), "{point}");
+        assert_eq!(process(&fixture, &root, point).exit, ProcessExit::Signal(9), "{point}");
         assert!(fixture.cache.list().unwrap().is_empty(), "{point}");
         assert!(fixture.leftovers().iter().all(|path| path.starts_with(fixture.cache.dir().join("locks"))));
     }
@@ -59,7 +59,7 @@ fn whoever_is_killed_leaves_nothing_that_matters() {
 
 #[test]
 fn a_full_file_system_is_told_beforehand() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = make(&fixture);
     let small_fs = Small::mount(&fixture, "2m");
     let cache = RootdiskCache::open(&small_fs.0.join("cache")).unwrap();
@@ -72,7 +72,7 @@ fn a_full_file_system_is_told_beforehand() {
 
 #[test]
 fn a_file_system_that_fills_up_meanwhile_is_told_too() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = make(&fixture);
     let small_fs = Small::mount(&fixture, "8m");
     let cache = RootdiskCache::open(&small_fs.0.join("cache")).unwrap();
@@ -92,7 +92,7 @@ fn a_file_system_that_fills_up_meanwhile_is_told_too() {
 
 #[test]
 fn a_missing_or_old_mke2fs_is_named() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = make(&fixture);
     let fail = |mke2fs: &Path| {
         let options = BuildOptions { mke2fs: mke2fs.to_owned(), ..small() };
@@ -116,7 +116,7 @@ fn a_missing_or_old_mke2fs_is_named() {
 
 #[test]
 fn a_source_that_changes_is_refused() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = make(&fixture);
     let changes: [(&str, &dyn Fn()); 3] = [
         ("/file ", &|| fs::write(root.join("file"), vec![4; 3 << 20]).unwrap()),
@@ -125,7 +125,7 @@ fn a_source_that_changes_is_refused() {
     ];
     for (path, change) in changes {
         let error = fixture.build_watched(&RootfsSource::Dir(root.clone()), |progress| {
-            if progress == Progress::Finishing {
+            if progress == RootdiskProgress::Finishing {
                 change();
             }
         });
@@ -138,7 +138,7 @@ fn a_source_that_changes_is_refused() {
 
 #[test]
 fn sources_that_are_not_there_are_named() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let (missing, file) = (fixture.path("missing"), fixture.path("file"));
     fs::write(&file, "").unwrap();
     let overlay =
@@ -162,7 +162,7 @@ fn sources_that_are_not_there_are_named() {
 
 #[test]
 fn a_path_that_cannot_be_reached_is_named() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = fixture.path("root");
     fs::create_dir(&root).unwrap();
     let name = "d".repeat(250);

@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
 
-use super::{Fixture, tool};
+use super::{CacheFixture, tool};
 use crate::{
     error::{ErrorKind, Kind as _},
     process::Spawn,
@@ -13,7 +13,7 @@ const SIZE: u64 = 4 << 30;
 
 #[test]
 fn a_layer_is_an_empty_file_system_of_its_own() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let (first, second) = (fixture.path("first"), fixture.path("second"));
     let file = fixture.cache.create_writable(&first, SIZE - 1, Path::new("mke2fs")).unwrap();
     let metadata = file.metadata().unwrap();
@@ -36,7 +36,7 @@ fn a_layer_is_an_empty_file_system_of_its_own() {
 
 #[test]
 fn a_damaged_template_is_made_anew() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let create =
         |name: &str| fixture.cache.create_writable(&fixture.path(name), 16 << 20, Path::new("mke2fs"));
     create("first").unwrap();
@@ -53,7 +53,7 @@ fn a_damaged_template_is_made_anew() {
 
 #[test]
 fn what_a_container_wrote_is_never_overwritten() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let path = fixture.path("layer");
     let create = || fixture.cache.create_writable(&path, 16 << 20, Path::new("mke2fs"));
     create().unwrap();
@@ -80,7 +80,7 @@ const LISTING: &str = "cd \"$1\" && find . -type d -printf '%P %y %m %U %G %T@\\
 
 #[test]
 fn a_seeded_layer_has_the_upper_directorys_files() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let (upper, disk) = (fixture.path("upper"), fixture.path("disk"));
     let long = "n".repeat(255);
     let script = format!(
@@ -159,7 +159,7 @@ fn a_seeded_layer_has_the_upper_directorys_files() {
 
 #[test]
 fn an_upper_directory_that_does_not_fit_is_refused() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let (upper, disk) = (fixture.path("upper"), fixture.path("disk"));
     fs::create_dir(&upper).unwrap();
     fs::write(upper.join("big"), vec![7; 64 << 20]).unwrap();

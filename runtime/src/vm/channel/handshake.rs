@@ -3,10 +3,10 @@
 use machinen_protocol::preamble::{ANSWER_LEN, Answer, Kind, PREAMBLE_LEN, Preamble, PreambleError};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::{ChannelError, Stream};
+use super::{ByteStream, ChannelError};
 
 /// Reads what the guest says first and answers it.
-pub(super) async fn accept_control(stream: &mut (impl Stream + ?Sized)) -> Result<(), ChannelError> {
+pub(super) async fn accept_control(stream: &mut (impl ByteStream + ?Sized)) -> Result<(), ChannelError> {
     let mut bytes = [0; PREAMBLE_LEN];
     stream.read_exact(&mut bytes).await.map_err(ChannelError::Closed)?;
     let verdict = match Preamble::decode(&bytes) {
@@ -37,7 +37,7 @@ pub(super) async fn accept_control(stream: &mut (impl Stream + ?Sized)) -> Resul
 
 /// Says what a stream that the host dialled is for, and waits until the agent has accepted it.
 pub(super) async fn offer(
-    stream: &mut (impl Stream + ?Sized),
+    stream: &mut (impl ByteStream + ?Sized),
     preamble: Preamble,
 ) -> Result<(), ChannelError> {
     let mut bytes = [0; ANSWER_LEN];

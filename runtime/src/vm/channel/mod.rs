@@ -32,11 +32,11 @@ use super::{
 use crate::process::ProcessError;
 
 /// A byte stream to or from the guest agent.
-pub trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
-impl<S: AsyncRead + AsyncWrite + Send + Sync + Unpin> Stream for S {}
+pub trait ByteStream: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Send + Sync + Unpin> ByteStream for S {}
 
 /// One stream, whatever carries it.
-pub type BoxedStream = Box<dyn Stream>;
+pub type BoxedStream = Box<dyn ByteStream>;
 
 /// The agent answers in milliseconds; one that does not for this long never will.
 const OPEN_DEADLINE: Duration = Duration::from_secs(20);
@@ -69,14 +69,14 @@ pub enum ChannelError {
 /// What the host does with the first bytes that come over a serial channel; for fuzzing.
 #[cfg(fuzzing)]
 pub async fn greet(socket: tokio::net::UnixStream) -> Result<BoxedStream, ChannelError> {
-    let mut control = serial::Serial::over(socket).accept().await?;
+    let mut control = serial::SerialChannel::over(socket).accept().await?;
     handshake::accept_control(&mut control).await?;
     Ok(control)
 }
 
 /// The host's end of the channel of one VM.
 #[derive(Debug)]
-pub(super) struct Channel {
+pub(super) struct VmChannel {
     connector: Connector,
     last_token: AtomicU64,
 }
@@ -85,7 +85,7 @@ pub(super) struct Channel {
 enum Connector {
     KernelVsock(kernel_vsock::KernelVsock),
     VhostUser(vhost_user::VhostUser),
-    Serial(serial::Serial),
+    Serial(serial::SerialChannel),
     /// The serial port of a template, kept open.
     Silent {
         _ours: StdUnixStream,
@@ -99,7 +99,7 @@ pub(super) struct GuestEnd {
     pub(super) cid: u32,
 }
 
-impl Channel {
+impl VmChannel {
     /// Makes the channel ready to be dialled by the guest. `dir` is the VM's own directory.
     pub(super) async fn prepare(
         spec: &VmSpec,
@@ -108,7 +108,7 @@ impl Channel {
     ) -> Result<(Self, GuestEnd), ChannelError> {
         let (connector, end) = match &spec.channel {
             ChannelKind::Serial if start == Start::Template => {
-                let (ours, fd) = serial::Serial::silent()?;
+                let (ours, fd) = serial::SerialChannel::silent()?;
                 (Connector::Silent { _ours: ours }, GuestEnd { fd, cid: PRIVATE_CID })
             }
             ChannelKind::KernelVsock => {
@@ -120,7 +120,7 @@ impl Channel {
                 (Connector::VhostUser(user), GuestEnd { fd, cid: PRIVATE_CID })
             }
             ChannelKind::Serial => {
-                let (serial, fd) = serial::Serial::prepare()?;
+                let (serial, fd) = serial::SerialChannel::prepare()?;
                 (Connector::Serial(serial), GuestEnd { fd, cid: PRIVATE_CID })
             }
         };

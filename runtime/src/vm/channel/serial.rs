@@ -22,14 +22,14 @@ const MAX_STREAMS: usize = 256;
 const MIN_WINDOW: usize = 256 << 10;
 
 #[derive(Debug)]
-pub(super) struct Serial {
+pub(super) struct SerialChannel {
     control: Mutex<mpsc::Receiver<yamux::Stream>>,
     dial: mpsc::Sender<Dial>,
 }
 
 type Dial = oneshot::Sender<Result<yamux::Stream, yamux::ConnectionError>>;
 
-impl Serial {
+impl SerialChannel {
     /// Returns the end that QEMU inherits.
     pub(super) fn prepare() -> Result<(Self, OwnedFd), ChannelError> {
         let failed = |source| ChannelError::Host { action: "make a socket pair", source };
@@ -146,7 +146,7 @@ mod tests {
     #[tokio::test]
     async fn both_sides_dial() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let serial = Serial::over(ours);
+        let serial = SerialChannel::over(ours);
         let mut theirs = guest(theirs).await.unwrap().compat();
         theirs.write_all(b"ready").await.unwrap();
         theirs.flush().await.unwrap();
@@ -168,7 +168,7 @@ mod tests {
     #[tokio::test]
     async fn the_end_of_the_vm_is_seen_by_all() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let serial = Serial::over(ours);
+        let serial = SerialChannel::over(ours);
         drop(theirs);
         assert!(matches!(serial.accept().await, Err(ChannelError::Closed(_))));
         assert!(matches!(serial.dial().await, Err(ChannelError::Closed(_))));
@@ -177,7 +177,7 @@ mod tests {
     #[tokio::test]
     async fn noise_instead_of_yamux_ends_the_channel() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let serial = Serial::over(ours);
+        let serial = SerialChannel::over(ours);
         theirs.write_all(&[0xff; 4096]).await.unwrap();
         assert!(matches!(serial.accept().await, Err(ChannelError::Closed(_))));
     }

@@ -29,9 +29,9 @@ use tokio::{
 
 use super::{BoxedStream, ChannelError, PRIVATE_CID};
 use crate::{
-    process::{Child, Exit, Identity, Sandbox, Spawn, Stdio},
+    process::{Child, ProcessExit, RunAs, Sandbox, Spawn, Stdio},
     sys,
-    vm::capture::Capture,
+    vm::bounded_log::BoundedLog,
 };
 
 /// Longest answer to CONNECT that is read, bytes.
@@ -62,7 +62,7 @@ impl VhostUser {
     pub(super) async fn prepare(
         program: &Path,
         dir: &Path,
-        identity: &Identity,
+        identity: &RunAs,
     ) -> Result<(Self, OwnedFd), ChannelError> {
         let failed = |action| move |source| ChannelError::Host { action, source };
         let sockets = Sockets::create(dir.join("vsock"), identity).map_err(failed("make a directory"))?;
@@ -71,7 +71,7 @@ impl VhostUser {
         let owned = chown(sockets.path.join(&control_name), Some(identity.uid), Some(identity.gid));
         owned.map_err(failed("give a socket away"))?;
 
-        let created = Created::watch(&sockets.path).map_err(failed("watch a directory"))?;
+        let created = CreationWatch::watch(&sockets.path).map_err(failed("watch a directory"))?;
         let (stderr, stderr_writer) = io::pipe().map_err(failed("make a pipe"))?;
         let daemon = Spawn::new(program)
             .args([
@@ -87,7 +87,7 @@ impl VhostUser {
             .map_err(ChannelError::Daemon)?;
         let stderr =
             tokio::net::unix::pipe::Receiver::from_owned_fd(stderr.into()).map_err(failed("read a pipe"))?;
-        let printed = Capture::default();
+        let printed = BoundedLog::default();
         let reading = tokio::spawn(printed.clone().read(stderr, None));
 
         let connection = tokio::select! {
@@ -128,7 +128,7 @@ impl VhostUser {
     }
 }
 
-fn ended(exit: Exit, printed: &Capture) -> ChannelError {
+fn ended(exit: ProcessExit, printed: &BoundedLog) -> ChannelError {
     let text = printed.excerpt();
     ChannelError::DaemonEnded(if text.is_empty() { exit.to_string() } else { format!("{exit}: {text}") })
 }
@@ -150,7 +150,7 @@ async fn connect(stream: &mut UnixStream) -> io::Result<()> {
 }
 
 impl Sockets {
-    fn create(path: PathBuf, identity: &Identity) -> io::Result<Self> {
+    fn create(path: PathBuf, identity: &RunAs) -> io::Result<Self> {
         DirBuilder::new().mode(0o700).create(&path)?;
         let sockets = File::open(&path).map(|dir| Self { path: path.clone(), dir });
         let owned = sockets.and_then(|sockets| {
@@ -185,12 +185,12 @@ impl Drop for Sockets {
 }
 
 /// Tells when files appear in a directory.
-struct Created {
+struct CreationWatch {
     inotify: Inotify,
     ready: tokio::io::unix::AsyncFd<OwnedFd>,
 }
 
-impl Created {
+impl CreationWatch {
     fn watch(dir: &Path) -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
         inotify.add_watch(dir, AddWatchFlags::IN_CREATE)?;
@@ -227,8 +227,8 @@ impl Created {
 mod tests {
     use super::*;
 
-    fn myself() -> Identity {
-        Identity { uid: nix::unistd::getuid().as_raw(), gid: nix::unistd::getgid().as_raw(), groups: vec![] }
+    fn myself() -> RunAs {
+        RunAs { uid: nix::unistd::getuid().as_raw(), gid: nix::unistd::getgid().as_raw(), groups: vec![] }
     }
 
     #[tokio::test]
@@ -237,7 +237,7 @@ mod tests {
         let deep = dir.path().join("d".repeat(120));
         fs::create_dir(&deep).unwrap();
         let sockets = Sockets::create(deep.join("vsock"), &myself()).unwrap();
-        let created = Created::watch(&sockets.path).unwrap();
+        let created = CreationWatch::watch(&sockets.path).unwrap();
         let (connected, listener) = tokio::join!(created.connect(&sockets, "a"), async {
             File::create(sockets.path.join("other")).unwrap();
             UnixListener::bind(sockets.address("a")).unwrap()
@@ -271,7 +271,7 @@ mod tests {
     #[tokio::test]
     async fn a_daemon_that_ends_is_quoted_and_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let identity = Identity { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![] };
+        let identity = RunAs { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![] };
         let script = dir.path().join("daemon");
         fs::write(&script, "#!/bin/sh\necho out of luck >&2\nexit 4\n").unwrap();
         fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();

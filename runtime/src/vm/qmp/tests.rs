@@ -46,8 +46,8 @@ async fn commands_answers_and_events() {
         assert_eq!(answer, json!({ "a": 1 }));
         let error = qmp.execute("device_del", json!({})).await.unwrap_err();
         assert_eq!(error.to_string(), "QEMU refused device_del: no such thing (GenericError)");
-        assert_eq!(heard.recv().await, Ok(Event::DeviceDeleted("disk-1".into())));
-        let shutdown = Event::Shutdown { guest: true, reason: "guest-reset".into() };
+        assert_eq!(heard.recv().await, Ok(QmpEvent::DeviceDeleted("disk-1".into())));
+        let shutdown = QmpEvent::Shutdown { guest: true, reason: "guest-reset".into() };
         assert_eq!(heard.recv().await, Ok(shutdown));
         assert!(matches!(qmp.execute("quit", json!({})).await, Err(QmpError::Closed)));
         assert_eq!(heard.recv().await, Err(broadcast::error::RecvError::Closed));

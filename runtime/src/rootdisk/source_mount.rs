@@ -24,19 +24,19 @@ use super::{RootdiskError, tree::lossy};
 
 /// The mount; files are opened below its descriptor.
 #[derive(Debug)]
-pub(super) struct View {
+pub(super) struct SourceMount {
     root: OwnedFd,
     /// The source, for messages.
     name: PathBuf,
 }
 
-impl AsFd for View {
+impl AsFd for SourceMount {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.root.as_fd()
     }
 }
 
-impl View {
+impl SourceMount {
     /// A directory without what is mounted below it.
     pub(super) fn of_dir(dir: &Path) -> Result<Self, RootdiskError> {
         Self::mounted(dir, |target| {

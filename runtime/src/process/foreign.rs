@@ -15,7 +15,7 @@ use crate::sys;
 ///
 /// # Errors
 /// The kernel refuses, or the process has not ended within `deadline`.
-pub fn end_stranger(pid: u32, is_ours: impl FnOnce() -> bool, deadline: Duration) -> io::Result<()> {
+pub fn kill_foreign(pid: u32, is_ours: impl FnOnce() -> bool, deadline: Duration) -> io::Result<()> {
     let pidfd = match sys::pidfd::open(pid) {
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
         result => result?,
@@ -44,10 +44,10 @@ mod tests {
     #[tokio::test]
     async fn only_what_is_ours_is_ended() {
         let child = Spawn::new("sleep").args(["100"]).start().unwrap();
-        end_stranger(child.pid(), || false, Duration::from_secs(5)).unwrap();
+        kill_foreign(child.pid(), || false, Duration::from_secs(5)).unwrap();
         assert_eq!(child.try_exit(), None);
-        end_stranger(child.pid(), || true, Duration::from_secs(5)).unwrap();
-        assert_eq!(child.exited().await, crate::process::Exit::Signal(libc::SIGKILL));
-        end_stranger(child.pid(), || true, Duration::from_secs(5)).unwrap();
+        kill_foreign(child.pid(), || true, Duration::from_secs(5)).unwrap();
+        assert_eq!(child.exited().await, crate::process::ProcessExit::Signal(libc::SIGKILL));
+        kill_foreign(child.pid(), || true, Duration::from_secs(5)).unwrap();
     }
 }

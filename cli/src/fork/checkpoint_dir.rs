@@ -24,16 +24,16 @@ use super::error::ForkError;
 
 /// A directory for images, which no other fork uses.
 #[derive(Debug)]
-pub(super) struct Images {
+pub(super) struct CheckpointDir {
     path: PathBuf,
     /// The user has named it and gets the checkpoint.
     kept: bool,
     /// It was not there before.
-    made: bool,
+    created: bool,
     _lock: File,
 }
 
-impl Images {
+impl CheckpointDir {
     /// # Errors
     /// There is something in the directory, another fork uses it, or none can be made.
     pub(super) fn at(bundle: Option<&Path>, cache: &Path) -> Result<Self, ForkError> {
@@ -71,7 +71,7 @@ impl Images {
         // Nothing but what the checkpoint has made there.
         self.clear()?;
         match fs::remove_dir(&self.path) {
-            Err(error) if self.made && error.kind() != io::ErrorKind::DirectoryNotEmpty => {
+            Err(error) if self.created && error.kind() != io::ErrorKind::DirectoryNotEmpty => {
                 gone(Err(error), &self.path)
             }
             _ => Ok(()),
@@ -91,9 +91,9 @@ pub(super) fn complete(path: &Path, source: &str) -> Result<Option<Manifest>, Fo
     }
 }
 
-fn kept(path: &Path) -> Result<Images, ForkError> {
+fn kept(path: &Path) -> Result<CheckpointDir, ForkError> {
     let path = std::path::absolute(path).map_err(ForkError::file("find", path))?;
-    let made = match DirBuilder::new().mode(0o700).create(&path) {
+    let created = match DirBuilder::new().mode(0o700).create(&path) {
         Ok(()) => true,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
         Err(error) => return Err(ForkError::file("make the directory", path)(error)),
@@ -105,11 +105,11 @@ fn kept(path: &Path) -> Result<Images, ForkError> {
     }
     match fs::read_dir(&path).map_err(ForkError::file("read", &path))?.next() {
         Some(_) => Err(ForkError::BundleNotEmpty { path }),
-        None => Ok(Images { path, kept: true, made, _lock: lock }),
+        None => Ok(CheckpointDir { path, kept: true, created, _lock: lock }),
     }
 }
 
-fn temporary(dir: &Path) -> Result<Images, ForkError> {
+fn temporary(dir: &Path) -> Result<CheckpointDir, ForkError> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(ForkError::file("make", dir))?;
     let guard = File::open(dir).map_err(ForkError::file("open", dir))?;
     // A fork holds it while it makes its directory and while it looks for those that were left.
@@ -120,7 +120,7 @@ fn temporary(dir: &Path) -> Result<Images, ForkError> {
     let lock = File::open(&path).map_err(ForkError::file("open", &path))?;
     let locked = flock(&lock, FlockOperation::NonBlockingLockExclusive);
     locked.map_err(|errno| ForkError::file("lock", &path)(errno.into()))?;
-    Ok(Images { path, kept: false, made: true, _lock: lock })
+    Ok(CheckpointDir { path, kept: false, created: true, _lock: lock })
 }
 
 fn sweep(dir: &Path) -> Result<(), ForkError> {
@@ -152,12 +152,12 @@ mod tests {
     #[test]
     fn what_a_killed_fork_has_left_is_removed_and_what_is_in_use_stays() {
         let cache = tempfile::tempdir().unwrap();
-        let mine = Images::at(None, cache.path()).unwrap();
+        let mine = CheckpointDir::at(None, cache.path()).unwrap();
         fs::write(mine.path().join("pages-1.img"), "x").unwrap();
         let left = cache.path().join("forks/left");
         fs::create_dir(&left).unwrap();
         fs::write(left.join("pages-1.img"), "x").unwrap();
-        let other = Images::at(None, cache.path()).unwrap();
+        let other = CheckpointDir::at(None, cache.path()).unwrap();
         assert!(!left.exists() && mine.path().join("pages-1.img").exists());
         mine.remove().unwrap();
         other.remove().unwrap();
@@ -167,19 +167,20 @@ mod tests {
     #[test]
     fn a_bundle_has_a_directory_of_its_own() {
         let dir = tempfile::tempdir().unwrap();
-        let images = |name: &str| Images::at(Some(&dir.path().join(name)), Path::new("/nowhere"));
-        let new = images("new").unwrap();
-        assert!(new.is_kept() && matches!(images("new"), Err(ForkError::BundleInUse { .. })));
+        let checkpoint_dir =
+            |name: &str| CheckpointDir::at(Some(&dir.path().join(name)), Path::new("/nowhere"));
+        let new = checkpoint_dir("new").unwrap();
+        assert!(new.is_kept() && matches!(checkpoint_dir("new"), Err(ForkError::BundleInUse { .. })));
         new.remove().unwrap();
         assert!(!dir.path().join("new").exists());
-        assert!(images("no/where").unwrap_err().to_string().starts_with("cannot make"));
+        assert!(checkpoint_dir("no/where").unwrap_err().to_string().starts_with("cannot make"));
         fs::create_dir(dir.path().join("used")).unwrap();
-        let empty = images("used").unwrap();
+        let empty = checkpoint_dir("used").unwrap();
         fs::write(dir.path().join("used/file"), "mine").unwrap();
         // Nothing of a checkpoint is there.
         empty.remove().unwrap();
         drop(empty);
-        assert!(matches!(images("used"), Err(ForkError::BundleNotEmpty { .. })));
+        assert!(matches!(checkpoint_dir("used"), Err(ForkError::BundleNotEmpty { .. })));
         assert!(dir.path().join("used/file").exists());
     }
 

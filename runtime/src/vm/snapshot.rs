@@ -33,8 +33,8 @@ use tokio::{
 use super::{
     LaunchError, VmExit, VmSpec,
     argv::fd,
-    launch::{Launched, Origin, begin},
-    qmp::{Event, QmpError, Version},
+    launch::{LaunchOrigin, Launched, begin},
+    qmp::{QemuVersion, QmpError, QmpEvent},
     wake::{self, WakeError},
 };
 use crate::{
@@ -49,7 +49,7 @@ const MAX_DEVICES: u64 = 16 << 20;
 const DEADLINE: Duration = Duration::from_secs(20);
 
 /// A VM that waits to be woken, as often as one likes.
-pub struct Saved {
+pub struct VmSnapshot {
     /// A sealed memfd of the VM's memory size.
     pub memory: OwnedFd,
     /// QEMU's migration stream without the memory.
@@ -57,12 +57,12 @@ pub struct Saved {
     /// The number by which QEMU knows the memory.
     pub memory_fd: i32,
     /// A stream is only for the version that wrote it.
-    pub qemu: Version,
+    pub qemu: QemuVersion,
     /// Each clone keeps it open as long as it lives.
-    pub used: Option<Arc<OwnedFd>>,
+    pub in_use: Option<Arc<OwnedFd>>,
 }
 
-impl std::fmt::Debug for Saved {
+impl std::fmt::Debug for VmSnapshot {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Saved")
             .field("memory", &self.memory)
@@ -73,7 +73,7 @@ impl std::fmt::Debug for Saved {
 
 /// Why the state of a VM could not be saved or restored.
 #[derive(Debug, thiserror::Error)]
-pub enum SavedError {
+pub enum VmSnapshotError {
     #[error(transparent)]
     Launch(#[from] LaunchError),
     #[error("cannot {action} for the memory of a template")]
@@ -88,8 +88,8 @@ pub enum SavedError {
     Stream(#[source] io::Error),
     #[error("QEMU did not {action} the state of a VM{ended}")]
     Failed { action: &'static str, ended: String },
-    #[error("the state is of QEMU {saved}, this is {running}")]
-    Version { saved: Version, running: Version },
+    #[error("the state is of QEMU {snapshot}, this is {running}")]
+    Version { snapshot: QemuVersion, running: QemuVersion },
     #[error("the template's memory is not sealed")]
     NotSealed,
     #[error("QEMU knows the template's memory by another number")]
@@ -98,7 +98,7 @@ pub enum SavedError {
     Channel,
 }
 
-impl Kind for SavedError {
+impl Kind for VmSnapshotError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Launch(error) => error.kind(),
@@ -111,58 +111,58 @@ impl Kind for SavedError {
     }
 }
 
-impl Saved {
+impl VmSnapshot {
     /// Boots a VM to an agent that waits, and saves it. Nothing runs any more when this returns. `dir` as for
     /// [`super::Vm::launch`].
     ///
     /// # Errors
     /// The VM does not boot, or QEMU cannot save it.
-    pub async fn make(spec: &VmSpec, dir: &Path) -> Result<Self, SavedError> {
+    pub async fn make(spec: &VmSpec, dir: &Path) -> Result<Self, VmSnapshotError> {
         if let super::ChannelKind::VhostUserVsock { .. } = spec.channel {
-            return Err(SavedError::Channel);
+            return Err(VmSnapshotError::Channel);
         }
         let memory = memfd::sparse(u64::from(spec.memory_mib) << 20).map_err(failed("make a memfd"))?;
         let passed = memory.try_clone().map_err(failed("duplicate a descriptor"))?;
-        let mut launched = begin(spec, dir, Origin::Template { memory: passed }).await?;
+        let mut launched = begin(spec, dir, LaunchOrigin::Template { memory: passed }).await?;
         let made = save(spec, &mut launched, &memory).await;
         let exit = launched.end().await;
         let (devices, memory_fd, qemu) = made.map_err(|error| error.explained(&exit))?;
         // Possible only now that no mapping is left.
         memfd::seal(&memory).map_err(failed("seal a memfd"))?;
-        Ok(Self { memory, devices, memory_fd, qemu, used: None })
+        Ok(Self { memory, devices, memory_fd, qemu, in_use: None })
     }
 
     /// # Errors
     /// The memory could be written to.
-    pub(super) fn check(&self) -> Result<(), SavedError> {
-        if memfd::is_sealed(&self.memory) { Ok(()) } else { Err(SavedError::NotSealed) }
+    pub(super) fn check(&self) -> Result<(), VmSnapshotError> {
+        if memfd::is_sealed(&self.memory) { Ok(()) } else { Err(VmSnapshotError::NotSealed) }
     }
 }
 
-fn failed(action: &'static str) -> impl Fn(io::Error) -> SavedError {
-    move |source| SavedError::Memory { action, source }
+fn failed(action: &'static str) -> impl Fn(io::Error) -> VmSnapshotError {
+    move |source| VmSnapshotError::Memory { action, source }
 }
 
 async fn save(
     spec: &VmSpec,
     launched: &mut Launched,
     memory: &OwnedFd,
-) -> Result<(Vec<u8>, i32, Version), SavedError> {
+) -> Result<(Vec<u8>, i32, QemuVersion), VmSnapshotError> {
     let port = launched.wake_port();
     match timeout(spec.boot_timeout, wake::waiting(port)).await {
         Ok(Ok(())) => {}
-        Ok(Err(source)) => return Err(SavedError::Waiting { ended: String::new(), source }),
-        Err(_) => return Err(SavedError::WaitingDeadline(spec.boot_timeout)),
+        Ok(Err(source)) => return Err(VmSnapshotError::Waiting { ended: String::new(), source }),
+        Err(_) => return Err(VmSnapshotError::WaitingDeadline(spec.boot_timeout)),
     }
     let memory_fd = number_of(launched.pid(), memory)?;
     let qmp = &launched.qmp;
-    let refused = |source| SavedError::Qmp { action: "save", source };
+    let refused = |source| VmSnapshotError::Qmp { action: "save", source };
     qmp.execute("stop", json!({})).await.map_err(refused)?;
     qmp.execute("migrate-set-capabilities", capabilities()).await.map_err(refused)?;
-    let (reader, writer) = io::pipe().map_err(SavedError::Stream)?;
+    let (reader, writer) = io::pipe().map_err(VmSnapshotError::Stream)?;
     qmp.execute_with_fd("getfd", json!({ "fdname": STATE }), writer.into()).await.map_err(refused)?;
     qmp.execute("migrate", json!({ "uri": format!("fd:{STATE}") })).await.map_err(refused)?;
-    let reader = pipe::Receiver::from_owned_fd(reader.into()).map_err(SavedError::Stream)?;
+    let reader = pipe::Receiver::from_owned_fd(reader.into()).map_err(VmSnapshotError::Stream)?;
     let mut devices = Vec::new();
     // One byte more tells a stream that is too long from one that fits exactly.
     let read = timeout(DEADLINE, reader.take(MAX_DEVICES + 1).read_to_end(&mut devices)).await;
@@ -171,33 +171,33 @@ async fn save(
         Ok(Ok(length)) if ended && length as u64 <= MAX_DEVICES => {
             Ok((devices, memory_fd, launched.qmp.version()))
         }
-        Ok(Err(error)) => Err(SavedError::Stream(error)),
-        _ => Err(SavedError::Failed { action: "save", ended: String::new() }),
+        Ok(Err(error)) => Err(VmSnapshotError::Stream(error)),
+        _ => Err(VmSnapshotError::Failed { action: "save", ended: String::new() }),
     }
 }
 
 /// Makes a QEMU that waits for it a clone that runs.
-pub(super) async fn restore(launched: &mut Launched, saved: &Saved) -> Result<(), SavedError> {
+pub(super) async fn restore(launched: &mut Launched, snapshot: &VmSnapshot) -> Result<(), VmSnapshotError> {
     let (qmp, running) = (&launched.qmp, launched.qmp.version());
-    if running != saved.qemu {
-        return Err(SavedError::Version { saved: saved.qemu, running });
+    if running != snapshot.qemu {
+        return Err(VmSnapshotError::Version { snapshot: snapshot.qemu, running });
     }
     // The filter that keeps QEMU from punching holes goes by the number.
-    if number_of(launched.pid(), &saved.memory)? != saved.memory_fd {
-        return Err(SavedError::Number);
+    if number_of(launched.pid(), &snapshot.memory)? != snapshot.memory_fd {
+        return Err(VmSnapshotError::Number);
     }
-    let refused = |source| SavedError::Qmp { action: "restore", source };
-    let (reader, writer) = io::pipe().map_err(SavedError::Stream)?;
+    let refused = |source| VmSnapshotError::Qmp { action: "restore", source };
+    let (reader, writer) = io::pipe().map_err(VmSnapshotError::Stream)?;
     qmp.execute_with_fd("getfd", json!({ "fdname": STATE }), reader.into()).await.map_err(refused)?;
     qmp.execute("migrate-set-capabilities", capabilities()).await.map_err(refused)?;
     qmp.execute("migrate-incoming", json!({ "uri": format!("fd:{STATE}") })).await.map_err(refused)?;
-    let mut writer = pipe::Sender::from_owned_fd(writer.into()).map_err(SavedError::Stream)?;
-    let written = timeout(DEADLINE, writer.write_all(&saved.devices)).await;
+    let mut writer = pipe::Sender::from_owned_fd(writer.into()).map_err(VmSnapshotError::Stream)?;
+    let written = timeout(DEADLINE, writer.write_all(&snapshot.devices)).await;
     drop(writer);
     if !matches!(written, Ok(Ok(()))) || !migration_ended(&mut launched.events).await {
-        return Err(SavedError::Failed { action: "restore", ended: String::new() });
+        return Err(VmSnapshotError::Failed { action: "restore", ended: String::new() });
     }
-    wake::wake(launched.wake_port()).await.map_err(SavedError::Stream)?;
+    wake::wake(launched.wake_port()).await.map_err(VmSnapshotError::Stream)?;
     launched.qmp.execute("cont", json!({})).await.map_err(refused)?;
     Ok(())
 }
@@ -212,11 +212,11 @@ fn capabilities() -> serde_json::Value {
 }
 
 /// Whether it ended well.
-async fn migration_ended(events: &mut broadcast::Receiver<Event>) -> bool {
+async fn migration_ended(events: &mut broadcast::Receiver<QmpEvent>) -> bool {
     let ended = async {
         loop {
             match events.recv().await {
-                Ok(Event::MigrationEnded { completed }) => return completed,
+                Ok(QmpEvent::MigrationEnded { completed }) => return completed,
                 Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
                 Err(broadcast::error::RecvError::Closed) => return false,
             }
@@ -226,7 +226,7 @@ async fn migration_ended(events: &mut broadcast::Receiver<Event>) -> bool {
 }
 
 /// The number of the descriptor by which QEMU has opened the memory, beside the one that it inherited.
-fn number_of(pid: u32, memory: &OwnedFd) -> Result<i32, SavedError> {
+fn number_of(pid: u32, memory: &OwnedFd) -> Result<i32, VmSnapshotError> {
     let look = || -> io::Result<Option<i32>> {
         let wanted = File::from(memory.as_fd().try_clone_to_owned()?).metadata()?;
         for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
@@ -243,10 +243,10 @@ fn number_of(pid: u32, memory: &OwnedFd) -> Result<i32, SavedError> {
         }
         Ok(None)
     };
-    look().map_err(failed("find QEMU's descriptor"))?.ok_or(SavedError::Number)
+    look().map_err(failed("find QEMU's descriptor"))?.ok_or(VmSnapshotError::Number)
 }
 
-impl SavedError {
+impl VmSnapshotError {
     /// With QEMU's own last words, where the error is that it ended.
     pub(super) fn explained(self, exit: &VmExit) -> Self {
         let ended = match exit {

@@ -5,13 +5,14 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _,
 use rustix::fs::{CWD, FileType, Mode, XattrFlags, getxattr, mknodat, setxattr};
 
 use super::*;
-use crate::layer::{Target, Twins, identity};
+use crate::layer::{LayerCopy, LayerTarget, identity};
 
-fn twins(dir: &Path) -> (PathBuf, PathBuf, Twins) {
+fn twins(dir: &Path) -> (PathBuf, PathBuf, LayerCopy) {
     let (from, to) = (dir.join("1/fs"), dir.join("2/fs"));
     fs::create_dir_all(&from).unwrap();
     fs::create_dir_all(&to).unwrap();
-    let twins = Twins::Directories { from: Target::Upper(from.clone()), to: Target::Upper(to.clone()) };
+    let twins =
+        LayerCopy::Directories { from: LayerTarget::Upper(from.clone()), to: LayerTarget::Upper(to.clone()) };
     (from, to, twins)
 }
 
@@ -68,7 +69,7 @@ fn a_disk_is_copied_in_place() {
     std::os::unix::fs::FileExt::write_all_at(&disk, b"data", 1 << 20).unwrap();
     fs::write(&to, "other").unwrap();
     let inode = fs::metadata(&to).unwrap().ino();
-    let twins = Twins::Disks { from: from.clone(), to: to.clone() };
+    let twins = LayerCopy::Disks { from: from.clone(), to: to.clone() };
     assert!(twins.is_live());
     twins.copy(None).unwrap();
     let copy = fs::metadata(&to).unwrap();

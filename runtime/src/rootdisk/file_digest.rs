@@ -8,13 +8,13 @@ use super::ext4::BLOCK;
 ///
 /// A block of zeros and a hole are the same on the disk, so they are the same here. Every run of other blocks is
 /// followed by its place and length, from which the runs can be told apart, read from the end.
-pub(super) struct Content {
+pub(super) struct FileDigest {
     digest: Sha256,
     start: u64,
     length: u64,
 }
 
-impl Content {
+impl FileDigest {
     pub(super) fn new() -> Self {
         Self { digest: Sha256::new(), start: 0, length: 0 }
     }
@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     fn whole(data: &[u8]) -> [u8; 32] {
-        let mut content = Content::new();
+        let mut content = FileDigest::new();
         content.update(0, data);
         content.finish()
     }
@@ -77,13 +77,13 @@ mod tests {
             let mut data: Vec<u8> = blocks.iter().flat_map(|&byte| [byte; BLOCK]).collect();
             data.extend(std::iter::repeat_n(1, tail));
             let cut = (cut * BLOCK).min(blocks.len() * BLOCK);
-            let mut pieces = Content::new();
+            let mut pieces = FileDigest::new();
             for (index, block) in data.chunks(BLOCK).enumerate() {
                 if block.iter().any(|&byte| byte != 0) {
                     pieces.update((index * BLOCK) as u64, block);
                 }
             }
-            let mut halves = Content::new();
+            let mut halves = FileDigest::new();
             halves.update(0, &data[..cut]);
             halves.update(cut as u64, &data[cut..]);
             prop_assert_eq!(whole(&data), pieces.finish());
@@ -95,7 +95,7 @@ mod tests {
     fn place_counts() {
         let block = [1; BLOCK];
         let at = |offset: usize| {
-            let mut content = Content::new();
+            let mut content = FileDigest::new();
             content.update((offset * BLOCK) as u64, &block);
             content.finish()
         };

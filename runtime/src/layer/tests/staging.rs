@@ -2,8 +2,8 @@
 
 use std::{fs, path::Path};
 
-use super::{Archive, Fixture, LIMITS};
-use crate::layer::{LayerError, Place, apply, sweep};
+use super::{LIMITS, LayerFixture, TestArchive};
+use crate::layer::{LayerError, StagingDir, apply, sweep};
 
 fn names(dir: &Path) -> Vec<String> {
     let mut names: Vec<_> =
@@ -14,13 +14,13 @@ fn names(dir: &Path) -> Vec<String> {
 
 #[test]
 fn the_new_layer_takes_the_place_of_the_old_one() {
-    let fixture = Fixture::new();
+    let fixture = LayerFixture::new();
     let upper = fixture.path("root");
     fs::write(upper.join("old"), "").unwrap();
-    let place = Place::beside(&upper).unwrap();
-    apply(Archive::new().file("new", b"x").bytes().as_slice(), place.fresh(), None, LIMITS).unwrap();
+    let staging = StagingDir::beside(&upper).unwrap();
+    apply(TestArchive::new().file("new", b"x").bytes().as_slice(), staging.fresh(), None, LIMITS).unwrap();
     assert_eq!(names(&upper), ["old"]);
-    let replaced = place.exchange().unwrap();
+    let replaced = staging.exchange().unwrap();
     assert_eq!(names(&upper), ["new"]);
     replaced.sync().unwrap();
     drop(replaced);
@@ -29,27 +29,28 @@ fn the_new_layer_takes_the_place_of_the_old_one() {
 
 #[test]
 fn a_failure_leaves_the_old_layer_and_nothing_else() {
-    let fixture = Fixture::new();
+    let fixture = LayerFixture::new();
     let upper = fixture.path("root");
     fs::write(upper.join("old"), "").unwrap();
-    let place = Place::beside(&upper).unwrap();
-    let archive = Archive::new().file("new", b"x").file("new", b"y").bytes();
-    apply(archive.as_slice(), place.fresh(), None, LIMITS).unwrap_err();
-    drop(place);
+    let staging = StagingDir::beside(&upper).unwrap();
+    let archive = TestArchive::new().file("new", b"x").file("new", b"y").bytes();
+    apply(archive.as_slice(), staging.fresh(), None, LIMITS).unwrap_err();
+    drop(staging);
     assert_eq!(names(&upper), ["old"]);
     fixture.assert_contained();
 }
 
 #[test]
 fn what_a_killed_export_left_is_swept() {
-    let fixture = Fixture::new();
+    let fixture = LayerFixture::new();
     let (upper, other) = (fixture.path("root"), fixture.path("root-2"));
-    let place = Place::beside(&upper).unwrap();
-    apply(Archive::new().dir("d").file("d/f", b"x").bytes().as_slice(), place.fresh(), None, LIMITS).unwrap();
-    std::mem::forget(place);
+    let staging = StagingDir::beside(&upper).unwrap();
+    apply(TestArchive::new().dir("d").file("d/f", b"x").bytes().as_slice(), staging.fresh(), None, LIMITS)
+        .unwrap();
+    std::mem::forget(staging);
     // That of a neighbour's with a similar name is left alone.
     fs::create_dir(&other).unwrap();
-    let neighbours = Place::beside(&other).unwrap();
+    let neighbours = StagingDir::beside(&other).unwrap();
     sweep(&upper).unwrap();
     assert_eq!(names(fixture.dir.path()).len(), 4);
     neighbours.exchange().unwrap();
@@ -59,8 +60,8 @@ fn what_a_killed_export_left_is_swept() {
 
 #[test]
 fn a_mount_point_cannot_be_replaced() {
-    let fixture = Fixture::new();
-    let error = Place::beside(Path::new("/proc")).map(|place| place.exchange().map(drop));
+    let fixture = LayerFixture::new();
+    let error = StagingDir::beside(Path::new("/proc")).map(|staging| staging.exchange().map(drop));
     let error = match error {
         Ok(result) => result.unwrap_err(),
         // A root file system that cannot be written to shows the same.

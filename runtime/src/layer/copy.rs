@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{LayerError, Place, Target};
+use super::{LayerError, LayerTarget, StagingDir};
 use crate::process;
 
 const CP: [&str; 6] =
@@ -25,19 +25,19 @@ const ALL_ATTRIBUTES: &str = "--preserve=mode,ownership,timestamps,links,xattr";
 /// # Errors
 /// It is not there.
 pub fn identity(dir: &Path) -> Result<String, LayerError> {
-    let metadata = fs::metadata(dir).map_err(place("look at", dir))?;
+    let metadata = fs::metadata(dir).map_err(staging("look at", dir))?;
     // Numbers of inodes are used again; a directory that was exchanged is not changed after that.
     Ok(format!("{}-{}.{:09}", metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
 }
 
 /// Where two snapshots have what their containers write.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Twins {
-    Directories { from: Target, to: Target },
+pub enum LayerCopy {
+    Directories { from: LayerTarget, to: LayerTarget },
     Disks { from: PathBuf, to: PathBuf },
 }
 
-impl Twins {
+impl LayerCopy {
     /// The writes of the container must not go on meanwhile.
     pub fn is_live(&self) -> bool {
         matches!(self, Self::Disks { .. })
@@ -61,10 +61,10 @@ fn copy_directory(from: &Path, to: &Path, expected: Option<&str>) -> Result<(), 
         _ => Err(LayerError::Exchanged { path: from.to_owned() }),
     };
     unchanged()?;
-    let place = Place::beside(to)?;
-    run_cp(&[ALL_ATTRIBUTES], from, &place.fresh_path())?;
+    let staging = StagingDir::beside(to)?;
+    run_cp(&[ALL_ATTRIBUTES], from, &staging.fresh_path())?;
     unchanged()?;
-    place.exchange().map(drop)
+    staging.exchange().map(drop)
 }
 
 fn run_cp(more: &[&str], from: &Path, to: &Path) -> Result<(), LayerError> {
@@ -73,7 +73,7 @@ fn run_cp(more: &[&str], from: &Path, to: &Path) -> Result<(), LayerError> {
     ran.map(drop).map_err(|source| LayerError::Copy { path: from.to_owned(), source })
 }
 
-fn place(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> LayerError {
+fn staging(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> LayerError {
     let path = path.to_owned();
     move |source| LayerError::Place { action, path, source }
 }

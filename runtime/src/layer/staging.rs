@@ -22,13 +22,13 @@ const FRESH: &str = "fresh";
 /// A directory beside a layer, on the same file system, that only root can enter; removed with all that is in it when this
 /// is dropped.
 #[derive(Debug)]
-pub struct Place {
+pub struct StagingDir {
     target: PathBuf,
     dir: PathBuf,
     fresh: OwnedFd,
 }
 
-impl Place {
+impl StagingDir {
     /// Makes the empty directory that will be exchanged with `target`, which must be there.
     ///
     /// # Errors
@@ -78,10 +78,10 @@ impl Place {
     ///
     /// # Errors
     /// The old layer is still there then.
-    pub fn exchange(self) -> Result<Replaced, LayerError> {
+    pub fn exchange(self) -> Result<PreviousLayer, LayerError> {
         let fresh = self.dir.join(FRESH);
         match renameat_with(CWD, &fresh, CWD, &self.target, RenameFlags::EXCHANGE) {
-            Ok(()) => Ok(Replaced { _old: self }),
+            Ok(()) => Ok(PreviousLayer { _old: self }),
             Err(Errno::BUSY | Errno::XDEV) => Err(LayerError::MountPoint { path: self.target.clone() }),
             Err(errno) => {
                 Err(LayerError::Place { action: "replace", path: self.target.clone(), source: errno.into() })
@@ -90,7 +90,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for StagingDir {
     fn drop(&mut self) {
         remove(&self.dir);
     }
@@ -98,17 +98,17 @@ impl Drop for Place {
 
 /// A layer that has been replaced. Dropping it removes the old one.
 #[derive(Debug)]
-pub struct Replaced {
-    _old: Place,
+pub struct PreviousLayer {
+    _old: StagingDir,
 }
 
-impl Replaced {
+impl PreviousLayer {
     /// Returns when the new layer has reached the medium.
     ///
     /// # Errors
     /// Those of the medium.
     pub fn sync(&self) -> Result<(), LayerError> {
-        let Place { target, fresh, .. } = &self._old;
+        let StagingDir { target, fresh, .. } = &self._old;
         let failed = |errno: Errno| LayerError::Place {
             action: "write back",
             path: target.clone(),

@@ -25,16 +25,16 @@ const AFTER_PANIC: usize = 2;
 
 /// Shared by the task that reads and those that quote.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Capture(Arc<Mutex<Kept>>);
+pub(super) struct BoundedLog(Arc<Mutex<KeptBytes>>);
 
 #[derive(Debug, Default)]
-struct Kept {
+struct KeptBytes {
     head: Vec<u8>,
     tail: VecDeque<u8>,
     dropped: u64,
 }
 
-impl Capture {
+impl BoundedLog {
     /// Reads `source` to its end. What fits is written to `log` at once, and the rest when the source ends.
     ///
     /// # Errors
@@ -70,12 +70,12 @@ impl Capture {
         excerpt(&bytes)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Kept> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, KeptBytes> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Kept {
+impl KeptBytes {
     /// Returns how many of the bytes went to the head.
     fn push(&mut self, bytes: &[u8]) -> usize {
         let head = bytes.len().min(KEPT - self.head.len());
@@ -119,11 +119,11 @@ fn excerpt(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
 
-    async fn captured(bytes: &[u8]) -> (Capture, Vec<u8>) {
-        let capture = Capture::default();
+    async fn captured(bytes: &[u8]) -> (BoundedLog, Vec<u8>) {
+        let bounded_log = BoundedLog::default();
         let file = tempfile::NamedTempFile::new().unwrap();
-        capture.clone().read(bytes, Some(file.reopen().unwrap())).await.unwrap();
-        (capture, std::fs::read(file.path()).unwrap())
+        bounded_log.clone().read(bytes, Some(file.reopen().unwrap())).await.unwrap();
+        (bounded_log, std::fs::read(file.path()).unwrap())
     }
 
     #[tokio::test]
@@ -140,9 +140,9 @@ mod tests {
 
     #[tokio::test]
     async fn little_is_kept_whole() {
-        let (capture, log) = captured(b"one\r\n\x1b[31mtwo\n\n").await;
+        let (bounded_log, log) = captured(b"one\r\n\x1b[31mtwo\n\n").await;
         assert_eq!(log, b"one\r\n\x1b[31mtwo\n\n");
-        assert_eq!(capture.excerpt(), "one\n[31mtwo");
+        assert_eq!(bounded_log.excerpt(), "one\n[31mtwo");
     }
 
     #[test]
