@@ -1,7 +1,7 @@
 //! How the guest's instructions are run: by KVM where it really works, else by QEMU's own translation (TCG).
 //!
-//! That /dev/kvm exists says little, and what the CPU claims less: inside another VM it may emulate a part of the
-//! instructions, slowly, and fail on the rest. So it is tried, once per boot of the host.
+//! That /dev/kvm exists proves little, and the CPU's flags prove less: inside another VM, KVM may emulate
+//! some instructions slowly and fail on the rest. So KVM is tried, once per boot of the host.
 
 mod cache;
 mod probe;
@@ -29,13 +29,13 @@ const DEVICE: &str = "/dev/kvm";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Accelerator {
     Kvm,
-    /// QEMU's translator; the guest must be told how fast the host's time stamp counter runs.
+    /// QEMU's translator. The guest needs to know how fast the host's time stamp counter runs.
     Tcg {
         tsc_khz: u32,
     },
 }
 
-/// What was found out about this host. Its text is one sentence for people.
+/// What was found out about this host. It is displayed as one sentence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AccelVerdict {
     pub kvm: KvmState,
@@ -49,7 +49,7 @@ pub enum KvmState {
     Works,
     /// There is no /dev/kvm.
     Absent,
-    /// It cannot be opened, or only by root while QEMU runs as nobody.
+    /// It cannot be opened, or only by root, and QEMU runs as an unprivileged user.
     Closed {
         reason: String,
     },
@@ -59,7 +59,7 @@ pub enum KvmState {
     },
 }
 
-/// Why the host could not be judged, or cannot do what was asked.
+/// Why the accelerator could not be determined, or is not the configured one.
 #[derive(Debug, thiserror::Error)]
 pub enum AccelError {
     #[error("vm.accel is kvm, but {0}")]
@@ -79,11 +79,11 @@ impl Kind for AccelError {
     }
 }
 
-/// Judges this host. What takes time is done once per boot and remembered in `run_dir` (made if it is missing). Blocks, for
-/// up to 200 ms the first time.
+/// Determines which accelerator this host has. Slow measurements are made once per boot and stored in
+/// `run_dir` (made if it is missing). Blocks, for up to 200 ms the first time.
 ///
 /// # Errors
-/// The memory in `run_dir` cannot be read or written, or the host's clock does not run.
+/// The results in `run_dir` cannot be read or written, or the host's clock does not run.
 pub fn verdict(run_dir: &Path) -> Result<AccelVerdict, AccelError> {
     let device = open();
     let mut facts = cache::load(run_dir)?.unwrap_or_default();
@@ -117,10 +117,10 @@ pub fn verdict(run_dir: &Path) -> Result<AccelVerdict, AccelError> {
 }
 
 impl AccelVerdict {
-    /// What to use for what the configuration asks.
+    /// The accelerator for the configured value.
     ///
     /// # Errors
-    /// KVM is asked for and does not work.
+    /// KVM is configured and does not work.
     pub fn choose(&self, wanted: config::Accel) -> Result<Accelerator, AccelError> {
         let tcg = Accelerator::Tcg { tsc_khz: self.tsc_khz };
         match (wanted, &self.kvm) {
@@ -170,14 +170,14 @@ fn open() -> Result<Result<(), String>, KvmState> {
     }
 }
 
-/// QEMU runs as a user of no rights but the device's group.
+/// Whether QEMU can open the device. It runs as a user whose only privilege is the device's group.
 fn accessible(mode: u32, gid: u32) -> Result<(), String> {
     let reason = if mode & 0o006 == 0o006 {
         return Ok(());
     } else if mode & 0o060 != 0o060 {
-        "only its owner may open it, and QEMU runs as nobody; try `chgrp kvm` and `chmod 660`"
+        "only its owner may open it, and QEMU runs as an unprivileged user; try `chgrp kvm` and `chmod 660`"
     } else if gid == 0 {
-        "its group is root's, which QEMU is not given; try `chgrp kvm`"
+        "its group is root, which QEMU does not get; try `chgrp kvm`"
     } else {
         return Ok(());
     };
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn this_host_is_judged_once() {
+    fn this_host_is_measured_once() {
         let dir = tempfile::tempdir().unwrap();
         let run_dir = dir.path().join("run");
         let first = verdict(&run_dir).unwrap();

@@ -1,8 +1,8 @@
 //! One vCPU, a few instructions: does KVM run them, and at the speed of a CPU?
 //!
-//! The first part is what emulators of the whole instruction set have been seen to lack, an SSE and a 16-byte locked
-//! instruction; the second is a loop that takes a CPU about a millisecond and an emulator minutes. Anything but HLT in
-//! time after each part is a fault.
+//! The first part is what emulators of the whole instruction set have been seen to lack, an SSE and a 16-byte
+//! locked instruction; the second is a loop that takes a CPU about a millisecond and an emulator minutes.
+//! Anything but HLT in time after each part is a fault.
 
 use std::{num::NonZeroUsize, thread, time::Duration};
 
@@ -19,7 +19,7 @@ use nix::{
 
 use crate::sys::kvm::{GuestMemory, interrupt_only_by, os_error};
 
-/// For both parts together, and for each of at most [`TRIES`] tries: a host that is busy elsewhere is not at fault.
+/// The deadline of both parts together, and the most attempts: a busy host must not make KVM look broken.
 const DEADLINE: Duration = Duration::from_millis(60);
 const TRIES: u32 = 3;
 
@@ -52,11 +52,12 @@ enum Fault {
 }
 
 /// # Errors
-/// What went wrong, for people.
+/// A sentence that describes what went wrong.
 pub(super) fn run() -> Result<(), String> {
     let mut tries = 1;
     loop {
-        // A thread for each: its signal mask, its timer and a signal that stayed pending end with it.
+        // Each attempt has its own thread: the thread's signal mask, its timer and a pending signal end with
+        // it.
         let attempt = thread::Builder::new().name("kvm-probe".into()).spawn(attempt);
         let attempt = attempt.map_err(|error| format!("no thread for the probe: {error}"))?;
         match attempt.join() {

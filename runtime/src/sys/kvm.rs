@@ -25,7 +25,7 @@ impl GuestMemory {
     }
 
     /// # Panics
-    /// The bytes do not fit: a mistake of the caller, which knows both.
+    /// The bytes do not fit, which is a mistake of the caller.
     pub(crate) fn write(&mut self, offset: usize, bytes: &[u8]) {
         let end = offset.checked_add(bytes.len());
         assert!(end.is_some_and(|end| end <= self.size.get()), "write beyond the guest's memory");
@@ -45,15 +45,16 @@ impl GuestMemory {
             userspace_addr: self.address.as_ptr() as u64,
             flags: 0,
         };
-        // SAFETY: the region is mapped, and nothing of this process but the guest uses it while the guest runs.
+        // SAFETY: the region is mapped, and nothing of this process but the guest uses it while the guest
+        // runs.
         unsafe { vm.set_user_memory_region(region) }.map_err(os_error)
     }
 }
 
 impl Drop for GuestMemory {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `new`, and nothing refers to it any more.
-        // Failure would mean that it is not mapped, which leaves nothing to do.
+        // SAFETY: the mapping was made by `new`, and nothing refers to it any more. Failure would mean that
+        // it is not mapped, which leaves nothing to do.
         unsafe { munmap(self.address, self.size.get()) }.ok();
     }
 }

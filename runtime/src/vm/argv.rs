@@ -1,7 +1,7 @@
 //! QEMU's command line: one pure function of the [`VmSpec`].
 //!
-//! QEMU is given no path: everything it needs is inherited under the numbers in [`fd`], so that it can run as a user
-//! who may open nothing.
+//! QEMU gets no paths. It inherits every file under the numbers in [`fd`], so it can run as a user that may
+//! not open any file.
 
 use machinen_protocol::{CHANNEL_ARG, SERIAL_PORT_NAME, TEMPLATE_ARG, WAKE_PORT_NAME};
 
@@ -16,29 +16,33 @@ pub(super) mod fd {
     pub(crate) const CONSOLE: i32 = 4;
     pub(crate) const KERNEL: i32 = 5;
     pub(crate) const IMAGE: i32 = 6;
-    /// Serial: a connected socket. vhost-user: a socket connected to the daemon. Kernel vsock: /dev/vhost-vsock.
+    /// Serial: a connected socket. vhost-user: a socket connected to the daemon. Kernel vsock:
+    /// /dev/vhost-vsock.
     pub(crate) const CHANNEL: i32 = 7;
     /// Template and clone: the file that is the guest's memory.
     pub(crate) const MEMORY: i32 = 8;
-    /// Template and clone: a connected socket on which the agent says that it waits, and is woken.
+    /// Template and clone: a connected socket on which the agent reports that it waits, and on which the host
+    /// wakes it.
     pub(crate) const WAKE: i32 = 9;
 }
 
-/// How the guest comes to life.
+/// How the guest starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Start {
-    /// It boots.
+    /// The guest boots.
     Boot,
-    /// It boots, up to an agent that waits to be woken, with its memory in a file that outlives QEMU.
+    /// The guest boots until its agent waits to be woken. Its memory is a file that outlives QEMU.
     Template,
-    /// It goes on from where a template waits. Its devices must be the template's, and be created in the same order.
+    /// The guest continues from the saved state of a template. Its devices must be the template's, created in
+    /// the same order.
     Clone,
 }
 
 /// `id` of the virtio-scsi controller that disks are added to; its bus is `<id>.0`.
 pub(super) const SCSI: &str = "scsi";
 
-/// The CID of a guest whose host side is not the host's kernel: every such VM has a daemon of its own.
+/// The vsock CID of a guest whose channel does not go through the host's kernel. Each such VM has its own
+/// daemon, so all can use the same CID.
 pub(super) const PRIVATE_CID: u32 = 3;
 
 /// QEMU's arguments. `guest_cid` matters to the vsock channels only.
@@ -47,7 +51,7 @@ pub(super) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
     args.option("-name", format!("machinen-{0},process=machinen-{0}", escape(&spec.id)));
     let memory = memory(spec, start);
     let backend = if memory.is_some() { ",memory-backend=ram" } else { "" };
-    // A saved state need not describe itself to people.
+    // suppress-vmdesc: only debugging tools need the description of the saved state.
     args.option("-machine", format!("microvm,acpi=on,isa-serial=off,suppress-vmdesc=on{backend}"));
     match spec.accel {
         Accelerator::Kvm => args.option("-accel", "kvm").option("-cpu", "host"),
@@ -75,10 +79,8 @@ pub(super) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
     args.option("-blockdev", disk("image", IMAGE_FDSET, true));
     args.option("-device", "virtio-blk-device,drive=image");
 
-    args.option(
-        "-device", // The console, the channel and the wake port; the guest sets up two queues for each possible port.
-        "virtio-serial-device,id=serial,max_ports=3",
-    );
+    // The console, the channel and the wake port. The guest sets up two queues for each possible port.
+    args.option("-device", "virtio-serial-device,id=serial,max_ports=3");
     args.option("-chardev", format!("socket,id=console,fd={}", fd::CONSOLE));
     args.option("-device", "virtconsole,bus=serial.0,chardev=console");
     if start != Start::Boot {
@@ -124,7 +126,7 @@ fn disk(node: &str, fdset: u64, read_only: bool) -> String {
     )
 }
 
-/// Type and sharing of the backend of the guest's memory, where QEMU's own default will not do.
+/// Type and sharing mode of the guest's memory backend, where QEMU's default does not fit.
 fn memory(spec: &VmSpec, start: Start) -> Option<String> {
     match (start, &spec.channel) {
         (Start::Template, _) => {
@@ -141,15 +143,17 @@ fn memory(spec: &VmSpec, start: Start) -> Option<String> {
 }
 
 fn kernel_command_line(spec: &VmSpec, start: Start) -> String {
-    // loglevel=1, not 0: a kernel that panics raises a level that is not zero, and then says why on the console.
-    // scan=manual: the agent has the kernel look at each disk's address, instead of at all 256 at boot.
+    // loglevel=1, not 0: a panicking kernel raises the level only if it is not zero, and then prints the
+    // reason on the console. scan=manual: the agent has the kernel scan the address of each attached disk,
+    // instead of all 256 at boot.
     let mut line = format!(
         "console=hvc0 quiet loglevel=1 root=/dev/vda ro rootfstype=erofs init=/sbin/machinen-agent \
          reboot=t panic=-1 rcupdate.rcu_expedited=1 random.trust_cpu=on scsi_mod.scan=manual {CHANNEL_ARG}={}",
         spec.channel.guest_name()
     );
     if let Accelerator::Tcg { tsc_khz } = spec.accel {
-        // Emulated timers are too slow to calibrate by, and emulation does not speculate.
+        // Emulated timers are too slow to calibrate delays with, and emulation does not execute
+        // speculatively.
         let lpj = u64::from(tsc_khz) * 1000 / u64::from(GUEST_HZ);
         line += &format!(" tsc_early_khz={tsc_khz} lpj={lpj} tsc=reliable no_timer_check mitigations=off");
     }
@@ -163,7 +167,7 @@ fn kernel_command_line(spec: &VmSpec, start: Start) -> String {
     line
 }
 
-/// CONFIG_HZ of the guest kernel, in which `lpj` (delay loops per jiffy) counts.
+/// CONFIG_HZ of the guest kernel, the unit of `lpj` (delay loops per jiffy).
 const GUEST_HZ: u32 = 250;
 
 /// A comma in an option's value is written twice.

@@ -1,7 +1,8 @@
 //! A bounded record of what an untrusted program prints, which is always read to its end.
 //!
-//! The guest's console and QEMU's stderr must neither block their writer nor fill the host's disk or memory: the first
-//! and the last [`KEPT`] bytes are kept, and how many are missing between them is said.
+//! The guest's console and QEMU's stderr must neither block their writer nor fill the host's disk or memory.
+//! So only the first and the last [`KEPT`] bytes are kept, with the number of bytes that were left out
+//! between them.
 
 use std::{
     collections::VecDeque,
@@ -12,18 +13,19 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
-/// Bytes kept of the beginning, and again of the end.
+/// Bytes that are kept of the beginning, and as many of the end.
 const KEPT: usize = 64 << 10;
-/// Bytes that are searched for an excerpt, and lines and bytes that it has at most.
+/// Bytes at the end that are searched for an excerpt, and the largest number of lines and bytes of an
+/// excerpt.
 const SEARCHED: usize = 16 << 10;
 const EXCERPT_LINES: usize = 12;
 const EXCERPT_BYTES: usize = 2 << 10;
-/// What the guest kernel prints in the middle of the matter; the call trace after it is long.
+/// The guest kernel's panic message: its cause is printed before it, a long call trace after it.
 const PANIC: &str = "Kernel panic - not syncing";
-/// Lines of an excerpt that are after the panic.
+/// Lines after the panic message that an excerpt includes.
 const AFTER_PANIC: usize = 2;
 
-/// Shared by the task that reads and those that quote.
+/// The record, shared between the task that reads the output and those that quote it.
 #[derive(Debug, Clone, Default)]
 pub(super) struct BoundedLog(Arc<Mutex<KeptBytes>>);
 
@@ -35,10 +37,11 @@ struct KeptBytes {
 }
 
 impl BoundedLog {
-    /// Reads `source` to its end. What fits is written to `log` at once, and the rest when the source ends.
+    /// Reads `source` to its end. The first bytes are written to `log` at once, the kept last ones when the
+    /// source ends.
     ///
     /// # Errors
-    /// The log cannot be written; the source has been read to its end all the same.
+    /// The log cannot be written. The source has been read to its end nevertheless.
     pub(super) async fn read(
         self,
         mut source: impl AsyncRead + Unpin,
@@ -47,7 +50,7 @@ impl BoundedLog {
         let mut buffer = vec![0; 4096];
         let mut outcome = Ok(());
         loop {
-            // A source that fails has nothing more to say, just as one that ended.
+            // A source that fails is treated as one that has ended.
             let count = source.read(&mut buffer).await.unwrap_or(0);
             if count == 0 {
                 break;
@@ -63,7 +66,8 @@ impl BoundedLog {
         outcome
     }
 
-    /// The last lines, or those around a kernel panic, as text fit for an error message; empty if nothing was printed.
+    /// The last lines, or those around a kernel panic, as text fit for an error message; empty if nothing was
+    /// printed.
     pub(super) fn excerpt(&self) -> String {
         let kept = self.lock();
         let bytes: Vec<u8> = kept.head.iter().chain(&kept.tail).copied().collect();
@@ -76,7 +80,7 @@ impl BoundedLog {
 }
 
 impl KeptBytes {
-    /// Returns how many of the bytes went to the head.
+    /// Returns how many of the bytes are part of the head.
     fn push(&mut self, bytes: &[u8]) -> usize {
         let head = bytes.len().min(KEPT - self.head.len());
         self.head.extend_from_slice(&bytes[..head]);
@@ -87,7 +91,7 @@ impl KeptBytes {
         head
     }
 
-    /// What belongs after the head.
+    /// The bytes to log after the head.
     fn end(&mut self) -> Vec<u8> {
         let mut end = Vec::new();
         if self.dropped > 0 {
@@ -127,7 +131,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_flood_keeps_its_two_ends() {
+    async fn both_ends_of_a_long_output_are_kept() {
         let mut flood = vec![b'a'; KEPT];
         flood.extend(vec![b'x'; 1_000_000]);
         flood.extend(vec![b'b'; KEPT]);
@@ -139,7 +143,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn little_is_kept_whole() {
+    async fn a_short_output_is_kept_whole() {
         let (bounded_log, log) = captured(b"one\r\n\x1b[31mtwo\n\n").await;
         assert_eq!(log, b"one\r\n\x1b[31mtwo\n\n");
         assert_eq!(bounded_log.excerpt(), "one\n[31mtwo");

@@ -1,4 +1,4 @@
-//! Disks of a running VM: added to and taken from the virtio-scsi controller by QMP.
+//! Adds disks to the virtio-scsi controller of a running VM and removes them, by QMP.
 
 use std::{collections::BTreeMap, os::fd::OwnedFd, time::Duration};
 
@@ -15,15 +15,16 @@ use super::{
 /// Targets of one virtio-scsi controller; each disk is LUN 0 of a target of its own.
 const TARGETS: u32 = 256;
 
-/// QEMU drops a SCSI disk without asking the guest, so this is never reached by a healthy one.
+/// QEMU removes a SCSI disk without asking the guest, so a healthy QEMU never reaches this deadline.
 const DETACH_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Where the bytes of a disk are.
 #[derive(Debug)]
 pub enum DiskBacking {
-    /// In a raw image or block device; opened read-only exactly if the disk is.
+    /// A raw image or block device. It must be open for reading only if the disk is read-only, else for
+    /// reading and writing.
     File(OwnedFd),
-    /// With who has the other end of this connected stream socket, and offers an export of this name there by NBD.
+    /// An NBD export of this name, which is served at the other end of this connected stream socket.
     Nbd { socket: OwnedFd, export: &'static str },
 }
 
@@ -32,9 +33,10 @@ pub enum DiskBacking {
 pub struct DiskSpec {
     pub source: DiskBacking,
     pub read_only: bool,
-    /// Its content is of use only while the host runs: what the guest flushes need not reach the host's medium.
+    /// The content is not needed after a crash of the host, so what the guest flushes need not reach stable
+    /// storage.
     pub volatile: bool,
-    /// Names the disk inside the guest and in messages, at most 36 bytes reach the guest.
+    /// Names the disk inside the guest and in messages; the guest sees at most 36 bytes of it.
     pub serial: String,
 }
 
@@ -58,15 +60,15 @@ pub(super) struct AttachedDisks {
     events: broadcast::Receiver<QmpEvent>,
     /// By target.
     attached: BTreeMap<u32, AttachedDisk>,
-    /// Number of the last one; none is used twice.
+    /// Number of the last disk; no number is used twice.
     last: u64,
 }
 
-/// A disk that QEMU has.
+/// A disk that is attached to QEMU.
 #[derive(Debug, Clone, Copy)]
 struct AttachedDisk {
     number: u64,
-    /// QEMU keeps its descriptor until it is told to close it.
+    /// QEMU keeps the disk's descriptor until `remove-fd`.
     has_fdset: bool,
 }
 
@@ -82,7 +84,7 @@ impl AttachedDisks {
         if let DiskBacking::File(file) = &disk.source
             && opened_read_only(file) != Some(disk.read_only)
         {
-            return Err(refused("its file is not opened as the disk is to be used"));
+            return Err(refused("the access mode of its file is not that of the disk"));
         }
         let target = (0..TARGETS)
             .find(|target| !self.attached.contains_key(target))
@@ -102,7 +104,7 @@ impl AttachedDisks {
         }
     }
 
-    /// On failure also says how much has to be undone.
+    /// A failure includes what the caller has to undo.
     async fn plug(
         &self,
         number: u64,
@@ -116,7 +118,7 @@ impl AttachedDisks {
                 let fdset = fdset(number);
                 let handed = self.qmp.execute_with_fd("add-fd", json!({ "fdset-id": fdset }), file).await;
                 handed.map_err(|error| (PlugUndo::Nothing, error))?;
-                // Images are shared between VMs and locked by whoever manages them, not by QEMU.
+                // Images are shared between VMs. Their owners lock them, not QEMU.
                 let storage = json!({
                     "driver": "file", "filename": format!("/dev/fdset/{fdset}"), "read-only": read_only,
                     "auto-read-only": false, "locking": "off", "discard": "unmap",
@@ -124,7 +126,7 @@ impl AttachedDisks {
                 (PlugUndo::Fdset, storage)
             }
             DiskBacking::Nbd { socket, export } => {
-                // Gone from there as soon as it is used.
+                // QEMU forgets the name as soon as the descriptor is used.
                 let handed = self.qmp.execute_with_fd("getfd", json!({ "fdname": node }), socket).await;
                 handed.map_err(|error| (PlugUndo::Nothing, error))?;
                 let server = json!({ "type": "fd", "str": node });
@@ -139,7 +141,8 @@ impl AttachedDisks {
             "cache": { "no-flush": volatile }, "file": storage,
         });
         self.qmp.execute("blockdev-add", block).await.map_err(|error| (undo, error))?;
-        // report: a host without space is an error for the guest to see, instead of a VM that stands still.
+        // report: if the host has no space left, the guest gets an I/O error, instead of QEMU stopping the
+        // VM.
         let device = json!({
             "driver": "scsi-hd", "werror": "report", "rerror": "report", "id": node, "bus": format!("{SCSI}.0"), "drive": node,
             "channel": 0, "scsi-id": address.target, "lun": address.lun, "serial": serial, "rotation_rate": 1,
@@ -167,7 +170,7 @@ impl AttachedDisks {
             loop {
                 match events.recv().await {
                     Ok(event) if event == gone => return Ok(()),
-                    // QEMU itself refuses the next step if the event that was lost was not this one.
+                    // If another event was lost, QEMU refuses the next step.
                     Err(broadcast::error::RecvError::Lagged(_)) => return Ok(()),
                     Err(broadcast::error::RecvError::Closed) => return Err(QmpError::Closed),
                     Ok(_) => {}
@@ -198,7 +201,7 @@ impl AttachedDisks {
         };
         for (command, arguments) in steps {
             if let Err(error) = self.qmp.execute(command, arguments).await {
-                tracing::warn!("cannot take back a disk that was not attached: {error}");
+                tracing::warn!("cannot undo the failed attachment of a disk: {error}");
             }
         }
     }
@@ -210,7 +213,7 @@ enum PlugUndo {
     Fdset,
     FdsetAndBlock,
     Socket,
-    /// A socket is closed with it.
+    /// QEMU closes the socket when the block device is removed.
     Block,
 }
 
@@ -231,7 +234,7 @@ fn fdset(number: u64) -> u64 {
     IMAGE_FDSET + number
 }
 
-/// None when it is opened for writing alone.
+/// None if the file is open for writing only.
 fn opened_read_only(file: &OwnedFd) -> Option<bool> {
     let flags = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL).ok()?);
     match flags & OFlag::O_ACCMODE {
@@ -260,7 +263,8 @@ mod tests {
         DiskSpec { source: DiskBacking::Nbd { socket: socket.into(), export: "x" }, ..read_only("n") }
     }
 
-    /// Runs `work` against a QEMU that answers so, and returns the names of the commands it got.
+    /// Runs `work` against a QEMU that gives these answers, and returns the names of the commands that it
+    /// received.
     async fn with_qemu<F>(answers: &[&str], work: impl FnOnce(AttachedDisks) -> F) -> Vec<String>
     where
         F: Future<Output = ()>,
@@ -276,7 +280,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_disk_comes_and_goes_and_its_place_is_used_again() {
+    async fn the_target_of_a_detached_disk_is_used_again() {
         let gone = r#"{"event": "DEVICE_DELETED", "data": {"device": "disk-1"}}
 {"return": {}, "id": $ID}"#;
         let answers = [OK, OK, OK, OK, OK, OK, gone, OK, OK, OK, OK, OK];
@@ -336,7 +340,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_file_opened_otherwise_than_the_disk_never_reaches_qemu() {
+    async fn a_file_with_another_access_mode_never_reaches_qemu() {
         let commands = with_qemu(&[], |mut disks| async move {
             let wrong = DiskSpec { read_only: false, ..read_only("a") };
             assert!(matches!(disks.attach(wrong).await, Err(VmError::Disk { .. })));

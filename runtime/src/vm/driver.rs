@@ -1,4 +1,4 @@
-//! The one task that owns a VM: carries out requests, notes what QEMU says, ends it, and cleans up.
+//! The one task that owns a VM: it carries out requests, records QEMU's events, ends the VM and cleans up.
 
 use std::{
     future::Future,
@@ -31,10 +31,11 @@ use crate::{
     process::{Child, ProcessExit},
 };
 
-/// After QEMU has ended its sockets end too; this only guards against a descriptor that leaked.
+/// How long QEMU's sockets and pipes are read after it has ended. They end with QEMU, unless a descriptor
+/// leaked.
 const DRAIN: Duration = Duration::from_secs(2);
 
-/// What handles ask the driver for.
+/// A request of a handle to the driver.
 #[derive(Debug)]
 pub(super) enum VmRequest {
     Attach(DiskSpec, oneshot::Sender<Result<DiskAddress, VmError>>),
@@ -49,22 +50,22 @@ pub(super) enum StopRequest {
     Now,
 }
 
-/// Everything that exists of a running VM.
+/// All resources of a running VM.
 #[derive(Debug)]
 pub(super) struct RunningVm {
     pub(super) qemu: Child,
     pub(super) channel: Arc<VmChannel>,
-    /// Kept open, because the guest would be told of its end.
+    /// Kept open, because the guest would notice its end.
     pub(super) wake: Option<UnixStream>,
     pub(super) console: QemuOutput,
     pub(super) stderr: QemuOutput,
     pub(super) dir: VmDir,
     pub(super) keep_console: bool,
-    /// Whoever has the other end sees when it is closed.
+    /// Open while this clone uses its template; the template's holder notices when it is closed.
     pub(super) in_use: Option<Arc<OwnedFd>>,
 }
 
-/// Something that QEMU prints, and the task that reads it.
+/// One of QEMU's outputs, and the task that reads it.
 #[derive(Debug)]
 pub(super) struct QemuOutput {
     pub(super) bounded_log: BoundedLog,
@@ -75,11 +76,11 @@ pub(super) struct QemuOutput {
 #[derive(Debug)]
 pub(super) struct VmDir {
     pub(super) path: PathBuf,
-    /// It was made for this VM.
+    /// The directory was made for this VM.
     pub(super) made: bool,
 }
 
-/// What the driver hears.
+/// The channels that the driver listens on.
 #[derive(Debug)]
 pub(super) struct Inputs {
     pub(super) events: broadcast::Receiver<QmpEvent>,
@@ -91,20 +92,20 @@ pub(super) struct Inputs {
 /// Runs until the VM has ended and nothing is left of it.
 pub(super) async fn drive(running: RunningVm, qmp: Qmp, inputs: Inputs) -> VmExit {
     let Inputs { mut events, requests, mut stop, agent } = inputs;
-    let mut seen = ExitEvidence::default();
+    let mut evidence = ExitEvidence::default();
     let mut work = pin!(serve(requests, AttachedDisks::new(qmp, events.resubscribe())));
     let (mut working, mut listening) = (true, true);
     let mut exited = pin!(running.qemu.exited());
     let mut ending: Option<Pin<Box<dyn Future<Output = ()> + Send>>> = None;
     let exit = loop {
-        let told = tokio::select! {
+        let request = tokio::select! {
             exit = &mut exited => break exit,
             event = events.recv(), if listening => {
                 listening = !matches!(event, Err(broadcast::error::RecvError::Closed));
-                note(&mut seen, event);
+                record(&mut evidence, event);
                 continue;
             }
-            told = stop.changed() => match told {
+            request = stop.changed() => match request {
                 Ok(()) => *stop.borrow_and_update(),
                 Err(_) => StopRequest::Now,
             },
@@ -115,8 +116,8 @@ pub(super) async fn drive(running: RunningVm, qmp: Qmp, inputs: Inputs) -> VmExi
             }
             () = async { ending.as_mut().expect("checked").await }, if ending.is_some() => StopRequest::Now,
         };
-        seen.requested = true;
-        match told {
+        evidence.requested = true;
+        match request {
             StopRequest::No => {}
             StopRequest::Within(grace) => ending = Some(Box::pin(power_off(agent.borrow().clone(), grace))),
             StopRequest::Now => {
@@ -128,36 +129,39 @@ pub(super) async fn drive(running: RunningVm, qmp: Qmp, inputs: Inputs) -> VmExi
         }
     };
     if listening {
-        note_all(&mut seen, &mut events).await;
+        record_last_events(&mut evidence, &mut events).await;
     }
-    running.finish(&seen, exit).await
+    running.finish(&evidence, exit).await
 }
 
-/// Takes note of what QEMU said last, which may not have been read yet when it has ended.
-pub(super) async fn note_all(seen: &mut ExitEvidence, events: &mut broadcast::Receiver<QmpEvent>) {
+/// Records QEMU's last events, which may not have been read yet when QEMU has ended.
+pub(super) async fn record_last_events(
+    evidence: &mut ExitEvidence,
+    events: &mut broadcast::Receiver<QmpEvent>,
+) {
     let drained = async {
         loop {
             let event = events.recv().await;
             if matches!(event, Err(broadcast::error::RecvError::Closed)) {
                 return;
             }
-            note(seen, event);
+            record(evidence, event);
         }
     };
-    // Its end of the monitor is closed by now.
+    // QEMU's end of the monitor is closed by now.
     if tokio::time::timeout(DRAIN, drained).await.is_err() {
         tracing::warn!("QEMU has ended but its monitor has not");
     }
 }
 
 impl RunningVm {
-    /// Cleans up after QEMU has ended, and says why it did.
-    pub(super) async fn finish(self, seen: &ExitEvidence, exit: ProcessExit) -> VmExit {
+    /// Cleans up after QEMU has ended, and returns why the VM ended.
+    pub(super) async fn finish(self, evidence: &ExitEvidence, exit: ProcessExit) -> VmExit {
         let Self { qemu, channel, wake, console, stderr, dir, keep_console, in_use } = self;
         drop((qemu, wake, in_use));
         let console = console.end("console").await;
         let stderr = stderr.end("stderr").await;
-        let reason = classify(seen, exit, console.excerpt(), stderr.excerpt());
+        let reason = classify(evidence, exit, console.excerpt(), stderr.excerpt());
         if let Err(error) = channel.close().await {
             tracing::warn!("{}", crate::error::chain(&error));
         }
@@ -180,14 +184,14 @@ impl QemuOutput {
 impl VmDir {
     pub(super) fn clean(&self, keep_console: bool) {
         let log = self.path.join(CONSOLE_LOG);
-        // A log that says nothing helps nobody.
+        // An empty log is of no use.
         let empty = log.metadata().is_ok_and(|meta| meta.len() == 0);
         if (empty || !keep_console)
             && let Err(error) = std::fs::remove_file(&log)
         {
             tracing::warn!(path = %log.display(), "cannot remove a console log: {error}");
         }
-        // It stays if something is in it: the console log, or what the caller has put there.
+        // A directory that is not empty stays: it holds the console log, or files of the caller.
         if self.made
             && let Err(error) = std::fs::remove_dir(&self.path)
         {
@@ -196,10 +200,10 @@ impl VmDir {
     }
 }
 
-fn note(seen: &mut ExitEvidence, event: Result<QmpEvent, broadcast::error::RecvError>) {
+fn record(evidence: &mut ExitEvidence, event: Result<QmpEvent, broadcast::error::RecvError>) {
     match event {
-        Ok(QmpEvent::Shutdown { reason, .. }) => seen.shutdown = Some(reason),
-        Ok(QmpEvent::GuestPanicked) => seen.panicked = true,
+        Ok(QmpEvent::Shutdown { reason, .. }) => evidence.shutdown = Some(reason),
+        Ok(QmpEvent::GuestPanicked) => evidence.panicked = true,
         Ok(_) => {}
         Err(error) => tracing::debug!("QEMU's events: {error}"),
     }
@@ -208,7 +212,7 @@ fn note(seen: &mut ExitEvidence, event: Result<QmpEvent, broadcast::error::RecvE
 /// Ends when the last handle is gone.
 async fn serve(mut requests: mpsc::Receiver<VmRequest>, mut disks: AttachedDisks) {
     while let Some(request) = requests.recv().await {
-        // A caller that went away meanwhile does not want to know.
+        // The caller may have stopped waiting for the answer.
         match request {
             VmRequest::Attach(disk, answer) => drop(answer.send(disks.attach(disk).await)),
             VmRequest::Detach(address, answer) => drop(answer.send(disks.detach(address).await)),
@@ -216,14 +220,15 @@ async fn serve(mut requests: mpsc::Receiver<VmRequest>, mut disks: AttachedDisks
     }
 }
 
-/// Asks the guest to end; ends itself when waiting longer is of no use.
+/// Asks the guest to shut down, and returns when waiting longer is of no use.
 async fn power_off(agent: Option<Result<agent::Client, Arc<BootError>>>, grace: Duration) {
     let Some(Ok(agent)) = agent else { return };
     let asked = async {
         match agent.shutdown().await {
-            // The disks are unmounted and synced: what the guest's kernel does after that is only slower than a kill.
+            // The disks are unmounted and synced. Waiting for the guest's kernel to power off would only be
+            // slower than a kill.
             Ok(()) => {}
-            // The answer was lost to the end of the VM.
+            // The VM ended before the answer arrived.
             Err(agent::AgentError::Closed) => std::future::pending().await,
             Err(error) => tracing::warn!("{}", crate::error::chain(&error)),
         }

@@ -1,4 +1,4 @@
-//! Starting QEMU: everything it inherits is made here, and taken back if it does not answer.
+//! Starts QEMU: makes everything that QEMU inherits, and removes it again if QEMU does not answer.
 
 use std::{
     fs::{DirBuilder, File},
@@ -37,7 +37,7 @@ use crate::{
     process::{ProcessError, Sandbox, Spawn, Stdio},
 };
 
-/// What the guest printed on its console, in the VM's directory.
+/// The file in the VM's directory that has the guest's console output.
 pub(super) const CONSOLE_LOG: &str = "console.log";
 
 /// Why QEMU could not be started.
@@ -55,7 +55,7 @@ pub enum LaunchError {
     Qemu(#[source] ProcessError),
     #[error("QEMU did not start: {exit} (machinen needs QEMU {oldest} or newer)", oldest = super::qmp::OLDEST)]
     Exited { exit: VmExit },
-    #[error("QEMU does not work")]
+    #[error("QEMU's monitor does not work")]
     Monitor(#[source] QmpError),
 }
 
@@ -74,7 +74,7 @@ impl Kind for LaunchError {
 #[derive(Debug)]
 pub(super) enum LaunchOrigin<'a> {
     Boot,
-    /// As [`LaunchOrigin::Boot`], with this memory, up to an agent that waits.
+    /// A boot with this memory, until the agent waits.
     Template {
         memory: OwnedFd,
     },
@@ -91,7 +91,7 @@ impl LaunchOrigin<'_> {
     }
 }
 
-/// A QEMU that answers and has no driver yet: it is to be handed over or ended.
+/// A QEMU that answers and has no driver yet. It must be handed over to one, or ended.
 #[derive(Debug)]
 pub(super) struct Launched {
     pub(super) qmp: Qmp,
@@ -103,13 +103,13 @@ pub(super) async fn launch(spec: VmSpec, dir: &Path) -> Result<Vm, LaunchError> 
     Ok(begin(&spec, dir, LaunchOrigin::Boot).await?.hand_over(spec))
 }
 
-/// As [`launch`], from the state of another VM.
+/// As [`launch`], but from the snapshot of another VM.
 pub(super) async fn clone(spec: VmSpec, dir: &Path, snapshot: &VmSnapshot) -> Result<Vm, VmSnapshotError> {
     snapshot.check()?;
     let mut launched = begin(&spec, dir, LaunchOrigin::Clone(snapshot)).await?;
     match snapshot::restore(&mut launched, snapshot).await {
         Ok(()) => Ok(launched.hand_over(spec)),
-        Err(error) => Err(error.explained(&launched.end().await)),
+        Err(error) => Err(error.with_exit(&launched.end().await)),
     }
 }
 
@@ -163,7 +163,7 @@ impl Launched {
         self.running.wake.as_mut().expect("asked of a template or a clone")
     }
 
-    /// From here on its driver owns it.
+    /// Starts the driver task, which owns QEMU from now on.
     fn hand_over(self, spec: VmSpec) -> Vm {
         let Self { qmp, events, running } = self;
         let (requests, request_queue) = mpsc::channel(16);
@@ -191,17 +191,17 @@ impl Launched {
         Vm { pid, channel, requests, stop: Arc::new(stop), agent, exit }
     }
 
-    /// Ends it, if it has not ended by itself; nothing is left of it when this returns.
+    /// Ends QEMU, unless it has ended already. Nothing is left of it when this returns.
     pub(super) async fn end(self) -> VmExit {
         let Self { qmp, mut events, running } = self;
-        // QEMU has ended if it closed its monitor: then its own reason is the one to report.
+        // A QEMU that has closed its monitor has ended, and its own reason is the one to report.
         let requested = qmp.execute("quit", serde_json::json!({})).await.is_ok();
         drop(qmp);
-        let mut seen = ExitEvidence { requested, ..ExitEvidence::default() };
+        let mut evidence = ExitEvidence { requested, ..ExitEvidence::default() };
         match running.qemu.terminate(EXITING).await {
             Ok(exit) => {
-                driver::note_all(&mut seen, &mut events).await;
-                running.finish(&seen, exit).await
+                driver::record_last_events(&mut evidence, &mut events).await;
+                running.finish(&evidence, exit).await
             }
             Err(error) => {
                 tracing::error!("cannot end a VM: {}", crate::error::chain(&error));
@@ -211,7 +211,7 @@ impl Launched {
     }
 }
 
-/// QEMU that never answered: its own last words say more than its closed monitor.
+/// The error of a QEMU that never answered. Its stderr explains more than its closed monitor does.
 async fn failed(running: RunningVm, error: QmpError) -> LaunchError {
     let closed = matches!(error, QmpError::Closed | QmpError::Io(_));
     let ended = if closed { running.qemu.terminate(EXITING).await } else { running.qemu.kill().await };
@@ -223,7 +223,7 @@ async fn failed(running: RunningVm, error: QmpError) -> LaunchError {
     if closed { LaunchError::Exited { exit: reason } } else { LaunchError::Monitor(error) }
 }
 
-/// A QEMU that has closed its monitor is about to end by itself.
+/// How long a QEMU that has closed its monitor may take to exit.
 const EXITING: std::time::Duration = std::time::Duration::from_secs(5);
 
 struct StartedQemu {
@@ -275,7 +275,7 @@ fn start(
         LaunchOrigin::Boot => None,
         LaunchOrigin::Template { memory } => Some(memory),
         LaunchOrigin::Clone(snapshot) => {
-            sandbox.whole_file = Some(snapshot.memory_fd);
+            sandbox.ignore_hole_punching = Some(snapshot.memory_fd);
             Some(snapshot.memory.as_fd().try_clone_to_owned().map_err(failed("duplicate a descriptor"))?)
         }
     };

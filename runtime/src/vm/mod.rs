@@ -4,9 +4,10 @@
 //!   Vm (handle) ──requests──> driver task ──QMP──> QEMU <──channel── guest agent
 //!        └──────────────── streams, agent calls ──────────────────────┘
 //! ```
-//! [`Vm::launch`] returns when QEMU answers, while the guest still boots, so that disks can be attached meanwhile;
-//! [`Vm::agent`] resolves when the guest is ready. The driver task alone changes the VM and ends it; when the last handle
-//! is dropped it kills the VM. Whoever waits on [`Vm::exited`] may rely on nothing being left of it.
+//! [`Vm::launch`] returns when QEMU answers, while the guest still boots, so that disks can be attached
+//! meanwhile; [`Vm::agent`] resolves when the guest is ready. The driver task alone changes the VM and ends
+//! it; when the last handle is dropped it kills the VM. Nothing is left of the VM when [`Vm::exited`]
+//! resolves.
 
 mod argv;
 mod asset;
@@ -94,23 +95,25 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Starts QEMU and returns when it answers; the guest boots meanwhile. Must be called inside a tokio runtime, on a
-    /// thread that lives as long as the VM shall (see [`crate::process::Spawn`]).
+    /// Starts QEMU and returns when it answers; the guest boots meanwhile. Must be called inside a tokio
+    /// runtime, on a thread that lives as long as the VM shall (see [`crate::process::Spawn`]).
     ///
-    /// `dir` is the VM's own directory, made if it is missing. It holds `console.log` and sockets while the VM runs.
+    /// `dir` is the VM's own directory, made if it is missing. It holds `console.log` and sockets while the
+    /// VM runs.
     ///
     /// # Errors
-    /// A file is missing or not readable, QEMU is missing, too old or says no, the channel cannot be made: nothing is
-    /// left then but perhaps `console.log`.
+    /// A file is missing or not readable, QEMU is missing, too old or refuses its arguments, or the channel
+    /// cannot be made. Then nothing is left, except perhaps `console.log`.
     pub async fn launch(spec: VmSpec, dir: &Path) -> Result<Self, VmError> {
         Ok(launch::launch(spec, dir).await?)
     }
 
-    /// As [`Vm::launch`], but the guest goes on from where `snapshot` waits instead of booting. `spec` must be what it was
-    /// made with, but for `id`, `hostname`, `identity` and the console.
+    /// As [`Vm::launch`], but the guest continues from `snapshot` instead of booting. `spec` must be the one
+    /// of the snapshot, except for `id`, `hostname`, `identity` and `keep_console`.
     ///
     /// # Errors
-    /// QEMU does not start, or does not take the state: nothing is left then, and the same VM can be launched.
+    /// QEMU does not start, or does not load the snapshot. Then nothing is left, and the same VM can be
+    /// launched.
     pub async fn restore(spec: VmSpec, dir: &Path, snapshot: &VmSnapshot) -> Result<Self, VmSnapshotError> {
         launch::clone(spec, dir, snapshot).await
     }
@@ -120,11 +123,12 @@ impl Vm {
         self.pid
     }
 
-    /// The guest agent, as soon as it has answered and been configured. Any number of callers, at any time.
+    /// The guest agent, as soon as it has answered and been configured. Any number of callers may wait, at
+    /// any time.
     ///
     /// # Errors
-    /// The boot deadline has passed, the VM has ended, or the agent is of another version: with the last console lines.
-    /// The VM is not ended by this error.
+    /// The boot deadline has passed, the VM has ended, or the agent has another version; with the last
+    /// console lines. This error does not end the VM.
     pub async fn agent(&self) -> Result<agent::Client, VmError> {
         let mut agent = self.agent.clone();
         let state = agent.wait_for(Option::is_some).await.ok().and_then(|state| state.clone());
@@ -135,10 +139,10 @@ impl Vm {
         }
     }
 
-    /// Gives a clone that was made ahead of time the identity of the pod that it is for, and the time.
+    /// Gives a clone that was made before its pod was known the pod's hostname, a new identity and the time.
     ///
     /// # Errors
-    /// As [`Vm::agent`], or the agent does not take it. The VM is not ended by this error.
+    /// As [`Vm::agent`], or the agent refuses the configuration. This error does not end the VM.
     pub(crate) async fn configure_guest(&self, hostname: &str) -> Result<(), VmError> {
         let agent = self.agent().await?;
         boot::configure_guest(&agent, hostname, String::new)
@@ -146,7 +150,7 @@ impl Vm {
             .map_err(|error| VmError::Boot(error.into()))
     }
 
-    /// Attaches a disk to the virtio-scsi controller; legal from the moment [`Vm::launch`] has returned.
+    /// Attaches a disk to the virtio-scsi controller. This is legal as soon as [`Vm::launch`] has returned.
     ///
     /// # Errors
     /// QEMU refuses, the descriptor does not fit `read_only`, all 256 targets are taken, or the VM has ended.
@@ -154,7 +158,7 @@ impl Vm {
         self.request(|answer| VmRequest::Attach(disk, answer)).await
     }
 
-    /// Takes a disk away; the guest must have unmounted it.
+    /// Detaches a disk, which the guest must have unmounted.
     ///
     /// # Errors
     /// There is no such disk, QEMU refuses, or the VM has ended.
@@ -162,8 +166,8 @@ impl Vm {
         self.request(|answer| VmRequest::Detach(address, answer)).await
     }
 
-    /// A raw stream into the guest, and the token that names it in calls to the agent. Legal when [`Vm::agent`] has
-    /// resolved.
+    /// Opens a raw stream into the guest. The token names the stream in calls to the agent. This is legal as
+    /// soon as [`Vm::agent`] has resolved.
     ///
     /// # Errors
     /// The agent refuses, does not answer in time, or is gone.
@@ -171,20 +175,22 @@ impl Vm {
         self.channel.open_stream().await.map_err(VmError::Stream)
     }
 
-    /// Resolves when the VM has ended and nothing is left of it. Any number of callers, at any time.
+    /// Resolves when the VM has ended and nothing is left of it. Any number of callers may wait, at any time.
     pub fn exited(&self) -> impl Future<Output = VmExit> + Send + 'static {
         let mut exit = self.exit.clone();
         async move {
             let exited = exit.wait_for(Option::is_some).await.ok().and_then(|exit| exit.clone());
             match exited {
                 Some(exit) => exit,
-                // The driver goes without a word only when the runtime shuts down, and this future with it.
+                // The driver ends without an exit only when the runtime shuts down, which drops this future
+                // too.
                 None => std::future::pending().await,
             }
         }
     }
 
-    /// Asks the agent to sync and power off, kills the VM after `grace`, and returns when nothing is left of it.
+    /// Asks the agent to sync and power off, kills the VM after `grace`, and returns when nothing is left of
+    /// it.
     ///
     /// A VM whose agent has not answered yet has nothing to sync and is killed at once.
     pub async fn shutdown(&self, grace: Duration) -> VmExit {

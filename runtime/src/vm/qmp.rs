@@ -1,4 +1,5 @@
-//! A small client of QEMU's monitor protocol (QMP): commands, events, and descriptors handed over.
+//! A small client of QEMU's monitor protocol (QMP): commands, events, and descriptors that are passed to
+//! QEMU.
 
 use std::{
     collections::HashMap,
@@ -17,12 +18,12 @@ use tokio::{
 
 use crate::sys;
 
-/// The oldest QEMU whose microvm has what machinen uses.
+/// The oldest QEMU whose microvm machine has all that machinen uses.
 pub(super) const OLDEST: QemuVersion = QemuVersion { major: 7, minor: 2, micro: 0 };
 
 /// Longest line that is accepted, bytes; the greeting and all answers used here are far below.
 const MAX_LINE: u64 = 1 << 20;
-/// QEMU's main loop answers in milliseconds; when it does not for this long it never will.
+/// QEMU's main loop answers in milliseconds; one that does not answer within this time is taken to hang.
 const DEADLINE: Duration = Duration::from_secs(20);
 
 /// Why a command was not carried out.
@@ -32,7 +33,7 @@ pub enum QmpError {
     Closed,
     #[error("cannot talk to QEMU's monitor")]
     Io(#[source] io::Error),
-    #[error("QEMU's monitor said what is not QMP: {0}")]
+    #[error("QEMU's monitor sent what is not QMP: {0}")]
     Malformed(String),
     #[error("QEMU {0} is too old, {OLDEST} or newer is needed; install the Debian package qemu-system-x86")]
     TooOld(QemuVersion),
@@ -56,7 +57,7 @@ impl std::fmt::Display for QemuVersion {
     }
 }
 
-/// What QEMU tells unasked, as far as it matters here (QEMU's QMP reference, "Events").
+/// The events of QEMU that are used here (QEMU's QMP reference, "Events").
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum QmpEvent {
     /// The machine is off; `reason` is a `ShutdownCause`, such as `guest-shutdown` or `guest-reset`.
@@ -69,7 +70,7 @@ pub enum QmpEvent {
     Stop,
     /// The device with this id is gone.
     DeviceDeleted(String),
-    /// A VM's state has been written or read, or not.
+    /// QEMU has finished writing or reading a VM's state, successfully or not.
     MigrationEnded {
         completed: bool,
     },
@@ -120,10 +121,11 @@ struct QmpRefusal {
 }
 
 impl Qmp {
-    /// Greets QEMU and makes it ready for commands. Events come until QEMU closes its monitor. Must be called inside a tokio runtime.
+    /// Connects to QEMU and enables commands. Events arrive until QEMU closes its monitor. Must be called
+    /// inside a tokio runtime.
     ///
     /// # Errors
-    /// QEMU is too old, ends first, or does not greet in time.
+    /// QEMU is too old, ends, or does not send its greeting in time.
     pub async fn connect(
         socket: std::os::unix::net::UnixStream,
     ) -> Result<(Self, broadcast::Receiver<QmpEvent>), QmpError> {
@@ -135,7 +137,7 @@ impl Qmp {
             .map_err(|_| QmpError::Deadline { command: "the greeting" })??;
         let version = match greeting.greeting {
             Some(greeting) => greeting.version.qemu,
-            None => return Err(QmpError::Malformed("a first message that is no greeting".into())),
+            None => return Err(QmpError::Malformed("a first message that is not a greeting".into())),
         };
         if version < OLDEST {
             return Err(QmpError::TooOld(version));
@@ -195,7 +197,8 @@ impl Qmp {
 /// Commands that have been sent and not answered, by id.
 type PendingCommands = HashMap<u64, (&'static str, oneshot::Sender<Result<Value, QmpError>>)>;
 
-/// Owns the socket until QEMU closes it or every handle is gone; commands without an answer then fail as closed.
+/// Owns the socket until QEMU closes it or every handle is gone; commands without an answer then fail as
+/// closed.
 async fn serve<R: AsyncRead + Unpin>(
     mut lines: Lines<R>,
     writer: OwnedWriteHalf,
@@ -204,7 +207,7 @@ async fn serve<R: AsyncRead + Unpin>(
 ) {
     let mut waiting = PendingCommands::new();
     for id in 0_u64.. {
-        // One turn a command; messages are handled in between.
+        // Each turn of the outer loop sends one command; messages are delivered in between.
         let command = loop {
             tokio::select! {
                 command = commands.recv() => break command,
@@ -225,7 +228,7 @@ async fn serve<R: AsyncRead + Unpin>(
                 waiting.insert(id, (name, answer));
             }
             Err(error) => {
-                // The caller that went away meanwhile has no use for the error.
+                // The caller may have stopped waiting for the answer.
                 answer.send(Err(QmpError::Io(error))).ok();
             }
         }
@@ -235,7 +238,7 @@ async fn serve<R: AsyncRead + Unpin>(
 fn deliver(message: QmpMessage, waiting: &mut PendingCommands, events: &broadcast::Sender<QmpEvent>) {
     if let Some(name) = message.event {
         if let Some(event) = event(&name, &message.data) {
-            // Nobody listening is no error.
+            // An event without a receiver is not an error.
             events.send(event).ok();
         }
         return;
@@ -292,7 +295,7 @@ async fn write_all(writer: &OwnedWriteHalf, bytes: &[u8], mut fd: Option<OwnedFd
 
 struct Lines<R> {
     reader: BufReader<R>,
-    /// Survives a cancelled [`Lines::next`].
+    /// The part of a line that was read so far, which a cancelled [`Lines::next`] leaves here.
     line: Vec<u8>,
 }
 

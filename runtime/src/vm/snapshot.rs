@@ -2,13 +2,14 @@
 //!
 //! ```text
 //!   save:     boot with the memory in a memfd -> "waiting" -> stop -> device state by a pipe -> quit -> seal
-//!   restore:  -incoming defer, the memory copy on write -> device state by a pipe -> "go on" -> cont
+//!   restore:  -incoming defer, the memory copy on write -> device state by a pipe -> wake -> cont
 //! ```
-//! The memory is a memfd and not a file of a file system because only a memfd can be sealed: QEMU insists on opening
-//! it for writing (before 8.2 it cannot do otherwise), and runs as a user whom a guest may have taken over.
+//! The memory is a memfd, because only a memfd can be sealed: QEMU opens the memory for writing (before 8.2
+//! it cannot do otherwise), and runs as a user that a guest may have taken over.
 //!
-//! QEMU gives memory back by punching holes, in a file even if it is mapped privately. For a clone that must do
-//! nothing: what returns the memory is the madvise(2) after it, by which the clone's own copy goes.
+//! QEMU gives memory back to the host by punching holes into the memory's file, even if it maps the file
+//! privately. For a clone that must have no effect on the file. The madvise(2) that follows frees the clone's
+//! own copy.
 
 use std::{
     fs::File,
@@ -45,26 +46,26 @@ use crate::{
 /// The state of microvm's devices is some 60 KiB; the rest is for more disks and CPUs.
 const MAX_DEVICES: u64 = 16 << 20;
 
-/// QEMU reads or writes this little in milliseconds.
+/// QEMU reads or writes the device state in milliseconds.
 const DEADLINE: Duration = Duration::from_secs(20);
 
-/// A VM that waits to be woken, as often as one likes.
+/// The state of a VM that waits to be woken. It can be restored any number of times.
 pub struct VmSnapshot {
     /// A sealed memfd of the VM's memory size.
     pub memory: OwnedFd,
     /// QEMU's migration stream without the memory.
     pub devices: Vec<u8>,
-    /// The number by which QEMU knows the memory.
+    /// The number under which QEMU has opened the memory.
     pub memory_fd: i32,
-    /// A stream is only for the version that wrote it.
+    /// The version of QEMU that wrote the stream; no other version can read it.
     pub qemu: QemuVersion,
-    /// Each clone keeps it open as long as it lives.
+    /// Each clone keeps this descriptor open until it ends.
     pub in_use: Option<Arc<OwnedFd>>,
 }
 
 impl std::fmt::Debug for VmSnapshot {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Saved")
+        f.debug_struct("VmSnapshot")
             .field("memory", &self.memory)
             .field("qemu", &self.qemu)
             .finish_non_exhaustive()
@@ -78,21 +79,21 @@ pub enum VmSnapshotError {
     Launch(#[from] LaunchError),
     #[error("cannot {action} for the memory of a template")]
     Memory { action: &'static str, source: io::Error },
-    #[error("the guest did not come to wait{ended}")]
+    #[error("the guest agent did not reach the point where it waits{ended}")]
     Waiting { ended: String, source: WakeError },
-    #[error("the guest did not come to wait within {0:?}")]
+    #[error("the guest agent did not reach the point where it waits within {0:?}")]
     WaitingDeadline(Duration),
     #[error("QEMU cannot {action} the state of a VM")]
     Qmp { action: &'static str, source: QmpError },
-    #[error("cannot pass on the state of a VM")]
+    #[error("cannot transfer the state of a VM")]
     Stream(#[source] io::Error),
     #[error("QEMU did not {action} the state of a VM{ended}")]
     Failed { action: &'static str, ended: String },
-    #[error("the state is of QEMU {snapshot}, this is {running}")]
+    #[error("the state was saved by QEMU {snapshot}, and QEMU {running} cannot read it")]
     Version { snapshot: QemuVersion, running: QemuVersion },
     #[error("the template's memory is not sealed")]
     NotSealed,
-    #[error("QEMU knows the template's memory by another number")]
+    #[error("QEMU has opened the template's memory under another number")]
     Number,
     #[error("a VM with the channel of vhost-device-vsock cannot be cloned")]
     Channel,
@@ -112,8 +113,8 @@ impl Kind for VmSnapshotError {
 }
 
 impl VmSnapshot {
-    /// Boots a VM to an agent that waits, and saves it. Nothing runs any more when this returns. `dir` as for
-    /// [`super::Vm::launch`].
+    /// Boots a VM until its agent waits, and saves it. Nothing of the VM runs any more when this returns.
+    /// `dir` as for [`super::Vm::launch`].
     ///
     /// # Errors
     /// The VM does not boot, or QEMU cannot save it.
@@ -126,14 +127,14 @@ impl VmSnapshot {
         let mut launched = begin(spec, dir, LaunchOrigin::Template { memory: passed }).await?;
         let made = save(spec, &mut launched, &memory).await;
         let exit = launched.end().await;
-        let (devices, memory_fd, qemu) = made.map_err(|error| error.explained(&exit))?;
-        // Possible only now that no mapping is left.
+        let (devices, memory_fd, qemu) = made.map_err(|error| error.with_exit(&exit))?;
+        // A memfd can be sealed only when no writable mapping of it is left.
         memfd::seal(&memory).map_err(failed("seal a memfd"))?;
         Ok(Self { memory, devices, memory_fd, qemu, in_use: None })
     }
 
     /// # Errors
-    /// The memory could be written to.
+    /// The memory is not sealed.
     pub(super) fn check(&self) -> Result<(), VmSnapshotError> {
         if memfd::is_sealed(&self.memory) { Ok(()) } else { Err(VmSnapshotError::NotSealed) }
     }
@@ -164,7 +165,7 @@ async fn save(
     qmp.execute("migrate", json!({ "uri": format!("fd:{STATE}") })).await.map_err(refused)?;
     let reader = pipe::Receiver::from_owned_fd(reader.into()).map_err(VmSnapshotError::Stream)?;
     let mut devices = Vec::new();
-    // One byte more tells a stream that is too long from one that fits exactly.
+    // One byte more than allowed is read, to detect a stream that is too long.
     let read = timeout(DEADLINE, reader.take(MAX_DEVICES + 1).read_to_end(&mut devices)).await;
     let ended = migration_ended(&mut launched.events).await;
     match read {
@@ -176,13 +177,13 @@ async fn save(
     }
 }
 
-/// Makes a QEMU that waits for it a clone that runs.
+/// Loads the snapshot into a QEMU that waits for it, wakes the agent and lets the guest run.
 pub(super) async fn restore(launched: &mut Launched, snapshot: &VmSnapshot) -> Result<(), VmSnapshotError> {
     let (qmp, running) = (&launched.qmp, launched.qmp.version());
     if running != snapshot.qemu {
         return Err(VmSnapshotError::Version { snapshot: snapshot.qemu, running });
     }
-    // The filter that keeps QEMU from punching holes goes by the number.
+    // The seccomp filter that keeps QEMU from punching holes matches this number.
     if number_of(launched.pid(), &snapshot.memory)? != snapshot.memory_fd {
         return Err(VmSnapshotError::Number);
     }
@@ -202,16 +203,16 @@ pub(super) async fn restore(launched: &mut Launched, snapshot: &VmSnapshot) -> R
     Ok(())
 }
 
-/// Name of the pipe in QEMU.
+/// QEMU's name of the pipe.
 const STATE: &str = "state";
 
-/// x-ignore-shared: memory that is in a file stays there. events: QEMU says when it is done.
+/// x-ignore-shared: memory in a file is not part of the stream. events: QEMU reports when it has finished.
 fn capabilities() -> serde_json::Value {
     let on = |name: &str| json!({ "capability": name, "state": true });
     json!({ "capabilities": [on("x-ignore-shared"), on("events")] })
 }
 
-/// Whether it ended well.
+/// Waits for the end of the migration; true if it was completed.
 async fn migration_ended(events: &mut broadcast::Receiver<QmpEvent>) -> bool {
     let ended = async {
         loop {
@@ -225,14 +226,14 @@ async fn migration_ended(events: &mut broadcast::Receiver<QmpEvent>) -> bool {
     timeout(DEADLINE, ended).await.unwrap_or(false)
 }
 
-/// The number of the descriptor by which QEMU has opened the memory, beside the one that it inherited.
+/// The number of the descriptor that QEMU has opened for the memory, not the one that it inherited.
 fn number_of(pid: u32, memory: &OwnedFd) -> Result<i32, VmSnapshotError> {
     let look = || -> io::Result<Option<i32>> {
         let wanted = File::from(memory.as_fd().try_clone_to_owned()?).metadata()?;
         for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
             let entry = entry?;
             let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
-            // One that was closed meanwhile is not it.
+            // A descriptor that was closed meanwhile is a different one.
             let Ok(file) = std::fs::metadata(entry.path()) else { continue };
             if let Some(number) = number
                 && number != fd::MEMORY
@@ -247,8 +248,8 @@ fn number_of(pid: u32, memory: &OwnedFd) -> Result<i32, VmSnapshotError> {
 }
 
 impl VmSnapshotError {
-    /// With QEMU's own last words, where the error is that it ended.
-    pub(super) fn explained(self, exit: &VmExit) -> Self {
+    /// Adds why QEMU ended, if the error is a consequence of that.
+    pub(super) fn with_exit(self, exit: &VmExit) -> Self {
         let ended = match exit {
             VmExit::Requested => return self,
             exit => format!(": {exit}"),

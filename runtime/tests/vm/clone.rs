@@ -81,10 +81,10 @@ async fn a_state_that_qemu_does_not_take_leaves_nothing() {
     refused(&saved, VmSpec { memory_mib: 256, ..spec() }, "QEMU did not restore the state of a VM").await;
     let version = saved.qemu;
     saved.qemu.micro += 1;
-    refused(&saved, spec(), "the state is of QEMU").await;
+    refused(&saved, spec(), "the state was saved by QEMU").await;
     saved.qemu = version;
     saved.memory_fd += 1;
-    refused(&saved, spec(), "by another number").await;
+    refused(&saved, spec(), "under another number").await;
     saved.memory_fd -= 1;
     let memory = std::mem::replace(&mut saved.memory, File::open("/dev/zero").unwrap().into());
     refused(&saved, spec(), "not sealed").await;

@@ -1,4 +1,4 @@
-//! Which channel `auto` is.
+//! The choice of a VM's channel.
 
 use std::{
     fs::File,
@@ -8,7 +8,7 @@ use std::{
 use super::kernel_vsock;
 use crate::{config, vm::spec::ChannelKind};
 
-/// What this host offers.
+/// The channels that this host supports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostSupport {
     /// /dev/vhost-vsock can be opened.
@@ -24,10 +24,10 @@ impl HostSupport {
     }
 }
 
-/// The channel for what the configuration asks.
+/// The channel for the configured value.
 ///
-/// `auto` is the kernel's vsock where the host has it, else serial: it needs no second process for each VM and no
-/// shared guest memory, starts sooner, and can be part of a template.
+/// `auto` is the kernel's vsock where the host has it, else serial. Serial needs no second process for each
+/// VM and no shared guest memory, starts sooner than vhost-user, and can be part of a template.
 pub fn choose(wanted: config::Channel, host: &HostSupport) -> ChannelKind {
     match (wanted, host.kernel_vsock) {
         (config::Channel::Auto | config::Channel::Vsock, true) => ChannelKind::KernelVsock,

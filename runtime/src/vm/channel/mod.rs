@@ -1,11 +1,12 @@
-//! The way to the guest agent: one control stream that the guest dials, raw streams that the host dials.
+//! The connection to the guest agent: one control stream that the guest dials, raw streams that the host
+//! dials.
 //!
 //! ```text
-//!   KernelVsock      AF_VSOCK sockets                                     QEMU inherits /dev/vhost-vsock
-//!   VhostUserVsock   Unix sockets of vhost-device-vsock, "CONNECT <port>"  QEMU inherits a socket to the daemon
-//!   Serial           yamux streams over one socket                        QEMU inherits its other end
+//!   KernelVsock      AF_VSOCK sockets                      QEMU inherits /dev/vhost-vsock
+//!   VhostUserVsock   Unix sockets of vhost-device-vsock    QEMU inherits a socket to the daemon
+//!   Serial           yamux streams over one socket         QEMU inherits its other end
 //! ```
-//! Nothing above this module knows which of them it is.
+//! No code above this module depends on which of them is used.
 
 mod choose;
 mod handshake;
@@ -35,13 +36,13 @@ use crate::process::ProcessError;
 pub trait ByteStream: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Send + Sync + Unpin> ByteStream for S {}
 
-/// One stream, whatever carries it.
+/// A stream of any channel.
 pub type BoxedStream = Box<dyn ByteStream>;
 
-/// The agent answers in milliseconds; one that does not for this long never will.
+/// The agent answers in milliseconds; one that does not answer within this time is taken to hang.
 const OPEN_DEADLINE: Duration = Duration::from_secs(20);
 
-/// Why there is no stream to the agent.
+/// Why a stream to the agent cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
     #[error("cannot {action} for the channel to the guest")]
@@ -66,7 +67,7 @@ pub enum ChannelError {
     Deadline,
 }
 
-/// What the host does with the first bytes that come over a serial channel; for fuzzing.
+/// What the host does with the first bytes that arrive over a serial channel; for fuzzing.
 #[cfg(fuzzing)]
 pub async fn greet(socket: tokio::net::UnixStream) -> Result<BoxedStream, ChannelError> {
     let mut control = serial::SerialChannel::over(socket).accept().await?;
@@ -86,13 +87,13 @@ enum Connector {
     KernelVsock(kernel_vsock::KernelVsock),
     VhostUser(vhost_user::VhostUser),
     Serial(serial::SerialChannel),
-    /// The serial port of a template, kept open.
+    /// The serial port of a template: it is kept open, and nothing is sent.
     Silent {
         _ours: StdUnixStream,
     },
 }
 
-/// What QEMU is started with.
+/// What QEMU needs of the channel when it starts.
 #[derive(Debug)]
 pub(super) struct GuestEnd {
     pub(super) fd: OwnedFd,
@@ -100,7 +101,7 @@ pub(super) struct GuestEnd {
 }
 
 impl VmChannel {
-    /// Makes the channel ready to be dialled by the guest. `dir` is the VM's own directory.
+    /// Prepares the channel, so that the guest can dial it. `dir` is the VM's own directory.
     pub(super) async fn prepare(
         spec: &VmSpec,
         start: Start,
@@ -108,7 +109,7 @@ impl VmChannel {
     ) -> Result<(Self, GuestEnd), ChannelError> {
         let (connector, end) = match &spec.channel {
             ChannelKind::Serial if start == Start::Template => {
-                let (ours, fd) = serial::SerialChannel::silent()?;
+                let (ours, fd) = serial::SerialChannel::socket_pair()?;
                 (Connector::Silent { _ours: ours }, GuestEnd { fd, cid: PRIVATE_CID })
             }
             ChannelKind::KernelVsock => {
@@ -127,7 +128,7 @@ impl VmChannel {
         Ok((Self { connector, last_token: AtomicU64::new(0) }, end))
     }
 
-    /// The control stream: waits until the guest dials, for as long as that takes. To be called once.
+    /// Waits, without a deadline, until the guest dials the control stream. To be called once.
     pub(super) async fn accept_control(&self) -> Result<BoxedStream, ChannelError> {
         let mut stream = match &self.connector {
             Connector::KernelVsock(kernel) => kernel.accept().await?,
@@ -158,7 +159,8 @@ impl VmChannel {
         }
     }
 
-    /// Ends what serves the channel and removes its files; nothing of it is left when this returns.
+    /// Ends the channel's daemon, if there is one, and removes its files. Nothing of it is left when this
+    /// returns.
     pub(super) async fn close(&self) -> Result<(), ChannelError> {
         match &self.connector {
             Connector::KernelVsock(_) | Connector::Serial(_) | Connector::Silent { .. } => Ok(()),

@@ -1,4 +1,4 @@
-//! All streams as yamux over one virtio serial port.
+//! A channel that carries all streams as yamux over one virtio serial port.
 
 use std::{
     collections::VecDeque,
@@ -16,7 +16,7 @@ use tokio_util::compat::{FuturesAsyncReadCompatExt as _, TokioAsyncReadCompatExt
 
 use super::{BoxedStream, ChannelError};
 
-/// Streams that may exist at once: three for each of a few dozen processes.
+/// The largest number of streams at once: three for each of a few dozen processes.
 const MAX_STREAMS: usize = 256;
 /// yamux gives every stream at least this window, bytes.
 const MIN_WINDOW: usize = 256 << 10;
@@ -33,15 +33,15 @@ impl SerialChannel {
     /// Returns the end that QEMU inherits.
     pub(super) fn prepare() -> Result<(Self, OwnedFd), ChannelError> {
         let failed = |source| ChannelError::Host { action: "make a socket pair", source };
-        let (ours, qemus) = Self::silent()?;
+        let (ours, qemus) = Self::socket_pair()?;
         ours.set_nonblocking(true).map_err(failed)?;
         let ours = UnixStream::from_std(ours).map_err(failed)?;
         Ok((Self::over(ours), qemus))
     }
 
-    /// The two ends without anything that speaks on ours: yamux would at once, and a template would keep what it
-    /// heard, for all of its clones.
-    pub(super) fn silent() -> Result<(StdUnixStream, OwnedFd), ChannelError> {
+    /// The two ends, without yamux on the host's: yamux would send something at once, and all clones of a
+    /// template would inherit what the template has received.
+    pub(super) fn socket_pair() -> Result<(StdUnixStream, OwnedFd), ChannelError> {
         let failed = |source| ChannelError::Host { action: "make a socket pair", source };
         let (ours, qemus) = StdUnixStream::pair().map_err(failed)?;
         Ok((ours, qemus.into()))
@@ -79,7 +79,7 @@ fn closed() -> ChannelError {
     ChannelError::Closed(io::ErrorKind::ConnectionAborted.into())
 }
 
-/// Drives the connection until it ends, or until nobody dials and nobody uses a stream of it any more.
+/// Drives the connection until it ends, or until the dialling handle and all streams are dropped.
 async fn serve<S>(
     mut connection: yamux::Connection<S>,
     control: mpsc::Sender<yamux::Stream>,
@@ -102,7 +102,8 @@ async fn serve<S>(
         }
         loop {
             match connection.poll_next_inbound(cx) {
-                // Only the first is the control stream; any other that a guest opens is dropped, which resets it.
+                // Only the first is the control stream; any other that a guest opens is dropped, which resets
+                // it.
                 Poll::Ready(Some(Ok(stream))) => {
                     if let Some(control) = control.take() {
                         control.try_send(stream).ok();

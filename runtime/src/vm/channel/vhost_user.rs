@@ -37,9 +37,10 @@ use crate::{
 /// Longest answer to CONNECT that is read, bytes.
 const MAX_ANSWER: usize = 32;
 
-/// What the daemon holds of a stream for a host that does not read, bytes: as much as the guest's kernel lets a stream
-/// have on its way (vsock(7), SO_VM_SOCKETS_BUFFER_SIZE). With less the guest waits more often; with more it waits for
-/// ever, since the daemon says only after three quarters of this that it has taken something.
+/// Bytes of a stream that the daemon buffers for a host that does not read: as many as the guest's kernel
+/// allows in flight (vsock(7), SO_VM_SOCKETS_BUFFER_SIZE). With fewer the guest waits more often. With more
+/// the guest waits forever, since the daemon acknowledges data only when three quarters of its buffer have
+/// been used.
 const BUFFER: usize = 256 << 10;
 
 #[derive(Debug)]
@@ -49,11 +50,12 @@ pub(super) struct VhostUser {
     control: Mutex<Option<UnixListener>>,
 }
 
-/// The directory of the sockets, removed with what is in it.
+/// The directory of the sockets. Dropping this removes the directory.
 #[derive(Debug)]
 struct Sockets {
     path: PathBuf,
-    /// Sockets are addressed through it, because their paths may be too long for a socket address.
+    /// Sockets are addressed through this descriptor, because their paths may be too long for a socket
+    /// address.
     dir: File,
 }
 
@@ -69,7 +71,7 @@ impl VhostUser {
         let control_name = format!("vm.vsock_{}", control_port(PRIVATE_CID));
         let control = UnixListener::bind(sockets.address(&control_name)).map_err(failed("listen"))?;
         let owned = chown(sockets.path.join(&control_name), Some(identity.uid), Some(identity.gid));
-        owned.map_err(failed("give a socket away"))?;
+        owned.map_err(failed("change the owner of a socket"))?;
 
         let created = CreationWatch::watch(&sockets.path).map_err(failed("watch a directory"))?;
         let (stderr, stderr_writer) = io::pipe().map_err(failed("make a pipe"))?;
@@ -93,7 +95,7 @@ impl VhostUser {
         let connection = tokio::select! {
             connection = created.connect(&sockets, "vhost.sock") => connection.map_err(failed("connect to the daemon"))?,
             exit = daemon.exited() => {
-                // Its last words are complete when the pipe has ended.
+                // The daemon's error messages are complete when the pipe has ended.
                 reading.await.ok();
                 return Err(ended(exit, &printed));
             }
@@ -101,7 +103,7 @@ impl VhostUser {
         Ok((Self { daemon, sockets, control: Mutex::new(Some(control)) }, connection.into()))
     }
 
-    /// The first connection is the control stream; the listener goes with it.
+    /// Accepts the first connection as the control stream, and closes the listener.
     pub(super) async fn accept(&self) -> Result<BoxedStream, ChannelError> {
         let failed = |source| ChannelError::Host { action: "accept a stream", source };
         let mut slot = self.control.lock().await;
@@ -133,7 +135,8 @@ fn ended(exit: ProcessExit, printed: &BoundedLog) -> ChannelError {
     ChannelError::DaemonEnded(if text.is_empty() { exit.to_string() } else { format!("{exit}: {text}") })
 }
 
-/// Asks the daemon for the guest's stream port. The answer is read byte by byte: the guest's own follow it.
+/// Asks the daemon for the guest's stream port. The answer is read byte by byte, because bytes of the guest
+/// may follow it.
 async fn connect(stream: &mut UnixStream) -> io::Result<()> {
     stream.write_all(format!("CONNECT {STREAM_PORT}\n").as_bytes()).await?;
     let mut answer = Vec::new();
@@ -184,7 +187,7 @@ impl Drop for Sockets {
     }
 }
 
-/// Tells when files appear in a directory.
+/// Reports when files appear in a directory.
 struct CreationWatch {
     inotify: Inotify,
     ready: tokio::io::unix::AsyncFd<OwnedFd>,
@@ -211,7 +214,7 @@ impl CreationWatch {
                 Err(error) => return Err(error.into()),
             }
         }
-        // The file appears at bind(2). That listen(2), the call after it, has been made is told by no event.
+        // The file appears at bind(2). No event reports the listen(2) that follows.
         loop {
             match StdUnixStream::connect(sockets.address(name)) {
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
