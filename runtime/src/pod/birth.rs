@@ -105,7 +105,7 @@ impl Pod {
             Plan { mut spec, from: From::Template(found), promise } => {
                 let (template, shape) = *found;
                 spec.boot_timeout = spec.boot_timeout.min(CLONE_TIMEOUT);
-                match Vm::restore(spec, &self.shared.dir, &template.saved).await {
+                match Vm::restore(spec, &self.shared.dir, &template.snapshot).await {
                     Ok(vm) => Birth { vm, origin: Origin::Clone, _promise: Some(promise) },
                     Err(error) => {
                         self.give_up_on(prepared, shape, chain(&error)).await;

@@ -48,7 +48,7 @@ impl Ready {
         let starting = Path::new(RUN_DIR).join("starting");
         let reserve = config.vm.memory_reserve_percent;
         let _promise = admission::admit(&starting, CLONE_NEEDS, reserve, HostMemory::now()?)?;
-        let vm = Vm::restore(spec, dir, &template.saved).await.map_err(PodError::Clone)?;
+        let vm = Vm::restore(spec, dir, &template.snapshot).await.map_err(PodError::Clone)?;
         Ok(Some(Self { vm, shape }))
     }
 

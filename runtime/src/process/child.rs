@@ -1,4 +1,4 @@
-//! A running child process: watched by its pidfd, reaped exactly once, killed when its owner lets go.
+//! A running child process: watched by its pidfd, reaped exactly once, killed when its owner drops it.
 
 use std::{
     io,
@@ -17,7 +17,7 @@ use tokio::{io::unix::AsyncFd, sync::watch};
 use super::{ProcessError, ProcessExit, Spawn};
 use crate::sys;
 
-/// A child process. Dropping it sends SIGKILL; the background task that waits for it reaps it then too.
+/// A child process. Dropping it sends SIGKILL, and a background task reaps it.
 #[derive(Debug)]
 pub struct Child {
     program: String,
@@ -33,7 +33,7 @@ impl Spawn {
     /// Starts the program; must be called inside a tokio runtime.
     ///
     /// # Errors
-    /// The program cannot be started (not found: says what to install).
+    /// The program cannot be started. If it is not found, the error says what to install.
     pub fn start(self) -> Result<Child, ProcessError> {
         let (mut child, program) = self.spawn_std()?;
         let pid = child.id();
@@ -41,7 +41,8 @@ impl Spawn {
         let pidfd = match opened {
             Ok(pidfd) => Arc::new(pidfd),
             Err(source) => {
-                // The process is of no use without its handle; it has had no chance to be reaped, so the pid is its own.
+                // The process cannot be supervised without its pidfd. It has not been reaped, so the pid is
+                // still its own.
                 let ended = child.kill().and_then(|()| child.wait());
                 drop(ended);
                 return Err(ProcessError::Child { action: "watch", program, pid, source });
@@ -62,7 +63,8 @@ impl Child {
         &self.program
     }
 
-    /// Valid until the child has been reaped; use it to name the child, and [`Child::signal`] to act on it.
+    /// Valid until the child has been reaped. Use it to name the child, and [`Child::signal`] to act on the
+    /// child.
     pub fn pid(&self) -> u32 {
         self.pid
     }
@@ -79,13 +81,13 @@ impl Child {
             let exited = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
             match exited {
                 Some(exit) => exit,
-                // The task that reaps is gone only when the runtime shuts down, and this future with it.
+                // The reaping task ends early only when the runtime shuts down, which drops this future too.
                 None => std::future::pending().await,
             }
         }
     }
 
-    /// Sends a signal; a child that has ended already is no error.
+    /// Sends a signal. It is not an error if the child has ended already.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -101,7 +103,8 @@ impl Child {
         }
     }
 
-    /// SIGTERM, then SIGKILL when the child has not ended within `grace`; it has been reaped when this returns.
+    /// SIGTERM, then SIGKILL when the child has not ended within `grace`; it has been reaped when this
+    /// returns.
     ///
     /// # Errors
     /// The kernel refuses the signal.
@@ -133,7 +136,7 @@ impl Drop for Child {
     }
 }
 
-/// Sees to it that a process that nobody looks after does not stay as a zombie while this process lives.
+/// Reaps a process that has no [`Child`], so that it does not stay a zombie while this process lives.
 pub(super) fn reap_in_background(child: std::process::Child, program: String) {
     let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
     match sys::pidfd::open(child.id()).and_then(sys::async_fd) {
@@ -144,7 +147,7 @@ pub(super) fn reap_in_background(child: std::process::Child, program: String) {
 
 async fn reap(pidfd: &AsyncFd<OwnedFd>) -> ProcessExit {
     loop {
-        // A pidfd is readable when its process has ended, so a failure to wait for that leaves only asking the kernel.
+        // A pidfd is readable when its process has ended. If waiting for that fails, waitid(2) decides.
         let ready = pidfd.readable().await;
         match waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
             Ok(WaitStatus::Exited(_, code)) => return ProcessExit::Code(code),
@@ -179,7 +182,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn every_waiter_learns_the_exit() {
+    async fn every_waiter_gets_the_exit() {
         let child = shell("exit 7");
         let (one, two) = tokio::join!(child.exited(), child.exited());
         assert_eq!((one, two), (ProcessExit::Code(7), ProcessExit::Code(7)));
@@ -206,7 +209,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn letting_go_kills_and_reaps() {
+    async fn dropping_a_child_kills_and_reaps_it() {
         let child = shell("exec sleep 100");
         let exited = child.exited();
         drop(child);

@@ -1,8 +1,8 @@
 //! The one supervisor of child processes.
 //!
-//! Every program that machinen starts is described by a [`Spawn`]: what to run, what it inherits, and how little it may do.
-//! [`Spawn::start`] gives a [`Child`] that is watched, ended and reaped; [`Spawn::run`] waits for a short-lived tool
-//! and keeps a bounded part of what it printed.
+//! Every program that machinen starts is described by a [`Spawn`]: what to run, what it inherits, and which
+//! privileges it gives up. [`Spawn::start`] returns a [`Child`] that is watched, ended and reaped;
+//! [`Spawn::run`] waits for a short-lived tool and keeps a bounded part of what it printed.
 
 mod child;
 mod foreign;

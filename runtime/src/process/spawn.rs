@@ -28,10 +28,11 @@ pub enum Stdio {
     Fd(OwnedFd),
 }
 
-/// A child process to be: nothing happens until [`Spawn::start`] or [`Spawn::run`].
+/// The description of a child process. Nothing happens until [`Spawn::start`] or [`Spawn::run`].
 ///
-/// The child gets no file descriptor but its three standard streams and those given to [`Spawn::fd`]. It is killed
-/// when the thread that started it ends, so start long-lived children on a thread that lives as long as the process.
+/// The child gets no file descriptors except its three standard streams and those given to [`Spawn::fd`]. It
+/// is killed when the thread that started it ends, so start long-lived children on a thread that lives as
+/// long as the process.
 #[derive(Debug)]
 pub struct Spawn {
     program: OsString,
@@ -47,7 +48,7 @@ pub struct Spawn {
     join_netns: Option<OwnedFd>,
 }
 
-/// What a tool left behind when it ended.
+/// The result of a tool that has ended.
 #[derive(Debug)]
 pub struct ToolOutput {
     pub program: String,
@@ -87,13 +88,14 @@ impl Spawn {
         self
     }
 
-    /// Nothing of the environment is inherited.
+    /// The child does not inherit this process's environment.
     pub fn clear_env(mut self) -> Self {
         self.clear_env = true;
         self
     }
 
-    /// The working directory, entered before the identity changes: the child need not be able to reach it by its path.
+    /// The working directory, entered before the identity changes: the child need not be able to reach it by
+    /// its path.
     pub fn dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.dir = Some(dir.into());
         self
@@ -136,8 +138,8 @@ impl Spawn {
         self.execute(Bond::Child, std::process::Command::spawn)
     }
 
-    /// Starts the program in a session of its own, in which it outlives this process. Inside a tokio runtime it is
-    /// reaped if it ends before.
+    /// Starts the program in a session of its own, in which it outlives this process. Inside a tokio runtime
+    /// it is reaped if it ends first.
     ///
     /// # Errors
     /// The program cannot be started.
@@ -147,7 +149,7 @@ impl Spawn {
         Ok(())
     }
 
-    /// Executes the program in the place of this one; returns only if that fails.
+    /// Replaces this process by the program; returns only if that fails.
     pub fn replace(self) -> ProcessError {
         let result = self.execute(Bond::Replacement, |command| Err::<Infallible, _>(command.exec()));
         match result {
@@ -156,7 +158,7 @@ impl Spawn {
         }
     }
 
-    /// Makes the command and runs it by `run`; what comes of it goes with the program's name for messages.
+    /// Builds the command and passes it to `run`. Returns the result with the program's name for messages.
     fn execute<T>(
         self,
         bond: Bond,
@@ -164,7 +166,7 @@ impl Spawn {
     ) -> Result<(T, String), ProcessError> {
         let program = self.program.to_string_lossy().into_owned();
         let failed = |source: io::Error| ProcessError::Spawn { program: program.clone(), source };
-        let held = self.sandbox.identity.as_ref().and_then(|_| hold_unreachable(Path::new(&self.program)));
+        let held = self.sandbox.identity.as_ref().and_then(|_| open_unreachable(Path::new(&self.program)));
         let path = held.as_ref().map(|fd| format!("/proc/self/fd/{}", fd.as_raw_fd()).into());
         #[expect(clippy::disallowed_methods, reason = "the one place that starts programs")]
         let mut command = std::process::Command::new(path.as_ref().unwrap_or(&self.program));
@@ -197,11 +199,13 @@ impl Spawn {
     }
 }
 
-/// A program in a directory that not everyone may enter, such as root's home, is executed through a descriptor.
+/// Opens a program in a directory that not everyone may enter, such as root's home, so that it can be
+/// executed through the descriptor.
 ///
-/// None if the child can find it by its path, or if it is not there, which the attempt to execute it reports.
-fn hold_unreachable(program: &Path) -> Option<OwnedFd> {
-    // A name without a directory is looked up in PATH, whose directories are for everyone.
+/// None if the child can reach the program by its path, or if it is missing, which the attempt to execute it
+/// reports.
+fn open_unreachable(program: &Path) -> Option<OwnedFd> {
+    // A name without a directory is looked up in PATH, whose directories everyone may enter.
     program.parent().filter(|dir| !dir.as_os_str().is_empty())?;
     let real = program.canonicalize().ok()?;
     let closed = |dir: &Path| dir.metadata().is_ok_and(|meta| meta.mode() & 0o001 == 0);
@@ -209,7 +213,7 @@ fn hold_unreachable(program: &Path) -> Option<OwnedFd> {
         return None;
     }
     let file = File::open(real).ok()?;
-    // Clear of the numbers that the child's own descriptors move to before it executes.
+    // Above the numbers that the child's own descriptors are moved to before it executes.
     sys::duplicate_from(file.as_fd(), HELD_FROM).ok()
 }
 
@@ -244,11 +248,12 @@ mod tests {
     }
 
     #[test]
-    fn a_program_in_a_private_directory_runs_as_nobody() {
+    fn a_program_in_a_private_directory_runs_without_privileges() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
         let program = dir.path().join("echo");
-        // Not by this process: a child that another test forks meanwhile would hold the copy open for writing.
+        // Copied by cp, because a child that another test forks meanwhile would hold a copy made here open
+        // for writing.
         crate::process::run("cp", ["/bin/echo".as_ref(), program.as_os_str()], &[]).unwrap();
         let identity = crate::process::RunAs { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![] };
         let spawn = Spawn::new(&program).args(["it", "runs"]).sandbox(Sandbox::strict(identity));

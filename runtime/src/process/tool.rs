@@ -8,17 +8,17 @@ use std::{
 
 use super::{ProcessError, ProcessExit, Spawn, Stdio, ToolOutput};
 
-/// Bytes of each of stdout and stderr that are kept; what is printed after that is read and dropped.
+/// Bytes of stdout and of stderr that are kept; further output is read and dropped.
 const KEPT: usize = 64 << 10;
 
 /// Runs `program` to its end and fails unless it exits with 0.
 ///
-/// Blocks: call it on a blocking thread. `LC_ALL=C` is set, stdin is /dev/null, and the tool dies with the calling
-/// thread. `env` is added to machinen's own environment.
+/// Blocks: call it on a blocking thread. `LC_ALL=C` is set, stdin is /dev/null, and the tool dies with the
+/// calling thread. `env` is added to machinen's own environment.
 ///
 /// # Errors
-/// The program cannot be started (not found: says what to install), or ended otherwise than with status 0: then
-/// [`ProcessError::Failed`] holds what it printed on stderr.
+/// The program cannot be started (if it is not found, the error says what to install), or it did not exit
+/// with status 0: then [`ProcessError::Failed`] holds what it printed on stderr.
 pub fn run<A: AsRef<OsStr>>(
     program: impl AsRef<OsStr>,
     args: impl IntoIterator<Item = A>,
@@ -79,7 +79,7 @@ fn keep(source: Option<impl Read>) -> io::Result<Vec<u8>> {
     Ok(kept)
 }
 
-/// Where a program is that is named by a path or looked up in PATH; the name itself if it is nowhere.
+/// The path of a program that is given as a path or as a name in PATH; `name` itself if it is not found.
 pub fn find_program(name: &Path) -> PathBuf {
     if name.components().count() > 1 {
         return name.to_owned();
@@ -91,7 +91,7 @@ pub fn find_program(name: &Path) -> PathBuf {
         .unwrap_or_else(|| name.to_owned())
 }
 
-/// What to do about a program that is not there.
+/// What to do about a program that is missing.
 pub(super) fn hint(program: &Path) -> String {
     let name = program.file_name().unwrap_or(program.as_os_str()).to_string_lossy();
     let package = match &*name {

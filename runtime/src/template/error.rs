@@ -1,4 +1,4 @@
-//! Why a template could not be made, found or looked after.
+//! The errors of templates.
 
 use std::{io, path::PathBuf};
 
@@ -13,7 +13,7 @@ use crate::{
 pub enum TemplateError {
     #[error("cannot {action} {}", path.display())]
     File { action: &'static str, path: PathBuf, source: io::Error },
-    #[error("{} is not root's alone, so templates in it cannot be trusted", dir.display())]
+    #[error("{} is accessible to other users than root, so templates in it cannot be trusted", dir.display())]
     Open { dir: PathBuf },
     #[error("cannot build a template")]
     Vm(#[from] VmSnapshotError),

@@ -1,4 +1,4 @@
-//! The digest by which `verify` knows that a template is as it was built.
+//! The digest that shows whether a template is still as it was built.
 
 use std::{fs::File, io};
 

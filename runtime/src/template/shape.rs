@@ -1,4 +1,4 @@
-//! Everything that makes a template what it is.
+//! The parameters that determine the content of a template.
 
 use std::{
     fmt::Write as _,
@@ -16,7 +16,7 @@ use crate::{
     vm::{ChannelKind, VmSpec},
 };
 
-/// Two VMs of one shape can be clones of one template.
+/// The parameters that determine the content of a template: VMs of one shape can be clones of one template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shape {
     machinen: String,
@@ -24,13 +24,14 @@ pub struct Shape {
     qemu: FileIdentity,
     kernel: FileIdentity,
     image: FileIdentity,
-    /// QEMU's arguments; accelerator, memory, CPUs, time stamp counter and the kernel's command line are among them.
+    /// QEMU's arguments; accelerator, memory, CPUs, time stamp counter and the kernel's command line are
+    /// among them.
     args: Vec<String>,
     /// With KVM the guest sees the host's CPU.
     cpu: String,
 }
 
-/// A file that has changed is another one. Its content is not read: that would take longer than a clone.
+/// Identifies a file in one state. The content is not read, because that would take longer than a clone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct FileIdentity {
     path: PathBuf,
@@ -54,12 +55,14 @@ impl FileIdentity {
 }
 
 impl Shape {
-    /// None for a VM that cannot be cloned at all.
+    /// The shape of a VM; None if the VM cannot be cloned.
     ///
     /// # Errors
-    /// QEMU or one of the guest's files is missing, which a boot says better.
+    /// QEMU or one of the guest's files is missing. A boot reports that in more detail.
     pub fn of(spec: &VmSpec) -> Result<Option<Self>, TemplateError> {
-        if matches!(spec.channel, ChannelKind::VhostUserVsock { .. }) || counts_on_zeros(&spec.kernel_args) {
+        if matches!(spec.channel, ChannelKind::VhostUserVsock { .. })
+            || relies_on_zeroed_memory(&spec.kernel_args)
+        {
             return Ok(None);
         }
         let identity = |path: &Path| FileIdentity::of(path).map_err(TemplateError::file("look at", path));
@@ -93,9 +96,9 @@ impl Shape {
     }
 }
 
-/// Memory that a clone gives back to the host and takes again holds what the template had there. Linux does not mind,
-/// unless it is told to count on free memory being zero.
-fn counts_on_zeros(kernel_args: &str) -> bool {
+/// Whether the guest's kernel relies on free memory being zero. Memory that a clone gives back to the host
+/// and takes again has the template's content, which is harmless otherwise.
+fn relies_on_zeroed_memory(kernel_args: &str) -> bool {
     kernel_args
         .split_ascii_whitespace()
         .any(|arg| arg.starts_with("init_on_free") || arg.starts_with("page_poison"))
@@ -103,7 +106,7 @@ fn counts_on_zeros(kernel_args: &str) -> bool {
 
 const CPUINFO: &str = "/proc/cpuinfo";
 
-/// What the first processor says of itself that does not change from moment to moment.
+/// A digest of those properties of the first processor that never change.
 fn cpu() -> io::Result<String> {
     let text = fs::read_to_string(CPUINFO)?;
     let first = text.split("\n\n").next().unwrap_or_default();
@@ -168,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_changes_makes_another_key_and_ends_the_old_shape() {
+    fn a_changed_file_makes_another_key_and_outdates_the_old_shape() {
         let dir = tempfile::tempdir().unwrap();
         let spec = spec(dir.path());
         let before = Shape::of(&spec).unwrap().unwrap();
