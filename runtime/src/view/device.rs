@@ -18,19 +18,20 @@ use tokio::io::unix::AsyncFd;
 
 use crate::sys;
 
-/// Nothing on it is ever executed or opened as a device here, and its set-user-id bits mean nothing.
+/// No file of these file systems is executed or opened as a device on the host, and set-user-id bits have no
+/// effect.
 const HARMLESS: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID
     .union(MountAttrFlags::MOUNT_ATTR_NODEV)
     .union(MountAttrFlags::MOUNT_ATTR_NOEXEC);
 
-/// What is done to have a file system to mount.
+/// A step on the way to a file system that can be mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceStep {
     Open,
     Make,
 }
 
-/// Why there is none.
+/// Why a file system cannot be made.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {} {what}", match .step { DeviceStep::Open => "open", DeviceStep::Make => "make" })]
 pub struct DeviceError {
@@ -42,7 +43,7 @@ pub struct DeviceError {
 #[derive(Debug)]
 pub(super) struct Device(AsyncFd<OwnedFd>);
 
-/// What comes from the kernel.
+/// A message of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DeviceRead {
     Request(Request),
@@ -50,7 +51,7 @@ pub(super) enum DeviceRead {
 }
 
 impl Device {
-    /// A file system that only root may access, and its mount, which is in no mount namespace.
+    /// Makes a file system that only root may access. Its mount is in no mount namespace yet.
     pub(super) fn mount() -> Result<(Self, OwnedFd), DeviceError> {
         let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let opened = open("/dev/fuse", flags, Mode::empty());
@@ -76,7 +77,7 @@ impl Device {
         sys::async_fd(fd).map(Self)
     }
 
-    /// The next request; all of it is in `buffer`. Nothing is lost when this is cancelled.
+    /// Reads the next request, whole, into `buffer`. Nothing is lost when this is cancelled.
     pub(super) async fn read(&self, buffer: &mut [u8]) -> io::Result<DeviceRead> {
         loop {
             let mut ready = self.0.readable().await?;
@@ -86,7 +87,7 @@ impl Device {
                 Ok(Ok(0)) => return Ok(DeviceRead::Unmounted),
                 Ok(Ok(length)) => return Ok(DeviceRead::Request(decode(&buffer[..length])?)),
                 Ok(Err(error)) => match error.raw_os_error() {
-                    // Whoever asked has given up.
+                    // The calling process has given up.
                     Some(libc::ENOENT | libc::EINTR) => {}
                     Some(libc::ENODEV | libc::ECONNABORTED) => return Ok(DeviceRead::Unmounted),
                     _ => return Err(error),
@@ -95,7 +96,8 @@ impl Device {
         }
     }
 
-    /// Answers a request. One that nobody waits for any more is no error; EINVAL: this is no answer to it.
+    /// Sends a reply. It is not an error if no process waits for it any more. EINVAL means that it does not
+    /// fit the request.
     pub(super) fn write(&self, reply: &[u8]) -> io::Result<()> {
         match nix::unistd::write(self.0.get_ref(), reply) {
             Ok(_) | Err(Errno::ENOENT | Errno::ENODEV) => Ok(()),
@@ -115,7 +117,7 @@ fn decode(message: &[u8]) -> io::Result<Request> {
     if request.length == message.len() { Ok(request) } else { Err(odd()) }
 }
 
-/// An empty directory, for who has no view.
+/// An empty read-only directory, for containers without a view.
 pub(crate) fn empty() -> Result<OwnedFd, DeviceError> {
     let options = [("source", "machinen"), ("size", "4096"), ("nr_inodes", "1"), ("mode", "555")];
     let read_only = HARMLESS | MountAttrFlags::MOUNT_ATTR_RDONLY;

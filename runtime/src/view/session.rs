@@ -1,4 +1,4 @@
-//! The kernel's requests to somebody in the guest, and what comes back: forwarded, checked, and never waited for too long.
+//! Forwards the kernel's requests to a server in the guest, and checks its replies. Each has a deadline.
 
 use std::{
     collections::VecDeque,
@@ -14,15 +14,15 @@ use tokio::{
 };
 
 use super::{
-    PATIENCE, answers,
+    REPLY_DEADLINE, answers,
     device::{Device, DeviceRead},
 };
 use crate::vm::BoxedStream;
 
 /// Requests that the guest may have at once; more wait in the kernel.
-const MOST: usize = 64;
-/// Where a request says which process of this host asks (fuse_in_header.pid), which is nothing to tell a guest.
-const ASKER: std::ops::Range<usize> = 32..36;
+const MAX_PENDING: usize = 64;
+/// The field with the pid of the calling process (fuse_in_header.pid), which the guest does not get.
+const CALLER_PID: std::ops::Range<usize> = 32..36;
 
 /// Why a session is over.
 #[derive(Debug, thiserror::Error)]
@@ -33,13 +33,13 @@ pub(super) enum SessionEnd {
     Device(#[source] io::Error),
     #[error("the connection to the guest has ended")]
     Stream(#[source] io::Error),
-    #[error("the guest sends what is no reply")]
-    NoReply(#[source] ViewError),
-    #[error("the guest answers what nobody has asked")]
-    Unasked,
-    #[error("the guest's reply does not fit the request")]
+    #[error("the guest sent a malformed reply")]
+    Malformed(#[source] ViewError),
+    #[error("the guest sent a reply without a request")]
+    Unexpected,
+    #[error("the guest's reply does not fit its request")]
     Misfit,
-    #[error("the guest did not answer within {PATIENCE:?}")]
+    #[error("the guest did not answer within {REPLY_DEADLINE:?}")]
     Deadline,
 }
 
@@ -57,7 +57,7 @@ struct PendingRequest {
     until: Instant,
 }
 
-/// Runs until it cannot go on. `first` is in `buffer`. What is without a reply then has failed.
+/// Runs until the session cannot continue. `first` is in `buffer`. Requests that have no reply by then fail.
 pub(super) async fn run(
     device: &Device,
     stream: BoxedStream,
@@ -71,7 +71,7 @@ pub(super) async fn run(
     let end = tokio::select! {
         end = session.ask(to_guest, first, buffer) => end,
         end = session.answer(from_guest) => end,
-        end = session.lose_patience() => end,
+        end = session.deadline() => end,
     };
     for waiting in session.waiting().drain(..) {
         if let Err(error) = device.refuse(waiting.request, libc::EIO) {
@@ -89,12 +89,12 @@ impl Session<'_> {
     async fn ask(&self, mut guest: impl AsyncWrite + Unpin, first: Request, buffer: &mut [u8]) -> SessionEnd {
         let mut request = first;
         loop {
-            match timeout(PATIENCE, forward(&mut guest, request, buffer)).await {
+            match timeout(REPLY_DEADLINE, forward(&mut guest, request, buffer)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => return SessionEnd::Stream(error),
                 Err(_) => return SessionEnd::Deadline,
             }
-            while self.waiting().len() >= MOST {
+            while self.waiting().len() >= MAX_PENDING {
                 self.answered.notified().await;
             }
             request = match self.next(buffer).await {
@@ -116,10 +116,10 @@ impl Session<'_> {
         }
     }
 
-    /// From now on there will be a reply to it, whosoever.
+    /// Registers a request. From now on it gets a reply, from the guest or from the host.
     fn enlist(&self, request: Request) {
         if request.is_answered() {
-            self.waiting().push_back(PendingRequest { request, until: Instant::now() + PATIENCE });
+            self.waiting().push_back(PendingRequest { request, until: Instant::now() + REPLY_DEADLINE });
             self.asked.notify_one();
         }
     }
@@ -133,11 +133,11 @@ impl Session<'_> {
             }
             let reply = match Reply::decode(header.as_array().expect("split there")) {
                 Ok(reply) => reply,
-                Err(error) => return SessionEnd::NoReply(error),
+                Err(error) => return SessionEnd::Malformed(error),
             };
             let asked = |waiting: &PendingRequest| waiting.request.unique == reply.unique;
             if !self.waiting().iter().any(asked) {
-                return SessionEnd::Unasked;
+                return SessionEnd::Unexpected;
             }
             if let Err(error) = guest.read_exact(&mut body[..reply.length - REPLY_HEADER]).await {
                 return SessionEnd::Stream(error);
@@ -146,15 +146,16 @@ impl Session<'_> {
             self.answered.notify_one();
             match self.device.write(&buffer[..reply.length]) {
                 Ok(()) => {}
-                // The kernel has told whoever asked.
+                // The kernel has reported an error to the caller.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return SessionEnd::Misfit,
                 Err(error) => return SessionEnd::Device(error),
             }
         }
     }
 
-    /// Every request has the same time, so it is the oldest that runs out of it first.
-    async fn lose_patience(&self) -> SessionEnd {
+    /// Resolves when a request has missed its deadline. All requests have the same time, so the oldest misses
+    /// it first.
+    async fn deadline(&self) -> SessionEnd {
         loop {
             let oldest = self.waiting().front().copied();
             match oldest {
@@ -171,7 +172,7 @@ async fn forward(
     request: Request,
     buffer: &mut [u8],
 ) -> io::Result<()> {
-    buffer[ASKER].fill(0);
+    buffer[CALLER_PID].fill(0);
     guest.write_all(&buffer[..request.length]).await?;
     guest.flush().await
 }
