@@ -1,4 +1,4 @@
-//! From the headers of an archive to what they ask for, or a refusal. Touches no file.
+//! Parses and checks the headers of an archive. No file is accessed.
 
 use std::{ffi::CString, io::Read};
 
@@ -55,7 +55,7 @@ pub(super) fn is_extended(header: &Header) -> bool {
     header.entry_type() == EntryType::XHeader
 }
 
-/// Understands a header and the records that came before it.
+/// Parses a header and the records that precede it.
 ///
 /// # Errors
 /// What is wrong, and the path as far as it is known.
@@ -77,7 +77,7 @@ fn entry(
 ) -> Result<ArchiveEntry, &'static str> {
     let node = node(header, &records)?;
     if size != 0 && !matches!(node, EntryNode::File | EntryNode::Sparse(_)) {
-        return Err("has data although it is no regular file");
+        return Err("has data although it is not a regular file");
     }
     let number = |value: std::io::Result<u64>| {
         value.ok().and_then(|value| u32::try_from(value).ok()).ok_or("has an impossible owner")
@@ -141,15 +141,15 @@ fn node(header: &Header, records: &ExtendedRecords<'_>) -> Result<EntryNode, &'s
         _ => return Err("has an unexpected type"),
     };
     if records.is_socket && node != EntryNode::Socket {
-        return Err("is said to be a socket although it is something else");
+        return Err("is marked as a socket although it is something else");
     }
     match (&node, records.sparse) {
         (EntryNode::Sparse(_), _) | (_, [None, None, None]) => Ok(node),
-        _ => Err("has holes although it is no regular file"),
+        _ => Err("has holes although it is not a regular file"),
     }
 }
 
-/// Takes a path apart and refuses all that does not plainly lead down from the root.
+/// Splits a path into its names. Every path that does not plainly lead down from the root is refused.
 pub(super) fn components(path: &[u8]) -> Result<Components, &'static str> {
     if path == b"." {
         return Ok(Vec::new());
@@ -196,7 +196,7 @@ impl<'a> ExtendedRecords<'a> {
         let mut all = Self::default();
         for record in Records(records) {
             let (key, value) = record.map_err(|_| "has a malformed extended header")?;
-            let number = || layer::decimal(value).ok_or("has a record that is no number");
+            let number = || layer::decimal(value).ok_or("has a record that is not a number");
             if let Some(name) = key.strip_prefix(XATTR.as_bytes()) {
                 all.xattrs.push((xattr(name, value)?, value.to_vec()));
                 continue;
@@ -220,18 +220,18 @@ impl<'a> ExtendedRecords<'a> {
 fn xattr(name: &[u8], value: &[u8]) -> Result<CString, &'static str> {
     let opaque = name == layer::OPAQUE.0.as_bytes();
     if !layer::travels(name) || name.len() > XATTR_NAME_MAX || (opaque && value != layer::OPAQUE.1) {
-        return Err("has an attribute that no container's file may bring");
+        return Err("has an attribute that a container's file may not have");
     }
     CString::new(name).map_err(|_| "has an attribute with a zero in its name")
 }
 
-/// Reads the map before the data of a file with holes. Also returns how many bytes it took.
+/// Reads the map that precedes the data of a file with holes. Also returns how many bytes the map took.
 ///
 /// # Errors
-/// It is not well-formed, or says more than `size` bytes.
+/// The map is malformed, or describes more than `size` bytes.
 pub(super) fn read_map(content: &mut impl Read, size: u64) -> Result<(DataPieces, u64), &'static str> {
     let mut numbers: Vec<u64> = Vec::new();
-    // How many numbers there will be; the first says it.
+    // The number of numbers to read, which the first one determines.
     let mut wanted = 1;
     let (mut digits, mut taken) = (Vec::new(), 0);
     while numbers.len() < wanted {
@@ -249,7 +249,8 @@ pub(super) fn read_map(content: &mut impl Read, size: u64) -> Result<(DataPieces
                 digits.push(byte);
                 continue;
             }
-            let number = layer::decimal(&digits).ok_or("has a map of its holes that is no numbers")?;
+            let number =
+                layer::decimal(&digits).ok_or("has a map of its holes that is not a list of numbers")?;
             digits.clear();
             if numbers.is_empty() {
                 if number > MAX_PIECES as u64 {
@@ -266,7 +267,7 @@ pub(super) fn read_map(content: &mut impl Read, size: u64) -> Result<(DataPieces
         if offset < end {
             return Err("has overlapping pieces");
         }
-        end = offset.checked_add(length).filter(|&end| end <= size).ok_or("has pieces behind its end")?;
+        end = offset.checked_add(length).filter(|&end| end <= size).ok_or("has pieces beyond its end")?;
     }
     Ok((pieces, taken))
 }

@@ -1,4 +1,4 @@
-//! The archive's way from the guest to whoever applies it, which is another thread: files block.
+//! Passes the archive from the guest to the thread that applies it, since file operations block.
 
 use std::{
     io::{self, Read},
@@ -23,12 +23,12 @@ const WAITING: usize = 4;
 /// Longest time in which a guest that exports may send nothing.
 const STALL: Duration = Duration::from_secs(60);
 
-/// Asks the guest for a container's changes and puts them in the place of `target`'s. The container has ended or its
-/// processes are frozen.
+/// Asks the guest for a container's changes and stores them in `target`. The container must have ended, or
+/// its processes must be frozen.
 ///
 /// # Errors
-/// The guest cannot send them, sends something else, or the host cannot store them. The old layer is still there then, and
-/// nothing is left of the new one.
+/// The guest cannot send the changes, sends something else, or the host cannot store them. Then the old layer
+/// is still in place, and nothing of the new one is left.
 pub async fn receive(
     vm: &Vm,
     agent: &agent::Client,
@@ -39,7 +39,7 @@ pub async fn receive(
     let (token, stream) = vm.open_stream().await.map_err(LayerError::Stream)?;
     let (sender, chunks) = mpsc::channel(WAITING);
     let applying = spawn_blocking(move || {
-        let staging = StagingDir::beside(target.path())?;
+        let staging = StagingDir::next_to(target.path())?;
         let lower = match &target {
             LayerTarget::Upper(_) => None,
             LayerTarget::Whole(_) => Some(staging.current()?),
@@ -60,11 +60,11 @@ pub async fn receive(
 /// Why not all of the archive was passed on.
 enum PassError {
     Failed(LayerError),
-    /// Whoever applies it has stopped, and says why.
+    /// The thread that applies the archive has stopped, and returns the reason.
     Unwanted,
 }
 
-/// What is passed on: bytes, and that these were all. A channel that closes without that word means a failure.
+/// A part of the archive, or None at its end. A channel that closes without None means a failure.
 type ArchivePiece = Option<Vec<u8>>;
 
 /// Passes bytes on until there are as many as the agent's answer says.
@@ -95,7 +95,7 @@ async fn pass(
         };
         match read {
             Ok(Ok(0)) => {
-                // The agent's own words are worth more, if it has any.
+                // If the agent has answered with an error, that is more precise.
                 if total.is_none() {
                     answer.await.map_err(PassError::Failed)?;
                 }
@@ -111,7 +111,7 @@ async fn pass(
     }
 }
 
-/// The passed bytes as the applying thread reads them: the end comes only when all of them have.
+/// The archive as the applying thread reads it. Its end is reported only if all bytes have arrived.
 struct ArchiveReader {
     pieces: mpsc::Receiver<ArchivePiece>,
     current: Vec<u8>,
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_count_says_where_the_archive_ends() {
+    async fn the_count_marks_the_end_of_the_archive() {
         let bytes: Vec<u8> = (0..100_000_u32).map(|n| n as u8).collect();
         // The stream stays open, and the answer comes before or after the last bytes.
         let (passed, read) = passed(&bytes, Ok(100_000), false).await;
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_closed_stream_is_no_end() {
+    async fn a_closed_stream_is_not_the_end_of_the_archive() {
         let (outcome, read) = passed(b"half", Ok(8), true).await;
         assert!(matches!(outcome, Err(PassError::Failed(LayerError::Ended { arrived: 4 }))));
         assert!(read.is_err());
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_agents_own_words_are_kept() {
+    async fn the_error_of_the_agent_is_kept() {
         let refused = LayerError::Agent(agent::AgentError::Closed);
         let (outcome, read) = passed(b"some", Err(refused), true).await;
         assert!(matches!(outcome, Err(PassError::Failed(LayerError::Agent(_)))));

@@ -229,7 +229,7 @@ impl Layer {
         let (applied, replaced) = layer::receive(vm, agent, id, target.clone(), self.limits).await?;
         if let LayerTarget::Whole(root) = &target {
             // The disk stays the directory's, which is another one now.
-            beside::relabel(&self.disk, root).map_err(|source| LayerError::Place {
+            beside::relabel(&self.disk, root).map_err(|source| LayerError::Staging {
                 action: "label",
                 path: self.disk.clone(),
                 source,

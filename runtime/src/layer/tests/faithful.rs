@@ -1,4 +1,4 @@
-//! What the agent sends arrives as it was.
+//! Tests that what the agent sends is reproduced exactly.
 
 use std::{
     fs,
@@ -37,7 +37,7 @@ fn owners_modes_times_and_content() {
     };
     assert_eq!(seen(""), (0o751, 7, 8, 7, 0));
     assert_eq!(seen("setuid"), (0o4755, 4_294_967_294, 65534, -2, 500_000_000));
-    // The directory's own time, although something was put into it later.
+    // The directory's own time, although a file was added to it later.
     assert_eq!(seen("tmp"), (0o1777, 4_294_967_294, 65534, 1_700_000_000, 123_456_789));
     assert_eq!(seen("tmp/fifo"), (0o600, 4_294_967_294, 65534, 7, 0));
     assert!(status("tmp/fifo").file_type().is_fifo());
@@ -88,10 +88,11 @@ fn attributes_and_marks() {
     };
     assert_eq!(device("removed"), (true, 0));
     assert_eq!(device("null"), (true, 0x103));
-    // Nothing that opens the host's memory or disks, and nothing of the image shines through either.
+    // No node that opens the host's memory or disks is made, and no file of the image becomes visible
+    // instead.
     assert_eq!(device("mem"), (true, 0));
     assert_eq!(device("sda"), (true, 0));
-    // Where nothing of the image can shine through a mark would only be a name that cannot be looked up.
+    // In an opaque directory a mark would only be a name that cannot be looked up.
     assert!(fs::symlink_metadata(root.join("opaque/nested/sda")).is_err());
     assert_eq!(device("opaque/nested/null"), (true, 0x103));
 }

@@ -1,4 +1,4 @@
-//! What a hostile guest may send: it is refused, and nothing is touched but the fresh directory.
+//! Tests of what a hostile guest may send: it is refused, and nothing outside of the fresh directory changes.
 
 use std::io::Read;
 
@@ -39,13 +39,13 @@ fn links_that_lead_elsewhere() {
     }
     refused("absolute", TestArchive::new().link("a", "/outside/file"));
     refused("\"..\"", TestArchive::new().link("a", "../outside/file"));
-    refused("no file of the archive", TestArchive::new().symlink("s", "../outside").link("a", "s/file"));
-    refused("no file of the archive", TestArchive::new().link("a", "missing"));
-    refused("no file of the archive", TestArchive::new().dir("d").link("a", "d"));
-    refused("no file of the archive", TestArchive::new().file("f", b"").link("a", "f/x"));
+    refused("not a file of the archive", TestArchive::new().symlink("s", "../outside").link("a", "s/file"));
+    refused("not a file of the archive", TestArchive::new().link("a", "missing"));
+    refused("not a file of the archive", TestArchive::new().dir("d").link("a", "d"));
+    refused("not a file of the archive", TestArchive::new().file("f", b"").link("a", "f/x"));
     refused("the root", TestArchive::new().link("a", "."));
     refused("link to nothing", TestArchive::new().symlink("a", ""));
-    // A link is not followed by what comes later: only its own owner, mode and time change.
+    // Later entries do not follow a link: only its own owner, mode and time change.
     let fixture = LayerFixture::new();
     let archive = TestArchive::new().owner(5, 5).mode(0o777).symlink("a", "../outside/file");
     fixture.apply(archive.symlink("b", "../outside")).unwrap();
@@ -65,9 +65,9 @@ fn names_that_come_twice_or_out_of_order() {
     refused("comes before its directory", TestArchive::new().file("a", b"x").file("a/b", b"x"));
     refused("comes before its directory", TestArchive::new().file("a/b", b"x"));
     refused("long after it", TestArchive::new().dir("a").dir("b").file("a/c", b"x"));
-    refused("comes twice, or is no directory", TestArchive::new().dir("."));
+    refused("comes twice, or is not a directory", TestArchive::new().dir("."));
     refused("comes before the root", TestArchive::without_root().file("a", b"x"));
-    refused("comes twice, or is no directory", TestArchive::without_root().file(".", b"x"));
+    refused("comes twice, or is not a directory", TestArchive::without_root().file(".", b"x"));
     refused("is empty", TestArchive::without_root());
 }
 
@@ -77,23 +77,23 @@ fn kinds_and_records_that_no_agent_sends() {
         refused("unexpected type", TestArchive::new().entry(EntryType::new(kind), "a", |_| (), b""));
     }
     refused(
-        "although it is no regular file",
+        "although it is not a regular file",
         TestArchive::new().entry(EntryType::Directory, "a", |_| (), b"x"),
     );
     for kind in ["regular", "directory", "", "socket\0", "block special"] {
         let entry = |archive: TestArchive| archive.entry(EntryType::Fifo, "a", |_| (), b"");
         refused("unexpected type", entry(TestArchive::new().record("SCHILY.filetype", kind)));
     }
-    let said_to_be = || TestArchive::new().record("SCHILY.filetype", "socket");
-    refused("although it is something else", said_to_be().file("a", b""));
-    refused("although it is something else", said_to_be().dir("a"));
-    refused("although it is something else", said_to_be().symlink("a", "b"));
-    refused("although it is something else", said_to_be().device(EntryType::Block, "a", 8, 0));
+    let marked_as_socket = || TestArchive::new().record("SCHILY.filetype", "socket");
+    refused("although it is something else", marked_as_socket().file("a", b""));
+    refused("although it is something else", marked_as_socket().dir("a"));
+    refused("although it is something else", marked_as_socket().symlink("a", "b"));
+    refused("although it is something else", marked_as_socket().device(EntryType::Block, "a", 8, 0));
     refused(
         "although it is something else",
         TestArchive::new().file("f", b"").record("SCHILY.filetype", "socket").link("a", "f"),
     );
-    refused("has data", said_to_be().entry(EntryType::Fifo, "a", |_| (), b"data"));
+    refused("has data", marked_as_socket().entry(EntryType::Fifo, "a", |_| (), b"data"));
     refused("unexpected record", TestArchive::new().record("size", "5").file("a", b"x"));
     refused("unexpected record", TestArchive::new().record("GNU.sparse.map", "0,5").file("a", b"x"));
     refused("impossible time", TestArchive::new().record("mtime", "soon").file("a", b"x"));
@@ -106,11 +106,14 @@ fn kinds_and_records_that_no_agent_sends() {
         "system.x",
         "",
     ] {
-        refused("no container's file", TestArchive::new().xattr(name, "x").file("a", b"x"));
+        refused("a container's file may not have", TestArchive::new().xattr(name, "x").file("a", b"x"));
     }
-    refused("no container's file", TestArchive::new().xattr("trusted.overlay.opaque", "x").dir("a"));
     refused(
-        "no container's file",
+        "a container's file may not have",
+        TestArchive::new().xattr("trusted.overlay.opaque", "x").dir("a"),
+    );
+    refused(
+        "a container's file may not have",
         TestArchive::new().xattr(&format!("user.{}", "x".repeat(255)), "x").dir("a"),
     );
     refused(
@@ -128,7 +131,7 @@ fn kinds_and_records_that_no_agent_sends() {
 }
 
 #[test]
-fn holes_that_are_none() {
+fn malformed_maps_of_holes() {
     let sparse = |full: &str, content: &[u8]| {
         let archive = TestArchive::new().record("GNU.sparse.major", "1").record("GNU.sparse.minor", "0");
         archive.record("GNU.sparse.realsize", full).file("a", content)
@@ -139,10 +142,10 @@ fn holes_that_are_none() {
         map
     };
     refused("overlapping", sparse("100", &map("2\n0\n8\n4\n8\n")));
-    refused("behind its end", sparse("100", &map("1\n96\n8\n")));
-    refused("behind its end", sparse("100", &map("1\n18446744073709551615\n8\n")));
+    refused("beyond its end", sparse("100", &map("1\n96\n8\n")));
+    refused("beyond its end", sparse("100", &map("1\n18446744073709551615\n8\n")));
     refused("too many holes", sparse("100", &map("1048577\n")));
-    refused("no numbers", sparse("100", &map("1\n-1\n8\n")));
+    refused("not a list of numbers", sparse("100", &map("1\n-1\n8\n")));
     refused("too large a number", sparse("100", &map(&format!("1\n{}", "0".repeat(400)))));
     refused("incomplete", sparse("100", b""));
     refused("incomplete", sparse("100", &map(&format!("900\n{}", "1\n".repeat(254)))));
@@ -150,7 +153,7 @@ fn holes_that_are_none() {
     refused("more or less data", sparse("100", &map("0\n").repeat(2)));
     refused("set the size of", sparse("18446744073709551615", &map("0\n")));
     refused("unknown format", TestArchive::new().record("GNU.sparse.major", "0").file("a", b""));
-    refused("no regular file", TestArchive::new().record("GNU.sparse.major", "1").dir("a"));
+    refused("not a regular file", TestArchive::new().record("GNU.sparse.major", "1").dir("a"));
 }
 
 #[test]
@@ -173,13 +176,13 @@ fn more_than_the_limits() {
     let big = endless(|n| TestArchive::without_root().file(n.to_string(), &[7; 1 << 20]));
     assert!(matches!(fixture.apply_bytes(big), Err(LayerError::Bytes { .. })));
 
-    // Each byte of it takes a block.
+    // Each of the file's bytes takes a block.
     let fixture = LayerFixture::new();
     let pieces: Vec<_> = (0..20_000_u64).map(|n| (n * 8192, &b"x"[..])).collect();
     let archive = TestArchive::new().sparse("a", 1 << 40, &pieces);
     assert!(matches!(fixture.apply(archive), Err(LayerError::Bytes { .. })));
 
-    // The size alone is no reason to wait for the data, nor is that of an extended header.
+    // A size beyond the limits is refused without waiting for the data; so is that of an extended header.
     for (kind, what) in [(EntryType::Regular, "MiB"), (EntryType::XHeader, "too long an extended header")] {
         let fixture = LayerFixture::new();
         let mut bytes = TestArchive::new().entry(kind, "a", |header| header.set_size(1 << 60), b"").bytes();
@@ -188,23 +191,23 @@ fn more_than_the_limits() {
         assert!(error.contains(what), "{error}");
     }
 
-    // What comes behind the end is not read for ever.
+    // Data after the end of the archive is not read forever.
     let fixture = LayerFixture::new();
     let error = fixture.apply_bytes(TestArchive::new().bytes().chain(std::io::repeat(0))).unwrap_err();
-    assert!(error.to_string().contains("goes on"), "{error}");
+    assert!(error.to_string().contains("continues after"), "{error}");
 }
 
 #[test]
 fn an_archive_that_is_cut_short() {
     let whole = TestArchive::new().dir("d").xattr("user.a", "b").file("d/f", &[7; 1000]).bytes();
-    // Without the two blocks at the end it is whole too.
+    // The archive is complete without the two blocks at its end.
     for length in (0..whole.len() - 1024).step_by(64).filter(|length| length % 512 != 0) {
         let fixture = LayerFixture::new();
         fixture.apply_bytes(&whole[..length]).expect_err("it is cut short");
     }
 }
 
-/// Few names and targets, so that entries meet.
+/// Few names and targets, so that entries collide.
 fn entries() -> impl Strategy<Value = Vec<(u8, String, String)>> {
     let name = prop_oneof![
         Just("a"),
@@ -271,7 +274,7 @@ proptest! {
         for (at, byte) in changes {
             let at = at.index(bytes.len());
             bytes[at] = byte;
-            // The checksum is no obstacle to those who mean it.
+            // An attacker would correct the checksum.
             let block = &mut bytes[at / 512 * 512..][..512];
             if block.iter().any(|&byte| byte != 0) {
                 let mut header = tar::Header::from_byte_slice(block).clone();

@@ -1,4 +1,4 @@
-//! Archives as the agent sends them, and as a hostile guest would. They need root.
+//! Tests with archives as the agent sends them, and as a hostile guest would. They need root.
 
 mod copy;
 mod faithful;
@@ -29,7 +29,7 @@ struct TestArchive {
 }
 
 impl TestArchive {
-    /// One that begins with the root.
+    /// An archive that begins with the root.
     fn new() -> Self {
         Self::without_root().dir(".")
     }
@@ -154,7 +154,7 @@ impl TestArchive {
     }
 }
 
-/// A directory to apply to, beside files that must stay as they are.
+/// A directory to apply archives to, next to files that must not change.
 struct LayerFixture {
     dir: tempfile::TempDir,
 }
@@ -181,7 +181,7 @@ impl LayerFixture {
         apply(archive, root.as_fd(), None, LIMITS)
     }
 
-    /// Nothing beside the root was made, removed or changed.
+    /// Asserts that nothing outside of the root was made, removed or changed.
     fn assert_contained(&self) {
         let mut names: Vec<_> =
             fs::read_dir(self.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
@@ -195,7 +195,7 @@ impl LayerFixture {
     }
 }
 
-/// The bytes of the archive again and again, then nothing.
+/// Archives from `make`, one after the other without end.
 struct Repeated<F> {
     make: F,
     current: io::Cursor<Vec<u8>>,

@@ -1,4 +1,4 @@
-//! The exchange: the old layer or the new one, and nothing beside them.
+//! Tests of the exchange: the old or the new layer is in place, and nothing else is left.
 
 use std::{fs, path::Path};
 
@@ -17,7 +17,7 @@ fn the_new_layer_takes_the_place_of_the_old_one() {
     let fixture = LayerFixture::new();
     let upper = fixture.path("root");
     fs::write(upper.join("old"), "").unwrap();
-    let staging = StagingDir::beside(&upper).unwrap();
+    let staging = StagingDir::next_to(&upper).unwrap();
     apply(TestArchive::new().file("new", b"x").bytes().as_slice(), staging.fresh(), None, LIMITS).unwrap();
     assert_eq!(names(&upper), ["old"]);
     let replaced = staging.exchange().unwrap();
@@ -32,7 +32,7 @@ fn a_failure_leaves_the_old_layer_and_nothing_else() {
     let fixture = LayerFixture::new();
     let upper = fixture.path("root");
     fs::write(upper.join("old"), "").unwrap();
-    let staging = StagingDir::beside(&upper).unwrap();
+    let staging = StagingDir::next_to(&upper).unwrap();
     let archive = TestArchive::new().file("new", b"x").file("new", b"y").bytes();
     apply(archive.as_slice(), staging.fresh(), None, LIMITS).unwrap_err();
     drop(staging);
@@ -44,13 +44,13 @@ fn a_failure_leaves_the_old_layer_and_nothing_else() {
 fn what_a_killed_export_left_is_swept() {
     let fixture = LayerFixture::new();
     let (upper, other) = (fixture.path("root"), fixture.path("root-2"));
-    let staging = StagingDir::beside(&upper).unwrap();
+    let staging = StagingDir::next_to(&upper).unwrap();
     apply(TestArchive::new().dir("d").file("d/f", b"x").bytes().as_slice(), staging.fresh(), None, LIMITS)
         .unwrap();
     std::mem::forget(staging);
-    // That of a neighbour's with a similar name is left alone.
+    // The staging directory of a layer with a similar name is kept.
     fs::create_dir(&other).unwrap();
-    let neighbours = StagingDir::beside(&other).unwrap();
+    let neighbours = StagingDir::next_to(&other).unwrap();
     sweep(&upper).unwrap();
     assert_eq!(names(fixture.dir.path()).len(), 4);
     neighbours.exchange().unwrap();
@@ -61,12 +61,12 @@ fn what_a_killed_export_left_is_swept() {
 #[test]
 fn a_mount_point_cannot_be_replaced() {
     let fixture = LayerFixture::new();
-    let error = StagingDir::beside(Path::new("/proc")).map(|staging| staging.exchange().map(drop));
+    let error = StagingDir::next_to(Path::new("/proc")).map(|staging| staging.exchange().map(drop));
     let error = match error {
         Ok(result) => result.unwrap_err(),
-        // A root file system that cannot be written to shows the same.
+        // With a read-only root file system the staging directory cannot be made.
         Err(error) => error,
     };
-    assert!(matches!(error, LayerError::MountPoint { .. } | LayerError::Place { .. }), "{error}");
+    assert!(matches!(error, LayerError::MountPoint { .. } | LayerError::Staging { .. }), "{error}");
     fixture.assert_contained();
 }

@@ -1,4 +1,4 @@
-//! A whole root file system with an archive's changes, as the native snapshotter keeps it.
+//! Tests of a whole root file system with an archive's changes, as the native snapshotter keeps it.
 
 use std::{
     fs::{self, File},
@@ -94,7 +94,7 @@ fn changes_and_what_was_not_touched() {
     {
         assert_eq!(fs::read_to_string(root.join(file)).unwrap(), content, "{file}");
     }
-    // As it was, times included.
+    // The files are unchanged, their times included.
     for path in ["kept", "kept/deep", "kept/deep/file"] {
         let (old, new) = (fs::metadata(lower.join(path)).unwrap(), fs::metadata(root.join(path)).unwrap());
         assert_eq!(
