@@ -1,4 +1,4 @@
-//! From a source to its disk.
+//! Builds the disk of a source.
 
 use std::{
     fs::File,
@@ -29,12 +29,12 @@ const REPORT: u64 = 8 << 20;
 type PhaseTimes = Vec<(&'static str, Duration)>;
 
 impl RootdiskCache {
-    /// Finds or builds the disk of a root file system. Blocks; whoever else asks for the same waits, and gets what the
-    /// first one built.
+    /// Finds or builds the disk of a root file system. Blocks. Other callers that ask for the same disk wait,
+    /// and get what the first one has built.
     ///
     /// # Errors
-    /// The source cannot be read or changes meanwhile, the cache's file system is full, mke2fs is missing or fails.
-    /// Nothing is left of what was begun.
+    /// The source cannot be read or changes meanwhile, the cache's file system is full, mke2fs is missing or
+    /// fails. Nothing is left of an incomplete disk.
     pub fn get_or_build(
         &self,
         source: &RootfsSource,
@@ -51,10 +51,10 @@ impl RootdiskCache {
             return Ok(self.rootdisk(key, opened, true, phases));
         }
         self.store.sweep()?;
-        let (source_mount, tree) = timed(&mut phases, "walk", || recognised.walk())?;
+        let (mount, tree) = timed(&mut phases, "walk", || recognised.walk())?;
         let shape = tree.shape();
         let _shape = self.lock("shape", shape, &mut phases, progress)?;
-        let job = Job { cache: self, source, options, source_mount, tree, shape: shape.to_string() };
+        let job = Job { cache: self, source, options, mount, tree, shape: shape.to_string() };
         let (key, opened, cached) = job.run(&recognised, &mut phases, progress)?;
         self.index
             .write(&self.index.dir.join(recognised.identity.to_string()), key.to_string().as_bytes())?;
@@ -64,13 +64,13 @@ impl RootdiskCache {
     /// The finished disk of that key, if there is one.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// The disk cannot be read.
     pub fn get(&self, key: RootdiskKey) -> Result<Option<Rootdisk>, RootdiskError> {
         let opened = self.store.get(&key.to_string())?;
         Ok(opened.map(|opened| self.rootdisk(key, opened, true, PhaseTimes::new())))
     }
 
-    /// The disk that the index has for a source. An index that cannot be read is no reason to fail.
+    /// The disk of a source according to the index. An index entry that cannot be read is ignored.
     fn known(&self, recognised: &Recognised) -> Result<Option<(RootdiskKey, Opened)>, RootdiskError> {
         let path = self.index.dir.join(recognised.identity.to_string());
         let key = store::read(&path)
@@ -104,7 +104,7 @@ impl RootdiskCache {
         Rootdisk { key, path, file: opened.file, size: opened.metadata.size, cached, phases }
     }
 
-    /// Whether there may be a disk of a tree of this shape.
+    /// Whether the cache may have a disk of a tree of this shape.
     fn has_shape(&self, shape: &str) -> Result<bool, RootdiskError> {
         for name in self.store.names()? {
             if self.store.metadata(&name)?.is_some_and(|metadata| metadata.shape == shape) {
@@ -120,7 +120,7 @@ struct Job<'a> {
     cache: &'a RootdiskCache,
     source: &'a RootfsSource,
     options: &'a BuildOptions,
-    source_mount: SourceMount,
+    mount: SourceMount,
     tree: SourceTree,
     shape: String,
 }
@@ -138,9 +138,8 @@ impl Job<'_> {
         progress(RootdiskProgress::Converting { files, bytes });
         let (key, disk) = if self.cache.has_shape(&self.shape)? {
             let mut reports = ProgressReports::new(bytes, &mut *progress);
-            let key = timed(phases, "hash", || {
-                hashing::key(&self.source_mount, &self.tree, size, |n| reports.add(n))
-            })?;
+            let key =
+                timed(phases, "hash", || hashing::key(&self.mount, &self.tree, size, |n| reports.add(n)))?;
             if let Some(opened) = store.get(&key.to_string())? {
                 return Ok((key, opened, true));
             }
@@ -156,7 +155,7 @@ impl Job<'_> {
         });
         finished.map_err(|source| RootdiskError::Finish { root: self.source.name().to_owned(), source })?;
         if recognised.mutable {
-            timed(phases, "check", || self.tree.unchanged(&SourceTree::walk(&self.source_mount)?))?;
+            timed(phases, "check", || self.tree.unchanged(&SourceTree::walk(&self.mount)?))?;
         }
         let mut metadata = DiskMetadata::new(size, self.source.describe(), self.shape.clone(), &mke2fs);
         (metadata.files, metadata.content) = (files, bytes);
@@ -164,8 +163,8 @@ impl Job<'_> {
         Ok((key, opened, false))
     }
 
-    /// Hashes on one core while mke2fs runs on another; both read the same files at about the same time, so that they
-    /// come from the medium once.
+    /// Hashes on one core while mke2fs runs on another. Both read the same files at about the same time, so
+    /// each file is read from the host's disk only once.
     fn hash_and_convert(
         &self,
         size: u64,
@@ -178,11 +177,11 @@ impl Job<'_> {
         thread::scope(|scope| {
             let hash = scope.spawn(move || {
                 let mut counted = ProgressReports::new(total, |report| {
-                    // Nobody listens any more only when the other side has panicked.
+                    // Sending fails only if the receiving side has panicked.
                     let _ = sender.send(report);
                 });
                 let start = Instant::now();
-                (hashing::key(&self.source_mount, &self.tree, size, |n| counted.add(n)), start.elapsed())
+                (hashing::key(&self.mount, &self.tree, size, |n| counted.add(n)), start.elapsed())
             });
             let convert = scope.spawn(|| {
                 let start = Instant::now();
@@ -196,7 +195,7 @@ impl Job<'_> {
         })
     }
 
-    /// The disk as mke2fs makes it, without a name, and mke2fs's version.
+    /// Makes the disk by mke2fs, as an unnamed file. Also returns mke2fs's version.
     fn convert(&self, size: u64, files: u64) -> Result<(File, String), RootdiskError> {
         let store = &self.cache.store;
         let mke2fs = Mke2fs::find(&self.options.mke2fs)?;
@@ -211,11 +210,12 @@ impl Job<'_> {
             return Err(RootdiskError::NoSpace { dir: store.dir.clone(), needed, free });
         }
         // The first ten inodes are reserved, the eleventh is lost+found.
-        mke2fs.base(self.source_mount.share()?, &disk, &store.dir, files + 16, needed)?;
+        mke2fs.base(self.mount.share()?, &disk, &store.dir, files + 16, needed)?;
         Ok((disk, mke2fs.version))
     }
 
-    /// 2.5 times the tree, which leaves room for what else a file system consists of; at least what was asked for.
+    /// 2.5 times the size of the tree, which leaves room for the file system's own structures; at least
+    /// `min_size`.
     fn size(&self) -> Result<u64, RootdiskError> {
         let tree = self.tree.disk_bytes() + (16 * INODE + 64 * BLOCK) as u64;
         let size = (tree.saturating_mul(5) / 2).max(self.options.min_size).next_multiple_of(BLOCK as u64);
@@ -223,13 +223,13 @@ impl Job<'_> {
     }
 }
 
-/// One for each layout: what a guest has noted of a file's number is not to be believed on a disk of the same files that
-/// another version of mke2fs has made.
+/// The UUID of a layout: what a guest has recorded about inode numbers is not valid on a disk of the same
+/// files that another version of mke2fs has made.
 fn uuid(key: RootdiskKey, mke2fs: &str) -> [u8; 16] {
     let digest: [u8; 32] = Sha256::digest(format!("machinen base {key} {mke2fs}")).into();
     let mut uuid = [0; 16];
     uuid.copy_from_slice(&digest[..16]);
-    // Version and variant for what is no random number and no time (RFC 9562, version 8).
+    // Version and variant of a UUID that is neither random nor made of a time (RFC 9562, version 8).
     uuid[6] = 0x80 | uuid[6] & 0x0f;
     uuid[8] = 0x80 | uuid[8] & 0x3f;
     uuid

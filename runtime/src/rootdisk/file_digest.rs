@@ -1,4 +1,4 @@
-//! The digest of a file's content, blind to where it has holes.
+//! The digest of a file's content, which does not depend on where the file has holes.
 
 use sha2::{Digest as _, Sha256};
 
@@ -6,8 +6,8 @@ use super::ext4::BLOCK;
 
 /// Digest of the blocks that are not all zeros.
 ///
-/// A block of zeros and a hole are the same on the disk, so they are the same here. Every run of other blocks is
-/// followed by its place and length, from which the runs can be told apart, read from the end.
+/// A block of zeros and a hole are the same on the disk, so they are the same here. Every run of other blocks
+/// is followed by its offset and length, so that different files never give the same input.
 pub(super) struct FileDigest {
     digest: Sha256,
     start: u64,
@@ -19,8 +19,8 @@ impl FileDigest {
         Self { digest: Sha256::new(), start: 0, length: 0 }
     }
 
-    /// Adds data at a byte offset that is a multiple of the block size; offsets only grow. Only the last piece may
-    /// end in the middle of a block.
+    /// Adds data at a byte offset that is a multiple of the block size; offsets only grow. Only the last
+    /// piece may end in the middle of a block.
     pub(super) fn update(&mut self, offset: u64, data: &[u8]) {
         let zero = |block: &[u8]| block[0] == 0 && block == &[0; BLOCK][..block.len()];
         let mut from = 0;
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn place_counts() {
+    fn the_offset_counts() {
         let block = [1; BLOCK];
         let at = |offset: usize| {
             let mut content = FileDigest::new();

@@ -1,4 +1,4 @@
-//! The key of a tree: reads all contents and extended attributes.
+//! Computes the key of a tree. All contents and extended attributes are read for it.
 
 use std::{fs::File, os::unix::fs::FileExt as _};
 
@@ -18,15 +18,16 @@ use super::{
 
 /// Bytes read at once; a multiple of the block size.
 const BUFFER: usize = 256 << 10;
-/// The kernel's limits of a list of names and of a value.
+/// The kernel's limit of a list of attribute names, and of an attribute's value.
 const XATTR_MAX: usize = 64 << 10;
 
-/// The key of the disk of `disk_size` bytes that is made of the tree. `done` is told how many bytes were read.
+/// The key of the disk of `disk_size` bytes that is made of the tree. `done` is called with the number of
+/// bytes of each file that was read.
 ///
 /// # Errors
-/// A file that cannot be read, or whose size is not what the walk saw.
+/// A file cannot be read, or its size is not what the walk saw.
 pub(super) fn key(
-    source_mount: &SourceMount,
+    mount: &SourceMount,
     tree: &SourceTree,
     disk_size: u64,
     mut done: impl FnMut(u64),
@@ -34,7 +35,7 @@ pub(super) fn key(
     let mut manifest = TreeManifest::new(disk_size);
     let mut buffer = vec![0; BUFFER];
     // The directory of the last entry: most of the next ones are in it too.
-    let mut dir = (Vec::new(), source_mount.open(b"")?);
+    let mut dir = (Vec::new(), mount.open(b"")?);
     for entry in &tree.entries {
         if let Some(first) = entry.first {
             manifest.add_link(&entry.path, &tree.entries[first].path);
@@ -42,34 +43,33 @@ pub(super) fn key(
         }
         let parent = entry.parent().strip_suffix(b"/").unwrap_or_default();
         if dir.0 != parent {
-            dir = (parent.to_vec(), source_mount.open(parent)?);
+            dir = (parent.to_vec(), mount.open(parent)?);
         }
         let open = || {
             let name = if entry.path.is_empty() { b"." } else { entry.name() };
-            open_in(&dir.1, name).map_err(|error| source_mount.error("open", &entry.path, error))
+            open_in(&dir.1, name).map_err(|error| mount.error("open", &entry.path, error))
         };
         let (xattrs, node) = match entry.kind {
             FileKind::File => {
                 let file = File::from(open()?);
-                let content = content(source_mount, entry, &file, &mut buffer)?;
+                let content = content(mount, entry, &file, &mut buffer)?;
                 done(entry.size);
                 (
-                    xattrs(source_mount, entry, Some(&file), &mut buffer)?,
+                    xattrs(mount, entry, Some(&file), &mut buffer)?,
                     RecordData::File { size: entry.size, content },
                 )
             }
             FileKind::Directory => {
-                (xattrs(source_mount, entry, Some(&open()?.into()), &mut buffer)?, RecordData::Other)
+                (xattrs(mount, entry, Some(&open()?.into()), &mut buffer)?, RecordData::Other)
             }
-            FileKind::Symlink => (
-                xattrs(source_mount, entry, None, &mut buffer)?,
-                RecordData::Symlink { target: &entry.target },
-            ),
+            FileKind::Symlink => {
+                (xattrs(mount, entry, None, &mut buffer)?, RecordData::Symlink { target: &entry.target })
+            }
             FileKind::Character | FileKind::Block => {
-                (xattrs(source_mount, entry, None, &mut buffer)?, RecordData::Device { number: entry.rdev })
+                (xattrs(mount, entry, None, &mut buffer)?, RecordData::Device { number: entry.rdev })
             }
             FileKind::Fifo | FileKind::Socket => {
-                (xattrs(source_mount, entry, None, &mut buffer)?, RecordData::Other)
+                (xattrs(mount, entry, None, &mut buffer)?, RecordData::Other)
             }
         };
         manifest.add(&FileRecord {
@@ -87,13 +87,13 @@ pub(super) fn key(
 }
 
 fn content(
-    source_mount: &SourceMount,
+    mount: &SourceMount,
     entry: &TreeEntry,
     file: &File,
     buffer: &mut [u8],
 ) -> Result<[u8; 32], RootdiskError> {
     let mut content = FileDigest::new();
-    let failed = |source| source_mount.error("read", &entry.path, source);
+    let failed = |source| mount.error("read", &entry.path, source);
     let stat = fstat(file).map_err(|error| failed(error.into()))?;
     if FileKind::of(stat.st_mode) != Some(FileKind::File) || stat.st_size as u64 != entry.size {
         return Err(RootdiskError::Changed { path: lossy(&entry.path) });
@@ -103,7 +103,7 @@ fn content(
     while offset < entry.size {
         if sparse {
             match seek(file, SeekFrom::Data(offset)) {
-                // Down to the start of the block; what is before the data reads as zeros.
+                // Rounded down to the start of the block; the bytes before the data read as zeros.
                 Ok(data) => offset = data - data % super::ext4::BLOCK as u64,
                 Err(Errno::NXIO) => break,
                 Err(error) => return Err(failed(error.into())),
@@ -117,15 +117,15 @@ fn content(
     Ok(content.finish())
 }
 
-/// Of the open file, or by its path where opening would do more than that.
+/// Reads the extended attributes of the open file, or by its path if opening it would have side effects.
 fn xattrs(
-    source_mount: &SourceMount,
+    mount: &SourceMount,
     entry: &TreeEntry,
     file: Option<&File>,
     buffer: &mut [u8],
 ) -> Result<Xattrs, RootdiskError> {
-    let path = if file.is_none() { source_mount.path_of(&entry.path) } else { Vec::new() };
-    let failed = |error: Errno| source_mount.error("read the extended attributes of", &entry.path, error);
+    let path = if file.is_none() { mount.path_of(&entry.path) } else { Vec::new() };
+    let failed = |error: Errno| mount.error("read the extended attributes of", &entry.path, error);
     let (names, values) = buffer.split_at_mut(XATTR_MAX);
     let listed = match file {
         Some(file) => flistxattr(file, &mut *names),

@@ -2,11 +2,12 @@
 
 use std::{fmt, str::FromStr};
 
-/// A SHA-256: of a tree's manifest (the key of a disk), or of how a source is recognised without reading it.
+/// A SHA-256 digest: of a tree's manifest (the key of a disk), or of what identifies a source without reading
+/// it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RootdiskKey([u8; 32]);
 
-/// Text that is not 64 hexadecimal digits.
+/// The text is not 64 hexadecimal digits.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{text:?} is not a rootdisk key (64 hexadecimal digits)")]
 pub struct RootdiskKeyError {
@@ -27,7 +28,7 @@ impl fmt::Display for RootdiskKey {
 
 impl fmt::Debug for RootdiskKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Key({self})")
+        write!(f, "RootdiskKey({self})")
     }
 }
 

@@ -1,4 +1,4 @@
-//! Looking after the cache: what is in it, whether it is whole, and what may go.
+//! Lists, verifies and removes the disks of the cache.
 
 use std::{
     fs,
@@ -20,34 +20,34 @@ use super::{
 pub struct ListedDisk {
     pub key: RootdiskKey,
     pub path: PathBuf,
-    /// Bytes that it seems to have.
+    /// The apparent size, bytes.
     pub size: u64,
-    /// Bytes that it takes.
+    /// The allocated size, bytes.
     pub allocated: u64,
     pub state: DiskState,
-    /// Processes that hold it in use, each as often as it does.
+    /// Processes that use the disk, each once for every use.
     pub users: Vec<u32>,
     pub used: Option<SystemTime>,
     pub metadata: Option<DiskMetadata>,
 }
 
-/// Whether a disk would be used.
+/// Whether a disk can be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DiskState {
     Ready,
-    /// Being built right now, or what is left of somebody who was killed over it.
+    /// A build is running, or a build was killed.
     Unfinished,
     Damaged(Unusable),
 }
 
-/// Which of the disks that nobody uses are removed: those that meet both conditions, and all that are not ready.
+/// Which unused disks are removed: those that meet both conditions, and all that are not ready.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Prune {
-    /// Not used for so long.
+    /// Not used for at least this time.
     pub older_than: Option<Duration>,
-    /// As long as the cache takes more than these bytes, the least recently used first.
+    /// While the cache takes more than this many bytes, the least recently used ones first.
     pub keep_bytes: Option<u64>,
-    /// Only say what would be removed.
+    /// Only report what would be removed.
     pub dry_run: bool,
 }
 
@@ -55,7 +55,7 @@ pub struct Prune {
 #[derive(Debug, Clone, Default)]
 pub struct Pruned {
     pub removed: Vec<ListedDisk>,
-    /// Would have gone, but came into use.
+    /// Disks that meet the conditions, but are in use.
     pub in_use: Vec<ListedDisk>,
 }
 
@@ -70,7 +70,7 @@ impl RootdiskCache {
         for name in self.store.names()? {
             let Ok(key) = name.parse::<RootdiskKey>() else { continue };
             let path = self.store.path(&name, DISK);
-            // Gone since the directory was read.
+            // The disk was removed after the directory was read.
             let Ok(file) = fs::metadata(&path) else { continue };
             let users = lock_holders(&locks, file.dev(), file.ino());
             let state = match self.store.check(&name)? {
@@ -87,8 +87,8 @@ impl RootdiskCache {
         Ok(found)
     }
 
-    /// Reads a disk and compares all of it with its key. A damaged one is not used any more: the next start that needs
-    /// it builds it anew.
+    /// Reads a disk and compares all of it with its key. A damaged disk is not used any more: the next start
+    /// that needs it builds it again.
     ///
     /// # Errors
     /// The disk cannot be opened.
@@ -107,7 +107,7 @@ impl RootdiskCache {
         Ok(Err(damage))
     }
 
-    /// Removes disks that nobody uses.
+    /// Removes unused disks.
     ///
     /// # Errors
     /// A file cannot be removed.
@@ -137,12 +137,12 @@ impl RootdiskCache {
         }
         if !what.dry_run {
             self.forget_removed()?;
-            self.templates.sweep()?;
+            self.blanks.sweep()?;
         }
         Ok(pruned)
     }
 
-    /// Removes from the index what leads nowhere.
+    /// Removes index entries whose disk does not exist.
     fn forget_removed(&self) -> Result<(), RootdiskError> {
         let failed = |error| self.index.error("list", &self.index.dir, error);
         for entry in fs::read_dir(&self.index.dir).map_err(failed)? {
@@ -163,7 +163,7 @@ fn lock_holders(locks: &str, device: u64, inode: u64) -> Vec<u32> {
     let file = format!("{:02x}:{:02x}:{inode}", major(device), minor(device));
     let held = locks.lines().filter_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        // A line with an arrow is of one who waits.
+        // A line with an arrow is about a process that waits for the lock.
         match fields[..] {
             [_, "FLOCK", _, _, pid, place, ..] if place == file => pid.parse().ok(),
             _ => None,

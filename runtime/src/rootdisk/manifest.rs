@@ -1,9 +1,10 @@
-//! What a disk's key is the digest of: every file of the tree with all that containers can see of it.
+//! The manifest of a tree, whose digest is the disk's key: every file with all properties that containers can
+//! see.
 //!
-//! Records come in the order of a walk that visits the names of a directory sorted by their bytes, and every field is
-//! prefixed by its length or has a fixed one, so that different trees never give the same bytes. Not in it, because
-//! they say when and where an image was unpacked: inode numbers, times of access and change, link counts beyond the
-//! tree, and the time of the root directory.
+//! Records are in the order of a walk that visits the names of a directory sorted by their bytes. Every field
+//! has a fixed length or is prefixed by its length, so that different trees never give the same bytes. Some
+//! properties are left out, because they depend on when and where an image was unpacked: inode numbers, times
+//! of access and change, link counts beyond the tree, and the time of the root directory.
 
 use sha2::{Digest as _, Sha256};
 
@@ -43,13 +44,13 @@ impl FileKind {
         (self as u32) << 12
     }
 
-    /// Whether a file may have several names.
+    /// Whether a file of this type may have several names.
     pub(super) fn may_be_linked(self) -> bool {
         self != Self::Directory
     }
 }
 
-/// A time as ext4 holds it: 34 bits of seconds since 1970 from 1901 on.
+/// A time as ext4 stores it: 34 bits of seconds, of which the first is in 1901.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Ext4Time {
     pub(super) seconds: i64,
@@ -60,7 +61,7 @@ impl Ext4Time {
     pub(super) const MIN: Self = Self { seconds: i32::MIN as i64, nanoseconds: 0 };
     pub(super) const MAX: Self = Self { seconds: i32::MAX as i64 + (3 << 32), nanoseconds: 999_999_999 };
 
-    /// The nearest time that ext4 holds.
+    /// The nearest time that ext4 can store.
     pub(super) fn clamped(seconds: i64, nanoseconds: u32) -> Self {
         Self { seconds, nanoseconds }.clamp(Self::MIN, Self::MAX)
     }
@@ -85,7 +86,7 @@ pub(super) struct FileRecord<'a> {
     pub(super) node: RecordData<'a>,
 }
 
-/// What only some types have.
+/// The properties that only some types of files have.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum RecordData<'a> {
     File { size: u64, content: [u8; 32] },
@@ -94,7 +95,7 @@ pub(super) enum RecordData<'a> {
     Other,
 }
 
-/// The digest in the making.
+/// Computes the digest of a manifest.
 pub(super) struct TreeManifest(Sha256);
 
 impl TreeManifest {
@@ -136,7 +137,7 @@ impl TreeManifest {
         }
     }
 
-    /// Another name of the file whose record has the path `first`.
+    /// Adds another name of the file whose record has the path `first`.
     pub(super) fn add_link(&mut self, path: &[u8], first: &[u8]) {
         self.0.update([0]);
         self.bytes(path);
@@ -194,7 +195,7 @@ mod tests {
                     target,
                     device,
                 };
-                // What a type does not have is not in the manifest either.
+                // Properties that a type does not have are not in the manifest either.
                 if kind != 8 {
                     (record.size, record.content) = (0, [0; 32]);
                 }

@@ -1,17 +1,17 @@
 //! The cache of ext4 disks made from image root file systems.
 //!
-//! A disk is named by a digest of the tree that it holds (its *key*), and its bytes are a function of that tree alone.
-//! How a source was recognised (its *identity*) costs next to nothing to compute and leads to the key, so that a start
-//! from a known image opens a file and that is all:
+//! A disk is named by a digest of the tree that it holds (its *key*), and its bytes are a function of that
+//! tree alone. The *identity* of a source is cheap to compute and leads to the key, so that a start from a
+//! known image only has to open a file:
 //!
 //! ```text
-//! source ── identity ──> index ──> KEY.ext4                          known: nothing is read
-//!    └─ lock identity ─> walk ─ lock shape ─┬─ shape known ─> hash ──> KEY.ext4 of another root of the same image
+//! source ── identity ──> index ──> KEY.ext4                        known: nothing is read
+//!    └─ lock identity ─> walk ─ lock shape ─┬─ shape known ─> hash ──> KEY.ext4 of an equal tree
 //!                                           └─ hash  ┐
 //!                                              mke2fs┴> normalise ─> publish
 //! ```
-//! The shape is a digest of the walk: a tree whose shape nobody has seen is in no disk, so that hashing and mke2fs can
-//! run side by side.
+//! The shape is a digest of the walk. If no disk has the shape of a tree, the tree is in no disk, so hashing
+//! and mke2fs can run in parallel.
 
 mod build;
 mod error;
@@ -46,7 +46,7 @@ use store::Store;
 pub use store::{DiskMetadata, Unusable};
 pub use writable::open_writable;
 
-/// Where the cache is unless the configuration says otherwise.
+/// The directory of the cache, unless the configuration names another one.
 pub const DEFAULT_DIR: &str = "/var/lib/machinen/rootdisk";
 /// Largest file system with 32-bit block numbers.
 const LARGEST: u64 = 16 << 40;
@@ -57,7 +57,7 @@ pub struct RootdiskCache {
     store: Store,
     index: Store,
     locks: Store,
-    templates: Store,
+    blanks: Store,
 }
 
 /// How a disk is made.
@@ -75,23 +75,23 @@ impl Default for BuildOptions {
     }
 }
 
-/// What happens during a build, in this order.
+/// The progress of a build, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RootdiskProgress {
-    /// Somebody else builds the same disk; the next event comes when that is done.
+    /// Another caller builds the same disk. The next event comes when it has finished.
     Waiting,
     /// The tree was walked; conversion begins.
     Converting { files: u64, bytes: u64 },
     /// Bytes of content that were hashed so far.
     Hashed { done: u64, total: u64 },
-    /// The content is in; the disk is being finished.
+    /// The content has been copied; the disk is being finished.
     Finishing,
 }
 
 impl fmt::Display for RootdiskProgress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Waiting => f.write_str("waiting for whoever builds the same disk"),
+            Self::Waiting => f.write_str("waiting for another build of the same disk"),
             Self::Converting { files, bytes } => write!(f, "converting {files} files, {} MiB", bytes >> 20),
             Self::Hashed { done, total } => write!(f, "read {} of {} MiB", done >> 20, total >> 20),
             Self::Finishing => f.write_str("finishing"),
@@ -99,24 +99,24 @@ impl fmt::Display for RootdiskProgress {
     }
 }
 
-/// A disk that is in use as long as this lives.
+/// A disk, which is in use as long as this value exists.
 #[derive(Debug)]
 pub struct Rootdisk {
     pub key: RootdiskKey,
     pub path: PathBuf,
-    /// Open for reading only, and holding a shared lock: while this description is open anywhere, in another process
-    /// too, the disk is in use and stays.
+    /// Open for reading only, with a shared lock. The disk is in use, and not removed, while this open file
+    /// description exists in any process.
     pub file: File,
     /// Bytes.
     pub size: u64,
-    /// Nothing was converted.
+    /// The disk was found in the cache.
     pub cached: bool,
-    /// What took how long; hashing and mke2fs overlap.
+    /// The duration of each phase; hashing and mke2fs overlap.
     pub phases: Vec<(&'static str, Duration)>,
 }
 
 impl RootdiskCache {
-    /// Opens the cache, and makes its directory (mode 0700) if there is none.
+    /// Opens the cache. Its directory is made (mode 0700) if it is missing.
     ///
     /// # Errors
     /// The directory cannot be made.
@@ -125,7 +125,7 @@ impl RootdiskCache {
         Ok(Self {
             index: store.subdir("index")?,
             locks: store.subdir("locks")?,
-            templates: store.subdir("writable")?,
+            blanks: store.subdir("writable")?,
             store,
         })
     }

@@ -1,4 +1,4 @@
-//! What a disk is made of, and how it is recognised without reading it.
+//! The source of a disk, and how it is recognised without reading it.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use super::{
 /// A root file system on the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RootfsSource {
-    /// Layers of an overlay. The lower ones must never change, as the committed layers of a snapshotter don't.
+    /// Layers of an overlay. They must never change, as the committed layers of a snapshotter do not.
     Overlay {
         /// Top first.
         lowers: Vec<PathBuf>,
@@ -22,20 +22,20 @@ pub enum RootfsSource {
     Dir(PathBuf),
 }
 
-/// A source after a first look.
+/// A source whose identity is known.
 pub(super) struct Recognised {
     /// Equal for equal states of a source on this machine.
     pub(super) identity: RootdiskKey,
     /// Top first; none for a directory.
     layers: Vec<PathBuf>,
-    /// The view and the walk that it took to recognise a directory.
+    /// The mount and the walk that were needed to recognise a directory.
     walked: Option<(SourceMount, SourceTree)>,
     /// Whether it can change while it is read.
     pub(super) mutable: bool,
 }
 
 impl RootfsSource {
-    /// For people.
+    /// A description for people.
     pub(super) fn describe(&self) -> String {
         match self {
             Self::Dir(dir) => dir.display().to_string(),
@@ -60,17 +60,12 @@ impl RootfsSource {
         digest.update(options.min_size.to_le_bytes());
         match self {
             Self::Dir(dir) => {
-                let source_mount = SourceMount::of_dir(dir)?;
-                let tree = SourceTree::walk(&source_mount)?;
+                let mount = SourceMount::of_dir(dir)?;
+                let tree = SourceTree::walk(&mount)?;
                 digest.update(b"dir");
                 digest.update(tree.identity().to_string());
                 let identity = RootdiskKey::new(digest.finalize().into());
-                Ok(Recognised {
-                    identity,
-                    layers: Vec::new(),
-                    walked: Some((source_mount, tree)),
-                    mutable: true,
-                })
+                Ok(Recognised { identity, layers: Vec::new(), walked: Some((mount, tree)), mutable: true })
             }
             Self::Overlay { lowers } => {
                 for lower in lowers {
@@ -91,14 +86,14 @@ impl Recognised {
             return Ok(walked);
         }
         let layers: Vec<&Path> = self.layers.iter().map(PathBuf::as_path).collect();
-        let source_mount = SourceMount::of_layers(&layers)?;
-        let tree = SourceTree::walk(&source_mount)?;
-        Ok((source_mount, tree))
+        let mount = SourceMount::of_layers(&layers)?;
+        let tree = SourceTree::walk(&mount)?;
+        Ok((mount, tree))
     }
 }
 
-/// A committed layer is known by its directory: a directory of the same name that was made later has another time of
-/// birth, and usually another inode.
+/// Identifies a committed layer by its directory: a directory of the same name that is made later has another
+/// time of birth, and usually another inode.
 fn layer_identity(dir: &Path) -> Result<[u8; 32], RootdiskError> {
     let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
     let stat =
@@ -118,5 +113,5 @@ fn layer_identity(dir: &Path) -> Result<[u8; 32], RootdiskError> {
 }
 
 fn view_error(action: &'static str, path: &Path, source: std::io::Error) -> RootdiskError {
-    RootdiskError::View { action, path: path.to_owned(), source }
+    RootdiskError::Mount { action, path: path.to_owned(), source }
 }

@@ -1,4 +1,4 @@
-//! A walk over a root file system: everything that stat(2) says, in one fixed order.
+//! A walk over a root file system: everything that stat(2) reports, in a fixed order.
 
 use std::{collections::HashMap, ffi::CStr};
 
@@ -16,7 +16,8 @@ use super::{
 /// Longest path, in bytes, that can be reached from outside of the container.
 const PATH_LIMIT: usize = 4000;
 
-/// All files below a root, directories before what is in them, the names of a directory sorted by their bytes.
+/// All files below a root, directories before what is in them, the names of a directory sorted by their
+/// bytes.
 #[derive(Debug)]
 pub(super) struct SourceTree {
     /// The first is the root, with an empty path.
@@ -49,7 +50,7 @@ pub(super) struct TreeEntry {
     identity: InodeIdentity,
 }
 
-/// What tells this file from any other, and its state from any other state.
+/// Distinguishes the file from all others, and its state from all other states.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct InodeIdentity {
     device: u64,
@@ -96,13 +97,13 @@ impl TreeEntry {
 
 impl SourceTree {
     /// # Errors
-    /// A file that cannot be examined, named by its path.
-    pub(super) fn walk(source_mount: &SourceMount) -> Result<Self, RootdiskError> {
-        let stat = statat(source_mount, c".", AtFlags::empty())
-            .map_err(|error| source_mount.error("examine", b"", error))?;
+    /// A file cannot be examined; the error names its path.
+    pub(super) fn walk(mount: &SourceMount) -> Result<Self, RootdiskError> {
+        let stat =
+            statat(mount, c".", AtFlags::empty()).map_err(|error| mount.error("examine", b"", error))?;
         let mut entries: Vec<TreeEntry> = Vec::new();
         let mut seen = HashMap::new();
-        // The next to visit is the last.
+        // A stack: the last entry is the next one to visit.
         let mut pending = vec![TreeEntry::new(Vec::new(), 0, &stat, Vec::new())?];
         while let Some(mut entry) = pending.pop() {
             if entry.kind.may_be_linked() && entry.identity.links > 1 {
@@ -112,7 +113,7 @@ impl SourceTree {
             }
             if entry.kind == FileKind::Directory {
                 let from = pending.len();
-                list(source_mount, &entry, &mut pending)?;
+                list(mount, &entry, &mut pending)?;
                 pending[from..].sort_by(|a, b| b.path.cmp(&a.path));
             }
             entries.push(entry);
@@ -120,7 +121,7 @@ impl SourceTree {
         Ok(Self { entries })
     }
 
-    /// Whether the walk found the same files in the same states; nothing is read again.
+    /// Checks that a later walk found the same files in the same states. Nothing is read again.
     pub(super) fn unchanged(&self, later: &Self) -> Result<(), RootdiskError> {
         let same =
             |a: &TreeEntry, b: &TreeEntry| a.path == b.path && a.identity == b.identity && a.size == b.size;
@@ -135,12 +136,14 @@ impl SourceTree {
         }
     }
 
-    /// Names this state of these files on this machine: changes with every change that the kernel records.
+    /// Identifies this state of these files on this machine. It changes with every change that the kernel
+    /// records.
     pub(super) fn identity(&self) -> RootdiskKey {
         self.digest(true)
     }
 
-    /// Names the tree without its contents and attributes: trees of different shapes have different keys.
+    /// Identifies the tree without its contents and attributes. Trees of different shapes have different
+    /// keys.
     pub(super) fn shape(&self) -> RootdiskKey {
         self.digest(false)
     }
@@ -172,8 +175,8 @@ impl SourceTree {
         RootdiskKey::new(digest.finalize().into())
     }
 
-    /// The files that mke2fs makes an inode for, with their first names; symbolic links, which it copies for each of
-    /// theirs, with all.
+    /// The entries for which mke2fs makes an inode: files under their first name, and symbolic links under
+    /// each name, because mke2fs copies them once for each.
     pub(super) fn files(&self) -> impl Iterator<Item = &TreeEntry> {
         self.entries.iter().filter(|entry| entry.first.is_none() || entry.kind == FileKind::Symlink)
     }
@@ -188,7 +191,7 @@ impl SourceTree {
         self.files().map(|entry| own_bytes(entry, entry.size)).sum()
     }
 
-    /// Bytes that a disk of the tree will use, as far as can be told without reading it.
+    /// Bytes that a disk of the tree will use, as far as is known without reading the tree.
     pub(super) fn needed_bytes(&self) -> u64 {
         self.files().map(|entry| own_bytes(entry, entry.size.min(entry.allocated))).sum()
     }
@@ -207,13 +210,9 @@ fn own_bytes(entry: &TreeEntry, content: u64) -> u64 {
     data + INODE as u64
 }
 
-fn list(
-    source_mount: &SourceMount,
-    dir: &TreeEntry,
-    found: &mut Vec<TreeEntry>,
-) -> Result<(), RootdiskError> {
-    let failed = |error| source_mount.error("list", &dir.path, error);
-    let fd = source_mount.open(&dir.path)?;
+fn list(mount: &SourceMount, dir: &TreeEntry, found: &mut Vec<TreeEntry>) -> Result<(), RootdiskError> {
+    let failed = |error| mount.error("list", &dir.path, error);
+    let fd = mount.open(&dir.path)?;
     for item in Dir::read_from(&fd).map_err(failed)? {
         let item = item.map_err(failed)?;
         let name: &CStr = item.file_name();
@@ -225,7 +224,7 @@ fn list(
         if path.len() > PATH_LIMIT {
             return Err(RootdiskError::PathTooLong { path: lossy(&path), limit: PATH_LIMIT });
         }
-        let examined = |error| source_mount.error("examine", &path, error);
+        let examined = |error| mount.error("examine", &path, error);
         let stat = statat(&fd, name, AtFlags::SYMLINK_NOFOLLOW).map_err(examined)?;
         let target = match FileKind::of(stat.st_mode) {
             Some(FileKind::Symlink) => readlinkat(&fd, name, Vec::new()).map_err(examined)?.into_bytes(),

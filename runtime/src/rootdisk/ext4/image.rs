@@ -10,9 +10,12 @@ const GROUP_DESCRIPTOR: usize = 32;
 /// Byte of the superblock in block 0.
 const SUPERBLOCK: usize = 1024;
 
-const INCOMPAT: u32 = 0x2 | 0x40 | 0x200; // filetype, extent, flex_bg
-const COMPAT: u32 = 0x4 | 0x8 | 0x20; // has_journal, ext_attr, dir_index
-const RO_COMPAT: u32 = 0x1 | 0x2 | 0x8 | 0x20 | 0x40; // sparse_super, large_file, huge_file, dir_nlink, extra_isize
+/// filetype, extent, flex_bg.
+const INCOMPAT: u32 = 0x2 | 0x40 | 0x200;
+/// has_journal, ext_attr, dir_index.
+const COMPAT: u32 = 0x4 | 0x8 | 0x20;
+/// sparse_super, large_file, huge_file, dir_nlink, extra_isize.
+const RO_COMPAT: u32 = 0x1 | 0x2 | 0x8 | 0x20 | 0x40;
 
 /// An open disk. Changes are in memory until [`Ext4Image::flush`].
 pub(super) struct Ext4Image<'a> {
@@ -40,7 +43,7 @@ pub(super) enum Counter {
 
 impl<'a> Ext4Image<'a> {
     /// # Errors
-    /// A disk that is not ext4, or has other features than those that this program asks mke2fs for.
+    /// The disk is not ext4, or has other features than those that machinen asks mke2fs for.
     pub(super) fn open(file: &'a File) -> Result<Self, Ext4Error> {
         let mut first = [0; BLOCK];
         file.read_exact_at(&mut first, 0).map_err(|source| Ext4Error::Read { block: 0, source })?;
@@ -205,7 +208,7 @@ impl<'a> Ext4Image<'a> {
         }
     }
 
-    /// Writes what was changed. It reaches the medium with the file's own fsync.
+    /// Writes the changed blocks to the file, which the caller has to fsync.
     pub(super) fn flush(&mut self) -> Result<(), Ext4Error> {
         for (&block, cached) in self.cache.iter_mut().filter(|(_, cached)| cached.dirty) {
             self.file

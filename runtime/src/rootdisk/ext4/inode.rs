@@ -107,7 +107,8 @@ impl Ext4Inode {
         }
     }
 
-    /// Removes what is not the tree's: deletion time, generation, version, and flags other than those of the layout.
+    /// Clears what is not a property of the tree: deletion time, generation, version, and flags other than
+    /// those of the layout.
     pub(super) fn clear_incidentals(&mut self) {
         let flags = u32_at(&self.0, 0x20) & (EXTENTS | INDEX);
         put32(&mut self.0, 0x20, flags);

@@ -43,7 +43,7 @@ impl Ext4Image<'_> {
                 let length = u16_at(bytes, at + 4);
                 bytes[at..at + 8 + NAME.len()].fill(0);
                 match index.checked_sub(1).map(|before| records[before].0) {
-                    // The record before it gets its space.
+                    // The preceding record gets its space.
                     Some(before) => {
                         let sum = u16_at(bytes, before + 4) + length;
                         put16(bytes, before + 4, sum);

@@ -1,8 +1,9 @@
 //! Makes what mke2fs wrote a function of the tree alone, and checks it against the tree.
 //!
 //! mke2fs copies the times of access and change, places extended attributes in the source's order, drops the
-//! nanoseconds of modification times, gives the root directory a mode of its own, makes a lost+found and copies a
-//! symbolic link once for each of its names. All of that is set right here; sizes, owners, modes and hard links are compared with what the walk saw.
+//! nanoseconds of modification times, gives the root directory a mode of its own, makes a lost+found and
+//! copies a symbolic link once for each of its names. All of that is corrected here; sizes, owners, modes and
+//! hard links are compared with what the walk saw.
 
 use std::{collections::HashMap, fs::File};
 
@@ -12,24 +13,24 @@ use crate::rootdisk::{
     tree::{SourceTree, TreeEntry},
 };
 
-/// The time of the root directory and of the file system itself: they are when somebody unpacked the image, not the
-/// image's.
+/// The time of the root directory and of the file system itself, because their own times depend on when the
+/// image was unpacked.
 const EPOCH: Ext4Time = Ext4Time { seconds: 0, nanoseconds: 0 };
 
-/// What to do with the marks of an overlay that say from which file of its lower layer another one was copied.
+/// What to do with an overlay's marks of origin, which name the lower file that another file was copied from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::rootdisk) enum OriginMarks {
     Kept,
-    /// They are about a file system of the host's. In the guest they would hide what is in the lower layer.
+    /// The marks refer to a file system of the host. In the guest they would hide files of the lower layer.
     Dropped,
 }
 
-/// Gives a disk an identity, which the handles of its files contain (name_to_handle_at(2)).
+/// Sets the UUID of a disk, which is part of the handles of its files (name_to_handle_at(2)).
 ///
 /// # Errors
 /// The disk cannot be read or written.
 pub(in crate::rootdisk) fn set_uuid(file: &File, uuid: [u8; 16]) -> Result<(), Ext4Error> {
-    /// Of the superblock.
+    /// The offset in the superblock.
     const S_UUID: usize = 0x68;
     let mut image = Ext4Image::open(file)?;
     image.superblock()?[S_UUID..S_UUID + uuid.len()].copy_from_slice(&uuid);
@@ -67,7 +68,7 @@ pub(in crate::rootdisk) fn normalise(
                     compare(entry, 1, &inode)?;
                     image.relink(dir.ino, entry.name(), ino, inodes[first])?;
                 }
-                _ => return Err(differs(entry, "it is no hard link")),
+                _ => return Err(differs(entry, "it is not a hard link")),
             }
             continue;
         }
@@ -112,7 +113,7 @@ pub(in crate::rootdisk) fn normalise(
 /// A directory on the way to the current entry.
 struct OpenDirectory {
     ino: u32,
-    /// What in it has not been visited yet.
+    /// The names in it that have not been visited yet.
     names: HashMap<Vec<u8>, u32>,
 }
 
@@ -120,19 +121,20 @@ struct OpenDirectory {
 fn close(open: &mut Vec<OpenDirectory>, depth: usize, tree: &SourceTree, at: usize) -> Result<(), Ext4Error> {
     while open.len() > depth {
         if let Some(name) = open.pop().and_then(|dir| dir.names.into_keys().next()) {
-            let what = format!("it has a name {:?} that the source has not", String::from_utf8_lossy(&name));
+            let what =
+                format!("it has a name {:?} that the source does not have", String::from_utf8_lossy(&name));
             return Err(differs(&tree.entries[at], &what));
         }
     }
     Ok(())
 }
 
-/// Everything that the inode says must be what the walk saw; `names` of the file were seen.
+/// Checks that the inode is what the walk saw. `names` is the number of the file's names that the walk saw.
 fn compare(entry: &TreeEntry, names: u64, inode: &Ext4Inode) -> Result<(), Ext4Error> {
     let check = |same: bool, what: &str| if same { Ok(()) } else { Err(differs(entry, what)) };
     check(inode.mode() == u32::from(entry.mode) | entry.kind.mode(), "type or mode")?;
     check((inode.uid(), inode.gid()) == (entry.uid, entry.gid), "owner")?;
-    // More than ext4 can count would be no change of the source, but a disk that is wrong all the same.
+    // More links than ext4 can count are not a change of the source, but the disk is wrong nevertheless.
     check(entry.kind == FileKind::Directory || u64::from(inode.links()) == names, "number of hard links")?;
     match entry.kind {
         FileKind::File => check(inode.size() == entry.size, "size"),

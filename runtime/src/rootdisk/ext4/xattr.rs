@@ -1,8 +1,8 @@
 //! Extended attributes: in the inode as far as they fit, the rest in one block.
 //!
-//! mke2fs places them in the order in which the source file system lists them; [`Ext4Image::sort_xattrs`] places them anew
-//! in one order. Whether the block is needed does not depend on the order (it is when the sum of all does not fit into
-//! the inode), so nothing else on the disk moves.
+//! mke2fs places them in the order in which the source file system lists them; [`Ext4Image::sort_xattrs`]
+//! rewrites them in a fixed order. Whether the block is needed does not depend on the order (it is when the
+//! sum of all does not fit into the inode), so nothing else on the disk moves.
 
 use super::{
     BLOCK, Ext4Error, INODE, damaged, image::Ext4Image, inode::Ext4Inode, normalise::OriginMarks, put16,
@@ -13,7 +13,7 @@ use crate::rootdisk::manifest::Xattrs;
 const MAGIC: u32 = 0xea02_0000;
 const ENTRY: usize = 16;
 const BLOCK_HEADER: usize = 32;
-/// The number of a name's prefix and the prefix; the ACLs have no rest.
+/// The numbers of name prefixes, and the prefixes. Those of ACLs are whole names.
 const PREFIXES: [(u8, &[u8]); 6] = [
     (1, b"user."),
     (2, b"system.posix_acl_access"),
@@ -23,7 +23,7 @@ const PREFIXES: [(u8, &[u8]); 6] = [
     (7, b"system."),
 ];
 
-/// Name without its prefix, and the value as it is on the disk. The order is the one the kernel wants in a block.
+/// An attribute as it is on the disk: the name without its prefix, and the value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Raw {
     prefix: u8,
@@ -80,6 +80,7 @@ impl Ext4Image<'_> {
         if all.len() == found && found < 2 {
             return Ok(false);
         }
+        // The order that the kernel requires in a block.
         all.sort_by(|a, b| (a.prefix, a.name.len(), &a.name).cmp(&(b.prefix, b.name.len(), &b.name)));
         let start = inode.xattr_start().ok_or_else(|| damaged("an inode has no room for attributes"))?;
         let block = inode.xattr_block();
@@ -113,8 +114,8 @@ impl Ext4Image<'_> {
     }
 }
 
-/// Divides sorted attributes between inode and block: in order, or, should that not fit, the largest into the inode
-/// first.
+/// Divides sorted attributes between inode and block: in order, or, should that not fit, the largest into the
+/// inode first.
 fn split(all: Vec<Raw>, inside: usize, outside: usize) -> Option<(Vec<Raw>, Vec<Raw>)> {
     let attempt = |order: Vec<usize>| {
         let mut kept = vec![false; all.len()];

@@ -1,4 +1,4 @@
-//! The bytes of a disk depend on its tree alone.
+//! Tests that the bytes of a disk depend on its tree alone.
 
 use std::{fs, path::Path};
 
@@ -23,12 +23,12 @@ fn assert_same((key, bytes): &(RootdiskKey, Vec<u8>), (other_key, other): &(Root
 }
 
 #[test]
-fn neither_order_nor_time_nor_file_system_of_the_source_show() {
+fn order_time_and_file_system_of_the_source_do_not_matter() {
     let (fixture, memory) = (CacheFixture::new(), tempfile::tempdir_in("/dev/shm").unwrap());
     let (first, second, third) = (fixture.path("first"), fixture.path("second"), memory.path().join("third"));
     everything(&first, false);
     everything(&second, true);
-    // The time of the root directory is when it was unpacked.
+    // The root directory's time depends on when the image was unpacked.
     touch(&second, 99, 0);
     let disk = built(&layer(&first));
     assert_same(&disk, &built(&layer(&second)));

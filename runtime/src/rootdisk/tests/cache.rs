@@ -1,4 +1,4 @@
-//! What is known is not built again, and what is in use stays.
+//! Tests that known disks are not built again, and that disks in use are kept.
 
 use std::{fs, path::Path, sync::mpsc, time::Duration};
 

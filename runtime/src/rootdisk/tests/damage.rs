@@ -1,4 +1,5 @@
-//! Disks that are not what they were are found and made anew; nothing on a disk can do worse than be refused.
+//! Tests that changed disks are detected and built again, and that no content of a disk causes worse than an
+//! error.
 
 use std::{
     fs::{self, File},
@@ -41,7 +42,7 @@ fn find(disk: &[u8], needle: &[u8]) -> u64 {
 }
 
 #[test]
-fn what_was_touched_is_built_anew() {
+fn a_changed_disk_is_built_again() {
     let fixture = CacheFixture::new();
     let root = fixture.path("root");
     fs::create_dir(&root).unwrap();
@@ -78,7 +79,7 @@ fn what_was_touched_is_built_anew() {
         let again = fixture.build(&layer(&root)).unwrap();
         assert_eq!((again.key, again.cached), (first.key, true), "{junk:?}");
     }
-    // Who has the old one open keeps it.
+    // The owner of an open descriptor keeps the old disk.
     assert_eq!(first.file.metadata().unwrap().len(), 1 << 20);
 }
 
@@ -110,7 +111,7 @@ fn no_byte_can_make_the_reader_fail_badly() {
     let disk = fixture.build(&layer(&root)).unwrap();
     let good = fs::read(&disk.path).unwrap();
     let tree = SourceTree::walk(&SourceMount::of_dir(&root).unwrap()).unwrap();
-    // Where something is that the reader looks at.
+    // The offsets of all words that are not zero.
     let words = blocks(&good).flat_map(|(offset, block)| {
         let words = block.chunks(4).enumerate().filter(|(_, word)| **word != [0; 4]);
         words.map(move |(index, _)| (offset + index * 4) as u64)

@@ -1,4 +1,5 @@
-//! What goes wrong is said in the user's terms, nothing is left of it, and the next try works.
+//! Tests that failures are reported in the user's terms, leave nothing behind, and do not prevent the next
+//! try.
 
 use std::{
     fs,
@@ -45,7 +46,7 @@ impl Drop for Small {
 }
 
 #[test]
-fn whoever_is_killed_leaves_nothing_that_matters() {
+fn a_killed_build_leaves_nothing_that_matters() {
     let fixture = CacheFixture::new();
     let root = make(&fixture);
     for point in ["Converting", "Hashed", "Finishing"] {
@@ -58,7 +59,7 @@ fn whoever_is_killed_leaves_nothing_that_matters() {
 }
 
 #[test]
-fn a_full_file_system_is_told_beforehand() {
+fn a_full_file_system_is_reported_beforehand() {
     let fixture = CacheFixture::new();
     let root = make(&fixture);
     let small_fs = Small::mount(&fixture, "2m");
@@ -71,7 +72,7 @@ fn a_full_file_system_is_told_beforehand() {
 }
 
 #[test]
-fn a_file_system_that_fills_up_meanwhile_is_told_too() {
+fn a_file_system_that_fills_up_meanwhile_is_reported_too() {
     let fixture = CacheFixture::new();
     let root = make(&fixture);
     let small_fs = Small::mount(&fixture, "8m");
@@ -86,7 +87,7 @@ fn a_file_system_that_fills_up_meanwhile_is_told_too() {
     assert!(matches!(error, RootdiskError::NoSpace { .. }), "{}", chain(&error));
     assert!(cache.list().unwrap().is_empty());
     fs::remove_file(filler).unwrap();
-    // All that was begun is gone: the disk fits again.
+    // Nothing of the failed build is left: the disk fits again.
     cache.get_or_build(&layer(&root), &small(), &mut |_| ()).unwrap();
 }
 

@@ -1,4 +1,4 @@
-//! Trees with everything that a root file system can have.
+//! Tests with trees that have everything that a root file system can have.
 
 use std::{
     ffi::CString,
@@ -17,7 +17,7 @@ use rustix::fs::{
 use super::{CacheFixture, layer, small};
 use crate::rootdisk::{ext4, hashing, source_mount::SourceMount, tree::SourceTree};
 
-/// A name that is no UTF-8, one with what shells and parsers trip over, and the longest one.
+/// A name that is not UTF-8, one with characters that shells and parsers stumble over, and the longest one.
 fn names() -> [Vec<u8>; 3] {
     [b"\xff\xfe\x80".to_vec(), b" a\"b'c\\d\n:,$e ".to_vec(), vec![b'n'; 255]]
 }
@@ -190,9 +190,9 @@ fn everything_survives() {
     fs::create_dir(&mounted).unwrap();
     super::tool("mount", &["-o", "ro,loop,noload", path, mounted.to_str().unwrap()]);
     let read = || {
-        let source_mount = SourceMount::of_dir(&mounted)?;
-        let tree = SourceTree::walk(&source_mount)?;
-        hashing::key(&source_mount, &tree, disk.size, |_| ())
+        let mount = SourceMount::of_dir(&mounted)?;
+        let tree = SourceTree::walk(&mount)?;
+        hashing::key(&mount, &tree, disk.size, |_| ())
     };
     let key = read();
     super::tool("umount", &["-l", mounted.to_str().unwrap()]);
