@@ -1,4 +1,4 @@
-//! `machinen check`: can this host run VMs, how, and what is missing.
+//! `machinen check`: whether and how this host can run VMs, and what is missing.
 
 use std::{error::Error, path::Path, process::ExitCode};
 
@@ -21,12 +21,12 @@ pub struct CheckArgs {
     json: bool,
 }
 
-/// One thing that was looked at.
+/// The result of one check.
 #[derive(Debug, Serialize)]
 struct Finding {
     what: &'static str,
     verdict: CheckVerdict,
-    /// One sentence; where something is missing, with what to do about it.
+    /// One sentence; if something is missing, it says what to do about that.
     text: String,
 }
 
@@ -34,7 +34,7 @@ struct Finding {
 #[serde(rename_all = "lowercase")]
 enum CheckVerdict {
     Ok,
-    /// Containers run, but slower or with less.
+    /// Containers can run, but slower or with fewer features.
     Note,
     /// No container can run.
     Missing,
@@ -88,11 +88,11 @@ fn user() -> Finding {
 }
 
 fn accelerator(config: &Config) -> Finding {
-    let judged = accel::verdict(Path::new(RUN_DIR))
+    let verdict = accel::verdict(Path::new(RUN_DIR))
         .and_then(|verdict| Ok((verdict.choose(config.vm.accel)?, verdict.to_string())));
-    match judged {
+    match verdict {
         Ok((Accelerator::Tcg { .. }, text)) => Finding { what: "accel", verdict: CheckVerdict::Note, text },
-        judged => found("accel", judged.map(|(_, text)| text)),
+        verdict => found("accel", verdict.map(|(_, text)| text)),
     }
 }
 

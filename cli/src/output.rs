@@ -1,4 +1,4 @@
-//! What a verb prints: as a text or as JSON, and whether what it has found is as it should be.
+//! The output of a verb, as text or as JSON, and whether the verb has found a problem.
 
 use std::{
     fmt::{Display, Write as _},
@@ -12,7 +12,7 @@ use serde_json::Value;
 pub(super) struct VerbOutput {
     pub(super) text: String,
     pub(super) value: Value,
-    /// The exit status is 1 otherwise.
+    /// False if the verb has found a problem; then the exit status is 1.
     pub(super) ok: bool,
 }
 
@@ -21,7 +21,7 @@ impl VerbOutput {
         Self { text: text.into(), value: value.into(), ok: true }
     }
 
-    /// One word a line.
+    /// One item per line.
     pub(super) fn lines<T: Display>(lines: impl IntoIterator<Item = T>, value: impl Into<Value>) -> Self {
         let mut text = String::new();
         for line in lines {
@@ -40,14 +40,14 @@ impl VerbOutput {
     }
 }
 
-/// On which side a column has its spaces.
+/// The alignment of a column.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Align {
     Left,
     Right,
 }
 
-/// Rows below a head, each column as wide as its widest cell.
+/// Rows below a header, each column as wide as its widest cell.
 #[derive(Debug)]
 pub(super) struct TextTable<const N: usize> {
     align: [Align; N],

@@ -26,10 +26,10 @@ pub struct PoolArgs {
 
 #[derive(Debug, Subcommand)]
 enum PoolCommand {
-    /// List the clones, those of other configurations too, the oldest first
+    /// List the clones, including those of other configurations, the oldest first
     Ls,
-    /// End all clones that no container has taken, those that are being made and those of other configurations too; the next
-    /// start makes new ones if `pool.size` asks for them
+    /// End all clones that no container has taken, including those that are being made and those of other
+    /// configurations; the next start makes new ones if `pool.size` asks for them
     Drain,
 }
 
@@ -60,7 +60,7 @@ fn table(members: &[Listed]) -> String {
         ("STATE", Align::Left),
     ]);
     for Listed { record, takes, .. } in members {
-        // One that has just been started has not said yet what it is.
+        // A clone that has just been started has no record yet.
         let cell = |text: fn(&Record) -> String| record.as_ref().map(text).unwrap_or_default();
         table.row([
             cell(|record| if record.pid == 0 { String::new() } else { record.pid.to_string() }),
@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn members_are_rows_however_far_they_have_come() {
+    fn a_member_is_a_row_in_every_stage() {
         let record = Record { pid: 42, created: 1, memory_mib: 2048, vcpus: 2, stage: Stage::WarmingUp };
         let member = |record| Listed { pool: "/run/pool".into(), record, takes: 52 << 20 };
         let members = [member(None), member(Some(record))];

@@ -1,4 +1,4 @@
-//! `machinen rootdisk`: the cache of disks, for people and scripts.
+//! `machinen rootdisk`: manages the cache of disks.
 
 use std::{
     path::PathBuf,
@@ -41,7 +41,7 @@ enum RootdiskCommand {
     /// Convert a root file system now, so that the first start from it is quick
     #[command(
         long_about = "Convert a root file system now, so that the first start from it is quick.\n\nPATH is a \
-        directory. With several, they are the layers of an overlay, the top one first, which must not change any more; \
+        directory. Several PATHs are the layers of an overlay, the top one first, which must not change any more; \
         a start from a snapshot of the same layers finds the disk at once."
     )]
     Build {
@@ -51,14 +51,14 @@ enum RootdiskCommand {
         /// PATH is a committed layer of a snapshotter even if there is only one
         #[arg(long)]
         layers: bool,
-        /// Least size of the disk, with K, M, G or T (powers of 1024); the configured one if not given
+        /// Minimum size of the disk, with K, M, G or T (powers of 1024); the configured one if not given
         #[arg(long, value_name = "SIZE", value_parser = size)]
         min_size: Option<u64>,
     },
-    /// Read disks and compare all that is in them with their keys; a damaged one will be built anew
+    /// Read disks and compare all that is in them with their keys; a damaged one will be built again
     #[command(
         long_about = "Read disks and compare all that is in them with their keys. A damaged one is not used any \
-        more: the next start that needs it builds it anew. Exit status 1 if there is one."
+        more: the next start that needs it builds it again. The exit status is 1 if a disk is damaged."
     )]
     Verify {
         /// Keys or their first digits; all disks if none is given
@@ -67,13 +67,14 @@ enum RootdiskCommand {
     },
     /// Remove disks that no container uses: all of them, or those that meet all the conditions given
     Prune {
-        /// Only those not used for so long, such as 12h or 7days
+        /// Only those that have not been used for this time, such as 12h or 7days
         #[arg(long, value_name = "AGE", value_parser = humantime::parse_duration)]
         older_than: Option<Duration>,
-        /// Only as many, the least recently used first, as leave so much in the cache, with K, M, G or T
+        /// Only as many, the least recently used first, as needed to leave at most this much in the cache,
+        /// with K, M, G or T
         #[arg(long, value_name = "SIZE", value_parser = size)]
         keep: Option<u64>,
-        /// Only say what would be removed
+        /// Only print what would be removed
         #[arg(long)]
         dry_run: bool,
     },
@@ -84,7 +85,7 @@ enum RootdiskCommand {
 pub enum RootdiskCliError {
     #[error(transparent)]
     Key(#[from] PrefixError),
-    #[error("cannot tell where relative paths start")]
+    #[error("cannot find the current directory")]
     Directory(#[source] std::io::Error),
     #[error(transparent)]
     Rootdisk(#[from] RootdiskError),
@@ -93,7 +94,7 @@ pub enum RootdiskCliError {
 /// Runs one of the commands; prints progress on stderr.
 ///
 /// # Errors
-/// As the functions of [`RootdiskCache`] do, or a key that does not name one disk.
+/// As the functions of [`RootdiskCache`], or a key does not name exactly one disk.
 pub fn run(args: RootdiskArgs, config: &config::Rootdisk) -> Result<VerbOutput, RootdiskCliError> {
     let cache = RootdiskCache::open(args.dir.as_deref().unwrap_or(&config.dir))?;
     match args.command {
@@ -263,7 +264,7 @@ mod tests {
         args: RootdiskArgs,
     }
 
-    /// Runs a command line on a cache; what it prints goes where the test's output goes.
+    /// Runs a command line on a cache. Its output goes to the output of the test.
     fn command(dir: &std::path::Path, line: &str) -> Result<bool, RootdiskCliError> {
         let words = ["rootdisk", "--dir", dir.to_str().unwrap()].into_iter().chain(line.split(' '));
         let args = <TestCommandLine as clap::Parser>::try_parse_from(words).unwrap().args;

@@ -1,4 +1,4 @@
-//! `machinen snapshot`: checkpoints on disk, for people and scripts.
+//! `machinen snapshot`: manages checkpoints on disk (snapshot bundles).
 
 use std::{
     fs,
@@ -29,22 +29,24 @@ pub struct SnapshotArgs {
 
 #[derive(Debug, Subcommand)]
 enum SnapshotCommand {
-    /// List the checkpoints in a directory: those that are directories in it
+    /// List the checkpoints in a directory: its subdirectories that are checkpoints
     Ls {
         #[arg(default_value = ".")]
         dir: PathBuf,
     },
-    /// Say what a checkpoint is of, and what it takes to restore it
+    /// Show what a checkpoint contains, and what is needed to restore it
     Inspect {
         /// Directory with machinen.json
         dir: PathBuf,
     },
-    /// Read checkpoints and compare sizes and digests with what was written. Exit status 1 if one has changed
+    /// Read checkpoints and compare sizes and digests with what was written. The exit status is 1 if one has
+    /// changed
     Verify {
         #[arg(required = true, value_name = "DIR")]
         dirs: Vec<PathBuf>,
     },
-    /// Remove checkpoints: the files that their manifests name, and the directories if nothing else is in them
+    /// Remove checkpoints: the files that their manifests name, and the directories if nothing else is in
+    /// them
     Rm {
         #[arg(required = true, value_name = "DIR")]
         dirs: Vec<PathBuf>,
@@ -54,7 +56,7 @@ enum SnapshotCommand {
 /// Runs one of the commands.
 ///
 /// # Errors
-/// A directory cannot be read, or is no checkpoint.
+/// A directory cannot be read, or is not a checkpoint.
 pub fn run(args: &SnapshotArgs) -> Result<VerbOutput, CheckpointError> {
     match &args.command {
         SnapshotCommand::Ls { dir } => {
@@ -86,7 +88,7 @@ fn verify(dirs: &[PathBuf]) -> VerbOutput {
     VerbOutput { ok, ..VerbOutput::lines(lines, values) }
 }
 
-/// What is no checkpoint is not listed; one of another version is an error.
+/// Entries that are not checkpoints are skipped. A checkpoint of another version is an error.
 fn list(dir: &Path) -> Result<Vec<(PathBuf, Manifest)>, CheckpointError> {
     let failed = |source| CheckpointError::File { action: "read", path: dir.to_owned(), source };
     let mut found = Vec::new();

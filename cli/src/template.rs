@@ -1,4 +1,4 @@
-//! `machinen template`: the saved VMs, for people and scripts.
+//! `machinen template`: manages the saved VMs.
 
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -29,10 +29,10 @@ pub struct TemplateArgs {
 
 #[derive(Debug, Subcommand)]
 enum TemplateCommand {
-    /// Build the template that containers without annotations and limits start from, unless it is there
+    /// Build the template that containers without annotations and limits start from, unless it exists
     #[command(
-        long_about = "Build the template that containers without annotations and limits start from, unless it is \
-        there. Options stand for the annotations of the same name, to build it for containers that have them."
+        long_about = "Build the template that containers without annotations and limits start from, unless it \
+        exists. Options stand for the annotations of the same name, to build it for containers that have them."
     )]
     Build {
         /// Memory of the VM, MiB
@@ -44,13 +44,14 @@ enum TemplateCommand {
     },
     /// List the templates, the most recently used first
     Ls,
-    /// Read templates and compare all that is in them with what was built. Exit status 1 if one has changed
+    /// Read templates and compare all that is in them with what was built. The exit status is 1 if one has
+    /// changed
     Verify {
         /// Keys or their first digits; all templates if none is given
         #[arg(value_name = "KEY")]
         keys: Vec<String>,
     },
-    /// Remove templates; VMs that were cloned from them live on
+    /// Remove templates; VMs that were cloned from them keep running
     Rm {
         /// Keys or their first digits
         #[arg(value_name = "KEY", required_unless_present = "all")]
@@ -77,7 +78,7 @@ pub enum TemplateCliError {
 /// Runs one of the commands; prints progress on stderr.
 ///
 /// # Errors
-/// As the functions of [`TemplateStore`] do, or a key that does not name one template.
+/// As the functions of [`TemplateStore`], or a key does not name exactly one template.
 pub fn run(args: &TemplateArgs, mut config: Config) -> Result<VerbOutput, TemplateCliError> {
     let templates = TemplateStore::at(&config.template.dir);
     match &args.command {
@@ -114,7 +115,7 @@ fn verify(templates: &TemplateStore, keys: &[String]) -> Result<VerbOutput, Temp
     Ok(VerbOutput { ok, ..VerbOutput::lines(lines, values) })
 }
 
-/// Removes those that the keys name.
+/// Removes the templates that the keys name.
 fn remove(templates: &TemplateStore, keys: &[String]) -> Result<Vec<String>, TemplateCliError> {
     let keys: Vec<_> = chosen(templates.list()?, keys)?.into_iter().map(|listed| listed.key).collect();
     for key in &keys {
@@ -123,7 +124,7 @@ fn remove(templates: &TemplateStore, keys: &[String]) -> Result<Vec<String>, Tem
     Ok(keys)
 }
 
-/// Those that the keys name, or all.
+/// The templates that the keys name; all if there are no keys.
 fn chosen(listed: Vec<ListedTemplate>, keys: &[String]) -> Result<Vec<ListedTemplate>, TemplateCliError> {
     for key in keys {
         prefix::find(&listed, |template| template.key.clone(), key, "template")?;

@@ -1,4 +1,4 @@
-//! The configuration of a fork: its source's, with what is to be the fork's own.
+//! The configuration of a fork: that of its source, with the fork's own identity.
 
 use clap::ValueEnum;
 use machinen::{annotations::PREFIX, spec::has_own};
@@ -8,9 +8,9 @@ use serde_json::{Map, Value};
 use super::error::ForkError;
 
 /// Longest hostname that Linux takes (gethostname(2)).
-const MOST_HOSTNAME: usize = 64;
+const MAX_HOSTNAME: usize = 64;
 
-/// What becomes of established TCP connections.
+/// What happens to established TCP connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum TcpChoice {
     /// NEW finds them closed
@@ -19,7 +19,7 @@ pub(super) enum TcpChoice {
     Keep,
 }
 
-/// What is asked for.
+/// The options of a fork.
 #[derive(Debug)]
 pub(super) struct ForkOptions<'a> {
     pub(super) source: &'a str,
@@ -29,20 +29,20 @@ pub(super) struct ForkOptions<'a> {
     pub(super) lazy: bool,
 }
 
-/// Configurations of a fork.
+/// The configurations of a fork.
 #[derive(Debug)]
 pub(super) struct ForkSpec {
-    /// That it has.
+    /// The configuration that the container keeps.
     pub(super) lasting: Vec<u8>,
-    /// The same, with how it is restored this time.
+    /// The same, with the annotations for this one restore.
     pub(super) restoring: Vec<u8>,
-    /// None: that of its VM.
+    /// None if the container has the hostname of its VM.
     pub(super) hostname: Option<String>,
 }
 
 impl ForkSpec {
     /// # Errors
-    /// The source's is no OCI configuration, or it cannot have such a hostname.
+    /// The source's configuration is not an OCI configuration, or the hostname is not possible.
     pub(super) fn new(source: &[u8], options: &ForkOptions<'_>) -> Result<Self, ForkError> {
         let id = || options.source.to_owned();
         let failed = |source| ForkError::Spec { id: id(), source };
@@ -50,7 +50,7 @@ impl ForkSpec {
         let mut spec: Map<String, Value> = serde_json::from_slice(source).map_err(failed)?;
         let hostname = match (has_own(&typed, LinuxNamespaceType::Uts), options.hostname) {
             (true, Some(name)) => Some(checked(name)?),
-            (true, None) => Some(options.new.chars().take(MOST_HOSTNAME).collect()),
+            (true, None) => Some(options.new.chars().take(MAX_HOSTNAME).collect()),
             (false, None) => None,
             (false, Some(_)) => return Err(ForkError::Hostname { id: id() }),
         };
@@ -75,7 +75,7 @@ impl ForkSpec {
 }
 
 fn checked(name: &str) -> Result<String, ForkError> {
-    let fits = (1..=MOST_HOSTNAME).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_graphic());
+    let fits = (1..=MAX_HOSTNAME).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_graphic());
     if fits { Ok(name.to_owned()) } else { Err(ForkError::BadHostname { name: name.to_owned() }) }
 }
 
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fork_is_its_source_but_for_its_identity() {
+    fn a_fork_is_its_source_except_for_its_identity() {
         let mut expected = source();
         expected["hostname"] = "two".into();
         expected["linux"]["cgroupsPath"] = "/default/two".into();
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn wishes_are_for_this_once_and_hostnames_for_good() {
+    fn restore_options_are_temporary_and_hostnames_are_kept() {
         let mut source = source();
         source["annotations"] = json!({"io.machinen.tcp": "close", "mine": "x"});
         let options = ForkOptions { tcp: TcpChoice::Keep, lazy: true, hostname: Some("web"), ..OPTIONS };

@@ -29,8 +29,8 @@ use super::{
 pub(super) struct Forked {
     pub(super) pid: u32,
     pub(super) hostname: Option<String>,
-    /// Where the checkpoint is, if it was to be kept.
-    pub(super) bundle: Option<PathBuf>,
+    /// Where the checkpoint is, if the user keeps it.
+    pub(super) checkpoint_dir: Option<PathBuf>,
 }
 
 pub(super) struct Fork<'a> {
@@ -41,12 +41,12 @@ pub(super) struct Fork<'a> {
     pub(super) checkpoint_dir: CheckpointDir,
     pub(super) lease: String,
     pub(super) signals: Signals,
-    /// In this order.
+    /// What to undo if a later step fails, in the order in which it was made.
     pub(super) undo: Vec<Undo>,
 }
 
 /// # Errors
-/// Nothing has changed then.
+/// The container cannot be forked. All changes have been undone.
 pub(super) async fn fork(
     containerd: ContainerdClient,
     args: &ForkArgs,
@@ -70,8 +70,8 @@ pub(super) async fn fork(
     pod::admits_one_more(config)?;
     let lock = source.lock()?;
     let signals = Signals::catch()?;
-    let checkpoint_dir = CheckpointDir::at(args.bundle.as_deref(), &config.rootdisk.dir)?;
-    // Not the name of a lease that a killed fork has left.
+    let checkpoint_dir = CheckpointDir::at(args.checkpoint_dir.as_deref(), &config.rootdisk.dir)?;
+    // Never the name of a lease that a killed fork has left.
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let lease = format!("machinen-fork-{}-{}", args.new, since.as_nanos());
     let mut fork = Fork {
@@ -94,37 +94,37 @@ pub(super) async fn fork(
     match forked {
         Ok(pid) => Ok(fork.finish(pid).await),
         Err(error) => {
-            fork.take_back(&error).await;
+            fork.undo_all(&error).await;
             Err(error)
         }
     }
 }
 
 impl Fork<'_> {
-    /// Up to a snapshot and images of the same moment. Returns how the snapshot is mounted.
+    /// Prepares a snapshot and a checkpoint of the same moment. Returns how the snapshot is mounted.
     async fn prepare(&mut self) -> Result<Vec<Mount>, ForkError> {
         let new = self.args.new.as_str();
         let leased = self.containerd.take_lease(&self.lease).await;
-        self.note(Undo::Lease, leased)?;
+        self.record(Undo::Lease, leased)?;
         self.signals.check()?;
         let rootfs = self.make_snapshot().await;
-        let rootfs = self.note(Undo::Snapshot, rootfs)?;
+        let rootfs = self.record(Undo::Snapshot, rootfs)?;
         self.signals.check()?;
-        let twins = twins(&self.source.rootfs, source::plan(new, &rootfs)?)
+        let layer_copy = layer_copy(&self.source.rootfs, source::plan(new, &rootfs)?)
             .ok_or_else(|| ForkError::NoSnapshot { id: self.args.source.clone() })?;
         let created = self.containerd.create_container(self.container(&self.spec.restoring)).await;
         let created = created.map_err(|error| match error.is_already_exists() {
             true => ForkError::Exists { id: new.to_owned() },
             false => error,
         });
-        self.note(Undo::Container, created)?;
+        self.record(Undo::Container, created)?;
         self.signals.check()?;
-        self.capture(&twins).await?;
+        self.capture(&layer_copy).await?;
         self.signals.check()?;
         Ok(rootfs)
     }
 
-    /// From there to a container that runs.
+    /// Restores NEW from the checkpoint, and starts it.
     async fn restore(&mut self, rootfs: Vec<Mount>) -> Result<u32, ForkError> {
         let new = self.args.new.as_str();
         eprintln!("restoring {new}");
@@ -134,11 +134,11 @@ impl Fork<'_> {
         let request =
             CreateTaskRequest { container_id: new.to_owned(), rootfs, terminal, ..Default::default() };
         let created = self.containerd.create_task(request, &options).await;
-        self.note(Undo::Task, created)?;
+        self.record(Undo::Task, created)?;
         self.signals.check()?;
-        // The next task of it is not restored from this checkpoint.
+        // The next task of NEW must not be restored from this checkpoint.
         self.containerd.update_spec(self.container(&self.spec.lasting)).await?;
-        // The VM has a disk with all of the images.
+        // The VM has the images as a disk, which stays readable.
         if !self.checkpoint_dir.is_kept() {
             self.checkpoint_dir.remove()?;
         }
@@ -146,7 +146,7 @@ impl Fork<'_> {
         self.containerd.start(new).await
     }
 
-    /// NEW runs: what fails from now on is no failure of the fork.
+    /// Gives the lease back. NEW runs, so a failure here is not a failure of the fork.
     async fn finish(mut self, pid: u32) -> Forked {
         match self.containerd.give_back_lease(&self.lease).await {
             Err(error) if !error.is_not_found() => {
@@ -154,8 +154,8 @@ impl Fork<'_> {
             }
             _ => {}
         }
-        let bundle = self.checkpoint_dir.is_kept().then(|| self.checkpoint_dir.path().to_owned());
-        Forked { pid, hostname: self.spec.hostname, bundle }
+        let checkpoint_dir = self.checkpoint_dir.is_kept().then(|| self.checkpoint_dir.path().to_owned());
+        Forked { pid, hostname: self.spec.hostname, checkpoint_dir }
     }
 
     async fn make_snapshot(&self) -> Result<Vec<Mount>, ForkError> {
@@ -169,7 +169,7 @@ impl Fork<'_> {
         })
     }
 
-    /// NEW, as containerd knows it.
+    /// The description of NEW for containerd.
     fn container(&self, spec: &[u8]) -> Container {
         let source = &self.source.container;
         let kind = source.spec.as_ref().map(|spec| spec.type_url.clone()).unwrap_or_default();
@@ -186,8 +186,8 @@ impl Fork<'_> {
     }
 }
 
-/// None where the writes of one of them do not get to its snapshot.
-fn twins(from: &Plan, to: Plan) -> Option<LayerCopy> {
+/// None if the writes of one of the containers do not reach its snapshot.
+fn layer_copy(from: &Plan, to: Plan) -> Option<LayerCopy> {
     match (from.clone(), to) {
         (Plan { target: Some(from), .. }, Plan { target: Some(to), .. }) => {
             Some(LayerCopy::Directories { from, to })
