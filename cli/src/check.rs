@@ -1,19 +1,18 @@
-//! `machinen check`: can this host run VMs, how, and what is missing.
+//! `machinen check`: whether and how this host can run VMs, and what is missing.
 
 use std::{error::Error, path::Path, process::ExitCode};
 
 use clap::Args;
-use serde::Serialize;
-
 use machinen::{
     RUN_DIR,
-    accel::{self, Accel},
+    accel::{self, Accelerator},
     assets::Assets,
     config::Config,
     error::chain,
     rootdisk::{RootdiskCache, mke2fs_version},
     vm::{ChannelKind, HostSupport, choose, qemu_version},
 };
+use serde::Serialize;
 
 #[derive(Debug, Args)]
 pub struct CheckArgs {
@@ -22,20 +21,20 @@ pub struct CheckArgs {
     json: bool,
 }
 
-/// One thing that was looked at.
+/// The result of one check.
 #[derive(Debug, Serialize)]
 struct Finding {
     what: &'static str,
-    verdict: Verdict,
-    /// One sentence; where something is missing, with what to do about it.
+    verdict: CheckVerdict,
+    /// One sentence; if something is missing, it says what to do about that.
     text: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Verdict {
+enum CheckVerdict {
     Ok,
-    /// Containers run, but slower or with less.
+    /// Containers can run, but slower or with fewer features.
     Note,
     /// No container can run.
     Missing,
@@ -57,14 +56,14 @@ pub fn run(args: &CheckArgs, config: &Config) -> ExitCode {
     } else {
         for Finding { what, verdict, text } in &findings {
             let mark = match verdict {
-                Verdict::Ok => "ok",
-                Verdict::Note => "note",
-                Verdict::Missing => "MISSING",
+                CheckVerdict::Ok => "ok",
+                CheckVerdict::Note => "note",
+                CheckVerdict::Missing => "MISSING",
             };
             println!("{mark:<9}{what:<10}{text}");
         }
     }
-    match findings.iter().any(|finding| finding.verdict == Verdict::Missing) {
+    match findings.iter().any(|finding| finding.verdict == CheckVerdict::Missing) {
         true => ExitCode::FAILURE,
         false => ExitCode::SUCCESS,
     }
@@ -72,28 +71,28 @@ pub fn run(args: &CheckArgs, config: &Config) -> ExitCode {
 
 fn found(what: &'static str, result: Result<String, impl Error + 'static>) -> Finding {
     match result {
-        Ok(text) => Finding { what, verdict: Verdict::Ok, text },
-        Err(error) => Finding { what, verdict: Verdict::Missing, text: chain(&error) },
+        Ok(text) => Finding { what, verdict: CheckVerdict::Ok, text },
+        Err(error) => Finding { what, verdict: CheckVerdict::Missing, text: chain(&error) },
     }
 }
 
 fn user() -> Finding {
     match nix::unistd::geteuid().is_root() {
-        true => Finding { what: "user", verdict: Verdict::Ok, text: "root".to_owned() },
+        true => Finding { what: "user", verdict: CheckVerdict::Ok, text: "root".to_owned() },
         false => Finding {
             what: "user",
-            verdict: Verdict::Missing,
+            verdict: CheckVerdict::Missing,
             text: "not root; containerd runs its shims as root, try again with sudo".to_owned(),
         },
     }
 }
 
 fn accelerator(config: &Config) -> Finding {
-    let judged = accel::verdict(Path::new(RUN_DIR))
+    let verdict = accel::verdict(Path::new(RUN_DIR))
         .and_then(|verdict| Ok((verdict.choose(config.vm.accel)?, verdict.to_string())));
-    match judged {
-        Ok((Accel::Tcg { .. }, text)) => Finding { what: "accel", verdict: Verdict::Note, text },
-        judged => found("accel", judged.map(|(_, text)| text)),
+    match verdict {
+        Ok((Accelerator::Tcg { .. }, text)) => Finding { what: "accel", verdict: CheckVerdict::Note, text },
+        verdict => found("accel", verdict.map(|(_, text)| text)),
     }
 }
 
@@ -118,11 +117,14 @@ fn assets(config: &Config) -> Finding {
 fn channel(config: &Config) -> Finding {
     let host = HostSupport::detect(&config.vm.vhost_device_vsock);
     let (verdict, text) = match choose(config.vm.channel, &host) {
-        ChannelKind::KernelVsock => (Verdict::Ok, "vsock by the host's kernel".to_owned()),
-        ChannelKind::VhostUserVsock { daemon } => (Verdict::Ok, format!("vsock by {}", daemon.display())),
-        ChannelKind::Serial => {
-            (Verdict::Note, "serial port; `modprobe vhost_vsock` gives containers a faster one".to_owned())
+        ChannelKind::KernelVsock => (CheckVerdict::Ok, "vsock by the host's kernel".to_owned()),
+        ChannelKind::VhostUserVsock { daemon } => {
+            (CheckVerdict::Ok, format!("vsock by {}", daemon.display()))
         }
+        ChannelKind::Serial => (
+            CheckVerdict::Note,
+            "serial port; `modprobe vhost_vsock` gives containers a faster one".to_owned(),
+        ),
     };
     Finding { what: "channel", verdict, text }
 }

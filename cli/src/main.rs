@@ -1,4 +1,4 @@
-//! The command line `machinen`: one verb a file.
+//! The command line `machinen`: one file for each verb.
 
 mod check;
 mod fork;
@@ -25,20 +25,20 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Say whether this host can run VMs, how, and what is missing.
+    /// Check whether and how this host can run VMs, and what is missing.
     Check(check::CheckArgs),
-    /// Look after the cache of disks made from image root file systems.
+    /// Manage the cache of disks that are made from image root file systems.
     Rootdisk(rootdisk::RootdiskArgs),
-    /// Look after the saved VMs that starts are cloned from.
+    /// Manage the templates: saved VMs from which starts are cloned.
     Template(template::TemplateArgs),
-    /// Look after the clones that wait for the next starts.
+    /// Manage the warm pool: clones that wait for the next starts.
     Pool(pool::PoolArgs),
-    /// Look at checkpoints of containers.
+    /// Manage checkpoints on disk (snapshot bundles).
     Snapshot(snapshot::SnapshotArgs),
     /// Make a second container that continues from where a running one is.
     #[command(
         long_about = "Make a second container that continues from where a running one is: with the same processes and memory, and \
-        what SRC has written until then, in a VM of its own. SRC runs on. NEW has SRC's image, labels and configuration, but \
+        what SRC has written until then, in a VM of its own. SRC continues to run. NEW has SRC's image, labels and configuration, but \
         another hostname and machine id, and its output goes nowhere."
     )]
     Fork(fork::ForkArgs),
@@ -47,7 +47,7 @@ enum Verb {
 /// Runs one command; errors go to stderr in one line, with exit status 1 (2 for a wrong command line).
 fn main() -> ExitCode {
     machinen::template::main_if_asked();
-    // `machinen ... | head` ends like any other program.
+    // Lets `machinen ... | head` end like any other program.
     machinen::sys::end_on_broken_pipe();
     let cli = Cli::parse();
     match run(cli.verb) {

@@ -1,25 +1,27 @@
-//! What a verb prints: as a text or as JSON, and whether what it has found is as it should be.
+//! The output of a verb, as text or as JSON, and whether the verb has found a problem.
 
-use std::fmt::{Display, Write as _};
-use std::process::ExitCode;
+use std::{
+    fmt::{Display, Write as _},
+    process::ExitCode,
+};
 
 use serde_json::Value;
 
 /// The result of a verb.
 #[derive(Debug)]
-pub(super) struct Output {
+pub(super) struct VerbOutput {
     pub(super) text: String,
     pub(super) value: Value,
-    /// The exit status is 1 otherwise.
+    /// False if the verb has found a problem; then the exit status is 1.
     pub(super) ok: bool,
 }
 
-impl Output {
+impl VerbOutput {
     pub(super) fn new(text: impl Into<String>, value: impl Into<Value>) -> Self {
         Self { text: text.into(), value: value.into(), ok: true }
     }
 
-    /// One word a line.
+    /// One item per line.
     pub(super) fn lines<T: Display>(lines: impl IntoIterator<Item = T>, value: impl Into<Value>) -> Self {
         let mut text = String::new();
         for line in lines {
@@ -38,21 +40,21 @@ impl Output {
     }
 }
 
-/// On which side a column has its spaces.
+/// The alignment of a column.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Align {
     Left,
     Right,
 }
 
-/// Rows below a head, each column as wide as its widest cell.
+/// Rows below a header, each column as wide as its widest cell.
 #[derive(Debug)]
-pub(super) struct Table<const N: usize> {
+pub(super) struct TextTable<const N: usize> {
     align: [Align; N],
     rows: Vec<[String; N]>,
 }
 
-impl<const N: usize> Table<N> {
+impl<const N: usize> TextTable<N> {
     pub(super) fn new(columns: [(&str, Align); N]) -> Self {
         let rows = vec![columns.map(|(head, _)| head.to_owned())];
         Self { align: columns.map(|(_, align)| align), rows }
@@ -63,7 +65,7 @@ impl<const N: usize> Table<N> {
     }
 }
 
-impl<const N: usize> Display for Table<N> {
+impl<const N: usize> Display for TextTable<N> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let width =
             |column: usize| self.rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
@@ -88,7 +90,8 @@ mod tests {
 
     #[test]
     fn columns_are_as_wide_as_they_must_be() {
-        let mut table = Table::new([("KEY", Align::Left), ("SIZE", Align::Right), ("STATE", Align::Left)]);
+        let mut table =
+            TextTable::new([("KEY", Align::Left), ("SIZE", Align::Right), ("STATE", Align::Left)]);
         assert_eq!(table.to_string(), "KEY  SIZE  STATE\n");
         table.row(["abcdef".into(), "1.5MiB".into(), "ready".into()]);
         table.row(["a".into(), "0B".into(), String::new()]);
@@ -97,7 +100,7 @@ mod tests {
 
     #[test]
     fn lines_end_with_newlines() {
-        let output = Output::lines(["a", "b"], Value::Null);
+        let output = VerbOutput::lines(["a", "b"], Value::Null);
         assert!(output.ok && output.text == "a\nb\n");
     }
 }

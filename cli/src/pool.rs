@@ -3,14 +3,16 @@
 use std::time::{Duration, UNIX_EPOCH};
 
 use clap::{Args, Subcommand};
+use machinen::{
+    config::Config,
+    pool::{self, ListedMember, MemberRecord, MemberStage, PoolError},
+};
 use serde_json::{Value, json};
 
 use super::{
-    output::{Align, Output, Table},
+    output::{Align, TextTable, VerbOutput},
     text::{ago, human},
 };
-use machinen::config::Config;
-use machinen::pool::{self, ListedMember, MemberRecord, MemberStage, PoolError};
 
 /// Arguments of `machinen pool`.
 #[derive(Debug, Args)]
@@ -19,15 +21,15 @@ pub struct PoolArgs {
     #[arg(long, global = true)]
     pub(super) json: bool,
     #[command(subcommand)]
-    command: Command,
+    command: PoolCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
-    /// List the clones, those of other configurations too, the oldest first
+enum PoolCommand {
+    /// List the clones, including those of other configurations, the oldest first
     Ls,
-    /// End all clones that no container has taken, those that are being made and those of other configurations too; the next
-    /// start makes new ones if `pool.size` asks for them
+    /// End all clones that no container has taken, including those that are being made and those of other
+    /// configurations; the next start makes new ones if `pool.size` asks for them
     Drain,
 }
 
@@ -35,21 +37,21 @@ enum Command {
 ///
 /// # Errors
 /// The pool's directory cannot be read, or a member does not end.
-pub fn run(args: &PoolArgs, config: &Config) -> Result<Output, PoolError> {
+pub fn run(args: &PoolArgs, config: &Config) -> Result<VerbOutput, PoolError> {
     match args.command {
-        Command::Ls => {
+        PoolCommand::Ls => {
             let members = pool::list(&config.pool.dir)?;
-            Ok(Output::new(table(&members), members.iter().map(listed_json).collect::<Value>()))
+            Ok(VerbOutput::new(table(&members), members.iter().map(listed_json).collect::<Value>()))
         }
-        Command::Drain => {
+        PoolCommand::Drain => {
             let ended = pool::drain(&config.pool.dir)?;
-            Ok(Output::new(format!("{ended} ended\n"), json!({ "ended": ended })))
+            Ok(VerbOutput::new(format!("{ended} ended\n"), json!({ "ended": ended })))
         }
     }
 }
 
 fn table(members: &[ListedMember]) -> String {
-    let mut table = Table::new([
+    let mut table = TextTable::new([
         ("PID", Align::Right),
         ("MEMORY", Align::Right),
         ("VCPUS", Align::Right),
@@ -58,7 +60,7 @@ fn table(members: &[ListedMember]) -> String {
         ("STATE", Align::Left),
     ]);
     for ListedMember { record, memory, .. } in members {
-        // One that has just been started has not said yet what it is.
+        // A clone that has just been started has no record yet.
         let cell = |text: fn(&MemberRecord) -> String| record.as_ref().map(text).unwrap_or_default();
         table.row([
             cell(|record| if record.pid == 0 { String::new() } else { record.pid.to_string() }),
@@ -90,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn members_are_rows_however_far_they_have_come() {
+    fn a_member_is_a_row_in_every_stage() {
         let record =
             MemberRecord { pid: 42, created: 1, memory_mib: 2048, vcpus: 2, stage: MemberStage::WarmingUp };
         let member = |record| ListedMember { pool: "/run/pool".into(), record, memory: 52 << 20 };

@@ -1,15 +1,16 @@
-//! Keys of digits of which users give the first few.
+//! Finds keys by their first digits.
 
-/// Why a prefix does not name one of the things that there are.
+/// Why a prefix does not name exactly one key.
 #[derive(Debug, thiserror::Error)]
 pub enum PrefixError {
-    #[error("{prefix:?} is no {thing}; see `machinen {thing} ls`")]
+    #[error("{prefix:?} is not a {thing}; see `machinen {thing} ls`")]
     NoSuchKey { prefix: String, thing: &'static str },
     #[error("{prefix:?} could be several {thing}s; give more digits")]
     Ambiguous { prefix: String, thing: &'static str },
 }
 
-/// The one of `all` whose key begins with `prefix`. `thing` is what they are, and the verb that lists them.
+/// Finds the one entry of `all` whose key begins with `prefix`. `thing` names what the entries are, and the
+/// verb that lists them.
 ///
 /// # Errors
 /// No entry has that prefix, or several have it.
@@ -37,7 +38,7 @@ mod tests {
         let find = |prefix| find(&["ab1", "ab2", "c"], |key| (*key).to_owned(), prefix, "disk");
         assert_eq!(*find("ab2").unwrap(), "ab2");
         assert_eq!(*find("c").unwrap(), "c");
-        assert_eq!(find("d").unwrap_err().to_string(), "\"d\" is no disk; see `machinen disk ls`");
+        assert_eq!(find("d").unwrap_err().to_string(), "\"d\" is not a disk; see `machinen disk ls`");
         assert!(matches!(find(""), Err(PrefixError::NoSuchKey { .. })));
         assert_eq!(find("ab").unwrap_err().to_string(), "\"ab\" could be several disks; give more digits");
     }

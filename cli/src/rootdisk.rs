@@ -1,20 +1,24 @@
-//! `machinen rootdisk`: the cache of disks, for people and scripts.
+//! `machinen rootdisk`: manages the cache of disks.
 
-use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    path::PathBuf,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use clap::{Args, Subcommand};
+use machinen::{
+    config,
+    rootdisk::{
+        BuildOptions, DiskState, ListedDisk, Prune, Pruned, Rootdisk, RootdiskCache, RootdiskError,
+        RootdiskKey, RootdiskProgress, RootfsSource,
+    },
+};
 use serde_json::{Value, json};
 
 use super::{
-    output::{Align, Output, Table},
+    output::{Align, TextTable, VerbOutput},
     prefix::{self, PrefixError},
     text::{ago, human},
-};
-use machinen::config;
-use machinen::rootdisk::{
-    BuildOptions, Key, Listed, Progress, Prune, Pruned, Rootdisk, RootdiskCache, RootdiskError, RootfsSource,
-    State,
 };
 
 /// Arguments of `machinen rootdisk`.
@@ -27,17 +31,17 @@ pub struct RootdiskArgs {
     #[arg(long, global = true)]
     pub(super) json: bool,
     #[command(subcommand)]
-    command: Command,
+    command: RootdiskCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum RootdiskCommand {
     /// List the disks, the most recently used first
     Ls,
     /// Convert a root file system now, so that the first start from it is quick
     #[command(
         long_about = "Convert a root file system now, so that the first start from it is quick.\n\nPATH is a \
-        directory. With several, they are the layers of an overlay, the top one first, which must not change any more; \
+        directory. Several PATHs are the layers of an overlay, the top one first, which must not change any more; \
         a start from a snapshot of the same layers finds the disk at once."
     )]
     Build {
@@ -47,14 +51,14 @@ enum Command {
         /// PATH is a committed layer of a snapshotter even if there is only one
         #[arg(long)]
         layers: bool,
-        /// Least size of the disk, with K, M, G or T (powers of 1024); the configured one if not given
+        /// Minimum size of the disk, with K, M, G or T (powers of 1024); the configured one if not given
         #[arg(long, value_name = "SIZE", value_parser = size)]
         min_size: Option<u64>,
     },
-    /// Read disks and compare all that is in them with their keys; a damaged one will be built anew
+    /// Read disks and compare all that is in them with their keys; a damaged one will be built again
     #[command(
         long_about = "Read disks and compare all that is in them with their keys. A damaged one is not used any \
-        more: the next start that needs it builds it anew. Exit status 1 if there is one."
+        more: the next start that needs it builds it again. The exit status is 1 if a disk is damaged."
     )]
     Verify {
         /// Keys or their first digits; all disks if none is given
@@ -63,13 +67,14 @@ enum Command {
     },
     /// Remove disks that no container uses: all of them, or those that meet all the conditions given
     Prune {
-        /// Only those not used for so long, such as 12h or 7days
+        /// Only those that have not been used for this time, such as 12h or 7days
         #[arg(long, value_name = "AGE", value_parser = humantime::parse_duration)]
         older_than: Option<Duration>,
-        /// Only as many, the least recently used first, as leave so much in the cache, with K, M, G or T
+        /// Only as many, the least recently used first, as needed to leave at most this much in the cache,
+        /// with K, M, G or T
         #[arg(long, value_name = "SIZE", value_parser = size)]
         keep: Option<u64>,
-        /// Only say what would be removed
+        /// Only print what would be removed
         #[arg(long)]
         dry_run: bool,
     },
@@ -77,10 +82,10 @@ enum Command {
 
 /// Why the command failed.
 #[derive(Debug, thiserror::Error)]
-pub enum CliError {
+pub enum RootdiskCliError {
     #[error(transparent)]
     Key(#[from] PrefixError),
-    #[error("cannot tell where relative paths start")]
+    #[error("cannot find the current directory")]
     Directory(#[source] std::io::Error),
     #[error(transparent)]
     Rootdisk(#[from] RootdiskError),
@@ -89,17 +94,17 @@ pub enum CliError {
 /// Runs one of the commands; prints progress on stderr.
 ///
 /// # Errors
-/// As the functions of [`RootdiskCache`] do, or a key that does not name one disk.
-pub fn run(args: RootdiskArgs, config: &config::RootdiskConfig) -> Result<Output, CliError> {
+/// As the functions of [`RootdiskCache`], or a key does not name exactly one disk.
+pub fn run(args: RootdiskArgs, config: &config::RootdiskConfig) -> Result<VerbOutput, RootdiskCliError> {
     let cache = RootdiskCache::open(args.dir.as_deref().unwrap_or(&config.dir))?;
     match args.command {
-        Command::Ls => {
+        RootdiskCommand::Ls => {
             let listed = cache.list()?;
-            Ok(Output::new(table(&listed), listed.iter().map(listed_json).collect::<Value>()))
+            Ok(VerbOutput::new(table(&listed), listed.iter().map(listed_json).collect::<Value>()))
         }
-        Command::Build { paths, layers, min_size } => {
+        RootdiskCommand::Build { paths, layers, min_size } => {
             let paths = paths.iter().map(std::path::absolute).collect::<Result<Vec<_>, _>>();
-            let paths = paths.map_err(CliError::Directory)?;
+            let paths = paths.map_err(RootdiskCliError::Directory)?;
             let source = match &paths[..] {
                 [dir] if !layers => RootfsSource::Dir(dir.clone()),
                 _ => RootfsSource::Overlay { lowers: paths },
@@ -108,35 +113,35 @@ pub fn run(args: RootdiskArgs, config: &config::RootdiskConfig) -> Result<Output
                 min_size: min_size.unwrap_or(config.min_size_mib << 20),
                 mke2fs: config.mke2fs.clone(),
             };
-            let disk =
-                cache.get_or_build(&source, &options, &mut |progress: Progress| eprintln!("{progress}"))?;
-            Ok(Output::lines([disk.key], built_json(&disk)))
+            let disk = cache
+                .get_or_build(&source, &options, &mut |progress: RootdiskProgress| eprintln!("{progress}"))?;
+            Ok(VerbOutput::lines([disk.key], built_json(&disk)))
         }
-        Command::Verify { keys } => verify(&cache, &keys),
-        Command::Prune { older_than, keep, dry_run } => {
+        RootdiskCommand::Verify { keys } => verify(&cache, &keys),
+        RootdiskCommand::Prune { older_than, keep, dry_run } => {
             Ok(pruned(&cache.prune(&Prune { older_than, keep_bytes: keep, dry_run })?, dry_run))
         }
     }
 }
 
-fn pruned(pruned: &Pruned, dry_run: bool) -> Output {
+fn pruned(pruned: &Pruned, dry_run: bool) -> VerbOutput {
     let bytes: u64 = pruned.removed.iter().map(|disk| disk.allocated).sum();
     let mut lines = Vec::new();
     for (verb, disks) in [("removed", &pruned.removed), ("in use", &pruned.in_use)] {
         lines.extend(disks.iter().map(|disk| format!("{verb} {} {}", disk.key, human(disk.allocated))));
     }
     lines.push(format!("{} {}", if dry_run { "would free" } else { "freed" }, human(bytes)));
-    let keys = |disks: &[Listed]| disks.iter().map(|disk| disk.key.to_string()).collect::<Vec<_>>();
+    let keys = |disks: &[ListedDisk]| disks.iter().map(|disk| disk.key.to_string()).collect::<Vec<_>>();
     let value = json!({
         "removed": keys(&pruned.removed), "inUse": keys(&pruned.in_use), "bytes": bytes, "dryRun": dry_run,
     });
-    Output::lines(lines, value)
+    VerbOutput::lines(lines, value)
 }
 
-fn verify(cache: &RootdiskCache, keys: &[String]) -> Result<Output, CliError> {
+fn verify(cache: &RootdiskCache, keys: &[String]) -> Result<VerbOutput, RootdiskCliError> {
     let listed = cache.list()?;
-    let chosen: Vec<Key> = if keys.is_empty() {
-        listed.iter().filter(|disk| disk.state != State::Unfinished).map(|disk| disk.key).collect()
+    let chosen: Vec<RootdiskKey> = if keys.is_empty() {
+        listed.iter().filter(|disk| disk.state != DiskState::Unfinished).map(|disk| disk.key).collect()
     } else {
         let find = |key: &String| prefix::find(&listed, |disk| disk.key.to_string(), key, "rootdisk");
         keys.iter().map(|key| find(key).map(|disk| disk.key)).collect::<Result<_, _>>()?
@@ -149,11 +154,11 @@ fn verify(cache: &RootdiskCache, keys: &[String]) -> Result<Output, CliError> {
         lines.push(format!("{key} {}", damage.as_deref().unwrap_or("ok")));
         values.push(json!({ "key": key.to_string(), "ok": damage.is_none(), "damage": damage }));
     }
-    Ok(Output { ok, ..Output::lines(lines, values) })
+    Ok(VerbOutput { ok, ..VerbOutput::lines(lines, values) })
 }
 
-fn table(listed: &[Listed]) -> String {
-    let mut table = Table::new([
+fn table(listed: &[ListedDisk]) -> String {
+    let mut table = TextTable::new([
         ("KEY", Align::Left),
         ("SIZE", Align::Right),
         ("ON DISK", Align::Right),
@@ -180,15 +185,15 @@ fn table(listed: &[Listed]) -> String {
     table.to_string()
 }
 
-fn state(state: &State) -> &'static str {
+fn state(state: &DiskState) -> &'static str {
     match state {
-        State::Ready => "ready",
-        State::Unfinished => "unfinished",
-        State::Damaged(_) => "damaged",
+        DiskState::Ready => "ready",
+        DiskState::Unfinished => "unfinished",
+        DiskState::Damaged(_) => "damaged",
     }
 }
 
-fn listed_json(disk: &Listed) -> Value {
+fn listed_json(disk: &ListedDisk) -> Value {
     let seconds = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     json!({
         "key": disk.key.to_string(),
@@ -254,15 +259,15 @@ mod tests {
     }
 
     #[derive(clap::Parser)]
-    struct Line {
+    struct TestCommandLine {
         #[command(flatten)]
         args: RootdiskArgs,
     }
 
-    /// Runs a command line on a cache; what it prints goes where the test's output goes.
-    fn command(dir: &std::path::Path, line: &str) -> Result<bool, CliError> {
+    /// Runs a command line on a cache. Its output goes to the output of the test.
+    fn command(dir: &std::path::Path, line: &str) -> Result<bool, RootdiskCliError> {
         let words = ["rootdisk", "--dir", dir.to_str().unwrap()].into_iter().chain(line.split(' '));
-        let args = <Line as clap::Parser>::try_parse_from(words).unwrap().args;
+        let args = <TestCommandLine as clap::Parser>::try_parse_from(words).unwrap().args;
         run(args, &config::RootdiskConfig::default()).map(|output| output.ok)
     }
 
@@ -288,7 +293,7 @@ mod tests {
         let other = if key.starts_with('0') { "1" } else { "0" };
         assert!(matches!(
             command(&cache, &format!("verify {other}")),
-            Err(CliError::Key(PrefixError::NoSuchKey { .. }))
+            Err(RootdiskCliError::Key(PrefixError::NoSuchKey { .. }))
         ));
         let disk = std::fs::OpenOptions::new().write(true).open(&listed[0].path).unwrap();
         disk.set_len(1 << 20).unwrap();

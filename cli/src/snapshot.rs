@@ -1,17 +1,21 @@
-//! `machinen snapshot`: checkpoints on disk, for people and scripts.
+//! `machinen snapshot`: manages checkpoints on disk (snapshot bundles).
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use clap::{Args, Subcommand};
+use machinen::{
+    checkpoint::{self, CheckpointError, CheckpointManifest},
+    error::chain,
+};
 use serde_json::{Value, json};
 
 use super::{
-    output::{Align, Output, Table},
+    output::{Align, TextTable, VerbOutput},
     text::human,
 };
-use machinen::checkpoint::{self, CheckpointError, CheckpointManifest};
-use machinen::error::chain;
 
 /// Arguments of `machinen snapshot`.
 #[derive(Debug, Args)]
@@ -20,27 +24,29 @@ pub struct SnapshotArgs {
     #[arg(long, global = true)]
     pub(super) json: bool,
     #[command(subcommand)]
-    command: Command,
+    command: SnapshotCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
-    /// List the checkpoints in a directory: those that are directories in it
+enum SnapshotCommand {
+    /// List the checkpoints in a directory: its subdirectories that are checkpoints
     Ls {
         #[arg(default_value = ".")]
         dir: PathBuf,
     },
-    /// Say what a checkpoint is of, and what it takes to restore it
+    /// Show what a checkpoint contains, and what is needed to restore it
     Inspect {
         /// Directory with machinen.json
         dir: PathBuf,
     },
-    /// Read checkpoints and compare sizes and digests with what was written. Exit status 1 if one has changed
+    /// Read checkpoints and compare sizes and digests with what was written. The exit status is 1 if one has
+    /// changed
     Verify {
         #[arg(required = true, value_name = "DIR")]
         dirs: Vec<PathBuf>,
     },
-    /// Remove checkpoints: the files that their manifests name, and the directories if nothing else is in them
+    /// Remove checkpoints: the files that their manifests name, and the directories if nothing else is in
+    /// them
     Rm {
         #[arg(required = true, value_name = "DIR")]
         dirs: Vec<PathBuf>,
@@ -50,27 +56,27 @@ enum Command {
 /// Runs one of the commands.
 ///
 /// # Errors
-/// A directory cannot be read, or is no checkpoint.
-pub fn run(args: &SnapshotArgs) -> Result<Output, CheckpointError> {
+/// A directory cannot be read, or is not a checkpoint.
+pub fn run(args: &SnapshotArgs) -> Result<VerbOutput, CheckpointError> {
     match &args.command {
-        Command::Ls { dir } => {
+        SnapshotCommand::Ls { dir } => {
             let found = list(dir)?;
             let value: Value = found.iter().map(|(dir, manifest)| summary(dir, manifest)).collect();
-            Ok(Output::new(table(&found), value))
+            Ok(VerbOutput::new(table(&found), value))
         }
-        Command::Inspect { dir } => {
+        SnapshotCommand::Inspect { dir } => {
             let manifest = CheckpointManifest::read(dir)?;
-            Ok(Output::new(describe(&manifest), json!(manifest)))
+            Ok(VerbOutput::new(describe(&manifest), json!(manifest)))
         }
-        Command::Verify { dirs } => Ok(verify(dirs)),
-        Command::Rm { dirs } => {
+        SnapshotCommand::Verify { dirs } => Ok(verify(dirs)),
+        SnapshotCommand::Rm { dirs } => {
             dirs.iter().try_for_each(|dir| checkpoint::remove(dir))?;
-            Ok(Output::lines(dirs.iter().map(|dir| dir.display()), json!(dirs)))
+            Ok(VerbOutput::lines(dirs.iter().map(|dir| dir.display()), json!(dirs)))
         }
     }
 }
 
-fn verify(dirs: &[PathBuf]) -> Output {
+fn verify(dirs: &[PathBuf]) -> VerbOutput {
     let (mut lines, mut values, mut ok) = (Vec::new(), Vec::new(), true);
     for dir in dirs {
         let verified = checkpoint::verify(dir);
@@ -79,10 +85,10 @@ fn verify(dirs: &[PathBuf]) -> Output {
         lines.push(format!("{} {state}", dir.display()));
         values.push(json!({ "path": dir, "state": state }));
     }
-    Output { ok, ..Output::lines(lines, values) }
+    VerbOutput { ok, ..VerbOutput::lines(lines, values) }
 }
 
-/// What is no checkpoint is not listed; one of another version is an error.
+/// Entries that are not checkpoints are skipped. A checkpoint of another version is an error.
 fn list(dir: &Path) -> Result<Vec<(PathBuf, CheckpointManifest)>, CheckpointError> {
     let failed = |source| CheckpointError::File { action: "read", path: dir.to_owned(), source };
     let mut found = Vec::new();
@@ -104,7 +110,7 @@ fn bytes(manifest: &CheckpointManifest) -> u64 {
 }
 
 fn table(found: &[(PathBuf, CheckpointManifest)]) -> String {
-    let mut table = Table::new([
+    let mut table = TextTable::new([
         ("PATH", Align::Left),
         ("CONTAINER", Align::Left),
         ("CREATED", Align::Left),

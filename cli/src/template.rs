@@ -1,19 +1,21 @@
-//! `machinen template`: the saved VMs, for people and scripts.
+//! `machinen template`: manages the saved VMs.
 
 use std::time::{Duration, UNIX_EPOCH};
 
 use clap::{Args, Subcommand};
+use machinen::{
+    assets::{Assets, MissingAsset},
+    config::Config,
+    pod::{self, PodError},
+    template::{self, ListedTemplate, TemplateError, TemplateStore},
+};
 use serde_json::{Value, json};
 
 use super::{
-    output::{Align, Output, Table},
+    output::{Align, TextTable, VerbOutput},
     prefix::{self, PrefixError},
     text::{ago, human},
 };
-use machinen::assets::{Assets, MissingAsset};
-use machinen::config::Config;
-use machinen::pod::{self, PodError};
-use machinen::template::{self, Listed, TemplateError, Templates};
 
 /// Arguments of `machinen template`.
 #[derive(Debug, Args)]
@@ -22,15 +24,15 @@ pub struct TemplateArgs {
     #[arg(long, global = true)]
     pub(super) json: bool,
     #[command(subcommand)]
-    command: Command,
+    command: TemplateCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
-    /// Build the template that containers without annotations and limits start from, unless it is there
+enum TemplateCommand {
+    /// Build the template that containers without annotations and limits start from, unless it exists
     #[command(
-        long_about = "Build the template that containers without annotations and limits start from, unless it is \
-        there. Options stand for the annotations of the same name, to build it for containers that have them."
+        long_about = "Build the template that containers without annotations and limits start from, unless it \
+        exists. Options stand for the annotations of the same name, to build it for containers that have them."
     )]
     Build {
         /// Memory of the VM, MiB
@@ -42,13 +44,14 @@ enum Command {
     },
     /// List the templates, the most recently used first
     Ls,
-    /// Read templates and compare all that is in them with what was built. Exit status 1 if one has changed
+    /// Read templates and compare all that is in them with what was built. The exit status is 1 if one has
+    /// changed
     Verify {
         /// Keys or their first digits; all templates if none is given
         #[arg(value_name = "KEY")]
         keys: Vec<String>,
     },
-    /// Remove templates; VMs that were cloned from them live on
+    /// Remove templates; VMs that were cloned from them keep running
     Rm {
         /// Keys or their first digits
         #[arg(value_name = "KEY", required_unless_present = "all")]
@@ -61,7 +64,7 @@ enum Command {
 
 /// Why the command failed.
 #[derive(Debug, thiserror::Error)]
-pub enum CliError {
+pub enum TemplateCliError {
     #[error(transparent)]
     Key(#[from] PrefixError),
     #[error(transparent)]
@@ -75,32 +78,32 @@ pub enum CliError {
 /// Runs one of the commands; prints progress on stderr.
 ///
 /// # Errors
-/// As the functions of [`Templates`] do, or a key that does not name one template.
-pub fn run(args: &TemplateArgs, mut config: Config) -> Result<Output, CliError> {
-    let templates = Templates::at(&config.template.dir);
+/// As the functions of [`TemplateStore`], or a key does not name exactly one template.
+pub fn run(args: &TemplateArgs, mut config: Config) -> Result<VerbOutput, TemplateCliError> {
+    let templates = TemplateStore::at(&config.template.dir);
     match &args.command {
-        Command::Build { memory_ceiling, vcpus } => {
+        TemplateCommand::Build { memory_ceiling, vcpus } => {
             config.vm.memory_mib = memory_ceiling.unwrap_or(config.vm.memory_mib);
             config.vm.vcpus = vcpus.unwrap_or(config.vm.vcpus);
             let spec = pod::default_vm_spec(&config, &Assets::find(&config)?)?;
             let mut progress = |line| eprintln!("{line}");
             let built = template::build(&templates, &spec, config.template.budget_mib, &mut progress)?;
             let key = built.manifest.shape.key();
-            Ok(Output::lines([&key], json!({ "key": key, "allocated": built.manifest.allocated })))
+            Ok(VerbOutput::lines([&key], json!({ "key": key, "allocated": built.manifest.allocated })))
         }
-        Command::Ls => {
+        TemplateCommand::Ls => {
             let listed = templates.list()?;
-            Ok(Output::new(table(&listed), listed.iter().map(listed_json).collect::<Value>()))
+            Ok(VerbOutput::new(table(&listed), listed.iter().map(listed_json).collect::<Value>()))
         }
-        Command::Verify { keys } => verify(&templates, keys),
-        Command::Rm { keys, all } => {
+        TemplateCommand::Verify { keys } => verify(&templates, keys),
+        TemplateCommand::Rm { keys, all } => {
             let keys = if *all { templates.remove_all()? } else { remove(&templates, keys)? };
-            Ok(Output::lines(&keys, keys.as_slice()))
+            Ok(VerbOutput::lines(&keys, keys.as_slice()))
         }
     }
 }
 
-fn verify(templates: &Templates, keys: &[String]) -> Result<Output, CliError> {
+fn verify(templates: &TemplateStore, keys: &[String]) -> Result<VerbOutput, TemplateCliError> {
     let (mut lines, mut values, mut ok) = (Vec::new(), Vec::new(), true);
     for listed in chosen(templates.list()?, keys)? {
         let same = templates.verify(&listed)?;
@@ -109,11 +112,11 @@ fn verify(templates: &Templates, keys: &[String]) -> Result<Output, CliError> {
         lines.push(format!("{} {state}", listed.key));
         values.push(json!({ "key": listed.key, "state": state }));
     }
-    Ok(Output { ok, ..Output::lines(lines, values) })
+    Ok(VerbOutput { ok, ..VerbOutput::lines(lines, values) })
 }
 
-/// Removes those that the keys name.
-fn remove(templates: &Templates, keys: &[String]) -> Result<Vec<String>, CliError> {
+/// Removes the templates that the keys name.
+fn remove(templates: &TemplateStore, keys: &[String]) -> Result<Vec<String>, TemplateCliError> {
     let keys: Vec<_> = chosen(templates.list()?, keys)?.into_iter().map(|listed| listed.key).collect();
     for key in &keys {
         templates.remove(key)?;
@@ -121,17 +124,18 @@ fn remove(templates: &Templates, keys: &[String]) -> Result<Vec<String>, CliErro
     Ok(keys)
 }
 
-/// Those that the keys name, or all.
-fn chosen(listed: Vec<Listed>, keys: &[String]) -> Result<Vec<Listed>, CliError> {
+/// The templates that the keys name; all if there are no keys.
+fn chosen(listed: Vec<ListedTemplate>, keys: &[String]) -> Result<Vec<ListedTemplate>, TemplateCliError> {
     for key in keys {
         prefix::find(&listed, |template| template.key.clone(), key, "template")?;
     }
-    let named = |template: &Listed| keys.is_empty() || keys.iter().any(|key| template.key.starts_with(key));
+    let named =
+        |template: &ListedTemplate| keys.is_empty() || keys.iter().any(|key| template.key.starts_with(key));
     Ok(listed.into_iter().filter(named).collect())
 }
 
-fn table(listed: &[Listed]) -> String {
-    let mut table = Table::new([
+fn table(listed: &[ListedTemplate]) -> String {
+    let mut table = TextTable::new([
         ("KEY", Align::Left),
         ("MEMORY", Align::Right),
         ("VCPUS", Align::Right),
@@ -141,7 +145,7 @@ fn table(listed: &[Listed]) -> String {
         ("STATE", Align::Left),
     ]);
     for template in listed {
-        let Listed { key, manifest, used, .. } = template;
+        let ListedTemplate { key, manifest, used, .. } = template;
         table.row([
             key.clone(),
             format!("{}MiB", manifest.memory_mib),
@@ -155,7 +159,7 @@ fn table(listed: &[Listed]) -> String {
     table.to_string()
 }
 
-fn state(template: &Listed) -> &'static str {
+fn state(template: &ListedTemplate) -> &'static str {
     match (template.alive, template.manifest.shape.is_current()) {
         (false, _) => "gone",
         (true, false) => "outdated",
@@ -163,7 +167,7 @@ fn state(template: &Listed) -> &'static str {
     }
 }
 
-fn listed_json(listed: &Listed) -> Value {
+fn listed_json(listed: &ListedTemplate) -> Value {
     let seconds =
         listed.used.and_then(|time| time.duration_since(UNIX_EPOCH).ok()).map(|time| time.as_secs());
     json!({

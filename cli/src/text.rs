@@ -1,4 +1,4 @@
-//! Figures as people read them.
+//! Formats sizes and times for people.
 
 use std::time::{Duration, SystemTime};
 

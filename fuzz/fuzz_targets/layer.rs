@@ -11,9 +11,9 @@ use std::{
 };
 
 use libfuzzer_sys::fuzz_target;
-use machinen::layer::{Limits, apply};
+use machinen::layer::{LayerLimits, apply};
 
-const LIMITS: Limits = Limits { entries: 64, bytes: 1 << 20 };
+const LIMITS: LayerLimits = LayerLimits { entries: 64, bytes: 1 << 20 };
 
 fuzz_target!(|bytes: &[u8]| {
     // The first byte says which of the two kinds of target.

@@ -1,26 +1,30 @@
 //! Memory files, and how they are made unchangeable (memfd_create(2), fcntl(2)).
 
-use std::fs::File;
-use std::io::{self, Write as _};
-use std::os::fd::{AsFd, OwnedFd};
+use std::{
+    fs::File,
+    io::{self, Write as _},
+    os::fd::{AsFd, OwnedFd},
+};
 
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::{
+    fcntl::{FcntlArg, SealFlag, fcntl},
+    sys::memfd::{MFdFlags, memfd_create},
+};
 
-/// With these nobody can change or resize it, not even through a mapping.
+/// The seals that prevent every change of content and size, also through a mapping.
 const SEALED: SealFlag = SealFlag::F_SEAL_WRITE
     .union(SealFlag::F_SEAL_GROW)
     .union(SealFlag::F_SEAL_SHRINK)
     .union(SealFlag::F_SEAL_SEAL);
 
-/// One of `bytes` zeros, none of which takes memory yet.
+/// A memory file of `bytes` zeros, which take no memory yet.
 pub(crate) fn sparse(bytes: u64) -> io::Result<OwnedFd> {
     let file = File::from(memfd_create(c"machinen", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
     file.set_len(bytes)?;
     Ok(file.into())
 }
 
-/// A sealed one with this content.
+/// A sealed memory file with this content.
 pub(crate) fn holding(content: &[u8]) -> io::Result<OwnedFd> {
     let mut file = File::from(sparse(0)?);
     file.write_all(content)?;
@@ -28,25 +32,25 @@ pub(crate) fn holding(content: &[u8]) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Fails while somebody has it mapped for writing.
+/// Seals a memory file. Fails while a process has it mapped for writing.
 pub(crate) fn seal(fd: impl AsFd) -> io::Result<()> {
     fcntl(fd, FcntlArg::F_ADD_SEALS(SEALED))?;
     Ok(())
 }
 
-/// Whether it can never change again. False for what is no memfd at all.
+/// Whether the file can never change again; false for a file that is not a memfd.
 pub(crate) fn is_sealed(fd: impl AsFd) -> bool {
     fcntl(fd, FcntlArg::F_GET_SEALS).is_ok_and(|seals| SealFlag::from_bits_retain(seals).contains(SEALED))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::{fd::AsRawFd as _, unix::fs::FileExt as _};
+
     use super::*;
-    use std::os::fd::AsRawFd as _;
-    use std::os::unix::fs::FileExt as _;
 
     #[test]
-    fn what_is_sealed_can_be_opened_for_writing_and_not_written() {
+    fn a_sealed_file_can_be_opened_for_writing_but_not_written() {
         let fd = holding(b"content").unwrap();
         assert!(is_sealed(&fd));
         let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
@@ -58,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_sealed_is_found_out() {
+    fn a_file_that_is_not_sealed_is_recognised() {
         assert!(!is_sealed(sparse(4096).unwrap()));
         assert!(!is_sealed(File::open("/dev/null").unwrap()));
         assert!(!is_sealed(tempfile::tempfile().unwrap()));

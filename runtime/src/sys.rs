@@ -1,4 +1,4 @@
-//! Every unsafe call of the library.
+//! Every unsafe call of the library is in this module.
 
 pub(crate) mod child;
 pub mod inherit;
@@ -7,8 +7,10 @@ pub(crate) mod pidfd;
 pub(crate) mod socket;
 pub(crate) mod vhost;
 
-use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::{
+    io,
+    os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+};
 
 use tokio::io::unix::AsyncFd;
 
@@ -25,11 +27,12 @@ pub(crate) fn duplicate_from(fd: BorrowedFd<'_>, number: i32) -> io::Result<Owne
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the call succeeded, so this is a descriptor that nobody else owns.
+    // SAFETY: the call succeeded, so this descriptor is new and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Undoes what Rust's start-up does to SIGPIPE; for programs whose output is all that they are about.
+/// Restores the default action of SIGPIPE, which Rust's start-up changes: a program that only prints ends
+/// when its output is closed.
 pub fn end_on_broken_pipe() {
     // SAFETY: signal(2) with the default action runs no code of this program.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };

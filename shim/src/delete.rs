@@ -10,7 +10,7 @@ use std::{
 };
 
 use containerd_shim_protos::api::DeleteResponse;
-use machinen::process::end_stranger;
+use machinen::process::kill_foreign;
 use protobuf::{Message, MessageField};
 
 use crate::{
@@ -64,7 +64,7 @@ fn end_server(bundle: &Path) -> Result<u32, ShimError> {
         let exe = fs::read_link(format!("/proc/{pid}/exe"));
         cwd.is_ok_and(|cwd| Some(cwd) == fs::canonicalize(bundle).ok()) && exe.is_ok()
     };
-    end_stranger(pid, ours, KILL_DEADLINE).map_err(ShimError::io("end the server of the bundle", bundle))?;
+    kill_foreign(pid, ours, KILL_DEADLINE).map_err(ShimError::io("end the server of the bundle", bundle))?;
     Ok(pid)
 }
 

@@ -1,79 +1,82 @@
-//! A checkpoint of the source, and a copy of what it had written at that moment.
+//! Takes a checkpoint of the source, and copies what the source had written at that moment.
 //!
-//! Other clients may pause, checkpoint and resume the source at the same time. The runtime lets them take turns; but each
-//! pause and each checkpoint exports anew what the container has written, and a disk of the snapshotter's must not change
-//! while it is copied. Both are noticed after the copy, and then everything is done again.
+//! Other clients may pause, checkpoint and resume the source at the same time. The runtime serialises these
+//! requests, but each pause and each checkpoint exports what the container has written again, and a disk of
+//! the snapshotter must not change while it is copied. Both are detected after the copy; then checkpoint and
+//! copy are repeated.
 
 use containerd_client::types::v1::Status;
 use containerd_shim_protos::shim::oci::CheckpointOptions;
-use machinen::{checkpoint::CheckpointManifest, layer::Twins};
+use machinen::{checkpoint::CheckpointManifest, layer::LayerCopy};
 use tokio::task::spawn_blocking;
 
-use super::{error::ForkError, images, steps::Fork, undo::Made};
+use super::{checkpoint_dir, error::ForkError, steps::Fork, undo::Undo};
 
-/// A client that disturbs more often than that does nothing else.
+/// Attempts in all. A client that interferes with all of them does nothing else.
 const TRIES: usize = 5;
 
 impl Fork<'_> {
     /// # Errors
-    /// The source cannot be checkpointed, what it has written cannot be copied, or other clients have disturbed each try.
-    pub(super) async fn capture(&mut self, twins: &Twins) -> Result<(), ForkError> {
+    /// The source cannot be checkpointed, what it has written cannot be copied, or other clients have
+    /// interfered with every attempt.
+    pub(super) async fn capture(&mut self, layer_copy: &LayerCopy) -> Result<(), ForkError> {
         for _ in 1..TRIES {
-            match self.capture_once(twins).await {
-                Err(error) if error.is_disturbance() => {
+            match self.capture_once(layer_copy).await {
+                Err(error) if error.is_interference() => {
                     eprintln!(
-                        "another client has paused, checkpointed or resumed {}; again",
+                        "another client has paused, checkpointed or resumed {}; trying again",
                         self.args.source
                     );
-                    self.images.clear()?;
+                    self.checkpoint_dir.clear()?;
                 }
                 captured => return captured,
             }
             self.signals.check()?;
         }
-        self.capture_once(twins).await
+        self.capture_once(layer_copy).await
     }
 
-    async fn capture_once(&mut self, twins: &Twins) -> Result<(), ForkError> {
-        if twins.is_live() {
+    async fn capture_once(&mut self, layer_copy: &LayerCopy) -> Result<(), ForkError> {
+        if layer_copy.is_live() {
             self.pause().await?;
             self.signals.check()?;
         }
         eprintln!("checkpointing {}", self.args.source);
-        let then = self.checkpoint().await?.layer;
+        let recorded = self.checkpoint().await?.layer;
         self.signals.check()?;
         eprintln!("copying what {} has written", self.args.source);
-        let copying = twins.clone();
-        let copied = spawn_blocking(move || copying.copy(then.as_deref())).await;
+        let copying = layer_copy.clone();
+        let copied = spawn_blocking(move || copying.copy(recorded.as_deref())).await;
         let copied = copied.map_err(ForkError::Worker)?;
         copied.map_err(|source| ForkError::Layer { id: self.args.source.clone(), source })?;
-        if twins.is_live() {
+        if layer_copy.is_live() {
             self.end_pause().await?;
         }
         Ok(())
     }
 
-    /// What is in the directory of the images is complete when this returns.
+    /// The checkpoint in the directory is complete when this returns.
     async fn checkpoint(&self) -> Result<CheckpointManifest, ForkError> {
-        let (id, path) = (self.args.source.clone(), self.images.path().to_owned());
+        let (id, path) = (self.args.source.clone(), self.checkpoint_dir.path().to_owned());
         match self.containerd.checkpoint(&id, &self.checkpoint_options()).await {
             Ok(()) => Ok(CheckpointManifest::read(&path)?),
-            // After the shim has written the directory, containerd 1 copies it, and the container's configuration, to its content
-            // store. That fails where another checkpoint has put the same configuration there.
+            // After the shim has written the directory, containerd 1 copies it, and the container's
+            // configuration, to its content store. That fails where another checkpoint has put the same
+            // configuration there.
             Err(error) if error.is_already_exists() => {
-                let verified = spawn_blocking(move || images::complete(&path, &id)).await;
+                let verified = spawn_blocking(move || checkpoint_dir::verified(&path, &id)).await;
                 verified.map_err(ForkError::Worker)??.ok_or(error)
             }
             Err(error) => Err(error),
         }
     }
 
-    /// The fork has a copy of every file, so locks on them do not prevent it, and neither do connections.
+    /// The fork gets a copy of every file, so locks on files do not prevent it, and neither do connections.
     fn checkpoint_options(&self) -> CheckpointOptions {
         CheckpointOptions {
             open_tcp: true,
             file_locks: true,
-            image_path: self.images.path().display().to_string(),
+            image_path: self.checkpoint_dir.path().display().to_string(),
             ..Default::default()
         }
     }
@@ -84,19 +87,19 @@ impl Fork<'_> {
             return Ok(());
         }
         let paused = self.containerd.pause(&self.args.source).await;
-        match self.note(Made::Pause, paused) {
+        match self.record(Undo::Pause, paused) {
             Err(error) if !error.is_lost() && self.is_paused().await? => Ok(()),
             paused => paused,
         }
     }
 
     /// # Errors
-    /// The source was resumed before: the copy of its disk is not of one moment.
+    /// The source was resumed before this call, so the copy of its disk is not of one moment.
     async fn end_pause(&mut self) -> Result<(), ForkError> {
         let was_paused = self.is_paused().await?;
-        if self.made.contains(&Made::Pause) {
+        if self.undo.contains(&Undo::Pause) {
             self.resume().await?;
-            self.made.retain(|made| *made != Made::Pause);
+            self.undo.retain(|undo| *undo != Undo::Pause);
         }
         match was_paused {
             true => Ok(()),

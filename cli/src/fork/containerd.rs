@@ -1,4 +1,5 @@
-//! containerd's API, as far as a fork needs it: each call with its namespace and lease, and an error that says what failed.
+//! The part of containerd's API that a fork needs. Each call has its namespace and lease, and an error that
+//! names what failed.
 
 use std::{
     collections::HashMap,
@@ -7,13 +8,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use containerd_client::services::v1::{CreateRequest as CreateLease, DeleteRequest as DeleteLease};
 use containerd_client::{
     Client,
     services::v1::{
-        CheckpointTaskRequest, Container, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest,
-        DeleteTaskRequest, GetContainerRequest, GetRequest, KillRequest, PauseTaskRequest, ResumeTaskRequest,
-        StartRequest, UpdateContainerRequest, WaitRequest,
+        CheckpointTaskRequest, Container, CreateContainerRequest, CreateRequest as CreateLease,
+        CreateTaskRequest, DeleteContainerRequest, DeleteRequest as DeleteLease, DeleteTaskRequest,
+        GetContainerRequest, GetRequest, KillRequest, PauseTaskRequest, ResumeTaskRequest, StartRequest,
+        UpdateContainerRequest, WaitRequest,
         snapshots::{
             Info, MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest,
         },
@@ -27,11 +28,12 @@ use protobuf::Message;
 
 use super::error::ForkError;
 
-/// containerd forgets a lease after this time, and what only that held, if nobody is left to give it back.
+/// If a fork cannot give its lease back, containerd removes the lease after this time, with what only the
+/// lease has kept.
 const LEASE: Duration = Duration::from_secs(24 * 3600);
 
-/// A connection, which is made anew after a restart of containerd.
-pub(super) struct Containerd {
+/// A connection, which is established again after a restart of containerd.
+pub(super) struct ContainerdClient {
     client: Client,
     pub(super) address: PathBuf,
     pub(super) namespace: String,
@@ -39,9 +41,9 @@ pub(super) struct Containerd {
     lease: Option<AsciiMetadataValue>,
 }
 
-impl Containerd {
+impl ContainerdClient {
     /// # Errors
-    /// Nobody listens there.
+    /// No process listens at the address.
     pub(super) async fn connect(address: &Path, namespace: &str) -> Result<Self, ForkError> {
         let path = address.strip_prefix("unix:").map_or(address.to_owned(), |path| Path::new("/").join(path));
         let failed = |source| ForkError::Connect { address: path.clone(), source };
@@ -67,7 +69,8 @@ impl Containerd {
         self.client.version().version(()).await.is_ok()
     }
 
-    /// Keeps what is made from now on from being collected as garbage, until the lease is given back.
+    /// Takes a lease. It keeps everything that is made from now on from garbage collection, until it is given
+    /// back.
     pub(super) async fn take_lease(&mut self, id: &str) -> Result<(), ForkError> {
         let expires = humantime::format_rfc3339_seconds(SystemTime::now() + LEASE).to_string();
         let labels = [("containerd.io/gc.expire".to_owned(), expires)].into();
@@ -96,7 +99,7 @@ impl Containerd {
         answer(what, self.client.containers().create(request).await).map(drop)
     }
 
-    /// Gives a container another configuration.
+    /// Replaces the configuration of a container.
     pub(super) async fn update_spec(&self, container: Container) -> Result<(), ForkError> {
         let what = format!("update the container {}", container.id);
         let update_mask = Some(FieldMask { paths: vec!["spec".to_owned()] });
@@ -160,7 +163,7 @@ impl Containerd {
         answer(format!("resume {id}"), self.client.tasks().resume(request).await)
     }
 
-    /// The options name the directory of the images.
+    /// Takes a checkpoint. The options name its directory.
     pub(super) async fn checkpoint(&self, id: &str, options: &CheckpointOptions) -> Result<(), ForkError> {
         let options = Some(any("containerd.runc.v1.CheckpointOptions", options));
         let container_id = id.to_owned();
@@ -168,7 +171,7 @@ impl Containerd {
         answer(format!("checkpoint {id}"), self.client.tasks().checkpoint(request).await).map(drop)
     }
 
-    /// A task that goes on from the images that the options name.
+    /// Creates a task that is restored from the images in the directory that the options name.
     pub(super) async fn create_task(
         &self,
         request: CreateTaskRequest,
@@ -185,12 +188,13 @@ impl Containerd {
         Ok(answer(format!("start {id}"), self.client.tasks().start(request).await)?.pid)
     }
 
-    /// Ends and removes a task, whatever has become of it.
+    /// Ends and removes a task in any state.
     pub(super) async fn end_task(&self, id: &str) -> Result<(), ForkError> {
         let container_id = || id.to_owned();
         let what = |what: &str| format!("{what} the task of {id}");
         let kill = KillRequest { container_id: container_id(), signal: 9, all: true, ..Default::default() };
-        // One that has ended by itself is not killed any more; one that cannot be killed cannot be removed either.
+        // The kill fails if the task has ended already. If it fails for another reason, the removal fails
+        // too.
         if self.client.tasks().kill(self.request(kill)).await.is_ok() {
             let wait = WaitRequest { container_id: container_id(), ..Default::default() };
             answer(what("wait for"), self.client.tasks().wait(self.request(wait)).await)?;
@@ -200,7 +204,7 @@ impl Containerd {
     }
 }
 
-/// An error that containerd has answered has no source; one of the connection has.
+/// An error that containerd has answered has no source; an error of the connection has one.
 fn answer<T>(what: impl Into<String>, answer: Result<Response<T>, Status>) -> Result<T, ForkError> {
     let failed = |status: Status| match status.source() {
         Some(_) => ForkError::Lost { what: what.into(), status: Box::new(status) },

@@ -13,7 +13,7 @@ pub enum ForkError {
     Start(#[source] io::Error),
     #[error("cannot reach containerd at {}", address.display())]
     Connect { address: PathBuf, source: transport::Error },
-    #[error("{namespace:?} is no name of a namespace")]
+    #[error("{namespace:?} is not a valid name of a namespace")]
     Namespace { namespace: String },
     #[error("cannot {what}: {}", .status.message())]
     Call { what: String, status: Box<tonic::Status> },
@@ -25,7 +25,7 @@ pub enum ForkError {
     NoContainer { id: String, namespace: String },
     #[error("{id} has the runtime {runtime:?}; containers of io.machinen.v1 can be forked")]
     Runtime { id: String, runtime: String },
-    #[error("{id} does not run (it {state}); only what runs can be forked")]
+    #[error("{id} does not run (it {state}); only a running container can be forked")]
     NotRunning { id: String, state: &'static str },
     #[error("{id} exists already; choose another id")]
     Exists { id: String },
@@ -35,7 +35,9 @@ pub enum ForkError {
     SnapshotExists { id: String },
     #[error("{id} was resumed by another client while its disk was copied; try again")]
     Resumed { id: String },
-    #[error("{id} has no snapshot that gets what it writes, of which the new container could have a copy")]
+    #[error(
+        "{id} has no snapshot that stores what it writes, so there is nothing to copy for the new container"
+    )]
     NoSnapshot { id: String },
     #[error("cannot use the root file system of {id}")]
     Rootfs { id: String, source: RootfsPlanError },
@@ -43,14 +45,14 @@ pub enum ForkError {
     Spec { id: String, source: serde_json::Error },
     #[error("{id} shares the hostname of its VM, so the new container cannot have --hostname")]
     Hostname { id: String },
-    #[error("{name:?} is no hostname: it has 1 to 64 characters without spaces")]
+    #[error("{name:?} is not a valid hostname: it must have 1 to 64 characters without spaces")]
     BadHostname { name: String },
     #[error(transparent)]
     Memory(#[from] AdmissionError),
-    #[error("{} is not empty: --bundle needs a directory of its own", path.display())]
-    BundleNotEmpty { path: PathBuf },
-    #[error("another fork keeps its checkpoint in {}: --bundle needs a directory of its own", path.display())]
-    BundleInUse { path: PathBuf },
+    #[error("{} is not empty: --checkpoint-dir needs a directory of its own", path.display())]
+    CheckpointDirNotEmpty { path: PathBuf },
+    #[error("another fork keeps its checkpoint in {}: --checkpoint-dir needs a directory of its own", path.display())]
+    CheckpointDirInUse { path: PathBuf },
     #[error("cannot {action} {}", path.display())]
     File { action: &'static str, path: PathBuf, source: io::Error },
     #[error(transparent)]
@@ -74,18 +76,18 @@ impl ForkError {
         self.has_code(Code::NotFound)
     }
 
-    /// containerd has already what the request was to make.
+    /// containerd already has what the request was to make.
     pub(super) fn is_already_exists(&self) -> bool {
         self.has_code(Code::AlreadyExists)
     }
 
-    /// Whether containerd has done what it was asked for is not known.
+    /// It is not known whether containerd has carried out the request.
     pub(super) fn is_lost(&self) -> bool {
         matches!(self, Self::Lost { .. })
     }
 
-    /// Another client has paused, checkpointed or resumed the source meanwhile; the same works once that has passed.
-    pub(super) fn is_disturbance(&self) -> bool {
+    /// Another client has paused, checkpointed or resumed the source meanwhile. Another attempt may succeed.
+    pub(super) fn is_interference(&self) -> bool {
         matches!(self, Self::Resumed { .. } | Self::Layer { source: LayerError::Exchanged { .. }, .. })
     }
 

@@ -1,22 +1,23 @@
-//! `machinen fork`: a second container that continues from where a running one is, through containerd's own API.
+//! `machinen fork`: a second container that continues from where a running one is, through containerd's own
+//! API.
 //!
 //! ```text
-//!   look up SRC; NEW is free; memory for one more VM     nothing touched yet: refusals cost nothing
+//!   look up SRC; is NEW unused; is memory left           nothing is changed yet, so a refusal costs nothing
 //!   one fork of SRC at a time from here
-//!   lease, snapshot of NEW, container NEW                the names are taken
-//!   (a disk of the snapshotter's: pause)
+//!   lease, snapshot of NEW, container NEW                the names are reserved
+//!   (pause, if SRC writes to a disk of the snapshotter)
 //!   checkpoint, SRC continues; its writes are copied     SRC is frozen no longer than CRIU needs
-//!   (resume)                                             again, if another client has disturbed it
+//!   (resume)                                             repeated if another client interferes
 //!   others may fork SRC again
 //!   task of NEW from the checkpoint, images removed, start
 //! ```
-//! What has been made is noted in order and taken back in the opposite one, if a later step fails or a signal comes, after a
-//! restart of containerd too.
+//! Every step that makes something is recorded. If a later step fails or a signal arrives, the recorded steps
+//! are undone in the opposite order, also after a restart of containerd.
 
 mod capture;
+mod checkpoint_dir;
 mod containerd;
 mod error;
-mod images;
 mod serving;
 mod signals;
 mod source;
@@ -30,7 +31,7 @@ use clap::Args;
 use machinen::config::Config;
 use serde_json::json;
 
-use self::{containerd::Containerd, error::ForkError, spec::Tcp};
+use self::{containerd::ContainerdClient, error::ForkError, spec::TcpChoice};
 
 /// Arguments of `machinen fork`.
 #[derive(Debug, Args)]
@@ -41,15 +42,15 @@ pub struct ForkArgs {
     /// containerd's namespace
     #[arg(long, short, env = "CONTAINERD_NAMESPACE", default_value = "default")]
     namespace: String,
-    /// What NEW's established TCP connections become: both ends of one cannot go on twice
-    #[arg(long, value_enum, default_value_t = Tcp::Close)]
-    tcp: Tcp,
-    /// NEW runs before its memory is there, and fetches it
+    /// What happens to NEW's established TCP connections, which only one of both containers can continue
+    #[arg(long, value_enum, default_value_t = TcpChoice::Close)]
+    tcp: TcpChoice,
+    /// Start NEW before its memory is there, which is then loaded on demand
     #[arg(long)]
     lazy: bool,
-    /// Keep the checkpoint in this directory, which is made unless it is there and empty
-    #[arg(long, value_name = "DIR")]
-    bundle: Option<PathBuf>,
+    /// Keep the checkpoint in this directory, which must be empty or missing
+    #[arg(long, alias = "bundle", value_name = "DIR")]
+    checkpoint_dir: Option<PathBuf>,
     /// Hostname of NEW instead of its id
     #[arg(long, value_name = "NAME")]
     hostname: Option<String>,
@@ -66,21 +67,44 @@ pub struct ForkArgs {
 /// Forks a container; prints the new one's id on stdout and progress on stderr.
 ///
 /// # Errors
-/// It cannot be forked. SRC runs on, and nothing of NEW is left.
+/// The container cannot be forked. SRC continues to run, and nothing of NEW is left.
 pub fn run(args: &ForkArgs, config: &Config) -> Result<(), ForkError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let forked = runtime.map_err(ForkError::Start)?.block_on(async {
-        let containerd = Containerd::connect(&args.address, &args.namespace).await?;
+        let containerd = ContainerdClient::connect(&args.address, &args.namespace).await?;
         steps::fork(containerd, args, config).await
     })?;
     if args.json {
-        let steps::Forked { pid, hostname, bundle } = forked;
+        let steps::Forked { pid, hostname, checkpoint_dir } = forked;
         let value = json!({
-            "id": args.new, "source": args.source, "pid": pid, "hostname": hostname, "bundle": bundle,
+            "id": args.new, "source": args.source, "pid": pid, "hostname": hostname, "bundle": checkpoint_dir,
         });
         println!("{value:#}");
     } else {
         println!("{}", args.new);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory as _, Parser};
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct ForkCommandLine {
+        #[command(flatten)]
+        args: ForkArgs,
+    }
+
+    #[test]
+    fn the_old_spelling_of_checkpoint_dir_still_works_and_is_hidden() {
+        for option in ["--checkpoint-dir", "--bundle"] {
+            let line = ForkCommandLine::try_parse_from(["fork", option, "/kept", "one", "two"]).unwrap();
+            assert_eq!(line.args.checkpoint_dir.as_deref(), Some("/kept".as_ref()), "{option}");
+        }
+        let help = ForkCommandLine::command().render_long_help().to_string();
+        assert!(help.contains("--checkpoint-dir <DIR>") && !help.contains("bundle"), "{help}");
+    }
 }

@@ -1,20 +1,20 @@
-//! Waiting for a containerd that is being restarted.
+//! Waits for a containerd that is being restarted.
 
 use std::{io, time::Duration};
 
 use machinen::watch::FileWatch;
 use tokio::time::timeout;
 
-use super::{containerd::Containerd, error::ForkError};
+use super::{containerd::ContainerdClient, error::ForkError};
 
-/// A restart takes containerd a second or a few: it looks for the shims of its containers first.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// The restart of containerd takes some seconds, since it looks for the shims of its containers first.
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Returns when containerd serves requests: at once, or after the next event at its socket.
 ///
 /// # Errors
-/// It does not within a minute.
-pub(super) async fn serving(containerd: &Containerd) -> Result<(), ForkError> {
+/// containerd does not serve requests within a minute.
+pub(super) async fn serving(containerd: &ContainerdClient) -> Result<(), ForkError> {
     let address = containerd.address.as_path();
     let served = async {
         // Before the first try, so that no event is missed.
@@ -25,7 +25,7 @@ pub(super) async fn serving(containerd: &Containerd) -> Result<(), ForkError> {
         }
         Ok::<_, io::Error>(())
     };
-    match timeout(PATIENCE, served).await {
+    match timeout(DEADLINE, served).await {
         Ok(served) => served.map_err(ForkError::file("watch", address)),
         Err(_) => Err(ForkError::NotServing { address: address.to_owned() }),
     }

@@ -1,4 +1,4 @@
-//! Signals that end a fork: it finishes its step and takes back what it has made.
+//! Signals that end a fork, after it has finished its current step and undone what it has made.
 
 use std::task::{Context, Waker};
 
@@ -12,7 +12,7 @@ pub(super) struct Signals(Vec<(&'static str, Signal)>);
 
 impl Signals {
     /// # Errors
-    /// They cannot be caught.
+    /// The signals cannot be caught.
     pub(super) fn catch() -> Result<Self, ForkError> {
         let kinds = [
             ("SIGINT", SignalKind::interrupt()),
@@ -24,7 +24,7 @@ impl Signals {
     }
 
     /// # Errors
-    /// One has come.
+    /// A signal has arrived.
     pub(super) fn check(&mut self) -> Result<(), ForkError> {
         let mut context = Context::from_waker(Waker::noop());
         for (name, signal) in &mut self.0 {

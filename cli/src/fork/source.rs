@@ -16,15 +16,15 @@ use machinen::pod::rootfs::{self, RootfsMount, RootfsPlan};
 use oci_spec::runtime::Spec;
 use rustix::fs::{FlockOperation, flock};
 
-use super::{containerd::Containerd, error::ForkError};
+use super::{containerd::ContainerdClient, error::ForkError};
 
-/// The runtime's name, and its program's, which containerd takes for one too.
+/// The runtime's name, and the name of its program, which containerd accepts in its place.
 const RUNTIME: &str = "io.machinen.v1";
 const PROGRAM: &str = "/containerd-shim-machinen-v1";
 
 /// A container that can be forked.
 #[derive(Debug)]
-pub(super) struct Source {
+pub(super) struct ForkSource {
     pub(super) container: Container,
     pub(super) task: Process,
     pub(super) snapshot: Info,
@@ -32,10 +32,10 @@ pub(super) struct Source {
     pub(super) rootfs: RootfsPlan,
 }
 
-impl Source {
+impl ForkSource {
     /// # Errors
-    /// There is none, or it cannot be forked.
-    pub(super) async fn find(containerd: &Containerd, id: &str) -> Result<Self, ForkError> {
+    /// There is no such container, or it cannot be forked.
+    pub(super) async fn find(containerd: &ContainerdClient, id: &str) -> Result<Self, ForkError> {
         let id_of = || id.to_owned();
         let container = containerd.container(id).await.map_err(|error| match error.is_not_found() {
             true => ForkError::NoContainer { id: id_of(), namespace: containerd.namespace.clone() },
@@ -70,13 +70,14 @@ impl Source {
         Ok(Self { container, task, snapshot, rootfs })
     }
 
-    /// Holds other forks of this container off until it is dropped: each exports what it has written anew. Blocks.
+    /// Makes other forks of this container wait until the lock is dropped, since each fork exports what the
+    /// container has written again. Blocks.
     ///
     /// # Errors
     /// The directory cannot be locked.
     pub(super) fn lock(&self) -> Result<File, ForkError> {
         let path = self.rootfs.target.as_ref().map_or(self.rootfs.writable.as_path(), |target| target.path());
-        // It stays while what is in it is exchanged.
+        // This directory stays in place while its content is exchanged.
         let home = path.parent().unwrap_or(path);
         let failed = |errno: rustix::io::Errno| ForkError::file("lock", home)(errno.into());
         let lock = File::open(home).map_err(ForkError::file("open", home))?;
@@ -91,10 +92,10 @@ impl Source {
     }
 }
 
-/// Where the root file system is that containerd would have mounted so.
+/// The location of the root file system that containerd mounts this way.
 ///
 /// # Errors
-/// machinen cannot use it.
+/// machinen cannot use this root file system.
 pub(super) fn plan(id: &str, mounts: &[Mount]) -> Result<RootfsPlan, ForkError> {
     let mounts: Vec<_> = mounts
         .iter()

@@ -1,4 +1,4 @@
-//! The configuration of a fork: its source's, with what is to be the fork's own.
+//! The configuration of a fork: that of its source, with the fork's own identity.
 
 use clap::ValueEnum;
 use machinen::{annotations::PREFIX, spec::has_own};
@@ -8,49 +8,49 @@ use serde_json::{Map, Value};
 use super::error::ForkError;
 
 /// Longest hostname that Linux takes (gethostname(2)).
-const MOST_HOSTNAME: usize = 64;
+const MAX_HOSTNAME: usize = 64;
 
-/// What becomes of established TCP connections.
+/// What happens to established TCP connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(super) enum Tcp {
+pub(super) enum TcpChoice {
     /// NEW finds them closed
     Close,
     /// NEW has them too
     Keep,
 }
 
-/// What is asked for.
+/// The options of a fork.
 #[derive(Debug)]
-pub(super) struct Wishes<'a> {
+pub(super) struct ForkOptions<'a> {
     pub(super) source: &'a str,
     pub(super) new: &'a str,
     pub(super) hostname: Option<&'a str>,
-    pub(super) tcp: Tcp,
+    pub(super) tcp: TcpChoice,
     pub(super) lazy: bool,
 }
 
-/// Configurations of a fork.
+/// The configurations of a fork.
 #[derive(Debug)]
 pub(super) struct ForkSpec {
-    /// That it has.
+    /// The configuration that the container keeps.
     pub(super) lasting: Vec<u8>,
-    /// The same, with how it is restored this time.
+    /// The same, with the annotations for this one restore.
     pub(super) restoring: Vec<u8>,
-    /// None: that of its VM.
+    /// None if the container has the hostname of its VM.
     pub(super) hostname: Option<String>,
 }
 
 impl ForkSpec {
     /// # Errors
-    /// The source's is no OCI configuration, or it cannot have such a hostname.
-    pub(super) fn new(source: &[u8], wishes: &Wishes<'_>) -> Result<Self, ForkError> {
-        let id = || wishes.source.to_owned();
+    /// The source's configuration is not an OCI configuration, or the hostname is not possible.
+    pub(super) fn new(source: &[u8], options: &ForkOptions<'_>) -> Result<Self, ForkError> {
+        let id = || options.source.to_owned();
         let failed = |source| ForkError::Spec { id: id(), source };
         let typed: Spec = serde_json::from_slice(source).map_err(failed)?;
         let mut spec: Map<String, Value> = serde_json::from_slice(source).map_err(failed)?;
-        let hostname = match (has_own(&typed, LinuxNamespaceType::Uts), wishes.hostname) {
+        let hostname = match (has_own(&typed, LinuxNamespaceType::Uts), options.hostname) {
             (true, Some(name)) => Some(checked(name)?),
-            (true, None) => Some(wishes.new.chars().take(MOST_HOSTNAME).collect()),
+            (true, None) => Some(options.new.chars().take(MAX_HOSTNAME).collect()),
             (false, None) => None,
             (false, Some(_)) => return Err(ForkError::Hostname { id: id() }),
         };
@@ -58,15 +58,15 @@ impl ForkSpec {
             spec.insert("hostname".to_owned(), hostname.as_str().into());
         }
         if let Some(path) = spec.get_mut("linux").and_then(|linux| linux.get_mut("cgroupsPath"))
-            && let Some(above) = path.as_str().and_then(|path| path.strip_suffix(wishes.source))
+            && let Some(above) = path.as_str().and_then(|path| path.strip_suffix(options.source))
         {
-            *path = format!("{above}{}", wishes.new).into();
+            *path = format!("{above}{}", options.new).into();
         }
         let lasting = serde_json::to_vec(&spec).map_err(failed)?;
         let annotations = spec.entry("annotations").or_insert(Value::Null);
-        let tcp = if wishes.tcp == Tcp::Keep { "keep" } else { "close" };
+        let tcp = if options.tcp == TcpChoice::Keep { "keep" } else { "close" };
         annotations[format!("{PREFIX}tcp")] = tcp.into();
-        if wishes.lazy {
+        if options.lazy {
             annotations[format!("{PREFIX}lazy")] = "true".into();
         }
         let restoring = serde_json::to_vec(&spec).map_err(failed)?;
@@ -75,7 +75,7 @@ impl ForkSpec {
 }
 
 fn checked(name: &str) -> Result<String, ForkError> {
-    let fits = (1..=MOST_HOSTNAME).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_graphic());
+    let fits = (1..=MAX_HOSTNAME).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_graphic());
     if fits { Ok(name.to_owned()) } else { Err(ForkError::BadHostname { name: name.to_owned() }) }
 }
 
@@ -85,8 +85,8 @@ mod tests {
 
     use super::*;
 
-    const WISHES: Wishes<'_> =
-        Wishes { source: "one", new: "two", hostname: None, tcp: Tcp::Close, lazy: false };
+    const OPTIONS: ForkOptions<'_> =
+        ForkOptions { source: "one", new: "two", hostname: None, tcp: TcpChoice::Close, lazy: false };
 
     fn source() -> Value {
         json!({
@@ -95,18 +95,18 @@ mod tests {
         })
     }
 
-    fn of(source: &Value, wishes: &Wishes<'_>) -> Result<(Value, Value), ForkError> {
-        let spec = ForkSpec::new(source.to_string().as_bytes(), wishes)?;
+    fn of(source: &Value, options: &ForkOptions<'_>) -> Result<(Value, Value), ForkError> {
+        let spec = ForkSpec::new(source.to_string().as_bytes(), options)?;
         let parse = |bytes: &[u8]| serde_json::from_slice(bytes).unwrap();
         Ok((parse(&spec.lasting), parse(&spec.restoring)))
     }
 
     #[test]
-    fn a_fork_is_its_source_but_for_its_identity() {
+    fn a_fork_is_its_source_except_for_its_identity() {
         let mut expected = source();
         expected["hostname"] = "two".into();
         expected["linux"]["cgroupsPath"] = "/default/two".into();
-        let (lasting, mut restoring) = of(&source(), &WISHES).unwrap();
+        let (lasting, mut restoring) = of(&source(), &OPTIONS).unwrap();
         assert_eq!(lasting, expected);
         let annotations = restoring.as_object_mut().unwrap().remove("annotations").unwrap();
         assert_eq!(annotations, json!({"io.machinen.tcp": "close"}));
@@ -114,11 +114,11 @@ mod tests {
     }
 
     #[test]
-    fn wishes_are_for_this_once_and_hostnames_for_good() {
+    fn restore_options_are_temporary_and_hostnames_are_kept() {
         let mut source = source();
         source["annotations"] = json!({"io.machinen.tcp": "close", "mine": "x"});
-        let wishes = Wishes { tcp: Tcp::Keep, lazy: true, hostname: Some("web"), ..WISHES };
-        let (lasting, restoring) = of(&source, &wishes).unwrap();
+        let options = ForkOptions { tcp: TcpChoice::Keep, lazy: true, hostname: Some("web"), ..OPTIONS };
+        let (lasting, restoring) = of(&source, &options).unwrap();
         assert_eq!(lasting["annotations"], source["annotations"]);
         assert_eq!(lasting["hostname"], "web");
         assert_eq!(
@@ -130,16 +130,16 @@ mod tests {
     #[test]
     fn hostnames_fit() {
         let long = "x".repeat(76);
-        let (lasting, _) = of(&source(), &Wishes { new: &long, ..WISHES }).unwrap();
+        let (lasting, _) = of(&source(), &ForkOptions { new: &long, ..OPTIONS }).unwrap();
         assert_eq!(lasting["hostname"], long[..64]);
         for name in ["", "a b", &long] {
-            let refused = of(&source(), &Wishes { hostname: Some(name), ..WISHES });
+            let refused = of(&source(), &ForkOptions { hostname: Some(name), ..OPTIONS });
             assert!(matches!(refused, Err(ForkError::BadHostname { .. })), "{name:?}");
         }
         let mut shares = source();
         shares["linux"]["namespaces"] = json!([{"type": "pid"}]);
-        assert_eq!(of(&shares, &WISHES).unwrap().0["hostname"], "was");
-        let refused = of(&shares, &Wishes { hostname: Some("x"), ..WISHES });
+        assert_eq!(of(&shares, &OPTIONS).unwrap().0["hostname"], "was");
+        let refused = of(&shares, &ForkOptions { hostname: Some("x"), ..OPTIONS });
         assert!(matches!(refused, Err(ForkError::Hostname { .. })));
     }
 }

@@ -10,18 +10,18 @@ use containerd_client::{
     types::Mount,
 };
 use containerd_shim_protos::shim::oci::Options;
-use machinen::{config::Config, error::chain, layer::Twins, pod, pod::rootfs::RootfsPlan};
+use machinen::{config::Config, error::chain, layer::LayerCopy, pod, pod::rootfs::RootfsPlan};
 use prost_types::Any;
 
 use super::{
     ForkArgs,
-    containerd::Containerd,
+    checkpoint_dir::CheckpointDir,
+    containerd::ContainerdClient,
     error::ForkError,
-    images::Images,
     signals::Signals,
-    source::{self, Source},
-    spec::{ForkSpec, Wishes},
-    undo::{LABEL, Made},
+    source::{self, ForkSource},
+    spec::{ForkOptions, ForkSpec},
+    undo::{LABEL, Undo},
 };
 
 /// A container that was made.
@@ -29,36 +29,36 @@ use super::{
 pub(super) struct Forked {
     pub(super) pid: u32,
     pub(super) hostname: Option<String>,
-    /// Where the checkpoint is, if it was to be kept.
-    pub(super) bundle: Option<PathBuf>,
+    /// Where the checkpoint is, if the user keeps it.
+    pub(super) checkpoint_dir: Option<PathBuf>,
 }
 
 pub(super) struct Fork<'a> {
-    pub(super) containerd: Containerd,
+    pub(super) containerd: ContainerdClient,
     pub(super) args: &'a ForkArgs,
-    pub(super) source: Source,
+    pub(super) source: ForkSource,
     pub(super) spec: ForkSpec,
-    pub(super) images: Images,
+    pub(super) checkpoint_dir: CheckpointDir,
     pub(super) lease: String,
     pub(super) signals: Signals,
-    /// In this order.
-    pub(super) made: Vec<Made>,
+    /// What to undo if a later step fails, in the order in which it was made.
+    pub(super) undo: Vec<Undo>,
 }
 
 /// # Errors
-/// Nothing has changed then.
+/// The container cannot be forked. All changes have been undone.
 pub(super) async fn fork(
-    containerd: Containerd,
+    containerd: ContainerdClient,
     args: &ForkArgs,
     config: &Config,
 ) -> Result<Forked, ForkError> {
-    let source = Source::find(&containerd, &args.source).await?;
+    let source = ForkSource::find(&containerd, &args.source).await?;
     match containerd.container(&args.new).await {
         Ok(_) => return Err(ForkError::Exists { id: args.new.clone() }),
         Err(error) if error.is_not_found() => {}
         Err(error) => return Err(error),
     }
-    let wishes = Wishes {
+    let options = ForkOptions {
         source: &args.source,
         new: &args.new,
         hostname: args.hostname.as_deref(),
@@ -66,15 +66,24 @@ pub(super) async fn fork(
         lazy: args.lazy,
     };
     let configured = source.container.spec.as_ref().map(|spec| spec.value.as_slice()).unwrap_or_default();
-    let spec = ForkSpec::new(configured, &wishes)?;
+    let spec = ForkSpec::new(configured, &options)?;
     pod::admits_one_more(config)?;
     let lock = source.lock()?;
     let signals = Signals::catch()?;
-    let images = Images::at(args.bundle.as_deref(), &config.rootdisk.dir)?;
-    // Not the name of a lease that a killed fork has left.
+    let checkpoint_dir = CheckpointDir::at(args.checkpoint_dir.as_deref(), &config.rootdisk.dir)?;
+    // Never the name of a lease that a killed fork has left.
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let lease = format!("machinen-fork-{}-{}", args.new, since.as_nanos());
-    let mut fork = Fork { containerd, args, source, spec, images, lease, signals, made: vec![Made::Images] };
+    let mut fork = Fork {
+        containerd,
+        args,
+        source,
+        spec,
+        checkpoint_dir,
+        lease,
+        signals,
+        undo: vec![Undo::CheckpointDir],
+    };
     let forked = match fork.prepare().await {
         Ok(rootfs) => {
             drop(lock);
@@ -85,59 +94,59 @@ pub(super) async fn fork(
     match forked {
         Ok(pid) => Ok(fork.finish(pid).await),
         Err(error) => {
-            fork.take_back(&error).await;
+            fork.undo_all(&error).await;
             Err(error)
         }
     }
 }
 
 impl Fork<'_> {
-    /// Up to a snapshot and images of the same moment. Returns how the snapshot is mounted.
+    /// Prepares a snapshot and a checkpoint of the same moment. Returns how the snapshot is mounted.
     async fn prepare(&mut self) -> Result<Vec<Mount>, ForkError> {
         let new = self.args.new.as_str();
         let leased = self.containerd.take_lease(&self.lease).await;
-        self.note(Made::Lease, leased)?;
+        self.record(Undo::Lease, leased)?;
         self.signals.check()?;
         let rootfs = self.make_snapshot().await;
-        let rootfs = self.note(Made::Snapshot, rootfs)?;
+        let rootfs = self.record(Undo::Snapshot, rootfs)?;
         self.signals.check()?;
-        let twins = twins(&self.source.rootfs, source::plan(new, &rootfs)?)
+        let layer_copy = layer_copy(&self.source.rootfs, source::plan(new, &rootfs)?)
             .ok_or_else(|| ForkError::NoSnapshot { id: self.args.source.clone() })?;
         let created = self.containerd.create_container(self.container(&self.spec.restoring)).await;
         let created = created.map_err(|error| match error.is_already_exists() {
             true => ForkError::Exists { id: new.to_owned() },
             false => error,
         });
-        self.note(Made::Container, created)?;
+        self.record(Undo::Container, created)?;
         self.signals.check()?;
-        self.capture(&twins).await?;
+        self.capture(&layer_copy).await?;
         self.signals.check()?;
         Ok(rootfs)
     }
 
-    /// From there to a container that runs.
+    /// Restores NEW from the checkpoint, and starts it.
     async fn restore(&mut self, rootfs: Vec<Mount>) -> Result<u32, ForkError> {
         let new = self.args.new.as_str();
         eprintln!("restoring {new}");
-        let images = self.images.path().display().to_string();
-        let options = Options { criu_image_path: images, ..Default::default() };
+        let checkpoint_dir = self.checkpoint_dir.path().display().to_string();
+        let options = Options { criu_image_path: checkpoint_dir, ..Default::default() };
         let terminal = self.source.task.terminal;
         let request =
             CreateTaskRequest { container_id: new.to_owned(), rootfs, terminal, ..Default::default() };
         let created = self.containerd.create_task(request, &options).await;
-        self.note(Made::Task, created)?;
+        self.record(Undo::Task, created)?;
         self.signals.check()?;
-        // The next task of it is not restored from this checkpoint.
+        // The next task of NEW must not be restored from this checkpoint.
         self.containerd.update_spec(self.container(&self.spec.lasting)).await?;
-        // The VM has a disk with all of the images.
-        if !self.images.is_kept() {
-            self.images.remove()?;
+        // The VM has the images as a disk, which stays readable.
+        if !self.checkpoint_dir.is_kept() {
+            self.checkpoint_dir.remove()?;
         }
         self.signals.check()?;
         self.containerd.start(new).await
     }
 
-    /// NEW runs: what fails from now on is no failure of the fork.
+    /// Gives the lease back. NEW runs, so a failure here is not a failure of the fork.
     async fn finish(mut self, pid: u32) -> Forked {
         match self.containerd.give_back_lease(&self.lease).await {
             Err(error) if !error.is_not_found() => {
@@ -145,22 +154,22 @@ impl Fork<'_> {
             }
             _ => {}
         }
-        let bundle = self.images.is_kept().then(|| self.images.path().to_owned());
-        Forked { pid, hostname: self.spec.hostname, bundle }
+        let checkpoint_dir = self.checkpoint_dir.is_kept().then(|| self.checkpoint_dir.path().to_owned());
+        Forked { pid, hostname: self.spec.hostname, checkpoint_dir }
     }
 
     async fn make_snapshot(&self) -> Result<Vec<Mount>, ForkError> {
-        let Source { container, snapshot, .. } = &self.source;
+        let ForkSource { container, snapshot, .. } = &self.source;
         let labels = [(LABEL.to_owned(), self.lease.clone())].into();
         let new = self.args.new.as_str();
-        let made = self.containerd.prepare(&container.snapshotter, new, &snapshot.parent, labels).await;
-        made.map_err(|error| match error.is_already_exists() {
+        let created = self.containerd.prepare(&container.snapshotter, new, &snapshot.parent, labels).await;
+        created.map_err(|error| match error.is_already_exists() {
             true => ForkError::SnapshotExists { id: new.to_owned() },
             false => error,
         })
     }
 
-    /// NEW, as containerd knows it.
+    /// The description of NEW for containerd.
     fn container(&self, spec: &[u8]) -> Container {
         let source = &self.source.container;
         let kind = source.spec.as_ref().map(|spec| spec.type_url.clone()).unwrap_or_default();
@@ -177,14 +186,14 @@ impl Fork<'_> {
     }
 }
 
-/// None where the writes of one of them do not get to its snapshot.
-fn twins(from: &RootfsPlan, to: RootfsPlan) -> Option<Twins> {
+/// None if the writes of one of the containers do not reach its snapshot.
+fn layer_copy(from: &RootfsPlan, to: RootfsPlan) -> Option<LayerCopy> {
     match (from.clone(), to) {
         (RootfsPlan { target: Some(from), .. }, RootfsPlan { target: Some(to), .. }) => {
-            Some(Twins::Directories { from, to })
+            Some(LayerCopy::Directories { from, to })
         }
         (RootfsPlan { source: None, writable: from, .. }, RootfsPlan { source: None, writable: to, .. }) => {
-            Some(Twins::Disks { from, to })
+            Some(LayerCopy::Disks { from, to })
         }
         _ => None,
     }

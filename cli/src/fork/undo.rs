@@ -1,20 +1,21 @@
-//! What a fork has made, and how it is taken back.
+//! What a fork has made, and how it is undone.
 //!
-//! A request whose answer was lost, because containerd was restarted, may have been carried out or not. What it was to make
-//! is taken back too, but only if it is this fork's: another client may have made something of the same name.
+//! A request whose answer was lost, because containerd was restarted, may have been carried out or not. Its
+//! result is undone too, but only if it belongs to this fork: another client may have made something of the
+//! same name.
 
 use containerd_client::types::v1::Status;
 use machinen::error::chain;
 
 use super::{error::ForkError, serving::serving, steps::Fork};
 
-/// On the snapshot of NEW: the lease of the fork that has made it.
+/// The label of NEW's snapshot, whose value is the lease of the fork that has made it.
 pub(super) const LABEL: &str = "io.machinen.fork";
 
-/// What is taken back if a later step fails.
+/// What is undone if a later step fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Made {
-    Images,
+pub(super) enum Undo {
+    CheckpointDir,
     Lease,
     Snapshot,
     Container,
@@ -23,16 +24,17 @@ pub(super) enum Made {
 }
 
 impl Fork<'_> {
-    /// Notes what a request has made, or may have made.
-    pub(super) fn note<T>(&mut self, made: Made, answer: Result<T, ForkError>) -> Result<T, ForkError> {
+    /// Records what a request has made, or may have made.
+    pub(super) fn record<T>(&mut self, undo: Undo, answer: Result<T, ForkError>) -> Result<T, ForkError> {
         if answer.as_ref().err().is_none_or(ForkError::is_lost) {
-            self.made.push(made);
+            self.undo.push(undo);
         }
         answer
     }
 
-    /// In the opposite order. Failures are printed: the first one is the fork's.
-    pub(super) async fn take_back(&mut self, failure: &ForkError) {
+    /// Undoes everything in the opposite order. Failures are only printed, because the fork's error is the
+    /// first failure.
+    pub(super) async fn undo_all(&mut self, failure: &ForkError) {
         let serves = match failure.is_lost() {
             true => serving(&self.containerd).await,
             false => Ok(()),
@@ -40,9 +42,9 @@ impl Fork<'_> {
         if let Err(error) = serves {
             report(&error);
         }
-        while let Some(made) = self.made.pop() {
-            match self.remove(made).await {
-                // Another client was faster.
+        while let Some(undo) = self.undo.pop() {
+            match self.undo_step(undo).await {
+                // Another client has removed it already.
                 Err(error) if error.is_not_found() => {}
                 Err(error) => report(&error),
                 Ok(()) => {}
@@ -50,21 +52,21 @@ impl Fork<'_> {
         }
     }
 
-    async fn remove(&mut self, made: Made) -> Result<(), ForkError> {
+    async fn undo_step(&mut self, undo: Undo) -> Result<(), ForkError> {
         let new = self.args.new.as_str();
-        match made {
-            Made::Task => self.containerd.end_task(new).await,
-            Made::Pause => self.resume().await,
-            Made::Container if !self.owns_container().await? => Ok(()),
-            Made::Container => self.containerd.delete_container(new).await,
-            Made::Snapshot if !self.owns_snapshot().await? => Ok(()),
-            Made::Snapshot => self.containerd.remove_snapshot(&self.source.container.snapshotter, new).await,
-            Made::Lease => self.containerd.give_back_lease(&self.lease).await,
-            Made::Images => self.images.remove(),
+        match undo {
+            Undo::Task => self.containerd.end_task(new).await,
+            Undo::Pause => self.resume().await,
+            Undo::Container if !self.owns_container().await? => Ok(()),
+            Undo::Container => self.containerd.delete_container(new).await,
+            Undo::Snapshot if !self.owns_snapshot().await? => Ok(()),
+            Undo::Snapshot => self.containerd.remove_snapshot(&self.source.container.snapshotter, new).await,
+            Undo::Lease => self.containerd.give_back_lease(&self.lease).await,
+            Undo::CheckpointDir => self.checkpoint_dir.remove(),
         }
     }
 
-    /// Lets the source continue, unless another client has done that.
+    /// Resumes the source, unless another client has done so.
     pub(super) async fn resume(&self) -> Result<(), ForkError> {
         let source = &self.args.source;
         let Err(error) = self.containerd.resume(source).await else { return Ok(()) };
@@ -88,5 +90,5 @@ impl Fork<'_> {
 }
 
 fn report(error: &ForkError) {
-    eprintln!("machinen: taking back a fork that failed: {}", chain(error));
+    eprintln!("machinen: undoing a failed fork: {}", chain(error));
 }

@@ -1,21 +1,23 @@
-//! What was learnt about the host, kept until it boots again.
+//! The results of measurements of the host, kept until it boots again.
 
-use std::fs;
-use std::io::{self, Write as _};
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 
 use super::AccelError;
 
-/// Moved when the meaning of the facts changes.
+/// Raised when the meaning of the facts changes.
 const VERSION: u32 = 1;
 
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Facts {
     version: u32,
     pub(super) tsc_khz: Option<u32>,
-    /// None: not tried.
+    /// None if KVM has not been tried.
     pub(super) kvm: Option<Tried>,
 }
 
@@ -26,7 +28,7 @@ pub(super) enum Tried {
     Broken(String),
 }
 
-/// None if nothing is known yet, or only in a form that this version does not read.
+/// Reads the stored facts. None if there are none, or if this version cannot read them.
 pub(super) fn load(run_dir: &Path) -> Result<Option<Facts>, AccelError> {
     let path = path(run_dir)?;
     match fs::read(&path) {
@@ -36,7 +38,7 @@ pub(super) fn load(run_dir: &Path) -> Result<Option<Facts>, AccelError> {
     }
 }
 
-/// Whole or not at all; of two that write at once either is right.
+/// Stores the facts atomically. If two processes write at once, either file is right.
 pub(super) fn store(run_dir: &Path, facts: Facts) -> Result<(), AccelError> {
     let path = path(run_dir)?;
     let write = || {

@@ -1,51 +1,55 @@
 //! How the guest's instructions are run: by KVM where it really works, else by QEMU's own translation (TCG).
 //!
-//! That /dev/kvm exists says little, and what the CPU claims less: inside another VM it may emulate a part of the
-//! instructions, slowly, and fail on the rest. So it is tried, once per boot of the host.
+//! That /dev/kvm exists proves little, and the CPU's flags prove less: inside another VM, KVM may emulate
+//! some instructions slowly and fail on the rest. So KVM is tried, once per boot of the host.
 
 mod cache;
 mod probe;
 mod tsc;
 
-use std::fmt;
-use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::{
+    fmt,
+    fs::{self, File},
+    io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
 
 use cache::Tried;
 use serde::{Deserialize, Serialize};
 
-use crate::config;
-use crate::error::{ErrorKind, HasKind};
+use crate::{
+    config,
+    error::{ErrorKind, HasKind},
+};
 
 const DEVICE: &str = "/dev/kvm";
 
 /// What runs the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Accel {
+pub enum Accelerator {
     Kvm,
-    /// QEMU's translator; the guest must be told how fast the host's time stamp counter runs.
+    /// QEMU's translator. The guest needs to know how fast the host's time stamp counter runs.
     Tcg {
         tsc_khz: u32,
     },
 }
 
-/// What was found out about this host. Its text is one sentence for people.
+/// What was found out about this host. It is displayed as one sentence.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Verdict {
-    pub kvm: Kvm,
+pub struct AccelVerdict {
+    pub kvm: KvmState,
     /// Frequency of the time stamp counter, kHz.
     pub tsc_khz: u32,
 }
 
 /// Whether KVM can be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Kvm {
+pub enum KvmState {
     Works,
     /// There is no /dev/kvm.
     Absent,
-    /// It cannot be opened, or only by root while QEMU runs as nobody.
+    /// It cannot be opened, or only by root, and QEMU runs as an unprivileged user.
     Closed {
         reason: String,
     },
@@ -55,11 +59,11 @@ pub enum Kvm {
     },
 }
 
-/// Why the host could not be judged, or cannot do what was asked.
+/// Why the accelerator could not be determined, or is not the configured one.
 #[derive(Debug, thiserror::Error)]
 pub enum AccelError {
     #[error("vm.accel is kvm, but {0}")]
-    NoKvm(Verdict),
+    NoKvm(AccelVerdict),
     #[error("cannot {action} {}", path.display())]
     Cache { action: &'static str, path: PathBuf, source: io::Error },
     #[error("cannot measure the time stamp counter")]
@@ -75,12 +79,12 @@ impl HasKind for AccelError {
     }
 }
 
-/// Judges this host. What takes time is done once per boot and remembered in `run_dir` (made if it is missing). Blocks, for
-/// up to 200 ms the first time.
+/// Determines which accelerator this host has. Slow measurements are made once per boot and stored in
+/// `run_dir` (made if it is missing). Blocks, for up to 200 ms the first time.
 ///
 /// # Errors
-/// The memory in `run_dir` cannot be read or written, or the host's clock does not run.
-pub fn verdict(run_dir: &Path) -> Result<Verdict, AccelError> {
+/// The results in `run_dir` cannot be read or written, or the host's clock does not run.
+pub fn verdict(run_dir: &Path) -> Result<AccelVerdict, AccelError> {
     let device = open();
     let mut facts = cache::load(run_dir)?.unwrap_or_default();
     let mut learnt = false;
@@ -99,34 +103,36 @@ pub fn verdict(run_dir: &Path) -> Result<Verdict, AccelError> {
                 probe::run().map_or_else(Tried::Broken, |()| Tried::Works)
             });
             match tried.clone() {
-                Tried::Works => access.map_or_else(|reason| Kvm::Closed { reason }, |()| Kvm::Works),
-                Tried::Broken(reason) => Kvm::Broken { reason },
+                Tried::Works => {
+                    access.map_or_else(|reason| KvmState::Closed { reason }, |()| KvmState::Works)
+                }
+                Tried::Broken(reason) => KvmState::Broken { reason },
             }
         }
     };
     if learnt {
         cache::store(run_dir, facts)?;
     }
-    Ok(Verdict { kvm, tsc_khz })
+    Ok(AccelVerdict { kvm, tsc_khz })
 }
 
-impl Verdict {
-    /// What to use for what the configuration asks.
+impl AccelVerdict {
+    /// The accelerator for the configured value.
     ///
     /// # Errors
-    /// KVM is asked for and does not work.
-    pub fn choose(&self, wanted: config::AccelMode) -> Result<Accel, AccelError> {
-        let tcg = Accel::Tcg { tsc_khz: self.tsc_khz };
+    /// KVM is configured and does not work.
+    pub fn choose(&self, wanted: config::AccelMode) -> Result<Accelerator, AccelError> {
+        let tcg = Accelerator::Tcg { tsc_khz: self.tsc_khz };
         match (wanted, &self.kvm) {
             (config::AccelMode::Tcg, _) => Ok(tcg),
-            (config::AccelMode::Auto | config::AccelMode::Kvm, Kvm::Works) => Ok(Accel::Kvm),
+            (config::AccelMode::Auto | config::AccelMode::Kvm, KvmState::Works) => Ok(Accelerator::Kvm),
             (config::AccelMode::Auto, _) => Ok(tcg),
             (config::AccelMode::Kvm, _) => Err(AccelError::NoKvm(self.clone())),
         }
     }
 }
 
-impl Accel {
+impl Accelerator {
     /// Supplementary groups that QEMU needs to use it: the group of /dev/kvm.
     pub fn groups(self) -> Vec<u32> {
         match (self, fs::metadata(DEVICE)) {
@@ -136,19 +142,19 @@ impl Accel {
     }
 }
 
-impl fmt::Display for Verdict {
+impl fmt::Display for AccelVerdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let translated = "guests run by translation (TCG), several times slower";
         match &self.kvm {
-            Kvm::Works => f.write_str("KVM works: guests run on the CPU itself"),
-            Kvm::Absent => {
+            KvmState::Works => f.write_str("KVM works: guests run on the CPU itself"),
+            KvmState::Absent => {
                 write!(
                     f,
                     "there is no {DEVICE}: {translated}; load the module kvm_intel or kvm_amd if the CPU has it"
                 )
             }
-            Kvm::Closed { reason } => write!(f, "{DEVICE} cannot be used ({reason}): {translated}"),
-            Kvm::Broken { reason } => {
+            KvmState::Closed { reason } => write!(f, "{DEVICE} cannot be used ({reason}): {translated}"),
+            KvmState::Broken { reason } => {
                 write!(f, "{DEVICE} exists but does not work here ({reason}): {translated}")
             }
         }
@@ -156,22 +162,22 @@ impl fmt::Display for Verdict {
 }
 
 /// Whether there is a device that root can open, and then whether QEMU can as well.
-fn open() -> Result<Result<(), String>, Kvm> {
+fn open() -> Result<Result<(), String>, KvmState> {
     match File::options().read(true).write(true).open(DEVICE).and_then(|device| device.metadata()) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Kvm::Absent),
-        Err(error) => Err(Kvm::Closed { reason: error.to_string() }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(KvmState::Absent),
+        Err(error) => Err(KvmState::Closed { reason: error.to_string() }),
         Ok(device) => Ok(accessible(device.mode(), device.gid())),
     }
 }
 
-/// QEMU runs as a user of no rights but the device's group.
+/// Whether QEMU can open the device. It runs as a user whose only privilege is the device's group.
 fn accessible(mode: u32, gid: u32) -> Result<(), String> {
     let reason = if mode & 0o006 == 0o006 {
         return Ok(());
     } else if mode & 0o060 != 0o060 {
-        "only its owner may open it, and QEMU runs as nobody; try `chgrp kvm` and `chmod 660`"
+        "only its owner may open it, and QEMU runs as an unprivileged user; try `chgrp kvm` and `chmod 660`"
     } else if gid == 0 {
-        "its group is root's, which QEMU is not given; try `chgrp kvm`"
+        "its group is root, which QEMU does not get; try `chgrp kvm`"
     } else {
         return Ok(());
     };
@@ -182,16 +188,16 @@ fn accessible(mode: u32, gid: u32) -> Result<(), String> {
 mod tests {
     use super::*;
 
-    fn verdict_of(kvm: Kvm) -> Verdict {
-        Verdict { kvm, tsc_khz: 7 }
+    fn verdict_of(kvm: KvmState) -> AccelVerdict {
+        AccelVerdict { kvm, tsc_khz: 7 }
     }
 
     #[test]
     fn the_configuration_and_the_host_decide_together() {
-        let (works, absent) = (verdict_of(Kvm::Works), verdict_of(Kvm::Absent));
-        assert_eq!(works.choose(config::AccelMode::Auto).unwrap(), Accel::Kvm);
-        assert_eq!(works.choose(config::AccelMode::Tcg).unwrap(), Accel::Tcg { tsc_khz: 7 });
-        assert_eq!(absent.choose(config::AccelMode::Auto).unwrap(), Accel::Tcg { tsc_khz: 7 });
+        let (works, absent) = (verdict_of(KvmState::Works), verdict_of(KvmState::Absent));
+        assert_eq!(works.choose(config::AccelMode::Auto).unwrap(), Accelerator::Kvm);
+        assert_eq!(works.choose(config::AccelMode::Tcg).unwrap(), Accelerator::Tcg { tsc_khz: 7 });
+        assert_eq!(absent.choose(config::AccelMode::Auto).unwrap(), Accelerator::Tcg { tsc_khz: 7 });
         let error = absent.choose(config::AccelMode::Kvm).unwrap_err().to_string();
         assert!(error.starts_with("vm.accel is kvm, but there is no /dev/kvm"), "{error}");
     }
@@ -206,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn this_host_is_judged_once() {
+    fn this_host_is_measured_once() {
         let dir = tempfile::tempdir().unwrap();
         let run_dir = dir.path().join("run");
         let first = verdict(&run_dir).unwrap();

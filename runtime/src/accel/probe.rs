@@ -1,23 +1,25 @@
 //! One vCPU, a few instructions: does KVM run them, and at the speed of a CPU?
 //!
-//! The first part is what emulators of the whole instruction set have been seen to lack, an SSE and a 16-byte locked
-//! instruction; the second is a loop that takes a CPU about a millisecond and an emulator minutes. Anything but HLT in
-//! time after each part is a fault.
+//! The first part is what emulators of the whole instruction set have been seen to lack, an SSE and a 16-byte
+//! locked instruction; the second is a loop that takes a CPU about a millisecond and an emulator minutes.
+//! Anything but HLT in time after each part is a fault.
 
-use std::num::NonZeroUsize;
-use std::thread;
-use std::time::Duration;
+use std::{num::NonZeroUsize, thread, time::Duration};
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
-use nix::sys::signal::{SigEvent, SigSet, SigevNotify, Signal};
-use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
-use nix::time::ClockId;
-use nix::unistd::gettid;
+use nix::{
+    sys::{
+        signal::{SigEvent, SigSet, SigevNotify, Signal},
+        timer::{Expiration, Timer, TimerSetTimeFlags},
+    },
+    time::ClockId,
+    unistd::gettid,
+};
 
-use crate::sys::kvm::{Memory, interrupt_only_by, os_error};
+use crate::sys::kvm::{GuestMemory, interrupt_only_by, os_error};
 
-/// For both parts together, and for each of at most [`TRIES`] tries: a host that is busy elsewhere is not at fault.
+/// The deadline of both parts together, and the most attempts: a busy host must not make KVM look broken.
 const DEADLINE: Duration = Duration::from_millis(60);
 const TRIES: u32 = 3;
 
@@ -50,11 +52,12 @@ enum Fault {
 }
 
 /// # Errors
-/// What went wrong, for people.
+/// A sentence that describes what went wrong.
 pub(super) fn run() -> Result<(), String> {
     let mut tries = 1;
     loop {
-        // A thread for each: its signal mask, its timer and a signal that stayed pending end with it.
+        // Each attempt has its own thread: the thread's signal mask, its timer and a pending signal end with
+        // it.
         let attempt = thread::Builder::new().name("kvm-probe".into()).spawn(attempt);
         let attempt = attempt.map_err(|error| format!("no thread for the probe: {error}"))?;
         match attempt.join() {
@@ -72,7 +75,7 @@ fn attempt() -> Result<(), Fault> {
     let vm = kvm.create_vm().map_err(failed("making a VM"))?;
     // Intel CPUs without "unrestricted guest" need a place for a task state segment.
     vm.set_tss_address(0xfffb_d000).map_err(failed("placing the TSS"))?;
-    let mut memory = Memory::new(SIZE).map_err(|error| Fault::Certain(format!("no memory: {error}")))?;
+    let mut memory = GuestMemory::new(SIZE).map_err(|error| Fault::Certain(format!("no memory: {error}")))?;
     fill(&mut memory);
     memory.map_into(&vm).map_err(|error| Fault::Certain(format!("giving it memory: {error}")))?;
     let mut vcpu = vm.create_vcpu(0).map_err(failed("making a vCPU"))?;
@@ -110,7 +113,7 @@ fn name(exit: &VcpuExit<'_>) -> String {
     text.split(['(', ' ', '{']).next().unwrap_or_default().to_owned()
 }
 
-fn fill(memory: &mut Memory) {
+fn fill(memory: &mut GuestMemory) {
     const PRESENT_WRITABLE: u64 = 0b11;
     const LARGE: u64 = 1 << 7;
     for (table, entry) in

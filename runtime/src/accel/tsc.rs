@@ -1,17 +1,21 @@
 //! How fast the host's time stamp counter runs.
 
-use std::io;
-use std::time::{Duration, Instant};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
-use nix::errno::Errno;
-use nix::time::{ClockId, ClockNanosleepFlags, clock_gettime, clock_nanosleep};
+use nix::{
+    errno::Errno,
+    time::{ClockId, ClockNanosleepFlags, clock_gettime, clock_nanosleep},
+};
 
 use crate::sys::kvm::tsc;
 
-/// Long enough for an error of a few parts in a million; the interval itself is what is measured.
+/// Long enough for an error of a few parts in a million. The real length of the interval is measured.
 const INTERVAL: Duration = Duration::from_millis(20);
 
-/// In kHz, against the clock that nothing adjusts.
+/// Measures the frequency, in kHz, against the raw monotonic clock, which is never adjusted.
 pub(super) fn measure() -> io::Result<u32> {
     let (tsc_1, time_1) = sample()?;
     let end = Instant::now() + INTERVAL;
@@ -35,7 +39,7 @@ pub(super) fn measure() -> io::Result<u32> {
     }
 }
 
-/// Counter and clock at one moment: of several tries the one that was disturbed least.
+/// Reads counter and clock at one moment: the attempt of several that was disturbed least.
 fn sample() -> io::Result<(u64, Duration)> {
     let mut best = (u64::MAX, 0, Duration::ZERO);
     for _ in 0..16 {

@@ -28,7 +28,7 @@ use super::{
     files::{open_image, verify_opened},
     manifest::CheckpointManifest,
 };
-use crate::vm::DiskSource;
+use crate::vm::DiskBacking;
 
 /// The name of the only export in the list that `nbd` serves, by which QEMU selects it.
 const EXPORT: &str = "rustnbd";
@@ -91,7 +91,7 @@ impl ImageDisk {
     ///
     /// # Errors
     /// No socket or thread can be created.
-    pub(crate) fn serve(&self) -> io::Result<DiskSource> {
+    pub(crate) fn serve(&self) -> io::Result<DiskBacking> {
         let (ours, theirs) = UnixStream::pair()?;
         let content = Arc::clone(&self.0);
         thread::Builder::new().name("checkpoint-disk".to_owned()).spawn(move || {
@@ -100,7 +100,7 @@ impl ImageDisk {
                 tracing::debug!("the disk of a checkpoint is no longer served: {error}");
             }
         })?;
-        Ok(DiskSource::Nbd { socket: theirs.into(), export: EXPORT })
+        Ok(DiskBacking::Nbd { socket: theirs.into(), export: EXPORT })
     }
 
     /// Returns the damage for which a read of the guest was refused, if any.
@@ -242,7 +242,7 @@ mod tests {
 
     /// Returns the bytes of the disk that can be read.
     fn read(disk: &ImageDisk) -> Vec<u8> {
-        let DiskSource::Nbd { socket, .. } = disk.serve().unwrap() else { panic!("not served") };
+        let DiskBacking::Nbd { socket, .. } = disk.serve().unwrap() else { panic!("not served") };
         let mut socket = UnixStream::from(socket);
         let export = client::handshake(&mut socket, EXPORT.as_bytes()).unwrap();
         assert!(export.readonly && export.size == disk.0.size);

@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use crate::{
     error::{ErrorKind, HasKind},
-    rootdisk::Key,
+    rootdisk::RootdiskKey,
 };
 
 use super::manifest::{FORMAT, MANIFEST};
@@ -38,7 +38,7 @@ pub enum CheckpointError {
     #[error(
         "the checkpoint was taken on the root file system {theirs}, but the container has {ours}: restore it with the same image"
     )]
-    Rootfs { theirs: String, ours: Key },
+    Rootfs { theirs: String, ours: RootdiskKey },
 }
 
 impl CheckpointError {

@@ -43,7 +43,7 @@ pub struct CheckpointManifest {
     pub criu: String,
     /// Features of the guest's CPU, named as in /proc/cpuinfo.
     pub cpu_flags: Vec<String>,
-    /// Key of the base disk; None if the snapshotter provides the root file system as one disk.
+    /// RootdiskKey of the base disk; None if the snapshotter provides the root file system as one disk.
     #[serde(default)]
     pub rootdisk: Option<String>,
     /// `sha256:` and the digest of the bundle's config.json.

@@ -1,8 +1,9 @@
-//! From an archive to a directory tree, entry by entry.
+//! Applies an archive to a directory, entry by entry.
 //!
-//! Entries come depth first, so the directory that an entry belongs to is always open already: one descriptor for it, and
-//! the names that lead there. A directory is finished (its time set, and in [`Target::Whole`](super::Target) what the guest
-//! did not touch added) when the first entry after its last one comes. So nothing is remembered of what is finished.
+//! Entries arrive depth first, so the directory of an entry is always open already: there is one descriptor
+//! for it, and the names that lead to it. A directory is finished when the first entry after its last one
+//! arrives. Then its time is set, and for [`LayerTarget::Whole`](super::LayerTarget) the files that the guest
+//! did not touch are added. Nothing is kept in memory about finished directories.
 
 use std::{
     ffi::CStr,
@@ -15,32 +16,34 @@ use std::{
 };
 
 use machinen_protocol::layer::{MAX_RECORDS, OPAQUE};
-use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags,
-    chmodat, chownat, fchmod, fchown, fsetxattr, ftruncate, futimens, linkat, lsetxattr, makedev, mkdirat,
-    mknodat, openat, openat2, symlinkat, utimensat,
+use rustix::{
+    fs::{
+        AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT, Uid,
+        XattrFlags, chmodat, chownat, fchmod, fchown, fsetxattr, ftruncate, futimens, linkat, lsetxattr,
+        makedev, mkdirat, mknodat, openat, openat2, symlinkat, utimensat,
+    },
+    io::Errno,
 };
-use rustix::io::Errno;
 
 use super::{
-    LayerError, Limits,
-    archive::{self, Components, Entry, Node, lossy},
+    LayerError, LayerLimits,
+    archive::{self, ArchiveEntry, Components, EntryNode, lossy},
     lower::Lower,
 };
 
 const BUFFER: usize = 64 << 10;
-/// Bytes that files take on a disk in multiples of.
+/// The size of a file on a disk is a multiple of this many bytes.
 const BLOCK: u64 = 4096;
-/// Bytes of an inode, which everything costs.
+/// Bytes of an inode, which every entry needs.
 const INODE: u64 = 256;
-/// Most bytes after the archive's end: it is filled up to a record.
+/// The most bytes after the archive's end, which is padded to a whole record.
 const TAIL: u64 = 64 << 10;
 
 /// Character devices that every container may have: memory devices, terminals, fuse and tun.
 const DEVICES: [(u32, u32); 10] =
     [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (10, 229), (10, 200)];
 
-/// What became of an archive.
+/// What an archive has made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Applied {
     pub entries: u64,
@@ -50,19 +53,20 @@ pub struct Applied {
     pub devices_left_out: u64,
 }
 
-/// Makes in the empty directory `root` what the archive says. With `lower`, a whole root file system, the result is that
-/// with the archive's changes; without, the changes themselves with overlayfs's marks.
+/// Applies an archive to the empty directory `root`. With `lower`, a whole root file system, the result is
+/// that file system with the archive's changes. Without it the result is the changes alone, with overlayfs's
+/// marks.
 ///
 /// Reads `archive` to its end, which must come only when the archive is known to be complete.
 ///
 /// # Errors
-/// An archive that the guest's agent would not send, or one beyond the limits, or the host's file system fails. What was
-/// made remains.
+/// The archive is not one that the guest's agent would send, or exceeds the limits, or the host's file system
+/// fails. What was made remains.
 pub fn apply(
     archive: impl Read,
     root: BorrowedFd<'_>,
     lower: Option<BorrowedFd<'_>>,
-    limits: Limits,
+    limits: LayerLimits,
 ) -> Result<Applied, LayerError> {
     let mut archive = tar::Archive::new(archive);
     let mut applier = Applier {
@@ -98,36 +102,36 @@ pub fn apply(
     }
     let tail = io::copy(&mut archive.into_inner().take(TAIL), &mut io::sink()).map_err(LayerError::Read)?;
     if tail == TAIL {
-        return Err(LayerError::Archive { what: "goes on after its end" });
+        return Err(LayerError::Archive { what: "continues after its end" });
     }
     applier.finish()
 }
 
-/// A directory whose entries are still coming.
-struct Open {
+/// A directory whose entries are still arriving.
+struct OpenDir {
     /// Empty for the root.
     name: Vec<u8>,
     mtime: (i64, u32),
-    /// What is below it in the whole root file system is to be added.
+    /// The entries of the lower root file system are to be added.
     merged: bool,
-    /// Nothing of lower layers shows in it.
+    /// No file of a lower layer is visible in it.
     opaque: bool,
 }
 
 struct Applier<'a> {
     root: BorrowedFd<'a>,
     lower: Option<Lower<'a>>,
-    limits: Limits,
+    limits: LayerLimits,
     applied: Applied,
-    /// The directories from the root to the current one; empty before the first entry.
-    open: Vec<Open>,
+    /// The directories from the root to the current one; none before the first entry.
+    open: Vec<OpenDir>,
     /// The last of `open`.
     dir: OwnedFd,
     buffer: Vec<u8>,
 }
 
 impl Applier<'_> {
-    fn entry(&mut self, entry: Entry, size: u64, content: &mut impl Read) -> Result<(), LayerError> {
+    fn entry(&mut self, entry: ArchiveEntry, size: u64, content: &mut impl Read) -> Result<(), LayerError> {
         self.applied.entries += 1;
         if self.applied.entries > self.limits.entries {
             return Err(LayerError::Entries { limit: self.limits.entries });
@@ -145,40 +149,41 @@ impl Applier<'_> {
             }
         };
         match &entry.node {
-            Node::Directory => self.directory(&entry, name),
-            Node::File | Node::Sparse(_) => {
+            EntryNode::Directory => self.directory(&entry, name),
+            EntryNode::File | EntryNode::Sparse(_) => {
                 let flags =
                     OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let file = openat(&self.dir, name.as_slice(), flags, Mode::RUSR | Mode::WUSR);
                 let file = File::from(file.map_err(failed("create"))?);
                 match entry.node {
-                    Node::Sparse(full) => self.pieces(&entry, size, full, content, &file)?,
+                    EntryNode::Sparse(full) => self.pieces(&entry, size, full, content, &file)?,
                     _ => self.content(&entry, size, content, &file)?,
                 }
-                dress(file.as_fd(), &entry, true)
+                set_metadata(file.as_fd(), &entry, true)
             }
-            Node::Symlink(target) => {
+            EntryNode::Symlink(target) => {
                 symlinkat(target.as_c_str(), &self.dir, name.as_slice())
                     .map_err(failed("create the link"))?;
-                self.dress_in_place(&entry, name)
+                self.set_metadata_by_name(&entry, name)
             }
-            Node::Link(target) => self.link(&entry.path, name, target),
-            // Nothing listens at a socket that is made so: it is a name, as it is for the container after its end.
-            Node::Fifo | Node::Socket => {
-                let kind = if entry.node == Node::Fifo { FileType::Fifo } else { FileType::Socket };
+            EntryNode::Link(target) => self.link(&entry.path, name, target),
+            // No process listens on this socket. It is only a name, as the container's socket is after the
+            // container's end.
+            EntryNode::Fifo | EntryNode::Socket => {
+                let kind = if entry.node == EntryNode::Fifo { FileType::Fifo } else { FileType::Socket };
                 mknodat(&self.dir, name.as_slice(), kind, Mode::RUSR, 0).map_err(failed("create"))?;
-                self.dress_in_place(&entry, name)
+                self.set_metadata_by_name(&entry, name)
             }
-            Node::Character(0, 0) => self.removal(&entry, name),
-            Node::Character(major, minor) if DEVICES.contains(&(*major, *minor)) => {
+            EntryNode::Character(0, 0) => self.removal(&entry, name),
+            EntryNode::Character(major, minor) if DEVICES.contains(&(*major, *minor)) => {
                 let device = makedev(*major, *minor);
                 mknodat(&self.dir, name.as_slice(), FileType::CharacterDevice, Mode::RUSR, device)
                     .map_err(failed("create"))?;
-                self.dress_in_place(&entry, name)
+                self.set_metadata_by_name(&entry, name)
             }
-            Node::Character(major, minor) | Node::Block(major, minor) => {
+            EntryNode::Character(major, minor) | EntryNode::Block(major, minor) => {
                 let path = lossy(&entry.path.join(&b'/'));
-                tracing::warn!(path, device = %format!("{major}:{minor}"), "a device node of the container's stays out of its snapshot");
+                tracing::warn!(path, device = %format!("{major}:{minor}"), "a device node of the container is left out of its snapshot");
                 self.applied.devices_left_out += 1;
                 self.leave_out(&entry, name)
             }
@@ -186,17 +191,17 @@ impl Applier<'_> {
     }
 
     /// The first entry: the root itself.
-    fn begin(&mut self, entry: &Entry) -> Result<(), LayerError> {
-        if !self.open.is_empty() || entry.node != Node::Directory {
-            return Err(refused(&entry.path, "comes twice, or is no directory"));
+    fn begin(&mut self, entry: &ArchiveEntry) -> Result<(), LayerError> {
+        if !self.open.is_empty() || entry.node != EntryNode::Directory {
+            return Err(refused(&entry.path, "comes twice, or is not a directory"));
         }
         let merged = self.lower.is_some() && !is_opaque(entry);
-        dress(self.dir.as_fd(), entry, self.lower.is_none())?;
-        self.open.push(Open { name: Vec::new(), mtime: entry.mtime, merged, opaque: is_opaque(entry) });
+        set_metadata(self.dir.as_fd(), entry, self.lower.is_none())?;
+        self.open.push(OpenDir { name: Vec::new(), mtime: entry.mtime, merged, opaque: is_opaque(entry) });
         Ok(())
     }
 
-    fn directory(&mut self, entry: &Entry, name: &[u8]) -> Result<(), LayerError> {
+    fn directory(&mut self, entry: &ArchiveEntry, name: &[u8]) -> Result<(), LayerError> {
         self.charge(BLOCK)?;
         match mkdirat(&self.dir, name, Mode::RWXU) {
             Err(Errno::EXIST) => return Err(refused(&entry.path, "comes twice")),
@@ -204,35 +209,35 @@ impl Applier<'_> {
         }
         let dir = openat(&self.dir, name, directory_flags(), Mode::empty())
             .map_err(|errno| write_error("open", &entry.path, errno.into()))?;
-        dress(dir.as_fd(), entry, self.lower.is_none())?;
+        set_metadata(dir.as_fd(), entry, self.lower.is_none())?;
         let above = self.open.last().is_some_and(|open| open.merged);
         let merged = match &self.lower {
             Some(lower) if above && !is_opaque(entry) => lower.has_dir(&entry.path)?,
             _ => false,
         };
         let opaque = is_opaque(entry) || self.open.last().is_some_and(|open| open.opaque);
-        self.open.push(Open { name: name.to_owned(), mtime: entry.mtime, merged, opaque });
+        self.open.push(OpenDir { name: name.to_owned(), mtime: entry.mtime, merged, opaque });
         self.dir = dir;
         Ok(())
     }
 
-    /// Finishes directories until the one that `parents` name is the current one.
-    fn enter(&mut self, parents: &[Vec<u8>]) -> Result<(), Refusal> {
+    /// Finishes directories until the one that `parents` names is the current one.
+    fn enter(&mut self, parents: &[Vec<u8>]) -> Result<(), EntryRefusal> {
         if self.open.is_empty() {
-            return Err(Refusal::What("comes before the root"));
+            return Err(EntryRefusal::What("comes before the root"));
         }
         let names = self.open[1..].iter().map(|open| &open.name);
         let common = names.zip(parents).take_while(|(open, parent)| open == parent).count();
         while self.open.len() - 1 > common {
-            self.leave().map_err(|error| Refusal::Error(Box::new(error)))?;
+            self.leave().map_err(|error| EntryRefusal::Error(Box::new(error)))?;
         }
         if common < parents.len() {
-            return Err(Refusal::What("comes before its directory, or long after it"));
+            return Err(EntryRefusal::What("comes before its directory, or long after it"));
         }
         Ok(())
     }
 
-    /// Finishes the current directory and makes the one above the current one.
+    /// Finishes the current directory and makes its parent the current one.
     fn leave(&mut self) -> Result<(), LayerError> {
         let path: Components = self.open[1..].iter().map(|open| open.name.clone()).collect();
         let Some(last) = self.open.pop() else { return Ok(()) };
@@ -260,7 +265,7 @@ impl Applier<'_> {
 
     fn content(
         &mut self,
-        entry: &Entry,
+        entry: &ArchiveEntry,
         size: u64,
         content: &mut impl Read,
         mut file: &File,
@@ -277,7 +282,7 @@ impl Applier<'_> {
 
     fn pieces(
         &mut self,
-        entry: &Entry,
+        entry: &ArchiveEntry,
         size: u64,
         full: u64,
         content: &mut impl Read,
@@ -286,7 +291,7 @@ impl Applier<'_> {
         let (pieces, taken) = archive::read_map(content, full).map_err(|what| refused(&entry.path, what))?;
         let total = pieces.iter().try_fold(taken, |sum, (_, length)| sum.checked_add(*length));
         if total != Some(size) {
-            return Err(refused(&entry.path, "has more or less data than the map of its holes says"));
+            return Err(refused(&entry.path, "has more or less data than the map of its holes states"));
         }
         for (offset, length) in pieces {
             let end = offset + length;
@@ -302,7 +307,7 @@ impl Applier<'_> {
         ftruncate(file, full).map_err(|errno| write_error("set the size of", &entry.path, errno.into()))
     }
 
-    /// Some of the next `left` bytes, into the buffer.
+    /// Reads some of the next `left` bytes into the buffer.
     fn read(&mut self, left: u64, content: &mut impl Read) -> Result<usize, LayerError> {
         let most = usize::try_from(left).unwrap_or(usize::MAX).min(self.buffer.len());
         match content.read(&mut self.buffer[..most]).map_err(LayerError::Read)? {
@@ -321,23 +326,24 @@ impl Applier<'_> {
         linked.map_err(|errno| match errno {
             Errno::EXIST => refused(path, "comes twice"),
             Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV | Errno::PERM => {
-                refused(path, "is a hard link to what is no file of the archive")
+                refused(path, "is a hard link to something that is not a file of the archive")
             }
             errno => write_error("create the hard link", path, errno.into()),
         })
     }
 
-    /// Hides what lower layers have in the place of an entry that is left out.
+    /// Hides the lower layers' file in the place of an entry that is left out.
     ///
-    /// Where nothing of them shows there must be no mark: overlayfs lists such a directory as it is, so the mark would be
-    /// a name that cannot be looked up, and containerd could not compare or commit the snapshot.
-    fn leave_out(&self, entry: &Entry, name: &[u8]) -> Result<(), LayerError> {
+    /// In an opaque directory there must be no mark. overlayfs does not merge such a directory, so the mark
+    /// would be listed as a name that cannot be looked up, and containerd could not compare or commit the
+    /// snapshot.
+    fn leave_out(&self, entry: &ArchiveEntry, name: &[u8]) -> Result<(), LayerError> {
         if self.open.last().is_some_and(|open| open.opaque) { Ok(()) } else { self.removal(entry, name) }
     }
 
-    /// Marks that what lower layers have of that name is removed. A whole root file system needs the mark only until the
-    /// directory is complete, and only where there is something to hide.
-    fn removal(&self, entry: &Entry, name: &[u8]) -> Result<(), LayerError> {
+    /// Marks the lower layers' file of that name as removed. A whole root file system needs the mark only
+    /// until the directory is finished, and only if there is a file to hide.
+    fn removal(&self, entry: &ArchiveEntry, name: &[u8]) -> Result<(), LayerError> {
         mknodat(&self.dir, name, FileType::CharacterDevice, Mode::empty(), makedev(0, 0)).map_err(|errno| {
             match errno {
                 Errno::EXIST => refused(&entry.path, "comes twice"),
@@ -346,14 +352,14 @@ impl Applier<'_> {
         })
     }
 
-    /// Owner, mode, attributes and time of what must not be opened.
-    fn dress_in_place(&self, entry: &Entry, name: &[u8]) -> Result<(), LayerError> {
+    /// Sets owner, mode, attributes and time of a file that must not be opened.
+    fn set_metadata_by_name(&self, entry: &ArchiveEntry, name: &[u8]) -> Result<(), LayerError> {
         let failed = |action| move |errno: Errno| write_error(action, &entry.path, errno.into());
         let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
         chownat(&self.dir, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
             .map_err(failed("set the owner of"))?;
-        if !matches!(entry.node, Node::Symlink(_)) {
-            // It was made here a moment ago and is no link.
+        if !matches!(entry.node, EntryNode::Symlink(_)) {
+            // The file has just been made here, so it is not a link.
             chmodat(&self.dir, name, Mode::from_raw_mode(entry.mode), AtFlags::empty())
                 .map_err(failed("set the mode of"))?;
         }
@@ -375,10 +381,10 @@ impl Applier<'_> {
     }
 }
 
-/// Owner, mode, attributes and time of an open file or directory; `marked`: overlayfs's marks too.
-fn dress(file: BorrowedFd<'_>, entry: &Entry, marked: bool) -> Result<(), LayerError> {
+/// Sets owner, mode, attributes and time of an open file or directory; if `marked`, also overlayfs's marks.
+fn set_metadata(file: BorrowedFd<'_>, entry: &ArchiveEntry, marked: bool) -> Result<(), LayerError> {
     let failed = |action| move |errno: Errno| write_error(action, &entry.path, errno.into());
-    // In this order: a new owner takes away setuid bits and capabilities.
+    // In this order, because a change of the owner clears setuid bits and capabilities.
     fchown(file, Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid)))
         .map_err(failed("set the owner of"))?;
     fchmod(file, Mode::from_raw_mode(entry.mode)).map_err(failed("set the mode of"))?;
@@ -394,7 +400,7 @@ pub(super) fn set_xattr(file: BorrowedFd<'_>, key: &CStr, value: &[u8]) -> Resul
     fsetxattr(file, key, value, XattrFlags::empty())
 }
 
-fn is_opaque(entry: &Entry) -> bool {
+fn is_opaque(entry: &ArchiveEntry) -> bool {
     entry.xattrs.iter().any(|(key, _)| key.as_bytes() == OPAQUE.0.as_bytes())
 }
 
@@ -423,22 +429,22 @@ fn duplicate(root: BorrowedFd<'_>) -> Result<OwnedFd, LayerError> {
         .map_err(|errno| write_error("open", &[], errno.into()))
 }
 
-/// Why an entry is not where it should be.
-enum Refusal {
+/// Why an entry is refused because of its place.
+enum EntryRefusal {
     What(&'static str),
     Error(Box<LayerError>),
 }
 
-impl From<&'static str> for Refusal {
+impl From<&'static str> for EntryRefusal {
     fn from(what: &'static str) -> Self {
         Self::What(what)
     }
 }
 
-fn refused(path: &[Vec<u8>], refusal: impl Into<Refusal>) -> LayerError {
+fn refused(path: &[Vec<u8>], refusal: impl Into<EntryRefusal>) -> LayerError {
     match refusal.into() {
-        Refusal::What(what) => LayerError::Entry { path: name(path), what },
-        Refusal::Error(error) => *error,
+        EntryRefusal::What(what) => LayerError::Entry { path: name(path), what },
+        EntryRefusal::Error(error) => *error,
     }
 }
 

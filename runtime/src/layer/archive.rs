@@ -1,4 +1,4 @@
-//! From the headers of an archive to what they ask for, or a refusal. Touches no file.
+//! Parses and checks the headers of an archive. No file is accessed.
 
 use std::{ffi::CString, io::Read};
 
@@ -16,16 +16,16 @@ const XATTR_NAME_MAX: usize = 255;
 const TARGET_MAX: usize = 4095;
 
 /// Offsets and lengths of the parts of a file that are not holes.
-pub(super) type Pieces = Vec<(u64, u64)>;
+pub(super) type DataPieces = Vec<(u64, u64)>;
 
 /// The names that lead to a file; none for the root.
 pub(super) type Components = Vec<Vec<u8>>;
 
 /// One entry, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(super) struct ArchiveEntry {
     pub(super) path: Components,
-    pub(super) node: Node,
+    pub(super) node: EntryNode,
     /// Permissions with setuid, setgid and sticky bit.
     pub(super) mode: u32,
     pub(super) uid: u32,
@@ -36,7 +36,7 @@ pub(super) struct Entry {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Node {
+pub(super) enum EntryNode {
     Directory,
     /// The data follows.
     File,
@@ -55,20 +55,29 @@ pub(super) fn is_extended(header: &Header) -> bool {
     header.entry_type() == EntryType::XHeader
 }
 
-/// Understands a header and the records that came before it.
+/// Parses a header and the records that precede it.
 ///
 /// # Errors
 /// What is wrong, and the path as far as it is known.
-pub(super) fn parse(header: &Header, size: u64, records: &[u8]) -> Result<Entry, (String, &'static str)> {
-    let records = Extended::parse(records).map_err(|what| (lossy(&header.path_bytes()), what))?;
+pub(super) fn parse(
+    header: &Header,
+    size: u64,
+    records: &[u8],
+) -> Result<ArchiveEntry, (String, &'static str)> {
+    let records = ExtendedRecords::parse(records).map_err(|what| (lossy(&header.path_bytes()), what))?;
     let path = records.path.unwrap_or(&header.path_bytes()).to_owned();
     entry(header, size, &path, records).map_err(|what| (lossy(&path), what))
 }
 
-fn entry(header: &Header, size: u64, path: &[u8], records: Extended<'_>) -> Result<Entry, &'static str> {
+fn entry(
+    header: &Header,
+    size: u64,
+    path: &[u8],
+    records: ExtendedRecords<'_>,
+) -> Result<ArchiveEntry, &'static str> {
     let node = node(header, &records)?;
-    if size != 0 && !matches!(node, Node::File | Node::Sparse(_)) {
-        return Err("has data although it is no regular file");
+    if size != 0 && !matches!(node, EntryNode::File | EntryNode::Sparse(_)) {
+        return Err("has data although it is not a regular file");
     }
     let number = |value: std::io::Result<u64>| {
         value.ok().and_then(|value| u32::try_from(value).ok()).ok_or("has an impossible owner")
@@ -80,7 +89,7 @@ fn entry(header: &Header, size: u64, path: &[u8], records: Extended<'_>) -> Resu
             (seconds.ok_or("has an impossible time")?, 0)
         }
     };
-    Ok(Entry {
+    Ok(ArchiveEntry {
         path: components(path)?,
         node,
         mode: header.mode().map_err(|_| "has an impossible mode")? & 0o7777,
@@ -91,7 +100,7 @@ fn entry(header: &Header, size: u64, path: &[u8], records: Extended<'_>) -> Resu
     })
 }
 
-fn node(header: &Header, records: &Extended<'_>) -> Result<Node, &'static str> {
+fn node(header: &Header, records: &ExtendedRecords<'_>) -> Result<EntryNode, &'static str> {
     let link = || -> Result<Vec<u8>, &'static str> {
         let target = match records.link {
             Some(target) => target.to_owned(),
@@ -106,41 +115,41 @@ fn node(header: &Header, records: &Extended<'_>) -> Result<Node, &'static str> {
     };
     let node = match header.entry_type() {
         EntryType::Regular => match records.sparse {
-            [None, None, None] => Node::File,
-            [Some(1), Some(0), Some(size)] => Node::Sparse(size),
+            [None, None, None] => EntryNode::File,
+            [Some(1), Some(0), Some(size)] => EntryNode::Sparse(size),
             _ => return Err("has holes in an unknown format"),
         },
-        EntryType::Directory => Node::Directory,
+        EntryType::Directory => EntryNode::Directory,
         EntryType::Symlink => {
             let target = CString::new(link()?).map_err(|_| "is a link with a zero in its target")?;
             if target.is_empty() {
                 return Err("is a link to nothing");
             }
-            Node::Symlink(target)
+            EntryNode::Symlink(target)
         }
         EntryType::Link => {
             let target = components(&link()?)?;
             if target.is_empty() {
                 return Err("is a hard link to the root");
             }
-            Node::Link(target)
+            EntryNode::Link(target)
         }
-        EntryType::Fifo if records.is_socket => Node::Socket,
-        EntryType::Fifo => Node::Fifo,
-        EntryType::Char => device().map(|(major, minor)| Node::Character(major, minor))?,
-        EntryType::Block => device().map(|(major, minor)| Node::Block(major, minor))?,
+        EntryType::Fifo if records.is_socket => EntryNode::Socket,
+        EntryType::Fifo => EntryNode::Fifo,
+        EntryType::Char => device().map(|(major, minor)| EntryNode::Character(major, minor))?,
+        EntryType::Block => device().map(|(major, minor)| EntryNode::Block(major, minor))?,
         _ => return Err("has an unexpected type"),
     };
-    if records.is_socket && node != Node::Socket {
-        return Err("is said to be a socket although it is something else");
+    if records.is_socket && node != EntryNode::Socket {
+        return Err("is marked as a socket although it is something else");
     }
     match (&node, records.sparse) {
-        (Node::Sparse(_), _) | (_, [None, None, None]) => Ok(node),
-        _ => Err("has holes although it is no regular file"),
+        (EntryNode::Sparse(_), _) | (_, [None, None, None]) => Ok(node),
+        _ => Err("has holes although it is not a regular file"),
     }
 }
 
-/// Takes a path apart and refuses all that does not plainly lead down from the root.
+/// Splits a path into its names. Every path that does not plainly lead down from the root is refused.
 pub(super) fn components(path: &[u8]) -> Result<Components, &'static str> {
     if path == b"." {
         return Ok(Vec::new());
@@ -172,7 +181,7 @@ pub(super) fn components(path: &[u8]) -> Result<Components, &'static str> {
 
 /// The records of an extended header.
 #[derive(Debug, Default)]
-struct Extended<'a> {
+struct ExtendedRecords<'a> {
     path: Option<&'a [u8]>,
     link: Option<&'a [u8]>,
     mtime: Option<(i64, u32)>,
@@ -182,12 +191,12 @@ struct Extended<'a> {
     xattrs: Vec<(CString, Vec<u8>)>,
 }
 
-impl<'a> Extended<'a> {
+impl<'a> ExtendedRecords<'a> {
     fn parse(records: &'a [u8]) -> Result<Self, &'static str> {
         let mut all = Self::default();
         for record in Records(records) {
             let (key, value) = record.map_err(|_| "has a malformed extended header")?;
-            let number = || layer::decimal(value).ok_or("has a record that is no number");
+            let number = || layer::decimal(value).ok_or("has a record that is not a number");
             if let Some(name) = key.strip_prefix(XATTR.as_bytes()) {
                 all.xattrs.push((xattr(name, value)?, value.to_vec()));
                 continue;
@@ -211,18 +220,18 @@ impl<'a> Extended<'a> {
 fn xattr(name: &[u8], value: &[u8]) -> Result<CString, &'static str> {
     let opaque = name == layer::OPAQUE.0.as_bytes();
     if !layer::travels(name) || name.len() > XATTR_NAME_MAX || (opaque && value != layer::OPAQUE.1) {
-        return Err("has an attribute that no container's file may bring");
+        return Err("has an attribute that a container's file may not have");
     }
     CString::new(name).map_err(|_| "has an attribute with a zero in its name")
 }
 
-/// Reads the map before the data of a file with holes. Also returns how many bytes it took.
+/// Reads the map that precedes the data of a file with holes. Also returns how many bytes the map took.
 ///
 /// # Errors
-/// It is not well-formed, or says more than `size` bytes.
-pub(super) fn read_map(content: &mut impl Read, size: u64) -> Result<(Pieces, u64), &'static str> {
+/// The map is malformed, or describes more than `size` bytes.
+pub(super) fn read_map(content: &mut impl Read, size: u64) -> Result<(DataPieces, u64), &'static str> {
     let mut numbers: Vec<u64> = Vec::new();
-    // How many numbers there will be; the first says it.
+    // The number of numbers to read, which the first one determines.
     let mut wanted = 1;
     let (mut digits, mut taken) = (Vec::new(), 0);
     while numbers.len() < wanted {
@@ -240,7 +249,8 @@ pub(super) fn read_map(content: &mut impl Read, size: u64) -> Result<(Pieces, u6
                 digits.push(byte);
                 continue;
             }
-            let number = layer::decimal(&digits).ok_or("has a map of its holes that is no numbers")?;
+            let number =
+                layer::decimal(&digits).ok_or("has a map of its holes that is not a list of numbers")?;
             digits.clear();
             if numbers.is_empty() {
                 if number > MAX_PIECES as u64 {
@@ -257,7 +267,7 @@ pub(super) fn read_map(content: &mut impl Read, size: u64) -> Result<(Pieces, u6
         if offset < end {
             return Err("has overlapping pieces");
         }
-        end = offset.checked_add(length).filter(|&end| end <= size).ok_or("has pieces behind its end")?;
+        end = offset.checked_add(length).filter(|&end| end <= size).ok_or("has pieces beyond its end")?;
     }
     Ok((pieces, taken))
 }

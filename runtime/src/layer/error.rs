@@ -1,4 +1,4 @@
-//! Why a container's changes did not reach the host.
+//! The errors of exporting and copying a container's changes.
 
 use std::{io, path::PathBuf};
 
@@ -27,7 +27,7 @@ pub enum LayerError {
     #[error("cannot {action} {path:?} of the layer")]
     Write { action: &'static str, path: String, source: io::Error },
     #[error("cannot {action} {}", path.display())]
-    Place { action: &'static str, path: PathBuf, source: io::Error },
+    Staging { action: &'static str, path: PathBuf, source: io::Error },
     #[error("{} is a mount point and cannot be replaced", path.display())]
     MountPoint { path: PathBuf },
     #[error("cannot copy {}", path.display())]
@@ -57,7 +57,7 @@ impl HasKind for LayerError {
                 ErrorKind::FailedPrecondition
             }
             Self::Entries { .. } | Self::Bytes { .. } => ErrorKind::ResourceExhausted,
-            Self::Write { source, .. } | Self::Place { source, .. } => match source.kind() {
+            Self::Write { source, .. } | Self::Staging { source, .. } => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::ResourceExhausted,
                 _ => ErrorKind::Internal,
             },

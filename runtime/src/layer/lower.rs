@@ -1,7 +1,7 @@
-//! A whole root file system that the archive changes: what the guest did not touch comes from there.
+//! The root file system that an archive changes. Files that the guest did not touch are taken from it.
 //!
-//! Files are shared by a hard link for the moment that both trees exist, so that this costs time for the names only. They
-//! are never written to: the archive brings whole files, under names of their own.
+//! The two trees share files by hard links while both exist, so that adding a file costs only the time for
+//! its name. Shared files are never written to, because the archive has whole files under names of their own.
 
 use std::{
     ffi::CStr,
@@ -42,7 +42,8 @@ impl<'a> Lower<'a> {
         }
     }
 
-    /// Adds what is missing in a directory for which all entries have come, and removes the marks of removal.
+    /// Adds the lower files that are missing in a directory whose entries have all arrived, and removes the
+    /// marks of removed files.
     pub(super) fn complete(
         &self,
         fresh: BorrowedFd<'_>,
@@ -74,7 +75,7 @@ impl<'a> Lower<'a> {
     }
 }
 
-/// A link to a file, or a new directory with links to what is in it.
+/// Makes a hard link to a file, or a new directory with links to the files in it.
 fn copy(from: BorrowedFd<'_>, name: &CStr, to: BorrowedFd<'_>) -> Result<(), Errno> {
     let status = statat(from, name, AtFlags::SYMLINK_NOFOLLOW)?;
     if FileType::from_raw_mode(status.st_mode) != FileType::Directory {
@@ -86,10 +87,10 @@ fn copy(from: BorrowedFd<'_>, name: &CStr, to: BorrowedFd<'_>) -> Result<(), Err
     for name in names(source.as_fd())? {
         copy(source.as_fd(), &name, copied.as_fd())?;
     }
-    dress_like(copied.as_fd(), source.as_fd(), &fstat(&source)?)
+    copy_metadata(copied.as_fd(), source.as_fd(), &fstat(&source)?)
 }
 
-fn dress_like(copied: BorrowedFd<'_>, source: BorrowedFd<'_>, status: &Stat) -> Result<(), Errno> {
+fn copy_metadata(copied: BorrowedFd<'_>, source: BorrowedFd<'_>, status: &Stat) -> Result<(), Errno> {
     fchown(copied, Some(Uid::from_raw(status.st_uid)), Some(Gid::from_raw(status.st_gid)))?;
     fchmod(copied, Mode::from_raw_mode(status.st_mode & 0o7777))?;
     let mut keys = Vec::with_capacity(XATTR_MAX);

@@ -1,4 +1,4 @@
-//! The archive's way from the guest to whoever applies it, which is another thread: files block.
+//! Passes the archive from the guest to the thread that applies it, since file operations block.
 
 use std::{
     io::{self, Read},
@@ -13,7 +13,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Applied, LayerError, Limits, Place, Replaced, Target, apply};
+use super::{Applied, LayerError, LayerLimits, LayerTarget, PreviousLayer, StagingDir, apply};
 use crate::{agent, vm::Vm};
 
 /// Bytes that are read at once.
@@ -23,109 +23,109 @@ const WAITING: usize = 4;
 /// Longest time in which a guest that exports may send nothing.
 const STALL: Duration = Duration::from_secs(60);
 
-/// Asks the guest for a container's changes and puts them in the place of `target`'s. The container has ended or its
-/// processes are frozen.
+/// Asks the guest for a container's changes and stores them in `target`. The container must have ended, or
+/// its processes must be frozen.
 ///
 /// # Errors
-/// The guest cannot send them, sends something else, or the host cannot store them. The old layer is still there then, and
-/// nothing is left of the new one.
+/// The guest cannot send the changes, sends something else, or the host cannot store them. Then the old layer
+/// is still in place, and nothing of the new one is left.
 pub async fn receive(
     vm: &Vm,
     agent: &agent::Client,
     container: &str,
-    target: Target,
-    limits: Limits,
-) -> Result<(Applied, Replaced), LayerError> {
+    target: LayerTarget,
+    limits: LayerLimits,
+) -> Result<(Applied, PreviousLayer), LayerError> {
     let (token, stream) = vm.open_stream().await.map_err(LayerError::Stream)?;
     let (sender, chunks) = mpsc::channel(WAITING);
     let applying = spawn_blocking(move || {
-        let place = Place::beside(target.path())?;
+        let staging = StagingDir::next_to(target.path())?;
         let lower = match &target {
-            Target::Upper(_) => None,
-            Target::Whole(_) => Some(place.current()?),
+            LayerTarget::Upper(_) => None,
+            LayerTarget::Whole(_) => Some(staging.current()?),
         };
         let lower = lower.as_ref().map(std::os::fd::AsFd::as_fd);
-        let applied = apply(Archive::new(chunks), place.fresh(), lower, limits)?;
-        Ok((applied, place.exchange()?))
+        let applied = apply(ArchiveReader::new(chunks), staging.fresh(), lower, limits)?;
+        Ok((applied, staging.exchange()?))
     });
     let answer = async { agent.export_layer(container, token).await.map_err(LayerError::Agent) };
     let passed = pass(stream, answer, sender).await;
     let applied = applying.await.map_err(LayerError::Worker)?;
     match (passed, applied) {
-        (Err(Stop::Failed(error)), _) | (Ok(()) | Err(Stop::Unwanted), Err(error)) => Err(error),
-        (Ok(()) | Err(Stop::Unwanted), Ok(applied)) => Ok(applied),
+        (Err(PassError::Failed(error)), _) | (Ok(()) | Err(PassError::Unwanted), Err(error)) => Err(error),
+        (Ok(()) | Err(PassError::Unwanted), Ok(applied)) => Ok(applied),
     }
 }
 
 /// Why not all of the archive was passed on.
-enum Stop {
+enum PassError {
     Failed(LayerError),
-    /// Whoever applies it has stopped, and says why.
+    /// The thread that applies the archive has stopped, and returns the reason.
     Unwanted,
 }
 
-/// What is passed on: bytes, and that these were all. A channel that closes without that word means a failure.
-type Piece = Option<Vec<u8>>;
+/// A part of the archive, or None at its end. A channel that closes without None means a failure.
+type ArchivePiece = Option<Vec<u8>>;
 
 /// Passes bytes on until there are as many as the agent's answer says.
 async fn pass(
     mut stream: impl AsyncRead + Unpin,
     answer: impl Future<Output = Result<u64, LayerError>>,
-    pieces: mpsc::Sender<Piece>,
-) -> Result<(), Stop> {
+    pieces: mpsc::Sender<ArchivePiece>,
+) -> Result<(), PassError> {
     let mut answer = pin!(answer);
     let (mut total, mut arrived) = (None, 0_u64);
     let mut buffer = vec![0; CHUNK];
     loop {
         match total {
             Some(total) if arrived == total => {
-                return pieces.send(None).await.map_err(|_| Stop::Unwanted);
+                return pieces.send(None).await.map_err(|_| PassError::Unwanted);
             }
             Some(total) if arrived > total => {
-                return Err(Stop::Failed(LayerError::TooMuch { arrived, total }));
+                return Err(PassError::Failed(LayerError::TooMuch { arrived, total }));
             }
             _ => {}
         }
         let read = tokio::select! {
             answered = &mut answer, if total.is_none() => {
-                total = Some(answered.map_err(Stop::Failed)?);
+                total = Some(answered.map_err(PassError::Failed)?);
                 continue;
             }
             read = timeout(STALL, stream.read(&mut buffer)) => read,
         };
         match read {
             Ok(Ok(0)) => {
-                // The agent's own words are worth more, if it has any.
+                // If the agent has answered with an error, that is more precise.
                 if total.is_none() {
-                    answer.await.map_err(Stop::Failed)?;
+                    answer.await.map_err(PassError::Failed)?;
                 }
-                return Err(Stop::Failed(LayerError::Ended { arrived }));
+                return Err(PassError::Failed(LayerError::Ended { arrived }));
             }
             Ok(Ok(read)) => {
                 arrived += read as u64;
-                pieces.send(Some(buffer[..read].to_vec())).await.map_err(|_| Stop::Unwanted)?;
+                pieces.send(Some(buffer[..read].to_vec())).await.map_err(|_| PassError::Unwanted)?;
             }
-            Ok(Err(source)) => return Err(Stop::Failed(LayerError::Broken { arrived, source })),
-            Err(_) => return Err(Stop::Failed(LayerError::Stalled { seconds: STALL.as_secs() })),
+            Ok(Err(source)) => return Err(PassError::Failed(LayerError::Broken { arrived, source })),
+            Err(_) => return Err(PassError::Failed(LayerError::Stalled { seconds: STALL.as_secs() })),
         }
     }
 }
 
-/// The passed bytes as the applying thread reads them: the end comes only when all of them have.
-struct Archive {
-    pieces: mpsc::Receiver<Piece>,
+/// The archive as the applying thread reads it. Its end is reported only if all bytes have arrived.
+struct ArchiveReader {
+    pieces: mpsc::Receiver<ArchivePiece>,
     current: Vec<u8>,
     at: usize,
     ended: bool,
 }
 
-impl Archive {
-    fn new(pieces: mpsc::Receiver<Piece>) -> Self {
+impl ArchiveReader {
+    fn new(pieces: mpsc::Receiver<ArchivePiece>) -> Self {
         Self { pieces, current: Vec::new(), at: 0, ended: false }
     }
 }
 
-impl Read for Archive {
+impl Read for ArchiveReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while self.at == self.current.len() && !self.ended {
             match self.pieces.blocking_recv() {
@@ -152,12 +152,12 @@ mod tests {
         bytes: &[u8],
         answer: Result<u64, LayerError>,
         closed: bool,
-    ) -> (Result<(), Stop>, io::Result<Vec<u8>>) {
+    ) -> (Result<(), PassError>, io::Result<Vec<u8>>) {
         let (mut guest, host) = tokio::io::duplex(16);
         let (sender, pieces) = mpsc::channel(1);
         let reader = spawn_blocking(move || {
             let mut all = Vec::new();
-            Archive::new(pieces).read_to_end(&mut all).map(|_| all)
+            ArchiveReader::new(pieces).read_to_end(&mut all).map(|_| all)
         });
         let (answered, wait) = tokio::sync::oneshot::channel();
         let send = async {
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_count_says_where_the_archive_ends() {
+    async fn the_count_marks_the_end_of_the_archive() {
         let bytes: Vec<u8> = (0..100_000_u32).map(|n| n as u8).collect();
         // The stream stays open, and the answer comes before or after the last bytes.
         let (passed, read) = passed(&bytes, Ok(100_000), false).await;
@@ -184,20 +184,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_closed_stream_is_no_end() {
+    async fn a_closed_stream_is_not_the_end_of_the_archive() {
         let (outcome, read) = passed(b"half", Ok(8), true).await;
-        assert!(matches!(outcome, Err(Stop::Failed(LayerError::Ended { arrived: 4 }))));
+        assert!(matches!(outcome, Err(PassError::Failed(LayerError::Ended { arrived: 4 }))));
         assert!(read.is_err());
         let (outcome, read) = passed(b"twice", Ok(3), false).await;
-        assert!(matches!(outcome, Err(Stop::Failed(LayerError::TooMuch { arrived: 5, total: 3 }))));
+        assert!(matches!(outcome, Err(PassError::Failed(LayerError::TooMuch { arrived: 5, total: 3 }))));
         assert!(read.is_err());
     }
 
     #[tokio::test]
-    async fn the_agents_own_words_are_kept() {
+    async fn the_error_of_the_agent_is_kept() {
         let refused = LayerError::Agent(agent::AgentError::Closed);
         let (outcome, read) = passed(b"some", Err(refused), true).await;
-        assert!(matches!(outcome, Err(Stop::Failed(LayerError::Agent(_)))));
+        assert!(matches!(outcome, Err(PassError::Failed(LayerError::Agent(_)))));
         assert!(read.is_err());
     }
 }

@@ -28,9 +28,9 @@ use tokio::{io::AsyncReadExt as _, net::unix::pipe};
 
 use crate::{
     error::chain,
-    process::{Child, Exit, Namespaces, ProcessError, Sandbox, Spawn, Stdio},
+    process::{Child, Namespaces, ProcessError, ProcessExit, Sandbox, Spawn, Stdio},
     sys,
-    view::{self, DeviceError, Guest, View},
+    view::{self, ContainerView, DeviceError, ViewGuest},
 };
 
 /// First argument that makes a binary that owns VMs run [`main`] instead of its usual work.
@@ -62,7 +62,7 @@ pub enum AnchorError {
 #[derive(Debug)]
 pub struct Anchor {
     /// Ends before the process, which may be waiting for a reply of the view.
-    view: Option<View>,
+    view: Option<ContainerView>,
     child: Child,
     report: pipe::Receiver,
 }
@@ -73,7 +73,7 @@ impl Anchor {
     /// # Errors
     /// The namespace cannot be opened, or the process cannot be started.
     pub fn spawn(id: &str, netns: Option<&Path>) -> Result<Self, AnchorError> {
-        let (view, root) = match View::mount(id) {
+        let (view, root) = match ContainerView::mount(id) {
             Ok((view, root)) => (Some(view), root),
             Err(error) => {
                 tracing::warn!(
@@ -117,14 +117,14 @@ impl Anchor {
     }
 
     /// Connects the view to the guest, because the container exists there now.
-    pub(super) fn attach(&self, guest: Guest) {
+    pub(super) fn attach(&self, guest: ViewGuest) {
         if let Some(view) = &self.view {
             view.attach(guest);
         }
     }
 
     /// Resolves when the process has ended.
-    pub(super) fn ended(&self) -> impl Future<Output = Exit> + Send + 'static {
+    pub(super) fn ended(&self) -> impl Future<Output = ProcessExit> + Send + 'static {
         self.child.exited()
     }
 

@@ -36,7 +36,7 @@ use crate::{
     },
     config,
     error::chain,
-    rootdisk::Key,
+    rootdisk::RootdiskKey,
     spec,
     vm::{DiskAddress, VmError},
 };
@@ -274,7 +274,7 @@ impl RestorePlan {
     }
 
     /// Checks the base disk, since the processes have files on it open.
-    pub(super) fn check_rootfs(&self, base: Option<Key>) -> Result<(), PodError> {
+    pub(super) fn check_rootfs(&self, base: Option<RootdiskKey>) -> Result<(), PodError> {
         match (&self.manifest.rootdisk, base) {
             (Some(theirs), Some(ours)) if *theirs != ours.to_string() => {
                 Err(self.failed(CheckpointError::Rootfs { theirs: theirs.clone(), ours }))

@@ -34,7 +34,7 @@ use crate::{
     config,
     error::chain,
     rootdisk::RootdiskCache,
-    vm::{DiskAddress, DiskSource, DiskSpec, Vm},
+    vm::{DiskAddress, DiskBacking, DiskSpec, Vm},
 };
 
 /// Upper bound of the size of all images that do not hold memory of the container, bytes.
@@ -72,7 +72,7 @@ pub(super) struct ScratchDisk {
 
 impl ScratchDisk {
     async fn attach(vm: Vm, file: File, size: u64) -> Result<Self, PodError> {
-        let source = DiskSource::File(file.try_clone().map_err(PodError::Descriptor)?.into());
+        let source = DiskBacking::File(file.try_clone().map_err(PodError::Descriptor)?.into());
         let disk = DiskSpec { source, read_only: false, volatile: true, serial: "checkpoint".to_owned() };
         let attached = vm.attach_disk(disk).await;
         let what = "attach a disk for the checkpoint";

@@ -17,7 +17,7 @@ use super::{
     state::{ProcessExit, ProcessState},
     stdio::StdioNames,
 };
-use crate::{config, process, rootdisk::Key, vm::Vm};
+use crate::{config, process, rootdisk::RootdiskKey, vm::Vm};
 
 /// A container that exists in the guest.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ pub struct Container {
     pub(super) freezing: RwLock<()>,
     pub(super) layer: WritableLayer,
     /// The disk with the lower layers of the root file system, if that is an overlay.
-    pub(super) base: Option<Key>,
+    pub(super) base: Option<RootdiskKey>,
     /// The disk of the checkpoint that the container is restored from, until the container has been started.
     pub(super) checkpoint: Mutex<Option<checkpoint::RestoreDisk>>,
     /// How checkpoints of this container are taken.
@@ -50,7 +50,7 @@ pub struct Container {
 #[derive(Debug)]
 pub(super) struct ContainerStorage {
     pub(super) layer: WritableLayer,
-    pub(super) base: Option<Key>,
+    pub(super) base: Option<RootdiskKey>,
     pub(super) checkpoint: Option<checkpoint::RestoreDisk>,
     pub(super) checkpoint_config: config::CheckpointConfig,
     pub(super) rootfs: Vec<RootfsMount>,
@@ -99,7 +99,7 @@ impl Container {
     }
 
     /// Resolves when the anchor has ended, whatever the cause.
-    pub(super) async fn anchor_ended(&self) -> process::Exit {
+    pub(super) async fn anchor_ended(&self) -> process::ProcessExit {
         let ended = self.anchor.lock().await.ended();
         ended.await
     }

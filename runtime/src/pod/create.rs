@@ -33,13 +33,13 @@ use crate::{
     assets::Assets,
     checkpoint::ImageDisk,
     config::{self, Config},
-    rootdisk::{BuildOptions, Progress, Rootdisk, RootdiskCache},
+    rootdisk::{BuildOptions, Rootdisk, RootdiskCache, RootdiskProgress},
     spec::{
         bundle,
         guest::{self, GuestSpec, Injected, MAX_INJECTED},
     },
-    view::Guest,
-    vm::{DiskAddress, DiskSource, DiskSpec, Vm, VmError},
+    view::ViewGuest,
+    vm::{DiskAddress, DiskBacking, DiskSpec, Vm, VmError},
 };
 
 /// A request to create a container.
@@ -224,7 +224,7 @@ impl Pod {
         storage: ContainerStorage,
     ) -> (Arc<Container>, ContainerWatch) {
         let stdin = streams.take_input(&agent, &create.id, "");
-        anchor.attach(Guest {
+        anchor.attach(ViewGuest {
             vm: vm.clone(),
             agent: agent.clone(),
             container: create.id.clone(),
@@ -264,7 +264,7 @@ pub(super) async fn attach_disks(
     let attach_file = async |what, file: &Option<File>, read_only, name| {
         let Some(file) = file else { return Ok(None) };
         let file = file.try_clone().map_err(PodError::Descriptor)?;
-        attach(what, DiskSource::File(file.into()), read_only, name).await
+        attach(what, DiskBacking::File(file.into()), read_only, name).await
     };
     let attach_checkpoint = async {
         let Some(disk) = &files.checkpoint else { return Ok(None) };
@@ -310,7 +310,7 @@ pub(super) async fn base_disk(plan: &CreatePlan, id: &str) -> Result<Option<Root
         }
         let options = BuildOptions { min_size: min_size_mib << 20, mke2fs };
         cache.get_or_build(&source, &options, &mut |progress| match progress {
-            Progress::Hashed { .. } => tracing::debug!(id, "rootdisk: {progress}"),
+            RootdiskProgress::Hashed { .. } => tracing::debug!(id, "rootdisk: {progress}"),
             _ => tracing::info!(id, "rootdisk: {progress}"),
         })
     };

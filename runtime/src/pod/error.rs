@@ -15,7 +15,7 @@ use crate::{
     rootdisk::RootdiskError,
     spec::{bundle::BundleError, exec::ProcessSpecError, guest::ReduceError, resources::ResourcesError},
     template::TemplateError,
-    vm::{SavedError, VmError},
+    vm::{VmError, VmSnapshotError},
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -63,7 +63,7 @@ pub enum PodError {
     #[error("the new limits are not a valid LinuxResources of the runtime-spec")]
     Resources { source: serde_json::Error },
     #[error(transparent)]
-    Limits(#[from] ResourcesError),
+    LayerLimits(#[from] ResourcesError),
     #[error("cannot convert the rootfs to a disk")]
     Rootdisk(#[source] RootdiskError),
     #[error("cannot prepare the writable layer")]
@@ -79,7 +79,7 @@ pub enum PodError {
     #[error("cannot boot the VM")]
     Boot(#[source] VmError),
     #[error("cannot clone a VM")]
-    Clone(#[source] SavedError),
+    Clone(#[source] VmSnapshotError),
     #[error(transparent)]
     Template(#[from] TemplateError),
     #[error("cannot {what}")]
@@ -135,7 +135,7 @@ impl HasKind for PodError {
             Self::Accel(error) => error.kind(),
             Self::Admission(error) => error.kind(),
             Self::Resources { .. } => ErrorKind::InvalidArgument,
-            Self::Limits(error) => error.kind(),
+            Self::LayerLimits(error) => error.kind(),
             Self::Rootdisk(source) | Self::Writable(source) => source.kind(),
             Self::Layer(source) => source.kind(),
             Self::Checkpoint { source, .. } | Self::Restore { source, .. } => source.kind(),

@@ -27,8 +27,8 @@ use crate::{
     agent,
     config::{self, Config},
     error::chain,
-    layer::{self, LayerError, Limits, Replaced, Target},
-    rootdisk::{self, Key, Rootdisk, RootdiskCache, RootdiskError},
+    layer::{self, LayerError, LayerLimits, LayerTarget, PreviousLayer},
+    rootdisk::{self, Rootdisk, RootdiskCache, RootdiskError, RootdiskKey},
     vm::Vm,
 };
 
@@ -65,7 +65,7 @@ impl Drop for NewDisk {
 /// The path of a container's disk.
 fn disk_path(plan: &rootfs::RootfsPlan, config: &Config) -> PathBuf {
     match &plan.target {
-        Some(Target::Whole(root)) => native_disk::path(&config.rootdisk.dir, root),
+        Some(LayerTarget::Whole(root)) => native_disk::path(&config.rootdisk.dir, root),
         _ => plan.writable.clone(),
     }
 }
@@ -85,7 +85,7 @@ pub(super) async fn open_disk(plan: &rootfs::RootfsPlan, config: &Config) -> Res
             layer::sweep(target.path()).map_err(PodError::Layer)?;
         }
         let _disks = match &plan.target {
-            Some(Target::Whole(_)) => Some(NativeDisks::lock(&dir).map_err(failed)?),
+            Some(LayerTarget::Whole(_)) => Some(NativeDisks::lock(&dir).map_err(failed)?),
             _ => None,
         };
         if path.exists() {
@@ -97,12 +97,12 @@ pub(super) async fn open_disk(plan: &rootfs::RootfsPlan, config: &Config) -> Res
         }
         let cache = RootdiskCache::open(&dir)?;
         let file = match &plan.target {
-            Some(Target::Upper(upper)) if was_written(upper)? => {
+            Some(LayerTarget::Upper(upper)) if was_written(upper)? => {
                 cache.seed_writable(&path, size, upper, &mke2fs)?
             }
             _ => cache.create_writable(&path, size, &mke2fs)?,
         };
-        if let Some(Target::Whole(root)) = &plan.target {
+        if let Some(LayerTarget::Whole(root)) = &plan.target {
             native_disk::mark_in_use(&file)
                 .and_then(|()| native_disk::label(&file, root, None))
                 .map_err(failed)?;
@@ -119,7 +119,7 @@ pub(super) fn base_of_existing_disk(
     config: &Config,
     cache: &RootdiskCache,
 ) -> Result<Option<Rootdisk>, RootdiskError> {
-    let Some(Target::Whole(root)) = &plan.target else { return Ok(None) };
+    let Some(LayerTarget::Whole(root)) = &plan.target else { return Ok(None) };
     let path = disk_path(plan, config);
     let base = native_disk::base_of(&path, root)
         .map_err(|source| RootdiskError::Writable { path: path.clone(), source })?;
@@ -150,7 +150,9 @@ pub(super) async fn trial_disk(
     let make = move || {
         let cache = RootdiskCache::open(&dir)?;
         match target {
-            Some(Target::Upper(upper)) if was_written(&upper)? => cache.unnamed_seeded(size, &upper, &mke2fs),
+            Some(LayerTarget::Upper(upper)) if was_written(&upper)? => {
+                cache.unnamed_seeded(size, &upper, &mke2fs)
+            }
             // The changes are part of the base disk now.
             _ => cache.unnamed_writable(size, &mke2fs),
         }
@@ -167,9 +169,9 @@ fn was_written(upper: &Path) -> Result<bool, RootdiskError> {
 /// The layer of a container that exists.
 #[derive(Debug)]
 pub(super) struct WritableLayer {
-    target: Option<Target>,
+    target: Option<LayerTarget>,
     disk: PathBuf,
-    limits: Limits,
+    limits: LayerLimits,
     /// The disk started as a copy of the snapshot's content.
     clean: bool,
     /// One export at a time.
@@ -180,18 +182,18 @@ pub(super) struct WritableLayer {
 #[derive(Debug)]
 pub(super) struct ExportedLayer {
     /// The previous content of the snapshot, if it was exchanged.
-    replaced: Option<Replaced>,
+    replaced: Option<PreviousLayer>,
 }
 
 impl WritableLayer {
     /// `base`: the base disk below the changes; `clean`: the result of [`NewDisk::keep`].
-    pub fn new(plan: &rootfs::RootfsPlan, config: &Config, base: Option<Key>, clean: bool) -> Self {
-        let limits = Limits {
+    pub fn new(plan: &rootfs::RootfsPlan, config: &Config, base: Option<RootdiskKey>, clean: bool) -> Self {
+        let limits = LayerLimits {
             entries: config.rootdisk.layer_max_entries,
             bytes: config.rootdisk.writable_size_mib << 20,
         };
         let (target, disk) = (plan.target.clone(), disk_path(plan, config));
-        if let (Some(Target::Whole(root)), true) = (&target, clean) {
+        if let (Some(LayerTarget::Whole(root)), true) = (&target, clean) {
             let labelled = File::open(&disk).and_then(|disk| native_disk::label(&disk, root, base));
             if let Err(error) = labelled {
                 let disk = disk.display();
@@ -233,9 +235,9 @@ impl WritableLayer {
         let Some(target) = self.target.clone() else { return Ok(None) };
         let _one = self.exporting.lock().await;
         let (applied, replaced) = layer::receive(vm, agent, id, target.clone(), self.limits).await?;
-        if let Target::Whole(root) = &target {
+        if let LayerTarget::Whole(root) = &target {
             // The directory was exchanged for another one, which the disk belongs to now.
-            native_disk::relabel(&self.disk, root).map_err(|source| LayerError::Place {
+            native_disk::relabel(&self.disk, root).map_err(|source| LayerError::Staging {
                 action: "label",
                 path: self.disk.clone(),
                 source,

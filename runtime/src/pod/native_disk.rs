@@ -23,7 +23,7 @@ use rustix::{
 };
 use sha2::{Digest as _, Sha256};
 
-use crate::rootdisk::Key;
+use crate::rootdisk::RootdiskKey;
 
 const ATTRIBUTE: &str = "user.machinen.layer";
 /// Longest value, bytes: a path and some numbers.
@@ -35,7 +35,7 @@ struct Label {
     /// Device, inode and birth time of the directory that the disk's changes are for.
     identity: String,
     /// The base disk below the changes; None until it was found or built.
-    base: Option<Key>,
+    base: Option<RootdiskKey>,
     path: PathBuf,
 }
 
@@ -48,7 +48,7 @@ pub(super) struct NativeDisks {
 
 /// The path of the disk for `root`, whether the disk exists or not.
 pub(super) fn path(cache: &Path, root: &Path) -> PathBuf {
-    let digest = Key::new(Sha256::digest(root.as_os_str().as_bytes()).into());
+    let digest = RootdiskKey::new(Sha256::digest(root.as_os_str().as_bytes()).into());
     dir(cache).join(format!("{digest}.ext4"))
 }
 
@@ -90,7 +90,7 @@ impl NativeDisks {
 
 /// Records that the disk's changes are for the present directory `root`, on top of the base disk with that
 /// key.
-pub(super) fn label(disk: &File, root: &Path, base: Option<Key>) -> io::Result<()> {
+pub(super) fn label(disk: &File, root: &Path, base: Option<RootdiskKey>) -> io::Result<()> {
     let label = Label { identity: identity(root)?, base, path: root.to_owned() };
     Ok(fsetxattr(disk, ATTRIBUTE, &label.encode(), XattrFlags::empty())?)
 }
@@ -108,7 +108,7 @@ pub(super) fn relabel(disk: &Path, root: &Path) -> io::Result<()> {
 }
 
 /// The base disk below a disk that an earlier container on `root` has left.
-pub(super) fn base_of(disk: &Path, root: &Path) -> io::Result<Option<Key>> {
+pub(super) fn base_of(disk: &Path, root: &Path) -> io::Result<Option<RootdiskKey>> {
     match File::open(disk) {
         Ok(disk) => Ok(Label::of(&disk)?.filter(|label| label.is_of(root)).and_then(|label| label.base)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -168,7 +168,7 @@ mod tests {
         let (cache, root) = (dir.path().join("cache"), dir.path().join("root"));
         fs::create_dir(&root).unwrap();
         let disk = path(&cache, &root);
-        let key = Key::new([7; 32]);
+        let key = RootdiskKey::new([7; 32]);
         {
             let _disks = NativeDisks::lock(&cache).unwrap();
             let file = File::create(&disk).unwrap();
@@ -204,7 +204,7 @@ mod tests {
     fn labels_round_trip() {
         let label = Label { identity: "1:2 3 4.5".into(), base: None, path: "/a\nb".into() };
         assert_eq!(Label::decode(&label.encode()), Some(label.clone()));
-        let label = Label { base: Some(Key::new([1; 32])), ..label };
+        let label = Label { base: Some(RootdiskKey::new([1; 32])), ..label };
         assert_eq!(Label::decode(&label.encode()), Some(label));
         assert_eq!(Label::decode(b"nonsense"), None);
     }

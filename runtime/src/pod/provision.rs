@@ -22,7 +22,7 @@ use crate::{
     config,
     error::chain,
     pool::{self, Pool, WarmVm},
-    template::{Found, Shape, Template, Templates},
+    template::{Found, Shape, Template, TemplateStore},
     vm::{Vm, VmSpec},
 };
 
@@ -118,7 +118,7 @@ impl Pod {
             VmPlan { mut spec, from: StartFrom::Template(found), reservation } => {
                 let (template, shape) = *found;
                 spec.boot_timeout = spec.boot_timeout.min(CLONE_TIMEOUT);
-                match Vm::restore(spec, &self.shared.dir, &template.saved).await {
+                match Vm::restore(spec, &self.shared.dir, &template.snapshot).await {
                     Ok(vm) => Provisioned { vm, origin: VmOrigin::Clone, _reservation: Some(reservation) },
                     Err(error) => {
                         self.discard_template(create, shape, chain(&error)).await;
@@ -167,7 +167,7 @@ impl Pod {
     pub(super) fn request_template(&self) {
         let Some(spec) = self.afterwards().build.take() else { return };
         let config::TemplateConfig { dir, budget_mib, .. } = &self.shared.config.template;
-        if let Err(error) = Templates::at(dir).request(&spec, *budget_mib) {
+        if let Err(error) = TemplateStore::at(dir).request(&spec, *budget_mib) {
             tracing::warn!("{}", chain(&error));
         }
     }
@@ -223,7 +223,7 @@ impl Pod {
     /// Marks the template as failed, so that later starts boot at once instead of failing in the same way.
     async fn discard_template(&self, create: &CreatePlan, shape: Shape, reason: String) {
         tracing::warn!(pod = self.shared.name, "cannot clone a VM, booting instead: {reason}");
-        let templates = Templates::at(&create.config.template.dir);
+        let templates = TemplateStore::at(&create.config.template.dir);
         let discarded = spawn_blocking(move || templates.discard(&shape, &reason)).await;
         if let Ok(Err(error)) = discarded {
             tracing::warn!("{}", chain(&error));
@@ -278,7 +278,9 @@ fn find_start(name: &str, spec: &VmSpec, config: &config::Config, mode: config::
     let auto = mode == config::TemplateMode::Auto;
     // A template that is missing or not trusted does not prevent a boot, which reports its own errors.
     let found = match Shape::of(spec) {
-        Ok(Some(shape)) => Templates::at(&config.template.dir).find(&shape).map(|found| Some((found, shape))),
+        Ok(Some(shape)) => {
+            TemplateStore::at(&config.template.dir).find(&shape).map(|found| Some((found, shape)))
+        }
         Ok(None) => Ok(None),
         Err(error) => Err(error),
     };

@@ -7,7 +7,7 @@ use oci_spec::runtime::Spec;
 
 use crate::{
     error::{ErrorKind, HasKind},
-    layer::Target,
+    layer::LayerTarget,
     rootdisk::RootfsSource,
 };
 
@@ -32,18 +32,18 @@ pub struct RootfsPlan {
     pub read_only: bool,
     /// The writable layer's disk. It is next to the snapshot's upper directory, so that it is removed with
     /// the snapshot and found by the next start on it, or in the bundle if there is no upper directory. Not
-    /// used for [`Target::Whole`]; see [`super::native_disk`].
+    /// used for [`LayerTarget::Whole`]; see [`super::native_disk`].
     pub writable: PathBuf,
     /// Receives the container's changes when it ends or is paused. None: the changes stay on the disk, since
     /// the caller has mounted the root file system read-only, or has named a directory of its own that no
     /// snapshotter reads.
-    pub target: Option<Target>,
+    pub target: Option<LayerTarget>,
 }
 
 impl RootfsPlan {
     /// Whether the base disk holds only the lower layers, and nothing that a container has written.
     pub fn is_overlaid(&self) -> bool {
-        matches!(self.target, Some(Target::Upper(_)))
+        matches!(self.target, Some(LayerTarget::Upper(_)))
     }
 }
 
@@ -90,7 +90,7 @@ pub fn plan(mounts: &[RootfsMount], spec: &Spec, bundle: &Path) -> Result<Rootfs
         [mount] if mount.kind == "overlay" => overlay(mount, bundle)?,
         [mount] if mount.kind == "bind" || mount.options.iter().any(|option| option.ends_with("bind")) => {
             let read_only = mount.options.iter().any(|option| option == "ro");
-            let target = (!read_only).then(|| Target::Whole(mount.source.clone()));
+            let target = (!read_only).then(|| LayerTarget::Whole(mount.source.clone()));
             let source = Some(RootfsSource::Dir(mount.source.clone()));
             RootfsPlan { source, read_only: false, writable: bundle.join(WRITABLE), target }
         }
@@ -110,7 +110,7 @@ pub fn plan(mounts: &[RootfsMount], spec: &Spec, bundle: &Path) -> Result<Rootfs
             Err(_) => return Err(RootfsPlanError::Missing { path: plan.writable }),
         },
     };
-    let target = plan.target.iter().map(Target::path);
+    let target = plan.target.iter().map(LayerTarget::path);
     match dirs.into_iter().map(PathBuf::as_path).chain(target).find(|dir| !dir.is_dir()) {
         Some(path) => Err(RootfsPlanError::Missing { path: path.to_owned() }),
         None => Ok(plan),
@@ -127,7 +127,7 @@ fn overlay(mount: &RootfsMount, bundle: &Path) -> Result<RootfsPlan, RootfsPlanE
     let home = upper.as_deref().and_then(Path::parent).unwrap_or(bundle);
     let writable = home.join(WRITABLE);
     let source = Some(RootfsSource::Overlay { lowers });
-    Ok(RootfsPlan { writable, read_only: false, source, target: upper.map(Target::Upper) })
+    Ok(RootfsPlan { writable, read_only: false, source, target: upper.map(LayerTarget::Upper) })
 }
 
 /// `lowerdir=a:b\:c` has the two directories `a` and `b:c`, the top one first.
@@ -181,7 +181,7 @@ mod tests {
         let plan = plan(&[mount("overlay", &options)], &Spec::default(), dir.path()).unwrap();
         assert_eq!(plan.writable, dir.path().join("3").join(WRITABLE));
         assert_eq!(plan.source, Some(RootfsSource::Overlay { lowers: vec![one, two] }));
-        assert_eq!(plan.target, Some(Target::Upper(upper)));
+        assert_eq!(plan.target, Some(LayerTarget::Upper(upper)));
     }
 
     #[test]
@@ -193,7 +193,7 @@ mod tests {
             options: vec!["rbind".to_owned(), option.to_owned()],
         };
         let target = |option| plan(&[bind(option)], &Spec::default(), Path::new("/")).unwrap().target;
-        assert_eq!(target("rw"), Some(Target::Whole(dir.path().to_owned())));
+        assert_eq!(target("rw"), Some(LayerTarget::Whole(dir.path().to_owned())));
         assert_eq!(target("ro"), None);
     }
 

@@ -28,7 +28,7 @@ use super::{
 use crate::{
     checkpoint::ImageDisk,
     config::{self, VerifyMode},
-    layer::Target,
+    layer::LayerTarget,
     rootdisk::RootdiskCache,
 };
 
@@ -140,7 +140,7 @@ impl Pod {
         let mut plan = self.plan(&create)?;
         // The trial reads all of the memory.
         plan.config.restore.lazy = false;
-        if let Some(Target::Whole(_)) = plan.rootfs.target {
+        if let Some(LayerTarget::Whole(_)) = plan.rootfs.target {
             // The directory holds all of the changes. The label of the container's own disk must not decide
             // about the base disk.
             plan.rootfs.target = None;

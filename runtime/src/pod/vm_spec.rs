@@ -7,7 +7,7 @@ use oci_spec::runtime::Spec;
 
 use crate::{
     RUN_DIR,
-    accel::{self, Accel, AccelError},
+    accel::{self, AccelError, Accelerator},
     admission::HostMemory,
     assets::Assets,
     config::{self, Config},
@@ -115,10 +115,10 @@ fn memory_mib(configured: u32, host: u32, limit: Option<u32>) -> u32 {
     default.max(wanted.checked_next_power_of_two().unwrap_or(u32::MAX).min(host))
 }
 
-fn vcpus(configured: u32, accel: Accel, host: usize, limit: Option<u32>) -> u32 {
+fn vcpus(configured: u32, accel: Accelerator, host: usize, limit: Option<u32>) -> u32 {
     let wanted = match (configured, accel) {
-        (0, Accel::Kvm) => u32::try_from(host).unwrap_or(MOST_VCPUS).clamp(1, MOST_VCPUS),
-        (0, Accel::Tcg { .. }) => 1,
+        (0, Accelerator::Kvm) => u32::try_from(host).unwrap_or(MOST_VCPUS).clamp(1, MOST_VCPUS),
+        (0, Accelerator::Tcg { .. }) => 1,
         (configured, _) => configured,
     };
     wanted.min(limit.unwrap_or(u32::MAX)).max(1)
@@ -143,9 +143,9 @@ mod tests {
 
     #[test]
     fn cpus_follow_the_accelerator_and_the_limit() {
-        let tcg = Accel::Tcg { tsc_khz: 1 };
-        assert_eq!(vcpus(0, Accel::Kvm, 64, None), 8);
-        assert_eq!(vcpus(0, Accel::Kvm, 4, Some(2)), 2);
+        let tcg = Accelerator::Tcg { tsc_khz: 1 };
+        assert_eq!(vcpus(0, Accelerator::Kvm, 64, None), 8);
+        assert_eq!(vcpus(0, Accelerator::Kvm, 4, Some(2)), 2);
         assert_eq!(vcpus(0, tcg, 4, None), 1);
         assert_eq!(vcpus(3, tcg, 2, None), 3);
     }

@@ -18,7 +18,7 @@ use crate::{
     config::{self, Config},
     pod::PodError,
     rootdisk::{RootdiskCache, RootdiskError},
-    vm::{DiskSource, DiskSpec, Vm},
+    vm::{DiskBacking, DiskSpec, Vm},
 };
 
 const ID: &str = "warm-up";
@@ -46,7 +46,7 @@ pub(super) async fn warm_up(vm: &Vm, config: &Config) -> Result<(), PodError> {
     };
     let (base, writable) = spawn_blocking(make).await.map_err(PodError::Worker)??;
     let attach = async |file: File, read_only| {
-        let source = DiskSource::File(file.into());
+        let source = DiskBacking::File(file.into());
         let disk = DiskSpec { source, read_only, volatile: true, serial: ID.to_owned() };
         let attached = vm.attach_disk(disk).await;
         let address = attached.map_err(|source| PodError::Vm { what: "attach a disk", source })?;

@@ -10,7 +10,7 @@ use crate::{
     admission::{self, HostMemory},
     config::Config,
     pod::{CLONE_NEEDS, PodError},
-    template::{Found, Shape, Templates},
+    template::{Found, Shape, TemplateStore},
     vm::{Vm, VmSpec},
 };
 
@@ -36,7 +36,7 @@ impl WarmVm {
         spec.keep_console = false;
         "ready".clone_into(&mut spec.id);
         "ready".clone_into(&mut spec.hostname);
-        let (templates, wanted) = (Templates::at(&config.template.dir), spec.clone());
+        let (templates, wanted) = (TemplateStore::at(&config.template.dir), spec.clone());
         let found = spawn_blocking(move || {
             let Some(shape) = Shape::of(&wanted)? else { return Ok(None) };
             Ok(match templates.find(&shape)? {
@@ -49,7 +49,7 @@ impl WarmVm {
         let starting = Path::new(RUN_DIR).join("starting");
         let reserve = config.vm.memory_reserve_percent;
         let _promise = admission::admit(&starting, CLONE_NEEDS, reserve, HostMemory::now()?)?;
-        let vm = Vm::restore(spec, dir, &template.saved).await.map_err(PodError::Clone)?;
+        let vm = Vm::restore(spec, dir, &template.snapshot).await.map_err(PodError::Clone)?;
         Ok(Some(Self { vm, shape }))
     }
 

@@ -1,26 +1,29 @@
-//! A running child process: watched by its pidfd, reaped exactly once, killed when its owner lets go.
+//! A running child process: watched by its pidfd, reaped exactly once, killed when its owner drops it.
 
-use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::process::{ChildStderr, ChildStdout};
-use std::sync::Arc;
-use std::time::Duration;
+use std::{
+    io,
+    os::fd::{AsFd as _, OwnedFd},
+    process::{ChildStderr, ChildStdout},
+    sync::Arc,
+    time::Duration,
+};
 
-use nix::sys::signal::Signal;
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use tokio::io::unix::AsyncFd;
-use tokio::sync::watch;
+use nix::sys::{
+    signal::Signal,
+    wait::{Id, WaitPidFlag, WaitStatus, waitid},
+};
+use tokio::{io::unix::AsyncFd, sync::watch};
 
-use super::{Exit, ProcessError, Spawn};
+use super::{ProcessError, ProcessExit, Spawn};
 use crate::sys;
 
-/// A child process. Dropping it sends SIGKILL; the background task that waits for it reaps it then too.
+/// A child process. Dropping it sends SIGKILL, and a background task reaps it.
 #[derive(Debug)]
 pub struct Child {
     program: String,
     pid: u32,
     pidfd: Arc<AsyncFd<OwnedFd>>,
-    exit: watch::Receiver<Option<Exit>>,
+    exit: watch::Receiver<Option<ProcessExit>>,
     /// What the child prints, where the description said [`super::Stdio::Pipe`].
     pub stdout: Option<ChildStdout>,
     pub stderr: Option<ChildStderr>,
@@ -30,7 +33,7 @@ impl Spawn {
     /// Starts the program; must be called inside a tokio runtime.
     ///
     /// # Errors
-    /// The program cannot be started (not found: says what to install).
+    /// The program cannot be started. If it is not found, the error says what to install.
     pub fn start(self) -> Result<Child, ProcessError> {
         let (mut child, program) = self.spawn_std()?;
         let pid = child.id();
@@ -38,7 +41,8 @@ impl Spawn {
         let pidfd = match opened {
             Ok(pidfd) => Arc::new(pidfd),
             Err(source) => {
-                // The process is of no use without its handle; it has had no chance to be reaped, so the pid is its own.
+                // The process cannot be supervised without its pidfd. It has not been reaped, so the pid is
+                // still its own.
                 let ended = child.kill().and_then(|()| child.wait());
                 drop(ended);
                 return Err(ProcessError::Child { action: "watch", program, pid, source });
@@ -59,30 +63,31 @@ impl Child {
         &self.program
     }
 
-    /// Valid until the child has been reaped; use it to name the child, and [`Child::signal`] to act on it.
+    /// Valid until the child has been reaped. Use it to name the child, and [`Child::signal`] to act on the
+    /// child.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
     /// How the child ended, if it has.
-    pub fn try_exit(&self) -> Option<Exit> {
+    pub fn try_exit(&self) -> Option<ProcessExit> {
         *self.exit.borrow()
     }
 
     /// Resolves when the child has ended and been reaped, for any number of callers at any time.
-    pub fn exited(&self) -> impl Future<Output = Exit> + Send + 'static {
+    pub fn exited(&self) -> impl Future<Output = ProcessExit> + Send + 'static {
         let mut exit = self.exit.clone();
         async move {
             let exited = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
             match exited {
                 Some(exit) => exit,
-                // The task that reaps is gone only when the runtime shuts down, and this future with it.
+                // The reaping task ends early only when the runtime shuts down, which drops this future too.
                 None => std::future::pending().await,
             }
         }
     }
 
-    /// Sends a signal; a child that has ended already is no error.
+    /// Sends a signal. It is not an error if the child has ended already.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -98,11 +103,12 @@ impl Child {
         }
     }
 
-    /// SIGTERM, then SIGKILL when the child has not ended within `grace`; it has been reaped when this returns.
+    /// SIGTERM, then SIGKILL when the child has not ended within `grace`; it has been reaped when this
+    /// returns.
     ///
     /// # Errors
     /// The kernel refuses the signal.
-    pub async fn terminate(&self, grace: Duration) -> Result<Exit, ProcessError> {
+    pub async fn terminate(&self, grace: Duration) -> Result<ProcessExit, ProcessError> {
         self.signal(Signal::SIGTERM)?;
         match tokio::time::timeout(grace, self.exited()).await {
             Ok(exit) => Ok(exit),
@@ -114,7 +120,7 @@ impl Child {
     ///
     /// # Errors
     /// The kernel refuses the signal.
-    pub async fn kill(&self) -> Result<Exit, ProcessError> {
+    pub async fn kill(&self) -> Result<ProcessExit, ProcessError> {
         self.signal(Signal::SIGKILL)?;
         Ok(self.exited().await)
     }
@@ -130,7 +136,7 @@ impl Drop for Child {
     }
 }
 
-/// Sees to it that a process that nobody looks after does not stay as a zombie while this process lives.
+/// Reaps a process that has no [`Child`], so that it does not stay a zombie while this process lives.
 pub(super) fn reap_in_background(child: std::process::Child, program: String) {
     let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
     match sys::pidfd::open(child.id()).and_then(sys::async_fd) {
@@ -139,17 +145,17 @@ pub(super) fn reap_in_background(child: std::process::Child, program: String) {
     }
 }
 
-async fn reap(pidfd: &AsyncFd<OwnedFd>) -> Exit {
+async fn reap(pidfd: &AsyncFd<OwnedFd>) -> ProcessExit {
     loop {
-        // A pidfd is readable when its process has ended, so a failure to wait for that leaves only asking the kernel.
+        // A pidfd is readable when its process has ended. If waiting for that fails, waitid(2) decides.
         let ready = pidfd.readable().await;
         match waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
-            Ok(WaitStatus::Exited(_, code)) => return Exit::Code(code),
-            Ok(WaitStatus::Signaled(_, signal, _)) => return Exit::Signal(signal as i32),
+            Ok(WaitStatus::Exited(_, code)) => return ProcessExit::Code(code),
+            Ok(WaitStatus::Signaled(_, signal, _)) => return ProcessExit::Signal(signal as i32),
             Ok(_) => {}
             Err(error) => {
                 tracing::error!("cannot wait for a child: {}", io::Error::from(error));
-                return Exit::Code(-1);
+                return ProcessExit::Code(-1);
             }
         }
         if let Ok(mut guard) = ready {
@@ -160,9 +166,10 @@ async fn reap(pidfd: &AsyncFd<OwnedFd>) -> Exit {
 
 #[cfg(test)]
 mod tests {
+    use std::io::BufRead as _;
+
     use super::*;
     use crate::process::Stdio;
-    use std::io::BufRead as _;
 
     fn shell(script: &str) -> Child {
         Spawn::new("sh").args(["-c", script]).stdout(Stdio::Pipe).start().unwrap()
@@ -175,11 +182,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn every_waiter_learns_the_exit() {
+    async fn every_waiter_gets_the_exit() {
         let child = shell("exit 7");
         let (one, two) = tokio::join!(child.exited(), child.exited());
-        assert_eq!((one, two), (Exit::Code(7), Exit::Code(7)));
-        assert_eq!(child.exited().await, Exit::Code(7));
+        assert_eq!((one, two), (ProcessExit::Code(7), ProcessExit::Code(7)));
+        assert_eq!(child.exited().await, ProcessExit::Code(7));
         assert!(!std::path::Path::new(&format!("/proc/{}", child.pid())).exists());
         child.signal(Signal::SIGTERM).unwrap();
     }
@@ -188,21 +195,24 @@ mod tests {
     async fn a_stubborn_child_is_killed_after_its_grace() {
         let mut child = shell("trap '' TERM; echo ready; while :; do read x < /dev/zero; done");
         wait_for_line(&mut child);
-        assert_eq!(child.terminate(Duration::from_millis(20)).await.unwrap(), Exit::Signal(libc::SIGKILL));
+        assert_eq!(
+            child.terminate(Duration::from_millis(20)).await.unwrap(),
+            ProcessExit::Signal(libc::SIGKILL)
+        );
     }
 
     #[tokio::test]
     async fn a_willing_child_ends_within_its_grace() {
         let mut child = shell("trap 'exit 3' TERM; echo ready; sleep 100 & wait");
         wait_for_line(&mut child);
-        assert_eq!(child.terminate(Duration::from_secs(10)).await.unwrap(), Exit::Code(3));
+        assert_eq!(child.terminate(Duration::from_secs(10)).await.unwrap(), ProcessExit::Code(3));
     }
 
     #[tokio::test]
-    async fn letting_go_kills_and_reaps() {
+    async fn dropping_a_child_kills_and_reaps_it() {
         let child = shell("exec sleep 100");
         let exited = child.exited();
         drop(child);
-        assert_eq!(exited.await, Exit::Signal(libc::SIGKILL));
+        assert_eq!(exited.await, ProcessExit::Signal(libc::SIGKILL));
     }
 }

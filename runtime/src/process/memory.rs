@@ -2,7 +2,8 @@
 
 use std::{collections::HashMap, fs};
 
-/// The proportional share (PSS) of the process `pid` and all its descendants, bytes. What has ended meanwhile counts nothing.
+/// The proportional share (PSS) of the process `pid` and all its descendants, bytes. A process that has ended
+/// meanwhile counts as 0.
 pub fn tree_pss(pid: u32) -> u64 {
     let children = children();
     let mut tree = vec![pid];

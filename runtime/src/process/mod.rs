@@ -1,25 +1,23 @@
 //! The one supervisor of child processes.
 //!
-//! Every program that machinen starts is described by a [`Spawn`]: what to run, what it inherits, and how little it may do.
-//! [`Spawn::start`] gives a [`Child`] that is watched, ended and reaped; [`Spawn::run`] waits for a short-lived tool
-//! and keeps a bounded part of what it printed.
+//! Every program that machinen starts is described by a [`Spawn`]: what to run, what it inherits, and which
+//! privileges it gives up. [`Spawn::start`] returns a [`Child`] that is watched, ended and reaped;
+//! [`Spawn::run`] waits for a short-lived tool and keeps a bounded part of what it printed.
 
 mod child;
+mod foreign;
 mod memory;
 mod sandbox;
 mod spawn;
-mod stranger;
 mod tool;
 
-use std::io;
-use std::os::unix::process::ExitStatusExt as _;
-use std::process::ExitStatus;
+use std::{io, os::unix::process::ExitStatusExt as _, process::ExitStatus};
 
 pub use child::Child;
+pub use foreign::kill_foreign;
 pub use memory::tree_pss;
-pub use sandbox::{Identity, Namespaces, Sandbox};
-pub use spawn::{Output, Spawn, Stdio};
-pub use stranger::end_stranger;
+pub use sandbox::{Namespaces, RunAs, Sandbox};
+pub use spawn::{Spawn, Stdio, ToolOutput};
 pub use tool::{find_program, run};
 
 /// Why a child process could not do its work.
@@ -32,23 +30,23 @@ pub enum ProcessError {
     #[error("cannot {action} {program} (pid {pid})")]
     Child { action: &'static str, program: String, pid: u32, source: io::Error },
     #[error("{program} {exit}{}", quoted(.stderr))]
-    Failed { program: String, exit: Exit, stderr: String },
+    Failed { program: String, exit: ProcessExit, stderr: String },
 }
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Exit {
+pub enum ProcessExit {
     Code(i32),
     Signal(i32),
 }
 
-impl Exit {
+impl ProcessExit {
     pub fn success(self) -> bool {
         self == Self::Code(0)
     }
 }
 
-impl From<ExitStatus> for Exit {
+impl From<ExitStatus> for ProcessExit {
     fn from(status: ExitStatus) -> Self {
         match status.signal() {
             Some(signal) => Self::Signal(signal),
@@ -57,7 +55,7 @@ impl From<ExitStatus> for Exit {
     }
 }
 
-impl std::fmt::Display for Exit {
+impl std::fmt::Display for ProcessExit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Code(code) => write!(f, "exited with status {code}"),
@@ -95,7 +93,7 @@ mod tests {
     fn a_failure_quotes_the_program() {
         let error = ProcessError::Failed {
             program: "mke2fs".into(),
-            exit: Exit::Signal(9),
+            exit: ProcessExit::Signal(9),
             stderr: "one\ntwo\x1b\n".into(),
         };
         assert_eq!(error.to_string(), "mke2fs was killed by SIGKILL: one; two.");

@@ -1,17 +1,16 @@
-//! How little a child process may do.
-
-use serde::{Deserialize, Serialize};
+//! The restrictions of a child process.
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
     TargetArch,
 };
+use serde::{Deserialize, Serialize};
 
-use crate::sys::child::{Bond, Setup};
+use crate::sys::child::{Bond, ChildSetup};
 
-/// Who a child process runs as.
+/// The user and the groups that a child process runs as.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Identity {
+pub struct RunAs {
     pub uid: u32,
     pub gid: u32,
     /// Supplementary groups; all others are dropped.
@@ -28,10 +27,10 @@ pub struct Namespaces {
     pub uts: bool,
 }
 
-/// What is taken from a child process before it executes. The default takes nothing.
+/// The privileges that a child process gives up before it executes its program. The default gives up none.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Sandbox {
-    pub identity: Option<Identity>,
+    pub identity: Option<RunAs>,
     pub namespaces: Namespaces,
     /// Empties every capability set, the bounding set included.
     pub drop_capabilities: bool,
@@ -40,13 +39,14 @@ pub struct Sandbox {
     pub no_core: bool,
     /// -1000..1000, see proc_pid_oom_score_adj(5).
     pub oom_score_adj: Option<i16>,
-    /// The number of a descriptor: fallocate(2) that would punch a hole into it does nothing and succeeds.
-    pub whole_file: Option<i32>,
+    /// The number of a descriptor. An fallocate(2) that would punch a hole into its file succeeds without
+    /// effect.
+    pub ignore_hole_punching: Option<i32>,
 }
 
 impl Sandbox {
-    /// Everything taken: for programs that get all they need by inherited file descriptors.
-    pub fn strict(identity: Identity) -> Self {
+    /// All restrictions, for programs that get all they need as inherited file descriptors.
+    pub fn strict(identity: RunAs) -> Self {
         Self {
             identity: Some(identity),
             namespaces: Namespaces { net: true, mount: true, ipc: true, uts: true },
@@ -54,11 +54,11 @@ impl Sandbox {
             no_new_privileges: true,
             no_core: true,
             oom_score_adj: None,
-            whole_file: None,
+            ignore_hole_punching: None,
         }
     }
 
-    pub(super) fn setup(&self) -> Setup {
+    pub(super) fn setup(&self) -> ChildSetup {
         let mut unshare = 0;
         for (wanted, flag) in [
             (self.namespaces.net, libc::CLONE_NEWNET),
@@ -70,7 +70,7 @@ impl Sandbox {
                 unshare |= flag;
             }
         }
-        Setup {
+        ChildSetup {
             parent: std::process::id(),
             bond: Bond::Child,
             join_netns: None,
@@ -80,7 +80,7 @@ impl Sandbox {
             no_new_privileges: self.no_new_privileges,
             no_core: self.no_core,
             oom_score_adj: self.oom_score_adj.map(|value| value.to_string().into_bytes()),
-            filter: self.whole_file.map(no_holes),
+            filter: self.ignore_hole_punching.map(no_holes),
         }
     }
 }
@@ -106,10 +106,10 @@ mod tests {
     use crate::process::Spawn;
 
     #[test]
-    fn a_strict_child_is_nobody_and_alone() {
+    fn a_strict_child_has_no_privileges_and_no_network() {
         let script = "id -u; id -g; id -G; grep -E 'CapEff|CapPrm|CapInh|CapBnd|CapAmb|NoNewPrivs' /proc/self/status; \
             ulimit -c; cat /proc/self/oom_score_adj; tail -n +3 /proc/net/dev | wc -l";
-        let identity = Identity { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![7] };
+        let identity = RunAs { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![7] };
         let sandbox = Sandbox { oom_score_adj: Some(321), ..Sandbox::strict(identity) };
         let output = Spawn::new("sh").args(["-c", script]).sandbox(sandbox).run().unwrap().success().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();

@@ -1,19 +1,21 @@
 //! The description of a child process, and its start.
 
-use std::convert::Infallible;
-use std::ffi::{OsStr, OsString};
-use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
-use std::os::unix::fs::MetadataExt as _;
-use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
+use std::{
+    convert::Infallible,
+    ffi::{OsStr, OsString},
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        unix::{fs::MetadataExt as _, process::CommandExt as _},
+    },
+    path::{Path, PathBuf},
+};
 
 use command_fds::{CommandFdExt as _, FdMapping};
 
-use super::{Exit, ProcessError, Sandbox, child, tool};
-use crate::sys;
-use crate::sys::child::Bond;
+use super::{ProcessError, ProcessExit, Sandbox, child, tool};
+use crate::{sys, sys::child::Bond};
 
 /// Where one of a child's three standard streams goes.
 #[derive(Debug, Default)]
@@ -26,10 +28,11 @@ pub enum Stdio {
     Fd(OwnedFd),
 }
 
-/// A child process to be: nothing happens until [`Spawn::start`] or [`Spawn::run`].
+/// The description of a child process. Nothing happens until [`Spawn::start`] or [`Spawn::run`].
 ///
-/// The child gets no file descriptor but its three standard streams and those given to [`Spawn::fd`]. It is killed
-/// when the thread that started it ends, so start long-lived children on a thread that lives as long as the process.
+/// The child gets no file descriptors except its three standard streams and those given to [`Spawn::fd`]. It
+/// is killed when the thread that started it ends, so start long-lived children on a thread that lives as
+/// long as the process.
 #[derive(Debug)]
 pub struct Spawn {
     program: OsString,
@@ -45,11 +48,11 @@ pub struct Spawn {
     join_netns: Option<OwnedFd>,
 }
 
-/// What a tool left behind when it ended.
+/// The result of a tool that has ended.
 #[derive(Debug)]
-pub struct Output {
+pub struct ToolOutput {
     pub program: String,
-    pub exit: Exit,
+    pub exit: ProcessExit,
     /// The first 64 KiB.
     pub stdout: Vec<u8>,
     /// The first 64 KiB.
@@ -85,13 +88,14 @@ impl Spawn {
         self
     }
 
-    /// Nothing of the environment is inherited.
+    /// The child does not inherit this process's environment.
     pub fn clear_env(mut self) -> Self {
         self.clear_env = true;
         self
     }
 
-    /// The working directory, entered before the identity changes: the child need not be able to reach it by its path.
+    /// The working directory, entered before the identity changes: the child need not be able to reach it by
+    /// its path.
     pub fn dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.dir = Some(dir.into());
         self
@@ -134,8 +138,8 @@ impl Spawn {
         self.execute(Bond::Child, std::process::Command::spawn)
     }
 
-    /// Starts the program in a session of its own, in which it outlives this process. Inside a tokio runtime it is
-    /// reaped if it ends before.
+    /// Starts the program in a session of its own, in which it outlives this process. Inside a tokio runtime
+    /// it is reaped if it ends first.
     ///
     /// # Errors
     /// The program cannot be started.
@@ -145,7 +149,7 @@ impl Spawn {
         Ok(())
     }
 
-    /// Executes the program in the place of this one; returns only if that fails.
+    /// Replaces this process by the program; returns only if that fails.
     pub fn replace(self) -> ProcessError {
         let result = self.execute(Bond::Replacement, |command| Err::<Infallible, _>(command.exec()));
         match result {
@@ -154,7 +158,7 @@ impl Spawn {
         }
     }
 
-    /// Makes the command and runs it by `run`; what comes of it goes with the program's name for messages.
+    /// Builds the command and passes it to `run`. Returns the result with the program's name for messages.
     fn execute<T>(
         self,
         bond: Bond,
@@ -162,7 +166,7 @@ impl Spawn {
     ) -> Result<(T, String), ProcessError> {
         let program = self.program.to_string_lossy().into_owned();
         let failed = |source: io::Error| ProcessError::Spawn { program: program.clone(), source };
-        let held = self.sandbox.identity.as_ref().and_then(|_| hold_unreachable(Path::new(&self.program)));
+        let held = self.sandbox.identity.as_ref().and_then(|_| open_unreachable(Path::new(&self.program)));
         let path = held.as_ref().map(|fd| format!("/proc/self/fd/{}", fd.as_raw_fd()).into());
         #[expect(clippy::disallowed_methods, reason = "the one place that starts programs")]
         let mut command = std::process::Command::new(path.as_ref().unwrap_or(&self.program));
@@ -176,7 +180,7 @@ impl Spawn {
         }
         command.stdin(self.stdin).stdout(self.stdout).stderr(self.stderr);
         // Before the descriptors move to their numbers, or the move could overwrite one that the setup uses.
-        let setup = sys::child::Setup { join_netns: self.join_netns, bond, ..self.sandbox.setup() };
+        let setup = sys::child::ChildSetup { join_netns: self.join_netns, bond, ..self.sandbox.setup() };
         sys::child::on_fork(&mut command, setup);
         let mappings = self
             .fds
@@ -195,11 +199,13 @@ impl Spawn {
     }
 }
 
-/// A program in a directory that not everyone may enter, such as root's home, is executed through a descriptor.
+/// Opens a program in a directory that not everyone may enter, such as root's home, so that it can be
+/// executed through the descriptor.
 ///
-/// None if the child can find it by its path, or if it is not there, which the attempt to execute it reports.
-fn hold_unreachable(program: &Path) -> Option<OwnedFd> {
-    // A name without a directory is looked up in PATH, whose directories are for everyone.
+/// None if the child can reach the program by its path, or if it is missing, which the attempt to execute it
+/// reports.
+fn open_unreachable(program: &Path) -> Option<OwnedFd> {
+    // A name without a directory is looked up in PATH, whose directories everyone may enter.
     program.parent().filter(|dir| !dir.as_os_str().is_empty())?;
     let real = program.canonicalize().ok()?;
     let closed = |dir: &Path| dir.metadata().is_ok_and(|meta| meta.mode() & 0o001 == 0);
@@ -207,7 +213,7 @@ fn hold_unreachable(program: &Path) -> Option<OwnedFd> {
         return None;
     }
     let file = File::open(real).ok()?;
-    // Clear of the numbers that the child's own descriptors move to before it executes.
+    // Above the numbers that the child's own descriptors are moved to before it executes.
     sys::duplicate_from(file.as_fd(), HELD_FROM).ok()
 }
 
@@ -227,27 +233,29 @@ impl From<Stdio> for std::process::Stdio {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::Write as _;
+
+    use super::*;
 
     #[test]
     fn a_child_ends_with_the_thread_that_started_it() {
-        for sandbox in [Sandbox::default(), Sandbox::strict(crate::process::Identity::default())] {
+        for sandbox in [Sandbox::default(), Sandbox::strict(crate::process::RunAs::default())] {
             let spawn = Spawn::new("sleep").args(["100"]).sandbox(sandbox);
             let starter = std::thread::spawn(|| spawn.spawn_std().unwrap());
             let (mut child, _) = starter.join().unwrap();
-            assert_eq!(Exit::from(child.wait().unwrap()), Exit::Signal(libc::SIGKILL));
+            assert_eq!(ProcessExit::from(child.wait().unwrap()), ProcessExit::Signal(libc::SIGKILL));
         }
     }
 
     #[test]
-    fn a_program_in_a_private_directory_runs_as_nobody() {
+    fn a_program_in_a_private_directory_runs_without_privileges() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
         let program = dir.path().join("echo");
-        // Not by this process: a child that another test forks meanwhile would hold the copy open for writing.
+        // Copied by cp, because a child that another test forks meanwhile would hold a copy made here open
+        // for writing.
         crate::process::run("cp", ["/bin/echo".as_ref(), program.as_os_str()], &[]).unwrap();
-        let identity = crate::process::Identity { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![] };
+        let identity = crate::process::RunAs { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![] };
         let spawn = Spawn::new(&program).args(["it", "runs"]).sandbox(Sandbox::strict(identity));
         let output = spawn.run().unwrap().success().unwrap();
         assert_eq!(output.stdout, b"it runs\n");

@@ -1,27 +1,29 @@
 //! Short-lived tools such as mke2fs, run to their end on a blocking thread.
 
-use std::ffi::OsStr;
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::{
+    ffi::OsStr,
+    io::{self, Read},
+    path::{Path, PathBuf},
+};
 
-use super::{Exit, Output, ProcessError, Spawn, Stdio};
+use super::{ProcessError, ProcessExit, Spawn, Stdio, ToolOutput};
 
-/// Bytes of each of stdout and stderr that are kept; what is printed after that is read and dropped.
+/// Bytes of stdout and of stderr that are kept; further output is read and dropped.
 const KEPT: usize = 64 << 10;
 
 /// Runs `program` to its end and fails unless it exits with 0.
 ///
-/// Blocks: call it on a blocking thread. `LC_ALL=C` is set, stdin is /dev/null, and the tool dies with the calling
-/// thread. `env` is added to machinen's own environment.
+/// Blocks: call it on a blocking thread. `LC_ALL=C` is set, stdin is /dev/null, and the tool dies with the
+/// calling thread. `env` is added to machinen's own environment.
 ///
 /// # Errors
-/// The program cannot be started (not found: says what to install), or ended otherwise than with status 0: then
-/// [`ProcessError::Failed`] holds what it printed on stderr.
+/// The program cannot be started (if it is not found, the error says what to install), or it did not exit
+/// with status 0: then [`ProcessError::Failed`] holds what it printed on stderr.
 pub fn run<A: AsRef<OsStr>>(
     program: impl AsRef<OsStr>,
     args: impl IntoIterator<Item = A>,
     env: &[(&str, &str)],
-) -> Result<Output, ProcessError> {
+) -> Result<ToolOutput, ProcessError> {
     let mut spawn = Spawn::new(program).args(args).env("LC_ALL", "C");
     for (key, value) in env {
         spawn = spawn.env(key, value);
@@ -34,7 +36,7 @@ impl Spawn {
     ///
     /// # Errors
     /// The program cannot be started or waited for.
-    pub fn run(self) -> Result<Output, ProcessError> {
+    pub fn run(self) -> Result<ToolOutput, ProcessError> {
         let (mut child, program) = self.stdout(Stdio::Pipe).stderr(Stdio::Pipe).spawn_std()?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let (stdout, stderr) = std::thread::scope(|scope| {
@@ -46,8 +48,8 @@ impl Spawn {
             move |source| ProcessError::Child { action, program, pid, source }
         };
         let status = child.wait().map_err(failed("wait for", child.id()))?;
-        Ok(Output {
-            exit: Exit::from(status),
+        Ok(ToolOutput {
+            exit: ProcessExit::from(status),
             stdout: stdout.map_err(failed("read the output of", child.id()))?,
             stderr: stderr.map_err(failed("read the errors of", child.id()))?,
             program,
@@ -55,7 +57,7 @@ impl Spawn {
     }
 }
 
-impl Output {
+impl ToolOutput {
     /// # Errors
     /// [`ProcessError::Failed`] unless the program exited with 0.
     pub fn success(self) -> Result<Self, ProcessError> {
@@ -77,7 +79,7 @@ fn keep(source: Option<impl Read>) -> io::Result<Vec<u8>> {
     Ok(kept)
 }
 
-/// Where a program is that is named by a path or looked up in PATH; the name itself if it is nowhere.
+/// The path of a program that is given as a path or as a name in PATH; `name` itself if it is not found.
 pub fn find_program(name: &Path) -> PathBuf {
     if name.components().count() > 1 {
         return name.to_owned();
@@ -89,7 +91,7 @@ pub fn find_program(name: &Path) -> PathBuf {
         .unwrap_or_else(|| name.to_owned())
 }
 
-/// What to do about a program that is not there.
+/// What to do about a program that is missing.
 pub(super) fn hint(program: &Path) -> String {
     let name = program.file_name().unwrap_or(program.as_os_str()).to_string_lossy();
     let package = match &*name {
@@ -111,7 +113,7 @@ mod tests {
     fn output_is_bounded_and_both_pipes_are_read() {
         let script = "head -c 300000 /dev/zero >&2; head -c 300000 /dev/zero; exit 3";
         let output = Spawn::new("sh").args(["-c", script]).run().unwrap();
-        assert_eq!(output.exit, Exit::Code(3));
+        assert_eq!(output.exit, ProcessExit::Code(3));
         assert_eq!((output.stdout.len(), output.stderr.len()), (KEPT, KEPT));
     }
 

@@ -1,43 +1,47 @@
-//! From a source to its disk.
+//! Builds the disk of a source.
 
-use std::fs::File;
-use std::sync::mpsc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::{
+    fs::File,
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use rustix::fs::{fstatvfs, ftruncate};
 use sha2::{Digest as _, Sha256};
 
-use super::ext4::{self, BLOCK, INODE};
-use super::hashing;
-use super::key::Key;
-use super::lock::Lock;
-use super::mkfs::Mke2fs;
-use super::source::Recognised;
-use super::store::{self, DISK, Metadata, Opened};
-use super::tree::Tree;
-use super::view::View;
-use super::{BuildOptions, LARGEST, Progress, Rootdisk, RootdiskCache, RootdiskError, RootfsSource};
+use super::{
+    BuildOptions, LARGEST, Rootdisk, RootdiskCache, RootdiskError, RootdiskProgress, RootfsSource,
+    ext4::{self, BLOCK, INODE},
+    hashing,
+    key::RootdiskKey,
+    lock::Lock,
+    mkfs::Mke2fs,
+    source::Recognised,
+    source_mount::SourceMount,
+    store::{self, DISK, DiskMetadata, Opened},
+    tree::SourceTree,
+};
 
 /// Bytes of hashed content between two reports.
 const REPORT: u64 = 8 << 20;
 
-type Phases = Vec<(&'static str, Duration)>;
+type PhaseTimes = Vec<(&'static str, Duration)>;
 
 impl RootdiskCache {
-    /// Finds or builds the disk of a root file system. Blocks; whoever else asks for the same waits, and gets what the
-    /// first one built.
+    /// Finds or builds the disk of a root file system. Blocks. Other callers that ask for the same disk wait,
+    /// and get what the first one has built.
     ///
     /// # Errors
-    /// The source cannot be read or changes meanwhile, the cache's file system is full, mke2fs is missing or fails.
-    /// Nothing is left of what was begun.
+    /// The source cannot be read or changes meanwhile, the cache's file system is full, mke2fs is missing or
+    /// fails. Nothing is left of an incomplete disk.
     pub fn get_or_build(
         &self,
         source: &RootfsSource,
         options: &BuildOptions,
-        progress: &mut dyn FnMut(Progress),
+        progress: &mut dyn FnMut(RootdiskProgress),
     ) -> Result<Rootdisk, RootdiskError> {
-        let mut phases = Phases::new();
+        let mut phases = PhaseTimes::new();
         let mut recognised = timed(&mut phases, "identity", || source.recognise(options))?;
         if let Some((key, opened)) = self.known(&recognised)? {
             return Ok(self.rootdisk(key, opened, true, phases));
@@ -47,10 +51,10 @@ impl RootdiskCache {
             return Ok(self.rootdisk(key, opened, true, phases));
         }
         self.store.sweep()?;
-        let (view, tree) = timed(&mut phases, "walk", || recognised.walk())?;
+        let (mount, tree) = timed(&mut phases, "walk", || recognised.walk())?;
         let shape = tree.shape();
         let _shape = self.lock("shape", shape, &mut phases, progress)?;
-        let job = Job { cache: self, source, options, view, tree, shape: shape.to_string() };
+        let job = Job { cache: self, source, options, mount, tree, shape: shape.to_string() };
         let (key, opened, cached) = job.run(&recognised, &mut phases, progress)?;
         self.index
             .write(&self.index.dir.join(recognised.identity.to_string()), key.to_string().as_bytes())?;
@@ -60,16 +64,18 @@ impl RootdiskCache {
     /// The finished disk of that key, if there is one.
     ///
     /// # Errors
-    /// It cannot be read.
-    pub fn get(&self, key: Key) -> Result<Option<Rootdisk>, RootdiskError> {
+    /// The disk cannot be read.
+    pub fn get(&self, key: RootdiskKey) -> Result<Option<Rootdisk>, RootdiskError> {
         let opened = self.store.get(&key.to_string())?;
-        Ok(opened.map(|opened| self.rootdisk(key, opened, true, Phases::new())))
+        Ok(opened.map(|opened| self.rootdisk(key, opened, true, PhaseTimes::new())))
     }
 
-    /// The disk that the index has for a source. An index that cannot be read is no reason to fail.
-    fn known(&self, recognised: &Recognised) -> Result<Option<(Key, Opened)>, RootdiskError> {
+    /// The disk of a source according to the index. An index entry that cannot be read is ignored.
+    fn known(&self, recognised: &Recognised) -> Result<Option<(RootdiskKey, Opened)>, RootdiskError> {
         let path = self.index.dir.join(recognised.identity.to_string());
-        let key = store::read(&path).ok().and_then(|text| String::from_utf8(text).ok()?.parse::<Key>().ok());
+        let key = store::read(&path)
+            .ok()
+            .and_then(|text| String::from_utf8(text).ok()?.parse::<RootdiskKey>().ok());
         match key {
             Some(key) => Ok(self.store.get(&key.to_string())?.map(|opened| (key, opened))),
             None => Ok(None),
@@ -79,26 +85,26 @@ impl RootdiskCache {
     fn lock(
         &self,
         kind: &str,
-        key: Key,
-        phases: &mut Phases,
-        progress: &mut dyn FnMut(Progress),
+        key: RootdiskKey,
+        phases: &mut PhaseTimes,
+        progress: &mut dyn FnMut(RootdiskProgress),
     ) -> Result<Lock, RootdiskError> {
         let path = self.locks.dir.join(format!("{kind}-{key}"));
         let mut since = None;
         let lock = Lock::acquire(&path, || {
             since = Some(Instant::now());
-            progress(Progress::Waiting);
+            progress(RootdiskProgress::Waiting);
         });
         phases.extend(since.map(|since| ("wait", since.elapsed())));
         lock.map_err(|error| self.locks.error("lock", &path, error))
     }
 
-    fn rootdisk(&self, key: Key, opened: Opened, cached: bool, phases: Phases) -> Rootdisk {
+    fn rootdisk(&self, key: RootdiskKey, opened: Opened, cached: bool, phases: PhaseTimes) -> Rootdisk {
         let path = self.store.path(&key.to_string(), DISK);
         Rootdisk { key, path, file: opened.file, size: opened.metadata.size, cached, phases }
     }
 
-    /// Whether there may be a disk of a tree of this shape.
+    /// Whether the cache may have a disk of a tree of this shape.
     fn has_shape(&self, shape: &str) -> Result<bool, RootdiskError> {
         for name in self.store.names()? {
             if self.store.metadata(&name)?.is_some_and(|metadata| metadata.shape == shape) {
@@ -114,8 +120,8 @@ struct Job<'a> {
     cache: &'a RootdiskCache,
     source: &'a RootfsSource,
     options: &'a BuildOptions,
-    view: View,
-    tree: Tree,
+    mount: SourceMount,
+    tree: SourceTree,
     shape: String,
 }
 
@@ -123,17 +129,17 @@ impl Job<'_> {
     fn run(
         &self,
         recognised: &Recognised,
-        phases: &mut Phases,
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<(Key, Opened, bool), RootdiskError> {
+        phases: &mut PhaseTimes,
+        progress: &mut dyn FnMut(RootdiskProgress),
+    ) -> Result<(RootdiskKey, Opened, bool), RootdiskError> {
         let store = &self.cache.store;
         let size = self.size()?;
         let (files, bytes) = (self.tree.files().count() as u64, self.tree.content_bytes());
-        progress(Progress::Converting { files, bytes });
+        progress(RootdiskProgress::Converting { files, bytes });
         let (key, disk) = if self.cache.has_shape(&self.shape)? {
-            let mut reports = Reports::new(bytes, &mut *progress);
+            let mut reports = ProgressReports::new(bytes, &mut *progress);
             let key =
-                timed(phases, "hash", || hashing::key(&self.view, &self.tree, size, |n| reports.add(n)))?;
+                timed(phases, "hash", || hashing::key(&self.mount, &self.tree, size, |n| reports.add(n)))?;
             if let Some(opened) = store.get(&key.to_string())? {
                 return Ok((key, opened, true));
             }
@@ -141,41 +147,41 @@ impl Job<'_> {
         } else {
             self.hash_and_convert(size, files, phases, progress)?
         };
-        progress(Progress::Finishing);
+        progress(RootdiskProgress::Finishing);
         let (disk, mke2fs) = disk;
         let finished = timed(phases, "normalise", || {
-            ext4::normalise(&disk, &self.tree, ext4::Marks::Kept)
+            ext4::normalise(&disk, &self.tree, ext4::OriginMarks::Kept)
                 .and_then(|()| ext4::set_uuid(&disk, uuid(key, &mke2fs)))
         });
         finished.map_err(|source| RootdiskError::Finish { root: self.source.name().to_owned(), source })?;
         if recognised.mutable {
-            timed(phases, "check", || self.tree.unchanged(&Tree::walk(&self.view)?))?;
+            timed(phases, "check", || self.tree.unchanged(&SourceTree::walk(&self.mount)?))?;
         }
-        let mut metadata = Metadata::new(size, self.source.describe(), self.shape.clone(), &mke2fs);
+        let mut metadata = DiskMetadata::new(size, self.source.describe(), self.shape.clone(), &mke2fs);
         (metadata.files, metadata.content) = (files, bytes);
         let opened = timed(phases, "publish", || store.publish(&key.to_string(), &disk, metadata))?;
         Ok((key, opened, false))
     }
 
-    /// Hashes on one core while mke2fs runs on another; both read the same files at about the same time, so that they
-    /// come from the medium once.
+    /// Hashes on one core while mke2fs runs on another. Both read the same files at about the same time, so
+    /// each file is read from the host's disk only once.
     fn hash_and_convert(
         &self,
         size: u64,
         files: u64,
-        phases: &mut Phases,
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<(Key, (File, String)), RootdiskError> {
+        phases: &mut PhaseTimes,
+        progress: &mut dyn FnMut(RootdiskProgress),
+    ) -> Result<(RootdiskKey, (File, String)), RootdiskError> {
         let (sender, reports) = mpsc::channel();
         let total = self.tree.content_bytes();
         thread::scope(|scope| {
             let hash = scope.spawn(move || {
-                let mut counted = Reports::new(total, |report| {
-                    // Nobody listens any more only when the other side has panicked.
+                let mut counted = ProgressReports::new(total, |report| {
+                    // Sending fails only if the receiving side has panicked.
                     let _ = sender.send(report);
                 });
                 let start = Instant::now();
-                (hashing::key(&self.view, &self.tree, size, |n| counted.add(n)), start.elapsed())
+                (hashing::key(&self.mount, &self.tree, size, |n| counted.add(n)), start.elapsed())
             });
             let convert = scope.spawn(|| {
                 let start = Instant::now();
@@ -189,7 +195,7 @@ impl Job<'_> {
         })
     }
 
-    /// The disk as mke2fs makes it, without a name, and mke2fs's version.
+    /// Makes the disk by mke2fs, as an unnamed file. Also returns mke2fs's version.
     fn convert(&self, size: u64, files: u64) -> Result<(File, String), RootdiskError> {
         let store = &self.cache.store;
         let mke2fs = Mke2fs::find(&self.options.mke2fs)?;
@@ -204,11 +210,12 @@ impl Job<'_> {
             return Err(RootdiskError::NoSpace { dir: store.dir.clone(), needed, free });
         }
         // The first ten inodes are reserved, the eleventh is lost+found.
-        mke2fs.base(self.view.share()?, &disk, &store.dir, files + 16, needed)?;
+        mke2fs.base(self.mount.share()?, &disk, &store.dir, files + 16, needed)?;
         Ok((disk, mke2fs.version))
     }
 
-    /// 2.5 times the tree, which leaves room for what else a file system consists of; at least what was asked for.
+    /// 2.5 times the size of the tree, which leaves room for the file system's own structures; at least
+    /// `min_size`.
     fn size(&self) -> Result<u64, RootdiskError> {
         let tree = self.tree.disk_bytes() + (16 * INODE + 64 * BLOCK) as u64;
         let size = (tree.saturating_mul(5) / 2).max(self.options.min_size).next_multiple_of(BLOCK as u64);
@@ -216,27 +223,27 @@ impl Job<'_> {
     }
 }
 
-/// One for each layout: what a guest has noted of a file's number is not to be believed on a disk of the same files that
-/// another version of mke2fs has made.
-fn uuid(key: Key, mke2fs: &str) -> [u8; 16] {
+/// The UUID of a layout: what a guest has recorded about inode numbers is not valid on a disk of the same
+/// files that another version of mke2fs has made.
+fn uuid(key: RootdiskKey, mke2fs: &str) -> [u8; 16] {
     let digest: [u8; 32] = Sha256::digest(format!("machinen base {key} {mke2fs}")).into();
     let mut uuid = [0; 16];
     uuid.copy_from_slice(&digest[..16]);
-    // Version and variant for what is no random number and no time (RFC 9562, version 8).
+    // Version and variant of a UUID that is neither random nor made of a time (RFC 9562, version 8).
     uuid[6] = 0x80 | uuid[6] & 0x0f;
     uuid[8] = 0x80 | uuid[8] & 0x3f;
     uuid
 }
 
 /// Turns many small steps into few reports.
-struct Reports<F> {
+struct ProgressReports<F> {
     report: F,
     done: u64,
     reported: u64,
     total: u64,
 }
 
-impl<F: FnMut(Progress)> Reports<F> {
+impl<F: FnMut(RootdiskProgress)> ProgressReports<F> {
     fn new(total: u64, report: F) -> Self {
         Self { report, done: 0, reported: 0, total }
     }
@@ -245,12 +252,12 @@ impl<F: FnMut(Progress)> Reports<F> {
         self.done += bytes;
         if self.done - self.reported >= REPORT || self.done == self.total {
             self.reported = self.done;
-            (self.report)(Progress::Hashed { done: self.done, total: self.total });
+            (self.report)(RootdiskProgress::Hashed { done: self.done, total: self.total });
         }
     }
 }
 
-fn timed<T>(phases: &mut Phases, name: &'static str, work: impl FnOnce() -> T) -> T {
+fn timed<T>(phases: &mut PhaseTimes, name: &'static str, work: impl FnOnce() -> T) -> T {
     let start = Instant::now();
     let result = work();
     phases.push((name, start.elapsed()));

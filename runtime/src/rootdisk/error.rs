@@ -1,11 +1,12 @@
-//! Why there is no disk.
+//! The errors of the cache of disks.
 
-use std::io;
-use std::path::PathBuf;
+use std::{io, path::PathBuf};
 
 use super::ext4::Ext4Error;
-use crate::error::{ErrorKind, HasKind};
-use crate::process::ProcessError;
+use crate::{
+    error::{ErrorKind, HasKind},
+    process::ProcessError,
+};
 
 /// Why a disk could not be found, made or removed.
 #[derive(Debug, thiserror::Error)]
@@ -15,7 +16,7 @@ pub enum RootdiskError {
     #[error("cannot {action} {path} of the root file system {}", root.display())]
     Source { action: &'static str, path: String, root: PathBuf, source: io::Error },
     #[error("cannot {action} {}", path.display())]
-    View { action: &'static str, path: PathBuf, source: io::Error },
+    Mount { action: &'static str, path: PathBuf, source: io::Error },
     #[error("the root file system has no layers")]
     NoLayers,
     #[error("{path} in the root file system has an unknown type")]
@@ -70,7 +71,7 @@ impl HasKind for RootdiskError {
             | Self::OldMke2fs { .. }
             | Self::NotWritable { .. } => ErrorKind::FailedPrecondition,
             Self::NoSpace { .. } | Self::UpperTooLarge { .. } => ErrorKind::ResourceExhausted,
-            Self::Cache { source, .. } | Self::View { source, .. } | Self::Source { source, .. } => {
+            Self::Cache { source, .. } | Self::Mount { source, .. } | Self::Source { source, .. } => {
                 of_io(source)
             }
             Self::Writable { source, .. } => of_io(source),
@@ -89,7 +90,7 @@ fn of_io(error: &io::Error) -> ErrorKind {
     }
 }
 
-/// Rounded up, so that a lack is never shown as none.
+/// Rounded up, so that a small amount is not shown as 0.
 fn mib(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
 }

@@ -1,37 +1,41 @@
-//! The key of a tree: reads all contents and extended attributes.
+//! Computes the key of a tree. All contents and extended attributes are read for it.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt as _;
+use std::{fs::File, os::unix::fs::FileExt as _};
 
-use rustix::fs::{SeekFrom, fgetxattr, flistxattr, fstat, lgetxattr, llistxattr, seek};
-use rustix::io::Errno;
+use rustix::{
+    fs::{SeekFrom, fgetxattr, flistxattr, fstat, lgetxattr, llistxattr, seek},
+    io::Errno,
+};
 
-use super::RootdiskError;
-use super::content::Content;
-use super::key::Key;
-use super::manifest::{Kind, Manifest, Node, Record, Xattrs};
-use super::tree::{Entry, Tree, lossy};
-use super::view::{View, open_in};
+use super::{
+    RootdiskError,
+    file_digest::FileDigest,
+    key::RootdiskKey,
+    manifest::{FileKind, FileRecord, RecordData, TreeManifest, Xattrs},
+    source_mount::{SourceMount, open_in},
+    tree::{SourceTree, TreeEntry, lossy},
+};
 
 /// Bytes read at once; a multiple of the block size.
 const BUFFER: usize = 256 << 10;
-/// The kernel's limits of a list of names and of a value.
+/// The kernel's limit of a list of attribute names, and of an attribute's value.
 const XATTR_MAX: usize = 64 << 10;
 
-/// The key of the disk of `disk_size` bytes that is made of the tree. `done` is told how many bytes were read.
+/// The key of the disk of `disk_size` bytes that is made of the tree. `done` is called with the number of
+/// bytes of each file that was read.
 ///
 /// # Errors
-/// A file that cannot be read, or whose size is not what the walk saw.
+/// A file cannot be read, or its size is not what the walk saw.
 pub(super) fn key(
-    view: &View,
-    tree: &Tree,
+    mount: &SourceMount,
+    tree: &SourceTree,
     disk_size: u64,
     mut done: impl FnMut(u64),
-) -> Result<Key, RootdiskError> {
-    let mut manifest = Manifest::new(disk_size);
+) -> Result<RootdiskKey, RootdiskError> {
+    let mut manifest = TreeManifest::new(disk_size);
     let mut buffer = vec![0; BUFFER];
     // The directory of the last entry: most of the next ones are in it too.
-    let mut dir = (Vec::new(), view.open(b"")?);
+    let mut dir = (Vec::new(), mount.open(b"")?);
     for entry in &tree.entries {
         if let Some(first) = entry.first {
             manifest.add_link(&entry.path, &tree.entries[first].path);
@@ -39,29 +43,36 @@ pub(super) fn key(
         }
         let parent = entry.parent().strip_suffix(b"/").unwrap_or_default();
         if dir.0 != parent {
-            dir = (parent.to_vec(), view.open(parent)?);
+            dir = (parent.to_vec(), mount.open(parent)?);
         }
         let open = || {
             let name = if entry.path.is_empty() { b"." } else { entry.name() };
-            open_in(&dir.1, name).map_err(|error| view.error("open", &entry.path, error))
+            open_in(&dir.1, name).map_err(|error| mount.error("open", &entry.path, error))
         };
         let (xattrs, node) = match entry.kind {
-            Kind::File => {
+            FileKind::File => {
                 let file = File::from(open()?);
-                let content = content(view, entry, &file, &mut buffer)?;
+                let content = content(mount, entry, &file, &mut buffer)?;
                 done(entry.size);
-                (xattrs(view, entry, Some(&file), &mut buffer)?, Node::File { size: entry.size, content })
+                (
+                    xattrs(mount, entry, Some(&file), &mut buffer)?,
+                    RecordData::File { size: entry.size, content },
+                )
             }
-            Kind::Directory => (xattrs(view, entry, Some(&open()?.into()), &mut buffer)?, Node::Other),
-            Kind::Symlink => {
-                (xattrs(view, entry, None, &mut buffer)?, Node::Symlink { target: &entry.target })
+            FileKind::Directory => {
+                (xattrs(mount, entry, Some(&open()?.into()), &mut buffer)?, RecordData::Other)
             }
-            Kind::Character | Kind::Block => {
-                (xattrs(view, entry, None, &mut buffer)?, Node::Device { number: entry.rdev })
+            FileKind::Symlink => {
+                (xattrs(mount, entry, None, &mut buffer)?, RecordData::Symlink { target: &entry.target })
             }
-            Kind::Fifo | Kind::Socket => (xattrs(view, entry, None, &mut buffer)?, Node::Other),
+            FileKind::Character | FileKind::Block => {
+                (xattrs(mount, entry, None, &mut buffer)?, RecordData::Device { number: entry.rdev })
+            }
+            FileKind::Fifo | FileKind::Socket => {
+                (xattrs(mount, entry, None, &mut buffer)?, RecordData::Other)
+            }
         };
-        manifest.add(&Record {
+        manifest.add(&FileRecord {
             path: &entry.path,
             kind: entry.kind,
             mode: entry.mode,
@@ -75,11 +86,16 @@ pub(super) fn key(
     Ok(manifest.finish())
 }
 
-fn content(view: &View, entry: &Entry, file: &File, buffer: &mut [u8]) -> Result<[u8; 32], RootdiskError> {
-    let mut content = Content::new();
-    let failed = |source| view.error("read", &entry.path, source);
+fn content(
+    mount: &SourceMount,
+    entry: &TreeEntry,
+    file: &File,
+    buffer: &mut [u8],
+) -> Result<[u8; 32], RootdiskError> {
+    let mut content = FileDigest::new();
+    let failed = |source| mount.error("read", &entry.path, source);
     let stat = fstat(file).map_err(|error| failed(error.into()))?;
-    if Kind::of(stat.st_mode) != Some(Kind::File) || stat.st_size as u64 != entry.size {
+    if FileKind::of(stat.st_mode) != Some(FileKind::File) || stat.st_size as u64 != entry.size {
         return Err(RootdiskError::Changed { path: lossy(&entry.path) });
     }
     let sparse = entry.allocated < entry.size;
@@ -87,7 +103,7 @@ fn content(view: &View, entry: &Entry, file: &File, buffer: &mut [u8]) -> Result
     while offset < entry.size {
         if sparse {
             match seek(file, SeekFrom::Data(offset)) {
-                // Down to the start of the block; what is before the data reads as zeros.
+                // Rounded down to the start of the block; the bytes before the data read as zeros.
                 Ok(data) => offset = data - data % super::ext4::BLOCK as u64,
                 Err(Errno::NXIO) => break,
                 Err(error) => return Err(failed(error.into())),
@@ -101,15 +117,15 @@ fn content(view: &View, entry: &Entry, file: &File, buffer: &mut [u8]) -> Result
     Ok(content.finish())
 }
 
-/// Of the open file, or by its path where opening would do more than that.
+/// Reads the extended attributes of the open file, or by its path if opening it would have side effects.
 fn xattrs(
-    view: &View,
-    entry: &Entry,
+    mount: &SourceMount,
+    entry: &TreeEntry,
     file: Option<&File>,
     buffer: &mut [u8],
 ) -> Result<Xattrs, RootdiskError> {
-    let path = if file.is_none() { view.path_of(&entry.path) } else { Vec::new() };
-    let failed = |error: Errno| view.error("read the extended attributes of", &entry.path, error);
+    let path = if file.is_none() { mount.path_of(&entry.path) } else { Vec::new() };
+    let failed = |error: Errno| mount.error("read the extended attributes of", &entry.path, error);
     let (names, values) = buffer.split_at_mut(XATTR_MAX);
     let listed = match file {
         Some(file) => flistxattr(file, &mut *names),

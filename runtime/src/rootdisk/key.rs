@@ -1,42 +1,42 @@
 //! The name of a disk in the cache.
 
-use std::fmt;
-use std::str::FromStr;
+use std::{fmt, str::FromStr};
 
-/// A SHA-256: of a tree's manifest (the key of a disk), or of how a source is recognised without reading it.
+/// A SHA-256 digest: of a tree's manifest (the key of a disk), or of what identifies a source without reading
+/// it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Key([u8; 32]);
+pub struct RootdiskKey([u8; 32]);
 
-/// Text that is not 64 hexadecimal digits.
+/// The text is not 64 hexadecimal digits.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{text:?} is not a rootdisk key (64 hexadecimal digits)")]
-pub struct KeyError {
+pub struct RootdiskKeyError {
     text: String,
 }
 
-impl Key {
+impl RootdiskKey {
     pub fn new(digest: [u8; 32]) -> Self {
         Self(digest)
     }
 }
 
-impl fmt::Display for Key {
+impl fmt::Display for RootdiskKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }
 
-impl fmt::Debug for Key {
+impl fmt::Debug for RootdiskKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Key({self})")
+        write!(f, "RootdiskKey({self})")
     }
 }
 
-impl FromStr for Key {
-    type Err = KeyError;
+impl FromStr for RootdiskKey {
+    type Err = RootdiskKeyError;
 
-    fn from_str(text: &str) -> Result<Self, KeyError> {
-        let error = || KeyError { text: text.to_owned() };
+    fn from_str(text: &str) -> Result<Self, RootdiskKeyError> {
+        let error = || RootdiskKeyError { text: text.to_owned() };
         let digits = text.as_bytes();
         if digits.len() != 64 || !digits.iter().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f')) {
             return Err(error());
@@ -56,10 +56,10 @@ mod tests {
 
     #[test]
     fn text_and_back() {
-        let key = Key::new(std::array::from_fn(|index| index as u8 * 7));
+        let key = RootdiskKey::new(std::array::from_fn(|index| index as u8 * 7));
         assert_eq!(key.to_string().parse(), Ok(key));
         for bad in ["", "00", &"0".repeat(65), &"A".repeat(64), &format!("+{}", "0".repeat(63))] {
-            assert!(bad.parse::<Key>().is_err(), "{bad}");
+            assert!(bad.parse::<RootdiskKey>().is_err(), "{bad}");
         }
     }
 }

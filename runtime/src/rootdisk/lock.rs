@@ -1,17 +1,22 @@
-//! Locks by name, between threads and processes: whoever comes second waits for the first to let go or die.
+//! Locks by name, between threads and processes. A caller waits until the current holder releases the lock or
+//! dies.
 //!
-//! A lock is a flock(2) on a file that exists only while it is held or waited for, so it leaves nothing behind but
-//! after a kill, and then an empty file that the next holder removes.
+//! A lock is a flock(2) on a file that exists only while the lock is held or waited for. After a kill an
+//! empty file remains, which the next holder removes.
 
-use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
-use std::path::{Path, PathBuf};
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+};
 
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
 
-/// A held lock; dropping it lets the next one in.
+/// A held lock. Dropping it releases the lock.
 #[derive(Debug)]
 pub(super) struct Lock {
     path: PathBuf,
@@ -19,21 +24,21 @@ pub(super) struct Lock {
 }
 
 impl Lock {
-    /// Calls `waiting` once if somebody else holds the lock, then waits.
+    /// Acquires a lock. If another caller holds it, calls `waiting` once and waits.
     pub(super) fn acquire(path: &Path, mut waiting: impl FnMut()) -> io::Result<Self> {
-        let mut told = false;
+        let mut reported = false;
         loop {
             let file = open(path)?;
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Err(Errno::WOULDBLOCK) => {
-                    if !std::mem::replace(&mut told, true) {
+                    if !std::mem::replace(&mut reported, true) {
                         waiting();
                     }
-                    lock_interruptible(&file)?;
+                    lock_blocking(&file)?;
                 }
                 result => result?,
             }
-            // The holder before removed the file: those who come now lock another one.
+            // The previous holder may have removed the file meanwhile. Later callers lock another one.
             if is_at(&file, path)? {
                 return Ok(Self { path: path.to_owned(), _file: file });
             }
@@ -49,7 +54,7 @@ impl Drop for Lock {
     }
 }
 
-fn lock_interruptible(file: &File) -> io::Result<()> {
+fn lock_blocking(file: &File) -> io::Result<()> {
     loop {
         match flock(file, FlockOperation::LockExclusive) {
             Err(Errno::INTR) => {}
@@ -62,7 +67,7 @@ fn open(path: &Path) -> io::Result<File> {
     File::options().write(true).create(true).truncate(false).mode(0o600).open(path)
 }
 
-/// Whether the open file is the one that has this path now.
+/// Whether the open file is the one that the path names now.
 pub(super) fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     let open = file.metadata()?;
     match fs::symlink_metadata(path) {
@@ -74,8 +79,9 @@ pub(super) fn is_at(file: &File, path: &Path) -> io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
 
     #[test]
     fn one_at_a_time_and_nothing_left() {
@@ -103,12 +109,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lock");
         fs::write(&path, "").unwrap();
-        let lock = Lock::acquire(&path, || panic!("nobody holds it")).unwrap();
-        let (sender, told) = std::sync::mpsc::channel();
+        let lock = Lock::acquire(&path, || panic!("the lock is free")).unwrap();
+        let (sender, waits) = std::sync::mpsc::channel();
         std::thread::scope(|scope| {
             let path = &path;
             let second = scope.spawn(move || Lock::acquire(path, || sender.send(()).unwrap()).map(drop));
-            told.recv().unwrap();
+            waits.recv().unwrap();
             drop(lock);
             second.join().unwrap().unwrap();
         });

@@ -1,59 +1,62 @@
-//! Looking after the cache: what is in it, whether it is whole, and what may go.
+//! Lists, verifies and removes the disks of the cache.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::{
+    fs,
+    os::unix::fs::MetadataExt as _,
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
 
 use rustix::fs::{major, minor};
 
-use super::ext4;
-use super::key::Key;
-use super::store::{self, DISK, Metadata, Unusable};
-use super::{RootdiskCache, RootdiskError};
+use super::{
+    RootdiskCache, RootdiskError, ext4,
+    key::RootdiskKey,
+    store::{self, DISK, DiskMetadata, Unusable},
+};
 
 /// A disk in the cache.
 #[derive(Debug, Clone)]
-pub struct Listed {
-    pub key: Key,
+pub struct ListedDisk {
+    pub key: RootdiskKey,
     pub path: PathBuf,
-    /// Bytes that it seems to have.
+    /// The apparent size, bytes.
     pub size: u64,
-    /// Bytes that it takes.
+    /// The allocated size, bytes.
     pub allocated: u64,
-    pub state: State,
-    /// Processes that hold it in use, each as often as it does.
+    pub state: DiskState,
+    /// Processes that use the disk, each once for every use.
     pub users: Vec<u32>,
     pub used: Option<SystemTime>,
-    pub metadata: Option<Metadata>,
+    pub metadata: Option<DiskMetadata>,
 }
 
-/// Whether a disk would be used.
+/// Whether a disk can be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum State {
+pub enum DiskState {
     Ready,
-    /// Being built right now, or what is left of somebody who was killed over it.
+    /// A build is running, or a build was killed.
     Unfinished,
     Damaged(Unusable),
 }
 
-/// Which of the disks that nobody uses are removed: those that meet both conditions, and all that are not ready.
+/// Which unused disks are removed: those that meet both conditions, and all that are not ready.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Prune {
-    /// Not used for so long.
+    /// Not used for at least this time.
     pub older_than: Option<Duration>,
-    /// As long as the cache takes more than these bytes, the least recently used first.
+    /// While the cache takes more than this many bytes, the least recently used ones first.
     pub keep_bytes: Option<u64>,
-    /// Only say what would be removed.
+    /// Only report what would be removed.
     pub dry_run: bool,
 }
 
 /// What [`RootdiskCache::prune`] did.
 #[derive(Debug, Clone, Default)]
 pub struct Pruned {
-    pub removed: Vec<Listed>,
-    /// Would have gone, but came into use.
-    pub in_use: Vec<Listed>,
+    pub removed: Vec<ListedDisk>,
+    /// Disks that meet the conditions, but are in use.
+    pub in_use: Vec<ListedDisk>,
 }
 
 impl RootdiskCache {
@@ -61,35 +64,35 @@ impl RootdiskCache {
     ///
     /// # Errors
     /// The directory cannot be read.
-    pub fn list(&self) -> Result<Vec<Listed>, RootdiskError> {
+    pub fn list(&self) -> Result<Vec<ListedDisk>, RootdiskError> {
         let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
         let mut found = Vec::new();
         for name in self.store.names()? {
-            let Ok(key) = name.parse::<Key>() else { continue };
+            let Ok(key) = name.parse::<RootdiskKey>() else { continue };
             let path = self.store.path(&name, DISK);
-            // Gone since the directory was read.
+            // The disk was removed after the directory was read.
             let Ok(file) = fs::metadata(&path) else { continue };
             let users = lock_holders(&locks, file.dev(), file.ino());
             let state = match self.store.check(&name)? {
-                Ok(_) => State::Ready,
+                Ok(_) => DiskState::Ready,
                 Err(Unusable::Absent) => continue,
-                Err(Unusable::Unfinished) => State::Unfinished,
-                Err(damage) => State::Damaged(damage),
+                Err(Unusable::Unfinished) => DiskState::Unfinished,
+                Err(damage) => DiskState::Damaged(damage),
             };
             let (used, metadata) = (self.store.used(&name), self.store.metadata(&name)?);
             let (size, allocated) = (file.len(), file.blocks() * 512);
-            found.push(Listed { key, path, size, allocated, state, users, used, metadata });
+            found.push(ListedDisk { key, path, size, allocated, state, users, used, metadata });
         }
         found.sort_by_key(|listed| std::cmp::Reverse(listed.used));
         Ok(found)
     }
 
-    /// Reads a disk and compares all of it with its key. A damaged one is not used any more: the next start that needs
-    /// it builds it anew.
+    /// Reads a disk and compares all of it with its key. A damaged disk is not used any more: the next start
+    /// that needs it builds it again.
     ///
     /// # Errors
     /// The disk cannot be opened.
-    pub fn verify(&self, key: Key) -> Result<Result<(), Unusable>, RootdiskError> {
+    pub fn verify(&self, key: RootdiskKey) -> Result<Result<(), Unusable>, RootdiskError> {
         let name = key.to_string();
         let opened = match self.store.check(&name)? {
             Ok(opened) => opened,
@@ -104,7 +107,7 @@ impl RootdiskCache {
         Ok(Err(damage))
     }
 
-    /// Removes disks that nobody uses.
+    /// Removes unused disks.
     ///
     /// # Errors
     /// A file cannot be removed.
@@ -117,7 +120,7 @@ impl RootdiskCache {
             let age = disk.used.and_then(|used| now.duration_since(used).ok()).unwrap_or_default();
             let old = what.older_than.is_none_or(|limit| age >= limit);
             let too_much = what.keep_bytes.is_none_or(|budget| total > budget);
-            if disk.state == State::Ready && !(old && too_much) {
+            if disk.state == DiskState::Ready && !(old && too_much) {
                 continue;
             }
             let free = if what.dry_run {
@@ -134,18 +137,19 @@ impl RootdiskCache {
         }
         if !what.dry_run {
             self.forget_removed()?;
-            self.templates.sweep()?;
+            self.blanks.sweep()?;
         }
         Ok(pruned)
     }
 
-    /// Removes from the index what leads nowhere.
+    /// Removes index entries whose disk does not exist.
     fn forget_removed(&self) -> Result<(), RootdiskError> {
         let failed = |error| self.index.error("list", &self.index.dir, error);
         for entry in fs::read_dir(&self.index.dir).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
-            let key =
-                store::read(&path).ok().and_then(|text| String::from_utf8(text).ok()?.parse::<Key>().ok());
+            let key = store::read(&path)
+                .ok()
+                .and_then(|text| String::from_utf8(text).ok()?.parse::<RootdiskKey>().ok());
             if key.is_none_or(|key| !self.store.path(&key.to_string(), DISK).exists()) {
                 self.index.remove_file(&path)?;
             }
@@ -159,7 +163,7 @@ fn lock_holders(locks: &str, device: u64, inode: u64) -> Vec<u32> {
     let file = format!("{:02x}:{:02x}:{inode}", major(device), minor(device));
     let held = locks.lines().filter_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        // A line with an arrow is of one who waits.
+        // A line with an arrow is about a process that waits for the lock.
         match fields[..] {
             [_, "FLOCK", _, _, pid, place, ..] if place == file => pid.parse().ok(),
             _ => None,

@@ -1,20 +1,21 @@
-//! What a disk's key is the digest of: every file of the tree with all that containers can see of it.
+//! The manifest of a tree, whose digest is the disk's key: every file with all properties that containers can
+//! see.
 //!
-//! Records come in the order of a walk that visits the names of a directory sorted by their bytes, and every field is
-//! prefixed by its length or has a fixed one, so that different trees never give the same bytes. Not in it, because
-//! they say when and where an image was unpacked: inode numbers, times of access and change, link counts beyond the
-//! tree, and the time of the root directory.
+//! Records are in the order of a walk that visits the names of a directory sorted by their bytes. Every field
+//! has a fixed length or is prefixed by its length, so that different trees never give the same bytes. Some
+//! properties are left out, because they depend on when and where an image was unpacked: inode numbers, times
+//! of access and change, link counts beyond the tree, and the time of the root directory.
 
 use sha2::{Digest as _, Sha256};
 
-use super::key::Key;
+use super::key::RootdiskKey;
 
 /// Part of every key: raise it when the bytes of a disk made of the same tree change.
 pub(super) const FORMAT: u32 = 1;
 
 /// The types of files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum FileKind {
     Fifo = 1,
     Character = 2,
     Directory = 4,
@@ -24,7 +25,7 @@ pub(super) enum Kind {
     Socket = 12,
 }
 
-impl Kind {
+impl FileKind {
     /// The type bits of `st_mode`, which are the same on an ext4 disk.
     pub(super) fn of(mode: u32) -> Option<Self> {
         Some(match (mode & 0o170_000) >> 12 {
@@ -43,24 +44,24 @@ impl Kind {
         (self as u32) << 12
     }
 
-    /// Whether a file may have several names.
+    /// Whether a file of this type may have several names.
     pub(super) fn may_be_linked(self) -> bool {
         self != Self::Directory
     }
 }
 
-/// A time as ext4 holds it: 34 bits of seconds since 1970 from 1901 on.
+/// A time as ext4 stores it: 34 bits of seconds, of which the first is in 1901.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Time {
+pub(super) struct Ext4Time {
     pub(super) seconds: i64,
     pub(super) nanoseconds: u32,
 }
 
-impl Time {
+impl Ext4Time {
     pub(super) const MIN: Self = Self { seconds: i32::MIN as i64, nanoseconds: 0 };
     pub(super) const MAX: Self = Self { seconds: i32::MAX as i64 + (3 << 32), nanoseconds: 999_999_999 };
 
-    /// The nearest time that ext4 holds.
+    /// The nearest time that ext4 can store.
     pub(super) fn clamped(seconds: i64, nanoseconds: u32) -> Self {
         Self { seconds, nanoseconds }.clamp(Self::MIN, Self::MAX)
     }
@@ -71,33 +72,33 @@ pub(super) type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
 
 /// One file of the tree, under the first of its names.
 #[derive(Debug)]
-pub(super) struct Record<'a> {
+pub(super) struct FileRecord<'a> {
     /// From the root, without a leading slash; empty for the root.
     pub(super) path: &'a [u8],
-    pub(super) kind: Kind,
+    pub(super) kind: FileKind,
     /// Permissions with setuid, setgid and sticky bit.
     pub(super) mode: u16,
     pub(super) uid: u32,
     pub(super) gid: u32,
-    pub(super) mtime: Time,
+    pub(super) mtime: Ext4Time,
     /// Sorted by name.
     pub(super) xattrs: &'a [(Vec<u8>, Vec<u8>)],
-    pub(super) node: Node<'a>,
+    pub(super) node: RecordData<'a>,
 }
 
-/// What only some types have.
+/// The properties that only some types of files have.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Node<'a> {
+pub(super) enum RecordData<'a> {
     File { size: u64, content: [u8; 32] },
     Symlink { target: &'a [u8] },
     Device { number: (u32, u32) },
     Other,
 }
 
-/// The digest in the making.
-pub(super) struct Manifest(Sha256);
+/// Computes the digest of a manifest.
+pub(super) struct TreeManifest(Sha256);
 
-impl Manifest {
+impl TreeManifest {
     /// `disk_size` in bytes.
     pub(super) fn new(disk_size: u64) -> Self {
         let mut digest = Sha256::new();
@@ -107,7 +108,7 @@ impl Manifest {
         Self(digest)
     }
 
-    pub(super) fn add(&mut self, record: &Record<'_>) {
+    pub(super) fn add(&mut self, record: &FileRecord<'_>) {
         self.0.update([record.kind as u8]);
         self.bytes(record.path);
         self.0.update(record.mode.to_le_bytes());
@@ -123,28 +124,28 @@ impl Manifest {
             self.bytes(value);
         }
         match record.node {
-            Node::File { size, content } => {
+            RecordData::File { size, content } => {
                 self.0.update(size.to_le_bytes());
                 self.0.update(content);
             }
-            Node::Symlink { target } => self.bytes(target),
-            Node::Device { number } => {
+            RecordData::Symlink { target } => self.bytes(target),
+            RecordData::Device { number } => {
                 self.0.update(number.0.to_le_bytes());
                 self.0.update(number.1.to_le_bytes());
             }
-            Node::Other => {}
+            RecordData::Other => {}
         }
     }
 
-    /// Another name of the file whose record has the path `first`.
+    /// Adds another name of the file whose record has the path `first`.
     pub(super) fn add_link(&mut self, path: &[u8], first: &[u8]) {
         self.0.update([0]);
         self.bytes(path);
         self.bytes(first);
     }
 
-    pub(super) fn finish(self) -> Key {
-        Key::new(self.0.finalize().into())
+    pub(super) fn finish(self) -> RootdiskKey {
+        RootdiskKey::new(self.0.finalize().into())
     }
 
     fn bytes(&mut self, bytes: &[u8]) {
@@ -155,8 +156,9 @@ impl Manifest {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     /// A record that owns what it refers to.
     #[derive(Debug, Clone, PartialEq)]
@@ -193,7 +195,7 @@ mod tests {
                     target,
                     device,
                 };
-                // What a type does not have is not in the manifest either.
+                // Properties that a type does not have are not in the manifest either.
                 if kind != 8 {
                     (record.size, record.content) = (0, [0; 32]);
                 }
@@ -208,23 +210,23 @@ mod tests {
         )
     }
 
-    fn key(records: &[Owned]) -> Key {
-        let mut manifest = Manifest::new(1 << 20);
+    fn key(records: &[Owned]) -> RootdiskKey {
+        let mut manifest = TreeManifest::new(1 << 20);
         for owned in records {
-            let kind = Kind::of(u32::from(owned.kind) << 12).unwrap();
+            let kind = FileKind::of(u32::from(owned.kind) << 12).unwrap();
             let node = match kind {
-                Kind::File => Node::File { size: owned.size, content: owned.content },
-                Kind::Symlink => Node::Symlink { target: &owned.target },
-                Kind::Character | Kind::Block => Node::Device { number: owned.device },
-                _ => Node::Other,
+                FileKind::File => RecordData::File { size: owned.size, content: owned.content },
+                FileKind::Symlink => RecordData::Symlink { target: &owned.target },
+                FileKind::Character | FileKind::Block => RecordData::Device { number: owned.device },
+                _ => RecordData::Other,
             };
-            manifest.add(&Record {
+            manifest.add(&FileRecord {
                 path: &owned.path,
                 kind,
                 mode: owned.mode,
                 uid: owned.owner.0,
                 gid: owned.owner.1,
-                mtime: Time { seconds: owned.mtime.0, nanoseconds: owned.mtime.1 },
+                mtime: Ext4Time { seconds: owned.mtime.0, nanoseconds: owned.mtime.1 },
                 xattrs: &owned.xattrs,
                 node,
             });
@@ -272,12 +274,12 @@ mod tests {
     #[test]
     fn the_root_has_no_time_and_links_have_a_file() {
         let root = |seconds| {
-            let mut manifest = Manifest::new(0);
-            let mtime = Time { seconds, nanoseconds: 0 };
-            let (path, node) = (&b""[..], Node::Other);
-            manifest.add(&Record {
+            let mut manifest = TreeManifest::new(0);
+            let mtime = Ext4Time { seconds, nanoseconds: 0 };
+            let (path, node) = (&b""[..], RecordData::Other);
+            manifest.add(&FileRecord {
                 path,
-                kind: Kind::Directory,
+                kind: FileKind::Directory,
                 mode: 0,
                 uid: 0,
                 gid: 0,
@@ -289,12 +291,12 @@ mod tests {
         };
         assert_eq!(root(1), root(2));
         let link = |first: &[u8]| {
-            let mut manifest = Manifest::new(0);
+            let mut manifest = TreeManifest::new(0);
             manifest.add_link(b"name", first);
             manifest.finish()
         };
         assert_ne!(link(b"a"), link(b"b"));
-        assert_ne!(Manifest::new(0).finish(), Manifest::new(1).finish());
+        assert_ne!(TreeManifest::new(0).finish(), TreeManifest::new(1).finish());
     }
 
     /// The keys of disks that exist: if this fails, raise [`FORMAT`].

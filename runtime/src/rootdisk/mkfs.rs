@@ -1,28 +1,32 @@
-//! mke2fs: found, old enough to be refused or not, and run with arguments under which nothing of the host gets in.
+//! Finds mke2fs, checks its version, and runs it with arguments that make its result independent of the host.
 
-use std::env;
-use std::ffi::OsStr;
-use std::fs::File;
-use std::io::{self, Write as _};
-use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::{
+    env,
+    ffi::OsStr,
+    fs::File,
+    io::{self, Write as _},
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
 
 use rustix::fs::{MemfdFlags, fstatvfs, memfd_create};
 
-use super::RootdiskError;
-use super::ext4::{BLOCK, INODE};
-use crate::process::{Namespaces, Output, ProcessError, Sandbox, Spawn, Stdio};
+use super::{
+    RootdiskError,
+    ext4::{BLOCK, INODE},
+};
+use crate::process::{Namespaces, ProcessError, Sandbox, Spawn, Stdio, ToolOutput};
 
-/// Overrides the configuration.
+/// The environment variable that overrides the configured program.
 pub const MKE2FS_VARIABLE: &str = "MACHINEN_MKE2FS";
 
 /// The first version that copies in sorted order, with the root's extended attributes, from any file system.
 const LEAST: (u32, u32) = (1, 46);
-/// Where Debian has it, and what PATH of a service or an unprivileged shell may lack.
+/// Debian's directory of mke2fs, which may be missing in the PATH of a service or an unprivileged shell.
 const SYSTEM_DIRS: [&str; 2] = ["/usr/sbin", "/sbin"];
 
-/// What is not given as an argument comes from a configuration file: not from the host's, but from one that says
-/// nothing. mke2fs wants to find a section for the types of file system that it guesses.
+/// Settings that are not arguments come from a configuration file: from this one, not from the host's. It has
+/// only the sections that mke2fs requires for the types of file systems that it guesses.
 const CONFIG: &str = "[fs_types]\n ext2 = {\n  blocksize = 4096\n }\n ext3 = {\n  blocksize = 4096\n }\n machinen = {\n  \
                       blocksize = 4096\n }\n";
 const COMMON: [(&str, &str); 4] = [
@@ -39,7 +43,7 @@ const WRITABLE: &str = "none,has_journal,ext_attr,dir_index,filetype,extent,64bi
 const UUID: &str = "6d616368-696e-656e-8000-000000000001";
 const HASH_SEED: &str = "6d616368-696e-656e-8000-000000000002";
 
-/// The program, known to be new enough.
+/// The program, whose version has been checked.
 #[derive(Debug)]
 pub(super) struct Mke2fs {
     program: PathBuf,
@@ -49,13 +53,13 @@ pub(super) struct Mke2fs {
 /// The version of the mke2fs that would be used. Blocks.
 ///
 /// # Errors
-/// It is not there, or too old.
+/// mke2fs is missing or too old.
 pub fn mke2fs_version(configured: &Path) -> Result<String, RootdiskError> {
     Mke2fs::find(configured).map(|mke2fs| mke2fs.version)
 }
 
 impl Mke2fs {
-    /// Finds `configured` (a path, or a name in PATH or the system's directories) and asks for its version.
+    /// Finds `configured` (a path, or a name in PATH or the system's directories) and checks its version.
     ///
     /// # Errors
     /// It is not there, or too old.
@@ -77,9 +81,10 @@ impl Mke2fs {
         Ok(Self { program, version })
     }
 
-    /// Makes `image`, as long as it already is, the disk of the tree below `root` with room for `inodes` files.
+    /// Makes `image` the disk of the tree below `root`, with room for `inodes` files. The disk gets the
+    /// length of `image`.
     ///
-    /// `needed` is how many bytes it will take, to tell a full file system from other failures.
+    /// `needed` is the number of bytes that the disk will take, for the error of a full file system.
     pub(super) fn base(
         &self,
         root: OwnedFd,
@@ -93,20 +98,20 @@ impl Mke2fs {
         self.run(&args, "", Stdio::Fd(root), image, dir, needed)
     }
 
-    /// Makes `image`, `size` bytes long, an empty file system with a journal. Nothing in it is left to be
-    /// zeroed by the guest: what was not written to a sparse file is zero.
+    /// Makes `image`, which is `size` bytes long, an empty file system with a journal. The guest has nothing
+    /// to initialise: the parts of a sparse file that were not written are zero.
     pub(super) fn writable(&self, image: &File, size: u64, dir: &Path) -> Result<(), RootdiskError> {
         let mut args = vec!["-O", WRITABLE, "-L", "machinen-rw", "-i", "16384"];
-        // The journal's blocks are taken one after the other, so that all of them are used in the end: not more than
-        // what is good for speed. Small file systems get less by themselves.
+        // All blocks of the journal are in use sooner or later, so it is only as large as performance
+        // requires. mke2fs gives small file systems less.
         if size >= 1 << 30 {
             args.extend(["-J", "size=32"]);
         }
         self.run(&args, ",lazy_journal_init=1", Stdio::Null, image, dir, 1 << 20)
     }
 
-    /// Makes `image` like [`Mke2fs::writable`], with the tree below `root` in it. Without checksums, so that the tree's
-    /// times can be set right afterwards.
+    /// Makes `image` like [`Mke2fs::writable`], with the tree below `root` in it. It has no checksums, so
+    /// that the tree's times can be corrected afterwards.
     pub(super) fn seeded(
         &self,
         root: OwnedFd,
@@ -147,7 +152,7 @@ impl Mke2fs {
         for (key, value) in COMMON {
             spawn = spawn.env(key, value);
         }
-        match spawn.run().and_then(Output::success) {
+        match spawn.run().and_then(ToolOutput::success) {
             Ok(_) => Ok(()),
             Err(source) => {
                 let full = matches!(&source, ProcessError::Failed { stderr, .. } if stderr.contains("No space left"));
@@ -163,7 +168,8 @@ impl Mke2fs {
     }
 }
 
-/// It needs its privileges to read all files and attributes, but nobody to talk to.
+/// The restrictions of mke2fs. It needs its privileges to read all files and attributes, but no network or
+/// IPC.
 fn sandbox() -> Sandbox {
     let namespaces = Namespaces { net: true, ipc: true, ..Namespaces::default() };
     Sandbox { namespaces, no_new_privileges: true, no_core: true, ..Sandbox::default() }

@@ -1,22 +1,22 @@
 //! The cache of ext4 disks made from image root file systems.
 //!
-//! A disk is named by a digest of the tree that it holds (its *key*), and its bytes are a function of that tree alone.
-//! How a source was recognised (its *identity*) costs next to nothing to compute and leads to the key, so that a start
-//! from a known image opens a file and that is all:
+//! A disk is named by a digest of the tree that it holds (its *key*), and its bytes are a function of that
+//! tree alone. The *identity* of a source is cheap to compute and leads to the key, so that a start from a
+//! known image only has to open a file:
 //!
 //! ```text
-//! source ── identity ──> index ──> KEY.ext4                          known: nothing is read
-//!    └─ lock identity ─> walk ─ lock shape ─┬─ shape known ─> hash ──> KEY.ext4 of another root of the same image
+//! source ── identity ──> index ──> KEY.ext4                        known: nothing is read
+//!    └─ lock identity ─> walk ─ lock shape ─┬─ shape known ─> hash ──> KEY.ext4 of an equal tree
 //!                                           └─ hash  ┐
 //!                                              mke2fs┴> normalise ─> publish
 //! ```
-//! The shape is a digest of the walk: a tree whose shape nobody has seen is in no disk, so that hashing and mke2fs can
-//! run side by side.
+//! The shape is a digest of the walk. If no disk has the shape of a tree, the tree is in no disk, so hashing
+//! and mke2fs can run in parallel.
 
 mod build;
-mod content;
 mod error;
 mod ext4;
+mod file_digest;
 mod hashing;
 mod key;
 mod lock;
@@ -24,28 +24,29 @@ mod manage;
 mod manifest;
 mod mkfs;
 mod source;
+mod source_mount;
 mod store;
 mod tree;
-mod view;
 mod writable;
 
-use std::fmt;
-use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::{
+    fmt,
+    fs::File,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 pub use error::RootdiskError;
 pub use ext4::Ext4Error;
-pub use key::{Key, KeyError};
-pub use manage::{Listed, Prune, Pruned, State};
+pub use key::{RootdiskKey, RootdiskKeyError};
+pub use manage::{DiskState, ListedDisk, Prune, Pruned};
 pub use mkfs::{MKE2FS_VARIABLE, mke2fs_version};
 pub use source::RootfsSource;
-pub use store::{Metadata, Unusable};
+use store::Store;
+pub use store::{DiskMetadata, Unusable};
 pub use writable::open_writable;
 
-use store::Store;
-
-/// Where the cache is unless the configuration says otherwise.
+/// The directory of the cache, unless the configuration names another one.
 pub const DEFAULT_DIR: &str = "/var/lib/machinen/rootdisk";
 /// Largest file system with 32-bit block numbers.
 const LARGEST: u64 = 16 << 40;
@@ -56,7 +57,7 @@ pub struct RootdiskCache {
     store: Store,
     index: Store,
     locks: Store,
-    templates: Store,
+    blanks: Store,
 }
 
 /// How a disk is made.
@@ -74,23 +75,23 @@ impl Default for BuildOptions {
     }
 }
 
-/// What happens during a build, in this order.
+/// The progress of a build, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Progress {
-    /// Somebody else builds the same disk; the next event comes when that is done.
+pub enum RootdiskProgress {
+    /// Another caller builds the same disk. The next event comes when it has finished.
     Waiting,
     /// The tree was walked; conversion begins.
     Converting { files: u64, bytes: u64 },
     /// Bytes of content that were hashed so far.
     Hashed { done: u64, total: u64 },
-    /// The content is in; the disk is being finished.
+    /// The content has been copied; the disk is being finished.
     Finishing,
 }
 
-impl fmt::Display for Progress {
+impl fmt::Display for RootdiskProgress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Waiting => f.write_str("waiting for whoever builds the same disk"),
+            Self::Waiting => f.write_str("waiting for another build of the same disk"),
             Self::Converting { files, bytes } => write!(f, "converting {files} files, {} MiB", bytes >> 20),
             Self::Hashed { done, total } => write!(f, "read {} of {} MiB", done >> 20, total >> 20),
             Self::Finishing => f.write_str("finishing"),
@@ -98,24 +99,24 @@ impl fmt::Display for Progress {
     }
 }
 
-/// A disk that is in use as long as this lives.
+/// A disk, which is in use as long as this value exists.
 #[derive(Debug)]
 pub struct Rootdisk {
-    pub key: Key,
+    pub key: RootdiskKey,
     pub path: PathBuf,
-    /// Open for reading only, and holding a shared lock: while this description is open anywhere, in another process
-    /// too, the disk is in use and stays.
+    /// Open for reading only, with a shared lock. The disk is in use, and not removed, while this open file
+    /// description exists in any process.
     pub file: File,
     /// Bytes.
     pub size: u64,
-    /// Nothing was converted.
+    /// The disk was found in the cache.
     pub cached: bool,
-    /// What took how long; hashing and mke2fs overlap.
+    /// The duration of each phase; hashing and mke2fs overlap.
     pub phases: Vec<(&'static str, Duration)>,
 }
 
 impl RootdiskCache {
-    /// Opens the cache, and makes its directory (mode 0700) if there is none.
+    /// Opens the cache. Its directory is made (mode 0700) if it is missing.
     ///
     /// # Errors
     /// The directory cannot be made.
@@ -124,7 +125,7 @@ impl RootdiskCache {
         Ok(Self {
             index: store.subdir("index")?,
             locks: store.subdir("locks")?,
-            templates: store.subdir("writable")?,
+            blanks: store.subdir("writable")?,
             store,
         })
     }

@@ -1,20 +1,19 @@
-//! What a disk is made of, and how it is recognised without reading it.
+//! The source of a disk, and how it is recognised without reading it.
 
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use sha2::{Digest as _, Sha256};
 
-use super::key::Key;
-use super::manifest::FORMAT;
-use super::tree::Tree;
-use super::view::View;
-use super::{BuildOptions, RootdiskError};
+use super::{
+    BuildOptions, RootdiskError, key::RootdiskKey, manifest::FORMAT, source_mount::SourceMount,
+    tree::SourceTree,
+};
 
 /// A root file system on the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RootfsSource {
-    /// Layers of an overlay. The lower ones must never change, as the committed layers of a snapshotter don't.
+    /// Layers of an overlay. They must never change, as the committed layers of a snapshotter do not.
     Overlay {
         /// Top first.
         lowers: Vec<PathBuf>,
@@ -23,20 +22,20 @@ pub enum RootfsSource {
     Dir(PathBuf),
 }
 
-/// A source after a first look.
+/// A source whose identity is known.
 pub(super) struct Recognised {
     /// Equal for equal states of a source on this machine.
-    pub(super) identity: Key,
+    pub(super) identity: RootdiskKey,
     /// Top first; none for a directory.
     layers: Vec<PathBuf>,
-    /// The view and the walk that it took to recognise a directory.
-    walked: Option<(View, Tree)>,
+    /// The mount and the walk that were needed to recognise a directory.
+    walked: Option<(SourceMount, SourceTree)>,
     /// Whether it can change while it is read.
     pub(super) mutable: bool,
 }
 
 impl RootfsSource {
-    /// For people.
+    /// A description for people.
     pub(super) fn describe(&self) -> String {
         match self {
             Self::Dir(dir) => dir.display().to_string(),
@@ -61,19 +60,19 @@ impl RootfsSource {
         digest.update(options.min_size.to_le_bytes());
         match self {
             Self::Dir(dir) => {
-                let view = View::of_dir(dir)?;
-                let tree = Tree::walk(&view)?;
+                let mount = SourceMount::of_dir(dir)?;
+                let tree = SourceTree::walk(&mount)?;
                 digest.update(b"dir");
                 digest.update(tree.identity().to_string());
-                let identity = Key::new(digest.finalize().into());
-                Ok(Recognised { identity, layers: Vec::new(), walked: Some((view, tree)), mutable: true })
+                let identity = RootdiskKey::new(digest.finalize().into());
+                Ok(Recognised { identity, layers: Vec::new(), walked: Some((mount, tree)), mutable: true })
             }
             Self::Overlay { lowers } => {
                 for lower in lowers {
                     digest.update(b"lower");
                     digest.update(layer_identity(lower)?);
                 }
-                let (identity, layers) = (Key::new(digest.finalize().into()), lowers.clone());
+                let (identity, layers) = (RootdiskKey::new(digest.finalize().into()), lowers.clone());
                 Ok(Recognised { identity, layers, walked: None, mutable: false })
             }
         }
@@ -82,19 +81,19 @@ impl RootfsSource {
 
 impl Recognised {
     /// Opens and walks the source.
-    pub(super) fn walk(&mut self) -> Result<(View, Tree), RootdiskError> {
+    pub(super) fn walk(&mut self) -> Result<(SourceMount, SourceTree), RootdiskError> {
         if let Some(walked) = self.walked.take() {
             return Ok(walked);
         }
         let layers: Vec<&Path> = self.layers.iter().map(PathBuf::as_path).collect();
-        let view = View::of_layers(&layers)?;
-        let tree = Tree::walk(&view)?;
-        Ok((view, tree))
+        let mount = SourceMount::of_layers(&layers)?;
+        let tree = SourceTree::walk(&mount)?;
+        Ok((mount, tree))
     }
 }
 
-/// A committed layer is known by its directory: a directory of the same name that was made later has another time of
-/// birth, and usually another inode.
+/// Identifies a committed layer by its directory: a directory of the same name that is made later has another
+/// time of birth, and usually another inode.
 fn layer_identity(dir: &Path) -> Result<[u8; 32], RootdiskError> {
     let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
     let stat =
@@ -114,5 +113,5 @@ fn layer_identity(dir: &Path) -> Result<[u8; 32], RootdiskError> {
 }
 
 fn view_error(action: &'static str, path: &Path, source: std::io::Error) -> RootdiskError {
-    RootdiskError::View { action, path: path.to_owned(), source }
+    RootdiskError::Mount { action, path: path.to_owned(), source }
 }

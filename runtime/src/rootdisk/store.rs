@@ -1,60 +1,68 @@
-//! The cache's directory: finished disks, how they were recognised, and how they get there whole.
+//! The cache's directory: finished disks, the index by which they are found, and how files are published
+//! atomically.
 //!
 //! ```text
 //! KEY.ext4         a disk; a shared flock(2) on it means "in use"
 //! KEY.json         what it is; written last, removed first: a disk without it is not finished
 //! index/IDENTITY   the key of a source that was seen before
-//! locks/NAME       exists while somebody builds
-//! writable/        templates of writable layers, in the same manner
+//! locks/NAME       exists while a build runs
+//! writable/        blank writable layers, in the same form
 //! ```
-//! Everything is written to a file without a name, which gets its name when it is whole. So whoever is killed leaves
-//! at worst a disk without its metadata, which [`Store::sweep`] removes.
+//! Everything is written to an unnamed file, which gets its name when it is complete. So a killed process
+//! leaves at worst a disk without its metadata, which [`Store::sweep`] removes.
 
-use std::fs::{self, File};
-use std::io::{self, Write as _};
-use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, PermissionsExt as _};
-use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    fs::{self, File},
+    io::{self, Write as _},
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, PermissionsExt as _},
+    },
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
 
-use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
-use rustix::fs::{flock, linkat, open, utimensat};
-use rustix::io::Errno;
+use rustix::{
+    fs::{
+        AtFlags, CWD, FlockOperation, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, flock,
+        linkat, open, utimensat,
+    },
+    io::Errno,
+};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::RootdiskError;
-use super::lock::is_at;
+use super::{RootdiskError, lock::is_at};
 
 pub(super) const DISK: &str = "ext4";
 const METADATA: &str = "json";
-/// Version of [`Metadata`]; disks with another one are built anew.
+/// Version of [`DiskMetadata`]; disks with another one are built again.
 const VERSION: u32 = 1;
 const METADATA_MAX: u64 = 64 << 10;
 /// Bytes at a disk's start that its seal covers.
 const SEALED: usize = 8192;
 
-/// What is known of a finished disk, beside it as JSON.
+/// The description of a finished disk, stored as JSON next to it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Metadata {
+pub struct DiskMetadata {
     pub version: u32,
-    /// Bytes that the disk seems to have; most are holes.
+    /// The apparent size, bytes; most of it are holes.
     pub size: u64,
     /// Seconds since 1970.
     pub created: u64,
-    /// What it was made of, for people.
+    /// What the disk was made of, for people.
     pub source: String,
-    /// Files in it.
+    /// The number of files on the disk.
     pub files: u64,
     /// Bytes of the regular files' content.
     pub content: u64,
     pub mke2fs: String,
-    /// Digest of the walk; see [`super::tree::Tree::shape`].
+    /// Digest of the walk; see [`super::tree::SourceTree::shape`].
     pub(super) shape: String,
     seal: Seal,
 }
 
-/// What the disk must still be like; checked at each use.
+/// Properties that must not have changed since the disk was finished; checked at each use.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Seal {
     mtime: i64,
@@ -72,10 +80,10 @@ pub(super) struct Store {
 #[derive(Debug)]
 pub(super) struct Opened {
     pub(super) file: File,
-    pub(super) metadata: Metadata,
+    pub(super) metadata: DiskMetadata,
 }
 
-impl Metadata {
+impl DiskMetadata {
     pub(super) fn new(size: u64, source: String, shape: String, mke2fs: &str) -> Self {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let (files, content, seal) = (0, 0, Seal::default());
@@ -94,7 +102,7 @@ impl Metadata {
 }
 
 impl Store {
-    /// Makes the directory, for root alone, if it is not there.
+    /// Opens the directory, which is made for root only if it is missing.
     pub(super) fn open(dir: &Path) -> Result<Self, RootdiskError> {
         let store = Self { dir: dir.to_owned() };
         fs::DirBuilder::new()
@@ -123,7 +131,7 @@ impl Store {
         RootdiskError::Cache { action, path: path.to_owned(), source: source.into() }
     }
 
-    /// A file without a name in the directory, for reading and writing.
+    /// Makes an unnamed file in the directory, for reading and writing.
     pub(super) fn unnamed(&self) -> Result<File, RootdiskError> {
         match unnamed(&self.dir) {
             Ok(file) => Ok(file),
@@ -131,8 +139,8 @@ impl Store {
         }
     }
 
-    /// The finished disk of that name, locked as in use. None if there is none, or one that was damaged since: that is
-    /// logged, and the next [`Store::publish`] replaces it.
+    /// Opens the finished disk of that name and locks it as in use. None if there is no such disk, or if it
+    /// was damaged since: that is logged, and the next [`Store::publish`] replaces it.
     pub(super) fn get(&self, name: &str) -> Result<Option<Opened>, RootdiskError> {
         match self.check(name)? {
             Ok(opened) => {
@@ -153,7 +161,7 @@ impl Store {
         }
     }
 
-    /// Like [`Store::get`], but says what is wrong and leaves no trace of use.
+    /// Like [`Store::get`], but returns why a disk cannot be used, and does not record the use.
     pub(super) fn check(&self, name: &str) -> Result<Result<Opened, Unusable>, RootdiskError> {
         let disk = self.path(name, DISK);
         let file = match File::open(&disk) {
@@ -162,7 +170,7 @@ impl Store {
             Err(error) => return Err(self.error("open", &disk, error)),
         };
         let failed = |error| self.error("read", &disk, error);
-        // Whoever removes a disk holds the lock only while it does so.
+        // A caller that removes the disk holds the lock only briefly.
         lock(&file, FlockOperation::LockShared).map_err(failed)?;
         if !is_at(&file, &disk).map_err(failed)? {
             return Ok(Err(Unusable::Absent));
@@ -181,7 +189,7 @@ impl Store {
     }
 
     /// The metadata, if it is there and can be understood.
-    pub(super) fn metadata(&self, name: &str) -> Result<Option<Metadata>, RootdiskError> {
+    pub(super) fn metadata(&self, name: &str) -> Result<Option<DiskMetadata>, RootdiskError> {
         let path = self.path(name, METADATA);
         let text = match read(&path) {
             Ok(text) => text,
@@ -201,18 +209,19 @@ impl Store {
         fs::metadata(self.path(name, METADATA)).and_then(|metadata| metadata.modified()).ok()
     }
 
-    /// Gives a disk without a name its name, after it has reached the medium; replaces an unfinished or damaged one.
+    /// Writes an unnamed disk to stable storage and gives it its name. An unfinished or damaged disk of that
+    /// name is replaced.
     pub(super) fn publish(
         &self,
         name: &str,
         disk: &File,
-        mut metadata: Metadata,
+        mut metadata: DiskMetadata,
     ) -> Result<Opened, RootdiskError> {
         let path = self.path(name, DISK);
         let failed = |error| self.error("publish", &path, error);
         disk.set_permissions(fs::Permissions::from_mode(0o400)).map_err(failed)?;
         disk.sync_all().map_err(|error| self.error("write", &path, error))?;
-        // From here on the disk is in use, so that nobody sweeps it away before its metadata is there.
+        // From here on the disk is in use, so that no sweep removes it before its metadata is there.
         lock(disk, FlockOperation::LockShared).map_err(failed)?;
         metadata.seal = seal(disk).map_err(failed)?;
         self.remove_file(&self.path(name, METADATA))?;
@@ -239,7 +248,7 @@ impl Store {
         match File::open(&path) {
             Ok(file) => match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {
-                    // Those who wait for the lock see that the path is gone.
+                    // Callers that wait for the lock will see that the path is gone.
                     self.remove_file(&self.path(name, METADATA))?;
                     self.remove_file(&path)?;
                     Ok(true)
@@ -252,7 +261,7 @@ impl Store {
         }
     }
 
-    /// Takes the mark off a disk, so that it is not used any more.
+    /// Removes the metadata of a disk, so that the disk is not used any more.
     pub(super) fn unmark(&self, name: &str) -> Result<(), RootdiskError> {
         self.remove_file(&self.path(name, METADATA))
     }
@@ -271,7 +280,7 @@ impl Store {
         Ok(names)
     }
 
-    /// Removes disks that somebody was killed over.
+    /// Removes disks whose build was killed.
     pub(super) fn sweep(&self) -> Result<(), RootdiskError> {
         for name in self.names()? {
             if !self.path(&name, METADATA).exists() && self.remove(&name)? {
@@ -310,18 +319,18 @@ fn seal(disk: &File) -> io::Result<Seal> {
     let metadata = disk.metadata()?;
     let mut start = vec![0; SEALED.min(metadata.len() as usize)];
     disk.read_exact_at(&mut start, 0)?;
-    let start = super::key::Key::new(Sha256::digest(&start).into()).to_string();
+    let start = super::key::RootdiskKey::new(Sha256::digest(&start).into()).to_string();
     Ok(Seal { mtime: metadata.mtime(), mtime_nsec: metadata.mtime_nsec(), start })
 }
 
-/// At most [`METADATA_MAX`] bytes; what is longer cannot be understood anyway.
+/// Reads at most [`METADATA_MAX`] bytes. A longer file is not valid anyway.
 pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     io::Read::read_to_end(&mut io::Read::take(File::open(path)?, METADATA_MAX), &mut text)?;
     Ok(text)
 }
 
-/// A file without a name, for reading and writing.
+/// Makes an unnamed file in a directory, for reading and writing.
 pub(super) fn unnamed(dir: &Path) -> io::Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     match open(dir, flags, Mode::RUSR | Mode::WUSR) {
@@ -333,7 +342,7 @@ pub(super) fn unnamed(dir: &Path) -> io::Result<File> {
     }
 }
 
-/// Gives a file that was made by [`unnamed`] a name, in place of whatever had it.
+/// Gives a file that was made by [`unnamed`] a name, and replaces the file that has this name.
 fn name_file(file: &File, path: &Path) -> io::Result<()> {
     loop {
         match name_new_file(file, path) {

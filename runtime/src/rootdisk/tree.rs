@@ -1,42 +1,44 @@
-//! A walk over a root file system: everything that stat(2) says, in one fixed order.
+//! A walk over a root file system: everything that stat(2) reports, in a fixed order.
 
-use std::collections::HashMap;
-use std::ffi::CStr;
+use std::{collections::HashMap, ffi::CStr};
 
 use rustix::fs::{AtFlags, Dir, Stat, major, minor, readlinkat, statat};
 use sha2::{Digest as _, Sha256};
 
-use super::RootdiskError;
-use super::ext4::{BLOCK, INODE};
-use super::key::Key;
-use super::manifest::{Kind, Time};
-use super::view::View;
+use super::{
+    RootdiskError,
+    ext4::{BLOCK, INODE},
+    key::RootdiskKey,
+    manifest::{Ext4Time, FileKind},
+    source_mount::SourceMount,
+};
 
 /// Longest path, in bytes, that can be reached from outside of the container.
 const PATH_LIMIT: usize = 4000;
 
-/// All files below a root, directories before what is in them, the names of a directory sorted by their bytes.
+/// All files below a root, directories before what is in them, the names of a directory sorted by their
+/// bytes.
 #[derive(Debug)]
-pub(super) struct Tree {
+pub(super) struct SourceTree {
     /// The first is the root, with an empty path.
-    pub(super) entries: Vec<Entry>,
+    pub(super) entries: Vec<TreeEntry>,
 }
 
 /// One name in the tree.
 #[derive(Debug)]
-pub(super) struct Entry {
+pub(super) struct TreeEntry {
     /// From the root, without a leading slash.
     pub(super) path: Box<[u8]>,
     /// How many directories lead to it; 0 for the root.
     pub(super) depth: usize,
     /// Index of the entry that is the first name of the same file.
     pub(super) first: Option<usize>,
-    pub(super) kind: Kind,
+    pub(super) kind: FileKind,
     /// Permissions with setuid, setgid and sticky bit.
     pub(super) mode: u16,
     pub(super) uid: u32,
     pub(super) gid: u32,
-    pub(super) mtime: Time,
+    pub(super) mtime: Ext4Time,
     /// Bytes of a regular file's content, else 0.
     pub(super) size: u64,
     /// Bytes that the source uses for it.
@@ -45,19 +47,19 @@ pub(super) struct Entry {
     pub(super) rdev: (u32, u32),
     /// Of a symbolic link.
     pub(super) target: Box<[u8]>,
-    identity: Identity,
+    identity: InodeIdentity,
 }
 
-/// What tells this file from any other, and its state from any other state.
+/// Distinguishes the file from all others, and its state from all other states.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Identity {
+struct InodeIdentity {
     device: u64,
     inode: u64,
     links: u64,
     ctime: (i64, u64),
 }
 
-impl Entry {
+impl TreeEntry {
     pub(super) fn name(&self) -> &[u8] {
         self.path.rsplit(|&byte| byte == b'/').next().unwrap_or_default()
     }
@@ -68,8 +70,8 @@ impl Entry {
     }
 
     fn new(path: Vec<u8>, depth: usize, stat: &Stat, target: Vec<u8>) -> Result<Self, RootdiskError> {
-        let kind = Kind::of(stat.st_mode).ok_or_else(|| RootdiskError::Kind { path: lossy(&path) })?;
-        let device = matches!(kind, Kind::Character | Kind::Block);
+        let kind = FileKind::of(stat.st_mode).ok_or_else(|| RootdiskError::Kind { path: lossy(&path) })?;
+        let device = matches!(kind, FileKind::Character | FileKind::Block);
         Ok(Self {
             path: path.into(),
             depth,
@@ -78,12 +80,12 @@ impl Entry {
             mode: (stat.st_mode & 0o7777) as u16,
             uid: stat.st_uid,
             gid: stat.st_gid,
-            mtime: Time::clamped(stat.st_mtime, stat.st_mtime_nsec as u32),
-            size: if kind == Kind::File { stat.st_size as u64 } else { 0 },
+            mtime: Ext4Time::clamped(stat.st_mtime, stat.st_mtime_nsec as u32),
+            size: if kind == FileKind::File { stat.st_size as u64 } else { 0 },
             allocated: stat.st_blocks as u64 * 512,
             rdev: if device { (major(stat.st_rdev), minor(stat.st_rdev)) } else { (0, 0) },
             target: target.into(),
-            identity: Identity {
+            identity: InodeIdentity {
                 device: stat.st_dev,
                 inode: stat.st_ino,
                 links: stat.st_nlink,
@@ -93,24 +95,25 @@ impl Entry {
     }
 }
 
-impl Tree {
+impl SourceTree {
     /// # Errors
-    /// A file that cannot be examined, named by its path.
-    pub(super) fn walk(view: &View) -> Result<Self, RootdiskError> {
-        let stat = statat(view, c".", AtFlags::empty()).map_err(|error| view.error("examine", b"", error))?;
-        let mut entries: Vec<Entry> = Vec::new();
+    /// A file cannot be examined; the error names its path.
+    pub(super) fn walk(mount: &SourceMount) -> Result<Self, RootdiskError> {
+        let stat =
+            statat(mount, c".", AtFlags::empty()).map_err(|error| mount.error("examine", b"", error))?;
+        let mut entries: Vec<TreeEntry> = Vec::new();
         let mut seen = HashMap::new();
-        // The next to visit is the last.
-        let mut pending = vec![Entry::new(Vec::new(), 0, &stat, Vec::new())?];
+        // A stack: the last entry is the next one to visit.
+        let mut pending = vec![TreeEntry::new(Vec::new(), 0, &stat, Vec::new())?];
         while let Some(mut entry) = pending.pop() {
             if entry.kind.may_be_linked() && entry.identity.links > 1 {
-                let Identity { device, inode, .. } = entry.identity;
+                let InodeIdentity { device, inode, .. } = entry.identity;
                 let first = *seen.entry((device, inode)).or_insert(entries.len());
                 entry.first = (first != entries.len()).then_some(first);
             }
-            if entry.kind == Kind::Directory {
+            if entry.kind == FileKind::Directory {
                 let from = pending.len();
-                list(view, &entry, &mut pending)?;
+                list(mount, &entry, &mut pending)?;
                 pending[from..].sort_by(|a, b| b.path.cmp(&a.path));
             }
             entries.push(entry);
@@ -118,9 +121,10 @@ impl Tree {
         Ok(Self { entries })
     }
 
-    /// Whether the walk found the same files in the same states; nothing is read again.
+    /// Checks that a later walk found the same files in the same states. Nothing is read again.
     pub(super) fn unchanged(&self, later: &Self) -> Result<(), RootdiskError> {
-        let same = |a: &Entry, b: &Entry| a.path == b.path && a.identity == b.identity && a.size == b.size;
+        let same =
+            |a: &TreeEntry, b: &TreeEntry| a.path == b.path && a.identity == b.identity && a.size == b.size;
         let pairs = self.entries.iter().zip(&later.entries);
         let changed = pairs.clone().find(|(a, b)| !same(a, b)).map(|(a, _)| a);
         match changed
@@ -132,17 +136,19 @@ impl Tree {
         }
     }
 
-    /// Names this state of these files on this machine: changes with every change that the kernel records.
-    pub(super) fn identity(&self) -> Key {
+    /// Identifies this state of these files on this machine. It changes with every change that the kernel
+    /// records.
+    pub(super) fn identity(&self) -> RootdiskKey {
         self.digest(true)
     }
 
-    /// Names the tree without its contents and attributes: trees of different shapes have different keys.
-    pub(super) fn shape(&self) -> Key {
+    /// Identifies the tree without its contents and attributes. Trees of different shapes have different
+    /// keys.
+    pub(super) fn shape(&self) -> RootdiskKey {
         self.digest(false)
     }
 
-    fn digest(&self, with_identity: bool) -> Key {
+    fn digest(&self, with_identity: bool) -> RootdiskKey {
         let mut digest = Sha256::new();
         for entry in &self.entries {
             for bytes in [&entry.path, &entry.target] {
@@ -160,19 +166,19 @@ impl Tree {
                 digest.update(entry.mtime.nanoseconds.to_le_bytes());
             }
             if with_identity {
-                let Identity { device, inode, links, ctime } = entry.identity;
+                let InodeIdentity { device, inode, links, ctime } = entry.identity;
                 [device, inode, links, ctime.0 as u64, ctime.1]
                     .iter()
                     .for_each(|number| digest.update(number.to_le_bytes()));
             }
         }
-        Key::new(digest.finalize().into())
+        RootdiskKey::new(digest.finalize().into())
     }
 
-    /// The files that mke2fs makes an inode for, with their first names; symbolic links, which it copies for each of
-    /// theirs, with all.
-    pub(super) fn files(&self) -> impl Iterator<Item = &Entry> {
-        self.entries.iter().filter(|entry| entry.first.is_none() || entry.kind == Kind::Symlink)
+    /// The entries for which mke2fs makes an inode: files under their first name, and symbolic links under
+    /// each name, because mke2fs copies them once for each.
+    pub(super) fn files(&self) -> impl Iterator<Item = &TreeEntry> {
+        self.entries.iter().filter(|entry| entry.first.is_none() || entry.kind == FileKind::Symlink)
     }
 
     /// Bytes of all regular files.
@@ -185,7 +191,7 @@ impl Tree {
         self.files().map(|entry| own_bytes(entry, entry.size)).sum()
     }
 
-    /// Bytes that a disk of the tree will use, as far as can be told without reading it.
+    /// Bytes that a disk of the tree will use, as far as is known without reading the tree.
     pub(super) fn needed_bytes(&self) -> u64 {
         self.files().map(|entry| own_bytes(entry, entry.size.min(entry.allocated))).sum()
     }
@@ -195,18 +201,18 @@ impl Tree {
     }
 }
 
-fn own_bytes(entry: &Entry, content: u64) -> u64 {
+fn own_bytes(entry: &TreeEntry, content: u64) -> u64 {
     let block = BLOCK as u64;
     let data = match entry.kind {
-        Kind::Directory | Kind::Symlink => block,
+        FileKind::Directory | FileKind::Symlink => block,
         _ => content.next_multiple_of(block),
     };
     data + INODE as u64
 }
 
-fn list(view: &View, dir: &Entry, found: &mut Vec<Entry>) -> Result<(), RootdiskError> {
-    let failed = |error| view.error("list", &dir.path, error);
-    let fd = view.open(&dir.path)?;
+fn list(mount: &SourceMount, dir: &TreeEntry, found: &mut Vec<TreeEntry>) -> Result<(), RootdiskError> {
+    let failed = |error| mount.error("list", &dir.path, error);
+    let fd = mount.open(&dir.path)?;
     for item in Dir::read_from(&fd).map_err(failed)? {
         let item = item.map_err(failed)?;
         let name: &CStr = item.file_name();
@@ -218,13 +224,13 @@ fn list(view: &View, dir: &Entry, found: &mut Vec<Entry>) -> Result<(), Rootdisk
         if path.len() > PATH_LIMIT {
             return Err(RootdiskError::PathTooLong { path: lossy(&path), limit: PATH_LIMIT });
         }
-        let examined = |error| view.error("examine", &path, error);
+        let examined = |error| mount.error("examine", &path, error);
         let stat = statat(&fd, name, AtFlags::SYMLINK_NOFOLLOW).map_err(examined)?;
-        let target = match Kind::of(stat.st_mode) {
-            Some(Kind::Symlink) => readlinkat(&fd, name, Vec::new()).map_err(examined)?.into_bytes(),
+        let target = match FileKind::of(stat.st_mode) {
+            Some(FileKind::Symlink) => readlinkat(&fd, name, Vec::new()).map_err(examined)?.into_bytes(),
             _ => Vec::new(),
         };
-        found.push(Entry::new(path, dir.depth + 1, &stat, target)?);
+        found.push(TreeEntry::new(path, dir.depth + 1, &stat, target)?);
     }
     Ok(())
 }

@@ -1,56 +1,65 @@
-//! File systems for the guest to write to: empty ones, and ones with what a container wrote before.
+//! Writable layers: file systems for the guest to write to, empty or with what a container wrote before.
 //!
-//! mke2fs takes 20 ms and four fsync(2)s, so it runs once for a size; a new layer is a sparse file with the few
-//! blocks (some 300 KiB) that mke2fs wrote to the template. Nothing needs to be synced here: what the guest syncs later
-//! takes with it all that this file has in memory.
+//! mke2fs takes 20 ms and four fsync(2)s, so it runs once for each size and its result is cached as a
+//! *blank*. A new layer is a sparse file with the few blocks (some 300 KiB) that mke2fs wrote to the blank.
+//! Nothing needs to be synced here: when the guest syncs later, all blocks of the file that are in memory are
+//! written too.
 
-use std::fs::{File, Permissions};
-use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::{
+    fs::{File, Permissions},
+    io,
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::fs::{FileExt as _, PermissionsExt as _},
+    },
+    path::Path,
+};
 
-use rustix::fs::{SeekFrom, ftruncate, ioctl_ficlone, seek};
-use rustix::io::Errno;
+use rustix::{
+    fs::{SeekFrom, ftruncate, ioctl_ficlone, seek},
+    io::Errno,
+};
 use sha2::{Digest as _, Sha256};
 
-use super::ext4::{self, BLOCK, INODE};
-use super::key::Key;
-use super::lock::Lock;
-use super::mkfs::Mke2fs;
-use super::store::{self, Metadata};
-use super::tree::Tree;
-use super::view::View;
-use super::{LARGEST, RootdiskCache, RootdiskError};
+use super::{
+    LARGEST, RootdiskCache, RootdiskError,
+    ext4::{self, BLOCK, INODE},
+    key::RootdiskKey,
+    lock::Lock,
+    mkfs::Mke2fs,
+    source_mount::SourceMount,
+    store::{self, DiskMetadata},
+    tree::SourceTree,
+};
 
-/// Part of a template's name: raise it when templates are made in another way.
+/// Part of a blank's name: raise it when blanks are made in another way.
 const FORMAT: u32 = 1;
-/// More data than any template has; one of 16 TiB has 60 MiB.
+/// More data than any blank has; one of 16 TiB has 60 MiB.
 const DATA_MAX: u64 = 256 << 20;
 
 /// Bytes of a layer for each inode that it has room for.
 const BYTES_PER_INODE: u64 = 16384;
-/// Bytes of the journal, and then some.
+/// Bytes of the journal, rounded up.
 const JOURNAL: u64 = 34 << 20;
 
-/// The parts of a template that are not holes.
-struct Data {
+/// The parts of a blank that are not holes.
+struct BlankData {
     pieces: Vec<(u64, Vec<u8>)>,
-    digest: Key,
+    digest: RootdiskKey,
 }
 
 impl RootdiskCache {
-    /// Makes an empty writable layer: a sparse ext4 file system of `size` bytes (rounded up to whole blocks) with a
-    /// journal, open for reading and writing. It has its name only when it is whole.
+    /// Makes an empty writable layer: a sparse ext4 file system of `size` bytes (rounded up to whole blocks)
+    /// with a journal, open for reading and writing. The file gets its name when it is complete.
     ///
     /// # Errors
-    /// There is something of that name (see [`open_writable`]), no space or no mke2fs.
+    /// A file of that name exists (see [`open_writable`]), there is no space or no mke2fs.
     pub fn create_writable(&self, path: &Path, size: u64, mke2fs: &Path) -> Result<File, RootdiskError> {
         let size = size.next_multiple_of(BLOCK as u64);
         if size > LARGEST - (1 << 30) {
             return Err(RootdiskError::TooLarge { size });
         }
-        let data = self.template(size, mke2fs)?;
+        let data = self.blank(size, mke2fs)?;
         let failed = |source| RootdiskError::Writable { path: path.to_owned(), source };
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let make = || -> io::Result<File> {
@@ -66,14 +75,14 @@ impl RootdiskCache {
         make().map_err(failed)
     }
 
-    /// An empty file system like a writable layer's, in a file of the cache's directory that has no name: what is on it is
-    /// gone with its last descriptor.
+    /// Makes an empty file system like a writable layer's, in an unnamed file in the cache's directory, which
+    /// is gone with its last descriptor.
     ///
     /// # Errors
     /// No space or no mke2fs.
     pub fn unnamed_writable(&self, size: u64, mke2fs: &Path) -> Result<File, RootdiskError> {
         let size = size.next_multiple_of(BLOCK as u64);
-        let data = self.template(size, mke2fs)?;
+        let data = self.blank(size, mke2fs)?;
         let file = self.store.unnamed()?;
         let make = || -> io::Result<()> {
             ftruncate(&file, size)?;
@@ -83,8 +92,8 @@ impl RootdiskCache {
         Ok(file)
     }
 
-    /// A file system, open for reading, with the files of a flat directory, in a file of the cache's directory that has no name.
-    /// `bytes`: of the files, in whole blocks.
+    /// Makes a file system with the files of a flat directory, in an unnamed file in the cache's directory
+    /// that is open for reading. `bytes` is the size of the files in whole blocks.
     ///
     /// # Errors
     /// No space or no mke2fs.
@@ -102,16 +111,16 @@ impl RootdiskCache {
         ftruncate(&file, size)
             .map_err(|error| self.store.error("write to", &self.store.dir, io::Error::from(error)))?;
         mke2fs.base(dir, &file, &self.store.dir, inodes, bytes)?;
-        // QEMU is given a disk for reading by a descriptor for reading.
+        // A read-only disk must be passed to QEMU as a read-only descriptor.
         File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
             .map_err(|error| self.store.error("open a disk in", &self.store.dir, error))
     }
 
-    /// Makes a writable layer like [`RootdiskCache::create_writable`] whose directory `upper` is a copy of `upper`, the
-    /// upper directory of an overlay. Nobody may change it meanwhile.
+    /// Makes a writable layer like [`RootdiskCache::create_writable`] whose directory `upper` is a copy of
+    /// `upper`, the upper directory of an overlay, which must not change meanwhile.
     ///
     /// # Errors
-    /// There is something of that name, `upper` cannot be read or does not fit, no space or no mke2fs.
+    /// A file of that name exists, `upper` cannot be read or does not fit, there is no space or no mke2fs.
     pub fn seed_writable(
         &self,
         path: &Path,
@@ -128,7 +137,7 @@ impl RootdiskCache {
         Ok(file)
     }
 
-    /// The same in a file of the cache's directory that has no name.
+    /// As [`RootdiskCache::seed_writable`], but in an unnamed file in the cache's directory.
     ///
     /// # Errors
     /// `upper` cannot be read or does not fit, no space or no mke2fs.
@@ -138,8 +147,8 @@ impl RootdiskCache {
         Ok(file)
     }
 
-    /// A copy of a disk that nobody writes to meanwhile, in a file of the cache's directory that has no name. It shares the
-    /// disk's blocks where the file system can, and has its holes.
+    /// Copies a disk, which must not be written to meanwhile, to an unnamed file in the cache's directory.
+    /// The copy shares the disk's blocks where the file system can, and keeps its holes.
     ///
     /// # Errors
     /// The disk cannot be read, or no space.
@@ -151,41 +160,47 @@ impl RootdiskCache {
         Ok(file)
     }
 
-    /// What a new layer of that size consists of; made by mke2fs if this is the first one, or the template is damaged.
-    fn template(&self, size: u64, mke2fs: &Path) -> Result<Data, RootdiskError> {
+    /// The content of a new layer of that size. It is made by mke2fs if the cache has no undamaged blank of
+    /// that size.
+    fn blank(&self, size: u64, mke2fs: &Path) -> Result<BlankData, RootdiskError> {
         let name = format!("v{FORMAT}-{size}");
-        if let Some(data) = self.kept_template(&name)? {
+        if let Some(data) = self.cached_blank(&name)? {
             return Ok(data);
         }
         let path = self.locks.dir.join(format!("writable-{name}"));
         let _lock = Lock::acquire(&path, || ()).map_err(|error| self.locks.error("lock", &path, error))?;
-        if let Some(data) = self.kept_template(&name)? {
+        if let Some(data) = self.cached_blank(&name)? {
             return Ok(data);
         }
-        self.templates.sweep()?;
+        self.blanks.sweep()?;
         let mke2fs = Mke2fs::find(mke2fs)?;
-        let file = self.templates.unnamed()?;
-        let failed = |error: io::Error| self.templates.error("write to", &self.templates.dir, error);
+        let file = self.blanks.unnamed()?;
+        let failed = |error: io::Error| self.blanks.error("write to", &self.blanks.dir, error);
         ftruncate(&file, size).map_err(|error| failed(error.into()))?;
-        mke2fs.writable(&file, size, &self.templates.dir)?;
+        mke2fs.writable(&file, size, &self.blanks.dir)?;
         let data = data(&file, size).map_err(failed)?;
-        let metadata = Metadata::new(size, "template".to_owned(), data.digest.to_string(), &mke2fs.version);
-        self.templates.publish(&name, &file, metadata)?;
+        let metadata = DiskMetadata::new(
+            size,
+            "an empty writable layer".to_owned(),
+            data.digest.to_string(),
+            &mke2fs.version,
+        );
+        self.blanks.publish(&name, &file, metadata)?;
         Ok(data)
     }
 
-    fn kept_template(&self, name: &str) -> Result<Option<Data>, RootdiskError> {
-        let Some(opened) = self.templates.get(name)? else { return Ok(None) };
+    fn cached_blank(&self, name: &str) -> Result<Option<BlankData>, RootdiskError> {
+        let Some(opened) = self.blanks.get(name)? else { return Ok(None) };
         let data = data(&opened.file, opened.metadata.size)
-            .map_err(|error| self.templates.error("read", &self.templates.path(name, store::DISK), error))?;
+            .map_err(|error| self.blanks.error("read", &self.blanks.path(name, store::DISK), error))?;
         Ok((data.digest.to_string() == opened.metadata.shape).then_some(data))
     }
 }
 
-/// Opens a layer that a container wrote to before.
+/// Opens the layer that a container wrote to before.
 ///
 /// # Errors
-/// It is not there, or not what [`RootdiskCache::create_writable`] made.
+/// It does not exist, or is not what [`RootdiskCache::create_writable`] makes.
 pub fn open_writable(path: &Path) -> Result<File, RootdiskError> {
     let failed = |source| RootdiskError::Writable { path: path.to_owned(), source };
     let file = File::options().read(true).write(true).open(path).map_err(failed)?;
@@ -205,8 +220,8 @@ pub fn open_writable(path: &Path) -> Result<File, RootdiskError> {
 fn seed(file: &File, dir: &Path, size: u64, upper: &Path, mke2fs: &Path) -> Result<(), RootdiskError> {
     let size = size.next_multiple_of(BLOCK as u64);
     let failed = |source| RootdiskError::Writable { path: dir.to_owned(), source };
-    let view = View::of_upper(upper)?;
-    let tree = Tree::walk(&view)?;
+    let mount = SourceMount::of_upper(upper)?;
+    let tree = SourceTree::walk(&mount)?;
     let files = tree.files().count() as u64;
     let inodes = (size / BYTES_PER_INODE).max(files + files / 4 + 1024);
     let needed = tree.needed_bytes() + JOURNAL;
@@ -215,12 +230,12 @@ fn seed(file: &File, dir: &Path, size: u64, upper: &Path, mke2fs: &Path) -> Resu
     }
     let mke2fs = Mke2fs::find(mke2fs)?;
     ftruncate(file, size).map_err(|error| failed(error.into()))?;
-    mke2fs.seeded(view.share()?, file, dir, inodes, needed)?;
-    let finished = ext4::normalise(file, &tree, ext4::Marks::Dropped);
+    mke2fs.seeded(mount.share()?, file, dir, inodes, needed)?;
+    let finished = ext4::normalise(file, &tree, ext4::OriginMarks::Dropped);
     finished.map_err(|source| RootdiskError::Finish { root: upper.to_owned(), source })
 }
 
-/// Copies what is no hole to an empty file.
+/// Copies the parts of a file that are not holes to an empty file.
 fn copy_data(mut from: &File, mut to: &File) -> io::Result<()> {
     if ioctl_ficlone(to, from).is_ok() {
         return Ok(());
@@ -244,7 +259,7 @@ fn copy_data(mut from: &File, mut to: &File) -> io::Result<()> {
     }
 }
 
-fn data(file: &File, size: u64) -> io::Result<Data> {
+fn data(file: &File, size: u64) -> io::Result<BlankData> {
     let (mut pieces, mut digest, mut offset, mut total) = (Vec::new(), Sha256::new(), 0, 0);
     loop {
         let start = match seek(file, SeekFrom::Data(offset)) {
@@ -255,9 +270,9 @@ fn data(file: &File, size: u64) -> io::Result<Data> {
         let end = seek(file, SeekFrom::Hole(start))?.min(size);
         total += end - start;
         if total > DATA_MAX {
-            return Err(io::Error::other("the template has too much data"));
+            return Err(io::Error::other("the blank has too much data"));
         }
-        // Places that the file system of the cache did not keep as holes need not be written.
+        // Blocks of zeros, which the cache's file system did not keep as holes, need not be written.
         for at in (start..end).step_by(BLOCK) {
             let mut bytes = vec![0; BLOCK.min((end - at) as usize)];
             file.read_exact_at(&mut bytes, at)?;
@@ -270,5 +285,5 @@ fn data(file: &File, size: u64) -> io::Result<Data> {
         }
         offset = end;
     }
-    Ok(Data { pieces, digest: Key::new(digest.finalize().into()) })
+    Ok(BlankData { pieces, digest: RootdiskKey::new(digest.finalize().into()) })
 }

@@ -1,26 +1,30 @@
 //! What a child process does to itself between fork and exec.
 
-use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::process::CommandExt as _;
-use std::process::Command;
+use std::{
+    io,
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::process::CommandExt as _,
+    },
+    process::Command,
+};
 
 use seccompiler::BpfProgram;
 
-/// What the process is to the one that makes it.
+/// How a process is related to the one that starts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Bond {
-    /// It is killed when the thread that made it ends.
+    /// The process is killed when the thread that started it ends.
     Child,
-    /// It has a session of its own and lives on.
+    /// The process has a session of its own and outlives the one that started it.
     Detached,
-    /// It is the same process.
+    /// The program replaces the current one; the process stays the same.
     Replacement,
 }
 
 /// Plain data, complete before the fork: the child of a process with threads may only make system calls.
 #[derive(Debug)]
-pub(crate) struct Setup {
+pub(crate) struct ChildSetup {
     /// Pid of the process that forks.
     pub(crate) parent: u32,
     pub(crate) bond: Bond,
@@ -40,21 +44,23 @@ pub(crate) struct Setup {
 }
 
 /// Makes `command` apply `setup` to itself just before it executes.
-pub(crate) fn on_fork(command: &mut Command, setup: Setup) {
-    // SAFETY: `apply` only makes system calls on data that was complete before the fork; it does not allocate or lock.
+pub(crate) fn on_fork(command: &mut Command, setup: ChildSetup) {
+    // SAFETY: `apply` only makes system calls on data that was complete before the fork; it does not allocate
+    // or lock.
     unsafe { command.pre_exec(move || apply(&setup)) };
 }
 
-fn apply(setup: &Setup) -> io::Result<()> {
+fn apply(setup: &ChildSetup) -> io::Result<()> {
     // SAFETY: plain system calls on values and on memory that `setup` owns.
     unsafe {
         match setup.bond {
-            // A group of its own: Ctrl-C at the terminal is for machinen, which then ends its children in order.
+            // A process group of its own: Ctrl-C at the terminal is for machinen, which then ends its
+            // children in order.
             Bond::Child => check(libc::setpgid(0, 0).into())?,
             Bond::Detached => check(libc::setsid().into())?,
             Bond::Replacement => {}
         }
-        // Nothing is inherited but what is moved to its number after this.
+        // Only the descriptors that are moved to their numbers after this are inherited.
         check(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC))?;
         if setup.no_core {
             let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
@@ -81,7 +87,8 @@ fn apply(setup: &Setup) -> io::Result<()> {
             drop_bounding_set()?;
         }
         if let Some((uid, gid, groups)) = &setup.identity {
-            // The raw calls: the C library's own would try to change threads that do not exist in this child.
+            // Raw system calls, because the C library's functions would try to change threads that do not
+            // exist in this child.
             check(libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()))?;
             check(libc::syscall(libc::SYS_setresgid, *gid, *gid, *gid))?;
             check(libc::syscall(libc::SYS_setresuid, *uid, *uid, *uid))?;
@@ -113,7 +120,7 @@ pub(crate) fn drop_capabilities() -> io::Result<()> {
 }
 
 fn drop_bounding_set() -> io::Result<()> {
-    // The kernel says EINVAL for the first capability that it does not know.
+    // The kernel answers EINVAL for the first capability that it does not know.
     for capability in 0..64 {
         // SAFETY: no memory is involved.
         if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {

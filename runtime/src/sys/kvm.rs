@@ -1,23 +1,22 @@
 //! The parts of KVM that touch raw memory, and the time stamp counter.
 
-use std::io;
-use std::num::NonZeroUsize;
-use std::os::fd::AsRawFd as _;
-use std::ptr::NonNull;
+use std::{io, num::NonZeroUsize, os::fd::AsRawFd as _, ptr::NonNull};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{VcpuFd, VmFd};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
-use nix::sys::signal::Signal;
+use nix::sys::{
+    mman::{MapFlags, ProtFlags, mmap_anonymous, munmap},
+    signal::Signal,
+};
 
 /// Zeroed memory for a guest.
 #[derive(Debug)]
-pub(crate) struct Memory {
+pub(crate) struct GuestMemory {
     address: NonNull<libc::c_void>,
     size: NonZeroUsize,
 }
 
-impl Memory {
+impl GuestMemory {
     pub(crate) fn new(size: NonZeroUsize) -> io::Result<Self> {
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new private mapping at an address of the kernel's choice touches no memory in use.
@@ -26,7 +25,7 @@ impl Memory {
     }
 
     /// # Panics
-    /// The bytes do not fit: a mistake of the caller, which knows both.
+    /// The bytes do not fit, which is a mistake of the caller.
     pub(crate) fn write(&mut self, offset: usize, bytes: &[u8]) {
         let end = offset.checked_add(bytes.len());
         assert!(end.is_some_and(|end| end <= self.size.get()), "write beyond the guest's memory");
@@ -46,15 +45,16 @@ impl Memory {
             userspace_addr: self.address.as_ptr() as u64,
             flags: 0,
         };
-        // SAFETY: the region is mapped, and nothing of this process but the guest uses it while the guest runs.
+        // SAFETY: the region is mapped, and nothing of this process but the guest uses it while the guest
+        // runs.
         unsafe { vm.set_user_memory_region(region) }.map_err(os_error)
     }
 }
 
-impl Drop for Memory {
+impl Drop for GuestMemory {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `new`, and nothing refers to it any more.
-        // Failure would mean that it is not mapped, which leaves nothing to do.
+        // SAFETY: the mapping was made by `new`, and nothing refers to it any more. Failure would mean that
+        // it is not mapped, which leaves nothing to do.
         unsafe { munmap(self.address, self.size.get()) }.ok();
     }
 }

@@ -1,18 +1,21 @@
-//! Processes by file descriptor (pidfd_open(2)): never a pid that meanwhile belongs to another.
+//! Processes by file descriptor (pidfd_open(2)), so that a signal never reaches another process that got the
+//! same pid.
 
-use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::{
+    io,
+    os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+};
 
 use nix::sys::signal::Signal;
 
-/// `pid` must be a child that nobody has reaped, or a pid whose reuse the caller excludes otherwise.
+/// `pid` must be a child that has not been reaped, or a pid whose reuse the caller excludes otherwise.
 pub(crate) fn open(pid: u32) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_open(2) takes two integers; the new descriptor is close-on-exec.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, libc::PIDFD_NONBLOCK) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the call succeeded, so this is a descriptor that nobody else owns.
+    // SAFETY: the call succeeded, so this descriptor is new and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 

@@ -1,10 +1,14 @@
 //! Descriptors over Unix sockets.
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::{
+    io::{self, IoSlice, IoSliceMut},
+    os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
+};
 
-use nix::cmsg_space;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, accept4, recvmsg, sendmsg};
+use nix::{
+    cmsg_space,
+    sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, accept4, recvmsg, sendmsg},
+};
 
 /// One sendmsg(2), with `fd` attached (SCM_RIGHTS). Returns how many of the bytes were sent.
 pub(crate) fn send_with_fd(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<&OwnedFd>) -> io::Result<usize> {
@@ -18,11 +22,11 @@ pub(crate) fn send_with_fd(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<&Own
 /// accept4(2), for a connection that does not block.
 pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
-    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+    // SAFETY: the kernel has just made this descriptor and it has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// One recvmsg(2): how many bytes came, and the descriptor that was attached to them. One is all that fits.
+/// One recvmsg(2): how many bytes came, and the descriptor that was attached to them. There is room for one.
 pub(crate) fn receive_with_fd(
     socket: BorrowedFd<'_>,
     buffer: &mut [u8],
@@ -35,7 +39,7 @@ pub(crate) fn receive_with_fd(
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(fds) = control {
             for fd in fds {
-                // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+                // SAFETY: the kernel has just made this descriptor and it has no other owner.
                 received = Some(unsafe { OwnedFd::from_raw_fd(fd) });
             }
         }

@@ -1,7 +1,9 @@
 //! The host kernel's vhost-vsock device.
 
-use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::{
+    io,
+    os::fd::{AsRawFd as _, BorrowedFd},
+};
 
 // VHOST_VSOCK_SET_GUEST_CID of linux/vhost.h.
 nix::ioctl_write_ptr!(set_guest_cid_ioctl, 0xAF, 0x60, u64);

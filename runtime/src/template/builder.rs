@@ -1,42 +1,47 @@
-//! The process that builds a template, apart from whoever asked for it, and then becomes its holder.
+//! The process that builds a template and then becomes its holder. It outlives the process that requested the
+//! template.
 
-use std::convert::Infallible;
-use std::fs::{self, File};
-use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    convert::Infallible,
+    fs::{self, File},
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    os::fd::{AsFd as _, OwnedFd},
+    path::PathBuf,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use serde::{Deserialize, Serialize};
 
-use super::manifest::{Manifest, VERSION};
-use super::store::{Found, Template, Templates, gone};
-use super::{Shape, TemplateError, hash, holder, pages, store};
-use crate::error::chain;
-use crate::memfd;
-use crate::process::{Spawn, Stdio};
-use crate::sys::inherit;
-use crate::vm::{Saved, VmSpec};
+use super::{
+    Shape, TemplateError, hash, holder,
+    manifest::{TemplateManifest, VERSION},
+    pages, store,
+    store::{Found, Template, TemplateStore, ignore_not_found},
+};
+use crate::{
+    error::chain,
+    memfd,
+    process::{Spawn, Stdio},
+    sys::inherit,
+    vm::{VmSnapshot, VmSpec},
+};
 
-/// First argument of a process that is a builder; the request is its stdin.
+/// First argument of a builder process, which reads its request from stdin.
 pub(super) const ARGUMENT: &str = "template-builder";
 
-/// Added to the niceness: nobody waits for a template, and containers are being started.
+/// Added to the niceness: no start waits for a template, and containers are being started meanwhile.
 const NICE: i32 = 10;
 
-/// What the builder is asked for.
+/// The input of a builder.
 #[derive(Debug, Serialize, Deserialize)]
-struct Request {
+struct BuildRequest {
     dir: PathBuf,
     budget_mib: u64,
     spec: VmSpec,
 }
 
-/// How far a build is: one line for people.
-pub type Progress = String;
-
-impl Templates {
-    /// Has a template built in the background, by a process that outlives this one.
+impl TemplateStore {
+    /// Starts the build of a template in the background, by a process that outlives this one.
     ///
     /// # Errors
     /// The builder cannot be started.
@@ -45,7 +50,7 @@ impl Templates {
     }
 
     fn start_builder(&self, spec: &VmSpec, budget_mib: u64) -> Result<io::PipeReader, TemplateError> {
-        let request = Request { dir: self.dir().to_owned(), budget_mib, spec: spec.clone() };
+        let request = BuildRequest { dir: self.dir().to_owned(), budget_mib, spec: spec.clone() };
         let request = serde_json::to_vec(&request).map_err(TemplateError::Encode)?;
         let memory = |source| TemplateError::Memory { action: "pass on a request", source };
         let stdin = memfd::holding(&request).map_err(memory)?;
@@ -61,7 +66,7 @@ impl Templates {
     }
 }
 
-/// A descriptor of its own position.
+/// A descriptor of the same file with a position of its own.
 fn reopened(fd: &OwnedFd) -> io::Result<OwnedFd> {
     use std::os::fd::AsRawFd as _;
     File::open(format!("/proc/self/fd/{}", fd.as_raw_fd())).map(Into::into)
@@ -72,15 +77,15 @@ fn reopened(fd: &OwnedFd) -> io::Result<OwnedFd> {
 /// # Errors
 /// It cannot be built, or another process is building it.
 pub fn build(
-    templates: &Templates,
+    templates: &TemplateStore,
     spec: &VmSpec,
     budget_mib: u64,
-    progress: &mut dyn FnMut(Progress),
+    progress: &mut dyn FnMut(String),
 ) -> Result<Template, TemplateError> {
-    let shape = Shape::of(spec)?.ok_or(TemplateError::Vm(crate::vm::SavedError::Channel))?;
+    let shape = Shape::of(spec)?.ok_or(TemplateError::Vm(crate::vm::VmSnapshotError::Channel))?;
     templates.create()?;
     let failed = templates.names(&shape.key()).failed();
-    gone(fs::remove_file(&failed)).map_err(TemplateError::file("remove", failed))?;
+    ignore_not_found(fs::remove_file(&failed)).map_err(TemplateError::file("remove", failed))?;
     match templates.find(&shape)? {
         Found::Ready(template) => return Ok(*template),
         Found::Building => return Err(TemplateError::Building),
@@ -88,7 +93,8 @@ pub fn build(
     }
     let report = templates.start_builder(spec, budget_mib)?;
     for line in BufReader::new(report).lines() {
-        let line = line.map_err(|source| TemplateError::Memory { action: "hear of the builder", source })?;
+        let line = line
+            .map_err(|source| TemplateError::Memory { action: "read the progress of the builder", source })?;
         match line.split_once(": ") {
             Some(("failed", reason)) => return Err(TemplateError::Failed(reason.to_owned())),
             _ if line == "busy" => return Err(TemplateError::Building),
@@ -98,7 +104,7 @@ pub fn build(
     }
     match templates.find(&shape)? {
         Found::Ready(template) => Ok(*template),
-        _ => Err(TemplateError::Failed("its builder has ended without a word".to_owned())),
+        _ => Err(TemplateError::Failed("its builder has ended without a result".to_owned())),
     }
 }
 
@@ -108,25 +114,26 @@ pub(super) fn main() -> ! {
         Err(_) => std::process::exit(2),
     };
     let mut text = Vec::new();
-    let request = io::stdin().lock().read_to_end(&mut text).map(|_| serde_json::from_slice::<Request>(&text));
+    let request =
+        io::stdin().lock().read_to_end(&mut text).map(|_| serde_json::from_slice::<BuildRequest>(&text));
     let Ok(Ok(request)) = request else { std::process::exit(2) };
     let Err(error) = run(request, &report);
-    say(&report, &format!("failed: {}", chain(&error)));
+    send_line(&report, &format!("failed: {}", chain(&error)));
     std::process::exit(1)
 }
 
-/// Ends as the holder of what was built.
-fn run(request: Request, report: &File) -> Result<Infallible, TemplateError> {
-    let Request { dir, budget_mib, mut spec } = request;
+/// Builds the template, and replaces this process by the template's holder.
+fn run(request: BuildRequest, report: &File) -> Result<Infallible, TemplateError> {
+    let BuildRequest { dir, budget_mib, mut spec } = request;
     if let Err(error) = rustix::process::nice(NICE) {
-        tracing::debug!("cannot be nice: {error}");
+        tracing::debug!("cannot lower the priority: {error}");
     }
-    let templates = Templates::at(&dir);
+    let templates = TemplateStore::at(&dir);
     templates.create()?;
-    let shape = Shape::of(&spec)?.ok_or(TemplateError::Vm(crate::vm::SavedError::Channel))?;
+    let shape = Shape::of(&spec)?.ok_or(TemplateError::Vm(crate::vm::VmSnapshotError::Channel))?;
     let key = shape.key();
     let Some(lock) = templates.lock(&key)? else {
-        say(report, "busy");
+        send_line(report, "busy");
         std::process::exit(0);
     };
     spec.identity = VmSpec::unprivileged(std::process::id(), spec.accel.groups());
@@ -134,7 +141,7 @@ fn run(request: Request, report: &File) -> Result<Infallible, TemplateError> {
     "template".clone_into(&mut spec.id);
     let built = make(&templates, &shape, &spec, budget_mib, report);
     let spawn = match built {
-        Ok(saved) => hold(&templates, &key, saved, lock, report),
+        Ok(snapshot) => hold(&templates, &key, snapshot, lock, report),
         Err(error) => Err(error),
     };
     let error = match spawn {
@@ -145,71 +152,71 @@ fn run(request: Request, report: &File) -> Result<Infallible, TemplateError> {
     Err(error)
 }
 
-/// Everything up to a manifest that nobody reads yet.
+/// Boots and saves the VM, and writes the manifest under a name that is not read yet.
 fn make(
-    templates: &Templates,
+    templates: &TemplateStore,
     shape: &Shape,
     spec: &VmSpec,
     budget_mib: u64,
     report: &File,
-) -> Result<Saved, TemplateError> {
+) -> Result<VmSnapshot, TemplateError> {
     let names = templates.names(&shape.key());
-    // What a builder or holder that was killed has left.
+    // Files of a builder or holder that was killed.
     for path in [names.manifest(), names.unpublished(), names.failed()] {
-        gone(fs::remove_file(&path)).map_err(TemplateError::file("remove", path))?;
+        ignore_not_found(fs::remove_file(&path)).map_err(TemplateError::file("remove", path))?;
     }
-    gone(fs::remove_dir_all(names.vm())).map_err(TemplateError::file("remove", names.vm()))?;
-    say(report, &format!("booting a VM of {} MiB and {} CPUs", spec.memory_mib, spec.vcpus));
+    ignore_not_found(fs::remove_dir_all(names.vm())).map_err(TemplateError::file("remove", names.vm()))?;
+    send_line(report, &format!("booting a VM of {} MiB and {} CPUs", spec.memory_mib, spec.vcpus));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime =
         runtime.map_err(|source| TemplateError::Memory { action: "start an event loop", source })?;
-    let saved = runtime.block_on(Saved::make(spec, &names.vm()));
-    gone(fs::remove_dir_all(names.vm())).map_err(TemplateError::file("remove", names.vm()))?;
-    let saved = saved?;
+    let snapshot = runtime.block_on(VmSnapshot::make(spec, &names.vm()));
+    ignore_not_found(fs::remove_dir_all(names.vm())).map_err(TemplateError::file("remove", names.vm()))?;
+    let snapshot = snapshot?;
     let memory = |source| TemplateError::Memory { action: "read the memory", source };
-    let file = File::from(saved.memory.as_fd().try_clone_to_owned().map_err(memory)?);
+    let file = File::from(snapshot.memory.as_fd().try_clone_to_owned().map_err(memory)?);
     let allocated = pages::allocated(&file).map_err(memory)?;
-    say(report, &format!("saved, {} MiB of memory", allocated >> 20));
+    send_line(report, &format!("saved, {} MiB of memory", allocated >> 20));
     templates.make_room(allocated, budget_mib)?;
-    let manifest = Manifest {
+    let manifest = TemplateManifest {
         version: VERSION,
         shape: shape.clone(),
         pid: std::process::id(),
-        qemu: saved.qemu,
-        memory_fd: saved.memory_fd,
+        qemu: snapshot.qemu,
+        memory_fd: snapshot.memory_fd,
         memory_mib: spec.memory_mib,
         vcpus: spec.vcpus,
         allocated,
-        devices: saved.devices.len() as u64,
-        sha256: hash::digest(&file, &saved.devices).map_err(memory)?,
+        devices: snapshot.devices.len() as u64,
+        sha256: hash::digest(&file, &snapshot.devices).map_err(memory)?,
         created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
     };
     let text = serde_json::to_vec_pretty(&manifest).map_err(TemplateError::Encode)?;
     store::write(&names.unpublished(), &text)?;
-    Ok(saved)
+    Ok(snapshot)
 }
 
-/// The holder: this program, with nothing but what it is to hold.
+/// Describes the holder process: this program, with only the descriptors that it is to keep open.
 fn hold(
-    templates: &Templates,
+    templates: &TemplateStore,
     key: &str,
-    saved: Saved,
+    snapshot: VmSnapshot,
     lock: File,
     report: &File,
 ) -> Result<Spawn, TemplateError> {
     let memory = |source| TemplateError::Memory { action: "pass on the memory", source };
-    let devices = memfd::holding(&saved.devices).map_err(memory)?;
+    let devices = memfd::holding(&snapshot.devices).map_err(memory)?;
     let report = report.try_clone().map_err(memory)?;
     Ok(Spawn::new("/proc/self/exe")
         .args([holder::ARGUMENT.as_ref(), templates.dir().as_os_str(), key.as_ref()])
         .dir("/")
-        .fd(saved.memory, holder::MEMORY)
+        .fd(snapshot.memory, holder::MEMORY)
         .fd(devices, holder::DEVICES)
         .fd(lock.into(), holder::LOCK)
         .fd(report.into(), holder::REPORT))
 }
 
-/// Nobody need be listening.
-pub(super) fn say(mut report: &File, line: &str) {
+/// Sends a line to the process that waits for the builder, if there is one.
+pub(super) fn send_line(mut report: &File, line: &str) {
     drop(writeln!(report, "{}", line.replace('\n', "; ")));
 }

@@ -1,11 +1,11 @@
-//! Why a template could not be made, found or looked after.
+//! The errors of templates.
 
 use std::{io, path::PathBuf};
 
 use crate::{
     error::{ErrorKind, HasKind},
     process::ProcessError,
-    vm::SavedError,
+    vm::VmSnapshotError,
 };
 
 /// Why a template could not be made, found or looked after.
@@ -13,10 +13,10 @@ use crate::{
 pub enum TemplateError {
     #[error("cannot {action} {}", path.display())]
     File { action: &'static str, path: PathBuf, source: io::Error },
-    #[error("{} is not root's alone, so templates in it cannot be trusted", dir.display())]
+    #[error("{} is accessible to other users than root, so templates in it cannot be trusted", dir.display())]
     Open { dir: PathBuf },
     #[error("cannot build a template")]
-    Vm(#[from] SavedError),
+    Vm(#[from] VmSnapshotError),
     #[error("cannot {action} for a template")]
     Memory { action: &'static str, source: io::Error },
     #[error("a template of {needed} MiB does not fit into template.budget_mib = {budget}")]

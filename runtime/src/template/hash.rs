@@ -1,4 +1,4 @@
-//! The digest by which `verify` knows that a template is as it was built.
+//! The digest that shows whether a template is still as it was built.
 
 use std::{fs::File, io};
 
@@ -20,9 +20,10 @@ pub(super) fn digest(memory: &File, devices: &[u8]) -> io::Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt as _;
+
     use super::*;
     use crate::memfd;
-    use std::os::unix::fs::FileExt as _;
 
     const PAGE: usize = 4096;
 

@@ -1,8 +1,8 @@
-//! The process that keeps a template: it publishes it, and then does next to nothing until it is killed.
+//! The process that holds a template: it publishes the template and keeps it in memory until it is killed.
 //!
-//! Memory of a clone that its template never had becomes the template's too, as a page of zeros: that is how the kernel
-//! copies what is missing in a file (mmap(2), MAP_PRIVATE). A template that has grown to twice its size gives way to a copy
-//! of itself as soon as no clone uses it.
+//! Templates grow: where a clone writes to memory that its template never had, the kernel adds a page of
+//! zeros to the template's memfd before it makes the clone's copy (mmap(2), MAP_PRIVATE). A template that has
+//! grown to twice its size is replaced by a compact copy as soon as no clone uses it.
 
 use std::{
     env,
@@ -28,57 +28,58 @@ use nix::{
 use super::{builder, pages, store};
 use crate::sys::inherit;
 
-/// First argument of a process that is a holder; its directory and key follow.
+/// First argument of a holder process; the templates' directory and the key follow.
 pub(super) const ARGUMENT: &str = "template-holder";
 
-/// Numbers of the descriptors that it keeps.
+/// Numbers of the descriptors that the holder keeps open.
 pub(super) const MEMORY: i32 = 3;
 pub(super) const DEVICES: i32 = 4;
 pub(super) const LOCK: i32 = 5;
-/// Whoever waits for the builder: the end of it is the end of the wait.
+/// A pipe to the process that waits for the builder. The wait ends when the pipe is closed.
 pub(super) const REPORT: i32 = 6;
 
 pub(super) fn main(mut args: impl Iterator<Item = String>) -> ! {
     let (Some(dir), Some(key)) = (args.next(), args.next()) else { std::process::exit(2) };
-    // Its own name in process lists.
+    // The name of the process in process lists.
     let named = prctl::set_name(c"machinen-templ");
-    let names = store::Names::new(Path::new(&dir), &key);
+    let names = store::TemplatePaths::new(Path::new(&dir), &key);
     let published = publish(&names).and_then(|held| named.map(|()| held).map_err(io::Error::from));
-    // It is closed with this: whoever waits sees the end.
+    // Dropping `report` closes the pipe, which ends the wait.
     if let Ok(report) = inherit::take(REPORT).map(File::from) {
         match &published {
-            Ok(_) => builder::say(&report, "ready"),
-            Err(error) => builder::say(&report, &format!("failed: cannot publish it: {error}")),
+            Ok(_) => builder::send_line(&report, "ready"),
+            Err(error) => builder::send_line(&report, &format!("failed: cannot publish it: {error}")),
         }
     }
-    // Only an error ends it, and with it the template, so that the next start has another one built.
+    // Only an error ends the holder, and the template with it. The next start then has another one built.
     drop(published.map(|(memory, users)| keep(memory, users, &names)));
     std::process::exit(1)
 }
 
-/// Each time that the last clone has ended, sees to the memory.
-fn keep(mut memory: OwnedFd, mut users: File, names: &store::Names) -> io::Result<()> {
+/// Replaces the memory by a compact copy if it has grown, each time that the last clone has ended.
+fn keep(mut memory: OwnedFd, mut users: File, names: &store::TemplatePaths) -> io::Result<()> {
     let built = pages::allocated(&File::from(memory.try_clone()?))?;
     loop {
         poll(&mut [PollFd::new(users.as_fd(), PollFlags::empty())], PollTimeout::NONE)?;
-        // Another one for the next time: a reader that has seen the last writer go sees nothing else any more.
+        // The fifo is opened again: a reader that has seen the last writer close it sees no further event.
         users = watch(names)?;
         let grown = File::from(memory.try_clone()?);
         if pages::allocated(&grown)? > 2 * built
             && let Ok(copy) = pages::copy(&grown)
         {
-            // Under the number by which it is found. A host without memory for a copy keeps the old one.
+            // The copy gets the descriptor number under which clones find the memory. If the host has no
+            // memory for a copy, the old one is kept.
             rustix::io::dup2(&copy, &mut memory)?;
         }
     }
 }
 
-/// Shows when nobody has the template in use any more (fifo(7)).
-fn watch(names: &store::Names) -> io::Result<File> {
+/// Opens the fifo that shows when no clone uses the template any more (fifo(7)).
+fn watch(names: &store::TemplatePaths) -> io::Result<File> {
     File::options().read(true).custom_flags(libc::O_NONBLOCK).open(names.used())
 }
 
-/// The process that holds a template, whatever its manifest says.
+/// Finds the process that holds a template, without relying on the manifest.
 pub(super) fn find(dir: &Path, key: &str) -> Option<u32> {
     let identity = |dir: &Path| fs::metadata(dir).ok().map(|dir| (dir.dev(), dir.ino()));
     let dir = identity(dir)?;
@@ -94,11 +95,11 @@ pub(super) fn find(dir: &Path, key: &str) -> Option<u32> {
     pids.find(|pid| holds(*pid))
 }
 
-/// From here on the descriptors are under the numbers that the manifest stands for.
-fn publish(names: &store::Names) -> io::Result<(OwnedFd, File)> {
+/// Publishes the manifest. The descriptors have the numbers under which clones look for them.
+fn publish(names: &store::TemplatePaths) -> io::Result<(OwnedFd, File)> {
     env::set_current_dir("/")?;
     let memory = inherit::take(MEMORY)?;
-    store::gone(fs::remove_file(names.used()))?;
+    store::ignore_not_found(fs::remove_file(names.used()))?;
     mkfifo(&names.used(), Mode::S_IRUSR | Mode::S_IWUSR)?;
     let users = watch(names)?;
     fs::rename(names.unpublished(), names.manifest())?;

@@ -1,22 +1,22 @@
-//! What is known of a template, in `KEY.json`.
+//! The description of a template, stored in `KEY.json`.
 
 use serde::{Deserialize, Serialize};
 
 use super::Shape;
 use crate::vm::QemuVersion;
 
-/// Moved when a field changes its meaning; templates of other versions are built anew.
+/// Raised when a field changes its meaning; templates of other versions are built again.
 pub(super) const VERSION: u32 = 1;
 
-/// A published template.
+/// The description of a published template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Manifest {
+pub struct TemplateManifest {
     pub(super) version: u32,
     pub shape: Shape,
-    /// The holder.
+    /// The holder's pid.
     pub pid: u32,
     pub qemu: QemuVersion,
-    /// QEMU's own number for the memory.
+    /// The number under which QEMU has opened the memory.
     pub(super) memory_fd: i32,
     pub memory_mib: u32,
     pub vcpus: u32,

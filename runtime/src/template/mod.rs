@@ -9,13 +9,14 @@
 //!   holder:   publish KEY.json ── hold memory, device state and lock until it is killed
 //!             └─ no clone is left, and the memory has grown ── put a copy of it in its place
 //! ```
-//! A template is memory, so it lives in memory: two sealed memfds that a process without any other task keeps. They
-//! are reached through that process's /proc/PID/fd, which only root may. The lock that the holder keeps is what
-//! tells that it lives; when it is gone, so is the template, and what its files say counts for nothing. A file of a
-//! file system could not be sealed, and one QEMU that a guest has taken over could change what all later VMs run.
+//! A template consists of two sealed memfds, which a process without any other task keeps open. Clones open
+//! them through that process's /proc/PID/fd, which only root may do. The template is valid as long as the
+//! holder has the lock; without it the template's files are ignored. Files of a file system could not be
+//! sealed, and one QEMU that a guest has taken over could change what all later VMs run.
 //!
-//! The key is a digest of the [`Shape`], everything that made the template what it is. Another kernel, image, QEMU,
-//! CPU or command line is another key; a template whose files have changed since is removed when the next is built.
+//! The key is a digest of the [`Shape`], which has everything that determines a template's content. Another
+//! kernel, image, QEMU, CPU or command line gives another key. A template whose files have changed since is
+//! removed when the next one is built.
 
 mod builder;
 mod error;
@@ -26,13 +27,13 @@ mod pages;
 mod shape;
 mod store;
 
-pub use builder::{Progress, build};
+pub use builder::build;
 pub use error::TemplateError;
-pub use manifest::Manifest;
+pub use manifest::TemplateManifest;
 pub use shape::Shape;
-pub use store::{Found, Listed, Template, Templates};
+pub use store::{Found, ListedTemplate, Template, TemplateStore};
 
-/// Runs the builder or the holder, if that is what this process was started for; to be called first in every binary
+/// Runs the builder or the holder, if this process was started as one. To be called first in every binary
 /// that owns VMs.
 pub fn main_if_asked() {
     let mut args = std::env::args().skip(1);

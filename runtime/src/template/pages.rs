@@ -1,5 +1,5 @@
-//! The pages of a template's memory that are not zeros. Of those that are it does not matter whether they exist, which in a
-//! memfd depends on who has looked at them.
+//! The pages of a template's memory that are not all zeros. Pages of zeros are ignored: whether a memfd has
+//! them allocated depends on which of them have been read.
 
 use std::{
     fs::File,
@@ -20,7 +20,7 @@ use crate::memfd;
 const PAGE: usize = 4096;
 const CHUNK: usize = 256 * PAGE;
 
-/// Bytes of memory that it takes.
+/// Bytes of memory that the file takes.
 pub(super) fn allocated(memory: &File) -> io::Result<u64> {
     Ok(memory.metadata()?.blocks() * 512)
 }
@@ -49,7 +49,7 @@ pub(super) fn for_each(memory: &File, mut each: impl FnMut(u64, &[u8]) -> io::Re
     }
 }
 
-/// A sealed memfd with the same content, which takes no more memory than that needs.
+/// A sealed memfd with the same content, without memory for pages of zeros.
 pub(super) fn copy(memory: &File) -> io::Result<OwnedFd> {
     let copy = File::from(memfd::sparse(memory.metadata()?.len())?);
     for_each(memory, |number, page| copy.write_all_at(page, number * PAGE as u64))?;

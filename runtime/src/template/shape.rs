@@ -1,35 +1,39 @@
-//! Everything that makes a template what it is.
+//! The parameters that determine the content of a template.
 
-use std::fmt::Write as _;
-use std::fs;
-use std::io;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::{
+    fmt::Write as _,
+    fs, io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::TemplateError;
-use crate::process;
-use crate::vm::{ChannelKind, VmSpec};
+use crate::{
+    process,
+    vm::{ChannelKind, VmSpec},
+};
 
-/// Two VMs of one shape can be clones of one template.
+/// The parameters that determine the content of a template: VMs of one shape can be clones of one template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shape {
     machinen: String,
     protocol: u16,
-    qemu: Identity,
-    kernel: Identity,
-    image: Identity,
-    /// QEMU's arguments; accelerator, memory, CPUs, time stamp counter and the kernel's command line are among them.
+    qemu: FileIdentity,
+    kernel: FileIdentity,
+    image: FileIdentity,
+    /// QEMU's arguments; accelerator, memory, CPUs, time stamp counter and the kernel's command line are
+    /// among them.
     args: Vec<String>,
     /// With KVM the guest sees the host's CPU.
     cpu: String,
 }
 
-/// A file that has changed is another one. Its content is not read: that would take longer than a clone.
+/// Identifies a file in one state. The content is not read, because that would take longer than a clone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Identity {
+struct FileIdentity {
     path: PathBuf,
     device: u64,
     inode: u64,
@@ -37,7 +41,7 @@ struct Identity {
     modified_ns: i128,
 }
 
-impl Identity {
+impl FileIdentity {
     fn of(path: &Path) -> io::Result<Self> {
         let path = fs::canonicalize(path)?;
         let file = fs::metadata(&path)?;
@@ -51,15 +55,17 @@ impl Identity {
 }
 
 impl Shape {
-    /// None for a VM that cannot be cloned at all.
+    /// The shape of a VM; None if the VM cannot be cloned.
     ///
     /// # Errors
-    /// QEMU or one of the guest's files is missing, which a boot says better.
+    /// QEMU or one of the guest's files is missing. A boot reports that in more detail.
     pub fn of(spec: &VmSpec) -> Result<Option<Self>, TemplateError> {
-        if matches!(spec.channel, ChannelKind::VhostUserVsock { .. }) || counts_on_zeros(&spec.kernel_args) {
+        if matches!(spec.channel, ChannelKind::VhostUserVsock { .. })
+            || relies_on_zeroed_memory(&spec.kernel_args)
+        {
             return Ok(None);
         }
-        let identity = |path: &Path| Identity::of(path).map_err(TemplateError::file("look at", path));
+        let identity = |path: &Path| FileIdentity::of(path).map_err(TemplateError::file("look at", path));
         Ok(Some(Self {
             machinen: env!("CARGO_PKG_VERSION").to_owned(),
             protocol: machinen_protocol::VERSION,
@@ -86,13 +92,13 @@ impl Shape {
 
     /// QEMU, kernel and image are still what they were.
     pub fn is_current(&self) -> bool {
-        [&self.qemu, &self.kernel, &self.image].into_iter().all(Identity::is_current)
+        [&self.qemu, &self.kernel, &self.image].into_iter().all(FileIdentity::is_current)
     }
 }
 
-/// Memory that a clone gives back to the host and takes again holds what the template had there. Linux does not mind,
-/// unless it is told to count on free memory being zero.
-fn counts_on_zeros(kernel_args: &str) -> bool {
+/// Whether the guest's kernel relies on free memory being zero. Memory that a clone gives back to the host
+/// and takes again has the template's content, which is harmless otherwise.
+fn relies_on_zeroed_memory(kernel_args: &str) -> bool {
     kernel_args
         .split_ascii_whitespace()
         .any(|arg| arg.starts_with("init_on_free") || arg.starts_with("page_poison"))
@@ -100,7 +106,7 @@ fn counts_on_zeros(kernel_args: &str) -> bool {
 
 const CPUINFO: &str = "/proc/cpuinfo";
 
-/// What the first processor says of itself that does not change from moment to moment.
+/// A digest of those properties of the first processor that never change.
 fn cpu() -> io::Result<String> {
     let text = fs::read_to_string(CPUINFO)?;
     let first = text.split("\n\n").next().unwrap_or_default();
@@ -115,8 +121,7 @@ fn cpu() -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::accel::Accel;
-    use crate::process::Identity as User;
+    use crate::{accel::Accelerator, process::RunAs};
 
     fn spec(dir: &Path) -> VmSpec {
         for name in ["vmlinux", "guest.img"] {
@@ -125,7 +130,7 @@ mod tests {
         VmSpec {
             id: "one".into(),
             qemu: "/bin/sh".into(),
-            accel: Accel::Kvm,
+            accel: Accelerator::Kvm,
             memory_mib: 512,
             vcpus: 1,
             kernel: dir.join("vmlinux"),
@@ -134,7 +139,7 @@ mod tests {
             channel: ChannelKind::Serial,
             hostname: "one".into(),
             boot_timeout: std::time::Duration::from_secs(1),
-            identity: User::default(),
+            identity: RunAs::default(),
             keep_console: false,
         }
     }
@@ -147,7 +152,7 @@ mod tests {
         let same = VmSpec {
             id: "two".into(),
             hostname: "two".into(),
-            identity: User { uid: 7, ..User::default() },
+            identity: RunAs { uid: 7, ..RunAs::default() },
             keep_console: true,
             ..base.clone()
         };
@@ -155,8 +160,8 @@ mod tests {
         for other in [
             VmSpec { memory_mib: 1024, ..base.clone() },
             VmSpec { vcpus: 2, ..base.clone() },
-            VmSpec { accel: Accel::Tcg { tsc_khz: 5 }, ..base.clone() },
-            VmSpec { accel: Accel::Tcg { tsc_khz: 6 }, ..base.clone() },
+            VmSpec { accel: Accelerator::Tcg { tsc_khz: 5 }, ..base.clone() },
+            VmSpec { accel: Accelerator::Tcg { tsc_khz: 6 }, ..base.clone() },
             VmSpec { kernel_args: "x".into(), ..base.clone() },
             VmSpec { qemu: "/bin/ls".into(), ..base.clone() },
             VmSpec { channel: ChannelKind::KernelVsock, ..base.clone() },
@@ -166,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_changes_makes_another_key_and_ends_the_old_shape() {
+    fn a_changed_file_makes_another_key_and_outdates_the_old_shape() {
         let dir = tempfile::tempdir().unwrap();
         let spec = spec(dir.path());
         let before = Shape::of(&spec).unwrap().unwrap();

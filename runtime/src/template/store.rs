@@ -3,75 +3,79 @@
 //! ```text
 //!   KEY.lock     held by the builder, then by the holder; its time is that of the last clone
 //!   KEY.json     the manifest; counts only while the lock is held
-//!   KEY.used     a fifo that each clone's owner has open for writing: its end tells the holder that no clone is left
+//!   KEY.used     a fifo that the owner of each clone has open for writing: its end shows that no clone is left
 //!   KEY.failed   why the last attempt to build failed
 //!   KEY.vm/      while the template's VM runs
 //! ```
 
-use std::collections::BTreeSet;
-use std::fs::{self, DirBuilder, File};
-use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::{
+    collections::BTreeSet,
+    fs::{self, DirBuilder, File},
+    io::{self, Read as _, Write as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
 
-use super::manifest::{Manifest, VERSION};
-use super::{Shape, TemplateError, hash, holder};
-use crate::memfd;
-use crate::process::end_stranger;
-use crate::vm::Saved;
+use super::{
+    Shape, TemplateError, hash, holder,
+    manifest::{TemplateManifest, VERSION},
+};
+use crate::{memfd, process::kill_foreign, vm::VmSnapshot};
 
-/// A failure counts for so long; then a start asks for another attempt.
+/// How long after a failure starts boot without requesting the template again.
 const RETRY: Duration = Duration::from_secs(600);
 
-/// A holder that was killed is gone at once.
+/// How long a killed holder may take to end.
 const END_DEADLINE: Duration = Duration::from_secs(5);
 
 /// The templates in one directory.
 #[derive(Debug, Clone)]
-pub struct Templates {
+pub struct TemplateStore {
     dir: PathBuf,
 }
 
-/// What there is of a shape.
+/// The state of a shape's template.
 #[derive(Debug)]
 pub enum Found {
     Ready(Box<Template>),
-    /// Somebody is at it.
+    /// A builder is working on it.
     Building,
     Absent,
-    /// It could not be built a short while ago, or not be cloned.
+    /// It could not be built, or not be cloned, a short while ago, for this reason.
     Failed(String),
 }
 
-/// A template that is ready to be cloned; it stays so while this exists, whatever becomes of its holder.
+/// A template that is ready to be cloned. It stays usable while this value exists, even if its holder ends.
 #[derive(Debug)]
 pub struct Template {
-    pub manifest: Manifest,
-    pub saved: Saved,
+    pub manifest: TemplateManifest,
+    pub snapshot: VmSnapshot,
 }
 
-/// A template as a person wants to know of it.
+/// A template in a listing.
 #[derive(Debug)]
-pub struct Listed {
+pub struct ListedTemplate {
     pub key: String,
-    pub manifest: Manifest,
-    /// Its holder lives.
+    pub manifest: TemplateManifest,
+    /// Its holder is running.
     pub alive: bool,
     pub used: Option<SystemTime>,
 }
 
 /// The files of one template.
 #[derive(Debug)]
-pub(super) struct Names {
+pub(super) struct TemplatePaths {
     base: PathBuf,
 }
 
-impl Names {
+impl TemplatePaths {
     pub(super) fn new(dir: &Path, key: &str) -> Self {
         Self { base: dir.join(key) }
     }
@@ -101,8 +105,8 @@ impl Names {
     }
 }
 
-impl Templates {
-    /// Nothing is touched; the directory need not exist.
+impl TemplateStore {
+    /// Names the directory, which is not accessed yet and need not exist.
     pub fn at(dir: &Path) -> Self {
         Self { dir: dir.to_owned() }
     }
@@ -111,11 +115,11 @@ impl Templates {
         &self.dir
     }
 
-    pub(super) fn names(&self, key: &str) -> Names {
-        Names::new(&self.dir, key)
+    pub(super) fn names(&self, key: &str) -> TemplatePaths {
+        TemplatePaths::new(&self.dir, key)
     }
 
-    /// Makes the directory; what is in it is for root alone.
+    /// Makes the directory, which only root may access.
     pub(super) fn create(&self) -> Result<(), TemplateError> {
         DirBuilder::new()
             .recursive(true)
@@ -125,7 +129,7 @@ impl Templates {
         self.trusted().map(|_| ())
     }
 
-    /// Whether the directory is there; one that others may change is not believed.
+    /// Whether the directory exists. It is an error if other users may change it.
     fn trusted(&self) -> Result<bool, TemplateError> {
         match fs::symlink_metadata(&self.dir) {
             Ok(dir)
@@ -141,10 +145,10 @@ impl Templates {
         }
     }
 
-    /// Looks for a template of this shape, and notes that it is used.
+    /// Looks for a template of this shape, and records that it is used.
     ///
     /// # Errors
-    /// The directory is not to be trusted, or cannot be read.
+    /// The directory cannot be trusted or read.
     pub fn find(&self, shape: &Shape) -> Result<Found, TemplateError> {
         if !self.trusted()? {
             return Ok(Found::Absent);
@@ -158,20 +162,21 @@ impl Templates {
             return Ok(Found::Absent);
         }
         let manifest = match read(&names.manifest())? {
-            Known::Template(manifest) if manifest.shape == *shape => manifest,
-            Known::Template(_) | Known::Nothing => return Ok(Found::Building),
-            Known::Damaged => {
+            StoredManifest::Template(manifest) if manifest.shape == *shape => manifest,
+            StoredManifest::Template(_) | StoredManifest::Missing => return Ok(Found::Building),
+            StoredManifest::Damaged => {
                 tracing::warn!(path = %names.manifest().display(), "the manifest of a template is damaged");
                 return Ok(Found::Absent);
             }
         };
         match open(*manifest, &names) {
             Ok(template) => {
-                // A time that is not noted makes it the first to go, no more.
+                // If the time cannot be set, the template is only among the first to be removed when room is
+                // needed.
                 drop(File::open(names.lock()).and_then(|lock| lock.set_modified(SystemTime::now())));
                 Ok(Found::Ready(Box::new(template)))
             }
-            // The holder has just ended, or the manifest is of one that ended before.
+            // The holder has just ended, or the manifest is of a holder that ended before.
             Err(error) => {
                 tracing::debug!(key, "template not usable: {error}");
                 Ok(Found::Absent)
@@ -179,11 +184,11 @@ impl Templates {
         }
     }
 
-    /// All templates, alive or not.
+    /// All templates, with and without a running holder.
     ///
     /// # Errors
-    /// The directory is not to be trusted, or cannot be read.
-    pub fn list(&self) -> Result<Vec<Listed>, TemplateError> {
+    /// The directory cannot be trusted or read.
+    pub fn list(&self) -> Result<Vec<ListedTemplate>, TemplateError> {
         let mut listed = Vec::new();
         if !self.trusted()? {
             return Ok(listed);
@@ -195,50 +200,50 @@ impl Templates {
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
             }
-            let Known::Template(manifest) = read(&path)? else { continue };
+            let StoredManifest::Template(manifest) = read(&path)? else { continue };
             let manifest = *manifest;
             let lock = self.names(&key).lock();
             let alive = is_locked(&lock)?;
             let used = fs::metadata(&lock).and_then(|lock| lock.modified()).ok();
-            listed.push(Listed { key, manifest, alive, used });
+            listed.push(ListedTemplate { key, manifest, alive, used });
         }
         listed.sort_by_key(|template| std::cmp::Reverse(template.used));
         Ok(listed)
     }
 
-    /// Reads all of a template and compares it with what was built; false when it has changed.
+    /// Reads all of a template and compares it with what was built; false if it has changed.
     ///
     /// # Errors
     /// It is gone or cannot be read.
-    pub fn verify(&self, listed: &Listed) -> Result<bool, TemplateError> {
+    pub fn verify(&self, listed: &ListedTemplate) -> Result<bool, TemplateError> {
         let memory = |source| TemplateError::Memory { action: "read the memory", source };
         let template = open(listed.manifest.clone(), &self.names(&listed.key)).map_err(memory)?;
-        let file = File::from(template.saved.memory);
-        let digest = hash::digest(&file, &template.saved.devices).map_err(memory)?;
+        let file = File::from(template.snapshot.memory);
+        let digest = hash::digest(&file, &template.snapshot.devices).map_err(memory)?;
         Ok(digest == listed.manifest.sha256)
     }
 
-    /// Ends the holder and removes all that there is of a template. Clones of it live on.
+    /// Ends the holder and removes the template's files. Its clones keep running.
     ///
     /// # Errors
     /// The holder does not end, or a file cannot be removed.
     pub fn remove(&self, key: &str) -> Result<(), TemplateError> {
         let names = self.names(key);
         if let Some(pid) = holder::find(&self.dir, key) {
-            end_stranger(pid, || holder::find(&self.dir, key) == Some(pid), END_DEADLINE)
+            kill_foreign(pid, || holder::find(&self.dir, key) == Some(pid), END_DEADLINE)
                 .map_err(TemplateError::file("end the holder of", names.manifest()))?;
         }
         for path in [names.manifest(), names.unpublished(), names.used(), names.failed(), names.lock()] {
-            gone(fs::remove_file(&path)).map_err(TemplateError::file("remove", path))?;
+            ignore_not_found(fs::remove_file(&path)).map_err(TemplateError::file("remove", path))?;
         }
-        gone(fs::remove_dir_all(names.vm())).map_err(TemplateError::file("remove", names.vm()))
+        ignore_not_found(fs::remove_dir_all(names.vm())).map_err(TemplateError::file("remove", names.vm()))
     }
 
-    /// Removes all templates, and what is left of those that failed or ended; returns their keys. What is being built
-    /// stays.
+    /// Removes all templates, and the files of those that failed or ended; returns their keys. Templates that
+    /// are being built stay.
     ///
     /// # Errors
-    /// As for [`Templates::remove`]; the directory cannot be read.
+    /// As for [`TemplateStore::remove`]; the directory cannot be read.
     pub fn remove_all(&self) -> Result<Vec<String>, TemplateError> {
         let mut keys = BTreeSet::new();
         if self.trusted()? {
@@ -259,10 +264,11 @@ impl Templates {
         Ok(removed)
     }
 
-    /// Notes that a template of this shape is of no use, so that starts boot for a while without trying it again.
+    /// Removes a template that cannot be used and records that, so that starts boot for a while without
+    /// trying again.
     ///
     /// # Errors
-    /// It cannot be noted or removed.
+    /// The template cannot be removed, or the failure not be recorded.
     pub fn discard(&self, shape: &Shape, reason: &str) -> Result<(), TemplateError> {
         let key = shape.key();
         self.remove(&key)?;
@@ -273,7 +279,8 @@ impl Templates {
         write(&self.names(key).failed(), reason.as_bytes())
     }
 
-    /// Removes what is of no use any more, and then the least recently used, until `needed` bytes fit.
+    /// Removes templates that cannot be used any more, and then the least recently used ones, until `needed`
+    /// bytes fit.
     pub(super) fn make_room(&self, needed: u64, budget_mib: u64) -> Result<(), TemplateError> {
         let mut kept = self.list()?;
         let (mut room, budget) = (needed, budget_mib << 20);
@@ -297,13 +304,13 @@ impl Templates {
         Ok(())
     }
 
-    /// The lock of a template to be built; None if somebody else has it. A template that nobody can use any more gives
-    /// it up.
+    /// Takes the lock of a template that is to be built; None if another process holds it. A holder whose
+    /// manifest is damaged is ended, because its template cannot be used any more.
     pub(super) fn lock(&self, key: &str) -> Result<Option<File>, TemplateError> {
         if let Some(lock) = self.try_lock(key)? {
             return Ok(Some(lock));
         }
-        let damaged = matches!(read(&self.names(key).manifest())?, Known::Damaged);
+        let damaged = matches!(read(&self.names(key).manifest())?, StoredManifest::Damaged);
         if !damaged || holder::find(&self.dir, key).is_none() {
             return Ok(None);
         }
@@ -328,7 +335,7 @@ impl Templates {
     }
 }
 
-/// Whether a builder or holder has it.
+/// Whether a builder or holder has the lock.
 fn is_locked(path: &Path) -> Result<bool, TemplateError> {
     let file = match File::open(path) {
         Ok(file) => file,
@@ -342,39 +349,39 @@ fn is_locked(path: &Path) -> Result<bool, TemplateError> {
     }
 }
 
-/// What the file of a manifest says.
-enum Known {
-    /// There is none.
-    Nothing,
-    /// It is not of this version, or of none.
+/// The content of a manifest's file.
+enum StoredManifest {
+    /// There is no file.
+    Missing,
+    /// It is not a manifest of this version.
     Damaged,
-    Template(Box<Manifest>),
+    Template(Box<TemplateManifest>),
 }
 
-fn read(path: &Path) -> Result<Known, TemplateError> {
+fn read(path: &Path) -> Result<StoredManifest, TemplateError> {
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Known::Nothing),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(StoredManifest::Missing),
         Err(error) => return Err(TemplateError::file("read", path)(error)),
     };
-    // The version is looked at before all else, because the rest may be of another form.
+    // The version is checked first, because the other fields may differ between versions.
     let version =
         serde_json::from_slice::<serde_json::Value>(&bytes).ok().and_then(|value| value["version"].as_u64());
     if version != Some(VERSION.into()) {
-        return Ok(Known::Damaged);
+        return Ok(StoredManifest::Damaged);
     }
-    Ok(serde_json::from_slice(&bytes).map_or(Known::Damaged, Known::Template))
+    Ok(serde_json::from_slice(&bytes).map_or(StoredManifest::Damaged, StoredManifest::Template))
 }
 
-/// Writes a file that is for root alone.
+/// Writes a file that only root may access.
 pub(super) fn write(path: &Path, content: &[u8]) -> Result<(), TemplateError> {
     let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(path);
     let written = file.and_then(|mut file| file.write_all(content));
     written.map_err(TemplateError::file("write", path))
 }
 
-/// Takes hold of what the holder keeps.
-fn open(manifest: Manifest, names: &Names) -> io::Result<Template> {
+/// Opens what the holder keeps open.
+fn open(manifest: TemplateManifest, names: &TemplatePaths) -> io::Result<Template> {
     let descriptor = |number: i32| {
         let file = File::open(format!("/proc/{}/fd/{number}", manifest.pid))?;
         if memfd::is_sealed(&file) {
@@ -383,7 +390,7 @@ fn open(manifest: Manifest, names: &Names) -> io::Result<Template> {
             Err(io::Error::other("the holder's memory is not sealed"))
         }
     };
-    // Before the memory: what is used is not replaced.
+    // Opened before the memory, since the holder does not replace memory that is in use.
     let used = File::options().write(true).custom_flags(libc::O_NONBLOCK).open(names.used())?;
     let memory = descriptor(holder::MEMORY)?;
     if memory.metadata()?.len() != u64::from(manifest.memory_mib) << 20 {
@@ -395,18 +402,18 @@ fn open(manifest: Manifest, names: &Names) -> io::Result<Template> {
     if devices.len() as u64 != manifest.devices {
         return Err(io::Error::other("the holder's device state is of another size"));
     }
-    let saved = Saved {
+    let snapshot = VmSnapshot {
         memory: memory.into(),
         devices,
         memory_fd: manifest.memory_fd,
         qemu: manifest.qemu,
-        used: Some(Arc::new(used.into())),
+        in_use: Some(Arc::new(used.into())),
     };
-    Ok(Template { manifest, saved })
+    Ok(Template { manifest, snapshot })
 }
 
 /// Why a template could not be built or cloned a short while ago.
-fn failure(names: &Names) -> Option<String> {
+fn failure(names: &TemplatePaths) -> Option<String> {
     let path = names.failed();
     let age = fs::metadata(&path).ok()?.modified().ok()?.elapsed().unwrap_or_default();
     if age > RETRY {
@@ -415,7 +422,7 @@ fn failure(names: &Names) -> Option<String> {
     fs::read_to_string(path).ok()
 }
 
-pub(super) fn gone(result: io::Result<()>) -> io::Result<()> {
+pub(super) fn ignore_not_found(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,

@@ -1,4 +1,4 @@
-//! What the host answers without its guest.
+//! Requests that the host answers without the guest.
 
 use std::io;
 
@@ -6,15 +6,15 @@ use machinen_protocol::view::{MAJOR, MAX_DATA, MINOR, REPLY_HEADER, REQUEST_HEAD
 
 use super::device::Device;
 
-/// Flags of FUSE_INIT: writes larger than a page, lookups beside each other, `max_pages` counts.
+/// Flags of FUSE_INIT: writes larger than a page, lookups in parallel, `max_pages` is valid.
 const BIG_WRITES: u32 = 1 << 5;
 const PARALLEL_DIROPS: u32 = 1 << 18;
 const MAX_PAGES: u32 = 1 << 22;
 
 const PAGE: usize = 4096;
 
-/// Before the container is there, only the process whose root the view becomes has business with it, and that looks at
-/// nothing but the root's attributes.
+/// Answers a request that arrives before the container exists. At that time only the process whose root the
+/// view becomes uses it, and needs only the attributes of the root.
 pub(super) fn without_guest(device: &Device, request: Request, message: &[u8]) -> io::Result<()> {
     match request.opcode {
         opcode::INIT => device.write(&init(request, message)),
@@ -24,10 +24,11 @@ pub(super) fn without_guest(device: &Device, request: Request, message: &[u8]) -
     }
 }
 
-/// Whether the request was none of the guest's business, and has been answered.
+/// Answers a request that is not passed to the guest; false if it is for the guest.
 pub(super) fn by_host(device: &Device, request: Request) -> io::Result<bool> {
     match request.opcode {
-        // The kernel asks no more then: who gives up waits until there is a reply, or none in time.
+        // The kernel sends no INTERRUPT after this: an interrupted caller waits for the reply, or until the
+        // deadline.
         opcode::INTERRUPT => device.refuse(request, libc::ENOSYS)?,
         opcode::DESTROY => device.refuse(request, 0)?,
         _ => return Ok(false),
@@ -35,7 +36,8 @@ pub(super) fn by_host(device: &Device, request: Request) -> io::Result<bool> {
     Ok(true)
 }
 
-/// What the view is to be like (fuse_init_out): what is not set is not used, caches of names, data and locks included.
+/// The properties of the connection (fuse_init_out). What is not set is not used, including caches of names,
+/// data and locks.
 fn init(request: Request, message: &[u8]) -> Vec<u8> {
     let offered = message.get(REQUEST_HEADER + 12..REQUEST_HEADER + 16);
     let offered = offered.map_or(0, |flags| u32::from_le_bytes(flags.try_into().expect("four bytes")));
@@ -50,11 +52,13 @@ fn init(request: Request, message: &[u8]) -> Vec<u8> {
     reply(request, &body)
 }
 
-/// A directory of root's (fuse_attr_out), to be asked for again at the next access.
+/// The attributes of a directory that root owns (fuse_attr_out), valid for no time, so that they are never
+/// cached.
 fn root(request: Request) -> Vec<u8> {
     const MODE: u32 = libc::S_IFDIR | 0o755;
     let mut body = vec![0; 104];
-    // Behind the times for which it is valid: number, then after six more words of eight bytes and three of four, the mode.
+    // After the validity times: the inode number, five words of eight bytes, three of four, then mode and
+    // link count.
     body[16..24].copy_from_slice(&ROOT.to_le_bytes());
     body[76..80].copy_from_slice(&MODE.to_le_bytes());
     body[80..84].copy_from_slice(&2_u32.to_le_bytes());

@@ -1,36 +1,41 @@
 //! A FUSE file system and its device, /dev/fuse (fuse(4)). The connection ends when the device is closed.
 
-use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::{
+    io,
+    os::fd::{AsRawFd as _, OwnedFd},
+};
 
 use machinen_protocol::view::{MAX_DATA, REQUEST_HEADER, Request, refusal};
 use nix::errno::Errno;
-use rustix::fs::{Mode, OFlags, open};
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
-    fsmount, fsopen,
+use rustix::{
+    fs::{Mode, OFlags, open},
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
+        fsmount, fsopen,
+    },
 };
 use tokio::io::unix::AsyncFd;
 
 use crate::sys;
 
-/// Nothing on it is ever executed or opened as a device here, and its set-user-id bits mean nothing.
+/// No file of these file systems is executed or opened as a device on the host, and set-user-id bits have no
+/// effect.
 const HARMLESS: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID
     .union(MountAttrFlags::MOUNT_ATTR_NODEV)
     .union(MountAttrFlags::MOUNT_ATTR_NOEXEC);
 
-/// What is done to have a file system to mount.
+/// A step on the way to a file system that can be mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
+pub enum DeviceStep {
     Open,
     Make,
 }
 
-/// Why there is none.
+/// Why a file system cannot be made.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {} {what}", match .step { Step::Open => "open", Step::Make => "make" })]
+#[error("cannot {} {what}", match .step { DeviceStep::Open => "open", DeviceStep::Make => "make" })]
 pub struct DeviceError {
-    step: Step,
+    step: DeviceStep,
     what: &'static str,
     source: io::Error,
 }
@@ -38,19 +43,19 @@ pub struct DeviceError {
 #[derive(Debug)]
 pub(super) struct Device(AsyncFd<OwnedFd>);
 
-/// What comes from the kernel.
+/// A message of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Read {
+pub(super) enum DeviceRead {
     Request(Request),
     Unmounted,
 }
 
 impl Device {
-    /// A file system that only root may access, and its mount, which is in no mount namespace.
+    /// Makes a file system that only root may access. Its mount is in no mount namespace yet.
     pub(super) fn mount() -> Result<(Self, OwnedFd), DeviceError> {
         let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let opened = open("/dev/fuse", flags, Mode::empty());
-        let device = opened.map_err(|error| failed(Step::Open, "/dev/fuse", error.into()))?;
+        let device = opened.map_err(|error| failed(DeviceStep::Open, "/dev/fuse", error.into()))?;
         let number = device.as_raw_fd().to_string();
         let max_read = MAX_DATA.to_string();
         let options = [
@@ -63,8 +68,8 @@ impl Device {
             ("max_read", &max_read),
         ];
         let root = make("fuse", &options, &["default_permissions"], HARMLESS)
-            .map_err(|error| failed(Step::Make, "a FUSE file system", error))?;
-        let device = Self::over(device).map_err(|error| failed(Step::Open, "/dev/fuse", error))?;
+            .map_err(|error| failed(DeviceStep::Make, "a FUSE file system", error))?;
+        let device = Self::over(device).map_err(|error| failed(DeviceStep::Open, "/dev/fuse", error))?;
         Ok((device, root))
     }
 
@@ -72,26 +77,27 @@ impl Device {
         sys::async_fd(fd).map(Self)
     }
 
-    /// The next request; all of it is in `buffer`. Nothing is lost when this is cancelled.
-    pub(super) async fn read(&self, buffer: &mut [u8]) -> io::Result<Read> {
+    /// Reads the next request, whole, into `buffer`. Nothing is lost when this is cancelled.
+    pub(super) async fn read(&self, buffer: &mut [u8]) -> io::Result<DeviceRead> {
         loop {
             let mut ready = self.0.readable().await?;
             let read = ready.try_io(|fd| Ok(nix::unistd::read(fd, buffer)?));
             match read {
                 Err(_) => {}
-                Ok(Ok(0)) => return Ok(Read::Unmounted),
-                Ok(Ok(length)) => return Ok(Read::Request(decode(&buffer[..length])?)),
+                Ok(Ok(0)) => return Ok(DeviceRead::Unmounted),
+                Ok(Ok(length)) => return Ok(DeviceRead::Request(decode(&buffer[..length])?)),
                 Ok(Err(error)) => match error.raw_os_error() {
-                    // Whoever asked has given up.
+                    // The calling process has given up.
                     Some(libc::ENOENT | libc::EINTR) => {}
-                    Some(libc::ENODEV | libc::ECONNABORTED) => return Ok(Read::Unmounted),
+                    Some(libc::ENODEV | libc::ECONNABORTED) => return Ok(DeviceRead::Unmounted),
                     _ => return Err(error),
                 },
             }
         }
     }
 
-    /// Answers a request. One that nobody waits for any more is no error; EINVAL: this is no answer to it.
+    /// Sends a reply. It is not an error if no process waits for it any more. EINVAL means that it does not
+    /// fit the request.
     pub(super) fn write(&self, reply: &[u8]) -> io::Result<()> {
         match nix::unistd::write(self.0.get_ref(), reply) {
             Ok(_) | Err(Errno::ENOENT | Errno::ENODEV) => Ok(()),
@@ -111,11 +117,12 @@ fn decode(message: &[u8]) -> io::Result<Request> {
     if request.length == message.len() { Ok(request) } else { Err(odd()) }
 }
 
-/// An empty directory, for who has no view.
+/// An empty read-only directory, for containers without a view.
 pub(crate) fn empty() -> Result<OwnedFd, DeviceError> {
     let options = [("source", "machinen"), ("size", "4096"), ("nr_inodes", "1"), ("mode", "555")];
     let read_only = HARMLESS | MountAttrFlags::MOUNT_ATTR_RDONLY;
-    make("tmpfs", &options, &[], read_only).map_err(|error| failed(Step::Make, "an empty file system", error))
+    make("tmpfs", &options, &[], read_only)
+        .map_err(|error| failed(DeviceStep::Make, "an empty file system", error))
 }
 
 fn make(
@@ -135,6 +142,6 @@ fn make(
     Ok(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?)
 }
 
-fn failed(step: Step, what: &'static str, source: io::Error) -> DeviceError {
+fn failed(step: DeviceStep, what: &'static str, source: io::Error) -> DeviceError {
     DeviceError { step, what, source }
 }

@@ -1,15 +1,17 @@
-//! A container's root file system on the host, as it is in the guest at this moment.
+//! A view of a container's root file system on the host, as it is in the guest at this moment.
 //!
 //! ```text
-//!   tool ──> /proc/PID/root ──> host's kernel ──FUSE──> View ──raw stream──> agent ──> a process in the guest
+//!   tool ──> /proc/PID/root ──> host kernel ──FUSE──> ContainerView ──raw stream──> agent ──> server
 //! ```
-//! The kernel's FUSE client is made for servers that nobody trusts, so it may face the guest; no file system image of the
-//! guest's may be mounted here. What passes is checked and bounded all the same, and what is negotiated is answered on this
-//! side, so that the guest has no say in it. Nothing is cached: every access asks the guest.
+//! The kernel's FUSE client is made for servers that are not trusted, so it may face the guest. An image of a
+//! file system that a guest has written must not be mounted on the host. All messages are checked and bounded
+//! nevertheless, and the host itself negotiates the connection, so the guest has no influence on it. Nothing
+//! is cached: every access asks the guest.
 //!
-//! Until somebody looks, nothing of it exists in the guest. A guest that does not answer, or answers nonsense, costs whoever
-//! looks an error; the next access asks anew. One access can be several requests, so a guest that has missed a deadline is
-//! asked once more, for somebody who serves requests, and until that is answered every request fails at once.
+//! Nothing of the view exists in the guest before the first access. If the guest does not answer, or answers
+//! nonsense, the access fails and the next one tries again. One access can be several requests. So when a
+//! guest has missed a deadline, a new server is requested at once, and all requests fail until that is
+//! answered.
 
 mod answers;
 mod device;
@@ -17,61 +19,64 @@ mod session;
 #[cfg(test)]
 mod tests;
 
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::time::Duration;
+use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
-use tokio::sync::{Semaphore, watch};
-use tokio::task::JoinHandle;
-
-use crate::agent::{self, AgentError};
-use crate::error::chain;
-use crate::vm::{BoxedStream, Vm, VmError};
 pub(crate) use device::empty;
-use device::{Device, Read};
-pub use device::{DeviceError, Step};
+use device::{Device, DeviceRead};
+pub use device::{DeviceError, DeviceStep};
 use machinen_protocol::view::MAX_REQUEST;
+use tokio::{
+    sync::{Semaphore, watch},
+    task::JoinHandle,
+};
 
-/// Longest wait for the guest: for one request, or for somebody there who serves requests.
-const PATIENCE: Duration = Duration::from_secs(30);
+use crate::{
+    agent::{self, AgentError},
+    error::chain,
+    vm::{BoxedStream, Vm, VmError},
+};
 
-/// A mounted view; who holds it holds the connection to the kernel.
+/// The longest wait for the guest: for the reply to a request, or for a server to be opened.
+const REPLY_DEADLINE: Duration = Duration::from_secs(30);
+
+/// A mounted view. Dropping it ends the connection to the kernel.
 #[derive(Debug)]
-pub(crate) struct View {
-    guest: watch::Sender<Option<Guest>>,
+pub(crate) struct ContainerView {
+    guest: watch::Sender<Option<ViewGuest>>,
     task: JoinHandle<()>,
 }
 
-/// Where the files are.
+/// The container whose files a view shows.
 #[derive(Debug, Clone)]
-pub(crate) struct Guest {
+pub(crate) struct ViewGuest {
     pub(crate) vm: Vm,
     pub(crate) agent: agent::Client,
     pub(crate) container: String,
-    /// Held while a stream is open that the agent has not claimed.
+    /// Acquired while a stream is open that the agent has not claimed.
     pub(crate) unclaimed: Arc<Semaphore>,
 }
 
-/// Why nobody in the guest serves a view.
+/// Why no server could be opened in the guest.
 #[derive(Debug, thiserror::Error)]
 enum OpenError {
     #[error(transparent)]
     Vm(#[from] VmError),
     #[error(transparent)]
     Agent(#[from] AgentError),
-    #[error("the guest did not answer within {PATIENCE:?}")]
+    #[error("the guest did not answer within {REPLY_DEADLINE:?}")]
     Deadline,
 }
 
 impl OpenError {
-    fn is_silence(&self) -> bool {
+    fn is_timeout(&self) -> bool {
         matches!(self, Self::Deadline | Self::Agent(AgentError::Deadline { .. }))
     }
 }
 
-impl View {
-    /// A view for the container `id`, and the mount to be made a root of; it is mounted nowhere yet. Requests wait until the
-    /// container is there. Must be called inside a tokio runtime.
+impl ContainerView {
+    /// Makes a view for the container `id`, and its mount, which is in no mount namespace yet and is to
+    /// become a root directory. Until [`ContainerView::attach`] only the attributes of the root are served.
+    /// Must be called inside a tokio runtime.
     ///
     /// # Errors
     /// The host has no FUSE.
@@ -82,26 +87,26 @@ impl View {
         Ok((Self { guest, task }, root))
     }
 
-    /// The container is there.
-    pub(crate) fn attach(&self, guest: Guest) {
+    /// Serves the container's files from now on.
+    pub(crate) fn attach(&self, guest: ViewGuest) {
         self.guest.send_replace(Some(guest));
     }
 
-    /// Ends the connection: whoever waits for a reply, or asks from now on, gets an error.
+    /// Ends the connection: accesses that wait for a reply, and all later ones, fail.
     pub(crate) async fn end(&mut self) {
         self.task.abort();
-        // Being stopped is how it ends.
+        // The error that the task was aborted is expected.
         let _ = (&mut self.task).await;
     }
 }
 
-impl Drop for View {
+impl Drop for ContainerView {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-impl Guest {
+impl ViewGuest {
     async fn open(&self) -> Result<BoxedStream, OpenError> {
         let open = async {
             let _unclaimed = self.unclaimed.acquire().await.expect("never closed");
@@ -109,25 +114,25 @@ impl Guest {
             self.agent.open_view(&self.container, token).await?;
             Ok(stream)
         };
-        tokio::time::timeout(PATIENCE, open).await.map_err(|_| OpenError::Deadline)?
+        tokio::time::timeout(REPLY_DEADLINE, open).await.map_err(|_| OpenError::Deadline)?
     }
 }
 
-/// What the host does with all that a guest sends, from the first request at the device on; for fuzzing.
+/// Runs a session with all that a guest sends, from the first request at the device on; for fuzzing.
 #[cfg(fuzzing)]
 pub async fn session(device: OwnedFd, guest: BoxedStream) {
     let device = Device::over(device).expect("a descriptor that can be watched");
     let mut buffer = vec![0; MAX_REQUEST];
-    if let Ok(Read::Request(first)) = device.read(&mut buffer).await {
+    if let Ok(DeviceRead::Request(first)) = device.read(&mut buffer).await {
         session::run(&device, guest, first, &mut buffer).await;
     }
 }
 
 /// Serves the kernel until the view is unmounted.
-async fn serve(id: String, device: Device, mut guest: watch::Receiver<Option<Guest>>) {
+async fn serve(id: String, device: Device, mut guest: watch::Receiver<Option<ViewGuest>>) {
     match serve_guest(&id, &device, &mut guest).await {
-        Ok(Read::Unmounted) => tracing::debug!(id, "nobody can look at the container's files any more"),
-        Ok(Read::Request(_)) => {}
+        Ok(DeviceRead::Unmounted) => tracing::debug!(id, "the view of the container's files was unmounted"),
+        Ok(DeviceRead::Request(_)) => {}
         Err(error) => tracing::error!(id, "the container's files are not visible any more: {error}"),
     }
 }
@@ -135,51 +140,51 @@ async fn serve(id: String, device: Device, mut guest: watch::Receiver<Option<Gue
 async fn serve_guest(
     id: &str,
     device: &Device,
-    guest: &mut watch::Receiver<Option<Guest>>,
-) -> std::io::Result<Read> {
+    guest: &mut watch::Receiver<Option<ViewGuest>>,
+) -> std::io::Result<DeviceRead> {
     let mut buffer = vec![0; MAX_REQUEST];
     let guest = loop {
         tokio::select! {
             read = device.read(&mut buffer) => match read? {
-                Read::Unmounted => return Ok(Read::Unmounted),
-                Read::Request(request) => answers::without_guest(device, request, &buffer)?,
+                DeviceRead::Unmounted => return Ok(DeviceRead::Unmounted),
+                DeviceRead::Request(request) => answers::without_guest(device, request, &buffer)?,
             },
             attached = guest.wait_for(Option::is_some) => match attached.ok().and_then(|guest| guest.clone()) {
                 Some(guest) => break guest,
-                None => return Ok(Read::Unmounted),
+                None => return Ok(DeviceRead::Unmounted),
             },
         }
     };
     requests(id, device, &mut buffer, || guest.open()).await
 }
 
-/// Has them served by who is opened in the guest.
+/// Serves requests by a server in the guest, which `open` requests.
 async fn requests<Opening: Future<Output = Result<BoxedStream, OpenError>>>(
     id: &str,
     device: &Device,
     buffer: &mut [u8],
     open: impl Fn() -> Opening,
-) -> std::io::Result<Read> {
+) -> std::io::Result<DeviceRead> {
     let mut opened = None;
-    // While the guest is silent.
-    let mut word = None;
+    // The request for a new server, while the guest is silent.
+    let mut reopening = None;
     loop {
         let read = tokio::select! {
             biased;
-            found = async { word.as_mut().expect("checked").await }, if word.is_some() => {
-                word = None;
-                // Without one, the next access waits as long as this did.
+            found = async { reopening.as_mut().expect("checked").await }, if reopening.is_some() => {
+                reopening = None;
+                // Without a server, the next access waits for the full deadline again.
                 opened = Result::ok(found);
                 continue;
             }
             read = device.read(buffer) => read?,
         };
-        let Read::Request(request) = read else { return Ok(Read::Unmounted) };
+        let DeviceRead::Request(request) = read else { return Ok(DeviceRead::Unmounted) };
         if answers::by_host(device, request)? || !request.is_answered() {
-            // What is forgotten was known to a process that is gone.
+            // FORGET is about an inode of a server that has ended.
             continue;
         }
-        if word.is_some() {
+        if reopening.is_some() {
             device.refuse(request, libc::EIO)?;
             continue;
         }
@@ -189,21 +194,21 @@ async fn requests<Opening: Future<Output = Result<BoxedStream, OpenError>>>(
         };
         let silent = match stream {
             Ok(stream) => match session::run(device, stream, request, buffer).await {
-                session::End::Unmounted => return Ok(Read::Unmounted),
-                session::End::Device(error) => return Err(error),
+                session::SessionEnd::Unmounted => return Ok(DeviceRead::Unmounted),
+                session::SessionEnd::Device(error) => return Err(error),
                 end => {
                     tracing::warn!(id, "an access to the container's files failed: {}", chain(&end));
-                    matches!(end, session::End::Deadline)
+                    matches!(end, session::SessionEnd::Deadline)
                 }
             },
             Err(error) => {
                 tracing::warn!(id, "the container's files cannot be accessed: {}", chain(&error));
                 device.refuse(request, libc::EIO)?;
-                error.is_silence()
+                error.is_timeout()
             }
         };
         if silent {
-            word = Some(Box::pin(open()));
+            reopening = Some(Box::pin(open()));
         }
     }
 }

@@ -1,59 +1,69 @@
-//! The kernel's requests to somebody in the guest, and what comes back: forwarded, checked, and never waited for too long.
+//! Forwards the kernel's requests to a server in the guest, and checks its replies. Each has a deadline.
 
-use std::collections::VecDeque;
-use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    collections::VecDeque,
+    io,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use machinen_protocol::view::{MAX_REPLY, REPLY_HEADER, Reply, Request, ViewError};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::sync::Notify;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    sync::Notify,
+    time::{Instant, sleep_until, timeout},
+};
 
-use super::PATIENCE;
-use super::answers;
-use super::device::{Device, Read};
+use super::{
+    REPLY_DEADLINE, answers,
+    device::{Device, DeviceRead},
+};
 use crate::vm::BoxedStream;
 
 /// Requests that the guest may have at once; more wait in the kernel.
-const MOST: usize = 64;
-/// Where a request says which process of this host asks (fuse_in_header.pid), which is nothing to tell a guest.
-const ASKER: std::ops::Range<usize> = 32..36;
+const MAX_PENDING: usize = 64;
+/// The field with the pid of the calling process (fuse_in_header.pid), which the guest does not get.
+const CALLER_PID: std::ops::Range<usize> = 32..36;
 
 /// Why a session is over.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum End {
+pub(super) enum SessionEnd {
     #[error("it is unmounted")]
     Unmounted,
     #[error("the kernel refuses")]
     Device(#[source] io::Error),
     #[error("the connection to the guest has ended")]
     Stream(#[source] io::Error),
-    #[error("the guest sends what is no reply")]
-    NoReply(#[source] ViewError),
-    #[error("the guest answers what nobody has asked")]
-    Unasked,
-    #[error("the guest's reply does not fit the request")]
+    #[error("the guest sent a malformed reply")]
+    Malformed(#[source] ViewError),
+    #[error("the guest sent a reply without a request")]
+    Unexpected,
+    #[error("the guest's reply does not fit its request")]
     Misfit,
-    #[error("the guest did not answer within {PATIENCE:?}")]
+    #[error("the guest did not answer within {REPLY_DEADLINE:?}")]
     Deadline,
 }
 
 struct Session<'a> {
     device: &'a Device,
     /// Requests without a reply, oldest first.
-    waiting: Mutex<VecDeque<Waiting>>,
+    waiting: Mutex<VecDeque<PendingRequest>>,
     asked: Notify,
     answered: Notify,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Waiting {
+struct PendingRequest {
     request: Request,
     until: Instant,
 }
 
-/// Runs until it cannot go on. `first` is in `buffer`. What is without a reply then has failed.
-pub(super) async fn run(device: &Device, stream: BoxedStream, first: Request, buffer: &mut [u8]) -> End {
+/// Runs until the session cannot continue. `first` is in `buffer`. Requests that have no reply by then fail.
+pub(super) async fn run(
+    device: &Device,
+    stream: BoxedStream,
+    first: Request,
+    buffer: &mut [u8],
+) -> SessionEnd {
     let (from_guest, to_guest) = tokio::io::split(stream);
     let session =
         Session { device, waiting: Mutex::default(), asked: Notify::new(), answered: Notify::new() };
@@ -61,95 +71,96 @@ pub(super) async fn run(device: &Device, stream: BoxedStream, first: Request, bu
     let end = tokio::select! {
         end = session.ask(to_guest, first, buffer) => end,
         end = session.answer(from_guest) => end,
-        end = session.lose_patience() => end,
+        end = session.deadline() => end,
     };
     for waiting in session.waiting().drain(..) {
         if let Err(error) = device.refuse(waiting.request, libc::EIO) {
-            return End::Device(error);
+            return SessionEnd::Device(error);
         }
     }
     end
 }
 
 impl Session<'_> {
-    fn waiting(&self) -> MutexGuard<'_, VecDeque<Waiting>> {
+    fn waiting(&self) -> MutexGuard<'_, VecDeque<PendingRequest>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn ask(&self, mut guest: impl AsyncWrite + Unpin, first: Request, buffer: &mut [u8]) -> End {
+    async fn ask(&self, mut guest: impl AsyncWrite + Unpin, first: Request, buffer: &mut [u8]) -> SessionEnd {
         let mut request = first;
         loop {
-            match timeout(PATIENCE, forward(&mut guest, request, buffer)).await {
+            match timeout(REPLY_DEADLINE, forward(&mut guest, request, buffer)).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => return End::Stream(error),
-                Err(_) => return End::Deadline,
+                Ok(Err(error)) => return SessionEnd::Stream(error),
+                Err(_) => return SessionEnd::Deadline,
             }
-            while self.waiting().len() >= MOST {
+            while self.waiting().len() >= MAX_PENDING {
                 self.answered.notified().await;
             }
             request = match self.next(buffer).await {
-                Ok(Read::Request(request)) => request,
-                Ok(Read::Unmounted) => return End::Unmounted,
-                Err(error) => return End::Device(error),
+                Ok(DeviceRead::Request(request)) => request,
+                Ok(DeviceRead::Unmounted) => return SessionEnd::Unmounted,
+                Err(error) => return SessionEnd::Device(error),
             };
             self.enlist(request);
         }
     }
 
     /// The next request that is for the guest.
-    async fn next(&self, buffer: &mut [u8]) -> io::Result<Read> {
+    async fn next(&self, buffer: &mut [u8]) -> io::Result<DeviceRead> {
         loop {
             match self.device.read(buffer).await? {
-                Read::Request(request) if answers::by_host(self.device, request)? => {}
+                DeviceRead::Request(request) if answers::by_host(self.device, request)? => {}
                 read => return Ok(read),
             }
         }
     }
 
-    /// From now on there will be a reply to it, whosoever.
+    /// Registers a request. From now on it gets a reply, from the guest or from the host.
     fn enlist(&self, request: Request) {
         if request.is_answered() {
-            self.waiting().push_back(Waiting { request, until: Instant::now() + PATIENCE });
+            self.waiting().push_back(PendingRequest { request, until: Instant::now() + REPLY_DEADLINE });
             self.asked.notify_one();
         }
     }
 
-    async fn answer(&self, mut guest: impl AsyncRead + Unpin) -> End {
+    async fn answer(&self, mut guest: impl AsyncRead + Unpin) -> SessionEnd {
         let mut buffer = vec![0; MAX_REPLY];
         loop {
             let (header, body) = buffer.split_at_mut(REPLY_HEADER);
             if let Err(error) = guest.read_exact(header).await {
-                return End::Stream(error);
+                return SessionEnd::Stream(error);
             }
             let reply = match Reply::decode(header.as_array().expect("split there")) {
                 Ok(reply) => reply,
-                Err(error) => return End::NoReply(error),
+                Err(error) => return SessionEnd::Malformed(error),
             };
-            let asked = |waiting: &Waiting| waiting.request.unique == reply.unique;
+            let asked = |waiting: &PendingRequest| waiting.request.unique == reply.unique;
             if !self.waiting().iter().any(asked) {
-                return End::Unasked;
+                return SessionEnd::Unexpected;
             }
             if let Err(error) = guest.read_exact(&mut body[..reply.length - REPLY_HEADER]).await {
-                return End::Stream(error);
+                return SessionEnd::Stream(error);
             }
             self.waiting().retain(|waiting| !asked(waiting));
             self.answered.notify_one();
             match self.device.write(&buffer[..reply.length]) {
                 Ok(()) => {}
-                // The kernel has told whoever asked.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return End::Misfit,
-                Err(error) => return End::Device(error),
+                // The kernel has reported an error to the caller.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return SessionEnd::Misfit,
+                Err(error) => return SessionEnd::Device(error),
             }
         }
     }
 
-    /// Every request has the same time, so it is the oldest that runs out of it first.
-    async fn lose_patience(&self) -> End {
+    /// Resolves when a request has missed its deadline. All requests have the same time, so the oldest misses
+    /// it first.
+    async fn deadline(&self) -> SessionEnd {
         loop {
             let oldest = self.waiting().front().copied();
             match oldest {
                 None => self.asked.notified().await,
-                Some(waiting) if waiting.until <= Instant::now() => return End::Deadline,
+                Some(waiting) if waiting.until <= Instant::now() => return SessionEnd::Deadline,
                 Some(waiting) => sleep_until(waiting.until).await,
             }
         }
@@ -161,7 +172,7 @@ async fn forward(
     request: Request,
     buffer: &mut [u8],
 ) -> io::Result<()> {
-    buffer[ASKER].fill(0);
+    buffer[CALLER_PID].fill(0);
     guest.write_all(&buffer[..request.length]).await?;
     guest.flush().await
 }

@@ -1,21 +1,26 @@
-//! The view between a kernel and a guest that are both played here: the device is a socket with messages.
+//! Tests of the view with a simulated kernel and guest: the device is a socket that carries messages.
 
 use std::os::fd::OwnedFd;
 
 use machinen_protocol::view::{
     MAX_REPLY, MAX_REQUEST, REPLY_HEADER, REQUEST_HEADER, ROOT, Reply, Request, opcode, refusal,
 };
-use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
+use nix::{
+    errno::Errno,
+    sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair},
+};
 use proptest::prelude::*;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
 
-use super::device::{Device, Read};
-use super::session::{self, End};
-use super::{PATIENCE, answers, requests};
+use super::{
+    REPLY_DEADLINE, answers,
+    device::{Device, DeviceRead},
+    requests,
+    session::{self, SessionEnd},
+};
 
 const LOOKUP: u32 = 1;
-const ASKER: u32 = 4321;
+const CALLER_PID: u32 = 4321;
 
 /// The host's kernel.
 struct Kernel(OwnedFd);
@@ -31,16 +36,16 @@ impl Kernel {
         assert_eq!(nix::unistd::write(&self.0, message).unwrap(), message.len());
     }
 
-    /// What it has been told so far.
-    fn told(&self) -> Vec<Vec<u8>> {
+    /// The replies that the kernel has received so far.
+    fn replies(&self) -> Vec<Vec<u8>> {
         use std::os::fd::AsRawFd as _;
         let mut buffer = vec![0; MAX_REPLY];
-        let mut told = Vec::new();
+        let mut replies = Vec::new();
         loop {
             match recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
-                Ok(0) | Err(Errno::EAGAIN) => return told,
-                Ok(length) => told.push(buffer[..length].to_vec()),
-                // The device was closed with requests that nobody has read.
+                Ok(0) | Err(Errno::EAGAIN) => return replies,
+                Ok(length) => replies.push(buffer[..length].to_vec()),
+                // The device was closed before all requests were read.
                 Err(Errno::ECONNRESET) => {}
                 Err(error) => panic!("{error}"),
             }
@@ -54,7 +59,7 @@ fn message_of(opcode: u32, unique: u64, body: &[u8]) -> Vec<u8> {
     message.extend_from_slice(&unique.to_le_bytes());
     message.extend_from_slice(&ROOT.to_le_bytes());
     message.extend_from_slice(&[0; 8]);
-    message.extend_from_slice(&ASKER.to_le_bytes());
+    message.extend_from_slice(&CALLER_PID.to_le_bytes());
     message.extend_from_slice(&[0; 4]);
     message.extend_from_slice(body);
     message
@@ -66,14 +71,14 @@ fn reply(unique: u64, body: &[u8]) -> Vec<u8> {
 }
 
 /// A session whose first request is a lookup with the number 2, until it ends.
-async fn run(device: Device, kernel: &Kernel, guest: DuplexStream) -> End {
+async fn run(device: Device, kernel: &Kernel, guest: DuplexStream) -> SessionEnd {
     let mut buffer = vec![0; MAX_REQUEST];
     kernel.ask(&message_of(LOOKUP, 2, b"name\0"));
-    let Read::Request(first) = device.read(&mut buffer).await.unwrap() else { panic!("no request") };
+    let DeviceRead::Request(first) = device.read(&mut buffer).await.unwrap() else { panic!("no request") };
     session::run(&device, Box::new(guest), first, &mut buffer).await
 }
 
-async fn heard(guest: &mut DuplexStream) -> (Request, Vec<u8>) {
+async fn received(guest: &mut DuplexStream) -> (Request, Vec<u8>) {
     let mut header = [0; REQUEST_HEADER];
     guest.read_exact(&mut header).await.unwrap();
     let request = Request::decode(&header).unwrap();
@@ -87,30 +92,30 @@ async fn requests_and_replies_pass() {
     let (kernel, device) = Kernel::new();
     let (ours, mut guest) = duplex(1 << 20);
     let (end, ()) = tokio::join!(run(device, &kernel, ours), async {
-        let (request, message) = heard(&mut guest).await;
+        let (request, message) = received(&mut guest).await;
         assert_eq!((request.opcode, request.unique, request.node), (LOOKUP, 2, ROOT));
         assert_eq!(&message[REQUEST_HEADER..], b"name\0");
-        assert_eq!(&message[32..36], &[0; 4], "the guest is not told who asks");
+        assert_eq!(&message[32..36], &[0; 4], "the guest does not get the caller's pid");
         kernel.ask(&message_of(opcode::INTERRUPT, 3, &2_u64.to_le_bytes()));
         kernel.ask(&message_of(opcode::FORGET, 4, &1_u64.to_le_bytes()));
         kernel.ask(&message_of(LOOKUP, 6, b"other\0"));
-        let (forget, _) = heard(&mut guest).await;
-        let (other, _) = heard(&mut guest).await;
+        let (forget, _) = received(&mut guest).await;
+        let (other, _) = received(&mut guest).await;
         assert_eq!((forget.unique, other.unique), (4, 6), "what the host answers does not reach the guest");
         // In any order.
         guest.write_all(&reply(6, &[7; 128])).await.unwrap();
         guest.write_all(&refusal(2, libc::ENOENT)).await.unwrap();
         drop(guest);
     });
-    assert!(matches!(end, End::Stream(_)), "{end:?}");
+    assert!(matches!(end, SessionEnd::Stream(_)), "{end:?}");
     assert_eq!(
-        kernel.told(),
+        kernel.replies(),
         [refusal(3, libc::ENOSYS).to_vec(), reply(6, &[7; 128]), refusal(2, libc::ENOENT).to_vec()]
     );
 }
 
 #[tokio::test]
-async fn a_guest_that_lies_costs_an_error_and_its_session() {
+async fn a_malformed_reply_fails_the_request_and_ends_the_session() {
     let mut long = reply(2, b"");
     long[..4].copy_from_slice(&(MAX_REPLY as u32 + 1).to_le_bytes());
     let mut positive = reply(2, b"");
@@ -129,46 +134,47 @@ async fn a_guest_that_lies_costs_an_error_and_its_session() {
         let (ours, mut guest) = duplex(1 << 20);
         guest.write_all(&message).await.unwrap();
         let end = run(device, &kernel, ours).await;
-        assert!(matches!(end, End::NoReply(_) | End::Unasked), "{lie}: {end:?}");
-        assert_eq!(kernel.told(), [refusal(2, libc::EIO)], "{lie}");
+        assert!(matches!(end, SessionEnd::Malformed(_) | SessionEnd::Unexpected), "{lie}: {end:?}");
+        assert_eq!(kernel.replies(), [refusal(2, libc::EIO)], "{lie}");
     }
 }
 
 #[tokio::test]
-async fn an_answer_counts_once() {
+async fn a_second_reply_to_a_request_ends_the_session() {
     let (kernel, device) = Kernel::new();
     let (ours, mut guest) = duplex(1 << 20);
     guest.write_all(&[reply(2, b"first"), reply(2, b"second")].concat()).await.unwrap();
     let end = run(device, &kernel, ours).await;
-    assert!(matches!(end, End::Unasked), "{end:?}");
-    assert_eq!(kernel.told(), [reply(2, b"first")]);
+    assert!(matches!(end, SessionEnd::Unexpected), "{end:?}");
+    assert_eq!(kernel.replies(), [reply(2, b"first")]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_silent_guest_is_not_waited_for() {
-    // One takes the request and says nothing, or only a part; the other does not even take it.
+async fn a_silent_guest_misses_the_deadline() {
+    // The first two guests take the request and send nothing or a part of a reply; the third does not even
+    // take it.
     for (room, part) in [(1 << 20, &b""[..]), (1 << 20, &reply(2, b"part")[..18]), (16, b"")] {
         let (kernel, device) = Kernel::new();
         let (ours, mut guest) = duplex(room);
         guest.write_all(part).await.unwrap();
         let end = run(device, &kernel, ours).await;
-        assert!(matches!(end, End::Deadline), "{end:?}");
-        assert_eq!(kernel.told(), [refusal(2, libc::EIO)]);
+        assert!(matches!(end, SessionEnd::Deadline), "{end:?}");
+        assert_eq!(kernel.replies(), [refusal(2, libc::EIO)]);
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_that_was_silent_is_waited_for_once() {
+async fn requests_fail_at_once_while_a_guest_is_silent() {
     let (kernel, device) = Kernel::new();
     let mut buffer = vec![0; MAX_REQUEST];
-    let (told, answers) = (tokio::sync::Notify::new(), tokio::sync::Notify::new());
+    let (reopening, answers) = (tokio::sync::Notify::new(), tokio::sync::Notify::new());
     let (silent, _kept) = duplex(1 << 20);
     let (served, mut guest) = duplex(1 << 20);
     let streams = std::cell::RefCell::new(vec![served, silent]);
     // The first stream is there at once, the second when the guest answers again.
     let open = || async {
         if streams.borrow().len() == 1 {
-            told.notify_one();
+            reopening.notify_one();
             answers.notified().await;
         }
         let stream: crate::vm::BoxedStream = Box::new(streams.borrow_mut().pop().expect("asked twice"));
@@ -177,19 +183,19 @@ async fn a_guest_that_was_silent_is_waited_for_once() {
     let begun = tokio::time::Instant::now();
     let asking = async {
         kernel.ask(&message_of(LOOKUP, 2, b"name\0"));
-        told.notified().await;
-        assert_eq!(kernel.told(), [refusal(2, libc::EIO)]);
+        reopening.notified().await;
+        assert_eq!(kernel.replies(), [refusal(2, libc::EIO)]);
         let waited = begun.elapsed();
-        assert!(waited >= PATIENCE, "it was not waited for: {waited:?}");
+        assert!(waited >= REPLY_DEADLINE, "it was not waited for: {waited:?}");
         kernel.ask(&message_of(LOOKUP, 4, b"name\0"));
-        while kernel.told() != [refusal(4, libc::EIO)] {
+        while kernel.replies() != [refusal(4, libc::EIO)] {
             tokio::task::yield_now().await;
         }
         assert_eq!(begun.elapsed(), waited, "it was waited for again");
         answers.notify_one();
         tokio::task::yield_now().await;
         kernel.ask(&message_of(LOOKUP, 6, b"name\0"));
-        let (request, _) = heard(&mut guest).await;
+        let (request, _) = received(&mut guest).await;
         assert_eq!(request.unique, 6);
     };
     tokio::select! {
@@ -207,20 +213,20 @@ async fn more_requests_wait_in_the_kernel() {
             kernel.ask(&message_of(LOOKUP, unique * 2, b"x\0"));
         }
         for _ in 0..64 {
-            heard(&mut guest).await;
+            received(&mut guest).await;
         }
-        let early = tokio::time::timeout(std::time::Duration::from_millis(50), heard(&mut guest)).await;
+        let early = tokio::time::timeout(std::time::Duration::from_millis(50), received(&mut guest)).await;
         assert!(early.is_err(), "the guest has got a request beyond its share");
         guest.write_all(&reply(2, b"")).await.unwrap();
-        heard(&mut guest).await;
+        received(&mut guest).await;
         drop(guest);
     });
-    assert!(matches!(end, End::Stream(_)), "{end:?}");
-    assert_eq!(kernel.told().len(), 65, "all are answered, by whomever");
+    assert!(matches!(end, SessionEnd::Stream(_)), "{end:?}");
+    assert_eq!(kernel.replies().len(), 65, "every request has a reply");
 }
 
 #[tokio::test]
-async fn until_there_is_a_guest_only_the_root_is_there() {
+async fn before_the_guest_is_attached_only_the_root_is_served() {
     let (kernel, device) = Kernel::new();
     let mut buffer = vec![0; MAX_REQUEST];
     let init: Vec<u8> = [7, 45, 131_072, u32::MAX].iter().flat_map(|word: &u32| word.to_le_bytes()).collect();
@@ -231,7 +237,9 @@ async fn until_there_is_a_guest_only_the_root_is_there() {
         message_of(opcode::FORGET, 8, &[1; 8]),
     ] {
         kernel.ask(&message);
-        let Read::Request(request) = device.read(&mut buffer).await.unwrap() else { panic!("no request") };
+        let DeviceRead::Request(request) = device.read(&mut buffer).await.unwrap() else {
+            panic!("no request")
+        };
         answers::without_guest(&device, request, &buffer).unwrap();
     }
     let mut fuse_init_out = vec![0; 64];
@@ -243,13 +251,13 @@ async fn until_there_is_a_guest_only_the_root_is_there() {
     for (at, word) in [(16, 1_u32), (76, 0o40_755), (80, 2)] {
         fuse_attr_out[at..at + 4].copy_from_slice(&word.to_le_bytes());
     }
-    let told = [reply(2, &fuse_init_out), reply(4, &fuse_attr_out), refusal(6, libc::EAGAIN).to_vec()];
-    assert_eq!(kernel.told(), told);
+    let replies = [reply(2, &fuse_init_out), reply(4, &fuse_attr_out), refusal(6, libc::EAGAIN).to_vec()];
+    assert_eq!(kernel.replies(), replies);
 }
 
 proptest! {
     #[test]
-    fn whatever_a_guest_says_the_kernel_is_told_replies(
+    fn the_kernel_gets_valid_replies_whatever_a_guest_sends(
         chunks in prop::collection::vec(prop_oneof![
             prop::collection::vec(any::<u8>(), 0..64),
             (1_u64..6, prop::collection::vec(any::<u8>(), 0..64)).prop_map(|(n, body)| reply(n * 2, &body)),
@@ -257,7 +265,7 @@ proptest! {
         ], 0..12)
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let told = runtime.block_on(async {
+        let replies = runtime.block_on(async {
             let (kernel, device) = Kernel::new();
             let (ours, mut guest) = duplex(1 << 20);
             let requests = async {
@@ -271,10 +279,10 @@ proptest! {
                 drop(guest);
             };
             tokio::join!(run(device, &kernel, ours), requests);
-            kernel.told()
+            kernel.replies()
         });
         let mut answered = Vec::new();
-        for message in &told {
+        for message in &replies {
             let reply = Reply::decode(message.first_chunk().unwrap()).unwrap();
             prop_assert_eq!(reply.length, message.len());
             prop_assert!([2, 4, 6, 8].contains(&reply.unique));

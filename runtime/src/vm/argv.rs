@@ -1,12 +1,12 @@
 //! QEMU's command line: one pure function of the [`VmSpec`].
 //!
-//! QEMU is given no path: everything it needs is inherited under the numbers in [`fd`], so that it can run as a user
-//! who may open nothing.
+//! QEMU gets no paths. It inherits every file under the numbers in [`fd`], so it can run as a user that may
+//! not open any file.
 
 use machinen_protocol::{CHANNEL_ARG, SERIAL_PORT_NAME, TEMPLATE_ARG, WAKE_PORT_NAME};
 
 use super::spec::{ChannelKind, VmSpec};
-use crate::accel::Accel;
+use crate::accel::Accelerator;
 
 /// Numbers of the descriptors that QEMU inherits.
 pub(super) mod fd {
@@ -16,42 +16,46 @@ pub(super) mod fd {
     pub(crate) const CONSOLE: i32 = 4;
     pub(crate) const KERNEL: i32 = 5;
     pub(crate) const IMAGE: i32 = 6;
-    /// Serial: a connected socket. vhost-user: a socket connected to the daemon. Kernel vsock: /dev/vhost-vsock.
+    /// Serial: a connected socket. vhost-user: a socket connected to the daemon. Kernel vsock:
+    /// /dev/vhost-vsock.
     pub(crate) const CHANNEL: i32 = 7;
     /// Template and clone: the file that is the guest's memory.
     pub(crate) const MEMORY: i32 = 8;
-    /// Template and clone: a connected socket on which the agent says that it waits, and is woken.
+    /// Template and clone: a connected socket on which the agent reports that it waits, and on which the host
+    /// wakes it.
     pub(crate) const WAKE: i32 = 9;
 }
 
-/// How the guest comes to life.
+/// How the guest starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Start {
-    /// It boots.
+    /// The guest boots.
     Boot,
-    /// It boots, up to an agent that waits to be woken, with its memory in a file that outlives QEMU.
+    /// The guest boots until its agent waits to be woken. Its memory is a file that outlives QEMU.
     Template,
-    /// It goes on from where a template waits. Its devices must be the template's, and be created in the same order.
+    /// The guest continues from the saved state of a template. Its devices must be the template's, created in
+    /// the same order.
     Clone,
 }
 
 /// `id` of the virtio-scsi controller that disks are added to; its bus is `<id>.0`.
 pub(super) const SCSI: &str = "scsi";
 
-/// The CID of a guest whose host side is not the host's kernel: every such VM has a daemon of its own.
+/// The vsock CID of a guest whose channel does not go through the host's kernel. Each such VM has its own
+/// daemon, so all can use the same CID.
 pub(super) const PRIVATE_CID: u32 = 3;
 
 /// QEMU's arguments. `guest_cid` matters to the vsock channels only.
 pub(super) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
-    let mut args = Args::default();
+    let mut args = QemuArgs::default();
     args.option("-name", format!("machinen-{0},process=machinen-{0}", escape(&spec.id)));
     let memory = memory(spec, start);
     let backend = if memory.is_some() { ",memory-backend=ram" } else { "" };
-    // A saved state need not describe itself to people.
+    // suppress-vmdesc: only debugging tools need the description of the saved state.
     args.option("-machine", format!("microvm,acpi=on,isa-serial=off,suppress-vmdesc=on{backend}"));
     match spec.accel {
-        Accel::Kvm => args.option("-accel", "kvm").option("-cpu", "host"),
-        Accel::Tcg { .. } => args.option("-accel", "tcg,thread=multi").option("-cpu", "max"),
+        Accelerator::Kvm => args.option("-accel", "kvm").option("-cpu", "host"),
+        Accelerator::Tcg { .. } => args.option("-accel", "tcg,thread=multi").option("-cpu", "max"),
     };
     args.option("-smp", spec.vcpus).option("-m", format!("{}M", spec.memory_mib));
     args.flag("-nodefaults").flag("-no-user-config").flag("-no-reboot").option("-display", "none");
@@ -75,10 +79,8 @@ pub(super) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
     args.option("-blockdev", disk("image", IMAGE_FDSET, true));
     args.option("-device", "virtio-blk-device,drive=image");
 
-    args.option(
-        "-device", // The console, the channel and the wake port; the guest sets up two queues for each possible port.
-        "virtio-serial-device,id=serial,max_ports=3",
-    );
+    // The console, the channel and the wake port. The guest sets up two queues for each possible port.
+    args.option("-device", "virtio-serial-device,id=serial,max_ports=3");
     args.option("-chardev", format!("socket,id=console,fd={}", fd::CONSOLE));
     args.option("-device", "virtconsole,bus=serial.0,chardev=console");
     if start != Start::Boot {
@@ -124,7 +126,7 @@ fn disk(node: &str, fdset: u64, read_only: bool) -> String {
     )
 }
 
-/// Type and sharing of the backend of the guest's memory, where QEMU's own default will not do.
+/// Type and sharing mode of the guest's memory backend, where QEMU's default does not fit.
 fn memory(spec: &VmSpec, start: Start) -> Option<String> {
     match (start, &spec.channel) {
         (Start::Template, _) => {
@@ -141,15 +143,17 @@ fn memory(spec: &VmSpec, start: Start) -> Option<String> {
 }
 
 fn kernel_command_line(spec: &VmSpec, start: Start) -> String {
-    // loglevel=1, not 0: a kernel that panics raises a level that is not zero, and then says why on the console.
-    // scan=manual: the agent has the kernel look at each disk's address, instead of at all 256 at boot.
+    // loglevel=1, not 0: a panicking kernel raises the level only if it is not zero, and then prints the
+    // reason on the console. scan=manual: the agent has the kernel scan the address of each attached disk,
+    // instead of all 256 at boot.
     let mut line = format!(
         "console=hvc0 quiet loglevel=1 root=/dev/vda ro rootfstype=erofs init=/sbin/machinen-agent \
          reboot=t panic=-1 rcupdate.rcu_expedited=1 random.trust_cpu=on scsi_mod.scan=manual {CHANNEL_ARG}={}",
         spec.channel.guest_name()
     );
-    if let Accel::Tcg { tsc_khz } = spec.accel {
-        // Emulated timers are too slow to calibrate by, and emulation does not speculate.
+    if let Accelerator::Tcg { tsc_khz } = spec.accel {
+        // Emulated timers are too slow to calibrate delays with, and emulation does not execute
+        // speculatively.
         let lpj = u64::from(tsc_khz) * 1000 / u64::from(GUEST_HZ);
         line += &format!(" tsc_early_khz={tsc_khz} lpj={lpj} tsc=reliable no_timer_check mitigations=off");
     }
@@ -163,7 +167,7 @@ fn kernel_command_line(spec: &VmSpec, start: Start) -> String {
     line
 }
 
-/// CONFIG_HZ of the guest kernel, in which `lpj` (delay loops per jiffy) counts.
+/// CONFIG_HZ of the guest kernel, the unit of `lpj` (delay loops per jiffy).
 const GUEST_HZ: u32 = 250;
 
 /// A comma in an option's value is written twice.
@@ -172,9 +176,9 @@ fn escape(value: &str) -> String {
 }
 
 #[derive(Default)]
-struct Args(Vec<String>);
+struct QemuArgs(Vec<String>);
 
-impl Args {
+impl QemuArgs {
     fn flag(&mut self, name: &str) -> &mut Self {
         self.0.push(name.to_owned());
         self
@@ -190,9 +194,9 @@ impl Args {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::process::Identity;
+    use crate::process::RunAs;
 
-    fn spec(accel: Accel, channel: ChannelKind) -> VmSpec {
+    fn spec(accel: Accelerator, channel: ChannelKind) -> VmSpec {
         VmSpec {
             id: "c1".into(),
             qemu: "qemu-system-x86_64".into(),
@@ -205,7 +209,7 @@ mod tests {
             channel,
             hostname: "c1".into(),
             boot_timeout: std::time::Duration::from_secs(60),
-            identity: Identity::default(),
+            identity: RunAs::default(),
             keep_console: false,
         }
     }
@@ -222,25 +226,25 @@ mod tests {
 
     #[test]
     fn serial_on_tcg() {
-        let spec = spec(Accel::Tcg { tsc_khz: 2_500_000 }, ChannelKind::Serial);
+        let spec = spec(Accelerator::Tcg { tsc_khz: 2_500_000 }, ChannelKind::Serial);
         insta::assert_snapshot!(lines(&spec, Start::Boot, 0));
     }
 
     #[test]
     fn template_on_tcg() {
-        let spec = spec(Accel::Tcg { tsc_khz: 2_500_000 }, ChannelKind::Serial);
+        let spec = spec(Accelerator::Tcg { tsc_khz: 2_500_000 }, ChannelKind::Serial);
         insta::assert_snapshot!(lines(&spec, Start::Template, 0));
     }
 
     #[test]
     fn clone_on_kvm() {
-        insta::assert_snapshot!(lines(&spec(Accel::Kvm, ChannelKind::KernelVsock), Start::Clone, 78));
+        insta::assert_snapshot!(lines(&spec(Accelerator::Kvm, ChannelKind::KernelVsock), Start::Clone, 78));
     }
 
     #[test]
     fn a_clone_has_its_templates_devices() {
         for channel in [ChannelKind::Serial, ChannelKind::KernelVsock] {
-            let spec = spec(Accel::Kvm, channel);
+            let spec = spec(Accelerator::Kvm, channel);
             let devices = |start| {
                 let args = argv(&spec, start, 3);
                 let pairs: Vec<_> = args.windows(2).map(|pair| (pair[0].clone(), pair[1].clone())).collect();
@@ -259,19 +263,20 @@ mod tests {
     #[test]
     fn vhost_user_vsock_on_tcg() {
         let channel = ChannelKind::VhostUserVsock { daemon: "vhost-device-vsock".into() };
-        let spec = spec(Accel::Tcg { tsc_khz: 2_500_000 }, channel);
+        let spec = spec(Accelerator::Tcg { tsc_khz: 2_500_000 }, channel);
         insta::assert_snapshot!(lines(&spec, Start::Boot, PRIVATE_CID));
     }
 
     #[test]
     fn kernel_vsock_on_kvm() {
-        let spec = VmSpec { kernel_args: "debug x=1".into(), ..spec(Accel::Kvm, ChannelKind::KernelVsock) };
+        let spec =
+            VmSpec { kernel_args: "debug x=1".into(), ..spec(Accelerator::Kvm, ChannelKind::KernelVsock) };
         insta::assert_snapshot!(lines(&spec, Start::Boot, 77));
     }
 
     #[test]
     fn an_id_cannot_add_options() {
-        let spec = VmSpec { id: "a,process=x".into(), ..spec(Accel::Kvm, ChannelKind::Serial) };
+        let spec = VmSpec { id: "a,process=x".into(), ..spec(Accelerator::Kvm, ChannelKind::Serial) };
         assert_eq!(argv(&spec, Start::Boot, 0)[1], "machinen-a,,process=x,process=machinen-a,,process=x");
     }
 }

@@ -1,16 +1,19 @@
-//! The guest's kernel and image: looked at before QEMU is, because QEMU starts from almost anything and says little.
+//! Checks of the guest's kernel and image before QEMU starts, because QEMU starts from almost any file and
+//! reports little.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::{FileExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+};
 
 use crate::error::{ErrorKind, HasKind};
 
-/// What a file must be.
+/// A kind of file that a guest boots from, and how to recognise it.
 pub(super) struct Asset {
     name: &'static str,
-    /// Where, and which bytes, tell that it is.
+    /// Offsets, and the bytes that must be found there.
     magic: &'static [(u64, &'static [u8])],
     is: &'static str,
 }
@@ -28,11 +31,11 @@ pub(super) const IMAGE: Asset =
 
 /// Why a guest cannot be booted from a file.
 #[derive(Debug, thiserror::Error)]
-pub enum AssetError {
+pub enum AssetFileError {
     #[error("cannot read the guest {name} {}", path.display())]
     Read { name: &'static str, path: PathBuf, source: io::Error },
     #[error(
-        "the guest {name} {} is not readable by everyone, and QEMU runs as nobody; try `chmod a+r`",
+        "the guest {name} {} is not readable by everyone, and QEMU runs as an unprivileged user; try `chmod a+r`",
         path.display()
     )]
     Mode { name: &'static str, path: PathBuf },
@@ -43,7 +46,7 @@ pub enum AssetError {
     Damaged { name: &'static str, path: PathBuf, is: &'static str },
 }
 
-impl HasKind for AssetError {
+impl HasKind for AssetFileError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
@@ -53,7 +56,7 @@ impl HasKind for AssetError {
 }
 
 impl Asset {
-    pub(super) fn open(&self, path: &Path) -> Result<File, AssetError> {
+    pub(super) fn open(&self, path: &Path) -> Result<File, AssetFileError> {
         let (name, is, path) = (self.name, self.is, path.to_owned());
         let read = || {
             let file = File::open(&path)?;
@@ -61,9 +64,9 @@ impl Asset {
             Ok((self.fits(&file)?, mode, file))
         };
         match read() {
-            Err(source) => Err(AssetError::Read { name, path, source }),
-            Ok((_, mode, _)) if mode & 0o004 == 0 => Err(AssetError::Mode { name, path }),
-            Ok((false, ..)) => Err(AssetError::Damaged { name, path, is }),
+            Err(source) => Err(AssetFileError::Read { name, path, source }),
+            Ok((_, mode, _)) if mode & 0o004 == 0 => Err(AssetFileError::Mode { name, path }),
+            Ok((false, ..)) => Err(AssetFileError::Damaged { name, path, is }),
             Ok((true, _, file)) => Ok(file),
         }
     }
@@ -83,33 +86,33 @@ impl Asset {
 
 #[cfg(test)]
 mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt as _};
+
     use super::*;
-    use std::fs;
-    use std::os::unix::fs::PermissionsExt as _;
 
     #[test]
-    fn a_file_is_what_its_name_says_or_named() {
+    fn every_defect_of_a_boot_file_is_reported() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
-        let judged = |asset: &Asset| asset.open(&path).map_err(|error| error.to_string());
+        let checked = |asset: &Asset| asset.open(&path).map_err(|error| error.to_string());
         let write = |bytes: &[u8], mode: u32| {
             fs::write(&path, bytes).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
         };
-        assert!(judged(&KERNEL).unwrap_err().starts_with("cannot read the guest kernel"));
+        assert!(checked(&KERNEL).unwrap_err().starts_with("cannot read the guest kernel"));
         let mut kernel = b"\x7fELF\x02\x01".to_vec();
         kernel.resize(18, 0);
         kernel.extend([62, 0]);
         write(&kernel, 0o644);
-        judged(&KERNEL).unwrap();
-        assert!(judged(&IMAGE).unwrap_err().contains("is damaged: it is not an erofs image"));
+        checked(&KERNEL).unwrap();
+        assert!(checked(&IMAGE).unwrap_err().contains("is damaged: it is not an erofs image"));
         write(&kernel, 0o640);
-        assert!(judged(&KERNEL).unwrap_err().contains("not readable by everyone"));
+        assert!(checked(&KERNEL).unwrap_err().contains("not readable by everyone"));
         write(&kernel[..19], 0o644);
-        assert!(judged(&KERNEL).unwrap_err().contains("make kernel"));
+        assert!(checked(&KERNEL).unwrap_err().contains("make kernel"));
         let mut image = vec![0; 1024];
         image.extend(0xe0f5_e1e2_u32.to_le_bytes());
         write(&image, 0o644);
-        judged(&IMAGE).unwrap();
+        checked(&IMAGE).unwrap();
     }
 }

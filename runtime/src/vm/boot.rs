@@ -1,28 +1,35 @@
-//! From the start of QEMU to an agent that is ready.
+//! Waits for the guest agent after QEMU has started, and configures the guest.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
 
 use machinen_protocol::api::ConfigureRequest;
 use tokio::sync::watch;
 
-use super::VmExit;
-use super::capture::Capture;
-use super::channel::{Channel, ChannelError};
-use super::exit::quoted;
-use crate::agent::{AgentError, Client};
-use crate::error::{ErrorKind, HasKind};
-use crate::sys;
+use super::{
+    VmExit,
+    bounded_log::BoundedLog,
+    channel::{ChannelError, VmChannel},
+    exit::quoted,
+};
+use crate::{
+    agent::{AgentError, Client},
+    error::{ErrorKind, HasKind},
+    sys,
+};
 
-/// Bytes of fresh randomness that every guest is given.
+/// Bytes of fresh entropy that each guest gets.
 const ENTROPY: usize = 64;
 /// Bytes of a machine id (machine-id(5)).
 const MACHINE_ID: usize = 16;
-/// How wrong a guest's clock may be, and how often it is set until it is better on a host that is busy.
+/// The largest error of a guest's clock that is accepted, and how often the clock is set to get below it on a
+/// busy host.
 const CLOCK_ERROR: Duration = Duration::from_millis(8);
 const CLOCK_TRIES: usize = 8;
-/// How long the end of QEMU may be behind the end of its channel.
-const SETTLE: Duration = Duration::from_secs(2);
+/// How long QEMU may take to end after its channel has ended.
+const EXIT_GRACE: Duration = Duration::from_secs(2);
 
 /// Why a guest did not become ready.
 #[derive(Debug, thiserror::Error)]
@@ -31,11 +38,11 @@ pub enum BootError {
     Exited(VmExit),
     #[error("the guest agent did not answer within {timeout:?}{}", quoted("console", .console))]
     Deadline { timeout: Duration, console: String },
-    #[error("the guest agent cannot be talked to{}", quoted("console", .console))]
+    #[error("cannot communicate with the guest agent{}", quoted("console", .console))]
     Channel { console: String, source: ChannelError },
     #[error("the guest cannot be configured{}", quoted("console", .console))]
     Configure { console: String, source: AgentError },
-    #[error("no random bytes for the guest")]
+    #[error("cannot get random bytes for the guest")]
     Entropy(#[source] std::io::Error),
 }
 
@@ -50,17 +57,17 @@ impl HasKind for BootError {
     }
 }
 
-/// What the boot task works with.
+/// The state of the boot task.
 pub(super) struct Boot {
-    pub(super) channel: Arc<Channel>,
-    pub(super) console: Capture,
+    pub(super) channel: Arc<VmChannel>,
+    pub(super) console: BoundedLog,
     pub(super) hostname: String,
     pub(super) timeout: Duration,
     pub(super) exit: watch::Receiver<Option<VmExit>>,
 }
 
 impl Boot {
-    /// Resolves with a configured agent or the reason why there is none.
+    /// Resolves with a configured agent, or with the reason why the guest is not ready.
     pub(super) async fn run(mut self) -> Result<Client, Arc<BootError>> {
         let console = self.console.clone();
         let mut exit = self.exit.clone();
@@ -71,21 +78,21 @@ impl Boot {
             }
         };
         let ready = tokio::select! {
-            // The end of the VM explains a channel that failed with it.
+            // If the VM has ended, that is why the channel failed.
             biased;
             exit = exited => Err(BootError::Exited(exit)),
-            ready = tokio::time::timeout(self.timeout, self.dialled()) => match ready {
+            ready = tokio::time::timeout(self.timeout, self.configured_agent()) => match ready {
                 Ok(ready) => ready,
                 Err(_) => Err(BootError::Deadline { timeout: self.timeout, console: console.excerpt() }),
             },
         };
         match ready {
-            Err(error) if self.is_closed(&error) => Err(Arc::new(self.settled(error).await)),
+            Err(error) if self.is_closed(&error) => Err(Arc::new(self.exit_or(error).await)),
             other => other.map_err(Arc::new),
         }
     }
 
-    async fn dialled(&self) -> Result<Client, BootError> {
+    async fn configured_agent(&self) -> Result<Client, BootError> {
         let control = self
             .channel
             .accept_control()
@@ -104,9 +111,9 @@ impl Boot {
         )
     }
 
-    /// The channel ended: if that is because the VM did, the latter is the reason.
-    async fn settled(&mut self, error: BootError) -> BootError {
-        let exit = tokio::time::timeout(SETTLE, self.exit.wait_for(Option::is_some)).await;
+    /// The reason of a closed channel: the end of the VM if it has ended, else `error`.
+    async fn exit_or(&mut self, error: BootError) -> BootError {
+        let exit = tokio::time::timeout(EXIT_GRACE, self.exit.wait_for(Option::is_some)).await;
         match exit.ok().and_then(Result::ok).and_then(|exit| exit.clone()) {
             Some(exit) => BootError::Exited(exit),
             None => error,
@@ -114,7 +121,7 @@ impl Boot {
     }
 }
 
-/// Makes a guest a machine of its own: a name, an id, randomness, the time. What it had of these before is gone.
+/// Gives a guest its own hostname, machine id, entropy and time, which replace those that it had before.
 pub(super) async fn configure_guest(
     client: &Client,
     hostname: &str,
@@ -132,8 +139,8 @@ pub(super) async fn configure_guest(
         agent = plain(&response.agent_version),
         "guest is ready"
     );
-    // The first call takes a guest long, and its clock is late by as much; an error of the clock is no longer than the
-    // call that set it.
+    // The clock is late by at most the duration of the call that set it. A guest's first call is slow, so it
+    // is repeated.
     for _ in 0..CLOCK_TRIES {
         let start = Instant::now();
         client.set_clock(now_ns()).await.map_err(failed)?;
@@ -145,10 +152,10 @@ pub(super) async fn configure_guest(
     Ok(())
 }
 
-/// What a guest says of itself, as far as it is a word of reasonable length.
-fn plain(said: &str) -> String {
+/// What a guest reports about itself, limited to 64 harmless characters.
+fn plain(text: &str) -> String {
     let plain = |char: &char| char.is_ascii_alphanumeric() || "-+._".contains(*char);
-    said.chars().filter(plain).take(64).collect()
+    text.chars().filter(plain).take(64).collect()
 }
 
 fn configuration(hostname: &str) -> std::io::Result<ConfigureRequest> {
@@ -165,7 +172,7 @@ fn configuration(hostname: &str) -> std::io::Result<ConfigureRequest> {
     })
 }
 
-/// A host clock before 1970 or after 2262 is as wrong as no clock.
+/// Nanoseconds since 1970; 0 if the host's clock is before 1970 or after 2262.
 fn now_ns() -> i64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos());
     i64::try_from(now).unwrap_or_default()

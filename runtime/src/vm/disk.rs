@@ -1,40 +1,42 @@
-//! Disks of a running VM: added to and taken from the virtio-scsi controller by QMP.
+//! Adds disks to the virtio-scsi controller of a running VM and removes them, by QMP.
 
-use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::{collections::BTreeMap, os::fd::OwnedFd, time::Duration};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde_json::json;
 use tokio::sync::broadcast;
 
-use super::VmError;
-use super::argv::{IMAGE_FDSET, SCSI};
-use super::qmp::{Event, Qmp, QmpError};
+use super::{
+    VmError,
+    argv::{IMAGE_FDSET, SCSI},
+    qmp::{Qmp, QmpError, QmpEvent},
+};
 
 /// Targets of one virtio-scsi controller; each disk is LUN 0 of a target of its own.
 const TARGETS: u32 = 256;
 
-/// QEMU drops a SCSI disk without asking the guest, so this is never reached by a healthy one.
+/// QEMU removes a SCSI disk without asking the guest, so a healthy QEMU never reaches this deadline.
 const DETACH_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Where the bytes of a disk are.
 #[derive(Debug)]
-pub enum DiskSource {
-    /// In a raw image or block device; opened read-only exactly if the disk is.
+pub enum DiskBacking {
+    /// A raw image or block device. It must be open for reading only if the disk is read-only, else for
+    /// reading and writing.
     File(OwnedFd),
-    /// With who has the other end of this connected stream socket, and offers an export of this name there by NBD.
+    /// An NBD export of this name, which is served at the other end of this connected stream socket.
     Nbd { socket: OwnedFd, export: &'static str },
 }
 
 /// A disk to attach.
 #[derive(Debug)]
 pub struct DiskSpec {
-    pub source: DiskSource,
+    pub source: DiskBacking,
     pub read_only: bool,
-    /// Its content is of use only while the host runs: what the guest flushes need not reach the host's medium.
+    /// The content is not needed after a crash of the host, so what the guest flushes need not reach stable
+    /// storage.
     pub volatile: bool,
-    /// Names the disk inside the guest and in messages, at most 36 bytes reach the guest.
+    /// Names the disk inside the guest and in messages; the guest sees at most 36 bytes of it.
     pub serial: String,
 }
 
@@ -53,36 +55,36 @@ impl std::fmt::Display for DiskAddress {
 
 /// The disks of one VM; owned by its driver.
 #[derive(Debug)]
-pub(super) struct Disks {
+pub(super) struct AttachedDisks {
     qmp: Qmp,
-    events: broadcast::Receiver<Event>,
+    events: broadcast::Receiver<QmpEvent>,
     /// By target.
-    attached: BTreeMap<u32, Attached>,
-    /// Number of the last one; none is used twice.
+    attached: BTreeMap<u32, AttachedDisk>,
+    /// Number of the last disk; no number is used twice.
     last: u64,
 }
 
-/// A disk that QEMU has.
+/// A disk that is attached to QEMU.
 #[derive(Debug, Clone, Copy)]
-struct Attached {
+struct AttachedDisk {
     number: u64,
-    /// QEMU keeps its descriptor until it is told to close it.
+    /// QEMU keeps the disk's descriptor until `remove-fd`.
     has_fdset: bool,
 }
 
-impl Disks {
-    pub(super) fn new(qmp: Qmp, events: broadcast::Receiver<Event>) -> Self {
+impl AttachedDisks {
+    pub(super) fn new(qmp: Qmp, events: broadcast::Receiver<QmpEvent>) -> Self {
         Self { qmp, events, attached: BTreeMap::new(), last: 0 }
     }
 
     pub(super) async fn attach(&mut self, disk: DiskSpec) -> Result<DiskAddress, VmError> {
         let serial = disk.serial.clone();
         let refused = |reason| VmError::Disk { serial: serial.clone(), reason };
-        let has_fdset = matches!(disk.source, DiskSource::File(_));
-        if let DiskSource::File(file) = &disk.source
+        let has_fdset = matches!(disk.source, DiskBacking::File(_));
+        if let DiskBacking::File(file) = &disk.source
             && opened_read_only(file) != Some(disk.read_only)
         {
-            return Err(refused("its file is not opened as the disk is to be used"));
+            return Err(refused("the access mode of its file is not that of the disk"));
         }
         let target = (0..TARGETS)
             .find(|target| !self.attached.contains_key(target))
@@ -92,7 +94,7 @@ impl Disks {
         let address = DiskAddress { target, lun: 0 };
         match self.plug(number, address, disk).await {
             Ok(()) => {
-                self.attached.insert(target, Attached { number, has_fdset });
+                self.attached.insert(target, AttachedDisk { number, has_fdset });
                 Ok(address)
             }
             Err((undo, source)) => {
@@ -102,31 +104,36 @@ impl Disks {
         }
     }
 
-    /// On failure also says how much has to be undone.
-    async fn plug(&self, number: u64, address: DiskAddress, disk: DiskSpec) -> Result<(), (Undo, QmpError)> {
+    /// A failure includes what the caller has to undo.
+    async fn plug(
+        &self,
+        number: u64,
+        address: DiskAddress,
+        disk: DiskSpec,
+    ) -> Result<(), (PlugUndo, QmpError)> {
         let DiskSpec { source, read_only, volatile, serial } = disk;
         let node = node(number);
         let (undo, storage) = match source {
-            DiskSource::File(file) => {
+            DiskBacking::File(file) => {
                 let fdset = fdset(number);
                 let handed = self.qmp.execute_with_fd("add-fd", json!({ "fdset-id": fdset }), file).await;
-                handed.map_err(|error| (Undo::Nothing, error))?;
-                // Images are shared between VMs and locked by whoever manages them, not by QEMU.
+                handed.map_err(|error| (PlugUndo::Nothing, error))?;
+                // Images are shared between VMs. Their owners lock them, not QEMU.
                 let storage = json!({
                     "driver": "file", "filename": format!("/dev/fdset/{fdset}"), "read-only": read_only,
                     "auto-read-only": false, "locking": "off", "discard": "unmap",
                 });
-                (Undo::Fdset, storage)
+                (PlugUndo::Fdset, storage)
             }
-            DiskSource::Nbd { socket, export } => {
-                // Gone from there as soon as it is used.
+            DiskBacking::Nbd { socket, export } => {
+                // QEMU forgets the name as soon as the descriptor is used.
                 let handed = self.qmp.execute_with_fd("getfd", json!({ "fdname": node }), socket).await;
-                handed.map_err(|error| (Undo::Nothing, error))?;
+                handed.map_err(|error| (PlugUndo::Nothing, error))?;
                 let server = json!({ "type": "fd", "str": node });
                 let storage = json!({
                     "driver": "nbd", "server": server, "export": export, "read-only": read_only,
                 });
-                (Undo::Socket, storage)
+                (PlugUndo::Socket, storage)
             }
         };
         let block = json!({
@@ -134,7 +141,8 @@ impl Disks {
             "cache": { "no-flush": volatile }, "file": storage,
         });
         self.qmp.execute("blockdev-add", block).await.map_err(|error| (undo, error))?;
-        // report: a host without space is an error for the guest to see, instead of a VM that stands still.
+        // report: if the host has no space left, the guest gets an I/O error, instead of QEMU stopping the
+        // VM.
         let device = json!({
             "driver": "scsi-hd", "werror": "report", "rerror": "report", "id": node, "bus": format!("{SCSI}.0"), "drive": node,
             "channel": 0, "scsi-id": address.target, "lun": address.lun, "serial": serial, "rotation_rate": 1,
@@ -153,16 +161,16 @@ impl Disks {
         Ok(())
     }
 
-    async fn unplug(&mut self, Attached { number, has_fdset }: Attached) -> Result<(), QmpError> {
+    async fn unplug(&mut self, AttachedDisk { number, has_fdset }: AttachedDisk) -> Result<(), QmpError> {
         let node = node(number);
         let mut events = self.events.resubscribe();
         self.qmp.execute("device_del", json!({ "id": node })).await?;
-        let gone = Event::DeviceDeleted(node.clone());
+        let gone = QmpEvent::DeviceDeleted(node.clone());
         let deleted = async {
             loop {
                 match events.recv().await {
                     Ok(event) if event == gone => return Ok(()),
-                    // QEMU itself refuses the next step if the event that was lost was not this one.
+                    // If another event was lost, QEMU refuses the next step.
                     Err(broadcast::error::RecvError::Lagged(_)) => return Ok(()),
                     Err(broadcast::error::RecvError::Closed) => return Err(QmpError::Closed),
                     Ok(_) => {}
@@ -181,35 +189,35 @@ impl Disks {
     }
 
     /// What cannot be undone stays until the VM ends, under a number that is not used again.
-    async fn unwind(&self, number: u64, undo: Undo) {
+    async fn unwind(&self, number: u64, undo: PlugUndo) {
         let block = ("blockdev-del", json!({ "node-name": node(number) }));
         let fdset = ("remove-fd", json!({ "fdset-id": fdset(number) }));
         let steps = match undo {
-            Undo::Nothing => vec![],
-            Undo::Fdset => vec![fdset],
-            Undo::FdsetAndBlock => vec![block, fdset],
-            Undo::Socket => vec![("closefd", json!({ "fdname": node(number) }))],
-            Undo::Block => vec![block],
+            PlugUndo::Nothing => vec![],
+            PlugUndo::Fdset => vec![fdset],
+            PlugUndo::FdsetAndBlock => vec![block, fdset],
+            PlugUndo::Socket => vec![("closefd", json!({ "fdname": node(number) }))],
+            PlugUndo::Block => vec![block],
         };
         for (command, arguments) in steps {
             if let Err(error) = self.qmp.execute(command, arguments).await {
-                tracing::warn!("cannot take back a disk that was not attached: {error}");
+                tracing::warn!("cannot undo the failed attachment of a disk: {error}");
             }
         }
     }
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Undo {
+enum PlugUndo {
     Nothing,
     Fdset,
     FdsetAndBlock,
     Socket,
-    /// A socket is closed with it.
+    /// QEMU closes the socket when the block device is removed.
     Block,
 }
 
-impl Undo {
+impl PlugUndo {
     fn and_block(self) -> Self {
         match self {
             Self::Fdset | Self::FdsetAndBlock => Self::FdsetAndBlock,
@@ -226,7 +234,7 @@ fn fdset(number: u64) -> u64 {
     IMAGE_FDSET + number
 }
 
-/// None when it is opened for writing alone.
+/// None if the file is open for writing only.
 fn opened_read_only(file: &OwnedFd) -> Option<bool> {
     let flags = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL).ok()?);
     match flags & OFlag::O_ACCMODE {
@@ -238,25 +246,26 @@ fn opened_read_only(file: &OwnedFd) -> Option<bool> {
 
 #[cfg(test)]
 mod tests {
+    use std::{fs::File, os::unix::net::UnixStream};
+
     use super::*;
     use crate::vm::qmp::tests::{GREETING, OK, qemu};
-    use std::fs::File;
-    use std::os::unix::net::UnixStream;
 
     const REFUSED: &str = r#"{"error": {"class": "GenericError", "desc": "no"}, "id": $ID}"#;
 
     fn read_only(serial: &str) -> DiskSpec {
-        let source = DiskSource::File(File::open("/dev/null").unwrap().into());
+        let source = DiskBacking::File(File::open("/dev/null").unwrap().into());
         DiskSpec { source, read_only: true, volatile: false, serial: serial.into() }
     }
 
     fn served() -> DiskSpec {
         let (socket, _) = UnixStream::pair().unwrap();
-        DiskSpec { source: DiskSource::Nbd { socket: socket.into(), export: "x" }, ..read_only("n") }
+        DiskSpec { source: DiskBacking::Nbd { socket: socket.into(), export: "x" }, ..read_only("n") }
     }
 
-    /// Runs `work` against a QEMU that answers so, and returns the names of the commands it got.
-    async fn with_qemu<F>(answers: &[&str], work: impl FnOnce(Disks) -> F) -> Vec<String>
+    /// Runs `work` against a QEMU that gives these answers, and returns the names of the commands that it
+    /// received.
+    async fn with_qemu<F>(answers: &[&str], work: impl FnOnce(AttachedDisks) -> F) -> Vec<String>
     where
         F: Future<Output = ()>,
     {
@@ -264,14 +273,14 @@ mod tests {
         let answers: Vec<&str> = [OK].iter().chain(answers).copied().collect();
         let client = async {
             let (qmp, events) = Qmp::connect(ours).await.unwrap();
-            work(Disks::new(qmp, events)).await;
+            work(AttachedDisks::new(qmp, events)).await;
         };
         let ((), commands) = tokio::join!(client, qemu(theirs, GREETING, &answers));
         commands[1..].iter().map(|command| command["execute"].as_str().unwrap().to_owned()).collect()
     }
 
     #[tokio::test]
-    async fn a_disk_comes_and_goes_and_its_place_is_used_again() {
+    async fn the_target_of_a_detached_disk_is_used_again() {
         let gone = r#"{"event": "DEVICE_DELETED", "data": {"device": "disk-1"}}
 {"return": {}, "id": $ID}"#;
         let answers = [OK, OK, OK, OK, OK, OK, gone, OK, OK, OK, OK, OK];
@@ -331,7 +340,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_file_opened_otherwise_than_the_disk_never_reaches_qemu() {
+    async fn a_file_with_another_access_mode_never_reaches_qemu() {
         let commands = with_qemu(&[], |mut disks| async move {
             let wrong = DiskSpec { read_only: false, ..read_only("a") };
             assert!(matches!(disks.attach(wrong).await, Err(VmError::Disk { .. })));

@@ -1,117 +1,126 @@
-//! The one task that owns a VM: carries out requests, notes what QEMU says, ends it, and cleans up.
+//! The one task that owns a VM: it carries out requests, records QEMU's events, ends the VM and cleans up.
 
-use std::future::Future;
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
-use std::pin::{Pin, pin};
-use std::sync::Arc;
-use std::time::Duration;
+use std::{
+    future::Future,
+    os::fd::OwnedFd,
+    path::PathBuf,
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use nix::sys::signal::Signal;
-use tokio::net::UnixStream;
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
-use tokio::task::JoinHandle;
+use tokio::{
+    net::UnixStream,
+    sync::{broadcast, mpsc, oneshot, watch},
+    task::JoinHandle,
+};
 
-use super::VmError;
-use super::boot::BootError;
-use super::capture::Capture;
-use super::channel::Channel;
-use super::disk::{DiskAddress, DiskSpec, Disks};
-use super::exit::{Seen, VmExit, judge};
-use super::launch::CONSOLE_LOG;
-use super::qmp::{Event, Qmp};
-use crate::agent;
-use crate::process::{Child, Exit};
+use super::{
+    VmError,
+    boot::BootError,
+    bounded_log::BoundedLog,
+    channel::VmChannel,
+    disk::{AttachedDisks, DiskAddress, DiskSpec},
+    exit::{ExitEvidence, VmExit, classify},
+    launch::CONSOLE_LOG,
+    qmp::{Qmp, QmpEvent},
+};
+use crate::{
+    agent,
+    process::{Child, ProcessExit},
+};
 
-/// After QEMU has ended its sockets end too; this only guards against a descriptor that leaked.
+/// How long QEMU's sockets and pipes are read after it has ended. They end with QEMU, unless a descriptor
+/// leaked.
 const DRAIN: Duration = Duration::from_secs(2);
 
-/// What handles ask the driver for.
+/// A request of a handle to the driver.
 #[derive(Debug)]
-pub(super) enum Request {
+pub(super) enum VmRequest {
     Attach(DiskSpec, oneshot::Sender<Result<DiskAddress, VmError>>),
     Detach(DiskAddress, oneshot::Sender<Result<(), VmError>>),
 }
 
 /// Whether and how the VM is to end.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Stop {
+pub(super) enum StopRequest {
     No,
     Within(Duration),
     Now,
 }
 
-/// Everything that exists of a running VM.
+/// All resources of a running VM.
 #[derive(Debug)]
-pub(super) struct Running {
+pub(super) struct RunningVm {
     pub(super) qemu: Child,
-    pub(super) channel: Arc<Channel>,
-    /// Kept open, because the guest would be told of its end.
+    pub(super) channel: Arc<VmChannel>,
+    /// Kept open, because the guest would notice its end.
     pub(super) wake: Option<UnixStream>,
-    pub(super) console: Output,
-    pub(super) stderr: Output,
-    pub(super) dir: Dir,
+    pub(super) console: QemuOutput,
+    pub(super) stderr: QemuOutput,
+    pub(super) dir: VmDir,
     pub(super) keep_console: bool,
-    /// Whoever has the other end sees when it is closed.
-    pub(super) used: Option<Arc<OwnedFd>>,
+    /// Open while this clone uses its template; the template's holder notices when it is closed.
+    pub(super) in_use: Option<Arc<OwnedFd>>,
 }
 
-/// Something that QEMU prints, and the task that reads it.
+/// One of QEMU's outputs, and the task that reads it.
 #[derive(Debug)]
-pub(super) struct Output {
-    pub(super) capture: Capture,
+pub(super) struct QemuOutput {
+    pub(super) bounded_log: BoundedLog,
     pub(super) reader: JoinHandle<std::io::Result<()>>,
 }
 
 /// The VM's directory.
 #[derive(Debug)]
-pub(super) struct Dir {
+pub(super) struct VmDir {
     pub(super) path: PathBuf,
-    /// It was made for this VM.
+    /// The directory was made for this VM.
     pub(super) made: bool,
 }
 
-/// What the driver hears.
+/// The channels that the driver listens on.
 #[derive(Debug)]
 pub(super) struct Inputs {
-    pub(super) events: broadcast::Receiver<Event>,
-    pub(super) requests: mpsc::Receiver<Request>,
-    pub(super) stop: watch::Receiver<Stop>,
+    pub(super) events: broadcast::Receiver<QmpEvent>,
+    pub(super) requests: mpsc::Receiver<VmRequest>,
+    pub(super) stop: watch::Receiver<StopRequest>,
     pub(super) agent: watch::Receiver<Option<Result<agent::Client, Arc<BootError>>>>,
 }
 
 /// Runs until the VM has ended and nothing is left of it.
-pub(super) async fn drive(running: Running, qmp: Qmp, inputs: Inputs) -> VmExit {
+pub(super) async fn drive(running: RunningVm, qmp: Qmp, inputs: Inputs) -> VmExit {
     let Inputs { mut events, requests, mut stop, agent } = inputs;
-    let mut seen = Seen::default();
-    let mut work = pin!(serve(requests, Disks::new(qmp, events.resubscribe())));
+    let mut evidence = ExitEvidence::default();
+    let mut work = pin!(serve(requests, AttachedDisks::new(qmp, events.resubscribe())));
     let (mut working, mut listening) = (true, true);
     let mut exited = pin!(running.qemu.exited());
     let mut ending: Option<Pin<Box<dyn Future<Output = ()> + Send>>> = None;
     let exit = loop {
-        let told = tokio::select! {
+        let request = tokio::select! {
             exit = &mut exited => break exit,
             event = events.recv(), if listening => {
                 listening = !matches!(event, Err(broadcast::error::RecvError::Closed));
-                note(&mut seen, event);
+                record(&mut evidence, event);
                 continue;
             }
-            told = stop.changed() => match told {
+            request = stop.changed() => match request {
                 Ok(()) => *stop.borrow_and_update(),
-                Err(_) => Stop::Now,
+                Err(_) => StopRequest::Now,
             },
             () = &mut work, if working => {
                 // No handle is left.
                 working = false;
-                Stop::Now
+                StopRequest::Now
             }
-            () = async { ending.as_mut().expect("checked").await }, if ending.is_some() => Stop::Now,
+            () = async { ending.as_mut().expect("checked").await }, if ending.is_some() => StopRequest::Now,
         };
-        seen.requested = true;
-        match told {
-            Stop::No => {}
-            Stop::Within(grace) => ending = Some(Box::pin(power_off(agent.borrow().clone(), grace))),
-            Stop::Now => {
+        evidence.requested = true;
+        match request {
+            StopRequest::No => {}
+            StopRequest::Within(grace) => ending = Some(Box::pin(power_off(agent.borrow().clone(), grace))),
+            StopRequest::Now => {
                 if let Err(error) = running.qemu.signal(Signal::SIGKILL) {
                     tracing::error!("cannot kill a VM: {}", crate::error::chain(&error));
                 }
@@ -120,36 +129,39 @@ pub(super) async fn drive(running: Running, qmp: Qmp, inputs: Inputs) -> VmExit 
         }
     };
     if listening {
-        note_all(&mut seen, &mut events).await;
+        record_last_events(&mut evidence, &mut events).await;
     }
-    running.finish(&seen, exit).await
+    running.finish(&evidence, exit).await
 }
 
-/// Takes note of what QEMU said last, which may not have been read yet when it has ended.
-pub(super) async fn note_all(seen: &mut Seen, events: &mut broadcast::Receiver<Event>) {
+/// Records QEMU's last events, which may not have been read yet when QEMU has ended.
+pub(super) async fn record_last_events(
+    evidence: &mut ExitEvidence,
+    events: &mut broadcast::Receiver<QmpEvent>,
+) {
     let drained = async {
         loop {
             let event = events.recv().await;
             if matches!(event, Err(broadcast::error::RecvError::Closed)) {
                 return;
             }
-            note(seen, event);
+            record(evidence, event);
         }
     };
-    // Its end of the monitor is closed by now.
+    // QEMU's end of the monitor is closed by now.
     if tokio::time::timeout(DRAIN, drained).await.is_err() {
         tracing::warn!("QEMU has ended but its monitor has not");
     }
 }
 
-impl Running {
-    /// Cleans up after QEMU has ended, and says why it did.
-    pub(super) async fn finish(self, seen: &Seen, exit: Exit) -> VmExit {
-        let Self { qemu, channel, wake, console, stderr, dir, keep_console, used } = self;
-        drop((qemu, wake, used));
+impl RunningVm {
+    /// Cleans up after QEMU has ended, and returns why the VM ended.
+    pub(super) async fn finish(self, evidence: &ExitEvidence, exit: ProcessExit) -> VmExit {
+        let Self { qemu, channel, wake, console, stderr, dir, keep_console, in_use } = self;
+        drop((qemu, wake, in_use));
         let console = console.end("console").await;
         let stderr = stderr.end("stderr").await;
-        let reason = judge(seen, exit, console.excerpt(), stderr.excerpt());
+        let reason = classify(evidence, exit, console.excerpt(), stderr.excerpt());
         if let Err(error) = channel.close().await {
             tracing::warn!("{}", crate::error::chain(&error));
         }
@@ -158,28 +170,28 @@ impl Running {
     }
 }
 
-impl Output {
-    async fn end(self, name: &str) -> Capture {
+impl QemuOutput {
+    async fn end(self, name: &str) -> BoundedLog {
         match tokio::time::timeout(DRAIN, self.reader).await {
             Ok(Ok(Ok(()))) => {}
             Ok(Ok(Err(error))) => tracing::warn!("cannot log a VM's {name}: {error}"),
             Ok(Err(_)) | Err(_) => tracing::warn!("a VM's {name} has not been read to its end"),
         }
-        self.capture
+        self.bounded_log
     }
 }
 
-impl Dir {
+impl VmDir {
     pub(super) fn clean(&self, keep_console: bool) {
         let log = self.path.join(CONSOLE_LOG);
-        // A log that says nothing helps nobody.
+        // An empty log is of no use.
         let empty = log.metadata().is_ok_and(|meta| meta.len() == 0);
         if (empty || !keep_console)
             && let Err(error) = std::fs::remove_file(&log)
         {
             tracing::warn!(path = %log.display(), "cannot remove a console log: {error}");
         }
-        // It stays if something is in it: the console log, or what the caller has put there.
+        // A directory that is not empty stays: it holds the console log, or files of the caller.
         if self.made
             && let Err(error) = std::fs::remove_dir(&self.path)
         {
@@ -188,34 +200,35 @@ impl Dir {
     }
 }
 
-fn note(seen: &mut Seen, event: Result<Event, broadcast::error::RecvError>) {
+fn record(evidence: &mut ExitEvidence, event: Result<QmpEvent, broadcast::error::RecvError>) {
     match event {
-        Ok(Event::Shutdown { reason, .. }) => seen.shutdown = Some(reason),
-        Ok(Event::GuestPanicked) => seen.panicked = true,
+        Ok(QmpEvent::Shutdown { reason, .. }) => evidence.shutdown = Some(reason),
+        Ok(QmpEvent::GuestPanicked) => evidence.panicked = true,
         Ok(_) => {}
         Err(error) => tracing::debug!("QEMU's events: {error}"),
     }
 }
 
 /// Ends when the last handle is gone.
-async fn serve(mut requests: mpsc::Receiver<Request>, mut disks: Disks) {
+async fn serve(mut requests: mpsc::Receiver<VmRequest>, mut disks: AttachedDisks) {
     while let Some(request) = requests.recv().await {
-        // A caller that went away meanwhile does not want to know.
+        // The caller may have stopped waiting for the answer.
         match request {
-            Request::Attach(disk, answer) => drop(answer.send(disks.attach(disk).await)),
-            Request::Detach(address, answer) => drop(answer.send(disks.detach(address).await)),
+            VmRequest::Attach(disk, answer) => drop(answer.send(disks.attach(disk).await)),
+            VmRequest::Detach(address, answer) => drop(answer.send(disks.detach(address).await)),
         }
     }
 }
 
-/// Asks the guest to end; ends itself when waiting longer is of no use.
+/// Asks the guest to shut down, and returns when waiting longer is of no use.
 async fn power_off(agent: Option<Result<agent::Client, Arc<BootError>>>, grace: Duration) {
     let Some(Ok(agent)) = agent else { return };
     let asked = async {
         match agent.shutdown().await {
-            // The disks are unmounted and synced: what the guest's kernel does after that is only slower than a kill.
+            // The disks are unmounted and synced. Waiting for the guest's kernel to power off would only be
+            // slower than a kill.
             Ok(()) => {}
-            // The answer was lost to the end of the VM.
+            // The VM ended before the answer arrived.
             Err(agent::AgentError::Closed) => std::future::pending().await,
             Err(error) => tracing::warn!("{}", crate::error::chain(&error)),
         }

@@ -1,11 +1,11 @@
 //! Why a VM ended.
 
-use crate::process::Exit;
+use crate::process::ProcessExit;
 
-/// The end of a VM, judged by what QEMU said last and how it ended.
+/// Why a VM ended, by QEMU's last events and its exit status.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VmExit {
-    /// It was told to.
+    /// The owner asked for it.
     Requested,
     /// The guest powered itself off.
     PoweredOff,
@@ -13,31 +13,31 @@ pub enum VmExit {
     GuestPanic { console: String },
     /// QEMU was killed, for example by the host's OOM killer.
     Killed { signal: i32, stderr: String },
-    /// QEMU gave up.
+    /// QEMU exited with an error.
     Failed { code: i32, stderr: String },
 }
 
 impl std::fmt::Display for VmExit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Requested => f.write_str("it was told to stop"),
+            Self::Requested => f.write_str("it was asked to stop"),
             Self::PoweredOff => f.write_str("the guest powered itself off"),
             Self::GuestPanic { console } => {
                 write!(f, "the guest kernel panicked{}", quoted("console", console))
             }
             Self::Killed { signal, stderr } => {
-                write!(f, "QEMU {}{}", Exit::Signal(*signal), quoted("stderr", stderr))
+                write!(f, "QEMU {}{}", ProcessExit::Signal(*signal), quoted("stderr", stderr))
             }
             Self::Failed { code, stderr } => {
-                write!(f, "QEMU {}{}", Exit::Code(*code), quoted("stderr", stderr))
+                write!(f, "QEMU {}{}", ProcessExit::Code(*code), quoted("stderr", stderr))
             }
         }
     }
 }
 
-/// What was seen while the VM ran.
+/// What was observed while the VM ran.
 #[derive(Debug, Default)]
-pub(super) struct Seen {
+pub(super) struct ExitEvidence {
     /// The owner asked for the end.
     pub(super) requested: bool,
     /// `reason` of QEMU's last SHUTDOWN event.
@@ -45,14 +45,19 @@ pub(super) struct Seen {
     pub(super) panicked: bool,
 }
 
-pub(super) fn judge(seen: &Seen, exit: Exit, console: String, stderr: String) -> VmExit {
-    let reset = seen.shutdown.as_deref() == Some("guest-reset");
+pub(super) fn classify(
+    evidence: &ExitEvidence,
+    exit: ProcessExit,
+    console: String,
+    stderr: String,
+) -> VmExit {
+    let reset = evidence.shutdown.as_deref() == Some("guest-reset");
     match exit {
-        _ if seen.requested => VmExit::Requested,
-        _ if seen.panicked || reset => VmExit::GuestPanic { console },
-        Exit::Signal(signal) => VmExit::Killed { signal, stderr },
-        Exit::Code(0) => VmExit::PoweredOff,
-        Exit::Code(code) => VmExit::Failed { code, stderr },
+        _ if evidence.requested => VmExit::Requested,
+        _ if evidence.panicked || reset => VmExit::GuestPanic { console },
+        ProcessExit::Signal(signal) => VmExit::Killed { signal, stderr },
+        ProcessExit::Code(0) => VmExit::PoweredOff,
+        ProcessExit::Code(code) => VmExit::Failed { code, stderr },
     }
 }
 
@@ -66,22 +71,25 @@ pub(super) fn quoted(name: &str, text: &str) -> String {
 mod tests {
     use super::*;
 
-    fn judged(requested: bool, shutdown: Option<&str>, exit: Exit) -> VmExit {
-        let seen = Seen { requested, shutdown: shutdown.map(str::to_owned), panicked: false };
-        judge(&seen, exit, "con".into(), "err".into())
+    fn classified(requested: bool, shutdown: Option<&str>, exit: ProcessExit) -> VmExit {
+        let evidence = ExitEvidence { requested, shutdown: shutdown.map(str::to_owned), panicked: false };
+        classify(&evidence, exit, "con".into(), "err".into())
     }
 
     #[test]
     fn every_end_has_its_reason() {
-        let killed = Exit::Signal(9);
-        assert_eq!(judged(true, None, killed), VmExit::Requested);
-        assert_eq!(judged(false, None, killed), VmExit::Killed { signal: 9, stderr: "err".into() });
-        assert_eq!(judged(false, Some("guest-shutdown"), Exit::Code(0)), VmExit::PoweredOff);
+        let killed = ProcessExit::Signal(9);
+        assert_eq!(classified(true, None, killed), VmExit::Requested);
+        assert_eq!(classified(false, None, killed), VmExit::Killed { signal: 9, stderr: "err".into() });
+        assert_eq!(classified(false, Some("guest-shutdown"), ProcessExit::Code(0)), VmExit::PoweredOff);
         let panic = VmExit::GuestPanic { console: "con".into() };
-        assert_eq!(judged(false, Some("guest-reset"), Exit::Code(0)), panic);
-        assert_eq!(judged(false, None, Exit::Code(1)), VmExit::Failed { code: 1, stderr: "err".into() });
-        let seen = Seen { panicked: true, ..Seen::default() };
-        assert_eq!(judge(&seen, Exit::Code(0), "con".into(), String::new()), panic);
+        assert_eq!(classified(false, Some("guest-reset"), ProcessExit::Code(0)), panic);
+        assert_eq!(
+            classified(false, None, ProcessExit::Code(1)),
+            VmExit::Failed { code: 1, stderr: "err".into() }
+        );
+        let evidence = ExitEvidence { panicked: true, ..ExitEvidence::default() };
+        assert_eq!(classify(&evidence, ProcessExit::Code(0), "con".into(), String::new()), panic);
     }
 
     #[test]

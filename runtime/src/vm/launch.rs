@@ -1,40 +1,50 @@
-//! Starting QEMU: everything it inherits is made here, and taken back if it does not answer.
+//! Starts QEMU: makes everything that QEMU inherits, and removes it again if QEMU does not answer.
 
-use std::fs::{DirBuilder, File};
-use std::io;
-use std::os::fd::AsFd as _;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
-use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::{
+    fs::{DirBuilder, File},
+    io,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::{
+            fs::{DirBuilderExt as _, OpenOptionsExt as _},
+            net::UnixStream as StdUnixStream,
+        },
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use tokio::net::UnixStream;
-use tokio::net::unix::pipe;
-use tokio::sync::{broadcast, mpsc, watch};
+use tokio::{
+    net::{UnixStream, unix::pipe},
+    sync::{broadcast, mpsc, watch},
+};
 
-use super::Vm;
-use super::argv::{self, Start, fd};
-use super::asset::{self, AssetError};
-use super::boot::Boot;
-use super::capture::Capture;
-use super::channel::{Channel, ChannelError, GuestEnd};
-use super::driver::{self, Dir, Inputs, Output, Running, Stop};
-use super::exit::{Seen, VmExit};
-use super::qmp::{Event, Qmp, QmpError};
-use super::saved::{self, Saved, SavedError};
-use super::spec::VmSpec;
-use crate::error::{ErrorKind, HasKind};
-use crate::process::{ProcessError, Sandbox, Spawn, Stdio};
+use super::{
+    Vm,
+    argv::{self, Start, fd},
+    asset::{self, AssetFileError},
+    boot::Boot,
+    bounded_log::BoundedLog,
+    channel::{ChannelError, GuestEnd, VmChannel},
+    driver::{self, Inputs, QemuOutput, RunningVm, StopRequest, VmDir},
+    exit::{ExitEvidence, VmExit},
+    qmp::{Qmp, QmpError, QmpEvent},
+    snapshot::{self, VmSnapshot, VmSnapshotError},
+    spec::VmSpec,
+};
+use crate::{
+    error::{ErrorKind, HasKind},
+    process::{ProcessError, Sandbox, Spawn, Stdio},
+};
 
-/// What the guest printed on its console, in the VM's directory.
+/// The file in the VM's directory that has the guest's console output.
 pub(super) const CONSOLE_LOG: &str = "console.log";
 
 /// Why QEMU could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
     #[error(transparent)]
-    Asset(AssetError),
+    Asset(AssetFileError),
     #[error("cannot {action} in the VM's directory {}", dir.display())]
     Dir { action: &'static str, dir: PathBuf, source: io::Error },
     #[error("cannot {action} for QEMU")]
@@ -45,7 +55,7 @@ pub enum LaunchError {
     Qemu(#[source] ProcessError),
     #[error("QEMU did not start: {exit} (machinen needs QEMU {oldest} or newer)", oldest = super::qmp::OLDEST)]
     Exited { exit: VmExit },
-    #[error("QEMU does not work")]
+    #[error("QEMU's monitor does not work")]
     Monitor(#[source] QmpError),
 }
 
@@ -62,16 +72,16 @@ impl HasKind for LaunchError {
 
 /// What a VM starts from.
 #[derive(Debug)]
-pub(super) enum Origin<'a> {
+pub(super) enum LaunchOrigin<'a> {
     Boot,
-    /// As [`Origin::Boot`], with this memory, up to an agent that waits.
+    /// A boot with this memory, until the agent waits.
     Template {
         memory: OwnedFd,
     },
-    Clone(&'a Saved),
+    Clone(&'a VmSnapshot),
 }
 
-impl Origin<'_> {
+impl LaunchOrigin<'_> {
     fn start(&self) -> Start {
         match self {
             Self::Boot => Start::Boot,
@@ -81,34 +91,38 @@ impl Origin<'_> {
     }
 }
 
-/// A QEMU that answers and has no driver yet: it is to be handed over or ended.
+/// A QEMU that answers and has no driver yet. It must be handed over to one, or ended.
 #[derive(Debug)]
 pub(super) struct Launched {
     pub(super) qmp: Qmp,
-    pub(super) events: broadcast::Receiver<Event>,
-    running: Running,
+    pub(super) events: broadcast::Receiver<QmpEvent>,
+    running: RunningVm,
 }
 
 pub(super) async fn launch(spec: VmSpec, dir: &Path) -> Result<Vm, LaunchError> {
-    Ok(begin(&spec, dir, Origin::Boot).await?.hand_over(spec))
+    Ok(begin(&spec, dir, LaunchOrigin::Boot).await?.hand_over(spec))
 }
 
-/// As [`launch`], from the state of another VM.
-pub(super) async fn clone(spec: VmSpec, dir: &Path, saved: &Saved) -> Result<Vm, SavedError> {
-    saved.check()?;
-    let mut launched = begin(&spec, dir, Origin::Clone(saved)).await?;
-    match saved::restore(&mut launched, saved).await {
+/// As [`launch`], but from the snapshot of another VM.
+pub(super) async fn clone(spec: VmSpec, dir: &Path, snapshot: &VmSnapshot) -> Result<Vm, VmSnapshotError> {
+    snapshot.check()?;
+    let mut launched = begin(&spec, dir, LaunchOrigin::Clone(snapshot)).await?;
+    match snapshot::restore(&mut launched, snapshot).await {
         Ok(()) => Ok(launched.hand_over(spec)),
-        Err(error) => Err(error.explained(&launched.end().await)),
+        Err(error) => Err(error.with_exit(&launched.end().await)),
     }
 }
 
 /// Starts QEMU and returns when it answers.
-pub(super) async fn begin(spec: &VmSpec, dir: &Path, origin: Origin<'_>) -> Result<Launched, LaunchError> {
+pub(super) async fn begin(
+    spec: &VmSpec,
+    dir: &Path,
+    origin: LaunchOrigin<'_>,
+) -> Result<Launched, LaunchError> {
     let kernel = asset::KERNEL.open(&spec.kernel).map_err(LaunchError::Asset)?;
     let image = asset::IMAGE.open(&spec.image).map_err(LaunchError::Asset)?;
     let dir = make_dir(dir)?;
-    let (channel, guest_end) = match Channel::prepare(spec, origin.start(), &dir.path).await {
+    let (channel, guest_end) = match VmChannel::prepare(spec, origin.start(), &dir.path).await {
         Ok(prepared) => prepared,
         Err(error) => {
             dir.clean(false);
@@ -116,12 +130,12 @@ pub(super) async fn begin(spec: &VmSpec, dir: &Path, origin: Origin<'_>) -> Resu
         }
     };
     let channel = Arc::new(channel);
-    let used = match origin {
-        Origin::Clone(saved) => saved.used.clone(),
-        Origin::Boot | Origin::Template { .. } => None,
+    let in_use = match origin {
+        LaunchOrigin::Clone(snapshot) => snapshot.in_use.clone(),
+        LaunchOrigin::Boot | LaunchOrigin::Template { .. } => None,
     };
     let started = start(spec, origin, &dir.path, guest_end, kernel, image);
-    let Started { qemu, monitor, wake, console, stderr } = match started {
+    let StartedQemu { qemu, monitor, wake, console, stderr } = match started {
         Ok(started) => started,
         Err(error) => {
             if let Err(error) = channel.close().await {
@@ -132,7 +146,7 @@ pub(super) async fn begin(spec: &VmSpec, dir: &Path, origin: Origin<'_>) -> Resu
         }
     };
     let running =
-        Running { qemu, channel, wake, console, stderr, dir, keep_console: spec.keep_console, used };
+        RunningVm { qemu, channel, wake, console, stderr, dir, keep_console: spec.keep_console, in_use };
     match Qmp::connect(monitor).await {
         Ok((qmp, events)) => Ok(Launched { qmp, events, running }),
         Err(error) => Err(failed(running, error).await),
@@ -149,18 +163,18 @@ impl Launched {
         self.running.wake.as_mut().expect("asked of a template or a clone")
     }
 
-    /// From here on its driver owns it.
+    /// Starts the driver task, which owns QEMU from now on.
     fn hand_over(self, spec: VmSpec) -> Vm {
         let Self { qmp, events, running } = self;
         let (requests, request_queue) = mpsc::channel(16);
-        let (stop, stopped) = watch::channel(Stop::No);
+        let (stop, stopped) = watch::channel(StopRequest::No);
         let (exit_sender, exit) = watch::channel(None);
         let (agent_sender, agent) = watch::channel(None);
         let (pid, channel) = (running.qemu.pid(), Arc::clone(&running.channel));
         tracing::debug!(pid, version = %qmp.version(), "QEMU answers");
         let boot = Boot {
             channel: Arc::clone(&channel),
-            console: running.console.capture.clone(),
+            console: running.console.bounded_log.clone(),
             hostname: spec.hostname,
             timeout: spec.boot_timeout,
             exit: exit.clone(),
@@ -177,17 +191,17 @@ impl Launched {
         Vm { pid, channel, requests, stop: Arc::new(stop), agent, exit }
     }
 
-    /// Ends it, if it has not ended by itself; nothing is left of it when this returns.
+    /// Ends QEMU, unless it has ended already. Nothing is left of it when this returns.
     pub(super) async fn end(self) -> VmExit {
         let Self { qmp, mut events, running } = self;
-        // QEMU has ended if it closed its monitor: then its own reason is the one to report.
+        // A QEMU that has closed its monitor has ended, and its own reason is the one to report.
         let requested = qmp.execute("quit", serde_json::json!({})).await.is_ok();
         drop(qmp);
-        let mut seen = Seen { requested, ..Seen::default() };
+        let mut evidence = ExitEvidence { requested, ..ExitEvidence::default() };
         match running.qemu.terminate(EXITING).await {
             Ok(exit) => {
-                driver::note_all(&mut seen, &mut events).await;
-                running.finish(&seen, exit).await
+                driver::record_last_events(&mut evidence, &mut events).await;
+                running.finish(&evidence, exit).await
             }
             Err(error) => {
                 tracing::error!("cannot end a VM: {}", crate::error::chain(&error));
@@ -197,37 +211,37 @@ impl Launched {
     }
 }
 
-/// QEMU that never answered: its own last words say more than its closed monitor.
-async fn failed(running: Running, error: QmpError) -> LaunchError {
+/// The error of a QEMU that never answered. Its stderr explains more than its closed monitor does.
+async fn failed(running: RunningVm, error: QmpError) -> LaunchError {
     let closed = matches!(error, QmpError::Closed | QmpError::Io(_));
     let ended = if closed { running.qemu.terminate(EXITING).await } else { running.qemu.kill().await };
     let exit = match ended {
         Ok(exit) => exit,
         Err(error) => return LaunchError::Qemu(error),
     };
-    let reason = running.finish(&Seen::default(), exit).await;
+    let reason = running.finish(&ExitEvidence::default(), exit).await;
     if closed { LaunchError::Exited { exit: reason } } else { LaunchError::Monitor(error) }
 }
 
-/// A QEMU that has closed its monitor is about to end by itself.
+/// How long a QEMU that has closed its monitor may take to exit.
 const EXITING: std::time::Duration = std::time::Duration::from_secs(5);
 
-struct Started {
+struct StartedQemu {
     qemu: crate::process::Child,
     monitor: StdUnixStream,
     wake: Option<UnixStream>,
-    console: Output,
-    stderr: Output,
+    console: QemuOutput,
+    stderr: QemuOutput,
 }
 
 fn start(
     spec: &VmSpec,
-    origin: Origin<'_>,
+    origin: LaunchOrigin<'_>,
     dir: &Path,
     guest_end: GuestEnd,
     kernel: File,
     image: File,
-) -> Result<Started, LaunchError> {
+) -> Result<StartedQemu, LaunchError> {
     let failed = |action| move |source| LaunchError::Host { action, source };
     let log = File::options()
         .write(true)
@@ -258,11 +272,11 @@ fn start(
         (guest_end.fd, fd::CHANNEL),
     ];
     let memory = match origin {
-        Origin::Boot => None,
-        Origin::Template { memory } => Some(memory),
-        Origin::Clone(saved) => {
-            sandbox.whole_file = Some(saved.memory_fd);
-            Some(saved.memory.as_fd().try_clone_to_owned().map_err(failed("duplicate a descriptor"))?)
+        LaunchOrigin::Boot => None,
+        LaunchOrigin::Template { memory } => Some(memory),
+        LaunchOrigin::Clone(snapshot) => {
+            sandbox.ignore_hole_punching = Some(snapshot.memory_fd);
+            Some(snapshot.memory.as_fd().try_clone_to_owned().map_err(failed("duplicate a descriptor"))?)
         }
     };
     let wake = match memory {
@@ -278,20 +292,20 @@ fn start(
         spawn = spawn.fd(fd, number);
     }
     let qemu = spawn.start().map_err(LaunchError::Qemu)?;
-    Ok(Started { qemu, monitor, wake, console: read(console, Some(log)), stderr: read(stderr, None) })
+    Ok(StartedQemu { qemu, monitor, wake, console: read(console, Some(log)), stderr: read(stderr, None) })
 }
 
-fn read(source: impl tokio::io::AsyncRead + Unpin + Send + 'static, log: Option<File>) -> Output {
-    let capture = Capture::default();
-    let reader = tokio::spawn(capture.clone().read(source, log));
-    Output { capture, reader }
+fn read(source: impl tokio::io::AsyncRead + Unpin + Send + 'static, log: Option<File>) -> QemuOutput {
+    let bounded_log = BoundedLog::default();
+    let reader = tokio::spawn(bounded_log.clone().read(source, log));
+    QemuOutput { bounded_log, reader }
 }
 
-fn make_dir(path: &Path) -> Result<Dir, LaunchError> {
+fn make_dir(path: &Path) -> Result<VmDir, LaunchError> {
     let dir = path.to_owned();
     match DirBuilder::new().mode(0o700).create(path) {
-        Ok(()) => Ok(Dir { path: dir, made: true }),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(Dir { path: dir, made: false }),
+        Ok(()) => Ok(VmDir { path: dir, made: true }),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(VmDir { path: dir, made: false }),
         Err(source) => Err(LaunchError::Dir { action: "work", dir, source }),
     }
 }

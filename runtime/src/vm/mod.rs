@@ -4,49 +4,49 @@
 //!   Vm (handle) ──requests──> driver task ──QMP──> QEMU <──channel── guest agent
 //!        └──────────────── streams, agent calls ──────────────────────┘
 //! ```
-//! [`Vm::launch`] returns when QEMU answers, while the guest still boots, so that disks can be attached meanwhile;
-//! [`Vm::agent`] resolves when the guest is ready. The driver task alone changes the VM and ends it; when the last handle
-//! is dropped it kills the VM. Whoever waits on [`Vm::exited`] may rely on nothing being left of it.
+//! [`Vm::launch`] returns when QEMU answers, while the guest still boots, so that disks can be attached
+//! meanwhile; [`Vm::agent`] resolves when the guest is ready. The driver task alone changes the VM and ends
+//! it; when the last handle is dropped it kills the VM. Nothing is left of the VM when [`Vm::exited`]
+//! resolves.
 
 mod argv;
 mod asset;
 mod boot;
-mod capture;
+mod bounded_log;
 mod channel;
 mod disk;
 mod driver;
 mod exit;
 mod launch;
 pub mod qmp;
-mod saved;
+mod snapshot;
 mod spec;
 mod version;
 mod wake;
 
-use std::path::Path;
-use std::sync::Arc;
-use std::time::Duration;
+use std::{path::Path, sync::Arc, time::Duration};
 
-use tokio::sync::{mpsc, oneshot, watch};
-
-pub use asset::AssetError;
+pub use asset::AssetFileError;
 pub use boot::BootError;
+use channel::VmChannel;
 #[cfg(fuzzing)]
 pub use channel::greet;
-pub use channel::{BoxedStream, ChannelError, HostSupport, Stream, choose};
-pub use disk::{DiskAddress, DiskSource, DiskSpec};
+pub use channel::{BoxedStream, ByteStream, ChannelError, HostSupport, choose};
+pub use disk::{DiskAddress, DiskBacking, DiskSpec};
+use driver::{StopRequest, VmRequest};
 pub use exit::VmExit;
 pub use launch::LaunchError;
-pub use qmp::Version as QemuVersion;
-pub use saved::{Saved, SavedError};
+pub use qmp::QemuVersion;
+use qmp::QmpError;
+pub use snapshot::{VmSnapshot, VmSnapshotError};
 pub use spec::{ChannelKind, VmSpec};
+use tokio::sync::{mpsc, oneshot, watch};
 pub use version::{QemuError, qemu_version};
 
-use crate::agent;
-use crate::error::{ErrorKind, HasKind};
-use channel::Channel;
-use driver::{Request, Stop};
-use qmp::QmpError;
+use crate::{
+    agent,
+    error::{ErrorKind, HasKind},
+};
 
 /// Why something about a VM failed.
 #[derive(Debug, thiserror::Error)]
@@ -87,33 +87,35 @@ impl HasKind for VmError {
 #[derive(Debug, Clone)]
 pub struct Vm {
     pid: u32,
-    channel: Arc<Channel>,
-    requests: mpsc::Sender<Request>,
-    stop: Arc<watch::Sender<Stop>>,
+    channel: Arc<VmChannel>,
+    requests: mpsc::Sender<VmRequest>,
+    stop: Arc<watch::Sender<StopRequest>>,
     agent: watch::Receiver<Option<Result<agent::Client, Arc<BootError>>>>,
     exit: watch::Receiver<Option<VmExit>>,
 }
 
 impl Vm {
-    /// Starts QEMU and returns when it answers; the guest boots meanwhile. Must be called inside a tokio runtime, on a
-    /// thread that lives as long as the VM shall (see [`crate::process::Spawn`]).
+    /// Starts QEMU and returns when it answers; the guest boots meanwhile. Must be called inside a tokio
+    /// runtime, on a thread that lives as long as the VM shall (see [`crate::process::Spawn`]).
     ///
-    /// `dir` is the VM's own directory, made if it is missing. It holds `console.log` and sockets while the VM runs.
+    /// `dir` is the VM's own directory, made if it is missing. It holds `console.log` and sockets while the
+    /// VM runs.
     ///
     /// # Errors
-    /// A file is missing or not readable, QEMU is missing, too old or says no, the channel cannot be made: nothing is
-    /// left then but perhaps `console.log`.
+    /// A file is missing or not readable, QEMU is missing, too old or refuses its arguments, or the channel
+    /// cannot be made. Then nothing is left, except perhaps `console.log`.
     pub async fn launch(spec: VmSpec, dir: &Path) -> Result<Self, VmError> {
         Ok(launch::launch(spec, dir).await?)
     }
 
-    /// As [`Vm::launch`], but the guest goes on from where `saved` waits instead of booting. `spec` must be what it was
-    /// made with, but for `id`, `hostname`, `identity` and the console.
+    /// As [`Vm::launch`], but the guest continues from `snapshot` instead of booting. `spec` must be the one
+    /// of the snapshot, except for `id`, `hostname`, `identity` and `keep_console`.
     ///
     /// # Errors
-    /// QEMU does not start, or does not take the state: nothing is left then, and the same VM can be launched.
-    pub async fn restore(spec: VmSpec, dir: &Path, saved: &Saved) -> Result<Self, SavedError> {
-        launch::clone(spec, dir, saved).await
+    /// QEMU does not start, or does not load the snapshot. Then nothing is left, and the same VM can be
+    /// launched.
+    pub async fn restore(spec: VmSpec, dir: &Path, snapshot: &VmSnapshot) -> Result<Self, VmSnapshotError> {
+        launch::clone(spec, dir, snapshot).await
     }
 
     /// QEMU's pid.
@@ -121,11 +123,12 @@ impl Vm {
         self.pid
     }
 
-    /// The guest agent, as soon as it has answered and been configured. Any number of callers, at any time.
+    /// The guest agent, as soon as it has answered and been configured. Any number of callers may wait, at
+    /// any time.
     ///
     /// # Errors
-    /// The boot deadline has passed, the VM has ended, or the agent is of another version: with the last console lines.
-    /// The VM is not ended by this error.
+    /// The boot deadline has passed, the VM has ended, or the agent has another version; with the last
+    /// console lines. This error does not end the VM.
     pub async fn agent(&self) -> Result<agent::Client, VmError> {
         let mut agent = self.agent.clone();
         let state = agent.wait_for(Option::is_some).await.ok().and_then(|state| state.clone());
@@ -136,10 +139,10 @@ impl Vm {
         }
     }
 
-    /// Gives a clone that was made ahead of time the identity of the pod that it is for, and the time.
+    /// Gives a clone that was made before its pod was known the pod's hostname, a new identity and the time.
     ///
     /// # Errors
-    /// As [`Vm::agent`], or the agent does not take it. The VM is not ended by this error.
+    /// As [`Vm::agent`], or the agent refuses the configuration. This error does not end the VM.
     pub(crate) async fn configure_guest(&self, hostname: &str) -> Result<(), VmError> {
         let agent = self.agent().await?;
         boot::configure_guest(&agent, hostname, String::new)
@@ -147,24 +150,24 @@ impl Vm {
             .map_err(|error| VmError::Boot(error.into()))
     }
 
-    /// Attaches a disk to the virtio-scsi controller; legal from the moment [`Vm::launch`] has returned.
+    /// Attaches a disk to the virtio-scsi controller. This is legal as soon as [`Vm::launch`] has returned.
     ///
     /// # Errors
     /// QEMU refuses, the descriptor does not fit `read_only`, all 256 targets are taken, or the VM has ended.
     pub async fn attach_disk(&self, disk: DiskSpec) -> Result<DiskAddress, VmError> {
-        self.request(|answer| Request::Attach(disk, answer)).await
+        self.request(|answer| VmRequest::Attach(disk, answer)).await
     }
 
-    /// Takes a disk away; the guest must have unmounted it.
+    /// Detaches a disk, which the guest must have unmounted.
     ///
     /// # Errors
     /// There is no such disk, QEMU refuses, or the VM has ended.
     pub async fn detach_disk(&self, address: DiskAddress) -> Result<(), VmError> {
-        self.request(|answer| Request::Detach(address, answer)).await
+        self.request(|answer| VmRequest::Detach(address, answer)).await
     }
 
-    /// A raw stream into the guest, and the token that names it in calls to the agent. Legal when [`Vm::agent`] has
-    /// resolved.
+    /// Opens a raw stream into the guest. The token names the stream in calls to the agent. This is legal as
+    /// soon as [`Vm::agent`] has resolved.
     ///
     /// # Errors
     /// The agent refuses, does not answer in time, or is gone.
@@ -172,27 +175,29 @@ impl Vm {
         self.channel.open_stream().await.map_err(VmError::Stream)
     }
 
-    /// Resolves when the VM has ended and nothing is left of it. Any number of callers, at any time.
+    /// Resolves when the VM has ended and nothing is left of it. Any number of callers may wait, at any time.
     pub fn exited(&self) -> impl Future<Output = VmExit> + Send + 'static {
         let mut exit = self.exit.clone();
         async move {
             let exited = exit.wait_for(Option::is_some).await.ok().and_then(|exit| exit.clone());
             match exited {
                 Some(exit) => exit,
-                // The driver goes without a word only when the runtime shuts down, and this future with it.
+                // The driver ends without an exit only when the runtime shuts down, which drops this future
+                // too.
                 None => std::future::pending().await,
             }
         }
     }
 
-    /// Asks the agent to sync and power off, kills the VM after `grace`, and returns when nothing is left of it.
+    /// Asks the agent to sync and power off, kills the VM after `grace`, and returns when nothing is left of
+    /// it.
     ///
     /// A VM whose agent has not answered yet has nothing to sync and is killed at once.
     pub async fn shutdown(&self, grace: Duration) -> VmExit {
         self.stop.send_if_modified(|stop| {
-            let first = matches!(stop, Stop::No);
+            let first = matches!(stop, StopRequest::No);
             if first {
-                *stop = Stop::Within(grace);
+                *stop = StopRequest::Within(grace);
             }
             first
         });
@@ -201,13 +206,13 @@ impl Vm {
 
     /// Kills the VM and returns when nothing is left of it. What the guest had not synced is lost.
     pub async fn kill(&self) -> VmExit {
-        self.stop.send_replace(Stop::Now);
+        self.stop.send_replace(StopRequest::Now);
         self.exited().await
     }
 
     async fn request<T>(
         &self,
-        make: impl FnOnce(oneshot::Sender<Result<T, VmError>>) -> Request,
+        make: impl FnOnce(oneshot::Sender<Result<T, VmError>>) -> VmRequest,
     ) -> Result<T, VmError> {
         let (answer, answered) = oneshot::channel();
         let sent = self.requests.send(make(answer)).await.is_ok();

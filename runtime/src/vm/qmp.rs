@@ -1,25 +1,29 @@
-//! A small client of QEMU's monitor protocol (QMP): commands, events, and descriptors handed over.
+//! A small client of QEMU's monitor protocol (QMP): commands, events, and descriptors that are passed to
+//! QEMU.
 
-use std::collections::HashMap;
-use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{AsFd as _, OwnedFd},
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, BufReader};
-use tokio::net::UnixStream;
-use tokio::net::unix::OwnedWriteHalf;
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, BufReader},
+    net::{UnixStream, unix::OwnedWriteHalf},
+    sync::{broadcast, mpsc, oneshot},
+};
 
 use crate::sys;
 
-/// The oldest QEMU whose microvm has what machinen uses.
-pub(super) const OLDEST: Version = Version { major: 7, minor: 2, micro: 0 };
+/// The oldest QEMU whose microvm machine has all that machinen uses.
+pub(super) const OLDEST: QemuVersion = QemuVersion { major: 7, minor: 2, micro: 0 };
 
 /// Longest line that is accepted, bytes; the greeting and all answers used here are far below.
 const MAX_LINE: u64 = 1 << 20;
-/// QEMU's main loop answers in milliseconds; when it does not for this long it never will.
+/// QEMU's main loop answers in milliseconds; one that does not answer within this time is taken to hang.
 const DEADLINE: Duration = Duration::from_secs(20);
 
 /// Why a command was not carried out.
@@ -29,10 +33,10 @@ pub enum QmpError {
     Closed,
     #[error("cannot talk to QEMU's monitor")]
     Io(#[source] io::Error),
-    #[error("QEMU's monitor said what is not QMP: {0}")]
+    #[error("QEMU's monitor sent what is not QMP: {0}")]
     Malformed(String),
     #[error("QEMU {0} is too old, {OLDEST} or newer is needed; install the Debian package qemu-system-x86")]
-    TooOld(Version),
+    TooOld(QemuVersion),
     #[error("QEMU refused {command}: {description} ({class})")]
     Refused { command: &'static str, class: String, description: String },
     #[error("QEMU did not answer {command} within {DEADLINE:?}")]
@@ -41,21 +45,21 @@ pub enum QmpError {
 
 /// QEMU's version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Version {
+pub struct QemuVersion {
     pub major: u32,
     pub minor: u32,
     pub micro: u32,
 }
 
-impl std::fmt::Display for Version {
+impl std::fmt::Display for QemuVersion {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
     }
 }
 
-/// What QEMU tells unasked, as far as it matters here (QEMU's QMP reference, "Events").
+/// The events of QEMU that are used here (QEMU's QMP reference, "Events").
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
+pub enum QmpEvent {
     /// The machine is off; `reason` is a `ShutdownCause`, such as `guest-shutdown` or `guest-reset`.
     Shutdown {
         guest: bool,
@@ -66,7 +70,7 @@ pub enum Event {
     Stop,
     /// The device with this id is gone.
     DeviceDeleted(String),
-    /// A VM's state has been written or read, or not.
+    /// QEMU has finished writing or reading a VM's state, successfully or not.
     MigrationEnded {
         completed: bool,
     },
@@ -75,12 +79,12 @@ pub enum Event {
 /// A handle on the monitor; clones share it.
 #[derive(Debug, Clone)]
 pub struct Qmp {
-    commands: mpsc::Sender<Command>,
-    version: Version,
+    commands: mpsc::Sender<QmpCommand>,
+    version: QemuVersion,
 }
 
 #[derive(Debug)]
-struct Command {
+struct QmpCommand {
     name: &'static str,
     arguments: Value,
     fd: Option<OwnedFd>,
@@ -88,12 +92,12 @@ struct Command {
 }
 
 #[derive(Deserialize)]
-struct Message {
+struct QmpMessage {
     #[serde(rename = "QMP")]
     greeting: Option<Greeting>,
     #[serde(rename = "return")]
     result: Option<Value>,
-    error: Option<Refusal>,
+    error: Option<QmpRefusal>,
     id: Option<u64>,
     event: Option<String>,
     #[serde(default)]
@@ -107,23 +111,24 @@ struct Greeting {
 
 #[derive(Deserialize)]
 struct GreetingVersion {
-    qemu: Version,
+    qemu: QemuVersion,
 }
 
 #[derive(Deserialize)]
-struct Refusal {
+struct QmpRefusal {
     class: String,
     desc: String,
 }
 
 impl Qmp {
-    /// Greets QEMU and makes it ready for commands. Events come until QEMU closes its monitor. Must be called inside a tokio runtime.
+    /// Connects to QEMU and enables commands. Events arrive until QEMU closes its monitor. Must be called
+    /// inside a tokio runtime.
     ///
     /// # Errors
-    /// QEMU is too old, ends first, or does not greet in time.
+    /// QEMU is too old, ends, or does not send its greeting in time.
     pub async fn connect(
         socket: std::os::unix::net::UnixStream,
-    ) -> Result<(Self, broadcast::Receiver<Event>), QmpError> {
+    ) -> Result<(Self, broadcast::Receiver<QmpEvent>), QmpError> {
         socket.set_nonblocking(true).map_err(QmpError::Io)?;
         let (reader, writer) = UnixStream::from_std(socket).map_err(QmpError::Io)?.into_split();
         let mut lines = Lines { reader: BufReader::new(reader), line: Vec::new() };
@@ -132,7 +137,7 @@ impl Qmp {
             .map_err(|_| QmpError::Deadline { command: "the greeting" })??;
         let version = match greeting.greeting {
             Some(greeting) => greeting.version.qemu,
-            None => return Err(QmpError::Malformed("a first message that is no greeting".into())),
+            None => return Err(QmpError::Malformed("a first message that is not a greeting".into())),
         };
         if version < OLDEST {
             return Err(QmpError::TooOld(version));
@@ -145,7 +150,7 @@ impl Qmp {
         Ok((qmp, event_queue))
     }
 
-    pub fn version(&self) -> Version {
+    pub fn version(&self) -> QemuVersion {
         self.version
     }
 
@@ -177,7 +182,7 @@ impl Qmp {
         let (answer, answered) = oneshot::channel();
         let exchange = async {
             self.commands
-                .send(Command { name, arguments, fd, answer })
+                .send(QmpCommand { name, arguments, fd, answer })
                 .await
                 .map_err(|_| QmpError::Closed)?;
             answered.await.map_err(|_| QmpError::Closed)?
@@ -190,18 +195,19 @@ impl Qmp {
 }
 
 /// Commands that have been sent and not answered, by id.
-type Waiting = HashMap<u64, (&'static str, oneshot::Sender<Result<Value, QmpError>>)>;
+type PendingCommands = HashMap<u64, (&'static str, oneshot::Sender<Result<Value, QmpError>>)>;
 
-/// Owns the socket until QEMU closes it or every handle is gone; commands without an answer then fail as closed.
+/// Owns the socket until QEMU closes it or every handle is gone; commands without an answer then fail as
+/// closed.
 async fn serve<R: AsyncRead + Unpin>(
     mut lines: Lines<R>,
     writer: OwnedWriteHalf,
-    mut commands: mpsc::Receiver<Command>,
-    events: broadcast::Sender<Event>,
+    mut commands: mpsc::Receiver<QmpCommand>,
+    events: broadcast::Sender<QmpEvent>,
 ) {
-    let mut waiting = Waiting::new();
+    let mut waiting = PendingCommands::new();
     for id in 0_u64.. {
-        // One turn a command; messages are handled in between.
+        // Each turn of the outer loop sends one command; messages are delivered in between.
         let command = loop {
             tokio::select! {
                 command = commands.recv() => break command,
@@ -214,7 +220,7 @@ async fn serve<R: AsyncRead + Unpin>(
                 },
             }
         };
-        let Some(Command { name, arguments, fd, answer }) = command else { return };
+        let Some(QmpCommand { name, arguments, fd, answer }) = command else { return };
         let mut text = json!({ "execute": name, "arguments": arguments, "id": id }).to_string();
         text.push('\n');
         match write_all(&writer, text.as_bytes(), fd).await {
@@ -222,46 +228,46 @@ async fn serve<R: AsyncRead + Unpin>(
                 waiting.insert(id, (name, answer));
             }
             Err(error) => {
-                // The caller that went away meanwhile has no use for the error.
+                // The caller may have stopped waiting for the answer.
                 answer.send(Err(QmpError::Io(error))).ok();
             }
         }
     }
 }
 
-fn deliver(message: Message, waiting: &mut Waiting, events: &broadcast::Sender<Event>) {
+fn deliver(message: QmpMessage, waiting: &mut PendingCommands, events: &broadcast::Sender<QmpEvent>) {
     if let Some(name) = message.event {
         if let Some(event) = event(&name, &message.data) {
-            // Nobody listening is no error.
+            // An event without a receiver is not an error.
             events.send(event).ok();
         }
         return;
     }
     let Some((command, answer)) = message.id.and_then(|id| waiting.remove(&id)) else { return };
     let result = match (message.result, message.error) {
-        (_, Some(Refusal { class, desc })) => Err(QmpError::Refused { command, class, description: desc }),
+        (_, Some(QmpRefusal { class, desc })) => Err(QmpError::Refused { command, class, description: desc }),
         (Some(value), None) => Ok(value),
         (None, None) => Err(QmpError::Malformed(format!("an empty answer to {command}"))),
     };
     answer.send(result).ok();
 }
 
-fn event(name: &str, data: &Value) -> Option<Event> {
+fn event(name: &str, data: &Value) -> Option<QmpEvent> {
     let text = |key: &str| data[key].as_str().unwrap_or_default().to_owned();
     Some(match name {
         "SHUTDOWN" => {
-            Event::Shutdown { guest: data["guest"].as_bool().unwrap_or_default(), reason: text("reason") }
+            QmpEvent::Shutdown { guest: data["guest"].as_bool().unwrap_or_default(), reason: text("reason") }
         }
-        "GUEST_PANICKED" | "GUEST_CRASHLOADED" => Event::GuestPanicked,
-        "RESET" => Event::Reset,
-        "STOP" => Event::Stop,
+        "GUEST_PANICKED" | "GUEST_CRASHLOADED" => QmpEvent::GuestPanicked,
+        "RESET" => QmpEvent::Reset,
+        "STOP" => QmpEvent::Stop,
         "MIGRATION" => match data["status"].as_str() {
-            Some("completed") => Event::MigrationEnded { completed: true },
-            Some("failed" | "cancelled") => Event::MigrationEnded { completed: false },
+            Some("completed") => QmpEvent::MigrationEnded { completed: true },
+            Some("failed" | "cancelled") => QmpEvent::MigrationEnded { completed: false },
             _ => return None,
         },
         // Devices without an id are parts of one that has an id.
-        "DEVICE_DELETED" if data["device"].is_string() => Event::DeviceDeleted(text("device")),
+        "DEVICE_DELETED" if data["device"].is_string() => QmpEvent::DeviceDeleted(text("device")),
         _ => return None,
     })
 }
@@ -289,12 +295,12 @@ async fn write_all(writer: &OwnedWriteHalf, bytes: &[u8], mut fd: Option<OwnedFd
 
 struct Lines<R> {
     reader: BufReader<R>,
-    /// Survives a cancelled [`Lines::next`].
+    /// The part of a line that was read so far, which a cancelled [`Lines::next`] leaves here.
     line: Vec<u8>,
 }
 
 impl<R: AsyncRead + Unpin> Lines<R> {
-    async fn next(&mut self) -> Result<Message, QmpError> {
+    async fn next(&mut self) -> Result<QmpMessage, QmpError> {
         let left = MAX_LINE - self.line.len() as u64;
         (&mut self.reader).take(left).read_until(b'\n', &mut self.line).await.map_err(QmpError::Io)?;
         if self.line.last() != Some(&b'\n') {

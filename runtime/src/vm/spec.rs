@@ -1,22 +1,20 @@
-//! What a VM is to be: plain data, complete before anything is started.
+//! The description of a VM: plain data, complete before anything is started.
 
-use std::path::PathBuf;
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
 use super::argv;
-use crate::accel::Accel;
-use crate::process::Identity;
+use crate::{accel::Accelerator, process::RunAs};
 
-/// Everything that shapes a VM.
+/// All parameters of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmSpec {
     /// Names the QEMU process: the container's or pod's id.
     pub id: String,
     /// A path, or a name that is looked up in PATH.
     pub qemu: PathBuf,
-    pub accel: Accel,
+    pub accel: Accelerator,
     /// Ceiling of the guest's memory, MiB; the host pays only for what the guest has touched.
     pub memory_mib: u32,
     pub vcpus: u32,
@@ -31,13 +29,14 @@ pub struct VmSpec {
     pub hostname: String,
     /// From the start of QEMU until the agent has answered.
     pub boot_timeout: Duration,
-    /// Who QEMU and its helpers run as; see [`VmSpec::unprivileged`].
-    pub identity: Identity,
-    /// Keep `console.log` when the VM ended as it was asked to; otherwise it is kept only after a failure.
+    /// The user that QEMU and its helpers run as; see [`VmSpec::unprivileged`].
+    pub identity: RunAs,
+    /// Keep `console.log` even if the VM ended because its owner asked for it; else it is kept only after a
+    /// failure.
     pub keep_console: bool,
 }
 
-/// How the host and the agent talk.
+/// How the host and the agent communicate.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ChannelKind {
     /// AF_VSOCK by the host kernel's /dev/vhost-vsock.
@@ -59,15 +58,16 @@ impl ChannelKind {
 }
 
 impl VmSpec {
-    /// QEMU's arguments for a template of this VM; what differs between its clones is not in them.
+    /// QEMU's arguments for a template of this VM, without what differs between its clones.
     pub fn template_args(&self) -> Vec<String> {
         let spec = Self { id: String::new(), ..self.clone() };
         argv::argv(&spec, argv::Start::Template, argv::PRIVATE_CID)
     }
 
-    /// An identity that no account has and no other owner of VMs shares: the base plus the owner's pid (at most 2^22).
-    pub fn unprivileged(owner_pid: u32, groups: Vec<u32>) -> Identity {
+    /// A user without an account, which no other owner of VMs uses: a base plus the owner's pid (at most
+    /// 2^22).
+    pub fn unprivileged(owner_pid: u32, groups: Vec<u32>) -> RunAs {
         const BASE: u32 = 0x7000_0000;
-        Identity { uid: BASE + owner_pid, gid: BASE + owner_pid, groups }
+        RunAs { uid: BASE + owner_pid, gid: BASE + owner_pid, groups }
     }
 }

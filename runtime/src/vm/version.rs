@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::qmp::{OLDEST, QmpError, Version};
+use super::qmp::{OLDEST, QemuVersion, QmpError};
 use crate::process::{self, ProcessError};
 
 /// Why a QEMU cannot be used.
@@ -10,8 +10,8 @@ use crate::process::{self, ProcessError};
 pub enum QemuError {
     #[error(transparent)]
     Run(#[from] ProcessError),
-    #[error("{program} does not say its version: {said:?}")]
-    Silent { program: String, said: String },
+    #[error("{program} does not report its version: {output:?}")]
+    NoVersion { program: String, output: String },
     #[error(transparent)]
     TooOld(QmpError),
 }
@@ -20,25 +20,25 @@ pub enum QemuError {
 ///
 /// # Errors
 /// It cannot be run, or is older than what machinen uses.
-pub fn qemu_version(qemu: &Path) -> Result<Version, QemuError> {
+pub fn qemu_version(qemu: &Path) -> Result<QemuVersion, QemuError> {
     let output = process::run(qemu, ["--version"], &[])?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    match parse(&said) {
+    let text = String::from_utf8_lossy(&output.stdout);
+    match parse(&text) {
         Some(version) if version < OLDEST => Err(QemuError::TooOld(QmpError::TooOld(version))),
         Some(version) => Ok(version),
-        None => Err(QemuError::Silent {
+        None => Err(QemuError::NoVersion {
             program: qemu.display().to_string(),
-            said: said.lines().next().unwrap_or_default().chars().take(80).collect(),
+            output: text.lines().next().unwrap_or_default().chars().take(80).collect(),
         }),
     }
 }
 
 /// `QEMU emulator version 7.2.22 (Debian …)`
-fn parse(said: &str) -> Option<Version> {
+fn parse(text: &str) -> Option<QemuVersion> {
     let mut numbers =
-        said.split("version ").nth(1)?.split(|char: char| !char.is_ascii_digit()).map(str::parse);
+        text.split("version ").nth(1)?.split(|char: char| !char.is_ascii_digit()).map(str::parse);
     let mut next = || numbers.next()?.ok();
-    Some(Version { major: next()?, minor: next()?, micro: next().unwrap_or_default() })
+    Some(QemuVersion { major: next()?, minor: next()?, micro: next().unwrap_or_default() })
 }
 
 #[cfg(test)]
@@ -47,15 +47,15 @@ mod tests {
 
     #[test]
     fn versions_are_read() {
-        let version = |major, minor, micro| Some(Version { major, minor, micro });
+        let version = |major, minor, micro| Some(QemuVersion { major, minor, micro });
         assert_eq!(parse("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright"), version(7, 2, 22));
         assert_eq!(parse("QEMU emulator version 10.0"), version(10, 0, 0));
         assert_eq!(parse("something else"), None);
     }
 
     #[test]
-    fn what_is_no_qemu_is_said() {
-        assert!(matches!(qemu_version(Path::new("/bin/true")), Err(QemuError::Silent { .. })));
+    fn a_program_that_is_not_qemu_is_reported() {
+        assert!(matches!(qemu_version(Path::new("/bin/true")), Err(QemuError::NoVersion { .. })));
         assert!(matches!(qemu_version(Path::new("/nonexistent/qemu")), Err(QemuError::Run(_))));
     }
 }

@@ -1,4 +1,5 @@
-//! The wake port: how a template's agent says that it waits, and how a clone's is told to go on.
+//! The wake port: a template's agent reports on it that it waits, and the host wakes a clone's agent through
+//! it.
 //!
 //! ```text
 //!   template:  agent -- preamble, kind Waiting --> builder           then the VM is saved
@@ -8,16 +9,18 @@
 use std::io;
 
 use machinen_protocol::preamble::{Answer, Kind, PREAMBLE_LEN, Preamble, PreambleError};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::UnixStream;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::UnixStream,
+};
 
-/// Why an agent did not say that it waits.
+/// Why an agent did not report that it waits.
 #[derive(Debug, thiserror::Error)]
 pub enum WakeError {
     #[error("the guest agent's wake port failed")]
     Port(#[source] io::Error),
-    #[error("the guest agent does not wait but says something else")]
-    Said(#[source] PreambleError),
+    #[error("the guest agent sent something else than that it waits")]
+    Unexpected(#[source] PreambleError),
     #[error("the guest agent opened a stream on its wake port")]
     Stream,
 }
@@ -26,13 +29,13 @@ pub enum WakeError {
 pub(super) async fn waiting(port: &mut UnixStream) -> Result<(), WakeError> {
     let mut bytes = [0; PREAMBLE_LEN];
     port.read_exact(&mut bytes).await.map_err(WakeError::Port)?;
-    match Preamble::decode(&bytes).map_err(WakeError::Said)? {
+    match Preamble::decode(&bytes).map_err(WakeError::Unexpected)? {
         Preamble { kind: Kind::Waiting, token: 0 } => Ok(()),
         _ => Err(WakeError::Stream),
     }
 }
 
-/// Wakes the agent as soon as its VM runs.
+/// Wakes the agent, as soon as its VM runs.
 pub(super) async fn wake(port: &mut UnixStream) -> io::Result<()> {
     port.write_all(&Answer::Accepted.encode()).await
 }

@@ -1,18 +1,20 @@
 //! Saved VMs and their clones.
 
-use std::fs::File;
-use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::FileExt as _;
-use std::time::Instant;
+use std::{
+    fs::File,
+    os::{fd::AsRawFd as _, unix::fs::FileExt as _},
+    time::Instant,
+};
 
-use machinen::vm::{ChannelKind, Saved, SavedError, Vm, VmExit, VmSpec};
+use machinen::vm::{ChannelKind, Vm, VmExit, VmSnapshot, VmSnapshotError, VmSpec};
 
 use crate::host::{self, Host, chain};
 
-async fn saved(host: &Host) -> Saved {
+async fn saved(host: &Host) -> VmSnapshot {
     let start = Instant::now();
     let spec = host.spec(ChannelKind::Serial);
-    let saved = Saved::make(&spec, &host.dir()).await.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let saved =
+        VmSnapshot::make(&spec, &host.dir()).await.unwrap_or_else(|error| panic!("{}", chain(&error)));
     println!("saved in {:?}, {} bytes of device state", start.elapsed(), saved.devices.len());
     host.no_files_are_left();
     saved
@@ -61,7 +63,7 @@ async fn a_state_that_qemu_does_not_take_leaves_nothing() {
     let spec = || host.spec(ChannelKind::Serial);
     let mut saved = saved(&host).await;
     let devices = saved.devices.clone();
-    let refused = async |saved: &Saved, spec: VmSpec, words: &str| {
+    let refused = async |saved: &VmSnapshot, spec: VmSpec, words: &str| {
         let error = Vm::restore(spec, &host.dir(), saved).await.unwrap_err();
         let text = chain(&error);
         assert!(text.contains(words), "{words:?} is not in {text:?}");
@@ -79,10 +81,10 @@ async fn a_state_that_qemu_does_not_take_leaves_nothing() {
     refused(&saved, VmSpec { memory_mib: 256, ..spec() }, "QEMU did not restore the state of a VM").await;
     let version = saved.qemu;
     saved.qemu.micro += 1;
-    refused(&saved, spec(), "the state is of QEMU").await;
+    refused(&saved, spec(), "the state was saved by QEMU").await;
     saved.qemu = version;
     saved.memory_fd += 1;
-    refused(&saved, spec(), "by another number").await;
+    refused(&saved, spec(), "under another number").await;
     saved.memory_fd -= 1;
     let memory = std::mem::replace(&mut saved.memory, File::open("/dev/zero").unwrap().into());
     refused(&saved, spec(), "not sealed").await;
@@ -97,15 +99,15 @@ async fn a_state_that_qemu_does_not_take_leaves_nothing() {
 async fn a_guest_that_does_not_come_to_wait_is_quoted() {
     let host = Host::new();
     let spec = VmSpec { kernel_args: "init=/nowhere".into(), ..host.spec(ChannelKind::Serial) };
-    let error = Saved::make(&spec, &host.dir()).await.unwrap_err();
+    let error = VmSnapshot::make(&spec, &host.dir()).await.unwrap_err();
     assert!(
-        matches!(error, SavedError::Waiting { .. }) && chain(&error).contains("panic"),
+        matches!(error, VmSnapshotError::Waiting { .. }) && chain(&error).contains("panic"),
         "{}",
         chain(&error)
     );
     std::fs::remove_dir_all(host.dir()).unwrap();
-    let error = Saved::make(&host.spec(host.vhost_user_vsock()), &host.dir()).await.unwrap_err();
-    assert!(matches!(error, SavedError::Channel), "{}", chain(&error));
+    let error = VmSnapshot::make(&host.spec(host.vhost_user_vsock()), &host.dir()).await.unwrap_err();
+    assert!(matches!(error, VmSnapshotError::Channel), "{}", chain(&error));
     host.no_files_are_left();
 }
 

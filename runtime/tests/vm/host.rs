@@ -1,14 +1,17 @@
 //! A place for VMs, and the check that nothing of them stays.
 
-use std::fs::{self, File};
-use std::io::Write as _;
-use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::{
+    fs::{self, File},
+    io::Write as _,
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use machinen::accel;
-use machinen::config;
-use machinen::vm::{ChannelKind, DiskSource, DiskSpec, VmSpec};
+use machinen::{
+    accel, config,
+    vm::{ChannelKind, DiskBacking, DiskSpec, VmSpec},
+};
 
 const DISK_BYTES: u64 = 4 << 20;
 
@@ -69,7 +72,7 @@ impl Host {
         file.write_all_at(serial.as_bytes(), 0).unwrap();
         (&file).flush().unwrap();
         let file = File::options().read(true).write(!read_only).open(&path).unwrap();
-        DiskSpec { source: DiskSource::File(file.into()), read_only, volatile: false, serial: serial.into() }
+        DiskSpec { source: DiskBacking::File(file.into()), read_only, volatile: false, serial: serial.into() }
     }
 
     /// What a VM that has ended has said, if that was kept.

@@ -1,12 +1,15 @@
 //! VMs that boot, run and end, in order and not.
 
-use std::fs::{self, File};
-use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::{
+    fs::{self, File},
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
+
+use machinen::vm::{BootError, ChannelKind, DiskBacking, DiskSpec, LaunchError, Vm, VmError, VmExit};
+use tokio::io::AsyncWriteExt as _;
 
 use crate::host::{self, Host, chain};
-use machinen::vm::{BootError, ChannelKind, DiskSource, DiskSpec, LaunchError, Vm, VmError, VmExit};
-use tokio::io::AsyncWriteExt as _;
 
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -74,7 +77,7 @@ async fn a_disk_that_does_not_fit_is_refused() {
     let directory = OwnedFd::from(File::open(host.path()).unwrap());
     let error = vm
         .attach_disk(DiskSpec {
-            source: DiskSource::File(directory),
+            source: DiskBacking::File(directory),
             read_only: true,
             volatile: false,
             serial: "dir".into(),

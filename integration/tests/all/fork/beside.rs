@@ -100,8 +100,10 @@ fn of_a_paused_container_later_and_again(containerd: &mut Containerd) -> Result<
     containerd.ctr_ok(&["tasks", "pause", source])?;
     let bundle = containerd.root().join("kept");
     let kept = bundle.display().to_string();
-    let output =
-        fork(containerd, &["--json", "--lazy", "--bundle", &kept, "--hostname", "second", source, &second])?;
+    let output = fork(
+        containerd,
+        &["--json", "--lazy", "--checkpoint-dir", &kept, "--hostname", "second", source, &second],
+    )?;
     let said: Value = serde_json::from_slice(&output.stdout)?;
     let pid = said["pid"].as_u64().unwrap_or_default();
     ensure!(said["id"] == second.as_str() && said["source"] == source && pid > 1, "{said}");

@@ -74,7 +74,7 @@ fn names_that_are_taken(containerd: &mut Containerd) -> Result<()> {
     let refused = |word: &str| -> Result<()> {
         let output = forking(containerd, &[source, &new])?.run()?;
         ensure!(output.status == 1 && output.error_text().contains(word), "{output}");
-        ensure!(!output.error_text().contains("taking back"), "{output}");
+        ensure!(!output.error_text().contains("undoing a failed fork"), "{output}");
         Ok(())
     };
     let runtime = machinen_integration::paths::runtime();

@@ -51,7 +51,7 @@ pub(super) fn failed(
     for word in words {
         ensure!(said.contains(word), "the user does not read {word:?}: {said}");
     }
-    ensure!(!said.contains("taking back"), "it could not be taken back: {said}");
+    ensure!(!said.contains("undoing a failed fork"), "it could not be taken back: {said}");
     for noise in ["panicked at", ".rs:", "Os {", "source:", "Status {"] {
         ensure!(!said.contains(noise), "the user reads {noise:?}: {said}");
     }
@@ -98,9 +98,9 @@ fn refused_before_anything_happens(containerd: &mut Containerd) -> Result<()> {
     let used = containerd.root().join("tmp");
     fs::write(used.join("mine"), "")?;
     let used = used.display().to_string();
-    fails(containerd, &["--bundle", &used, source, &new], &["is not empty", "--bundle"])?;
+    fails(containerd, &["--checkpoint-dir", &used, source, &new], &["is not empty", "--bundle"])?;
     fs::remove_file(Path::new(&used).join("mine"))?;
-    fails(containerd, &["--bundle", "/no/where", source, &new], &["/no"])?;
+    fails(containerd, &["--checkpoint-dir", "/no/where", source, &new], &["/no"])?;
     fails(containerd, &["--hostname", "a b", source, &new], &["\"a b\"", "hostname"])?;
     let nobody = containerd.machinen(&["fork", "--address", "/nowhere.sock", source, &new])?.run()?;
     ensure!(
@@ -145,7 +145,7 @@ fn no_room_for_the_images(containerd: &mut Containerd) -> Result<()> {
     let bundle = small.join("images");
     let tried = fails(
         containerd,
-        &["--bundle", &bundle.display().to_string(), source, &new],
+        &["--checkpoint-dir", &bundle.display().to_string(), source, &new],
         &["cannot checkpoint", "not enough space"],
     );
     let left = bundle.exists();

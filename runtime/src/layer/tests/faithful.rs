@@ -1,4 +1,4 @@
-//! What the agent sends arrives as it was.
+//! Tests that what the agent sends is reproduced exactly.
 
 use std::{
     fs,
@@ -8,12 +8,12 @@ use std::{
 use rustix::fs::lgetxattr;
 use tar::EntryType;
 
-use super::{Archive, Fixture};
+use super::{LayerFixture, TestArchive};
 
 #[test]
 fn owners_modes_times_and_content() {
-    let fixture = Fixture::new();
-    let archive = Archive::without_root()
+    let fixture = LayerFixture::new();
+    let archive = TestArchive::without_root()
         .owner(7, 8)
         .mode(0o751)
         .dir(".")
@@ -37,7 +37,7 @@ fn owners_modes_times_and_content() {
     };
     assert_eq!(seen(""), (0o751, 7, 8, 7, 0));
     assert_eq!(seen("setuid"), (0o4755, 4_294_967_294, 65534, -2, 500_000_000));
-    // The directory's own time, although something was put into it later.
+    // The directory's own time, although a file was added to it later.
     assert_eq!(seen("tmp"), (0o1777, 4_294_967_294, 65534, 1_700_000_000, 123_456_789));
     assert_eq!(seen("tmp/fifo"), (0o600, 4_294_967_294, 65534, 7, 0));
     assert!(status("tmp/fifo").file_type().is_fifo());
@@ -48,10 +48,10 @@ fn owners_modes_times_and_content() {
 
 #[test]
 fn attributes_and_marks() {
-    let fixture = Fixture::new();
+    let fixture = LayerFixture::new();
     // Version 2, cap_net_raw in the permitted set; one byte of it ends a line.
     let capability = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0x0a, 0, 0, 0, 0, 0, 0, 0];
-    let archive = Archive::new()
+    let archive = TestArchive::new()
         .xattr("trusted.overlay.opaque", "y")
         .dir("opaque")
         .xattr("trusted.overlay.overlay.opaque", "y")
@@ -88,18 +88,19 @@ fn attributes_and_marks() {
     };
     assert_eq!(device("removed"), (true, 0));
     assert_eq!(device("null"), (true, 0x103));
-    // Nothing that opens the host's memory or disks, and nothing of the image shines through either.
+    // No node that opens the host's memory or disks is made, and no file of the image becomes visible
+    // instead.
     assert_eq!(device("mem"), (true, 0));
     assert_eq!(device("sda"), (true, 0));
-    // Where nothing of the image can shine through a mark would only be a name that cannot be looked up.
+    // In an opaque directory a mark would only be a name that cannot be looked up.
     assert!(fs::symlink_metadata(root.join("opaque/nested/sda")).is_err());
     assert_eq!(device("opaque/nested/null"), (true, 0x103));
 }
 
 #[test]
 fn hard_links_and_holes() {
-    let fixture = Fixture::new();
-    let archive = Archive::new()
+    let fixture = LayerFixture::new();
+    let archive = TestArchive::new()
         .dir("a")
         .file("a/one", b"same")
         .symlink("a/symlink", "one")
@@ -125,8 +126,8 @@ fn hard_links_and_holes() {
 
 #[test]
 fn sockets_are_names_with_owners_and_modes() {
-    let fixture = Fixture::new();
-    let archive = Archive::new()
+    let fixture = LayerFixture::new();
+    let archive = TestArchive::new()
         .dir("run")
         .owner(33, 34)
         .mode(0o660)
@@ -150,9 +151,9 @@ fn sockets_are_names_with_owners_and_modes() {
 
 #[test]
 fn names_as_long_as_names_get() {
-    let fixture = Fixture::new();
+    let fixture = LayerFixture::new();
     let name = "n".repeat(255);
-    let mut archive = Archive::new();
+    let mut archive = TestArchive::new();
     let mut path = String::new();
     for _ in 0..15 {
         path = if path.is_empty() { name.clone() } else { format!("{path}/{name}") };
@@ -167,8 +168,8 @@ fn names_as_long_as_names_get() {
 
 #[test]
 fn directories_may_end_at_any_depth() {
-    let fixture = Fixture::new();
-    let archive = Archive::new()
+    let fixture = LayerFixture::new();
+    let archive = TestArchive::new()
         .dir("a")
         .dir("a/b")
         .dir("a/b/c")

@@ -1,15 +1,15 @@
-//! What a hostile guest may send: it is refused, and nothing is touched but the fresh directory.
+//! Tests of what a hostile guest may send: it is refused, and nothing outside of the fresh directory changes.
 
 use std::io::Read;
 
 use proptest::prelude::*;
 use tar::EntryType;
 
-use super::{Archive, Fixture, LIMITS, Repeated};
+use super::{LIMITS, LayerFixture, Repeated, TestArchive};
 use crate::{error::chain, layer::LayerError};
 
-fn refused(what: &str, archive: Archive) {
-    let fixture = Fixture::new();
+fn refused(what: &str, archive: TestArchive) {
+    let fixture = LayerFixture::new();
     let error = chain(&fixture.apply(archive).expect_err(what));
     assert!(error.contains(what), "{what:?} is not in {error:?}");
     fixture.assert_contained();
@@ -17,37 +17,37 @@ fn refused(what: &str, archive: Archive) {
 
 #[test]
 fn paths_that_lead_elsewhere() {
-    refused("absolute", Archive::new().file("/outside/new", b"x"));
-    refused("\"..\"", Archive::new().file("../outside/new", b"x"));
-    refused("\"..\"", Archive::new().dir("a").file("a/../../outside/new", b"x"));
-    refused("\"..\"", Archive::new().dir(".."));
-    refused("empty component", Archive::new().dir("a").file("a//b", b"x"));
-    refused("empty component", Archive::new().file("./a", b"x"));
-    refused("empty component", Archive::new().file("", b"x"));
-    refused("zero", Archive::new().record("path", "a\0b").file("a", b"x"));
-    refused("too long a name", Archive::new().file("n".repeat(256), b"x"));
-    refused("too long a path", Archive::new().file("n/".repeat(2001), b"x"));
-    refused("too many directories", Archive::new().dir("d/".repeat(513)));
+    refused("absolute", TestArchive::new().file("/outside/new", b"x"));
+    refused("\"..\"", TestArchive::new().file("../outside/new", b"x"));
+    refused("\"..\"", TestArchive::new().dir("a").file("a/../../outside/new", b"x"));
+    refused("\"..\"", TestArchive::new().dir(".."));
+    refused("empty component", TestArchive::new().dir("a").file("a//b", b"x"));
+    refused("empty component", TestArchive::new().file("./a", b"x"));
+    refused("empty component", TestArchive::new().file("", b"x"));
+    refused("zero", TestArchive::new().record("path", "a\0b").file("a", b"x"));
+    refused("too long a name", TestArchive::new().file("n".repeat(256), b"x"));
+    refused("too long a path", TestArchive::new().file("n/".repeat(2001), b"x"));
+    refused("too many directories", TestArchive::new().dir("d/".repeat(513)));
 }
 
 #[test]
 fn links_that_lead_elsewhere() {
     for target in ["../outside", "/", "/etc", "."] {
-        refused("comes before its directory", Archive::new().symlink("a", target).file("a/new", b"x"));
-        refused("comes twice", Archive::new().symlink("a", target).dir("a"));
-        refused("comes twice", Archive::new().symlink("a", target).file("a", b"x"));
+        refused("comes before its directory", TestArchive::new().symlink("a", target).file("a/new", b"x"));
+        refused("comes twice", TestArchive::new().symlink("a", target).dir("a"));
+        refused("comes twice", TestArchive::new().symlink("a", target).file("a", b"x"));
     }
-    refused("absolute", Archive::new().link("a", "/outside/file"));
-    refused("\"..\"", Archive::new().link("a", "../outside/file"));
-    refused("no file of the archive", Archive::new().symlink("s", "../outside").link("a", "s/file"));
-    refused("no file of the archive", Archive::new().link("a", "missing"));
-    refused("no file of the archive", Archive::new().dir("d").link("a", "d"));
-    refused("no file of the archive", Archive::new().file("f", b"").link("a", "f/x"));
-    refused("the root", Archive::new().link("a", "."));
-    refused("link to nothing", Archive::new().symlink("a", ""));
-    // A link is not followed by what comes later: only its own owner, mode and time change.
-    let fixture = Fixture::new();
-    let archive = Archive::new().owner(5, 5).mode(0o777).symlink("a", "../outside/file");
+    refused("absolute", TestArchive::new().link("a", "/outside/file"));
+    refused("\"..\"", TestArchive::new().link("a", "../outside/file"));
+    refused("not a file of the archive", TestArchive::new().symlink("s", "../outside").link("a", "s/file"));
+    refused("not a file of the archive", TestArchive::new().link("a", "missing"));
+    refused("not a file of the archive", TestArchive::new().dir("d").link("a", "d"));
+    refused("not a file of the archive", TestArchive::new().file("f", b"").link("a", "f/x"));
+    refused("the root", TestArchive::new().link("a", "."));
+    refused("link to nothing", TestArchive::new().symlink("a", ""));
+    // Later entries do not follow a link: only its own owner, mode and time change.
+    let fixture = LayerFixture::new();
+    let archive = TestArchive::new().owner(5, 5).mode(0o777).symlink("a", "../outside/file");
     fixture.apply(archive.symlink("b", "../outside")).unwrap();
     fixture.assert_contained();
     let outside = std::fs::metadata(fixture.path("outside/file")).unwrap();
@@ -56,45 +56,48 @@ fn links_that_lead_elsewhere() {
 
 #[test]
 fn names_that_come_twice_or_out_of_order() {
-    refused("comes twice", Archive::new().file("a", b"x").file("a", b"y"));
-    refused("comes twice", Archive::new().dir("a").dir("a"));
-    refused("comes twice", Archive::new().dir("a").file("a", b"x"));
-    refused("comes twice", Archive::new().file("a", b"x").dir("a"));
-    refused("comes twice", Archive::new().whiteout("a").symlink("a", "b"));
-    refused("comes twice", Archive::new().file("a", b"").file("b", b"").link("b", "a"));
-    refused("comes before its directory", Archive::new().file("a", b"x").file("a/b", b"x"));
-    refused("comes before its directory", Archive::new().file("a/b", b"x"));
-    refused("long after it", Archive::new().dir("a").dir("b").file("a/c", b"x"));
-    refused("comes twice, or is no directory", Archive::new().dir("."));
-    refused("comes before the root", Archive::without_root().file("a", b"x"));
-    refused("comes twice, or is no directory", Archive::without_root().file(".", b"x"));
-    refused("is empty", Archive::without_root());
+    refused("comes twice", TestArchive::new().file("a", b"x").file("a", b"y"));
+    refused("comes twice", TestArchive::new().dir("a").dir("a"));
+    refused("comes twice", TestArchive::new().dir("a").file("a", b"x"));
+    refused("comes twice", TestArchive::new().file("a", b"x").dir("a"));
+    refused("comes twice", TestArchive::new().whiteout("a").symlink("a", "b"));
+    refused("comes twice", TestArchive::new().file("a", b"").file("b", b"").link("b", "a"));
+    refused("comes before its directory", TestArchive::new().file("a", b"x").file("a/b", b"x"));
+    refused("comes before its directory", TestArchive::new().file("a/b", b"x"));
+    refused("long after it", TestArchive::new().dir("a").dir("b").file("a/c", b"x"));
+    refused("comes twice, or is not a directory", TestArchive::new().dir("."));
+    refused("comes before the root", TestArchive::without_root().file("a", b"x"));
+    refused("comes twice, or is not a directory", TestArchive::without_root().file(".", b"x"));
+    refused("is empty", TestArchive::without_root());
 }
 
 #[test]
 fn kinds_and_records_that_no_agent_sends() {
     for kind in [b'L', b'K', b'g', b'S', b'7', b'Z', b'D', b'M'] {
-        refused("unexpected type", Archive::new().entry(EntryType::new(kind), "a", |_| (), b""));
+        refused("unexpected type", TestArchive::new().entry(EntryType::new(kind), "a", |_| (), b""));
     }
-    refused("although it is no regular file", Archive::new().entry(EntryType::Directory, "a", |_| (), b"x"));
+    refused(
+        "although it is not a regular file",
+        TestArchive::new().entry(EntryType::Directory, "a", |_| (), b"x"),
+    );
     for kind in ["regular", "directory", "", "socket\0", "block special"] {
-        let entry = |archive: Archive| archive.entry(EntryType::Fifo, "a", |_| (), b"");
-        refused("unexpected type", entry(Archive::new().record("SCHILY.filetype", kind)));
+        let entry = |archive: TestArchive| archive.entry(EntryType::Fifo, "a", |_| (), b"");
+        refused("unexpected type", entry(TestArchive::new().record("SCHILY.filetype", kind)));
     }
-    let said_to_be = || Archive::new().record("SCHILY.filetype", "socket");
-    refused("although it is something else", said_to_be().file("a", b""));
-    refused("although it is something else", said_to_be().dir("a"));
-    refused("although it is something else", said_to_be().symlink("a", "b"));
-    refused("although it is something else", said_to_be().device(EntryType::Block, "a", 8, 0));
+    let marked_as_socket = || TestArchive::new().record("SCHILY.filetype", "socket");
+    refused("although it is something else", marked_as_socket().file("a", b""));
+    refused("although it is something else", marked_as_socket().dir("a"));
+    refused("although it is something else", marked_as_socket().symlink("a", "b"));
+    refused("although it is something else", marked_as_socket().device(EntryType::Block, "a", 8, 0));
     refused(
         "although it is something else",
-        Archive::new().file("f", b"").record("SCHILY.filetype", "socket").link("a", "f"),
+        TestArchive::new().file("f", b"").record("SCHILY.filetype", "socket").link("a", "f"),
     );
-    refused("has data", said_to_be().entry(EntryType::Fifo, "a", |_| (), b"data"));
-    refused("unexpected record", Archive::new().record("size", "5").file("a", b"x"));
-    refused("unexpected record", Archive::new().record("GNU.sparse.map", "0,5").file("a", b"x"));
-    refused("impossible time", Archive::new().record("mtime", "soon").file("a", b"x"));
-    refused("impossible owner", Archive::new().owner(1 << 32, 0).file("a", b"x"));
+    refused("has data", marked_as_socket().entry(EntryType::Fifo, "a", |_| (), b"data"));
+    refused("unexpected record", TestArchive::new().record("size", "5").file("a", b"x"));
+    refused("unexpected record", TestArchive::new().record("GNU.sparse.map", "0,5").file("a", b"x"));
+    refused("impossible time", TestArchive::new().record("mtime", "soon").file("a", b"x"));
+    refused("impossible owner", TestArchive::new().owner(1 << 32, 0).file("a", b"x"));
     for name in [
         "trusted.overlay.metacopy",
         "trusted.overlay.redirect",
@@ -103,25 +106,34 @@ fn kinds_and_records_that_no_agent_sends() {
         "system.x",
         "",
     ] {
-        refused("no container's file", Archive::new().xattr(name, "x").file("a", b"x"));
+        refused("a container's file may not have", TestArchive::new().xattr(name, "x").file("a", b"x"));
     }
-    refused("no container's file", Archive::new().xattr("trusted.overlay.opaque", "x").dir("a"));
-    refused("no container's file", Archive::new().xattr(&format!("user.{}", "x".repeat(255)), "x").dir("a"));
+    refused(
+        "a container's file may not have",
+        TestArchive::new().xattr("trusted.overlay.opaque", "x").dir("a"),
+    );
+    refused(
+        "a container's file may not have",
+        TestArchive::new().xattr(&format!("user.{}", "x".repeat(255)), "x").dir("a"),
+    );
     refused(
         "two extended headers",
-        Archive::new().record("path", "a").entry(EntryType::XHeader, "x", |_| (), b""),
+        TestArchive::new().record("path", "a").entry(EntryType::XHeader, "x", |_| (), b""),
     );
     refused(
         "ends with an extended header",
-        Archive::new().entry(EntryType::XHeader, "x", |_| (), b"10 path=a\n"),
+        TestArchive::new().entry(EntryType::XHeader, "x", |_| (), b"10 path=a\n"),
     );
-    refused("malformed", Archive::new().entry(EntryType::XHeader, "x", |_| (), b"nonsense").file("a", b""));
+    refused(
+        "malformed",
+        TestArchive::new().entry(EntryType::XHeader, "x", |_| (), b"nonsense").file("a", b""),
+    );
 }
 
 #[test]
-fn holes_that_are_none() {
+fn malformed_maps_of_holes() {
     let sparse = |full: &str, content: &[u8]| {
-        let archive = Archive::new().record("GNU.sparse.major", "1").record("GNU.sparse.minor", "0");
+        let archive = TestArchive::new().record("GNU.sparse.major", "1").record("GNU.sparse.minor", "0");
         archive.record("GNU.sparse.realsize", full).file("a", content)
     };
     let map = |text: &str| {
@@ -130,25 +142,25 @@ fn holes_that_are_none() {
         map
     };
     refused("overlapping", sparse("100", &map("2\n0\n8\n4\n8\n")));
-    refused("behind its end", sparse("100", &map("1\n96\n8\n")));
-    refused("behind its end", sparse("100", &map("1\n18446744073709551615\n8\n")));
+    refused("beyond its end", sparse("100", &map("1\n96\n8\n")));
+    refused("beyond its end", sparse("100", &map("1\n18446744073709551615\n8\n")));
     refused("too many holes", sparse("100", &map("1048577\n")));
-    refused("no numbers", sparse("100", &map("1\n-1\n8\n")));
+    refused("not a list of numbers", sparse("100", &map("1\n-1\n8\n")));
     refused("too large a number", sparse("100", &map(&format!("1\n{}", "0".repeat(400)))));
     refused("incomplete", sparse("100", b""));
     refused("incomplete", sparse("100", &map(&format!("900\n{}", "1\n".repeat(254)))));
     refused("more or less data", sparse("100", &map("1\n0\n8\n")));
     refused("more or less data", sparse("100", &map("0\n").repeat(2)));
     refused("set the size of", sparse("18446744073709551615", &map("0\n")));
-    refused("unknown format", Archive::new().record("GNU.sparse.major", "0").file("a", b""));
-    refused("no regular file", Archive::new().record("GNU.sparse.major", "1").dir("a"));
+    refused("unknown format", TestArchive::new().record("GNU.sparse.major", "0").file("a", b""));
+    refused("not a regular file", TestArchive::new().record("GNU.sparse.major", "1").dir("a"));
 }
 
 #[test]
 fn more_than_the_limits() {
-    let fixture = Fixture::new();
-    let root = || Archive::new().bytes()[..512].to_vec();
-    let endless = |make: fn(u64) -> Archive| Repeated {
+    let fixture = LayerFixture::new();
+    let root = || TestArchive::new().bytes()[..512].to_vec();
+    let endless = |make: fn(u64) -> TestArchive| Repeated {
         // An archive without its end.
         make: move |n| {
             let bytes = make(n).bytes();
@@ -157,45 +169,45 @@ fn more_than_the_limits() {
         current: std::io::Cursor::new(root()),
         number: 0,
     };
-    let names = endless(|n| Archive::without_root().file(n.to_string(), b""));
+    let names = endless(|n| TestArchive::without_root().file(n.to_string(), b""));
     assert!(matches!(fixture.apply_bytes(names), Err(LayerError::Entries { limit: 1000 })));
 
-    let fixture = Fixture::new();
-    let big = endless(|n| Archive::without_root().file(n.to_string(), &[7; 1 << 20]));
+    let fixture = LayerFixture::new();
+    let big = endless(|n| TestArchive::without_root().file(n.to_string(), &[7; 1 << 20]));
     assert!(matches!(fixture.apply_bytes(big), Err(LayerError::Bytes { .. })));
 
-    // Each byte of it takes a block.
-    let fixture = Fixture::new();
+    // Each of the file's bytes takes a block.
+    let fixture = LayerFixture::new();
     let pieces: Vec<_> = (0..20_000_u64).map(|n| (n * 8192, &b"x"[..])).collect();
-    let archive = Archive::new().sparse("a", 1 << 40, &pieces);
+    let archive = TestArchive::new().sparse("a", 1 << 40, &pieces);
     assert!(matches!(fixture.apply(archive), Err(LayerError::Bytes { .. })));
 
-    // The size alone is no reason to wait for the data, nor is that of an extended header.
+    // A size beyond the limits is refused without waiting for the data; so is that of an extended header.
     for (kind, what) in [(EntryType::Regular, "MiB"), (EntryType::XHeader, "too long an extended header")] {
-        let fixture = Fixture::new();
-        let mut bytes = Archive::new().entry(kind, "a", |header| header.set_size(1 << 60), b"").bytes();
+        let fixture = LayerFixture::new();
+        let mut bytes = TestArchive::new().entry(kind, "a", |header| header.set_size(1 << 60), b"").bytes();
         bytes.truncate(bytes.len() - 1024);
         let error = chain(&fixture.apply_bytes(bytes.chain(std::io::repeat(0))).unwrap_err());
         assert!(error.contains(what), "{error}");
     }
 
-    // What comes behind the end is not read for ever.
-    let fixture = Fixture::new();
-    let error = fixture.apply_bytes(Archive::new().bytes().chain(std::io::repeat(0))).unwrap_err();
-    assert!(error.to_string().contains("goes on"), "{error}");
+    // Data after the end of the archive is not read forever.
+    let fixture = LayerFixture::new();
+    let error = fixture.apply_bytes(TestArchive::new().bytes().chain(std::io::repeat(0))).unwrap_err();
+    assert!(error.to_string().contains("continues after"), "{error}");
 }
 
 #[test]
 fn an_archive_that_is_cut_short() {
-    let whole = Archive::new().dir("d").xattr("user.a", "b").file("d/f", &[7; 1000]).bytes();
-    // Without the two blocks at the end it is whole too.
+    let whole = TestArchive::new().dir("d").xattr("user.a", "b").file("d/f", &[7; 1000]).bytes();
+    // The archive is complete without the two blocks at its end.
     for length in (0..whole.len() - 1024).step_by(64).filter(|length| length % 512 != 0) {
-        let fixture = Fixture::new();
+        let fixture = LayerFixture::new();
         fixture.apply_bytes(&whole[..length]).expect_err("it is cut short");
     }
 }
 
-/// Few names and targets, so that entries meet.
+/// Few names and targets, so that entries collide.
 fn entries() -> impl Strategy<Value = Vec<(u8, String, String)>> {
     let name = prop_oneof![
         Just("a"),
@@ -228,8 +240,8 @@ proptest! {
 
     #[test]
     fn any_order_of_entries_stays_inside(entries in entries()) {
-        let fixture = Fixture::new();
-        let mut archive = Archive::new().owner(3, 3);
+        let fixture = LayerFixture::new();
+        let mut archive = TestArchive::new().owner(3, 3);
         for (kind, path, target) in &entries {
             archive = match kind {
                 0 => archive.dir(path),
@@ -250,8 +262,8 @@ proptest! {
 
     #[test]
     fn any_damage_stays_inside(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
-        let fixture = Fixture::new();
-        let mut bytes = Archive::new()
+        let fixture = LayerFixture::new();
+        let mut bytes = TestArchive::new()
             .dir("d")
             .xattr("user.a", "b")
             .file("d/f", b"data")
@@ -262,7 +274,7 @@ proptest! {
         for (at, byte) in changes {
             let at = at.index(bytes.len());
             bytes[at] = byte;
-            // The checksum is no obstacle to those who mean it.
+            // An attacker would correct the checksum.
             let block = &mut bytes[at / 512 * 512..][..512];
             if block.iter().any(|&byte| byte != 0) {
                 let mut header = tar::Header::from_byte_slice(block).clone();

@@ -1,9 +1,9 @@
-//! Archives as the agent sends them, and as a hostile guest would. They need root.
+//! Tests with archives as the agent sends them, and as a hostile guest would. They need root.
 
+mod copy;
 mod faithful;
 mod hostile;
-mod place;
-mod twin;
+mod staging;
 mod whole;
 
 use std::{
@@ -16,20 +16,20 @@ use std::{
 use machinen_protocol::layer::push_record;
 use tar::{Builder, EntryType, Header};
 
-use super::{Applied, LayerError, Limits, apply};
+use super::{Applied, LayerError, LayerLimits, apply};
 
-const LIMITS: Limits = Limits { entries: 1000, bytes: 64 << 20 };
+const LIMITS: LayerLimits = LayerLimits { entries: 1000, bytes: 64 << 20 };
 
 /// An archive that grows entry by entry; names are taken as they are.
-struct Archive {
+struct TestArchive {
     builder: Builder<Vec<u8>>,
     records: Vec<u8>,
     mode: u32,
     owner: (u64, u64),
 }
 
-impl Archive {
-    /// One that begins with the root.
+impl TestArchive {
+    /// An archive that begins with the root.
     fn new() -> Self {
         Self::without_root().dir(".")
     }
@@ -154,12 +154,12 @@ impl Archive {
     }
 }
 
-/// A directory to apply to, beside files that must stay as they are.
-struct Fixture {
+/// A directory to apply archives to, next to files that must not change.
+struct LayerFixture {
     dir: tempfile::TempDir,
 }
 
-impl Fixture {
+impl LayerFixture {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("root")).unwrap();
@@ -172,7 +172,7 @@ impl Fixture {
         self.dir.path().join(name)
     }
 
-    fn apply(&self, archive: Archive) -> Result<Applied, LayerError> {
+    fn apply(&self, archive: TestArchive) -> Result<Applied, LayerError> {
         self.apply_bytes(archive.bytes().as_slice())
     }
 
@@ -181,7 +181,7 @@ impl Fixture {
         apply(archive, root.as_fd(), None, LIMITS)
     }
 
-    /// Nothing beside the root was made, removed or changed.
+    /// Asserts that nothing outside of the root was made, removed or changed.
     fn assert_contained(&self) {
         let mut names: Vec<_> =
             fs::read_dir(self.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
@@ -195,7 +195,7 @@ impl Fixture {
     }
 }
 
-/// The bytes of the archive again and again, then nothing.
+/// Archives from `make`, one after the other without end.
 struct Repeated<F> {
     make: F,
     current: io::Cursor<Vec<u8>>,

@@ -1,4 +1,4 @@
-//! A whole root file system with an archive's changes, as the native snapshotter keeps it.
+//! Tests of a whole root file system with an archive's changes, as the native snapshotter keeps it.
 
 use std::{
     fs::{self, File},
@@ -9,10 +9,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Archive, Fixture, LIMITS};
+use super::{LIMITS, LayerFixture, TestArchive};
 use crate::layer::{Applied, LayerError, apply};
 
-fn lower(fixture: &Fixture) -> PathBuf {
+fn lower(fixture: &LayerFixture) -> PathBuf {
     let lower = fixture.path("outside");
     for dir in ["kept/deep", "opaque/old", "changed", "gone"] {
         fs::create_dir_all(lower.join(dir)).unwrap();
@@ -33,7 +33,7 @@ fn lower(fixture: &Fixture) -> PathBuf {
     lower
 }
 
-fn apply_over(fixture: &Fixture, lower: &Path, archive: Archive) -> Result<Applied, LayerError> {
+fn apply_over(fixture: &LayerFixture, lower: &Path, archive: TestArchive) -> Result<Applied, LayerError> {
     let root = File::open(fixture.path("root")).unwrap();
     let lower = File::open(lower).unwrap();
     apply(archive.bytes().as_slice(), root.as_fd(), Some(lower.as_fd()), LIMITS)
@@ -56,9 +56,9 @@ fn tree(root: &Path) -> Vec<String> {
 
 #[test]
 fn changes_and_what_was_not_touched() {
-    let fixture = Fixture::new();
+    let fixture = LayerFixture::new();
     let lower = lower(&fixture);
-    let archive = Archive::new()
+    let archive = TestArchive::new()
         .dir("changed")
         .file("changed/new", b"new")
         .whiteout("changed/removed")
@@ -94,7 +94,7 @@ fn changes_and_what_was_not_touched() {
     {
         assert_eq!(fs::read_to_string(root.join(file)).unwrap(), content, "{file}");
     }
-    // As it was, times included.
+    // The files are unchanged, their times included.
     for path in ["kept", "kept/deep", "kept/deep/file"] {
         let (old, new) = (fs::metadata(lower.join(path)).unwrap(), fs::metadata(root.join(path)).unwrap());
         assert_eq!(
@@ -112,11 +112,11 @@ fn changes_and_what_was_not_touched() {
 
 #[test]
 fn links_in_the_old_tree_are_not_followed() {
-    let fixture = Fixture::new();
+    let fixture = LayerFixture::new();
     let lower = fixture.path("lower");
     fs::create_dir(&lower).unwrap();
     std::os::unix::fs::symlink("../outside", lower.join("dir")).unwrap();
-    apply_over(&fixture, &lower, Archive::new().dir("dir").file("dir/new", b"x")).unwrap();
+    apply_over(&fixture, &lower, TestArchive::new().dir("dir").file("dir/new", b"x")).unwrap();
     assert_eq!(tree(&fixture.path("root")), ["dir", "dir/new"]);
     fs::remove_dir_all(lower).unwrap();
     fixture.assert_contained();

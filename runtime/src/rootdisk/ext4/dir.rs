@@ -1,8 +1,6 @@
 //! The entries of a directory.
 
-use super::image::Image;
-use super::inode::Inode;
-use super::{BLOCK, Ext4Error, damaged, u16_at, u32_at};
+use super::{BLOCK, Ext4Error, damaged, image::Ext4Image, inode::Ext4Inode, u16_at, u32_at};
 
 /// A name in a directory, without `.` and `..`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -11,9 +9,9 @@ pub(super) struct DirEntry {
     pub(super) ino: u32,
 }
 
-impl Image<'_> {
+impl Ext4Image<'_> {
     /// All entries in the disk's order.
-    pub(super) fn directory(&mut self, inode: &Inode) -> Result<Vec<DirEntry>, Ext4Error> {
+    pub(super) fn directory(&mut self, inode: &Ext4Inode) -> Result<Vec<DirEntry>, Ext4Error> {
         let mut found = Vec::new();
         for extent in self.extents(inode)? {
             for block in extent.physical..extent.physical + extent.blocks {

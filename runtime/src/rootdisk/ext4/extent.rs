@@ -1,8 +1,6 @@
 //! Which blocks of the disk hold which blocks of a file.
 
-use super::image::Image;
-use super::inode::Inode;
-use super::{Ext4Error, damaged, u16_at, u32_at};
+use super::{Ext4Error, damaged, image::Ext4Image, inode::Ext4Inode, u16_at, u32_at};
 
 const MAGIC: u16 = 0xf30a;
 const MAX_DEPTH: u16 = 5;
@@ -11,7 +9,7 @@ const MAX_LENGTH: u16 = 32768;
 
 /// A run of blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Extent {
+pub(super) struct Ext4Extent {
     /// First block in the file.
     pub(super) logical: u64,
     /// First block on the disk.
@@ -19,9 +17,9 @@ pub(super) struct Extent {
     pub(super) blocks: u64,
 }
 
-impl Image<'_> {
+impl Ext4Image<'_> {
     /// The extents of a file or directory in the file's order, inside of the disk and not overlapping in the file.
-    pub(super) fn extents(&mut self, inode: &Inode) -> Result<Vec<Extent>, Ext4Error> {
+    pub(super) fn extents(&mut self, inode: &Ext4Inode) -> Result<Vec<Ext4Extent>, Ext4Error> {
         if !inode.has_extents() {
             return Err(damaged("a file has no extents"));
         }
@@ -35,7 +33,12 @@ impl Image<'_> {
     }
 
     /// Reads one node of the extent tree; `depth` is what its parent promised.
-    fn node(&mut self, node: &[u8], depth: Option<u16>, found: &mut Vec<Extent>) -> Result<(), Ext4Error> {
+    fn node(
+        &mut self,
+        node: &[u8],
+        depth: Option<u16>,
+        found: &mut Vec<Ext4Extent>,
+    ) -> Result<(), Ext4Error> {
         let (entries, levels) = (usize::from(u16_at(node, 2)), u16_at(node, 6));
         let fits = entries < node.len() / 12 && levels <= MAX_DEPTH;
         if u16_at(node, 0) != MAGIC || !fits || depth.is_some_and(|depth| depth != levels) {
@@ -49,7 +52,7 @@ impl Image<'_> {
                 continue;
             }
             let length = u16_at(entry, 4);
-            let extent = Extent {
+            let extent = Ext4Extent {
                 logical: u32_at(entry, 0).into(),
                 physical: u64::from(u32_at(entry, 8)) | u64::from(u16_at(entry, 6)) << 32,
                 blocks: length.into(),

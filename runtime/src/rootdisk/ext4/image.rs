@@ -1,11 +1,8 @@
 //! A disk's superblock, group descriptors and blocks.
 
-use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt as _;
+use std::{collections::BTreeMap, fs::File, os::unix::fs::FileExt as _};
 
-use super::inode::Inode;
-use super::{BLOCK, Ext4Error, INODE, damaged, put16, put32, u16_at, u32_at};
+use super::{BLOCK, Ext4Error, INODE, damaged, inode::Ext4Inode, put16, put32, u16_at, u32_at};
 
 /// Blocks that are kept in memory before they are written back and dropped (64 MiB).
 const CACHED: usize = 16384;
@@ -13,12 +10,15 @@ const GROUP_DESCRIPTOR: usize = 32;
 /// Byte of the superblock in block 0.
 const SUPERBLOCK: usize = 1024;
 
-const INCOMPAT: u32 = 0x2 | 0x40 | 0x200; // filetype, extent, flex_bg
-const COMPAT: u32 = 0x4 | 0x8 | 0x20; // has_journal, ext_attr, dir_index
-const RO_COMPAT: u32 = 0x1 | 0x2 | 0x8 | 0x20 | 0x40; // sparse_super, large_file, huge_file, dir_nlink, extra_isize
+/// filetype, extent, flex_bg.
+const INCOMPAT: u32 = 0x2 | 0x40 | 0x200;
+/// has_journal, ext_attr, dir_index.
+const COMPAT: u32 = 0x4 | 0x8 | 0x20;
+/// sparse_super, large_file, huge_file, dir_nlink, extra_isize.
+const RO_COMPAT: u32 = 0x1 | 0x2 | 0x8 | 0x20 | 0x40;
 
-/// An open disk. Changes are in memory until [`Image::flush`].
-pub(super) struct Image<'a> {
+/// An open disk. Changes are in memory until [`Ext4Image::flush`].
+pub(super) struct Ext4Image<'a> {
     file: &'a File,
     blocks: u64,
     inodes: u32,
@@ -41,9 +41,9 @@ pub(super) enum Counter {
     Directories = 16,
 }
 
-impl<'a> Image<'a> {
+impl<'a> Ext4Image<'a> {
     /// # Errors
-    /// A disk that is not ext4, or has other features than those that this program asks mke2fs for.
+    /// The disk is not ext4, or has other features than those that machinen asks mke2fs for.
     pub(super) fn open(file: &'a File) -> Result<Self, Ext4Error> {
         let mut first = [0; BLOCK];
         file.read_exact_at(&mut first, 0).map_err(|source| Ext4Error::Read { block: 0, source })?;
@@ -101,7 +101,7 @@ impl<'a> Image<'a> {
         Ok(&self.cached(block)?.bytes)
     }
 
-    /// Like [`Image::block`], and [`Image::flush`] will write it.
+    /// Like [`Ext4Image::block`], and [`Ext4Image::flush`] will write it.
     pub(super) fn block_mut(&mut self, block: u64) -> Result<&mut [u8; BLOCK], Ext4Error> {
         let cached = self.cached(block)?;
         cached.dirty = true;
@@ -119,13 +119,13 @@ impl<'a> Image<'a> {
         Ok(&mut self.block_mut(0)?[SUPERBLOCK..2 * SUPERBLOCK])
     }
 
-    pub(super) fn inode(&mut self, ino: u32) -> Result<Inode, Ext4Error> {
+    pub(super) fn inode(&mut self, ino: u32) -> Result<Ext4Inode, Ext4Error> {
         let (block, at) = self.locate(ino)?;
         let bytes = &self.block(block)?[at..at + INODE];
-        Ok(Inode::new(bytes.try_into().expect("the slice is as long as an inode")))
+        Ok(Ext4Inode::new(bytes.try_into().expect("the slice is as long as an inode")))
     }
 
-    pub(super) fn put_inode(&mut self, ino: u32, inode: &Inode) -> Result<(), Ext4Error> {
+    pub(super) fn put_inode(&mut self, ino: u32, inode: &Ext4Inode) -> Result<(), Ext4Error> {
         let (block, at) = self.locate(ino)?;
         self.block_mut(block)?[at..at + INODE].copy_from_slice(inode.bytes());
         Ok(())
@@ -208,7 +208,7 @@ impl<'a> Image<'a> {
         }
     }
 
-    /// Writes what was changed. It reaches the medium with the file's own fsync.
+    /// Writes the changed blocks to the file, which the caller has to fsync.
     pub(super) fn flush(&mut self) -> Result<(), Ext4Error> {
         for (&block, cached) in self.cache.iter_mut().filter(|(_, cached)| cached.dirty) {
             self.file

@@ -1,16 +1,16 @@
 //! One inode: the fields that a tree is made of.
 
 use super::{INODE, put16, put32, u16_at, u32_at};
-use crate::rootdisk::manifest::Time;
+use crate::rootdisk::manifest::Ext4Time;
 
 pub(super) const EXTENTS: u32 = 0x80000;
 const INDEX: u32 = 0x1000;
 
 /// A copy of an inode.
 #[derive(Clone)]
-pub(super) struct Inode([u8; INODE]);
+pub(super) struct Ext4Inode([u8; INODE]);
 
-impl Inode {
+impl Ext4Inode {
     pub(super) fn new(bytes: [u8; INODE]) -> Self {
         Self(bytes)
     }
@@ -90,14 +90,14 @@ impl Inode {
         (start.is_multiple_of(4) && (0xa0..INODE - 4).contains(&start)).then_some(start)
     }
 
-    pub(super) fn mtime(&self) -> Time {
+    pub(super) fn mtime(&self) -> Ext4Time {
         let extra = u32_at(&self.0, 0x88);
         let seconds = i64::from(u32_at(&self.0, 0x10) as i32) + (i64::from(extra & 3) << 32);
-        Time { seconds, nanoseconds: extra >> 2 }
+        Ext4Time { seconds, nanoseconds: extra >> 2 }
     }
 
     /// Sets the times of creation, modification, change and access.
-    pub(super) fn set_times(&mut self, time: Time) {
+    pub(super) fn set_times(&mut self, time: Ext4Time) {
         let seconds = time.seconds as u32;
         let epoch = ((time.seconds - i64::from(seconds as i32)) >> 32) as u32 & 3;
         let extra = time.nanoseconds << 2 | epoch;
@@ -107,7 +107,8 @@ impl Inode {
         }
     }
 
-    /// Removes what is not the tree's: deletion time, generation, version, and flags other than those of the layout.
+    /// Clears what is not a property of the tree: deletion time, generation, version, and flags other than
+    /// those of the layout.
     pub(super) fn clear_incidentals(&mut self) {
         let flags = u32_at(&self.0, 0x20) & (EXTENTS | INDEX);
         put32(&mut self.0, 0x20, flags);
@@ -123,10 +124,11 @@ mod tests {
 
     #[test]
     fn times_beyond_32_bits_keep_their_value() {
-        for seconds in [Time::MIN.seconds, -1, 0, 1, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff, Time::MAX.seconds]
+        for seconds in
+            [Ext4Time::MIN.seconds, -1, 0, 1, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff, Ext4Time::MAX.seconds]
         {
-            let mut inode = Inode::new([0; INODE]);
-            let time = Time { seconds, nanoseconds: 999_999_999 };
+            let mut inode = Ext4Inode::new([0; INODE]);
+            let time = Ext4Time { seconds, nanoseconds: 999_999_999 };
             inode.set_times(time);
             assert_eq!(inode.mtime(), time);
         }
@@ -134,7 +136,7 @@ mod tests {
 
     #[test]
     fn owners_and_devices_use_both_halves() {
-        let mut inode = Inode::new([0; INODE]);
+        let mut inode = Ext4Inode::new([0; INODE]);
         inode.set_owner(0x1234_5678, u32::MAX);
         assert_eq!((inode.uid(), inode.gid()), (0x1234_5678, u32::MAX));
         let (major, minor) = (0xabc_u32, 0xd_ef12_u32);

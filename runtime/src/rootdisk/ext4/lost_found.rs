@@ -1,13 +1,16 @@
 //! Removes the lost+found that mke2fs always makes: the tree of an image has none.
 
-use super::dir::entries;
-use super::image::{Counter, Image};
-use super::inode::Inode;
-use super::{Ext4Error, ROOT, damaged, put16, u16_at, u32_at};
+use super::{
+    Ext4Error, ROOT, damaged,
+    dir::entries,
+    image::{Counter, Ext4Image},
+    inode::Ext4Inode,
+    put16, u16_at, u32_at,
+};
 
 pub(super) const NAME: &[u8] = b"lost+found";
 
-impl Image<'_> {
+impl Ext4Image<'_> {
     /// Removes the empty directory `/lost+found`, as rmdir(2) would.
     pub(super) fn remove_lost_found(&mut self, ino: u32) -> Result<(), Ext4Error> {
         let inode = self.inode(ino)?;
@@ -29,7 +32,7 @@ impl Image<'_> {
     }
 
     /// Removes the inode's record from a directory.
-    fn unlink(&mut self, dir: &Inode, ino: u32) -> Result<(), Ext4Error> {
+    fn unlink(&mut self, dir: &Ext4Inode, ino: u32) -> Result<(), Ext4Error> {
         for extent in self.extents(dir)? {
             for block in extent.physical..extent.physical + extent.blocks {
                 let mut records = Vec::new();
@@ -40,7 +43,7 @@ impl Image<'_> {
                 let length = u16_at(bytes, at + 4);
                 bytes[at..at + 8 + NAME.len()].fill(0);
                 match index.checked_sub(1).map(|before| records[before].0) {
-                    // The record before it gets its space.
+                    // The preceding record gets its space.
                     Some(before) => {
                         let sum = u16_at(bytes, before + 4) + length;
                         put16(bytes, before + 4, sum);

@@ -16,7 +16,7 @@ mod xattr;
 
 use std::io;
 
-pub(super) use normalise::{Marks, normalise, set_uuid};
+pub(super) use normalise::{OriginMarks, normalise, set_uuid};
 pub(super) use read::manifest;
 
 /// Bytes of a block; the only size that is understood.

@@ -1,14 +1,13 @@
 //! Reads a disk back into the manifest that its key is the digest of.
 
-use std::collections::HashMap;
-use std::fs::File;
+use std::{collections::HashMap, fs::File};
 
-use super::image::Image;
-use super::inode::Inode;
-use super::{BLOCK, Ext4Error, ROOT, damaged};
-use crate::rootdisk::content::Content;
-use crate::rootdisk::key::Key;
-use crate::rootdisk::manifest::{Kind, Manifest, Node, Record};
+use super::{BLOCK, Ext4Error, ROOT, damaged, image::Ext4Image, inode::Ext4Inode};
+use crate::rootdisk::{
+    file_digest::FileDigest,
+    key::RootdiskKey,
+    manifest::{FileKind, FileRecord, RecordData, TreeManifest},
+};
 
 /// Deepest directory that is followed; a path of more names is longer than PATH_MAX.
 const MAX_DEPTH: usize = 2048;
@@ -19,15 +18,15 @@ const CHUNK: u64 = 64;
 ///
 /// # Errors
 /// The disk cannot be read or is malformed.
-pub(in crate::rootdisk) fn manifest(file: &File) -> Result<Key, Ext4Error> {
-    let mut image = Image::open(file)?;
-    let mut manifest = Manifest::new(image.size());
+pub(in crate::rootdisk) fn manifest(file: &File) -> Result<RootdiskKey, Ext4Error> {
+    let mut image = Ext4Image::open(file)?;
+    let mut manifest = TreeManifest::new(image.size());
     let mut seen: HashMap<u32, Vec<u8>> = HashMap::new();
     let mut buffer = vec![0; CHUNK as usize * BLOCK];
     let mut pending = vec![(Vec::new(), ROOT, 0)];
     while let Some((path, ino, depth)) = pending.pop() {
         let inode = image.inode(ino)?;
-        let kind = Kind::of(inode.mode()).ok_or_else(|| damaged(format!("inode {ino} has no type")))?;
+        let kind = FileKind::of(inode.mode()).ok_or_else(|| damaged(format!("inode {ino} has no type")))?;
         if kind.may_be_linked() && inode.links() > 1 {
             if let Some(first) = seen.get(&ino) {
                 manifest.add_link(&path, first);
@@ -37,18 +36,20 @@ pub(in crate::rootdisk) fn manifest(file: &File) -> Result<Key, Ext4Error> {
         }
         let target;
         let node = match kind {
-            Kind::Directory if depth > MAX_DEPTH => return Err(damaged("its directories are too deep")),
-            Kind::Directory => Node::Other,
-            Kind::File => Node::File { size: inode.size(), content: image.content(&inode, &mut buffer)? },
-            Kind::Symlink => {
-                target = image.target(&inode)?;
-                Node::Symlink { target: &target }
+            FileKind::Directory if depth > MAX_DEPTH => return Err(damaged("its directories are too deep")),
+            FileKind::Directory => RecordData::Other,
+            FileKind::File => {
+                RecordData::File { size: inode.size(), content: image.content(&inode, &mut buffer)? }
             }
-            Kind::Character | Kind::Block => Node::Device { number: inode.device() },
-            Kind::Fifo | Kind::Socket => Node::Other,
+            FileKind::Symlink => {
+                target = image.target(&inode)?;
+                RecordData::Symlink { target: &target }
+            }
+            FileKind::Character | FileKind::Block => RecordData::Device { number: inode.device() },
+            FileKind::Fifo | FileKind::Socket => RecordData::Other,
         };
         let xattrs = image.xattrs(&inode)?;
-        manifest.add(&Record {
+        manifest.add(&FileRecord {
             path: &path,
             kind,
             mode: (inode.mode() & 0o7777) as u16,
@@ -58,7 +59,7 @@ pub(in crate::rootdisk) fn manifest(file: &File) -> Result<Key, Ext4Error> {
             xattrs: &xattrs,
             node,
         });
-        if kind == Kind::Directory {
+        if kind == FileKind::Directory {
             let mut children = image.directory(&inode)?;
             // The last one is visited first.
             children.sort_by(|a, b| b.name.cmp(&a.name));
@@ -71,9 +72,9 @@ pub(in crate::rootdisk) fn manifest(file: &File) -> Result<Key, Ext4Error> {
     Ok(manifest.finish())
 }
 
-impl Image<'_> {
-    fn content(&mut self, inode: &Inode, buffer: &mut [u8]) -> Result<[u8; 32], Ext4Error> {
-        let mut content = Content::new();
+impl Ext4Image<'_> {
+    fn content(&mut self, inode: &Ext4Inode, buffer: &mut [u8]) -> Result<[u8; 32], Ext4Error> {
+        let mut content = FileDigest::new();
         for extent in self.extents(inode)? {
             let mut done = 0;
             while done < extent.blocks {
@@ -88,7 +89,7 @@ impl Image<'_> {
         Ok(content.finish())
     }
 
-    fn target(&mut self, inode: &Inode) -> Result<Vec<u8>, Ext4Error> {
+    fn target(&mut self, inode: &Ext4Inode) -> Result<Vec<u8>, Ext4Error> {
         let length = inode.size() as usize;
         if !inode.has_extents() {
             let target = inode.area().get(..length);

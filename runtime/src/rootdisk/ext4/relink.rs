@@ -1,13 +1,17 @@
-//! Makes the names of one symbolic link one file again: mke2fs copies regular files, devices, fifos and sockets with
-//! several names once, but a symbolic link for each name.
+//! Makes the names of one symbolic link one file again: mke2fs copies regular files, devices, fifos and
+//! sockets with several names once, but a symbolic link for each name.
 
-use super::dir::entries;
-use super::image::{Counter, Image};
-use super::inode::Inode;
-use super::{Ext4Error, damaged, put32, u32_at};
+use super::{
+    Ext4Error, damaged,
+    dir::entries,
+    image::{Counter, Ext4Image},
+    inode::Ext4Inode,
+    put32, u32_at,
+};
 
-impl Image<'_> {
-    /// Has `name` in the directory `dir` lead to the inode `to` in the place of the copy `from`, which is removed.
+impl Ext4Image<'_> {
+    /// Changes the entry `name` of the directory `dir` from the copy `from` to the inode `to`, and removes
+    /// the copy.
     pub(super) fn relink(&mut self, dir: u32, name: &[u8], from: u32, to: u32) -> Result<(), Ext4Error> {
         let dir = self.inode(dir)?;
         self.repoint(&dir, name, from, to)?;
@@ -22,7 +26,7 @@ impl Image<'_> {
         self.count_free(freed, 1)
     }
 
-    fn repoint(&mut self, dir: &Inode, name: &[u8], from: u32, to: u32) -> Result<(), Ext4Error> {
+    fn repoint(&mut self, dir: &Ext4Inode, name: &[u8], from: u32, to: u32) -> Result<(), Ext4Error> {
         for extent in self.extents(dir)? {
             for block in extent.physical..extent.physical + extent.blocks {
                 let mut found = None;
@@ -42,7 +46,7 @@ impl Image<'_> {
     }
 
     /// Marks the blocks of a file's content as free, and returns how many they are.
-    pub(super) fn free_blocks(&mut self, inode: &Inode) -> Result<u32, Ext4Error> {
+    pub(super) fn free_blocks(&mut self, inode: &Ext4Inode) -> Result<u32, Ext4Error> {
         let mut freed = 0;
         for extent in self.extents(inode)? {
             for block in extent.physical..extent.physical + extent.blocks {
@@ -58,13 +62,13 @@ impl Image<'_> {
         let (group, bit) = ((block / per_group) as u32, (block % per_group) as usize);
         clear(self.block_bitmap(group)?, bit)?;
         self.count(group, Counter::FreeBlocks, 1)?;
-        // So that the free blocks of all disks are alike, whatever mke2fs left there.
+        // Free blocks are zeroed, so that they are the same on all disks.
         self.block_mut(block)?.fill(0);
         Ok(())
     }
 
-    /// Marks an inode as free; the superblock's number of free ones is the caller's to change.
-    pub(super) fn free_inode(&mut self, ino: u32, mut inode: Inode) -> Result<(), Ext4Error> {
+    /// Marks an inode as free. The caller has to update the superblock's count of free inodes.
+    pub(super) fn free_inode(&mut self, ino: u32, mut inode: Ext4Inode) -> Result<(), Ext4Error> {
         inode.bytes_mut().fill(0);
         self.put_inode(ino, &inode)?;
         let per_group = self.inodes_per_group();
@@ -76,6 +80,6 @@ impl Image<'_> {
 
 fn clear(bitmap: &mut [u8], bit: usize) -> Result<(), Ext4Error> {
     let byte = bitmap.get_mut(bit / 8).filter(|byte| **byte & 1 << (bit % 8) != 0);
-    *byte.ok_or_else(|| damaged("what is removed is not marked as used"))? &= !(1 << (bit % 8));
+    *byte.ok_or_else(|| damaged("a removed block or inode is not marked as used"))? &= !(1 << (bit % 8));
     Ok(())
 }

@@ -1,19 +1,19 @@
 //! Extended attributes: in the inode as far as they fit, the rest in one block.
 //!
-//! mke2fs places them in the order in which the source file system lists them; [`Image::sort_xattrs`] places them anew
-//! in one order. Whether the block is needed does not depend on the order (it is when the sum of all does not fit into
-//! the inode), so nothing else on the disk moves.
+//! mke2fs places them in the order in which the source file system lists them; [`Ext4Image::sort_xattrs`]
+//! rewrites them in a fixed order. Whether the block is needed does not depend on the order (it is when the
+//! sum of all does not fit into the inode), so nothing else on the disk moves.
 
-use super::image::Image;
-use super::inode::Inode;
-use super::normalise::Marks;
-use super::{BLOCK, Ext4Error, INODE, damaged, put16, put32, u16_at, u32_at};
+use super::{
+    BLOCK, Ext4Error, INODE, damaged, image::Ext4Image, inode::Ext4Inode, normalise::OriginMarks, put16,
+    put32, u16_at, u32_at,
+};
 use crate::rootdisk::manifest::Xattrs;
 
 const MAGIC: u32 = 0xea02_0000;
 const ENTRY: usize = 16;
 const BLOCK_HEADER: usize = 32;
-/// The number of a name's prefix and the prefix; the ACLs have no rest.
+/// The numbers of name prefixes, and the prefixes. Those of ACLs are whole names.
 const PREFIXES: [(u8, &[u8]); 6] = [
     (1, b"user."),
     (2, b"system.posix_acl_access"),
@@ -23,7 +23,7 @@ const PREFIXES: [(u8, &[u8]); 6] = [
     (7, b"system."),
 ];
 
-/// Name without its prefix, and the value as it is on the disk. The order is the one the kernel wants in a block.
+/// An attribute as it is on the disk: the name without its prefix, and the value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Raw {
     prefix: u8,
@@ -51,9 +51,9 @@ impl Raw {
     }
 }
 
-impl Image<'_> {
+impl Ext4Image<'_> {
     /// Names and values as getxattr(2) gives them, sorted by name.
-    pub(super) fn xattrs(&mut self, inode: &Inode) -> Result<Xattrs, Ext4Error> {
+    pub(super) fn xattrs(&mut self, inode: &Ext4Inode) -> Result<Xattrs, Ext4Error> {
         let (inside, outside) = self.raw_xattrs(inode)?;
         let mut named = Vec::new();
         for raw in inside.into_iter().chain(outside) {
@@ -69,17 +69,18 @@ impl Image<'_> {
     /// Puts the attributes in order; true if the inode changed. `path` is for messages.
     pub(super) fn sort_xattrs(
         &mut self,
-        inode: &mut Inode,
+        inode: &mut Ext4Inode,
         path: &[u8],
-        marks: Marks,
+        marks: OriginMarks,
     ) -> Result<bool, Ext4Error> {
         let (inside, outside) = self.raw_xattrs(inode)?;
         let mut all = [inside, outside].concat();
         let found = all.len();
-        all.retain(|raw| marks == Marks::Kept || !raw.is_origin());
+        all.retain(|raw| marks == OriginMarks::Kept || !raw.is_origin());
         if all.len() == found && found < 2 {
             return Ok(false);
         }
+        // The order that the kernel requires in a block.
         all.sort_by(|a, b| (a.prefix, a.name.len(), &a.name).cmp(&(b.prefix, b.name.len(), &b.name)));
         let start = inode.xattr_start().ok_or_else(|| damaged("an inode has no room for attributes"))?;
         let block = inode.xattr_block();
@@ -95,7 +96,7 @@ impl Image<'_> {
         Ok(true)
     }
 
-    fn raw_xattrs(&mut self, inode: &Inode) -> Result<(Vec<Raw>, Vec<Raw>), Ext4Error> {
+    fn raw_xattrs(&mut self, inode: &Ext4Inode) -> Result<(Vec<Raw>, Vec<Raw>), Ext4Error> {
         let (mut inside, mut outside) = (Vec::new(), Vec::new());
         if let Some(start) = inode.xattr_start()
             && u32_at(inode.bytes(), start) == MAGIC
@@ -113,8 +114,8 @@ impl Image<'_> {
     }
 }
 
-/// Divides sorted attributes between inode and block: in order, or, should that not fit, the largest into the inode
-/// first.
+/// Divides sorted attributes between inode and block: in order, or, should that not fit, the largest into the
+/// inode first.
 fn split(all: Vec<Raw>, inside: usize, outside: usize) -> Option<(Vec<Raw>, Vec<Raw>)> {
     let attempt = |order: Vec<usize>| {
         let mut kept = vec![false; all.len()];

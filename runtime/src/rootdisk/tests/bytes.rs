@@ -1,19 +1,20 @@
-//! The bytes of a disk depend on its tree alone.
+//! Tests that the bytes of a disk depend on its tree alone.
 
-use std::fs;
-use std::path::Path;
+use std::{fs, path::Path};
 
-use super::tree::{everything, touch};
-use super::{Fixture, layer, tool};
-use crate::rootdisk::{Key, RootfsSource};
+use super::{
+    CacheFixture, layer, tool,
+    tree::{everything, touch},
+};
+use crate::rootdisk::{RootdiskKey, RootfsSource};
 
-fn built(source: &RootfsSource) -> (Key, Vec<u8>) {
-    let fixture = Fixture::new();
+fn built(source: &RootfsSource) -> (RootdiskKey, Vec<u8>) {
+    let fixture = CacheFixture::new();
     let disk = fixture.build(source).unwrap();
     (disk.key, fs::read(&disk.path).unwrap())
 }
 
-fn assert_same((key, bytes): &(Key, Vec<u8>), (other_key, other): &(Key, Vec<u8>)) {
+fn assert_same((key, bytes): &(RootdiskKey, Vec<u8>), (other_key, other): &(RootdiskKey, Vec<u8>)) {
     assert_eq!(key, other_key);
     if bytes != other {
         let different = bytes.iter().zip(other).position(|(a, b)| a != b);
@@ -22,12 +23,12 @@ fn assert_same((key, bytes): &(Key, Vec<u8>), (other_key, other): &(Key, Vec<u8>
 }
 
 #[test]
-fn neither_order_nor_time_nor_file_system_of_the_source_show() {
-    let (fixture, memory) = (Fixture::new(), tempfile::tempdir_in("/dev/shm").unwrap());
+fn order_time_and_file_system_of_the_source_do_not_matter() {
+    let (fixture, memory) = (CacheFixture::new(), tempfile::tempdir_in("/dev/shm").unwrap());
     let (first, second, third) = (fixture.path("first"), fixture.path("second"), memory.path().join("third"));
     everything(&first, false);
     everything(&second, true);
-    // The time of the root directory is when it was unpacked.
+    // The root directory's time depends on when the image was unpacked.
     touch(&second, 99, 0);
     let disk = built(&layer(&first));
     assert_same(&disk, &built(&layer(&second)));
@@ -45,7 +46,7 @@ fn neither_order_nor_time_nor_file_system_of_the_source_show() {
 
 #[test]
 fn layers_are_merged_as_overlayfs_does() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let (lower, upper, flat) = (fixture.path("lo:w,er"), fixture.path("upper"), fixture.path("flat"));
     for (dir, files) in [
         (&lower, &["kept", "gone", "dir/old"][..]),
@@ -69,7 +70,7 @@ fn layers_are_merged_as_overlayfs_does() {
 
 #[test]
 fn more_layers_than_fit_into_mount_options() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let lowers: Vec<_> = (0..130)
         .map(|n| {
             let dir = fixture.path(&format!("a layer with a rather long name, number {n}"));

@@ -1,13 +1,12 @@
-//! What is known is not built again, and what is in use stays.
+//! Tests that known disks are not built again, and that disks in use are kept.
 
-use std::fs;
-use std::path::Path;
-use std::sync::mpsc;
-use std::time::Duration;
+use std::{fs, path::Path, sync::mpsc, time::Duration};
 
-use super::{Fixture, layer, small, tool};
-use crate::process::Spawn;
-use crate::rootdisk::{BuildOptions, Progress, Prune, RootdiskCache, RootfsSource, State};
+use super::{CacheFixture, layer, small, tool};
+use crate::{
+    process::Spawn,
+    rootdisk::{BuildOptions, DiskState, Prune, RootdiskCache, RootdiskProgress, RootfsSource},
+};
 
 fn phases(disk: &crate::rootdisk::Rootdisk) -> Vec<&'static str> {
     disk.phases.iter().map(|(name, _)| *name).collect()
@@ -21,7 +20,7 @@ fn make(dir: &Path, text: &str) {
 
 #[test]
 fn a_known_source_is_not_read() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = fixture.path("root");
     make(&root, "text");
     let first = fixture.build(&layer(&root)).unwrap();
@@ -37,7 +36,7 @@ fn a_known_source_is_not_read() {
 
 #[test]
 fn another_root_of_the_same_image_is_read_but_not_converted() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let (root, copy) = (fixture.path("root"), fixture.path("copy"));
     make(&root, "text");
     tool("cp", &["-a", root.to_str().unwrap(), copy.to_str().unwrap()]);
@@ -53,7 +52,7 @@ fn another_root_of_the_same_image_is_read_but_not_converted() {
 
 #[test]
 fn the_second_waits_for_the_first() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = fixture.path("root");
     make(&root, "text");
     let (converting, begun) = mpsc::channel();
@@ -63,7 +62,7 @@ fn the_second_waits_for_the_first() {
         let other = source.clone();
         let first = scope.spawn(move || {
             fixture.build_watched(&source, |progress| {
-                if matches!(progress, Progress::Converting { .. }) {
+                if matches!(progress, RootdiskProgress::Converting { .. }) {
                     converting.send(()).unwrap();
                     waits.recv().unwrap();
                 }
@@ -71,7 +70,7 @@ fn the_second_waits_for_the_first() {
         });
         begun.recv().unwrap();
         let second = fixture.build_watched(&other, |progress| {
-            assert_eq!(progress, Progress::Waiting);
+            assert_eq!(progress, RootdiskProgress::Waiting);
             waiting.send(()).unwrap();
         });
         let (first, second) = (first.join().unwrap().unwrap(), second.unwrap());
@@ -95,7 +94,7 @@ fn build_in_a_process() {
     println!("cached={}", disk.unwrap().cached);
 }
 
-pub(super) fn process(fixture: &Fixture, root: &Path, killed_at: &str) -> crate::process::Output {
+pub(super) fn process(fixture: &CacheFixture, root: &Path, killed_at: &str) -> crate::process::ToolOutput {
     let name = "rootdisk::tests::cache::build_in_a_process";
     Spawn::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "--nocapture", name])
@@ -108,7 +107,7 @@ pub(super) fn process(fixture: &Fixture, root: &Path, killed_at: &str) -> crate:
 
 #[test]
 fn processes_share_the_work() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     // Two roots of the same image: their identities differ, their shape does not.
     let roots = [fixture.path("root"), fixture.path("copy")];
     make(&roots[0], "text");
@@ -129,7 +128,7 @@ fn processes_share_the_work() {
 
 #[test]
 fn what_is_in_use_is_not_pruned() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let (used, unused) = (fixture.path("used"), fixture.path("unused"));
     make(&used, "used");
     make(&unused, "unused");
@@ -138,7 +137,7 @@ fn what_is_in_use_is_not_pruned() {
     let listed = fixture.cache.list().unwrap();
     let users: Vec<_> = listed.iter().map(|listed| (listed.key == disk.key, listed.users.clone())).collect();
     assert_eq!(users, [(false, vec![]), (true, vec![std::process::id()])]);
-    assert!(listed.iter().all(|listed| listed.state == State::Ready && listed.allocated < listed.size));
+    assert!(listed.iter().all(|listed| listed.state == DiskState::Ready && listed.allocated < listed.size));
 
     let recent = Prune { older_than: Some(Duration::from_secs(3600)), ..Prune::default() };
     assert!(fixture.cache.prune(&recent).unwrap().removed.is_empty());

@@ -1,17 +1,19 @@
-//! Disks that are not what they were are found and made anew; nothing on a disk can do worse than be refused.
+//! Tests that changed disks are detected and built again, and that no content of a disk causes worse than an
+//! error.
 
-use std::fs::{self, File};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
-use std::path::Path;
+use std::{
+    fs::{self, File},
+    os::unix::fs::{FileExt as _, MetadataExt as _},
+    path::Path,
+};
 
 use proptest::prelude::*;
 
-use super::tree::{everything, touch};
-use super::{Fixture, layer};
-use crate::rootdisk::store::Unusable;
-use crate::rootdisk::tree::Tree;
-use crate::rootdisk::view::View;
-use crate::rootdisk::{State, ext4};
+use super::{
+    CacheFixture, layer,
+    tree::{everything, touch},
+};
+use crate::rootdisk::{DiskState, ext4, source_mount::SourceMount, store::Unusable, tree::SourceTree};
 
 /// Changes a byte in place and, if asked, makes it look as if nothing was written.
 fn flip(path: &Path, at: u64, hidden: bool) {
@@ -40,8 +42,8 @@ fn find(disk: &[u8], needle: &[u8]) -> u64 {
 }
 
 #[test]
-fn what_was_touched_is_built_anew() {
-    let fixture = Fixture::new();
+fn a_changed_disk_is_built_again() {
+    let fixture = CacheFixture::new();
     let root = fixture.path("root");
     fs::create_dir(&root).unwrap();
     fs::write(root.join("file"), "needle").unwrap();
@@ -77,13 +79,13 @@ fn what_was_touched_is_built_anew() {
         let again = fixture.build(&layer(&root)).unwrap();
         assert_eq!((again.key, again.cached), (first.key, true), "{junk:?}");
     }
-    // Who has the old one open keeps it.
+    // The owner of an open descriptor keeps the old disk.
     assert_eq!(first.file.metadata().unwrap().len(), 1 << 20);
 }
 
 #[test]
 fn verify_reads_everything() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = fixture.path("root");
     everything(&root, false);
     let disk = fixture.build(&layer(&root)).unwrap();
@@ -95,7 +97,7 @@ fn verify_reads_everything() {
         flip(&disk.path, at, true);
         let damage = fixture.cache.verify(disk.key).unwrap().unwrap_err();
         assert!(matches!(damage, Unusable::Content | Unusable::Damaged(_)), "{damage}");
-        assert_eq!(fixture.cache.list().unwrap()[0].state, State::Unfinished);
+        assert_eq!(fixture.cache.list().unwrap()[0].state, DiskState::Unfinished);
         assert!(!fixture.build(&layer(&root)).unwrap().cached);
         assert_eq!(fixture.cache.verify(disk.key).unwrap(), Ok(()));
     }
@@ -103,13 +105,13 @@ fn verify_reads_everything() {
 
 #[test]
 fn no_byte_can_make_the_reader_fail_badly() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = fixture.path("root");
     everything(&root, false);
     let disk = fixture.build(&layer(&root)).unwrap();
     let good = fs::read(&disk.path).unwrap();
-    let tree = Tree::walk(&View::of_dir(&root).unwrap()).unwrap();
-    // Where something is that the reader looks at.
+    let tree = SourceTree::walk(&SourceMount::of_dir(&root).unwrap()).unwrap();
+    // The offsets of all words that are not zero.
     let words = blocks(&good).flat_map(|(offset, block)| {
         let words = block.chunks(4).enumerate().filter(|(_, word)| **word != [0; 4]);
         words.map(move |(index, _)| (offset + index * 4) as u64)
@@ -127,6 +129,6 @@ fn no_byte_can_make_the_reader_fail_badly() {
         }
         // Errors are fine, and so is a change that does not matter; a panic or an endless loop is not.
         let _ = ext4::manifest(&file);
-        let _ = ext4::normalise(&file, &tree, ext4::Marks::Kept);
+        let _ = ext4::normalise(&file, &tree, ext4::OriginMarks::Kept);
     });
 }

@@ -1,16 +1,20 @@
-//! What goes wrong is said in the user's terms, nothing is left of it, and the next try works.
+//! Tests that failures are reported in the user's terms, leave nothing behind, and do not prevent the next
+//! try.
 
-use std::fs;
-use std::os::unix::fs::{PermissionsExt as _, symlink};
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt as _, symlink},
+    path::{Path, PathBuf},
+};
 
-use super::cache::process;
-use super::{Fixture, layer, small, tool};
-use crate::error::{ErrorKind, HasKind as _, chain};
-use crate::process::Exit;
-use crate::rootdisk::{BuildOptions, Progress, RootdiskCache, RootdiskError, RootfsSource};
+use super::{CacheFixture, cache::process, layer, small, tool};
+use crate::{
+    error::{ErrorKind, HasKind as _, chain},
+    process::ProcessExit,
+    rootdisk::{BuildOptions, RootdiskCache, RootdiskError, RootdiskProgress, RootfsSource},
+};
 
-fn make(fixture: &Fixture) -> PathBuf {
+fn make(fixture: &CacheFixture) -> PathBuf {
     let root = fixture.path("root");
     fs::create_dir(&root).unwrap();
     fs::write(root.join("file"), vec![3; 3 << 20]).unwrap();
@@ -26,7 +30,7 @@ fn script(path: &Path, text: &str) {
 struct Small(PathBuf);
 
 impl Small {
-    fn mount(fixture: &Fixture, size: &str) -> Self {
+    fn mount(fixture: &CacheFixture, size: &str) -> Self {
         let dir = fixture.path("small");
         fs::create_dir(&dir).unwrap();
         tool("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs", dir.to_str().unwrap()]);
@@ -42,11 +46,11 @@ impl Drop for Small {
 }
 
 #[test]
-fn whoever_is_killed_leaves_nothing_that_matters() {
-    let fixture = Fixture::new();
+fn a_killed_build_leaves_nothing_that_matters() {
+    let fixture = CacheFixture::new();
     let root = make(&fixture);
     for point in ["Converting", "Hashed", "Finishing"] {
-        assert_eq!(process(&fixture, &root, point).exit, Exit::Signal(9), "{point}");
+        assert_eq!(process(&fixture, &root, point).exit, ProcessExit::Signal(9), "{point}");
         assert!(fixture.cache.list().unwrap().is_empty(), "{point}");
         assert!(fixture.leftovers().iter().all(|path| path.starts_with(fixture.cache.dir().join("locks"))));
     }
@@ -55,8 +59,8 @@ fn whoever_is_killed_leaves_nothing_that_matters() {
 }
 
 #[test]
-fn a_full_file_system_is_told_beforehand() {
-    let fixture = Fixture::new();
+fn a_full_file_system_is_reported_beforehand() {
+    let fixture = CacheFixture::new();
     let root = make(&fixture);
     let small_fs = Small::mount(&fixture, "2m");
     let cache = RootdiskCache::open(&small_fs.0.join("cache")).unwrap();
@@ -68,8 +72,8 @@ fn a_full_file_system_is_told_beforehand() {
 }
 
 #[test]
-fn a_file_system_that_fills_up_meanwhile_is_told_too() {
-    let fixture = Fixture::new();
+fn a_file_system_that_fills_up_meanwhile_is_reported_too() {
+    let fixture = CacheFixture::new();
     let root = make(&fixture);
     let small_fs = Small::mount(&fixture, "8m");
     let cache = RootdiskCache::open(&small_fs.0.join("cache")).unwrap();
@@ -83,13 +87,13 @@ fn a_file_system_that_fills_up_meanwhile_is_told_too() {
     assert!(matches!(error, RootdiskError::NoSpace { .. }), "{}", chain(&error));
     assert!(cache.list().unwrap().is_empty());
     fs::remove_file(filler).unwrap();
-    // All that was begun is gone: the disk fits again.
+    // Nothing of the failed build is left: the disk fits again.
     cache.get_or_build(&layer(&root), &small(), &mut |_| ()).unwrap();
 }
 
 #[test]
 fn a_missing_or_old_mke2fs_is_named() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = make(&fixture);
     let fail = |mke2fs: &Path| {
         let options = BuildOptions { mke2fs: mke2fs.to_owned(), ..small() };
@@ -113,7 +117,7 @@ fn a_missing_or_old_mke2fs_is_named() {
 
 #[test]
 fn a_source_that_changes_is_refused() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = make(&fixture);
     let changes: [(&str, &dyn Fn()); 3] = [
         ("/file ", &|| fs::write(root.join("file"), vec![4; 3 << 20]).unwrap()),
@@ -122,7 +126,7 @@ fn a_source_that_changes_is_refused() {
     ];
     for (path, change) in changes {
         let error = fixture.build_watched(&RootfsSource::Dir(root.clone()), |progress| {
-            if progress == Progress::Finishing {
+            if progress == RootdiskProgress::Finishing {
                 change();
             }
         });
@@ -135,7 +139,7 @@ fn a_source_that_changes_is_refused() {
 
 #[test]
 fn sources_that_are_not_there_are_named() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let (missing, file) = (fixture.path("missing"), fixture.path("file"));
     fs::write(&file, "").unwrap();
     let overlay =
@@ -159,7 +163,7 @@ fn sources_that_are_not_there_are_named() {
 
 #[test]
 fn a_path_that_cannot_be_reached_is_named() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = fixture.path("root");
     fs::create_dir(&root).unwrap();
     let name = "d".repeat(250);

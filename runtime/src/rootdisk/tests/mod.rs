@@ -7,19 +7,21 @@ mod failures;
 mod tree;
 mod writable;
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
-use super::{BuildOptions, Progress, Rootdisk, RootdiskCache, RootdiskError, RootfsSource};
+use super::{BuildOptions, Rootdisk, RootdiskCache, RootdiskError, RootdiskProgress, RootfsSource};
 use crate::process;
 
 /// A cache in a directory of its own.
-struct Fixture {
+struct CacheFixture {
     dir: tempfile::TempDir,
     cache: RootdiskCache,
 }
 
-impl Fixture {
+impl CacheFixture {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let cache = RootdiskCache::open(&dir.path().join("cache")).unwrap();
@@ -37,7 +39,7 @@ impl Fixture {
     fn build_watched(
         &self,
         source: &RootfsSource,
-        mut watch: impl FnMut(Progress),
+        mut watch: impl FnMut(RootdiskProgress),
     ) -> Result<Rootdisk, RootdiskError> {
         self.cache.get_or_build(source, &small(), &mut watch)
     }

@@ -1,22 +1,23 @@
-//! Trees with everything that a root file system can have.
+//! Tests with trees that have everything that a root file system can have.
 
-use std::ffi::CString;
-use std::fs::{self, File};
-use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{FileExt as _, PermissionsExt as _, chown, lchown, symlink};
-use std::path::{Path, PathBuf};
+use std::{
+    ffi::CString,
+    fs::{self, File},
+    os::unix::{
+        ffi::OsStrExt as _,
+        fs::{FileExt as _, PermissionsExt as _, chown, lchown, symlink},
+    },
+    path::{Path, PathBuf},
+};
 
 use rustix::fs::{
     AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags, lsetxattr, makedev, mknodat, utimensat,
 };
 
-use super::{Fixture, layer, small};
-use crate::rootdisk::ext4;
-use crate::rootdisk::hashing;
-use crate::rootdisk::tree::Tree;
-use crate::rootdisk::view::View;
+use super::{CacheFixture, layer, small};
+use crate::rootdisk::{ext4, hashing, source_mount::SourceMount, tree::SourceTree};
 
-/// A name that is no UTF-8, one with what shells and parsers trip over, and the longest one.
+/// A name that is not UTF-8, one with characters that shells and parsers stumble over, and the longest one.
 fn names() -> [Vec<u8>; 3] {
     [b"\xff\xfe\x80".to_vec(), b" a\"b'c\\d\n:,$e ".to_vec(), vec![b'n'; 255]]
 }
@@ -40,8 +41,8 @@ const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
 /// Makes the tree; `reverse` makes files and attributes in the other order.
 pub(super) fn everything(root: &Path, reverse: bool) {
     fs::create_dir_all(root).unwrap();
-    type Step = Box<dyn Fn(&Path)>;
-    let mut steps: Vec<Step> = vec![
+    type MakeFile = Box<dyn Fn(&Path)>;
+    let mut steps: Vec<MakeFile> = vec![
         Box::new(|root| fs::write(root.join("empty"), "").unwrap()),
         Box::new(|root| fs::write(root.join("text"), "text\n").unwrap()),
         Box::new(|root| fs::write(root.join("blocks"), [7; 3 * 4096]).unwrap()),
@@ -147,7 +148,7 @@ pub(super) fn everything(root: &Path, reverse: bool) {
     }
     fs::set_permissions(root, fs::Permissions::from_mode(0o1751)).unwrap();
     chown(root, Some(5), Some(6)).unwrap();
-    let walked = Tree::walk(&View::of_dir(root).unwrap()).unwrap();
+    let walked = SourceTree::walk(&SourceMount::of_dir(root).unwrap()).unwrap();
     for (index, entry) in walked.entries.iter().enumerate().rev() {
         let name = root.join(path(&entry.path));
         let seconds = match index % 5 {
@@ -177,7 +178,7 @@ pub(super) fn touch(path: &Path, seconds: i64, nanoseconds: i64) {
 
 #[test]
 fn everything_survives() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = fixture.path("root");
     everything(&root, false);
     let disk = fixture.build(&layer(&root)).unwrap();
@@ -189,9 +190,9 @@ fn everything_survives() {
     fs::create_dir(&mounted).unwrap();
     super::tool("mount", &["-o", "ro,loop,noload", path, mounted.to_str().unwrap()]);
     let read = || {
-        let view = View::of_dir(&mounted)?;
-        let tree = Tree::walk(&view)?;
-        hashing::key(&view, &tree, disk.size, |_| ())
+        let mount = SourceMount::of_dir(&mounted)?;
+        let tree = SourceTree::walk(&mount)?;
+        hashing::key(&mount, &tree, disk.size, |_| ())
     };
     let key = read();
     super::tool("umount", &["-l", mounted.to_str().unwrap()]);
@@ -200,7 +201,7 @@ fn everything_survives() {
 
 #[test]
 fn an_image_may_have_a_lost_found_of_its_own() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = fixture.path("root");
     fs::create_dir_all(root.join("lost+found/kept")).unwrap();
     let disk = fixture.build(&layer(&root)).unwrap();
@@ -211,7 +212,7 @@ fn an_image_may_have_a_lost_found_of_its_own() {
 
 #[test]
 fn the_root_directory_may_have_many_blocks() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let root = fixture.path("root");
     fs::create_dir(&root).unwrap();
     (0..100).for_each(|n| fs::write(root.join(format!("{n:0>200}")), "").unwrap());

@@ -1,19 +1,19 @@
-//! Writable layers.
+//! Tests of writable layers.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
 
-use super::{Fixture, tool};
-use crate::error::{ErrorKind, HasKind as _};
-use crate::process::Spawn;
-use crate::rootdisk::open_writable;
+use super::{CacheFixture, tool};
+use crate::{
+    error::{ErrorKind, HasKind as _},
+    process::Spawn,
+    rootdisk::open_writable,
+};
 
 const SIZE: u64 = 4 << 30;
 
 #[test]
 fn a_layer_is_an_empty_file_system_of_its_own() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let (first, second) = (fixture.path("first"), fixture.path("second"));
     let file = fixture.cache.create_writable(&first, SIZE - 1, Path::new("mke2fs")).unwrap();
     let metadata = file.metadata().unwrap();
@@ -21,7 +21,7 @@ fn a_layer_is_an_empty_file_system_of_its_own() {
     assert!(metadata.blocks() * 512 < 1 << 20, "{} blocks", metadata.blocks());
     tool("e2fsck", &["-fn", first.to_str().unwrap()]);
 
-    // The guest writes; the next layer is empty all the same, and needs no mke2fs.
+    // The guest writes. The next layer is empty nevertheless, and needs no mke2fs.
     let mounted = fixture.path("mounted");
     fs::create_dir(&mounted).unwrap();
     let (disk, dir) = (first.display(), mounted.display());
@@ -31,29 +31,29 @@ fn a_layer_is_an_empty_file_system_of_its_own() {
     tool("e2fsck", &["-fn", second.to_str().unwrap()]);
     let allocated = |path| fs::metadata(path).unwrap().blocks() * 512;
     assert!(allocated(&first) > 1 << 20 && allocated(&second) < 1 << 20);
-    assert_eq!(fixture.leftovers().len(), 2, "only the template and its metadata: {:?}", fixture.leftovers());
+    assert_eq!(fixture.leftovers().len(), 2, "only the blank and its metadata: {:?}", fixture.leftovers());
 }
 
 #[test]
-fn a_damaged_template_is_made_anew() {
-    let fixture = Fixture::new();
+fn a_damaged_blank_is_made_again() {
+    let fixture = CacheFixture::new();
     let create =
         |name: &str| fixture.cache.create_writable(&fixture.path(name), 16 << 20, Path::new("mke2fs"));
     create("first").unwrap();
-    let template = fixture.leftovers().into_iter().find(|path| path.extension().unwrap() == "ext4").unwrap();
-    let before = fs::metadata(&template).unwrap();
-    let mut bytes = fs::read(&template).unwrap();
+    let blank = fixture.leftovers().into_iter().find(|path| path.extension().unwrap() == "ext4").unwrap();
+    let before = fs::metadata(&blank).unwrap();
+    let mut bytes = fs::read(&blank).unwrap();
     let last = bytes.iter().rposition(|&byte| byte != 0).unwrap();
     bytes[last] ^= 1;
-    fs::write(&template, bytes).unwrap();
-    super::tree::touch(&template, before.mtime(), before.mtime_nsec());
+    fs::write(&blank, bytes).unwrap();
+    super::tree::touch(&blank, before.mtime(), before.mtime_nsec());
     create("second").unwrap();
     assert!(fs::read(fixture.path("first")).unwrap() == fs::read(fixture.path("second")).unwrap());
 }
 
 #[test]
 fn what_a_container_wrote_is_never_overwritten() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let path = fixture.path("layer");
     let create = || fixture.cache.create_writable(&path, 16 << 20, Path::new("mke2fs"));
     create().unwrap();
@@ -71,7 +71,7 @@ fn what_a_container_wrote_is_never_overwritten() {
     assert!(error.to_string().ends_with("the largest is 16 TiB"), "{error}");
 }
 
-/// What a tree has, directories' sizes excepted, and all attributes.
+/// Lists a tree: all properties of its files except the sizes of directories, and all attributes.
 const LISTING: &str = "cd \"$1\" && find . -type d -printf '%P %y %m %U %G %T@\\n' -o -printf '%P %y %m %U %G %T@ %s %n %l\\n' | sort; \
                        find . -type c -exec stat -c '%n %t %T' {} + | sort; \
                        find . -type f -exec md5sum {} + | sort; \
@@ -80,7 +80,7 @@ const LISTING: &str = "cd \"$1\" && find . -type d -printf '%P %y %m %U %G %T@\\
 
 #[test]
 fn a_seeded_layer_has_the_upper_directorys_files() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let (upper, disk) = (fixture.path("upper"), fixture.path("disk"));
     let long = "n".repeat(255);
     let script = format!(
@@ -105,7 +105,7 @@ fn a_seeded_layer_has_the_upper_directorys_files() {
         ("etc/socket", "trusted.s", "of a socket"),
     ];
     for file in [".", "one", "many"] {
-        // About a file of the host's.
+        // The mark refers to a file of the host.
         let create = rustix::fs::XattrFlags::CREATE;
         rustix::fs::lsetxattr(upper.join(file), "trusted.overlay.origin", b"handle", create).unwrap();
     }
@@ -159,7 +159,7 @@ fn a_seeded_layer_has_the_upper_directorys_files() {
 
 #[test]
 fn an_upper_directory_that_does_not_fit_is_refused() {
-    let fixture = Fixture::new();
+    let fixture = CacheFixture::new();
     let (upper, disk) = (fixture.path("upper"), fixture.path("disk"));
     fs::create_dir(&upper).unwrap();
     fs::write(upper.join("big"), vec![7; 64 << 20]).unwrap();

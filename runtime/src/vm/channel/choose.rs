@@ -1,13 +1,14 @@
-//! Which channel `auto` is.
+//! The choice of a VM's channel.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+};
 
 use super::kernel_vsock;
-use crate::config;
-use crate::vm::spec::ChannelKind;
+use crate::{config, vm::spec::ChannelKind};
 
-/// What this host offers.
+/// The channels that this host supports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostSupport {
     /// /dev/vhost-vsock can be opened.
@@ -23,10 +24,10 @@ impl HostSupport {
     }
 }
 
-/// The channel for what the configuration asks.
+/// The channel for the configured value.
 ///
-/// `auto` is the kernel's vsock where the host has it, else serial: it needs no second process for each VM and no
-/// shared guest memory, starts sooner, and can be part of a template.
+/// `auto` is the kernel's vsock where the host has it, else serial. Serial needs no second process for each
+/// VM and no shared guest memory, starts sooner than vhost-user, and can be part of a template.
 pub fn choose(wanted: config::ChannelMode, host: &HostSupport) -> ChannelKind {
     match (wanted, host.kernel_vsock) {
         (config::ChannelMode::Auto | config::ChannelMode::Vsock, true) => ChannelKind::KernelVsock,

@@ -3,10 +3,10 @@
 use machinen_protocol::preamble::{ANSWER_LEN, Answer, Kind, PREAMBLE_LEN, Preamble, PreambleError};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::{ChannelError, Stream};
+use super::{ByteStream, ChannelError};
 
-/// Reads what the guest says first and answers it.
-pub(super) async fn accept_control(stream: &mut (impl Stream + ?Sized)) -> Result<(), ChannelError> {
+/// Reads the guest's first bytes and answers them.
+pub(super) async fn accept_control(stream: &mut (impl ByteStream + ?Sized)) -> Result<(), ChannelError> {
     let mut bytes = [0; PREAMBLE_LEN];
     stream.read_exact(&mut bytes).await.map_err(ChannelError::Closed)?;
     let verdict = match Preamble::decode(&bytes) {
@@ -30,14 +30,14 @@ pub(super) async fn accept_control(stream: &mut (impl Stream + ?Sized)) -> Resul
         stream.write_all(&answer.encode()).await?;
         stream.flush().await
     };
-    // A guest that has gone already does not hide what was wrong with it.
+    // If the guest has closed the stream already, the verdict is still the error to report.
     let written = written.await.map_err(ChannelError::Closed);
     verdict.and(written)
 }
 
-/// Says what a stream that the host dialled is for, and waits until the agent has accepted it.
+/// Announces the purpose of a stream that the host has dialled, and waits until the agent accepts it.
 pub(super) async fn offer(
-    stream: &mut (impl Stream + ?Sized),
+    stream: &mut (impl ByteStream + ?Sized),
     preamble: Preamble,
 ) -> Result<(), ChannelError> {
     let mut bytes = [0; ANSWER_LEN];
@@ -50,7 +50,7 @@ pub(super) async fn offer(
     match Answer::decode(&bytes)? {
         Answer::Accepted => Ok(()),
         Answer::Refused => Err(ChannelError::Refused),
-        // The agent's version is in its answer and has just been found to be this side's.
+        // Decoding the answer has checked the agent's version, so this answer contradicts itself.
         Answer::WrongVersion => {
             Err(ChannelError::Protocol(PreambleError::Unknown { field: "answer", value: 1 }))
         }
@@ -68,8 +68,9 @@ impl From<PreambleError> for ChannelError {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use tokio::io::duplex;
+
+    use super::*;
 
     fn chain(error: &ChannelError) -> String {
         crate::error::chain(error)
@@ -103,7 +104,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_guest_that_says_nothing_of_this_is_refused() {
+    async fn other_first_bytes_are_refused() {
         for first in [[0; PREAMBLE_LEN], Preamble { kind: Kind::Stdio, token: 1 }.encode()] {
             let (mut host, mut guest) = duplex(64);
             guest.write_all(&first).await.unwrap();
@@ -131,9 +132,9 @@ mod tests {
                 Err(error) => chain(&error),
             };
             assert!(text.contains(expected), "{text}");
-            let mut said = [0; PREAMBLE_LEN];
-            guest.read_exact(&mut said).await.unwrap();
-            assert_eq!(Preamble::decode(&said), Ok(preamble));
+            let mut sent = [0; PREAMBLE_LEN];
+            guest.read_exact(&mut sent).await.unwrap();
+            assert_eq!(Preamble::decode(&sent), Ok(preamble));
         }
     }
 }

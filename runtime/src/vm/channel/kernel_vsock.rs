@@ -1,8 +1,6 @@
 //! AF_VSOCK through the host kernel's vhost-vsock.
 
-use std::fs::File;
-use std::io;
-use std::os::fd::AsFd as _;
+use std::{fs::File, io, os::fd::AsFd as _};
 
 use machinen_protocol::{STREAM_PORT, control_port};
 use tokio::sync::Mutex;
@@ -13,9 +11,9 @@ use crate::sys;
 
 pub(super) const DEVICE: &str = "/dev/vhost-vsock";
 
-/// CIDs that are tried before giving up; a host that runs more VMs than this has other limits first.
+/// The number of CIDs that are tried. A host that runs more VMs than this meets other limits first.
 const TRIES: u32 = 1 << 16;
-/// 0 to 2 are reserved, and small ones are what people write by hand.
+/// CIDs 0 to 2 are reserved, and people choose small ones by hand.
 const FIRST: u32 = 1 << 16;
 
 #[derive(Debug)]
@@ -43,7 +41,7 @@ impl KernelVsock {
         Ok((Self { cid, listener }, GuestEnd { fd: device.into(), cid }))
     }
 
-    /// Other guests and programs of this host can dial the port as well: they are turned away.
+    /// Other guests and programs of this host can dial the port as well; their streams are closed.
     pub(super) async fn accept(&self) -> Result<BoxedStream, ChannelError> {
         let failed = |source| ChannelError::Host { action: "accept a vsock stream", source };
         let mut slot = self.listener.lock().await;
@@ -56,7 +54,7 @@ impl KernelVsock {
                 *slot = None;
                 return Ok(Box::new(stream));
             }
-            tracing::warn!(cid = peer.cid(), "a stranger dialled this VM's control port");
+            tracing::warn!(cid = peer.cid(), "another guest or program dialled this VM's control port");
         }
     }
 
@@ -68,7 +66,8 @@ impl KernelVsock {
     }
 }
 
-/// Starts at a place of each process's own, so that VMs that start together seldom try the same.
+/// Starts at a number that differs between processes, so that VMs that start together seldom try the same
+/// CID.
 fn candidates(seed: u32) -> impl Iterator<Item = u32> {
     let start = seed.wrapping_mul(0x9e37_79b1);
     (0..TRIES).map(move |step| FIRST + (start.wrapping_add(step) & 0x3fff_ffff))

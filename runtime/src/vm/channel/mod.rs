@@ -1,11 +1,12 @@
-//! The way to the guest agent: one control stream that the guest dials, raw streams that the host dials.
+//! The connection to the guest agent: one control stream that the guest dials, raw streams that the host
+//! dials.
 //!
 //! ```text
-//!   KernelVsock      AF_VSOCK sockets                                     QEMU inherits /dev/vhost-vsock
-//!   VhostUserVsock   Unix sockets of vhost-device-vsock, "CONNECT <port>"  QEMU inherits a socket to the daemon
-//!   Serial           yamux streams over one socket                        QEMU inherits its other end
+//!   KernelVsock      AF_VSOCK sockets                      QEMU inherits /dev/vhost-vsock
+//!   VhostUserVsock   Unix sockets of vhost-device-vsock    QEMU inherits a socket to the daemon
+//!   Serial           yamux streams over one socket         QEMU inherits its other end
 //! ```
-//! Nothing above this module knows which of them it is.
+//! No code above this module depends on which of them is used.
 
 mod choose;
 mod handshake;
@@ -13,33 +14,35 @@ mod kernel_vsock;
 mod serial;
 mod vhost_user;
 
-use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::{
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
+pub use choose::{HostSupport, choose};
 use machinen_protocol::preamble::{Kind, Preamble, PreambleError};
 use tokio::io::{AsyncRead, AsyncWrite};
 
-pub use choose::{HostSupport, choose};
-
-use super::argv::{PRIVATE_CID, Start};
-use super::spec::{ChannelKind, VmSpec};
+use super::{
+    argv::{PRIVATE_CID, Start},
+    spec::{ChannelKind, VmSpec},
+};
 use crate::process::ProcessError;
 
 /// A byte stream to or from the guest agent.
-pub trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
-impl<S: AsyncRead + AsyncWrite + Send + Sync + Unpin> Stream for S {}
+pub trait ByteStream: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Send + Sync + Unpin> ByteStream for S {}
 
-/// One stream, whatever carries it.
-pub type BoxedStream = Box<dyn Stream>;
+/// A stream of any channel.
+pub type BoxedStream = Box<dyn ByteStream>;
 
-/// The agent answers in milliseconds; one that does not for this long never will.
+/// The agent answers in milliseconds; one that does not answer within this time is taken to hang.
 const OPEN_DEADLINE: Duration = Duration::from_secs(20);
 
-/// Why there is no stream to the agent.
+/// Why a stream to the agent cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
     #[error("cannot {action} for the channel to the guest")]
@@ -64,17 +67,17 @@ pub enum ChannelError {
     Deadline,
 }
 
-/// What the host does with the first bytes that come over a serial channel; for fuzzing.
+/// What the host does with the first bytes that arrive over a serial channel; for fuzzing.
 #[cfg(fuzzing)]
 pub async fn greet(socket: tokio::net::UnixStream) -> Result<BoxedStream, ChannelError> {
-    let mut control = serial::Serial::over(socket).accept().await?;
+    let mut control = serial::SerialChannel::over(socket).accept().await?;
     handshake::accept_control(&mut control).await?;
     Ok(control)
 }
 
 /// The host's end of the channel of one VM.
 #[derive(Debug)]
-pub(super) struct Channel {
+pub(super) struct VmChannel {
     connector: Connector,
     last_token: AtomicU64,
 }
@@ -83,22 +86,22 @@ pub(super) struct Channel {
 enum Connector {
     KernelVsock(kernel_vsock::KernelVsock),
     VhostUser(vhost_user::VhostUser),
-    Serial(serial::Serial),
-    /// The serial port of a template, kept open.
+    Serial(serial::SerialChannel),
+    /// The serial port of a template: it is kept open, and nothing is sent.
     Silent {
         _ours: StdUnixStream,
     },
 }
 
-/// What QEMU is started with.
+/// What QEMU needs of the channel when it starts.
 #[derive(Debug)]
 pub(super) struct GuestEnd {
     pub(super) fd: OwnedFd,
     pub(super) cid: u32,
 }
 
-impl Channel {
-    /// Makes the channel ready to be dialled by the guest. `dir` is the VM's own directory.
+impl VmChannel {
+    /// Prepares the channel, so that the guest can dial it. `dir` is the VM's own directory.
     pub(super) async fn prepare(
         spec: &VmSpec,
         start: Start,
@@ -106,7 +109,7 @@ impl Channel {
     ) -> Result<(Self, GuestEnd), ChannelError> {
         let (connector, end) = match &spec.channel {
             ChannelKind::Serial if start == Start::Template => {
-                let (ours, fd) = serial::Serial::silent()?;
+                let (ours, fd) = serial::SerialChannel::socket_pair()?;
                 (Connector::Silent { _ours: ours }, GuestEnd { fd, cid: PRIVATE_CID })
             }
             ChannelKind::KernelVsock => {
@@ -118,14 +121,14 @@ impl Channel {
                 (Connector::VhostUser(user), GuestEnd { fd, cid: PRIVATE_CID })
             }
             ChannelKind::Serial => {
-                let (serial, fd) = serial::Serial::prepare()?;
+                let (serial, fd) = serial::SerialChannel::prepare()?;
                 (Connector::Serial(serial), GuestEnd { fd, cid: PRIVATE_CID })
             }
         };
         Ok((Self { connector, last_token: AtomicU64::new(0) }, end))
     }
 
-    /// The control stream: waits until the guest dials, for as long as that takes. To be called once.
+    /// Waits, without a deadline, until the guest dials the control stream. To be called once.
     pub(super) async fn accept_control(&self) -> Result<BoxedStream, ChannelError> {
         let mut stream = match &self.connector {
             Connector::KernelVsock(kernel) => kernel.accept().await?,
@@ -156,7 +159,8 @@ impl Channel {
         }
     }
 
-    /// Ends what serves the channel and removes its files; nothing of it is left when this returns.
+    /// Ends the channel's daemon, if there is one, and removes its files. Nothing of it is left when this
+    /// returns.
     pub(super) async fn close(&self) -> Result<(), ChannelError> {
         match &self.connector {
             Connector::KernelVsock(_) | Connector::Serial(_) | Connector::Silent { .. } => Ok(()),

@@ -1,44 +1,47 @@
-//! All streams as yamux over one virtio serial port.
+//! A channel that carries all streams as yamux over one virtio serial port.
 
-use std::collections::VecDeque;
-use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream as StdUnixStream;
-use std::pin::pin;
-use std::task::Poll;
+use std::{
+    collections::VecDeque,
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    pin::pin,
+    task::Poll,
+};
 
-use tokio::net::UnixStream;
-use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::{
+    net::UnixStream,
+    sync::{Mutex, mpsc, oneshot},
+};
 use tokio_util::compat::{FuturesAsyncReadCompatExt as _, TokioAsyncReadCompatExt as _};
 
 use super::{BoxedStream, ChannelError};
 
-/// Streams that may exist at once: three for each of a few dozen processes.
+/// The largest number of streams at once: three for each of a few dozen processes.
 const MAX_STREAMS: usize = 256;
 /// yamux gives every stream at least this window, bytes.
 const MIN_WINDOW: usize = 256 << 10;
 
 #[derive(Debug)]
-pub(super) struct Serial {
+pub(super) struct SerialChannel {
     control: Mutex<mpsc::Receiver<yamux::Stream>>,
     dial: mpsc::Sender<Dial>,
 }
 
 type Dial = oneshot::Sender<Result<yamux::Stream, yamux::ConnectionError>>;
 
-impl Serial {
+impl SerialChannel {
     /// Returns the end that QEMU inherits.
     pub(super) fn prepare() -> Result<(Self, OwnedFd), ChannelError> {
         let failed = |source| ChannelError::Host { action: "make a socket pair", source };
-        let (ours, qemus) = Self::silent()?;
+        let (ours, qemus) = Self::socket_pair()?;
         ours.set_nonblocking(true).map_err(failed)?;
         let ours = UnixStream::from_std(ours).map_err(failed)?;
         Ok((Self::over(ours), qemus))
     }
 
-    /// The two ends without anything that speaks on ours: yamux would at once, and a template would keep what it
-    /// heard, for all of its clones.
-    pub(super) fn silent() -> Result<(StdUnixStream, OwnedFd), ChannelError> {
+    /// The two ends, without yamux on the host's: yamux would send something at once, and all clones of a
+    /// template would inherit what the template has received.
+    pub(super) fn socket_pair() -> Result<(StdUnixStream, OwnedFd), ChannelError> {
         let failed = |source| ChannelError::Host { action: "make a socket pair", source };
         let (ours, qemus) = StdUnixStream::pair().map_err(failed)?;
         Ok((ours, qemus.into()))
@@ -76,7 +79,7 @@ fn closed() -> ChannelError {
     ChannelError::Closed(io::ErrorKind::ConnectionAborted.into())
 }
 
-/// Drives the connection until it ends, or until nobody dials and nobody uses a stream of it any more.
+/// Drives the connection until it ends, or until the dialling handle and all streams are dropped.
 async fn serve<S>(
     mut connection: yamux::Connection<S>,
     control: mpsc::Sender<yamux::Stream>,
@@ -99,7 +102,8 @@ async fn serve<S>(
         }
         loop {
             match connection.poll_next_inbound(cx) {
-                // Only the first is the control stream; any other that a guest opens is dropped, which resets it.
+                // Only the first is the control stream; any other that a guest opens is dropped, which resets
+                // it.
                 Poll::Ready(Some(Ok(stream))) => {
                     if let Some(control) = control.take() {
                         control.try_send(stream).ok();
@@ -118,8 +122,9 @@ async fn serve<S>(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
 
     /// A guest: dials one control stream, and echoes what comes on every stream that the host dials.
     fn guest(socket: UnixStream) -> oneshot::Receiver<yamux::Stream> {
@@ -142,7 +147,7 @@ mod tests {
     #[tokio::test]
     async fn both_sides_dial() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let serial = Serial::over(ours);
+        let serial = SerialChannel::over(ours);
         let mut theirs = guest(theirs).await.unwrap().compat();
         theirs.write_all(b"ready").await.unwrap();
         theirs.flush().await.unwrap();
@@ -164,7 +169,7 @@ mod tests {
     #[tokio::test]
     async fn the_end_of_the_vm_is_seen_by_all() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let serial = Serial::over(ours);
+        let serial = SerialChannel::over(ours);
         drop(theirs);
         assert!(matches!(serial.accept().await, Err(ChannelError::Closed(_))));
         assert!(matches!(serial.dial().await, Err(ChannelError::Closed(_))));
@@ -173,7 +178,7 @@ mod tests {
     #[tokio::test]
     async fn noise_instead_of_yamux_ends_the_channel() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let serial = Serial::over(ours);
+        let serial = SerialChannel::over(ours);
         theirs.write_all(&[0xff; 4096]).await.unwrap();
         assert!(matches!(serial.accept().await, Err(ChannelError::Closed(_))));
     }

@@ -6,30 +6,41 @@
 //!   <dir>/vsock/vm.vsock_1024  the host listens, the daemon dials for the guest
 //! ```
 
-use std::fs::{self, DirBuilder, File};
-use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt as _, chown};
-use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::{Path, PathBuf};
+use std::{
+    fs::{self, DirBuilder, File},
+    io,
+    os::{
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        unix::{
+            fs::{DirBuilderExt as _, chown},
+            net::UnixStream as StdUnixStream,
+        },
+    },
+    path::{Path, PathBuf},
+};
 
 use machinen_protocol::{STREAM_PORT, control_port};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Mutex;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{UnixListener, UnixStream},
+    sync::Mutex,
+};
 
 use super::{BoxedStream, ChannelError, PRIVATE_CID};
-use crate::process::{Child, Exit, Identity, Sandbox, Spawn, Stdio};
-use crate::sys;
-use crate::vm::capture::Capture;
+use crate::{
+    process::{Child, ProcessExit, RunAs, Sandbox, Spawn, Stdio},
+    sys,
+    vm::bounded_log::BoundedLog,
+};
 
 /// Longest answer to CONNECT that is read, bytes.
 const MAX_ANSWER: usize = 32;
 
-/// What the daemon holds of a stream for a host that does not read, bytes: as much as the guest's kernel lets a stream
-/// have on its way (vsock(7), SO_VM_SOCKETS_BUFFER_SIZE). With less the guest waits more often; with more it waits for
-/// ever, since the daemon says only after three quarters of this that it has taken something.
+/// Bytes of a stream that the daemon buffers for a host that does not read: as many as the guest's kernel
+/// allows in flight (vsock(7), SO_VM_SOCKETS_BUFFER_SIZE). With fewer the guest waits more often. With more
+/// the guest waits forever, since the daemon acknowledges data only when three quarters of its buffer have
+/// been used.
 const BUFFER: usize = 256 << 10;
 
 #[derive(Debug)]
@@ -39,11 +50,12 @@ pub(super) struct VhostUser {
     control: Mutex<Option<UnixListener>>,
 }
 
-/// The directory of the sockets, removed with what is in it.
+/// The directory of the sockets. Dropping this removes the directory.
 #[derive(Debug)]
 struct Sockets {
     path: PathBuf,
-    /// Sockets are addressed through it, because their paths may be too long for a socket address.
+    /// Sockets are addressed through this descriptor, because their paths may be too long for a socket
+    /// address.
     dir: File,
 }
 
@@ -52,16 +64,16 @@ impl VhostUser {
     pub(super) async fn prepare(
         program: &Path,
         dir: &Path,
-        identity: &Identity,
+        identity: &RunAs,
     ) -> Result<(Self, OwnedFd), ChannelError> {
         let failed = |action| move |source| ChannelError::Host { action, source };
         let sockets = Sockets::create(dir.join("vsock"), identity).map_err(failed("make a directory"))?;
         let control_name = format!("vm.vsock_{}", control_port(PRIVATE_CID));
         let control = UnixListener::bind(sockets.address(&control_name)).map_err(failed("listen"))?;
         let owned = chown(sockets.path.join(&control_name), Some(identity.uid), Some(identity.gid));
-        owned.map_err(failed("give a socket away"))?;
+        owned.map_err(failed("change the owner of a socket"))?;
 
-        let created = Created::watch(&sockets.path).map_err(failed("watch a directory"))?;
+        let created = CreationWatch::watch(&sockets.path).map_err(failed("watch a directory"))?;
         let (stderr, stderr_writer) = io::pipe().map_err(failed("make a pipe"))?;
         let daemon = Spawn::new(program)
             .args([
@@ -77,13 +89,13 @@ impl VhostUser {
             .map_err(ChannelError::Daemon)?;
         let stderr =
             tokio::net::unix::pipe::Receiver::from_owned_fd(stderr.into()).map_err(failed("read a pipe"))?;
-        let printed = Capture::default();
+        let printed = BoundedLog::default();
         let reading = tokio::spawn(printed.clone().read(stderr, None));
 
         let connection = tokio::select! {
             connection = created.connect(&sockets, "vhost.sock") => connection.map_err(failed("connect to the daemon"))?,
             exit = daemon.exited() => {
-                // Its last words are complete when the pipe has ended.
+                // The daemon's error messages are complete when the pipe has ended.
                 reading.await.ok();
                 return Err(ended(exit, &printed));
             }
@@ -91,7 +103,7 @@ impl VhostUser {
         Ok((Self { daemon, sockets, control: Mutex::new(Some(control)) }, connection.into()))
     }
 
-    /// The first connection is the control stream; the listener goes with it.
+    /// Accepts the first connection as the control stream, and closes the listener.
     pub(super) async fn accept(&self) -> Result<BoxedStream, ChannelError> {
         let failed = |source| ChannelError::Host { action: "accept a stream", source };
         let mut slot = self.control.lock().await;
@@ -118,12 +130,13 @@ impl VhostUser {
     }
 }
 
-fn ended(exit: Exit, printed: &Capture) -> ChannelError {
+fn ended(exit: ProcessExit, printed: &BoundedLog) -> ChannelError {
     let text = printed.excerpt();
     ChannelError::DaemonEnded(if text.is_empty() { exit.to_string() } else { format!("{exit}: {text}") })
 }
 
-/// Asks the daemon for the guest's stream port. The answer is read byte by byte: the guest's own follow it.
+/// Asks the daemon for the guest's stream port. The answer is read byte by byte, because bytes of the guest
+/// may follow it.
 async fn connect(stream: &mut UnixStream) -> io::Result<()> {
     stream.write_all(format!("CONNECT {STREAM_PORT}\n").as_bytes()).await?;
     let mut answer = Vec::new();
@@ -140,7 +153,7 @@ async fn connect(stream: &mut UnixStream) -> io::Result<()> {
 }
 
 impl Sockets {
-    fn create(path: PathBuf, identity: &Identity) -> io::Result<Self> {
+    fn create(path: PathBuf, identity: &RunAs) -> io::Result<Self> {
         DirBuilder::new().mode(0o700).create(&path)?;
         let sockets = File::open(&path).map(|dir| Self { path: path.clone(), dir });
         let owned = sockets.and_then(|sockets| {
@@ -174,13 +187,13 @@ impl Drop for Sockets {
     }
 }
 
-/// Tells when files appear in a directory.
-struct Created {
+/// Reports when files appear in a directory.
+struct CreationWatch {
     inotify: Inotify,
     ready: tokio::io::unix::AsyncFd<OwnedFd>,
 }
 
-impl Created {
+impl CreationWatch {
     fn watch(dir: &Path) -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
         inotify.add_watch(dir, AddWatchFlags::IN_CREATE)?;
@@ -201,7 +214,7 @@ impl Created {
                 Err(error) => return Err(error.into()),
             }
         }
-        // The file appears at bind(2). That listen(2), the call after it, has been made is told by no event.
+        // The file appears at bind(2). No event reports the listen(2) that follows.
         loop {
             match StdUnixStream::connect(sockets.address(name)) {
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
@@ -217,8 +230,8 @@ impl Created {
 mod tests {
     use super::*;
 
-    fn myself() -> Identity {
-        Identity { uid: nix::unistd::getuid().as_raw(), gid: nix::unistd::getgid().as_raw(), groups: vec![] }
+    fn myself() -> RunAs {
+        RunAs { uid: nix::unistd::getuid().as_raw(), gid: nix::unistd::getgid().as_raw(), groups: vec![] }
     }
 
     #[tokio::test]
@@ -227,7 +240,7 @@ mod tests {
         let deep = dir.path().join("d".repeat(120));
         fs::create_dir(&deep).unwrap();
         let sockets = Sockets::create(deep.join("vsock"), &myself()).unwrap();
-        let created = Created::watch(&sockets.path).unwrap();
+        let created = CreationWatch::watch(&sockets.path).unwrap();
         let (connected, listener) = tokio::join!(created.connect(&sockets, "a"), async {
             File::create(sockets.path.join("other")).unwrap();
             UnixListener::bind(sockets.address("a")).unwrap()
@@ -261,7 +274,7 @@ mod tests {
     #[tokio::test]
     async fn a_daemon_that_ends_is_quoted_and_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let identity = Identity { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![] };
+        let identity = RunAs { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![] };
         let script = dir.path().join("daemon");
         fs::write(&script, "#!/bin/sh\necho out of luck >&2\nexit 4\n").unwrap();
         fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();

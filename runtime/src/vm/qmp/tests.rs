@@ -1,7 +1,9 @@
-//! The monitor client against a peer that the test scripts.
+//! The monitor client against a scripted peer.
 
-use std::io::{Read as _, Write as _};
-use std::os::unix::net::UnixStream as StdUnixStream;
+use std::{
+    io::{Read as _, Write as _},
+    os::unix::net::UnixStream as StdUnixStream,
+};
 
 use tokio::io::AsyncWriteExt as _;
 
@@ -38,17 +40,17 @@ async fn commands_answers_and_events() {
 {"return": {"a": 1}, "id": $ID}"#;
     let refusal = r#"{"error": {"class": "GenericError", "desc": "no such thing"}, "id": $ID}"#;
     let client = async {
-        let (qmp, mut heard) = Qmp::connect(ours).await.unwrap();
+        let (qmp, mut received) = Qmp::connect(ours).await.unwrap();
         assert_eq!(qmp.version().to_string(), "7.2.22");
         let answer = qmp.execute("query", json!({ "x": [1] })).await.unwrap();
         assert_eq!(answer, json!({ "a": 1 }));
         let error = qmp.execute("device_del", json!({})).await.unwrap_err();
         assert_eq!(error.to_string(), "QEMU refused device_del: no such thing (GenericError)");
-        assert_eq!(heard.recv().await, Ok(Event::DeviceDeleted("disk-1".into())));
-        let shutdown = Event::Shutdown { guest: true, reason: "guest-reset".into() };
-        assert_eq!(heard.recv().await, Ok(shutdown));
+        assert_eq!(received.recv().await, Ok(QmpEvent::DeviceDeleted("disk-1".into())));
+        let shutdown = QmpEvent::Shutdown { guest: true, reason: "guest-reset".into() };
+        assert_eq!(received.recv().await, Ok(shutdown));
         assert!(matches!(qmp.execute("quit", json!({})).await, Err(QmpError::Closed)));
-        assert_eq!(heard.recv().await, Err(broadcast::error::RecvError::Closed));
+        assert_eq!(received.recv().await, Err(broadcast::error::RecvError::Closed));
     };
     let answers = [OK, events, refusal];
     let ((), commands) = tokio::join!(client, qemu(theirs, GREETING, &answers));
@@ -66,8 +68,8 @@ async fn an_old_qemu_is_named() {
 }
 
 #[tokio::test]
-async fn what_is_no_greeting_is_an_error() {
-    for (greeting, expected) in [("{}", "no greeting"), ("hello", "not QMP")] {
+async fn a_first_message_that_is_not_a_greeting_is_an_error() {
+    for (greeting, expected) in [("{}", "not a greeting"), ("hello", "not QMP")] {
         let (ours, theirs) = StdUnixStream::pair().unwrap();
         let (connected, _) = tokio::join!(Qmp::connect(ours), qemu(theirs, greeting, &[]));
         let error = connected.unwrap_err();
@@ -97,8 +99,9 @@ async fn a_descriptor_travels_with_its_command() {
         assert!(buffer[..count].ends_with(b"\n"));
         theirs.write_all(OK.replace("$ID", "0\n").replace("\n}", "}\n").as_bytes()).unwrap();
 
-        use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
         use std::os::fd::AsRawFd as _;
+
+        use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
         let mut control = nix::cmsg_space!([std::os::fd::RawFd; 4]);
         let mut slices = [io::IoSliceMut::new(&mut buffer)];
         let message =

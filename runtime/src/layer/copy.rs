@@ -1,11 +1,12 @@
-//! What a container has written, once more for another container: copied on the host, from snapshot to snapshot.
+//! Copies what a container has written for another container, on the host, from snapshot to snapshot.
 //!
 //! ```text
-//!   directory   only an export exchanges it: copied beside the new snapshot's, exchanged; it must have been the same all along
-//!   disk        the container writes to it: copied while that is paused
+//!   directory   only exports replace it: copied to a staging directory; it must not be replaced meanwhile
+//!   disk        the container writes to it: copied while the container is paused
 //! ```
-//! cp(1) does it, since it shares blocks where the file system can (reflink), and keeps holes where it cannot. It reads what
-//! the host has made itself of the guest's archive, or the bytes of a disk; no file system of a guest's is mounted.
+//! cp(1) makes the copy, since it shares blocks where the file system can (reflink), and keeps holes where it
+//! cannot. It reads files that the host has made from the guest's archive, or the bytes of a disk. No file
+//! system that a guest has written is mounted.
 
 use std::{
     fs, io,
@@ -13,40 +14,41 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{LayerError, Place, Target};
+use super::{LayerError, LayerTarget, StagingDir};
 use crate::process;
 
 const CP: [&str; 6] =
     ["--no-dereference", "--recursive", "--no-target-directory", "--reflink=auto", "--sparse=auto", "--"];
 const ALL_ATTRIBUTES: &str = "--preserve=mode,ownership,timestamps,links,xattr";
 
-/// Which directory a layer is, of all that have had its name.
+/// Identifies the directory of a layer among all directories that have had its path.
 ///
 /// # Errors
-/// It is not there.
+/// The directory does not exist.
 pub fn identity(dir: &Path) -> Result<String, LayerError> {
-    let metadata = fs::metadata(dir).map_err(place("look at", dir))?;
-    // Numbers of inodes are used again; a directory that was exchanged is not changed after that.
+    let metadata = fs::metadata(dir).map_err(staging_error("look at", dir))?;
+    // Inode numbers are reused, so the time of the last change is included. It does not change after an
+    // exchange.
     Ok(format!("{}-{}.{:09}", metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
 }
 
-/// Where two snapshots have what their containers write.
+/// A copy of what one container has written to the snapshot of another.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Twins {
-    Directories { from: Target, to: Target },
+pub enum LayerCopy {
+    Directories { from: LayerTarget, to: LayerTarget },
     Disks { from: PathBuf, to: PathBuf },
 }
 
-impl Twins {
-    /// The writes of the container must not go on meanwhile.
+impl LayerCopy {
+    /// Whether the container must not write while the copy is made.
     pub fn is_live(&self) -> bool {
         matches!(self, Self::Disks { .. })
     }
 
-    /// Makes the new one equal to the old one, whose identity a checkpoint has told. Blocks.
+    /// Makes the copy. `identity` is the identity of the source that its checkpoint has recorded. Blocks.
     ///
     /// # Errors
-    /// It is not that one any more; no space; cp is missing.
+    /// The source has another identity by now, there is no space, or cp is missing.
     pub fn copy(&self, identity: Option<&str>) -> Result<(), LayerError> {
         match self {
             Self::Directories { from, to } => copy_directory(from.path(), to.path(), identity),
@@ -61,10 +63,10 @@ fn copy_directory(from: &Path, to: &Path, expected: Option<&str>) -> Result<(), 
         _ => Err(LayerError::Exchanged { path: from.to_owned() }),
     };
     unchanged()?;
-    let place = Place::beside(to)?;
-    run_cp(&[ALL_ATTRIBUTES], from, &place.fresh_path())?;
+    let staging = StagingDir::next_to(to)?;
+    run_cp(&[ALL_ATTRIBUTES], from, &staging.fresh_path())?;
     unchanged()?;
-    place.exchange().map(drop)
+    staging.exchange().map(drop)
 }
 
 fn run_cp(more: &[&str], from: &Path, to: &Path) -> Result<(), LayerError> {
@@ -73,7 +75,7 @@ fn run_cp(more: &[&str], from: &Path, to: &Path) -> Result<(), LayerError> {
     ran.map(drop).map_err(|source| LayerError::Copy { path: from.to_owned(), source })
 }
 
-fn place(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> LayerError {
+fn staging_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> LayerError {
     let path = path.to_owned();
-    move |source| LayerError::Place { action, path, source }
+    move |source| LayerError::Staging { action, path, source }
 }

@@ -1,36 +1,43 @@
-//! A read-only mount of a root file system that has no place in the file system tree.
+//! A read-only mount of a root file system, which is not attached to the file system tree.
 //!
-//! The mount is made in a mount namespace of one short-lived thread, and a detached copy of it is taken before the
-//! thread ends. The copy lives as long as its descriptor: there is nothing to unmount, whoever is killed and when.
-//! Source: mount(2), open_tree(2), mount_namespaces(7), Documentation/filesystems/overlayfs.
+//! The mount is made in a mount namespace of one short-lived thread, and a detached copy of it is taken
+//! before the thread ends. The copy exists as long as its descriptor, so nothing has to be unmounted, not
+//! even after a kill. Source: mount(2), open_tree(2), mount_namespaces(7),
+//! Documentation/filesystems/overlayfs.
 
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::{io, thread};
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    thread,
+};
 
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
-use rustix::fs::{CWD, Mode, OFlags, open};
-use rustix::mount::{OpenTreeFlags, open_tree};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+use rustix::{
+    fs::{CWD, Mode, OFlags, open},
+    mount::{OpenTreeFlags, open_tree},
+};
 
-use super::RootdiskError;
-use super::tree::lossy;
+use super::{RootdiskError, tree::lossy};
 
 /// The mount; files are opened below its descriptor.
 #[derive(Debug)]
-pub(super) struct View {
+pub(super) struct SourceMount {
     root: OwnedFd,
     /// The source, for messages.
     name: PathBuf,
 }
 
-impl AsFd for View {
+impl AsFd for SourceMount {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.root.as_fd()
     }
 }
 
-impl View {
+impl SourceMount {
     /// A directory without what is mounted below it.
     pub(super) fn of_dir(dir: &Path) -> Result<Self, RootdiskError> {
         Self::mounted(dir, |target| {
@@ -47,15 +54,16 @@ impl View {
     pub(super) fn of_layers(layers: &[&Path]) -> Result<Self, RootdiskError> {
         let name = match layers {
             [] => return Err(RootdiskError::NoLayers),
-            // An overlay needs two. What only an overlay hides, marks in a layer with nothing below it, means nothing
-            // and is hidden by the overlay that the guest makes of the disk.
+            // An overlay needs two layers. A single layer has nothing below it that its marks could hide, and
+            // the overlay that the guest makes of the disk hides the marks themselves.
             [dir] => return Self::of_dir(dir),
             [top, ..] => *top,
         };
         Self::mounted(name, |target| {
-            // The mount's options are limited to a page. Descriptors are short names whatever the paths are, so the
-            // kernel's limit of 500 layers fits; the colons and commas that paths may have do not matter either.
-            // They are opened here because the layers of an overlay must be in the caller's mount namespace.
+            // The mount's options are limited to a page. Descriptors are short names whatever the paths are,
+            // so the kernel's limit of 500 layers fits; the colons and commas that paths may have do not
+            // matter either. They are opened here because the layers of an overlay must be in the caller's
+            // mount namespace.
             let dirs = layers.iter().map(|dir| {
                 open(*dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
                     .map_err(|error| failed("open the layer", dir, error.into()))
@@ -72,7 +80,8 @@ impl View {
         })
     }
 
-    /// A directory that has nothing but `upper`, which is `dir`: the tree of a writable layer that holds `dir`'s files.
+    /// A directory that has only `upper`, which is `dir`: the tree of a writable layer with the files of
+    /// `dir`.
     pub(super) fn of_upper(dir: &Path) -> Result<Self, RootdiskError> {
         Self::mounted(dir, |target| {
             let none = None::<&str>;
@@ -89,7 +98,7 @@ impl View {
         })
     }
 
-    /// Runs `make` to mount something at the path that it is given.
+    /// Calls `make` to mount something at a path, and returns a detached copy of that mount.
     fn mounted(
         name: &Path,
         make: impl FnOnce(&Path) -> Result<(), RootdiskError> + Send,
@@ -101,7 +110,7 @@ impl View {
                 mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
             };
             prepare().map_err(|error| failed("make a mount namespace for a view of", name, error.into()))?;
-            // Only this thread sees that something else is there now.
+            // Only this thread sees the new mount, because it has a mount namespace of its own.
             let target = Path::new("/proc");
             make(target)?;
             let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
@@ -112,7 +121,7 @@ impl View {
         Ok(Self { root, name: name.to_owned() })
     }
 
-    /// A descriptor for a child process.
+    /// Duplicates the descriptor, for a child process.
     pub(super) fn share(&self) -> Result<OwnedFd, RootdiskError> {
         self.root.try_clone().map_err(|error| failed("share the view of", &self.name, error))
     }
@@ -124,7 +133,8 @@ impl View {
         full
     }
 
-    /// Opens a file or directory of the tree for reading. Not for devices: opening those does things.
+    /// Opens a file or directory of the tree for reading. Not for devices, since opening them has side
+    /// effects.
     pub(super) fn open(&self, path: &[u8]) -> Result<OwnedFd, RootdiskError> {
         let path_or_root: &[u8] = if path.is_empty() { b"." } else { path };
         open_in(self, path_or_root).map_err(|error| self.error("open", path, error))
@@ -148,5 +158,5 @@ pub(super) fn open_in(dir: impl AsFd, name: &[u8]) -> rustix::io::Result<OwnedFd
 }
 
 fn failed(action: &'static str, path: &Path, source: io::Error) -> RootdiskError {
-    RootdiskError::View { action, path: path.to_owned(), source }
+    RootdiskError::Mount { action, path: path.to_owned(), source }
 }

@@ -1,4 +1,4 @@
-//! The digest of a file's content, blind to where it has holes.
+//! The digest of a file's content, which does not depend on where the file has holes.
 
 use sha2::{Digest as _, Sha256};
 
@@ -6,21 +6,21 @@ use super::ext4::BLOCK;
 
 /// Digest of the blocks that are not all zeros.
 ///
-/// A block of zeros and a hole are the same on the disk, so they are the same here. Every run of other blocks is
-/// followed by its place and length, from which the runs can be told apart, read from the end.
-pub(super) struct Content {
+/// A block of zeros and a hole are the same on the disk, so they are the same here. Every run of other blocks
+/// is followed by its offset and length, so that different files never give the same input.
+pub(super) struct FileDigest {
     digest: Sha256,
     start: u64,
     length: u64,
 }
 
-impl Content {
+impl FileDigest {
     pub(super) fn new() -> Self {
         Self { digest: Sha256::new(), start: 0, length: 0 }
     }
 
-    /// Adds data at a byte offset that is a multiple of the block size; offsets only grow. Only the last piece may
-    /// end in the middle of a block.
+    /// Adds data at a byte offset that is a multiple of the block size; offsets only grow. Only the last
+    /// piece may end in the middle of a block.
     pub(super) fn update(&mut self, offset: u64, data: &[u8]) {
         let zero = |block: &[u8]| block[0] == 0 && block == &[0; BLOCK][..block.len()];
         let mut from = 0;
@@ -58,11 +58,12 @@ impl Content {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
 
+    use super::*;
+
     fn whole(data: &[u8]) -> [u8; 32] {
-        let mut content = Content::new();
+        let mut content = FileDigest::new();
         content.update(0, data);
         content.finish()
     }
@@ -76,13 +77,13 @@ mod tests {
             let mut data: Vec<u8> = blocks.iter().flat_map(|&byte| [byte; BLOCK]).collect();
             data.extend(std::iter::repeat_n(1, tail));
             let cut = (cut * BLOCK).min(blocks.len() * BLOCK);
-            let mut pieces = Content::new();
+            let mut pieces = FileDigest::new();
             for (index, block) in data.chunks(BLOCK).enumerate() {
                 if block.iter().any(|&byte| byte != 0) {
                     pieces.update((index * BLOCK) as u64, block);
                 }
             }
-            let mut halves = Content::new();
+            let mut halves = FileDigest::new();
             halves.update(0, &data[..cut]);
             halves.update(cut as u64, &data[cut..]);
             prop_assert_eq!(whole(&data), pieces.finish());
@@ -91,10 +92,10 @@ mod tests {
     }
 
     #[test]
-    fn place_counts() {
+    fn the_offset_counts() {
         let block = [1; BLOCK];
         let at = |offset: usize| {
-            let mut content = Content::new();
+            let mut content = FileDigest::new();
             content.update((offset * BLOCK) as u64, &block);
             content.finish()
         };

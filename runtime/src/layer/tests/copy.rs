@@ -1,24 +1,25 @@
-//! A layer that is copied for another container.
+//! Tests of copying a layer for another container.
 
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, symlink};
 
 use rustix::fs::{CWD, FileType, Mode, XattrFlags, getxattr, mknodat, setxattr};
 
 use super::*;
-use crate::layer::{Target, Twins, identity};
+use crate::layer::{LayerCopy, LayerTarget, identity};
 
-fn twins(dir: &Path) -> (PathBuf, PathBuf, Twins) {
+fn layers(dir: &Path) -> (PathBuf, PathBuf, LayerCopy) {
     let (from, to) = (dir.join("1/fs"), dir.join("2/fs"));
     fs::create_dir_all(&from).unwrap();
     fs::create_dir_all(&to).unwrap();
-    let twins = Twins::Directories { from: Target::Upper(from.clone()), to: Target::Upper(to.clone()) };
-    (from, to, twins)
+    let layers =
+        LayerCopy::Directories { from: LayerTarget::Upper(from.clone()), to: LayerTarget::Upper(to.clone()) };
+    (from, to, layers)
 }
 
 #[test]
 fn everything_of_a_layer_is_copied_and_nothing_is_shared() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    let (from, to, twins) = twins(dir.path());
+    let (from, to, layers) = layers(dir.path());
     fs::create_dir(from.join("sub")).unwrap();
     setxattr(from.join("sub"), "trusted.overlay.opaque", b"y", XattrFlags::empty()).unwrap();
     fs::write(from.join("sub/file"), "written").unwrap();
@@ -28,7 +29,7 @@ fn everything_of_a_layer_is_copied_and_nothing_is_shared() {
     File::create(from.join("holes")).unwrap().set_len(64 << 20).unwrap();
     fs::set_permissions(&from, fs::Permissions::from_mode(0o1701)).unwrap();
     fs::write(to.join("before"), "").unwrap();
-    twins.copy(Some(&identity(&from).unwrap())).unwrap();
+    layers.copy(Some(&identity(&from).unwrap())).unwrap();
     assert!(!to.join("before").exists());
     assert_eq!(fs::read_to_string(to.join("sub/file")).unwrap(), "written");
     let inode = |path: PathBuf| fs::symlink_metadata(path).unwrap().ino();
@@ -41,19 +42,19 @@ fn everything_of_a_layer_is_copied_and_nothing_is_shared() {
     assert_eq!(fs::metadata(&to).unwrap().permissions().mode() & 0o7777, 0o1701);
     let mut value = [0; 8];
     assert_eq!(getxattr(to.join("sub"), "trusted.overlay.opaque", &mut value[..]).unwrap(), 1);
-    assert_eq!(fs::read_dir(dir.path().join("2")).unwrap().count(), 1, "something is left beside it");
+    assert_eq!(fs::read_dir(dir.path().join("2")).unwrap().count(), 1, "something is left next to it");
 }
 
 #[test]
 fn another_layer_than_the_checkpoints_is_refused() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    let (from, to, twins) = twins(dir.path());
+    let (from, to, layers) = layers(dir.path());
     let then = identity(&from).unwrap();
     fs::write(to.join("before"), "").unwrap();
     fs::rename(&from, dir.path().join("old")).unwrap();
     fs::create_dir(&from).unwrap();
-    for told in [Some(then.as_str()), None] {
-        assert!(matches!(twins.copy(told), Err(LayerError::Exchanged { .. })));
+    for recorded in [Some(then.as_str()), None] {
+        assert!(matches!(layers.copy(recorded), Err(LayerError::Exchanged { .. })));
     }
     assert!(to.join("before").exists());
     assert_eq!(fs::read_dir(dir.path().join("2")).unwrap().count(), 1);
@@ -68,9 +69,9 @@ fn a_disk_is_copied_in_place() {
     std::os::unix::fs::FileExt::write_all_at(&disk, b"data", 1 << 20).unwrap();
     fs::write(&to, "other").unwrap();
     let inode = fs::metadata(&to).unwrap().ino();
-    let twins = Twins::Disks { from: from.clone(), to: to.clone() };
-    assert!(twins.is_live());
-    twins.copy(None).unwrap();
+    let layers = LayerCopy::Disks { from: from.clone(), to: to.clone() };
+    assert!(layers.is_live());
+    layers.copy(None).unwrap();
     let copy = fs::metadata(&to).unwrap();
     assert_eq!((copy.ino(), copy.len()), (inode, 64 << 20));
     assert!(copy.blocks() < 1024, "the holes are filled: {} blocks", copy.blocks());

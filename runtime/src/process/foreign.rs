@@ -1,4 +1,4 @@
-//! Ending a process that is not our child.
+//! Ends processes that are not children of this one.
 
 use std::{io, os::fd::AsFd as _, time::Duration};
 
@@ -9,13 +9,15 @@ use nix::{
 
 use crate::sys;
 
-/// Kills the process `pid` if `is_ours` says so, and waits until it has ended; one that does not exist is fine.
+/// Kills the process `pid` if `is_ours` confirms that it is the right one, and waits until it has ended. It
+/// is not an error if there is no such process.
 ///
-/// The question is asked when the process is already held by a pidfd, so a recycled pid cannot slip in between.
+/// A pidfd refers to the process before `is_ours` is called, so another process that gets the same pid is
+/// never killed.
 ///
 /// # Errors
 /// The kernel refuses, or the process has not ended within `deadline`.
-pub fn end_stranger(pid: u32, is_ours: impl FnOnce() -> bool, deadline: Duration) -> io::Result<()> {
+pub fn kill_foreign(pid: u32, is_ours: impl FnOnce() -> bool, deadline: Duration) -> io::Result<()> {
     let pidfd = match sys::pidfd::open(pid) {
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
         result => result?,
@@ -42,12 +44,12 @@ mod tests {
     use crate::process::Spawn;
 
     #[tokio::test]
-    async fn only_what_is_ours_is_ended() {
+    async fn only_the_right_process_is_killed() {
         let child = Spawn::new("sleep").args(["100"]).start().unwrap();
-        end_stranger(child.pid(), || false, Duration::from_secs(5)).unwrap();
+        kill_foreign(child.pid(), || false, Duration::from_secs(5)).unwrap();
         assert_eq!(child.try_exit(), None);
-        end_stranger(child.pid(), || true, Duration::from_secs(5)).unwrap();
-        assert_eq!(child.exited().await, crate::process::Exit::Signal(libc::SIGKILL));
-        end_stranger(child.pid(), || true, Duration::from_secs(5)).unwrap();
+        kill_foreign(child.pid(), || true, Duration::from_secs(5)).unwrap();
+        assert_eq!(child.exited().await, crate::process::ProcessExit::Signal(libc::SIGKILL));
+        kill_foreign(child.pid(), || true, Duration::from_secs(5)).unwrap();
     }
 }

@@ -1,4 +1,4 @@
-//! Where a new layer is made, and how it takes the place of the old one: at once, or not at all.
+//! The staging directory, in which a new layer is made, and the atomic exchange with the old layer.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -19,30 +19,30 @@ use super::{LayerError, apply::directory_flags};
 
 const FRESH: &str = "fresh";
 
-/// A directory beside a layer, on the same file system, that only root can enter; removed with all that is in it when this
-/// is dropped.
+/// A directory next to a layer, on the same file system, which only root can enter. Dropping it removes it
+/// and its content.
 #[derive(Debug)]
-pub struct Place {
+pub struct StagingDir {
     target: PathBuf,
     dir: PathBuf,
     fresh: OwnedFd,
 }
 
-impl Place {
-    /// Makes the empty directory that will be exchanged with `target`, which must be there.
+impl StagingDir {
+    /// Makes the empty directory that will be exchanged with `target`, which must exist.
     ///
     /// # Errors
-    /// It cannot be made.
-    pub fn beside(target: &Path) -> Result<Self, LayerError> {
+    /// The directory cannot be made.
+    pub fn next_to(target: &Path) -> Result<Self, LayerError> {
         let (parent, prefix) = parts(target);
         let made = tempfile::Builder::new().prefix(&prefix).tempdir_in(parent);
-        let made = made.map_err(|source| LayerError::Place {
+        let made = made.map_err(|source| LayerError::Staging {
             action: "make a directory in",
             path: parent.into(),
             source,
         })?;
         let path = made.path().join(FRESH);
-        let failed = |source: io::Error| LayerError::Place {
+        let failed = |source: io::Error| LayerError::Staging {
             action: "make the directory",
             path: path.clone(),
             source,
@@ -57,59 +57,61 @@ impl Place {
         self.fresh.as_fd()
     }
 
-    /// Where that is.
+    /// The path of the directory to fill.
     pub fn fresh_path(&self) -> PathBuf {
         self.dir.join(FRESH)
     }
 
-    /// The layer that is there now.
+    /// Opens the current layer.
     ///
     /// # Errors
     /// It cannot be opened.
     pub fn current(&self) -> Result<OwnedFd, LayerError> {
-        open(&self.target, directory_flags(), Mode::empty()).map_err(|errno| LayerError::Place {
+        open(&self.target, directory_flags(), Mode::empty()).map_err(|errno| LayerError::Staging {
             action: "open",
             path: self.target.clone(),
             source: errno.into(),
         })
     }
 
-    /// Puts the directory in the layer's place.
+    /// Exchanges the directory with the layer.
     ///
     /// # Errors
-    /// The old layer is still there then.
-    pub fn exchange(self) -> Result<Replaced, LayerError> {
+    /// The exchange is not possible. The old layer is still in place.
+    pub fn exchange(self) -> Result<PreviousLayer, LayerError> {
         let fresh = self.dir.join(FRESH);
         match renameat_with(CWD, &fresh, CWD, &self.target, RenameFlags::EXCHANGE) {
-            Ok(()) => Ok(Replaced { _old: self }),
+            Ok(()) => Ok(PreviousLayer { _old: self }),
             Err(Errno::BUSY | Errno::XDEV) => Err(LayerError::MountPoint { path: self.target.clone() }),
-            Err(errno) => {
-                Err(LayerError::Place { action: "replace", path: self.target.clone(), source: errno.into() })
-            }
+            Err(errno) => Err(LayerError::Staging {
+                action: "replace",
+                path: self.target.clone(),
+                source: errno.into(),
+            }),
         }
     }
 }
 
-impl Drop for Place {
+impl Drop for StagingDir {
     fn drop(&mut self) {
         remove(&self.dir);
     }
 }
 
-/// A layer that has been replaced. Dropping it removes the old one.
+/// A layer that has been replaced. Dropping it removes the files of the old layer.
 #[derive(Debug)]
-pub struct Replaced {
-    _old: Place,
+pub struct PreviousLayer {
+    _old: StagingDir,
 }
 
-impl Replaced {
-    /// Returns when the new layer has reached the medium.
+impl PreviousLayer {
+    /// Returns when the new layer is on stable storage.
     ///
     /// # Errors
-    /// Those of the medium.
+    /// The layer cannot be written back.
     pub fn sync(&self) -> Result<(), LayerError> {
-        let Place { target, fresh, .. } = &self._old;
-        let failed = |errno: Errno| LayerError::Place {
+        let StagingDir { target, fresh, .. } = &self._old;
+        let failed = |errno: Errno| LayerError::Staging {
             action: "write back",
             path: target.clone(),
             source: errno.into(),
@@ -121,16 +123,16 @@ impl Replaced {
     }
 }
 
-/// Removes what exports to `target` left when they were killed. None may be under way.
+/// Removes what killed exports to `target` have left. No export to it may be running.
 ///
 /// # Errors
 /// The directory cannot be listed.
 pub fn sweep(target: &Path) -> Result<(), LayerError> {
     let (parent, prefix) = parts(target);
-    let failed = |source| LayerError::Place { action: "list", path: parent.to_owned(), source };
+    let failed = |source| LayerError::Staging { action: "list", path: parent.to_owned(), source };
     for entry in fs::read_dir(parent).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name();
-        // What follows is random and has no dash: the rest of a neighbour's longer name would.
+        // The rest of the name is random and has no dash, unlike the rest for a layer with a longer name.
         if name.as_bytes().strip_prefix(prefix.as_bytes()).is_some_and(|rest| !rest.contains(&b'-')) {
             remove(&parent.join(name));
         }

@@ -1,42 +1,47 @@
 //! A bounded record of what an untrusted program prints, which is always read to its end.
 //!
-//! The guest's console and QEMU's stderr must neither block their writer nor fill the host's disk or memory: the first
-//! and the last [`KEPT`] bytes are kept, and how many are missing between them is said.
+//! The guest's console and QEMU's stderr must neither block their writer nor fill the host's disk or memory.
+//! So only the first and the last [`KEPT`] bytes are kept, with the number of bytes that were left out
+//! between them.
 
-use std::collections::VecDeque;
-use std::fs::File;
-use std::io::{self, Write as _};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    collections::VecDeque,
+    fs::File,
+    io::{self, Write as _},
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
-/// Bytes kept of the beginning, and again of the end.
+/// Bytes that are kept of the beginning, and as many of the end.
 const KEPT: usize = 64 << 10;
-/// Bytes that are searched for an excerpt, and lines and bytes that it has at most.
+/// Bytes at the end that are searched for an excerpt, and the largest number of lines and bytes of an
+/// excerpt.
 const SEARCHED: usize = 16 << 10;
 const EXCERPT_LINES: usize = 12;
 const EXCERPT_BYTES: usize = 2 << 10;
-/// What the guest kernel prints in the middle of the matter; the call trace after it is long.
+/// The guest kernel's panic message: its cause is printed before it, a long call trace after it.
 const PANIC: &str = "Kernel panic - not syncing";
-/// Lines of an excerpt that are after the panic.
+/// Lines after the panic message that an excerpt includes.
 const AFTER_PANIC: usize = 2;
 
-/// Shared by the task that reads and those that quote.
+/// The record, shared between the task that reads the output and those that quote it.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Capture(Arc<Mutex<Kept>>);
+pub(super) struct BoundedLog(Arc<Mutex<KeptBytes>>);
 
 #[derive(Debug, Default)]
-struct Kept {
+struct KeptBytes {
     head: Vec<u8>,
     tail: VecDeque<u8>,
     dropped: u64,
 }
 
-impl Capture {
-    /// Reads `source` to its end. What fits is written to `log` at once, and the rest when the source ends.
+impl BoundedLog {
+    /// Reads `source` to its end. The first bytes are written to `log` at once, the kept last ones when the
+    /// source ends.
     ///
     /// # Errors
-    /// The log cannot be written; the source has been read to its end all the same.
+    /// The log cannot be written. The source has been read to its end nevertheless.
     pub(super) async fn read(
         self,
         mut source: impl AsyncRead + Unpin,
@@ -45,7 +50,7 @@ impl Capture {
         let mut buffer = vec![0; 4096];
         let mut outcome = Ok(());
         loop {
-            // A source that fails has nothing more to say, just as one that ended.
+            // A source that fails is treated as one that has ended.
             let count = source.read(&mut buffer).await.unwrap_or(0);
             if count == 0 {
                 break;
@@ -61,20 +66,21 @@ impl Capture {
         outcome
     }
 
-    /// The last lines, or those around a kernel panic, as text fit for an error message; empty if nothing was printed.
+    /// The last lines, or those around a kernel panic, as text fit for an error message; empty if nothing was
+    /// printed.
     pub(super) fn excerpt(&self) -> String {
         let kept = self.lock();
         let bytes: Vec<u8> = kept.head.iter().chain(&kept.tail).copied().collect();
         excerpt(&bytes)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Kept> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, KeptBytes> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Kept {
-    /// Returns how many of the bytes went to the head.
+impl KeptBytes {
+    /// Returns how many of the bytes are part of the head.
     fn push(&mut self, bytes: &[u8]) -> usize {
         let head = bytes.len().min(KEPT - self.head.len());
         self.head.extend_from_slice(&bytes[..head]);
@@ -85,7 +91,7 @@ impl Kept {
         head
     }
 
-    /// What belongs after the head.
+    /// The bytes to log after the head.
     fn end(&mut self) -> Vec<u8> {
         let mut end = Vec::new();
         if self.dropped > 0 {
@@ -117,15 +123,15 @@ fn excerpt(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
 
-    async fn captured(bytes: &[u8]) -> (Capture, Vec<u8>) {
-        let capture = Capture::default();
+    async fn captured(bytes: &[u8]) -> (BoundedLog, Vec<u8>) {
+        let bounded_log = BoundedLog::default();
         let file = tempfile::NamedTempFile::new().unwrap();
-        capture.clone().read(bytes, Some(file.reopen().unwrap())).await.unwrap();
-        (capture, std::fs::read(file.path()).unwrap())
+        bounded_log.clone().read(bytes, Some(file.reopen().unwrap())).await.unwrap();
+        (bounded_log, std::fs::read(file.path()).unwrap())
     }
 
     #[tokio::test]
-    async fn a_flood_keeps_its_two_ends() {
+    async fn both_ends_of_a_long_output_are_kept() {
         let mut flood = vec![b'a'; KEPT];
         flood.extend(vec![b'x'; 1_000_000]);
         flood.extend(vec![b'b'; KEPT]);
@@ -137,10 +143,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn little_is_kept_whole() {
-        let (capture, log) = captured(b"one\r\n\x1b[31mtwo\n\n").await;
+    async fn a_short_output_is_kept_whole() {
+        let (bounded_log, log) = captured(b"one\r\n\x1b[31mtwo\n\n").await;
         assert_eq!(log, b"one\r\n\x1b[31mtwo\n\n");
-        assert_eq!(capture.excerpt(), "one\n[31mtwo");
+        assert_eq!(bounded_log.excerpt(), "one\n[31mtwo");
     }
 
     #[test]
