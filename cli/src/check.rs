@@ -110,7 +110,7 @@ fn mke2fs(config: &Config) -> Finding {
 }
 
 fn assets(config: &Config) -> Finding {
-    let assets = Assets::find(config);
+    let assets = Assets::find(&config.assets.dir);
     found("guest", assets.map(|found| format!("{} and {}", found.kernel.display(), found.image.display())))
 }
 

@@ -85,7 +85,7 @@ pub fn run(args: &TemplateArgs, mut config: Config) -> Result<VerbOutput, Templa
         TemplateCommand::Build { memory_ceiling, vcpus } => {
             config.vm.memory_mib = memory_ceiling.unwrap_or(config.vm.memory_mib);
             config.vm.vcpus = vcpus.unwrap_or(config.vm.vcpus);
-            let spec = pod::default_vm_spec(&config, &Assets::find(&config)?)?;
+            let spec = pod::default_vm_spec(&config, &Assets::find(&config.assets.dir)?)?;
             let mut progress = |line| eprintln!("{line}");
             let built = template::build(&templates, &spec, config.template.budget_mib, &mut progress)?;
             let key = built.manifest.shape.key();

@@ -16,6 +16,9 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::error::{ErrorKind, HasKind};
 
+/// What a clone takes of the host's memory until its container runs, MiB: its own pages.
+pub const CLONE_NEEDS_MIB: u64 = 64;
+
 const MEMINFO: &str = "/proc/meminfo";
 
 /// Why no VM may start.

@@ -7,8 +7,9 @@
 use std::collections::HashMap;
 
 use crate::{
-    config::{ChannelMode, Config, TcpMode, VerifyMode},
+    config::{Config, TcpMode, VerifyMode},
     error::{ErrorKind, HasKind},
+    vm::ChannelMode,
 };
 
 /// The prefix of machinen's annotations.

@@ -5,10 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{
-    config::Config,
-    error::{ErrorKind, HasKind},
-};
+use crate::error::{ErrorKind, HasKind};
 
 /// Takes precedence over every other directory.
 pub const DIR_VARIABLE: &str = "MACHINEN_ASSETS_DIR";
@@ -43,16 +40,16 @@ impl HasKind for MissingAsset {
 }
 
 impl Assets {
-    /// Looks in `MACHINEN_ASSETS_DIR`, then `assets.dir` of the configuration, then `../share/machinen`
+    /// Looks in `MACHINEN_ASSETS_DIR`, then `configured` (`assets.dir` of the configuration, empty by default), then `../share/machinen`
     /// relative to the running binary, then `target/guest` of the checkout that the binary was built in. If
     /// the user has named a directory, no other one is searched.
     ///
     /// # Errors
     /// A file is missing. The error names all directories that were searched.
-    pub fn find(config: &Config) -> Result<Self, MissingAsset> {
+    pub fn find(configured: &Path) -> Result<Self, MissingAsset> {
         let named = env::var_os(DIR_VARIABLE)
             .map(PathBuf::from)
-            .or_else(|| Some(config.assets.dir.clone()))
+            .or_else(|| Some(configured.to_owned()))
             .filter(|dir| !dir.as_os_str().is_empty());
         match named {
             Some(dir) => Self::in_first_of(&[dir]),

@@ -7,7 +7,11 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{ErrorKind, HasKind};
+use crate::{
+    accel::AccelMode,
+    error::{ErrorKind, HasKind},
+    vm::ChannelMode,
+};
 
 /// Read when `MACHINEN_CONFIG` is not set; the file may be missing.
 pub const DEFAULT_PATH: &str = "/etc/machinen/machinen.toml";
@@ -66,24 +70,6 @@ pub enum TemplateMode {
     /// Existing templates are used; none is built.
     Use,
     Off,
-}
-
-/// How the guest's instructions are executed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum AccelMode {
-    Auto,
-    Kvm,
-    Tcg,
-}
-
-/// How host and guest communicate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ChannelMode {
-    Auto,
-    Vsock,
-    Serial,
 }
 
 /// The warm pool: clones that wait for the next starts.

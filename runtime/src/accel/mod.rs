@@ -18,10 +18,7 @@ use std::{
 use cache::Tried;
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    config,
-    error::{ErrorKind, HasKind},
-};
+use crate::error::{ErrorKind, HasKind};
 
 const DEVICE: &str = "/dev/kvm";
 
@@ -33,6 +30,16 @@ pub enum Accelerator {
     Tcg {
         tsc_khz: u32,
     },
+}
+
+/// Which accelerator the configuration asks for (`vm.accel`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AccelMode {
+    /// KVM where it works, else TCG.
+    Auto,
+    Kvm,
+    Tcg,
 }
 
 /// What was found out about this host. It is displayed as one sentence.
@@ -121,13 +128,13 @@ impl AccelVerdict {
     ///
     /// # Errors
     /// KVM is configured and does not work.
-    pub fn choose(&self, wanted: config::AccelMode) -> Result<Accelerator, AccelError> {
+    pub fn choose(&self, wanted: AccelMode) -> Result<Accelerator, AccelError> {
         let tcg = Accelerator::Tcg { tsc_khz: self.tsc_khz };
         match (wanted, &self.kvm) {
-            (config::AccelMode::Tcg, _) => Ok(tcg),
-            (config::AccelMode::Auto | config::AccelMode::Kvm, KvmState::Works) => Ok(Accelerator::Kvm),
-            (config::AccelMode::Auto, _) => Ok(tcg),
-            (config::AccelMode::Kvm, _) => Err(AccelError::NoKvm(self.clone())),
+            (AccelMode::Tcg, _) => Ok(tcg),
+            (AccelMode::Auto | AccelMode::Kvm, KvmState::Works) => Ok(Accelerator::Kvm),
+            (AccelMode::Auto, _) => Ok(tcg),
+            (AccelMode::Kvm, _) => Err(AccelError::NoKvm(self.clone())),
         }
     }
 }
@@ -195,10 +202,10 @@ mod tests {
     #[test]
     fn the_configuration_and_the_host_decide_together() {
         let (works, absent) = (verdict_of(KvmState::Works), verdict_of(KvmState::Absent));
-        assert_eq!(works.choose(config::AccelMode::Auto).unwrap(), Accelerator::Kvm);
-        assert_eq!(works.choose(config::AccelMode::Tcg).unwrap(), Accelerator::Tcg { tsc_khz: 7 });
-        assert_eq!(absent.choose(config::AccelMode::Auto).unwrap(), Accelerator::Tcg { tsc_khz: 7 });
-        let error = absent.choose(config::AccelMode::Kvm).unwrap_err().to_string();
+        assert_eq!(works.choose(AccelMode::Auto).unwrap(), Accelerator::Kvm);
+        assert_eq!(works.choose(AccelMode::Tcg).unwrap(), Accelerator::Tcg { tsc_khz: 7 });
+        assert_eq!(absent.choose(AccelMode::Auto).unwrap(), Accelerator::Tcg { tsc_khz: 7 });
+        let error = absent.choose(AccelMode::Kvm).unwrap_err().to_string();
         assert!(error.starts_with("vm.accel is kvm, but there is no /dev/kvm"), "{error}");
     }
 

@@ -3,10 +3,8 @@
 use std::{io, path::PathBuf};
 
 use crate::{
-    agent::AgentError,
     error::{ErrorKind, HasKind},
     process::ProcessError,
-    vm::VmError,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -34,28 +32,12 @@ pub enum LayerError {
     Copy { path: PathBuf, source: ProcessError },
     #[error("{} was replaced while it was copied: the container was paused, checkpointed or ended; try again", path.display())]
     Exchanged { path: PathBuf },
-    #[error("cannot open a stream for the archive")]
-    Stream(#[source] VmError),
-    #[error("the guest cannot export its changes")]
-    Agent(#[source] AgentError),
-    #[error("the stream of the archive broke after {arrived} bytes")]
-    Broken { arrived: u64, source: io::Error },
-    #[error("the stream of the archive ended after {arrived} bytes")]
-    Ended { arrived: u64 },
-    #[error("the guest sent {arrived} bytes of an archive of {total}")]
-    TooMuch { arrived: u64, total: u64 },
-    #[error("the guest sent nothing for {seconds} s")]
-    Stalled { seconds: u64 },
-    #[error("a worker thread ended early")]
-    Worker(#[source] tokio::task::JoinError),
 }
 
 impl HasKind for LayerError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::Archive { .. } | Self::Read(_) | Self::Entry { .. } | Self::TooMuch { .. } => {
-                ErrorKind::FailedPrecondition
-            }
+            Self::Archive { .. } | Self::Read(_) | Self::Entry { .. } => ErrorKind::FailedPrecondition,
             Self::Entries { .. } | Self::Bytes { .. } => ErrorKind::ResourceExhausted,
             Self::Write { source, .. } | Self::Staging { source, .. } => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::ResourceExhausted,
@@ -63,11 +45,6 @@ impl HasKind for LayerError {
             },
             Self::Copy { .. } => ErrorKind::Internal,
             Self::Exchanged { .. } | Self::MountPoint { .. } => ErrorKind::FailedPrecondition,
-            Self::Stream(source) => source.kind(),
-            Self::Agent(source) => source.kind(),
-            Self::Broken { .. } | Self::Ended { .. } => ErrorKind::Unavailable,
-            Self::Stalled { .. } => ErrorKind::DeadlineExceeded,
-            Self::Worker(_) => ErrorKind::Internal,
         }
     }
 }

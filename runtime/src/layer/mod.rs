@@ -2,7 +2,7 @@
 //! host.
 //!
 //! ```text
-//!   guest agent ──archive──> receive ──> apply ──> staging directory ──exchange──> layer
+//!   guest agent ──archive──> pod::receive ──> apply ──> staging directory ──exchange──> layer
 //! ```
 //! The archive (see `machinen_protocol::layer`) comes from the guest and is not trusted. Every file is made
 //! in a directory that this module has just made itself, never through a symbolic link and never over an
@@ -23,15 +23,13 @@ mod archive;
 mod copy;
 mod error;
 mod lower;
-mod receive;
 mod staging;
 
-use std::path::PathBuf;
+use std::{io::Read, os::fd::AsFd as _, path::PathBuf};
 
 pub use apply::{Applied, apply};
 pub use copy::{LayerCopy, identity};
 pub use error::LayerError;
-pub use receive::receive;
 pub use staging::{PreviousLayer, StagingDir, sweep};
 
 /// Limits of what an archive may make on the host.
@@ -58,6 +56,26 @@ impl LayerTarget {
             Self::Upper(path) | Self::Whole(path) => path,
         }
     }
+}
+
+/// Writes an archive into a fresh directory and exchanges it with `target`.
+///
+/// # Errors
+/// The agent would not send this archive, it exceeds `limits`, or the host cannot store it. Then the old layer is still
+/// in place, and nothing of the new one is left.
+pub fn replace(
+    archive: impl Read,
+    target: &LayerTarget,
+    limits: LayerLimits,
+) -> Result<(Applied, PreviousLayer), LayerError> {
+    let staging = StagingDir::next_to(target.path())?;
+    let lower = match target {
+        LayerTarget::Upper(_) => None,
+        LayerTarget::Whole(_) => Some(staging.current()?),
+    };
+    let lower = lower.as_ref().map(|lower| lower.as_fd());
+    let applied = apply(archive, staging.fresh(), lower, limits)?;
+    Ok((applied, staging.exchange()?))
 }
 
 #[cfg(test)]

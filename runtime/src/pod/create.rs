@@ -209,7 +209,7 @@ impl Pod {
         let config = annotations::apply(&self.shared.config, &annotations)?;
         let rootfs = rootfs::plan(&create.rootfs, &spec, &create.bundle)?;
         let guest = guest::reduce(spec, &create.id)?;
-        let assets = Assets::find(&config)?;
+        let assets = Assets::find(&config.assets.dir)?;
         let restore = create.checkpoint.as_ref().map(|dir| RestorePlan::read(&create.id, dir)).transpose()?;
         Ok(CreatePlan { config, assets, guest, rootfs, restore })
     }

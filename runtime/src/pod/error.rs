@@ -2,7 +2,9 @@
 
 use std::{io, path::PathBuf, time::Duration};
 
-use super::{anchor::AnchorError, rootfs::RootfsPlanError, state::StateError, stdio::StdioError};
+use super::{
+    anchor::AnchorError, receive::ReceiveError, rootfs::RootfsPlanError, state::StateError, stdio::StdioError,
+};
 use crate::{
     accel::AccelError,
     admission::AdmissionError,
@@ -68,8 +70,10 @@ pub enum PodError {
     Rootdisk(#[source] RootdiskError),
     #[error("cannot prepare the writable layer")]
     Writable(#[from] RootdiskError),
-    #[error("cannot export what the container has written")]
+    #[error("cannot use the writable layer")]
     Layer(#[source] LayerError),
+    #[error("cannot export what the container has written")]
+    Export(#[source] ReceiveError),
     #[error("cannot checkpoint container {id}")]
     Checkpoint { id: String, source: CheckpointError },
     #[error("the checkpoint of container {id} was removed, since its trial restore failed")]
@@ -138,6 +142,7 @@ impl HasKind for PodError {
             Self::LayerLimits(error) => error.kind(),
             Self::Rootdisk(source) | Self::Writable(source) => source.kind(),
             Self::Layer(source) => source.kind(),
+            Self::Export(source) => source.kind(),
             Self::Checkpoint { source, .. } | Self::Restore { source, .. } => source.kind(),
             Self::Verify { source, .. } => source.kind(),
             Self::Boot(source) | Self::Vm { source, .. } => source.kind(),

@@ -21,6 +21,7 @@ use tokio::task::spawn_blocking;
 use super::{
     PodError,
     native_disk::{self, NativeDisks},
+    receive::{ReceiveError, receive},
     rootfs,
 };
 use crate::{
@@ -231,10 +232,10 @@ impl WritableLayer {
         vm: &Vm,
         agent: &agent::Client,
         id: &str,
-    ) -> Result<Option<ExportedLayer>, LayerError> {
+    ) -> Result<Option<ExportedLayer>, ReceiveError> {
         let Some(target) = self.target.clone() else { return Ok(None) };
         let _one = self.exporting.lock().await;
-        let (applied, replaced) = layer::receive(vm, agent, id, target.clone(), self.limits).await?;
+        let (applied, replaced) = receive(vm, agent, id, target.clone(), self.limits).await?;
         if let LayerTarget::Whole(root) = &target {
             // The directory was exchanged for another one, which the disk belongs to now.
             native_disk::relabel(&self.disk, root).map_err(|source| LayerError::Staging {

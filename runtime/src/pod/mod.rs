@@ -27,6 +27,7 @@ mod phases;
 mod pids;
 mod process;
 mod provision;
+mod receive;
 pub mod rootfs;
 pub mod state;
 pub mod stats;
@@ -59,7 +60,6 @@ pub use exec::ExecRequest;
 pub use pids::HostProcess;
 pub use process::ContainerProcess;
 use provision::Afterwards;
-pub(crate) use provision::CLONE_NEEDS;
 pub use provision::{admits_one_more, default_vm_spec};
 use state::{ProcessExit, ProcessState, StateError, Transition};
 use stdio::StreamOwner;
@@ -202,7 +202,7 @@ impl Pod {
         let vm = self.vm_of(id).await?;
         let agent =
             vm.agent().await.map_err(|source| PodError::Vm { what: "reach the guest agent", source })?;
-        container.layer.export(&vm, &agent, id).await.map_err(PodError::Layer)?;
+        container.layer.export(&vm, &agent, id).await.map_err(PodError::Export)?;
         Ok(())
     }
 

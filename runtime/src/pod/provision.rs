@@ -26,9 +26,8 @@ use crate::{
     vm::{Vm, VmSpec},
 };
 
-/// Memory of the host that a VM takes until its container runs, MiB. A clone takes the pages that it changes;
-/// a VM that boots takes all pages that it touches, and those that describe its memory.
-pub(crate) const CLONE_NEEDS: u64 = 64;
+/// What a VM that boots takes of the host's memory until its container runs, MiB: all pages that it touches, and the
+/// descriptions of its pages.
 const BOOT_NEEDS: u64 = 160;
 const BOOT_NEEDS_PER_GIB: u64 = 16;
 
@@ -246,7 +245,8 @@ impl Pod {
 /// The host has too little memory.
 pub fn admits_one_more(config: &config::Config) -> Result<(), AdmissionError> {
     let dir = Path::new(RUN_DIR).join("starting");
-    admission::admit(&dir, CLONE_NEEDS, config.vm.memory_reserve_percent, HostMemory::now()?).map(drop)
+    admission::admit(&dir, admission::CLONE_NEEDS_MIB, config.vm.memory_reserve_percent, HostMemory::now()?)
+        .map(drop)
 }
 
 /// Describes the VM of a container that has no annotations and no limits.
@@ -266,7 +266,7 @@ fn plan_vm(name: &str, create: &CreatePlan, mode: config::TemplateMode) -> Resul
         config::TemplateMode::Use | config::TemplateMode::Auto => find_start(name, &spec, config, mode),
     };
     let needed = match &from {
-        StartFrom::Template(..) => CLONE_NEEDS,
+        StartFrom::Template(..) => admission::CLONE_NEEDS_MIB,
         StartFrom::Boot { .. } => BOOT_NEEDS + BOOT_NEEDS_PER_GIB * u64::from(spec.memory_mib).div_ceil(1024),
     };
     let dir = Path::new(RUN_DIR).join("starting");

@@ -16,12 +16,12 @@ use nix::sys::socket::{
 use tokio::io::unix::AsyncFd;
 
 use super::{
-    MAX_MESSAGE, MemberRequest, Pool, PoolError, WarmVm,
+    CloneError, MAX_MESSAGE, MemberRequest, Pool, PoolError, WarmVm,
     dismissal::Dismissal,
     file,
     slot::{MemberRecord, MemberStage, PoolSlot},
 };
-use crate::{config::Config, pod::PodError, sys};
+use crate::{config::Config, sys};
 
 /// The errors of a member.
 #[derive(Debug, thiserror::Error)]
@@ -29,7 +29,7 @@ pub enum MemberError {
     #[error(transparent)]
     Pool(#[from] PoolError),
     #[error("cannot make a clone for the warm pool")]
-    Clone(#[from] PodError),
+    Clone(#[from] CloneError),
     #[error("the start that took a member of the warm pool has ended")]
     StartEnded(#[source] io::Error),
 }

@@ -51,7 +51,7 @@ use slot::PoolSlot;
 pub use listing::{ListedMember, drain, list};
 pub use member::{Member, MemberError, TakenMember};
 pub use slot::{MemberRecord, MemberStage};
-pub use warm_vm::WarmVm;
+pub use warm_vm::{CloneError, WarmVm};
 
 /// First argument of a member's process, before the number of its slot. Its stdin is a [`MemberRequest`] as
 /// JSON.

@@ -14,9 +14,9 @@ use machinen_protocol::api::{CreateContainerRequest, Disk, Rootfs};
 use protobuf::MessageField;
 use tokio::task::spawn_blocking;
 
+use super::CloneError;
 use crate::{
     config::{self, Config},
-    pod::PodError,
     rootdisk::{RootdiskCache, RootdiskError},
     vm::{DiskBacking, DiskSpec, Vm},
 };
@@ -32,7 +32,7 @@ const WRITABLE: u64 = 64 << 20;
 ///
 /// # Errors
 /// The container cannot be created or deleted. The VM must not be used then.
-pub(super) async fn warm_up(vm: &Vm, config: &Config) -> Result<(), PodError> {
+pub(super) async fn warm_up(vm: &Vm, config: &Config) -> Result<(), CloneError> {
     let config::RootdiskConfig { dir, mke2fs, .. } = config.rootdisk.clone();
     let make = move || -> Result<(File, File), RootdiskError> {
         let cache = RootdiskCache::open(&dir)?;
@@ -44,25 +44,28 @@ pub(super) async fn warm_up(vm: &Vm, config: &Config) -> Result<(), PodError> {
             cache.unnamed_writable(WRITABLE, &mke2fs)?,
         ))
     };
-    let (base, writable) = spawn_blocking(make).await.map_err(PodError::Worker)??;
+    let (base, writable) = spawn_blocking(make).await.map_err(CloneError::Worker)??;
     let attach = async |file: File, read_only| {
         let source = DiskBacking::File(file.into());
         let disk = DiskSpec { source, read_only, volatile: true, serial: ID.to_owned() };
         let attached = vm.attach_disk(disk).await;
-        let address = attached.map_err(|source| PodError::Vm { what: "attach a disk", source })?;
+        let address = attached.map_err(CloneError::Attach)?;
         let disk = Disk { target: address.target, lun: address.lun, ..Default::default() };
-        Ok::<_, PodError>(MessageField::some(disk))
+        Ok::<_, CloneError>(MessageField::some(disk))
     };
     let (base, writable) = (attach(base, true).await?, attach(writable, false).await?);
-    let agent = vm.agent().await.map_err(PodError::Boot)?;
+    let agent = vm.agent().await.map_err(CloneError::Agent)?;
     let request = CreateContainerRequest {
         container_id: ID.to_owned(),
         oci_config: SPEC.into(),
         rootfs: MessageField::some(Rootfs { base, writable, ..Default::default() }),
         ..Default::default()
     };
-    agent.create_container(request).await.map_err(|source| PodError::guest("create", ID, source))?;
-    agent.delete_container(ID).await.map_err(|source| PodError::guest("delete", ID, source))
+    agent
+        .create_container(request)
+        .await
+        .map_err(|source| CloneError::Container { verb: "create", source })?;
+    agent.delete_container(ID).await.map_err(|source| CloneError::Container { verb: "delete", source })
 }
 
 /// Makes a root file system with a command.

@@ -7,12 +7,34 @@ use tokio::task::spawn_blocking;
 use super::warm_up::warm_up;
 use crate::{
     RUN_DIR,
-    admission::{self, HostMemory},
+    admission::{self, AdmissionError, HostMemory},
+    agent::AgentError,
     config::Config,
-    pod::{CLONE_NEEDS, PodError},
-    template::{Found, Shape, TemplateStore},
-    vm::{Vm, VmSpec},
+    rootdisk::RootdiskError,
+    template::{Found, Shape, TemplateError, TemplateStore},
+    vm::{Vm, VmError, VmSnapshotError, VmSpec},
 };
+
+/// Why no clone could be made and warmed up.
+#[derive(Debug, thiserror::Error)]
+pub enum CloneError {
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    #[error(transparent)]
+    Admission(#[from] AdmissionError),
+    #[error("cannot clone a VM")]
+    Clone(#[source] VmSnapshotError),
+    #[error("the guest agent of the clone cannot be reached")]
+    Agent(#[source] VmError),
+    #[error("cannot make the disks of the first container")]
+    Disks(#[from] RootdiskError),
+    #[error("cannot attach a disk of the first container")]
+    Attach(#[source] VmError),
+    #[error("cannot {verb} the first container")]
+    Container { verb: &'static str, source: AgentError },
+    #[error("a worker thread ended early")]
+    Worker(#[source] tokio::task::JoinError),
+}
 
 /// A VM that was made ahead of time, and the shape of its template.
 #[derive(Debug)]
@@ -31,25 +53,25 @@ impl WarmVm {
         mut spec: VmSpec,
         config: &Config,
         dir: &Path,
-    ) -> Result<Option<Self>, PodError> {
+    ) -> Result<Option<Self>, CloneError> {
         spec.identity = VmSpec::unprivileged(std::process::id(), spec.accel.groups());
         spec.keep_console = false;
         "ready".clone_into(&mut spec.id);
         "ready".clone_into(&mut spec.hostname);
         let (templates, wanted) = (TemplateStore::at(&config.template.dir), spec.clone());
         let found = spawn_blocking(move || {
-            let Some(shape) = Shape::of(&wanted)? else { return Ok(None) };
+            let Some(shape) = Shape::of(&wanted)? else { return Ok::<_, TemplateError>(None) };
             Ok(match templates.find(&shape)? {
                 Found::Ready(template) => Some((*template, shape)),
                 Found::Building | Found::Absent | Found::Failed(_) => None,
             })
         });
-        let found = found.await.map_err(PodError::Worker)?.map_err(PodError::Template)?;
+        let found = found.await.map_err(CloneError::Worker)??;
         let Some((template, shape)) = found else { return Ok(None) };
         let starting = Path::new(RUN_DIR).join("starting");
         let reserve = config.vm.memory_reserve_percent;
-        let _promise = admission::admit(&starting, CLONE_NEEDS, reserve, HostMemory::now()?)?;
-        let vm = Vm::restore(spec, dir, &template.snapshot).await.map_err(PodError::Clone)?;
+        let _promise = admission::admit(&starting, admission::CLONE_NEEDS_MIB, reserve, HostMemory::now()?)?;
+        let vm = Vm::restore(spec, dir, &template.snapshot).await.map_err(CloneError::Clone)?;
         Ok(Some(Self { vm, shape }))
     }
 
@@ -58,7 +80,7 @@ impl WarmVm {
     ///
     /// # Errors
     /// The clone does not work.
-    pub(super) async fn warm_up(&self, config: &Config) -> Result<(), PodError> {
+    pub(super) async fn warm_up(&self, config: &Config) -> Result<(), CloneError> {
         warm_up(&self.vm, config).await
     }
 }

@@ -31,7 +31,7 @@ pub use boot::BootError;
 use channel::VmChannel;
 #[cfg(fuzzing)]
 pub use channel::greet;
-pub use channel::{BoxedStream, ByteStream, ChannelError, HostSupport, choose};
+pub use channel::{BoxedStream, ByteStream, ChannelError, ChannelMode, HostSupport, choose};
 pub use disk::{DiskAddress, DiskBacking, DiskSpec};
 use driver::{StopRequest, VmRequest};
 pub use exit::VmExit;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use machinen::{
-    accel, config,
+    accel,
     vm::{ChannelKind, DiskBacking, DiskSpec, VmSpec},
 };
 
@@ -40,7 +40,7 @@ impl Host {
             assert!(path.exists(), "{} is missing; run `make guest-image`", path.display());
             path
         };
-        let accel = accel::verdict(self.path()).unwrap().choose(config::AccelMode::Auto).unwrap();
+        let accel = accel::verdict(self.path()).unwrap().choose(accel::AccelMode::Auto).unwrap();
         VmSpec {
             id: "test".into(),
             qemu: "qemu-system-x86_64".into(),

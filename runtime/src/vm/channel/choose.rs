@@ -5,8 +5,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use serde::{Deserialize, Serialize};
+
 use super::kernel_vsock;
-use crate::{config, vm::spec::ChannelKind};
+use crate::vm::spec::ChannelKind;
+
+/// Which channel the configuration asks for (`vm.channel`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ChannelMode {
+    /// The kernel's vsock where the host has it, else serial.
+    Auto,
+    Vsock,
+    Serial,
+}
 
 /// The channels that this host supports.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,11 +40,11 @@ impl HostSupport {
 ///
 /// `auto` is the kernel's vsock where the host has it, else serial. Serial needs no second process for each
 /// VM and no shared guest memory, starts sooner than vhost-user, and can be part of a template.
-pub fn choose(wanted: config::ChannelMode, host: &HostSupport) -> ChannelKind {
+pub fn choose(wanted: ChannelMode, host: &HostSupport) -> ChannelKind {
     match (wanted, host.kernel_vsock) {
-        (config::ChannelMode::Auto | config::ChannelMode::Vsock, true) => ChannelKind::KernelVsock,
-        (config::ChannelMode::Vsock, false) => ChannelKind::VhostUserVsock { daemon: host.daemon.clone() },
-        (config::ChannelMode::Auto, false) | (config::ChannelMode::Serial, _) => ChannelKind::Serial,
+        (ChannelMode::Auto | ChannelMode::Vsock, true) => ChannelKind::KernelVsock,
+        (ChannelMode::Vsock, false) => ChannelKind::VhostUserVsock { daemon: host.daemon.clone() },
+        (ChannelMode::Auto, false) | (ChannelMode::Serial, _) => ChannelKind::Serial,
     }
 }
 
@@ -44,10 +56,10 @@ mod tests {
     fn auto_prefers_the_kernel_and_then_serial() {
         let with = |kernel_vsock| HostSupport { kernel_vsock, daemon: "d".into() };
         let user = ChannelKind::VhostUserVsock { daemon: "d".into() };
-        assert_eq!(choose(config::ChannelMode::Auto, &with(true)), ChannelKind::KernelVsock);
-        assert_eq!(choose(config::ChannelMode::Vsock, &with(true)), ChannelKind::KernelVsock);
-        assert_eq!(choose(config::ChannelMode::Auto, &with(false)), ChannelKind::Serial);
-        assert_eq!(choose(config::ChannelMode::Vsock, &with(false)), user);
-        assert_eq!(choose(config::ChannelMode::Serial, &with(true)), ChannelKind::Serial);
+        assert_eq!(choose(ChannelMode::Auto, &with(true)), ChannelKind::KernelVsock);
+        assert_eq!(choose(ChannelMode::Vsock, &with(true)), ChannelKind::KernelVsock);
+        assert_eq!(choose(ChannelMode::Auto, &with(false)), ChannelKind::Serial);
+        assert_eq!(choose(ChannelMode::Vsock, &with(false)), user);
+        assert_eq!(choose(ChannelMode::Serial, &with(true)), ChannelKind::Serial);
     }
 }

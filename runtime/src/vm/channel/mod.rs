@@ -22,7 +22,7 @@ use std::{
     time::Duration,
 };
 
-pub use choose::{HostSupport, choose};
+pub use choose::{ChannelMode, HostSupport, choose};
 use machinen_protocol::preamble::{Kind, Preamble, PreambleError};
 use tokio::io::{AsyncRead, AsyncWrite};
 

@@ -13,8 +13,12 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Applied, LayerError, LayerLimits, LayerTarget, PreviousLayer, StagingDir, apply};
-use crate::{agent, vm::Vm};
+use crate::{
+    agent::{self, AgentError},
+    error::{ErrorKind, HasKind},
+    layer::{self, Applied, LayerError, LayerLimits, LayerTarget, PreviousLayer},
+    vm::{Vm, VmError},
+};
 
 /// Bytes that are read at once.
 const CHUNK: usize = 64 << 10;
@@ -22,6 +26,41 @@ const CHUNK: usize = 64 << 10;
 const WAITING: usize = 4;
 /// Longest time in which a guest that exports may send nothing.
 const STALL: Duration = Duration::from_secs(60);
+
+/// Why a container's changes did not reach the host.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    #[error("cannot open a stream for the archive")]
+    Stream(#[source] VmError),
+    #[error("the guest cannot export its changes")]
+    Agent(#[source] AgentError),
+    #[error("the stream of the archive broke after {arrived} bytes")]
+    Broken { arrived: u64, source: io::Error },
+    #[error("the stream of the archive ended after {arrived} bytes")]
+    Ended { arrived: u64 },
+    #[error("the guest sent {arrived} bytes of an archive of {total}")]
+    TooMuch { arrived: u64, total: u64 },
+    #[error("the guest sent nothing for {seconds} s")]
+    Stalled { seconds: u64 },
+    #[error("a worker thread ended early")]
+    Worker(#[source] tokio::task::JoinError),
+}
+
+impl HasKind for ReceiveError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Layer(source) => source.kind(),
+            Self::Stream(source) => source.kind(),
+            Self::Agent(source) => source.kind(),
+            Self::TooMuch { .. } => ErrorKind::FailedPrecondition,
+            Self::Broken { .. } | Self::Ended { .. } => ErrorKind::Unavailable,
+            Self::Stalled { .. } => ErrorKind::DeadlineExceeded,
+            Self::Worker(_) => ErrorKind::Internal,
+        }
+    }
+}
 
 /// Asks the guest for a container's changes and stores them in `target`. The container must have ended, or
 /// its processes must be frozen.
@@ -35,31 +74,22 @@ pub async fn receive(
     container: &str,
     target: LayerTarget,
     limits: LayerLimits,
-) -> Result<(Applied, PreviousLayer), LayerError> {
-    let (token, stream) = vm.open_stream().await.map_err(LayerError::Stream)?;
+) -> Result<(Applied, PreviousLayer), ReceiveError> {
+    let (token, stream) = vm.open_stream().await.map_err(ReceiveError::Stream)?;
     let (sender, chunks) = mpsc::channel(WAITING);
-    let applying = spawn_blocking(move || {
-        let staging = StagingDir::next_to(target.path())?;
-        let lower = match &target {
-            LayerTarget::Upper(_) => None,
-            LayerTarget::Whole(_) => Some(staging.current()?),
-        };
-        let lower = lower.as_ref().map(std::os::fd::AsFd::as_fd);
-        let applied = apply(ArchiveReader::new(chunks), staging.fresh(), lower, limits)?;
-        Ok((applied, staging.exchange()?))
-    });
-    let answer = async { agent.export_layer(container, token).await.map_err(LayerError::Agent) };
+    let applying = spawn_blocking(move || layer::replace(ArchiveReader::new(chunks), &target, limits));
+    let answer = async { agent.export_layer(container, token).await.map_err(ReceiveError::Agent) };
     let passed = pass(stream, answer, sender).await;
-    let applied = applying.await.map_err(LayerError::Worker)?;
+    let applied = applying.await.map_err(ReceiveError::Worker)?;
     match (passed, applied) {
-        (Err(PassError::Failed(error)), _) | (Ok(()) | Err(PassError::Unwanted), Err(error)) => Err(error),
-        (Ok(()) | Err(PassError::Unwanted), Ok(applied)) => Ok(applied),
+        (Err(PassError::Failed(error)), _) => Err(error),
+        (Ok(()) | Err(PassError::Unwanted), applied) => Ok(applied?),
     }
 }
 
 /// Why not all of the archive was passed on.
 enum PassError {
-    Failed(LayerError),
+    Failed(ReceiveError),
     /// The thread that applies the archive has stopped, and returns the reason.
     Unwanted,
 }
@@ -70,7 +100,7 @@ type ArchivePiece = Option<Vec<u8>>;
 /// Passes bytes on until there are as many as the agent's answer says.
 async fn pass(
     mut stream: impl AsyncRead + Unpin,
-    answer: impl Future<Output = Result<u64, LayerError>>,
+    answer: impl Future<Output = Result<u64, ReceiveError>>,
     pieces: mpsc::Sender<ArchivePiece>,
 ) -> Result<(), PassError> {
     let mut answer = pin!(answer);
@@ -82,7 +112,7 @@ async fn pass(
                 return pieces.send(None).await.map_err(|_| PassError::Unwanted);
             }
             Some(total) if arrived > total => {
-                return Err(PassError::Failed(LayerError::TooMuch { arrived, total }));
+                return Err(PassError::Failed(ReceiveError::TooMuch { arrived, total }));
             }
             _ => {}
         }
@@ -99,14 +129,14 @@ async fn pass(
                 if total.is_none() {
                     answer.await.map_err(PassError::Failed)?;
                 }
-                return Err(PassError::Failed(LayerError::Ended { arrived }));
+                return Err(PassError::Failed(ReceiveError::Ended { arrived }));
             }
             Ok(Ok(read)) => {
                 arrived += read as u64;
                 pieces.send(Some(buffer[..read].to_vec())).await.map_err(|_| PassError::Unwanted)?;
             }
-            Ok(Err(source)) => return Err(PassError::Failed(LayerError::Broken { arrived, source })),
-            Err(_) => return Err(PassError::Failed(LayerError::Stalled { seconds: STALL.as_secs() })),
+            Ok(Err(source)) => return Err(PassError::Failed(ReceiveError::Broken { arrived, source })),
+            Err(_) => return Err(PassError::Failed(ReceiveError::Stalled { seconds: STALL.as_secs() })),
         }
     }
 }
@@ -150,7 +180,7 @@ mod tests {
     /// What arrives of `bytes` when the agent answers `answer`.
     async fn passed(
         bytes: &[u8],
-        answer: Result<u64, LayerError>,
+        answer: Result<u64, ReceiveError>,
         closed: bool,
     ) -> (Result<(), PassError>, io::Result<Vec<u8>>) {
         let (mut guest, host) = tokio::io::duplex(16);
@@ -186,18 +216,18 @@ mod tests {
     #[tokio::test]
     async fn a_closed_stream_is_not_the_end_of_the_archive() {
         let (outcome, read) = passed(b"half", Ok(8), true).await;
-        assert!(matches!(outcome, Err(PassError::Failed(LayerError::Ended { arrived: 4 }))));
+        assert!(matches!(outcome, Err(PassError::Failed(ReceiveError::Ended { arrived: 4 }))));
         assert!(read.is_err());
         let (outcome, read) = passed(b"twice", Ok(3), false).await;
-        assert!(matches!(outcome, Err(PassError::Failed(LayerError::TooMuch { arrived: 5, total: 3 }))));
+        assert!(matches!(outcome, Err(PassError::Failed(ReceiveError::TooMuch { arrived: 5, total: 3 }))));
         assert!(read.is_err());
     }
 
     #[tokio::test]
     async fn the_error_of_the_agent_is_kept() {
-        let refused = LayerError::Agent(agent::AgentError::Closed);
+        let refused = ReceiveError::Agent(AgentError::Closed);
         let (outcome, read) = passed(b"some", Err(refused), true).await;
-        assert!(matches!(outcome, Err(PassError::Failed(LayerError::Agent(_)))));
+        assert!(matches!(outcome, Err(PassError::Failed(ReceiveError::Agent(_)))));
         assert!(read.is_err());
     }
 }
