@@ -10,12 +10,12 @@ use machinen::{
     config::Config,
     error::chain,
     rootdisk::{RootdiskCache, mke2fs_version},
-    vm::{ChannelKind, HostSupport, choose, qemu_version},
+    vm::{ChannelKind, HostSupport, choose_channel, qemu_version},
 };
 use serde::Serialize;
 
 #[derive(Debug, Args)]
-pub struct CheckArgs {
+pub(crate) struct CheckArgs {
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -41,7 +41,7 @@ enum CheckVerdict {
 }
 
 /// Prints one line for each finding; fails when something is missing without which no container can run.
-pub fn run(args: &CheckArgs, config: &Config) -> ExitCode {
+pub(crate) fn run(args: &CheckArgs, config: &Config) -> ExitCode {
     let findings = [
         user(),
         accelerator(config),
@@ -116,7 +116,7 @@ fn assets(config: &Config) -> Finding {
 
 fn channel(config: &Config) -> Finding {
     let host = HostSupport::detect(&config.vm.vhost_device_vsock);
-    let (verdict, text) = match choose(config.vm.channel, &host) {
+    let (verdict, text) = match choose_channel(config.vm.channel, &host) {
         ChannelKind::KernelVsock => (CheckVerdict::Ok, "vsock by the host's kernel".to_owned()),
         ChannelKind::VhostUserVsock { daemon } => {
             (CheckVerdict::Ok, format!("vsock by {}", daemon.display()))

@@ -37,9 +37,9 @@ enum Verb {
     Snapshot(snapshot::SnapshotArgs),
     /// Make a second container that continues from where a running one is.
     #[command(
-        long_about = "Make a second container that continues from where a running one is: with the same processes and memory, and \
-        what SRC has written until then, in a VM of its own. SRC continues to run. NEW has SRC's image, labels and configuration, but \
-        another hostname and machine id, and its output goes nowhere."
+        long_about = "Make a second container that continues from where a running one is: with the same processes \
+        and memory, and what SRC has written until then, in a VM of its own. SRC continues to run. NEW has SRC's \
+        image, labels and configuration, but another hostname and machine id, and its output is discarded."
     )]
     Fork(fork::ForkArgs),
 }

@@ -16,7 +16,7 @@ use super::{
 
 /// Arguments of `machinen pool`.
 #[derive(Debug, Args)]
-pub struct PoolArgs {
+pub(crate) struct PoolArgs {
     /// Print JSON
     #[arg(long, global = true)]
     pub(super) json: bool,
@@ -37,7 +37,7 @@ enum PoolCommand {
 ///
 /// # Errors
 /// The pool's directory cannot be read, or a member does not end.
-pub fn run(args: &PoolArgs, config: &Config) -> Result<VerbOutput, PoolError> {
+pub(crate) fn run(args: &PoolArgs, config: &Config) -> Result<VerbOutput, PoolError> {
     match args.command {
         PoolCommand::Ls => {
             let members = pool::list(&config.pool.dir)?;

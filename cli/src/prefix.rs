@@ -2,7 +2,7 @@
 
 /// Why a prefix does not name exactly one key.
 #[derive(Debug, thiserror::Error)]
-pub enum PrefixError {
+pub(crate) enum PrefixError {
     #[error("{prefix:?} is not a {thing}; see `machinen {thing} ls`")]
     NoSuchKey { prefix: String, thing: &'static str },
     #[error("{prefix:?} could be several {thing}s; give more digits")]

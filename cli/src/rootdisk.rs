@@ -9,8 +9,8 @@ use clap::{Args, Subcommand};
 use machinen::{
     config,
     rootdisk::{
-        BuildOptions, DiskState, ListedDisk, Prune, Pruned, Rootdisk, RootdiskCache, RootdiskError,
-        RootdiskKey, RootdiskProgress, RootfsSource,
+        BuildOptions, DiskState, ListedDisk, PruneOptions, PrunedDisks, Rootdisk, RootdiskCache,
+        RootdiskError, RootdiskKey, RootdiskProgress, RootfsSource,
     },
 };
 use serde_json::{Value, json};
@@ -23,7 +23,7 @@ use super::{
 
 /// Arguments of `machinen rootdisk`.
 #[derive(Debug, Args)]
-pub struct RootdiskArgs {
+pub(crate) struct RootdiskArgs {
     /// The cache's directory instead of the configured one
     #[arg(long, global = true, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -82,7 +82,7 @@ enum RootdiskCommand {
 
 /// Why the command failed.
 #[derive(Debug, thiserror::Error)]
-pub enum RootdiskCliError {
+pub(crate) enum RootdiskCliError {
     #[error(transparent)]
     Key(#[from] PrefixError),
     #[error("cannot find the current directory")]
@@ -95,7 +95,10 @@ pub enum RootdiskCliError {
 ///
 /// # Errors
 /// As the functions of [`RootdiskCache`], or a key does not name exactly one disk.
-pub fn run(args: RootdiskArgs, config: &config::RootdiskConfig) -> Result<VerbOutput, RootdiskCliError> {
+pub(crate) fn run(
+    args: RootdiskArgs,
+    config: &config::RootdiskConfig,
+) -> Result<VerbOutput, RootdiskCliError> {
     let cache = RootdiskCache::open(args.dir.as_deref().unwrap_or(&config.dir))?;
     match args.command {
         RootdiskCommand::Ls => {
@@ -119,12 +122,12 @@ pub fn run(args: RootdiskArgs, config: &config::RootdiskConfig) -> Result<VerbOu
         }
         RootdiskCommand::Verify { keys } => verify(&cache, &keys),
         RootdiskCommand::Prune { older_than, keep, dry_run } => {
-            Ok(pruned(&cache.prune(&Prune { older_than, keep_bytes: keep, dry_run })?, dry_run))
+            Ok(pruned(&cache.prune(&PruneOptions { older_than, keep_bytes: keep, dry_run })?, dry_run))
         }
     }
 }
 
-fn pruned(pruned: &Pruned, dry_run: bool) -> VerbOutput {
+fn pruned(pruned: &PrunedDisks, dry_run: bool) -> VerbOutput {
     let bytes: u64 = pruned.removed.iter().map(|disk| disk.allocated).sum();
     let mut lines = Vec::new();
     for (verb, disks) in [("removed", &pruned.removed), ("in use", &pruned.in_use)] {

@@ -19,7 +19,7 @@ use super::{
 
 /// Arguments of `machinen snapshot`.
 #[derive(Debug, Args)]
-pub struct SnapshotArgs {
+pub(crate) struct SnapshotArgs {
     /// Print JSON
     #[arg(long, global = true)]
     pub(super) json: bool,
@@ -57,7 +57,7 @@ enum SnapshotCommand {
 ///
 /// # Errors
 /// A directory cannot be read, or is not a checkpoint.
-pub fn run(args: &SnapshotArgs) -> Result<VerbOutput, CheckpointError> {
+pub(crate) fn run(args: &SnapshotArgs) -> Result<VerbOutput, CheckpointError> {
     match &args.command {
         SnapshotCommand::Ls { dir } => {
             let found = list(dir)?;

@@ -19,7 +19,7 @@ use super::{
 
 /// Arguments of `machinen template`.
 #[derive(Debug, Args)]
-pub struct TemplateArgs {
+pub(crate) struct TemplateArgs {
     /// Print JSON
     #[arg(long, global = true)]
     pub(super) json: bool,
@@ -64,7 +64,7 @@ enum TemplateCommand {
 
 /// Why the command failed.
 #[derive(Debug, thiserror::Error)]
-pub enum TemplateCliError {
+pub(crate) enum TemplateCliError {
     #[error(transparent)]
     Key(#[from] PrefixError),
     #[error(transparent)]
@@ -79,7 +79,7 @@ pub enum TemplateCliError {
 ///
 /// # Errors
 /// As the functions of [`TemplateStore`], or a key does not name exactly one template.
-pub fn run(args: &TemplateArgs, mut config: Config) -> Result<VerbOutput, TemplateCliError> {
+pub(crate) fn run(args: &TemplateArgs, mut config: Config) -> Result<VerbOutput, TemplateCliError> {
     let templates = TemplateStore::at(&config.template.dir);
     match &args.command {
         TemplateCommand::Build { memory_ceiling, vcpus } => {

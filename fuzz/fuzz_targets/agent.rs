@@ -1,4 +1,5 @@
-//! The control stream after its handshake: whatever comes, every call ends, with the stream at the latest.
+//! The control stream after its handshake: whatever the guest sends, every call ends, at the latest with the
+//! stream.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -19,10 +20,10 @@ fuzz_target!(|data: &[u8]| {
             drop((processes, exit, files));
         };
         let guest = async {
-            // A host that has had enough hangs up.
+            // The host may close the stream early.
             let _closed = guests.write_all(data).await;
             let _closed = guests.shutdown().await;
-            // What the host sends has to go somewhere, or its calls are never sent.
+            // The guest has to read what the host sends, or calls are never sent.
             let _read = tokio::io::copy(&mut guests, &mut tokio::io::sink()).await;
         };
         tokio::select! { () = calls => {}, () = async { guest.await; std::future::pending().await } => {} }

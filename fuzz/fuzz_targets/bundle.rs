@@ -1,4 +1,4 @@
-//! `config.json`, as far as what the guest is told.
+//! `config.json`, up to what is sent to the guest.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -7,6 +7,6 @@ use machinen::spec::{bundle, guest};
 fuzz_target!(|data: &[u8]| {
     let Ok(spec) = bundle::parse(data, "config.json".into()) else { return };
     let Ok(reduced) = guest::reduce(spec, "c") else { return };
-    // Nothing of the host's is left.
+    // Hooks, which would run on the host, are removed.
     assert!(reduced.spec.hooks().is_none());
 });

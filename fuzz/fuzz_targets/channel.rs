@@ -1,4 +1,4 @@
-//! All that a guest writes to its serial port, from the first byte: the host gives up or has a control stream.
+//! All bytes that a guest writes to its serial port: the host either fails or gets a control stream.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! The configuration file and annotations: any text is taken or refused with words.
+//! The configuration file and annotations: any text is accepted or refused with a message.
 #![no_main]
 
 use std::{collections::HashMap, path::Path};

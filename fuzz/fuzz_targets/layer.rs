@@ -1,7 +1,7 @@
-//! The applier of a container's changes against any archive: it may refuse, but stays inside its directory.
+//! Applies any archive to a directory: it may be refused, but nothing outside of the directory changes.
 //!
-//! `cargo fuzz run layer` (as root; `--sanitizer none` with a stable toolchain). Checksums are set right before the archive
-//! is read, since they are no obstacle to those who mean it.
+//! `cargo fuzz run layer` (as root; `--sanitizer none` with a stable toolchain). Checksums are corrected
+//! before the archive is read, since an attacker would do that too.
 #![no_main]
 
 use std::{
@@ -16,7 +16,7 @@ use machinen::layer::{LayerLimits, apply};
 const LIMITS: LayerLimits = LayerLimits { entries: 64, bytes: 1 << 20 };
 
 fuzz_target!(|bytes: &[u8]| {
-    // The first byte says which of the two kinds of target.
+    // The first byte chooses one of the two kinds of target.
     let Some((&kind, archive)) = bytes.split_first() else { return };
     let archive = with_checksums(archive);
     let base = if Path::new("/dev/shm").is_dir() { Path::new("/dev/shm") } else { Path::new("/tmp") };
@@ -34,12 +34,16 @@ fuzz_target!(|bytes: &[u8]| {
     if let Ok(applied) = apply(archive.as_slice(), into.as_fd(), lower_fd, LIMITS) {
         assert!(applied.entries <= LIMITS.entries && applied.bytes <= LIMITS.bytes);
     }
-    assert_eq!(fs::read_dir(dir.path()).expect("it is there").count(), 3, "something beside the directories");
+    assert_eq!(
+        fs::read_dir(dir.path()).expect("it is there").count(),
+        3,
+        "something next to the directories"
+    );
     assert_eq!(state(&outside), before, "something outside was changed");
     assert_eq!(fs::read(lower.join("d/f")).expect("it is there"), b"untouched");
 });
 
-/// What of the files in a directory must not change.
+/// The properties of the files in a directory that must not change.
 fn state(dir: &Path) -> Vec<(String, u64, u32, u32, i64, Vec<u8>)> {
     let entries = fs::read_dir(dir).expect("it is there").map(|entry| {
         let path = entry.expect("it is there").path();

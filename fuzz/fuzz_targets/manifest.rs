@@ -1,4 +1,5 @@
-//! A checkpoint's manifest: any text is taken or refused with words, and names lead nowhere.
+//! A checkpoint's manifest: any text is accepted or refused with a message, and its names stay in their
+//! directory.
 #![no_main]
 
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! The agent's answers, and what the host reads out of them.
+//! The agent's answers, and what the host parses of them.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

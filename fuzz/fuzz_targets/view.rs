@@ -1,5 +1,5 @@
-//! All that a guest answers to requests for a container's files: the host's kernel is told replies to what it has asked, each
-//! once, or that it failed.
+//! All bytes with which a guest answers requests for a container's files: the host's kernel gets one reply to
+//! each of its requests, or an error.
 #![no_main]
 
 use std::os::unix::net::UnixDatagram;
@@ -9,7 +9,7 @@ use machinen::view::session;
 use machinen_protocol::view::{MAX_REPLY, REQUEST_HEADER, Reply};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex, sink};
 
-/// The numbers of the requests, the lowest of which come early in what is tried.
+/// The numbers of the requests; low ones are found soon.
 const ASKED: std::ops::RangeInclusive<u64> = 1..=4;
 const LOOKUP: u32 = 1;
 
@@ -46,5 +46,5 @@ fuzz_target!(|data: &[u8]| {
         assert!(ASKED.contains(&reply.unique) && !answered.contains(&reply.unique), "{reply:?}");
         answered.push(reply.unique);
     }
-    assert!(answered.contains(ASKED.start()), "nobody answers the first request");
+    assert!(answered.contains(ASKED.start()), "the first request has no answer");
 });

@@ -25,6 +25,7 @@ pub mod served;
 mod settle;
 pub mod setup;
 pub mod shim;
+#[expect(unsafe_code, reason = "the one place for it")]
 pub mod sys;
 pub mod templates;
 pub mod terminal;

@@ -8,7 +8,7 @@ use crate::error::ShimError;
 
 /// What to do: the first word that is not a flag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Action {
+pub(crate) enum Action {
     /// Without an action: serve the task API on the listener that `start` has passed.
     #[default]
     Serve,
@@ -20,7 +20,7 @@ pub enum Action {
 
 /// Flags in Go's style (`-id x`, `--id=x`).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ShimArgs {
+pub(crate) struct ShimArgs {
     pub action: Action,
     pub namespace: String,
     pub id: String,
@@ -33,7 +33,7 @@ pub struct ShimArgs {
 impl ShimArgs {
     /// # Errors
     /// A flag or the action is unknown, or a flag has no value.
-    pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Self, ShimError> {
+    pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Self, ShimError> {
         let mut args = Self::default();
         let (mut bundle, mut publish_binary, mut socket) = (String::new(), String::new(), String::new());
         let (mut info, mut version) = (false, false);

@@ -11,12 +11,12 @@ use std::{
 
 use containerd_shim_protos::api::DeleteResponse;
 use machinen::process::kill_foreign;
+use machinen_task::events::timestamp;
 use protobuf::{Message, MessageField};
 
 use crate::{
     args::ShimArgs,
     error::ShimError,
-    events::timestamp,
     server::POD_DIR,
     start::{ADDRESS_FILE, PID_FILE},
 };
@@ -29,7 +29,7 @@ const KILL_DEADLINE: Duration = Duration::from_secs(2);
 
 /// # Errors
 /// The server cannot be ended, or files cannot be removed.
-pub fn run(args: &ShimArgs) -> Result<(), ShimError> {
+pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
     let bundle = match args.bundle.as_os_str().is_empty() {
         true => env::current_dir().map_err(ShimError::io("find the bundle, the directory", "."))?,
         false => args.bundle.clone(),

@@ -1,16 +1,12 @@
-//! The shim's own errors, and the map from the kind of an error to ttrpc's status codes.
+//! The shim's own errors.
 
 use std::{io, path::PathBuf};
 
-use containerd_shim_protos::ttrpc::{self, Code, get_status};
-use machinen::{
-    config::ConfigError,
-    error::{ErrorKind, HasKind, chain},
-    pool::MemberError,
-};
+use containerd_shim_protos::ttrpc;
+use machinen::{config::ConfigError, pool::MemberError};
 
 #[derive(Debug, thiserror::Error)]
-pub enum ShimError {
+pub(crate) enum ShimError {
     #[error("wrong command line: {problem}")]
     Usage { problem: String },
     #[error("cannot {what} {}", path.display())]
@@ -38,43 +34,8 @@ pub enum ShimError {
 }
 
 impl ShimError {
-    pub fn io(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn io(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { what, path, source }
-    }
-}
-
-/// The error that containerd receives: the code of its kind, and the text with all causes.
-pub fn to_ttrpc(error: &(impl HasKind + 'static)) -> ttrpc::Error {
-    ttrpc::Error::RpcStatus(get_status(code(error.kind()), chain(error)))
-}
-
-/// Refuses a request that this version does not support.
-pub fn unimplemented<T>(what: &str) -> ttrpc::Result<T> {
-    Err(ttrpc::Error::RpcStatus(get_status(Code::UNIMPLEMENTED, format!("{what} is not supported yet"))))
-}
-
-/// Refuses an invalid request.
-pub fn invalid<T>(what: String) -> ttrpc::Result<T> {
-    Err(ttrpc::Error::RpcStatus(get_status(Code::INVALID_ARGUMENT, what)))
-}
-
-/// Reports an answer that cannot be encoded.
-pub fn encoding(error: protobuf::Error) -> ttrpc::Error {
-    ttrpc::Error::RpcStatus(get_status(Code::INTERNAL, chain(&ShimError::Encode(error))))
-}
-
-fn code(kind: ErrorKind) -> Code {
-    match kind {
-        ErrorKind::InvalidArgument => Code::INVALID_ARGUMENT,
-        ErrorKind::NotFound => Code::NOT_FOUND,
-        ErrorKind::AlreadyExists => Code::ALREADY_EXISTS,
-        ErrorKind::PermissionDenied => Code::PERMISSION_DENIED,
-        ErrorKind::FailedPrecondition => Code::FAILED_PRECONDITION,
-        ErrorKind::Unimplemented => Code::UNIMPLEMENTED,
-        ErrorKind::ResourceExhausted => Code::RESOURCE_EXHAUSTED,
-        ErrorKind::DeadlineExceeded => Code::DEADLINE_EXCEEDED,
-        ErrorKind::Unavailable => Code::UNAVAILABLE,
-        ErrorKind::Internal => Code::INTERNAL,
     }
 }

@@ -13,7 +13,7 @@ const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/f
 
 /// # Errors
 /// The answer cannot be written.
-pub fn run() -> Result<(), ShimError> {
+pub(crate) fn run() -> Result<(), ShimError> {
     let features = Any {
         type_url: FEATURES_TYPE.to_owned(),
         value: serde_json::to_vec(&features()).map_err(ShimError::Json)?,

@@ -17,7 +17,7 @@ use crate::error::ShimError;
 ///
 /// # Errors
 /// The configured level is unknown, or the fifo cannot be opened.
-pub fn init(bundle: &Path, config: &Config, debug: bool) -> Result<(), ShimError> {
+pub(crate) fn init(bundle: &Path, config: &Config, debug: bool) -> Result<(), ShimError> {
     let level: LevelFilter =
         config.log.level.parse().map_err(|_| ShimError::LogLevel { level: config.log.level.clone() })?;
     let level = if debug { level.max(LevelFilter::DEBUG) } else { level };

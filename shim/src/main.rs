@@ -8,23 +8,21 @@
 #![forbid(unsafe_code)]
 
 mod args;
-mod checkpoint;
 mod delete;
 mod error;
-mod events;
 mod info;
 mod logging;
 mod member;
-mod metrics;
+mod publisher;
 mod server;
 mod start;
-mod task;
 
 use std::process::ExitCode;
 
+use machinen::{error::chain, pod::anchor, pool, template};
+
 use args::{Action, ShimArgs};
 use error::ShimError;
-use machinen::{error::chain, pod::anchor, pool, template};
 
 fn main() -> ExitCode {
     if std::env::args().nth(1).is_some_and(|first| first == anchor::ARGUMENT) {

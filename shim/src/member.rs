@@ -19,7 +19,7 @@ use crate::{
 ///
 /// # Errors
 /// The clone cannot be made, or, after the member was taken, the same as for any server.
-pub fn run(number: Option<String>) -> Result<(), ShimError> {
+pub(crate) fn run(number: Option<String>) -> Result<(), ShimError> {
     // This comes before other descriptors are opened.
     let slot = sys::inherit::take(SLOT_FD).map_err(|_| ShimError::NoSlot)?;
     let number = number.and_then(|number| number.parse().ok()).ok_or(ShimError::NoSlot)?;

@@ -8,10 +8,7 @@ use std::{
     time::Duration,
 };
 
-use containerd_shim_protos::{
-    shim_async::create_task,
-    ttrpc::asynchronous::{Server, transport::Listener},
-};
+use containerd_shim_protos::ttrpc::asynchronous::{Server, transport::Listener};
 use machinen::{config::Config, pod::Pod, pool::WarmVm, sys};
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -24,19 +21,13 @@ use tokio::{
 use crate::{
     args::ShimArgs,
     error::ShimError,
-    events::Publisher,
     logging,
+    publisher::Publisher,
     start::{ADDRESS_FILE, LISTENER_FD},
-    task::TaskService,
 };
 
-/// The name of the task API since containerd 2.0.
-const TASK_V3: &str = "containerd.task.v3.Task";
-/// The name of the same methods and messages in containerd 1.x.
-const TASK_V2: &str = "containerd.task.v2.Task";
-
 /// Directory in the bundle with the pod's sockets and console log.
-pub const POD_DIR: &str = "vm";
+pub(crate) const POD_DIR: &str = "vm";
 
 /// How long containerd may take to receive the last events at the end.
 const EVENTS_GRACE: Duration = Duration::from_secs(2);
@@ -45,7 +36,7 @@ const EVENTS_GRACE: Duration = Duration::from_secs(2);
 ///
 /// # Errors
 /// The configuration is invalid, or the listener was not passed.
-pub fn run(args: &ShimArgs) -> Result<(), ShimError> {
+pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
     // This comes before other descriptors are opened.
     let listener = sys::inherit::take(LISTENER_FD).map_err(|_| ShimError::NoListener)?;
     let bundle = env::current_dir().map_err(ShimError::io("find the bundle, the directory", "."))?;
@@ -70,14 +61,14 @@ pub fn run(args: &ShimArgs) -> Result<(), ShimError> {
 ///
 /// # Errors
 /// The event loop cannot be created.
-pub fn event_loop(bundle: &Path) -> Result<Runtime, ShimError> {
+pub(crate) fn event_loop(bundle: &Path) -> Result<Runtime, ShimError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(ShimError::io("start the event loop in", bundle))
 }
 
 /// What a server has to serve.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct ServerParams {
+pub(crate) struct ServerParams {
     pub namespace: String,
     pub id: String,
     pub debug: bool,
@@ -91,7 +82,7 @@ pub struct ServerParams {
 ///
 /// # Errors
 /// The listener or the signals fail.
-pub async fn serve(
+pub(crate) async fn serve(
     work: ServerParams,
     config: Config,
     listener: UnixListener,
@@ -121,15 +112,12 @@ async fn serve_pod(
     }
     let ended = Arc::new(Notify::new());
     let publisher = Publisher::new(namespace, events);
-    let service = TaskService::new(pod.clone(), Arc::clone(&ended));
     let (last, last_sent) = oneshot::channel();
     let published = tokio::spawn(publisher.run(receiver, last_sent));
 
-    let mut methods = create_task(Arc::new(service.clone()));
-    let v2 = create_task(Arc::new(service)).remove(TASK_V3).map(|service| (TASK_V2.to_owned(), service));
-    methods.extend(v2);
+    let services = machinen_task::services(pod.clone(), Arc::clone(&ended));
     let listener = Listener::try_from(listener).map_err(ShimError::io("listen on", &bundle))?;
-    let mut server = Server::new().add_listener(listener).register_service(methods);
+    let mut server = Server::new().add_listener(listener).register_service(services);
     server.start().await.map_err(ShimError::Serve)?;
     tracing::debug!(id, "serving");
 

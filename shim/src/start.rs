@@ -17,20 +17,19 @@ use std::{
 };
 
 use command_fds::{CommandFdExt, FdMapping};
+use machinen::{config::Config, pool::Pool};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
-
-use machinen::{config::Config, pool::Pool};
 
 use crate::{args::ShimArgs, error::ShimError, server::ServerParams};
 
 /// The descriptor on which the server inherits its listener.
-pub const LISTENER_FD: i32 = 3;
+pub(crate) const LISTENER_FD: i32 = 3;
 
 /// File in the bundle with the server's address, for `delete`.
-pub const ADDRESS_FILE: &str = "address";
+pub(crate) const ADDRESS_FILE: &str = "address";
 /// File in the bundle with the server's pid, for `delete`.
-pub const PID_FILE: &str = "shim.pid";
+pub(crate) const PID_FILE: &str = "shim.pid";
 
 /// The directory of the sockets of containerd's shims.
 const SOCKET_DIR: &str = "/run/containerd/s";
@@ -48,7 +47,7 @@ struct Bootstrap<'a> {
 
 /// # Errors
 /// The socket cannot be created or the server cannot be started. Nothing is left then.
-pub fn run(args: &ShimArgs) -> Result<(), ShimError> {
+pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
     let bundle = env::current_dir().map_err(ShimError::io("find the bundle, the directory", "."))?;
     let socket = socket_path(args);
     let address = format!("unix://{}", socket.display());

@@ -8,7 +8,7 @@ use machinen::{
 };
 
 #[derive(Debug, thiserror::Error)]
-pub enum ForkError {
+pub(crate) enum ForkError {
     #[error("cannot start")]
     Start(#[source] io::Error),
     #[error("cannot reach containerd at {}", address.display())]

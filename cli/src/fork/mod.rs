@@ -35,7 +35,7 @@ use self::{containerd::ContainerdClient, error::ForkError, spec::TcpChoice};
 
 /// Arguments of `machinen fork`.
 #[derive(Debug, Args)]
-pub struct ForkArgs {
+pub(crate) struct ForkArgs {
     /// containerd's socket
     #[arg(long, short, env = "CONTAINERD_ADDRESS", default_value = "/run/containerd/containerd.sock")]
     address: PathBuf,
@@ -68,7 +68,7 @@ pub struct ForkArgs {
 ///
 /// # Errors
 /// The container cannot be forked. SRC continues to run, and nothing of NEW is left.
-pub fn run(args: &ForkArgs, config: &Config) -> Result<(), ForkError> {
+pub(crate) fn run(args: &ForkArgs, config: &Config) -> Result<(), ForkError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let forked = runtime.map_err(ForkError::Start)?.block_on(async {
         let containerd = ContainerdClient::connect(&args.address, &args.namespace).await?;

@@ -22,6 +22,7 @@ mod reaper;
 mod service;
 mod shutdown;
 mod stdio;
+#[expect(unsafe_code, reason = "the one place for it")]
 mod sys;
 mod uevent;
 mod view;

@@ -129,7 +129,7 @@ fn directory_of_others(containerd: &mut Containerd) -> Result<()> {
         let from = containerd.log().position();
         runs_from(containerd, "boot")?;
         let dir = templates.dir.display().to_string();
-        let lines = told(containerd, from, &["alone, so templates in it cannot be trusted", &dir]);
+        let lines = told(containerd, from, &["so templates in it cannot be trusted", &dir]);
         ensure!(lines == 1, "{lines} lines say that {dir} has mode {open:o}");
     }
     mode(0o700)?;

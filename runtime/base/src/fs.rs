@@ -1,0 +1,194 @@
+//! What the standard library leaves to its callers about files: private directories, locks, removal, and one error that
+//! names the file.
+
+use std::{
+    fs::{self, DirBuilder, File, TryLockError},
+    io,
+    os::unix::fs::DirBuilderExt as _,
+    path::{Path, PathBuf},
+};
+
+/// A failed operation on a file or directory.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {action} {}", path.display())]
+pub struct FileError {
+    /// A verb that fits "cannot ... PATH", such as `open`.
+    pub action: &'static str,
+    /// The file or directory.
+    pub path: PathBuf,
+    /// What the system answered.
+    pub source: io::Error,
+}
+
+impl FileError {
+    /// For [`Result::map_err`]: `fs::read(path).map_err(FileError::at("read", path))`.
+    pub fn at(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self { action, path, source }
+    }
+}
+
+/// Creates one directory that only its owner may enter (mode 0700). False: the name exists already.
+///
+/// # Errors
+/// Those of mkdir(2), but for EEXIST.
+pub fn create_private_dir(path: &Path) -> io::Result<bool> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Creates a directory and its missing parents, all of them with mode 0700.
+///
+/// # Errors
+/// Those of mkdir(2), but for EEXIST.
+pub fn create_private_dirs(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// None if the file does not exist: `if_exists(fs::read(path))`.
+///
+/// # Errors
+/// Any other error of `result`.
+pub fn if_exists<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes a file. False: it did not exist.
+///
+/// # Errors
+/// Those of unlink(2), but for ENOENT.
+pub fn remove_file(path: &Path) -> io::Result<bool> {
+    if_exists(fs::remove_file(path)).map(|removed| removed.is_some())
+}
+
+/// Removes a directory with everything in it; links are not followed. False: it did not exist.
+///
+/// # Errors
+/// Those of unlinkat(2), but for ENOENT.
+pub fn remove_dir_all(path: &Path) -> io::Result<bool> {
+    if_exists(fs::remove_dir_all(path)).map(|removed| removed.is_some())
+}
+
+/// Waits until no other open file description holds a lock on the file, and takes it exclusively (flock(2)). A signal
+/// does not end the wait. The lock is released when the last duplicate of the descriptor is closed.
+///
+/// # Errors
+/// Those of flock(2), but for EINTR.
+pub fn lock(file: &File) -> io::Result<()> {
+    uninterrupted(|| file.lock())
+}
+
+/// As [`lock`], shared with others that lock the file so.
+///
+/// # Errors
+/// Those of flock(2), but for EINTR.
+pub fn lock_shared(file: &File) -> io::Result<()> {
+    uninterrupted(|| file.lock_shared())
+}
+
+/// As [`lock`], without waiting. False: another open file description holds a lock.
+///
+/// # Errors
+/// Those of flock(2), but for EWOULDBLOCK.
+pub fn try_lock(file: &File) -> io::Result<bool> {
+    taken(file.try_lock())
+}
+
+/// As [`lock_shared`], without waiting. False: another open file description holds an exclusive lock.
+///
+/// # Errors
+/// Those of flock(2), but for EWOULDBLOCK.
+pub fn try_lock_shared(file: &File) -> io::Result<bool> {
+    taken(file.try_lock_shared())
+}
+
+fn uninterrupted(lock: impl Fn() -> io::Result<()>) -> io::Result<()> {
+    loop {
+        match lock() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
+fn taken(result: Result<(), TryLockError>) -> io::Result<bool> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(TryLockError::WouldBlock) => Ok(false),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
+/// Lower-case hexadecimal digits, two a byte.
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("a String takes any text");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn directories_are_their_owners() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, deep) = (dir.path().join("one"), dir.path().join("a/b"));
+        assert!(create_private_dir(&one).unwrap() && !create_private_dir(&one).unwrap());
+        assert_eq!(
+            create_private_dir(&dir.path().join("no/parent")).unwrap_err().kind(),
+            io::ErrorKind::NotFound
+        );
+        create_private_dirs(&deep).unwrap();
+        create_private_dirs(&deep).unwrap();
+        for path in [&one, &deep, &dir.path().join("a")] {
+            assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o700);
+        }
+        assert!(remove_dir_all(&one).unwrap() && !remove_dir_all(&one).unwrap());
+    }
+
+    #[test]
+    fn a_missing_file_is_no_error_where_that_is_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        assert_eq!(if_exists(fs::read(&path)).unwrap(), None);
+        fs::write(&path, "x").unwrap();
+        assert_eq!(if_exists(fs::read(&path)).unwrap(), Some(b"x".to_vec()));
+        assert!(remove_file(&path).unwrap() && !remove_file(&path).unwrap());
+        assert!(remove_file(dir.path()).is_err());
+    }
+
+    #[test]
+    fn locks_belong_to_the_open_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let open = || File::options().create(true).append(true).open(&path).unwrap();
+        let (one, two, three) = (open(), open(), open());
+        lock_shared(&one).unwrap();
+        assert!(try_lock_shared(&two).unwrap() && !try_lock(&three).unwrap());
+        drop(two);
+        assert!(!try_lock(&three).unwrap());
+        drop(one);
+        assert!(try_lock(&three).unwrap() && !try_lock_shared(&open()).unwrap());
+        drop(three);
+        lock(&open()).unwrap();
+    }
+
+    #[test]
+    fn errors_name_the_file() {
+        let error = fs::read("/no/file").map_err(FileError::at("read", "/no/file")).unwrap_err();
+        assert_eq!(error.to_string(), "cannot read /no/file");
+        assert_eq!(hex(&[0, 0x1f, 0xff]), "001fff");
+    }
+}

@@ -1,0 +1,14 @@
+//! What every crate of machinen on the host stands on: errors, system calls, child processes, files.
+//!
+//! The only unsafe code of the host side is in [`sys`], and only [`process`] starts child processes.
+
+pub mod error;
+pub mod fs;
+pub mod memfd;
+pub mod process;
+#[expect(unsafe_code, reason = "the one place for it")]
+pub mod sys;
+pub mod watch;
+
+/// Directory of everything that is valid until the host reboots.
+pub const RUN_DIR: &str = "/run/machinen";

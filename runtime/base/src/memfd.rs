@@ -1,0 +1,70 @@
+//! Memory files, and how they are made unchangeable (memfd_create(2), fcntl(2)).
+
+use std::{
+    fs::File,
+    io::{self, Write as _},
+    os::fd::{AsFd, OwnedFd},
+};
+
+use nix::{
+    fcntl::{FcntlArg, SealFlag, fcntl},
+    sys::memfd::{MFdFlags, memfd_create},
+};
+
+/// The seals that prevent every change of content and size, also through a mapping.
+const SEALED: SealFlag = SealFlag::F_SEAL_WRITE
+    .union(SealFlag::F_SEAL_GROW)
+    .union(SealFlag::F_SEAL_SHRINK)
+    .union(SealFlag::F_SEAL_SEAL);
+
+/// A memory file of `bytes` zeros, which take no memory yet.
+pub fn sparse(bytes: u64) -> io::Result<OwnedFd> {
+    let file = File::from(memfd_create(c"machinen", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+    file.set_len(bytes)?;
+    Ok(file.into())
+}
+
+/// A sealed memory file with this content.
+pub fn holding(content: &[u8]) -> io::Result<OwnedFd> {
+    let mut file = File::from(sparse(0)?);
+    file.write_all(content)?;
+    seal(&file)?;
+    Ok(file.into())
+}
+
+/// Seals a memory file. Fails while a process has it mapped for writing.
+pub fn seal(fd: impl AsFd) -> io::Result<()> {
+    fcntl(fd, FcntlArg::F_ADD_SEALS(SEALED))?;
+    Ok(())
+}
+
+/// Whether the file can never change again; false for a file that is not a memfd.
+pub fn is_sealed(fd: impl AsFd) -> bool {
+    fcntl(fd, FcntlArg::F_GET_SEALS).is_ok_and(|seals| SealFlag::from_bits_retain(seals).contains(SEALED))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::{fd::AsRawFd as _, unix::fs::FileExt as _};
+
+    use super::*;
+
+    #[test]
+    fn a_sealed_file_can_be_opened_for_writing_but_not_written() {
+        let fd = holding(b"content").unwrap();
+        assert!(is_sealed(&fd));
+        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        assert!(file.write_at(b"x", 0).is_err() && file.set_len(0).is_err());
+        let mut content = [0; 7];
+        file.read_exact_at(&mut content, 0).unwrap();
+        assert_eq!(&content, b"content");
+    }
+
+    #[test]
+    fn a_file_that_is_not_sealed_is_recognised() {
+        assert!(!is_sealed(sparse(4096).unwrap()));
+        assert!(!is_sealed(File::open("/dev/null").unwrap()));
+        assert!(!is_sealed(tempfile::tempfile().unwrap()));
+    }
+}

@@ -1,0 +1,282 @@
+//! The description of a child process, and its start.
+
+use std::{
+    convert::Infallible,
+    ffi::{OsStr, OsString},
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        unix::{fs::MetadataExt as _, process::CommandExt as _},
+    },
+    path::{Path, PathBuf},
+};
+
+use command_fds::{CommandFdExt as _, FdMapping};
+
+use super::{ChildSandbox, ProcessError, ProcessExit, child, tool};
+use crate::sys::{self, child::Bond};
+
+/// Where one of a child's three standard streams goes.
+#[derive(Debug, Default)]
+pub enum Stdio {
+    #[default]
+    Null,
+    Inherit,
+    /// Read or written by the parent.
+    Pipe,
+    Fd(OwnedFd),
+}
+
+/// The description of a child process. Nothing happens until [`Spawn::start`] or [`Spawn::run`].
+///
+/// The child gets no file descriptors except its three standard streams and those given to [`Spawn::fd`]. It
+/// is killed when the thread that started it ends, so start long-lived children on a thread that lives as
+/// long as the process.
+#[derive(Debug)]
+pub struct Spawn {
+    program: OsString,
+    args: Vec<OsString>,
+    env: Vec<(OsString, OsString)>,
+    clear_env: bool,
+    dir: Option<PathBuf>,
+    stdin: Stdio,
+    stdout: Stdio,
+    stderr: Stdio,
+    fds: Vec<(OwnedFd, i32)>,
+    sandbox: ChildSandbox,
+    join_netns: Option<OwnedFd>,
+}
+
+/// The result of a tool that has ended.
+#[derive(Debug)]
+pub struct ToolOutput {
+    pub program: String,
+    pub exit: ProcessExit,
+    /// The first 64 KiB.
+    pub stdout: Vec<u8>,
+    /// The first 64 KiB.
+    pub stderr: Vec<u8>,
+}
+
+impl Spawn {
+    /// `program` is a path, or a name that is looked up in PATH.
+    pub fn new(program: impl AsRef<OsStr>) -> Self {
+        Self {
+            program: program.as_ref().to_owned(),
+            args: Vec::new(),
+            env: Vec::new(),
+            clear_env: false,
+            dir: None,
+            stdin: Stdio::Null,
+            stdout: Stdio::Null,
+            stderr: Stdio::Null,
+            fds: Vec::new(),
+            sandbox: ChildSandbox::default(),
+            join_netns: None,
+        }
+    }
+
+    pub fn args<A: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
+        self.args.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
+        self
+    }
+
+    /// Adds to the inherited environment, or replaces a variable of it.
+    pub fn env(mut self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
+        self.env.push((key.as_ref().to_owned(), value.as_ref().to_owned()));
+        self
+    }
+
+    /// The child does not inherit this process's environment.
+    pub fn clear_env(mut self) -> Self {
+        self.clear_env = true;
+        self
+    }
+
+    /// The working directory, entered before the identity changes: the child need not be able to reach it by
+    /// its path.
+    pub fn dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.dir = Some(dir.into());
+        self
+    }
+
+    pub fn stdin(mut self, stdin: Stdio) -> Self {
+        self.stdin = stdin;
+        self
+    }
+
+    pub fn stdout(mut self, stdout: Stdio) -> Self {
+        self.stdout = stdout;
+        self
+    }
+
+    pub fn stderr(mut self, stderr: Stdio) -> Self {
+        self.stderr = stderr;
+        self
+    }
+
+    /// The child inherits `fd` under `number` (3 to 63, each once).
+    pub fn fd(mut self, fd: OwnedFd, number: i32) -> Self {
+        self.fds.push((fd, number));
+        self
+    }
+
+    pub fn sandbox(mut self, sandbox: ChildSandbox) -> Self {
+        self.sandbox = sandbox;
+        self
+    }
+
+    /// The child runs in the network namespace that `netns` is open on (setns(2)).
+    pub fn join_netns(mut self, netns: OwnedFd) -> Self {
+        self.join_netns = Some(netns);
+        self
+    }
+
+    /// Forks and executes; returns once the program runs, with the name to use in messages.
+    pub(super) fn spawn_std(self) -> Result<(std::process::Child, String), ProcessError> {
+        self.execute(Bond::Child, std::process::Command::spawn)
+    }
+
+    /// Starts the program in a session of its own, in which it outlives this process. Inside a tokio runtime
+    /// it is reaped if it ends first.
+    ///
+    /// # Errors
+    /// The program cannot be started.
+    pub fn detach(self) -> Result<(), ProcessError> {
+        let (child, program) = self.execute(Bond::Detached, std::process::Command::spawn)?;
+        child::reap_in_background(child, program);
+        Ok(())
+    }
+
+    /// Replaces this process by the program; returns only if that fails.
+    pub fn replace(self) -> ProcessError {
+        let result = self.execute(Bond::Replacement, |command| Err::<Infallible, _>(command.exec()));
+        match result {
+            Err(error) => error,
+            Ok((never, _)) => match never {},
+        }
+    }
+
+    /// Builds the command and passes it to `run`. Returns the result with the program's name for messages.
+    fn execute<T>(
+        self,
+        bond: Bond,
+        run: impl FnOnce(&mut std::process::Command) -> io::Result<T>,
+    ) -> Result<(T, String), ProcessError> {
+        let program = self.program.to_string_lossy().into_owned();
+        let failed = |source: io::Error| ProcessError::Spawn { program: program.clone(), source };
+        let held = self.sandbox.identity.as_ref().and_then(|_| open_unreachable(Path::new(&self.program)));
+        let path = held.as_ref().map(|fd| format!("/proc/self/fd/{}", fd.as_raw_fd()).into());
+        #[expect(clippy::disallowed_methods, reason = "the one place that starts programs")]
+        let mut command = std::process::Command::new(path.as_ref().unwrap_or(&self.program));
+        command.arg0(&self.program);
+        if self.clear_env {
+            command.env_clear();
+        }
+        command.args(&self.args).envs(self.env);
+        if let Some(dir) = &self.dir {
+            command.current_dir(dir);
+        }
+        command.stdin(self.stdin).stdout(self.stdout).stderr(self.stderr);
+        // Before the descriptors move to their numbers, or the move could overwrite one that the setup uses.
+        let setup = sys::child::ChildSetup { join_netns: self.join_netns, bond, ..self.sandbox.setup() };
+        sys::child::on_fork(&mut command, setup);
+        let mappings = self
+            .fds
+            .into_iter()
+            .map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd })
+            .collect::<Vec<_>>();
+        command.fd_mappings(mappings).map_err(|error| failed(io::Error::other(error)))?;
+        match run(&mut command) {
+            Ok(result) => Ok((result, program)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let hint = tool::hint(Path::new(&self.program));
+                Err(ProcessError::NotFound { program, hint })
+            }
+            Err(error) => Err(failed(error)),
+        }
+    }
+}
+
+/// Opens a program in a directory that not everyone may enter, such as root's home, so that it can be
+/// executed through the descriptor.
+///
+/// None if the child can reach the program by its path, or if it is missing, which the attempt to execute it
+/// reports.
+fn open_unreachable(program: &Path) -> Option<OwnedFd> {
+    // A name without a directory is looked up in PATH, whose directories everyone may enter.
+    program.parent().filter(|dir| !dir.as_os_str().is_empty())?;
+    let real = program.canonicalize().ok()?;
+    let closed = |dir: &Path| dir.metadata().is_ok_and(|meta| meta.mode() & 0o001 == 0);
+    if !real.ancestors().skip(1).any(closed) {
+        return None;
+    }
+    let file = File::open(real).ok()?;
+    // Above the numbers that the child's own descriptors are moved to before it executes.
+    sys::duplicate_from(file.as_fd(), HELD_FROM).ok()
+}
+
+/// Above every number that is given to [`Spawn::fd`].
+const HELD_FROM: i32 = 64;
+
+impl From<Stdio> for std::process::Stdio {
+    fn from(stdio: Stdio) -> Self {
+        match stdio {
+            Stdio::Null => Self::null(),
+            Stdio::Inherit => Self::inherit(),
+            Stdio::Pipe => Self::piped(),
+            Stdio::Fd(fd) => Self::from(fd),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn a_child_ends_with_the_thread_that_started_it() {
+        for sandbox in [ChildSandbox::default(), ChildSandbox::strict(crate::process::RunAs::default())] {
+            let spawn = Spawn::new("sleep").args(["100"]).sandbox(sandbox);
+            let starter = std::thread::spawn(|| spawn.spawn_std().unwrap());
+            let (mut child, _) = starter.join().unwrap();
+            assert_eq!(ProcessExit::from(child.wait().unwrap()), ProcessExit::Signal(libc::SIGKILL));
+        }
+    }
+
+    #[test]
+    fn a_program_in_a_private_directory_runs_without_privileges() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+        let program = dir.path().join("echo");
+        // Copied by cp, because a child that another test forks meanwhile would hold a copy made here open
+        // for writing.
+        crate::process::run("cp", ["/bin/echo".as_ref(), program.as_os_str()], &[]).unwrap();
+        let identity = crate::process::RunAs { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![] };
+        let spawn = Spawn::new(&program).args(["it", "runs"]).sandbox(ChildSandbox::strict(identity));
+        let output = spawn.run().unwrap().success().unwrap();
+        assert_eq!(output.stdout, b"it runs\n");
+    }
+
+    #[test]
+    fn descriptors_arrive_under_their_numbers_and_no_others_do() {
+        let files: Vec<OwnedFd> = ["one", "two"]
+            .into_iter()
+            .map(|text| {
+                let (reader, mut writer) = io::pipe().unwrap();
+                writer.write_all(text.as_bytes()).unwrap();
+                reader.into()
+            })
+            .collect();
+        let mut spawn = Spawn::new("sh").args(["-c", "cat <&7; cat <&3; ls /proc/self/fd"]);
+        for (fd, number) in files.into_iter().zip([3, 7]) {
+            spawn = spawn.fd(fd, number);
+        }
+        let output = spawn.run().unwrap().success().unwrap();
+        // 4 is the directory that ls itself reads.
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), "twoone0\n1\n2\n3\n4\n7\n");
+    }
+}

@@ -1,0 +1,16 @@
+//! machinen's library: pods and their containers, and everything else that the shim and the command line share.
+//!
+//! Arrows point downward only: `shim, cli -> core -> vm, storage -> base -> protocol`. ARCHITECTURE.md holds the map.
+
+pub mod annotations;
+pub mod checkpoint;
+pub mod config;
+pub mod pod;
+pub mod pool;
+pub mod spec;
+pub mod view;
+
+pub use machinen_base::{RUN_DIR, error, process, sys, watch};
+pub use machinen_storage::{layer, rootdisk};
+pub use machinen_vm as vm;
+pub use machinen_vm::{accel, admission, agent, assets, template};

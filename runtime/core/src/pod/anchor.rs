@@ -1,0 +1,176 @@
+//! The host process whose pid stands for a container.
+//!
+//! Clients look at `/proc/<pid>/ns/net` and the other namespaces, open files below `/proc/<pid>/root`, and
+//! signal the pid. The VMM's pid would lead them to the VMM's namespaces, and a pid of the guest to an
+//! unrelated process. So each container has one idle process on the host, in the container's own namespaces,
+//! with a view of the container's root file system as its root. The anchor ends with the container and with
+//! the process that owns the VM.
+//!
+//! The anchor never accesses files below its root, so it starts and ends whatever the guest does. If there
+//! can be no view, its root is an empty directory: never the host's root, which a client could mistake for
+//! the container's.
+
+use std::{
+    fs::File,
+    io::{self, Write as _},
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use machinen_base::{
+    error::chain,
+    process::{Child, ChildSandbox, Namespaces, ProcessError, ProcessExit, Spawn, Stdio},
+    sys,
+};
+use nix::mount::{MntFlags, umount2};
+use rustix::{
+    fs::CWD,
+    io::Errno,
+    mount::{MoveMountFlags, move_mount},
+    process::{chroot, fchdir, pivot_root},
+};
+use tokio::{io::AsyncReadExt as _, net::unix::pipe};
+
+use crate::view::{self, ContainerView, DeviceError, ViewGuest};
+
+/// First argument that makes a binary that owns VMs run [`main`] instead of its usual work.
+pub const ARGUMENT: &str = "container-anchor";
+
+/// The descriptor on which the anchor inherits its root.
+const ROOT_FD: i32 = 3;
+/// What the anchor reports when it has entered its root; any other text is an error message.
+const IN_ROOT: &str = "in root";
+/// Where the root is mounted temporarily. Every host has this directory.
+const TEMPORARY_MOUNT: &str = "/proc";
+
+/// Why an anchor could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum AnchorError {
+    #[error("cannot open the network namespace {}", path.display())]
+    Netns { path: PathBuf, source: io::Error },
+    #[error("cannot make a root for the container's anchor process")]
+    Root(#[source] DeviceError),
+    #[error("cannot start the container's anchor process")]
+    Spawn(#[source] ProcessError),
+    #[error("cannot read the report of the container's anchor process")]
+    Report(#[source] io::Error),
+    #[error("the container's anchor process cannot enter its root: {report}")]
+    NoRoot { report: String },
+}
+
+/// The anchor of a container that is being created or exists.
+#[derive(Debug)]
+pub struct Anchor {
+    /// Ends before the process, which may be waiting for a reply of the view.
+    view: Option<ContainerView>,
+    child: Child,
+    report: pipe::Receiver,
+}
+
+impl Anchor {
+    /// Starts the anchor of the container `id`, in the network namespace at `netns` or a new one.
+    ///
+    /// # Errors
+    /// The namespace cannot be opened, or the process cannot be started.
+    pub fn spawn(id: &str, netns: Option<&Path>) -> Result<Self, AnchorError> {
+        let (view, root) = match ContainerView::mount(id) {
+            Ok((view, root)) => (Some(view), root),
+            Err(error) => {
+                tracing::warn!(
+                    id,
+                    "the container's files will not be visible on the host: {}",
+                    chain(&error)
+                );
+                (None, view::empty().map_err(AnchorError::Root)?)
+            }
+        };
+        let sandbox = ChildSandbox {
+            namespaces: Namespaces { net: netns.is_none(), mount: true, ipc: true, uts: true },
+            no_new_privileges: true,
+            no_core: true,
+            ..ChildSandbox::default()
+        };
+        let mut spawn = Spawn::new("/proc/self/exe").args([ARGUMENT]).sandbox(sandbox);
+        spawn = spawn.fd(root, ROOT_FD).stdout(Stdio::Pipe);
+        if let Some(path) = netns {
+            let file = File::open(path).map_err(|source| AnchorError::Netns { path: path.into(), source })?;
+            spawn = spawn.join_netns(file.into());
+        }
+        let mut child = spawn.start().map_err(AnchorError::Spawn)?;
+        let report = OwnedFd::from(child.stdout.take().expect("it was asked for"));
+        let report = pipe::Receiver::from_owned_fd(report).map_err(AnchorError::Report)?;
+        Ok(Self { view, child, report })
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.pid()
+    }
+
+    /// Waits until the process has entered its root. Its pid may only be passed to clients after that.
+    ///
+    /// # Errors
+    /// The process could not enter its root.
+    pub async fn wait_for_root(&mut self) -> Result<(), AnchorError> {
+        let mut report = String::new();
+        self.report.read_to_string(&mut report).await.map_err(AnchorError::Report)?;
+        if report == IN_ROOT { Ok(()) } else { Err(AnchorError::NoRoot { report }) }
+    }
+
+    /// Connects the view to the guest, because the container exists there now.
+    pub(super) fn attach(&self, guest: ViewGuest) {
+        if let Some(view) = &self.view {
+            view.attach(guest);
+        }
+    }
+
+    /// Resolves when the process has ended.
+    pub(super) fn ended(&self) -> impl Future<Output = ProcessExit> + Send + 'static {
+        self.child.exited()
+    }
+
+    /// Ends the view and then the process.
+    ///
+    /// # Errors
+    /// The kernel refuses to kill the process.
+    pub(super) async fn end(&mut self) -> Result<(), ProcessError> {
+        if let Some(view) = &mut self.view {
+            view.end().await;
+        }
+        self.child.kill().await.map(drop)
+    }
+}
+
+/// What the anchor process does: enter its root and namespaces, give up all privileges, and wait to be
+/// killed.
+pub fn main() -> ! {
+    let report = match enter_root() {
+        Ok(()) => IN_ROOT.to_owned(),
+        Err(error) => error.to_string(),
+    };
+    // A write fails if the parent has closed the pipe; it is about to kill this process then.
+    let written = io::stdout().write_all(report.as_bytes()).and_then(|()| io::stdout().flush());
+    drop((written, sys::inherit::take(libc::STDOUT_FILENO)));
+    loop {
+        nix::unistd::pause();
+    }
+}
+
+/// Makes the inherited mount the root of this process, and gives up the host's mounts and all capabilities.
+fn enter_root() -> io::Result<()> {
+    let root = sys::inherit::take(ROOT_FD)?;
+    move_mount(&root, "", CWD, TEMPORARY_MOUNT, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    fchdir(&root)?;
+    match pivot_root(".", ".") {
+        // The old root is on top of the new one after this (pivot_root(2)).
+        Ok(()) => umount2(".", MntFlags::MNT_DETACH)?,
+        // The current root is the kernel's initial root file system, which pivot_root(2) cannot replace
+        // (ramfs-rootfs-initramfs.rst), but which another mount can cover.
+        Err(Errno::INVAL) => {
+            move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+            chroot(".")?;
+        }
+        Err(error) => return Err(error.into()),
+    }
+    drop(root);
+    sys::child::drop_capabilities()
+}

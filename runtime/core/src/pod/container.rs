@@ -1,0 +1,116 @@
+//! The host's record of a container after it was created.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex},
+};
+
+use machinen_base::process;
+use machinen_storage::rootdisk::RootdiskKey;
+use machinen_vm::Vm;
+use tokio::sync::RwLock;
+
+use super::{
+    ContainerProcess,
+    anchor::Anchor,
+    checkpoint,
+    exec::Execs,
+    layer::WritableLayer,
+    rootfs::RootfsMount,
+    state::{ProcessExit, ProcessState},
+    stdio::StdioNames,
+};
+use crate::config;
+
+/// A container that exists in the guest.
+#[derive(Debug)]
+pub struct Container {
+    pub id: String,
+    pub bundle: PathBuf,
+    /// Pid of the anchor, the host process that stands for the container.
+    pub pid: u32,
+    anchor: tokio::sync::Mutex<Anchor>,
+    /// The pod's VM, which is killed if its agent does not respond.
+    pub(super) vm: Vm,
+    pub(super) init: Arc<ContainerProcess>,
+    pub(super) execs: Execs,
+    /// Locked for reading while a process is being added, and for writing while the container is being
+    /// frozen: a process that arrives in a frozen cgroup could not report that it was started, and would
+    /// prevent a checkpoint.
+    pub(super) freezing: RwLock<()>,
+    pub(super) layer: WritableLayer,
+    /// The disk with the lower layers of the root file system, if that is an overlay.
+    pub(super) base: Option<RootdiskKey>,
+    /// The disk of the checkpoint that the container is restored from, until the container has been started.
+    pub(super) checkpoint: Mutex<Option<checkpoint::RestoreDisk>>,
+    /// How checkpoints of this container are taken.
+    pub(super) checkpoint_config: config::CheckpointConfig,
+    /// The mounts of the root file system that the caller asked for.
+    pub(super) rootfs: Vec<RootfsMount>,
+}
+
+/// The disks of a container, and how they are used.
+#[derive(Debug)]
+pub(super) struct ContainerStorage {
+    pub(super) layer: WritableLayer,
+    pub(super) base: Option<RootdiskKey>,
+    pub(super) checkpoint: Option<checkpoint::RestoreDisk>,
+    pub(super) checkpoint_config: config::CheckpointConfig,
+    pub(super) rootfs: Vec<RootfsMount>,
+}
+
+impl Container {
+    pub(super) fn new(
+        id: String,
+        bundle: PathBuf,
+        stdio: StdioNames,
+        anchor: Anchor,
+        vm: Vm,
+        storage: ContainerStorage,
+    ) -> Self {
+        let ContainerStorage { layer, base, checkpoint, checkpoint_config, rootfs } = storage;
+        Self {
+            id,
+            bundle,
+            pid: anchor.pid(),
+            anchor: tokio::sync::Mutex::new(anchor),
+            vm,
+            init: Arc::new(ContainerProcess::new(stdio)),
+            execs: Execs::default(),
+            freezing: RwLock::default(),
+            layer,
+            base,
+            checkpoint: Mutex::new(checkpoint),
+            checkpoint_config,
+            rootfs,
+        }
+    }
+
+    /// The state of the container's init.
+    pub fn state(&self) -> ProcessState {
+        self.init.state()
+    }
+
+    /// Resolves when the container's init has ended and its output has been delivered.
+    pub async fn exited(&self) -> ProcessExit {
+        self.init.exited().await
+    }
+
+    /// Resolves when nothing of the container is left in the guest.
+    pub(super) async fn gone_from_guest(&self) {
+        self.init.gone().await;
+    }
+
+    /// Resolves when the anchor has ended, whatever the cause.
+    pub(super) async fn anchor_ended(&self) -> process::ProcessExit {
+        let ended = self.anchor.lock().await.ended();
+        ended.await
+    }
+
+    /// Ends the anchor, and with it the view of the container's files, because the container has ended.
+    pub(super) async fn end_anchor(&self) {
+        if let Err(error) = self.anchor.lock().await.end().await {
+            tracing::warn!(id = self.id, "cannot end the container's anchor: {error}");
+        }
+    }
+}

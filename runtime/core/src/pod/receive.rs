@@ -1,0 +1,232 @@
+//! Passes the archive from the guest to the thread that applies it, since file operations block.
+
+use std::{
+    io::{self, Read},
+    pin::pin,
+    time::Duration,
+};
+
+use machinen_base::error::{ErrorKind, HasKind};
+use machinen_storage::layer::{self, AppliedLayer, LayerError, LayerLimits, LayerTarget, PreviousLayer};
+use machinen_vm::{
+    Vm, VmError,
+    agent::{self, AgentError},
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt},
+    sync::mpsc,
+    task::spawn_blocking,
+    time::timeout,
+};
+
+/// Bytes that are read at once.
+const CHUNK: usize = 64 << 10;
+/// Chunks that wait to be applied; the guest waits when there are more.
+const WAITING: usize = 4;
+/// Longest time in which a guest that exports may send nothing.
+const STALL: Duration = Duration::from_secs(60);
+
+/// Why a container's changes did not reach the host.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    #[error("cannot open a stream for the archive")]
+    Stream(#[source] VmError),
+    #[error("the guest cannot export its changes")]
+    Agent(#[source] AgentError),
+    #[error("the stream of the archive broke after {arrived} bytes")]
+    Broken { arrived: u64, source: io::Error },
+    #[error("the stream of the archive ended after {arrived} bytes")]
+    Ended { arrived: u64 },
+    #[error("the guest sent {arrived} bytes of an archive of {total}")]
+    TooMuch { arrived: u64, total: u64 },
+    #[error("the guest sent nothing for {seconds} s")]
+    Stalled { seconds: u64 },
+    #[error("a worker thread ended early")]
+    Worker(#[source] tokio::task::JoinError),
+}
+
+impl HasKind for ReceiveError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Layer(source) => source.kind(),
+            Self::Stream(source) => source.kind(),
+            Self::Agent(source) => source.kind(),
+            Self::TooMuch { .. } => ErrorKind::FailedPrecondition,
+            Self::Broken { .. } | Self::Ended { .. } => ErrorKind::Unavailable,
+            Self::Stalled { .. } => ErrorKind::DeadlineExceeded,
+            Self::Worker(_) => ErrorKind::Internal,
+        }
+    }
+}
+
+/// Asks the guest for a container's changes and stores them in `target`. The container must have ended, or
+/// its processes must be frozen.
+///
+/// # Errors
+/// The guest cannot send the changes, sends something else, or the host cannot store them. Then the old layer
+/// is still in place, and nothing of the new one is left.
+pub(super) async fn receive(
+    vm: &Vm,
+    agent: &agent::Client,
+    container: &str,
+    target: LayerTarget,
+    limits: LayerLimits,
+) -> Result<(AppliedLayer, PreviousLayer), ReceiveError> {
+    let (token, stream) = vm.open_stream().await.map_err(ReceiveError::Stream)?;
+    let (sender, chunks) = mpsc::channel(WAITING);
+    let applying = spawn_blocking(move || layer::replace(ArchiveReader::new(chunks), &target, limits));
+    let answer = async { agent.export_layer(container, token).await.map_err(ReceiveError::Agent) };
+    let passed = pass(stream, answer, sender).await;
+    let applied = applying.await.map_err(ReceiveError::Worker)?;
+    match (passed, applied) {
+        (Err(PassError::Failed(error)), _) => Err(error),
+        (Ok(()) | Err(PassError::Unwanted), applied) => Ok(applied?),
+    }
+}
+
+/// Why not all of the archive was passed on.
+enum PassError {
+    Failed(ReceiveError),
+    /// The thread that applies the archive has stopped, and returns the reason.
+    Unwanted,
+}
+
+/// A part of the archive, or None at its end. A channel that closes without None means a failure.
+type ArchivePiece = Option<Vec<u8>>;
+
+/// Passes bytes on until there are as many as the agent's answer says.
+async fn pass(
+    mut stream: impl AsyncRead + Unpin,
+    answer: impl Future<Output = Result<u64, ReceiveError>>,
+    pieces: mpsc::Sender<ArchivePiece>,
+) -> Result<(), PassError> {
+    let mut answer = pin!(answer);
+    let (mut total, mut arrived) = (None, 0_u64);
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match total {
+            Some(total) if arrived == total => {
+                return pieces.send(None).await.map_err(|_| PassError::Unwanted);
+            }
+            Some(total) if arrived > total => {
+                return Err(PassError::Failed(ReceiveError::TooMuch { arrived, total }));
+            }
+            _ => {}
+        }
+        let read = tokio::select! {
+            answered = &mut answer, if total.is_none() => {
+                total = Some(answered.map_err(PassError::Failed)?);
+                continue;
+            }
+            read = timeout(STALL, stream.read(&mut buffer)) => read,
+        };
+        match read {
+            Ok(Ok(0)) => {
+                // If the agent has answered with an error, that is more precise.
+                if total.is_none() {
+                    answer.await.map_err(PassError::Failed)?;
+                }
+                return Err(PassError::Failed(ReceiveError::Ended { arrived }));
+            }
+            Ok(Ok(read)) => {
+                arrived += read as u64;
+                pieces.send(Some(buffer[..read].to_vec())).await.map_err(|_| PassError::Unwanted)?;
+            }
+            Ok(Err(source)) => return Err(PassError::Failed(ReceiveError::Broken { arrived, source })),
+            Err(_) => return Err(PassError::Failed(ReceiveError::Stalled { seconds: STALL.as_secs() })),
+        }
+    }
+}
+
+/// The archive as the applying thread reads it. Its end is reported only if all bytes have arrived.
+struct ArchiveReader {
+    pieces: mpsc::Receiver<ArchivePiece>,
+    current: Vec<u8>,
+    at: usize,
+    ended: bool,
+}
+
+impl ArchiveReader {
+    fn new(pieces: mpsc::Receiver<ArchivePiece>) -> Self {
+        Self { pieces, current: Vec::new(), at: 0, ended: false }
+    }
+}
+
+impl Read for ArchiveReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.at == self.current.len() && !self.ended {
+            match self.pieces.blocking_recv() {
+                Some(Some(piece)) => (self.current, self.at) = (piece, 0),
+                Some(None) => self.ended = true,
+                None => return Err(io::ErrorKind::ConnectionAborted.into()),
+            }
+        }
+        let read = buffer.len().min(self.current.len() - self.at);
+        buffer[..read].copy_from_slice(&self.current[self.at..self.at + read]);
+        self.at += read;
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    /// What arrives of `bytes` when the agent answers `answer`.
+    async fn passed(
+        bytes: &[u8],
+        answer: Result<u64, ReceiveError>,
+        closed: bool,
+    ) -> (Result<(), PassError>, io::Result<Vec<u8>>) {
+        let (mut guest, host) = tokio::io::duplex(16);
+        let (sender, pieces) = mpsc::channel(1);
+        let reader = spawn_blocking(move || {
+            let mut all = Vec::new();
+            ArchiveReader::new(pieces).read_to_end(&mut all).map(|_| all)
+        });
+        let (answered, wait) = tokio::sync::oneshot::channel();
+        let send = async {
+            guest.write_all(bytes).await.unwrap();
+            let kept = if closed {
+                drop(guest);
+                None
+            } else {
+                Some(guest)
+            };
+            answered.send(answer).ok();
+            kept
+        };
+        let (_kept, passed) = tokio::join!(send, pass(host, async { wait.await.unwrap() }, sender));
+        (passed, reader.await.unwrap())
+    }
+
+    #[tokio::test]
+    async fn the_count_marks_the_end_of_the_archive() {
+        let bytes: Vec<u8> = (0..100_000_u32).map(|n| n as u8).collect();
+        // The stream stays open, and the answer comes before or after the last bytes.
+        let (passed, read) = passed(&bytes, Ok(100_000), false).await;
+        assert!(passed.is_ok() && read.unwrap() == bytes);
+    }
+
+    #[tokio::test]
+    async fn a_closed_stream_is_not_the_end_of_the_archive() {
+        let (outcome, read) = passed(b"half", Ok(8), true).await;
+        assert!(matches!(outcome, Err(PassError::Failed(ReceiveError::Ended { arrived: 4 }))));
+        assert!(read.is_err());
+        let (outcome, read) = passed(b"twice", Ok(3), false).await;
+        assert!(matches!(outcome, Err(PassError::Failed(ReceiveError::TooMuch { arrived: 5, total: 3 }))));
+        assert!(read.is_err());
+    }
+
+    #[tokio::test]
+    async fn the_error_of_the_agent_is_kept() {
+        let refused = ReceiveError::Agent(AgentError::Closed);
+        let (outcome, read) = passed(b"some", Err(refused), true).await;
+        assert!(matches!(outcome, Err(PassError::Failed(ReceiveError::Agent(_)))));
+        assert!(read.is_err());
+    }
+}

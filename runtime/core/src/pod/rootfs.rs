@@ -1,0 +1,239 @@
+//! Translates the caller's mounts of a root file system to what the VM gets: a base to convert, and a disk
+//! for the changes.
+
+use std::path::{Path, PathBuf};
+
+use machinen_base::error::{ErrorKind, HasKind};
+use machinen_storage::{layer::LayerTarget, rootdisk::RootfsSource};
+use oci_spec::runtime::Spec;
+
+/// Name of the writable layer's disk, in the directory of the snapshot (or of the bundle).
+const WRITABLE: &str = "machinen-writable.ext4";
+
+/// A mount of the root file system as the caller describes it (containerd's `types.Mount`).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RootfsMount {
+    pub kind: String,
+    pub source: PathBuf,
+    pub options: Vec<String>,
+}
+
+/// Where a container's root file system comes from, and where its changes go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RootfsPlan {
+    /// What is converted to the base disk. None: `writable` is an existing disk with the whole root file
+    /// system.
+    pub source: Option<RootfsSource>,
+    /// The disk is attached read-only.
+    pub read_only: bool,
+    /// The writable layer's disk. It is next to the snapshot's upper directory, so that it is removed with
+    /// the snapshot and found by the next start on it, or in the bundle if there is no upper directory. Not
+    /// used for [`LayerTarget::Whole`]; see [`super::native_disk`].
+    pub writable: PathBuf,
+    /// Receives the container's changes when it ends or is paused. None: the changes stay on the disk, since
+    /// the caller has mounted the root file system read-only, or has named a directory of its own that no
+    /// snapshotter reads.
+    pub target: Option<LayerTarget>,
+}
+
+impl RootfsPlan {
+    /// Whether the base disk holds only the lower layers, and nothing that a container has written.
+    pub fn is_overlaid(&self) -> bool {
+        matches!(self.target, Some(LayerTarget::Upper(_)))
+    }
+}
+
+/// Why a root file system cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RootfsPlanError {
+    #[error("the rootfs {} is missing", path.display())]
+    Missing { path: PathBuf },
+    #[error("the OCI configuration has no root and the caller mounted none")]
+    None,
+    #[error(
+        "rootfs mounts of the type {kind:?} are not supported yet; supported are overlay, bind and ext4 (snapshotters overlayfs, native, erofs and blockfile)"
+    )]
+    Kind { kind: String },
+    #[error("the disk {} is not supported yet: it is a device, only files are (snapshotter blockfile)", path.display())]
+    Device { path: PathBuf },
+    #[error("a rootfs of {count} mounts is not supported yet; one overlay or bind mount is")]
+    Several { count: usize },
+    #[error("the overlay rootfs has no lowerdir")]
+    NoLower,
+}
+
+impl HasKind for RootfsPlanError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Missing { .. } => ErrorKind::NotFound,
+            Self::None | Self::NoLower => ErrorKind::InvalidArgument,
+            Self::Kind { .. } | Self::Device { .. } | Self::Several { .. } => ErrorKind::Unimplemented,
+        }
+    }
+}
+
+/// Plans the disks from the caller's mounts, or from `root.path` of the configuration if there are no mounts.
+///
+/// # Errors
+/// A directory is missing, or a type of mount is not supported.
+pub fn plan(mounts: &[RootfsMount], spec: &Spec, bundle: &Path) -> Result<RootfsPlan, RootfsPlanError> {
+    let plan = match mounts {
+        [] => {
+            let root = spec.root().as_ref().ok_or(RootfsPlanError::None)?;
+            let source = Some(RootfsSource::Dir(bundle.join(root.path())));
+            RootfsPlan { source, read_only: false, writable: bundle.join(WRITABLE), target: None }
+        }
+        [mount] if mount.kind == "overlay" => overlay(mount, bundle)?,
+        [mount] if mount.kind == "bind" || mount.options.iter().any(|option| option.ends_with("bind")) => {
+            let read_only = mount.options.iter().any(|option| option == "ro");
+            let target = (!read_only).then(|| LayerTarget::Whole(mount.source.clone()));
+            let source = Some(RootfsSource::Dir(mount.source.clone()));
+            RootfsPlan { source, read_only: false, writable: bundle.join(WRITABLE), target }
+        }
+        [mount] if mount.kind == "ext4" => {
+            let read_only = mount.options.iter().any(|option| option == "ro");
+            RootfsPlan { source: None, read_only, writable: mount.source.clone(), target: None }
+        }
+        [mount] => return Err(RootfsPlanError::Kind { kind: mount.kind.clone() }),
+        several => return Err(RootfsPlanError::Several { count: several.len() }),
+    };
+    let dirs: Vec<&PathBuf> = match &plan.source {
+        Some(RootfsSource::Overlay { lowers }) => lowers.iter().collect(),
+        Some(RootfsSource::Dir(dir)) => vec![dir],
+        None => match plan.writable.metadata() {
+            Ok(disk) if disk.is_file() => vec![],
+            Ok(_) => return Err(RootfsPlanError::Device { path: plan.writable }),
+            Err(_) => return Err(RootfsPlanError::Missing { path: plan.writable }),
+        },
+    };
+    let target = plan.target.iter().map(LayerTarget::path);
+    match dirs.into_iter().map(PathBuf::as_path).chain(target).find(|dir| !dir.is_dir()) {
+        Some(path) => Err(RootfsPlanError::Missing { path: path.to_owned() }),
+        None => Ok(plan),
+    }
+}
+
+fn overlay(mount: &RootfsMount, bundle: &Path) -> Result<RootfsPlan, RootfsPlanError> {
+    let option = |name: &str| mount.options.iter().find_map(|option| option.strip_prefix(name));
+    let lowers = split_lowers(option("lowerdir=").unwrap_or_default());
+    if lowers.is_empty() {
+        return Err(RootfsPlanError::NoLower);
+    }
+    let upper = option("upperdir=").map(|path| PathBuf::from(unescape(path)));
+    let home = upper.as_deref().and_then(Path::parent).unwrap_or(bundle);
+    let writable = home.join(WRITABLE);
+    let source = Some(RootfsSource::Overlay { lowers });
+    Ok(RootfsPlan { writable, read_only: false, source, target: upper.map(LayerTarget::Upper) })
+}
+
+/// `lowerdir=a:b\:c` has the two directories `a` and `b:c`, the top one first.
+fn split_lowers(text: &str) -> Vec<PathBuf> {
+    let mut lowers = vec![String::new()];
+    let mut chars = text.chars();
+    while let Some(char) = chars.next() {
+        let last = lowers.last_mut().expect("never empty");
+        match char {
+            '\\' => last.extend(chars.next()),
+            ':' => lowers.push(String::new()),
+            other => last.push(other),
+        }
+    }
+    lowers.into_iter().filter(|lower| !lower.is_empty()).map(PathBuf::from).collect()
+}
+
+fn unescape(text: &str) -> String {
+    let mut chars = text.chars();
+    let mut out = String::new();
+    while let Some(char) = chars.next() {
+        if char == '\\' { out.extend(chars.next()) } else { out.push(char) }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn mount(kind: &str, options: &[String]) -> RootfsMount {
+        RootfsMount { kind: kind.to_owned(), source: kind.into(), options: options.to_vec() }
+    }
+
+    #[test]
+    fn the_disk_of_an_overlay_is_next_to_the_upper_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| {
+            let path = dir.path().join(name);
+            fs::create_dir_all(&path).unwrap();
+            path
+        };
+        let (one, two, upper) = (path("1/fs"), path("2:x/fs"), path("3/fs"));
+        let options = [
+            "index=off".to_owned(),
+            format!("lowerdir={}:{}", one.display(), two.display().to_string().replace(':', "\\:")),
+            format!("upperdir={}", upper.display()),
+        ];
+        let plan = plan(&[mount("overlay", &options)], &Spec::default(), dir.path()).unwrap();
+        assert_eq!(plan.writable, dir.path().join("3").join(WRITABLE));
+        assert_eq!(plan.source, Some(RootfsSource::Overlay { lowers: vec![one, two] }));
+        assert_eq!(plan.target, Some(LayerTarget::Upper(upper)));
+    }
+
+    #[test]
+    fn a_directory_receives_the_changes_unless_it_is_mounted_read_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let bind = |option: &str| RootfsMount {
+            kind: "bind".to_owned(),
+            source: dir.path().to_owned(),
+            options: vec!["rbind".to_owned(), option.to_owned()],
+        };
+        let target = |option| plan(&[bind(option)], &Spec::default(), Path::new("/")).unwrap().target;
+        assert_eq!(target("rw"), Some(LayerTarget::Whole(dir.path().to_owned())));
+        assert_eq!(target("ro"), None);
+    }
+
+    #[test]
+    fn an_ext4_mount_is_the_whole_root_file_system() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let disk = |option: &str, path: &Path| RootfsMount {
+            kind: "ext4".to_owned(),
+            source: path.to_owned(),
+            options: vec!["loop".to_owned(), option.to_owned()],
+        };
+        let planned = plan(&[disk("rw", file.path())], &Spec::default(), Path::new("/")).unwrap();
+        let whole =
+            RootfsPlan { source: None, read_only: false, writable: file.path().to_owned(), target: None };
+        assert_eq!(planned, whole);
+        assert!(plan(&[disk("ro", file.path())], &Spec::default(), Path::new("/")).unwrap().read_only);
+        let device = plan(&[disk("rw", Path::new("/dev/null"))], &Spec::default(), Path::new("/"));
+        assert_eq!(device, Err(RootfsPlanError::Device { path: "/dev/null".into() }));
+        let missing = plan(&[disk("rw", Path::new("/no/disk"))], &Spec::default(), Path::new("/"));
+        assert_eq!(missing, Err(RootfsPlanError::Missing { path: "/no/disk".into() }));
+    }
+
+    #[test]
+    fn without_mounts_the_configuration_names_the_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = plan(&[], &Spec::default(), dir.path()).unwrap_err();
+        assert_eq!(error, RootfsPlanError::Missing { path: dir.path().join("rootfs") });
+        fs::create_dir(dir.path().join("rootfs")).unwrap();
+        let plan = plan(&[], &Spec::default(), dir.path()).unwrap();
+        assert_eq!(plan.source, Some(RootfsSource::Dir(dir.path().join("rootfs"))));
+    }
+
+    #[test]
+    fn unsupported_mounts_are_named() {
+        let error = plan(&[mount("xfs", &[])], &Spec::default(), Path::new("/")).unwrap_err();
+        assert!(error.to_string().contains("\"xfs\"") && error.kind() == ErrorKind::Unimplemented);
+        let several = [mount("erofs", &[]), mount("overlay", &[])];
+        assert_eq!(
+            plan(&several, &Spec::default(), Path::new("/")),
+            Err(RootfsPlanError::Several { count: 2 })
+        );
+        assert_eq!(
+            plan(&[mount("overlay", &[])], &Spec::default(), Path::new("/")),
+            Err(RootfsPlanError::NoLower)
+        );
+    }
+}

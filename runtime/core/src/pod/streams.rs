@@ -1,0 +1,138 @@
+//! A process's streams between the caller and the guest: connected, and delivered to their ends.
+
+use std::fmt;
+
+use machinen_protocol::{
+    MAX_UNCLAIMED_STREAMS,
+    api::{self, WaitProcessResponse},
+};
+use machinen_vm::{BoxedStream, Vm, agent};
+use tokio::sync::watch;
+
+use super::{
+    PodError,
+    stdio::{HostStdio, Logger, OutputCopy, StdinCopy, StdinEnd, StdinFifo, StdinReader, StdioError},
+};
+
+/// How many processes may be starting at once. Each has three streams open that the agent has not claimed.
+pub(super) const STARTING: usize = MAX_UNCLAIMED_STREAMS / 3;
+
+/// The streams of a process, connected at both ends except for the caller's end of stdin.
+pub(super) struct ProcessStreams {
+    stdin: Option<(StdinFifo, BoxedStream)>,
+    terminal: bool,
+    pub(super) outputs: Outputs,
+}
+
+/// Stdin of a process that has not started: the guest's end is connected, the caller's is not open.
+pub(super) struct PendingInput {
+    fifo: StdinFifo,
+    to_guest: BoxedStream,
+    terminal: bool,
+    agent: agent::Client,
+    /// Ids of the container and of the process in the guest; the init's is "".
+    id: (String, String),
+}
+
+/// The two output streams of a process, and the logging program that receives them.
+#[derive(Debug)]
+pub(super) struct Outputs {
+    stdout: Option<OutputCopy>,
+    stderr: Option<OutputCopy>,
+    logger: Option<Logger>,
+}
+
+/// Opens a raw stream to the guest for each stream of the caller.
+///
+/// # Errors
+/// The VM has ended.
+pub(super) async fn connect(vm: &Vm, host: HostStdio) -> Result<(api::Stdio, ProcessStreams), PodError> {
+    let mut stdio = api::Stdio { terminal: host.terminal, ..Default::default() };
+    let open = async |wanted: bool| match wanted {
+        true => vm.open_stream().await.map(Some),
+        false => Ok(None),
+    };
+    // Opened concurrently, because each takes a round trip to the guest.
+    let opened = tokio::try_join!(
+        open(host.stdin.is_some()),
+        open(host.stdout.is_some()),
+        open(host.stderr.is_some())
+    );
+    let failed = |source| PodError::Vm { what: "open a stream to the guest", source };
+    let (from_caller, stdout, stderr) = opened.map_err(failed)?;
+    let stdin = host.stdin.zip(from_caller).map(|(source, (token, stream))| {
+        stdio.stdin = token;
+        (source, stream)
+    });
+    let mut outputs = Outputs { stdout: None, stderr: None, logger: host.logger };
+    outputs.stdout = host.stdout.zip(stdout).map(|(sink, (token, stream))| {
+        stdio.stdout = token;
+        OutputCopy::to("stdout", stream, sink)
+    });
+    outputs.stderr = host.stderr.zip(stderr).map(|(sink, (token, stream))| {
+        stdio.stderr = token;
+        OutputCopy::to("stderr", stream, sink)
+    });
+    Ok((stdio, ProcessStreams { stdin, terminal: host.terminal, outputs }))
+}
+
+impl ProcessStreams {
+    /// Takes the stdin of the process that has these ids in the guest.
+    pub(super) fn take_input(&mut self, agent: &agent::Client, id: &str, exec: &str) -> Option<PendingInput> {
+        let (fifo, to_guest) = self.stdin.take()?;
+        let id = (id.to_owned(), exec.to_owned());
+        Some(PendingInput { fifo, to_guest, terminal: self.terminal, agent: agent.clone(), id })
+    }
+}
+
+impl fmt::Debug for PendingInput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PendingInput").field("fifo", &self.fifo).field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl PendingInput {
+    /// Opens the caller's end.
+    ///
+    /// # Errors
+    /// The errors of open(2).
+    pub(super) fn open(&self) -> Result<StdinReader, StdioError> {
+        self.fifo.open()
+    }
+
+    /// Starts to copy from the caller's end.
+    pub(super) fn start(self, stdin: StdinReader, closed: watch::Receiver<bool>) -> StdinCopy {
+        let Self { to_guest, terminal, agent, id: (id, exec), .. } = self;
+        StdinCopy::start(stdin, StdinEnd { closed, terminal }, to_guest, async move |total| {
+            if let Err(error) = agent.end_stdin(&id, &exec, total).await {
+                // A process that has ended does not need the end of its stdin.
+                tracing::debug!(id, exec, "end of stdin not delivered: {error}");
+            }
+        })
+    }
+}
+
+impl Outputs {
+    /// Waits until the caller has received all output of the process. The logging program may still be
+    /// working on it.
+    pub(super) async fn deliver(self, id: &str, ended: &WaitProcessResponse) -> Option<Logger> {
+        let finish = async |output: Option<OutputCopy>, bytes| match output {
+            Some(output) => output.finish(bytes).await,
+            None => Ok(()),
+        };
+        let (stdout, stderr) =
+            tokio::join!(finish(self.stdout, ended.stdout_bytes), finish(self.stderr, ended.stderr_bytes));
+        for problem in [stdout, stderr].into_iter().filter_map(Result::err) {
+            tracing::error!(id, "{problem}");
+        }
+        self.logger
+    }
+
+    /// Delivers the output that has arrived from a guest that has ended.
+    pub(super) async fn abandon(self) -> Option<Logger> {
+        for output in [self.stdout, self.stderr].into_iter().flatten() {
+            output.abandon().await;
+        }
+        self.logger
+    }
+}

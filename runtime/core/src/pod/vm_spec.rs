@@ -1,0 +1,179 @@
+//! Decides what VM a pod gets, from the configuration, this host, and the limits of the pod's first
+//! container.
+
+use std::{num::NonZero, path::Path, thread, time::Duration};
+
+use machinen_base::RUN_DIR;
+use machinen_vm::{
+    HostSupport, VmSpec,
+    accel::{self, AccelError, Accelerator},
+    admission::HostMemory,
+    assets::Assets,
+    choose_channel,
+};
+use oci_spec::runtime::Spec;
+
+use crate::config::{self, Config};
+
+/// Bounds of the default memory ceiling, MiB. Memory that is never used still costs something: the guest's
+/// kernel touches 16 MiB for each GiB when it boots, which also takes tens of milliseconds under TCG.
+const LEAST_MEMORY: u32 = 512;
+const MOST_MEMORY: u32 = 2048;
+
+/// Memory for the guest's kernel and agent, in addition to a container's limit, MiB.
+const GUEST_OVERHEAD: u32 = 128;
+
+const MOST_VCPUS: u32 = 8;
+
+/// Longest hostname that Linux takes (gethostname(2)).
+const MOST_HOSTNAME: usize = 64;
+
+/// Describes the VM of the pod `name`, whose first container is `container`.
+///
+/// Blocks. The first call after a boot of the host tries KVM, which takes some time.
+///
+/// # Errors
+/// The configured accelerator does not work here.
+pub(super) fn build(
+    name: &str,
+    config: &Config,
+    assets: &Assets,
+    container: &Spec,
+    host: HostMemory,
+) -> Result<VmSpec, AccelError> {
+    let accel = accel::verdict(Path::new(RUN_DIR))?.choose(config.vm.accel)?;
+    let limits = ContainerLimits::of(container);
+    let host_cpus = thread::available_parallelism().map_or(1, NonZero::get);
+    Ok(VmSpec {
+        id: name.to_owned(),
+        qemu: config.vm.qemu.clone(),
+        accel,
+        memory_mib: memory_mib(
+            config.vm.memory_mib,
+            u32::try_from(host.total).unwrap_or(u32::MAX),
+            limits.memory_mib,
+        ),
+        vcpus: vcpus(config.vm.vcpus, accel, host_cpus, limits.cpus),
+        kernel: assets.kernel.clone(),
+        image: assets.image.clone(),
+        kernel_args: kernel_args(&config.vm),
+        channel: choose_channel(config.vm.channel, &HostSupport::detect(&config.vm.vhost_device_vsock)),
+        hostname: name.chars().filter(char::is_ascii).take(MOST_HOSTNAME).collect(),
+        boot_timeout: Duration::from_secs(config.vm.boot_timeout_s),
+        identity: VmSpec::unprivileged(std::process::id(), accel.groups()),
+        keep_console: true,
+    })
+}
+
+/// The part of a container's own limits that decides the size of its VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct ContainerLimits {
+    memory_mib: Option<u32>,
+    /// Rounded up to whole CPUs.
+    cpus: Option<u32>,
+}
+
+impl ContainerLimits {
+    fn of(container: &Spec) -> Self {
+        let resources = container.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let memory = resources.and_then(|resources| resources.memory().as_ref()?.limit());
+        let cpu = resources.and_then(|resources| resources.cpu().as_ref());
+        let quota = cpu.and_then(|cpu| cpu.quota()).filter(|&quota| quota > 0);
+        let period = cpu.and_then(|cpu| cpu.period()).filter(|&period| period > 0).unwrap_or(100_000);
+        Self {
+            memory_mib: memory
+                .filter(|&bytes| bytes > 0)
+                .map(|bytes| u32::try_from((bytes as u64).div_ceil(1 << 20)).unwrap_or(u32::MAX)),
+            cpus: quota.map(|quota| u32::try_from((quota as u64).div_ceil(period)).unwrap_or(u32::MAX)),
+        }
+    }
+}
+
+/// Turns io_uring off for all processes (kernel.io_uring_disabled in the kernel's sysctl documentation).
+const NO_IO_URING: &str = "sysctl.kernel.io_uring_disabled=2";
+
+/// What the configuration adds to the kernel's command line. The user's own text comes last, so that it takes
+/// precedence.
+fn kernel_args(vm: &config::VmConfig) -> String {
+    match (vm.io_uring, vm.kernel_args.as_str()) {
+        (true, args) => args.to_owned(),
+        (false, "") => NO_IO_URING.to_owned(),
+        (false, args) => format!("{NO_IO_URING} {args}"),
+    }
+}
+
+/// The configured ceiling, or half of the host's memory within bounds; more if the container's limit requires
+/// it.
+///
+/// A size that is not configured is a power of two, because every size of VM needs a template of its own.
+fn memory_mib(configured: u32, host: u32, limit: Option<u32>) -> u32 {
+    if configured > 0 {
+        return configured;
+    }
+    let half = (host / 2).clamp(LEAST_MEMORY, MOST_MEMORY);
+    let default = 1 << half.ilog2();
+    let wanted = limit.map_or(0, |limit| limit.saturating_add(GUEST_OVERHEAD));
+    default.max(wanted.checked_next_power_of_two().unwrap_or(u32::MAX).min(host))
+}
+
+fn vcpus(configured: u32, accel: Accelerator, host: usize, limit: Option<u32>) -> u32 {
+    let wanted = match (configured, accel) {
+        (0, Accelerator::Kvm) => u32::try_from(host).unwrap_or(MOST_VCPUS).clamp(1, MOST_VCPUS),
+        (0, Accelerator::Tcg { .. }) => 1,
+        (configured, _) => configured,
+    };
+    wanted.min(limit.unwrap_or(u32::MAX)).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use oci_spec::runtime::{LinuxCpuBuilder, LinuxMemoryBuilder, LinuxResourcesBuilder};
+
+    use super::*;
+
+    #[test]
+    fn memory_is_half_of_the_host_within_bounds() {
+        assert_eq!(memory_mib(0, 600, None), 512);
+        assert_eq!(memory_mib(0, 2400, None), 1024);
+        assert_eq!(memory_mib(0, 1 << 20, None), 2048);
+        assert_eq!(memory_mib(900, 24000, Some(5000)), 900);
+        assert_eq!(memory_mib(0, 24000, Some(3000)), 4096);
+        assert_eq!(memory_mib(0, 24000, Some(20000)), 24000);
+        assert_eq!(memory_mib(0, 24000, Some(900_000)), 24000);
+    }
+
+    #[test]
+    fn cpus_follow_the_accelerator_and_the_limit() {
+        let tcg = Accelerator::Tcg { tsc_khz: 1 };
+        assert_eq!(vcpus(0, Accelerator::Kvm, 64, None), 8);
+        assert_eq!(vcpus(0, Accelerator::Kvm, 4, Some(2)), 2);
+        assert_eq!(vcpus(0, tcg, 4, None), 1);
+        assert_eq!(vcpus(3, tcg, 2, None), 3);
+    }
+
+    #[test]
+    fn io_uring_is_turned_off_before_the_users_arguments() {
+        let vm = |io_uring, args: &str| config::VmConfig {
+            io_uring,
+            kernel_args: args.into(),
+            ..config::VmConfig::default()
+        };
+        assert_eq!(kernel_args(&vm(true, "")), "");
+        assert_eq!(kernel_args(&vm(true, "debug")), "debug");
+        assert_eq!(kernel_args(&vm(false, "")), NO_IO_URING);
+        assert_eq!(kernel_args(&vm(false, "debug")), format!("{NO_IO_URING} debug"));
+    }
+
+    #[test]
+    fn limits_are_read_from_the_configuration() {
+        let mut spec = Spec::default();
+        let resources = LinuxResourcesBuilder::default()
+            .memory(LinuxMemoryBuilder::default().limit(100 << 20).build().unwrap())
+            .cpu(LinuxCpuBuilder::default().quota(150_000).period(100_000_u64).build().unwrap())
+            .build()
+            .unwrap();
+        spec.linux_mut().as_mut().unwrap().set_resources(Some(resources));
+        assert_eq!(ContainerLimits::of(&spec), ContainerLimits { memory_mib: Some(100), cpus: Some(2) });
+        assert_eq!(ContainerLimits::of(&Spec::default()), ContainerLimits::default());
+    }
+}

@@ -1,0 +1,88 @@
+//! The reasons for which a member ends although no container has taken it.
+
+use std::{
+    env, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use machinen_base::watch::FileWatch;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+    task::JoinHandle,
+};
+
+use super::{PoolError, client, file, slot::PoolSlot};
+use crate::config;
+
+/// Why a member ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum EndReason {
+    Signal,
+    /// The pool was drained, or the program or its configuration was changed.
+    Changed,
+    ContainerdGone,
+    /// The watch that reports the other reasons has failed.
+    WatchFailed,
+}
+
+/// Waits for the first reason from the moment it was created.
+#[derive(Debug)]
+pub(super) struct Dismissal {
+    reason: watch::Receiver<Option<EndReason>>,
+    watcher: JoinHandle<()>,
+}
+
+impl Dismissal {
+    /// `containerd` is the socket of the containerd that the member is for, if known, and the time that it
+    /// may be absent.
+    pub(super) fn watch(slot: &PoolSlot, containerd: Option<(PathBuf, Duration)>) -> Result<Self, PoolError> {
+        let own = Path::new("/proc/self/exe");
+        let changes = changes(own, slot).map_err(file("watch", own))?;
+        let mut terminate = signal(SignalKind::terminate()).map_err(file("watch signals of", own))?;
+        let (sender, reason) = watch::channel(None);
+        let watcher = tokio::spawn(async move {
+            let gone = async {
+                match containerd {
+                    Some((socket, patience)) => client::gone(&socket, patience).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let reason = tokio::select! {
+                _ = terminate.recv() => EndReason::Signal,
+                changed = changes.changed() => changed.map_or(EndReason::WatchFailed, |()| EndReason::Changed),
+                gone = gone => gone.map_or(EndReason::WatchFailed, |()| EndReason::ContainerdGone),
+            };
+            sender.send_replace(Some(reason));
+        });
+        Ok(Self { reason, watcher })
+    }
+
+    /// Resolves when there is a reason, and at once from then on.
+    pub(super) async fn wait(&self) -> EndReason {
+        let mut reason = self.reason.clone();
+        let found = reason.wait_for(Option::is_some).await.ok().and_then(|reason| *reason);
+        found.unwrap_or(EndReason::WatchFailed)
+    }
+}
+
+impl Drop for Dismissal {
+    fn drop(&mut self) {
+        self.watcher.abort();
+    }
+}
+
+/// A watch that reports when the member's slot loses its name, or the program or its configuration is
+/// changed.
+fn changes(program: &Path, slot: &PoolSlot) -> io::Result<FileWatch> {
+    let watch = FileWatch::new()?;
+    watch.attributes(&slot.open_path())?;
+    watch.file(program)?;
+    let config = env::var_os("MACHINEN_CONFIG").map_or_else(|| config::DEFAULT_PATH.into(), PathBuf::from);
+    match watch.file(&config) {
+        // A missing configuration file is valid.
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(watch),
+    }
+}

@@ -1,0 +1,86 @@
+//! A clone for a pod that does not exist yet.
+
+use std::path::Path;
+
+use machinen_base::RUN_DIR;
+use machinen_storage::rootdisk::RootdiskError;
+use machinen_vm::{
+    Vm, VmError, VmSnapshotError, VmSpec,
+    admission::{self, AdmissionError, HostMemory},
+    agent::AgentError,
+    template::{FoundTemplate, TemplateError, TemplateShape, TemplateStore},
+};
+use tokio::task::spawn_blocking;
+
+use super::warm_up::warm_up;
+use crate::config::Config;
+
+/// Why no clone could be made and warmed up.
+#[derive(Debug, thiserror::Error)]
+pub enum CloneError {
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    #[error(transparent)]
+    Admission(#[from] AdmissionError),
+    #[error("cannot clone a VM")]
+    Clone(#[source] VmSnapshotError),
+    #[error("the guest agent of the clone cannot be reached")]
+    Agent(#[source] VmError),
+    #[error("cannot make the disks of the first container")]
+    Disks(#[from] RootdiskError),
+    #[error("cannot attach a disk of the first container")]
+    Attach(#[source] VmError),
+    #[error("cannot {verb} the first container")]
+    Container { verb: &'static str, source: AgentError },
+    #[error("a worker thread ended early")]
+    Worker(#[source] tokio::task::JoinError),
+}
+
+/// A VM that was made ahead of time, and the shape of its template.
+#[derive(Debug)]
+pub struct WarmVm {
+    pub(crate) vm: Vm,
+    pub(crate) shape: TemplateShape,
+}
+
+impl WarmVm {
+    /// Clones a VM like `spec` in the directory `dir`; this process owns it. Returns None if there is no
+    /// template.
+    ///
+    /// # Errors
+    /// The host has no memory for one more VM, or QEMU refuses the template's state. Nothing is left then.
+    pub(super) async fn clone_vm(
+        mut spec: VmSpec,
+        config: &Config,
+        dir: &Path,
+    ) -> Result<Option<Self>, CloneError> {
+        spec.identity = VmSpec::unprivileged(std::process::id(), spec.accel.groups());
+        spec.keep_console = false;
+        "ready".clone_into(&mut spec.id);
+        "ready".clone_into(&mut spec.hostname);
+        let (templates, wanted) = (TemplateStore::at(&config.template.dir), spec.clone());
+        let found = spawn_blocking(move || {
+            let Some(shape) = TemplateShape::of(&wanted)? else { return Ok::<_, TemplateError>(None) };
+            Ok(match templates.find(&shape)? {
+                FoundTemplate::Ready(template) => Some((*template, shape)),
+                FoundTemplate::Building | FoundTemplate::Absent | FoundTemplate::Failed(_) => None,
+            })
+        });
+        let found = found.await.map_err(CloneError::Worker)??;
+        let Some((template, shape)) = found else { return Ok(None) };
+        let starting = Path::new(RUN_DIR).join("starting");
+        let reserve = config.vm.memory_reserve_percent;
+        let _promise = admission::admit(&starting, admission::CLONE_NEEDS_MIB, reserve, HostMemory::now()?)?;
+        let vm = Vm::restore(spec, dir, &template.snapshot).await.map_err(CloneError::Clone)?;
+        Ok(Some(Self { vm, shape }))
+    }
+
+    /// Waits for the agent and lets it create a container once. If this fails or is cancelled, the caller
+    /// must kill the VM.
+    ///
+    /// # Errors
+    /// The clone does not work.
+    pub(super) async fn warm_up(&self, config: &Config) -> Result<(), CloneError> {
+        warm_up(&self.vm, config).await
+    }
+}

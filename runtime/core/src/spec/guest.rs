@@ -1,0 +1,461 @@
+//! Reduces an OCI configuration to the part that applies inside the guest.
+//!
+//! The host keeps its own part (hooks, the network namespace, labels of its security modules, the cgroup
+//! path) and passes the rest on. Names of the host's CPUs and memory nodes are translated later, when the
+//! container's VM is known. What is not supported is refused by name, never dropped silently.
+
+use std::path::{Path, PathBuf};
+
+use machinen_base::error::{ErrorKind, HasKind};
+use oci_spec::runtime::{
+    Linux, LinuxBuilder, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespace,
+    LinuxNamespaceBuilder, LinuxNamespaceType, Mount, Process, Spec,
+};
+
+use super::{
+    cpus,
+    resources::{self, ResourcesError},
+};
+
+/// Largest host file that is copied into a container, bytes.
+pub const MAX_INJECTED: u64 = 1 << 20;
+
+/// Types of file systems that the guest's kernel provides.
+const GUEST_KINDS: &[&str] = &["proc", "sysfs", "devpts", "tmpfs", "mqueue", "cgroup", "cgroup2"];
+
+/// Files of the host that `ctr run --net-host` binds. They are copied when the container is created.
+const INJECTED: &[&str] = &["/etc/hosts", "/etc/resolv.conf"];
+
+/// A container's configuration for the guest.
+#[derive(Debug, Clone)]
+pub struct GuestSpec {
+    pub spec: Spec,
+    pub injected: Vec<Injected>,
+    /// Path of the container's network namespace on the host, if the configuration names one.
+    pub netns: Option<PathBuf>,
+}
+
+/// A host file that is copied to `destination` in the container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Injected {
+    pub source: PathBuf,
+    pub destination: String,
+}
+
+/// Why a configuration is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReduceError {
+    #[error("mount {} of the host path {} is not supported yet (bind mounts come with volumes)", destination.display(), source_path.display())]
+    Bind { destination: PathBuf, source_path: PathBuf },
+    #[error("mount {} has the type {kind:?}, which is not supported; supported are {}", destination.display(), GUEST_KINDS.join(", "))]
+    MountKind { destination: PathBuf, kind: String },
+    #[error("a mount has no destination")]
+    NoDestination,
+    #[error("OCI {hook} hooks are not supported yet")]
+    Hook { hook: &'static str },
+    #[error("linux.namespaces has two {kind} namespaces")]
+    TwoNamespaces { kind: LinuxNamespaceType },
+    #[error("joining the {kind} namespace {} of another container is not supported yet", path.display())]
+    SharedNamespace { kind: LinuxNamespaceType, path: PathBuf },
+    #[error("{field} is not supported: {reason}")]
+    Field { field: &'static str, reason: &'static str },
+    #[error(
+        "linux.devices has {}, block device {major}:{minor} of the host, which the VM does not have", path.display()
+    )]
+    BlockDevice { path: PathBuf, major: i64, minor: i64 },
+    #[error(transparent)]
+    Resources(#[from] ResourcesError),
+}
+
+impl HasKind for ReduceError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NoDestination | Self::TwoNamespaces { .. } => ErrorKind::InvalidArgument,
+            Self::Resources(error) => error.kind(),
+            _ => ErrorKind::Unimplemented,
+        }
+    }
+}
+
+/// Reduces a host's configuration to the guest's.
+///
+/// # Errors
+/// The first part of the configuration that machinen does not support.
+pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
+    refuse_hooks(&spec)?;
+    spec.set_hooks(None);
+    let injected = take_injected(&mut spec)?;
+    let mounts_cgroups = mounts_cgroups(&spec);
+    let linux = spec.linux_mut().get_or_insert_with(empty_linux);
+    if mounts_cgroups {
+        add_cgroup_namespace(linux);
+    }
+    let netns = take_namespaces(linux)?;
+    // The guest has one cgroup tree and no security modules, so the host's names have no meaning there.
+    linux.set_cgroups_path(Some(Path::new("/machinen").join(id)));
+    linux.set_mount_label(None);
+    reduce_linux(linux)?;
+    if let Some(process) = spec.process_mut() {
+        drop_labels(process);
+        if process.exec_cpu_affinity().is_some() {
+            return Err(ReduceError::Field {
+                field: "process.execCPUAffinity",
+                reason: "the guest's CPUs are not the host's",
+            });
+        }
+    }
+    Ok(GuestSpec { spec, injected, netns })
+}
+
+impl GuestSpec {
+    /// Returns the configuration for a guest with `cpus` CPUs.
+    pub fn for_vm(&self, cpus: u32) -> Spec {
+        let mut spec = self.spec.clone();
+        if let Some(resources) = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut()) {
+            cpus::translate(resources, cpus);
+        }
+        spec
+    }
+}
+
+/// What the absence of a `linux` section means: there are no limits, and the container has no namespaces of
+/// its own.
+fn empty_linux() -> Linux {
+    let mut linux = LinuxBuilder::default().build().expect("every field has a default");
+    linux.set_resources(None).set_namespaces(None).set_masked_paths(None).set_readonly_paths(None);
+    linux
+}
+
+fn reduce_linux(linux: &mut Linux) -> Result<(), ReduceError> {
+    let has_devices = linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty());
+    for (field, given, reason) in [
+        ("linux.intelRdt", linux.intel_rdt().is_some(), "a VM has no cache and bandwidth classes"),
+        ("linux.netDevices", has_devices, "the host's network devices are not the VM's"),
+    ] {
+        if given {
+            return Err(ReduceError::Field { field, reason });
+        }
+    }
+    if let Some(mut policy) = linux.memory_policy().clone() {
+        if cpus::set("memoryPolicy.nodes", policy.nodes().as_deref())?.is_some() {
+            // The guest has one node.
+            policy.set_nodes(Some("0".to_owned()));
+        }
+        linux.set_memory_policy(Some(policy));
+    }
+    if let Some(mut limits) = linux.resources().clone() {
+        resources::for_creation(&mut limits)?;
+        linux.set_resources(Some(limits));
+    }
+    if !may_use_any_device(linux)
+        && let Some(device) = linux.devices().iter().flatten().find(|device| is_block(device))
+    {
+        return Err(ReduceError::BlockDevice {
+            path: device.path().clone(),
+            major: device.major(),
+            minor: device.minor(),
+        });
+    }
+    Ok(())
+}
+
+/// Whether the container may use all devices. A privileged container has a node for each device of the host,
+/// of any type.
+fn may_use_any_device(linux: &Linux) -> bool {
+    let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_ref());
+    let is_about_all = |rule: &&LinuxDeviceCgroup| {
+        matches!(rule.typ(), None | Some(LinuxDeviceType::A))
+            && [rule.major(), rule.minor()].iter().all(|number| number.is_none_or(|number| number < 0))
+    };
+    rules.into_iter().flatten().rfind(is_about_all).is_some_and(LinuxDeviceCgroup::allow)
+}
+
+fn is_block(device: &LinuxDevice) -> bool {
+    device.typ() == LinuxDeviceType::B
+}
+
+/// Removes the labels of the host's security modules, which the guest does not have.
+pub(super) fn drop_labels(process: &mut Process) {
+    process.set_apparmor_profile(None);
+    process.set_selinux_label(None);
+}
+
+fn refuse_hooks(spec: &Spec) -> Result<(), ReduceError> {
+    let Some(hooks) = spec.hooks() else { return Ok(()) };
+    let kinds = [
+        ("prestart", hooks.prestart()),
+        ("createRuntime", hooks.create_runtime()),
+        ("createContainer", hooks.create_container()),
+        ("startContainer", hooks.start_container()),
+        ("poststart", hooks.poststart()),
+        ("poststop", hooks.poststop()),
+    ];
+    match kinds.into_iter().find(|(_, hooks)| hooks.as_ref().is_some_and(|hooks| !hooks.is_empty())) {
+        Some((hook, _)) => Err(ReduceError::Hook { hook }),
+        None => Ok(()),
+    }
+}
+
+fn take_injected(spec: &mut Spec) -> Result<Vec<Injected>, ReduceError> {
+    let mut injected = Vec::new();
+    let mut kept = Vec::new();
+    for mount in spec.mounts().iter().flatten() {
+        if mount.destination().as_os_str().is_empty() {
+            return Err(ReduceError::NoDestination);
+        }
+        let mut mount = mount.clone();
+        // On Linux a relative destination is relative to the root (config.md, "Mounts").
+        mount.set_destination(Path::new("/").join(mount.destination()));
+        let destination = mount.destination();
+        if is_bind(&mount) {
+            let source = mount.source().clone().unwrap_or_default();
+            match destination.to_str().filter(|path| INJECTED.contains(path) && source == Path::new(path)) {
+                Some(path) => injected.push(Injected { source, destination: path.to_owned() }),
+                None => {
+                    return Err(ReduceError::Bind { destination: destination.clone(), source_path: source });
+                }
+            }
+            continue;
+        }
+        let kind = mount.typ().clone().unwrap_or_default();
+        if !GUEST_KINDS.contains(&kind.as_str()) {
+            return Err(ReduceError::MountKind { destination: destination.clone(), kind });
+        }
+        kept.push(mount);
+    }
+    spec.set_mounts(Some(kept));
+    Ok(injected)
+}
+
+/// runc's rule: the type `bind`, or a `bind`/`rbind` option with any type.
+fn is_bind(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("bind")
+        || mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind")
+}
+
+/// Removes the network namespace, because containers in the guest share that of the VM, which is the pod's.
+/// Adds a mount namespace, which every container has.
+fn take_namespaces(linux: &mut Linux) -> Result<Option<PathBuf>, ReduceError> {
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    let mut netns = None;
+    for (number, namespace) in namespaces.iter().enumerate() {
+        let kind = namespace.typ();
+        if namespaces[..number].iter().any(|other| other.typ() == kind) {
+            return Err(ReduceError::TwoNamespaces { kind });
+        }
+        match (namespace.typ(), namespace.path()) {
+            (LinuxNamespaceType::Network, path) => netns = path.clone(),
+            (kind, Some(path)) => {
+                return Err(ReduceError::SharedNamespace { kind, path: path.clone() });
+            }
+            (_, None) => {}
+        }
+    }
+    namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+    if !namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Mount) {
+        // Without it the container would share the mounts of the VM's agent, which are of no use to it.
+        namespaces.push(
+            LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Mount).build().expect("it has a type"),
+        );
+    }
+    linux.set_namespaces(Some(namespaces));
+    Ok(netns)
+}
+
+fn mounts_cgroups(spec: &Spec) -> bool {
+    let mut kinds = spec.mounts().iter().flatten().filter_map(|mount| mount.typ().as_deref());
+    kinds.any(|kind| ["cgroup", "cgroup2"].contains(&kind))
+}
+
+/// Adds a cgroup namespace to a container that mounts cgroups, if the configuration has none.
+///
+/// On a host with cgroup v1 clients request none, since that mount shows a container its own groups there.
+/// The guest only has version 2, where the same configuration would show the root of the VM's tree: programs
+/// would find no limits in it, and a privileged container that creates groups (as dockerd does by default)
+/// would leave its own group, with its limits.
+fn add_cgroup_namespace(linux: &mut Linux) {
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    if namespaces.iter().all(|namespace| namespace.typ() != LinuxNamespaceType::Cgroup) {
+        let mut own = LinuxNamespace::default();
+        own.set_typ(LinuxNamespaceType::Cgroup);
+        namespaces.push(own);
+        linux.set_namespaces(Some(namespaces));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use oci_spec::runtime::{
+        HookBuilder, HooksBuilder, MountBuilder, get_default_mounts, get_default_namespaces,
+    };
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn bind(destination: &str, source: &str) -> Mount {
+        MountBuilder::default()
+            .destination(destination)
+            .typ("bind")
+            .source(source)
+            .options(vec!["rbind".to_owned(), "ro".to_owned()])
+            .build()
+            .unwrap()
+    }
+
+    #[test]
+    fn the_default_configuration_is_kept_but_for_the_hosts_part() {
+        let reduced = reduce(Spec::default(), "c1").unwrap();
+        assert_eq!(reduced.spec.mounts(), &Some(get_default_mounts()));
+        let linux = reduced.spec.linux().as_ref().unwrap();
+        assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/machinen/c1")));
+        let kinds: Vec<_> =
+            linux.namespaces().as_ref().unwrap().iter().map(|namespace| namespace.typ()).collect();
+        assert!(!kinds.contains(&LinuxNamespaceType::Network));
+        assert_eq!(kinds.len(), get_default_namespaces().len() - 1);
+    }
+
+    #[test]
+    fn where_cgroups_are_mounted_there_is_a_cgroup_namespace() {
+        let kinds = |given: &[LinuxNamespaceType], mounted: &str| {
+            let namespaces =
+                given.iter().map(|&kind| LinuxNamespaceBuilder::default().typ(kind).build().unwrap());
+            let mut spec = Spec::default();
+            spec.linux_mut().as_mut().unwrap().set_namespaces(Some(namespaces.collect()));
+            let mount = MountBuilder::default().destination("/sys/fs/cgroup").typ(mounted).build().unwrap();
+            spec.set_mounts(Some(vec![mount]));
+            let reduced = reduce(spec, "c1").unwrap().spec;
+            let namespaces = reduced.linux().as_ref().unwrap().namespaces().clone().unwrap();
+            namespaces.iter().map(LinuxNamespace::typ).collect::<Vec<_>>()
+        };
+        let (mount, cgroup) = (LinuxNamespaceType::Mount, LinuxNamespaceType::Cgroup);
+        assert_eq!(kinds(&[mount], "cgroup"), [mount, cgroup]);
+        assert_eq!(kinds(&[mount], "cgroup2"), [mount, cgroup]);
+        assert_eq!(kinds(&[cgroup, mount], "cgroup"), [cgroup, mount]);
+        assert_eq!(kinds(&[mount], "tmpfs"), [mount]);
+    }
+
+    #[test]
+    fn a_bind_mount_is_refused_by_name() {
+        let mut spec = Spec::default();
+        spec.set_mounts(Some(vec![bind("/data", "/srv/data")]));
+        let error = reduce(spec, "c1").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "mount /data of the host path /srv/data is not supported yet (bind mounts come with volumes)"
+        );
+        assert_eq!(error.kind(), ErrorKind::Unimplemented);
+    }
+
+    #[test]
+    fn the_two_files_of_host_networking_are_injected() {
+        let mut spec = Spec::default();
+        spec.set_mounts(Some(vec![
+            bind("/etc/hosts", "/etc/hosts"),
+            bind("/etc/resolv.conf", "/etc/resolv.conf"),
+        ]));
+        let reduced = reduce(spec, "c1").unwrap();
+        assert_eq!(reduced.injected.len(), 2);
+        assert_eq!(reduced.spec.mounts(), &Some(vec![]));
+    }
+
+    #[test]
+    fn namespaces_by_path_are_the_hosts_network_or_refused() {
+        let with = |kind, path: &str| {
+            let mut spec = Spec::default();
+            let namespace = LinuxNamespaceBuilder::default().typ(kind).path(path).build().unwrap();
+            spec.linux_mut().as_mut().unwrap().set_namespaces(Some(vec![namespace]));
+            reduce(spec, "c1")
+        };
+        let reduced = with(LinuxNamespaceType::Network, "/run/netns/a").unwrap();
+        assert_eq!(reduced.netns.as_deref(), Some(Path::new("/run/netns/a")));
+        assert!(matches!(
+            with(LinuxNamespaceType::Pid, "/proc/1/ns/pid"),
+            Err(ReduceError::SharedNamespace { .. })
+        ));
+    }
+
+    /// Reduces a configuration with this `linux` section for a VM with two CPUs.
+    fn linux(linux: Value) -> Result<Value, ReduceError> {
+        let spec = json!({"ociVersion": "1.2.0", "linux": linux});
+        let reduced = reduce(serde_json::from_value(spec).unwrap(), "c1")?;
+        Ok(serde_json::to_value(reduced.for_vm(2)).unwrap()["linux"].clone())
+    }
+
+    #[test]
+    fn cpus_and_nodes_are_the_guests() {
+        let reduced = linux(json!({
+            "resources": {"cpu": {"cpus": "4-7", "mems": "1"}, "unified": {"cpuset.cpus": "5"}},
+            "memoryPolicy": {"mode": "MPOL_BIND", "nodes": "0-1"},
+        }))
+        .unwrap();
+        assert_eq!(reduced["resources"]["cpu"], json!({"cpus": "0-1", "mems": "0"}));
+        assert_eq!(reduced["resources"]["unified"], json!({"cpuset.cpus": "1"}));
+        assert_eq!(reduced["memoryPolicy"]["nodes"], "0");
+        for nonsense in [
+            json!({"cpu": {"cpus": "5-2"}}),
+            json!({"cpu": {"mems": "x"}}),
+            json!({"unified": {"cpuset.cpus": ","}}),
+        ] {
+            let error = linux(json!({"resources": nonsense})).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
+        }
+    }
+
+    #[test]
+    fn a_configuration_without_linux_has_only_mounts_of_its_own() {
+        let spec = serde_json::from_value(json!({"ociVersion": "1.2.0"})).unwrap();
+        let reduced = serde_json::to_value(reduce(spec, "c1").unwrap().spec).unwrap();
+        assert_eq!(
+            reduced["linux"],
+            json!({"cgroupsPath": "/machinen/c1", "namespaces": [{"type": "mount"}]})
+        );
+    }
+
+    #[test]
+    fn members_that_concern_the_host_are_refused_by_name() {
+        let disk = json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
+        let all = json!([{"allow": true, "access": "rwm"}]);
+        for (section, words) in [
+            (json!({"intelRdt": {}}), "linux.intelRdt"),
+            (json!({"netDevices": {"eth0": {"name": "eth1"}}}), "linux.netDevices"),
+            (json!({"devices": disk}), "/dev/sda, block device 8:0 of the host"),
+        ] {
+            let error = linux(section).unwrap_err();
+            assert!(error.kind() == ErrorKind::Unimplemented && error.to_string().contains(words), "{error}");
+        }
+        linux(json!({"devices": disk, "resources": {"devices": all}})).unwrap();
+        let mut spec = Spec::default();
+        let affinity = serde_json::from_value(json!({"initial": "0-3"})).unwrap();
+        spec.process_mut().as_mut().unwrap().set_exec_cpu_affinity(Some(affinity));
+        assert!(reduce(spec, "c1").unwrap_err().to_string().contains("execCPUAffinity"));
+    }
+
+    #[test]
+    fn two_namespaces_of_a_kind_are_refused() {
+        let twice = json!([{"type": "pid"}, {"type": "network"}, {"type": "pid"}]);
+        let error = linux(json!({"namespaces": twice})).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert_eq!(error.to_string(), "linux.namespaces has two pid namespaces");
+    }
+
+    #[test]
+    fn a_relative_destination_is_below_the_root() {
+        let mount = |destination: &str| {
+            let mut spec = Spec::default();
+            let mount = json!({"destination": destination, "type": "tmpfs"});
+            spec.set_mounts(Some(vec![serde_json::from_value(mount).unwrap()]));
+            reduce(spec, "c1")
+        };
+        let mounts = mount("scratch/a").unwrap().spec.mounts().clone().unwrap();
+        assert_eq!(mounts[0].destination(), Path::new("/scratch/a"));
+        assert_eq!(mount("").unwrap_err(), ReduceError::NoDestination);
+    }
+
+    #[test]
+    fn hooks_are_refused() {
+        let mut spec = Spec::default();
+        let hook = HookBuilder::default().path("/bin/true").build().unwrap();
+        spec.set_hooks(Some(HooksBuilder::default().create_runtime(vec![hook]).build().unwrap()));
+        assert_eq!(reduce(spec, "c1").unwrap_err(), ReduceError::Hook { hook: "createRuntime" });
+    }
+}

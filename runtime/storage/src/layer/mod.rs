@@ -1,0 +1,82 @@
+//! Takes the writable layer out of the VM: what a container has changed becomes part of its snapshot on the
+//! host.
+//!
+//! ```text
+//!   guest agent ──archive──> pod::receive ──> apply ──> staging directory ──exchange──> layer
+//! ```
+//! The archive (see `machinen_protocol::layer`) comes from the guest and is not trusted. Every file is made
+//! in a directory that this module has just made itself, never through a symbolic link and never over an
+//! existing file. Whatever our agent would not send is refused, not repaired. Names, attributes, the number
+//! of entries and the bytes on the disk are bounded; memory does not grow with the archive.
+//!
+//! Device nodes: the mark of a removed file is one (0:0) and is kept, and so are those that every container
+//! has (null, zero, full, random, urandom, tty, console, ptmx, fuse, net/tun). Any other is logged and left
+//! out, and replaced by a mark where a file of a lower layer would become visible instead. A node that opens
+//! the host's disks must not exist anywhere on the host.
+//!
+//! The layer is exchanged with one rename(2), so that a crash at any time leaves either the old or the new
+//! one. The container's disk is kept until the new layer is on stable storage: while a disk exists, it may
+//! have writes that the snapshot lacks.
+
+mod apply;
+mod archive;
+mod copy;
+mod error;
+mod lower;
+mod staging;
+
+use std::{io::Read, os::fd::AsFd as _, path::PathBuf};
+
+pub use apply::{AppliedLayer, apply};
+pub use copy::{LayerCopy, identity};
+pub use error::LayerError;
+pub use staging::{PreviousLayer, StagingDir, sweep};
+
+/// Limits of what an archive may make on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerLimits {
+    /// Entries of the archive.
+    pub entries: u64,
+    /// Bytes on the disk, in whole blocks.
+    pub bytes: u64,
+}
+
+/// The directory of the host that gets a container's changes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LayerTarget {
+    /// The upper directory of an overlay: gets the changes with overlayfs's marks.
+    Upper(PathBuf),
+    /// The whole root file system, as the native snapshotter keeps it: gets what the container had.
+    Whole(PathBuf),
+}
+
+impl LayerTarget {
+    pub fn path(&self) -> &std::path::Path {
+        match self {
+            Self::Upper(path) | Self::Whole(path) => path,
+        }
+    }
+}
+
+/// Writes an archive into a fresh directory and exchanges it with `target`.
+///
+/// # Errors
+/// The agent would not send this archive, it exceeds `limits`, or the host cannot store it. Then the old layer is still
+/// in place, and nothing of the new one is left.
+pub fn replace(
+    archive: impl Read,
+    target: &LayerTarget,
+    limits: LayerLimits,
+) -> Result<(AppliedLayer, PreviousLayer), LayerError> {
+    let staging = StagingDir::next_to(target.path())?;
+    let lower = match target {
+        LayerTarget::Upper(_) => None,
+        LayerTarget::Whole(_) => Some(staging.current()?),
+    };
+    let lower = lower.as_ref().map(|lower| lower.as_fd());
+    let applied = apply(archive, staging.fresh(), lower, limits)?;
+    Ok((applied, staging.exchange()?))
+}
+
+#[cfg(test)]
+mod tests;

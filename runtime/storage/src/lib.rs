@@ -1,0 +1,7 @@
+//! What containers read and write, on the host: [`rootdisk`], the cache of ext4 disks made from image root file systems,
+//! and [`layer`], which brings what a container has written into its snapshot.
+//!
+//! Nothing here knows a VM or an event loop.
+
+pub mod layer;
+pub mod rootdisk;

@@ -1,0 +1,140 @@
+//! The cache of ext4 disks made from image root file systems.
+//!
+//! A disk is named by a digest of the tree that it holds (its *key*), and its bytes are a function of that
+//! tree alone. The *identity* of a source is cheap to compute and leads to the key, so that a start from a
+//! known image only has to open a file:
+//!
+//! ```text
+//! source ── identity ──> index ──> KEY.ext4                        known: nothing is read
+//!    └─ lock identity ─> walk ─ lock shape ─┬─ shape known ─> hash ──> KEY.ext4 of an equal tree
+//!                                           └─ hash  ┐
+//!                                              mke2fs┴> normalise ─> publish
+//! ```
+//! The shape is a digest of the walk. If no disk has the shape of a tree, the tree is in no disk, so hashing
+//! and mke2fs can run in parallel.
+
+mod build;
+mod error;
+mod ext4;
+mod file_digest;
+mod hashing;
+mod key;
+mod lock;
+mod manage;
+mod manifest;
+mod mkfs;
+mod source;
+mod source_mount;
+mod store;
+mod tree;
+mod writable;
+
+use std::{
+    fmt,
+    fs::File,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use store::Store;
+
+pub use error::RootdiskError;
+pub use ext4::Ext4Error;
+pub use key::{RootdiskKey, RootdiskKeyError};
+pub use manage::{DiskState, ListedDisk, PruneOptions, PrunedDisks};
+pub use mkfs::{MKE2FS_VARIABLE, mke2fs_version};
+pub use source::RootfsSource;
+pub use store::{DiskMetadata, UnusableDisk};
+pub use writable::open_writable;
+
+/// The directory of the cache, unless the configuration names another one.
+pub const DEFAULT_DIR: &str = "/var/lib/machinen/rootdisk";
+/// Largest file system with 32-bit block numbers.
+const LARGEST: u64 = 16 << 40;
+
+/// The cache, shared by all processes that open the same directory.
+#[derive(Debug, Clone)]
+pub struct RootdiskCache {
+    store: Store,
+    index: Store,
+    locks: Store,
+    blanks: Store,
+}
+
+/// How a disk is made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BuildOptions {
+    /// Least bytes of the disk; a larger tree gets 2.5 times its size.
+    pub min_size: u64,
+    /// A path, or a name in PATH; [`MKE2FS_VARIABLE`] overrides it.
+    pub mke2fs: PathBuf,
+}
+
+impl Default for BuildOptions {
+    fn default() -> Self {
+        Self { min_size: 2 << 30, mke2fs: "mke2fs".into() }
+    }
+}
+
+/// The progress of a build, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RootdiskProgress {
+    /// Another caller builds the same disk. The next event comes when it has finished.
+    Waiting,
+    /// The tree was walked; conversion begins.
+    Converting { files: u64, bytes: u64 },
+    /// Bytes of content that were hashed so far.
+    Hashed { done: u64, total: u64 },
+    /// The content has been copied; the disk is being finished.
+    Finishing,
+}
+
+impl fmt::Display for RootdiskProgress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Waiting => f.write_str("waiting for another build of the same disk"),
+            Self::Converting { files, bytes } => write!(f, "converting {files} files, {} MiB", bytes >> 20),
+            Self::Hashed { done, total } => write!(f, "read {} of {} MiB", done >> 20, total >> 20),
+            Self::Finishing => f.write_str("finishing"),
+        }
+    }
+}
+
+/// A disk, which is in use as long as this value exists.
+#[derive(Debug)]
+pub struct Rootdisk {
+    pub key: RootdiskKey,
+    pub path: PathBuf,
+    /// Open for reading only, with a shared lock. The disk is in use, and not removed, while this open file
+    /// description exists in any process.
+    pub file: File,
+    /// Bytes.
+    pub size: u64,
+    /// The disk was found in the cache.
+    pub cached: bool,
+    /// The duration of each phase; hashing and mke2fs overlap.
+    pub phases: Vec<(&'static str, Duration)>,
+}
+
+impl RootdiskCache {
+    /// Opens the cache. Its directory is made (mode 0700) if it is missing.
+    ///
+    /// # Errors
+    /// The directory cannot be made.
+    pub fn open(dir: &Path) -> Result<Self, RootdiskError> {
+        let store = Store::open(dir)?;
+        Ok(Self {
+            index: store.subdir("index")?,
+            locks: store.subdir("locks")?,
+            blanks: store.subdir("writable")?,
+            store,
+        })
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.store.dir
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,371 @@
+//! The cache's directory: finished disks, the index by which they are found, and how files are published
+//! atomically.
+//!
+//! ```text
+//! KEY.ext4         a disk; a shared flock(2) on it means "in use"
+//! KEY.json         what it is; written last, removed first: a disk without it is not finished
+//! index/IDENTITY   the key of a source that was seen before
+//! locks/NAME       exists while a build runs
+//! writable/        blank writable layers, in the same form
+//! ```
+//! Everything is written to an unnamed file, which gets its name when it is complete. So a killed process
+//! leaves at worst a disk without its metadata, which [`Store::sweep`] removes.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write as _},
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, PermissionsExt as _},
+    },
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use rustix::{
+    fs::{
+        AtFlags, CWD, FlockOperation, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, flock,
+        linkat, open, utimensat,
+    },
+    io::Errno,
+};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::{RootdiskError, lock::is_at};
+
+pub(super) const DISK: &str = "ext4";
+const METADATA: &str = "json";
+/// Version of [`DiskMetadata`]; disks with another one are built again.
+const VERSION: u32 = 1;
+const METADATA_MAX: u64 = 64 << 10;
+/// Bytes at a disk's start that its seal covers.
+const SEALED: usize = 8192;
+
+/// The description of a finished disk, stored as JSON next to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskMetadata {
+    pub version: u32,
+    /// The apparent size, bytes; most of it are holes.
+    pub size: u64,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// What the disk was made of, for people.
+    pub source: String,
+    /// The number of files on the disk.
+    pub files: u64,
+    /// Bytes of the regular files' content.
+    pub content: u64,
+    pub mke2fs: String,
+    /// Digest of the walk; see [`super::tree::SourceTree::shape`].
+    pub(super) shape: String,
+    seal: Seal,
+}
+
+/// Properties that must not have changed since the disk was finished; checked at each use.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Seal {
+    mtime: i64,
+    mtime_nsec: i64,
+    start: String,
+}
+
+/// A directory of disks.
+#[derive(Debug, Clone)]
+pub(super) struct Store {
+    pub(super) dir: PathBuf,
+}
+
+/// A finished disk, open for reading and locked as in use.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) file: File,
+    pub(super) metadata: DiskMetadata,
+}
+
+impl DiskMetadata {
+    pub(super) fn new(size: u64, source: String, shape: String, mke2fs: &str) -> Self {
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let (files, content, seal) = (0, 0, Seal::default());
+        Self {
+            version: VERSION,
+            size,
+            created,
+            source,
+            files,
+            content,
+            mke2fs: mke2fs.to_owned(),
+            shape,
+            seal,
+        }
+    }
+}
+
+impl Store {
+    /// Opens the directory, which is made for root only if it is missing.
+    pub(super) fn open(dir: &Path) -> Result<Self, RootdiskError> {
+        let store = Self { dir: dir.to_owned() };
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(|source| store.error("make the directory", dir, source))?;
+        Ok(store)
+    }
+
+    /// Makes a directory below that of the store.
+    pub(super) fn subdir(&self, name: &str) -> Result<Self, RootdiskError> {
+        Self::open(&self.dir.join(name))
+    }
+
+    pub(super) fn path(&self, name: &str, extension: &str) -> PathBuf {
+        self.dir.join(format!("{name}.{extension}"))
+    }
+
+    pub(super) fn error(
+        &self,
+        action: &'static str,
+        path: &Path,
+        source: impl Into<io::Error>,
+    ) -> RootdiskError {
+        RootdiskError::Cache { action, path: path.to_owned(), source: source.into() }
+    }
+
+    /// Makes an unnamed file in the directory, for reading and writing.
+    pub(super) fn unnamed(&self) -> Result<File, RootdiskError> {
+        match unnamed(&self.dir) {
+            Ok(file) => Ok(file),
+            Err(error) => Err(self.error("make a file in", &self.dir, error)),
+        }
+    }
+
+    /// Opens the finished disk of that name and locks it as in use. None if there is no such disk, or if it
+    /// was damaged since: that is logged, and the next [`Store::publish`] replaces it.
+    pub(super) fn get(&self, name: &str) -> Result<Option<Opened>, RootdiskError> {
+        match self.check(name)? {
+            Ok(opened) => {
+                let used = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+                let kept = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
+                let times = Timestamps { last_access: kept, last_modification: used };
+                let path = self.path(name, METADATA);
+                if let Err(error) = utimensat(CWD, &path, &times, AtFlags::empty()) {
+                    tracing::warn!(path = %path.display(), "cannot note that a root disk is used: {error}");
+                }
+                Ok(Some(opened))
+            }
+            Err(UnusableDisk::Absent) => Ok(None),
+            Err(unusable) => {
+                tracing::warn!(disk = %self.path(name, DISK).display(), "not used: {unusable}");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Like [`Store::get`], but returns why a disk cannot be used, and does not record the use.
+    pub(super) fn check(&self, name: &str) -> Result<Result<Opened, UnusableDisk>, RootdiskError> {
+        let disk = self.path(name, DISK);
+        let file = match File::open(&disk) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Err(UnusableDisk::Absent)),
+            Err(error) => return Err(self.error("open", &disk, error)),
+        };
+        let failed = |error| self.error("read", &disk, error);
+        // A caller that removes the disk holds the lock only briefly.
+        lock(&file, FlockOperation::LockShared).map_err(failed)?;
+        if !is_at(&file, &disk).map_err(failed)? {
+            return Ok(Err(UnusableDisk::Absent));
+        }
+        let Some(metadata) = self.metadata(name)? else {
+            return Ok(Err(UnusableDisk::Unfinished));
+        };
+        let found = file.metadata().map_err(failed)?;
+        if found.len() != metadata.size {
+            return Ok(Err(UnusableDisk::Size { found: found.len(), expected: metadata.size }));
+        }
+        if seal(&file).map_err(failed)? != metadata.seal {
+            return Ok(Err(UnusableDisk::Seal));
+        }
+        Ok(Ok(Opened { file, metadata }))
+    }
+
+    /// The metadata, if it is there and can be understood.
+    pub(super) fn metadata(&self, name: &str) -> Result<Option<DiskMetadata>, RootdiskError> {
+        let path = self.path(name, METADATA);
+        let text = match read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(self.error("read", &path, error)),
+        };
+        let version =
+            serde_json::from_slice::<serde_json::Value>(&text).ok().and_then(|v| v["version"].as_u64());
+        if version != Some(VERSION.into()) {
+            return Ok(None);
+        }
+        Ok(serde_json::from_slice(&text).ok())
+    }
+
+    /// When the disk was used last.
+    pub(super) fn used(&self, name: &str) -> Option<SystemTime> {
+        fs::metadata(self.path(name, METADATA)).and_then(|metadata| metadata.modified()).ok()
+    }
+
+    /// Writes an unnamed disk to stable storage and gives it its name. An unfinished or damaged disk of that
+    /// name is replaced.
+    pub(super) fn publish(
+        &self,
+        name: &str,
+        disk: &File,
+        mut metadata: DiskMetadata,
+    ) -> Result<Opened, RootdiskError> {
+        let path = self.path(name, DISK);
+        let failed = |error| self.error("publish", &path, error);
+        disk.set_permissions(fs::Permissions::from_mode(0o400)).map_err(failed)?;
+        disk.sync_all().map_err(|error| self.error("write", &path, error))?;
+        // From here on the disk is in use, so that no sweep removes it before its metadata is there.
+        lock(disk, FlockOperation::LockShared).map_err(failed)?;
+        metadata.seal = seal(disk).map_err(failed)?;
+        self.remove_file(&self.path(name, METADATA))?;
+        name_file(disk, &path).map_err(failed)?;
+        let text = serde_json::to_vec_pretty(&metadata).map_err(|error| failed(error.into()))?;
+        self.write(&self.path(name, METADATA), &text)?;
+        File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
+        let file = File::open(&path).map_err(failed)?;
+        lock(&file, FlockOperation::LockShared).map_err(failed)?;
+        Ok(Opened { file, metadata })
+    }
+
+    /// Makes or replaces a small file.
+    pub(super) fn write(&self, path: &Path, text: &[u8]) -> Result<(), RootdiskError> {
+        let mut file = self.unnamed()?;
+        file.write_all(text)
+            .and_then(|()| name_file(&file, path))
+            .map_err(|error| self.error("write", path, error))
+    }
+
+    /// Removes a disk unless it is in use; false if it is.
+    pub(super) fn remove(&self, name: &str) -> Result<bool, RootdiskError> {
+        let path = self.path(name, DISK);
+        match File::open(&path) {
+            Ok(file) => match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {
+                    // Callers that wait for the lock will see that the path is gone.
+                    self.remove_file(&self.path(name, METADATA))?;
+                    self.remove_file(&path)?;
+                    Ok(true)
+                }
+                Err(Errno::WOULDBLOCK) => Ok(false),
+                Err(error) => Err(self.error("lock", &path, error)),
+            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
+            Err(error) => Err(self.error("open", &path, error)),
+        }
+    }
+
+    /// Removes the metadata of a disk, so that the disk is not used any more.
+    pub(super) fn unmark(&self, name: &str) -> Result<(), RootdiskError> {
+        self.remove_file(&self.path(name, METADATA))
+    }
+
+    /// Names of all disks, finished or not, sorted.
+    pub(super) fn names(&self) -> Result<Vec<String>, RootdiskError> {
+        let failed = |error| self.error("list", &self.dir, error);
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.dir).map_err(failed)? {
+            let path = PathBuf::from(entry.map_err(failed)?.file_name());
+            if path.extension().is_some_and(|extension| extension == DISK) {
+                names.extend(path.file_stem().and_then(|stem| stem.to_str()).map(str::to_owned));
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    /// Removes disks whose build was killed.
+    pub(super) fn sweep(&self) -> Result<(), RootdiskError> {
+        for name in self.names()? {
+            if !self.path(&name, METADATA).exists() && self.remove(&name)? {
+                tracing::info!(name, "removed an unfinished disk");
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn remove_file(&self, path: &Path) -> Result<(), RootdiskError> {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.error("remove", path, error)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Why a disk is not used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum UnusableDisk {
+    #[error("there is no such disk")]
+    Absent,
+    #[error("it was not finished, or its metadata cannot be understood")]
+    Unfinished,
+    #[error("it has {found} bytes instead of {expected}")]
+    Size { found: u64, expected: u64 },
+    #[error("it was written to after it was finished")]
+    Seal,
+    #[error("its content is not what it was")]
+    Content,
+    #[error("{0}")]
+    Damaged(String),
+}
+
+fn seal(disk: &File) -> io::Result<Seal> {
+    let metadata = disk.metadata()?;
+    let mut start = vec![0; SEALED.min(metadata.len() as usize)];
+    disk.read_exact_at(&mut start, 0)?;
+    let start = super::key::RootdiskKey::new(Sha256::digest(&start).into()).to_string();
+    Ok(Seal { mtime: metadata.mtime(), mtime_nsec: metadata.mtime_nsec(), start })
+}
+
+/// Reads at most [`METADATA_MAX`] bytes. A longer file is not valid anyway.
+pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    io::Read::read_to_end(&mut io::Read::take(File::open(path)?, METADATA_MAX), &mut text)?;
+    Ok(text)
+}
+
+/// Makes an unnamed file in a directory, for reading and writing.
+pub(super) fn unnamed(dir: &Path) -> io::Result<File> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    match open(dir, flags, Mode::RUSR | Mode::WUSR) {
+        Ok(file) => Ok(file.into()),
+        Err(Errno::OPNOTSUPP | Errno::ISDIR) => Err(io::Error::other(
+            "its file system cannot have files without a name (O_TMPFILE); use ext4, XFS or Btrfs",
+        )),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Gives a file that was made by [`unnamed`] a name, and replaces the file that has this name.
+fn name_file(file: &File, path: &Path) -> io::Result<()> {
+    loop {
+        match name_new_file(file, path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            },
+            result => return result,
+        }
+    }
+}
+
+/// Gives a file that was made by [`unnamed`] a name that nothing has yet.
+pub(super) fn name_new_file(file: &File, path: &Path) -> io::Result<()> {
+    let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
+    Ok(linkat(CWD, unnamed, CWD, path, AtFlags::SYMLINK_FOLLOW)?)
+}
+
+fn lock(file: &File, operation: FlockOperation) -> io::Result<()> {
+    loop {
+        match flock(file, operation) {
+            Err(Errno::INTR) => {}
+            result => return Ok(result?),
+        }
+    }
+}

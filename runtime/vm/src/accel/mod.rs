@@ -1,0 +1,233 @@
+//! How the guest's instructions are run: by KVM where it really works, else by QEMU's own translation (TCG).
+//!
+//! That /dev/kvm exists proves little, and the CPU's flags prove less: inside another VM, KVM may emulate
+//! some instructions slowly and fail on the rest. So KVM is tried, once per boot of the host.
+
+mod cache;
+mod probe;
+mod tsc;
+
+use std::{
+    fmt,
+    fs::{self, File},
+    io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use machinen_base::error::{ErrorKind, HasKind};
+use serde::{Deserialize, Serialize};
+
+use cache::Tried;
+
+const DEVICE: &str = "/dev/kvm";
+
+/// What runs the guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Accelerator {
+    Kvm,
+    /// QEMU's translator. The guest needs to know how fast the host's time stamp counter runs.
+    Tcg {
+        tsc_khz: u32,
+    },
+}
+
+/// Which accelerator the configuration asks for (`vm.accel`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AccelMode {
+    /// KVM where it works, else TCG.
+    Auto,
+    Kvm,
+    Tcg,
+}
+
+/// What was found out about this host. It is displayed as one sentence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AccelVerdict {
+    pub kvm: KvmState,
+    /// Frequency of the time stamp counter, kHz.
+    pub tsc_khz: u32,
+}
+
+/// Whether KVM can be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KvmState {
+    Works,
+    /// There is no /dev/kvm.
+    Absent,
+    /// It cannot be opened, or only by root, and QEMU runs as an unprivileged user.
+    Closed {
+        reason: String,
+    },
+    /// It does not run a guest's instructions as it should.
+    Broken {
+        reason: String,
+    },
+}
+
+/// Why the accelerator could not be determined, or is not the configured one.
+#[derive(Debug, thiserror::Error)]
+pub enum AccelError {
+    #[error("vm.accel is kvm, but {0}")]
+    NoKvm(AccelVerdict),
+    #[error("cannot {action} {}", path.display())]
+    Cache { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("cannot measure the time stamp counter")]
+    Clock(#[source] io::Error),
+}
+
+impl HasKind for AccelError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NoKvm(_) => ErrorKind::FailedPrecondition,
+            Self::Cache { .. } | Self::Clock(_) => ErrorKind::Internal,
+        }
+    }
+}
+
+/// Determines which accelerator this host has. Slow measurements are made once per boot and stored in
+/// `run_dir` (made if it is missing). Blocks, for up to 200 ms the first time.
+///
+/// # Errors
+/// The results in `run_dir` cannot be read or written, or the host's clock does not run.
+pub fn verdict(run_dir: &Path) -> Result<AccelVerdict, AccelError> {
+    let device = open();
+    let mut facts = cache::load(run_dir)?.unwrap_or_default();
+    let mut learnt = false;
+    let tsc_khz = match facts.tsc_khz {
+        Some(known) => known,
+        None => {
+            learnt = true;
+            *facts.tsc_khz.insert(tsc::measure().map_err(AccelError::Clock)?)
+        }
+    };
+    let kvm = match device {
+        Err(kvm) => kvm,
+        Ok(access) => {
+            let tried = facts.kvm.get_or_insert_with(|| {
+                learnt = true;
+                probe::run().map_or_else(Tried::Broken, |()| Tried::Works)
+            });
+            match tried.clone() {
+                Tried::Works => {
+                    access.map_or_else(|reason| KvmState::Closed { reason }, |()| KvmState::Works)
+                }
+                Tried::Broken(reason) => KvmState::Broken { reason },
+            }
+        }
+    };
+    if learnt {
+        cache::store(run_dir, facts)?;
+    }
+    Ok(AccelVerdict { kvm, tsc_khz })
+}
+
+impl AccelVerdict {
+    /// The accelerator for the configured value.
+    ///
+    /// # Errors
+    /// KVM is configured and does not work.
+    pub fn choose(&self, wanted: AccelMode) -> Result<Accelerator, AccelError> {
+        let tcg = Accelerator::Tcg { tsc_khz: self.tsc_khz };
+        match (wanted, &self.kvm) {
+            (AccelMode::Tcg, _) => Ok(tcg),
+            (AccelMode::Auto | AccelMode::Kvm, KvmState::Works) => Ok(Accelerator::Kvm),
+            (AccelMode::Auto, _) => Ok(tcg),
+            (AccelMode::Kvm, _) => Err(AccelError::NoKvm(self.clone())),
+        }
+    }
+}
+
+impl Accelerator {
+    /// Supplementary groups that QEMU needs to use it: the group of /dev/kvm.
+    pub fn groups(self) -> Vec<u32> {
+        match (self, fs::metadata(DEVICE)) {
+            (Self::Kvm, Ok(device)) => vec![device.gid()],
+            _ => Vec::new(),
+        }
+    }
+}
+
+impl fmt::Display for AccelVerdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let translated = "guests run by translation (TCG), several times slower";
+        match &self.kvm {
+            KvmState::Works => f.write_str("KVM works: guests run on the CPU itself"),
+            KvmState::Absent => {
+                write!(
+                    f,
+                    "there is no {DEVICE}: {translated}; load the module kvm_intel or kvm_amd if the CPU has it"
+                )
+            }
+            KvmState::Closed { reason } => write!(f, "{DEVICE} cannot be used ({reason}): {translated}"),
+            KvmState::Broken { reason } => {
+                write!(f, "{DEVICE} exists but does not work here ({reason}): {translated}")
+            }
+        }
+    }
+}
+
+/// Whether there is a device that root can open, and then whether QEMU can as well.
+fn open() -> Result<Result<(), String>, KvmState> {
+    match File::options().read(true).write(true).open(DEVICE).and_then(|device| device.metadata()) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(KvmState::Absent),
+        Err(error) => Err(KvmState::Closed { reason: error.to_string() }),
+        Ok(device) => Ok(accessible(device.mode(), device.gid())),
+    }
+}
+
+/// Whether QEMU can open the device. It runs as a user whose only privilege is the device's group.
+fn accessible(mode: u32, gid: u32) -> Result<(), String> {
+    let reason = if mode & 0o006 == 0o006 {
+        return Ok(());
+    } else if mode & 0o060 != 0o060 {
+        "only its owner may open it, and QEMU runs as an unprivileged user; try `chgrp kvm` and `chmod 660`"
+    } else if gid == 0 {
+        "its group is root, which QEMU does not get; try `chgrp kvm`"
+    } else {
+        return Ok(());
+    };
+    Err(reason.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict_of(kvm: KvmState) -> AccelVerdict {
+        AccelVerdict { kvm, tsc_khz: 7 }
+    }
+
+    #[test]
+    fn the_configuration_and_the_host_decide_together() {
+        let (works, absent) = (verdict_of(KvmState::Works), verdict_of(KvmState::Absent));
+        assert_eq!(works.choose(AccelMode::Auto).unwrap(), Accelerator::Kvm);
+        assert_eq!(works.choose(AccelMode::Tcg).unwrap(), Accelerator::Tcg { tsc_khz: 7 });
+        assert_eq!(absent.choose(AccelMode::Auto).unwrap(), Accelerator::Tcg { tsc_khz: 7 });
+        let error = absent.choose(AccelMode::Kvm).unwrap_err().to_string();
+        assert!(error.starts_with("vm.accel is kvm, but there is no /dev/kvm"), "{error}");
+    }
+
+    #[test]
+    fn the_device_must_be_open_to_a_group_of_its_own() {
+        for (mode, gid, usable) in
+            [(0o600, 0, false), (0o660, 0, false), (0o660, 104, true), (0o666, 0, true), (0o640, 104, false)]
+        {
+            assert_eq!(accessible(mode, gid).is_ok(), usable, "{mode:o} {gid}");
+        }
+    }
+
+    #[test]
+    fn this_host_is_measured_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = dir.path().join("run");
+        let first = verdict(&run_dir).unwrap();
+        assert!((100_000..10_000_000).contains(&first.tsc_khz), "{first:?}");
+        // A second measurement would hardly give the same number.
+        assert_eq!(verdict(&run_dir).unwrap(), first);
+        let text = first.to_string();
+        println!("{text}; {} kHz", first.tsc_khz);
+        assert!(text.contains("KVM") || text.contains(DEVICE), "{text}");
+    }
+}

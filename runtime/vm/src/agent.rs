@@ -1,0 +1,407 @@
+//! Client of the guest agent: one method for each call, each with a deadline.
+
+mod stream_end;
+
+use std::time::Duration;
+
+use machinen_base::error::{ErrorKind, HasKind};
+use machinen_protocol::api::{
+    AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, CheckpointImagesResponse,
+    ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
+    Empty, EndStdinRequest, ExecProcessRequest, ExecProcessResponse, ExportLayerRequest,
+    ListProcessesResponse, OpenViewRequest, ProcessRequest, ResizeTerminalRequest, SetClockRequest,
+    SignalProcessRequest, WaitProcessResponse,
+};
+use ttrpc::Code;
+
+use crate::BoxedStream;
+use stream_end::StreamEnd;
+
+/// Deadline of calls that only look up or forward something.
+const QUICK: Duration = Duration::from_secs(20);
+/// Deadline of calls that mount, start processes or clean up, on an emulated CPU that is shared with others.
+const LONG: Duration = Duration::from_secs(120);
+
+/// Deadline of a dump: some gigabytes of memory at the speed of an emulated CPU.
+const DUMP: Duration = Duration::from_secs(15 * 60);
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The agent answered with an error.
+    #[error("guest agent: {message}")]
+    Refused { code: Code, message: String },
+    #[error("guest agent: the connection is closed")]
+    Closed,
+    #[error("guest agent: no answer to {call} within {deadline:?}")]
+    Deadline { call: &'static str, deadline: Duration },
+    #[error("guest agent: {call} went wrong")]
+    Protocol { call: &'static str, source: ttrpc::Error },
+}
+
+impl HasKind for AgentError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Refused { code, .. } => match code {
+                Code::INVALID_ARGUMENT | Code::OUT_OF_RANGE => ErrorKind::InvalidArgument,
+                Code::NOT_FOUND => ErrorKind::NotFound,
+                Code::ALREADY_EXISTS => ErrorKind::AlreadyExists,
+                Code::PERMISSION_DENIED | Code::UNAUTHENTICATED => ErrorKind::PermissionDenied,
+                Code::FAILED_PRECONDITION | Code::ABORTED => ErrorKind::FailedPrecondition,
+                Code::UNIMPLEMENTED => ErrorKind::Unimplemented,
+                Code::RESOURCE_EXHAUSTED => ErrorKind::ResourceExhausted,
+                Code::DEADLINE_EXCEEDED => ErrorKind::DeadlineExceeded,
+                Code::UNAVAILABLE => ErrorKind::Unavailable,
+                _ => ErrorKind::Internal,
+            },
+            Self::Closed => ErrorKind::Unavailable,
+            Self::Deadline { .. } => ErrorKind::DeadlineExceeded,
+            Self::Protocol { .. } => ErrorKind::Internal,
+        }
+    }
+}
+
+/// The agent of one VM. Clones share the connection, and calls may be made concurrently.
+#[derive(Clone)]
+pub struct Client {
+    inner: AgentClient,
+    ended: StreamEnd,
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Client").finish_non_exhaustive()
+    }
+}
+
+/// Makes one call, with a deadline or without one.
+macro_rules! call {
+    ($self:ident.$method:ident($request:expr), $deadline:expr) => {
+        finish(
+            stringify!($method),
+            $deadline,
+            &$self.ended,
+            $self.inner.$method(ttrpc::context::Context::default(), &$request),
+        )
+        .await
+    };
+}
+
+// Declared after the macro that it uses.
+mod cgroup_calls;
+
+impl Client {
+    /// Uses a control stream whose handshake is done. Must be called inside a tokio runtime.
+    pub fn new(control: BoxedStream) -> Self {
+        let ended = StreamEnd::default();
+        let socket = ttrpc::r#async::transport::Socket::new(ended.watch(control));
+        Self { ended, inner: AgentClient::new(ttrpc::r#async::Client::new(socket)) }
+    }
+
+    /// Configures the guest with values that it cannot know. Must precede every other call.
+    ///
+    /// # Errors
+    /// See [`AgentError`], as for every call.
+    pub async fn configure(&self, request: ConfigureRequest) -> Result<ConfigureResponse, AgentError> {
+        call!(self.configure(request), Some(QUICK))
+    }
+
+    /// Sets the guest's wall clock, to nanoseconds since the Unix epoch.
+    ///
+    /// # Errors
+    /// The time is not after the epoch.
+    pub async fn set_clock(&self, realtime_ns: i64) -> Result<(), AgentError> {
+        let request = SetClockRequest { realtime_ns, ..SetClockRequest::default() };
+        call!(self.set_clock(request), Some(QUICK)).map(nothing)
+    }
+
+    /// Prepares a container; its init waits when this returns.
+    ///
+    /// # Errors
+    /// The codes that `agent.proto` lists for this call.
+    pub async fn create_container(
+        &self,
+        request: CreateContainerRequest,
+    ) -> Result<CreateContainerResponse, AgentError> {
+        let deadline = if request.checkpoint.is_some() { DUMP } else { LONG };
+        call!(self.create_container(request), Some(deadline))
+    }
+
+    /// Lets the waiting init execute the command.
+    ///
+    /// # Errors
+    /// The container does not exist, or its init is not waiting.
+    pub async fn start_container(&self, container: &str) -> Result<(), AgentError> {
+        call!(self.start_container(container_request(container)), Some(LONG)).map(nothing)
+    }
+
+    /// Resolves when the process has ended and its output has been sent. There is no deadline. An empty
+    /// `exec` means the init.
+    ///
+    /// # Errors
+    /// The process does not exist.
+    pub async fn wait_process(&self, container: &str, exec: &str) -> Result<WaitProcessResponse, AgentError> {
+        call!(self.wait_process(process_request(container, exec)), None)
+    }
+
+    /// Runs an additional process in a container; it is running when this returns.
+    ///
+    /// # Errors
+    /// The codes that `agent.proto` lists for this call.
+    pub async fn exec_process(&self, request: ExecProcessRequest) -> Result<ExecProcessResponse, AgentError> {
+        call!(self.exec_process(request), Some(LONG))
+    }
+
+    /// Removes a process that has ended. Succeeds if the process does not exist.
+    ///
+    /// # Errors
+    /// The process is still running, or the container does not exist.
+    pub async fn delete_process(&self, container: &str, exec: &str) -> Result<(), AgentError> {
+        call!(self.delete_process(process_request(container, exec)), Some(QUICK)).map(nothing)
+    }
+
+    /// Sets the size of a process's terminal, in characters.
+    ///
+    /// # Errors
+    /// The process does not exist, or has no terminal.
+    pub async fn resize_terminal(
+        &self,
+        container: &str,
+        exec: &str,
+        width: u32,
+        height: u32,
+    ) -> Result<(), AgentError> {
+        let request = ResizeTerminalRequest {
+            container_id: container.to_owned(),
+            exec_id: exec.to_owned(),
+            width,
+            height,
+            ..ResizeTerminalRequest::default()
+        };
+        call!(self.resize_terminal(request), Some(QUICK)).map(nothing)
+    }
+
+    /// Sends a signal to one process, or with `all` to every process of the container.
+    ///
+    /// # Errors
+    /// The process does not exist.
+    pub async fn signal_process(
+        &self,
+        container: &str,
+        exec: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), AgentError> {
+        let request = SignalProcessRequest {
+            container_id: container.to_owned(),
+            exec_id: exec.to_owned(),
+            signal,
+            all,
+            ..SignalProcessRequest::default()
+        };
+        call!(self.signal_process(request), Some(QUICK)).map(nothing)
+    }
+
+    /// Reports that stdin has ended after `total_bytes`.
+    ///
+    /// # Errors
+    /// The process does not exist.
+    pub async fn end_stdin(&self, container: &str, exec: &str, total_bytes: u64) -> Result<(), AgentError> {
+        let request = EndStdinRequest {
+            container_id: container.to_owned(),
+            exec_id: exec.to_owned(),
+            total_bytes,
+            ..EndStdinRequest::default()
+        };
+        call!(self.end_stdin(request), Some(QUICK)).map(nothing)
+    }
+
+    /// # Errors
+    /// The container does not exist.
+    pub async fn list_processes(&self, container: &str) -> Result<ListProcessesResponse, AgentError> {
+        call!(self.list_processes(container_request(container)), Some(QUICK))
+    }
+
+    /// Removes what is left of a container. Succeeds if the container does not exist.
+    ///
+    /// # Errors
+    /// The container is still running, or a part of it cannot be removed.
+    pub async fn delete_container(&self, container: &str) -> Result<(), AgentError> {
+        call!(self.delete_container(container_request(container)), Some(LONG)).map(nothing)
+    }
+
+    /// Has the agent send the container's changes to the stream with this token; returns the size of the
+    /// archive. There is no deadline, because the reader of the stream notices whether it makes progress.
+    ///
+    /// # Errors
+    /// The container or stream does not exist, or the container's files cannot be read.
+    pub async fn export_layer(&self, container: &str, stream: u64) -> Result<u64, AgentError> {
+        let request = ExportLayerRequest {
+            container_id: container.to_owned(),
+            stream,
+            ..ExportLayerRequest::default()
+        };
+        call!(self.export_layer(request), None).map(|answer| answer.total_bytes)
+    }
+
+    /// Has the agent serve the container's files on the stream with this token.
+    ///
+    /// # Errors
+    /// The container or stream does not exist, or the container has ended.
+    pub async fn open_view(&self, container: &str, stream: u64) -> Result<(), AgentError> {
+        let request =
+            OpenViewRequest { container_id: container.to_owned(), stream, ..OpenViewRequest::default() };
+        call!(self.open_view(request), Some(QUICK)).map(nothing)
+    }
+
+    /// Dumps a paused container onto a disk.
+    ///
+    /// # Errors
+    /// The codes that `agent.proto` lists for this call.
+    pub async fn checkpoint_container(
+        &self,
+        request: CheckpointContainerRequest,
+    ) -> Result<CheckpointContainerResponse, AgentError> {
+        call!(self.checkpoint_container(request), Some(DUMP))
+    }
+
+    /// Where on its disk some more of the last dump is.
+    ///
+    /// # Errors
+    /// Returns the locations of further images of the last dump on its disk.
+    pub async fn checkpoint_images(&self, container: &str) -> Result<CheckpointImagesResponse, AgentError> {
+        call!(self.checkpoint_images(container_request(container)), Some(DUMP))
+    }
+
+    /// Copies the memory of a running container onto a disk, for the dump that comes next.
+    ///
+    /// # Errors
+    /// The codes that `agent.proto` lists for this call.
+    pub async fn pre_dump_container(&self, request: CheckpointContainerRequest) -> Result<(), AgentError> {
+        call!(self.pre_dump_container(request), Some(DUMP)).map(nothing)
+    }
+
+    /// Resolves when the disk that a container was restored from is no longer needed. There is no deadline.
+    ///
+    /// # Errors
+    /// Memory of the container could not be read, and the container was killed.
+    pub async fn wait_pages(&self, container: &str) -> Result<(), AgentError> {
+        call!(self.wait_pages(container_request(container)), None).map(nothing)
+    }
+
+    /// Syncs file systems and powers the VM off. Callers should use [`crate::Vm::shutdown`], which also
+    /// waits.
+    ///
+    /// # Errors
+    /// The answer may be lost when the VM ends: [`AgentError::Closed`].
+    pub async fn shutdown(&self) -> Result<(), AgentError> {
+        call!(self.shutdown(Empty::default()), Some(QUICK)).map(nothing)
+    }
+}
+
+fn nothing(_: Empty) {}
+
+fn container_request(container: &str) -> ContainerRequest {
+    ContainerRequest { container_id: container.to_owned(), ..ContainerRequest::default() }
+}
+
+fn process_request(container: &str, exec: &str) -> ProcessRequest {
+    ProcessRequest {
+        container_id: container.to_owned(),
+        exec_id: exec.to_owned(),
+        ..ProcessRequest::default()
+    }
+}
+
+async fn finish<T>(
+    call: &'static str,
+    deadline: Option<Duration>,
+    ended: &StreamEnd,
+    answer: impl Future<Output = ttrpc::Result<T>>,
+) -> Result<T, AgentError> {
+    let answer = match deadline {
+        None => answer.await,
+        Some(deadline) => tokio::time::timeout(deadline, answer)
+            .await
+            .map_err(|_| AgentError::Deadline { call, deadline })?,
+    };
+    answer.map_err(|error| match error {
+        ttrpc::Error::RpcStatus(status) => {
+            // A code that this side does not know is treated as unknown.
+            let code = status.code.enum_value().unwrap_or(Code::UNKNOWN);
+            AgentError::Refused { code, message: status.message }
+        }
+        ttrpc::Error::Socket(_)
+        | ttrpc::Error::Nix(_)
+        | ttrpc::Error::LocalClosed
+        | ttrpc::Error::RemoteClosed
+        | ttrpc::Error::Eof => AgentError::Closed,
+        // ttrpc reports some closed connections only as a text.
+        ttrpc::Error::Others(_) if ended.is_set() => AgentError::Closed,
+        source @ ttrpc::Error::Others(_) => AgentError::Protocol { call, source },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    use machinen_protocol::api::{Agent, create_agent};
+    use tokio::io::AsyncReadExt as _;
+    use ttrpc::r#async::TtrpcContext;
+
+    struct Fake;
+
+    #[async_trait::async_trait]
+    impl Agent for Fake {
+        async fn start_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+            let message = format!("no container {}", request.container_id);
+            Err(ttrpc::Error::RpcStatus(ttrpc::get_status(Code::NOT_FOUND, message)))
+        }
+
+        async fn list_processes(
+            &self,
+            _: &TtrpcContext,
+            _: ContainerRequest,
+        ) -> ttrpc::Result<ListProcessesResponse> {
+            Ok(ListProcessesResponse::default())
+        }
+    }
+
+    async fn connected() -> (Client, ttrpc::r#async::Server) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.sock");
+        let mut server = ttrpc::r#async::Server::new()
+            .bind(&format!("unix://{}", path.display()))
+            .unwrap()
+            .register_service(create_agent(Arc::new(Fake)));
+        server.start().await.unwrap();
+        let stream = tokio::net::UnixStream::connect(&path).await.unwrap();
+        (Client::new(Box::new(stream)), server)
+    }
+
+    #[tokio::test]
+    async fn the_code_and_message_of_the_agent_are_kept() {
+        let (client, _server) = connected().await;
+        let error = client.start_container("c7").await.unwrap_err();
+        assert_eq!(error.to_string(), "guest agent: no container c7");
+        assert!(matches!(error, AgentError::Refused { code: Code::NOT_FOUND, .. }));
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+        client.list_processes("c7").await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_end_of_the_vm_ends_every_call() {
+        let (ours, mut theirs) = tokio::io::duplex(4096);
+        let client = Client::new(Box::new(ours));
+        let (waited, ()) = tokio::join!(client.wait_process("c", ""), async {
+            // The call has been sent.
+            theirs.read_u8().await.unwrap();
+            drop(theirs);
+        });
+        assert!(matches!(waited, Err(AgentError::Closed)), "{waited:?}");
+        let after = client.list_processes("c").await;
+        assert!(matches!(after, Err(AgentError::Closed)), "{after:?}");
+    }
+}

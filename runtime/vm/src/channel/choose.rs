@@ -1,0 +1,65 @@
+//! The choice of a VM's channel.
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::kernel_vsock;
+use crate::spec::ChannelKind;
+
+/// Which channel the configuration asks for (`vm.channel`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ChannelMode {
+    /// The kernel's vsock where the host has it, else serial.
+    Auto,
+    Vsock,
+    Serial,
+}
+
+/// The channels that this host supports.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostSupport {
+    /// /dev/vhost-vsock can be opened.
+    pub kernel_vsock: bool,
+    /// The vhost-device-vsock program.
+    pub daemon: PathBuf,
+}
+
+impl HostSupport {
+    pub fn detect(daemon: &Path) -> Self {
+        let kernel_vsock = File::options().read(true).write(true).open(kernel_vsock::DEVICE).is_ok();
+        Self { kernel_vsock, daemon: daemon.to_owned() }
+    }
+}
+
+/// The channel for the configured value.
+///
+/// `auto` is the kernel's vsock where the host has it, else serial. Serial needs no second process for each
+/// VM and no shared guest memory, starts sooner than vhost-user, and can be part of a template.
+pub fn choose_channel(wanted: ChannelMode, host: &HostSupport) -> ChannelKind {
+    match (wanted, host.kernel_vsock) {
+        (ChannelMode::Auto | ChannelMode::Vsock, true) => ChannelKind::KernelVsock,
+        (ChannelMode::Vsock, false) => ChannelKind::VhostUserVsock { daemon: host.daemon.clone() },
+        (ChannelMode::Auto, false) | (ChannelMode::Serial, _) => ChannelKind::Serial,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_prefers_the_kernel_and_then_serial() {
+        let with = |kernel_vsock| HostSupport { kernel_vsock, daemon: "d".into() };
+        let user = ChannelKind::VhostUserVsock { daemon: "d".into() };
+        assert_eq!(choose_channel(ChannelMode::Auto, &with(true)), ChannelKind::KernelVsock);
+        assert_eq!(choose_channel(ChannelMode::Vsock, &with(true)), ChannelKind::KernelVsock);
+        assert_eq!(choose_channel(ChannelMode::Auto, &with(false)), ChannelKind::Serial);
+        assert_eq!(choose_channel(ChannelMode::Vsock, &with(false)), user);
+        assert_eq!(choose_channel(ChannelMode::Serial, &with(true)), ChannelKind::Serial);
+    }
+}

@@ -1,0 +1,175 @@
+//! The connection to the guest agent: one control stream that the guest dials, raw streams that the host
+//! dials.
+//!
+//! ```text
+//!   KernelVsock      AF_VSOCK sockets                      QEMU inherits /dev/vhost-vsock
+//!   VhostUserVsock   Unix sockets of vhost-device-vsock    QEMU inherits a socket to the daemon
+//!   Serial           yamux streams over one socket         QEMU inherits its other end
+//! ```
+//! No code above this module depends on which of them is used.
+
+mod choose;
+mod handshake;
+mod kernel_vsock;
+mod serial;
+mod vhost_user;
+
+use std::{
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use machinen_base::process::ProcessError;
+use machinen_protocol::preamble::{Kind, Preamble, PreambleError};
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use crate::{
+    qemu::argv::{PRIVATE_CID, Start},
+    spec::{ChannelKind, VmSpec},
+};
+
+pub use choose::{ChannelMode, HostSupport, choose_channel};
+
+/// A byte stream to or from the guest agent.
+pub trait ByteStream: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Send + Sync + Unpin> ByteStream for S {}
+
+/// A stream of any channel.
+pub type BoxedStream = Box<dyn ByteStream>;
+
+/// The agent answers in milliseconds; one that does not answer within this time is taken to hang.
+const OPEN_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Why a stream to the agent cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum VmChannelError {
+    #[error("cannot {action} for the channel to the guest")]
+    Host { action: &'static str, source: io::Error },
+    #[error("cannot run the daemon of the channel to the guest")]
+    Daemon(#[source] ProcessError),
+    #[error("the daemon of the channel to the guest ended: {0}")]
+    DaemonEnded(String),
+    #[error("no free vsock CID on this host after {0} tries")]
+    NoCid(u32),
+    #[error("the guest agent closed a stream, or is not listening")]
+    Closed(#[source] io::Error),
+    #[error(
+        "the guest agent does not speak this version of the protocol; rebuild the guest image with `make guest-image`"
+    )]
+    Version(#[source] PreambleError),
+    #[error("the guest agent broke the protocol")]
+    Protocol(#[source] PreambleError),
+    #[error("the guest agent refused a stream: too many wait for a process, or its token is in use")]
+    Refused,
+    #[error("the guest agent did not answer a new stream within {OPEN_DEADLINE:?}")]
+    Deadline,
+}
+
+/// What the host does with the first bytes that arrive over a serial channel; for fuzzing.
+#[cfg(fuzzing)]
+pub async fn greet(socket: tokio::net::UnixStream) -> Result<BoxedStream, VmChannelError> {
+    let mut control = serial::SerialChannel::over(socket).accept().await?;
+    handshake::accept_control(&mut control).await?;
+    Ok(control)
+}
+
+/// The host's end of the channel of one VM.
+#[derive(Debug)]
+pub(super) struct VmChannel {
+    connector: Connector,
+    last_token: AtomicU64,
+}
+
+#[derive(Debug)]
+enum Connector {
+    KernelVsock(kernel_vsock::KernelVsock),
+    VhostUser(vhost_user::VhostUser),
+    Serial(serial::SerialChannel),
+    /// The serial port of a template: it is kept open, and nothing is sent.
+    Silent {
+        _ours: StdUnixStream,
+    },
+}
+
+/// What QEMU needs of the channel when it starts.
+#[derive(Debug)]
+pub(super) struct GuestEnd {
+    pub(super) fd: OwnedFd,
+    pub(super) cid: u32,
+}
+
+impl VmChannel {
+    /// Prepares the channel, so that the guest can dial it. `dir` is the VM's own directory.
+    pub(super) async fn prepare(
+        spec: &VmSpec,
+        start: Start,
+        dir: &Path,
+    ) -> Result<(Self, GuestEnd), VmChannelError> {
+        let (connector, end) = match &spec.channel {
+            ChannelKind::Serial if start == Start::Template => {
+                let (ours, fd) = serial::SerialChannel::socket_pair()?;
+                (Connector::Silent { _ours: ours }, GuestEnd { fd, cid: PRIVATE_CID })
+            }
+            ChannelKind::KernelVsock => {
+                let (kernel, end) = kernel_vsock::KernelVsock::prepare()?;
+                (Connector::KernelVsock(kernel), end)
+            }
+            ChannelKind::VhostUserVsock { daemon } => {
+                let (user, fd) = vhost_user::VhostUser::prepare(daemon, dir, &spec.identity).await?;
+                (Connector::VhostUser(user), GuestEnd { fd, cid: PRIVATE_CID })
+            }
+            ChannelKind::Serial => {
+                let (serial, fd) = serial::SerialChannel::prepare()?;
+                (Connector::Serial(serial), GuestEnd { fd, cid: PRIVATE_CID })
+            }
+        };
+        Ok((Self { connector, last_token: AtomicU64::new(0) }, end))
+    }
+
+    /// Waits, without a deadline, until the guest dials the control stream. To be called once.
+    pub(super) async fn accept_control(&self) -> Result<BoxedStream, VmChannelError> {
+        let mut stream = match &self.connector {
+            Connector::KernelVsock(kernel) => kernel.accept().await?,
+            Connector::VhostUser(user) => user.accept().await?,
+            Connector::Serial(serial) => serial.accept().await?,
+            Connector::Silent { .. } => return Err(silent()),
+        };
+        handshake::accept_control(&mut stream).await?;
+        Ok(stream)
+    }
+
+    /// A new raw stream, registered in the agent under the token that is returned with it.
+    pub(super) async fn open_stream(&self) -> Result<(u64, BoxedStream), VmChannelError> {
+        let token = self.last_token.fetch_add(1, Ordering::Relaxed) + 1;
+        let open = async {
+            let mut stream = match &self.connector {
+                Connector::KernelVsock(kernel) => kernel.dial().await?,
+                Connector::VhostUser(user) => user.dial().await?,
+                Connector::Serial(serial) => serial.dial().await?,
+                Connector::Silent { .. } => return Err(silent()),
+            };
+            handshake::offer(&mut stream, Preamble { kind: Kind::Stdio, token }).await?;
+            Ok((token, stream))
+        };
+        match tokio::time::timeout(OPEN_DEADLINE, open).await {
+            Ok(result) => result,
+            Err(_) => Err(VmChannelError::Deadline),
+        }
+    }
+
+    /// Ends the channel's daemon, if there is one, and removes its files. Nothing of it is left when this
+    /// returns.
+    pub(super) async fn close(&self) -> Result<(), VmChannelError> {
+        match &self.connector {
+            Connector::KernelVsock(_) | Connector::Serial(_) | Connector::Silent { .. } => Ok(()),
+            Connector::VhostUser(user) => user.close().await,
+        }
+    }
+}
+
+fn silent() -> VmChannelError {
+    VmChannelError::Closed(io::ErrorKind::NotConnected.into())
+}

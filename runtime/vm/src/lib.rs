@@ -1,0 +1,228 @@
+//! A microVM: QEMU, its disks and its channel.
+//!
+//! ```text
+//!   Vm (handle) ──requests──> driver task ──QMP──> QEMU <──channel── guest agent
+//!        └──────────────── streams, agent calls ──────────────────────┘
+//! ```
+//! [`Vm::launch`] returns when QEMU answers, while the guest still boots, so that disks can be attached
+//! meanwhile; [`Vm::agent`] resolves when the guest is ready. The driver task alone changes the VM and ends
+//! it; when the last handle is dropped it kills the VM. Nothing is left of the VM when [`Vm::exited`]
+//! resolves.
+
+pub mod accel;
+pub mod admission;
+pub mod agent;
+mod asset;
+pub mod assets;
+mod boot;
+mod bounded_log;
+mod channel;
+mod driver;
+mod exit;
+pub mod qemu;
+mod spec;
+pub mod template;
+mod wake;
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use machinen_base::error::{ErrorKind, HasKind};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use channel::VmChannel;
+use driver::{StopRequest, VmRequest};
+use qemu::{launch, qmp::QmpError};
+
+pub use asset::AssetFileError;
+pub use boot::VmBootError;
+#[cfg(fuzzing)]
+pub use channel::greet;
+pub use channel::{BoxedStream, ByteStream, ChannelMode, HostSupport, VmChannelError, choose_channel};
+pub use exit::VmExit;
+pub use qemu::{
+    hotplug::{DiskAddress, DiskBacking, DiskSpec},
+    launch::LaunchError,
+    qmp::QemuVersion,
+    snapshot::{VmSnapshot, VmSnapshotError},
+    version::{QemuError, qemu_version},
+};
+pub use spec::{ChannelKind, VmSpec};
+
+/// Why something about a VM failed.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    #[error(transparent)]
+    Boot(Arc<VmBootError>),
+    #[error("cannot attach disk {serial}")]
+    Attach { serial: String, source: QmpError },
+    #[error("cannot attach disk {serial}: {reason}")]
+    Disk { serial: String, reason: &'static str },
+    #[error("cannot detach the disk at {address}")]
+    Detach { address: DiskAddress, source: QmpError },
+    #[error("no disk is attached at {0}")]
+    NoDisk(DiskAddress),
+    #[error("cannot open a stream into the VM")]
+    Stream(#[source] VmChannelError),
+    #[error("the VM has ended: {0}")]
+    Exited(VmExit),
+}
+
+impl HasKind for VmError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Launch(error) => error.kind(),
+            Self::Boot(error) => error.kind(),
+            Self::Exited(_) => ErrorKind::Unavailable,
+            Self::NoDisk(_) => ErrorKind::NotFound,
+            Self::Stream(VmChannelError::Deadline) => ErrorKind::DeadlineExceeded,
+            Self::Stream(_) => ErrorKind::Unavailable,
+            Self::Attach { .. } | Self::Disk { .. } | Self::Detach { .. } => ErrorKind::Internal,
+        }
+    }
+}
+
+/// A handle on a VM; clones are cheap and equal.
+#[derive(Debug, Clone)]
+pub struct Vm {
+    pid: u32,
+    channel: Arc<VmChannel>,
+    requests: mpsc::Sender<VmRequest>,
+    stop: Arc<watch::Sender<StopRequest>>,
+    agent: watch::Receiver<Option<Result<agent::Client, Arc<VmBootError>>>>,
+    exit: watch::Receiver<Option<VmExit>>,
+}
+
+impl Vm {
+    /// Starts QEMU and returns when it answers; the guest boots meanwhile. Must be called inside a tokio
+    /// runtime, on a thread that lives as long as the VM shall (see [`machinen_base::process::Spawn`]).
+    ///
+    /// `dir` is the VM's own directory, made if it is missing. It holds `console.log` and sockets while the
+    /// VM runs.
+    ///
+    /// # Errors
+    /// A file is missing or not readable, QEMU is missing, too old or refuses its arguments, or the channel
+    /// cannot be made. Then nothing is left, except perhaps `console.log`.
+    pub async fn launch(spec: VmSpec, dir: &Path) -> Result<Self, VmError> {
+        Ok(launch::launch(spec, dir).await?)
+    }
+
+    /// As [`Vm::launch`], but the guest continues from `snapshot` instead of booting. `spec` must be the one
+    /// of the snapshot, except for `id`, `hostname`, `identity` and `keep_console`.
+    ///
+    /// # Errors
+    /// QEMU does not start, or does not load the snapshot. Then nothing is left, and the same VM can be
+    /// launched.
+    pub async fn restore(spec: VmSpec, dir: &Path, snapshot: &VmSnapshot) -> Result<Self, VmSnapshotError> {
+        launch::clone(spec, dir, snapshot).await
+    }
+
+    /// QEMU's pid.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// The guest agent, as soon as it has answered and been configured. Any number of callers may wait, at
+    /// any time.
+    ///
+    /// # Errors
+    /// The boot deadline has passed, the VM has ended, or the agent has another version; with the last
+    /// console lines. This error does not end the VM.
+    pub async fn agent(&self) -> Result<agent::Client, VmError> {
+        let mut agent = self.agent.clone();
+        let state = agent.wait_for(Option::is_some).await.ok().and_then(|state| state.clone());
+        match state {
+            Some(Ok(client)) => Ok(client),
+            Some(Err(error)) => Err(VmError::Boot(error)),
+            None => Err(self.ended().await),
+        }
+    }
+
+    /// Gives a clone that was made before its pod was known the pod's hostname, a new identity and the time.
+    ///
+    /// # Errors
+    /// As [`Vm::agent`], or the agent refuses the configuration. This error does not end the VM.
+    pub async fn configure_guest(&self, hostname: &str) -> Result<(), VmError> {
+        let agent = self.agent().await?;
+        boot::configure_guest(&agent, hostname, String::new)
+            .await
+            .map_err(|error| VmError::Boot(error.into()))
+    }
+
+    /// Attaches a disk to the virtio-scsi controller. This is legal as soon as [`Vm::launch`] has returned.
+    ///
+    /// # Errors
+    /// QEMU refuses, the descriptor does not fit `read_only`, all 256 targets are taken, or the VM has ended.
+    pub async fn attach_disk(&self, disk: DiskSpec) -> Result<DiskAddress, VmError> {
+        self.request(|answer| VmRequest::Attach(disk, answer)).await
+    }
+
+    /// Detaches a disk, which the guest must have unmounted.
+    ///
+    /// # Errors
+    /// There is no such disk, QEMU refuses, or the VM has ended.
+    pub async fn detach_disk(&self, address: DiskAddress) -> Result<(), VmError> {
+        self.request(|answer| VmRequest::Detach(address, answer)).await
+    }
+
+    /// Opens a raw stream into the guest. The token names the stream in calls to the agent. This is legal as
+    /// soon as [`Vm::agent`] has resolved.
+    ///
+    /// # Errors
+    /// The agent refuses, does not answer in time, or is gone.
+    pub async fn open_stream(&self) -> Result<(u64, BoxedStream), VmError> {
+        self.channel.open_stream().await.map_err(VmError::Stream)
+    }
+
+    /// Resolves when the VM has ended and nothing is left of it. Any number of callers may wait, at any time.
+    pub fn exited(&self) -> impl Future<Output = VmExit> + Send + 'static {
+        let mut exit = self.exit.clone();
+        async move {
+            let exited = exit.wait_for(Option::is_some).await.ok().and_then(|exit| exit.clone());
+            match exited {
+                Some(exit) => exit,
+                // The driver ends without an exit only when the runtime shuts down, which drops this future
+                // too.
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Asks the agent to sync and power off, kills the VM after `grace`, and returns when nothing is left of
+    /// it.
+    ///
+    /// A VM whose agent has not answered yet has nothing to sync and is killed at once.
+    pub async fn shutdown(&self, grace: Duration) -> VmExit {
+        self.stop.send_if_modified(|stop| {
+            let first = matches!(stop, StopRequest::No);
+            if first {
+                *stop = StopRequest::Within(grace);
+            }
+            first
+        });
+        self.exited().await
+    }
+
+    /// Kills the VM and returns when nothing is left of it. What the guest had not synced is lost.
+    pub async fn kill(&self) -> VmExit {
+        self.stop.send_replace(StopRequest::Now);
+        self.exited().await
+    }
+
+    async fn request<T>(
+        &self,
+        make: impl FnOnce(oneshot::Sender<Result<T, VmError>>) -> VmRequest,
+    ) -> Result<T, VmError> {
+        let (answer, answered) = oneshot::channel();
+        let sent = self.requests.send(make(answer)).await.is_ok();
+        match if sent { answered.await.ok() } else { None } {
+            Some(result) => result,
+            None => Err(self.ended().await),
+        }
+    }
+
+    async fn ended(&self) -> VmError {
+        VmError::Exited(self.exited().await)
+    }
+}

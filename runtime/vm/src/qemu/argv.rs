@@ -1,0 +1,282 @@
+//! QEMU's command line: one pure function of the [`VmSpec`].
+//!
+//! QEMU gets no paths. It inherits every file under the numbers in [`fd`], so it can run as a user that may
+//! not open any file.
+
+use machinen_protocol::{CHANNEL_ARG, SERIAL_PORT_NAME, TEMPLATE_ARG, WAKE_PORT_NAME};
+
+use crate::accel::Accelerator;
+use crate::spec::{ChannelKind, VmSpec};
+
+/// Numbers of the descriptors that QEMU inherits.
+pub(crate) mod fd {
+    /// A connected socket that speaks QMP.
+    pub(crate) const QMP: i32 = 3;
+    /// A connected socket that takes what the guest prints on hvc0.
+    pub(crate) const CONSOLE: i32 = 4;
+    pub(crate) const KERNEL: i32 = 5;
+    pub(crate) const IMAGE: i32 = 6;
+    /// Serial: a connected socket. vhost-user: a socket connected to the daemon. Kernel vsock:
+    /// /dev/vhost-vsock.
+    pub(crate) const CHANNEL: i32 = 7;
+    /// Template and clone: the file that is the guest's memory.
+    pub(crate) const MEMORY: i32 = 8;
+    /// Template and clone: a connected socket on which the agent reports that it waits, and on which the host
+    /// wakes it.
+    pub(crate) const WAKE: i32 = 9;
+}
+
+/// How the guest starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Start {
+    /// The guest boots.
+    Boot,
+    /// The guest boots until its agent waits to be woken. Its memory is a file that outlives QEMU.
+    Template,
+    /// The guest continues from the saved state of a template. Its devices must be the template's, created in
+    /// the same order.
+    Clone,
+}
+
+/// `id` of the virtio-scsi controller that disks are added to; its bus is `<id>.0`.
+pub(crate) const SCSI: &str = "scsi";
+
+/// The vsock CID of a guest whose channel does not go through the host's kernel. Each such VM has its own
+/// daemon, so all can use the same CID.
+pub(crate) const PRIVATE_CID: u32 = 3;
+
+/// QEMU's arguments. `guest_cid` matters to the vsock channels only.
+pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
+    let mut args = QemuArgs::default();
+    args.option("-name", format!("machinen-{0},process=machinen-{0}", escape(&spec.id)));
+    let memory = memory(spec, start);
+    let backend = if memory.is_some() { ",memory-backend=ram" } else { "" };
+    // suppress-vmdesc: only debugging tools need the description of the saved state.
+    args.option("-machine", format!("microvm,acpi=on,isa-serial=off,suppress-vmdesc=on{backend}"));
+    match spec.accel {
+        Accelerator::Kvm => args.option("-accel", "kvm").option("-cpu", "host"),
+        Accelerator::Tcg { .. } => args.option("-accel", "tcg,thread=multi").option("-cpu", "max"),
+    };
+    args.option("-smp", spec.vcpus).option("-m", format!("{}M", spec.memory_mib));
+    args.flag("-nodefaults").flag("-no-user-config").flag("-no-reboot").option("-display", "none");
+    args.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+    if let Some(memory) = memory {
+        args.option("-object", format!("{memory},id=ram,size={}M", spec.memory_mib));
+    }
+    args.option("-global", "virtio-mmio.force-legacy=false");
+
+    args.option("-chardev", format!("socket,id=qmp,fd={}", fd::QMP));
+    args.option("-mon", "chardev=qmp,mode=control");
+
+    if start == Start::Clone {
+        args.option("-incoming", "defer");
+    } else {
+        args.option("-kernel", format!("/proc/self/fd/{}", fd::KERNEL));
+        args.option("-append", kernel_command_line(spec, start));
+    }
+
+    args.option("-add-fd", format!("fd={},set={IMAGE_FDSET}", fd::IMAGE));
+    args.option("-blockdev", disk("image", IMAGE_FDSET, true));
+    args.option("-device", "virtio-blk-device,drive=image");
+
+    // The console, the channel and the wake port. The guest sets up two queues for each possible port.
+    args.option("-device", "virtio-serial-device,id=serial,max_ports=3");
+    args.option("-chardev", format!("socket,id=console,fd={}", fd::CONSOLE));
+    args.option("-device", "virtconsole,bus=serial.0,chardev=console");
+    if start != Start::Boot {
+        args.option("-chardev", format!("socket,id=wake,fd={}", fd::WAKE));
+        args.option("-device", format!("virtserialport,bus=serial.0,chardev=wake,name={WAKE_PORT_NAME}"));
+    }
+
+    match &spec.channel {
+        ChannelKind::Serial => {
+            args.option("-chardev", format!("socket,id=channel,fd={}", fd::CHANNEL));
+            args.option(
+                "-device",
+                format!("virtserialport,bus=serial.0,chardev=channel,name={SERIAL_PORT_NAME}"),
+            );
+        }
+        ChannelKind::VhostUserVsock { .. } => {
+            args.option("-chardev", format!("socket,id=channel,fd={}", fd::CHANNEL));
+            args.option("-device", "vhost-user-vsock-device,chardev=channel");
+        }
+        ChannelKind::KernelVsock => {
+            args.option(
+                "-device",
+                format!("vhost-vsock-device,guest-cid={guest_cid},vhostfd={}", fd::CHANNEL),
+            );
+        }
+    }
+
+    args.option("-device", format!("virtio-scsi-device,id={SCSI}"));
+    args.option("-device", "virtio-balloon-device,free-page-reporting=on");
+    args.option("-device", "virtio-rng-device");
+    args.0
+}
+
+/// Set of descriptors that holds the guest image; sets of hot-added disks are numbered after it.
+pub(crate) const IMAGE_FDSET: u64 = 1;
+
+/// A block device made of the one descriptor in an fd set, as `-blockdev` takes it.
+fn disk(node: &str, fdset: u64, read_only: bool) -> String {
+    let switch = if read_only { "on" } else { "off" };
+    format!(
+        "driver=raw,node-name={node},read-only={switch},file.driver=file,file.filename=/dev/fdset/{fdset},\
+         file.read-only={switch},file.locking=off"
+    )
+}
+
+/// Type and sharing mode of the guest's memory backend, where QEMU's default does not fit.
+fn memory(spec: &VmSpec, start: Start) -> Option<String> {
+    match (start, &spec.channel) {
+        (Start::Template, _) => {
+            Some(format!("memory-backend-file,mem-path=/proc/self/fd/{},share=on", fd::MEMORY))
+        }
+        // Copy on write.
+        (Start::Clone, _) => {
+            Some(format!("memory-backend-file,mem-path=/proc/self/fd/{},share=off", fd::MEMORY))
+        }
+        // The daemon maps the guest's memory, so it has to be a shared file.
+        (Start::Boot, ChannelKind::VhostUserVsock { .. }) => Some("memory-backend-memfd,share=on".to_owned()),
+        (Start::Boot, ChannelKind::KernelVsock | ChannelKind::Serial) => None,
+    }
+}
+
+fn kernel_command_line(spec: &VmSpec, start: Start) -> String {
+    // loglevel=1, not 0: a panicking kernel raises the level only if it is not zero, and then prints the
+    // reason on the console. scan=manual: the agent has the kernel scan the address of each attached disk,
+    // instead of all 256 at boot.
+    let mut line = format!(
+        "console=hvc0 quiet loglevel=1 root=/dev/vda ro rootfstype=erofs init=/sbin/machinen-agent \
+         reboot=t panic=-1 rcupdate.rcu_expedited=1 random.trust_cpu=on scsi_mod.scan=manual {CHANNEL_ARG}={}",
+        spec.channel.guest_name()
+    );
+    if let Accelerator::Tcg { tsc_khz } = spec.accel {
+        // Emulated timers are too slow to calibrate delays with, and emulation does not execute
+        // speculatively.
+        let lpj = u64::from(tsc_khz) * 1000 / u64::from(GUEST_HZ);
+        line += &format!(" tsc_early_khz={tsc_khz} lpj={lpj} tsc=reliable no_timer_check mitigations=off");
+    }
+    if start == Start::Template {
+        line += &format!(" {TEMPLATE_ARG}");
+    }
+    if !spec.kernel_args.is_empty() {
+        line.push(' ');
+        line += &spec.kernel_args;
+    }
+    line
+}
+
+/// CONFIG_HZ of the guest kernel, the unit of `lpj` (delay loops per jiffy).
+const GUEST_HZ: u32 = 250;
+
+/// A comma in an option's value is written twice.
+fn escape(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+#[derive(Default)]
+struct QemuArgs(Vec<String>);
+
+impl QemuArgs {
+    fn flag(&mut self, name: &str) -> &mut Self {
+        self.0.push(name.to_owned());
+        self
+    }
+
+    fn option(&mut self, name: &str, value: impl ToString) -> &mut Self {
+        self.0.push(name.to_owned());
+        self.0.push(value.to_string());
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use machinen_base::process::RunAs;
+
+    fn spec(accel: Accelerator, channel: ChannelKind) -> VmSpec {
+        VmSpec {
+            id: "c1".into(),
+            qemu: "qemu-system-x86_64".into(),
+            accel,
+            memory_mib: 2048,
+            vcpus: 2,
+            kernel: "/a/vmlinux".into(),
+            image: "/a/guest.img".into(),
+            kernel_args: String::new(),
+            channel,
+            hostname: "c1".into(),
+            boot_timeout: std::time::Duration::from_secs(60),
+            identity: RunAs::default(),
+            keep_console: false,
+        }
+    }
+
+    /// One option a line.
+    fn lines(spec: &VmSpec, start: Start, guest_cid: u32) -> String {
+        let mut text = String::new();
+        for arg in argv(spec, start, guest_cid) {
+            text.push(if arg.starts_with('-') { '\n' } else { ' ' });
+            text += &arg;
+        }
+        text
+    }
+
+    #[test]
+    fn serial_on_tcg() {
+        let spec = spec(Accelerator::Tcg { tsc_khz: 2_500_000 }, ChannelKind::Serial);
+        insta::assert_snapshot!(lines(&spec, Start::Boot, 0));
+    }
+
+    #[test]
+    fn template_on_tcg() {
+        let spec = spec(Accelerator::Tcg { tsc_khz: 2_500_000 }, ChannelKind::Serial);
+        insta::assert_snapshot!(lines(&spec, Start::Template, 0));
+    }
+
+    #[test]
+    fn clone_on_kvm() {
+        insta::assert_snapshot!(lines(&spec(Accelerator::Kvm, ChannelKind::KernelVsock), Start::Clone, 78));
+    }
+
+    #[test]
+    fn a_clone_has_its_templates_devices() {
+        for channel in [ChannelKind::Serial, ChannelKind::KernelVsock] {
+            let spec = spec(Accelerator::Kvm, channel);
+            let devices = |start| {
+                let args = argv(&spec, start, 3);
+                let pairs: Vec<_> = args.windows(2).map(|pair| (pair[0].clone(), pair[1].clone())).collect();
+                pairs
+                    .into_iter()
+                    .filter(|(name, _)| {
+                        ["-device", "-chardev", "-blockdev", "-machine", "-cpu", "-smp", "-m"]
+                            .contains(&&**name)
+                    })
+                    .collect::<Vec<_>>()
+            };
+            assert_eq!(devices(Start::Template), devices(Start::Clone));
+        }
+    }
+
+    #[test]
+    fn vhost_user_vsock_on_tcg() {
+        let channel = ChannelKind::VhostUserVsock { daemon: "vhost-device-vsock".into() };
+        let spec = spec(Accelerator::Tcg { tsc_khz: 2_500_000 }, channel);
+        insta::assert_snapshot!(lines(&spec, Start::Boot, PRIVATE_CID));
+    }
+
+    #[test]
+    fn kernel_vsock_on_kvm() {
+        let spec =
+            VmSpec { kernel_args: "debug x=1".into(), ..spec(Accelerator::Kvm, ChannelKind::KernelVsock) };
+        insta::assert_snapshot!(lines(&spec, Start::Boot, 77));
+    }
+
+    #[test]
+    fn an_id_cannot_add_options() {
+        let spec = VmSpec { id: "a,process=x".into(), ..spec(Accelerator::Kvm, ChannelKind::Serial) };
+        assert_eq!(argv(&spec, Start::Boot, 0)[1], "machinen-a,,process=x,process=machinen-a,,process=x");
+    }
+}

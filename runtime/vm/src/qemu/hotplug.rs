@@ -1,0 +1,353 @@
+//! Adds disks to the virtio-scsi controller of a running VM and removes them, by QMP.
+
+use std::{collections::BTreeMap, os::fd::OwnedFd, time::Duration};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use serde_json::json;
+use tokio::sync::broadcast;
+
+use crate::{
+    VmError,
+    qemu::{
+        argv::{IMAGE_FDSET, SCSI},
+        qmp::{Qmp, QmpError, QmpEvent},
+    },
+};
+
+/// Targets of one virtio-scsi controller; each disk is LUN 0 of a target of its own.
+const TARGETS: u32 = 256;
+
+/// QEMU removes a SCSI disk without asking the guest, so a healthy QEMU never reaches this deadline.
+const DETACH_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Where the bytes of a disk are.
+#[derive(Debug)]
+pub enum DiskBacking {
+    /// A raw image or block device. It must be open for reading only if the disk is read-only, else for
+    /// reading and writing.
+    File(OwnedFd),
+    /// An NBD export of this name, which is served at the other end of this connected stream socket.
+    Nbd { socket: OwnedFd, export: &'static str },
+}
+
+/// A disk to attach.
+#[derive(Debug)]
+pub struct DiskSpec {
+    pub source: DiskBacking,
+    pub read_only: bool,
+    /// The content is not needed after a crash of the host, so what the guest flushes need not reach stable
+    /// storage.
+    pub volatile: bool,
+    /// Names the disk inside the guest and in messages; the guest sees at most 36 bytes of it.
+    pub serial: String,
+}
+
+/// Where the guest finds a disk: `/sys/bus/scsi/devices/0:0:<target>:<lun>`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DiskAddress {
+    pub target: u32,
+    pub lun: u32,
+}
+
+impl std::fmt::Display for DiskAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "target {} lun {}", self.target, self.lun)
+    }
+}
+
+/// The disks of one VM; owned by its driver.
+#[derive(Debug)]
+pub(crate) struct AttachedDisks {
+    qmp: Qmp,
+    events: broadcast::Receiver<QmpEvent>,
+    /// By target.
+    attached: BTreeMap<u32, AttachedDisk>,
+    /// Number of the last disk; no number is used twice.
+    last: u64,
+}
+
+/// A disk that is attached to QEMU.
+#[derive(Debug, Clone, Copy)]
+struct AttachedDisk {
+    number: u64,
+    /// QEMU keeps the disk's descriptor until `remove-fd`.
+    has_fdset: bool,
+}
+
+impl AttachedDisks {
+    pub(crate) fn new(qmp: Qmp, events: broadcast::Receiver<QmpEvent>) -> Self {
+        Self { qmp, events, attached: BTreeMap::new(), last: 0 }
+    }
+
+    pub(crate) async fn attach(&mut self, disk: DiskSpec) -> Result<DiskAddress, VmError> {
+        let serial = disk.serial.clone();
+        let refused = |reason| VmError::Disk { serial: serial.clone(), reason };
+        let has_fdset = matches!(disk.source, DiskBacking::File(_));
+        if let DiskBacking::File(file) = &disk.source
+            && opened_read_only(file) != Some(disk.read_only)
+        {
+            return Err(refused("the access mode of its file is not that of the disk"));
+        }
+        let target = (0..TARGETS)
+            .find(|target| !self.attached.contains_key(target))
+            .ok_or_else(|| refused("every target of the controller is in use"))?;
+        self.last += 1;
+        let number = self.last;
+        let address = DiskAddress { target, lun: 0 };
+        match self.plug(number, address, disk).await {
+            Ok(()) => {
+                self.attached.insert(target, AttachedDisk { number, has_fdset });
+                Ok(address)
+            }
+            Err((undo, source)) => {
+                self.unwind(number, undo).await;
+                Err(VmError::Attach { serial, source })
+            }
+        }
+    }
+
+    /// A failure includes what the caller has to undo.
+    async fn plug(
+        &self,
+        number: u64,
+        address: DiskAddress,
+        disk: DiskSpec,
+    ) -> Result<(), (PlugUndo, QmpError)> {
+        let DiskSpec { source, read_only, volatile, serial } = disk;
+        let node = node(number);
+        let (undo, storage) = match source {
+            DiskBacking::File(file) => {
+                let fdset = fdset(number);
+                let handed = self.qmp.execute_with_fd("add-fd", json!({ "fdset-id": fdset }), file).await;
+                handed.map_err(|error| (PlugUndo::Nothing, error))?;
+                // Images are shared between VMs. Their owners lock them, not QEMU.
+                let storage = json!({
+                    "driver": "file", "filename": format!("/dev/fdset/{fdset}"), "read-only": read_only,
+                    "auto-read-only": false, "locking": "off", "discard": "unmap",
+                });
+                (PlugUndo::Fdset, storage)
+            }
+            DiskBacking::Nbd { socket, export } => {
+                // QEMU forgets the name as soon as the descriptor is used.
+                let handed = self.qmp.execute_with_fd("getfd", json!({ "fdname": node }), socket).await;
+                handed.map_err(|error| (PlugUndo::Nothing, error))?;
+                let server = json!({ "type": "fd", "str": node });
+                let storage = json!({
+                    "driver": "nbd", "server": server, "export": export, "read-only": read_only,
+                });
+                (PlugUndo::Socket, storage)
+            }
+        };
+        let block = json!({
+            "node-name": node, "driver": "raw", "read-only": read_only, "discard": "unmap",
+            "cache": { "no-flush": volatile }, "file": storage,
+        });
+        self.qmp.execute("blockdev-add", block).await.map_err(|error| (undo, error))?;
+        // report: if the host has no space left, the guest gets an I/O error, instead of QEMU stopping the
+        // VM.
+        let device = json!({
+            "driver": "scsi-hd", "werror": "report", "rerror": "report", "id": node, "bus": format!("{SCSI}.0"), "drive": node,
+            "channel": 0, "scsi-id": address.target, "lun": address.lun, "serial": serial, "rotation_rate": 1,
+        });
+        self.qmp.execute("device_add", device).await.map_err(|error| (undo.and_block(), error))?;
+        Ok(())
+    }
+
+    pub(crate) async fn detach(&mut self, address: DiskAddress) -> Result<(), VmError> {
+        let attached = match self.attached.get(&address.target) {
+            Some(attached) if address.lun == 0 => *attached,
+            _ => return Err(VmError::NoDisk(address)),
+        };
+        self.unplug(attached).await.map_err(|source| VmError::Detach { address, source })?;
+        self.attached.remove(&address.target);
+        Ok(())
+    }
+
+    async fn unplug(&mut self, AttachedDisk { number, has_fdset }: AttachedDisk) -> Result<(), QmpError> {
+        let node = node(number);
+        let mut events = self.events.resubscribe();
+        self.qmp.execute("device_del", json!({ "id": node })).await?;
+        let gone = QmpEvent::DeviceDeleted(node.clone());
+        let deleted = async {
+            loop {
+                match events.recv().await {
+                    Ok(event) if event == gone => return Ok(()),
+                    // If another event was lost, QEMU refuses the next step.
+                    Err(broadcast::error::RecvError::Lagged(_)) => return Ok(()),
+                    Err(broadcast::error::RecvError::Closed) => return Err(QmpError::Closed),
+                    Ok(_) => {}
+                }
+            }
+        };
+        match tokio::time::timeout(DETACH_DEADLINE, deleted).await {
+            Ok(result) => result?,
+            Err(_) => return Err(QmpError::Deadline { command: "device_del" }),
+        }
+        self.qmp.execute("blockdev-del", json!({ "node-name": node })).await?;
+        if has_fdset {
+            self.qmp.execute("remove-fd", json!({ "fdset-id": fdset(number) })).await?;
+        }
+        Ok(())
+    }
+
+    /// What cannot be undone stays until the VM ends, under a number that is not used again.
+    async fn unwind(&self, number: u64, undo: PlugUndo) {
+        let block = ("blockdev-del", json!({ "node-name": node(number) }));
+        let fdset = ("remove-fd", json!({ "fdset-id": fdset(number) }));
+        let steps = match undo {
+            PlugUndo::Nothing => vec![],
+            PlugUndo::Fdset => vec![fdset],
+            PlugUndo::FdsetAndBlock => vec![block, fdset],
+            PlugUndo::Socket => vec![("closefd", json!({ "fdname": node(number) }))],
+            PlugUndo::Block => vec![block],
+        };
+        for (command, arguments) in steps {
+            if let Err(error) = self.qmp.execute(command, arguments).await {
+                tracing::warn!("cannot undo the failed attachment of a disk: {error}");
+            }
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum PlugUndo {
+    Nothing,
+    Fdset,
+    FdsetAndBlock,
+    Socket,
+    /// QEMU closes the socket when the block device is removed.
+    Block,
+}
+
+impl PlugUndo {
+    fn and_block(self) -> Self {
+        match self {
+            Self::Fdset | Self::FdsetAndBlock => Self::FdsetAndBlock,
+            Self::Nothing | Self::Socket | Self::Block => Self::Block,
+        }
+    }
+}
+
+fn node(number: u64) -> String {
+    format!("disk-{number}")
+}
+
+fn fdset(number: u64) -> u64 {
+    IMAGE_FDSET + number
+}
+
+/// None if the file is open for writing only.
+fn opened_read_only(file: &OwnedFd) -> Option<bool> {
+    let flags = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL).ok()?);
+    match flags & OFlag::O_ACCMODE {
+        OFlag::O_RDONLY => Some(true),
+        OFlag::O_RDWR => Some(false),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, os::unix::net::UnixStream};
+
+    use super::*;
+    use crate::qemu::qmp::tests::{GREETING, OK, qemu};
+
+    const REFUSED: &str = r#"{"error": {"class": "GenericError", "desc": "no"}, "id": $ID}"#;
+
+    fn read_only(serial: &str) -> DiskSpec {
+        let source = DiskBacking::File(File::open("/dev/null").unwrap().into());
+        DiskSpec { source, read_only: true, volatile: false, serial: serial.into() }
+    }
+
+    fn served() -> DiskSpec {
+        let (socket, _) = UnixStream::pair().unwrap();
+        DiskSpec { source: DiskBacking::Nbd { socket: socket.into(), export: "x" }, ..read_only("n") }
+    }
+
+    /// Runs `work` against a QEMU that gives these answers, and returns the names of the commands that it
+    /// received.
+    async fn with_qemu<F>(answers: &[&str], work: impl FnOnce(AttachedDisks) -> F) -> Vec<String>
+    where
+        F: Future<Output = ()>,
+    {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let answers: Vec<&str> = [OK].iter().chain(answers).copied().collect();
+        let client = async {
+            let (qmp, events) = Qmp::connect(ours).await.unwrap();
+            work(AttachedDisks::new(qmp, events)).await;
+        };
+        let ((), commands) = tokio::join!(client, qemu(theirs, GREETING, &answers));
+        commands[1..].iter().map(|command| command["execute"].as_str().unwrap().to_owned()).collect()
+    }
+
+    #[tokio::test]
+    async fn the_target_of_a_detached_disk_is_used_again() {
+        let gone = r#"{"event": "DEVICE_DELETED", "data": {"device": "disk-1"}}
+{"return": {}, "id": $ID}"#;
+        let answers = [OK, OK, OK, OK, OK, OK, gone, OK, OK, OK, OK, OK];
+        let commands = with_qemu(&answers, |mut disks| async move {
+            let first = disks.attach(read_only("a")).await.unwrap();
+            let second = disks.attach(read_only("b")).await.unwrap();
+            assert_eq!((first.target, second.target), (0, 1));
+            disks.detach(first).await.unwrap();
+            assert!(matches!(disks.detach(first).await, Err(VmError::NoDisk(_))));
+            assert_eq!(disks.attach(read_only("c")).await.unwrap(), first);
+        })
+        .await;
+        let attach = ["add-fd", "blockdev-add", "device_add"];
+        let detach = ["device_del", "blockdev-del", "remove-fd"];
+        assert_eq!(commands, [attach, attach, detach, attach].concat());
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_is_refused_leaves_nothing_in_qemu() {
+        for (answers, expected) in [
+            (&[REFUSED][..], &["add-fd"][..]),
+            (&[OK, REFUSED, OK], &["add-fd", "blockdev-add", "remove-fd"]),
+            (
+                &[OK, OK, REFUSED, OK, OK],
+                &["add-fd", "blockdev-add", "device_add", "blockdev-del", "remove-fd"],
+            ),
+        ] {
+            let commands = with_qemu(answers, |mut disks| async move {
+                let error = disks.attach(read_only("a")).await.unwrap_err();
+                assert_eq!(error.to_string(), "cannot attach disk a");
+            })
+            .await;
+            assert_eq!(commands, expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_is_served_needs_no_fdset() {
+        let gone = r#"{"event": "DEVICE_DELETED", "data": {"device": "disk-1"}}
+{"return": {}, "id": $ID}"#;
+        let commands = with_qemu(&[OK, OK, OK, gone, OK], |mut disks| async move {
+            let address = disks.attach(served()).await.unwrap();
+            disks.detach(address).await.unwrap();
+        })
+        .await;
+        assert_eq!(commands, ["getfd", "blockdev-add", "device_add", "device_del", "blockdev-del"]);
+        for (answers, expected) in [
+            (&[OK, REFUSED, OK][..], &["getfd", "blockdev-add", "closefd"][..]),
+            (&[OK, OK, REFUSED, OK], &["getfd", "blockdev-add", "device_add", "blockdev-del"]),
+        ] {
+            let commands = with_qemu(answers, |mut disks| async move {
+                disks.attach(served()).await.unwrap_err();
+            })
+            .await;
+            assert_eq!(commands, expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_with_another_access_mode_never_reaches_qemu() {
+        let commands = with_qemu(&[], |mut disks| async move {
+            let wrong = DiskSpec { read_only: false, ..read_only("a") };
+            assert!(matches!(disks.attach(wrong).await, Err(VmError::Disk { .. })));
+        })
+        .await;
+        assert!(commands.is_empty());
+    }
+}

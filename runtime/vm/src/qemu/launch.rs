@@ -1,0 +1,313 @@
+//! Starts QEMU: makes everything that QEMU inherits, and removes it again if QEMU does not answer.
+
+use std::{
+    fs::{DirBuilder, File},
+    io,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::{
+            fs::{DirBuilderExt as _, OpenOptionsExt as _},
+            net::UnixStream as StdUnixStream,
+        },
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use machinen_base::{
+    error::{ErrorKind, HasKind},
+    process::{ChildSandbox, ProcessError, Spawn, Stdio},
+};
+use tokio::{
+    net::{UnixStream, unix::pipe},
+    sync::{broadcast, mpsc, watch},
+};
+
+use crate::{
+    Vm,
+    asset::{self, AssetFileError},
+    boot::Boot,
+    bounded_log::BoundedLog,
+    channel::{GuestEnd, VmChannel, VmChannelError},
+    driver::{self, Inputs, QemuOutput, RunningVm, StopRequest, VmDir},
+    exit::{ExitEvidence, VmExit},
+    qemu::{
+        argv::{self, Start, fd},
+        qmp::{Qmp, QmpError, QmpEvent},
+        snapshot::{self, VmSnapshot, VmSnapshotError},
+    },
+    spec::VmSpec,
+};
+
+/// The file in the VM's directory that has the guest's console output.
+pub(crate) const CONSOLE_LOG: &str = "console.log";
+
+/// Why QEMU could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    #[error(transparent)]
+    Asset(AssetFileError),
+    #[error("cannot {action} in the VM's directory {}", dir.display())]
+    Dir { action: &'static str, dir: PathBuf, source: io::Error },
+    #[error("cannot {action} for QEMU")]
+    Host { action: &'static str, source: io::Error },
+    #[error(transparent)]
+    Channel(VmChannelError),
+    #[error("cannot run QEMU")]
+    Qemu(#[source] ProcessError),
+    #[error("QEMU did not start: {exit} (machinen needs QEMU {oldest} or newer)", oldest = super::qmp::OLDEST)]
+    Exited { exit: VmExit },
+    #[error("QEMU's monitor does not work")]
+    Monitor(#[source] QmpError),
+}
+
+impl HasKind for LaunchError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Asset(error) => error.kind(),
+            Self::Qemu(ProcessError::NotFound { .. }) => ErrorKind::NotFound,
+            Self::Monitor(QmpError::TooOld(_)) => ErrorKind::FailedPrecondition,
+            _ => ErrorKind::Internal,
+        }
+    }
+}
+
+/// What a VM starts from.
+#[derive(Debug)]
+pub(crate) enum LaunchOrigin<'a> {
+    Boot,
+    /// A boot with this memory, until the agent waits.
+    Template {
+        memory: OwnedFd,
+    },
+    Clone(&'a VmSnapshot),
+}
+
+impl LaunchOrigin<'_> {
+    fn start(&self) -> Start {
+        match self {
+            Self::Boot => Start::Boot,
+            Self::Template { .. } => Start::Template,
+            Self::Clone(_) => Start::Clone,
+        }
+    }
+}
+
+/// A QEMU that answers and has no driver yet. It must be handed over to one, or ended.
+#[derive(Debug)]
+pub(crate) struct Launched {
+    pub(crate) qmp: Qmp,
+    pub(crate) events: broadcast::Receiver<QmpEvent>,
+    running: RunningVm,
+}
+
+pub(crate) async fn launch(spec: VmSpec, dir: &Path) -> Result<Vm, LaunchError> {
+    Ok(begin(&spec, dir, LaunchOrigin::Boot).await?.hand_over(spec))
+}
+
+/// As [`launch`], but from the snapshot of another VM.
+pub(crate) async fn clone(spec: VmSpec, dir: &Path, snapshot: &VmSnapshot) -> Result<Vm, VmSnapshotError> {
+    snapshot.check()?;
+    let mut launched = begin(&spec, dir, LaunchOrigin::Clone(snapshot)).await?;
+    match snapshot::restore(&mut launched, snapshot).await {
+        Ok(()) => Ok(launched.hand_over(spec)),
+        Err(error) => Err(error.with_exit(&launched.end().await)),
+    }
+}
+
+/// Starts QEMU and returns when it answers.
+pub(crate) async fn begin(
+    spec: &VmSpec,
+    dir: &Path,
+    origin: LaunchOrigin<'_>,
+) -> Result<Launched, LaunchError> {
+    let kernel = asset::KERNEL.open(&spec.kernel).map_err(LaunchError::Asset)?;
+    let image = asset::IMAGE.open(&spec.image).map_err(LaunchError::Asset)?;
+    let dir = make_dir(dir)?;
+    let (channel, guest_end) = match VmChannel::prepare(spec, origin.start(), &dir.path).await {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            dir.clean(false);
+            return Err(LaunchError::Channel(error));
+        }
+    };
+    let channel = Arc::new(channel);
+    let in_use = match origin {
+        LaunchOrigin::Clone(snapshot) => snapshot.in_use.clone(),
+        LaunchOrigin::Boot | LaunchOrigin::Template { .. } => None,
+    };
+    let started = start(spec, origin, &dir.path, guest_end, kernel, image);
+    let StartedQemu { qemu, monitor, wake, console, stderr } = match started {
+        Ok(started) => started,
+        Err(error) => {
+            if let Err(error) = channel.close().await {
+                tracing::warn!("{}", machinen_base::error::chain(&error));
+            }
+            dir.clean(false);
+            return Err(error);
+        }
+    };
+    let running =
+        RunningVm { qemu, channel, wake, console, stderr, dir, keep_console: spec.keep_console, in_use };
+    match Qmp::connect(monitor).await {
+        Ok((qmp, events)) => Ok(Launched { qmp, events, running }),
+        Err(error) => Err(failed(running, error).await),
+    }
+}
+
+impl Launched {
+    pub(crate) fn pid(&self) -> u32 {
+        self.running.qemu.pid()
+    }
+
+    /// The host's end of the wake port, which templates and clones have.
+    pub(crate) fn wake_port(&mut self) -> &mut UnixStream {
+        self.running.wake.as_mut().expect("asked of a template or a clone")
+    }
+
+    /// Starts the driver task, which owns QEMU from now on.
+    fn hand_over(self, spec: VmSpec) -> Vm {
+        let Self { qmp, events, running } = self;
+        let (requests, request_queue) = mpsc::channel(16);
+        let (stop, stopped) = watch::channel(StopRequest::No);
+        let (exit_sender, exit) = watch::channel(None);
+        let (agent_sender, agent) = watch::channel(None);
+        let (pid, channel) = (running.qemu.pid(), Arc::clone(&running.channel));
+        tracing::debug!(pid, version = %qmp.version(), "QEMU answers");
+        let boot = Boot {
+            channel: Arc::clone(&channel),
+            console: running.console.bounded_log.clone(),
+            hostname: spec.hostname,
+            timeout: spec.boot_timeout,
+            exit: exit.clone(),
+        };
+        tokio::spawn(async move {
+            agent_sender.send_replace(Some(boot.run().await));
+        });
+        let inputs = Inputs { events, requests: request_queue, stop: stopped, agent: agent.clone() };
+        tokio::spawn(async move {
+            let exit = driver::drive(running, qmp, inputs).await;
+            tracing::debug!(pid, "VM has ended: {exit}");
+            exit_sender.send_replace(Some(exit));
+        });
+        Vm { pid, channel, requests, stop: Arc::new(stop), agent, exit }
+    }
+
+    /// Ends QEMU, unless it has ended already. Nothing is left of it when this returns.
+    pub(crate) async fn end(self) -> VmExit {
+        let Self { qmp, mut events, running } = self;
+        // A QEMU that has closed its monitor has ended, and its own reason is the one to report.
+        let requested = qmp.execute("quit", serde_json::json!({})).await.is_ok();
+        drop(qmp);
+        let mut evidence = ExitEvidence { requested, ..ExitEvidence::default() };
+        match running.qemu.terminate(EXITING).await {
+            Ok(exit) => {
+                driver::record_last_events(&mut evidence, &mut events).await;
+                running.finish(&evidence, exit).await
+            }
+            Err(error) => {
+                tracing::error!("cannot end a VM: {}", machinen_base::error::chain(&error));
+                VmExit::Requested
+            }
+        }
+    }
+}
+
+/// The error of a QEMU that never answered. Its stderr explains more than its closed monitor does.
+async fn failed(running: RunningVm, error: QmpError) -> LaunchError {
+    let closed = matches!(error, QmpError::Closed | QmpError::Io(_));
+    let ended = if closed { running.qemu.terminate(EXITING).await } else { running.qemu.kill().await };
+    let exit = match ended {
+        Ok(exit) => exit,
+        Err(error) => return LaunchError::Qemu(error),
+    };
+    let reason = running.finish(&ExitEvidence::default(), exit).await;
+    if closed { LaunchError::Exited { exit: reason } } else { LaunchError::Monitor(error) }
+}
+
+/// How long a QEMU that has closed its monitor may take to exit.
+const EXITING: std::time::Duration = std::time::Duration::from_secs(5);
+
+struct StartedQemu {
+    qemu: machinen_base::process::Child,
+    monitor: StdUnixStream,
+    wake: Option<UnixStream>,
+    console: QemuOutput,
+    stderr: QemuOutput,
+}
+
+fn start(
+    spec: &VmSpec,
+    origin: LaunchOrigin<'_>,
+    dir: &Path,
+    guest_end: GuestEnd,
+    kernel: File,
+    image: File,
+) -> Result<StartedQemu, LaunchError> {
+    let failed = |action| move |source| LaunchError::Host { action, source };
+    let log = File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(dir.join(CONSOLE_LOG))
+        .map_err(|source| LaunchError::Dir { action: "make console.log", dir: dir.to_owned(), source })?;
+    let (monitor, monitor_end) = StdUnixStream::pair().map_err(failed("make a socket pair"))?;
+    let (console, console_end) = StdUnixStream::pair().map_err(failed("make a socket pair"))?;
+    let (stderr, stderr_end) = io::pipe().map_err(failed("make a pipe"))?;
+    let watched = |socket: StdUnixStream| {
+        socket
+            .set_nonblocking(true)
+            .and_then(|()| UnixStream::from_std(socket))
+            .map_err(failed("watch a socket"))
+    };
+    let console = watched(console)?;
+    let stderr = pipe::Receiver::from_owned_fd(stderr.into()).map_err(failed("watch a pipe"))?;
+
+    let args = argv::argv(spec, origin.start(), guest_end.cid);
+    let mut sandbox = ChildSandbox::strict(spec.identity.clone());
+    let mut inherited: Vec<(OwnedFd, i32)> = vec![
+        (monitor_end.into(), fd::QMP),
+        (console_end.into(), fd::CONSOLE),
+        (kernel.into(), fd::KERNEL),
+        (image.into(), fd::IMAGE),
+        (guest_end.fd, fd::CHANNEL),
+    ];
+    let memory = match origin {
+        LaunchOrigin::Boot => None,
+        LaunchOrigin::Template { memory } => Some(memory),
+        LaunchOrigin::Clone(snapshot) => {
+            sandbox.ignore_hole_punching = Some(snapshot.memory_fd);
+            Some(snapshot.memory.as_fd().try_clone_to_owned().map_err(failed("duplicate a descriptor"))?)
+        }
+    };
+    let wake = match memory {
+        None => None,
+        Some(memory) => {
+            let (wake, wake_end) = StdUnixStream::pair().map_err(failed("make a socket pair"))?;
+            inherited.extend([(memory, fd::MEMORY), (wake_end.into(), fd::WAKE)]);
+            Some(watched(wake)?)
+        }
+    };
+    let mut spawn = Spawn::new(&spec.qemu).args(args).stderr(Stdio::Fd(stderr_end.into())).sandbox(sandbox);
+    for (fd, number) in inherited {
+        spawn = spawn.fd(fd, number);
+    }
+    let qemu = spawn.start().map_err(LaunchError::Qemu)?;
+    Ok(StartedQemu { qemu, monitor, wake, console: read(console, Some(log)), stderr: read(stderr, None) })
+}
+
+fn read(source: impl tokio::io::AsyncRead + Unpin + Send + 'static, log: Option<File>) -> QemuOutput {
+    let bounded_log = BoundedLog::default();
+    let reader = tokio::spawn(bounded_log.clone().read(source, log));
+    QemuOutput { bounded_log, reader }
+}
+
+fn make_dir(path: &Path) -> Result<VmDir, LaunchError> {
+    let dir = path.to_owned();
+    match DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => Ok(VmDir { path: dir, made: true }),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(VmDir { path: dir, made: false }),
+        Err(source) => Err(LaunchError::Dir { action: "work", dir, source }),
+    }
+}

@@ -1,0 +1,10 @@
+//! Everything that is QEMU's own: its command line, its monitor protocol, its saved states, its version.
+//!
+//! The rest of the crate speaks of VMs; a second VMM would be a folder next to this one.
+
+pub(crate) mod argv;
+pub(crate) mod hotplug;
+pub(crate) mod launch;
+pub mod qmp;
+pub(crate) mod snapshot;
+pub(crate) mod version;

@@ -1,0 +1,268 @@
+//! The state of a VM whose agent waits to be woken, made once and cloned many times.
+//!
+//! ```text
+//!   save:     boot with the memory in a memfd -> "waiting" -> stop -> device state by a pipe -> quit -> seal
+//!   restore:  -incoming defer, the memory copy on write -> device state by a pipe -> wake -> cont
+//! ```
+//! The memory is a memfd, because only a memfd can be sealed: QEMU opens the memory for writing (before 8.2
+//! it cannot do otherwise), and runs as a user that a guest may have taken over.
+//!
+//! QEMU gives memory back to the host by punching holes into the memory's file, even if it maps the file
+//! privately. For a clone that must have no effect on the file. The madvise(2) that follows frees the clone's
+//! own copy.
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use machinen_base::{
+    error::{ErrorKind, HasKind},
+    memfd,
+};
+use serde_json::json;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::unix::pipe,
+    sync::broadcast,
+    time::timeout,
+};
+
+use crate::{
+    LaunchError, VmExit, VmSpec,
+    qemu::{
+        argv::fd,
+        launch::{LaunchOrigin, Launched, begin},
+        qmp::{QemuVersion, QmpError, QmpEvent},
+    },
+    wake::{self, WakeError},
+};
+
+/// The state of microvm's devices is some 60 KiB; the rest is for more disks and CPUs.
+const MAX_DEVICES: u64 = 16 << 20;
+
+/// QEMU reads or writes the device state in milliseconds.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// The state of a VM that waits to be woken. It can be restored any number of times.
+pub struct VmSnapshot {
+    /// A sealed memfd of the VM's memory size.
+    pub memory: OwnedFd,
+    /// QEMU's migration stream without the memory.
+    pub devices: Vec<u8>,
+    /// The number under which QEMU has opened the memory.
+    pub memory_fd: i32,
+    /// The version of QEMU that wrote the stream; no other version can read it.
+    pub qemu: QemuVersion,
+    /// Each clone keeps this descriptor open until it ends.
+    pub in_use: Option<Arc<OwnedFd>>,
+}
+
+impl std::fmt::Debug for VmSnapshot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VmSnapshot")
+            .field("memory", &self.memory)
+            .field("qemu", &self.qemu)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why the state of a VM could not be saved or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum VmSnapshotError {
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    #[error("cannot {action} for the memory of a template")]
+    Memory { action: &'static str, source: io::Error },
+    #[error("the guest agent did not reach the point where it waits{ended}")]
+    Waiting { ended: String, source: WakeError },
+    #[error("the guest agent did not reach the point where it waits within {0:?}")]
+    WaitingDeadline(Duration),
+    #[error("QEMU cannot {action} the state of a VM")]
+    Qmp { action: &'static str, source: QmpError },
+    #[error("cannot transfer the state of a VM")]
+    Stream(#[source] io::Error),
+    #[error("QEMU did not {action} the state of a VM{ended}")]
+    Failed { action: &'static str, ended: String },
+    #[error("the state was saved by QEMU {snapshot}, and QEMU {running} cannot read it")]
+    Version { snapshot: QemuVersion, running: QemuVersion },
+    #[error("the template's memory is not sealed")]
+    NotSealed,
+    #[error("QEMU has opened the template's memory under another number")]
+    Number,
+    #[error("a VM with the channel of vhost-device-vsock cannot be cloned")]
+    Channel,
+}
+
+impl HasKind for VmSnapshotError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Launch(error) => error.kind(),
+            Self::WaitingDeadline(_) => ErrorKind::DeadlineExceeded,
+            Self::Memory { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+                ErrorKind::ResourceExhausted
+            }
+            _ => ErrorKind::Internal,
+        }
+    }
+}
+
+impl VmSnapshot {
+    /// Boots a VM until its agent waits, and saves it. Nothing of the VM runs any more when this returns.
+    /// `dir` as for [`super::Vm::launch`].
+    ///
+    /// # Errors
+    /// The VM does not boot, or QEMU cannot save it.
+    pub async fn make(spec: &VmSpec, dir: &Path) -> Result<Self, VmSnapshotError> {
+        if let crate::ChannelKind::VhostUserVsock { .. } = spec.channel {
+            return Err(VmSnapshotError::Channel);
+        }
+        let memory = memfd::sparse(u64::from(spec.memory_mib) << 20).map_err(failed("make a memfd"))?;
+        let passed = memory.try_clone().map_err(failed("duplicate a descriptor"))?;
+        let mut launched = begin(spec, dir, LaunchOrigin::Template { memory: passed }).await?;
+        let made = save(spec, &mut launched, &memory).await;
+        let exit = launched.end().await;
+        let (devices, memory_fd, qemu) = made.map_err(|error| error.with_exit(&exit))?;
+        // A memfd can be sealed only when no writable mapping of it is left.
+        memfd::seal(&memory).map_err(failed("seal a memfd"))?;
+        Ok(Self { memory, devices, memory_fd, qemu, in_use: None })
+    }
+
+    /// # Errors
+    /// The memory is not sealed.
+    pub(crate) fn check(&self) -> Result<(), VmSnapshotError> {
+        if memfd::is_sealed(&self.memory) { Ok(()) } else { Err(VmSnapshotError::NotSealed) }
+    }
+}
+
+fn failed(action: &'static str) -> impl Fn(io::Error) -> VmSnapshotError {
+    move |source| VmSnapshotError::Memory { action, source }
+}
+
+async fn save(
+    spec: &VmSpec,
+    launched: &mut Launched,
+    memory: &OwnedFd,
+) -> Result<(Vec<u8>, i32, QemuVersion), VmSnapshotError> {
+    let port = launched.wake_port();
+    match timeout(spec.boot_timeout, wake::waiting(port)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(source)) => return Err(VmSnapshotError::Waiting { ended: String::new(), source }),
+        Err(_) => return Err(VmSnapshotError::WaitingDeadline(spec.boot_timeout)),
+    }
+    let memory_fd = number_of(launched.pid(), memory)?;
+    let qmp = &launched.qmp;
+    let refused = |source| VmSnapshotError::Qmp { action: "save", source };
+    qmp.execute("stop", json!({})).await.map_err(refused)?;
+    qmp.execute("migrate-set-capabilities", capabilities()).await.map_err(refused)?;
+    let (reader, writer) = io::pipe().map_err(VmSnapshotError::Stream)?;
+    qmp.execute_with_fd("getfd", json!({ "fdname": STATE }), writer.into()).await.map_err(refused)?;
+    qmp.execute("migrate", json!({ "uri": format!("fd:{STATE}") })).await.map_err(refused)?;
+    let reader = pipe::Receiver::from_owned_fd(reader.into()).map_err(VmSnapshotError::Stream)?;
+    let mut devices = Vec::new();
+    // One byte more than allowed is read, to detect a stream that is too long.
+    let read = timeout(DEADLINE, reader.take(MAX_DEVICES + 1).read_to_end(&mut devices)).await;
+    let ended = migration_ended(&mut launched.events).await;
+    match read {
+        Ok(Ok(length)) if ended && length as u64 <= MAX_DEVICES => {
+            Ok((devices, memory_fd, launched.qmp.version()))
+        }
+        Ok(Err(error)) => Err(VmSnapshotError::Stream(error)),
+        _ => Err(VmSnapshotError::Failed { action: "save", ended: String::new() }),
+    }
+}
+
+/// Loads the snapshot into a QEMU that waits for it, wakes the agent and lets the guest run.
+pub(crate) async fn restore(launched: &mut Launched, snapshot: &VmSnapshot) -> Result<(), VmSnapshotError> {
+    let (qmp, running) = (&launched.qmp, launched.qmp.version());
+    if running != snapshot.qemu {
+        return Err(VmSnapshotError::Version { snapshot: snapshot.qemu, running });
+    }
+    // The seccomp filter that keeps QEMU from punching holes matches this number.
+    if number_of(launched.pid(), &snapshot.memory)? != snapshot.memory_fd {
+        return Err(VmSnapshotError::Number);
+    }
+    let refused = |source| VmSnapshotError::Qmp { action: "restore", source };
+    let (reader, writer) = io::pipe().map_err(VmSnapshotError::Stream)?;
+    qmp.execute_with_fd("getfd", json!({ "fdname": STATE }), reader.into()).await.map_err(refused)?;
+    qmp.execute("migrate-set-capabilities", capabilities()).await.map_err(refused)?;
+    qmp.execute("migrate-incoming", json!({ "uri": format!("fd:{STATE}") })).await.map_err(refused)?;
+    let mut writer = pipe::Sender::from_owned_fd(writer.into()).map_err(VmSnapshotError::Stream)?;
+    let written = timeout(DEADLINE, writer.write_all(&snapshot.devices)).await;
+    drop(writer);
+    if !matches!(written, Ok(Ok(()))) || !migration_ended(&mut launched.events).await {
+        return Err(VmSnapshotError::Failed { action: "restore", ended: String::new() });
+    }
+    wake::wake(launched.wake_port()).await.map_err(VmSnapshotError::Stream)?;
+    launched.qmp.execute("cont", json!({})).await.map_err(refused)?;
+    Ok(())
+}
+
+/// QEMU's name of the pipe.
+const STATE: &str = "state";
+
+/// x-ignore-shared: memory in a file is not part of the stream. events: QEMU reports when it has finished.
+fn capabilities() -> serde_json::Value {
+    let on = |name: &str| json!({ "capability": name, "state": true });
+    json!({ "capabilities": [on("x-ignore-shared"), on("events")] })
+}
+
+/// Waits for the end of the migration; true if it was completed.
+async fn migration_ended(events: &mut broadcast::Receiver<QmpEvent>) -> bool {
+    let ended = async {
+        loop {
+            match events.recv().await {
+                Ok(QmpEvent::MigrationEnded { completed }) => return completed,
+                Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return false,
+            }
+        }
+    };
+    timeout(DEADLINE, ended).await.unwrap_or(false)
+}
+
+/// The number of the descriptor that QEMU has opened for the memory, not the one that it inherited.
+fn number_of(pid: u32, memory: &OwnedFd) -> Result<i32, VmSnapshotError> {
+    let look = || -> io::Result<Option<i32>> {
+        let wanted = File::from(memory.as_fd().try_clone_to_owned()?).metadata()?;
+        for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+            let entry = entry?;
+            let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            // A descriptor that was closed meanwhile is a different one.
+            let Ok(file) = std::fs::metadata(entry.path()) else { continue };
+            if let Some(number) = number
+                && number != fd::MEMORY
+                && (file.dev(), file.ino()) == (wanted.dev(), wanted.ino())
+            {
+                return Ok(Some(number));
+            }
+        }
+        Ok(None)
+    };
+    look().map_err(failed("find QEMU's descriptor"))?.ok_or(VmSnapshotError::Number)
+}
+
+impl VmSnapshotError {
+    /// Adds why QEMU ended, if the error is a consequence of that.
+    pub(crate) fn with_exit(self, exit: &VmExit) -> Self {
+        let ended = match exit {
+            VmExit::Requested => return self,
+            exit => format!(": {exit}"),
+        };
+        match self {
+            Self::Waiting { source, .. } => Self::Waiting { ended, source },
+            Self::Failed { action, .. }
+            | Self::Qmp { action, source: QmpError::Closed | QmpError::Io(_) } => {
+                Self::Failed { action, ended }
+            }
+            other => other,
+        }
+    }
+}

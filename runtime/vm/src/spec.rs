@@ -1,0 +1,74 @@
+//! The description of a VM: plain data, complete before anything is started.
+
+use std::{path::PathBuf, time::Duration};
+
+use machinen_base::process::RunAs;
+use serde::{Deserialize, Serialize};
+
+use crate::accel::Accelerator;
+use crate::qemu::argv;
+
+/// All parameters of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmSpec {
+    /// Names the QEMU process: the container's or pod's id.
+    pub id: String,
+    /// A path, or a name that is looked up in PATH.
+    pub qemu: PathBuf,
+    pub accel: Accelerator,
+    /// Ceiling of the guest's memory, MiB; the host pays only for what the guest has touched.
+    pub memory_mib: u32,
+    pub vcpus: u32,
+    /// Uncompressed kernel with a PVH entry point, readable by everyone.
+    pub kernel: PathBuf,
+    /// Read-only root file system with the agent, readable by everyone.
+    pub image: PathBuf,
+    /// Added to the kernel command line.
+    pub kernel_args: String,
+    pub channel: ChannelKind,
+    /// Hostname of the guest itself.
+    pub hostname: String,
+    /// From the start of QEMU until the agent has answered.
+    pub boot_timeout: Duration,
+    /// The user that QEMU and its helpers run as; see [`VmSpec::unprivileged`].
+    pub identity: RunAs,
+    /// Keep `console.log` even if the VM ended because its owner asked for it; else it is kept only after a
+    /// failure.
+    pub keep_console: bool,
+}
+
+/// How the host and the agent communicate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ChannelKind {
+    /// AF_VSOCK by the host kernel's /dev/vhost-vsock.
+    KernelVsock,
+    /// AF_VSOCK in the guest, Unix sockets on the host, by the program `daemon` (vhost-device-vsock).
+    VhostUserVsock { daemon: PathBuf },
+    /// One virtio serial port that carries all streams as yamux.
+    Serial,
+}
+
+impl ChannelKind {
+    /// The value of `machinen.channel` on the kernel command line.
+    pub fn guest_name(&self) -> &'static str {
+        match self {
+            Self::KernelVsock | Self::VhostUserVsock { .. } => "vsock",
+            Self::Serial => "serial",
+        }
+    }
+}
+
+impl VmSpec {
+    /// QEMU's arguments for a template of this VM, without what differs between its clones.
+    pub fn template_args(&self) -> Vec<String> {
+        let spec = Self { id: String::new(), ..self.clone() };
+        argv::argv(&spec, argv::Start::Template, argv::PRIVATE_CID)
+    }
+
+    /// A user without an account, which no other owner of VMs uses: a base plus the owner's pid (at most
+    /// 2^22).
+    pub fn unprivileged(owner_pid: u32, groups: Vec<u32>) -> RunAs {
+        const BASE: u32 = 0x7000_0000;
+        RunAs { uid: BASE + owner_pid, gid: BASE + owner_pid, groups }
+    }
+}

@@ -1,0 +1,222 @@
+//! The process that builds a template and then becomes its holder. It outlives the process that requested the
+//! template.
+
+use std::{
+    convert::Infallible,
+    fs::{self, File},
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    os::fd::{AsFd as _, OwnedFd},
+    path::PathBuf,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use machinen_base::{
+    error::chain,
+    memfd,
+    process::{Spawn, Stdio},
+    sys::inherit,
+};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    TemplateError, TemplateShape, hash, holder,
+    manifest::{TemplateManifest, VERSION},
+    pages,
+    store::{self, FoundTemplate, ReadyTemplate, TemplateStore, ignore_not_found},
+};
+use crate::{VmSnapshot, VmSpec};
+
+/// First argument of a builder process, which reads its request from stdin.
+pub(super) const ARGUMENT: &str = "template-builder";
+
+/// Added to the niceness: no start waits for a template, and containers are being started meanwhile.
+const NICE: i32 = 10;
+
+/// The input of a builder.
+#[derive(Debug, Serialize, Deserialize)]
+struct BuildRequest {
+    dir: PathBuf,
+    budget_mib: u64,
+    spec: VmSpec,
+}
+
+impl TemplateStore {
+    /// Starts the build of a template in the background, by a process that outlives this one.
+    ///
+    /// # Errors
+    /// The builder cannot be started.
+    pub fn request(&self, spec: &VmSpec, budget_mib: u64) -> Result<(), TemplateError> {
+        self.start_builder(spec, budget_mib).map(drop)
+    }
+
+    fn start_builder(&self, spec: &VmSpec, budget_mib: u64) -> Result<io::PipeReader, TemplateError> {
+        let request = BuildRequest { dir: self.dir().to_owned(), budget_mib, spec: spec.clone() };
+        let request = serde_json::to_vec(&request).map_err(TemplateError::Encode)?;
+        let memory = |source| TemplateError::Memory { action: "pass on a request", source };
+        let stdin = memfd::holding(&request).map_err(memory)?;
+        let (reader, writer) = io::pipe().map_err(memory)?;
+        Spawn::new("/proc/self/exe")
+            .args([ARGUMENT])
+            .dir("/")
+            .stdin(Stdio::Fd(reopened(&stdin).map_err(memory)?))
+            .fd(writer.into(), holder::REPORT)
+            .detach()
+            .map_err(TemplateError::Builder)?;
+        Ok(reader)
+    }
+}
+
+/// A descriptor of the same file with a position of its own.
+fn reopened(fd: &OwnedFd) -> io::Result<OwnedFd> {
+    use std::os::fd::AsRawFd as _;
+    File::open(format!("/proc/self/fd/{}", fd.as_raw_fd())).map(Into::into)
+}
+
+/// Builds a template of `spec`, unless there is one, and waits for it. Blocks for some seconds.
+///
+/// # Errors
+/// It cannot be built, or another process is building it.
+pub fn build(
+    templates: &TemplateStore,
+    spec: &VmSpec,
+    budget_mib: u64,
+    progress: &mut dyn FnMut(String),
+) -> Result<ReadyTemplate, TemplateError> {
+    let shape = TemplateShape::of(spec)?.ok_or(TemplateError::Vm(crate::VmSnapshotError::Channel))?;
+    templates.create()?;
+    let failed = templates.names(&shape.key()).failed();
+    ignore_not_found(fs::remove_file(&failed)).map_err(TemplateError::file("remove", failed))?;
+    match templates.find(&shape)? {
+        FoundTemplate::Ready(template) => return Ok(*template),
+        FoundTemplate::Building => return Err(TemplateError::Building),
+        FoundTemplate::Absent | FoundTemplate::Failed(_) => {}
+    }
+    let report = templates.start_builder(spec, budget_mib)?;
+    for line in BufReader::new(report).lines() {
+        let line = line
+            .map_err(|source| TemplateError::Memory { action: "read the progress of the builder", source })?;
+        match line.split_once(": ") {
+            Some(("failed", reason)) => return Err(TemplateError::Failed(reason.to_owned())),
+            _ if line == "busy" => return Err(TemplateError::Building),
+            _ if line == "ready" => break,
+            _ => progress(line),
+        }
+    }
+    match templates.find(&shape)? {
+        FoundTemplate::Ready(template) => Ok(*template),
+        _ => Err(TemplateError::Failed("its builder has ended without a result".to_owned())),
+    }
+}
+
+pub(super) fn main() -> ! {
+    let report = match inherit::take(holder::REPORT) {
+        Ok(report) => File::from(report),
+        Err(_) => std::process::exit(2),
+    };
+    let mut text = Vec::new();
+    let request =
+        io::stdin().lock().read_to_end(&mut text).map(|_| serde_json::from_slice::<BuildRequest>(&text));
+    let Ok(Ok(request)) = request else { std::process::exit(2) };
+    let Err(error) = run(request, &report);
+    send_line(&report, &format!("failed: {}", chain(&error)));
+    std::process::exit(1)
+}
+
+/// Builds the template, and replaces this process by the template's holder.
+fn run(request: BuildRequest, report: &File) -> Result<Infallible, TemplateError> {
+    let BuildRequest { dir, budget_mib, mut spec } = request;
+    if let Err(error) = rustix::process::nice(NICE) {
+        tracing::debug!("cannot lower the priority: {error}");
+    }
+    let templates = TemplateStore::at(&dir);
+    templates.create()?;
+    let shape = TemplateShape::of(&spec)?.ok_or(TemplateError::Vm(crate::VmSnapshotError::Channel))?;
+    let key = shape.key();
+    let Some(lock) = templates.lock(&key)? else {
+        send_line(report, "busy");
+        std::process::exit(0);
+    };
+    spec.identity = VmSpec::unprivileged(std::process::id(), spec.accel.groups());
+    spec.keep_console = false;
+    "template".clone_into(&mut spec.id);
+    let built = make(&templates, &shape, &spec, budget_mib, report);
+    let spawn = match built {
+        Ok(snapshot) => hold(&templates, &key, snapshot, lock, report),
+        Err(error) => Err(error),
+    };
+    let error = match spawn {
+        Ok(spawn) => TemplateError::Builder(spawn.replace()),
+        Err(error) => error,
+    };
+    templates.note_failure(&key, &chain(&error))?;
+    Err(error)
+}
+
+/// Boots and saves the VM, and writes the manifest under a name that is not read yet.
+fn make(
+    templates: &TemplateStore,
+    shape: &TemplateShape,
+    spec: &VmSpec,
+    budget_mib: u64,
+    report: &File,
+) -> Result<VmSnapshot, TemplateError> {
+    let names = templates.names(&shape.key());
+    // Files of a builder or holder that was killed.
+    for path in [names.manifest(), names.unpublished(), names.failed()] {
+        ignore_not_found(fs::remove_file(&path)).map_err(TemplateError::file("remove", path))?;
+    }
+    ignore_not_found(fs::remove_dir_all(names.vm())).map_err(TemplateError::file("remove", names.vm()))?;
+    send_line(report, &format!("booting a VM of {} MiB and {} CPUs", spec.memory_mib, spec.vcpus));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime =
+        runtime.map_err(|source| TemplateError::Memory { action: "start an event loop", source })?;
+    let snapshot = runtime.block_on(VmSnapshot::make(spec, &names.vm()));
+    ignore_not_found(fs::remove_dir_all(names.vm())).map_err(TemplateError::file("remove", names.vm()))?;
+    let snapshot = snapshot?;
+    let memory = |source| TemplateError::Memory { action: "read the memory", source };
+    let file = File::from(snapshot.memory.as_fd().try_clone_to_owned().map_err(memory)?);
+    let allocated = pages::allocated(&file).map_err(memory)?;
+    send_line(report, &format!("saved, {} MiB of memory", allocated >> 20));
+    templates.make_room(allocated, budget_mib)?;
+    let manifest = TemplateManifest {
+        version: VERSION,
+        shape: shape.clone(),
+        pid: std::process::id(),
+        qemu: snapshot.qemu,
+        memory_fd: snapshot.memory_fd,
+        memory_mib: spec.memory_mib,
+        vcpus: spec.vcpus,
+        allocated,
+        devices: snapshot.devices.len() as u64,
+        sha256: hash::digest(&file, &snapshot.devices).map_err(memory)?,
+        created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+    };
+    let text = serde_json::to_vec_pretty(&manifest).map_err(TemplateError::Encode)?;
+    store::write(&names.unpublished(), &text)?;
+    Ok(snapshot)
+}
+
+/// Describes the holder process: this program, with only the descriptors that it is to keep open.
+fn hold(
+    templates: &TemplateStore,
+    key: &str,
+    snapshot: VmSnapshot,
+    lock: File,
+    report: &File,
+) -> Result<Spawn, TemplateError> {
+    let memory = |source| TemplateError::Memory { action: "pass on the memory", source };
+    let devices = memfd::holding(&snapshot.devices).map_err(memory)?;
+    let report = report.try_clone().map_err(memory)?;
+    Ok(Spawn::new("/proc/self/exe")
+        .args([holder::ARGUMENT.as_ref(), templates.dir().as_os_str(), key.as_ref()])
+        .dir("/")
+        .fd(snapshot.memory, holder::MEMORY)
+        .fd(devices, holder::DEVICES)
+        .fd(lock.into(), holder::LOCK)
+        .fd(report.into(), holder::REPORT))
+}
+
+/// Sends a line to the process that waits for the builder, if there is one.
+pub(super) fn send_line(mut report: &File, line: &str) {
+    drop(writeln!(report, "{}", line.replace('\n', "; ")));
+}

@@ -1,0 +1,107 @@
+//! The process that holds a template: it publishes the template and keeps it in memory until it is killed.
+//!
+//! Templates grow: where a clone writes to memory that its template never had, the kernel adds a page of
+//! zeros to the template's memfd before it makes the clone's copy (mmap(2), MAP_PRIVATE). A template that has
+//! grown to twice its size is replaced by a compact copy as soon as no clone uses it.
+
+use std::{
+    env,
+    ffi::OsStr,
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::{
+            ffi::OsStrExt as _,
+            fs::{MetadataExt as _, OpenOptionsExt as _},
+        },
+    },
+    path::Path,
+};
+
+use machinen_base::sys::inherit;
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{prctl, stat::Mode},
+    unistd::mkfifo,
+};
+
+use super::{builder, pages, store};
+
+/// First argument of a holder process; the templates' directory and the key follow.
+pub(super) const ARGUMENT: &str = "template-holder";
+
+/// Numbers of the descriptors that the holder keeps open.
+pub(super) const MEMORY: i32 = 3;
+pub(super) const DEVICES: i32 = 4;
+pub(super) const LOCK: i32 = 5;
+/// A pipe to the process that waits for the builder. The wait ends when the pipe is closed.
+pub(super) const REPORT: i32 = 6;
+
+pub(super) fn main(mut args: impl Iterator<Item = String>) -> ! {
+    let (Some(dir), Some(key)) = (args.next(), args.next()) else { std::process::exit(2) };
+    // The name of the process in process lists.
+    let named = prctl::set_name(c"machinen-templ");
+    let names = store::TemplatePaths::new(Path::new(&dir), &key);
+    let published = publish(&names).and_then(|held| named.map(|()| held).map_err(io::Error::from));
+    // Dropping `report` closes the pipe, which ends the wait.
+    if let Ok(report) = inherit::take(REPORT).map(File::from) {
+        match &published {
+            Ok(_) => builder::send_line(&report, "ready"),
+            Err(error) => builder::send_line(&report, &format!("failed: cannot publish it: {error}")),
+        }
+    }
+    // Only an error ends the holder, and the template with it. The next start then has another one built.
+    drop(published.map(|(memory, users)| keep(memory, users, &names)));
+    std::process::exit(1)
+}
+
+/// Replaces the memory by a compact copy if it has grown, each time that the last clone has ended.
+fn keep(mut memory: OwnedFd, mut users: File, names: &store::TemplatePaths) -> io::Result<()> {
+    let built = pages::allocated(&File::from(memory.try_clone()?))?;
+    loop {
+        poll(&mut [PollFd::new(users.as_fd(), PollFlags::empty())], PollTimeout::NONE)?;
+        // The fifo is opened again: a reader that has seen the last writer close it sees no further event.
+        users = watch(names)?;
+        let grown = File::from(memory.try_clone()?);
+        if pages::allocated(&grown)? > 2 * built
+            && let Ok(copy) = pages::copy(&grown)
+        {
+            // The copy gets the descriptor number under which clones find the memory. If the host has no
+            // memory for a copy, the old one is kept.
+            rustix::io::dup2(&copy, &mut memory)?;
+        }
+    }
+}
+
+/// Opens the fifo that shows when no clone uses the template any more (fifo(7)).
+fn watch(names: &store::TemplatePaths) -> io::Result<File> {
+    File::options().read(true).custom_flags(libc::O_NONBLOCK).open(names.used())
+}
+
+/// Finds the process that holds a template, without relying on the manifest.
+pub(super) fn find(dir: &Path, key: &str) -> Option<u32> {
+    let identity = |dir: &Path| fs::metadata(dir).ok().map(|dir| (dir.dev(), dir.ino()));
+    let dir = identity(dir)?;
+    let holds = |pid: u32| {
+        let args = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut args = args.split(|byte| *byte == 0).skip(1).map(OsStr::from_bytes);
+        args.next() == Some(ARGUMENT.as_ref())
+            && args.next().and_then(|other| identity(other.as_ref())) == Some(dir)
+            && args.next() == Some(key.as_ref())
+    };
+    let processes = fs::read_dir("/proc").ok()?;
+    let mut pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.find(|pid| holds(*pid))
+}
+
+/// Publishes the manifest. The descriptors have the numbers under which clones look for them.
+fn publish(names: &store::TemplatePaths) -> io::Result<(OwnedFd, File)> {
+    env::set_current_dir("/")?;
+    let memory = inherit::take(MEMORY)?;
+    store::ignore_not_found(fs::remove_file(names.used()))?;
+    mkfifo(&names.used(), Mode::S_IRUSR | Mode::S_IWUSR)?;
+    let users = watch(names)?;
+    fs::rename(names.unpublished(), names.manifest())?;
+    Ok((memory, users))
+}

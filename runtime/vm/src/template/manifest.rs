@@ -1,0 +1,31 @@
+//! The description of a template, stored in `KEY.json`.
+
+use serde::{Deserialize, Serialize};
+
+use super::TemplateShape;
+use crate::QemuVersion;
+
+/// Raised when a field changes its meaning; templates of other versions are built again.
+pub(super) const VERSION: u32 = 1;
+
+/// The description of a published template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemplateManifest {
+    pub(super) version: u32,
+    pub shape: TemplateShape,
+    /// The holder's pid.
+    pub pid: u32,
+    pub qemu: QemuVersion,
+    /// The number under which QEMU has opened the memory.
+    pub(super) memory_fd: i32,
+    pub memory_mib: u32,
+    pub vcpus: u32,
+    /// Bytes of memory that were in use, which is what the template costs the host.
+    pub allocated: u64,
+    /// Bytes of device state.
+    pub devices: u64,
+    /// Digest of both, see [`super::hash`].
+    pub(super) sha256: String,
+    /// Seconds since 1970.
+    pub created: u64,
+}

@@ -1,0 +1,193 @@
+//! The parameters that determine the content of a template.
+
+use std::{
+    fmt::Write as _,
+    fs, io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use machinen_base::process;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::TemplateError;
+use crate::{ChannelKind, VmSpec};
+
+/// The parameters that determine the content of a template: VMs of one shape can be clones of one template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemplateShape {
+    machinen: String,
+    protocol: u16,
+    qemu: FileIdentity,
+    kernel: FileIdentity,
+    image: FileIdentity,
+    /// QEMU's arguments; accelerator, memory, CPUs, time stamp counter and the kernel's command line are
+    /// among them.
+    args: Vec<String>,
+    /// With KVM the guest sees the host's CPU.
+    cpu: String,
+}
+
+/// Identifies a file in one state. The content is not read, because that would take longer than a clone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct FileIdentity {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified_ns: i128,
+}
+
+impl FileIdentity {
+    fn of(path: &Path) -> io::Result<Self> {
+        let path = fs::canonicalize(path)?;
+        let file = fs::metadata(&path)?;
+        let modified_ns = i128::from(file.mtime()) * 1_000_000_000 + i128::from(file.mtime_nsec());
+        Ok(Self { device: file.dev(), inode: file.ino(), size: file.size(), modified_ns, path })
+    }
+
+    fn is_current(&self) -> bool {
+        Self::of(&self.path).is_ok_and(|now| now == *self)
+    }
+}
+
+impl TemplateShape {
+    /// The shape of a VM; None if the VM cannot be cloned.
+    ///
+    /// # Errors
+    /// QEMU or one of the guest's files is missing. A boot reports that in more detail.
+    pub fn of(spec: &VmSpec) -> Result<Option<Self>, TemplateError> {
+        if matches!(spec.channel, ChannelKind::VhostUserVsock { .. })
+            || relies_on_zeroed_memory(&spec.kernel_args)
+        {
+            return Ok(None);
+        }
+        let identity = |path: &Path| FileIdentity::of(path).map_err(TemplateError::file("look at", path));
+        Ok(Some(Self {
+            machinen: env!("CARGO_PKG_VERSION").to_owned(),
+            protocol: machinen_protocol::VERSION,
+            qemu: identity(&process::find_program(&spec.qemu))?,
+            kernel: identity(&spec.kernel)?,
+            image: identity(&spec.image)?,
+            args: spec.template_args(),
+            cpu: cpu().map_err(TemplateError::file("read", CPUINFO))?,
+        }))
+    }
+
+    /// The template's name: 16 hexadecimal digits.
+    pub fn key(&self) -> String {
+        let text = serde_json::to_vec(self).expect("plain data");
+        Sha256::digest(text).iter().take(8).fold(String::new(), |mut key, byte| {
+            write!(key, "{byte:02x}").expect("a String takes any text");
+            key
+        })
+    }
+
+    pub(super) fn is_key(text: &str) -> bool {
+        text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+    }
+
+    /// QEMU, kernel and image are still what they were.
+    pub fn is_current(&self) -> bool {
+        [&self.qemu, &self.kernel, &self.image].into_iter().all(FileIdentity::is_current)
+    }
+}
+
+/// Whether the guest's kernel relies on free memory being zero. Memory that a clone gives back to the host
+/// and takes again has the template's content, which is harmless otherwise.
+fn relies_on_zeroed_memory(kernel_args: &str) -> bool {
+    kernel_args
+        .split_ascii_whitespace()
+        .any(|arg| arg.starts_with("init_on_free") || arg.starts_with("page_poison"))
+}
+
+const CPUINFO: &str = "/proc/cpuinfo";
+
+/// A digest of those properties of the first processor that never change.
+fn cpu() -> io::Result<String> {
+    let text = fs::read_to_string(CPUINFO)?;
+    let first = text.split("\n\n").next().unwrap_or_default();
+    let lasting = |line: &&str| {
+        ["model name", "stepping", "microcode", "flags"].iter().any(|key| line.starts_with(key))
+    };
+    let lines: Vec<&str> = first.lines().filter(lasting).collect();
+    let digest = Sha256::digest(lines.join("\n"));
+    Ok(digest.iter().take(8).fold(String::new(), |text, byte| text + &format!("{byte:02x}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::accel::Accelerator;
+    use machinen_base::process::RunAs;
+
+    fn spec(dir: &Path) -> VmSpec {
+        for name in ["vmlinux", "guest.img"] {
+            fs::write(dir.join(name), name).unwrap();
+        }
+        VmSpec {
+            id: "one".into(),
+            qemu: "/bin/sh".into(),
+            accel: Accelerator::Kvm,
+            memory_mib: 512,
+            vcpus: 1,
+            kernel: dir.join("vmlinux"),
+            image: dir.join("guest.img"),
+            kernel_args: String::new(),
+            channel: ChannelKind::Serial,
+            hostname: "one".into(),
+            boot_timeout: std::time::Duration::from_secs(1),
+            identity: RunAs::default(),
+            keep_console: false,
+        }
+    }
+
+    #[test]
+    fn only_what_shapes_a_vm_makes_another_key() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = spec(dir.path());
+        let key = |spec: &VmSpec| TemplateShape::of(spec).unwrap().unwrap().key();
+        let same = VmSpec {
+            id: "two".into(),
+            hostname: "two".into(),
+            identity: RunAs { uid: 7, ..RunAs::default() },
+            keep_console: true,
+            ..base.clone()
+        };
+        assert_eq!(key(&base), key(&same));
+        for other in [
+            VmSpec { memory_mib: 1024, ..base.clone() },
+            VmSpec { vcpus: 2, ..base.clone() },
+            VmSpec { accel: Accelerator::Tcg { tsc_khz: 5 }, ..base.clone() },
+            VmSpec { accel: Accelerator::Tcg { tsc_khz: 6 }, ..base.clone() },
+            VmSpec { kernel_args: "x".into(), ..base.clone() },
+            VmSpec { qemu: "/bin/ls".into(), ..base.clone() },
+            VmSpec { channel: ChannelKind::KernelVsock, ..base.clone() },
+        ] {
+            assert_ne!(key(&base), key(&other), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn a_changed_file_makes_another_key_and_outdates_the_old_shape() {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = spec(dir.path());
+        let before = TemplateShape::of(&spec).unwrap().unwrap();
+        assert!(before.is_current());
+        fs::write(&spec.kernel, "another kernel").unwrap();
+        assert!(!before.is_current());
+        assert_ne!(before.key(), TemplateShape::of(&spec).unwrap().unwrap().key());
+    }
+
+    #[test]
+    fn what_cannot_be_cloned_has_no_shape() {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = spec(dir.path());
+        let daemon = VmSpec { channel: ChannelKind::VhostUserVsock { daemon: "d".into() }, ..spec.clone() };
+        let zeros = VmSpec { kernel_args: "a init_on_free=1".into(), ..spec.clone() };
+        assert_eq!((TemplateShape::of(&daemon).unwrap(), TemplateShape::of(&zeros).unwrap()), (None, None));
+        let missing = VmSpec { image: dir.path().join("nowhere"), ..spec };
+        assert!(TemplateShape::of(&missing).unwrap_err().to_string().contains("nowhere"));
+    }
+}
