@@ -13,8 +13,8 @@ use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type};
 use tokio::task::spawn_blocking;
 
 use super::{
-    CriuError, STDIN, check::check, cpu, extents, mend::mend, mounted::Mounted, mounts, pagemap,
-    reason::quote_of_dump, rpc::Criu, source::Source,
+    CriuError, STDIN, check::check, cpu, extents, files, mend::mend, mounted::Mounted, mounts, pagemap,
+    reason::quote_of_dump, rpc::Criu, sockets, source::Source,
 };
 use crate::{disk::Disk, process::Process, reaper::Reaper, stdio};
 
@@ -136,6 +136,7 @@ pub(crate) async fn dump(
     stdin_sent: u64,
 ) -> Result<(Dumped, CheckpointContainerResponse), CriuError> {
     check(source)?;
+    let moved = sockets::moved(source)?;
     let mut facts = facts(source)?;
     let mounted = Mounted::mount(disk, source.dir, FILE_SYSTEM, MsFlags::MS_NOATIME)?;
     let before = Some(mounted.path().join(BEFORE)).filter(|before| before.is_dir());
@@ -156,6 +157,7 @@ pub(crate) async fn dump(
         }
         done => done?,
     }
+    files::correct(&images, &moved)?;
     let unread = source.init.stdin().unread(stdin_sent).await.map_err(CriuError::Stdin)?;
     let path = images.join(STDIN);
     stdio::save_unread(&unread, &path).map_err(|source| CriuError::File { what: "write", path, source })?;
