@@ -53,6 +53,11 @@ pub(crate) async fn pre_dump(
     disk: &Disk,
     options: &CriuOptions,
 ) -> Result<(), CriuError> {
+    // CRIU would wait for ever for processes that are still frozen when it has thawed the container. A dump thaws them, which
+    // has to be while the container is frozen.
+    if let Some(path) = source.cgroup.frozen_below()? {
+        return Err(CriuError::FrozenBelow { path });
+    }
     let mounted = Mounted::mount(disk, source.dir, FILE_SYSTEM, MsFlags::MS_NOATIME)?;
     let images = directory(&mounted, BEFORE)?;
     let mut opts = opts(&images, source, options)?;

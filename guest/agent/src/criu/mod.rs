@@ -85,6 +85,8 @@ pub(crate) enum CriuError {
     Sockets { task: Task, source: io::Error },
     #[error("criu has not saved the UNIX socket {name}")]
     NoSocket { name: PathBuf },
+    #[error("the container has frozen its cgroup {path}, whose memory is copied in the dump only")]
+    FrozenBelow { path: PathBuf },
     #[error("cannot read the container's limits")]
     Limits(#[from] CgroupError),
     #[error("cannot find out what the container's processes have mounted or open")]
