@@ -125,6 +125,19 @@ pub(crate) fn open_process(pid: Pid) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// The file that a UNIX socket was bound to, whatever its name is now, as a descriptor that only leads to it (O_PATH).
+///
+/// # Errors
+/// ENOENT for a socket that is not bound to a file.
+pub(crate) fn file_of_socket(socket: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    /// Of the kernel's include/uapi/linux/un.h.
+    const SIOCUNIXFILE: libc::Ioctl = 0x89e0;
+    // SAFETY: SIOCUNIXFILE takes no argument.
+    let fd = Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), SIOCUNIXFILE) })?;
+    // SAFETY: the kernel has made the descriptor for this call.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// _exit(2): ends a forked process without running what its parent has registered for the end.
 pub(crate) fn exit_now(code: i32) -> ! {
     // SAFETY: always allowed.

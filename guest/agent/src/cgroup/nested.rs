@@ -187,6 +187,20 @@ impl Cgroup {
         below.try_for_each(|nested| self.below(nested)?.apply(nested, |name| name == FREEZE))
     }
 
+    /// The first one that a process of the container has frozen.
+    ///
+    /// # Errors
+    /// There are too many, or one cannot be read.
+    pub(crate) fn frozen_below(&self) -> Result<Option<PathBuf>, CgroupError> {
+        for path in self.tree()?.into_iter().filter(|path| *path != self.path) {
+            let frozen = Self { path: path.clone() }.read(FREEZE)?;
+            if frozen.is_some_and(|content| content.trim_end() == "1") {
+                return Ok(Some(path.strip_prefix(&self.path).unwrap_or(&path).to_owned()));
+            }
+        }
+        Ok(None)
+    }
+
     fn apply(&self, nested: &NestedCgroup, wanted: impl Fn(&str) -> bool) -> Result<(), CgroupError> {
         for file in &nested.settings {
             if !SETTINGS.iter().any(|(name, _)| *name == file.name) {
@@ -337,6 +351,8 @@ mod tests {
         write("work/cgroup.type", "domain threaded\n");
         write("work/cgroup.freeze", "1\n");
         let cgroup = Cgroup { path: dir.path().to_owned() };
+        // Not the container's own.
+        assert_eq!(cgroup.frozen_below().unwrap().as_deref(), Some(Path::new("work")));
         let recorded = cgroup.record(&["pids.max"]).unwrap();
         let text: Vec<String> = recorded
             .iter()

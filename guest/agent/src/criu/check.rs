@@ -10,6 +10,7 @@
 //! | an overlay that is mounted inside | its layers are not there when it is mounted again |
 //! | SCHED_DEADLINE and sched_ext | CRIU does not know their parameters |
 //! | a record lock on a file that its holder has mapped | CRIU loses the lock (`locks.rs`) |
+//! | a UNIX socket with several names, or with one that cannot be found or bound | CRIU binds it to one name (`sockets.rs`) |
 //! | a process that another one traces | there can be only one tracer, and CRIU is one |
 
 use std::{

@@ -13,8 +13,8 @@ use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type};
 use tokio::task::spawn_blocking;
 
 use super::{
-    CriuError, STDIN, check::check, cpu, extents, mend::mend, mounted::Mounted, mounts, pagemap,
-    reason::quote_of_dump, rpc::Criu, source::Source,
+    CriuError, STDIN, check::check, cpu, extents, files, mend::mend, mounted::Mounted, mounts, pagemap,
+    reason::quote_of_dump, rpc::Criu, sockets, source::Source,
 };
 use crate::{disk::Disk, process::Process, reaper::Reaper, stdio};
 
@@ -53,6 +53,11 @@ pub(crate) async fn pre_dump(
     disk: &Disk,
     options: &CriuOptions,
 ) -> Result<(), CriuError> {
+    // CRIU would wait for ever for processes that are still frozen when it has thawed the container. A dump thaws them, which
+    // has to be while the container is frozen.
+    if let Some(path) = source.cgroup.frozen_below()? {
+        return Err(CriuError::FrozenBelow { path });
+    }
     let mounted = Mounted::mount(disk, source.dir, FILE_SYSTEM, MsFlags::MS_NOATIME)?;
     let images = directory(&mounted, BEFORE)?;
     let mut opts = opts(&images, source, options)?;
@@ -136,6 +141,7 @@ pub(crate) async fn dump(
     stdin_sent: u64,
 ) -> Result<(Dumped, CheckpointContainerResponse), CriuError> {
     check(source)?;
+    let moved = sockets::moved(source)?;
     let mut facts = facts(source)?;
     let mounted = Mounted::mount(disk, source.dir, FILE_SYSTEM, MsFlags::MS_NOATIME)?;
     let before = Some(mounted.path().join(BEFORE)).filter(|before| before.is_dir());
@@ -156,6 +162,7 @@ pub(crate) async fn dump(
         }
         done => done?,
     }
+    files::correct(&images, &moved)?;
     let unread = source.init.stdin().unread(stdin_sent).await.map_err(CriuError::Stdin)?;
     let path = images.join(STDIN);
     stdio::save_unread(&unread, &path).map_err(|source| CriuError::File { what: "write", path, source })?;

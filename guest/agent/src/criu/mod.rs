@@ -11,6 +11,8 @@ mod check;
 mod cpu;
 mod dump;
 mod extents;
+mod files;
+mod image;
 mod lazy;
 mod locks;
 mod mend;
@@ -22,6 +24,7 @@ mod pagemap;
 mod reason;
 mod restore;
 mod rpc;
+mod sockets;
 mod source;
 mod task;
 mod tmpfs;
@@ -78,6 +81,12 @@ pub(crate) enum CriuError {
     Failed { what: &'static str, log: String },
     #[error("{task} {why}: that cannot be restored")]
     Unrestorable { task: Task, why: String },
+    #[error("cannot examine the UNIX sockets of {task}")]
+    Sockets { task: Task, source: io::Error },
+    #[error("criu has not saved the UNIX socket {name}")]
+    NoSocket { name: PathBuf },
+    #[error("the container has frozen its cgroup {path}, whose memory is copied in the dump only")]
+    FrozenBelow { path: PathBuf },
     #[error("cannot read the container's limits")]
     Limits(#[from] CgroupError),
     #[error("cannot find out what the container's processes have mounted or open")]

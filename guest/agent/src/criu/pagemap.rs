@@ -12,10 +12,11 @@ use std::{
 
 use protobuf::{CodedInputStream, CodedOutputStream, rt::WireType};
 
-use super::CriuError;
+use super::{
+    CriuError,
+    image::{self, MAGIC},
+};
 
-/// Two magic words: that of all images, and that of this kind.
-const MAGIC: usize = 8;
 /// CRIU's images are of x86-64.
 const PAGE: u64 = 4096;
 
@@ -119,22 +120,11 @@ impl Pagemap {
     }
 
     fn parse(bytes: &[u8]) -> io::Result<Self> {
-        let short = || io::Error::from(io::ErrorKind::UnexpectedEof);
-        let (magic, mut rest) = bytes.split_first_chunk().ok_or_else(short)?;
-        let mut message = || -> io::Result<Option<&[u8]>> {
-            if rest.is_empty() {
-                return Ok(None);
-            }
-            let (length, tail) = rest.split_first_chunk().ok_or_else(short)?;
-            let length = usize::try_from(u32::from_le_bytes(*length)).map_err(io::Error::other)?;
-            let (message, tail) = tail.split_at_checked(length).ok_or_else(short)?;
-            rest = tail;
-            Ok(Some(message))
-        };
-        let head = fields(message()?.ok_or_else(short)?)?;
-        let pages_id = u32::try_from(head[1]).map_err(io::Error::other)?;
+        let (magic, messages) = image::split(bytes)?;
+        let (head, rest) = messages.split_first().ok_or(io::ErrorKind::UnexpectedEof)?;
+        let pages_id = u32::try_from(fields(head)?[1]).map_err(io::Error::other)?;
         let mut entries = Vec::new();
-        while let Some(message) = message()? {
+        for message in rest {
             let [_, address, pages, in_parent, flags] = fields(message)?;
             let flags = match (in_parent, u32::try_from(flags).map_err(io::Error::other)?) {
                 (0, flags) => flags,
@@ -145,7 +135,7 @@ impl Pagemap {
             }
             entries.push(Entry { address, pages, flags });
         }
-        Ok(Self { magic: *magic, pages_id, entries })
+        Ok(Self { magic, pages_id, entries })
     }
 
     fn bytes(&self) -> io::Result<Vec<u8>> {
@@ -158,9 +148,7 @@ impl Pagemap {
             }
             stream.flush()?;
             drop(stream);
-            bytes.extend(u32::try_from(message.len()).map_err(io::Error::other)?.to_le_bytes());
-            bytes.extend(message);
-            Ok(())
+            image::append(&mut bytes, &message)
         };
         add(&[(1, self.pages_id.into())])?;
         for Entry { address, pages, flags } in &self.entries {

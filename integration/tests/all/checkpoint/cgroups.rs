@@ -1,19 +1,19 @@
 //! Cgroups that a container has made below its own, with their controllers, limits, owners and processes.
 
-use std::fs;
+use std::{fs, path::Path};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use machinen_integration::{
     bundle::{Bundle, mount},
     containerd::Containerd,
     served::Served,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::checkpoint;
 use crate::harness::on_newest_containerd;
 
-on_newest_containerd!(below_a_namespace, without_a_namespace, more_than_can_be_kept);
+on_newest_containerd!(below_a_namespace, without_a_namespace, with_a_copy_ahead, more_than_can_be_kept);
 
 /// The first process moves down and gives controllers, as systemd and dockerd do. Where the hierarchy begins depends on the
 /// namespace.
@@ -41,16 +41,34 @@ const LIMIT: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/1/cgroup); cd ${c%/init
                      head -c 200m /dev/zero | tail -c 199m >/dev/null; echo $?";
 
 fn below_a_namespace(containerd: &mut Containerd) -> Result<()> {
-    restored_as_it_was(containerd, true)
+    restored_as_it_was(containerd, true, &config(containerd, MAKE, true)?)
 }
 
 fn without_a_namespace(containerd: &mut Containerd) -> Result<()> {
-    restored_as_it_was(containerd, false)
+    restored_as_it_was(containerd, false, &config(containerd, MAKE, false)?)
 }
 
-fn restored_as_it_was(containerd: &Containerd, has_namespace: bool) -> Result<()> {
-    let config = config(containerd, MAKE, has_namespace)?;
-    let mut running = Served::run(containerd, &config)?;
+/// One of the cgroups is frozen, so memory is not copied ahead, and the checkpoint is made without that.
+fn with_a_copy_ahead(containerd: &mut Containerd) -> Result<()> {
+    let path = config(containerd, MAKE, true)?;
+    let mut spec: Value = serde_json::from_slice(&fs::read(&path)?)?;
+    spec["annotations"] = json!({"io.machinen.pre-dump": "true"});
+    fs::write(&path, spec.to_string())?;
+    let running = Served::run(containerd, &path)?;
+    said(containerd, &running, LOOK)?;
+    let dir = containerd.root().join("images");
+    checkpoint(&running, &dir)?;
+    let log = running.shim.log()?;
+    let reason = "cannot copy memory ahead of a checkpoint";
+    let line = log.lines().find(|line| line.contains(reason)).context("memory was copied ahead")?;
+    ensure!(line.contains("the container has frozen its cgroup idle"), "{line}");
+    running.end()?;
+    fs::remove_dir_all(&dir)?;
+    restored_as_it_was(containerd, true, &path)
+}
+
+fn restored_as_it_was(containerd: &Containerd, has_namespace: bool, config: &Path) -> Result<()> {
+    let mut running = Served::run(containerd, config)?;
     let before = said(containerd, &running, LOOK)?;
     for set in [
         "work/memory.max 67108864",
@@ -68,7 +86,7 @@ fn restored_as_it_was(containerd: &Containerd, has_namespace: bool) -> Result<()
         let dir = containerd.root().join(format!("images-{round}"));
         checkpoint(&running, &dir)?;
         running.end()?;
-        let mut restored = Served::of(containerd, &config)?;
+        let mut restored = Served::of(containerd, config)?;
         restored.create(|request| request.checkpoint = dir.display().to_string())?;
         restored.begin()?;
         fs::remove_dir_all(&dir)?;

@@ -8,6 +8,7 @@ mod inspect;
 mod joined;
 mod killed;
 mod refused;
+mod sockets;
 mod state;
 mod stdin;
 mod verify;

@@ -137,6 +137,36 @@ def mapped_file_with_lock():
     kept.extend([file, mmap.mmap(file.fileno(), 4096)])
 
 
+def bound(path):
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(path)
+    server.listen()
+    kept.append(server)
+
+
+def socket_links():
+    bound("/tmp/socket-links")
+    os.link("/tmp/socket-links", "/tmp/socket-other")
+
+
+def socket_elsewhere():
+    bound("/tmp/socket-elsewhere")
+    os.mkdir("/tmp/elsewhere")
+    os.link("/tmp/socket-elsewhere", "/tmp/elsewhere/socket")
+    os.unlink("/tmp/socket-elsewhere")
+
+
+def socket_relative():
+    os.chdir("/tmp")
+    bound("relative")
+    os.rename("relative", "absolute")
+
+
+def socket_removed():
+    bound("/tmp/socket-removed")
+    os.unlink("/tmp/socket-removed")
+
+
 def dead_leader():
     import threading
     threading.Thread(target=time.sleep, args=(9999,)).start()
@@ -166,6 +196,10 @@ KINDS = {
     "traced": traced,
     "backlog": backlog,
     "packets": packets,
+    "socket-links": socket_links,
+    "socket-elsewhere": socket_elsewhere,
+    "socket-relative": socket_relative,
+    "socket-removed": socket_removed,
     "dead-leader": dead_leader,
 }
 

@@ -18,7 +18,7 @@ use crate::harness::on_newest_containerd;
 on_newest_containerd!(what_cannot_be_restored);
 
 /// What a process does (see refused.py), and what the caller of a checkpoint reads then.
-const KINDS: [(&str, &[&str]); 20] = [
+const KINDS: [(&str, &[&str]); 23] = [
     ("uts", &["process ", "(python3.13) is in another uts namespace than the container's first process"]),
     ("ipc", &["is in another ipc namespace"]),
     ("time", &["another time namespace"]),
@@ -36,6 +36,21 @@ const KINDS: [(&str, &[&str]); 20] = [
         &["uses huge pages (/anon_hugepage), of which another VM has none: that cannot be restored"],
     ),
     ("lock-mapped", &["holds a record lock on /locked, which it has also mapped"]),
+    (
+        "socket-links",
+        &[
+            "process ",
+            " has a UNIX socket that was bound to /tmp/socket-links and whose file has other hard links",
+        ],
+    ),
+    (
+        "socket-elsewhere",
+        &["/tmp/socket-elsewhere and whose file was linked into another directory and removed"],
+    ),
+    (
+        "socket-relative",
+        &["has a UNIX socket that was bound to relative and whose file is now /tmp/absolute"],
+    ),
     ("overlay", &["has an overlay mounted at /tmp/merged"]),
     ("deadline", &["has a thread with the scheduling policy SCHED_DEADLINE"]),
     ("traced", &["is traced by another process"]),
@@ -76,7 +91,7 @@ fn what_cannot_be_restored(containerd: &mut Containerd) -> Result<()> {
         end(&served).with_context(|| format!("{kind}: it does not run on"))?;
     }
     // What looks like it, and can be restored.
-    for kind in ["links-tmpfs", "replaced"] {
+    for kind in ["links-tmpfs", "replaced", "socket-removed"] {
         begin(containerd, &served, kind)?;
         restores(containerd, &served, &config, &dir).with_context(|| kind)?;
         end(&served)?;

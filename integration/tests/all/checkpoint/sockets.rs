@@ -1,0 +1,81 @@
+//! A UNIX socket is reached after a restore by the name that its file had, whatever name it was bound to.
+
+use std::fs;
+
+use anyhow::{Result, ensure};
+use machinen_integration::{
+    bundle::{Bundle, mount},
+    containerd::Containerd,
+    served::Served,
+};
+use serde_json::json;
+
+use super::checkpoint;
+use crate::harness::on_newest_containerd;
+
+on_newest_containerd!(sockets_with_other_names);
+
+/// What the sockets of sockets.py answer at first: their labels and addresses.
+const BOUND: &str = "linked /tmp/linked.tmp
+renamed /renamed.tmp
+datagram /tmp/datagram.tmp
+packet /tmp/packet.tmp
+directory /tmp/old/socket
+older /tmp/name
+newer /tmp/name
+relative relative.tmp
+jailed /socket
+plain /tmp/link/plain
+";
+/// What they answer after a restore: an address is what reaches the socket.
+const RESTORED: &str = "linked /tmp/linked
+renamed /renamed
+datagram /tmp/datagram
+packet /tmp/packet
+directory /tmp/new/socket
+older /tmp/name.1
+newer /tmp/name
+relative /tmp/relative
+jailed /tmp/jail/socket
+plain /tmp/link/plain
+";
+
+fn sockets_with_other_names(containerd: &mut Containerd) -> Result<()> {
+    let bundle = Bundle::with_workloads(containerd)?;
+    fs::write(bundle.rootfs().join("sockets.py"), include_str!("sockets.py"))?;
+    let config = bundle.config(&["python3.13", "/sockets.py"], |spec| {
+        let capabilities = ["CAP_SYS_CHROOT", "CAP_DAC_OVERRIDE", "CAP_KILL"];
+        let capabilities =
+            json!({"bounding": capabilities, "effective": capabilities, "permitted": capabilities});
+        spec["process"]["capabilities"] = capabilities;
+        spec["process"]["env"] = json!(["PATH=/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE=1"]);
+        let mounts = spec["mounts"].as_array_mut().expect("an array");
+        mounts.push(mount("/tmp", "tmpfs", "tmpfs", &["mode=1777"]));
+    })?;
+    let mut running = Served::run(containerd, &config)?;
+    answers(containerd, &running, BOUND)?;
+    // The second checkpoint is of what was restored.
+    for round in 1..=2 {
+        let dir = containerd.root().join(format!("images-{round}"));
+        checkpoint(&running, &dir)?;
+        running.end()?;
+        let mut restored = Served::of(containerd, &config)?;
+        restored.create(|request| request.checkpoint = dir.display().to_string())?;
+        restored.begin()?;
+        fs::remove_dir_all(&dir)?;
+        answers(containerd, &restored, RESTORED)?;
+        running = restored;
+    }
+    running.end()
+}
+
+fn answers(containerd: &Containerd, served: &Served<'_>, wanted: &str) -> Result<()> {
+    let said = containerd.root().join("said");
+    let script =
+        "until [ -e /dev/shm/ready ]; do usleep 50000; done; exec /usr/bin/python3.13 /sockets.py ask";
+    let status = served.exec_to("ask", &["sh", "-c", script], &format!("file://{}", said.display()))?;
+    let text = fs::read_to_string(&said)?;
+    fs::remove_file(&said)?;
+    ensure!(status == 0 && text == wanted, "status {status}, wanted\n{wanted}but got\n{text}");
+    Ok(())
+}
