@@ -7,9 +7,8 @@ use std::time::Duration;
 use machinen_protocol::api::{
     AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, CheckpointImagesResponse,
     ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
-    Empty, EndStdinRequest, ExecProcessRequest, ExecProcessResponse, ExportLayerRequest,
-    ListProcessesResponse, OpenViewRequest, ProcessRequest, ResizeTerminalRequest, SetClockRequest,
-    SignalProcessRequest, WaitProcessResponse,
+    Empty, EndStdinRequest, ExecProcessRequest, ExecProcessResponse, ExportLayerRequest, OpenViewRequest,
+    ProcessRequest, ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, WaitProcessResponse,
 };
 use ttrpc::Code;
 
@@ -216,12 +215,6 @@ impl Client {
         call!(self.end_stdin(request), Some(QUICK)).map(nothing)
     }
 
-    /// # Errors
-    /// No such container.
-    pub async fn list_processes(&self, container: &str) -> Result<ListProcessesResponse, AgentError> {
-        call!(self.list_processes(container_request(container)), Some(QUICK))
-    }
-
     /// Removes what is left of a container; one that does not exist is no error.
     ///
     /// # Errors
@@ -359,12 +352,8 @@ mod tests {
             Err(ttrpc::Error::RpcStatus(ttrpc::get_status(Code::NOT_FOUND, message)))
         }
 
-        async fn list_processes(
-            &self,
-            _: &TtrpcContext,
-            _: ContainerRequest,
-        ) -> ttrpc::Result<ListProcessesResponse> {
-            Ok(ListProcessesResponse::default())
+        async fn delete_container(&self, _: &TtrpcContext, _: ContainerRequest) -> ttrpc::Result<Empty> {
+            Ok(Empty::default())
         }
     }
 
@@ -387,7 +376,7 @@ mod tests {
         assert_eq!(error.to_string(), "guest agent: no container c7");
         assert!(matches!(error, AgentError::Refused { code: Code::NOT_FOUND, .. }));
         assert_eq!(error.kind(), ErrorKind::NotFound);
-        client.list_processes("c7").await.unwrap();
+        client.delete_container("c7").await.unwrap();
     }
 
     #[tokio::test]
@@ -400,7 +389,7 @@ mod tests {
             drop(theirs);
         });
         assert!(matches!(waited, Err(AgentError::Closed)), "{waited:?}");
-        let after = client.list_processes("c").await;
+        let after = client.delete_container("c").await;
         assert!(matches!(after, Err(AgentError::Closed)), "{after:?}");
     }
 }

@@ -1,7 +1,7 @@
 //! The cgroup of one container: who is in it, what happened to it, how it ends (cgroup v2, kernel document
 //! admin-guide/cgroup-v2.rst). Limits are the engine's business.
 
-mod control;
+mod freeze_and_limits;
 mod nested;
 
 use std::{
@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use machinen_protocol::error::{ErrorKind, HasKind};
 use nix::{errno::Errno, unistd::Pid};
 use tokio::io::Interest;
 
@@ -52,7 +53,7 @@ pub(crate) enum CgroupError {
     TooManyNested { path: PathBuf },
     #[error("{path} has a name that a checkpoint cannot keep as that of a cgroup")]
     Name { path: PathBuf },
-    #[error("not all processes were frozen within {} s", control::FREEZE_DEADLINE.as_secs())]
+    #[error("not all processes were frozen within {} s", freeze_and_limits::FREEZE_DEADLINE.as_secs())]
     NotFrozen,
     #[error("{name:?} is not the name of a cgroup file")]
     FileName { name: String },
@@ -60,6 +61,25 @@ pub(crate) enum CgroupError {
     NoFile { name: String },
     #[error("cannot set {name} to {value:?}")]
     Set { name: String, value: String, source: io::Error },
+}
+
+impl HasKind for CgroupError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NotFrozen => ErrorKind::DeadlineExceeded,
+            Self::FileName { .. } => ErrorKind::InvalidArgument,
+            Self::TooManyNested { .. } | Self::Name { .. } => ErrorKind::FailedPrecondition,
+            Self::NoFile { .. } => ErrorKind::Unimplemented,
+            Self::Set { source, .. } => match source.raw_os_error() {
+                Some(libc::EINVAL | libc::ERANGE | libc::E2BIG | libc::EOVERFLOW) => {
+                    ErrorKind::InvalidArgument
+                }
+                Some(libc::ENODEV) => ErrorKind::NotFound,
+                _ => ErrorKind::Internal,
+            },
+            _ => ErrorKind::Internal,
+        }
+    }
 }
 
 impl Cgroup {

@@ -140,7 +140,7 @@ pub(super) async fn ended(
         Ok(ended) => {
             // The guest's clock and its claims are the tenant's: time is taken here, and the status is bounded.
             let status = ended.exit_status.min(MAX_STATUS);
-            let exit = Exit { status, at: SystemTime::now(), oom_killed: ended.oom_killed };
+            let exit = Exit { status, at: SystemTime::now(), oom_killed: ended.oom_kills > 0 };
             (exit, outputs.deliver(id, &ended).await)
         }
         Err(error) => {

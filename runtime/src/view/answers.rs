@@ -2,7 +2,9 @@
 
 use std::io;
 
-use machinen_protocol::view::{MAJOR, MAX_DATA, MINOR, REPLY_HEADER, REQUEST_HEADER, ROOT, Request, opcode};
+use machinen_protocol::fuse::{
+    MAJOR, MAX_DATA, MINOR, REPLY_HEADER, REQUEST_HEADER, ROOT, RequestHeader, opcode,
+};
 
 use super::device::Device;
 
@@ -15,7 +17,7 @@ const PAGE: usize = 4096;
 
 /// Before the container is there, only the process whose root the view becomes has business with it, and that looks at
 /// nothing but the root's attributes.
-pub(super) fn without_guest(device: &Device, request: Request, message: &[u8]) -> io::Result<()> {
+pub(super) fn without_guest(device: &Device, request: RequestHeader, message: &[u8]) -> io::Result<()> {
     match request.opcode {
         opcode::INIT => device.write(&init(request, message)),
         opcode::GETATTR if request.node == ROOT => device.write(&root(request)),
@@ -25,7 +27,7 @@ pub(super) fn without_guest(device: &Device, request: Request, message: &[u8]) -
 }
 
 /// Whether the request was none of the guest's business, and has been answered.
-pub(super) fn by_host(device: &Device, request: Request) -> io::Result<bool> {
+pub(super) fn by_host(device: &Device, request: RequestHeader) -> io::Result<bool> {
     match request.opcode {
         // The kernel asks no more then: who gives up waits until there is a reply, or none in time.
         opcode::INTERRUPT => device.refuse(request, libc::ENOSYS)?,
@@ -36,7 +38,7 @@ pub(super) fn by_host(device: &Device, request: Request) -> io::Result<bool> {
 }
 
 /// What the view is to be like (fuse_init_out): what is not set is not used, caches of names, data and locks included.
-fn init(request: Request, message: &[u8]) -> Vec<u8> {
+fn init(request: RequestHeader, message: &[u8]) -> Vec<u8> {
     let offered = message.get(REQUEST_HEADER + 12..REQUEST_HEADER + 16);
     let offered = offered.map_or(0, |flags| u32::from_le_bytes(flags.try_into().expect("four bytes")));
     let flags = offered & (BIG_WRITES | PARALLEL_DIROPS | MAX_PAGES);
@@ -51,7 +53,7 @@ fn init(request: Request, message: &[u8]) -> Vec<u8> {
 }
 
 /// A directory of root's (fuse_attr_out), to be asked for again at the next access.
-fn root(request: Request) -> Vec<u8> {
+fn root(request: RequestHeader) -> Vec<u8> {
     const MODE: u32 = libc::S_IFDIR | 0o755;
     let mut body = vec![0; 104];
     // Behind the times for which it is valid: number, then after six more words of eight bytes and three of four, the mode.
@@ -61,7 +63,7 @@ fn root(request: Request) -> Vec<u8> {
     reply(request, &body)
 }
 
-fn reply(request: Request, body: &[u8]) -> Vec<u8> {
+fn reply(request: RequestHeader, body: &[u8]) -> Vec<u8> {
     let length = (REPLY_HEADER + body.len()) as u32;
     [&length.to_le_bytes()[..], &[0; 4], &request.unique.to_le_bytes(), body].concat()
 }

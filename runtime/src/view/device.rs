@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
-use machinen_protocol::view::{MAX_DATA, REQUEST_HEADER, Request, refusal};
+use machinen_protocol::fuse::{MAX_DATA, REQUEST_HEADER, RequestHeader, refusal};
 use nix::errno::Errno;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::mount::{
@@ -41,7 +41,7 @@ pub(super) struct Device(AsyncFd<OwnedFd>);
 /// What comes from the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Read {
-    Request(Request),
+    Request(RequestHeader),
     Unmounted,
 }
 
@@ -99,15 +99,15 @@ impl Device {
         }
     }
 
-    pub(super) fn refuse(&self, request: Request, errno: i32) -> io::Result<()> {
+    pub(super) fn refuse(&self, request: RequestHeader, errno: i32) -> io::Result<()> {
         self.write(&refusal(request.unique, errno))
     }
 }
 
-fn decode(message: &[u8]) -> io::Result<Request> {
+fn decode(message: &[u8]) -> io::Result<RequestHeader> {
     let odd = || io::Error::from(io::ErrorKind::InvalidData);
     let header = message.first_chunk::<REQUEST_HEADER>().ok_or_else(odd)?;
-    let request = Request::decode(header).map_err(io::Error::other)?;
+    let request = RequestHeader::decode(header).map_err(io::Error::other)?;
     if request.length == message.len() { Ok(request) } else { Err(odd()) }
 }
 

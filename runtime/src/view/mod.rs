@@ -30,7 +30,7 @@ use crate::vm::{BoxedStream, Vm, VmError};
 pub(crate) use device::empty;
 use device::{Device, Read};
 pub use device::{DeviceError, Step};
-use machinen_protocol::view::MAX_REQUEST;
+use machinen_protocol::fuse::MAX_REQUEST;
 
 /// Longest wait for the guest: for one request, or for somebody there who serves requests.
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use machinen_protocol::view::{MAX_REPLY, REPLY_HEADER, Reply, Request, ViewError};
+use machinen_protocol::fuse::{FuseError, MAX_REPLY, REPLY_HEADER, ReplyHeader, RequestHeader};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until, timeout};
@@ -29,7 +29,7 @@ pub(super) enum End {
     #[error("the connection to the guest has ended")]
     Stream(#[source] io::Error),
     #[error("the guest sends what is no reply")]
-    NoReply(#[source] ViewError),
+    NoReply(#[source] FuseError),
     #[error("the guest answers what nobody has asked")]
     Unasked,
     #[error("the guest's reply does not fit the request")]
@@ -48,12 +48,17 @@ struct Session<'a> {
 
 #[derive(Debug, Clone, Copy)]
 struct Waiting {
-    request: Request,
+    request: RequestHeader,
     until: Instant,
 }
 
 /// Runs until it cannot go on. `first` is in `buffer`. What is without a reply then has failed.
-pub(super) async fn run(device: &Device, stream: BoxedStream, first: Request, buffer: &mut [u8]) -> End {
+pub(super) async fn run(
+    device: &Device,
+    stream: BoxedStream,
+    first: RequestHeader,
+    buffer: &mut [u8],
+) -> End {
     let (from_guest, to_guest) = tokio::io::split(stream);
     let session =
         Session { device, waiting: Mutex::default(), asked: Notify::new(), answered: Notify::new() };
@@ -76,7 +81,7 @@ impl Session<'_> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn ask(&self, mut guest: impl AsyncWrite + Unpin, first: Request, buffer: &mut [u8]) -> End {
+    async fn ask(&self, mut guest: impl AsyncWrite + Unpin, first: RequestHeader, buffer: &mut [u8]) -> End {
         let mut request = first;
         loop {
             match timeout(PATIENCE, forward(&mut guest, request, buffer)).await {
@@ -107,7 +112,7 @@ impl Session<'_> {
     }
 
     /// From now on there will be a reply to it, whosoever.
-    fn enlist(&self, request: Request) {
+    fn enlist(&self, request: RequestHeader) {
         if request.is_answered() {
             self.waiting().push_back(Waiting { request, until: Instant::now() + PATIENCE });
             self.asked.notify_one();
@@ -121,7 +126,7 @@ impl Session<'_> {
             if let Err(error) = guest.read_exact(header).await {
                 return End::Stream(error);
             }
-            let reply = match Reply::decode(header.as_array().expect("split there")) {
+            let reply = match ReplyHeader::decode(header.as_array().expect("split there")) {
                 Ok(reply) => reply,
                 Err(error) => return End::NoReply(error),
             };
@@ -158,7 +163,7 @@ impl Session<'_> {
 
 async fn forward(
     guest: &mut (impl AsyncWrite + Unpin),
-    request: Request,
+    request: RequestHeader,
     buffer: &mut [u8],
 ) -> io::Result<()> {
     buffer[ASKER].fill(0);

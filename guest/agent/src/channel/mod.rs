@@ -72,12 +72,12 @@ pub(crate) enum ChannelError {
 
 /// The guest's end of the channel, on which nothing has been said yet: this much a template can have.
 #[derive(Debug)]
-pub(crate) enum Quiet {
+pub(crate) enum Unopened {
     Vsock(vsock::Listener),
     Serial(port::Port),
 }
 
-impl Quiet {
+impl Unopened {
     /// # Errors
     /// The device is missing or cannot be used.
     pub(crate) async fn open(source: ChannelSource) -> Result<Self, ChannelError> {
@@ -94,14 +94,14 @@ impl Quiet {
 impl Channel {
     /// Accepts raw streams from now on, into `unclaimed`. Raw streams are accepted before the host can know
     /// that the agent is there, so that none is ever refused for being early.
-    pub(crate) fn open(quiet: Quiet, unclaimed: &Unclaimed) -> Self {
-        match quiet {
-            Quiet::Vsock(listener) => {
+    pub(crate) fn open(unopened: Unopened, unclaimed: &Unclaimed) -> Self {
+        match unopened {
+            Unopened::Vsock(listener) => {
                 listener.accept_into(unclaimed.clone());
                 Self::Vsock
             }
             // It speaks at once: a yamux session has two ends, and a clone has another host than its template.
-            Quiet::Serial(port) => Self::Serial(serial::Serial::over(port, unclaimed.clone())),
+            Unopened::Serial(port) => Self::Serial(serial::Serial::over(port, unclaimed.clone())),
         }
     }
 

@@ -1,6 +1,6 @@
 //! The first bytes of a stream, on either side of it.
 
-use machinen_protocol::preamble::{ANSWER_LEN, Answer, Kind, PREAMBLE_LEN, Preamble, PreambleError};
+use machinen_protocol::preamble::{ANSWER_LEN, Answer, PREAMBLE_LEN, Preamble, PreambleError, StreamKind};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{ChannelError, Stream, Unclaimed};
@@ -9,7 +9,7 @@ use crate::console;
 /// Opens the control stream that was just dialled.
 pub(super) async fn greet(stream: &mut Stream) -> Result<(), ChannelError> {
     stream
-        .write_all(&Preamble { kind: Kind::Control, token: 0 }.encode())
+        .write_all(&Preamble { kind: StreamKind::Control, token: 0 }.encode())
         .await
         .map_err(ChannelError::Greet)?;
     stream.flush().await.map_err(ChannelError::Greet)?;
@@ -29,7 +29,7 @@ pub(super) async fn welcome(mut stream: Stream, unclaimed: Unclaimed) {
         return;
     }
     let refusal = match Preamble::decode(&bytes) {
-        Ok(Preamble { kind: Kind::Stdio, token }) if token != 0 => match unclaimed.reserve(token) {
+        Ok(Preamble { kind: StreamKind::Raw, token }) if token != 0 => match unclaimed.reserve(token) {
             Some(place) => {
                 let answered = stream.write_all(&Answer::Accepted.encode()).await;
                 if answered.is_ok() && stream.flush().await.is_ok() {

@@ -18,20 +18,20 @@ pub(crate) struct Unclaimed {
 
 /// A place in the table that is taken but whose stream is still being greeted.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct StreamSlot {
     unclaimed: Unclaimed,
     token: u64,
 }
 
 impl Unclaimed {
     /// Takes a place for a stream; None when the table is full or the token is in use.
-    pub(super) fn reserve(&self, token: u64) -> Option<Place> {
+    pub(super) fn reserve(&self, token: u64) -> Option<StreamSlot> {
         let mut slots = self.lock();
         if slots.len() >= MAX_UNCLAIMED_STREAMS || slots.contains_key(&token) {
             return None;
         }
         slots.insert(token, None);
-        Some(Place { unclaimed: self.clone(), token })
+        Some(StreamSlot { unclaimed: self.clone(), token })
     }
 
     /// Hands out a stream, once. The host may refer to it the moment it has read the greeting's answer, which
@@ -62,7 +62,7 @@ impl Unclaimed {
     }
 }
 
-impl Place {
+impl StreamSlot {
     pub(super) fn fill(self, stream: Stream) {
         if let Some(slot) = self.unclaimed.lock().get_mut(&self.token) {
             *slot = Some(stream);
@@ -71,7 +71,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for StreamSlot {
     /// A stream that broke before it was filed leaves no trace.
     fn drop(&mut self) {
         let mut slots = self.unclaimed.lock();

@@ -5,7 +5,7 @@
 
 use machinen_protocol::{
     WAKE_PORT_NAME,
-    preamble::{ANSWER_LEN, Answer, Kind, Preamble},
+    preamble::{ANSWER_LEN, Answer, Preamble, StreamKind},
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -17,7 +17,9 @@ use super::{ChannelError, port};
 /// There is no such port, or the host says something else than to go on.
 pub(crate) async fn wait() -> Result<port::Port, ChannelError> {
     let mut port = port::open(WAKE_PORT_NAME).await?;
-    port.write_all(&Preamble { kind: Kind::Waiting, token: 0 }.encode()).await.map_err(ChannelError::Wake)?;
+    port.write_all(&Preamble { kind: StreamKind::Waiting, token: 0 }.encode())
+        .await
+        .map_err(ChannelError::Wake)?;
     let mut answer = [0; ANSWER_LEN];
     port.read_exact(&mut answer).await.map_err(ChannelError::Wake)?;
     match Answer::decode(&answer).map_err(ChannelError::Preamble)? {

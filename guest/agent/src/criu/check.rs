@@ -23,7 +23,7 @@ use nix::unistd::Pid;
 use procfs::process::Process;
 use rustix::fs::{AtFlags, CWD, linkat};
 
-use super::{CriuError, locks, source::Source, task::Task};
+use super::{CriuError, locks, source::DumpSource, task::Task};
 use crate::{console, sys};
 
 /// Links in /proc/PID/ns, and that of the first process that each has to be.
@@ -48,7 +48,7 @@ const REMOVED: &str = " (deleted)";
 ///
 /// # Errors
 /// The first thing that could not be restored.
-pub(super) fn check(source: &Source<'_>) -> Result<(), CriuError> {
+pub(super) fn check(source: &DumpSource<'_>) -> Result<(), CriuError> {
     let init = source.init.pid();
     let root = root_device(init);
     let mut seen = HashSet::new();
@@ -158,7 +158,7 @@ fn has_other_links(link: &Path, root: &Path) -> bool {
         Err(_) => false,
         Ok(()) => {
             if let Err(source) = fs::remove_file(&tried) {
-                console::say(&console::chain(&CriuError::File { what: "remove", path: tried, source }));
+                console::report(&CriuError::File { what: "remove", path: tried, source });
             }
             true
         }

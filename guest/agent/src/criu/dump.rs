@@ -14,7 +14,7 @@ use tokio::task::spawn_blocking;
 
 use super::{
     CriuError, STDIN, check::check, cpu, extents, mend::mend, mounted::Mounted, mounts, pagemap,
-    reason::quote_of_dump, rpc::Criu, source::Source,
+    reason::quote_of_dump, rpc::Criu, source::DumpSource,
 };
 use crate::{disk::Disk, process::Process, reaper::Reaper, stdio};
 
@@ -46,10 +46,10 @@ const LIMITS: [&str; 12] = [
 /// Copies the memory of processes that run, for [`dump`] on the same disk to count on.
 ///
 /// # Errors
-/// CRIU cannot; the disk is as before. [`CriuError::Harmed`]: the processes are not, and must end.
+/// CRIU cannot; the disk is as before. [`CriuError::Corrupted`]: the processes are not, and must end.
 pub(crate) async fn pre_dump(
     reaper: &Reaper,
-    source: &Source<'_>,
+    source: &DumpSource<'_>,
     disk: &Disk,
     options: &CriuOptions,
 ) -> Result<(), CriuError> {
@@ -127,10 +127,10 @@ impl Dumped {
 /// Dumps onto a disk. The processes stay frozen.
 ///
 /// # Errors
-/// CRIU cannot, or could not restore it; the processes are as before. [`CriuError::Harmed`]: they are not, and must end.
+/// CRIU cannot, or could not restore it; the processes are as before. [`CriuError::Corrupted`]: they are not, and must end.
 pub(crate) async fn dump(
     reaper: &Reaper,
-    source: &Source<'_>,
+    source: &DumpSource<'_>,
     disk: &Disk,
     options: &CriuOptions,
     stdin_sent: u64,
@@ -181,7 +181,7 @@ struct Opts {
     _dir: File,
 }
 
-fn opts(images: &Path, source: &Source<'_>, options: &CriuOptions) -> Result<Opts, CriuError> {
+fn opts(images: &Path, source: &DumpSource<'_>, options: &CriuOptions) -> Result<Opts, CriuError> {
     let dir = File::open(images).map_err(|source| CriuError::File {
         what: "open",
         path: images.to_owned(),
@@ -215,7 +215,7 @@ async fn run(reaper: &Reaper, what: Criu_req_type, opts: Opts, images: &Path) ->
     outcome
 }
 
-fn facts(source: &Source<'_>) -> Result<CheckpointFacts, CriuError> {
+fn facts(source: &DumpSource<'_>) -> Result<CheckpointFacts, CriuError> {
     let names = LIMITS.map(str::to_owned);
     let limits = source.cgroup.read_files(&names)?;
     Ok(CheckpointFacts {

@@ -19,21 +19,21 @@ use super::{
     rpc::{self, how},
 };
 use crate::{
-    reaper::{Exit, Reaper},
-    sys,
+    reaper::Reaper,
+    sys::{self, WaitStatus},
 };
 
 const LOG: &str = "lazy-pages.log";
 
 /// The process that has the pages.
 #[derive(Debug)]
-pub(super) struct Pages {
+pub(super) struct LazyPages {
     reaper: Reaper,
     pid: Pid,
-    exit: Option<oneshot::Receiver<Exit>>,
+    exit: Option<oneshot::Receiver<WaitStatus>>,
 }
 
-impl Pages {
+impl LazyPages {
     /// Starts it, and returns when processes can ask it. `work` is the directory in which they find it.
     ///
     /// # Errors
@@ -68,7 +68,7 @@ impl Pages {
     /// Returns when every page is where it belongs, or the processes have ended.
     ///
     /// # Errors
-    /// Pages are missing, and will be.
+    /// LazyPages are missing, and will be.
     pub(super) async fn fetched(mut self, images: Mounted, work: &Path) -> Result<(), CriuError> {
         let exit = self.ended().await;
         drop(images);
@@ -78,7 +78,7 @@ impl Pages {
         }
     }
 
-    async fn ended(&mut self) -> Option<Exit> {
+    async fn ended(&mut self) -> Option<WaitStatus> {
         // Dropped before, it is killed.
         let exit = match &mut self.exit {
             Some(exit) => exit.await.ok(),
@@ -89,7 +89,7 @@ impl Pages {
     }
 }
 
-impl Drop for Pages {
+impl Drop for LazyPages {
     fn drop(&mut self) {
         if self.exit.is_some() {
             // It may have ended by now; the reaper knows.

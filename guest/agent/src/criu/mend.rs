@@ -16,7 +16,7 @@ use nix::{
 use procfs::process::{MMPermissions, MMapPath, Process};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
-use super::{CriuError, network, source::Source};
+use super::{CriuError, network, source::DumpSource};
 use crate::console;
 
 /// What CRIU puts at the start of executable memory to make a system call (`code_syscall` of its compel/arch/x86): the
@@ -28,14 +28,14 @@ const NAME: &[u8; 8] = b"CRIUMFD\0";
 /// Makes good what can be, after CRIU has died in a dump that has written `log`, and returns what there is to tell of it.
 /// The processes are left frozen, or running.
 pub(super) async fn mend(
-    source: &Source<'_>,
+    source: &DumpSource<'_>,
     frozen: bool,
     tcp: bool,
     log: &Path,
     died: CriuError,
 ) -> CriuError {
     // The failure to tell is CRIU's.
-    let say = |err: &dyn std::error::Error| console::say(&console::chain(err));
+    let say = |err: &dyn std::error::Error| console::report(err);
     if let Some(run) = run(log)
         && let Err(err) = network::unlock(&run)
     {
@@ -53,7 +53,7 @@ pub(super) async fn mend(
     if let Err(err) = left {
         say(&err);
     }
-    if harmed || is_ending(source.init.pid()) { CriuError::Harmed { died: Box::new(died) } } else { died }
+    if harmed || is_ending(source.init.pid()) { CriuError::Corrupted { died: Box::new(died) } } else { died }
 }
 
 /// What CRIU calls itself in its log: "(00.001) CRIU run id = 0b7b3f0c-...".

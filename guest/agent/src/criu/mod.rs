@@ -35,16 +35,19 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machinen_protocol::api::CriuOptions;
+use machinen_protocol::{
+    api::CriuOptions,
+    error::{ErrorKind, HasKind},
+};
 use nix::errno::Errno;
 use rust_criu::rust_criu_protobuf::rpc::{Cgroup_root, Criu_cg_mode, Criu_network_lock_method, Criu_opts};
 
 pub(crate) use self::{
     dump::{Dumped, dump, pre_dump},
     mounts::make_mount_points,
-    restore::{Fetching, Held, Place, Restored, clear, restore},
+    restore::{Fetching, HeldByCriu, RestoreTarget, Restored, clear, restore},
     rpc::warm_up,
-    source::Source,
+    source::DumpSource,
     task::Task,
     tmpfs::run_as_tar,
 };
@@ -73,7 +76,7 @@ pub(crate) enum CriuError {
     #[error("criu {how}{log}")]
     Died { how: String, log: String },
     #[error("{died}; one of the container's processes was running its code, so the container has ended")]
-    Harmed { died: Box<CriuError> },
+    Corrupted { died: Box<CriuError> },
     #[error("criu cannot {what} it{log}")]
     Failed { what: &'static str, log: String },
     #[error("{task} {why}: that cannot be restored")]
@@ -108,6 +111,25 @@ pub(crate) enum CriuError {
     Namespace(#[source] io::Error),
     #[error("cannot set the hostname {name:?} of the restored processes")]
     Hostname { name: String, source: Errno },
+}
+
+impl HasKind for CriuError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Failed { .. }
+            | Self::Unrestorable { .. }
+            | Self::Died { .. }
+            | Self::Corrupted { .. }
+            | Self::Pages { .. }
+            | Self::Cpu { .. }
+            | Self::Kernel { .. }
+            | Self::NoFile { .. } => ErrorKind::FailedPrecondition,
+            Self::Hostname { .. } => ErrorKind::InvalidArgument,
+            Self::Limits(err) => err.kind(),
+            Self::Disk(_) | Self::Mount { .. } => ErrorKind::NotFound,
+            _ => ErrorKind::Internal,
+        }
+    }
 }
 
 /// What CRIU is to take for the root of the container's cgroups.

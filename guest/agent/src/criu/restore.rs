@@ -18,14 +18,17 @@ use protobuf::MessageField;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_req, Criu_req_type, Inherit_fd};
 use tokio::{sync::oneshot, task::AbortHandle};
 
-use super::{CriuError, STDIN, cpu, lazy::Pages, mounted::Mounted, oom, reason::quote, rpc::Criu, uts, yard};
+use super::{
+    CriuError, STDIN, cpu, lazy::LazyPages, mounted::Mounted, oom, reason::quote, rpc::Criu, uts, yard,
+};
 use crate::{
     cgroup::{Cgroup, CgroupError},
     console,
-    container::FileMount,
     disk::Disk,
-    reaper::{Exit, Reaper},
+    engine::FileMount,
+    reaper::Reaper,
     stdio::{self, ProcessEnds},
+    sys::WaitStatus,
 };
 
 const LOG: &str = "restore.log";
@@ -34,7 +37,7 @@ const WORK: &str = "criu";
 
 /// Where the processes are to be.
 #[derive(Debug)]
-pub(crate) struct Place<'a> {
+pub(crate) struct RestoreTarget<'a> {
     /// Exists, with its limits.
     pub(crate) cgroup: &'a Cgroup,
     pub(crate) rootfs: &'a Path,
@@ -49,19 +52,19 @@ pub(crate) struct Place<'a> {
 #[derive(Debug)]
 pub(crate) struct Restored {
     pub(crate) pid: Pid,
-    pub(crate) exit: oneshot::Receiver<Exit>,
-    pub(crate) held: Held,
+    pub(crate) exit: oneshot::Receiver<WaitStatus>,
+    pub(crate) held: HeldByCriu,
     /// What the first of them is to find in its stdin.
     pub(crate) stdin: Vec<u8>,
 }
 
 /// What keeps restored processes from running.
 #[derive(Debug)]
-pub(crate) struct Held {
+pub(crate) struct HeldByCriu {
     guard: Guard,
     criu: Criu,
     nested: Nested,
-    pages: Option<Pages>,
+    pages: Option<LazyPages>,
     images: Mounted,
     work: PathBuf,
 }
@@ -77,7 +80,7 @@ struct Nested {
 /// Memory of running processes that is still on the disk.
 #[derive(Debug)]
 pub(crate) struct Fetching {
-    pages: Pages,
+    pages: LazyPages,
     images: Mounted,
     work: PathBuf,
 }
@@ -92,12 +95,12 @@ impl Fetching {
     }
 }
 
-impl Held {
+impl HeldByCriu {
     /// Lets the processes run, and returns when they do; with what is to be waited for, if their memory is fetched later.
     ///
     /// # Errors
     /// CRIU fails in the last moment.
-    pub(crate) async fn release(self) -> Result<Option<Fetching>, CriuError> {
+    pub(crate) async fn resume(self) -> Result<Option<Fetching>, CriuError> {
         let Self { guard, criu, nested, pages, images, work } = self;
         drop(guard);
         nested.cgroup.refreeze(&nested.recorded)?;
@@ -126,7 +129,7 @@ pub(crate) fn clear(dir: &Path) -> Result<(), CriuError> {
     below.iter().try_for_each(|at| umount2(at, MntFlags::MNT_DETACH)).map_err(|err| failed(err.into()))?;
     fs::remove_dir_all(&work).map_err(failed)?;
     // No reason to keep a container.
-    yard::clear().unwrap_or_else(|err| console::say(&console::chain(&err)));
+    yard::clear().unwrap_or_else(|err| console::report(&err));
     Ok(())
 }
 
@@ -134,7 +137,7 @@ pub(crate) fn clear(dir: &Path) -> Result<(), CriuError> {
 /// This VM is not one for the checkpoint, or CRIU cannot restore it; its processes are gone then.
 pub(crate) async fn restore(
     reaper: &Reaper,
-    place: &Place<'_>,
+    target: &RestoreTarget<'_>,
     disk: &Disk,
     options: &CriuOptions,
     facts: &CheckpointFacts,
@@ -142,9 +145,9 @@ pub(crate) async fn restore(
 ) -> Result<Restored, CriuError> {
     cpu::check_kernel(&facts.kernel_release)?;
     cpu::check(&facts.cpu_flags)?;
-    let images = Mounted::mount(disk, place.dir, "erofs", MsFlags::MS_RDONLY | MsFlags::MS_NOATIME)?;
+    let images = Mounted::mount(disk, target.dir, "erofs", MsFlags::MS_RDONLY | MsFlags::MS_NOATIME)?;
     let stdin = stdio::read_unread(&images.path().join(STDIN)).map_err(CriuError::Stdin)?;
-    let work = place.dir.join(WORK);
+    let work = target.dir.join(WORK);
     fs::create_dir_all(&work).map_err(|source| CriuError::File {
         what: "create",
         path: work.clone(),
@@ -155,14 +158,14 @@ pub(crate) async fn restore(
     };
     let (work_dir, images_dir) = (open(&work)?, open(images.path())?);
     let log = work.join(LOG);
-    let mut opts = super::options(&images_dir, place.rootfs, options);
+    let mut opts = super::options(&images_dir, target.rootfs, options);
     opts.set_work_dir_fd(work_dir.as_raw_fd());
     opts.set_log_file(LOG.to_owned());
     opts.set_rst_sibling(true);
     opts.set_lazy_pages(options.lazy_pages);
-    opts.cg_root.push(super::cgroup_root(place.cgroup));
+    opts.cg_root.push(super::cgroup_root(target.cgroup));
     for mount in &facts.mounts {
-        opts.external.push(format!("mnt[{}]:{}", mount.destination, source(mount, place.files)?));
+        opts.external.push(format!("mnt[{}]:{}", mount.destination, source(mount, target.files)?));
     }
     let (inherited, terminal) = match ends {
         ProcessEnds::Files(files) => {
@@ -182,7 +185,7 @@ pub(crate) async fn restore(
     request.set_type(Criu_req_type::RESTORE);
     request.opts = MessageField::some(opts);
     let pages = match options.lazy_pages {
-        true => Some(Pages::serve(reaper, images.path(), &work).await?),
+        true => Some(LazyPages::serve(reaper, images.path(), &work).await?),
         false => None,
     };
     let expectation = reaper.expect();
@@ -190,25 +193,25 @@ pub(crate) async fn restore(
     drop(inherited);
     oom::protect(criu.pid())?;
     // What it makes is in its own cgroup.
-    match place.cgroup.add(criu.pid()) {
+    match target.cgroup.add(criu.pid()) {
         // It has ended, of which is told below.
         Err(err) if err.raw_os_error() == Some(libc::ESRCH) => {}
         added => added.map_err(|source| CriuError::File {
             what: "move criu into",
-            path: place.cgroup.path().to_owned(),
+            path: target.cgroup.path().to_owned(),
             source,
         })?,
     }
     criu.send(&request).await?;
-    let nested = Nested { cgroup: place.cgroup.clone(), recorded: facts.cgroups.clone() };
+    let nested = Nested { cgroup: target.cgroup.clone(), recorded: facts.cgroups.clone() };
     let pid = follow(&criu, terminal, &nested, &log).await?;
-    let guard = Guard::over(&criu, place.cgroup.clone());
+    let guard = Guard::over(&criu, target.cgroup.clone());
     let exit = expectation.watch(pid);
-    oom::expose(place.cgroup, criu.pid())?;
-    if !place.hostname.is_empty() {
-        uts::rename(pid, place.hostname)?;
+    oom::expose(target.cgroup, criu.pid())?;
+    if !target.hostname.is_empty() {
+        uts::rename(pid, target.hostname)?;
     }
-    Ok(Restored { pid, exit, held: Held { guard, criu, nested, pages, images, work }, stdin })
+    Ok(Restored { pid, exit, held: HeldByCriu { guard, criu, nested, pages, images, work }, stdin })
 }
 
 /// Sees to it that what CRIU holds does not run if it is killed, since nobody has started it.
@@ -223,7 +226,7 @@ impl Guard {
             // Who starts it is told why that cannot be. Where it was killed with all that it held there is nothing to hold.
             match cgroup.freeze().await {
                 Ok(()) | Err(CgroupError::NoFile { .. }) => {}
-                Err(err) => console::say(&console::chain(&err)),
+                Err(err) => console::report(&err),
             }
         });
         Self(guard.abort_handle())

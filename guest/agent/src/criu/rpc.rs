@@ -31,7 +31,7 @@ use tokio::{
 
 use super::{CriuError, reason::quote, tmpfs};
 use crate::{
-    reaper::{Exit, Reaper},
+    reaper::Reaper,
     sys::{self, WaitStatus},
 };
 
@@ -44,7 +44,7 @@ pub(super) struct Criu {
     socket: AsyncFd<OwnedFd>,
     reaper: Reaper,
     pid: Pid,
-    exit: watch::Receiver<Option<Exit>>,
+    exit: watch::Receiver<Option<WaitStatus>>,
 }
 
 impl Criu {
@@ -167,7 +167,7 @@ impl Criu {
     }
 
     /// Waits until it is gone. None where nobody knows how it ended.
-    pub(super) fn exit(&self) -> impl Future<Output = Option<Exit>> + use<> {
+    pub(super) fn exit(&self) -> impl Future<Output = Option<WaitStatus>> + use<> {
         let mut exit = self.exit.clone();
         async move { exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit) }
     }
@@ -180,8 +180,8 @@ impl Drop for Criu {
 }
 
 /// How it has ended, as the end of a sentence.
-pub(super) fn how(exit: Option<Exit>) -> String {
-    match exit.map(|exit| exit.status) {
+pub(super) fn how(exit: Option<WaitStatus>) -> String {
+    match exit {
         Some(WaitStatus::Signaled(signal)) => match Signal::try_from(i32::from(signal)) {
             Ok(name) => format!("was killed by signal {signal} ({name})"),
             Err(_) => format!("was killed by signal {signal}"),
@@ -199,7 +199,7 @@ pub(super) fn spawn(
     reaper: &Reaper,
     args: &[&str],
     inherited: &[impl AsFd],
-) -> Result<(Pid, oneshot::Receiver<Exit>), CriuError> {
+) -> Result<(Pid, oneshot::Receiver<WaitStatus>), CriuError> {
     // Until this returns nothing else starts a program: there is one thread.
     for fd in inherited {
         fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).map_err(|err| CriuError::Run(err.into()))?;
@@ -255,7 +255,7 @@ mod tests {
 
     #[test]
     fn the_signal_that_killed_it_has_its_name() {
-        let ended = |status| how(Some(Exit { status, at: std::time::SystemTime::UNIX_EPOCH }));
+        let ended = |status| how(Some(status));
         assert_eq!(ended(WaitStatus::Signaled(9)), "was killed by signal 9 (SIGKILL)");
         assert_eq!(ended(WaitStatus::Signaled(40)), "was killed by signal 40");
         assert_eq!(ended(WaitStatus::Exited(1)), "has ended with status 1");

@@ -6,7 +6,7 @@ use crate::{cgroup::Cgroup, process::Process};
 
 /// What is to be dumped.
 #[derive(Debug)]
-pub(crate) struct Source<'a> {
+pub(crate) struct DumpSource<'a> {
     pub(crate) init: &'a Process,
     /// All of it is frozen.
     pub(crate) cgroup: &'a Cgroup,

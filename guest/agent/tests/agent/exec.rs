@@ -100,7 +100,7 @@ async fn what_cannot_be_executed_is_named() {
             Spec::new(&["true"])
                 .with(|spec| spec["process"]["capabilities"] = json!({"bounding": ["CAP_X"]})),
             Code::INVALID_ARGUMENT,
-            "the process cannot be understood",
+            "the process cannot be parsed",
         ),
         (Spec::new(&[]), Code::INVALID_ARGUMENT, "has no process.args"),
     ];

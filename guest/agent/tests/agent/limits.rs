@@ -52,11 +52,11 @@ async fn running_out_of_memory_is_told() {
     guest.create("c", &greedy).await.unwrap();
     guest.start_container("c").await.unwrap();
     let ended = guest.wait("c").await;
-    assert!(ended.oom_killed && ended.exit_status == 137, "{ended:?}");
+    assert!(ended.oom_kills > 0 && ended.exit_status == 137, "{ended:?}");
     guest.delete("c").await.unwrap();
     guest.create("c", &Spec::new(&["false"])).await.unwrap();
     guest.start_container("c").await.unwrap();
-    assert!(!guest.wait("c").await.oom_killed);
+    assert_eq!(guest.wait("c").await.oom_kills, 0);
 }
 
 #[tokio::test]

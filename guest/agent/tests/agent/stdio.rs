@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use machinen_protocol::{
     MAX_UNCLAIMED_STREAMS, api,
-    preamble::{Answer, Kind, Preamble},
+    preamble::{Answer, Preamble, StreamKind},
 };
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -118,7 +118,7 @@ async fn streams_are_claimed_once_and_bounded() {
     for _ in 0..MAX_UNCLAIMED_STREAMS {
         held.push(guest.stream().await);
     }
-    let more = Preamble { kind: Kind::Stdio, token: 1000 };
+    let more = Preamble { kind: StreamKind::Raw, token: 1000 };
     assert_eq!(guest.greet(more.encode()).await.1.unwrap(), Answer::Refused);
     let stdio = api::Stdio { stdin: held[0].0, ..Default::default() };
     guest.create_with("c", &Spec::new(&["true"]), stdio.clone()).await.unwrap();
@@ -129,15 +129,15 @@ async fn streams_are_claimed_once_and_bounded() {
 #[tokio::test]
 async fn other_first_bytes_are_refused() {
     let guest = Guest::start().await;
-    let stdio = Preamble { kind: Kind::Stdio, token: 1 }.encode();
+    let stdio = Preamble { kind: StreamKind::Raw, token: 1 }.encode();
     let mut other_version = stdio;
     other_version[8] = 99;
     assert_eq!(guest.greet(other_version).await.1.unwrap(), Answer::WrongVersion);
     assert_eq!(guest.greet([0; 24]).await.1.unwrap(), Answer::Refused);
-    let control = Preamble { kind: Kind::Control, token: 0 }.encode();
+    let control = Preamble { kind: StreamKind::Control, token: 0 }.encode();
     assert_eq!(guest.greet(control).await.1.unwrap(), Answer::Refused);
     assert_eq!(
-        guest.greet(Preamble { kind: Kind::Stdio, token: 0 }.encode()).await.1.unwrap(),
+        guest.greet(Preamble { kind: StreamKind::Raw, token: 0 }.encode()).await.1.unwrap(),
         Answer::Refused
     );
     // None of this has hurt.

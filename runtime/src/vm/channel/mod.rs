@@ -20,7 +20,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use machinen_protocol::preamble::{Kind, Preamble, PreambleError};
+use machinen_protocol::preamble::{Preamble, PreambleError, StreamKind};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 pub use choose::{HostSupport, choose};
@@ -147,7 +147,7 @@ impl Channel {
                 Connector::Serial(serial) => serial.dial().await?,
                 Connector::Silent { .. } => return Err(silent()),
             };
-            handshake::offer(&mut stream, Preamble { kind: Kind::Stdio, token }).await?;
+            handshake::offer(&mut stream, Preamble { kind: StreamKind::Raw, token }).await?;
             Ok((token, stream))
         };
         match tokio::time::timeout(OPEN_DEADLINE, open).await {

@@ -15,7 +15,7 @@ use std::{
 
 use machinen_protocol::{
     api::{self, AgentClient},
-    preamble::{ANSWER_LEN, Answer, Kind, PREAMBLE_LEN, Preamble},
+    preamble::{ANSWER_LEN, Answer, PREAMBLE_LEN, Preamble, StreamKind},
 };
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use tokio::{
@@ -79,7 +79,7 @@ impl Guest {
         let mut control = control.compat();
         let mut bytes = [0; PREAMBLE_LEN];
         within(control.read_exact(&mut bytes)).await.unwrap();
-        assert_eq!(Preamble::decode(&bytes), Ok(Preamble { kind: Kind::Control, token: 0 }));
+        assert_eq!(Preamble::decode(&bytes), Ok(Preamble { kind: StreamKind::Control, token: 0 }));
         control.write_all(&Answer::Accepted.encode()).await.unwrap();
         let agent = AgentClient::new(ttrpc::r#async::Client::new(Socket::new(control)));
         Self { agent, disks, dial, process: None, vm: None, next_token: 1 }
@@ -89,7 +89,7 @@ impl Guest {
     pub(crate) async fn stream(&mut self) -> (u64, RawStream) {
         let token = self.next_token;
         self.next_token += 1;
-        let (stream, answer) = self.greet(Preamble { kind: Kind::Stdio, token }.encode()).await;
+        let (stream, answer) = self.greet(Preamble { kind: StreamKind::Raw, token }.encode()).await;
         assert_eq!(answer.unwrap(), Answer::Accepted);
         (token, stream)
     }
