@@ -1,4 +1,4 @@
-//! yamux over one byte stream. One task owns the connection; everyone else asks it.
+//! yamux over one byte stream. One task owns the connection; all others send it requests.
 
 use std::{
     future::poll_fn,
@@ -15,7 +15,8 @@ use yamux::{Config, Connection, ConnectionError, Mode};
 use super::{ChannelError, Stream, Unclaimed, port::Port, preamble};
 use crate::console;
 
-/// The virtio driver takes at most this much in one write, and every write spins until the host has taken it.
+/// The virtio driver takes at most this much in one write, and each write spins until the host has taken the
+/// bytes.
 const PORT_WRITE: usize = 32 << 10;
 /// Length of a yamux frame's header (yamux specification).
 const FRAME_HEADER: usize = 12;
@@ -27,7 +28,7 @@ type Conn = Connection<tokio_util::compat::Compat<BufStream<Port>>>;
 #[derive(Debug)]
 enum SerialRequest {
     Dial(Dialled),
-    /// Answered by being dropped when everything is written.
+    /// Dropping the sender is the answer that everything was written.
     Close(oneshot::Sender<()>),
 }
 
@@ -56,11 +57,11 @@ impl Serial {
         Ok(Stream::Serial(stream.compat()))
     }
 
-    /// Writes everything that is waiting, then ends the connection.
+    /// Writes everything that is pending, then ends the connection.
     pub(super) async fn close(&self) {
         let (reply, closed) = oneshot::channel();
         if self.requests.send(SerialRequest::Close(reply)).await.is_ok() {
-            // Being dropped is the answer.
+            // An error is the answer: the sender was dropped.
             let _ = closed.await;
         }
     }
@@ -79,7 +80,7 @@ async fn drive(mut connection: Conn, mut requests: mpsc::Receiver<SerialRequest>
                 tokio::spawn(preamble::welcome(Stream::Serial(stream.compat()), unclaimed.clone()));
             }
             SerialEvent::Request(SerialRequest::Dial(reply)) => {
-                // Nobody waits any more when this fails.
+                // A failure means that the caller does not wait any more.
                 let _ = reply.send(poll_fn(|cx| connection.poll_new_outbound(cx)).await);
             }
             SerialEvent::Request(SerialRequest::Close(done)) => {
