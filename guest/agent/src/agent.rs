@@ -1,4 +1,5 @@
-//! The agent's life: it opens the channel, dials the host, and serves calls until the host asks for the end or goes away.
+//! The agent's life: it opens the channel, dials the host, and serves calls until the host asks for the end
+//! or goes away.
 
 use std::{io, sync::Arc};
 

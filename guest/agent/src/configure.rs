@@ -1,7 +1,7 @@
 //! What the guest cannot know by itself: the time, random numbers, and its identity.
 //!
-//! A clone arrives here with everything that its template had. These settings make it a different machine, so nothing that
-//! depends on them may be created earlier.
+//! A clone arrives here with everything that its template had. These settings make it a different machine, so
+//! nothing that depends on them may be created earlier.
 
 use std::{
     fs::{self, File},
@@ -71,7 +71,8 @@ impl HasKind for ConfigureError {
     }
 }
 
-/// Applies the host's configuration. Clock, random numbers and machine id are set only where the agent `owns_kernel`.
+/// Applies the host's configuration. Clock, random numbers and machine id are set only where the agent
+/// `owns_kernel`.
 ///
 /// # Errors
 /// The agent or the kernel refuses a value.

@@ -1,5 +1,5 @@
-//! Messages of the agent to a human, each one line, on the console. The host keeps the console's text and quotes it in its
-//! errors.
+//! Messages of the agent to a human, each one line, on the console. The host keeps the console's text and
+//! quotes it in its errors.
 
 use std::{error::Error, io::Write, sync::OnceLock};
 
@@ -40,7 +40,8 @@ pub(crate) fn say(text: &str) {
     let _ = std::io::stderr().lock().write_all(line.as_bytes());
 }
 
-/// Prints when a step of the boot was done, as the time since the kernel's start, if the command line asks for it.
+/// Prints when a step of the boot was done, as the time since the kernel's start, if the command line asks
+/// for it.
 pub(crate) fn trace(step: &str) {
     if TRACE.get().is_some_and(|on| *on)
         && let Ok(now) = clock_gettime(ClockId::CLOCK_BOOTTIME)

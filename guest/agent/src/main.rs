@@ -1,8 +1,8 @@
 //! machinen's guest agent: PID 1 of the microVM.
 //!
-//! The agent boots user space, dials the host, and then owns every container and every process of the VM. With
-//! `--serial-fd` the same binary runs as an ordinary process in private namespaces, for tests of the real agent without a
-//! VM. CRIU calls it under the name `tar` (`criu/tmpfs.rs`).
+//! The agent boots user space, dials the host, and then owns every container and every process of the VM.
+//! With `--serial-fd` the same binary runs as an ordinary process in private namespaces, for tests of the
+//! real agent without a VM. CRIU calls it under the name `tar` (`criu/tmpfs.rs`).
 
 mod agent;
 mod boot;

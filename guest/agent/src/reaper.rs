@@ -1,8 +1,8 @@
 //! The one place that waits for children.
 //!
-//! Inits of containers, processes of the engine and orphans all become children of the agent. The reaper takes each exit
-//! from the kernel, once, and passes it to the watcher of that pid. A process may end before its pid is known: while an
-//! [`Expectation`] exists, the reaper keeps exits without a watcher.
+//! Inits of containers, processes of the engine and orphans all become children of the agent. The reaper
+//! takes each exit from the kernel, once, and passes it to the watcher of that pid. A process may end before
+//! its pid is known: while an [`Expectation`] exists, the reaper keeps exits without a watcher.
 
 use std::{
     collections::HashMap,

@@ -98,8 +98,9 @@ pub(crate) fn fork_sibling_into(cgroup: BorrowedFd<'_>) -> Result<ForkResult, Er
     let mut args = [0_u64; 11];
     args[0] = CLONE_INTO_CGROUP | u64::from(libc::CLONE_PARENT.cast_unsigned());
     args[10] = cgroup.as_raw_fd().cast_unsigned().into();
-    // SAFETY: the kernel reads a clone_args, eleven words of which the first are flags and the last the cgroup; without
-    // a stack and shared memory this is fork(2), and it is called while the process has one thread only.
+    // SAFETY: the kernel reads a clone_args, eleven words of which the first are flags and the last the
+    // cgroup; without a stack and shared memory this is fork(2), and it is called while the process has one
+    // thread only.
     let pid = Errno::result(unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) })?;
     fork_result(pid)
 }
@@ -135,7 +136,8 @@ pub(crate) fn exit_now(code: i32) -> ! {
 /// # Errors
 /// The kernel cannot poll it.
 pub(crate) fn register<T: AsFd + AsRawFd>(inner: T, interest: Interest) -> io::Result<AsyncFd<T>> {
-    // SAFETY: a type that lends its descriptor safely owns it for as long as it lives, and the AsyncFd owns that.
+    // SAFETY: a type that lends its descriptor safely owns it for as long as it lives, and the AsyncFd owns
+    // that.
     Ok(unsafe { AsyncFd::register_with_interest(inner, interest) }?)
 }
 
@@ -163,8 +165,8 @@ pub(crate) fn reset_signals() {
     // The kernel's own struct sigaction: handler (SIG_DFL is 0), flags, restorer, mask.
     let default = [0_u64; 4];
     for signal in 1..=64 {
-        // SAFETY: the default action runs no code of ours. The C library's wrapper would refuse the two signals
-        // that it keeps to itself. SIGKILL and SIGSTOP answer an error, as they should.
+        // SAFETY: the default action runs no code of ours. The C library's wrapper would refuse the two
+        // signals that it keeps to itself. SIGKILL and SIGSTOP answer an error, as they should.
         unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, &raw const default, 0, 8) };
     }
     // SAFETY: sigset_t is plain data that sigemptyset fills; the old mask is not asked for.
@@ -194,7 +196,8 @@ pub(crate) fn add_entropy(random: BorrowedFd<'_>, bytes: &[u8]) -> Result<(), Er
         info.entropy_count = size * 8;
         info.buf_size = size;
         info.buf[..chunk.len()].copy_from_slice(chunk);
-        // SAFETY: RNDADDENTROPY reads a rand_pool_info, which `info` lays out, and no more of it than buf_size.
+        // SAFETY: RNDADDENTROPY reads a rand_pool_info, which `info` lays out, and no more of it than
+        // buf_size.
         Errno::result(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const info) })?;
     }
     // SAFETY: RNDRESEEDCRNG takes no argument.
@@ -297,7 +300,8 @@ pub(crate) fn attach_device_filter(cgroup: BorrowedFd<'_>, code: &[u64]) -> Resu
         license: c"Apache-2.0".as_ptr().expose_provenance() as u64,
         log: [0; 2],
     };
-    // SAFETY: the kernel reads `length` instructions of eight bytes and the license, both of which outlive the call.
+    // SAFETY: the kernel reads `length` instructions of eight bytes and the license, both of which outlive
+    // the call.
     let program = Errno::result(unsafe {
         libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<Load>())
     })?;

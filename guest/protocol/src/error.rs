@@ -1,8 +1,8 @@
 //! What an error means to its caller, and how an error is printed.
 //!
-//! Each module has its own error enum; [`ErrorKind`] says only what the caller can do about an error. A ttrpc status carries
-//! the kind as a code. Both maps between kinds and codes are here, so that the guest agent, its client on the host and the
-//! containerd shim agree.
+//! Each module has its own error enum; [`ErrorKind`] says only what the caller can do about an error. A ttrpc
+//! status carries the kind as a code. Both maps between kinds and codes are here, so that the guest agent,
+//! its client on the host and the containerd shim agree.
 
 use std::{error::Error, fmt::Write};
 
@@ -19,7 +19,8 @@ pub enum ErrorKind {
     AlreadyExists,
     /// The caller, or the user of the process, has no right to do this.
     PermissionDenied,
-    /// The request is refused in the present state: it may succeed earlier or later in the life of the container.
+    /// The request is refused in the present state: it may succeed earlier or later in the life of the
+    /// container.
     FailedPrecondition,
     /// This version of machinen cannot do it.
     Unimplemented,
@@ -77,7 +78,8 @@ impl From<Code> for ErrorKind {
 
 /// Formats an error and all its causes as one line, with `: ` between them.
 ///
-/// Some errors repeat their cause at the end of their own text: a cause with which the line ends already is left out.
+/// Some errors repeat their cause at the end of their own text: a cause with which the line ends already is
+/// left out.
 pub fn chain(error: &dyn Error) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();

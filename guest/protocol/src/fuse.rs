@@ -4,9 +4,10 @@
 //!   host's kernel ── request ──> host ── raw stream ──> agent ── a process that serves the container's files
 //!                 <── reply ────      <───────────────        <──
 //! ```
-//! A message begins with its own length, so it travels without a frame. The stream carries requests in one direction and
-//! replies in the other, in any order, and no notifications. The negotiation at the start (FUSE_INIT) does not travel: the
-//! host answers its kernel, and the agent greets its server. Both sides rely on the sizes below.
+//! A message begins with its own length, so it travels without a frame. The stream carries requests in one
+//! direction and replies in the other, in any order, and no notifications. The negotiation at the start
+//! (FUSE_INIT) does not travel: the host answers its kernel, and the agent greets its server. Both sides rely
+//! on the sizes below.
 
 /// Most bytes that one request reads or writes.
 pub const MAX_DATA: usize = 128 << 10;
@@ -40,8 +41,8 @@ pub mod opcode {
     /// [`FORGET`] for several nodes. Has no reply.
     pub const BATCH_FORGET: u32 = 42;
     pub(super) const OPEN: u32 = 14;
-    /// SETATTR, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, WRITE, SETXATTR, REMOVEXATTR, CREATE, FALLOCATE,
-    /// RENAME2, COPY_FILE_RANGE.
+    /// SETATTR, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, WRITE, SETXATTR, REMOVEXATTR, CREATE,
+    /// FALLOCATE, RENAME2, COPY_FILE_RANGE.
     pub(super) const CHANGES: [u32; 15] = [4, 6, 8, 9, 10, 11, 12, 13, 16, 21, 24, 35, 43, 45, 47];
 }
 
@@ -121,8 +122,8 @@ impl ReplyHeader {
     /// Reads the header of a reply.
     ///
     /// # Errors
-    /// The reply is shorter than its header or longer than [`MAX_REPLY`], its error is not one of errno(3), it has both an
-    /// error and a body, or it answers no request.
+    /// The reply is shorter than its header or longer than [`MAX_REPLY`], its error is not one of errno(3),
+    /// it has both an error and a body, or it answers no request.
     pub fn decode(bytes: &[u8; REPLY_HEADER]) -> Result<Self, FuseError> {
         let (length, error) = (u32_at(bytes, 0), u32_at(bytes, 4).cast_signed());
         let unique = u64_at(bytes, 8);

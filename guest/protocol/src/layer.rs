@@ -1,15 +1,17 @@
-//! The format in which a container's changes travel: the upper directory of its overlay, unchanged, as a tar stream.
+//! The format in which a container's changes travel: the upper directory of its overlay, unchanged, as a tar
+//! stream.
 //!
 //! The archive is POSIX.1-2001 ("pax") and any tar reads it. The host requires more than that:
 //!
-//! - The first entry is the upper directory itself, named `.`; other names are relative and have no empty, `.` or `..`
-//!   component.
-//! - A directory comes before its content, and its whole content before anything outside it. No name comes twice.
-//! - Each entry has at most one extended header (`x`), with records of [`KEYS`] and `SCHILY.xattr.*`, and the archive has no
-//!   other extensions. Sizes that do not fit in octal digits are binary, as in GNU tar.
+//! - The first entry is the upper directory itself, named `.`; other names are relative and have no empty,
+//!   `.` or `..` component.
+//! - A directory comes before its content, and its whole content before anything outside it. No name comes
+//!   twice.
+//! - Each entry has at most one extended header (`x`), with records of [`KEYS`] and `SCHILY.xattr.*`, and the
+//!   archive has no other extensions. Sizes that do not fit in octal digits are binary, as in GNU tar.
 //! - A removed file is a character device 0:0, and a directory that hides what is below it has the attribute
-//!   `trusted.overlay.opaque`, both as overlayfs keeps them. Other attributes of overlayfs have a meaning only on the disk
-//!   where they were made, and are not sent.
+//!   `trusted.overlay.opaque`, both as overlayfs keeps them. Other attributes of overlayfs have a meaning
+//!   only on the disk where they were made, and are not sent.
 //! - A file with holes is in GNU's sparse format 1.0: the data begins with a map, see [`map`].
 //! - Another name of a file is a hard link to the first one, symbolic links and sockets included.
 //! - tar has no type for a bound socket: it is a fifo with the record [`FILE_TYPE`], as in star(1).
@@ -152,8 +154,8 @@ pub fn parse_time(text: &[u8]) -> Option<(i64, u32)> {
     Some((seconds, u32::try_from(nanos.rem_euclid(1_000_000_000)).ok()?))
 }
 
-/// The map before the data of a file with holes: the number of pieces, then the offset and length of each, one number per
-/// line, padded to whole blocks.
+/// The map before the data of a file with holes: the number of pieces, then the offset and length of each,
+/// one number per line, padded to whole blocks.
 pub fn map(pieces: &[(u64, u64)]) -> Vec<u8> {
     let mut map = format!("{}\n", pieces.len());
     for (offset, length) in pieces {

@@ -1,9 +1,9 @@
 //! The protocol between machinen's host side and its guest agent.
 //!
-//! This crate does no I/O. It holds the only copy of every name, number and layout that both sides must agree on: the ttrpc
-//! messages ([`api`], from `proto/agent.proto`), the kinds of errors ([`error`]), the first bytes of each stream
-//! ([`preamble`]), the archive of a container's changes ([`layer`]), the messages about its files ([`fuse`]), the addresses
-//! below, and the [`VERSION`] that is checked before anything else.
+//! This crate does no I/O. It holds the only copy of every name, number and layout that both sides must agree
+//! on: the ttrpc messages ([`api`], from `proto/agent.proto`), the kinds of errors ([`error`]), the first
+//! bytes of each stream ([`preamble`]), the archive of a container's changes ([`layer`]), the messages about
+//! its files ([`fuse`]), the addresses below, and the [`VERSION`] that is checked before anything else.
 //!
 //! ```text
 //!   host                                             guest agent
@@ -45,9 +45,11 @@ pub const VERSION: u16 = 3;
 /// [`control_port`] of the first guest CID, which is 3.
 pub const CONTROL_PORT: u32 = 1024;
 
-/// AF_VSOCK port on the host (CID 2) that the agent of the guest with this CID dials to open its control stream.
+/// AF_VSOCK port on the host (CID 2) that the agent of the guest with this CID dials to open its control
+/// stream.
 ///
-/// All VMs of a host share the host's ports, and a separate process serves each VM: a port for each CID keeps them apart. With vhost-user-vsock the host listens on the Unix socket `<uds>_<port>`.
+/// All VMs of a host share the host's ports, and a separate process serves each VM: a port for each CID keeps
+/// them apart. With vhost-user-vsock the host listens on the Unix socket `<uds>_<port>`.
 pub const fn control_port(guest_cid: u32) -> u32 {
     CONTROL_PORT.wrapping_add(guest_cid).wrapping_sub(3)
 }
@@ -59,8 +61,8 @@ pub const STREAM_PORT: u32 = 1025;
 /// The guest finds it by `/sys/class/virtio-ports/*/name`.
 pub const SERIAL_PORT_NAME: &str = "io.machinen.agent";
 
-/// Name of the virtserialport on which the agent of a template waits to be woken (see [`preamble::Kind::Waiting`]).
-/// Templates and their clones have this port, other VMs do not.
+/// Name of the virtserialport on which the agent of a template waits to be woken (see
+/// [`preamble::Kind::Waiting`]). Templates and their clones have this port, other VMs do not.
 pub const WAKE_PORT_NAME: &str = "io.machinen.wake";
 
 /// Word on the kernel command line that makes the agent wait on the wake port before it dials the host.

@@ -5,8 +5,8 @@
 //!   answer,  16 bytes:  "machinen" | version u16 | status u16 | reserved u32 = 0
 //! ```
 //!
-//! The layout of the first ten bytes of both never changes, so that two sides of different versions can always read
-//! each other's version.
+//! The layout of the first ten bytes of both never changes, so that two sides of different versions can
+//! always read each other's version.
 
 use crate::VERSION;
 
@@ -22,8 +22,8 @@ pub const ANSWER_LEN: usize = 16;
 pub enum StreamKind {
     /// ttrpc, the guest being the server.
     Control,
-    /// Bytes without a protocol of this crate's: one direction of a process's stdio, an archive, or FUSE messages. A later
-    /// control call says which, and refers to the stream by its token.
+    /// Bytes without a protocol of this crate's: one direction of a process's stdio, an archive, or FUSE
+    /// messages. A later control call says which, and refers to the stream by its token.
     Raw,
     /// On the wake port only: the agent of a template reports that it waits. The answer wakes it.
     Waiting,
@@ -45,8 +45,8 @@ pub enum Answer {
     Accepted,
     /// The versions differ; the stream is closed after this.
     WrongVersion,
-    /// Too many streams wait to be claimed, the token is in use, or the kind is not expected here; the stream is closed after
-    /// this.
+    /// Too many streams wait to be claimed, the token is in use, or the kind is not expected here; the stream
+    /// is closed after this.
     Refused,
 }
 
@@ -103,7 +103,8 @@ impl Preamble {
     /// Reads the bytes that open a stream.
     ///
     /// # Errors
-    /// They are not a preamble of this version. The version is compared before anything that may differ between versions.
+    /// They are not a preamble of this version. The version is compared before anything that may differ
+    /// between versions.
     pub fn decode(bytes: &[u8; PREAMBLE_LEN]) -> Result<Self, PreambleError> {
         check_head(bytes)?;
         let kind = StreamKind::from_number(u16_at(bytes, 10))?;
@@ -131,8 +132,8 @@ impl Answer {
     /// Reads the answer to a preamble.
     ///
     /// # Errors
-    /// The bytes are not an answer of this version. A peer of another version is [`PreambleError::Version`], whatever its
-    /// status is.
+    /// The bytes are not an answer of this version. A peer of another version is [`PreambleError::Version`],
+    /// whatever its status is.
     pub fn decode(bytes: &[u8; ANSWER_LEN]) -> Result<Self, PreambleError> {
         check_head(bytes)?;
         check_reserved(bytes)?;

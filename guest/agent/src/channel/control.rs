@@ -14,7 +14,8 @@ use tokio::{
 
 use super::Stream;
 
-/// Length of a ttrpc frame's header: length u32, stream id u32, type u8, flags u8, big endian (ttrpc protocol).
+/// Length of a ttrpc frame's header: length u32, stream id u32, type u8, flags u8, big endian (ttrpc
+/// protocol).
 const HEADER: usize = 10;
 
 /// The stream that ttrpc gets; [`ControlWatch`] stays with the agent.

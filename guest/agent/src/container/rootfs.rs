@@ -1,4 +1,5 @@
-//! The root file system of a container: an overlay of a shared read-only disk and a private writable one, or one disk.
+//! The root file system of a container: an overlay of a shared read-only disk and a private writable one, or
+//! one disk.
 //!
 //! ```text
 //!   <dir>/base     ext4, read-only, its journal is never replayed: other VMs have the same blocks mounted

@@ -114,7 +114,8 @@ const SCRATCH: u8 = 6;
 /// denied.
 fn compile(rules: &[Rule]) -> Vec<Instruction> {
     let mut code = vec![
-        // struct bpf_cgroup_dev_ctx { u32 access_type; u32 major; u32 minor; }, access_type = access << 16 | kind
+        // struct bpf_cgroup_dev_ctx { u32 access_type; u32 major; u32 minor; }, access_type = access << 16 |
+        // kind
         load(KIND, CONTEXT, 0),
         move_register(ACCESS, KIND),
         shift_right(ACCESS, 16),

@@ -189,7 +189,7 @@ fn become_process(exec: ExecCall<'_>) -> Result<Infallible, ExecError> {
     if let Some(mask) = process.user().umask() {
         umask(Mode::from_bits(mask).ok_or(ExecError::Umask { umask: mask })?);
     }
-    // Try first as root, who may enter directories that the user may not; if root may not enter, the user
+    // Try as root first: root may enter directories that the user may not. If root may not enter, the user
     // tries later.
     let cwd = process.cwd();
     let entered = chdir(cwd);

@@ -97,7 +97,7 @@ impl ContainerContext {
 }
 
 impl PreparedProcess {
-    /// The user who owns the process's streams, as seen by the agent.
+    /// The owner of the process's streams, as seen by the agent.
     pub(crate) fn owner(&self) -> u32 {
         self.owner
     }

@@ -290,7 +290,7 @@ async fn follow(
     }
 }
 
-/// What the reports have said of a failure so far.
+/// What the reports have shown of a failure so far.
 #[derive(Debug)]
 struct FailureLog {
     what: &'static str,

@@ -164,7 +164,7 @@ impl Prepared {
         &self.devices
     }
 
-    /// The user who owns the process's streams, as seen by the agent.
+    /// The owner of the process's streams, as seen by the agent.
     pub(crate) fn owner(&self) -> u32 {
         self.owner
     }

@@ -56,7 +56,7 @@ pub(super) fn make(socket: BorrowedFd<'_>, console: Console) -> Result<(), Termi
         .map_err(TerminalError::Connect)
 }
 
-/// Sets the owner of a terminal, who opens it again as /dev/stdout, and its size. Returns its slave.
+/// Sets the size of a terminal, and its owner: the process opens it again as /dev/stdout. Returns its slave.
 pub(super) fn prepare(master: BorrowedFd<'_>, console: Console) -> Result<OwnedFd, Errno> {
     let slave = terminal::peer(master)?;
     fchown(&slave, Some(Uid::from_raw(console.owner)), None::<Gid>)?;

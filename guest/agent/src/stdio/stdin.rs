@@ -255,7 +255,7 @@ mod tests {
         let (read, stdin, input) = made(b"", Some(guest));
         drop(read);
         let pump = tokio::spawn(stdin.clone().pump(input));
-        host.write_all(b"for nobody").await.unwrap();
+        host.write_all(b"unread").await.unwrap();
         pump.await.unwrap();
         // Even if the host reports that it has sent more.
         assert_eq!(stdin.unread(1000).await.unwrap(), b"");

@@ -1,4 +1,5 @@
-//! Serves a container's root file system to the host, which shows it as `/proc/PID/root` of the container's anchor.
+//! Serves a container's root file system to the host, which shows it as `/proc/PID/root` of the container's
+//! anchor.
 //!
 //! ```text
 //!   host ── raw stream ── Relay (a task of the agent) ── socket ── server (a separate process) ── files

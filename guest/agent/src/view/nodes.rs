@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn places_that_lead_nowhere_are_told() {
+    fn places_that_lead_nowhere_are_recognised() {
         let mut nodes = nodes();
         let a = nodes.found(ROOT, "a".as_ref(), file(10));
         let b = nodes.found(a, "b".as_ref(), file(11));

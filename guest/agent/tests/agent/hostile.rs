@@ -1,4 +1,4 @@
-//! Images and tenants that want out, and processes that do not want to go.
+//! Images and tenants that try to break out, and processes that try to stay.
 
 use std::os::unix::fs::symlink;
 
@@ -43,7 +43,7 @@ async fn mount_points_that_are_links_stay_inside() {
     });
     let output = guest.run(&spec).await;
     assert_eq!(std::fs::read_to_string(outside.path().join("hosts")).unwrap(), "untouched");
-    // As with other runtimes, the file is where the link leads inside of the root.
+    // As with other runtimes, the file is created where the link leads inside the root.
     assert_eq!(output.stdout, "injected\n", "{output:?}");
 }
 
@@ -115,8 +115,8 @@ async fn real_time_signals_and_nonsense() {
     guest.create("c", &Spec::new(&["sleep", "1000"])).await.unwrap();
     guest.start_container("c").await.unwrap();
     assert_eq!(status(guest.signal("c", 99, false).await).0, Code::INVALID_ARGUMENT);
-    // An init without a handler does not hear of them from inside, but does from its ancestors only for KILL
-    // and STOP: the rest is ignored.
+    // An init without a handler ignores signals from inside its namespace, and all but KILL and STOP from its
+    // ancestors.
     guest.signal("c", libc::SIGRTMIN() + 1, false).await.unwrap();
     guest.signal("c", libc::SIGKILL, false).await.unwrap();
     assert_eq!(guest.wait("c").await.exit_status, 137);
@@ -131,7 +131,7 @@ async fn two_containers_share_a_base_and_nothing_else() {
     guest.start_container("b").await.unwrap();
     assert_eq!(guest.wait("b").await.exit_status, 0);
     assert!(!guest.disks.base().join("mine").exists());
-    // A shutdown takes what still runs with it.
+    // A shutdown ends all running containers.
     assert!(guest.shutdown().await.success());
 }
 
