@@ -4,6 +4,9 @@
 //! With `--serial-fd` the same binary runs as an ordinary process in private namespaces, for tests of the
 //! real agent without a VM. CRIU calls it under the name `tar` (`criu/tmpfs.rs`).
 
+#![deny(unsafe_code)]
+#![warn(unreachable_pub)]
+
 mod agent;
 mod boot;
 mod cgroup;
@@ -23,6 +26,7 @@ mod reaper;
 mod service;
 mod shutdown;
 mod stdio;
+#[expect(unsafe_code, reason = "the only module with system calls that no crate wraps")]
 mod sys;
 mod uevent;
 mod view;

@@ -12,7 +12,8 @@
 //!    | <---- wake port: "waiting", "continue" --------> |   templates and clones only, before all else
 //! ```
 
-#![warn(missing_docs)]
+#![deny(unsafe_code)]
+#![warn(missing_docs, unreachable_pub)]
 
 pub mod error;
 pub mod fuse;
