@@ -12,12 +12,12 @@ fuzz_target!(|data: &[u8]| {
         let (ours, mut guests) = tokio::io::duplex(64 << 10);
         let client = Client::new(Box::new(ours));
         let calls = async {
-            let (processes, exit, files) = tokio::join!(
-                client.list_processes("c"),
+            let (deleted, exit, files) = tokio::join!(
+                client.delete_container("c"),
                 client.wait_process("c", ""),
                 client.read_cgroup("c", &["cpu.stat"]),
             );
-            drop((processes, exit, files));
+            drop((deleted, exit, files));
         };
         let guest = async {
             // The host may close the stream early.

@@ -11,7 +11,7 @@ fuzz_target!(|data: &[u8]| {
         let (ours, mut guests) = UnixStream::pair().expect("a pair of sockets");
         let host = async {
             if let Ok(control) = greet(ours).await {
-                let _ended = Client::new(control).list_processes("c").await;
+                let _ended = Client::new(control).delete_container("c").await;
             }
         };
         let guest = async {

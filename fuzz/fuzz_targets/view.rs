@@ -6,7 +6,7 @@ use std::os::unix::net::UnixDatagram;
 
 use libfuzzer_sys::fuzz_target;
 use machinen::view::session;
-use machinen_protocol::view::{MAX_REPLY, REQUEST_HEADER, Reply};
+use machinen_protocol::fuse::{MAX_REPLY, REQUEST_HEADER, ReplyHeader};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex, sink};
 
 /// The numbers of the requests; low ones are found soon.
@@ -41,7 +41,7 @@ fuzz_target!(|data: &[u8]| {
     });
     let (mut buffer, mut answered) = (vec![0; MAX_REPLY + 1], Vec::new());
     while let Ok(length) = kernel.recv(&mut buffer) {
-        let reply = Reply::decode(buffer.first_chunk().expect("it is larger")).expect("a reply");
+        let reply = ReplyHeader::decode(buffer.first_chunk().expect("it is larger")).expect("a reply");
         assert_eq!(reply.length, length);
         assert!(ASKED.contains(&reply.unique) && !answered.contains(&reply.unique), "{reply:?}");
         answered.push(reply.unique);

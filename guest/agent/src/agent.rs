@@ -1,37 +1,22 @@
-//! The agent's life: open the channel, dial the host, serve until told to stop or left alone.
+//! The agent's life: it opens the channel, dials the host, and serves calls until the host asks for the end
+//! or goes away.
 
 use std::{io, sync::Arc};
 
 use machinen_protocol::api::create_agent;
-use tokio::sync::watch;
 
 use crate::{
     boot::{BootError, Machine},
-    channel::{Channel, ChannelError, Quiet, Unclaimed, wake},
+    channel::{Channel, ChannelError, Unclaimed, Unopened, wake},
     console,
-    container::{Container, Table},
+    context::Context,
     criu,
-    disk::DiskSource,
     engine::{Engine, EngineError},
     options::OptionsError,
     reaper::Reaper,
-    service::Service,
+    service::{AgentState, Service},
     shutdown,
 };
-
-/// Everything that the calls of the host work with.
-#[derive(Debug)]
-pub(crate) struct Parts {
-    pub(crate) engine: Engine,
-    pub(crate) reaper: Reaper,
-    pub(crate) unclaimed: Unclaimed,
-    pub(crate) disks: DiskSource,
-    pub(crate) containers: Table<Container>,
-    /// Whether the clock and the random number generator are the agent's to set.
-    pub(crate) owns_kernel: bool,
-    /// Set by the call that asks for the end, to its id.
-    pub(crate) shutdown: watch::Sender<Option<u32>>,
-}
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AgentError {
@@ -50,64 +35,56 @@ pub(crate) enum AgentError {
     #[error("cannot serve the host")]
     Serve(#[source] ttrpc::Error),
     #[error("the host has closed the control stream")]
-    LeftAlone,
+    HostGone,
 }
 
-/// Returns only with an error; a shutdown ends the VM instead.
+/// Runs the agent. Returns only with an error; a shutdown ends the VM instead.
 ///
 /// # Errors
 /// The channel does not come up, or the host goes away.
 pub(crate) async fn run(machine: Machine, engine: Engine) -> Result<(), AgentError> {
-    let unclaimed = Unclaimed::default();
-    let quiet = Quiet::open(machine.channel).await?;
+    let unopened = Unopened::open(machine.channel).await?;
     let reaper = Reaper::start().map_err(AgentError::Reaper)?;
-    let parts = Arc::new(Parts {
-        engine,
-        reaper,
-        unclaimed,
-        disks: machine.disks,
-        containers: Table::new("container"),
-        owns_kernel: machine.owns_kernel,
-        shutdown: watch::Sender::new(None),
-    });
+    let context = Context { engine, reaper, unclaimed: Unclaimed::default(), disks: machine.disks };
+    let state = Arc::new(AgentState::new(context, machine.owns_kernel));
     console::trace("ready");
     let _port = if machine.waits {
-        // What CRIU asks the kernel when it first runs, and its code, are there in every clone then.
-        if let Err(err) = criu::warm_up(&parts.reaper).await {
-            console::say(&console::chain(&err));
+        // CRIU's code, and what it asks the kernel when it first runs, are then in memory in every clone.
+        if let Err(err) = criu::warm_up(&state.context.reaper).await {
+            console::report(&err);
         }
         Some(wake::wait().await?)
     } else {
         None
     };
-    let channel = Channel::open(quiet, &parts.unclaimed);
+    let channel = Channel::open(unopened, &state.context.unclaimed);
     console::trace("channel open");
-    serve(&channel, &parts).await
+    serve(&channel, &state).await
 }
 
-/// One control stream, from dial to close.
-async fn serve(channel: &Channel, parts: &Arc<Parts>) -> Result<(), AgentError> {
+/// Serves one control stream, from dial to close.
+async fn serve(channel: &Channel, state: &Arc<AgentState>) -> Result<(), AgentError> {
     let (control, mut watch) = channel.dial_control().await?;
     console::trace("host greeted");
     let listener = ttrpc::r#async::transport::Listener::new(futures_util::stream::iter([Ok(control)]));
     let mut server = ttrpc::r#async::Server::new()
-        .register_service(create_agent(Arc::new(Service::new(Arc::clone(parts)))))
+        .register_service(create_agent(Arc::new(Service::new(Arc::clone(state)))))
         .add_listener(listener);
     server.start().await.map_err(AgentError::Serve)?;
-    let mut shutdown = parts.shutdown.subscribe();
-    let asked = async { shutdown.wait_for(Option::is_some).await.ok().and_then(|call| *call) };
+    let mut shutdown = state.shutdown.subscribe();
+    let requested = async { shutdown.wait_for(Option::is_some).await.ok().and_then(|call| *call) };
     tokio::select! {
         biased;
-        call = asked => {
-            // The answer is the last thing the agent says, but it does say it.
+        call = requested => {
+            // The agent sends nothing after the answer, but the answer has to arrive.
             watch.answered(call.unwrap_or_default()).await;
             channel.flush().await;
             console::end(0)
         }
         () = watch.closed() => {
-            // Nobody can ask for an orderly end any more, but the disks deserve one.
-            shutdown::run(parts).await;
-            Err(AgentError::LeftAlone)
+            // No call can ask for the end any more, but the disks still have to be written.
+            shutdown::run(&state.context.reaper, &state.containers).await;
+            Err(AgentError::HostGone)
         }
     }
 }

@@ -1,7 +1,7 @@
-//! The cgroup of one container: who is in it, what happened to it, how it ends (cgroup v2, kernel document
-//! admin-guide/cgroup-v2.rst). Limits are the engine's business.
+//! The cgroup of one container: its processes, what happened to them, and its removal (cgroup v2, kernel
+//! document admin-guide/cgroup-v2.rst). The engine sets the limits.
 
-mod control;
+mod freeze_and_limits;
 mod nested;
 
 use std::{
@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use machinen_protocol::error::{ErrorKind, HasKind};
 use nix::{errno::Errno, unistd::Pid};
 use tokio::io::Interest;
 
@@ -21,10 +22,11 @@ pub(crate) const ROOT: &str = "/sys/fs/cgroup";
 /// Parent of all containers' cgroups, below [`ROOT`].
 pub(crate) const PARENT: &str = "machinen";
 
-/// A container with a writable cgroup file system can make as many cgroups as it likes; nobody has to read all.
+/// Limits on what the agent reads: a container with a writable cgroup file system can make as many cgroups as
+/// it likes.
 const MAX_CGROUPS: usize = 4096;
 const MAX_PIDS: usize = 1 << 16;
-/// How long killed processes may take to be gone.
+/// How long killed processes may take to disappear.
 const EMPTY_DEADLINE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Clone)]
@@ -46,13 +48,13 @@ pub(crate) enum CgroupError {
     Remove { path: PathBuf, source: io::Error },
     #[error("cgroup {path} still has processes {} s after they were killed", EMPTY_DEADLINE.as_secs())]
     NotEmpty { path: PathBuf },
-    #[error("cgroup {path} has too many children or processes to look at")]
+    #[error("cgroup {path} has too many children or processes to read")]
     TooMany { path: PathBuf },
-    #[error("cgroup {path} has more than {} cgroups below it, or too many settings of them, to be kept in a checkpoint", nested::MAX_NESTED - 1)]
+    #[error("cgroup {path} has more than {} cgroups below it, or too many settings, to be recorded in a checkpoint", nested::MAX_NESTED - 1)]
     TooManyNested { path: PathBuf },
-    #[error("{path} has a name that a checkpoint cannot keep as that of a cgroup")]
+    #[error("{path} has a name that a checkpoint cannot record")]
     Name { path: PathBuf },
-    #[error("not all processes were frozen within {} s", control::FREEZE_DEADLINE.as_secs())]
+    #[error("some processes were not frozen within {} s", freeze_and_limits::FREEZE_DEADLINE.as_secs())]
     NotFrozen,
     #[error("{name:?} is not the name of a cgroup file")]
     FileName { name: String },
@@ -60,6 +62,25 @@ pub(crate) enum CgroupError {
     NoFile { name: String },
     #[error("cannot set {name} to {value:?}")]
     Set { name: String, value: String, source: io::Error },
+}
+
+impl HasKind for CgroupError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NotFrozen => ErrorKind::DeadlineExceeded,
+            Self::FileName { .. } => ErrorKind::InvalidArgument,
+            Self::TooManyNested { .. } | Self::Name { .. } => ErrorKind::FailedPrecondition,
+            Self::NoFile { .. } => ErrorKind::Unimplemented,
+            Self::Set { source, .. } => match source.raw_os_error() {
+                Some(libc::EINVAL | libc::ERANGE | libc::E2BIG | libc::EOVERFLOW) => {
+                    ErrorKind::InvalidArgument
+                }
+                Some(libc::ENODEV) => ErrorKind::NotFound,
+                _ => ErrorKind::Internal,
+            },
+            _ => ErrorKind::Internal,
+        }
+    }
 }
 
 impl Cgroup {
@@ -72,7 +93,8 @@ impl Cgroup {
         &self.path
     }
 
-    /// Makes it, with what its parents have to give, and lets only the devices be used that `filter` allows.
+    /// Creates the cgroup, with all controllers of its parents, and allows only the devices that `filter`
+    /// allows.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -93,7 +115,7 @@ impl Cgroup {
             .map_err(|source| CgroupError::Devices { path: self.path.clone(), source })
     }
 
-    /// Moves a process into it.
+    /// Moves a process into the cgroup.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -101,17 +123,18 @@ impl Cgroup {
         fs::write(self.path.join("cgroup.procs"), pid.to_string())
     }
 
-    /// All processes, those in child cgroups included. None when the cgroup is gone.
+    /// All processes, including those in child cgroups. Empty when the cgroup is gone.
     ///
     /// # Errors
-    /// The cgroup cannot be read, or holds more than the agent looks at.
+    /// The cgroup cannot be read, or exceeds the limits on what the agent reads.
     pub(crate) fn pids(&self) -> Result<Vec<Pid>, CgroupError> {
         let mut pids = Vec::new();
         for dir in self.tree()? {
             let path = dir.join("cgroup.procs");
             let text = match fs::read_to_string(&path) {
                 Ok(text) => text,
-                // A threaded child cgroup has no processes of its own, and any may go while this reads.
+                // A threaded child cgroup has no processes of its own, and any cgroup may disappear while
+                // this reads.
                 Err(err) if is_gone(&err) || err.raw_os_error() == Some(libc::EOPNOTSUPP) => continue,
                 Err(source) => return Err(CgroupError::Read { path, source }),
             };
@@ -123,7 +146,7 @@ impl Cgroup {
         Ok(pids)
     }
 
-    /// Sends a signal to every process. SIGKILL reaches even what forks meanwhile.
+    /// Sends a signal to every process. SIGKILL also reaches processes that are forked meanwhile.
     ///
     /// # Errors
     /// The cgroup cannot be read or written.
@@ -132,13 +155,13 @@ impl Cgroup {
             return self.kill();
         }
         for pid in self.pids()? {
-            // One that has just ended needs no signal.
+            // A process that has just ended needs no signal.
             let _ = sys::kill_raw(pid, signal);
         }
         Ok(())
     }
 
-    /// Kills everything in it.
+    /// Kills all processes in the cgroup.
     ///
     /// # Errors
     /// The cgroup exists and cannot be written.
@@ -151,7 +174,7 @@ impl Cgroup {
         }
     }
 
-    /// Waits until no process is left, then removes it with its children.
+    /// Waits until the cgroup is empty, then removes it with its children.
     ///
     /// # Errors
     /// Processes remain after the deadline, or the kernel refuses.
@@ -160,7 +183,7 @@ impl Cgroup {
         remove_tree(&self.path).map_err(|source| CgroupError::Remove { path: self.path.clone(), source })
     }
 
-    /// Waits until no process is left.
+    /// Waits until the cgroup is empty.
     ///
     /// # Errors
     /// Processes remain after the deadline.
@@ -170,8 +193,8 @@ impl Cgroup {
         tokio::time::timeout(EMPTY_DEADLINE, empty).await.map_err(not_empty)?.map(drop)
     }
 
-    /// Reads a file now and after each change that the kernel tells, until `found` finds something in it. None when
-    /// the cgroup, or the file's controller, is not there (any more).
+    /// Reads a file now and after each change that the kernel reports, until `found` returns something. None
+    /// when the cgroup, or the file's controller, does not exist or disappears.
     async fn watch<T>(
         &self,
         name: &str,
@@ -184,7 +207,7 @@ impl Cgroup {
             Err(err) if is_gone(&err) => return Ok(None),
             Err(source) => return Err(failed(source)),
         };
-        // The kernel tells changes of these files as POLLPRI.
+        // The kernel reports changes of these files as POLLPRI.
         let file = sys::register(file, Interest::PRIORITY).map_err(failed)?;
         loop {
             match fs::read_to_string(&path) {
@@ -212,7 +235,7 @@ fn has_line(text: &str, wanted: &str) -> bool {
     text.lines().any(|line| line == wanted)
 }
 
-/// Lets the children of a cgroup be limited by all that itself can be.
+/// Enables all controllers of a cgroup for its children.
 ///
 /// # Errors
 /// The kernel refuses; EBUSY when a process is in it.
@@ -227,7 +250,7 @@ pub(crate) fn enable_controllers(dir: &Path) -> Result<(), CgroupError> {
     fs::write(&path, enable.join(" ")).map_err(|source| CgroupError::Write { path, source })
 }
 
-/// The cgroup and all below it, parents first. Empty when it does not exist.
+/// A cgroup and all below it, parents first. Empty when it does not exist.
 fn tree(root: &Path) -> io::Result<Vec<PathBuf>> {
     let mut dirs = vec![root.to_owned()];
     let mut next = 0;
@@ -254,7 +277,7 @@ fn tree(root: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(dirs)
 }
 
-/// Removes a cgroup without processes, and all below it.
+/// Removes a cgroup without processes, and all cgroups below it.
 ///
 /// # Errors
 /// Those of rmdir(2); EBUSY while a process is in it.
@@ -268,7 +291,7 @@ pub(crate) fn remove_tree(root: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Reading a cgroup that is being removed answers ENODEV.
+/// Whether a cgroup is gone. Reading one that is being removed returns ENODEV.
 fn is_gone(err: &io::Error) -> bool {
     err.kind() == io::ErrorKind::NotFound || err.raw_os_error() == Some(libc::ENODEV)
 }

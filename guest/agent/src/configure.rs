@@ -1,7 +1,7 @@
-//! What the guest cannot know by itself: the time, true randomness, and who it is.
+//! What the guest cannot know by itself: the time, random numbers, and its identity.
 //!
-//! A clone comes here with all that its template had. What is set here is what makes it another machine, so nothing
-//! that depends on any of it may be made before.
+//! A clone arrives here with everything that its template had. These settings make it a different machine, so
+//! nothing that depends on them may be created earlier.
 
 use std::{
     fs::{self, File},
@@ -9,7 +9,10 @@ use std::{
     os::fd::AsFd,
 };
 
-use machinen_protocol::api;
+use machinen_protocol::{
+    api,
+    error::{ErrorKind, HasKind},
+};
 use nix::{
     errno::Errno,
     mount::{MsFlags, mount},
@@ -18,13 +21,13 @@ use nix::{
     unistd::sethostname,
 };
 
-use crate::{agent::Parts, sys};
+use crate::sys;
 
 /// The kernel's generator has a state of 256 bits.
 const MIN_ENTROPY: usize = 32;
 const MAX_ENTROPY: usize = 4096;
 
-/// The image is read-only and the same for all.
+/// The file is part of the image, which is read-only and the same for all VMs.
 const MACHINE_ID: &str = "/etc/machine-id";
 const OWN_MACHINE_ID: &str = "/run/machine-id";
 const MACHINE_ID_DIGITS: usize = 32;
@@ -45,7 +48,7 @@ pub(crate) enum ConfigureError {
     Seed(#[source] Errno),
     #[error("cannot set the hostname {name:?}")]
     Hostname { name: String, source: Errno },
-    #[error("{given:?} is no machine id of {MACHINE_ID_DIGITS} hexadecimal digits")]
+    #[error("{given:?} is not a machine id of {MACHINE_ID_DIGITS} hexadecimal digits")]
     MachineId { given: String },
     #[error("cannot write {OWN_MACHINE_ID}")]
     WriteMachineId(#[source] io::Error),
@@ -57,23 +60,37 @@ pub(crate) enum ConfigureError {
     Release(#[source] Errno),
 }
 
+impl HasKind for ConfigureError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Entropy { .. } | Self::Time { .. } | Self::MachineId { .. } | Self::Hostname { .. } => {
+                ErrorKind::InvalidArgument
+            }
+            _ => ErrorKind::Internal,
+        }
+    }
+}
+
+/// Applies the host's configuration. Clock, random numbers and machine id are set only where the agent
+/// `owns_kernel`.
+///
 /// # Errors
-/// A value is not acceptable, to the agent or to the kernel.
+/// The agent or the kernel refuses a value.
 pub(crate) fn configure(
-    parts: &Parts,
     request: &api::ConfigureRequest,
+    owns_kernel: bool,
 ) -> Result<api::ConfigureResponse, ConfigureError> {
     let got = request.entropy.len();
     if !(MIN_ENTROPY..=MAX_ENTROPY).contains(&got) {
         return Err(ConfigureError::Entropy { got });
     }
-    set_clock(parts, request.realtime_ns)?;
+    set_clock(request.realtime_ns, owns_kernel)?;
     let id = &request.machine_id;
     let is_digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
     if id.len() != MACHINE_ID_DIGITS || !id.bytes().all(is_digit) {
         return Err(ConfigureError::MachineId { given: id.clone() });
     }
-    if parts.owns_kernel {
+    if owns_kernel {
         let random = File::options().write(true).open("/dev/random").map_err(ConfigureError::OpenRandom)?;
         sys::add_entropy(random.as_fd(), &request.entropy).map_err(ConfigureError::Seed)?;
         set_machine_id(id)?;
@@ -89,15 +106,15 @@ pub(crate) fn configure(
     })
 }
 
-/// Sets the wall clock to nanoseconds since the Unix epoch, where it is the agent's to set.
+/// Sets the wall clock to nanoseconds since the Unix epoch, where the agent `owns_kernel`.
 ///
 /// # Errors
-/// It is no time after the epoch, or the kernel refuses.
-pub(crate) fn set_clock(parts: &Parts, nanoseconds: i64) -> Result<(), ConfigureError> {
+/// The time is not after the epoch, or the kernel refuses it.
+pub(crate) fn set_clock(nanoseconds: i64, owns_kernel: bool) -> Result<(), ConfigureError> {
     if nanoseconds <= 0 {
         return Err(ConfigureError::Time { nanoseconds });
     }
-    if !parts.owns_kernel {
+    if !owns_kernel {
         return Ok(());
     }
     let time = TimeSpec::new(nanoseconds / 1_000_000_000, nanoseconds % 1_000_000_000);
@@ -107,7 +124,7 @@ pub(crate) fn set_clock(parts: &Parts, nanoseconds: i64) -> Result<(), Configure
 fn set_machine_id(id: &str) -> Result<(), ConfigureError> {
     let text = format!("{id}\n");
     fs::write(OWN_MACHINE_ID, &text).map_err(ConfigureError::WriteMachineId)?;
-    // A clone that was made ahead of time is told twice who it is.
+    // A clone that was prepared ahead of time gets the same machine id twice.
     if fs::read(MACHINE_ID).is_ok_and(|shown| shown == text.as_bytes()) {
         return Ok(());
     }

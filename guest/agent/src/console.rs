@@ -1,29 +1,31 @@
-//! What the agent tells a human: one line each, on the console that the host keeps and quotes in its errors.
+//! Messages of the agent to a human, each one line, on the console. The host keeps the console's text and
+//! quotes it in its errors.
 
 use std::{error::Error, io::Write, sync::OnceLock};
 
+use machinen_protocol::error::chain;
 use nix::{
     sys::reboot::{RebootMode, reboot},
     time::{ClockId, clock_gettime},
     unistd::getpid,
 };
 
-/// Set once at boot: print the boot's timeline.
+/// Set once at boot: whether the boot's timeline is printed.
 static TRACE: OnceLock<bool> = OnceLock::new();
-/// Set once at boot: what to do when the agent cannot go on.
+/// Set once at boot: what the agent does when it cannot continue.
 static LAST_RESORT: OnceLock<LastResort> = OnceLock::new();
 
 /// How the agent ends when it has to.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum LastResort {
-    /// It is the VM's init: the VM goes with it.
+    /// The agent is the VM's init: the VM ends with it.
     PowerOff,
-    /// It is an ordinary process.
+    /// The agent is an ordinary process.
     Exit,
 }
 
 pub(crate) fn set_last_resort(last: LastResort) {
-    // Only the first call counts, and boot makes it before anything else can fail.
+    // Only the first call has an effect, and boot makes it before anything else can fail.
     let _ = LAST_RESORT.set(last);
 }
 
@@ -34,11 +36,12 @@ pub(crate) fn enable_trace() {
 /// Prints one line.
 pub(crate) fn say(text: &str) {
     let line = format!("machinen-agent: {}\n", text.replace('\n', " "));
-    // Nobody is left to be told when the console fails.
+    // A failure of the console cannot be reported anywhere.
     let _ = std::io::stderr().lock().write_all(line.as_bytes());
 }
 
-/// Prints how long after the kernel's start a step of the boot was done, when the command line asks for it.
+/// Prints when a step of the boot was done, as the time since the kernel's start, if the command line asks
+/// for it.
 pub(crate) fn trace(step: &str) {
     if TRACE.get().is_some_and(|on| *on)
         && let Ok(now) = clock_gettime(ClockId::CLOCK_BOOTTIME)
@@ -51,20 +54,9 @@ pub(crate) fn trace(step: &str) {
     }
 }
 
-/// An error with all its causes, in one line.
-pub(crate) fn chain(err: &dyn Error) -> String {
-    let mut text = err.to_string();
-    let mut cause = err.source();
-    while let Some(err) = cause {
-        let more = err.to_string();
-        // Some crates repeat their cause in their own text.
-        if !text.contains(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
-        }
-        cause = err.source();
-    }
-    text
+/// Prints an error with all its causes.
+pub(crate) fn report(err: &dyn Error) {
+    say(&chain(err));
 }
 
 /// Prints the error and ends the VM, or the process where the agent is not the VM's init.
@@ -75,7 +67,7 @@ pub(crate) fn fatal(err: &dyn Error) -> ! {
 
 /// Ends the VM or the process.
 pub(crate) fn end(code: i32) -> ! {
-    // The console is buffered: an error that never reached the host would be a riddle.
+    // The console is buffered, and the last message must reach the host.
     let _ = nix::sys::termios::tcdrain(std::io::stderr());
     match LAST_RESORT.get() {
         Some(LastResort::PowerOff) => {
@@ -87,12 +79,12 @@ pub(crate) fn end(code: i32) -> ! {
     }
 }
 
-/// A panic ends the VM at once, with its place and text on the console.
+/// Makes a panic end the VM at once, with its location and text on the console.
 pub(crate) fn install_panic_hook() {
     let agent = getpid();
     std::panic::set_hook(Box::new(move |info| {
         say(&format!("fatal: {info}"));
-        // A forked child only ends itself.
+        // A forked child ends only itself.
         if getpid() == agent { end(101) } else { crate::sys::exit_now(101) }
     }));
 }

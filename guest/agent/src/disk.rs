@@ -1,4 +1,4 @@
-//! Finding a disk that the host has attached, by its SCSI address.
+//! Finds a disk that the host has attached, by its SCSI address.
 
 use std::{
     fs::{self, File},
@@ -15,14 +15,14 @@ use crate::{
     uevent::{UeventError, Uevents},
 };
 
-/// From the host's `device_add` to a readable disk takes some 20 ms; a disk that is not there by then was
+/// A disk is readable some 20 ms after the host's `device_add`; one that is not there by this deadline was
 /// never attached.
 const DEADLINE: Duration = Duration::from_secs(5);
 
-/// Makes the kernel look at one address of the VM's only controller: `<channel> <target> <lun>`.
+/// Writing `<channel> <target> <lun>` makes the kernel look at one address of the VM's only controller.
 const SCAN: &str = "/sys/class/scsi_host/host0/scan";
 
-/// Where disks come from.
+/// Where the agent finds disks.
 #[derive(Debug, Clone)]
 pub(crate) enum DiskSource {
     /// The VM's virtio-scsi controller.
@@ -39,13 +39,13 @@ pub(crate) enum Disk {
         /// Keeps a loop device until it is mounted.
         _loop_device: Option<OwnedFd>,
     },
-    /// A directory that stands for the file system on the disk.
+    /// A directory that replaces the file system on a disk, in a test.
     Directory(PathBuf),
 }
 
 /// SCSI address of a disk on the only controller's only bus.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Address {
+pub(crate) struct ScsiAddress {
     target: u32,
     lun: u32,
 }
@@ -64,19 +64,19 @@ pub(crate) enum DiskError {
     Uevents(UeventError),
 }
 
-/// What a root file system is made of.
+/// The disks of a root file system.
 #[derive(Debug)]
-pub(crate) enum Layers<T> {
-    /// What many containers share, and what one of them writes.
+pub(crate) enum RootDisks<T> {
+    /// A disk that many containers share, and one for what this container writes.
     Overlay { base: T, writable: T },
-    /// One disk, for reading.
+    /// One disk that is only read.
     ReadOnly(T),
-    /// One disk, for reading and writing.
+    /// One disk that is read and written.
     Whole(T),
 }
 
-impl<T> Layers<T> {
-    /// None for no disk at all.
+impl<T> RootDisks<T> {
+    /// None without any disk.
     pub(crate) fn of(base: Option<T>, writable: Option<T>) -> Option<Self> {
         match (base, writable) {
             (Some(base), Some(writable)) => Some(Self::Overlay { base, writable }),
@@ -86,41 +86,42 @@ impl<T> Layers<T> {
         }
     }
 
-    /// Does the same with each, which is told whether it is only read.
-    fn map<U, E>(self, mut with: impl FnMut(T, bool) -> Result<U, E>) -> Result<Layers<U>, E> {
+    /// Converts each disk. `with` gets the disk and whether it is only read.
+    fn map<U, E>(self, mut with: impl FnMut(T, bool) -> Result<U, E>) -> Result<RootDisks<U>, E> {
         Ok(match self {
             Self::Overlay { base, writable } => {
-                Layers::Overlay { base: with(base, true)?, writable: with(writable, false)? }
+                RootDisks::Overlay { base: with(base, true)?, writable: with(writable, false)? }
             }
-            Self::ReadOnly(disk) => Layers::ReadOnly(with(disk, true)?),
-            Self::Whole(disk) => Layers::Whole(with(disk, false)?),
+            Self::ReadOnly(disk) => RootDisks::ReadOnly(with(disk, true)?),
+            Self::Whole(disk) => RootDisks::Whole(with(disk, false)?),
         })
     }
 }
 
-impl From<&api::Disk> for Address {
+impl From<&api::Disk> for ScsiAddress {
     fn from(disk: &api::Disk) -> Self {
         Self { target: disk.target, lun: disk.lun }
     }
 }
 
 impl DiskSource {
-    /// Finds the disks of a container, waiting for them if the guest's kernel has not seen them yet.
+    /// Finds the disks of a container, and waits for disks that the guest's kernel has not seen yet.
     ///
     /// # Errors
-    /// Not there before the deadline.
-    pub(crate) async fn find(&self, addresses: Layers<Address>) -> Result<Layers<Disk>, DiskError> {
+    /// A disk is not there before the deadline.
+    pub(crate) async fn find(&self, addresses: RootDisks<ScsiAddress>) -> Result<RootDisks<Disk>, DiskError> {
         match self {
             Self::Scsi => {
                 let uevents = Uevents::subscribe().map_err(DiskError::Uevents)?;
-                // All before any is waited for: the kernel takes a disk into use in the background.
+                // The kernel starts to use a disk in the background: ask for all before waiting for the
+                // first.
                 match addresses.map(|address, _| Scanned::scan(address))? {
-                    Layers::Overlay { base, writable } => {
+                    RootDisks::Overlay { base, writable } => {
                         let base = base.appears(&uevents).await?;
-                        Ok(Layers::Overlay { base, writable: writable.appears(&uevents).await? })
+                        Ok(RootDisks::Overlay { base, writable: writable.appears(&uevents).await? })
                     }
-                    Layers::ReadOnly(disk) => Ok(Layers::ReadOnly(disk.appears(&uevents).await?)),
-                    Layers::Whole(disk) => Ok(Layers::Whole(disk.appears(&uevents).await?)),
+                    RootDisks::ReadOnly(disk) => Ok(RootDisks::ReadOnly(disk.appears(&uevents).await?)),
+                    RootDisks::Whole(disk) => Ok(RootDisks::Whole(disk.appears(&uevents).await?)),
                 }
             }
             Self::Directory(dir) => addresses.map(|address, read_only| image(dir, address, read_only)),
@@ -130,30 +131,31 @@ impl DiskSource {
     /// Finds one disk.
     ///
     /// # Errors
-    /// Not there before the deadline.
-    pub(crate) async fn find_one(&self, address: Address, read_only: bool) -> Result<Disk, DiskError> {
-        let layers = if read_only { Layers::ReadOnly(address) } else { Layers::Whole(address) };
-        let (Layers::ReadOnly(disk) | Layers::Whole(disk) | Layers::Overlay { writable: disk, .. }) =
-            self.find(layers).await?;
+    /// A disk is not there before the deadline.
+    pub(crate) async fn find_one(&self, address: ScsiAddress, read_only: bool) -> Result<Disk, DiskError> {
+        let disks = if read_only { RootDisks::ReadOnly(address) } else { RootDisks::Whole(address) };
+        let (RootDisks::ReadOnly(disk) | RootDisks::Whole(disk) | RootDisks::Overlay { writable: disk, .. }) =
+            self.find(disks).await?;
         Ok(disk)
     }
 }
 
-/// An address that the kernel has been told to look at.
+/// An address that the kernel was asked to scan.
 struct Scanned {
-    address: Address,
+    address: ScsiAddress,
 }
 
 impl Scanned {
-    fn scan(address: Address) -> Result<Self, DiskError> {
-        // The kernel looks at no target by itself: finding 256 of them empty would hold up the boot.
+    fn scan(address: ScsiAddress) -> Result<Self, DiskError> {
+        // The kernel scans no target by itself: finding 256 of them empty would delay the boot.
         fs::write(SCAN, format!("0 {} {}", address.target, address.lun)).map_err(DiskError::Scan)?;
         Ok(Self { address })
     }
 
     async fn appears(self, uevents: &Uevents) -> Result<Disk, DiskError> {
-        let Address { target, lun } = self.address;
-        // The kernel shows a LUN as it was addressed, and above 255 that is with the flat format's flag (SAM-5, 4.7).
+        let ScsiAddress { target, lun } = self.address;
+        // sysfs shows a LUN as it was addressed; above 255 that includes the flag of the flat format (SAM-5,
+        // 4.7).
         let shown = if lun > 255 { lun | 0x4000 } else { lun };
         let dir = PathBuf::from(format!("/sys/bus/scsi/devices/0:0:{target}:{shown}/block"));
         let device = uevents
@@ -164,14 +166,14 @@ impl Scanned {
     }
 }
 
-/// The disk is in sysfs a moment before it can be opened; its event comes after that moment.
+/// The disk appears in sysfs a moment before it can be opened, and its event comes after that.
 fn block_device(dir: &Path) -> Option<PathBuf> {
     let name = fs::read_dir(dir).ok()?.next()?.ok()?.file_name();
     let device = Path::new("/dev").join(name);
     File::open(&device).is_ok().then_some(device)
 }
 
-fn image(dir: &Path, Address { target, lun }: Address, read_only: bool) -> Result<Disk, DiskError> {
+fn image(dir: &Path, ScsiAddress { target, lun }: ScsiAddress, read_only: bool) -> Result<Disk, DiskError> {
     let path = dir.join(format!("{target}-{lun}"));
     let open = File::options().read(true).write(!read_only && !path.is_dir()).open(&path);
     let file = open.map_err(|source| DiskError::MissingImage { path: path.clone(), source })?;

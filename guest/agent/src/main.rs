@@ -1,8 +1,11 @@
 //! machinen's guest agent: PID 1 of the microVM.
 //!
-//! It boots user space, dials the host, and from then on owns every container and every process of the VM.
-//! The same binary runs as an ordinary process in private namespaces when it is given `--serial-fd`, for tests
-//! that want the real agent without a VM. As `tar` it is what CRIU calls so (`criu/tmpfs.rs`).
+//! The agent boots user space, dials the host, and then owns every container and every process of the VM.
+//! With `--serial-fd` the same binary runs as an ordinary process in private namespaces, for tests of the
+//! real agent without a VM. CRIU calls it under the name `tar` (`criu/tmpfs.rs`).
+
+#![deny(unsafe_code)]
+#![warn(unreachable_pub)]
 
 mod agent;
 mod boot;
@@ -11,6 +14,7 @@ mod channel;
 mod configure;
 mod console;
 mod container;
+mod context;
 mod criu;
 mod disk;
 mod engine;
@@ -22,13 +26,14 @@ mod reaper;
 mod service;
 mod shutdown;
 mod stdio;
-#[expect(unsafe_code, reason = "the one place for it")]
+#[expect(unsafe_code, reason = "the only module with system calls that no crate wraps")]
 mod sys;
 mod uevent;
 mod view;
 
 use std::process::ExitCode;
 
+use engine::{Engine, EntryPoints};
 use options::Options;
 
 fn main() -> ExitCode {
@@ -47,7 +52,7 @@ fn run() -> Result<(), agent::AgentError> {
     let machine = boot::boot(options)?;
     console::trace("booted");
     // The engine's process is forked while this one still has a single thread.
-    let engine = engine::Engine::fork()?;
+    let engine = Engine::fork(EntryPoints { serve_view: view::serve })?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -1,4 +1,4 @@
-//! What the agent is told when it starts: the kernel's command line in a VM, its own arguments otherwise.
+//! The agent's options: from the kernel's command line in a VM, from its arguments otherwise.
 
 use std::{ffi::OsString, os::fd::OwnedFd, path::PathBuf};
 
@@ -8,15 +8,16 @@ use crate::sys;
 
 /// Key on the kernel command line that prints the boot's timeline.
 const TRACE_ARG: &str = "machinen.trace";
-/// Key on the kernel command line that ends the VM as soon as the agent runs: the least that a VM can take.
+/// Key on the kernel command line that ends the VM as soon as the agent runs, to measure the minimum lifetime
+/// of a VM.
 const POWER_OFF_ARG: &str = "machinen.poweroff";
 const USAGE: &str = "usage: machinen-agent --serial-fd FD --disk-dir DIR";
 
 #[derive(Debug)]
 pub(crate) enum Options {
-    /// PID 1 of a VM; the rest stands on the kernel's command line, readable once /proc is mounted.
+    /// PID 1 of a VM; the options are on the kernel's command line, which can be read once /proc is mounted.
     Machine,
-    /// A process in namespaces of its own, with one byte stream as its serial port and a directory of disks.
+    /// A process in namespaces of its own, with a byte stream as its serial port and a directory of disks.
     Process { serial: OwnedFd, disks: PathBuf },
 }
 
@@ -27,13 +28,13 @@ pub(crate) enum ChannelKind {
     Serial,
 }
 
-/// The part of the kernel's command line that is the agent's.
+/// The agent's part of the kernel's command line.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct KernelArgs {
     pub(crate) channel: ChannelKind,
     pub(crate) trace: bool,
     pub(crate) power_off: bool,
-    /// This VM is to be saved: the agent waits to be woken before it dials the host.
+    /// This VM becomes a template: the agent waits to be woken before it dials the host.
     pub(crate) waits: bool,
 }
 
@@ -50,11 +51,13 @@ pub(crate) enum OptionsError {
 }
 
 impl Options {
+    /// Reads the arguments.
+    ///
     /// # Errors
-    /// Arguments that are neither those of an init (none) nor those of a test's process.
+    /// The arguments are neither those of an init (none) nor those of a test's process.
     pub(crate) fn from_environment() -> Result<Self, OptionsError> {
         let mut args = std::env::args_os().skip(1);
-        // The kernel hands words of its command line that it does not know to init.
+        // The kernel passes words of its command line that it does not know to init.
         if getpid().as_raw() == 1 {
             return Ok(Self::Machine);
         }
@@ -73,8 +76,10 @@ impl Options {
 }
 
 impl KernelArgs {
+    /// Parses the kernel's command line.
+    ///
     /// # Errors
-    /// The channel is not named, or unknown.
+    /// The channel is missing, or unknown.
     pub(crate) fn parse(cmdline: &str) -> Result<Self, OptionsError> {
         let mut channel = None;
         let mut trace = false;

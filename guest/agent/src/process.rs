@@ -1,7 +1,6 @@
-//! One process of a container: its exit, its streams, and what the host may ask of it.
+//! One process of a container: its exit, its streams, and the host's calls for it.
 
-use std::time::SystemTime;
-
+use machinen_protocol::error::{ErrorKind, HasKind};
 use nix::{errno::Errno, unistd::Pid};
 use tokio::{
     sync::{oneshot, watch},
@@ -11,35 +10,37 @@ use tokio::{
 use crate::{
     cgroup::Cgroup,
     channel::Stream,
-    reaper::{Exit, Reaper},
+    console,
+    reaper::Reaper,
     stdio::{AgentEnds, Input, Pipe, Stdin, Terminal, WindowSize, pump_out},
+    sys::WaitStatus,
 };
 
 #[derive(Debug)]
 pub(crate) struct Process {
     pid: Pid,
     reaper: Reaper,
-    stage: watch::Receiver<Stage>,
+    stage: watch::Receiver<ExitStage>,
     stdin: Stdin,
-    /// What CRIU calls the pipes that its standard streams are, for as long as it has not put others in their place.
+    /// CRIU's names of the pipes that were made for its standard streams. CRIU replaces them when it restores
+    /// the process.
     pipes: [Option<String>; 3],
     terminal: Option<Terminal>,
     tasks: Vec<AbortHandle>,
 }
 
-/// A process ends in two steps: first it is gone, then the host has all of its output.
+/// A process ends in two steps: first it exits, then the host has all of its output.
 #[derive(Debug, Clone, Copy)]
-enum Stage {
+enum ExitStage {
     Running,
     Exited,
     Done(Ended),
 }
 
-/// Everything there is to say about the end of a process.
+/// The result of a process.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Ended {
     pub(crate) code: u32,
-    pub(crate) at: SystemTime,
     pub(crate) stdout_bytes: u64,
     pub(crate) stderr_bytes: u64,
     pub(crate) oom_kills: u64,
@@ -51,7 +52,7 @@ pub(crate) enum ProcessError {
     Finished,
     #[error("cannot send signal {signal}")]
     Signal { signal: i32, source: Errno },
-    #[error("stdin ends after {total} bytes, but more have come")]
+    #[error("stdin ends after {total} bytes, but more have arrived")]
     StdinEnd { total: u64 },
     #[error("the process was deleted")]
     Deleted,
@@ -63,23 +64,34 @@ pub(crate) enum ProcessError {
     Resize(#[source] Errno),
 }
 
-/// What a process leaves to its supervisor when it starts.
+impl HasKind for ProcessError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Finished | Self::Deleted => ErrorKind::NotFound,
+            Self::Signal { source: Errno::EINVAL, .. } | Self::StdinEnd { .. } => ErrorKind::InvalidArgument,
+            Self::Running | Self::NoTerminal => ErrorKind::FailedPrecondition,
+            Self::Signal { .. } | Self::Resize(_) => ErrorKind::Internal,
+        }
+    }
+}
+
+/// A process that was just started, for its supervision.
 #[derive(Debug)]
 pub(crate) struct Started {
     pub(crate) pid: Pid,
-    pub(crate) exit: oneshot::Receiver<Exit>,
+    pub(crate) exit: oneshot::Receiver<WaitStatus>,
     pub(crate) ends: AgentEnds,
     pub(crate) cgroup: Cgroup,
-    /// It is the container's first process, with which all others end. The kernel sees to that in a pid namespace of the
-    /// container's own; where processes share the VM's, the agent does.
+    /// The process is the container's first one, with which all others end. In a pid namespace of the
+    /// container's own the kernel ends them; where processes share the VM's, the agent does.
     pub(crate) is_init: bool,
 }
 
 impl Process {
-    /// Takes charge of a process that has just been made.
+    /// Starts the pumps and the task that waits for the process.
     pub(crate) fn supervise(started: Started, reaper: Reaper) -> Self {
         let Started { pid, exit, ends, cgroup, is_init } = started;
-        let (stage_sender, stage) = watch::channel(Stage::Running);
+        let (stage_sender, stage) = watch::channel(ExitStage::Running);
         let (ended, _) = watch::channel(false);
         let pipes = ends.pipes.each_ref().map(|pipe| pipe.as_ref().map(Pipe::name));
         let [stdin_pipe, ..] = ends.pipes;
@@ -88,7 +100,7 @@ impl Process {
         let mut tasks = Vec::new();
         let pump_stdin = ends.stdin.map(|input| tokio::spawn(stdin.clone().pump(input)));
         tasks.extend(pump_stdin.as_ref().map(JoinHandle::abort_handle));
-        // A terminal whose output nobody takes any more is hung up, for which nobody may hold it.
+        // A terminal whose output is not read any more is hung up, so no other pump may keep it open.
         let hang_up = ends.terminal.as_ref().and(pump_stdin.as_ref().map(JoinHandle::abort_handle));
         let mut out = |end: Option<_>| {
             let hang_up = hang_up.clone();
@@ -107,20 +119,19 @@ impl Process {
         };
         let (stdout, stderr) = (out(ends.stdout), out(ends.stderr));
         let supervisor = tokio::spawn(async move {
-            let Ok(exit) = exit.await else { return };
+            let Ok(status) = exit.await else { return };
             if is_init && let Err(err) = cgroup.kill() {
-                crate::console::say(&crate::console::chain(&err));
+                console::report(&err);
             }
-            stage_sender.send_replace(Stage::Exited);
+            stage_sender.send_replace(ExitStage::Exited);
             if let Some(stdin) = pump_stdin {
                 stdin.abort();
             }
             ended.send_replace(true);
             // The streams must stay open until the host has read what they carry.
             let ((stdout_bytes, _out), (stderr_bytes, _err)) = (finish(stdout).await, finish(stderr).await);
-            stage_sender.send_replace(Stage::Done(Ended {
-                code: exit.code(),
-                at: exit.at,
+            stage_sender.send_replace(ExitStage::Done(Ended {
+                code: status.code(),
                 stdout_bytes,
                 stderr_bytes,
                 oom_kills: cgroup.oom_kills(),
@@ -135,34 +146,36 @@ impl Process {
         self.pid
     }
 
-    /// Whether it is gone, its output notwithstanding.
+    /// Whether the process has exited; output may still be pending.
     pub(crate) fn has_exited(&self) -> bool {
-        !matches!(*self.stage.borrow(), Stage::Running)
+        !matches!(*self.stage.borrow(), ExitStage::Running)
     }
 
-    /// Waits until it is gone.
+    /// Waits until the process has exited.
     pub(crate) async fn exited(&self) {
         let mut stage = self.stage.clone();
-        // An error means that the supervisor was stopped, which only deletion does.
-        let _ = stage.wait_for(|stage| !matches!(stage, Stage::Running)).await;
+        // An error means that the supervisor was stopped, which only a deletion does.
+        let _ = stage.wait_for(|stage| !matches!(stage, ExitStage::Running)).await;
     }
 
-    /// Waits until it is gone and its output was handed to its streams.
+    /// Waits until the process has exited and its output was handed to its streams.
     ///
     /// # Errors
-    /// It is deleted meanwhile.
+    /// The process is deleted meanwhile.
     pub(crate) async fn ended(&self) -> Result<Ended, ProcessError> {
         let mut stage = self.stage.clone();
         loop {
-            if let Stage::Done(ended) = *stage.borrow_and_update() {
+            if let ExitStage::Done(ended) = *stage.borrow_and_update() {
                 return Ok(ended);
             }
             stage.changed().await.map_err(|_| ProcessError::Deleted)?;
         }
     }
 
+    /// Sends a signal.
+    ///
     /// # Errors
-    /// It has ended, or the signal does not exist.
+    /// The process has ended, or the signal does not exist.
     pub(crate) fn signal(&self, signal: i32) -> Result<(), ProcessError> {
         match self.reaper.signal(self.pid, signal) {
             Ok(true) => Ok(()),
@@ -171,15 +184,15 @@ impl Process {
         }
     }
 
-    /// The process sees the end of its stdin after `total` bytes.
+    /// Ends the process's stdin after `total` bytes.
     ///
     /// # Errors
-    /// More than that were read already.
+    /// More bytes have arrived already.
     pub(crate) fn end_stdin(&self, total: u64) -> Result<(), ProcessError> {
         if self.stdin.end_at(total) { Ok(()) } else { Err(ProcessError::StdinEnd { total }) }
     }
 
-    /// The pipes that were made for its standard streams, as CRIU names them.
+    /// CRIU's names of the pipes that were made for its standard streams.
     pub(crate) fn pipes(&self) -> &[Option<String>; 3] {
         &self.pipes
     }
@@ -188,8 +201,10 @@ impl Process {
         &self.stdin
     }
 
+    /// Sets the terminal's size.
+    ///
     /// # Errors
-    /// It has no terminal, or none any more.
+    /// The process has no terminal, or the terminal is gone.
     pub(crate) fn resize(&self, size: WindowSize) -> Result<(), ProcessError> {
         match self.terminal.as_ref().ok_or(ProcessError::NoTerminal)?.resize(size) {
             Ok(true) => Ok(()),
@@ -198,7 +213,7 @@ impl Process {
         }
     }
 
-    /// Closes its streams, whether the host has read them or not.
+    /// Closes the process's streams, even if the host has not read them.
     pub(crate) fn close(&self) {
         for task in &self.tasks {
             task.abort();
@@ -215,7 +230,7 @@ impl Drop for Process {
 async fn finish(pump: Option<JoinHandle<(u64, Option<Stream>)>>) -> (u64, Option<Stream>) {
     match pump {
         None => (0, None),
-        // A pump ends by itself, or is stopped together with its supervisor.
+        // A pump ends by itself, or is aborted together with its supervisor.
         Some(pump) => pump.await.unwrap_or((0, None)),
     }
 }

@@ -1,15 +1,14 @@
 //! The one place that waits for children.
 //!
-//! Inits of containers, processes of the engine and orphans all become children of the agent. Each exit is
-//! taken from the kernel here, once, and given to whoever watches that pid. A process may end before its pid is
-//! known: while somebody holds an [`Expectation`], exits that nobody watches are kept for them.
+//! Inits of containers, processes of the engine and orphans all become children of the agent. The reaper
+//! takes each exit from the kernel, once, and passes it to the watcher of that pid. A process may end before
+//! its pid is known: while an [`Expectation`] exists, the reaper keeps exits without a watcher.
 
 use std::{
     collections::HashMap,
     io,
     os::fd::OwnedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::SystemTime,
 };
 
 use nix::{errno::Errno, unistd::Pid};
@@ -20,13 +19,6 @@ use tokio::{
 
 use crate::sys::{self, WaitStatus};
 
-/// How and when a process ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Exit {
-    pub(crate) status: WaitStatus,
-    pub(crate) at: SystemTime,
-}
-
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Reaper {
     shared: Arc<Shared>,
@@ -34,29 +26,29 @@ pub(crate) struct Reaper {
 
 #[derive(Debug, Default)]
 struct Shared {
-    table: Mutex<Table>,
+    watches: Mutex<Watches>,
     childless: Notify,
 }
 
 #[derive(Debug, Default)]
-struct Table {
-    watched: HashMap<Pid, oneshot::Sender<Exit>>,
-    early: HashMap<Pid, Exit>,
+struct Watches {
+    watched: HashMap<Pid, oneshot::Sender<WaitStatus>>,
+    early: HashMap<Pid, WaitStatus>,
     expectations: usize,
 }
 
-/// While this lives, no exit is forgotten.
+/// While this exists, the reaper keeps exits without a watcher.
 #[derive(Debug)]
 pub(crate) struct Expectation {
     reaper: Reaper,
 }
 
-impl Exit {
-    /// The exit status as shells and the OCI world write it: 128+n for signal n.
+impl WaitStatus {
+    /// The exit status as shells and OCI runtimes report it: 128+n for signal n.
     pub(crate) fn code(self) -> u32 {
-        match self.status {
-            WaitStatus::Exited(code) => code.into(),
-            WaitStatus::Signaled(signal) => 128 + u32::from(signal),
+        match self {
+            Self::Exited(code) => code.into(),
+            Self::Signaled(signal) => 128 + u32::from(signal),
         }
     }
 }
@@ -83,11 +75,11 @@ impl Reaper {
         }
     }
 
-    /// Takes all exits that there are. True when no child is left.
+    /// Takes all pending exits. True when no child is left.
     fn reap_all(&self) -> bool {
         loop {
             match sys::reap_any() {
-                Ok(Some((pid, status))) => self.ended(pid, Exit { status, at: SystemTime::now() }),
+                Ok(Some((pid, status))) => self.ended(pid, status),
                 Err(Errno::EINTR) => {}
                 Ok(None) => return false,
                 // ECHILD is the only other error that waitpid(2) has.
@@ -99,40 +91,40 @@ impl Reaper {
         }
     }
 
-    fn ended(&self, pid: Pid, exit: Exit) {
-        let mut table = self.lock();
-        if let Some(watcher) = table.watched.remove(&pid) {
-            // Whoever watched may have lost interest.
-            let _ = watcher.send(exit);
-        } else if table.expectations > 0 {
-            table.early.insert(pid, exit);
+    fn ended(&self, pid: Pid, status: WaitStatus) {
+        let mut watches = self.lock();
+        if let Some(watcher) = watches.watched.remove(&pid) {
+            // The watcher may have dropped its receiver.
+            let _ = watcher.send(status);
+        } else if watches.expectations > 0 {
+            watches.early.insert(pid, status);
         }
     }
 
-    /// Keeps all exits until the expectation is dropped. To be taken before the process can exist.
+    /// Keeps all exits until the expectation is dropped. To be called before the process can exist.
     pub(crate) fn expect(&self) -> Expectation {
         self.lock().expectations += 1;
         Expectation { reaper: self.clone() }
     }
 
-    /// Signals a watched process. False when it has been reaped, so that its pid may be another's by now.
+    /// Signals a watched process. False when it was reaped: its pid may belong to another process.
     ///
     /// # Errors
     /// Those of kill(2).
     pub(crate) fn signal(&self, pid: Pid, signal: i32) -> Result<bool, Errno> {
-        // Nothing is reaped while this runs: there is one thread.
+        // The agent has one thread: no process is reaped while this runs.
         if !self.lock().watched.contains_key(&pid) {
             return Ok(false);
         }
         sys::kill_raw(pid, signal).map(|()| true)
     }
 
-    /// A handle on a watched process. None when it has been reaped, so that its pid may be another's by now.
+    /// Opens a watched process. None when it was reaped: its pid may belong to another process.
     ///
     /// # Errors
     /// Those of pidfd_open(2).
-    pub(crate) fn hold(&self, pid: Pid) -> Result<Option<OwnedFd>, Errno> {
-        // As for signals: nothing is reaped meanwhile.
+    pub(crate) fn open(&self, pid: Pid) -> Result<Option<OwnedFd>, Errno> {
+        // As for signals: no process is reaped while this runs.
         if !self.lock().watched.contains_key(&pid) {
             return Ok(None);
         }
@@ -147,20 +139,20 @@ impl Reaper {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Table> {
-        self.shared.table.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Watches> {
+        self.shared.watches.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Expectation {
-    /// The exit of a child, whether it has ended already or not.
-    pub(crate) fn watch(&self, pid: Pid) -> oneshot::Receiver<Exit> {
+    /// The exit of a child, which may have ended already.
+    pub(crate) fn watch(&self, pid: Pid) -> oneshot::Receiver<WaitStatus> {
         let (sender, exit) = oneshot::channel();
-        let mut table = self.reaper.lock();
-        match table.early.remove(&pid) {
-            // The receiver is right here.
+        let mut watches = self.reaper.lock();
+        match watches.early.remove(&pid) {
+            // The receiver exists: this function returns it.
             Some(early) => _ = sender.send(early),
-            None => _ = table.watched.insert(pid, sender),
+            None => _ = watches.watched.insert(pid, sender),
         }
         exit
     }
@@ -168,10 +160,10 @@ impl Expectation {
 
 impl Drop for Expectation {
     fn drop(&mut self) {
-        let mut table = self.reaper.lock();
-        table.expectations -= 1;
-        if table.expectations == 0 {
-            table.early.clear();
+        let mut watches = self.reaper.lock();
+        watches.expectations -= 1;
+        if watches.expectations == 0 {
+            watches.early.clear();
         }
     }
 }
@@ -180,40 +172,37 @@ impl Drop for Expectation {
 mod tests {
     use super::*;
 
-    fn exit() -> Exit {
-        Exit { status: WaitStatus::Exited(3), at: SystemTime::UNIX_EPOCH }
-    }
+    const STATUS: WaitStatus = WaitStatus::Exited(3);
 
     #[tokio::test]
     async fn an_exit_before_the_watch_is_kept_while_expected() {
         let reaper = Reaper::default();
         let expectation = reaper.expect();
-        reaper.ended(Pid::from_raw(42), exit());
-        assert_eq!(expectation.watch(Pid::from_raw(42)).await, Ok(exit()));
+        reaper.ended(Pid::from_raw(42), STATUS);
+        assert_eq!(expectation.watch(Pid::from_raw(42)).await, Ok(STATUS));
     }
 
     #[tokio::test]
     async fn an_exit_after_the_watch_arrives() {
         let reaper = Reaper::default();
         let watch = reaper.expect().watch(Pid::from_raw(42));
-        reaper.ended(Pid::from_raw(42), exit());
-        assert_eq!(watch.await, Ok(exit()));
+        reaper.ended(Pid::from_raw(42), STATUS);
+        assert_eq!(watch.await, Ok(STATUS));
     }
 
     #[test]
     fn orphans_leave_nothing_behind() {
         let reaper = Reaper::default();
-        reaper.ended(Pid::from_raw(7), exit());
+        reaper.ended(Pid::from_raw(7), STATUS);
         let expectation = reaper.expect();
-        reaper.ended(Pid::from_raw(8), exit());
+        reaper.ended(Pid::from_raw(8), STATUS);
         drop(expectation);
         assert!(reaper.lock().early.is_empty());
     }
 
     #[test]
     fn a_signal_is_128_plus_its_number() {
-        let at = SystemTime::UNIX_EPOCH;
-        assert_eq!(Exit { status: WaitStatus::Signaled(9), at }.code(), 137);
-        assert_eq!(Exit { status: WaitStatus::Exited(255), at }.code(), 255);
+        assert_eq!(WaitStatus::Signaled(9).code(), 137);
+        assert_eq!(WaitStatus::Exited(255).code(), 255);
     }
 }

@@ -1,39 +1,55 @@
-//! The control calls, translated: decode, call, encode. What they do is elsewhere.
+//! Translates the control calls: decode, call, encode. The modules that they call do the work.
 
-use std::{
-    sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::sync::Arc;
 
 use machinen_protocol::api::{self, Agent};
+use tokio::sync::watch;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::{
-    agent::Parts,
     configure,
-    container::{Container, ContainerError},
+    container::{Container, ContainerError, IdTable},
+    context::Context,
     error::Failure,
     shutdown,
     stdio::{Streams, WindowSize},
 };
 
+/// What the calls of the host work on.
 #[derive(Debug)]
-pub(crate) struct Service {
-    parts: Arc<Parts>,
+pub(crate) struct AgentState {
+    pub(crate) context: Context,
+    pub(crate) containers: IdTable<Container>,
+    /// Whether the agent may set the clock and the random number generator.
+    owns_kernel: bool,
+    /// The id of the call that has shut the guest down.
+    pub(crate) shutdown: watch::Sender<Option<u32>>,
 }
 
-impl Service {
-    pub(crate) fn new(parts: Arc<Parts>) -> Self {
-        Self { parts }
+impl AgentState {
+    pub(crate) fn new(context: Context, owns_kernel: bool) -> Self {
+        let shutdown = watch::Sender::new(None);
+        Self { context, containers: IdTable::new("container"), owns_kernel, shutdown }
     }
 }
 
-/// Work that must not stop half-way when the host hangs up or its deadline passes.
+#[derive(Debug)]
+pub(crate) struct Service {
+    state: Arc<AgentState>,
+}
+
+impl Service {
+    pub(crate) fn new(state: Arc<AgentState>) -> Self {
+        Self { state }
+    }
+}
+
+/// Runs work that must not stop half-way when the host closes the stream or its deadline passes.
 async fn whole<T: Send + 'static>(
     work: impl Future<Output = Result<T, Failure>> + Send + 'static,
 ) -> ttrpc::Result<T> {
     let done = tokio::spawn(work).await;
-    // The release build aborts on a panic, and nobody aborts these tasks.
+    // The release build aborts on a panic, and these tasks are never aborted.
     done.map_err(|err| ttrpc::Error::Others(err.to_string()))?.map_err(Into::into)
 }
 
@@ -44,11 +60,11 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::ConfigureRequest,
     ) -> ttrpc::Result<api::ConfigureResponse> {
-        configure::configure(&self.parts, &request).map_err(|err| Failure::from(err).into())
+        configure::configure(&request, self.state.owns_kernel).map_err(|err| Failure::from(err).into())
     }
 
     async fn set_clock(&self, _: &TtrpcContext, request: api::SetClockRequest) -> ttrpc::Result<api::Empty> {
-        configure::set_clock(&self.parts, request.realtime_ns).map_err(Failure::from)?;
+        configure::set_clock(request.realtime_ns, self.state.owns_kernel).map_err(Failure::from)?;
         Ok(api::Empty::new())
     }
 
@@ -57,12 +73,12 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::CreateContainerRequest,
     ) -> ttrpc::Result<api::CreateContainerResponse> {
-        let parts = Arc::clone(&self.parts);
+        let state = Arc::clone(&self.state);
         whole(async move {
-            let place = parts.containers.reserve(&request.container_id)?;
-            let (container, phases) = Container::create(&parts, request).await?;
+            let reservation = state.containers.reserve(&request.container_id)?;
+            let (container, phases) = Container::create(&state.context, request).await?;
             let pid = container.init().pid().as_raw().unsigned_abs();
-            place.fill(container);
+            reservation.fill(container);
             Ok(api::CreateContainerResponse { pid, phases: phases.into_messages(), ..Default::default() })
         })
         .await
@@ -73,9 +89,9 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::ContainerRequest,
     ) -> ttrpc::Result<api::Empty> {
-        let parts = Arc::clone(&self.parts);
+        let state = Arc::clone(&self.state);
         whole(async move {
-            parts.containers.get(&request.container_id)?.start().await?;
+            state.containers.get(&request.container_id)?.start().await?;
             Ok(api::Empty::new())
         })
         .await
@@ -86,15 +102,13 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::ProcessRequest,
     ) -> ttrpc::Result<api::WaitProcessResponse> {
-        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
+        let container = self.state.containers.get(&request.container_id).map_err(Failure::from)?;
         let process = container.process(&request.exec_id).map_err(Failure::from)?;
         let ended = process.ended().await.map_err(Failure::from)?;
         Ok(api::WaitProcessResponse {
             exit_status: ended.code,
-            exited_at_ns: nanoseconds(ended.at),
             stdout_bytes: ended.stdout_bytes,
             stderr_bytes: ended.stderr_bytes,
-            oom_killed: ended.oom_kills > 0,
             oom_kills: ended.oom_kills,
             layer_unchanged: request.exec_id.is_empty() && container.layer_unchanged(),
             ..Default::default()
@@ -107,29 +121,16 @@ impl Agent for Service {
         request: api::SignalProcessRequest,
     ) -> ttrpc::Result<api::Empty> {
         let signal = i32::try_from(request.signal).unwrap_or(i32::MAX);
-        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
+        let container = self.state.containers.get(&request.container_id).map_err(Failure::from)?;
         container.signal(&request.exec_id, signal, request.all).map_err(Failure::from)?;
         Ok(api::Empty::new())
     }
 
     async fn end_stdin(&self, _: &TtrpcContext, request: api::EndStdinRequest) -> ttrpc::Result<api::Empty> {
-        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
+        let container = self.state.containers.get(&request.container_id).map_err(Failure::from)?;
         let process = container.process(&request.exec_id).map_err(Failure::from)?;
         process.end_stdin(request.total_bytes).map_err(Failure::from)?;
         Ok(api::Empty::new())
-    }
-
-    async fn list_processes(
-        &self,
-        _: &TtrpcContext,
-        request: api::ContainerRequest,
-    ) -> ttrpc::Result<api::ListProcessesResponse> {
-        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
-        let pids = container.cgroup().pids().map_err(Failure::from)?;
-        let processes = pids
-            .into_iter()
-            .map(|pid| api::ProcessInfo { pid: pid.as_raw().unsigned_abs(), ..Default::default() });
-        Ok(api::ListProcessesResponse { processes: processes.collect(), ..Default::default() })
     }
 
     async fn delete_container(
@@ -137,11 +138,11 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::ContainerRequest,
     ) -> ttrpc::Result<api::Empty> {
-        let parts = Arc::clone(&self.parts);
+        let state = Arc::clone(&self.state);
         whole(async move {
-            if let Some((place, container)) = parts.containers.take(&request.container_id)? {
+            if let Some((reservation, container)) = state.containers.take(&request.container_id)? {
                 container.delete().await?;
-                place.clear();
+                reservation.clear();
             }
             Ok(api::Empty::new())
         })
@@ -153,14 +154,15 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::ExecProcessRequest,
     ) -> ttrpc::Result<api::ExecProcessResponse> {
-        let parts = Arc::clone(&self.parts);
+        let state = Arc::clone(&self.state);
         whole(async move {
-            let container = parts.containers.get(&request.container_id);
+            let container = state.containers.get(&request.container_id);
             let pid = match container {
-                Ok(container) => container.exec(&parts, request).await?,
+                Ok(container) => container.exec(&state.context, request).await?,
                 Err(err) => {
-                    // The streams of the call go with it.
-                    let _ = Streams::claim(&request.stdio.unwrap_or_default(), &parts.unclaimed).await;
+                    // A refused call leaves no stream behind.
+                    let _ =
+                        Streams::claim(&request.stdio.unwrap_or_default(), &state.context.unclaimed).await;
                     return Err(err.into());
                 }
             };
@@ -174,7 +176,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::ProcessRequest,
     ) -> ttrpc::Result<api::Empty> {
-        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
+        let container = self.state.containers.get(&request.container_id).map_err(Failure::from)?;
         container.delete_process(&request.exec_id).map_err(Failure::from)?;
         Ok(api::Empty::new())
     }
@@ -184,7 +186,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::ResizeTerminalRequest,
     ) -> ttrpc::Result<api::Empty> {
-        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
+        let container = self.state.containers.get(&request.container_id).map_err(Failure::from)?;
         let process = container.process(&request.exec_id).map_err(Failure::from)?;
         process.resize(WindowSize::clamped(request.width, request.height)).map_err(Failure::from)?;
         Ok(api::Empty::new())
@@ -195,8 +197,8 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::ExportLayerRequest,
     ) -> ttrpc::Result<api::ExportLayerResponse> {
-        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
-        let stream = self.parts.unclaimed.claim(request.stream).await;
+        let container = self.state.containers.get(&request.container_id).map_err(Failure::from)?;
+        let stream = self.state.context.unclaimed.claim(request.stream).await;
         let stream =
             stream.ok_or(ContainerError::NoStream { token: request.stream }).map_err(Failure::from)?;
         let total_bytes = container.export_layer(stream).await.map_err(Failure::from)?;
@@ -204,11 +206,12 @@ impl Agent for Service {
     }
 
     async fn open_view(&self, _: &TtrpcContext, request: api::OpenViewRequest) -> ttrpc::Result<api::Empty> {
-        let parts = Arc::clone(&self.parts);
+        let state = Arc::clone(&self.state);
         whole(async move {
-            let stream = parts.unclaimed.claim(request.stream).await;
+            let stream = state.context.unclaimed.claim(request.stream).await;
             let stream = stream.ok_or(ContainerError::NoStream { token: request.stream })?;
-            parts.containers.get(&request.container_id)?.open_view(&parts, stream).await?;
+            let Context { engine, reaper, .. } = &state.context;
+            state.containers.get(&request.container_id)?.open_view(engine, reaper, stream).await?;
             Ok(api::Empty::new())
         })
         .await
@@ -219,10 +222,11 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::CheckpointContainerRequest,
     ) -> ttrpc::Result<api::CheckpointContainerResponse> {
-        let parts = Arc::clone(&self.parts);
+        let state = Arc::clone(&self.state);
         whole(async move {
-            let container = parts.containers.get(&request.container_id)?;
-            Ok(container.checkpoint(&parts, request).await?)
+            let container = state.containers.get(&request.container_id)?;
+            let Context { reaper, disks, .. } = &state.context;
+            Ok(container.checkpoint(reaper, disks, request).await?)
         })
         .await
     }
@@ -232,9 +236,9 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::ContainerRequest,
     ) -> ttrpc::Result<api::CheckpointImagesResponse> {
-        let parts = Arc::clone(&self.parts);
+        let state = Arc::clone(&self.state);
         whole(async move {
-            let container = parts.containers.get(&request.container_id)?;
+            let container = state.containers.get(&request.container_id)?;
             Ok(container.checkpoint_images().await?)
         })
         .await
@@ -245,10 +249,11 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::CheckpointContainerRequest,
     ) -> ttrpc::Result<api::Empty> {
-        let parts = Arc::clone(&self.parts);
+        let state = Arc::clone(&self.state);
         whole(async move {
-            let container = parts.containers.get(&request.container_id)?;
-            container.pre_dump(&parts, request).await?;
+            let container = state.containers.get(&request.container_id)?;
+            let Context { reaper, disks, .. } = &state.context;
+            container.pre_dump(reaper, disks, request).await?;
             Ok(api::Empty::new())
         })
         .await
@@ -259,7 +264,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::ContainerRequest,
     ) -> ttrpc::Result<api::Empty> {
-        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
+        let container = self.state.containers.get(&request.container_id).map_err(Failure::from)?;
         container.pages_fetched().await.map_err(Failure::from)?;
         Ok(api::Empty::new())
     }
@@ -269,9 +274,9 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::ContainerRequest,
     ) -> ttrpc::Result<api::Empty> {
-        let parts = Arc::clone(&self.parts);
+        let state = Arc::clone(&self.state);
         whole(async move {
-            parts.containers.get(&request.container_id)?.pause().await?;
+            state.containers.get(&request.container_id)?.pause().await?;
             Ok(api::Empty::new())
         })
         .await
@@ -282,7 +287,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::ContainerRequest,
     ) -> ttrpc::Result<api::Empty> {
-        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
+        let container = self.state.containers.get(&request.container_id).map_err(Failure::from)?;
         container.resume().map_err(Failure::from)?;
         Ok(api::Empty::new())
     }
@@ -292,7 +297,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::ReadCgroupRequest,
     ) -> ttrpc::Result<api::ReadCgroupResponse> {
-        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
+        let container = self.state.containers.get(&request.container_id).map_err(Failure::from)?;
         let files = container.cgroup().read_files(&request.names).map_err(Failure::from)?;
         Ok(api::ReadCgroupResponse { files, ..Default::default() })
     }
@@ -302,8 +307,8 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::WriteCgroupRequest,
     ) -> ttrpc::Result<api::Empty> {
-        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
-        let cgroup = container.live_cgroup().map_err(Failure::from)?;
+        let container = self.state.containers.get(&request.container_id).map_err(Failure::from)?;
+        let cgroup = container.running_cgroup().map_err(Failure::from)?;
         cgroup.write_files(&request.files).map_err(Failure::from)?;
         Ok(api::Empty::new())
     }
@@ -313,9 +318,9 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::WaitOutOfMemoryRequest,
     ) -> ttrpc::Result<api::WaitOutOfMemoryResponse> {
-        let container = self.parts.containers.get(&request.container_id).map_err(Failure::from)?;
+        let container = self.state.containers.get(&request.container_id).map_err(Failure::from)?;
         let (killed, ended) = tokio::select! {
-            // A kill is told before the end that it may have brought.
+            // A kill is reported before the end that it may have caused.
             biased;
             killed = container.cgroup().out_of_memory(request.seen) => (killed.map_err(Failure::from)?, false),
             () = container.init().exited() => (container.cgroup().oom_kills(), true),
@@ -324,16 +329,12 @@ impl Agent for Service {
     }
 
     async fn shutdown(&self, call: &TtrpcContext, _: api::Empty) -> ttrpc::Result<api::Empty> {
-        let (parts, call) = (Arc::clone(&self.parts), call.mh.stream_id);
+        let (state, call) = (Arc::clone(&self.state), call.mh.stream_id);
         whole(async move {
-            shutdown::run(&parts).await;
-            parts.shutdown.send_replace(Some(call));
+            shutdown::run(&state.context.reaper, &state.containers).await;
+            state.shutdown.send_replace(Some(call));
             Ok(api::Empty::new())
         })
         .await
     }
-}
-
-fn nanoseconds(at: SystemTime) -> i64 {
-    at.duration_since(UNIX_EPOCH).ok().and_then(|since| i64::try_from(since.as_nanos()).ok()).unwrap_or(0)
 }

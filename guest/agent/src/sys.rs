@@ -14,7 +14,7 @@ use nix::{
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// A child that has ended, as wait(2) tells it.
+/// How a child has ended (wait(2)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum WaitStatus {
     Exited(u8),
@@ -23,7 +23,7 @@ pub(crate) enum WaitStatus {
 
 /// Reaps one ended child of any kind, without waiting.
 ///
-/// nix's wrapper fails for real-time signals, which a container may well use.
+/// nix's wrapper fails for real-time signals, which containers may use.
 ///
 /// # Errors
 /// ECHILD when there is no child at all.
@@ -55,7 +55,7 @@ pub(crate) fn kill_raw(pid: Pid, signal: i32) -> Result<(), Errno> {
     Errno::result(unsafe { libc::kill(pid.as_raw(), signal) }).map(drop)
 }
 
-/// The scheduling policy of a thread, without its flags: of the kernel's include/uapi/linux/sched.h.
+/// The scheduling policy of a thread, without flags: a constant of the kernel's include/uapi/linux/sched.h.
 ///
 /// # Errors
 /// There is no such thread.
@@ -75,7 +75,7 @@ pub(crate) fn fork() -> Result<ForkResult, Errno> {
     unsafe { nix::unistd::fork() }
 }
 
-/// A fork whose child becomes a child of this process's parent (clone(2), CLONE_PARENT).
+/// Forks a child of this process's parent (clone(2), CLONE_PARENT).
 ///
 /// # Errors
 /// Those of clone(2); EINVAL in the init process of a pid namespace.
@@ -88,19 +88,19 @@ pub(crate) fn fork_sibling() -> Result<ForkResult, Errno> {
     fork_result(pid)
 }
 
-/// A fork whose child becomes a child of this process's parent, and is in another cgroup from its first moment on
-/// (clone(2), CLONE_PARENT and CLONE_INTO_CGROUP).
+/// Forks a child of this process's parent into another cgroup (clone(2), CLONE_PARENT and CLONE_INTO_CGROUP).
 ///
 /// # Errors
 /// Those of clone3(2); EBUSY for a cgroup whose children have controllers.
 pub(crate) fn fork_sibling_into(cgroup: BorrowedFd<'_>) -> Result<ForkResult, Errno> {
-    /// Of linux/sched.h; the C library's crate has it in too narrow a type.
+    /// From linux/sched.h; the libc crate's constant has too narrow a type.
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     let mut args = [0_u64; 11];
     args[0] = CLONE_INTO_CGROUP | u64::from(libc::CLONE_PARENT.cast_unsigned());
     args[10] = cgroup.as_raw_fd().cast_unsigned().into();
-    // SAFETY: the kernel reads a clone_args, eleven words of which the first are flags and the last the cgroup; without
-    // a stack and shared memory this is fork(2), and it is called while the process has one thread only.
+    // SAFETY: the kernel reads a clone_args, eleven words of which the first are flags and the last the
+    // cgroup; without a stack and shared memory this is fork(2), and it is called while the process has one
+    // thread only.
     let pid = Errno::result(unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) })?;
     fork_result(pid)
 }
@@ -113,7 +113,7 @@ fn fork_result(pid: libc::c_long) -> Result<ForkResult, Errno> {
     }
 }
 
-/// A handle on a process that is known to exist (pidfd_open(2)).
+/// Opens a process that is known to exist (pidfd_open(2)).
 ///
 /// # Errors
 /// Those of pidfd_open(2).
@@ -138,18 +138,19 @@ pub(crate) fn file_of_socket(socket: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// _exit(2): ends a forked process without running what its parent has registered for the end.
+/// Ends a forked process without running its parent's exit handlers (_exit(2)).
 pub(crate) fn exit_now(code: i32) -> ! {
     // SAFETY: always allowed.
     unsafe { libc::_exit(code) }
 }
 
-/// Has the runtime watch a descriptor.
+/// Registers a descriptor with the runtime.
 ///
 /// # Errors
 /// The kernel cannot poll it.
 pub(crate) fn register<T: AsFd + AsRawFd>(inner: T, interest: Interest) -> io::Result<AsyncFd<T>> {
-    // SAFETY: a type that lends its descriptor safely owns it for as long as it lives, and the AsyncFd owns that.
+    // SAFETY: a type that lends its descriptor safely owns it for as long as it lives, and the AsyncFd owns
+    // that.
     Ok(unsafe { AsyncFd::register_with_interest(inner, interest) }?)
 }
 
@@ -164,21 +165,21 @@ pub(crate) fn inherited_fd(fd: RawFd) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Takes over a descriptor that has just come over a socket (unix(7), SCM_RIGHTS).
+/// Takes over a descriptor that was just received over a socket (unix(7), SCM_RIGHTS).
 pub(crate) fn received_fd(fd: RawFd) -> OwnedFd {
     // SAFETY: the kernel has made it for this process, and the caller is the only one it was given to.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-/// Default action for every signal and an empty mask, as a program expects to find them.
+/// Sets the default action for every signal and an empty mask, as programs expect.
 ///
 /// The Rust runtime ignores SIGPIPE, and an ignored signal stays ignored over exec.
 pub(crate) fn reset_signals() {
     // The kernel's own struct sigaction: handler (SIG_DFL is 0), flags, restorer, mask.
     let default = [0_u64; 4];
     for signal in 1..=64 {
-        // SAFETY: the default action runs no code of ours. The C library's wrapper would refuse the two signals
-        // that it keeps to itself. SIGKILL and SIGSTOP answer an error, as they should.
+        // SAFETY: the default action runs no code of ours. The C library's wrapper would refuse the two
+        // signals that it keeps to itself. SIGKILL and SIGSTOP answer an error, as they should.
         unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, &raw const default, 0, 8) };
     }
     // SAFETY: sigset_t is plain data that sigemptyset fills; the old mask is not asked for.
@@ -208,7 +209,8 @@ pub(crate) fn add_entropy(random: BorrowedFd<'_>, bytes: &[u8]) -> Result<(), Er
         info.entropy_count = size * 8;
         info.buf_size = size;
         info.buf[..chunk.len()].copy_from_slice(chunk);
-        // SAFETY: RNDADDENTROPY reads a rand_pool_info, which `info` lays out, and no more of it than buf_size.
+        // SAFETY: RNDADDENTROPY reads a rand_pool_info, which `info` lays out, and no more of it than
+        // buf_size.
         Errno::result(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const info) })?;
     }
     // SAFETY: RNDRESEEDCRNG takes no argument.
@@ -232,7 +234,7 @@ pub(crate) fn loopback_up(socket: BorrowedFd<'_>) -> Result<(), Errno> {
     Ok(())
 }
 
-/// A free loop device backed by `file`, which the kernel takes away again after its last use (loop(4)).
+/// Attaches `file` to a free loop device, which the kernel detaches after its last use (loop(4)).
 ///
 /// # Errors
 /// Those of the ioctls, and of opening the device.
@@ -270,14 +272,15 @@ pub(crate) fn attach_loop(file: BorrowedFd<'_>, read_only: bool) -> io::Result<(
         // SAFETY: LOOP_CONFIGURE reads a loop_config, which `config` lays out.
         match Errno::result(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) }) {
             Ok(_) => return Ok((number.cast_unsigned(), device.into())),
-            // Somebody else took this number between the two calls.
+            // Another process took this number between the two calls.
             Err(Errno::EBUSY) => {}
             Err(err) => return Err(err.into()),
         }
     }
 }
 
-/// Loads a BPF program that decides about devices, and puts it on a cgroup (bpf(2)). It stays as long as that.
+/// Loads a BPF program that decides about devices, and attaches it to a cgroup (bpf(2)), with which it
+/// disappears.
 ///
 /// # Errors
 /// Those of bpf(2).
@@ -310,7 +313,8 @@ pub(crate) fn attach_device_filter(cgroup: BorrowedFd<'_>, code: &[u64]) -> Resu
         license: c"Apache-2.0".as_ptr().expose_provenance() as u64,
         log: [0; 2],
     };
-    // SAFETY: the kernel reads `length` instructions of eight bytes and the license, both of which outlive the call.
+    // SAFETY: the kernel reads `length` instructions of eight bytes and the license, both of which outlive
+    // the call.
     let program = Errno::result(unsafe {
         libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<Load>())
     })?;
@@ -330,8 +334,8 @@ pub(crate) fn attach_device_filter(cgroup: BorrowedFd<'_>, code: &[u64]) -> Resu
     Ok(())
 }
 
-/// Makes the file system of `root` complete on its disk and holds up whoever writes to it; or lets them go on. It may be
-/// either already.
+/// Completes the file system of `root` on its disk and blocks its writers, or lets them continue. Neither is
+/// an error if it is so already.
 ///
 /// # Errors
 /// Those of the ioctls FIFREEZE and FITHAW: ENOTSUPP where the file system cannot be frozen.
@@ -347,19 +351,19 @@ pub(crate) fn freeze_file_system(root: BorrowedFd<'_>, frozen: bool) -> io::Resu
     }
 }
 
-/// A piece of a file and where it is on the disk, in bytes.
+/// A piece of a file, and its place on the disk, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FileExtent {
     pub(crate) logical: u64,
     pub(crate) physical: u64,
     pub(crate) length: u64,
-    /// Reads as zeros, whatever the disk has there.
+    /// The piece reads as zeros, whatever the disk holds.
     pub(crate) zero: bool,
-    /// The file has no other after it.
+    /// This is the last piece of the file.
     pub(crate) last: bool,
 }
 
-/// Writes back the data of a part of a file, and waits for that (sync_file_range(2)).
+/// Writes back a part of a file, and waits for the disk (sync_file_range(2)).
 ///
 /// # Errors
 /// Those of writing.
@@ -372,15 +376,17 @@ pub(crate) fn write_back(file: BorrowedFd<'_>, from: u64, length: u64) -> io::Re
     Ok(Errno::result(done).map(drop)?)
 }
 
-/// The first pieces of a part of a file, which was written back (kernel document filesystems/fiemap.rst).
+/// Locates the first pieces of a part of a file that was written back (kernel document
+/// filesystems/fiemap.rst).
 ///
 /// # Errors
-/// Those of the ioctl; EIO for a piece that has no place of its own on the disk.
+/// Those of the ioctl; EIO for a piece without a place of its own on the disk.
 pub(crate) fn file_extents(file: BorrowedFd<'_>, part: Range<u64>) -> io::Result<Vec<FileExtent>> {
     const FS_IOC_FIEMAP: libc::Ioctl = 0xc020_660b;
     const LAST: u32 = 1;
     const UNWRITTEN: u32 = 0x800;
-    /// Unknown place, not allocated yet, encoded, inside other data, at the end of another.
+    /// The place is unknown, or not allocated yet; or the data is encoded, stored in metadata, or shares a
+    /// block with other files.
     const NOT_PLAIN: u32 = 0x2 | 0x4 | 0x8 | 0x200 | 0x400;
     const COUNT: usize = 256;
     #[repr(C)]

@@ -1,6 +1,6 @@
-//! Waiting for a device of the VM: the kernel's uevents say when to look again, sysfs says what is there.
+//! Waits for a device of the VM: the kernel's uevents show when to look, sysfs shows what is there.
 //!
-//! The content of an event is never used, so a forged one costs a look and nothing else.
+//! The content of an event is never used, so a forged event costs only a look.
 
 use std::{
     io,
@@ -35,7 +35,7 @@ pub(crate) enum UeventError {
 }
 
 impl Uevents {
-    /// Subscribes. Made before the first look at sysfs, so that nothing falls between.
+    /// Subscribes. To be called before the first look at sysfs, so that no event is missed.
     ///
     /// # Errors
     /// Those of the socket calls.
@@ -54,10 +54,10 @@ impl Uevents {
         make().map(|socket| Self { socket }).map_err(UeventError::Listen)
     }
 
-    /// Calls `look` now and after every event until it finds something.
+    /// Calls `look` now and after every event until it returns something.
     ///
     /// # Errors
-    /// Nothing was found before the deadline.
+    /// `look` has found nothing before the deadline.
     pub(crate) async fn find<T>(
         &self,
         deadline: Duration,
@@ -74,7 +74,7 @@ impl Uevents {
         tokio::time::timeout(deadline, search).await.map_err(|_| UeventError::Deadline(deadline))?
     }
 
-    /// Waits for at least one event and takes all that have come.
+    /// Waits for at least one event and takes all that have arrived.
     async fn event(&self) -> io::Result<()> {
         let mut seen = false;
         loop {
@@ -82,7 +82,7 @@ impl Uevents {
             loop {
                 let mut buffer = [0; 256];
                 match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
-                    // ENOBUFS: events were lost, which is an event too.
+                    // ENOBUFS: events were lost, which counts as an event.
                     Ok(_) | Err(Errno::ENOBUFS) => seen = true,
                     Err(Errno::EAGAIN) => break,
                     Err(Errno::EINTR) => {}

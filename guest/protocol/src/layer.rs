@@ -1,28 +1,30 @@
-//! How a container's changes travel: the upper directory of its overlay as a tar stream, as it is.
+//! The format in which a container's changes travel: the upper directory of its overlay, unchanged, as a tar
+//! stream.
 //!
-//! The archive is POSIX.1-2001 ("pax") and any tar reads it. What the host insists on beyond that:
+//! The archive is POSIX.1-2001 ("pax") and any tar reads it. The host requires more than that:
 //!
-//! - The first entry is the upper directory itself, named `.`; other names are relative and have no empty, `.` or `..`
-//!   component.
-//! - A directory comes before what is in it, and all that is in it before anything that is not. No name comes twice.
-//! - Each entry has at most one extended header (`x`) with records of [`KEYS`] and `SCHILY.xattr.*`, and there are no
-//!   other extensions. Sizes that octal digits cannot say are binary, as GNU tar has them.
+//! - The first entry is the upper directory itself, named `.`; other names are relative and have no empty,
+//!   `.` or `..` component.
+//! - A directory comes before its content, and its whole content before anything outside it. No name comes
+//!   twice.
+//! - Each entry has at most one extended header (`x`), with records of [`KEYS`] and `SCHILY.xattr.*`, and the
+//!   archive has no other extensions. Sizes that do not fit in octal digits are binary, as in GNU tar.
 //! - A removed file is a character device 0:0, and a directory that hides what is below it has the attribute
-//!   `trusted.overlay.opaque`, both as overlayfs keeps them. Other attributes of overlayfs mean something on the disk
-//!   where they were made only, and are not sent.
+//!   `trusted.overlay.opaque`, both as overlayfs keeps them. Other attributes of overlayfs have a meaning
+//!   only on the disk where they were made, and are not sent.
 //! - A file with holes is in GNU's sparse format 1.0: the data begins with a map, see [`map`].
 //! - Another name of a file is a hard link to the first one, symbolic links and sockets included.
-//! - A bound socket has no type in a tar: it is a fifo with the record [`FILE_TYPE`], as star(1) has it.
+//! - tar has no type for a bound socket: it is a fifo with the record [`FILE_TYPE`], as in star(1).
 
-/// Most bytes in the records of one entry; 4 KiB of attributes and two paths fit many times.
+/// Most bytes in the records of one entry: many times 4 KiB of attributes and two paths.
 pub const MAX_RECORDS: usize = 256 << 10;
 /// Most bytes of a path in the archive.
 pub const MAX_PATH: usize = 4000;
-/// Most directories above an entry: an open descriptor each where a tree is removed.
+/// Most directories above an entry: removing a tree takes an open descriptor for each.
 pub const MAX_DEPTH: usize = 512;
-/// Most pieces of data of a file with holes; 16 MiB of memory to keep them.
+/// Most pieces of data of a file with holes; the list of them takes 16 MiB of memory.
 pub const MAX_PIECES: usize = 1 << 20;
-/// Bytes that everything in a tar stream is a multiple of.
+/// Size of a block, bytes: everything in a tar stream is a multiple of it.
 pub const BLOCK: usize = 512;
 
 /// Prefix of the records that carry extended attributes.
@@ -31,26 +33,31 @@ pub const XATTR: &str = "SCHILY.xattr.";
 pub const OPAQUE: (&str, &[u8]) = ("trusted.overlay.opaque", b"y");
 /// Attributes that are overlayfs's own.
 pub const OVERLAY: &str = "trusted.overlay.";
-/// Attributes that overlayfs keeps for whoever uses an overlay inside the container; they are sent.
+/// Attributes that overlayfs keeps for an overlay inside the container; they are sent.
 pub const NESTED_OVERLAY: &str = "trusted.overlay.overlay.";
 
-/// Keys of records that are not attributes.
+/// The keys of records that are not attributes.
 pub const KEYS: [&str; 7] = [PATH, LINK, MTIME, FILE_TYPE, SPARSE_MAJOR, SPARSE_MINOR, SPARSE_SIZE];
+/// Key of the entry's path.
 pub const PATH: &str = "path";
+/// Key of a link's target.
 pub const LINK: &str = "linkpath";
-/// See [`format_time`].
+/// Key of the time of the last change: see [`format_time`].
 pub const MTIME: &str = "mtime";
-/// What a file really is; only of a fifo that is a [`SOCKET`].
+/// Key of the type of a file that tar has none for; only of a fifo that is a [`SOCKET`].
 pub const FILE_TYPE: &str = "SCHILY.filetype";
+/// The value of [`FILE_TYPE`].
 pub const SOCKET: &str = "socket";
+/// Key of the sparse format's major version.
 pub const SPARSE_MAJOR: &str = "GNU.sparse.major";
+/// Key of the sparse format's minor version.
 pub const SPARSE_MINOR: &str = "GNU.sparse.minor";
-/// Bytes that the file seems to have, holes included.
+/// Key of the file's size with its holes, bytes.
 pub const SPARSE_SIZE: &str = "GNU.sparse.realsize";
 
-/// Whether an extended attribute belongs to the container's files; all others stay where they are.
+/// Whether an extended attribute belongs to the container's files and is sent; all others stay on the disk.
 ///
-/// Security labels other than file capabilities are those of the kernel that gave them.
+/// Security labels other than file capabilities belong to the kernel that set them.
 pub fn travels(name: &[u8]) -> bool {
     let starts = |prefix: &str| name.starts_with(prefix.as_bytes());
     let plain_trusted = starts("trusted.") && !starts(OVERLAY);
@@ -61,7 +68,7 @@ pub fn travels(name: &[u8]) -> bool {
         || exact.iter().any(|exact| exact.as_bytes() == name)
 }
 
-/// Why records were not understood.
+/// Records are malformed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("malformed record in an extended header")]
 pub struct RecordError;
@@ -80,7 +87,7 @@ pub fn push_record(records: &mut Vec<u8>, key: &[u8], value: &[u8]) {
     records.push(b'\n');
 }
 
-/// Takes the records apart, in order. Values may hold any byte, the end of a line too.
+/// Splits the records, in order. Values may hold any byte, a line feed too.
 #[derive(Debug, Clone, Copy)]
 pub struct Records<'a>(pub &'a [u8]);
 
@@ -94,7 +101,7 @@ impl<'a> Iterator for Records<'a> {
         let record = first_record(self.0);
         match record {
             Some((_, _, rest)) => self.0 = rest,
-            // What follows cannot be found.
+            // Without this record's length the next one cannot be found.
             None => self.0 = &[],
         }
         Some(record.map(|(key, value, _)| (key, value)).ok_or(RecordError))
@@ -110,7 +117,7 @@ fn first_record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     Some((&body[..equals], &body[equals + 1..], rest))
 }
 
-/// Digits only, no sign, no blank; None also when it is more than u64.
+/// Parses digits without a sign or blanks; None also when the number exceeds u64.
 pub fn decimal(digits: &[u8]) -> Option<u64> {
     if digits.is_empty() || digits.len() > 20 {
         return None;
@@ -121,7 +128,7 @@ pub fn decimal(digits: &[u8]) -> Option<u64> {
     })
 }
 
-/// Seconds and nanoseconds (of which there are always less than 10^9, counted forwards) as a decimal fraction.
+/// Formats seconds and nanoseconds (less than 10^9, counted forwards) as a decimal fraction.
 pub fn format_time(seconds: i64, nanoseconds: u32) -> String {
     let nanos = i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds);
     let sign = if nanos < 0 { "-" } else { "" };
@@ -147,8 +154,8 @@ pub fn parse_time(text: &[u8]) -> Option<(i64, u32)> {
     Some((seconds, u32::try_from(nanos.rem_euclid(1_000_000_000)).ok()?))
 }
 
-/// The map before the data of a file with holes: how many pieces, then the offset and length of each, a number a
-/// line, filled up to whole blocks.
+/// The map before the data of a file with holes: the number of pieces, then the offset and length of each,
+/// one number per line, padded to whole blocks.
 pub fn map(pieces: &[(u64, u64)]) -> Vec<u8> {
     let mut map = format!("{}\n", pieces.len());
     for (offset, length) in pieces {
@@ -164,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn records_are_as_posix_has_them() {
+    fn records_are_those_of_posix() {
         let mut records = Vec::new();
         push_record(&mut records, b"path", b"a");
         push_record(&mut records, b"SCHILY.xattr.user.x", b"=\n\0 \n");
@@ -185,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn noise_is_no_record() {
+    fn noise_is_refused() {
         for noise in [
             &b"5"[..],
             b"5 a=",
@@ -203,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn times_of_all_ages() {
+    fn times_before_and_after_the_epoch() {
         for (seconds, nanoseconds, text) in [
             (0, 0, "0.000000000"),
             (1_700_000_000, 5, "1700000000.000000005"),
@@ -229,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_overlayfs_own_stays_at_home() {
+    fn attributes_of_overlayfs_itself_stay() {
         for name in [
             "user.a",
             "security.capability",

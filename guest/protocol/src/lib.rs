@@ -1,19 +1,24 @@
-//! What machinen's host side and its guest agent say to each other.
+//! The protocol between machinen's host side and its guest agent.
 //!
-//! This crate does no I/O. It holds the only copy of every name, number and layout that both sides must agree on:
-//! the ttrpc messages ([`api`], from `proto/agent.proto`), the first bytes of each stream ([`preamble`]), the archive of a
-//! container's changes ([`layer`]), the messages about its files ([`view`]), the addresses below, and the [`VERSION`] that is checked before anything else.
+//! This crate does no I/O. It holds the only copy of every name, number and layout that both sides must agree
+//! on: the ttrpc messages ([`api`], from `proto/agent.proto`), the kinds of errors ([`error`]), the first
+//! bytes of each stream ([`preamble`]), the archive of a container's changes ([`layer`]), the messages about
+//! its files ([`fuse`]), the addresses below, and the [`VERSION`] that is checked before anything else.
 //!
 //! ```text
 //!   host                                             guest agent
 //!    | <---- control stream: preamble, then ttrpc ----- |   the guest dials when it is ready
-//!    | ----- one raw stream per stdio direction ------> |   the host dials, preamble carries a token
-//!    | <---- wake port: "waiting", "go on" -----------> |   templates and clones only, before all else
+//!    | ----- raw streams: stdio, archives, files -----> |   the host dials, preamble carries a token
+//!    | <---- wake port: "waiting", "continue" --------> |   templates and clones only, before all else
 //! ```
 
+#![deny(unsafe_code)]
+#![warn(missing_docs, unreachable_pub)]
+
+pub mod error;
+pub mod fuse;
 pub mod layer;
 pub mod preamble;
-pub mod view;
 
 /// Generated messages and the ttrpc service of `proto/agent.proto`.
 #[allow(
@@ -21,6 +26,7 @@ pub mod view;
     clippy::allow_attributes,
     clippy::unwrap_used,
     missing_debug_implementations,
+    missing_docs,
     rust_2018_idioms,
     unreachable_pub,
     unused_qualifications,
@@ -34,15 +40,16 @@ pub mod api {
     pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
 }
 
-/// Version of the whole protocol: messages, preamble and their meaning. Moved by every incompatible change.
+/// Version of the whole protocol: messages, preamble and their meaning. Every incompatible change moves it.
 pub const VERSION: u16 = 3;
 
-/// [`control_port`] of the first guest CID there is, 3.
+/// [`control_port`] of the first guest CID, which is 3.
 pub const CONTROL_PORT: u32 = 1024;
 
-/// AF_VSOCK port on the host (CID 2) that the agent of the guest with this CID dials with its control stream.
+/// AF_VSOCK port on the host (CID 2) that the agent of the guest with this CID dials to open its control
+/// stream.
 ///
-/// All VMs of a host share the host's ports, and each is served by a process of its own: a port for each CID keeps
+/// All VMs of a host share the host's ports, and a separate process serves each VM: a port for each CID keeps
 /// them apart. With vhost-user-vsock the host listens on the Unix socket `<uds>_<port>`.
 pub const fn control_port(guest_cid: u32) -> u32 {
     CONTROL_PORT.wrapping_add(guest_cid).wrapping_sub(3)
@@ -55,8 +62,8 @@ pub const STREAM_PORT: u32 = 1025;
 /// The guest finds it by `/sys/class/virtio-ports/*/name`.
 pub const SERIAL_PORT_NAME: &str = "io.machinen.agent";
 
-/// Name of the virtserialport on which the agent of a template waits to be woken (see [`preamble::Kind::Waiting`]).
-/// Templates and their clones have it, other VMs do not.
+/// Name of the virtserialport on which the agent of a template waits to be woken (see
+/// [`preamble::Kind::Waiting`]). Templates and their clones have this port, other VMs do not.
 pub const WAKE_PORT_NAME: &str = "io.machinen.wake";
 
 /// Word on the kernel command line that makes the agent wait on the wake port before it dials the host.
@@ -65,8 +72,8 @@ pub const TEMPLATE_ARG: &str = "machinen.template";
 /// Largest ttrpc message either side sends or accepts, bytes.
 pub const MAX_MESSAGE: usize = 4 << 20;
 
-/// Most raw streams that may wait in the agent for a process to claim them.
+/// Most raw streams that may wait in the agent until a call claims them.
 pub const MAX_UNCLAIMED_STREAMS: usize = 64;
 
-/// Key on the kernel command line that tells the agent which channel to use: `machinen.channel=vsock|serial`.
+/// Key on the kernel command line that selects the agent's channel: `machinen.channel=vsock|serial`.
 pub const CHANNEL_ARG: &str = "machinen.channel";

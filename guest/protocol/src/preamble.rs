@@ -5,8 +5,8 @@
 //!   answer,  16 bytes:  "machinen" | version u16 | status u16 | reserved u32 = 0
 //! ```
 //!
-//! The layout of the first ten bytes of both never changes, so that two sides of different versions can always
-//! tell each other which they are.
+//! The layout of the first ten bytes of both never changes, so that two sides of different versions can
+//! always read each other's version.
 
 use crate::VERSION;
 
@@ -19,19 +19,21 @@ pub const ANSWER_LEN: usize = 16;
 
 /// What a stream is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum StreamKind {
     /// ttrpc, the guest being the server.
     Control,
-    /// One direction of a process's stdio, named by a token that a later control call refers to.
-    Stdio,
-    /// No stream: on the wake port, the agent of a template says that it waits. The answer wakes it.
+    /// Bytes without a protocol of this crate's: one direction of a process's stdio, an archive, or FUSE
+    /// messages. A later control call says which, and refers to the stream by its token.
+    Raw,
+    /// On the wake port only: the agent of a template reports that it waits. The answer wakes it.
     Waiting,
 }
 
-/// What the dialling side says first.
+/// What the dialling side sends first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Preamble {
-    pub kind: Kind,
+    /// What the stream is for.
+    pub kind: StreamKind,
     /// Chosen by the host, unique for the life of the VM; 0 for a control stream.
     pub token: u64,
 }
@@ -39,49 +41,73 @@ pub struct Preamble {
 /// What the accepting side answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
+    /// The stream is open.
     Accepted,
     /// The versions differ; the stream is closed after this.
     WrongVersion,
-    /// Too many streams wait to be claimed, or the token is in use; the stream is closed after this.
+    /// Too many streams wait to be claimed, the token is in use, or the kind is not expected here; the stream
+    /// is closed after this.
     Refused,
 }
 
 /// Why the first bytes of a stream were not understood.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PreambleError {
+    /// The bytes do not begin with the magic word.
     #[error("peer does not speak machinen's protocol")]
     NotMachinen,
+    /// The peer speaks another version.
     #[error("peer speaks protocol version {theirs}, this side speaks {VERSION}")]
-    Version { theirs: u16 },
+    Version {
+        /// The peer's version.
+        theirs: u16,
+    },
+    /// A field has a value that this version does not define.
     #[error("unknown {field} {value} in a stream's first bytes")]
-    Unknown { field: &'static str, value: u64 },
+    Unknown {
+        /// The field's name.
+        field: &'static str,
+        /// What the peer has sent.
+        value: u64,
+    },
+}
+
+impl StreamKind {
+    /// The number that stands for this kind in a preamble.
+    pub const fn number(self) -> u16 {
+        match self {
+            Self::Control => 1,
+            Self::Raw => 2,
+            Self::Waiting => 3,
+        }
+    }
+
+    fn from_number(number: u16) -> Result<Self, PreambleError> {
+        let kinds = [Self::Control, Self::Raw, Self::Waiting];
+        let kind = kinds.into_iter().find(|kind| kind.number() == number);
+        kind.ok_or(PreambleError::Unknown { field: "stream kind", value: number.into() })
+    }
 }
 
 impl Preamble {
+    /// The bytes that open a stream.
     pub fn encode(self) -> [u8; PREAMBLE_LEN] {
-        let kind: u16 = match self.kind {
-            Kind::Control => 1,
-            Kind::Stdio => 2,
-            Kind::Waiting => 3,
-        };
         let mut out = [0; PREAMBLE_LEN];
         out[..8].copy_from_slice(&MAGIC);
         out[8..10].copy_from_slice(&VERSION.to_le_bytes());
-        out[10..12].copy_from_slice(&kind.to_le_bytes());
+        out[10..12].copy_from_slice(&self.kind.number().to_le_bytes());
         out[16..24].copy_from_slice(&self.token.to_le_bytes());
         out
     }
 
+    /// Reads the bytes that open a stream.
+    ///
     /// # Errors
-    /// The version is judged before anything that may differ between versions.
+    /// They are not a preamble of this version. The version is compared before anything that may differ
+    /// between versions.
     pub fn decode(bytes: &[u8; PREAMBLE_LEN]) -> Result<Self, PreambleError> {
         check_head(bytes)?;
-        let kind = match u16_at(bytes, 10) {
-            1 => Kind::Control,
-            2 => Kind::Stdio,
-            3 => Kind::Waiting,
-            other => return Err(PreambleError::Unknown { field: "stream kind", value: other.into() }),
-        };
+        let kind = StreamKind::from_number(u16_at(bytes, 10))?;
         check_reserved(bytes)?;
         let token = u64::from_le_bytes(bytes[16..24].try_into().expect("eight bytes"));
         Ok(Self { kind, token })
@@ -89,6 +115,7 @@ impl Preamble {
 }
 
 impl Answer {
+    /// The bytes of the answer to a preamble.
     pub fn encode(self) -> [u8; ANSWER_LEN] {
         let status: u16 = match self {
             Self::Accepted => 0,
@@ -102,8 +129,11 @@ impl Answer {
         out
     }
 
+    /// Reads the answer to a preamble.
+    ///
     /// # Errors
-    /// A peer of another version is [`PreambleError::Version`], whatever its status says.
+    /// The bytes are not an answer of this version. A peer of another version is [`PreambleError::Version`],
+    /// whatever its status is.
     pub fn decode(bytes: &[u8; ANSWER_LEN]) -> Result<Self, PreambleError> {
         check_head(bytes)?;
         check_reserved(bytes)?;
@@ -143,17 +173,17 @@ mod tests {
 
     #[test]
     fn golden_bytes() {
-        let control = Preamble { kind: Kind::Control, token: 0 }.encode();
+        let control = Preamble { kind: StreamKind::Control, token: 0 }.encode();
         assert_eq!(&control, b"machinen\x03\x00\x01\x00\0\0\0\0\0\0\0\0\0\0\0\0");
-        let stdio = Preamble { kind: Kind::Stdio, token: 0x0102_0304_0506_0708 }.encode();
-        assert_eq!(&stdio, b"machinen\x03\x00\x02\x00\0\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01");
+        let raw = Preamble { kind: StreamKind::Raw, token: 0x0102_0304_0506_0708 }.encode();
+        assert_eq!(&raw, b"machinen\x03\x00\x02\x00\0\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01");
         assert_eq!(&Answer::Accepted.encode(), b"machinen\x03\x00\x00\x00\0\0\0\0");
         assert_eq!(&Answer::Refused.encode(), b"machinen\x03\x00\x02\x00\0\0\0\0");
     }
 
     #[test]
     fn round_trips() {
-        for kind in [Kind::Control, Kind::Stdio, Kind::Waiting] {
+        for kind in [StreamKind::Control, StreamKind::Raw, StreamKind::Waiting] {
             let preamble = Preamble { kind, token: u64::MAX };
             assert_eq!(Preamble::decode(&preamble.encode()), Ok(preamble));
         }
@@ -163,8 +193,8 @@ mod tests {
     }
 
     #[test]
-    fn another_version_is_named_before_anything_else() {
-        let mut bytes = Preamble { kind: Kind::Control, token: 0 }.encode();
+    fn another_version_is_reported_before_anything_else() {
+        let mut bytes = Preamble { kind: StreamKind::Control, token: 0 }.encode();
         bytes[8..16].copy_from_slice(&[9, 0, 99, 99, 1, 1, 1, 1]);
         assert_eq!(Preamble::decode(&bytes), Err(PreambleError::Version { theirs: 9 }));
         let mut bytes = Answer::WrongVersion.encode();
@@ -175,7 +205,7 @@ mod tests {
     #[test]
     fn noise_is_refused() {
         assert_eq!(Preamble::decode(&[0; PREAMBLE_LEN]), Err(PreambleError::NotMachinen));
-        let mut bytes = Preamble { kind: Kind::Stdio, token: 1 }.encode();
+        let mut bytes = Preamble { kind: StreamKind::Raw, token: 1 }.encode();
         bytes[10] = 7;
         assert_eq!(Preamble::decode(&bytes), Err(PreambleError::Unknown { field: "stream kind", value: 7 }));
         bytes[10] = 2;

@@ -1,11 +1,11 @@
 //! The statuses that containerd receives for errors.
 
 use containerd_shim_protos::ttrpc::{self, Code, get_status};
-use machinen::error::{ErrorKind, HasKind, chain};
+use machinen::error::{HasKind, chain};
 
 /// The error that containerd receives: the code of its kind, and the text with all causes.
 pub(crate) fn to_ttrpc(error: &(impl HasKind + 'static)) -> ttrpc::Error {
-    ttrpc::Error::RpcStatus(get_status(code(error.kind()), chain(error)))
+    ttrpc::Error::RpcStatus(get_status(error.kind().into(), chain(error)))
 }
 
 /// Refuses a request that this version does not support.
@@ -24,19 +24,4 @@ pub(crate) fn encoding(error: protobuf::Error) -> ttrpc::Error {
         Code::INTERNAL,
         format!("cannot encode the answer: {}", chain(&error)),
     ))
-}
-
-fn code(kind: ErrorKind) -> Code {
-    match kind {
-        ErrorKind::InvalidArgument => Code::INVALID_ARGUMENT,
-        ErrorKind::NotFound => Code::NOT_FOUND,
-        ErrorKind::AlreadyExists => Code::ALREADY_EXISTS,
-        ErrorKind::PermissionDenied => Code::PERMISSION_DENIED,
-        ErrorKind::FailedPrecondition => Code::FAILED_PRECONDITION,
-        ErrorKind::Unimplemented => Code::UNIMPLEMENTED,
-        ErrorKind::ResourceExhausted => Code::RESOURCE_EXHAUSTED,
-        ErrorKind::DeadlineExceeded => Code::DEADLINE_EXCEEDED,
-        ErrorKind::Unavailable => Code::UNAVAILABLE,
-        ErrorKind::Internal => Code::INTERNAL,
-    }
 }

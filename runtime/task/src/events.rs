@@ -122,8 +122,7 @@ mod tests {
 
     #[test]
     fn an_exit_carries_the_names_containerd_looks_for() {
-        let exit =
-            ProcessExit { status: 137, at: UNIX_EPOCH + Duration::from_millis(1500), oom_killed: false };
+        let exit = ProcessExit { status: 137, at: UNIX_EPOCH + Duration::from_millis(1500) };
         for (exec_id, process) in [("", "c"), ("e", "e")] {
             let event = PodEvent::Exited { id: "c".to_owned(), exec_id: exec_id.to_owned(), pid: 7, exit };
             let (topic, body) = encode(event);

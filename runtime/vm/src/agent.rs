@@ -8,9 +8,8 @@ use machinen_base::error::{ErrorKind, HasKind};
 use machinen_protocol::api::{
     AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, CheckpointImagesResponse,
     ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
-    Empty, EndStdinRequest, ExecProcessRequest, ExecProcessResponse, ExportLayerRequest,
-    ListProcessesResponse, OpenViewRequest, ProcessRequest, ResizeTerminalRequest, SetClockRequest,
-    SignalProcessRequest, WaitProcessResponse,
+    Empty, EndStdinRequest, ExecProcessRequest, ExecProcessResponse, ExportLayerRequest, OpenViewRequest,
+    ProcessRequest, ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, WaitProcessResponse,
 };
 use ttrpc::Code;
 
@@ -42,18 +41,7 @@ pub enum AgentError {
 impl HasKind for AgentError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::Refused { code, .. } => match code {
-                Code::INVALID_ARGUMENT | Code::OUT_OF_RANGE => ErrorKind::InvalidArgument,
-                Code::NOT_FOUND => ErrorKind::NotFound,
-                Code::ALREADY_EXISTS => ErrorKind::AlreadyExists,
-                Code::PERMISSION_DENIED | Code::UNAUTHENTICATED => ErrorKind::PermissionDenied,
-                Code::FAILED_PRECONDITION | Code::ABORTED => ErrorKind::FailedPrecondition,
-                Code::UNIMPLEMENTED => ErrorKind::Unimplemented,
-                Code::RESOURCE_EXHAUSTED => ErrorKind::ResourceExhausted,
-                Code::DEADLINE_EXCEEDED => ErrorKind::DeadlineExceeded,
-                Code::UNAVAILABLE => ErrorKind::Unavailable,
-                _ => ErrorKind::Internal,
-            },
+            Self::Refused { code, .. } => (*code).into(),
             Self::Closed => ErrorKind::Unavailable,
             Self::Deadline { .. } => ErrorKind::DeadlineExceeded,
             Self::Protocol { .. } => ErrorKind::Internal,
@@ -216,12 +204,6 @@ impl Client {
         call!(self.end_stdin(request), Some(QUICK)).map(nothing)
     }
 
-    /// # Errors
-    /// The container does not exist.
-    pub async fn list_processes(&self, container: &str) -> Result<ListProcessesResponse, AgentError> {
-        call!(self.list_processes(container_request(container)), Some(QUICK))
-    }
-
     /// Removes what is left of a container. Succeeds if the container does not exist.
     ///
     /// # Errors
@@ -360,12 +342,8 @@ mod tests {
             Err(ttrpc::Error::RpcStatus(ttrpc::get_status(Code::NOT_FOUND, message)))
         }
 
-        async fn list_processes(
-            &self,
-            _: &TtrpcContext,
-            _: ContainerRequest,
-        ) -> ttrpc::Result<ListProcessesResponse> {
-            Ok(ListProcessesResponse::default())
+        async fn delete_container(&self, _: &TtrpcContext, _: ContainerRequest) -> ttrpc::Result<Empty> {
+            Ok(Empty::default())
         }
     }
 
@@ -388,7 +366,7 @@ mod tests {
         assert_eq!(error.to_string(), "guest agent: no container c7");
         assert!(matches!(error, AgentError::Refused { code: Code::NOT_FOUND, .. }));
         assert_eq!(error.kind(), ErrorKind::NotFound);
-        client.list_processes("c7").await.unwrap();
+        client.delete_container("c7").await.unwrap();
     }
 
     #[tokio::test]
@@ -401,7 +379,7 @@ mod tests {
             drop(theirs);
         });
         assert!(matches!(waited, Err(AgentError::Closed)), "{waited:?}");
-        let after = client.list_processes("c").await;
+        let after = client.delete_container("c").await;
         assert!(matches!(after, Err(AgentError::Closed)), "{after:?}");
     }
 }

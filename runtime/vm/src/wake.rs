@@ -8,7 +8,7 @@
 
 use std::io;
 
-use machinen_protocol::preamble::{Answer, Kind, PREAMBLE_LEN, Preamble, PreambleError};
+use machinen_protocol::preamble::{Answer, PREAMBLE_LEN, Preamble, PreambleError, StreamKind};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::UnixStream,
@@ -30,7 +30,7 @@ pub(super) async fn waiting(port: &mut UnixStream) -> Result<(), WakeError> {
     let mut bytes = [0; PREAMBLE_LEN];
     port.read_exact(&mut bytes).await.map_err(WakeError::Port)?;
     match Preamble::decode(&bytes).map_err(WakeError::Unexpected)? {
-        Preamble { kind: Kind::Waiting, token: 0 } => Ok(()),
+        Preamble { kind: StreamKind::Waiting, token: 0 } => Ok(()),
         _ => Err(WakeError::Stream),
     }
 }

@@ -1,11 +1,11 @@
-//! The agent as an ordinary process: namespaces that stand in for the VM.
+//! Runs the agent as an ordinary process, in namespaces that replace the VM.
 //!
 //! ```text
 //!   caller ── starts ──> outer process: waits, passes the exit code on, removes the cgroup
 //!                           └─ fork ──> the agent: pid 1 of its pid namespace, own mounts, network, cgroup root
 //! ```
-//! Clock and random number generator stay those of the host and are left alone. Controllers that the host's
-//! cgroup v2 hierarchy does not have are missing here too, and a spec that asks for one fails.
+//! The clock and the random number generator are the host's and are not touched. Controllers that the host's
+//! cgroup v2 hierarchy lacks are missing here too, and a spec that needs one fails.
 
 use std::{fs, os::unix::process::ExitStatusExt, path::Path, process::ExitStatus};
 
@@ -23,7 +23,7 @@ use nix::{
 use super::{BootError, mounts, pid_text, write};
 use crate::{cgroup, sys};
 
-/// Returns in the inner process only.
+/// Forks the inner process, and returns only there.
 pub(super) fn enter() -> Result<(), BootError> {
     let mountinfo = fs::read_to_string("/proc/self/mountinfo")
         .map_err(|source| BootError::Read { path: "/proc/self/mountinfo", source })?;
@@ -31,7 +31,7 @@ pub(super) fn enter() -> Result<(), BootError> {
     let root = host.join(format!("machinen-agent-{}", getpid()));
     let leaf = root.join("agent");
     fs::create_dir_all(&leaf).map_err(|source| BootError::Create { path: leaf, source })?;
-    // The new cgroup namespace has its root where its maker was at that moment.
+    // The root of a new cgroup namespace is the cgroup of the process that creates it.
     write(root.join("cgroup.procs"), &pid_text(getpid()))?;
     unshare(
         CloneFlags::CLONE_NEWCGROUP
@@ -41,10 +41,10 @@ pub(super) fn enter() -> Result<(), BootError> {
             | CloneFlags::CLONE_NEWIPC,
     )
     .map_err(BootError::Namespaces)?;
-    // Controllers can be given to the containers only while no process is in their ancestor itself.
+    // Controllers can be enabled for the containers only while no process is in an ancestor of their cgroups.
     write(host.join("cgroup.procs"), &pid_text(getpid()))?;
     match sys::fork().map_err(BootError::Fork)? {
-        ForkResult::Parent { child } => outlive(child, &root),
+        ForkResult::Parent { child } => wait_and_clean_up(child, &root),
         ForkResult::Child => inner(),
     }
 }
@@ -56,7 +56,7 @@ fn inner() -> Result<(), BootError> {
     mount_on("none", "/", private, "")?;
     mount_on("proc", "/proc", MsFlags::empty(), "")?;
     mount_on("tmpfs", "/run", MsFlags::empty(), "mode=755")?;
-    // It hides the host's hierarchies, v1 ones included: what is below looks like a machine of its own.
+    // This hides the host's hierarchies, those of v1 too, so that the rest looks like a separate machine.
     mount_on("cgroup2", cgroup::ROOT, MsFlags::empty(), "")?;
     write(Path::new(cgroup::ROOT).join("agent/cgroup.procs"), "1")
 }
@@ -69,8 +69,8 @@ fn mount_on(fstype: &'static str, target: &'static str, flags: MsFlags, data: &s
     })
 }
 
-/// The outer process: it lives as long as the agent and clears up what cannot go with a namespace.
-fn outlive(agent: Pid, root: &Path) -> ! {
+/// The outer process lives as long as the agent, and removes what does not disappear with a namespace.
+fn wait_and_clean_up(agent: Pid, root: &Path) -> ! {
     let code = match waitpid(agent, None) {
         Ok(WaitStatus::Exited(_, code)) => code,
         Ok(WaitStatus::Signaled(_, signal, _)) => {

@@ -1,13 +1,17 @@
-//! From exec to a machine that can dial the host: mounts, limits and the loopback interface.
+//! Boots user space until the agent can dial the host: mounts, limits and the loopback interface.
 //!
-//! Every system call here delays the first container, so only what the channel and the first container need is
-//! done, and nothing twice.
+//! Every system call here delays the first container, so this does only what the channel and the first
+//! container need.
 
 mod isolate;
 mod mounts;
 mod sysctl;
 
-use std::{fs, io, os::fd::OwnedFd, path::PathBuf};
+use std::{
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+};
 
 use nix::{
     errno::Errno,
@@ -27,17 +31,17 @@ use crate::{
     sys,
 };
 
-/// Open files of the agent itself: pipes and streams of every process of the pod.
+/// Limit on open files of the agent, which has pipes and streams of every process of the pod.
 const AGENT_FILES: u64 = 1 << 20;
 
-/// What the agent runs on, once booted.
+/// The machine that the agent runs on.
 #[derive(Debug)]
 pub(crate) struct Machine {
     pub(crate) channel: ChannelSource,
     pub(crate) disks: DiskSource,
-    /// The clock and the random number generator are this machine's own, not somebody else's.
+    /// The clock and the random number generator belong to this machine, and not to a host.
     pub(crate) owns_kernel: bool,
-    /// The agent is to wait on the wake port before it dials the host.
+    /// The agent waits on the wake port before it dials the host.
     pub(crate) waits: bool,
 }
 
@@ -46,7 +50,7 @@ pub(crate) enum ChannelSource {
     Vsock,
     /// The virtserialport of the VM.
     Port,
-    /// Any byte stream: what a test gives instead of a port.
+    /// Any byte stream, which a test passes instead of a port.
     Stream(OwnedFd),
 }
 
@@ -76,8 +80,10 @@ pub(crate) enum BootError {
     Options(#[from] OptionsError),
 }
 
+/// Boots the VM, or prepares the process of a test.
+///
 /// # Errors
-/// What the agent cannot do without is missing.
+/// Something that the agent needs is missing.
 pub(crate) fn boot(options: Options) -> Result<Machine, BootError> {
     match options {
         Options::Machine => machine(),
@@ -98,8 +104,8 @@ pub(crate) fn boot(options: Options) -> Result<Machine, BootError> {
 fn machine() -> Result<Machine, BootError> {
     console::set_last_resort(LastResort::PowerOff);
     read_ahead();
-    // Processes of containers get sessions of their own; a hang-up of the console must not reach them.
-    // It fails only where the kernel has made init a session leader already.
+    // Processes of containers get sessions of their own; a hang-up of the console must not reach them. This
+    // fails only if the kernel has made init a session leader already.
     let _ = setsid();
     mounts::mount_all()?;
     let cmdline = fs::read_to_string("/proc/cmdline")
@@ -111,7 +117,7 @@ fn machine() -> Result<Machine, BootError> {
     if args.power_off {
         console::end(0);
     }
-    // The agent owns all containers: memory pressure of one must never end it.
+    // The agent owns all containers: the OOM killer must never choose it.
     write("/proc/self/oom_score_adj", "-1000")?;
     sysctl::set_all()?;
     setrlimit(Resource::RLIMIT_NOFILE, AGENT_FILES, AGENT_FILES).map_err(BootError::Limit)?;
@@ -123,21 +129,20 @@ fn machine() -> Result<Machine, BootError> {
     Ok(Machine { channel, disks: DiskSource::Scsi, owns_kernel: true, waits: args.waits })
 }
 
-/// Has the kernel read all of the agent now, in a few large requests while it boots on: page faults would ask for
-/// it in a hundred small ones, each of them in somebody's way.
+/// Makes the kernel read the agent's whole file now, in a few large requests in the background. Page faults
+/// would read it in a hundred small ones, each of which delays the boot.
 fn read_ahead() {
-    // /proc is not mounted yet, and the kernel starts init by its path.
+    // /proc is not mounted yet, but the kernel starts init by its path.
     let Some(Ok(file)) = std::env::args_os().next().map(fs::File::open) else { return };
-    // Only a matter of speed.
+    // A failure only makes the boot slower.
     let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
 }
 
-/// The steps that a VM and a test's process have in common.
+/// The steps that a VM and a test's process share.
 fn finish() -> Result<(), BootError> {
     mounts::prepare_cgroups()?;
     let any = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
         .map_err(BootError::Loopback)?;
-    use std::os::fd::AsFd;
     sys::loopback_up(any.as_fd()).map_err(BootError::Loopback)
 }
 
@@ -146,7 +151,7 @@ fn write(path: impl Into<PathBuf>, text: &str) -> Result<(), BootError> {
     fs::write(&path, text).map_err(|source| BootError::Write { path, source })
 }
 
-/// The text of a pid, as cgroup files want it.
+/// A pid in the format of cgroup files.
 fn pid_text(pid: Pid) -> String {
     pid.as_raw().to_string()
 }

@@ -1,4 +1,4 @@
-//! The file systems that user space needs before anything else runs.
+//! Mounts the file systems that user space needs first.
 
 use std::{
     fs,
@@ -26,7 +26,7 @@ const SAFE: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags:
 const ALL: [Mount; 6] = [
     Mount { fstype: "proc", target: "/proc", flags: SAFE, data: "" },
     Mount { fstype: "sysfs", target: "/sys", flags: SAFE, data: "" },
-    // nsdelegate: a container's cgroup namespace is a border, even where its cgroup file system is writable.
+    // nsdelegate: a container's cgroup namespace is a boundary even if its cgroup file system is writable.
     Mount { fstype: "cgroup2", target: cgroup::ROOT, flags: SAFE, data: "nsdelegate" },
     Mount {
         fstype: "tmpfs",
@@ -53,7 +53,7 @@ pub(super) fn mount_all() -> Result<(), BootError> {
         let target = Path::new(entry.target);
         match mount(Some(entry.fstype), target, Some(entry.fstype), entry.flags, Some(entry.data)) {
             Ok(()) => {}
-            // devtmpfs starts empty, the image is read-only: only the former can lack a mount point.
+            // devtmpfs starts empty, while the image has all mount points.
             Err(Errno::ENOENT) if target.starts_with("/dev") => {
                 fs::create_dir(target)
                     .map_err(|source| BootError::Create { path: target.to_owned(), source })?;
@@ -72,7 +72,7 @@ pub(super) fn mount_all() -> Result<(), BootError> {
     Ok(())
 }
 
-/// Enables every controller for the containers' cgroups, and makes their common parent.
+/// Enables all controllers for the containers' cgroups, and makes the parent of these cgroups.
 pub(super) fn prepare_cgroups() -> Result<(), BootError> {
     let root = Path::new(cgroup::ROOT);
     let parent = root.join(cgroup::PARENT);
@@ -83,7 +83,7 @@ pub(super) fn prepare_cgroups() -> Result<(), BootError> {
     Ok(())
 }
 
-/// Where the cgroup v2 hierarchy of a host is mounted, from /proc/self/mountinfo (proc(5)).
+/// Finds the mount point of a host's cgroup v2 hierarchy in /proc/self/mountinfo (proc(5)).
 pub(super) fn find_cgroup2(mountinfo: &str) -> Option<PathBuf> {
     mountinfo.lines().find_map(|line| {
         let (mount, file_system) = line.split_once(" - ")?;

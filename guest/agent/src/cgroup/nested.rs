@@ -1,12 +1,14 @@
-//! Cgroups that a container has made below its own: what a checkpoint keeps of them, and how a restore makes them again.
+//! Cgroups that a container has made below its own: how a checkpoint records them, and how a restore makes
+//! them again.
 //!
 //! ```text
 //!   dump      record: every cgroup below, with the settings that are not the kernel's defaults
-//!   restore   make ──> CRIU moves the first process to its place ──> settle: controllers and limits ──> CRIU makes the rest
+//!   restore   make ──> CRIU moves the first process to its place ──> apply_limits ──> CRIU makes the rest
 //! ```
-//! CRIU finds and moves the processes but keeps no limits of cgroup v2. A cgroup that gives controllers to others may not hold
-//! processes itself, yet CRIU, and a first process with a cgroup namespace, pass through the container's own: so controllers
-//! are given when that has happened. Memory is charged where it is first touched, so it has to happen before CRIU restores any.
+//! CRIU records and moves the processes, but keeps no limits of cgroup v2. A cgroup that enables controllers
+//! for its children may not hold processes itself. But CRIU, and a first process with a cgroup namespace,
+//! pass through the container's own cgroup: so controllers are enabled afterwards. Memory is charged where it
+//! is first touched, so they must be enabled before CRIU restores memory.
 
 use std::{
     fs, io,
@@ -18,7 +20,7 @@ use machinen_protocol::api::{CgroupFile, CgroupFileOwner, NestedCgroup};
 
 use super::{Cgroup, CgroupError, is_gone};
 
-/// A checkpoint keeps no more cgroups, and no more bytes of their names and settings.
+/// Most cgroups that a checkpoint records, and most bytes of their names and settings.
 pub(super) const MAX_NESTED: usize = 1024;
 const MAX_BYTES: usize = 1 << 20;
 /// Longest name of a directory.
@@ -29,7 +31,7 @@ const THREADED: &str = "threaded";
 const FREEZE: &str = "cgroup.freeze";
 const SUBTREE: &str = "cgroup.subtree_control";
 
-/// Settings and what they are in a new cgroup, in the order in which they are set.
+/// Settings and their values in a new cgroup, in the order in which they are set.
 const SETTINGS: [(&str, &str); 27] = [
     (TYPE, "domain"),
     ("cgroup.max.depth", "max"),
@@ -60,15 +62,17 @@ const SETTINGS: [(&str, &str); 27] = [
     (FREEZE, "0"),
 ];
 
-/// What is given to a user who may divide a cgroup further (/sys/kernel/cgroup/delegate).
+/// Files that are given to a user together with the right to divide a cgroup further
+/// (/sys/kernel/cgroup/delegate).
 const DELEGATED: [&str; 5] =
     ["cgroup.procs", "cgroup.threads", SUBTREE, "memory.oom.group", "memory.reclaim"];
 
 impl Cgroup {
-    /// All cgroups below, parents first. The cgroup itself is before them if there is more to say of it than is in `known`.
+    /// Records all cgroups below this one, parents first. This cgroup itself comes first if it has settings
+    /// that are not in `known`.
     ///
     /// # Errors
-    /// There are more than a checkpoint keeps, or one cannot be read.
+    /// There are more than a checkpoint records, or one cannot be read.
     pub(crate) fn record(&self, known: &[&str]) -> Result<Vec<NestedCgroup>, CgroupError> {
         let too_many = || CgroupError::TooManyNested { path: self.path.clone() };
         let tree = match self.tree() {
@@ -86,7 +90,7 @@ impl Cgroup {
             let cgroup = Self { path: dir.clone() };
             let mut nested = NestedCgroup { path, ..Default::default() };
             for (name, default) in SETTINGS {
-                // Whether the container itself is frozen is not for its checkpoint to say.
+                // A checkpoint does not record whether the container itself is frozen.
                 let skipped = is_own && (known.contains(&name) || name == FREEZE);
                 if !skipped && let Some(content) = cgroup.setting(name, default)? {
                     bytes += name.len() + content.len();
@@ -105,28 +109,28 @@ impl Cgroup {
         Ok(found)
     }
 
-    /// A setting that has to be kept.
+    /// Reads a setting; None if it has its default value.
     fn setting(&self, name: &str, default: &str) -> Result<Option<String>, CgroupError> {
         let Some(content) = self.read(name)? else { return Ok(None) };
         let content = match name {
-            // What it says of devices is of this VM's.
+            // The other lines are about devices of this VM.
             "io.weight" => content.lines().next().unwrap_or_default(),
-            // Behind the word is why it is not in effect.
+            // The rest of the line says why the setting is not in effect.
             "cpuset.cpus.partition" => content.split_ascii_whitespace().next().unwrap_or_default(),
             _ => content.trim_end(),
         };
         let is_default = content == default
-            // Other types follow from where the threaded ones are.
+            // Other types are a consequence of where the threaded cgroups are.
             || (name == TYPE && content != THREADED)
-            // That of a cgroup which is idle cannot be set.
+            // The weight that an idle cgroup reports cannot be set.
             || (name == "cpu.weight" && content == "0");
         Ok((!is_default).then(|| content.to_owned()))
     }
 
-    /// Makes cgroups that were recorded, for CRIU to move processes into.
+    /// Makes the recorded cgroups, for CRIU to move processes into.
     ///
     /// # Errors
-    /// One is not fit to be one, or the kernel refuses.
+    /// A recorded cgroup is invalid, or the kernel refuses.
     pub(crate) fn make(&self, recorded: &[NestedCgroup]) -> Result<(), CgroupError> {
         if recorded.len() > MAX_NESTED {
             return Err(CgroupError::TooManyNested { path: self.path.clone() });
@@ -143,7 +147,7 @@ impl Cgroup {
             for owner in &nested.owners {
                 let path = cgroup.path.join(checked_owner(owner)?);
                 match chown(&path, Some(owner.uid), Some(owner.gid)) {
-                    // Of a controller that comes later, or that this kernel does not have.
+                    // The file belongs to a controller that is enabled later, or that this kernel lacks.
                     Err(source) if !is_gone(&source) => return Err(CgroupError::Write { path, source }),
                     _ => {}
                 }
@@ -152,11 +156,12 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Gives the cgroups their controllers and limits. The first process is in its place, and there is no other but CRIU's own.
+    /// Enables the controllers of the cgroups and sets their limits. The first process is in its cgroup, and
+    /// CRIU is the only other process.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub(crate) fn settle(&self, recorded: &[NestedCgroup]) -> Result<(), CgroupError> {
+    pub(crate) fn apply_limits(&self, recorded: &[NestedCgroup]) -> Result<(), CgroupError> {
         for nested in recorded {
             let cgroup = self.below(nested)?;
             cgroup.apply(nested, |name| ![TYPE, SUBTREE, FREEZE].contains(&name))?;
@@ -167,8 +172,9 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Thaws those that a process of the container has frozen. Nothing in them runs, since the container's own cgroup is frozen;
-    /// but CRIU thaws that one while it holds the processes, and would wait for the others.
+    /// Thaws the cgroups that a process of the container has frozen. No process runs, since the container's
+    /// own cgroup is frozen. But CRIU thaws that one while it holds the processes, and would wait for
+    /// processes that are frozen below.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -178,7 +184,7 @@ impl Cgroup {
         below.try_for_each(|nested| self.below(nested)?.set(FREEZE, "0"))
     }
 
-    /// Freezes those that were frozen by a process of the container. All processes are held by CRIU.
+    /// Freezes the cgroups that a process of the container had frozen. CRIU holds all processes.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -213,7 +219,7 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Gives controllers to what is below; what is in the way is moved first.
+    /// Enables controllers for child cgroups; processes that prevent this are moved first.
     fn give(
         &self,
         controllers: &str,
@@ -230,7 +236,7 @@ impl Cgroup {
         }
     }
 
-    /// Moves CRIU out of a cgroup, to where the first process is.
+    /// Moves CRIU from a cgroup to that of the first process.
     fn make_way(&self, from: &Self, recorded: &[NestedCgroup]) -> Result<(), CgroupError> {
         for nested in recorded {
             let cgroup = self.below(nested)?;
@@ -240,7 +246,7 @@ impl Cgroup {
             let path = cgroup.path.join("cgroup.procs");
             for pid in from.members()? {
                 match fs::write(&path, &pid) {
-                    // It has ended.
+                    // The process has ended.
                     Err(err) if err.raw_os_error() == Some(libc::ESRCH) => {}
                     Err(source) => return Err(CgroupError::Write { path, source }),
                     Ok(()) => {}
@@ -251,13 +257,13 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Its own processes; none of a threaded one, which has no list.
+    /// The processes in this cgroup itself. Empty for a threaded one, which has no list.
     fn members(&self) -> Result<Vec<String>, CgroupError> {
         let processes = self.read("cgroup.procs")?.unwrap_or_default();
         Ok(processes.lines().map(str::to_owned).collect())
     }
 
-    /// A cgroup that was recorded, which may come from a checkpoint that is not trusted.
+    /// A recorded cgroup. The record may come from a checkpoint that is not trusted.
     fn below(&self, nested: &NestedCgroup) -> Result<Self, CgroupError> {
         let is_name = |name: &str| {
             (1..=MAX_NAME).contains(&name.len())
@@ -271,7 +277,7 @@ impl Cgroup {
     }
 }
 
-/// Files of a cgroup that were given to a user.
+/// The files of a cgroup that belong to other users than root.
 fn owners(dir: &Path) -> Result<Vec<CgroupFileOwner>, CgroupError> {
     let mut owners = Vec::new();
     for name in DELEGATED {
@@ -326,8 +332,8 @@ mod tests {
                 content: "1".to_owned(),
                 ..Default::default()
             });
-            let settled = cgroup.settle(&[nested]);
-            assert!(matches!(settled, Err(CgroupError::FileName { .. })), "{name}: {settled:?}");
+            let limited = cgroup.apply_limits(&[nested]);
+            assert!(matches!(limited, Err(CgroupError::FileName { .. })), "{name}: {limited:?}");
         }
         let owner = CgroupFileOwner { name: "../../etc".to_owned(), ..Default::default() };
         assert!(checked_owner(&owner).is_err());

@@ -1,4 +1,5 @@
-//! The control stream, watched: the agent learns when the host has closed it, and which call was answered last.
+//! Watches the control stream: the agent learns when the host has closed it, and which call was answered
+//! last.
 
 use std::{
     io,
@@ -13,10 +14,11 @@ use tokio::{
 
 use super::Stream;
 
-/// Length of a ttrpc frame's header: length u32, stream id u32, type u8, flags u8, big endian (ttrpc protocol).
+/// Length of a ttrpc frame's header: length u32, stream id u32, type u8, flags u8, big endian (ttrpc
+/// protocol).
 const HEADER: usize = 10;
 
-/// Used by ttrpc alone; [`ControlWatch`] stays with the agent.
+/// The stream that ttrpc gets; [`ControlWatch`] stays with the agent.
 #[derive(Debug)]
 pub(crate) struct ControlStream {
     stream: Stream,
@@ -33,7 +35,7 @@ pub(crate) struct ControlWatch {
     closed: oneshot::Receiver<()>,
 }
 
-/// Follows the frames in a stream of bytes that arrives in any pieces.
+/// Follows the frames in a stream of bytes that arrives in pieces of any length.
 #[derive(Debug, Default)]
 struct Frames {
     header: Vec<u8>,
@@ -41,7 +43,7 @@ struct Frames {
 }
 
 impl Frames {
-    /// Takes the next bytes; the id of the last frame that ends in them, if one does.
+    /// Takes the next bytes. Returns the id of the last frame that ends in them.
     fn pass(&mut self, mut bytes: &[u8]) -> Option<u32> {
         let mut ended = None;
         while !bytes.is_empty() || (self.header.len() == HEADER && self.body_left == 0) {
@@ -85,7 +87,7 @@ impl ControlWatch {
         let _ = (&mut self.closed).await;
     }
 
-    /// Resolves when the call's answer, or a later one's, was written, or never will be.
+    /// Resolves when the answer to this call or to a later one was written, or never will be.
     pub(crate) async fn answered(&mut self, call: u32) {
         let _ = self.answered.wait_for(|answered| *answered >= call).await;
     }

@@ -1,10 +1,10 @@
-//! The way to the host: one control stream that the agent dials, raw streams that the host dials.
+//! The connection to the host: one control stream that the agent dials, and raw streams that the host dials.
 //!
 //! ```text
 //!   Vsock    control: connect(CID 2, CONTROL_PORT)     raw: accept on STREAM_PORT
 //!   Serial   both are yamux streams over one byte stream (a virtserialport, or a socket in tests)
 //! ```
-//! Nothing above this module knows which of the two it is.
+//! No other module knows which of the two it is.
 
 mod control;
 mod port;
@@ -48,7 +48,7 @@ pub(crate) enum Stream {
 pub(crate) enum ChannelError {
     #[error("cannot listen on vsock port {port}")]
     Listen { port: u32, source: io::Error },
-    #[error("cannot learn the VM's vsock address")]
+    #[error("cannot read the VM's vsock address")]
     Cid(#[source] io::Error),
     #[error("cannot dial the host's vsock port {port}")]
     Dial { port: u32, source: io::Error },
@@ -66,18 +66,20 @@ pub(crate) enum ChannelError {
     Greet(#[source] io::Error),
     #[error("the host does not accept this agent")]
     Refused,
-    #[error("the host answers the greeting with something else")]
+    #[error("the host's answer to the greeting is invalid")]
     Preamble(#[source] PreambleError),
 }
 
-/// The guest's end of the channel, on which nothing has been said yet: this much a template can have.
+/// The guest's end of the channel before the first byte: a template may have this much.
 #[derive(Debug)]
-pub(crate) enum Quiet {
+pub(crate) enum Unopened {
     Vsock(vsock::Listener),
     Serial(port::Port),
 }
 
-impl Quiet {
+impl Unopened {
+    /// Opens the device.
+    ///
     /// # Errors
     /// The device is missing or cannot be used.
     pub(crate) async fn open(source: ChannelSource) -> Result<Self, ChannelError> {
@@ -92,23 +94,23 @@ impl Quiet {
 }
 
 impl Channel {
-    /// Accepts raw streams from now on, into `unclaimed`. Raw streams are accepted before the host can know
-    /// that the agent is there, so that none is ever refused for being early.
-    pub(crate) fn open(quiet: Quiet, unclaimed: &Unclaimed) -> Self {
-        match quiet {
-            Quiet::Vsock(listener) => {
+    /// Accepts raw streams from now on, into `unclaimed`. The agent does so before the host can know that the
+    /// agent runs, so that no stream is refused for being early.
+    pub(crate) fn open(unopened: Unopened, unclaimed: &Unclaimed) -> Self {
+        match unopened {
+            Unopened::Vsock(listener) => {
                 listener.accept_into(unclaimed.clone());
                 Self::Vsock
             }
-            // It speaks at once: a yamux session has two ends, and a clone has another host than its template.
-            Quiet::Serial(port) => Self::Serial(serial::Serial::over(port, unclaimed.clone())),
+            // yamux sends bytes at once, and a clone has another host than its template.
+            Unopened::Serial(port) => Self::Serial(serial::Serial::over(port, unclaimed.clone())),
         }
     }
 
-    /// Dials the host's control port and greets it. The host takes this as "the guest is ready".
+    /// Dials the host's control port and greets the host, which takes this as "the guest is ready".
     ///
     /// # Errors
-    /// The host is not there, or speaks another version.
+    /// The host does not answer, or has another version.
     pub(crate) async fn dial_control(&self) -> Result<(ControlStream, ControlWatch), ChannelError> {
         let mut stream = match self {
             Self::Vsock => vsock::dial().await?,
@@ -118,7 +120,7 @@ impl Channel {
         Ok(ControlStream::new(stream))
     }
 
-    /// Everything that was written before has been handed to the host when this returns.
+    /// Returns when everything that was written before has been handed to the host.
     pub(crate) async fn flush(&self) {
         if let Self::Serial(serial) = self {
             serial.close().await;

@@ -1,4 +1,4 @@
-//! The virtserialport as an asynchronous byte stream.
+//! A virtserialport as an asynchronous byte stream.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -24,7 +24,7 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, unix::AsyncFd};
 use super::ChannelError;
 use crate::{sys, uevent::Uevents};
 
-/// Ports and their names arrive from the host after the driver has started.
+/// The host announces ports and their names after the driver has started.
 const DEADLINE: Duration = Duration::from_secs(5);
 const PORTS: &str = "/sys/class/virtio-ports";
 
@@ -33,9 +33,9 @@ pub(crate) struct Port {
     file: AsyncFd<File>,
 }
 
-/// Opens the agent's port, waiting for the kernel to learn its name.
+/// Opens a port by its name, and waits until the kernel knows the name.
 pub(super) async fn open(name: &'static str) -> Result<Port, ChannelError> {
-    // The port is nearly always there: the subscription is only paid for when it is not.
+    // The port is nearly always there already; then no subscription is needed.
     let path = match find(name) {
         Some(path) => path,
         None => {
@@ -54,15 +54,15 @@ pub(super) async fn open(name: &'static str) -> Result<Port, ChannelError> {
     Port::new(file).map_err(ChannelError::OpenPort)
 }
 
-/// Waits until the kernel knows that the host has the other end: it learns that after the port's name, and until then
-/// a port looks like one whose host has gone. Blocks, for what is on its way already.
+/// Waits until the kernel knows that the host has opened the other end. It learns that after the port's name;
+/// until then the port looks as if the host had closed it. Blocking is fine, since the message is on its way.
 fn until_connected(port: BorrowedFd<'_>) -> io::Result<()> {
     let mut ports = [PollFd::new(port, PollFlags::POLLOUT)];
     poll(&mut ports, PollTimeout::ZERO)?;
     if ports[0].revents().is_some_and(|seen| !seen.contains(PollFlags::POLLHUP)) {
         return Ok(());
     }
-    // Edges, because the hang-up is there all the time.
+    // Edge-triggered, because the hang-up is pending all the time.
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     epoll.add(port, EpollEvent::new(EpollFlags::EPOLLOUT | EpollFlags::EPOLLET, 0))?;
     let timeout = EpollTimeout::try_from(DEADLINE).map_err(io::Error::other)?;
@@ -121,7 +121,7 @@ impl AsyncWrite for Port {
         Poll::Ready(Ok(()))
     }
 
-    /// A port has no direction to shut; dropping it closes it.
+    /// One direction of a port cannot be shut down; dropping the port closes it.
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
     }

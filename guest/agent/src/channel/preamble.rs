@@ -1,15 +1,15 @@
-//! The first bytes of a stream, on either side of it.
+//! Exchanges the first bytes of a stream, as the dialling and as the accepting side.
 
-use machinen_protocol::preamble::{ANSWER_LEN, Answer, Kind, PREAMBLE_LEN, Preamble, PreambleError};
+use machinen_protocol::preamble::{ANSWER_LEN, Answer, PREAMBLE_LEN, Preamble, PreambleError, StreamKind};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{ChannelError, Stream, Unclaimed};
 use crate::console;
 
-/// Opens the control stream that was just dialled.
+/// Sends the first bytes of the control stream, and reads the answer.
 pub(super) async fn greet(stream: &mut Stream) -> Result<(), ChannelError> {
     stream
-        .write_all(&Preamble { kind: Kind::Control, token: 0 }.encode())
+        .write_all(&Preamble { kind: StreamKind::Control, token: 0 }.encode())
         .await
         .map_err(ChannelError::Greet)?;
     stream.flush().await.map_err(ChannelError::Greet)?;
@@ -21,19 +21,19 @@ pub(super) async fn greet(stream: &mut Stream) -> Result<(), ChannelError> {
     }
 }
 
-/// Reads what the host says on a stream that it has dialled, files it, and answers.
+/// Reads the first bytes of a stream that the host has dialled, answers them, and files the stream.
 pub(super) async fn welcome(mut stream: Stream, unclaimed: Unclaimed) {
     let mut bytes = [0; PREAMBLE_LEN];
     if stream.read_exact(&mut bytes).await.is_err() {
-        // The host has changed its mind.
+        // The host has closed the stream already.
         return;
     }
     let refusal = match Preamble::decode(&bytes) {
-        Ok(Preamble { kind: Kind::Stdio, token }) if token != 0 => match unclaimed.reserve(token) {
-            Some(place) => {
+        Ok(Preamble { kind: StreamKind::Raw, token }) if token != 0 => match unclaimed.reserve(token) {
+            Some(slot) => {
                 let answered = stream.write_all(&Answer::Accepted.encode()).await;
                 if answered.is_ok() && stream.flush().await.is_ok() {
-                    place.fill(stream);
+                    slot.fill(stream);
                 }
                 return;
             }
@@ -43,7 +43,7 @@ pub(super) async fn welcome(mut stream: Stream, unclaimed: Unclaimed) {
         Err(PreambleError::Version { .. }) => Answer::WrongVersion,
     };
     console::say(&format!("refused a stream of the host: {refusal:?}"));
-    // It is closed after this, whether the answer arrives or not.
+    // The stream is closed now, even if the answer does not arrive.
     if stream.write_all(&refusal.encode()).await.is_ok() {
         let _ = stream.shutdown().await;
     }

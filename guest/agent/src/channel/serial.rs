@@ -1,4 +1,4 @@
-//! yamux over one byte stream. One task owns the connection; everyone else asks it.
+//! yamux over one byte stream. One task owns the connection; all others send it requests.
 
 use std::{
     future::poll_fn,
@@ -15,7 +15,8 @@ use yamux::{Config, Connection, ConnectionError, Mode};
 use super::{ChannelError, Stream, Unclaimed, port::Port, preamble};
 use crate::console;
 
-/// The virtio driver takes at most this much in one write, and every write spins until the host has taken it.
+/// The virtio driver takes at most this much in one write, and each write spins until the host has taken the
+/// bytes.
 const PORT_WRITE: usize = 32 << 10;
 /// Length of a yamux frame's header (yamux specification).
 const FRAME_HEADER: usize = 12;
@@ -25,15 +26,15 @@ type Dialled = oneshot::Sender<Result<yamux::Stream, ConnectionError>>;
 type Conn = Connection<tokio_util::compat::Compat<BufStream<Port>>>;
 
 #[derive(Debug)]
-enum Request {
+enum SerialRequest {
     Dial(Dialled),
-    /// Answered by being dropped when everything is written.
+    /// Dropping the sender is the answer that everything was written.
     Close(oneshot::Sender<()>),
 }
 
 #[derive(Debug)]
 pub(crate) struct Serial {
-    requests: mpsc::Sender<Request>,
+    requests: mpsc::Sender<SerialRequest>,
 }
 
 impl Serial {
@@ -51,45 +52,45 @@ impl Serial {
     pub(super) async fn dial(&self) -> Result<Stream, ChannelError> {
         let (reply, dialled) = oneshot::channel();
         let gone = |_| ChannelError::SerialClosed;
-        self.requests.send(Request::Dial(reply)).await.map_err(|_| ChannelError::SerialClosed)?;
+        self.requests.send(SerialRequest::Dial(reply)).await.map_err(|_| ChannelError::SerialClosed)?;
         let stream = dialled.await.map_err(gone)?.map_err(ChannelError::Serial)?;
         Ok(Stream::Serial(stream.compat()))
     }
 
-    /// Writes everything that is waiting, then ends the connection.
+    /// Writes everything that is pending, then ends the connection.
     pub(super) async fn close(&self) {
         let (reply, closed) = oneshot::channel();
-        if self.requests.send(Request::Close(reply)).await.is_ok() {
-            // Being dropped is the answer.
+        if self.requests.send(SerialRequest::Close(reply)).await.is_ok() {
+            // An error is the answer: the sender was dropped.
             let _ = closed.await;
         }
     }
 }
 
-enum Event {
+enum SerialEvent {
     Inbound(yamux::Stream),
-    Request(Request),
+    Request(SerialRequest),
     Ended(Option<ConnectionError>),
 }
 
-async fn drive(mut connection: Conn, mut requests: mpsc::Receiver<Request>, unclaimed: Unclaimed) {
+async fn drive(mut connection: Conn, mut requests: mpsc::Receiver<SerialRequest>, unclaimed: Unclaimed) {
     loop {
         match poll_fn(|cx| next(&mut connection, &mut requests, cx)).await {
-            Event::Inbound(stream) => {
+            SerialEvent::Inbound(stream) => {
                 tokio::spawn(preamble::welcome(Stream::Serial(stream.compat()), unclaimed.clone()));
             }
-            Event::Request(Request::Dial(reply)) => {
-                // Nobody waits any more when this fails.
+            SerialEvent::Request(SerialRequest::Dial(reply)) => {
+                // A failure means that the caller does not wait any more.
                 let _ = reply.send(poll_fn(|cx| connection.poll_new_outbound(cx)).await);
             }
-            Event::Request(Request::Close(done)) => {
+            SerialEvent::Request(SerialRequest::Close(done)) => {
                 if let Err(err) = poll_fn(|cx| connection.poll_close(cx)).await {
                     console::say(&format!("cannot close the serial channel: {err}"));
                 }
                 drop(done);
                 return;
             }
-            Event::Ended(err) => {
+            SerialEvent::Ended(err) => {
                 if let Some(err) = err {
                     console::say(&format!("the serial channel has failed: {err}"));
                 }
@@ -99,13 +100,17 @@ async fn drive(mut connection: Conn, mut requests: mpsc::Receiver<Request>, uncl
     }
 }
 
-fn next(connection: &mut Conn, requests: &mut mpsc::Receiver<Request>, cx: &mut Context<'_>) -> Poll<Event> {
+fn next(
+    connection: &mut Conn,
+    requests: &mut mpsc::Receiver<SerialRequest>,
+    cx: &mut Context<'_>,
+) -> Poll<SerialEvent> {
     if let Poll::Ready(Some(request)) = requests.poll_recv(cx) {
-        return Poll::Ready(Event::Request(request));
+        return Poll::Ready(SerialEvent::Request(request));
     }
     connection.poll_next_inbound(cx).map(|inbound| match inbound {
-        Some(Ok(stream)) => Event::Inbound(stream),
-        Some(Err(err)) => Event::Ended(Some(err)),
-        None => Event::Ended(None),
+        Some(Ok(stream)) => SerialEvent::Inbound(stream),
+        Some(Err(err)) => SerialEvent::Ended(Some(err)),
+        None => SerialEvent::Ended(None),
     })
 }

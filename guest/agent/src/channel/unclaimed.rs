@@ -1,4 +1,4 @@
-//! Raw streams that the host has opened and no process has claimed yet, by token.
+//! Raw streams that the host has opened and no call has claimed yet, by token.
 
 use std::{
     collections::HashMap,
@@ -16,26 +16,26 @@ pub(crate) struct Unclaimed {
     settled: Arc<Notify>,
 }
 
-/// A place in the table that is taken but whose stream is still being greeted.
+/// A slot of the table for a stream whose greeting is not finished.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct StreamSlot {
     unclaimed: Unclaimed,
     token: u64,
 }
 
 impl Unclaimed {
-    /// Takes a place for a stream; None when the table is full or the token is in use.
-    pub(super) fn reserve(&self, token: u64) -> Option<Place> {
+    /// Reserves a slot for a stream; None when the table is full or the token is in use.
+    pub(super) fn reserve(&self, token: u64) -> Option<StreamSlot> {
         let mut slots = self.lock();
         if slots.len() >= MAX_UNCLAIMED_STREAMS || slots.contains_key(&token) {
             return None;
         }
         slots.insert(token, None);
-        Some(Place { unclaimed: self.clone(), token })
+        Some(StreamSlot { unclaimed: self.clone(), token })
     }
 
-    /// Hands out a stream, once. The host may refer to it the moment it has read the greeting's answer, which
-    /// can be before the agent has filed it: then this waits for that.
+    /// Hands out a stream, once. The host may refer to a stream as soon as it has read the answer to the
+    /// greeting, which may be before the agent has filed the stream: then this waits.
     pub(crate) async fn claim(&self, token: u64) -> Option<Stream> {
         loop {
             let settled = self.settled.notified();
@@ -47,7 +47,7 @@ impl Unclaimed {
         }
     }
 
-    /// None when the token is unknown, Some(None) when its stream is not here yet.
+    /// None when the token is unknown, Some(None) when its stream is not filed yet.
     fn take(&self, token: u64) -> Option<Option<Stream>> {
         let mut slots = self.lock();
         let stream = slots.get_mut(&token)?.take();
@@ -62,7 +62,7 @@ impl Unclaimed {
     }
 }
 
-impl Place {
+impl StreamSlot {
     pub(super) fn fill(self, stream: Stream) {
         if let Some(slot) = self.unclaimed.lock().get_mut(&self.token) {
             *slot = Some(stream);
@@ -71,8 +71,8 @@ impl Place {
     }
 }
 
-impl Drop for Place {
-    /// A stream that broke before it was filed leaves no trace.
+impl Drop for StreamSlot {
+    /// Frees the slot of a stream that broke before it was filed.
     fn drop(&mut self) {
         let mut slots = self.unclaimed.lock();
         if slots.get(&self.token).is_some_and(Option::is_none) {

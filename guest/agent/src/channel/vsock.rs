@@ -1,4 +1,4 @@
-//! AF_VSOCK (vsock(7)).
+//! Streams over AF_VSOCK (vsock(7)).
 
 use std::{io, time::Duration};
 
@@ -9,15 +9,15 @@ use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, Vso
 use super::{ChannelError, Stream, Unclaimed, preamble};
 use crate::console;
 
-/// A host that is there answers in a millisecond.
+/// A host that listens answers within a millisecond.
 const DIAL_TIMEOUT: Duration = Duration::from_millis(250);
 const DIALS: usize = 20;
 
-/// Longest write to the host. The kernel spreads a larger packet over several descriptors, and vhost-device-vsock 0.3
-/// drops those without a word: the bytes and the credit for them are gone, and the stream stands still.
+/// Longest write to the host. The kernel spreads a larger packet over several descriptors. vhost-device-vsock
+/// 0.3 silently drops such packets: the bytes and the credit for them are lost, and the stream stalls.
 pub(super) const MAX_WRITE: usize = 28 << 10;
 
-/// Bound to any CID, so that it outlives a change of the VM's.
+/// A listener for any CID, so that it survives a change of the VM's CID.
 #[derive(Debug)]
 pub(crate) struct Listener(VsockListener);
 
@@ -33,7 +33,7 @@ impl Listener {
         tokio::spawn(async move {
             loop {
                 match self.0.accept().await {
-                    // A container shares the VM's sockets: only the host may bring streams.
+                    // Containers share the VM's sockets: only the host may open streams.
                     Ok((stream, peer)) if peer.cid() == VMADDR_CID_HOST => {
                         tokio::spawn(preamble::welcome(Stream::Vsock(stream), unclaimed.clone()));
                     }
@@ -45,8 +45,9 @@ impl Listener {
     }
 }
 
-/// A clone knows its own address only when its kernel has taken note of the device's reset (virtio 1.2, 5.10.6.7); what
-/// it sends before that is dropped, and a call that nobody answers is made again.
+/// Dials the host's control port. A clone learns its own address only when its kernel has processed the reset
+/// of the device (virtio 1.2, 5.10.6.7). What it sends before that is dropped, so a call without an answer is
+/// repeated.
 pub(super) async fn dial() -> Result<Stream, ChannelError> {
     let mut port = 0;
     for _ in 0..DIALS {

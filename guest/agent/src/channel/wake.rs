@@ -1,23 +1,26 @@
-//! Waiting to be woken: how a VM that is saved and cloned knows which of the two it is.
+//! Waits to be woken, in a template and its clones.
 //!
-//! The VM is saved while the agent waits here. Every clone of it goes on from here, when its host says so; whatever
-//! must not be the same in all of them has to come after.
+//! The template is saved while its agent waits here. Every clone resumes here, and its host wakes it.
+//! Everything that must differ between clones has to happen afterwards.
 
 use machinen_protocol::{
     WAKE_PORT_NAME,
-    preamble::{ANSWER_LEN, Answer, Kind, Preamble},
+    preamble::{ANSWER_LEN, Answer, Preamble, StreamKind},
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{ChannelError, port};
 
-/// Returns the port, which is better kept: closing it takes a message to the host.
+/// Waits until the host wakes this VM. Returns the port, which should be kept open: closing it takes a
+/// message to the host.
 ///
 /// # Errors
-/// There is no such port, or the host says something else than to go on.
+/// The port does not exist, or the host's answer is not an acceptance.
 pub(crate) async fn wait() -> Result<port::Port, ChannelError> {
     let mut port = port::open(WAKE_PORT_NAME).await?;
-    port.write_all(&Preamble { kind: Kind::Waiting, token: 0 }.encode()).await.map_err(ChannelError::Wake)?;
+    port.write_all(&Preamble { kind: StreamKind::Waiting, token: 0 }.encode())
+        .await
+        .map_err(ChannelError::Wake)?;
     let mut answer = [0; ANSWER_LEN];
     port.read_exact(&mut answer).await.map_err(ChannelError::Wake)?;
     match Answer::decode(&answer).map_err(ChannelError::Preamble)? {

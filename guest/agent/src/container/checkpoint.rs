@@ -1,4 +1,4 @@
-//! A container's checkpoint, and a container that goes on from one.
+//! Taking a checkpoint of a container, and restoring a container from one.
 
 use std::{
     path::Path,
@@ -7,61 +7,64 @@ use std::{
 
 use machinen_protocol::api::{self, CheckpointContainerRequest, CheckpointContainerResponse};
 
-use super::{Container, ContainerError, FileMount, Pages};
+use super::{Container, ContainerError, MemoryState};
 use crate::{
-    agent::Parts,
     cgroup::Cgroup,
-    criu::{self, CriuError, Dumped, Fetching, Restored, Source},
-    disk::Disk,
-    engine::Prepared,
+    console,
+    criu::{self, CriuError, DumpSource, Dumped, Fetching, Restored},
+    disk::{Disk, DiskSource},
+    engine::{FileMount, Prepared},
+    reaper::Reaper,
     stdio::ProcessEnds,
 };
 
 impl Container {
-    /// Copies its memory onto a disk while it runs.
+    /// Copies the container's memory onto a disk while it runs.
     ///
     /// # Errors
-    /// CRIU cannot.
+    /// CRIU cannot copy it.
     pub(crate) async fn pre_dump(
         &self,
-        parts: &Parts,
+        reaper: &Reaper,
+        disks: &DiskSource,
         request: CheckpointContainerRequest,
     ) -> Result<(), ContainerError> {
         let source = self.source()?;
-        if matches!(*self.pages.borrow(), Pages::Pending) {
+        if matches!(*self.memory.borrow(), MemoryState::Pending) {
             return Err(ContainerError::PagesPending);
         }
         let disk = request.disk.as_ref().ok_or(ContainerError::NoCheckpointDisk)?;
-        let disk = parts.disks.find_one(disk.into(), false).await.map_err(CriuError::from)?;
-        let copied =
-            criu::pre_dump(&parts.reaper, &source, &disk, &request.options.unwrap_or_default()).await;
-        if let Err(CriuError::Harmed { .. }) = copied {
+        let disk = disks.find_one(disk.into(), false).await.map_err(CriuError::from)?;
+        let copied = criu::pre_dump(reaper, &source, &disk, &request.options.unwrap_or_default()).await;
+        if let Err(CriuError::Corrupted { .. }) = copied {
             source.cgroup.kill()?;
         }
         Ok(copied?)
     }
 
-    /// What CRIU is to dump. What it has dumped before, and nobody has asked for, is in the way.
-    fn source(&self) -> Result<Source<'_>, ContainerError> {
+    /// What CRIU dumps. Images of an earlier dump that the host has not read are dropped: their disk is
+    /// mounted where the new one will be.
+    fn source(&self) -> Result<DumpSource<'_>, ContainerError> {
         drop(self.dumped().take());
-        let cgroup = self.live_cgroup()?;
-        Ok(Source { init: &self.init, cgroup, rootfs: self.rootfs.path(), dir: &self.dir })
+        let cgroup = self.running_cgroup()?;
+        Ok(DumpSource { init: &self.init, cgroup, rootfs: self.rootfs.path(), dir: &self.dir })
     }
 
-    /// Dumps it onto a disk; it stays paused.
+    /// Dumps the container onto a disk. The container stays paused.
     ///
     /// # Errors
-    /// It is not paused, has more processes than those below its init, or CRIU cannot.
+    /// The container is not paused, has processes that were added to it, or CRIU cannot dump it.
     pub(crate) async fn checkpoint(
         &self,
-        parts: &Parts,
+        reaper: &Reaper,
+        disks: &DiskSource,
         request: CheckpointContainerRequest,
     ) -> Result<CheckpointContainerResponse, ContainerError> {
         let source = self.source()?;
         if !source.cgroup.is_frozen() {
             return Err(ContainerError::NotPaused);
         }
-        if matches!(*self.pages.borrow(), Pages::Pending) {
+        if matches!(*self.memory.borrow(), MemoryState::Pending) {
             return Err(ContainerError::PagesPending);
         }
         let execs = self.running_execs();
@@ -69,14 +72,14 @@ impl Container {
             return Err(ContainerError::HasExecs { execs });
         }
         let disk = request.disk.as_ref().ok_or(ContainerError::NoCheckpointDisk)?;
-        let disk = parts.disks.find_one(disk.into(), false).await.map_err(CriuError::from)?;
-        // CRIU writes to the root file system where a file has lost its name.
+        let disk = disks.find_one(disk.into(), false).await.map_err(CriuError::from)?;
+        // CRIU writes to the root file system for files that have lost their name.
         self.rootfs.thaw()?;
         let options = request.options.unwrap_or_default();
-        let dumped = criu::dump(&parts.reaper, &source, &disk, &options, request.stdin_bytes).await;
+        let dumped = criu::dump(reaper, &source, &disk, &options, request.stdin_bytes).await;
         match dumped {
-            // Half a container is worse than none.
-            Err(CriuError::Harmed { .. }) => source.cgroup.kill()?,
+            // A container with some corrupted processes must not continue.
+            Err(CriuError::Corrupted { .. }) => source.cgroup.kill()?,
             _ => self.rootfs.freeze()?,
         }
         let (dumped, response) = dumped?;
@@ -87,10 +90,10 @@ impl Container {
         Ok(response)
     }
 
-    /// Where on its disk some more of the last dump is, and whether that is the last.
+    /// Locates some more images of the last dump on their disk, and reports whether these are the last.
     ///
     /// # Errors
-    /// There is none, or those of writing it back.
+    /// Nothing was dumped, or the images cannot be written back.
     pub(crate) async fn checkpoint_images(&self) -> Result<api::CheckpointImagesResponse, ContainerError> {
         let dumped = self.dumped().take().ok_or(ContainerError::NotDumped)?;
         let (files, rest) = dumped.images().await?;
@@ -105,110 +108,117 @@ impl Container {
 }
 
 impl Container {
-    /// Follows the memory that it gets by and by.
-    pub(super) fn fetch(&self, fetching: Fetching) {
-        self.pages.send_replace(Pages::Pending);
-        let (pages, cgroup, init) = (self.pages.clone(), self.cgroup.clone(), Arc::clone(&self.init));
+    /// Waits in the background until all memory was fetched.
+    pub(super) fn follow_fetching(&self, fetching: Fetching) {
+        self.memory.send_replace(MemoryState::Pending);
+        let (memory, cgroup, init) = (self.memory.clone(), self.cgroup.clone(), Arc::clone(&self.init));
         tokio::spawn(async move {
             let done = tokio::select! {
                 biased;
-                // Nobody is left who could touch what is missing.
+                // No process is left that could touch missing memory.
                 () = init.exited() => Ok(()),
                 done = fetching.done() => done,
             };
             let state = match done {
-                Ok(()) => Pages::Here,
+                Ok(()) => MemoryState::Complete,
                 Err(error) => {
-                    // Who touches what is missing would wait for ever.
+                    // A process that touches missing memory would block forever.
                     if let Err(err) = cgroup.kill() {
-                        crate::console::say(&crate::console::chain(&err));
+                        console::report(&err);
                     }
-                    Pages::Lost(Arc::new(error))
+                    MemoryState::Lost(Arc::new(error))
                 }
             };
-            pages.send_replace(state);
+            memory.send_replace(state);
         });
     }
 
-    /// Returns when the disk that it was restored from is not needed any more.
+    /// Returns when the disk from which the container was restored is not needed any more.
     ///
     /// # Errors
-    /// Memory is lost, and the container with it.
+    /// Memory is lost, and the container was killed.
     pub(crate) async fn pages_fetched(&self) -> Result<(), ContainerError> {
-        let mut pages = self.pages.subscribe();
-        match pages.wait_for(|pages| !matches!(pages, Pages::Pending)).await.as_deref() {
-            Ok(Pages::Lost(error)) => Err(ContainerError::PagesLost(Arc::clone(error))),
-            // An error is the end of the container.
+        let mut memory = self.memory.subscribe();
+        match memory.wait_for(|memory| !matches!(memory, MemoryState::Pending)).await.as_deref() {
+            Ok(MemoryState::Lost(error)) => Err(ContainerError::PagesLost(Arc::clone(error))),
+            // An error means that the container is gone.
             _ => Ok(()),
         }
     }
 }
 
-/// A checkpoint to go on from.
+/// A checkpoint that a container is restored from.
 #[derive(Debug)]
-pub(super) struct From {
+pub(super) struct RestoreImage {
     disk: Disk,
     options: api::CriuOptions,
     facts: api::CheckpointFacts,
     hostname: String,
 }
 
-/// Where that is to be.
+/// A checkpoint, and the container that it becomes.
 #[derive(Debug)]
-pub(super) struct Place<'a> {
-    from: &'a From,
+pub(super) struct PlannedRestore<'a> {
+    image: &'a RestoreImage,
     dir: &'a Path,
     rootfs: &'a Path,
     files: &'a [FileMount],
 }
 
-impl From {
+impl RestoreImage {
+    /// Finds the checkpoint's disk.
+    ///
     /// # Errors
-    /// No disk is named, or it is not there.
-    pub(super) async fn find(parts: &Parts, from: api::RestoreFrom) -> Result<Self, ContainerError> {
-        let disk = from.disk.as_ref().ok_or(ContainerError::NoCheckpointDisk)?;
-        let disk = parts.disks.find_one(disk.into(), true).await.map_err(CriuError::from)?;
+    /// The request names no disk, or the disk is not there.
+    pub(super) async fn find(disks: &DiskSource, request: api::RestoreFrom) -> Result<Self, ContainerError> {
+        let disk = request.disk.as_ref().ok_or(ContainerError::NoCheckpointDisk)?;
+        let disk = disks.find_one(disk.into(), true).await.map_err(CriuError::from)?;
         Ok(Self {
             disk,
-            options: from.options.unwrap_or_default(),
-            facts: from.facts.unwrap_or_default(),
-            hostname: from.hostname,
+            options: request.options.unwrap_or_default(),
+            facts: request.facts.unwrap_or_default(),
+            hostname: request.hostname,
         })
     }
 
-    pub(super) fn place<'a>(&'a self, dir: &'a Path, rootfs: &'a Path, files: &'a [FileMount]) -> Place<'a> {
-        Place { from: self, dir, rootfs, files }
+    pub(super) fn plan<'a>(
+        &'a self,
+        dir: &'a Path,
+        rootfs: &'a Path,
+        files: &'a [FileMount],
+    ) -> PlannedRestore<'a> {
+        PlannedRestore { image: self, dir, rootfs, files }
     }
 }
 
-impl Place<'_> {
-    /// Which of its standard streams were pipes.
+impl PlannedRestore<'_> {
+    /// Which standard streams of the first process were pipes.
     pub(super) fn pipes(&self) -> [bool; 3] {
-        let names = &self.from.facts.descriptors;
+        let names = &self.image.facts.descriptors;
         [0, 1, 2].map(|fd| names.get(fd).is_some_and(|name| name.starts_with("pipe:")))
     }
 
-    /// Processes that have not run yet, in a cgroup with the limits that they had.
+    /// Restores the processes, which do not run yet, into a cgroup with the limits that they had.
     ///
     /// # Errors
-    /// A limit cannot be set, or CRIU cannot restore.
-    pub(super) async fn restore(
+    /// A limit cannot be set, or CRIU cannot restore the processes.
+    pub(super) async fn run(
         self,
-        parts: &Parts,
+        reaper: &Reaper,
         prepared: &Prepared,
         cgroup: &Cgroup,
         stdio: ProcessEnds,
     ) -> Result<Restored, ContainerError> {
-        let Self { from, dir, rootfs, files } = self;
-        // What an idle cgroup (cpu.idle) says of its weight cannot be set.
+        let Self { image, dir, rootfs, files } = self;
+        // The weight that an idle cgroup (cpu.idle) reports cannot be set.
         let is_set = |file: &&api::CgroupFile| file.name != "cpu.weight" || file.content.trim_end() != "0";
-        let limits: Vec<_> = from.facts.limits.iter().filter(is_set).cloned().collect();
+        let limits: Vec<_> = image.facts.limits.iter().filter(is_set).cloned().collect();
         cgroup.write_files(&limits)?;
-        cgroup.make(&from.facts.cgroups)?;
+        cgroup.make(&image.facts.cgroups)?;
         criu::make_mount_points(rootfs, prepared.mount_points())?;
-        let place = criu::Place { cgroup, rootfs, dir, files, hostname: &from.hostname };
+        let target = criu::RestoreTarget { cgroup, rootfs, dir, files, hostname: &image.hostname };
         let restored =
-            criu::restore(&parts.reaper, &place, &from.disk, &from.options, &from.facts, stdio).await?;
+            criu::restore(reaper, &target, &image.disk, &image.options, &image.facts, stdio).await?;
         Ok(restored)
     }
 }

@@ -1,4 +1,4 @@
-//! Small host files (/etc/hosts and its like) that a container sees at a path of its own.
+//! Small files of the host (such as /etc/hosts) that are mounted in a container.
 
 use std::{
     fs::{self, OpenOptions},
@@ -9,22 +9,17 @@ use std::{
 
 use machinen_protocol::api;
 
-/// A file of the agent's that the engine mounts into the container.
-#[derive(Debug, Clone)]
-pub(crate) struct FileMount {
-    pub(crate) source: PathBuf,
-    pub(crate) destination: PathBuf,
-}
+use crate::engine::FileMount;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FilesError {
-    #[error("cannot place a file for {destination}")]
+    #[error("cannot write the file for {destination}")]
     Write { destination: String, source: io::Error },
     #[error("the destination {destination} of a file is not an absolute path")]
     NotAbsolute { destination: String },
 }
 
-/// Writes the files below `dir`, which is the agent's own.
+/// Writes the files below `dir`, the agent's directory of the container.
 ///
 /// # Errors
 /// The guest's memory is full.
@@ -49,6 +44,6 @@ fn write_one(dir: &Path, path: &Path, file: &api::InjectedFile) -> io::Result<()
     fs::create_dir_all(dir)?;
     let mut out = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     out.write_all(&file.content)?;
-    // Not by open: the agent's umask is not the host's wish.
+    // Not with open(2), to which the agent's umask would apply.
     out.set_permissions(fs::Permissions::from_mode(file.mode & 0o7777))
 }

@@ -1,17 +1,17 @@
-//! A container: its root file system, its cgroup, its processes, and what may happen to it when.
+//! A container: its root file system, its cgroup, its processes, and which calls are allowed when.
 //!
 //! ```text
 //!   create ──> Created ── start ──> Started ── (init ends) ──> delete
 //!                 └────────────── delete ────────────────────────^
 //! ```
-//! "Stopped" is not a state of its own: it is what the kernel says about the init.
+//! "Stopped" is not a state of this diagram: the kernel knows whether the init has ended.
 
 mod checkpoint;
 mod exec;
 mod files;
+mod id_table;
 mod pause;
 mod rootfs;
-mod table;
 mod view;
 
 use std::{
@@ -20,82 +20,85 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use machinen_protocol::api;
+use machinen_protocol::{
+    api,
+    error::{ErrorKind, HasKind},
+};
 use nix::unistd::Uid;
 use tokio::sync::watch;
 
-pub(crate) use self::{
-    files::FileMount,
-    table::{Table, TableError},
-};
+pub(crate) use self::id_table::{IdError, IdTable};
 use self::{
+    checkpoint::{PlannedRestore, RestoreImage},
     files::FilesError,
     rootfs::{Rootfs, RootfsError},
 };
 use crate::{
-    agent::Parts,
     cgroup::{Cgroup, CgroupError},
     channel::Stream,
-    criu::{self, CriuError, Dumped, Fetching, Held, Restored},
-    disk::Layers,
-    engine::{self, EngineError, Prepared, Tenancy, Waiting},
+    console,
+    context::Context,
+    criu::{self, CriuError, Dumped, Fetching, HeldByCriu, Restored},
+    disk::RootDisks,
+    engine::{self, ContainerContext, Engine, EngineError, Prepared, WaitingInit},
     layer::{self, LayerError, Stamp},
     process::{Process, ProcessError, Started},
+    reaper::Reaper,
     stdio::{AgentEnds, StdioError, Streams},
     view::{View, ViewError},
 };
 
-/// Parent of all that the agent keeps about containers.
+/// Parent of everything that the agent keeps about containers.
 pub(crate) const STATE: &str = "/run/machinen";
 
 #[derive(Debug)]
 pub(crate) struct Container {
     dir: PathBuf,
     rootfs: Rootfs,
-    /// What the upper directory was like before the command ran.
-    before: Option<Stamp>,
+    /// The state of the upper directory before the command ran.
+    initial_stamp: Option<Stamp>,
     cgroup: Cgroup,
     init: Arc<Process>,
     /// Its other processes, by exec id.
-    execs: Table<Process>,
-    tenancy: Tenancy,
+    execs: IdTable<Process>,
+    join: ContainerContext,
     view: View,
-    stage: Mutex<Stage>,
-    pages: watch::Sender<Pages>,
-    /// What it was dumped to, until the host knows where that is.
+    stage: Mutex<StartStage>,
+    memory: watch::Sender<MemoryState>,
+    /// The images of the last dump, until the host knows where all of them are on the disk.
     dumped: Mutex<Option<Dumped>>,
 }
 
-/// Where the memory of a container is.
+/// Where the memory of a container is: all of a restored container's memory may not have been fetched yet.
 #[derive(Debug, Clone)]
-enum Pages {
-    Here,
-    /// Some of it is still on the disk that the container was restored from.
+enum MemoryState {
+    Complete,
+    /// Some of it is still on the disk from which the container was restored.
     Pending,
-    /// Why there is no more of it.
+    /// Some of it is lost, for this reason.
     Lost(Arc<CriuError>),
 }
 
 #[derive(Debug)]
-enum Stage {
-    Created(Waits),
+enum StartStage {
+    Created(PendingInit),
     Started,
 }
 
-/// What keeps an init from running.
+/// An init that has not been started.
 #[derive(Debug)]
-enum Waits {
-    /// It has yet to execute its command.
-    New(Waiting),
-    /// It goes on from a checkpoint.
-    Restored(Box<Held>),
+enum PendingInit {
+    /// It executes its command when it is started.
+    New(WaitingInit),
+    /// It continues from a checkpoint when it is started.
+    Restored(Box<HeldByCriu>),
 }
 
-impl Waits {
+impl PendingInit {
     async fn start(self) -> Result<Option<Fetching>, ContainerError> {
         match self {
             Self::New(waiting) => Ok(waiting.start().await.map(|()| None)?),
-            Self::Restored(held) => Ok(held.release().await?),
+            Self::Restored(held) => Ok(held.resume().await?),
         }
     }
 }
@@ -134,7 +137,7 @@ pub(crate) enum ContainerError {
     View(#[from] ViewError),
     #[error("cannot export the container's changes")]
     Layer(#[from] LayerError),
-    #[error("the container's disk is its own snapshot, of which there is no archive")]
+    #[error("the container's disk is a snapshot itself, of which no archive is made")]
     NoLayer,
     #[error("no stream with token {token} is waiting for the archive")]
     NoStream { token: u64 },
@@ -147,7 +150,35 @@ pub(crate) enum ContainerError {
     #[error("the init is deleted with its container")]
     IsInit,
     #[error(transparent)]
-    Table(#[from] TableError),
+    Table(#[from] IdError),
+}
+
+impl HasKind for ContainerError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NoRootfs
+            | Self::IsInit
+            | Self::NoLayer
+            | Self::NoCheckpointDisk
+            | Self::Files(_)
+            | Self::Stdio(_) => ErrorKind::InvalidArgument,
+            Self::Rootfs(_) | Self::NoStream { .. } => ErrorKind::NotFound,
+            Self::AlreadyStarted
+            | Self::Running
+            | Self::NotPaused
+            | Self::NotDumped
+            | Self::PagesPending
+            | Self::HasExecs { .. } => ErrorKind::FailedPrecondition,
+            Self::Table(err) => err.kind(),
+            Self::Engine(err) => err.kind(),
+            Self::Process(err) => err.kind(),
+            Self::Criu(err) => err.kind(),
+            Self::PagesLost(err) => err.kind(),
+            Self::Cgroup(err) => err.kind(),
+            Self::View(err) => err.kind(),
+            Self::Layer(_) | Self::State { .. } => ErrorKind::Internal,
+        }
+    }
 }
 
 /// The time that each phase of a creation took, for the host's log.
@@ -174,44 +205,44 @@ impl Phases {
 }
 
 impl Container {
-    /// Makes a container whose init waits to be started. Nothing of it is left when this fails.
+    /// Creates a container whose init waits to be started. A failed creation leaves nothing behind.
     ///
     /// # Errors
     /// The request, its disks or its spec are not usable.
     pub(crate) async fn create(
-        parts: &Parts,
+        context: &Context,
         request: api::CreateContainerRequest,
     ) -> Result<(Self, Phases), ContainerError> {
         let dir = Path::new(STATE).join(&request.container_id);
         make_dir(&dir)?;
-        let result = Self::create_in(parts, request, &dir).await;
+        let result = Self::create_in(context, request, &dir).await;
         if result.is_err()
             && let Err(err) = remove_dir(&dir)
         {
-            crate::console::say(&crate::console::chain(&err));
+            console::report(&err);
         }
         result
     }
 
     async fn create_in(
-        parts: &Parts,
+        context: &Context,
         request: api::CreateContainerRequest,
         dir: &Path,
     ) -> Result<(Self, Phases), ContainerError> {
         let mut phases = Phases::new();
         let stdio = request.stdio.unwrap_or_default();
-        let streams = Streams::claim(&stdio, &parts.unclaimed).await?;
+        let streams = Streams::claim(&stdio, &context.unclaimed).await?;
         let rootfs = request.rootfs.into_option().ok_or(ContainerError::NoRootfs)?;
         let [base, writable] = [&rootfs.base, &rootfs.writable].map(|disk| disk.as_ref().map(Into::into));
-        let disks = Layers::of(base, writable).ok_or(ContainerError::NoRootfs)?;
-        let disks = async { Ok(parts.disks.find(disks).await.map_err(RootfsError::from)?) };
-        let from = async {
+        let disks = RootDisks::of(base, writable).ok_or(ContainerError::NoRootfs)?;
+        let disks = async { Ok(context.disks.find(disks).await.map_err(RootfsError::from)?) };
+        let image = async {
             match request.checkpoint.into_option() {
-                Some(from) => checkpoint::From::find(parts, from).await.map(Some),
+                Some(checkpoint) => RestoreImage::find(&context.disks, checkpoint).await.map(Some),
                 None => Ok(None),
             }
         };
-        let (disks, from) = tokio::try_join!(disks, from)?;
+        let (disks, image) = tokio::try_join!(disks, image)?;
         phases.done("disks");
         let rootfs = Rootfs::mount(dir, &disks)?;
         drop(disks);
@@ -228,63 +259,64 @@ impl Container {
         let made = match prepared {
             Ok(prepared) => {
                 phases.done("spec");
-                let origin = from.as_ref().map(|from| from.place(dir, rootfs.path(), &files));
-                let made = make(parts, &prepared, streams, origin, &mut phases).await;
-                made.map(|made| (made, prepared.tenancy().clone()))
+                let restore = image.as_ref().map(|image| image.plan(dir, rootfs.path(), &files));
+                let Context { engine, reaper, .. } = context;
+                let made = make(engine, reaper, &prepared, streams, restore, &mut phases).await;
+                made.map(|made| (made, prepared.join_context().clone()))
             }
             Err(err) => Err(EngineError::from(err).into()),
         };
         match made {
-            Ok(((cgroup, init, waits), tenancy)) => {
-                let (init, execs) = (Arc::new(init), Table::new("process"));
-                let stage = Mutex::new(Stage::Created(waits));
-                let before = rootfs.upper().as_deref().and_then(Stamp::take);
+            Ok(((cgroup, init, pending), join)) => {
+                let (init, execs) = (Arc::new(init), IdTable::new("process"));
+                let stage = Mutex::new(StartStage::Created(pending));
+                let initial_stamp = rootfs.upper().as_deref().and_then(Stamp::take);
                 Ok((
                     Self {
                         dir: dir.to_owned(),
                         rootfs,
-                        before,
+                        initial_stamp,
                         cgroup,
                         init,
                         execs,
-                        tenancy,
+                        join,
                         view: View::default(),
                         stage,
-                        pages: watch::Sender::new(Pages::Here),
+                        memory: watch::Sender::new(MemoryState::Complete),
                         dumped: Mutex::default(),
                     },
                     phases,
                 ))
             }
             Err(err) => {
-                rootfs.unmount().unwrap_or_else(|err| crate::console::say(&crate::console::chain(&err)));
+                rootfs.unmount().unwrap_or_else(|err| console::report(&err));
                 Err(err)
             }
         }
     }
 
-    /// Lets the init execute the user's command.
+    /// Has the init execute the user's command, or a restored container continue.
     ///
     /// # Errors
-    /// It was started before, it has ended, or the command cannot be executed.
+    /// The container was started before, it has ended, or the command cannot be executed.
     pub(crate) async fn start(&self) -> Result<(), ContainerError> {
-        let waits = {
+        let pending = {
             let mut stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
-            match std::mem::replace(&mut *stage, Stage::Started) {
-                Stage::Created(waits) => waits,
-                Stage::Started => return Err(ContainerError::AlreadyStarted),
+            match std::mem::replace(&mut *stage, StartStage::Started) {
+                StartStage::Created(pending) => pending,
+                StartStage::Started => return Err(ContainerError::AlreadyStarted),
             }
         };
         if self.init.has_exited() {
             return Err(ProcessError::Finished.into());
         }
-        let held = matches!(waits, Waits::Restored(_));
-        match waits.start().await {
+        let restored = matches!(pending, PendingInit::Restored(_));
+        match pending.start().await {
             Ok(None) => {}
-            Ok(Some(fetching)) => self.fetch(fetching),
+            Ok(Some(fetching)) => self.follow_fetching(fetching),
             Err(error) => {
-                if held {
-                    // Half of it may run.
+                if restored {
+                    // Some of its processes may run.
                     self.cgroup.kill()?;
                 }
                 return Err(error);
@@ -293,11 +325,11 @@ impl Container {
         Ok(())
     }
 
-    /// Restored, and not started yet.
-    fn is_held(&self) -> bool {
+    /// Whether the container was restored and has not been started yet.
+    fn is_unstarted_restore(&self) -> bool {
         matches!(
             *self.stage.lock().unwrap_or_else(PoisonError::into_inner),
-            Stage::Created(Waits::Restored(_))
+            StartStage::Created(PendingInit::Restored(_))
         )
     }
 
@@ -309,16 +341,16 @@ impl Container {
         &self.cgroup
     }
 
-    /// The cgroup, while there is somebody in it.
+    /// The cgroup of a container that runs.
     ///
     /// # Errors
-    /// The init has ended.
-    pub(crate) fn live_cgroup(&self) -> Result<&Cgroup, ContainerError> {
+    /// The container has ended.
+    pub(crate) fn running_cgroup(&self) -> Result<&Cgroup, ContainerError> {
         if self.init.has_exited() { Err(ProcessError::Finished.into()) } else { Ok(&self.cgroup) }
     }
 
-    /// Sends a signal to a process, or to all; the init is "". SIGKILL ends processes that are held too, and what they write
-    /// while they end must not wait.
+    /// Sends a signal to a process, or to all; the init is "". SIGKILL also ends frozen processes, whose
+    /// writes must not block on a frozen file system.
     ///
     /// # Errors
     /// There is no such process, or no such signal.
@@ -327,11 +359,12 @@ impl Container {
             && !self.init.has_exited()
             && let Err(err) = self.rootfs.thaw()
         {
-            // No reason not to kill.
-            crate::console::say(&crate::console::chain(&err));
+            // The processes are killed anyway.
+            console::report(&err);
         }
-        // Of a process that is being traced, which one that is restored is until it starts, CRIU hears the end first.
-        if all || (signal == libc::SIGKILL && exec_id.is_empty() && self.is_held()) {
+        // CRIU traces the processes of a restored container until the container is started, and would see the
+        // end of a single process first: kill all of them.
+        if all || (signal == libc::SIGKILL && exec_id.is_empty() && self.is_unstarted_restore()) {
             return Ok(self.cgroup.signal_all(signal)?);
         }
         Ok(self.process(exec_id)?.signal(signal)?)
@@ -340,7 +373,7 @@ impl Container {
     /// The process that an exec_id names; the init is "".
     ///
     /// # Errors
-    /// There is none.
+    /// There is no such process.
     pub(crate) fn process(&self, exec_id: &str) -> Result<Arc<Process>, ContainerError> {
         match exec_id {
             "" => Ok(Arc::clone(&self.init)),
@@ -351,16 +384,16 @@ impl Container {
     /// Whether nothing was written to the root file system since the container was created.
     pub(crate) fn layer_unchanged(&self) -> bool {
         let upper = self.rootfs.upper();
-        self.before.as_ref().zip(upper).is_some_and(|(before, upper)| before.holds(&upper))
+        self.initial_stamp.as_ref().zip(upper).is_some_and(|(stamp, upper)| stamp.matches(&upper))
     }
 
-    /// Sends what the container has changed. It has ended, or its processes are frozen.
+    /// Sends the container's changes to the host. The container must have ended or be frozen.
     ///
     /// # Errors
-    /// Something of it cannot be read, or the host does not take it.
+    /// A file cannot be read, or the host does not take the archive.
     pub(crate) async fn export_layer(&self, stream: Stream) -> Result<u64, ContainerError> {
         if self.init.has_exited() {
-            // Where the init has no pid namespace of its own, others may write a moment longer.
+            // Where the init has no pid namespace of its own, other processes may write a moment longer.
             self.cgroup.kill()?;
             self.cgroup.emptied().await?;
             self.view.end().await;
@@ -368,13 +401,13 @@ impl Container {
         Ok(layer::export(self.rootfs.upper().ok_or(ContainerError::NoLayer)?, stream).await?)
     }
 
-    /// Removes everything of a container that does not run (any more). May be tried again after an error.
+    /// Removes a container that does not run. The call may be repeated after an error.
     ///
     /// # Errors
-    /// It runs, or something cannot be removed.
+    /// The container runs, or something of it cannot be removed.
     pub(crate) async fn delete(&self) -> Result<(), ContainerError> {
         let never_started =
-            matches!(*self.stage.lock().unwrap_or_else(PoisonError::into_inner), Stage::Created(_));
+            matches!(*self.stage.lock().unwrap_or_else(PoisonError::into_inner), StartStage::Created(_));
         if !self.init.has_exited() {
             if !never_started {
                 return Err(ContainerError::Running);
@@ -384,16 +417,17 @@ impl Container {
         }
         self.init.close();
         clear(&self.cgroup).await?;
-        // What it was restored from is mounted in its directory until it has started, and has all of its memory.
-        let waits = {
+        // The disk from which it was restored is mounted in its directory until it was started and has all of
+        // its memory.
+        let pending = {
             let mut stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
-            std::mem::replace(&mut *stage, Stage::Started)
+            std::mem::replace(&mut *stage, StartStage::Started)
         };
-        drop(waits);
-        // So is what it was dumped to, where the host could not write it.
+        drop(pending);
+        // So is the disk to which it was dumped, if the host has not read all of it.
         drop(self.dumped().take());
         if let Err(err) = self.pages_fetched().await {
-            crate::console::say(&crate::console::chain(&err));
+            console::report(&err);
         }
         for exec in self.execs.all() {
             exec.close();
@@ -404,57 +438,58 @@ impl Container {
         remove_dir(&self.dir)
     }
 
-    /// Writes the container's data to its disk while the VM goes down. Its processes are dead by then.
+    /// Writes the container's data to its disk while the VM shuts down. Its processes have ended by then.
     pub(crate) fn shut_down(&self) {
         if let Err(err) = self.rootfs.unmount() {
-            crate::console::say(&crate::console::chain(&err));
+            console::report(&err);
         }
     }
 }
 
-/// Has the engine make the container, or CRIU restore it, and takes charge of its init.
+/// Has the engine create the container, or CRIU restore it, and supervises its init.
 async fn make(
-    parts: &Parts,
+    engine: &Engine,
+    reaper: &Reaper,
     prepared: &Prepared,
     streams: Streams,
-    restored_at: Option<checkpoint::Place<'_>>,
+    restore: Option<PlannedRestore<'_>>,
     phases: &mut Phases,
-) -> Result<(Cgroup, Process, Waits), ContainerError> {
-    let pipes = restored_at.as_ref().map(checkpoint::Place::pipes).unwrap_or_default();
+) -> Result<(Cgroup, Process, PendingInit), ContainerError> {
+    let pipes = restore.as_ref().map(PlannedRestore::pipes).unwrap_or_default();
     let (process_ends, pending) = streams.ends(Uid::from_raw(prepared.owner()), pipes)?;
     let cgroup = Cgroup::new(prepared.cgroup_path());
     let create = async {
         cgroup.create(prepared.devices())?;
         phases.done("cgroup");
-        let (pid, exit, waits, unread) = match restored_at {
+        let (pid, exit, pending_init, unread) = match restore {
             None => {
-                let created = parts.engine.create(&parts.reaper, prepared, process_ends).await?;
+                let created = engine.create(reaper, prepared, process_ends).await?;
                 let engine::Created { pid, exit, waiting } = created;
                 phases.done("engine");
-                (pid, exit, Waits::New(waiting), Vec::new())
+                (pid, exit, PendingInit::New(waiting), Vec::new())
             }
-            Some(place) => {
+            Some(restore) => {
                 let Restored { pid, exit, held, stdin } =
-                    place.restore(parts, prepared, &cgroup, process_ends).await?;
+                    restore.run(reaper, prepared, &cgroup, process_ends).await?;
                 phases.done("criu");
-                (pid, exit, Waits::Restored(Box::new(held)), stdin)
+                (pid, exit, PendingInit::Restored(Box::new(held)), stdin)
             }
         };
         let ends = AgentEnds { unread, ..pending.connect()? };
-        Ok::<_, ContainerError>((pid, exit, waits, ends))
+        Ok::<_, ContainerError>((pid, exit, pending_init, ends))
     };
-    let (pid, exit, waits, ends) = match create.await {
+    let (pid, exit, pending_init, ends) = match create.await {
         Ok(made) => made,
         Err(err) => {
-            clear(&cgroup).await.unwrap_or_else(|err| crate::console::say(&crate::console::chain(&err)));
+            clear(&cgroup).await.unwrap_or_else(|err| console::report(&err));
             return Err(err);
         }
     };
     let started = Started { pid, exit, ends, cgroup: cgroup.clone(), is_init: true };
-    Ok((cgroup, Process::supervise(started, parts.reaper.clone()), waits))
+    Ok((cgroup, Process::supervise(started, reaper.clone()), pending_init))
 }
 
-/// Kills what is left in a cgroup and removes it.
+/// Kills all processes in a cgroup and removes it.
 async fn clear(cgroup: &Cgroup) -> Result<(), CgroupError> {
     cgroup.kill()?;
     cgroup.remove().await
@@ -468,8 +503,8 @@ fn make_dir(dir: &Path) -> Result<(), ContainerError> {
     })
 }
 
-/// Removes the agent's own files. Never called while something is mounted below: [`Rootfs::unmount`] has
-/// removed its mount points before, and a mount point that is left makes this fail, not descend.
+/// Removes the agent's own files. Nothing is mounted below `dir` any more: [`Rootfs::unmount`] has removed
+/// its mount points, and a mount point that is left makes this fail instead of descending.
 fn remove_dir(dir: &Path) -> Result<(), ContainerError> {
     criu::clear(dir)?;
     for path in [dir.join("files"), dir.join(engine::DIR)] {

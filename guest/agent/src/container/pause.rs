@@ -1,31 +1,34 @@
-//! Holding a container, and letting it go on.
+//! Pausing and resuming a container.
 
 use super::{Container, ContainerError};
 
 impl Container {
-    /// Holds its processes, and what they have written is on the disk.
+    /// Freezes the container's processes, and its root file system when everything written is on the disk.
     ///
     /// # Errors
-    /// The init has ended, or the disk cannot be written; its processes go on then.
+    /// The container has ended, or the disk cannot be written; the processes continue then.
     pub(crate) async fn pause(&self) -> Result<(), ContainerError> {
-        let cgroup = self.live_cgroup()?;
+        let cgroup = self.running_cgroup()?;
         cgroup.freeze().await?;
-        // Who changes files through the view would wait for a file system that is held, or change what is being exported.
-        let held = self.view.hold().await.map_err(ContainerError::from);
-        let held = held.and_then(|()| Ok(self.rootfs.freeze()?));
-        if held.is_err() {
-            self.view.release();
+        // A change through the view would block on the frozen file system, or alter files that are being
+        // exported.
+        let read_only = self.view.make_read_only().await.map_err(ContainerError::from);
+        let frozen = read_only.and_then(|()| Ok(self.rootfs.freeze()?));
+        if frozen.is_err() {
+            self.view.make_writable();
             cgroup.thaw()?;
         }
-        held
+        frozen
     }
 
+    /// Thaws the root file system and the processes.
+    ///
     /// # Errors
-    /// The init has ended.
+    /// The container has ended.
     pub(crate) fn resume(&self) -> Result<(), ContainerError> {
-        let cgroup = self.live_cgroup()?;
+        let cgroup = self.running_cgroup()?;
         self.rootfs.thaw()?;
-        self.view.release();
+        self.view.make_writable();
         Ok(cgroup.thaw()?)
     }
 }

@@ -1,7 +1,8 @@
-//! The root file system of a container: an overlay of a shared read-only disk and a private writable one, or one disk.
+//! The root file system of a container: an overlay of a shared read-only disk and a private writable one, or
+//! one disk.
 //!
 //! ```text
-//!   <dir>/base     ext4, read-only, never replayed: the same blocks are mounted by other VMs
+//!   <dir>/base     ext4, read-only, its journal is never replayed: other VMs have the same blocks mounted
 //!   <dir>/rw       ext4, with upper/ and work/
 //!   <dir>/rootfs   overlay of both; or the one disk
 //! ```
@@ -24,7 +25,8 @@ use nix::{
 };
 
 use crate::{
-    disk::{Disk, DiskError, Layers},
+    console,
+    disk::{Disk, DiskError, RootDisks},
     sys,
 };
 
@@ -35,12 +37,13 @@ const WORK: &str = "work";
 #[derive(Debug)]
 pub(crate) struct Rootfs {
     path: PathBuf,
-    layers: [PathBuf; 2],
-    kind: Kind,
+    /// Mount points of the writable and of the base disk.
+    disks: [PathBuf; 2],
+    kind: RootfsKind,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum RootfsKind {
     Overlay,
     ReadOnly,
     Whole,
@@ -52,8 +55,8 @@ pub(crate) enum RootfsError {
     Disk(#[from] DiskError),
     #[error("cannot create {path}")]
     Create { path: PathBuf, source: io::Error },
-    #[error("{device} holds no usable ext4 file system: cannot mount it as the {layer} layer")]
-    Mount { layer: &'static str, device: PathBuf, source: Errno },
+    #[error("{device} has no usable ext4 file system: cannot mount it as the {role} disk")]
+    Mount { role: &'static str, device: PathBuf, source: Errno },
     #[error("cannot mount the overlay {path}")]
     Overlay { path: PathBuf, source: Errno },
     #[error("cannot reset the overlay's index on {path}")]
@@ -67,46 +70,46 @@ pub(crate) enum RootfsError {
 }
 
 impl Rootfs {
-    /// Mounts it below `dir`.
+    /// Mounts the root file system below `dir`.
     ///
     /// # Errors
-    /// What was mounted is unmounted again.
-    pub(crate) fn mount(dir: &Path, disks: &Layers<Disk>) -> Result<Self, RootfsError> {
+    /// A file system cannot be mounted; what was mounted before it is unmounted again.
+    pub(crate) fn mount(dir: &Path, disks: &RootDisks<Disk>) -> Result<Self, RootfsError> {
         let kind = match disks {
-            Layers::Overlay { .. } => Kind::Overlay,
-            Layers::ReadOnly(_) => Kind::ReadOnly,
-            Layers::Whole(_) => Kind::Whole,
+            RootDisks::Overlay { .. } => RootfsKind::Overlay,
+            RootDisks::ReadOnly(_) => RootfsKind::ReadOnly,
+            RootDisks::Whole(_) => RootfsKind::Whole,
         };
-        let rootfs = Self { path: dir.join("rootfs"), layers: [dir.join("rw"), dir.join("base")], kind };
+        let rootfs = Self { path: dir.join("rootfs"), disks: [dir.join("rw"), dir.join("base")], kind };
         let mounted = match disks {
-            Layers::Overlay { base, writable } => rootfs.mount_overlay(base, writable),
-            // Nobody else has it mounted, and what an earlier VM has left unfinished is finished now.
-            Layers::ReadOnly(disk) => mount_disk("only", disk, &rootfs.path, MsFlags::MS_RDONLY, ""),
-            Layers::Whole(disk) => {
+            RootDisks::Overlay { base, writable } => rootfs.mount_overlay(base, writable),
+            // Only this VM has the disk mounted: a journal that an earlier VM has left is replayed now.
+            RootDisks::ReadOnly(disk) => mount_disk("only", disk, &rootfs.path, MsFlags::MS_RDONLY, ""),
+            RootDisks::Whole(disk) => {
                 mount_disk("only", disk, &rootfs.path, MsFlags::MS_NOATIME, "noinit_itable")
             }
         };
         mounted.inspect_err(|_| {
             if let Err(err) = rootfs.unmount() {
-                crate::console::say(&crate::console::chain(&err));
+                console::report(&err);
             }
         })?;
         Ok(rootfs)
     }
 
     fn mount_overlay(&self, base: &Disk, writable: &Disk) -> Result<(), RootfsError> {
-        let [rw, lower] = &self.layers;
+        let [rw, lower] = &self.disks;
         mount_disk("base", base, lower, MsFlags::MS_RDONLY | MsFlags::MS_NOATIME, "noload")?;
-        // The host has written all inode tables; there is nothing for the kernel to do in the background.
+        // The host has written all inode tables, which the kernel would otherwise do in the background.
         mount_disk("writable", writable, rw, MsFlags::MS_NOATIME, "noinit_itable")?;
         let (upper, work) = (rw.join(UPPER), rw.join(WORK));
         if make_dir(&upper)? {
-            like_the_image(&upper, lower)
+            copy_root_attributes(&upper, lower)
                 .map_err(|source| RootfsError::Create { path: upper.clone(), source })?;
         }
         let failed = |source| RootfsError::Index { path: rw.clone(), source };
         make_dir(&self.path)?;
-        // Of a disk that was written without an index, nothing says which lower layer its marks are about.
+        // On a disk that was written without an index, nothing records to which lower layer its marks refer.
         if !make_dir(&work)? && !origin::is_marked(&upper).map_err(failed)? {
             origin::forget(&upper).map_err(failed)?;
         }
@@ -121,69 +124,73 @@ impl Rootfs {
         .map_err(|source| RootfsError::Overlay { path: self.path.clone(), source })
     }
 
-    /// Where the container's root is.
+    /// The container's root directory.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Where the overlay keeps what the container writes; None where there is no overlay.
+    /// The directory in which the overlay keeps what the container writes; None without an overlay.
     pub(crate) fn upper(&self) -> Option<PathBuf> {
-        (self.kind == Kind::Overlay).then(|| self.layers[0].join(UPPER))
+        (self.kind == RootfsKind::Overlay).then(|| self.disks[0].join(UPPER))
     }
 
-    /// Brings a disk that is the whole root file system to a state that others can read, until [`Rootfs::thaw`]: whoever
-    /// writes waits. Others need none of it, since what was written is sent to the host.
+    /// Completes a disk that is the whole root file system on stable storage and blocks writers until
+    /// [`Rootfs::thaw`], so that the host can copy it. Other root file systems need no freezing, since their
+    /// changes are sent to the host.
     ///
     /// # Errors
     /// Those of the disk.
     pub(crate) fn freeze(&self) -> Result<(), RootfsError> {
-        self.when_whole("freeze", |root| sys::freeze_file_system(root, true))
+        self.if_whole("freeze", |root| sys::freeze_file_system(root, true))
     }
 
+    /// Lets writers continue.
+    ///
     /// # Errors
     /// Those of ioctl(2).
     pub(crate) fn thaw(&self) -> Result<(), RootfsError> {
-        self.when_whole("thaw", |root| sys::freeze_file_system(root, false))
+        self.if_whole("thaw", |root| sys::freeze_file_system(root, false))
     }
 
-    fn when_whole(
+    fn if_whole(
         &self,
         action: &'static str,
         act: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
     ) -> Result<(), RootfsError> {
-        if self.kind != Kind::Whole {
+        if self.kind != RootfsKind::Whole {
             return Ok(());
         }
         let acted = fs::File::open(&self.path).and_then(|root| act(root.as_fd()));
         acted.map_err(|source| RootfsError::Freeze { action, path: self.path.clone(), source })
     }
 
-    /// Writes everything to the disk. Unmounting alone does not: the mounts of a container that has just ended go
-    /// away a little later than its processes, and the file system with the last of them.
+    /// Writes everything to the disk. Unmounting alone does not: the mounts of a container that has just
+    /// ended disappear a little later than its processes, and the file system is only released with the last
+    /// of them.
     ///
     /// # Errors
     /// Those of the disk.
     pub(crate) fn sync(&self) -> Result<(), RootfsError> {
         let rw = match self.kind {
-            Kind::Overlay => &self.layers[0],
-            Kind::Whole => &self.path,
-            Kind::ReadOnly => return Ok(()),
+            RootfsKind::Overlay => &self.disks[0],
+            RootfsKind::Whole => &self.path,
+            RootfsKind::ReadOnly => return Ok(()),
         };
         let failed = |source| RootfsError::Sync { path: rw.clone(), source };
         match fs::File::open(rw) {
             Ok(rw) => syncfs(rw).map_err(|err| failed(err.into())),
-            // Unmounted and removed by an earlier try.
+            // Unmounted and removed by an earlier call.
             Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(err) => Err(failed(err)),
         }
     }
 
-    /// Unmounts what is mounted and removes the mount points. May be called again.
+    /// Unmounts the file systems and removes the mount points. May be called again.
     ///
     /// # Errors
-    /// Something still uses it.
+    /// A file system is still in use.
     pub(crate) fn unmount(&self) -> Result<(), RootfsError> {
-        for path in std::iter::once(&self.path).chain(&self.layers) {
+        for path in std::iter::once(&self.path).chain(&self.disks) {
             let failed = |source| RootfsError::Unmount { path: path.clone(), source };
             match umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
                 // Not mounted, or not even made.
@@ -199,10 +206,10 @@ impl Rootfs {
     }
 }
 
-/// Files have handles (name_to_handle_at(2)) that stay the same when they are copied up, which takes an index. Without them
-/// CRIU cannot save what watches a file (inotify(7)).
+/// Mounts an overlay with an index, so that file handles (name_to_handle_at(2)) stay the same when a file is
+/// copied up. CRIU needs such handles to save watches on files (inotify(7)).
 fn overlay(lower: &Path, rw: &Path, target: &Path) -> Result<(), Errno> {
-    // Container ids, the only variable part, have no character that means something to overlayfs.
+    // Container ids, the only variable part, have no character with a meaning for overlayfs.
     let options = format!(
         "lowerdir={},upperdir={},workdir={},index=on,nfs_export=on",
         lower.display(),
@@ -212,7 +219,7 @@ fn overlay(lower: &Path, rw: &Path, target: &Path) -> Result<(), Errno> {
     mount(Some("overlay"), target, Some("overlay"), MsFlags::MS_NOATIME, Some(options.as_str()))
 }
 
-/// Makes the kernel build the index anew, which is no part of the files.
+/// Makes the kernel build the index anew. The index is not part of the container's files.
 fn forget_index(rw: &Path) -> io::Result<()> {
     match fs::remove_dir_all(rw.join(WORK).join("index")) {
         Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
@@ -222,7 +229,7 @@ fn forget_index(rw: &Path) -> io::Result<()> {
 }
 
 fn mount_disk(
-    layer: &'static str,
+    role: &'static str,
     disk: &Disk,
     target: &Path,
     flags: MsFlags,
@@ -236,10 +243,10 @@ fn mount_disk(
         ),
         Disk::Directory(dir) => (dir, mount(Some(dir), target, None::<&str>, MsFlags::MS_BIND, None::<&str>)),
     };
-    result.map_err(|err| RootfsError::Mount { layer, device: source.clone(), source: err })
+    result.map_err(|err| RootfsError::Mount { role, device: source.clone(), source: err })
 }
 
-/// Whether the directory is new.
+/// Creates a directory; false when it exists.
 fn make_dir(path: &Path) -> Result<bool, RootfsError> {
     match fs::create_dir(path) {
         Ok(()) => Ok(true),
@@ -248,8 +255,9 @@ fn make_dir(path: &Path) -> Result<bool, RootfsError> {
     }
 }
 
-/// An overlay's root has the owner and mode of the upper directory, so a fresh one gets the image's.
-fn like_the_image(upper: &Path, image: &Path) -> io::Result<()> {
+/// The root directory of an overlay has the owner and mode of the upper directory: a new one gets those of
+/// the image.
+fn copy_root_attributes(upper: &Path, image: &Path) -> io::Result<()> {
     let of_image = fs::metadata(image)?;
     chown(upper, Some(of_image.uid()), Some(of_image.gid()))?;
     fs::set_permissions(upper, of_image.permissions())

@@ -1,14 +1,19 @@
-//! A container's files for the host, while it is there.
+//! Serving a container's files to the host.
 
 use super::{Container, ContainerError};
-use crate::{agent::Parts, channel::Stream};
+use crate::{channel::Stream, engine::Engine, reaper::Reaper};
 
 impl Container {
-    /// Serves the container's files to the host on `stream`, until that ends.
+    /// Serves the container's files to the host on `stream` until the stream ends.
     ///
     /// # Errors
-    /// The init has ended.
-    pub(crate) async fn open_view(&self, parts: &Parts, stream: Stream) -> Result<(), ContainerError> {
-        Ok(self.view.open(parts, self.init.pid(), stream).await?)
+    /// The container has ended.
+    pub(crate) async fn open_view(
+        &self,
+        engine: &Engine,
+        reaper: &Reaper,
+        stream: Stream,
+    ) -> Result<(), ContainerError> {
+        Ok(self.view.open(engine, reaper, self.init.pid(), stream).await?)
     }
 }

@@ -1,5 +1,5 @@
-//! What CRIU 4.1 dumps without a complaint and then cannot restore, or refuses in words that say nothing: found by what the
-//! kernel says of the processes, while they are frozen and before CRIU looks at them.
+//! Finds what CRIU 4.1 dumps without an error but cannot restore, or refuses without an explanation. The
+//! kernel's information on the processes is examined while they are frozen, before CRIU looks at them.
 //!
 //! | what | why |
 //! |---|---|
@@ -24,10 +24,10 @@ use nix::unistd::Pid;
 use procfs::process::Process;
 use rustix::fs::{AtFlags, CWD, linkat};
 
-use super::{CriuError, locks, source::Source, task::Task};
+use super::{CriuError, dump::DumpSource, locks, task::Task};
 use crate::{console, sys};
 
-/// Links in /proc/PID/ns, and that of the first process that each has to be.
+/// Links in /proc/PID/ns, and the link of the first process to which each must be equal.
 const NAMESPACES: [(&str, &str); 9] = [
     ("uts", "uts"),
     ("ipc", "ipc"),
@@ -39,17 +39,17 @@ const NAMESPACES: [(&str, &str); 9] = [
     ("pid", "pid"),
     ("pid_for_children", "pid"),
 ];
-/// The policies that CRIU restores.
+/// The scheduling policies that CRIU restores.
 const POLICIES: [i32; 5] =
     [libc::SCHED_OTHER, libc::SCHED_FIFO, libc::SCHED_RR, libc::SCHED_BATCH, libc::SCHED_IDLE];
-/// How the kernel shows a path that does not lead to the file any more.
+/// The kernel marks a path that does not lead to the file any more with this.
 const REMOVED: &str = " (deleted)";
 
-/// The root file system can be written.
+/// Checks all processes. The root file system must be writable.
 ///
 /// # Errors
-/// The first thing that could not be restored.
-pub(super) fn check(source: &Source<'_>) -> Result<(), CriuError> {
+/// Something cannot be restored; the error names the first.
+pub(super) fn check(source: &DumpSource<'_>) -> Result<(), CriuError> {
     let init = source.init.pid();
     let root = root_device(init);
     let mut seen = HashSet::new();
@@ -64,13 +64,13 @@ pub(super) fn check(source: &Source<'_>) -> Result<(), CriuError> {
     Ok(())
 }
 
-/// What of a process cannot be restored. One that has ended has nothing.
+/// Why a process cannot be restored. A process that has ended has no such reason.
 fn why_not(init: Pid, pid: Pid) -> Option<String> {
     let at = |name: &str| PathBuf::from(format!("/proc/{pid}/{name}"));
     is_traced(pid)
-        .or_else(|| elsewhere(init, pid))
+        .or_else(|| in_other_namespace(init, pid))
         .or_else(|| runs_memfd(&at("exe")))
-        .or_else(|| odd_policy(&at("task")))
+        .or_else(|| unsupported_policy(&at("task")))
         .or_else(|| locks::lost_by_a_restore(pid))
         .or_else(|| removed(pid, Path::new(&format!("/proc/{init}/root"))))
 }
@@ -80,7 +80,7 @@ fn is_traced(pid: Pid) -> Option<String> {
     (status.tracerpid != 0).then(|| "is traced by another process".to_owned())
 }
 
-fn elsewhere(init: Pid, pid: Pid) -> Option<String> {
+fn in_other_namespace(init: Pid, pid: Pid) -> Option<String> {
     let link = |pid: Pid, name: &str| fs::read_link(format!("/proc/{pid}/ns/{name}")).ok();
     let (kind, _) = NAMESPACES.iter().find(|(kind, of)| {
         let (theirs, ours) = (link(pid, kind), link(init, of));
@@ -100,7 +100,7 @@ fn runs_memfd(exe: &Path) -> Option<String> {
     is_memfd.then(|| "executes a program from a memfd".to_owned())
 }
 
-fn odd_policy(tasks: &Path) -> Option<String> {
+fn unsupported_policy(tasks: &Path) -> Option<String> {
     let threads = fs::read_dir(tasks).ok()?.flatten();
     let mut policies = threads.filter_map(|thread| {
         let tid = thread.file_name().to_string_lossy().parse().ok()?;
@@ -114,8 +114,8 @@ fn odd_policy(tasks: &Path) -> Option<String> {
     Some(format!("has a thread with the scheduling policy {name}"))
 }
 
-/// A file without a name, or with another one than it was opened by, that is open, mapped or executed.
-/// `root` is the container's root directory, where a link is tried.
+/// A file that was removed or renamed since it was opened, and is open, mapped or executed. `root` is the
+/// container's root directory, where creating a link is tried.
 fn removed(pid: Pid, root: &Path) -> Option<String> {
     let at = |name: &str| PathBuf::from(format!("/proc/{pid}/{name}"));
     let open = fs::read_dir(at("fd")).ok()?.flatten().map(|entry| entry.path());
@@ -130,7 +130,7 @@ fn removed(pid: Pid, root: &Path) -> Option<String> {
     removed.find_map(|(path, link)| {
         let path = path.trim_end_matches(REMOVED).escape_debug().to_string();
         match rustix::fs::statfs(&link).ok()?.f_type {
-            // CRIU's own link to one of a tmpfs is in the archive of that.
+            // CRIU links such a file of a tmpfs into the archive of the tmpfs.
             libc::TMPFS_MAGIC => None,
             libc::HUGETLBFS_MAGIC => {
                 (!has_huge_pages()).then(|| format!("uses huge pages ({path}), of which another VM has none"))
@@ -141,15 +141,16 @@ fn removed(pid: Pid, root: &Path) -> Option<String> {
     })
 }
 
-/// What /proc/PID/map_files calls a range of /proc/PID/maps, which fills addresses up with zeros.
+/// The name in /proc/PID/map_files of a range of /proc/PID/maps, where addresses have leading zeros.
 fn file_of(range: &str) -> Option<String> {
     let (start, end) = range.split_once('-')?;
     let short = |address: &str| u64::from_str_radix(address, 16).ok();
     Some(format!("{:x}-{:x}", short(start)?, short(end)?))
 }
 
-/// Whether CRIU, which needs one more link to such a file, gets it. What stat(2) says of the links of an overlay's file is true of
-/// the layer below. Where there is no link to be had CRIU takes the file's content, or says that it cannot.
+/// Whether CRIU, which needs one more link to such a file, can create it. stat(2) of a file of an overlay
+/// reports the links of the layer below. If no link can be created, CRIU saves the file's content, or reports
+/// that it cannot.
 fn has_other_links(link: &Path, root: &Path) -> bool {
     if !fs::metadata(link).is_ok_and(|file| !file.is_dir() && file.nlink() > 0) {
         return false;
@@ -159,20 +160,20 @@ fn has_other_links(link: &Path, root: &Path) -> bool {
         Err(_) => false,
         Ok(()) => {
             if let Err(source) = fs::remove_file(&tried) {
-                console::say(&console::chain(&CriuError::File { what: "remove", path: tried, source }));
+                console::report(&CriuError::File { what: "remove", path: tried, source });
             }
             true
         }
     }
 }
 
-/// Every VM with this one's kernel command line has them from its start.
+/// Whether the VM has huge pages. Every VM with the same kernel command line has them from its start.
 fn has_huge_pages() -> bool {
     fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.contains("hugepages="))
 }
 
-/// Where a process has an overlay mounted that is not the container's root file system, in a mount namespace that is not
-/// one of `seen`.
+/// Describes an overlay that a process has mounted in addition to the container's root file system. `seen`
+/// are the mount namespaces that were examined already.
 fn overlay_of(pid: Pid, root: Option<&str>, seen: &mut HashSet<PathBuf>) -> Option<String> {
     if !seen.insert(fs::read_link(format!("/proc/{pid}/ns/mnt")).ok()?) {
         return None;
@@ -183,7 +184,7 @@ fn overlay_of(pid: Pid, root: Option<&str>, seen: &mut HashSet<PathBuf>) -> Opti
     Some(format!("has an overlay mounted at {}", overlay.mount_point.display().to_string().escape_debug()))
 }
 
-/// That of the container's root file system.
+/// The device of the container's root file system.
 fn root_device(init: Pid) -> Option<String> {
     let mounts = Process::new(init.as_raw()).and_then(|process| process.mountinfo()).ok()?;
     mounts
@@ -202,9 +203,9 @@ mod tests {
     #[test]
     fn an_ordinary_process_can_be_restored() {
         let pid = nix::unistd::getpid();
-        // The test itself may be debugged.
-        assert_eq!(elsewhere(pid, pid), None);
-        assert_eq!(odd_policy(Path::new("/proc/self/task")), None);
+        // The test does not check tracing, since it may be debugged itself.
+        assert_eq!(in_other_namespace(pid, pid), None);
+        assert_eq!(unsupported_policy(Path::new("/proc/self/task")), None);
         assert_eq!(runs_memfd(Path::new("/proc/self/exe")), None);
         assert_eq!(why_not(pid, Pid::from_raw(i32::MAX)), None);
     }
@@ -218,7 +219,7 @@ mod tests {
     #[test]
     fn a_removed_file_with_other_links_is_found() {
         let pid = nix::unistd::getpid();
-        // Not a tmpfs, on which it would do no harm.
+        // Not on a tmpfs, where such files can be restored.
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let (one, other) = (dir.path().join("one"), dir.path().join("other"));
         let mut file = fs::File::create(&one).unwrap();

@@ -1,11 +1,11 @@
-//! What of the machine a process depends on after it has run on it.
+//! The features of the machine on which a process depends once it has run there.
 
 use nix::sys::utsname::uname;
 use procfs::Current as _;
 
 use super::CriuError;
 
-/// The CPU's features, by the kernel's names for them.
+/// The CPU's features, by the kernel's names.
 ///
 /// # Errors
 /// Those of reading /proc/cpuinfo.
@@ -18,10 +18,10 @@ pub(super) fn kernel() -> String {
     uname().map(|name| name.release().to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-/// A process may have chosen its code by the CPU's features, so none may be missing.
+/// Checks that no feature is missing, since a process may have chosen its code by the CPU's features.
 ///
 /// # Errors
-/// Which ones are.
+/// Features are missing; the error names them.
 pub(super) fn check(wanted: &[String]) -> Result<(), CriuError> {
     let here = flags()?;
     let missing: Vec<&str> =
@@ -29,7 +29,8 @@ pub(super) fn check(wanted: &[String]) -> Result<(), CriuError> {
     if missing.is_empty() { Ok(()) } else { Err(CriuError::Cpu { missing: missing.join(" ") }) }
 }
 
-/// A newer kernel has all that an older one had; the other way round, an image may need what is not there.
+/// Checks that this kernel is not older: a newer kernel can restore what an older one has dumped, but not the
+/// reverse.
 ///
 /// # Errors
 /// This kernel is older.
@@ -41,7 +42,7 @@ pub(super) fn check_kernel(theirs: &str) -> Result<(), CriuError> {
     Ok(())
 }
 
-/// `6.12.117` of `6.12.117-machinen`.
+/// The numbers of a release: `6.12.117` of `6.12.117-machinen`.
 fn version(release: &str) -> Vec<u32> {
     let number = release.split(|c: char| !(c.is_ascii_digit() || c == '.')).next().unwrap_or_default();
     number.split('.').map_while(|part| part.parse().ok()).collect()

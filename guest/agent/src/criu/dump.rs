@@ -1,4 +1,4 @@
-//! Dumping a container's processes onto a disk of the host's.
+//! Dumps a container's processes onto a disk of the host's.
 
 use std::{
     fs::{self, File},
@@ -13,21 +13,21 @@ use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type};
 use tokio::task::spawn_blocking;
 
 use super::{
-    CriuError, STDIN, check::check, cpu, extents, files, mend::mend, mounted::Mounted, mounts, pagemap,
-    reason::quote_of_dump, rpc::Criu, sockets, source::Source,
+    CriuError, STDIN, check::check, cpu, extents, files, image_mount::ImageMount, mounts, pagemap,
+    reason::quote_of_dump, recover::recover, rpc::Criu, sockets,
 };
-use crate::{disk::Disk, process::Process, reaper::Reaper, stdio};
+use crate::{cgroup::Cgroup, disk::Disk, process::Process, reaper::Reaper, stdio};
 
 const LOG: &str = "dump.log";
-/// What the disk has.
+/// The file system on the disk.
 const FILE_SYSTEM: &str = "ext4";
-/// Bytes that are written back before the host is told of them, in whole MiB.
+/// Bytes that are written back before the host learns where they are; whole MiB.
 const AT_ONCE: u64 = 32 << 20;
-/// Directory on the disk of what was copied before the dump.
+/// Directory on the disk for the memory that was copied before the dump.
 const BEFORE: &str = "before";
-/// CRIU refuses to save unlinked files above 1 MiB unless it is told to.
+/// By default CRIU refuses to save unlinked files above 1 MiB.
 const GHOST_LIMIT: u32 = 1 << 30;
-/// Settings of a cgroup that make a restored container like the one that was dumped.
+/// The limits of a container's cgroup that its checkpoint records.
 const LIMITS: [&str; 12] = [
     "cpu.max",
     "cpu.weight",
@@ -43,27 +43,40 @@ const LIMITS: [&str; 12] = [
     "pids.max",
 ];
 
-/// Copies the memory of processes that run, for [`dump`] on the same disk to count on.
+/// The container that is dumped.
+#[derive(Debug)]
+pub(crate) struct DumpSource<'a> {
+    pub(crate) init: &'a Process,
+    /// The whole cgroup is frozen for a dump.
+    pub(crate) cgroup: &'a Cgroup,
+    pub(crate) rootfs: &'a Path,
+    /// The agent's directory of the container.
+    pub(crate) dir: &'a Path,
+}
+
+/// Copies the memory of running processes. A [`dump`] onto the same disk then copies only what has changed.
 ///
 /// # Errors
-/// CRIU cannot; the disk is as before. [`CriuError::Harmed`]: the processes are not, and must end.
+/// CRIU cannot copy it; the disk is as before. After [`CriuError::Corrupted`] the processes must be killed.
 pub(crate) async fn pre_dump(
     reaper: &Reaper,
-    source: &Source<'_>,
+    source: &DumpSource<'_>,
     disk: &Disk,
     options: &CriuOptions,
 ) -> Result<(), CriuError> {
-    // CRIU would wait for ever for processes that are still frozen when it has thawed the container. A dump thaws them, which
-    // has to be while the container is frozen.
+    // CRIU would wait for ever for processes that are still frozen after it has thawed the container. A dump thaws them
+    // while the container is frozen; a copy ahead cannot.
     if let Some(path) = source.cgroup.frozen_below()? {
         return Err(CriuError::FrozenBelow { path });
     }
-    let mounted = Mounted::mount(disk, source.dir, FILE_SYSTEM, MsFlags::MS_NOATIME)?;
+    let mounted = ImageMount::mount(disk, source.dir, FILE_SYSTEM, MsFlags::MS_NOATIME)?;
     let images = directory(&mounted, BEFORE)?;
     let mut opts = opts(&images, source, options)?;
     opts.opts.set_track_mem(true);
     let done = match run(reaper, Criu_req_type::PRE_DUMP, opts, &images).await {
-        Err(died @ CriuError::Died { .. }) => Err(mend(source, false, false, &images.join(LOG), died).await),
+        Err(died @ CriuError::Died { .. }) => {
+            Err(recover(source, false, false, &images.join(LOG), died).await)
+        }
         done => done,
     };
     if done.is_err() {
@@ -76,28 +89,28 @@ pub(crate) async fn pre_dump(
     done
 }
 
-/// What a dump has left on its disk, which is mounted until this is dropped.
+/// The images of a dump on their disk, which is mounted until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Dumped {
     images: PathBuf,
-    /// What was copied before it.
+    /// The memory that was copied before the dump.
     before: Option<PathBuf>,
-    /// What the host does not know of yet, the next at the end; none before it was looked for.
-    left: Option<Vec<Left>>,
-    _mounted: Mounted,
+    /// The images that the host does not know yet, the next one last; None before the images were listed.
+    remaining: Option<Vec<Remaining>>,
+    _mounted: ImageMount,
 }
 
-/// An image, from some place on.
+/// The part of an image behind `from`.
 #[derive(Debug)]
-struct Left {
+struct Remaining {
     name: String,
     size: u64,
     from: u64,
 }
 
 impl Dumped {
-    /// Writes some of it back, and says where on the disk that is: so much that the host has work meanwhile. With what is
-    /// left, if anything is.
+    /// Writes back some of the images, and locates them on the disk: so much that the host is busy meanwhile.
+    /// Also returns the remaining images, if any.
     ///
     /// # Errors
     /// Those of the file system.
@@ -106,36 +119,38 @@ impl Dumped {
             if let Some(before) = &self.before {
                 return Ok((merged(&self.images, before)?, None));
             }
-            let mut left = match self.left.take() {
-                Some(left) => left,
+            let mut remaining = match self.remaining.take() {
+                Some(remaining) => remaining,
                 None => images(&self.images)?,
             };
             let (mut files, mut bytes) = (Vec::new(), 0);
             while bytes < AT_ONCE
-                && let Some(next) = left.pop()
+                && let Some(next) = remaining.pop()
             {
                 let to = next.size.min(next.from + AT_ONCE);
                 files.push(extents::locate(&next.name, &self.images.join(&next.name), next.from..to)?);
                 bytes += to - next.from;
                 if to < next.size {
-                    left.push(Left { from: to, ..next });
+                    remaining.push(Remaining { from: to, ..next });
                 }
             }
-            let rest = if left.is_empty() { None } else { Some(Self { left: Some(left), ..self }) };
+            let rest =
+                if remaining.is_empty() { None } else { Some(Self { remaining: Some(remaining), ..self }) };
             Ok((files, rest))
         };
-        // The container runs, and others are to be answered.
+        // The container runs, and the agent has to answer other calls.
         spawn_blocking(locate).await.map_err(CriuError::Thread)?
     }
 }
 
-/// Dumps onto a disk. The processes stay frozen.
+/// Dumps the container onto a disk. Its processes stay frozen.
 ///
 /// # Errors
-/// CRIU cannot, or could not restore it; the processes are as before. [`CriuError::Harmed`]: they are not, and must end.
+/// CRIU cannot dump it, or could not restore it; the processes are as before. After [`CriuError::Corrupted`]
+/// they must be killed.
 pub(crate) async fn dump(
     reaper: &Reaper,
-    source: &Source<'_>,
+    source: &DumpSource<'_>,
     disk: &Disk,
     options: &CriuOptions,
     stdin_sent: u64,
@@ -143,7 +158,7 @@ pub(crate) async fn dump(
     check(source)?;
     let moved = sockets::moved(source)?;
     let mut facts = facts(source)?;
-    let mounted = Mounted::mount(disk, source.dir, FILE_SYSTEM, MsFlags::MS_NOATIME)?;
+    let mounted = ImageMount::mount(disk, source.dir, FILE_SYSTEM, MsFlags::MS_NOATIME)?;
     let before = Some(mounted.path().join(BEFORE)).filter(|before| before.is_dir());
     let images = directory(&mounted, "images")?;
     let since = Instant::now();
@@ -158,7 +173,7 @@ pub(crate) async fn dump(
     source.cgroup.refreeze(&facts.cgroups)?;
     match ran {
         Err(died @ CriuError::Died { .. }) => {
-            return Err(mend(source, true, options.tcp_established, &images.join(LOG), died).await);
+            return Err(recover(source, true, options.tcp_established, &images.join(LOG), died).await);
         }
         done => done?,
     }
@@ -170,11 +185,11 @@ pub(crate) async fn dump(
     let criu_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
     let response =
         CheckpointContainerResponse { facts: MessageField::some(facts), criu_us, ..Default::default() };
-    Ok((Dumped { images, before, left: None, _mounted: mounted }, response))
+    Ok((Dumped { images, before, remaining: None, _mounted: mounted }, response))
 }
 
-/// A directory on the disk, whose root has lost+found.
-fn directory(mounted: &Mounted, name: &str) -> Result<PathBuf, CriuError> {
+/// Creates a directory on the disk, whose root has lost+found.
+fn directory(mounted: &ImageMount, name: &str) -> Result<PathBuf, CriuError> {
     let path = mounted.path().join(name);
     match fs::create_dir_all(&path) {
         Ok(()) => Ok(path),
@@ -182,13 +197,13 @@ fn directory(mounted: &Mounted, name: &str) -> Result<PathBuf, CriuError> {
     }
 }
 
-/// CRIU's options, and the directory that they name by its number.
-struct Opts {
+/// CRIU's options, and the open directory that they refer to by its descriptor.
+struct DumpOptions {
     opts: Criu_opts,
     _dir: File,
 }
 
-fn opts(images: &Path, source: &Source<'_>, options: &CriuOptions) -> Result<Opts, CriuError> {
+fn opts(images: &Path, source: &DumpSource<'_>, options: &CriuOptions) -> Result<DumpOptions, CriuError> {
     let dir = File::open(images).map_err(|source| CriuError::File {
         what: "open",
         path: images.to_owned(),
@@ -198,31 +213,36 @@ fn opts(images: &Path, source: &Source<'_>, options: &CriuOptions) -> Result<Opt
     opts.set_pid(source.init.pid().as_raw());
     opts.set_leave_running(true);
     opts.set_freeze_cgroup(source.cgroup.path().display().to_string());
-    // All that is below it is recorded, wherever the first process is.
+    // All cgroups below this one are recorded, wherever the first process is.
     opts.cg_root.push(super::cgroup_root(source.cgroup));
     opts.set_ghost_limit(GHOST_LIMIT);
     opts.set_link_remap(true);
     opts.set_log_file(LOG.to_owned());
-    Ok(Opts { opts, _dir: dir })
+    Ok(DumpOptions { opts, _dir: dir })
 }
 
-async fn run(reaper: &Reaper, what: Criu_req_type, opts: Opts, images: &Path) -> Result<(), CriuError> {
+async fn run(
+    reaper: &Reaper,
+    what: Criu_req_type,
+    opts: DumpOptions,
+    images: &Path,
+) -> Result<(), CriuError> {
     let mut request = Criu_req::new();
     request.set_type(what);
     request.opts = MessageField::some(opts.opts);
     let criu = Criu::start(reaper, &[])?;
     criu.send(&request).await?;
     let outcome = criu.finish("checkpoint", &images.join(LOG), quote_of_dump).await;
-    // After a copy it would wait to be asked for the dump, which may never come.
+    // After a pre-dump CRIU would wait for a request to dump, which may never come.
     if outcome.is_err() || what == Criu_req_type::PRE_DUMP {
         criu.end().await;
     }
-    // Only then nothing of it is open on the disk any more.
+    // Only now CRIU has no file open on the disk.
     criu.exit().await;
     outcome
 }
 
-fn facts(source: &Source<'_>) -> Result<CheckpointFacts, CriuError> {
+fn facts(source: &DumpSource<'_>) -> Result<CheckpointFacts, CriuError> {
     let names = LIMITS.map(str::to_owned);
     let limits = source.cgroup.read_files(&names)?;
     Ok(CheckpointFacts {
@@ -236,15 +256,15 @@ fn facts(source: &Source<'_>) -> Result<CheckpointFacts, CriuError> {
     })
 }
 
-/// What CRIU says of itself at the start of its log: "(00.001) Version: 4.1.1 (gitid 0)".
+/// The version at the start of CRIU's log: "(00.001) Version: 4.1.1 (gitid 0)".
 fn version(log: &Path) -> String {
     let log = fs::read_to_string(log).unwrap_or_default();
     let version = log.lines().take(16).find_map(|line| line.split_once("Version: "));
     version.map(|(_, version)| version.split(' ').next().unwrap_or_default().to_owned()).unwrap_or_default()
 }
 
-/// What CRIU calls the pipes that the agent has the other ends of, wherever the processes have them open. What else the
-/// first process has in their places is named too, but for pipes of its own.
+/// CRIU's names of the first process's standard streams. Pipes to the agent are named even where the process
+/// does not have them open as such; other pipes are not named, since they belong to the container.
 fn descriptors(init: &Process) -> Vec<String> {
     let open = |fd: usize| fs::read_link(format!("/proc/{}/fd/{fd}", init.pid()));
     let other = |fd| open(fd).map(|name| name.display().to_string()).unwrap_or_default();
@@ -255,27 +275,27 @@ fn descriptors(init: &Process) -> Vec<String> {
     init.pipes().iter().enumerate().map(name).collect()
 }
 
-/// All of them, memory first, since the last are the next.
-fn images(dir: &Path) -> Result<Vec<Left>, CriuError> {
+/// Lists the images. The last one is the next to be located, and memory comes first in the list.
+fn images(dir: &Path) -> Result<Vec<Remaining>, CriuError> {
     let failed = |source| CriuError::File { what: "read", path: dir.to_owned(), source };
     let mut images = Vec::new();
     for entry in fs::read_dir(dir).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let status = entry.metadata().map_err(failed)?;
-        // CRIU's link to the dump before.
+        // The other entry is CRIU's link to the earlier dump.
         if status.is_file() {
             let name = entry.file_name().to_string_lossy().into_owned();
-            images.push(Left { name, size: status.len(), from: 0 });
+            images.push(Remaining { name, size: status.len(), from: 0 });
         }
     }
     images.sort_by_key(|image| (!image.name.starts_with("pages-"), image.name.clone()));
     Ok(images)
 }
 
-/// All of two dumps, as one; pages of files in pieces are where the pieces are.
+/// Locates the images of two dumps as those of one; a merged file of pages consists of pieces of both.
 fn merged(dir: &Path, before: &Path) -> Result<Vec<ImageFile>, CriuError> {
     let merged = pagemap::merge(dir, before)?;
-    let located = images(dir)?.into_iter().map(|Left { name, .. }| {
+    let located = images(dir)?.into_iter().map(|Remaining { name, .. }| {
         match merged.iter().find(|merged| merged.name == name) {
             None => extents::locate(&name, &dir.join(&name), extents::WHOLE),
             Some(merged) => extents::locate_pieces(merged),

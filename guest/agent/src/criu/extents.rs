@@ -1,4 +1,4 @@
-//! Where the bytes of a file are on its disk.
+//! Locates the bytes of files on their disk.
 
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
@@ -11,20 +11,20 @@ use machinen_protocol::api::{Extent, ImageFile};
 use super::{CriuError, pagemap::Merged};
 use crate::sys::{self, FileExtent};
 
-/// More pieces than a file of this size on an empty disk has, and fewer than a message to the host has room for.
+/// More pieces than a file of this size has on an empty disk, but few enough for a message to the host.
 const MAX_PIECES: usize = 1 << 16;
 
-/// What the host has to know of a file in order to read some of its bytes from the disk. They are written back.
+/// Locates a part of a file for the host, which reads it from the disk. Writes that part back first.
 ///
 /// # Errors
-/// Those of writing and of reading the file's map; too many pieces.
+/// Those of writing and of reading the file's map; the part has too many pieces.
 pub(super) fn locate(name: &str, path: &Path, bytes: Range<u64>) -> Result<ImageFile, CriuError> {
     let failed = |source| CriuError::File { what: "locate", path: path.to_owned(), source };
     let file = File::open(path).map_err(failed)?;
     let size = file.metadata().map_err(failed)?.len();
     let bytes = bytes.start..bytes.end.min(size);
     let mut extents = Vec::new();
-    // No bytes would be all of them.
+    // A length of 0 would mean the whole file.
     if !bytes.is_empty() {
         sys::write_back(file.as_fd(), bytes.start, bytes.end - bytes.start).map_err(failed)?;
     }
@@ -50,10 +50,10 @@ pub(super) fn locate(name: &str, path: &Path, bytes: Range<u64>) -> Result<Image
 /// [`locate`] for a whole file.
 pub(super) const WHOLE: Range<u64> = 0..u64::MAX;
 
-/// The same for a file that is in pieces. With too many of them it is put together.
+/// Locates a file that is composed of pieces. A file of too many pieces is written as one.
 ///
 /// # Errors
-/// As for [`locate`]; those of writing it.
+/// Those of [`locate`], and those of writing the file.
 pub(super) fn locate_pieces(merged: &Merged) -> Result<ImageFile, CriuError> {
     let own = locate(&merged.name, &merged.own, WHOLE)?;
     let other = locate(&merged.name, &merged.other, WHOLE)?;
@@ -67,7 +67,7 @@ pub(super) fn locate_pieces(merged: &Merged) -> Result<ImageFile, CriuError> {
         let name = merged.name.clone();
         return Ok(ImageFile { name, size, extents, located: size, ..Default::default() });
     }
-    // Not among the images.
+    // In the directory of the earlier dump, so that it is not taken for an image.
     let whole = merged.other.with_extension("whole");
     put_together(merged, &whole).map_err(|source| CriuError::File {
         what: "write",
@@ -77,7 +77,7 @@ pub(super) fn locate_pieces(merged: &Merged) -> Result<ImageFile, CriuError> {
     locate(&merged.name, &whole, WHOLE)
 }
 
-/// What of the extents is within some bytes of their file, as part of another file which it is in from `at` on.
+/// Selects the extents within `bytes` of their file, which are at `at` in another file.
 fn cut(extents: &[Extent], bytes: &Range<u64>, at: u64, into: &mut Vec<Extent>) {
     let after = extents.partition_point(|extent| extent.logical + extent.length <= bytes.start);
     for extent in extents[after..].iter().take_while(|extent| extent.logical < bytes.end) {
@@ -103,7 +103,7 @@ fn put_together(merged: &Merged, whole: &Path) -> io::Result<()> {
     to.sync_all()
 }
 
-/// The last block of a file is the file's only as far as that goes.
+/// Cuts the last block of a file at the end of the file.
 fn piece(extent: &FileExtent, size: u64) -> Extent {
     let length = extent.length.min(size.saturating_sub(extent.logical));
     Extent { logical: extent.logical, physical: extent.physical, length, ..Default::default() }

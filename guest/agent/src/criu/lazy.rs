@@ -1,5 +1,5 @@
-//! Memory that is fetched when it is touched: `criu lazy-pages` answers the page faults of restored processes from the
-//! images (userfaultfd(2)), and copies what nobody touches in the background.
+//! Fetches memory when it is touched: `criu lazy-pages` answers the page faults of restored processes from
+//! the images (userfaultfd(2)), and copies the remaining pages in the background.
 
 use std::{io::Read as _, os::fd::AsRawFd as _, path::Path};
 
@@ -14,33 +14,34 @@ use tokio::{
 
 use super::{
     CriuError,
-    mounted::Mounted,
+    image_mount::ImageMount,
     reason::quote,
     rpc::{self, how},
 };
 use crate::{
-    reaper::{Exit, Reaper},
-    sys,
+    reaper::Reaper,
+    sys::{self, WaitStatus},
 };
 
 const LOG: &str = "lazy-pages.log";
 
-/// The process that has the pages.
+/// The process that serves the pages.
 #[derive(Debug)]
-pub(super) struct Pages {
+pub(super) struct LazyPages {
     reaper: Reaper,
     pid: Pid,
-    exit: Option<oneshot::Receiver<Exit>>,
+    exit: Option<oneshot::Receiver<WaitStatus>>,
 }
 
-impl Pages {
-    /// Starts it, and returns when processes can ask it. `work` is the directory in which they find it.
+impl LazyPages {
+    /// Starts the process, and returns when it accepts requests. `work` is the directory in which CRIU finds
+    /// it.
     ///
     /// # Errors
-    /// It does not start.
+    /// The process does not start.
     pub(super) async fn serve(reaper: &Reaper, images: &Path, work: &Path) -> Result<Self, CriuError> {
-        let (ready, told) = pipe2(OFlag::O_CLOEXEC).map_err(|err| CriuError::Run(err.into()))?;
-        let fd = told.as_raw_fd().to_string();
+        let (ready, status) = pipe2(OFlag::O_CLOEXEC).map_err(|err| CriuError::Run(err.into()))?;
+        let fd = status.as_raw_fd().to_string();
         let (images, work_dir) = (images.display().to_string(), work.display().to_string());
         let args = [
             "lazy-pages",
@@ -54,9 +55,9 @@ impl Pages {
             "--status-fd",
             &fd,
         ];
-        let (pid, exit) = rpc::spawn(reaper, &args, &[told])?;
+        let (pid, exit) = rpc::spawn(reaper, &args, &[status])?;
         let mut pages = Self { reaper: reaper.clone(), pid, exit: Some(exit) };
-        // One byte, or the end.
+        // The process writes one byte when it is ready.
         let ready = sys::register(std::fs::File::from(ready), Interest::READABLE).map_err(CriuError::Run)?;
         match first_byte(&ready).await {
             Ok(true) => Ok(pages),
@@ -65,11 +66,11 @@ impl Pages {
         }
     }
 
-    /// Returns when every page is where it belongs, or the processes have ended.
+    /// Returns when every page was copied, or the processes have ended.
     ///
     /// # Errors
-    /// Pages are missing, and will be.
-    pub(super) async fn fetched(mut self, images: Mounted, work: &Path) -> Result<(), CriuError> {
+    /// Some pages are lost.
+    pub(super) async fn fetched(mut self, images: ImageMount, work: &Path) -> Result<(), CriuError> {
         let exit = self.ended().await;
         drop(images);
         match exit {
@@ -78,8 +79,8 @@ impl Pages {
         }
     }
 
-    async fn ended(&mut self) -> Option<Exit> {
-        // Dropped before, it is killed.
+    async fn ended(&mut self) -> Option<WaitStatus> {
+        // If this is dropped earlier, the process is killed.
         let exit = match &mut self.exit {
             Some(exit) => exit.await.ok(),
             None => None,
@@ -89,10 +90,10 @@ impl Pages {
     }
 }
 
-impl Drop for Pages {
+impl Drop for LazyPages {
     fn drop(&mut self) {
         if self.exit.is_some() {
-            // It may have ended by now; the reaper knows.
+            // The reaper ignores the signal if the process has ended.
             let _ = self.reaper.signal(self.pid, libc::SIGKILL);
         }
     }

@@ -1,16 +1,17 @@
 //! Record locks that a restore would lose.
 //!
-//! CRIU 4.1 takes a process's POSIX record locks (fcntl(2), F_SETLK) again before it maps the process's files, and opens a
-//! file once more for each mapping. Closing any descriptor of a file releases all record locks that the process has on that
-//! file (fcntl_locking(2)), so a lock on a file that is also mapped is gone. SQLite in WAL mode has such a file (`-shm`); without
-//! the lock the next process that opens the database truncates that file under the mapping.
+//! CRIU 4.1 takes a process's POSIX record locks (fcntl(2), F_SETLK) before it maps the process's files, and
+//! opens a file once more for each mapping. Closing any descriptor of a file releases all record locks of the
+//! process on that file (fcntl_locking(2)), so a lock on a mapped file is lost. SQLite in WAL mode has such a
+//! file (`-shm`): without the lock, the next process that opens the database truncates the file under the
+//! mapping.
 
 use std::{collections::HashSet, fs, path::PathBuf};
 
 use nix::unistd::Pid;
 use procfs::process::{MMapPath, Process};
 
-/// The first such lock of a process. One that has ended has none.
+/// Describes the first such lock of a process. A process that has ended has none.
 pub(super) fn lost_by_a_restore(pid: Pid) -> Option<String> {
     let locked = locked_files(pid);
     if locked.is_empty() {
@@ -29,7 +30,7 @@ pub(super) fn lost_by_a_restore(pid: Pid) -> Option<String> {
     Some(format!("holds a record lock on {path}, which it has also mapped"))
 }
 
-/// The open files that the process holds a record lock on.
+/// The open files on which the process holds a record lock.
 fn locked_files(pid: Pid) -> Vec<PathBuf> {
     let Ok(open) = fs::read_dir(format!("/proc/{pid}/fdinfo")) else { return Vec::new() };
     open.flatten()
@@ -41,7 +42,8 @@ fn locked_files(pid: Pid) -> Vec<PathBuf> {
         .collect()
 }
 
-/// A line of /proc/PID/fdinfo, such as `lock: 1: POSIX  ADVISORY  READ 42 08:10:1234 128 128` (proc_pid_fdinfo(5)).
+/// A line of /proc/PID/fdinfo, such as `lock: 1: POSIX  ADVISORY  READ 42 08:10:1234 128 128`
+/// (proc_pid_fdinfo(5)).
 fn is_record_lock(line: &str) -> bool {
     line.strip_prefix("lock:").is_some_and(|lock| lock.split_whitespace().nth(1) == Some("POSIX"))
 }

@@ -1,11 +1,12 @@
-//! Checkpoint and restore: CRIU dumps a container's processes into files, and makes processes of them again.
+//! Checkpoint and restore: CRIU dumps a container's processes into files, and restores processes from them.
 //!
 //! ```text
-//!   dump      frozen processes ── criu swrk ──> images on a disk of the host's ── where they are on it ──> host
-//!   restore   images on a disk ── criu swrk ──> processes that have not run yet ── start ──> they run
+//!   dump      frozen processes ── criu swrk ──> images on a disk of the host's ── their extents ──> host
+//!   restore   images on a disk ── criu swrk ──> processes that wait ── start ──> they run
 //! ```
-//! CRIU is spoken to over its RPC socket (`rpc`), one process for each dump or restore. The host reads the images from the
-//! disk itself, by the extents that it is told: no byte of them is sent.
+//! Each dump and each restore runs one CRIU process, which is controlled over its RPC socket (`rpc`). The
+//! host reads the images directly from the disk, at the extents that the agent reports: no byte of them is
+//! sent.
 
 mod check;
 mod cpu;
@@ -13,23 +14,22 @@ mod dump;
 mod extents;
 mod files;
 mod image;
+mod image_mount;
 mod lazy;
 mod locks;
-mod mend;
-mod mounted;
 mod mounts;
 mod network;
 mod oom;
 mod pagemap;
 mod reason;
+mod recover;
 mod restore;
 mod rpc;
 mod sockets;
-mod source;
 mod task;
+mod tmp_dirs;
 mod tmpfs;
 mod uts;
-mod yard;
 
 use std::{
     fs::File,
@@ -38,16 +38,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machinen_protocol::api::CriuOptions;
+use machinen_protocol::{
+    api::CriuOptions,
+    error::{ErrorKind, HasKind},
+};
 use nix::errno::Errno;
 use rust_criu::rust_criu_protobuf::rpc::{Cgroup_root, Criu_cg_mode, Criu_network_lock_method, Criu_opts};
 
 pub(crate) use self::{
-    dump::{Dumped, dump, pre_dump},
+    dump::{DumpSource, Dumped, dump, pre_dump},
     mounts::make_mount_points,
-    restore::{Fetching, Held, Place, Restored, clear, restore},
+    restore::{Fetching, HeldByCriu, RestoreTarget, Restored, clear, restore},
     rpc::warm_up,
-    source::Source,
     task::Task,
     tmpfs::run_as_tar,
 };
@@ -56,7 +58,8 @@ use crate::{
     disk::DiskError,
 };
 
-/// Image with what the first process has not read of its stdin; none where that is nothing. Not one of CRIU's.
+/// Image with the unread bytes of the first process's stdin; missing when there are none. CRIU does not know
+/// it.
 const STDIN: &str = "machinen-stdin";
 
 #[derive(Debug, thiserror::Error)]
@@ -75,8 +78,8 @@ pub(crate) enum CriuError {
     Talk(#[source] io::Error),
     #[error("criu {how}{log}")]
     Died { how: String, log: String },
-    #[error("{died}; one of the container's processes was running its code, so the container has ended")]
-    Harmed { died: Box<CriuError> },
+    #[error("{died}; it has corrupted one of the container's processes, so the container was killed")]
+    Corrupted { died: Box<CriuError> },
     #[error("criu cannot {what} it{log}")]
     Failed { what: &'static str, log: String },
     #[error("{task} {why}: that cannot be restored")]
@@ -89,7 +92,7 @@ pub(crate) enum CriuError {
     FrozenBelow { path: PathBuf },
     #[error("cannot read the container's limits")]
     Limits(#[from] CgroupError),
-    #[error("cannot find out what the container's processes have mounted or open")]
+    #[error("cannot examine the mounts and open files of the container's processes")]
     Inspect(#[source] procfs::ProcError),
     #[error("the checkpoint was taken with CPU features that this VM lacks: {missing}")]
     Cpu { missing: String },
@@ -99,19 +102,19 @@ pub(crate) enum CriuError {
     NoFile { destination: String },
     #[error("cannot make the mount point {path}")]
     MountPoint { path: PathBuf, source: Box<pathrs::error::Error> },
-    #[error("the page at {address:#x} is in neither of two dumps")]
+    #[error("the page at {address:#x} is in neither of the two dumps")]
     Missing { address: u64 },
     #[error("the image {name} has too many pieces")]
     Pieces { name: String },
     #[error("the container's memory cannot be fetched: criu {how}{log}")]
     Pages { how: String, log: String },
-    #[error("cannot copy what waits in the container's stdin")]
+    #[error("cannot copy the unread bytes of the container's stdin")]
     Stdin(#[source] io::Error),
     #[error("criu has not sent the terminal's master")]
     NoMaster,
-    #[error("criu has not said which process it has restored")]
+    #[error("criu has not reported which process it has restored")]
     NoPid,
-    #[error("cannot take CRIU's lock off the container's connections")]
+    #[error("cannot remove CRIU's lock on the container's connections")]
     Unlock(#[source] Errno),
     #[error("cannot examine the UTS namespace of the restored processes")]
     Namespace(#[source] io::Error),
@@ -119,7 +122,26 @@ pub(crate) enum CriuError {
     Hostname { name: String, source: Errno },
 }
 
-/// What CRIU is to take for the root of the container's cgroups.
+impl HasKind for CriuError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Failed { .. }
+            | Self::Unrestorable { .. }
+            | Self::Died { .. }
+            | Self::Corrupted { .. }
+            | Self::Pages { .. }
+            | Self::Cpu { .. }
+            | Self::Kernel { .. }
+            | Self::NoFile { .. } => ErrorKind::FailedPrecondition,
+            Self::Hostname { .. } => ErrorKind::InvalidArgument,
+            Self::Limits(err) => err.kind(),
+            Self::Disk(_) | Self::Mount { .. } => ErrorKind::NotFound,
+            _ => ErrorKind::Internal,
+        }
+    }
+}
+
+/// The root of the container's cgroups, for CRIU.
 fn cgroup_root(cgroup: &Cgroup) -> Cgroup_root {
     let path = cgroup.path();
     let path = path.strip_prefix(cgroup::ROOT).map_or(path.to_owned(), |below| Path::new("/").join(below));
@@ -130,10 +152,10 @@ fn cgroup_root(cgroup: &Cgroup) -> Cgroup_root {
     root
 }
 
-/// What a dump and a restore are told alike. CRIU finds the directory of the images, while it starts, by this process's
-/// descriptor.
+/// The options that dumps and restores share. CRIU finds the images' directory by this process's descriptor
+/// while it starts.
 fn options(images: &File, rootfs: &Path, options: &CriuOptions) -> Criu_opts {
-    /// CRIU's "info": what it does, without what it reads.
+    /// CRIU's level "info": what it does, but not what it reads.
     const LOG_LEVEL: i32 = 3;
     let mut opts = Criu_opts::new();
     opts.set_images_dir_fd(images.as_raw_fd());

@@ -1,4 +1,4 @@
-//! Mounts of a container whose source is outside of it, which CRIU has to be told.
+//! The mounts of a container whose source is outside the container, which CRIU does not find by itself.
 
 use std::{
     collections::HashMap,
@@ -15,10 +15,11 @@ use procfs::process::{MountInfo, Process};
 use super::CriuError;
 use crate::engine::MountPoint;
 
-/// File systems whose mounts CRIU makes anew, though they show the same as the VM's.
+/// File systems that CRIU mounts anew, although they are the same as the VM's.
 const REMADE: [&str; 5] = ["proc", "sysfs", "cgroup2", "mqueue", "devpts"];
 
-/// Finds those of the container whose init is `init`; `files` is where the agent keeps the container's files.
+/// Finds these mounts in the container whose init is `init`; `files` is the directory in which the agent
+/// keeps the container's files.
 ///
 /// # Errors
 /// Those of reading /proc/PID/mountinfo.
@@ -30,7 +31,7 @@ pub(super) fn external(init: Pid, files: &Path) -> Result<Vec<ExternalMount>, Cr
 }
 
 fn among(ours: Vec<MountInfo>, theirs: Vec<MountInfo>, files: &Path) -> Vec<ExternalMount> {
-    // By file system: where the VM has all of it.
+    // Mount points of the VM at which a whole file system is mounted, by file system.
     let whole: HashMap<String, PathBuf> = ours
         .into_iter()
         .filter(|mount| mount.root == "/" && !REMADE.contains(&mount.fs_type.as_str()))
@@ -43,13 +44,13 @@ fn among(ours: Vec<MountInfo>, theirs: Vec<MountInfo>, files: &Path) -> Vec<Exte
             let source = at.join(mount.root.trim_start_matches('/'));
             let source = if source.starts_with(files) { String::new() } else { source.display().to_string() };
             let destination = mount.mount_point.display().to_string();
-            // The container's own root, mounted once more inside, is CRIU's to find.
+            // CRIU itself finds another mount of the container's own root.
             (!at.ends_with("rootfs")).then(|| ExternalMount { destination, source, ..Default::default() })
         })
         .collect()
 }
 
-/// Makes what a new root file system lacks of the places where something is mounted. For a new container the engine does.
+/// Creates mount points that a new root file system lacks. The engine does so for a new container.
 ///
 /// # Errors
 /// Those of the file system.

@@ -1,6 +1,7 @@
-//! The lock that CRIU puts on a container's connections for a dump: a table of packet filters, which stays if CRIU is killed.
+//! Removes the lock that CRIU sets on a container's connections for a dump: a table of packet filters, which
+//! remains if CRIU is killed.
 //!
-//! One request to the kernel (nf_tables over netlink) needs no program of its own in the guest.
+//! A single netlink request (nf_tables) needs no additional program in the guest.
 
 use std::os::fd::AsRawFd as _;
 
@@ -20,7 +21,7 @@ const NFPROTO_INET: u8 = 1;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
 
-/// Takes the lock of that run of CRIU's off the VM's network, which is that of all its containers, if there is one.
+/// Removes the lock of one run of CRIU, if it exists. The VM's network is that of all its containers.
 ///
 /// # Errors
 /// The kernel refuses.
@@ -39,7 +40,8 @@ fn delete_table(name: &str) -> Result<(), Errno> {
     let delete = message(NFT_MSG_DELTABLE, NLM_F_REQUEST | NLM_F_ACK, NFPROTO_INET, 0, &name);
     let batch = [bracket(NFNL_MSG_BATCH_BEGIN), delete, bracket(NFNL_MSG_BATCH_END)].concat();
     send(kernel.as_raw_fd(), &batch, MsgFlags::empty())?;
-    // The kernel has done it by now, and its answer is there: an nlmsghdr, and 0 or the negative error.
+    // The kernel has carried out the request, and its answer is there: an nlmsghdr, and 0 or the negative
+    // error.
     let mut answer = [0; 512];
     let length = recv(kernel.as_raw_fd(), &mut answer, MsgFlags::empty())?;
     let error = answer[..length].get(16..20).and_then(|bytes| bytes.try_into().ok()).ok_or(Errno::EBADMSG)?;
@@ -49,14 +51,14 @@ fn delete_table(name: &str) -> Result<(), Errno> {
     }
 }
 
-/// nlmsghdr and nfgenmsg, and what comes behind them.
+/// An nlmsghdr and an nfgenmsg, followed by a body.
 fn message(kind: u16, flags: u16, family: u8, resource: u16, body: &[u8]) -> Vec<u8> {
     const HEADERS: usize = 16 + 4;
     let mut message = Vec::new();
     message.extend(length(HEADERS + body.len()).to_ne_bytes());
     message.extend(kind.to_ne_bytes());
     message.extend(flags.to_ne_bytes());
-    // Sequence number and port: one request, and the kernel knows the port.
+    // Sequence number and port are 0: there is one request, and the kernel knows the port.
     message.extend([0; 8]);
     message.extend([family, 0]);
     message.extend(resource.to_be_bytes());
@@ -64,7 +66,7 @@ fn message(kind: u16, flags: u16, family: u8, resource: u16, body: &[u8]) -> Vec
     message
 }
 
-/// nlattr, and its value up to a whole word.
+/// An nlattr, with its value padded to whole words.
 fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
     let mut attribute = Vec::new();
     attribute.extend(u16::try_from(4 + value.len()).unwrap_or(u16::MAX).to_ne_bytes());

@@ -1,8 +1,9 @@
-//! Whom the kernel may kill when memory runs out while CRIU makes processes.
+//! Which process the OOM killer chooses while CRIU restores processes.
 //!
-//! CRIU must not be chosen before what it makes. As every program of the agent's it would not be killed at all, and neither
-//! would they: they inherit that, and CRIU gives back only scores other than 0. So it gets one that none of them has asked
-//! for, by which those are known that it has left alone.
+//! CRIU must not be chosen before the processes that it restores. With the agent's score, the OOM killer
+//! would choose neither CRIU nor them, since they inherit the score and CRIU restores only scores other than
+//! 0. So CRIU gets a score that no process has asked for: a process that still has it after the restore had 0
+//! before.
 
 use std::{fs, io, path::PathBuf};
 
@@ -11,20 +12,23 @@ use nix::unistd::Pid;
 use super::CriuError;
 use crate::cgroup::Cgroup;
 
-/// The last to be killed. -1000 is nobody, and would leave a cgroup at its limit without anybody to kill.
+/// The score of the process that is killed last. With -1000, a cgroup at its limit would have no process to
+/// kill.
 const LAST: &str = "-999";
 
+/// Protects CRIU from the OOM killer.
+///
 /// # Errors
-/// Those of the file system; none if the process has ended.
+/// Those of the file system; a process that has ended is not an error.
 pub(super) fn protect(criu: Pid) -> Result<(), CriuError> {
     write(criu, LAST)
 }
 
-/// Gives the processes that CRIU has made, and would run next, the scores that they had.
+/// Gives the restored processes, which do not run yet, the scores that they had.
 ///
 /// # Errors
 /// Those of the file system.
-pub(super) fn expose(cgroup: &Cgroup, criu: Pid) -> Result<(), CriuError> {
+pub(super) fn restore_scores(cgroup: &Cgroup, criu: Pid) -> Result<(), CriuError> {
     for pid in cgroup.pids()?.into_iter().filter(|pid| *pid != criu) {
         if fs::read_to_string(path(pid)).is_ok_and(|score| score.trim() == LAST) {
             write(pid, "0")?;

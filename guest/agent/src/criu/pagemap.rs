@@ -1,8 +1,9 @@
-//! CRIU's lists of the pages that it has saved (`pagemap-*.img`, criu's images/pagemap.proto), and how one that counts on a
-//! dump before it becomes one that stands for itself.
+//! CRIU's lists of saved pages (`pagemap-*.img`, criu's images/pagemap.proto), and the conversion of a list
+//! that refers to an earlier dump into a complete one.
 //!
-//! A checkpoint is a flat directory, in which CRIU finds no earlier dump. So each list that names pages of the earlier one
-//! is written anew, and its pages are put together from pieces of both files, which need not be copied for that.
+//! A checkpoint is a flat directory, in which CRIU finds no earlier dump. So each list that refers to pages
+//! of the earlier dump is rewritten, and its file of pages is composed of pieces of both files, without
+//! copying them.
 
 use std::{
     fs, io,
@@ -17,31 +18,31 @@ use super::{
     image::{self, MAGIC},
 };
 
-/// CRIU's images are of x86-64.
+/// Page size of x86-64.
 const PAGE: u64 = 4096;
 
-/// Flags of an entry: where the pages are.
+/// Flags of an entry, which say where the pages are.
 const IN_PARENT: u32 = 1;
 const PRESENT: u32 = 4;
 
-/// A list of pages: those of a process, or of memory that is shared.
+/// The list of pages of a process, or of shared memory.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Pagemap {
     magic: [u8; MAGIC],
-    /// The pages are in `pages-ID.img`, one after the other.
+    /// The pages are in `pages-ID.img`, in the order of the entries.
     pages_id: u32,
-    entries: Vec<Entry>,
+    entries: Vec<PageRange>,
 }
 
-/// Pages that follow each other.
+/// Consecutive pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Entry {
+struct PageRange {
     address: u64,
     pages: u64,
     flags: u32,
 }
 
-/// Where a part of a file of pages comes from, bytes.
+/// The source of a part of a file of pages, in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Piece {
     pub(super) of_parent: bool,
@@ -49,14 +50,18 @@ pub(super) struct Piece {
 }
 
 impl Pagemap {
+    /// Reads a list.
+    ///
     /// # Errors
-    /// It cannot be read, or is no such list.
+    /// The file cannot be read, or is not such a list.
     pub(super) fn read(path: &Path) -> Result<Self, CriuError> {
         let failed = |source| CriuError::File { what: "read", path: path.to_owned(), source };
         let bytes = fs::read(path).map_err(failed)?;
         Self::parse(&bytes).map_err(failed)
     }
 
+    /// Writes the list.
+    ///
     /// # Errors
     /// Those of the file system.
     pub(super) fn write(&self, path: &Path) -> Result<(), CriuError> {
@@ -64,7 +69,7 @@ impl Pagemap {
         written.map_err(|source| CriuError::File { what: "write", path: path.to_owned(), source })
     }
 
-    pub(super) fn counts_on_parent(&self) -> bool {
+    pub(super) fn refers_to_parent(&self) -> bool {
         self.entries.iter().any(|entry| entry.flags & IN_PARENT != 0)
     }
 
@@ -73,11 +78,12 @@ impl Pagemap {
         format!("pages-{}.img", self.pages_id)
     }
 
-    /// The same list with all pages in a file of its own, and what that file is made of.
+    /// Converts the list so that all of its pages are in its own file of pages, and returns the pieces of
+    /// that file.
     ///
     /// # Errors
-    /// `parent` does not have a page that is said to be there.
-    pub(super) fn standing_alone(&self, parent: &Self) -> Result<(Self, Vec<Piece>), CriuError> {
+    /// `parent` lacks a page to which the list refers.
+    pub(super) fn completed_by(&self, parent: &Self) -> Result<(Self, Vec<Piece>), CriuError> {
         let (mut entries, mut pieces) = (Vec::new(), Vec::<Piece>::new());
         let mut place = |of_parent: bool, bytes: Range<u64>| match pieces.last_mut() {
             Some(last) if last.of_parent == of_parent && last.bytes.end == bytes.start => {
@@ -91,7 +97,7 @@ impl Pagemap {
                 for bytes in parent.places(*entry)? {
                     place(true, bytes);
                 }
-                entries.push(Entry { flags: entry.flags & !IN_PARENT | PRESENT, ..*entry });
+                entries.push(PageRange { flags: entry.flags & !IN_PARENT | PRESENT, ..*entry });
                 continue;
             }
             if entry.flags & PRESENT != 0 {
@@ -103,8 +109,8 @@ impl Pagemap {
         Ok((Self { entries, ..*self }, pieces))
     }
 
-    /// Where in its file the pages of an entry are, which may be of several of its own.
-    fn places(&self, wanted: Entry) -> Result<Vec<Range<u64>>, CriuError> {
+    /// The places of an entry's pages in this list's file; the pages may be in several entries of this list.
+    fn places(&self, wanted: PageRange) -> Result<Vec<Range<u64>>, CriuError> {
         let (mut found, mut next, end) = (Vec::new(), wanted.address, wanted.end());
         let mut offset = 0;
         for entry in self.entries.iter().filter(|entry| entry.flags & PRESENT != 0) {
@@ -133,7 +139,7 @@ impl Pagemap {
             if pages.checked_mul(PAGE).and_then(|bytes| address.checked_add(bytes)).is_none() {
                 return Err(io::Error::other(format!("{pages} pages at {address:#x} are too many")));
             }
-            entries.push(Entry { address, pages, flags });
+            entries.push(PageRange { address, pages, flags });
         }
         Ok(Self { magic, pages_id, entries })
     }
@@ -151,20 +157,20 @@ impl Pagemap {
             image::append(&mut bytes, &message)
         };
         add(&[(1, self.pages_id.into())])?;
-        for Entry { address, pages, flags } in &self.entries {
+        for PageRange { address, pages, flags } in &self.entries {
             add(&[(1, *address), (2, *pages), (4, (*flags).into())])?;
         }
         Ok(bytes)
     }
 }
 
-impl Entry {
+impl PageRange {
     fn end(self) -> u64 {
         self.address + self.pages * PAGE
     }
 }
 
-/// The values of the fields 1 to 4 of a message that has numbers only; 0 for what is missing.
+/// The values of fields 1 to 4 of a message that has only numbers; 0 for a missing field.
 fn fields(message: &[u8]) -> io::Result<[u64; 5]> {
     let mut values = [0; 5];
     let mut stream = CodedInputStream::from_bytes(message);
@@ -172,18 +178,18 @@ fn fields(message: &[u8]) -> io::Result<[u64; 5]> {
         let (field, kind) = (tag >> 3, WireType::new(tag & 7));
         match (usize::try_from(field).ok().and_then(|field| values.get_mut(field)), kind) {
             (Some(value), Some(WireType::Varint)) => *value = stream.read_uint64()?,
-            // Another list than this was written for.
+            // The format is another than the one this code knows.
             _ => return Err(io::Error::other(format!("the field {field} is not known"))),
         }
     }
     Ok(values)
 }
 
-/// What the lists in `images` become that count on the dump in `parent`: the name of each file of pages, that of the file
-/// in `parent` which has the other pages, and what it is to be made of. The lists are written anew.
+/// Rewrites the lists in `images` that refer to the dump in `parent`. For each, returns the file of pages,
+/// the file in `parent` with the other pages, and the pieces of which the new file consists.
 ///
 /// # Errors
-/// A list cannot be read or written, or does not fit to the dump before it.
+/// A list cannot be read or written, or does not fit the earlier dump.
 pub(super) fn merge(images: &Path, parent: &Path) -> Result<Vec<Merged>, CriuError> {
     let failed = |source| CriuError::File { what: "read", path: images.to_owned(), source };
     let mut merged = Vec::new();
@@ -194,11 +200,11 @@ pub(super) fn merge(images: &Path, parent: &Path) -> Result<Vec<Merged>, CriuErr
             continue;
         };
         let list = Pagemap::read(&path)?;
-        if !list.counts_on_parent() {
+        if !list.refers_to_parent() {
             continue;
         }
         let before = Pagemap::read(&parent.join(name))?;
-        let (alone, pieces) = list.standing_alone(&before)?;
+        let (alone, pieces) = list.completed_by(&before)?;
         alone.write(&path)?;
         merged.push(Merged {
             name: list.pages_name(),
@@ -210,12 +216,12 @@ pub(super) fn merge(images: &Path, parent: &Path) -> Result<Vec<Merged>, CriuErr
     Ok(merged)
 }
 
-/// A file of pages that is in pieces.
+/// A file of pages that is composed of pieces.
 #[derive(Debug)]
 pub(super) struct Merged {
     pub(super) name: String,
     pub(super) own: PathBuf,
-    /// That of the dump before.
+    /// The file of the earlier dump.
     pub(super) other: PathBuf,
     pub(super) pieces: Vec<Piece>,
 }
@@ -228,7 +234,7 @@ mod tests {
 
     fn list(pages_id: u32, entries: &[(u64, u64, u32)]) -> Pagemap {
         let entries =
-            entries.iter().map(|&(page, pages, flags)| Entry { address: page * PAGE, pages, flags });
+            entries.iter().map(|&(page, pages, flags)| PageRange { address: page * PAGE, pages, flags });
         Pagemap { magic: MAGICS, pages_id, entries: entries.collect() }
     }
 
@@ -269,8 +275,8 @@ mod tests {
                 (44, 1, 2 | PRESENT),
             ],
         );
-        assert!(child.counts_on_parent() && !parent.counts_on_parent());
-        let (alone, pieces) = child.standing_alone(&parent).unwrap();
+        assert!(child.refers_to_parent() && !parent.refers_to_parent());
+        let (alone, pieces) = child.completed_by(&parent).unwrap();
         assert_eq!(
             alone,
             list(
@@ -297,7 +303,7 @@ mod tests {
             ]
         );
         for missing in [(9, 1, IN_PARENT), (15, 2, IN_PARENT), (47, 2, IN_PARENT)] {
-            assert!(list(2, &[missing]).standing_alone(&parent).is_err(), "{missing:?}");
+            assert!(list(2, &[missing]).completed_by(&parent).is_err(), "{missing:?}");
         }
     }
 }

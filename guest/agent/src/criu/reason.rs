@@ -1,4 +1,5 @@
-//! Why CRIU has failed, by its log: the first error, without what its callers and its clean-up say afterwards.
+//! Extracts from CRIU's log why it has failed: the first error, without those of its callers and of its
+//! clean-up.
 
 use std::{fs, path::Path};
 
@@ -6,11 +7,11 @@ use nix::unistd::Pid;
 
 use super::task::Task;
 
-/// As much of CRIU's log as a message quotes.
+/// Most bytes of CRIU's log that a message quotes.
 const MAX_QUOTE: usize = 400;
-/// What CRIU asks the kernel at its start, and is refused by a container's rules for devices.
+/// Errors of CRIU's probes at its start, which a container's device rules cause.
 const PROBES: [&str; 1] = ["tun: Unable to create tun"];
-/// What some of CRIU's errors mean, where its own words do not say it.
+/// Explanations of CRIU's errors that do not explain themselves.
 const MEANINGS: [(&str, &str); 9] = [
     ("send_fds failed", "an open file that cannot be passed on, such as an io_uring"),
     ("Unknown socket collected (family 40)", "an AF_VSOCK socket"),
@@ -29,12 +30,12 @@ const MEANINGS: [(&str, &str); 9] = [
     ),
 ];
 
-/// What is to be said of a failure after the sentence that says what has failed; empty where there is no log.
+/// The reason of a failure, to follow the sentence that says what has failed; empty without a log.
 pub(super) fn quote(log: &Path) -> String {
     read(log).map(|log| Reason::of(&log).to_string()).unwrap_or_default()
 }
 
-/// The same of a dump that has failed, with the process that it is about, by the pid that the container knows.
+/// The reason of a failed dump, with the process that caused it, by its pid in the container.
 pub(super) fn quote_of_dump(log: &Path) -> String {
     let Some(log) = read(log) else { return String::new() };
     let reason = Reason::of(&log);
@@ -48,41 +49,41 @@ fn read(log: &Path) -> Option<String> {
     Some(String::from_utf8_lossy(&fs::read(log).ok()?).into_owned())
 }
 
-/// The cause that a log has.
+/// The cause of a failure, according to a log.
 #[derive(Debug, PartialEq, Eq)]
 struct Reason {
     text: String,
-    /// Of the process that was dumped, in the agent's pid namespace.
+    /// Pid of the dumped process, in the agent's pid namespace.
     pid: Option<Pid>,
 }
 
 impl Reason {
     fn of(log: &str) -> Self {
-        let (mut said, mut current) = (Vec::new(), None);
+        let (mut lines_before, mut current) = (Vec::new(), None);
         let mut lines = log.lines();
         for line in lines.by_ref() {
             if let Some(error) = error(line) {
                 if PROBES.iter().any(|probe| error.contains(probe)) {
                     continue;
                 }
-                said.push(error);
+                lines_before.push(error);
                 let pid = named_pid(error).or(current);
                 let pid = pid.or_else(|| lines.filter_map(self::error).find_map(named_pid));
-                return Self { text: one_line(&said.join("; ")), pid };
+                return Self { text: one_line(&lines_before.join("; ")), pid };
             }
             current = line.contains("Dumping task (pid: ").then(|| named_pid(line)).flatten().or(current);
-            // Of a program that CRIU runs, which says itself what is wrong, right before CRIU does.
+            // A program that CRIU runs reports its own error right before CRIU does.
             match line.starts_with('(') || line.starts_with("pie: ") || line.trim().is_empty() {
-                true => said.clear(),
-                false => said.push(line.trim()),
+                true => lines_before.clear(),
+                false => lines_before.push(line.trim()),
             }
         }
-        // It says where it was, at least.
+        // The last line shows at least how far CRIU came.
         let last = log.lines().last().map(|line| format!("its log ends with {line:?}"));
         Self { text: last.unwrap_or_default(), pid: None }
     }
 
-    /// As the end of a sentence. CRIU's pid is one of the VM's: it is replaced by the container's.
+    /// Formats the reason with the container's pid in place of CRIU's, which is one of the VM's.
     fn with_pid(&self, inner: Pid) -> String {
         let Some(pid) = self.pid else { return self.to_string() };
         let (pid, inner) = (pid.to_string(), inner.to_string());
@@ -106,19 +107,20 @@ impl std::fmt::Display for Reason {
     }
 }
 
-/// CRIU puts tabs into some of its sentences.
+/// Replaces the tabs in some of CRIU's messages.
 fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// "(00.012345)     42: Error (criu/file.c:10): the reason"
+/// The message of a line such as "(00.012345)     42: Error (criu/file.c:10): the reason".
 fn error(line: &str) -> Option<&str> {
     let (_, rest) = line.split_once("Error (")?;
     let (_, reason) = rest.split_once("): ")?;
     Some(reason.trim())
 }
 
-/// "Dump files (pid: 42) failed with -1", "Can't dump nested uts namespace for 42", "zombie 42 (comm sh) found"
+/// The pid in messages such as "Dump files (pid: 42) failed with -1", "Can't dump nested uts namespace for
+/// 42" and "zombie 42 (comm sh) found".
 fn named_pid(text: &str) -> Option<Pid> {
     let number = |text: &str| {
         let digits = text.find(|char: char| !char.is_ascii_digit()).unwrap_or(text.len());
@@ -134,7 +136,7 @@ fn named_pid(text: &str) -> Option<Pid> {
 mod tests {
     use super::*;
 
-    /// What CRIU 4.1.1 has logged of containers that it cannot dump or restore: its errors and some lines before and after.
+    /// Excerpts of CRIU 4.1.1's logs for containers that it cannot dump or restore.
     const LOGS: [(&str, &str, i32, &str); 9] = include!("logs/table.rs");
 
     #[test]
@@ -150,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_criu_runs_says_why() {
+    fn the_error_of_a_program_that_criu_runs_is_quoted() {
         let of = |log| Reason::of(log).to_string();
         assert_eq!(of("tar: no\n(00.1) Error (x.c:1): it failed\n"), ": tar: no; it failed");
         assert_eq!(of("tar: odd\n(00.1) fine\n(00.1) Error (x.c:1): it failed.\n"), ": it failed");

@@ -1,4 +1,4 @@
-//! Making a dumped container's processes again, up to the moment before they run.
+//! Restores the processes of a dumped container, up to the moment before they run.
 
 use std::{
     fs::{self, File},
@@ -18,67 +18,71 @@ use protobuf::MessageField;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_req, Criu_req_type, Inherit_fd};
 use tokio::{sync::oneshot, task::AbortHandle};
 
-use super::{CriuError, STDIN, cpu, lazy::Pages, mounted::Mounted, oom, reason::quote, rpc::Criu, uts, yard};
+use super::{
+    CriuError, STDIN, cpu, image_mount::ImageMount, lazy::LazyPages, oom, reason::quote, rpc::Criu, tmp_dirs,
+    uts,
+};
 use crate::{
     cgroup::{Cgroup, CgroupError},
     console,
-    container::FileMount,
     disk::Disk,
-    reaper::{Exit, Reaper},
+    engine::FileMount,
+    reaper::Reaper,
     stdio::{self, ProcessEnds},
+    sys::WaitStatus,
 };
 
 const LOG: &str = "restore.log";
 /// CRIU's own directory, in the agent's directory of a container.
 const WORK: &str = "criu";
 
-/// Where the processes are to be.
+/// The container into which the processes are restored.
 #[derive(Debug)]
-pub(crate) struct Place<'a> {
-    /// Exists, with its limits.
+pub(crate) struct RestoreTarget<'a> {
+    /// The container's cgroup, which exists and has its limits.
     pub(crate) cgroup: &'a Cgroup,
     pub(crate) rootfs: &'a Path,
     /// The agent's directory of the container.
     pub(crate) dir: &'a Path,
     pub(crate) files: &'a [FileMount],
-    /// Of their UTS namespace; empty: the one that they had.
+    /// The new hostname in the processes' UTS namespace; empty keeps the old one.
     pub(crate) hostname: &'a str,
 }
 
-/// Processes that are there and have not run.
+/// Restored processes that have not run yet.
 #[derive(Debug)]
 pub(crate) struct Restored {
     pub(crate) pid: Pid,
-    pub(crate) exit: oneshot::Receiver<Exit>,
-    pub(crate) held: Held,
-    /// What the first of them is to find in its stdin.
+    pub(crate) exit: oneshot::Receiver<WaitStatus>,
+    pub(crate) held: HeldByCriu,
+    /// The unread bytes of the first process's stdin.
     pub(crate) stdin: Vec<u8>,
 }
 
-/// What keeps restored processes from running.
+/// CRIU holds the restored processes until this lets them run.
 #[derive(Debug)]
-pub(crate) struct Held {
+pub(crate) struct HeldByCriu {
     guard: Guard,
     criu: Criu,
-    nested: Nested,
-    pages: Option<Pages>,
-    images: Mounted,
+    nested: NestedCgroups,
+    pages: Option<LazyPages>,
+    images: ImageMount,
     work: PathBuf,
 }
 
-/// What was below the cgroup of the container that was dumped.
+/// The cgroups below that of the dumped container.
 #[derive(Debug)]
-struct Nested {
-    /// Of the restored one.
+struct NestedCgroups {
+    /// The cgroup of the restored container.
     cgroup: Cgroup,
     recorded: Vec<NestedCgroup>,
 }
 
-/// Memory of running processes that is still on the disk.
+/// Memory of running processes that is still on the checkpoint's disk.
 #[derive(Debug)]
 pub(crate) struct Fetching {
-    pages: Pages,
-    images: Mounted,
+    pages: LazyPages,
+    images: ImageMount,
     work: PathBuf,
 }
 
@@ -86,29 +90,30 @@ impl Fetching {
     /// Returns when the disk is not needed any more.
     ///
     /// # Errors
-    /// Pages are missing, and will be.
+    /// Some pages are lost.
     pub(crate) async fn done(self) -> Result<(), CriuError> {
         self.pages.fetched(self.images, &self.work).await
     }
 }
 
-impl Held {
-    /// Lets the processes run, and returns when they do; with what is to be waited for, if their memory is fetched later.
+impl HeldByCriu {
+    /// Lets the processes run, and returns when they do. If their memory is fetched later, returns what waits
+    /// for that.
     ///
     /// # Errors
-    /// CRIU fails in the last moment.
-    pub(crate) async fn release(self) -> Result<Option<Fetching>, CriuError> {
+    /// CRIU fails at the last moment.
+    pub(crate) async fn resume(self) -> Result<Option<Fetching>, CriuError> {
         let Self { guard, criu, nested, pages, images, work } = self;
         drop(guard);
         nested.cgroup.refreeze(&nested.recorded)?;
-        criu.go_on().await?;
+        criu.acknowledge().await?;
         criu.finish("restore", &work.join(LOG), quote).await?;
         criu.exit().await;
         Ok(pages.map(|pages| Fetching { pages, images, work }))
     }
 }
 
-/// Removes what a restore has left in the agent's directory of a container; CRIU has ended.
+/// Removes the files of a restore from the agent's directory of a container. CRIU must have ended.
 ///
 /// # Errors
 /// Those of the file system.
@@ -118,23 +123,25 @@ pub(crate) fn clear(dir: &Path) -> Result<(), CriuError> {
         return Ok(());
     }
     let failed = |source| CriuError::File { what: "remove", path: work.clone(), source };
-    // Killed in the middle, it leaves cgroups mounted, which are no files of ours.
+    // A killed CRIU may leave cgroups mounted below this directory.
     let mounts = Process::myself().and_then(|process| process.mountinfo()).map_err(CriuError::Inspect)?;
     let mut below: Vec<_> =
         mounts.into_iter().map(|mount| mount.mount_point).filter(|at| at.starts_with(&work)).collect();
     below.reverse();
     below.iter().try_for_each(|at| umount2(at, MntFlags::MNT_DETACH)).map_err(|err| failed(err.into()))?;
     fs::remove_dir_all(&work).map_err(failed)?;
-    // No reason to keep a container.
-    yard::clear().unwrap_or_else(|err| console::say(&console::chain(&err)));
+    // The container is removed anyway.
+    tmp_dirs::clear().unwrap_or_else(|err| console::report(&err));
     Ok(())
 }
 
+/// Restores the processes of a checkpoint.
+///
 /// # Errors
-/// This VM is not one for the checkpoint, or CRIU cannot restore it; its processes are gone then.
+/// This VM does not suit the checkpoint, or CRIU cannot restore it; then no process is left.
 pub(crate) async fn restore(
     reaper: &Reaper,
-    place: &Place<'_>,
+    target: &RestoreTarget<'_>,
     disk: &Disk,
     options: &CriuOptions,
     facts: &CheckpointFacts,
@@ -142,9 +149,9 @@ pub(crate) async fn restore(
 ) -> Result<Restored, CriuError> {
     cpu::check_kernel(&facts.kernel_release)?;
     cpu::check(&facts.cpu_flags)?;
-    let images = Mounted::mount(disk, place.dir, "erofs", MsFlags::MS_RDONLY | MsFlags::MS_NOATIME)?;
+    let images = ImageMount::mount(disk, target.dir, "erofs", MsFlags::MS_RDONLY | MsFlags::MS_NOATIME)?;
     let stdin = stdio::read_unread(&images.path().join(STDIN)).map_err(CriuError::Stdin)?;
-    let work = place.dir.join(WORK);
+    let work = target.dir.join(WORK);
     fs::create_dir_all(&work).map_err(|source| CriuError::File {
         what: "create",
         path: work.clone(),
@@ -155,14 +162,14 @@ pub(crate) async fn restore(
     };
     let (work_dir, images_dir) = (open(&work)?, open(images.path())?);
     let log = work.join(LOG);
-    let mut opts = super::options(&images_dir, place.rootfs, options);
+    let mut opts = super::options(&images_dir, target.rootfs, options);
     opts.set_work_dir_fd(work_dir.as_raw_fd());
     opts.set_log_file(LOG.to_owned());
     opts.set_rst_sibling(true);
     opts.set_lazy_pages(options.lazy_pages);
-    opts.cg_root.push(super::cgroup_root(place.cgroup));
+    opts.cg_root.push(super::cgroup_root(target.cgroup));
     for mount in &facts.mounts {
-        opts.external.push(format!("mnt[{}]:{}", mount.destination, source(mount, place.files)?));
+        opts.external.push(format!("mnt[{}]:{}", mount.destination, source(mount, target.files)?));
     }
     let (inherited, terminal) = match ends {
         ProcessEnds::Files(files) => {
@@ -182,36 +189,37 @@ pub(crate) async fn restore(
     request.set_type(Criu_req_type::RESTORE);
     request.opts = MessageField::some(opts);
     let pages = match options.lazy_pages {
-        true => Some(Pages::serve(reaper, images.path(), &work).await?),
+        true => Some(LazyPages::serve(reaper, images.path(), &work).await?),
         false => None,
     };
     let expectation = reaper.expect();
     let criu = Criu::start(reaper, &inherited)?;
     drop(inherited);
     oom::protect(criu.pid())?;
-    // What it makes is in its own cgroup.
-    match place.cgroup.add(criu.pid()) {
-        // It has ended, of which is told below.
+    // The processes that CRIU restores inherit its cgroup.
+    match target.cgroup.add(criu.pid()) {
+        // CRIU has ended, which is reported below.
         Err(err) if err.raw_os_error() == Some(libc::ESRCH) => {}
         added => added.map_err(|source| CriuError::File {
             what: "move criu into",
-            path: place.cgroup.path().to_owned(),
+            path: target.cgroup.path().to_owned(),
             source,
         })?,
     }
     criu.send(&request).await?;
-    let nested = Nested { cgroup: place.cgroup.clone(), recorded: facts.cgroups.clone() };
+    let nested = NestedCgroups { cgroup: target.cgroup.clone(), recorded: facts.cgroups.clone() };
     let pid = follow(&criu, terminal, &nested, &log).await?;
-    let guard = Guard::over(&criu, place.cgroup.clone());
+    let guard = Guard::over(&criu, target.cgroup.clone());
     let exit = expectation.watch(pid);
-    oom::expose(place.cgroup, criu.pid())?;
-    if !place.hostname.is_empty() {
-        uts::rename(pid, place.hostname)?;
+    oom::restore_scores(target.cgroup, criu.pid())?;
+    if !target.hostname.is_empty() {
+        uts::rename(pid, target.hostname)?;
     }
-    Ok(Restored { pid, exit, held: Held { guard, criu, nested, pages, images, work }, stdin })
+    Ok(Restored { pid, exit, held: HeldByCriu { guard, criu, nested, pages, images, work }, stdin })
 }
 
-/// Sees to it that what CRIU holds does not run if it is killed, since nobody has started it.
+/// Freezes the processes that CRIU holds if CRIU is killed: they must not run, since the container was not
+/// started.
 #[derive(Debug)]
 struct Guard(AbortHandle);
 
@@ -220,10 +228,11 @@ impl Guard {
         let ended = criu.exit();
         let guard = tokio::spawn(async move {
             ended.await;
-            // Who starts it is told why that cannot be. Where it was killed with all that it held there is nothing to hold.
+            // The start of the container then reports the failure. If the cgroup is gone, no process is left
+            // to freeze.
             match cgroup.freeze().await {
                 Ok(()) | Err(CgroupError::NoFile { .. }) => {}
-                Err(err) => console::say(&console::chain(&err)),
+                Err(err) => console::report(&err),
             }
         });
         Self(guard.abort_handle())
@@ -236,14 +245,14 @@ impl Drop for Guard {
     }
 }
 
-/// Until the processes are there and would run next.
+/// Follows CRIU's notifications until the processes exist and would run next.
 async fn follow(
     criu: &Criu,
     terminal: Option<OwnedFd>,
-    nested: &Nested,
+    nested: &NestedCgroups,
     log: &Path,
 ) -> Result<Pid, CriuError> {
-    let (mut pid, mut settled) = (None, false);
+    let (mut pid, mut has_limits) = (None, false);
     loop {
         let Some((answer, fd)) = criu.receive().await? else { return Err(criu.died(log).await) };
         if answer.type_() != Criu_req_type::NOTIFY {
@@ -256,26 +265,27 @@ async fn follow(
                     pass_on(terminal, &master).map_err(CriuError::Talk)?;
                 }
             }
-            // The first process is in its cgroup, and has no memory yet. Not said of one without namespaces.
+            // The first process is in its cgroup and has no memory yet. CRIU does not send this for a process
+            // without namespaces.
             "post-setup-namespaces" => {
-                nested.cgroup.settle(&nested.recorded)?;
-                settled = true;
+                nested.cgroup.apply_limits(&nested.recorded)?;
+                has_limits = true;
             }
             "post-restore" => {
-                if !settled {
-                    nested.cgroup.settle(&nested.recorded)?;
+                if !has_limits {
+                    nested.cgroup.apply_limits(&nested.recorded)?;
                 }
                 pid = Some(answer.notify.pid()).filter(|pid| *pid > 0);
             }
-            // Without an answer to this one they wait.
+            // The processes wait for the answer to this notification.
             "pre-resume" => return pid.map(Pid::from_raw).ok_or(CriuError::NoPid),
             _ => {}
         }
-        criu.go_on().await?;
+        criu.acknowledge().await?;
     }
 }
 
-/// As the engine does for a new container.
+/// Passes the terminal's master on, as the engine does for a new container.
 fn pass_on(terminal: &OwnedFd, master: &OwnedFd) -> io::Result<()> {
     let fds = [master.as_raw_fd()];
     let control = [ControlMessage::ScmRights(&fds)];

@@ -1,4 +1,5 @@
-//! One `criu swrk` process and the conversation with it (CRIU's rpc.proto, over a socket of whole messages).
+//! Runs one `criu swrk` process and exchanges messages with it (CRIU's rpc.proto, over a socket that keeps
+//! message boundaries).
 
 use std::{
     io::IoSliceMut,
@@ -31,12 +32,12 @@ use tokio::{
 
 use super::{CriuError, reason::quote, tmpfs};
 use crate::{
-    reaper::{Exit, Reaper},
+    reaper::Reaper,
     sys::{self, WaitStatus},
 };
 
 const PROGRAM: &str = "/usr/sbin/criu";
-/// Answers are a few words and numbers.
+/// Answers are short; this is the most that is read.
 const MAX_ANSWER: usize = 64 << 10;
 
 #[derive(Debug)]
@@ -44,11 +45,11 @@ pub(super) struct Criu {
     socket: AsyncFd<OwnedFd>,
     reaper: Reaper,
     pid: Pid,
-    exit: watch::Receiver<Option<Exit>>,
+    exit: watch::Receiver<Option<WaitStatus>>,
 }
 
 impl Criu {
-    /// Starts it; the descriptors in `inherited` are open in it under their numbers.
+    /// Starts CRIU. The descriptors in `inherited` keep their numbers in it.
     ///
     /// # Errors
     /// Those of starting a program.
@@ -61,9 +62,9 @@ impl Criu {
         let inherited: Vec<BorrowedFd<'_>> =
             inherited.iter().map(AsFd::as_fd).chain([theirs.as_fd()]).collect();
         let (pid, exit) = spawn(reaper, &["swrk", &theirs.as_raw_fd().to_string()], &inherited)?;
-        let (ended, told) = watch::channel(None);
+        let (ended, exit_seen) = watch::channel(None);
         tokio::spawn(async move { ended.send(exit.await.ok()) });
-        let exit = told;
+        let exit = exit_seen;
         let socket = sys::register(ours, Interest::READABLE | Interest::WRITABLE).map_err(CriuError::Run)?;
         Ok(Self { socket, reaper: reaper.clone(), pid, exit })
     }
@@ -72,7 +73,7 @@ impl Criu {
         self.pid
     }
 
-    /// One that has ended is told of by [`Criu::receive`].
+    /// Sends a request. [`Criu::receive`] reports a CRIU that has ended.
     ///
     /// # Errors
     /// Those of sending.
@@ -85,10 +86,10 @@ impl Criu {
         self.socket.async_io(Interest::WRITABLE, write).await.map_err(CriuError::Talk)
     }
 
-    /// Its next message, and a descriptor if one came along. None when it has ended.
+    /// Receives the next message, and a descriptor if one came with it. None when CRIU has ended.
     ///
     /// # Errors
-    /// What it says is no message.
+    /// What CRIU sends is not a message.
     pub(super) async fn receive(&self) -> Result<Option<(Criu_resp, Option<OwnedFd>)>, CriuError> {
         let mut bytes = vec![0; MAX_ANSWER];
         let mut read = |fd: &OwnedFd| Ok(receive(fd.as_raw_fd(), &mut bytes)?);
@@ -96,7 +97,8 @@ impl Criu {
         let received = tokio::select! {
             biased;
             received = self.socket.async_io(Interest::READABLE, &mut read) => received,
-            // What it has begun to make may hold the other end for longer than itself. Its last words may be there.
+            // A process that CRIU has started may keep the other end open longer than CRIU itself. A last
+            // message may be pending.
             _ = exit.wait_for(Option::is_some) => read(self.socket.get_ref()),
         };
         let (length, fd) = match received {
@@ -113,21 +115,21 @@ impl Criu {
         Ok(Some((answer, fd)))
     }
 
-    /// Lets it go on after it has told something.
+    /// Lets CRIU continue after a notification.
     ///
     /// # Errors
     /// Those of sending.
-    pub(super) async fn go_on(&self) -> Result<(), CriuError> {
+    pub(super) async fn acknowledge(&self) -> Result<(), CriuError> {
         let mut request = Criu_req::new();
         request.set_type(Criu_req_type::NOTIFY);
         request.set_notify_success(true);
         self.send(&request).await
     }
 
-    /// Lets it do what it was asked for, to its last answer.
+    /// Lets CRIU work until its final answer.
     ///
     /// # Errors
-    /// It could not, and what `quote` finds in its log.
+    /// CRIU has failed; the error has what `quote` finds in its log.
     pub(super) async fn finish(
         &self,
         what: &'static str,
@@ -137,37 +139,37 @@ impl Criu {
         loop {
             match self.receive().await? {
                 None => return Err(self.died(log).await),
-                Some((answer, _)) if answer.type_() == Criu_req_type::NOTIFY => self.go_on().await?,
+                Some((answer, _)) if answer.type_() == Criu_req_type::NOTIFY => self.acknowledge().await?,
                 Some((answer, _)) if answer.success() => return Ok(()),
                 Some(_) => return Err(CriuError::Failed { what, log: quote(log) }),
             }
         }
     }
 
-    /// Ends it, if it has not ended by itself.
+    /// Kills CRIU, unless it has ended.
     pub(super) fn kill(&self) {
-        // The reaper knows whether it has.
+        // The reaper ignores the signal if CRIU has ended.
         let _ = self.reaper.signal(self.pid, libc::SIGKILL);
     }
 
-    /// Ends all of it, and returns when nothing of it is left: it does some of its work in children.
+    /// Kills CRIU and its children, which do some of its work, and returns when all are gone.
     pub(super) async fn end(&self) {
-        // There may be no group any more.
+        // The process group may be gone already.
         let _ = sys::kill_raw(Pid::from_raw(-self.pid.as_raw()), libc::SIGKILL);
         self.exit().await;
-        // Each of them has the other end.
+        // Each of them has the other end open.
         let mut rest = [0; 64];
         let mut read = |fd: &OwnedFd| Ok(recv(fd.as_raw_fd(), &mut rest, MsgFlags::empty())?);
         while self.socket.async_io(Interest::READABLE, &mut read).await.is_ok_and(|length| length > 0) {}
     }
 
-    /// What there is to say when it says nothing more.
+    /// The error of a CRIU that has ended without an answer.
     pub(super) async fn died(&self, log: &Path) -> CriuError {
         CriuError::Died { how: how(self.exit().await), log: quote(log) }
     }
 
-    /// Waits until it is gone. None where nobody knows how it ended.
-    pub(super) fn exit(&self) -> impl Future<Output = Option<Exit>> + use<> {
+    /// Waits until CRIU has ended. None if its status is unknown.
+    pub(super) fn exit(&self) -> impl Future<Output = Option<WaitStatus>> + use<> {
         let mut exit = self.exit.clone();
         async move { exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit) }
     }
@@ -179,9 +181,9 @@ impl Drop for Criu {
     }
 }
 
-/// How it has ended, as the end of a sentence.
-pub(super) fn how(exit: Option<Exit>) -> String {
-    match exit.map(|exit| exit.status) {
+/// Describes how CRIU has ended, as the end of a sentence.
+pub(super) fn how(exit: Option<WaitStatus>) -> String {
+    match exit {
         Some(WaitStatus::Signaled(signal)) => match Signal::try_from(i32::from(signal)) {
             Ok(name) => format!("was killed by signal {signal} ({name})"),
             Err(_) => format!("was killed by signal {signal}"),
@@ -191,7 +193,7 @@ pub(super) fn how(exit: Option<Exit>) -> String {
     }
 }
 
-/// Starts CRIU; the descriptors in `inherited` are open in it under their numbers.
+/// Starts CRIU. The descriptors in `inherited` keep their numbers in it.
 ///
 /// # Errors
 /// Those of starting a program.
@@ -199,13 +201,13 @@ pub(super) fn spawn(
     reaper: &Reaper,
     args: &[&str],
     inherited: &[impl AsFd],
-) -> Result<(Pid, oneshot::Receiver<Exit>), CriuError> {
-    // Until this returns nothing else starts a program: there is one thread.
+) -> Result<(Pid, oneshot::Receiver<WaitStatus>), CriuError> {
+    // The agent has one thread, so nothing else starts a program before this returns.
     for fd in inherited {
         fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).map_err(|err| CriuError::Run(err.into()))?;
     }
     let expectation = reaper.expect();
-    #[expect(clippy::disallowed_methods, reason = "in the guest the agent's reaper is who supervises")]
+    #[expect(clippy::disallowed_methods, reason = "in the guest the agent's reaper supervises processes")]
     let child = Command::new(PROGRAM)
         .args(args)
         .env_clear()
@@ -234,10 +236,10 @@ fn receive(socket: RawFd, bytes: &mut [u8]) -> Result<(usize, Option<OwnedFd>), 
     Ok((message.bytes, received))
 }
 
-/// Has CRIU find out what the kernel can, which it keeps in /run/criu.kdat.
+/// Makes CRIU probe the kernel's features, which it records in /run/criu.kdat.
 ///
 /// # Errors
-/// It cannot be run.
+/// CRIU cannot be run.
 pub(crate) async fn warm_up(reaper: &Reaper) -> Result<(), CriuError> {
     let mut request = Criu_req::new();
     request.set_type(Criu_req_type::FEATURE_CHECK);
@@ -255,7 +257,7 @@ mod tests {
 
     #[test]
     fn the_signal_that_killed_it_has_its_name() {
-        let ended = |status| how(Some(Exit { status, at: std::time::SystemTime::UNIX_EPOCH }));
+        let ended = |status| how(Some(status));
         assert_eq!(ended(WaitStatus::Signaled(9)), "was killed by signal 9 (SIGKILL)");
         assert_eq!(ended(WaitStatus::Signaled(40)), "was killed by signal 40");
         assert_eq!(ended(WaitStatus::Exited(1)), "has ended with status 1");

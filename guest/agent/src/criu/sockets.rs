@@ -41,7 +41,7 @@ use rustix::{
     process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
 };
 
-use super::{CriuError, files::Moved, source::Source, task::Task};
+use super::{CriuError, dump::DumpSource, files::Moved, task::Task};
 use crate::sys;
 
 /// How the kernel shows a path that does not lead to the file any more.
@@ -64,7 +64,7 @@ enum Place {
 ///
 /// # Errors
 /// A socket cannot be restored under all of its names, or cannot be examined.
-pub(super) fn moved(source: &Source<'_>) -> Result<Vec<Moved>, CriuError> {
+pub(super) fn moved(source: &DumpSource<'_>) -> Result<Vec<Moved>, CriuError> {
     let (mut seen, mut moved) = (HashSet::new(), Vec::new());
     let pids = source.cgroup.pids()?;
     if has_fuse(&pids) {

@@ -1,11 +1,11 @@
-//! A process of a container, as messages name it.
+//! How messages name a process of a container.
 
 use std::{fmt, fs};
 
 use nix::unistd::Pid;
 use procfs::process::Process;
 
-/// By the pid that the container knows, and what it calls itself.
+/// A process with its pid in the container and its own name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Task {
     pub(super) inner: Pid,
@@ -13,7 +13,7 @@ pub(crate) struct Task {
 }
 
 impl Task {
-    /// None if it is not there any more.
+    /// None if the process does not exist any more.
     pub(super) fn find(pid: Pid) -> Option<Self> {
         let status = Process::new(pid.as_raw()).and_then(|process| process.status()).ok()?;
         let inner = status.nspid.and_then(|pids| pids.last().copied()).unwrap_or(pid.as_raw());
@@ -22,7 +22,7 @@ impl Task {
     }
 }
 
-/// A name is what its process has made of it.
+/// Replaces control characters: a process chooses its own name.
 fn printable(comm: &[u8]) -> String {
     let comm = String::from_utf8_lossy(comm.strip_suffix(b"\n").unwrap_or(comm)).into_owned();
     comm.chars().map(|char| if char.is_control() { '?' } else { char }).collect()

@@ -1,8 +1,10 @@
-//! What CRIU runs as `tar` for every tmpfs of a container, to put its files into an image or take them from there.
+//! The program that CRIU runs as `tar` for each tmpfs of a container, to pack its files into an image or to
+//! unpack them.
 //!
-//! GNU tar is three programs, since a shell runs gzip for it, and most of a small container's dump and restore was the start of
-//! them, five times, for directories with next to nothing in them. So what is small and plain is done here, by a program that
-//! is in memory anyway, and all else by GNU tar. The archives are the same.
+//! GNU tar is three programs, since a shell runs gzip for it. Starting them, five times and for nearly empty
+//! directories, took most of the time of a small container's dump and restore. So this program, which is in
+//! memory anyway, packs small and plain trees itself, and leaves all others to GNU tar. The archives are the
+//! same.
 
 use std::{
     env,
@@ -27,7 +29,7 @@ use rustix::fs::{
 };
 use tar::{Archive, Builder, EntryType, Header};
 
-/// Directory in the guest image that has this program under tar's name.
+/// Directory in the guest image that has the agent under the name `tar`.
 pub(super) const DIR: &str = "/usr/lib/machinen";
 const GNU_TAR: &str = "/usr/bin/tar";
 
@@ -47,30 +49,30 @@ const CREATE: [&str; 12] = [
     ".",
 ];
 const SOURCE: &str = "/proc/self/fd/0";
-/// The directory follows.
+/// The directory is the next argument.
 const EXTRACT: [&str; 5] = ["--extract", "--gzip", "--no-unquote", "--no-wildcards", "--directory"];
 
-/// What is small: entries, and bytes of an archive that is not compressed.
+/// Limits of a small tree: entries, and bytes of the archive before compression.
 const MAX_ENTRIES: usize = 256;
 const MAX_BYTES: u64 = 512 << 10;
-/// Of the headers of all archives; a name may not fill its field.
+/// Longest name that fits into the header of every archive format; a name must not fill its field.
 const MAX_NAME: usize = 99;
 
 /// One file of a tmpfs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Node {
-    /// Below the root, which has an empty one; after that of its directory.
+struct TmpfsFile {
+    /// Relative to the root, whose path is empty. A file comes after its directory.
     path: PathBuf,
-    kind: Kind,
+    kind: FileKind,
     mode: u32,
     uid: u32,
     gid: u32,
-    /// Seconds since the Unix epoch: more is not in an archive.
+    /// Seconds since the Unix epoch; archives have nothing finer.
     mtime: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Kind {
+enum FileKind {
     Directory,
     File(Vec<u8>),
     Symlink(PathBuf),
@@ -79,7 +81,7 @@ enum Kind {
     Fifo,
 }
 
-/// Does the work, if this program was started as tar.
+/// Does tar's work, if this program was started as tar.
 pub(crate) fn run_as_tar() -> Option<ExitCode> {
     let mut args = env::args_os();
     let name = args.next()?;
@@ -98,12 +100,12 @@ pub(crate) fn run_as_tar() -> Option<ExitCode> {
         Ok(false) => Command::new(GNU_TAR).args(args).exec(),
         Err(error) => error,
     };
-    // As tar's own; CRIU has its log in the place of this.
+    // The format of tar's messages; CRIU writes them into its log.
     eprintln!("tar: {error}");
     Some(ExitCode::from(2))
 }
 
-/// False: nothing was done, it is work for GNU tar.
+/// Packs the tree. False when nothing was done, because the tree is for GNU tar.
 fn create() -> io::Result<bool> {
     let Some(nodes) = read_tree(Path::new(SOURCE))? else { return Ok(false) };
     let mut output = GzEncoder::new(io::stdout().lock(), Compression::fast());
@@ -112,9 +114,9 @@ fn create() -> io::Result<bool> {
     Ok(true)
 }
 
-/// As for [`create`].
+/// Unpacks into `dir`. False as for [`create`].
 fn extract(dir: &Path) -> io::Result<bool> {
-    // What is there already is to be treated as GNU tar would.
+    // Existing files need GNU tar's rules.
     let nodes = if fs::read_dir(dir)?.next().is_none() { read_archive(io::stdin().lock())? } else { None };
     let Some(nodes) = nodes else {
         File::from(rustix::io::dup(io::stdin())?).rewind()?;
@@ -124,18 +126,18 @@ fn extract(dir: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-/// None: it is large, or has what is not plain.
-fn read_tree(root: &Path) -> io::Result<Option<Vec<Node>>> {
-    // The link is followed.
+/// Reads a tree. None when the tree is large, or has a file that is not plain.
+fn read_tree(root: &Path) -> io::Result<Option<Vec<TmpfsFile>>> {
+    // Follows the link, unlike for the entries below.
     let device = fs::metadata(root)?.dev();
-    let (mut nodes, mut bytes): (Vec<Node>, u64) = (Vec::new(), 0);
+    let (mut nodes, mut bytes): (Vec<TmpfsFile>, u64) = (Vec::new(), 0);
     let mut pending = vec![PathBuf::new()];
     while let Some(path) = pending.pop() {
         let at = root.join(&path);
         let status =
             if path.as_os_str().is_empty() { fs::metadata(root)? } else { fs::symlink_metadata(&at)? };
         let kind = status.file_type();
-        // Has no place in an archive; CRIU makes it.
+        // An archive cannot hold sockets; CRIU restores them itself.
         if kind.is_socket() {
             continue;
         }
@@ -145,20 +147,20 @@ fn read_tree(root: &Path) -> io::Result<Option<Vec<Node>>> {
             return Ok(None);
         }
         let kind = match kind {
-            _ if kind.is_dir() => Kind::Directory,
-            _ if kind.is_file() => Kind::File(fs::read(&at)?),
-            _ if kind.is_symlink() => Kind::Symlink(fs::read_link(&at)?),
-            _ if kind.is_char_device() => Kind::Character(status.rdev()),
-            _ if kind.is_block_device() => Kind::Block(status.rdev()),
-            _ => Kind::Fifo,
+            _ if kind.is_dir() => FileKind::Directory,
+            _ if kind.is_file() => FileKind::File(fs::read(&at)?),
+            _ if kind.is_symlink() => FileKind::Symlink(fs::read_link(&at)?),
+            _ if kind.is_char_device() => FileKind::Character(status.rdev()),
+            _ if kind.is_block_device() => FileKind::Block(status.rdev()),
+            _ => FileKind::Fifo,
         };
-        if matches!(kind, Kind::Directory) && status.dev() == device {
+        if matches!(kind, FileKind::Directory) && status.dev() == device {
             for entry in fs::read_dir(&at)? {
                 pending.push(path.join(entry?.file_name()));
             }
         }
         let (mode, uid, gid) = (status.mode() & 0o7777, status.uid(), status.gid());
-        let node = Node { path, kind, mode, uid, gid, mtime: status.mtime().unsigned_abs() };
+        let node = TmpfsFile { path, kind, mode, uid, gid, mtime: status.mtime().unsigned_abs() };
         if name(&node).len() > MAX_NAME || link(&node).len() > MAX_NAME {
             return Ok(None);
         }
@@ -167,31 +169,31 @@ fn read_tree(root: &Path) -> io::Result<Option<Vec<Node>>> {
     Ok(Some(nodes))
 }
 
-/// As in archives.
-fn name(node: &Node) -> Vec<u8> {
+/// The file's name in archives.
+fn name(node: &TmpfsFile) -> Vec<u8> {
     let mut name = b"./".to_vec();
     name.extend(node.path.as_os_str().as_bytes());
-    if matches!(node.kind, Kind::Directory) && name.len() > 2 {
+    if matches!(node.kind, FileKind::Directory) && name.len() > 2 {
         name.push(b'/');
     }
     name
 }
 
-fn link(node: &Node) -> &[u8] {
-    if let Kind::Symlink(target) = &node.kind { target.as_os_str().as_bytes() } else { b"" }
+fn link(node: &TmpfsFile) -> &[u8] {
+    if let FileKind::Symlink(target) = &node.kind { target.as_os_str().as_bytes() } else { b"" }
 }
 
-fn write_archive(nodes: &[Node], output: impl Write) -> io::Result<()> {
+fn write_archive(nodes: &[TmpfsFile], output: impl Write) -> io::Result<()> {
     let mut archive = Builder::new(output);
     for node in nodes {
         let mut header = Header::new_gnu();
         let (kind, content, device): (_, &[u8], _) = match &node.kind {
-            Kind::Directory => (EntryType::Directory, b"", None),
-            Kind::File(content) => (EntryType::Regular, content, None),
-            Kind::Symlink(_) => (EntryType::Symlink, b"", None),
-            Kind::Character(device) => (EntryType::Char, b"", Some(*device)),
-            Kind::Block(device) => (EntryType::Block, b"", Some(*device)),
-            Kind::Fifo => (EntryType::Fifo, b"", None),
+            FileKind::Directory => (EntryType::Directory, b"", None),
+            FileKind::File(content) => (EntryType::Regular, content, None),
+            FileKind::Symlink(_) => (EntryType::Symlink, b"", None),
+            FileKind::Character(device) => (EntryType::Char, b"", Some(*device)),
+            FileKind::Block(device) => (EntryType::Block, b"", Some(*device)),
+            FileKind::Fifo => (EntryType::Fifo, b"", None),
         };
         let (name, link) = (name(node), link(node));
         header.as_old_mut().name[..name.len()].copy_from_slice(&name);
@@ -212,10 +214,10 @@ fn write_archive(nodes: &[Node], output: impl Write) -> io::Result<()> {
     archive.into_inner()?.flush()
 }
 
-/// None: it is large, or has what is not plain.
-fn read_archive(compressed: impl Read) -> io::Result<Option<Vec<Node>>> {
+/// Reads an archive. None when the archive is large, or has a file that is not plain.
+fn read_archive(compressed: impl Read) -> io::Result<Option<Vec<TmpfsFile>>> {
     let mut bytes = Vec::new();
-    // One of another kind than this expects is for GNU tar to judge.
+    // GNU tar has to judge an archive in another format.
     let read = MultiGzDecoder::new(compressed).take(MAX_BYTES + 1).read_to_end(&mut bytes);
     if read.is_err() || bytes.len() as u64 > MAX_BYTES {
         return Ok(None);
@@ -228,26 +230,26 @@ fn read_archive(compressed: impl Read) -> io::Result<Option<Vec<Node>>> {
             Ok(makedev(header.device_major()?.unwrap_or(0), header.device_minor()?.unwrap_or(0)))
         };
         let kind = match header.entry_type() {
-            EntryType::Directory => Kind::Directory,
+            EntryType::Directory => FileKind::Directory,
             EntryType::Regular => {
                 let mut content = Vec::new();
                 entry.read_to_end(&mut content)?;
-                Kind::File(content)
+                FileKind::File(content)
             }
             EntryType::Symlink => {
                 let target = entry.link_name_bytes().unwrap_or_default().into_owned();
-                Kind::Symlink(OsString::from_vec(target).into())
+                FileKind::Symlink(OsString::from_vec(target).into())
             }
-            EntryType::Char => Kind::Character(device()?),
-            EntryType::Block => Kind::Block(device()?),
-            EntryType::Fifo => Kind::Fifo,
+            EntryType::Char => FileKind::Character(device()?),
+            EntryType::Block => FileKind::Block(device()?),
+            EntryType::Fifo => FileKind::Fifo,
             _ => return Ok(None),
         };
         let named = PathBuf::from(OsString::from_vec(entry.path_bytes().into_owned()));
         let path: PathBuf = named.components().filter(|part| *part != Component::CurDir).collect();
         let number = |value: u64| u32::try_from(value).map_err(|_| io::ErrorKind::InvalidData);
         let (uid, gid) = (number(header.uid()?)?, number(header.gid()?)?);
-        let node = Node { path, kind, mode: header.mode()? & 0o7777, uid, gid, mtime: header.mtime()? };
+        let node = TmpfsFile { path, kind, mode: header.mode()? & 0o7777, uid, gid, mtime: header.mtime()? };
         if nodes.len() == MAX_ENTRIES || !is_below(&node, &nodes) {
             return Ok(None);
         }
@@ -256,47 +258,48 @@ fn read_archive(compressed: impl Read) -> io::Result<Option<Vec<Node>>> {
     Ok(Some(nodes))
 }
 
-/// Whether its directory was made before, and it was not, so that no link leads elsewhere. The root is first.
-fn is_below(node: &Node, before: &[Node]) -> bool {
+/// Whether the file's directory was created before and the file was not, so that no link leads elsewhere. The
+/// root is first.
+fn is_below(node: &TmpfsFile, before: &[TmpfsFile]) -> bool {
     let plain = node.path.components().all(|part| matches!(part, Component::Normal(_)));
     let is_new = before.iter().all(|other| other.path != node.path);
     let in_directory = match node.path.parent() {
-        None => before.is_empty() && node.kind == Kind::Directory,
-        Some(parent) => before.iter().any(|other| other.path == parent && other.kind == Kind::Directory),
+        None => before.is_empty() && node.kind == FileKind::Directory,
+        Some(parent) => before.iter().any(|other| other.path == parent && other.kind == FileKind::Directory),
     };
     plain && is_new && in_directory
 }
 
-/// In an empty directory.
-fn make_tree(nodes: &[Node], root: &Path) -> io::Result<()> {
+/// Creates the files in an empty directory.
+fn make_tree(nodes: &[TmpfsFile], root: &Path) -> io::Result<()> {
     for node in nodes {
-        let at = place(node, root);
+        let at = path_of(node, root);
         let special = |kind, device| mknodat(CWD, &at, kind, Mode::from_raw_mode(0o600), device);
         match &node.kind {
-            Kind::Directory if node.path.as_os_str().is_empty() => {}
-            Kind::Directory => DirBuilder::new().mode(0o700).create(&at)?,
-            Kind::File(content) => {
+            FileKind::Directory if node.path.as_os_str().is_empty() => {}
+            FileKind::Directory => DirBuilder::new().mode(0o700).create(&at)?,
+            FileKind::File(content) => {
                 File::options().write(true).create_new(true).mode(0o600).open(&at)?.write_all(content)?;
             }
-            Kind::Symlink(target) => std::os::unix::fs::symlink(target, &at)?,
-            Kind::Character(device) => special(FileType::CharacterDevice, *device)?,
-            Kind::Block(device) => special(FileType::BlockDevice, *device)?,
-            Kind::Fifo => special(FileType::Fifo, 0)?,
+            FileKind::Symlink(target) => std::os::unix::fs::symlink(target, &at)?,
+            FileKind::Character(device) => special(FileType::CharacterDevice, *device)?,
+            FileKind::Block(device) => special(FileType::BlockDevice, *device)?,
+            FileKind::Fifo => special(FileType::Fifo, 0)?,
         }
         lchown(&at, Some(node.uid), Some(node.gid))?;
-        if !matches!(node.kind, Kind::Symlink(_)) {
+        if !matches!(node.kind, FileKind::Symlink(_)) {
             fs::set_permissions(&at, fs::Permissions::from_mode(node.mode))?;
         }
     }
-    // The times of a directory change with what is made in it.
+    // Creating a file changes its directory's times, so these are set at the end.
     nodes.iter().try_for_each(|node| {
         let time = Timespec { tv_sec: node.mtime.try_into().unwrap_or(i64::MAX), tv_nsec: 0 };
         let times = Timestamps { last_access: time, last_modification: time };
-        Ok(utimensat(CWD, place(node, root), &times, AtFlags::SYMLINK_NOFOLLOW)?)
+        Ok(utimensat(CWD, path_of(node, root), &times, AtFlags::SYMLINK_NOFOLLOW)?)
     })
 }
 
-fn place(node: &Node, root: &Path) -> PathBuf {
+fn path_of(node: &TmpfsFile, root: &Path) -> PathBuf {
     // Joining an empty path would end this one with a slash.
     if node.path.as_os_str().is_empty() { root.to_owned() } else { root.join(&node.path) }
 }
@@ -305,9 +308,9 @@ fn place(node: &Node, root: &Path) -> PathBuf {
 mod tests {
     use super::*;
 
-    /// Something of everything.
-    fn tree(root: &Path) -> Vec<Node> {
-        let node = |path: &str, kind, mode| Node {
+    /// A tree with a file of each kind.
+    fn tree(root: &Path) -> Vec<TmpfsFile> {
+        let node = |path: &str, kind, mode| TmpfsFile {
             path: path.into(),
             kind,
             mode,
@@ -316,25 +319,25 @@ mod tests {
             mtime: 1_700_000_000,
         };
         let nodes = vec![
-            node("", Kind::Directory, 0o1777),
-            node("pts", Kind::Directory, 0o750),
-            node("pts/deep", Kind::Directory, 0),
-            node("pts/deep/file", Kind::File(b"content".to_vec()), 0o4711),
-            node("null", Kind::Character(makedev(1, 3)), 0o666),
-            node("disk", Kind::Block(makedev(259, 70_000)), 0o640),
-            node("fifo", Kind::Fifo, 0o600),
-            node("stdin", Kind::Symlink("/proc/self/fd/0".into()), 0o777),
+            node("", FileKind::Directory, 0o1777),
+            node("pts", FileKind::Directory, 0o750),
+            node("pts/deep", FileKind::Directory, 0),
+            node("pts/deep/file", FileKind::File(b"content".to_vec()), 0o4711),
+            node("null", FileKind::Character(makedev(1, 3)), 0o666),
+            node("disk", FileKind::Block(makedev(259, 70_000)), 0o640),
+            node("fifo", FileKind::Fifo, 0o600),
+            node("stdin", FileKind::Symlink("/proc/self/fd/0".into()), 0o777),
         ];
         make_tree(&nodes, root).unwrap();
         nodes
     }
 
-    fn sorted(mut nodes: Vec<Node>) -> Vec<Node> {
+    fn sorted(mut nodes: Vec<TmpfsFile>) -> Vec<TmpfsFile> {
         nodes.sort_by(|a, b| a.path.cmp(&b.path));
         nodes
     }
 
-    fn read(dir: &Path) -> Vec<Node> {
+    fn read(dir: &Path) -> Vec<TmpfsFile> {
         sorted(read_tree(dir).unwrap().unwrap())
     }
 
@@ -349,7 +352,7 @@ mod tests {
         output.stdout
     }
 
-    fn archive(nodes: &[Node]) -> Vec<u8> {
+    fn archive(nodes: &[TmpfsFile]) -> Vec<u8> {
         let mut output = GzEncoder::new(Vec::new(), Compression::fast());
         write_archive(nodes, &mut output).unwrap();
         output.finish().unwrap()
@@ -364,17 +367,17 @@ mod tests {
         });
         let nodes = sorted(tree(&one));
         assert_eq!(read(&one), nodes);
-        // Ours, read by the other.
+        // This program's archive, unpacked by GNU tar.
         gnu_tar(&EXTRACT, &two, &archive(&read_tree(&one).unwrap().unwrap()));
         assert_eq!(read(&two), nodes);
-        // The other's, read by us.
+        // GNU tar's archive, unpacked by this program.
         let theirs = gnu_tar(&CREATE[..10], &one, b"");
         make_tree(&read_archive(theirs.as_slice()).unwrap().unwrap(), &three).unwrap();
         assert_eq!(read(&three), nodes);
     }
 
     #[test]
-    fn what_is_not_plain_is_for_gnu_tar() {
+    fn trees_that_are_not_plain_are_left_to_gnu_tar() {
         let dir = tempfile::tempdir().unwrap();
         let root = |name: &str| {
             let root = dir.path().join(name);
@@ -397,22 +400,23 @@ mod tests {
     }
 
     #[test]
-    fn nothing_leads_out_of_the_directory() {
-        let node = |path: &str, kind| Node { path: path.into(), kind, mode: 0o755, uid: 0, gid: 0, mtime: 0 };
-        let root = node("", Kind::Directory);
-        let file = |path| node(path, Kind::File(b"x".to_vec()));
+    fn no_path_leads_out_of_the_directory() {
+        let node =
+            |path: &str, kind| TmpfsFile { path: path.into(), kind, mode: 0o755, uid: 0, gid: 0, mtime: 0 };
+        let root = node("", FileKind::Directory);
+        let file = |path| node(path, FileKind::File(b"x".to_vec()));
         let cases = [
             vec![root.clone(), file("../x")],
             vec![root.clone(), file("/etc/x")],
-            vec![root.clone(), node("a", Kind::Symlink("/etc".into())), file("a/x")],
+            vec![root.clone(), node("a", FileKind::Symlink("/etc".into())), file("a/x")],
             vec![
                 root.clone(),
-                node("a", Kind::Directory),
-                node("a", Kind::Symlink("/etc".into())),
+                node("a", FileKind::Directory),
+                node("a", FileKind::Symlink("/etc".into())),
                 file("a/x"),
             ],
             vec![root.clone(), file("a/x")],
-            vec![node("", Kind::Symlink("/etc".into()))],
+            vec![node("", FileKind::Symlink("/etc".into()))],
             vec![file("x")],
         ];
         for nodes in cases {

@@ -1,25 +1,26 @@
-//! Which devices a container may open: a BPF program on its cgroup (cgroup v2 has no device controller of files).
+//! Restricts the devices that a container may open, with a BPF program on its cgroup (cgroup v2 has no
+//! control files for devices).
 //!
-//! Containers of one pod share the kernel, and the disks of all of them are devices of it.
+//! Containers of one pod share the kernel, where the disks of all of them are devices.
 
 use serde_json::Value;
 
-/// What a rule says about a request that it matches.
+/// A rule of the configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Rule {
     allow: bool,
-    /// None is both.
-    kind: Option<Kind>,
-    /// None is any.
+    /// None matches both.
+    kind: Option<DeviceKind>,
+    /// None matches any number.
     major: Option<i32>,
     minor: Option<i32>,
-    /// Of [`MKNOD`], [`READ`] and [`WRITE`].
+    /// A set of [`MKNOD`], [`READ`] and [`WRITE`].
     access: i32,
 }
 
 /// Values of the kernel's BPF_DEVCG_DEV_* (bpf.h).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum DeviceKind {
     Block = 1,
     Char = 2,
 }
@@ -30,32 +31,38 @@ const READ: i32 = 2;
 const WRITE: i32 = 4;
 const ALL: i32 = MKNOD | READ | WRITE;
 
-/// One instruction of the kernel's BPF machine, as it is loaded.
+/// One instruction of the kernel's BPF machine, encoded.
 pub(crate) type Instruction = u64;
 
-/// The program for a spec's `linux.resources.devices`. Later rules win; before the first stand "nothing", and what
-/// other runtimes allow to every container: making any node, and using the harmless ones.
+/// The program for a spec's `linux.resources.devices`. Later rules take precedence. The first rules are
+/// implied: deny everything, and allow what other runtimes allow to every container, which is to create any
+/// node and to use harmless devices.
 ///
 /// # Errors
-/// The number of the rule that cannot be understood.
+/// The number of a rule that cannot be parsed.
 pub(super) fn program(rules: &Value) -> Result<Vec<Instruction>, usize> {
     let given = rules.as_array().into_iter().flatten().enumerate();
     let given = given.map(|(number, rule)| parse(rule).ok_or(number)).collect::<Result<Vec<_>, _>>()?;
     Ok(compile(&ordered(given)))
 }
 
-/// The defaults stand after a leading "deny everything", which containerd writes first, and which they are meant
-/// to be exceptions of.
+/// Inserts the default rules. They follow a leading "deny everything", which containerd writes first and to
+/// which they are exceptions.
 fn ordered(given: Vec<Rule>) -> Vec<Rule> {
     let denies_all =
         |rule: &Rule| *rule == Rule { allow: false, kind: None, major: None, minor: None, access: ALL };
     let leading = given.iter().take_while(|rule| denies_all(rule)).count();
-    let char =
-        |major, minor| Rule { allow: true, kind: Some(Kind::Char), major: Some(major), minor, access: ALL };
+    let char = |major, minor| Rule {
+        allow: true,
+        kind: Some(DeviceKind::Char),
+        major: Some(major),
+        minor,
+        access: ALL,
+    };
     let make = |kind| Rule { allow: true, kind: Some(kind), major: None, minor: None, access: MKNOD };
     let defaults = [
-        make(Kind::Char),
-        make(Kind::Block),
+        make(DeviceKind::Char),
+        make(DeviceKind::Block),
         // null, zero, full, random, urandom; tty, console, ptmx; pts
         char(1, Some(3)),
         char(1, Some(5)),
@@ -73,8 +80,8 @@ fn ordered(given: Vec<Rule>) -> Vec<Rule> {
 fn parse(rule: &Value) -> Option<Rule> {
     let kind = match rule["type"].as_str() {
         None | Some("a" | "") => None,
-        Some("b") => Some(Kind::Block),
-        Some("c" | "u") => Some(Kind::Char),
+        Some("b") => Some(DeviceKind::Block),
+        Some("c" | "u") => Some(DeviceKind::Char),
         Some(_) => return None,
     };
     let number = |value: &Value| match value.as_i64() {
@@ -94,8 +101,8 @@ fn parse(rule: &Value) -> Option<Rule> {
     Some(Rule { allow: rule["allow"].as_bool().unwrap_or(false), kind, major, minor, access })
 }
 
-// Registers: the context arrives in 1, the answer leaves in 0.
-const ANSWER: u8 = 0;
+// Registers: the context arrives in 1, the result is returned in 0.
+const RESULT: u8 = 0;
 const CONTEXT: u8 = 1;
 const KIND: u8 = 2;
 const ACCESS: u8 = 3;
@@ -103,10 +110,12 @@ const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
 const SCRATCH: u8 = 6;
 
-/// The last rule that matches decides, so they are tried from the last; when none does, the answer is no.
+/// The last matching rule decides, so the rules are tried in reverse order; without a match, access is
+/// denied.
 fn compile(rules: &[Rule]) -> Vec<Instruction> {
     let mut code = vec![
-        // struct bpf_cgroup_dev_ctx { u32 access_type; u32 major; u32 minor; }, access_type = access << 16 | kind
+        // struct bpf_cgroup_dev_ctx { u32 access_type; u32 major; u32 minor; }, access_type = access << 16 |
+        // kind
         load(KIND, CONTEXT, 0),
         move_register(ACCESS, KIND),
         shift_right(ACCESS, 16),
@@ -116,7 +125,7 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
     ];
     for rule in rules.iter().rev() {
         let mut body = Vec::new();
-        // What does not match jumps over the rest of the rule.
+        // A request that does not match jumps over the rest of the rule.
         let mut differs = Vec::new();
         for (register, wanted) in
             [(KIND, rule.kind.map(|kind| kind as i32)), (MAJOR, rule.major), (MINOR, rule.minor)]
@@ -128,23 +137,23 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
         }
         if rule.access != ALL {
             body.push(move_register(SCRATCH, ACCESS));
-            // An allowed access has no other bits than the rule's, a denied one has any of them.
+            // A request is allowed if it has only bits of the rule, and denied if it has any of them.
             body.push(and(SCRATCH, if rule.allow { ALL & !rule.access } else { rule.access }));
             differs.push(body.len());
             body.push(if rule.allow { jump_if_not_equal(SCRATCH, 0) } else { jump_if_equal(SCRATCH, 0) });
         }
-        body.extend([move_value(ANSWER, rule.allow.into()), EXIT]);
+        body.extend([move_value(RESULT, rule.allow.into()), EXIT]);
         let (end, matches_all) = (body.len(), differs.is_empty());
         for at in differs {
             body[at] |= jump_distance(end - at - 1);
         }
         code.extend(body);
         if matches_all {
-            // The kernel refuses a program with instructions that are never reached.
+            // The kernel refuses a program with unreachable instructions.
             return code;
         }
     }
-    code.extend([move_value(ANSWER, 0), EXIT]);
+    code.extend([move_value(RESULT, 0), EXIT]);
     code
 }
 
@@ -159,7 +168,7 @@ const fn instruction(code: u8, to: u8, from: u8, offset: u16, value: i32) -> Ins
 }
 
 fn jump_distance(instructions: usize) -> Instruction {
-    // A rule has less than ten of them.
+    // A rule has fewer than ten of them.
     (instructions as u64) << 16
 }
 
@@ -198,7 +207,7 @@ mod tests {
     use super::*;
 
     /// Runs a program as the kernel does, for the few instructions that are used.
-    fn allows(code: &[Instruction], kind: Kind, major: i32, minor: i32, access: i32) -> bool {
+    fn allows(code: &[Instruction], kind: DeviceKind, major: i32, minor: i32, access: i32) -> bool {
         let context = [access << 16 | kind as i32, major, minor];
         let mut registers = [0_i64; 8];
         let mut at = 0;
@@ -224,43 +233,43 @@ mod tests {
     }
 
     #[test]
-    fn by_default_only_the_harmless_ones() {
+    fn by_default_only_harmless_devices() {
         for rules in [json!(null), json!([{"allow": false, "access": "rwm"}])] {
             let code = program(&rules).unwrap();
-            assert!(allows(&code, Kind::Char, 1, 3, READ | WRITE));
-            assert!(allows(&code, Kind::Char, 136, 77, READ | WRITE));
-            assert!(allows(&code, Kind::Block, 8, 0, MKNOD));
-            assert!(!allows(&code, Kind::Block, 8, 0, READ));
-            assert!(!allows(&code, Kind::Block, 8, 0, READ | MKNOD));
-            assert!(!allows(&code, Kind::Char, 1, 1, READ));
+            assert!(allows(&code, DeviceKind::Char, 1, 3, READ | WRITE));
+            assert!(allows(&code, DeviceKind::Char, 136, 77, READ | WRITE));
+            assert!(allows(&code, DeviceKind::Block, 8, 0, MKNOD));
+            assert!(!allows(&code, DeviceKind::Block, 8, 0, READ));
+            assert!(!allows(&code, DeviceKind::Block, 8, 0, READ | MKNOD));
+            assert!(!allows(&code, DeviceKind::Char, 1, 1, READ));
         }
     }
 
     #[test]
-    fn later_rules_win() {
+    fn later_rules_take_precedence() {
         let code = program(&json!([
             {"allow": false, "access": "rwm"},
             {"allow": true, "type": "b", "major": 8, "minor": 16, "access": "r"},
             {"allow": false, "type": "c", "major": 1, "minor": 3, "access": "w"},
         ]))
         .unwrap();
-        assert!(allows(&code, Kind::Block, 8, 16, READ));
-        assert!(!allows(&code, Kind::Block, 8, 16, READ | WRITE));
-        assert!(!allows(&code, Kind::Block, 8, 0, READ));
-        assert!(allows(&code, Kind::Char, 1, 3, READ));
-        assert!(!allows(&code, Kind::Char, 1, 3, READ | WRITE));
+        assert!(allows(&code, DeviceKind::Block, 8, 16, READ));
+        assert!(!allows(&code, DeviceKind::Block, 8, 16, READ | WRITE));
+        assert!(!allows(&code, DeviceKind::Block, 8, 0, READ));
+        assert!(allows(&code, DeviceKind::Char, 1, 3, READ));
+        assert!(!allows(&code, DeviceKind::Char, 1, 3, READ | WRITE));
     }
 
     #[test]
-    fn privileged_is_everything() {
+    fn a_privileged_container_may_use_all_devices() {
         let code = program(&json!([{"allow": true, "access": "rwm"}])).unwrap();
-        assert!(allows(&code, Kind::Block, 8, 0, READ | WRITE));
-        // Nothing stands behind the answer.
-        assert_eq!(code[6..], [move_value(ANSWER, 1), EXIT]);
+        assert!(allows(&code, DeviceKind::Block, 8, 0, READ | WRITE));
+        // No instruction follows the result.
+        assert_eq!(code[6..], [move_value(RESULT, 1), EXIT]);
     }
 
     #[test]
-    fn nonsense_is_pointed_at() {
+    fn invalid_rules_are_named_by_number() {
         assert_eq!(program(&json!([{"allow": true}, {"type": "x"}])), Err(1));
         assert_eq!(program(&json!([{"access": "q"}])), Err(0));
         assert_eq!(program(&json!([{"major": -2}])), Err(0));

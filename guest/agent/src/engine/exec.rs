@@ -1,8 +1,9 @@
-//! One more process in a container.
+//! Runs one more process in a container.
 //!
-//! libcontainer could do this too, but it would read and write the container's whole configuration and fork three
-//! times. Here the zygote forks once, into the container's pid namespace and cgroup, and the child joins the rest,
-//! gives up what it must not have, and executes its command. The order of its steps is runc's.
+//! libcontainer could do this too, but would read and write the container's whole configuration and fork
+//! three times. Here the zygote forks once, into the container's pid namespace and cgroup, and the child
+//! joins the other namespaces, gives up its privileges, and executes its command. The steps have runc's
+//! order.
 
 use std::{
     convert::Infallible,
@@ -16,6 +17,7 @@ use libcontainer::{
     capabilities, config::PersonalityDomain, seccomp, syscall::Syscall, syscall::SyscallError,
     syscall::syscall::SyscallType,
 };
+use machinen_protocol::error::chain;
 use nix::{
     errno::Errno,
     fcntl::{OFlag, open},
@@ -33,16 +35,16 @@ use oci_spec::runtime::{LinuxSeccomp, Process};
 
 use super::{
     executor::{self, CommandError},
-    log,
-    report::{Message, Refusal, Reporter},
-    shed, terminal, zygote,
+    inherited, log,
+    report::{Refusal, Report, Reporter},
+    terminal, zygote,
 };
-use crate::{cgroup, console, stdio::ProcessEnds, sys};
+use crate::{cgroup, stdio::ProcessEnds, sys};
 
-/// A request, and what came with it.
+/// A request, with the descriptors that came with it.
 #[derive(Debug)]
-pub(super) struct Exec<'a> {
-    pub(super) request: &'a zygote::Exec,
+pub(super) struct ExecCall<'a> {
+    pub(super) request: &'a zygote::ExecRequest,
     pub(super) process: OwnedFd,
     pub(super) init: OwnedFd,
     pub(super) ends: ProcessEnds,
@@ -58,11 +60,11 @@ enum ExecError {
     Cgroup { path: PathBuf, source: io::Error },
     #[error("cannot fork into the container")]
     Fork(#[source] Errno),
-    #[error("the process cannot be understood")]
+    #[error("the process cannot be parsed")]
     Process(#[source] serde_json::Error),
     #[error("cannot read {path}")]
     Read { path: PathBuf, source: io::Error },
-    #[error("the process's umask {umask:o} is none")]
+    #[error("the process's umask {umask:o} is invalid")]
     Umask { umask: u32 },
     #[error("the personality {domain} is unknown")]
     Personality { domain: String },
@@ -73,7 +75,7 @@ enum ExecError {
     #[error("cannot {what}")]
     Syscall { what: &'static str, source: SyscallError },
     #[error("cannot prepare the process")]
-    Shed(#[source] shed::ShedError),
+    Inherited(#[source] inherited::InheritedError),
     #[error("cannot open the process's standard streams")]
     Stdio(#[source] io::Error),
     #[error("cannot make the process's terminal")]
@@ -85,7 +87,7 @@ enum ExecError {
 }
 
 impl ExecError {
-    /// Why the caller is to blame, if he is.
+    /// The refusal to report, if the request caused the error.
     fn refusal(&self) -> Option<Refusal> {
         match self {
             Self::Command(err) => Some(err.refusal()),
@@ -104,25 +106,25 @@ fn syscall(what: &'static str) -> impl FnOnce(SyscallError) -> ExecError {
     move |source| ExecError::Syscall { what, source }
 }
 
-/// In the zygote, whose own pid namespace is `pids`.
-pub(super) fn spawn(exec: Exec<'_>, reporter: &Reporter, pids: &OwnedFd) {
+/// Forks the process. Called in the zygote, whose own pid namespace is `pids`.
+pub(super) fn spawn(exec: ExecCall<'_>, reporter: &Reporter, pids: &OwnedFd) {
     match fork(&exec, pids) {
-        Ok(ForkResult::Parent { child }) => reporter.send(Message::Created { pid: child.as_raw() }),
+        Ok(ForkResult::Parent { child }) => reporter.send(Report::Created { pid: child.as_raw() }),
         Ok(ForkResult::Child) => run(exec, reporter),
-        Err(err) => reporter.send(Message::Failed { text: console::chain(&err) }),
+        Err(err) => reporter.send(Report::Failed { text: chain(&err) }),
     }
 }
 
-fn fork(exec: &Exec<'_>, pids: &OwnedFd) -> Result<ForkResult, ExecError> {
-    let Exec { request, init, .. } = exec;
+fn fork(exec: &ExecCall<'_>, pids: &OwnedFd) -> Result<ForkResult, ExecError> {
+    let ExecCall { request, init, .. } = exec;
     let own_pids = request.namespaces & libc::CLONE_NEWPID != 0;
     let cgroup = open_cgroup(&request.cgroup)?;
     if own_pids {
         setns(init, CloneFlags::CLONE_NEWPID).map_err(join)?;
     }
     let forked = match sys::fork_sibling_into(cgroup.as_fd()) {
-        // The container has given controllers to cgroups below its own, which may not hold processes then: its
-        // init is somewhere below, and the process goes there too.
+        // The container has enabled controllers in cgroups below its own, which then may hold no processes:
+        // its init is in one of those cgroups, and the new process goes there too.
         Err(Errno::EBUSY | Errno::EOPNOTSUPP) => cgroup_of(request.init)
             .and_then(|path| open_cgroup(&path))
             .and_then(|cgroup| sys::fork_sibling_into(cgroup.as_fd()).map_err(ExecError::Fork)),
@@ -132,7 +134,7 @@ fn fork(exec: &Exec<'_>, pids: &OwnedFd) -> Result<ForkResult, ExecError> {
         && !matches!(forked, Ok(ForkResult::Child))
         && let Err(err) = setns(pids, CloneFlags::CLONE_NEWPID)
     {
-        // Everything it forked from now on would be in this container.
+        // Otherwise every later fork would be in this container.
         zygote::fail(&format!("the engine's process cannot return to its pid namespace: {err}"));
     }
     forked
@@ -156,19 +158,19 @@ fn cgroup_of(pid: i32) -> Result<PathBuf, ExecError> {
     Ok(Path::new(cgroup::ROOT).join(below_root))
 }
 
-fn run(exec: Exec<'_>, reporter: &Reporter) -> ! {
+fn run(exec: ExecCall<'_>, reporter: &Reporter) -> ! {
     log::install(reporter.clone());
     let Err(err) = become_process(exec);
-    let text = console::chain(&err);
+    let text = chain(&err);
     if let Some(refusal) = err.refusal() {
-        reporter.send(Message::Refused { refusal, text: text.clone() });
+        reporter.send(Report::Refused { refusal, text: text.clone() });
     }
-    reporter.send(Message::Failed { text });
+    reporter.send(Report::Failed { text });
     sys::exit_now(1)
 }
 
-fn become_process(exec: Exec<'_>) -> Result<Infallible, ExecError> {
-    let Exec { request, process, init, ends } = exec;
+fn become_process(exec: ExecCall<'_>) -> Result<Infallible, ExecError> {
+    let ExecCall { request, process, init, ends } = exec;
     let process: Process =
         serde_json::from_reader(BufReader::new(File::from(process))).map_err(ExecError::Process)?;
     let filter = request.seccomp.as_deref().map(read_filter).transpose()?;
@@ -187,7 +189,8 @@ fn become_process(exec: Exec<'_>) -> Result<Infallible, ExecError> {
     if let Some(mask) = process.user().umask() {
         umask(Mode::from_bits(mask).ok_or(ExecError::Umask { umask: mask })?);
     }
-    // As root, who may go where the user may not; where root may not, the user may.
+    // Try as root first: root may enter directories that the user may not. If root may not enter, the user
+    // tries later.
     let cwd = process.cwd();
     let entered = chdir(cwd);
     if let Err(errno) = entered
@@ -198,7 +201,8 @@ fn become_process(exec: Exec<'_>) -> Result<Infallible, ExecError> {
     }
     become_user(&process, &*kernel)?;
     kernel.close_range(0).map_err(syscall("close other descriptors"))?;
-    // Without no_new_privs a filter takes privileges that are given up next; with it, it comes as late as it can.
+    // Without no_new_privs, installing a filter needs privileges that are given up next. With it, the filter
+    // is installed as late as possible.
     if !confined {
         install(filter.as_ref())?;
     }
@@ -209,7 +213,7 @@ fn become_process(exec: Exec<'_>) -> Result<Infallible, ExecError> {
     if entered.is_err() {
         chdir(cwd).map_err(|errno| ExecError::Cwd { cwd: cwd.clone(), errno })?;
     }
-    // A directory outside of the container's root has no path.
+    // A directory outside the container's root has no path.
     match getcwd() {
         Ok(path) if path.is_absolute() => {}
         Ok(_) => return Err(ExecError::Cwd { cwd: cwd.clone(), errno: Errno::ENOENT }),
@@ -234,9 +238,9 @@ fn install(filter: Option<&LinuxSeccomp>) -> Result<(), ExecError> {
     }
 }
 
-/// What takes the VM's privileges or its /proc.
-fn limit(request: &zygote::Exec, process: &Process, kernel: &dyn Syscall) -> Result<(), ExecError> {
-    shed::shed().map_err(ExecError::Shed)?;
+/// Applies the settings that need the VM's privileges or its /proc.
+fn limit(request: &zygote::ExecRequest, process: &Process, kernel: &dyn Syscall) -> Result<(), ExecError> {
+    inherited::give_up().map_err(ExecError::Inherited)?;
     let score = match process.oom_score_adj() {
         Some(score) => score.to_string(),
         None => {
@@ -244,17 +248,17 @@ fn limit(request: &zygote::Exec, process: &Process, kernel: &dyn Syscall) -> Res
             fs::read_to_string(&path).map_err(|source| ExecError::Read { path, source })?
         }
     };
-    shed::set_oom_score(score.trim()).map_err(ExecError::Shed)?;
+    inherited::set_oom_score(score.trim()).map_err(ExecError::Inherited)?;
     for rlimit in process.rlimits().iter().flatten() {
         kernel.set_rlimit(rlimit).map_err(syscall("set a resource limit"))?;
     }
-    // From here on the container sees this process: it may not look into it.
+    // The container can see this process from now on, but must not inspect it.
     set_dumpable(false).map_err(step("protect the process"))
 }
 
-fn enter(request: &zygote::Exec, init: &OwnedFd) -> Result<(), ExecError> {
+fn enter(request: &zygote::ExecRequest, init: &OwnedFd) -> Result<(), ExecError> {
     let namespaces = CloneFlags::from_bits_retain(request.namespaces & !libc::CLONE_NEWPID);
-    // A container that shares the VM's mounts has only its root directory of its own.
+    // A container that shares the VM's mount namespace has only a root directory of its own.
     let root = if namespaces.contains(CloneFlags::CLONE_NEWNS) {
         None
     } else {
@@ -277,7 +281,7 @@ fn enter(request: &zygote::Exec, init: &OwnedFd) -> Result<(), ExecError> {
     Ok(())
 }
 
-fn connect(request: &zygote::Exec, ends: ProcessEnds) -> Result<(), ExecError> {
+fn connect(request: &zygote::ExecRequest, ends: ProcessEnds) -> Result<(), ExecError> {
     match ends {
         ProcessEnds::Files([stdin, stdout, stderr]) => {
             dup2_stdin(stdin)
@@ -307,7 +311,7 @@ fn become_user(process: &Process, kernel: &dyn Syscall) -> Result<(), ExecError>
         setgroups(&groups).map_err(step("set the supplementary groups"))?;
     }
     let (user, group) = (Uid::from_raw(process.user().uid()), Gid::from_raw(process.user().gid()));
-    // Capabilities are given up by their own rules, later.
+    // Capabilities are dropped later, by their own rules.
     set_keepcaps(true)
         .and_then(|()| setresgid(group, group, group))
         .and_then(|()| setresuid(user, user, user))

@@ -1,7 +1,7 @@
-//! The user's command: found before the container is created, executed when it is started.
+//! The user's command, which is looked up before the container is created and executed when it is started.
 //!
-//! libcontainer's own way loses the order of the environment, takes seconds for a large one, leaves SIGPIPE
-//! ignored, and words its errors unlike any other runtime.
+//! libcontainer's own executor loses the order of the environment, takes seconds for a large one, leaves
+//! SIGPIPE ignored, and reports errors in other words than other runtimes.
 
 use std::{
     collections::HashMap,
@@ -23,17 +23,17 @@ use nix::{
 };
 use oci_spec::runtime::{Process, Spec};
 
-use super::report::{Message, Refusal, Reporter};
+use super::report::{Refusal, Report, Reporter};
 use crate::sys;
 
 const NULL_DEVICE: u64 = makedev(1, 3);
 
 #[derive(Debug, Clone)]
-pub(super) struct Command {
+pub(super) struct CommandExecutor {
     reporter: Reporter,
 }
 
-/// Why a command cannot be executed, as runc says it.
+/// Why a command cannot be executed, in runc's words.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum CommandError {
     #[error("exec: {name:?}: executable file not found in $PATH")]
@@ -56,7 +56,7 @@ impl CommandError {
             Self::NotInPath { .. } | Self::Stat { errno: Errno::ENOENT | Errno::ENOTDIR, .. } => {
                 Refusal::NotFound
             }
-            // The file was there: what is missing is its interpreter.
+            // The file exists: its interpreter is missing.
             Self::Exec { errno: Errno::ENOENT, .. } => Refusal::NotFound,
             Self::Stat { .. } | Self::NotExecutable { .. } | Self::Exec { .. } => Refusal::NotExecutable,
             Self::NoArgs | Self::Nul => Refusal::Spec,
@@ -64,20 +64,20 @@ impl CommandError {
     }
 }
 
-impl Command {
+impl CommandExecutor {
     pub(super) fn new(reporter: Reporter) -> Self {
         Self { reporter }
     }
 
     fn refuse(&self, err: &CommandError) {
-        self.reporter.send(Message::Refused { refusal: err.refusal(), text: err.to_string() });
+        self.reporter.send(Report::Refused { refusal: err.refusal(), text: err.to_string() });
     }
 }
 
 /// Replaces this program by a process's command.
 ///
 /// # Errors
-/// It is not there, or not executable.
+/// The command does not exist, or is not executable.
 pub(super) fn execute(process: &Process) -> Result<Infallible, CommandError> {
     let path = find(process)?;
     let name = path.display().to_string();
@@ -90,8 +90,8 @@ pub(super) fn execute(process: &Process) -> Result<Infallible, CommandError> {
     execve(&path, &args, &env).map_err(|errno| CommandError::Exec { name, errno })
 }
 
-impl Executor for Command {
-    /// Runs in the container, as its user, before it is reported as created.
+impl Executor for CommandExecutor {
+    /// Runs in the container, as the container's user, before the container is reported as created.
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         let failed =
             |err: io::Error| ExecutorValidationError::ArgValidationError(format!("/dev/null: {err}"));
@@ -103,7 +103,7 @@ impl Executor for Command {
         })
     }
 
-    /// Nothing: the environment is given to execve.
+    /// Does nothing: execve gets the environment.
     fn setup_envs(&self, _: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
         Ok(())
     }
@@ -115,8 +115,8 @@ impl Executor for Command {
     }
 }
 
-/// Exchanges the VM's /dev/null for the container's. libcontainer does too, but opens it for reading only, so that
-/// whoever writes to it fails.
+/// Replaces the VM's /dev/null by the container's. libcontainer does so too, but opens it only for reading,
+/// so that writes to it fail.
 pub(super) fn reopen_null() -> io::Result<()> {
     let is_null = |file: &fs::Metadata| file.file_type().is_char_device() && file.rdev() == NULL_DEVICE;
     let at_null = |fd: BorrowedFd<'_>| -> io::Result<bool> {
@@ -127,7 +127,7 @@ pub(super) fn reopen_null() -> io::Result<()> {
         return Ok(());
     }
     let null = fs::File::options().read(true).write(true).open("/dev/null")?;
-    // In the tenant's file system, a name proves nothing.
+    // The file system belongs to the tenant: a name proves nothing.
     if !is_null(&null.metadata()?) {
         return Err(io::ErrorKind::InvalidData.into());
     }
@@ -148,7 +148,7 @@ fn c_string(bytes: impl Into<Vec<u8>>) -> Result<CString, CommandError> {
     CString::new(bytes).map_err(|_| CommandError::Nul)
 }
 
-/// Where the command is, by the rules of a shell: a name with a slash is a path, others are looked for in PATH.
+/// Finds the command like a shell: a name with a slash is a path, others are looked up in PATH.
 fn find(process: &Process) -> Result<PathBuf, CommandError> {
     let name = process.args().as_ref().and_then(|args| args.first()).ok_or(CommandError::NoArgs)?;
     if name.contains('/') {
@@ -162,7 +162,7 @@ fn find(process: &Process) -> Result<PathBuf, CommandError> {
     let path = process.env().iter().flatten().rev().find_map(|var| var.strip_prefix("PATH="));
     let mut denied = None;
     for dir in path.unwrap_or_default().split(':') {
-        // An empty element is the working directory.
+        // An empty element means the working directory.
         let candidate = Path::new(if dir.is_empty() { "." } else { dir }).join(name);
         match fs::metadata(&candidate).map(|metadata| executable(&candidate, &metadata)) {
             Ok(Ok(())) => return Ok(candidate),
@@ -181,8 +181,8 @@ fn executable(path: &Path, metadata: &fs::Metadata) -> Result<(), Errno> {
     if metadata.is_dir() {
         return Err(Errno::EISDIR);
     }
-    // Root may execute what has any of the three bits, which access(2) knows; a file system without execution
-    // is what it asks the kernel for.
+    // Root may execute a file with any of the three bits set, which access(2) takes into account. access(2)
+    // also knows whether the file system allows execution.
     if metadata.mode() & 0o111 == 0 {
         return Err(Errno::EACCES);
     }

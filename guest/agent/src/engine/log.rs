@@ -1,5 +1,5 @@
-//! libcontainer tells the details of a failure by `tracing` only; this carries its errors into the report pipe,
-//! from whichever process they come.
+//! libcontainer reports the details of a failure only through `tracing`. This sends its errors through the
+//! report pipe, from every process in which they occur.
 
 use std::fmt::{self, Write};
 
@@ -9,16 +9,16 @@ use tracing::{
     span,
 };
 
-use super::report::{Message, Reporter};
+use super::report::{Report, Reporter};
 
 #[derive(Debug)]
 pub(super) struct ErrorLog {
     reporter: Reporter,
 }
 
-/// From now on, in this process and its forks.
+/// Installs the subscriber in this process and its forks.
 pub(super) fn install(reporter: Reporter) {
-    // A worker is forked from a process that never logs, so nobody was first.
+    // This cannot fail: the zygote, from which workers are forked, installs no subscriber.
     let _ = tracing::subscriber::set_global_default(ErrorLog { reporter });
 }
 
@@ -34,7 +34,7 @@ impl Subscriber for ErrorLog {
     fn event(&self, event: &Event<'_>) {
         let mut line = Line::default();
         event.record(&mut line);
-        self.reporter.send(Message::Log { text: format!("{}{}", line.message, line.fields) });
+        self.reporter.send(Report::Log { text: format!("{}{}", line.message, line.fields) });
     }
 
     // Spans carry nothing that an error needs.

@@ -1,8 +1,8 @@
-//! What makes containers. Nothing outside of this module knows how.
+//! Makes containers. Only this module knows how.
 //!
-//! The engine is youki's libcontainer. It forks, changes directories, enters namespaces and gives up privileges of
-//! the process that it runs in, and it makes siblings of that process, which pid 1 cannot have. So it runs in
-//! workers that are forked for one creation each:
+//! The engine is youki's libcontainer. It forks, changes directories, enters namespaces and gives up
+//! privileges of the process in which it runs, and it creates siblings of that process, which pid 1 cannot
+//! have. So it runs in workers, each forked for one creation:
 //!
 //! ```text
 //!   agent (pid 1, asynchronous) ── request, stdio, report pipe ──> zygote (forked at boot, single-threaded)
@@ -11,24 +11,24 @@
 //!     ├─ reaps all of them                                                                               │
 //!     └─ notify socket: start ──> init (waits, then executes the command) <── clones, as the agent's child ┘
 //! ```
-//! Another process in a container needs less, and is the agent's own code (see `exec`): the zygote forks it, as the
-//! agent's child too, into the container's pid namespace and cgroup. The process that serves a container's files to the host
-//! (see `view`) is forked by the zygote as well.
+//! An additional process in a container needs less, and is the agent's own code (see `exec`): the zygote
+//! forks it, also as the agent's child, into the container's pid namespace and cgroup. The zygote also forks
+//! the process that serves a container's files to the host (see `view`).
 //!
-//! Forking a process that is ready costs a few milliseconds where executing a helper costs tens of them.
-//! The report pipe stays open in the init until its command is executed: its end is "started".
+//! Forking a ready process costs a few milliseconds, executing a helper tens of them. The report pipe stays
+//! open in the init until its command is executed: the end of the pipe means "started".
 
 mod devices;
 mod exec;
 mod executor;
-mod home;
+mod inherited;
+mod join;
 mod log;
 mod namespaces;
+mod passwd;
 mod process;
 mod report;
-mod shed;
 mod spec;
-mod tenancy;
 mod terminal;
 mod worker;
 mod zygote;
@@ -43,6 +43,7 @@ use std::{
     path::PathBuf,
 };
 
+use machinen_protocol::error::{ErrorKind, HasKind};
 use nix::{
     errno::Errno,
     fcntl::{OFlag, open},
@@ -56,24 +57,26 @@ use nix::{
 use tokio::sync::oneshot;
 
 pub(crate) use self::{
+    join::{ContainerContext, PreparedProcess},
     namespaces::NamespaceError,
     report::Refusal,
-    spec::{MountPoint, Prepared, SpecError},
-    tenancy::{PreparedProcess, Tenancy},
+    spec::{FileMount, MountPoint, Prepared, SpecError},
+    zygote::EntryPoints,
 };
 use self::{
-    report::{Message, Reports},
-    zygote::Request,
+    report::{Report, Reports},
+    zygote::ZygoteRequest,
 };
 use crate::{
-    reaper::{Exit, Expectation, Reaper},
+    reaper::{Expectation, Reaper},
     stdio::ProcessEnds,
+    sys::WaitStatus,
 };
 
-/// Directory of the engine's own files, in that of a container.
+/// The engine's directory, in the agent's directory of a container.
 pub(crate) const DIR: &str = "engine";
 
-/// The way to the zygote.
+/// The connection to the zygote.
 #[derive(Debug)]
 pub(crate) struct Engine {
     zygote: OwnedFd,
@@ -83,20 +86,20 @@ pub(crate) struct Engine {
 #[derive(Debug)]
 pub(crate) struct Created {
     pub(crate) pid: Pid,
-    pub(crate) exit: oneshot::Receiver<Exit>,
-    pub(crate) waiting: Waiting,
+    pub(crate) exit: oneshot::Receiver<WaitStatus>,
+    pub(crate) waiting: WaitingInit,
 }
 
 /// A process that has executed its command.
 #[derive(Debug)]
 pub(crate) struct Executed {
     pub(crate) pid: Pid,
-    pub(crate) exit: oneshot::Receiver<Exit>,
+    pub(crate) exit: oneshot::Receiver<WaitStatus>,
 }
 
-/// What lets a waiting init go.
+/// An init that waits for the signal to execute its command.
 #[derive(Debug)]
-pub(crate) struct Waiting {
+pub(crate) struct WaitingInit {
     notify_dir: PathBuf,
     reports: Reports,
 }
@@ -107,27 +110,39 @@ pub(crate) enum EngineError {
     Fork(#[source] Errno),
     #[error(transparent)]
     Spec(#[from] SpecError),
-    #[error("cannot ask the engine's process")]
-    Ask(#[source] io::Error),
+    #[error("cannot send a request to the engine's process")]
+    Send(#[source] io::Error),
     #[error("cannot make a pipe for the engine's reports")]
     Pipe(#[source] io::Error),
     #[error("cannot read the engine's reports")]
     Reports(#[source] io::Error),
-    /// The words for commands that cannot be executed are those that callers of OCI runtimes look for.
+    /// Callers of OCI runtimes recognise commands that cannot be executed by these texts.
     #[error("{text}")]
     Refused { refusal: Refusal, text: String },
     #[error("cannot {what}: {text}")]
     Failed { what: &'static str, text: String },
     #[error("the container does not run")]
     NotRunning,
-    #[error("cannot find out which namespaces the container has")]
+    #[error("cannot examine the container's namespaces")]
     Namespaces(#[from] NamespaceError),
-    #[error("cannot hold the container's init")]
-    Hold(#[source] Errno),
-    #[error("the engine's process has ended without an answer{log}")]
+    #[error("cannot open the container's init")]
+    OpenInit(#[source] Errno),
+    #[error("the engine's process has ended without a report{log}")]
     Died { log: String },
     #[error("cannot reach the container's init: it has ended, or was started before")]
     NotWaiting(#[source] io::Error),
+}
+
+impl HasKind for EngineError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Spec(_) | Self::Refused { refusal: Refusal::Spec, .. } => ErrorKind::InvalidArgument,
+            Self::NotRunning => ErrorKind::FailedPrecondition,
+            Self::Refused { refusal: Refusal::NotFound, .. } => ErrorKind::NotFound,
+            Self::Refused { refusal: Refusal::NotExecutable, .. } => ErrorKind::PermissionDenied,
+            _ => ErrorKind::Internal,
+        }
+    }
 }
 
 impl Engine {
@@ -135,15 +150,15 @@ impl Engine {
     ///
     /// # Errors
     /// Those of fork(2) and socketpair(2).
-    pub(crate) fn fork() -> Result<Self, EngineError> {
-        zygote::fork().map(|zygote| Self { zygote }).map_err(EngineError::Fork)
+    pub(crate) fn fork(entry_points: EntryPoints) -> Result<Self, EngineError> {
+        zygote::fork(entry_points).map(|zygote| Self { zygote }).map_err(EngineError::Fork)
     }
 
-    /// Makes a container. When this fails, the engine has removed what it had made, its processes and cgroup
-    /// possibly excepted.
+    /// Creates a container. A failed creation has removed everything that it had made, except possibly
+    /// processes and the cgroup.
     ///
     /// # Errors
-    /// The spec, or the file system that it refers to, cannot be made into a container.
+    /// The spec is invalid, or refers to something that the file system does not have.
     pub(crate) async fn create(
         &self,
         reaper: &Reaper,
@@ -151,14 +166,14 @@ impl Engine {
         stdio: ProcessEnds,
     ) -> Result<Created, EngineError> {
         let expectation = reaper.expect();
-        let mut reports = self.ask(&Request::Create(prepared.request().clone()), stdio.into_fds())?;
-        let mut outcome = Outcome::new("create the container");
-        let pid = follow(&mut reports, &expectation, &mut outcome).await?;
+        let mut reports = self.send(&ZygoteRequest::Create(prepared.request().clone()), stdio.into_fds())?;
+        let mut failure = FailureLog::new("create the container");
+        let pid = follow(&mut reports, &expectation, &mut failure).await?;
         let exit = expectation.watch(pid);
-        Ok(Created { pid, exit, waiting: Waiting { notify_dir: prepared.notify_dir(), reports } })
+        Ok(Created { pid, exit, waiting: WaitingInit { notify_dir: prepared.notify_dir(), reports } })
     }
 
-    /// Runs one more process in a container, whose init is `init`. Nothing of it is left when this fails.
+    /// Runs one more process in the container whose init is `init`. A failed call leaves nothing behind.
     ///
     /// # Errors
     /// The container does not run, or the command cannot be executed.
@@ -166,30 +181,30 @@ impl Engine {
         &self,
         reaper: &Reaper,
         init: Pid,
-        tenancy: &Tenancy,
+        join_context: &ContainerContext,
         process: &PreparedProcess,
         stdio: ProcessEnds,
     ) -> Result<Executed, EngineError> {
-        let handle = reaper.hold(init).map_err(EngineError::Hold)?.ok_or(EngineError::NotRunning)?;
-        let request = match tenancy.request(init, process) {
+        let handle = reaper.open(init).map_err(EngineError::OpenInit)?.ok_or(EngineError::NotRunning)?;
+        let request = match join_context.request(init, process) {
             Err(err) if err.is_gone() => return Err(EngineError::NotRunning),
             request => request?,
         };
-        let file = process_file(&process.json).map_err(EngineError::Ask)?;
+        let file = process_file(&process.json).map_err(EngineError::Send)?;
         let expectation = reaper.expect();
         let fds = [file, handle].into_iter().chain(stdio.into_fds()).collect();
-        let mut reports = self.ask(&Request::Exec(request), fds)?;
-        let mut outcome = Outcome::new("start the process");
-        let pid = follow(&mut reports, &expectation, &mut outcome).await?;
+        let mut reports = self.send(&ZygoteRequest::Exec(request), fds)?;
+        let mut failure = FailureLog::new("start the process");
+        let pid = follow(&mut reports, &expectation, &mut failure).await?;
         let exit = expectation.watch(pid);
-        reports.executed(outcome).await?;
+        reports.executed(failure).await?;
         Ok(Executed { pid, exit })
     }
 
-    /// Forks a process that serves the files below `root` to whoever has the other end of `socket`.
+    /// Forks a process that serves the files below `root` to the other end of `socket`.
     ///
     /// # Errors
-    /// It cannot be forked.
+    /// The process cannot be forked.
     pub(crate) async fn serve_view(
         &self,
         reaper: &Reaper,
@@ -197,34 +212,35 @@ impl Engine {
         socket: OwnedFd,
     ) -> Result<Executed, EngineError> {
         let expectation = reaper.expect();
-        let mut reports = self.ask(&Request::View, vec![root, socket])?;
-        let mut outcome = Outcome::new("serve the container's files");
+        let mut reports = self.send(&ZygoteRequest::View, vec![root, socket])?;
+        let mut failure = FailureLog::new("serve the container's files");
         match reports.next().await.map_err(EngineError::Reports)? {
-            Some(Message::Worker { pid }) => {
+            Some(Report::Worker { pid }) => {
                 let pid = Pid::from_raw(pid);
                 Ok(Executed { pid, exit: expectation.watch(pid) })
             }
-            Some(Message::Failed { text }) => Err(outcome.failed(text)),
-            _ => Err(outcome.died()),
+            Some(Report::Failed { text }) => Err(failure.failed(text)),
+            _ => Err(failure.died()),
         }
     }
 
-    /// Sends a request, and gives the descriptors away: from here on only the engine's processes hold them.
-    fn ask(&self, request: &Request, fds: Vec<OwnedFd>) -> Result<Reports, EngineError> {
+    /// Sends a request and its descriptors, which are closed here: afterwards only the engine's processes
+    /// hold them.
+    fn send(&self, request: &ZygoteRequest, fds: Vec<OwnedFd>) -> Result<Reports, EngineError> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|err| EngineError::Pipe(err.into()))?;
         let reports = Reports::new(read).map_err(EngineError::Pipe)?;
-        let text = serde_json::to_vec(request).map_err(|err| EngineError::Ask(err.into()))?;
+        let text = serde_json::to_vec(request).map_err(|err| EngineError::Send(err.into()))?;
         let fds: Vec<OwnedFd> = [write].into_iter().chain(fds).collect();
         let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let control = [ControlMessage::ScmRights(&numbers)];
         let flags = MsgFlags::MSG_NOSIGNAL;
         sendmsg::<()>(self.zygote.as_raw_fd(), &[IoSlice::new(&text)], &control, flags, None)
-            .map_err(|err| EngineError::Ask(err.into()))?;
+            .map_err(|err| EngineError::Send(err.into()))?;
         Ok(reports)
     }
 }
 
-/// A file in memory, at its start.
+/// A file in memory, positioned at its start.
 fn process_file(json: &[u8]) -> io::Result<OwnedFd> {
     let mut file = fs::File::from(memfd_create(c"process", MFdFlags::MFD_CLOEXEC)?);
     file.write_all(json)?;
@@ -232,20 +248,20 @@ fn process_file(json: &[u8]) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// What is known of the worker while its reports are read.
+/// What the agent knows of the worker while it reads reports.
 #[derive(Debug)]
 enum Worker {
     Unknown,
-    Running(oneshot::Receiver<Exit>),
-    /// It may have left children behind that keep the pipe open: what counts is what is in it.
+    Running(oneshot::Receiver<WaitStatus>),
+    /// Its children may keep the pipe open: only the reports that are in the pipe by now count.
     Ended,
 }
 
-/// Reads reports until the container is there or will not be.
+/// Reads reports until the container exists or has failed.
 async fn follow(
     reports: &mut Reports,
     expectation: &Expectation,
-    outcome: &mut Outcome,
+    failure: &mut FailureLog,
 ) -> Result<Pid, EngineError> {
     let mut worker = Worker::Unknown;
     loop {
@@ -259,31 +275,31 @@ async fn follow(
                     continue;
                 }
             },
-            Worker::Ended => reports.last_words(),
+            Worker::Ended => reports.remaining(),
         };
         match message.map_err(EngineError::Reports)? {
-            Some(Message::Worker { pid }) => {
+            Some(Report::Worker { pid }) => {
                 worker = Worker::Running(expectation.watch(Pid::from_raw(pid)));
             }
-            Some(Message::Created { pid }) => return Ok(Pid::from_raw(pid)),
-            Some(Message::Log { text }) => outcome.log(text),
-            Some(Message::Refused { refusal, text }) => outcome.refused = Some((refusal, text)),
-            Some(Message::Failed { text }) => return Err(outcome.failed(text)),
-            None => return Err(outcome.died()),
+            Some(Report::Created { pid }) => return Ok(Pid::from_raw(pid)),
+            Some(Report::Log { text }) => failure.log(text),
+            Some(Report::Refused { refusal, text }) => failure.refused = Some((refusal, text)),
+            Some(Report::Failed { text }) => return Err(failure.failed(text)),
+            None => return Err(failure.died()),
         }
     }
 }
 
-/// What is known when something fails.
+/// What the reports have shown of a failure so far.
 #[derive(Debug)]
-struct Outcome {
+struct FailureLog {
     what: &'static str,
     refused: Option<(Refusal, String)>,
-    /// The innermost error comes first, and is the one that names the thing.
+    /// The first error is the innermost one, which names the thing that failed.
     first_log: Option<String>,
 }
 
-impl Outcome {
+impl FailureLog {
     fn new(what: &'static str) -> Self {
         Self { what, refused: None, first_log: None }
     }
@@ -308,36 +324,36 @@ impl Outcome {
 }
 
 impl Reports {
-    /// Reads until the command is executed, which closes the pipe.
-    async fn executed(&mut self, mut outcome: Outcome) -> Result<(), EngineError> {
+    /// Reads reports until the command is executed, which closes the pipe.
+    async fn executed(&mut self, mut failure: FailureLog) -> Result<(), EngineError> {
         while let Some(message) = self.next().await.map_err(EngineError::Reports)? {
             match message {
-                Message::Refused { refusal, text } => outcome.refused = Some((refusal, text)),
-                Message::Failed { text } => return Err(outcome.failed(text)),
-                Message::Log { text } => outcome.log(text),
-                Message::Worker { .. } | Message::Created { .. } => {}
+                Report::Refused { refusal, text } => failure.refused = Some((refusal, text)),
+                Report::Failed { text } => return Err(failure.failed(text)),
+                Report::Log { text } => failure.log(text),
+                Report::Worker { .. } | Report::Created { .. } => {}
             }
         }
-        match outcome.refused {
+        match failure.refused {
             None => Ok(()),
             Some((refusal, text)) => Err(EngineError::Refused { refusal, text }),
         }
     }
 }
 
-impl Waiting {
-    /// Lets the init execute its command, and returns when it has.
+impl WaitingInit {
+    /// Has the init execute its command, and returns when it has.
     ///
     /// # Errors
     /// The init is gone, or the command cannot be executed.
     pub(crate) async fn start(mut self) -> Result<(), EngineError> {
         self.notify().map_err(EngineError::NotWaiting)?;
-        self.reports.executed(Outcome::new("start the container")).await
+        self.reports.executed(FailureLog::new("start the container")).await
     }
 
     fn notify(&self) -> io::Result<()> {
-        // The address of a socket has 108 bytes at most, which a long container id exceeds: the way through
-        // /proc is short. The listener was there before the init, so this never waits.
+        // The address of a socket has at most 108 bytes, which a long container id exceeds: the path through
+        // /proc is short. The listener exists since before the init, so this never blocks.
         let dir =
             open(&self.notify_dir, OFlag::O_PATH | OFlag::O_CLOEXEC | OFlag::O_DIRECTORY, Mode::empty())?;
         let path = format!("/proc/self/fd/{}/{}", dir.as_raw_fd(), libcontainer::notify_socket::NOTIFY_FILE);

@@ -1,7 +1,7 @@
-//! Which namespaces a process has of its own, as the kernel says it.
+//! Finds out from the kernel which namespaces a process does not share with the agent.
 //!
-//! The configuration does not say it: CRIU restores a container into a time namespace that no configuration asks for, so that
-//! its clocks continue from where they were.
+//! The configuration is not enough: CRIU restores a container into a time namespace that no configuration
+//! asks for, so that its clocks continue.
 
 use std::{
     fs, io,
@@ -29,12 +29,12 @@ pub(crate) enum NamespaceError {
     Read { path: PathBuf, source: io::Error },
 }
 
-/// The CLONE_NEW* flags of the namespaces that `pid` is in and the agent is not. Of a user namespace only one that has room
-/// for any process of the container; see [`admits_processes`].
+/// The CLONE_NEW* flags of the namespaces of `pid` that are not the agent's. A user namespace is included
+/// only if it has room for any process of the container; see [`admits_processes`].
 ///
 /// # Errors
 /// The process has ended, which is NotFound, or cannot be examined.
-pub(super) fn own(pid: Pid) -> Result<i32, NamespaceError> {
+pub(super) fn not_shared(pid: Pid) -> Result<i32, NamespaceError> {
     let process = PathBuf::from(format!("/proc/{pid}"));
     let mut flags = 0;
     for (name, flag) in KINDS {
@@ -48,7 +48,8 @@ pub(super) fn own(pid: Pid) -> Result<i32, NamespaceError> {
     Ok(flags)
 }
 
-/// Whether the agent has the same namespace of a kind as the process; true for a kind that the kernel does not have.
+/// Whether the agent and the process share a kind of namespace; true for a kind that the kernel does not
+/// have.
 fn is_shared(process: &Path, name: &str) -> Result<bool, NamespaceError> {
     let identity = |process: &Path| {
         let path = process.join("ns").join(name);
@@ -64,9 +65,10 @@ fn is_shared(process: &Path, name: &str) -> Result<bool, NamespaceError> {
     }
 }
 
-/// Whether another process can become any user and group of a process's user namespace, as in one that a container's
-/// configuration asks for. An init may also have entered one by itself (`unshare -U`), with no users but one, or none: who is
-/// added joins the rest and has the users of the configuration, as with runc.
+/// Whether another process can become any user and group of a process's user namespace, as in one that a
+/// container's configuration asks for. An init may also have entered a user namespace by itself (`unshare
+/// -U`), with at most one user: an added process then joins the other namespaces and has the users of the
+/// configuration, as with runc.
 fn admits_processes(process: &Path) -> Result<bool, NamespaceError> {
     let read = |name: &str| {
         let path = process.join(name);
@@ -77,7 +79,7 @@ fn admits_processes(process: &Path) -> Result<bool, NamespaceError> {
         && maps_root(&read("gid_map")?))
 }
 
-/// Whether a map has an id 0 inside (user_namespaces(7)).
+/// Whether a map has the inner id 0 (user_namespaces(7)).
 fn maps_root(map: &str) -> bool {
     map.lines().any(|line| line.split_ascii_whitespace().next() == Some("0"))
 }
@@ -96,18 +98,18 @@ mod tests {
 
     #[test]
     fn a_process_shares_all_namespaces_with_itself() {
-        assert_eq!(own(nix::unistd::getpid()).unwrap(), 0);
+        assert_eq!(not_shared(nix::unistd::getpid()).unwrap(), 0);
     }
 
     #[test]
-    fn one_that_is_gone_is_said_to_be() {
+    fn a_process_that_has_ended_is_reported_so() {
         // Larger than any pid.
-        let err = own(Pid::from_raw(1 << 30)).unwrap_err();
+        let err = not_shared(Pid::from_raw(1 << 30)).unwrap_err();
         assert!(err.is_gone(), "{err}");
     }
 
     #[test]
-    fn a_map_without_root_has_no_room() {
+    fn a_map_without_root_admits_no_processes() {
         assert!(maps_root("         0     100000      65536\n"));
         assert!(maps_root("1 5 1\n0 7 1\n"));
         assert!(!maps_root("      1000       1000          1\n"));

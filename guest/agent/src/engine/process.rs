@@ -1,4 +1,4 @@
-//! The process of an OCI configuration, made into what libcontainer and the agent's own exec can be given.
+//! Adapts the process of an OCI configuration to libcontainer and to the agent's own exec.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -6,15 +6,15 @@ use serde_json::{Value, json};
 use super::spec::{SpecError, items, number};
 use crate::stdio::WindowSize;
 
-/// How a process's terminal is to be.
+/// The settings of a process's terminal.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Console {
-    /// As whoever makes the terminal sees him.
+    /// The terminal's owner, as seen by the process that makes the terminal.
     pub(super) owner: u32,
     pub(super) size: Option<WindowSize>,
 }
 
-/// What libcontainer would misread, or does unlike runc.
+/// Changes what libcontainer would misread, or would do unlike runc.
 pub(super) fn adapt(process: &mut Value, terminal: bool) -> Result<(), SpecError> {
     if items(&process["args"]).next().is_none() {
         return Err(SpecError::Missing { what: "process.args" });
@@ -23,20 +23,22 @@ pub(super) fn adapt(process: &mut Value, terminal: bool) -> Result<(), SpecError
     if !cwd.starts_with('/') {
         return Err(SpecError::Cwd { cwd: cwd.to_owned() });
     }
-    // libcontainer takes "false" for "set late", when the right to install a seccomp filter is gone.
+    // libcontainer takes "false" for "set late", when the process has lost the right to install a seccomp
+    // filter.
     if process["noNewPrivileges"] == false {
         process["noNewPrivileges"] = Value::Null;
     }
-    // No capabilities are none, not all.
+    // A process without this section has no capabilities; libcontainer would give it all.
     if process["capabilities"].is_null() {
         process["capabilities"] = json!({});
     }
-    // The streams decide.
+    // The request's streams decide, not the configuration.
     process["terminal"] = terminal.into();
     Ok(())
 }
 
-/// libcontainer would ask the C library for a missing HOME, which would load what the tenant's files name.
+/// Sets a missing HOME. libcontainer would ask the C library, which loads libraries that the tenant's files
+/// name.
 pub(super) fn add_home(process: &mut Value, home: impl FnOnce() -> String) {
     let is_home = |var: &Value| var.as_str().is_some_and(|var| var.starts_with("HOME="));
     if items(&process["env"]).any(|var| is_home(var) && *var != "HOME=") {
@@ -50,7 +52,7 @@ pub(super) fn uid(process: &Value) -> u32 {
     number(&process["user"]["uid"])
 }
 
-/// The size that the caller's terminal has; none or nonsense is none.
+/// The size of the caller's terminal; None when it is missing or invalid.
 pub(super) fn console_size(process: &Value) -> Option<WindowSize> {
     let side = |name: &str| process["consoleSize"][name].as_u64().and_then(|n| u16::try_from(n).ok());
     Some(WindowSize { width: side("width")?, height: side("height")? })

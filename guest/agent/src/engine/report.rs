@@ -1,4 +1,4 @@
-//! What workers and inits tell the agent: one JSON object a line, through a pipe.
+//! The reports of workers and inits to the agent: one JSON object per line, through a pipe.
 
 use std::{
     collections::VecDeque,
@@ -12,38 +12,38 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 use tokio::net::unix::pipe;
 
-/// Below PIPE_BUF with all escapes, so that lines of several processes never mix (pipe(7)).
+/// Below PIPE_BUF even with all characters escaped, so that lines of several processes never mix (pipe(7)).
 const MAX_TEXT: usize = 600;
-/// The most that is kept of a line that does not end.
+/// Most bytes that are kept of an unfinished line.
 const MAX_LINE: usize = 64 << 10;
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Message {
-    /// The worker is there.
+pub(super) enum Report {
+    /// The worker runs.
     Worker { pid: i32 },
-    /// An error on the way, with its details.
+    /// Details of an error.
     Log { text: String },
-    /// The container cannot be made for a reason that has a status of its own.
+    /// The request is refused for a reason that has an error kind of its own.
     Refused { refusal: Refusal, text: String },
-    /// The container cannot be made.
+    /// The request has failed.
     Failed { text: String },
-    /// The container's init waits.
+    /// The container's init waits, or the added process exists.
     Created { pid: i32 },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Refusal {
-    /// The spec asks for something that cannot be.
+    /// The spec is invalid.
     Spec,
-    /// There is no such command.
+    /// The command does not exist.
     NotFound,
-    /// The command is there, but not executable for its user.
+    /// The command exists, but its user may not execute it.
     NotExecutable,
 }
 
-/// The writing end, shared by everything in one process.
+/// The writing end, shared within one process.
 #[derive(Debug, Clone)]
 pub(super) struct Reporter {
     pipe: Arc<File>,
@@ -54,20 +54,21 @@ impl Reporter {
         Self { pipe: Arc::new(pipe.into()) }
     }
 
-    /// An agent that does not listen any more needs no report.
-    pub(super) fn send(&self, mut message: Message) {
-        if let Message::Log { text } | Message::Refused { text, .. } | Message::Failed { text } = &mut message
+    /// Sends a report. An error means that the agent does not read any more, and is ignored.
+    pub(super) fn send(&self, mut report: Report) {
+        if let Report::Log { text } | Report::Refused { text, .. } | Report::Failed { text } = &mut report
             && text.chars().count() > MAX_TEXT
         {
             *text = shortened(text);
         }
-        let Ok(mut line) = serde_json::to_vec(&message) else { return };
+        let Ok(mut line) = serde_json::to_vec(&report) else { return };
         line.push(b'\n');
         let _ = (&*self.pipe).write_all(&line);
     }
 }
 
-/// Both ends of a text: it begins with what it is about, such as a path, and ends with what is wrong with it.
+/// Keeps both ends of a text: it begins with the thing that it is about, such as a path, and ends with the
+/// cause.
 fn shortened(text: &str) -> String {
     const GAP: &str = "...";
     let head = MAX_TEXT / 2;
@@ -80,20 +81,20 @@ fn shortened(text: &str) -> String {
 pub(super) struct Reports {
     pipe: pipe::Receiver,
     bytes: Vec<u8>,
-    messages: VecDeque<Message>,
+    reports: VecDeque<Report>,
 }
 
 impl Reports {
     pub(super) fn new(pipe: OwnedFd) -> io::Result<Self> {
         let pipe = pipe::Receiver::from_owned_fd(pipe)?;
-        Ok(Self { pipe, bytes: Vec::new(), messages: VecDeque::new() })
+        Ok(Self { pipe, bytes: Vec::new(), reports: VecDeque::new() })
     }
 
-    /// The next message; None when every writer is gone or has executed its command.
-    pub(super) async fn next(&mut self) -> io::Result<Option<Message>> {
+    /// Waits for the next report; None when every writer has ended or executed its command.
+    pub(super) async fn next(&mut self) -> io::Result<Option<Report>> {
         loop {
-            if let Some(message) = self.messages.pop_front() {
-                return Ok(Some(message));
+            if let Some(report) = self.reports.pop_front() {
+                return Ok(Some(report));
             }
             self.pipe.readable().await?;
             let mut buffer = [0; 4096];
@@ -106,14 +107,14 @@ impl Reports {
         }
     }
 
-    /// The next message that is in the pipe now; None when there is none.
-    pub(super) fn last_words(&mut self) -> io::Result<Option<Message>> {
+    /// The next report that is in the pipe by now; None without one.
+    pub(super) fn remaining(&mut self) -> io::Result<Option<Report>> {
         loop {
-            if let Some(message) = self.messages.pop_front() {
-                return Ok(Some(message));
+            if let Some(report) = self.reports.pop_front() {
+                return Ok(Some(report));
             }
             let mut buffer = [0; 4096];
-            // Asks the kernel itself: the runtime may not have heard yet of what came last.
+            // Read directly: the runtime may not have noticed the last bytes yet.
             match nix::unistd::read(self.pipe.as_fd(), &mut buffer) {
                 Ok(0) | Err(Errno::EAGAIN) => return Ok(None),
                 Ok(length) => self.take(&buffer[..length])?,
@@ -126,7 +127,7 @@ impl Reports {
         self.bytes.extend_from_slice(bytes);
         while let Some(end) = self.bytes.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = self.bytes.drain(..=end).collect();
-            self.messages.push_back(serde_json::from_slice(&line)?);
+            self.reports.push_back(serde_json::from_slice(&line)?);
         }
         if self.bytes.len() > MAX_LINE {
             return Err(io::ErrorKind::InvalidData.into());
@@ -146,13 +147,13 @@ mod tests {
         let (read, write) = pipe2(OFlag::O_CLOEXEC).unwrap();
         let mut reports = Reports::new(read).unwrap();
         let reporter = Reporter::new(write);
-        reporter.send(Message::Worker { pid: 7 });
-        reporter.send(Message::Log { text: "\u{e4}\n".repeat(MAX_TEXT) });
-        assert!(matches!(reports.next().await.unwrap(), Some(Message::Worker { pid: 7 })));
-        let Some(Message::Log { text }) = reports.next().await.unwrap() else { panic!("not a log") };
+        reporter.send(Report::Worker { pid: 7 });
+        reporter.send(Report::Log { text: "\u{e4}\n".repeat(MAX_TEXT) });
+        assert!(matches!(reports.next().await.unwrap(), Some(Report::Worker { pid: 7 })));
+        let Some(Report::Log { text }) = reports.next().await.unwrap() else { panic!("not a log") };
         assert_eq!(text.chars().count(), MAX_TEXT);
         assert!(text.starts_with('\u{e4}') && text.contains("...") && text.ends_with('\n'));
-        assert!(reports.last_words().unwrap().is_none(), "nothing is there, but a writer is");
+        assert!(reports.remaining().unwrap().is_none(), "the pipe is empty, but a writer exists");
         drop(reporter);
         assert!(reports.next().await.unwrap().is_none());
     }

@@ -1,8 +1,8 @@
-//! The host's OCI configuration, made into what libcontainer can be given.
+//! Adapts the host's OCI configuration to libcontainer.
 //!
-//! Each adaption is here because libcontainer does something else than runc, or because the container shares the
-//! VM's network namespace. It works on plain JSON: the typed form is parsed once, by the engine, and the code that
-//! parses it is so large that a cold machine notices.
+//! Each adaptation is needed because libcontainer differs from runc, or because the container shares the VM's
+//! network namespace. The code works on plain JSON: the engine parses the typed form once, and that parser is
+//! so large that running it cold takes noticeable time.
 
 use std::{
     fs, io,
@@ -15,37 +15,45 @@ use serde_json::{Value, json};
 use super::{
     DIR,
     devices::{self, Instruction},
-    home,
+    join::ContainerContext,
+    passwd,
     process::{self, Console},
-    tenancy::Tenancy,
-    zygote::Create,
+    zygote::CreateRequest,
 };
-use crate::{cgroup, container::FileMount};
+use crate::cgroup;
 
-/// A container as the engine is asked to make it; its spec is on disk.
+/// A container, prepared for the engine; its spec is on disk.
 #[derive(Debug)]
 pub(crate) struct Prepared {
-    request: Create,
-    tenancy: Tenancy,
+    request: CreateRequest,
+    join_context: ContainerContext,
     cgroup_path: PathBuf,
     owner: u32,
     devices: Vec<Instruction>,
     mount_points: Vec<MountPoint>,
 }
 
-/// Where the configuration mounts something onto the root file system itself.
+/// A small file that the host has sent: it is at `source` in the agent's directory, and mounted at
+/// `destination` in the container.
+#[derive(Debug, Clone)]
+pub(crate) struct FileMount {
+    pub(crate) source: PathBuf,
+    pub(crate) destination: PathBuf,
+}
+
+/// A place of the root file system itself where the configuration mounts something.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct MountPoint {
     pub(crate) path: PathBuf,
-    /// A file, not a directory, is mounted.
+    /// The mount is a file, not a directory.
     pub(crate) is_file: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SpecError {
-    #[error("the OCI configuration cannot be understood")]
+    #[error("the OCI configuration cannot be parsed")]
     Parse(#[source] serde_json::Error),
-    #[error("the process cannot be understood")]
+    #[error("the process cannot be parsed")]
     ParseProcess(#[source] serde_json::Error),
     #[error("the OCI configuration has no {what}")]
     Missing { what: &'static str },
@@ -55,9 +63,9 @@ pub(crate) enum SpecError {
     CgroupPath { path: PathBuf },
     #[error("seccomp listeners are not supported")]
     SeccompListener,
-    #[error("linux.resources.devices[{number}] cannot be understood")]
+    #[error("linux.resources.devices[{number}] cannot be parsed")]
     DeviceRule { number: usize },
-    #[error("sysctl {key} is not a name")]
+    #[error("sysctl {key:?} is not a valid name")]
     SysctlName { key: String },
     #[error("cannot set sysctl {key}")]
     Sysctl { key: String, source: io::Error },
@@ -68,10 +76,10 @@ pub(crate) enum SpecError {
 }
 
 impl Prepared {
-    /// Reads the host's configuration, adapts it, and writes it where the engine looks.
+    /// Reads the host's configuration, adapts it, and writes it to where the engine reads it.
     ///
     /// # Errors
-    /// The configuration lacks what every container needs, or asks for what cannot be.
+    /// The configuration lacks something that every container needs, or asks for something impossible.
     pub(crate) fn new(
         id: &str,
         dir: &Path,
@@ -81,13 +89,13 @@ impl Prepared {
         terminal: bool,
     ) -> Result<Self, SpecError> {
         let mut spec: Value = serde_json::from_slice(config).map_err(SpecError::Parse)?;
-        // The host runs them.
+        // The host runs the hooks.
         spec.as_object_mut().ok_or(SpecError::Missing { what: "content" })?.remove("hooks");
         let root = Root::open(rootfs).map_err(SpecError::Rootfs)?;
         let given = section(&mut spec, "process", "process")?;
         process::adapt(given, terminal)?;
         let uid = process::uid(given);
-        process::add_home(given, || home::of_user(&root, uid));
+        process::add_home(given, || passwd::home_of(&root, uid));
         let cwd = given["cwd"].as_str().unwrap_or_default().into();
         let keeps_oom_score = given["oomScoreAdj"].is_null();
         let size = process::console_size(given);
@@ -109,12 +117,12 @@ impl Prepared {
         }
         let dir = dir.join(DIR);
         make_dir(&dir)?;
-        let tenancy = Tenancy::new(linux, rootfs, &cgroup_path, &dir)?;
+        let join_context = ContainerContext::new(linux, rootfs, &cgroup_path, &dir)?;
         section(&mut spec, "root", "root")?["path"] = path_value(rootfs);
         adapt_mounts(&mut spec, shares_network && has_users);
         add_files(&mut spec, &root, files);
         let mount_points = mount_points(&spec["mounts"]);
-        let request = Create {
+        let request = CreateRequest {
             id: id.to_owned(),
             bundle: dir.join("bundle"),
             state: dir.join("state"),
@@ -124,19 +132,19 @@ impl Prepared {
             console: terminal.then_some(Console { owner, size }),
         };
         write(&request.bundle, &spec)?;
-        Ok(Self { request, tenancy, cgroup_path, owner, devices, mount_points })
+        Ok(Self { request, join_context, cgroup_path, owner, devices, mount_points })
     }
 
-    pub(super) fn request(&self) -> &Create {
+    pub(super) fn request(&self) -> &CreateRequest {
         &self.request
     }
 
-    /// What further processes need.
-    pub(crate) fn tenancy(&self) -> &Tenancy {
-        &self.tenancy
+    /// What the engine needs to run more processes in the container.
+    pub(crate) fn join_context(&self) -> &ContainerContext {
+        &self.join_context
     }
 
-    /// Where the init listens for its start.
+    /// The directory of the socket on which the init waits for its start.
     pub(super) fn notify_dir(&self) -> PathBuf {
         self.request.state.join(&self.request.id)
     }
@@ -146,17 +154,17 @@ impl Prepared {
         &self.cgroup_path
     }
 
-    /// Where something is mounted.
+    /// The places where something is mounted.
     pub(crate) fn mount_points(&self) -> &[MountPoint] {
         &self.mount_points
     }
 
-    /// The program that says which devices it may use.
+    /// The program that decides which devices the container may use.
     pub(crate) fn devices(&self) -> &[Instruction] {
         &self.devices
     }
 
-    /// The user to whom the process's streams belong, as the agent sees it.
+    /// The owner of the process's streams, as seen by the agent.
     pub(crate) fn owner(&self) -> u32 {
         self.owner
     }
@@ -175,12 +183,12 @@ fn make_dir(dir: &Path) -> Result<(), SpecError> {
     fs::create_dir_all(dir).map_err(|source| SpecError::Write { path: dir.to_owned(), source })
 }
 
-/// An object of the spec that must be there.
+/// A required object of the spec.
 fn section<'a>(spec: &'a mut Value, key: &str, what: &'static str) -> Result<&'a mut Value, SpecError> {
     spec.get_mut(key).filter(|value| value.is_object()).ok_or(SpecError::Missing { what })
 }
 
-/// An id; what is none is found by the engine when it parses the spec.
+/// An id. The engine reports an invalid one when it parses the spec.
 pub(super) fn number(value: &Value) -> u32 {
     value.as_u64().and_then(|number| u32::try_from(number).ok()).unwrap_or(0)
 }
@@ -210,16 +218,17 @@ fn cgroup_path(linux: &mut Value, id: &str) -> Result<PathBuf, SpecError> {
     Ok(path)
 }
 
-/// libcontainer writes the weight where only the BFQ scheduler would have it, and overflows on the way.
+/// Moves the block I/O weight to io.weight: libcontainer writes it to a file that only the BFQ scheduler has,
+/// and its conversion overflows.
 fn adapt_resources(resources: &mut Value) {
     let weight = resources.pointer_mut("/blockIO/weight").map(Value::take);
     let Some(given) = weight.as_ref().and_then(Value::as_u64).filter(|weight| *weight != 0) else { return };
-    // The OCI world's 10 to 1000 stand for the kernel's 1 to 10000.
+    // OCI's 10 to 1000 stand for the kernel's 1 to 10000.
     let ours = 1 + given.saturating_sub(10) * 9999 / 990;
     resources["unified"]["io.weight"] = format!("default {ours}").into();
 }
 
-/// The uid that a user of the container's user namespace has outside.
+/// The uid outside the container's user namespace of a user inside it.
 pub(super) fn mapped(uid_mappings: &Value, uid: u32) -> u32 {
     items(uid_mappings)
         .find_map(|map| {
@@ -229,7 +238,8 @@ pub(super) fn mapped(uid_mappings: &Value, uid: u32) -> u32 {
         .unwrap_or(uid)
 }
 
-/// The network is the VM's, and so are its settings: libcontainer refuses to touch them, and the pod is the VM.
+/// Sets the sysctls of the network, which belongs to the VM and with it to the whole pod. libcontainer
+/// refuses to set them.
 fn set_network_sysctls(linux: &mut Value) -> Result<(), SpecError> {
     let Some(sysctls) = linux["sysctl"].as_object_mut() else { return Ok(()) };
     let network: Vec<String> = sysctls.keys().filter(|key| key.starts_with("net.")).cloned().collect();
@@ -242,16 +252,17 @@ fn set_network_sysctls(linux: &mut Value) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn adapt_mounts(spec: &mut Value, foreign_sysfs: bool) {
+fn adapt_mounts(spec: &mut Value, bind_sysfs_of_vm: bool) {
     for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
-        // Optional, and without a meaning for a file system that has no device; libcontainer insists on one.
+        // The source is optional and has no meaning for a file system without a device, but libcontainer
+        // requires one.
         if mount["source"].as_str().is_none_or(str::is_empty) {
             mount["source"] = mount["type"].clone();
         }
         match mount["type"].as_str() {
-            // libcontainer knows the hierarchy's mounts by v1's name.
+            // libcontainer knows mounts of the cgroup hierarchy by the name that they have in v1.
             Some("cgroup2") => mount["type"] = "cgroup".into(),
-            Some("sysfs") if foreign_sysfs => bind_sysfs(mount),
+            Some("sysfs") if bind_sysfs_of_vm => bind_sysfs(mount),
             _ => {}
         }
     }
@@ -263,7 +274,7 @@ fn add_files(spec: &mut Value, root: &Root, files: Vec<FileMount>) {
     }
     let mounts = files.into_iter().map(|file| {
         json!({
-            "destination": path_value(&behind_links(root, file.destination)),
+            "destination": path_value(&resolve_last_link(root, file.destination)),
             "type": "bind",
             "source": path_value(&file.source),
             "options": ["rbind", "rprivate"],
@@ -288,11 +299,11 @@ fn mount_points(mounts: &Value) -> Vec<MountPoint> {
         .collect()
 }
 
-/// Where a path leads whose last element is a link, dangling or not: libcontainer makes missing files, but not
-/// behind links, and /etc/resolv.conf often is one. What is before the last element is followed by libcontainer,
-/// which also sees to it that nothing leads out of the root.
-fn behind_links(root: &Root, mut path: PathBuf) -> PathBuf {
-    // As many as the kernel follows (path_resolution(7)).
+/// Resolves a path whose last element is a link, dangling or not. libcontainer creates missing files, but not
+/// the targets of links, and /etc/resolv.conf often is a link. libcontainer itself resolves the elements
+/// before the last one, and ensures that they do not lead out of the root.
+fn resolve_last_link(root: &Root, mut path: PathBuf) -> PathBuf {
+    // The kernel follows as many (path_resolution(7)).
     for _ in 0..40 {
         match (root.readlink(&path), path.parent()) {
             (Ok(target), Some(parent)) => path = parent.join(target),
@@ -302,7 +313,8 @@ fn behind_links(root: &Root, mut path: PathBuf) -> PathBuf {
     path
 }
 
-/// A sysfs shows a network namespace, and only the owner of that may mount one: others get the VM's.
+/// Replaces a sysfs mount by a bind mount of the VM's. A sysfs shows a network namespace, and only the owner
+/// of that namespace may mount one.
 fn bind_sysfs(mount: &mut Value) {
     let options: Vec<Value> = items(&mount["options"]).cloned().chain(["rbind".into()]).collect();
     mount["type"] = "bind".into();
@@ -310,7 +322,7 @@ fn bind_sysfs(mount: &mut Value) {
     mount["options"] = options.into();
 }
 
-/// In a name with slashes, dots are part of the elements (sysctl(8)).
+/// The file of a sysctl. In a name with slashes, dots are part of the elements (sysctl(8)))
 fn sysctl_path(key: &str) -> Result<PathBuf, SpecError> {
     let relative = if key.contains('/') { key.to_owned() } else { key.replace('.', "/") };
     let plain = relative.split('/').all(|part| !part.is_empty() && part != "." && part != "..");
@@ -349,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn what_libcontainer_would_misread_is_adapted() {
+    fn settings_that_libcontainer_would_misread_are_adapted() {
         let (prepared, spec) = adapt(|_| {}).unwrap();
         assert_eq!(spec["process"]["env"], json!(["HOME=/"]));
         assert_eq!(spec["linux"]["cgroupsPath"], "/machinen/c1");
@@ -393,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mapped_user_owns_its_streams_from_outside() {
+    fn the_owner_of_streams_is_the_mapped_user() {
         let map = json!([{"containerID": 0, "hostID": 1000, "size": 3}, {"containerID": 3, "hostID": 70000, "size": 9}]);
         let (prepared, _) = adapt(|config| config["linux"]["uidMappings"] = map).unwrap();
         assert_eq!(prepared.owner(), 70002);
@@ -412,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_named() {
+    fn invalid_settings_are_named() {
         type Change = fn(&mut Value);
         let cases: [(Change, &str); 7] = [
             (|c| c["process"] = Value::Null, "has no process"),
@@ -421,7 +433,7 @@ mod tests {
             (|c| c["root"] = Value::Null, "has no root"),
             (|c| c["linux"] = Value::Null, "has no linux"),
             (|c| c["linux"]["cgroupsPath"] = json!("/a/../.."), "linux.cgroupsPath"),
-            (|c| c["linux"]["sysctl"] = json!({"net./../kernel/x": "1"}), "is not a name"),
+            (|c| c["linux"]["sysctl"] = json!({"net./../kernel/x": "1"}), "is not a valid name"),
         ];
         for (change, text) in cases {
             let err = adapt(change).unwrap_err().to_string();

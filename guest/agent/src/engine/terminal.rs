@@ -37,11 +37,12 @@ pub(super) enum TerminalError {
     Connect(#[source] Errno),
 }
 
-/// Makes a terminal, this session's own, connects the standard streams with it, and sends its master.
+/// Makes the controlling terminal of this session, connects the standard streams with it, and sends its
+/// master.
 pub(super) fn make(socket: BorrowedFd<'_>, console: Console) -> Result<(), TerminalError> {
     let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
     let master = open(PTMX, flags, Mode::empty()).map_err(TerminalError::Open)?;
-    // In the tenant's file system, a name proves nothing.
+    // The file system belongs to the tenant: a name proves nothing.
     if fstatfs(&master).map_err(TerminalError::Open)?.filesystem_type() != DEVPTS {
         return Err(TerminalError::NotDevpts);
     }
@@ -55,7 +56,7 @@ pub(super) fn make(socket: BorrowedFd<'_>, console: Console) -> Result<(), Termi
         .map_err(TerminalError::Connect)
 }
 
-/// Gives a terminal its owner, who opens it again as /dev/stdout, and its size. Returns its slave.
+/// Sets the size of a terminal, and its owner: the process opens it again as /dev/stdout. Returns its slave.
 pub(super) fn prepare(master: BorrowedFd<'_>, console: Console) -> Result<OwnedFd, Errno> {
     let slave = terminal::peer(master)?;
     fchown(&slave, Some(Uid::from_raw(console.owner)), None::<Gid>)?;

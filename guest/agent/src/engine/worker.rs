@@ -1,4 +1,4 @@
-//! One creation, in a process of its own.
+//! The creation of one container, in a process of its own.
 
 use std::{
     io,
@@ -12,6 +12,7 @@ use std::{
 use libcontainer::{
     container::builder::ContainerBuilder, error::LibcontainerError, syscall::syscall::SyscallType,
 };
+use machinen_protocol::error::chain;
 use nix::{
     fcntl::{OFlag, open},
     sys::{socket::MsgFlags, stat::Mode},
@@ -19,15 +20,14 @@ use nix::{
 };
 
 use super::{
-    executor::Command,
-    log,
+    executor::CommandExecutor,
+    inherited, log,
     process::Console,
-    report::{Message, Refusal, Reporter},
-    shed, terminal,
-    zygote::Create,
+    report::{Refusal, Report, Reporter},
+    terminal,
+    zygote::CreateRequest,
 };
 use crate::{
-    console,
     stdio::{ProcessEnds, receive_fd},
     sys,
 };
@@ -35,7 +35,7 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 enum WorkerError {
     #[error("cannot prepare the worker")]
-    Prepare(#[source] shed::ShedError),
+    Prepare(#[source] inherited::InheritedError),
     #[error("cannot pass the terminal on")]
     Terminal(#[source] io::Error),
     #[error("cannot use the root file system")]
@@ -44,44 +44,44 @@ enum WorkerError {
     Cwd { cwd: String, source: pathrs::error::Error },
     #[error(transparent)]
     Engine(#[from] LibcontainerError),
-    #[error("the engine made a container without an init")]
+    #[error("the engine has made a container without an init")]
     NoInit,
 }
 
-/// Makes the container and ends the process; the init that it leaves is the agent's child.
-pub(super) fn run(request: &Create, reporter: &Reporter, ends: ProcessEnds) -> ! {
-    reporter.send(Message::Worker { pid: getpid().as_raw() });
+/// Creates the container and ends the process; the init becomes a child of the agent.
+pub(super) fn run(request: &CreateRequest, reporter: &Reporter, ends: ProcessEnds) -> ! {
+    reporter.send(Report::Worker { pid: getpid().as_raw() });
     log::install(reporter.clone());
     match create(request, reporter, ends) {
-        Ok(pid) => reporter.send(Message::Created { pid }),
+        Ok(pid) => reporter.send(Report::Created { pid }),
         Err(err) => {
             use LibcontainerError::{InvalidSpec, MissingSpec, Spec};
             if let WorkerError::Engine(InvalidSpec(_) | MissingSpec(_) | Spec(_)) = err {
-                reporter.send(Message::Refused { refusal: Refusal::Spec, text: console::chain(&err) });
+                reporter.send(Report::Refused { refusal: Refusal::Spec, text: chain(&err) });
             }
-            reporter.send(Message::Failed { text: without_wrappers(&console::chain(&err)).to_owned() });
+            reporter.send(Report::Failed { text: without_wrappers(&chain(&err)).to_owned() });
         }
     }
     sys::exit_now(0)
 }
 
-fn create(request: &Create, reporter: &Reporter, ends: ProcessEnds) -> Result<i32, WorkerError> {
-    shed::shed().map_err(WorkerError::Prepare)?;
+fn create(request: &CreateRequest, reporter: &Reporter, ends: ProcessEnds) -> Result<i32, WorkerError> {
+    inherited::give_up().map_err(WorkerError::Prepare)?;
     if request.keeps_oom_score {
-        shed::set_oom_score("0").map_err(WorkerError::Prepare)?;
+        inherited::set_oom_score("0").map_err(WorkerError::Prepare)?;
     }
     let root = pathrs::Root::open(&request.rootfs).map_err(WorkerError::Rootfs)?;
     make_cwd(&root, &request.cwd)?;
     let mut builder = ContainerBuilder::new(request.id.clone(), SyscallType::default())
         .with_root_path(&request.state)?
-        .with_executor(Command::new(reporter.clone()));
+        .with_executor(CommandExecutor::new(reporter.clone()));
     let mut relay = None;
     match ends {
         ProcessEnds::Files([stdin, stdout, stderr]) => {
             builder = builder.with_stdin(stdin).with_stdout(stdout).with_stderr(stderr);
         }
         ProcessEnds::Terminal(socket) => {
-            let listening = Relay::listen(&request.bundle, socket).map_err(WorkerError::Terminal)?;
+            let listening = TerminalRelay::listen(&request.bundle, socket).map_err(WorkerError::Terminal)?;
             builder = builder.with_console_socket(Some(&listening.path));
             relay = Some(listening);
         }
@@ -93,23 +93,24 @@ fn create(request: &Create, reporter: &Reporter, ends: ProcessEnds) -> Result<i3
     container.pid().map(nix_0_29_pid).ok_or(WorkerError::NoInit)
 }
 
-/// libcontainer sends a terminal to a socket that it finds by its path; the agent waits at one that has none.
-struct Relay {
+/// libcontainer sends a terminal to a socket that it finds by its path, but the agent's socket has no path:
+/// this passes the terminal on.
+struct TerminalRelay {
     listener: UnixListener,
     path: PathBuf,
     socket: OwnedFd,
 }
 
-impl Relay {
+impl TerminalRelay {
     fn listen(dir: &Path, socket: OwnedFd) -> io::Result<Self> {
         const NAME: &str = "console.sock";
-        // The address of a socket has 108 bytes at most, which a long container id exceeds.
+        // The address of a socket has at most 108 bytes, which a long container id exceeds.
         let short = open(dir, OFlag::O_PATH | OFlag::O_CLOEXEC | OFlag::O_DIRECTORY, Mode::empty())?;
         let listener = UnixListener::bind(format!("/proc/self/fd/{}/{NAME}", short.as_raw_fd()))?;
         Ok(Self { listener, path: dir.join(NAME), socket })
     }
 
-    /// The container is there, so its terminal has been sent.
+    /// The container exists, so its terminal was sent.
     fn pass_on(self, console: Console) -> io::Result<()> {
         let (connection, _) = self.listener.accept()?;
         let master = receive_fd(connection.as_fd(), MsgFlags::empty())?;
@@ -118,7 +119,7 @@ impl Relay {
     }
 }
 
-/// The engine says "failed to create" once in every process that an error passes through.
+/// The engine repeats "failed to create" in every process that an error passes through.
 fn without_wrappers(mut text: &str) -> &str {
     const WRAPPERS: [&str; 3] =
         ["failed to create container: ", "exec process failed with error ", "error in executing process : "];
@@ -128,7 +129,7 @@ fn without_wrappers(mut text: &str) -> &str {
     text
 }
 
-/// The working directory is made if the image lacks it, without leaving the root file system by its links.
+/// Creates the working directory if the image lacks it. Links do not lead out of the root file system.
 fn make_cwd(root: &pathrs::Root, cwd: &Path) -> Result<(), WorkerError> {
     if root.resolve(cwd).is_ok() {
         return Ok(());
@@ -149,10 +150,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_keeps_what_it_says() {
+    fn an_error_keeps_its_own_text() {
         let text = "failed to create container: exec process failed with error error in executing process : failed \
                     to prepare rootfs";
         assert_eq!(without_wrappers(text), "failed to prepare rootfs");
-        assert_eq!(without_wrappers("no such luck"), "no such luck");
+        assert_eq!(without_wrappers("no wrapper"), "no wrapper");
     }
 }

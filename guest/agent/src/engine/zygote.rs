@@ -1,4 +1,5 @@
-//! The process from which all others are forked: small, single-threaded, with nothing in it but the agent's code.
+//! The process that forks all others: small, single-threaded, and with nothing in memory but the agent's
+//! code.
 
 use std::{
     fs::File,
@@ -20,50 +21,50 @@ use nix::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    exec,
+    exec::{self, ExecCall},
     process::Console,
-    report::{Message, Reporter},
+    report::{Report, Reporter},
     worker,
 };
-use crate::{console, stdio::ProcessEnds, sys, view};
+use crate::{console, stdio::ProcessEnds, sys};
 
-/// Ids and paths; specs are in files.
+/// Requests hold ids and paths; specs are in files.
 const MAX_REQUEST: usize = 16 << 10;
-/// The report pipe, a process and the handle of the init it joins, and the three standard streams.
+/// The report pipe, an OCI process in a file, a pidfd of the init, and the three standard streams.
 const MAX_FDS: usize = 6;
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Request {
-    /// With the report pipe, and the process's ends of its streams.
-    Create(Create),
-    /// With the report pipe, the OCI process in a file, a pidfd of the container's init, and the ends.
-    Exec(Exec),
-    /// With the report pipe, a container's root, and the socket on which its files are asked for.
+pub(super) enum ZygoteRequest {
+    /// Comes with the report pipe and the process's ends of its streams.
+    Create(CreateRequest),
+    /// Comes with the report pipe, the OCI process in a file, a pidfd of the container's init, and the ends.
+    Exec(ExecRequest),
+    /// Comes with the report pipe, a container's root directory, and the socket for the requests.
     View,
 }
 
-/// One container to make.
+/// One container to create.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Create {
+pub(super) struct CreateRequest {
     pub(super) id: String,
     /// Holds config.json.
     pub(super) bundle: PathBuf,
-    /// Where libcontainer keeps its state, in a directory named like the container.
+    /// libcontainer's state is in a directory of this one, named like the container.
     pub(super) state: PathBuf,
     pub(super) rootfs: PathBuf,
-    /// Of the process, in the container.
+    /// The working directory of the process, in the container.
     pub(super) cwd: PathBuf,
     /// The spec does not set the process's OOM score.
     pub(super) keeps_oom_score: bool,
-    /// How its terminal is to be, if it gets one.
+    /// The terminal's settings, if the process gets one.
     pub(super) console: Option<Console>,
 }
 
 /// One process to run in a container.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Exec {
-    /// Of the container's init, as the agent sees it.
+pub(super) struct ExecRequest {
+    /// Pid of the container's init, in the agent's pid namespace.
     pub(super) init: i32,
     /// CLONE_NEW* of the namespaces that the init does not share with the agent.
     pub(super) namespaces: i32,
@@ -72,23 +73,30 @@ pub(super) struct Exec {
     pub(super) seccomp: Option<PathBuf>,
     /// The spec's linux.personality.domain.
     pub(super) personality: Option<String>,
-    /// How its terminal is to be, if it gets one.
+    /// The terminal's settings, if the process gets one.
     pub(super) console: Option<Console>,
 }
 
-/// Returns in the agent; the zygote never does.
-pub(super) fn fork() -> Result<OwnedFd, Errno> {
+/// What the zygote runs in forked processes for other modules than the engine.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct EntryPoints {
+    /// Serves the files below a root directory to the other end of a socket.
+    pub(crate) serve_view: fn(root: OwnedFd, socket: OwnedFd) -> !,
+}
+
+/// Forks the zygote. Returns in the agent only.
+pub(super) fn fork(entry_points: EntryPoints) -> Result<OwnedFd, Errno> {
     let (agent, zygote) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
     match sys::fork()? {
         ForkResult::Parent { .. } => Ok(agent),
         ForkResult::Child => {
             drop(agent);
-            serve(zygote)
+            serve(zygote, entry_points)
         }
     }
 }
 
-fn serve(socket: OwnedFd) -> ! {
+fn serve(socket: OwnedFd, entry_points: EntryPoints) -> ! {
     let named = set_pdeathsig(Signal::SIGKILL).and_then(|()| nix::sys::prctl::set_name(c"machinen-engine"));
     if let Err(err) = named {
         fail(&format!("the engine's process cannot prepare itself: {err}"));
@@ -100,8 +108,8 @@ fn serve(socket: OwnedFd) -> ! {
     loop {
         match receive(&socket) {
             Ok(Some((request, fds))) => {
-                if spawn(&request, fds, &pids).is_none() {
-                    console::say("the engine's process was sent a request without its descriptors");
+                if spawn(&request, fds, &pids, entry_points).is_none() {
+                    console::say("the engine's process has received a request without its descriptors");
                 }
             }
             Ok(None) => sys::exit_now(0),
@@ -117,7 +125,7 @@ pub(super) fn fail(text: &str) -> ! {
 }
 
 /// None when the agent is gone.
-fn receive(socket: &OwnedFd) -> Result<Option<(Request, Vec<OwnedFd>)>, Errno> {
+fn receive(socket: &OwnedFd) -> Result<Option<(ZygoteRequest, Vec<OwnedFd>)>, Errno> {
     let mut bytes = vec![0; MAX_REQUEST];
     let mut space = cmsg_space!([i32; MAX_FDS]);
     let mut parts = [IoSliceMut::new(&mut bytes)];
@@ -138,34 +146,39 @@ fn receive(socket: &OwnedFd) -> Result<Option<(Request, Vec<OwnedFd>)>, Errno> {
 }
 
 /// None when descriptors are missing.
-fn spawn(request: &Request, fds: Vec<OwnedFd>, pids: &OwnedFd) -> Option<()> {
+fn spawn(
+    request: &ZygoteRequest,
+    fds: Vec<OwnedFd>,
+    pids: &OwnedFd,
+    entry_points: EntryPoints,
+) -> Option<()> {
     let mut fds = fds.into_iter();
     let reporter = Reporter::new(fds.next()?);
     match request {
-        Request::Create(create) => {
+        ZygoteRequest::Create(create) => {
             let ends = ProcessEnds::from_fds(fds.collect())?;
             match sys::fork_sibling() {
                 Ok(ForkResult::Parent { .. }) => {}
                 Ok(ForkResult::Child) => worker::run(create, &reporter, ends),
-                Err(err) => reporter.send(Message::Failed { text: format!("cannot fork a worker: {err}") }),
+                Err(err) => reporter.send(Report::Failed { text: format!("cannot fork a worker: {err}") }),
             }
         }
-        Request::Exec(request) => {
+        ZygoteRequest::Exec(request) => {
             let (process, init) = (fds.next()?, fds.next()?);
             let ends = ProcessEnds::from_fds(fds.collect())?;
-            exec::spawn(exec::Exec { request, process, init, ends }, &reporter, pids);
+            exec::spawn(ExecCall { request, process, init, ends }, &reporter, pids);
         }
-        Request::View => {
+        ZygoteRequest::View => {
             let (root, socket) = (fds.next()?, fds.next()?);
             match sys::fork_sibling() {
                 Ok(ForkResult::Parent { .. }) => {}
                 Ok(ForkResult::Child) => {
-                    reporter.send(Message::Worker { pid: nix::unistd::getpid().as_raw() });
+                    reporter.send(Report::Worker { pid: nix::unistd::getpid().as_raw() });
                     // Nothing more is reported.
                     drop(reporter);
-                    view::serve(root, socket)
+                    (entry_points.serve_view)(root, socket)
                 }
-                Err(err) => reporter.send(Message::Failed { text: format!("cannot fork a server: {err}") }),
+                Err(err) => reporter.send(Report::Failed { text: format!("cannot fork a server: {err}") }),
             }
         }
     }

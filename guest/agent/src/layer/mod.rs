@@ -1,10 +1,10 @@
-//! What a container has changed in its root file system, on its way to the host.
+//! Sends a container's changes to its root file system to the host.
 //!
 //! ```text
-//!   upper directory ──> pack (a thread of its own) ──bounded──> raw stream ──> host
+//!   upper directory ──> pack (a separate thread) ──bounded──> raw stream ──> host
 //! ```
-//! The overlay's upper directory is read below the overlay: what the container wrote and nothing else. The agent has one
-//! thread, which must answer meanwhile, and reading files blocks.
+//! The upper directory is read directly, not through the overlay: it holds exactly what the container wrote.
+//! Reading files blocks, and the agent's only thread must serve calls meanwhile, so a separate thread reads.
 
 mod pack;
 mod stamp;
@@ -25,23 +25,23 @@ use crate::channel::Stream;
 pub(crate) use pack::PackError;
 pub(crate) use stamp::Stamp;
 
-/// Bytes that are handed over at once.
+/// Size of a chunk, bytes.
 const CHUNK: usize = 64 << 10;
-/// Chunks that wait for the stream; the thread waits when there are more.
+/// Chunks that may wait for the stream; the thread blocks when there are more.
 const WAITING: usize = 4;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LayerError {
     #[error(transparent)]
     Pack(#[from] PackError),
-    #[error("the host has stopped to take the archive")]
+    #[error("the host does not take the archive any more")]
     Stream(#[source] io::Error),
     #[error("the archive's thread has failed")]
     Thread(#[source] tokio::task::JoinError),
 }
 
-/// Sends the archive of `upper` and returns how many bytes it has. The stream stays open until the host closes it, so
-/// that nothing of what it carries is lost.
+/// Sends the archive of `upper` and returns its length in bytes. The stream stays open until the host closes
+/// it, so that no byte is lost.
 ///
 /// # Errors
 /// A file cannot be read or archived, or the host goes away.
@@ -53,20 +53,20 @@ pub(crate) async fn export(upper: PathBuf, mut stream: Stream) -> Result<u64, La
     });
     let mut total = 0;
     while let Some(chunk) = chunks.recv().await {
-        // The thread finds nobody to give its chunks to then, and ends.
+        // After an error the thread's channel is closed, which ends the thread.
         stream.write_all(&chunk).await.map_err(LayerError::Stream)?;
         total += chunk.len() as u64;
     }
     packed.await.map_err(LayerError::Thread)??;
     stream.flush().await.map_err(LayerError::Stream)?;
     tokio::spawn(async move {
-        // The host sends nothing: this ends when it has closed its end.
+        // The host sends nothing: this returns when the host has closed its end.
         let _ = stream.read_u8().await;
     });
     Ok(total)
 }
 
-/// Passes what is written on to the thread of the runtime.
+/// Passes the written bytes on to the runtime's thread.
 struct Chunks {
     sender: mpsc::Sender<Vec<u8>>,
     chunk: Vec<u8>,

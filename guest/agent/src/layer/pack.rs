@@ -1,6 +1,7 @@
-//! From an overlay's upper directory to the archive that `machinen_protocol::layer` describes.
+//! Packs an overlay's upper directory into the archive that `machinen_protocol::layer` describes.
 //!
-//! Nobody changes the directory meanwhile: the container has ended or is frozen, and nothing else sees its disk.
+//! The directory does not change meanwhile: the container has ended or is frozen, and no other VM uses its
+//! disk.
 
 use std::{
     collections::HashMap,
@@ -37,10 +38,10 @@ pub(crate) enum PackError {
 /// Writes the whole archive.
 ///
 /// # Errors
-/// A file cannot be read or described, or `output` fails.
+/// A file cannot be read or archived, or `output` fails.
 pub(crate) fn pack(upper: &Path, output: &mut impl Write) -> Result<(), PackError> {
     let mut packer = Packer { upper, archive: Builder::new(output), links: HashMap::new() };
-    // The next to visit is the last.
+    // The last one is visited next.
     let mut pending = vec![Vec::new()];
     while let Some(name) = pending.pop() {
         let path = packer.path(&name);
@@ -63,7 +64,7 @@ pub(crate) fn pack(upper: &Path, output: &mut impl Write) -> Result<(), PackErro
 struct Packer<'a, W: Write> {
     upper: &'a Path,
     archive: Builder<W>,
-    /// The first names of files that have more than one.
+    /// The first name of each file with several names.
     links: HashMap<u64, Vec<u8>>,
 }
 
@@ -123,7 +124,7 @@ impl<W: Write> Packer<'_, W> {
         let mut file = File::open(path).map_err(read(path))?;
         if status.blocks() * 512 >= status.size() {
             entry.header.set_size(status.size());
-            // A file that got shorter would shift all that follows.
+            // A file that has become shorter would shift everything after it.
             let content = file.take(status.size()).chain(io::repeat(0)).take(status.size());
             return self.append(&entry, content);
         }
@@ -157,7 +158,7 @@ impl<W: Write> Packer<'_, W> {
     }
 }
 
-/// A header, and the records that say what does not fit in it.
+/// A header, and the records with what does not fit into it.
 struct Entry {
     header: Header,
     records: Vec<u8>,
@@ -214,7 +215,7 @@ impl Entry {
     }
 }
 
-/// The attributes that are the container's, with their values.
+/// The attributes that belong to the container, with their values.
 fn xattrs(path: &Path) -> Result<Vec<(CString, Vec<u8>)>, PackError> {
     let failed = |errno: Errno| PackError::Read { path: path.to_owned(), source: errno.into() };
     let mut names = Vec::with_capacity(XATTR_MAX);
@@ -228,7 +229,7 @@ fn xattrs(path: &Path) -> Result<Vec<(CString, Vec<u8>)>, PackError> {
         let name = CString::new(name).expect("split at zeros");
         let mut value = Vec::with_capacity(XATTR_MAX);
         lgetxattr(path, &name, rustix::buffer::spare_capacity(&mut value)).map_err(failed)?;
-        // An overlay inside the container has marks of its own; one with another value hides nothing.
+        // An overlay inside the container has marks of its own; a mark with another value hides nothing.
         if name.to_bytes() != layer::OPAQUE.0.as_bytes() || value == layer::OPAQUE.1 {
             found.push((name, value));
         }
@@ -236,7 +237,7 @@ fn xattrs(path: &Path) -> Result<Vec<(CString, Vec<u8>)>, PackError> {
     Ok(found)
 }
 
-/// The parts of a file that are not holes (lseek(2), SEEK_DATA).
+/// The parts of a file without its holes (lseek(2), SEEK_DATA).
 fn pieces(file: &File, size: u64) -> io::Result<Vec<(u64, u64)>> {
     let (mut pieces, mut offset) = (Vec::new(), 0);
     while offset < size && pieces.len() <= layer::MAX_PIECES {
@@ -254,11 +255,11 @@ fn pieces(file: &File, size: u64) -> io::Result<Vec<(u64, u64)>> {
     Ok(pieces)
 }
 
-/// Reads the parts of a file one after the other.
+/// Reads the parts of a file in order.
 struct Pieces {
     file: File,
     left: std::vec::IntoIter<(u64, u64)>,
-    /// Bytes that are left of the part at the file's position.
+    /// Bytes left in the part at the file's position.
     current: u64,
 }
 

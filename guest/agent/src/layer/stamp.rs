@@ -1,7 +1,8 @@
-//! What an upper directory was like before the container's command ran: if it is the same at the end, there is nothing to
-//! export, and the end of most short-lived containers costs a look at a few directories.
+//! A record of an upper directory before the container's command runs. If the directory is the same at the
+//! end, nothing has to be exported: the end of most short-lived containers then costs a look at a few
+//! directories.
 //!
-//! Mount points that the image lacks are there by then. They are no change worth an export: the next start makes them again.
+//! Mount points that the image lacks exist by then. They need no export: the next start makes them again.
 
 use std::{
     fs, io,
@@ -9,28 +10,28 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// More entries are not remembered, nor looked at.
+/// A directory with this many entries or more gets no stamp.
 const MOST: usize = 64;
 
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Stamp(Vec<Entry>);
+pub(crate) struct Stamp(Vec<StampedFile>);
 
-/// What changes with every change of a file or directory.
+/// Attributes that every change of a file or directory changes.
 #[derive(Debug, PartialEq, Eq)]
-struct Entry {
+struct StampedFile {
     path: PathBuf,
     inode: u64,
     ctime: (i64, i64),
 }
 
 impl Stamp {
-    /// None when there are too many entries, or something cannot be examined: then everything counts as changed.
+    /// None when there are too many entries, or one cannot be examined: the directory then counts as changed.
     pub(crate) fn take(upper: &Path) -> Option<Self> {
         Self::walk(upper).ok().flatten()
     }
 
     fn walk(upper: &Path) -> io::Result<Option<Self>> {
-        let mut entries: Vec<Entry> = Vec::new();
+        let mut entries: Vec<StampedFile> = Vec::new();
         let mut pending = vec![upper.to_owned()];
         while let Some(path) = pending.pop() {
             let status = fs::symlink_metadata(&path)?;
@@ -42,14 +43,18 @@ impl Stamp {
                     }
                 }
             }
-            entries.push(Entry { path, inode: status.ino(), ctime: (status.ctime(), status.ctime_nsec()) });
+            entries.push(StampedFile {
+                path,
+                inode: status.ino(),
+                ctime: (status.ctime(), status.ctime_nsec()),
+            });
         }
         entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
         Ok(Some(Self(entries)))
     }
 
-    /// Whether `upper` is as it was. A doubt means no.
-    pub(crate) fn holds(&self, upper: &Path) -> bool {
+    /// Whether `upper` is unchanged. False in case of doubt.
+    pub(crate) fn matches(&self, upper: &Path) -> bool {
         Self::take(upper).is_some_and(|now| now == *self)
     }
 }
@@ -60,7 +65,7 @@ mod tests {
 
     use super::*;
 
-    /// The kernel's clock for files has moved on when this returns, by events of the file system alone.
+    /// Returns when the kernel's clock for files has advanced, which it observes only by changing a file.
     fn tick(dir: &Path) {
         let probe = dir.with_extension("probe");
         let now = || {
@@ -80,7 +85,7 @@ mod tests {
         let stamp = Stamp::take(&upper).unwrap();
         tick(&upper);
         change(&upper);
-        !stamp.holds(&upper)
+        !stamp.matches(&upper)
     }
 
     #[test]

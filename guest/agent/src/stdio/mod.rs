@@ -1,8 +1,8 @@
-//! A process's standard streams: pipes or a terminal on its side, raw streams to the host on the other, and what
-//! pumps between.
+//! A process's standard streams: pipes or a terminal on the process's side, raw streams to the host on the
+//! other side, and pumps between them.
 //!
-//! Each pump holds one buffer at most, so a reader that stops makes the writer stop. The end of a stream is told
-//! by the control channel, never by closing: the agent keeps an output stream open until its process is deleted.
+//! Each pump holds at most one buffer, so a reader that stops makes the writer stop. A control call reports
+//! the end of a stream, not its closing: the agent keeps an output stream open until the process is deleted.
 
 mod pump;
 mod stdin;
@@ -32,11 +32,11 @@ pub(crate) use self::{
     unread::{Pipe, read as read_unread, save as save_unread},
 };
 use self::{
-    pump::{Sink, Source},
+    pump::{InputSink, OutputSource},
     terminal::ConsoleSocket,
 };
 
-/// The streams of one process, claimed.
+/// The raw streams of one process.
 #[derive(Debug)]
 pub(crate) struct Streams {
     terminal: bool,
@@ -45,32 +45,32 @@ pub(crate) struct Streams {
     stderr: Option<Stream>,
 }
 
-/// What the engine gives to the process.
+/// The process's ends of its streams, which the engine passes to it.
 #[derive(Debug)]
 pub(crate) enum ProcessEnds {
-    /// Its 0, 1 and 2.
+    /// Descriptors 0, 1 and 2.
     Files([OwnedFd; 3]),
-    /// It makes a terminal in its own devpts, and sends the master through this socket.
+    /// The process makes a terminal in its own devpts, and sends the master through this socket.
     Terminal(OwnedFd),
 }
 
-/// What the agent keeps until the process is there.
+/// The agent's ends before the process exists.
 #[derive(Debug)]
-pub(crate) enum Pending {
+pub(crate) enum PendingEnds {
     Files(Box<AgentEnds>),
     Terminal { socket: ConsoleSocket, stdin: Option<Stream>, stdout: Option<Stream> },
 }
 
-/// The agent's ends of everything.
+/// The agent's ends of a process's streams.
 #[derive(Debug)]
 pub(crate) struct AgentEnds {
     pub(crate) stdin: Option<Input>,
-    pub(crate) stdout: Option<(Source, Option<Stream>)>,
-    pub(crate) stderr: Option<(Source, Option<Stream>)>,
+    pub(crate) stdout: Option<(OutputSource, Option<Stream>)>,
+    pub(crate) stderr: Option<(OutputSource, Option<Stream>)>,
     pub(crate) terminal: Option<Terminal>,
-    /// Those that were made for stdin, stdout and stderr.
+    /// The pipes that were made for stdin, stdout and stderr.
     pub(crate) pipes: [Option<Pipe>; 3],
-    /// What the process finds in its stdin before all else.
+    /// Bytes that the process reads from its stdin before all others.
     pub(crate) unread: Vec<u8>,
 }
 
@@ -96,7 +96,7 @@ impl ProcessEnds {
         }
     }
 
-    /// The reverse of [`ProcessEnds::into_fds`]; None when that has not made them.
+    /// The reverse of [`ProcessEnds::into_fds`]; None for other descriptors.
     pub(crate) fn from_fds(fds: Vec<OwnedFd>) -> Option<Self> {
         match <[OwnedFd; 3]>::try_from(fds) {
             Ok(files) => Some(Self::Files(files)),
@@ -106,6 +106,8 @@ impl ProcessEnds {
 }
 
 impl Streams {
+    /// Takes the streams that a request refers to.
+    ///
     /// # Errors
     /// A token is not one of an open, unclaimed stream.
     pub(crate) async fn claim(stdio: &api::Stdio, unclaimed: &Unclaimed) -> Result<Self, StdioError> {
@@ -113,7 +115,7 @@ impl Streams {
             0 => Ok(None),
             token => unclaimed.claim(token).await.map(Some).ok_or(StdioError::NoStream { name, token }),
         };
-        // All are taken even if one is missing: the host gives a token once.
+        // Take all streams even if one is missing: the host uses each token once.
         let stdin = claim("stdin", stdio.stdin).await;
         let stdout = claim("stdout", stdio.stdout).await;
         let stderr = claim("stderr", stdio.stderr).await;
@@ -124,16 +126,16 @@ impl Streams {
         Ok(Self { terminal: stdio.terminal, stdin, stdout, stderr })
     }
 
-    /// Makes a pipe for every stream, and /dev/null for the others; or the way on which a terminal will come. The
-    /// process's ends belong to `owner`, so that it can open /dev/stdout and its like. A process that has had pipes, which
-    /// `pipes` says of stdin, stdout and stderr, gets pipes even where there is no stream.
+    /// Makes a pipe for every stream and opens /dev/null for the others, or prepares for a terminal. The
+    /// process's ends belong to `owner`, so that it can open /dev/stdout and its like. A restored process
+    /// that had pipes, which `pipes` says of stdin, stdout and stderr, gets pipes even without a stream.
     ///
     /// # Errors
     /// Those of pipe(2) and socketpair(2).
-    pub(crate) fn ends(self, owner: Uid, pipes: [bool; 3]) -> Result<(ProcessEnds, Pending), StdioError> {
+    pub(crate) fn ends(self, owner: Uid, pipes: [bool; 3]) -> Result<(ProcessEnds, PendingEnds), StdioError> {
         if self.terminal {
             let (socket, theirs) = ConsoleSocket::pair()?;
-            let pending = Pending::Terminal { socket, stdin: self.stdin, stdout: self.stdout };
+            let pending = PendingEnds::Terminal { socket, stdin: self.stdin, stdout: self.stdout };
             return Ok((ProcessEnds::Terminal(theirs), pending));
         }
         let [stdin_pipe, stdout_pipe, stderr_pipe] = pipes;
@@ -150,12 +152,12 @@ impl Streams {
             made("stderr", &stderr_end, stderr.is_some())?,
         ];
         let ends = AgentEnds { stdin, stdout, stderr, terminal: None, pipes, unread: Vec::new() };
-        Ok((ProcessEnds::Files([stdin_end, stdout_end, stderr_end]), Pending::Files(Box::new(ends))))
+        Ok((ProcessEnds::Files([stdin_end, stdout_end, stderr_end]), PendingEnds::Files(Box::new(ends))))
     }
 }
 
-impl Pending {
-    /// Takes the terminal over, if there is to be one.
+impl PendingEnds {
+    /// Receives the terminal, if the process has one.
     ///
     /// # Errors
     /// The process has not sent its terminal.
@@ -165,10 +167,12 @@ impl Pending {
             Self::Terminal { socket, stdin, stdout } => {
                 let (terminal, master) = socket.receive()?;
                 Ok(AgentEnds {
-                    stdin: stdin
-                        .map(|stream| Input { stream: Some(stream), sink: Sink::Terminal(master.clone()) }),
-                    // Read even if nobody listens, or the process would wait for ever.
-                    stdout: Some((Source::Terminal(master), stdout)),
+                    stdin: stdin.map(|stream| Input {
+                        stream: Some(stream),
+                        sink: InputSink::Terminal(master.clone()),
+                    }),
+                    // Read even without a stream, or the process would block forever.
+                    stdout: Some((OutputSource::Terminal(master), stdout)),
                     stderr: None,
                     terminal: Some(terminal),
                     pipes: [None, None, None],
@@ -179,20 +183,20 @@ impl Pending {
     }
 }
 
-type Output = (OwnedFd, Option<(Source, Option<Stream>)>);
+type Output = (OwnedFd, Option<(OutputSource, Option<Stream>)>);
 
-/// A pipe that was there before is at its end when it has what was carried over, if nothing else comes.
+/// Makes stdin. A restored pipe without a stream ends after the bytes that were carried over.
 fn input(
     stream: Option<Stream>,
     owner: Uid,
-    pipe_anyhow: bool,
+    always_pipe: bool,
 ) -> Result<(OwnedFd, Option<Input>), StdioError> {
-    if stream.is_none() && !pipe_anyhow {
+    if stream.is_none() && !always_pipe {
         return Ok((null("stdin")?, None));
     }
     let (read, write) = pipe("stdin")?;
     own(&read, owner, "stdin")?;
-    let sink = Sink::Pipe(pipe::Sender::from_owned_fd(write).map_err(failed("stdin"))?);
+    let sink = InputSink::Pipe(pipe::Sender::from_owned_fd(write).map_err(failed("stdin"))?);
     Ok((read, Some(Input { stream, sink })))
 }
 
@@ -200,17 +204,17 @@ fn output(
     name: &'static str,
     stream: Option<Stream>,
     owner: Uid,
-    pipe_anyhow: bool,
+    always_pipe: bool,
 ) -> Result<Output, StdioError> {
-    if stream.is_none() && !pipe_anyhow {
+    if stream.is_none() && !always_pipe {
         return Ok((null(name)?, None));
     }
     let (read, write) = pipe(name)?;
     own(&write, owner, name)?;
-    // A smaller pipe is only slower.
+    // A failure is ignored: a smaller pipe is only slower.
     let _ = rustix::pipe::fcntl_setpipe_size(&read, pump::BUFFER);
     let read = pipe::Receiver::from_owned_fd(read).map_err(failed(name))?;
-    Ok((write, Some((Source::Pipe(read), stream))))
+    Ok((write, Some((OutputSource::Pipe(read), stream))))
 }
 
 fn pipe(name: &'static str) -> Result<(OwnedFd, OwnedFd), StdioError> {

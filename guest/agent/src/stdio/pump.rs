@@ -1,4 +1,4 @@
-//! What moves bytes between a process and the host, one buffer at a time.
+//! Moves bytes between a process and the host, one buffer at a time.
 
 use std::{
     io,
@@ -12,27 +12,27 @@ use tokio::{
     sync::watch,
 };
 
-use super::{terminal::Master, unread::Waiting};
+use super::{terminal::Master, unread::Backlog};
 use crate::channel::Stream;
 
-/// As large as a process's pipes: what it writes at full speed is moved in few steps.
+/// As large as a process's pipes, so that few steps move what it writes at full speed.
 pub(super) const BUFFER: usize = 256 << 10;
 
 /// Where a process's output comes from.
 #[derive(Debug)]
-pub(crate) enum Source {
+pub(crate) enum OutputSource {
     Pipe(pipe::Receiver),
     Terminal(Master),
 }
 
 /// Where a process's input goes.
 #[derive(Debug)]
-pub(crate) enum Sink {
+pub(crate) enum InputSink {
     Pipe(pipe::Sender),
     Terminal(Master),
 }
 
-impl Source {
+impl OutputSource {
     async fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Pipe(pipe) => pipe.read(buffer).await,
@@ -40,7 +40,7 @@ impl Source {
         }
     }
 
-    /// Asks the kernel itself: the runtime may not have heard yet of what came just before the end.
+    /// Reads directly: the runtime may not have noticed the last bytes before the end.
     fn read_now(&self, buffer: &mut [u8]) -> io::Result<usize> {
         let fd = match self {
             Self::Pipe(pipe) => pipe.as_fd(),
@@ -50,13 +50,14 @@ impl Source {
     }
 }
 
-impl Sink {
-    /// Writes some of what waits. At no time is a byte in both, or in neither, when something else runs.
-    pub(super) async fn write_some(&self, waiting: &Mutex<Waiting>) -> io::Result<()> {
+impl InputSink {
+    /// Writes some of the backlog. Whenever other tasks run, each byte is either in the backlog or in the
+    /// sink.
+    pub(super) async fn write_some(&self, backlog: &Mutex<Backlog>) -> io::Result<()> {
         let write = |write: &dyn Fn(&[u8]) -> io::Result<usize>| {
-            let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
-            let written = write(waiting.bytes())?;
-            waiting.advance(written);
+            let mut backlog = backlog.lock().unwrap_or_else(PoisonError::into_inner);
+            let written = write(backlog.bytes())?;
+            backlog.advance(written);
             io::Result::Ok(())
         };
         match self {
@@ -72,12 +73,13 @@ impl Sink {
     }
 }
 
-/// Moves a process's output to the host until the process closes it, or, after `ended` is true, until nothing is
-/// left in the pipe or terminal: something that outlives the process may hold its end for ever.
+/// Moves a process's output to the host until the process closes it, or, after `ended` is true, until the
+/// pipe or terminal is empty: another process may keep the other end open forever.
 ///
-/// Returns how many bytes the stream took, and the stream, which must stay open. Without one, output is discarded.
+/// Returns how many bytes the stream took, and the stream, which must stay open. Without a stream, output is
+/// discarded.
 pub(crate) async fn pump_out(
-    mut source: Source,
+    mut source: OutputSource,
     mut stream: Option<Stream>,
     mut ended: watch::Receiver<bool>,
 ) -> (u64, Option<Stream>) {
@@ -91,14 +93,15 @@ pub(crate) async fn pump_out(
         };
         let Ok(length @ 1..) = read else { break };
         let Some(stream) = &mut stream else { continue };
-        // A host that has gone away closes the pipe, and the process finds out as it would at a shell.
+        // If the host has closed the stream, the pipe is closed: the process sees that as it would in a
+        // shell.
         if stream.write_all(&buffer[..length]).await.is_err() {
             break;
         }
         total += length as u64;
     }
     if let Some(stream) = &mut stream {
-        // The count below is only as good as the bytes before it.
+        // The host relies on the count only after the bytes have arrived.
         let _ = stream.flush().await;
     }
     (total, stream)

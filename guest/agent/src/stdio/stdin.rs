@@ -1,4 +1,4 @@
-//! A process's stdin on its way from the host to its pipe or terminal.
+//! Moves a process's stdin from the host to its pipe or terminal.
 
 use std::{
     io,
@@ -11,17 +11,17 @@ use tokio::{
 };
 
 use super::{
-    pump::{BUFFER, Sink},
-    unread::{Pipe, Waiting},
+    pump::{BUFFER, InputSink},
+    unread::{Backlog, Pipe},
 };
 use crate::channel::Stream;
 
-/// Where the bytes of a process's stdin come from, and go to.
+/// The source and the destination of a process's stdin.
 #[derive(Debug)]
 pub(crate) struct Input<S = Stream> {
-    /// None: what waits is all.
+    /// None: the backlog is all that the process gets.
     pub(super) stream: Option<S>,
-    pub(super) sink: Sink,
+    pub(super) sink: InputSink,
 }
 
 impl Input {
@@ -30,54 +30,55 @@ impl Input {
     }
 }
 
-/// How far the stdin of a process is. All clones are of the same.
+/// The state of a process's stdin. All clones share it.
 #[derive(Debug, Clone)]
 pub(crate) struct Stdin {
     pipe: Option<Arc<Pipe>>,
-    waiting: Arc<Mutex<Waiting>>,
-    taken: watch::Sender<Taken>,
-    /// Bytes that the host has sent in all, once that is known.
+    backlog: Arc<Mutex<Backlog>>,
+    arrived: watch::Sender<Arrived>,
+    /// Number of all bytes that the host has sent, once it has reported the end.
     total: watch::Sender<Option<u64>>,
-    /// Bytes that are to be taken even if the process does not read those before them.
+    /// Number of bytes to take from the host even if the process does not read those before them.
     wanted: watch::Sender<u64>,
 }
 
-/// What of the host's bytes has arrived.
+/// How much the host's stream has delivered.
 #[derive(Debug, Clone, Copy)]
-struct Taken {
+struct Arrived {
     bytes: u64,
-    /// No more will be.
+    /// The stream delivers no more.
     over: bool,
 }
 
 impl Stdin {
-    /// `unread`: what a checkpoint has carried over, which comes before all that the host sends, if there is a stream from it.
+    /// `unread` are the bytes that a checkpoint has carried over, which come before everything from the host;
+    /// `has_stream` says whether there is a stream from the host.
     pub(crate) fn new(pipe: Option<Pipe>, unread: &[u8], has_stream: bool) -> Self {
-        let mut waiting = Waiting::default();
-        waiting.push(unread);
+        let mut backlog = Backlog::default();
+        backlog.push(unread);
         Self {
             pipe: pipe.map(Arc::new),
-            waiting: Arc::new(Mutex::new(waiting)),
-            taken: watch::Sender::new(Taken { bytes: 0, over: !has_stream }),
+            backlog: Arc::new(Mutex::new(backlog)),
+            arrived: watch::Sender::new(Arrived { bytes: 0, over: !has_stream }),
             total: watch::Sender::new(None),
             wanted: watch::Sender::new(0),
         }
     }
 
-    /// The host has sent its last byte. False when more than `total` bytes have been read already.
+    /// Records that the host has sent its last byte. False when more than `total` bytes have arrived already.
     pub(crate) fn end_at(&self, total: u64) -> bool {
-        if self.taken.borrow().bytes > total {
+        if self.arrived.borrow().bytes > total {
             return false;
         }
         self.total.send_replace(Some(total));
         true
     }
 
-    /// What the process has not read of the first `sent` bytes of the host's, or of more. The process does not run, and all
-    /// stays where it is.
+    /// What the process has not read of at least the first `sent` bytes from the host. The process must be
+    /// frozen; its stdin stays unchanged.
     ///
     /// # Errors
-    /// It is more than is carried over, or the kernel does not copy it.
+    /// More bytes are unread than a checkpoint carries over, or the kernel cannot copy them.
     pub(crate) async fn unread(&self, sent: u64) -> io::Result<Vec<u8>> {
         let Some(pipe) = &self.pipe else { return Ok(Vec::new()) };
         self.wanted.send_if_modified(|wanted| {
@@ -85,17 +86,18 @@ impl Stdin {
             *wanted = sent.max(*wanted);
             more
         });
-        let mut taken = self.taken.subscribe();
-        // The sender lives in self.
-        let _ = taken.wait_for(|taken| taken.over || taken.bytes >= sent).await;
-        // Nothing moves between the two: there is one thread, and no await.
-        pipe.unread(&self.waiting())
+        let mut arrived = self.arrived.subscribe();
+        // The sender is part of self, so this cannot fail.
+        let _ = arrived.wait_for(|arrived| arrived.over || arrived.bytes >= sent).await;
+        // The agent has one thread and there is no await here, so no byte moves meanwhile.
+        pipe.unread(&self.backlog())
     }
 
-    /// Moves bytes to the process: those that wait, then the host's until the announced end, or until either side has closed.
+    /// Moves bytes to the process: first the backlog, then the host's bytes until the announced end, or until
+    /// either side closes.
     pub(crate) fn pump<S: AsyncRead + Unpin>(self, input: Input<S>) -> impl Future<Output = ()> {
-        // From now on: the task may be ended before it runs.
-        let over = Over(self.taken.clone());
+        // Created now, since the task may be aborted before it runs.
+        let over = EndArrivals(self.arrived.clone());
         async move {
             self.move_bytes(input).await;
             drop(over);
@@ -107,35 +109,35 @@ impl Stdin {
         let (mut total, mut wanted) = (self.total.subscribe(), self.wanted.subscribe());
         let mut buffer = vec![0; BUFFER];
         loop {
-            let taken = self.taken.borrow().bytes;
+            let arrived = self.arrived.borrow().bytes;
             let left = match *total.borrow_and_update() {
                 None => BUFFER,
-                Some(total) => usize::try_from(total.saturating_sub(taken)).unwrap_or(BUFFER).min(BUFFER),
+                Some(total) => usize::try_from(total.saturating_sub(arrived)).unwrap_or(BUFFER).min(BUFFER),
             };
             if left == 0 {
                 stream = None;
             }
-            let waits = !self.waiting().bytes().is_empty();
+            let waits = !self.backlog().bytes().is_empty();
             if !waits && stream.is_none() {
                 return;
             }
-            // A process that does not read makes the host wait, but for a checkpoint.
-            let reads = !waits || taken < *wanted.borrow_and_update();
+            // If the process does not read, the host has to wait, except for a checkpoint.
+            let reads = !waits || arrived < *wanted.borrow_and_update();
             tokio::select! {
                 read = read(&mut stream, &mut buffer[..left]), if reads => match read {
                     Ok(length @ 1..) => {
-                        self.waiting().push(&buffer[..length]);
-                        self.taken.send_modify(|taken| taken.bytes += length as u64);
+                        self.backlog().push(&buffer[..length]);
+                        self.arrived.send_modify(|arrived| arrived.bytes += length as u64);
                     }
                     _ => {
                         stream = None;
-                        self.taken.send_modify(|taken| taken.over = true);
+                        self.arrived.send_modify(|arrived| arrived.over = true);
                     }
                 },
-                written = sink.write_some(&self.waiting), if waits => {
+                written = sink.write_some(&self.backlog), if waits => {
                     if written.is_err() {
-                        // There is no process for it.
-                        self.waiting().clear();
+                        // No process reads it any more.
+                        self.backlog().clear();
                         return;
                     }
                 }
@@ -145,12 +147,12 @@ impl Stdin {
         }
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn backlog(&self) -> MutexGuard<'_, Backlog> {
+        self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Without a stream there is nothing to read, ever.
+/// Reads from the stream; without one, waits forever.
 async fn read(stream: &mut Option<impl AsyncRead + Unpin>, buffer: &mut [u8]) -> io::Result<usize> {
     match stream {
         Some(stream) => stream.read(buffer).await,
@@ -158,12 +160,12 @@ async fn read(stream: &mut Option<impl AsyncRead + Unpin>, buffer: &mut [u8]) ->
     }
 }
 
-/// Says that no more bytes will be taken, however the pump ends.
-struct Over(watch::Sender<Taken>);
+/// Records that the stream delivers no more, however the pump ends.
+struct EndArrivals(watch::Sender<Arrived>);
 
-impl Drop for Over {
+impl Drop for EndArrivals {
     fn drop(&mut self) {
-        self.0.send_modify(|taken| taken.over = true);
+        self.0.send_modify(|arrived| arrived.over = true);
     }
 }
 
@@ -184,7 +186,7 @@ mod tests {
         let (read, write): (OwnedFd, OwnedFd) = pipe2(OFlag::O_CLOEXEC).unwrap();
         let pipe = Pipe::of(&write).unwrap();
         let stdin = Stdin::new(Some(pipe), unread, stream.is_some());
-        let sink = Sink::Pipe(pipe::Sender::from_owned_fd(write).unwrap());
+        let sink = InputSink::Pipe(pipe::Sender::from_owned_fd(write).unwrap());
         (read.into(), stdin, Input { stream, sink })
     }
 
@@ -197,7 +199,7 @@ mod tests {
         let (mut host, guest) = duplex(8 << 10);
         let (mut read, stdin, input) = made(b"", Some(guest));
         let pump = tokio::spawn(stdin.clone().pump(input));
-        // More than the pipe, and then more than the pump takes of its own accord.
+        // More than the pipe holds, and more than the pump takes without a checkpoint.
         let all = numbers(0..200_000);
         let (sent, to_send) = (all.len() as u64, all.clone());
         let sender = tokio::spawn(async move {
@@ -206,7 +208,7 @@ mod tests {
         });
         assert!(stdin.unread(sent).await.unwrap() == all);
         let _host = sender.await.unwrap();
-        // What has been read since is not unread.
+        // What the process has read in the meantime is not unread.
         let mut first = vec![0; 50_000];
         read.read_exact(&mut first).unwrap();
         assert!(stdin.end_at(sent));
@@ -253,9 +255,9 @@ mod tests {
         let (read, stdin, input) = made(b"", Some(guest));
         drop(read);
         let pump = tokio::spawn(stdin.clone().pump(input));
-        host.write_all(b"for nobody").await.unwrap();
+        host.write_all(b"unread").await.unwrap();
         pump.await.unwrap();
-        // Even if the host says that it has sent more.
+        // Even if the host reports that it has sent more.
         assert_eq!(stdin.unread(1000).await.unwrap(), b"");
     }
 }

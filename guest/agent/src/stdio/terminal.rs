@@ -1,8 +1,8 @@
-//! A process's terminal, from the agent's side: the master of a pair that the process has made in the container's
-//! own devpts.
+//! A process's terminal, from the agent's side: the master of a pair that the process has made in the
+//! container's own devpts.
 //!
-//! The pumps own the master. When they let go of it, the kernel hangs the terminal up: its session gets SIGHUP, and
-//! whoever reads from it an end.
+//! The pumps own the master. When the last of them closes it, the kernel hangs up the terminal: its session
+//! gets SIGHUP, and reading from it ends.
 
 use std::{
     io::{self, IoSliceMut},
@@ -22,7 +22,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 use super::StdioError;
 use crate::sys::{self, terminal};
 
-/// Characters.
+/// The size of a terminal, in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct WindowSize {
     pub(crate) width: u16,
@@ -30,22 +30,22 @@ pub(crate) struct WindowSize {
 }
 
 impl WindowSize {
-    /// More than the kernel knows is as much as it knows.
+    /// Limits both sides to what the kernel supports.
     pub(crate) fn clamped(width: u32, height: u32) -> Self {
         let side = |n| u16::try_from(n).unwrap_or(u16::MAX);
         Self { width: side(width), height: side(height) }
     }
 }
 
-/// The agent's end of the socket through which a master comes.
+/// The agent's end of the socket through which the process sends the master.
 #[derive(Debug)]
 pub(crate) struct ConsoleSocket(OwnedFd);
 
-/// The master's descriptor, watched; closed with its last clone.
+/// The descriptor of the master, which is closed with its last clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Master(Arc<AsyncFd<OwnedFd>>);
 
-/// What can be asked of a terminal for as long as its pumps run.
+/// Controls a terminal for as long as its pumps run.
 #[derive(Debug)]
 pub(crate) struct Terminal(Weak<AsyncFd<OwnedFd>>);
 
@@ -57,7 +57,7 @@ impl ConsoleSocket {
         Ok((Self(ours), theirs))
     }
 
-    /// Takes the master, which has been sent by now.
+    /// Receives the master, which the process has sent by now.
     pub(super) fn receive(self) -> Result<(Terminal, Master), StdioError> {
         let master = receive_fd(self.0.as_fd(), MsgFlags::MSG_DONTWAIT).map_err(StdioError::NoMaster)?;
         fcntl(&master, FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK))
@@ -71,7 +71,7 @@ impl ConsoleSocket {
 /// Receives one descriptor.
 ///
 /// # Errors
-/// Those of recvmsg(2); EBADMSG when what has come carries none.
+/// Those of recvmsg(2); EBADMSG when the message carries no descriptor.
 pub(crate) fn receive_fd(socket: BorrowedFd<'_>, flags: MsgFlags) -> Result<OwnedFd, Errno> {
     let mut bytes = [0; 256];
     let mut parts = [IoSliceMut::new(&mut bytes)];
@@ -89,7 +89,7 @@ pub(crate) fn receive_fd(socket: BorrowedFd<'_>, flags: MsgFlags) -> Result<Owne
 }
 
 impl Terminal {
-    /// False when the terminal is gone. The kernel tells the foreground processes of a change by SIGWINCH.
+    /// Sets the size. False when the terminal is gone. The kernel sends SIGWINCH to the foreground processes.
     ///
     /// # Errors
     /// Those of the ioctl.
@@ -102,7 +102,7 @@ impl Terminal {
 }
 
 impl Master {
-    /// 0 when every process has closed the terminal.
+    /// Returns 0 when every process has closed the terminal.
     pub(super) async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.0.async_io(Interest::READABLE, |fd| Ok(nix::unistd::read(fd, buffer)?)).await;
         match read {

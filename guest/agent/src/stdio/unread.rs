@@ -1,7 +1,7 @@
-//! What waits in a process's stdin: in its pipe, and before that in the agent. A checkpoint carries it over.
+//! The unread bytes of a process's stdin, in its pipe and in the agent. A checkpoint carries them over.
 //!
 //! ```text
-//!   host ── stream ──> pump ── Waiting ──> pipe ──> process
+//!   host ── stream ──> pump ── Backlog ──> pipe ──> process
 //!                              └──────── unread ────┘
 //! ```
 
@@ -20,18 +20,19 @@ use rustix::{
     pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, tee},
 };
 
-/// Most bytes that a checkpoint carries over: more than an unprivileged process's pipe and the agent's buffers hold.
+/// Most bytes that a checkpoint carries over: more than an unprivileged process's pipe and the agent's
+/// buffers hold.
 pub(crate) const MAX_UNREAD: usize = 2 << 20;
 
-/// Bytes that were taken from the host and are not in the process's pipe yet.
+/// Bytes from the host that are not in the process's pipe yet.
 #[derive(Debug, Default)]
-pub(super) struct Waiting {
+pub(super) struct Backlog {
     bytes: Vec<u8>,
-    /// Bytes at the start that the pipe has.
+    /// Number of bytes at the start that are in the pipe.
     written: usize,
 }
 
-impl Waiting {
+impl Backlog {
     pub(super) fn push(&mut self, bytes: &[u8]) {
         if self.bytes().is_empty() {
             self.clear();
@@ -53,8 +54,8 @@ impl Waiting {
     }
 }
 
-/// A pipe that was made for a process. It is open here neither for reading nor for writing, so that the process and whoever
-/// is at the other end see each other close it.
+/// A pipe that was made for a process. The agent has it open neither for reading nor for writing, so that
+/// each end still notices when the other is closed.
 #[derive(Debug)]
 pub(crate) struct Pipe {
     handle: File,
@@ -62,6 +63,8 @@ pub(crate) struct Pipe {
 }
 
 impl Pipe {
+    /// The pipe with this end.
+    ///
     /// # Errors
     /// Those of open(2).
     pub(super) fn of(end: &OwnedFd) -> io::Result<Self> {
@@ -71,15 +74,15 @@ impl Pipe {
         Ok(Self { handle, inode })
     }
 
-    /// As CRIU names it.
+    /// CRIU's name of the pipe.
     pub(crate) fn name(&self) -> String {
         format!("pipe:[{}]", self.inode)
     }
 
-    /// A copy of what is in it. No process may read or write meanwhile.
+    /// Copies the content of the pipe. No process may read or write it meanwhile.
     ///
     /// # Errors
-    /// It holds more than [`MAX_UNREAD`], or the kernel does not copy it.
+    /// The pipe holds more than [`MAX_UNREAD`], or the kernel cannot copy it.
     fn content(&self) -> io::Result<Vec<u8>> {
         let path = path_of(self.handle.as_raw_fd());
         let pipe = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
@@ -90,7 +93,7 @@ impl Pipe {
         if length > MAX_UNREAD {
             return Err(too_much());
         }
-        // tee(2) copies references to pages: the other pipe needs as much room, however little is in each of them.
+        // tee(2) copies references to pages: the other pipe needs as many, however little each of them holds.
         let (copy, to) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         fcntl_setpipe_size(&to, fcntl_getpipe_size(&pipe)?)?;
         let copied = tee(pipe.as_fd(), to.as_fd(), length, SpliceFlags::NONBLOCK)?;
@@ -102,13 +105,13 @@ impl Pipe {
         }
     }
 
-    /// What is in it, and what will be.
+    /// The content of the pipe, and the backlog that follows it.
     ///
     /// # Errors
-    /// It is more than [`MAX_UNREAD`], or the kernel does not copy it.
-    pub(super) fn unread(&self, waiting: &Waiting) -> io::Result<Vec<u8>> {
+    /// The bytes are more than [`MAX_UNREAD`], or the kernel cannot copy them.
+    pub(super) fn unread(&self, backlog: &Backlog) -> io::Result<Vec<u8>> {
         let mut unread = self.content()?;
-        unread.extend_from_slice(waiting.bytes());
+        unread.extend_from_slice(backlog.bytes());
         if unread.len() > MAX_UNREAD { Err(too_much()) } else { Ok(unread) }
     }
 }
@@ -118,10 +121,10 @@ fn path_of(fd: i32) -> PathBuf {
 }
 
 fn too_much() -> io::Error {
-    io::Error::new(io::ErrorKind::FileTooLarge, format!("more than {MAX_UNREAD} bytes wait in it"))
+    io::Error::new(io::ErrorKind::FileTooLarge, format!("more than {MAX_UNREAD} bytes are unread"))
 }
 
-/// Writes `unread` where [`read`] finds it. Nothing is written where nothing waits.
+/// Writes `unread` to a file for [`read`]. Writes no file if nothing is unread.
 ///
 /// # Errors
 /// Those of the file system.
@@ -129,10 +132,10 @@ pub(crate) fn save(unread: &[u8], path: &std::path::Path) -> io::Result<()> {
     if unread.is_empty() { Ok(()) } else { fs::write(path, unread) }
 }
 
-/// What [`save`] has written.
+/// Reads the bytes that [`save`] has written.
 ///
 /// # Errors
-/// Those of the file system, or it is larger than anything that was written.
+/// Those of the file system, or the file is too large to come from [`save`].
 pub(crate) fn read(path: &std::path::Path) -> io::Result<Vec<u8>> {
     let file = match File::open(path) {
         Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -158,22 +161,22 @@ mod tests {
     #[test]
     fn what_waits_is_copied_and_stays() {
         let (mut read, mut write, pipe) = made();
-        assert_eq!(pipe.unread(&Waiting::default()).unwrap(), b"");
+        assert_eq!(pipe.unread(&Backlog::default()).unwrap(), b"");
         // Pieces that fill no page, and some that do.
         let content: Vec<u8> = (0..=255).cycle().take(50_000).collect();
         write.write_all(&content[..10]).unwrap();
         write.write_all(&content[10..20]).unwrap();
         write.write_all(&content[20..]).unwrap();
-        let mut waiting = Waiting::default();
-        waiting.push(b"abc");
-        waiting.advance(1);
+        let mut backlog = Backlog::default();
+        backlog.push(b"abc");
+        backlog.advance(1);
         let unread = [&content[..], b"bc"].concat();
-        assert_eq!(pipe.unread(&waiting).unwrap(), unread);
-        assert_eq!(pipe.unread(&waiting).unwrap(), unread);
+        assert_eq!(pipe.unread(&backlog).unwrap(), unread);
+        assert_eq!(pipe.unread(&backlog).unwrap(), unread);
         let mut all = vec![0; content.len()];
         read.read_exact(&mut all).unwrap();
         assert_eq!(all, content);
-        assert_eq!(pipe.unread(&waiting).unwrap(), b"bc");
+        assert_eq!(pipe.unread(&backlog).unwrap(), b"bc");
     }
 
     #[test]
@@ -185,7 +188,7 @@ mod tests {
             while let Ok(written) = write.write(&[7; 4096]) {
                 length += written;
             }
-            assert_eq!(pipe.unread(&Waiting::default()).unwrap(), vec![7; length]);
+            assert_eq!(pipe.unread(&Backlog::default()).unwrap(), vec![7; length]);
         }
     }
 
@@ -194,13 +197,13 @@ mod tests {
         let (mut read, mut write, pipe) = made();
         write.write_all(b"last").unwrap();
         drop(write);
-        assert_eq!(pipe.unread(&Waiting::default()).unwrap(), b"last");
+        assert_eq!(pipe.unread(&Backlog::default()).unwrap(), b"last");
         let mut rest = Vec::new();
         read.read_to_end(&mut rest).unwrap();
         assert_eq!(rest, b"last");
         let (read, mut write, pipe) = made();
         drop(read);
-        assert_eq!(pipe.unread(&Waiting::default()).unwrap(), b"");
+        assert_eq!(pipe.unread(&Backlog::default()).unwrap(), b"");
         assert_eq!(write.write(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
         assert!(pipe.name().starts_with("pipe:["));
     }
@@ -208,11 +211,11 @@ mod tests {
     #[test]
     fn more_than_is_carried_is_an_error() {
         let (_read, _write, pipe) = made();
-        let mut waiting = Waiting::default();
-        waiting.push(&vec![1; MAX_UNREAD]);
-        assert_eq!(pipe.unread(&waiting).unwrap().len(), MAX_UNREAD);
-        waiting.push(b"2");
-        assert!(pipe.unread(&waiting).unwrap_err().to_string().contains("more than"));
+        let mut backlog = Backlog::default();
+        backlog.push(&vec![1; MAX_UNREAD]);
+        assert_eq!(pipe.unread(&backlog).unwrap().len(), MAX_UNREAD);
+        backlog.push(b"2");
+        assert!(pipe.unread(&backlog).unwrap_err().to_string().contains("more than"));
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("stdin");
         assert_eq!(read(&path).unwrap(), b"");

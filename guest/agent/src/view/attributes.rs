@@ -1,4 +1,4 @@
-//! What a file is like, from the guest's kernel to the host's, and back.
+//! Converts the attributes of files between the guest's kernel and the host's.
 
 use std::{
     io,
@@ -14,11 +14,11 @@ use rustix::{
     io::Errno,
 };
 
-use super::tree::Here;
+use super::tree::LocatedFile;
 
-/// What is to be changed (setattr).
+/// A change of attributes (setattr).
 #[derive(Debug, Default)]
-pub(super) struct Change {
+pub(super) struct AttributeChange {
     pub(super) mode: Option<u32>,
     pub(super) owner: Option<u32>,
     pub(super) group: Option<u32>,
@@ -60,12 +60,12 @@ pub(super) fn kind(kind: FileType) -> fuser::FileType {
     }
 }
 
-/// As in linux/kdev_t.h, new_encode_dev().
+/// Encodes a device number as new_encode_dev() of linux/kdev_t.h does.
 fn device(major: u32, minor: u32) -> u32 {
     (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
 }
 
-/// The two numbers of [`device`].
+/// Major and minor number of a [`device`].
 pub(super) fn device_numbers(device: u32) -> (u32, u32) {
     ((device >> 8) & 0xfff, (device & 0xff) | ((device >> 12) & 0xf_ff00))
 }
@@ -89,7 +89,7 @@ fn stamp(time: Option<TimeOrNow>) -> Timespec {
                 Timespec { tv_sec: since.as_secs().cast_signed(), tv_nsec: since.subsec_nanos().into() }
             }
             Err(before) => {
-                // Nanoseconds count forward from a second that is further back.
+                // Nanoseconds count forward from the preceding full second.
                 let before = before.duration();
                 let back = i64::from(before.subsec_nanos() > 0);
                 let nanoseconds = i64::from((1_000_000_000 - before.subsec_nanos()) % 1_000_000_000);
@@ -99,14 +99,14 @@ fn stamp(time: Option<TimeOrNow>) -> Timespec {
     }
 }
 
-impl Change {
-    /// Times come last, as every other change sets some.
-    pub(super) fn make(self, file: &Here) -> io::Result<()> {
+impl AttributeChange {
+    /// Applies the change. Times come last, since every other change sets some of them.
+    pub(super) fn apply(self, file: &LocatedFile) -> io::Result<()> {
         if self.owner.is_some() || self.group.is_some() {
             let (owner, group) = (self.owner.map(Uid::from_raw), self.group.map(Gid::from_raw));
             chownat(file, "", owner, group, AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW)?;
         }
-        // After the owner, whose change takes set-user-id bits away.
+        // After the owner, since a change of the owner clears set-user-id bits.
         if let Some(mode) = self.mode {
             if file.kind() == FileType::Symlink {
                 return Err(Errno::OPNOTSUPP.into());

@@ -1,4 +1,4 @@
-//! FUSE's requests as calls of the guest's kernel, below a container's root.
+//! Carries out FUSE requests by calls to the guest's kernel, below a container's root.
 
 use std::{
     ffi::OsStr,
@@ -28,25 +28,25 @@ use rustix::{
 };
 
 use super::{
-    attributes::{self, Change},
-    tree::{Here, Tree},
+    attributes::{self, AttributeChange},
+    tree::{LocatedFile, Tree},
 };
 
-/// Names are looked up each time.
-const NO_TIME: Duration = Duration::ZERO;
-/// What a lookup has told of a file serves the call that has looked it up.
-const MOMENT: Duration = Duration::from_millis(10);
+/// The host's kernel looks up a name each time it uses it.
+const NAMES_VALID: Duration = Duration::ZERO;
+/// The attributes that a lookup returns remain valid for the call that has caused the lookup.
+const ATTRIBUTES_VALID: Duration = Duration::from_millis(10);
 const GENERATION: Generation = Generation(0);
 /// Most bytes of an extended attribute, and of the list of their names (xattr(7)).
 const XATTR_MAX: usize = 64 << 10;
-/// Bytes of a directory that are read at once.
+/// Bytes that one read of a directory takes.
 const DIRECTORY: usize = 32 << 10;
 
 #[derive(Debug)]
 pub(super) struct FileSystem(Mutex<Tree>);
 
 impl FileSystem {
-    pub(super) fn of(tree: Tree) -> Self {
+    pub(super) fn new(tree: Tree) -> Self {
         Self(Mutex::new(tree))
     }
 
@@ -54,12 +54,12 @@ impl FileSystem {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes something under a name, and looks it up.
+    /// Creates something under a name, and looks it up.
     fn make(
         &self,
         parent: INodeNo,
         name: &OsStr,
-        make: impl FnOnce(&Here) -> rustix::io::Result<()>,
+        make: impl FnOnce(&LocatedFile) -> rustix::io::Result<()>,
     ) -> io::Result<FileAttr> {
         let mut tree = self.tree();
         let dir = tree.parent(parent.0, name)?;
@@ -74,7 +74,7 @@ impl FileSystem {
 
     fn open_as(&self, node: INodeNo, flags: OFlags) -> io::Result<FileHandle> {
         let mut tree = self.tree();
-        let file = tree.here(node.0)?.open(flags)?;
+        let file = tree.locate(node.0)?.open(flags)?;
         Ok(FileHandle(tree.keep(node.0, file)))
     }
 
@@ -94,13 +94,13 @@ impl FileSystem {
         let mut tree = self.tree();
         let dir = tree.parent(parent.0, name)?;
         let new = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let made = openat(&dir, name, usual(flags) | new, permissions(mode));
+        let made = openat(&dir, name, shared_flags(flags) | new, permissions(mode));
         let attributes = tree.entry_in(parent.0, &dir, name)?;
         let file = match made {
             Ok(file) => file.into(),
-            // The container was faster, which matters only to who wants to have made it.
+            // The container has created the file first, which matters only to an exclusive creation.
             Err(Errnum::EXIST) if flags & libc::O_EXCL == 0 => {
-                tree.here(attributes.ino.0)?.open(usual(flags))?
+                tree.locate(attributes.ino.0)?.open(shared_flags(flags))?
             }
             Err(errno) => return Err(errno.into()),
         };
@@ -118,7 +118,7 @@ impl FileSystem {
             let entry = entry?;
             let name = OsStr::from_bytes(entry.file_name().to_bytes());
             let kind = attributes::kind(entry.file_type());
-            // 0 stands for no entry.
+            // 0 means that there is no entry.
             if reply.add(INodeNo(entry.ino().max(1)), entry.next_entry_cookie(), kind, name) {
                 break;
             }
@@ -127,8 +127,8 @@ impl FileSystem {
     }
 }
 
-/// The flags of an open that mean something to a file that another kernel has open.
-fn usual(flags: i32) -> OFlags {
+/// The flags of an open(2) that have a meaning for a file that another kernel has open.
+fn shared_flags(flags: i32) -> OFlags {
     let meant = libc::O_ACCMODE | libc::O_APPEND | libc::O_DSYNC | libc::O_SYNC;
     OFlags::from_bits_truncate((flags & meant).cast_unsigned())
 }
@@ -137,7 +137,7 @@ fn permissions(mode: u32) -> Mode {
     Mode::from_bits_truncate(mode & 0o7777)
 }
 
-/// A reply that can say what went wrong.
+/// Replies with a result or with an error.
 macro_rules! answer {
     ($reply:ident, $result:expr, $ok:pat => $done:expr) => {
         match $result {
@@ -161,7 +161,7 @@ impl Filesystem for FileSystem {
     }
 
     fn getattr(&self, _: &Request, node: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        answer!(reply, self.tree().attributes(node.0), found => reply.attr(&MOMENT, &found));
+        answer!(reply, self.tree().attributes(node.0), found => reply.attr(&ATTRIBUTES_VALID, &found));
     }
 
     fn setattr(
@@ -182,12 +182,12 @@ impl Filesystem for FileSystem {
         _: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let change = Change { mode, owner, group, size, accessed, modified };
-        answer!(reply, self.tree().change(node.0, change), now => reply.attr(&MOMENT, &now));
+        let change = AttributeChange { mode, owner, group, size, accessed, modified };
+        answer!(reply, self.tree().change(node.0, change), now => reply.attr(&ATTRIBUTES_VALID, &now));
     }
 
     fn readlink(&self, _: &Request, node: INodeNo, reply: ReplyData) {
-        let target = self.tree().here(node.0).and_then(|here| Ok(readlinkat(here, "", Vec::new())?));
+        let target = self.tree().locate(node.0).and_then(|file| Ok(readlinkat(file, "", Vec::new())?));
         answer!(reply, target, target => reply.data(target.as_bytes()));
     }
 
@@ -248,7 +248,7 @@ impl Filesystem for FileSystem {
     }
 
     fn link(&self, _: &Request, node: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let file = self.tree().here(node.0);
+        let file = self.tree().locate(node.0);
         let linked = file.and_then(|file| {
             self.make(parent, name, |dir| linkat(CWD, file.path(), dir, name, AtFlags::SYMLINK_FOLLOW))
         });
@@ -256,7 +256,7 @@ impl Filesystem for FileSystem {
     }
 
     fn open(&self, _: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        let opened = self.open_as(node, usual(flags.0));
+        let opened = self.open_as(node, shared_flags(flags.0));
         answer!(reply, opened, handle => reply.opened(handle, FopenFlags::FOPEN_DIRECT_IO));
     }
 
@@ -272,7 +272,7 @@ impl Filesystem for FileSystem {
     ) {
         let created = self.create_new(parent, name, mode, flags);
         answer!(reply, created, (found, handle) => {
-            reply.created(&NO_TIME, &found, GENERATION, handle, FopenFlags::FOPEN_DIRECT_IO);
+            reply.created(&NAMES_VALID, &found, GENERATION, handle, FopenFlags::FOPEN_DIRECT_IO);
         });
     }
 
@@ -310,7 +310,7 @@ impl Filesystem for FileSystem {
         answer!(reply, written, length => reply.written(length as u32));
     }
 
-    /// Tells the kernel not to ask at each close(2).
+    /// Makes the kernel stop sending this request at each close(2).
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
         reply.error(Errno::ENOSYS);
     }
@@ -352,7 +352,7 @@ impl Filesystem for FileSystem {
     }
 
     fn statfs(&self, _: &Request, node: INodeNo, reply: ReplyStatfs) {
-        let status = self.tree().here(node.0).and_then(|here| Ok(fstatvfs(here.as_fd())?));
+        let status = self.tree().locate(node.0).and_then(|file| Ok(fstatvfs(file.as_fd())?));
         answer!(reply, status, of => reply.statfs(
             of.f_blocks,
             of.f_bfree,
@@ -376,26 +376,26 @@ impl Filesystem for FileSystem {
         reply: ReplyEmpty,
     ) {
         let flags = XattrFlags::from_bits_retain(flags.cast_unsigned());
-        let set = self.tree().here(node.0).and_then(|here| Ok(setxattr(here.path(), name, value, flags)?));
+        let set = self.tree().locate(node.0).and_then(|file| Ok(setxattr(file.path(), name, value, flags)?));
         answer!(reply, set, () => reply.ok());
     }
 
     fn getxattr(&self, _: &Request, node: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         let mut value = Vec::with_capacity(XATTR_MAX);
         let room = rustix::buffer::spare_capacity(&mut value);
-        let got = self.tree().here(node.0).and_then(|here| Ok(getxattr(here.path(), name, room)?));
+        let got = self.tree().locate(node.0).and_then(|file| Ok(getxattr(file.path(), name, room)?));
         answer!(reply, got, _ => sized(reply, &value, size));
     }
 
     fn listxattr(&self, _: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
         let mut names = Vec::with_capacity(XATTR_MAX);
         let room = rustix::buffer::spare_capacity(&mut names);
-        let got = self.tree().here(node.0).and_then(|here| Ok(listxattr(here.path(), room)?));
+        let got = self.tree().locate(node.0).and_then(|file| Ok(listxattr(file.path(), room)?));
         answer!(reply, got, _ => sized(reply, &names, size));
     }
 
     fn removexattr(&self, _: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let removed = self.tree().here(node.0).and_then(|here| Ok(removexattr(here.path(), name)?));
+        let removed = self.tree().locate(node.0).and_then(|file| Ok(removexattr(file.path(), name)?));
         answer!(reply, removed, () => reply.ok());
     }
 
@@ -424,7 +424,7 @@ impl Filesystem for FileSystem {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        // The kernel asks for these two only.
+        // The kernel sends only these two.
         let to = match whence {
             libc::SEEK_DATA => SeekFrom::Data(offset.cast_unsigned()),
             libc::SEEK_HOLE => SeekFrom::Hole(offset.cast_unsigned()),
@@ -437,10 +437,10 @@ impl Filesystem for FileSystem {
 }
 
 fn entry(reply: ReplyEntry, found: io::Result<FileAttr>) {
-    answer!(reply, found, found => reply.entry_with_ttls(&MOMENT, &NO_TIME, &found, GENERATION));
+    answer!(reply, found, found => reply.entry_with_ttls(&ATTRIBUTES_VALID, &NAMES_VALID, &found, GENERATION));
 }
 
-/// An answer to who asks for the size (of 0 bytes), or has room for so much.
+/// Answers a request for the size (with room for 0 bytes) or for the data.
 fn sized(reply: ReplyXattr, data: &[u8], size: u32) {
     match size as usize {
         0 => reply.size(data.len() as u32),
@@ -449,7 +449,8 @@ fn sized(reply: ReplyXattr, data: &[u8], size: u32) {
     }
 }
 
-/// Reads until there is no more or no room. What was read before an error is what there is.
+/// Reads until the end of the file, until the buffer is full, or until an error; the bytes before an error
+/// are returned.
 fn fill(file: &fs::File, offset: u64, data: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while filled < data.len() {

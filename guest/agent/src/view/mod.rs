@@ -1,19 +1,21 @@
-//! A container's root file system for the host: what `/proc/PID/root` of its anchor shows there.
+//! Serves a container's root file system to the host, which shows it as `/proc/PID/root` of the container's
+//! anchor.
 //!
 //! ```text
-//!   host ── raw stream ── Passage (a task of the agent) ── socket ── server (a process of its own) ── files
+//!   host ── raw stream ── Relay (a task of the agent) ── socket ── server (a separate process) ── files
 //! ```
-//! It is made when the host asks for it, so a container that nobody looks into has none.
+//! The server is started when the host asks for the files, so most containers have none.
 
 mod attributes;
 mod filesystem;
 mod nodes;
-mod passage;
+mod relay;
 mod server;
 mod tree;
 
 use std::{io, os::fd::OwnedFd, time::Duration};
 
+use machinen_protocol::error::{ErrorKind, HasKind};
 use nix::{
     errno::Errno,
     fcntl::{OFlag, open},
@@ -31,15 +33,16 @@ use tokio::{
 };
 
 use crate::{
-    agent::Parts,
     channel::Stream,
-    engine::EngineError,
-    reaper::{Exit, Reaper},
+    console,
+    engine::{Engine, EngineError},
+    reaper::Reaper,
+    sys::WaitStatus,
 };
-use passage::{Gate, Passage};
+use relay::{Relay, WriteGate};
 pub(crate) use server::serve;
 
-/// How long a change that is being made may take when the container is paused.
+/// How long a pause waits for a change in progress.
 const CHANGE_DEADLINE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
@@ -48,85 +51,100 @@ pub(crate) enum ViewError {
     NotRunning,
     #[error("cannot open the container's root")]
     Root(#[source] Errno),
-    #[error("cannot make a socket for who serves the container's files")]
+    #[error("cannot make a socket for the server of the container's files")]
     Socket(#[source] Errno),
     #[error(transparent)]
     Engine(#[from] EngineError),
-    #[error("cannot talk to who serves the container's files")]
+    #[error("cannot talk to the server of the container's files")]
     Server(#[source] io::Error),
     #[error("a change that the host makes to the container's files has not ended within {} s", CHANGE_DEADLINE.as_secs())]
     Changing,
+}
+
+impl HasKind for ViewError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NotRunning => ErrorKind::FailedPrecondition,
+            _ => ErrorKind::Internal,
+        }
+    }
 }
 
 /// The view of one container: at most one at a time.
 #[derive(Debug, Default)]
 pub(crate) struct View {
     serving: Mutex<Option<Serving>>,
-    gate: Gate,
+    gate: WriteGate,
 }
 
 #[derive(Debug)]
 struct Serving {
     server: Pid,
     reaper: Reaper,
-    exit: oneshot::Receiver<Exit>,
-    passage: AbortHandle,
+    exit: oneshot::Receiver<WaitStatus>,
+    relay: AbortHandle,
 }
 
 impl View {
-    /// Serves what the container's `init` has as its root, on `stream`. An earlier one ends.
+    /// Serves the root directory of the container's `init` on `stream`. A server from an earlier call ends.
     ///
     /// # Errors
-    /// The container has ended, or the server cannot be made.
-    pub(crate) async fn open(&self, parts: &Parts, init: Pid, stream: Stream) -> Result<(), ViewError> {
+    /// The container has ended, or the server cannot be started.
+    pub(crate) async fn open(
+        &self,
+        engine: &Engine,
+        reaper: &Reaper,
+        init: Pid,
+        stream: Stream,
+    ) -> Result<(), ViewError> {
         let mut serving = self.serving.lock().await;
         end(serving.take()).await;
-        let root = root_of(&parts.reaper, init)?;
+        let root = root_of(reaper, init)?;
         let (ours, servers) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
                 .map_err(ViewError::Socket)?;
-        let process = parts.engine.serve_view(&parts.reaper, root, servers).await?;
-        let passage = Passage::open(ours, self.gate.clone()).await.map_err(ViewError::Server)?;
-        let passage = tokio::spawn(passage.run(stream)).abort_handle();
-        let (server, reaper) = (process.pid, parts.reaper.clone());
-        *serving = Some(Serving { server, reaper, exit: process.exit, passage });
+        let process = engine.serve_view(reaper, root, servers).await?;
+        let relay = Relay::open(ours, self.gate.clone()).await.map_err(ViewError::Server)?;
+        let relay = tokio::spawn(relay.run(stream)).abort_handle();
+        let (server, reaper) = (process.pid, reaper.clone());
+        *serving = Some(Serving { server, reaper, exit: process.exit, relay });
         Ok(())
     }
 
-    /// Nothing can be changed through it when this returns.
+    /// Makes the view read-only, and returns when no change is in progress.
     ///
     /// # Errors
-    /// Something is still being changed.
-    pub(crate) async fn hold(&self) -> Result<(), ViewError> {
+    /// A change takes too long; the view is writable again.
+    pub(crate) async fn make_read_only(&self) -> Result<(), ViewError> {
         timeout(CHANGE_DEADLINE, self.gate.close()).await.map_err(|_| {
             self.gate.open();
             ViewError::Changing
         })
     }
 
-    pub(crate) fn release(&self) {
+    pub(crate) fn make_writable(&self) {
         self.gate.open();
     }
 
-    /// Nothing of it is left when this returns.
+    /// Ends the server, and returns when it is gone.
     pub(crate) async fn end(&self) {
         end(self.serving.lock().await.take()).await;
     }
 }
 
 async fn end(serving: Option<Serving>) {
-    let Some(Serving { server, reaper, exit, passage }) = serving else { return };
-    passage.abort();
+    let Some(Serving { server, reaper, exit, relay }) = serving else { return };
+    relay.abort();
     if let Err(errno) = reaper.signal(server, Signal::SIGKILL as i32) {
-        crate::console::say(&format!("cannot end who serves a container's files: {errno}"));
+        console::say(&format!("cannot end the server of a container's files: {errno}"));
     }
-    // An error means that it was reaped before.
+    // An error means that the server was reaped before.
     let _ = exit.await;
 }
 
 fn root_of(reaper: &Reaper, init: Pid) -> Result<OwnedFd, ViewError> {
-    // Its pid is its own while it is held.
-    let _held = reaper.hold(init).map_err(ViewError::Root)?.ok_or(ViewError::NotRunning)?;
+    // The pid is not reused while this handle is open.
+    let _handle = reaper.open(init).map_err(ViewError::Root)?.ok_or(ViewError::NotRunning)?;
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     match open(format!("/proc/{init}/root").as_str(), flags, Mode::empty()) {
         Err(Errno::ENOENT) => Err(ViewError::NotRunning),

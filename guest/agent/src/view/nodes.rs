@@ -1,22 +1,23 @@
-//! What the host's kernel calls the files that it knows.
+//! The files that the host's kernel knows, by the numbers that it has for them.
 //!
-//! A node is a number for a file and the place where it was last seen: a name in another node. No descriptor is held for
-//! it, since the kernel may know all files of an image at once. A name that the container gives to another file meanwhile is
-//! found out when the place is visited; the kernel looks a name up each time it follows a path, which brings the place up
-//! to date.
+//! A node is a number for a file, and the place where the file was last seen: a name in another node. The
+//! server keeps no descriptor for a node, since the kernel may know all files of an image at once. If the
+//! container gives the name to another file, the server notices when it visits the place. The kernel looks up
+//! each name whenever it follows a path, and each lookup updates the place.
 
 use std::{
     collections::HashMap,
     ffi::{OsStr, OsString},
 };
 
-/// Deeper than any path may be (PATH_MAX, by names of one letter).
+/// More elements than any path has (PATH_MAX, with names of one letter).
 const MAX_DEPTH: usize = 2048;
 
-/// What makes two names the same file.
+/// Two names with the same identity are the same file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Identity {
-    /// A directory may be mounted at several places, and for the host's kernel it can be at one only.
+pub(super) struct FileIdentity {
+    /// Part of the identity because a directory may be mounted at several places, but the host's kernel
+    /// allows only one place for each directory.
     pub(super) mount: u64,
     pub(super) device: (u32, u32),
     pub(super) inode: u64,
@@ -26,7 +27,7 @@ pub(super) struct Identity {
 pub(super) struct Nodes {
     root: u64,
     nodes: HashMap<u64, Node>,
-    known: HashMap<Identity, u64>,
+    known: HashMap<FileIdentity, u64>,
     next: u64,
 }
 
@@ -34,20 +35,21 @@ pub(super) struct Nodes {
 struct Node {
     parent: u64,
     name: OsString,
-    identity: Identity,
-    /// How often the kernel was told of it, and has not forgotten it.
+    identity: FileIdentity,
+    /// Number of lookups that have returned this node to the kernel, minus those that the kernel has
+    /// forgotten.
     lookups: u64,
-    /// Nodes that are in it.
+    /// Number of nodes in this directory.
     children: u64,
 }
 
 impl Nodes {
-    /// Only the root, which is never forgotten. Numbers are given from `first` on.
+    /// Knows only the root, which is never forgotten. New numbers start at `first`.
     pub(super) fn new(root: u64, first: u64) -> Self {
         Self { root, nodes: HashMap::new(), known: HashMap::new(), next: first }
     }
 
-    /// The names that lead to a node, and the root's are none. None when there is no such node.
+    /// The names on the path to a node; empty for the root. None when the node does not exist.
     pub(super) fn path(&self, node: u64) -> Option<Vec<&OsStr>> {
         let mut names = Vec::new();
         let mut at = node;
@@ -63,16 +65,16 @@ impl Nodes {
         Some(names)
     }
 
-    /// Which file a node is, as far as is known; the root is what it is.
-    pub(super) fn identity(&self, node: u64) -> Option<Identity> {
+    /// The last known identity of a node's file; None for the root.
+    pub(super) fn identity(&self, node: u64) -> Option<FileIdentity> {
         self.nodes.get(&node).map(|node| node.identity)
     }
 
-    /// A name was looked up, and the kernel is told which node it is.
-    pub(super) fn found(&mut self, parent: u64, name: &OsStr, identity: Identity) -> u64 {
+    /// Records the result of a lookup, and returns the node's number.
+    pub(super) fn found(&mut self, parent: u64, name: &OsStr, identity: FileIdentity) -> u64 {
         let number = match self.known.get(&identity) {
             Some(&number) => {
-                self.place(number, parent, name);
+                self.set_place(number, parent, name);
                 number
             }
             None => {
@@ -91,15 +93,15 @@ impl Nodes {
         number
     }
 
-    /// A file has got another name.
-    pub(super) fn moved(&mut self, identity: Identity, parent: u64, name: &OsStr) {
+    /// Records that a file was renamed.
+    pub(super) fn moved(&mut self, identity: FileIdentity, parent: u64, name: &OsStr) {
         if let Some(&number) = self.known.get(&identity) {
-            self.place(number, parent, name);
+            self.set_place(number, parent, name);
         }
     }
 
-    /// A file is another to the kernel of the guest and the same to its users: an overlay has copied it.
-    pub(super) fn became(&mut self, number: u64, identity: Identity) {
+    /// Records a new identity of the same file: an overlay has copied it.
+    pub(super) fn set_identity(&mut self, number: u64, identity: FileIdentity) {
         let Some(node) = self.nodes.get_mut(&number) else { return };
         if node.identity != identity && !self.known.contains_key(&identity) {
             self.known.remove(&node.identity);
@@ -108,7 +110,7 @@ impl Nodes {
         }
     }
 
-    /// The kernel has forgotten that it was told of a node `lookups` times.
+    /// Records that the kernel has forgotten `lookups` results of lookups for a node.
     pub(super) fn forget(&mut self, number: u64, lookups: u64) {
         if let Some(node) = self.nodes.get_mut(&number) {
             node.lookups = node.lookups.saturating_sub(lookups);
@@ -116,15 +118,15 @@ impl Nodes {
         self.drop_unused(number);
     }
 
-    fn place(&mut self, number: u64, parent: u64, name: &OsStr) {
+    fn set_place(&mut self, number: u64, parent: u64, name: &OsStr) {
         let Some(node) = self.nodes.get_mut(&number) else { return };
         if node.name != name {
             node.name = name.to_owned();
         }
         if node.parent != parent {
-            let left = std::mem::replace(&mut node.parent, parent);
+            let old_parent = std::mem::replace(&mut node.parent, parent);
             self.count(parent);
-            self.uncount(left);
+            self.uncount(old_parent);
         }
     }
 
@@ -141,7 +143,7 @@ impl Nodes {
         }
     }
 
-    /// Goes up as long as what was used only by the one below is used no more.
+    /// Drops the node if it is unused, and then each parent that has become unused by that.
     fn drop_unused(&mut self, number: u64) {
         let mut at = number;
         while let Some(node) = self.nodes.get(&at)
@@ -166,8 +168,8 @@ mod tests {
 
     const ROOT: u64 = 1;
 
-    fn file(inode: u64) -> Identity {
-        Identity { mount: 1, device: (8, 0), inode }
+    fn file(inode: u64) -> FileIdentity {
+        FileIdentity { mount: 1, device: (8, 0), inode }
     }
 
     fn path(nodes: &Nodes, node: u64) -> Option<String> {
@@ -214,17 +216,17 @@ mod tests {
     fn a_copied_file_keeps_its_number() {
         let mut nodes = nodes();
         let one = nodes.found(ROOT, "one".as_ref(), file(11));
-        nodes.became(one, file(500));
+        nodes.set_identity(one, file(500));
         assert_eq!(nodes.found(ROOT, "one".as_ref(), file(500)), one);
         let other = nodes.found(ROOT, "other".as_ref(), file(11));
         assert_ne!(other, one, "another may have what was its inode");
-        nodes.became(other, file(500));
+        nodes.set_identity(other, file(500));
         nodes.forget(other, 1);
         assert_eq!(nodes.found(ROOT, "one".as_ref(), file(500)), one);
     }
 
     #[test]
-    fn places_that_lead_nowhere_are_told() {
+    fn places_that_lead_nowhere_are_recognised() {
         let mut nodes = nodes();
         let a = nodes.found(ROOT, "a".as_ref(), file(10));
         let b = nodes.found(a, "b".as_ref(), file(11));

@@ -1,8 +1,9 @@
 //! The files below a container's root, by the numbers that the host's kernel has for them.
 //!
-//! Nothing leads out: a place is walked to from the root's descriptor, name by name, across mounts but never by a symbolic
-//! link (openat2(2), RESOLVE_BENEATH and RESOLVE_NO_SYMLINKS). Links are followed by whoever looks, on the host. What a
-//! descriptor stands for is then reached through /proc/self/fd, whatever has happened to its name.
+//! No path leads out of the root: a file is found from the root's descriptor, name by name, across mounts but
+//! never through a symbolic link (openat2(2), RESOLVE_BENEATH and RESOLVE_NO_SYMLINKS). The host's kernel
+//! follows links itself. An open descriptor's file is then reached through /proc/self/fd, whatever has
+//! happened to its name.
 
 use std::{
     collections::HashMap,
@@ -17,7 +18,7 @@ use std::{
 };
 
 use fuser::{FileAttr, INodeNo};
-use machinen_protocol::view::ROOT;
+use machinen_protocol::fuse::ROOT;
 use rustix::{
     fs::{
         AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Statx, StatxFlags, open, openat, openat2, statx,
@@ -26,11 +27,11 @@ use rustix::{
 };
 
 use super::{
-    attributes::{self, Change},
-    nodes::{Identity, Nodes},
+    attributes::{self, AttributeChange},
+    nodes::{FileIdentity, Nodes},
 };
 
-/// A walk takes paths of this length at once; the kernel's limit is PATH_MAX.
+/// Longest path that is resolved by one call, bytes; the kernel's limit is PATH_MAX.
 const STRIDE: usize = 3072;
 const NAME_MAX: usize = 255;
 
@@ -38,57 +39,57 @@ const NAME_MAX: usize = 255;
 pub(super) struct Tree {
     root: OwnedFd,
     nodes: Nodes,
-    handles: HashMap<u64, Handle>,
+    handles: HashMap<u64, OpenFile>,
     next_handle: u64,
 }
 
-/// A file or directory that somebody on the host has open.
+/// A file or directory that is open on the host.
 #[derive(Debug)]
-struct Handle {
+struct OpenFile {
     node: u64,
     file: File,
 }
 
-/// A file that a node stands for (O_PATH).
+/// The file of a node, open with O_PATH, and its status.
 #[derive(Debug)]
-pub(super) struct Here {
+pub(super) struct LocatedFile {
     fd: OwnedFd,
     status: Statx,
 }
 
-impl Here {
+impl LocatedFile {
     fn at(fd: OwnedFd) -> io::Result<Self> {
         let wanted = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
         let status = statx(&fd, "", AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW, wanted)?;
         Ok(Self { fd, status })
     }
 
-    fn identity(&self) -> Identity {
+    fn identity(&self) -> FileIdentity {
         let Statx { stx_mnt_id: mount, stx_ino: inode, .. } = self.status;
-        Identity { mount, device: (self.status.stx_dev_major, self.status.stx_dev_minor), inode }
+        FileIdentity { mount, device: (self.status.stx_dev_major, self.status.stx_dev_minor), inode }
     }
 
     pub(super) fn kind(&self) -> FileType {
         FileType::from_raw_mode(self.status.stx_mode.into())
     }
 
-    /// A path to the file itself, be it a symbolic link.
+    /// A path to the file itself, which may be a symbolic link.
     pub(super) fn path(&self) -> PathBuf {
         path_of(self.fd.as_fd())
     }
 
-    /// Opens it. A device or pipe is opened on the host or not at all.
+    /// Opens the file. Devices and pipes are refused: the host's kernel opens its own.
     pub(super) fn open(&self, flags: OFlags) -> io::Result<File> {
         if !matches!(self.kind(), FileType::RegularFile | FileType::Directory) {
             return Err(Errno::NXIO.into());
         }
-        // Files of /proc may wait for something to tell; nobody else is served meanwhile.
+        // A read of a file in /proc may block, and would delay all other requests.
         let flags = flags | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         Ok(open(self.path(), flags, Mode::empty())?.into())
     }
 }
 
-impl AsFd for Here {
+impl AsFd for LocatedFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
@@ -99,39 +100,39 @@ fn path_of(fd: BorrowedFd<'_>) -> PathBuf {
 }
 
 impl Tree {
-    /// `root` is the directory that nothing leads out of. Numbers are given from `first` on.
+    /// Serves the files below `root`. New numbers start at `first`.
     pub(super) fn new(root: OwnedFd, first: u64) -> Self {
         Self { root, nodes: Nodes::new(ROOT, first), handles: HashMap::new(), next_handle: first }
     }
 
-    /// What a node stands for now.
+    /// Finds the present file of a node.
     ///
     /// # Errors
-    /// ESTALE when it is not where it was: the host's kernel looks its name up again then.
-    pub(super) fn here(&mut self, node: u64) -> io::Result<Here> {
-        let here = match self.walk(node) {
-            Ok(fd) => Some(Here::at(fd)?).filter(|here| self.is_still(node, here)),
+    /// ESTALE when the file is not where it was last seen: the host's kernel then looks its name up again.
+    pub(super) fn locate(&mut self, node: u64) -> io::Result<LocatedFile> {
+        let located = match self.walk(node) {
+            Ok(fd) => Some(LocatedFile::at(fd)?).filter(|located| self.is_still(node, located)),
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::STALE) => None,
             Err(errno) => return Err(errno.into()),
         };
-        let here = match here {
-            Some(here) => here,
+        let located = match located {
+            Some(located) => located,
             None => {
-                // Somebody may have it open, by another name or without one.
+                // The host may have the file open, under another name or without one.
                 let open = self.handles.values().find(|handle| handle.node == node).ok_or(Errno::STALE)?;
                 let flags = OFlags::PATH | OFlags::CLOEXEC;
-                Here::at(openat(CWD, path_of(open.file.as_fd()), flags, Mode::empty())?)?
+                LocatedFile::at(openat(CWD, path_of(open.file.as_fd()), flags, Mode::empty())?)?
             }
         };
-        self.nodes.became(node, here.identity());
-        Ok(here)
+        self.nodes.set_identity(node, located.identity());
+        Ok(located)
     }
 
-    /// Whether what is at a node's place is what the node stands for. A directory is, whichever it is: an overlay makes another
-    /// of it when something in it changes, and the host may be working in it.
-    fn is_still(&self, node: u64, here: &Here) -> bool {
+    /// Whether the file at a node's place is the node's file. Any directory is: an overlay replaces a
+    /// directory by a copy when something in it changes, and the host may be working in it.
+    fn is_still(&self, node: u64, located: &LocatedFile) -> bool {
         let known = self.nodes.identity(node);
-        here.kind() == FileType::Directory || known.is_none_or(|known| known == here.identity())
+        located.kind() == FileType::Directory || known.is_none_or(|known| known == located.identity())
     }
 
     fn walk(&self, node: u64) -> Result<OwnedFd, Errno> {
@@ -153,25 +154,25 @@ impl Tree {
     }
 
     pub(super) fn attributes(&mut self, node: u64) -> io::Result<FileAttr> {
-        let here = self.here(node)?;
-        Ok(Self::describe(node, &here))
+        let located = self.locate(node)?;
+        Ok(Self::describe(node, &located))
     }
 
-    /// Changes a file, which an overlay may copy for it, and says what it is like then.
-    pub(super) fn change(&mut self, node: u64, change: Change) -> io::Result<FileAttr> {
-        let here = self.here(node)?;
-        change.make(&here)?;
-        let here = Here::at(here.fd)?;
-        self.nodes.became(node, here.identity());
-        Ok(Self::describe(node, &here))
+    /// Changes a file, which may make an overlay copy it, and returns the new attributes.
+    pub(super) fn change(&mut self, node: u64, change: AttributeChange) -> io::Result<FileAttr> {
+        let located = self.locate(node)?;
+        change.apply(&located)?;
+        let located = LocatedFile::at(located.fd)?;
+        self.nodes.set_identity(node, located.identity());
+        Ok(Self::describe(node, &located))
     }
 
-    fn describe(node: u64, here: &Here) -> FileAttr {
-        attributes::of(INodeNo(node), &here.status)
+    fn describe(node: u64, located: &LocatedFile) -> FileAttr {
+        attributes::of(INodeNo(node), &located.status)
     }
 
-    /// The directory that a name is in, when the name is one.
-    pub(super) fn parent(&mut self, node: u64, name: &OsStr) -> io::Result<Here> {
+    /// Finds the directory of a name, and checks the name.
+    pub(super) fn parent(&mut self, node: u64, name: &OsStr) -> io::Result<LocatedFile> {
         let bytes = name.as_bytes();
         if bytes.len() > NAME_MAX {
             return Err(Errno::NAMETOOLONG.into());
@@ -179,31 +180,31 @@ impl Tree {
         if bytes.is_empty() || bytes.contains(&b'/') || bytes == b"." || bytes == b".." {
             return Err(Errno::INVAL.into());
         }
-        self.here(node)
+        self.locate(node)
     }
 
-    /// Looks a name up; the host's kernel knows of its node from then on.
+    /// Looks up a name; from then on the host's kernel knows its node.
     pub(super) fn entry(&mut self, parent: u64, name: &OsStr) -> io::Result<FileAttr> {
         let dir = self.parent(parent, name)?;
         self.entry_in(parent, &dir, name)
     }
 
-    pub(super) fn entry_in(&mut self, parent: u64, dir: &Here, name: &OsStr) -> io::Result<FileAttr> {
-        let here = Self::child(dir, name)?;
-        let node = self.nodes.found(parent, name, here.identity());
-        Ok(Self::describe(node, &here))
+    pub(super) fn entry_in(&mut self, parent: u64, dir: &LocatedFile, name: &OsStr) -> io::Result<FileAttr> {
+        let located = Self::child(dir, name)?;
+        let node = self.nodes.found(parent, name, located.identity());
+        Ok(Self::describe(node, &located))
     }
 
-    fn child(dir: &Here, name: &OsStr) -> io::Result<Here> {
+    fn child(dir: &LocatedFile, name: &OsStr) -> io::Result<LocatedFile> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        Here::at(openat(dir, name, flags, Mode::empty())?)
+        LocatedFile::at(openat(dir, name, flags, Mode::empty())?)
     }
 
-    /// A file has been moved to this name.
-    pub(super) fn moved(&mut self, parent: u64, dir: &Here, name: &OsStr) {
-        // What has been removed or replaced meanwhile is found out at the next lookup.
-        if let Ok(here) = Self::child(dir, name) {
-            self.nodes.moved(here.identity(), parent, name);
+    /// Records that a file was moved to this name.
+    pub(super) fn moved(&mut self, parent: u64, dir: &LocatedFile, name: &OsStr) {
+        // If the file was removed or replaced in the meantime, the next lookup notices.
+        if let Ok(located) = Self::child(dir, name) {
+            self.nodes.moved(located.identity(), parent, name);
         }
     }
 
@@ -214,12 +215,14 @@ impl Tree {
     pub(super) fn keep(&mut self, node: u64, file: File) -> u64 {
         let number = self.next_handle;
         self.next_handle += 1;
-        self.handles.insert(number, Handle { node, file });
+        self.handles.insert(number, OpenFile { node, file });
         number
     }
 
+    /// Looks up an open file.
+    ///
     /// # Errors
-    /// EBADF: nothing is open under that number.
+    /// EBADF when no file is open under that number.
     pub(super) fn open_file(&self, handle: u64) -> io::Result<&File> {
         Ok(self.handles.get(&handle).map(|handle| &handle.file).ok_or(Errno::BADF)?)
     }
@@ -245,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_leads_out() {
+    fn no_path_leads_out_of_the_root() {
         let outside = tempfile::tempdir().unwrap();
         fs::write(outside.path().join("secret"), "secret").unwrap();
         let root = outside.path().join("root");
@@ -261,31 +264,31 @@ mod tests {
             let link = tree.entry(ROOT, name.as_ref()).unwrap();
             assert_eq!(link.kind, fuser::FileType::Symlink);
             assert_eq!(errno(tree.entry(link.ino.0, "secret".as_ref())), Errno::NOTDIR, "{name}");
-            assert_eq!(errno(tree.here(link.ino.0).unwrap().open(OFlags::RDONLY)), Errno::NXIO, "{name}");
+            assert_eq!(errno(tree.locate(link.ino.0).unwrap().open(OFlags::RDONLY)), Errno::NXIO, "{name}");
         }
-        // A directory that has become a link since the kernel was told of it.
+        // A directory that was replaced by a link since its lookup.
         let dir = tree.entry(ROOT, "dir".as_ref()).unwrap();
         fs::write(root.join("dir/file"), "inside").unwrap();
         let file = tree.entry(dir.ino.0, "file".as_ref()).unwrap();
         fs::rename(root.join("dir"), outside.path().join("dir")).unwrap();
         symlink(outside.path().join("dir"), root.join("dir")).unwrap();
-        assert_eq!(errno(tree.here(file.ino.0)), Errno::STALE);
+        assert_eq!(errno(tree.locate(file.ino.0)), Errno::STALE);
         assert_eq!(errno(tree.entry(dir.ino.0, "file".as_ref())), Errno::STALE);
     }
 
     #[test]
-    fn a_name_that_stands_for_another_file_is_noticed() {
+    fn a_replaced_file_is_noticed() {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("file");
         fs::write(&path, "one").unwrap();
         let mut tree = tree(root.path());
         let one = tree.entry(ROOT, "file".as_ref()).unwrap().ino.0;
-        let file = tree.here(one).unwrap().open(OFlags::RDONLY).unwrap();
-        // The inode is not free for another file while it is open.
+        let file = tree.locate(one).unwrap().open(OFlags::RDONLY).unwrap();
+        // The inode number is not reused while the file is open.
         let handle = tree.keep(one, file);
         fs::remove_file(&path).unwrap();
         fs::write(&path, "other").unwrap();
-        assert_eq!(tree.attributes(one).unwrap().size, 3, "who has it open sees it");
+        assert_eq!(tree.attributes(one).unwrap().size, 3, "an open file is still reachable");
         let other = tree.entry(ROOT, "file".as_ref()).unwrap();
         assert!(other.ino.0 != one && other.size == 5, "{other:?}");
         tree.close(handle);
@@ -294,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_may_be_longer_than_the_kernel_takes_at_once() {
+    fn paths_may_be_longer_than_one_call_resolves() {
         let root = tempfile::tempdir().unwrap();
         let name = "n".repeat(200);
         let mut tree = tree(root.path());

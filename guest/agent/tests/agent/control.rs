@@ -1,4 +1,5 @@
-//! What is asked of a container's cgroup while it runs. It needs no controller, so that a host shows it as a VM does.
+//! Calls for the cgroup of a running container. They need no controller, so they behave the same on a host as
+//! in a VM.
 
 use machinen_protocol::api;
 use ttrpc::Code;
@@ -89,8 +90,8 @@ async fn watching_memory_ends_with_the_container() {
     guest.create("c", &Spec::new(&["true"])).await.unwrap();
     let request = api::WaitOutOfMemoryRequest { container_id: "c".into(), ..Default::default() };
     let watch = guest.agent.wait_out_of_memory(context(), &request);
-    let (told, started) = tokio::join!(watch, guest.start_container("c"));
+    let (answer, started) = tokio::join!(watch, guest.start_container("c"));
     started.unwrap();
-    let told = told.unwrap();
-    assert!(told.ended && told.killed == 0, "{told:?}");
+    let answer = answer.unwrap();
+    assert!(answer.ended && answer.killed == 0, "{answer:?}");
 }

@@ -1,4 +1,4 @@
-//! Processes in a container that runs.
+//! Additional processes in a running container.
 
 use serde_json::json;
 use ttrpc::Code;
@@ -100,14 +100,14 @@ async fn what_cannot_be_executed_is_named() {
             Spec::new(&["true"])
                 .with(|spec| spec["process"]["capabilities"] = json!({"bounding": ["CAP_X"]})),
             Code::INVALID_ARGUMENT,
-            "the process cannot be understood",
+            "the process cannot be parsed",
         ),
         (Spec::new(&[]), Code::INVALID_ARGUMENT, "has no process.args"),
     ];
     for (spec, code, words) in cases {
         let refused = status(guest.exec("c", "e", &spec).await);
         assert!(refused.0 == code && refused.1.contains(words), "{refused:?}");
-        // Nothing of it is left.
+        // The refused call has left nothing behind.
         assert_eq!(guest.run_in("c", "e", &Spec::new(&["true"]), b"").await.code, 0);
     }
 }
@@ -116,7 +116,7 @@ async fn what_cannot_be_executed_is_named() {
 async fn ids_states_and_signals() {
     let guest = Guest::start().await;
     guest.create("c", &idle()).await.unwrap();
-    // The init need not have been started.
+    // The init does not have to be started first.
     guest.exec("c", "early", &Spec::new(&["true"])).await.unwrap();
     assert_eq!(within(guest.wait_exec("c", "early")).await.exit_status, 0);
     assert_eq!(status(guest.exec("d", "e", &idle()).await).0, Code::NOT_FOUND);
@@ -179,7 +179,7 @@ async fn many_at_once() {
 #[tokio::test]
 async fn a_user_namespace_is_joined() {
     let mut guest = Guest::start().await;
-    // Makes the mount points that the image lacks, as the namespace's root cannot.
+    // Creates the mount points that the image lacks, which the namespace's root user cannot do.
     guest.run(&Spec::new(&["true"])).await;
     let map = json!([{"containerID": 0, "hostID": 70000, "size": 65536}]);
     let spec = idle().with(|spec| {

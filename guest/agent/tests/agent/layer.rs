@@ -1,4 +1,4 @@
-//! What a container has written, as the host gets it.
+//! The archive of a container's changes, as the host receives it.
 
 use std::{collections::BTreeMap, io::Read};
 
@@ -24,7 +24,7 @@ async fn export(guest: &mut Guest, id: &str) -> BTreeMap<String, Entry> {
     let request = api::ExportLayerRequest { container_id: id.into(), stream: token, ..Default::default() };
     let agent = guest.agent.clone();
     let mut answer = tokio::spawn(async move { agent.export_layer(context(), &request).await });
-    // Not to the end of the stream: it stays open.
+    // The stream stays open, so do not read to its end.
     let (mut bytes, mut total) = (Vec::new(), None);
     while total.is_none_or(|total| bytes.len() < total) {
         tokio::select! {
@@ -97,7 +97,7 @@ async fn everything_written_is_in_the_archive() {
             entry.records.keys().find(|key| key.contains("trusted.overlay") && !key.ends_with("opaque"));
         assert_eq!(overlay, None);
     }
-    // It can be had again, and nothing else changed by it.
+    // The archive can be sent again, and sending it changes nothing.
     assert_eq!(export(&mut guest, "a").await.len(), found.len());
     guest.delete("a").await.unwrap();
 }
@@ -105,7 +105,7 @@ async fn everything_written_is_in_the_archive() {
 #[tokio::test]
 async fn links_and_sockets_are_in_the_archive() {
     let mut guest = Guest::start().await;
-    // syslogd follows the link to where it binds.
+    // syslogd follows the link to the place where it binds.
     let script = "ln -s /socket /dev/log; syslogd -n & until test -S /socket; do usleep 10000; done; kill -9 $!; \
                   chmod 640 /socket; chown 5:6 /socket; ln /socket /socket2; ln -s nowhere /link; ln /link /link2; mkfifo /fifo";
     guest.create("a", &Spec::sh(script)).await.unwrap();
@@ -150,7 +150,7 @@ async fn a_host_that_hangs_up_stops_the_export() {
     let request = api::ExportLayerRequest { container_id: "a".into(), stream: token, ..Default::default() };
     let refused = guest.agent.export_layer(context(), &request).await;
     assert_eq!(status(refused).0, Code::INTERNAL);
-    // The agent is well.
+    // The agent still works.
     assert!(!export(&mut guest, "a").await.is_empty());
     guest.delete("a").await.unwrap();
 }

@@ -1,4 +1,4 @@
-//! A container's states, and what is left after them.
+//! A container's states, and what remains after its end.
 
 use ttrpc::Code;
 

@@ -1,11 +1,11 @@
-//! What an OCI configuration says, seen from inside of the container.
+//! The effects of an OCI configuration, seen from inside the container.
 
 use serde_json::json;
 use ttrpc::Code;
 
 use crate::support::{Guest, Spec, status};
 
-/// Runs a script in one container per line of the table and compares what it prints.
+/// Runs a script in a container for each line of the table, and compares its output.
 async fn expect(cases: &[(&str, Spec, &str)]) {
     let mut guest = Guest::start().await;
     for (name, spec, printed) in cases {
@@ -40,7 +40,11 @@ async fn process() {
             Spec::sh("echo $HOME").with(|s| s["process"]["user"]["uid"] = json!(1000)),
             "/home/me",
         ),
-        ("home of nobody", Spec::sh("echo $HOME").with(|s| s["process"]["user"]["uid"] = json!(4242)), "/"),
+        (
+            "home of an unknown user",
+            Spec::sh("echo $HOME").with(|s| s["process"]["user"]["uid"] = json!(4242)),
+            "/",
+        ),
         ("working directory", Spec::sh("pwd").with(|s| s["process"]["cwd"] = json!("/etc")), "/etc"),
         (
             "made working directory",
@@ -302,7 +306,7 @@ async fn commands_that_cannot_be_executed() {
         guest.wait("c").await;
         guest.delete("c").await.unwrap();
     }
-    // Nothing of all these is left.
+    // Nothing of these containers is left.
     assert_eq!(guest.containers_left(), 0);
 }
 

@@ -1,10 +1,10 @@
-//! Standard streams: bytes, ends, and peers that misbehave.
+//! Standard streams: their bytes, their ends, and peers that misbehave.
 
 use std::time::Duration;
 
 use machinen_protocol::{
     MAX_UNCLAIMED_STREAMS, api,
-    preamble::{Answer, Kind, Preamble},
+    preamble::{Answer, Preamble, StreamKind},
 };
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -26,7 +26,7 @@ async fn stdin_ends_when_the_host_says_so() {
     let mut guest = Guest::start().await;
     assert_eq!(guest.run_with_input(&Spec::sh("cat; echo end"), b"").await.stdout, "end\n");
     assert_eq!(guest.run_with_input(&Spec::sh("cat; echo end"), b"x").await.stdout, "xend\n");
-    // A process that never reads does not keep anybody waiting.
+    // A process that never reads blocks no call.
     assert_eq!(guest.run_with_input(&Spec::new(&["true"]), &[0; 1 << 20]).await.code, 0);
 }
 
@@ -61,9 +61,9 @@ async fn a_slow_host_slows_the_process_and_loses_nothing() {
     let spec = Spec::sh("dd if=/dev/zero bs=65536 count=64 2>/dev/null; echo done > /tmp/done");
     guest.create_with("c", &spec, api::Stdio { stdout, ..Default::default() }).await.unwrap();
     guest.start_container("c").await.unwrap();
-    // Much less than 4 MiB is held between the process and a host that does not read.
+    // Much less than 4 MiB is buffered between the process and a host that does not read.
     let waited = tokio::time::timeout(Duration::from_millis(300), guest.wait("c")).await;
-    assert!(waited.is_err(), "ended although nobody has read: {waited:?}");
+    assert!(waited.is_err(), "ended although the output was not read: {waited:?}");
     let mut bytes = vec![1; 64 << 16];
     within(output.read_exact(&mut bytes)).await.unwrap();
     assert!(bytes.iter().all(|byte| *byte == 0));
@@ -77,15 +77,15 @@ async fn a_host_that_goes_away_breaks_the_pipe() {
     guest.create_with("c", &Spec::new(&["yes"]), api::Stdio { stdout, ..Default::default() }).await.unwrap();
     guest.start_container("c").await.unwrap();
     drop(output);
-    // The kernel spares the init of a pid namespace SIGPIPE, but not the error.
+    // The kernel does not send SIGPIPE to the init of a pid namespace, but returns the error.
     assert_eq!(within(guest.wait("c")).await.exit_status, 1);
 }
 
 #[tokio::test]
-async fn what_outlives_the_init_delays_nobody() {
+async fn processes_that_outlive_the_init_delay_no_call() {
     let mut guest = Guest::start().await;
     let (stdout, mut output) = guest.stream().await;
-    // Without a pid namespace the kernel does not kill what the init leaves behind.
+    // Without a pid namespace, the kernel does not kill the processes that the init leaves behind.
     let spec = Spec::sh("sleep 1000 & echo hi").with(|s| {
         s["linux"]["namespaces"] = json!([{"type": "ipc"}, {"type": "uts"}, {"type": "mount"}]);
     });
@@ -118,7 +118,7 @@ async fn streams_are_claimed_once_and_bounded() {
     for _ in 0..MAX_UNCLAIMED_STREAMS {
         held.push(guest.stream().await);
     }
-    let more = Preamble { kind: Kind::Stdio, token: 1000 };
+    let more = Preamble { kind: StreamKind::Raw, token: 1000 };
     assert_eq!(guest.greet(more.encode()).await.1.unwrap(), Answer::Refused);
     let stdio = api::Stdio { stdin: held[0].0, ..Default::default() };
     guest.create_with("c", &Spec::new(&["true"]), stdio.clone()).await.unwrap();
@@ -129,17 +129,17 @@ async fn streams_are_claimed_once_and_bounded() {
 #[tokio::test]
 async fn other_first_bytes_are_refused() {
     let guest = Guest::start().await;
-    let stdio = Preamble { kind: Kind::Stdio, token: 1 }.encode();
+    let stdio = Preamble { kind: StreamKind::Raw, token: 1 }.encode();
     let mut other_version = stdio;
     other_version[8] = 99;
     assert_eq!(guest.greet(other_version).await.1.unwrap(), Answer::WrongVersion);
     assert_eq!(guest.greet([0; 24]).await.1.unwrap(), Answer::Refused);
-    let control = Preamble { kind: Kind::Control, token: 0 }.encode();
+    let control = Preamble { kind: StreamKind::Control, token: 0 }.encode();
     assert_eq!(guest.greet(control).await.1.unwrap(), Answer::Refused);
     assert_eq!(
-        guest.greet(Preamble { kind: Kind::Stdio, token: 0 }.encode()).await.1.unwrap(),
+        guest.greet(Preamble { kind: StreamKind::Raw, token: 0 }.encode()).await.1.unwrap(),
         Answer::Refused
     );
-    // None of this has hurt.
+    // The agent still works.
     guest.configure().await.unwrap();
 }

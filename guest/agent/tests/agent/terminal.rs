@@ -7,7 +7,7 @@ use ttrpc::Code;
 
 use crate::support::{Guest, PATIENCE, RawStream, Spec, status, within};
 
-/// Reads until the text is there.
+/// Reads until the text appears.
 async fn expect(stream: &mut RawStream, wanted: &str) -> String {
     let mut seen = Vec::new();
     loop {
@@ -30,13 +30,13 @@ fn sized(script: &str) -> Spec {
     Spec::sh(script).with(|spec| spec["process"]["consoleSize"] = json!({"height": 33, "width": 77}))
 }
 
-/// What is true of every terminal, whoever's it is.
+/// Checks what holds for every terminal.
 const SESSION: &str = "stty size; tty; tty </dev/tty; trap 'stty size; resized=yes' WINCH; echo ready; \
                        while [ -z \"$resized\" ]; do sleep 0.05; done; echo resized; \
                        while read -r line; do echo \"got $line\"; done; echo end; exit 5";
 
 async fn session(guest: &Guest, exec: &str, mut input: RawStream, mut output: RawStream) {
-    // Carriage returns: it is a terminal.
+    // Carriage returns show that it is a terminal.
     let seen = expect(&mut output, "ready\r\n").await;
     assert!(seen.starts_with("33 77\r\n/dev/pts/"), "{seen:?}");
     assert!(seen.contains("/dev/tty\r\n"), "{seen:?}");
@@ -110,7 +110,7 @@ async fn every_byte_before_the_exit_arrives() {
     guest.idle("c", &Spec::new(&["sleep", "1000"])).await;
     for round in 0..10 {
         let (stdio, _input, mut output) = terminal(&mut guest).await;
-        // Something that lives on keeps the terminal open.
+        // A surviving process keeps the terminal open.
         let script = "sleep 1000 <&0 & seq 1 2000; echo last words";
         guest.exec_with("c", "e", &sized(script), stdio).await.unwrap();
         let (seen, ended) =
@@ -131,7 +131,7 @@ async fn what_has_no_terminal_is_not_resized() {
         status(guest.exec_with("c", "e", &Spec::new(&["true"]), stdio).await).0,
         Code::INVALID_ARGUMENT
     );
-    // A terminal that nobody looks at does not stop its process.
+    // A terminal that is not read does not block its process.
     let stdio = api::Stdio { terminal: true, ..Default::default() };
     guest.exec_with("c", "e", &Spec::sh("seq 1 100000; exit 4"), stdio).await.unwrap();
     assert_eq!(within(guest.wait_exec("c", "e")).await.exit_status, 4);

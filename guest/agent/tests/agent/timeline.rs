@@ -1,6 +1,6 @@
-//! How long each step takes in a VM, from QEMU's start to its end, by the clock and in processor time.
+//! Measures how long each step in the life of a VM takes, by the clock and in processor time.
 //!
-//! Asked for by name, as it needs QEMU, a kernel and an image:
+//! To be run by name, since it needs QEMU, a kernel and an image:
 //! `cargo test -p machinen-guest --test agent -- --ignored --nocapture timeline`
 
 use std::time::Instant;
@@ -55,7 +55,7 @@ async fn timeline() {
     }
 }
 
-/// What all threads of a process have used: on a busy machine it says more than the wall clock.
+/// Processor time of all threads of a process: on a busy machine it means more than the wall clock.
 fn cpu_ms(pid: u32) -> f64 {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let ns = tasks.filter_map(|task| {

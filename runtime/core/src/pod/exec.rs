@@ -375,5 +375,5 @@ struct ExecWatch {
 }
 
 fn exit(status: u32) -> ProcessExit {
-    ProcessExit { status, at: SystemTime::now(), oom_killed: false }
+    ProcessExit { status, at: SystemTime::now() }
 }

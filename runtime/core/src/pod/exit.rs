@@ -145,13 +145,13 @@ pub(super) async fn finish_output(
         Ok(ended) => {
             // The guest is not trusted: the time is taken on the host, and the status is bounded.
             let status = ended.exit_status.min(MAX_STATUS);
-            let exit = ProcessExit { status, at: SystemTime::now(), oom_killed: ended.oom_killed };
+            let exit = ProcessExit { status, at: SystemTime::now() };
             (exit, outputs.deliver(id, &ended).await)
         }
         Err(error) => {
             tracing::debug!(id, "cannot wait for the process: {}", chain(&error));
             let logger = outputs.abandon().await;
-            (ProcessExit { status: LOST, at: SystemTime::now(), oom_killed: false }, logger)
+            (ProcessExit { status: LOST, at: SystemTime::now() }, logger)
         }
     }
 }

@@ -16,8 +16,6 @@ pub struct ProcessExit {
     /// 0..=255; 128+n when signal n ended the process.
     pub status: u32,
     pub at: SystemTime,
-    /// The guest kernel's OOM killer killed a process of the container.
-    pub oom_killed: bool,
 }
 
 /// The state of a process. Each variant holds exactly what exists in that state.
@@ -104,7 +102,7 @@ mod tests {
     use super::*;
 
     fn exit(status: u32) -> ProcessExit {
-        ProcessExit { status, at: SystemTime::UNIX_EPOCH, oom_killed: false }
+        ProcessExit { status, at: SystemTime::UNIX_EPOCH }
     }
 
     fn transition() -> impl Strategy<Value = Transition> {

@@ -2,7 +2,9 @@
 
 use std::io;
 
-use machinen_protocol::view::{MAJOR, MAX_DATA, MINOR, REPLY_HEADER, REQUEST_HEADER, ROOT, Request, opcode};
+use machinen_protocol::fuse::{
+    MAJOR, MAX_DATA, MINOR, REPLY_HEADER, REQUEST_HEADER, ROOT, RequestHeader, opcode,
+};
 
 use super::device::Device;
 
@@ -15,7 +17,7 @@ const PAGE: usize = 4096;
 
 /// Answers a request that arrives before the container exists. At that time only the process whose root the
 /// view becomes uses it, and needs only the attributes of the root.
-pub(super) fn without_guest(device: &Device, request: Request, message: &[u8]) -> io::Result<()> {
+pub(super) fn without_guest(device: &Device, request: RequestHeader, message: &[u8]) -> io::Result<()> {
     match request.opcode {
         opcode::INIT => device.write(&init(request, message)),
         opcode::GETATTR if request.node == ROOT => device.write(&root(request)),
@@ -25,7 +27,7 @@ pub(super) fn without_guest(device: &Device, request: Request, message: &[u8]) -
 }
 
 /// Answers a request that is not passed to the guest; false if it is for the guest.
-pub(super) fn by_host(device: &Device, request: Request) -> io::Result<bool> {
+pub(super) fn by_host(device: &Device, request: RequestHeader) -> io::Result<bool> {
     match request.opcode {
         // The kernel sends no INTERRUPT after this: an interrupted caller waits for the reply, or until the
         // deadline.
@@ -38,7 +40,7 @@ pub(super) fn by_host(device: &Device, request: Request) -> io::Result<bool> {
 
 /// The properties of the connection (fuse_init_out). What is not set is not used, including caches of names,
 /// data and locks.
-fn init(request: Request, message: &[u8]) -> Vec<u8> {
+fn init(request: RequestHeader, message: &[u8]) -> Vec<u8> {
     let offered = message.get(REQUEST_HEADER + 12..REQUEST_HEADER + 16);
     let offered = offered.map_or(0, |flags| u32::from_le_bytes(flags.try_into().expect("four bytes")));
     let flags = offered & (BIG_WRITES | PARALLEL_DIROPS | MAX_PAGES);
@@ -54,7 +56,7 @@ fn init(request: Request, message: &[u8]) -> Vec<u8> {
 
 /// The attributes of a directory that root owns (fuse_attr_out), valid for no time, so that they are never
 /// cached.
-fn root(request: Request) -> Vec<u8> {
+fn root(request: RequestHeader) -> Vec<u8> {
     const MODE: u32 = libc::S_IFDIR | 0o755;
     let mut body = vec![0; 104];
     // After the validity times: the inode number, five words of eight bytes, three of four, then mode and
@@ -65,7 +67,7 @@ fn root(request: Request) -> Vec<u8> {
     reply(request, &body)
 }
 
-fn reply(request: Request, body: &[u8]) -> Vec<u8> {
+fn reply(request: RequestHeader, body: &[u8]) -> Vec<u8> {
     let length = (REPLY_HEADER + body.len()) as u32;
     [&length.to_le_bytes()[..], &[0; 4], &request.unique.to_le_bytes(), body].concat()
 }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use machinen_base::sys;
-use machinen_protocol::view::{MAX_DATA, REQUEST_HEADER, Request, refusal};
+use machinen_protocol::fuse::{MAX_DATA, REQUEST_HEADER, RequestHeader, refusal};
 use nix::errno::Errno;
 use rustix::{
     fs::{Mode, OFlags, open},
@@ -45,7 +45,7 @@ pub(super) struct Device(AsyncFd<OwnedFd>);
 /// A message of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DeviceRead {
-    Request(Request),
+    Request(RequestHeader),
     Unmounted,
 }
 
@@ -104,15 +104,15 @@ impl Device {
         }
     }
 
-    pub(super) fn refuse(&self, request: Request, errno: i32) -> io::Result<()> {
+    pub(super) fn refuse(&self, request: RequestHeader, errno: i32) -> io::Result<()> {
         self.write(&refusal(request.unique, errno))
     }
 }
 
-fn decode(message: &[u8]) -> io::Result<Request> {
+fn decode(message: &[u8]) -> io::Result<RequestHeader> {
     let odd = || io::Error::from(io::ErrorKind::InvalidData);
     let header = message.first_chunk::<REQUEST_HEADER>().ok_or_else(odd)?;
-    let request = Request::decode(header).map_err(io::Error::other)?;
+    let request = RequestHeader::decode(header).map_err(io::Error::other)?;
     if request.length == message.len() { Ok(request) } else { Err(odd()) }
 }
 

@@ -22,7 +22,7 @@ mod tests;
 use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use machinen_base::error::chain;
-use machinen_protocol::view::MAX_REQUEST;
+use machinen_protocol::fuse::MAX_REQUEST;
 use machinen_vm::{
     BoxedStream, Vm, VmError,
     agent::{self, AgentError},

@@ -6,7 +6,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use machinen_protocol::view::{MAX_REPLY, REPLY_HEADER, Reply, Request, ViewError};
+use machinen_protocol::fuse::{FuseError, MAX_REPLY, REPLY_HEADER, ReplyHeader, RequestHeader};
 use machinen_vm::BoxedStream;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
@@ -34,7 +34,7 @@ pub(super) enum SessionEnd {
     #[error("the connection to the guest has ended")]
     Stream(#[source] io::Error),
     #[error("the guest sent a malformed reply")]
-    Malformed(#[source] ViewError),
+    Malformed(#[source] FuseError),
     #[error("the guest sent a reply without a request")]
     Unexpected,
     #[error("the guest's reply does not fit its request")]
@@ -53,7 +53,7 @@ struct Session<'a> {
 
 #[derive(Debug, Clone, Copy)]
 struct PendingRequest {
-    request: Request,
+    request: RequestHeader,
     until: Instant,
 }
 
@@ -61,7 +61,7 @@ struct PendingRequest {
 pub(super) async fn run(
     device: &Device,
     stream: BoxedStream,
-    first: Request,
+    first: RequestHeader,
     buffer: &mut [u8],
 ) -> SessionEnd {
     let (from_guest, to_guest) = tokio::io::split(stream);
@@ -86,7 +86,12 @@ impl Session<'_> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn ask(&self, mut guest: impl AsyncWrite + Unpin, first: Request, buffer: &mut [u8]) -> SessionEnd {
+    async fn ask(
+        &self,
+        mut guest: impl AsyncWrite + Unpin,
+        first: RequestHeader,
+        buffer: &mut [u8],
+    ) -> SessionEnd {
         let mut request = first;
         loop {
             match timeout(REPLY_DEADLINE, forward(&mut guest, request, buffer)).await {
@@ -117,7 +122,7 @@ impl Session<'_> {
     }
 
     /// Registers a request. From now on it gets a reply, from the guest or from the host.
-    fn enlist(&self, request: Request) {
+    fn enlist(&self, request: RequestHeader) {
         if request.is_answered() {
             self.waiting().push_back(PendingRequest { request, until: Instant::now() + REPLY_DEADLINE });
             self.asked.notify_one();
@@ -131,7 +136,7 @@ impl Session<'_> {
             if let Err(error) = guest.read_exact(header).await {
                 return SessionEnd::Stream(error);
             }
-            let reply = match Reply::decode(header.as_array().expect("split there")) {
+            let reply = match ReplyHeader::decode(header.as_array().expect("split there")) {
                 Ok(reply) => reply,
                 Err(error) => return SessionEnd::Malformed(error),
             };
@@ -169,7 +174,7 @@ impl Session<'_> {
 
 async fn forward(
     guest: &mut (impl AsyncWrite + Unpin),
-    request: Request,
+    request: RequestHeader,
     buffer: &mut [u8],
 ) -> io::Result<()> {
     buffer[CALLER_PID].fill(0);

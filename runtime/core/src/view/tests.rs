@@ -2,8 +2,8 @@
 
 use std::os::fd::OwnedFd;
 
-use machinen_protocol::view::{
-    MAX_REPLY, MAX_REQUEST, REPLY_HEADER, REQUEST_HEADER, ROOT, Reply, Request, opcode, refusal,
+use machinen_protocol::fuse::{
+    MAX_REPLY, MAX_REQUEST, REPLY_HEADER, REQUEST_HEADER, ROOT, ReplyHeader, RequestHeader, opcode, refusal,
 };
 use nix::{
     errno::Errno,
@@ -78,10 +78,10 @@ async fn run(device: Device, kernel: &Kernel, guest: DuplexStream) -> SessionEnd
     session::run(&device, Box::new(guest), first, &mut buffer).await
 }
 
-async fn received(guest: &mut DuplexStream) -> (Request, Vec<u8>) {
+async fn received(guest: &mut DuplexStream) -> (RequestHeader, Vec<u8>) {
     let mut header = [0; REQUEST_HEADER];
     guest.read_exact(&mut header).await.unwrap();
-    let request = Request::decode(&header).unwrap();
+    let request = RequestHeader::decode(&header).unwrap();
     let mut body = vec![0; request.length - REQUEST_HEADER];
     guest.read_exact(&mut body).await.unwrap();
     (request, [&header[..], &body].concat())
@@ -283,7 +283,7 @@ proptest! {
         });
         let mut answered = Vec::new();
         for message in &replies {
-            let reply = Reply::decode(message.first_chunk().unwrap()).unwrap();
+            let reply = ReplyHeader::decode(message.first_chunk().unwrap()).unwrap();
             prop_assert_eq!(reply.length, message.len());
             prop_assert!([2, 4, 6, 8].contains(&reply.unique));
             answered.push(reply.unique);

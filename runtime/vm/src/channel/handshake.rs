@@ -1,6 +1,6 @@
 //! The first bytes of each stream, on the host's side (see the protocol crate's `preamble`).
 
-use machinen_protocol::preamble::{ANSWER_LEN, Answer, Kind, PREAMBLE_LEN, Preamble, PreambleError};
+use machinen_protocol::preamble::{ANSWER_LEN, Answer, PREAMBLE_LEN, Preamble, PreambleError, StreamKind};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::{ByteStream, VmChannelError};
@@ -10,12 +10,11 @@ pub(super) async fn accept_control(stream: &mut (impl ByteStream + ?Sized)) -> R
     let mut bytes = [0; PREAMBLE_LEN];
     stream.read_exact(&mut bytes).await.map_err(VmChannelError::Closed)?;
     let verdict = match Preamble::decode(&bytes) {
-        Ok(Preamble { kind: Kind::Control, token: 0 }) => Ok(()),
+        Ok(Preamble { kind: StreamKind::Control, token: 0 }) => Ok(()),
         Ok(Preamble { kind, token }) => {
             let (field, value) = match kind {
-                Kind::Control => ("control token", token),
-                Kind::Stdio => ("stream kind", 2),
-                Kind::Waiting => ("stream kind", 3),
+                StreamKind::Control => ("control token", token),
+                StreamKind::Raw | StreamKind::Waiting => ("stream kind", kind.number().into()),
             };
             Err(VmChannelError::Protocol(PreambleError::Unknown { field, value }))
         }
@@ -79,7 +78,7 @@ mod tests {
     #[tokio::test]
     async fn a_control_stream_is_accepted() {
         let (mut host, mut guest) = duplex(64);
-        guest.write_all(&Preamble { kind: Kind::Control, token: 0 }.encode()).await.unwrap();
+        guest.write_all(&Preamble { kind: StreamKind::Control, token: 0 }.encode()).await.unwrap();
         accept_control(&mut host).await.unwrap();
         let mut answer = [0; ANSWER_LEN];
         guest.read_exact(&mut answer).await.unwrap();
@@ -89,7 +88,7 @@ mod tests {
     #[tokio::test]
     async fn another_version_names_both_and_the_remedy() {
         let (mut host, mut guest) = duplex(64);
-        let mut first = Preamble { kind: Kind::Control, token: 0 }.encode();
+        let mut first = Preamble { kind: StreamKind::Control, token: 0 }.encode();
         first[8] = 77;
         guest.write_all(&first).await.unwrap();
         let error = accept_control(&mut host).await.unwrap_err();
@@ -105,7 +104,7 @@ mod tests {
 
     #[tokio::test]
     async fn other_first_bytes_are_refused() {
-        for first in [[0; PREAMBLE_LEN], Preamble { kind: Kind::Stdio, token: 1 }.encode()] {
+        for first in [[0; PREAMBLE_LEN], Preamble { kind: StreamKind::Raw, token: 1 }.encode()] {
             let (mut host, mut guest) = duplex(64);
             guest.write_all(&first).await.unwrap();
             assert!(matches!(accept_control(&mut host).await, Err(VmChannelError::Protocol(_))));
@@ -117,7 +116,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_offer_is_answered_three_ways() {
-        let preamble = Preamble { kind: Kind::Stdio, token: 5 };
+        let preamble = Preamble { kind: StreamKind::Raw, token: 5 };
         let mut older = Answer::WrongVersion.encode();
         older[8] = 9;
         for (answer, expected) in [

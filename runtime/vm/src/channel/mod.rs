@@ -23,7 +23,7 @@ use std::{
 };
 
 use machinen_base::process::ProcessError;
-use machinen_protocol::preamble::{Kind, Preamble, PreambleError};
+use machinen_protocol::preamble::{Preamble, PreambleError, StreamKind};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::{
@@ -151,7 +151,7 @@ impl VmChannel {
                 Connector::Serial(serial) => serial.dial().await?,
                 Connector::Silent { .. } => return Err(silent()),
             };
-            handshake::offer(&mut stream, Preamble { kind: Kind::Stdio, token }).await?;
+            handshake::offer(&mut stream, Preamble { kind: StreamKind::Raw, token }).await?;
             Ok((token, stream))
         };
         match tokio::time::timeout(OPEN_DEADLINE, open).await {

@@ -1,8 +1,8 @@
-//! Marks of an overlay that say from which file of the lower layer something was copied up, by its handle.
+//! overlayfs's marks on copied-up files, which identify the file in the lower layer by its handle.
 //!
-//! A handle is true for one lower file system. An overlay with an index merges a directory only with the lower one that its mark
-//! is about: a mark of another file system's would hide what is below. Without a mark directories are merged by their names, and
-//! the kernel sets the mark anew.
+//! A handle is valid on one lower file system. An overlay with an index merges a directory only with the
+//! lower directory that its mark identifies: a mark from another file system would hide the lower files.
+//! Without a mark, directories are merged by name, and the kernel sets the mark anew.
 
 use std::{fs, io, path::Path};
 
@@ -13,7 +13,8 @@ use rustix::{
 
 const MARK: &str = "trusted.overlay.origin";
 
-/// Whether the upper directory itself has a mark, as the kernel gives it when it is mounted with an index.
+/// Whether the upper directory itself has a mark, which the kernel sets when the overlay is mounted with an
+/// index.
 ///
 /// # Errors
 /// Those of getxattr(2).

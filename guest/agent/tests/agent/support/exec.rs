@@ -1,11 +1,11 @@
-//! Processes beside a container's init.
+//! Additional processes in a container.
 
 use machinen_protocol::api;
 
 use super::{Guest, Output, Spec, context, process};
 
 impl Guest {
-    /// A container that only waits.
+    /// Creates a container that only waits.
     pub(crate) async fn idle(&self, id: &str, spec: &Spec) {
         self.create(id, spec).await.unwrap();
         self.start_container(id).await.unwrap();
@@ -59,7 +59,7 @@ impl Guest {
         self.agent.resize_terminal(context(), &request).await
     }
 
-    /// A whole life of a process in a container; what it wrote and how it ended.
+    /// Runs a process in a container to its end; returns its output and its status.
     pub(crate) async fn run_in(&mut self, id: &str, exec: &str, spec: &Spec, input: &[u8]) -> Output {
         let (stdin, mut to_stdin) = self.stream().await;
         let (stdout, mut from_stdout) = self.stream().await;

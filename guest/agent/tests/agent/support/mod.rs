@@ -1,4 +1,4 @@
-//! A host's side of the channel, and an agent to talk to.
+//! The host's side of the channel, and an agent to talk to.
 
 mod exec;
 mod rootfs;
@@ -15,7 +15,7 @@ use std::{
 
 use machinen_protocol::{
     api::{self, AgentClient},
-    preamble::{ANSWER_LEN, Answer, Kind, PREAMBLE_LEN, Preamble},
+    preamble::{ANSWER_LEN, Answer, PREAMBLE_LEN, Preamble, StreamKind},
 };
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use tokio::{
@@ -32,7 +32,7 @@ pub(crate) use self::{rootfs::Disks, spec::Spec};
 
 pub(crate) type RawStream = Compat<yamux::Stream>;
 
-/// Nothing in these tests takes longer, unless it hangs.
+/// Deadline of each step of these tests.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A running agent.
@@ -46,7 +46,7 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// The agent as a process, or in a VM if MACHINEN_TEST_VM is set: everything here is true in both.
+    /// Starts the agent as a process, or in a VM if MACHINEN_TEST_VM is set. All tests hold for both.
     pub(crate) async fn start() -> Self {
         assert!(nix::unistd::geteuid().is_root(), "these tests make containers: run them as root");
         let disks = Disks::new();
@@ -55,7 +55,7 @@ impl Guest {
         }
         let (ours, theirs) = StdUnixStream::pair().unwrap();
         fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
-        // It ends when the stream does, and clears up then, which a killed one could not.
+        // The agent ends when the stream does, and then cleans up, which a killed agent could not.
         #[expect(clippy::disallowed_methods, reason = "the process under test")]
         let process = tokio::process::Command::new(env!("CARGO_BIN_EXE_machinen-agent"))
             .args(["--serial-fd", &theirs.as_raw_fd().to_string(), "--disk-dir"])
@@ -69,7 +69,7 @@ impl Guest {
         guest
     }
 
-    /// The other side of any stream.
+    /// Serves the other side of a byte stream.
     pub(crate) async fn over(stream: UnixStream, disks: Disks) -> Self {
         let (dial, requests) = mpsc::channel(1);
         let (inbound, mut accepted) = mpsc::channel(1);
@@ -79,7 +79,7 @@ impl Guest {
         let mut control = control.compat();
         let mut bytes = [0; PREAMBLE_LEN];
         within(control.read_exact(&mut bytes)).await.unwrap();
-        assert_eq!(Preamble::decode(&bytes), Ok(Preamble { kind: Kind::Control, token: 0 }));
+        assert_eq!(Preamble::decode(&bytes), Ok(Preamble { kind: StreamKind::Control, token: 0 }));
         control.write_all(&Answer::Accepted.encode()).await.unwrap();
         let agent = AgentClient::new(ttrpc::r#async::Client::new(Socket::new(control)));
         Self { agent, disks, dial, process: None, vm: None, next_token: 1 }
@@ -89,12 +89,12 @@ impl Guest {
     pub(crate) async fn stream(&mut self) -> (u64, RawStream) {
         let token = self.next_token;
         self.next_token += 1;
-        let (stream, answer) = self.greet(Preamble { kind: Kind::Stdio, token }.encode()).await;
+        let (stream, answer) = self.greet(Preamble { kind: StreamKind::Raw, token }.encode()).await;
         assert_eq!(answer.unwrap(), Answer::Accepted);
         (token, stream)
     }
 
-    /// Opens a stream with any first bytes.
+    /// Opens a stream with arbitrary first bytes.
     pub(crate) async fn greet(&self, bytes: [u8; PREAMBLE_LEN]) -> (RawStream, io::Result<Answer>) {
         let (reply, dialled) = oneshot::channel();
         self.dial.send(reply).await.unwrap();
@@ -135,7 +135,7 @@ impl Guest {
         self.create_on(id, spec, stdio, rootfs).await
     }
 
-    /// Asks for disks that nobody has attached.
+    /// Creates a container without attaching its disks.
     pub(crate) async fn create_without_disks(
         &self,
         id: &str,
@@ -203,7 +203,7 @@ impl Guest {
         self.agent.delete_container(context(), &container(id)).await
     }
 
-    /// A whole life; what it wrote and how it ended.
+    /// Runs a container to its end; returns its output and its status.
     pub(crate) async fn run(&mut self, spec: &Spec) -> Output {
         self.run_with_input(spec, b"").await
     }
@@ -222,7 +222,7 @@ impl Guest {
         output
     }
 
-    /// Gives a process its input, and reads what it writes until it has ended.
+    /// Sends a process its input, and reads its output until it has ended.
     async fn converse(
         &self,
         id: &str,
@@ -237,9 +237,9 @@ impl Guest {
             }
         };
         let (mut out, mut err) = (Vec::new(), Vec::new());
-        // Reading must go on while waiting, as the agent holds no more than a buffer.
-        let read_out = read_until_told(from_stdout, &mut out);
-        let read_err = read_until_told(from_stderr, &mut err);
+        // Reading must continue while this waits, since the agent holds at most one buffer.
+        let read_out = read_until_ended(from_stdout, &mut out);
+        let read_err = read_until_ended(from_stderr, &mut err);
         let ((), ended) = tokio::select! {
             done = async { tokio::join!(feed, self.wait_exec(id, exec)) } => done,
             _ = read_out => unreachable!("reads until dropped"),
@@ -268,7 +268,7 @@ impl Guest {
         self.agent.end_stdin(context(), &request).await
     }
 
-    /// Ends the agent; how its process, or its VM's, ended.
+    /// Shuts the agent down; returns how its process, or its VM's, has ended.
     pub(crate) async fn shutdown(mut self) -> ExitStatus {
         within(self.agent.shutdown(context(), &api::Empty::new())).await.unwrap();
         match (self.process.take(), self.vm.take()) {
@@ -282,7 +282,7 @@ impl Guest {
         self.vm.as_ref().expect("it runs in a VM")
     }
 
-    /// Whether the agent's kernel can limit this; a VM's can limit everything.
+    /// Whether the agent's kernel has a controller; a VM's has all of them.
     pub(crate) fn has_controller(&self, name: &str) -> bool {
         if self.vm.is_some() {
             return true;
@@ -294,7 +294,7 @@ impl Guest {
         all.split_whitespace().any(|controller| controller == name)
     }
 
-    /// How many containers the agent keeps anything of; not known of a VM.
+    /// The number of containers of which the agent keeps anything; unknown for a VM.
     pub(crate) fn containers_left(&self) -> usize {
         if self.vm.is_some() {
             return 0;
@@ -317,7 +317,7 @@ pub(crate) struct Output {
     pub(crate) stderr: String,
 }
 
-async fn read_until_told(stream: &mut RawStream, into: &mut Vec<u8>) {
+async fn read_until_ended(stream: &mut RawStream, into: &mut Vec<u8>) {
     while let Ok(length @ 1..) = stream.read_buf(into).await {
         let _ = length;
     }
@@ -331,7 +331,7 @@ async fn read_to(stream: &mut RawStream, into: &mut Vec<u8>, total: u64) {
     into.extend(rest);
 }
 
-/// The outcome, unless it takes too long to ever come.
+/// Waits for the outcome, but not forever.
 pub(crate) async fn within<T>(work: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, work).await.expect("an answer in time")
 }
@@ -348,7 +348,7 @@ pub(crate) fn process(id: &str, exec: &str) -> api::ProcessRequest {
     api::ProcessRequest { container_id: id.into(), exec_id: exec.into(), ..Default::default() }
 }
 
-/// The status of a call that had to fail.
+/// The status of a call that must fail.
 pub(crate) fn status<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (ttrpc::Code, String) {
     match result.expect_err("the call fails") {
         ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),

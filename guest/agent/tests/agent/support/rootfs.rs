@@ -1,4 +1,4 @@
-//! Root file systems to make containers of: busybox, and little else.
+//! Root file systems for containers: busybox, and little else.
 
 use std::{
     fs,
@@ -21,7 +21,7 @@ pub(crate) struct Disks {
 }
 
 impl Disks {
-    /// A shared base at target 0.
+    /// Creates a shared base disk at target 0.
     pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         make_base(&dir.path().join("0-0"));
@@ -32,12 +32,13 @@ impl Disks {
         self.dir.path()
     }
 
-    /// Where the tests' base is, to change it before a container is made of it.
+    /// The directory of the tests' base disk, to change it before it is used.
     pub(crate) fn base(&self) -> std::path::PathBuf {
         self.dir.path().join("0-0")
     }
 
-    /// The disks of a container: the base and a writable one of its own, kept for the next of the same id.
+    /// The disks of a container: the base disk, and a writable one of its own, which is kept for the next
+    /// container with the same id.
     pub(crate) fn rootfs(&self, id: &str) -> api::Rootfs {
         let lun = id.bytes().fold(7_u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into())) % 1000;
         fs::create_dir_all(self.dir.path().join(format!("1-{lun}"))).unwrap();
@@ -50,7 +51,7 @@ impl Disks {
     }
 }
 
-/// A minimal image.
+/// Creates a minimal image.
 pub(crate) fn make_base(base: &Path) {
     for dir in ["bin", "etc", "tmp", "proc", "sys", "dev", "root"] {
         fs::create_dir_all(base.join(dir)).unwrap();

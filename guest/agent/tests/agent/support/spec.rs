@@ -1,4 +1,4 @@
-//! OCI configurations, as containerd makes them by default, without a network namespace.
+//! OCI configurations like containerd's default, without a network namespace.
 
 use machinen_protocol::api;
 use serde_json::{Value, json};
@@ -65,7 +65,7 @@ impl Spec {
         Self { json, files: Vec::new() }
     }
 
-    /// A script for the image's shell.
+    /// Runs a script in the image's shell.
     pub(crate) fn sh(script: &str) -> Self {
         Self::new(&["sh", "-c", script])
     }

@@ -1,4 +1,5 @@
-//! A VM of the test's own: QEMU by emulation, the serial channel, disks hot-added when a container wants them.
+//! A VM of the test's own: emulated by QEMU, with the serial channel, and disks that are attached when a
+//! container needs them.
 
 use std::{
     cell::RefCell,
@@ -27,7 +28,7 @@ pub(crate) struct Vm {
     attached: RefCell<HashSet<(u32, u32)>>,
 }
 
-/// MACHINEN_ASSETS_DIR, or the checkout's.
+/// A file of MACHINEN_ASSETS_DIR, or of the checkout's assets.
 fn asset(name: &str) -> PathBuf {
     let dir = std::env::var_os("MACHINEN_ASSETS_DIR")
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guest"), PathBuf::from);
@@ -105,7 +106,7 @@ impl Vm {
         guest
     }
 
-    /// QEMU's process.
+    /// Pid of QEMU.
     pub(crate) fn pid(&self) -> u32 {
         self.qemu.id().expect("it runs")
     }
@@ -132,7 +133,7 @@ impl Vm {
         }
     }
 
-    /// Attaches what is not attached yet, with what is in its directory by now.
+    /// Attaches disks that are not attached yet, with the present content of their directories.
     pub(crate) fn attach(&self, disks: &Disks, rootfs: &api::Rootfs) {
         for (disk, read_only) in [(&rootfs.base, true), (&rootfs.writable, false)] {
             if self.attached.borrow_mut().insert((disk.target, disk.lun)) {

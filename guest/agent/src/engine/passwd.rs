@@ -1,6 +1,6 @@
-//! HOME of a user, from the container's own /etc/passwd.
+//! Finds a user's home directory in the container's own /etc/passwd.
 //!
-//! The C library would do this by loading name service modules of the container into our process.
+//! The C library would load the container's name service modules into this process.
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -9,24 +9,24 @@ use std::{
 
 use pathrs::{Root, flags::OpenFlags};
 
-/// The file is the tenant's: no more than this is looked at.
+/// The file belongs to the tenant: at most this much of it is read.
 const MAX_PASSWD: u64 = 1 << 20;
 
-/// The home directory of a user; "/" when the container does not know it.
-pub(super) fn of_user(root: &Root, uid: u32) -> String {
+/// The home directory of a user; "/" when the file does not name it.
+pub(super) fn home_of(root: &Root, uid: u32) -> String {
     read(root, uid).unwrap_or_else(|| "/".to_owned())
 }
 
 fn read(root: &Root, uid: u32) -> Option<String> {
     let handle = root.resolve(Path::new("/etc/passwd")).ok()?;
-    // A fifo in its place would be waited on for ever.
+    // Opening a fifo in its place would block forever.
     let flags = OpenFlags::O_RDONLY | OpenFlags::O_NONBLOCK | OpenFlags::O_CLOEXEC;
     let file = handle.reopen(flags).ok()?;
     file.metadata().ok()?.is_file().then_some(())?;
     find(BufReader::new(file.take(MAX_PASSWD)), uid)
 }
 
-/// passwd(5): name:password:uid:gid:comment:home:shell
+/// Fields of passwd(5): name:password:uid:gid:comment:home:shell
 fn find(passwd: impl BufRead, uid: u32) -> Option<String> {
     let uid = uid.to_string();
     passwd.split(b'\n').map_while(Result::ok).find_map(|line| {

@@ -1,4 +1,4 @@
-//! What no process of a container may inherit from the agent.
+//! What a container's process must not inherit from the agent.
 
 use std::{fs, io};
 
@@ -11,28 +11,28 @@ use nix::{
     unistd::setgroups,
 };
 
-/// Open files of a process whose spec does not say: what init systems give to services.
+/// Limits on open files of a process whose spec sets none: those that init systems set for services.
 const FILES_SOFT: u64 = 1024;
 const FILES_HARD: u64 = 524_288;
 
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ShedError {
+pub(super) enum InheritedError {
     #[error("cannot give up the agent's {what}")]
     GiveUp { what: &'static str, source: Errno },
     #[error("cannot set the OOM score")]
     OomScore(#[source] io::Error),
 }
 
-/// Gives it up.
-pub(super) fn shed() -> Result<(), ShedError> {
-    let failed = |what| move |source| ShedError::GiveUp { what, source };
+/// Gives up the agent's groups, umask and limits.
+pub(super) fn give_up() -> Result<(), InheritedError> {
+    let failed = |what| move |source| InheritedError::GiveUp { what, source };
     setgroups(&[]).map_err(failed("groups"))?;
     umask(Mode::from_bits_truncate(0o022));
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(failed("limits"))?;
     setrlimit(Resource::RLIMIT_NOFILE, FILES_SOFT, hard.min(FILES_HARD)).map_err(failed("limits"))
 }
 
-/// -1000 to 1000 (proc(5), /proc/pid/oom_score_adj).
-pub(super) fn set_oom_score(score: &str) -> Result<(), ShedError> {
-    fs::write("/proc/self/oom_score_adj", score).map_err(ShedError::OomScore)
+/// Sets the OOM score, -1000 to 1000 (proc(5), /proc/pid/oom_score_adj).
+pub(super) fn set_oom_score(score: &str) -> Result<(), InheritedError> {
+    fs::write("/proc/self/oom_score_adj", score).map_err(InheritedError::OomScore)
 }

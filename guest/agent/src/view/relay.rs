@@ -1,6 +1,7 @@
-//! Requests of the host to the process that serves a view, one after the other, and its replies back.
+//! Passes the host's requests to the server of a view, one at a time, and the server's replies back.
 //!
-//! Here, and not in the server, is it decided that nothing may be changed now: the server could be in the middle of it.
+//! The relay, and not the server, refuses changes while the view is read-only: the server could be in the
+//! middle of one.
 
 use std::{
     io,
@@ -11,8 +12,9 @@ use std::{
     },
 };
 
-use machinen_protocol::view::{
-    MAJOR, MAX_DATA, MAX_REPLY, MAX_REQUEST, MINOR, REPLY_HEADER, REQUEST_HEADER, Request, opcode, refusal,
+use machinen_protocol::fuse::{
+    MAJOR, MAX_DATA, MAX_REPLY, MAX_REQUEST, MINOR, REPLY_HEADER, REQUEST_HEADER, RequestHeader, opcode,
+    refusal,
 };
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
@@ -25,19 +27,19 @@ use tokio::{
 
 use crate::{channel::Stream, console, sys};
 
-/// What lets changes through, or not.
+/// Allows changes, or refuses them.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Gate(Arc<Inner>);
+pub(super) struct WriteGate(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
     closed: AtomicBool,
-    /// Held while a change is being made.
+    /// Locked while a change is in progress.
     changing: Mutex<()>,
 }
 
-impl Gate {
-    /// No change is being made when this returns, and none is made until [`Gate::open`].
+impl WriteGate {
+    /// Refuses changes until [`WriteGate::open`]. Returns when no change is in progress.
     pub(super) async fn close(&self) {
         self.0.closed.store(true, Ordering::SeqCst);
         drop(self.0.changing.lock().await);
@@ -49,25 +51,26 @@ impl Gate {
 }
 
 #[derive(Debug)]
-pub(super) struct Passage {
+pub(super) struct Relay {
     server: AsyncFd<OwnedFd>,
-    gate: Gate,
+    gate: WriteGate,
     message: Vec<u8>,
 }
 
-impl Passage {
-    /// Greets the server at the other end of `socket` as a kernel would; it is ready when this returns.
-    pub(super) async fn open(socket: OwnedFd, gate: Gate) -> io::Result<Self> {
+impl Relay {
+    /// Greets the server at the other end of `socket` as a kernel would. The server is ready when this
+    /// returns.
+    pub(super) async fn open(socket: OwnedFd, gate: WriteGate) -> io::Result<Self> {
         let flags = OFlag::from_bits_retain(fcntl(&socket, FcntlArg::F_GETFL)?);
         fcntl(&socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
         let server = sys::register(socket, Interest::READABLE | Interest::WRITABLE)?;
         let message = vec![0; MAX_REQUEST.max(MAX_REPLY)];
-        let mut passage = Self { server, gate, message };
+        let mut relay = Self { server, gate, message };
         let greeting = init();
-        passage.message[..greeting.len()].copy_from_slice(&greeting);
-        passage.send(greeting.len()).await?;
-        passage.receive().await?;
-        Ok(passage)
+        relay.message[..greeting.len()].copy_from_slice(&greeting);
+        relay.send(greeting.len()).await?;
+        relay.receive().await?;
+        Ok(relay)
     }
 
     /// Runs until the host closes the stream or the server ends.
@@ -75,7 +78,7 @@ impl Passage {
         if let Err(error) = self.pass(&mut stream).await
             && error.kind() != io::ErrorKind::UnexpectedEof
         {
-            console::say(&format!("a container's files are not served any more: {error}"));
+            console::say(&format!("serving a container's files has ended: {error}"));
         }
     }
 
@@ -84,7 +87,7 @@ impl Passage {
         loop {
             stream.read_exact(&mut self.message[..REQUEST_HEADER]).await?;
             let header = self.message.first_chunk().expect("it is larger");
-            let request = Request::decode(header).map_err(io::Error::other)?;
+            let request = RequestHeader::decode(header).map_err(io::Error::other)?;
             stream.read_exact(&mut self.message[REQUEST_HEADER..request.length]).await?;
             let changes = request.changes(&self.message[REQUEST_HEADER..request.length]);
             let _changing = if changes { Some(gate.0.changing.lock().await) } else { None };
@@ -102,7 +105,7 @@ impl Passage {
         }
     }
 
-    /// Each message of the socket is one of FUSE.
+    /// Each message of the socket is one FUSE message.
     async fn send(&self, length: usize) -> io::Result<()> {
         let message = &self.message[..length];
         let send = |fd: &OwnedFd| Ok(send(fd.as_raw_fd(), message, MsgFlags::MSG_NOSIGNAL)?);
@@ -120,7 +123,7 @@ impl Passage {
     }
 }
 
-/// FUSE_INIT without any of its flags. The server's answer says nothing that the host has not decided.
+/// FUSE_INIT without flags. The server's answer is not needed: the host has decided everything already.
 fn init() -> Vec<u8> {
     let no_flags = 0_u32;
     let body: Vec<u8> =

@@ -1,8 +1,8 @@
-//! What is asked of the cgroup of a container while it runs: to freeze, to tell and to change its limits and counts,
-//! and to say when the kernel has killed for want of memory.
+//! Controls the cgroup of a running container: freezes its processes, reads and changes its limits and
+//! counters, and reports kills by the OOM killer.
 //!
-//! Which files there are, what is in them and what is put into them is the host's business: code that a guest does
-//! not have needs no time to run for the first time.
+//! The host knows the names and contents of the files, and the guest only passes them on: code that the guest
+//! does not have does not slow down its first call.
 
 use std::{
     fs, io,
@@ -14,17 +14,17 @@ use machinen_protocol::api::CgroupFile;
 
 use super::{Cgroup, CgroupError, has_line, is_gone};
 
-/// How long processes may take to freeze: one that the kernel does not let go of cannot be.
+/// How long processes may take to freeze. A process in an uninterruptible system call cannot be frozen.
 pub(super) const FREEZE_DEADLINE: Duration = Duration::from_secs(10);
 
-/// No cgroup file is as long; of one that is, the rest is left out.
+/// Most bytes that are read of a cgroup file; no file is this long.
 const MAX_CONTENT: u64 = 64 << 10;
 
 impl Cgroup {
-    /// Stops every process, and returns when all have stopped. SIGKILL still ends them.
+    /// Freezes all processes, and returns when the kernel reports it. SIGKILL still ends them.
     ///
     /// # Errors
-    /// The kernel refuses, or cannot stop one of them: they run on then.
+    /// The kernel refuses, or cannot freeze one of them: all of them continue then.
     pub(crate) async fn freeze(&self) -> Result<(), CgroupError> {
         self.set("cgroup.freeze", "1")?;
         let frozen = self.watch("cgroup.events", |text| has_line(text, "frozen 1").then_some(()));
@@ -34,12 +34,12 @@ impl Cgroup {
         }
     }
 
-    /// Whether every process is stopped.
+    /// Whether all processes are frozen.
     pub(crate) fn is_frozen(&self) -> bool {
         fs::read_to_string(self.path.join("cgroup.events")).is_ok_and(|text| has_line(&text, "frozen 1"))
     }
 
-    /// Lets every process go on.
+    /// Lets all processes continue.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -47,10 +47,10 @@ impl Cgroup {
         self.set("cgroup.freeze", "0")
     }
 
-    /// The content of those of the files that exist.
+    /// Reads files; those that do not exist are left out.
     ///
     /// # Errors
-    /// A name is none, or a file cannot be read.
+    /// A name is not that of a cgroup file, or a file cannot be read.
     pub(crate) fn read_files(&self, names: &[String]) -> Result<Vec<CgroupFile>, CgroupError> {
         let mut files = Vec::new();
         for name in names {
@@ -61,10 +61,11 @@ impl Cgroup {
         Ok(files)
     }
 
-    /// Writes files in the order given; when one is refused, those before it get their old content back.
+    /// Writes files in the order given; when the kernel refuses one, the files before it get their old
+    /// content back.
     ///
     /// # Errors
-    /// A name is none, the kernel has no such file, or does not take the value.
+    /// A name is not that of a cgroup file, the kernel has no such file, or refuses the value.
     pub(crate) fn write_files(&self, files: &[CgroupFile]) -> Result<(), CgroupError> {
         let mut undo: Vec<(&str, String)> = Vec::new();
         for file in files {
@@ -72,7 +73,7 @@ impl Cgroup {
                 self.read(&file.name)?.ok_or_else(|| CgroupError::NoFile { name: file.name.clone() })?;
             if let Err(err) = self.set(&file.name, &file.content) {
                 for (name, old) in undo.into_iter().rev() {
-                    // The first failure is the one to tell.
+                    // The first failure is reported.
                     let _ = self.set(name, &old);
                 }
                 return Err(err);
@@ -82,8 +83,8 @@ impl Cgroup {
         Ok(())
     }
 
-    /// How many processes the kernel has killed for want of memory, as soon as it is more than `seen`. Never, where
-    /// memory is not controlled.
+    /// Waits until the OOM killer has killed more than `seen` processes, and returns their number. Never
+    /// returns without a memory controller.
     ///
     /// # Errors
     /// The count cannot be read.
@@ -95,9 +96,9 @@ impl Cgroup {
         }
     }
 
-    /// How many processes the kernel has killed for want of memory.
+    /// How many processes the OOM killer has killed.
     pub(crate) fn oom_kills(&self) -> u64 {
-        // No memory controller (a test host), no answer.
+        // 0 without a memory controller, as on some test hosts.
         fs::read_to_string(self.path.join("memory.events")).map_or(0, |text| oom_kills(&text))
     }
 
@@ -110,7 +111,7 @@ impl Cgroup {
         };
         match read() {
             Ok(content) => Ok(Some(content)),
-            // EOPNOTSUPP: compiled in, but switched off, as pressure files can be.
+            // EOPNOTSUPP: the file is compiled in, but disabled, as pressure files can be.
             Err(err) if is_gone(&err) || err.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(None),
             Err(source) => Err(CgroupError::Read { path, source }),
         }
@@ -130,10 +131,10 @@ fn oom_kills(events: &str) -> u64 {
     events.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok()).unwrap_or(0)
 }
 
-/// Only files of the directory itself have a name.
+/// Checks that a name is that of a file in the cgroup's own directory.
 fn checked(name: &str) -> Result<&str, CgroupError> {
     let plain = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
-    // All of them are `controller.name`.
+    // All of these are named `controller.name`.
     if plain && name.contains('.') && !name.starts_with('.') && !name.contains("..") {
         Ok(name)
     } else {

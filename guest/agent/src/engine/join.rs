@@ -1,4 +1,4 @@
-//! What has to be known of a container to run more processes in it.
+//! What the engine has to know of a container in order to run more processes in it.
 
 use std::{
     fs,
@@ -10,9 +10,8 @@ use pathrs::Root;
 use serde_json::Value;
 
 use super::{
-    home,
     namespaces::{self, NamespaceError},
-    process,
+    passwd, process,
     process::Console,
     spec::{SpecError, mapped},
     zygote,
@@ -20,7 +19,7 @@ use super::{
 use crate::cgroup::Cgroup;
 
 #[derive(Debug, Clone)]
-pub(crate) struct Tenancy {
+pub(crate) struct ContainerContext {
     rootfs: PathBuf,
     cgroup: PathBuf,
     seccomp: Option<PathBuf>,
@@ -28,17 +27,17 @@ pub(crate) struct Tenancy {
     uid_mappings: Value,
 }
 
-/// A process as the engine is asked to run it.
+/// A process, prepared for the engine.
 #[derive(Debug)]
 pub(crate) struct PreparedProcess {
-    /// OCI process, as JSON.
+    /// The OCI process, as JSON.
     pub(super) json: Vec<u8>,
     console: Console,
     owner: u32,
 }
 
-impl Tenancy {
-    /// From the spec's linux section. Writes what is too large to pass on into `dir`.
+impl ContainerContext {
+    /// Takes what is needed from the spec's linux section. Writes what is too large for a request into `dir`.
     pub(super) fn new(linux: &Value, rootfs: &Path, cgroup: &Path, dir: &Path) -> Result<Self, SpecError> {
         let seccomp = match &linux["seccomp"] {
             Value::Null => None,
@@ -62,7 +61,7 @@ impl Tenancy {
     /// Reads the host's OCI process and adapts it.
     ///
     /// # Errors
-    /// It lacks what every process needs.
+    /// It lacks something that every process needs.
     pub(crate) fn process(&self, json: &[u8], terminal: bool) -> Result<PreparedProcess, SpecError> {
         let mut value: Value = serde_json::from_slice(json).map_err(SpecError::ParseProcess)?;
         if !value.is_object() {
@@ -71,13 +70,13 @@ impl Tenancy {
         process::adapt(&mut value, terminal)?;
         let uid = process::uid(&value);
         let root = Root::open(&self.rootfs).map_err(SpecError::Rootfs)?;
-        process::add_home(&mut value, || home::of_user(&root, uid));
+        process::add_home(&mut value, || passwd::home_of(&root, uid));
         let console = Console { owner: uid, size: process::console_size(&value) };
         let owner = mapped(&self.uid_mappings, uid);
         Ok(PreparedProcess { json: value.to_string().into_bytes(), console, owner })
     }
 
-    /// What the zygote is asked for. The namespaces are those that the init has at this moment.
+    /// The request to the zygote, with the namespaces that the init has at this moment.
     ///
     /// # Errors
     /// The init has ended, or cannot be examined.
@@ -85,10 +84,10 @@ impl Tenancy {
         &self,
         init: Pid,
         process: &PreparedProcess,
-    ) -> Result<zygote::Exec, NamespaceError> {
-        Ok(zygote::Exec {
+    ) -> Result<zygote::ExecRequest, NamespaceError> {
+        Ok(zygote::ExecRequest {
             init: init.as_raw(),
-            namespaces: namespaces::own(init)?,
+            namespaces: namespaces::not_shared(init)?,
             cgroup: self.cgroup.clone(),
             seccomp: self.seccomp.clone(),
             personality: self.personality.clone(),
@@ -98,7 +97,7 @@ impl Tenancy {
 }
 
 impl PreparedProcess {
-    /// The user to whom the process's streams belong, as the agent sees it.
+    /// The owner of the process's streams, as seen by the agent.
     pub(crate) fn owner(&self) -> u32 {
         self.owner
     }

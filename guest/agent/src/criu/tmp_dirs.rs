@@ -1,4 +1,4 @@
-//! Directories that CRIU makes in /tmp, and leaves there if it is killed.
+//! Directories that CRIU creates in /tmp, and leaves there if it is killed.
 
 use std::{fs, io, path::Path};
 
@@ -6,7 +6,7 @@ use super::CriuError;
 
 const TMP: &str = "/tmp";
 
-/// Removes them, unless there is a CRIU that may need its own; then who ends later does.
+/// Removes these directories, unless a running CRIU may need its own; a later call removes them then.
 ///
 /// # Errors
 /// Those of the file system.

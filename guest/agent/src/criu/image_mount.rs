@@ -1,4 +1,4 @@
-//! The disk that images are on, while they are written or read.
+//! The mount of the disk with the images, while they are written or read.
 
 use std::{
     fs,
@@ -13,13 +13,15 @@ use crate::disk::Disk;
 /// Mount point in the agent's directory of a container.
 const DIR: &str = "checkpoint";
 
-/// Where the disk is mounted, until this is dropped.
+/// The mount point of the disk, which is mounted until this is dropped.
 #[derive(Debug)]
-pub(super) struct Mounted(PathBuf);
+pub(super) struct ImageMount(PathBuf);
 
-impl Mounted {
+impl ImageMount {
+    /// Mounts the disk below `dir`, the agent's directory of the container.
+    ///
     /// # Errors
-    /// There is no such file system on it.
+    /// The disk has no such file system.
     pub(super) fn mount(disk: &Disk, dir: &Path, kind: &str, flags: MsFlags) -> Result<Self, CriuError> {
         let at = dir.join(DIR);
         fs::create_dir_all(&at).map_err(|source| CriuError::File {
@@ -42,9 +44,9 @@ impl Mounted {
     }
 }
 
-impl Drop for Mounted {
+impl Drop for ImageMount {
     fn drop(&mut self) {
-        // What cannot be unmounted is in use, and remains until that ends.
+        // A file system that is in use remains mounted until its use ends.
         let _ = umount2(&self.0, MntFlags::MNT_DETACH);
         let _ = fs::remove_dir(&self.0);
     }

@@ -1,0 +1,13 @@
+//! What containers and their processes are made with.
+//!
+//! A function that needs one or two of these parts takes those, and not the whole [`Context`].
+
+use crate::{channel::Unclaimed, disk::DiskSource, engine::Engine, reaper::Reaper};
+
+#[derive(Debug)]
+pub(crate) struct Context {
+    pub(crate) engine: Engine,
+    pub(crate) reaper: Reaper,
+    pub(crate) unclaimed: Unclaimed,
+    pub(crate) disks: DiskSource,
+}
