@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# Shared by the scripts beside it: where things are kept, and how progress is told.
+# Shared by the scripts in this directory: where things are kept, and how progress is reported.
 # Meant to be sourced by a bash script that has set -euo pipefail.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -15,7 +15,7 @@ die() {
   exit 1
 }
 
-# step TITLE COMMAND...: runs the command and says how long it took.
+# step TITLE COMMAND...: runs the command and reports how long it took.
 step() {
   local title=$1 start=${EPOCHREALTIME/[.,]/}
   shift
@@ -40,7 +40,7 @@ with_lock() {
   exec {fd}>&-
 }
 
-# publish FILE DEST: an atomic copy, so that nobody ever reads half a file.
+# publish FILE DEST: an atomic copy, so that no process ever reads half a file.
 publish() {
   mkdir -p "$(dirname "$2")"
   cp --reflink=auto --sparse=always "$1" "$2.$$"

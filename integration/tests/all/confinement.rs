@@ -129,7 +129,7 @@ fn privileged(containerd: &mut Containerd) -> Result<()> {
     Ok(())
 }
 
-/// See "What of the VM a container can see" in ARCHITECTURE.md.
+/// See "What a container can see of its VM" in docs/design/guest.md.
 fn the_vm_does_not_show(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     // The descriptor is of the directory that is being read.
