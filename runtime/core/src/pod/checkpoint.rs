@@ -32,7 +32,7 @@ use super::{
     Container, Pod, PodError, PodEvent,
     checkpoint_guest::{Dump, DumpOutcome},
     phases::PhaseTimes,
-    state::{ProcessState, StateError},
+    state::{PodRequest, ProcessState},
 };
 use crate::{
     checkpoint::{
@@ -82,13 +82,8 @@ impl Pod {
         let id = container.id.as_str();
         let _ordered = container.init.transitions.lock().await;
         let _none_starting = container.freezing.write().await;
-        let refused = |source| Err(PodError::state("checkpoint", id, source));
-        let was_paused = match container.state() {
-            ProcessState::Running => false,
-            ProcessState::Paused => true,
-            ProcessState::Created => return refused(StateError::NotStarted),
-            ProcessState::Stopped(_) => return refused(StateError::AlreadyStopped),
-        };
+        container.check(PodRequest::Checkpoint)?;
+        let was_paused = container.state() == ProcessState::Paused;
         let agent = self.agent(id).await?;
         let failed = |source| PodError::Checkpoint { id: id.to_owned(), source };
         let manifest = manifest(container, wanted.options).map_err(failed)?;

@@ -11,13 +11,13 @@ use machinen_vm::Vm;
 use tokio::sync::RwLock;
 
 use super::{
-    ContainerProcess,
+    ContainerProcess, PodError,
     anchor::Anchor,
     checkpoint,
     exec::Execs,
     layer::WritableLayer,
     rootfs::RootfsMount,
-    state::{ProcessExit, ProcessState},
+    state::{PodRequest, ProcessExit, ProcessState},
     stdio::StdioNames,
 };
 use crate::config;
@@ -89,6 +89,14 @@ impl Container {
     /// The state of the container's init.
     pub fn state(&self) -> ProcessState {
         self.init.state()
+    }
+
+    /// Whether the state of the container's init allows a request.
+    ///
+    /// # Errors
+    /// Why the request is refused.
+    pub(super) fn check(&self, request: PodRequest) -> Result<(), PodError> {
+        self.state().allows(request).map_err(|source| PodError::state(request, &self.id, source))
     }
 
     /// Resolves when the container's init has ended and its output has been delivered.

@@ -10,7 +10,11 @@ use machinen_vm::{
 };
 
 use super::{
-    anchor::AnchorError, receive::ReceiveError, rootfs::RootfsPlanError, state::StateError, stdio::StdioError,
+    anchor::AnchorError,
+    receive::ReceiveError,
+    rootfs::RootfsPlanError,
+    state::{PodRequest, StateError},
+    stdio::StdioError,
 };
 use crate::{
     annotations::AnnotationError,
@@ -32,8 +36,8 @@ pub enum PodError {
     NoExecId { id: String },
     #[error("container {id} is still being created")]
     BeingCreated { id: String },
-    #[error("cannot {verb} container {id}")]
-    State { verb: &'static str, id: String, source: StateError },
+    #[error("cannot {} container {id}", request.verb())]
+    State { request: PodRequest, id: String, source: StateError },
     #[error("the VM of container {id} has ended")]
     Gone { id: String },
     #[error("cannot {verb} container {id}")]
@@ -97,8 +101,8 @@ pub enum PodError {
 }
 
 impl PodError {
-    pub(super) fn state(verb: &'static str, id: &str, source: StateError) -> Self {
-        Self::State { verb, id: id.to_owned(), source }
+    pub(super) fn state(request: PodRequest, id: &str, source: StateError) -> Self {
+        Self::State { request, id: id.to_owned(), source }
     }
 
     pub(crate) fn guest(verb: &'static str, id: &str, source: AgentError) -> Self {
@@ -122,7 +126,7 @@ impl HasKind for PodError {
             Self::NoExecId { .. } => ErrorKind::InvalidArgument,
             Self::Process(error) => error.kind(),
             Self::BeingCreated { .. } => ErrorKind::Unavailable,
-            Self::State { source: StateError::AlreadyStopped, verb: "signal", .. } => ErrorKind::NotFound,
+            Self::State { source: StateError::Finished, .. } => ErrorKind::NotFound,
             Self::State { .. } => ErrorKind::FailedPrecondition,
             Self::Gone { .. } => ErrorKind::NotFound,
             Self::Unanswered { .. } => ErrorKind::DeadlineExceeded,

@@ -22,7 +22,8 @@ use oci_spec::runtime;
 use protobuf::MessageField;
 
 use super::{
-    Container, ContainerProcess, Pod, PodError, PodEvent, ProcessExit, ProcessState, StateError, Transition,
+    Container, ContainerProcess, Pod, PodError, PodEvent, PodRequest, ProcessExit, ProcessState, StateError,
+    Transition,
     exit::finish_output,
     stdio::{HostStdio, StdioNames},
     streams::{self, Outputs},
@@ -158,31 +159,19 @@ impl Container {
     ///
     /// # Errors
     /// The process does not exist, or is not running.
-    pub(super) async fn guest_id(&self, exec_id: &str, verb: &'static str) -> Result<String, PodError> {
+    pub(super) async fn guest_id(&self, exec_id: &str, request: PodRequest) -> Result<String, PodError> {
         let guest_id = match exec_id {
             "" => Some(String::new()),
             _ => self.added(exec_id)?.guest_id().await,
         };
-        let failed = |source| PodError::State { verb, id: self.name(exec_id), source };
-        match self.process(exec_id)?.state() {
-            ProcessState::Stopped(_) => Err(failed(StateError::AlreadyStopped)),
-            _ => guest_id.ok_or_else(|| failed(StateError::NotStarted)),
-        }
+        let refused = |source| PodError::State { request, id: self.name(exec_id), source };
+        self.process(exec_id)?.state().allows(request).map_err(refused)?;
+        guest_id.ok_or_else(|| refused(StateError::NotStarted))
     }
 
     /// The process's name in messages.
     pub(super) fn name(&self, exec_id: &str) -> String {
         if exec_id.is_empty() { self.id.clone() } else { format!("{}, process {exec_id}", self.id) }
-    }
-}
-
-/// A process that is added to a paused container could not run either.
-fn may_exec(container: &Container) -> Result<(), PodError> {
-    let refused = |source| Err(PodError::state("exec in", &container.id, source));
-    match container.state() {
-        ProcessState::Stopped(_) => refused(StateError::AlreadyStopped),
-        ProcessState::Paused => refused(StateError::Paused),
-        ProcessState::Created | ProcessState::Running => Ok(()),
     }
 }
 
@@ -193,7 +182,7 @@ impl Pod {
     /// The container does not exist or has stopped, the id is taken, or the process is not valid.
     pub fn exec(&self, id: &str, exec: ExecRequest) -> Result<(), PodError> {
         let container = self.container(id)?;
-        may_exec(&container)?;
+        container.check(PodRequest::Exec)?;
         if exec.id.is_empty() {
             return Err(PodError::NoExecId { id: id.to_owned() });
         }
@@ -229,11 +218,11 @@ impl Pod {
     }
 
     async fn start_added(&self, container: Arc<Container>, exec: Arc<AddedProcess>) -> Result<u32, PodError> {
-        let refused = |source| PodError::state("start", &container.name(&exec.id), source);
+        let refused = |source| PodError::state(PodRequest::Start, &container.name(&exec.id), source);
         let _ordered = exec.process.transitions.lock().await;
         exec.process.state().after(Transition::Start).map_err(refused)?;
         let _thawed = container.freezing.read().await;
-        may_exec(&container)?;
+        container.check(PodRequest::Exec)?;
         match self.send(&container, &exec).await {
             Ok(watch) => {
                 exec.process.advance(Transition::Start).map_err(refused)?;
@@ -264,11 +253,15 @@ impl Pod {
         host.ready().await?;
         let vm = self.vm_of(&container.id).await?;
         let agent = self.agent(&container.id).await?;
-        let gone = || PodError::state("exec in", &container.id, StateError::AlreadyStopped);
+        let gone = || PodError::state(PodRequest::Exec, &container.id, StateError::AlreadyStopped);
         let guest_id = container.execs.admit().ok_or_else(gone)?;
         let stage = std::mem::replace(&mut *exec.stage(), ExecStage::Sent { guest_id: guest_id.clone() });
         let ExecStage::Described(process) = stage else {
-            return Err(PodError::state("start", &container.name(&exec.id), StateError::AlreadyStarted));
+            return Err(PodError::state(
+                PodRequest::Start,
+                &container.name(&exec.id),
+                StateError::AlreadyStarted,
+            ));
         };
         let _starting = self.shared.starting.acquire().await.expect("never closed");
         let (stdio, mut streams) = streams::connect(&vm, host).await?;
@@ -324,7 +317,7 @@ impl Pod {
     pub async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<(u32, ProcessExit), PodError> {
         let container = self.container(id)?;
         let exec = container.added(exec_id)?;
-        let refused = |source| PodError::state("delete", &container.name(exec_id), source);
+        let refused = |source| PodError::state(PodRequest::Delete, &container.name(exec_id), source);
         let (pid, exit) = {
             let _ordered = exec.process.transitions.lock().await;
             let never_ran = exec.process.state() == ProcessState::Created;
@@ -349,7 +342,7 @@ impl Pod {
         let container = self.container(id)?;
         if !container.process(exec_id)?.stdio.terminal {
             return Err(PodError::state(
-                "resize the terminal of",
+                PodRequest::Resize,
                 &container.name(exec_id),
                 StateError::NoTerminal,
             ));
@@ -357,13 +350,12 @@ impl Pod {
         if !exec_id.is_empty() && container.added(exec_id)?.set_initial_size(width, height).await {
             return Ok(());
         }
-        let verb = "resize the terminal of";
-        let guest_id = container.guest_id(exec_id, verb).await?;
+        let guest_id = container.guest_id(exec_id, PodRequest::Resize).await?;
         let agent = self.agent(id).await?;
         agent
             .resize_terminal(id, &guest_id, width, height)
             .await
-            .map_err(|source| PodError::guest(verb, &container.name(exec_id), source))
+            .map_err(|source| PodError::guest(PodRequest::Resize.verb(), &container.name(exec_id), source))
     }
 }
 

@@ -55,7 +55,7 @@ use tokio::{
 use crate::{config::Config, pool::WarmVm};
 use event::PodEvent;
 use provision::Afterwards;
-use state::{ProcessExit, ProcessState, StateError, Transition};
+use state::{PodRequest, ProcessExit, ProcessState, StateError, Transition};
 use stdio::StreamOwner;
 
 pub use checkpoint::CheckpointRequest;
@@ -147,12 +147,15 @@ impl Pod {
     pub async fn start(&self, id: &str) -> Result<u32, PodError> {
         let container = self.container(id)?;
         let _ordered = container.init.transitions.lock().await;
-        container.state().after(Transition::Start).map_err(|source| PodError::state("start", id, source))?;
+        container.check(PodRequest::Start)?;
         let agent = self.agent(id).await?;
         let stdin = container.init.open_stdin()?;
         agent.start_container(id).await.map_err(|source| PodError::guest("start", id, source))?;
         container.init.feed(stdin);
-        container.init.advance(Transition::Start).map_err(|source| PodError::state("start", id, source))?;
+        container
+            .init
+            .advance(Transition::Start)
+            .map_err(|source| PodError::state(PodRequest::Start, id, source))?;
         self.emit(PodEvent::Started { id: id.to_owned(), pid: container.pid });
         container.release_checkpoint(agent);
         self.request_template();
@@ -173,7 +176,7 @@ impl Pod {
         let name = container.name(exec_id);
         let fatal = signal == libc::SIGKILL as u32 && (exec_id.is_empty() || all);
         let sent = async {
-            let guest_id = container.guest_id(exec_id, "signal").await?;
+            let guest_id = container.guest_id(exec_id, PodRequest::Signal).await?;
             let sent = self.agent(id).await?.signal_process(id, &guest_id, signal, all).await;
             sent.map_err(|source| PodError::guest("signal", &name, source))
         };
@@ -221,10 +224,7 @@ impl Pod {
             }
             container.exited().await;
         }
-        container
-            .state()
-            .after(Transition::Delete)
-            .map_err(|source| PodError::state("delete", id, source))?;
+        container.check(PodRequest::Delete)?;
         let exit = container.exited().await;
         container.gone_from_guest().await;
         if self.containers().remove(id).is_some() {

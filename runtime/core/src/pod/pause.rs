@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::{Container, Pod, PodError, PodEvent, Transition};
+use super::{Container, Pod, PodError, PodEvent, PodRequest, Transition};
 
 impl Pod {
     /// Freezes every process of a container. None of them runs when this returns.
@@ -25,8 +25,8 @@ impl Pod {
         let id = container.id.as_str();
         let _ordered = container.init.transitions.lock().await;
         let _none_starting = container.freezing.write().await;
-        let refused = |source| PodError::state("pause", id, source);
-        container.state().after(Transition::Pause).map_err(refused)?;
+        let refused = |source| PodError::state(PodRequest::Pause, id, source);
+        container.check(PodRequest::Pause)?;
         let agent = self.agent(id).await?;
         agent.pause_container(id).await.map_err(|source| PodError::guest("pause", id, source))?;
         if let Err(error) = self.while_frozen(container).await {
@@ -67,8 +67,8 @@ impl Pod {
     async fn thaw(&self, container: &Arc<Container>) -> Result<(), PodError> {
         let id = container.id.as_str();
         let _ordered = container.init.transitions.lock().await;
-        let refused = |source| PodError::state("resume", id, source);
-        container.state().after(Transition::Resume).map_err(refused)?;
+        let refused = |source| PodError::state(PodRequest::Resume, id, source);
+        container.check(PodRequest::Resume)?;
         let agent = self.agent(id).await?;
         agent.resume_container(id).await.map_err(|source| PodError::guest("resume", id, source))?;
         container.init.advance(Transition::Resume).map_err(refused)?;

@@ -40,6 +40,53 @@ pub enum Transition {
     Delete,
 }
 
+impl Transition {
+    /// The request that causes the transition, if it is not caused by the process itself.
+    fn request(self) -> Option<PodRequest> {
+        match self {
+            Self::Start => Some(PodRequest::Start),
+            Self::Pause => Some(PodRequest::Pause),
+            Self::Resume => Some(PodRequest::Resume),
+            Self::Delete => Some(PodRequest::Delete),
+            Self::Exited(_) => None,
+        }
+    }
+}
+
+/// A request that the state of a process may refuse.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PodRequest {
+    Start,
+    Pause,
+    Resume,
+    Delete,
+    /// Adding a process, which could not run in a paused container either.
+    Exec,
+    Checkpoint,
+    /// Changing the limits.
+    Update,
+    Signal,
+    /// Setting the size of the terminal.
+    Resize,
+}
+
+impl PodRequest {
+    /// The request in an error: "cannot VERB container c1".
+    pub fn verb(self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::Delete => "delete",
+            Self::Exec => "exec in",
+            Self::Checkpoint => "checkpoint",
+            Self::Update => "update",
+            Self::Signal => "signal",
+            Self::Resize => "resize the terminal of",
+        }
+    }
+}
+
 /// Why a request is not possible in the current state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum StateError {
@@ -47,6 +94,9 @@ pub enum StateError {
     AlreadyStarted,
     #[error("has already stopped")]
     AlreadyStopped,
+    /// A signal came too late. containerd then waits for the exit, and takes no other error for that.
+    #[error("has already stopped")]
+    Finished,
     #[error("is still running")]
     StillRunning,
     #[error("has not been started")]
@@ -60,26 +110,41 @@ pub enum StateError {
 }
 
 impl ProcessState {
+    /// Whether a request is possible in this state: the one table for all verbs.
+    ///
+    /// # Errors
+    /// Why the request is refused.
+    pub fn allows(self, request: PodRequest) -> Result<(), StateError> {
+        use PodRequest::{Checkpoint, Delete, Exec, Pause, Resize, Resume, Signal, Start, Update};
+        match (self, request) {
+            (Self::Created, Start | Exec | Update | Signal | Resize)
+            | (Self::Running, Pause | Exec | Checkpoint | Update | Signal | Resize)
+            | (Self::Paused, Resume | Checkpoint | Update | Signal | Resize)
+            | (Self::Stopped(_), Delete) => Ok(()),
+            (Self::Stopped(_), Signal) => Err(StateError::Finished),
+            (Self::Stopped(_), _) => Err(StateError::AlreadyStopped),
+            (Self::Running | Self::Paused, Start) => Err(StateError::AlreadyStarted),
+            (Self::Created, Pause | Resume | Checkpoint) => Err(StateError::NotStarted),
+            (Self::Paused, Pause | Delete | Exec) => Err(StateError::Paused),
+            (Self::Running, Resume) => Err(StateError::NotPaused),
+            (Self::Created | Self::Running, Delete) => Err(StateError::StillRunning),
+        }
+    }
+
     /// Returns the state after `transition`, or `None` when the container is removed.
     ///
     /// # Errors
     /// Why the transition is not possible in this state.
     pub fn after(self, transition: Transition) -> Result<Option<Self>, StateError> {
+        if let Some(request) = transition.request() {
+            self.allows(request)?;
+        }
         match (self, transition) {
-            (Self::Created, Transition::Start) | (Self::Paused, Transition::Resume) => {
-                Ok(Some(Self::Running))
-            }
-            (Self::Running, Transition::Pause) => Ok(Some(Self::Paused)),
-            (Self::Created | Self::Running | Self::Paused, Transition::Exited(exit)) => {
-                Ok(Some(Self::Stopped(exit)))
-            }
-            (Self::Stopped(_), Transition::Delete) => Ok(None),
-            (Self::Stopped(_), _) => Err(StateError::AlreadyStopped),
-            (Self::Running | Self::Paused, Transition::Start) => Err(StateError::AlreadyStarted),
-            (Self::Created, Transition::Pause | Transition::Resume) => Err(StateError::NotStarted),
-            (Self::Paused, Transition::Pause | Transition::Delete) => Err(StateError::Paused),
-            (Self::Running, Transition::Resume) => Err(StateError::NotPaused),
-            (Self::Created | Self::Running, Transition::Delete) => Err(StateError::StillRunning),
+            (_, Transition::Start | Transition::Resume) => Ok(Some(Self::Running)),
+            (_, Transition::Pause) => Ok(Some(Self::Paused)),
+            (_, Transition::Delete) => Ok(None),
+            (Self::Stopped(_), Transition::Exited(_)) => Err(StateError::AlreadyStopped),
+            (_, Transition::Exited(exit)) => Ok(Some(Self::Stopped(exit))),
         }
     }
 
@@ -158,8 +223,43 @@ mod tests {
         }
     }
 
+    proptest! {
+        #[test]
+        fn requests_are_allowed_as_the_life_of_a_container_demands(steps in prop::collection::vec(transition(), 0..12)) {
+            let mut state = ProcessState::Created;
+            let (mut started, mut frozen, mut stopped) = (false, false, false);
+            for step in steps {
+                let allowed = |request| state.allows(request).is_ok();
+                prop_assert_eq!(allowed(PodRequest::Start), !started && !stopped);
+                prop_assert_eq!(allowed(PodRequest::Pause), started && !frozen && !stopped);
+                prop_assert_eq!(allowed(PodRequest::Resume), frozen && !stopped);
+                prop_assert_eq!(allowed(PodRequest::Checkpoint), started && !stopped);
+                prop_assert_eq!(allowed(PodRequest::Exec), !frozen && !stopped);
+                prop_assert_eq!(allowed(PodRequest::Delete), stopped);
+                for request in [PodRequest::Update, PodRequest::Signal, PodRequest::Resize] {
+                    prop_assert_eq!(allowed(request), !stopped);
+                }
+                prop_assert_eq!(step.request().is_none_or(allowed) && !(stopped && step.request().is_none()),
+                    state.after(step).is_ok());
+                let Ok(next) = state.after(step) else { continue };
+                let Some(next) = next else { break };
+                started |= step == Transition::Start;
+                frozen = next == ProcessState::Paused;
+                stopped = matches!(next, ProcessState::Stopped(_));
+                state = next;
+            }
+        }
+    }
+
     #[test]
     fn refusals_have_a_reason() {
+        assert_eq!(ProcessState::Stopped(exit(0)).allows(PodRequest::Signal), Err(StateError::Finished));
+        assert_eq!(
+            ProcessState::Stopped(exit(0)).allows(PodRequest::Resize),
+            Err(StateError::AlreadyStopped)
+        );
+        assert_eq!(ProcessState::Paused.allows(PodRequest::Exec), Err(StateError::Paused));
+        assert_eq!(ProcessState::Created.allows(PodRequest::Checkpoint), Err(StateError::NotStarted));
         assert_eq!(ProcessState::Running.after(Transition::Start), Err(StateError::AlreadyStarted));
         assert_eq!(ProcessState::Running.after(Transition::Delete), Err(StateError::StillRunning));
         assert_eq!(ProcessState::Stopped(exit(0)).after(Transition::Start), Err(StateError::AlreadyStopped));

@@ -2,10 +2,7 @@
 
 use oci_spec::runtime::LinuxResources;
 
-use super::{
-    Pod, PodError,
-    state::{ProcessState, StateError},
-};
+use super::{Pod, PodError, state::PodRequest};
 use crate::spec::resources::{self, CurrentLimits};
 
 impl Pod {
@@ -16,9 +13,7 @@ impl Pod {
     /// one of them.
     pub async fn update(&self, id: &str, json: &[u8]) -> Result<(), PodError> {
         let container = self.container(id)?;
-        if let ProcessState::Stopped(_) = container.state() {
-            return Err(PodError::state("update", id, StateError::AlreadyStopped));
-        }
+        container.check(PodRequest::Update)?;
         let wanted: LinuxResources =
             resources::parse(json).map_err(|source| PodError::Resources { source })?;
         let agent = self.agent(id).await?;
