@@ -7,8 +7,8 @@ use std::time::Duration;
 use machinen_protocol::api::{
     AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, CheckpointImagesResponse,
     ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
-    Empty, EndStdinRequest, ExecProcessRequest, ExecProcessResponse, ExportLayerRequest, OpenViewRequest,
-    ProcessRequest, ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, WaitProcessResponse,
+    Empty, EndStdinRequest, ExecProcessRequest, ExportLayerRequest, OpenViewRequest, ProcessRequest,
+    ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, WaitProcessResponse,
 };
 use ttrpc::Code;
 
@@ -147,8 +147,8 @@ impl Client {
     ///
     /// # Errors
     /// The codes that `agent.proto` lists for this call.
-    pub async fn exec_process(&self, request: ExecProcessRequest) -> Result<ExecProcessResponse, AgentError> {
-        call!(self.exec_process(request), Some(LONG))
+    pub async fn exec_process(&self, request: ExecProcessRequest) -> Result<(), AgentError> {
+        call!(self.exec_process(request), Some(LONG)).map(nothing)
     }
 
     /// Forgets a process that has ended; one that does not exist is no error.
