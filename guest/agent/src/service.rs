@@ -77,9 +77,8 @@ impl Agent for Service {
         whole(async move {
             let reservation = state.containers.reserve(&request.container_id)?;
             let (container, phases) = Container::create(&state.context, request).await?;
-            let pid = container.init().pid().as_raw().unsigned_abs();
             reservation.fill(container);
-            Ok(api::CreateContainerResponse { pid, phases: phases.into_messages(), ..Default::default() })
+            Ok(api::CreateContainerResponse { phases: phases.into_messages(), ..Default::default() })
         })
         .await
     }
@@ -153,11 +152,11 @@ impl Agent for Service {
         &self,
         _: &TtrpcContext,
         request: api::ExecProcessRequest,
-    ) -> ttrpc::Result<api::ExecProcessResponse> {
+    ) -> ttrpc::Result<api::Empty> {
         let state = Arc::clone(&self.state);
         whole(async move {
             let container = state.containers.get(&request.container_id);
-            let pid = match container {
+            match container {
                 Ok(container) => container.exec(&state.context, request).await?,
                 Err(err) => {
                     // A refused call leaves no stream behind.
@@ -165,8 +164,8 @@ impl Agent for Service {
                         Streams::claim(&request.stdio.unwrap_or_default(), &state.context.unclaimed).await;
                     return Err(err.into());
                 }
-            };
-            Ok(api::ExecProcessResponse { pid: pid.as_raw().unsigned_abs(), ..Default::default() })
+            }
+            Ok(api::Empty::new())
         })
         .await
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use machinen_protocol::api;
-use nix::unistd::{Pid, Uid};
+use nix::unistd::Uid;
 use tokio::time::timeout;
 
 use super::{Container, ContainerError};
@@ -26,15 +26,16 @@ impl Container {
         &self,
         context: &Context,
         request: api::ExecProcessRequest,
-    ) -> Result<Pid, ContainerError> {
+    ) -> Result<(), ContainerError> {
         let stdio = request.stdio.unwrap_or_default();
         // First, so that a refused call leaves no stream behind.
         let streams = Streams::claim(&stdio, &context.unclaimed).await?;
         let reservation = self.execs.reserve(&request.exec_id)?;
-        let process = self.join.process(&request.process, stdio.terminal).map_err(EngineError::from)?;
+        let process =
+            self.join_context.process(&request.process, stdio.terminal).map_err(EngineError::from)?;
         let (ends, pending) = streams.ends(Uid::from_raw(process.owner()), [false; 3])?;
         let init = self.init.pid();
-        let executed = context.engine.exec(&context.reaper, init, &self.join, &process, ends).await;
+        let executed = context.engine.exec(&context.reaper, init, &self.join_context, &process, ends).await;
         let Executed { pid, exit } = match executed {
             Ok(executed) => executed,
             Err(err) => return Err(self.explain_by_end(err).await.into()),
@@ -50,7 +51,7 @@ impl Container {
         let cgroup = self.cgroup.clone();
         let started = Started { pid, exit, ends, cgroup, is_init: false };
         reservation.fill(Process::supervise(started, context.reaper.clone()));
-        Ok(pid)
+        Ok(())
     }
 
     /// If the container is ending, that is the cause of the failure, whatever failed first.

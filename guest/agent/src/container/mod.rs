@@ -61,7 +61,7 @@ pub(crate) struct Container {
     init: Arc<Process>,
     /// Its other processes, by exec id.
     execs: IdTable<Process>,
-    join: ContainerContext,
+    join_context: ContainerContext,
     view: View,
     stage: Mutex<StartStage>,
     memory: watch::Sender<MemoryState>,
@@ -69,7 +69,7 @@ pub(crate) struct Container {
     dumped: Mutex<Option<Dumped>>,
 }
 
-/// Where the memory of a container is: all of a restored container's memory may not have been fetched yet.
+/// Where the memory of a container is. A restored container may not have all of it yet.
 #[derive(Debug, Clone)]
 enum MemoryState {
     Complete,
@@ -267,7 +267,7 @@ impl Container {
             Err(err) => Err(EngineError::from(err).into()),
         };
         match made {
-            Ok(((cgroup, init, pending), join)) => {
+            Ok(((cgroup, init, pending), join_context)) => {
                 let (init, execs) = (Arc::new(init), IdTable::new("process"));
                 let stage = Mutex::new(StartStage::Created(pending));
                 let initial_stamp = rootfs.upper().as_deref().and_then(Stamp::take);
@@ -279,7 +279,7 @@ impl Container {
                         cgroup,
                         init,
                         execs,
-                        join,
+                        join_context,
                         view: View::default(),
                         stage,
                         memory: watch::Sender::new(MemoryState::Complete),
@@ -326,7 +326,7 @@ impl Container {
     }
 
     /// Whether the container was restored and has not been started yet.
-    fn is_unstarted_restore(&self) -> bool {
+    fn waits_after_restore(&self) -> bool {
         matches!(
             *self.stage.lock().unwrap_or_else(PoisonError::into_inner),
             StartStage::Created(PendingInit::Restored(_))
@@ -364,7 +364,7 @@ impl Container {
         }
         // CRIU traces the processes of a restored container until the container is started, and would see the
         // end of a single process first: kill all of them.
-        if all || (signal == libc::SIGKILL && exec_id.is_empty() && self.is_unstarted_restore()) {
+        if all || (signal == libc::SIGKILL && exec_id.is_empty() && self.waits_after_restore()) {
             return Ok(self.cgroup.signal_all(signal)?);
         }
         Ok(self.process(exec_id)?.signal(signal)?)

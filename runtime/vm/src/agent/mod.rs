@@ -8,8 +8,8 @@ use machinen_base::error::{ErrorKind, HasKind};
 use machinen_protocol::api::{
     AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, CheckpointImagesResponse,
     ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
-    Empty, EndStdinRequest, ExecProcessRequest, ExecProcessResponse, ExportLayerRequest, OpenViewRequest,
-    ProcessRequest, ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, WaitProcessResponse,
+    Empty, EndStdinRequest, ExecProcessRequest, ExportLayerRequest, OpenViewRequest, ProcessRequest,
+    ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, WaitProcessResponse,
 };
 use ttrpc::Code;
 
@@ -136,8 +136,8 @@ impl Client {
     ///
     /// # Errors
     /// The codes that `agent.proto` lists for this call.
-    pub async fn exec_process(&self, request: ExecProcessRequest) -> Result<ExecProcessResponse, AgentError> {
-        call!(self.exec_process(request), Some(LONG))
+    pub async fn exec_process(&self, request: ExecProcessRequest) -> Result<(), AgentError> {
+        call!(self.exec_process(request), Some(LONG)).map(nothing)
     }
 
     /// Removes a process that has ended. Succeeds if the process does not exist.

@@ -12,12 +12,7 @@ impl Guest {
     }
 
     /// Runs the process of a spec in a container, without streams.
-    pub(crate) async fn exec(
-        &self,
-        id: &str,
-        exec: &str,
-        spec: &Spec,
-    ) -> ttrpc::Result<api::ExecProcessResponse> {
+    pub(crate) async fn exec(&self, id: &str, exec: &str, spec: &Spec) -> ttrpc::Result<api::Empty> {
         self.exec_with(id, exec, spec, api::Stdio::default()).await
     }
 
@@ -27,7 +22,7 @@ impl Guest {
         exec: &str,
         spec: &Spec,
         stdio: api::Stdio,
-    ) -> ttrpc::Result<api::ExecProcessResponse> {
+    ) -> ttrpc::Result<api::Empty> {
         let request = api::ExecProcessRequest {
             container_id: id.into(),
             exec_id: exec.into(),
