@@ -46,7 +46,9 @@ enum Verb {
 
 /// Runs one command; errors go to stderr in one line, with exit status 1 (2 for a wrong command line).
 fn main() -> ExitCode {
-    machinen::template::main_if_asked();
+    if let Some(code) = machinen::reexec::dispatch(&[machinen::template::ENTRY_POINTS]) {
+        return code;
+    }
     // Lets `machinen ... | head` end like any other program.
     machinen::sys::end_on_broken_pipe();
     let cli = Cli::parse();

@@ -3,7 +3,7 @@
 use std::{io, path::PathBuf};
 
 use containerd_shim_protos::ttrpc;
-use machinen::{config::ConfigError, pool::MemberError};
+use machinen::{config::ConfigError, pool::MemberError, process::ProcessError};
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ShimError {
@@ -25,6 +25,8 @@ pub(crate) enum ShimError {
     NoSlot,
     #[error(transparent)]
     Member(#[from] MemberError),
+    #[error("cannot start the server")]
+    Server(#[source] ProcessError),
     #[error("cannot serve the task API")]
     Serve(#[source] ttrpc::Error),
     #[error("cannot encode the answer")]

@@ -19,17 +19,27 @@ mod start;
 
 use std::process::ExitCode;
 
-use machinen::{error::chain, pod::anchor, pool, template};
+use machinen::{
+    error::chain,
+    pod::anchor,
+    pool,
+    reexec::{self, EntryPoint},
+    template,
+};
 
 use args::{Action, ShimArgs};
 use error::ShimError;
 
 fn main() -> ExitCode {
-    if std::env::args().nth(1).is_some_and(|first| first == anchor::ARGUMENT) {
-        anchor::main();
-    }
-    template::main_if_asked();
-    match run() {
+    let entry_points = [template::ENTRY_POINTS, &[anchor::ENTRY_POINT, MEMBER]];
+    reexec::dispatch(&entry_points).unwrap_or_else(|| report(run()))
+}
+
+/// A process that becomes a server when a container needs one.
+const MEMBER: EntryPoint = EntryPoint { name: pool::MEMBER, main: |args| report(member::run(&args)) };
+
+fn report(result: Result<(), ShimError>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("containerd-shim-machinen-v1: {}", chain(&error));
@@ -39,10 +49,6 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), ShimError> {
-    let mut words = std::env::args().skip(1);
-    if words.next().is_some_and(|first| first == pool::ARGUMENT) {
-        return member::run(words.next());
-    }
     let args = ShimArgs::parse(std::env::args_os().skip(1))?;
     match args.action {
         Action::Start => start::run(&args),

@@ -19,10 +19,10 @@ use crate::{
 ///
 /// # Errors
 /// The clone cannot be made, or, after the member was taken, the same as for any server.
-pub(crate) fn run(number: Option<String>) -> Result<(), ShimError> {
+pub(crate) fn run(args: &[String]) -> Result<(), ShimError> {
     // This comes before other descriptors are opened.
     let slot = sys::inherit::take(SLOT_FD).map_err(|_| ShimError::NoSlot)?;
-    let number = number.and_then(|number| number.parse().ok()).ok_or(ShimError::NoSlot)?;
+    let number = args.first().and_then(|number| number.parse().ok()).ok_or(ShimError::NoSlot)?;
     let request = serde_json::from_reader(io::stdin().lock()).map_err(ShimError::Json)?;
     let config = Config::load()?;
     let runtime = server::event_loop(".".as_ref())?;

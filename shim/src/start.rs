@@ -9,15 +9,12 @@ use std::{
         unix::{
             fs::PermissionsExt,
             net::{UnixListener, UnixStream},
-            process::CommandExt,
         },
     },
     path::{Path, PathBuf},
-    process::{Command, Stdio},
 };
 
-use command_fds::{CommandFdExt, FdMapping};
-use machinen::{config::Config, pool::Pool};
+use machinen::{config::Config, pool::Pool, process::Spawn};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
@@ -103,18 +100,13 @@ fn spawn_server(args: &ShimArgs, bundle: &Path, socket: &Path, address: &str) ->
     }
 
     let binary = env::current_exe().map_err(ShimError::io("find the binary", "/proc/self/exe"))?;
-    // The server outlives this process, so it cannot be a supervised child, which would end with its parent.
-    #[expect(clippy::disallowed_methods, reason = "a daemon, not a child")]
-    let mut command = Command::new(&binary);
-    command.args(["-namespace", &args.namespace, "-id", &args.id, "-address", &args.address]);
+    let mut server =
+        Spawn::new(binary).args(["-namespace", &args.namespace, "-id", &args.id, "-address", &args.address]);
     if args.debug {
-        command.arg("-debug");
+        server = server.args(["-debug"]);
     }
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
-    let mapping = FdMapping { parent_fd: listener, child_fd: LISTENER_FD };
-    command.fd_mappings(vec![mapping]).expect("one descriptor cannot collide");
-    let child = command.spawn().map_err(ShimError::io("start", binary))?;
-    write(PID_FILE, &child.id().to_string())
+    let pid = server.fd(listener, LISTENER_FD).detach().map_err(ShimError::Server)?;
+    write(PID_FILE, &pid.to_string())
 }
 
 /// Whether a member of the warm pool has accepted the work.

@@ -6,6 +6,7 @@ pub mod error;
 pub mod fs;
 pub mod memfd;
 pub mod process;
+pub mod reexec;
 #[expect(unsafe_code, reason = "the one place for it")]
 pub mod sys;
 pub mod watch;

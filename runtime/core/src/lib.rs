@@ -10,7 +10,7 @@ pub mod pool;
 pub mod spec;
 pub mod view;
 
-pub use machinen_base::{RUN_DIR, error, process, sys, watch};
+pub use machinen_base::{RUN_DIR, error, fs, process, reexec, sys, watch};
 pub use machinen_storage::{layer, rootdisk};
 pub use machinen_vm as vm;
 pub use machinen_vm::{accel, admission, agent, assets, template};

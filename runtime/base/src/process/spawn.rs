@@ -36,6 +36,7 @@ pub enum Stdio {
 #[derive(Debug)]
 pub struct Spawn {
     program: OsString,
+    arg0: Option<OsString>,
     args: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
     clear_env: bool,
@@ -64,6 +65,7 @@ impl Spawn {
     pub fn new(program: impl AsRef<OsStr>) -> Self {
         Self {
             program: program.as_ref().to_owned(),
+            arg0: None,
             args: Vec::new(),
             env: Vec::new(),
             clear_env: false,
@@ -75,6 +77,12 @@ impl Spawn {
             sandbox: ChildSandbox::default(),
             join_netns: None,
         }
+    }
+
+    /// The name under which the program is listed (ps(1)), instead of its path.
+    pub fn arg0(mut self, name: impl AsRef<OsStr>) -> Self {
+        self.arg0 = Some(name.as_ref().to_owned());
+        self
     }
 
     pub fn args<A: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
@@ -139,14 +147,15 @@ impl Spawn {
     }
 
     /// Starts the program in a session of its own, in which it outlives this process. Inside a tokio runtime
-    /// it is reaped if it ends first.
+    /// it is reaped if it ends first. Returns its pid.
     ///
     /// # Errors
     /// The program cannot be started.
-    pub fn detach(self) -> Result<(), ProcessError> {
+    pub fn detach(self) -> Result<u32, ProcessError> {
         let (child, program) = self.execute(Bond::Detached, std::process::Command::spawn)?;
+        let pid = child.id();
         child::reap_in_background(child, program);
-        Ok(())
+        Ok(pid)
     }
 
     /// Replaces this process by the program; returns only if that fails.
@@ -170,7 +179,7 @@ impl Spawn {
         let path = held.as_ref().map(|fd| format!("/proc/self/fd/{}", fd.as_raw_fd()).into());
         #[expect(clippy::disallowed_methods, reason = "the one place that starts programs")]
         let mut command = std::process::Command::new(path.as_ref().unwrap_or(&self.program));
-        command.arg0(&self.program);
+        command.arg0(self.arg0.as_ref().unwrap_or(&self.program));
         if self.clear_env {
             command.env_clear();
         }

@@ -19,7 +19,8 @@ use std::{
 
 use machinen_base::{
     error::chain,
-    process::{Child, ChildSandbox, Namespaces, ProcessError, ProcessExit, Spawn, Stdio},
+    process::{Child, ChildSandbox, Namespaces, ProcessError, ProcessExit, Stdio},
+    reexec::EntryPoint,
     sys,
 };
 use nix::mount::{MntFlags, umount2};
@@ -33,8 +34,8 @@ use tokio::{io::AsyncReadExt as _, net::unix::pipe};
 
 use crate::view::{self, ContainerView, DeviceError, ViewGuest};
 
-/// First argument that makes a binary that owns VMs run [`main`] instead of its usual work.
-pub const ARGUMENT: &str = "container-anchor";
+/// The process whose pid clients get; it inherits its root.
+pub const ENTRY_POINT: EntryPoint = EntryPoint { name: "container-anchor", main: |_| main() };
 
 /// The descriptor on which the anchor inherits its root.
 const ROOT_FD: i32 = 3;
@@ -90,7 +91,7 @@ impl Anchor {
             no_core: true,
             ..ChildSandbox::default()
         };
-        let mut spawn = Spawn::new("/proc/self/exe").args([ARGUMENT]).sandbox(sandbox);
+        let mut spawn = ENTRY_POINT.spawn().sandbox(sandbox);
         spawn = spawn.fd(root, ROOT_FD).stdout(Stdio::Pipe);
         if let Some(path) = netns {
             let file = File::open(path).map_err(|source| AnchorError::Netns { path: path.into(), source })?;
@@ -142,7 +143,7 @@ impl Anchor {
 
 /// What the anchor process does: enter its root and namespaces, give up all privileges, and wait to be
 /// killed.
-pub fn main() -> ! {
+fn main() -> ! {
     let report = match enter_root() {
         Ok(()) => IN_ROOT.to_owned(),
         Err(error) => error.to_string(),

@@ -31,7 +31,8 @@ use std::{
 
 use machinen_base::{
     memfd,
-    process::{ProcessError, Spawn, Stdio},
+    process::{ProcessError, Stdio},
+    reexec,
     sys::socket::send_with_fd,
 };
 use machinen_vm::VmSpec;
@@ -53,9 +54,9 @@ pub use member::{Member, MemberError, TakenMember};
 pub use slot::{MemberRecord, MemberStage};
 pub use warm_vm::{CloneError, WarmVm};
 
-/// First argument of a member's process, before the number of its slot. Its stdin is a [`MemberRequest`] as
-/// JSON.
-pub const ARGUMENT: &str = "pool-member";
+/// The name of the entry point of a process that is a member. The number of its slot is its argument, and a
+/// [`MemberRequest`] is its stdin, as JSON. The shim has the entry point, because a member becomes a shim.
+pub const MEMBER: &str = "pool-member";
 
 /// The descriptor on which a member inherits the locked file of its slot.
 pub const SLOT_FD: i32 = 3;
@@ -147,14 +148,15 @@ impl Pool {
         let request = serde_json::to_vec(request).expect("plain data");
         let stdin = memfd::holding(&request).map_err(PoolError::Request)?;
         let stdin = fs::File::open(format!("/proc/self/fd/{}", stdin.as_raw_fd()));
-        Spawn::new("/proc/self/exe")
-            .args([ARGUMENT, &number.to_string()])
+        reexec::spawn(MEMBER)
+            .args([number.to_string()])
             .dir("/")
             .stdin(Stdio::Fd(stdin.map_err(PoolError::Request)?.into()))
             .stderr(Stdio::Fd(stderr.into()))
             .fd(slot.share()?, SLOT_FD)
             .detach()
             .map_err(PoolError::Start)
+            .map(drop)
     }
 
     /// Hands a message and a descriptor over to a member; returns the member's pid. Returns None if no member

@@ -7,6 +7,7 @@ use std::{
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
     os::fd::{AsFd as _, OwnedFd},
     path::PathBuf,
+    process::ExitCode,
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -14,6 +15,7 @@ use machinen_base::{
     error::chain,
     memfd,
     process::{Spawn, Stdio},
+    reexec::EntryPoint,
     sys::inherit,
 };
 use serde::{Deserialize, Serialize};
@@ -26,8 +28,8 @@ use super::{
 };
 use crate::{VmSnapshot, VmSpec};
 
-/// First argument of a builder process, which reads its request from stdin.
-pub(super) const ARGUMENT: &str = "template-builder";
+/// The process that builds a template; a [`BuildRequest`] is its stdin, as JSON.
+pub(super) const ENTRY_POINT: EntryPoint = EntryPoint { name: "template-builder", main: |_| main() };
 
 /// Added to the niceness: no start waits for a template, and containers are being started meanwhile.
 const NICE: i32 = 10;
@@ -55,8 +57,8 @@ impl TemplateStore {
         let memory = |source| TemplateError::Memory { action: "pass on a request", source };
         let stdin = memfd::holding(&request).map_err(memory)?;
         let (reader, writer) = io::pipe().map_err(memory)?;
-        Spawn::new("/proc/self/exe")
-            .args([ARGUMENT])
+        ENTRY_POINT
+            .spawn()
             .dir("/")
             .stdin(Stdio::Fd(reopened(&stdin).map_err(memory)?))
             .fd(writer.into(), holder::REPORT)
@@ -108,18 +110,15 @@ pub fn build(
     }
 }
 
-pub(super) fn main() -> ! {
-    let report = match inherit::take(holder::REPORT) {
-        Ok(report) => File::from(report),
-        Err(_) => std::process::exit(2),
-    };
+fn main() -> ExitCode {
+    let Ok(report) = inherit::take(holder::REPORT).map(File::from) else { return ExitCode::from(2) };
     let mut text = Vec::new();
     let request =
         io::stdin().lock().read_to_end(&mut text).map(|_| serde_json::from_slice::<BuildRequest>(&text));
-    let Ok(Ok(request)) = request else { std::process::exit(2) };
+    let Ok(Ok(request)) = request else { return ExitCode::from(2) };
     let Err(error) = run(request, &report);
     send_line(&report, &format!("failed: {}", chain(&error)));
-    std::process::exit(1)
+    ExitCode::FAILURE
 }
 
 /// Builds the template, and replaces this process by the template's holder.
@@ -207,8 +206,9 @@ fn hold(
     let memory = |source| TemplateError::Memory { action: "pass on the memory", source };
     let devices = memfd::holding(&snapshot.devices).map_err(memory)?;
     let report = report.try_clone().map_err(memory)?;
-    Ok(Spawn::new("/proc/self/exe")
-        .args([holder::ARGUMENT.as_ref(), templates.dir().as_os_str(), key.as_ref()])
+    Ok(holder::ENTRY_POINT
+        .spawn()
+        .args([templates.dir().as_os_str(), key.as_ref()])
         .dir("/")
         .fd(snapshot.memory, holder::MEMORY)
         .fd(devices, holder::DEVICES)

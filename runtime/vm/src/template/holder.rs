@@ -17,19 +17,20 @@ use std::{
         },
     },
     path::Path,
+    process::ExitCode,
 };
 
-use machinen_base::sys::inherit;
+use machinen_base::{reexec::EntryPoint, sys::inherit};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::{prctl, stat::Mode},
+    sys::stat::Mode,
     unistd::mkfifo,
 };
 
 use super::{builder, pages, store};
 
-/// First argument of a holder process; the templates' directory and the key follow.
-pub(super) const ARGUMENT: &str = "template-holder";
+/// The process that holds a template; the directory of templates and the key are its arguments.
+pub(super) const ENTRY_POINT: EntryPoint = EntryPoint { name: "template-holder", main };
 
 /// Numbers of the descriptors that the holder keeps open.
 pub(super) const MEMORY: i32 = 3;
@@ -38,12 +39,10 @@ pub(super) const LOCK: i32 = 5;
 /// A pipe to the process that waits for the builder. The wait ends when the pipe is closed.
 pub(super) const REPORT: i32 = 6;
 
-pub(super) fn main(mut args: impl Iterator<Item = String>) -> ! {
-    let (Some(dir), Some(key)) = (args.next(), args.next()) else { std::process::exit(2) };
-    // The name of the process in process lists.
-    let named = prctl::set_name(c"machinen-templ");
-    let names = store::TemplatePaths::new(Path::new(&dir), &key);
-    let published = publish(&names).and_then(|held| named.map(|()| held).map_err(io::Error::from));
+fn main(args: Vec<String>) -> ExitCode {
+    let [dir, key] = &args[..] else { return ExitCode::from(2) };
+    let names = store::TemplatePaths::new(Path::new(dir), key);
+    let published = publish(&names);
     // Dropping `report` closes the pipe, which ends the wait.
     if let Ok(report) = inherit::take(REPORT).map(File::from) {
         match &published {
@@ -53,7 +52,7 @@ pub(super) fn main(mut args: impl Iterator<Item = String>) -> ! {
     }
     // Only an error ends the holder, and the template with it. The next start then has another one built.
     drop(published.map(|(memory, users)| keep(memory, users, &names)));
-    std::process::exit(1)
+    ExitCode::FAILURE
 }
 
 /// Replaces the memory by a compact copy if it has grown, each time that the last clone has ended.
@@ -86,7 +85,7 @@ pub(super) fn find(dir: &Path, key: &str) -> Option<u32> {
     let holds = |pid: u32| {
         let args = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let mut args = args.split(|byte| *byte == 0).skip(1).map(OsStr::from_bytes);
-        args.next() == Some(ARGUMENT.as_ref())
+        args.next() == Some(ENTRY_POINT.name.as_ref())
             && args.next().and_then(|other| identity(other.as_ref())) == Some(dir)
             && args.next() == Some(key.as_ref())
     };

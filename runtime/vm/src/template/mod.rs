@@ -27,19 +27,13 @@ mod pages;
 mod shape;
 mod store;
 
+use machinen_base::reexec::EntryPoint;
+
 pub use builder::build;
 pub use error::TemplateError;
 pub use manifest::TemplateManifest;
 pub use shape::TemplateShape;
 pub use store::{FoundTemplate, ListedTemplate, ReadyTemplate, TemplateStore};
 
-/// Runs the builder or the holder, if this process was started as one. To be called first in every binary
-/// that owns VMs.
-pub fn main_if_asked() {
-    let mut args = std::env::args().skip(1);
-    match args.next().as_deref() {
-        Some(builder::ARGUMENT) => builder::main(),
-        Some(holder::ARGUMENT) => holder::main(args),
-        _ => {}
-    }
-}
+/// The entry points of the processes that build and hold templates.
+pub const ENTRY_POINTS: &[EntryPoint] = &[builder::ENTRY_POINT, holder::ENTRY_POINT];
