@@ -64,7 +64,7 @@ pub fn if_exists<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 ///
 /// # Errors
 /// Those of unlink(2), but for ENOENT.
-pub fn remove_file(path: &Path) -> io::Result<bool> {
+pub fn remove_if_exists(path: &Path) -> io::Result<bool> {
     if_exists(fs::remove_file(path)).map(|removed| removed.is_some())
 }
 
@@ -72,7 +72,7 @@ pub fn remove_file(path: &Path) -> io::Result<bool> {
 ///
 /// # Errors
 /// Those of unlinkat(2), but for ENOENT.
-pub fn remove_dir_all(path: &Path) -> io::Result<bool> {
+pub fn remove_dir_if_exists(path: &Path) -> io::Result<bool> {
     if_exists(fs::remove_dir_all(path)).map(|removed| removed.is_some())
 }
 
@@ -155,7 +155,7 @@ mod tests {
         for path in [&one, &deep, &dir.path().join("a")] {
             assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o700);
         }
-        assert!(remove_dir_all(&one).unwrap() && !remove_dir_all(&one).unwrap());
+        assert!(remove_dir_if_exists(&one).unwrap() && !remove_dir_if_exists(&one).unwrap());
     }
 
     #[test]
@@ -165,8 +165,8 @@ mod tests {
         assert_eq!(if_exists(fs::read(&path)).unwrap(), None);
         fs::write(&path, "x").unwrap();
         assert_eq!(if_exists(fs::read(&path)).unwrap(), Some(b"x".to_vec()));
-        assert!(remove_file(&path).unwrap() && !remove_file(&path).unwrap());
-        assert!(remove_file(dir.path()).is_err());
+        assert!(remove_if_exists(&path).unwrap() && !remove_if_exists(&path).unwrap());
+        assert!(remove_if_exists(dir.path()).is_err());
     }
 
     #[test]
