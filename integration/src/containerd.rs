@@ -291,13 +291,13 @@ fn write(dir: &Path, name: &str, content: &str) -> Result<()> {
     fs::write(dir.join(name), content).with_context(|| format!("cannot write {}/{name}", dir.display()))
 }
 
-/// The harness's own path behind the directory of the freshly built shim, if there is one, and the setup's.
+/// The setup's directories of programs, that of the freshly built shim, if there is one, and the harness's own path.
 fn search_path(setup: &Setup) -> Result<std::ffi::OsString> {
     let shim = match paths::release_dir() {
         Err(error) if paths::runtime() == "io.machinen.v1" => return Err(error),
         found => found.ok(),
     };
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let dirs = shim.into_iter().chain(setup.programs.clone()).chain(std::env::split_paths(&path));
+    let dirs = setup.programs.iter().cloned().chain(shim).chain(std::env::split_paths(&path));
     std::env::join_paths(dirs).context("a directory of PATH has a colon in its name")
 }

@@ -31,4 +31,5 @@ mod stdin;
 mod streams;
 mod survival;
 mod terminal;
+mod upgrade;
 mod view;
