@@ -98,7 +98,7 @@ fn refused_before_anything_happens(containerd: &mut Containerd) -> Result<()> {
     let used = containerd.root().join("tmp");
     fs::write(used.join("mine"), "")?;
     let used = used.display().to_string();
-    fails(containerd, &["--checkpoint-dir", &used, source, &new], &["is not empty", "--bundle"])?;
+    fails(containerd, &["--checkpoint-dir", &used, source, &new], &["is not empty", "--checkpoint-dir"])?;
     fs::remove_file(Path::new(&used).join("mine"))?;
     fails(containerd, &["--checkpoint-dir", "/no/where", source, &new], &["/no"])?;
     fails(containerd, &["--hostname", "a b", source, &new], &["\"a b\"", "hostname"])?;

@@ -144,6 +144,15 @@ fn the_host_sees_what_is_there(containerd: &mut Containerd) -> Result<()> {
     ensure!(program.is_err(), "a program of the container's runs on the host");
     shown.inside("ln -s /etc/hostname /absolute")?;
     ensure!(fs::read_link(shown.root("absolute"))? == Path::new("/etc/hostname"), "an absolute link");
+    // The host reads links and follows none, or the guest would decide which file of the host a program opens.
+    shown.inside("ln -s etc /relative; ln -s /etc /directory")?;
+    for link in ["absolute", "relative/passwd", "directory/passwd", "proc/self/root/etc/passwd"] {
+        let followed = File::open(shown.root(link));
+        ensure!(
+            followed.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::ELOOP)),
+            "{link}: {followed:?}"
+        );
+    }
     shown.end()
 }
 

@@ -23,6 +23,11 @@ const HARMLESS: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID
     .union(MountAttrFlags::MOUNT_ATTR_NODEV)
     .union(MountAttrFlags::MOUNT_ATTR_NOEXEC);
 
+/// The host's path lookup follows no link of a container's files. The guest may answer each lookup as it likes: it could
+/// show a program that runs as root on the host a directory, and at the next lookup a link to a directory of the host.
+/// Kernels before 5.14 refuse the attribute, and then there is no view.
+const SERVED_BY_GUEST: MountAttrFlags = HARMLESS.union(MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW);
+
 /// A step on the way to a file system that can be mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceStep {
@@ -66,7 +71,7 @@ impl Device {
             ("group_id", "0"),
             ("max_read", &max_read),
         ];
-        let root = make("fuse", &options, &["default_permissions"], HARMLESS)
+        let root = make("fuse", &options, &["default_permissions"], SERVED_BY_GUEST)
             .map_err(|error| failed(DeviceStep::Make, "a FUSE file system", error))?;
         let device = Self::over(device).map_err(|error| failed(DeviceStep::Open, "/dev/fuse", error))?;
         Ok((device, root))
