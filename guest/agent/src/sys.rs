@@ -125,7 +125,8 @@ pub(crate) fn open_process(pid: Pid) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// The file that a UNIX socket was bound to, whatever its name is now, as a descriptor that only leads to it (O_PATH).
+/// The file that a UNIX socket was bound to, whatever its name is now, as a descriptor that only leads to it
+/// (O_PATH).
 ///
 /// # Errors
 /// ENOENT for a socket that is not bound to a file.

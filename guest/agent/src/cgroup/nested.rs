@@ -193,10 +193,10 @@ impl Cgroup {
         below.try_for_each(|nested| self.below(nested)?.apply(nested, |name| name == FREEZE))
     }
 
-    /// The first one that a process of the container has frozen.
+    /// Finds the first cgroup below this one that a process of the container has frozen.
     ///
     /// # Errors
-    /// There are too many, or one cannot be read.
+    /// There are too many cgroups, or one cannot be read.
     pub(crate) fn frozen_below(&self) -> Result<Option<PathBuf>, CgroupError> {
         for path in self.tree()?.into_iter().filter(|path| *path != self.path) {
             let frozen = Self { path: path.clone() }.read(FREEZE)?;
@@ -357,7 +357,7 @@ mod tests {
         write("work/cgroup.type", "domain threaded\n");
         write("work/cgroup.freeze", "1\n");
         let cgroup = Cgroup { path: dir.path().to_owned() };
-        // Not the container's own.
+        // The container's own cgroup does not count.
         assert_eq!(cgroup.frozen_below().unwrap().as_deref(), Some(Path::new("work")));
         let recorded = cgroup.record(&["pids.max"]).unwrap();
         let text: Vec<String> = recorded

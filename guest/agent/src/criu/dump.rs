@@ -64,8 +64,8 @@ pub(crate) async fn pre_dump(
     disk: &Disk,
     options: &CriuOptions,
 ) -> Result<(), CriuError> {
-    // CRIU would wait for ever for processes that are still frozen after it has thawed the container. A dump thaws them
-    // while the container is frozen; a copy ahead cannot.
+    // CRIU would wait for ever for processes that are still frozen after it has thawed the container. A dump
+    // thaws them while the container is frozen; a copy ahead cannot.
     if let Some(path) = source.cgroup.frozen_below()? {
         return Err(CriuError::FrozenBelow { path });
     }

@@ -1,8 +1,10 @@
-//! CRIU's list of open files (`files.img`, criu's images/fdinfo.proto), and what a dump corrects in it.
+//! CRIU's list of open files (`files.img`, criu's images/fdinfo.proto), and the corrections that a dump makes
+//! in it.
 //!
-//! - A UNIX socket is bound to another name than that of its bind(2). `sockets.rs` says which and why.
-//! - A connection loses the name of the socket that it was accepted by, if that name was removed. CRIU 4.1 does not bind
-//!   connections, but if the other end was closed it waits for ever until the connection is bound to the removed name.
+//! - A UNIX socket gets another name than that of its bind(2). `sockets.rs` says which and why.
+//! - A connection loses the name of the socket that accepted it, if that name was removed. CRIU 4.1 does not
+//!   bind connections, but if the other end was closed it waits forever until the connection is bound to the
+//!   removed name.
 
 use std::{
     collections::HashSet,
@@ -16,7 +18,7 @@ use protobuf::{Message as _, UnknownFields, UnknownValueRef, well_known_types::e
 use super::{CriuError, image};
 
 const FILES: &str = "files.img";
-/// The field of an entry of that list that a UNIX socket is in.
+/// The field of an entry with a UNIX socket.
 const SOCKET: u32 = 16;
 /// Fields of a UNIX socket (criu's images/sk-unix.proto).
 const INODE: u32 = 2;
@@ -25,24 +27,24 @@ const STATE: u32 = 4;
 const NAME: u32 = 11;
 const NAME_DIR: u32 = 14;
 const DELETED: u32 = 15;
-/// Of [`TYPE`].
+/// A value of [`TYPE`].
 const DATAGRAM: u64 = 2;
-/// Of [`STATE`].
+/// A value of [`STATE`].
 const ESTABLISHED: u64 = 1;
 
-/// A socket that is not to be bound to the name that it was bound to.
+/// A socket that must be bound to another name than before.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Moved {
-    /// As CRIU names it.
+pub(super) struct MovedSocket {
+    /// CRIU identifies a socket by its inode.
     pub(super) inode: u64,
     pub(super) name: PathBuf,
 }
 
-/// Corrects what the images of a dump say of UNIX sockets.
+/// Corrects the UNIX sockets in the images of a dump.
 ///
 /// # Errors
-/// A socket is not among them, or those of the file system.
-pub(super) fn correct(images: &Path, moved: &[Moved]) -> Result<(), CriuError> {
+/// The images lack a socket, or those of the file system.
+pub(super) fn correct(images: &Path, moved: &[MovedSocket]) -> Result<(), CriuError> {
     let path = images.join(FILES);
     let failed = |what| {
         let path = path.clone();
@@ -56,12 +58,12 @@ pub(super) fn correct(images: &Path, moved: &[Moved]) -> Result<(), CriuError> {
     if after != before { fs::write(&path, after).map_err(failed("write")) } else { Ok(()) }
 }
 
-/// The corrected list of open files, and the sockets that have another name in it.
-fn corrected(bytes: &[u8], moved: &[Moved]) -> io::Result<(Vec<u8>, HashSet<u64>)> {
+/// Returns the corrected list of open files, and the sockets that have another name in it.
+fn corrected(bytes: &[u8], moved: &[MovedSocket]) -> io::Result<(Vec<u8>, HashSet<u64>)> {
     let (magic, messages) = image::split(bytes)?;
     let (mut bytes, mut renamed) = (magic.to_vec(), HashSet::new());
     for message in messages {
-        // All fields are kept as they are, without knowing them.
+        // Unknown fields are kept as they are.
         let mut entry = Empty::parse_from_bytes(message)?;
         let entry_fields = entry.special_fields.mut_unknown_fields();
         let socket = match entry_fields.get(SOCKET) {
@@ -96,7 +98,7 @@ fn corrected(bytes: &[u8], moved: &[Moved]) -> io::Result<(Vec<u8>, HashSet<u64>
     Ok((bytes, renamed))
 }
 
-/// Whether a socket was accepted by one whose name was removed.
+/// Whether a socket was accepted by another one whose name was removed.
 fn is_connection_without_name(socket: &UnknownFields) -> bool {
     let is = |field, value| socket.get(field) == Some(UnknownValueRef::Varint(value));
     is(STATE, ESTABLISHED) && !is(TYPE, DATAGRAM) && is(DELETED, 1)
@@ -109,7 +111,7 @@ mod tests {
     const STREAM: u64 = 1;
     const LISTEN: u64 = 10;
 
-    /// An entry of the list with a socket, whose other fields have to stay as they are.
+    /// An entry of the list with a socket, whose other fields must not change.
     fn socket(inode: u64, kind: u64, state: u64, name: &[u8], is_deleted: bool) -> Vec<u8> {
         let (mut entry, mut socket) = (Empty::new(), Empty::new());
         let fields = socket.special_fields.mut_unknown_fields();
@@ -135,7 +137,7 @@ mod tests {
         list
     }
 
-    /// The fields of an entry in an order that does not depend on how it was written.
+    /// The fields of an entry, in an order that does not depend on its encoding.
     fn fields(entry: &[u8]) -> Vec<String> {
         let message = Empty::parse_from_bytes(entry).unwrap();
         let mut fields = Vec::new();
@@ -163,7 +165,7 @@ mod tests {
             socket(11, DATAGRAM, ESTABLISHED, b"e\0", true),
         ];
         fs::write(dir.path().join(FILES), list(&before)).unwrap();
-        correct(dir.path(), &[Moved { inode: 8, name: "/run/c".into() }]).unwrap();
+        correct(dir.path(), &[MovedSocket { inode: 8, name: "/run/c".into() }]).unwrap();
         let after = fs::read(dir.path().join(FILES)).unwrap();
         let (magic, entries) = image::split(&after).unwrap();
         assert_eq!((magic, entries.len()), (*b"magic888", before.len()));
@@ -177,7 +179,7 @@ mod tests {
     #[test]
     fn a_socket_that_is_not_there_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
-        let moved = [Moved { inode: 1, name: "/a".into() }];
+        let moved = [MovedSocket { inode: 1, name: "/a".into() }];
         assert!(matches!(correct(dir.path(), &moved), Err(CriuError::File { .. })));
         fs::write(dir.path().join(FILES), list(&[socket(7, STREAM, LISTEN, b"a\0", true)])).unwrap();
         assert!(matches!(correct(dir.path(), &moved), Err(CriuError::NoSocket { name }) if name == *"/a"));

@@ -1,14 +1,14 @@
-//! The frame of CRIU's images: two magic words, that of all images and that of the kind, and then messages, each behind its
-//! length.
+//! The format of CRIU's images: two magic words, one of all images and one of the kind, and then messages,
+//! each after its length.
 
 use std::io;
 
 pub(super) const MAGIC: usize = 8;
 
-/// The magic words and the messages of an image.
+/// Splits an image into its magic words and its messages.
 ///
 /// # Errors
-/// It ends in the middle of one.
+/// The image ends in the middle of a message.
 pub(super) fn split(bytes: &[u8]) -> io::Result<([u8; MAGIC], Vec<&[u8]>)> {
     let short = || io::Error::from(io::ErrorKind::UnexpectedEof);
     let (magic, mut rest) = bytes.split_first_chunk().ok_or_else(short)?;
@@ -26,7 +26,7 @@ pub(super) fn split(bytes: &[u8]) -> io::Result<([u8; MAGIC], Vec<&[u8]>)> {
 /// Appends a message to an image.
 ///
 /// # Errors
-/// It is longer than a message can be.
+/// The message is longer than the format allows.
 pub(super) fn append(image: &mut Vec<u8>, message: &[u8]) -> io::Result<()> {
     image.extend(u32::try_from(message.len()).map_err(io::Error::other)?.to_le_bytes());
     image.extend(message);

@@ -1,8 +1,9 @@
-//! UNIX sockets whose file does not have the name that they were bound to.
+//! Finds UNIX sockets whose file has another name than the one to which they were bound.
 //!
-//! CRIU 4.1 binds a restored socket to the name of its bind(2), and removes that name again if it was removed. But a program
-//! may give the file of a socket another name: supervisord binds a temporary one, links the final one to it and removes the
-//! temporary one; the JVM renames it. Clients use the name of the file, so a restore would leave the socket out of their reach.
+//! CRIU 4.1 binds a restored socket to the name of its bind(2), and removes that name again if it was
+//! removed. But a program may give the file of a socket another name: supervisord binds a temporary name,
+//! links the final one to it and removes the temporary one; the JVM renames the file. Clients use the name of
+//! the file, so they could not reach the restored socket.
 //!
 //! | the file, while the container is frozen | what is done |
 //! |---|---|
@@ -13,8 +14,9 @@
 //! | has several names | the dump is refused, since CRIU binds one |
 //! | has a name in another directory by a link, or one that is too long to bind | the dump is refused |
 //!
-//! In a changed image the socket was bound to the present name of its file: getsockname(2) in a restored process returns it.
-//! Connections are not looked at, although they have the name of the socket that they were accepted by: CRIU does not bind them.
+//! In a changed image the socket is bound to the present name of its file, which getsockname(2) in a restored
+//! process then returns. Connections are not examined: they have the name of the socket that accepted them,
+//! but CRIU does not bind them.
 
 use std::{
     collections::HashSet,
@@ -41,37 +43,37 @@ use rustix::{
     process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
 };
 
-use super::{CriuError, dump::DumpSource, files::Moved, task::Task};
+use super::{CriuError, dump::DumpSource, files::MovedSocket, task::Task};
 use crate::sys;
 
-/// How the kernel shows a path that does not lead to the file any more.
+/// The kernel marks a path that does not lead to the file any more with this.
 const REMOVED: &[u8] = b" (deleted)";
-/// What fits into an address (unix(7)), with its end.
+/// Bytes of an address (unix(7)), with its terminating NUL.
 const MAX_NAME: usize = 108;
 
-/// What a restore has to do with a socket.
+/// What a restore has to do with a socket, according to the present name of its file.
 #[derive(Debug, PartialEq, Eq)]
-enum Place {
-    /// CRIU binds it where its file is.
+enum SocketFile {
+    /// CRIU binds it to the name that its file has.
     Bound,
-    /// To bind it to another name.
+    /// The image must bind it to another name.
     At(PathBuf),
-    /// It cannot, for this reason.
+    /// It cannot be restored, for this reason.
     Lost(String),
 }
 
-/// The sockets of a container that CRIU would bind to a wrong name. All processes are frozen.
+/// Finds the sockets of a container that CRIU would bind to a wrong name. All processes are frozen.
 ///
 /// # Errors
 /// A socket cannot be restored under all of its names, or cannot be examined.
-pub(super) fn moved(source: &DumpSource<'_>) -> Result<Vec<Moved>, CriuError> {
+pub(super) fn moved(source: &DumpSource<'_>) -> Result<Vec<MovedSocket>, CriuError> {
     let (mut seen, mut moved) = (HashSet::new(), Vec::new());
     let pids = source.cgroup.pids()?;
     if has_fuse(&pids) {
         return Ok(moved);
     }
     for pid in pids {
-        // A process that has ended has none.
+        // A process that has ended has no sockets.
         let Some(task) = Task::find(pid) else { continue };
         let places = match places(pid, &mut seen) {
             Err(_) if Task::find(pid).is_none() => continue,
@@ -79,17 +81,17 @@ pub(super) fn moved(source: &DumpSource<'_>) -> Result<Vec<Moved>, CriuError> {
         };
         for (inode, place) in places {
             match place {
-                Place::Bound => {}
-                Place::At(name) => moved.push(Moved { inode, name }),
-                Place::Lost(why) => return Err(CriuError::Unrestorable { task, why }),
+                SocketFile::Bound => {}
+                SocketFile::At(name) => moved.push(MovedSocket { inode, name }),
+                SocketFile::Lost(why) => return Err(CriuError::Unrestorable { task, why }),
             }
         }
     }
     Ok(moved)
 }
 
-/// Whether one of the processes may be the server of a file system. It is frozen, so a look at a file there would not return.
-/// CRIU refuses such a mount.
+/// Whether one of the processes may serve a file system. The process is frozen, so examining a file there
+/// would block. CRIU refuses such a mount.
 fn has_fuse(pids: &[Pid]) -> bool {
     let mut seen = HashSet::new();
     let is_fuse = |kind: &str| kind.starts_with("fuse") && kind != "fusectl";
@@ -102,11 +104,11 @@ fn has_fuse(pids: &[Pid]) -> bool {
     })
 }
 
-/// The sockets of a process that are bound to files and are not among `seen`.
-fn places(pid: Pid, seen: &mut HashSet<u64>) -> io::Result<Vec<(u64, Place)>> {
+/// The sockets of a process that are bound to files, except those in `seen`.
+fn places(pid: Pid, seen: &mut HashSet<u64>) -> io::Result<Vec<(u64, SocketFile)>> {
     let sockets: Vec<_> = sockets(pid)?.into_iter().filter(|(inode, _)| seen.insert(*inode)).collect();
     if sockets.is_empty() {
-        // That is what a process has that waits for its parent, and which has no root any more.
+        // This includes a process that waits for its parent, which has no root any more.
         return Ok(Vec::new());
     }
     let process = rustix::process::Pid::from_raw(pid.as_raw()).ok_or(io::ErrorKind::InvalidInput)?;
@@ -135,7 +137,7 @@ fn sockets(pid: Pid) -> io::Result<Vec<(u64, i32)>> {
     Ok(sockets)
 }
 
-/// "socket:[4711]"
+/// The inode in a link such as "socket:[4711]".
 fn socket_inode(link: &Path) -> Option<u64> {
     link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
@@ -148,16 +150,16 @@ fn namespace_root(pid: Pid) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(root.join(up))
 }
 
-/// A socket that is bound to a file, and that clients could use that file for.
+/// A socket that is bound to a file which clients could use.
 #[derive(Debug)]
 struct Bound {
-    /// That of its bind(2).
+    /// The name of its bind(2).
     name: PathBuf,
     file: File,
 }
 
 impl Bound {
-    /// None for any other socket.
+    /// Examines a socket; None for one that is not bound to a file.
     fn of(socket: BorrowedFd<'_>) -> io::Result<Option<Self>> {
         let fd = socket.as_raw_fd();
         let Ok(address) = getsockname::<UnixAddr>(fd) else { return Ok(None) };
@@ -171,19 +173,20 @@ impl Bound {
         Ok(Some(Self { name: name.to_owned(), file }))
     }
 
-    fn place(&self, root: &File) -> io::Result<Place> {
+    fn place(&self, root: &File) -> io::Result<SocketFile> {
         let status = self.file.metadata()?;
         match status.nlink() {
-            0 => return Ok(Place::Bound),
+            0 => return Ok(SocketFile::Bound),
             1 => {}
             _ => return Ok(self.lost("has other hard links")),
         }
         let path = fs::read_link(format!("/proc/self/fd/{}", self.file.as_raw_fd()))?;
-        // Its first name, if that was removed, which a name that only looks like it was not.
+        // The first name, if it was removed. A name that only looks like a removed one still leads to the
+        // file.
         let removed =
             path.as_os_str().as_bytes().strip_suffix(REMOVED).map(|path| Path::new(OsStr::from_bytes(path)));
         let removed = removed.filter(|_| !is_at(root, &path, &status));
-        // CRIU finds the directory of a relative name by the path, which has to end with the name.
+        // CRIU finds the directory of a relative name by the path, which must end with the name.
         if self.name.is_relative() && !ends_with(removed.unwrap_or(&path), &self.name) {
             return Ok(self.lost(&format!("is now {}", shown(&path))));
         }
@@ -193,18 +196,21 @@ impl Bound {
                 None => return Ok(self.lost("was linked into another directory and removed")),
             },
             None if self.name.is_relative() || self.name == path || is_at(root, &self.name, &status) => {
-                return Ok(Place::Bound);
+                return Ok(SocketFile::Bound);
             }
             None => path,
         };
         match name.as_os_str().len() < MAX_NAME {
-            true => Ok(Place::At(name)),
+            true => Ok(SocketFile::At(name)),
             false => Ok(self.lost("has a name that is too long for an address")),
         }
     }
 
-    fn lost(&self, why: &str) -> Place {
-        Place::Lost(format!("has a UNIX socket that was bound to {} and whose file {why}", shown(&self.name)))
+    fn lost(&self, why: &str) -> SocketFile {
+        SocketFile::Lost(format!(
+            "has a UNIX socket that was bound to {} and whose file {why}",
+            shown(&self.name)
+        ))
     }
 }
 
@@ -223,7 +229,7 @@ fn is_same(one: &Metadata, other: &Metadata) -> bool {
     (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
-/// The path of a socket's file that is in the same directory as `removed`.
+/// The path of a socket's file in the directory of `removed`.
 fn sibling(root: &File, removed: &Path, file: &Metadata) -> io::Result<Option<PathBuf>> {
     let Some(dir) = removed.parent() else { return Ok(None) };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -237,7 +243,7 @@ fn sibling(root: &File, removed: &Path, file: &Metadata) -> io::Result<Option<Pa
     Ok(None)
 }
 
-/// As CRIU compares them.
+/// Compares a path with a relative name as CRIU does.
 fn ends_with(path: &Path, name: &Path) -> bool {
     let name = name.as_os_str().as_bytes();
     let name = name.strip_prefix(b"./").unwrap_or(name);
@@ -256,13 +262,13 @@ mod tests {
 
     use super::*;
 
-    fn place(socket: &impl AsFd) -> Option<Place> {
+    fn place(socket: &impl AsFd) -> Option<SocketFile> {
         let root = namespace_root(nix::unistd::getpid()).unwrap();
         Bound::of(socket.as_fd()).unwrap().map(|bound| bound.place(&root).unwrap())
     }
 
-    fn words(place: Option<Place>) -> String {
-        let Some(Place::Lost(why)) = place else { panic!("{place:?}") };
+    fn words(place: Option<SocketFile>) -> String {
+        let Some(SocketFile::Lost(why)) = place else { panic!("{place:?}") };
         why.rsplit(" and whose file ").next().unwrap().to_owned()
     }
 
@@ -271,18 +277,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         let listener = UnixListener::bind(at("a (deleted)")).unwrap();
-        assert_eq!(place(&listener), Some(Place::Bound));
+        assert_eq!(place(&listener), Some(SocketFile::Bound));
         // The directory has another path.
         symlink(dir.path(), at("link")).unwrap();
         let datagrams = UnixDatagram::bind(at("link/b")).unwrap();
-        assert_eq!(place(&datagrams), Some(Place::Bound));
+        assert_eq!(place(&datagrams), Some(SocketFile::Bound));
         // A connection has the name of its listener.
         let client = UnixStream::connect(at("a (deleted)")).unwrap();
         let (server, _) = listener.accept().unwrap();
         assert_eq!((place(&client), place(&server)), (None, None));
         fs::remove_file(at("a (deleted)")).unwrap();
         fs::remove_file(at("b")).unwrap();
-        assert_eq!((place(&listener), place(&datagrams)), (Some(Place::Bound), Some(Place::Bound)));
+        assert_eq!((place(&listener), place(&datagrams)), (Some(SocketFile::Bound), Some(SocketFile::Bound)));
         assert_eq!(place(&File::open("/dev/null").unwrap()), None);
     }
 
@@ -292,7 +298,7 @@ mod tests {
         let at = |name: &str| dir.path().join(name);
         fs::create_dir(at("sub")).unwrap();
         let listener = UnixListener::bind(at("a")).unwrap();
-        let is_at = |name: &str| assert_eq!(place(&listener), Some(Place::At(at(name))));
+        let is_at = |name: &str| assert_eq!(place(&listener), Some(SocketFile::At(at(name))));
         fs::rename(at("a"), at("sub/b")).unwrap();
         is_at("sub/b");
         fs::rename(at("sub"), at("other")).unwrap();
@@ -304,7 +310,7 @@ mod tests {
         // Another socket has the name that it was bound to.
         let other = UnixListener::bind(at("a")).unwrap();
         is_at("other/b");
-        assert_eq!(place(&other), Some(Place::Bound));
+        assert_eq!(place(&other), Some(SocketFile::Bound));
         fs::remove_file(at("a")).unwrap();
         // Its first name is removed, even if another one becomes the same.
         fs::hard_link(at("other/b"), at("other/c")).unwrap();
@@ -316,7 +322,7 @@ mod tests {
         fs::rename(at("other/b"), at("a")).unwrap();
         assert_eq!(words(place(&listener)), "was linked into another directory and removed");
         fs::remove_file(at("a")).unwrap();
-        assert_eq!(place(&listener), Some(Place::Bound));
+        assert_eq!(place(&listener), Some(SocketFile::Bound));
     }
 
     #[test]
@@ -326,7 +332,7 @@ mod tests {
         let at = |length: usize| dir.path().join("x".repeat(length));
         let datagrams = UnixDatagram::bind(at(1)).unwrap();
         fs::rename(at(1), at(room - 1)).unwrap();
-        assert_eq!(place(&datagrams), Some(Place::At(at(room - 1))));
+        assert_eq!(place(&datagrams), Some(SocketFile::At(at(room - 1))));
         fs::rename(at(room - 1), at(room)).unwrap();
         assert_eq!(words(place(&datagrams)), "has a name that is too long for an address");
     }
