@@ -7,6 +7,7 @@ use std::{
 
 use machinen_base::{
     error::{ErrorKind, HasKind},
+    fs::hex,
     sys,
 };
 use machinen_protocol::api::ConfigureRequest;
@@ -167,7 +168,7 @@ fn configuration(hostname: &str) -> std::io::Result<ConfigureRequest> {
         realtime_ns: now_ns(),
         entropy,
         hostname: hostname.to_owned(),
-        machine_id: machine_id.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}")),
+        machine_id: hex(&machine_id),
         ..ConfigureRequest::default()
     })
 }

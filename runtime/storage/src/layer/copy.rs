@@ -9,12 +9,12 @@
 //! system that a guest has written is mounted.
 
 use std::{
-    fs, io,
+    fs,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
-use machinen_base::process;
+use machinen_base::{fs::FileError, process};
 
 use super::{LayerError, LayerTarget, StagingDir};
 
@@ -27,7 +27,7 @@ const ALL_ATTRIBUTES: &str = "--preserve=mode,ownership,timestamps,links,xattr";
 /// # Errors
 /// The directory does not exist.
 pub fn identity(dir: &Path) -> Result<String, LayerError> {
-    let metadata = fs::metadata(dir).map_err(staging_error("look at", dir))?;
+    let metadata = fs::metadata(dir).map_err(FileError::at("look at", dir))?;
     // Inode numbers are reused, so the time of the last change is included. It does not change after an
     // exchange.
     Ok(format!("{}-{}.{:09}", metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
@@ -74,9 +74,4 @@ fn run_cp(more: &[&str], from: &Path, to: &Path) -> Result<(), LayerError> {
     let args = more.iter().chain(&CP).map(AsRef::as_ref).chain([from.as_os_str(), to.as_os_str()]);
     let ran = process::run("cp", args, &[]);
     ran.map(drop).map_err(|source| LayerError::Copy { path: from.to_owned(), source })
-}
-
-fn staging_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> LayerError {
-    let path = path.to_owned();
-    move |source| LayerError::Staging { action, path, source }
 }

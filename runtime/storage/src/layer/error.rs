@@ -4,6 +4,7 @@ use std::{io, path::PathBuf};
 
 use machinen_base::{
     error::{ErrorKind, HasKind},
+    fs::FileError,
     process::ProcessError,
 };
 
@@ -24,8 +25,8 @@ pub enum LayerError {
     Bytes { limit: u64 },
     #[error("cannot {action} {path:?} of the layer")]
     Write { action: &'static str, path: String, source: io::Error },
-    #[error("cannot {action} {}", path.display())]
-    Staging { action: &'static str, path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    File(#[from] FileError),
     #[error("{} is a mount point and cannot be replaced", path.display())]
     MountPoint { path: PathBuf },
     #[error("cannot copy {}", path.display())]
@@ -39,7 +40,7 @@ impl HasKind for LayerError {
         match self {
             Self::Archive { .. } | Self::Read(_) | Self::Entry { .. } => ErrorKind::FailedPrecondition,
             Self::Entries { .. } | Self::Bytes { .. } => ErrorKind::ResourceExhausted,
-            Self::Write { source, .. } | Self::Staging { source, .. } => match source.kind() {
+            Self::Write { source, .. } | Self::File(FileError { source, .. }) => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::ResourceExhausted,
                 _ => ErrorKind::Internal,
             },

@@ -4,6 +4,7 @@ use std::{io, path::PathBuf};
 
 use machinen_base::{
     error::{ErrorKind, HasKind},
+    fs::FileError,
     process::ProcessError,
 };
 
@@ -12,12 +13,10 @@ use super::ext4::Ext4Error;
 /// Why a disk could not be found, made or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum RootdiskError {
-    #[error("cannot {action} {}", path.display())]
-    Cache { action: &'static str, path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    File(#[from] FileError),
     #[error("cannot {action} {path} of the root file system {}", root.display())]
     Source { action: &'static str, path: String, root: PathBuf, source: io::Error },
-    #[error("cannot {action} {}", path.display())]
-    Mount { action: &'static str, path: PathBuf, source: io::Error },
     #[error("the root file system has no layers")]
     NoLayers,
     #[error("{path} in the root file system has an unknown type")]
@@ -72,10 +71,9 @@ impl HasKind for RootdiskError {
             | Self::OldMke2fs { .. }
             | Self::NotWritable { .. } => ErrorKind::FailedPrecondition,
             Self::NoSpace { .. } | Self::UpperTooLarge { .. } => ErrorKind::ResourceExhausted,
-            Self::Cache { source, .. } | Self::Mount { source, .. } | Self::Source { source, .. } => {
-                of_io(source)
-            }
-            Self::Writable { source, .. } => of_io(source),
+            Self::File(FileError { source, .. })
+            | Self::Source { source, .. }
+            | Self::Writable { source, .. } => of_io(source),
             Self::Mke2fs { .. } | Self::Finish { .. } => ErrorKind::Internal,
         }
     }

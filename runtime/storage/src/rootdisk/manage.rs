@@ -1,12 +1,13 @@
 //! Lists, verifies and removes the disks of the cache.
 
 use std::{
-    fs,
+    fs, io,
     os::unix::fs::MetadataExt as _,
     path::PathBuf,
     time::{Duration, SystemTime},
 };
 
+use machinen_base::fs::FileError;
 use rustix::fs::{major, minor};
 
 use super::{
@@ -144,7 +145,7 @@ impl RootdiskCache {
 
     /// Removes index entries whose disk does not exist.
     fn forget_removed(&self) -> Result<(), RootdiskError> {
-        let failed = |error| self.index.error("list", &self.index.dir, error);
+        let failed = |error: io::Error| FileError::new("list", &self.index.dir, error);
         for entry in fs::read_dir(&self.index.dir).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
             let key = store::read(&path)

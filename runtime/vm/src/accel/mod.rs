@@ -12,10 +12,13 @@ use std::{
     fs::{self, File},
     io,
     os::unix::fs::MetadataExt as _,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
-use machinen_base::error::{ErrorKind, HasKind};
+use machinen_base::{
+    error::{ErrorKind, HasKind},
+    fs::FileError,
+};
 use serde::{Deserialize, Serialize};
 
 use cache::Tried;
@@ -71,8 +74,8 @@ pub enum KvmState {
 pub enum AccelError {
     #[error("vm.accel is kvm, but {0}")]
     NoKvm(AccelVerdict),
-    #[error("cannot {action} {}", path.display())]
-    Cache { action: &'static str, path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Cache(#[from] FileError),
     #[error("cannot measure the time stamp counter")]
     Clock(#[source] io::Error),
 }

@@ -1,14 +1,11 @@
 //! Starts QEMU: makes everything that QEMU inherits, and removes it again if QEMU does not answer.
 
 use std::{
-    fs::{DirBuilder, File},
+    fs::File,
     io,
     os::{
         fd::{AsFd as _, OwnedFd},
-        unix::{
-            fs::{DirBuilderExt as _, OpenOptionsExt as _},
-            net::UnixStream as StdUnixStream,
-        },
+        unix::{fs::OpenOptionsExt as _, net::UnixStream as StdUnixStream},
     },
     path::{Path, PathBuf},
     sync::Arc,
@@ -16,6 +13,7 @@ use std::{
 
 use machinen_base::{
     error::{ErrorKind, HasKind},
+    fs::create_private_dir,
     process::{ChildSandbox, ProcessError, Spawn, Stdio},
 };
 use tokio::{
@@ -305,9 +303,8 @@ fn read(source: impl tokio::io::AsyncRead + Unpin + Send + 'static, log: Option<
 
 fn make_dir(path: &Path) -> Result<VmDir, LaunchError> {
     let dir = path.to_owned();
-    match DirBuilder::new().mode(0o700).create(path) {
-        Ok(()) => Ok(VmDir { path: dir, made: true }),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(VmDir { path: dir, made: false }),
+    match create_private_dir(path) {
+        Ok(made) => Ok(VmDir { path: dir, made }),
         Err(source) => Err(LaunchError::Dir { action: "work", dir, source }),
     }
 }

@@ -4,6 +4,7 @@ use std::{io, path::PathBuf};
 
 use machinen_base::{
     error::{ErrorKind, HasKind},
+    fs::FileError,
     process::ProcessError,
 };
 
@@ -12,8 +13,8 @@ use crate::VmSnapshotError;
 /// Why a template could not be made, found or looked after.
 #[derive(Debug, thiserror::Error)]
 pub enum TemplateError {
-    #[error("cannot {action} {}", path.display())]
-    File { action: &'static str, path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    File(#[from] FileError),
     #[error("{} is accessible to other users than root, so templates in it cannot be trusted", dir.display())]
     Open { dir: PathBuf },
     #[error("cannot build a template")]
@@ -30,13 +31,6 @@ pub enum TemplateError {
     Building,
     #[error("cannot describe the template")]
     Encode(#[source] serde_json::Error),
-}
-
-impl TemplateError {
-    pub(super) fn file(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::File { action, path, source }
-    }
 }
 
 impl HasKind for TemplateError {
