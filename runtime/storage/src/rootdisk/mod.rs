@@ -47,8 +47,6 @@ pub use source::RootfsSource;
 pub use store::{DiskMetadata, UnusableDisk};
 pub use writable::open_writable;
 
-/// The directory of the cache, unless the configuration names another one.
-pub const DEFAULT_DIR: &str = "/var/lib/machinen/rootdisk";
 /// Largest file system with 32-bit block numbers.
 const LARGEST: u64 = 16 << 40;
 

@@ -59,18 +59,18 @@ impl std::fmt::Display for QemuVersion {
 /// The events of QEMU that are used here (QEMU's QMP reference, "Events").
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum QmpEvent {
-    /// The machine is off; `reason` is a `ShutdownCause`, such as `guest-shutdown` or `guest-reset`.
+    /// The machine is off.
     Shutdown {
-        guest: bool,
+        /// A `ShutdownCause` of QEMU, such as `guest-shutdown` or `guest-reset`.
         reason: String,
     },
+    /// The guest's kernel has panicked.
     GuestPanicked,
-    Reset,
-    Stop,
     /// The device with this id is gone.
     DeviceDeleted(String),
     /// QEMU has finished writing or reading a VM's state, successfully or not.
     MigrationEnded {
+        /// The state was written or read completely.
         completed: bool,
     },
 }
@@ -254,12 +254,8 @@ fn deliver(message: QmpMessage, waiting: &mut PendingCommands, events: &broadcas
 fn event(name: &str, data: &Value) -> Option<QmpEvent> {
     let text = |key: &str| data[key].as_str().unwrap_or_default().to_owned();
     Some(match name {
-        "SHUTDOWN" => {
-            QmpEvent::Shutdown { guest: data["guest"].as_bool().unwrap_or_default(), reason: text("reason") }
-        }
+        "SHUTDOWN" => QmpEvent::Shutdown { reason: text("reason") },
         "GUEST_PANICKED" | "GUEST_CRASHLOADED" => QmpEvent::GuestPanicked,
-        "RESET" => QmpEvent::Reset,
-        "STOP" => QmpEvent::Stop,
         "MIGRATION" => match data["status"].as_str() {
             Some("completed") => QmpEvent::MigrationEnded { completed: true },
             Some("failed" | "cancelled") => QmpEvent::MigrationEnded { completed: false },
