@@ -24,12 +24,23 @@ const MEMINFO: &str = "/proc/meminfo";
 /// Why no VM may start.
 #[derive(Debug, thiserror::Error)]
 pub enum AdmissionError {
+    /// The host has too little memory. All amounts are in MiB.
     #[error(
         "not enough memory on this host for one more VM: it needs about {needed} MiB, and {available} MiB are available of \
          which {reserve} MiB are kept free (vm.memory_reserve_percent) and {reserved} MiB are for VMs that are starting; end \
          a container or add memory"
     )]
-    Memory { needed: u64, available: u64, reserve: u64, reserved: u64 },
+    Memory {
+        /// What the VM is expected to take.
+        needed: u64,
+        /// What the kernel of the host reports as available.
+        available: u64,
+        /// What the configuration keeps free (`vm.memory_reserve_percent`).
+        reserve: u64,
+        /// What VMs that are starting have reserved.
+        reserved: u64,
+    },
+    /// The reservations or the state of the memory cannot be read or written.
     #[error(transparent)]
     File(#[from] FileError),
 }
@@ -46,11 +57,15 @@ impl HasKind for AdmissionError {
 /// The host's memory, MiB (proc_meminfo(5)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HostMemory {
+    /// All memory (`MemTotal`).
     pub total: u64,
+    /// Memory that can be had without swapping (`MemAvailable`).
     pub available: u64,
 }
 
 impl HostMemory {
+    /// Reads /proc/meminfo.
+    ///
     /// # Errors
     /// /proc/meminfo cannot be read.
     pub fn now() -> Result<Self, AdmissionError> {

@@ -36,8 +36,20 @@ pub fn identity(dir: &Path) -> Result<String, LayerError> {
 /// A copy of what one container has written to the snapshot of another.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LayerCopy {
-    Directories { from: LayerTarget, to: LayerTarget },
-    Disks { from: PathBuf, to: PathBuf },
+    /// Both snapshots keep the changes as a directory.
+    Directories {
+        /// The directory that is copied.
+        from: LayerTarget,
+        /// The directory that is replaced by the copy.
+        to: LayerTarget,
+    },
+    /// Both snapshots have a writable disk as a file.
+    Disks {
+        /// Path of the disk that is copied.
+        from: PathBuf,
+        /// Path of the new disk.
+        to: PathBuf,
+    },
 }
 
 impl LayerCopy {

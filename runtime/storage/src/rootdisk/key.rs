@@ -17,6 +17,7 @@ pub struct RootdiskKeyError {
 }
 
 impl RootdiskKey {
+    /// The key of a tree or source with this digest.
     pub fn new(digest: [u8; 32]) -> Self {
         Self(digest)
     }

@@ -43,6 +43,7 @@ const SEALED: usize = 8192;
 /// The description of a finished disk, stored as JSON next to it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskMetadata {
+    /// The version of this description; disks with another one are built again.
     pub version: u32,
     /// The apparent size, bytes; most of it are holes.
     pub size: u64,
@@ -54,6 +55,7 @@ pub struct DiskMetadata {
     pub files: u64,
     /// Bytes of the regular files' content.
     pub content: u64,
+    /// The version of mke2fs that made the disk.
     pub mke2fs: String,
     /// Digest of the walk; see [`super::tree::SourceTree::shape`].
     pub(super) shape: String,
@@ -271,16 +273,27 @@ impl Store {
 /// Why a disk is not used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum UnusableDisk {
+    /// There is no file of this name.
     #[error("there is no such disk")]
     Absent,
+    /// The build has not ended, or another version of machinen made the disk.
     #[error("it was not finished, or its metadata cannot be understood")]
     Unfinished,
+    /// The file was truncated or extended.
     #[error("it has {found} bytes instead of {expected}")]
-    Size { found: u64, expected: u64 },
+    Size {
+        /// The size of the file, bytes.
+        found: u64,
+        /// The size when the disk was finished, bytes.
+        expected: u64,
+    },
+    /// The time of the last change or the first blocks differ.
     #[error("it was written to after it was finished")]
     Seal,
+    /// The files on the disk have another digest than the key.
     #[error("its content is not what it was")]
     Content,
+    /// The file system on the disk cannot be read, for this reason.
     #[error("{0}")]
     Damaged(String),
 }

@@ -43,18 +43,40 @@ pub(crate) const CONSOLE_LOG: &str = "console.log";
 /// Why QEMU could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
+    /// The kernel or the image cannot be used.
     #[error(transparent)]
     Asset(AssetFileError),
+    /// The directory of the VM cannot be made or written to.
     #[error("cannot {action} in the VM's directory {}", dir.display())]
-    Dir { action: &'static str, dir: PathBuf, source: io::Error },
+    Dir {
+        /// What failed: a verb that fits the text, such as `make console.log`.
+        action: &'static str,
+        /// Path of the directory.
+        dir: PathBuf,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// The host cannot make what QEMU inherits.
     #[error("cannot {action} for QEMU")]
-    Host { action: &'static str, source: io::Error },
+    Host {
+        /// What failed: a verb that fits the text, such as `make a pipe`.
+        action: &'static str,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// The channel to the guest cannot be made.
     #[error(transparent)]
     Channel(VmChannelError),
+    /// The program cannot be executed or supervised.
     #[error("cannot run QEMU")]
     Qemu(#[source] ProcessError),
+    /// QEMU ended before it answered.
     #[error("QEMU did not start: {exit} (machinen needs QEMU {oldest} or newer)", oldest = super::qmp::OLDEST)]
-    Exited { exit: VmExit },
+    Exited {
+        /// Why QEMU ended.
+        exit: VmExit,
+    },
+    /// QEMU runs, and its monitor does not answer as it should.
     #[error("QEMU's monitor does not work")]
     Monitor(#[source] QmpError),
 }

@@ -28,25 +28,44 @@ const DEADLINE: Duration = Duration::from_secs(20);
 /// Why a command was not carried out.
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {
+    /// QEMU has ended, or is about to.
     #[error("QEMU closed its monitor")]
     Closed,
+    /// The socket of the monitor failed.
     #[error("cannot talk to QEMU's monitor")]
     Io(#[source] io::Error),
+    /// What QEMU sent is not a QMP message; this is an excerpt or a description of it.
     #[error("QEMU's monitor sent what is not QMP: {0}")]
     Malformed(String),
+    /// This version of QEMU lacks something that machinen uses.
     #[error("QEMU {0} is too old, {OLDEST} or newer is needed; install the Debian package qemu-system-x86")]
     TooOld(QemuVersion),
+    /// QEMU answered with an error.
     #[error("QEMU refused {command}: {description} ({class})")]
-    Refused { command: &'static str, class: String, description: String },
+    Refused {
+        /// The name of the QMP command.
+        command: &'static str,
+        /// The class of the error, such as `GenericError`.
+        class: String,
+        /// The text of QEMU for people.
+        description: String,
+    },
+    /// QEMU took too long.
     #[error("QEMU did not answer {command} within {DEADLINE:?}")]
-    Deadline { command: &'static str },
+    Deadline {
+        /// The name of the QMP command.
+        command: &'static str,
+    },
 }
 
 /// QEMU's version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct QemuVersion {
+    /// The first number of the version.
     pub major: u32,
+    /// The second number of the version.
     pub minor: u32,
+    /// The third number of the version.
     pub micro: u32,
 }
 
@@ -149,10 +168,13 @@ impl Qmp {
         Ok((qmp, event_queue))
     }
 
+    /// The version that QEMU reported when the monitor was opened.
     pub fn version(&self) -> QemuVersion {
         self.version
     }
 
+    /// Executes a command and returns the value that QEMU answers.
+    ///
     /// # Errors
     /// QEMU refuses the command, ends, or does not answer in time.
     pub async fn execute(&self, command: &'static str, arguments: Value) -> Result<Value, QmpError> {

@@ -48,9 +48,11 @@ pub struct TemplateStore {
 /// The state of a shape's template.
 #[derive(Debug)]
 pub enum FoundTemplate {
+    /// The template can be cloned.
     Ready(Box<ReadyTemplate>),
     /// A builder is working on it.
     Building,
+    /// There is no template, and no process builds one.
     Absent,
     /// It could not be built, or not be cloned, a short while ago, for this reason.
     Failed(String),
@@ -59,17 +61,22 @@ pub enum FoundTemplate {
 /// A template that is ready to be cloned. It stays usable while this value exists, even if its holder ends.
 #[derive(Debug)]
 pub struct ReadyTemplate {
+    /// The description of the template.
     pub manifest: TemplateManifest,
+    /// The state that clones start from.
     pub snapshot: VmSnapshot,
 }
 
 /// A template in a listing.
 #[derive(Debug)]
 pub struct ListedTemplate {
+    /// The name of the template; see [`TemplateShape::key`].
     pub key: String,
+    /// The description of the template.
     pub manifest: TemplateManifest,
     /// Its holder is running.
     pub alive: bool,
+    /// When the template was cloned last; None if that cannot be read.
     pub used: Option<SystemTime>,
 }
 
