@@ -21,6 +21,11 @@ pub struct FileError {
 }
 
 impl FileError {
+    /// The failure of `action` on `path`.
+    pub fn new(action: &'static str, path: impl Into<PathBuf>, source: impl Into<io::Error>) -> Self {
+        Self { action, path: path.into(), source: source.into() }
+    }
+
     /// For [`Result::map_err`]: `fs::read(path).map_err(FileError::at("read", path))`.
     pub fn at(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
@@ -33,11 +38,19 @@ impl FileError {
 /// # Errors
 /// Those of mkdir(2), but for EEXIST.
 pub fn create_private_dir(path: &Path) -> io::Result<bool> {
-    match DirBuilder::new().mode(0o700).create(path) {
+    match create_new_private_dir(path) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// As [`create_private_dir`], but it is an error if the name exists already.
+///
+/// # Errors
+/// Those of mkdir(2).
+pub fn create_new_private_dir(path: &Path) -> io::Result<()> {
+    DirBuilder::new().mode(0o700).create(path)
 }
 
 /// Creates a directory and its missing parents, all of them with mode 0700.
@@ -150,6 +163,7 @@ mod tests {
             create_private_dir(&dir.path().join("no/parent")).unwrap_err().kind(),
             io::ErrorKind::NotFound
         );
+        assert_eq!(create_new_private_dir(&one).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
         create_private_dirs(&deep).unwrap();
         create_private_dirs(&deep).unwrap();
         for path in [&one, &deep, &dir.path().join("a")] {

@@ -2,6 +2,8 @@
 //!
 //! The only unsafe code of the host side is in [`sys`], and only [`process`] starts child processes.
 
+#![warn(missing_docs)]
+
 pub mod error;
 pub mod fs;
 pub mod memfd;

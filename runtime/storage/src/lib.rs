@@ -3,5 +3,7 @@
 //!
 //! Nothing here knows a VM or an event loop.
 
+#![warn(missing_docs)]
+
 pub mod layer;
 pub mod rootdisk;

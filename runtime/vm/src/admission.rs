@@ -6,14 +6,15 @@
 //! a process that was killed.
 
 use std::{
-    fs::{self, DirBuilder, File},
+    fs::{self, File},
     io::{self, Write as _},
-    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
 };
 
-use machinen_base::error::{ErrorKind, HasKind};
-use rustix::fs::{FlockOperation, flock};
+use machinen_base::{
+    error::{ErrorKind, HasKind},
+    fs::{FileError, create_private_dirs, lock, try_lock_shared},
+};
 
 /// What a clone takes of the host's memory until its container runs, MiB: its own pages.
 pub const CLONE_NEEDS_MIB: u64 = 64;
@@ -23,21 +24,32 @@ const MEMINFO: &str = "/proc/meminfo";
 /// Why no VM may start.
 #[derive(Debug, thiserror::Error)]
 pub enum AdmissionError {
+    /// The host has too little memory. All amounts are in MiB.
     #[error(
         "not enough memory on this host for one more VM: it needs about {needed} MiB, and {available} MiB are available of \
          which {reserve} MiB are kept free (vm.memory_reserve_percent) and {reserved} MiB are for VMs that are starting; end \
          a container or add memory"
     )]
-    Memory { needed: u64, available: u64, reserve: u64, reserved: u64 },
-    #[error("cannot {action} {}", path.display())]
-    File { action: &'static str, path: PathBuf, source: io::Error },
+    Memory {
+        /// What the VM is expected to take.
+        needed: u64,
+        /// What the kernel of the host reports as available.
+        available: u64,
+        /// What the configuration keeps free (`vm.memory_reserve_percent`).
+        reserve: u64,
+        /// What VMs that are starting have reserved.
+        reserved: u64,
+    },
+    /// The reservations or the state of the memory cannot be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
 }
 
 impl HasKind for AdmissionError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Memory { .. } => ErrorKind::ResourceExhausted,
-            Self::File { .. } => ErrorKind::Internal,
+            Self::File(_) => ErrorKind::Internal,
         }
     }
 }
@@ -45,17 +57,21 @@ impl HasKind for AdmissionError {
 /// The host's memory, MiB (proc_meminfo(5)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HostMemory {
+    /// All memory (`MemTotal`).
     pub total: u64,
+    /// Memory that can be had without swapping (`MemAvailable`).
     pub available: u64,
 }
 
 impl HostMemory {
+    /// Reads /proc/meminfo.
+    ///
     /// # Errors
     /// /proc/meminfo cannot be read.
     pub fn now() -> Result<Self, AdmissionError> {
-        let failed = |source| AdmissionError::File { action: "read", path: MEMINFO.into(), source };
-        let text = fs::read_to_string(MEMINFO).map_err(failed)?;
-        Self::parse(&text).ok_or_else(|| failed(io::ErrorKind::InvalidData.into()))
+        let text = fs::read_to_string(MEMINFO).map_err(FileError::at("read", MEMINFO))?;
+        let invalid = || FileError::new("read", MEMINFO, io::ErrorKind::InvalidData);
+        Ok(Self::parse(&text).ok_or_else(invalid)?)
     }
 
     fn parse(text: &str) -> Option<Self> {
@@ -93,23 +109,20 @@ pub fn admit(
     reserve_percent: u64,
     host: HostMemory,
 ) -> Result<Reservation, AdmissionError> {
-    let failed = |action, path: &Path| {
-        let path = path.to_owned();
-        move |source: io::Error| AdmissionError::File { action, path, source }
-    };
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed("make the directory", dir))?;
-    let guard = File::open(dir).map_err(failed("open", dir))?;
+    create_private_dirs(dir).map_err(FileError::at("make the directory", dir))?;
+    let guard = File::open(dir).map_err(FileError::at("open", dir))?;
     // Locked while the reservations are read and one is added.
-    flock(&guard, FlockOperation::LockExclusive).map_err(|error| failed("lock", dir)(error.into()))?;
-    let reserved = reserved(dir).map_err(failed("read", dir))?;
+    lock(&guard).map_err(FileError::at("lock", dir))?;
+    let reserved = reserved(dir).map_err(FileError::at("read", dir))?;
     let reserve = host.total * reserve_percent / 100;
     if reserve_percent > 0 && host.available < reserve + reserved + needed {
         return Err(AdmissionError::Memory { needed, available: host.available, reserve, reserved });
     }
-    let file = tempfile::Builder::new().prefix("vm-").tempfile_in(dir).map_err(failed("write in", dir))?;
-    let (mut held, path) = file.keep().map_err(|error| failed("write in", dir)(error.error))?;
-    let reservation = flock(&held, FlockOperation::NonBlockingLockExclusive).map_err(io::Error::from);
-    reservation.and_then(|()| write!(held, "{needed}")).map_err(failed("write", &path))?;
+    let file = tempfile::Builder::new().prefix("vm-").tempfile_in(dir);
+    let file = file.map_err(FileError::at("write in", dir))?;
+    let (mut held, path) = file.keep().map_err(|error| FileError::new("write in", dir, error.error))?;
+    let locked = held.try_lock().map_err(io::Error::from);
+    locked.and_then(|()| write!(held, "{needed}")).map_err(FileError::at("write", &path))?;
     Ok(Reservation { path, _held: held })
 }
 
@@ -119,7 +132,7 @@ fn reserved(dir: &Path) -> io::Result<u64> {
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
         let Ok(file) = File::open(&path) else { continue };
-        if flock(&file, FlockOperation::NonBlockingLockShared).is_ok() {
+        if try_lock_shared(&file)? {
             fs::remove_file(&path)?;
             continue;
         }

@@ -32,18 +32,40 @@ pub(super) const IMAGE: Asset =
 /// Why a guest cannot be booted from a file.
 #[derive(Debug, thiserror::Error)]
 pub enum AssetFileError {
+    /// The file cannot be opened or read.
     #[error("cannot read the guest {name} {}", path.display())]
-    Read { name: &'static str, path: PathBuf, source: io::Error },
+    Read {
+        /// What the file is: `kernel` or `image`.
+        name: &'static str,
+        /// Path of the file on the host.
+        path: PathBuf,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// The file is closed to the user that QEMU runs as.
     #[error(
         "the guest {name} {} is not readable by everyone, and QEMU runs as an unprivileged user; try `chmod a+r`",
         path.display()
     )]
-    Mode { name: &'static str, path: PathBuf },
+    Mode {
+        /// What the file is: `kernel` or `image`.
+        name: &'static str,
+        /// Path of the file on the host.
+        path: PathBuf,
+    },
+    /// The file has another format.
     #[error(
         "the guest {name} {} is damaged: it is not {is}; build it again with `make kernel guest-image`",
         path.display()
     )]
-    Damaged { name: &'static str, path: PathBuf, is: &'static str },
+    Damaged {
+        /// What the file is: `kernel` or `image`.
+        name: &'static str,
+        /// Path of the file on the host.
+        path: PathBuf,
+        /// The format that the file must have.
+        is: &'static str,
+    },
 }
 
 impl HasKind for AssetFileError {

@@ -7,6 +7,7 @@ use std::{
 
 use machinen_base::{
     error::{ErrorKind, HasKind},
+    fs::hex,
     sys,
 };
 use machinen_protocol::api::ConfigureRequest;
@@ -34,14 +35,34 @@ const EXIT_GRACE: Duration = Duration::from_secs(2);
 /// Why a guest did not become ready.
 #[derive(Debug, thiserror::Error)]
 pub enum VmBootError {
+    /// The VM ended during the boot.
     #[error("the VM ended before its agent answered: {0}")]
     Exited(VmExit),
+    /// The guest took longer than [`crate::VmSpec::boot_timeout`].
     #[error("the guest agent did not answer within {timeout:?}{}", quoted("console", .console))]
-    Deadline { timeout: Duration, console: String },
+    Deadline {
+        /// How long the host has waited.
+        timeout: Duration,
+        /// The last lines of the console of the guest.
+        console: String,
+    },
+    /// The channel failed before the agent was ready.
     #[error("cannot communicate with the guest agent{}", quoted("console", .console))]
-    Channel { console: String, source: VmChannelError },
+    Channel {
+        /// The last lines of the console of the guest.
+        console: String,
+        /// How the channel failed.
+        source: VmChannelError,
+    },
+    /// The agent refused its configuration.
     #[error("the guest cannot be configured{}", quoted("console", .console))]
-    Configure { console: String, source: AgentError },
+    Configure {
+        /// The last lines of the console of the guest.
+        console: String,
+        /// What the agent answered.
+        source: AgentError,
+    },
+    /// The kernel of the host gave no random bytes (getrandom(2)).
     #[error("cannot get random bytes for the guest")]
     Entropy(#[source] std::io::Error),
 }
@@ -167,7 +188,7 @@ fn configuration(hostname: &str) -> std::io::Result<ConfigureRequest> {
         realtime_ns: now_ns(),
         entropy,
         hostname: hostname.to_owned(),
-        machine_id: machine_id.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}")),
+        machine_id: hex(&machine_id),
         ..ConfigureRequest::default()
     })
 }

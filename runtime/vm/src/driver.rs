@@ -202,7 +202,7 @@ impl VmDir {
 
 fn record(evidence: &mut ExitEvidence, event: Result<QmpEvent, broadcast::error::RecvError>) {
     match event {
-        Ok(QmpEvent::Shutdown { reason, .. }) => evidence.shutdown = Some(reason),
+        Ok(QmpEvent::Shutdown { reason }) => evidence.shutdown = Some(reason),
         Ok(QmpEvent::GuestPanicked) => evidence.panicked = true,
         Ok(_) => {}
         Err(error) => tracing::debug!("QEMU's events: {error}"),

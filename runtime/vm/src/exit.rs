@@ -10,11 +10,24 @@ pub enum VmExit {
     /// The guest powered itself off.
     PoweredOff,
     /// The guest reset, which only a kernel that panicked does.
-    GuestPanic { console: String },
+    GuestPanic {
+        /// The last lines of the console of the guest.
+        console: String,
+    },
     /// QEMU was killed, for example by the host's OOM killer.
-    Killed { signal: i32, stderr: String },
+    Killed {
+        /// The number of the signal.
+        signal: i32,
+        /// What QEMU printed last.
+        stderr: String,
+    },
     /// QEMU exited with an error.
-    Failed { code: i32, stderr: String },
+    Failed {
+        /// The exit status of QEMU.
+        code: i32,
+        /// What QEMU printed last.
+        stderr: String,
+    },
 }
 
 impl std::fmt::Display for VmExit {

@@ -9,6 +9,8 @@
 //! it; when the last handle is dropped it kills the VM. Nothing is left of the VM when [`Vm::exited`]
 //! resolves.
 
+#![warn(missing_docs)]
+
 pub mod accel;
 pub mod admission;
 pub mod agent;
@@ -51,20 +53,43 @@ pub use spec::{ChannelKind, VmSpec};
 /// Why something about a VM failed.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
+    /// QEMU could not be started.
     #[error(transparent)]
     Launch(#[from] LaunchError),
+    /// The guest did not become ready.
     #[error(transparent)]
     Boot(Arc<VmBootError>),
+    /// QEMU refused a disk.
     #[error("cannot attach disk {serial}")]
-    Attach { serial: String, source: QmpError },
+    Attach {
+        /// The serial of the [`DiskSpec`].
+        serial: String,
+        /// What QEMU answered.
+        source: QmpError,
+    },
+    /// The disk cannot be attached to any VM, or not to this one.
     #[error("cannot attach disk {serial}: {reason}")]
-    Disk { serial: String, reason: &'static str },
+    Disk {
+        /// The serial of the [`DiskSpec`].
+        serial: String,
+        /// What is wrong with the disk.
+        reason: &'static str,
+    },
+    /// QEMU did not remove a disk.
     #[error("cannot detach the disk at {address}")]
-    Detach { address: DiskAddress, source: QmpError },
+    Detach {
+        /// Where the guest has the disk.
+        address: DiskAddress,
+        /// What QEMU answered.
+        source: QmpError,
+    },
+    /// There is no disk at this address.
     #[error("no disk is attached at {0}")]
     NoDisk(DiskAddress),
+    /// The agent cannot be reached with a new stream.
     #[error("cannot open a stream into the VM")]
     Stream(#[source] VmChannelError),
+    /// The VM has ended, for this reason.
     #[error("the VM has ended: {0}")]
     Exited(VmExit),
 }

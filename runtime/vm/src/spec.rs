@@ -15,9 +15,11 @@ pub struct VmSpec {
     pub id: String,
     /// A path, or a name that is looked up in PATH.
     pub qemu: PathBuf,
+    /// What runs the instructions of the guest.
     pub accel: Accelerator,
     /// Ceiling of the guest's memory, MiB; the host pays only for what the guest has touched.
     pub memory_mib: u32,
+    /// The number of CPUs of the guest.
     pub vcpus: u32,
     /// Uncompressed kernel with a PVH entry point, readable by everyone.
     pub kernel: PathBuf,
@@ -25,6 +27,7 @@ pub struct VmSpec {
     pub image: PathBuf,
     /// Added to the kernel command line.
     pub kernel_args: String,
+    /// How the host and the agent communicate.
     pub channel: ChannelKind,
     /// Hostname of the guest itself.
     pub hostname: String,
@@ -43,7 +46,10 @@ pub enum ChannelKind {
     /// AF_VSOCK by the host kernel's /dev/vhost-vsock.
     KernelVsock,
     /// AF_VSOCK in the guest, Unix sockets on the host, by the program `daemon` (vhost-device-vsock).
-    VhostUserVsock { daemon: PathBuf },
+    VhostUserVsock {
+        /// Path or name of the program.
+        daemon: PathBuf,
+    },
     /// One virtio serial port that carries all streams as yamux.
     Serial,
 }

@@ -26,6 +26,7 @@ pub struct Child {
     exit: watch::Receiver<Option<ProcessExit>>,
     /// What the child prints, if its [`Spawn`] has [`super::Stdio::Pipe`].
     pub stdout: Option<ChildStdout>,
+    /// The standard error of the child, under the same condition as its standard output.
     pub stderr: Option<ChildStderr>,
 }
 
@@ -59,6 +60,7 @@ impl Spawn {
 }
 
 impl Child {
+    /// The name or path of the program that the child executes.
     pub fn program(&self) -> &str {
         &self.program
     }

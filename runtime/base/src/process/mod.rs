@@ -23,24 +23,57 @@ pub use tool::{find_program, run};
 /// Why a child process could not do its work.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessError {
+    /// The program does not exist.
     #[error("{program} not found; {hint}")]
-    NotFound { program: String, hint: String },
+    NotFound {
+        /// The name or path that was looked for.
+        program: String,
+        /// What to do, such as which package to install.
+        hint: String,
+    },
+    /// The program exists and cannot be executed.
     #[error("cannot start {program}")]
-    Spawn { program: String, source: io::Error },
+    Spawn {
+        /// The name or path of the program.
+        program: String,
+        /// What fork(2), exec(3) or a step between them answered.
+        source: io::Error,
+    },
+    /// A running child cannot be supervised or signalled.
     #[error("cannot {action} {program} (pid {pid})")]
-    Child { action: &'static str, program: String, pid: u32, source: io::Error },
+    Child {
+        /// What failed: a verb that fits the text, such as `watch`.
+        action: &'static str,
+        /// The name or path of the program.
+        program: String,
+        /// The pid of the child on the host.
+        pid: u32,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// A tool ended without success.
     #[error("{program} {exit}{}", quoted(.stderr))]
-    Failed { program: String, exit: ProcessExit, stderr: String },
+    Failed {
+        /// The name or path of the tool.
+        program: String,
+        /// How the tool ended.
+        exit: ProcessExit,
+        /// The first 64 KiB that the tool has written to its standard error.
+        stderr: String,
+    },
 }
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProcessExit {
+    /// The process exited with this status.
     Code(i32),
+    /// This signal killed the process.
     Signal(i32),
 }
 
 impl ProcessExit {
+    /// Whether the process exited with status 0.
     pub fn success(self) -> bool {
         self == Self::Code(0)
     }

@@ -11,7 +11,9 @@ use crate::sys::child::{Bond, ChildSetup};
 /// The user and the groups that a child process runs as.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunAs {
+    /// The real, effective and saved user id.
     pub uid: u32,
+    /// The real, effective and saved group id.
     pub gid: u32,
     /// Supplementary groups; all others are dropped.
     pub groups: Vec<u32>,
@@ -20,20 +22,26 @@ pub struct RunAs {
 /// Namespaces that a child process gets of its own.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Namespaces {
+    /// A network namespace without any connection (network_namespaces(7)).
     pub net: bool,
     /// Unmounts on the host still propagate into it, so that it never keeps a file system busy.
     pub mount: bool,
+    /// An IPC namespace (ipc_namespaces(7)).
     pub ipc: bool,
+    /// A namespace for the hostname (uts_namespaces(7)).
     pub uts: bool,
 }
 
 /// The privileges that a child process gives up before it executes its program. The default gives up none.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ChildSandbox {
+    /// The user that the child becomes; None keeps the user of this process.
     pub identity: Option<RunAs>,
+    /// The namespaces that the child gets of its own.
     pub namespaces: Namespaces,
     /// Empties every capability set, the bounding set included.
     pub drop_capabilities: bool,
+    /// No program that the child executes gains privileges, as by a set-user-ID bit (PR_SET_NO_NEW_PRIVS).
     pub no_new_privileges: bool,
     /// No core file, whatever the limit of machinen itself.
     pub no_core: bool,

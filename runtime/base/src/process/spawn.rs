@@ -20,11 +20,14 @@ use crate::sys::{self, child::Bond};
 /// Where one of a child's three standard streams goes.
 #[derive(Debug, Default)]
 pub enum Stdio {
+    /// The stream is /dev/null.
     #[default]
     Null,
+    /// The stream is the one of this process.
     Inherit,
     /// Read or written by the parent.
     Pipe,
+    /// The stream is this descriptor.
     Fd(OwnedFd),
 }
 
@@ -52,7 +55,9 @@ pub struct Spawn {
 /// The result of a tool that has ended.
 #[derive(Debug)]
 pub struct ToolOutput {
+    /// The name or path of the tool.
     pub program: String,
+    /// How the tool ended.
     pub exit: ProcessExit,
     /// The first 64 KiB.
     pub stdout: Vec<u8>,
@@ -85,6 +90,7 @@ impl Spawn {
         self
     }
 
+    /// Adds arguments of the program.
     pub fn args<A: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
         self.args.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
         self
@@ -109,16 +115,19 @@ impl Spawn {
         self
     }
 
+    /// Where the standard input of the child comes from; [`Stdio::Null`] unless this is called.
     pub fn stdin(mut self, stdin: Stdio) -> Self {
         self.stdin = stdin;
         self
     }
 
+    /// Where the standard output of the child goes; [`Stdio::Null`] unless this is called.
     pub fn stdout(mut self, stdout: Stdio) -> Self {
         self.stdout = stdout;
         self
     }
 
+    /// Where the standard error of the child goes; [`Stdio::Null`] unless this is called.
     pub fn stderr(mut self, stderr: Stdio) -> Self {
         self.stderr = stderr;
         self
@@ -130,6 +139,7 @@ impl Spawn {
         self
     }
 
+    /// The privileges that the child gives up; none unless this is called.
     pub fn sandbox(mut self, sandbox: ChildSandbox) -> Self {
         self.sandbox = sandbox;
         self

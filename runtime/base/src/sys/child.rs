@@ -27,6 +27,7 @@ pub enum Bond {
 pub struct ChildSetup {
     /// Pid of the process that forks.
     pub parent: u32,
+    /// How the child is related to the process that forks.
     pub bond: Bond,
     /// A network namespace to enter.
     pub join_netns: Option<OwnedFd>,
@@ -34,8 +35,11 @@ pub struct ChildSetup {
     pub unshare: libc::c_int,
     /// uid, gid, supplementary groups.
     pub identity: Option<(u32, u32, Vec<u32>)>,
+    /// Empty every capability set, the bounding set included.
     pub drop_capabilities: bool,
+    /// Set PR_SET_NO_NEW_PRIVS (prctl(2)).
     pub no_new_privileges: bool,
+    /// Limit core files to 0 bytes.
     pub no_core: bool,
     /// Decimal digits.
     pub oom_score_adj: Option<Vec<u8>>,
@@ -50,65 +54,110 @@ pub fn on_fork(command: &mut Command, setup: ChildSetup) {
     unsafe { command.pre_exec(move || apply(&setup)) };
 }
 
+/// Makes system calls only: see [`ChildSetup`].
 fn apply(setup: &ChildSetup) -> io::Result<()> {
-    // SAFETY: plain system calls on values and on memory that `setup` owns.
-    unsafe {
-        match setup.bond {
-            // A process group of its own: Ctrl-C at the terminal is for machinen, which then ends its
-            // children in order.
-            Bond::Child => check(libc::setpgid(0, 0).into())?,
-            Bond::Detached => check(libc::setsid().into())?,
-            Bond::Replacement => {}
-        }
-        // Only the descriptors that are moved to their numbers after this are inherited.
-        check(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC))?;
-        if setup.no_core {
-            let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-            check(libc::setrlimit(libc::RLIMIT_CORE, &none).into())?;
-        }
-        if let Some(value) = &setup.oom_score_adj {
-            let fd = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
-            check(fd.into())?;
-            check(libc::write(fd, value.as_ptr().cast(), value.len()) as i64)?;
-            libc::close(fd);
-        }
-        if let Some(netns) = &setup.join_netns {
-            check(libc::setns(netns.as_raw_fd(), libc::CLONE_NEWNET).into())?;
-        }
-        if setup.unshare != 0 {
-            check(libc::unshare(setup.unshare).into())?;
-        }
-        if setup.unshare & libc::CLONE_NEWNS != 0 {
-            let flags = libc::MS_SLAVE | libc::MS_REC;
-            let none = std::ptr::null();
-            check(libc::mount(none, c"/".as_ptr(), none, flags, none.cast()).into())?;
-        }
-        if setup.drop_capabilities {
-            drop_bounding_set()?;
-        }
-        if let Some((uid, gid, groups)) = &setup.identity {
-            // Raw system calls, because the C library's functions would try to change threads that do not
-            // exist in this child.
-            check(libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()))?;
-            check(libc::syscall(libc::SYS_setresgid, *gid, *gid, *gid))?;
-            check(libc::syscall(libc::SYS_setresuid, *uid, *uid, *uid))?;
-        }
-        if setup.drop_capabilities {
-            drop_capability_sets()?;
-        }
-        if setup.no_new_privileges {
-            check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0).into())?;
-        }
-        if let Some(filter) = &setup.filter {
-            seccompiler::apply_filter(filter).map_err(|_| io::Error::last_os_error())?;
-        }
-        if setup.bond == Bond::Child {
-            // After the change of identity, which clears it.
-            check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0).into())?;
-            if libc::getppid() as u32 != setup.parent {
-                libc::_exit(libc::EXIT_FAILURE);
-            }
-        }
+    match setup.bond {
+        // A process group of its own: Ctrl-C at the terminal is for machinen, which then ends its children
+        // in order.
+        // SAFETY: no memory is involved.
+        Bond::Child => check(unsafe { libc::setpgid(0, 0) }.into())?,
+        // SAFETY: no memory is involved.
+        Bond::Detached => check(unsafe { libc::setsid() }.into())?,
+        Bond::Replacement => {}
+    }
+    close_on_exec()?;
+    if setup.no_core {
+        forbid_core_files()?;
+    }
+    if let Some(value) = &setup.oom_score_adj {
+        set_oom_score_adj(value)?;
+    }
+    enter_namespaces(setup)?;
+    if setup.drop_capabilities {
+        drop_bounding_set()?;
+    }
+    if let Some((uid, gid, groups)) = &setup.identity {
+        change_identity(*uid, *gid, groups)?;
+    }
+    if setup.drop_capabilities {
+        drop_capability_sets()?;
+    }
+    if setup.no_new_privileges {
+        // SAFETY: no memory is involved.
+        check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())?;
+    }
+    if let Some(filter) = &setup.filter {
+        seccompiler::apply_filter(filter).map_err(|_| io::Error::last_os_error())?;
+    }
+    if setup.bond == Bond::Child {
+        // After the change of identity, which clears the signal.
+        die_with_parent(setup.parent)?;
+    }
+    Ok(())
+}
+
+/// Marks all descriptors but the standard streams. Only those that are moved to their numbers after this are
+/// inherited.
+fn close_on_exec() -> io::Result<()> {
+    // SAFETY: no memory is involved, and no descriptor is closed before the program is executed.
+    check(unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) })
+}
+
+fn forbid_core_files() -> io::Result<()> {
+    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: setrlimit(2) reads the structure, which lives until the call returns.
+    check(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) }.into())
+}
+
+fn set_oom_score_adj(value: &[u8]) -> io::Result<()> {
+    // SAFETY: the path is a C string, which lives as long as the program.
+    let fd = unsafe { libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) };
+    check(fd.into())?;
+    // SAFETY: write(2) reads as many bytes as `value` has.
+    check(unsafe { libc::write(fd, value.as_ptr().cast(), value.len()) } as i64)?;
+    // SAFETY: this function has opened the descriptor, and nothing else uses it.
+    unsafe { libc::close(fd) };
+    Ok(())
+}
+
+fn enter_namespaces(setup: &ChildSetup) -> io::Result<()> {
+    if let Some(netns) = &setup.join_netns {
+        // SAFETY: no memory is involved; `netns` keeps its descriptor open.
+        check(unsafe { libc::setns(netns.as_raw_fd(), libc::CLONE_NEWNET) }.into())?;
+    }
+    if setup.unshare != 0 {
+        // SAFETY: no memory is involved. The flags are those of namespaces, and the child has one thread.
+        check(unsafe { libc::unshare(setup.unshare) }.into())?;
+    }
+    if setup.unshare & libc::CLONE_NEWNS != 0 {
+        let flags = libc::MS_SLAVE | libc::MS_REC;
+        let none = std::ptr::null();
+        // SAFETY: the target is a C string; mount(2) reads no other text to change how mounts propagate.
+        check(unsafe { libc::mount(none, c"/".as_ptr(), none, flags, none.cast()) }.into())?;
+    }
+    Ok(())
+}
+
+/// Makes raw system calls, because the C library's functions would try to change threads that do not exist in
+/// this child.
+fn change_identity(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
+    // SAFETY: setgroups(2) reads as many numbers as `groups` has.
+    check(unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) })?;
+    // SAFETY: no memory is involved.
+    check(unsafe { libc::syscall(libc::SYS_setresgid, gid, gid, gid) })?;
+    // SAFETY: no memory is involved.
+    check(unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, uid) })
+}
+
+/// Has the kernel kill this process when the thread that started it ends, and ends now if `parent` has ended
+/// before.
+fn die_with_parent(parent: u32) -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) }.into())?;
+    // SAFETY: no memory is involved.
+    if unsafe { libc::getppid() } as u32 != parent {
+        // SAFETY: _exit(2) does not return and runs no code of this program.
+        unsafe { libc::_exit(libc::EXIT_FAILURE) };
     }
     Ok(())
 }
@@ -144,11 +193,10 @@ fn drop_capability_sets() -> io::Result<()> {
     const VERSION_3: u32 = 0x2008_0522;
     let header = Header { version: VERSION_3, pid: 0 };
     let none = [0_u32; 6];
+    // SAFETY: no memory is involved.
+    check(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) }.into())?;
     // SAFETY: version 3 of capset(2) reads one header and two triples of 32-bit words.
-    unsafe {
-        check(libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0).into())?;
-        check(libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()))
-    }
+    check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) })
 }
 
 fn check(result: i64) -> io::Result<()> {

@@ -17,6 +17,7 @@ pub struct GuestMemory {
 }
 
 impl GuestMemory {
+    /// Maps `size` bytes of zeros.
     pub fn new(size: NonZeroUsize) -> io::Result<Self> {
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new private mapping at an address of the kernel's choice touches no memory in use.
@@ -24,6 +25,8 @@ impl GuestMemory {
         Ok(Self { address, size })
     }
 
+    /// Copies bytes into the memory of a guest that does not run.
+    ///
     /// # Panics
     /// The bytes do not fit, which is a mistake of the caller.
     pub fn write(&mut self, offset: usize, bytes: &[u8]) {
@@ -66,8 +69,13 @@ struct SignalMask {
     blocked: [u8; 8],
 }
 
-// KVM_SET_SIGNAL_MASK; its number counts only the fixed part of the structure.
-nix::ioctl_write_ptr!(set_signal_mask, 0xAE, 0x8B, u32);
+nix::ioctl_write_ptr!(
+    /// KVM_SET_SIGNAL_MASK; its number counts only the fixed part of the structure.
+    set_signal_mask,
+    0xAE,
+    0x8B,
+    u32
+);
 
 /// While the vCPU runs only `signal` can interrupt it; it is not delivered, `KVM_RUN` just returns EINTR.
 pub fn interrupt_only_by(vcpu: &VcpuFd, signal: Signal) -> io::Result<()> {
@@ -78,6 +86,7 @@ pub fn interrupt_only_by(vcpu: &VcpuFd, signal: Signal) -> io::Result<()> {
     Ok(())
 }
 
+/// The error of a KVM call as an [`io::Error`].
 pub fn os_error(error: kvm_ioctls::Error) -> io::Error {
     io::Error::from_raw_os_error(error.errno())
 }

@@ -8,6 +8,8 @@ use std::{
 
 use nix::sys::signal::Signal;
 
+/// Opens a pidfd (pidfd_open(2)).
+///
 /// `pid` must be a child that has not been reaped, or a pid whose reuse the caller excludes otherwise.
 pub fn open(pid: u32) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_open(2) takes two integers; the new descriptor is close-on-exec.
@@ -19,6 +21,7 @@ pub fn open(pid: u32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
+/// Sends a signal to the process of a pidfd (pidfd_send_signal(2)).
 pub fn send_signal(pidfd: BorrowedFd<'_>, signal: Signal) -> io::Result<()> {
     let no_info = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: pidfd_send_signal(2) reads no memory when the information is null.

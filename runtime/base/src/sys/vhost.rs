@@ -5,9 +5,16 @@ use std::{
     os::fd::{AsRawFd as _, BorrowedFd},
 };
 
-// VHOST_VSOCK_SET_GUEST_CID of linux/vhost.h.
-nix::ioctl_write_ptr!(set_guest_cid_ioctl, 0xAF, 0x60, u64);
+nix::ioctl_write_ptr!(
+    /// VHOST_VSOCK_SET_GUEST_CID of linux/vhost.h.
+    set_guest_cid_ioctl,
+    0xAF,
+    0x60,
+    u64
+);
 
+/// Gives the guest of a vhost-vsock device its context id (vsock(7)).
+///
 /// # Errors
 /// EADDRINUSE when another device on this host has the CID.
 pub fn set_guest_cid(device: BorrowedFd<'_>, cid: u32) -> io::Result<()> {

@@ -16,7 +16,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machinen_base::error::chain;
+use machinen_base::{error::chain, fs::FileError};
 use machinen_storage::{
     layer::{self, LayerError, LayerLimits, LayerTarget, PreviousLayer},
     rootdisk::{self, Rootdisk, RootdiskCache, RootdiskError, RootdiskKey},
@@ -242,11 +242,8 @@ impl WritableLayer {
         let (applied, replaced) = receive(vm, agent, id, target.clone(), self.limits).await?;
         if let LayerTarget::Whole(root) = &target {
             // The directory was exchanged for another one, which the disk belongs to now.
-            native_disk::relabel(&self.disk, root).map_err(|source| LayerError::Staging {
-                action: "label",
-                path: self.disk.clone(),
-                source,
-            })?;
+            native_disk::relabel(&self.disk, root)
+                .map_err(|source| LayerError::from(FileError::new("label", &self.disk, source)))?;
         }
         tracing::info!(
             id,

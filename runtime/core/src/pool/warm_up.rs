@@ -10,6 +10,7 @@ use std::{
     os::unix::fs::PermissionsExt as _,
 };
 
+use machinen_base::fs::FileError;
 use machinen_protocol::api::{CreateContainerRequest, Disk, Rootfs};
 use machinen_storage::rootdisk::{RootdiskCache, RootdiskError};
 use machinen_vm::{DiskBacking, DiskSpec, Vm};
@@ -34,7 +35,7 @@ pub(super) async fn warm_up(vm: &Vm, config: &Config) -> Result<(), CloneError> 
     let config::RootdiskConfig { dir, mke2fs, .. } = config.rootdisk.clone();
     let make = move || -> Result<(File, File), RootdiskError> {
         let cache = RootdiskCache::open(&dir)?;
-        let failed = |source| RootdiskError::Cache { action: "write to", path: dir.clone(), source };
+        let failed = |source: io::Error| FileError::new("write to", &dir, source);
         let root = root().map_err(failed)?;
         let opened = File::open(root.path()).map_err(failed)?;
         Ok((

@@ -46,6 +46,7 @@ const DEVICES: [(u32, u32); 10] =
 /// What an archive has made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct AppliedLayer {
+    /// The number of entries of the archive.
     pub entries: u64,
     /// Bytes on the disk, in whole blocks.
     pub bytes: u64,

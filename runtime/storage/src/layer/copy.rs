@@ -9,12 +9,12 @@
 //! system that a guest has written is mounted.
 
 use std::{
-    fs, io,
+    fs,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
-use machinen_base::process;
+use machinen_base::{fs::FileError, process};
 
 use super::{LayerError, LayerTarget, StagingDir};
 
@@ -27,7 +27,7 @@ const ALL_ATTRIBUTES: &str = "--preserve=mode,ownership,timestamps,links,xattr";
 /// # Errors
 /// The directory does not exist.
 pub fn identity(dir: &Path) -> Result<String, LayerError> {
-    let metadata = fs::metadata(dir).map_err(staging_error("look at", dir))?;
+    let metadata = fs::metadata(dir).map_err(FileError::at("look at", dir))?;
     // Inode numbers are reused, so the time of the last change is included. It does not change after an
     // exchange.
     Ok(format!("{}-{}.{:09}", metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
@@ -36,8 +36,20 @@ pub fn identity(dir: &Path) -> Result<String, LayerError> {
 /// A copy of what one container has written to the snapshot of another.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LayerCopy {
-    Directories { from: LayerTarget, to: LayerTarget },
-    Disks { from: PathBuf, to: PathBuf },
+    /// Both snapshots keep the changes as a directory.
+    Directories {
+        /// The directory that is copied.
+        from: LayerTarget,
+        /// The directory that is replaced by the copy.
+        to: LayerTarget,
+    },
+    /// Both snapshots have a writable disk as a file.
+    Disks {
+        /// Path of the disk that is copied.
+        from: PathBuf,
+        /// Path of the new disk.
+        to: PathBuf,
+    },
 }
 
 impl LayerCopy {
@@ -74,9 +86,4 @@ fn run_cp(more: &[&str], from: &Path, to: &Path) -> Result<(), LayerError> {
     let args = more.iter().chain(&CP).map(AsRef::as_ref).chain([from.as_os_str(), to.as_os_str()]);
     let ran = process::run("cp", args, &[]);
     ran.map(drop).map_err(|source| LayerError::Copy { path: from.to_owned(), source })
-}
-
-fn staging_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> LayerError {
-    let path = path.to_owned();
-    move |source| LayerError::Staging { action, path, source }
 }

@@ -4,34 +4,78 @@ use std::{io, path::PathBuf};
 
 use machinen_base::{
     error::{ErrorKind, HasKind},
+    fs::FileError,
     process::ProcessError,
 };
 
+/// Why the changes of a container could not be stored or copied.
 #[derive(Debug, thiserror::Error)]
 pub enum LayerError {
+    /// The archive as a whole is not one that an agent sends.
     #[error("the guest's archive {what}")]
-    Archive { what: &'static str },
+    Archive {
+        /// What is wrong, as the end of a sentence about the archive.
+        what: &'static str,
+    },
+    /// The stream from the guest failed, or is not a tar archive.
     #[error("the guest's archive cannot be read")]
     Read(#[source] io::Error),
+    /// One entry is not one that an agent sends.
     #[error("{path:?} in the guest's archive {what}")]
-    Entry { path: String, what: &'static str },
+    Entry {
+        /// Path of the entry, as the archive has it.
+        path: String,
+        /// What is wrong, as the end of a sentence about the entry.
+        what: &'static str,
+    },
+    /// The archive has too many entries.
     #[error(
         "the guest's archive has more than {limit} entries; raise rootdisk.layer_max_entries in the configuration \
          if the container really has that many files"
     )]
-    Entries { limit: u64 },
+    Entries {
+        /// The limit of the configuration (`rootdisk.layer_max_entries`).
+        limit: u64,
+    },
+    /// The archive is larger than what the container can have written.
     #[error("the guest's archive needs more than the {} MiB that the container's writable layer has", limit >> 20)]
-    Bytes { limit: u64 },
+    Bytes {
+        /// The size of the writable layer, bytes.
+        limit: u64,
+    },
+    /// The host cannot make a file of the layer.
     #[error("cannot {action} {path:?} of the layer")]
-    Write { action: &'static str, path: String, source: io::Error },
-    #[error("cannot {action} {}", path.display())]
-    Staging { action: &'static str, path: PathBuf, source: io::Error },
+    Write {
+        /// What failed: a verb that fits the text, such as `create`.
+        action: &'static str,
+        /// Path inside the layer.
+        path: String,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// The directory of the layer, or one next to it, cannot be used.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The layer is a mount point, which cannot be exchanged.
     #[error("{} is a mount point and cannot be replaced", path.display())]
-    MountPoint { path: PathBuf },
+    MountPoint {
+        /// Path of the layer.
+        path: PathBuf,
+    },
+    /// cp(1) did not copy the layer.
     #[error("cannot copy {}", path.display())]
-    Copy { path: PathBuf, source: ProcessError },
+    Copy {
+        /// Path of the layer that was copied.
+        path: PathBuf,
+        /// How cp(1) failed.
+        source: ProcessError,
+    },
+    /// The layer is not the one that the checkpoint has recorded.
     #[error("{} was replaced while it was copied: the container was paused, checkpointed or ended; try again", path.display())]
-    Exchanged { path: PathBuf },
+    Exchanged {
+        /// Path of the layer.
+        path: PathBuf,
+    },
 }
 
 impl HasKind for LayerError {
@@ -39,7 +83,7 @@ impl HasKind for LayerError {
         match self {
             Self::Archive { .. } | Self::Read(_) | Self::Entry { .. } => ErrorKind::FailedPrecondition,
             Self::Entries { .. } | Self::Bytes { .. } => ErrorKind::ResourceExhausted,
-            Self::Write { source, .. } | Self::Staging { source, .. } => match source.kind() {
+            Self::Write { source, .. } | Self::File(FileError { source, .. }) => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::ResourceExhausted,
                 _ => ErrorKind::Internal,
             },

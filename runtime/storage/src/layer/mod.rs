@@ -51,6 +51,7 @@ pub enum LayerTarget {
 }
 
 impl LayerTarget {
+    /// Path of the directory of the layer.
     pub fn path(&self) -> &std::path::Path {
         match self {
             Self::Upper(path) | Self::Whole(path) => path,

@@ -5,11 +5,12 @@ use std::{
     fs, io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::{ffi::OsStrExt, fs::DirBuilderExt},
+        unix::ffi::OsStrExt,
     },
     path::{Path, PathBuf},
 };
 
+use machinen_base::fs::{FileError, create_new_private_dir};
 use rustix::{
     fs::{CWD, Mode, OFlags, RenameFlags, fsync, open, renameat_with, syncfs},
     io::Errno,
@@ -36,18 +37,10 @@ impl StagingDir {
     pub fn next_to(target: &Path) -> Result<Self, LayerError> {
         let (parent, prefix) = parts(target);
         let made = tempfile::Builder::new().prefix(&prefix).tempdir_in(parent);
-        let made = made.map_err(|source| LayerError::Staging {
-            action: "make a directory in",
-            path: parent.into(),
-            source,
-        })?;
+        let made = made.map_err(FileError::at("make a directory in", parent))?;
         let path = made.path().join(FRESH);
-        let failed = |source: io::Error| LayerError::Staging {
-            action: "make the directory",
-            path: path.clone(),
-            source,
-        };
-        fs::DirBuilder::new().mode(0o700).create(&path).map_err(failed)?;
+        let failed = |source: io::Error| FileError::new("make the directory", &path, source);
+        create_new_private_dir(&path).map_err(failed)?;
         let fresh = open(&path, directory_flags(), Mode::empty()).map_err(|errno| failed(errno.into()))?;
         Ok(Self { target: target.to_owned(), dir: made.keep(), fresh })
     }
@@ -67,11 +60,8 @@ impl StagingDir {
     /// # Errors
     /// It cannot be opened.
     pub fn current(&self) -> Result<OwnedFd, LayerError> {
-        open(&self.target, directory_flags(), Mode::empty()).map_err(|errno| LayerError::Staging {
-            action: "open",
-            path: self.target.clone(),
-            source: errno.into(),
-        })
+        let opened = open(&self.target, directory_flags(), Mode::empty());
+        Ok(opened.map_err(|errno| FileError::new("open", &self.target, errno))?)
     }
 
     /// Exchanges the directory with the layer.
@@ -83,11 +73,7 @@ impl StagingDir {
         match renameat_with(CWD, &fresh, CWD, &self.target, RenameFlags::EXCHANGE) {
             Ok(()) => Ok(PreviousLayer { _old: self }),
             Err(Errno::BUSY | Errno::XDEV) => Err(LayerError::MountPoint { path: self.target.clone() }),
-            Err(errno) => Err(LayerError::Staging {
-                action: "replace",
-                path: self.target.clone(),
-                source: errno.into(),
-            }),
+            Err(errno) => Err(FileError::new("replace", &self.target, errno).into()),
         }
     }
 }
@@ -111,15 +97,11 @@ impl PreviousLayer {
     /// The layer cannot be written back.
     pub fn sync(&self) -> Result<(), LayerError> {
         let StagingDir { target, fresh, .. } = &self._old;
-        let failed = |errno: Errno| LayerError::Staging {
-            action: "write back",
-            path: target.clone(),
-            source: errno.into(),
-        };
+        let failed = |errno: Errno| FileError::new("write back", target, errno);
         syncfs(fresh).map_err(failed)?;
         let parent =
             open(parts(target).0, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
-        parent.and_then(fsync).map_err(failed)
+        Ok(parent.and_then(fsync).map_err(failed)?)
     }
 }
 
@@ -129,7 +111,7 @@ impl PreviousLayer {
 /// The directory cannot be listed.
 pub fn sweep(target: &Path) -> Result<(), LayerError> {
     let (parent, prefix) = parts(target);
-    let failed = |source| LayerError::Staging { action: "list", path: parent.to_owned(), source };
+    let failed = |source: io::Error| FileError::new("list", parent, source);
     for entry in fs::read_dir(parent).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name();
         // The rest of the name is random and has no dash, unlike the rest for a layer with a longer name.

@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use machinen_base::fs::FileError;
 use rustix::fs::{fstatvfs, ftruncate};
 use sha2::{Digest as _, Sha256};
 
@@ -96,7 +97,7 @@ impl RootdiskCache {
             progress(RootdiskProgress::Waiting);
         });
         phases.extend(since.map(|since| ("wait", since.elapsed())));
-        lock.map_err(|error| self.locks.error("lock", &path, error))
+        Ok(lock.map_err(FileError::at("lock", path))?)
     }
 
     fn rootdisk(&self, key: RootdiskKey, opened: Opened, cached: bool, phases: PhaseTimes) -> Rootdisk {
@@ -200,7 +201,7 @@ impl Job<'_> {
         let store = &self.cache.store;
         let mke2fs = Mke2fs::find(&self.options.mke2fs)?;
         let disk = store.unnamed()?;
-        let failed = |error: rustix::io::Errno| store.error("write to", &store.dir, error);
+        let failed = |error: rustix::io::Errno| FileError::new("write to", &store.dir, error);
         ftruncate(&disk, size).map_err(failed)?;
         // Two bitmaps for each group of 128 MiB.
         let needed = self.tree.needed_bytes() + size / (128 << 20) * 2 * BLOCK as u64 + (1 << 20);

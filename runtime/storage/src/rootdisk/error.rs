@@ -4,6 +4,7 @@ use std::{io, path::PathBuf};
 
 use machinen_base::{
     error::{ErrorKind, HasKind},
+    fs::FileError,
     process::ProcessError,
 };
 
@@ -12,53 +13,133 @@ use super::ext4::Ext4Error;
 /// Why a disk could not be found, made or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum RootdiskError {
-    #[error("cannot {action} {}", path.display())]
-    Cache { action: &'static str, path: PathBuf, source: io::Error },
+    /// A file of the cache, or a mount of the source, cannot be made or used.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// A file of the root file system cannot be read.
     #[error("cannot {action} {path} of the root file system {}", root.display())]
-    Source { action: &'static str, path: String, root: PathBuf, source: io::Error },
-    #[error("cannot {action} {}", path.display())]
-    Mount { action: &'static str, path: PathBuf, source: io::Error },
+    Source {
+        /// What failed: a verb that fits the text, such as `open`.
+        action: &'static str,
+        /// Path of the file inside the root file system.
+        path: String,
+        /// Path of the root file system on the host.
+        root: PathBuf,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// The overlay has no lower directory.
     #[error("the root file system has no layers")]
     NoLayers,
+    /// A file is of a type that ext4 does not have.
     #[error("{path} in the root file system has an unknown type")]
-    Kind { path: String },
+    Kind {
+        /// Path of the file inside the root file system.
+        path: String,
+    },
+    /// A path is too long to be opened.
     #[error("the path {path} in the root file system is longer than {limit} bytes")]
-    PathTooLong { path: String, limit: usize },
+    PathTooLong {
+        /// The path inside the root file system.
+        path: String,
+        /// The limit of the kernel, bytes.
+        limit: usize,
+    },
+    /// The source is not the same at the end of the conversion as at the start.
     #[error(
         "{path} in the root file system changed while it was being converted; stop what writes there and try again"
     )]
-    Changed { path: String },
+    Changed {
+        /// Path of a file inside the root file system that changed.
+        path: String,
+    },
+    /// The file system of the cache is full.
     #[error(
         "not enough space in {} for a root disk: {} needed, {} free; free some (`machinen rootdisk prune`) or set \
          rootdisk.dir in the configuration to another file system",
         dir.display(), mib(*needed), mib(*free)
     )]
-    NoSpace { dir: PathBuf, needed: u64, free: u64 },
+    NoSpace {
+        /// Path of the directory of the cache.
+        dir: PathBuf,
+        /// What the disk takes, bytes.
+        needed: u64,
+        /// What the file system has left, bytes.
+        free: u64,
+    },
+    /// The disk would need block numbers of more than 32 bits.
     #[error("a root disk of {} is not possible; the largest is 16 TiB", mib(*size))]
-    TooLarge { size: u64 },
+    TooLarge {
+        /// The size of the disk, bytes.
+        size: u64,
+    },
+    /// mke2fs is not installed.
     #[error(
         "{program} not found; install the Debian package e2fsprogs, or set rootdisk.mke2fs in the configuration"
     )]
-    NoMke2fs { program: String },
+    NoMke2fs {
+        /// The configured path or name.
+        program: String,
+    },
+    /// mke2fs lacks something that machinen uses.
     #[error(
         "{program} is version {found}, but {least} or newer is needed; upgrade the package e2fsprogs, or set \
          rootdisk.mke2fs in the configuration"
     )]
-    OldMke2fs { program: String, found: String, least: String },
+    OldMke2fs {
+        /// The configured path or name.
+        program: String,
+        /// The version that was found.
+        found: String,
+        /// The oldest version that can be used.
+        least: String,
+    },
+    /// mke2fs failed.
     #[error("cannot make the disk in {}", dir.display())]
-    Mke2fs { dir: PathBuf, source: ProcessError },
+    Mke2fs {
+        /// Path of the directory of the cache.
+        dir: PathBuf,
+        /// How mke2fs failed.
+        source: ProcessError,
+    },
+    /// The disk that mke2fs made cannot be completed.
     #[error("cannot finish the disk of the root file system {}", root.display())]
-    Finish { root: PathBuf, source: Ext4Error },
+    Finish {
+        /// Path of the root file system on the host.
+        root: PathBuf,
+        /// What is wrong with the disk.
+        source: Ext4Error,
+    },
+    /// The changes of a container do not fit on a writable layer.
     #[error(
         "{} needs {}, more than the container's writable layer of {} has room for; raise rootdisk.writable_size_mib in \
          the configuration, or set the annotation io.machinen.rootdisk-size",
         path.display(), mib(*needed), mib(*size)
     )]
-    UpperTooLarge { path: PathBuf, needed: u64, size: u64 },
+    UpperTooLarge {
+        /// Path of the directory with the changes.
+        path: PathBuf,
+        /// What the changes take, bytes.
+        needed: u64,
+        /// The size of the writable layer, bytes.
+        size: u64,
+    },
+    /// The file of a writable layer cannot be made.
     #[error("cannot make the writable layer {}", path.display())]
-    Writable { path: PathBuf, source: io::Error },
+    Writable {
+        /// Path of the writable layer.
+        path: PathBuf,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// A file that should be a writable layer is not one.
     #[error("the writable layer {} {what}; remove it to start with an empty one", path.display())]
-    NotWritable { path: PathBuf, what: String },
+    NotWritable {
+        /// Path of the file.
+        path: PathBuf,
+        /// What is wrong, as the end of a sentence about the file.
+        what: String,
+    },
 }
 
 impl HasKind for RootdiskError {
@@ -72,10 +153,9 @@ impl HasKind for RootdiskError {
             | Self::OldMke2fs { .. }
             | Self::NotWritable { .. } => ErrorKind::FailedPrecondition,
             Self::NoSpace { .. } | Self::UpperTooLarge { .. } => ErrorKind::ResourceExhausted,
-            Self::Cache { source, .. } | Self::Mount { source, .. } | Self::Source { source, .. } => {
-                of_io(source)
-            }
-            Self::Writable { source, .. } => of_io(source),
+            Self::File(FileError { source, .. })
+            | Self::Source { source, .. }
+            | Self::Writable { source, .. } => of_io(source),
             Self::Mke2fs { .. } | Self::Finish { .. } => ErrorKind::Internal,
         }
     }

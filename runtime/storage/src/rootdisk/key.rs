@@ -2,6 +2,8 @@
 
 use std::{fmt, str::FromStr};
 
+use machinen_base::fs::hex;
+
 /// A SHA-256 digest: of a tree's manifest (the key of a disk), or of what identifies a source without reading
 /// it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -15,6 +17,7 @@ pub struct RootdiskKeyError {
 }
 
 impl RootdiskKey {
+    /// The key of a tree or source with this digest.
     pub fn new(digest: [u8; 32]) -> Self {
         Self(digest)
     }
@@ -22,7 +25,7 @@ impl RootdiskKey {
 
 impl fmt::Display for RootdiskKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        f.write_str(&hex(&self.0))
     }
 }
 

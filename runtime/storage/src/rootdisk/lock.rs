@@ -11,10 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rustix::{
-    fs::{FlockOperation, flock},
-    io::Errno,
-};
+use machinen_base::fs::{if_exists, lock, try_lock};
 
 /// A held lock. Dropping it releases the lock.
 #[derive(Debug)]
@@ -29,14 +26,11 @@ impl Lock {
         let mut reported = false;
         loop {
             let file = open(path)?;
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Err(Errno::WOULDBLOCK) => {
-                    if !std::mem::replace(&mut reported, true) {
-                        waiting();
-                    }
-                    lock_blocking(&file)?;
+            if !try_lock(&file)? {
+                if !std::mem::replace(&mut reported, true) {
+                    waiting();
                 }
-                result => result?,
+                lock(&file)?;
             }
             // The previous holder may have removed the file meanwhile. Later callers lock another one.
             if is_at(&file, path)? {
@@ -54,15 +48,6 @@ impl Drop for Lock {
     }
 }
 
-fn lock_blocking(file: &File) -> io::Result<()> {
-    loop {
-        match flock(file, FlockOperation::LockExclusive) {
-            Err(Errno::INTR) => {}
-            result => return Ok(result?),
-        }
-    }
-}
-
 fn open(path: &Path) -> io::Result<File> {
     File::options().write(true).create(true).truncate(false).mode(0o600).open(path)
 }
@@ -70,11 +55,8 @@ fn open(path: &Path) -> io::Result<File> {
 /// Whether the open file is the one that the path names now.
 pub(super) fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     let open = file.metadata()?;
-    match fs::symlink_metadata(path) {
-        Ok(named) => Ok((open.dev(), open.ino()) == (named.dev(), named.ino())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error),
-    }
+    let named = if_exists(fs::symlink_metadata(path))?;
+    Ok(named.is_some_and(|named| (open.dev(), open.ino()) == (named.dev(), named.ino())))
 }
 
 #[cfg(test)]

@@ -1,12 +1,13 @@
 //! Lists, verifies and removes the disks of the cache.
 
 use std::{
-    fs,
+    fs, io,
     os::unix::fs::MetadataExt as _,
     path::PathBuf,
     time::{Duration, SystemTime},
 };
 
+use machinen_base::fs::FileError;
 use rustix::fs::{major, minor};
 
 use super::{
@@ -18,25 +19,32 @@ use super::{
 /// A disk in the cache.
 #[derive(Debug, Clone)]
 pub struct ListedDisk {
+    /// The name of the disk: a digest of its content.
     pub key: RootdiskKey,
+    /// Path of the disk in the cache.
     pub path: PathBuf,
     /// The apparent size, bytes.
     pub size: u64,
     /// The allocated size, bytes.
     pub allocated: u64,
+    /// Whether the disk can be used.
     pub state: DiskState,
     /// Processes that use the disk, each once for every use.
     pub users: Vec<u32>,
+    /// When the disk was used last; None if it is not finished.
     pub used: Option<SystemTime>,
+    /// The description of the disk; None if it is missing or cannot be understood.
     pub metadata: Option<DiskMetadata>,
 }
 
 /// Whether a disk can be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DiskState {
+    /// The disk can be used.
     Ready,
     /// A build is running, or a build was killed.
     Unfinished,
+    /// The disk was finished, and cannot be used any more for this reason.
     Damaged(UnusableDisk),
 }
 
@@ -54,6 +62,7 @@ pub struct PruneOptions {
 /// What [`RootdiskCache::prune`] did.
 #[derive(Debug, Clone, Default)]
 pub struct PrunedDisks {
+    /// Disks that were removed, or would be removed without [`PruneOptions::dry_run`].
     pub removed: Vec<ListedDisk>,
     /// Disks that meet the conditions, but are in use.
     pub in_use: Vec<ListedDisk>,
@@ -144,7 +153,7 @@ impl RootdiskCache {
 
     /// Removes index entries whose disk does not exist.
     fn forget_removed(&self) -> Result<(), RootdiskError> {
-        let failed = |error| self.index.error("list", &self.index.dir, error);
+        let failed = |error: io::Error| FileError::new("list", &self.index.dir, error);
         for entry in fs::read_dir(&self.index.dir).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
             let key = store::read(&path)

@@ -9,7 +9,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machinen_base::process::{ChildSandbox, Namespaces, ProcessError, Spawn, Stdio, ToolOutput};
+use machinen_base::{
+    fs::FileError,
+    process::{ChildSandbox, Namespaces, ProcessError, Spawn, Stdio, ToolOutput},
+};
 use rustix::fs::{MemfdFlags, fstatvfs, memfd_create};
 
 use super::{
@@ -135,7 +138,7 @@ impl Mke2fs {
         dir: &Path,
         needed: u64,
     ) -> Result<(), RootdiskError> {
-        let failed = |source| RootdiskError::Cache { action: "write to", path: dir.to_owned(), source };
+        let failed = |source: io::Error| FileError::new("write to", dir, source);
         let (block, inode) = (BLOCK.to_string(), INODE.to_string());
         let extended = format!("hash_seed={HASH_SEED},root_owner=0:0{extended}");
         let mut spawn = Spawn::new(&self.program)

@@ -47,8 +47,6 @@ pub use source::RootfsSource;
 pub use store::{DiskMetadata, UnusableDisk};
 pub use writable::open_writable;
 
-/// The directory of the cache, unless the configuration names another one.
-pub const DEFAULT_DIR: &str = "/var/lib/machinen/rootdisk";
 /// Largest file system with 32-bit block numbers.
 const LARGEST: u64 = 16 << 40;
 
@@ -82,9 +80,19 @@ pub enum RootdiskProgress {
     /// Another caller builds the same disk. The next event comes when it has finished.
     Waiting,
     /// The tree was walked; conversion begins.
-    Converting { files: u64, bytes: u64 },
+    Converting {
+        /// The number of files of the tree.
+        files: u64,
+        /// The content of the regular files, bytes.
+        bytes: u64,
+    },
     /// Bytes of content that were hashed so far.
-    Hashed { done: u64, total: u64 },
+    Hashed {
+        /// Bytes that have been read.
+        done: u64,
+        /// Bytes of all content.
+        total: u64,
+    },
     /// The content has been copied; the disk is being finished.
     Finishing,
 }
@@ -103,7 +111,9 @@ impl fmt::Display for RootdiskProgress {
 /// A disk, which is in use as long as this value exists.
 #[derive(Debug)]
 pub struct Rootdisk {
+    /// The name of the disk: a digest of its content.
     pub key: RootdiskKey,
+    /// Path of the disk in the cache.
     pub path: PathBuf,
     /// Open for reading only, with a shared lock. The disk is in use, and not removed, while this open file
     /// description exists in any process.
@@ -131,6 +141,7 @@ impl RootdiskCache {
         })
     }
 
+    /// Path of the directory of the cache.
     pub fn dir(&self) -> &Path {
         &self.store.dir
     }

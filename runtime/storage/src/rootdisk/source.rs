@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use machinen_base::fs::FileError;
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use sha2::{Digest as _, Sha256};
 
@@ -97,7 +98,7 @@ impl Recognised {
 fn layer_identity(dir: &Path) -> Result<[u8; 32], RootdiskError> {
     let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
     let stat =
-        statx(CWD, dir, AtFlags::empty(), mask).map_err(|error| view_error("examine", dir, error.into()))?;
+        statx(CWD, dir, AtFlags::empty(), mask).map_err(|error| FileError::new("examine", dir, error))?;
     let mut digest = Sha256::new();
     let path = dir.as_os_str().as_encoded_bytes();
     digest.update((path.len() as u64).to_le_bytes());
@@ -110,8 +111,4 @@ fn layer_identity(dir: &Path) -> Result<[u8; 32], RootdiskError> {
         digest.update(time.tv_nsec.to_le_bytes());
     }
     Ok(digest.finalize().into())
-}
-
-fn view_error(action: &'static str, path: &Path, source: std::io::Error) -> RootdiskError {
-    RootdiskError::Mount { action, path: path.to_owned(), source }
 }

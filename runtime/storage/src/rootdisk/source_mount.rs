@@ -12,6 +12,7 @@ use std::{
     thread,
 };
 
+use machinen_base::fs::FileError;
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
@@ -46,7 +47,7 @@ impl SourceMount {
             let read_only = bind | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOATIME;
             mount(Some(dir), target, none, bind, none)
                 .and_then(|()| mount(none, target, none, read_only, none))
-                .map_err(|error| failed("mount a read-only view of", dir, error.into()))
+                .map_err(|error| FileError::new("mount a read-only view of", dir, error).into())
         })
     }
 
@@ -66,7 +67,7 @@ impl SourceMount {
             // mount namespace.
             let dirs = layers.iter().map(|dir| {
                 open(*dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-                    .map_err(|error| failed("open the layer", dir, error.into()))
+                    .map_err(|error| FileError::new("open the layer", dir, error))
             });
             let dirs = dirs.collect::<Result<Vec<_>, _>>()?;
             let names: Vec<_> = dirs.iter().map(|dir| dir.as_raw_fd().to_string()).collect();
@@ -76,7 +77,7 @@ impl SourceMount {
                 .and_then(|()| {
                     mount(Some("machinen"), target, Some("overlay"), flags, Some(options.as_str()))
                 })
-                .map_err(|error| failed("mount a read-only view of", name, error.into()))
+                .map_err(|error| FileError::new("mount a read-only view of", name, error).into())
         })
     }
 
@@ -94,7 +95,7 @@ impl SourceMount {
                 .and_then(|()| nix::unistd::mkdir(&upper, nix::sys::stat::Mode::S_IRWXU))
                 .and_then(|()| mount(Some(dir), &upper, none, bind, none))
                 .and_then(|()| mount(none, &upper, none, read_only, none))
-                .map_err(|error| failed("mount a read-only view of", dir, error.into()))
+                .map_err(|error| FileError::new("mount a read-only view of", dir, error).into())
         })
     }
 
@@ -109,13 +110,13 @@ impl SourceMount {
                 let none = None::<&str>;
                 mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
             };
-            prepare().map_err(|error| failed("make a mount namespace for a view of", name, error.into()))?;
+            prepare().map_err(|error| FileError::new("make a mount namespace for a view of", name, error))?;
             // Only this thread sees the new mount, because it has a mount namespace of its own.
             let target = Path::new("/proc");
             make(target)?;
             let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
             open_tree(CWD, target, flags | OpenTreeFlags::AT_RECURSIVE)
-                .map_err(|error| failed("detach a view of", name, error.into()))
+                .map_err(|error| FileError::new("detach a view of", name, error).into())
         };
         let root = thread::scope(|scope| scope.spawn(detached).join()).expect("the thread does not panic")?;
         Ok(Self { root, name: name.to_owned() })
@@ -123,7 +124,7 @@ impl SourceMount {
 
     /// Duplicates the descriptor, for a child process.
     pub(super) fn share(&self) -> Result<OwnedFd, RootdiskError> {
-        self.root.try_clone().map_err(|error| failed("share the view of", &self.name, error))
+        self.root.try_clone().map_err(|error| FileError::new("share the view of", &self.name, error).into())
     }
 
     /// The path of a file in the view, for calls that take no descriptor.
@@ -155,8 +156,4 @@ impl SourceMount {
 pub(super) fn open_in(dir: impl AsFd, name: &[u8]) -> rustix::io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
     rustix::fs::openat(dir, name, flags, Mode::empty())
-}
-
-fn failed(action: &'static str, path: &Path, source: io::Error) -> RootdiskError {
-    RootdiskError::Mount { action, path: path.to_owned(), source }
 }

@@ -16,17 +16,15 @@ use std::{
     io::{self, Write as _},
     os::{
         fd::AsRawFd as _,
-        unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, PermissionsExt as _},
+        unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _},
     },
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use machinen_base::fs::{FileError, create_private_dirs, if_exists, lock_shared, remove_if_exists, try_lock};
 use rustix::{
-    fs::{
-        AtFlags, CWD, FlockOperation, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, flock,
-        linkat, open, utimensat,
-    },
+    fs::{AtFlags, CWD, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, linkat, open, utimensat},
     io::Errno,
 };
 use serde::{Deserialize, Serialize};
@@ -45,6 +43,7 @@ const SEALED: usize = 8192;
 /// The description of a finished disk, stored as JSON next to it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskMetadata {
+    /// The version of this description; disks with another one are built again.
     pub version: u32,
     /// The apparent size, bytes; most of it are holes.
     pub size: u64,
@@ -56,6 +55,7 @@ pub struct DiskMetadata {
     pub files: u64,
     /// Bytes of the regular files' content.
     pub content: u64,
+    /// The version of mke2fs that made the disk.
     pub mke2fs: String,
     /// Digest of the walk; see [`super::tree::SourceTree::shape`].
     pub(super) shape: String,
@@ -104,13 +104,8 @@ impl DiskMetadata {
 impl Store {
     /// Opens the directory, which is made for root only if it is missing.
     pub(super) fn open(dir: &Path) -> Result<Self, RootdiskError> {
-        let store = Self { dir: dir.to_owned() };
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
-            .map_err(|source| store.error("make the directory", dir, source))?;
-        Ok(store)
+        create_private_dirs(dir).map_err(FileError::at("make the directory", dir))?;
+        Ok(Self { dir: dir.to_owned() })
     }
 
     /// Makes a directory below that of the store.
@@ -122,21 +117,9 @@ impl Store {
         self.dir.join(format!("{name}.{extension}"))
     }
 
-    pub(super) fn error(
-        &self,
-        action: &'static str,
-        path: &Path,
-        source: impl Into<io::Error>,
-    ) -> RootdiskError {
-        RootdiskError::Cache { action, path: path.to_owned(), source: source.into() }
-    }
-
     /// Makes an unnamed file in the directory, for reading and writing.
     pub(super) fn unnamed(&self) -> Result<File, RootdiskError> {
-        match unnamed(&self.dir) {
-            Ok(file) => Ok(file),
-            Err(error) => Err(self.error("make a file in", &self.dir, error)),
-        }
+        Ok(unnamed(&self.dir).map_err(FileError::at("make a file in", &self.dir))?)
     }
 
     /// Opens the finished disk of that name and locks it as in use. None if there is no such disk, or if it
@@ -164,14 +147,12 @@ impl Store {
     /// Like [`Store::get`], but returns why a disk cannot be used, and does not record the use.
     pub(super) fn check(&self, name: &str) -> Result<Result<Opened, UnusableDisk>, RootdiskError> {
         let disk = self.path(name, DISK);
-        let file = match File::open(&disk) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Err(UnusableDisk::Absent)),
-            Err(error) => return Err(self.error("open", &disk, error)),
+        let Some(file) = if_exists(File::open(&disk)).map_err(FileError::at("open", &disk))? else {
+            return Ok(Err(UnusableDisk::Absent));
         };
-        let failed = |error| self.error("read", &disk, error);
+        let failed = |error: io::Error| FileError::new("read", &disk, error);
         // A caller that removes the disk holds the lock only briefly.
-        lock(&file, FlockOperation::LockShared).map_err(failed)?;
+        lock_shared(&file).map_err(failed)?;
         if !is_at(&file, &disk).map_err(failed)? {
             return Ok(Err(UnusableDisk::Absent));
         }
@@ -191,10 +172,8 @@ impl Store {
     /// The metadata, if it is there and can be understood.
     pub(super) fn metadata(&self, name: &str) -> Result<Option<DiskMetadata>, RootdiskError> {
         let path = self.path(name, METADATA);
-        let text = match read(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(self.error("read", &path, error)),
+        let Some(text) = if_exists(read(&path)).map_err(FileError::at("read", &path))? else {
+            return Ok(None);
         };
         let version =
             serde_json::from_slice::<serde_json::Value>(&text).ok().and_then(|v| v["version"].as_u64());
@@ -218,11 +197,11 @@ impl Store {
         mut metadata: DiskMetadata,
     ) -> Result<Opened, RootdiskError> {
         let path = self.path(name, DISK);
-        let failed = |error| self.error("publish", &path, error);
+        let failed = |error: io::Error| FileError::new("publish", &path, error);
         disk.set_permissions(fs::Permissions::from_mode(0o400)).map_err(failed)?;
-        disk.sync_all().map_err(|error| self.error("write", &path, error))?;
+        disk.sync_all().map_err(FileError::at("write", &path))?;
         // From here on the disk is in use, so that no sweep removes it before its metadata is there.
-        lock(disk, FlockOperation::LockShared).map_err(failed)?;
+        lock_shared(disk).map_err(failed)?;
         metadata.seal = seal(disk).map_err(failed)?;
         self.remove_file(&self.path(name, METADATA))?;
         name_file(disk, &path).map_err(failed)?;
@@ -230,35 +209,30 @@ impl Store {
         self.write(&self.path(name, METADATA), &text)?;
         File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
         let file = File::open(&path).map_err(failed)?;
-        lock(&file, FlockOperation::LockShared).map_err(failed)?;
+        lock_shared(&file).map_err(failed)?;
         Ok(Opened { file, metadata })
     }
 
     /// Makes or replaces a small file.
     pub(super) fn write(&self, path: &Path, text: &[u8]) -> Result<(), RootdiskError> {
         let mut file = self.unnamed()?;
-        file.write_all(text)
-            .and_then(|()| name_file(&file, path))
-            .map_err(|error| self.error("write", path, error))
+        let written = file.write_all(text).and_then(|()| name_file(&file, path));
+        Ok(written.map_err(FileError::at("write", path))?)
     }
 
     /// Removes a disk unless it is in use; false if it is.
     pub(super) fn remove(&self, name: &str) -> Result<bool, RootdiskError> {
         let path = self.path(name, DISK);
-        match File::open(&path) {
-            Ok(file) => match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => {
-                    // Callers that wait for the lock will see that the path is gone.
-                    self.remove_file(&self.path(name, METADATA))?;
-                    self.remove_file(&path)?;
-                    Ok(true)
-                }
-                Err(Errno::WOULDBLOCK) => Ok(false),
-                Err(error) => Err(self.error("lock", &path, error)),
-            },
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
-            Err(error) => Err(self.error("open", &path, error)),
+        let Some(file) = if_exists(File::open(&path)).map_err(FileError::at("open", &path))? else {
+            return Ok(true);
+        };
+        if !try_lock(&file).map_err(FileError::at("lock", &path))? {
+            return Ok(false);
         }
+        // Callers that wait for the lock will see that the path is gone.
+        self.remove_file(&self.path(name, METADATA))?;
+        self.remove_file(&path)?;
+        Ok(true)
     }
 
     /// Removes the metadata of a disk, so that the disk is not used any more.
@@ -268,7 +242,7 @@ impl Store {
 
     /// Names of all disks, finished or not, sorted.
     pub(super) fn names(&self) -> Result<Vec<String>, RootdiskError> {
-        let failed = |error| self.error("list", &self.dir, error);
+        let failed = |error: io::Error| FileError::new("list", &self.dir, error);
         let mut names = Vec::new();
         for entry in fs::read_dir(&self.dir).map_err(failed)? {
             let path = PathBuf::from(entry.map_err(failed)?.file_name());
@@ -291,26 +265,35 @@ impl Store {
     }
 
     pub(super) fn remove_file(&self, path: &Path) -> Result<(), RootdiskError> {
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.error("remove", path, error)),
-            _ => Ok(()),
-        }
+        remove_if_exists(path).map_err(FileError::at("remove", path))?;
+        Ok(())
     }
 }
 
 /// Why a disk is not used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum UnusableDisk {
+    /// There is no file of this name.
     #[error("there is no such disk")]
     Absent,
+    /// The build has not ended, or another version of machinen made the disk.
     #[error("it was not finished, or its metadata cannot be understood")]
     Unfinished,
+    /// The file was truncated or extended.
     #[error("it has {found} bytes instead of {expected}")]
-    Size { found: u64, expected: u64 },
+    Size {
+        /// The size of the file, bytes.
+        found: u64,
+        /// The size when the disk was finished, bytes.
+        expected: u64,
+    },
+    /// The time of the last change or the first blocks differ.
     #[error("it was written to after it was finished")]
     Seal,
+    /// The files on the disk have another digest than the key.
     #[error("its content is not what it was")]
     Content,
+    /// The file system on the disk cannot be read, for this reason.
     #[error("{0}")]
     Damaged(String),
 }
@@ -346,10 +329,9 @@ pub(super) fn unnamed(dir: &Path) -> io::Result<File> {
 fn name_file(file: &File, path: &Path) -> io::Result<()> {
     loop {
         match name_new_file(file, path) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => match fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            },
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                remove_if_exists(path)?;
+            }
             result => return result,
         }
     }
@@ -359,13 +341,4 @@ fn name_file(file: &File, path: &Path) -> io::Result<()> {
 pub(super) fn name_new_file(file: &File, path: &Path) -> io::Result<()> {
     let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
     Ok(linkat(CWD, unnamed, CWD, path, AtFlags::SYMLINK_FOLLOW)?)
-}
-
-fn lock(file: &File, operation: FlockOperation) -> io::Result<()> {
-    loop {
-        match flock(file, operation) {
-            Err(Errno::INTR) => {}
-            result => return Ok(result?),
-        }
-    }
 }

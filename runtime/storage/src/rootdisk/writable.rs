@@ -15,6 +15,7 @@ use std::{
     path::Path,
 };
 
+use machinen_base::fs::FileError;
 use rustix::{
     fs::{SeekFrom, ftruncate, ioctl_ficlone, seek},
     io::Errno,
@@ -88,7 +89,7 @@ impl RootdiskCache {
             ftruncate(&file, size)?;
             data.pieces.iter().try_for_each(|(offset, bytes)| file.write_all_at(bytes, *offset))
         };
-        make().map_err(|error| self.store.error("write to", &self.store.dir, error))?;
+        make().map_err(FileError::at("write to", &self.store.dir))?;
         Ok(file)
     }
 
@@ -108,12 +109,11 @@ impl RootdiskCache {
         let size = (bytes + bytes / 64 + inodes * INODE as u64 + (16 << 20)).next_multiple_of(BLOCK as u64);
         let mke2fs = Mke2fs::find(mke2fs)?;
         let file = self.store.unnamed()?;
-        ftruncate(&file, size)
-            .map_err(|error| self.store.error("write to", &self.store.dir, io::Error::from(error)))?;
+        ftruncate(&file, size).map_err(|error| FileError::new("write to", &self.store.dir, error))?;
         mke2fs.base(dir, &file, &self.store.dir, inodes, bytes)?;
         // A read-only disk must be passed to QEMU as a read-only descriptor.
-        File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
-            .map_err(|error| self.store.error("open a disk in", &self.store.dir, error))
+        let read_only = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        Ok(read_only.map_err(FileError::at("open a disk in", &self.store.dir))?)
     }
 
     /// Makes a writable layer like [`RootdiskCache::create_writable`] whose directory `upper` is a copy of
@@ -168,14 +168,14 @@ impl RootdiskCache {
             return Ok(data);
         }
         let path = self.locks.dir.join(format!("writable-{name}"));
-        let _lock = Lock::acquire(&path, || ()).map_err(|error| self.locks.error("lock", &path, error))?;
+        let _lock = Lock::acquire(&path, || ()).map_err(FileError::at("lock", &path))?;
         if let Some(data) = self.cached_blank(&name)? {
             return Ok(data);
         }
         self.blanks.sweep()?;
         let mke2fs = Mke2fs::find(mke2fs)?;
         let file = self.blanks.unnamed()?;
-        let failed = |error: io::Error| self.blanks.error("write to", &self.blanks.dir, error);
+        let failed = |error: io::Error| FileError::new("write to", &self.blanks.dir, error);
         ftruncate(&file, size).map_err(|error| failed(error.into()))?;
         mke2fs.writable(&file, size, &self.blanks.dir)?;
         let data = data(&file, size).map_err(failed)?;
@@ -192,7 +192,7 @@ impl RootdiskCache {
     fn cached_blank(&self, name: &str) -> Result<Option<BlankData>, RootdiskError> {
         let Some(opened) = self.blanks.get(name)? else { return Ok(None) };
         let data = data(&opened.file, opened.metadata.size)
-            .map_err(|error| self.blanks.error("read", &self.blanks.path(name, store::DISK), error))?;
+            .map_err(FileError::at("read", self.blanks.path(name, store::DISK)))?;
         Ok((data.digest.to_string() == opened.metadata.shape).then_some(data))
     }
 }

@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use machinen_base::fs::{FileError, if_exists};
 use serde::{Deserialize, Serialize};
 
 use super::AccelError;
@@ -31,34 +32,28 @@ pub(super) enum Tried {
 /// Reads the stored facts. None if there are none, or if this version cannot read them.
 pub(super) fn load(run_dir: &Path) -> Result<Option<Facts>, AccelError> {
     let path = path(run_dir)?;
-    match fs::read(&path) {
-        Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok().filter(|facts: &Facts| facts.version == VERSION)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(AccelError::Cache { action: "read", path, source }),
-    }
+    let bytes = if_exists(fs::read(&path)).map_err(FileError::at("read", path))?;
+    let facts = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    Ok(facts.filter(|facts: &Facts| facts.version == VERSION))
 }
 
 /// Stores the facts atomically. If two processes write at once, either file is right.
 pub(super) fn store(run_dir: &Path, facts: Facts) -> Result<(), AccelError> {
     let path = path(run_dir)?;
-    let write = || {
+    let write = || -> io::Result<()> {
         fs::create_dir_all(run_dir)?;
         let mut file = tempfile::NamedTempFile::new_in(run_dir)?;
         file.write_all(&serde_json::to_vec(&Facts { version: VERSION, ..facts })?)?;
         file.persist(&path).map_err(|error| error.error)?;
         Ok(())
     };
-    write().map_err(|source| AccelError::Cache { action: "write", path: path.clone(), source })
+    Ok(write().map_err(FileError::at("write", &path))?)
 }
 
 /// `<run_dir>/accel-<boot id>.json`.
 fn path(run_dir: &Path) -> Result<PathBuf, AccelError> {
     const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-    let boot_id = fs::read_to_string(BOOT_ID).map_err(|source| AccelError::Cache {
-        action: "read",
-        path: BOOT_ID.into(),
-        source,
-    })?;
+    let boot_id = fs::read_to_string(BOOT_ID).map_err(FileError::at("read", BOOT_ID))?;
     Ok(run_dir.join(format!("accel-{}.json", boot_id.trim())))
 }
 

@@ -12,10 +12,13 @@ use std::{
     fs::{self, File},
     io,
     os::unix::fs::MetadataExt as _,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
-use machinen_base::error::{ErrorKind, HasKind};
+use machinen_base::{
+    error::{ErrorKind, HasKind},
+    fs::FileError,
+};
 use serde::{Deserialize, Serialize};
 
 use cache::Tried;
@@ -25,9 +28,11 @@ const DEVICE: &str = "/dev/kvm";
 /// What runs the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Accelerator {
+    /// The processor, by the KVM of the host.
     Kvm,
     /// QEMU's translator. The guest needs to know how fast the host's time stamp counter runs.
     Tcg {
+        /// Frequency of the time stamp counter, kHz, as measured on this host.
         tsc_khz: u32,
     },
 }
@@ -38,13 +43,16 @@ pub enum Accelerator {
 pub enum AccelMode {
     /// KVM where it works, else TCG.
     Auto,
+    /// KVM only; without it no VM starts.
     Kvm,
+    /// The translator of QEMU, even where KVM works.
     Tcg,
 }
 
 /// What was found out about this host. It is displayed as one sentence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AccelVerdict {
+    /// Whether KVM works on this host.
     pub kvm: KvmState,
     /// Frequency of the time stamp counter, kHz.
     pub tsc_khz: u32,
@@ -53,15 +61,18 @@ pub struct AccelVerdict {
 /// Whether KVM can be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KvmState {
+    /// KVM runs the instructions of a guest.
     Works,
     /// There is no /dev/kvm.
     Absent,
     /// It cannot be opened, or only by root, and QEMU runs as an unprivileged user.
     Closed {
+        /// Why the device cannot be opened, and what to do.
         reason: String,
     },
     /// It does not run a guest's instructions as it should.
     Broken {
+        /// What a guest with KVM did wrong.
         reason: String,
     },
 }
@@ -69,10 +80,13 @@ pub enum KvmState {
 /// Why the accelerator could not be determined, or is not the configured one.
 #[derive(Debug, thiserror::Error)]
 pub enum AccelError {
+    /// KVM is configured and cannot be used.
     #[error("vm.accel is kvm, but {0}")]
     NoKvm(AccelVerdict),
-    #[error("cannot {action} {}", path.display())]
-    Cache { action: &'static str, path: PathBuf, source: io::Error },
+    /// The stored results of earlier measurements cannot be read or written.
+    #[error(transparent)]
+    Cache(#[from] FileError),
+    /// The clock of the host cannot be read.
     #[error("cannot measure the time stamp counter")]
     Clock(#[source] io::Error),
 }

@@ -29,13 +29,31 @@ const DUMP: Duration = Duration::from_secs(15 * 60);
 pub enum AgentError {
     /// The agent answered with an error.
     #[error("guest agent: {message}")]
-    Refused { code: Code, message: String },
+    Refused {
+        /// What the error means, as a ttrpc code.
+        code: Code,
+        /// The chain of errors of the agent.
+        message: String,
+    },
+    /// The control stream has ended.
     #[error("guest agent: the connection is closed")]
     Closed,
+    /// The agent took too long.
     #[error("guest agent: no answer to {call} within {deadline:?}")]
-    Deadline { call: &'static str, deadline: Duration },
+    Deadline {
+        /// The name of the call.
+        call: &'static str,
+        /// How long the host has waited.
+        deadline: Duration,
+    },
+    /// The answer is not one that the call can have.
     #[error("guest agent: {call} went wrong")]
-    Protocol { call: &'static str, source: ttrpc::Error },
+    Protocol {
+        /// The name of the call.
+        call: &'static str,
+        /// What the ttrpc client reports.
+        source: ttrpc::Error,
+    },
 }
 
 impl HasKind for AgentError {

@@ -16,7 +16,9 @@ use crate::spec::ChannelKind;
 pub enum ChannelMode {
     /// The kernel's vsock where the host has it, else serial.
     Auto,
+    /// AF_VSOCK in the guest: by the kernel of the host, else by vhost-device-vsock.
     Vsock,
+    /// A virtio serial port.
     Serial,
 }
 
@@ -30,6 +32,7 @@ pub struct HostSupport {
 }
 
 impl HostSupport {
+    /// Tries to open the device of the kernel. `daemon` is taken as it is.
     pub fn detect(daemon: &Path) -> Self {
         let kernel_vsock = File::options().read(true).write(true).open(kernel_vsock::DEVICE).is_ok();
         Self { kernel_vsock, daemon: daemon.to_owned() }

@@ -46,24 +46,38 @@ const OPEN_DEADLINE: Duration = Duration::from_secs(20);
 /// Why a stream to the agent cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum VmChannelError {
+    /// The host cannot make or use a socket, pipe or file of the channel.
     #[error("cannot {action} for the channel to the guest")]
-    Host { action: &'static str, source: io::Error },
+    Host {
+        /// What failed: a verb that fits the text, such as `make a pipe`.
+        action: &'static str,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// vhost-device-vsock cannot be started or ended.
     #[error("cannot run the daemon of the channel to the guest")]
     Daemon(#[source] ProcessError),
+    /// vhost-device-vsock ended during the start of the VM; this is its status and what it printed.
     #[error("the daemon of the channel to the guest ended: {0}")]
     DaemonEnded(String),
+    /// All context ids that were tried belong to other VMs; this is their number.
     #[error("no free vsock CID on this host after {0} tries")]
     NoCid(u32),
+    /// The guest has ended a stream, or accepts none.
     #[error("the guest agent closed a stream, or is not listening")]
     Closed(#[source] io::Error),
+    /// The agent in the guest image is of another version than the host.
     #[error(
         "the guest agent does not speak this version of the protocol; rebuild the guest image with `make guest-image`"
     )]
     Version(#[source] PreambleError),
+    /// The first bytes of a stream are not valid.
     #[error("the guest agent broke the protocol")]
     Protocol(#[source] PreambleError),
+    /// The agent does not accept the stream.
     #[error("the guest agent refused a stream: too many wait for a process, or its token is in use")]
     Refused,
+    /// The agent took too long to accept the stream.
     #[error("the guest agent did not answer a new stream within {OPEN_DEADLINE:?}")]
     Deadline,
 }

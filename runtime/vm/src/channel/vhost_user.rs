@@ -7,19 +7,17 @@
 //! ```
 
 use std::{
-    fs::{self, DirBuilder, File},
+    fs::{self, File},
     io,
     os::{
         fd::{AsFd as _, AsRawFd as _, OwnedFd},
-        unix::{
-            fs::{DirBuilderExt as _, chown},
-            net::UnixStream as StdUnixStream,
-        },
+        unix::{fs::chown, net::UnixStream as StdUnixStream},
     },
     path::{Path, PathBuf},
 };
 
 use machinen_base::{
+    fs::{create_new_private_dir, remove_dir_if_exists},
     process::{Child, ChildSandbox, ProcessExit, RunAs, Spawn, Stdio},
     sys,
 };
@@ -154,7 +152,7 @@ async fn connect(stream: &mut UnixStream) -> io::Result<()> {
 
 impl Sockets {
     fn create(path: PathBuf, identity: &RunAs) -> io::Result<Self> {
-        DirBuilder::new().mode(0o700).create(&path)?;
+        create_new_private_dir(&path)?;
         let sockets = File::open(&path).map(|dir| Self { path: path.clone(), dir });
         let owned = sockets.and_then(|sockets| {
             chown(&sockets.path, Some(identity.uid), Some(identity.gid))?;
@@ -172,10 +170,7 @@ impl Sockets {
     }
 
     fn remove(&self) -> io::Result<()> {
-        match fs::remove_dir_all(&self.path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result,
-        }
+        remove_dir_if_exists(&self.path).map(drop)
     }
 }
 

@@ -27,13 +27,20 @@ pub enum DiskBacking {
     /// reading and writing.
     File(OwnedFd),
     /// An NBD export of this name, which is served at the other end of this connected stream socket.
-    Nbd { socket: OwnedFd, export: &'static str },
+    Nbd {
+        /// The stream socket, connected to a server of NBD.
+        socket: OwnedFd,
+        /// The name of the export.
+        export: &'static str,
+    },
 }
 
 /// A disk to attach.
 #[derive(Debug)]
 pub struct DiskSpec {
+    /// Where the bytes of the disk are.
     pub source: DiskBacking,
+    /// The guest cannot write to the disk.
     pub read_only: bool,
     /// The content is not needed after a crash of the host, so what the guest flushes need not reach stable
     /// storage.
@@ -45,7 +52,9 @@ pub struct DiskSpec {
 /// Where the guest finds a disk: `/sys/bus/scsi/devices/0:0:<target>:<lun>`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct DiskAddress {
+    /// The SCSI target.
     pub target: u32,
+    /// The logical unit of the target.
     pub lun: u32,
 }
 

@@ -1,14 +1,11 @@
 //! Starts QEMU: makes everything that QEMU inherits, and removes it again if QEMU does not answer.
 
 use std::{
-    fs::{DirBuilder, File},
+    fs::File,
     io,
     os::{
         fd::{AsFd as _, OwnedFd},
-        unix::{
-            fs::{DirBuilderExt as _, OpenOptionsExt as _},
-            net::UnixStream as StdUnixStream,
-        },
+        unix::{fs::OpenOptionsExt as _, net::UnixStream as StdUnixStream},
     },
     path::{Path, PathBuf},
     sync::Arc,
@@ -16,6 +13,7 @@ use std::{
 
 use machinen_base::{
     error::{ErrorKind, HasKind},
+    fs::create_private_dir,
     process::{ChildSandbox, ProcessError, Spawn, Stdio},
 };
 use tokio::{
@@ -45,18 +43,40 @@ pub(crate) const CONSOLE_LOG: &str = "console.log";
 /// Why QEMU could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
+    /// The kernel or the image cannot be used.
     #[error(transparent)]
     Asset(AssetFileError),
+    /// The directory of the VM cannot be made or written to.
     #[error("cannot {action} in the VM's directory {}", dir.display())]
-    Dir { action: &'static str, dir: PathBuf, source: io::Error },
+    Dir {
+        /// What failed: a verb that fits the text, such as `make console.log`.
+        action: &'static str,
+        /// Path of the directory.
+        dir: PathBuf,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// The host cannot make what QEMU inherits.
     #[error("cannot {action} for QEMU")]
-    Host { action: &'static str, source: io::Error },
+    Host {
+        /// What failed: a verb that fits the text, such as `make a pipe`.
+        action: &'static str,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// The channel to the guest cannot be made.
     #[error(transparent)]
     Channel(VmChannelError),
+    /// The program cannot be executed or supervised.
     #[error("cannot run QEMU")]
     Qemu(#[source] ProcessError),
+    /// QEMU ended before it answered.
     #[error("QEMU did not start: {exit} (machinen needs QEMU {oldest} or newer)", oldest = super::qmp::OLDEST)]
-    Exited { exit: VmExit },
+    Exited {
+        /// Why QEMU ended.
+        exit: VmExit,
+    },
+    /// QEMU runs, and its monitor does not answer as it should.
     #[error("QEMU's monitor does not work")]
     Monitor(#[source] QmpError),
 }
@@ -305,9 +325,8 @@ fn read(source: impl tokio::io::AsyncRead + Unpin + Send + 'static, log: Option<
 
 fn make_dir(path: &Path) -> Result<VmDir, LaunchError> {
     let dir = path.to_owned();
-    match DirBuilder::new().mode(0o700).create(path) {
-        Ok(()) => Ok(VmDir { path: dir, made: true }),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(VmDir { path: dir, made: false }),
+    match create_private_dir(path) {
+        Ok(made) => Ok(VmDir { path: dir, made }),
         Err(source) => Err(LaunchError::Dir { action: "work", dir, source }),
     }
 }

@@ -28,25 +28,44 @@ const DEADLINE: Duration = Duration::from_secs(20);
 /// Why a command was not carried out.
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {
+    /// QEMU has ended, or is about to.
     #[error("QEMU closed its monitor")]
     Closed,
+    /// The socket of the monitor failed.
     #[error("cannot talk to QEMU's monitor")]
     Io(#[source] io::Error),
+    /// What QEMU sent is not a QMP message; this is an excerpt or a description of it.
     #[error("QEMU's monitor sent what is not QMP: {0}")]
     Malformed(String),
+    /// This version of QEMU lacks something that machinen uses.
     #[error("QEMU {0} is too old, {OLDEST} or newer is needed; install the Debian package qemu-system-x86")]
     TooOld(QemuVersion),
+    /// QEMU answered with an error.
     #[error("QEMU refused {command}: {description} ({class})")]
-    Refused { command: &'static str, class: String, description: String },
+    Refused {
+        /// The name of the QMP command.
+        command: &'static str,
+        /// The class of the error, such as `GenericError`.
+        class: String,
+        /// The text of QEMU for people.
+        description: String,
+    },
+    /// QEMU took too long.
     #[error("QEMU did not answer {command} within {DEADLINE:?}")]
-    Deadline { command: &'static str },
+    Deadline {
+        /// The name of the QMP command.
+        command: &'static str,
+    },
 }
 
 /// QEMU's version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct QemuVersion {
+    /// The first number of the version.
     pub major: u32,
+    /// The second number of the version.
     pub minor: u32,
+    /// The third number of the version.
     pub micro: u32,
 }
 
@@ -59,18 +78,18 @@ impl std::fmt::Display for QemuVersion {
 /// The events of QEMU that are used here (QEMU's QMP reference, "Events").
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum QmpEvent {
-    /// The machine is off; `reason` is a `ShutdownCause`, such as `guest-shutdown` or `guest-reset`.
+    /// The machine is off.
     Shutdown {
-        guest: bool,
+        /// A `ShutdownCause` of QEMU, such as `guest-shutdown` or `guest-reset`.
         reason: String,
     },
+    /// The guest's kernel has panicked.
     GuestPanicked,
-    Reset,
-    Stop,
     /// The device with this id is gone.
     DeviceDeleted(String),
     /// QEMU has finished writing or reading a VM's state, successfully or not.
     MigrationEnded {
+        /// The state was written or read completely.
         completed: bool,
     },
 }
@@ -149,10 +168,13 @@ impl Qmp {
         Ok((qmp, event_queue))
     }
 
+    /// The version that QEMU reported when the monitor was opened.
     pub fn version(&self) -> QemuVersion {
         self.version
     }
 
+    /// Executes a command and returns the value that QEMU answers.
+    ///
     /// # Errors
     /// QEMU refuses the command, ends, or does not answer in time.
     pub async fn execute(&self, command: &'static str, arguments: Value) -> Result<Value, QmpError> {
@@ -254,12 +276,8 @@ fn deliver(message: QmpMessage, waiting: &mut PendingCommands, events: &broadcas
 fn event(name: &str, data: &Value) -> Option<QmpEvent> {
     let text = |key: &str| data[key].as_str().unwrap_or_default().to_owned();
     Some(match name {
-        "SHUTDOWN" => {
-            QmpEvent::Shutdown { guest: data["guest"].as_bool().unwrap_or_default(), reason: text("reason") }
-        }
+        "SHUTDOWN" => QmpEvent::Shutdown { reason: text("reason") },
         "GUEST_PANICKED" | "GUEST_CRASHLOADED" => QmpEvent::GuestPanicked,
-        "RESET" => QmpEvent::Reset,
-        "STOP" => QmpEvent::Stop,
         "MIGRATION" => match data["status"].as_str() {
             Some("completed") => QmpEvent::MigrationEnded { completed: true },
             Some("failed" | "cancelled") => QmpEvent::MigrationEnded { completed: false },

@@ -77,26 +77,62 @@ impl std::fmt::Debug for VmSnapshot {
 /// Why the state of a VM could not be saved or restored.
 #[derive(Debug, thiserror::Error)]
 pub enum VmSnapshotError {
+    /// QEMU could not be started.
     #[error(transparent)]
     Launch(#[from] LaunchError),
+    /// The memory of a template cannot be made.
     #[error("cannot {action} for the memory of a template")]
-    Memory { action: &'static str, source: io::Error },
+    Memory {
+        /// What failed: a verb that fits the text, such as `seal a memfd`.
+        action: &'static str,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// The guest did not report that it waits to be woken.
     #[error("the guest agent did not reach the point where it waits{ended}")]
-    Waiting { ended: String, source: WakeError },
+    Waiting {
+        /// Why QEMU ended, as `: reason`; empty if QEMU has not ended by itself.
+        ended: String,
+        /// What arrived at the wake port instead.
+        source: WakeError,
+    },
+    /// The guest took longer than this to report that it waits to be woken.
     #[error("the guest agent did not reach the point where it waits within {0:?}")]
     WaitingDeadline(Duration),
+    /// QEMU refused to save or restore.
     #[error("QEMU cannot {action} the state of a VM")]
-    Qmp { action: &'static str, source: QmpError },
+    Qmp {
+        /// `save` or `restore`.
+        action: &'static str,
+        /// What QEMU answered.
+        source: QmpError,
+    },
+    /// The pipe that carries the state of the devices failed.
     #[error("cannot transfer the state of a VM")]
     Stream(#[source] io::Error),
+    /// QEMU began to save or restore, and gave up.
     #[error("QEMU did not {action} the state of a VM{ended}")]
-    Failed { action: &'static str, ended: String },
+    Failed {
+        /// `save` or `restore`.
+        action: &'static str,
+        /// Why QEMU ended, as `: reason`; empty if QEMU has not ended by itself.
+        ended: String,
+    },
+    /// The state is of another version of QEMU.
     #[error("the state was saved by QEMU {snapshot}, and QEMU {running} cannot read it")]
-    Version { snapshot: QemuVersion, running: QemuVersion },
+    Version {
+        /// The version that saved the state.
+        snapshot: QemuVersion,
+        /// The version that was started to restore the state.
+        running: QemuVersion,
+    },
+    /// Another process could change the memory while clones read it.
     #[error("the template's memory is not sealed")]
     NotSealed,
+    /// The seccomp filter of QEMU is for another descriptor than that of the memory.
     #[error("QEMU has opened the template's memory under another number")]
     Number,
+    /// The channel has a process of its own, whose state is not in the snapshot.
     #[error("a VM with the channel of vhost-device-vsock cannot be cloned")]
     Channel,
 }

@@ -9,10 +9,18 @@ use super::qmp::{OLDEST, QemuVersion, QmpError};
 /// Why a QEMU cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum QemuError {
+    /// QEMU cannot be executed.
     #[error(transparent)]
     Run(#[from] ProcessError),
+    /// The program is probably not QEMU.
     #[error("{program} does not report its version: {output:?}")]
-    NoVersion { program: String, output: String },
+    NoVersion {
+        /// Path or name of the program.
+        program: String,
+        /// The first line of what the program printed, at most 80 characters.
+        output: String,
+    },
+    /// QEMU lacks something that machinen uses.
     #[error(transparent)]
     TooOld(QmpError),
 }

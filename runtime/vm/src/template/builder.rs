@@ -3,7 +3,7 @@
 
 use std::{
     convert::Infallible,
-    fs::{self, File},
+    fs::File,
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
     os::fd::{AsFd as _, OwnedFd},
     path::PathBuf,
@@ -13,6 +13,7 @@ use std::{
 
 use machinen_base::{
     error::chain,
+    fs::{FileError, remove_dir_if_exists, remove_if_exists},
     memfd,
     process::{Spawn, Stdio},
     reexec::EntryPoint,
@@ -24,7 +25,7 @@ use super::{
     TemplateError, TemplateShape, hash, holder,
     manifest::{TemplateManifest, VERSION},
     pages,
-    store::{self, FoundTemplate, ReadyTemplate, TemplateStore, ignore_not_found},
+    store::{self, FoundTemplate, ReadyTemplate, TemplateStore},
 };
 use crate::{VmSnapshot, VmSpec};
 
@@ -87,7 +88,7 @@ pub fn build(
     let shape = TemplateShape::of(spec)?.ok_or(TemplateError::Vm(crate::VmSnapshotError::Channel))?;
     templates.create()?;
     let failed = templates.names(&shape.key()).failed();
-    ignore_not_found(fs::remove_file(&failed)).map_err(TemplateError::file("remove", failed))?;
+    remove_if_exists(&failed).map_err(FileError::at("remove", failed))?;
     match templates.find(&shape)? {
         FoundTemplate::Ready(template) => return Ok(*template),
         FoundTemplate::Building => return Err(TemplateError::Building),
@@ -162,15 +163,15 @@ fn make(
     let names = templates.names(&shape.key());
     // Files of a builder or holder that was killed.
     for path in [names.manifest(), names.unpublished(), names.failed()] {
-        ignore_not_found(fs::remove_file(&path)).map_err(TemplateError::file("remove", path))?;
+        remove_if_exists(&path).map_err(FileError::at("remove", path))?;
     }
-    ignore_not_found(fs::remove_dir_all(names.vm())).map_err(TemplateError::file("remove", names.vm()))?;
+    remove_dir_if_exists(&names.vm()).map_err(FileError::at("remove", names.vm()))?;
     send_line(report, &format!("booting a VM of {} MiB and {} CPUs", spec.memory_mib, spec.vcpus));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime =
         runtime.map_err(|source| TemplateError::Memory { action: "start an event loop", source })?;
     let snapshot = runtime.block_on(VmSnapshot::make(spec, &names.vm()));
-    ignore_not_found(fs::remove_dir_all(names.vm())).map_err(TemplateError::file("remove", names.vm()))?;
+    remove_dir_if_exists(&names.vm()).map_err(FileError::at("remove", names.vm()))?;
     let snapshot = snapshot?;
     let memory = |source| TemplateError::Memory { action: "read the memory", source };
     let file = File::from(snapshot.memory.as_fd().try_clone_to_owned().map_err(memory)?);

@@ -2,6 +2,7 @@
 
 use std::{fs::File, io};
 
+use machinen_base::fs::hex;
 use sha2::{Digest as _, Sha256};
 
 use super::pages;
@@ -15,7 +16,7 @@ pub(super) fn digest(memory: &File, devices: &[u8]) -> io::Result<String> {
         hasher.update(page);
         Ok(())
     })?;
-    Ok(hasher.finalize().iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}")))
+    Ok(hex(&hasher.finalize()))
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use std::{
     process::ExitCode,
 };
 
-use machinen_base::{reexec::EntryPoint, sys::inherit};
+use machinen_base::{fs::remove_if_exists, reexec::EntryPoint, sys::inherit};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::stat::Mode,
@@ -98,7 +98,7 @@ pub(super) fn find(dir: &Path, key: &str) -> Option<u32> {
 fn publish(names: &store::TemplatePaths) -> io::Result<(OwnedFd, File)> {
     env::set_current_dir("/")?;
     let memory = inherit::take(MEMORY)?;
-    store::ignore_not_found(fs::remove_file(names.used()))?;
+    remove_if_exists(&names.used())?;
     mkfifo(&names.used(), Mode::S_IRUSR | Mode::S_IWUSR)?;
     let users = watch(names)?;
     fs::rename(names.unpublished(), names.manifest())?;

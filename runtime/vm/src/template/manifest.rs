@@ -12,13 +12,17 @@ pub(super) const VERSION: u32 = 1;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TemplateManifest {
     pub(super) version: u32,
+    /// What determines the content of the template.
     pub shape: TemplateShape,
     /// The holder's pid.
     pub pid: u32,
+    /// The version of QEMU that saved the state.
     pub qemu: QemuVersion,
     /// The number under which QEMU has opened the memory.
     pub(super) memory_fd: i32,
+    /// The memory size of the VM, MiB.
     pub memory_mib: u32,
+    /// The number of CPUs of the VM.
     pub vcpus: u32,
     /// Bytes of memory that were in use, which is what the template costs the host.
     pub allocated: u64,

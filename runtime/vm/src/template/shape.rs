@@ -1,13 +1,15 @@
 //! The parameters that determine the content of a template.
 
 use std::{
-    fmt::Write as _,
     fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
-use machinen_base::process;
+use machinen_base::{
+    fs::{FileError, hex},
+    process,
+};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
@@ -63,7 +65,7 @@ impl TemplateShape {
         {
             return Ok(None);
         }
-        let identity = |path: &Path| FileIdentity::of(path).map_err(TemplateError::file("look at", path));
+        let identity = |path: &Path| FileIdentity::of(path).map_err(FileError::at("look at", path));
         Ok(Some(Self {
             machinen: env!("CARGO_PKG_VERSION").to_owned(),
             protocol: machinen_protocol::VERSION,
@@ -71,17 +73,14 @@ impl TemplateShape {
             kernel: identity(&spec.kernel)?,
             image: identity(&spec.image)?,
             args: spec.template_args(),
-            cpu: cpu().map_err(TemplateError::file("read", CPUINFO))?,
+            cpu: cpu().map_err(FileError::at("read", CPUINFO))?,
         }))
     }
 
     /// The template's name: 16 hexadecimal digits.
     pub fn key(&self) -> String {
         let text = serde_json::to_vec(self).expect("plain data");
-        Sha256::digest(text).iter().take(8).fold(String::new(), |mut key, byte| {
-            write!(key, "{byte:02x}").expect("a String takes any text");
-            key
-        })
+        hex(&Sha256::digest(text)[..8])
     }
 
     pub(super) fn is_key(text: &str) -> bool {
@@ -113,7 +112,7 @@ fn cpu() -> io::Result<String> {
     };
     let lines: Vec<&str> = first.lines().filter(lasting).collect();
     let digest = Sha256::digest(lines.join("\n"));
-    Ok(digest.iter().take(8).fold(String::new(), |text, byte| text + &format!("{byte:02x}")))
+    Ok(hex(&digest[..8]))
 }
 
 #[cfg(test)]

@@ -10,18 +10,21 @@
 
 use std::{
     collections::BTreeSet,
-    fs::{self, DirBuilder, File},
+    fs::{self, File},
     io::{self, Read as _, Write as _},
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use machinen_base::{memfd, process::kill_foreign};
-use rustix::{
-    fs::{FlockOperation, flock},
-    io::Errno,
+use machinen_base::{
+    fs::{
+        FileError, create_private_dirs, if_exists, remove_dir_if_exists, remove_if_exists, try_lock,
+        try_lock_shared,
+    },
+    memfd,
+    process::kill_foreign,
 };
 
 use super::{
@@ -45,9 +48,11 @@ pub struct TemplateStore {
 /// The state of a shape's template.
 #[derive(Debug)]
 pub enum FoundTemplate {
+    /// The template can be cloned.
     Ready(Box<ReadyTemplate>),
     /// A builder is working on it.
     Building,
+    /// There is no template, and no process builds one.
     Absent,
     /// It could not be built, or not be cloned, a short while ago, for this reason.
     Failed(String),
@@ -56,17 +61,22 @@ pub enum FoundTemplate {
 /// A template that is ready to be cloned. It stays usable while this value exists, even if its holder ends.
 #[derive(Debug)]
 pub struct ReadyTemplate {
+    /// The description of the template.
     pub manifest: TemplateManifest,
+    /// The state that clones start from.
     pub snapshot: VmSnapshot,
 }
 
 /// A template in a listing.
 #[derive(Debug)]
 pub struct ListedTemplate {
+    /// The name of the template; see [`TemplateShape::key`].
     pub key: String,
+    /// The description of the template.
     pub manifest: TemplateManifest,
     /// Its holder is running.
     pub alive: bool,
+    /// When the template was cloned last; None if that cannot be read.
     pub used: Option<SystemTime>,
 }
 
@@ -122,27 +132,24 @@ impl TemplateStore {
 
     /// Makes the directory, which only root may access.
     pub(super) fn create(&self) -> Result<(), TemplateError> {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&self.dir)
-            .map_err(TemplateError::file("make the directory", &self.dir))?;
+        create_private_dirs(&self.dir).map_err(FileError::at("make the directory", &self.dir))?;
         self.trusted().map(|_| ())
     }
 
     /// Whether the directory exists. It is an error if other users may change it.
     fn trusted(&self) -> Result<bool, TemplateError> {
-        match fs::symlink_metadata(&self.dir) {
-            Ok(dir)
+        let found =
+            if_exists(fs::symlink_metadata(&self.dir)).map_err(FileError::at("look at", &self.dir))?;
+        match found {
+            None => Ok(false),
+            Some(dir)
                 if dir.is_dir()
                     && dir.uid() == nix::unistd::geteuid().as_raw()
                     && dir.mode() & 0o077 == 0 =>
             {
                 Ok(true)
             }
-            Ok(_) => Err(TemplateError::Open { dir: self.dir.clone() }),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(TemplateError::file("look at", &self.dir)(error)),
+            Some(_) => Err(TemplateError::Open { dir: self.dir.clone() }),
         }
     }
 
@@ -194,7 +201,7 @@ impl TemplateStore {
         if !self.trusted()? {
             return Ok(listed);
         }
-        let reading = || TemplateError::file("read the directory", &self.dir);
+        let reading = || FileError::at("read the directory", &self.dir);
         for entry in fs::read_dir(&self.dir).map_err(reading())? {
             let path = entry.map_err(reading())?.path();
             let key = path.file_stem().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
@@ -232,12 +239,13 @@ impl TemplateStore {
         let names = self.names(key);
         if let Some(pid) = holder::find(&self.dir, key) {
             kill_foreign(pid, || holder::find(&self.dir, key) == Some(pid), END_DEADLINE)
-                .map_err(TemplateError::file("end the holder of", names.manifest()))?;
+                .map_err(FileError::at("end the holder of", names.manifest()))?;
         }
         for path in [names.manifest(), names.unpublished(), names.used(), names.failed(), names.lock()] {
-            ignore_not_found(fs::remove_file(&path)).map_err(TemplateError::file("remove", path))?;
+            remove_if_exists(&path).map_err(FileError::at("remove", path))?;
         }
-        ignore_not_found(fs::remove_dir_all(names.vm())).map_err(TemplateError::file("remove", names.vm()))
+        remove_dir_if_exists(&names.vm()).map_err(FileError::at("remove", names.vm()))?;
+        Ok(())
     }
 
     /// Removes all templates, and the files of those that failed or ended; returns their keys. Templates that
@@ -248,7 +256,7 @@ impl TemplateStore {
     pub fn remove_all(&self) -> Result<Vec<String>, TemplateError> {
         let mut keys = BTreeSet::new();
         if self.trusted()? {
-            let reading = || TemplateError::file("read the directory", &self.dir);
+            let reading = || FileError::at("read the directory", &self.dir);
             for entry in fs::read_dir(&self.dir).map_err(reading())? {
                 let path = entry.map_err(reading())?.path();
                 let key =
@@ -328,27 +336,19 @@ impl TemplateStore {
             .truncate(false)
             .mode(0o600)
             .open(&path)
-            .map_err(TemplateError::file("open", &path))?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(file)),
-            Err(Errno::WOULDBLOCK) => Ok(None),
-            Err(error) => Err(TemplateError::file("lock", path)(error.into())),
-        }
+            .map_err(FileError::at("open", &path))?;
+        let locked = try_lock(&file).map_err(FileError::at("lock", path))?;
+        Ok(locked.then_some(file))
     }
 }
 
 /// Whether a builder or holder has the lock.
 fn is_locked(path: &Path) -> Result<bool, TemplateError> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        Err(error) => return Err(TemplateError::file("open", path)(error)),
+    let Some(file) = if_exists(File::open(path)).map_err(FileError::at("open", path))? else {
+        return Ok(false);
     };
-    match flock(&file, FlockOperation::NonBlockingLockShared) {
-        Ok(()) => Ok(false),
-        Err(Errno::WOULDBLOCK) => Ok(true),
-        Err(error) => Err(TemplateError::file("look at the lock", path)(error.into())),
-    }
+    let free = try_lock_shared(&file).map_err(FileError::at("look at the lock", path))?;
+    Ok(!free)
 }
 
 /// The content of a manifest's file.
@@ -361,10 +361,8 @@ enum StoredManifest {
 }
 
 fn read(path: &Path) -> Result<StoredManifest, TemplateError> {
-    let bytes = match fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(StoredManifest::Missing),
-        Err(error) => return Err(TemplateError::file("read", path)(error)),
+    let Some(bytes) = if_exists(fs::read(path)).map_err(FileError::at("read", path))? else {
+        return Ok(StoredManifest::Missing);
     };
     // The version is checked first, because the other fields may differ between versions.
     let version =
@@ -379,7 +377,7 @@ fn read(path: &Path) -> Result<StoredManifest, TemplateError> {
 pub(super) fn write(path: &Path, content: &[u8]) -> Result<(), TemplateError> {
     let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(path);
     let written = file.and_then(|mut file| file.write_all(content));
-    written.map_err(TemplateError::file("write", path))
+    Ok(written.map_err(FileError::at("write", path))?)
 }
 
 /// Opens what the holder keeps open.
@@ -422,11 +420,4 @@ fn failure(names: &TemplatePaths) -> Option<String> {
         return None;
     }
     fs::read_to_string(path).ok()
-}
-
-pub(super) fn ignore_not_found(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
 }

@@ -67,6 +67,6 @@ fn a_mount_point_cannot_be_replaced() {
         // With a read-only root file system the staging directory cannot be made.
         Err(error) => error,
     };
-    assert!(matches!(error, LayerError::MountPoint { .. } | LayerError::Staging { .. }), "{error}");
+    assert!(matches!(error, LayerError::MountPoint { .. } | LayerError::File(_)), "{error}");
     fixture.assert_contained();
 }

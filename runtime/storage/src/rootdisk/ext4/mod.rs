@@ -30,18 +30,48 @@ const ROOT: u32 = 2;
 /// Why a disk could not be read or normalised.
 #[derive(Debug, thiserror::Error)]
 pub enum Ext4Error {
+    /// A block of the disk cannot be read.
     #[error("cannot read block {block} of the disk")]
-    Read { block: u64, source: io::Error },
+    Read {
+        /// The number of the block, in blocks of 4 KiB.
+        block: u64,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// A block of the disk cannot be written.
     #[error("cannot write block {block} of the disk")]
-    Write { block: u64, source: io::Error },
+    Write {
+        /// The number of the block, in blocks of 4 KiB.
+        block: u64,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// The disk has features, blocks or inodes that machinen does not ask mke2fs for.
     #[error("the disk has {what}")]
-    Unsupported { what: String },
+    Unsupported {
+        /// What the disk has.
+        what: String,
+    },
+    /// The disk contradicts itself.
     #[error("the disk is damaged: {what}")]
-    Damaged { what: String },
+    Damaged {
+        /// What is wrong with the disk.
+        what: String,
+    },
+    /// The extended attributes of a file do not fit into its inode and one block.
     #[error("{path} has more extended attributes than fit on the disk (about 4 KiB a file)")]
-    Xattrs { path: String },
+    Xattrs {
+        /// Path of the file on the disk.
+        path: String,
+    },
+    /// A file on the disk is not the one of the source.
     #[error("{path} on the disk differs from the source: {what}; it changed while it was being converted")]
-    Differs { path: String, what: String },
+    Differs {
+        /// Path of the file on the disk.
+        path: String,
+        /// What differs.
+        what: String,
+    },
 }
 
 fn damaged(what: impl Into<String>) -> Ext4Error {

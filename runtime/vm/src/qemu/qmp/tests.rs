@@ -47,7 +47,7 @@ async fn commands_answers_and_events() {
         let error = qmp.execute("device_del", json!({})).await.unwrap_err();
         assert_eq!(error.to_string(), "QEMU refused device_del: no such thing (GenericError)");
         assert_eq!(received.recv().await, Ok(QmpEvent::DeviceDeleted("disk-1".into())));
-        let shutdown = QmpEvent::Shutdown { guest: true, reason: "guest-reset".into() };
+        let shutdown = QmpEvent::Shutdown { reason: "guest-reset".into() };
         assert_eq!(received.recv().await, Ok(shutdown));
         assert!(matches!(qmp.execute("quit", json!({})).await, Err(QmpError::Closed)));
         assert_eq!(received.recv().await, Err(broadcast::error::RecvError::Closed));
