@@ -2,7 +2,6 @@
 //!
 //! Arrows point downward only: `shim, cli -> core -> vm, storage -> base -> protocol`. ARCHITECTURE.md holds the map.
 
-pub mod annotations;
 pub mod checkpoint;
 pub mod config;
 pub mod pod;
@@ -10,6 +9,7 @@ pub mod pool;
 pub mod spec;
 pub mod view;
 
+pub use config::annotations;
 pub use machinen_base::{RUN_DIR, error, fs, process, reexec, sys, watch};
 pub use machinen_storage::{layer, rootdisk};
 pub use machinen_vm as vm;

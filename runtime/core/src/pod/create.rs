@@ -4,6 +4,7 @@
 //! the results of the earlier ones are removed. Only the base disk stays, since it is in a cache.
 
 use std::{
+    collections::HashMap,
     fs::File,
     io::{self, Read},
     os::unix::fs::MetadataExt,
@@ -31,9 +32,8 @@ use super::{
     streams::{self, Outputs, ProcessStreams},
 };
 use crate::{
-    annotations,
     checkpoint::ImageDisk,
-    config::{self, Config},
+    config::{self, Config, annotations},
     spec::{
         bundle,
         guest::{self, GuestSpec, Injected, MAX_INJECTED},
@@ -60,7 +60,9 @@ pub struct CreateRequest {
 /// Everything that is decided about a container before anything is changed on the host.
 #[derive(Debug, Clone)]
 pub(super) struct CreatePlan {
+    /// With the annotations applied.
     pub(super) config: Config,
+    pub(super) annotations: HashMap<String, String>,
     pub(super) assets: Assets,
     pub(super) guest: GuestSpec,
     pub(super) rootfs: rootfs::RootfsPlan,
@@ -210,7 +212,7 @@ impl Pod {
         let guest = guest::reduce(spec, &create.id)?;
         let assets = Assets::find(&config.assets.dir)?;
         let restore = create.checkpoint.as_ref().map(|dir| RestorePlan::read(&create.id, dir)).transpose()?;
-        Ok(CreatePlan { config, assets, guest, rootfs, restore })
+        Ok(CreatePlan { config, annotations, assets, guest, rootfs, restore })
     }
 
     fn assemble(

@@ -17,8 +17,8 @@ use super::{
     stdio::StdioError,
 };
 use crate::{
-    annotations::AnnotationError,
     checkpoint::CheckpointError,
+    config::annotations::AnnotationError,
     spec::{bundle::BundleError, exec::ProcessSpecError, guest::ReduceError, resources::ResourcesError},
 };
 

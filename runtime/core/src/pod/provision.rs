@@ -7,7 +7,6 @@
 use std::{
     fmt,
     path::{Path, PathBuf},
-    sync::atomic::Ordering,
     time::Duration,
 };
 
@@ -23,7 +22,7 @@ use tokio::task::spawn_blocking;
 
 use super::{Pod, PodError, create::CreatePlan, vm_spec};
 use crate::{
-    config,
+    config::{self, annotations},
     pool::{self, Pool, WarmVm},
 };
 
@@ -99,9 +98,15 @@ enum StartFrom {
 
 impl Pod {
     /// Returns the pod's VM, which is starting if this is the pod's first container.
+    ///
+    /// # Errors
+    /// No VM can be started, or the container's annotations require another VM than the one that runs.
     pub(super) async fn provision(&self, create: &CreatePlan) -> Result<Provisioned, PodError> {
         let mut slot = self.shared.vm.lock().await;
         if let Some(vm) = &*slot {
+            if let Some(running) = &*self.vm_spec() {
+                annotations::check_join(&create.config, &create.annotations, running)?;
+            }
             return Ok(Provisioned { vm: vm.clone(), origin: VmOrigin::Pod, _reservation: None });
         }
         let plan = self.plan_vm(create, create.config.template.mode).await?;
@@ -234,8 +239,7 @@ impl Pod {
         let (name, create) = (self.shared.name.clone(), create.clone());
         let plan =
             spawn_blocking(move || plan_vm(&name, &create, mode)).await.map_err(PodError::Worker)??;
-        self.shared.vm_memory_mib.store(plan.spec.memory_mib, Ordering::Relaxed);
-        self.shared.vm_vcpus.store(plan.spec.vcpus, Ordering::Relaxed);
+        *self.vm_spec() = Some(plan.spec.clone());
         Ok(plan)
     }
 }

@@ -1,5 +1,7 @@
 //! The configuration file. Every key has a default, and `config/machinen.toml` documents all of them.
 
+pub mod annotations;
+
 use std::{
     env, fs, io,
     path::{Path, PathBuf},
@@ -153,6 +155,21 @@ pub struct LogConfig {
     pub level: String,
 }
 
+/// Turns io_uring off for all processes (kernel.io_uring_disabled in the kernel's sysctl documentation).
+const NO_IO_URING: &str = "sysctl.kernel.io_uring_disabled=2";
+
+impl VmConfig {
+    /// What the configuration adds to the kernel's command line. The user's own text comes last, so that it
+    /// takes precedence.
+    pub(crate) fn all_kernel_args(&self) -> String {
+        match (self.io_uring, self.kernel_args.as_str()) {
+            (true, args) => args.to_owned(),
+            (false, "") => NO_IO_URING.to_owned(),
+            (false, args) => format!("{NO_IO_URING} {args}"),
+        }
+    }
+}
+
 impl Default for VmConfig {
     fn default() -> Self {
         Self {
@@ -196,7 +213,7 @@ impl Default for RootdiskConfig {
 
 impl Default for AnnotationsConfig {
     fn default() -> Self {
-        Self { allow: crate::annotations::KEYS.iter().map(|&(name, _)| name.to_owned()).collect() }
+        Self { allow: annotations::names().map(str::to_owned).collect() }
     }
 }
 
@@ -254,11 +271,11 @@ impl Config {
         let config: Self =
             toml::from_str(text).map_err(|source| ConfigError::Parse { path: path.into(), source })?;
         for name in &config.annotations.allow {
-            if !crate::annotations::KEYS.iter().any(|(known, _)| known == name) {
+            if !annotations::names().any(|known| known == name) {
                 return Err(ConfigError::UnknownAnnotation {
                     path: path.into(),
                     name: name.clone(),
-                    known: crate::annotations::known_keys(),
+                    known: annotations::known_keys(),
                 });
             }
         }
@@ -288,6 +305,17 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn io_uring_is_turned_off_before_the_users_arguments() {
+        let args = |io_uring, args: &str| {
+            VmConfig { io_uring, kernel_args: args.into(), ..VmConfig::default() }.all_kernel_args()
+        };
+        assert_eq!(args(true, ""), "");
+        assert_eq!(args(true, "debug"), "debug");
+        assert_eq!(args(false, ""), NO_IO_URING);
+        assert_eq!(args(false, "debug"), format!("{NO_IO_URING} debug"));
     }
 
     #[test]
