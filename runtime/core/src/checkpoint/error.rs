@@ -2,15 +2,18 @@
 
 use std::{io, path::PathBuf};
 
-use machinen_base::error::{ErrorKind, HasKind};
+use machinen_base::{
+    error::{ErrorKind, HasKind},
+    fs::FileError,
+};
 use machinen_storage::rootdisk::RootdiskKey;
 
 use super::manifest::{FORMAT, MANIFEST};
 
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
-    #[error("cannot {action} {}", path.display())]
-    File { action: &'static str, path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    File(#[from] FileError),
     #[error("not enough space for the checkpoint in {}", path.display())]
     NoSpace { path: PathBuf, source: io::Error },
     #[error("{} is not empty: a checkpoint needs a directory of its own", path.display())]
@@ -40,19 +43,24 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
+    /// As [`FileError::at`], with an error of its own for a full disk.
     pub(super) fn file(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace { path, source },
-            _ => Self::File { action, path, source },
+        let failed = FileError::at(action, path);
+        move |source| match failed(source) {
+            FileError { path, source, .. } if is_full(&source) => Self::NoSpace { path, source },
+            failed => Self::File(failed),
         }
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 impl HasKind for CheckpointError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::File { .. } | Self::Guest { .. } => ErrorKind::Internal,
+            Self::File(_) | Self::Guest { .. } => ErrorKind::Internal,
             Self::NoSpace { .. } => ErrorKind::ResourceExhausted,
             Self::NotEmpty { .. } => ErrorKind::AlreadyExists,
             Self::NoManifest { .. } => ErrorKind::NotFound,

@@ -11,6 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use machinen_base::fs::{FileError, if_exists};
 use machinen_protocol::api::{
     CgroupFile, CgroupFileOwner, CheckpointFacts, CriuOptions, ExternalMount, NestedCgroup,
 };
@@ -134,10 +135,8 @@ impl CheckpointManifest {
     /// The manifest is missing, not valid, or has another format or architecture.
     pub fn read(dir: &Path) -> Result<Self, CheckpointError> {
         let path = dir.join(MANIFEST);
-        let file = File::open(&path).map_err(|source| match source.kind() {
-            std::io::ErrorKind::NotFound => CheckpointError::NoManifest { dir: dir.to_owned() },
-            _ => CheckpointError::File { action: "open", path: path.clone(), source },
-        })?;
+        let opened = if_exists(File::open(&path)).map_err(FileError::at("open", &path))?;
+        let file = opened.ok_or_else(|| CheckpointError::NoManifest { dir: dir.to_owned() })?;
         let mut text = Vec::new();
         file.take(MAX_SIZE).read_to_end(&mut text).map_err(CheckpointError::file("read", &path))?;
         Self::parse(&text, &path)

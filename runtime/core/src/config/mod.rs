@@ -11,8 +11,11 @@ use machinen_base::error::{ErrorKind, HasKind};
 use machinen_vm::{ChannelMode, accel::AccelMode};
 use serde::{Deserialize, Serialize};
 
+/// The environment variable that names the configuration file.
+const PATH_VARIABLE: &str = "MACHINEN_CONFIG";
+
 /// Read when `MACHINEN_CONFIG` is not set; the file may be missing.
-pub const DEFAULT_PATH: &str = "/etc/machinen/machinen.toml";
+const DEFAULT_PATH: &str = "/etc/machinen/machinen.toml";
 
 /// All settings. The names of the keys include the units.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -240,20 +243,22 @@ impl HasKind for ConfigError {
     }
 }
 
+/// The path of the configuration file: `MACHINEN_CONFIG`, or the default, which may be missing.
+pub(crate) fn path() -> PathBuf {
+    env::var_os(PATH_VARIABLE).map_or_else(|| DEFAULT_PATH.into(), PathBuf::from)
+}
+
 impl Config {
-    /// Loads `MACHINEN_CONFIG` or [`DEFAULT_PATH`]; the latter may be missing.
+    /// Loads the file that `MACHINEN_CONFIG` names, or `/etc/machinen/machinen.toml`; the latter may be missing.
     ///
     /// # Errors
     /// The file cannot be read, or has a syntax error, an unknown key or an invalid value.
     pub fn load() -> Result<Self, ConfigError> {
-        match env::var_os("MACHINEN_CONFIG") {
-            Some(path) => Self::read(Path::new(&path)),
-            None => match Self::read(Path::new(DEFAULT_PATH)) {
-                Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                    Ok(Self::default())
-                }
-                result => result,
-            },
+        match (Self::read(&path()), env::var_os(PATH_VARIABLE)) {
+            (Err(ConfigError::Read { source, .. }), None) if source.kind() == io::ErrorKind::NotFound => {
+                Ok(Self::default())
+            }
+            (result, _) => result,
         }
     }
 

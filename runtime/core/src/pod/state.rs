@@ -10,6 +10,10 @@
 
 use std::time::SystemTime;
 
+/// The exit status of a process that SIGKILL has ended. containerd's clients expect it also of a container whose
+/// VM or shim was lost.
+pub const KILLED: u32 = 128 + libc::SIGKILL as u32;
+
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProcessExit {

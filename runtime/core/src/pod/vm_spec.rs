@@ -13,7 +13,7 @@ use machinen_vm::{
 };
 use oci_spec::runtime::Spec;
 
-use crate::config::Config;
+use crate::{config::Config, spec::MAX_HOSTNAME};
 
 /// Bounds of the default memory ceiling, MiB. Memory that is never used still costs something: the guest's
 /// kernel touches 16 MiB for each GiB when it boots, which also takes tens of milliseconds under TCG.
@@ -24,9 +24,6 @@ const MOST_MEMORY: u32 = 2048;
 const GUEST_OVERHEAD: u32 = 128;
 
 const MOST_VCPUS: u32 = 8;
-
-/// Longest hostname that Linux takes (gethostname(2)).
-const MOST_HOSTNAME: usize = 64;
 
 /// Describes the VM of the pod `name`, whose first container is `container`.
 ///
@@ -58,7 +55,7 @@ pub(super) fn build(
         image: assets.image.clone(),
         kernel_args: config.vm.all_kernel_args(),
         channel: choose_channel(config.vm.channel, &HostSupport::detect(&config.vm.vhost_device_vsock)),
-        hostname: name.chars().filter(char::is_ascii).take(MOST_HOSTNAME).collect(),
+        hostname: name.chars().filter(char::is_ascii).take(MAX_HOSTNAME).collect(),
         boot_timeout: Duration::from_secs(config.vm.boot_timeout_s),
         identity: VmSpec::unprivileged(std::process::id(), accel.groups()),
         keep_console: true,

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use machinen_base::RUN_DIR;
 use machinen_storage::rootdisk::RootdiskError;
 use machinen_vm::{
     Vm, VmError, VmSnapshotError, VmSpec,
@@ -13,7 +12,7 @@ use machinen_vm::{
 use tokio::task::spawn_blocking;
 
 use super::warm_up::warm_up;
-use crate::config::Config;
+use crate::{config::Config, reservations_dir};
 
 /// Why no clone could be made and warmed up.
 #[derive(Debug, thiserror::Error)]
@@ -68,9 +67,9 @@ impl WarmVm {
         });
         let found = found.await.map_err(CloneError::Worker)??;
         let Some((template, shape)) = found else { return Ok(None) };
-        let starting = Path::new(RUN_DIR).join("starting");
         let reserve = config.vm.memory_reserve_percent;
-        let _promise = admission::admit(&starting, admission::CLONE_NEEDS_MIB, reserve, HostMemory::now()?)?;
+        let _promise =
+            admission::admit(&reservations_dir(), admission::CLONE_NEEDS_MIB, reserve, HostMemory::now()?)?;
         let vm = Vm::restore(spec, dir, &template.snapshot).await.map_err(CloneError::Clone)?;
         Ok(Some(Self { vm, shape }))
     }
