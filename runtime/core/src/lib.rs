@@ -2,6 +2,8 @@
 //!
 //! Arrows point downward only: `shim, cli -> core -> vm, storage -> base -> protocol`. ARCHITECTURE.md holds the map.
 
+#![warn(missing_docs)]
+
 pub mod checkpoint;
 pub mod config;
 pub mod pod;

@@ -32,6 +32,7 @@ pub(crate) struct DumpImages {
 /// The size of a checkpoint that was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SavedCheckpoint {
+    /// Number of the files with images.
     pub files: usize,
     /// Bytes of the images, holes included.
     pub bytes: u64,

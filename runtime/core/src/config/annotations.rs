@@ -150,16 +150,40 @@ pub const KEYS: &[Annotation] = &[
 /// Why an annotation was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AnnotationError {
+    /// The value is malformed.
     #[error("annotation {PREFIX}{name} has the value {value:?}; it takes {expected}")]
-    BadValue { name: &'static str, value: String, expected: &'static str },
+    BadValue {
+        /// The annotation, without its prefix.
+        name: &'static str,
+        /// The value.
+        value: String,
+        /// What values are valid.
+        expected: &'static str,
+    },
+    /// No annotation has this name.
     #[error("annotation {PREFIX}{name} is unknown; known are {}", known_keys())]
-    Unknown { name: String },
+    Unknown {
+        /// The annotation, without its prefix.
+        name: String,
+    },
+    /// The configuration does not allow the annotation.
     #[error("annotation {PREFIX}{name} is not allowed here; annotations.allow in the configuration decides")]
-    NotAllowed { name: &'static str },
+    NotAllowed {
+        /// The annotation, without its prefix.
+        name: &'static str,
+    },
+    /// The annotation shapes the VM, and the pod's VM runs with another value.
     #[error(
         "annotation {PREFIX}{name} has the value {value:?}, but the container joins a VM that runs with {running}; remove the annotation, set it on the pod's first container, or use a pod of its own"
     )]
-    VmRuns { name: &'static str, value: String, running: String },
+    VmRuns {
+        /// The annotation, without its prefix.
+        name: &'static str,
+        /// The value.
+        value: String,
+        /// What the VM has.
+        running: String,
+    },
 }
 
 impl HasKind for AnnotationError {

@@ -21,44 +21,74 @@ const DEFAULT_PATH: &str = "/etc/machinen/machinen.toml";
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
+    /// `[assets]`: where kernel and image are.
     pub assets: AssetsConfig,
+    /// `[vm]`: how VMs are made.
     pub vm: VmConfig,
+    /// `[template]`: how templates are used.
     pub template: TemplateConfig,
+    /// `[pool]`: how clones are made ahead of time.
     pub pool: PoolConfig,
+    /// `[checkpoint]`: how checkpoints are taken.
     pub checkpoint: CheckpointConfig,
+    /// `[restore]`: how containers are restored from checkpoints.
     pub restore: RestoreConfig,
+    /// `[rootdisk]`: how root file systems become disks.
     pub rootdisk: RootdiskConfig,
+    /// `[annotations]`: what containers may override.
     pub annotations: AnnotationsConfig,
+    /// `[task]`: what the shim answers.
     pub task: TaskConfig,
+    /// `[log]`: what is logged.
     pub log: LogConfig,
 }
 
+/// Where kernel and image are.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AssetsConfig {
+    /// The directory with `vmlinux` and `guest.img`. If empty, the usual directories are searched.
     pub dir: PathBuf,
 }
 
+/// How VMs are made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct VmConfig {
+    /// QEMU, a path or a name that is looked up in PATH.
     pub qemu: PathBuf,
+    /// The vhost-user vsock daemon, a path or a name that is looked up in PATH. Used where the host has no
+    /// `/dev/vhost-vsock`.
     pub vhost_device_vsock: PathBuf,
+    /// KVM, emulation, or whichever works.
     pub accel: AccelMode,
+    /// Ceiling of a VM's memory, MiB. 0: half of the host's memory within bounds, or more if the container's
+    /// limit requires it.
     pub memory_mib: u32,
+    /// Number of virtual CPUs; 0 is the host's number with KVM, at most 8, and 1 with emulation. A
+    /// container's CPU limit lowers it.
     pub vcpus: u32,
+    /// How the host and the agent communicate.
     pub channel: ChannelMode,
+    /// Added to the guest kernel's command line.
     pub kernel_args: String,
+    /// Whether processes in the guest may use io_uring.
     pub io_uring: bool,
+    /// From the start of QEMU until the agent must have answered, seconds.
     pub boot_timeout_s: u64,
+    /// The share of the host's memory that starts leave available, percent.
     pub memory_reserve_percent: u64,
 }
 
+/// How templates are used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TemplateConfig {
+    /// Whether templates are used and built.
     pub mode: TemplateMode,
+    /// The directory of the templates.
     pub dir: PathBuf,
+    /// Most memory that all templates may take, MiB.
     pub budget_mib: u64,
 }
 
@@ -70,6 +100,7 @@ pub enum TemplateMode {
     Auto,
     /// Existing templates are used; none is built.
     Use,
+    /// No template is used, and none is built.
     Off,
 }
 
@@ -77,8 +108,11 @@ pub enum TemplateMode {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PoolConfig {
+    /// Number of clones that are kept ready; 0 disables the pool.
     pub size: u32,
+    /// The directory of the pool's slots and sockets.
     pub dir: PathBuf,
+    /// How long containerd may be absent before the clones end, seconds.
     pub containerd_timeout_s: u64,
 }
 
@@ -86,7 +120,9 @@ pub struct PoolConfig {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CheckpointConfig {
+    /// Whether memory is copied before the container is frozen.
     pub pre_dump: bool,
+    /// Whether a checkpoint is verified before its request succeeds.
     pub verify: VerifyMode,
 }
 
@@ -94,6 +130,7 @@ pub struct CheckpointConfig {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum VerifyMode {
+    /// Checkpoints are not verified.
     #[default]
     Off,
     /// The checkpoint is restored in a VM of its own.
@@ -104,7 +141,9 @@ pub enum VerifyMode {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RestoreConfig {
+    /// Whether a container runs before its memory is there, and fetches the memory.
     pub lazy: bool,
+    /// What happens to established TCP connections.
     pub tcp: TcpMode,
 }
 
@@ -119,25 +158,35 @@ pub enum TcpMode {
     Close,
 }
 
+/// How root file systems become disks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RootdiskConfig {
+    /// The directory of the cache of base disks.
     pub dir: PathBuf,
+    /// Smallest size of a base disk, MiB.
     pub min_size_mib: u64,
+    /// Size of a container's writable disk, MiB.
     pub writable_size_mib: u64,
+    /// Most files that a container's changes may have when they are exported to its snapshot.
     pub layer_max_entries: u64,
+    /// mke2fs, a path or a name that is looked up in PATH.
     pub mke2fs: PathBuf,
 }
 
+/// What containers may override.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AnnotationsConfig {
+    /// The annotations that are accepted, without their prefix.
     pub allow: Vec<String>,
 }
 
+/// What the shim answers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TaskConfig {
+    /// The message that carries a container's metrics.
     pub metrics: MetricsFormat,
 }
 
@@ -148,13 +197,17 @@ pub enum MetricsFormat {
     /// The one that matches the host's cgroups.
     #[default]
     Auto,
+    /// The message of cgroup v1.
     Cgroup1,
+    /// The message of cgroup v2.
     Cgroup2,
 }
 
+/// What is logged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogConfig {
+    /// error, warn, info, debug or trace.
     pub level: String,
 }
 
@@ -229,12 +282,32 @@ impl Default for LogConfig {
 /// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
+    /// The file cannot be read.
     #[error("cannot read the configuration file {}", path.display())]
-    Read { path: PathBuf, source: io::Error },
+    Read {
+        /// The file or directory.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The file has a syntax error, an unknown key or an invalid value.
     #[error("the configuration file {} is not valid (see config/machinen.toml for every key)", path.display())]
-    Parse { path: PathBuf, source: toml::de::Error },
+    Parse {
+        /// The file or directory.
+        path: PathBuf,
+        /// The cause.
+        source: toml::de::Error,
+    },
+    /// `annotations.allow` has a name that is not an annotation.
     #[error("{} has an unknown annotation {name:?} in annotations.allow; known are {known}", path.display())]
-    UnknownAnnotation { path: PathBuf, name: String, known: String },
+    UnknownAnnotation {
+        /// The file or directory.
+        path: PathBuf,
+        /// The unknown name.
+        name: String,
+        /// All known names.
+        known: String,
+    },
 }
 
 impl HasKind for ConfigError {

@@ -56,6 +56,7 @@ pub struct CheckpointRequest {
     pub work: Option<PathBuf>,
     /// End the container when its checkpoint is complete.
     pub exit: bool,
+    /// The options of the dump.
     pub options: DumpOptions,
 }
 

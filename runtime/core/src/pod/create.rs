@@ -51,6 +51,7 @@ pub struct CreateRequest {
     /// The mounts of the root file system that the caller asks for; if empty, `root.path` of the
     /// configuration is used.
     pub rootfs: Vec<RootfsMount>,
+    /// Where the init's standard streams lead.
     pub stdio: StdioNames,
     /// Directory of the checkpoint to restore the container from, instead of executing its command. It may be
     /// removed once the container has been created.

@@ -29,10 +29,13 @@ use crate::config::Config;
 /// The errors of a member.
 #[derive(Debug, thiserror::Error)]
 pub enum MemberError {
+    /// The pool failed.
     #[error(transparent)]
     Pool(#[from] PoolError),
+    /// The member cannot make its clone.
     #[error("cannot make a clone for the warm pool")]
     Clone(#[from] CloneError),
+    /// The start that took the member has ended.
     #[error("the start that took a member of the warm pool has ended")]
     StartEnded(#[source] io::Error),
 }

@@ -71,21 +71,32 @@ const PATIENCE_S: i64 = 2;
 /// The errors of the pool.
 #[derive(Debug, thiserror::Error)]
 pub enum PoolError {
+    /// An operation on a file of the pool failed.
     #[error(transparent)]
     File(#[from] FileError),
+    /// The member's process cannot be started.
     #[error("cannot start a member of the warm pool")]
     Start(#[source] ProcessError),
+    /// The request for a member cannot be passed on.
     #[error("cannot pass a request to a member of the warm pool")]
     Request(#[source] io::Error),
+    /// The lock of a member's slot cannot be waited for.
     #[error("cannot wait for the end of a member of the warm pool")]
     Wait(#[source] io::Error),
+    /// The member has not ended in time.
     #[error("the member of the warm pool with the pid {pid} has not ended within {seconds} s")]
-    Stays { pid: u32, seconds: u64 },
+    Stays {
+        /// The member's pid.
+        pid: u32,
+        /// The time limit, seconds.
+        seconds: u64,
+    },
 }
 
 /// What VM a member is to make, and for which containerd.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MemberRequest {
+    /// Describes the VM.
     pub spec: VmSpec,
     /// The socket of that containerd, if known. The member ends when containerd has been absent for long.
     pub containerd: Option<PathBuf>,

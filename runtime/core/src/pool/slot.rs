@@ -35,9 +35,13 @@ use super::PoolError;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MemberStage {
+    /// The process starts.
     Starting,
+    /// The clone is being made.
     Cloning,
+    /// The clone creates a container once.
     WarmingUp,
+    /// The member waits for a start.
     Ready,
     /// The member serves a container as its shim.
     Taken,
@@ -63,8 +67,11 @@ pub struct MemberRecord {
     pub pid: u32,
     /// Seconds since 1970.
     pub created: u64,
+    /// Ceiling of the VM's memory, MiB.
     pub memory_mib: u32,
+    /// Number of the VM's virtual CPUs.
     pub vcpus: u32,
+    /// The member's progress.
     pub stage: MemberStage,
 }
 

@@ -17,20 +17,33 @@ use crate::{config::Config, reservations_dir};
 /// Why no clone could be made and warmed up.
 #[derive(Debug, thiserror::Error)]
 pub enum CloneError {
+    /// The template cannot be used.
     #[error(transparent)]
     Template(#[from] TemplateError),
+    /// The host has too little memory for one more VM.
     #[error(transparent)]
     Admission(#[from] AdmissionError),
+    /// The VM cannot be cloned.
     #[error("cannot clone a VM")]
     Clone(#[source] VmSnapshotError),
+    /// The clone's agent does not answer.
     #[error("the guest agent of the clone cannot be reached")]
     Agent(#[source] VmError),
+    /// The disks for the trial container cannot be made.
     #[error("cannot make the disks of the first container")]
     Disks(#[from] RootdiskError),
+    /// A disk cannot be attached.
     #[error("cannot attach a disk of the first container")]
     Attach(#[source] VmError),
+    /// The agent refused a request about the trial container.
     #[error("cannot {verb} the first container")]
-    Container { verb: &'static str, source: AgentError },
+    Container {
+        /// What was requested, as a verb.
+        verb: &'static str,
+        /// The cause.
+        source: AgentError,
+    },
+    /// A thread ended without a result.
     #[error("a worker thread ended early")]
     Worker(#[source] tokio::task::JoinError),
 }

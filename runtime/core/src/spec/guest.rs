@@ -29,7 +29,9 @@ const INJECTED: &[&str] = &["/etc/hosts", "/etc/resolv.conf"];
 /// A container's configuration for the guest.
 #[derive(Debug, Clone)]
 pub struct GuestSpec {
+    /// The configuration that the agent receives.
     pub spec: Spec,
+    /// Files of the host whose content the container receives.
     pub injected: Vec<Injected>,
     /// Path of the container's network namespace on the host, if the configuration names one.
     pub netns: Option<PathBuf>,
@@ -38,31 +40,75 @@ pub struct GuestSpec {
 /// A host file that is copied to `destination` in the container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Injected {
+    /// The file on the host.
     pub source: PathBuf,
+    /// The path in the container.
     pub destination: String,
 }
 
 /// Why a configuration is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ReduceError {
+    /// The mount is of a path on the host.
     #[error("mount {} of the host path {} is not supported yet (bind mounts come with volumes)", destination.display(), source_path.display())]
-    Bind { destination: PathBuf, source_path: PathBuf },
+    Bind {
+        /// The path in the container.
+        destination: PathBuf,
+        /// The path on the host.
+        source_path: PathBuf,
+    },
+    /// The type of the mount is not supported.
     #[error("mount {} has the type {kind:?}, which is not supported; supported are {}", destination.display(), GUEST_KINDS.join(", "))]
-    MountKind { destination: PathBuf, kind: String },
+    MountKind {
+        /// The path in the container.
+        destination: PathBuf,
+        /// The type of the mount.
+        kind: String,
+    },
+    /// A mount has no destination.
     #[error("a mount has no destination")]
     NoDestination,
+    /// The hook is not supported.
     #[error("OCI {hook} hooks are not supported yet")]
-    Hook { hook: &'static str },
+    Hook {
+        /// The name of the hooks.
+        hook: &'static str,
+    },
+    /// There are two namespaces of one kind.
     #[error("linux.namespaces has two {kind} namespaces")]
-    TwoNamespaces { kind: LinuxNamespaceType },
+    TwoNamespaces {
+        /// The kind of the namespaces.
+        kind: LinuxNamespaceType,
+    },
+    /// The namespace belongs to another container.
     #[error("joining the {kind} namespace {} of another container is not supported yet", path.display())]
-    SharedNamespace { kind: LinuxNamespaceType, path: PathBuf },
+    SharedNamespace {
+        /// The kind of the namespace.
+        kind: LinuxNamespaceType,
+        /// The path of the namespace.
+        path: PathBuf,
+    },
+    /// The field is not supported.
     #[error("{field} is not supported: {reason}")]
-    Field { field: &'static str, reason: &'static str },
+    Field {
+        /// The field.
+        field: &'static str,
+        /// Why the field is not supported.
+        reason: &'static str,
+    },
+    /// The host's block device cannot be used in the guest.
     #[error(
         "linux.devices has {}, block device {major}:{minor} of the host, which the VM does not have", path.display()
     )]
-    BlockDevice { path: PathBuf, major: i64, minor: i64 },
+    BlockDevice {
+        /// The device.
+        path: PathBuf,
+        /// The major number.
+        major: i64,
+        /// The minor number.
+        minor: i64,
+    },
+    /// A limit is refused.
     #[error(transparent)]
     Resources(#[from] ResourcesError),
 }

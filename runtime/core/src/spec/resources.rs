@@ -18,20 +18,46 @@ const PERIOD: u64 = 100_000;
 /// Why limits are refused before the guest receives them.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ResourcesError {
+    /// The limit is not supported.
     #[error("linux.resources.{field} is not supported: {reason}")]
-    Unsupported { field: &'static str, reason: &'static str },
+    Unsupported {
+        /// The field.
+        field: &'static str,
+        /// Why the limit is not supported.
+        reason: &'static str,
+    },
+    /// The limit's value is not valid.
     #[error("linux.resources.{field} has the value {value}; it takes {expected}")]
-    Invalid { field: &'static str, value: String, expected: &'static str },
+    Invalid {
+        /// The field.
+        field: &'static str,
+        /// The value.
+        value: String,
+        /// What values are valid.
+        expected: &'static str,
+    },
+    /// The limit is larger than the VM's memory.
     #[error(
         "linux.resources.memory.limit is {mib} MiB, but the VM has {vm_mib} MiB and cannot grow: \
          create the container with that limit, or with the annotation io.machinen.memory-ceiling"
     )]
-    BeyondVm { mib: u64, vm_mib: u32 },
+    BeyondVm {
+        /// The limit, MiB.
+        mib: u64,
+        /// The VM's memory, MiB.
+        vm_mib: u32,
+    },
+    /// The container uses more memory than the new limit.
     #[error(
         "linux.resources.memory.limit is {limit} bytes, but the container uses {used}, and checkBeforeUpdate \
          refuses a lower limit"
     )]
-    InUse { limit: u64, used: u64 },
+    InUse {
+        /// The new limit, bytes.
+        limit: u64,
+        /// Memory that the container uses, bytes.
+        used: u64,
+    },
 }
 
 impl HasKind for ResourcesError {
@@ -66,6 +92,7 @@ pub struct CurrentLimits<'a> {
     pub memory_current: &'a str,
     /// Zero if there is no VM yet.
     pub vm_memory_mib: u32,
+    /// Number of the VM's virtual CPUs.
     pub vcpus: u32,
 }
 

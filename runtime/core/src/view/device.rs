@@ -26,7 +26,9 @@ const HARMLESS: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID
 /// A step on the way to a file system that can be mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceStep {
+    /// Open a device or a file system.
     Open,
+    /// Make a file system or a mount.
     Make,
 }
 
