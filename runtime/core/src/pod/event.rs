@@ -56,7 +56,7 @@ pub enum PodEvent {
         id: String,
         /// The process's id.
         exec_id: String,
-        /// The process's pid on the host.
+        /// The pid of the container's anchor on the host.
         pid: u32,
     },
     /// A process of a container has ended.
@@ -65,7 +65,7 @@ pub enum PodEvent {
         id: String,
         /// The process's id; empty for the container's init.
         exec_id: String,
-        /// The process's pid on the host.
+        /// The pid of the container's anchor on the host.
         pid: u32,
         /// How the process ended.
         exit: ProcessExit,
