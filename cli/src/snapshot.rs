@@ -9,6 +9,7 @@ use clap::{Args, Subcommand};
 use machinen::{
     checkpoint::{self, CheckpointError, CheckpointManifest},
     error::chain,
+    fs::FileError,
 };
 use serde_json::{Value, json};
 
@@ -90,14 +91,13 @@ fn verify(dirs: &[PathBuf]) -> VerbOutput {
 
 /// Entries that are not checkpoints are skipped. A checkpoint of another version is an error.
 fn list(dir: &Path) -> Result<Vec<(PathBuf, CheckpointManifest)>, CheckpointError> {
-    let failed = |source| CheckpointError::File { action: "read", path: dir.to_owned(), source };
     let mut found = Vec::new();
-    for entry in fs::read_dir(dir).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
+    for entry in fs::read_dir(dir).map_err(FileError::at("read", dir))? {
+        let path = entry.map_err(FileError::at("read", dir))?.path();
         match CheckpointManifest::read(&path) {
             Ok(manifest) => found.push((path, manifest)),
             Err(CheckpointError::NoManifest { .. }) => {}
-            Err(CheckpointError::File { .. }) if !path.is_dir() => {}
+            Err(CheckpointError::File(_)) if !path.is_dir() => {}
             Err(error) => return Err(error),
         }
     }

@@ -10,7 +10,11 @@ use std::{
 };
 
 use containerd_shim_protos::api::DeleteResponse;
-use machinen::process::kill_foreign;
+use machinen::{
+    fs::{FileError, remove_dir_if_exists, remove_if_exists},
+    pod::state::KILLED,
+    process::kill_foreign,
+};
 use machinen_task::events::timestamp;
 use protobuf::{Message, MessageField};
 
@@ -21,9 +25,6 @@ use crate::{
     start::{ADDRESS_FILE, PID_FILE},
 };
 
-/// The status that containerd's own runtimes answer: that of SIGKILL.
-const KILLED: u32 = 137;
-
 /// containerd gives `delete` five seconds in total.
 const KILL_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -31,22 +32,24 @@ const KILL_DEADLINE: Duration = Duration::from_secs(2);
 /// The server cannot be ended, or files cannot be removed.
 pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
     let bundle = match args.bundle.as_os_str().is_empty() {
-        true => env::current_dir().map_err(ShimError::io("find the bundle, the directory", "."))?,
+        true => env::current_dir().map_err(FileError::at("find the bundle, the directory", "."))?,
         false => args.bundle.clone(),
     };
     let pid = end_server(&bundle)?;
     if let Some(socket) =
-        read(&bundle, ADDRESS_FILE).and_then(|text| Some(text.strip_prefix("unix://")?.into()))
+        read(&bundle, ADDRESS_FILE).and_then(|text| Some(PathBuf::from(text.strip_prefix("unix://")?)))
     {
-        removed(fs::remove_file(&socket), socket)?;
+        remove_if_exists(&socket).map_err(FileError::at("remove", socket))?;
     }
     let pod = bundle.join(POD_DIR);
-    removed(fs::remove_dir_all(&pod), pod)?;
+    remove_dir_if_exists(&pod).map_err(FileError::at("remove", pod))?;
     for file in [ADDRESS_FILE, PID_FILE] {
-        removed(fs::remove_file(bundle.join(file)), bundle.join(file))?;
+        let path = bundle.join(file);
+        remove_if_exists(&path).map_err(FileError::at("remove", path))?;
     }
     let response = DeleteResponse {
         pid,
+        // The status that containerd's own runtimes answer.
         exit_status: KILLED,
         exited_at: MessageField::some(timestamp(SystemTime::now())),
         ..Default::default()
@@ -64,17 +67,10 @@ fn end_server(bundle: &Path) -> Result<u32, ShimError> {
         let exe = fs::read_link(format!("/proc/{pid}/exe"));
         cwd.is_ok_and(|cwd| Some(cwd) == fs::canonicalize(bundle).ok()) && exe.is_ok()
     };
-    kill_foreign(pid, ours, KILL_DEADLINE).map_err(ShimError::io("end the server of the bundle", bundle))?;
+    kill_foreign(pid, ours, KILL_DEADLINE).map_err(FileError::at("end the server of the bundle", bundle))?;
     Ok(pid)
 }
 
 fn read(bundle: &Path, name: &str) -> Option<String> {
     fs::read_to_string(bundle.join(name)).ok()
-}
-
-fn removed(result: io::Result<()>, path: PathBuf) -> Result<(), ShimError> {
-    match result {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(ShimError::io("remove", path)(error)),
-        _ => Ok(()),
-    }
 }

@@ -1,16 +1,14 @@
 //! The shim's own errors.
 
-use std::{io, path::PathBuf};
-
 use containerd_shim_protos::ttrpc;
-use machinen::{config::ConfigError, pool::MemberError, process::ProcessError};
+use machinen::{config::ConfigError, fs::FileError, pool::MemberError, process::ProcessError};
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ShimError {
     #[error("wrong command line: {problem}")]
     Usage { problem: String },
-    #[error("cannot {what} {}", path.display())]
-    Io { what: &'static str, path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    File(#[from] FileError),
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(
@@ -33,11 +31,4 @@ pub(crate) enum ShimError {
     Encode(#[source] protobuf::Error),
     #[error("cannot encode the answer")]
     Json(#[source] serde_json::Error),
-}
-
-impl ShimError {
-    pub(crate) fn io(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Io { what, path, source }
-    }
 }

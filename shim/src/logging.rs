@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use machinen::config::Config;
+use machinen::{config::Config, fs::FileError};
 use nix::fcntl::OFlag;
 use tracing_subscriber::{filter::LevelFilter, layer::SubscriberExt, util::SubscriberInitExt};
 
@@ -25,7 +25,7 @@ pub(crate) fn init(bundle: &Path, config: &Config, debug: bool) -> Result<(), Sh
     if !path.exists() {
         return Ok(());
     }
-    let file = open(&path).map_err(ShimError::io("open the log", path))?;
+    let file = open(&path).map_err(FileError::at("open the log", path))?;
     let lines = tracing_logfmt::builder().with_target(false).layer().with_writer(Arc::new(file));
     tracing_subscriber::registry().with(level).with(lines).init();
     Ok(())

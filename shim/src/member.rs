@@ -4,6 +4,7 @@ use std::{env, fs, io};
 
 use machinen::{
     config::Config,
+    fs::FileError,
     pool::{Member, SLOT_FD},
     sys,
 };
@@ -31,10 +32,10 @@ pub(crate) fn run(args: &[String]) -> Result<(), ShimError> {
         let Some(taken) = member.taken().await? else { return Ok(()) };
         let work: ServerParams = serde_json::from_slice(&taken.message).map_err(ShimError::Json)?;
         // `delete` expects the server in this directory, and the answer to the start follows below.
-        env::set_current_dir(&work.bundle).map_err(ShimError::io("enter the bundle", &work.bundle))?;
+        env::set_current_dir(&work.bundle).map_err(FileError::at("enter the bundle", &work.bundle))?;
         logging::init(&work.bundle, &config, work.debug)?;
         let pid_file = work.bundle.join(PID_FILE);
-        fs::write(&pid_file, std::process::id().to_string()).map_err(ShimError::io("write", pid_file))?;
+        fs::write(&pid_file, std::process::id().to_string()).map_err(FileError::at("write", pid_file))?;
         let (listener, warm_vm) = taken.accept().await?;
         tracing::debug!(id = work.id, "taken from the warm pool");
         server::serve(work, config, listener, Some(warm_vm)).await

@@ -9,7 +9,7 @@ use std::{
 };
 
 use containerd_shim_protos::ttrpc::asynchronous::{Server, transport::Listener};
-use machinen::{config::Config, pod::Pod, pool::WarmVm, sys};
+use machinen::{config::Config, fs::FileError, pod::Pod, pool::WarmVm, sys};
 use serde::{Deserialize, Serialize};
 use tokio::{
     runtime::Runtime,
@@ -39,7 +39,7 @@ const EVENTS_GRACE: Duration = Duration::from_secs(2);
 pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
     // This comes before other descriptors are opened.
     let listener = sys::inherit::take(LISTENER_FD).map_err(|_| ShimError::NoListener)?;
-    let bundle = env::current_dir().map_err(ShimError::io("find the bundle, the directory", "."))?;
+    let bundle = env::current_dir().map_err(FileError::at("find the bundle, the directory", "."))?;
     let config = Config::load()?;
     logging::init(&bundle, &config, args.debug)?;
     let runtime = event_loop(&bundle)?;
@@ -63,7 +63,7 @@ pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
 /// The event loop cannot be created.
 pub(crate) fn event_loop(bundle: &Path) -> Result<Runtime, ShimError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    runtime.map_err(ShimError::io("start the event loop in", bundle))
+    Ok(runtime.map_err(FileError::at("start the event loop in", bundle))?)
 }
 
 /// What a server has to serve.
@@ -116,13 +116,13 @@ async fn serve_pod(
     let published = tokio::spawn(publisher.run(receiver, last_sent));
 
     let services = machinen_task::services(pod.clone(), Arc::clone(&ended));
-    let listener = Listener::try_from(listener).map_err(ShimError::io("listen on", &bundle))?;
+    let listener = Listener::try_from(listener).map_err(FileError::at("listen on", &bundle))?;
     let mut server = Server::new().add_listener(listener).register_service(services);
     server.start().await.map_err(ShimError::Serve)?;
     tracing::debug!(id, "serving");
 
     let mut terminate =
-        signal(SignalKind::terminate()).map_err(ShimError::io("watch signals of", &bundle))?;
+        signal(SignalKind::terminate()).map_err(FileError::at("watch signals of", &bundle))?;
     tokio::select! {
         () = ended.notified() => {}
         _ = terminate.recv() => tracing::info!(id, "ending on SIGTERM"),

@@ -3,7 +3,7 @@
 //! containerd reads stdout and stderr together, so only the answer is printed.
 
 use std::{
-    env, fs, io,
+    env, fs,
     os::{
         fd::OwnedFd,
         unix::{
@@ -14,7 +14,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machinen::{config::Config, pool::Pool, process::Spawn};
+use machinen::{
+    config::Config,
+    fs::{FileError, hex, remove_if_exists},
+    pool::Pool,
+    process::Spawn,
+};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
@@ -45,7 +50,7 @@ struct Bootstrap<'a> {
 /// # Errors
 /// The socket cannot be created or the server cannot be started. Nothing is left then.
 pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
-    let bundle = env::current_dir().map_err(ShimError::io("find the bundle, the directory", "."))?;
+    let bundle = env::current_dir().map_err(FileError::at("find the bundle, the directory", "."))?;
     let socket = socket_path(args);
     let address = format!("unix://{}", socket.display());
     if UnixStream::connect(&socket).is_err() {
@@ -74,24 +79,18 @@ fn answer(address: &str, max_version: Option<&str>) -> Result<String, ShimError>
 fn socket_path(args: &ShimArgs) -> PathBuf {
     let name = format!("{}/{}/{}", args.address, args.namespace, args.id);
     let hash = Sha256::digest(name);
-    let hex: String = hash[..16].iter().map(|byte| format!("{byte:02x}")).collect();
-    Path::new(SOCKET_DIR).join(hex)
+    Path::new(SOCKET_DIR).join(hex(&hash[..16]))
 }
 
 fn spawn_server(args: &ShimArgs, bundle: &Path, socket: &Path, address: &str) -> Result<(), ShimError> {
-    fs::create_dir_all(SOCKET_DIR).map_err(ShimError::io("create the directory", SOCKET_DIR))?;
-    match fs::remove_file(socket) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(ShimError::io("remove the stale socket", socket)(error));
-        }
-        _ => {}
-    }
-    let listener = UnixListener::bind(socket).map_err(ShimError::io("listen on", socket))?;
+    fs::create_dir_all(SOCKET_DIR).map_err(FileError::at("create the directory", SOCKET_DIR))?;
+    remove_if_exists(socket).map_err(FileError::at("remove the stale socket", socket))?;
+    let listener = UnixListener::bind(socket).map_err(FileError::at("listen on", socket))?;
     fs::set_permissions(socket, fs::Permissions::from_mode(0o600))
-        .map_err(ShimError::io("set the mode of", socket))?;
+        .map_err(FileError::at("set the mode of", socket))?;
     let write = |name: &str, text: &str| {
         let path = bundle.join(name);
-        fs::write(&path, text).map_err(ShimError::io("write", path))
+        fs::write(&path, text).map_err(FileError::at("write", path))
     };
     write(ADDRESS_FILE, address)?;
     let listener = OwnedFd::from(listener);
@@ -99,14 +98,15 @@ fn spawn_server(args: &ShimArgs, bundle: &Path, socket: &Path, address: &str) ->
         return Ok(());
     }
 
-    let binary = env::current_exe().map_err(ShimError::io("find the binary", "/proc/self/exe"))?;
+    let binary = env::current_exe().map_err(FileError::at("find the binary", "/proc/self/exe"))?;
     let mut server =
         Spawn::new(binary).args(["-namespace", &args.namespace, "-id", &args.id, "-address", &args.address]);
     if args.debug {
         server = server.args(["-debug"]);
     }
     let pid = server.fd(listener, LISTENER_FD).detach().map_err(ShimError::Server)?;
-    write(PID_FILE, &pid.to_string())
+    write(PID_FILE, &pid.to_string())?;
+    Ok(())
 }
 
 /// Whether a member of the warm pool has accepted the work.

@@ -6,19 +6,17 @@
 //! ```
 
 use std::{
-    fs::{self, DirBuilder, File},
+    fs::{self, File},
     io,
-    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
 };
 
 use machinen::{
     checkpoint::{self, CheckpointError, CheckpointManifest},
     error::chain,
-};
-use rustix::{
-    fs::{FlockOperation, flock},
-    io::Errno,
+    fs::{
+        FileError, create_private_dir, create_private_dirs, if_exists, lock, remove_dir_if_exists, try_lock,
+    },
 };
 
 use super::error::ForkError;
@@ -67,13 +65,14 @@ impl CheckpointDir {
     /// A file of the checkpoint cannot be removed.
     pub(super) fn remove(&self) -> Result<(), ForkError> {
         if !self.kept {
-            return ignore_not_found(fs::remove_dir_all(&self.path), &self.path);
+            remove_dir_if_exists(&self.path).map_err(FileError::at("remove", &self.path))?;
+            return Ok(());
         }
         // Removes only what the checkpoint has made there.
         self.clear()?;
-        match fs::remove_dir(&self.path) {
+        match if_exists(fs::remove_dir(&self.path)) {
             Err(error) if self.created && error.kind() != io::ErrorKind::DirectoryNotEmpty => {
-                ignore_not_found(Err(error), &self.path)
+                Err(FileError::at("remove", &self.path)(error).into())
             }
             _ => Ok(()),
         }
@@ -93,57 +92,45 @@ pub(super) fn verified(path: &Path, source: &str) -> Result<Option<CheckpointMan
 }
 
 fn kept(path: &Path) -> Result<CheckpointDir, ForkError> {
-    let path = std::path::absolute(path).map_err(ForkError::file("find", path))?;
-    let created = match DirBuilder::new().mode(0o700).create(&path) {
-        Ok(()) => true,
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
-        Err(error) => return Err(ForkError::file("make the directory", path)(error)),
-    };
-    let lock = File::open(&path).map_err(ForkError::file("open", &path))?;
-    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-        Err(Errno::WOULDBLOCK) => return Err(ForkError::CheckpointDirInUse { path }),
-        locked => locked.map_err(|errno| ForkError::file("lock", &path)(errno.into()))?,
+    let path = std::path::absolute(path).map_err(FileError::at("find", path))?;
+    let created = create_private_dir(&path).map_err(FileError::at("make the directory", &path))?;
+    let lock = File::open(&path).map_err(FileError::at("open", &path))?;
+    if !try_lock(&lock).map_err(FileError::at("lock", &path))? {
+        return Err(ForkError::CheckpointDirInUse { path });
     }
-    match fs::read_dir(&path).map_err(ForkError::file("read", &path))?.next() {
+    match fs::read_dir(&path).map_err(FileError::at("read", &path))?.next() {
         Some(_) => Err(ForkError::CheckpointDirNotEmpty { path }),
         None => Ok(CheckpointDir { path, kept: true, created, _lock: lock }),
     }
 }
 
 fn temporary(dir: &Path) -> Result<CheckpointDir, ForkError> {
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(ForkError::file("make", dir))?;
-    let guard = File::open(dir).map_err(ForkError::file("open", dir))?;
+    create_private_dirs(dir).map_err(FileError::at("make", dir))?;
+    let guard = File::open(dir).map_err(FileError::at("open", dir))?;
     // A fork holds this lock while it makes its directory and removes those of killed forks.
-    let locked = flock(&guard, FlockOperation::LockExclusive);
-    locked.map_err(|errno| ForkError::file("lock", dir)(errno.into()))?;
+    lock(&guard).map_err(FileError::at("lock", dir))?;
     sweep(dir)?;
-    let path = tempfile::tempdir_in(dir).map_err(ForkError::file("make a directory in", dir))?.keep();
-    let lock = File::open(&path).map_err(ForkError::file("open", &path))?;
-    let locked = flock(&lock, FlockOperation::NonBlockingLockExclusive);
-    locked.map_err(|errno| ForkError::file("lock", &path)(errno.into()))?;
-    Ok(CheckpointDir { path, kept: false, created: true, _lock: lock })
+    let path = tempfile::tempdir_in(dir).map_err(FileError::at("make a directory in", dir))?.keep();
+    let own = File::open(&path).map_err(FileError::at("open", &path))?;
+    if !try_lock(&own).map_err(FileError::at("lock", &path))? {
+        return Err(ForkError::CheckpointDirInUse { path });
+    }
+    Ok(CheckpointDir { path, kept: false, created: true, _lock: own })
 }
 
 fn sweep(dir: &Path) -> Result<(), ForkError> {
-    for entry in fs::read_dir(dir).map_err(ForkError::file("read", dir))? {
-        let path = entry.map_err(ForkError::file("read", dir))?.path();
+    for entry in fs::read_dir(dir).map_err(FileError::at("read", dir))? {
+        let path = entry.map_err(FileError::at("read", dir))?.path();
         // The fork of this directory may have removed it meanwhile.
         let Ok(left) = File::open(&path) else { continue };
-        if flock(&left, FlockOperation::NonBlockingLockExclusive).is_ok()
-            && let Err(error) = ignore_not_found(fs::remove_dir_all(&path), &path)
+        if try_lock(&left).map_err(FileError::at("lock", &path))?
+            && let Err(error) = remove_dir_if_exists(&path).map_err(FileError::at("remove", &path))
         {
             // A shim may still write there. The next fork tries again.
             eprintln!("machinen: images of an earlier fork: {}", chain(&error));
         }
     }
     Ok(())
-}
-
-fn ignore_not_found(removed: io::Result<()>, path: &Path) -> Result<(), ForkError> {
-    match removed {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(ForkError::file("remove", path)(error)),
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]

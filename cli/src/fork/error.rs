@@ -4,7 +4,8 @@ use std::{io, path::PathBuf};
 
 use containerd_client::tonic::{self, Code, transport};
 use machinen::{
-    admission::AdmissionError, checkpoint::CheckpointError, layer::LayerError, pod::rootfs::RootfsPlanError,
+    admission::AdmissionError, checkpoint::CheckpointError, fs::FileError, layer::LayerError,
+    pod::rootfs::RootfsPlanError,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -53,8 +54,8 @@ pub(crate) enum ForkError {
     CheckpointDirNotEmpty { path: PathBuf },
     #[error("another fork keeps its checkpoint in {}: --checkpoint-dir needs a directory of its own", path.display())]
     CheckpointDirInUse { path: PathBuf },
-    #[error("cannot {action} {}", path.display())]
-    File { action: &'static str, path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    File(#[from] FileError),
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     #[error("cannot copy what {id} has written")]
@@ -66,11 +67,6 @@ pub(crate) enum ForkError {
 }
 
 impl ForkError {
-    pub(super) fn file(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::File { action, path, source }
-    }
-
     /// containerd does not have what the request names.
     pub(super) fn is_not_found(&self) -> bool {
         self.has_code(Code::NotFound)

@@ -2,7 +2,7 @@
 
 use std::{io, time::Duration};
 
-use machinen::watch::FileWatch;
+use machinen::{fs::FileError, watch::FileWatch};
 use tokio::time::timeout;
 
 use super::{containerd::ContainerdClient, error::ForkError};
@@ -26,7 +26,7 @@ pub(super) async fn serving(containerd: &ContainerdClient) -> Result<(), ForkErr
         Ok::<_, io::Error>(())
     };
     match timeout(DEADLINE, served).await {
-        Ok(served) => served.map_err(ForkError::file("watch", address)),
+        Ok(served) => Ok(served.map_err(FileError::at("watch", address))?),
         Err(_) => Err(ForkError::NotServing { address: address.to_owned() }),
     }
 }

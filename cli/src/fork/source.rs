@@ -12,9 +12,11 @@ use containerd_client::{
         v1::{Process, Status},
     },
 };
-use machinen::pod::rootfs::{self, RootfsMount, RootfsPlan};
+use machinen::{
+    fs::{FileError, lock, try_lock},
+    pod::rootfs::{self, RootfsMount, RootfsPlan},
+};
 use oci_spec::runtime::Spec;
-use rustix::fs::{FlockOperation, flock};
 
 use super::{containerd::ContainerdClient, error::ForkError};
 
@@ -79,16 +81,12 @@ impl ForkSource {
         let path = self.rootfs.target.as_ref().map_or(self.rootfs.writable.as_path(), |target| target.path());
         // This directory stays in place while its content is exchanged.
         let home = path.parent().unwrap_or(path);
-        let failed = |errno: rustix::io::Errno| ForkError::file("lock", home)(errno.into());
-        let lock = File::open(home).map_err(ForkError::file("open", home))?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                eprintln!("waiting for another fork of {}", self.container.id);
-                flock(&lock, FlockOperation::LockExclusive).map_err(failed)?;
-            }
-            locked => locked.map_err(failed)?,
+        let file = File::open(home).map_err(FileError::at("open", home))?;
+        if !try_lock(&file).map_err(FileError::at("lock", home))? {
+            eprintln!("waiting for another fork of {}", self.container.id);
+            lock(&file).map_err(FileError::at("lock", home))?;
         }
-        Ok(lock)
+        Ok(file)
     }
 }
 

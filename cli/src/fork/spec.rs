@@ -1,14 +1,14 @@
 //! The configuration of a fork: that of its source, with the fork's own identity.
 
 use clap::ValueEnum;
-use machinen::{annotations::PREFIX, spec::has_own};
+use machinen::{
+    annotations::PREFIX,
+    spec::{MAX_HOSTNAME, has_own},
+};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde_json::{Map, Value};
 
 use super::error::ForkError;
-
-/// Longest hostname that Linux takes (gethostname(2)).
-const MAX_HOSTNAME: usize = 64;
 
 /// What happens to established TCP connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -9,6 +9,7 @@ use machinen_integration::{
     containerd::Containerd,
     ctr::Run,
     fake::{Conduct, FakeVmm},
+    served::Served,
     setup::Value,
     shim::{Client, Shim},
 };
@@ -16,6 +17,8 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use serde_json::json;
+use ttrpc::Code;
 
 use crate::harness::{fails_saying, on_every_containerd, on_newest_containerd};
 
@@ -26,6 +29,7 @@ on_newest_containerd!(
     killed_while_running,
     failures_leave_no_descriptors,
     many_lives,
+    annotations_of_later_containers,
 );
 
 /// Makes shims use a fake VMM, and gives a rootfs for specifications of our own: `ctr` asks for a CPU weight, which a
@@ -162,5 +166,37 @@ fn many_lives(containerd: &mut Containerd) -> Result<()> {
         let output = run(containerd, &rootfs, &["sh", "-c", &format!("exit {code}")])?.output()?;
         ensure!(output.status == code, "should be {code}: {output}");
     }
+    fake.settle()
+}
+
+/// The VM is made for the first container; a later one that asks for another VM is refused, and the pod is as before.
+fn annotations_of_later_containers(containerd: &mut Containerd) -> Result<()> {
+    let (fake, rootfs) = fake(containerd)?;
+    let config = |annotations: serde_json::Value| {
+        rootfs.config(&["sleep", "1000"], |spec| spec["annotations"] = annotations)
+    };
+    let size = |vcpus: &str| json!({ "io.machinen.vcpus": vcpus, "io.machinen.memory-ceiling": "300" });
+    let first = Served::run(containerd, &config(size("2"))?)?;
+    for (annotations, words) in [
+        (json!({ "io.machinen.memory-ceiling": "400" }), ["memory-ceiling", "400", "300 MiB"]),
+        (size("3"), ["io.machinen.vcpus", "3", "runs with 2"]),
+        (json!({ "io.machinen.kernel-args": "quiet" }), ["kernel-args", "quiet", "first container"]),
+    ] {
+        let later = first.beside(containerd, &config(annotations)?)?;
+        let (code, message) = later.client.refused("Create", &later.shim.create_request())?;
+        ensure!(code == Code::FAILED_PRECONDITION, "{code:?}: {message}");
+        ensure!(words.iter().all(|word| message.contains(word)), "{message}");
+        fs::remove_dir_all(&later.shim.bundle)?;
+    }
+    for annotations in [json!({}), size("2"), json!({ "io.machinen.rootdisk-size": "128" })] {
+        let mut later = first.beside(containerd, &config(annotations)?)?;
+        later.create(|_| ())?;
+        later.begin()?;
+        later.client.ok::<api::Empty>("Kill", &later.kill("", 9))?;
+        later.wait("")?;
+        later.client.ok::<api::DeleteResponse>("Delete", &later.delete(""))?;
+        fs::remove_dir_all(&later.shim.bundle)?;
+    }
+    first.end()?;
     fake.settle()
 }

@@ -2,7 +2,8 @@
 //!
 //! Arrows point downward only: `shim, cli -> core -> vm, storage -> base -> protocol`. ARCHITECTURE.md holds the map.
 
-pub mod annotations;
+#![warn(missing_docs)]
+
 pub mod checkpoint;
 pub mod config;
 pub mod pod;
@@ -10,7 +11,15 @@ pub mod pool;
 pub mod spec;
 pub mod view;
 
+use std::path::{Path, PathBuf};
+
+pub use config::annotations;
 pub use machinen_base::{RUN_DIR, error, fs, process, reexec, sys, watch};
 pub use machinen_storage::{layer, rootdisk};
 pub use machinen_vm as vm;
 pub use machinen_vm::{accel, admission, agent, assets, template};
+
+/// The directory in which all starting VMs of this host reserve their memory.
+pub(crate) fn reservations_dir() -> PathBuf {
+    Path::new(RUN_DIR).join("starting")
+}

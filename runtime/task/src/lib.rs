@@ -4,6 +4,8 @@
 //!
 //! [`Pod`]: machinen::pod::Pod
 
+#![warn(missing_docs)]
+
 mod checkpoint;
 mod error;
 pub mod events;

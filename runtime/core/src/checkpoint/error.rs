@@ -2,57 +2,131 @@
 
 use std::{io, path::PathBuf};
 
-use machinen_base::error::{ErrorKind, HasKind};
+use machinen_base::{
+    error::{ErrorKind, HasKind},
+    fs::FileError,
+};
 use machinen_storage::rootdisk::RootdiskKey;
 
 use super::manifest::{FORMAT, MANIFEST};
 
+/// Why a checkpoint cannot be written or used.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
-    #[error("cannot {action} {}", path.display())]
-    File { action: &'static str, path: PathBuf, source: io::Error },
+    /// An operation on a file failed.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The disk is full, or the quota is used up.
     #[error("not enough space for the checkpoint in {}", path.display())]
-    NoSpace { path: PathBuf, source: io::Error },
+    NoSpace {
+        /// The file or directory.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The directory for a new checkpoint has files in it.
     #[error("{} is not empty: a checkpoint needs a directory of its own", path.display())]
-    NotEmpty { path: PathBuf },
+    NotEmpty {
+        /// The file or directory.
+        path: PathBuf,
+    },
+    /// The guest's report does not describe images on the disk.
     #[error("the guest's report about its images is not valid: {what}")]
-    Guest { what: String },
+    Guest {
+        /// What is wrong with the report.
+        what: String,
+    },
+    /// The directory has no manifest.
     #[error("{} is not a checkpoint of machinen: it has no {MANIFEST}", dir.display())]
-    NoManifest { dir: PathBuf },
+    NoManifest {
+        /// The directory of the checkpoint.
+        dir: PathBuf,
+    },
+    /// The manifest is not the JSON that is expected.
     #[error("{} is not valid", path.display())]
-    Manifest { path: PathBuf, source: serde_json::Error },
+    Manifest {
+        /// The file or directory.
+        path: PathBuf,
+        /// The cause.
+        source: serde_json::Error,
+    },
+    /// The checkpoint has another format.
     #[error("{} has format {found}, this version of machinen reads format {FORMAT}", path.display())]
-    Format { path: PathBuf, found: u32 },
+    Format {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the checkpoint has.
+        found: u32,
+    },
+    /// The checkpoint was taken on another architecture.
     #[error("the checkpoint was taken on {found}, this host is {here}")]
-    Arch { found: String, here: &'static str },
+    Arch {
+        /// What the checkpoint has.
+        found: String,
+        /// What this host has.
+        here: &'static str,
+    },
+    /// The manifest names a file outside of its directory.
     #[error("{} is named {name:?}, which is not a plain file name", path.display())]
-    Name { path: PathBuf, name: String },
+    Name {
+        /// The file or directory.
+        path: PathBuf,
+        /// The name that is not a plain file name.
+        name: String,
+    },
+    /// The number of digests does not match the size of an image.
     #[error("{} does not have the digests of all parts of {name}, or has too many", path.display())]
-    Parts { path: PathBuf, name: String },
+    Parts {
+        /// The file or directory.
+        path: PathBuf,
+        /// The name of the image.
+        name: String,
+    },
+    /// The images do not fit on one disk.
     #[error("the files of the checkpoint {} are more than 16 TiB", dir.display())]
-    TooLarge { dir: PathBuf },
+    TooLarge {
+        /// The directory of the checkpoint.
+        dir: PathBuf,
+    },
+    /// An image is not what the manifest describes.
     #[error("{} of the checkpoint {what}: it was truncated or changed", path.display())]
-    Changed { path: PathBuf, what: String },
+    Changed {
+        /// The file or directory.
+        path: PathBuf,
+        /// What differs, as the end of a sentence.
+        what: String,
+    },
+    /// The checkpoint belongs to another root file system.
     #[error(
         "the checkpoint was taken on the root file system {theirs}, but the container has {ours}: restore it with the same image"
     )]
-    Rootfs { theirs: String, ours: RootdiskKey },
+    Rootfs {
+        /// The root file system of the checkpoint.
+        theirs: String,
+        /// The root file system of the container.
+        ours: RootdiskKey,
+    },
 }
 
 impl CheckpointError {
+    /// As [`FileError::at`], with an error of its own for a full disk.
     pub(super) fn file(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace { path, source },
-            _ => Self::File { action, path, source },
+        let failed = FileError::at(action, path);
+        move |source| match failed(source) {
+            FileError { path, source, .. } if is_full(&source) => Self::NoSpace { path, source },
+            failed => Self::File(failed),
         }
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 impl HasKind for CheckpointError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::File { .. } | Self::Guest { .. } => ErrorKind::Internal,
+            Self::File(_) | Self::Guest { .. } => ErrorKind::Internal,
             Self::NoSpace { .. } => ErrorKind::ResourceExhausted,
             Self::NotEmpty { .. } => ErrorKind::AlreadyExists,
             Self::NoManifest { .. } => ErrorKind::NotFound,

@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use machinen_base::fs::remove_if_exists;
 use rustix::fs::{Mode, OFlags};
 
 use super::{
@@ -35,12 +36,7 @@ pub fn clear(dir: &Path) -> Result<(), CheckpointError> {
     let manifest = CheckpointManifest::read(dir)?;
     for name in manifest.files.iter().map(|file| file.name.as_str()).chain([MANIFEST]) {
         let path = dir.join(name);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(CheckpointError::file("remove", path)(error));
-            }
-            _ => {}
-        }
+        remove_if_exists(&path).map_err(CheckpointError::file("remove", path))?;
     }
     Ok(())
 }

@@ -11,6 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use machinen_base::fs::{FileError, if_exists};
 use machinen_protocol::api::{
     CgroupFile, CgroupFileOwner, CheckpointFacts, CriuOptions, ExternalMount, NestedCgroup,
 };
@@ -29,6 +30,7 @@ const MAX_SIZE: u64 = 16 << 20;
 /// The description of a checkpoint.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointManifest {
+    /// Version of the format: [`FORMAT`].
     pub format: u32,
     /// Version of machinen that wrote the checkpoint.
     pub machinen: String,
@@ -40,6 +42,7 @@ pub struct CheckpointManifest {
     pub container: String,
     /// The guest kernel's release, as uname(2) reports it.
     pub kernel: String,
+    /// Version of the CRIU that took the checkpoint.
     pub criu: String,
     /// Features of the guest's CPU, named as in /proc/cpuinfo.
     pub cpu_flags: Vec<String>,
@@ -55,9 +58,11 @@ pub struct CheckpointManifest {
     /// [`machinen_storage::layer::identity`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layer: Option<String>,
+    /// Whether the container has a terminal.
     pub terminal: bool,
     /// CRIU's names for the standard streams of the first process; empty for a closed stream.
     pub descriptors: Vec<String>,
+    /// The mounts whose source is outside of the container.
     pub mounts: Vec<ManifestMount>,
     /// Files of the container's cgroup, with their content.
     pub limits: BTreeMap<String, String>,
@@ -65,13 +70,16 @@ pub struct CheckpointManifest {
     /// parents first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cgroups: Vec<ManifestCgroup>,
+    /// The options of the dump.
     pub options: DumpOptions,
+    /// The files with the images.
     pub files: Vec<ImageDigest>,
 }
 
 /// A mount in the container whose source is outside of the container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ManifestMount {
+    /// The path in the container.
     pub destination: PathBuf,
     /// Path in the guest; None for a file of the host that the configuration mounts there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -94,12 +102,16 @@ pub struct ManifestCgroup {
 /// The options of the request, each named as in CRIU.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DumpOptions {
+    /// Established TCP connections are part of the checkpoint.
     #[serde(default)]
     pub tcp_established: bool,
+    /// Unix sockets may be connected to sockets outside of the container.
     #[serde(default)]
     pub ext_unix_sk: bool,
+    /// The processes may belong to a session outside of the container.
     #[serde(default)]
     pub shell_job: bool,
+    /// File locks are part of the checkpoint.
     #[serde(default)]
     pub file_locks: bool,
 }
@@ -107,6 +119,7 @@ pub struct DumpOptions {
 /// One file of the checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageDigest {
+    /// The file's name in the directory of the checkpoint.
     pub name: String,
     /// Bytes.
     pub size: u64,
@@ -134,10 +147,8 @@ impl CheckpointManifest {
     /// The manifest is missing, not valid, or has another format or architecture.
     pub fn read(dir: &Path) -> Result<Self, CheckpointError> {
         let path = dir.join(MANIFEST);
-        let file = File::open(&path).map_err(|source| match source.kind() {
-            std::io::ErrorKind::NotFound => CheckpointError::NoManifest { dir: dir.to_owned() },
-            _ => CheckpointError::File { action: "open", path: path.clone(), source },
-        })?;
+        let opened = if_exists(File::open(&path)).map_err(FileError::at("open", &path))?;
+        let file = opened.ok_or_else(|| CheckpointError::NoManifest { dir: dir.to_owned() })?;
         let mut text = Vec::new();
         file.take(MAX_SIZE).read_to_end(&mut text).map_err(CheckpointError::file("read", &path))?;
         Self::parse(&text, &path)

@@ -1,13 +1,14 @@
 //! Copies CRIU's images from the disk that a guest has written to a directory of files.
 
 use std::{
-    fs::{self, DirBuilder, File},
+    fs::{self, File},
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use machinen_base::fs::{create_private_dir, if_exists};
 use machinen_protocol::api::{CheckpointImagesResponse, ImageFile};
 use tokio::sync::mpsc;
 
@@ -31,6 +32,7 @@ pub(crate) struct DumpImages {
 /// The size of a checkpoint that was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SavedCheckpoint {
+    /// Number of the files with images.
     pub files: usize,
     /// Bytes of the images, holes included.
     pub bytes: u64,
@@ -105,12 +107,7 @@ pub(crate) fn copy_reports(from: &Path, to: &Path) -> Result<(), CheckpointError
     fs::create_dir_all(to).map_err(CheckpointError::file("create", to))?;
     for name in ["dump.log", "stats-dump"] {
         let (from, to) = (from.join(name), to.join(name));
-        match fs::copy(&from, &to) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(CheckpointError::file("write", to)(error));
-            }
-            _ => {}
-        }
+        if_exists(fs::copy(&from, &to)).map_err(CheckpointError::file("write", to))?;
     }
     Ok(())
 }
@@ -126,11 +123,7 @@ struct Written {
 
 impl Written {
     fn begin(dir: &Path) -> Result<Self, CheckpointError> {
-        let made_dir = match DirBuilder::new().mode(0o700).create(dir) {
-            Ok(()) => true,
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
-            Err(error) => return Err(CheckpointError::file("create", dir)(error)),
-        };
+        let made_dir = create_private_dir(dir).map_err(CheckpointError::file("create", dir))?;
         let this = Self { dir: dir.to_owned(), made_dir, files: Vec::new(), kept: false };
         if fs::read_dir(dir).map_err(CheckpointError::file("read", dir))?.next().is_some() {
             return Err(CheckpointError::NotEmpty { path: dir.to_owned() });

@@ -47,16 +47,29 @@ const TEMPORARY_MOUNT: &str = "/proc";
 /// Why an anchor could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum AnchorError {
+    /// The container's network namespace cannot be opened.
     #[error("cannot open the network namespace {}", path.display())]
-    Netns { path: PathBuf, source: io::Error },
+    Netns {
+        /// The file or directory.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The device for the view of the container's files cannot be opened.
     #[error("cannot make a root for the container's anchor process")]
     Root(#[source] DeviceError),
+    /// The anchor's process cannot be started.
     #[error("cannot start the container's anchor process")]
     Spawn(#[source] ProcessError),
+    /// The anchor's report cannot be read.
     #[error("cannot read the report of the container's anchor process")]
     Report(#[source] io::Error),
+    /// The anchor could not enter its root.
     #[error("the container's anchor process cannot enter its root: {report}")]
-    NoRoot { report: String },
+    NoRoot {
+        /// The anchor's report.
+        report: String,
+    },
 }
 
 /// The anchor of a container that is being created or exists.
@@ -103,6 +116,7 @@ impl Anchor {
         Ok(Self { view, child, report })
     }
 
+    /// The anchor's pid on the host.
     pub fn pid(&self) -> u32 {
         self.child.pid()
     }

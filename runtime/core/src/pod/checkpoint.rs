@@ -15,7 +15,7 @@ use std::{
     time::SystemTime,
 };
 
-use machinen_base::error::chain;
+use machinen_base::{error::chain, fs::FileError};
 use machinen_protocol::api::{CriuOptions, Disk, RestoreFrom};
 use machinen_storage::rootdisk::RootdiskKey;
 use machinen_vm::{
@@ -56,6 +56,7 @@ pub struct CheckpointRequest {
     pub work: Option<PathBuf>,
     /// End the container when its checkpoint is complete.
     pub exit: bool,
+    /// The options of the dump.
     pub options: DumpOptions,
 }
 
@@ -180,11 +181,7 @@ struct ConfigHostname {
 
 fn manifest(container: &Container, options: DumpOptions) -> Result<CheckpointManifest, CheckpointError> {
     let path = container.bundle.join("config.json");
-    let config = fs::read(&path).map_err(|source| CheckpointError::File {
-        action: "read",
-        path: path.clone(),
-        source,
-    })?;
+    let config = fs::read(&path).map_err(FileError::at("read", &path))?;
     let ConfigHostname { hostname } = serde_json::from_slice(&config)
         .map_err(|source| CheckpointError::Manifest { path: path.clone(), source })?;
     Ok(CheckpointManifest {

@@ -25,7 +25,9 @@ use crate::config;
 /// A container that exists in the guest.
 #[derive(Debug)]
 pub struct Container {
+    /// The container's id, unique in its pod.
     pub id: String,
+    /// The directory with `config.json`.
     pub bundle: PathBuf,
     /// Pid of the anchor, the host process that stands for the container.
     pub pid: u32,

@@ -4,6 +4,7 @@
 //! the results of the earlier ones are removed. Only the base disk stays, since it is in a cache.
 
 use std::{
+    collections::HashMap,
     fs::File,
     io::{self, Read},
     os::unix::fs::MetadataExt,
@@ -31,9 +32,8 @@ use super::{
     streams::{self, Outputs, ProcessStreams},
 };
 use crate::{
-    annotations,
     checkpoint::ImageDisk,
-    config::{self, Config},
+    config::{self, Config, annotations},
     spec::{
         bundle,
         guest::{self, GuestSpec, Injected, MAX_INJECTED},
@@ -51,6 +51,7 @@ pub struct CreateRequest {
     /// The mounts of the root file system that the caller asks for; if empty, `root.path` of the
     /// configuration is used.
     pub rootfs: Vec<RootfsMount>,
+    /// Where the init's standard streams lead.
     pub stdio: StdioNames,
     /// Directory of the checkpoint to restore the container from, instead of executing its command. It may be
     /// removed once the container has been created.
@@ -60,7 +61,9 @@ pub struct CreateRequest {
 /// Everything that is decided about a container before anything is changed on the host.
 #[derive(Debug, Clone)]
 pub(super) struct CreatePlan {
+    /// With the annotations applied.
     pub(super) config: Config,
+    pub(super) annotations: HashMap<String, String>,
     pub(super) assets: Assets,
     pub(super) guest: GuestSpec,
     pub(super) rootfs: rootfs::RootfsPlan,
@@ -210,7 +213,7 @@ impl Pod {
         let guest = guest::reduce(spec, &create.id)?;
         let assets = Assets::find(&config.assets.dir)?;
         let restore = create.checkpoint.as_ref().map(|dir| RestorePlan::read(&create.id, dir)).transpose()?;
-        Ok(CreatePlan { config, assets, guest, rootfs, restore })
+        Ok(CreatePlan { config, annotations, assets, guest, rootfs, restore })
     }
 
     fn assemble(

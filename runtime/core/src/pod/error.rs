@@ -17,85 +17,199 @@ use super::{
     stdio::StdioError,
 };
 use crate::{
-    annotations::AnnotationError,
     checkpoint::CheckpointError,
+    config::annotations::AnnotationError,
     spec::{bundle::BundleError, exec::ProcessSpecError, guest::ReduceError, resources::ResourcesError},
 };
 
+/// Why a request to a pod failed.
 #[derive(Debug, thiserror::Error)]
 pub enum PodError {
+    /// No container has this id.
     #[error("container {id} does not exist")]
-    NoContainer { id: String },
+    NoContainer {
+        /// The container's id.
+        id: String,
+    },
+    /// A container has this id already.
     #[error("container {id} already exists")]
-    Exists { id: String },
+    Exists {
+        /// The container's id.
+        id: String,
+    },
+    /// The container has no process of this id.
     #[error("container {id} has no process {exec_id}")]
-    NoProcess { id: String, exec_id: String },
+    NoProcess {
+        /// The container's id.
+        id: String,
+        /// The process's id.
+        exec_id: String,
+    },
+    /// The container has a process of this id already.
     #[error("container {id} has a process {exec_id} already")]
-    ExecExists { id: String, exec_id: String },
+    ExecExists {
+        /// The container's id.
+        id: String,
+        /// The process's id.
+        exec_id: String,
+    },
+    /// A process was to be added without an id.
     #[error("a process that is added to container {id} needs an id")]
-    NoExecId { id: String },
+    NoExecId {
+        /// The container's id.
+        id: String,
+    },
+    /// The container cannot be used before its creation has ended.
     #[error("container {id} is still being created")]
-    BeingCreated { id: String },
+    BeingCreated {
+        /// The container's id.
+        id: String,
+    },
+    /// The state of the container or process does not allow the request.
     #[error("cannot {} container {id}", request.verb())]
-    State { request: PodRequest, id: String, source: StateError },
+    State {
+        /// The request.
+        request: PodRequest,
+        /// The container's id.
+        id: String,
+        /// The cause.
+        source: StateError,
+    },
+    /// The VM of the container has ended.
     #[error("the VM of container {id} has ended")]
-    Gone { id: String },
+    Gone {
+        /// The container's id.
+        id: String,
+    },
+    /// The guest's agent refused the request, or cannot be reached.
     #[error("cannot {verb} container {id}")]
-    Guest { verb: &'static str, id: String, source: AgentError },
+    Guest {
+        /// What was requested, as a verb.
+        verb: &'static str,
+        /// The container's id.
+        id: String,
+        /// The cause.
+        source: AgentError,
+    },
+    /// The guest's agent did not answer in time.
     #[error("cannot {verb} container {id}: the guest did not answer within {deadline:?}")]
-    Unanswered { verb: &'static str, id: String, deadline: Duration },
+    Unanswered {
+        /// What was requested, as a verb.
+        verb: &'static str,
+        /// The container's id.
+        id: String,
+        /// How long the guest had.
+        deadline: Duration,
+    },
+    /// An annotation was refused.
     #[error(transparent)]
     Annotation(#[from] AnnotationError),
+    /// The kernel or the image is missing.
     #[error(transparent)]
     Asset(#[from] MissingAsset),
+    /// The bundle's `config.json` cannot be used.
     #[error(transparent)]
     Bundle(#[from] BundleError),
+    /// The configuration requires what is not supported.
     #[error(transparent)]
     Reduce(#[from] ReduceError),
+    /// The description of an added process is not valid.
     #[error(transparent)]
     Process(#[from] ProcessSpecError),
+    /// The root file system cannot be used.
     #[error(transparent)]
     Rootfs(#[from] RootfsPlanError),
+    /// The standard streams cannot be connected.
     #[error(transparent)]
     Stdio(#[from] StdioError),
+    /// The host process that stands for the container failed.
     #[error(transparent)]
     Anchor(#[from] AnchorError),
+    /// The configured accelerator does not work.
     #[error(transparent)]
     Accel(#[from] AccelError),
+    /// The host has too little memory for one more VM.
     #[error(transparent)]
     Admission(#[from] AdmissionError),
+    /// The new limits are not valid JSON of the runtime-spec.
     #[error("the new limits are not a valid LinuxResources of the runtime-spec")]
-    Resources { source: serde_json::Error },
+    Resources {
+        /// The cause.
+        source: serde_json::Error,
+    },
+    /// The new limits are refused.
     #[error(transparent)]
     LayerLimits(#[from] ResourcesError),
+    /// The root file system cannot be converted to a disk.
     #[error("cannot convert the rootfs to a disk")]
     Rootdisk(#[source] RootdiskError),
+    /// The writable disk cannot be made.
     #[error("cannot prepare the writable layer")]
     Writable(#[from] RootdiskError),
+    /// The writable disk cannot be used.
     #[error("cannot use the writable layer")]
     Layer(#[source] LayerError),
+    /// The container's changes cannot be exported.
     #[error("cannot export what the container has written")]
     Export(#[source] ReceiveError),
+    /// The checkpoint cannot be taken.
     #[error("cannot checkpoint container {id}")]
-    Checkpoint { id: String, source: CheckpointError },
+    Checkpoint {
+        /// The container's id.
+        id: String,
+        /// The cause.
+        source: CheckpointError,
+    },
+    /// The checkpoint was taken, but cannot be restored.
     #[error("the checkpoint of container {id} was removed, since its trial restore failed")]
-    Verify { id: String, source: Box<PodError> },
+    Verify {
+        /// The container's id.
+        id: String,
+        /// The cause.
+        source: Box<PodError>,
+    },
+    /// The container cannot be restored.
     #[error("cannot restore container {id} from the checkpoint {}", dir.display())]
-    Restore { id: String, dir: PathBuf, source: CheckpointError },
+    Restore {
+        /// The container's id.
+        id: String,
+        /// The directory of the checkpoint.
+        dir: PathBuf,
+        /// The cause.
+        source: CheckpointError,
+    },
+    /// The VM did not boot.
     #[error("cannot boot the VM")]
     Boot(#[source] VmError),
+    /// The VM cannot be cloned from a template.
     #[error("cannot clone a VM")]
     Clone(#[source] VmSnapshotError),
+    /// A template cannot be used.
     #[error(transparent)]
     Template(#[from] TemplateError),
+    /// The VM refused a request, or has ended.
     #[error("cannot {what}")]
-    Vm { what: &'static str, source: VmError },
+    Vm {
+        /// What was requested, as a verb with its object.
+        what: &'static str,
+        /// The cause.
+        source: VmError,
+    },
+    /// A file of the host that the container needs cannot be read.
     #[error("cannot read {} for the container", path.display())]
-    Injected { path: PathBuf, source: io::Error },
+    Injected {
+        /// The file on the host.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// A disk's descriptor cannot be duplicated.
     #[error("cannot duplicate a disk's descriptor")]
     Descriptor(#[source] io::Error),
+    /// The configuration for the guest cannot be encoded.
     #[error("cannot encode the configuration for the guest")]
     Encode(#[source] serde_json::Error),
+    /// A thread or task ended without a result.
     #[error("a worker thread ended early")]
     Worker(#[source] tokio::task::JoinError),
 }

@@ -43,6 +43,7 @@ pub struct ExecRequest {
     pub id: String,
     /// OCI process (runtime-spec, config.md, "Process"), as JSON.
     pub process: Vec<u8>,
+    /// Where the process's standard streams lead.
     pub stdio: StdioNames,
 }
 

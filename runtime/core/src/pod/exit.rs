@@ -18,14 +18,12 @@ use machinen_vm::{
 use tokio::time::Duration;
 
 use super::{
-    Container, ContainerSlot, Pod, PodEvent, ProcessExit, Transition, stdio::Logger, streams::Outputs,
+    Container, ContainerSlot, Pod, PodEvent, ProcessExit, Transition, state::KILLED, stdio::Logger,
+    streams::Outputs,
 };
 
 /// Longest wait for a VM to sync its disks and power off before it is killed.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
-
-/// The exit status that containerd's clients expect of a container whose VM was lost: that of SIGKILL.
-const LOST: u32 = 128 + libc::SIGKILL as u32;
 
 /// No process has a status above this; a larger claim of the guest is reduced to it.
 const MAX_STATUS: u32 = 255;
@@ -151,7 +149,7 @@ pub(super) async fn finish_output(
         Err(error) => {
             tracing::debug!(id, "cannot wait for the process: {}", chain(&error));
             let logger = outputs.abandon().await;
-            (ProcessExit { status: LOST, at: SystemTime::now() }, logger)
+            (ProcessExit { status: KILLED, at: SystemTime::now() }, logger)
         }
     }
 }

@@ -11,12 +11,14 @@
 
 use std::{
     fs::{self, File},
-    io,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
-use machinen_base::{error::chain, fs::FileError};
+use machinen_base::{
+    error::chain,
+    fs::{FileError, if_exists},
+};
 use machinen_storage::{
     layer::{self, LayerError, LayerLimits, LayerTarget, PreviousLayer},
     rootdisk::{self, Rootdisk, RootdiskCache, RootdiskError, RootdiskKey},
@@ -298,11 +300,8 @@ impl WritableLayer {
 
     /// Removes the disk, which is no longer used.
     pub(super) async fn discard_disk(&self) {
-        match tokio::fs::remove_file(&self.disk).await {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(disk = %self.disk.display(), "cannot remove a container's disk: {error}");
-            }
-            _ => {}
+        if let Err(error) = if_exists(tokio::fs::remove_file(&self.disk).await) {
+            tracing::warn!(disk = %self.disk.display(), "cannot remove a container's disk: {error}");
         }
     }
 }

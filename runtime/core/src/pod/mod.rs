@@ -40,13 +40,10 @@ mod vm_spec;
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{
-        Arc, Mutex, OnceLock,
-        atomic::{AtomicBool, AtomicU32, Ordering},
-    },
+    sync::{Arc, Mutex, OnceLock, atomic::AtomicBool},
 };
 
-use machinen_vm::{Vm, agent};
+use machinen_vm::{Vm, VmSpec, agent};
 use tokio::{
     sync::{Semaphore, mpsc},
     time::{Duration, timeout},
@@ -94,9 +91,8 @@ struct PodShared {
     /// The socket of containerd, if the pod's owner knows it.
     containerd: OnceLock<PathBuf>,
     afterwards: Mutex<Afterwards>,
-    /// Memory of the VM, MiB.
-    vm_memory_mib: AtomicU32,
-    vm_vcpus: AtomicU32,
+    /// Describes the newest VM of the pod, from before it starts. None: no container was created yet.
+    vm_spec: Mutex<Option<VmSpec>>,
     containers: Mutex<HashMap<String, ContainerSlot>>,
     /// One permit is held while a process's streams are open and the agent has not claimed them.
     starting: Arc<Semaphore>,
@@ -131,8 +127,7 @@ impl Pod {
             warm_vm: Mutex::default(),
             containerd: OnceLock::new(),
             afterwards: Mutex::default(),
-            vm_memory_mib: AtomicU32::new(0),
-            vm_vcpus: AtomicU32::new(0),
+            vm_spec: Mutex::default(),
             containers: Mutex::default(),
             starting: Arc::new(Semaphore::new(streams::STARTING)),
             unsynced: AtomicBool::new(false),
@@ -291,12 +286,17 @@ impl Pod {
         vm.agent().await.map_err(|source| PodError::Vm { what: "reach the guest agent", source })
     }
 
+    fn vm_spec(&self) -> std::sync::MutexGuard<'_, Option<VmSpec>> {
+        self.shared.vm_spec.lock().expect("no panic while held")
+    }
+
+    /// Memory of the VM, MiB; 0 if no container was created yet.
     fn vm_memory_mib(&self) -> u32 {
-        self.shared.vm_memory_mib.load(Ordering::Relaxed)
+        self.vm_spec().as_ref().map_or(0, |spec| spec.memory_mib)
     }
 
     fn vm_vcpus(&self) -> u32 {
-        self.shared.vm_vcpus.load(Ordering::Relaxed)
+        self.vm_spec().as_ref().map_or(0, |spec| spec.vcpus)
     }
 
     fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<String, ContainerSlot>> {

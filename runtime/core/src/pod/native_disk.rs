@@ -13,13 +13,14 @@
 use std::{
     fs::{self, File},
     io,
-    os::unix::{ffi::OsStrExt, fs::DirBuilderExt},
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
 
+use machinen_base::fs::{create_private_dirs, if_exists, lock, lock_shared, try_lock};
 use machinen_storage::rootdisk::RootdiskKey;
 use rustix::{
-    fs::{AtFlags, CWD, FlockOperation, StatxFlags, XattrFlags, fgetxattr, flock, fsetxattr, statx},
+    fs::{AtFlags, CWD, StatxFlags, XattrFlags, fgetxattr, fsetxattr, statx},
     io::Errno,
 };
 use sha2::{Digest as _, Sha256};
@@ -60,14 +61,10 @@ impl NativeDisks {
     /// directory.
     pub(super) fn lock(cache: &Path) -> io::Result<Self> {
         let dir = dir(cache);
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
-        let lock = File::open(&dir)?;
-        while let Err(errno) = flock(&lock, FlockOperation::LockExclusive) {
-            if errno != Errno::INTR {
-                return Err(errno.into());
-            }
-        }
-        let disks = Self { dir, _lock: lock };
+        create_private_dirs(&dir)?;
+        let locked = File::open(&dir)?;
+        lock(&locked)?;
+        let disks = Self { dir, _lock: locked };
         disks.sweep()?;
         Ok(disks)
     }
@@ -78,7 +75,7 @@ impl NativeDisks {
             let disk = File::open(&path)?;
             let belongs = Label::of(&disk)?.is_some_and(|label| label.is_of(&label.path));
             // A disk in use may lack a valid label for a moment, while its directory is being exchanged.
-            if !belongs && flock(&disk, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            if !belongs && try_lock(&disk)? {
                 tracing::info!(path = %path.display(), "removed a disk whose snapshot is gone");
                 fs::remove_file(path)?;
             }
@@ -96,7 +93,7 @@ pub(super) fn label(disk: &File, root: &Path, base: Option<RootdiskKey>) -> io::
 
 /// Marks the disk as in use, for as long as this open file description exists in any process, including a VM.
 pub(super) fn mark_in_use(disk: &File) -> io::Result<()> {
-    Ok(flock(disk, FlockOperation::LockShared)?)
+    lock_shared(disk)
 }
 
 /// Like [`label`], for a disk at a path; keeps the recorded base disk.
@@ -108,11 +105,8 @@ pub(super) fn relabel(disk: &Path, root: &Path) -> io::Result<()> {
 
 /// The base disk below a disk that an earlier container on `root` has left.
 pub(super) fn base_of(disk: &Path, root: &Path) -> io::Result<Option<RootdiskKey>> {
-    match File::open(disk) {
-        Ok(disk) => Ok(Label::of(&disk)?.filter(|label| label.is_of(root)).and_then(|label| label.base)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
+    let Some(disk) = if_exists(File::open(disk))? else { return Ok(None) };
+    Ok(Label::of(&disk)?.filter(|label| label.is_of(root)).and_then(|label| label.base))
 }
 
 fn identity(root: &Path) -> io::Result<String> {

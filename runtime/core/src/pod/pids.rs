@@ -11,6 +11,7 @@ use super::{Pod, PodError};
 /// A host process that stands for a process of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostProcess {
+    /// The pid of the container's anchor on the host.
     pub pid: u32,
     /// Empty for the container's init.
     pub exec_id: String,

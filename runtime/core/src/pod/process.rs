@@ -10,8 +10,10 @@ use super::{
     streams::PendingInput,
 };
 
+/// A process of a container: the init or one that was added.
 #[derive(Debug)]
 pub struct ContainerProcess {
+    /// Where the process's standard streams lead.
     pub stdio: StdioNames,
     state: watch::Sender<ProcessState>,
     /// Held while a transition and its event happen, so that events keep the order of the transitions.
@@ -46,6 +48,7 @@ impl ContainerProcess {
         }
     }
 
+    /// The present state.
     pub fn state(&self) -> ProcessState {
         *self.state.borrow()
     }

@@ -4,14 +4,9 @@
 //! of a kind of VM also requests a template, but only once its container runs, so that building the template
 //! does not delay the start.
 
-use std::{
-    fmt,
-    path::{Path, PathBuf},
-    sync::atomic::Ordering,
-    time::Duration,
-};
+use std::{fmt, path::PathBuf, time::Duration};
 
-use machinen_base::{RUN_DIR, error::chain};
+use machinen_base::error::chain;
 use machinen_vm::{
     Vm, VmSpec,
     admission::{self, AdmissionError, HostMemory, Reservation},
@@ -23,8 +18,9 @@ use tokio::task::spawn_blocking;
 
 use super::{Pod, PodError, create::CreatePlan, vm_spec};
 use crate::{
-    config,
+    config::{self, annotations},
     pool::{self, Pool, WarmVm},
+    reservations_dir,
 };
 
 /// What a VM that boots takes of the host's memory until its container runs, MiB: all pages that it touches, and the
@@ -99,9 +95,15 @@ enum StartFrom {
 
 impl Pod {
     /// Returns the pod's VM, which is starting if this is the pod's first container.
+    ///
+    /// # Errors
+    /// No VM can be started, or the container's annotations require another VM than the one that runs.
     pub(super) async fn provision(&self, create: &CreatePlan) -> Result<Provisioned, PodError> {
         let mut slot = self.shared.vm.lock().await;
         if let Some(vm) = &*slot {
+            if let Some(running) = &*self.vm_spec() {
+                annotations::check_join(&create.config, &create.annotations, running)?;
+            }
             return Ok(Provisioned { vm: vm.clone(), origin: VmOrigin::Pod, _reservation: None });
         }
         let plan = self.plan_vm(create, create.config.template.mode).await?;
@@ -234,8 +236,7 @@ impl Pod {
         let (name, create) = (self.shared.name.clone(), create.clone());
         let plan =
             spawn_blocking(move || plan_vm(&name, &create, mode)).await.map_err(PodError::Worker)??;
-        self.shared.vm_memory_mib.store(plan.spec.memory_mib, Ordering::Relaxed);
-        self.shared.vm_vcpus.store(plan.spec.vcpus, Ordering::Relaxed);
+        *self.vm_spec() = Some(plan.spec.clone());
         Ok(plan)
     }
 }
@@ -245,9 +246,8 @@ impl Pod {
 /// # Errors
 /// The host has too little memory.
 pub fn admits_one_more(config: &config::Config) -> Result<(), AdmissionError> {
-    let dir = Path::new(RUN_DIR).join("starting");
-    admission::admit(&dir, admission::CLONE_NEEDS_MIB, config.vm.memory_reserve_percent, HostMemory::now()?)
-        .map(drop)
+    let (needed, reserve) = (admission::CLONE_NEEDS_MIB, config.vm.memory_reserve_percent);
+    admission::admit(&reservations_dir(), needed, reserve, HostMemory::now()?).map(drop)
 }
 
 /// Describes the VM of a container that has no annotations and no limits.
@@ -270,8 +270,7 @@ fn plan_vm(name: &str, create: &CreatePlan, mode: config::TemplateMode) -> Resul
         StartFrom::Template(..) => admission::CLONE_NEEDS_MIB,
         StartFrom::Boot { .. } => BOOT_NEEDS + BOOT_NEEDS_PER_GIB * u64::from(spec.memory_mib).div_ceil(1024),
     };
-    let dir = Path::new(RUN_DIR).join("starting");
-    let reservation = admission::admit(&dir, needed, config.vm.memory_reserve_percent, host)?;
+    let reservation = admission::admit(&reservations_dir(), needed, config.vm.memory_reserve_percent, host)?;
     Ok(VmPlan { spec, from, reservation })
 }
 

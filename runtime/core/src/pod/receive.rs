@@ -29,20 +29,44 @@ const STALL: Duration = Duration::from_secs(60);
 /// Why a container's changes did not reach the host.
 #[derive(Debug, thiserror::Error)]
 pub enum ReceiveError {
+    /// The changes are not valid, or cannot be written.
     #[error(transparent)]
     Layer(#[from] LayerError),
+    /// The stream to the guest cannot be opened.
     #[error("cannot open a stream for the archive")]
     Stream(#[source] VmError),
+    /// The guest's agent refused the export.
     #[error("the guest cannot export its changes")]
     Agent(#[source] AgentError),
+    /// The stream failed.
     #[error("the stream of the archive broke after {arrived} bytes")]
-    Broken { arrived: u64, source: io::Error },
+    Broken {
+        /// Number of bytes that arrived.
+        arrived: u64,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The stream ended early.
     #[error("the stream of the archive ended after {arrived} bytes")]
-    Ended { arrived: u64 },
+    Ended {
+        /// Number of bytes that arrived.
+        arrived: u64,
+    },
+    /// More bytes arrived than the agent has reported.
     #[error("the guest sent {arrived} bytes of an archive of {total}")]
-    TooMuch { arrived: u64, total: u64 },
+    TooMuch {
+        /// Number of bytes that arrived.
+        arrived: u64,
+        /// Number of bytes that were announced.
+        total: u64,
+    },
+    /// No byte arrived for too long.
     #[error("the guest sent nothing for {seconds} s")]
-    Stalled { seconds: u64 },
+    Stalled {
+        /// The time limit, seconds.
+        seconds: u64,
+    },
+    /// The thread that applies the changes ended without a result.
     #[error("a worker thread ended early")]
     Worker(#[source] tokio::task::JoinError),
 }

@@ -13,8 +13,11 @@ const WRITABLE: &str = "machinen-writable.ext4";
 /// A mount of the root file system as the caller describes it (containerd's `types.Mount`).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RootfsMount {
+    /// The type of the file system, as mount(8) takes it.
     pub kind: String,
+    /// The device, or the directory of a bind mount.
     pub source: PathBuf,
+    /// The mount's options.
     pub options: Vec<String>,
 }
 
@@ -46,18 +49,36 @@ impl RootfsPlan {
 /// Why a root file system cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RootfsPlanError {
+    /// A directory or disk does not exist.
     #[error("the rootfs {} is missing", path.display())]
-    Missing { path: PathBuf },
+    Missing {
+        /// The file or directory.
+        path: PathBuf,
+    },
+    /// There is nothing to use as the root file system.
     #[error("the OCI configuration has no root and the caller mounted none")]
     None,
+    /// The type of the mount is not supported.
     #[error(
         "rootfs mounts of the type {kind:?} are not supported yet; supported are overlay, bind and ext4 (snapshotters overlayfs, native, erofs and blockfile)"
     )]
-    Kind { kind: String },
+    Kind {
+        /// The type of the mount.
+        kind: String,
+    },
+    /// The disk is a block device.
     #[error("the disk {} is not supported yet: it is a device, only files are (snapshotter blockfile)", path.display())]
-    Device { path: PathBuf },
+    Device {
+        /// The file or directory.
+        path: PathBuf,
+    },
+    /// There is more than one mount.
     #[error("a rootfs of {count} mounts is not supported yet; one overlay or bind mount is")]
-    Several { count: usize },
+    Several {
+        /// Number of mounts.
+        count: usize,
+    },
+    /// The overlay has no lower directory.
     #[error("the overlay rootfs has no lowerdir")]
     NoLower,
 }

@@ -10,11 +10,16 @@
 
 use std::time::SystemTime;
 
+/// The exit status of a process that SIGKILL has ended. containerd's clients expect it also of a container whose
+/// VM or shim was lost.
+pub const KILLED: u32 = 128 + libc::SIGKILL as u32;
+
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProcessExit {
     /// 0..=255; 128+n when signal n ended the process.
     pub status: u32,
+    /// When the host learned of the end.
     pub at: SystemTime,
 }
 
@@ -23,20 +28,26 @@ pub struct ProcessExit {
 pub enum ProcessState {
     /// The init waits in the guest; none of the user's code has run.
     Created,
+    /// The user's process runs.
     Running,
     /// Every process of the container is frozen; signals other than SIGKILL are delivered when it is resumed.
     Paused,
+    /// The process has ended.
     Stopped(ProcessExit),
 }
 
 /// An event that changes the state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transition {
+    /// The user's process was started.
     Start,
+    /// The container was frozen.
     Pause,
+    /// The container was thawed.
     Resume,
     /// The process ended by itself, by a signal, or with its VM.
     Exited(ProcessExit),
+    /// The container or process was deleted.
     Delete,
 }
 
@@ -56,15 +67,21 @@ impl Transition {
 /// A request that the state of a process may refuse.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PodRequest {
+    /// Start the user's process.
     Start,
+    /// Freeze the container.
     Pause,
+    /// Thaw the container.
     Resume,
+    /// Delete the container or process.
     Delete,
     /// Adding a process, which could not run in a paused container either.
     Exec,
+    /// Take a checkpoint.
     Checkpoint,
     /// Changing the limits.
     Update,
+    /// Send a signal.
     Signal,
     /// Setting the size of the terminal.
     Resize,
@@ -90,21 +107,28 @@ impl PodRequest {
 /// Why a request is not possible in the current state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum StateError {
+    /// The process was started before.
     #[error("already started")]
     AlreadyStarted,
+    /// The process has stopped.
     #[error("has already stopped")]
     AlreadyStopped,
     /// A signal came too late. containerd then waits for the exit, and takes no other error for that.
     #[error("has already stopped")]
     Finished,
+    /// The process still runs.
     #[error("is still running")]
     StillRunning,
+    /// The process was not started yet.
     #[error("has not been started")]
     NotStarted,
+    /// The process has no terminal.
     #[error("has no terminal")]
     NoTerminal,
+    /// The container is paused.
     #[error("is paused")]
     Paused,
+    /// The container is not paused.
     #[error("is not paused")]
     NotPaused,
 }

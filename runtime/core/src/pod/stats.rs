@@ -33,42 +33,62 @@ const MAX_DEVICES: usize = 512;
 /// The usage of one container. Fields are named as in the kernel's files (admin-guide/cgroup-v2.rst).
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Stats {
+    /// CPU time, from `cpu.stat` and `cpu.pressure`.
     pub cpu: CpuStats,
+    /// Memory, from the files `memory.*`.
     pub memory: MemoryStats,
+    /// Processes, from the files `pids.*`.
     pub pids: PidsStats,
+    /// Counts of each block device, from `io.stat`.
     pub io: Vec<IoStats>,
+    /// Stalls by I/O, from `io.pressure`.
     pub io_pressure: Option<Pressure>,
 }
 
 /// Times in microseconds.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct CpuStats {
+    /// CPU time in total, microseconds.
     pub usage_usec: u64,
+    /// CPU time in user mode, microseconds.
     pub user_usec: u64,
+    /// CPU time in the kernel, microseconds.
     pub system_usec: u64,
+    /// Number of periods of the quota that have passed.
     pub nr_periods: u64,
+    /// Number of periods in which the quota was used up.
     pub nr_throttled: u64,
+    /// Time for which the quota held processes back, microseconds.
     pub throttled_usec: u64,
+    /// Stalls by a lack of CPU time, from `cpu.pressure`.
     pub pressure: Option<Pressure>,
 }
 
 /// Bytes, except the counts of events.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct MemoryStats {
+    /// Memory that is used now, bytes.
     pub current: u64,
     /// `u64::MAX` means no limit.
     pub max: u64,
+    /// Most memory that was used at once, bytes.
     pub peak: u64,
+    /// Swap that is used now, bytes.
     pub swap_current: u64,
     /// `u64::MAX` means no limit.
     pub swap_max: u64,
+    /// The rows of `memory.stat`.
     pub stat: FlatKeyedFile,
+    /// The rows of `memory.events`.
     pub events: FlatKeyedFile,
+    /// Stalls by a lack of memory, from `memory.pressure`.
     pub pressure: Option<Pressure>,
 }
 
+/// Number of processes and threads, from the files `pids.*`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PidsStats {
+    /// Number of processes and threads now.
     pub current: u64,
     /// None means no limit.
     pub max: Option<u64>,
@@ -77,27 +97,39 @@ pub struct PidsStats {
 /// Traffic of one block device of the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IoStats {
+    /// The device's major number.
     pub major: u64,
+    /// The device's minor number.
     pub minor: u64,
+    /// Bytes that were read.
     pub rbytes: u64,
+    /// Bytes that were written.
     pub wbytes: u64,
+    /// Number of reads.
     pub rios: u64,
+    /// Number of writes.
     pub wios: u64,
 }
 
 /// Time lost to waiting (Documentation/accounting/psi.rst).
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Pressure {
+    /// Time in which at least one task was stalled.
     pub some: Stall,
+    /// Time in which all tasks were stalled at once.
     pub full: Stall,
 }
 
 /// Shares in percent, the total in microseconds.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Stall {
+    /// Share of the last 10 seconds, percent.
     pub avg10: f64,
+    /// Share of the last 60 seconds, percent.
     pub avg60: f64,
+    /// Share of the last 300 seconds, percent.
     pub avg300: f64,
+    /// Time in total, microseconds.
     pub total: u64,
 }
 
@@ -164,6 +196,7 @@ impl FlatKeyedFile {
         Self(rows.take(Self::MAX_ROWS).collect())
     }
 
+    /// The value of the row `name`; 0 if there is no such row.
     pub fn get(&self, name: &str) -> u64 {
         self.0.get(name).copied().unwrap_or(0)
     }

@@ -13,7 +13,7 @@ use machinen_vm::{
 };
 use oci_spec::runtime::Spec;
 
-use crate::config::{self, Config};
+use crate::{config::Config, spec::MAX_HOSTNAME};
 
 /// Bounds of the default memory ceiling, MiB. Memory that is never used still costs something: the guest's
 /// kernel touches 16 MiB for each GiB when it boots, which also takes tens of milliseconds under TCG.
@@ -24,9 +24,6 @@ const MOST_MEMORY: u32 = 2048;
 const GUEST_OVERHEAD: u32 = 128;
 
 const MOST_VCPUS: u32 = 8;
-
-/// Longest hostname that Linux takes (gethostname(2)).
-const MOST_HOSTNAME: usize = 64;
 
 /// Describes the VM of the pod `name`, whose first container is `container`.
 ///
@@ -56,9 +53,9 @@ pub(super) fn build(
         vcpus: vcpus(config.vm.vcpus, accel, host_cpus, limits.cpus),
         kernel: assets.kernel.clone(),
         image: assets.image.clone(),
-        kernel_args: kernel_args(&config.vm),
+        kernel_args: config.vm.all_kernel_args(),
         channel: choose_channel(config.vm.channel, &HostSupport::detect(&config.vm.vhost_device_vsock)),
-        hostname: name.chars().filter(char::is_ascii).take(MOST_HOSTNAME).collect(),
+        hostname: name.chars().filter(char::is_ascii).take(MAX_HOSTNAME).collect(),
         boot_timeout: Duration::from_secs(config.vm.boot_timeout_s),
         identity: VmSpec::unprivileged(std::process::id(), accel.groups()),
         keep_console: true,
@@ -86,19 +83,6 @@ impl ContainerLimits {
                 .map(|bytes| u32::try_from((bytes as u64).div_ceil(1 << 20)).unwrap_or(u32::MAX)),
             cpus: quota.map(|quota| u32::try_from((quota as u64).div_ceil(period)).unwrap_or(u32::MAX)),
         }
-    }
-}
-
-/// Turns io_uring off for all processes (kernel.io_uring_disabled in the kernel's sysctl documentation).
-const NO_IO_URING: &str = "sysctl.kernel.io_uring_disabled=2";
-
-/// What the configuration adds to the kernel's command line. The user's own text comes last, so that it takes
-/// precedence.
-fn kernel_args(vm: &config::VmConfig) -> String {
-    match (vm.io_uring, vm.kernel_args.as_str()) {
-        (true, args) => args.to_owned(),
-        (false, "") => NO_IO_URING.to_owned(),
-        (false, args) => format!("{NO_IO_URING} {args}"),
     }
 }
 
@@ -149,19 +133,6 @@ mod tests {
         assert_eq!(vcpus(0, Accelerator::Kvm, 4, Some(2)), 2);
         assert_eq!(vcpus(0, tcg, 4, None), 1);
         assert_eq!(vcpus(3, tcg, 2, None), 3);
-    }
-
-    #[test]
-    fn io_uring_is_turned_off_before_the_users_arguments() {
-        let vm = |io_uring, args: &str| config::VmConfig {
-            io_uring,
-            kernel_args: args.into(),
-            ..config::VmConfig::default()
-        };
-        assert_eq!(kernel_args(&vm(true, "")), "");
-        assert_eq!(kernel_args(&vm(true, "debug")), "debug");
-        assert_eq!(kernel_args(&vm(false, "")), NO_IO_URING);
-        assert_eq!(kernel_args(&vm(false, "debug")), format!("{NO_IO_URING} debug"));
     }
 
     #[test]

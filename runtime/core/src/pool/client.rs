@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use machinen_base::watch::FileWatch;
+use machinen_base::{fs::if_exists, watch::FileWatch};
 use tokio::{
     net::UnixStream,
     time::{Instant, timeout_at},
@@ -50,11 +50,8 @@ async fn again(socket: &Path, deadline: Instant) -> io::Result<io::Result<UnixSt
     // The watch starts before the first attempt, so that no event is missed.
     let watch = FileWatch::new()?;
     let dir = socket.parent().map(PathBuf::from).unwrap_or_default();
-    match watch.names(&dir) {
-        // The directory was removed with the socket, so there are no events until the deadline.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        watched => watched?,
-    }
+    // If the directory was removed with the socket, there are no events until the deadline.
+    if_exists(watch.names(&dir))?;
     loop {
         let connected = UnixStream::connect(socket).await;
         if connected.is_ok() {

@@ -1,19 +1,22 @@
 //! The reasons for which a member ends although no container has taken it.
 
 use std::{
-    env, io,
+    io,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use machinen_base::watch::FileWatch;
+use machinen_base::{
+    fs::{FileError, if_exists},
+    watch::FileWatch,
+};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
     task::JoinHandle,
 };
 
-use super::{PoolError, client, file, slot::PoolSlot};
+use super::{PoolError, client, slot::PoolSlot};
 use crate::config;
 
 /// Why a member ends.
@@ -39,8 +42,9 @@ impl Dismissal {
     /// may be absent.
     pub(super) fn watch(slot: &PoolSlot, containerd: Option<(PathBuf, Duration)>) -> Result<Self, PoolError> {
         let own = Path::new("/proc/self/exe");
-        let changes = changes(own, slot).map_err(file("watch", own))?;
-        let mut terminate = signal(SignalKind::terminate()).map_err(file("watch signals of", own))?;
+        let changes = changes(own, slot).map_err(FileError::at("watch", own))?;
+        let mut terminate =
+            signal(SignalKind::terminate()).map_err(FileError::at("watch signals of", own))?;
         let (sender, reason) = watch::channel(None);
         let watcher = tokio::spawn(async move {
             let gone = async {
@@ -79,10 +83,7 @@ fn changes(program: &Path, slot: &PoolSlot) -> io::Result<FileWatch> {
     let watch = FileWatch::new()?;
     watch.attributes(&slot.open_path())?;
     watch.file(program)?;
-    let config = env::var_os("MACHINEN_CONFIG").map_or_else(|| config::DEFAULT_PATH.into(), PathBuf::from);
-    match watch.file(&config) {
-        // A missing configuration file is valid.
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(watch),
-    }
+    // A missing configuration file is valid.
+    if_exists(watch.file(&config::path()))?;
+    Ok(watch)
 }

@@ -7,10 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use machinen_base::process::tree_pss;
+use machinen_base::{fs::FileError, process::tree_pss};
 
 use super::{
-    PoolError, entries, file,
+    PoolError, entries,
     slot::{MemberRecord, MemberStage, PoolSlot},
 };
 
@@ -34,7 +34,7 @@ pub struct ListedMember {
 /// The directory cannot be read.
 pub fn list(dir: &Path) -> Result<Vec<ListedMember>, PoolError> {
     let mut members = Vec::new();
-    for pool in entries(dir).map_err(file("read", dir))? {
+    for pool in entries(dir).map_err(FileError::at("read", dir))? {
         for slot in PoolSlot::occupied(&pool)? {
             let record = slot.read()?.filter(|record| record.stage != MemberStage::Taken);
             let memory = record.as_ref().map_or(0, |record| tree_pss(record.pid));
@@ -52,7 +52,7 @@ pub fn list(dir: &Path) -> Result<Vec<ListedMember>, PoolError> {
 /// The directory cannot be read, or a member does not end.
 pub fn drain(dir: &Path) -> Result<usize, PoolError> {
     let mut slots = Vec::new();
-    for pool in entries(dir).map_err(file("read", dir))? {
+    for pool in entries(dir).map_err(FileError::at("read", dir))? {
         slots.append(&mut PoolSlot::occupied(&pool)?);
     }
     slots.iter().try_for_each(PoolSlot::dismiss)?;

@@ -10,7 +10,10 @@ use std::{
     time::Duration,
 };
 
-use machinen_base::sys;
+use machinen_base::{
+    fs::{FileError, remove_dir_if_exists, remove_if_exists},
+    sys,
+};
 use nix::sys::socket::{
     AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, bind, listen, send, socket,
 };
@@ -19,7 +22,6 @@ use tokio::io::unix::AsyncFd;
 use super::{
     CloneError, MAX_MESSAGE, MemberRequest, Pool, PoolError, WarmVm,
     dismissal::Dismissal,
-    file,
     slot::{MemberRecord, MemberStage, PoolSlot},
 };
 use crate::config::Config;
@@ -27,10 +29,13 @@ use crate::config::Config;
 /// The errors of a member.
 #[derive(Debug, thiserror::Error)]
 pub enum MemberError {
+    /// The pool failed.
     #[error(transparent)]
     Pool(#[from] PoolError),
+    /// The member cannot make its clone.
     #[error("cannot make a clone for the warm pool")]
     Clone(#[from] CloneError),
+    /// The start that took the member has ended.
     #[error("the start that took a member of the warm pool has ended")]
     StartEnded(#[source] io::Error),
 }
@@ -86,7 +91,7 @@ impl Member {
             ..MemberRecord::new(&request.spec)
         };
         slot.write(&record)?;
-        sweep(&pool.dir).map_err(file("clear", &pool.dir))?;
+        sweep(&pool.dir).map_err(FileError::at("clear", &pool.dir)).map_err(PoolError::File)?;
         let dir = pool.dir.join(name(VM, ""));
         // This is not cancelled half-way, because a VM that is being made has no owner yet that could end it.
         let Some(warm_vm) = WarmVm::clone_vm(request.spec, config, &dir).await? else { return Ok(None) };
@@ -109,7 +114,7 @@ impl Member {
     pub async fn taken(self) -> Result<Option<TakenMember>, MemberError> {
         let Self { slot, mut record, dismissal, path, listener, warm_vm } = self;
         let request = tokio::select! {
-            request = next_work(&listener) => request.map(Some).map_err(file("wait on", &path)),
+            request = next_work(&listener) => request.map(Some).map_err(FileError::at("wait on", &path)),
             reason = dismissal.wait() => {
                 tracing::debug!("a member of the warm pool ends: {reason:?}");
                 Ok(None)
@@ -132,7 +137,7 @@ impl Member {
             }
             other => {
                 warm_vm.vm.kill().await;
-                Ok(other.map(|_| None)?)
+                Ok(other.map(|_| None).map_err(PoolError::File)?)
             }
         }
     }
@@ -156,7 +161,8 @@ async fn warm_up_and_listen(
     }
     record.stage = MemberStage::Ready;
     slot.write(record)?;
-    Ok(Some(publish(path).map_err(file("listen on", path))?))
+    let listener = publish(path).map_err(FileError::at("listen on", path)).map_err(PoolError::File)?;
+    Ok(Some(listener))
 }
 
 impl TakenMember {
@@ -215,10 +221,7 @@ async fn next_work(listener: &AsyncFd<OwnedFd>) -> io::Result<HandedWork> {
 /// The socket gets its name only when it is being listened on.
 fn publish(path: &Path) -> io::Result<AsyncFd<OwnedFd>> {
     let unpublished = path.with_extension("new");
-    match fs::remove_file(&unpublished) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    remove_if_exists(&unpublished)?;
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
     bind(listener.as_raw_fd(), &UnixAddr::new(&unpublished)?)?;
@@ -246,12 +249,12 @@ fn sweep(dir: &Path) -> io::Result<()> {
         let owned = name.strip_prefix(VM).or_else(|| name.strip_prefix(MEMBER));
         let Some(pid) = owned.and_then(|name| name.split('.').next()) else { continue };
         if !Path::new("/proc").join(pid).exists() {
-            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-            match removed {
-                // Another member has removed it meanwhile.
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
+            // Another member may have removed the file meanwhile.
+            if path.is_dir() {
+                remove_dir_if_exists(&path)?
+            } else {
+                remove_if_exists(&path)?
+            };
         }
     }
     Ok(())

@@ -24,18 +24,19 @@ use std::{
     env, fs, io,
     os::{
         fd::{AsFd as _, AsRawFd as _, OwnedFd},
-        unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+        unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     },
     path::{Path, PathBuf},
 };
 
 use machinen_base::{
+    fs::{FileError, create_private_dirs, hex, if_exists},
     memfd,
     process::{ProcessError, Stdio},
     reexec,
     sys::socket::send_with_fd,
 };
-use machinen_vm::VmSpec;
+use machinen_vm::{VmSpec, assets};
 use nix::sys::{
     socket::{
         AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, getsockopt, recv, setsockopt, socket,
@@ -70,29 +71,35 @@ const PATIENCE_S: i64 = 2;
 /// The errors of the pool.
 #[derive(Debug, thiserror::Error)]
 pub enum PoolError {
-    #[error("cannot {action} {}", path.display())]
-    File { action: &'static str, path: PathBuf, source: io::Error },
+    /// An operation on a file of the pool failed.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The member's process cannot be started.
     #[error("cannot start a member of the warm pool")]
     Start(#[source] ProcessError),
+    /// The request for a member cannot be passed on.
     #[error("cannot pass a request to a member of the warm pool")]
     Request(#[source] io::Error),
+    /// The lock of a member's slot cannot be waited for.
     #[error("cannot wait for the end of a member of the warm pool")]
     Wait(#[source] io::Error),
+    /// The member has not ended in time.
     #[error("the member of the warm pool with the pid {pid} has not ended within {seconds} s")]
-    Stays { pid: u32, seconds: u64 },
+    Stays {
+        /// The member's pid.
+        pid: u32,
+        /// The time limit, seconds.
+        seconds: u64,
+    },
 }
 
 /// What VM a member is to make, and for which containerd.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MemberRequest {
+    /// Describes the VM.
     pub spec: VmSpec,
     /// The socket of that containerd, if known. The member ends when containerd has been absent for long.
     pub containerd: Option<PathBuf>,
-}
-
-fn file(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> PoolError {
-    let path = path.into();
-    move |source| PoolError::File { action, path, source }
 }
 
 /// The members that a process with a certain configuration may use.
@@ -113,16 +120,16 @@ impl Pool {
         }
         let mut digest = Sha256::new();
         digest.update(serde_json::to_vec(config).expect("plain data"));
-        digest.update(env::var_os("MACHINEN_ASSETS_DIR").unwrap_or_default().as_encoded_bytes());
+        digest.update(env::var_os(assets::DIR_VARIABLE).unwrap_or_default().as_encoded_bytes());
         // Members are not shared with a program that was replaced, nor with one that has other mounts, pids
         // or another network.
         for name in ["exe", "ns/mnt", "ns/net", "ns/pid"] {
             let path = Path::new("/proc/self").join(name);
-            let at = fs::metadata(&path).map_err(file("look at", path))?;
+            let at = fs::metadata(&path).map_err(FileError::at("look at", path))?;
             digest.update(at.dev().to_le_bytes());
             digest.update(at.ino().to_le_bytes());
         }
-        let key: String = digest.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        let key = hex(&digest.finalize()[..8]);
         Ok(Some(Self { dir: config.pool.dir.join(key), size: config.pool.size }))
     }
 
@@ -131,11 +138,7 @@ impl Pool {
     /// # Errors
     /// The directory cannot be created, or a process cannot be started.
     pub fn refill(&self, request: &MemberRequest) -> Result<(), PoolError> {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&self.dir)
-            .map_err(file("make the directory", &self.dir))?;
+        create_private_dirs(&self.dir).map_err(FileError::at("make the directory", &self.dir))?;
         (0..self.size).try_for_each(|number| self.start_member(number, request))
     }
 
@@ -176,11 +179,8 @@ impl Pool {
 }
 
 fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
-    match fs::read_dir(dir) {
-        Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error),
-    }
+    let entries = if_exists(fs::read_dir(dir))?;
+    entries.into_iter().flatten().map(|entry| Ok(entry?.path())).collect()
 }
 
 /// Opens the file to which the next member of a slot writes its errors, and logs those of the previous
@@ -194,7 +194,7 @@ fn log(slot: &Path) -> Result<fs::File, PoolError> {
         _ => {}
     }
     let open = fs::File::options().create(true).truncate(true).write(true).mode(0o600).open(&path);
-    open.map_err(file("open", path))
+    Ok(open.map_err(FileError::at("open", path))?)
 }
 
 fn dial(path: &Path) -> io::Result<OwnedFd> {

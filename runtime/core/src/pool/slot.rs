@@ -21,6 +21,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use machinen_base::fs::{FileError, if_exists, remove_if_exists};
 use machinen_vm::VmSpec;
 use nix::{
     errno::Errno,
@@ -28,15 +29,19 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{PoolError, file};
+use super::PoolError;
 
 /// The progress of a member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MemberStage {
+    /// The process starts.
     Starting,
+    /// The clone is being made.
     Cloning,
+    /// The clone creates a container once.
     WarmingUp,
+    /// The member waits for a start.
     Ready,
     /// The member serves a container as its shim.
     Taken,
@@ -62,8 +67,11 @@ pub struct MemberRecord {
     pub pid: u32,
     /// Seconds since 1970.
     pub created: u64,
+    /// Ceiling of the VM's memory, MiB.
     pub memory_mib: u32,
+    /// Number of the VM's virtual CPUs.
     pub vcpus: u32,
+    /// The member's progress.
     pub stage: MemberStage,
 }
 
@@ -97,10 +105,10 @@ impl PoolSlot {
         loop {
             let open =
                 File::options().create(true).truncate(false).read(true).write(true).mode(0o600).open(path);
-            let slot = Self { path: path.to_owned(), file: open.map_err(file("open", path))? };
+            let slot = Self { path: path.to_owned(), file: open.map_err(FileError::at("open", path))? };
             match slot.lock(false) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                locked => locked.map_err(file("lock", path))?,
+                locked => locked.map_err(FileError::at("lock", path))?,
             }
             // A drain may have removed the file's name just before it was locked.
             if slot.has_name()? {
@@ -118,17 +126,15 @@ impl PoolSlot {
     /// All slots of a pool that have a member now.
     pub(super) fn occupied(dir: &Path) -> Result<Vec<Self>, PoolError> {
         let mut slots = Vec::new();
-        for path in super::entries(dir).map_err(file("read", dir))? {
+        for path in super::entries(dir).map_err(FileError::at("read", dir))? {
             if path.extension().is_none_or(|extension| extension != EXTENSION) {
                 continue;
             }
-            let opened = match File::options().read(true).write(true).open(&path) {
-                // Another drain has removed the file meanwhile.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                opened => opened.map_err(file("open", &path))?,
-            };
-            let slot = Self { path, file: opened };
-            if slot.is_locked().map_err(file("look at the lock of", &slot.path))? {
+            let opened = if_exists(File::options().read(true).write(true).open(&path));
+            // Another drain may have removed the file meanwhile.
+            let Some(file) = opened.map_err(FileError::at("open", &path))? else { continue };
+            let slot = Self { path, file };
+            if slot.is_locked().map_err(FileError::at("look at the lock of", &slot.path))? {
                 slots.push(slot);
             }
         }
@@ -137,7 +143,7 @@ impl PoolSlot {
 
     /// Returns a descriptor of the same open file description, for the member.
     pub(super) fn share(&self) -> Result<OwnedFd, PoolError> {
-        Ok(self.file.try_clone().map_err(file("share", &self.path))?.into())
+        Ok(self.file.try_clone().map_err(FileError::at("share", &self.path))?.into())
     }
 
     /// A path of the open file that remains valid when its name is removed.
@@ -147,21 +153,16 @@ impl PoolSlot {
 
     /// Whether the slot's path still names the open file.
     pub(super) fn has_name(&self) -> Result<bool, PoolError> {
-        let ours = self.file.metadata().map_err(file("look at", &self.path))?;
-        match fs::metadata(&self.path) {
-            Ok(named) => Ok((named.dev(), named.ino()) == (ours.dev(), ours.ino())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(file("look at", &self.path)(error)),
-        }
+        let ours = self.file.metadata().map_err(FileError::at("look at", &self.path))?;
+        let named = if_exists(fs::metadata(&self.path)).map_err(FileError::at("look at", &self.path))?;
+        Ok(named.is_some_and(|named| (named.dev(), named.ino()) == (ours.dev(), ours.ino())))
     }
 
     /// Asks the member to end, by removing the file's name, which the member watches. The next member uses a
     /// new file.
     pub(super) fn dismiss(&self) -> Result<(), PoolError> {
-        match fs::remove_file(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(file("remove", &self.path)(error)),
-            _ => Ok(()),
-        }
+        remove_if_exists(&self.path).map_err(FileError::at("remove", &self.path))?;
+        Ok(())
     }
 
     /// Waits until the slot has no member. Blocks.
@@ -177,13 +178,14 @@ impl PoolSlot {
     pub(super) fn write(&self, record: &MemberRecord) -> Result<(), PoolError> {
         let text = serde_json::to_vec(record).expect("plain data");
         let written = self.file.write_all_at(&text, 0).and_then(|()| self.file.set_len(text.len() as u64));
-        written.map_err(file("write", &self.path))
+        written.map_err(FileError::at("write", &self.path))?;
+        Ok(())
     }
 
     /// Reads the record. Returns None while the member is writing it.
     pub(super) fn read(&self) -> Result<Option<MemberRecord>, PoolError> {
         let mut text = vec![0; MAX_RECORD];
-        let length = self.file.read_at(&mut text, 0).map_err(file("read", &self.path))?;
+        let length = self.file.read_at(&mut text, 0).map_err(FileError::at("read", &self.path))?;
         // The rest of a longer, earlier record may follow.
         Ok(serde_json::Deserializer::from_slice(&text[..length]).into_iter().next().and_then(Result::ok))
     }

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use machinen_base::RUN_DIR;
 use machinen_storage::rootdisk::RootdiskError;
 use machinen_vm::{
     Vm, VmError, VmSnapshotError, VmSpec,
@@ -13,25 +12,38 @@ use machinen_vm::{
 use tokio::task::spawn_blocking;
 
 use super::warm_up::warm_up;
-use crate::config::Config;
+use crate::{config::Config, reservations_dir};
 
 /// Why no clone could be made and warmed up.
 #[derive(Debug, thiserror::Error)]
 pub enum CloneError {
+    /// The template cannot be used.
     #[error(transparent)]
     Template(#[from] TemplateError),
+    /// The host has too little memory for one more VM.
     #[error(transparent)]
     Admission(#[from] AdmissionError),
+    /// The VM cannot be cloned.
     #[error("cannot clone a VM")]
     Clone(#[source] VmSnapshotError),
+    /// The clone's agent does not answer.
     #[error("the guest agent of the clone cannot be reached")]
     Agent(#[source] VmError),
+    /// The disks for the trial container cannot be made.
     #[error("cannot make the disks of the first container")]
     Disks(#[from] RootdiskError),
+    /// A disk cannot be attached.
     #[error("cannot attach a disk of the first container")]
     Attach(#[source] VmError),
+    /// The agent refused a request about the trial container.
     #[error("cannot {verb} the first container")]
-    Container { verb: &'static str, source: AgentError },
+    Container {
+        /// What was requested, as a verb.
+        verb: &'static str,
+        /// The cause.
+        source: AgentError,
+    },
+    /// A thread ended without a result.
     #[error("a worker thread ended early")]
     Worker(#[source] tokio::task::JoinError),
 }
@@ -68,9 +80,9 @@ impl WarmVm {
         });
         let found = found.await.map_err(CloneError::Worker)??;
         let Some((template, shape)) = found else { return Ok(None) };
-        let starting = Path::new(RUN_DIR).join("starting");
         let reserve = config.vm.memory_reserve_percent;
-        let _promise = admission::admit(&starting, admission::CLONE_NEEDS_MIB, reserve, HostMemory::now()?)?;
+        let _promise =
+            admission::admit(&reservations_dir(), admission::CLONE_NEEDS_MIB, reserve, HostMemory::now()?)?;
         let vm = Vm::restore(spec, dir, &template.snapshot).await.map_err(CloneError::Clone)?;
         Ok(Some(Self { vm, shape }))
     }

@@ -18,16 +18,42 @@ const MAX_CONFIG: u64 = 3 << 20;
 /// Why a bundle cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
+    /// The file cannot be read.
     #[error("cannot read the OCI configuration {}", path.display())]
-    Read { path: PathBuf, source: io::Error },
+    Read {
+        /// The file or directory.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The file is empty.
     #[error("the OCI configuration {} is empty", path.display())]
-    Empty { path: PathBuf },
+    Empty {
+        /// The file or directory.
+        path: PathBuf,
+    },
+    /// The file is larger than any configuration.
     #[error("the OCI configuration {} is larger than {MAX_CONFIG} bytes", path.display())]
-    TooLarge { path: PathBuf },
+    TooLarge {
+        /// The file or directory.
+        path: PathBuf,
+    },
+    /// The file is not JSON of the runtime-spec.
     #[error("the OCI configuration {} is not valid", path.display())]
-    Parse { path: PathBuf, source: serde_json::Error },
+    Parse {
+        /// The file or directory.
+        path: PathBuf,
+        /// The cause.
+        source: serde_json::Error,
+    },
+    /// The configuration lacks something, or contradicts itself.
     #[error("the OCI configuration {} {problem}", path.display())]
-    Invalid { path: PathBuf, problem: String },
+    Invalid {
+        /// The file or directory.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
 }
 
 impl HasKind for BundleError {

@@ -15,6 +15,7 @@ const LIMIT: u32 = 8192;
 
 /// The cgroup files that hold sets of CPUs and of nodes.
 pub const CPU_FILES: [&str; 2] = ["cpuset.cpus", "cpuset.cpus.exclusive"];
+/// The cgroup file with the memory nodes.
 pub const NODE_FILE: &str = "cpuset.mems";
 
 /// The format of a set, for error messages.

@@ -8,18 +8,33 @@ use super::{bundle::odd_variable, guest::drop_labels, json};
 /// Why a process is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessSpecError {
+    /// The description is not JSON of the runtime-spec.
     #[error("the process is not a valid OCI process")]
     Parse(#[source] serde_json::Error),
+    /// There is no command.
     #[error("the process has no arguments")]
     NoArgs,
+    /// There is no working directory.
     #[error("the process has no working directory (cwd)")]
     NoCwd,
+    /// The working directory is a relative path.
     #[error("the process has the relative cwd {cwd:?}; it must be absolute")]
-    RelativeCwd { cwd: String },
+    RelativeCwd {
+        /// The path.
+        cwd: String,
+    },
+    /// An environment variable is not of the form NAME=VALUE.
     #[error("the process has {variable:?} in its env; it must be NAME=VALUE")]
-    Variable { variable: String },
+    Variable {
+        /// The variable.
+        variable: String,
+    },
+    /// A field is not supported.
     #[error("{what} of a process that is added to a container is not supported")]
-    Unsupported { what: &'static str },
+    Unsupported {
+        /// The field.
+        what: &'static str,
+    },
 }
 
 impl HasKind for ProcessSpecError {

@@ -29,7 +29,9 @@ const INJECTED: &[&str] = &["/etc/hosts", "/etc/resolv.conf"];
 /// A container's configuration for the guest.
 #[derive(Debug, Clone)]
 pub struct GuestSpec {
+    /// The configuration that the agent receives.
     pub spec: Spec,
+    /// Files of the host whose content the container receives.
     pub injected: Vec<Injected>,
     /// Path of the container's network namespace on the host, if the configuration names one.
     pub netns: Option<PathBuf>,
@@ -38,31 +40,75 @@ pub struct GuestSpec {
 /// A host file that is copied to `destination` in the container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Injected {
+    /// The file on the host.
     pub source: PathBuf,
+    /// The path in the container.
     pub destination: String,
 }
 
 /// Why a configuration is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ReduceError {
+    /// The mount is of a path on the host.
     #[error("mount {} of the host path {} is not supported yet (bind mounts come with volumes)", destination.display(), source_path.display())]
-    Bind { destination: PathBuf, source_path: PathBuf },
+    Bind {
+        /// The path in the container.
+        destination: PathBuf,
+        /// The path on the host.
+        source_path: PathBuf,
+    },
+    /// The type of the mount is not supported.
     #[error("mount {} has the type {kind:?}, which is not supported; supported are {}", destination.display(), GUEST_KINDS.join(", "))]
-    MountKind { destination: PathBuf, kind: String },
+    MountKind {
+        /// The path in the container.
+        destination: PathBuf,
+        /// The type of the mount.
+        kind: String,
+    },
+    /// A mount has no destination.
     #[error("a mount has no destination")]
     NoDestination,
+    /// The hook is not supported.
     #[error("OCI {hook} hooks are not supported yet")]
-    Hook { hook: &'static str },
+    Hook {
+        /// The name of the hooks.
+        hook: &'static str,
+    },
+    /// There are two namespaces of one kind.
     #[error("linux.namespaces has two {kind} namespaces")]
-    TwoNamespaces { kind: LinuxNamespaceType },
+    TwoNamespaces {
+        /// The kind of the namespaces.
+        kind: LinuxNamespaceType,
+    },
+    /// The namespace belongs to another container.
     #[error("joining the {kind} namespace {} of another container is not supported yet", path.display())]
-    SharedNamespace { kind: LinuxNamespaceType, path: PathBuf },
+    SharedNamespace {
+        /// The kind of the namespace.
+        kind: LinuxNamespaceType,
+        /// The path of the namespace.
+        path: PathBuf,
+    },
+    /// The field is not supported.
     #[error("{field} is not supported: {reason}")]
-    Field { field: &'static str, reason: &'static str },
+    Field {
+        /// The field.
+        field: &'static str,
+        /// Why the field is not supported.
+        reason: &'static str,
+    },
+    /// The host's block device cannot be used in the guest.
     #[error(
         "linux.devices has {}, block device {major}:{minor} of the host, which the VM does not have", path.display()
     )]
-    BlockDevice { path: PathBuf, major: i64, minor: i64 },
+    BlockDevice {
+        /// The device.
+        path: PathBuf,
+        /// The major number.
+        major: i64,
+        /// The minor number.
+        minor: i64,
+    },
+    /// A limit is refused.
     #[error(transparent)]
     Resources(#[from] ResourcesError),
 }
@@ -284,178 +330,4 @@ fn add_cgroup_namespace(linux: &mut Linux) {
 }
 
 #[cfg(test)]
-mod tests {
-    use oci_spec::runtime::{
-        HookBuilder, HooksBuilder, MountBuilder, get_default_mounts, get_default_namespaces,
-    };
-    use serde_json::{Value, json};
-
-    use super::*;
-
-    fn bind(destination: &str, source: &str) -> Mount {
-        MountBuilder::default()
-            .destination(destination)
-            .typ("bind")
-            .source(source)
-            .options(vec!["rbind".to_owned(), "ro".to_owned()])
-            .build()
-            .unwrap()
-    }
-
-    #[test]
-    fn the_default_configuration_is_kept_but_for_the_hosts_part() {
-        let reduced = reduce(Spec::default(), "c1").unwrap();
-        assert_eq!(reduced.spec.mounts(), &Some(get_default_mounts()));
-        let linux = reduced.spec.linux().as_ref().unwrap();
-        assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/machinen/c1")));
-        let kinds: Vec<_> =
-            linux.namespaces().as_ref().unwrap().iter().map(|namespace| namespace.typ()).collect();
-        assert!(!kinds.contains(&LinuxNamespaceType::Network));
-        assert_eq!(kinds.len(), get_default_namespaces().len() - 1);
-    }
-
-    #[test]
-    fn where_cgroups_are_mounted_there_is_a_cgroup_namespace() {
-        let kinds = |given: &[LinuxNamespaceType], mounted: &str| {
-            let namespaces =
-                given.iter().map(|&kind| LinuxNamespaceBuilder::default().typ(kind).build().unwrap());
-            let mut spec = Spec::default();
-            spec.linux_mut().as_mut().unwrap().set_namespaces(Some(namespaces.collect()));
-            let mount = MountBuilder::default().destination("/sys/fs/cgroup").typ(mounted).build().unwrap();
-            spec.set_mounts(Some(vec![mount]));
-            let reduced = reduce(spec, "c1").unwrap().spec;
-            let namespaces = reduced.linux().as_ref().unwrap().namespaces().clone().unwrap();
-            namespaces.iter().map(LinuxNamespace::typ).collect::<Vec<_>>()
-        };
-        let (mount, cgroup) = (LinuxNamespaceType::Mount, LinuxNamespaceType::Cgroup);
-        assert_eq!(kinds(&[mount], "cgroup"), [mount, cgroup]);
-        assert_eq!(kinds(&[mount], "cgroup2"), [mount, cgroup]);
-        assert_eq!(kinds(&[cgroup, mount], "cgroup"), [cgroup, mount]);
-        assert_eq!(kinds(&[mount], "tmpfs"), [mount]);
-    }
-
-    #[test]
-    fn a_bind_mount_is_refused_by_name() {
-        let mut spec = Spec::default();
-        spec.set_mounts(Some(vec![bind("/data", "/srv/data")]));
-        let error = reduce(spec, "c1").unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "mount /data of the host path /srv/data is not supported yet (bind mounts come with volumes)"
-        );
-        assert_eq!(error.kind(), ErrorKind::Unimplemented);
-    }
-
-    #[test]
-    fn the_two_files_of_host_networking_are_injected() {
-        let mut spec = Spec::default();
-        spec.set_mounts(Some(vec![
-            bind("/etc/hosts", "/etc/hosts"),
-            bind("/etc/resolv.conf", "/etc/resolv.conf"),
-        ]));
-        let reduced = reduce(spec, "c1").unwrap();
-        assert_eq!(reduced.injected.len(), 2);
-        assert_eq!(reduced.spec.mounts(), &Some(vec![]));
-    }
-
-    #[test]
-    fn namespaces_by_path_are_the_hosts_network_or_refused() {
-        let with = |kind, path: &str| {
-            let mut spec = Spec::default();
-            let namespace = LinuxNamespaceBuilder::default().typ(kind).path(path).build().unwrap();
-            spec.linux_mut().as_mut().unwrap().set_namespaces(Some(vec![namespace]));
-            reduce(spec, "c1")
-        };
-        let reduced = with(LinuxNamespaceType::Network, "/run/netns/a").unwrap();
-        assert_eq!(reduced.netns.as_deref(), Some(Path::new("/run/netns/a")));
-        assert!(matches!(
-            with(LinuxNamespaceType::Pid, "/proc/1/ns/pid"),
-            Err(ReduceError::SharedNamespace { .. })
-        ));
-    }
-
-    /// Reduces a configuration with this `linux` section for a VM with two CPUs.
-    fn linux(linux: Value) -> Result<Value, ReduceError> {
-        let spec = json!({"ociVersion": "1.2.0", "linux": linux});
-        let reduced = reduce(serde_json::from_value(spec).unwrap(), "c1")?;
-        Ok(serde_json::to_value(reduced.for_vm(2)).unwrap()["linux"].clone())
-    }
-
-    #[test]
-    fn cpus_and_nodes_are_the_guests() {
-        let reduced = linux(json!({
-            "resources": {"cpu": {"cpus": "4-7", "mems": "1"}, "unified": {"cpuset.cpus": "5"}},
-            "memoryPolicy": {"mode": "MPOL_BIND", "nodes": "0-1"},
-        }))
-        .unwrap();
-        assert_eq!(reduced["resources"]["cpu"], json!({"cpus": "0-1", "mems": "0"}));
-        assert_eq!(reduced["resources"]["unified"], json!({"cpuset.cpus": "1"}));
-        assert_eq!(reduced["memoryPolicy"]["nodes"], "0");
-        for nonsense in [
-            json!({"cpu": {"cpus": "5-2"}}),
-            json!({"cpu": {"mems": "x"}}),
-            json!({"unified": {"cpuset.cpus": ","}}),
-        ] {
-            let error = linux(json!({"resources": nonsense})).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
-        }
-    }
-
-    #[test]
-    fn a_configuration_without_linux_has_only_mounts_of_its_own() {
-        let spec = serde_json::from_value(json!({"ociVersion": "1.2.0"})).unwrap();
-        let reduced = serde_json::to_value(reduce(spec, "c1").unwrap().spec).unwrap();
-        assert_eq!(
-            reduced["linux"],
-            json!({"cgroupsPath": "/machinen/c1", "namespaces": [{"type": "mount"}]})
-        );
-    }
-
-    #[test]
-    fn members_that_concern_the_host_are_refused_by_name() {
-        let disk = json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
-        let all = json!([{"allow": true, "access": "rwm"}]);
-        for (section, words) in [
-            (json!({"intelRdt": {}}), "linux.intelRdt"),
-            (json!({"netDevices": {"eth0": {"name": "eth1"}}}), "linux.netDevices"),
-            (json!({"devices": disk}), "/dev/sda, block device 8:0 of the host"),
-        ] {
-            let error = linux(section).unwrap_err();
-            assert!(error.kind() == ErrorKind::Unimplemented && error.to_string().contains(words), "{error}");
-        }
-        linux(json!({"devices": disk, "resources": {"devices": all}})).unwrap();
-        let mut spec = Spec::default();
-        let affinity = serde_json::from_value(json!({"initial": "0-3"})).unwrap();
-        spec.process_mut().as_mut().unwrap().set_exec_cpu_affinity(Some(affinity));
-        assert!(reduce(spec, "c1").unwrap_err().to_string().contains("execCPUAffinity"));
-    }
-
-    #[test]
-    fn two_namespaces_of_a_kind_are_refused() {
-        let twice = json!([{"type": "pid"}, {"type": "network"}, {"type": "pid"}]);
-        let error = linux(json!({"namespaces": twice})).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
-        assert_eq!(error.to_string(), "linux.namespaces has two pid namespaces");
-    }
-
-    #[test]
-    fn a_relative_destination_is_below_the_root() {
-        let mount = |destination: &str| {
-            let mut spec = Spec::default();
-            let mount = json!({"destination": destination, "type": "tmpfs"});
-            spec.set_mounts(Some(vec![serde_json::from_value(mount).unwrap()]));
-            reduce(spec, "c1")
-        };
-        let mounts = mount("scratch/a").unwrap().spec.mounts().clone().unwrap();
-        assert_eq!(mounts[0].destination(), Path::new("/scratch/a"));
-        assert_eq!(mount("").unwrap_err(), ReduceError::NoDestination);
-    }
-
-    #[test]
-    fn hooks_are_refused() {
-        let mut spec = Spec::default();
-        let hook = HookBuilder::default().path("/bin/true").build().unwrap();
-        spec.set_hooks(Some(HooksBuilder::default().create_runtime(vec![hook]).build().unwrap()));
-        assert_eq!(reduce(spec, "c1").unwrap_err(), ReduceError::Hook { hook: "createRuntime" });
-    }
-}
+mod tests;

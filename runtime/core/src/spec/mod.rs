@@ -16,6 +16,9 @@ pub mod resources;
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
+/// Longest hostname that Linux takes, bytes (gethostname(2)).
+pub const MAX_HOSTNAME: usize = 64;
+
 /// Whether the container has a namespace of this kind of its own.
 pub fn has_own(spec: &Spec, kind: LinuxNamespaceType) -> bool {
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());

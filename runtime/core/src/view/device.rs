@@ -31,7 +31,9 @@ const SERVED_BY_GUEST: MountAttrFlags = HARMLESS.union(MountAttrFlags::MOUNT_ATT
 /// A step on the way to a file system that can be mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceStep {
+    /// Open a device or a file system.
     Open,
+    /// Make a file system or a mount.
     Make,
 }
 

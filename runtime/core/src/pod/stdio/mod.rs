@@ -39,9 +39,13 @@ const BUFFER: usize = 64 << 10;
 /// The names of the standard streams that a caller asks for; an empty name is /dev/null.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StdioNames {
+    /// The fifo that stdin is read from; empty if the process has no stdin.
     pub stdin: String,
+    /// The fifo or URI that receives stdout; empty if the output is discarded.
     pub stdout: String,
+    /// The fifo or URI that receives stderr; empty if the output is discarded.
     pub stderr: String,
+    /// Whether the process has a terminal.
     pub terminal: bool,
 }
 
@@ -57,31 +61,75 @@ pub struct StreamOwner {
 /// Why a standard stream cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StdioError {
+    /// The URI has an unknown scheme.
     #[error(
         "{stream} {name:?} is not understood; it takes a path, fifo:///path, file:///path, binary:///program?k=v or \
          binary-v2:///program?k=v"
     )]
-    Scheme { stream: &'static str, name: String },
+    Scheme {
+        /// The name of the stream.
+        stream: &'static str,
+        /// The name that the caller gave.
+        name: String,
+    },
+    /// Stdin is not a fifo's path.
     #[error("stdin cannot be {name:?}: it takes a path or fifo:///path")]
-    Stdin { name: String },
+    Stdin {
+        /// The name that the caller gave.
+        name: String,
+    },
+    /// Stderr names a logging program; only stdout may.
     #[error("stderr cannot be {name:?}: a logging program takes stderr together with stdout")]
-    Stderr { name: String },
+    Stderr {
+        /// The name that the caller gave.
+        name: String,
+    },
+    /// A process with a terminal was to have a stderr.
     #[error("a terminal has one output, but stderr is {name:?}")]
-    TerminalStderr { name: String },
+    TerminalStderr {
+        /// The name that the caller gave.
+        name: String,
+    },
+    /// A file or fifo cannot be opened.
     #[error("cannot open {stream} {}", path.display())]
-    Open { stream: &'static str, path: PathBuf, source: io::Error },
+    Open {
+        /// The name of the stream.
+        stream: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The file is not a fifo.
     #[error("{stream} {} is not a fifo", path.display())]
-    NotFifo { stream: &'static str, path: PathBuf },
+    NotFifo {
+        /// The name of the stream.
+        stream: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+    },
+    /// A pipe to the logging program cannot be made.
     #[error("cannot make a pipe to the logging program")]
     Pipe(#[source] io::Error),
+    /// The logging program cannot be started.
     #[error("cannot start the logging program")]
     Logger(#[source] ProcessError),
+    /// The logging program did not report in time that it is ready.
     #[error("logging program {program} is not ready within {limit:?}")]
-    LoggerNotReady { program: String, limit: Duration },
+    LoggerNotReady {
+        /// The logging program.
+        program: String,
+        /// How long the program had.
+        limit: Duration,
+    },
+    /// The logging program has ended without a report that it is ready.
     #[error(
         "logging program {program} has closed fd 5 without writing a byte to it, which binary-v2 asks for"
     )]
-    LoggerSilent { program: String },
+    LoggerSilent {
+        /// The logging program.
+        program: String,
+    },
 }
 
 impl HasKind for StdioError {
@@ -104,18 +152,24 @@ impl HasKind for StdioError {
 /// The host ends of a process's standard streams. The outputs are open.
 #[derive(Debug)]
 pub struct HostStdio {
+    /// Whether the process has a terminal.
     pub terminal: bool,
     /// Opened later: see [`StdinFifo`].
     pub stdin: Option<StdinFifo>,
+    /// What receives stdout; None if the output is discarded.
     pub stdout: Option<OutputSink>,
+    /// What receives stderr; None if the output is discarded.
     pub stderr: Option<OutputSink>,
+    /// The logging program, if there is one.
     pub logger: Option<Logger>,
 }
 
 /// The destination of an output stream.
 #[derive(Debug)]
 pub enum OutputSink {
+    /// A fifo or pipe.
     Pipe(pipe::Sender),
+    /// A file that is appended to.
     File(tokio::fs::File),
 }
 

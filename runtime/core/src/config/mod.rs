@@ -1,5 +1,7 @@
 //! The configuration file. Every key has a default, and `config/machinen.toml` documents all of them.
 
+pub mod annotations;
+
 use std::{
     env, fs, io,
     path::{Path, PathBuf},
@@ -9,51 +11,84 @@ use machinen_base::error::{ErrorKind, HasKind};
 use machinen_vm::{ChannelMode, accel::AccelMode};
 use serde::{Deserialize, Serialize};
 
+/// The environment variable that names the configuration file.
+const PATH_VARIABLE: &str = "MACHINEN_CONFIG";
+
 /// Read when `MACHINEN_CONFIG` is not set; the file may be missing.
-pub const DEFAULT_PATH: &str = "/etc/machinen/machinen.toml";
+const DEFAULT_PATH: &str = "/etc/machinen/machinen.toml";
 
 /// All settings. The names of the keys include the units.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
+    /// `[assets]`: where kernel and image are.
     pub assets: AssetsConfig,
+    /// `[vm]`: how VMs are made.
     pub vm: VmConfig,
+    /// `[template]`: how templates are used.
     pub template: TemplateConfig,
+    /// `[pool]`: how clones are made ahead of time.
     pub pool: PoolConfig,
+    /// `[checkpoint]`: how checkpoints are taken.
     pub checkpoint: CheckpointConfig,
+    /// `[restore]`: how containers are restored from checkpoints.
     pub restore: RestoreConfig,
+    /// `[rootdisk]`: how root file systems become disks.
     pub rootdisk: RootdiskConfig,
+    /// `[annotations]`: what containers may override.
     pub annotations: AnnotationsConfig,
+    /// `[task]`: what the shim answers.
     pub task: TaskConfig,
+    /// `[log]`: what is logged.
     pub log: LogConfig,
 }
 
+/// Where kernel and image are.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AssetsConfig {
+    /// The directory with `vmlinux` and `guest.img`. If empty, the usual directories are searched.
     pub dir: PathBuf,
 }
 
+/// How VMs are made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct VmConfig {
+    /// QEMU, a path or a name that is looked up in PATH.
     pub qemu: PathBuf,
+    /// The vhost-user vsock daemon, a path or a name that is looked up in PATH. Used where the host has no
+    /// `/dev/vhost-vsock`.
     pub vhost_device_vsock: PathBuf,
+    /// KVM, emulation, or whichever works.
     pub accel: AccelMode,
+    /// Ceiling of a VM's memory, MiB. 0: half of the host's memory within bounds, or more if the container's
+    /// limit requires it.
     pub memory_mib: u32,
+    /// Number of virtual CPUs; 0 is the host's number with KVM, at most 8, and 1 with emulation. A
+    /// container's CPU limit lowers it.
     pub vcpus: u32,
+    /// How the host and the agent communicate.
     pub channel: ChannelMode,
+    /// Added to the guest kernel's command line.
     pub kernel_args: String,
+    /// Whether processes in the guest may use io_uring.
     pub io_uring: bool,
+    /// From the start of QEMU until the agent must have answered, seconds.
     pub boot_timeout_s: u64,
+    /// The share of the host's memory that starts leave available, percent.
     pub memory_reserve_percent: u64,
 }
 
+/// How templates are used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TemplateConfig {
+    /// Whether templates are used and built.
     pub mode: TemplateMode,
+    /// The directory of the templates.
     pub dir: PathBuf,
+    /// Most memory that all templates may take, MiB.
     pub budget_mib: u64,
 }
 
@@ -65,6 +100,7 @@ pub enum TemplateMode {
     Auto,
     /// Existing templates are used; none is built.
     Use,
+    /// No template is used, and none is built.
     Off,
 }
 
@@ -72,8 +108,11 @@ pub enum TemplateMode {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PoolConfig {
+    /// Number of clones that are kept ready; 0 disables the pool.
     pub size: u32,
+    /// The directory of the pool's slots and sockets.
     pub dir: PathBuf,
+    /// How long containerd may be absent before the clones end, seconds.
     pub containerd_timeout_s: u64,
 }
 
@@ -81,7 +120,9 @@ pub struct PoolConfig {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CheckpointConfig {
+    /// Whether memory is copied before the container is frozen.
     pub pre_dump: bool,
+    /// Whether a checkpoint is verified before its request succeeds.
     pub verify: VerifyMode,
 }
 
@@ -89,6 +130,7 @@ pub struct CheckpointConfig {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum VerifyMode {
+    /// Checkpoints are not verified.
     #[default]
     Off,
     /// The checkpoint is restored in a VM of its own.
@@ -99,7 +141,9 @@ pub enum VerifyMode {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RestoreConfig {
+    /// Whether a container runs before its memory is there, and fetches the memory.
     pub lazy: bool,
+    /// What happens to established TCP connections.
     pub tcp: TcpMode,
 }
 
@@ -114,25 +158,35 @@ pub enum TcpMode {
     Close,
 }
 
+/// How root file systems become disks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RootdiskConfig {
+    /// The directory of the cache of base disks.
     pub dir: PathBuf,
+    /// Smallest size of a base disk, MiB.
     pub min_size_mib: u64,
+    /// Size of a container's writable disk, MiB.
     pub writable_size_mib: u64,
+    /// Most files that a container's changes may have when they are exported to its snapshot.
     pub layer_max_entries: u64,
+    /// mke2fs, a path or a name that is looked up in PATH.
     pub mke2fs: PathBuf,
 }
 
+/// What containers may override.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AnnotationsConfig {
+    /// The annotations that are accepted, without their prefix.
     pub allow: Vec<String>,
 }
 
+/// What the shim answers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TaskConfig {
+    /// The message that carries a container's metrics.
     pub metrics: MetricsFormat,
 }
 
@@ -143,14 +197,33 @@ pub enum MetricsFormat {
     /// The one that matches the host's cgroups.
     #[default]
     Auto,
+    /// The message of cgroup v1.
     Cgroup1,
+    /// The message of cgroup v2.
     Cgroup2,
 }
 
+/// What is logged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogConfig {
+    /// error, warn, info, debug or trace.
     pub level: String,
+}
+
+/// Turns io_uring off for all processes (kernel.io_uring_disabled in the kernel's sysctl documentation).
+const NO_IO_URING: &str = "sysctl.kernel.io_uring_disabled=2";
+
+impl VmConfig {
+    /// What the configuration adds to the kernel's command line. The user's own text comes last, so that it
+    /// takes precedence.
+    pub(crate) fn all_kernel_args(&self) -> String {
+        match (self.io_uring, self.kernel_args.as_str()) {
+            (true, args) => args.to_owned(),
+            (false, "") => NO_IO_URING.to_owned(),
+            (false, args) => format!("{NO_IO_URING} {args}"),
+        }
+    }
 }
 
 impl Default for VmConfig {
@@ -196,7 +269,7 @@ impl Default for RootdiskConfig {
 
 impl Default for AnnotationsConfig {
     fn default() -> Self {
-        Self { allow: crate::annotations::KEYS.iter().map(|&(name, _)| name.to_owned()).collect() }
+        Self { allow: annotations::names().map(str::to_owned).collect() }
     }
 }
 
@@ -209,12 +282,32 @@ impl Default for LogConfig {
 /// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
+    /// The file cannot be read.
     #[error("cannot read the configuration file {}", path.display())]
-    Read { path: PathBuf, source: io::Error },
+    Read {
+        /// The file or directory.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The file has a syntax error, an unknown key or an invalid value.
     #[error("the configuration file {} is not valid (see config/machinen.toml for every key)", path.display())]
-    Parse { path: PathBuf, source: toml::de::Error },
+    Parse {
+        /// The file or directory.
+        path: PathBuf,
+        /// The cause.
+        source: toml::de::Error,
+    },
+    /// `annotations.allow` has a name that is not an annotation.
     #[error("{} has an unknown annotation {name:?} in annotations.allow; known are {known}", path.display())]
-    UnknownAnnotation { path: PathBuf, name: String, known: String },
+    UnknownAnnotation {
+        /// The file or directory.
+        path: PathBuf,
+        /// The unknown name.
+        name: String,
+        /// All known names.
+        known: String,
+    },
 }
 
 impl HasKind for ConfigError {
@@ -223,20 +316,22 @@ impl HasKind for ConfigError {
     }
 }
 
+/// The path of the configuration file: `MACHINEN_CONFIG`, or the default, which may be missing.
+pub(crate) fn path() -> PathBuf {
+    env::var_os(PATH_VARIABLE).map_or_else(|| DEFAULT_PATH.into(), PathBuf::from)
+}
+
 impl Config {
-    /// Loads `MACHINEN_CONFIG` or [`DEFAULT_PATH`]; the latter may be missing.
+    /// Loads the file that `MACHINEN_CONFIG` names, or `/etc/machinen/machinen.toml`; the latter may be missing.
     ///
     /// # Errors
     /// The file cannot be read, or has a syntax error, an unknown key or an invalid value.
     pub fn load() -> Result<Self, ConfigError> {
-        match env::var_os("MACHINEN_CONFIG") {
-            Some(path) => Self::read(Path::new(&path)),
-            None => match Self::read(Path::new(DEFAULT_PATH)) {
-                Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                    Ok(Self::default())
-                }
-                result => result,
-            },
+        match (Self::read(&path()), env::var_os(PATH_VARIABLE)) {
+            (Err(ConfigError::Read { source, .. }), None) if source.kind() == io::ErrorKind::NotFound => {
+                Ok(Self::default())
+            }
+            (result, _) => result,
         }
     }
 
@@ -254,11 +349,11 @@ impl Config {
         let config: Self =
             toml::from_str(text).map_err(|source| ConfigError::Parse { path: path.into(), source })?;
         for name in &config.annotations.allow {
-            if !crate::annotations::KEYS.iter().any(|(known, _)| known == name) {
+            if !annotations::names().any(|known| known == name) {
                 return Err(ConfigError::UnknownAnnotation {
                     path: path.into(),
                     name: name.clone(),
-                    known: crate::annotations::known_keys(),
+                    known: annotations::known_keys(),
                 });
             }
         }
@@ -288,6 +383,17 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn io_uring_is_turned_off_before_the_users_arguments() {
+        let args = |io_uring, args: &str| {
+            VmConfig { io_uring, kernel_args: args.into(), ..VmConfig::default() }.all_kernel_args()
+        };
+        assert_eq!(args(true, ""), "");
+        assert_eq!(args(true, "debug"), "debug");
+        assert_eq!(args(false, ""), NO_IO_URING);
+        assert_eq!(args(false, "debug"), format!("{NO_IO_URING} debug"));
     }
 
     #[test]

@@ -1,0 +1,392 @@
+//! Per-container overrides: the annotations `io.machinen.*`, one row of [`KEYS`] each.
+//!
+//! Only keys in `annotations.allow` of the configuration are accepted. An annotation with the prefix that is
+//! unknown, not allowed or malformed is an error, because a container that silently runs with other limits
+//! than requested would be worse. For the same reason, an annotation that shapes the VM is an error on a
+//! container that joins a VM of another shape.
+
+use std::collections::HashMap;
+
+use machinen_base::error::{ErrorKind, HasKind};
+use machinen_vm::{ChannelKind, ChannelMode, VmSpec};
+
+use super::{Config, TcpMode, VerifyMode};
+
+/// The prefix of machinen's annotations.
+pub const PREFIX: &str = "io.machinen.";
+
+/// One annotation: a row of [`KEYS`].
+#[derive(Debug)]
+pub struct Annotation {
+    /// The name without [`PREFIX`].
+    pub name: &'static str,
+    /// What the annotation shapes.
+    pub scope: Scope,
+    /// Applies a value to the configuration of one container. The error describes the valid values.
+    apply: fn(&mut Config, &str) -> Result<(), &'static str>,
+}
+
+/// What an annotation shapes.
+#[derive(Debug, Clone, Copy)]
+pub enum Scope {
+    /// The VM, which is made for the first container of a pod. On a container that joins a running VM, the
+    /// value must be the one that the VM has.
+    Vm(Differs),
+    /// The container alone.
+    Container,
+}
+
+/// Compares the configuration of a container with a running VM: what the VM has, if that differs.
+type Differs = fn(&Config, &VmSpec) -> Option<String>;
+
+/// Every annotation, with its scope and its effect.
+pub const KEYS: &[Annotation] = &[
+    Annotation {
+        name: "memory-ceiling",
+        scope: Scope::Vm(|config, vm| {
+            (config.vm.memory_mib != vm.memory_mib).then(|| format!("{} MiB", vm.memory_mib))
+        }),
+        apply: |config, value| {
+            config.vm.memory_mib =
+                number(value, 128, 1 << 20).ok_or("a whole number of MiB from 128 to 1048576")?;
+            Ok(())
+        },
+    },
+    Annotation {
+        name: "vcpus",
+        scope: Scope::Vm(|config, vm| (config.vm.vcpus != vm.vcpus).then(|| vm.vcpus.to_string())),
+        apply: |config, value| {
+            config.vm.vcpus = number(value, 1, 64).ok_or("a whole number from 1 to 64")?;
+            Ok(())
+        },
+    },
+    Annotation {
+        name: "rootdisk-size",
+        scope: Scope::Container,
+        apply: |config, value| {
+            let mib: u32 = number(value, 64, 1 << 24).ok_or("a whole number of MiB from 64 to 16777216")?;
+            config.rootdisk.writable_size_mib = mib.into();
+            Ok(())
+        },
+    },
+    Annotation {
+        name: "kernel-args",
+        scope: Scope::Vm(|config, vm| {
+            (config.vm.all_kernel_args() != vm.kernel_args).then(|| format!("{:?}", vm.kernel_args))
+        }),
+        apply: |config, value| {
+            if value.len() > 1024 || !value.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+                return Err("at most 1024 printable ASCII characters");
+            }
+            if !config.vm.kernel_args.is_empty() {
+                config.vm.kernel_args.push(' ');
+            }
+            config.vm.kernel_args.push_str(value);
+            Ok(())
+        },
+    },
+    Annotation {
+        name: "pre-dump",
+        scope: Scope::Container,
+        apply: |config, value| {
+            config.checkpoint.pre_dump = value.parse().map_err(|_| "true or false")?;
+            Ok(())
+        },
+    },
+    Annotation {
+        name: "verify",
+        scope: Scope::Container,
+        apply: |config, value| {
+            config.checkpoint.verify = match value {
+                "off" => VerifyMode::Off,
+                "restore" => VerifyMode::Restore,
+                _ => return Err("off or restore"),
+            };
+            Ok(())
+        },
+    },
+    Annotation {
+        name: "lazy",
+        scope: Scope::Container,
+        apply: |config, value| {
+            config.restore.lazy = value.parse().map_err(|_| "true or false")?;
+            Ok(())
+        },
+    },
+    Annotation {
+        name: "tcp",
+        scope: Scope::Container,
+        apply: |config, value| {
+            config.restore.tcp = match value {
+                "keep" => TcpMode::Keep,
+                "close" => TcpMode::Close,
+                _ => return Err("keep or close"),
+            };
+            Ok(())
+        },
+    },
+    Annotation {
+        name: "channel",
+        scope: Scope::Vm(|config, vm| {
+            let fits = match config.vm.channel {
+                ChannelMode::Auto => true,
+                ChannelMode::Vsock => vm.channel != ChannelKind::Serial,
+                ChannelMode::Serial => vm.channel == ChannelKind::Serial,
+            };
+            (!fits).then(|| vm.channel.guest_name().to_owned())
+        }),
+        apply: |config, value| {
+            config.vm.channel = match value {
+                "auto" => ChannelMode::Auto,
+                "vsock" => ChannelMode::Vsock,
+                "serial" => ChannelMode::Serial,
+                _ => return Err("auto, vsock or serial"),
+            };
+            Ok(())
+        },
+    },
+];
+
+/// Why an annotation was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AnnotationError {
+    /// The value is malformed.
+    #[error("annotation {PREFIX}{name} has the value {value:?}; it takes {expected}")]
+    BadValue {
+        /// The annotation, without its prefix.
+        name: &'static str,
+        /// The value.
+        value: String,
+        /// What values are valid.
+        expected: &'static str,
+    },
+    /// No annotation has this name.
+    #[error("annotation {PREFIX}{name} is unknown; known are {}", known_keys())]
+    Unknown {
+        /// The annotation, without its prefix.
+        name: String,
+    },
+    /// The configuration does not allow the annotation.
+    #[error("annotation {PREFIX}{name} is not allowed here; annotations.allow in the configuration decides")]
+    NotAllowed {
+        /// The annotation, without its prefix.
+        name: &'static str,
+    },
+    /// The annotation shapes the VM, and the pod's VM runs with another value.
+    #[error(
+        "annotation {PREFIX}{name} has the value {value:?}, but the container joins a VM that runs with {running}; remove the annotation, set it on the pod's first container, or use a pod of its own"
+    )]
+    VmRuns {
+        /// The annotation, without its prefix.
+        name: &'static str,
+        /// The value.
+        value: String,
+        /// What the VM has.
+        running: String,
+    },
+}
+
+impl HasKind for AnnotationError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NotAllowed { .. } => ErrorKind::PermissionDenied,
+            Self::VmRuns { .. } => ErrorKind::FailedPrecondition,
+            Self::BadValue { .. } | Self::Unknown { .. } => ErrorKind::InvalidArgument,
+        }
+    }
+}
+
+/// Returns the configuration of one container: `config` with the container's annotations applied.
+///
+/// # Errors
+/// The first annotation, by name, that is unknown, not allowed or malformed.
+pub fn apply(config: &Config, annotations: &HashMap<String, String>) -> Result<Config, AnnotationError> {
+    let mut result = config.clone();
+    for (name, value) in with_prefix(annotations) {
+        let Some(key) = find(name) else {
+            return Err(AnnotationError::Unknown { name: name.to_owned() });
+        };
+        if !config.annotations.allow.iter().any(|allowed| allowed == name) {
+            return Err(AnnotationError::NotAllowed { name: key.name });
+        }
+        (key.apply)(&mut result, value).map_err(|expected| AnnotationError::BadValue {
+            name: key.name,
+            value: shortened(value),
+            expected,
+        })?;
+    }
+    Ok(result)
+}
+
+/// Checks that a container can join the VM `running`: its annotations that shape the VM have the values that
+/// this VM has. `config` is the container's configuration, with its annotations applied.
+///
+/// # Errors
+/// The first annotation, by name, that asks for a different VM.
+pub fn check_join(
+    config: &Config,
+    annotations: &HashMap<String, String>,
+    running: &VmSpec,
+) -> Result<(), AnnotationError> {
+    for (name, value) in with_prefix(annotations) {
+        if let Some(&Annotation { name, scope: Scope::Vm(differs), .. }) = find(name)
+            && let Some(running) = differs(config, running)
+        {
+            return Err(AnnotationError::VmRuns { name, value: shortened(value), running });
+        }
+    }
+    Ok(())
+}
+
+/// The names of all annotations, without their prefix.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    KEYS.iter().map(|key| key.name)
+}
+
+/// All names for messages, separated by commas.
+pub fn known_keys() -> String {
+    names().collect::<Vec<_>>().join(", ")
+}
+
+/// machinen's annotations without their prefix, sorted by name.
+fn with_prefix(annotations: &HashMap<String, String>) -> Vec<(&str, &str)> {
+    let mut ours: Vec<(&str, &str)> = annotations
+        .iter()
+        .filter_map(|(name, value)| Some((name.strip_prefix(PREFIX)?, value.as_str())))
+        .collect();
+    ours.sort_unstable();
+    ours
+}
+
+fn find(name: &str) -> Option<&'static Annotation> {
+    KEYS.iter().find(|key| key.name == name)
+}
+
+/// The value as errors quote it.
+fn shortened(value: &str) -> String {
+    value.chars().take(80).collect()
+}
+
+fn number(value: &str, least: u32, most: u32) -> Option<u32> {
+    value.parse().ok().filter(|number| (least..=most).contains(number))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(name: &str, value: &str) -> Result<Config, AnnotationError> {
+        apply(&Config::default(), &HashMap::from([(name.to_owned(), value.to_owned())]))
+    }
+
+    #[test]
+    fn each_key_reaches_its_setting() {
+        assert_eq!(with("io.machinen.memory-ceiling", "900").unwrap().vm.memory_mib, 900);
+        assert_eq!(with("io.machinen.vcpus", "3").unwrap().vm.vcpus, 3);
+        assert_eq!(with("io.machinen.rootdisk-size", "4096").unwrap().rootdisk.writable_size_mib, 4096);
+        assert_eq!(with("io.machinen.kernel-args", "a=b").unwrap().vm.kernel_args, "a=b");
+        assert_eq!(with("io.machinen.channel", "serial").unwrap().vm.channel, ChannelMode::Serial);
+        assert!(with("io.machinen.lazy", "true").unwrap().restore.lazy);
+        assert_eq!(with("io.machinen.tcp", "close").unwrap().restore.tcp, TcpMode::Close);
+    }
+
+    #[test]
+    fn annotations_without_the_prefix_are_ignored() {
+        assert_eq!(with("io.kubernetes.cri.sandbox-id", "x").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn errors_name_the_valid_values() {
+        for (name, value) in [
+            ("io.machinen.memory-ceiling", "lots"),
+            ("io.machinen.memory-ceiling", "12"),
+            ("io.machinen.vcpus", "0"),
+            ("io.machinen.rootdisk-size", "-1"),
+            ("io.machinen.kernel-args", "a\nb"),
+            ("io.machinen.channel", "pigeon"),
+            ("io.machinen.tcp", "open"),
+        ] {
+            let error = with(name, value).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("it takes"), "{error}");
+        }
+    }
+
+    #[test]
+    fn unknown_and_disallowed_keys_are_refused() {
+        assert!(matches!(with("io.machinen.memory", "1"), Err(AnnotationError::Unknown { .. })));
+        let mut config = Config::default();
+        config.annotations.allow.clear();
+        let annotations = HashMap::from([("io.machinen.vcpus".to_owned(), "1".to_owned())]);
+        assert_eq!(apply(&config, &annotations), Err(AnnotationError::NotAllowed { name: "vcpus" }));
+    }
+
+    /// The VM of a container with the default configuration.
+    fn running() -> VmSpec {
+        let accel = machinen_vm::accel::Accelerator::Kvm;
+        VmSpec {
+            id: "pod".into(),
+            qemu: "qemu".into(),
+            accel,
+            memory_mib: 512,
+            vcpus: 2,
+            kernel: "vmlinux".into(),
+            image: "guest.img".into(),
+            kernel_args: String::new(),
+            channel: ChannelKind::Serial,
+            hostname: "pod".into(),
+            boot_timeout: std::time::Duration::from_secs(1),
+            identity: VmSpec::unprivileged(1, vec![]),
+            keep_console: false,
+        }
+    }
+
+    fn join(name: &str, value: &str) -> Result<(), AnnotationError> {
+        let annotations = HashMap::from([(format!("{PREFIX}{name}"), value.to_owned())]);
+        check_join(&apply(&Config::default(), &annotations)?, &annotations, &running())
+    }
+
+    #[test]
+    fn a_later_container_may_not_ask_for_another_vm() {
+        for (name, value, has) in [
+            ("memory-ceiling", "900", "512 MiB"),
+            ("vcpus", "4", "with 2;"),
+            ("kernel-args", "debug", "\"\""),
+            ("channel", "vsock", "serial"),
+        ] {
+            let error = join(name, value).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
+            let text = error.to_string();
+            for word in [name, value, has, "first container"] {
+                assert!(text.contains(word), "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_later_container_joins_with_what_its_vm_has() {
+        for (name, value) in [
+            ("memory-ceiling", "512"),
+            ("vcpus", "2"),
+            ("kernel-args", ""),
+            ("channel", "serial"),
+            ("channel", "auto"),
+        ] {
+            join(name, value).unwrap();
+        }
+        let joined = check_join(&Config::default(), &HashMap::new(), &running());
+        assert_eq!(joined, Ok(()), "no annotation asks for nothing");
+    }
+
+    #[test]
+    fn annotations_of_the_container_never_prevent_a_join() {
+        for (name, value) in [
+            ("rootdisk-size", "64"),
+            ("pre-dump", "true"),
+            ("verify", "restore"),
+            ("lazy", "true"),
+            ("tcp", "close"),
+        ] {
+            join(name, value).unwrap();
+        }
+    }
+}
