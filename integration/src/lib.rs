@@ -1,4 +1,4 @@
-//! Test harness: a private containerd, images made on the spot, and what is left behind.
+//! Test harness: a private containerd, images made on demand, and the check of what is left behind.
 //!
 //! ```text
 //!   test, demo or bench ──> Containerd ──stdin pipe──> machinen-keeper (subreaper)
@@ -6,8 +6,9 @@
 //!                              └── ctr                    end of the pipe: kills all of them, unmounts, removes
 //! ```
 //!
-//! The keeper is why nothing outlives a test, even one that was killed: whatever containerd started is its
-//! descendant, and that is also how [`inventory`] knows which processes of the machine belong to which test.
+//! The keeper is the reason why nothing outlives a test, even one that was killed: every process that
+//! containerd has started is a descendant of the keeper. This is also how [`inventory`] knows which processes
+//! of the machine belong to which test.
 
 pub mod bundle;
 pub mod containerd;

@@ -1,4 +1,4 @@
-//! A container without containerd: the task API spoken to its shim.
+//! A container without containerd: the tests call the task API of its shim.
 
 use std::{fs, path::Path};
 
@@ -33,10 +33,10 @@ impl<'a> Served<'a> {
         Self::run(containerd, &rootfs.config(&["sleep", "1000"], |_| ())?)
     }
 
-    /// A container with that specification, which runs.
+    /// A running container with that specification.
     ///
     /// # Errors
-    /// It does not start.
+    /// The container does not start.
     pub fn run(containerd: &'a Containerd, config: &Path) -> Result<Self> {
         let mut served = Self::of(containerd, config)?;
         served.create(|_| ())?;
@@ -58,7 +58,7 @@ impl<'a> Served<'a> {
     /// A container with that specification in the VM of this one.
     ///
     /// # Errors
-    /// Its bundle cannot be made.
+    /// The bundle cannot be made.
     pub fn beside(&self, containerd: &'a Containerd, config: &Path) -> Result<Self> {
         let shim = Shim::new(containerd)?;
         fs::copy(config, shim.bundle.join("config.json"))?;
@@ -66,7 +66,7 @@ impl<'a> Served<'a> {
     }
 
     /// # Errors
-    /// It is refused.
+    /// The call is refused.
     pub fn create(&mut self, change: impl FnOnce(&mut api::CreateTaskRequest)) -> Result<()> {
         let mut request = self.shim.create_request();
         change(&mut request);
@@ -76,12 +76,12 @@ impl<'a> Served<'a> {
     }
 
     /// # Errors
-    /// It is refused.
+    /// The call is refused.
     pub fn begin(&self) -> Result<()> {
         self.client.ok::<api::StartResponse>("Start", &self.start("")).map(drop)
     }
 
-    /// Runs a command in it, whose output goes to `stdout`, and returns its status.
+    /// Runs a command in the container, whose output goes to `stdout`, and returns its status.
     ///
     /// # Errors
     /// A call is refused.
@@ -122,14 +122,14 @@ impl<'a> Served<'a> {
     }
 
     /// # Errors
-    /// It is refused.
+    /// The call is refused.
     pub fn state(&self, exec_id: &str) -> Result<api::StateResponse> {
         let (id, exec_id) = (self.shim.id.clone(), exec_id.to_owned());
         self.client.ok("State", &api::StateRequest { id, exec_id, ..Default::default() })
     }
 
     /// # Errors
-    /// It is refused.
+    /// The call is refused.
     pub fn wait(&self, exec_id: &str) -> Result<api::WaitResponse> {
         let (id, exec_id) = (self.shim.id.clone(), exec_id.to_owned());
         self.client.ok("Wait", &api::WaitRequest { id, exec_id, ..Default::default() })
@@ -145,17 +145,17 @@ impl<'a> Served<'a> {
     }
 
     /// # Errors
-    /// A call is refused, or the shim lives on.
+    /// A call is refused, or the shim does not end.
     pub fn end(&self) -> Result<()> {
         self.client.ok::<api::Empty>("Kill", &self.kill("", 9))?;
         self.wait("")?;
         self.end_stopped()
     }
 
-    /// Of a container that has ended, or was never started.
+    /// Removes a container that has ended, or was never started, and its shim.
     ///
     /// # Errors
-    /// A call is refused, or the shim lives on.
+    /// A call is refused, or the shim does not end.
     pub fn end_stopped(&self) -> Result<()> {
         self.client.ok::<api::DeleteResponse>("Delete", &self.delete(""))?;
         self.shim.shut_down(&self.client)

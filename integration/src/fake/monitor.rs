@@ -24,7 +24,7 @@ pub(super) struct Monitor {
     socket: UnixStream,
     writer: Mutex<UnixStream>,
     conduct: Conduct,
-    /// Where the agent looks for disks.
+    /// The directory in which the agent looks for disks.
     disks: PathBuf,
     state: Mutex<State>,
     shared: Arc<Shared>,
@@ -32,15 +32,15 @@ pub(super) struct Monitor {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Descriptors by the set that holds them.
+    /// Descriptors by the set that contains them.
     fdsets: BTreeMap<u64, OwnedFd>,
-    /// Set by the name of the block device that was made of it.
+    /// Sets by the name of the block device that was made of them.
     blocks: BTreeMap<String, u64>,
-    /// Files in the agent's directory by the device that they stand for.
+    /// Files in the agent's directory by the device that they represent.
     devices: BTreeMap<String, PathBuf>,
 }
 
-/// Why a command was not carried out.
+/// The reason why a command was not carried out.
 type Refusal = (&'static str, String);
 
 impl Monitor {
@@ -54,14 +54,14 @@ impl Monitor {
         Ok(Self { socket, writer, conduct, disks, state: Mutex::default(), shared })
     }
 
-    /// Serves until the VM is to end; returns the exit code and last words.
+    /// Serves until the VM has to end; returns the exit code and last words.
     pub(super) fn serve(&self, guest: &Guest) -> Result<(u8, &'static str)> {
         std::thread::scope(|scope| {
             if let Guest::Agent(child) = guest {
                 scope.spawn(|| self.follow(child));
             }
             let result = self.answer_commands(guest);
-            // A guest that outlives its monitor has lost its machine.
+            // Without its monitor, a guest has lost its machine.
             guest.kill()?;
             result
         })
@@ -69,11 +69,11 @@ impl Monitor {
 
     /// Closes the monitor for both sides.
     pub(super) fn hang_up(&self) {
-        // It may be closed already.
+        // The monitor may be closed already.
         let _closed = self.socket.shutdown(std::net::Shutdown::Both);
     }
 
-    /// When the agent ends, the machine is off.
+    /// The end of the agent powers the machine off.
     fn follow(&self, agent: &Mutex<std::process::Child>) {
         let pid = agent.lock().expect("nobody panics with the agent").id();
         let ended = crate::process::wait_for_end(pid, std::time::Duration::from_secs(1 << 20));
@@ -199,7 +199,7 @@ impl Monitor {
 
     fn send(&self, message: &Value) {
         let mut writer = self.writer.lock().expect("nobody panics with the monitor");
-        // Whoever is gone need not be told.
+        // A client that has disconnected needs no answer.
         let _gone = writer.write_all(format!("{message}\r\n").as_bytes());
     }
 }

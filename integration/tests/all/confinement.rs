@@ -1,4 +1,4 @@
-//! What a specification says of the container around the process: mounts, devices, sysctls, seccomp, limits.
+//! The environment of the process that a specification describes: mounts, devices, sysctls, seccomp, limits.
 
 use anyhow::{Context, Result, ensure};
 use machinen_integration::{
@@ -32,7 +32,7 @@ fn mounts_and_their_options(containerd: &mut Containerd) -> Result<()> {
     let config = bundle.config(&["sh", "-c", script], |spec| {
         let mounts = spec["mounts"].as_array_mut().expect("an array");
         mounts.push(mount("/scratch", "tmpfs", "tmpfs", &["noexec", "nosuid", "mode=700", "size=8m"]));
-        // Neither exists in the image.
+        // The image contains neither of the two.
         mounts.push(mount("/data/inner", "tmpfs", "tmpfs", &["nodev"]));
         mounts.push(mount("/fixed", "tmpfs", "tmpfs", &["ro"]));
     })?;
@@ -220,7 +220,8 @@ fn resources(spec: &mut Value) -> &mut Value {
 }
 
 fn group_limits(containerd: &mut Containerd) -> Result<()> {
-    // Clients on a host with cgroup v1 ask for no namespace of its own, and mean that the container sees its own group.
+    // Clients on a host with cgroup v1 ask for no cgroup namespace, and expect that the container sees its
+    // own cgroup.
     let bundle = Bundle::busybox(containerd)?;
     for namespaces in [&[][..], &["cgroup"]] {
         group_limits_with(containerd, &bundle, namespaces)?;
@@ -264,7 +265,7 @@ fn memory_limit_kills(containerd: &mut Containerd) -> Result<()> {
     })?;
     let output = containerd.run_spec(&config).output()?;
     ensure!(output.status == 137, "{output}");
-    // The VM and its agent are unharmed: the next container starts as ever.
+    // The VM and its agent are unharmed: the next container starts as usual.
     let config = bundle.config(&["echo", "well"], |_| ())?;
     ensure!(containerd.run_spec(&config).ok()? == "well\n", "no second container");
     Ok(())

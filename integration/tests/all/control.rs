@@ -1,5 +1,5 @@
-//! What is asked of a running container: pause and resume, counts, new limits; and what happens when it has no memory
-//! left.
+//! Requests for a running container: pause and resume, metrics, new limits; and a container that is out of
+//! memory.
 
 use std::{
     fs,
@@ -36,13 +36,13 @@ fn status(containerd: &Containerd, id: &str) -> Result<String> {
     Ok(row.last().context("an empty row")?.to_string())
 }
 
-/// What `ctr tasks metrics` says, in the message that this host gets.
+/// The output of `ctr tasks metrics`, in the format of this host.
 fn metrics(containerd: &Containerd, id: &str) -> Result<serde_json::Value> {
     let text = containerd.ctr_ok(&["tasks", "metrics", "--format", "json", id])?;
     serde_json::from_str(&text).with_context(|| format!("odd metrics: {text}"))
 }
 
-/// Microseconds of CPU time, of either message.
+/// Microseconds of CPU time, in either format.
 fn cpu_time(containerd: &Containerd, id: &str) -> Result<u64> {
     let metrics = metrics(containerd, id)?;
     let cgroup2 = metrics.pointer("/cpu/usage_usec").and_then(serde_json::Value::as_u64);
@@ -62,7 +62,7 @@ fn kill_and_delete(containerd: &Containerd, id: &str) -> Result<()> {
     Ok(())
 }
 
-/// Counts are told before, while and after a pause, so they need no more than the guest's agent.
+/// Metrics are reported before, during and after a pause, so they need only the guest's agent.
 fn pause_and_resume(containerd: &mut Containerd) -> Result<()> {
     let run = containerd.run(IMAGE, &["sh", "-c", "while :; do :; done"]).detached().flag("--null-io");
     let id = run.container().to_owned();
@@ -108,19 +108,19 @@ fn paused_over_a_restart(containerd: &mut Containerd) -> Result<()> {
     ensure!(before < cpu_time(containerd, &id)?, "a resumed container uses no CPU time");
     let from = containerd.log().position();
     containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", &id])?;
-    // Who attaches deletes the task when it has ended.
+    // The attached client deletes the task when it has ended.
     let waited = waiter.wait()?;
     ensure!(waited.status == 137, "who waited was told {waited}");
     containerd.log().wait_for_event(from, "/tasks/delete")?;
     let events = containerd.log().events(from);
-    // What containerd did not take while it restarted comes late, and in order.
+    // Events that containerd did not receive during its restart come late, and in order.
     let all = ["/tasks/paused", "/tasks/resumed", "/tasks/exit", "/tasks/delete"];
     ensure!(events.len() >= 2 && all[all.len().saturating_sub(events.len())..] == events[..], "{events:?}");
     containerd.ctr_ok(&["containers", "delete", &id])?;
     Ok(())
 }
 
-/// Both messages, since a host has only one of them.
+/// Both metrics formats, since a host uses only one of them.
 fn counts_match_the_work(containerd: &mut Containerd) -> Result<()> {
     let work = "dd if=/dev/zero of=/dev/shm/a bs=1M count=24; dd if=/dev/zero of=/b bs=1M count=8 conv=fsync;\
                 i=0; while [ $i -lt 30000 ]; do i=$((i+1)); done; sleep 1000 & sleep 1000 &\
@@ -151,13 +151,13 @@ fn counts_match_the_work(containerd: &mut Containerd) -> Result<()> {
         containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", run.container()])?;
         let output = running.wait()?;
         let own = own_cpu_time(&output.text())?;
-        // The shell's own share; the programs that it ran come on top.
+        // The shell's own share; the programs that it ran come in addition.
         ensure!((own..own + 5_000_000).contains(&used), "{used} µs, of which the shell says {own}");
     }
     Ok(())
 }
 
-/// Bytes written to all block devices, of either message; a number that is 0 is not in the JSON.
+/// Bytes written to all block devices, in either format; a number that is 0 is not in the JSON.
 fn written_bytes(metrics: &serde_json::Value) -> u64 {
     let number = |value: &serde_json::Value| value.as_u64().unwrap_or(0);
     let list = |pointer: &str| {
@@ -173,7 +173,7 @@ fn written_bytes(metrics: &serde_json::Value) -> u64 {
             .sum::<u64>()
 }
 
-/// Microseconds that a shell says it has used, from its /proc/<pid>/stat (proc(5), fields 14 and 15).
+/// Microseconds that a shell reports for itself, from its /proc/<pid>/stat (proc(5), fields 14 and 15).
 fn own_cpu_time(output: &str) -> Result<u64> {
     let line =
         output.lines().find(|line| line.contains("(sh)")).with_context(|| format!("no stat in {output}"))?;
@@ -184,7 +184,7 @@ fn own_cpu_time(output: &str) -> Result<u64> {
 fn out_of_memory_is_told(containerd: &mut Containerd) -> Result<()> {
     let limit = ["--memory-limit", "67108864"];
     let from = containerd.log().position();
-    // Of two processes the larger is killed, and the container lives on.
+    // Of two processes the larger is killed, and the container continues to run.
     let run = containerd.run(IMAGE, &["sh", "-c", "tail /dev/zero; echo ended with $?; sleep 1000"]);
     let run = run.flags(&limit);
     let running = run.spawn(Duration::from_secs(90))?;
@@ -204,7 +204,7 @@ fn out_of_memory_is_told(containerd: &mut Containerd) -> Result<()> {
     Ok(())
 }
 
-/// A shim that serves one pod, spoken to directly.
+/// A shim that serves one pod, called without containerd.
 struct Direct<'a> {
     shim: Shim<'a>,
     client: Client,
@@ -301,7 +301,7 @@ fn limits_change_live(containerd: &mut Containerd) -> Result<()> {
     direct.run("busy", "while :; do :; done", &json!({ "memory": { "limit": 67_108_864 } }))?;
     ensure!(direct.stats("busy")?.memory.usage_limit == 67_108_864, "the first limit");
     let update = |resources| direct.client.ok::<api::Empty>("Update", &direct.update("busy", &resources));
-    // As a CRI client does: all of the container's limits, with those that it has not.
+    // The update of a CRI client: all of the container's limits, including the unset ones.
     update(json!({
         "devices": [{ "allow": false, "access": "rwm" }],
         "memory": { "limit": 50_331_648, "swap": 50_331_648, "reservation": 0 },
@@ -349,7 +349,7 @@ fn limits_that_cannot_be(containerd: &mut Containerd) -> Result<()> {
     other.resources.mut_or_insert_default().type_url = "windows".to_owned();
     let (code, message) = direct.client.refused("Update", &other)?;
     ensure!(code == Code::INVALID_ARGUMENT && message.contains("windows"), "{code:?}: {message}");
-    // What stood before the refused limit has its old value again.
+    // The limits before the refused one have their old values again.
     let stats = direct.stats("c")?;
     ensure!(stats.pids.limit == 50 && stats.memory.usage_limit == 67_108_864, "{stats}");
     direct.kill("c")?;

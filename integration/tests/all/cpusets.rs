@@ -57,7 +57,7 @@ fn a_set_has_as_many_of_the_guests_cpus(containerd: &mut Containerd) -> Result<(
         first.client.ok::<api::Empty>("Update", &update(&first, &resources))?;
         may_run_on(&first, wanted)?;
     }
-    // One that has no CPU in common with it, in the same VM.
+    // A second container that shares no CPU with the first, in the same VM.
     let mut other =
         first.beside(containerd, &limited(&bundle, &json!({"unified": {"cpuset.cpus": "3"}}))?)?;
     other.create(|_| ())?;

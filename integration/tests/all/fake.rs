@@ -28,8 +28,9 @@ on_newest_containerd!(
     many_lives,
 );
 
-/// Makes shims use a fake VMM, and gives a rootfs for specifications of our own: `ctr` asks for a CPU weight, which a
-/// host that has its CPU controller in cgroup v1 cannot give to an agent that is an ordinary process.
+/// Makes shims use a fake VMM, and makes a rootfs for specifications of the test's own: `ctr` asks for a CPU
+/// weight, which a host that has its CPU controller in cgroup v1 cannot give to an agent that is an ordinary
+/// process.
 fn fake(containerd: &Containerd) -> Result<(FakeVmm, Bundle)> {
     let fake = FakeVmm::start(containerd)?;
     containerd.configure(&fake.setup())?;
@@ -40,7 +41,7 @@ fn run<'a>(containerd: &'a Containerd, rootfs: &Bundle, command: &[&str]) -> Res
     Ok(containerd.run_spec(&rootfs.config(command, |_| ())?))
 }
 
-/// A container that shows that all is well again.
+/// A container that shows that starts work again.
 fn works(containerd: &Containerd, rootfs: &Bundle) -> Result<()> {
     let output = run(containerd, rootfs, &["echo", "well"])?.output()?;
     ensure!(output.status == 0 && output.text() == "well\n", "after all it should work, but: {output}");
@@ -132,7 +133,7 @@ fn failures_leave_no_descriptors(containerd: &mut Containerd) -> Result<()> {
     let connect = api::ConnectRequest { id: shim.id.clone(), ..Default::default() };
     let served: api::ConnectResponse = client.ok("Connect", &connect)?;
     let open = || -> Result<usize> { Ok(fs::read_dir(format!("/proc/{}/fd", served.shim_pid))?.count()) };
-    // The first failure may open what is kept for good reason.
+    // The first failure may open descriptors that are kept for good reason.
     fake.conduct(Conduct::Refuses("device_add"));
     client.refused("Create", &shim.create_request())?;
     let before = open()?;

@@ -1,4 +1,4 @@
-//! What a container writes is in its snapshot after its end, and there again at the next start.
+//! The writes of a container are in its snapshot after its end, and visible at the next start.
 
 use std::{
     collections::BTreeMap,
@@ -50,7 +50,7 @@ struct Kept<'a> {
 }
 
 impl<'a> Kept<'a> {
-    /// Starts it in the background.
+    /// Starts the container in the background.
     fn start(
         containerd: &'a Containerd,
         image: &str,
@@ -64,7 +64,7 @@ impl<'a> Kept<'a> {
         Ok(Self { containerd, id, snapshotter })
     }
 
-    /// Starts it and waits for the end of its task, which must be a success.
+    /// Starts the container and waits for the end of its task, which must be a success.
     fn run(containerd: &'a Containerd, image: &str, snapshotter: &'static str, script: &str) -> Result<Self> {
         let from = containerd.log().position();
         let kept = Self::start(containerd, image, snapshotter, script)?;
@@ -94,7 +94,7 @@ impl<'a> Kept<'a> {
         Ok(digits.and_then(|digits| digits.parse().ok()).unwrap_or(output.status))
     }
 
-    /// A new task on the same snapshot, to its end; what it prints.
+    /// Runs a new task on the same snapshot to its end; returns its output.
     fn again(&self) -> Result<String> {
         let output = self.containerd.ctr(["tasks", "start", &self.id])?.run()?.ok()?;
         Ok(output.text())
@@ -105,7 +105,7 @@ impl<'a> Kept<'a> {
         Ok(())
     }
 
-    /// The changes as containerd itself sees them: what is in the archive of `ctr snapshots diff`, by path.
+    /// The changes in containerd's own view: the content of the archive of `ctr snapshots diff`, by path.
     fn diff(&self) -> Result<BTreeMap<String, tar::Header>> {
         let kind = "application/vnd.oci.image.layer.v1.tar";
         let bytes = self.snapshots(&["diff", "--media-type", kind, &self.id])?;
@@ -131,7 +131,8 @@ fn writes_reach_the_snapshot(containerd: &mut Containerd) -> Result<()> {
          mkdir /gone; rmdir /gone"
     );
     let kept = Kept::run(containerd, IMAGE, "overlayfs", &script)?;
-    // The task has ended but is not deleted: `commit` and `diff` of a stopped container look now.
+    // The task has ended but is not deleted: `commit` and `diff` of a stopped container read the snapshot
+    // now.
     let upper = kept.dir()?;
     let status = |path: &str| {
         fs::symlink_metadata(upper.join(path)).with_context(|| format!("no {path} in {}", upper.display()))
@@ -156,10 +157,10 @@ fn writes_reach_the_snapshot(containerd: &mut Containerd) -> Result<()> {
     ensure!(status("null")?.rdev() == 0x103 && status("disk")?.rdev() == 0, "devices");
     ensure!(fs::read(upper.join("root").join(&long))? == b"long\n", "long name");
     ensure!(fs::read(upper.join("a/b/c/d"))? == b"deep\n", "deep");
-    // Nothing of the image can show there, and a mark of removal would make the diff below fail.
+    // Nothing of the image can be visible there, and a whiteout would make the diff below fail.
     ensure!(status("a/b/disk").is_err(), "a mark in a new directory");
     ensure!(status("gone").is_err(), "what was there and is gone again");
-    // Nothing that is only the guest's.
+    // No attributes that only the guest uses.
     let mut origin = [0; 256];
     let origin = rustix::fs::lgetxattr(upper.join("etc/passwd"), "trusted.overlay.origin", &mut origin[..]);
     ensure!(origin.is_err(), "overlayfs's own attributes of the guest");
@@ -212,7 +213,8 @@ fn stop_and_start_keeps_writes(containerd: &mut Containerd) -> Result<()> {
     kept.remove()
 }
 
-/// Two names of each kind of file, made by the first start and looked at by all. syslogd follows the link to where it binds.
+/// Two names of each kind of file, made by the first start and checked by all. syslogd follows the link to
+/// the path of its socket.
 const PAIRS: &str = "if ! test -e /d; then mkdir /d; echo x > /d/file; ln -s nowhere /d/link; mkfifo /d/fifo; \
                      mknod /d/null c 1 3; ln -s /d/socket /dev/log; syslogd -n & until test -S /d/socket; do usleep 10000; done; \
                      kill -9 $!; chmod 640 /d/socket; chown 5:6 /d/socket; \
@@ -235,7 +237,7 @@ fn names_of_one_file_and_sockets_are_kept(containerd: &mut Containerd) -> Result
     Ok(())
 }
 
-/// Kills a process of a container that has synced, and sees what the next start finds.
+/// Kills a process of a container that has synced, and checks what the next start finds.
 fn killed(
     containerd: &Containerd,
     snapshotter: &'static str,
@@ -245,7 +247,7 @@ fn killed(
     let script = "if [ -e /synced ]; then cat /synced; test -e /etc/secret || echo removed; exit; fi; \
                   echo kept > /synced; rm /etc/secret; sync; echo ready; sleep 1000";
     let run = containerd.run(IMAGE, &["sh", "-ec", script]).flag("--snapshotter").flag(snapshotter);
-    // In the foreground, to read when it is ready; without --rm, so that the snapshot stays.
+    // In the foreground, so that its output shows when it is ready; without --rm, so that the snapshot stays.
     let id = run.container().to_owned();
     let running = run.kept().spawn(Duration::from_secs(90))?;
     running.wait_for_stdout("ready")?;
@@ -330,7 +332,7 @@ fn native_snapshotter(containerd: &mut Containerd) -> Result<()> {
     kept.remove()
 }
 
-/// As `nerdctl cp` and `ctr c restore --rw` do it.
+/// Changes of the snapshot on the host, as by `nerdctl cp` and `ctr c restore --rw`.
 fn what_the_host_put_into_the_snapshot_is_there(containerd: &mut Containerd) -> Result<()> {
     let script =
         "if [ -e /first ]; then cat /put /dir/put; ls /etc/secret || echo gone; exit; fi; echo > /first";
@@ -350,8 +352,8 @@ fn what_the_host_put_into_the_snapshot_is_there(containerd: &mut Containerd) -> 
     kept.remove()
 }
 
-/// An overlay that was mounted with an index marks its upper directory with the lower one that it belongs to, and files
-/// with where they come from: nothing that this VM has.
+/// An overlay that was mounted with an index marks its upper directory with its lower directory, and files
+/// with their origin, none of which exist in this VM.
 fn marks_of_the_hosts_overlay_do_not_matter(containerd: &mut Containerd) -> Result<()> {
     let script = "if [ -e /first ]; then cat /first; echo two >/first; echo x >>/etc/passwd; exit; fi; echo one >/first";
     let kept = Kept::run(containerd, IMAGE, "overlayfs", script)?;
@@ -380,7 +382,7 @@ fn attributes_of_the_image_survive(containerd: &mut Containerd) -> Result<()> {
     let name = "machinen.test/attributes:1";
     containerd.import(&Image::busybox()?.with(name, layer))?;
     let before = containerd.inventory()?;
-    // New times copy the files up, with their attributes.
+    // The new times cause the files to be copied up, with their attributes.
     let kept = Kept::run(containerd, name, "overlayfs", "touch /cap /note")?;
     ensure!(kept.delete_task()? == 0, "the script failed");
     for _ in 0..2 {
@@ -393,7 +395,7 @@ fn attributes_of_the_image_survive(containerd: &mut Containerd) -> Result<()> {
         };
         ensure!(value("cap", "security.capability")? == capability, "the capability");
         ensure!(value("note", "user.note")? == b"two\nlines", "the note");
-        // Over a seeded disk and back again.
+        // The changes are written to the disk before the start, and exported again after it.
         kept.again()?;
     }
     kept.remove()?;
@@ -438,7 +440,7 @@ fn many_files_and_large_ones(containerd: &mut Containerd) -> Result<()> {
     kept.remove()
 }
 
-/// What a container writes to a snapshot of that kind is in it, and there at its next start.
+/// The writes of a container to a snapshot of that kind are in the snapshot, and visible at the next start.
 fn is_kept_in(containerd: &Containerd, snapshotter: &'static str) -> Result<()> {
     let script = "echo run >> /count; cat /count; rm -f /etc/secret; mkdir -p /new; echo x > /new/f";
     let kept = Kept::run(containerd, IMAGE, snapshotter, script)?;
@@ -454,11 +456,12 @@ fn is_kept_in(containerd: &Containerd, snapshotter: &'static str) -> Result<()> 
     kept.remove()
 }
 
-/// Snapshots that are disks go to the guest as they are.
+/// Snapshots that are disks are attached to the guest unchanged.
 fn blockfile_snapshotter(containerd: &mut Containerd) -> Result<()> {
     is_kept_in(containerd, "blockfile")?;
 
-    // While it is paused, others read a whole file system; and it can be killed then.
+    // While the container is paused, other processes read a whole file system; the container can be killed
+    // then.
     let script = "echo one > /paused; sleep 1000";
     let kept = Kept::start(containerd, IMAGE, "blockfile", script)?;
     let exec = |words: &[&str]| {
@@ -479,10 +482,10 @@ fn blockfile_snapshotter(containerd: &mut Containerd) -> Result<()> {
     kept.remove()
 }
 
-/// Snapshots whose layers are disks of the host's are an overlay like any other to a container.
+/// For a container, snapshots whose layers are disks of the host are an overlay like any other.
 fn erofs_snapshotter(containerd: &mut Containerd) -> Result<()> {
     is_kept_in(containerd, "erofs")?;
-    // The layers of an image stay mounted as long as that is there.
+    // The layers of an image stay mounted as long as the image exists.
     containerd.ctr_ok(&["images", "rm", "--sync", IMAGE]).map(drop)
 }
 
@@ -497,7 +500,7 @@ mod on_disks {
         run_with(Version::V1_7, &Setup::new().blockfile(), super::blockfile_snapshotter);
     }
 
-    /// 2.1 is the first that has it.
+    /// 2.1 is the first that has this snapshotter.
     #[test]
     fn erofs_2_1() {
         run_with(Version::V2_1, &Setup::new(), super::erofs_snapshotter);

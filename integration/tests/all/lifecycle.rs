@@ -10,7 +10,7 @@ use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd};
 on_every_containerd!(run_kill_delete, events_come_in_order, survives_a_restart_of_containerd);
 on_newest_containerd!(handled_signal, names_of_any_length, delete_with_force, many_at_once);
 
-/// What `ctr tasks list` says of a container: pid and status.
+/// The row of `ctr tasks list` for a container: pid and status.
 fn task(containerd: &Containerd, id: &str) -> Result<Option<(u32, String)>> {
     let list = containerd.ctr_ok(&["tasks", "list"])?;
     let mut rows = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
@@ -54,7 +54,7 @@ fn run_kill_delete(containerd: &mut Containerd) -> Result<()> {
 
 fn events_come_in_order(containerd: &mut Containerd) -> Result<()> {
     let wanted = ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"];
-    // A process that ends at once must not overtake its own start.
+    // The exit of a process that ends at once must not be reported before its start.
     for command in [["true"].as_slice(), &["sh", "-c", "sleep 1"]] {
         let from = containerd.log().position();
         containerd.run(IMAGE, command).ok()?;

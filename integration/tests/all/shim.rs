@@ -1,4 +1,4 @@
-//! The shim's command line and its task API, without containerd's client between.
+//! The shim's command line and its task API, without containerd's client.
 
 use std::{
     fs,
@@ -44,7 +44,7 @@ pub(crate) fn signal(shim: &Shim<'_>, signal: u32) -> api::KillRequest {
     api::KillRequest { id: shim.id.clone(), signal, ..Default::default() }
 }
 
-/// Puts a specification into the bundle whose rootfs is busybox in a directory.
+/// Writes a specification into the bundle whose rootfs is busybox in a directory.
 pub(crate) fn fill(shim: &Shim<'_>, rootfs: &Bundle, command: &[&str]) -> Result<()> {
     let config = rootfs.config(command, |_| ())?;
     fs::copy(config, shim.bundle.join("config.json"))?;
@@ -103,7 +103,7 @@ fn a_whole_life_on_either_service(containerd: &mut Containerd) -> Result<()> {
         let connected: api::ConnectResponse = client.ok("Connect", &connect(&shim))?;
         ensure!(connected.task_pid == created.pid, "{connected:?}");
 
-        // Asked to end while a task exists, the shim stays.
+        // A shim that is asked to end while a task exists stays.
         let shutdown = api::ShutdownRequest { id: shim.id.clone(), ..Default::default() };
         client.ok::<api::Empty>("Shutdown", &shutdown)?;
         client.ok::<api::Empty>("Kill", &signal(&shim, 9))?;
@@ -138,7 +138,7 @@ fn configurations_that_are_none(containerd: &mut Containerd) -> Result<()> {
         }
         let (_, message) = client.refused("Create", &shim.create_request())?;
         ensure!(message.contains(words) && message.contains("config.json"), "{text:?}: {message}");
-        // The same shim takes a right one.
+        // The same shim accepts a correct configuration.
         fill(&shim, &rootfs, &["true"])?;
         client.ok::<api::CreateTaskResponse>("Create", &shim.create_request())?;
         let delete = api::DeleteRequest { id: shim.id.clone(), ..Default::default() };
@@ -173,8 +173,8 @@ fn delete_from_half_finished_states(containerd: &mut Containerd) -> Result<()> {
         }
         ensure!(begun.elapsed() < Duration::from_secs(5), "delete took {:?}", begun.elapsed());
         let left = files(&shim)?;
-        // The writable layer goes with the snapshot, which here is the bundle; until then a new start finds it. The log is
-        // the caller's.
+        // The writable layer is removed with the snapshot, which here is the bundle; until then a new start
+        // finds it. The log belongs to the caller.
         let others = ["machinen-writable.ext4", "log"];
         let left: Vec<_> = left.into_iter().filter(|name| others.iter().all(|other| name != other)).collect();
         ensure!(left == given, "after {steps} steps delete left {left:?} of {given:?}");
@@ -254,7 +254,7 @@ fn refusals_have_the_right_codes(containerd: &mut Containerd) -> Result<()> {
     let wait = api::WaitRequest { id: shim.id.clone(), ..Default::default() };
     let exit: api::WaitResponse = client.ok("Wait", &wait)?;
     ensure!(exit.exit_status == 137, "{exit:?}");
-    // What docker and the CRI take for "already gone".
+    // The codes that docker and the CRI take for "already gone".
     let (code, message) = client.refused("Kill", &signal(&shim, 9))?;
     ensure!(code == Code::NOT_FOUND, "Kill after the end answers {code:?}: {message}");
     client.ok::<api::DeleteResponse>("Delete", &delete)?;

@@ -1,4 +1,4 @@
-//! What is left when a part of the machinery is killed or hangs: nothing, and the next try works.
+//! After a component is killed or hangs, nothing is left, and the next try works.
 
 use std::{
     fs,
@@ -30,7 +30,7 @@ use crate::harness::{on_every_containerd, on_newest_containerd};
 on_every_containerd!(killed_at_each_step, agent_killed);
 on_newest_containerd!(agent_hangs, twenty_at_once, twenty_vms_at_once, two_hundred_lives_in_one_shim);
 
-/// Longest for what needs no guest.
+/// Deadline of requests that need no guest.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
 fn fake(containerd: &Containerd) -> Result<(FakeVmm, Bundle)> {
@@ -43,7 +43,7 @@ fn run<'a>(containerd: &'a Containerd, rootfs: &Bundle, script: &str) -> Result<
     Ok(containerd.run_spec(&rootfs.config(&["sh", "-c", script], |_| ())?))
 }
 
-/// Who is killed.
+/// The process that is killed.
 #[derive(Debug, Clone, Copy)]
 enum Victim {
     Shim,
@@ -65,18 +65,18 @@ impl Victim {
     }
 }
 
-/// Where a creation is when it is hit.
+/// The moment of a creation at which the process is killed.
 #[derive(Debug, Clone, Copy)]
 enum Step {
     /// The rootfs is being converted, while the VM starts.
     Conversion,
-    /// The VM does what its conduct says.
+    /// The VM acts according to its behaviour.
     Vm(Conduct),
     /// The container runs.
     Running,
 }
 
-/// A converter that says in one fifo that it runs, and waits for another that nobody ever writes to.
+/// A converter that reports its start in one fifo, and waits for another that has no writer.
 fn hanging_converter(containerd: &Containerd) -> Result<std::path::PathBuf> {
     let path = containerd.root().join("mke2fs-hanging");
     for name in ["reached", "never"] {
@@ -114,7 +114,7 @@ fn killed_at_each_step(containerd: &mut Containerd) -> Result<()> {
     Ok(())
 }
 
-/// Kills at one step; what the user reads then. Nothing is left, and the same container works.
+/// Kills a process at one step; returns the user's message. Nothing is left, and the same container works.
 fn hit(
     containerd: &Containerd,
     fake: &FakeVmm,
@@ -171,7 +171,8 @@ fn kill_the_shim_of_a_running_one(containerd: &Containerd, rootfs: &Bundle) -> R
     run.ok()?;
     let from = containerd.log().position();
     kill(Victim::Shim.find(containerd, &id)?, Signal::SIGKILL)?;
-    // containerd notices, has our `delete` clean up, and tells an exit in our place.
+    // containerd notices the end, runs the shim's `delete` to clean up, and reports an exit in the shim's
+    // place.
     containerd.log().wait_for(from, |line| line.contains("shim disconnected") && line.contains(&id))?;
     let deleted = containerd.ctr_output(&["tasks", "delete", "--force", &id])?;
     containerd.ctr_ok(&["containers", "delete", &id])?;
@@ -216,7 +217,7 @@ fn agent_hangs(containerd: &mut Containerd) -> Result<()> {
     ensure!(pids.processes[0].pid == state.pid, "{pids:?}");
     ensure!(begun.elapsed() < AT_ONCE, "what needs no guest took {:?}", begun.elapsed());
 
-    // What needs one ends with a deadline and says so, all of them at the same time.
+    // Requests that need the agent end with an error after a deadline, all of them at the same time.
     std::thread::scope(|scope| -> Result<()> {
         let refusals = [
             scope.spawn(|| {
@@ -289,13 +290,13 @@ fn files(dir: &Path) -> Result<usize> {
     let mut count = 0;
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
-        // The rootfs is the image's business.
+        // The rootfs belongs to the image.
         count += 1 + if entry.file_type()?.is_dir() { files(&entry.path())? } else { 0 };
     }
     Ok(count)
 }
 
-/// All that is not containerd's own, which comes and goes as it likes.
+/// The number of files in the root, except containerd's own, which come and go at any time.
 fn our_files(containerd: &Containerd) -> Result<usize> {
     let mut count = 0;
     for entry in fs::read_dir(containerd.root())? {
@@ -319,7 +320,7 @@ fn two_hundred_lives_in_one_shim(containerd: &mut Containerd) -> Result<()> {
         for life in 0..lives {
             client.ok::<api::CreateTaskResponse>("Create", &shim.create_request())?;
             if life % 4 == 0 {
-                // One that is never started ends too.
+                // A container that is never started ends too.
                 let delete = api::DeleteRequest { id: id(), ..Default::default() };
                 client.ok::<api::DeleteResponse>("Delete", &delete)?;
                 continue;

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::report::Report;
 
-/// What the script calls each kind of work, its row, and what is to be reached.
+/// The script's name for each kind of work, its row in the table, and its target.
 const KINDS: [(&str, &str, &str); 3] = [
     ("untar", "untar of 5,000 files", "untar: at least 0.9 x as fast as on the bare disk"),
     (
@@ -36,9 +36,9 @@ pub(crate) fn measure(containerd: &Containerd, rounds: usize, report: &mut Repor
             let set = spec["process"]["capabilities"][set].as_array_mut().expect("an array");
             set.extend([json!("CAP_SYS_ADMIN"), json!("CAP_MKNOD")]);
         }
-        // A container may not reach its own disk otherwise.
+        // Only with these rights can the container reach its own disk without the overlay.
         spec["linux"]["resources"] = json!({"devices": [{"allow": true, "access": "rwm"}]});
-        // Its device file is made there.
+        // The device file of that disk is made here.
         let mounts = spec["mounts"].as_array_mut().expect("an array");
         mounts.retain(|mount| mount["destination"] != "/dev");
         mounts.push(machinen_integration::bundle::mount("/dev", "tmpfs", "tmpfs", &["mode=755"]));

@@ -1,4 +1,4 @@
-//! `machinen fork` of a running container, from its start to the fork's; and what of it is the checkpoint.
+//! `machinen fork` of a running container, up to the start of the fork, and the share of the checkpoint.
 
 use std::time::Duration;
 
@@ -12,13 +12,13 @@ pub(crate) struct Forks {
     pub(crate) dump: Samples,
 }
 
-/// Of a checkpoint, one after the other.
+/// The steps of a checkpoint, one after the other.
 const PHASES: [&str; 2] = ["dump", "save"];
 
 pub(crate) fn measure(containerd: &Containerd, image: &str, rounds: usize) -> Result<Forks> {
     let mut forks = Forks::default();
     let source = containerd.idle(image, None)?;
-    // The first finds cold caches and is not counted.
+    // The first fork finds cold caches and is not counted.
     for round in 0..=rounds {
         let (new, from) = (containerd.new_id(), containerd.log().position());
         let fork = containerd.machinen(&["fork"])?.arg("--address").arg(containerd.socket());

@@ -1,4 +1,4 @@
-//! What the task API promises of a checkpoint and of a container that is created from one.
+//! The behaviour that the task API guarantees for a checkpoint and for a container that is created from one.
 
 use std::{
     collections::BTreeMap,
@@ -62,13 +62,13 @@ fn files_and_who_goes_on(containerd: &mut Containerd) -> Result<()> {
         Ok(())
     };
     goes_on(100)?;
-    // Running, with the options of whoever has none.
+    // The container runs; the request has the default options.
     checkpoint(&served, &dir("first"))?;
     served.is("", Status::RUNNING, served.pid)?;
     goes_on(102)?;
     complete(&dir("first"))?;
     small_trees_are_archived_by_the_agent(&dir("first"))?;
-    // Paused by the client, which resumes.
+    // The client pauses the container, and resumes it after the checkpoint.
     let id = || served.shim.id.clone();
     served.client.ok::<Empty>("Pause", &PauseRequest { id: id(), ..Default::default() })?;
     checkpoint(&served, &dir("second"))?;
@@ -79,7 +79,7 @@ fn files_and_who_goes_on(containerd: &mut Containerd) -> Result<()> {
     let (code, message) = refused(&served.client, &request(&served, &dir("first"), None)?)?;
     ensure!(code == Code::ALREADY_EXISTS && message.contains("is not empty"), "{code:?}: {message}");
     goes_on(104)?;
-    // The last one: in two places, with its reports in a third.
+    // The last checkpoint: in two directories, with its reports in a third.
     let path = |name: &str| dir(name).display().to_string();
     let options = CheckpointOptions {
         exit: true,
@@ -99,7 +99,7 @@ fn files_and_who_goes_on(containerd: &mut Containerd) -> Result<()> {
     ["second", "third", "also", "work"].iter().try_for_each(|name| Ok(fs::remove_dir_all(dir(name))?))
 }
 
-/// What `machinen snapshot` says of them.
+/// The output of `machinen snapshot` for these checkpoints.
 fn command_line(containerd: &Containerd, id: &str) -> Result<()> {
     let program = paths::release_dir()?.join("machinen");
     let snapshot = |args: &[&str]| {
@@ -128,7 +128,8 @@ fn command_line(containerd: &Containerd, id: &str) -> Result<()> {
     Ok(())
 }
 
-/// Every file that the manifest names is there, flat and as it says, and CRIU's tools know what it is.
+/// Every file of the manifest exists, without subdirectories and with the recorded size and digest, and is of
+/// a kind that CRIU's tools recognize.
 fn complete(dir: &Path) -> Result<BTreeMap<String, String>> {
     let manifest: serde_json::Value = serde_json::from_slice(&fs::read(dir.join("machinen.json"))?)?;
     ensure!(manifest["format"] == 1 && manifest["arch"] == "x86_64", "{manifest}");
@@ -141,8 +142,8 @@ fn complete(dir: &Path) -> Result<BTreeMap<String, String>> {
         let content = fs::read(dir.join(name))?;
         let digest = hex(&Sha256::digest(&content));
         ensure!(file["size"] == content.len() && file["sha256"] == digest.as_str(), "{name} differs");
-        // crit(1) and checkpointctl(1) look at the first words: CRIU's images have a
-        // common one and one of their own, but for the inventory, which is older than that.
+        // crit(1) and checkpointctl(1) examine the first words: CRIU's images have a common magic number and
+        // one of their own, except the inventory, which is older than this rule.
         if name.ends_with(".img") && !name.contains("tmpfs") && !name.starts_with("pages-") {
             ensure!(content.len() >= 8, "{name} is empty");
             let magic = u32::from_le_bytes(content[..4].try_into()?);
@@ -179,7 +180,7 @@ fn nothing_runs_before_start(containerd: &mut Containerd) -> Result<()> {
     let mut restored = Served::of(containerd, &config)?;
     restored.create(|request| request.checkpoint = dir.display().to_string())?;
     restored.is("", Status::CREATED, restored.pid)?;
-    // What was given is not needed any more.
+    // The restored container does not need the checkpoint's files any more.
     fs::remove_dir_all(&dir)?;
     // A file that the restored processes would write within a twentieth of a second.
     let status = restored.exec_to("still", &["sh", "-c", "usleep 500000; test ! -e /count"], "")?;
@@ -188,7 +189,7 @@ fn nothing_runs_before_start(containerd: &mut Containerd) -> Result<()> {
     restored.is("", Status::RUNNING, restored.pid)?;
     let status = restored.exec_to("look", &["sh", "-c", &counts_from(102)], "")?;
     ensure!(status == 0, "the counter does not go on: {status}");
-    // Again, from the restored one; this one is never started.
+    // Another checkpoint, of the restored container; the container that is created from it is never started.
     checkpoint(&restored, &dir)?;
     let mut unused = Served::of(containerd, &config)?;
     unused.create(|request| request.checkpoint = dir.display().to_string())?;
@@ -226,7 +227,7 @@ fn deleted_with_images_in_the_guest(containerd: &mut Containerd) -> Result<()> {
         ensure!(created == 2 + usize::from(starts), "{created} containers were created");
         no_trouble(&pod).with_context(|| format!("started: {starts}"))?;
     }
-    // One whose checkpoint was not written, when the guest had more to tell of it.
+    // A container whose checkpoint was not written, while the guest still had messages about it.
     let mut source = pod.beside(containerd, &config)?;
     source.create(|_| ())?;
     source.begin()?;
@@ -242,7 +243,7 @@ fn deleted_with_images_in_the_guest(containerd: &mut Containerd) -> Result<()> {
     Ok(fs::remove_dir_all(&dir)?)
 }
 
-/// The shim has nothing to complain of.
+/// The shim has logged no warning or error.
 fn no_trouble(pod: &Served<'_>) -> Result<()> {
     let log = pod.shim.log()?;
     let is_trouble =
@@ -298,7 +299,7 @@ fn output_goes_on(containerd: &mut Containerd) -> Result<()> {
     second.write_all(b"d\n")?;
     has("second.out", "3 d\n")?;
     has("second.err", "3\n")?;
-    // The end of its input, too.
+    // The end of input is passed on too.
     let close = CloseIORequest { id: restored.shim.id.clone(), stdin: true, ..Default::default() };
     drop(second);
     restored.client.ok::<Empty>("CloseIO", &close)?;
@@ -315,7 +316,7 @@ fn output_goes_on(containerd: &mut Containerd) -> Result<()> {
 
 fn what_fails_leaves_the_source_running(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
-    // A connection from itself to itself, which nobody has asked to be kept.
+    // A connection of the container with itself, which the request does not ask to keep.
     let script = format!("(nc -l -p 7000 -e cat &) ; sleep 1; sleep 1000 | nc 127.0.0.1 7000 & {COUNTER}");
     let config = bundle.config(&["sh", "-c", &script], |_| ())?;
     let served = Served::run(containerd, &config)?;
@@ -333,10 +334,10 @@ fn what_fails_leaves_the_source_running(containerd: &mut Containerd) -> Result<(
         ensure!(status == 0, "the counter does not go on: {status}");
         served.is("", Status::RUNNING, served.pid)
     };
-    // CRIU's own words.
+    // The error contains CRIU's message.
     let plain = request(&served, &dir, None)?;
     fails(&plain, Code::FAILED_PRECONDITION, &["criu cannot checkpoint", "tcp"])?;
-    // A place that is not there, and a full one.
+    // A directory that does not exist, and a full file system.
     let nowhere = request(&served, Path::new("/nowhere/at/all"), None)?;
     let open = CheckpointOptions { open_tcp: true, ..Default::default() };
     let nowhere = CheckpointTaskRequest { options: request(&served, &dir, Some(&open))?.options, ..nowhere };
@@ -354,11 +355,11 @@ fn what_fails_leaves_the_source_running(containerd: &mut Containerd) -> Result<(
     full?;
     ensure!(left.is_empty(), "left on the full disk: {left:?}");
     fs::remove_dir(&small)?;
-    // A second place that is not there, after the first was written.
+    // A second directory that does not exist, after the first was written.
     let elsewhere =
         CheckpointOptions { open_tcp: true, image_path: "/nowhere/at/all".to_owned(), ..Default::default() };
     fails(&request(&served, &dir, Some(&elsewhere))?, Code::INTERNAL, &["/nowhere/at/all"])?;
-    // A process that was added is not below the init.
+    // An added process is not a descendant of the init.
     let sleep = served.exec("added", &["sleep", "1000"]);
     served.client.ok::<Empty>("Exec", &sleep)?;
     served.client.ok::<StartResponse>("Start", &served.start("added"))?;
@@ -366,7 +367,7 @@ fn what_fails_leaves_the_source_running(containerd: &mut Containerd) -> Result<(
     served.client.ok::<Empty>("Kill", &served.kill("added", 9))?;
     served.wait("added")?;
     served.client.ok::<DeleteResponse>("Delete", &served.delete("added"))?;
-    // And when all is well, a second try works.
+    // Without such obstacles, a second try works.
     served.client.ok::<Empty>("Checkpoint", &request(&served, &dir, Some(&open))?)?;
     complete(&dir)?;
     served.end()?;
@@ -386,7 +387,7 @@ fn no_room_for_what_the_guest_writes(containerd: &mut Containerd) -> Result<()> 
 
 fn in_little_room(containerd: &Containerd, cache: &Path) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
-    // What is in a tmpfs is part of a checkpoint.
+    // The content of a tmpfs is part of a checkpoint.
     let script = format!("head -c 40m /dev/urandom >/tmp/much; {COUNTER}");
     let config = bundle.config(&["sh", "-c", &script], |spec| {
         let mounts = spec["mounts"].as_array_mut().expect("an array");
@@ -424,7 +425,7 @@ fn killed_while_it_is_taken(containerd: &mut Containerd) -> Result<()> {
     let answer = thread::scope(|scope| {
         let answer = scope.spawn(|| refused(&served.client, &request));
         let end = Instant::now() + DEADLINE;
-        // The disk that the guest dumps onto.
+        // QEMU opens the disk onto which the guest dumps.
         while nameless_files(qemu).is_ok_and(|files| files <= before) && Instant::now() < end {
             #[expect(clippy::disallowed_methods, reason = "another process's descriptors tell nobody")]
             thread::sleep(Duration::from_millis(10));
@@ -442,7 +443,7 @@ fn killed_while_it_is_taken(containerd: &mut Containerd) -> Result<()> {
     served.end_stopped()
 }
 
-/// The shim is killed when it has begun to write: nobody takes what is left for a checkpoint, or has to.
+/// The shim is killed when it has begun to write: the remains are not accepted as a checkpoint.
 fn shim_killed_while_it_writes(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     let script = "(head -c 100m /dev/zero; touch /ready; exec sleep 1000) | tail -c 100m";
@@ -477,7 +478,7 @@ fn shim_killed_while_it_writes(containerd: &mut Containerd) -> Result<()> {
     Ok(fs::remove_dir_all(&dir)?)
 }
 
-/// The agent's archives do not name the system that they are from, as gzip's do (RFC 1952, 2.3).
+/// Archives of the agent do not name the system that has made them, while those of gzip do (RFC 1952, 2.3).
 fn small_trees_are_archived_by_the_agent(dir: &Path) -> Result<()> {
     const UNKNOWN: u8 = 255;
     let mut archives = 0;
@@ -492,7 +493,7 @@ fn small_trees_are_archived_by_the_agent(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// How many files without a name a process has open.
+/// The number of files without a name that a process has open.
 fn nameless_files(pid: u32) -> Result<usize> {
     let links = fs::read_dir(format!("/proc/{pid}/fd"))?.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok());
     Ok(links.filter(|link| link.to_string_lossy().ends_with(" (deleted)")).count())

@@ -15,8 +15,8 @@ use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(below_a_namespace, without_a_namespace, with_a_copy_ahead, more_than_can_be_kept);
 
-/// The first process moves down and gives controllers, as systemd and dockerd do. Where the hierarchy begins depends on the
-/// namespace.
+/// The first process moves into a child cgroup and enables controllers, as systemd and dockerd do. The root
+/// of the hierarchy depends on the namespace.
 const MAKE: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup); cd $c; mkdir init work work/deep idle; \
                     echo $$ >init/cgroup.procs; \
                     until echo '+memory +pids +cpu' >cgroup.subtree_control; do usleep 10000; done; \
@@ -26,8 +26,8 @@ const MAKE: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup); cd $c; mkd
                     (cd /; exec sleep 7777) & echo $! >work/deep/cgroup.procs; \
                     (cd /; exec sleep 8888) & echo $! >idle/cgroup.procs; \
                     echo 1 >idle/cgroup.freeze; touch /dev/shm/made; cd /; exec sleep 9999";
-/// Paths below the container's cgroup, and nothing that another start would change. A process that waits in the cgroup itself
-/// would keep the first one from giving controllers.
+/// Prints paths below the container's cgroup, and only values that another start would not change. A process
+/// that waited in the cgroup itself would keep the first process from enabling controllers.
 const LOOK: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/1/cgroup); c=${c%/init}; mkdir -p $c/init; \
                     echo $$ >$c/init/cgroup.procs; \
                     until [ -e /dev/shm/made ]; do usleep 50000; done; cd $c; \
@@ -36,7 +36,7 @@ const LOOK: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/1/cgroup); c=${c%/init};
                     stat -c '%n %u' work work/cgroup.procs idle; \
                     for p in self $(pidof sleep); do echo $(tr '\\0' ' ' </proc/$p/cmdline | cut -c1-10) \
                     $(cut -d: -f3 /proc/$p/cgroup | sed 's,^/machinen/[^/]*,,'); done | sort";
-/// A process in the limited cgroup that takes more.
+/// A process in the limited cgroup that uses more memory than the limit.
 const LIMIT: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/1/cgroup); cd ${c%/init}; echo $$ >work/deep/cgroup.procs; \
                      head -c 200m /dev/zero | tail -c 199m >/dev/null; echo $?";
 
@@ -48,7 +48,7 @@ fn without_a_namespace(containerd: &mut Containerd) -> Result<()> {
     restored_as_it_was(containerd, false, &config(containerd, MAKE, false)?)
 }
 
-/// One of the cgroups is frozen, so memory is not copied ahead, and the checkpoint is made without that.
+/// One of the cgroups is frozen, so memory is not copied ahead, and the checkpoint is made without that copy.
 fn with_a_copy_ahead(containerd: &mut Containerd) -> Result<()> {
     let path = config(containerd, MAKE, true)?;
     let mut spec: Value = serde_json::from_slice(&fs::read(&path)?)?;
@@ -113,7 +113,7 @@ fn more_than_can_be_kept(containerd: &mut Containerd) -> Result<()> {
     source.end()
 }
 
-/// A configuration that mounts cgroups has a namespace for them; without one the container mounts them itself.
+/// With a cgroup namespace, the configuration mounts cgroups; without one, the container mounts them itself.
 fn config(containerd: &Containerd, script: &str, has_namespace: bool) -> Result<std::path::PathBuf> {
     let script = match has_namespace {
         true => script.to_owned(),
@@ -132,7 +132,7 @@ fn config(containerd: &Containerd, script: &str, has_namespace: bool) -> Result<
     })
 }
 
-/// What a shell command in the container prints.
+/// The output of a shell command in the container.
 fn said(containerd: &Containerd, served: &Served<'_>, script: &str) -> Result<String> {
     let path = containerd.root().join("said");
     served.exec_to("look", &["sh", "-c", script], &format!("file://{}", path.display()))?;

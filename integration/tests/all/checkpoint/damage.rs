@@ -1,4 +1,4 @@
-//! Checkpoints that are damaged, made for something else, or written by somebody who means harm.
+//! Checkpoints that are damaged, made for another system, or written by an attacker.
 
 use std::{
     fs,
@@ -16,7 +16,7 @@ use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(what_is_not_restored, memory_that_has_changed);
 
-/// How one is spoiled, the code of the refusal, and a word that the user reads.
+/// A kind of damage, the code of the refusal, and a word of the message.
 type Case = (&'static str, fn(&Path) -> Result<()>, Code, &'static str);
 
 const CASES: [Case; 13] = [
@@ -106,7 +106,7 @@ fn what_is_not_restored(containerd: &mut Containerd) -> Result<()> {
         request.checkpoint = spoiled.display().to_string();
         let (found, message) = served.client.refused("Create", &request)?;
         ensure!(found == code && message.contains(word), "{what}: {found:?} instead of {code:?}: {message}");
-        // The same shim creates it from what is as it was.
+        // The same shim creates the container from the undamaged checkpoint.
         if what == "a newer kernel" {
             request.checkpoint = good.display().to_string();
             served.client.ok::<containerd_shim_protos::api::CreateTaskResponse>("Create", &request)?;
@@ -122,7 +122,7 @@ fn what_is_not_restored(containerd: &mut Containerd) -> Result<()> {
         fs::remove_dir_all(spoiled)?;
         containerd.settle(&before)?;
     }
-    // An incremental one.
+    // Incremental checkpoints are refused.
     let served = Served::of(containerd, &config)?;
     let mut request = served.shim.create_request();
     request.checkpoint = good.display().to_string();
@@ -163,7 +163,7 @@ fn memory_that_has_changed(containerd: &mut Containerd) -> Result<()> {
         code == Code::INVALID_ARGUMENT && message.contains("has different content"),
         "{code:?}: {message}"
     );
-    // With the bit as it was the same shim restores it.
+    // With the original bit, the same shim restores the checkpoint.
     file.write_all_at(&byte, place)?;
     served.create(|request| request.checkpoint = dir.display().to_string())?;
     served.begin()?;
@@ -186,7 +186,7 @@ fn memory_that_has_changed(containerd: &mut Containerd) -> Result<()> {
     Ok(fs::remove_dir_all(dir)?)
 }
 
-/// What has most of the memory.
+/// The file with most of the memory.
 fn largest(dir: &Path) -> Result<(fs::File, u64)> {
     let mut largest = None;
     for entry in fs::read_dir(dir)? {

@@ -1,4 +1,4 @@
-//! A process that is added to a restored container is where the container's first process is.
+//! A process that is added to a restored container is in the namespaces of the container's first process.
 
 use std::fs;
 
@@ -11,24 +11,25 @@ use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(one_clock_after_a_restore);
 
-/// The seconds of the monotonic clock, and every kind of namespace that the first process and this one do not share. A
-/// process has two of time: its own, and that of its children.
+/// The seconds of the monotonic clock, and every kind of namespace that the first process and this one do not
+/// share. A process has two time namespaces: its own, and that of its children.
 const LOOK: &str = "cut -d. -f1 /proc/uptime; cd /proc/1/ns; for n in *; do \
                     [ \"$(readlink $n)\" = \"$(readlink /proc/self/ns/$n)\" ] || echo $n; done";
-/// Runs on when the process that has started it has ended.
+/// Continues to run after the process that has started it has ended.
 const DAEMON: &str = "setsid sleep 5555 >/dev/null 2>&1 </dev/null & usleep 100000";
 
 fn one_clock_after_a_restore(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     let config = bundle.config(&["sleep", "100000"], |spec| {
-        // A process sees the namespaces of those that have no more capabilities than itself.
+        // A process can only read the namespaces of processes that have no more capabilities than itself.
         spec["process"]["capabilities"] = json!({});
         spec["linux"]["namespaces"].as_array_mut().expect("an array").push(json!({"type": "cgroup"}));
     })?;
     let source = Served::run(containerd, &config)?;
     let mut clock = look(containerd, &source)?;
     ensure!(source.exec_to("daemon", &["sh", "-c", DAEMON], "")? == 0, "no daemon");
-    // The second restore is of a container that was restored, with what was added to it before and after.
+    // The second restore is of a restored container, with the processes that were added to it before and
+    // after the first restore.
     let mut running = source;
     for round in 1..=2 {
         let dir = containerd.root().join(format!("images-{round}"));
@@ -41,7 +42,7 @@ fn one_clock_after_a_restore(containerd: &mut Containerd) -> Result<()> {
         let now = look(containerd, &restored)?;
         ensure!(now >= clock, "restore {round}: the clock went back from {clock} to {now}");
         clock = now;
-        // With the first process.
+        // One of the processes is the first one.
         let daemons = format!("[ $(pidof sleep | wc -w) = {} ]", round + 1);
         ensure!(
             restored.exec_to("daemons", &["sh", "-c", &daemons], "")? == 0,

@@ -1,6 +1,7 @@
-//! CRIU is killed: whoever has asked is told, the container goes on or ends as a whole, nothing is left, the next try works.
+//! CRIU is killed: the caller gets an error, the container continues or ends as a whole, nothing is left, and
+//! the next try works.
 //!
-//! It is killed by a container of the same pod that sees all processes of the VM.
+//! CRIU is killed by a container of the same pod that sees all processes of the VM.
 
 use std::{collections::BTreeSet, fs, os::unix::fs::symlink, path::Path};
 
@@ -30,23 +31,23 @@ on_newest_containerd!(
     while_it_fetches
 );
 
-/// What a user reads of it.
+/// The part of the error that names the cause.
 const TOLD: &str = "criu was killed by signal 9 (SIGKILL)";
 
-/// And if the container could not go on.
+/// The further part of the error if the container could not continue.
 const ENDED: &str = "the container has ended";
 
-/// Counts, as [`counts_from`] wants to see it. A checkpoint has the file.
+/// Counts in the form that [`counts_from`] expects. The file is part of a checkpoint.
 const COUNTER: &str =
     "i=100; while :; do i=$((i+1)); echo $i >/tmp/new; mv /tmp/new /tmp/count; usleep 50000; done";
 
-/// What a counter hears of itself over its connection.
+/// Waits for the number's way back through the connection.
 const ECHO: &str = "read -r i <&4";
-/// It does not care.
+/// Does not wait.
 const NOTHING: &str = "true";
 
-/// The same with a connection to itself, and much memory in another process. The containers of a pod have one network, hence
-/// the port.
+/// A counter with a connection to itself, and much memory in another process. The containers of a pod share a
+/// network, so each connection needs a port of its own.
 fn connected(port: u16, hear: &str) -> String {
     format!(
         "trap '' PIPE
@@ -63,20 +64,21 @@ fn connected(port: u16, hear: &str) -> String {
     )
 }
 
-/// The CRIU that was asked to dump or restore: what it is started with, and what it calls itself later.
+/// The CRIU that was asked to dump or restore: its name at the start, and the name that it gives itself
+/// later.
 const WORKER: &str = "swrk|rpc";
 
-/// When it is killed, as a condition of the shell: at once when it is there, or with more to see.
+/// The moment at which CRIU is killed, as a condition of the shell: as soon as it exists.
 const SEEN: &str = "true";
-/// It holds the processes.
+/// CRIU holds the processes.
 const HOLDS: &str = "grep -qs 'TracerPid:.[1-9]' /proc/[0-9]*/status";
-/// It has put code of its own into one of them.
+/// CRIU has put code of its own into one of the processes.
 const INFECTS: &str = "grep -qs CRIUMFD /proc/[0-9]*/maps";
-/// It has made a first process.
+/// CRIU has made a first process.
 const MAKES: &str = "[ $(grep -lsx criu /proc/[0-9]*/comm | wc -l) -ge 2 ]";
-/// It writes memory.
+/// CRIU writes memory.
 const WRITES: &str = "[ -s \"$(echo /proc/1/root/run/machinen/*/checkpoint/images/pages-1.img)\" ]";
-/// It has locked a connection.
+/// CRIU has locked a connection.
 const LOCKS: &str =
     "[ -e \"$(echo /proc/1/root/run/machinen/*/checkpoint/images/tcp-stream-*.img | cut -d' ' -f1)\" ]";
 
@@ -93,7 +95,7 @@ impl<'a> Pod<'a> {
         Ok(Self { containerd, bundle, idle: Served::idle(containerd)? })
     }
 
-    /// A container of the pod that does what a script says, or goes on from a checkpoint of it.
+    /// A container of the pod that runs a script, or is to be created from a checkpoint of it.
     fn container(&self, script: &str, annotation: &str) -> Result<Served<'a>> {
         let config = self.bundle.config(&["sh", "-c", script], |spec| {
             if !annotation.is_empty() {
@@ -114,14 +116,14 @@ impl<'a> Pod<'a> {
         Ok(served)
     }
 
-    /// A container of it is checkpointed into a directory, and ended.
+    /// Checkpoints a new container of the pod into a directory, and ends it.
     fn checkpointed(&self, dir: &Path, script: &str) -> Result<()> {
         let source = self.running(script, "")?;
         checkpoint(&source, dir)?;
         end(&source)
     }
 
-    /// Another one goes on from there, and is ended.
+    /// Restores another container from a directory, checks that it continues, and ends it.
     fn goes_on_from(&self, dir: &Path, script: &str) -> Result<()> {
         let mut restored = self.container(script, "")?;
         restored.create(|request| request.checkpoint = dir.display().to_string())?;
@@ -130,7 +132,7 @@ impl<'a> Pod<'a> {
         end(&restored)
     }
 
-    /// A script that sees the VM's processes, and their files.
+    /// Runs a script that sees the VM's processes, and their files.
     fn outside(&self, script: &str, stdout: &Path) -> Result<Served<'a>> {
         let config = self.bundle.config(&["sh", "-c", script], |spec| {
             let namespaces = spec["linux"]["namespaces"].as_array_mut().expect("an array");
@@ -146,7 +148,7 @@ impl<'a> Pod<'a> {
         Ok(served)
     }
 
-    /// Kills the CRIU whose arguments have `word`, when it is there and `when` is true.
+    /// Kills the CRIU whose arguments match `word`, as soon as it exists and `when` is true.
     fn killer(&self, word: &str, when: &str) -> Result<Killer<'a>> {
         let script = format!(
             "n=0; until pid=; for d in $(grep -lsx criu /proc/[0-9]*/comm); do d=${{d%/comm}}; d=${{d#/proc/}}; \
@@ -157,7 +159,8 @@ impl<'a> Pod<'a> {
         Ok(Killer(self.outside(&script, Path::new("/dev/null"))?))
     }
 
-    /// What there is in the VM besides CRIU's caches: processes (not the kernel's), mounts, control groups, temporary files.
+    /// The content of the VM, without CRIU's caches and processes of the kernel: processes, mounts, control
+    /// groups, temporary files.
     fn content(&self) -> Result<BTreeSet<String>> {
         let script = "for s in $(grep -LE '^PPid:.[02]$' /proc/[0-9]*/status); do head -n 1 $s; done; cut -d' ' -f5 /proc/1/mountinfo; \
                       cd /proc/1/root; find sys/fs/cgroup/machinen tmp run run/machinen/* -maxdepth 1";
@@ -170,7 +173,7 @@ impl<'a> Pod<'a> {
         Ok(content.lines().map(ToOwned::to_owned).collect())
     }
 
-    /// Everything is deleted but the idle container.
+    /// Deletes the idle container; all others are deleted already.
     fn end(self) -> Result<()> {
         self.idle.end()
     }
@@ -179,7 +182,7 @@ impl<'a> Pod<'a> {
 struct Killer<'a>(Served<'a>);
 
 impl Killer<'_> {
-    /// It has done its work.
+    /// Waits for the end of the killer, and checks that it has killed CRIU.
     fn done(self) -> Result<()> {
         let status = self.0.wait("")?.exit_status;
         ensure!(status == 0, "criu was not killed: {status}");
@@ -201,7 +204,7 @@ fn end(served: &Served<'_>) -> Result<()> {
 
 fn goes_on(served: &Served<'_>) -> Result<()> {
     served.is("", Status::RUNNING, served.pid)?;
-    // As any container, and unlike CRIU, it is one to be killed when memory runs out.
+    // Like any container, and unlike CRIU, it can be killed when the VM is out of memory.
     let look = format!("[ $(cat /proc/1/oom_score_adj) = 0 ] || exit 5; {}", counts_from(100));
     let status = served.exec_to("look", &["sh", "-c", &look], "")?;
     ensure!(status == 0, "it does not go on: {status}");
@@ -215,7 +218,7 @@ fn in_a_dump(containerd: &mut Containerd) -> Result<()> {
     let told = killed_in_a_dump(&pod, &source, SEEN)?;
     ensure!(!told.contains(ENDED), "{told}");
     goes_on(&source)?;
-    // The next one is whole.
+    // The next checkpoint is complete.
     source.client.ok::<Empty>("Checkpoint", &with_connections(&source, &dir)?)?;
     goes_on(&source)?;
     end(&source)?;
@@ -224,10 +227,10 @@ fn in_a_dump(containerd: &mut Containerd) -> Result<()> {
     pod.end()
 }
 
-/// One that the client has paused stays so.
+/// A container that the client has paused stays paused.
 fn in_a_dump_of_a_paused_container(containerd: &mut Containerd) -> Result<()> {
     let pod = Pod::new(containerd)?;
-    // It may be lost as in [`with_its_code_in_them`], but not always.
+    // The container may be lost as in [`with_its_code_in_them`], but not every time.
     for _ in 0..5 {
         let source = pod.running(COUNTER, "")?;
         let id = || source.shim.id.clone();
@@ -253,7 +256,7 @@ fn in_a_dump_of_a_paused_container(containerd: &mut Containerd) -> Result<()> {
     bail!("it was lost each time")
 }
 
-/// It has ended as a whole, and whoever waits is told.
+/// The container has ended as a whole, and Wait reports its exit.
 fn lost(source: &Served<'_>) -> Result<()> {
     let exit = source.wait("")?.exit_status;
     ensure!([133, 137].contains(&exit), "it ended with {exit}");
@@ -264,7 +267,7 @@ fn with_connections(source: &Served<'_>, dir: &Path) -> Result<CheckpointTaskReq
     request(source, dir, Some(&CheckpointOptions { open_tcp: true, ..Default::default() }))
 }
 
-/// What the caller reads.
+/// Kills CRIU in a checkpoint, and returns the error.
 fn killed_in_a_dump(pod: &Pod<'_>, source: &Served<'_>, when: &str) -> Result<String> {
     let dir = pod.containerd.root().join("images");
     let killer = pod.killer(WORKER, when)?;
@@ -275,7 +278,8 @@ fn killed_in_a_dump(pod: &Pod<'_>, source: &Served<'_>, when: &str) -> Result<St
     Ok(message)
 }
 
-/// While it has its code in the processes they may be lost, but then all of them, and whoever waits is told.
+/// While CRIU has its code in the processes they may be lost, but then all of them, and Wait reports the
+/// exit.
 fn with_its_code_in_them(containerd: &mut Containerd) -> Result<()> {
     let pod = Pod::new(containerd)?;
     for (port, when) in (7000..).zip([HOLDS, INFECTS, WRITES, LOCKS]) {
@@ -312,7 +316,7 @@ fn ahead_of_a_dump(containerd: &mut Containerd) -> Result<()> {
                 goes_on(&source)?;
                 end(&source)?;
             }
-            // Its code was in one of them, as in [`with_its_code_in_them`].
+            // CRIU's code was in one of the processes, as in [`with_its_code_in_them`].
             Err(_) if when == HOLDS => lost(&source)?,
             Err(error) => return Err(error),
         }

@@ -29,7 +29,7 @@ use ttrpc::Code;
 /// Counts in memory, and shows the count in a file.
 const COUNTER: &str = "i=100; while :; do i=$((i+1)); echo $i >/new; mv /new /count; usleep 50000; done";
 
-/// A shell command that succeeds if the count goes on within some seconds, from at least `least`.
+/// A shell command that succeeds if the counter counts on within some seconds, from at least `least`.
 fn counts_from(least: u32) -> String {
     format!(
         "until [ -s /count ]; do usleep 50000; done; a=$(cat /count); [ $a -ge {least} ] || exit 3; for n in $(seq 200); do [ $(cat /count) -gt $((a+2)) ] && \
@@ -58,7 +58,7 @@ pub(crate) fn request(
     })
 }
 
-/// Takes a checkpoint with the options of whoever has none.
+/// Takes a checkpoint with the default options.
 pub(crate) fn checkpoint(served: &Served<'_>, path: &Path) -> Result<()> {
     served.client.ok::<Empty>("Checkpoint", &request(served, path, None)?).map(drop)
 }

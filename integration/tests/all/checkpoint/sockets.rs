@@ -1,4 +1,5 @@
-//! A UNIX socket is reached after a restore by the name that its file had, whatever name it was bound to.
+//! After a restore, a UNIX socket can be reached at the current name of its file, whatever name it was bound
+//! to.
 
 use std::fs;
 
@@ -15,7 +16,7 @@ use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(sockets_with_other_names);
 
-/// What the sockets of sockets.py answer at first: their labels and addresses.
+/// The first answers of the sockets of sockets.py: their labels and addresses.
 const BOUND: &str = "linked /tmp/linked.tmp
 renamed /renamed.tmp
 datagram /tmp/datagram.tmp
@@ -27,7 +28,7 @@ relative relative.tmp
 jailed /socket
 plain /tmp/link/plain
 ";
-/// What they answer after a restore: an address is what reaches the socket.
+/// Their answers after a restore: each address is the path at which the socket can be reached.
 const RESTORED: &str = "linked /tmp/linked
 renamed /renamed
 datagram /tmp/datagram
@@ -54,7 +55,7 @@ fn sockets_with_other_names(containerd: &mut Containerd) -> Result<()> {
     })?;
     let mut running = Served::run(containerd, &config)?;
     answers(containerd, &running, BOUND)?;
-    // The second checkpoint is of what was restored.
+    // The second checkpoint is of the restored container.
     for round in 1..=2 {
         let dir = containerd.root().join(format!("images-{round}"));
         checkpoint(&running, &dir)?;

@@ -1,4 +1,4 @@
-//! `checkpoint.verify`: a checkpoint is good when it was restored.
+//! `checkpoint.verify`: a checkpoint is accepted when it has been restored.
 
 use std::fs;
 
@@ -24,7 +24,8 @@ on_newest_containerd!(tried_before_it_is_good);
 fn tried_before_it_is_good(containerd: &mut Containerd) -> Result<()> {
     containerd.configure(&Setup::new().set("checkpoint", "verify", Value::text("restore")))?;
     let bundle = Bundle::busybox(containerd)?;
-    // A file on its disk that has lost its name, and one that has not: a restore needs the disk as it was.
+    // A file on the container's disk whose name was removed, and one that still has its name: a restore needs
+    // the disk's state at the checkpoint.
     let script = format!("echo a >/kept; exec 4<>/kept; echo b >/gone; exec 5<>/gone; rm /gone; {COUNTER}");
     let config = bundle.config(&["sh", "-c", &script], |spec| {
         let mounts = spec["mounts"].as_array_mut().expect("an array");
@@ -49,7 +50,7 @@ fn tried_before_it_is_good(containerd: &mut Containerd) -> Result<()> {
     ensure!(machines()? == before, "a VM is left");
     goes_on(103)?;
     fs::remove_dir_all(&dir)?;
-    // A restore has the bundle's configuration, which lacks the file now.
+    // A restore uses the bundle's configuration, in which the mounted file is now missing.
     let path = served.shim.bundle.join("config.json");
     let original = fs::read(&path)?;
     let mut changed: serde_json::Value = serde_json::from_slice(&original)?;
@@ -71,12 +72,12 @@ fn tried_before_it_is_good(containerd: &mut Containerd) -> Result<()> {
         ensure!(machines()? == before, "a VM is left");
         goes_on(104)?;
     }
-    // As it was, and with the end that follows.
+    // The original configuration, and the end of the container after the checkpoint.
     fs::write(&path, original)?;
     let options = CheckpointOptions { exit: true, ..Default::default() };
     served.client.ok::<Empty>("Checkpoint", &request(&served, &dir, Some(&options))?)?;
     ensure!(served.wait("")?.exit_status == 137, "it has not ended");
-    // Its own VM goes with it, which Delete waits for.
+    // The container's own VM ends with it, and Delete waits for that.
     served.end_stopped()?;
     ensure!(machines()? < before, "a VM is left after the end");
     Ok(fs::remove_dir_all(&dir)?)

@@ -1,4 +1,4 @@
-//! What watches files still hears of changes after a restore.
+//! Processes that watch files are notified of changes after a restore.
 
 use std::fs;
 
@@ -15,8 +15,8 @@ use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(watches_of_files);
 
-/// Watches a file and a directory of the image, one of each that it has changed before, and one of a tmpfs; says of which it
-/// has heard.
+/// Watches a file and a directory of the image that were not changed before, a file and a directory that
+/// were, and a tmpfs; writes down the paths with a notification.
 const WATCHER: &str = r#"
 import ctypes, os, struct, time
 paths = ["/etc/passwd", "/usr/lib", "/etc/group", "/home", "/dev/shm"]
@@ -38,7 +38,7 @@ while True:
     os.rename("/run/new", "/run/seen")
 "#;
 const READY: &str = "until [ -e /run/ready ]; do usleep 50000; done";
-/// Attributes of the one, the content of the other.
+/// Changes the attributes of the first file, and the content of the others.
 const CHANGE: &str = "chmod 600 /etc/passwd; touch /usr/lib/zz /home/zz /dev/shm/zz; echo y:x:98: >> /etc/group; \
                       for n in $(seq 200); do [ \"$(cat /run/seen 2>/dev/null)\" = '/dev/shm /etc/group /etc/passwd /home /usr/lib' ] && exit; \
                       usleep 50000; done; cat /run/seen; exit 1";
@@ -52,7 +52,7 @@ fn watches_of_files(containerd: &mut Containerd) -> Result<()> {
     })?;
     let mut running = Served::run(containerd, &config)?;
     ensure!(running.exec_to("ready", &["sh", "-c", READY], "")? == 0, "it does not get ready");
-    // The second restore is of what was restored, from another disk than the first.
+    // The second restore is of a restored container, from another disk than the first.
     for round in 1..=2 {
         let dir = containerd.root().join(format!("images-{round}"));
         checkpoint(&running, &dir)?;

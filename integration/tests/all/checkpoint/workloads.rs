@@ -1,4 +1,4 @@
-//! Programs of the real world go on after a restore as if nothing had happened.
+//! Complex programs continue after a restore as if nothing had happened.
 
 use std::{
     fs,
@@ -24,7 +24,7 @@ use crate::harness::{IMAGE, on_newest_containerd};
 
 on_newest_containerd!(one_of_everything, memory_copied_ahead, much_memory_fetched_later, a_terminal_session);
 
-/// How its memory goes to a checkpoint, and comes from there.
+/// How memory is copied to a checkpoint, and read from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Memory {
     AtOnce,
@@ -46,7 +46,7 @@ fn config(bundle: &Bundle, mib: u32, memory: Memory) -> Result<PathBuf> {
     })
 }
 
-/// Checkpoints the workload, restores it, and asks it what is not as it was.
+/// Checkpoints the workload, restores it, and asks it for all differences.
 fn goes_on(containerd: &mut Containerd, mib: u32, memory: Memory) -> Result<()> {
     let bundle = Bundle::with_workloads(containerd)?;
     fs::write(bundle.rootfs().join("workload.py"), include_str!("workload.py"))?;
@@ -66,14 +66,14 @@ fn goes_on(containerd: &mut Containerd, mib: u32, memory: Memory) -> Result<()> 
     source.client.ok::<Empty>("Checkpoint", &request(&source, &dir, Some(&options))?)?;
     let log = source.shim.log()?;
     ensure!(log.contains("pre-dump=") == (memory == Memory::CopiedAhead), "odd phases: {log}");
-    // A failure costs nothing but time, and would not be noticed otherwise.
+    // A failed copy ahead only costs time, and would not be noticed otherwise.
     ensure!(!log.contains("cannot copy memory ahead"), "no pre-dump: {log}");
-    // The source too is as it was.
+    // The source is unchanged too.
     as_it_was(containerd, &source)?;
     source.end()?;
     let mut restored = Served::of(containerd, &config)?;
     restored.create(|request| request.checkpoint = dir.display().to_string())?;
-    // What is needed of it is held.
+    // The shim holds the files that it still needs.
     fs::remove_dir_all(&dir)?;
     restored.begin()?;
     if memory == Memory::FetchedLater {
@@ -84,7 +84,7 @@ fn goes_on(containerd: &mut Containerd, mib: u32, memory: Memory) -> Result<()> 
         );
     }
     as_it_was(containerd, &restored)?;
-    // By now it has touched all of its memory, and can be checkpointed as any other.
+    // By now the container has touched all of its memory, and can be checkpointed like any other.
     let again = request(&restored, &dir, Some(&options))?;
     restored.client.ok::<Empty>("Checkpoint", &again)?;
     restored.end()?;
@@ -132,7 +132,7 @@ fn a_terminal_session(containerd: &mut Containerd) -> Result<()> {
     let second = containerd.new_id();
     let restore = containerd.ctr(["containers", "restore", "--rw", "--live", &second, REF])?;
     let mut terminal = Terminal::run(&restore, 80, 25)?;
-    // It knows of the first line, and not of the second.
+    // The restored script knows of the first line, and not of the second.
     terminal.type_in("again\r")?;
     terminal.expect("2 again\r")?;
     terminal.type_in("\x04")?;

@@ -1,4 +1,4 @@
-//! What `template.mode = "auto"`, the default, does by itself.
+//! The automatic actions of `template.mode = "auto"`, the default.
 
 use std::{io::Write as _, thread};
 
@@ -44,7 +44,7 @@ fn many_at_once_build_one(containerd: &mut Containerd) -> Result<()> {
     for run in &runs {
         origin(containerd, from, run.container())?;
     }
-    // Nothing is left of the eight and of the builders but the holder.
+    // Of the eight containers and the builders, only the holder is left.
     let holder = templates.only()?.holder;
     let mut with_holder = before.clone();
     let processes = containerd.inventory()?.processes;
@@ -67,9 +67,9 @@ fn clones_outlive_their_template(containerd: &mut Containerd) -> Result<()> {
     stdin.write_all(b"on\n")?;
     drop(stdin);
     let output = running.wait()?.ok()?;
-    // It reads what it has not touched before: files, and the pages of the programs for it.
+    // The clone reads what it has not touched before: files, and the pages of the programs that read them.
     ensure!(output.text().starts_with("ready\non\nroot:"), "{output}");
-    // "use" builds none.
+    // In the mode "use", no template is built.
     runs_from(containerd, "boot")?;
     ensure!(templates.list()?.is_empty(), "a template was built");
     Ok(())

@@ -1,4 +1,4 @@
-//! A template that cannot be had or used costs a start the time of a boot, never more.
+//! A template that cannot be built or used costs a start the time of a boot, never more.
 
 use std::{
     fs,
@@ -36,7 +36,7 @@ on_newest_containerd!(
     memory_for_some_only,
 );
 
-/// Longest that a killed process may take to go.
+/// Longest that a killed process may take to end.
 const END: Duration = Duration::from_secs(10);
 
 fn manifest(templates: &Templates<'_>, key: &str) -> PathBuf {
@@ -51,7 +51,7 @@ fn holder_killed(containerd: &mut Containerd) -> Result<()> {
     let old = templates.only()?;
     kill(Pid::from_raw(i32::try_from(old.holder)?), Signal::SIGKILL)?;
     ensure!(wait_for_end(old.holder, END)?, "the holder does not end");
-    // Manifest and lock are still there, and count for nothing.
+    // Manifest and lock still exist, and are ignored.
     ensure!(manifest(&templates, &old.key).exists() && templates.list()?[0].state == "gone", "what is left");
     let mut watch = templates.watch()?;
     runs_from(containerd, "boot")?;
@@ -92,7 +92,7 @@ fn manifest_damaged(containerd: &mut Containerd) -> Result<()> {
         let digit = if tail.starts_with('0') { '1' } else { '0' };
         format!("{head}\"sha256\": \"{digit}{}", &tail[1..])
     };
-    // Only a check tells that what a template should have been is not what it is.
+    // Only a check detects that the template's content differs from its manifest.
     fs::write(&path, other_digest)?;
     let verified = templates.command(&["verify"])?;
     ensure!(verified.status == 1 && verified.text().trim_end().ends_with(" changed"), "{verified}");
@@ -101,11 +101,11 @@ fn manifest_damaged(containerd: &mut Containerd) -> Result<()> {
     let other_form = format!("{{ \"version\": 1, \"rest\": {text} }}");
     for damaged in [&text[..text.len() / 2], "", "\u{7f}ELF", &other_version, &other_form] {
         fs::write(&path, damaged)?;
-        // "use" leaves it as it is.
+        // In the mode "use", the damaged manifest is left alone.
         runs_from(containerd, "boot")?;
         templates.command(&["ls"])?.ok()?;
     }
-    // "auto" puts another in its place, and the holder of the old one ends.
+    // In the mode "auto", it is replaced by another template, and the holder of the old one ends.
     containerd.configure(&Setup::new().templates(&templates.dir, "auto"))?;
     let mut watch = templates.watch()?;
     runs_from(containerd, "boot")?;
@@ -114,7 +114,7 @@ fn manifest_damaged(containerd: &mut Containerd) -> Result<()> {
     ensure!(new.key == template.key && new.holder != template.holder, "{template:?} and {new:?}");
     ensure!(wait_for_end(template.holder, END)?, "the old holder lives");
     runs_from(containerd, "clone")?;
-    // And so it is removed.
+    // A template with a damaged manifest can be removed.
     fs::write(&path, "")?;
     templates.command(&["rm", "--all"])?.ok()?;
     ensure!(wait_for_end(new.holder, END)?, "a holder whose manifest is damaged is not removed");
@@ -138,7 +138,7 @@ fn directory_of_others(containerd: &mut Containerd) -> Result<()> {
     templates.remove_all()
 }
 
-/// QEMU as the system has it, run by a script that can do something before.
+/// The system's QEMU, run by a script that can run a command before.
 fn wrapped(containerd: &Containerd, name: &str, before: &str) -> Result<PathBuf> {
     script(containerd, name, &format!("{before}\nexec qemu-system-x86_64 \"$@\""))
 }
@@ -156,7 +156,7 @@ fn qemu_upgraded(containerd: &mut Containerd) -> Result<()> {
     watch.wait_for("json")?;
     let old = templates.only()?;
     runs_from(containerd, "clone")?;
-    // As a package manager does: a new file takes the old one's name.
+    // Like an upgrade by a package manager: a new file takes the old one's name.
     let new = wrapped(containerd, "qemu.new", ": new")?;
     fs::rename(new, &qemu)?;
     ensure!(templates.list()?[0].state == "outdated", "nobody has noticed");
@@ -186,7 +186,7 @@ fn budget_too_small(containerd: &mut Containerd) -> Result<()> {
     }
     templates.quiet()?;
     ensure!(watch.count("vm")? == 1 && watch.count("json")? == 0, "it was tried again: {watch:?}");
-    // Asked for by a person it is tried again, with what is configured now.
+    // A manual build is tried again, with the present configuration.
     containerd.configure(&setup)?;
     templates.build()?;
     runs_from(containerd, "clone")?;
@@ -203,7 +203,7 @@ fn state_that_qemu_refuses(containerd: &mut Containerd) -> Result<()> {
     runs_from(containerd, "boot")?;
     let lines = told(containerd, from, &["cannot clone a VM, booting instead", "cannot load that"]);
     ensure!(lines == 1, "{lines} lines say that it could not be cloned");
-    // It is not tried a second time.
+    // The clone is not tried a second time.
     ensure!(wait_for_end(template.holder, END)?, "the template lives");
     let from = containerd.log().position();
     runs_from(containerd, "boot")?;
@@ -212,7 +212,7 @@ fn state_that_qemu_refuses(containerd: &mut Containerd) -> Result<()> {
     templates.remove_all()
 }
 
-/// What is said when the host has no memory for a VM.
+/// The error when the host has not enough memory for a VM.
 const NO_MEMORY: [&str; 2] = ["not enough memory on this host", "vm.memory_reserve_percent"];
 
 fn no_memory_for_a_vm(containerd: &mut Containerd) -> Result<()> {
@@ -228,13 +228,14 @@ fn no_memory_for_a_vm(containerd: &mut Containerd) -> Result<()> {
     templates.remove_all()
 }
 
-/// Most memory that a start takes by its own account, MiB; the host's own account changes while the test runs.
+/// The highest memory requirement of a start by its own account, MiB; the host's available memory changes
+/// while the test runs.
 const SOME: u64 = 450;
 
 fn memory_for_some_only(containerd: &mut Containerd) -> Result<()> {
     let setup = Setup::new().set("template", "mode", Value::text("off"));
     let before = containerd.inventory()?;
-    // Others on this machine start and end, so that all or none may fit.
+    // Other processes on this machine start and end, so that all or none of the starts may fit.
     for _ in 0..5 {
         let (total, available) = host_memory_mib()?;
         let reserve = available.saturating_sub(SOME) * 100 / total;

@@ -1,4 +1,4 @@
-//! Clones are one machine until their host tells each who it is; nothing may show it afterwards.
+//! Clones are identical until their host gives each an identity; afterwards nothing shows that they were.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,17 +24,17 @@ on_newest_containerd!(fifty_clones_have_nothing_in_common);
 const CLONES: usize = 50;
 const AT_ONCE: usize = 4;
 
-/// How far a clone's clock may be off.
+/// The largest permitted error of a clone's clock.
 const CLOCK: Duration = Duration::from_millis(10);
 
-/// How often the clock is asked; the fastest answer says most.
+/// How often the clock is read; the fastest answer is the most exact.
 const QUESTIONS: usize = 5;
 
-/// What must be different in every clone, as the container's script names it.
+/// Values that must be different in every clone, by their names in the container's script.
 const DIFFERENT: [&str; 9] =
     ["boot", "uuid", "urandom", "random", "key", "stack", "hostname", "machine", "temporary"];
 
-/// The container has no namespaces of its own but for its mounts, so it sees the VM's own names and devices.
+/// Apart from its mounts, the container has no namespaces of its own, so it sees the VM's names and devices.
 const SCRIPT: &str = "\
 r=/proc/sys/kernel/random
 read boot < $r/boot_id; read uuid < $r/uuid; read name < /proc/sys/kernel/hostname
@@ -49,12 +49,12 @@ echo links $(ls /sys/class/net)
 echo ready
 while read word; do echo clock $word $EPOCHREALTIME; done";
 
-/// What one clone said and what the host knows of it.
+/// One clone's own values, and the host's.
 #[derive(Debug)]
 struct Seen {
     id: String,
     said: BTreeMap<String, String>,
-    /// How far its clock is ahead, and how far that may be wrong, microseconds.
+    /// How far the clone's clock is ahead, and the error of that, microseconds.
     clock: (i64, i64),
 }
 
@@ -64,7 +64,8 @@ fn fifty_clones_have_nothing_in_common(containerd: &mut Containerd) -> Result<()
     templates.remove_all()
 }
 
-/// Runs so many containers and compares what their guests say; each VM must be of that origin.
+/// Runs this number of containers and compares the values of their guests; each VM must be of the given
+/// origin.
 pub(super) fn have_nothing_in_common(containerd: &Containerd, clones: usize, wanted: &str) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     let config = bundle.config(&["sh", "-c", SCRIPT], |spec| {
@@ -103,7 +104,7 @@ pub(super) fn have_nothing_in_common(containerd: &Containerd, clones: usize, wan
         ensure!(clone.said["hostname"] == *id, "{id} calls itself {}", clone.said["hostname"]);
         ensure!(clone.said["links"] == "lo", "{id} has {}", clone.said["links"]);
         ensure!(clone.said["machine"].len() == 32, "{:?} is no machine id", clone.said["machine"]);
-        // What the shim's log says of the guest is the same.
+        // The shim's log has the same values for the guest.
         let ready = lines.iter().find(|line| line.contains("guest is ready") && hostname_is(line, id));
         let ready = ready.with_context(|| format!("no word of the guest of {id}"))?;
         for what in ["boot", "machine"] {
@@ -118,7 +119,7 @@ pub(super) fn have_nothing_in_common(containerd: &Containerd, clones: usize, wan
         ensure!(values.len() == clones, "{} of {clones} are different in {what}: {values:?}", values.len());
         ensure!(values.iter().all(|value| value.len() > 1), "empty {what}");
     }
-    // With --nocapture: how much the test of the clocks is worth here.
+    // With --nocapture: the precision of the test of the clocks on this machine.
     let mut clocks: Vec<_> = seen.iter().map(|clone| clone.clock).collect();
     clocks.sort_by_key(|(ahead, wrong)| (ahead.abs(), *wrong));
     println!("clocks, ahead and give or take, us: {clocks:?}");

@@ -1,4 +1,4 @@
-//! A fork has its source's state, goes on by itself, and is another machine.
+//! A fork has its source's state, continues independently, and is another machine.
 
 use std::fs;
 
@@ -26,7 +26,7 @@ fn both_go_on(containerd: &mut Containerd) -> Result<()> {
     sh(containerd, source, "echo before >/data/note")?;
     let output = fork(containerd, &[source, &new])?;
     ensure!(output.text() == format!("{new}\n"), "{output}");
-    // State and files are the source's, and go on in both.
+    // State and files are the source's, and continue in both.
     let forked = count_above(containerd, &new, before)?;
     sh(containerd, source, "echo source >/data/note")?;
     count_above(containerd, &new, forked)?;
@@ -43,7 +43,7 @@ fn both_go_on(containerd: &mut Containerd) -> Result<()> {
         ensure!(sh(containerd, id, log)? == "0", "{id} has lost lines of an open file");
     }
     another_machine(containerd, source, &new)?;
-    // containerd knows it as it knows the source.
+    // containerd's record of the fork is like that of the source.
     let info = |id: &str| -> Result<Value> {
         Ok(serde_json::from_str(&containerd.ctr_ok(&["containers", "info", id])?)?)
     };
@@ -57,7 +57,7 @@ fn both_go_on(containerd: &mut Containerd) -> Result<()> {
             && ours["Spec"]["annotations"] == theirs["Spec"]["annotations"],
         "{ours}"
     );
-    // What it has written is in its snapshot, as that of any container.
+    // The fork's writes are in its snapshot, like those of any container.
     let exit = containerd.log().position();
     containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", &new])?;
     containerd.log().wait_for_event(exit, "/tasks/exit")?;
@@ -123,7 +123,7 @@ fn of_a_paused_container_later_and_again(containerd: &mut Containerd) -> Result<
     end_all(containerd, [source, &second, &third])
 }
 
-/// A shell in a terminal: the fork's has nobody at the other end, and is one all the same.
+/// A shell in a terminal: the fork's terminal has no peer, and is a terminal all the same.
 fn a_terminal(containerd: &mut Containerd) -> Result<()> {
     let script = "n=0; while read -r line; do n=$((n+1)); echo \"$n $line\"; echo $n >/lines; done";
     let run = containerd.run(IMAGE, &["sh", "-c", script]).flag("--tty");
@@ -147,7 +147,7 @@ fn a_native_snapshot(containerd: &mut Containerd) -> Result<()> {
 
 fn an_erofs_snapshot(containerd: &mut Containerd) -> Result<()> {
     apart(containerd, "erofs")?;
-    // The layers of an image stay mounted as long as that is there.
+    // The layers of an image stay mounted as long as the image exists.
     containerd.ctr_ok(&["images", "rm", "--sync", IMAGE]).map(drop)
 }
 

@@ -1,4 +1,5 @@
-//! Forks that fail: the source runs on, nothing of the new one is left, and the next try works.
+//! Forks that fail: the source continues to run, nothing of the new container is left, and the next try
+//! works.
 
 use std::{
     fs,
@@ -32,7 +33,7 @@ on_newest_containerd!(
     killed_fork,
 );
 
-/// What a fork that fails says; the source runs on, and of the new one nothing is left.
+/// The output of a fork that fails; the source continues to run, and nothing of the new container is left.
 fn fails(containerd: &Containerd, args: &[&str], words: &[&str]) -> Result<()> {
     let before = containerd.inventory()?;
     let output = forking(containerd, args)?.run()?;
@@ -90,7 +91,7 @@ fn refused_before_anything_happens(containerd: &mut Containerd) -> Result<()> {
     containerd.ctr_ok(&["containers", "create", "--runtime", &paths::runtime(), IMAGE, &theirs])?;
     fails(containerd, &[&theirs, &new], &["does not run", "has no task"])?;
     containerd.ctr_ok(&["containers", "rm", &theirs])?;
-    // Its snapshot's name is taken.
+    // The name of the new container's snapshot is taken.
     containerd.ctr_ok(&["snapshots", "prepare", &new])?;
     let output = forking(containerd, &[source, &new])?.run()?;
     ensure!(output.status == 1 && output.error_text().contains("there is a snapshot"), "{output}");
@@ -122,7 +123,7 @@ fn no_memory_for_one_more(containerd: &mut Containerd) -> Result<()> {
     fails(containerd, &[source, &new], &words)?;
     let log = containerd.log().since(checkpoints);
     ensure!(!log.iter().any(|line| line.contains("/tasks/checkpointed")), "the source was checkpointed");
-    // Enough when it began, and not when the VM is to start.
+    // There is enough memory at the beginning, and not when the VM starts.
     let roomy = containerd.root().join("roomy.toml");
     fs::copy(containerd.root().join("machinen.toml"), &roomy)?;
     let text =
@@ -207,7 +208,8 @@ fn killed_vm_of_the_fork(containerd: &mut Containerd) -> Result<()> {
     })?;
     kill(Pid::from_raw(second.context("no pid")?.cast_signed()), Signal::SIGKILL)?;
     let output = running.wait()?;
-    // A clone that ends is replaced by a VM that boots; either way it is a fork or nothing of one.
+    // A clone that ends is replaced by a VM that boots; either way the fork is complete, or nothing of it is
+    // left.
     if output.status == 0 {
         count_above(containerd, &new, 102)?;
         end_all(containerd, [new.as_str()])?;
@@ -218,7 +220,7 @@ fn killed_vm_of_the_fork(containerd: &mut Containerd) -> Result<()> {
     works(containerd, source, &new)
 }
 
-/// Then there is nothing to go on with; but nothing is left either.
+/// Without the source's VM the fork cannot continue; nothing of it is left either.
 fn killed_vm_of_the_source(containerd: &mut Containerd) -> Result<()> {
     let run = counter(containerd, &[])?;
     let (source, new) = (run.container(), containerd.new_id());
@@ -234,7 +236,7 @@ fn killed_vm_of_the_source(containerd: &mut Containerd) -> Result<()> {
     Ok(())
 }
 
-/// Nobody is left to take anything back: the source runs all the same, and the next fork removes the images.
+/// No process is left to undo the fork: the source runs nevertheless, and the next fork removes the images.
 fn killed_fork(containerd: &mut Containerd) -> Result<()> {
     let run = counter(containerd, &[])?;
     let (source, new) = (run.container(), containerd.new_id());
@@ -246,7 +248,7 @@ fn killed_fork(containerd: &mut Containerd) -> Result<()> {
     at(containerd, from, "writes are in its snapshot")?;
     kill(pid(&running), Signal::SIGKILL)?;
     ensure!(running.wait()?.status == 137, "it was not killed");
-    // The shim finishes what it was asked for.
+    // The shim finishes the request.
     at(containerd, from, "container checkpointed")?;
     goes_on(containerd, source)?;
     containerd.ctr_ok(&["containers", "rm", &new])?;

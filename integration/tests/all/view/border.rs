@@ -1,4 +1,5 @@
-//! Who sees a container's files, for how long, and what a guest or a host that does not play along costs.
+//! Access to a container's files: by which users, for how long, and the cost of a guest or a host that does
+//! not cooperate.
 
 use std::{
     fs::{self, File},
@@ -32,8 +33,8 @@ on_newest_containerd!(
     without_fuse_there_is_an_empty_directory,
 );
 
-/// Longest for an access to a guest that does not answer, and some. One access can be two requests, the second of which is made
-/// when the first has failed, but the view is patient with one of them only.
+/// Longest for an access to a guest that does not answer, with a margin. One access can be two requests, the
+/// second of which is made when the first has failed, but the view waits for one of them only.
 const BOUND: Duration = Duration::from_secs(45);
 
 fn the_end_is_told(containerd: &mut Containerd) -> Result<()> {
@@ -46,7 +47,7 @@ fn the_end_is_told(containerd: &mut Containerd) -> Result<()> {
     let pid = shown.pid;
     shown.end()?;
     ensure!(wait_for_end(pid, Duration::from_secs(5))?, "the anchor outlives its container");
-    // Who still has it open is told, at once.
+    // Processes that still have the file open get an error, at once.
     let begun = Instant::now();
     file.rewind()?;
     ensure!(file.read_to_string(&mut text).is_err(), "a file of a container that is gone");
@@ -73,13 +74,13 @@ fn a_guest_that_hangs_is_not_waited_for(containerd: &mut Containerd) -> Result<(
     let refused = fs::read(&file);
     ensure!(refused.is_err(), "a VM that stands still has answered");
     ensure!(begun.elapsed() < BOUND, "an error took {:?}", begun.elapsed());
-    // Nobody waits for it again so soon.
+    // The next access does not wait again so soon.
     let begun = Instant::now();
     ensure!(fs::read(&file).is_err(), "a VM that stands still has answered");
     ensure!(begun.elapsed() < Duration::from_secs(1), "the next error took {:?}", begun.elapsed());
     shown.end()?;
 
-    // One that only took a nap is heard again.
+    // A guest that was stopped for a short time is used again.
     let shown = Shown::start(containerd)?;
     let (file, qemu) = (shown.root("etc/passwd"), qemu(containerd, &shown.id)?);
     fs::read(&file)?;
@@ -97,7 +98,7 @@ fn a_guest_that_hangs_is_not_waited_for(containerd: &mut Containerd) -> Result<(
     };
     ensure!(read.starts_with(b"root:"), "after a nap");
 
-    // Who waits when the container is killed is told then.
+    // A reader that waits when the container is killed gets an error then.
     kill(qemu, Signal::SIGSTOP)?;
     let waiting = thread::spawn(move || fs::read(&file));
     let begun = Instant::now();
@@ -123,13 +124,13 @@ fn nobody_else_sees_it(containerd: &mut Containerd) -> Result<()> {
     }
     let fds = fs::read_dir(format!("/proc/{}/fd", shown.pid))?.count();
     ensure!(fds == 2, "stdin and stderr, and {} more", fds - 2);
-    // Not even a user who may look at the process.
+    // Even a user who may inspect the process cannot read the files.
     let capabilities = "+sys_ptrace,+dac_override";
     let user = Invocation::new("setpriv").args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
     let user = user.arg(format!("--inh-caps={capabilities}")).arg(format!("--ambient-caps={capabilities}"));
     let user = user.arg("cat").arg(shown.root("etc/passwd")).run()?;
     ensure!(user.status != 0 && user.error_text().contains("Permission denied"), "{user}");
-    // Nor does the container.
+    // The container does not see the anchor either.
     let names = shown.inside("cat /proc/[0-9]*/comm")?;
     ensure!(names.lines().all(|name| ["sleep", "sh", "cat"].contains(&name)), "the container sees {names}");
     shown.end()
@@ -139,7 +140,7 @@ fn without_fuse_there_is_an_empty_directory(containerd: &mut Containerd) -> Resu
     let bundle = Bundle::busybox(containerd)?;
     let shim = Shim::new(containerd)?;
     fs::copy(bundle.config(&["sleep", "1000"], |_| ())?, shim.bundle.join("config.json"))?;
-    // A host that has something else at /dev/fuse.
+    // The host has something else at /dev/fuse.
     let covered =
         "[ -n \"$COVERED\" ] || COVERED=1 exec unshare --mount sh \"$0\"; mount --bind /dev/null /dev/fuse";
     let client = Client::connect(&shim.serve_in(covered)?, V3)?;
