@@ -175,14 +175,14 @@ impl Containerd {
     }
 
     fn command(&self, line: &str) -> Result<()> {
-        let mut pipes = self.pipes.lock().expect("nobody panics with the pipes");
+        let mut pipes = self.pipes.lock().expect("the lock is not poisoned");
         let pipes = pipes.as_mut().context("the keeper is gone")?;
         writeln!(pipes.commands, "{line}").context("cannot write to the keeper")
     }
 
     /// Pid of the process that the keeper has started last.
     fn answer(&self) -> Result<u32> {
-        let mut pipes = self.pipes.lock().expect("nobody panics with the pipes");
+        let mut pipes = self.pipes.lock().expect("the lock is not poisoned");
         let mut pid = String::new();
         let pipes = pipes.as_mut().context("the keeper is gone")?;
         pipes.answers.read_line(&mut pid).context("cannot read from the keeper")?;
@@ -224,7 +224,7 @@ impl Containerd {
 
     /// A container id that this containerd has not used before.
     pub fn new_id(&self) -> String {
-        let mut ids = self.ids.lock().expect("nobody panics with the ids");
+        let mut ids = self.ids.lock().expect("the lock is not poisoned");
         let id = format!("c{}", ids.len() + 1);
         ids.push(id.clone());
         id
@@ -232,7 +232,7 @@ impl Containerd {
 
     /// Adds a container id that the caller has chosen to the inventory.
     pub fn note_id(&self, id: &str) {
-        self.ids.lock().expect("nobody panics with the ids").push(id.to_owned());
+        self.ids.lock().expect("the lock is not poisoned").push(id.to_owned());
     }
 
     /// What containerd and its shims have logged.
@@ -247,7 +247,7 @@ impl Containerd {
 
     /// Ids of all containers so far.
     pub(crate) fn ids(&self) -> Vec<String> {
-        self.ids.lock().expect("nobody panics with the ids").clone()
+        self.ids.lock().expect("the lock is not poisoned").clone()
     }
 }
 
@@ -255,7 +255,7 @@ impl Drop for Containerd {
     fn drop(&mut self) {
         // The end of its stdin is the keeper's order to clean up; the end of its stderr reports that all
         // processes have ended.
-        drop(self.pipes.lock().expect("nobody panics with the pipes").take());
+        drop(self.pipes.lock().expect("the lock is not poisoned").take());
         if let Some(reader) = self.reader.take() {
             reader.join().expect("reading a log does not panic");
         }

@@ -235,8 +235,8 @@ fn shim_sockets(root: &Path) -> Vec<PathBuf> {
     if list(&root.join("s"), &mut files).is_err() {
         return Vec::new();
     }
-    let told = files.iter().filter(|file| file.ends_with("/address") || file.ends_with("/bootstrap.json"));
-    let texts = told.filter_map(|file| fs::read_to_string(file).ok());
+    let named = files.iter().filter(|file| file.ends_with("/address") || file.ends_with("/bootstrap.json"));
+    let texts = named.filter_map(|file| fs::read_to_string(file).ok());
     texts
         .filter_map(|text| {
             let (_, tail) = text.split_once(SHIM_SOCKETS)?;

@@ -28,5 +28,6 @@ pub mod setup;
 pub mod shim;
 #[expect(unsafe_code, reason = "the one place for it")]
 pub mod sys;
+pub mod task;
 pub mod templates;
 pub mod terminal;

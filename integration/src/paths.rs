@@ -65,7 +65,7 @@ pub fn own_program(name: &str) -> Result<PathBuf> {
         .take(2)
         .map(|dir| dir.join(name))
         .find(|path| path.is_file())
-        .with_context(|| format!("{name} is not beside {}: build the whole crate", exe.display()))
+        .with_context(|| format!("{name} is not next to {}: build the whole crate", exe.display()))
 }
 
 /// Directory of the release build of the shim and the command line.

@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::{
     api,
     protobuf::{EnumOrUnknown, MessageField, well_known_types::any::Any},
@@ -44,6 +44,17 @@ impl<'a> Served<'a> {
         Ok(served)
     }
 
+    /// A running container with that specification, restored from a checkpoint.
+    ///
+    /// # Errors
+    /// The container is not restored.
+    pub fn restored(containerd: &'a Containerd, config: &Path, checkpoint: &Path) -> Result<Self> {
+        let mut served = Self::of(containerd, config)?;
+        served.create_from(checkpoint)?;
+        served.begin()?;
+        Ok(served)
+    }
+
     /// A shim for a container with that specification.
     ///
     /// # Errors
@@ -59,7 +70,7 @@ impl<'a> Served<'a> {
     ///
     /// # Errors
     /// The bundle cannot be made.
-    pub fn beside(&self, containerd: &'a Containerd, config: &Path) -> Result<Self> {
+    pub fn in_same_vm(&self, containerd: &'a Containerd, config: &Path) -> Result<Self> {
         let shim = Shim::new(containerd)?;
         fs::copy(config, shim.bundle.join("config.json"))?;
         Ok(Self { shim, client: self.client.clone(), pid: 0 })
@@ -73,6 +84,14 @@ impl<'a> Served<'a> {
         let created: api::CreateTaskResponse = self.client.ok("Create", &request)?;
         self.pid = created.pid;
         Ok(())
+    }
+
+    /// Creates the container from a checkpoint.
+    ///
+    /// # Errors
+    /// The call is refused.
+    pub fn create_from(&mut self, checkpoint: &Path) -> Result<()> {
+        self.create(|request| request.checkpoint = checkpoint.display().to_string())
     }
 
     /// # Errors
@@ -92,6 +111,18 @@ impl<'a> Served<'a> {
         let status = self.wait(exec_id)?.exit_status;
         self.client.ok::<api::DeleteResponse>("Delete", &self.delete(exec_id))?;
         Ok(status)
+    }
+
+    /// Runs a shell script in the container, and returns its status and output.
+    ///
+    /// # Errors
+    /// A call is refused, or the output cannot be read.
+    pub fn shell(&self, script: &str) -> Result<(u32, String)> {
+        let path = self.shim.bundle.join("output");
+        let status = self.exec_to("shell", &["sh", "-c", script], &format!("file://{}", path.display()))?;
+        let output = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        fs::remove_file(path)?;
+        Ok((status, output))
     }
 
     pub fn exec(&self, exec_id: &str, args: &[&str]) -> api::ExecProcessRequest {
@@ -135,8 +166,10 @@ impl<'a> Served<'a> {
         self.client.ok("Wait", &api::WaitRequest { id, exec_id, ..Default::default() })
     }
 
+    /// Checks the status and pid of a process.
+    ///
     /// # Errors
-    /// It is not.
+    /// They differ, or the call is refused.
     pub fn is(&self, exec_id: &str, status: api::Status, pid: u32) -> Result<()> {
         let state = self.state(exec_id)?;
         ensure!(state.status == EnumOrUnknown::new(status) && state.pid == pid, "{state:?}");

@@ -99,7 +99,7 @@ impl<'a> Shim<'a> {
         client.ok::<api::Empty>("Shutdown", &api::ShutdownRequest { id: id(), ..Default::default() })?;
         ensure!(
             wait_for_end(connected.shim_pid, Duration::from_secs(3))?,
-            "the shim lives on after Shutdown"
+            "the shim still runs after Shutdown"
         );
         Ok(fs::remove_dir_all(&self.bundle)?)
     }

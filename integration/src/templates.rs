@@ -77,13 +77,13 @@ impl<'a> Templates<'a> {
     /// # Errors
     /// The template could not be built; the builder's output is quoted.
     pub fn build(&self) -> Result<Listed> {
-        let said = self.containerd.root().join("template-build");
+        let printed = self.containerd.root().join("template-build");
         // Run by the keeper and not by the test: the holder must be a descendant of the keeper.
-        self.containerd.run_script(&format!("machinen template build >{} 2>&1\n", said.display()))?;
+        self.containerd.run_script(&format!("machinen template build >{} 2>&1\n", printed.display()))?;
         let listed = self.list()?;
-        let said = || fs::read_to_string(&said).unwrap_or_default();
-        let [template] = &listed[..] else { anyhow::bail!("{} templates: {}", listed.len(), said()) };
-        ensure!(template.state == "ready", "the template is {}: {}", template.state, said());
+        let printed = || fs::read_to_string(&printed).unwrap_or_default();
+        let [template] = &listed[..] else { anyhow::bail!("{} templates: {}", listed.len(), printed()) };
+        ensure!(template.state == "ready", "the template is {}: {}", template.state, printed());
         Ok(template.clone())
     }
 

@@ -32,8 +32,8 @@ fn main() -> ExitCode {
 
 fn run() -> Result<u8> {
     let args: Vec<String> = env::args().collect();
-    let beside = Path::new(&args[0]).parent().context("no directory in the program's name")?;
-    let mut broker = UnixStream::connect(beside.join(fake::SOCKET)).context("cannot reach the test")?;
+    let dir = Path::new(&args[0]).parent().context("no directory in the program's name")?;
+    let mut broker = UnixStream::connect(dir.join(fake::SOCKET)).context("cannot reach the test")?;
     let inherited = fake::inherited_sockets(&args)?;
     let fds: Vec<OwnedFd> = inherited
         .into_iter()
@@ -55,6 +55,6 @@ fn run() -> Result<u8> {
     let mut end = Vec::new();
     broker.read_to_end(&mut end).context("the test is gone")?;
     let (code, words) = end.split_first().context("the test gave no exit code")?;
-    std::io::stderr().write_all(words).context("cannot say the last words")?;
+    std::io::stderr().write_all(words).context("cannot write the last words")?;
     Ok(*code)
 }

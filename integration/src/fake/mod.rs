@@ -47,7 +47,7 @@ const DEADLINE: Duration = Duration::from_secs(20);
 
 /// The behaviour of the VMs that start next.
 #[derive(Debug, Clone, Copy)]
-pub enum Conduct {
+pub enum Behaviour {
     /// Behaves like QEMU, with the real agent in it.
     Well,
     /// Ends before the greeting, with these last words.
@@ -82,7 +82,7 @@ pub struct FakeVmm {
 
 #[derive(Debug)]
 struct Shared {
-    conduct: Mutex<Conduct>,
+    behaviour: Mutex<Behaviour>,
     running: Mutex<usize>,
     fewer: Condvar,
     ended: AtomicBool,
@@ -95,7 +95,7 @@ struct Shared {
 
 impl Shared {
     fn hangs(&self) {
-        *self.hanging.lock().expect("nobody panics with the count") += 1;
+        *self.hanging.lock().expect("the lock is not poisoned") += 1;
         self.more.notify_all();
     }
 }
@@ -120,7 +120,7 @@ impl FakeVmm {
                 .with_context(|| format!("cannot set the mode of {}", path.display()))?;
         }
         let shared = Arc::new(Shared {
-            conduct: Mutex::new(Conduct::Well),
+            behaviour: Mutex::new(Behaviour::Well),
             running: Mutex::new(0),
             fewer: Condvar::new(),
             ended: AtomicBool::new(false),
@@ -145,9 +145,9 @@ impl FakeVmm {
     }
 
     /// Sets the behaviour of the VMs that start from now on.
-    pub fn conduct(&self, conduct: Conduct) {
-        *self.shared.hanging.lock().expect("nobody panics with the count") = 0;
-        *self.shared.conduct.lock().expect("nobody panics with the conduct") = conduct;
+    pub fn behaviour(&self, behaviour: Behaviour) {
+        *self.shared.hanging.lock().expect("the lock is not poisoned") = 0;
+        *self.shared.behaviour.lock().expect("the lock is not poisoned") = behaviour;
     }
 
     /// Waits until a VM has come to the point where its behaviour makes it hang.
@@ -155,12 +155,12 @@ impl FakeVmm {
     /// # Errors
     /// No VM has, after a deadline.
     pub fn wait_until_one_hangs(&self) -> Result<()> {
-        let hanging = self.shared.hanging.lock().expect("nobody panics with the count");
+        let hanging = self.shared.hanging.lock().expect("the lock is not poisoned");
         let (hanging, _) = self
             .shared
             .more
             .wait_timeout_while(hanging, DEADLINE, |hanging| *hanging == 0)
-            .expect("nobody panics with the count");
+            .expect("the lock is not poisoned");
         ensure!(*hanging > 0, "no fake VM has come to where it hangs after {DEADLINE:?}");
         Ok(())
     }
@@ -170,7 +170,7 @@ impl FakeVmm {
     /// # Errors
     /// `/proc` cannot be read.
     pub fn agents(&self) -> Result<Vec<Pid>> {
-        let outer = self.shared.agents.lock().expect("nobody panics with the agents").clone();
+        let outer = self.shared.agents.lock().expect("the lock is not poisoned").clone();
         let inner =
             |&pid: &u32| Ok(inventory::descendants(pid)?.first().map(|agent| agent.pid.cast_signed()));
         outer.iter().filter_map(|pid| inner(pid).transpose()).map(|pid| pid.map(Pid::from_raw)).collect()
@@ -181,12 +181,12 @@ impl FakeVmm {
     /// # Errors
     /// A VM is left after a deadline.
     pub fn settle(&self) -> Result<()> {
-        let running = self.shared.running.lock().expect("nobody panics with the count");
+        let running = self.shared.running.lock().expect("the lock is not poisoned");
         let (running, _) = self
             .shared
             .fewer
             .wait_timeout_while(running, DEADLINE, |running| *running > 0)
-            .expect("nobody panics with the count");
+            .expect("the lock is not poisoned");
         ensure!(*running == 0, "{} fake VMs still run after {DEADLINE:?}", *running);
         Ok(())
     }
@@ -209,15 +209,15 @@ fn accept(listener: &UnixListener, shared: &Arc<Shared>, dir: &Path, agent: &Pat
         if shared.ended.load(Ordering::Relaxed) {
             return;
         }
-        let conduct = *shared.conduct.lock().expect("nobody panics with the conduct");
+        let behaviour = *shared.behaviour.lock().expect("the lock is not poisoned");
         let (shared, agent, disks) =
             (Arc::clone(shared), agent.to_owned(), dir.join(format!("disks-{number}")));
-        *shared.running.lock().expect("nobody panics with the count") += 1;
+        *shared.running.lock().expect("the lock is not poisoned") += 1;
         std::thread::spawn(move || {
-            if let Err(error) = vm::run(connection, conduct, &agent, &disks, &shared) {
+            if let Err(error) = vm::run(connection, behaviour, &agent, &disks, &shared) {
                 eprintln!("fake VM {number}: {error:#}");
             }
-            *shared.running.lock().expect("nobody panics with the count") -= 1;
+            *shared.running.lock().expect("the lock is not poisoned") -= 1;
             shared.fewer.notify_all();
         });
     }

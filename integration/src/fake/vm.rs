@@ -21,7 +21,7 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{Conduct, DEADLINE, Handed, Shared, monitor::Monitor};
+use super::{Behaviour, DEADLINE, Handed, Shared, monitor::Monitor};
 use crate::{inventory, sys};
 
 /// The agent finds its channel under this number.
@@ -30,33 +30,33 @@ const CHANNEL_FD: i32 = 3;
 /// Runs a VM until it ends: by its agent, by its monitor, or because fake-qemu was killed.
 pub(super) fn run(
     mut qemu: UnixStream,
-    conduct: Conduct,
+    behaviour: Behaviour,
     agent: &Path,
     disks: &Path,
     shared: &Arc<Shared>,
 ) -> Result<()> {
     let Handed { monitor, mut console, channel } = receive(&qemu)?;
-    match conduct {
-        Conduct::Dies(words) => return end(&mut qemu, 1, words),
-        Conduct::Babbles(bytes) => {
+    match behaviour {
+        Behaviour::Dies(words) => return end(&mut qemu, 1, words),
+        Behaviour::Babbles(bytes) => {
             (&monitor).write_all(bytes)?;
             return until_killed(&qemu);
         }
         _ => {}
     }
     fs::create_dir(disks).with_context(|| format!("cannot make {}", disks.display()))?;
-    let monitor = Arc::new(Monitor::new(monitor, conduct, disks.to_owned(), Arc::clone(shared))?);
-    let guest = match conduct {
-        Conduct::Silent => {
+    let monitor = Arc::new(Monitor::new(monitor, behaviour, disks.to_owned(), Arc::clone(shared))?);
+    let guest = match behaviour {
+        Behaviour::Silent => {
             shared.hangs();
             Guest::Nobody(channel)
         }
-        Conduct::Speaks(bytes) => {
+        Behaviour::Speaks(bytes) => {
             let mut channel = UnixStream::from(channel);
             channel.write_all(bytes)?;
             Guest::Nobody(channel.into())
         }
-        Conduct::Floods(bytes) => {
+        Behaviour::Floods(bytes) => {
             // A reader that has closed its end needs no more bytes.
             let _closed = console.write_all(&vec![b'#'; bytes]);
             Guest::Nobody(channel)
@@ -65,7 +65,7 @@ pub(super) fn run(
     };
     drop(console);
     let agent = guest.pid();
-    shared.agents.lock().expect("nobody panics with the agents").extend(agent);
+    shared.agents.lock().expect("the lock is not poisoned").extend(agent);
     let watcher = std::thread::spawn({
         let (guest, qemu, monitor) = (guest.clone()?, qemu.try_clone()?, Arc::clone(&monitor));
         move || {
@@ -77,7 +77,7 @@ pub(super) fn run(
         }
     });
     let served = monitor.serve(&guest);
-    shared.agents.lock().expect("nobody panics with the agents").retain(|&pid| Some(pid) != agent);
+    shared.agents.lock().expect("the lock is not poisoned").retain(|&pid| Some(pid) != agent);
     let (code, words) = served?;
     guest.kill()?;
     end(&mut qemu, code, words)?;
@@ -104,7 +104,7 @@ impl Guest {
     /// The agent's outer process.
     fn pid(&self) -> Option<u32> {
         let Self::Agent(child) = self else { return None };
-        Some(child.lock().expect("nobody panics with the agent").id())
+        Some(child.lock().expect("the lock is not poisoned").id())
     }
 
     /// Stops the agent, as if it hung; the agent's containers continue to run.
@@ -123,7 +123,7 @@ impl Guest {
     /// A part of the guest is left.
     pub(super) fn kill(&self) -> Result<()> {
         let Self::Agent(child) = self else { return Ok(()) };
-        let mut child = child.lock().expect("nobody panics with the agent");
+        let mut child = child.lock().expect("the lock is not poisoned");
         if child.try_wait().context("cannot wait for an agent")?.is_none() {
             // The end of pid 1 of the guest ends all of the guest, and then the outer process that waits for
             // it.
@@ -150,8 +150,8 @@ fn clear_cgroups(name: &str) -> Result<()> {
         while fs::read_to_string(group.join("cgroup.events")).is_ok_and(|text| text.contains("populated 1")) {
             let left = PollTimeout::try_from(end.saturating_duration_since(Instant::now()))?;
             let mut changed = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
-            let told = poll(&mut changed, left).context("cannot watch a control group")?;
-            ensure!(told > 0, "{} has processes after {DEADLINE:?}", group.display());
+            let polled = poll(&mut changed, left).context("cannot watch a control group")?;
+            ensure!(polled > 0, "{} has processes after {DEADLINE:?}", group.display());
         }
     }
     inventory::remove_cgroups(name)

@@ -15,7 +15,7 @@ on_newest_containerd!(
     read_only_root,
     devices,
     privileged,
-    the_vm_does_not_show,
+    the_vm_is_hidden,
     clocks_of_its_own,
     sysctls,
     system_calls,
@@ -130,7 +130,7 @@ fn privileged(containerd: &mut Containerd) -> Result<()> {
 }
 
 /// See "What a container can see of its VM" in docs/design/guest.md.
-fn the_vm_does_not_show(containerd: &mut Containerd) -> Result<()> {
+fn the_vm_is_hidden(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     // The descriptor is of the directory that is being read.
     let script = "dmesg | wc -l; cat /proc/self/cgroup; ls /proc/self/fd | wc -l; set -- /proc/[0-9]*; echo $#; \
@@ -276,8 +276,8 @@ fn bind_mount_is_refused(containerd: &mut Containerd) -> Result<()> {
     std::fs::create_dir(&source)?;
     let flag = format!("type=bind,src={},dst=/shared,options=rbind:ro", source.display());
     let output = containerd.run(IMAGE, &["true"]).flags(&["--mount", &flag]).output()?;
-    let said = output.error_text();
-    ensure!(output.status != 0 && said.contains("not supported yet"), "{output}");
-    ensure!(said.contains("/shared") && said.contains(&source.display().to_string()), "{output}");
+    let printed = output.error_text();
+    ensure!(output.status != 0 && printed.contains("not supported yet"), "{output}");
+    ensure!(printed.contains("/shared") && printed.contains(&source.display().to_string()), "{output}");
     Ok(())
 }

@@ -22,19 +22,16 @@ use ttrpc::Code;
 
 use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd};
 
-on_every_containerd!(pause_and_resume, counts_match_the_work, out_of_memory_is_told, paused_over_a_restart);
-on_newest_containerd!(limits_change_live, limits_that_cannot_be, one_container_out_of_memory, refusals);
+on_every_containerd!(
+    pause_and_resume,
+    counts_match_the_work,
+    out_of_memory_is_reported,
+    paused_over_a_restart
+);
+on_newest_containerd!(limits_change_live, impossible_limits, one_container_out_of_memory, refusals);
 
 /// Longest wait for something that has no event.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-fn status(containerd: &Containerd, id: &str) -> Result<String> {
-    let list = containerd.ctr_ok(&["tasks", "list"])?;
-    let mut rows = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    let row =
-        rows.find(|row| row.first() == Some(&id)).with_context(|| format!("no task {id} in\n{list}"))?;
-    Ok(row.last().context("an empty row")?.to_string())
-}
 
 /// The output of `ctr tasks metrics`, in the format of this host.
 fn metrics(containerd: &Containerd, id: &str) -> Result<serde_json::Value> {
@@ -50,18 +47,6 @@ fn cpu_time(containerd: &Containerd, id: &str) -> Result<u64> {
     cgroup2.or(cgroup1.map(|time| time / 1000)).with_context(|| format!("no CPU time in {metrics}"))
 }
 
-fn kill_and_delete(containerd: &Containerd, id: &str) -> Result<()> {
-    let from = containerd.log().position();
-    containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", id])?;
-    containerd.log().wait_for_event(from, "/tasks/exit")?;
-    ensure!(status(containerd, id)? == "STOPPED", "a killed container has not stopped");
-    let deleted = containerd.ctr_output(&["tasks", "delete", id])?;
-    let said = deleted.error_text().contains("exit code 137") || deleted.status == 137;
-    ensure!(said, "deleting {id} should tell the exit code 137: {deleted}");
-    containerd.ctr_ok(&["containers", "delete", id])?;
-    Ok(())
-}
-
 /// Metrics are reported before, during and after a pause, so they need only the guest's agent.
 fn pause_and_resume(containerd: &mut Containerd) -> Result<()> {
     let run = containerd.run(IMAGE, &["sh", "-c", "while :; do :; done"]).detached().flag("--null-io");
@@ -73,19 +58,23 @@ fn pause_and_resume(containerd: &mut Containerd) -> Result<()> {
     ensure!(working(containerd)?, "a busy container uses no CPU time");
     let from = containerd.log().position();
     containerd.ctr_ok(&["tasks", "pause", &id])?;
-    ensure!(status(containerd, &id)? == "PAUSED", "the task is {}", status(containerd, &id)?);
+    ensure!(containerd.task(&id).status()? == "PAUSED", "the task is {}", containerd.task(&id).status()?);
     ensure!(!working(containerd)?, "a paused container uses CPU time");
-    ensure!(containerd.ctr_output(&["tasks", "pause", &id])?.status != 0, "it was paused twice");
-    ensure!(containerd.ctr_output(&["tasks", "delete", &id])?.status != 0, "it was deleted while paused");
+    ensure!(containerd.ctr_output(&["tasks", "pause", &id])?.status != 0, "the container was paused twice");
+    ensure!(
+        containerd.ctr_output(&["tasks", "delete", &id])?.status != 0,
+        "the container was deleted while paused"
+    );
     ensure!(containerd.ctr_ok(&["tasks", "ps", &id])?.lines().count() == 2, "no list of processes");
 
     containerd.ctr_ok(&["tasks", "resume", &id])?;
-    ensure!(status(containerd, &id)? == "RUNNING", "the task is {}", status(containerd, &id)?);
+    ensure!(containerd.task(&id).status()? == "RUNNING", "the task is {}", containerd.task(&id).status()?);
     ensure!(working(containerd)?, "a resumed container uses no CPU time");
-    ensure!(containerd.ctr_output(&["tasks", "resume", &id])?.status != 0, "it was resumed twice");
+    ensure!(containerd.ctr_output(&["tasks", "resume", &id])?.status != 0, "the container was resumed twice");
 
     containerd.ctr_ok(&["tasks", "pause", &id])?;
-    kill_and_delete(containerd, &id)?;
+    containerd.task(&id).kill()?;
+    containerd.task(&id).delete(137)?;
     containerd.log().wait_for_event(from, "/tasks/delete")?;
     let events = containerd.log().events(from);
     ensure!(
@@ -101,7 +90,7 @@ fn paused_over_a_restart(containerd: &mut Containerd) -> Result<()> {
     run.ok()?;
     containerd.ctr_ok(&["tasks", "pause", &id])?;
     containerd.restart()?;
-    ensure!(status(containerd, &id)? == "PAUSED", "the task is {}", status(containerd, &id)?);
+    ensure!(containerd.task(&id).status()? == "PAUSED", "the task is {}", containerd.task(&id).status()?);
     let waiter = containerd.ctr(["tasks", "attach", &id])?.spawn()?;
     let before = cpu_time(containerd, &id)?;
     containerd.ctr_ok(&["tasks", "resume", &id])?;
@@ -110,7 +99,7 @@ fn paused_over_a_restart(containerd: &mut Containerd) -> Result<()> {
     containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", &id])?;
     // The attached client deletes the task when it has ended.
     let waited = waiter.wait()?;
-    ensure!(waited.status == 137, "who waited was told {waited}");
+    ensure!(waited.status == 137, "the waiting client got {waited}");
     containerd.log().wait_for_event(from, "/tasks/delete")?;
     let events = containerd.log().events(from);
     // Events that containerd did not receive during its restart come late, and in order.
@@ -152,7 +141,7 @@ fn counts_match_the_work(containerd: &mut Containerd) -> Result<()> {
         let output = running.wait()?;
         let own = own_cpu_time(&output.text())?;
         // The shell's own share; the programs that it ran come in addition.
-        ensure!((own..own + 5_000_000).contains(&used), "{used} µs, of which the shell says {own}");
+        ensure!((own..own + 5_000_000).contains(&used), "{used} µs, of which the shell reports {own}");
     }
     Ok(())
 }
@@ -181,7 +170,7 @@ fn own_cpu_time(output: &str) -> Result<u64> {
     Ok(ticks * 10_000)
 }
 
-fn out_of_memory_is_told(containerd: &mut Containerd) -> Result<()> {
+fn out_of_memory_is_reported(containerd: &mut Containerd) -> Result<()> {
     let limit = ["--memory-limit", "67108864"];
     let from = containerd.log().position();
     // Of two processes the larger is killed, and the container continues to run.
@@ -190,7 +179,7 @@ fn out_of_memory_is_told(containerd: &mut Containerd) -> Result<()> {
     let running = run.spawn(Duration::from_secs(90))?;
     running.wait_for_stdout("ended with 137")?;
     containerd.log().wait_for_event(from, "/tasks/oom")?;
-    ensure!(status(containerd, run.container())? == "RUNNING", "it should live on");
+    ensure!(containerd.task(run.container()).status()? == "RUNNING", "the container should continue to run");
     containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", run.container()])?;
     ensure!(running.wait()?.status == 137, "killed");
 
@@ -316,7 +305,7 @@ fn limits_change_live(containerd: &mut Containerd) -> Result<()> {
     // A tenth of a CPU: it is throttled ten times a second.
     let end = Instant::now() + PATIENCE;
     while direct.stats("busy")?.cpu.nr_throttled < 3 {
-        ensure!(Instant::now() < end, "it is not throttled: {}", direct.stats("busy")?);
+        ensure!(Instant::now() < end, "the container is not throttled: {}", direct.stats("busy")?);
     }
     update(json!({ "cpu": { "quota": -1 }, "pids": { "limit": -1 }, "memory": { "limit": -1 } }))?;
     let stats = direct.stats("busy")?;
@@ -326,7 +315,7 @@ fn limits_change_live(containerd: &mut Containerd) -> Result<()> {
     direct.end()
 }
 
-fn limits_that_cannot_be(containerd: &mut Containerd) -> Result<()> {
+fn impossible_limits(containerd: &mut Containerd) -> Result<()> {
     with_cgroup2_metrics(containerd)?;
     let direct = Direct::new(containerd)?;
     direct.run("c", "sleep 1000", &json!({ "memory": { "limit": 67_108_864 }, "pids": { "limit": 50 } }))?;
@@ -342,8 +331,8 @@ fn limits_that_cannot_be(containerd: &mut Containerd) -> Result<()> {
         (json!({ "unified": { "dmem.max": "1" } }), Code::UNIMPLEMENTED, "dmem.max"),
         (json!({ "memory": "much" }), Code::INVALID_ARGUMENT, "LinuxResources"),
     ] {
-        let (told, message) = direct.client.refused("Update", &direct.update("c", &resources))?;
-        ensure!(told == code && message.contains(words), "{resources}: {told:?}: {message}");
+        let (found, message) = direct.client.refused("Update", &direct.update("c", &resources))?;
+        ensure!(found == code && message.contains(words), "{resources}: {found:?}: {message}");
     }
     let mut other = direct.update("c", &json!({}));
     other.resources.mut_or_insert_default().type_url = "windows".to_owned();
@@ -365,7 +354,7 @@ fn one_container_out_of_memory(containerd: &mut Containerd) -> Result<()> {
     let direct = Direct::new(containerd)?;
     direct.run("neighbour", "sleep 1000", &json!({}))?;
     direct.run("greedy", "exec tail /dev/zero", &json!({ "memory": { "limit": 50_331_648 } }))?;
-    ensure!(direct.wait("greedy")? == 137, "it should be killed");
+    ensure!(direct.wait("greedy")? == 137, "the greedy container should be killed");
     ensure!(direct.status("neighbour")? == EnumOrUnknown::new(api::Status::RUNNING), "the neighbour was hit");
     let stats = direct.stats("neighbour")?;
     ensure!(stats.memory_events.oom_kill == 0 && stats.pids.current == 1, "{stats}");

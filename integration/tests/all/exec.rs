@@ -12,7 +12,7 @@ on_newest_containerd!(
     twenty_at_once,
     a_hundred_megabytes_both_ways,
     what_cannot_be_executed,
-    it_ends_with_its_container,
+    processes_end_with_their_container,
     user_and_directory,
 );
 
@@ -126,7 +126,7 @@ fn what_cannot_be_executed(containerd: &mut Containerd) -> Result<()> {
     containerd.end(&id)
 }
 
-fn it_ends_with_its_container(containerd: &mut Containerd) -> Result<()> {
+fn processes_end_with_their_container(containerd: &mut Containerd) -> Result<()> {
     let id = containerd.idle(IMAGE, None)?;
     let exec = containerd.exec(&id, "e", &["sh", "-c", "echo ready; sleep 1000"]);
     let running = exec.spawn(Duration::from_secs(60))?;

@@ -10,7 +10,11 @@ use ttrpc::Code;
 
 use crate::harness::on_newest_containerd;
 
-on_newest_containerd!(states_and_refusals, stdin_is_closed_by_close_io, created_ones_are_forgotten);
+on_newest_containerd!(
+    states_and_refusals,
+    stdin_is_closed_by_close_io,
+    created_processes_do_not_delay_the_end
+);
 
 fn states_and_refusals(containerd: &mut Containerd) -> Result<()> {
     let served = Served::idle(containerd)?;
@@ -119,7 +123,7 @@ fn stdin_is_closed_by_close_io(containerd: &mut Containerd) -> Result<()> {
     served.end()
 }
 
-fn created_ones_are_forgotten(containerd: &mut Containerd) -> Result<()> {
+fn created_processes_do_not_delay_the_end(containerd: &mut Containerd) -> Result<()> {
     let served = Served::idle(containerd)?;
     let client = &served.client;
     client.ok::<api::Empty>("Exec", &served.exec("e", &["true"]))?;

@@ -67,17 +67,17 @@ pub(crate) use on_newest_containerd;
 pub(crate) fn fails_saying(containerd: &Containerd, run: &Run<'_>, words: &[&str]) -> Result<()> {
     let before = containerd.inventory()?;
     let output = run.output()?;
-    let said = output.error_text();
-    ensure!(output.status != 0, "it should have failed, but: {output}");
+    let printed = output.error_text();
+    ensure!(output.status != 0, "the container should have failed, but: {output}");
     for word in words {
-        ensure!(said.contains(word), "the user does not read {word:?}: {output}");
+        ensure!(printed.contains(word), "{word:?} is missing from the user's message: {output}");
     }
     // The caller's terms, not the program's: no source locations, no panics, no debug output of types.
     for noise in ["panicked at", ".rs:", "Os {", "source:"] {
-        ensure!(!said.contains(noise), "the user reads {noise:?}: {output}");
+        ensure!(!printed.contains(noise), "{noise:?} is in the user's message: {output}");
     }
     if std::env::var_os("MACHINEN_TEST_SHOW").is_some() {
-        println!("{}", said.trim());
+        println!("{}", printed.trim());
     }
     containerd.settle(&before)
 }
@@ -88,6 +88,6 @@ pub(crate) fn fails_saying(containerd: &Containerd, run: &Run<'_>, words: &[&str
 /// The container does not work.
 pub(crate) fn works(containerd: &Containerd) -> Result<()> {
     let output = containerd.run(IMAGE, &["echo", "well"]).output()?;
-    ensure!(output.status == 0 && output.text() == "well\n", "after all it should work, but: {output}");
+    ensure!(output.status == 0 && output.text() == "well\n", "a container should work again, but: {output}");
     Ok(())
 }

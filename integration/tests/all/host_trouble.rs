@@ -190,7 +190,7 @@ fn qemu_killed(containerd: &mut Containerd) -> Result<()> {
     kill(qemu, Signal::SIGKILL)?;
     containerd.log().wait_for_event(from, "/tasks/exit")?;
     let took = killed.elapsed();
-    ensure!(took < Duration::from_secs(1), "the exit was told {took:?} after the death of QEMU");
+    ensure!(took < Duration::from_secs(1), "the exit was reported {took:?} after the death of QEMU");
     let output = running.wait()?;
     ensure!(output.status == 137, "{output}");
     works(containerd)

@@ -22,10 +22,10 @@ on_newest_containerd!(optional_members_may_be_absent_null_or_empty, odd_members_
 
 /// Variants with a name of this prefix differ from runc, for the reason given.
 const DIFFERENCES: [(&str, &str); 8] = [
-    ("linux.devices.0.path", "runc makes no node and says nothing; a device without a path is a mistake"),
+    ("linux.devices.0.path", "runc makes no node and reports nothing; a device without a path is a mistake"),
     (
         "linux.resources.devices.1.allow",
-        "who may not use /dev/null cannot make it either, in the engine's order",
+        "a container that may not use /dev/null cannot make it either, in the engine's order",
     ),
     ("ociVersion = \"2.0.0\"", "runc looks at no version; what a later one would mean cannot be known"),
     ("linux.namespaces = []", "runc shares the host's mounts; every container of machinen's has its own"),
@@ -133,7 +133,7 @@ fn collect(complete: &Value, at: &Value, pointer: &str, found: &mut Vec<Variant>
                 let mut changed = |what: String, change: &dyn Fn(&mut Map<String, Value>)| {
                     let mut config = complete.clone();
                     let parent = config.pointer_mut(pointer).and_then(Value::as_object_mut);
-                    change(parent.expect("it was found there"));
+                    change(parent.expect("the pointer was found"));
                     let dot = if name.is_empty() { "" } else { "." };
                     found.push(Variant { name: format!("{name}{dot}{member} {what}"), config });
                 };
@@ -228,7 +228,7 @@ impl<'a> Both<'a> {
             let used = std::mem::replace(&mut self.idle, Served::idle(self.containerd)?);
             used.end()?;
         }
-        let served = self.idle.beside(self.containerd, config)?;
+        let served = self.idle.in_same_vm(self.containerd, config)?;
         let created =
             served.client.call::<api::CreateTaskResponse>("Create", &served.shim.create_request())?;
         let outcome = match created {
@@ -387,14 +387,14 @@ fn odd_members() -> Vec<(&'static str, &'static str, Value)> {
             json!({"path": "/dev/sdx", "type": "b", "major": 8, "minor": 0}),
         ),
         ("linux.devices with a fifo", "/linux/devices/-", json!({"path": "/dev/f", "type": "p"})),
-        ("a CPU that is none", "/linux/resources/cpu", cpu("a")),
+        ("an invalid CPU", "/linux/resources/cpu", cpu("a")),
         ("CPUs in the wrong order", "/linux/resources/cpu", cpu("5-2")),
         ("CPUs without an end", "/linux/resources/cpu", cpu("1-")),
         ("CPUs beyond all", "/linux/resources/cpu", cpu("0-99999999999")),
         ("CPUs that are a comma", "/linux/resources/cpu", cpu(",")),
         ("CPUs with blanks", "/linux/resources/cpu", cpu(" 0 ,")),
         ("CPUs with a pattern", "/linux/resources/cpu", cpu("0-0:1/2")),
-        ("a node that is none", "/linux/resources/cpu", json!({"mems": "a"})),
+        ("an invalid node", "/linux/resources/cpu", json!({"mems": "a"})),
         ("no quota and no period", "/linux/resources/cpu", json!({"quota": -1, "period": 0})),
         ("all zero", "/linux/resources/cpu", json!({"shares": 0, "quota": 0, "period": 0})),
         ("no memory limit", "/linux/resources/memory", json!({"limit": -1, "swap": -1})),

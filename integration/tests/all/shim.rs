@@ -22,9 +22,9 @@ use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(
     start_answers_as_each_containerd_expects,
-    info_says_what_the_runtime_is,
+    info_describes_the_runtime,
     a_whole_life_on_either_service,
-    configurations_that_are_none,
+    invalid_configurations,
     delete_from_half_finished_states,
     answers_while_the_guest_hangs,
     refusals_have_the_right_codes,
@@ -70,7 +70,7 @@ fn start_answers_as_each_containerd_expects(containerd: &mut Containerd) -> Resu
     Ok(())
 }
 
-fn info_says_what_the_runtime_is(containerd: &mut Containerd) -> Result<()> {
+fn info_describes_the_runtime(containerd: &mut Containerd) -> Result<()> {
     let shim = Shim::new(containerd)?;
     let (printed, info) = shim.info()?;
     ensure!(printed.status == 0 && printed.stderr.is_empty(), "{printed:?}");
@@ -122,7 +122,7 @@ fn a_whole_life_on_either_service(containerd: &mut Containerd) -> Result<()> {
     Ok(())
 }
 
-fn configurations_that_are_none(containerd: &mut Containerd) -> Result<()> {
+fn invalid_configurations(containerd: &mut Containerd) -> Result<()> {
     let rootfs = Bundle::busybox(containerd)?;
     for (text, words) in [
         (None, "config.json"),
@@ -224,19 +224,19 @@ fn refusals_have_the_right_codes(containerd: &mut Containerd) -> Result<()> {
     let shim = Shim::new(containerd)?;
     fill(&shim, &rootfs, &["sleep", "1000"])?;
     let client = Client::connect(&shim.serve()?, V3)?;
-    let nobody = || "nobody".to_owned();
+    let missing = || "missing".to_owned();
     for (method, (code, message)) in [
-        ("State", client.refused("State", &api::StateRequest { id: nobody(), ..Default::default() })?),
-        ("Start", client.refused("Start", &api::StartRequest { id: nobody(), ..Default::default() })?),
+        ("State", client.refused("State", &api::StateRequest { id: missing(), ..Default::default() })?),
+        ("Start", client.refused("Start", &api::StartRequest { id: missing(), ..Default::default() })?),
         (
             "Kill",
-            client.refused("Kill", &api::KillRequest { id: nobody(), signal: 9, ..Default::default() })?,
+            client.refused("Kill", &api::KillRequest { id: missing(), signal: 9, ..Default::default() })?,
         ),
-        ("Wait", client.refused("Wait", &api::WaitRequest { id: nobody(), ..Default::default() })?),
-        ("Delete", client.refused("Delete", &api::DeleteRequest { id: nobody(), ..Default::default() })?),
+        ("Wait", client.refused("Wait", &api::WaitRequest { id: missing(), ..Default::default() })?),
+        ("Delete", client.refused("Delete", &api::DeleteRequest { id: missing(), ..Default::default() })?),
     ] {
         ensure!(
-            code == Code::NOT_FOUND && message.contains("nobody"),
+            code == Code::NOT_FOUND && message.contains("missing"),
             "{method} answers {code:?}: {message}"
         );
     }

@@ -19,7 +19,7 @@ use crate::{
 };
 
 on_every_containerd!(pipelines, pipelines_into_a_vm_that_boots, pipelines_into_other_processes);
-on_newest_containerd!(the_restored_read_on, a_client_that_is_late, closed_at_any_moment);
+on_newest_containerd!(restored_containers_continue_reading, a_client_that_is_late, closed_at_any_moment);
 
 /// Nothing, less and more than a pipe holds, and more than all buffers on the way hold.
 const SIZES: [usize; 4] = [0, 10, 300_000, 5_000_000];
@@ -153,7 +153,7 @@ fn closed_at_any_moment(containerd: &mut Containerd) -> Result<()> {
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "a client that says nothing for longer than the shim waits for one"
+    reason = "a client that writes nothing for longer than the shim waits for one"
 )]
 fn a_client_that_is_late(containerd: &mut Containerd) -> Result<()> {
     let rootfs = Bundle::busybox(containerd)?;
@@ -176,7 +176,7 @@ fn a_client_that_is_late(containerd: &mut Containerd) -> Result<()> {
     served.end_stopped()
 }
 
-fn the_restored_read_on(containerd: &mut Containerd) -> Result<()> {
+fn restored_containers_continue_reading(containerd: &mut Containerd) -> Result<()> {
     let rootfs = Bundle::busybox(containerd)?;
     let config = rootfs.config(&["cat"], |_| ())?;
     let mut first = Served::of(containerd, &config)?;

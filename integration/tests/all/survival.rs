@@ -12,7 +12,7 @@ use machinen_integration::{
     bundle::Bundle,
     containerd::Containerd,
     ctr::Run,
-    fake::{Conduct, FakeVmm},
+    fake::{Behaviour, FakeVmm},
     setup::Value,
     shim::{Client, Shim, V3},
 };
@@ -71,7 +71,7 @@ enum Step {
     /// The rootfs is being converted, while the VM starts.
     Conversion,
     /// The VM acts according to its behaviour.
-    Vm(Conduct),
+    Vm(Behaviour),
     /// The container runs.
     Running,
 }
@@ -96,19 +96,19 @@ fn killed_at_each_step(containerd: &mut Containerd) -> Result<()> {
     let converter = hanging_converter(containerd)?;
     let steps = [
         Step::Conversion,
-        Step::Vm(Conduct::HangsOn("qmp_capabilities")),
-        Step::Vm(Conduct::HangsOn("add-fd")),
-        Step::Vm(Conduct::HangsOn("blockdev-add")),
-        Step::Vm(Conduct::HangsOn("device_add")),
-        Step::Vm(Conduct::Silent),
-        Step::Vm(Conduct::StopsAgentOn("device_add")),
+        Step::Vm(Behaviour::HangsOn("qmp_capabilities")),
+        Step::Vm(Behaviour::HangsOn("add-fd")),
+        Step::Vm(Behaviour::HangsOn("blockdev-add")),
+        Step::Vm(Behaviour::HangsOn("device_add")),
+        Step::Vm(Behaviour::Silent),
+        Step::Vm(Behaviour::StopsAgentOn("device_add")),
         Step::Running,
     ];
     for step in steps {
         for victim in [Victim::Shim, Victim::Qemu] {
-            let told = hit(containerd, &fake, &rootfs, &converter, step, victim);
-            let told = told.with_context(|| format!("{victim:?} killed at {step:?}"))?;
-            println!("{victim:?} killed at {step:?}: {told}");
+            let error = hit(containerd, &fake, &rootfs, &converter, step, victim);
+            let error = error.with_context(|| format!("{victim:?} killed at {step:?}"))?;
+            println!("{victim:?} killed at {step:?}: {error}");
         }
     }
     Ok(())
@@ -129,12 +129,12 @@ fn hit(
         let setup = fake.setup().set("rootdisk", "dir", Value::path(&cache));
         containerd.configure(&setup.set("rootdisk", "mke2fs", Value::path(converter)))?;
     }
-    fake.conduct(if let Step::Vm(conduct) = step { conduct } else { Conduct::Well });
+    fake.behaviour(if let Step::Vm(behaviour) = step { behaviour } else { Behaviour::Well });
     if let (Step::Running, Victim::Shim) = (step, victim) {
-        let told = kill_the_shim_of_a_running_one(containerd, rootfs)?;
+        let error = kill_the_shim_of_a_running_one(containerd, rootfs)?;
         fake.settle()?;
         containerd.settle(&before)?;
-        return Ok(told);
+        return Ok(error);
     }
     let doomed = run(containerd, rootfs, "echo running; sleep 1000")?;
     let running = doomed.spawn(Duration::from_secs(60))?;
@@ -147,7 +147,7 @@ fn hit(
     let killed = Instant::now();
     let output = running.wait()?;
     let took = killed.elapsed();
-    ensure!(output.status != 0, "it should have failed: {output}");
+    ensure!(output.status != 0, "the start should have failed: {output}");
     if let (Step::Running, Victim::Qemu) = (step, victim) {
         ensure!(output.status == 137 && took < AT_ONCE, "after {took:?}: {output}");
     }
@@ -155,7 +155,7 @@ fn hit(
     containerd.settle(&before)?;
     // The same container, on the same rootfs.
     containerd.configure(&fake.setup())?;
-    fake.conduct(Conduct::Well);
+    fake.behaviour(Behaviour::Well);
     let again = run(containerd, rootfs, "echo well")?.id(doomed.container()).output()?;
     ensure!(again.status == 0 && again.text() == "well\n", "the next try: {again}");
     fake.settle()?;
@@ -176,7 +176,7 @@ fn kill_the_shim_of_a_running_one(containerd: &Containerd, rootfs: &Bundle) -> R
     containerd.log().wait_for(from, |line| line.contains("shim disconnected") && line.contains(&id))?;
     let deleted = containerd.ctr_output(&["tasks", "delete", "--force", &id])?;
     containerd.ctr_ok(&["containers", "delete", &id])?;
-    Ok(format!("deleting says: {}", deleted.error_text().trim()))
+    Ok(format!("delete reports: {}", deleted.error_text().trim()))
 }
 
 fn agent_killed(containerd: &mut Containerd) -> Result<()> {
@@ -215,7 +215,7 @@ fn agent_hangs(containerd: &mut Containerd) -> Result<()> {
     let pids: api::PidsResponse =
         client.ok("Pids", &api::PidsRequest { id: id.clone(), ..Default::default() })?;
     ensure!(pids.processes[0].pid == state.pid, "{pids:?}");
-    ensure!(begun.elapsed() < AT_ONCE, "what needs no guest took {:?}", begun.elapsed());
+    ensure!(begun.elapsed() < AT_ONCE, "requests that need no guest took {:?}", begun.elapsed());
 
     // Requests that need the agent end with an error after a deadline, all of them at the same time.
     std::thread::scope(|scope| -> Result<()> {

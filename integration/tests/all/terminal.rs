@@ -81,8 +81,8 @@ fn detached_and_attached_again(containerd: &mut Containerd) -> Result<()> {
     let run = containerd.run(IMAGE, &["sh", "-c", "while read -r line; do echo \"got $line\"; done"]);
     let run = run.detached().flag("--tty");
     let id = run.container().to_owned();
-    let (status, said) = Terminal::run(&run.invocation()?, 80, 25)?.wait()?;
-    ensure!(status == 0, "status {status} after {said:?}");
+    let (status, printed) = Terminal::run(&run.invocation()?, 80, 25)?.wait()?;
+    ensure!(status == 0, "status {status} after {printed:?}");
     for round in ["one", "two"] {
         let mut terminal = Terminal::run(&containerd.ctr(["tasks", "attach", &id])?, 80, 25)?;
         terminal.type_in(&format!("{round}\r"))?;

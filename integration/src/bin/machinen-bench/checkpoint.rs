@@ -80,7 +80,7 @@ impl Cost {
         report.mean(format!("checkpoint of {mib} MiB"), key("checkpoint_ms"), millis(self.checkpoint));
         report.mean("  of which CRIU itself", key("checkpoint_criu_ms"), millis(self.criu));
         let (frozen, after_copy) = (millis(self.frozen), millis(self.frozen_after_copy));
-        report.mean("  of which the container stands still", key("checkpoint_frozen_ms"), frozen);
+        report.mean("  of which the container is frozen", key("checkpoint_frozen_ms"), frozen);
         report.mean("  the same after a pre-dump", key("checkpoint_frozen_pre_dump_ms"), after_copy);
         report.mean("  restore of it, Create and Start", key("restore_ms"), millis(self.restore));
         report.mean("  the same, memory fetched later", key("restore_lazy_ms"), millis(self.lazy));
@@ -109,7 +109,7 @@ fn one(containerd: &Containerd, bundle: &Bundle, mib: u64) -> Result<Cost> {
     let restored = |kind| -> Result<Duration> {
         let mut served = Served::of(containerd, &config(bundle, mib, kind)?)?;
         let begun = Instant::now();
-        served.create(|request| request.checkpoint = dir.display().to_string())?;
+        served.create_from(&dir)?;
         served.begin()?;
         let took = begun.elapsed();
         served.end()?;

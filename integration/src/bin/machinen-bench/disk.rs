@@ -43,19 +43,19 @@ pub(crate) fn measure(containerd: &Containerd, rounds: usize, report: &mut Repor
         mounts.retain(|mount| mount["destination"] != "/dev");
         mounts.push(machinen_integration::bundle::mount("/dev", "tmpfs", "tmpfs", &["mode=755"]));
     })?;
-    let said = containerd.root().join("disk-work");
+    let printed = containerd.root().join("disk-work");
     let mut served = Served::of(containerd, &config)?;
     served.create(|request| {
-        request.stdout = format!("file://{}", said.display());
+        request.stdout = format!("file://{}", printed.display());
         request.stderr.clone_from(&request.stdout);
     })?;
     served.begin()?;
     let status = served.wait("")?.exit_status;
     served.end_stopped()?;
-    let said = fs::read_to_string(&said)?;
-    ensure!(status == 0, "the work ended with {status}: {said}");
+    let printed = fs::read_to_string(&printed)?;
+    ensure!(status == 0, "the work ended with {status}: {printed}");
     for (name, title, target) in KINDS {
-        let (container, bare) = samples(name, &said, rounds)?;
+        let (container, bare) = samples(name, &printed, rounds)?;
         report.time(format!("{title}, in a container"), format!("disk_{name}_ms"), &container);
         report.time("  the same on its disk without the overlay", format!("disk_{name}_bare_ms"), &bare);
         report.target_at_least(target, bare.median() / container.median(), 0.9, "x");
@@ -63,15 +63,15 @@ pub(crate) fn measure(containerd: &Containerd, rounds: usize, report: &mut Repor
     Ok(())
 }
 
-fn samples(name: &str, said: &str, rounds: usize) -> Result<(Samples, Samples)> {
+fn samples(name: &str, printed: &str, rounds: usize) -> Result<(Samples, Samples)> {
     let (mut in_container, mut on_disk, mut counted) = (Samples::default(), Samples::default(), 0);
-    for line in said.lines().filter_map(|line| line.strip_prefix(name)) {
+    for line in printed.lines().filter_map(|line| line.strip_prefix(name)) {
         let (container, bare) = line.trim().split_once(' ').with_context(|| format!("odd line {line:?}"))?;
         in_container.push(Duration::from_secs_f64(container.parse()?));
         on_disk.push(Duration::from_secs_f64(bare.parse()?));
         counted += 1;
     }
-    ensure!(counted == rounds, "{counted} rounds of {name}: {said}");
+    ensure!(counted == rounds, "{counted} rounds of {name}: {printed}");
     Ok((in_container, on_disk))
 }
 

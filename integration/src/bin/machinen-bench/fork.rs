@@ -25,7 +25,7 @@ pub(crate) fn measure(containerd: &Containerd, image: &str, rounds: usize) -> Re
         let fork = fork.args(["--namespace", containerd.namespace(), &source, &new]).run()?.ok()?;
         let lines = containerd.log().since(from);
         let line = lines.iter().find(|line| line.contains("container checkpointed"));
-        let phases = line.and_then(|line| phases::parse(line)).context("no word of the checkpoint")?;
+        let phases = line.and_then(|line| phases::parse(line)).context("no line of the checkpoint")?;
         if round > 0 {
             forks.whole.push(fork.duration);
             let counted = phases.iter().filter(|(name, _)| PHASES.contains(&name.as_str()));

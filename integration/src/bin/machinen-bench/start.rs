@@ -117,8 +117,8 @@ fn run_with_phases(
     let lines = containerd.log().since(from);
     let wanted = format!("origin={}", if kind == Kind::Clone { "clone" } else { "boot" });
     ensure!(lines.iter().any(|line| line.contains(&wanted)), "the VM was not of {wanted}");
-    let told = lines.iter().filter_map(|line| phases::parse(line)).flatten();
-    Ok((time, told.map(|(name, millis)| (name, Duration::from_secs_f64(millis / 1000.0))).collect()))
+    let steps = lines.iter().filter_map(|line| phases::parse(line)).flatten();
+    Ok((time, steps.map(|(name, millis)| (name, Duration::from_secs_f64(millis / 1000.0))).collect()))
 }
 
 fn run(containerd: &Containerd, image: &str, kind: Kind) -> Result<Duration> {

@@ -184,7 +184,7 @@ mod tests {
             // Without a script, the memory limit is the only one that is read.
             assert!(
                 program.limits.is_some() || program.sees.is_none(),
-                "{} sees what nobody asks",
+                "{} has expected limits and no script that prints them",
                 program.name
             );
         }

@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_must_come_and_say_what_is_expected() {
+    fn a_refusal_must_match_what_is_expected() {
         let refused = outcome(Err(anyhow!("criu: ctty inheritance").context("cannot")), Some("ctty"));
         assert_eq!(refused, Outcome::Refused("ctty".to_owned()));
         assert!(matches!(outcome(Err(anyhow!("no VM")), Some("ctty")), Outcome::Failed(_)));

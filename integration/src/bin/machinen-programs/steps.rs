@@ -11,6 +11,7 @@ use machinen_integration::{
     containerd::Containerd,
     paths,
     process::{Invocation, Output, wait_for_end},
+    task::Listed,
 };
 
 use crate::{
@@ -157,8 +158,8 @@ impl Walk<'_> {
         let script = self.program.limits.as_deref().unwrap_or(MEMORY);
         let memory = (self.program.memory << 20).to_string();
         let expected = self.program.sees.as_deref().unwrap_or(&memory);
-        let said = self.exec(subject, &["timeout", "60", "sh", "-c", script])?.ok()?.text();
-        ensure!(said.trim() == expected, "sees {:?} instead of {expected:?}", said.trim());
+        let printed = self.exec(subject, &["timeout", "60", "sh", "-c", script])?.ok()?.text();
+        ensure!(printed.trim() == expected, "sees {:?} instead of {expected:?}", printed.trim());
         Ok(())
     }
 
@@ -222,7 +223,7 @@ impl Walk<'_> {
 
     /// Asks the program to end, and kills it if it does not end in time.
     fn stop(&self, id: &str) -> Result<()> {
-        let pid = self.pid(id)?.with_context(|| format!("{id} does not run"))?;
+        let pid = self.containerd.task(id).listed()?.pid;
         self.containerd.ctr_ok(&["tasks", "kill", "--signal", &self.program.stop, id])?;
         if !wait_for_end(pid, GRACE)? {
             println!("   {id} does not end by {} within {GRACE:?}, and is killed", self.program.stop);
@@ -234,7 +235,7 @@ impl Walk<'_> {
 
     /// Kills and removes a container, parts of which may be missing.
     fn remove(&self, id: &str) -> Result<()> {
-        if let Some(pid) = self.pid(id)? {
+        if let Some(Listed { pid, .. }) = self.containerd.task(id).find()? {
             self.containerd.ctr_output(&["tasks", "kill", "--signal", "SIGKILL", id])?;
             ensure!(wait_for_end(pid, KILLED)?, "{id} does not end by SIGKILL");
             self.delete_task(id)?;
@@ -249,25 +250,16 @@ impl Walk<'_> {
         loop {
             let from = self.containerd.log().position();
             let deleted = self.containerd.ctr_output(&["tasks", "delete", id])?;
-            if self.pid(id)?.is_none() {
+            if self.containerd.task(id).find()?.is_none() {
                 return Ok(());
             }
             let left = end.saturating_duration_since(Instant::now());
-            let told =
+            let found =
                 self.containerd.log().wait_within(left, from, |line| line.contains("topic=/tasks/exit"));
-            if told.is_err() {
+            if found.is_err() {
                 bail!("the ended task {id} cannot be deleted: {deleted}");
             }
         }
-    }
-
-    /// The pid that containerd reports for a task, if the task exists.
-    fn pid(&self, id: &str) -> Result<Option<u32>> {
-        let tasks = self.containerd.ctr_ok(&["tasks", "ls"])?;
-        let mut lines = tasks.lines().map(str::split_whitespace);
-        let Some(mut task) = lines.find(|fields| fields.clone().next() == Some(id)) else { return Ok(None) };
-        let pid = task.nth(1).with_context(|| format!("odd list of tasks: {tasks}"))?;
-        Ok(Some(pid.parse().with_context(|| format!("odd pid {pid:?}"))?))
     }
 
     fn clear(&mut self) -> Result<()> {

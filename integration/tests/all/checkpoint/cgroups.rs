@@ -10,7 +10,7 @@ use machinen_integration::{
 };
 use serde_json::{Value, json};
 
-use super::checkpoint;
+use super::{checkpoint, moved};
 use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(below_a_namespace, without_a_namespace, with_a_copy_ahead, more_than_can_be_kept);
@@ -55,7 +55,7 @@ fn with_a_copy_ahead(containerd: &mut Containerd) -> Result<()> {
     spec["annotations"] = json!({"io.machinen.pre-dump": "true"});
     fs::write(&path, spec.to_string())?;
     let running = Served::run(containerd, &path)?;
-    said(containerd, &running, LOOK)?;
+    output(&running, LOOK)?;
     let dir = containerd.root().join("images");
     checkpoint(&running, &dir)?;
     let log = running.shim.log()?;
@@ -69,7 +69,7 @@ fn with_a_copy_ahead(containerd: &mut Containerd) -> Result<()> {
 
 fn restored_as_it_was(containerd: &Containerd, has_namespace: bool, config: &Path) -> Result<()> {
     let mut running = Served::run(containerd, config)?;
-    let before = said(containerd, &running, LOOK)?;
+    let before = output(&running, LOOK)?;
     for set in [
         "work/memory.max 67108864",
         "work/deep/pids.max 33",
@@ -81,20 +81,13 @@ fn restored_as_it_was(containerd: &Containerd, has_namespace: bool, config: &Pat
     ] {
         ensure!(before.contains(set), "{set:?} was not set:\n{before}");
     }
-    ensure!(has_namespace == (said(containerd, &running, "cat /proc/1/cgroup")? == "0::/init\n"), "{before}");
+    ensure!(has_namespace == (output(&running, "cat /proc/1/cgroup")? == "0::/init\n"), "{before}");
     for round in 1..=2 {
-        let dir = containerd.root().join(format!("images-{round}"));
-        checkpoint(&running, &dir)?;
-        running.end()?;
-        let mut restored = Served::of(containerd, config)?;
-        restored.create(|request| request.checkpoint = dir.display().to_string())?;
-        restored.begin()?;
-        fs::remove_dir_all(&dir)?;
-        let after = said(containerd, &restored, LOOK)?;
+        running = moved(containerd, &running, config)?;
+        let after = output(&running, LOOK)?;
         ensure!(after == before, "restore {round}: before\n{before}\nafter\n{after}");
-        running = restored;
     }
-    let limited = said(containerd, &running, LIMIT)?;
+    let limited = output(&running, LIMIT)?;
     ensure!(limited.ends_with("137\n"), "the limit below does not hold: {limited}");
     running.end()
 }
@@ -102,7 +95,7 @@ fn restored_as_it_was(containerd: &Containerd, has_namespace: bool, config: &Pat
 fn more_than_can_be_kept(containerd: &mut Containerd) -> Result<()> {
     let script = "cd /sys/fs/cgroup; mkdir $(seq 1200); touch /dev/shm/made; while :; do sleep 1; done";
     let source = Served::run(containerd, &config(containerd, script, true)?)?;
-    said(containerd, &source, "until [ -e /dev/shm/made ]; do usleep 50000; done")?;
+    output(&source, "until [ -e /dev/shm/made ]; do usleep 50000; done")?;
     let dir = containerd.root().join("images");
     let (code, message) = super::refused(&source.client, &super::request(&source, &dir, None)?)?;
     ensure!(
@@ -132,11 +125,7 @@ fn config(containerd: &Containerd, script: &str, has_namespace: bool) -> Result<
     })
 }
 
-/// The output of a shell command in the container.
-fn said(containerd: &Containerd, served: &Served<'_>, script: &str) -> Result<String> {
-    let path = containerd.root().join("said");
-    served.exec_to("look", &["sh", "-c", script], &format!("file://{}", path.display()))?;
-    let text = fs::read_to_string(&path)?;
-    fs::remove_file(&path)?;
-    Ok(text)
+/// The output of a shell script in the container.
+fn output(served: &Served<'_>, script: &str) -> Result<String> {
+    Ok(served.shell(script)?.1)
 }

@@ -34,7 +34,7 @@ fn a_container_moves_in_an_image(containerd: &mut Containerd) -> Result<()> {
     let second = containerd.new_id();
     containerd.ctr_ok(&["containers", "restore", "--rw", "--live", &second, REF])?;
     let restored = count(containerd, &second)?;
-    ensure!(restored >= before, "it has begun anew: {before} before, {restored} after");
+    ensure!(restored >= before, "the count has begun anew: {before} before, {restored} after");
     count_above(containerd, &second, restored)?;
     // An open file whose name was removed before the checkpoint, and one that is still being written.
     let look =
@@ -76,7 +76,7 @@ fn count_above(containerd: &Containerd, id: &str, least: u32) -> Result<u32> {
             return Ok(count);
         }
         ensure!(std::time::Instant::now() < end, "the counter stands at {count}");
-        #[expect(clippy::disallowed_methods, reason = "a file in a container tells nobody that it changed")]
+        #[expect(clippy::disallowed_methods, reason = "a change of a container's file has no event")]
         std::thread::sleep(Duration::from_millis(100));
     }
 }

@@ -49,7 +49,7 @@ fn taken(containerd: &Containerd, annotation: Option<&str>) -> Result<(std::path
     let spec = serde_json::from_slice(&fs::read(&config)?)?;
     let served = Served::run(containerd, &config)?;
     let ready = "mkdir -p /tmp; until [ -e /tmp/ready ]; do usleep 50000; done";
-    ensure!(served.exec_to("ready", &["sh", "-c", ready], "")? == 0, "it does not get ready");
+    ensure!(served.exec_to("ready", &["sh", "-c", ready], "")? == 0, "the container does not get ready");
     let dir = containerd.root().join("images");
     checkpoint(&served, &dir)?;
     served.end()?;

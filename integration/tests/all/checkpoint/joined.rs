@@ -1,12 +1,10 @@
 //! A process that is added to a restored container is in the namespaces of the container's first process.
 
-use std::fs;
-
 use anyhow::{Result, ensure};
 use machinen_integration::{bundle::Bundle, containerd::Containerd, served::Served};
 use serde_json::json;
 
-use super::checkpoint;
+use super::moved;
 use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(one_clock_after_a_restore);
@@ -25,41 +23,30 @@ fn one_clock_after_a_restore(containerd: &mut Containerd) -> Result<()> {
         spec["process"]["capabilities"] = json!({});
         spec["linux"]["namespaces"].as_array_mut().expect("an array").push(json!({"type": "cgroup"}));
     })?;
-    let source = Served::run(containerd, &config)?;
-    let mut clock = look(containerd, &source)?;
-    ensure!(source.exec_to("daemon", &["sh", "-c", DAEMON], "")? == 0, "no daemon");
+    let mut running = Served::run(containerd, &config)?;
+    let mut clock = look(&running)?;
+    ensure!(running.exec_to("daemon", &["sh", "-c", DAEMON], "")? == 0, "no daemon");
     // The second restore is of a restored container, with the processes that were added to it before and
     // after the first restore.
-    let mut running = source;
     for round in 1..=2 {
-        let dir = containerd.root().join(format!("images-{round}"));
-        checkpoint(&running, &dir)?;
-        running.end()?;
-        let mut restored = Served::of(containerd, &config)?;
-        restored.create(|request| request.checkpoint = dir.display().to_string())?;
-        restored.begin()?;
-        fs::remove_dir_all(&dir)?;
-        let now = look(containerd, &restored)?;
+        running = moved(containerd, &running, &config)?;
+        let now = look(&running)?;
         ensure!(now >= clock, "restore {round}: the clock went back from {clock} to {now}");
         clock = now;
         // One of the processes is the first one.
         let daemons = format!("[ $(pidof sleep | wc -w) = {} ]", round + 1);
         ensure!(
-            restored.exec_to("daemons", &["sh", "-c", &daemons], "")? == 0,
+            running.exec_to("daemons", &["sh", "-c", &daemons], "")? == 0,
             "restore {round}: a daemon is gone"
         );
-        ensure!(restored.exec_to("daemon", &["sh", "-c", DAEMON], "")? == 0, "no daemon");
-        running = restored;
+        ensure!(running.exec_to("daemon", &["sh", "-c", DAEMON], "")? == 0, "no daemon");
     }
     running.end()
 }
 
 /// The clock of an added process, which has all namespaces of the first one.
-fn look(containerd: &Containerd, served: &Served<'_>) -> Result<u64> {
-    let path = containerd.root().join("look");
-    let status = served.exec_to("look", &["sh", "-c", LOOK], &format!("file://{}", path.display()))?;
-    let text = fs::read_to_string(&path)?;
-    fs::remove_file(&path)?;
+fn look(served: &Served<'_>) -> Result<u64> {
+    let (status, text) = served.shell(LOOK)?;
     let (clock, differ) = text.split_once('\n').unwrap_or_default();
     ensure!(status == 0 && differ.is_empty(), "status {status}, not shared:\n{text}");
     Ok(clock.parse()?)

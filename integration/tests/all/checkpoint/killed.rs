@@ -24,15 +24,15 @@ use crate::harness::on_newest_containerd;
 on_newest_containerd!(
     in_a_dump,
     in_a_dump_of_a_paused_container,
-    with_its_code_in_them,
+    with_code_in_the_processes,
     ahead_of_a_dump,
     in_a_restore,
     before_start,
-    while_it_fetches
+    while_fetching_memory
 );
 
 /// The part of the error that names the cause.
-const TOLD: &str = "criu was killed by signal 9 (SIGKILL)";
+const CAUSE: &str = "criu was killed by signal 9 (SIGKILL)";
 
 /// The further part of the error if the container could not continue.
 const ENDED: &str = "the container has ended";
@@ -104,7 +104,7 @@ impl<'a> Pod<'a> {
             let mounts = spec["mounts"].as_array_mut().expect("an array");
             mounts.push(bundle::mount("/tmp", "tmpfs", "tmpfs", &["mode=1777"]));
         })?;
-        self.idle.beside(self.containerd, &config)
+        self.idle.in_same_vm(self.containerd, &config)
     }
 
     fn running(&self, script: &str, annotation: &str) -> Result<Served<'a>> {
@@ -112,7 +112,7 @@ impl<'a> Pod<'a> {
         served.create(|_| ())?;
         served.begin()?;
         let status = served.exec_to("look", &["sh", "-c", &counts_from(100)], "")?;
-        ensure!(status == 0, "it does not count: {status}");
+        ensure!(status == 0, "the container does not count: {status}");
         Ok(served)
     }
 
@@ -124,11 +124,11 @@ impl<'a> Pod<'a> {
     }
 
     /// Restores another container from a directory, checks that it continues, and ends it.
-    fn goes_on_from(&self, dir: &Path, script: &str) -> Result<()> {
+    fn continues_from(&self, dir: &Path, script: &str) -> Result<()> {
         let mut restored = self.container(script, "")?;
-        restored.create(|request| request.checkpoint = dir.display().to_string())?;
+        restored.create_from(dir)?;
         restored.begin()?;
-        goes_on(&restored)?;
+        continues(&restored)?;
         end(&restored)
     }
 
@@ -142,7 +142,7 @@ impl<'a> Pod<'a> {
                 set.push(json!("CAP_SYS_PTRACE"));
             }
         })?;
-        let mut served = self.idle.beside(self.containerd, &config)?;
+        let mut served = self.idle.in_same_vm(self.containerd, &config)?;
         served.create(|request| request.stdout = format!("file://{}", stdout.display()))?;
         served.begin()?;
         Ok(served)
@@ -164,12 +164,12 @@ impl<'a> Pod<'a> {
     fn content(&self) -> Result<BTreeSet<String>> {
         let script = "for s in $(grep -LE '^PPid:.[02]$' /proc/[0-9]*/status); do head -n 1 $s; done; cut -d' ' -f5 /proc/1/mountinfo; \
                       cd /proc/1/root; find sys/fs/cgroup/machinen tmp run run/machinen/* -maxdepth 1";
-        let said = self.containerd.root().join("content");
-        let looks = self.outside(script, &said)?;
+        let printed = self.containerd.root().join("content");
+        let looks = self.outside(script, &printed)?;
         ensure!(looks.wait("")?.exit_status == 0, "cannot look");
         gone(&looks)?;
-        let content = fs::read_to_string(&said)?.replace(&looks.shim.id, "(who looks)");
-        fs::remove_file(&said)?;
+        let content = fs::read_to_string(&printed)?.replace(&looks.shim.id, "(the observer)");
+        fs::remove_file(&printed)?;
         Ok(content.lines().map(ToOwned::to_owned).collect())
     }
 
@@ -202,12 +202,12 @@ fn end(served: &Served<'_>) -> Result<()> {
     gone(served)
 }
 
-fn goes_on(served: &Served<'_>) -> Result<()> {
+fn continues(served: &Served<'_>) -> Result<()> {
     served.is("", Status::RUNNING, served.pid)?;
     // Like any container, and unlike CRIU, it can be killed when the VM is out of memory.
     let look = format!("[ $(cat /proc/1/oom_score_adj) = 0 ] || exit 5; {}", counts_from(100));
     let status = served.exec_to("look", &["sh", "-c", &look], "")?;
-    ensure!(status == 0, "it does not go on: {status}");
+    ensure!(status == 0, "the container does not continue: {status}");
     Ok(())
 }
 
@@ -215,14 +215,14 @@ fn in_a_dump(containerd: &mut Containerd) -> Result<()> {
     let pod = Pod::new(containerd)?;
     let source = pod.running(&connected(7000, ECHO), "")?;
     let dir = containerd.root().join("images");
-    let told = killed_in_a_dump(&pod, &source, SEEN)?;
-    ensure!(!told.contains(ENDED), "{told}");
-    goes_on(&source)?;
+    let message = killed_in_a_dump(&pod, &source, SEEN)?;
+    ensure!(!message.contains(ENDED), "{message}");
+    continues(&source)?;
     // The next checkpoint is complete.
     source.client.ok::<Empty>("Checkpoint", &with_connections(&source, &dir)?)?;
-    goes_on(&source)?;
+    continues(&source)?;
     end(&source)?;
-    pod.goes_on_from(&dir, &connected(7000, ECHO))?;
+    pod.continues_from(&dir, &connected(7000, ECHO))?;
     fs::remove_dir_all(&dir)?;
     pod.end()
 }
@@ -230,7 +230,7 @@ fn in_a_dump(containerd: &mut Containerd) -> Result<()> {
 /// A container that the client has paused stays paused.
 fn in_a_dump_of_a_paused_container(containerd: &mut Containerd) -> Result<()> {
     let pod = Pod::new(containerd)?;
-    // The container may be lost as in [`with_its_code_in_them`], but not every time.
+    // The container may be lost as in [`with_code_in_the_processes`], but not every time.
     for _ in 0..5 {
         let source = pod.running(COUNTER, "")?;
         let id = || source.shim.id.clone();
@@ -246,20 +246,20 @@ fn in_a_dump_of_a_paused_container(containerd: &mut Containerd) -> Result<()> {
         ensure!(looks.wait("")?.exit_status == 0, "a paused container runs");
         gone(&looks)?;
         source.client.ok::<Empty>("Resume", &ResumeRequest { id: id(), ..Default::default() })?;
-        if goes_on(&source).is_err() {
+        if continues(&source).is_err() {
             lost(&source)?;
             continue;
         }
         end(&source)?;
         return pod.end();
     }
-    bail!("it was lost each time")
+    bail!("the container was lost each time")
 }
 
 /// The container has ended as a whole, and Wait reports its exit.
 fn lost(source: &Served<'_>) -> Result<()> {
     let exit = source.wait("")?.exit_status;
-    ensure!([133, 137].contains(&exit), "it ended with {exit}");
+    ensure!([133, 137].contains(&exit), "the container ended with {exit}");
     gone(source)
 }
 
@@ -272,7 +272,7 @@ fn killed_in_a_dump(pod: &Pod<'_>, source: &Served<'_>, when: &str) -> Result<St
     let dir = pod.containerd.root().join("images");
     let killer = pod.killer(WORKER, when)?;
     let (code, message) = refused(&source.client, &with_connections(source, &dir)?)?;
-    ensure!(code == Code::FAILED_PRECONDITION && message.contains(TOLD), "{when}: {code:?}: {message}");
+    ensure!(code == Code::FAILED_PRECONDITION && message.contains(CAUSE), "{when}: {code:?}: {message}");
     killer.done()?;
     ensure!(!dir.exists(), "{when}: something is left of a checkpoint that failed");
     Ok(message)
@@ -280,19 +280,19 @@ fn killed_in_a_dump(pod: &Pod<'_>, source: &Served<'_>, when: &str) -> Result<St
 
 /// While CRIU has its code in the processes they may be lost, but then all of them, and Wait reports the
 /// exit.
-fn with_its_code_in_them(containerd: &mut Containerd) -> Result<()> {
+fn with_code_in_the_processes(containerd: &mut Containerd) -> Result<()> {
     let pod = Pod::new(containerd)?;
     for (port, when) in (7000..).zip([HOLDS, INFECTS, WRITES, LOCKS]) {
         let source = pod.running(&connected(port, NOTHING), "")?;
-        let told = killed_in_a_dump(&pod, &source, when)?;
-        if told.contains(ENDED) || goes_on(&source).is_err() {
+        let message = killed_in_a_dump(&pod, &source, when)?;
+        if message.contains(ENDED) || continues(&source).is_err() {
             lost(&source).context(when)?;
             continue;
         }
         let dir = containerd.root().join("images");
         source.client.ok::<Empty>("Checkpoint", &with_connections(&source, &dir)?)?;
         fs::remove_dir_all(&dir)?;
-        goes_on(&source)?;
+        continues(&source)?;
         end(&source)?;
     }
     pod.end()
@@ -307,16 +307,16 @@ fn ahead_of_a_dump(containerd: &mut Containerd) -> Result<()> {
         let taken = checkpoint(&source, &dir);
         killer.done()?;
         let log = pod.idle.shim.log()?;
-        let told =
-            log.lines().filter(|line| line.contains("cannot copy memory ahead") && line.contains(TOLD));
-        ensure!(told.count() == count + 1, "{when}: the log does not say so: {log}");
+        let logged =
+            log.lines().filter(|line| line.contains("cannot copy memory ahead") && line.contains(CAUSE));
+        ensure!(logged.count() == count + 1, "{when}: the log lacks the error: {log}");
         match taken {
             Ok(()) => {
                 fs::remove_dir_all(&dir)?;
-                goes_on(&source)?;
+                continues(&source)?;
                 end(&source)?;
             }
-            // CRIU's code was in one of the processes, as in [`with_its_code_in_them`].
+            // CRIU's code was in one of the processes, as in [`with_code_in_the_processes`].
             Err(_) if when == HOLDS => lost(&source)?,
             Err(error) => return Err(error),
         }
@@ -335,13 +335,13 @@ fn in_a_restore(containerd: &mut Containerd) -> Result<()> {
         let mut create = restored.shim.create_request();
         create.checkpoint = dir.display().to_string();
         let (code, message) = restored.client.refused("Create", &create)?;
-        ensure!(code == Code::FAILED_PRECONDITION && message.contains(TOLD), "{when}: {code:?}: {message}");
+        ensure!(code == Code::FAILED_PRECONDITION && message.contains(CAUSE), "{when}: {code:?}: {message}");
         killer.done()?;
         let after = pod.content()?;
-        ensure!(before == after, "{when}: there was {before:#?} and is {after:#?}");
+        ensure!(before == after, "{when}: the VM's content was {before:#?} and is {after:#?}");
         restored.create(|request| request.checkpoint.clone_from(&create.checkpoint))?;
         restored.begin()?;
-        goes_on(&restored)?;
+        continues(&restored)?;
         end(&restored)?;
     }
     fs::remove_dir_all(&dir)?;
@@ -354,21 +354,21 @@ fn before_start(containerd: &mut Containerd) -> Result<()> {
     pod.checkpointed(&dir, COUNTER)?;
     let before = pod.content()?;
     let mut restored = pod.container(COUNTER, "")?;
-    restored.create(|request| request.checkpoint = dir.display().to_string())?;
+    restored.create_from(&dir)?;
     pod.killer(WORKER, SEEN)?.done()?;
     let (code, message) = restored.client.refused("Start", &restored.start(""))?;
-    ensure!(code == Code::FAILED_PRECONDITION && message.contains(TOLD), "{code:?}: {message}");
+    ensure!(code == Code::FAILED_PRECONDITION && message.contains(CAUSE), "{code:?}: {message}");
     let exit = restored.wait("")?.exit_status;
-    ensure!(exit == 137, "it ended with {exit}");
+    ensure!(exit == 137, "the container ended with {exit}");
     gone(&restored)?;
     let after = pod.content()?;
-    ensure!(before == after, "there was {before:#?} and is {after:#?}");
-    pod.goes_on_from(&dir, COUNTER)?;
+    ensure!(before == after, "the VM's content was {before:#?} and is {after:#?}");
+    pod.continues_from(&dir, COUNTER)?;
     fs::remove_dir_all(&dir)?;
     pod.end()
 }
 
-fn while_it_fetches(containerd: &mut Containerd) -> Result<()> {
+fn while_fetching_memory(containerd: &mut Containerd) -> Result<()> {
     let pod = Pod::new(containerd)?;
     let dir = containerd.root().join("images");
     let script = format!(
@@ -377,15 +377,15 @@ fn while_it_fetches(containerd: &mut Containerd) -> Result<()> {
     );
     pod.checkpointed(&dir, &script)?;
     let mut restored = pod.container(&script, "io.machinen.lazy")?;
-    restored.create(|request| request.checkpoint = dir.display().to_string())?;
+    restored.create_from(&dir)?;
     restored.client.ok::<StartResponse>("Start", &restored.start(""))?;
     pod.killer("lazy-pages", SEEN)?.done()?;
     let exit = restored.wait("")?.exit_status;
-    ensure!(exit == 137, "it ended with {exit}");
+    ensure!(exit == 137, "the container ended with {exit}");
     gone(&restored)?;
     let log = pod.idle.shim.log()?;
-    let told = |line: &str| line.contains("its memory could not be read") && line.contains(TOLD);
-    ensure!(log.lines().any(told), "the log does not say so: {log}");
+    let logged = |line: &str| line.contains("its memory could not be read") && line.contains(CAUSE);
+    ensure!(log.lines().any(logged), "the log lacks the error: {log}");
     fs::remove_dir_all(&dir)?;
     pod.end()
 }

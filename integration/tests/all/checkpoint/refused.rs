@@ -76,7 +76,7 @@ fn what_cannot_be_restored(containerd: &mut Containerd) -> Result<()> {
     let served = Served::run(containerd, &config)?;
     let dir = containerd.root().join("images");
     for (kind, words) in KINDS {
-        begin(containerd, &served, kind)?;
+        begin(&served, kind)?;
         let exit = CheckpointOptions { exit: true, ..Default::default() };
         let (code, message) = refused(&served.client, &request(&served, &dir, Some(&exit))?)
             .with_context(|| format!("{kind} is not refused"))?;
@@ -92,36 +92,31 @@ fn what_cannot_be_restored(containerd: &mut Containerd) -> Result<()> {
     }
     // Similar behaviour that can be restored.
     for kind in ["links-tmpfs", "replaced", "socket-removed"] {
-        begin(containerd, &served, kind)?;
+        begin(&served, kind)?;
         restores(containerd, &served, &config, &dir).with_context(|| kind)?;
         end(&served)?;
     }
     served.end()
 }
 
-fn begin(containerd: &Containerd, served: &Served<'_>, kind: &str) -> Result<()> {
-    let said = containerd.root().join("said");
+fn begin(served: &Served<'_>, kind: &str) -> Result<()> {
     let script = format!(
         "rm -f /ready; echo {kind} >/kind.new; mv /kind.new /kind; until [ -e /ready ]; do usleep 20000; done; cat /ready"
     );
-    let status = served.exec_to("begin", &["sh", "-c", &script], &format!("file://{}", said.display()))?;
-    let text = fs::read_to_string(&said)?;
-    fs::remove_file(&said)?;
+    let (status, text) = served.shell(&script)?;
     ensure!(status == 0 && text.is_empty(), "{kind}: status {status}: {text}");
     Ok(())
 }
 
 fn end(served: &Served<'_>) -> Result<()> {
     let script = "rm -f /idle /kind; until [ -e /idle ]; do usleep 20000; done";
-    ensure!(served.exec_to("end", &["sh", "-c", script], "")? == 0, "it does not answer");
+    ensure!(served.exec_to("end", &["sh", "-c", script], "")? == 0, "the process does not answer");
     Ok(())
 }
 
 fn restores(containerd: &Containerd, served: &Served<'_>, config: &Path, dir: &Path) -> Result<()> {
     checkpoint(served, dir)?;
-    let mut restored = Served::of(containerd, config)?;
-    restored.create(|request| request.checkpoint = dir.display().to_string())?;
-    restored.begin()?;
+    let restored = Served::restored(containerd, config, dir)?;
     // The restored container has no snapshot, so the file that keeps its child alive is missing.
     let script = "until [ -e /idle ]; do usleep 20000; done";
     ensure!(restored.exec_to("idle", &["sh", "-c", script], "")? == 0, "the restored does not answer");

@@ -11,7 +11,7 @@ use machinen_integration::{
 };
 use serde_json::json;
 
-use super::checkpoint;
+use super::moved;
 use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(sockets_with_other_names);
@@ -54,29 +54,19 @@ fn sockets_with_other_names(containerd: &mut Containerd) -> Result<()> {
         mounts.push(mount("/tmp", "tmpfs", "tmpfs", &["mode=1777"]));
     })?;
     let mut running = Served::run(containerd, &config)?;
-    answers(containerd, &running, BOUND)?;
+    answers(&running, BOUND)?;
     // The second checkpoint is of the restored container.
-    for round in 1..=2 {
-        let dir = containerd.root().join(format!("images-{round}"));
-        checkpoint(&running, &dir)?;
-        running.end()?;
-        let mut restored = Served::of(containerd, &config)?;
-        restored.create(|request| request.checkpoint = dir.display().to_string())?;
-        restored.begin()?;
-        fs::remove_dir_all(&dir)?;
-        answers(containerd, &restored, RESTORED)?;
-        running = restored;
+    for _ in 0..2 {
+        running = moved(containerd, &running, &config)?;
+        answers(&running, RESTORED)?;
     }
     running.end()
 }
 
-fn answers(containerd: &Containerd, served: &Served<'_>, wanted: &str) -> Result<()> {
-    let said = containerd.root().join("said");
+fn answers(served: &Served<'_>, wanted: &str) -> Result<()> {
     let script =
         "until [ -e /dev/shm/ready ]; do usleep 50000; done; exec /usr/bin/python3.13 /sockets.py ask";
-    let status = served.exec_to("ask", &["sh", "-c", script], &format!("file://{}", said.display()))?;
-    let text = fs::read_to_string(&said)?;
-    fs::remove_file(&said)?;
+    let (status, text) = served.shell(script)?;
     ensure!(status == 0 && text == wanted, "status {status}, wanted\n{wanted}but got\n{text}");
     Ok(())
 }

@@ -70,9 +70,7 @@ fn privileges_and_limits(containerd: &mut Containerd) -> Result<()> {
     let dir = containerd.root().join("images");
     checkpoint(&source, &dir)?;
     source.end()?;
-    let mut restored = Served::of(containerd, &config)?;
-    restored.create(|request| request.checkpoint = dir.display().to_string())?;
-    restored.begin()?;
+    let restored = Served::restored(containerd, &config, &dir)?;
     let after = look(&restored, "after")?;
     let differs: Vec<_> =
         before.lines().zip(after.lines()).filter(|(before, after)| before != after).collect();

@@ -17,7 +17,7 @@ use crate::harness::on_newest_containerd;
 on_newest_containerd!(
     input_that_waits,
     an_end_that_waits,
-    output_is_told_once,
+    output_arrives_once,
     an_init_that_pipes_its_own_output
 );
 
@@ -62,7 +62,7 @@ impl Streams {
                 wanted.len(),
                 found.iter().zip(wanted).position(|(found, wanted)| found != wanted)
             );
-            #[expect(clippy::disallowed_methods, reason = "a file tells nobody that it changed")]
+            #[expect(clippy::disallowed_methods, reason = "a change of a file has no event")]
             thread::sleep(std::time::Duration::from_millis(20));
         }
     }
@@ -79,7 +79,7 @@ fn close(served: &Served<'_>) -> Result<()> {
 }
 
 fn go(served: &Served<'_>) -> Result<()> {
-    ensure!(served.exec_to("go", &["touch", "/go"], "")? == 0, "cannot let it read");
+    ensure!(served.exec_to("go", &["touch", "/go"], "")? == 0, "cannot start the reading");
     Ok(())
 }
 
@@ -136,7 +136,7 @@ fn input_that_waits(containerd: &mut Containerd) -> Result<()> {
         expected.extend_from_slice(b"the second's\nend\n");
         close(&restored)?;
         go(&restored)?;
-        ensure!(restored.wait("")?.exit_status == 0, "it does not end well");
+        ensure!(restored.wait("")?.exit_status == 0, "the container does not end with 0");
         second.has(&expected)?;
         restored.end_stopped()?;
         first.remove()?;
@@ -158,7 +158,7 @@ fn an_end_that_waits(containerd: &mut Containerd) -> Result<()> {
     streams.has(b"begin\n")?;
     let exit = CheckpointOptions { exit: true, ..Default::default() };
     source.client.ok::<Empty>("Checkpoint", &request(&source, &dir, Some(&exit))?)?;
-    ensure!(source.wait("")?.exit_status == 137, "it has not ended");
+    ensure!(source.wait("")?.exit_status == 137, "the container has not ended");
     source.end_stopped()?;
     streams.remove()?;
     // The restored container's client gives it an input of its own, or none.
@@ -178,7 +178,7 @@ fn an_end_that_waits(containerd: &mut Containerd) -> Result<()> {
             close(&restored)?;
         }
         go(&restored)?;
-        ensure!(restored.wait("")?.exit_status == 0, "it does not end well");
+        ensure!(restored.wait("")?.exit_status == 0, "the container does not end with 0");
         streams.has(if with_input { b"rest\nmore\nend\n" } else { b"rest\nend\n" })?;
         restored.end_stopped()?;
         streams.remove()?;
@@ -186,7 +186,7 @@ fn an_end_that_waits(containerd: &mut Containerd) -> Result<()> {
     Ok(fs::remove_dir_all(&dir)?)
 }
 
-fn output_is_told_once(containerd: &mut Containerd) -> Result<()> {
+fn output_arrives_once(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     // More than all buffers between the process and its reader hold.
     let script = "touch /begun; seq 1000000 1300000; touch /done; sleep 1000";
@@ -227,7 +227,7 @@ fn output_is_told_once(containerd: &mut Containerd) -> Result<()> {
     })?;
     restored.begin()?;
     let done = "until [ -e /done ]; do usleep 20000; done";
-    ensure!(restored.exec_to("done", &["sh", "-c", done], "")? == 0, "it does not go on");
+    ensure!(restored.exec_to("done", &["sh", "-c", done], "")? == 0, "the container does not continue");
     restored.end()?;
     let all: Vec<u8> = (1_000_000..=1_300_000).flat_map(|n: u32| format!("{n}\n").into_bytes()).collect();
     let second = fs::read(&rest)?;

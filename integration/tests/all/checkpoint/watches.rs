@@ -1,7 +1,5 @@
 //! Processes that watch files are notified of changes after a restore.
 
-use std::fs;
-
 use anyhow::{Result, ensure};
 use machinen_integration::{
     bundle::{Bundle, mount},
@@ -10,7 +8,7 @@ use machinen_integration::{
 };
 use serde_json::json;
 
-use super::checkpoint;
+use super::moved;
 use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(watches_of_files);
@@ -51,21 +49,12 @@ fn watches_of_files(containerd: &mut Containerd) -> Result<()> {
         mounts.push(mount("/run", "tmpfs", "tmpfs", &["mode=755"]));
     })?;
     let mut running = Served::run(containerd, &config)?;
-    ensure!(running.exec_to("ready", &["sh", "-c", READY], "")? == 0, "it does not get ready");
+    ensure!(running.exec_to("ready", &["sh", "-c", READY], "")? == 0, "the container does not get ready");
     // The second restore is of a restored container, from another disk than the first.
-    for round in 1..=2 {
-        let dir = containerd.root().join(format!("images-{round}"));
-        checkpoint(&running, &dir)?;
-        running.end()?;
-        let mut restored = Served::of(containerd, &config)?;
-        restored.create(|request| request.checkpoint = dir.display().to_string())?;
-        restored.begin()?;
-        fs::remove_dir_all(&dir)?;
-        running = restored;
+    for _ in 0..2 {
+        running = moved(containerd, &running, &config)?;
     }
-    let said = containerd.root().join("said");
-    let status = running.exec_to("change", &["sh", "-c", CHANGE], &format!("file://{}", said.display()))?;
-    ensure!(status == 0, "it has heard only of {:?}", fs::read_to_string(&said)?);
-    fs::remove_file(&said)?;
+    let (status, seen) = running.shell(CHANGE)?;
+    ensure!(status == 0, "the watcher was notified only of {seen:?}");
     running.end()
 }

@@ -20,9 +20,11 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{automatic, runs_from, told, with_template};
-use crate::harness::{IMAGE, fails_saying, on_newest_containerd, works};
-use crate::host_trouble::{find, script};
+use super::{automatic, lines_with, runs_from, with_template};
+use crate::{
+    harness::{IMAGE, fails_saying, on_newest_containerd, works},
+    host_trouble::{find, script},
+};
 
 on_newest_containerd!(
     holder_killed,
@@ -52,7 +54,10 @@ fn holder_killed(containerd: &mut Containerd) -> Result<()> {
     kill(Pid::from_raw(i32::try_from(old.holder)?), Signal::SIGKILL)?;
     ensure!(wait_for_end(old.holder, END)?, "the holder does not end");
     // Manifest and lock still exist, and are ignored.
-    ensure!(manifest(&templates, &old.key).exists() && templates.list()?[0].state == "gone", "what is left");
+    ensure!(
+        manifest(&templates, &old.key).exists() && templates.list()?[0].state == "gone",
+        "the remains of the template"
+    );
     let mut watch = templates.watch()?;
     runs_from(containerd, "boot")?;
     watch.wait_for("json")?;
@@ -73,7 +78,7 @@ fn builder_killed(containerd: &mut Containerd) -> Result<()> {
     let half = fs::read_dir(&templates.dir)?
         .flatten()
         .any(|entry| entry.path().extension().is_some_and(|is| is == "vm"));
-    ensure!(half && watch.count("json")? == 0, "it was not killed half-way: {watch:?}");
+    ensure!(half && watch.count("json")? == 0, "the builder was not killed half-way: {watch:?}");
     let mut watch = templates.watch()?;
     runs_from(containerd, "boot")?;
     watch.wait_for("json")?;
@@ -129,8 +134,8 @@ fn directory_of_others(containerd: &mut Containerd) -> Result<()> {
         let from = containerd.log().position();
         runs_from(containerd, "boot")?;
         let dir = templates.dir.display().to_string();
-        let lines = told(containerd, from, &["so templates in it cannot be trusted", &dir]);
-        ensure!(lines == 1, "{lines} lines say that {dir} has mode {open:o}");
+        let lines = lines_with(containerd, from, &["so templates in it cannot be trusted", &dir]);
+        ensure!(lines == 1, "{lines} lines report that {dir} has mode {open:o}");
     }
     mode(0o700)?;
     runs_from(containerd, "clone")?;
@@ -159,7 +164,7 @@ fn qemu_upgraded(containerd: &mut Containerd) -> Result<()> {
     // Like an upgrade by a package manager: a new file takes the old one's name.
     let new = wrapped(containerd, "qemu.new", ": new")?;
     fs::rename(new, &qemu)?;
-    ensure!(templates.list()?[0].state == "outdated", "nobody has noticed");
+    ensure!(templates.list()?[0].state == "outdated", "the new QEMU was not noticed");
     let mut watch = templates.watch()?;
     runs_from(containerd, "boot")?;
     watch.wait_for("json")?;
@@ -181,11 +186,12 @@ fn budget_too_small(containerd: &mut Containerd) -> Result<()> {
     for _ in 0..2 {
         let from = containerd.log().position();
         runs_from(containerd, "boot")?;
-        let lines = told(containerd, from, &["booting a VM", "does not fit into template.budget_mib = 1"]);
-        ensure!(lines == 1, "{lines} lines say why there is no template");
+        let lines =
+            lines_with(containerd, from, &["booting a VM", "does not fit into template.budget_mib = 1"]);
+        ensure!(lines == 1, "{lines} lines report why there is no template");
     }
     templates.quiet()?;
-    ensure!(watch.count("vm")? == 1 && watch.count("json")? == 0, "it was tried again: {watch:?}");
+    ensure!(watch.count("vm")? == 1 && watch.count("json")? == 0, "the build was tried again: {watch:?}");
     // A manual build is tried again, with the present configuration.
     containerd.configure(&setup)?;
     templates.build()?;
@@ -201,14 +207,14 @@ fn state_that_qemu_refuses(containerd: &mut Containerd) -> Result<()> {
     let template = templates.build()?;
     let from = containerd.log().position();
     runs_from(containerd, "boot")?;
-    let lines = told(containerd, from, &["cannot clone a VM, booting instead", "cannot load that"]);
-    ensure!(lines == 1, "{lines} lines say that it could not be cloned");
+    let lines = lines_with(containerd, from, &["cannot clone a VM, booting instead", "cannot load that"]);
+    ensure!(lines == 1, "{lines} lines report that the template could not be cloned");
     // The clone is not tried a second time.
     ensure!(wait_for_end(template.holder, END)?, "the template lives");
     let from = containerd.log().position();
     runs_from(containerd, "boot")?;
-    let lines = told(containerd, from, &["booting a VM", "no template", "cannot load that"]);
-    ensure!(lines == 1, "{lines} lines say why there is no template");
+    let lines = lines_with(containerd, from, &["booting a VM", "no template", "cannot load that"]);
+    ensure!(lines == 1, "{lines} lines report why there is no template");
     templates.remove_all()
 }
 
@@ -248,8 +254,8 @@ fn memory_for_some_only(containerd: &mut Containerd) -> Result<()> {
         containerd.settle(&before)?;
         let (worked, refused): (Vec<_>, Vec<_>) = outputs.into_iter().partition(|output| output.status == 0);
         for output in &refused {
-            let said = output.error_text();
-            ensure!(NO_MEMORY.iter().all(|word| said.contains(word)), "not refused but: {output}");
+            let printed = output.error_text();
+            ensure!(NO_MEMORY.iter().all(|word| printed.contains(word)), "not refused but: {output}");
         }
         ensure!(worked.iter().all(|output| output.text() == "well\n"), "{worked:?}");
         if !worked.is_empty() && !refused.is_empty() {

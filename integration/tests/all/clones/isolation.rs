@@ -61,8 +61,8 @@ fn secrets_stay_out_of_templates(containerd: &mut Containerd) -> Result<()> {
 }
 
 fn verified(templates: &Templates<'_>) -> Result<()> {
-    let said = templates.command(&["verify"])?.ok()?;
-    ensure!(said.text().trim_end().ends_with(" ok"), "{said}");
+    let printed = templates.command(&["verify"])?.ok()?;
+    ensure!(printed.text().trim_end().ends_with(" ok"), "{printed}");
     Ok(())
 }
 
@@ -136,9 +136,9 @@ fn only_roots(templates: &Templates<'_>, template: &Listed) -> Result<()> {
     }
     for number in [3, 4] {
         let path = format!("/proc/{}/fd/{number}", template.holder);
-        let nobody =
+        let unprivileged =
             Invocation::new("setpriv").args(["--reuid=65534", "--clear-groups", "head", "-c1", &path]);
-        let output = nobody.run()?;
+        let output = unprivileged.run()?;
         ensure!(output.status != 0 && output.error_text().contains("Permission denied"), "{output}");
     }
     Ok(())

@@ -38,7 +38,7 @@ fn automatic(containerd: &Containerd) -> Result<Templates<'_>> {
 fn origin(containerd: &Containerd, from: usize, id: &str) -> Result<String> {
     let created = |line: &&String| line.contains("container created") && has_id(line, id);
     let lines = containerd.log().since(from);
-    let line = lines.iter().find(created).with_context(|| format!("no word of the creation of {id}"))?;
+    let line = lines.iter().find(created).with_context(|| format!("no line of the creation of {id}"))?;
     let (_, tail) = line.split_once("origin=").with_context(|| format!("no origin on {line}"))?;
     Ok(tail.chars().take_while(char::is_ascii_alphabetic).collect())
 }
@@ -66,7 +66,7 @@ fn works_from(containerd: &Containerd, run: &Run<'_>, wanted: &str) -> Result<Ou
 }
 
 /// The number of log lines since then that contain all the words.
-fn told(containerd: &Containerd, from: usize, words: &[&str]) -> usize {
+fn lines_with(containerd: &Containerd, from: usize, words: &[&str]) -> usize {
     let lines = containerd.log().since(from);
     lines.iter().filter(|line| words.iter().all(|word| line.contains(word))).count()
 }

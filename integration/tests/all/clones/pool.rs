@@ -24,7 +24,7 @@ use crate::{
 
 on_newest_containerd!(
     ready_clones_are_taken_and_replaced,
-    what_does_not_fit_is_given_up,
+    members_that_do_not_fit_are_given_up,
     members_that_are_lost,
     a_drain_ends_members_however_far_they_have_come,
     a_drain_while_members_are_taken,
@@ -108,8 +108,8 @@ fn ready_clones_are_taken_and_replaced(containerd: &mut Containerd) -> Result<()
     thread::scope(|scope| {
         let started: Vec<_> = runs.iter().map(|run| scope.spawn(|| run.ok())).collect();
         started.into_iter().try_for_each(|run| {
-            let said = run.join().expect("no panic")?;
-            ensure!(said == "well\n", "a container did not work: {said}");
+            let printed = run.join().expect("no panic")?;
+            ensure!(printed == "well\n", "a container did not work: {printed}");
             Ok(())
         })
     })?;
@@ -122,7 +122,7 @@ fn ready_clones_are_taken_and_replaced(containerd: &mut Containerd) -> Result<()
     containerd.settle(&before)
 }
 
-fn what_does_not_fit_is_given_up(containerd: &mut Containerd) -> Result<()> {
+fn members_that_do_not_fit_are_given_up(containerd: &mut Containerd) -> Result<()> {
     let before = containerd.inventory()?;
     let pool = Pool::new(containerd)?;
     runs_from(containerd, "clone")?;
@@ -229,8 +229,8 @@ fn a_drain_while_members_are_taken(containerd: &mut Containerd) -> Result<()> {
                 pool.command("drain")?;
             }
             started.into_iter().try_for_each(|run| {
-                let said = run.join().expect("no panic")?;
-                ensure!(said == "well\n", "a container did not work: {said}");
+                let printed = run.join().expect("no panic")?;
+                ensure!(printed == "well\n", "a container did not work: {printed}");
                 Ok(())
             })
         })?;

@@ -53,7 +53,7 @@ while read word; do echo clock $word $EPOCHREALTIME; done";
 #[derive(Debug)]
 struct Seen {
     id: String,
-    said: BTreeMap<String, String>,
+    printed: BTreeMap<String, String>,
     /// How far the clone's clock is ahead, and the error of that, microseconds.
     clock: (i64, i64),
 }
@@ -86,7 +86,7 @@ pub(super) fn have_nothing_in_common(containerd: &Containerd, clones: usize, wan
                 scope.spawn(|| -> Result<()> {
                     while next.fetch_add(1, Ordering::Relaxed) < clones {
                         let clone = one(containerd, &config)?;
-                        seen.lock().expect("nobody panics with it").push(clone);
+                        seen.lock().expect("the lock is not poisoned").push(clone);
                     }
                     Ok(())
                 })
@@ -101,21 +101,21 @@ pub(super) fn have_nothing_in_common(containerd: &Containerd, clones: usize, wan
         let id = &clone.id;
         let origin = origin(containerd, from, id)?;
         ensure!(origin == wanted, "the VM of {id} is no {wanted} but a {origin}");
-        ensure!(clone.said["hostname"] == *id, "{id} calls itself {}", clone.said["hostname"]);
-        ensure!(clone.said["links"] == "lo", "{id} has {}", clone.said["links"]);
-        ensure!(clone.said["machine"].len() == 32, "{:?} is no machine id", clone.said["machine"]);
+        ensure!(clone.printed["hostname"] == *id, "{id} calls itself {}", clone.printed["hostname"]);
+        ensure!(clone.printed["links"] == "lo", "{id} has {}", clone.printed["links"]);
+        ensure!(clone.printed["machine"].len() == 32, "{:?} is no machine id", clone.printed["machine"]);
         // The shim's log has the same values for the guest.
         let ready = lines.iter().find(|line| line.contains("guest is ready") && hostname_is(line, id));
-        let ready = ready.with_context(|| format!("no word of the guest of {id}"))?;
+        let ready = ready.with_context(|| format!("no line of the guest of {id}"))?;
         for what in ["boot", "machine"] {
-            ensure!(ready.contains(&clone.said[what]), "{what} of {clone:?} is not in {ready}");
+            ensure!(ready.contains(&clone.printed[what]), "{what} of {clone:?} is not in {ready}");
         }
         let (ahead, wrong) = clone.clock;
         let bound = i64::try_from(CLOCK.as_micros())? + wrong;
         ensure!(ahead.abs() <= bound, "the clock of {id} is {ahead} us ahead, give or take {wrong} us");
     }
     for what in DIFFERENT {
-        let values: BTreeSet<_> = seen.iter().map(|clone| &clone.said[what]).collect();
+        let values: BTreeSet<_> = seen.iter().map(|clone| &clone.printed[what]).collect();
         ensure!(values.len() == clones, "{} of {clones} are different in {what}: {values:?}", values.len());
         ensure!(values.iter().all(|value| value.len() > 1), "empty {what}");
     }
@@ -145,12 +145,12 @@ fn one(containerd: &Containerd, config: &Path) -> Result<Seen> {
     drop(stdin);
     let output = running.wait()?.ok()?;
     let text = output.text();
-    let mut said = BTreeMap::new();
+    let mut printed = BTreeMap::new();
     let mut clock: Option<(i64, i64)> = None;
     for line in text.lines() {
         let (name, value) = line.split_once(' ').unwrap_or((line, ""));
         if name != "clock" {
-            said.insert(name.to_owned(), value.to_owned());
+            printed.insert(name.to_owned(), value.to_owned());
             continue;
         }
         let (question, time) = value.split_once(' ').with_context(|| format!("odd clock: {output}"))?;
@@ -160,7 +160,7 @@ fn one(containerd: &Containerd, config: &Path) -> Result<Seen> {
         clock = clock.filter(|best| best.1 <= found.1).or(Some(found));
     }
     let clock = clock.with_context(|| format!("no clock: {output}"))?;
-    Ok(Seen { id: run.container().to_owned(), said, clock })
+    Ok(Seen { id: run.container().to_owned(), printed, clock })
 }
 
 /// The host's clock, microseconds since the Unix epoch.

@@ -21,7 +21,7 @@ const TALKING: &str = "trap '' PIPE; cd /dev/shm; (nc -l -p 7000 -e cat) & sleep
 const ESTABLISHED: &str = "cat /proc/net/tcp /proc/net/tcp6 | grep -c ' 01 '";
 const CONNECTED: &str = "until [ $(cat /proc/net/tcp /proc/net/tcp6 | grep -c ' 01 ') = 2 ] && [ -s /dev/shm/out ]; do usleep 50000; done; true";
 /// Waits until more comes back than before.
-const GOES_ON: &str =
+const CONTINUES: &str =
     "a=$(wc -l </dev/shm/out); until [ $(wc -l </dev/shm/out) -gt $a ]; do usleep 50000; done";
 
 fn closed_in_a_fork_unless_asked_for(containerd: &mut Containerd) -> Result<()> {
@@ -34,10 +34,10 @@ fn closed_in_a_fork_unless_asked_for(containerd: &mut Containerd) -> Result<()> 
     // The client is notified of the end.
     sh(containerd, &closed, "until [ -e /dev/shm/ended ]; do usleep 50000; done")?;
     // The source's own connection is unchanged, and may be kept.
-    sh(containerd, source, GOES_ON)?;
+    sh(containerd, source, CONTINUES)?;
     fork(containerd, &["--tcp", "keep", source, &kept])?;
     for id in [source, &kept] {
-        sh(containerd, id, GOES_ON)?;
+        sh(containerd, id, CONTINUES)?;
         ensure!(sh(containerd, id, ESTABLISHED)? == "2", "{id} is not connected");
     }
     end_all(containerd, [source, &closed, &kept])
@@ -56,9 +56,7 @@ fn closed_in_a_restore_if_asked_for(containerd: &mut Containerd) -> Result<()> {
     source.client.ok::<Empty>("Checkpoint", &request(&source, &dir, Some(&open))?)?;
     source.end()?;
     for (tcp, established) in [("keep", "2"), ("close", "0")] {
-        let mut restored = Served::of(containerd, &config(tcp)?)?;
-        restored.create(|request| request.checkpoint = dir.display().to_string())?;
-        restored.begin()?;
+        let restored = Served::restored(containerd, &config(tcp)?, &dir)?;
         let look = format!("[ $({ESTABLISHED}) = {established} ]");
         ensure!(restored.exec_to("look", &["sh", "-c", &look], "")? == 0, "{tcp}: not {established} ends");
         restored.end()?;

@@ -7,12 +7,12 @@ use machinen_integration::{containerd::Containerd, paths::Version, setup::Setup}
 
 use super::{
     count_above, counter, end_all,
-    faults::{at, failed, goes_on, works},
+    faults::{at, continues, failed, works},
     forking, nothing_of, sh,
 };
 use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd, run_with};
 
-on_every_containerd!(beside_other_forks_and_checkpoints, names_that_are_taken, a_restart_of_containerd);
+on_every_containerd!(next_to_other_forks_and_checkpoints, names_that_are_taken, a_restart_of_containerd);
 on_newest_containerd!(the_image_is_removed_meanwhile, the_source_is_removed_meanwhile, paused_meanwhile);
 
 const REF: &str = "machinen.test/checkpoint:1";
@@ -26,7 +26,7 @@ fn checkpoint(containerd: &Containerd, source: &str, image: &str) -> Result<()> 
 }
 
 /// Content of a checkpoint that exists already, of any client, is no reason to fail.
-fn beside_other_forks_and_checkpoints(containerd: &mut Containerd) -> Result<()> {
+fn next_to_other_forks_and_checkpoints(containerd: &mut Containerd) -> Result<()> {
     let namespace = containerd.namespace().to_owned();
     containerd.ctr_ok(&[
         "namespaces",
@@ -60,7 +60,7 @@ fn beside_other_forks_and_checkpoints(containerd: &mut Containerd) -> Result<()>
         count_above(containerd, id, count)?;
         ensure!(sh(containerd, id, "hostname")? == *id, "{id} has another hostname");
     }
-    goes_on(containerd, source)?;
+    continues(containerd, source)?;
     containerd.ctr_ok(&["images", "rm", "--sync", REF])?;
     super::nothing_but_the_fork(containerd)?;
     end_all(containerd, ids.iter().map(String::as_str).chain([source]))
@@ -124,7 +124,7 @@ fn a_restart_of_containerd(containerd: &mut Containerd) -> Result<()> {
             let words = ["connection to containerd broke"];
             failed(containerd, &[&source, &new], &words, output.status, &output.error_text())?;
         }
-        goes_on(containerd, &source)?;
+        continues(containerd, &source)?;
     }
     works(containerd, &source, &new)
 }
@@ -139,7 +139,7 @@ fn the_image_is_removed_meanwhile(containerd: &mut Containerd) -> Result<()> {
     containerd.ctr_ok(&["images", "rm", "--sync", IMAGE])?;
     running.wait()?.ok()?;
     count_above(containerd, &new, 102)?;
-    goes_on(containerd, source)?;
+    continues(containerd, source)?;
     end_all(containerd, [source, &new])
 }
 
@@ -195,7 +195,7 @@ fn disturbed(containerd: &Containerd, flags: &[&str]) -> Result<()> {
     }
     count_above(containerd, &new, 102)?;
     ensure!(sh(containerd, &new, "ls /data | grep -c file")? == "300", "files are missing");
-    goes_on(containerd, source)?;
+    continues(containerd, source)?;
     ensure!(fs::read_dir(containerd.root().join("tmp"))?.next().is_none(), "something is left");
     end_all(containerd, [source, &new])
 }

@@ -46,23 +46,23 @@ pub(super) fn failed(
     args: &[&str],
     words: &[&str],
     status: i32,
-    said: &str,
+    printed: &str,
 ) -> Result<()> {
-    ensure!(status == 1, "it ended with {status}: {said}");
+    ensure!(status == 1, "the fork ended with {status}: {printed}");
     for word in words {
-        ensure!(said.contains(word), "the user does not read {word:?}: {said}");
+        ensure!(printed.contains(word), "{word:?} is missing from the user's message: {printed}");
     }
-    ensure!(!said.contains("undoing a failed fork"), "it could not be taken back: {said}");
+    ensure!(!printed.contains("undoing a failed fork"), "the fork could not be undone: {printed}");
     for noise in ["panicked at", ".rs:", "Os {", "source:", "Status {"] {
-        ensure!(!said.contains(noise), "the user reads {noise:?}: {said}");
+        ensure!(!printed.contains(noise), "{noise:?} is in the user's message: {printed}");
     }
     if std::env::var_os("MACHINEN_TEST_SHOW").is_some() {
-        println!("{}", said.trim());
+        println!("{}", printed.trim());
     }
     nothing_of(containerd, args.last().context("no id")?)
 }
 
-pub(super) fn goes_on(containerd: &Containerd, source: &str) -> Result<()> {
+pub(super) fn continues(containerd: &Containerd, source: &str) -> Result<()> {
     let tasks = containerd.ctr_ok(&["tasks", "ls"])?;
     let line = tasks.lines().find(|line| line.split_whitespace().next() == Some(source));
     ensure!(line.is_some_and(|line| line.contains("RUNNING")), "the source does not run: {tasks}");
@@ -71,10 +71,10 @@ pub(super) fn goes_on(containerd: &Containerd, source: &str) -> Result<()> {
 }
 
 pub(super) fn works(containerd: &Containerd, source: &str, new: &str) -> Result<()> {
-    goes_on(containerd, source)?;
+    continues(containerd, source)?;
     fork(containerd, &[source, new])?;
     count_above(containerd, new, 102)?;
-    goes_on(containerd, source)?;
+    continues(containerd, source)?;
     end_all(containerd, [source, new])
 }
 
@@ -103,10 +103,11 @@ fn refused_before_anything_happens(containerd: &mut Containerd) -> Result<()> {
     fs::remove_file(Path::new(&used).join("mine"))?;
     fails(containerd, &["--checkpoint-dir", "/no/where", source, &new], &["/no"])?;
     fails(containerd, &["--hostname", "a b", source, &new], &["\"a b\"", "hostname"])?;
-    let nobody = containerd.machinen(&["fork", "--address", "/nowhere.sock", source, &new])?.run()?;
+    let unreachable = containerd.machinen(&["fork", "--address", "/nowhere.sock", source, &new])?.run()?;
     ensure!(
-        nobody.status == 1 && nobody.error_text().contains("cannot reach containerd at /nowhere.sock"),
-        "{nobody}"
+        unreachable.status == 1
+            && unreachable.error_text().contains("cannot reach containerd at /nowhere.sock"),
+        "{unreachable}"
     );
     let log = containerd.log().since(checkpoints);
     ensure!(!log.iter().any(|line| line.contains("/tasks/checkpointed")), "the source was checkpointed");
@@ -181,7 +182,7 @@ fn interrupted_while_it_restores(containerd: &mut Containerd) -> Result<()> {
             &output.error_text(),
         )?;
         containerd.settle(&before)?;
-        goes_on(containerd, source)?;
+        continues(containerd, source)?;
     }
     works(containerd, source, &new)
 }
@@ -247,10 +248,10 @@ fn killed_fork(containerd: &mut Containerd) -> Result<()> {
     let running = forking(containerd, &[source, &new])?.deadline(Duration::from_secs(60)).spawn()?;
     at(containerd, from, "writes are in its snapshot")?;
     kill(pid(&running), Signal::SIGKILL)?;
-    ensure!(running.wait()?.status == 137, "it was not killed");
+    ensure!(running.wait()?.status == 137, "the fork was not killed");
     // The shim finishes the request.
     at(containerd, from, "container checkpointed")?;
-    goes_on(containerd, source)?;
+    continues(containerd, source)?;
     containerd.ctr_ok(&["containers", "rm", &new])?;
     for lease in containerd.ctr_ok(&["leases", "ls", "--quiet"])?.split_whitespace() {
         containerd.ctr_ok(&["leases", "rm", "--sync", lease])?;

@@ -42,8 +42,8 @@ fn ten_at_once(containerd: &mut Containerd) -> Result<()> {
     }
     let ask = "cat /data/mine /proc/sys/kernel/hostname; uniq -d /data/log | wc -l";
     for id in &ids {
-        let said = sh(containerd, id, ask)?;
-        ensure!(said == format!("{id}\n{id}\n0"), "{id} says {said:?}");
+        let printed = sh(containerd, id, ask)?;
+        ensure!(printed == format!("{id}\n{id}\n0"), "{id} printed {printed:?}");
     }
     let boots = ids.iter().map(|id| sh(containerd, id, "cat /proc/sys/kernel/random/boot_id"));
     let boots = boots.collect::<Result<BTreeSet<_>>>()?;

@@ -1,10 +1,10 @@
 //! `machinen fork`: a second container that continues from the state of a running one.
 
-mod beside;
 mod connections;
 mod existing;
 mod faults;
 mod many;
+mod state;
 
 use std::{fs, thread, time::Instant};
 

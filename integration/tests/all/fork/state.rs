@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::{count_above, counter, end_all, fork, sh};
 use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd, run_with};
 
-on_every_containerd!(both_go_on);
+on_every_containerd!(both_continue);
 on_newest_containerd!(
     of_a_paused_container_later_and_again,
     a_native_snapshot,
@@ -19,7 +19,7 @@ on_newest_containerd!(
     a_terminal
 );
 
-fn both_go_on(containerd: &mut Containerd) -> Result<()> {
+fn both_continue(containerd: &mut Containerd) -> Result<()> {
     let run = counter(containerd, &["--label", "mine=yes"])?;
     let (source, new) = (run.container(), containerd.new_id());
     let before = count_above(containerd, source, 103)?;
@@ -36,7 +36,7 @@ fn both_go_on(containerd: &mut Containerd) -> Result<()> {
     sh(containerd, &new, "echo fork >/data/note; touch /data/only-here")?;
     ensure!(
         sh(containerd, source, "cat /data/note; [ ! -e /data/only-here ]")? == "source",
-        "they are not apart"
+        "source and fork share files"
     );
     let log = "grep -qx 101 /data/log && grep -qx $(cat /data/count) /data/log && uniq -d /data/log | wc -l";
     for id in [source, &new] {
@@ -84,7 +84,7 @@ fn another_machine(containerd: &Containerd, source: &str, new: &str) -> Result<(
         let hostname = |line: &&String| {
             line.contains("guest is ready") && line.split(' ').any(|word| word == format!("hostname={id}"))
         };
-        let line = lines.iter().find(hostname).with_context(|| format!("no word of the guest of {id}"))?;
+        let line = lines.iter().find(hostname).with_context(|| format!("no line of the guest of {id}"))?;
         let word = line.split(' ').find_map(|word| word.strip_prefix("machine_id="));
         word.map(str::to_owned).with_context(|| format!("no machine id in {line}"))
     };
@@ -104,10 +104,10 @@ fn of_a_paused_container_later_and_again(containerd: &mut Containerd) -> Result<
         containerd,
         &["--json", "--lazy", "--checkpoint-dir", &kept, "--hostname", "second", source, &second],
     )?;
-    let said: Value = serde_json::from_slice(&output.stdout)?;
-    let pid = said["pid"].as_u64().unwrap_or_default();
-    ensure!(said["id"] == second.as_str() && said["source"] == source && pid > 1, "{said}");
-    ensure!(said["bundle"] == kept.as_str() && said["hostname"] == "second", "{said}");
+    let printed: Value = serde_json::from_slice(&output.stdout)?;
+    let pid = printed["pid"].as_u64().unwrap_or_default();
+    ensure!(printed["id"] == second.as_str() && printed["source"] == source && pid > 1, "{printed}");
+    ensure!(printed["bundle"] == kept.as_str() && printed["hostname"] == "second", "{printed}");
     let tasks = containerd.ctr_ok(&["tasks", "ls"])?;
     ensure!(tasks.contains("PAUSED") && tasks.contains(&pid.to_string()), "{tasks}");
     containerd.machinen(&["snapshot", "verify", &kept])?.run()?.ok()?;

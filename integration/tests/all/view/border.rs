@@ -26,10 +26,10 @@ use nix::{
 use super::{Shown, names, root};
 use crate::harness::{on_every_containerd, on_newest_containerd};
 
-on_every_containerd!(the_end_is_told, killing_the_anchor_kills_the_container);
+on_every_containerd!(the_end_is_reported, killing_the_anchor_kills_the_container);
 on_newest_containerd!(
     a_guest_that_hangs_is_not_waited_for,
-    nobody_else_sees_it,
+    no_other_process_sees_the_files,
     without_fuse_there_is_an_empty_directory,
 );
 
@@ -37,7 +37,7 @@ on_newest_containerd!(
 /// second of which is made when the first has failed, but the view waits for one of them only.
 const BOUND: Duration = Duration::from_secs(45);
 
-fn the_end_is_told(containerd: &mut Containerd) -> Result<()> {
+fn the_end_is_reported(containerd: &mut Containerd) -> Result<()> {
     let shown = Shown::start(containerd)?;
     shown.inside("echo text >/file")?;
     let (mut file, dir) = (File::open(shown.root("file"))?, File::open(shown.root(""))?);
@@ -53,7 +53,7 @@ fn the_end_is_told(containerd: &mut Containerd) -> Result<()> {
     ensure!(file.read_to_string(&mut text).is_err(), "a file of a container that is gone");
     let through = PathBuf::from(format!("/proc/self/fd/{}/etc", dir.as_raw_fd()));
     ensure!(fs::read_dir(through).is_err(), "a directory of a container that is gone");
-    ensure!(begun.elapsed() < Duration::from_secs(1), "it took {:?}", begun.elapsed());
+    ensure!(begun.elapsed() < Duration::from_secs(1), "the errors took {:?}", begun.elapsed());
     Ok(())
 }
 
@@ -72,11 +72,11 @@ fn a_guest_that_hangs_is_not_waited_for(containerd: &mut Containerd) -> Result<(
     kill(qemu(containerd, &shown.id)?, Signal::SIGSTOP)?;
     let begun = Instant::now();
     let refused = fs::read(&file);
-    ensure!(refused.is_err(), "a VM that stands still has answered");
+    ensure!(refused.is_err(), "a stopped VM has answered");
     ensure!(begun.elapsed() < BOUND, "an error took {:?}", begun.elapsed());
     // The next access does not wait again so soon.
     let begun = Instant::now();
-    ensure!(fs::read(&file).is_err(), "a VM that stands still has answered");
+    ensure!(fs::read(&file).is_err(), "a stopped VM has answered");
     ensure!(begun.elapsed() < Duration::from_secs(1), "the next error took {:?}", begun.elapsed());
     shown.end()?;
 
@@ -85,7 +85,7 @@ fn a_guest_that_hangs_is_not_waited_for(containerd: &mut Containerd) -> Result<(
     let (file, qemu) = (shown.root("etc/passwd"), qemu(containerd, &shown.id)?);
     fs::read(&file)?;
     kill(qemu, Signal::SIGSTOP)?;
-    ensure!(fs::read(&file).is_err(), "a VM that stands still has answered");
+    ensure!(fs::read(&file).is_err(), "a stopped VM has answered");
     kill(qemu, Signal::SIGCONT)?;
     let end = Instant::now() + DEADLINE;
     let read = loop {
@@ -93,23 +93,23 @@ fn a_guest_that_hangs_is_not_waited_for(containerd: &mut Containerd) -> Result<(
             Err(error) if error.raw_os_error() == Some(libc::EIO) && Instant::now() < end => {}
             read => break read?,
         }
-        #[expect(clippy::disallowed_methods, reason = "a guest that answers again tells nobody")]
+        #[expect(clippy::disallowed_methods, reason = "the recovery of a guest has no event")]
         thread::sleep(Duration::from_millis(20));
     };
-    ensure!(read.starts_with(b"root:"), "after a nap");
+    ensure!(read.starts_with(b"root:"), "after a short stop");
 
     // A reader that waits when the container is killed gets an error then.
     kill(qemu, Signal::SIGSTOP)?;
     let waiting = thread::spawn(move || fs::read(&file));
     let begun = Instant::now();
     shown.end()?;
-    let told = waiting.join().expect("reading does not panic");
-    ensure!(told.is_err(), "a VM that is gone has answered");
+    let error = waiting.join().expect("reading does not panic");
+    ensure!(error.is_err(), "a VM that is gone has answered");
     ensure!(begun.elapsed() < Duration::from_secs(20), "an error took {:?}", begun.elapsed());
     Ok(())
 }
 
-fn nobody_else_sees_it(containerd: &mut Containerd) -> Result<()> {
+fn no_other_process_sees_the_files(containerd: &mut Containerd) -> Result<()> {
     let shown = Shown::start(containerd)?;
     ensure!(shown.root("etc/secret").metadata()?.len() > 0, "root may look");
     let host = fs::read_to_string("/proc/self/mountinfo")?;
@@ -120,7 +120,10 @@ fn nobody_else_sees_it(containerd: &mut Containerd) -> Result<()> {
     ensure!(mount.contains(" / / rw,nosuid,nodev,noexec") && mount.contains(" fuse.machinen "), "{mount}");
     let status = fs::read_to_string(format!("/proc/{}/status", shown.pid))?;
     for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
-        ensure!(status.contains(&format!("{set}:\t0000000000000000\n")), "it has capabilities:\n{status}");
+        ensure!(
+            status.contains(&format!("{set}:\t0000000000000000\n")),
+            "the anchor has capabilities:\n{status}"
+        );
     }
     let fds = fs::read_dir(format!("/proc/{}/fd", shown.pid))?.count();
     ensure!(fds == 2, "stdin and stderr, and {} more", fds - 2);

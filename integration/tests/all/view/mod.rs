@@ -23,14 +23,14 @@ use machinen_integration::{
 use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd};
 
 on_every_containerd!(
-    the_host_sees_what_is_there,
+    the_host_sees_the_files,
     the_container_sees_what_the_host_writes,
     a_paused_container_is_for_reading,
 );
 on_newest_containerd!(
     much_is_copied_both_ways,
     either_channel,
-    a_checkpoint_does_not_mind,
+    checkpoints_are_unaffected,
     each_container_of_a_pod_has_its_own,
 );
 
@@ -47,11 +47,7 @@ impl<'a> Shown<'a> {
     }
 
     fn of(containerd: &'a Containerd, id: String) -> Result<Self> {
-        let list = containerd.ctr_ok(&["tasks", "list"])?;
-        let mut rows = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-        let row =
-            rows.find(|row| row.first() == Some(&&*id)).with_context(|| format!("no {id} in\n{list}"))?;
-        let pid = row.get(1).context("no pid")?.parse()?;
+        let pid = containerd.task(&id).listed()?.pid;
         Ok(Self { containerd, id, pid })
     }
 
@@ -82,7 +78,7 @@ fn names(dir: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-fn the_host_sees_what_is_there(containerd: &mut Containerd) -> Result<()> {
+fn the_host_sees_the_files(containerd: &mut Containerd) -> Result<()> {
     let shown = Shown::start(containerd)?;
     let etc = names(&shown.root("etc"))?;
     ensure!(etc.contains(&"passwd.link".to_owned()) && etc.contains(&"secret".to_owned()), "{etc:?}");
@@ -91,7 +87,7 @@ fn the_host_sees_what_is_there(containerd: &mut Containerd) -> Result<()> {
     let file = shown.root("new");
     ensure!(
         fs::read(&file).is_err_and(|error| error.kind() == io::ErrorKind::NotFound),
-        "it is there already"
+        "the file is there already"
     );
     shown.inside("echo one >/new")?;
     ensure!(fs::read_to_string(&file)? == "one\n", "{:?}", fs::read_to_string(&file));
@@ -108,7 +104,7 @@ fn the_host_sees_what_is_there(containerd: &mut Containerd) -> Result<()> {
     ensure!(text == "1ne\ntwo\n", "an open file reads {text:?}");
     shown.inside("mv /new /moved; echo other >/new; rm /moved")?;
     ensure!(fs::read_to_string(&file)? == "other\n", "the name stands for another file");
-    ensure!(held.metadata()?.len() == 8, "an open file lives on without a name");
+    ensure!(held.metadata()?.len() == 8, "an open file without a name has another size");
     drop(held);
 
     // All attributes of a file.
@@ -196,7 +192,7 @@ fn the_container_sees_what_the_host_writes(containerd: &mut Containerd) -> Resul
     let names = Invocation::new("tar").arg("-tzf").arg(&archive).run()?.ok()?.text();
     ensure!(
         names.contains("renamed/file") && names.contains("etc/.wh.group"),
-        "it is not in the snapshot: {names}"
+        "the file is not in the snapshot: {names}"
     );
     fs::remove_file(&archive)?;
     containerd.ctr_ok(&["tasks", "resume", &id])?;
@@ -319,7 +315,7 @@ fn either_channel(containerd: &mut Containerd) -> Result<()> {
     Ok(())
 }
 
-fn a_checkpoint_does_not_mind(containerd: &mut Containerd) -> Result<()> {
+fn checkpoints_are_unaffected(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     let config = bundle.config(&["sleep", "1000"], |_| ())?;
     let source = Served::run(containerd, &config)?;
@@ -339,8 +335,8 @@ fn a_checkpoint_does_not_mind(containerd: &mut Containerd) -> Result<()> {
 
     // The files of a restored container are visible like any other's, also before it is started.
     let mut restored = Served::of(containerd, &config)?;
-    restored.create(|request| request.checkpoint = images.display().to_string())?;
-    ensure!(root(restored.pid, "proc/1").exists(), "a container that waits to go on is not seen");
+    restored.create_from(&images)?;
+    ensure!(root(restored.pid, "proc/1").exists(), "a restored container is not visible before its start");
     restored.begin()?;
     fs::write(root(restored.pid, "other"), "new")?;
     let status = restored.exec_to("look", &["sh", "-c", "[ $(cat /other) = new ]"], "")?;
