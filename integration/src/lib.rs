@@ -3,7 +3,7 @@
 //! ```text
 //!   test, demo or bench ──> Containerd ──stdin pipe──> machinen-keeper (subreaper)
 //!                              │                          └── containerd ── shims ── QEMU, ...
-//!                              └── ctr                    end of the pipe: kills all of them, unmounts, removes
+//!                              └── ctr                    end of the pipe: kills all, unmounts, removes
 //! ```
 //!
 //! The keeper is the reason why nothing outlives a test, even one that was killed: every process that

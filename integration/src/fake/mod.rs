@@ -1,6 +1,6 @@
-//! A VMM without a machine: it takes QEMU's arguments and speaks QEMU's monitor protocol, and its guest is the
-//! real agent as an ordinary process in namespaces of its own. A start takes a tenth of a second, and the VMM
-//! misbehaves on demand.
+//! A VMM without a machine: it takes QEMU's arguments and speaks QEMU's monitor protocol, and its guest is
+//! the real agent as an ordinary process in namespaces of its own. A start takes a tenth of a second, and the
+//! VMM misbehaves on demand.
 //!
 //! ```text
 //!   shim ──exec──> fake-qemu (no privileges) ──monitor, console, channel, argv──> FakeVmm, in the test
