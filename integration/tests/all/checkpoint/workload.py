@@ -200,8 +200,8 @@ check("the database's data", all(
 check("the database's memory of it", ask(b"DBSIZE") == b":200\r\n")
 with open("/tmp/watched/new", "w"):
     pass
-told = os.read(watch, 4096) if select.select([watch], [], [], 5)[0] else b""
-check("inotify", told[16:].rstrip(b"\0") == b"new")
+events = os.read(watch, 4096) if select.select([watch], [], [], 5)[0] else b""
+check("inotify", events[16:].rstrip(b"\0") == b"new")
 with open("/tmp/result.new", "w") as result:
     result.write("\n".join(PROBLEMS) or "as it was")
 os.rename("/tmp/result.new", "/tmp/result")
