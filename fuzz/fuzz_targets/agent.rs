@@ -1,5 +1,5 @@
-//! The control stream after its handshake: whatever the guest sends, every call ends, at the latest with the
-//! stream.
+//! The control stream after its handshake: for any input from the guest, every call ends, at the latest with
+//! the stream.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

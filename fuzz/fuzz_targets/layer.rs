@@ -1,4 +1,4 @@
-//! Applies any archive to a directory: it may be refused, but nothing outside of the directory changes.
+//! Applies any archive to a directory: the archive may be refused, but nothing outside the directory changes.
 //!
 //! `cargo fuzz run layer` (as root; `--sanitizer none` with a stable toolchain). Checksums are corrected
 //! before the archive is read, since an attacker would do that too.

@@ -25,7 +25,7 @@ impl Bundle {
         Ok(Self { dir })
     }
 
-    /// As [`Bundle::busybox`], with Python and Redis beside it.
+    /// Like [`Bundle::busybox`], with Python and Redis in addition.
     ///
     /// # Errors
     /// The files cannot be written, or `make setup` has not unpacked them.
@@ -47,7 +47,7 @@ impl Bundle {
     /// Writes a specification that runs the command, changed by the caller, and returns its path.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// The file cannot be written.
     pub fn config(&self, command: &[&str], change: impl FnOnce(&mut Value)) -> Result<PathBuf> {
         let mut spec = self.spec(command);
         change(&mut spec);
@@ -57,14 +57,14 @@ impl Bundle {
     /// Writes any text in the place of a specification.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// The file cannot be written.
     pub fn config_text(&self, text: &str) -> Result<PathBuf> {
         let path = self.dir.join("config.json");
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
         Ok(path)
     }
 
-    /// What most containers have: the usual mounts, namespaces of their own, few capabilities.
+    /// The specification of most containers: the usual mounts, namespaces of their own, few capabilities.
     fn spec(&self, command: &[&str]) -> Value {
         let capabilities =
             ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL", "CAP_SETGID", "CAP_SETUID"];

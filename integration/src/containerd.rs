@@ -1,4 +1,5 @@
-//! A private containerd: own root, state, socket and namespace, gone with everything it started when dropped.
+//! A private containerd with its own root, state, socket and namespace, removed with everything it has
+//! started when dropped.
 
 use std::{
     fs,
@@ -18,7 +19,8 @@ use crate::{
     setup::Setup,
 };
 
-/// Plugins that no test needs; without them containerd starts in 40 ms and leaves the host's /opt and /run alone.
+/// Plugins that no test needs; without them containerd starts in 40 ms and leaves the host's /opt and /run
+/// alone.
 const DISABLED_PLUGINS: [&str; 13] = [
     "io.containerd.grpc.v1.cri",
     "io.containerd.cri.v1.images",
@@ -35,7 +37,7 @@ const DISABLED_PLUGINS: [&str; 13] = [
     "io.containerd.tracing.processor.v1.otlp",
 ];
 
-/// Only where a test asks for it: it needs a disk to copy.
+/// Enabled only on request of a test, since it needs a disk to copy.
 const BLOCKFILE: &str = "io.containerd.snapshotter.v1.blockfile";
 
 /// Bytes of each snapshot of the blockfile snapshotter.
@@ -48,7 +50,7 @@ pub struct Containerd {
     root: PathBuf,
     namespace: String,
     keeper: Child,
-    /// Gone when the keeper has been told to clean up.
+    /// None after the keeper was asked to clean up.
     pipes: Mutex<Option<Pipes>>,
     pid: u32,
     log: Arc<Log>,
@@ -75,7 +77,8 @@ impl Containerd {
     /// # Errors
     /// A program is missing, or containerd does not start; its log is quoted.
     pub fn start_with(version: Version, setup: &Setup) -> Result<Self> {
-        // Not /tmp, which may be a tmpfs: overlayfs and rootdisks want a real disk. Socket paths must be short.
+        // Not in /tmp, which may be a tmpfs: overlayfs and rootdisks need a real disk. Socket paths must be
+        // short.
         let root = tempfile::Builder::new().prefix("mit-").tempdir_in("/var/tmp");
         let root_dir = root.context("cannot make a directory in /var/tmp")?;
         let root = root_dir.path().to_owned();
@@ -94,7 +97,7 @@ impl Containerd {
             keeper = keeper.env(name, value);
         }
         let mut keeper = keeper.serve()?;
-        // From here on the keeper removes it.
+        // From here on the keeper removes the directory.
         let root = root_dir.keep();
         let log = Arc::new(Log::default());
         let stderr = keeper.stderr.take().context("the keeper has no stderr")?;
@@ -131,13 +134,13 @@ impl Containerd {
     /// The command line `machinen`, with the configuration that the shims have.
     ///
     /// # Errors
-    /// It has not been built.
+    /// The program has not been built.
     pub fn machinen(&self, args: &[&str]) -> Result<Invocation> {
         let program = paths::release_dir()?.join("machinen");
         Ok(Invocation::new(program).args(args).env("MACHINEN_CONFIG", self.root.join("machinen.toml")))
     }
 
-    /// Kills containerd and starts it again; shims live on.
+    /// Kills containerd and starts it again; the shims continue to run.
     ///
     /// # Errors
     /// As for [`Containerd::start_with`].
@@ -147,20 +150,21 @@ impl Containerd {
         self.wait_until_serving(from)
     }
 
-    /// Kills containerd; shims live on. [`Containerd::restart`] starts it again.
+    /// Kills containerd; the shims continue to run. [`Containerd::restart`] starts it again.
     ///
     /// # Errors
-    /// The keeper is gone.
+    /// The keeper has ended.
     pub fn stop(&mut self) -> Result<()> {
         self.command("stop")?;
         self.pid = self.answer()?;
         Ok(())
     }
 
-    /// Runs a shell script as a descendant of the keeper, so that what it leaves belongs to this containerd.
+    /// Runs a shell script as a descendant of the keeper, so that everything that it leaves belongs to this
+    /// containerd.
     ///
     /// # Errors
-    /// The script cannot be written, or the keeper is gone.
+    /// The script cannot be written, or the keeper has ended.
     pub fn run_script(&self, text: &str) -> Result<()> {
         let script = self.root.join("script.sh");
         fs::write(&script, text).with_context(|| format!("cannot write {}", script.display()))?;
@@ -171,14 +175,14 @@ impl Containerd {
     }
 
     fn command(&self, line: &str) -> Result<()> {
-        let mut pipes = self.pipes.lock().expect("nobody panics with the pipes");
+        let mut pipes = self.pipes.lock().expect("the lock is not poisoned");
         let pipes = pipes.as_mut().context("the keeper is gone")?;
         writeln!(pipes.commands, "{line}").context("cannot write to the keeper")
     }
 
-    /// Pid of what the keeper has started last.
+    /// Pid of the process that the keeper has started last.
     fn answer(&self) -> Result<u32> {
-        let mut pipes = self.pipes.lock().expect("nobody panics with the pipes");
+        let mut pipes = self.pipes.lock().expect("the lock is not poisoned");
         let mut pid = String::new();
         let pipes = pipes.as_mut().context("the keeper is gone")?;
         pipes.answers.read_line(&mut pid).context("cannot read from the keeper")?;
@@ -195,7 +199,7 @@ impl Containerd {
         self.version
     }
 
-    /// Directory of this containerd; removed in the end.
+    /// Directory of this containerd, which is removed at the end.
     pub fn root(&self) -> &Path {
         &self.root
     }
@@ -213,22 +217,22 @@ impl Containerd {
         self.pid
     }
 
-    /// Where a container's bundle is while its task exists.
+    /// The directory of a container's bundle while its task exists.
     pub fn bundle(&self, id: &str) -> PathBuf {
         self.root.join("s/io.containerd.runtime.v2.task").join(&self.namespace).join(id)
     }
 
-    /// A container id that was not used before with this containerd.
+    /// A container id that this containerd has not used before.
     pub fn new_id(&self) -> String {
-        let mut ids = self.ids.lock().expect("nobody panics with the ids");
+        let mut ids = self.ids.lock().expect("the lock is not poisoned");
         let id = format!("c{}", ids.len() + 1);
         ids.push(id.clone());
         id
     }
 
-    /// Makes the inventory know a container id of the caller's own.
+    /// Adds a container id that the caller has chosen to the inventory.
     pub fn note_id(&self, id: &str) {
-        self.ids.lock().expect("nobody panics with the ids").push(id.to_owned());
+        self.ids.lock().expect("the lock is not poisoned").push(id.to_owned());
     }
 
     /// What containerd and its shims have logged.
@@ -236,21 +240,22 @@ impl Containerd {
         &self.log
     }
 
-    /// Pid of the process that all others are descendants of.
+    /// Pid of the keeper, the ancestor of all others.
     pub fn keeper_pid(&self) -> u32 {
         self.keeper.id()
     }
 
     /// Ids of all containers so far.
     pub(crate) fn ids(&self) -> Vec<String> {
-        self.ids.lock().expect("nobody panics with the ids").clone()
+        self.ids.lock().expect("the lock is not poisoned").clone()
     }
 }
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        // The end of its stdin is the keeper's order to clean up; the end of its stderr says that all are gone.
-        drop(self.pipes.lock().expect("nobody panics with the pipes").take());
+        // The end of its stdin is the keeper's order to clean up; the end of its stderr reports that all
+        // processes have ended.
+        drop(self.pipes.lock().expect("the lock is not poisoned").take());
         if let Some(reader) = self.reader.take() {
             reader.join().expect("reading a log does not panic");
         }
@@ -291,7 +296,8 @@ fn write(dir: &Path, name: &str, content: &str) -> Result<()> {
     fs::write(dir.join(name), content).with_context(|| format!("cannot write {}/{name}", dir.display()))
 }
 
-/// The setup's directories of programs, that of the freshly built shim, if there is one, and the harness's own path.
+/// The search path: the setup's directories, the directory of the freshly built shim, if there is one, and
+/// the harness's own path.
 fn search_path(setup: &Setup) -> Result<std::ffi::OsString> {
     let shim = match paths::release_dir() {
         Err(error) if paths::runtime() == "io.machinen.v1" => return Err(error),

@@ -28,15 +28,15 @@ impl Containerd {
     /// Runs `ctr`, whatever its status.
     ///
     /// # Errors
-    /// It could not be run, or not within its time.
+    /// The program cannot be run, or exceeds its deadline.
     pub fn ctr_output(&self, args: &[&str]) -> Result<Output> {
         self.ctr(args)?.run()
     }
 
-    /// Runs `ctr` and returns what it printed.
+    /// Runs `ctr` and returns its output.
     ///
     /// # Errors
-    /// It failed; both of its streams are quoted.
+    /// The program failed; both of its streams are quoted.
     pub fn ctr_ok(&self, args: &[&str]) -> Result<String> {
         Ok(self.ctr(args)?.run()?.ok()?.text())
     }
@@ -44,7 +44,7 @@ impl Containerd {
     /// Writes the image to an archive and imports it.
     ///
     /// # Errors
-    /// Either of it failed.
+    /// One of the two failed.
     pub fn import(&self, image: &Image) -> Result<()> {
         let archive = self.root().join("image.tar");
         image.write(&archive)?;
@@ -67,7 +67,7 @@ impl Containerd {
         }
     }
 
-    /// `ctr run` of a container with a specification (config.json) of the caller's own.
+    /// `ctr run` of a container with the caller's specification (config.json).
     pub fn run_spec<'a>(&'a self, config: &Path) -> Run<'a> {
         let run = self.run("", &[]).flag("--config").flag(config);
         Run { subject: None, ..run }
@@ -147,28 +147,29 @@ impl Run<'_> {
         Ok(ctr)
     }
 
-    /// Runs it to its end, whatever its status.
+    /// Runs the container to its end, whatever its status.
     ///
     /// # Errors
-    /// It could not be run, or not within its time.
+    /// The program cannot be run, or exceeds its deadline.
     pub fn output(&self) -> Result<Output> {
         self.invocation()?.run()
     }
 
-    /// Runs it and returns what the container printed.
+    /// Runs the container and returns its output.
     ///
     /// # Errors
-    /// It failed; both streams are quoted.
+    /// The program failed; both streams are quoted.
     pub fn ok(&self) -> Result<String> {
         Ok(self.output()?.ok()?.text())
     }
 
-    /// Runs it with the bytes, and then EOF, as its stdin.
+    /// Runs the container with the bytes, and then EOF, as its stdin.
     ///
-    /// They are there before ctr is: it has read all of them, and their end, long before the container runs.
+    /// The bytes are there before ctr starts: ctr has read all of them, and their end, long before the
+    /// container runs.
     ///
     /// # Errors
-    /// It could not be run, or not within its time.
+    /// The program cannot be run, or exceeds its deadline.
     pub fn output_of_stdin(self, bytes: &[u8]) -> Result<Output> {
         let mut running = self.with_stdin().spawn(DEADLINE)?;
         let mut stdin = running.stdin().context("no stdin")?;
@@ -177,10 +178,10 @@ impl Run<'_> {
         running.wait()
     }
 
-    /// Starts it, for tests that act while it runs.
+    /// Starts the container, for tests that act while it runs.
     ///
     /// # Errors
-    /// It could not be run.
+    /// The program cannot be run.
     pub fn spawn(&self, deadline: Duration) -> Result<Running> {
         self.invocation()?.deadline(deadline).spawn()
     }

@@ -34,7 +34,7 @@ impl Containerd {
     /// Starts a container that only waits, and returns its id.
     ///
     /// # Errors
-    /// It does not start.
+    /// The container does not start.
     pub fn idle(&self, image: &str, runtime: Option<&str>) -> Result<String> {
         let mut run = self.run(image, &["sleep", "100000"]).detached().flag("--null-io");
         if let Some(runtime) = runtime {
@@ -47,12 +47,12 @@ impl Containerd {
     /// Kills and removes a container that was started by [`Containerd::idle`].
     ///
     /// # Errors
-    /// Something of it remains.
+    /// A part of the container remains.
     pub fn end(&self, id: &str) -> Result<()> {
         let from = self.log().position();
         self.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", id])?;
         self.log().wait_for(from, |line| line.contains("topic=/tasks/exit"))?;
-        // It answers with the task's exit status.
+        // The status of `ctr` is the task's exit status.
         self.ctr_output(&["tasks", "delete", id])?;
         self.ctr_ok(&["containers", "delete", id])?;
         Ok(())
@@ -71,33 +71,33 @@ impl Exec<'_> {
     /// This release's `ctr` is missing.
     pub fn invocation(&self) -> Result<Invocation> {
         let mut ctr = self.containerd.ctr(["tasks", "exec", "--exec-id"])?.arg(&self.id);
-        // ctr takes one or the other.
+        // ctr accepts only one of the two flags.
         if !self.flags.iter().any(|flag| flag == "--log-uri") {
             ctr = ctr.arg("--fifo-dir").arg(self.containerd.root().join("fifo"));
         }
         Ok(ctr.args(self.flags.clone()).arg(&self.container).args(self.command.clone()))
     }
 
-    /// Runs it to its end, whatever its status.
+    /// Runs the process to its end, whatever its status.
     ///
     /// # Errors
-    /// It could not be run, or not within its time.
+    /// The program cannot be run, or exceeds its deadline.
     pub fn output(&self) -> Result<Output> {
         self.invocation()?.run()
     }
 
-    /// Starts it, for tests that act while it runs.
+    /// Starts the process, for tests that act while it runs.
     ///
     /// # Errors
-    /// It could not be run.
+    /// The program cannot be run.
     pub fn spawn(&self, deadline: Duration) -> Result<Running> {
         self.invocation()?.deadline(deadline).spawn()
     }
 
-    /// Runs it with the bytes, and then EOF, as its stdin.
+    /// Runs the process with the bytes, and then EOF, as its stdin.
     ///
     /// # Errors
-    /// It could not be run, or not within its time.
+    /// The program cannot be run, or exceeds its deadline.
     pub fn output_of_stdin(&self, bytes: &[u8]) -> Result<Output> {
         let mut running = self.invocation()?.with_stdin().deadline(DEADLINE).spawn()?;
         let mut stdin = running.stdin().context("no stdin")?;

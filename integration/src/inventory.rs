@@ -1,6 +1,7 @@
-//! What of a private containerd is on the machine now: processes, mounts, files and control groups.
+//! The resources that a private containerd has on the machine now: processes, mounts, files and control
+//! groups.
 //!
-//! Only what belongs to one harness root is counted, so tests may run beside each other.
+//! Only resources of one harness root are counted, so tests may run in parallel.
 
 use std::{
     collections::BTreeSet,
@@ -12,7 +13,7 @@ use std::{
 use anyhow::{Context, Result};
 use nix::mount::{MntFlags, umount2};
 
-/// Where shims listen, those of every containerd of the machine.
+/// The sockets of the shims of every containerd of the machine.
 pub const SHIM_SOCKETS: &str = "/run/containerd/s";
 
 /// A process of the machine.
@@ -24,7 +25,7 @@ pub struct Process {
     pub command: String,
 }
 
-/// Everything that one root, namespace and keeper account for.
+/// Everything that belongs to one root, namespace and keeper.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Inventory {
     pub processes: BTreeSet<Process>,
@@ -34,7 +35,7 @@ pub struct Inventory {
     pub cgroups: BTreeSet<PathBuf>,
 }
 
-/// Where to look.
+/// The places that are searched.
 #[derive(Debug, Clone)]
 pub struct Scope {
     /// All descendants of this process, itself excluded.
@@ -67,7 +68,7 @@ impl Inventory {
             processes: descendants(scope.keeper)?.into_iter().collect(),
             mounts: mounts_below(&scope.root)?.into_iter().collect(),
             files,
-            // The directory that holds a namespace's groups is left by runc too.
+            // runc leaves the directory that contains a namespace's groups too.
             cgroups: cgroups(&scope.namespace)
                 .into_iter()
                 .filter(|path| !path.ends_with(&scope.namespace))
@@ -75,7 +76,7 @@ impl Inventory {
         })
     }
 
-    /// What is in this inventory and was not in the earlier one.
+    /// The entries of this inventory that the earlier one lacks.
     pub fn since(&self, before: &Self) -> Self {
         Self {
             processes: &self.processes - &before.processes,
@@ -110,7 +111,7 @@ pub fn descendants(ancestor: u32) -> Result<Vec<Process>> {
     for entry in fs::read_dir("/proc").context("cannot read /proc")? {
         let name = entry.context("cannot read /proc")?.file_name();
         let pid = name.to_str().and_then(|name| name.parse().ok());
-        // A process may end at any moment; it is not there then.
+        // A process may end at any moment, and is then missing.
         all.extend(pid.and_then(process));
     }
     let mut found: Vec<Process> = Vec::new();
@@ -180,7 +181,7 @@ fn list(dir: &Path, files: &mut BTreeSet<String>) -> Result<()> {
             () => "",
         };
         files.insert(format!("{letter}{}", path.display()));
-        // What is mounted there is a container's own content; the mount itself is listed.
+        // The content of a mount is the container's own; the mount itself is listed.
         if kind.is_dir() && !entry.file_name().eq("rootfs") {
             list(&path, files)?;
         }
@@ -188,10 +189,10 @@ fn list(dir: &Path, files: &mut BTreeSet<String>) -> Result<()> {
     Ok(())
 }
 
-/// Removes what a dead containerd has left: mounts below the root, control groups, the root itself.
+/// Removes the remains of a dead containerd: mounts below the root, control groups, the root itself.
 ///
 /// # Errors
-/// Something could not be removed; the rest was tried nevertheless.
+/// An entry could not be removed; all others were tried nevertheless.
 pub fn wipe(root: &Path, namespace: &str) -> Result<()> {
     let mut result = Ok(());
     for point in mounts_below(root)?.iter().rev() {
@@ -202,12 +203,12 @@ pub fn wipe(root: &Path, namespace: &str) -> Result<()> {
     if let Err(error) = remove_cgroups(namespace) {
         result = Err(error);
     }
-    // Shims that were killed could not do this themselves; they may have done it all the same.
+    // Killed shims could not remove their sockets; other shims have removed them already.
     for socket in shim_sockets(root) {
         let _absent = fs::remove_file(socket);
     }
     let _absent = fs::remove_dir_all(Path::new("/run/containerd/runc").join(namespace));
-    // With something still mounted below, removal could reach into a container's or the host's files.
+    // While something is mounted below, removal could reach into a container's or the host's files.
     result?;
     match fs::remove_dir_all(root) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -228,14 +229,14 @@ pub fn remove_cgroups(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Where the shims of all bundles say that they listen.
+/// The sockets that the shims of all bundles have written down.
 fn shim_sockets(root: &Path) -> Vec<PathBuf> {
     let mut files = BTreeSet::new();
     if list(&root.join("s"), &mut files).is_err() {
         return Vec::new();
     }
-    let told = files.iter().filter(|file| file.ends_with("/address") || file.ends_with("/bootstrap.json"));
-    let texts = told.filter_map(|file| fs::read_to_string(file).ok());
+    let named = files.iter().filter(|file| file.ends_with("/address") || file.ends_with("/bootstrap.json"));
+    let texts = named.filter_map(|file| fs::read_to_string(file).ok());
     texts
         .filter_map(|text| {
             let (_, tail) = text.split_once(SHIM_SOCKETS)?;

@@ -1,13 +1,14 @@
-//! Test harness: a private containerd, images made on the spot, and what is left behind.
+//! Test harness: a private containerd, images made on demand, and the check of what is left behind.
 //!
 //! ```text
 //!   test, demo or bench ──> Containerd ──stdin pipe──> machinen-keeper (subreaper)
 //!                              │                          └── containerd ── shims ── QEMU, ...
-//!                              └── ctr                    end of the pipe: kills all of them, unmounts, removes
+//!                              └── ctr                    end of the pipe: kills all, unmounts, removes
 //! ```
 //!
-//! The keeper is why nothing outlives a test, even one that was killed: whatever containerd started is its
-//! descendant, and that is also how [`inventory`] knows which processes of the machine belong to which test.
+//! The keeper is the reason why nothing outlives a test, even one that was killed: every process that
+//! containerd has started is a descendant of the keeper. This is also how [`inventory`] knows which processes
+//! of the machine belong to which test.
 
 pub mod bundle;
 pub mod containerd;
@@ -27,5 +28,6 @@ pub mod setup;
 pub mod shim;
 #[expect(unsafe_code, reason = "the one place for it")]
 pub mod sys;
+pub mod task;
 pub mod templates;
 pub mod terminal;

@@ -1,4 +1,4 @@
-//! containerd's log while it grows: shims log into it, and it tells which events they have sent.
+//! containerd's log while it grows: shims log into it, and it shows the events that they have sent.
 
 use std::{
     fmt,
@@ -39,15 +39,15 @@ impl Log {
     /// Waits for a line after a position, and returns it.
     ///
     /// # Errors
-    /// It did not come in time, or the log ended before.
+    /// The line did not come in time, or the log ended before.
     pub fn wait_for(&self, from: usize, wanted: impl FnMut(&str) -> bool) -> Result<String> {
         self.wait_within(DEADLINE, from, wanted)
     }
 
-    /// The same with a deadline of the caller's own.
+    /// The same with the caller's deadline.
     ///
     /// # Errors
-    /// It did not come in time, or the log ended before.
+    /// The line did not come in time, or the log ended before.
     pub fn wait_within(
         &self,
         time: Duration,
@@ -94,7 +94,7 @@ impl Log {
     }
 }
 
-/// The whole log but for what every start of containerd writes.
+/// The whole log, without the lines of every start of containerd.
 impl fmt::Display for Log {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let telling = |line: &&String| {
@@ -104,7 +104,7 @@ impl fmt::Display for Log {
     }
 }
 
-/// The topic, when the line says that containerd has passed on an event.
+/// The topic, if the line reports that containerd has passed on an event.
 fn event(line: &str) -> Option<&str> {
     let (_, tail) = line.split_once("topic=")?;
     line.contains("event forwarded").then(|| tail.split(' ').next())?

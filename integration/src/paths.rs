@@ -1,4 +1,4 @@
-//! Where the harness finds what `make setup` and `make build` have left.
+//! The paths of what `make setup` and `make build` have installed and built.
 
 use std::{
     env,
@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-/// Runtime that the tests exercise: `io.machinen.v1`, or what `MACHINEN_TEST_RUNTIME` names
+/// Runtime that the tests exercise: `io.machinen.v1`, or the value of `MACHINEN_TEST_RUNTIME`
 /// (`io.containerd.runc.v2` shows that a test demands nothing that runc does not do).
 pub fn runtime() -> String {
     env::var("MACHINEN_TEST_RUNTIME").unwrap_or_else(|_| "io.machinen.v1".to_owned())
@@ -46,17 +46,17 @@ pub fn workspace() -> &'static Path {
 /// One of the containerd release's programs, `containerd` or `ctr`.
 ///
 /// # Errors
-/// It is not there: `make setup` has not run.
+/// The program is missing: `make setup` has not run.
 pub fn containerd_program(version: Version, program: &str) -> Result<PathBuf> {
     let path = workspace().join("target/containerd").join(version.name()).join("bin").join(program);
     ensure!(path.exists(), "{} is missing: run `make setup`", path.display());
     Ok(path)
 }
 
-/// A program of this crate, built by cargo beside the running one.
+/// A program of this crate, built by cargo next to the running one.
 ///
 /// # Errors
-/// It has not been built.
+/// The program has not been built.
 pub fn own_program(name: &str) -> Result<PathBuf> {
     let exe = env::current_exe().context("cannot find the running program")?;
     // Tests run from `deps/`, programs from the directory above.
@@ -65,12 +65,12 @@ pub fn own_program(name: &str) -> Result<PathBuf> {
         .take(2)
         .map(|dir| dir.join(name))
         .find(|path| path.is_file())
-        .with_context(|| format!("{name} is not beside {}: build the whole crate", exe.display()))
+        .with_context(|| format!("{name} is not next to {}: build the whole crate", exe.display()))
 }
 
 /// Directory of the release build of the shim and the command line.
 ///
-/// Beside the running program's profile directory, so that `CARGO_TARGET_DIR` is honoured.
+/// It is next to the running program's profile directory, so that `CARGO_TARGET_DIR` is honoured.
 ///
 /// # Errors
 /// The shim has not been built.
@@ -83,10 +83,10 @@ pub fn release_dir() -> Result<PathBuf> {
         .context("containerd-shim-machinen-v1 is not built: run `make build`")
 }
 
-/// The guest's agent, as `make guest-image` has built it.
+/// The guest's agent, built by `make guest-image`.
 ///
 /// # Errors
-/// It has not been built.
+/// The agent has not been built.
 pub fn agent() -> Result<PathBuf> {
     let target = release_dir()?.join("..");
     let triple = "x86_64-unknown-linux-gnu/release/machinen-agent";
@@ -102,7 +102,7 @@ pub fn assets() -> PathBuf {
     workspace().join("target/guest")
 }
 
-/// Programs that setup has installed for machinen beside the checkout's other artefacts.
+/// Programs that setup has installed for machinen next to the checkout's other artefacts.
 pub fn tools() -> PathBuf {
     workspace().join("target/tools/bin")
 }

@@ -1,12 +1,12 @@
 //! How long each phase of a container's start took, as the shim logs it.
 //!
 //! The shim writes one line per start, `... phases="rootdisk=12.3ms vm=850.0ms ..."`, into containerd's log.
-//! Everything else on the line, quoting included, is left to whichever logger wrote it.
+//! The parser accepts any logger's format of the rest of the line, including its quoting.
 
 /// A phase and its milliseconds.
 pub type Phase = (String, f64);
 
-/// The phases on a log line, in order; none when it has none.
+/// The phases on a log line, in order; empty for other lines.
 pub fn parse(line: &str) -> Option<Vec<Phase>> {
     let (_, tail) = line.split_once("phases=")?;
     let tail = tail.trim_start_matches(['\\', '"']);

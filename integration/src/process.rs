@@ -18,10 +18,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::sys;
 
-/// Longest a program may take when nothing else was said: a VM on an emulated, busy processor fits in.
+/// Default for the longest that a program may take: long enough for a VM on an emulated, busy processor.
 pub const DEADLINE: Duration = Duration::from_secs(90);
 
-/// A command line, before it runs. Nothing of the harness's environment is passed on but `PATH`.
+/// A command line, before it runs. Of the harness's environment, only `PATH` is passed on.
 #[derive(Debug, Clone)]
 pub struct Invocation {
     program: PathBuf,
@@ -32,7 +32,7 @@ pub struct Invocation {
     deadline: Duration,
 }
 
-/// What a program left.
+/// The result of a program that has ended.
 #[derive(Debug, Clone)]
 pub struct Output {
     /// Exit status; 128+n when signal n ended it.
@@ -53,7 +53,7 @@ pub struct Running {
     stderr: Stream,
 }
 
-/// A stream of a running program, read as it comes.
+/// A stream of a running program, read continuously.
 #[derive(Debug)]
 pub(crate) struct Stream {
     state: Arc<(Mutex<Received>, Condvar)>,
@@ -194,10 +194,10 @@ impl Running {
         self.child.stdin.take()
     }
 
-    /// Waits until the program has written some text to its stdout.
+    /// Waits until the program has written a text to its stdout.
     ///
     /// # Errors
-    /// It did not before its deadline or its end.
+    /// The text did not come before the program's deadline or end.
     pub fn wait_for_stdout(&self, text: &str) -> Result<()> {
         let left = self.deadline.saturating_sub(self.started.elapsed());
         ensure!(self.stdout.contains(text, left), "`{}` did not print {text:?}", self.name);
@@ -272,10 +272,10 @@ impl std::fmt::Display for Output {
     }
 }
 
-/// Waits until a process ends, whoever its parent is; false when it has not within the time.
+/// Waits until a process ends, also one that is no child of this process; false after the given time.
 ///
 /// # Errors
-/// It cannot be watched.
+/// The process cannot be watched.
 pub fn wait_for_end(pid: u32, time: Duration) -> Result<bool> {
     let fd = match sys::pidfd_open(pid) {
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(true),
@@ -299,7 +299,7 @@ impl Stream {
                     let mut received = received.lock().expect("readers do not panic");
                     match read {
                         Ok(count) if count > 0 => received.bytes.extend_from_slice(&buffer[..count]),
-                        // What was read before an error is the best that is known.
+                        // Bytes that were read before an error are kept.
                         _ => received.ended = true,
                     }
                     grown.notify_all();
@@ -322,7 +322,7 @@ impl Stream {
         has(&waited.0.bytes)
     }
 
-    /// What has come so far.
+    /// All bytes that have been read so far.
     pub(crate) fn so_far(&self) -> Vec<u8> {
         self.state.0.lock().expect("readers do not panic").bytes.clone()
     }

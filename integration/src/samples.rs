@@ -1,4 +1,4 @@
-//! Repeated measurements of one thing.
+//! Repeated measurements of one operation.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ impl Samples {
         self.0.push(sample);
     }
 
-    /// Milliseconds; of an even number of samples the mean of the middle two; 0 of none.
+    /// Median in milliseconds; of an even number of samples the mean of the middle two; 0 without samples.
     pub fn median(&self) -> f64 {
         let mut sorted = self.0.clone();
         sorted.sort_unstable();
@@ -20,7 +20,8 @@ impl Samples {
         f64::midpoint(middle(low), middle(high))
     }
 
-    /// Milliseconds that 99 % of the samples do not exceed: of fewer than a hundred the highest; 0 of none.
+    /// Milliseconds that 99 % of the samples do not exceed: of fewer than a hundred the highest; 0 without
+    /// samples.
     pub fn p99(&self) -> f64 {
         let mut sorted = self.0.clone();
         sorted.sort_unstable();

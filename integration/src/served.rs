@@ -1,8 +1,8 @@
-//! A container without containerd: the task API spoken to its shim.
+//! A container without containerd: the tests call the task API of its shim.
 
 use std::{fs, path::Path};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::{
     api,
     protobuf::{EnumOrUnknown, MessageField, well_known_types::any::Any},
@@ -33,13 +33,24 @@ impl<'a> Served<'a> {
         Self::run(containerd, &rootfs.config(&["sleep", "1000"], |_| ())?)
     }
 
-    /// A container with that specification, which runs.
+    /// A running container with that specification.
     ///
     /// # Errors
-    /// It does not start.
+    /// The container does not start.
     pub fn run(containerd: &'a Containerd, config: &Path) -> Result<Self> {
         let mut served = Self::of(containerd, config)?;
         served.create(|_| ())?;
+        served.begin()?;
+        Ok(served)
+    }
+
+    /// A running container with that specification, restored from a checkpoint.
+    ///
+    /// # Errors
+    /// The container is not restored.
+    pub fn restored(containerd: &'a Containerd, config: &Path, checkpoint: &Path) -> Result<Self> {
+        let mut served = Self::of(containerd, config)?;
+        served.create_from(checkpoint)?;
         served.begin()?;
         Ok(served)
     }
@@ -58,15 +69,15 @@ impl<'a> Served<'a> {
     /// A container with that specification in the VM of this one.
     ///
     /// # Errors
-    /// Its bundle cannot be made.
-    pub fn beside(&self, containerd: &'a Containerd, config: &Path) -> Result<Self> {
+    /// The bundle cannot be made.
+    pub fn in_same_vm(&self, containerd: &'a Containerd, config: &Path) -> Result<Self> {
         let shim = Shim::new(containerd)?;
         fs::copy(config, shim.bundle.join("config.json"))?;
         Ok(Self { shim, client: self.client.clone(), pid: 0 })
     }
 
     /// # Errors
-    /// It is refused.
+    /// The call is refused.
     pub fn create(&mut self, change: impl FnOnce(&mut api::CreateTaskRequest)) -> Result<()> {
         let mut request = self.shim.create_request();
         change(&mut request);
@@ -75,13 +86,21 @@ impl<'a> Served<'a> {
         Ok(())
     }
 
+    /// Creates the container from a checkpoint.
+    ///
     /// # Errors
-    /// It is refused.
+    /// The call is refused.
+    pub fn create_from(&mut self, checkpoint: &Path) -> Result<()> {
+        self.create(|request| request.checkpoint = checkpoint.display().to_string())
+    }
+
+    /// # Errors
+    /// The call is refused.
     pub fn begin(&self) -> Result<()> {
         self.client.ok::<api::StartResponse>("Start", &self.start("")).map(drop)
     }
 
-    /// Runs a command in it, whose output goes to `stdout`, and returns its status.
+    /// Runs a command in the container, whose output goes to `stdout`, and returns its status.
     ///
     /// # Errors
     /// A call is refused.
@@ -92,6 +111,18 @@ impl<'a> Served<'a> {
         let status = self.wait(exec_id)?.exit_status;
         self.client.ok::<api::DeleteResponse>("Delete", &self.delete(exec_id))?;
         Ok(status)
+    }
+
+    /// Runs a shell script in the container, and returns its status and output.
+    ///
+    /// # Errors
+    /// A call is refused, or the output cannot be read.
+    pub fn shell(&self, script: &str) -> Result<(u32, String)> {
+        let path = self.shim.bundle.join("output");
+        let status = self.exec_to("shell", &["sh", "-c", script], &format!("file://{}", path.display()))?;
+        let output = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        fs::remove_file(path)?;
+        Ok((status, output))
     }
 
     pub fn exec(&self, exec_id: &str, args: &[&str]) -> api::ExecProcessRequest {
@@ -122,21 +153,23 @@ impl<'a> Served<'a> {
     }
 
     /// # Errors
-    /// It is refused.
+    /// The call is refused.
     pub fn state(&self, exec_id: &str) -> Result<api::StateResponse> {
         let (id, exec_id) = (self.shim.id.clone(), exec_id.to_owned());
         self.client.ok("State", &api::StateRequest { id, exec_id, ..Default::default() })
     }
 
     /// # Errors
-    /// It is refused.
+    /// The call is refused.
     pub fn wait(&self, exec_id: &str) -> Result<api::WaitResponse> {
         let (id, exec_id) = (self.shim.id.clone(), exec_id.to_owned());
         self.client.ok("Wait", &api::WaitRequest { id, exec_id, ..Default::default() })
     }
 
+    /// Checks the status and pid of a process.
+    ///
     /// # Errors
-    /// It is not.
+    /// They differ, or the call is refused.
     pub fn is(&self, exec_id: &str, status: api::Status, pid: u32) -> Result<()> {
         let state = self.state(exec_id)?;
         ensure!(state.status == EnumOrUnknown::new(status) && state.pid == pid, "{state:?}");
@@ -145,17 +178,17 @@ impl<'a> Served<'a> {
     }
 
     /// # Errors
-    /// A call is refused, or the shim lives on.
+    /// A call is refused, or the shim does not end.
     pub fn end(&self) -> Result<()> {
         self.client.ok::<api::Empty>("Kill", &self.kill("", 9))?;
         self.wait("")?;
         self.end_stopped()
     }
 
-    /// Of a container that has ended, or was never started.
+    /// Removes a container that has ended, or was never started, and its shim.
     ///
     /// # Errors
-    /// A call is refused, or the shim lives on.
+    /// A call is refused, or the shim does not end.
     pub fn end_stopped(&self) -> Result<()> {
         self.client.ok::<api::DeleteResponse>("Delete", &self.delete(""))?;
         self.shim.shut_down(&self.client)

@@ -1,4 +1,5 @@
-//! The proof that nothing was left: what a containerd accounts for, now and after everything has had time to go.
+//! The proof that nothing was left: the resources of a containerd, now and after all of them had time to
+//! disappear.
 
 use std::{
     fs,
@@ -22,11 +23,11 @@ use crate::{
     sys,
 };
 
-/// Longest that leftovers may take to go.
+/// Longest that leftovers may take to disappear.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 impl Containerd {
-    /// What this containerd accounts for now, itself excluded.
+    /// The resources of this containerd now, except itself.
     ///
     /// # Errors
     /// `/proc` or a directory cannot be read.
@@ -47,13 +48,13 @@ impl Containerd {
         }
     }
 
-    /// Shims name their sockets by a hash of what is unique to the container, as runc's and ours do.
+    /// Shims, runc's and machinen's, name their sockets by a hash of values that are unique to the container.
     fn socket_names(&self) -> Vec<String> {
         let name = |id: &String| format!("{}/{}/{id}", self.socket().display(), self.namespace());
         self.ids().iter().map(|id| hex(&Sha256::digest(name(id))[..16])).collect()
     }
 
-    /// Waits until nothing is left that was not there `before`.
+    /// Waits until there is nothing that was not there `before`.
     ///
     /// Woken by the end of each process, a change of the mount table and removals in the bundles' directory.
     ///

@@ -1,4 +1,5 @@
-//! What a test changes before its containerd starts: machinen's configuration file and the environment.
+//! Settings that a test changes before its containerd starts: machinen's configuration file and the
+//! environment.
 
 use std::{
     collections::BTreeMap,
@@ -8,7 +9,7 @@ use std::{
 
 use crate::paths;
 
-/// Names the directory of the templates that tests clone their VMs from.
+/// Names the directory with the templates of the tests' VMs.
 const TEMPLATES: &str = "MACHINEN_TEST_TEMPLATES";
 
 /// Configuration of a private containerd and of the machinen that it runs.
@@ -23,8 +24,9 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// For tests: the checkout's assets and tools, a rootdisk cache that all tests share, and the templates that
-    /// `MACHINEN_TEST_TEMPLATES` names, a directory in which `make test` has built one; without it every VM boots.
+    /// For tests: the checkout's assets and tools, a rootdisk cache that all tests share, and the templates
+    /// that `MACHINEN_TEST_TEMPLATES` names, a directory in which `make test` has built one; without it every
+    /// VM boots.
     pub fn new() -> Self {
         let cache = paths::workspace().join("target/test/rootdisk");
         let setup = Self::of_user().set("rootdisk", "dir", Value::path(&cache)).set(
@@ -38,12 +40,12 @@ impl Setup {
         }
     }
 
-    /// Where templates are, and what is done with them: `auto`, `use` or `off`.
+    /// The directory of templates, and the mode of their use: `auto`, `use` or `off`.
     pub fn templates(self, dir: &Path, mode: &str) -> Self {
         self.set("template", "dir", Value::path(dir)).set("template", "mode", Value::text(mode))
     }
 
-    /// Nothing but where the checkout's assets and tools are; all else as any user has it.
+    /// Only the paths of the checkout's assets and tools; all other keys have their defaults.
     pub fn of_user() -> Self {
         let vsock = paths::tools().join("vhost-device-vsock");
         Self::default().set("assets", "dir", Value::path(&paths::assets())).set(

@@ -1,4 +1,4 @@
-//! The shim without containerd's client between: its command line, and the task API spoken to it directly.
+//! The shim without containerd's client: its command line, and direct calls of its task API.
 
 use std::{fs, path::PathBuf, time::Duration};
 
@@ -22,7 +22,7 @@ pub struct Shim<'a> {
     pub bundle: PathBuf,
 }
 
-/// What a run of the shim's binary printed.
+/// The output of a run of the shim's binary.
 #[derive(Debug)]
 pub struct Printed {
     pub status: i32,
@@ -39,10 +39,10 @@ pub struct Client {
 }
 
 impl<'a> Shim<'a> {
-    /// Makes the bundle's directory, in which `config.json` is still missing.
+    /// Makes the bundle's directory, without a `config.json`.
     ///
     /// # Errors
-    /// It cannot be made.
+    /// The directory cannot be made.
     pub fn new(containerd: &'a Containerd) -> Result<Self> {
         let id = containerd.new_id();
         let bundle = containerd.bundle(&id);
@@ -51,15 +51,15 @@ impl<'a> Shim<'a> {
         Ok(Self { containerd, id, bundle })
     }
 
-    /// As [`Shim::serve`], with shell commands that run first.
+    /// Like [`Shim::serve`], with shell commands that run first.
     ///
     /// # Errors
-    /// As that.
+    /// As for [`Shim::serve`].
     pub fn serve_in(&self, environment: &str) -> Result<String> {
         self.announced(self.start_in(environment)?)
     }
 
-    /// `start`, as containerd of that protocol version runs it; 0: it does not say which.
+    /// `start`, as a containerd of that protocol version runs it; 0: the version is not passed.
     ///
     /// # Errors
     /// The binary cannot be run.
@@ -70,15 +70,15 @@ impl<'a> Shim<'a> {
     }
 
     fn start_in(&self, environment: &str) -> Result<Printed> {
-        // In the place of the fifo that containerd makes before it calls, and reads.
+        // Takes the place of the fifo that containerd makes before the call, and reads.
         fs::File::options().create(true).append(true).open(self.bundle.join("log"))?;
         self.run(environment, "start")
     }
 
-    /// Starts it, and returns where it listens.
+    /// Starts the shim, and returns the address of its socket.
     ///
     /// # Errors
-    /// It does not start, or prints what would confuse containerd.
+    /// The shim does not start, or prints something that would confuse containerd.
     pub fn serve(&self) -> Result<String> {
         self.announced(self.start(0)?)
     }
@@ -88,10 +88,10 @@ impl<'a> Shim<'a> {
         Ok(String::from_utf8(printed.stdout)?.trim().to_owned())
     }
 
-    /// Ends a shim without containers, waits until it has gone, and removes the bundle.
+    /// Ends a shim without containers, waits until it has ended, and removes the bundle.
     ///
     /// # Errors
-    /// It lives on.
+    /// The shim does not end.
     pub fn shut_down(&self, client: &Client) -> Result<()> {
         let id = || self.id.clone();
         let connected: api::ConnectResponse =
@@ -99,15 +99,15 @@ impl<'a> Shim<'a> {
         client.ok::<api::Empty>("Shutdown", &api::ShutdownRequest { id: id(), ..Default::default() })?;
         ensure!(
             wait_for_end(connected.shim_pid, Duration::from_secs(3))?,
-            "the shim lives on after Shutdown"
+            "the shim still runs after Shutdown"
         );
         Ok(fs::remove_dir_all(&self.bundle)?)
     }
 
-    /// What the shim has logged.
+    /// The shim's log.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// The log cannot be read.
     pub fn log(&self) -> Result<String> {
         Ok(fs::read_to_string(self.bundle.join("log"))?)
     }
@@ -123,10 +123,10 @@ impl<'a> Shim<'a> {
         Ok((printed, response))
     }
 
-    /// `-info`, as containerd 2.2 and newer ask it once.
+    /// `-info`, as containerd 2.2 and newer call it once.
     ///
     /// # Errors
-    /// The binary cannot be run, or what it printed is not the message that containerd expects.
+    /// The binary cannot be run, or its output is not the message that containerd expects.
     pub fn info(&self) -> Result<(Printed, RuntimeInfo)> {
         let printed = self.run("", "-info")?;
         let info = RuntimeInfo::parse_from_bytes(&printed.stdout);
@@ -173,7 +173,7 @@ impl Client {
     /// Connects to the address that `start` printed; `service` is the task API's name.
     ///
     /// # Errors
-    /// Nobody listens there.
+    /// No shim listens there.
     pub fn connect(address: &str, service: &'static str) -> Result<Self> {
         let client = ttrpc::Client::connect(address);
         let client = client.with_context(|| format!("cannot connect to the shim at {address}"))?;
@@ -209,7 +209,7 @@ impl Client {
     /// Calls a method that must succeed.
     ///
     /// # Errors
-    /// It did not.
+    /// The method was refused.
     pub fn ok<Answer: Message>(&self, method: &str, request: &impl Message) -> Result<Answer> {
         match self.call(method, request)? {
             Ok(answer) => Ok(answer),
@@ -217,10 +217,10 @@ impl Client {
         }
     }
 
-    /// Calls a method that must be refused, and returns how.
+    /// Calls a method that must be refused, and returns the code and the message.
     ///
     /// # Errors
-    /// It was not.
+    /// The method was not refused.
     pub fn refused(&self, method: &str, request: &impl Message) -> Result<(Code, String)> {
         match self.call::<api::Empty>(method, request) {
             Ok(Err(refusal)) => Ok(refusal),

@@ -19,17 +19,18 @@ use nix::{
 /// `ESRCH` when there is no such process (any more).
 pub fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
     let pid = libc::pid_t::try_from(pid).map_err(|_| io::ErrorKind::InvalidInput)?;
-    // SAFETY: the call takes two integers and touches no memory of ours.
+    // SAFETY: the call takes two integers and touches no memory of this process.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
     let fd = i32::try_from(fd).map_err(|_| io::ErrorKind::InvalidData)?;
-    // SAFETY: the kernel has just given us this descriptor and nobody else knows it.
+    // SAFETY: the kernel has just returned this descriptor and no other code knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Reads from a socket, together with the descriptors that were sent along (unix(7), SCM_RIGHTS; at most eight).
+/// Reads from a socket, together with the descriptors that were sent along (unix(7), SCM_RIGHTS; at most
+/// eight).
 ///
 /// # Errors
 /// The socket failed.
@@ -41,19 +42,19 @@ pub fn receive_with_fds(socket: &UnixStream, buffer: &mut [u8]) -> io::Result<(u
     let mut fds = Vec::new();
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(received) = control {
-            // SAFETY: the kernel has just given us these descriptors and nobody else knows them.
+            // SAFETY: the kernel has just returned these descriptors and no other code knows them.
             fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
         }
     }
     Ok((message.bytes, fds))
 }
 
-/// Takes over a descriptor that this process has inherited.
+/// Takes ownership of a descriptor that this process has inherited.
 ///
 /// # Errors
-/// It is not open.
+/// The descriptor is not open.
 pub fn inherited(fd: i32) -> io::Result<OwnedFd> {
-    // SAFETY: F_DUPFD_CLOEXEC touches no memory; the answer is a new descriptor that nobody else knows.
+    // SAFETY: F_DUPFD_CLOEXEC touches no memory; the answer is a new descriptor that no other code knows.
     unsafe {
         match libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) {
             own if own < 0 => Err(io::Error::last_os_error()),

@@ -1,4 +1,4 @@
-//! Templates of a containerd's own, and what becomes of them.
+//! Templates of one containerd, and their states.
 
 use std::{
     fs::{self, DirBuilder},
@@ -19,7 +19,7 @@ use crate::{
     process::{Output, wait_for_end},
 };
 
-/// Longest that a builder may take: it is nice, and other tests are not.
+/// Longest that a builder may take: it runs at a low priority, next to other tests.
 const DEADLINE: Duration = Duration::from_secs(180);
 
 /// A directory of templates below a containerd's root. The keeper of that containerd also ends their holders.
@@ -29,7 +29,7 @@ pub struct Templates<'a> {
     pub dir: PathBuf,
 }
 
-/// A template, as `machinen template ls` tells of it.
+/// A template, as reported by `machinen template ls`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Listed {
     pub key: String,
@@ -66,23 +66,24 @@ impl<'a> Templates<'a> {
     /// `machinen template` with these arguments.
     ///
     /// # Errors
-    /// It cannot be run.
+    /// The program cannot be run.
     pub fn command(&self, args: &[&str]) -> Result<Output> {
         self.containerd.machinen(&[&["template"], args].concat())?.run()
     }
 
-    /// Builds the template of plain containers, which the containerd must be configured to look for here.
+    /// Builds the template of plain containers in this directory, which must be in the containerd's
+    /// configuration.
     ///
     /// # Errors
-    /// It could not be built; what the builder said is quoted.
+    /// The template could not be built; the builder's output is quoted.
     pub fn build(&self) -> Result<Listed> {
-        let said = self.containerd.root().join("template-build");
-        // Not by a child of the test's own: the holder is to be a descendant of the keeper.
-        self.containerd.run_script(&format!("machinen template build >{} 2>&1\n", said.display()))?;
+        let printed = self.containerd.root().join("template-build");
+        // Run by the keeper and not by the test: the holder must be a descendant of the keeper.
+        self.containerd.run_script(&format!("machinen template build >{} 2>&1\n", printed.display()))?;
         let listed = self.list()?;
-        let said = || fs::read_to_string(&said).unwrap_or_default();
-        let [template] = &listed[..] else { anyhow::bail!("{} templates: {}", listed.len(), said()) };
-        ensure!(template.state == "ready", "the template is {}: {}", template.state, said());
+        let printed = || fs::read_to_string(&printed).unwrap_or_default();
+        let [template] = &listed[..] else { anyhow::bail!("{} templates: {}", listed.len(), printed()) };
+        ensure!(template.state == "ready", "the template is {}: {}", template.state, printed());
         Ok(template.clone())
     }
 
@@ -96,7 +97,7 @@ impl<'a> Templates<'a> {
     /// The only template, which is ready.
     ///
     /// # Errors
-    /// There is none, or more than one.
+    /// There is no ready template, or more than one template.
     pub fn only(&self) -> Result<Listed> {
         let listed = self.list()?;
         let [template] = &listed[..] else { anyhow::bail!("not one template: {listed:?}") };
@@ -119,7 +120,7 @@ impl<'a> Templates<'a> {
         Ok(())
     }
 
-    /// Notes what appears from now on.
+    /// Notes the files that appear from now on.
     ///
     /// # Errors
     /// The directory cannot be watched.
@@ -127,10 +128,10 @@ impl<'a> Templates<'a> {
         Watch::of(&self.dir)
     }
 
-    /// Waits until no builder is at work any more.
+    /// Waits until no builder is working.
     ///
     /// # Errors
-    /// One still was after the deadline.
+    /// A builder still was after the deadline.
     pub fn quiet(&self) -> Result<()> {
         for process in self.containerd.inventory()?.processes {
             if process.command.contains("template-builder") {
@@ -171,7 +172,7 @@ impl Watch {
     /// Waits until a file with this extension has appeared.
     ///
     /// # Errors
-    /// None did before the deadline.
+    /// No file has before the deadline.
     pub fn wait_for(&mut self, extension: &str) -> Result<()> {
         let end = Instant::now() + DEADLINE;
         while self.count(extension)? == 0 {
@@ -180,10 +181,10 @@ impl Watch {
         Ok(())
     }
 
-    /// Waits until something is the case that comes with a file.
+    /// Waits until a condition is true that can change with each new file.
     ///
     /// # Errors
-    /// It is not before the deadline.
+    /// The condition is not true before the deadline.
     pub fn wait_until(&mut self, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
         let end = Instant::now() + DEADLINE;
         while !done()? {

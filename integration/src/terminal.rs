@@ -1,4 +1,4 @@
-//! Programs on a terminal of the harness's own, which types and looks.
+//! Programs on a terminal of the harness, which writes input and reads the output.
 
 use std::{fs::File, io::Write, os::fd::AsFd, process::Child, time::Duration};
 
@@ -14,7 +14,7 @@ use rustix::{
 
 use crate::process::{Invocation, Stream, wait_for_end};
 
-/// Longest wait for what a program should print, and for its end.
+/// Longest wait for a program's output, and for its end.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
@@ -43,15 +43,15 @@ impl Terminal {
     }
 
     /// # Errors
-    /// The terminal is gone.
+    /// The terminal is closed.
     pub fn type_in(&mut self, text: &str) -> Result<()> {
         self.master.write_all(text.as_bytes()).context("cannot type")
     }
 
-    /// Waits for a text, and returns all that was printed so far.
+    /// Waits for a text, and returns all output so far.
     ///
     /// # Errors
-    /// It does not come in time.
+    /// The text does not come in time.
     pub fn expect(&self, text: &str) -> Result<String> {
         let seen = self.output.contains(text, PATIENCE);
         let all = String::from_utf8_lossy(&self.output.so_far()).into_owned();
@@ -59,25 +59,25 @@ impl Terminal {
         Ok(all)
     }
 
-    /// Changes the size, and says so to the program.
+    /// Changes the size, and notifies the program.
     ///
     /// # Errors
-    /// The terminal or the program is gone.
+    /// The terminal is closed or the program has ended.
     pub fn resize(&self, columns: u16, rows: u16) -> Result<()> {
         set_size(self.master.as_fd(), columns, rows)?;
         self.signal(Signal::SIGWINCH)
     }
 
     /// # Errors
-    /// The program is gone.
+    /// The program has ended.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         kill(Pid::from_raw(self.child.id().try_into()?), signal).context("cannot signal the program")
     }
 
-    /// Waits for the program's end, and returns its status and all that was printed.
+    /// Waits for the program's end, and returns its status and all its output.
     ///
     /// # Errors
-    /// It does not end in time.
+    /// The program does not end in time.
     pub fn wait(mut self) -> Result<(i32, String)> {
         ensure!(wait_for_end(self.child.id(), PATIENCE)?, "a program on a terminal does not end");
         let status = self.child.wait()?.code().unwrap_or(-1);

@@ -1,7 +1,8 @@
-//! Stands in for QEMU where a test has a [`FakeVmm`](machinen_integration::fake::FakeVmm).
+//! Takes the place of QEMU where a test has a [`FakeVmm`](machinen_integration::fake::FakeVmm).
 //!
-//! It runs as QEMU does, as a user that may do nothing, so it only hands what it was given to the test: its monitor,
-//! console and channel, and its arguments. The test answers when this process is to end, and how.
+//! Like QEMU, this program runs as a user without privileges. It therefore only passes what it was given to
+//! the test: its monitor, console and channel, and its arguments. The test answers when this process has to
+//! end, and how.
 
 use std::{
     env,
@@ -31,8 +32,8 @@ fn main() -> ExitCode {
 
 fn run() -> Result<u8> {
     let args: Vec<String> = env::args().collect();
-    let beside = Path::new(&args[0]).parent().context("no directory in the program's name")?;
-    let mut broker = UnixStream::connect(beside.join(fake::SOCKET)).context("cannot reach the test")?;
+    let dir = Path::new(&args[0]).parent().context("no directory in the program's name")?;
+    let mut broker = UnixStream::connect(dir.join(fake::SOCKET)).context("cannot reach the test")?;
     let inherited = fake::inherited_sockets(&args)?;
     let fds: Vec<OwnedFd> = inherited
         .into_iter()
@@ -48,11 +49,12 @@ fn run() -> Result<u8> {
         .context("cannot hand over the descriptors")?;
     broker.write_all(rest).context("cannot hand over the arguments")?;
     broker.shutdown(Shutdown::Write).context("cannot finish the handing over")?;
-    // Ours are still open under their numbers, and a VM that ends has closed them all.
+    // The received descriptors are still open under their numbers; a VM that has ended has closed all of
+    // them.
     drop(fds);
     let mut end = Vec::new();
     broker.read_to_end(&mut end).context("the test is gone")?;
     let (code, words) = end.split_first().context("the test gave no exit code")?;
-    std::io::stderr().write_all(words).context("cannot say the last words")?;
+    std::io::stderr().write_all(words).context("cannot write the last words")?;
     Ok(*code)
 }

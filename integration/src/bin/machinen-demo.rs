@@ -1,7 +1,8 @@
-//! `make run`: one container in a microVM of its own, from nothing to its exit code, and what each step took.
+//! `make run`: one container in a microVM of its own, from nothing to its exit code, and the duration of each
+//! step.
 //!
-//! Uses a private containerd, the freshly built shim and the user's own rootdisk cache, so that a second run shows
-//! what the cache saves.
+//! Uses a private containerd, the freshly built shim and the user's own rootdisk cache, so that a second run
+//! shows what the cache saves.
 
 use std::{process::ExitCode, time::Instant};
 
@@ -14,7 +15,7 @@ use machinen_integration::{
     setup::Setup,
 };
 
-/// What the container shows of its machine; 42 shows that the exit code comes back.
+/// The container prints facts of its machine; 42 shows that the exit code is passed on.
 const SCRIPT: &str = r#"
 echo "kernel:   $(uname -a)"
 echo "process:  pid $$, $(cat /proc/1/comm), in $(cut -d: -f3 /proc/1/cgroup | tail -1), $(ls -d /proc/[0-9]* | wc -l) visible"
@@ -42,7 +43,7 @@ fn run() -> Result<()> {
     let start = Instant::now();
     let containerd = Containerd::start_with(Version::V1_6, &Setup::of_user())?;
     println!("   containerd serves on {} after {:.0?}", containerd.socket().display(), start.elapsed());
-    // Templates of its own, which go with it.
+    // Templates of this run only, removed at its end.
     let templates = containerd.root().join("templates");
     containerd.configure(&Setup::of_user().templates(&templates, "use"))?;
     let start = Instant::now();
@@ -65,7 +66,7 @@ fn run() -> Result<()> {
     Ok(())
 }
 
-/// Runs the container, and shows what it says, what each step took, and that nothing is left.
+/// Runs the container, and prints its output, the duration of each step, and that nothing is left.
 fn demonstrate(containerd: &Containerd, image: &str, id: &str) -> Result<()> {
     let before = containerd.inventory()?;
     let from = containerd.log().position();

@@ -1,13 +1,14 @@
-//! Runs a program and, when its own stdin ends, takes away everything that the program has left.
+//! Runs a program and, when its own stdin ends, removes everything that the program has left.
 //!
 //! `machinen-keeper ROOT NAMESPACE PROGRAM [ARGUMENT...]`
 //!
-//! The harness holds the other end of stdin. It ends when a test ends, in whatever way: then all descendants are
-//! killed (the keeper is their subreaper, so daemons are descendants too), what is mounted below ROOT is unmounted,
-//! control groups called NAMESPACE are removed, and so is ROOT.
+//! The harness holds the other end of stdin, which is closed when a test ends, however it ends. Then the
+//! keeper kills all its descendants (the keeper is their subreaper, so daemons are descendants too), unmounts
+//! what is mounted below ROOT, and removes the control groups called NAMESPACE and ROOT itself.
 //!
-//! The line `stop` on stdin kills the program, leaving its descendants alone; `restart` starts it again after that; `run FILE`
-//! runs a shell script next to it. Each start is answered by a line with the new process's pid on stdout, `stop` by one with 0.
+//! The line `stop` on stdin kills the program and leaves its descendants alone; `restart` starts the program
+//! again after that; `run FILE` runs a shell script next to it. Each start is answered by a line with the new
+//! process's pid on stdout, `stop` by a line with 0.
 
 use std::{
     env, io,
@@ -45,7 +46,8 @@ fn run() -> Result<()> {
     ensure!(args.len() >= 3, "usage: machinen-keeper ROOT NAMESPACE PROGRAM [ARGUMENT...]");
     let (root, namespace, command) = (Path::new(&args[0]), &args[1], &args[2..]);
     set_child_subreaper(true).context("cannot become a subreaper")?;
-    // A signal for the harness's process group, such as Ctrl-C, is for the harness: the pipe ends with it.
+    // A signal for the harness's process group, such as Ctrl-C, is meant for the harness: when the harness
+    // ends, so does the pipe.
     setsid().context("cannot make a session")?;
 
     let reaper = Reaper::start();
@@ -62,7 +64,7 @@ fn run() -> Result<()> {
             reaper.spawn(&["/bin/sh".to_owned(), script.to_owned()])?;
         }
     }
-    // First, so that it does not react to the deaths of the others.
+    // The program is killed first, so that it does not react to the deaths of the others.
     program.into_iter().for_each(terminate);
     loop {
         // Each death may bring new orphans.
@@ -133,7 +135,7 @@ fn spawn(command: &[String]) -> Result<Pid> {
 }
 
 fn terminate(pid: Pid) {
-    // A process that has ended meanwhile is what was wanted.
+    // The process may have ended in the meantime, which is what was wanted.
     let _gone = kill(pid, Signal::SIGKILL);
 }
 

@@ -1,5 +1,6 @@
-//! A VMM that is none: it takes QEMU's arguments and speaks QEMU's monitor protocol, and its guest is the real agent
-//! as an ordinary process in namespaces of its own. A start takes a tenth of a second, and it misbehaves on demand.
+//! A VMM without a machine: it takes QEMU's arguments and speaks QEMU's monitor protocol, and its guest is
+//! the real agent as an ordinary process in namespaces of its own. A start takes a tenth of a second, and the
+//! VMM misbehaves on demand.
 //!
 //! ```text
 //!   shim ──exec──> fake-qemu (no privileges) ──monitor, console, channel, argv──> FakeVmm, in the test
@@ -38,18 +39,18 @@ use crate::{
     setup::{Setup, Value},
 };
 
-/// Where the test listens, beside the program.
+/// The path of the test's socket, next to the program.
 pub const SOCKET: &str = "vmm.sock";
 
-/// Longest that VMs may take to end with their shims.
+/// Longest that VMs may take to end after their shims.
 const DEADLINE: Duration = Duration::from_secs(20);
 
-/// How the next VMs behave.
+/// The behaviour of the VMs that start next.
 #[derive(Debug, Clone, Copy)]
-pub enum Conduct {
-    /// As QEMU does, with the real agent in it.
+pub enum Behaviour {
+    /// Behaves like QEMU, with the real agent in it.
     Well,
-    /// Ends before it greets, with these last words.
+    /// Ends before the greeting, with these last words.
     Dies(&'static str),
     /// Greets as this major version of QEMU.
     GreetsAs(u32),
@@ -61,17 +62,17 @@ pub enum Conduct {
     DiesOn(&'static str),
     /// Does not answer this command, nor any later one.
     HangsOn(&'static str),
-    /// Stops its agent, and with it all that it would say, when it is given this command.
+    /// Stops its agent, and with it all of the agent's answers, when it is given this command.
     StopsAgentOn(&'static str),
     /// Has no agent in it.
     Silent,
-    /// Has no agent in it but something that writes this to the channel.
+    /// Has no agent; writes this to the channel instead.
     Speaks(&'static [u8]),
-    /// Writes that many bytes to its console, and has no agent in it.
+    /// Writes this number of bytes to its console, and has no agent in it.
     Floods(usize),
 }
 
-/// The place where fake VMs run.
+/// The service in the test that runs fake VMs.
 #[derive(Debug)]
 pub struct FakeVmm {
     dir: PathBuf,
@@ -81,20 +82,20 @@ pub struct FakeVmm {
 
 #[derive(Debug)]
 struct Shared {
-    conduct: Mutex<Conduct>,
+    behaviour: Mutex<Behaviour>,
     running: Mutex<usize>,
     fewer: Condvar,
     ended: AtomicBool,
-    /// How many VMs have come to where they hang.
+    /// The number of VMs that have come to the point where they hang.
     hanging: Mutex<usize>,
     more: Condvar,
-    /// The outer processes of the agents that run.
+    /// The outer processes of the running agents.
     agents: Mutex<Vec<u32>>,
 }
 
 impl Shared {
     fn hangs(&self) {
-        *self.hanging.lock().expect("nobody panics with the count") += 1;
+        *self.hanging.lock().expect("the lock is not poisoned") += 1;
         self.more.notify_all();
     }
 }
@@ -111,7 +112,7 @@ impl FakeVmm {
         fs::copy(paths::own_program("fake-qemu")?, &program).context("cannot copy fake-qemu")?;
         let agent = paths::agent()?;
         let listener = UnixListener::bind(dir.join(SOCKET)).context("cannot listen for VMs")?;
-        // The user that QEMU runs as must get here.
+        // The user that QEMU runs as must be able to enter this directory.
         for (path, mode) in
             [(containerd.root(), 0o711), (&dir, 0o711), (&program, 0o755), (&dir.join(SOCKET), 0o777)]
         {
@@ -119,7 +120,7 @@ impl FakeVmm {
                 .with_context(|| format!("cannot set the mode of {}", path.display()))?;
         }
         let shared = Arc::new(Shared {
-            conduct: Mutex::new(Conduct::Well),
+            behaviour: Mutex::new(Behaviour::Well),
             running: Mutex::new(0),
             fewer: Condvar::new(),
             ended: AtomicBool::new(false),
@@ -134,7 +135,7 @@ impl FakeVmm {
         Ok(Self { dir, shared, acceptor: Some(acceptor) })
     }
 
-    /// A configuration whose QEMU is this one. Rootdisks are below the containerd's own directory.
+    /// A configuration whose QEMU is this VMM. Rootdisks are below the containerd's own directory.
     pub fn setup(&self) -> Setup {
         Setup::new()
             .set("vm", "qemu", Value::path(&self.dir.join("qemu-system-x86_64")))
@@ -143,33 +144,33 @@ impl FakeVmm {
             .set("rootdisk", "dir", Value::path(&self.dir.join("rootdisk")))
     }
 
-    /// Sets how VMs behave that start from now on.
-    pub fn conduct(&self, conduct: Conduct) {
-        *self.shared.hanging.lock().expect("nobody panics with the count") = 0;
-        *self.shared.conduct.lock().expect("nobody panics with the conduct") = conduct;
+    /// Sets the behaviour of the VMs that start from now on.
+    pub fn behaviour(&self, behaviour: Behaviour) {
+        *self.shared.hanging.lock().expect("the lock is not poisoned") = 0;
+        *self.shared.behaviour.lock().expect("the lock is not poisoned") = behaviour;
     }
 
-    /// Waits until a VM has come to where its conduct says that it hangs.
+    /// Waits until a VM has come to the point where its behaviour makes it hang.
     ///
     /// # Errors
-    /// None has, after a deadline.
+    /// No VM has, after a deadline.
     pub fn wait_until_one_hangs(&self) -> Result<()> {
-        let hanging = self.shared.hanging.lock().expect("nobody panics with the count");
+        let hanging = self.shared.hanging.lock().expect("the lock is not poisoned");
         let (hanging, _) = self
             .shared
             .more
             .wait_timeout_while(hanging, DEADLINE, |hanging| *hanging == 0)
-            .expect("nobody panics with the count");
+            .expect("the lock is not poisoned");
         ensure!(*hanging > 0, "no fake VM has come to where it hangs after {DEADLINE:?}");
         Ok(())
     }
 
-    /// The agents of the VMs that run: each is pid 1 of its guest.
+    /// The agents of the running VMs: each is pid 1 of its guest.
     ///
     /// # Errors
     /// `/proc` cannot be read.
     pub fn agents(&self) -> Result<Vec<Pid>> {
-        let outer = self.shared.agents.lock().expect("nobody panics with the agents").clone();
+        let outer = self.shared.agents.lock().expect("the lock is not poisoned").clone();
         let inner =
             |&pid: &u32| Ok(inventory::descendants(pid)?.first().map(|agent| agent.pid.cast_signed()));
         outer.iter().filter_map(|pid| inner(pid).transpose()).map(|pid| pid.map(Pid::from_raw)).collect()
@@ -178,14 +179,14 @@ impl FakeVmm {
     /// Waits until no VM is left.
     ///
     /// # Errors
-    /// One is, after a deadline.
+    /// A VM is left after a deadline.
     pub fn settle(&self) -> Result<()> {
-        let running = self.shared.running.lock().expect("nobody panics with the count");
+        let running = self.shared.running.lock().expect("the lock is not poisoned");
         let (running, _) = self
             .shared
             .fewer
             .wait_timeout_while(running, DEADLINE, |running| *running > 0)
-            .expect("nobody panics with the count");
+            .expect("the lock is not poisoned");
         ensure!(*running == 0, "{} fake VMs still run after {DEADLINE:?}", *running);
         Ok(())
     }
@@ -194,7 +195,7 @@ impl FakeVmm {
 impl Drop for FakeVmm {
     fn drop(&mut self) {
         self.shared.ended.store(true, Ordering::Relaxed);
-        // Wakes the acceptor up; where it is gone already there is nothing to wake.
+        // Wakes the acceptor up; an acceptor that has ended already needs no waking.
         let _wake = UnixStream::connect(self.dir.join(SOCKET));
         if let Some(acceptor) = self.acceptor.take() {
             acceptor.join().expect("accepting does not panic");
@@ -208,21 +209,21 @@ fn accept(listener: &UnixListener, shared: &Arc<Shared>, dir: &Path, agent: &Pat
         if shared.ended.load(Ordering::Relaxed) {
             return;
         }
-        let conduct = *shared.conduct.lock().expect("nobody panics with the conduct");
+        let behaviour = *shared.behaviour.lock().expect("the lock is not poisoned");
         let (shared, agent, disks) =
             (Arc::clone(shared), agent.to_owned(), dir.join(format!("disks-{number}")));
-        *shared.running.lock().expect("nobody panics with the count") += 1;
+        *shared.running.lock().expect("the lock is not poisoned") += 1;
         std::thread::spawn(move || {
-            if let Err(error) = vm::run(connection, conduct, &agent, &disks, &shared) {
+            if let Err(error) = vm::run(connection, behaviour, &agent, &disks, &shared) {
                 eprintln!("fake VM {number}: {error:#}");
             }
-            *shared.running.lock().expect("nobody panics with the count") -= 1;
+            *shared.running.lock().expect("the lock is not poisoned") -= 1;
             shared.fewer.notify_all();
         });
     }
 }
 
-/// What fake-qemu hands over.
+/// The message of fake-qemu.
 #[derive(Debug)]
 struct Handed {
     monitor: UnixStream,
@@ -233,7 +234,7 @@ struct Handed {
 /// Descriptor numbers of monitor, console and channel in QEMU's arguments.
 ///
 /// # Errors
-/// One of the three is not there.
+/// One of the three is missing.
 pub fn inherited_sockets(args: &[String]) -> Result<[i32; 3]> {
     let number = |id: &str| -> Result<i32> {
         let prefix = format!("socket,id={id},fd=");

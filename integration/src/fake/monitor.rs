@@ -16,15 +16,15 @@ use anyhow::{Context, Result};
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use serde_json::{Value, json};
 
-use super::{Conduct, Shared, vm::Guest};
+use super::{Behaviour, Shared, vm::Guest};
 use crate::sys;
 
 #[derive(Debug)]
 pub(super) struct Monitor {
     socket: UnixStream,
     writer: Mutex<UnixStream>,
-    conduct: Conduct,
-    /// Where the agent looks for disks.
+    behaviour: Behaviour,
+    /// The directory in which the agent looks for disks.
     disks: PathBuf,
     state: Mutex<State>,
     shared: Arc<Shared>,
@@ -32,36 +32,36 @@ pub(super) struct Monitor {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Descriptors by the set that holds them.
+    /// Descriptors by the set that contains them.
     fdsets: BTreeMap<u64, OwnedFd>,
-    /// Set by the name of the block device that was made of it.
+    /// Sets by the name of the block device that was made of them.
     blocks: BTreeMap<String, u64>,
-    /// Files in the agent's directory by the device that they stand for.
+    /// Files in the agent's directory by the device that they represent.
     devices: BTreeMap<String, PathBuf>,
 }
 
-/// Why a command was not carried out.
+/// The reason why a command was not carried out.
 type Refusal = (&'static str, String);
 
 impl Monitor {
     pub(super) fn new(
         socket: UnixStream,
-        conduct: Conduct,
+        behaviour: Behaviour,
         disks: PathBuf,
         shared: Arc<Shared>,
     ) -> Result<Self> {
         let writer = Mutex::new(socket.try_clone()?);
-        Ok(Self { socket, writer, conduct, disks, state: Mutex::default(), shared })
+        Ok(Self { socket, writer, behaviour, disks, state: Mutex::default(), shared })
     }
 
-    /// Serves until the VM is to end; returns the exit code and last words.
+    /// Serves until the VM has to end; returns the exit code and last words.
     pub(super) fn serve(&self, guest: &Guest) -> Result<(u8, &'static str)> {
         std::thread::scope(|scope| {
             if let Guest::Agent(child) = guest {
                 scope.spawn(|| self.follow(child));
             }
             let result = self.answer_commands(guest);
-            // A guest that outlives its monitor has lost its machine.
+            // Without its monitor, a guest has lost its machine.
             guest.kill()?;
             result
         })
@@ -69,13 +69,13 @@ impl Monitor {
 
     /// Closes the monitor for both sides.
     pub(super) fn hang_up(&self) {
-        // It may be closed already.
+        // The monitor may be closed already.
         let _closed = self.socket.shutdown(std::net::Shutdown::Both);
     }
 
-    /// When the agent ends, the machine is off.
+    /// The end of the agent powers the machine off.
     fn follow(&self, agent: &Mutex<std::process::Child>) {
-        let pid = agent.lock().expect("nobody panics with the agent").id();
+        let pid = agent.lock().expect("the lock is not poisoned").id();
         let ended = crate::process::wait_for_end(pid, std::time::Duration::from_secs(1 << 20));
         if ended.is_ok() {
             self.event("SHUTDOWN", &json!({ "guest": true, "reason": "guest-shutdown" }));
@@ -84,7 +84,7 @@ impl Monitor {
     }
 
     fn answer_commands(&self, guest: &Guest) -> Result<(u8, &'static str)> {
-        let major = if let Conduct::GreetsAs(major) = self.conduct { major } else { 7 };
+        let major = if let Behaviour::GreetsAs(major) = self.behaviour { major } else { 7 };
         let version = json!({ "qemu": { "major": major, "minor": 2, "micro": 0 }, "package": "fake" });
         self.send(&json!({ "QMP": { "version": version, "capabilities": [] } }));
         let mut buffer = vec![0; 64 << 10];
@@ -106,21 +106,21 @@ impl Monitor {
                 let command: Value = serde_json::from_slice(&line[..end]).context("odd command")?;
                 line.drain(..=end);
                 let name = command["execute"].as_str().context("no command")?;
-                match self.conduct {
+                match self.behaviour {
                     _ if hangs => continue,
-                    Conduct::HangsOn(last) if last == name => {
+                    Behaviour::HangsOn(last) if last == name => {
                         hangs = true;
                         self.shared.hangs();
                         continue;
                     }
-                    Conduct::StopsAgentOn(last) if last == name => {
+                    Behaviour::StopsAgentOn(last) if last == name => {
                         guest.stop()?;
                         self.shared.hangs();
                     }
-                    Conduct::DiesOn(fatal) if fatal == name => {
+                    Behaviour::DiesOn(fatal) if fatal == name => {
                         return Ok((1, "fake-qemu: that was too much\n"));
                     }
-                    Conduct::Refuses(refused) if refused == name => {
+                    Behaviour::Refuses(refused) if refused == name => {
                         self.reply(&command, Err(("GenericError", "not today".to_owned())));
                         continue;
                     }
@@ -137,7 +137,7 @@ impl Monitor {
 
     fn execute(&self, name: &str, arguments: &Value, fds: &mut Vec<OwnedFd>) -> Result<Value, Refusal> {
         let text = |key: &str| arguments[key].as_str().unwrap_or_default().to_owned();
-        let mut state = self.state.lock().expect("nobody panics with the state");
+        let mut state = self.state.lock().expect("the lock is not poisoned");
         match name {
             "qmp_capabilities" | "quit" => Ok(json!({})),
             "add-fd" => {
@@ -198,8 +198,8 @@ impl Monitor {
     }
 
     fn send(&self, message: &Value) {
-        let mut writer = self.writer.lock().expect("nobody panics with the monitor");
-        // Whoever is gone need not be told.
+        let mut writer = self.writer.lock().expect("the lock is not poisoned");
+        // A client that has disconnected needs no answer.
         let _gone = writer.write_all(format!("{message}\r\n").as_bytes());
     }
 }

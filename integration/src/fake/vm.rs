@@ -1,4 +1,4 @@
-//! One fake VM, from the handing over of its sockets to the end of its agent.
+//! One fake VM, from the transfer of its sockets to the end of its agent.
 
 use std::{
     fs,
@@ -21,7 +21,7 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{Conduct, DEADLINE, Handed, Shared, monitor::Monitor};
+use super::{Behaviour, DEADLINE, Handed, Shared, monitor::Monitor};
 use crate::{inventory, sys};
 
 /// The agent finds its channel under this number.
@@ -30,34 +30,34 @@ const CHANNEL_FD: i32 = 3;
 /// Runs a VM until it ends: by its agent, by its monitor, or because fake-qemu was killed.
 pub(super) fn run(
     mut qemu: UnixStream,
-    conduct: Conduct,
+    behaviour: Behaviour,
     agent: &Path,
     disks: &Path,
     shared: &Arc<Shared>,
 ) -> Result<()> {
     let Handed { monitor, mut console, channel } = receive(&qemu)?;
-    match conduct {
-        Conduct::Dies(words) => return end(&mut qemu, 1, words),
-        Conduct::Babbles(bytes) => {
+    match behaviour {
+        Behaviour::Dies(words) => return end(&mut qemu, 1, words),
+        Behaviour::Babbles(bytes) => {
             (&monitor).write_all(bytes)?;
             return until_killed(&qemu);
         }
         _ => {}
     }
     fs::create_dir(disks).with_context(|| format!("cannot make {}", disks.display()))?;
-    let monitor = Arc::new(Monitor::new(monitor, conduct, disks.to_owned(), Arc::clone(shared))?);
-    let guest = match conduct {
-        Conduct::Silent => {
+    let monitor = Arc::new(Monitor::new(monitor, behaviour, disks.to_owned(), Arc::clone(shared))?);
+    let guest = match behaviour {
+        Behaviour::Silent => {
             shared.hangs();
             Guest::Nobody(channel)
         }
-        Conduct::Speaks(bytes) => {
+        Behaviour::Speaks(bytes) => {
             let mut channel = UnixStream::from(channel);
             channel.write_all(bytes)?;
             Guest::Nobody(channel.into())
         }
-        Conduct::Floods(bytes) => {
-            // A reader that is gone has had enough.
+        Behaviour::Floods(bytes) => {
+            // A reader that has closed its end needs no more bytes.
             let _closed = console.write_all(&vec![b'#'; bytes]);
             Guest::Nobody(channel)
         }
@@ -65,19 +65,19 @@ pub(super) fn run(
     };
     drop(console);
     let agent = guest.pid();
-    shared.agents.lock().expect("nobody panics with the agents").extend(agent);
+    shared.agents.lock().expect("the lock is not poisoned").extend(agent);
     let watcher = std::thread::spawn({
         let (guest, qemu, monitor) = (guest.clone()?, qemu.try_clone()?, Arc::clone(&monitor));
         move || {
             let dead = until_killed(&qemu);
-            // A process that was killed says nothing any more.
+            // A killed process writes no last words.
             monitor.hang_up();
             guest.kill()?;
             dead
         }
     });
     let served = monitor.serve(&guest);
-    shared.agents.lock().expect("nobody panics with the agents").retain(|&pid| Some(pid) != agent);
+    shared.agents.lock().expect("the lock is not poisoned").retain(|&pid| Some(pid) != agent);
     let (code, words) = served?;
     guest.kill()?;
     end(&mut qemu, code, words)?;
@@ -85,7 +85,7 @@ pub(super) fn run(
     fs::remove_dir_all(disks).with_context(|| format!("cannot remove {}", disks.display()))
 }
 
-/// What is in the VM.
+/// The content of the VM.
 #[derive(Debug)]
 pub(super) enum Guest {
     Agent(Arc<Mutex<Child>>),
@@ -104,13 +104,13 @@ impl Guest {
     /// The agent's outer process.
     fn pid(&self) -> Option<u32> {
         let Self::Agent(child) = self else { return None };
-        Some(child.lock().expect("nobody panics with the agent").id())
+        Some(child.lock().expect("the lock is not poisoned").id())
     }
 
-    /// Its agent says nothing any more, as if it was stuck; its containers go on.
+    /// Stops the agent, as if it hung; the agent's containers continue to run.
     ///
     /// # Errors
-    /// There is none.
+    /// The VM has no agent.
     pub(super) fn stop(&self) -> Result<()> {
         let outer = self.pid().context("no agent to stop")?;
         let inner = inventory::descendants(outer)?.first().map_or(outer, |process| process.pid);
@@ -120,36 +120,38 @@ impl Guest {
     /// Kills all processes of the guest at once, and waits for them.
     ///
     /// # Errors
-    /// Something of it is left.
+    /// A part of the guest is left.
     pub(super) fn kill(&self) -> Result<()> {
         let Self::Agent(child) = self else { return Ok(()) };
-        let mut child = child.lock().expect("nobody panics with the agent");
+        let mut child = child.lock().expect("the lock is not poisoned");
         if child.try_wait().context("cannot wait for an agent")?.is_none() {
-            // With pid 1 of the guest all of it ends, and then the outer process that waits for it.
+            // The end of pid 1 of the guest ends all of the guest, and then the outer process that waits for
+            // it.
             let inner = inventory::descendants(child.id())?;
             let pid = inner.first().map_or(child.id(), |process| process.pid);
             let _gone = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
-            // It may be what was stopped.
+            // The outer process may be stopped.
             let _gone = kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGCONT);
             child.wait().context("cannot wait for an agent")?;
         }
-        // An agent that was killed as it started could not do this itself.
+        // An agent that was killed during its start could not do this itself.
         clear_cgroups(&format!("machinen-agent-{}", child.id()))
     }
 }
 
-/// Removes control groups when the last process has left them: one that was just being forked may still come and go.
+/// Removes control groups when the last process has left them: a process that was being forked may still
+/// appear and end.
 fn clear_cgroups(name: &str) -> Result<()> {
     let end = Instant::now() + DEADLINE;
     for group in inventory::cgroups(name) {
-        // v1's hierarchies have none, and nobody of ours.
+        // The hierarchies of v1 have no such file, and no process of the guest.
         let Ok(events) = fs::File::open(group.join("cgroup.events")) else { continue };
         let _gone = fs::write(group.join("cgroup.kill"), "1");
         while fs::read_to_string(group.join("cgroup.events")).is_ok_and(|text| text.contains("populated 1")) {
             let left = PollTimeout::try_from(end.saturating_duration_since(Instant::now()))?;
             let mut changed = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
-            let told = poll(&mut changed, left).context("cannot watch a control group")?;
-            ensure!(told > 0, "{} has processes after {DEADLINE:?}", group.display());
+            let polled = poll(&mut changed, left).context("cannot watch a control group")?;
+            ensure!(polled > 0, "{} has processes after {DEADLINE:?}", group.display());
         }
     }
     inventory::remove_cgroups(name)
@@ -164,9 +166,9 @@ fn receive(qemu: &UnixStream) -> Result<Handed> {
     Ok(Handed { monitor: monitor.into(), console: console.into(), channel })
 }
 
-/// Tells fake-qemu how to end.
+/// Sends fake-qemu its exit code and last words.
 fn end(qemu: &mut UnixStream, code: u8, words: &str) -> Result<()> {
-    // It may have been killed meanwhile.
+    // fake-qemu may have been killed in the meantime.
     let _killed = qemu.write_all(&[code]).and_then(|()| qemu.write_all(words.as_bytes()));
     qemu.shutdown(std::net::Shutdown::Write).or_else(|error| match error.kind() {
         std::io::ErrorKind::NotConnected => Ok(()),
@@ -174,10 +176,10 @@ fn end(qemu: &mut UnixStream, code: u8, words: &str) -> Result<()> {
     })
 }
 
-/// Returns when fake-qemu has ended, for whatever reason.
+/// Returns when fake-qemu has ended, for any reason.
 fn until_killed(qemu: &UnixStream) -> Result<()> {
     let mut fds = [PollFd::new(qemu.as_fd(), PollFlags::empty())];
-    // It has shut its half down long ago, so that reading tells nothing; the hang-up comes with its end.
+    // fake-qemu has shut its half down before, so a read returns at once; the hang-up comes with its end.
     poll(&mut fds, PollTimeout::NONE).context("cannot watch a VM")?;
     Ok(())
 }

@@ -50,7 +50,7 @@ impl Layer {
         Self::default()
     }
 
-    /// A layer that is in a tar archive already.
+    /// The layer of an existing tar archive.
     pub fn of_archive(archive: &Path) -> Self {
         Self { entries: Vec::new(), archive: Some(archive.to_owned()) }
     }
@@ -66,7 +66,7 @@ impl Layer {
     /// A copy of a file of the host.
     ///
     /// # Errors
-    /// It cannot be examined.
+    /// The file cannot be examined.
     pub fn host_file(self, path: &str, file: &Path) -> Result<Self> {
         let status = file.metadata().with_context(|| format!("{} is missing", file.display()))?;
         Ok(self.entry(path, status.permissions().mode() & 0o7777, Content::HostFile(file.to_owned())))

@@ -1,4 +1,4 @@
-//! OCI images made on the spot, without network: layers, configuration, manifest and index in one archive.
+//! OCI images made on demand, without network: layers, configuration, manifest and index in one archive.
 
 mod busybox;
 mod layer;
@@ -68,7 +68,7 @@ impl Image {
         archive.set_preserve_ownerships(true);
         let failed = || format!("cannot unpack {} into {}", self.name, dir.display());
         archive.unpack(dir).with_context(failed)?;
-        // Directories get the time of their last new entry; the same image is to be the same tree.
+        // Directories get the time of their last new entry; the same image must give the same tree.
         for path in layer.directories() {
             File::open(dir.join(path))?.set_modified(UNIX_EPOCH + layer::MTIME).with_context(failed)?;
         }
@@ -122,7 +122,7 @@ impl Image {
 
 type Archive = tar::Builder<BufWriter<File>>;
 
-/// The digest must be in the name, so a layer is made once in a file of its own.
+/// The name must contain the digest, so a layer is first made in a file of its own.
 fn append_layer(tar: &mut Archive, layer: &Layer) -> Result<Descriptor> {
     let file = tempfile::tempfile().context("cannot make a temporary file")?;
     let mut hashed = Hashed { inner: BufWriter::new(file), hash: Sha256::new() };

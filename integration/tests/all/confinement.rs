@@ -1,4 +1,4 @@
-//! What a specification says of the container around the process: mounts, devices, sysctls, seccomp, limits.
+//! The environment of the process that a specification describes: mounts, devices, sysctls, seccomp, limits.
 
 use anyhow::{Context, Result, ensure};
 use machinen_integration::{
@@ -15,7 +15,7 @@ on_newest_containerd!(
     read_only_root,
     devices,
     privileged,
-    the_vm_does_not_show,
+    the_vm_is_hidden,
     clocks_of_its_own,
     sysctls,
     system_calls,
@@ -32,7 +32,7 @@ fn mounts_and_their_options(containerd: &mut Containerd) -> Result<()> {
     let config = bundle.config(&["sh", "-c", script], |spec| {
         let mounts = spec["mounts"].as_array_mut().expect("an array");
         mounts.push(mount("/scratch", "tmpfs", "tmpfs", &["noexec", "nosuid", "mode=700", "size=8m"]));
-        // Neither exists in the image.
+        // The image contains neither of the two.
         mounts.push(mount("/data/inner", "tmpfs", "tmpfs", &["nodev"]));
         mounts.push(mount("/fixed", "tmpfs", "tmpfs", &["ro"]));
     })?;
@@ -130,7 +130,7 @@ fn privileged(containerd: &mut Containerd) -> Result<()> {
 }
 
 /// See "What a container can see of its VM" in docs/design/guest.md.
-fn the_vm_does_not_show(containerd: &mut Containerd) -> Result<()> {
+fn the_vm_is_hidden(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     // The descriptor is of the directory that is being read.
     let script = "dmesg | wc -l; cat /proc/self/cgroup; ls /proc/self/fd | wc -l; set -- /proc/[0-9]*; echo $#; \
@@ -220,7 +220,8 @@ fn resources(spec: &mut Value) -> &mut Value {
 }
 
 fn group_limits(containerd: &mut Containerd) -> Result<()> {
-    // Clients on a host with cgroup v1 ask for no namespace of its own, and mean that the container sees its own group.
+    // Clients on a host with cgroup v1 ask for no cgroup namespace, and expect that the container sees its
+    // own cgroup.
     let bundle = Bundle::busybox(containerd)?;
     for namespaces in [&[][..], &["cgroup"]] {
         group_limits_with(containerd, &bundle, namespaces)?;
@@ -264,7 +265,7 @@ fn memory_limit_kills(containerd: &mut Containerd) -> Result<()> {
     })?;
     let output = containerd.run_spec(&config).output()?;
     ensure!(output.status == 137, "{output}");
-    // The VM and its agent are unharmed: the next container starts as ever.
+    // The VM and its agent are unharmed: the next container starts as usual.
     let config = bundle.config(&["echo", "well"], |_| ())?;
     ensure!(containerd.run_spec(&config).ok()? == "well\n", "no second container");
     Ok(())
@@ -275,8 +276,8 @@ fn bind_mount_is_refused(containerd: &mut Containerd) -> Result<()> {
     std::fs::create_dir(&source)?;
     let flag = format!("type=bind,src={},dst=/shared,options=rbind:ro", source.display());
     let output = containerd.run(IMAGE, &["true"]).flags(&["--mount", &flag]).output()?;
-    let said = output.error_text();
-    ensure!(output.status != 0 && said.contains("not supported yet"), "{output}");
-    ensure!(said.contains("/shared") && said.contains(&source.display().to_string()), "{output}");
+    let printed = output.error_text();
+    ensure!(output.status != 0 && printed.contains("not supported yet"), "{output}");
+    ensure!(printed.contains("/shared") && printed.contains(&source.display().to_string()), "{output}");
     Ok(())
 }

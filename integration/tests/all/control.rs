@@ -1,5 +1,5 @@
-//! What is asked of a running container: pause and resume, counts, new limits; and what happens when it has no memory
-//! left.
+//! Requests for a running container: pause and resume, metrics, new limits; and a container that is out of
+//! memory.
 
 use std::{
     fs,
@@ -22,27 +22,24 @@ use ttrpc::Code;
 
 use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd};
 
-on_every_containerd!(pause_and_resume, counts_match_the_work, out_of_memory_is_told, paused_over_a_restart);
-on_newest_containerd!(limits_change_live, limits_that_cannot_be, one_container_out_of_memory, refusals);
+on_every_containerd!(
+    pause_and_resume,
+    counts_match_the_work,
+    out_of_memory_is_reported,
+    paused_over_a_restart
+);
+on_newest_containerd!(limits_change_live, impossible_limits, one_container_out_of_memory, refusals);
 
 /// Longest wait for something that has no event.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-fn status(containerd: &Containerd, id: &str) -> Result<String> {
-    let list = containerd.ctr_ok(&["tasks", "list"])?;
-    let mut rows = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    let row =
-        rows.find(|row| row.first() == Some(&id)).with_context(|| format!("no task {id} in\n{list}"))?;
-    Ok(row.last().context("an empty row")?.to_string())
-}
-
-/// What `ctr tasks metrics` says, in the message that this host gets.
+/// The output of `ctr tasks metrics`, in the format of this host.
 fn metrics(containerd: &Containerd, id: &str) -> Result<serde_json::Value> {
     let text = containerd.ctr_ok(&["tasks", "metrics", "--format", "json", id])?;
     serde_json::from_str(&text).with_context(|| format!("odd metrics: {text}"))
 }
 
-/// Microseconds of CPU time, of either message.
+/// Microseconds of CPU time, in either format.
 fn cpu_time(containerd: &Containerd, id: &str) -> Result<u64> {
     let metrics = metrics(containerd, id)?;
     let cgroup2 = metrics.pointer("/cpu/usage_usec").and_then(serde_json::Value::as_u64);
@@ -50,19 +47,7 @@ fn cpu_time(containerd: &Containerd, id: &str) -> Result<u64> {
     cgroup2.or(cgroup1.map(|time| time / 1000)).with_context(|| format!("no CPU time in {metrics}"))
 }
 
-fn kill_and_delete(containerd: &Containerd, id: &str) -> Result<()> {
-    let from = containerd.log().position();
-    containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", id])?;
-    containerd.log().wait_for_event(from, "/tasks/exit")?;
-    ensure!(status(containerd, id)? == "STOPPED", "a killed container has not stopped");
-    let deleted = containerd.ctr_output(&["tasks", "delete", id])?;
-    let said = deleted.error_text().contains("exit code 137") || deleted.status == 137;
-    ensure!(said, "deleting {id} should tell the exit code 137: {deleted}");
-    containerd.ctr_ok(&["containers", "delete", id])?;
-    Ok(())
-}
-
-/// Counts are told before, while and after a pause, so they need no more than the guest's agent.
+/// Metrics are reported before, during and after a pause, so they need only the guest's agent.
 fn pause_and_resume(containerd: &mut Containerd) -> Result<()> {
     let run = containerd.run(IMAGE, &["sh", "-c", "while :; do :; done"]).detached().flag("--null-io");
     let id = run.container().to_owned();
@@ -73,19 +58,23 @@ fn pause_and_resume(containerd: &mut Containerd) -> Result<()> {
     ensure!(working(containerd)?, "a busy container uses no CPU time");
     let from = containerd.log().position();
     containerd.ctr_ok(&["tasks", "pause", &id])?;
-    ensure!(status(containerd, &id)? == "PAUSED", "the task is {}", status(containerd, &id)?);
+    ensure!(containerd.task(&id).status()? == "PAUSED", "the task is {}", containerd.task(&id).status()?);
     ensure!(!working(containerd)?, "a paused container uses CPU time");
-    ensure!(containerd.ctr_output(&["tasks", "pause", &id])?.status != 0, "it was paused twice");
-    ensure!(containerd.ctr_output(&["tasks", "delete", &id])?.status != 0, "it was deleted while paused");
+    ensure!(containerd.ctr_output(&["tasks", "pause", &id])?.status != 0, "the container was paused twice");
+    ensure!(
+        containerd.ctr_output(&["tasks", "delete", &id])?.status != 0,
+        "the container was deleted while paused"
+    );
     ensure!(containerd.ctr_ok(&["tasks", "ps", &id])?.lines().count() == 2, "no list of processes");
 
     containerd.ctr_ok(&["tasks", "resume", &id])?;
-    ensure!(status(containerd, &id)? == "RUNNING", "the task is {}", status(containerd, &id)?);
+    ensure!(containerd.task(&id).status()? == "RUNNING", "the task is {}", containerd.task(&id).status()?);
     ensure!(working(containerd)?, "a resumed container uses no CPU time");
-    ensure!(containerd.ctr_output(&["tasks", "resume", &id])?.status != 0, "it was resumed twice");
+    ensure!(containerd.ctr_output(&["tasks", "resume", &id])?.status != 0, "the container was resumed twice");
 
     containerd.ctr_ok(&["tasks", "pause", &id])?;
-    kill_and_delete(containerd, &id)?;
+    containerd.task(&id).kill()?;
+    containerd.task(&id).delete(137)?;
     containerd.log().wait_for_event(from, "/tasks/delete")?;
     let events = containerd.log().events(from);
     ensure!(
@@ -101,26 +90,26 @@ fn paused_over_a_restart(containerd: &mut Containerd) -> Result<()> {
     run.ok()?;
     containerd.ctr_ok(&["tasks", "pause", &id])?;
     containerd.restart()?;
-    ensure!(status(containerd, &id)? == "PAUSED", "the task is {}", status(containerd, &id)?);
+    ensure!(containerd.task(&id).status()? == "PAUSED", "the task is {}", containerd.task(&id).status()?);
     let waiter = containerd.ctr(["tasks", "attach", &id])?.spawn()?;
     let before = cpu_time(containerd, &id)?;
     containerd.ctr_ok(&["tasks", "resume", &id])?;
     ensure!(before < cpu_time(containerd, &id)?, "a resumed container uses no CPU time");
     let from = containerd.log().position();
     containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", &id])?;
-    // Who attaches deletes the task when it has ended.
+    // The attached client deletes the task when it has ended.
     let waited = waiter.wait()?;
-    ensure!(waited.status == 137, "who waited was told {waited}");
+    ensure!(waited.status == 137, "the waiting client got {waited}");
     containerd.log().wait_for_event(from, "/tasks/delete")?;
     let events = containerd.log().events(from);
-    // What containerd did not take while it restarted comes late, and in order.
+    // Events that containerd did not receive during its restart come late, and in order.
     let all = ["/tasks/paused", "/tasks/resumed", "/tasks/exit", "/tasks/delete"];
     ensure!(events.len() >= 2 && all[all.len().saturating_sub(events.len())..] == events[..], "{events:?}");
     containerd.ctr_ok(&["containers", "delete", &id])?;
     Ok(())
 }
 
-/// Both messages, since a host has only one of them.
+/// Both metrics formats, since a host uses only one of them.
 fn counts_match_the_work(containerd: &mut Containerd) -> Result<()> {
     let work = "dd if=/dev/zero of=/dev/shm/a bs=1M count=24; dd if=/dev/zero of=/b bs=1M count=8 conv=fsync;\
                 i=0; while [ $i -lt 30000 ]; do i=$((i+1)); done; sleep 1000 & sleep 1000 &\
@@ -151,13 +140,13 @@ fn counts_match_the_work(containerd: &mut Containerd) -> Result<()> {
         containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", run.container()])?;
         let output = running.wait()?;
         let own = own_cpu_time(&output.text())?;
-        // The shell's own share; the programs that it ran come on top.
-        ensure!((own..own + 5_000_000).contains(&used), "{used} µs, of which the shell says {own}");
+        // The shell's own share; the programs that it ran come in addition.
+        ensure!((own..own + 5_000_000).contains(&used), "{used} µs, of which the shell reports {own}");
     }
     Ok(())
 }
 
-/// Bytes written to all block devices, of either message; a number that is 0 is not in the JSON.
+/// Bytes written to all block devices, in either format; a number that is 0 is not in the JSON.
 fn written_bytes(metrics: &serde_json::Value) -> u64 {
     let number = |value: &serde_json::Value| value.as_u64().unwrap_or(0);
     let list = |pointer: &str| {
@@ -173,7 +162,7 @@ fn written_bytes(metrics: &serde_json::Value) -> u64 {
             .sum::<u64>()
 }
 
-/// Microseconds that a shell says it has used, from its /proc/<pid>/stat (proc(5), fields 14 and 15).
+/// Microseconds that a shell reports for itself, from its /proc/<pid>/stat (proc(5), fields 14 and 15).
 fn own_cpu_time(output: &str) -> Result<u64> {
     let line =
         output.lines().find(|line| line.contains("(sh)")).with_context(|| format!("no stat in {output}"))?;
@@ -181,16 +170,16 @@ fn own_cpu_time(output: &str) -> Result<u64> {
     Ok(ticks * 10_000)
 }
 
-fn out_of_memory_is_told(containerd: &mut Containerd) -> Result<()> {
+fn out_of_memory_is_reported(containerd: &mut Containerd) -> Result<()> {
     let limit = ["--memory-limit", "67108864"];
     let from = containerd.log().position();
-    // Of two processes the larger is killed, and the container lives on.
+    // Of two processes the larger is killed, and the container continues to run.
     let run = containerd.run(IMAGE, &["sh", "-c", "tail /dev/zero; echo ended with $?; sleep 1000"]);
     let run = run.flags(&limit);
     let running = run.spawn(Duration::from_secs(90))?;
     running.wait_for_stdout("ended with 137")?;
     containerd.log().wait_for_event(from, "/tasks/oom")?;
-    ensure!(status(containerd, run.container())? == "RUNNING", "it should live on");
+    ensure!(containerd.task(run.container()).status()? == "RUNNING", "the container should continue to run");
     containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", run.container()])?;
     ensure!(running.wait()?.status == 137, "killed");
 
@@ -204,7 +193,7 @@ fn out_of_memory_is_told(containerd: &mut Containerd) -> Result<()> {
     Ok(())
 }
 
-/// A shim that serves one pod, spoken to directly.
+/// A shim that serves one pod, called without containerd.
 struct Direct<'a> {
     shim: Shim<'a>,
     client: Client,
@@ -301,7 +290,7 @@ fn limits_change_live(containerd: &mut Containerd) -> Result<()> {
     direct.run("busy", "while :; do :; done", &json!({ "memory": { "limit": 67_108_864 } }))?;
     ensure!(direct.stats("busy")?.memory.usage_limit == 67_108_864, "the first limit");
     let update = |resources| direct.client.ok::<api::Empty>("Update", &direct.update("busy", &resources));
-    // As a CRI client does: all of the container's limits, with those that it has not.
+    // The update of a CRI client: all of the container's limits, including the unset ones.
     update(json!({
         "devices": [{ "allow": false, "access": "rwm" }],
         "memory": { "limit": 50_331_648, "swap": 50_331_648, "reservation": 0 },
@@ -316,7 +305,7 @@ fn limits_change_live(containerd: &mut Containerd) -> Result<()> {
     // A tenth of a CPU: it is throttled ten times a second.
     let end = Instant::now() + PATIENCE;
     while direct.stats("busy")?.cpu.nr_throttled < 3 {
-        ensure!(Instant::now() < end, "it is not throttled: {}", direct.stats("busy")?);
+        ensure!(Instant::now() < end, "the container is not throttled: {}", direct.stats("busy")?);
     }
     update(json!({ "cpu": { "quota": -1 }, "pids": { "limit": -1 }, "memory": { "limit": -1 } }))?;
     let stats = direct.stats("busy")?;
@@ -326,7 +315,7 @@ fn limits_change_live(containerd: &mut Containerd) -> Result<()> {
     direct.end()
 }
 
-fn limits_that_cannot_be(containerd: &mut Containerd) -> Result<()> {
+fn impossible_limits(containerd: &mut Containerd) -> Result<()> {
     with_cgroup2_metrics(containerd)?;
     let direct = Direct::new(containerd)?;
     direct.run("c", "sleep 1000", &json!({ "memory": { "limit": 67_108_864 }, "pids": { "limit": 50 } }))?;
@@ -342,14 +331,14 @@ fn limits_that_cannot_be(containerd: &mut Containerd) -> Result<()> {
         (json!({ "unified": { "dmem.max": "1" } }), Code::UNIMPLEMENTED, "dmem.max"),
         (json!({ "memory": "much" }), Code::INVALID_ARGUMENT, "LinuxResources"),
     ] {
-        let (told, message) = direct.client.refused("Update", &direct.update("c", &resources))?;
-        ensure!(told == code && message.contains(words), "{resources}: {told:?}: {message}");
+        let (found, message) = direct.client.refused("Update", &direct.update("c", &resources))?;
+        ensure!(found == code && message.contains(words), "{resources}: {found:?}: {message}");
     }
     let mut other = direct.update("c", &json!({}));
     other.resources.mut_or_insert_default().type_url = "windows".to_owned();
     let (code, message) = direct.client.refused("Update", &other)?;
     ensure!(code == Code::INVALID_ARGUMENT && message.contains("windows"), "{code:?}: {message}");
-    // What stood before the refused limit has its old value again.
+    // The limits before the refused one have their old values again.
     let stats = direct.stats("c")?;
     ensure!(stats.pids.limit == 50 && stats.memory.usage_limit == 67_108_864, "{stats}");
     direct.kill("c")?;
@@ -365,7 +354,7 @@ fn one_container_out_of_memory(containerd: &mut Containerd) -> Result<()> {
     let direct = Direct::new(containerd)?;
     direct.run("neighbour", "sleep 1000", &json!({}))?;
     direct.run("greedy", "exec tail /dev/zero", &json!({ "memory": { "limit": 50_331_648 } }))?;
-    ensure!(direct.wait("greedy")? == 137, "it should be killed");
+    ensure!(direct.wait("greedy")? == 137, "the greedy container should be killed");
     ensure!(direct.status("neighbour")? == EnumOrUnknown::new(api::Status::RUNNING), "the neighbour was hit");
     let stats = direct.stats("neighbour")?;
     ensure!(stats.memory_events.oom_kill == 0 && stats.pids.current == 1, "{stats}");

@@ -13,7 +13,7 @@ use ttrpc::Code;
 
 use crate::harness::on_newest_containerd;
 
-on_newest_containerd!(a_set_has_as_many_of_the_guests_cpus, sets_that_are_none_are_refused);
+on_newest_containerd!(a_set_has_as_many_of_the_guests_cpus, invalid_sets_are_refused);
 
 /// A container with these limits in a VM with two CPUs.
 fn limited(bundle: &Bundle, resources: &Value) -> Result<PathBuf> {
@@ -57,9 +57,9 @@ fn a_set_has_as_many_of_the_guests_cpus(containerd: &mut Containerd) -> Result<(
         first.client.ok::<api::Empty>("Update", &update(&first, &resources))?;
         may_run_on(&first, wanted)?;
     }
-    // One that has no CPU in common with it, in the same VM.
+    // A second container that shares no CPU with the first, in the same VM.
     let mut other =
-        first.beside(containerd, &limited(&bundle, &json!({"unified": {"cpuset.cpus": "3"}}))?)?;
+        first.in_same_vm(containerd, &limited(&bundle, &json!({"unified": {"cpuset.cpus": "3"}}))?)?;
     other.create(|_| ())?;
     other.begin()?;
     may_run_on(&other, "1")?;
@@ -70,7 +70,7 @@ fn a_set_has_as_many_of_the_guests_cpus(containerd: &mut Containerd) -> Result<(
     first.end()
 }
 
-fn sets_that_are_none_are_refused(containerd: &mut Containerd) -> Result<()> {
+fn invalid_sets_are_refused(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     let served = Served::run(containerd, &bundle.config(&["sleep", "1000"], |_| ())?)?;
     for set in ["a", "5-2", "1-", "0-99999999999", ","] {
@@ -80,7 +80,7 @@ fn sets_that_are_none_are_refused(containerd: &mut Containerd) -> Result<()> {
             ("linux.resources.unified", json!({"unified": {"cpuset.cpus": set}})),
         ] {
             let refused = served.client.refused("Update", &update(&served, &resources))?;
-            let other = served.beside(containerd, &limited(&bundle, &resources)?)?;
+            let other = served.in_same_vm(containerd, &limited(&bundle, &resources)?)?;
             let not_created = other.client.refused("Create", &other.shim.create_request())?;
             fs::remove_dir_all(&other.shim.bundle)?;
             for (code, message) in [refused, not_created] {

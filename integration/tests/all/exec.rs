@@ -1,4 +1,4 @@
-//! Processes beside a container's init, as `ctr tasks exec` has them.
+//! Processes in addition to a container's init, as added by `ctr tasks exec`.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ on_newest_containerd!(
     twenty_at_once,
     a_hundred_megabytes_both_ways,
     what_cannot_be_executed,
-    it_ends_with_its_container,
+    processes_end_with_their_container,
     user_and_directory,
 );
 
@@ -54,7 +54,7 @@ fn events_come_in_order(containerd: &mut Containerd) -> Result<()> {
         let from = containerd.log().position();
         containerd.exec(&id, &format!("e{round}"), &["true"]).output()?.ok()?;
         containerd.log().wait_for_event(from, "/tasks/exit")?;
-        // The start of the container may be told late.
+        // The start of the container may be reported late.
         let mut events = containerd.log().events(from);
         events.retain(|event| event != "/tasks/start");
         ensure!(events == wanted, "{events:?} instead of {wanted:?}");
@@ -78,7 +78,7 @@ fn twenty_at_once(containerd: &mut Containerd) -> Result<()> {
     for (number, process) in running.iter().enumerate() {
         process.wait_for_stdout(&format!("{number}\n"))?;
     }
-    // All of them run now.
+    // All of the processes run now.
     containerd.exec(&id, "go", &["touch", "/tmp/go"]).output()?.ok()?;
     for (number, process) in (0_i32..).zip(running) {
         let output = process.wait()?;
@@ -126,7 +126,7 @@ fn what_cannot_be_executed(containerd: &mut Containerd) -> Result<()> {
     containerd.end(&id)
 }
 
-fn it_ends_with_its_container(containerd: &mut Containerd) -> Result<()> {
+fn processes_end_with_their_container(containerd: &mut Containerd) -> Result<()> {
     let id = containerd.idle(IMAGE, None)?;
     let exec = containerd.exec(&id, "e", &["sh", "-c", "echo ready; sleep 1000"]);
     let running = exec.spawn(Duration::from_secs(60))?;
@@ -138,7 +138,7 @@ fn it_ends_with_its_container(containerd: &mut Containerd) -> Result<()> {
     containerd.ctr_output(&["tasks", "delete", &id])?;
     containerd.log().wait_for_event(from, "/tasks/delete")?;
     let events = containerd.log().events(from);
-    // The init's exit is the last: until then its processes might still be reported.
+    // The init's exit is reported last: until then its processes might still be reported.
     ensure!(events == ["/tasks/exit", "/tasks/exit", "/tasks/delete"], "{events:?}");
     containerd.ctr_ok(&["containers", "delete", &id])?;
     Ok(())

@@ -1,4 +1,4 @@
-//! Exec, terminals and stdin as the task API has them, without containerd's client between.
+//! Exec, terminals and stdin in the task API, without containerd's client.
 
 use std::{fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt};
 
@@ -10,7 +10,11 @@ use ttrpc::Code;
 
 use crate::harness::on_newest_containerd;
 
-on_newest_containerd!(states_and_refusals, stdin_is_closed_by_close_io, created_ones_are_forgotten);
+on_newest_containerd!(
+    states_and_refusals,
+    stdin_is_closed_by_close_io,
+    created_processes_do_not_delay_the_end
+);
 
 fn states_and_refusals(containerd: &mut Containerd) -> Result<()> {
     let served = Served::idle(containerd)?;
@@ -66,7 +70,7 @@ fn states_and_refusals(containerd: &mut Containerd) -> Result<()> {
     ] {
         refused(method, Code::NOT_FOUND, refusal)?;
     }
-    // One that cannot be executed has ended without having run.
+    // A process that cannot be executed has ended without having run.
     for (command, status) in [("no-such-command", 127), ("/bin/not-executable", 126)] {
         client.ok::<api::Empty>("Exec", &served.exec("e", &[command]))?;
         client.refused("Start", &served.start("e"))?;
@@ -74,7 +78,7 @@ fn states_and_refusals(containerd: &mut Containerd) -> Result<()> {
         let deleted: api::DeleteResponse = client.ok("Delete", &served.delete("e"))?;
         ensure!(deleted.exit_status == status, "{deleted:?}");
     }
-    // The init is not touched by any of this, and a signal to all is one to everybody.
+    // The init is not affected by any of this, and a signal to all reaches every process.
     client.ok::<api::Empty>("Exec", &sleep)?;
     client.ok::<api::StartResponse>("Start", &served.start("e"))?;
     served.is("", api::Status::RUNNING, *pid)?;
@@ -98,7 +102,7 @@ fn stdin_is_closed_by_close_io(containerd: &mut Containerd) -> Result<()> {
     client.ok::<api::Empty>("Exec", &request)?;
     client.ok::<api::StartResponse>("Start", &served.start("e"))?;
     for text in ["four", "and", "five"] {
-        // Writers come and go; only CloseIO ends it.
+        // Writers come and go; only CloseIO closes stdin.
         OpenOptions::new()
             .write(true)
             .custom_flags(libc::O_NONBLOCK)
@@ -119,13 +123,13 @@ fn stdin_is_closed_by_close_io(containerd: &mut Containerd) -> Result<()> {
     served.end()
 }
 
-fn created_ones_are_forgotten(containerd: &mut Containerd) -> Result<()> {
+fn created_processes_do_not_delay_the_end(containerd: &mut Containerd) -> Result<()> {
     let served = Served::idle(containerd)?;
     let client = &served.client;
     client.ok::<api::Empty>("Exec", &served.exec("e", &["true"]))?;
     let deleted: api::DeleteResponse = client.ok("Delete", &served.delete("e"))?;
     ensure!(deleted.exit_status == 0 && deleted.pid == 0, "{deleted:?}");
-    // Neither one that has not been started nor one that has ended is in the way of the container's end.
+    // Neither a process that was not started nor one that has ended prevents the container's end.
     client.ok::<api::Empty>("Exec", &served.exec("e", &["true"]))?;
     client.ok::<api::Empty>("Exec", &served.exec("f", &["true"]))?;
     client.ok::<api::StartResponse>("Start", &served.start("f"))?;

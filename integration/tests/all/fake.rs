@@ -8,7 +8,7 @@ use machinen_integration::{
     bundle::Bundle,
     containerd::Containerd,
     ctr::Run,
-    fake::{Conduct, FakeVmm},
+    fake::{Behaviour, FakeVmm},
     served::Served,
     setup::Value,
     shim::{Client, Shim},
@@ -32,8 +32,9 @@ on_newest_containerd!(
     annotations_of_later_containers,
 );
 
-/// Makes shims use a fake VMM, and gives a rootfs for specifications of our own: `ctr` asks for a CPU weight, which a
-/// host that has its CPU controller in cgroup v1 cannot give to an agent that is an ordinary process.
+/// Makes shims use a fake VMM, and makes a rootfs for specifications of the test's own: `ctr` asks for a CPU
+/// weight, which a host that has its CPU controller in cgroup v1 cannot give to an agent that is an ordinary
+/// process.
 fn fake(containerd: &Containerd) -> Result<(FakeVmm, Bundle)> {
     let fake = FakeVmm::start(containerd)?;
     containerd.configure(&fake.setup())?;
@@ -44,10 +45,10 @@ fn run<'a>(containerd: &'a Containerd, rootfs: &Bundle, command: &[&str]) -> Res
     Ok(containerd.run_spec(&rootfs.config(command, |_| ())?))
 }
 
-/// A container that shows that all is well again.
+/// A container that shows that starts work again.
 fn works(containerd: &Containerd, rootfs: &Bundle) -> Result<()> {
     let output = run(containerd, rootfs, &["echo", "well"])?.output()?;
-    ensure!(output.status == 0 && output.text() == "well\n", "after all it should work, but: {output}");
+    ensure!(output.status == 0 && output.text() == "well\n", "a container should work again, but: {output}");
     Ok(())
 }
 
@@ -62,25 +63,25 @@ fn a_container_without_a_machine(containerd: &mut Containerd) -> Result<()> {
 fn monitors_that_misbehave(containerd: &mut Containerd) -> Result<()> {
     let (fake, rootfs) = fake(containerd)?;
     works(containerd, &rootfs)?;
-    for (conduct, words) in [
-        (Conduct::Dies("qemu: could not frobnicate\n"), &["could not frobnicate"][..]),
-        (Conduct::GreetsAs(5), &["QEMU 5.2.0 is too old", "7.2"]),
-        (Conduct::Babbles(b"SSH-2.0-OpenSSH_9.2\r\n"), &["not QMP"]),
-        (Conduct::Babbles(b"{}\r\n"), &["QEMU"]),
-        (Conduct::Refuses("qmp_capabilities"), &["qmp_capabilities", "not today"]),
-        (Conduct::Refuses("add-fd"), &["attach", "add-fd", "not today"]),
-        (Conduct::Refuses("blockdev-add"), &["attach", "blockdev-add", "not today"]),
-        (Conduct::Refuses("device_add"), &["attach", "device_add", "not today"]),
-        (Conduct::DiesOn("qmp_capabilities"), &["QEMU"]),
-        (Conduct::DiesOn("add-fd"), &["attach", "QEMU"]),
-        (Conduct::DiesOn("device_add"), &["attach", "QEMU"]),
+    for (behaviour, words) in [
+        (Behaviour::Dies("qemu: could not frobnicate\n"), &["could not frobnicate"][..]),
+        (Behaviour::GreetsAs(5), &["QEMU 5.2.0 is too old", "7.2"]),
+        (Behaviour::Babbles(b"SSH-2.0-OpenSSH_9.2\r\n"), &["not QMP"]),
+        (Behaviour::Babbles(b"{}\r\n"), &["QEMU"]),
+        (Behaviour::Refuses("qmp_capabilities"), &["qmp_capabilities", "not today"]),
+        (Behaviour::Refuses("add-fd"), &["attach", "add-fd", "not today"]),
+        (Behaviour::Refuses("blockdev-add"), &["attach", "blockdev-add", "not today"]),
+        (Behaviour::Refuses("device_add"), &["attach", "device_add", "not today"]),
+        (Behaviour::DiesOn("qmp_capabilities"), &["QEMU"]),
+        (Behaviour::DiesOn("add-fd"), &["attach", "QEMU"]),
+        (Behaviour::DiesOn("device_add"), &["attach", "QEMU"]),
     ] {
-        fake.conduct(conduct);
+        fake.behaviour(behaviour);
         fails_saying(containerd, &run(containerd, &rootfs, &["true"])?, words)
-            .with_context(|| format!("with {conduct:?}"))?;
-        fake.settle().with_context(|| format!("with {conduct:?}"))?;
+            .with_context(|| format!("with {behaviour:?}"))?;
+        fake.settle().with_context(|| format!("with {behaviour:?}"))?;
     }
-    fake.conduct(Conduct::Well);
+    fake.behaviour(Behaviour::Well);
     works(containerd, &rootfs)?;
     fake.settle()
 }
@@ -91,19 +92,19 @@ fn guests_that_misbehave(containerd: &mut Containerd) -> Result<()> {
     // yamux: a data frame that opens stream 2, with what follows it.
     const VERSION_99: &[u8] = b"\0\0\0\x01\0\0\0\x02\0\0\0\x18machinen\x63\0\x01\0\0\0\0\0\0\0\0\0\0\0\0\0";
     const NOISE: &[u8] = b"\0\0\0\x01\0\0\0\x02\0\0\0\x18GET / HTTP/1.1\r\n\r\n      ";
-    for (conduct, words) in [
-        (Conduct::Silent, &["did not answer within 2s"][..]),
-        (Conduct::Speaks(VERSION_99), &["version 99"]),
-        (Conduct::Speaks(NOISE), &["agent"]),
-        (Conduct::Speaks(&[0xff; 4096]), &["agent"]),
-        (Conduct::Floods(64 << 20), &["did not answer within 2s", "####"]),
+    for (behaviour, words) in [
+        (Behaviour::Silent, &["did not answer within 2s"][..]),
+        (Behaviour::Speaks(VERSION_99), &["version 99"]),
+        (Behaviour::Speaks(NOISE), &["agent"]),
+        (Behaviour::Speaks(&[0xff; 4096]), &["agent"]),
+        (Behaviour::Floods(64 << 20), &["did not answer within 2s", "####"]),
     ] {
-        fake.conduct(conduct);
+        fake.behaviour(behaviour);
         let run = run(containerd, &rootfs, &["true"])?;
-        fails_saying(containerd, &run, words).with_context(|| format!("with {conduct:?}"))?;
-        fake.settle().with_context(|| format!("with {conduct:?}"))?;
+        fails_saying(containerd, &run, words).with_context(|| format!("with {behaviour:?}"))?;
+        fake.settle().with_context(|| format!("with {behaviour:?}"))?;
     }
-    fake.conduct(Conduct::Well);
+    fake.behaviour(Behaviour::Well);
     works(containerd, &rootfs)?;
     fake.settle()
 }
@@ -136,19 +137,19 @@ fn failures_leave_no_descriptors(containerd: &mut Containerd) -> Result<()> {
     let connect = api::ConnectRequest { id: shim.id.clone(), ..Default::default() };
     let served: api::ConnectResponse = client.ok("Connect", &connect)?;
     let open = || -> Result<usize> { Ok(fs::read_dir(format!("/proc/{}/fd", served.shim_pid))?.count()) };
-    // The first failure may open what is kept for good reason.
-    fake.conduct(Conduct::Refuses("device_add"));
+    // The first failure may open descriptors that are kept for good reason.
+    fake.behaviour(Behaviour::Refuses("device_add"));
     client.refused("Create", &shim.create_request())?;
     let before = open()?;
-    for conduct in [
-        Conduct::Refuses("device_add"),
-        Conduct::Refuses("add-fd"),
-        Conduct::DiesOn("blockdev-add"),
-        Conduct::Dies("no\n"),
-        Conduct::Babbles(b"hello\n"),
-        Conduct::Refuses("device_add"),
+    for behaviour in [
+        Behaviour::Refuses("device_add"),
+        Behaviour::Refuses("add-fd"),
+        Behaviour::DiesOn("blockdev-add"),
+        Behaviour::Dies("no\n"),
+        Behaviour::Babbles(b"hello\n"),
+        Behaviour::Refuses("device_add"),
     ] {
-        fake.conduct(conduct);
+        fake.behaviour(behaviour);
         client.refused("Create", &shim.create_request())?;
     }
     fake.settle()?;
@@ -182,14 +183,14 @@ fn annotations_of_later_containers(containerd: &mut Containerd) -> Result<()> {
         (size("3"), ["io.machinen.vcpus", "3", "runs with 2"]),
         (json!({ "io.machinen.kernel-args": "quiet" }), ["kernel-args", "quiet", "first container"]),
     ] {
-        let later = first.beside(containerd, &config(annotations)?)?;
+        let later = first.in_same_vm(containerd, &config(annotations)?)?;
         let (code, message) = later.client.refused("Create", &later.shim.create_request())?;
         ensure!(code == Code::FAILED_PRECONDITION, "{code:?}: {message}");
         ensure!(words.iter().all(|word| message.contains(word)), "{message}");
         fs::remove_dir_all(&later.shim.bundle)?;
     }
     for annotations in [json!({}), size("2"), json!({ "io.machinen.rootdisk-size": "128" })] {
-        let mut later = first.beside(containerd, &config(annotations)?)?;
+        let mut later = first.in_same_vm(containerd, &config(annotations)?)?;
         later.create(|_| ())?;
         later.begin()?;
         later.client.ok::<api::Empty>("Kill", &later.kill("", 9))?;

@@ -1,4 +1,5 @@
-//! Trouble in the guest: it panics, hangs, speaks another protocol, runs out of memory. The guest is hostile.
+//! Trouble in the guest: it panics, hangs, uses another protocol version, or is out of memory. The guest is
+//! hostile.
 
 use std::{fs, path::PathBuf};
 
@@ -70,7 +71,7 @@ fn agent_of_another_version(containerd: &mut Containerd) -> Result<()> {
 }
 
 fn out_of_memory(containerd: &mut Containerd) -> Result<()> {
-    // No limit of its own: the whole guest runs full.
+    // The container has no limit of its own: the whole guest is out of memory.
     let run = containerd.run(IMAGE, &["tail", "/dev/zero"]);
     let output = run.flags(&["--annotation", "io.machinen.memory-ceiling=192"]).output()?;
     ensure!(output.status == 137, "{output}");

@@ -1,4 +1,4 @@
-//! How a test is run: containerd before, and the proof that nothing was left after.
+//! How a test is run: containerd before, and the proof that nothing is left after.
 
 use anyhow::{Result, ensure};
 use machinen_integration::{containerd::Containerd, ctr::Run, image::Image, paths::Version, setup::Setup};
@@ -6,7 +6,7 @@ use machinen_integration::{containerd::Containerd, ctr::Run, image::Image, paths
 /// The image that every test's containerd has.
 pub(crate) const IMAGE: &str = "machinen.test/busybox:1";
 
-/// Where one containerd is as good as another.
+/// For tests that any containerd serves equally.
 pub(crate) const NEWEST: Version = Version::V2_1;
 
 /// Runs a test with a containerd that has the busybox image.
@@ -59,34 +59,35 @@ macro_rules! on_newest_containerd {
 }
 pub(crate) use on_newest_containerd;
 
-/// Runs what must fail, checks what the user reads, and that nothing is left and the next container works.
+/// Runs a container that must fail, checks the user's error message, and that nothing is left and the next
+/// container works.
 ///
 /// # Errors
-/// It did not fail, a word is missing from what the user reads, or something was left.
+/// The container did not fail, a word is missing from the message, or something was left.
 pub(crate) fn fails_saying(containerd: &Containerd, run: &Run<'_>, words: &[&str]) -> Result<()> {
     let before = containerd.inventory()?;
     let output = run.output()?;
-    let said = output.error_text();
-    ensure!(output.status != 0, "it should have failed, but: {output}");
+    let printed = output.error_text();
+    ensure!(output.status != 0, "the container should have failed, but: {output}");
     for word in words {
-        ensure!(said.contains(word), "the user does not read {word:?}: {output}");
+        ensure!(printed.contains(word), "{word:?} is missing from the user's message: {output}");
     }
     // The caller's terms, not the program's: no source locations, no panics, no debug output of types.
     for noise in ["panicked at", ".rs:", "Os {", "source:"] {
-        ensure!(!said.contains(noise), "the user reads {noise:?}: {output}");
+        ensure!(!printed.contains(noise), "{noise:?} is in the user's message: {output}");
     }
     if std::env::var_os("MACHINEN_TEST_SHOW").is_some() {
-        println!("{}", said.trim());
+        println!("{}", printed.trim());
     }
     containerd.settle(&before)
 }
 
-/// A container that shows that all is well again.
+/// A container that shows that starts work again.
 ///
 /// # Errors
-/// It does not work.
+/// The container does not work.
 pub(crate) fn works(containerd: &Containerd) -> Result<()> {
     let output = containerd.run(IMAGE, &["echo", "well"]).output()?;
-    ensure!(output.status == 0 && output.text() == "well\n", "after all it should work, but: {output}");
+    ensure!(output.status == 0 && output.text() == "well\n", "a container should work again, but: {output}");
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! Trouble on the host: programs or files that are missing, too old or damaged, a full disk, processes that die.
+//! Trouble on the host: programs or files that are missing, too old or damaged, a full disk, processes that
+//! die.
 
 use std::{
     fs,
@@ -37,14 +38,14 @@ fn fails_with(containerd: &Containerd, section: &str, key: &str, value: Value, w
     fails_saying(containerd, &containerd.run(IMAGE, &["true"]), words)
 }
 
-/// A rootdisk cache that nobody has used, so that conversions happen.
+/// An empty rootdisk cache, so that conversions happen.
 fn fresh_cache(containerd: &Containerd) -> Result<Setup> {
     let dir = containerd.root().join(format!("cache-{}", containerd.new_id()));
     fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
     Ok(Setup::new().set("rootdisk", "dir", Value::path(&dir)))
 }
 
-/// A program of the harness's own making.
+/// A script of the test's own, as a program.
 pub(crate) fn script(containerd: &Containerd, name: &str, text: &str) -> Result<PathBuf> {
     let path = containerd.root().join(name);
     fs::write(&path, format!("#!/bin/sh\n{text}\n"))?;
@@ -81,7 +82,8 @@ fn assets_missing_or_damaged(containerd: &mut Containerd) -> Result<()> {
     fs::copy(paths::assets().join("vmlinux"), &kernel)?;
     fs::write(&image, vec![7; 1 << 20])?;
     fails_with(containerd, "assets", "dir", value(), &["guest.img", "damaged"])?;
-    // It begins well, so that only the guest's kernel finds out, and says so on the console.
+    // The start of the image is intact, so that only the guest's kernel detects the damage, and reports it on
+    // the console.
     let mut damaged = fs::read(paths::assets().join("guest.img"))?;
     damaged[8 << 10..].fill(0);
     fs::write(&image, damaged)?;
@@ -99,7 +101,7 @@ fn disk_full_while_converting(containerd: &mut Containerd) -> Result<()> {
     containerd.configure(&setup)?;
     let name = dir.display().to_string();
     fails_saying(containerd, &containerd.run(IMAGE, &["true"]), &["not enough space", &name])?;
-    // The template of writable layers was made meanwhile, and is whole.
+    // The template of writable layers was made in the meantime, and is complete.
     let used = used_bytes(&dir)? - used_bytes(&dir.join("writable"))?;
     ensure!(used < 64 << 10, "{used} bytes were left on the full disk");
     // The same cache serves when it has room.
@@ -109,7 +111,7 @@ fn disk_full_while_converting(containerd: &mut Containerd) -> Result<()> {
     Ok(())
 }
 
-/// What the files of a directory take up.
+/// The space that the files of a directory take.
 fn used_bytes(dir: &Path) -> Result<u64> {
     use std::os::unix::fs::MetadataExt;
     let mut sum = 0;
@@ -144,7 +146,7 @@ fn damaged_rootdisk_is_rebuilt(containerd: &mut Containerd) -> Result<()> {
     containerd.configure(&Setup::new().set("rootdisk", "dir", Value::path(&dir)))?;
     works(containerd)?;
     let disk = largest_file(&dir)?.context("no rootdisk in the cache")?;
-    // Cut short, as by a crash of the host.
+    // The file is truncated, as by a crash of the host.
     fs::OpenOptions::new().write(true).open(&disk)?.set_len(1 << 20)?;
     works(containerd)?;
     let size = fs::metadata(largest_file(&dir)?.context("no rootdisk in the cache")?)?.len();
@@ -188,7 +190,7 @@ fn qemu_killed(containerd: &mut Containerd) -> Result<()> {
     kill(qemu, Signal::SIGKILL)?;
     containerd.log().wait_for_event(from, "/tasks/exit")?;
     let took = killed.elapsed();
-    ensure!(took < Duration::from_secs(1), "the exit was told {took:?} after the death of QEMU");
+    ensure!(took < Duration::from_secs(1), "the exit was reported {took:?} after the death of QEMU");
     let output = running.wait()?;
     ensure!(output.status == 137, "{output}");
     works(containerd)
@@ -201,7 +203,8 @@ fn shim_killed(containerd: &mut Containerd) -> Result<()> {
     let from = containerd.log().position();
     let shim = find(containerd, &["containerd-shim-machinen-v1", "-id", &id])?;
     kill(shim, Signal::SIGKILL)?;
-    // containerd notices, runs our `delete`, and invents what the shim cannot say any more.
+    // containerd notices the end, runs the shim's `delete`, and makes up what the shim cannot report any
+    // more.
     containerd.log().wait_for(from, |line| line.contains("shim disconnected") && line.contains(&id))?;
     containerd.ctr_output(&["tasks", "delete", "--force", &id])?;
     containerd.ctr_ok(&["containers", "delete", &id])?;

@@ -1,5 +1,5 @@
-//! What the guest's kernel answers to programs: system calls, 32-bit programs, packet filters, network devices, and
-//! which of its device events a container hears.
+//! The guest kernel's answers to programs: system calls, 32-bit programs, packet filters, network devices,
+//! and which of its device events a container receives.
 
 use std::{fs, path::PathBuf};
 
@@ -24,7 +24,7 @@ on_newest_containerd!(
     what_programs_look_for,
     a_program_of_32_bit,
     network_devices,
-    events_of_the_vms_own_disks_are_not_heard,
+    events_of_the_vms_own_disks_are_hidden,
 );
 
 const CALLS: (&str, &str) = ("calls.py", include_str!("kernel/calls.py"));
@@ -89,7 +89,8 @@ fn a_program_of_32_bit(containerd: &mut Containerd) -> Result<()> {
     Ok(())
 }
 
-/// The smallest i386 program that writes a text and exits with 7: file header, one program header, code, text.
+/// The smallest i386 program that writes a text and exits with 7: file header, one program header, code,
+/// text.
 fn elf32(text: &str) -> Vec<u8> {
     const BASE: u32 = 0x0804_8000;
     const HEADERS: u32 = 52 + 32;
@@ -122,78 +123,73 @@ fn elf32(text: &str) -> Vec<u8> {
 fn network_devices(containerd: &mut Containerd) -> Result<()> {
     let (_bundle, config) = script(containerd, &[DEVICES, LINKS], &[])?;
     let output = containerd.run_spec(&config).output()?;
-    // No driver makes a device by itself.
+    // No driver makes a device at its own initiative.
     ensure!(output.text() == "there are lo\nasked\n", "{output}");
     Ok(())
 }
 
-/// What the listener of `events.py` has heard since the last question.
-fn heard(containerd: &Containerd, served: &Served<'_>, question: &str) -> Result<String> {
-    let path = containerd.root().join("heard");
-    let ask = format!("echo {question} >/dev/shm/ask; cat /dev/shm/answer");
-    let status = served.exec_to("ask", &["sh", "-c", &ask], &format!("file://{}", path.display()))?;
-    let heard = fs::read_to_string(&path)?;
-    fs::remove_file(path)?;
-    ensure!(status == 0, "status {status}: {heard}");
-    Ok(heard)
+/// The events that the listener of `events.py` has received since the last question.
+fn events(served: &Served<'_>, question: &str) -> Result<String> {
+    let (status, events) = served.shell(&format!("echo {question} >/dev/shm/ask; cat /dev/shm/answer"))?;
+    ensure!(status == 0, "status {status}: {events}");
+    Ok(events)
 }
 
-/// Nothing of the VM's, all of its own.
-fn listens(containerd: &Containerd, served: &Served<'_>) -> Result<()> {
-    let of_the_vm = heard(containerd, served, "")?;
-    ensure!(of_the_vm.is_empty(), "it has heard what is the VM's own: {of_the_vm}");
-    let own = heard(containerd, served, "act")?;
+/// The listener receives no events of the VM's devices, and all events of its own.
+fn listens(served: &Served<'_>) -> Result<()> {
+    let of_the_vm = events(served, "")?;
+    ensure!(of_the_vm.is_empty(), "the listener received events of the VM: {of_the_vm}");
+    let own = events(served, "act")?;
     for event in ["add", "remove"] {
         for device in ["block/loop77", "net/of-a-test"] {
             let line = format!("{event}@/devices/virtual/{device}");
-            ensure!(own.lines().any(|seen| seen == line), "{line} was not heard: {own}");
+            ensure!(own.lines().any(|seen| seen == line), "{line} was not received: {own}");
         }
     }
     Ok(())
 }
 
-fn events_of_the_vms_own_disks_are_not_heard(containerd: &mut Containerd) -> Result<()> {
+fn events_of_the_vms_own_disks_are_hidden(containerd: &mut Containerd) -> Result<()> {
     let (_bundle, config) = script(containerd, &[EVENTS, LINKS], &[])?;
     let mut source = Served::of(containerd, &config)?;
-    let said = containerd.root().join("said");
-    source.create(|request| request.stdout = format!("file://{}", said.display()))?;
+    let printed = containerd.root().join("printed");
+    source.create(|request| request.stdout = format!("file://{}", printed.display()))?;
     source.begin()?;
     let ready = "for n in $(seq 1200); do [ -p /dev/shm/answer ] && exit 0; usleep 50000; done; exit 1";
-    ensure!(source.exec_to("ready", &["sh", "-c", ready], "")? == 0, "it does not get ready");
-    listens(containerd, &source)?;
-    // Disks of another container in this VM come and go.
+    ensure!(source.exec_to("ready", &["sh", "-c", ready], "")? == 0, "the container does not get ready");
+    listens(&source)?;
+    // Disks of another container are attached to this VM and removed.
     let other = Bundle::busybox(containerd)?;
-    let mut other = source.beside(containerd, &other.config(&["true"], |_| ())?)?;
+    let mut other = source.in_same_vm(containerd, &other.config(&["true"], |_| ())?)?;
     other.create(|_| ())?;
     other.begin()?;
     other.wait("")?;
     other.client.ok::<DeleteResponse>("Delete", &other.delete(""))?;
     fs::remove_dir_all(&other.shim.bundle)?;
-    // So does that of a checkpoint. Events that waited in the listener's socket would make it fail.
+    // The disk of a checkpoint is attached and removed too. Events that waited in the listener's socket would
+    // make the checkpoint fail.
     let dir = containerd.root().join("images");
     source.client.ok::<Empty>("Checkpoint", &request(&source, &dir, None)?)?;
-    listens(containerd, &source)?;
+    listens(&source)?;
     source.end()?;
-    let mut restored = Served::of(containerd, &config)?;
-    restored.create(|request| request.checkpoint = dir.display().to_string())?;
-    restored.begin()?;
+    let restored = Served::restored(containerd, &config, &dir)?;
     fs::remove_dir_all(&dir)?;
-    listens(containerd, &restored)?;
+    listens(&restored)?;
     restored.client.ok::<Empty>("Checkpoint", &request(&restored, &dir, None)?)?;
-    listens(containerd, &restored)?;
+    listens(&restored)?;
     restored.end()?;
-    fs::remove_file(&said)?;
+    fs::remove_file(&printed)?;
     Ok(fs::remove_dir_all(&dir)?)
 }
 
-/// The script that `make test` runs names who misses what.
+/// The script that `make test` runs names the program and the missing option.
 #[test]
 fn the_table_of_requirements_is_checked() {
     let check = |config: &str| -> Result<Output> {
         let path = tempfile::NamedTempFile::new()?;
         fs::write(&path, config)?;
         let script = paths::workspace().join("scripts/kernel-requirements");
-        // It needs no cache, but says which it would use.
+        // The script needs no cache, but prints the one that it would use.
         Invocation::new(script).env("HOME", "/").arg(path.path()).run()
     };
     let built = fs::read_to_string(paths::assets().join("kernel.config")).expect("scripts/kernel makes it");
@@ -202,9 +198,9 @@ fn the_table_of_requirements_is_checked() {
     let without = built.replace("CONFIG_CGROUP_CPUACCT=y\n", "");
     let with = format!("{without}CONFIG_MPTCP=y\n");
     let output = check(&with).expect("it runs");
-    let said = output.error_text();
+    let printed = output.error_text();
     assert!(output.status != 0, "{output}");
     for line in ["java misses CONFIG_CGROUP_CPUACCT (required)", "CONFIG_MPTCP is there"] {
-        assert!(said.contains(line), "it does not say {line:?}: {output}");
+        assert!(printed.contains(line), "{line:?} is missing: {output}");
     }
 }

@@ -3,58 +3,33 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use machinen_integration::containerd::Containerd;
+use machinen_integration::{containerd::Containerd, task::Listed};
 
 use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd};
 
 on_every_containerd!(run_kill_delete, events_come_in_order, survives_a_restart_of_containerd);
 on_newest_containerd!(handled_signal, names_of_any_length, delete_with_force, many_at_once);
 
-/// What `ctr tasks list` says of a container: pid and status.
-fn task(containerd: &Containerd, id: &str) -> Result<Option<(u32, String)>> {
-    let list = containerd.ctr_ok(&["tasks", "list"])?;
-    let mut rows = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    let Some(row) = rows.find(|row| row.first() == Some(&id)) else { return Ok(None) };
-    let [_, pid, status] = row[..] else { anyhow::bail!("odd list:\n{list}") };
-    Ok(Some((pid.parse()?, status.to_owned())))
-}
-
-fn status(containerd: &Containerd, id: &str) -> Result<String> {
-    Ok(task(containerd, id)?.with_context(|| format!("no task {id}"))?.1)
-}
-
-fn exit_code_of_delete(containerd: &Containerd, id: &str, code: i32) -> Result<()> {
-    let deleted = containerd.ctr_output(&["tasks", "delete", id])?;
-    let said = deleted.error_text().contains(&format!("exit code {code}")) || deleted.status == code;
-    ensure!(said, "deleting {id} should tell the exit code {code}: {deleted}");
-    containerd.ctr_ok(&["containers", "delete", id])?;
-    Ok(())
-}
-
 fn run_kill_delete(containerd: &mut Containerd) -> Result<()> {
-    let from = containerd.log().position();
     let run = containerd.run(IMAGE, &["sleep", "1000"]).detached().flag("--null-io");
     let id = run.container().to_owned();
     run.ok()?;
-    let (pid, status_now) = task(containerd, &id)?.context("no task")?;
-    ensure!(status_now == "RUNNING", "the task is {status_now}");
+    let Listed { pid, status } = containerd.task(&id).listed()?;
+    ensure!(status == "RUNNING", "the task is {status}");
     ensure!(pid > 1 && std::fs::exists(format!("/proc/{pid}"))?, "{pid} is not a process of the host");
     let processes = containerd.ctr_ok(&["tasks", "ps", &id])?;
     let listed = processes.lines().skip(1).filter_map(|line| line.split_whitespace().next()?.parse().ok());
     ensure!(listed.collect::<Vec<u32>>().contains(&pid), "no {pid} in\n{processes}");
 
-    containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", &id])?;
-    containerd.log().wait_for_event(from, "/tasks/exit")?;
-    let now = status(containerd, &id)?;
-    ensure!(now == "STOPPED", "the task is {now}");
-    exit_code_of_delete(containerd, &id, 137)?;
-    ensure!(task(containerd, &id)?.is_none(), "the task is still listed");
+    containerd.task(&id).kill()?;
+    containerd.task(&id).delete(137)?;
+    ensure!(containerd.task(&id).find()?.is_none(), "the task is still listed");
     Ok(())
 }
 
 fn events_come_in_order(containerd: &mut Containerd) -> Result<()> {
     let wanted = ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"];
-    // A process that ends at once must not overtake its own start.
+    // The exit of a process that ends at once must not be reported before its start.
     for command in [["true"].as_slice(), &["sh", "-c", "sleep 1"]] {
         let from = containerd.log().position();
         containerd.run(IMAGE, command).ok()?;
@@ -69,14 +44,12 @@ fn survives_a_restart_of_containerd(containerd: &mut Containerd) -> Result<()> {
     let run = containerd.run(IMAGE, &["sleep", "1000"]).detached().flag("--null-io");
     let id = run.container().to_owned();
     run.ok()?;
-    let before = task(containerd, &id)?;
+    let before = containerd.task(&id).find()?;
     containerd.restart()?;
-    let after = task(containerd, &id)?;
+    let after = containerd.task(&id).find()?;
     ensure!(before == after, "{before:?} became {after:?}");
-    let from = containerd.log().position();
-    containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", &id])?;
-    containerd.log().wait_for_event(from, "/tasks/exit")?;
-    exit_code_of_delete(containerd, &id, 137)
+    containerd.task(&id).kill()?;
+    containerd.task(&id).delete(137)
 }
 
 fn handled_signal(containerd: &mut Containerd) -> Result<()> {
@@ -114,9 +87,9 @@ fn delete_with_force(containerd: &mut Containerd) -> Result<()> {
     run.ok()?;
     let refused = containerd.ctr_output(&["tasks", "delete", &id])?;
     ensure!(refused.status != 0, "a running task was deleted: {refused}");
-    ensure!(status(containerd, &id)? == "RUNNING", "a refused delete changed the task");
+    ensure!(containerd.task(&id).status()? == "RUNNING", "a refused delete changed the task");
     containerd.ctr_output(&["tasks", "delete", "--force", &id])?;
-    ensure!(task(containerd, &id)?.is_none(), "the task is still there");
+    ensure!(containerd.task(&id).find()?.is_none(), "the task is still there");
     containerd.ctr_ok(&["containers", "delete", &id])?;
     Ok(())
 }

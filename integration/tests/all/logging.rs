@@ -1,4 +1,4 @@
-//! Where output goes: files, logging programs, and fifos whose readers come and go.
+//! Destinations of output: files, logging programs, and fifos whose readers come and go.
 
 use std::{
     fs::{self, File},
@@ -47,7 +47,7 @@ fn a_file_is_appended_to(containerd: &mut Containerd) -> Result<()> {
     Ok(())
 }
 
-/// A logging program as nerdctl's is one, and what it has logged.
+/// A logging program of nerdctl's kind, and its log.
 struct Program {
     path: PathBuf,
     log: PathBuf,
@@ -74,7 +74,7 @@ impl Program {
     }
 }
 
-/// Writes what it gets, and a line at its own end.
+/// Writes its input, and a line at its own end.
 const LOGGER: &str = "[ \"$1\" = _LOG ] || exit 1\n\
                       env | grep ^CONTAINER_N >$2\nexec 5>&-\n\
                       sed -u 's/^/out: /' <&3 >>$2 & sed -u 's/^/err: /' <&4 >>$2\nwait\n\
@@ -114,7 +114,7 @@ fn a_program_that_fails(containerd: &mut Containerd) -> Result<()> {
     ensure!(output.status != 0 && output.error_text().contains("/no/logger not found"), "{output}");
     containerd.settle(&before)?;
     let program = Program::new(containerd, "exec 5>&-; echo gone >$2; exit 3")?;
-    // A program that does not listen costs its output, and nothing else.
+    // A program that does not listen costs the container its output, and nothing else.
     run_logging(containerd, &program.uri(), "echo unheard; exit 0")?;
     ensure!(program.remove()? == "gone\n", "the program did not run");
     Ok(())
@@ -138,7 +138,7 @@ fn readers_come_and_go(containerd: &mut Containerd) -> Result<()> {
     )?;
     let mut last = 0;
     for _ in 0..3 {
-        // Each reader takes some lines and goes; what it had buffered goes with it.
+        // Each reader takes some lines and closes; the lines that it had buffered are lost with it.
         let mut reader = BufReader::with_capacity(64, File::open(&fifo)?);
         let mut line = String::new();
         reader.read_line(&mut line)?;

@@ -1,9 +1,10 @@
-//! The one integration test binary: real containerd, and what runs below it.
+//! The one integration test binary: tests with a real containerd.
 //!
 //! Each test has a containerd of its own and proves at its end that nothing is left of its containers.
 //!
-//! `MACHINEN_TEST_RUNTIME=io.containerd.runc.v2` runs the tests with runc, which passes all that do not ask for what
-//! only machinen has. `MACHINEN_TEST_SHOW=1` with `--nocapture` prints what users read when something fails.
+//! `MACHINEN_TEST_RUNTIME=io.containerd.runc.v2` runs the tests with runc, which passes all that test no
+//! feature that only machinen has. `MACHINEN_TEST_SHOW=1` with `--nocapture` prints the users' messages when
+//! something fails.
 
 mod checkpoint;
 mod clones;

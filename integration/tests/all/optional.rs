@@ -1,7 +1,8 @@
-//! Members of a configuration that are absent, null or empty, and odd ones: each is served or refused as by runc.
+//! Members of a configuration that are absent, null or empty, and odd ones: each is served or refused as by
+//! runc.
 //!
-//! All variants are made from one complete configuration. Those that are the same for the guest run only once, and VMs
-//! have many of them. Where machinen differs from runc on purpose, [`DIFFERENCES`] says why.
+//! All variants are made from one complete configuration. Variants that are the same for the guest run only
+//! once, and many share a VM. Where machinen differs from runc on purpose, [`DIFFERENCES`] gives the reason.
 
 use std::{
     collections::HashMap,
@@ -19,12 +20,12 @@ use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(optional_members_may_be_absent_null_or_empty, odd_members_are_as_with_runc);
 
-/// Variants whose name begins so are not as with runc, for the reason given.
+/// Variants with a name of this prefix differ from runc, for the reason given.
 const DIFFERENCES: [(&str, &str); 8] = [
-    ("linux.devices.0.path", "runc makes no node and says nothing; a device without a path is a mistake"),
+    ("linux.devices.0.path", "runc makes no node and reports nothing; a device without a path is a mistake"),
     (
         "linux.resources.devices.1.allow",
-        "who may not use /dev/null cannot make it either, in the engine's order",
+        "a container that may not use /dev/null cannot make it either, in the engine's order",
     ),
     ("ociVersion = \"2.0.0\"", "runc looks at no version; what a later one would mean cannot be known"),
     ("linux.namespaces = []", "runc shares the host's mounts; every container of machinen's has its own"),
@@ -37,10 +38,10 @@ const DIFFERENCES: [(&str, &str); 8] = [
     ("linux.devices with a disk", "runc makes the node; the VM does not have the host's disks"),
 ];
 
-/// What has names of the caller's choice: no variants are made of its members.
+/// Objects with keys of the caller's choice: no variants are made of their members.
 const MAPS: [&str; 3] = ["annotations", "linux.sysctl", "linux.resources.rdma"];
 
-/// A configuration with every member of the specification that runc and a VM can do something with.
+/// A configuration with every member of the specification that both runc and a VM support.
 fn complete(rootfs: &Path) -> Value {
     let capabilities = ["CAP_CHOWN", "CAP_KILL"];
     let namespaces = ["pid", "mount", "ipc", "uts", "network"].map(|kind| json!({"type": kind}));
@@ -115,8 +116,8 @@ struct Variant {
     config: Value,
 }
 
-/// For each member at any depth: without it, with null, and with an empty one of its type. Of the elements of a list, the
-/// last one's members.
+/// For each member at any depth: without it, with null, and with an empty one of its type. Of the elements of
+/// a list, the last one's members.
 fn variants(complete: &Value) -> Vec<Variant> {
     let mut found = Vec::new();
     collect(complete, complete, "", &mut found);
@@ -132,7 +133,7 @@ fn collect(complete: &Value, at: &Value, pointer: &str, found: &mut Vec<Variant>
                 let mut changed = |what: String, change: &dyn Fn(&mut Map<String, Value>)| {
                     let mut config = complete.clone();
                     let parent = config.pointer_mut(pointer).and_then(Value::as_object_mut);
-                    change(parent.expect("it was found there"));
+                    change(parent.expect("the pointer was found"));
                     let dot = if name.is_empty() { "" } else { "." };
                     found.push(Variant { name: format!("{name}{dot}{member} {what}"), config });
                 };
@@ -154,7 +155,7 @@ fn collect(complete: &Value, at: &Value, pointer: &str, found: &mut Vec<Variant>
     }
 }
 
-/// The empty value of the same type, unless it is that itself or there is none.
+/// The empty value of the same type; none if the value is empty already or its type has no empty value.
 fn empty_like(value: &Value) -> Option<Value> {
     let empty = match value {
         Value::String(_) => json!(""),
@@ -165,17 +166,17 @@ fn empty_like(value: &Value) -> Option<Value> {
     (empty != *value).then_some(empty)
 }
 
-/// A VM keeps the disks of its containers as long as it lives, and has room for those of some hundred.
+/// A VM keeps the disks of its containers until it ends, and has room for those of about a hundred.
 const PER_VM: usize = 80;
 
-/// Runs configurations with runc, and in VMs that many have in common.
+/// Runs configurations with runc, and in VMs that many share.
 struct Both<'a> {
     containerd: &'a Containerd,
-    /// What keeps the VM.
+    /// The container that keeps the VM.
     idle: Served<'a>,
     bundle: Bundle,
     runs: usize,
-    /// What came of a configuration for the guest.
+    /// The outcome of a configuration for the guest.
     seen: HashMap<String, Result<(), String>>,
     differences: Vec<String>,
     used: Vec<&'static str>,
@@ -210,7 +211,7 @@ impl<'a> Both<'a> {
             .and_then(|spec| guest::reduce(spec, "c").map_err(|error| error.to_string()));
         let key = match reduced {
             Ok(reduced) => serde_json::to_string(&reduced.for_vm(1))?,
-            // The shim must say the same.
+            // The shim must decide the same.
             Err(error) => error,
         };
         if let Some(seen) = self.seen.get(&key) {
@@ -227,7 +228,7 @@ impl<'a> Both<'a> {
             let used = std::mem::replace(&mut self.idle, Served::idle(self.containerd)?);
             used.end()?;
         }
-        let served = self.idle.beside(self.containerd, config)?;
+        let served = self.idle.in_same_vm(self.containerd, config)?;
         let created =
             served.client.call::<api::CreateTaskResponse>("Create", &served.shim.create_request())?;
         let outcome = match created {
@@ -265,7 +266,7 @@ impl<'a> Both<'a> {
 fn with_runc(config: &Path) -> Result<Result<(), String>> {
     let dir: PathBuf = config.parent().context("a file is in a directory")?.into();
     let state = dir.join("runc");
-    // A configuration without a mount namespace has runc mount /proc and /dev where the caller is: not on the host.
+    // Without a mount namespace, runc would mount /proc and /dev on the host.
     let runc = |args: &[&str]| {
         Invocation::new("unshare").args(["--mount", "runc", "--root"]).arg(&state).args(args).run()
     };
@@ -386,14 +387,14 @@ fn odd_members() -> Vec<(&'static str, &'static str, Value)> {
             json!({"path": "/dev/sdx", "type": "b", "major": 8, "minor": 0}),
         ),
         ("linux.devices with a fifo", "/linux/devices/-", json!({"path": "/dev/f", "type": "p"})),
-        ("a CPU that is none", "/linux/resources/cpu", cpu("a")),
+        ("an invalid CPU", "/linux/resources/cpu", cpu("a")),
         ("CPUs in the wrong order", "/linux/resources/cpu", cpu("5-2")),
         ("CPUs without an end", "/linux/resources/cpu", cpu("1-")),
         ("CPUs beyond all", "/linux/resources/cpu", cpu("0-99999999999")),
         ("CPUs that are a comma", "/linux/resources/cpu", cpu(",")),
         ("CPUs with blanks", "/linux/resources/cpu", cpu(" 0 ,")),
         ("CPUs with a pattern", "/linux/resources/cpu", cpu("0-0:1/2")),
-        ("a node that is none", "/linux/resources/cpu", json!({"mems": "a"})),
+        ("an invalid node", "/linux/resources/cpu", json!({"mems": "a"})),
         ("no quota and no period", "/linux/resources/cpu", json!({"quota": -1, "period": 0})),
         ("all zero", "/linux/resources/cpu", json!({"shares": 0, "quota": 0, "period": 0})),
         ("no memory limit", "/linux/resources/memory", json!({"limit": -1, "swap": -1})),

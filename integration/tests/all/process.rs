@@ -1,4 +1,4 @@
-//! What a specification (config.json) says of the process, seen from inside the container.
+//! The effects of a specification (config.json) on the process, seen from inside the container.
 
 use std::{collections::BTreeMap, fs};
 
@@ -77,7 +77,8 @@ fn privileges(containerd: &mut Containerd) -> Result<()> {
         spec["process"]["noNewPrivileges"] = json!(true);
     })?;
     let seen = status(containerd, &config)?;
-    // CAP_CHOWN is bit 0, CAP_KILL 5, CAP_NET_BIND_SERVICE 10; the bounding set limits what root gets by execve.
+    // CAP_CHOWN is bit 0, CAP_KILL 5, CAP_NET_BIND_SERVICE 10; the bounding set limits what root gets by
+    // execve.
     for (name, value) in [("CapBnd", "421"), ("CapPrm", "421"), ("CapInh", "400"), ("CapAmb", "400")] {
         ensure!(seen[name] == format!("{value:0>16}"), "{name} is {}", seen[name]);
     }

@@ -1,4 +1,4 @@
-//! What cannot be run, and what the user reads then: commands, specifications, annotations.
+//! Containers that cannot be run, and the users' error messages: commands, specifications, annotations.
 
 use anyhow::{Context, Result, ensure};
 use machinen_integration::{bundle::Bundle, containerd::Containerd};

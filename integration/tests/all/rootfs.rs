@@ -1,4 +1,4 @@
-//! What the guest has of the image, and that containers do not see each other's writes.
+//! The image's files in the guest, and that containers do not see each other's writes.
 
 use std::{fs::Permissions, os::unix::fs::PermissionsExt};
 
@@ -70,7 +70,7 @@ fn layers_and_whiteouts(containerd: &mut Containerd) -> Result<()> {
     containerd.settle(&before)
 }
 
-/// The overlay's own root is not the image's, and must look like it all the same.
+/// The overlay's own root is not the image's, and must still look like it.
 fn mode_of_the_root(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     std::fs::set_permissions(bundle.rootfs(), Permissions::from_mode(0o751))?;

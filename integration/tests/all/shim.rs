@@ -1,4 +1,4 @@
-//! The shim's command line and its task API, without containerd's client between.
+//! The shim's command line and its task API, without containerd's client.
 
 use std::{
     fs,
@@ -22,9 +22,9 @@ use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(
     start_answers_as_each_containerd_expects,
-    info_says_what_the_runtime_is,
+    info_describes_the_runtime,
     a_whole_life_on_either_service,
-    configurations_that_are_none,
+    invalid_configurations,
     delete_from_half_finished_states,
     answers_while_the_guest_hangs,
     refusals_have_the_right_codes,
@@ -44,7 +44,7 @@ pub(crate) fn signal(shim: &Shim<'_>, signal: u32) -> api::KillRequest {
     api::KillRequest { id: shim.id.clone(), signal, ..Default::default() }
 }
 
-/// Puts a specification into the bundle whose rootfs is busybox in a directory.
+/// Writes a specification into the bundle whose rootfs is busybox in a directory.
 pub(crate) fn fill(shim: &Shim<'_>, rootfs: &Bundle, command: &[&str]) -> Result<()> {
     let config = rootfs.config(command, |_| ())?;
     fs::copy(config, shim.bundle.join("config.json"))?;
@@ -70,7 +70,7 @@ fn start_answers_as_each_containerd_expects(containerd: &mut Containerd) -> Resu
     Ok(())
 }
 
-fn info_says_what_the_runtime_is(containerd: &mut Containerd) -> Result<()> {
+fn info_describes_the_runtime(containerd: &mut Containerd) -> Result<()> {
     let shim = Shim::new(containerd)?;
     let (printed, info) = shim.info()?;
     ensure!(printed.status == 0 && printed.stderr.is_empty(), "{printed:?}");
@@ -103,7 +103,7 @@ fn a_whole_life_on_either_service(containerd: &mut Containerd) -> Result<()> {
         let connected: api::ConnectResponse = client.ok("Connect", &connect(&shim))?;
         ensure!(connected.task_pid == created.pid, "{connected:?}");
 
-        // Asked to end while a task exists, the shim stays.
+        // A shim that is asked to end while a task exists stays.
         let shutdown = api::ShutdownRequest { id: shim.id.clone(), ..Default::default() };
         client.ok::<api::Empty>("Shutdown", &shutdown)?;
         client.ok::<api::Empty>("Kill", &signal(&shim, 9))?;
@@ -122,7 +122,7 @@ fn a_whole_life_on_either_service(containerd: &mut Containerd) -> Result<()> {
     Ok(())
 }
 
-fn configurations_that_are_none(containerd: &mut Containerd) -> Result<()> {
+fn invalid_configurations(containerd: &mut Containerd) -> Result<()> {
     let rootfs = Bundle::busybox(containerd)?;
     for (text, words) in [
         (None, "config.json"),
@@ -138,7 +138,7 @@ fn configurations_that_are_none(containerd: &mut Containerd) -> Result<()> {
         }
         let (_, message) = client.refused("Create", &shim.create_request())?;
         ensure!(message.contains(words) && message.contains("config.json"), "{text:?}: {message}");
-        // The same shim takes a right one.
+        // The same shim accepts a correct configuration.
         fill(&shim, &rootfs, &["true"])?;
         client.ok::<api::CreateTaskResponse>("Create", &shim.create_request())?;
         let delete = api::DeleteRequest { id: shim.id.clone(), ..Default::default() };
@@ -173,8 +173,8 @@ fn delete_from_half_finished_states(containerd: &mut Containerd) -> Result<()> {
         }
         ensure!(begun.elapsed() < Duration::from_secs(5), "delete took {:?}", begun.elapsed());
         let left = files(&shim)?;
-        // The writable layer goes with the snapshot, which here is the bundle; until then a new start finds it. The log is
-        // the caller's.
+        // The writable layer is removed with the snapshot, which here is the bundle; until then a new start
+        // finds it. The log belongs to the caller.
         let others = ["machinen-writable.ext4", "log"];
         let left: Vec<_> = left.into_iter().filter(|name| others.iter().all(|other| name != other)).collect();
         ensure!(left == given, "after {steps} steps delete left {left:?} of {given:?}");
@@ -224,19 +224,19 @@ fn refusals_have_the_right_codes(containerd: &mut Containerd) -> Result<()> {
     let shim = Shim::new(containerd)?;
     fill(&shim, &rootfs, &["sleep", "1000"])?;
     let client = Client::connect(&shim.serve()?, V3)?;
-    let nobody = || "nobody".to_owned();
+    let missing = || "missing".to_owned();
     for (method, (code, message)) in [
-        ("State", client.refused("State", &api::StateRequest { id: nobody(), ..Default::default() })?),
-        ("Start", client.refused("Start", &api::StartRequest { id: nobody(), ..Default::default() })?),
+        ("State", client.refused("State", &api::StateRequest { id: missing(), ..Default::default() })?),
+        ("Start", client.refused("Start", &api::StartRequest { id: missing(), ..Default::default() })?),
         (
             "Kill",
-            client.refused("Kill", &api::KillRequest { id: nobody(), signal: 9, ..Default::default() })?,
+            client.refused("Kill", &api::KillRequest { id: missing(), signal: 9, ..Default::default() })?,
         ),
-        ("Wait", client.refused("Wait", &api::WaitRequest { id: nobody(), ..Default::default() })?),
-        ("Delete", client.refused("Delete", &api::DeleteRequest { id: nobody(), ..Default::default() })?),
+        ("Wait", client.refused("Wait", &api::WaitRequest { id: missing(), ..Default::default() })?),
+        ("Delete", client.refused("Delete", &api::DeleteRequest { id: missing(), ..Default::default() })?),
     ] {
         ensure!(
-            code == Code::NOT_FOUND && message.contains("nobody"),
+            code == Code::NOT_FOUND && message.contains("missing"),
             "{method} answers {code:?}: {message}"
         );
     }
@@ -254,7 +254,7 @@ fn refusals_have_the_right_codes(containerd: &mut Containerd) -> Result<()> {
     let wait = api::WaitRequest { id: shim.id.clone(), ..Default::default() };
     let exit: api::WaitResponse = client.ok("Wait", &wait)?;
     ensure!(exit.exit_status == 137, "{exit:?}");
-    // What docker and the CRI take for "already gone".
+    // The codes that docker and the CRI take for "already gone".
     let (code, message) = client.refused("Kill", &signal(&shim, 9))?;
     ensure!(code == Code::NOT_FOUND, "Kill after the end answers {code:?}: {message}");
     client.ok::<api::DeleteResponse>("Delete", &delete)?;

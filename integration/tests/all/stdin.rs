@@ -1,4 +1,5 @@
-//! Input and its end, whenever they come: `echo x | ctr run`, with a VM that boots, a clone, and a restored container.
+//! Input and its end at any moment: `echo x | ctr run`, with a VM that boots, a clone, and a restored
+//! container.
 
 use std::{fs, fs::File, io::Write, os::unix::fs::OpenOptionsExt, path::Path};
 
@@ -18,18 +19,18 @@ use crate::{
 };
 
 on_every_containerd!(pipelines, pipelines_into_a_vm_that_boots, pipelines_into_other_processes);
-on_newest_containerd!(the_restored_read_on, a_client_that_is_late, closed_at_any_moment);
+on_newest_containerd!(restored_containers_continue_reading, a_client_that_is_late, closed_at_any_moment);
 
 /// Nothing, less and more than a pipe holds, and more than all buffers on the way hold.
 const SIZES: [usize; 4] = [0, 10, 300_000, 5_000_000];
 
-/// No two stretches of it are alike.
+/// No two ranges of it are alike.
 fn content(size: usize) -> Vec<u8> {
     (0_u64..).flat_map(|number| format!("{number}\n").into_bytes()).take(size).collect()
 }
 
 /// # Errors
-/// A container did not get its input as it was.
+/// A container did not get its input unchanged.
 pub(crate) fn input_of_any_size(containerd: &Containerd) -> Result<()> {
     for size in SIZES {
         let sent = content(size);
@@ -101,7 +102,7 @@ fn close(served: &Served<'_>) -> Result<()> {
     served.client.ok::<api::Empty>("CloseIO", &request).map(drop)
 }
 
-/// What a container that copies its input has written when it has ended by itself.
+/// The output of a container that copies its input, after it has ended by itself.
 fn copied(served: &Served<'_>, stdout: &Path) -> Result<String> {
     let exit = served.wait("")?;
     ensure!(exit.exit_status == 0, "{exit:?}");
@@ -139,12 +140,12 @@ fn closed_at_any_moment(containerd: &mut Containerd) -> Result<()> {
             streams.write("one ")?;
             streams.write("two")?;
             close(served)?;
-            // A second time is as good as once.
+            // A second request has the same result.
             close(served)
         },
     )?;
     ensure!(text == "one two", "{text:?}");
-    // A client that has come and gone without a word.
+    // A client that opens and closes the fifo without writing.
     let text = copies(containerd, &rootfs, |_, _| Ok(()), |_, _| Ok(()))?;
     ensure!(text.is_empty(), "{text:?}");
     Ok(())
@@ -152,7 +153,7 @@ fn closed_at_any_moment(containerd: &mut Containerd) -> Result<()> {
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "a client that says nothing for longer than the shim waits for one"
+    reason = "a client that writes nothing for longer than the shim waits for one"
 )]
 fn a_client_that_is_late(containerd: &mut Containerd) -> Result<()> {
     let rootfs = Bundle::busybox(containerd)?;
@@ -160,7 +161,7 @@ fn a_client_that_is_late(containerd: &mut Containerd) -> Result<()> {
     let streams = Streams::of(&served)?;
     served.create(|request| streams.name(request))?;
     std::thread::scope(|scope| -> Result<()> {
-        // It waits in open(2), however long the start takes, and then says nothing for a while.
+        // The client waits in open(2) during the start, and then writes nothing for a while.
         let client = scope.spawn(|| -> Result<()> {
             let mut fifo = File::options().write(true).open(&streams.stdin)?;
             std::thread::sleep(std::time::Duration::from_secs(3));
@@ -175,7 +176,7 @@ fn a_client_that_is_late(containerd: &mut Containerd) -> Result<()> {
     served.end_stopped()
 }
 
-fn the_restored_read_on(containerd: &mut Containerd) -> Result<()> {
+fn restored_containers_continue_reading(containerd: &mut Containerd) -> Result<()> {
     let rootfs = Bundle::busybox(containerd)?;
     let config = rootfs.config(&["cat"], |_| ())?;
     let mut first = Served::of(containerd, &config)?;

@@ -77,7 +77,7 @@ fn stdin_is_live(containerd: &mut Containerd) -> Result<()> {
 }
 
 fn output_after_the_first_process(containerd: &mut Containerd) -> Result<()> {
-    // The container ends with its init, whose children die with it; what they had written before still arrives.
+    // The container ends with its init, whose children are killed; their earlier output still arrives.
     let script = "(echo child; echo child >&2) & wait; (sleep 1000 &) ; echo parent";
     let output = containerd.run(IMAGE, &["sh", "-c", script]).output()?.ok()?;
     ensure!(output.text() == "child\nparent\n" && output.error_text() == "child\n", "{output}");

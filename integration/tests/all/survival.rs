@@ -1,4 +1,4 @@
-//! What is left when a part of the machinery is killed or hangs: nothing, and the next try works.
+//! After a component is killed or hangs, nothing is left, and the next try works.
 
 use std::{
     fs,
@@ -12,7 +12,7 @@ use machinen_integration::{
     bundle::Bundle,
     containerd::Containerd,
     ctr::Run,
-    fake::{Conduct, FakeVmm},
+    fake::{Behaviour, FakeVmm},
     setup::Value,
     shim::{Client, Shim, V3},
 };
@@ -30,7 +30,7 @@ use crate::harness::{on_every_containerd, on_newest_containerd};
 on_every_containerd!(killed_at_each_step, agent_killed);
 on_newest_containerd!(agent_hangs, twenty_at_once, twenty_vms_at_once, two_hundred_lives_in_one_shim);
 
-/// Longest for what needs no guest.
+/// Deadline of requests that need no guest.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
 fn fake(containerd: &Containerd) -> Result<(FakeVmm, Bundle)> {
@@ -43,7 +43,7 @@ fn run<'a>(containerd: &'a Containerd, rootfs: &Bundle, script: &str) -> Result<
     Ok(containerd.run_spec(&rootfs.config(&["sh", "-c", script], |_| ())?))
 }
 
-/// Who is killed.
+/// The process that is killed.
 #[derive(Debug, Clone, Copy)]
 enum Victim {
     Shim,
@@ -65,18 +65,18 @@ impl Victim {
     }
 }
 
-/// Where a creation is when it is hit.
+/// The moment of a creation at which the process is killed.
 #[derive(Debug, Clone, Copy)]
 enum Step {
     /// The rootfs is being converted, while the VM starts.
     Conversion,
-    /// The VM does what its conduct says.
-    Vm(Conduct),
+    /// The VM acts according to its behaviour.
+    Vm(Behaviour),
     /// The container runs.
     Running,
 }
 
-/// A converter that says in one fifo that it runs, and waits for another that nobody ever writes to.
+/// A converter that reports its start in one fifo, and waits for another that has no writer.
 fn hanging_converter(containerd: &Containerd) -> Result<std::path::PathBuf> {
     let path = containerd.root().join("mke2fs-hanging");
     for name in ["reached", "never"] {
@@ -96,25 +96,25 @@ fn killed_at_each_step(containerd: &mut Containerd) -> Result<()> {
     let converter = hanging_converter(containerd)?;
     let steps = [
         Step::Conversion,
-        Step::Vm(Conduct::HangsOn("qmp_capabilities")),
-        Step::Vm(Conduct::HangsOn("add-fd")),
-        Step::Vm(Conduct::HangsOn("blockdev-add")),
-        Step::Vm(Conduct::HangsOn("device_add")),
-        Step::Vm(Conduct::Silent),
-        Step::Vm(Conduct::StopsAgentOn("device_add")),
+        Step::Vm(Behaviour::HangsOn("qmp_capabilities")),
+        Step::Vm(Behaviour::HangsOn("add-fd")),
+        Step::Vm(Behaviour::HangsOn("blockdev-add")),
+        Step::Vm(Behaviour::HangsOn("device_add")),
+        Step::Vm(Behaviour::Silent),
+        Step::Vm(Behaviour::StopsAgentOn("device_add")),
         Step::Running,
     ];
     for step in steps {
         for victim in [Victim::Shim, Victim::Qemu] {
-            let told = hit(containerd, &fake, &rootfs, &converter, step, victim);
-            let told = told.with_context(|| format!("{victim:?} killed at {step:?}"))?;
-            println!("{victim:?} killed at {step:?}: {told}");
+            let error = hit(containerd, &fake, &rootfs, &converter, step, victim);
+            let error = error.with_context(|| format!("{victim:?} killed at {step:?}"))?;
+            println!("{victim:?} killed at {step:?}: {error}");
         }
     }
     Ok(())
 }
 
-/// Kills at one step; what the user reads then. Nothing is left, and the same container works.
+/// Kills a process at one step; returns the user's message. Nothing is left, and the same container works.
 fn hit(
     containerd: &Containerd,
     fake: &FakeVmm,
@@ -129,12 +129,12 @@ fn hit(
         let setup = fake.setup().set("rootdisk", "dir", Value::path(&cache));
         containerd.configure(&setup.set("rootdisk", "mke2fs", Value::path(converter)))?;
     }
-    fake.conduct(if let Step::Vm(conduct) = step { conduct } else { Conduct::Well });
+    fake.behaviour(if let Step::Vm(behaviour) = step { behaviour } else { Behaviour::Well });
     if let (Step::Running, Victim::Shim) = (step, victim) {
-        let told = kill_the_shim_of_a_running_one(containerd, rootfs)?;
+        let error = kill_the_shim_of_a_running_one(containerd, rootfs)?;
         fake.settle()?;
         containerd.settle(&before)?;
-        return Ok(told);
+        return Ok(error);
     }
     let doomed = run(containerd, rootfs, "echo running; sleep 1000")?;
     let running = doomed.spawn(Duration::from_secs(60))?;
@@ -147,7 +147,7 @@ fn hit(
     let killed = Instant::now();
     let output = running.wait()?;
     let took = killed.elapsed();
-    ensure!(output.status != 0, "it should have failed: {output}");
+    ensure!(output.status != 0, "the start should have failed: {output}");
     if let (Step::Running, Victim::Qemu) = (step, victim) {
         ensure!(output.status == 137 && took < AT_ONCE, "after {took:?}: {output}");
     }
@@ -155,7 +155,7 @@ fn hit(
     containerd.settle(&before)?;
     // The same container, on the same rootfs.
     containerd.configure(&fake.setup())?;
-    fake.conduct(Conduct::Well);
+    fake.behaviour(Behaviour::Well);
     let again = run(containerd, rootfs, "echo well")?.id(doomed.container()).output()?;
     ensure!(again.status == 0 && again.text() == "well\n", "the next try: {again}");
     fake.settle()?;
@@ -171,11 +171,12 @@ fn kill_the_shim_of_a_running_one(containerd: &Containerd, rootfs: &Bundle) -> R
     run.ok()?;
     let from = containerd.log().position();
     kill(Victim::Shim.find(containerd, &id)?, Signal::SIGKILL)?;
-    // containerd notices, has our `delete` clean up, and tells an exit in our place.
+    // containerd notices the end, runs the shim's `delete` to clean up, and reports an exit in the shim's
+    // place.
     containerd.log().wait_for(from, |line| line.contains("shim disconnected") && line.contains(&id))?;
     let deleted = containerd.ctr_output(&["tasks", "delete", "--force", &id])?;
     containerd.ctr_ok(&["containers", "delete", &id])?;
-    Ok(format!("deleting says: {}", deleted.error_text().trim()))
+    Ok(format!("delete reports: {}", deleted.error_text().trim()))
 }
 
 fn agent_killed(containerd: &mut Containerd) -> Result<()> {
@@ -214,9 +215,9 @@ fn agent_hangs(containerd: &mut Containerd) -> Result<()> {
     let pids: api::PidsResponse =
         client.ok("Pids", &api::PidsRequest { id: id.clone(), ..Default::default() })?;
     ensure!(pids.processes[0].pid == state.pid, "{pids:?}");
-    ensure!(begun.elapsed() < AT_ONCE, "what needs no guest took {:?}", begun.elapsed());
+    ensure!(begun.elapsed() < AT_ONCE, "requests that need no guest took {:?}", begun.elapsed());
 
-    // What needs one ends with a deadline and says so, all of them at the same time.
+    // Requests that need the agent end with an error after a deadline, all of them at the same time.
     std::thread::scope(|scope| -> Result<()> {
         let refusals = [
             scope.spawn(|| {
@@ -289,13 +290,13 @@ fn files(dir: &Path) -> Result<usize> {
     let mut count = 0;
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
-        // The rootfs is the image's business.
+        // The rootfs belongs to the image.
         count += 1 + if entry.file_type()?.is_dir() { files(&entry.path())? } else { 0 };
     }
     Ok(count)
 }
 
-/// All that is not containerd's own, which comes and goes as it likes.
+/// The number of files in the root, except containerd's own, which come and go at any time.
 fn our_files(containerd: &Containerd) -> Result<usize> {
     let mut count = 0;
     for entry in fs::read_dir(containerd.root())? {
@@ -319,7 +320,7 @@ fn two_hundred_lives_in_one_shim(containerd: &mut Containerd) -> Result<()> {
         for life in 0..lives {
             client.ok::<api::CreateTaskResponse>("Create", &shim.create_request())?;
             if life % 4 == 0 {
-                // One that is never started ends too.
+                // A container that is never started ends too.
                 let delete = api::DeleteRequest { id: id(), ..Default::default() };
                 client.ok::<api::DeleteResponse>("Delete", &delete)?;
                 continue;

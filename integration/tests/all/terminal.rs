@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 
 use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd};
 
-// A line ends with \r\n, to which the terminal that ctr runs on adds another \r: what is looked for ends with the first.
+// A line ends with \r\n, to which the terminal of ctr adds another \r: the searched texts end with the first.
 
 on_every_containerd!(a_session_on_an_init, a_session_on_another_process);
 on_newest_containerd!(
@@ -15,7 +15,8 @@ on_newest_containerd!(
     detached_and_attached_again
 );
 
-// The client sets the size that it starts with when the process runs already: one change may come before the test's.
+// The client sets its initial size when the process runs already, so a change of the size may come before the
+// test's own.
 const SESSION: &str = "trap 'stty size' WINCH; tty; test -t 0 && test -t 1 && test -t 2 && echo ready; \
                        until [ \"$(stty size)\" = '37 101' ]; do sleep 0.1; done; echo resized; \
                        while read -r line; do echo \"got $line\"; done; echo end; exit 5";
@@ -28,7 +29,7 @@ fn session(mut terminal: Terminal) -> Result<()> {
     ensure!(seen.contains("37 101\r"), "{seen:?}");
     terminal.type_in("hello\r")?;
     terminal.expect("got hello\r")?;
-    // The end of input, in a terminal's way.
+    // The end of input, as typed on a terminal.
     terminal.type_in("\x04")?;
     terminal.expect("end\r")?;
     let (status, seen) = terminal.wait()?;
@@ -61,7 +62,7 @@ fn the_console_is_the_terminal(containerd: &mut Containerd) -> Result<()> {
 
 fn what_a_terminal_does_with_bytes(containerd: &mut Containerd) -> Result<()> {
     let id = containerd.idle(IMAGE, None)?;
-    // Interrupts come as signals, and raw bytes as they are, in both directions.
+    // Interrupts arrive as signals, and raw bytes unchanged, in both directions.
     let script = "trap 'echo interrupted; exit 7' INT; stty raw -echo isig; echo ready; \
                   head -c 4 | od -An -tx1; while :; do sleep 0.1; done";
     let exec = containerd.exec(&id, "e", &["sh", "-c", script]).flags(&["--tty"]);
@@ -80,13 +81,13 @@ fn detached_and_attached_again(containerd: &mut Containerd) -> Result<()> {
     let run = containerd.run(IMAGE, &["sh", "-c", "while read -r line; do echo \"got $line\"; done"]);
     let run = run.detached().flag("--tty");
     let id = run.container().to_owned();
-    let (status, said) = Terminal::run(&run.invocation()?, 80, 25)?.wait()?;
-    ensure!(status == 0, "status {status} after {said:?}");
+    let (status, printed) = Terminal::run(&run.invocation()?, 80, 25)?.wait()?;
+    ensure!(status == 0, "status {status} after {printed:?}");
     for round in ["one", "two"] {
         let mut terminal = Terminal::run(&containerd.ctr(["tasks", "attach", &id])?, 80, 25)?;
         terminal.type_in(&format!("{round}\r"))?;
         terminal.expect(&format!("got {round}\r"))?;
-        // The client goes; the container does not mind.
+        // The client detaches; the container is unaffected.
         terminal.signal(Signal::SIGKILL)?;
         terminal.wait()?;
     }

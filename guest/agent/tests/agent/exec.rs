@@ -36,7 +36,7 @@ async fn it_is_in_the_container() {
 }
 
 #[tokio::test]
-async fn the_process_is_as_its_spec_says() {
+async fn the_process_matches_its_spec() {
     let mut guest = Guest::start().await;
     guest.idle("c", &idle()).await;
     let script = "id -u; id -g; id -G; pwd; umask; echo $A; ulimit -n; grep -E 'CapEff|CapBnd|NoNewPrivs' \

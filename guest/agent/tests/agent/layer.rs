@@ -59,7 +59,7 @@ fn entries(bytes: &[u8]) -> BTreeMap<String, Entry> {
 }
 
 #[tokio::test]
-async fn a_container_that_writes_nothing_says_so() {
+async fn a_container_without_writes_has_an_unchanged_layer() {
     let guest = Guest::start().await;
     guest.create("a", &Spec::new(&["true"])).await.unwrap();
     guest.start_container("a").await.unwrap();
@@ -131,7 +131,7 @@ async fn an_export_needs_a_container_and_a_stream() {
     let (token, _stream) = guest.stream().await;
     let ask =
         |id: &str, stream| api::ExportLayerRequest { container_id: id.into(), stream, ..Default::default() };
-    let refused = guest.agent.export_layer(context(), &ask("nobody", token)).await;
+    let refused = guest.agent.export_layer(context(), &ask("missing", token)).await;
     assert_eq!(status(refused).0, Code::NOT_FOUND);
     guest.create("a", &Spec::new(&["true"])).await.unwrap();
     let refused = guest.agent.export_layer(context(), &ask("a", 999)).await;

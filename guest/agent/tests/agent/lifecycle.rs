@@ -5,7 +5,7 @@ use ttrpc::Code;
 use crate::support::{Guest, Spec, status};
 
 #[tokio::test]
-async fn configure_tells_who_answers() {
+async fn configure_returns_kernel_and_agent() {
     let guest = Guest::start().await;
     let answer = guest.configure().await.unwrap();
     assert!(answer.kernel_release.starts_with(|c: char| c.is_ascii_digit()), "{answer:?}");

@@ -22,7 +22,7 @@ async fn megabytes_both_ways() {
 }
 
 #[tokio::test]
-async fn stdin_ends_when_the_host_says_so() {
+async fn stdin_ends_when_the_host_closes_it() {
     let mut guest = Guest::start().await;
     assert_eq!(guest.run_with_input(&Spec::sh("cat; echo end"), b"").await.stdout, "end\n");
     assert_eq!(guest.run_with_input(&Spec::sh("cat; echo end"), b"x").await.stdout, "xend\n");

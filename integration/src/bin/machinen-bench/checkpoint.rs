@@ -1,5 +1,6 @@
-//! Checkpoint and restore of containers with some memory: how long they stand still, and how soon they run again. What is
-//! written is held against the least that it takes: the same amount written to a fresh disk by a program in the guest.
+//! Checkpoint and restore of containers with some memory: how long they are frozen, and how soon they run
+//! again. Writing is compared with the minimum: a program in the guest that writes the same amount to a fresh
+//! disk.
 
 use std::{
     fs,
@@ -20,25 +21,25 @@ use crate::report::Report;
 
 /// Resident memory of the containers, MiB.
 const SIZES: [u64; 4] = [8, 64, 256, 1024];
-/// From here on most of the time goes into the writing, MiB.
+/// From this size on, most of the time is spent on writing, MiB.
 const MUCH: u64 = 256;
 
-/// Checkpoints of each size that is not more than that, of which the one with the median is reported.
+/// Checkpoints of each size up to the given one; the one with the median is reported.
 const ROUNDS: usize = 5;
 
-/// What one size costs.
+/// The cost of one size.
 #[derive(Debug)]
 struct Cost {
     mib: u64,
-    /// The whole call, and what of it the program criu took.
+    /// The duration of the whole call, and the part of it in which criu ran.
     checkpoint: Duration,
     criu: Duration,
-    /// How long the container stood still, and how long another one whose memory was copied before.
+    /// How long the container was frozen, and how long another one whose memory had been copied before.
     frozen: Duration,
     frozen_after_copy: Duration,
     /// Create and Start, with all of the memory.
     restore: Duration,
-    /// The same, with the memory to come later.
+    /// The same, with the memory fetched after the start.
     lazy: Duration,
     bundle_kib: u64,
 }
@@ -79,7 +80,7 @@ impl Cost {
         report.mean(format!("checkpoint of {mib} MiB"), key("checkpoint_ms"), millis(self.checkpoint));
         report.mean("  of which CRIU itself", key("checkpoint_criu_ms"), millis(self.criu));
         let (frozen, after_copy) = (millis(self.frozen), millis(self.frozen_after_copy));
-        report.mean("  of which the container stands still", key("checkpoint_frozen_ms"), frozen);
+        report.mean("  of which the container is frozen", key("checkpoint_frozen_ms"), frozen);
         report.mean("  the same after a pre-dump", key("checkpoint_frozen_pre_dump_ms"), after_copy);
         report.mean("  restore of it, Create and Start", key("restore_ms"), millis(self.restore));
         report.mean("  the same, memory fetched later", key("restore_lazy_ms"), millis(self.lazy));
@@ -103,12 +104,12 @@ fn one(containerd: &Containerd, bundle: &Bundle, mib: u64) -> Result<Cost> {
         taken.push(take(containerd, &config(bundle, mib, "")?, &dir)?);
     }
     taken.sort_by_key(|taken| taken.took);
-    // Its parts belong together.
+    // The parts of a checkpoint belong together, so all of them are of the same round.
     let Taken { took: checkpoint, frozen, criu } = taken.swap_remove(taken.len() / 2);
     let restored = |kind| -> Result<Duration> {
         let mut served = Served::of(containerd, &config(bundle, mib, kind)?)?;
         let begun = Instant::now();
-        served.create(|request| request.checkpoint = dir.display().to_string())?;
+        served.create_from(&dir)?;
         served.begin()?;
         let took = begun.elapsed();
         served.end()?;
@@ -122,7 +123,8 @@ fn one(containerd: &Containerd, bundle: &Bundle, mib: u64) -> Result<Cost> {
     Ok(Cost { mib, checkpoint, criu, frozen, frozen_after_copy, restore, lazy, bundle_kib })
 }
 
-/// How long a program takes to write and sync as much to the container's own disk, which is as fresh as a checkpoint's.
+/// How long a program takes to write and sync the same amount to the container's own disk, which is as fresh
+/// as a checkpoint's.
 fn written(containerd: &Containerd, bundle: &Bundle, mib: u64) -> Result<Duration> {
     let config = bundle.config(&["sleep", "100000"], |spec| {
         spec["annotations"]["io.machinen.rootdisk-size"] = (2 * mib).to_string().into();
@@ -132,14 +134,14 @@ fn written(containerd: &Containerd, bundle: &Bundle, mib: u64) -> Result<Duratio
     let begun = Instant::now();
     ensure!(served.exec_to("write", &["sh", "-c", &write], "")? == 0, "cannot write {mib} MiB");
     let took = begun.elapsed();
-    // What is there at the end goes to the host.
+    // The changes that exist at the end are sent to the host.
     ensure!(served.exec_to("remove", &["rm", "/written"], "")? == 0, "cannot remove it");
     served.end()?;
     eprintln!("{mib} MiB written: {took:.1?}");
     Ok(took)
 }
 
-/// How long the whole call takes, and for how long of it the container stands still, and CRIU runs.
+/// The duration of the whole call, how long the container is frozen in it, and how long CRIU runs.
 struct Taken {
     took: Duration,
     frozen: Duration,
@@ -169,7 +171,7 @@ fn take(containerd: &Containerd, config: &Path, dir: &Path) -> Result<Taken> {
     Ok(Taken { took, frozen: phase("frozen")?, criu: phase("criu")? })
 }
 
-/// tail holds as much as it is to print at the end, which does not come.
+/// tail keeps all that it would print at the end of its input, which does not come.
 fn config(bundle: &Bundle, mib: u64, wanted: &str) -> Result<PathBuf> {
     let script = format!("(head -c {mib}m /dev/zero; touch /tmp/ready; exec sleep 100000) | tail -c {mib}m");
     bundle.config(&["sh", "-c", &script], |spec| {

@@ -1,8 +1,8 @@
-//! Processor time of processes, alive and ended.
+//! Processor time of processes, running and ended.
 //!
-//! What is alive is asked for its clock, in nanoseconds. What has ended is in its parent's account of the children
-//! that it has waited for, which the kernel keeps exactly and shows in hundredths of a second; the keeper waits for all
-//! that nobody else waits for, so nothing is lost.
+//! The clock of a running process is read in nanoseconds. The time of an ended process is in its parent's
+//! account of the children that the parent has waited for, which the kernel keeps exactly and shows in
+//! hundredths of a second. The keeper waits for every orphan, so nothing is lost.
 
 use std::{fs, time::Duration};
 
@@ -17,14 +17,14 @@ use nix::{
 /// USER_HZ, the unit of times in /proc (proc_pid_stat(5)).
 const HZ: u64 = 100;
 
-/// All that a live process has used itself.
+/// The processor time of a running process itself.
 pub(crate) fn own(pid: u32) -> Result<Duration> {
     let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(pid)?))
         .with_context(|| format!("no clock of process {pid}"))?;
     Ok(clock_gettime(clock).with_context(|| format!("cannot read the clock of process {pid}"))?.into())
 }
 
-/// All that the children used that a process has waited for, and their children.
+/// The processor time of the children that a process has waited for, and of their children.
 pub(crate) fn ended_children(pid: u32) -> Result<Duration> {
     let path = format!("/proc/{pid}/stat");
     let stat = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
@@ -34,7 +34,7 @@ pub(crate) fn ended_children(pid: u32) -> Result<Duration> {
     Ok(Duration::from_millis(ticks * 1000 / HZ))
 }
 
-/// What containers have cost so far that have been removed: containerd, shims, VMs, `ctr`.
+/// The cost so far of containers that have been removed: containerd, shims, VMs, `ctr`.
 pub(crate) fn total(containerd: &Containerd) -> Result<Duration> {
     let clients = getrusage(UsageWho::RUSAGE_CHILDREN).context("cannot ask for the use of children")?;
     let seconds = |time: nix::sys::time::TimeVal| {

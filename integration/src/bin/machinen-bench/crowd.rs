@@ -1,5 +1,5 @@
-//! Idle containers whose VMs are clones: memory of each when there are 1, 10 and 30, and what each start cost the host
-//! beside its VM.
+//! Idle containers whose VMs are clones: memory of each when there are 1, 10 and 30, and what each start cost
+//! the host in addition to its VM.
 
 use std::{fs, time::Duration};
 
@@ -10,7 +10,7 @@ use crate::{cpu, footprint::field, report::Report};
 
 const SIZES: [usize; 3] = [1, 10, 30];
 
-/// Processes that are there however many containers there are.
+/// Processes that exist regardless of the number of containers.
 const COMMON: [&str; 2] = ["template-holder", "template-builder"];
 
 #[derive(Debug, Default)]
@@ -22,13 +22,13 @@ struct Crowd {
     shim_pss: Vec<(usize, u64)>,
     /// Processor time of a start on the host outside QEMU: shim, its start and helpers, anchor.
     host_cpu: Duration,
-    /// The same of containerd and `ctr`, for which a runtime can do nothing.
+    /// The same of containerd and `ctr`, on which a runtime has no influence.
     daemon_cpu: Duration,
     /// Processor time of QEMU until its container idles.
     qemu_cpu: Duration,
 }
 
-/// The containers are left to the end of their containerd.
+/// The containers stay until their containerd ends.
 pub(crate) fn measure(containerd: &Containerd, image: &str, report: &mut Report) -> Result<()> {
     let mut crowd = Crowd::default();
     let before = containerd.inventory()?;
@@ -62,7 +62,7 @@ pub(crate) fn measure(containerd: &Containerd, image: &str, report: &mut Report)
                     crowd.host_cpu += cpu::ended_children(process.pid)?;
                 }
             }
-            // Its children are the shims' starts.
+            // The starts of shims are children of containerd.
             crowd.host_cpu += cpu::ended_children(containerd.pid())?.saturating_sub(started);
             crowd.daemon_cpu = cpu::own(containerd.pid())?.saturating_sub(daemon);
             for time in [&mut crowd.host_cpu, &mut crowd.daemon_cpu, &mut crowd.qemu_cpu] {
@@ -102,7 +102,7 @@ impl Crowd {
     }
 }
 
-/// What a template takes, KiB, however many clones it has: it is the memory that its holder keeps.
+/// Memory of a template, KiB, whatever the number of its clones: the memory that its holder keeps.
 pub(crate) fn template_kib(holder: u32) -> Result<u64> {
     use std::os::unix::fs::MetadataExt as _;
     let path = format!("/proc/{holder}/fd/3");

@@ -68,7 +68,7 @@ def timed(task, base):
 mount_bare()
 for number in range(ROUNDS + 1):
     for task in untar, small_synced, sequential:
-        # Whoever is first finds colder caches: they take turns.
+        # The first of two finds colder caches, so the two take turns.
         order = ["/root", BARE] if number % 2 else [BARE, "/root"]
         taken = {base: timed(task, base) for base in order}
         # The first round is not counted: it runs code that the guest has not run before.

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::report::Report;
 
-/// What the script calls each kind of work, its row, and what is to be reached.
+/// The script's name for each kind of work, its row in the table, and its target.
 const KINDS: [(&str, &str, &str); 3] = [
     ("untar", "untar of 5,000 files", "untar: at least 0.9 x as fast as on the bare disk"),
     (
@@ -36,26 +36,26 @@ pub(crate) fn measure(containerd: &Containerd, rounds: usize, report: &mut Repor
             let set = spec["process"]["capabilities"][set].as_array_mut().expect("an array");
             set.extend([json!("CAP_SYS_ADMIN"), json!("CAP_MKNOD")]);
         }
-        // A container may not reach its own disk otherwise.
+        // Only with these rights can the container reach its own disk without the overlay.
         spec["linux"]["resources"] = json!({"devices": [{"allow": true, "access": "rwm"}]});
-        // Its device file is made there.
+        // The device file of that disk is made here.
         let mounts = spec["mounts"].as_array_mut().expect("an array");
         mounts.retain(|mount| mount["destination"] != "/dev");
         mounts.push(machinen_integration::bundle::mount("/dev", "tmpfs", "tmpfs", &["mode=755"]));
     })?;
-    let said = containerd.root().join("disk-work");
+    let printed = containerd.root().join("disk-work");
     let mut served = Served::of(containerd, &config)?;
     served.create(|request| {
-        request.stdout = format!("file://{}", said.display());
+        request.stdout = format!("file://{}", printed.display());
         request.stderr.clone_from(&request.stdout);
     })?;
     served.begin()?;
     let status = served.wait("")?.exit_status;
     served.end_stopped()?;
-    let said = fs::read_to_string(&said)?;
-    ensure!(status == 0, "the work ended with {status}: {said}");
+    let printed = fs::read_to_string(&printed)?;
+    ensure!(status == 0, "the work ended with {status}: {printed}");
     for (name, title, target) in KINDS {
-        let (container, bare) = samples(name, &said, rounds)?;
+        let (container, bare) = samples(name, &printed, rounds)?;
         report.time(format!("{title}, in a container"), format!("disk_{name}_ms"), &container);
         report.time("  the same on its disk without the overlay", format!("disk_{name}_bare_ms"), &bare);
         report.target_at_least(target, bare.median() / container.median(), 0.9, "x");
@@ -63,15 +63,15 @@ pub(crate) fn measure(containerd: &Containerd, rounds: usize, report: &mut Repor
     Ok(())
 }
 
-fn samples(name: &str, said: &str, rounds: usize) -> Result<(Samples, Samples)> {
+fn samples(name: &str, printed: &str, rounds: usize) -> Result<(Samples, Samples)> {
     let (mut in_container, mut on_disk, mut counted) = (Samples::default(), Samples::default(), 0);
-    for line in said.lines().filter_map(|line| line.strip_prefix(name)) {
+    for line in printed.lines().filter_map(|line| line.strip_prefix(name)) {
         let (container, bare) = line.trim().split_once(' ').with_context(|| format!("odd line {line:?}"))?;
         in_container.push(Duration::from_secs_f64(container.parse()?));
         on_disk.push(Duration::from_secs_f64(bare.parse()?));
         counted += 1;
     }
-    ensure!(counted == rounds, "{counted} rounds of {name}: {said}");
+    ensure!(counted == rounds, "{counted} rounds of {name}: {printed}");
     Ok((in_container, on_disk))
 }
 

@@ -1,4 +1,5 @@
-//! Processes in a running container: what starting one costs, against runc, and how fast their output arrives.
+//! Processes in a running container: what starting one costs, against runc, and how fast their output
+//! arrives.
 
 use std::{
     fs::File,
@@ -50,7 +51,8 @@ fn run(containerd: &Containerd, id: &str) -> Result<Duration> {
     Ok(output.duration)
 }
 
-/// MB/s of a process's stdout, read from its fifo by a reader that does nothing else. The median of some rounds.
+/// MB/s of a process's stdout, read from its fifo by a reader that does nothing else. The median of some
+/// rounds.
 fn throughput(containerd: &Containerd, rounds: usize) -> Result<f64> {
     let rootfs = Bundle::busybox(containerd)?;
     let mut rates = (0..rounds).map(|_| rate(containerd, &rootfs)).collect::<Result<Vec<f64>>>()?;
@@ -60,7 +62,7 @@ fn throughput(containerd: &Containerd, rounds: usize) -> Result<f64> {
 
 fn rate(containerd: &Containerd, rootfs: &Bundle) -> Result<f64> {
     let count = format!("count={}", OUTPUT * 16);
-    // The fast channel, which clones of a template do not have everywhere.
+    // Uses the fast channel, which clones of a template do not have on every host.
     let config = rootfs.config(&["dd", "if=/dev/zero", "bs=65536", &count], |spec| {
         spec["annotations"]["io.machinen.channel"] = "vsock".into();
     })?;

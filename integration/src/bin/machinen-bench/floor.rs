@@ -1,6 +1,6 @@
-//! The floor: the very QEMU, kernel and guest image that a container had, booting to an agent that powers off at once.
+//! The floor: the QEMU, kernel and guest image of a container, booting to an agent that powers off at once.
 //!
-//! The command line is read from a running container's QEMU, so that it cannot drift from what machinen runs. Only
+//! The command line is read from a running container's QEMU, so it is always the one that machinen uses. Only
 //! the inherited sockets become null devices, and the inherited files become files opened by a shell.
 
 use std::time::Duration;

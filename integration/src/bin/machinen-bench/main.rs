@@ -1,7 +1,7 @@
-//! `make bench`: what a start costs, against runc and against the least that the same VM can take.
+//! `make bench`: the cost of a start, compared with runc and with the minimum that the same VM takes.
 //!
-//! Everything is measured in one run, in rounds, so that each figure saw the same machine; medians are reported.
-//! Prints a table and writes `target/bench/start.json`.
+//! Everything is measured in one run, in rounds, so that each figure is taken under the same conditions;
+//! medians are reported. Prints a table and writes `target/bench/start.json`.
 
 mod checkpoint;
 mod conversion;
@@ -46,10 +46,10 @@ struct Args {
     only: Vec<Part>,
 }
 
-/// What can be measured alone.
+/// The parts that can be measured alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Part {
-    /// Starts, execs, forks, conversion and what they take of memory and processor
+    /// Starts, execs, forks and conversion, with their memory and processor time
     Starts,
     /// Work on files in a container
     Disk,
@@ -57,11 +57,11 @@ enum Part {
     Checkpoints,
 }
 
-/// Rounds of what takes long.
+/// Rounds of the slow measurements.
 const FEW: usize = 5;
 const FEWER: usize = 3;
 
-/// What a start is.
+/// The kinds of starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Clone,
@@ -83,7 +83,7 @@ impl Kind {
     }
 }
 
-/// Machinen's configuration for one kind of starts, as a user has it but for where things are.
+/// Machinen's configuration for one kind of starts: a user's, except for the directories.
 pub(crate) fn setup_of(containerd: &Containerd, kind: Kind, cache: &Path) -> Setup {
     let mode = if kind == Kind::Clone { "use" } else { "off" };
     Setup::of_user().templates(&containerd.root().join(Templates::DIR), mode).set(
@@ -157,7 +157,7 @@ impl Bench<'_> {
         self.containerd.configure(&setup_of(self.containerd, kind, &self.cache))
     }
 
-    /// Each figure of them is held against another of the same run.
+    /// Each figure of the checkpoint measurements is compared with another of the same run.
     fn starts(&self, report: &mut Report, holder: u32) -> Result<()> {
         let Self { containerd, image, rounds, .. } = *self;
         self.configure(Kind::Boot)?;

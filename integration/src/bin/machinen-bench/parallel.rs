@@ -1,4 +1,4 @@
-//! Many starts at once: how long until all are done, and what each costs.
+//! Many starts at once: the time until all are done, and the cost of each.
 
 use std::{thread, time::Instant};
 
@@ -7,17 +7,17 @@ use machinen_integration::{containerd::Containerd, samples::Samples};
 
 use crate::{Kind, cpu, report::Report};
 
-/// How many at once.
+/// The number of starts at once.
 pub(crate) const WIDTHS: [usize; 3] = [1, 5, 20];
 
-/// So many starts of one kind at once.
+/// This many starts of one kind at once.
 #[derive(Debug)]
 pub(crate) struct Parallel {
     pub(crate) kind: Kind,
     pub(crate) width: usize,
     /// From the first `ctr` to the end of the last.
     pub(crate) wall: Samples,
-    /// Processor time of one start, until nothing is left of it.
+    /// Processor time of one start, until everything of it is gone.
     pub(crate) cpu: Samples,
 }
 

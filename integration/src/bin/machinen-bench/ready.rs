@@ -1,4 +1,4 @@
-//! Starts that find a clone which has waited for them (the warm pool).
+//! Starts that use a clone which has waited for them (the warm pool).
 
 use std::{
     path::Path,
@@ -20,7 +20,7 @@ pub(crate) fn measure(containerd: &Containerd, image: &str, cache: &Path, rounds
         "dir",
         Value::path(&dir),
     ))?;
-    // Not counted: it finds no clone, and asks for one.
+    // Not counted: this start finds no clone, and requests one.
     run(containerd, image)?;
     let mut samples = Samples::default();
     for _ in 0..rounds {

@@ -18,7 +18,7 @@ struct Row {
     title: String,
     key: String,
     value: f64,
-    /// Of what was measured more than once.
+    /// Statistics of repeated measurements.
     p99: Option<f64>,
     unit: &'static str,
 }

@@ -9,7 +9,7 @@ use crate::{Kind, floor::Floor, report::Report, setup_of};
 
 #[derive(Debug, Default)]
 pub(crate) struct Starts {
-    /// A boot, and a rootdisk that has to be made.
+    /// A boot, with a rootdisk that has to be made.
     pub(crate) cold: Samples,
     pub(crate) boot: Samples,
     pub(crate) clone: Samples,
@@ -20,7 +20,7 @@ pub(crate) struct Starts {
     /// From the start of `ctr` to the first byte that the container has written.
     pub(crate) first_byte: Samples,
     pub(crate) first_byte_runc: Samples,
-    /// In the order in which the shim tells them first.
+    /// In the order in which the shim first reports the steps.
     pub(crate) phases: Vec<Phase>,
 }
 
@@ -58,7 +58,7 @@ pub(crate) fn measure(containerd: &Containerd, image: &str, floor: &Floor, round
     let mut starts = Starts::default();
     let cache = |name: &str| containerd.root().join(name);
     fs::create_dir(cache("warm"))?;
-    // Not counted: fills the cache, and the page cache for all.
+    // Not counted: fills the rootdisk cache, and the page cache for all kinds.
     for kind in [Kind::Boot, Kind::Clone, Kind::Runc] {
         containerd.configure(&setup_of(containerd, kind, &cache("warm")))?;
         run(containerd, image, kind)?;
@@ -106,7 +106,7 @@ impl Starts {
     }
 }
 
-/// A start with machinen, and what its shim says of its steps.
+/// A start with machinen, and the steps that its shim reports.
 fn run_with_phases(
     containerd: &Containerd,
     image: &str,
@@ -117,8 +117,8 @@ fn run_with_phases(
     let lines = containerd.log().since(from);
     let wanted = format!("origin={}", if kind == Kind::Clone { "clone" } else { "boot" });
     ensure!(lines.iter().any(|line| line.contains(&wanted)), "the VM was not of {wanted}");
-    let told = lines.iter().filter_map(|line| phases::parse(line)).flatten();
-    Ok((time, told.map(|(name, millis)| (name, Duration::from_secs_f64(millis / 1000.0))).collect()))
+    let steps = lines.iter().filter_map(|line| phases::parse(line)).flatten();
+    Ok((time, steps.map(|(name, millis)| (name, Duration::from_secs_f64(millis / 1000.0))).collect()))
 }
 
 fn run(containerd: &Containerd, image: &str, kind: Kind) -> Result<Duration> {
@@ -126,7 +126,7 @@ fn run(containerd: &Containerd, image: &str, kind: Kind) -> Result<Duration> {
     let runtime = kind.runtime();
     let output = containerd.run(image, &["true"]).runtime(&runtime).output()?;
     ensure!(output.status == 0, "{runtime}: {output}");
-    // What ends in the background must not slow the next one.
+    // Background work of a start must not slow the next one.
     containerd.settle(&before).context("after a start")?;
     Ok(output.duration)
 }

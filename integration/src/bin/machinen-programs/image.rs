@@ -1,4 +1,4 @@
-//! The images that programs run from: root file systems of Debian packages, made by `scripts/programs-image`.
+//! The images with the programs: root file systems of Debian packages, made by `scripts/programs-image`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,7 +16,7 @@ use machinen_integration::{
 
 use crate::program::Program;
 
-/// Longest that making one may take: hundreds of megabytes come from a mirror.
+/// Longest that making an image may take: hundreds of megabytes are downloaded from a mirror.
 const DEADLINE: Duration = Duration::from_secs(1800);
 
 #[derive(Debug)]
@@ -29,7 +29,7 @@ pub(crate) struct Images {
 }
 
 impl Images {
-    /// Of all programs, so that an image is the same whichever of its programs are run.
+    /// Collects the packages of all programs, so that an image does not depend on the programs that are run.
     pub(crate) fn new(programs: &[Program]) -> Self {
         let mut packages: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
         for program in programs {
@@ -41,7 +41,7 @@ impl Images {
     /// Makes the root file system of an image, unless it is in the cache.
     ///
     /// # Errors
-    /// It cannot be made; what the script said is quoted.
+    /// The image cannot be made; the script's output is quoted.
     pub(crate) fn make(&mut self, name: &str) -> Result<()> {
         if self.archives.contains_key(name) {
             return Ok(());
@@ -61,10 +61,10 @@ impl Images {
         Ok(())
     }
 
-    /// The image's name in containerd, which has it from now on.
+    /// Imports an image into containerd, and returns its name there.
     ///
     /// # Errors
-    /// It was not made, or cannot be imported.
+    /// The image was not made, or cannot be imported.
     pub(crate) fn import(&mut self, containerd: &Containerd, name: &str) -> Result<String> {
         let archive = self.archives.get(name).with_context(|| format!("the image {name} was not made"))?;
         let image = Image::new(&format!("machinen.test/programs-{name}:1"), vec![Layer::of_archive(archive)]);

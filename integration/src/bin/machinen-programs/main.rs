@@ -1,8 +1,9 @@
-//! `make test-programs`: programs that people really run, from their start to a fork of them.
+//! `make test-programs`: common programs, from their start to a fork of them.
 //!
-//! A program is a file in `integration/programs`. Each is started, used, asked for its limits, checkpointed, restored,
-//! forked, stopped and started again, in a microVM and, as far as runc can do it, by runc. A step that fails must be one
-//! that its file expects to be refused, with that text; a table of all steps comes last.
+//! A program is a file in `integration/programs`. Each is started, used, asked for its limits, checkpointed,
+//! restored, forked, stopped and started again, in a microVM and, as far as runc supports it, by runc. A step
+//! that fails must be one that the program's file lists as refused, with that text; a table of all steps
+//! comes last.
 
 mod image;
 mod program;
@@ -67,7 +68,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether all that should work does.
+/// Whether every step that should succeed has succeeded.
 fn run(args: &Args) -> Result<bool> {
     let all = program::load()?;
     let chosen = choose(&all, args)?;
@@ -97,7 +98,7 @@ fn run(args: &Args) -> Result<bool> {
     Ok(report.passed())
 }
 
-/// runc finds CRIU where `make setup` has put it.
+/// runc finds CRIU in the directory in which `make setup` has installed it.
 fn setup() -> Setup {
     Setup::new().programs(&steps::criu_dir())
 }

@@ -1,4 +1,4 @@
-//! What is known of a program: its file in `integration/programs`.
+//! The description of a program: its file in `integration/programs`.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -7,27 +7,28 @@ use clap::ValueEnum;
 use machinen_integration::paths;
 use serde::Deserialize;
 
-/// A program, as its file has it. Scripts are run by `sh -c` in the container.
+/// A program, as described by its file. Scripts are run by `sh -c` in the container.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Program {
     /// Name of the file, without `.toml`.
     #[serde(skip)]
     pub(crate) name: String,
-    /// What it is, in a few words.
+    /// A description of a few words.
     pub(crate) about: String,
-    /// The image that has it; programs of the same image share one, with the packages of all of them.
+    /// The image with the program. Programs of the same image share it, with the packages of all of them.
     pub(crate) image: String,
     /// Debian packages that it needs.
     pub(crate) packages: Vec<String>,
     /// The container's process, at each start.
     pub(crate) run: String,
-    /// Succeeds when the program can be used; is tried until it does.
+    /// Succeeds when the program can be used; is repeated until then.
     pub(crate) ready: String,
-    /// Uses the program. `$1` counts the uses that the container's state must have seen, with this one.
+    /// Uses the program. `$1` is the number of uses that the container's state must contain, including this
+    /// one.
     #[serde(rename = "use")]
     pub(crate) usage: String,
-    /// Whether earlier uses are still known after a stop and a start.
+    /// Whether earlier uses are still in the state after a stop and a start.
     #[serde(default = "yes")]
     pub(crate) durable: bool,
     /// Prints the limits that the program sees; without it the files of its control group are read.
@@ -43,18 +44,18 @@ pub(crate) struct Program {
     /// Limit of memory, MiB.
     #[serde(default = "some_memory")]
     pub(crate) memory: u64,
-    /// Longest that it may take to get ready, or to be used.
+    /// Longest that the program may take to get ready, or to be used.
     #[serde(default = "some_seconds")]
     pub(crate) seconds: u64,
     /// The signal that asks it to end.
     #[serde(default = "sigterm")]
     pub(crate) stop: String,
-    /// Steps that must fail, with what the error must say.
+    /// Steps that must fail, with a part of the error.
     #[serde(default)]
     refused: BTreeMap<Runtime, BTreeMap<Step, String>>,
 }
 
-/// Who runs the container.
+/// The runtime of a container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Runtime {
@@ -62,7 +63,7 @@ pub(crate) enum Runtime {
     Runc,
 }
 
-/// What is done with each program, in this order.
+/// The steps of each program, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Step {
@@ -98,14 +99,14 @@ fn sigterm() -> String {
 }
 
 impl Program {
-    /// What the error of a step must say, if the step must fail.
+    /// The expected part of a step's error, if the step must fail.
     pub(crate) fn refusal(&self, runtime: Runtime, step: Step) -> Option<&str> {
         self.refused.get(&runtime)?.get(&step).map(String::as_str)
     }
 }
 
 impl Runtime {
-    /// As containerd knows it.
+    /// The runtime's name in containerd.
     pub(crate) fn id(self) -> String {
         match self {
             Self::Machinen => paths::runtime(),
@@ -150,7 +151,7 @@ impl Step {
 /// All programs: those of the same image follow each other.
 ///
 /// # Errors
-/// A file cannot be read, or is not a program's.
+/// A file cannot be read, or does not describe a program.
 pub(crate) fn load() -> Result<Vec<Program>> {
     let dir = paths::workspace().join("integration/programs");
     let mut programs = Vec::new();
@@ -180,10 +181,10 @@ mod tests {
         assert!(programs.len() >= 20, "only {} programs", programs.len());
         for program in &programs {
             assert!(!program.about.is_empty() && !program.packages.is_empty(), "{program:?}");
-            // What it sees without a script is its memory.
+            // Without a script, the memory limit is the only one that is read.
             assert!(
                 program.limits.is_some() || program.sees.is_none(),
-                "{} sees what nobody asks",
+                "{} has expected limits and no script that prints them",
                 program.name
             );
         }

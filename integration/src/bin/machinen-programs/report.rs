@@ -1,4 +1,4 @@
-//! What became of each step of each program, as a table.
+//! The outcome of each step of each program, as a table.
 
 use std::{collections::BTreeMap, fmt, fs, path::PathBuf, time::Duration};
 
@@ -10,14 +10,14 @@ use crate::program::{Program, Runtime, Step};
 /// Longest note of an error, in characters.
 const MOST: usize = 600;
 
-/// What became of a step.
+/// The outcome of a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Outcome {
     Passed(Duration),
-    /// It failed as it must, with this error.
+    /// The step failed as it must, with this error.
     Refused(String),
     Failed(String),
-    /// It was not tried, because of this.
+    /// The step was not tried, for this reason.
     NotTried(String),
 }
 
@@ -35,7 +35,8 @@ pub(crate) struct Report {
 }
 
 impl Outcome {
-    /// Of a step that took this long, and must fail if `refusal` says with what.
+    /// The outcome of a step that took this long. `refusal` is the expected part of its error, if it must
+    /// fail.
     pub(crate) fn of(result: Result<()>, took: Duration, refusal: Option<&str>) -> Self {
         match (result, refusal) {
             (Ok(()), None) => Self::Passed(took),
@@ -46,7 +47,7 @@ impl Outcome {
         }
     }
 
-    /// What a note below the table says of it.
+    /// The note below the table.
     fn note(&self) -> Option<String> {
         match self {
             Self::Passed(_) => None,
@@ -80,12 +81,12 @@ impl Row {
         self.steps.insert(step, outcome);
     }
 
-    /// The step was not tried because of this, unless something is known of it.
+    /// Notes that the step was not tried for this reason, unless its outcome is known already.
     pub(crate) fn unless(&mut self, step: Step, reason: &str) {
         self.steps.entry(step).or_insert_with(|| Outcome::NotTried(reason.to_owned()));
     }
 
-    /// The steps that nothing is known of were not tried, because of this.
+    /// Notes that the steps without an outcome were not tried, for this reason.
     pub(crate) fn fill(&mut self, reason: &str) {
         Step::ALL.into_iter().for_each(|step| self.unless(step, reason));
     }
@@ -96,7 +97,7 @@ impl Report {
         self.rows.push(row);
     }
 
-    /// Whether all that should work in a microVM does; runc is only there to compare with.
+    /// Whether every step that should succeed in a microVM has succeeded; runc is only there for comparison.
     pub(crate) fn passed(&self) -> bool {
         let mut machinen = self.rows.iter().filter(|row| row.runtime == Runtime::Machinen);
         machinen.all(|row| !row.steps.values().any(|outcome| matches!(outcome, Outcome::Failed(_))))
@@ -105,7 +106,7 @@ impl Report {
     /// Writes the table to `target/programs`.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// The files cannot be written.
     pub(crate) fn save(&self) -> Result<PathBuf> {
         let file = paths::workspace().join("target/programs/report.txt");
         fs::create_dir_all(file.parent().context("no directory")?)?;
@@ -114,7 +115,7 @@ impl Report {
     }
 }
 
-/// An error with what programs have printed in one line, and not too long a one.
+/// An error, with the output of programs, as one line of bounded length.
 fn one_line(error: &str) -> String {
     let lines: Vec<_> =
         error.lines().map(str::trim).filter(|line| !["", "stdout:", "stderr:"].contains(line)).collect();
@@ -164,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_must_come_and_say_what_is_expected() {
+    fn a_refusal_must_match_what_is_expected() {
         let refused = outcome(Err(anyhow!("criu: ctty inheritance").context("cannot")), Some("ctty"));
         assert_eq!(refused, Outcome::Refused("ctty".to_owned()));
         assert!(matches!(outcome(Err(anyhow!("no VM")), Some("ctty")), Outcome::Failed(_)));

@@ -11,6 +11,7 @@ use machinen_integration::{
     containerd::Containerd,
     paths,
     process::{Invocation, Output, wait_for_end},
+    task::Listed,
 };
 
 use crate::{
@@ -22,7 +23,7 @@ use crate::{
 const GRACE: Duration = Duration::from_secs(30);
 /// Longest that a killed container may take to end.
 const KILLED: Duration = Duration::from_secs(60);
-/// What ctr and the VM take for themselves, at most.
+/// The most memory that ctr and the VM use for themselves.
 const OVERHEAD: Duration = Duration::from_secs(120);
 
 /// Scripts that use a program begin with this.
@@ -46,18 +47,18 @@ struct Walk<'a> {
     row: Row,
     /// Images of checkpoints.
     checkpoints: Vec<String>,
-    /// Everything that was started, whether it runs or not.
+    /// All containers that were started, whether they run or not.
     containers: Vec<String>,
 }
 
-/// A container, and how many uses its state has seen.
+/// A container, and the number of uses that its state contains.
 #[derive(Debug, Clone)]
 struct Subject {
     id: String,
     uses: u32,
 }
 
-/// Takes a program through all steps; whatever becomes of them, nothing of it is left.
+/// Takes a program through all steps, and removes everything of it, whatever the outcome.
 pub(crate) fn walk(containerd: &Containerd, program: &Program, runtime: Runtime, image: &str) -> Row {
     let row = Row::new(program, runtime);
     let (checkpoints, containers) = (Vec::new(), Vec::new());
@@ -123,7 +124,7 @@ impl Walk<'_> {
         self.ready(subject)
     }
 
-    /// What the program has printed.
+    /// The output of the program.
     fn output(&self, subject: &Subject) -> PathBuf {
         self.containerd.root().join(format!("{}.output", subject.id))
     }
@@ -135,7 +136,7 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// The end of what the program has printed, for errors.
+    /// The end of the program's output, for errors.
     fn printed(&self, subject: &Subject) -> String {
         let text = fs::read(self.output(subject)).unwrap_or_default();
         let text = String::from_utf8_lossy(&text[text.len().saturating_sub(700)..]).into_owned();
@@ -157,12 +158,12 @@ impl Walk<'_> {
         let script = self.program.limits.as_deref().unwrap_or(MEMORY);
         let memory = (self.program.memory << 20).to_string();
         let expected = self.program.sees.as_deref().unwrap_or(&memory);
-        let said = self.exec(subject, &["timeout", "60", "sh", "-c", script])?.ok()?.text();
-        ensure!(said.trim() == expected, "sees {:?} instead of {expected:?}", said.trim());
+        let printed = self.exec(subject, &["timeout", "60", "sh", "-c", script])?.ok()?.text();
+        ensure!(printed.trim() == expected, "sees {:?} instead of {expected:?}", printed.trim());
         Ok(())
     }
 
-    /// The container runs on afterwards, whether it can be checkpointed or not.
+    /// The container continues to run afterwards, whether it can be checkpointed or not.
     fn checkpoint(&mut self, source: &mut Subject) -> Result<()> {
         let name = format!("machinen.test/checkpoint-{}:1", source.id);
         self.checkpoints.push(name.clone());
@@ -173,7 +174,7 @@ impl Walk<'_> {
         taken.map(drop).context(reason)
     }
 
-    /// runc names a file with CRIU's reasons; machinen quotes them.
+    /// runc names a file with CRIU's reasons; machinen quotes the reasons.
     fn reason(&self, source: &Subject) -> String {
         let log = fs::read(self.containerd.bundle(&source.id).join("criu-dump.log")).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
@@ -220,9 +221,9 @@ impl Walk<'_> {
         exec.invocation()?.deadline(OVERHEAD + Duration::from_secs(self.program.seconds)).run()
     }
 
-    /// Asks the program to end, and kills it if it does not.
+    /// Asks the program to end, and kills it if it does not end in time.
     fn stop(&self, id: &str) -> Result<()> {
-        let pid = self.pid(id)?.with_context(|| format!("{id} does not run"))?;
+        let pid = self.containerd.task(id).listed()?.pid;
         self.containerd.ctr_ok(&["tasks", "kill", "--signal", &self.program.stop, id])?;
         if !wait_for_end(pid, GRACE)? {
             println!("   {id} does not end by {} within {GRACE:?}, and is killed", self.program.stop);
@@ -232,9 +233,9 @@ impl Walk<'_> {
         self.delete_task(id)
     }
 
-    /// Kills and removes a container, of which there may be only some.
+    /// Kills and removes a container, parts of which may be missing.
     fn remove(&self, id: &str) -> Result<()> {
-        if let Some(pid) = self.pid(id)? {
+        if let Some(Listed { pid, .. }) = self.containerd.task(id).find()? {
             self.containerd.ctr_output(&["tasks", "kill", "--signal", "SIGKILL", id])?;
             ensure!(wait_for_end(pid, KILLED)?, "{id} does not end by SIGKILL");
             self.delete_task(id)?;
@@ -243,31 +244,22 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// The end of the process is seen before containerd hears of it.
+    /// The end of the process is visible before containerd is notified of it.
     fn delete_task(&self, id: &str) -> Result<()> {
         let end = Instant::now() + GRACE;
         loop {
             let from = self.containerd.log().position();
             let deleted = self.containerd.ctr_output(&["tasks", "delete", id])?;
-            if self.pid(id)?.is_none() {
+            if self.containerd.task(id).find()?.is_none() {
                 return Ok(());
             }
             let left = end.saturating_duration_since(Instant::now());
-            let told =
+            let found =
                 self.containerd.log().wait_within(left, from, |line| line.contains("topic=/tasks/exit"));
-            if told.is_err() {
+            if found.is_err() {
                 bail!("the ended task {id} cannot be deleted: {deleted}");
             }
         }
-    }
-
-    /// The pid that containerd tells of a task, if there is one.
-    fn pid(&self, id: &str) -> Result<Option<u32>> {
-        let tasks = self.containerd.ctr_ok(&["tasks", "ls"])?;
-        let mut lines = tasks.lines().map(str::split_whitespace);
-        let Some(mut task) = lines.find(|fields| fields.clone().next() == Some(id)) else { return Ok(None) };
-        let pid = task.nth(1).with_context(|| format!("odd list of tasks: {tasks}"))?;
-        Ok(Some(pid.parse().with_context(|| format!("odd pid {pid:?}"))?))
     }
 
     fn clear(&mut self) -> Result<()> {
@@ -292,12 +284,12 @@ impl Walk<'_> {
     }
 }
 
-/// Where `make setup` has put CRIU for runc.
+/// The directory in which `make setup` has installed CRIU for runc.
 pub(crate) fn criu_dir() -> PathBuf {
     paths::workspace().join("target/tools/criu/bin")
 }
 
-/// Whether this host's kernel has what CRIU needs.
+/// Whether this host's kernel has the features that CRIU needs.
 fn can_checkpoint() -> bool {
     Invocation::new(criu_dir().join("criu")).arg("check").run().is_ok_and(|output| output.status == 0)
 }

@@ -10,13 +10,13 @@ use machinen_integration::{
 };
 use serde_json::{Value, json};
 
-use super::checkpoint;
+use super::{checkpoint, moved};
 use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(below_a_namespace, without_a_namespace, with_a_copy_ahead, more_than_can_be_kept);
 
-/// The first process moves down and gives controllers, as systemd and dockerd do. Where the hierarchy begins depends on the
-/// namespace.
+/// The first process moves into a child cgroup and enables controllers, as systemd and dockerd do. The root
+/// of the hierarchy depends on the namespace.
 const MAKE: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup); cd $c; mkdir init work work/deep idle; \
                     echo $$ >init/cgroup.procs; \
                     until echo '+memory +pids +cpu' >cgroup.subtree_control; do usleep 10000; done; \
@@ -26,8 +26,8 @@ const MAKE: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup); cd $c; mkd
                     (cd /; exec sleep 7777) & echo $! >work/deep/cgroup.procs; \
                     (cd /; exec sleep 8888) & echo $! >idle/cgroup.procs; \
                     echo 1 >idle/cgroup.freeze; touch /dev/shm/made; cd /; exec sleep 9999";
-/// Paths below the container's cgroup, and nothing that another start would change. A process that waits in the cgroup itself
-/// would keep the first one from giving controllers.
+/// Prints paths below the container's cgroup, and only values that another start would not change. A process
+/// that waited in the cgroup itself would keep the first process from enabling controllers.
 const LOOK: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/1/cgroup); c=${c%/init}; mkdir -p $c/init; \
                     echo $$ >$c/init/cgroup.procs; \
                     until [ -e /dev/shm/made ]; do usleep 50000; done; cd $c; \
@@ -36,7 +36,7 @@ const LOOK: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/1/cgroup); c=${c%/init};
                     stat -c '%n %u' work work/cgroup.procs idle; \
                     for p in self $(pidof sleep); do echo $(tr '\\0' ' ' </proc/$p/cmdline | cut -c1-10) \
                     $(cut -d: -f3 /proc/$p/cgroup | sed 's,^/machinen/[^/]*,,'); done | sort";
-/// A process in the limited cgroup that takes more.
+/// A process in the limited cgroup that uses more memory than the limit.
 const LIMIT: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/1/cgroup); cd ${c%/init}; echo $$ >work/deep/cgroup.procs; \
                      head -c 200m /dev/zero | tail -c 199m >/dev/null; echo $?";
 
@@ -48,14 +48,14 @@ fn without_a_namespace(containerd: &mut Containerd) -> Result<()> {
     restored_as_it_was(containerd, false, &config(containerd, MAKE, false)?)
 }
 
-/// One of the cgroups is frozen, so memory is not copied ahead, and the checkpoint is made without that.
+/// One of the cgroups is frozen, so memory is not copied ahead, and the checkpoint is made without that copy.
 fn with_a_copy_ahead(containerd: &mut Containerd) -> Result<()> {
     let path = config(containerd, MAKE, true)?;
     let mut spec: Value = serde_json::from_slice(&fs::read(&path)?)?;
     spec["annotations"] = json!({"io.machinen.pre-dump": "true"});
     fs::write(&path, spec.to_string())?;
     let running = Served::run(containerd, &path)?;
-    said(containerd, &running, LOOK)?;
+    output(&running, LOOK)?;
     let dir = containerd.root().join("images");
     checkpoint(&running, &dir)?;
     let log = running.shim.log()?;
@@ -69,7 +69,7 @@ fn with_a_copy_ahead(containerd: &mut Containerd) -> Result<()> {
 
 fn restored_as_it_was(containerd: &Containerd, has_namespace: bool, config: &Path) -> Result<()> {
     let mut running = Served::run(containerd, config)?;
-    let before = said(containerd, &running, LOOK)?;
+    let before = output(&running, LOOK)?;
     for set in [
         "work/memory.max 67108864",
         "work/deep/pids.max 33",
@@ -81,20 +81,13 @@ fn restored_as_it_was(containerd: &Containerd, has_namespace: bool, config: &Pat
     ] {
         ensure!(before.contains(set), "{set:?} was not set:\n{before}");
     }
-    ensure!(has_namespace == (said(containerd, &running, "cat /proc/1/cgroup")? == "0::/init\n"), "{before}");
+    ensure!(has_namespace == (output(&running, "cat /proc/1/cgroup")? == "0::/init\n"), "{before}");
     for round in 1..=2 {
-        let dir = containerd.root().join(format!("images-{round}"));
-        checkpoint(&running, &dir)?;
-        running.end()?;
-        let mut restored = Served::of(containerd, config)?;
-        restored.create(|request| request.checkpoint = dir.display().to_string())?;
-        restored.begin()?;
-        fs::remove_dir_all(&dir)?;
-        let after = said(containerd, &restored, LOOK)?;
+        running = moved(containerd, &running, config)?;
+        let after = output(&running, LOOK)?;
         ensure!(after == before, "restore {round}: before\n{before}\nafter\n{after}");
-        running = restored;
     }
-    let limited = said(containerd, &running, LIMIT)?;
+    let limited = output(&running, LIMIT)?;
     ensure!(limited.ends_with("137\n"), "the limit below does not hold: {limited}");
     running.end()
 }
@@ -102,7 +95,7 @@ fn restored_as_it_was(containerd: &Containerd, has_namespace: bool, config: &Pat
 fn more_than_can_be_kept(containerd: &mut Containerd) -> Result<()> {
     let script = "cd /sys/fs/cgroup; mkdir $(seq 1200); touch /dev/shm/made; while :; do sleep 1; done";
     let source = Served::run(containerd, &config(containerd, script, true)?)?;
-    said(containerd, &source, "until [ -e /dev/shm/made ]; do usleep 50000; done")?;
+    output(&source, "until [ -e /dev/shm/made ]; do usleep 50000; done")?;
     let dir = containerd.root().join("images");
     let (code, message) = super::refused(&source.client, &super::request(&source, &dir, None)?)?;
     ensure!(
@@ -113,7 +106,7 @@ fn more_than_can_be_kept(containerd: &mut Containerd) -> Result<()> {
     source.end()
 }
 
-/// A configuration that mounts cgroups has a namespace for them; without one the container mounts them itself.
+/// With a cgroup namespace, the configuration mounts cgroups; without one, the container mounts them itself.
 fn config(containerd: &Containerd, script: &str, has_namespace: bool) -> Result<std::path::PathBuf> {
     let script = match has_namespace {
         true => script.to_owned(),
@@ -132,11 +125,7 @@ fn config(containerd: &Containerd, script: &str, has_namespace: bool) -> Result<
     })
 }
 
-/// What a shell command in the container prints.
-fn said(containerd: &Containerd, served: &Served<'_>, script: &str) -> Result<String> {
-    let path = containerd.root().join("said");
-    served.exec_to("look", &["sh", "-c", script], &format!("file://{}", path.display()))?;
-    let text = fs::read_to_string(&path)?;
-    fs::remove_file(&path)?;
-    Ok(text)
+/// The output of a shell script in the container.
+fn output(served: &Served<'_>, script: &str) -> Result<String> {
+    Ok(served.shell(script)?.1)
 }

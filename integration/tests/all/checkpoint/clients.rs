@@ -11,7 +11,8 @@ on_every_containerd!(a_container_moves_in_an_image);
 
 pub(super) const REF: &str = "machinen.test/checkpoint:1";
 
-/// Counts in memory and shows the count in a file, below a directory that a restore without writes would lack.
+/// Counts in memory and shows the count in a file, below a directory that a restore without writes would
+/// lack.
 const COUNTER: &str = "mkdir /data; exec 4<>/data/gone; echo kept >&4; rm /data/gone; exec 5>>/data/log; i=100; while :; do i=$((i+1)); echo $i >/data/new; echo $i >&5; mv /data/new /data/count; \
                        usleep 50000; done";
 
@@ -21,10 +22,10 @@ fn a_container_moves_in_an_image(containerd: &mut Containerd) -> Result<()> {
     let id = first.container().to_owned();
     let before = count_above(containerd, &id, 103)?;
     containerd.ctr_ok(&["containers", "checkpoint", "--rw", "--image", "--task", &id, REF])?;
-    // The source runs on.
+    // The source continues to run.
     count_above(containerd, &id, before)?;
     remove(containerd, &id)?;
-    // To another host and back.
+    // The checkpoint is exported to another host and imported again.
     let archive = containerd.root().join("checkpoint.tar");
     containerd.ctr(["images", "export", "--skip-manifest-json"])?.arg(&archive).arg(REF).run()?.ok()?;
     containerd.ctr_ok(&["images", "rm", "--sync", REF])?;
@@ -33,14 +34,14 @@ fn a_container_moves_in_an_image(containerd: &mut Containerd) -> Result<()> {
     let second = containerd.new_id();
     containerd.ctr_ok(&["containers", "restore", "--rw", "--live", &second, REF])?;
     let restored = count(containerd, &second)?;
-    ensure!(restored >= before, "it has begun anew: {before} before, {restored} after");
+    ensure!(restored >= before, "the count has begun anew: {before} before, {restored} after");
     count_above(containerd, &second, restored)?;
-    // An open file that has lost its name before, and one that goes on where it was.
+    // An open file whose name was removed before the checkpoint, and one that is still being written.
     let look =
         "grep -qx kept /proc/1/fd/4 && grep -qx 101 /data/log && grep -qx $(cat /data/count) /data/log";
     let exec = containerd.new_id();
     containerd.ctr_ok(&["tasks", "exec", "--exec-id", &exec, &second, "sh", "-c", look])?;
-    // As any other.
+    // The restored container is removed like any other.
     containerd.ctr_ok(&["tasks", "pause", &second])?;
     containerd.ctr_ok(&["tasks", "resume", &second])?;
     containerd.ctr_ok(&[
@@ -60,7 +61,7 @@ fn a_container_moves_in_an_image(containerd: &mut Containerd) -> Result<()> {
     Ok(())
 }
 
-/// What the counter has come to.
+/// The current count.
 fn count(containerd: &Containerd, id: &str) -> Result<u32> {
     let exec = containerd.new_id();
     let text = containerd.ctr_ok(&["tasks", "exec", "--exec-id", &exec, id, "cat", "/data/count"])?;
@@ -75,7 +76,7 @@ fn count_above(containerd: &Containerd, id: &str, least: u32) -> Result<u32> {
             return Ok(count);
         }
         ensure!(std::time::Instant::now() < end, "the counter stands at {count}");
-        #[expect(clippy::disallowed_methods, reason = "a file in a container tells nobody that it changed")]
+        #[expect(clippy::disallowed_methods, reason = "a change of a container's file has no event")]
         std::thread::sleep(Duration::from_millis(100));
     }
 }

@@ -1,4 +1,4 @@
-//! Checkpoints that are damaged, made for something else, or written by somebody who means harm.
+//! Checkpoints that are damaged, made for another system, or written by an attacker.
 
 use std::{
     fs,
@@ -14,9 +14,9 @@ use ttrpc::Code;
 use super::{COUNTER, checkpoint, counts_from};
 use crate::harness::on_newest_containerd;
 
-on_newest_containerd!(what_is_not_restored, memory_that_has_changed);
+on_newest_containerd!(refused_checkpoints, memory_that_has_changed);
 
-/// How one is spoiled, the code of the refusal, and a word that the user reads.
+/// A kind of damage, the code of the refusal, and a word of the message.
 type Case = (&'static str, fn(&Path) -> Result<()>, Code, &'static str);
 
 const CASES: [Case; 13] = [
@@ -47,12 +47,7 @@ const CASES: [Case; 13] = [
         Code::FAILED_PRECONDITION,
         "lacks: warp",
     ),
-    (
-        "a limit that is none",
-        |dir| change(dir, "/limits", json!({"../x": "1"})),
-        Code::INVALID_ARGUMENT,
-        "../x",
-    ),
+    ("an invalid limit", |dir| change(dir, "/limits", json!({"../x": "1"})), Code::INVALID_ARGUMENT, "../x"),
 ];
 
 fn shorten(path: &Path) -> Result<()> {
@@ -89,7 +84,7 @@ fn change(dir: &Path, pointer: &str, value: Value) -> Result<()> {
     Ok(fs::write(path, manifest.to_string())?)
 }
 
-fn what_is_not_restored(containerd: &mut Containerd) -> Result<()> {
+fn refused_checkpoints(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     let config = bundle.config(&["sh", "-c", COUNTER], |_| ())?;
     let source = Served::run(containerd, &config)?;
@@ -106,7 +101,7 @@ fn what_is_not_restored(containerd: &mut Containerd) -> Result<()> {
         request.checkpoint = spoiled.display().to_string();
         let (found, message) = served.client.refused("Create", &request)?;
         ensure!(found == code && message.contains(word), "{what}: {found:?} instead of {code:?}: {message}");
-        // The same shim creates it from what is as it was.
+        // The same shim creates the container from the undamaged checkpoint.
         if what == "a newer kernel" {
             request.checkpoint = good.display().to_string();
             served.client.ok::<containerd_shim_protos::api::CreateTaskResponse>("Create", &request)?;
@@ -122,7 +117,7 @@ fn what_is_not_restored(containerd: &mut Containerd) -> Result<()> {
         fs::remove_dir_all(spoiled)?;
         containerd.settle(&before)?;
     }
-    // An incremental one.
+    // Incremental checkpoints are refused.
     let served = Served::of(containerd, &config)?;
     let mut request = served.shim.create_request();
     request.checkpoint = good.display().to_string();
@@ -163,30 +158,30 @@ fn memory_that_has_changed(containerd: &mut Containerd) -> Result<()> {
         code == Code::INVALID_ARGUMENT && message.contains("has different content"),
         "{code:?}: {message}"
     );
-    // With the bit as it was the same shim restores it.
+    // With the original bit, the same shim restores the checkpoint.
     file.write_all_at(&byte, place)?;
-    served.create(|request| request.checkpoint = dir.display().to_string())?;
+    served.create_from(&dir)?;
     served.begin()?;
     served.end()?;
     containerd.settle(&before)?;
 
     let mut served = Served::of(containerd, &config(true)?)?;
-    served.create(|request| request.checkpoint = dir.display().to_string())?;
+    served.create_from(&dir)?;
     file.write_all_at(&[byte[0] ^ 0x10], place)?;
     served.begin()?;
     let status = served.wait("")?.exit_status;
-    ensure!(status == 137, "it ended with {status}");
+    ensure!(status == 137, "the container ended with {status}");
     let log = served.shim.log()?;
-    let told = log
+    let logged = log
         .lines()
         .any(|line| line.contains("its memory could not be read") && line.contains("has different content"));
-    ensure!(told, "nobody is told why: {log}");
+    ensure!(logged, "the log lacks the reason: {log}");
     served.end_stopped()?;
     containerd.settle(&before)?;
     Ok(fs::remove_dir_all(dir)?)
 }
 
-/// What has most of the memory.
+/// The file with most of the memory.
 fn largest(dir: &Path) -> Result<(fs::File, u64)> {
     let mut largest = None;
     for entry in fs::read_dir(dir)? {

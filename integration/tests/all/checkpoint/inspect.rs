@@ -1,4 +1,4 @@
-//! A checkpoint's images are CRIU's own to those who read such images: crit(1) and checkpointctl(1).
+//! A checkpoint's images are readable for tools that read CRIU's images: crit(1) and checkpointctl(1).
 
 use std::{fs, path::Path};
 
@@ -17,7 +17,7 @@ on_newest_containerd!(
     a_pre_dump_leaves_nothing_to_look_for
 );
 
-/// A program of another Debian than the host's, with its own libraries.
+/// A program of another Debian release than the host's, with its own libraries.
 fn tool(program: &str) -> Invocation {
     let root = paths::workspace().join("target/tools/inspect/usr");
     let lib = root.join("lib/x86_64-linux-gnu");
@@ -49,7 +49,7 @@ fn taken(containerd: &Containerd, annotation: Option<&str>) -> Result<(std::path
     let spec = serde_json::from_slice(&fs::read(&config)?)?;
     let served = Served::run(containerd, &config)?;
     let ready = "mkdir -p /tmp; until [ -e /tmp/ready ]; do usleep 50000; done";
-    ensure!(served.exec_to("ready", &["sh", "-c", ready], "")? == 0, "it does not get ready");
+    ensure!(served.exec_to("ready", &["sh", "-c", ready], "")? == 0, "the container does not get ready");
     let dir = containerd.root().join("images");
     checkpoint(&served, &dir)?;
     served.end()?;
@@ -66,7 +66,7 @@ fn crit_reads_every_image(containerd: &mut Containerd) -> Result<()> {
     for entry in fs::read_dir(&dir)? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        // Those are pages, and archives of tar's.
+        // Those files contain pages, or are archives of tar.
         if name.ends_with(".img") && !name.starts_with("pages-") && !name.contains(".tar") {
             let decoded = crit(&["info"], &path)?;
             let decoded: Value = serde_json::from_str(&decoded)?;
@@ -80,7 +80,7 @@ fn crit_reads_every_image(containerd: &mut Containerd) -> Result<()> {
 
 fn checkpointctl_reads_an_archive(containerd: &mut Containerd) -> Result<()> {
     let (dir, mut spec) = taken(containerd, None)?;
-    // As an engine makes it of the directory that it has from a runtime.
+    // The archive that an engine makes of a runtime's checkpoint directory.
     let archive = containerd.root().join("archive");
     fs::create_dir(&archive)?;
     fs::rename(&dir, archive.join("checkpoint"))?;
@@ -102,7 +102,7 @@ fn checkpointctl_reads_an_archive(containerd: &mut Containerd) -> Result<()> {
     Ok(fs::remove_dir_all(&archive)?)
 }
 
-/// Its lists of pages name none of an earlier dump.
+/// The checkpoint's lists of pages name no earlier dump.
 fn a_pre_dump_leaves_nothing_to_look_for(containerd: &mut Containerd) -> Result<()> {
     let (dir, _) = taken(containerd, Some("io.machinen.pre-dump"))?;
     let mut bytes = 0;

@@ -1,64 +1,52 @@
-//! A process that is added to a restored container is where the container's first process is.
-
-use std::fs;
+//! A process that is added to a restored container is in the namespaces of the container's first process.
 
 use anyhow::{Result, ensure};
 use machinen_integration::{bundle::Bundle, containerd::Containerd, served::Served};
 use serde_json::json;
 
-use super::checkpoint;
+use super::moved;
 use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(one_clock_after_a_restore);
 
-/// The seconds of the monotonic clock, and every kind of namespace that the first process and this one do not share. A
-/// process has two of time: its own, and that of its children.
+/// The seconds of the monotonic clock, and every kind of namespace that the first process and this one do not
+/// share. A process has two time namespaces: its own, and that of its children.
 const LOOK: &str = "cut -d. -f1 /proc/uptime; cd /proc/1/ns; for n in *; do \
                     [ \"$(readlink $n)\" = \"$(readlink /proc/self/ns/$n)\" ] || echo $n; done";
-/// Runs on when the process that has started it has ended.
+/// Continues to run after the process that has started it has ended.
 const DAEMON: &str = "setsid sleep 5555 >/dev/null 2>&1 </dev/null & usleep 100000";
 
 fn one_clock_after_a_restore(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     let config = bundle.config(&["sleep", "100000"], |spec| {
-        // A process sees the namespaces of those that have no more capabilities than itself.
+        // A process can only read the namespaces of processes that have no more capabilities than itself.
         spec["process"]["capabilities"] = json!({});
         spec["linux"]["namespaces"].as_array_mut().expect("an array").push(json!({"type": "cgroup"}));
     })?;
-    let source = Served::run(containerd, &config)?;
-    let mut clock = look(containerd, &source)?;
-    ensure!(source.exec_to("daemon", &["sh", "-c", DAEMON], "")? == 0, "no daemon");
-    // The second restore is of a container that was restored, with what was added to it before and after.
-    let mut running = source;
+    let mut running = Served::run(containerd, &config)?;
+    let mut clock = look(&running)?;
+    ensure!(running.exec_to("daemon", &["sh", "-c", DAEMON], "")? == 0, "no daemon");
+    // The second restore is of a restored container, with the processes that were added to it before and
+    // after the first restore.
     for round in 1..=2 {
-        let dir = containerd.root().join(format!("images-{round}"));
-        checkpoint(&running, &dir)?;
-        running.end()?;
-        let mut restored = Served::of(containerd, &config)?;
-        restored.create(|request| request.checkpoint = dir.display().to_string())?;
-        restored.begin()?;
-        fs::remove_dir_all(&dir)?;
-        let now = look(containerd, &restored)?;
+        running = moved(containerd, &running, &config)?;
+        let now = look(&running)?;
         ensure!(now >= clock, "restore {round}: the clock went back from {clock} to {now}");
         clock = now;
-        // With the first process.
+        // One of the processes is the first one.
         let daemons = format!("[ $(pidof sleep | wc -w) = {} ]", round + 1);
         ensure!(
-            restored.exec_to("daemons", &["sh", "-c", &daemons], "")? == 0,
+            running.exec_to("daemons", &["sh", "-c", &daemons], "")? == 0,
             "restore {round}: a daemon is gone"
         );
-        ensure!(restored.exec_to("daemon", &["sh", "-c", DAEMON], "")? == 0, "no daemon");
-        running = restored;
+        ensure!(running.exec_to("daemon", &["sh", "-c", DAEMON], "")? == 0, "no daemon");
     }
     running.end()
 }
 
 /// The clock of an added process, which has all namespaces of the first one.
-fn look(containerd: &Containerd, served: &Served<'_>) -> Result<u64> {
-    let path = containerd.root().join("look");
-    let status = served.exec_to("look", &["sh", "-c", LOOK], &format!("file://{}", path.display()))?;
-    let text = fs::read_to_string(&path)?;
-    fs::remove_file(&path)?;
+fn look(served: &Served<'_>) -> Result<u64> {
+    let (status, text) = served.shell(LOOK)?;
     let (clock, differ) = text.split_once('\n').unwrap_or_default();
     ensure!(status == 0 && differ.is_empty(), "status {status}, not shared:\n{text}");
     Ok(clock.parse()?)

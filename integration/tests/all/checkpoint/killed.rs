@@ -1,6 +1,7 @@
-//! CRIU is killed: whoever has asked is told, the container goes on or ends as a whole, nothing is left, the next try works.
+//! CRIU is killed: the caller gets an error, the container continues or ends as a whole, nothing is left, and
+//! the next try works.
 //!
-//! It is killed by a container of the same pod that sees all processes of the VM.
+//! CRIU is killed by a container of the same pod that sees all processes of the VM.
 
 use std::{collections::BTreeSet, fs, os::unix::fs::symlink, path::Path};
 
@@ -23,30 +24,30 @@ use crate::harness::on_newest_containerd;
 on_newest_containerd!(
     in_a_dump,
     in_a_dump_of_a_paused_container,
-    with_its_code_in_them,
+    with_code_in_the_processes,
     ahead_of_a_dump,
     in_a_restore,
     before_start,
-    while_it_fetches
+    while_fetching_memory
 );
 
-/// What a user reads of it.
-const TOLD: &str = "criu was killed by signal 9 (SIGKILL)";
+/// The part of the error that names the cause.
+const CAUSE: &str = "criu was killed by signal 9 (SIGKILL)";
 
-/// And if the container could not go on.
+/// The further part of the error if the container could not continue.
 const ENDED: &str = "the container has ended";
 
-/// Counts, as [`counts_from`] wants to see it. A checkpoint has the file.
+/// Counts in the form that [`counts_from`] expects. The file is part of a checkpoint.
 const COUNTER: &str =
     "i=100; while :; do i=$((i+1)); echo $i >/tmp/new; mv /tmp/new /tmp/count; usleep 50000; done";
 
-/// What a counter hears of itself over its connection.
+/// Waits for the number's way back through the connection.
 const ECHO: &str = "read -r i <&4";
-/// It does not care.
+/// Does not wait.
 const NOTHING: &str = "true";
 
-/// The same with a connection to itself, and much memory in another process. The containers of a pod have one network, hence
-/// the port.
+/// A counter with a connection to itself, and much memory in another process. The containers of a pod share a
+/// network, so each connection needs a port of its own.
 fn connected(port: u16, hear: &str) -> String {
     format!(
         "trap '' PIPE
@@ -63,20 +64,21 @@ fn connected(port: u16, hear: &str) -> String {
     )
 }
 
-/// The CRIU that was asked to dump or restore: what it is started with, and what it calls itself later.
+/// The CRIU that was asked to dump or restore: its name at the start, and the name that it gives itself
+/// later.
 const WORKER: &str = "swrk|rpc";
 
-/// When it is killed, as a condition of the shell: at once when it is there, or with more to see.
+/// The moment at which CRIU is killed, as a condition of the shell: as soon as it exists.
 const SEEN: &str = "true";
-/// It holds the processes.
+/// CRIU holds the processes.
 const HOLDS: &str = "grep -qs 'TracerPid:.[1-9]' /proc/[0-9]*/status";
-/// It has put code of its own into one of them.
+/// CRIU has put code of its own into one of the processes.
 const INFECTS: &str = "grep -qs CRIUMFD /proc/[0-9]*/maps";
-/// It has made a first process.
+/// CRIU has made a first process.
 const MAKES: &str = "[ $(grep -lsx criu /proc/[0-9]*/comm | wc -l) -ge 2 ]";
-/// It writes memory.
+/// CRIU writes memory.
 const WRITES: &str = "[ -s \"$(echo /proc/1/root/run/machinen/*/checkpoint/images/pages-1.img)\" ]";
-/// It has locked a connection.
+/// CRIU has locked a connection.
 const LOCKS: &str =
     "[ -e \"$(echo /proc/1/root/run/machinen/*/checkpoint/images/tcp-stream-*.img | cut -d' ' -f1)\" ]";
 
@@ -93,7 +95,7 @@ impl<'a> Pod<'a> {
         Ok(Self { containerd, bundle, idle: Served::idle(containerd)? })
     }
 
-    /// A container of the pod that does what a script says, or goes on from a checkpoint of it.
+    /// A container of the pod that runs a script, or is to be created from a checkpoint of it.
     fn container(&self, script: &str, annotation: &str) -> Result<Served<'a>> {
         let config = self.bundle.config(&["sh", "-c", script], |spec| {
             if !annotation.is_empty() {
@@ -102,7 +104,7 @@ impl<'a> Pod<'a> {
             let mounts = spec["mounts"].as_array_mut().expect("an array");
             mounts.push(bundle::mount("/tmp", "tmpfs", "tmpfs", &["mode=1777"]));
         })?;
-        self.idle.beside(self.containerd, &config)
+        self.idle.in_same_vm(self.containerd, &config)
     }
 
     fn running(&self, script: &str, annotation: &str) -> Result<Served<'a>> {
@@ -110,27 +112,27 @@ impl<'a> Pod<'a> {
         served.create(|_| ())?;
         served.begin()?;
         let status = served.exec_to("look", &["sh", "-c", &counts_from(100)], "")?;
-        ensure!(status == 0, "it does not count: {status}");
+        ensure!(status == 0, "the container does not count: {status}");
         Ok(served)
     }
 
-    /// A container of it is checkpointed into a directory, and ended.
+    /// Checkpoints a new container of the pod into a directory, and ends it.
     fn checkpointed(&self, dir: &Path, script: &str) -> Result<()> {
         let source = self.running(script, "")?;
         checkpoint(&source, dir)?;
         end(&source)
     }
 
-    /// Another one goes on from there, and is ended.
-    fn goes_on_from(&self, dir: &Path, script: &str) -> Result<()> {
+    /// Restores another container from a directory, checks that it continues, and ends it.
+    fn continues_from(&self, dir: &Path, script: &str) -> Result<()> {
         let mut restored = self.container(script, "")?;
-        restored.create(|request| request.checkpoint = dir.display().to_string())?;
+        restored.create_from(dir)?;
         restored.begin()?;
-        goes_on(&restored)?;
+        continues(&restored)?;
         end(&restored)
     }
 
-    /// A script that sees the VM's processes, and their files.
+    /// Runs a script that sees the VM's processes, and their files.
     fn outside(&self, script: &str, stdout: &Path) -> Result<Served<'a>> {
         let config = self.bundle.config(&["sh", "-c", script], |spec| {
             let namespaces = spec["linux"]["namespaces"].as_array_mut().expect("an array");
@@ -140,13 +142,13 @@ impl<'a> Pod<'a> {
                 set.push(json!("CAP_SYS_PTRACE"));
             }
         })?;
-        let mut served = self.idle.beside(self.containerd, &config)?;
+        let mut served = self.idle.in_same_vm(self.containerd, &config)?;
         served.create(|request| request.stdout = format!("file://{}", stdout.display()))?;
         served.begin()?;
         Ok(served)
     }
 
-    /// Kills the CRIU whose arguments have `word`, when it is there and `when` is true.
+    /// Kills the CRIU whose arguments match `word`, as soon as it exists and `when` is true.
     fn killer(&self, word: &str, when: &str) -> Result<Killer<'a>> {
         let script = format!(
             "n=0; until pid=; for d in $(grep -lsx criu /proc/[0-9]*/comm); do d=${{d%/comm}}; d=${{d#/proc/}}; \
@@ -157,20 +159,21 @@ impl<'a> Pod<'a> {
         Ok(Killer(self.outside(&script, Path::new("/dev/null"))?))
     }
 
-    /// What there is in the VM besides CRIU's caches: processes (not the kernel's), mounts, control groups, temporary files.
+    /// The content of the VM, without CRIU's caches and processes of the kernel: processes, mounts, control
+    /// groups, temporary files.
     fn content(&self) -> Result<BTreeSet<String>> {
         let script = "for s in $(grep -LE '^PPid:.[02]$' /proc/[0-9]*/status); do head -n 1 $s; done; cut -d' ' -f5 /proc/1/mountinfo; \
                       cd /proc/1/root; find sys/fs/cgroup/machinen tmp run run/machinen/* -maxdepth 1";
-        let said = self.containerd.root().join("content");
-        let looks = self.outside(script, &said)?;
+        let printed = self.containerd.root().join("content");
+        let looks = self.outside(script, &printed)?;
         ensure!(looks.wait("")?.exit_status == 0, "cannot look");
         gone(&looks)?;
-        let content = fs::read_to_string(&said)?.replace(&looks.shim.id, "(who looks)");
-        fs::remove_file(&said)?;
+        let content = fs::read_to_string(&printed)?.replace(&looks.shim.id, "(the observer)");
+        fs::remove_file(&printed)?;
         Ok(content.lines().map(ToOwned::to_owned).collect())
     }
 
-    /// Everything is deleted but the idle container.
+    /// Deletes the idle container; all others are deleted already.
     fn end(self) -> Result<()> {
         self.idle.end()
     }
@@ -179,7 +182,7 @@ impl<'a> Pod<'a> {
 struct Killer<'a>(Served<'a>);
 
 impl Killer<'_> {
-    /// It has done its work.
+    /// Waits for the end of the killer, and checks that it has killed CRIU.
     fn done(self) -> Result<()> {
         let status = self.0.wait("")?.exit_status;
         ensure!(status == 0, "criu was not killed: {status}");
@@ -199,12 +202,12 @@ fn end(served: &Served<'_>) -> Result<()> {
     gone(served)
 }
 
-fn goes_on(served: &Served<'_>) -> Result<()> {
+fn continues(served: &Served<'_>) -> Result<()> {
     served.is("", Status::RUNNING, served.pid)?;
-    // As any container, and unlike CRIU, it is one to be killed when memory runs out.
+    // Like any container, and unlike CRIU, it can be killed when the VM is out of memory.
     let look = format!("[ $(cat /proc/1/oom_score_adj) = 0 ] || exit 5; {}", counts_from(100));
     let status = served.exec_to("look", &["sh", "-c", &look], "")?;
-    ensure!(status == 0, "it does not go on: {status}");
+    ensure!(status == 0, "the container does not continue: {status}");
     Ok(())
 }
 
@@ -212,22 +215,22 @@ fn in_a_dump(containerd: &mut Containerd) -> Result<()> {
     let pod = Pod::new(containerd)?;
     let source = pod.running(&connected(7000, ECHO), "")?;
     let dir = containerd.root().join("images");
-    let told = killed_in_a_dump(&pod, &source, SEEN)?;
-    ensure!(!told.contains(ENDED), "{told}");
-    goes_on(&source)?;
-    // The next one is whole.
+    let message = killed_in_a_dump(&pod, &source, SEEN)?;
+    ensure!(!message.contains(ENDED), "{message}");
+    continues(&source)?;
+    // The next checkpoint is complete.
     source.client.ok::<Empty>("Checkpoint", &with_connections(&source, &dir)?)?;
-    goes_on(&source)?;
+    continues(&source)?;
     end(&source)?;
-    pod.goes_on_from(&dir, &connected(7000, ECHO))?;
+    pod.continues_from(&dir, &connected(7000, ECHO))?;
     fs::remove_dir_all(&dir)?;
     pod.end()
 }
 
-/// One that the client has paused stays so.
+/// A container that the client has paused stays paused.
 fn in_a_dump_of_a_paused_container(containerd: &mut Containerd) -> Result<()> {
     let pod = Pod::new(containerd)?;
-    // It may be lost as in [`with_its_code_in_them`], but not always.
+    // The container may be lost as in [`with_code_in_the_processes`], but not every time.
     for _ in 0..5 {
         let source = pod.running(COUNTER, "")?;
         let id = || source.shim.id.clone();
@@ -243,20 +246,20 @@ fn in_a_dump_of_a_paused_container(containerd: &mut Containerd) -> Result<()> {
         ensure!(looks.wait("")?.exit_status == 0, "a paused container runs");
         gone(&looks)?;
         source.client.ok::<Empty>("Resume", &ResumeRequest { id: id(), ..Default::default() })?;
-        if goes_on(&source).is_err() {
+        if continues(&source).is_err() {
             lost(&source)?;
             continue;
         }
         end(&source)?;
         return pod.end();
     }
-    bail!("it was lost each time")
+    bail!("the container was lost each time")
 }
 
-/// It has ended as a whole, and whoever waits is told.
+/// The container has ended as a whole, and Wait reports its exit.
 fn lost(source: &Served<'_>) -> Result<()> {
     let exit = source.wait("")?.exit_status;
-    ensure!([133, 137].contains(&exit), "it ended with {exit}");
+    ensure!([133, 137].contains(&exit), "the container ended with {exit}");
     gone(source)
 }
 
@@ -264,31 +267,32 @@ fn with_connections(source: &Served<'_>, dir: &Path) -> Result<CheckpointTaskReq
     request(source, dir, Some(&CheckpointOptions { open_tcp: true, ..Default::default() }))
 }
 
-/// What the caller reads.
+/// Kills CRIU in a checkpoint, and returns the error.
 fn killed_in_a_dump(pod: &Pod<'_>, source: &Served<'_>, when: &str) -> Result<String> {
     let dir = pod.containerd.root().join("images");
     let killer = pod.killer(WORKER, when)?;
     let (code, message) = refused(&source.client, &with_connections(source, &dir)?)?;
-    ensure!(code == Code::FAILED_PRECONDITION && message.contains(TOLD), "{when}: {code:?}: {message}");
+    ensure!(code == Code::FAILED_PRECONDITION && message.contains(CAUSE), "{when}: {code:?}: {message}");
     killer.done()?;
     ensure!(!dir.exists(), "{when}: something is left of a checkpoint that failed");
     Ok(message)
 }
 
-/// While it has its code in the processes they may be lost, but then all of them, and whoever waits is told.
-fn with_its_code_in_them(containerd: &mut Containerd) -> Result<()> {
+/// While CRIU has its code in the processes they may be lost, but then all of them, and Wait reports the
+/// exit.
+fn with_code_in_the_processes(containerd: &mut Containerd) -> Result<()> {
     let pod = Pod::new(containerd)?;
     for (port, when) in (7000..).zip([HOLDS, INFECTS, WRITES, LOCKS]) {
         let source = pod.running(&connected(port, NOTHING), "")?;
-        let told = killed_in_a_dump(&pod, &source, when)?;
-        if told.contains(ENDED) || goes_on(&source).is_err() {
+        let message = killed_in_a_dump(&pod, &source, when)?;
+        if message.contains(ENDED) || continues(&source).is_err() {
             lost(&source).context(when)?;
             continue;
         }
         let dir = containerd.root().join("images");
         source.client.ok::<Empty>("Checkpoint", &with_connections(&source, &dir)?)?;
         fs::remove_dir_all(&dir)?;
-        goes_on(&source)?;
+        continues(&source)?;
         end(&source)?;
     }
     pod.end()
@@ -303,16 +307,16 @@ fn ahead_of_a_dump(containerd: &mut Containerd) -> Result<()> {
         let taken = checkpoint(&source, &dir);
         killer.done()?;
         let log = pod.idle.shim.log()?;
-        let told =
-            log.lines().filter(|line| line.contains("cannot copy memory ahead") && line.contains(TOLD));
-        ensure!(told.count() == count + 1, "{when}: the log does not say so: {log}");
+        let logged =
+            log.lines().filter(|line| line.contains("cannot copy memory ahead") && line.contains(CAUSE));
+        ensure!(logged.count() == count + 1, "{when}: the log lacks the error: {log}");
         match taken {
             Ok(()) => {
                 fs::remove_dir_all(&dir)?;
-                goes_on(&source)?;
+                continues(&source)?;
                 end(&source)?;
             }
-            // Its code was in one of them, as in [`with_its_code_in_them`].
+            // CRIU's code was in one of the processes, as in [`with_code_in_the_processes`].
             Err(_) if when == HOLDS => lost(&source)?,
             Err(error) => return Err(error),
         }
@@ -331,13 +335,13 @@ fn in_a_restore(containerd: &mut Containerd) -> Result<()> {
         let mut create = restored.shim.create_request();
         create.checkpoint = dir.display().to_string();
         let (code, message) = restored.client.refused("Create", &create)?;
-        ensure!(code == Code::FAILED_PRECONDITION && message.contains(TOLD), "{when}: {code:?}: {message}");
+        ensure!(code == Code::FAILED_PRECONDITION && message.contains(CAUSE), "{when}: {code:?}: {message}");
         killer.done()?;
         let after = pod.content()?;
-        ensure!(before == after, "{when}: there was {before:#?} and is {after:#?}");
+        ensure!(before == after, "{when}: the VM's content was {before:#?} and is {after:#?}");
         restored.create(|request| request.checkpoint.clone_from(&create.checkpoint))?;
         restored.begin()?;
-        goes_on(&restored)?;
+        continues(&restored)?;
         end(&restored)?;
     }
     fs::remove_dir_all(&dir)?;
@@ -350,21 +354,21 @@ fn before_start(containerd: &mut Containerd) -> Result<()> {
     pod.checkpointed(&dir, COUNTER)?;
     let before = pod.content()?;
     let mut restored = pod.container(COUNTER, "")?;
-    restored.create(|request| request.checkpoint = dir.display().to_string())?;
+    restored.create_from(&dir)?;
     pod.killer(WORKER, SEEN)?.done()?;
     let (code, message) = restored.client.refused("Start", &restored.start(""))?;
-    ensure!(code == Code::FAILED_PRECONDITION && message.contains(TOLD), "{code:?}: {message}");
+    ensure!(code == Code::FAILED_PRECONDITION && message.contains(CAUSE), "{code:?}: {message}");
     let exit = restored.wait("")?.exit_status;
-    ensure!(exit == 137, "it ended with {exit}");
+    ensure!(exit == 137, "the container ended with {exit}");
     gone(&restored)?;
     let after = pod.content()?;
-    ensure!(before == after, "there was {before:#?} and is {after:#?}");
-    pod.goes_on_from(&dir, COUNTER)?;
+    ensure!(before == after, "the VM's content was {before:#?} and is {after:#?}");
+    pod.continues_from(&dir, COUNTER)?;
     fs::remove_dir_all(&dir)?;
     pod.end()
 }
 
-fn while_it_fetches(containerd: &mut Containerd) -> Result<()> {
+fn while_fetching_memory(containerd: &mut Containerd) -> Result<()> {
     let pod = Pod::new(containerd)?;
     let dir = containerd.root().join("images");
     let script = format!(
@@ -373,15 +377,15 @@ fn while_it_fetches(containerd: &mut Containerd) -> Result<()> {
     );
     pod.checkpointed(&dir, &script)?;
     let mut restored = pod.container(&script, "io.machinen.lazy")?;
-    restored.create(|request| request.checkpoint = dir.display().to_string())?;
+    restored.create_from(&dir)?;
     restored.client.ok::<StartResponse>("Start", &restored.start(""))?;
     pod.killer("lazy-pages", SEEN)?.done()?;
     let exit = restored.wait("")?.exit_status;
-    ensure!(exit == 137, "it ended with {exit}");
+    ensure!(exit == 137, "the container ended with {exit}");
     gone(&restored)?;
     let log = pod.idle.shim.log()?;
-    let told = |line: &str| line.contains("its memory could not be read") && line.contains(TOLD);
-    ensure!(log.lines().any(told), "the log does not say so: {log}");
+    let logged = |line: &str| line.contains("its memory could not be read") && line.contains(CAUSE);
+    ensure!(log.lines().any(logged), "the log lacks the error: {log}");
     fs::remove_dir_all(&dir)?;
     pod.end()
 }

@@ -4,6 +4,7 @@ mod api;
 mod cgroups;
 mod clients;
 mod damage;
+mod failures;
 mod inspect;
 mod joined;
 mod killed;
@@ -15,7 +16,7 @@ mod verify;
 mod watches;
 mod workloads;
 
-use std::path::Path;
+use std::{fs, path::Path};
 
 use anyhow::Result;
 use containerd_shim_protos::{
@@ -23,13 +24,13 @@ use containerd_shim_protos::{
     protobuf::{Message, MessageField, well_known_types::any::Any},
     shim::oci::CheckpointOptions,
 };
-use machinen_integration::{served::Served, shim::Client};
+use machinen_integration::{containerd::Containerd, served::Served, shim::Client};
 use ttrpc::Code;
 
 /// Counts in memory, and shows the count in a file.
 const COUNTER: &str = "i=100; while :; do i=$((i+1)); echo $i >/new; mv /new /count; usleep 50000; done";
 
-/// A shell command that succeeds if the count goes on within some seconds, from at least `least`.
+/// A shell command that succeeds if the counter counts on within some seconds, from at least `least`.
 fn counts_from(least: u32) -> String {
     format!(
         "until [ -s /count ]; do usleep 50000; done; a=$(cat /count); [ $a -ge {least} ] || exit 3; for n in $(seq 200); do [ $(cat /count) -gt $((a+2)) ] && \
@@ -58,9 +59,19 @@ pub(crate) fn request(
     })
 }
 
-/// Takes a checkpoint with the options of whoever has none.
+/// Takes a checkpoint with the default options.
 pub(crate) fn checkpoint(served: &Served<'_>, path: &Path) -> Result<()> {
     served.client.ok::<Empty>("Checkpoint", &request(served, path, None)?).map(drop)
+}
+
+/// Replaces a container by another one that is restored from a checkpoint of it.
+fn moved<'a>(containerd: &'a Containerd, source: &Served<'_>, config: &Path) -> Result<Served<'a>> {
+    let dir = containerd.root().join("images");
+    checkpoint(source, &dir)?;
+    source.end()?;
+    let restored = Served::restored(containerd, config, &dir)?;
+    fs::remove_dir_all(&dir)?;
+    Ok(restored)
 }
 
 fn refused(client: &Client, request: &CheckpointTaskRequest) -> Result<(Code, String)> {

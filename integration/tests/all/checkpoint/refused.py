@@ -1,4 +1,4 @@
-# Does what /kind names, in a child, when there is such a file; ends the child when there is none any more.
+# Does what /kind names, in a child, when there is such a file; ends the child when the file is gone.
 
 import ctypes
 import mmap

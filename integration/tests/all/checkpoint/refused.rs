@@ -1,4 +1,4 @@
-//! What cannot be restored is refused when it is checkpointed, in words that name the process and the reason.
+//! A container that could not be restored is not checkpointed; the error names the process and the reason.
 
 use std::{fs, path::Path};
 
@@ -17,7 +17,7 @@ use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(what_cannot_be_restored);
 
-/// What a process does (see refused.py), and what the caller of a checkpoint reads then.
+/// The behaviour of a process (see refused.py), and the error of a checkpoint then.
 const KINDS: [(&str, &[&str]); 23] = [
     ("uts", &["process ", "(python3.13) is in another uts namespace than the container's first process"]),
     ("ipc", &["is in another ipc namespace"]),
@@ -76,7 +76,7 @@ fn what_cannot_be_restored(containerd: &mut Containerd) -> Result<()> {
     let served = Served::run(containerd, &config)?;
     let dir = containerd.root().join("images");
     for (kind, words) in KINDS {
-        begin(containerd, &served, kind)?;
+        begin(&served, kind)?;
         let exit = CheckpointOptions { exit: true, ..Default::default() };
         let (code, message) = refused(&served.client, &request(&served, &dir, Some(&exit))?)
             .with_context(|| format!("{kind} is not refused"))?;
@@ -84,45 +84,40 @@ fn what_cannot_be_restored(containerd: &mut Containerd) -> Result<()> {
         for word in words {
             ensure!(message.contains(word), "{kind}: {word:?} is not in {message}");
         }
-        // One reason, without what CRIU's clean-up says.
+        // The error has one reason, without the messages of CRIU's clean-up.
         ensure!(!message.contains("failed with -1") && !message.contains("FAILED"), "{kind}: {message}");
         ensure!(!dir.exists(), "{kind}: something is left of a checkpoint that failed");
         served.is("", Status::RUNNING, served.pid)?;
         end(&served).with_context(|| format!("{kind}: it does not run on"))?;
     }
-    // What looks like it, and can be restored.
+    // Similar behaviour that can be restored.
     for kind in ["links-tmpfs", "replaced", "socket-removed"] {
-        begin(containerd, &served, kind)?;
+        begin(&served, kind)?;
         restores(containerd, &served, &config, &dir).with_context(|| kind)?;
         end(&served)?;
     }
     served.end()
 }
 
-fn begin(containerd: &Containerd, served: &Served<'_>, kind: &str) -> Result<()> {
-    let said = containerd.root().join("said");
+fn begin(served: &Served<'_>, kind: &str) -> Result<()> {
     let script = format!(
         "rm -f /ready; echo {kind} >/kind.new; mv /kind.new /kind; until [ -e /ready ]; do usleep 20000; done; cat /ready"
     );
-    let status = served.exec_to("begin", &["sh", "-c", &script], &format!("file://{}", said.display()))?;
-    let text = fs::read_to_string(&said)?;
-    fs::remove_file(&said)?;
+    let (status, text) = served.shell(&script)?;
     ensure!(status == 0 && text.is_empty(), "{kind}: status {status}: {text}");
     Ok(())
 }
 
 fn end(served: &Served<'_>) -> Result<()> {
     let script = "rm -f /idle /kind; until [ -e /idle ]; do usleep 20000; done";
-    ensure!(served.exec_to("end", &["sh", "-c", script], "")? == 0, "it does not answer");
+    ensure!(served.exec_to("end", &["sh", "-c", script], "")? == 0, "the process does not answer");
     Ok(())
 }
 
 fn restores(containerd: &Containerd, served: &Served<'_>, config: &Path, dir: &Path) -> Result<()> {
     checkpoint(served, dir)?;
-    let mut restored = Served::of(containerd, config)?;
-    restored.create(|request| request.checkpoint = dir.display().to_string())?;
-    restored.begin()?;
-    // It has no snapshot, so the file that its child lives for is not there.
+    let restored = Served::restored(containerd, config, dir)?;
+    // The restored container has no snapshot, so the file that keeps its child alive is missing.
     let script = "until [ -e /idle ]; do usleep 20000; done";
     ensure!(restored.exec_to("idle", &["sh", "-c", script], "")? == 0, "the restored does not answer");
     restored.end()?;

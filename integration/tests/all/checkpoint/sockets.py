@@ -1,5 +1,5 @@
-# Binds sockets and gives their files other names, then answers each client with the socket's label and address.
-# `sockets.py ask` is the client of all of them and prints the answers.
+# Binds sockets and gives their files other names, then answers each client with the socket's label and
+# address. `sockets.py ask` is the client of all of them and prints the answers.
 
 import os
 import socket
@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 
-# What each label is reached by.
+# The paths at which each label is reachable.
 SOCKETS = {
     "linked": (socket.SOCK_STREAM, "/tmp/linked"),
     "renamed": (socket.SOCK_STREAM, "/renamed"),
@@ -45,7 +45,7 @@ def serve(label, server, check=lambda: None):
                 client, _ = server.accept()
                 send = client.send
             check()
-            # The last connection stays open at this end, until there is a next one.
+            # The last connection stays open at this end until the next one.
             send(("%s %s" % (label, server.getsockname())).encode())
 
     threading.Thread(target=answer).start()

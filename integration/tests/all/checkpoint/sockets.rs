@@ -1,4 +1,5 @@
-//! A UNIX socket is reached after a restore by the name that its file had, whatever name it was bound to.
+//! After a restore, a UNIX socket can be reached at the current name of its file, whatever name it was bound
+//! to.
 
 use std::fs;
 
@@ -10,12 +11,12 @@ use machinen_integration::{
 };
 use serde_json::json;
 
-use super::checkpoint;
+use super::moved;
 use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(sockets_with_other_names);
 
-/// What the sockets of sockets.py answer at first: their labels and addresses.
+/// The first answers of the sockets of sockets.py: their labels and addresses.
 const BOUND: &str = "linked /tmp/linked.tmp
 renamed /renamed.tmp
 datagram /tmp/datagram.tmp
@@ -27,7 +28,7 @@ relative relative.tmp
 jailed /socket
 plain /tmp/link/plain
 ";
-/// What they answer after a restore: an address is what reaches the socket.
+/// Their answers after a restore: each address is the path at which the socket can be reached.
 const RESTORED: &str = "linked /tmp/linked
 renamed /renamed
 datagram /tmp/datagram
@@ -53,29 +54,19 @@ fn sockets_with_other_names(containerd: &mut Containerd) -> Result<()> {
         mounts.push(mount("/tmp", "tmpfs", "tmpfs", &["mode=1777"]));
     })?;
     let mut running = Served::run(containerd, &config)?;
-    answers(containerd, &running, BOUND)?;
-    // The second checkpoint is of what was restored.
-    for round in 1..=2 {
-        let dir = containerd.root().join(format!("images-{round}"));
-        checkpoint(&running, &dir)?;
-        running.end()?;
-        let mut restored = Served::of(containerd, &config)?;
-        restored.create(|request| request.checkpoint = dir.display().to_string())?;
-        restored.begin()?;
-        fs::remove_dir_all(&dir)?;
-        answers(containerd, &restored, RESTORED)?;
-        running = restored;
+    answers(&running, BOUND)?;
+    // The second checkpoint is of the restored container.
+    for _ in 0..2 {
+        running = moved(containerd, &running, &config)?;
+        answers(&running, RESTORED)?;
     }
     running.end()
 }
 
-fn answers(containerd: &Containerd, served: &Served<'_>, wanted: &str) -> Result<()> {
-    let said = containerd.root().join("said");
+fn answers(served: &Served<'_>, wanted: &str) -> Result<()> {
     let script =
         "until [ -e /dev/shm/ready ]; do usleep 50000; done; exec /usr/bin/python3.13 /sockets.py ask";
-    let status = served.exec_to("ask", &["sh", "-c", script], &format!("file://{}", said.display()))?;
-    let text = fs::read_to_string(&said)?;
-    fs::remove_file(&said)?;
+    let (status, text) = served.shell(script)?;
     ensure!(status == 0 && text == wanted, "status {status}, wanted\n{wanted}but got\n{text}");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What the kernel knows of a process is the same after a restore.
+//! The kernel's state of a process is the same after a restore.
 
 use std::fs;
 
@@ -15,7 +15,7 @@ use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(privileges_and_limits);
 
-/// Everything that an administrator may have set, of the container's first process.
+/// Everything of the container's first process that an administrator may have set.
 const LOOK: &str = "grep -v -e ctxt -e '^FDSize' -e '^Vm' -e '^Rss' -e '^Hugetlb' -e '^State' -e '^THP' -e '^untag' -e '^x86_' /proc/1/status; \
                     cat /proc/1/limits /proc/1/oom_score_adj /proc/1/cgroup; hostname; \
                     cd /sys/fs/cgroup; for f in memory.max memory.swap.max memory.low cpu.max cpu.weight pids.max \
@@ -70,9 +70,7 @@ fn privileges_and_limits(containerd: &mut Containerd) -> Result<()> {
     let dir = containerd.root().join("images");
     checkpoint(&source, &dir)?;
     source.end()?;
-    let mut restored = Served::of(containerd, &config)?;
-    restored.create(|request| request.checkpoint = dir.display().to_string())?;
-    restored.begin()?;
+    let restored = Served::restored(containerd, &config, &dir)?;
     let after = look(&restored, "after")?;
     let differs: Vec<_> =
         before.lines().zip(after.lines()).filter(|(before, after)| before != after).collect();

@@ -1,5 +1,5 @@
-//! What waits in the standard streams when a checkpoint is taken: the restored container has it, in order and once, and so
-//! does the source.
+//! Unread bytes of the standard streams when a checkpoint is taken: the restored container gets them, in
+//! order and once, and so does the source.
 
 use std::{fs, io::Write as _, path::PathBuf, thread, time::Instant};
 
@@ -17,11 +17,11 @@ use crate::harness::on_newest_containerd;
 on_newest_containerd!(
     input_that_waits,
     an_end_that_waits,
-    output_is_told_once,
+    output_arrives_once,
     an_init_that_pipes_its_own_output
 );
 
-/// Reads a line, and all else when there is /go.
+/// Reads a line, and the rest when /go exists.
 const READER: &str = "read -r first; echo $first; until [ -e /go ]; do usleep 20000; done; cat; echo end";
 
 /// A container's streams in the host's files.
@@ -43,7 +43,7 @@ impl Streams {
         request.stdout = format!("file://{}", self.output.display());
     }
 
-    /// What is written waits in the fifo, or has been taken from there, when this returns.
+    /// Afterwards the bytes are in the fifo, or have been read from it.
     fn write(&self, bytes: &[u8]) -> Result<()> {
         Ok(fs::File::options().read(true).write(true).open(&self.input)?.write_all(bytes)?)
     }
@@ -62,7 +62,7 @@ impl Streams {
                 wanted.len(),
                 found.iter().zip(wanted).position(|(found, wanted)| found != wanted)
             );
-            #[expect(clippy::disallowed_methods, reason = "a file tells nobody that it changed")]
+            #[expect(clippy::disallowed_methods, reason = "a change of a file has no event")]
             thread::sleep(std::time::Duration::from_millis(20));
         }
     }
@@ -79,7 +79,7 @@ fn close(served: &Served<'_>) -> Result<()> {
 }
 
 fn go(served: &Served<'_>) -> Result<()> {
-    ensure!(served.exec_to("go", &["touch", "/go"], "")? == 0, "cannot let it read");
+    ensure!(served.exec_to("go", &["touch", "/go"], "")? == 0, "cannot start the reading");
     Ok(())
 }
 
@@ -92,7 +92,7 @@ fn input_that_waits(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     let config = bundle.config(&["sh", "-c", READER], |_| ())?;
     let dir = containerd.root().join("images");
-    // In the pipe; in what comes before that, too.
+    // The unread bytes fit into the pipe, or fill the buffers before it too.
     for (n, waiting) in [lines(0..4), lines(0..30_000)].into_iter().enumerate() {
         let (first, second) = (Streams::new(containerd, "first")?, Streams::new(containerd, "second")?);
         let mut source = Served::of(containerd, &config)?;
@@ -101,7 +101,7 @@ fn input_that_waits(containerd: &mut Containerd) -> Result<()> {
         first.write(b"begin\n")?;
         first.has(b"begin\n")?;
         first.write(&waiting)?;
-        // Most of it has left the fifo by then.
+        // Most of the bytes have left the fifo by then.
         checkpoint(&source, &dir)?;
         ensure!(dir.join("machinen-stdin").is_file(), "nothing was waiting");
         let carried = fs::read(dir.join("machinen-stdin"))?;
@@ -116,7 +116,7 @@ fn input_that_waits(containerd: &mut Containerd) -> Result<()> {
         ensure!(source.wait("")?.exit_status == 0, "the source does not end well");
         first.has(&[b"begin\n", &waiting[..], b"the source's\nend\n"].concat())?;
         source.end_stopped()?;
-        // A second generation, which reads as little.
+        // A second generation, which reads no more than the first.
         let mut restored = Served::of(containerd, &config)?;
         restored.create(|request| {
             second.name(request);
@@ -136,7 +136,7 @@ fn input_that_waits(containerd: &mut Containerd) -> Result<()> {
         expected.extend_from_slice(b"the second's\nend\n");
         close(&restored)?;
         go(&restored)?;
-        ensure!(restored.wait("")?.exit_status == 0, "it does not end well");
+        ensure!(restored.wait("")?.exit_status == 0, "the container does not end with 0");
         second.has(&expected)?;
         restored.end_stopped()?;
         first.remove()?;
@@ -158,10 +158,10 @@ fn an_end_that_waits(containerd: &mut Containerd) -> Result<()> {
     streams.has(b"begin\n")?;
     let exit = CheckpointOptions { exit: true, ..Default::default() };
     source.client.ok::<Empty>("Checkpoint", &request(&source, &dir, Some(&exit))?)?;
-    ensure!(source.wait("")?.exit_status == 137, "it has not ended");
+    ensure!(source.wait("")?.exit_status == 137, "the container has not ended");
     source.end_stopped()?;
     streams.remove()?;
-    // Its new caller has an input of its own, or none.
+    // The restored container's client gives it an input of its own, or none.
     for with_input in [true, false] {
         let streams = Streams::new(containerd, "second")?;
         let mut restored = Served::of(containerd, &config)?;
@@ -178,7 +178,7 @@ fn an_end_that_waits(containerd: &mut Containerd) -> Result<()> {
             close(&restored)?;
         }
         go(&restored)?;
-        ensure!(restored.wait("")?.exit_status == 0, "it does not end well");
+        ensure!(restored.wait("")?.exit_status == 0, "the container does not end with 0");
         streams.has(if with_input { b"rest\nmore\nend\n" } else { b"rest\nend\n" })?;
         restored.end_stopped()?;
         streams.remove()?;
@@ -186,14 +186,14 @@ fn an_end_that_waits(containerd: &mut Containerd) -> Result<()> {
     Ok(fs::remove_dir_all(&dir)?)
 }
 
-fn output_is_told_once(containerd: &mut Containerd) -> Result<()> {
+fn output_arrives_once(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
-    // More than all that is between it and its reader.
+    // More than all buffers between the process and its reader hold.
     let script = "touch /begun; seq 1000000 1300000; touch /done; sleep 1000";
     let config = bundle.config(&["sh", "-c", script], |_| ())?;
     let fifo = containerd.root().join("full");
     mkfifo(&fifo, Mode::S_IRWXU)?;
-    // Nobody reads yet.
+    // The fifo has no reader yet.
     let held = fs::File::options().read(true).write(true).open(&fifo)?;
     let mut source = Served::of(containerd, &config)?;
     source.create(|request| request.stdout = fifo.display().to_string())?;
@@ -206,7 +206,7 @@ fn output_is_told_once(containerd: &mut Containerd) -> Result<()> {
     let dir = containerd.root().join("images");
     let exit = CheckpointOptions { exit: true, ..Default::default() };
     source.client.ok::<Empty>("Checkpoint", &request(&source, &dir, Some(&exit))?)?;
-    // Only now.
+    // The reader comes only now.
     let reader = {
         let fifo = fifo.clone();
         thread::spawn(move || -> Result<Vec<u8>> {
@@ -227,7 +227,7 @@ fn output_is_told_once(containerd: &mut Containerd) -> Result<()> {
     })?;
     restored.begin()?;
     let done = "until [ -e /done ]; do usleep 20000; done";
-    ensure!(restored.exec_to("done", &["sh", "-c", done], "")? == 0, "it does not go on");
+    ensure!(restored.exec_to("done", &["sh", "-c", done], "")? == 0, "the container does not continue");
     restored.end()?;
     let all: Vec<u8> = (1_000_000..=1_300_000).flat_map(|n: u32| format!("{n}\n").into_bytes()).collect();
     let second = fs::read(&rest)?;
@@ -244,7 +244,8 @@ fn output_is_told_once(containerd: &mut Containerd) -> Result<()> {
     Ok(fs::remove_dir_all(&dir)?)
 }
 
-/// As `exec > >(tee log)` at the start of a script: the pipe to the agent is not the first process's own output any more.
+/// The effect of `exec > >(tee log)` at the start of a script: the pipe to the agent is no longer the first
+/// process's output.
 const OWN_PIPE: &str = "import os, time
 read, write = os.pipe()
 if os.fork() == 0:

@@ -1,4 +1,4 @@
-//! `checkpoint.verify`: a checkpoint is good when it was restored.
+//! `checkpoint.verify`: a checkpoint is accepted when it has been restored.
 
 use std::fs;
 
@@ -19,24 +19,25 @@ use ttrpc::Code;
 use super::{COUNTER, checkpoint, counts_from, refused, request};
 use crate::harness::on_newest_containerd;
 
-on_newest_containerd!(tried_before_it_is_good);
+on_newest_containerd!(restored_before_it_is_accepted);
 
-fn tried_before_it_is_good(containerd: &mut Containerd) -> Result<()> {
+fn restored_before_it_is_accepted(containerd: &mut Containerd) -> Result<()> {
     containerd.configure(&Setup::new().set("checkpoint", "verify", Value::text("restore")))?;
     let bundle = Bundle::busybox(containerd)?;
-    // A file on its disk that has lost its name, and one that has not: a restore needs the disk as it was.
+    // A file on the container's disk whose name was removed, and one that still has its name: a restore needs
+    // the disk's state at the checkpoint.
     let script = format!("echo a >/kept; exec 4<>/kept; echo b >/gone; exec 5<>/gone; rm /gone; {COUNTER}");
     let config = bundle.config(&["sh", "-c", &script], |spec| {
         let mounts = spec["mounts"].as_array_mut().expect("an array");
         mounts.push(mount("/etc/hosts", "bind", "/etc/hosts", &["rbind", "ro"]));
     })?;
     let served = Served::run(containerd, &config)?;
-    let goes_on = |from: u32| {
+    let continues = |from: u32| {
         let status = served.exec_to("look", &["sh", "-c", &counts_from(from)], "")?;
-        ensure!(status == 0, "the counter does not go on: {status}");
+        ensure!(status == 0, "the counter does not continue: {status}");
         served.is("", Status::RUNNING, served.pid)
     };
-    goes_on(100)?;
+    continues(100)?;
     let machines = || -> Result<usize> {
         let inventory = containerd.inventory()?;
         Ok(inventory.processes.iter().filter(|process| process.command.contains("microvm")).count())
@@ -45,11 +46,11 @@ fn tried_before_it_is_good(containerd: &mut Containerd) -> Result<()> {
     let dir = containerd.root().join("images");
     checkpoint(&served, &dir)?;
     let log = served.shim.log()?;
-    ensure!(log.contains("verify="), "it was not tried: {log}");
+    ensure!(log.contains("verify="), "the checkpoint was not tried: {log}");
     ensure!(machines()? == before, "a VM is left");
-    goes_on(103)?;
+    continues(103)?;
     fs::remove_dir_all(&dir)?;
-    // A restore has the bundle's configuration, which lacks the file now.
+    // A restore uses the bundle's configuration, in which the mounted file is now missing.
     let path = served.shim.bundle.join("config.json");
     let original = fs::read(&path)?;
     let mut changed: serde_json::Value = serde_json::from_slice(&original)?;
@@ -69,14 +70,14 @@ fn tried_before_it_is_good(containerd: &mut Containerd) -> Result<()> {
         }
         ensure!(!dir.exists() && !also.exists(), "something is left of a checkpoint that failed");
         ensure!(machines()? == before, "a VM is left");
-        goes_on(104)?;
+        continues(104)?;
     }
-    // As it was, and with the end that follows.
+    // The original configuration, and the end of the container after the checkpoint.
     fs::write(&path, original)?;
     let options = CheckpointOptions { exit: true, ..Default::default() };
     served.client.ok::<Empty>("Checkpoint", &request(&served, &dir, Some(&options))?)?;
-    ensure!(served.wait("")?.exit_status == 137, "it has not ended");
-    // Its own VM goes with it, which Delete waits for.
+    ensure!(served.wait("")?.exit_status == 137, "the container has not ended");
+    // The container's own VM ends with it, and Delete waits for that.
     served.end_stopped()?;
     ensure!(machines()? < before, "a VM is left after the end");
     Ok(fs::remove_dir_all(&dir)?)

@@ -1,6 +1,4 @@
-//! What watches files still hears of changes after a restore.
-
-use std::fs;
+//! Processes that watch files are notified of changes after a restore.
 
 use anyhow::{Result, ensure};
 use machinen_integration::{
@@ -10,13 +8,13 @@ use machinen_integration::{
 };
 use serde_json::json;
 
-use super::checkpoint;
+use super::moved;
 use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(watches_of_files);
 
-/// Watches a file and a directory of the image, one of each that it has changed before, and one of a tmpfs; says of which it
-/// has heard.
+/// Watches a file and a directory of the image that were not changed before, a file and a directory that
+/// were, and a tmpfs; writes down the paths with a notification.
 const WATCHER: &str = r#"
 import ctypes, os, struct, time
 paths = ["/etc/passwd", "/usr/lib", "/etc/group", "/home", "/dev/shm"]
@@ -38,7 +36,7 @@ while True:
     os.rename("/run/new", "/run/seen")
 "#;
 const READY: &str = "until [ -e /run/ready ]; do usleep 50000; done";
-/// Attributes of the one, the content of the other.
+/// Changes the attributes of the first file, and the content of the others.
 const CHANGE: &str = "chmod 600 /etc/passwd; touch /usr/lib/zz /home/zz /dev/shm/zz; echo y:x:98: >> /etc/group; \
                       for n in $(seq 200); do [ \"$(cat /run/seen 2>/dev/null)\" = '/dev/shm /etc/group /etc/passwd /home /usr/lib' ] && exit; \
                       usleep 50000; done; cat /run/seen; exit 1";
@@ -51,21 +49,12 @@ fn watches_of_files(containerd: &mut Containerd) -> Result<()> {
         mounts.push(mount("/run", "tmpfs", "tmpfs", &["mode=755"]));
     })?;
     let mut running = Served::run(containerd, &config)?;
-    ensure!(running.exec_to("ready", &["sh", "-c", READY], "")? == 0, "it does not get ready");
-    // The second restore is of what was restored, from another disk than the first.
-    for round in 1..=2 {
-        let dir = containerd.root().join(format!("images-{round}"));
-        checkpoint(&running, &dir)?;
-        running.end()?;
-        let mut restored = Served::of(containerd, &config)?;
-        restored.create(|request| request.checkpoint = dir.display().to_string())?;
-        restored.begin()?;
-        fs::remove_dir_all(&dir)?;
-        running = restored;
+    ensure!(running.exec_to("ready", &["sh", "-c", READY], "")? == 0, "the container does not get ready");
+    // The second restore is of a restored container, from another disk than the first.
+    for _ in 0..2 {
+        running = moved(containerd, &running, &config)?;
     }
-    let said = containerd.root().join("said");
-    let status = running.exec_to("change", &["sh", "-c", CHANGE], &format!("file://{}", said.display()))?;
-    ensure!(status == 0, "it has heard only of {:?}", fs::read_to_string(&said)?);
-    fs::remove_file(&said)?;
+    let (status, seen) = running.shell(CHANGE)?;
+    ensure!(status == 0, "the watcher was notified only of {seen:?}");
     running.end()
 }

@@ -1,5 +1,5 @@
-# Holds one of everything that a checkpoint has to keep, says "ready", waits for /tmp/go, and then says what of it is
-# not as it was: nothing, if all is well.
+# Holds one of everything that a checkpoint must preserve, prints "ready", waits for /tmp/go, and then prints
+# what has changed: nothing, if the restore was correct.
 
 import ctypes
 import fcntl
@@ -30,7 +30,7 @@ for at in range(0, MEMORY, 4096):
     memory[at:at + 4096] = block[at % (1 << 20):][:4088] + at.to_bytes(8, "little")
 checksum = zlib.crc32(memory)
 
-# A file without a name, and one whose place in it matters.
+# A file without a name, and one whose offset matters.
 gone = open("/tmp/gone", "w+b")
 gone.write(b"still there")
 gone.flush()
@@ -137,14 +137,14 @@ def ask(*words):
 for number in range(200):
     ask(b"SET", b"key%d" % number, b"value %d" % number)
 
-# A directory that is watched (inotify(7)), by the C library: Python has no words for it.
+# A directory that is watched (inotify(7)), by the C library: Python has no functions for it.
 os.mkdir("/tmp/watched")
 libc = ctypes.CDLL(None)
 watch = libc.inotify_init1(0)
 IN_CREATE = 0x100
 check("the watch is set", libc.inotify_add_watch(watch, b"/tmp/watched", IN_CREATE) == 1)
 
-# Threads, which go on counting.
+# Threads, which continue counting.
 counts = [0] * 4
 
 
@@ -200,8 +200,8 @@ check("the database's data", all(
 check("the database's memory of it", ask(b"DBSIZE") == b":200\r\n")
 with open("/tmp/watched/new", "w"):
     pass
-told = os.read(watch, 4096) if select.select([watch], [], [], 5)[0] else b""
-check("inotify", told[16:].rstrip(b"\0") == b"new")
+events = os.read(watch, 4096) if select.select([watch], [], [], 5)[0] else b""
+check("inotify", events[16:].rstrip(b"\0") == b"new")
 with open("/tmp/result.new", "w") as result:
     result.write("\n".join(PROBLEMS) or "as it was")
 os.rename("/tmp/result.new", "/tmp/result")

@@ -1,9 +1,6 @@
-//! Programs of the real world go on after a restore as if nothing had happened.
+//! Complex programs continue after a restore as if nothing had happened.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::PathBuf};
 
 use anyhow::{Result, ensure};
 use containerd_shim_protos::{api::Empty, shim::oci::CheckpointOptions};
@@ -24,7 +21,7 @@ use crate::harness::{IMAGE, on_newest_containerd};
 
 on_newest_containerd!(one_of_everything, memory_copied_ahead, much_memory_fetched_later, a_terminal_session);
 
-/// How its memory goes to a checkpoint, and comes from there.
+/// How memory is copied to a checkpoint, and read from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Memory {
     AtOnce,
@@ -46,34 +43,34 @@ fn config(bundle: &Bundle, mib: u32, memory: Memory) -> Result<PathBuf> {
     })
 }
 
-/// Checkpoints the workload, restores it, and asks it what is not as it was.
-fn goes_on(containerd: &mut Containerd, mib: u32, memory: Memory) -> Result<()> {
+/// Checkpoints the workload, restores it, and asks it for all differences.
+fn continues(containerd: &mut Containerd, mib: u32, memory: Memory) -> Result<()> {
     let bundle = Bundle::with_workloads(containerd)?;
     fs::write(bundle.rootfs().join("workload.py"), include_str!("workload.py"))?;
     let config = config(&bundle, mib, memory)?;
     let mut source = Served::of(containerd, &config)?;
-    let said = containerd.root().join("said");
-    source.create(|request| request.stderr = format!("file://{}", said.display()))?;
+    let printed = containerd.root().join("printed");
+    source.create(|request| request.stderr = format!("file://{}", printed.display()))?;
     source.begin()?;
     let ready = "for n in $(seq 1200); do [ -e /tmp/ready ] && exit 0; usleep 50000; done; cat /tmp/redis.log; exit 1";
     ensure!(
         source.exec_to("ready", &["sh", "-c", ready], "")? == 0,
-        "it does not get ready: {}",
-        fs::read_to_string(&said)?
+        "the container does not get ready: {}",
+        fs::read_to_string(&printed)?
     );
     let dir = containerd.root().join("images");
     let options = CheckpointOptions { open_tcp: true, file_locks: true, ..Default::default() };
     source.client.ok::<Empty>("Checkpoint", &request(&source, &dir, Some(&options))?)?;
     let log = source.shim.log()?;
     ensure!(log.contains("pre-dump=") == (memory == Memory::CopiedAhead), "odd phases: {log}");
-    // A failure costs nothing but time, and would not be noticed otherwise.
+    // A failed copy ahead only costs time, and would not be noticed otherwise.
     ensure!(!log.contains("cannot copy memory ahead"), "no pre-dump: {log}");
-    // The source too is as it was.
-    as_it_was(containerd, &source)?;
+    // The source is unchanged too.
+    as_it_was(&source)?;
     source.end()?;
     let mut restored = Served::of(containerd, &config)?;
-    restored.create(|request| request.checkpoint = dir.display().to_string())?;
-    // What is needed of it is held.
+    restored.create_from(&dir)?;
+    // The shim holds the files that it still needs.
     fs::remove_dir_all(&dir)?;
     restored.begin()?;
     if memory == Memory::FetchedLater {
@@ -83,36 +80,33 @@ fn goes_on(containerd: &mut Containerd, mib: u32, memory: Memory) -> Result<()> 
             "{code:?}: {message}"
         );
     }
-    as_it_was(containerd, &restored)?;
-    // By now it has touched all of its memory, and can be checkpointed as any other.
+    as_it_was(&restored)?;
+    // By now the container has touched all of its memory, and can be checkpointed like any other.
     let again = request(&restored, &dir, Some(&options))?;
     restored.client.ok::<Empty>("Checkpoint", &again)?;
     restored.end()?;
-    fs::remove_file(&said)?;
+    fs::remove_file(&printed)?;
     Ok(fs::remove_dir_all(&dir)?)
 }
 
-fn as_it_was(containerd: &Containerd, served: &Served<'_>) -> Result<()> {
-    let path: &Path = &containerd.root().join("result");
+fn as_it_was(served: &Served<'_>) -> Result<()> {
     let ask = "touch /tmp/go; for n in $(seq 1200); do [ -e /tmp/result ] && exec cat /tmp/result; usleep 50000; done; \
                echo no answer";
-    let status = served.exec_to("ask", &["sh", "-c", ask], &format!("file://{}", path.display()))?;
-    let said = fs::read_to_string(path)?;
-    fs::remove_file(path)?;
-    ensure!(status == 0 && said == "as it was", "status {status}; what differs: {said}");
+    let (status, printed) = served.shell(ask)?;
+    ensure!(status == 0 && printed == "as it was", "status {status}; what differs: {printed}");
     Ok(())
 }
 
 fn one_of_everything(containerd: &mut Containerd) -> Result<()> {
-    goes_on(containerd, 8, Memory::AtOnce)
+    continues(containerd, 8, Memory::AtOnce)
 }
 
 fn memory_copied_ahead(containerd: &mut Containerd) -> Result<()> {
-    goes_on(containerd, 64, Memory::CopiedAhead)
+    continues(containerd, 64, Memory::CopiedAhead)
 }
 
 fn much_memory_fetched_later(containerd: &mut Containerd) -> Result<()> {
-    goes_on(containerd, 256, Memory::FetchedLater)
+    continues(containerd, 256, Memory::FetchedLater)
 }
 
 fn a_terminal_session(containerd: &mut Containerd) -> Result<()> {
@@ -132,7 +126,7 @@ fn a_terminal_session(containerd: &mut Containerd) -> Result<()> {
     let second = containerd.new_id();
     let restore = containerd.ctr(["containers", "restore", "--rw", "--live", &second, REF])?;
     let mut terminal = Terminal::run(&restore, 80, 25)?;
-    // It knows of the first line, and not of the second.
+    // The restored script knows of the first line, and not of the second.
     terminal.type_in("again\r")?;
     terminal.expect("2 again\r")?;
     terminal.type_in("\x04")?;

@@ -1,4 +1,4 @@
-//! What `template.mode = "auto"`, the default, does by itself.
+//! The automatic actions of `template.mode = "auto"`, the default.
 
 use std::{io::Write as _, thread};
 
@@ -8,7 +8,11 @@ use machinen_integration::{containerd::Containerd, process::DEADLINE};
 use super::{automatic, has_id, origin, runs_from};
 use crate::harness::{IMAGE, on_newest_containerd};
 
-on_newest_containerd!(the_second_start_is_a_clone, many_at_once_build_one, clones_outlive_their_template);
+on_newest_containerd!(
+    the_second_start_is_a_clone,
+    concurrent_starts_build_one_template,
+    clones_outlive_their_template
+);
 
 fn the_second_start_is_a_clone(containerd: &mut Containerd) -> Result<()> {
     let before = containerd.inventory()?;
@@ -24,7 +28,7 @@ fn the_second_start_is_a_clone(containerd: &mut Containerd) -> Result<()> {
     containerd.settle(&before)
 }
 
-fn many_at_once_build_one(containerd: &mut Containerd) -> Result<()> {
+fn concurrent_starts_build_one_template(containerd: &mut Containerd) -> Result<()> {
     let templates = automatic(containerd)?;
     let mut watch = templates.watch()?;
     let before = containerd.inventory()?;
@@ -33,8 +37,8 @@ fn many_at_once_build_one(containerd: &mut Containerd) -> Result<()> {
     thread::scope(|scope| {
         let started: Vec<_> = runs.iter().map(|run| scope.spawn(|| run.ok())).collect();
         started.into_iter().try_for_each(|run| {
-            let said = run.join().map_err(|_| anyhow::anyhow!("a start panicked"))??;
-            ensure!(said == "well\n", "a container did not work: {said}");
+            let printed = run.join().map_err(|_| anyhow::anyhow!("a start panicked"))??;
+            ensure!(printed == "well\n", "a container did not work: {printed}");
             Ok(())
         })
     })?;
@@ -44,7 +48,7 @@ fn many_at_once_build_one(containerd: &mut Containerd) -> Result<()> {
     for run in &runs {
         origin(containerd, from, run.container())?;
     }
-    // Nothing is left of the eight and of the builders but the holder.
+    // Of the eight containers and the builders, only the holder is left.
     let holder = templates.only()?.holder;
     let mut with_holder = before.clone();
     let processes = containerd.inventory()?.processes;
@@ -67,9 +71,9 @@ fn clones_outlive_their_template(containerd: &mut Containerd) -> Result<()> {
     stdin.write_all(b"on\n")?;
     drop(stdin);
     let output = running.wait()?.ok()?;
-    // It reads what it has not touched before: files, and the pages of the programs for it.
+    // The clone reads what it has not touched before: files, and the pages of the programs that read them.
     ensure!(output.text().starts_with("ready\non\nroot:"), "{output}");
-    // "use" builds none.
+    // In the mode "use", no template is built.
     runs_from(containerd, "boot")?;
     ensure!(templates.list()?.is_empty(), "a template was built");
     Ok(())

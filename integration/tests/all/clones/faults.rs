@@ -1,4 +1,4 @@
-//! A template that cannot be had or used costs a start the time of a boot, never more.
+//! A template that cannot be built or used costs a start the time of a boot, never more.
 
 use std::{
     fs,
@@ -20,9 +20,11 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{automatic, runs_from, told, with_template};
-use crate::harness::{IMAGE, fails_saying, on_newest_containerd, works};
-use crate::host_trouble::{find, script};
+use super::{automatic, lines_with, runs_from, with_template};
+use crate::{
+    harness::{IMAGE, fails_saying, on_newest_containerd, works},
+    host_trouble::{find, script},
+};
 
 on_newest_containerd!(
     holder_killed,
@@ -36,7 +38,7 @@ on_newest_containerd!(
     memory_for_some_only,
 );
 
-/// Longest that a killed process may take to go.
+/// Longest that a killed process may take to end.
 const END: Duration = Duration::from_secs(10);
 
 fn manifest(templates: &Templates<'_>, key: &str) -> PathBuf {
@@ -51,8 +53,11 @@ fn holder_killed(containerd: &mut Containerd) -> Result<()> {
     let old = templates.only()?;
     kill(Pid::from_raw(i32::try_from(old.holder)?), Signal::SIGKILL)?;
     ensure!(wait_for_end(old.holder, END)?, "the holder does not end");
-    // Manifest and lock are still there, and count for nothing.
-    ensure!(manifest(&templates, &old.key).exists() && templates.list()?[0].state == "gone", "what is left");
+    // Manifest and lock still exist, and are ignored.
+    ensure!(
+        manifest(&templates, &old.key).exists() && templates.list()?[0].state == "gone",
+        "the remains of the template"
+    );
     let mut watch = templates.watch()?;
     runs_from(containerd, "boot")?;
     watch.wait_for("json")?;
@@ -73,7 +78,7 @@ fn builder_killed(containerd: &mut Containerd) -> Result<()> {
     let half = fs::read_dir(&templates.dir)?
         .flatten()
         .any(|entry| entry.path().extension().is_some_and(|is| is == "vm"));
-    ensure!(half && watch.count("json")? == 0, "it was not killed half-way: {watch:?}");
+    ensure!(half && watch.count("json")? == 0, "the builder was not killed half-way: {watch:?}");
     let mut watch = templates.watch()?;
     runs_from(containerd, "boot")?;
     watch.wait_for("json")?;
@@ -92,7 +97,7 @@ fn manifest_damaged(containerd: &mut Containerd) -> Result<()> {
         let digit = if tail.starts_with('0') { '1' } else { '0' };
         format!("{head}\"sha256\": \"{digit}{}", &tail[1..])
     };
-    // Only a check tells that what a template should have been is not what it is.
+    // Only a check detects that the template's content differs from its manifest.
     fs::write(&path, other_digest)?;
     let verified = templates.command(&["verify"])?;
     ensure!(verified.status == 1 && verified.text().trim_end().ends_with(" changed"), "{verified}");
@@ -101,11 +106,11 @@ fn manifest_damaged(containerd: &mut Containerd) -> Result<()> {
     let other_form = format!("{{ \"version\": 1, \"rest\": {text} }}");
     for damaged in [&text[..text.len() / 2], "", "\u{7f}ELF", &other_version, &other_form] {
         fs::write(&path, damaged)?;
-        // "use" leaves it as it is.
+        // In the mode "use", the damaged manifest is left alone.
         runs_from(containerd, "boot")?;
         templates.command(&["ls"])?.ok()?;
     }
-    // "auto" puts another in its place, and the holder of the old one ends.
+    // In the mode "auto", it is replaced by another template, and the holder of the old one ends.
     containerd.configure(&Setup::new().templates(&templates.dir, "auto"))?;
     let mut watch = templates.watch()?;
     runs_from(containerd, "boot")?;
@@ -114,7 +119,7 @@ fn manifest_damaged(containerd: &mut Containerd) -> Result<()> {
     ensure!(new.key == template.key && new.holder != template.holder, "{template:?} and {new:?}");
     ensure!(wait_for_end(template.holder, END)?, "the old holder lives");
     runs_from(containerd, "clone")?;
-    // And so it is removed.
+    // A template with a damaged manifest can be removed.
     fs::write(&path, "")?;
     templates.command(&["rm", "--all"])?.ok()?;
     ensure!(wait_for_end(new.holder, END)?, "a holder whose manifest is damaged is not removed");
@@ -129,8 +134,8 @@ fn directory_of_others(containerd: &mut Containerd) -> Result<()> {
         let from = containerd.log().position();
         runs_from(containerd, "boot")?;
         let dir = templates.dir.display().to_string();
-        let lines = told(containerd, from, &["so templates in it cannot be trusted", &dir]);
-        ensure!(lines == 1, "{lines} lines say that {dir} has mode {open:o}");
+        let lines = lines_with(containerd, from, &["so templates in it cannot be trusted", &dir]);
+        ensure!(lines == 1, "{lines} lines report that {dir} has mode {open:o}");
     }
     mode(0o700)?;
     runs_from(containerd, "clone")?;
@@ -138,7 +143,7 @@ fn directory_of_others(containerd: &mut Containerd) -> Result<()> {
     templates.remove_all()
 }
 
-/// QEMU as the system has it, run by a script that can do something before.
+/// The system's QEMU, run by a script that can run a command before.
 fn wrapped(containerd: &Containerd, name: &str, before: &str) -> Result<PathBuf> {
     script(containerd, name, &format!("{before}\nexec qemu-system-x86_64 \"$@\""))
 }
@@ -156,10 +161,10 @@ fn qemu_upgraded(containerd: &mut Containerd) -> Result<()> {
     watch.wait_for("json")?;
     let old = templates.only()?;
     runs_from(containerd, "clone")?;
-    // As a package manager does: a new file takes the old one's name.
+    // Like an upgrade by a package manager: a new file takes the old one's name.
     let new = wrapped(containerd, "qemu.new", ": new")?;
     fs::rename(new, &qemu)?;
-    ensure!(templates.list()?[0].state == "outdated", "nobody has noticed");
+    ensure!(templates.list()?[0].state == "outdated", "the new QEMU was not noticed");
     let mut watch = templates.watch()?;
     runs_from(containerd, "boot")?;
     watch.wait_for("json")?;
@@ -181,12 +186,13 @@ fn budget_too_small(containerd: &mut Containerd) -> Result<()> {
     for _ in 0..2 {
         let from = containerd.log().position();
         runs_from(containerd, "boot")?;
-        let lines = told(containerd, from, &["booting a VM", "does not fit into template.budget_mib = 1"]);
-        ensure!(lines == 1, "{lines} lines say why there is no template");
+        let lines =
+            lines_with(containerd, from, &["booting a VM", "does not fit into template.budget_mib = 1"]);
+        ensure!(lines == 1, "{lines} lines report why there is no template");
     }
     templates.quiet()?;
-    ensure!(watch.count("vm")? == 1 && watch.count("json")? == 0, "it was tried again: {watch:?}");
-    // Asked for by a person it is tried again, with what is configured now.
+    ensure!(watch.count("vm")? == 1 && watch.count("json")? == 0, "the build was tried again: {watch:?}");
+    // A manual build is tried again, with the present configuration.
     containerd.configure(&setup)?;
     templates.build()?;
     runs_from(containerd, "clone")?;
@@ -201,18 +207,18 @@ fn state_that_qemu_refuses(containerd: &mut Containerd) -> Result<()> {
     let template = templates.build()?;
     let from = containerd.log().position();
     runs_from(containerd, "boot")?;
-    let lines = told(containerd, from, &["cannot clone a VM, booting instead", "cannot load that"]);
-    ensure!(lines == 1, "{lines} lines say that it could not be cloned");
-    // It is not tried a second time.
+    let lines = lines_with(containerd, from, &["cannot clone a VM, booting instead", "cannot load that"]);
+    ensure!(lines == 1, "{lines} lines report that the template could not be cloned");
+    // The clone is not tried a second time.
     ensure!(wait_for_end(template.holder, END)?, "the template lives");
     let from = containerd.log().position();
     runs_from(containerd, "boot")?;
-    let lines = told(containerd, from, &["booting a VM", "no template", "cannot load that"]);
-    ensure!(lines == 1, "{lines} lines say why there is no template");
+    let lines = lines_with(containerd, from, &["booting a VM", "no template", "cannot load that"]);
+    ensure!(lines == 1, "{lines} lines report why there is no template");
     templates.remove_all()
 }
 
-/// What is said when the host has no memory for a VM.
+/// The error when the host has not enough memory for a VM.
 const NO_MEMORY: [&str; 2] = ["not enough memory on this host", "vm.memory_reserve_percent"];
 
 fn no_memory_for_a_vm(containerd: &mut Containerd) -> Result<()> {
@@ -228,13 +234,14 @@ fn no_memory_for_a_vm(containerd: &mut Containerd) -> Result<()> {
     templates.remove_all()
 }
 
-/// Most memory that a start takes by its own account, MiB; the host's own account changes while the test runs.
+/// The highest memory requirement of a start by its own account, MiB; the host's available memory changes
+/// while the test runs.
 const SOME: u64 = 450;
 
 fn memory_for_some_only(containerd: &mut Containerd) -> Result<()> {
     let setup = Setup::new().set("template", "mode", Value::text("off"));
     let before = containerd.inventory()?;
-    // Others on this machine start and end, so that all or none may fit.
+    // Other processes on this machine start and end, so that all or none of the starts may fit.
     for _ in 0..5 {
         let (total, available) = host_memory_mib()?;
         let reserve = available.saturating_sub(SOME) * 100 / total;
@@ -247,8 +254,8 @@ fn memory_for_some_only(containerd: &mut Containerd) -> Result<()> {
         containerd.settle(&before)?;
         let (worked, refused): (Vec<_>, Vec<_>) = outputs.into_iter().partition(|output| output.status == 0);
         for output in &refused {
-            let said = output.error_text();
-            ensure!(NO_MEMORY.iter().all(|word| said.contains(word)), "not refused but: {output}");
+            let printed = output.error_text();
+            ensure!(NO_MEMORY.iter().all(|word| printed.contains(word)), "not refused but: {output}");
         }
         ensure!(worked.iter().all(|output| output.text() == "well\n"), "{worked:?}");
         if !worked.is_empty() && !refused.is_empty() {

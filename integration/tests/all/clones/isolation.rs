@@ -1,4 +1,4 @@
-//! Nothing of a container is in a template, and nobody but root can read one.
+//! A template contains nothing of a container, and only root can read it.
 
 use std::{
     fs::{self, File},
@@ -21,7 +21,7 @@ use crate::harness::{IMAGE, on_newest_containerd};
 
 on_newest_containerd!(secrets_stay_out_of_templates);
 
-/// What every guest has in memory, so that a search that finds nothing is known to search.
+/// A text in every guest's memory: if it is found, the search works.
 const KNOWN: &[u8] = b"machinen-agent";
 
 fn secrets_stay_out_of_templates(containerd: &mut Containerd) -> Result<()> {
@@ -30,14 +30,14 @@ fn secrets_stay_out_of_templates(containerd: &mut Containerd) -> Result<()> {
     let mut secrets = Vec::new();
     for origin in ["boot", "clone"] {
         let [argument, variable, file] = [secret()?, secret()?, secret()?];
-        // The file's name and content are put together inside, so that each secret is in one place only.
+        // The script creates the file inside the container, so that each secret is in one place only.
         let script = format!("echo {file} > /secret; sync; cat /secret; echo $VARIABLE $0");
         let run = containerd.run(IMAGE, &["sh", "-c", &script, &argument]);
         let run = run.flags(&["--env", &format!("VARIABLE={variable}")]);
         let output = works_from(containerd, &run, origin)?;
         ensure!(output.text() == format!("{file}\n{variable} {argument}\n"), "{output}");
         secrets.extend([argument, variable, file]);
-        // The one that booted is what the template was asked for by.
+        // The container that was booted has requested the template.
         watch.wait_for("json")?;
     }
     let template = templates.only()?;
@@ -47,7 +47,7 @@ fn secrets_stay_out_of_templates(containerd: &mut Containerd) -> Result<()> {
     ensure!(found.is_empty(), "{found:?} in the template");
     for entry in fs::read_dir(&templates.dir)? {
         let entry = entry?;
-        // The fifo, which has no content.
+        // Skips the fifo, which has no content.
         if !entry.file_type()?.is_file() {
             continue;
         }
@@ -61,8 +61,8 @@ fn secrets_stay_out_of_templates(containerd: &mut Containerd) -> Result<()> {
 }
 
 fn verified(templates: &Templates<'_>) -> Result<()> {
-    let said = templates.command(&["verify"])?.ok()?;
-    ensure!(said.text().trim_end().ends_with(" ok"), "{said}");
+    let printed = templates.command(&["verify"])?.ok()?;
+    ensure!(printed.text().trim_end().ends_with(" ok"), "{printed}");
     Ok(())
 }
 
@@ -72,7 +72,8 @@ fn secret() -> Result<String> {
     Ok(format!("planted{}", hex(&bytes)))
 }
 
-/// Whether what is known, and which of the secrets, are in the memory and device state that the holder keeps.
+/// Whether the known text, and which of the secrets, are in the memory and device state that the holder
+/// keeps.
 fn search(template: &Listed, secrets: &[String]) -> Result<(bool, Vec<String>)> {
     let (mut known, mut found) = (false, Vec::new());
     let mut read = 0;
@@ -91,7 +92,7 @@ fn search(template: &Listed, secrets: &[String]) -> Result<(bool, Vec<String>)> 
     Ok((known, found))
 }
 
-/// What of a sparse file is there.
+/// The ranges of a sparse file that have data.
 fn extents(file: &File) -> Result<Vec<(u64, u64)>> {
     let length = i64::try_from(file.metadata()?.len())?;
     let mut extents = Vec::new();
@@ -109,7 +110,7 @@ fn extents(file: &File) -> Result<Vec<(u64, u64)>> {
     Ok(extents)
 }
 
-/// By its first byte first: a template is tens of megabytes, and tests are not optimised.
+/// Looks for the first byte first: a template is tens of megabytes, and tests are not optimised.
 fn contains(bytes: &[u8], needle: &[u8]) -> bool {
     let mut rest = bytes;
     let first = needle[0];
@@ -135,9 +136,9 @@ fn only_roots(templates: &Templates<'_>, template: &Listed) -> Result<()> {
     }
     for number in [3, 4] {
         let path = format!("/proc/{}/fd/{number}", template.holder);
-        let nobody =
+        let unprivileged =
             Invocation::new("setpriv").args(["--reuid=65534", "--clear-groups", "head", "-c1", &path]);
-        let output = nobody.run()?;
+        let output = unprivileged.run()?;
         ensure!(output.status != 0 && output.error_text().contains("Permission denied"), "{output}");
     }
     Ok(())

@@ -1,5 +1,5 @@
-//! What a clone's container gives back goes back to the host, and not out of the template; and what it has made the template
-//! grow by goes with the last clone.
+//! Memory that a clone's container frees returns to the host, and is not taken from the template; memory that
+//! clones have added to the template is freed with the last clone.
 
 use std::{
     fs::{self, File},
@@ -56,9 +56,10 @@ fn freed_memory_returns(containerd: &mut Containerd) -> Result<()> {
     ensure!(touched > before + TOUCHED_KIB * 9 / 10, "{before} KiB before and {touched} KiB with the file");
     stdin.write_all(b"\n")?;
     running.wait_for_stdout("freed")?;
-    // Memory tells nobody that it is gone.
+    // The end of memory has no event.
     let end = Instant::now() + RETURN_DEADLINE;
-    // The guest gives back pieces of 2 MiB: a single page in use keeps one. 12 to 15 % were kept in quiet runs.
+    // The guest frees ranges of 2 MiB: a single page in use keeps a range. 12 to 15 % were kept in quiet
+    // runs.
     let low = before + TOUCHED_KIB / 3;
     let mut now = touched;
     while now > low {
@@ -72,10 +73,10 @@ fn freed_memory_returns(containerd: &mut Containerd) -> Result<()> {
     }
     stdin.write_all(b"\n")?;
     drop(stdin);
-    // It still reads the pages that it shares with the template.
+    // The clone still reads the pages that it shares with the template.
     let output = running.wait()?.ok()?;
     ensure!(output.text().contains("/bin/busybox"), "{output}");
-    // Whoever reads a hole of it adds a page of zeros, which is no harm.
+    // A process that reads a hole of the template adds a page of zeros, which does no harm.
     let now = memory.metadata()?.blocks();
     ensure!(now >= allocated, "the template has lost memory: {now} blocks of {allocated}");
     let verified = templates.command(&["verify"])?.ok()?;
@@ -88,7 +89,7 @@ fn growth_goes_with_the_last_clone(containerd: &mut Containerd) -> Result<()> {
     let blocks = || -> Result<u64> { Ok(fs::metadata(format!("/proc/{}/fd/3", template.holder))?.blocks()) };
     let built = blocks()?;
     let (large, little) = (Bundle::busybox(containerd)?, Bundle::busybox(containerd)?);
-    // Memory that the template has never had.
+    // The template does not have this memory.
     let script = "dd if=/dev/zero of=/scratch/file bs=1M count=400 2>/dev/null; echo touched; read go";
     let config = large.config(&["sh", "-c", script], |spec| {
         let mounts = spec["mounts"].as_array_mut().expect("an array");
@@ -105,7 +106,7 @@ fn growth_goes_with_the_last_clone(containerd: &mut Containerd) -> Result<()> {
     ensure!(grown > 3 * built, "{built} blocks before, {grown} with 400 MiB in use");
     drop(big.stdin());
     big.wait()?;
-    // The other one may use what has been added.
+    // The other clone may use the pages that have been added.
     ensure!(blocks()? >= grown, "memory of a template in use has gone");
     drop(small.stdin());
     small.wait()?;
@@ -121,8 +122,8 @@ fn growth_goes_with_the_last_clone(containerd: &mut Containerd) -> Result<()> {
     templates.remove_all()
 }
 
-/// What the guest's memory has of its own: not the template's, nor what QEMU itself needs, such as the code that
-/// it has translated.
+/// Private memory of the guest: neither the template's, nor what QEMU itself needs, such as the code that it
+/// has translated.
 fn own_kib(pid: u32) -> Result<u64> {
     let maps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
     let mut of_guest = false;

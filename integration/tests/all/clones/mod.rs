@@ -1,5 +1,5 @@
-//! VMs that are clones of a template: that they are used, that they are no twins, and what happens when they cannot
-//! be had.
+//! VMs that are clones of a template: that they are used, that they differ from each other, and what happens
+//! when they cannot be had.
 
 mod auto;
 mod faults;
@@ -34,16 +34,16 @@ fn automatic(containerd: &Containerd) -> Result<Templates<'_>> {
     Ok(templates)
 }
 
-/// What the shim's log says of the VM of a container that has been created: `clone` or `boot`.
+/// The origin of a created container's VM in the shim's log: `clone` or `boot`.
 fn origin(containerd: &Containerd, from: usize, id: &str) -> Result<String> {
     let created = |line: &&String| line.contains("container created") && has_id(line, id);
     let lines = containerd.log().since(from);
-    let line = lines.iter().find(created).with_context(|| format!("no word of the creation of {id}"))?;
+    let line = lines.iter().find(created).with_context(|| format!("no line of the creation of {id}"))?;
     let (_, tail) = line.split_once("origin=").with_context(|| format!("no origin on {line}"))?;
     Ok(tail.chars().take_while(char::is_ascii_alphabetic).collect())
 }
 
-/// However the logger has quoted it.
+/// The logger may have quoted the message.
 fn has_id(line: &str, id: &str) -> bool {
     let after = |start: usize| line[start + 3..].trim_start_matches(['\\', '"']);
     line.match_indices("id=").any(|(start, _)| {
@@ -52,7 +52,7 @@ fn has_id(line: &str, id: &str) -> bool {
     })
 }
 
-/// Runs a container that must work, in a VM that must come from there.
+/// Runs a container that must succeed, in a VM of the given origin.
 fn runs_from(containerd: &Containerd, wanted: &str) -> Result<()> {
     works_from(containerd, &containerd.run(IMAGE, &["echo", "well"]), wanted).map(drop)
 }
@@ -65,8 +65,8 @@ fn works_from(containerd: &Containerd, run: &Run<'_>, wanted: &str) -> Result<Ou
     Ok(output)
 }
 
-/// How many lines of the log since then have all the words.
-fn told(containerd: &Containerd, from: usize, words: &[&str]) -> usize {
+/// The number of log lines since then that contain all the words.
+fn lines_with(containerd: &Containerd, from: usize, words: &[&str]) -> usize {
     let lines = containerd.log().since(from);
     lines.iter().filter(|line| words.iter().all(|word| line.contains(word))).count()
 }

@@ -1,4 +1,4 @@
-//! Clones that are ready before anyone asks for a container.
+//! Clones that are ready before a container is requested.
 
 use std::{fs, path::PathBuf, thread, time::Duration};
 
@@ -24,7 +24,7 @@ use crate::{
 
 on_newest_containerd!(
     ready_clones_are_taken_and_replaced,
-    what_does_not_fit_is_given_up,
+    members_that_do_not_fit_are_given_up,
     members_that_are_lost,
     a_drain_ends_members_however_far_they_have_come,
     a_drain_while_members_are_taken,
@@ -70,7 +70,7 @@ impl<'a> Pool<'a> {
             .wait_until(|| Ok(self.states()?.iter().filter(|it| *it == "ready").count() == SIZE))
     }
 
-    /// How far the members have come.
+    /// The states of the members.
     fn states(&self) -> Result<Vec<String>> {
         let members = self.command("ls")?;
         let state = |member: &Json| member["state"].as_str().unwrap_or_default().to_owned();
@@ -99,17 +99,17 @@ fn ready_clones_are_taken_and_replaced(containerd: &mut Containerd) -> Result<()
     let pool = Pool::new(containerd)?;
     runs_from(containerd, "clone")?;
     pool.full()?;
-    // They have waited for some time and are as different, and their clocks as right, as any.
+    // Members that have waited for some time differ as other clones do, and their clocks are as exact.
     have_nothing_in_common(containerd, SIZE, "ready")?;
     pool.full()?;
-    // More than there are.
+    // There are more starts than members.
     let from = containerd.log().position();
     let runs: Vec<_> = (0..2 * SIZE).map(|_| containerd.run(IMAGE, &["echo", "well"])).collect();
     thread::scope(|scope| {
         let started: Vec<_> = runs.iter().map(|run| scope.spawn(|| run.ok())).collect();
         started.into_iter().try_for_each(|run| {
-            let said = run.join().expect("no panic")?;
-            ensure!(said == "well\n", "a container did not work: {said}");
+            let printed = run.join().expect("no panic")?;
+            ensure!(printed == "well\n", "a container did not work: {printed}");
             Ok(())
         })
     })?;
@@ -122,7 +122,7 @@ fn ready_clones_are_taken_and_replaced(containerd: &mut Containerd) -> Result<()
     containerd.settle(&before)
 }
 
-fn what_does_not_fit_is_given_up(containerd: &mut Containerd) -> Result<()> {
+fn members_that_do_not_fit_are_given_up(containerd: &mut Containerd) -> Result<()> {
     let before = containerd.inventory()?;
     let pool = Pool::new(containerd)?;
     runs_from(containerd, "clone")?;
@@ -132,7 +132,7 @@ fn what_does_not_fit_is_given_up(containerd: &mut Containerd) -> Result<()> {
     input_of_any_size(containerd)?;
     runs_from(containerd, "ready")?;
     pool.full()?;
-    // What is wrong with a container takes its clone with it, and nothing else.
+    // A container that fails takes its clone with it, and nothing else.
     let nothing = containerd.run(IMAGE, &["no-such-command"]).output()?;
     ensure!(nothing.status != 0 && nothing.error_text().contains("no-such-command"), "{nothing}");
     runs_from(containerd, "ready")?;
@@ -146,7 +146,7 @@ fn members_that_are_lost(containerd: &mut Containerd) -> Result<()> {
     let pool = Pool::new(containerd)?;
     runs_from(containerd, "clone")?;
     pool.full()?;
-    // One half of a member each: the VM, and the process that owns it.
+    // Each time, one half of a member is killed: the VM, or the process that owns it.
     let processes = containerd.inventory()?.processes;
     for word in ["qemu", "pool-member"] {
         let process =
@@ -158,7 +158,7 @@ fn members_that_are_lost(containerd: &mut Containerd) -> Result<()> {
         ensure!(output.text() == "well\n", "{output}");
     }
     pool.full()?;
-    // Another configuration, by a change of the file, has no use for them.
+    // After a change of the configuration file, the members do not fit.
     let watched = containerd.inventory()?.processes;
     containerd.configure(&Setup::new().templates(&pool.templates.dir, "use"))?;
     for process in watched.iter().filter(|process| process.command.contains("pool-member")) {
@@ -175,7 +175,7 @@ fn a_drain_ends_members_however_far_they_have_come(containerd: &mut Containerd) 
     let pool = Pool::new(containerd)?;
     for state in ["starting", "cloning", "warming up", "ready"] {
         runs_from(containerd, "clone")?;
-        // One that is farther by then will do: which moment a drain meets is not for the caller to choose.
+        // A member that has gone further by then is accepted: the caller cannot choose the moment of a drain.
         let reached =
             ["starting", "cloning", "warming up", "ready"].into_iter().skip_while(|it| *it != state);
         let reached: Vec<_> = reached.collect();
@@ -187,7 +187,7 @@ fn a_drain_ends_members_however_far_they_have_come(containerd: &mut Containerd) 
         ensure!(left.is_empty(), "{left:?} have survived the drain of {had:?}");
         ensure!(pool.states()?.is_empty(), "{:?}", pool.states()?);
     }
-    // The pool is of use again at once.
+    // The pool can be used again at once.
     runs_from(containerd, "clone")?;
     pool.full()?;
     listed(&pool)?;
@@ -197,13 +197,13 @@ fn a_drain_ends_members_however_far_they_have_come(containerd: &mut Containerd) 
     containerd.settle(&before)
 }
 
-/// Members, as programs and people see them.
+/// The members in the output for programs and for users.
 fn listed(pool: &Pool<'_>) -> Result<()> {
     let members = pool.command("ls")?;
     for member in members.as_array().context("no list")? {
         let number = |name: &str| member[name].as_u64().unwrap_or_default();
         ensure!(number("pid") > 1 && number("memoryMib") >= 128 && number("vcpus") >= 1, "{member}");
-        // A VM that does nothing takes some memory, and far less than it may.
+        // An idle VM takes some memory, and far less than its limit.
         ensure!((10 << 20..400 << 20).contains(&number("takes")), "{member}");
         ensure!(number("created") > 1_700_000_000, "{member}");
     }
@@ -213,7 +213,8 @@ fn listed(pool: &Pool<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Whichever is first: a container gets a member or makes its own VM, and a member that it has got is not ended.
+/// Either order is correct: a container gets a member or starts a VM of its own, and a member that was taken
+/// is not ended.
 fn a_drain_while_members_are_taken(containerd: &mut Containerd) -> Result<()> {
     let before = containerd.inventory()?;
     let pool = Pool::new(containerd)?;
@@ -228,8 +229,8 @@ fn a_drain_while_members_are_taken(containerd: &mut Containerd) -> Result<()> {
                 pool.command("drain")?;
             }
             started.into_iter().try_for_each(|run| {
-                let said = run.join().expect("no panic")?;
-                ensure!(said == "well\n", "a container did not work: {said}");
+                let printed = run.join().expect("no panic")?;
+                ensure!(printed == "well\n", "a container did not work: {printed}");
                 Ok(())
             })
         })?;

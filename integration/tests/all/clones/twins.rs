@@ -1,4 +1,4 @@
-//! Clones are one machine until their host tells each who it is; nothing may show it afterwards.
+//! Clones are identical until their host gives each an identity; afterwards nothing shows that they were.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,17 +24,17 @@ on_newest_containerd!(fifty_clones_have_nothing_in_common);
 const CLONES: usize = 50;
 const AT_ONCE: usize = 4;
 
-/// How far a clone's clock may be off.
+/// The largest permitted error of a clone's clock.
 const CLOCK: Duration = Duration::from_millis(10);
 
-/// How often the clock is asked; the fastest answer says most.
+/// How often the clock is read; the fastest answer is the most exact.
 const QUESTIONS: usize = 5;
 
-/// What must be different in every clone, as the container's script names it.
+/// Values that must be different in every clone, by their names in the container's script.
 const DIFFERENT: [&str; 9] =
     ["boot", "uuid", "urandom", "random", "key", "stack", "hostname", "machine", "temporary"];
 
-/// The container has no namespaces of its own but for its mounts, so it sees the VM's own names and devices.
+/// Apart from its mounts, the container has no namespaces of its own, so it sees the VM's names and devices.
 const SCRIPT: &str = "\
 r=/proc/sys/kernel/random
 read boot < $r/boot_id; read uuid < $r/uuid; read name < /proc/sys/kernel/hostname
@@ -49,12 +49,12 @@ echo links $(ls /sys/class/net)
 echo ready
 while read word; do echo clock $word $EPOCHREALTIME; done";
 
-/// What one clone said and what the host knows of it.
+/// One clone's own values, and the host's.
 #[derive(Debug)]
 struct Seen {
     id: String,
-    said: BTreeMap<String, String>,
-    /// How far its clock is ahead, and how far that may be wrong, microseconds.
+    printed: BTreeMap<String, String>,
+    /// How far the clone's clock is ahead, and the error of that, microseconds.
     clock: (i64, i64),
 }
 
@@ -64,7 +64,8 @@ fn fifty_clones_have_nothing_in_common(containerd: &mut Containerd) -> Result<()
     templates.remove_all()
 }
 
-/// Runs so many containers and compares what their guests say; each VM must be of that origin.
+/// Runs this number of containers and compares the values of their guests; each VM must be of the given
+/// origin.
 pub(super) fn have_nothing_in_common(containerd: &Containerd, clones: usize, wanted: &str) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     let config = bundle.config(&["sh", "-c", SCRIPT], |spec| {
@@ -85,7 +86,7 @@ pub(super) fn have_nothing_in_common(containerd: &Containerd, clones: usize, wan
                 scope.spawn(|| -> Result<()> {
                     while next.fetch_add(1, Ordering::Relaxed) < clones {
                         let clone = one(containerd, &config)?;
-                        seen.lock().expect("nobody panics with it").push(clone);
+                        seen.lock().expect("the lock is not poisoned").push(clone);
                     }
                     Ok(())
                 })
@@ -100,25 +101,25 @@ pub(super) fn have_nothing_in_common(containerd: &Containerd, clones: usize, wan
         let id = &clone.id;
         let origin = origin(containerd, from, id)?;
         ensure!(origin == wanted, "the VM of {id} is no {wanted} but a {origin}");
-        ensure!(clone.said["hostname"] == *id, "{id} calls itself {}", clone.said["hostname"]);
-        ensure!(clone.said["links"] == "lo", "{id} has {}", clone.said["links"]);
-        ensure!(clone.said["machine"].len() == 32, "{:?} is no machine id", clone.said["machine"]);
-        // What the shim's log says of the guest is the same.
+        ensure!(clone.printed["hostname"] == *id, "{id} calls itself {}", clone.printed["hostname"]);
+        ensure!(clone.printed["links"] == "lo", "{id} has {}", clone.printed["links"]);
+        ensure!(clone.printed["machine"].len() == 32, "{:?} is no machine id", clone.printed["machine"]);
+        // The shim's log has the same values for the guest.
         let ready = lines.iter().find(|line| line.contains("guest is ready") && hostname_is(line, id));
-        let ready = ready.with_context(|| format!("no word of the guest of {id}"))?;
+        let ready = ready.with_context(|| format!("no line of the guest of {id}"))?;
         for what in ["boot", "machine"] {
-            ensure!(ready.contains(&clone.said[what]), "{what} of {clone:?} is not in {ready}");
+            ensure!(ready.contains(&clone.printed[what]), "{what} of {clone:?} is not in {ready}");
         }
         let (ahead, wrong) = clone.clock;
         let bound = i64::try_from(CLOCK.as_micros())? + wrong;
         ensure!(ahead.abs() <= bound, "the clock of {id} is {ahead} us ahead, give or take {wrong} us");
     }
     for what in DIFFERENT {
-        let values: BTreeSet<_> = seen.iter().map(|clone| &clone.said[what]).collect();
+        let values: BTreeSet<_> = seen.iter().map(|clone| &clone.printed[what]).collect();
         ensure!(values.len() == clones, "{} of {clones} are different in {what}: {values:?}", values.len());
         ensure!(values.iter().all(|value| value.len() > 1), "empty {what}");
     }
-    // With --nocapture: how much the test of the clocks is worth here.
+    // With --nocapture: the precision of the test of the clocks on this machine.
     let mut clocks: Vec<_> = seen.iter().map(|clone| clone.clock).collect();
     clocks.sort_by_key(|(ahead, wrong)| (ahead.abs(), *wrong));
     println!("clocks, ahead and give or take, us: {clocks:?}");
@@ -144,12 +145,12 @@ fn one(containerd: &Containerd, config: &Path) -> Result<Seen> {
     drop(stdin);
     let output = running.wait()?.ok()?;
     let text = output.text();
-    let mut said = BTreeMap::new();
+    let mut printed = BTreeMap::new();
     let mut clock: Option<(i64, i64)> = None;
     for line in text.lines() {
         let (name, value) = line.split_once(' ').unwrap_or((line, ""));
         if name != "clock" {
-            said.insert(name.to_owned(), value.to_owned());
+            printed.insert(name.to_owned(), value.to_owned());
             continue;
         }
         let (question, time) = value.split_once(' ').with_context(|| format!("odd clock: {output}"))?;
@@ -159,7 +160,7 @@ fn one(containerd: &Containerd, config: &Path) -> Result<Seen> {
         clock = clock.filter(|best| best.1 <= found.1).or(Some(found));
     }
     let clock = clock.with_context(|| format!("no clock: {output}"))?;
-    Ok(Seen { id: run.container().to_owned(), said, clock })
+    Ok(Seen { id: run.container().to_owned(), printed, clock })
 }
 
 /// The host's clock, microseconds since the Unix epoch.

@@ -1,4 +1,4 @@
-//! What becomes of established TCP connections, in a fork and in a restore.
+//! Established TCP connections in a fork and in a restore.
 
 use anyhow::{Result, ensure};
 use containerd_shim_protos::{api::Empty, shim::oci::CheckpointOptions};
@@ -13,15 +13,15 @@ use crate::{
 
 on_newest_containerd!(closed_in_a_fork_unless_asked_for, closed_in_a_restore_if_asked_for);
 
-/// Both ends of a connection; says what comes back through it, or why nothing does.
+/// Both ends of a connection; writes down what comes back through it, or why nothing does.
 const TALKING: &str = "trap '' PIPE; cd /dev/shm; (nc -l -p 7000 -e cat) & sleep 1; mkfifo in; \
                        (nc 127.0.0.1 7000 <in >out; echo $? >ended) & exec 3>in; \
                        n=0; while :; do n=$((n+1)); echo $n >&3; sleep 1; done";
-/// How many ends are established, whichever protocol the listener has taken.
+/// The number of established ends, in either protocol that the listener may have used.
 const ESTABLISHED: &str = "cat /proc/net/tcp /proc/net/tcp6 | grep -c ' 01 '";
 const CONNECTED: &str = "until [ $(cat /proc/net/tcp /proc/net/tcp6 | grep -c ' 01 ') = 2 ] && [ -s /dev/shm/out ]; do usleep 50000; done; true";
-/// More comes back than has until now.
-const GOES_ON: &str =
+/// Waits until more comes back than before.
+const CONTINUES: &str =
     "a=$(wc -l </dev/shm/out); until [ $(wc -l </dev/shm/out) -gt $a ]; do usleep 50000; done";
 
 fn closed_in_a_fork_unless_asked_for(containerd: &mut Containerd) -> Result<()> {
@@ -31,19 +31,19 @@ fn closed_in_a_fork_unless_asked_for(containerd: &mut Containerd) -> Result<()> 
     sh(containerd, source, CONNECTED)?;
     fork(containerd, &[source, &closed])?;
     ensure!(sh(containerd, &closed, &format!("{ESTABLISHED} || true"))? == "0", "connections are not closed");
-    // The client hears of it.
+    // The client is notified of the end.
     sh(containerd, &closed, "until [ -e /dev/shm/ended ]; do usleep 50000; done")?;
-    // The source's own is as before, and may be kept.
-    sh(containerd, source, GOES_ON)?;
+    // The source's own connection is unchanged, and may be kept.
+    sh(containerd, source, CONTINUES)?;
     fork(containerd, &["--tcp", "keep", source, &kept])?;
     for id in [source, &kept] {
-        sh(containerd, id, GOES_ON)?;
+        sh(containerd, id, CONTINUES)?;
         ensure!(sh(containerd, id, ESTABLISHED)? == "2", "{id} is not connected");
     }
     end_all(containerd, [source, &closed, &kept])
 }
 
-/// The same by the annotation, for whoever restores.
+/// The same by the annotation, for clients that restore without `machinen fork`.
 fn closed_in_a_restore_if_asked_for(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     let config = |tcp: &str| {
@@ -56,9 +56,7 @@ fn closed_in_a_restore_if_asked_for(containerd: &mut Containerd) -> Result<()> {
     source.client.ok::<Empty>("Checkpoint", &request(&source, &dir, Some(&open))?)?;
     source.end()?;
     for (tcp, established) in [("keep", "2"), ("close", "0")] {
-        let mut restored = Served::of(containerd, &config(tcp)?)?;
-        restored.create(|request| request.checkpoint = dir.display().to_string())?;
-        restored.begin()?;
+        let restored = Served::restored(containerd, &config(tcp)?, &dir)?;
         let look = format!("[ $({ESTABLISHED}) = {established} ]");
         ensure!(restored.exec_to("look", &["sh", "-c", &look], "")? == 0, "{tcp}: not {established} ends");
         restored.end()?;

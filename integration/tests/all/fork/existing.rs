@@ -1,4 +1,4 @@
-//! Forks next to what exists already, and to what other clients of containerd do at the same time.
+//! Forks while there are other containers and images, and while other clients of containerd act.
 
 use std::{fs, thread};
 
@@ -7,12 +7,12 @@ use machinen_integration::{containerd::Containerd, paths::Version, setup::Setup}
 
 use super::{
     count_above, counter, end_all,
-    faults::{at, failed, goes_on, works},
+    faults::{at, continues, failed, works},
     forking, nothing_of, sh,
 };
 use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd, run_with};
 
-on_every_containerd!(beside_other_forks_and_checkpoints, names_that_are_taken, a_restart_of_containerd);
+on_every_containerd!(next_to_other_forks_and_checkpoints, names_that_are_taken, a_restart_of_containerd);
 on_newest_containerd!(the_image_is_removed_meanwhile, the_source_is_removed_meanwhile, paused_meanwhile);
 
 const REF: &str = "machinen.test/checkpoint:1";
@@ -25,8 +25,8 @@ fn checkpoint(containerd: &Containerd, source: &str, image: &str) -> Result<()> 
     containerd.ctr_ok(&["containers", "checkpoint", "--rw", "--image", "--task", source, image]).map(drop)
 }
 
-/// Content of a checkpoint that exists already, whoever has made it, is no reason to fail.
-fn beside_other_forks_and_checkpoints(containerd: &mut Containerd) -> Result<()> {
+/// Content of a checkpoint that exists already, of any client, is no reason to fail.
+fn next_to_other_forks_and_checkpoints(containerd: &mut Containerd) -> Result<()> {
     let namespace = containerd.namespace().to_owned();
     containerd.ctr_ok(&[
         "namespaces",
@@ -48,7 +48,7 @@ fn beside_other_forks_and_checkpoints(containerd: &mut Containerd) -> Result<()>
     })?;
     checkpoint(containerd, source, REF)?;
     forks(containerd, source, &ids[3])?;
-    // A checkpoint by another client in the middle: both take their turns.
+    // A checkpoint by another client during the fork: both wait for their turns.
     containerd.ctr_ok(&["images", "rm", "--sync", REF])?;
     let from = containerd.log().position();
     let running = forking(containerd, &[source, &ids[4]])?.spawn()?;
@@ -60,13 +60,14 @@ fn beside_other_forks_and_checkpoints(containerd: &mut Containerd) -> Result<()>
         count_above(containerd, id, count)?;
         ensure!(sh(containerd, id, "hostname")? == *id, "{id} has another hostname");
     }
-    goes_on(containerd, source)?;
+    continues(containerd, source)?;
     containerd.ctr_ok(&["images", "rm", "--sync", REF])?;
     super::nothing_but_the_fork(containerd)?;
     end_all(containerd, ids.iter().map(String::as_str).chain([source]))
 }
 
-/// A container, and a snapshot without one, as a fork leaves them that was killed; each is as it was after the refusal.
+/// A container, and a snapshot without one, such as a killed fork leaves them; each is unchanged after the
+/// refusal.
 fn names_that_are_taken(containerd: &mut Containerd) -> Result<()> {
     let containerd = &*containerd;
     let run = counter(containerd, &[])?;
@@ -89,7 +90,7 @@ fn names_that_are_taken(containerd: &mut Containerd) -> Result<()> {
     let snapshots = containerd.ctr_ok(&["snapshots", "ls"])?;
     ensure!(snapshots.contains(&new), "the other's snapshot is gone: {snapshots}");
     containerd.ctr_ok(&["snapshots", "rm", &new])?;
-    // Two forks for one name: one of them is made.
+    // Of two forks with one name, one is made.
     let outputs = thread::scope(|scope| {
         let fork = || forking(containerd, &[source, &new])?.run();
         let both: Vec<_> = (0..2).map(|_| scope.spawn(fork)).collect();
@@ -101,7 +102,7 @@ fn names_that_are_taken(containerd: &mut Containerd) -> Result<()> {
     works(containerd, source, &new)
 }
 
-/// The fork is taken back when containerd serves again; the source runs on all the while.
+/// The fork is undone when containerd serves again; the source runs all the time.
 fn a_restart_of_containerd(containerd: &mut Containerd) -> Result<()> {
     let source = counter(containerd, &[])?.container().to_owned();
     let new = containerd.new_id();
@@ -115,7 +116,7 @@ fn a_restart_of_containerd(containerd: &mut Containerd) -> Result<()> {
         for left in fs::read_dir(containerd.root().join("tmp"))? {
             fs::remove_dir_all(left?.path())?;
         }
-        // It may have been between two requests.
+        // The restart may have fallen between two requests.
         if output.status == 0 {
             count_above(containerd, &new, 102)?;
             end_all(containerd, [new.as_str()])?;
@@ -123,12 +124,12 @@ fn a_restart_of_containerd(containerd: &mut Containerd) -> Result<()> {
             let words = ["connection to containerd broke"];
             failed(containerd, &[&source, &new], &words, output.status, &output.error_text())?;
         }
-        goes_on(containerd, &source)?;
+        continues(containerd, &source)?;
     }
     works(containerd, &source, &new)
 }
 
-/// What only the image has kept is collected as garbage; the fork and its source need none of it.
+/// Content that only the image has kept is collected as garbage; the fork and its source need none of it.
 fn the_image_is_removed_meanwhile(containerd: &mut Containerd) -> Result<()> {
     let run = counter(containerd, &[])?;
     let (source, new) = (run.container(), containerd.new_id());
@@ -138,11 +139,11 @@ fn the_image_is_removed_meanwhile(containerd: &mut Containerd) -> Result<()> {
     containerd.ctr_ok(&["images", "rm", "--sync", IMAGE])?;
     running.wait()?.ok()?;
     count_above(containerd, &new, 102)?;
-    goes_on(containerd, source)?;
+    continues(containerd, source)?;
     end_all(containerd, [source, &new])
 }
 
-/// A fork of what was there, or nothing of one.
+/// The fork is complete, or nothing of it is left.
 fn the_source_is_removed_meanwhile(containerd: &mut Containerd) -> Result<()> {
     for moment in ["/snapshot/prepare", "/tasks/checkpointed"] {
         let run = counter(containerd, &[])?;
@@ -168,7 +169,7 @@ fn paused_meanwhile(containerd: &mut Containerd) -> Result<()> {
     disturbed(containerd, &[])
 }
 
-/// A disk that is copied must not be written: the copy is made again after a resume that is not the fork's.
+/// A disk that is copied must not be written: the copy is made again after a resume by another client.
 #[test]
 fn a_disk_of_the_snapshotters_is_paused_meanwhile() {
     run_with(Version::V2_1, &Setup::new().blockfile(), |containerd| {
@@ -184,7 +185,7 @@ fn disturbed(containerd: &Containerd, flags: &[&str]) -> Result<()> {
     let running = forking(containerd, &[source, &new])?.spawn()?;
     at(containerd, from, "/containers/create")?;
     for _ in 0..2 {
-        // Refused where the fork has paused the source, or resumed it.
+        // The request is refused while the fork has paused the source, or resumed it.
         containerd.ctr_output(&["tasks", "pause", source])?;
         containerd.ctr_output(&["tasks", "resume", source])?;
     }
@@ -194,7 +195,7 @@ fn disturbed(containerd: &Containerd, flags: &[&str]) -> Result<()> {
     }
     count_above(containerd, &new, 102)?;
     ensure!(sh(containerd, &new, "ls /data | grep -c file")? == "300", "files are missing");
-    goes_on(containerd, source)?;
+    continues(containerd, source)?;
     ensure!(fs::read_dir(containerd.root().join("tmp"))?.next().is_none(), "something is left");
     end_all(containerd, [source, &new])
 }

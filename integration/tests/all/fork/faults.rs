@@ -1,4 +1,5 @@
-//! Forks that fail: the source runs on, nothing of the new one is left, and the next try works.
+//! Forks that fail: the source continues to run, nothing of the new container is left, and the next try
+//! works.
 
 use std::{
     fs,
@@ -32,7 +33,7 @@ on_newest_containerd!(
     killed_fork,
 );
 
-/// What a fork that fails says; the source runs on, and of the new one nothing is left.
+/// The output of a fork that fails; the source continues to run, and nothing of the new container is left.
 fn fails(containerd: &Containerd, args: &[&str], words: &[&str]) -> Result<()> {
     let before = containerd.inventory()?;
     let output = forking(containerd, args)?.run()?;
@@ -45,23 +46,23 @@ pub(super) fn failed(
     args: &[&str],
     words: &[&str],
     status: i32,
-    said: &str,
+    printed: &str,
 ) -> Result<()> {
-    ensure!(status == 1, "it ended with {status}: {said}");
+    ensure!(status == 1, "the fork ended with {status}: {printed}");
     for word in words {
-        ensure!(said.contains(word), "the user does not read {word:?}: {said}");
+        ensure!(printed.contains(word), "{word:?} is missing from the user's message: {printed}");
     }
-    ensure!(!said.contains("undoing a failed fork"), "it could not be taken back: {said}");
+    ensure!(!printed.contains("undoing a failed fork"), "the fork could not be undone: {printed}");
     for noise in ["panicked at", ".rs:", "Os {", "source:", "Status {"] {
-        ensure!(!said.contains(noise), "the user reads {noise:?}: {said}");
+        ensure!(!printed.contains(noise), "{noise:?} is in the user's message: {printed}");
     }
     if std::env::var_os("MACHINEN_TEST_SHOW").is_some() {
-        println!("{}", said.trim());
+        println!("{}", printed.trim());
     }
     nothing_of(containerd, args.last().context("no id")?)
 }
 
-pub(super) fn goes_on(containerd: &Containerd, source: &str) -> Result<()> {
+pub(super) fn continues(containerd: &Containerd, source: &str) -> Result<()> {
     let tasks = containerd.ctr_ok(&["tasks", "ls"])?;
     let line = tasks.lines().find(|line| line.split_whitespace().next() == Some(source));
     ensure!(line.is_some_and(|line| line.contains("RUNNING")), "the source does not run: {tasks}");
@@ -70,10 +71,10 @@ pub(super) fn goes_on(containerd: &Containerd, source: &str) -> Result<()> {
 }
 
 pub(super) fn works(containerd: &Containerd, source: &str, new: &str) -> Result<()> {
-    goes_on(containerd, source)?;
+    continues(containerd, source)?;
     fork(containerd, &[source, new])?;
     count_above(containerd, new, 102)?;
-    goes_on(containerd, source)?;
+    continues(containerd, source)?;
     end_all(containerd, [source, new])
 }
 
@@ -90,7 +91,7 @@ fn refused_before_anything_happens(containerd: &mut Containerd) -> Result<()> {
     containerd.ctr_ok(&["containers", "create", "--runtime", &paths::runtime(), IMAGE, &theirs])?;
     fails(containerd, &[&theirs, &new], &["does not run", "has no task"])?;
     containerd.ctr_ok(&["containers", "rm", &theirs])?;
-    // Its snapshot's name is taken.
+    // The name of the new container's snapshot is taken.
     containerd.ctr_ok(&["snapshots", "prepare", &new])?;
     let output = forking(containerd, &[source, &new])?.run()?;
     ensure!(output.status == 1 && output.error_text().contains("there is a snapshot"), "{output}");
@@ -102,10 +103,11 @@ fn refused_before_anything_happens(containerd: &mut Containerd) -> Result<()> {
     fs::remove_file(Path::new(&used).join("mine"))?;
     fails(containerd, &["--checkpoint-dir", "/no/where", source, &new], &["/no"])?;
     fails(containerd, &["--hostname", "a b", source, &new], &["\"a b\"", "hostname"])?;
-    let nobody = containerd.machinen(&["fork", "--address", "/nowhere.sock", source, &new])?.run()?;
+    let unreachable = containerd.machinen(&["fork", "--address", "/nowhere.sock", source, &new])?.run()?;
     ensure!(
-        nobody.status == 1 && nobody.error_text().contains("cannot reach containerd at /nowhere.sock"),
-        "{nobody}"
+        unreachable.status == 1
+            && unreachable.error_text().contains("cannot reach containerd at /nowhere.sock"),
+        "{unreachable}"
     );
     let log = containerd.log().since(checkpoints);
     ensure!(!log.iter().any(|line| line.contains("/tasks/checkpointed")), "the source was checkpointed");
@@ -122,7 +124,7 @@ fn no_memory_for_one_more(containerd: &mut Containerd) -> Result<()> {
     fails(containerd, &[source, &new], &words)?;
     let log = containerd.log().since(checkpoints);
     ensure!(!log.iter().any(|line| line.contains("/tasks/checkpointed")), "the source was checkpointed");
-    // Enough when it began, and not when the VM is to start.
+    // There is enough memory at the beginning, and not when the VM starts.
     let roomy = containerd.root().join("roomy.toml");
     fs::copy(containerd.root().join("machinen.toml"), &roomy)?;
     let text =
@@ -180,7 +182,7 @@ fn interrupted_while_it_restores(containerd: &mut Containerd) -> Result<()> {
             &output.error_text(),
         )?;
         containerd.settle(&before)?;
-        goes_on(containerd, source)?;
+        continues(containerd, source)?;
     }
     works(containerd, source, &new)
 }
@@ -207,7 +209,8 @@ fn killed_vm_of_the_fork(containerd: &mut Containerd) -> Result<()> {
     })?;
     kill(Pid::from_raw(second.context("no pid")?.cast_signed()), Signal::SIGKILL)?;
     let output = running.wait()?;
-    // A clone that ends is replaced by a VM that boots; either way it is a fork or nothing of one.
+    // A clone that ends is replaced by a VM that boots; either way the fork is complete, or nothing of it is
+    // left.
     if output.status == 0 {
         count_above(containerd, &new, 102)?;
         end_all(containerd, [new.as_str()])?;
@@ -218,7 +221,7 @@ fn killed_vm_of_the_fork(containerd: &mut Containerd) -> Result<()> {
     works(containerd, source, &new)
 }
 
-/// Then there is nothing to go on with; but nothing is left either.
+/// Without the source's VM the fork cannot continue; nothing of it is left either.
 fn killed_vm_of_the_source(containerd: &mut Containerd) -> Result<()> {
     let run = counter(containerd, &[])?;
     let (source, new) = (run.container(), containerd.new_id());
@@ -234,7 +237,7 @@ fn killed_vm_of_the_source(containerd: &mut Containerd) -> Result<()> {
     Ok(())
 }
 
-/// Nobody is left to take anything back: the source runs all the same, and the next fork removes the images.
+/// No process is left to undo the fork: the source runs nevertheless, and the next fork removes the images.
 fn killed_fork(containerd: &mut Containerd) -> Result<()> {
     let run = counter(containerd, &[])?;
     let (source, new) = (run.container(), containerd.new_id());
@@ -245,10 +248,10 @@ fn killed_fork(containerd: &mut Containerd) -> Result<()> {
     let running = forking(containerd, &[source, &new])?.deadline(Duration::from_secs(60)).spawn()?;
     at(containerd, from, "writes are in its snapshot")?;
     kill(pid(&running), Signal::SIGKILL)?;
-    ensure!(running.wait()?.status == 137, "it was not killed");
-    // The shim finishes what it was asked for.
+    ensure!(running.wait()?.status == 137, "the fork was not killed");
+    // The shim finishes the request.
     at(containerd, from, "container checkpointed")?;
-    goes_on(containerd, source)?;
+    continues(containerd, source)?;
     containerd.ctr_ok(&["containers", "rm", &new])?;
     for lease in containerd.ctr_ok(&["leases", "ls", "--quiet"])?.split_whitespace() {
         containerd.ctr_ok(&["leases", "rm", "--sync", lease])?;

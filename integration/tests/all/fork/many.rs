@@ -12,7 +12,8 @@ on_newest_containerd!(ten_at_once);
 
 const FORKS: usize = 10;
 
-/// Emulated on a few processors, and one source can be checkpointed once at a time.
+/// A small number, since the VMs are emulated on a few processors, and a source can only be checkpointed once
+/// at a time.
 const DEADLINE: Duration = Duration::from_secs(300);
 
 fn ten_at_once(containerd: &mut Containerd) -> Result<()> {
@@ -33,7 +34,7 @@ fn ten_at_once(containerd: &mut Containerd) -> Result<()> {
         forks.into_iter().try_for_each(|fork| fork.join().expect("no panic"))
     })?;
     nothing_but_the_fork(containerd)?;
-    // All of them run, side by side, each from where its source was, each by itself.
+    // All forks run in parallel, each from the state of its source, each independently.
     let counts = ids.iter().map(|id| count_above(containerd, id, before)).collect::<Result<Vec<_>>>()?;
     for (id, count) in ids.iter().zip(counts) {
         count_above(containerd, id, count)?;
@@ -41,8 +42,8 @@ fn ten_at_once(containerd: &mut Containerd) -> Result<()> {
     }
     let ask = "cat /data/mine /proc/sys/kernel/hostname; uniq -d /data/log | wc -l";
     for id in &ids {
-        let said = sh(containerd, id, ask)?;
-        ensure!(said == format!("{id}\n{id}\n0"), "{id} says {said:?}");
+        let printed = sh(containerd, id, ask)?;
+        ensure!(printed == format!("{id}\n{id}\n0"), "{id} printed {printed:?}");
     }
     let boots = ids.iter().map(|id| sh(containerd, id, "cat /proc/sys/kernel/random/boot_id"));
     let boots = boots.collect::<Result<BTreeSet<_>>>()?;

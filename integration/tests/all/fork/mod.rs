@@ -1,10 +1,10 @@
-//! `machinen fork`: a second container that goes on from where a running one is.
+//! `machinen fork`: a second container that continues from the state of a running one.
 
-mod beside;
 mod connections;
 mod existing;
 mod faults;
 mod many;
+mod state;
 
 use std::{fs, thread, time::Instant};
 
@@ -17,7 +17,7 @@ use machinen_integration::{
 
 use crate::harness::IMAGE;
 
-/// Counts in memory, shows the count in a file, and notes every one in another that it has open.
+/// Counts in memory, writes the count to a file, and appends every count to another file that it keeps open.
 const COUNTER: &str = "mkdir /data; exec 5>>/data/log; i=100; while :; do i=$((i+1)); echo $i >/data/new; echo $i >&5; \
                        mv /data/new /data/count; usleep 50000; done";
 
@@ -44,14 +44,14 @@ fn counter<'a>(containerd: &'a Containerd, flags: &[&str]) -> Result<Run<'a>> {
     Ok(run)
 }
 
-/// What a shell command in a container prints.
+/// The output of a shell command in a container.
 fn sh(containerd: &Containerd, id: &str, script: &str) -> Result<String> {
     let exec = containerd.new_id();
     let text = containerd.ctr_ok(&["tasks", "exec", "--exec-id", &exec, id, "sh", "-c", script])?;
     Ok(text.trim().to_owned())
 }
 
-/// What the counter has come to, when that is more than `least`.
+/// The counter's value, as soon as it exceeds `least`.
 fn count_above(containerd: &Containerd, id: &str, least: u32) -> Result<u32> {
     let ask = format!(
         "until [ $(cat /data/count 2>/dev/null || echo 0) -gt {least} ]; do usleep 50000; done; cat /data/count"
@@ -60,7 +60,7 @@ fn count_above(containerd: &Containerd, id: &str, least: u32) -> Result<u32> {
     count.parse().with_context(|| format!("odd count {count:?}"))
 }
 
-/// Neither leases nor images nor content of a checkpoint are left.
+/// No leases, images or content of a checkpoint are left.
 fn nothing_but_the_fork(containerd: &Containerd) -> Result<()> {
     let leases = containerd.ctr_ok(&["leases", "ls", "--quiet"])?;
     ensure!(!leases.contains("machinen-fork"), "a lease is left: {leases}");
@@ -72,7 +72,7 @@ fn nothing_but_the_fork(containerd: &Containerd) -> Result<()> {
     Ok(())
 }
 
-/// Nothing of a fork that failed: no container, snapshot or task of this id.
+/// Nothing is left of a fork that failed: no container, snapshot or task of this id.
 fn nothing_of(containerd: &Containerd, new: &str) -> Result<()> {
     for listed in [&["containers", "ls"][..], &["snapshots", "ls"], &["tasks", "ls"]] {
         let text = containerd.ctr_ok(listed)?;
@@ -86,7 +86,7 @@ fn end_all<'a>(containerd: &Containerd, ids: impl IntoIterator<Item = &'a str>) 
     ids.into_iter().try_for_each(|id| containerd.end(id))
 }
 
-/// Waits for what no event reports.
+/// Waits for a condition that no event reports.
 pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     let end = Instant::now() + DEADLINE;
     while !done()? {

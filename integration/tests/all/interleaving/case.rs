@@ -1,4 +1,4 @@
-//! Running one program, and what must be true of it.
+//! Running one program, and checking what must be true of it.
 
 use std::{
     collections::BTreeMap,
@@ -23,11 +23,11 @@ use ttrpc::Code;
 
 use super::program::{EXECS, Lane, Program, Request, Target};
 
-/// What the shim may answer a request that it does not carry out now.
+/// Permitted codes for a request that the shim does not carry out now.
 const REFUSALS: [Code; 4] =
     [Code::NOT_FOUND, Code::ALREADY_EXISTS, Code::FAILED_PRECONDITION, Code::UNAVAILABLE];
 
-/// How many kinds of requests there are.
+/// The number of kinds of requests.
 const KINDS: usize = 14;
 
 /// How often each kind of request was made, and how often it was carried out.
@@ -36,7 +36,7 @@ pub(super) struct Totals(BTreeMap<&'static str, (usize, usize)>);
 
 impl Totals {
     pub(super) fn all_seen(&self) -> bool {
-        // There is no CRIU in a fake VM, and none of these processes has a terminal.
+        // A fake VM has no CRIU, and none of these processes has a terminal.
         let refused = ["Checkpoint", "ResizePty"];
         self.0.len() == KINDS && self.0.iter().all(|(kind, &(_, done))| done > 0 || refused.contains(kind))
     }
@@ -80,12 +80,12 @@ struct Seen {
     disturbed: Vec<Target>,
     started: Vec<Target>,
     added: Vec<usize>,
-    /// What went wrong where a client feeds a process.
+    /// Errors of the clients' threads that write input.
     troubles: Vec<String>,
 }
 
 /// # Errors
-/// Something that must be true is not.
+/// A check fails.
 pub(super) fn run(
     containerd: &Containerd,
     rootfs: &Bundle,
@@ -165,7 +165,7 @@ impl<'a> Case<'a> {
         }
     }
 
-    /// What every client does with its input: opens the fifo, which waits for the reader, writes, and closes stdin.
+    /// A client's handling of input: opens the fifo, which waits for the reader, writes, and closes stdin.
     fn client(&self, target: Target) -> Result<()> {
         let input = self.input(target);
         let content = input.content.as_deref().unwrap_or_default();
@@ -173,7 +173,7 @@ impl<'a> Case<'a> {
             match File::options().write(true).open(&input.fifo) {
                 // The process may have been killed.
                 Ok(mut fifo) => _ = fifo.write_all(content),
-                // All is over.
+                // The program has ended.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
                 Err(error) => return Err(error.into()),
             }
@@ -183,7 +183,7 @@ impl<'a> Case<'a> {
         self.answered::<api::Empty>("CloseIO", &close).map(drop)
     }
 
-    /// Lets clients end whose process was never started, or takes no more input.
+    /// Ends the writers whose process was never started, or takes no more input.
     fn release_clients(&self) -> Result<()> {
         for Input { fifo, .. } in &self.inputs {
             let reader = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(fifo)?;
@@ -193,9 +193,10 @@ impl<'a> Case<'a> {
         Ok(())
     }
 
-    /// Makes a request; false when it is refused as it may be.
+    /// Makes a request; false when it is refused with a permitted code.
     fn request(&self, request: Request) -> Result<bool> {
-        // Known before it happens: who waits for the process must not take it for undisturbed.
+        // Recorded before the request: the thread that waits for the process must not take it for
+        // undisturbed.
         match request {
             Request::Signal(target, _) | Request::Delete(target) => self.disturb(target),
             Request::Create => self.disturb(Target::Init),
@@ -250,7 +251,8 @@ impl<'a> Case<'a> {
                     height: 25,
                     ..Default::default()
                 };
-                // Without a terminal it is refused whenever there is a process; what counts is that it is answered.
+                // Without a terminal the request is refused whenever the process exists; the test only
+                // requires an answer.
                 self.answered::<api::Empty>("ResizePty", &resize).map(|_| true)
             }
             Request::Signal(target, signal) => {
@@ -279,7 +281,8 @@ impl<'a> Case<'a> {
                 let path = text(&served.shim.bundle.join("checkpoint"));
                 let checkpoint = api::CheckpointTaskRequest { id, path, ..Default::default() };
                 let answer = served.client.call::<api::Empty>("Checkpoint", &checkpoint)?;
-                // Refused since there is no CRIU in a fake VM; what counts is what it leaves to the others.
+                // Refused since a fake VM has no CRIU; the test requires that the other requests are
+                // unaffected.
                 self.count("Checkpoint", answer.is_ok());
                 Ok(answer.is_ok())
             }
@@ -313,7 +316,7 @@ impl<'a> Case<'a> {
         self.seen.lock().expect("no lane panics").answers.push((method, carried_out));
     }
 
-    /// Ends whatever the clients have left, as a user would, and looks at what came out.
+    /// Ends all that the clients have left, as a user would, and checks the output.
     fn finish(&self) -> Result<()> {
         self.request(Request::Resume)?;
         for target in (0..EXECS).map(Target::Exec) {
@@ -330,11 +333,11 @@ impl<'a> Case<'a> {
         Ok(())
     }
 
-    /// What was started ends when its input does, and has written all of it.
+    /// A started process ends when its input does, and has written all of it.
     fn complete(&self, target: Target) -> Result<()> {
         let (started, disturbed) = {
             let seen = self.seen.lock().expect("no lane panics");
-            // An init that ends takes the others with it.
+            // The end of an init ends the other processes.
             let init = seen.disturbed.iter().filter(|&&target| target == Target::Init).count();
             let ended = init > 1 || (target != Target::Init && self.program.init_input.is_some());
             (
@@ -388,7 +391,7 @@ fn events_in_order(containerd: &Containerd, from: usize, seen: &Seen) -> Result<
     Ok(())
 }
 
-/// By what the task API names a process.
+/// The name of a process in the task API.
 fn name(target: Target) -> String {
     match target {
         Target::Init => String::new(),

@@ -1,8 +1,9 @@
-//! Requests that come while others are under way: random programs of task requests from several clients at once, against
-//! the real shim and agent in a fake VM.
+//! Concurrent requests: random programs of task requests from several clients at once, against the real shim
+//! and agent in a fake VM.
 //!
-//! Whatever the order, every request is answered, with success or with a refusal that a client understands; what was
-//! answered with success has happened; input and its end arrive; and nothing is left.
+//! Whatever the order, every request is answered, with success or with a refusal that a client understands; a
+//! request that was answered with success has been carried out; input and its end arrive; and nothing is
+//! left.
 
 mod case;
 mod program;

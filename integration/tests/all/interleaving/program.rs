@@ -1,4 +1,4 @@
-//! What a random program is made of.
+//! The parts of a random program.
 
 use proptest::{bool, collection::vec, option, prelude::*};
 
@@ -30,13 +30,13 @@ pub(super) enum Request {
     Delete(Target),
 }
 
-/// What one client does, a request after the other, each after a while in microseconds.
+/// The requests of one client, in order, each with a delay in microseconds before it.
 pub(super) type Lane = Vec<(u64, Request)>;
 
-/// A container with clients that know nothing of each other.
+/// A container with clients that are independent of each other.
 #[derive(Debug, Clone)]
 pub(super) struct Program {
-    /// The container runs before the clients come.
+    /// The container runs before the clients start.
     pub(super) started: bool,
     /// Bytes that each process is given as its input before its end; None: its input stays open.
     pub(super) init_input: Option<usize>,
@@ -47,7 +47,7 @@ pub(super) struct Program {
 pub(super) fn program() -> impl Strategy<Value = Program> {
     (
         bool::weighted(0.8),
-        // Mostly a container that stays.
+        // Most often a container that stays.
         option::weighted(0.2, size()),
         [size(), size(), size()],
         vec(lane(), 2..5),
@@ -60,13 +60,13 @@ pub(super) fn program() -> impl Strategy<Value = Program> {
         })
 }
 
-/// Nothing, little, more than a pipe holds.
+/// Nothing, little, or more than a pipe holds.
 fn size() -> impl Strategy<Value = usize> {
     prop_oneof![Just(0), 1..100_usize, 60_000..300_000_usize]
 }
 
 fn lane() -> impl Strategy<Value = Lane> {
-    // A client that does what clients do, or one that does anything.
+    // A client that acts as real clients do, or one that does anything.
     prop_oneof![2 => usual(), 1 => vec((pause(), request()), 1..10)]
 }
 

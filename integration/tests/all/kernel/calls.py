@@ -134,7 +134,7 @@ def settings():
         ("fs/file-max", 1 << 40),
     ]:
         value = int(open("/proc/sys/" + name).read())
-        # nr_open is the highest multiple that the kernel takes.
+        # nr_open is the highest multiple that the kernel accepts.
         assert value >= wanted - (1 << 20), f"{name} is {value}"
 
 
@@ -158,7 +158,7 @@ def packet_filter(family, level, first, skipped):
         for option, names in [(first, MATCHES), (first + 1, TARGETS)]:
             for name in names:
                 if name not in skipped:
-                    # Which revisions there are is for the program to find out; this asks for the name.
+                    # The program itself finds out which revisions exist; this only asks for the name.
                     found = any(
                         ask(raw, level, option, bytearray(struct.pack("29sB", name.encode(), revision)))
                         for revision in range(5)

@@ -7,7 +7,7 @@ import struct
 
 from links import Links, attribute, number
 
-# Kind, what it needs, and whether it lies on another device.
+# Kind, requirements, and whether the device lies on another device.
 KINDS = [
     ("veth", b"", False),
     ("bridge", b"", False),

@@ -1,4 +1,5 @@
-//! Who sees a container's files, for how long, and what a guest or a host that does not play along costs.
+//! Access to a container's files: by which users, for how long, and the cost of a guest or a host that does
+//! not cooperate.
 
 use std::{
     fs::{self, File},
@@ -25,18 +26,18 @@ use nix::{
 use super::{Shown, names, root};
 use crate::harness::{on_every_containerd, on_newest_containerd};
 
-on_every_containerd!(the_end_is_told, killing_the_anchor_kills_the_container);
+on_every_containerd!(the_end_is_reported, killing_the_anchor_kills_the_container);
 on_newest_containerd!(
     a_guest_that_hangs_is_not_waited_for,
-    nobody_else_sees_it,
+    no_other_process_sees_the_files,
     without_fuse_there_is_an_empty_directory,
 );
 
-/// Longest for an access to a guest that does not answer, and some. One access can be two requests, the second of which is made
-/// when the first has failed, but the view is patient with one of them only.
+/// Longest for an access to a guest that does not answer, with a margin. One access can be two requests, the
+/// second of which is made when the first has failed, but the view waits for one of them only.
 const BOUND: Duration = Duration::from_secs(45);
 
-fn the_end_is_told(containerd: &mut Containerd) -> Result<()> {
+fn the_end_is_reported(containerd: &mut Containerd) -> Result<()> {
     let shown = Shown::start(containerd)?;
     shown.inside("echo text >/file")?;
     let (mut file, dir) = (File::open(shown.root("file"))?, File::open(shown.root(""))?);
@@ -46,13 +47,13 @@ fn the_end_is_told(containerd: &mut Containerd) -> Result<()> {
     let pid = shown.pid;
     shown.end()?;
     ensure!(wait_for_end(pid, Duration::from_secs(5))?, "the anchor outlives its container");
-    // Who still has it open is told, at once.
+    // Processes that still have the file open get an error, at once.
     let begun = Instant::now();
     file.rewind()?;
     ensure!(file.read_to_string(&mut text).is_err(), "a file of a container that is gone");
     let through = PathBuf::from(format!("/proc/self/fd/{}/etc", dir.as_raw_fd()));
     ensure!(fs::read_dir(through).is_err(), "a directory of a container that is gone");
-    ensure!(begun.elapsed() < Duration::from_secs(1), "it took {:?}", begun.elapsed());
+    ensure!(begun.elapsed() < Duration::from_secs(1), "the errors took {:?}", begun.elapsed());
     Ok(())
 }
 
@@ -71,20 +72,20 @@ fn a_guest_that_hangs_is_not_waited_for(containerd: &mut Containerd) -> Result<(
     kill(qemu(containerd, &shown.id)?, Signal::SIGSTOP)?;
     let begun = Instant::now();
     let refused = fs::read(&file);
-    ensure!(refused.is_err(), "a VM that stands still has answered");
+    ensure!(refused.is_err(), "a stopped VM has answered");
     ensure!(begun.elapsed() < BOUND, "an error took {:?}", begun.elapsed());
-    // Nobody waits for it again so soon.
+    // The next access does not wait again so soon.
     let begun = Instant::now();
-    ensure!(fs::read(&file).is_err(), "a VM that stands still has answered");
+    ensure!(fs::read(&file).is_err(), "a stopped VM has answered");
     ensure!(begun.elapsed() < Duration::from_secs(1), "the next error took {:?}", begun.elapsed());
     shown.end()?;
 
-    // One that only took a nap is heard again.
+    // A guest that was stopped for a short time is used again.
     let shown = Shown::start(containerd)?;
     let (file, qemu) = (shown.root("etc/passwd"), qemu(containerd, &shown.id)?);
     fs::read(&file)?;
     kill(qemu, Signal::SIGSTOP)?;
-    ensure!(fs::read(&file).is_err(), "a VM that stands still has answered");
+    ensure!(fs::read(&file).is_err(), "a stopped VM has answered");
     kill(qemu, Signal::SIGCONT)?;
     let end = Instant::now() + DEADLINE;
     let read = loop {
@@ -92,23 +93,23 @@ fn a_guest_that_hangs_is_not_waited_for(containerd: &mut Containerd) -> Result<(
             Err(error) if error.raw_os_error() == Some(libc::EIO) && Instant::now() < end => {}
             read => break read?,
         }
-        #[expect(clippy::disallowed_methods, reason = "a guest that answers again tells nobody")]
+        #[expect(clippy::disallowed_methods, reason = "the recovery of a guest has no event")]
         thread::sleep(Duration::from_millis(20));
     };
-    ensure!(read.starts_with(b"root:"), "after a nap");
+    ensure!(read.starts_with(b"root:"), "after a short stop");
 
-    // Who waits when the container is killed is told then.
+    // A reader that waits when the container is killed gets an error then.
     kill(qemu, Signal::SIGSTOP)?;
     let waiting = thread::spawn(move || fs::read(&file));
     let begun = Instant::now();
     shown.end()?;
-    let told = waiting.join().expect("reading does not panic");
-    ensure!(told.is_err(), "a VM that is gone has answered");
+    let error = waiting.join().expect("reading does not panic");
+    ensure!(error.is_err(), "a VM that is gone has answered");
     ensure!(begun.elapsed() < Duration::from_secs(20), "an error took {:?}", begun.elapsed());
     Ok(())
 }
 
-fn nobody_else_sees_it(containerd: &mut Containerd) -> Result<()> {
+fn no_other_process_sees_the_files(containerd: &mut Containerd) -> Result<()> {
     let shown = Shown::start(containerd)?;
     ensure!(shown.root("etc/secret").metadata()?.len() > 0, "root may look");
     let host = fs::read_to_string("/proc/self/mountinfo")?;
@@ -119,17 +120,20 @@ fn nobody_else_sees_it(containerd: &mut Containerd) -> Result<()> {
     ensure!(mount.contains(" / / rw,nosuid,nodev,noexec") && mount.contains(" fuse.machinen "), "{mount}");
     let status = fs::read_to_string(format!("/proc/{}/status", shown.pid))?;
     for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
-        ensure!(status.contains(&format!("{set}:\t0000000000000000\n")), "it has capabilities:\n{status}");
+        ensure!(
+            status.contains(&format!("{set}:\t0000000000000000\n")),
+            "the anchor has capabilities:\n{status}"
+        );
     }
     let fds = fs::read_dir(format!("/proc/{}/fd", shown.pid))?.count();
     ensure!(fds == 2, "stdin and stderr, and {} more", fds - 2);
-    // Not even a user who may look at the process.
+    // Even a user who may inspect the process cannot read the files.
     let capabilities = "+sys_ptrace,+dac_override";
     let user = Invocation::new("setpriv").args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
     let user = user.arg(format!("--inh-caps={capabilities}")).arg(format!("--ambient-caps={capabilities}"));
     let user = user.arg("cat").arg(shown.root("etc/passwd")).run()?;
     ensure!(user.status != 0 && user.error_text().contains("Permission denied"), "{user}");
-    // Nor does the container.
+    // The container does not see the anchor either.
     let names = shown.inside("cat /proc/[0-9]*/comm")?;
     ensure!(names.lines().all(|name| ["sleep", "sh", "cat"].contains(&name)), "the container sees {names}");
     shown.end()
@@ -139,7 +143,7 @@ fn without_fuse_there_is_an_empty_directory(containerd: &mut Containerd) -> Resu
     let bundle = Bundle::busybox(containerd)?;
     let shim = Shim::new(containerd)?;
     fs::copy(bundle.config(&["sleep", "1000"], |_| ())?, shim.bundle.join("config.json"))?;
-    // A host that has something else at /dev/fuse.
+    // The host has something else at /dev/fuse.
     let covered =
         "[ -n \"$COVERED\" ] || COVERED=1 exec unshare --mount sh \"$0\"; mount --bind /dev/null /dev/fuse";
     let client = Client::connect(&shim.serve_in(covered)?, V3)?;

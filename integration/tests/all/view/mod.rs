@@ -1,4 +1,4 @@
-//! The container's files on the host, below the root of the process whose pid stands for it.
+//! The container's files on the host, below the root of the process whose pid represents the container.
 
 mod border;
 
@@ -23,14 +23,14 @@ use machinen_integration::{
 use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd};
 
 on_every_containerd!(
-    the_host_sees_what_is_there,
+    the_host_sees_the_files,
     the_container_sees_what_the_host_writes,
     a_paused_container_is_for_reading,
 );
 on_newest_containerd!(
     much_is_copied_both_ways,
     either_channel,
-    a_checkpoint_does_not_mind,
+    checkpoints_are_unaffected,
     each_container_of_a_pod_has_its_own,
 );
 
@@ -47,11 +47,7 @@ impl<'a> Shown<'a> {
     }
 
     fn of(containerd: &'a Containerd, id: String) -> Result<Self> {
-        let list = containerd.ctr_ok(&["tasks", "list"])?;
-        let mut rows = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-        let row =
-            rows.find(|row| row.first() == Some(&&*id)).with_context(|| format!("no {id} in\n{list}"))?;
-        let pid = row.get(1).context("no pid")?.parse()?;
+        let pid = containerd.task(&id).listed()?.pid;
         Ok(Self { containerd, id, pid })
     }
 
@@ -82,16 +78,16 @@ fn names(dir: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-fn the_host_sees_what_is_there(containerd: &mut Containerd) -> Result<()> {
+fn the_host_sees_the_files(containerd: &mut Containerd) -> Result<()> {
     let shown = Shown::start(containerd)?;
     let etc = names(&shown.root("etc"))?;
     ensure!(etc.contains(&"passwd.link".to_owned()) && etc.contains(&"secret".to_owned()), "{etc:?}");
 
-    // Now, and not a moment ago.
+    // The time is that of the write, not of an earlier moment.
     let file = shown.root("new");
     ensure!(
         fs::read(&file).is_err_and(|error| error.kind() == io::ErrorKind::NotFound),
-        "it is there already"
+        "the file is there already"
     );
     shown.inside("echo one >/new")?;
     ensure!(fs::read_to_string(&file)? == "one\n", "{:?}", fs::read_to_string(&file));
@@ -100,7 +96,7 @@ fn the_host_sees_what_is_there(containerd: &mut Containerd) -> Result<()> {
     let mut text = String::new();
     held.read_to_string(&mut text)?;
     ensure!(text == "one\ntwo\n", "an open file reads {text:?}");
-    // In its place, with neither another size nor another name.
+    // The write is in place: size and name stay the same.
     shown.inside("printf 1 | dd of=/new conv=notrunc 2>/dev/null")?;
     text.clear();
     held.rewind()?;
@@ -108,10 +104,10 @@ fn the_host_sees_what_is_there(containerd: &mut Containerd) -> Result<()> {
     ensure!(text == "1ne\ntwo\n", "an open file reads {text:?}");
     shown.inside("mv /new /moved; echo other >/new; rm /moved")?;
     ensure!(fs::read_to_string(&file)? == "other\n", "the name stands for another file");
-    ensure!(held.metadata()?.len() == 8, "an open file lives on without a name");
+    ensure!(held.metadata()?.len() == 8, "an open file without a name has another size");
     drop(held);
 
-    // All that belongs to a file.
+    // All attributes of a file.
     let of = |path: &str| fs::symlink_metadata(shown.root(path)).with_context(|| path.to_owned());
     let home = of("home/alice")?;
     ensure!((home.uid(), home.gid(), home.mode() & 0o7777) == (1000, 1000, 0o750), "{home:?}");
@@ -126,13 +122,13 @@ fn the_host_sees_what_is_there(containerd: &mut Containerd) -> Result<()> {
     let busybox = Path::new("/bin/busybox").metadata()?;
     ensure!(of("bin/busybox")?.len() == busybox.len(), "{:?}", of("bin/busybox")?);
 
-    // As its init sees it, with what is mounted.
+    // The init's view, including mounts.
     let command = fs::read(shown.root("proc/1/cmdline"))?;
     ensure!(command.starts_with(b"sleep\0"), "{}", String::from_utf8_lossy(&command));
     shown.inside("echo in memory >/dev/shm/file")?;
     ensure!(fs::read_to_string(shown.root("dev/shm/file"))? == "in memory\n", "a tmpfs");
 
-    // What is nothing on this host stays nothing.
+    // A device of the container cannot be opened on this host.
     let null = of("dev/null")?;
     ensure!(null.file_type().is_char_device() && null.rdev() == 0x103, "{null:?}");
     let device = File::open(shown.root("dev/null"));
@@ -168,7 +164,7 @@ fn the_container_sees_what_the_host_writes(containerd: &mut Containerd) -> Resul
     let seen = shown.inside("cat /data/file; stat -c '%u %g %a' /data /data/file")?;
     ensure!(seen == "from the host\n0 0 711\n1000 50 640\n", "{seen}");
 
-    // A file of the image, which is copied when it is first written.
+    // A file of the image, which is copied up at the first write.
     let mut passwd = OpenOptions::new().append(true).open(at("etc/passwd"))?;
     passwd.write_all(b"bob:x:1001:1001::/:/bin/sh\n")?;
     ensure!(passwd.metadata()?.len() == at("etc/passwd").metadata()?.len(), "a copied file has two sizes");
@@ -197,7 +193,7 @@ fn the_container_sees_what_the_host_writes(containerd: &mut Containerd) -> Resul
     let full = fs::remove_dir(at("renamed"));
     ensure!(full.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::DirectoryNotEmpty), "{full:?}");
 
-    // What was written so belongs to the container like all else.
+    // Files that the host has written belong to the container like all others.
     let id = shown.id.clone();
     shown.containerd.ctr_ok(&["tasks", "pause", &id])?;
     let archive = containerd.root().join("diff.tar.gz");
@@ -205,14 +201,14 @@ fn the_container_sees_what_the_host_writes(containerd: &mut Containerd) -> Resul
     let names = Invocation::new("tar").arg("-tzf").arg(&archive).run()?.ok()?.text();
     ensure!(
         names.contains("renamed/file") && names.contains("etc/.wh.group"),
-        "it is not in the snapshot: {names}"
+        "the file is not in the snapshot: {names}"
     );
     fs::remove_file(&archive)?;
     containerd.ctr_ok(&["tasks", "resume", &id])?;
     shown.end()
 }
 
-/// As nerdctl's cp: an archive of what is below the root, and one that is unpacked there.
+/// `nerdctl cp`: an archive of the files below the root, and one that is unpacked there.
 fn much_is_copied_both_ways(containerd: &mut Containerd) -> Result<()> {
     const SIZE: u64 = 100 << 20;
     let shown = Shown::start(containerd)?;
@@ -274,7 +270,7 @@ fn a_paused_container_is_for_reading(containerd: &mut Containerd) -> Result<()> 
     shown.end()
 }
 
-/// While it is paused; and does both before and after.
+/// Reads while the container is paused, and both reads and writes before and after.
 fn reads_and_does_not_write(shown: &Shown<'_>) -> Result<()> {
     let file = shown.root("file");
     fs::write(&file, "before")?;
@@ -328,7 +324,7 @@ fn either_channel(containerd: &mut Containerd) -> Result<()> {
     Ok(())
 }
 
-fn a_checkpoint_does_not_mind(containerd: &mut Containerd) -> Result<()> {
+fn checkpoints_are_unaffected(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     let config = bundle.config(&["sleep", "1000"], |_| ())?;
     let source = Served::run(containerd, &config)?;
@@ -346,10 +342,10 @@ fn a_checkpoint_does_not_mind(containerd: &mut Containerd) -> Result<()> {
     fs::write(root(source.pid, "file"), "changed")?;
     source.end()?;
 
-    // A container that is restored is seen like any other, also before it goes on.
+    // The files of a restored container are visible like any other's, also before it is started.
     let mut restored = Served::of(containerd, &config)?;
-    restored.create(|request| request.checkpoint = images.display().to_string())?;
-    ensure!(root(restored.pid, "proc/1").exists(), "a container that waits to go on is not seen");
+    restored.create_from(&images)?;
+    ensure!(root(restored.pid, "proc/1").exists(), "a restored container is not visible before its start");
     restored.begin()?;
     fs::write(root(restored.pid, "other"), "new")?;
     let status = restored.exec_to("look", &["sh", "-c", "[ $(cat /other) = new ]"], "")?;
@@ -375,7 +371,7 @@ fn each_container_of_a_pod_has_its_own(containerd: &mut Containerd) -> Result<()
     fs::write(root(second, "name"), "second")?;
     ensure!(fs::read_to_string(root(first.pid, "name"))? == "first", "one root for both");
 
-    // The end of one is none of the other's business.
+    // The end of one container does not affect the other.
     client.ok::<api::Empty>("Kill", &api::KillRequest { id: id.clone(), signal: 9, ..Default::default() })?;
     client.ok::<api::WaitResponse>("Wait", &api::WaitRequest { id: id.clone(), ..Default::default() })?;
     client.ok::<api::DeleteResponse>("Delete", &api::DeleteRequest { id, ..Default::default() })?;

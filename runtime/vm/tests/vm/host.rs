@@ -25,7 +25,7 @@ impl Host {
         self.root.path()
     }
 
-    /// The VM's directory; not there before and after.
+    /// The VM's directory, which does not exist before and after.
     pub(crate) fn dir(&self) -> PathBuf {
         self.path().join("vm")
     }
@@ -72,7 +72,7 @@ impl Host {
         DiskSpec { source: DiskBacking::File(file.into()), read_only, volatile: false, serial: serial.into() }
     }
 
-    /// What a VM that has ended has said, if that was kept.
+    /// The log of a VM that has ended, if it was kept.
     pub(crate) fn console(&self) -> String {
         fs::read_to_string(self.dir().join("console.log")).unwrap_or_default()
     }

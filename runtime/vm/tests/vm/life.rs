@@ -45,12 +45,12 @@ async fn whole_life(host: &Host, channel: ChannelKind) {
     }
     assert!(!status.contains("Uid:\t0"), "{status}");
 
-    let error = agent.start_container("nobody").await.unwrap_err();
+    let error = agent.start_container("missing").await.unwrap_err();
     assert!(error.to_string().starts_with("guest agent: "), "{error}");
     let (first, mut stream) = vm.open_stream().await.unwrap();
     let (second, _other) = vm.open_stream().await.unwrap();
     assert_ne!(first, second);
-    stream.write_all(b"nobody reads this").await.unwrap();
+    stream.write_all(b"not read").await.unwrap();
 
     vm.detach_disk(read_only).await.unwrap();
     assert!(matches!(vm.detach_disk(read_only).await, Err(VmError::NoDisk(_))));

@@ -1,4 +1,4 @@
-//! A fork has its source's state, goes on by itself, and is another machine.
+//! A fork has its source's state, continues independently, and is another machine.
 
 use std::fs;
 
@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::{count_above, counter, end_all, fork, sh};
 use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd, run_with};
 
-on_every_containerd!(both_go_on);
+on_every_containerd!(both_continue);
 on_newest_containerd!(
     of_a_paused_container_later_and_again,
     a_native_snapshot,
@@ -19,14 +19,14 @@ on_newest_containerd!(
     a_terminal
 );
 
-fn both_go_on(containerd: &mut Containerd) -> Result<()> {
+fn both_continue(containerd: &mut Containerd) -> Result<()> {
     let run = counter(containerd, &["--label", "mine=yes"])?;
     let (source, new) = (run.container(), containerd.new_id());
     let before = count_above(containerd, source, 103)?;
     sh(containerd, source, "echo before >/data/note")?;
     let output = fork(containerd, &[source, &new])?;
     ensure!(output.text() == format!("{new}\n"), "{output}");
-    // State and files are the source's, and go on in both.
+    // State and files are the source's, and continue in both.
     let forked = count_above(containerd, &new, before)?;
     sh(containerd, source, "echo source >/data/note")?;
     count_above(containerd, &new, forked)?;
@@ -36,14 +36,14 @@ fn both_go_on(containerd: &mut Containerd) -> Result<()> {
     sh(containerd, &new, "echo fork >/data/note; touch /data/only-here")?;
     ensure!(
         sh(containerd, source, "cat /data/note; [ ! -e /data/only-here ]")? == "source",
-        "they are not apart"
+        "source and fork share files"
     );
     let log = "grep -qx 101 /data/log && grep -qx $(cat /data/count) /data/log && uniq -d /data/log | wc -l";
     for id in [source, &new] {
         ensure!(sh(containerd, id, log)? == "0", "{id} has lost lines of an open file");
     }
     another_machine(containerd, source, &new)?;
-    // containerd knows it as it knows the source.
+    // containerd's record of the fork is like that of the source.
     let info = |id: &str| -> Result<Value> {
         Ok(serde_json::from_str(&containerd.ctr_ok(&["containers", "info", id])?)?)
     };
@@ -57,7 +57,7 @@ fn both_go_on(containerd: &mut Containerd) -> Result<()> {
             && ours["Spec"]["annotations"] == theirs["Spec"]["annotations"],
         "{ours}"
     );
-    // What it has written is in its snapshot, as that of any container.
+    // The fork's writes are in its snapshot, like those of any container.
     let exit = containerd.log().position();
     containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", &new])?;
     containerd.log().wait_for_event(exit, "/tasks/exit")?;
@@ -84,7 +84,7 @@ fn another_machine(containerd: &Containerd, source: &str, new: &str) -> Result<(
         let hostname = |line: &&String| {
             line.contains("guest is ready") && line.split(' ').any(|word| word == format!("hostname={id}"))
         };
-        let line = lines.iter().find(hostname).with_context(|| format!("no word of the guest of {id}"))?;
+        let line = lines.iter().find(hostname).with_context(|| format!("no line of the guest of {id}"))?;
         let word = line.split(' ').find_map(|word| word.strip_prefix("machine_id="));
         word.map(str::to_owned).with_context(|| format!("no machine id in {line}"))
     };
@@ -104,10 +104,10 @@ fn of_a_paused_container_later_and_again(containerd: &mut Containerd) -> Result<
         containerd,
         &["--json", "--lazy", "--checkpoint-dir", &kept, "--hostname", "second", source, &second],
     )?;
-    let said: Value = serde_json::from_slice(&output.stdout)?;
-    let pid = said["pid"].as_u64().unwrap_or_default();
-    ensure!(said["id"] == second.as_str() && said["source"] == source && pid > 1, "{said}");
-    ensure!(said["bundle"] == kept.as_str() && said["hostname"] == "second", "{said}");
+    let printed: Value = serde_json::from_slice(&output.stdout)?;
+    let pid = printed["pid"].as_u64().unwrap_or_default();
+    ensure!(printed["id"] == second.as_str() && printed["source"] == source && pid > 1, "{printed}");
+    ensure!(printed["bundle"] == kept.as_str() && printed["hostname"] == "second", "{printed}");
     let tasks = containerd.ctr_ok(&["tasks", "ls"])?;
     ensure!(tasks.contains("PAUSED") && tasks.contains(&pid.to_string()), "{tasks}");
     containerd.machinen(&["snapshot", "verify", &kept])?.run()?.ok()?;
@@ -123,7 +123,7 @@ fn of_a_paused_container_later_and_again(containerd: &mut Containerd) -> Result<
     end_all(containerd, [source, &second, &third])
 }
 
-/// A shell in a terminal: the fork's has nobody at the other end, and is one all the same.
+/// A shell in a terminal: the fork's terminal has no peer, and is a terminal all the same.
 fn a_terminal(containerd: &mut Containerd) -> Result<()> {
     let script = "n=0; while read -r line; do n=$((n+1)); echo \"$n $line\"; echo $n >/lines; done";
     let run = containerd.run(IMAGE, &["sh", "-c", script]).flag("--tty");
@@ -147,7 +147,7 @@ fn a_native_snapshot(containerd: &mut Containerd) -> Result<()> {
 
 fn an_erofs_snapshot(containerd: &mut Containerd) -> Result<()> {
     apart(containerd, "erofs")?;
-    // The layers of an image stay mounted as long as that is there.
+    // The layers of an image stay mounted as long as the image exists.
     containerd.ctr_ok(&["images", "rm", "--sync", IMAGE]).map(drop)
 }
 
