@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use machinen_base::error::{ErrorKind, HasKind};
 use machinen_vm::{ChannelKind, ChannelMode, VmSpec};
 
-use super::{Config, TcpMode, VerifyMode};
+use super::{Config, TcpMode, VerifyMode, VmConfig};
 
 /// The prefix of machinen's annotations.
 pub const PREFIX: &str = "io.machinen.";
@@ -219,23 +219,32 @@ pub fn apply(config: &Config, annotations: &HashMap<String, String>) -> Result<C
 }
 
 /// Checks that a container can join the VM `running`: its annotations that shape the VM have the values that
-/// this VM has. `config` is the container's configuration, with its annotations applied.
+/// this VM has, or was requested with: a limit of the first container may have made its VM smaller. `config` is the
+/// container's configuration with its annotations applied, and `first` that of the container that the VM was made for.
 ///
 /// # Errors
 /// The first annotation, by name, that asks for a different VM.
 pub fn check_join(
     config: &Config,
     annotations: &HashMap<String, String>,
+    first: &VmConfig,
     running: &VmSpec,
 ) -> Result<(), AnnotationError> {
     for (name, value) in with_prefix(annotations) {
         if let Some(&Annotation { name, scope: Scope::Vm(differs), .. }) = find(name)
             && let Some(running) = differs(config, running)
+            && !is_requested(name, value, first)
         {
             return Err(AnnotationError::VmRuns { name, value: shortened(value), running });
         }
     }
     Ok(())
+}
+
+/// Whether an annotation asks for what the VM was requested with.
+fn is_requested(name: &str, value: &str, first: &VmConfig) -> bool {
+    let mut with = Config { vm: first.clone(), ..Config::default() };
+    find(name).is_some_and(|key| (key.apply)(&mut with, value).is_ok()) && with.vm == *first
 }
 
 /// The names of all annotations, without their prefix.
@@ -341,8 +350,22 @@ mod tests {
     }
 
     fn join(name: &str, value: &str) -> Result<(), AnnotationError> {
+        join_vm_of(&Config::default(), name, value)
+    }
+
+    fn join_vm_of(first: &Config, name: &str, value: &str) -> Result<(), AnnotationError> {
         let annotations = HashMap::from([(format!("{PREFIX}{name}"), value.to_owned())]);
-        check_join(&apply(&Config::default(), &annotations)?, &annotations, &running())
+        check_join(&apply(&Config::default(), &annotations)?, &annotations, &first.vm, &running())
+    }
+
+    #[test]
+    fn what_the_first_container_asked_for_is_never_refused() {
+        let mut first = Config::default();
+        // Its limits have made the VM smaller.
+        first.vm.vcpus = 4;
+        join_vm_of(&first, "vcpus", "4").unwrap();
+        join_vm_of(&first, "vcpus", "2").unwrap();
+        join_vm_of(&first, "vcpus", "3").unwrap_err();
     }
 
     #[test]
@@ -373,7 +396,7 @@ mod tests {
         ] {
             join(name, value).unwrap();
         }
-        let joined = check_join(&Config::default(), &HashMap::new(), &running());
+        let joined = check_join(&Config::default(), &HashMap::new(), &VmConfig::default(), &running());
         assert_eq!(joined, Ok(()), "no annotation asks for nothing");
     }
 

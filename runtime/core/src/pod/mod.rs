@@ -49,7 +49,10 @@ use tokio::{
     time::{Duration, timeout},
 };
 
-use crate::{config::Config, pool::WarmVm};
+use crate::{
+    config::{Config, VmConfig},
+    pool::WarmVm,
+};
 use event::PodEvent;
 use provision::Afterwards;
 use state::{PodRequest, ProcessExit, ProcessState, StateError, Transition};
@@ -73,6 +76,14 @@ pub struct Pod {
     shared: Arc<PodShared>,
 }
 
+/// What the pod's VM was made of.
+#[derive(Debug)]
+struct DescribedVm {
+    spec: VmSpec,
+    /// The configuration of the container that it was made for.
+    requested: VmConfig,
+}
+
 #[derive(Debug)]
 struct PodShared {
     config: Config,
@@ -92,7 +103,7 @@ struct PodShared {
     containerd: OnceLock<PathBuf>,
     afterwards: Mutex<Afterwards>,
     /// Describes the newest VM of the pod, from before it starts. None: no container was created yet.
-    vm_spec: Mutex<Option<VmSpec>>,
+    described_vm: Mutex<Option<DescribedVm>>,
     containers: Mutex<HashMap<String, ContainerSlot>>,
     /// One permit is held while a process's streams are open and the agent has not claimed them.
     starting: Arc<Semaphore>,
@@ -127,7 +138,7 @@ impl Pod {
             warm_vm: Mutex::default(),
             containerd: OnceLock::new(),
             afterwards: Mutex::default(),
-            vm_spec: Mutex::default(),
+            described_vm: Mutex::default(),
             containers: Mutex::default(),
             starting: Arc::new(Semaphore::new(streams::STARTING)),
             unsynced: AtomicBool::new(false),
@@ -286,17 +297,17 @@ impl Pod {
         vm.agent().await.map_err(|source| PodError::Vm { what: "reach the guest agent", source })
     }
 
-    fn vm_spec(&self) -> std::sync::MutexGuard<'_, Option<VmSpec>> {
-        self.shared.vm_spec.lock().expect("no panic while held")
+    fn described_vm(&self) -> std::sync::MutexGuard<'_, Option<DescribedVm>> {
+        self.shared.described_vm.lock().expect("no panic while held")
     }
 
     /// Memory of the VM, MiB; 0 if no container was created yet.
     fn vm_memory_mib(&self) -> u32 {
-        self.vm_spec().as_ref().map_or(0, |spec| spec.memory_mib)
+        self.described_vm().as_ref().map_or(0, |vm| vm.spec.memory_mib)
     }
 
     fn vm_vcpus(&self) -> u32 {
-        self.vm_spec().as_ref().map_or(0, |spec| spec.vcpus)
+        self.described_vm().as_ref().map_or(0, |vm| vm.spec.vcpus)
     }
 
     fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<String, ContainerSlot>> {

@@ -16,7 +16,7 @@ use machinen_vm::{
 use oci_spec::runtime::Spec;
 use tokio::task::spawn_blocking;
 
-use super::{Pod, PodError, create::CreatePlan, vm_spec};
+use super::{DescribedVm, Pod, PodError, create::CreatePlan, vm_spec};
 use crate::{
     config::{self, annotations},
     pool::{self, Pool, WarmVm},
@@ -101,8 +101,8 @@ impl Pod {
     pub(super) async fn provision(&self, create: &CreatePlan) -> Result<Provisioned, PodError> {
         let mut slot = self.shared.vm.lock().await;
         if let Some(vm) = &*slot {
-            if let Some(running) = &*self.vm_spec() {
-                annotations::check_join(&create.config, &create.annotations, running)?;
+            if let Some(DescribedVm { spec, requested }) = &*self.described_vm() {
+                annotations::check_join(&create.config, &create.annotations, requested, spec)?;
             }
             return Ok(Provisioned { vm: vm.clone(), origin: VmOrigin::Pod, _reservation: None });
         }
@@ -233,10 +233,11 @@ impl Pod {
     }
 
     async fn plan_vm(&self, create: &CreatePlan, mode: config::TemplateMode) -> Result<VmPlan, PodError> {
+        let requested = create.config.vm.clone();
         let (name, create) = (self.shared.name.clone(), create.clone());
         let plan =
             spawn_blocking(move || plan_vm(&name, &create, mode)).await.map_err(PodError::Worker)??;
-        *self.vm_spec() = Some(plan.spec.clone());
+        *self.described_vm() = Some(DescribedVm { spec: plan.spec.clone(), requested });
         Ok(plan)
     }
 }
