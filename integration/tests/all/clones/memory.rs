@@ -90,20 +90,21 @@ fn growth_goes_with_the_last_clone(containerd: &mut Containerd) -> Result<()> {
     let built = blocks()?;
     let (large, little) = (Bundle::busybox(containerd)?, Bundle::busybox(containerd)?);
     // The template does not have this memory.
-    let script = "dd if=/dev/zero of=/scratch/file bs=1M count=400 2>/dev/null; echo touched; read go";
+    let script = "dd if=/dev/zero of=/scratch/file bs=1M count=250 2>/dev/null; echo touched; read go";
     let config = large.config(&["sh", "-c", script], |spec| {
         let mounts = spec["mounts"].as_array_mut().expect("an array");
-        mounts.push(mount("/scratch", "tmpfs", "tmpfs", &["size=450m"]));
+        mounts.push(mount("/scratch", "tmpfs", "tmpfs", &["size=300m"]));
     })?;
     let big = containerd.run_spec(&config).with_stdin();
     let small =
         containerd.run_spec(&little.config(&["sh", "-c", "echo ready; read go"], |_| ())?).with_stdin();
-    let mut small = small.spawn(DEADLINE)?;
+    // As long as the memory that is touched may take on a busy machine.
+    let mut small = small.spawn(DEADLINE + RETURN_DEADLINE)?;
     small.wait_for_stdout("ready")?;
-    let mut big = big.spawn(DEADLINE)?;
+    let mut big = big.spawn(DEADLINE + RETURN_DEADLINE)?;
     big.wait_for_stdout("touched")?;
     let grown = blocks()?;
-    ensure!(grown > 3 * built, "{built} blocks before, {grown} with 400 MiB in use");
+    ensure!(grown > 2 * built, "{built} blocks before, {grown} with 250 MiB in use");
     drop(big.stdin());
     big.wait()?;
     // The other clone may use the pages that have been added.
