@@ -183,8 +183,8 @@ fn a_drain_ends_members_however_far_they_have_come(containerd: &mut Containerd) 
         let had = pool.states()?;
         let drained = pool.command("drain")?;
         ensure!(drained["ended"].as_u64() >= Some(1), "{drained} of {had:?}");
-        let left = pool.processes()?;
-        ensure!(left.is_empty(), "{left:?} have survived the drain of {had:?}");
+        // A member releases its slot, which a drain waits for, right before its process ends.
+        eventually(&format!("the end of {had:?}"), || Ok(pool.processes()?.is_empty()))?;
         ensure!(pool.states()?.is_empty(), "{:?}", pool.states()?);
     }
     // The pool can be used again at once.

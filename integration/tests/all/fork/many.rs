@@ -1,9 +1,15 @@
 //! Ten forks of one container, made at once.
 
-use std::{collections::BTreeSet, fs, thread, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    path::PathBuf,
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Result, ensure};
-use machinen_integration::containerd::Containerd;
+use machinen_integration::{containerd::Containerd, paths};
 
 use super::{count_above, counter, end_all, forking, nothing_but_the_fork, sh};
 use crate::harness::on_newest_containerd;
@@ -49,8 +55,15 @@ fn ten_at_once(containerd: &mut Containerd) -> Result<()> {
     let boots = boots.collect::<Result<BTreeSet<_>>>()?;
     ensure!(boots.len() == FORKS, "the VMs are not different: {boots:?}");
     count_above(containerd, source, before)?;
-    let cache = machinen_integration::paths::workspace().join("target/test/rootdisk/forks");
-    let left: Vec<_> = fs::read_dir(cache)?.flatten().map(|entry| entry.path()).collect();
+    let left = abandoned_checkpoints()?;
     ensure!(left.is_empty(), "images are left: {left:?}");
     end_all(containerd, ids.iter().map(String::as_str).chain([source]))
+}
+
+/// The directories of checkpoints that no fork has locked. Those of other tests' forks are in the same cache.
+fn abandoned_checkpoints() -> Result<Vec<PathBuf>> {
+    let cache = paths::workspace().join("target/test/rootdisk/forks");
+    let dirs = fs::read_dir(cache)?.flatten().map(|entry| entry.path());
+    let unlocked = |dir: &PathBuf| File::open(dir).is_ok_and(|dir| dir.try_lock().is_ok());
+    Ok(dirs.filter(unlocked).collect())
 }
