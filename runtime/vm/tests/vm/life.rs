@@ -73,7 +73,11 @@ async fn a_disk_that_does_not_fit_is_refused() {
     let vm = Vm::launch(host.spec(ChannelKind::Serial), &host.dir()).await.unwrap();
     let disk = DiskSpec { read_only: false, ..host.disk("base", true) };
     let error = vm.attach_disk(disk).await.unwrap_err();
-    assert!(chain(&error).contains("cannot attach disk base: its file is not opened"), "{}", chain(&error));
+    assert!(
+        chain(&error).contains("cannot attach disk base: the access mode of its file"),
+        "{}",
+        chain(&error)
+    );
     let directory = OwnedFd::from(File::open(host.path()).unwrap());
     let error = vm
         .attach_disk(DiskSpec {
