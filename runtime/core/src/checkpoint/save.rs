@@ -383,7 +383,7 @@ mod tests {
         let path = dir.path().join("new");
         let mut images =
             images(vec![file("a", 1, &[(0, 0, 1)]), file("b", 1 << 15, &[(0, 1 << 15, 1 << 15)])]);
-        // The disk is shorter than the guest was told.
+        // The disk is shorter than its announced size.
         images.disk.set_len(40 << 10).unwrap();
         images.size = 64 << 10;
         assert!(save(images, manifest(), &path).is_err());
