@@ -88,10 +88,10 @@ fn writes_reach_the_snapshot(containerd: &mut Containerd) -> Result<()> {
     // A commit, and a container on top of it.
     let committed = format!("{}-committed", kept.id);
     kept.snapshots(&["commit", &committed, &kept.id])?;
-    let view = format!("{}-view", kept.id);
-    let mounts = String::from_utf8(kept.snapshots(&["view", "--target", "/nowhere", &view, &committed])?)?;
+    let next = format!("{}-next", kept.id);
+    let mounts = String::from_utf8(kept.snapshots(&["prepare", "--target", "/nowhere", &next, &committed])?)?;
     ensure!(mounts.contains(&upper.display().to_string()), "the commit is another directory: {mounts}");
-    kept.snapshots(&["rm", &view])?;
+    kept.snapshots(&["rm", &next])?;
     kept.snapshots(&["rm", &committed])?;
     kept.remove()
 }
