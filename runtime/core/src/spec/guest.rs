@@ -80,6 +80,9 @@ pub enum ReduceError {
         /// The kind of the namespaces.
         kind: LinuxNamespaceType,
     },
+    /// There are clock offsets, but no time namespace that they could apply to.
+    #[error("linux.timeOffsets needs a namespace of type \"time\" in linux.namespaces, which has none")]
+    OffsetsWithoutNamespace,
     /// The namespace belongs to another container.
     #[error("joining the {kind} namespace {} of another container is not supported yet", path.display())]
     SharedNamespace {
@@ -116,7 +119,9 @@ pub enum ReduceError {
 impl HasKind for ReduceError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::NoDestination | Self::TwoNamespaces { .. } => ErrorKind::InvalidArgument,
+            Self::NoDestination | Self::TwoNamespaces { .. } | Self::OffsetsWithoutNamespace => {
+                ErrorKind::InvalidArgument
+            }
             Self::Resources(error) => error.kind(),
             _ => ErrorKind::Unimplemented,
         }
@@ -298,6 +303,10 @@ fn take_namespaces(linux: &mut Linux) -> Result<Option<PathBuf>, ReduceError> {
         }
     }
     namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+    let has_offsets = linux.time_offsets().as_ref().is_some_and(|offsets| !offsets.is_empty());
+    if has_offsets && namespaces.iter().all(|namespace| namespace.typ() != LinuxNamespaceType::Time) {
+        return Err(ReduceError::OffsetsWithoutNamespace);
+    }
     if !namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Mount) {
         // Without it the container would share the mounts of the VM's agent, which are of no use to it.
         namespaces.push(

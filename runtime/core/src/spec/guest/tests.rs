@@ -30,6 +30,18 @@ fn the_default_configuration_is_kept_but_for_the_hosts_part() {
 }
 
 #[test]
+fn clock_offsets_need_a_time_namespace() {
+    let with = |kinds: Value| {
+        let mut spec = serde_json::to_value(Spec::default()).unwrap();
+        spec["linux"]["timeOffsets"] = json!({ "monotonic": { "secs": 100, "nanosecs": 0 } });
+        spec["linux"]["namespaces"] = kinds;
+        reduce(serde_json::from_value(spec).unwrap(), "c1").map(drop)
+    };
+    assert_eq!(with(json!([{ "type": "time" }])), Ok(()));
+    assert_eq!(with(json!([{ "type": "mount" }])), Err(ReduceError::OffsetsWithoutNamespace));
+}
+
+#[test]
 fn where_cgroups_are_mounted_there_is_a_cgroup_namespace() {
     let kinds = |given: &[LinuxNamespaceType], mounted: &str| {
         let namespaces =
