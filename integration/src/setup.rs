@@ -7,6 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use machinen::config::annotations;
+
 use crate::paths;
 
 /// Names the directory with the templates of the tests' VMs.
@@ -24,12 +26,12 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// For tests: the checkout's assets and tools, a rootdisk cache that all tests share, and the templates
-    /// that `MACHINEN_TEST_TEMPLATES` names, a directory in which `make test` has built one; without it every
-    /// VM boots.
+    /// For tests: the checkout's assets and tools, all annotations, a rootdisk cache that all tests share, and
+    /// the templates that `MACHINEN_TEST_TEMPLATES` names, a directory in which `make test` has built one;
+    /// without it every VM boots.
     pub fn new() -> Self {
         let cache = paths::workspace().join("target/test/rootdisk");
-        let setup = Self::of_user().set("rootdisk", "dir", Value::path(&cache)).set(
+        let setup = Self::of_user().all_annotations().set("rootdisk", "dir", Value::path(&cache)).set(
             "log",
             "level",
             Value::text("debug"),
@@ -53,6 +55,12 @@ impl Setup {
             "vhost_device_vsock",
             Value::path(&vsock),
         )
+    }
+
+    /// Allows every annotation, also those that change how a VM works.
+    pub fn all_annotations(self) -> Self {
+        let allow: Vec<_> = annotations::names().collect();
+        self.set("annotations", "allow", Value(format!("{allow:?}")))
     }
 
     /// Sets a key of `machinen.toml`.

@@ -1,8 +1,9 @@
 //! `-info`: describes this runtime and its features (containerd 2.2 and newer, once per runtime).
 
-use std::io;
+use std::{collections::HashMap, io, path::Path};
 
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use machinen::{RUN_DIR, accel, config::Config, error::chain};
 use protobuf::{Message, MessageField, well_known_types::any::Any};
 use serde_json::json;
 
@@ -10,6 +11,10 @@ use crate::error::ShimError;
 
 /// The name of the runtime-spec's features document in containerd's registry of types.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+
+/// What runs the instructions of guests on this host: `kvm`, `tcg`, which is no isolation boundary, or the reason
+/// why no VM can start.
+const ACCELERATOR: &str = "io.machinen.accelerator";
 
 /// # Errors
 /// The answer cannot be written.
@@ -26,9 +31,21 @@ pub(crate) fn run() -> Result<(), ShimError> {
             ..Default::default()
         }),
         features: MessageField::some(features),
+        annotations: HashMap::from([(ACCELERATOR.to_owned(), accelerator())]),
         ..Default::default()
     };
     info.write_to_writer(&mut io::stdout().lock()).map_err(ShimError::Encode)
+}
+
+fn accelerator() -> String {
+    let mode = match Config::load() {
+        Ok(config) => config.vm.accel,
+        Err(error) => return chain(&error),
+    };
+    match accel::verdict(Path::new(RUN_DIR)).and_then(|verdict| verdict.choose(mode)) {
+        Ok(accelerator) => accelerator.name().to_owned(),
+        Err(error) => chain(&error),
+    }
 }
 
 /// The features document (runtime-spec, features.md): the features of the guest's kernel and engine.

@@ -1,13 +1,20 @@
 //! Containers that cannot be run, and the users' error messages: commands, specifications, annotations.
 
 use anyhow::{Context, Result, ensure};
-use machinen_integration::{bundle::Bundle, containerd::Containerd};
+use machinen_integration::{bundle::Bundle, containerd::Containerd, setup::Setup};
 use serde_json::json;
 
 use crate::harness::{IMAGE, fails_saying, on_every_containerd, on_newest_containerd, works};
 
 on_every_containerd!(command_not_found);
-on_newest_containerd!(command_not_executable, odd_specifications, rootfs_missing, annotations, longest_names);
+on_newest_containerd!(
+    command_not_executable,
+    odd_specifications,
+    rootfs_missing,
+    annotations,
+    annotations_of_the_default_configuration,
+    longest_names,
+);
 
 fn command_not_found(containerd: &mut Containerd) -> Result<()> {
     let run = containerd.run(IMAGE, &["no-such-command", "argument"]);
@@ -77,6 +84,20 @@ fn annotations(containerd: &mut Containerd) -> Result<()> {
     let kib: u64 = memory.split_whitespace().nth(1).context("no size")?.parse()?;
     ensure!(cpus == "2" && (200 << 10..300 << 10).contains(&kib), "{output}");
     Ok(())
+}
+
+fn annotations_of_the_default_configuration(containerd: &mut Containerd) -> Result<()> {
+    let all_tests = Setup::new();
+    containerd.configure(&Setup::of_user())?;
+    for (annotation, words) in [
+        ("io.machinen.kernel-args=quiet", &["io.machinen.kernel-args", "annotations.allow"][..]),
+        ("io.machinen.vcpus=9", &["io.machinen.vcpus", "9", "annotations.max_vcpus", "8"]),
+        ("io.machinen.rootdisk-size=16385", &["annotations.max_rootdisk_size_mib"]),
+    ] {
+        let run = containerd.run(IMAGE, &["true"]).flags(&["--annotation", annotation]);
+        fails_saying(containerd, &run, words)?;
+    }
+    containerd.configure(&all_tests)
 }
 
 fn longest_names(containerd: &mut Containerd) -> Result<()> {

@@ -77,6 +77,8 @@ fn info_describes_the_runtime(containerd: &mut Containerd) -> Result<()> {
     ensure!(info.name == "io.machinen.v1" && !info.version.version.is_empty(), "{info:?}");
     let features: serde_json::Value = serde_json::from_slice(&info.features.value)?;
     ensure!(features["linux"]["cgroup"]["v2"] == true, "{features}");
+    let accelerator = info.annotations.get("io.machinen.accelerator").map(String::as_str);
+    ensure!(matches!(accelerator, Some("kvm" | "tcg")), "{info:?}");
     ensure!(files(&shim)? == ["rootfs"], "-info left something in the bundle");
     fs::remove_dir_all(&shim.bundle)?;
     Ok(())

@@ -86,7 +86,7 @@ impl Kind {
 /// Machinen's configuration for one kind of starts: a user's, except for the directories.
 pub(crate) fn setup_of(containerd: &Containerd, kind: Kind, cache: &Path) -> Setup {
     let mode = if kind == Kind::Clone { "use" } else { "off" };
-    Setup::of_user().templates(&containerd.root().join(Templates::DIR), mode).set(
+    Setup::of_user().all_annotations().templates(&containerd.root().join(Templates::DIR), mode).set(
         "rootdisk",
         "dir",
         Value::path(cache),

@@ -1,7 +1,7 @@
 //! Per-container overrides: the annotations `io.machinen.*`, one row of [`KEYS`] each.
 //!
-//! Only keys in `annotations.allow` of the configuration are accepted. An annotation with the prefix that is
-//! unknown, not allowed or malformed is an error, because a container that silently runs with other limits
+//! Only keys in `annotations.allow` of the configuration are accepted, with sizes up to its `max_*` keys. An
+//! annotation with the prefix that is unknown, not allowed, malformed or too large is an error, because a container that silently runs with other limits
 //! than requested would be worse. For the same reason, an annotation that shapes the VM is an error on a
 //! container that joins a VM of another shape.
 
@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use machinen_base::error::{ErrorKind, HasKind};
 use machinen_vm::{ChannelKind, ChannelMode, VmSpec};
 
-use super::{Config, TcpMode, VerifyMode, VmConfig};
+use super::{Config, TcpMode, TemplateMode, VerifyMode, VmConfig};
 
 /// The prefix of machinen's annotations.
 pub const PREFIX: &str = "io.machinen.";
@@ -22,8 +22,23 @@ pub struct Annotation {
     pub name: &'static str,
     /// What the annotation shapes.
     pub scope: Scope,
-    /// Applies a value to the configuration of one container. The error describes the valid values.
-    apply: fn(&mut Config, &str) -> Result<(), &'static str>,
+    /// Applies a value to the configuration of one container.
+    apply: fn(&mut Config, &str) -> Result<(), Refusal>,
+}
+
+/// Why a value is not applied.
+#[derive(Debug)]
+enum Refusal {
+    /// It is malformed. The text describes the valid values.
+    Malformed(&'static str),
+    /// It is larger than a key of the configuration allows.
+    AboveMax { max: u64, key: &'static str },
+}
+
+impl From<&'static str> for Refusal {
+    fn from(valid: &'static str) -> Self {
+        Self::Malformed(valid)
+    }
 }
 
 /// What an annotation shapes.
@@ -47,8 +62,9 @@ pub const KEYS: &[Annotation] = &[
             (config.vm.memory_mib != vm.memory_mib).then(|| format!("{} MiB", vm.memory_mib))
         }),
         apply: |config, value| {
-            config.vm.memory_mib =
-                number(value, 128, 1 << 20).ok_or("a whole number of MiB from 128 to 1048576")?;
+            let mib = number(value, 128, 1 << 20).ok_or("a whole number of MiB from 128 to 1048576")?;
+            at_most(mib, config.annotations.max_memory_mib.max(config.vm.memory_mib), "max_memory_mib")?;
+            config.vm.memory_mib = mib;
             Ok(())
         },
     },
@@ -56,7 +72,9 @@ pub const KEYS: &[Annotation] = &[
         name: "vcpus",
         scope: Scope::Vm(|config, vm| (config.vm.vcpus != vm.vcpus).then(|| vm.vcpus.to_string())),
         apply: |config, value| {
-            config.vm.vcpus = number(value, 1, 64).ok_or("a whole number from 1 to 64")?;
+            let vcpus = number(value, 1, 64).ok_or("a whole number from 1 to 64")?;
+            at_most(vcpus, config.annotations.max_vcpus.max(config.vm.vcpus), "max_vcpus")?;
+            config.vm.vcpus = vcpus;
             Ok(())
         },
     },
@@ -64,7 +82,9 @@ pub const KEYS: &[Annotation] = &[
         name: "rootdisk-size",
         scope: Scope::Container,
         apply: |config, value| {
-            let mib: u32 = number(value, 64, 1 << 24).ok_or("a whole number of MiB from 64 to 16777216")?;
+            let mib = number(value, 64, 1 << 24).ok_or("a whole number of MiB from 64 to 16777216")?;
+            let max = config.annotations.max_rootdisk_size_mib.max(config.rootdisk.writable_size_mib);
+            at_most(mib, max, "max_rootdisk_size_mib")?;
             config.rootdisk.writable_size_mib = mib.into();
             Ok(())
         },
@@ -76,7 +96,7 @@ pub const KEYS: &[Annotation] = &[
         }),
         apply: |config, value| {
             if value.len() > 1024 || !value.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
-                return Err("at most 1024 printable ASCII characters");
+                return Err("at most 1024 printable ASCII characters".into());
             }
             if !config.vm.kernel_args.is_empty() {
                 config.vm.kernel_args.push(' ');
@@ -100,7 +120,7 @@ pub const KEYS: &[Annotation] = &[
             config.checkpoint.verify = match value {
                 "off" => VerifyMode::Off,
                 "restore" => VerifyMode::Restore,
-                _ => return Err("off or restore"),
+                _ => return Err("off or restore".into()),
             };
             Ok(())
         },
@@ -120,7 +140,7 @@ pub const KEYS: &[Annotation] = &[
             config.restore.tcp = match value {
                 "keep" => TcpMode::Keep,
                 "close" => TcpMode::Close,
-                _ => return Err("keep or close"),
+                _ => return Err("keep or close".into()),
             };
             Ok(())
         },
@@ -140,7 +160,7 @@ pub const KEYS: &[Annotation] = &[
                 "auto" => ChannelMode::Auto,
                 "vsock" => ChannelMode::Vsock,
                 "serial" => ChannelMode::Serial,
-                _ => return Err("auto, vsock or serial"),
+                _ => return Err("auto, vsock or serial".into()),
             };
             Ok(())
         },
@@ -159,6 +179,20 @@ pub enum AnnotationError {
         value: String,
         /// What values are valid.
         expected: &'static str,
+    },
+    /// The value is larger than the configuration allows.
+    #[error(
+        "annotation {PREFIX}{name} has the value {value:?}, more than the {max} that annotations.{key} in the configuration allows"
+    )]
+    TooLarge {
+        /// The annotation, without its prefix.
+        name: &'static str,
+        /// The value.
+        value: String,
+        /// The largest value.
+        max: u64,
+        /// The key of the configuration.
+        key: &'static str,
     },
     /// No annotation has this name.
     #[error("annotation {PREFIX}{name} is unknown; known are {}", known_keys())]
@@ -189,17 +223,19 @@ pub enum AnnotationError {
 impl HasKind for AnnotationError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::NotAllowed { .. } => ErrorKind::PermissionDenied,
+            Self::NotAllowed { .. } | Self::TooLarge { .. } => ErrorKind::PermissionDenied,
             Self::VmRuns { .. } => ErrorKind::FailedPrecondition,
             Self::BadValue { .. } | Self::Unknown { .. } => ErrorKind::InvalidArgument,
         }
     }
 }
 
-/// Returns the configuration of one container: `config` with the container's annotations applied.
+/// Returns the configuration of one container: `config` with the container's annotations applied. Unless the
+/// configuration allows it, no template is built of a VM that annotations have shaped, because whoever may set
+/// annotations could otherwise fill the templates' memory with VMs that no other container uses.
 ///
 /// # Errors
-/// The first annotation, by name, that is unknown, not allowed or malformed.
+/// The first annotation, by name, that is unknown, not allowed, malformed or too large.
 pub fn apply(config: &Config, annotations: &HashMap<String, String>) -> Result<Config, AnnotationError> {
     let mut result = config.clone();
     for (name, value) in with_prefix(annotations) {
@@ -209,13 +245,27 @@ pub fn apply(config: &Config, annotations: &HashMap<String, String>) -> Result<C
         if !config.annotations.allow.iter().any(|allowed| allowed == name) {
             return Err(AnnotationError::NotAllowed { name: key.name });
         }
-        (key.apply)(&mut result, value).map_err(|expected| AnnotationError::BadValue {
-            name: key.name,
-            value: shortened(value),
-            expected,
-        })?;
+        (key.apply)(&mut result, value).map_err(|refusal| refused(key.name, value, refusal))?;
+        if matches!(key.scope, Scope::Vm(_)) && !config.annotations.templates {
+            result.template.mode = without_builds(config.template.mode);
+        }
     }
     Ok(result)
+}
+
+fn refused(name: &'static str, value: &str, refusal: Refusal) -> AnnotationError {
+    let value = shortened(value);
+    match refusal {
+        Refusal::Malformed(expected) => AnnotationError::BadValue { name, value, expected },
+        Refusal::AboveMax { max, key } => AnnotationError::TooLarge { name, value, max, key },
+    }
+}
+
+fn without_builds(mode: TemplateMode) -> TemplateMode {
+    match mode {
+        TemplateMode::Auto | TemplateMode::Use => TemplateMode::Use,
+        TemplateMode::Off => TemplateMode::Off,
+    }
 }
 
 /// Checks that a container can join the VM `running`: its annotations that shape the VM have the values that
@@ -233,7 +283,7 @@ pub fn check_join(
     for (name, value) in with_prefix(annotations) {
         if let Some(&Annotation { name, scope: Scope::Vm(differs), .. }) = find(name)
             && let Some(running) = differs(config, running)
-            && !is_requested(name, value, first)
+            && !is_requested(name, value, config, first)
         {
             return Err(AnnotationError::VmRuns { name, value: shortened(value), running });
         }
@@ -242,14 +292,20 @@ pub fn check_join(
 }
 
 /// Whether an annotation asks for what the VM was requested with.
-fn is_requested(name: &str, value: &str, first: &VmConfig) -> bool {
-    let mut with = Config { vm: first.clone(), ..Config::default() };
+fn is_requested(name: &str, value: &str, config: &Config, first: &VmConfig) -> bool {
+    let mut with = Config { vm: first.clone(), ..config.clone() };
     find(name).is_some_and(|key| (key.apply)(&mut with, value).is_ok()) && with.vm == *first
 }
 
 /// The names of all annotations, without their prefix.
 pub fn names() -> impl Iterator<Item = &'static str> {
     KEYS.iter().map(|key| key.name)
+}
+
+/// The annotations that a configuration without `annotations.allow` accepts: those that cannot make a container
+/// cost more than one without annotations, and do not change how its VM works.
+pub(super) fn harmless() -> impl Iterator<Item = &'static str> {
+    names().filter(|name| !["kernel-args", "channel"].contains(name))
 }
 
 /// All names for messages, separated by commas.
@@ -280,12 +336,73 @@ fn number(value: &str, least: u32, most: u32) -> Option<u32> {
     value.parse().ok().filter(|number| (least..=most).contains(number))
 }
 
+/// Checks a size against the largest one that the configuration allows, which its key `key` has.
+fn at_most(value: u32, max: impl Into<u64>, key: &'static str) -> Result<(), Refusal> {
+    let max = max.into();
+    match u64::from(value) <= max {
+        true => Ok(()),
+        false => Err(Refusal::AboveMax { max, key }),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// A configuration that allows every annotation.
+    fn all_allowed() -> Config {
+        let mut config = Config::default();
+        config.annotations.allow = names().map(str::to_owned).collect();
+        config
+    }
+
     fn with(name: &str, value: &str) -> Result<Config, AnnotationError> {
-        apply(&Config::default(), &HashMap::from([(name.to_owned(), value.to_owned())]))
+        apply(&all_allowed(), &HashMap::from([(name.to_owned(), value.to_owned())]))
+    }
+
+    #[test]
+    fn by_default_annotations_only_lower_or_are_harmless() {
+        let with = |name: &str, value: &str| {
+            apply(&Config::default(), &HashMap::from([(format!("{PREFIX}{name}"), value.to_owned())]))
+        };
+        for (name, value) in [("kernel-args", "quiet"), ("channel", "auto")] {
+            assert!(matches!(with(name, value), Err(AnnotationError::NotAllowed { .. })), "{name}");
+        }
+        for (name, most, more, key) in [
+            ("memory-ceiling", "2048", "2049", "annotations.max_memory_mib"),
+            ("vcpus", "8", "9", "annotations.max_vcpus"),
+            ("rootdisk-size", "16384", "16385", "annotations.max_rootdisk_size_mib"),
+        ] {
+            with(name, most).unwrap();
+            let error = with(name, more).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::PermissionDenied);
+            let text = error.to_string();
+            assert!(text.contains(key) && text.contains(name) && text.contains(most), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_the_configuration_gives_every_container_an_annotation_may_ask_for() {
+        let mut config = Config::default();
+        (config.vm.vcpus, config.vm.memory_mib) = (16, 8192);
+        for (name, value) in [("vcpus", "16"), ("memory-ceiling", "8192")] {
+            apply(&config, &HashMap::from([(format!("{PREFIX}{name}"), value.to_owned())])).unwrap();
+        }
+    }
+
+    #[test]
+    fn vms_that_annotations_shape_get_no_template() {
+        let mode = |config: &Config, name: &str, value: &str| {
+            let annotations = HashMap::from([(format!("{PREFIX}{name}"), value.to_owned())]);
+            apply(config, &annotations).unwrap().template.mode
+        };
+        let mut config = Config::default();
+        assert_eq!(mode(&config, "vcpus", "1"), TemplateMode::Use);
+        assert_eq!(mode(&config, "lazy", "true"), TemplateMode::Auto, "it does not shape the VM");
+        config.annotations.templates = true;
+        assert_eq!(mode(&config, "vcpus", "1"), TemplateMode::Auto);
+        (config.annotations.templates, config.template.mode) = (false, TemplateMode::Off);
+        assert_eq!(mode(&config, "vcpus", "1"), TemplateMode::Off);
     }
 
     #[test]
@@ -301,7 +418,7 @@ mod tests {
 
     #[test]
     fn annotations_without_the_prefix_are_ignored() {
-        assert_eq!(with("io.kubernetes.cri.sandbox-id", "x").unwrap(), Config::default());
+        assert_eq!(with("io.kubernetes.cri.sandbox-id", "x").unwrap(), all_allowed());
     }
 
     #[test]
@@ -355,7 +472,7 @@ mod tests {
 
     fn join_vm_of(first: &Config, name: &str, value: &str) -> Result<(), AnnotationError> {
         let annotations = HashMap::from([(format!("{PREFIX}{name}"), value.to_owned())]);
-        check_join(&apply(&Config::default(), &annotations)?, &annotations, &first.vm, &running())
+        check_join(&apply(&all_allowed(), &annotations)?, &annotations, &first.vm, &running())
     }
 
     #[test]

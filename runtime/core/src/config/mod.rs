@@ -180,6 +180,14 @@ pub struct RootdiskConfig {
 pub struct AnnotationsConfig {
     /// The annotations that are accepted, without their prefix.
     pub allow: Vec<String>,
+    /// The largest `memory-ceiling`, MiB, unless `vm.memory_mib` is larger.
+    pub max_memory_mib: u32,
+    /// The most `vcpus`, unless `vm.vcpus` is more.
+    pub max_vcpus: u32,
+    /// The largest `rootdisk-size`, MiB, unless `rootdisk.writable_size_mib` is larger.
+    pub max_rootdisk_size_mib: u64,
+    /// Whether templates are built of VMs that annotations have shaped.
+    pub templates: bool,
 }
 
 /// What the shim answers.
@@ -269,7 +277,13 @@ impl Default for RootdiskConfig {
 
 impl Default for AnnotationsConfig {
     fn default() -> Self {
-        Self { allow: annotations::names().map(str::to_owned).collect() }
+        Self {
+            allow: annotations::harmless().map(str::to_owned).collect(),
+            max_memory_mib: 2048,
+            max_vcpus: 8,
+            max_rootdisk_size_mib: 16384,
+            templates: false,
+        }
     }
 }
 

@@ -38,7 +38,7 @@ pub(super) fn build(
     container: &Spec,
     host: HostMemory,
 ) -> Result<VmSpec, AccelError> {
-    let accel = accel::verdict(Path::new(RUN_DIR))?.choose(config.vm.accel)?;
+    let accel = accel::for_vm(Path::new(RUN_DIR), config.vm.accel)?;
     let limits = ContainerLimits::of(container);
     let host_cpus = thread::available_parallelism().map_or(1, NonZero::get);
     Ok(VmSpec {

@@ -1,5 +1,8 @@
 //! How the guest's instructions are run: by KVM where it really works, else by QEMU's own translation (TCG).
 //!
+//! Translation is no security boundary: QEMU's developers do not treat a guest's escape from it as a security bug
+//! (QEMU documentation, "Security", "Non-virtualization use case"). So it is never chosen silently.
+//!
 //! That /dev/kvm exists proves little, and the CPU's flags prove less: inside another VM, KVM may emulate
 //! some instructions slowly and fail on the rest. So KVM is tried, once per boot of the host.
 
@@ -13,6 +16,7 @@ use std::{
     io,
     os::unix::fs::MetadataExt as _,
     path::Path,
+    sync::Once,
 };
 
 use machinen_base::{
@@ -137,6 +141,23 @@ pub fn verdict(run_dir: &Path) -> Result<AccelVerdict, AccelError> {
     Ok(AccelVerdict { kvm, tsc_khz })
 }
 
+/// Determines the accelerator of a VM. One that is not configured but only chosen because KVM does not work is
+/// warned of in the log, once for each process.
+///
+/// # Errors
+/// As [`verdict`] and [`AccelVerdict::choose`].
+pub fn for_vm(run_dir: &Path, wanted: AccelMode) -> Result<Accelerator, AccelError> {
+    static WARNED: Once = Once::new();
+    let verdict = verdict(run_dir)?;
+    let accelerator = verdict.choose(wanted)?;
+    if wanted == AccelMode::Auto && accelerator != Accelerator::Kvm {
+        WARNED.call_once(|| {
+            tracing::warn!("{verdict}; vm.accel = \"kvm\" refuses this, vm.accel = \"tcg\" accepts it");
+        });
+    }
+    Ok(accelerator)
+}
+
 impl AccelVerdict {
     /// The accelerator for the configured value.
     ///
@@ -154,6 +175,14 @@ impl AccelVerdict {
 }
 
 impl Accelerator {
+    /// What clients of containerd read about it in the runtime's information.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg { .. } => "tcg",
+        }
+    }
+
     /// Supplementary groups that QEMU needs to use it: the group of /dev/kvm.
     pub fn groups(self) -> Vec<u32> {
         match (self, fs::metadata(DEVICE)) {
@@ -165,7 +194,8 @@ impl Accelerator {
 
 impl fmt::Display for AccelVerdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let translated = "guests run by translation (TCG), several times slower";
+        let translated =
+            "guests run by translation (TCG), which is several times slower and no isolation boundary";
         match &self.kvm {
             KvmState::Works => f.write_str("KVM works: guests run on the CPU itself"),
             KvmState::Absent => {
