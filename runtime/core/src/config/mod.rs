@@ -269,7 +269,7 @@ impl Default for RootdiskConfig {
             dir: "/var/lib/machinen/rootdisk".into(),
             min_size_mib: 2048,
             writable_size_mib: 16384,
-            layer_max_entries: 2_000_000,
+            layer_max_entries: 300_000,
             mke2fs: "mke2fs".into(),
         }
     }

@@ -34,8 +34,12 @@ use super::{
 const BUFFER: usize = 64 << 10;
 /// The size of a file on a disk is a multiple of this many bytes.
 const BLOCK: u64 = 4096;
-/// Bytes of an inode, which every entry needs.
+/// Bytes of an inode, which every entry needs, and what ext4 keeps in it: a short link's target, and attributes.
 const INODE: u64 = 256;
+const LINK_IN_INODE: usize = 59;
+const ATTRIBUTES_IN_INODE: usize = 96;
+/// Bytes of a name's record in its directory, besides the name.
+const NAME: u64 = 12;
 /// The most bytes after the archive's end, which is padded to a whole record.
 const TAIL: u64 = 64 << 10;
 
@@ -137,9 +141,7 @@ impl Applier<'_> {
         if self.applied.entries > self.limits.entries {
             return Err(LayerError::Entries { limit: self.limits.entries });
         }
-        let attributes: usize =
-            entry.xattrs.iter().map(|(name, value)| name.as_bytes().len() + value.len()).sum();
-        self.charge(INODE + attributes as u64)?;
+        self.charge(besides_content(&entry))?;
         let Some((name, parents)) = entry.path.split_last() else { return self.begin(&entry) };
         self.enter(parents).map_err(|what| refused(&entry.path, what))?;
         let failed = |action| {
@@ -380,6 +382,22 @@ impl Applier<'_> {
         }
         Ok(())
     }
+}
+
+/// What an entry takes on a disk besides its content, as ext4 stores it.
+fn besides_content(entry: &ArchiveEntry) -> u64 {
+    let attributes: usize =
+        entry.xattrs.iter().map(|(name, value)| name.as_bytes().len() + value.len()).sum();
+    let link = match &entry.node {
+        EntryNode::Symlink(target) => target.as_bytes().len(),
+        _ => 0,
+    };
+    let blocks = |bytes: usize, in_inode: usize| match bytes > in_inode {
+        true => (bytes as u64).next_multiple_of(BLOCK),
+        false => 0,
+    };
+    let name = entry.path.last().map_or(0, |name| NAME + name.len() as u64);
+    INODE + name + blocks(attributes, ATTRIBUTES_IN_INODE) + blocks(link, LINK_IN_INODE)
 }
 
 /// Sets owner, mode, attributes and time of an open file or directory; if `marked`, also overlayfs's marks.

@@ -183,6 +183,14 @@ fn more_than_the_limits() {
     let archive = TestArchive::new().sparse("a", 1 << 40, &pieces);
     assert!(matches!(fixture.apply(archive), Err(LayerError::Bytes { .. })));
 
+    // Long links and attributes take a block each, short ones nothing but their inode.
+    let bytes = |archive| LayerFixture::new().apply(archive).unwrap().bytes;
+    let short = bytes(TestArchive::new().symlink("a", "short"));
+    assert_eq!(bytes(TestArchive::new().symlink("a", &"l".repeat(100))), short + 4096);
+    let file = bytes(TestArchive::new().file("a", b""));
+    assert_eq!(bytes(TestArchive::new().xattr("user.a", "b").file("a", b"")), file);
+    assert_eq!(bytes(TestArchive::new().xattr("user.a", [7; 200]).file("a", b"")), file + 4096);
+
     // A size beyond the limits is refused without waiting for the data; so is that of an extended header.
     for (kind, what) in [(EntryType::Regular, "MiB"), (EntryType::XHeader, "too long an extended header")] {
         let fixture = LayerFixture::new();
