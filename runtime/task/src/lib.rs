@@ -9,6 +9,7 @@
 mod checkpoint;
 mod error;
 pub mod events;
+mod id;
 mod metrics;
 mod service;
 
