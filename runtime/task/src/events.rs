@@ -16,6 +16,8 @@ use protobuf::{
     well_known_types::{any::Any, timestamp::Timestamp},
 };
 
+use crate::stdio;
+
 /// The topic and the body of an event.
 ///
 /// # Errors
@@ -27,7 +29,7 @@ pub fn encode(event: PodEvent) -> (&'static str, protobuf::Result<Any>) {
                 container_id: id.into(),
                 bundle: bundle.display().to_string(),
                 rootfs: rootfs.into_iter().map(mount).collect(),
-                io: MessageField::some(io(stdio)),
+                io: MessageField::some(io(&stdio)),
                 checkpoint: checkpoint.map(|path| path.display().to_string()).unwrap_or_default(),
                 pid,
                 ..Default::default()
@@ -98,9 +100,14 @@ fn mount(mount: RootfsMount) -> api::Mount {
     }
 }
 
-fn io(stdio: StdioNames) -> TaskIO {
-    let StdioNames { stdin, stdout, stderr, terminal } = stdio;
-    TaskIO { stdin, stdout, stderr, terminal, ..Default::default() }
+fn io(names: &StdioNames) -> TaskIO {
+    TaskIO {
+        stdin: stdio::name(names.stdin.as_ref()),
+        stdout: stdio::name(names.stdout.as_ref()),
+        stderr: stdio::name(names.stderr.as_ref()),
+        terminal: names.terminal,
+        ..Default::default()
+    }
 }
 
 /// Packs a message under its bare full name, which is the name of events in containerd's registry of types
@@ -124,7 +131,7 @@ pub fn timestamp(time: SystemTime) -> Timestamp {
 mod tests {
     use std::time::Duration;
 
-    use machinen::pod::{ContainerId, ExecId, state::ProcessExit};
+    use machinen::pod::{ContainerId, ExecId, state::ProcessExit, stdio::StreamUri};
     use protobuf::Message;
 
     use super::*;
@@ -157,7 +164,11 @@ mod tests {
             pid: 7,
             bundle: "/b".into(),
             rootfs: vec![mount],
-            stdio: StdioNames { stdin: "/in".to_owned(), terminal: true, ..StdioNames::default() },
+            stdio: StdioNames {
+                stdin: StreamUri::parse("stdin", "/in").ok(),
+                terminal: true,
+                ..StdioNames::default()
+            },
             checkpoint: Some("/cp".into()),
         });
         let decoded = TaskCreate::parse_from_bytes(&body.unwrap().value).unwrap();

@@ -12,6 +12,7 @@ pub mod events;
 mod id;
 mod metrics;
 mod service;
+mod stdio;
 
 use std::{collections::HashMap, sync::Arc};
 

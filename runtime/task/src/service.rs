@@ -16,7 +16,6 @@ use containerd_shim_protos::{
 };
 use machinen::pod::{
     ContainerId, CreateRequest, ExecRequest, Pod, PodError, rootfs::RootfsMount, state::ProcessState,
-    stdio::StdioNames,
 };
 use protobuf::MessageField;
 use tokio::sync::Notify;
@@ -25,7 +24,7 @@ use crate::{
     checkpoint,
     error::{encoding, invalid, to_ttrpc, unimplemented},
     events::timestamp,
-    id, metrics,
+    id, metrics, stdio,
 };
 
 /// The name of the runtime-spec's limits in containerd's registry of types, after a prefix.
@@ -61,12 +60,7 @@ impl Task for TaskService {
             id: id::container(&req.id)?,
             bundle: req.bundle.clone().into(),
             rootfs: req.rootfs.iter().map(rootfs_mount).collect(),
-            stdio: StdioNames {
-                stdin: req.stdin.clone(),
-                stdout: req.stdout.clone(),
-                stderr: req.stderr.clone(),
-                terminal: req.terminal,
-            },
+            stdio: stdio::decode(&req.stdin, &req.stdout, &req.stderr, req.terminal)?,
             checkpoint: checkpoint::restored_from(&req)?,
         };
         let pid = self.pod.create(create).await.map_err(failed)?;
@@ -89,9 +83,9 @@ impl Task for TaskService {
             id: id.container.into(),
             bundle: container.bundle.to_string_lossy().into_owned(),
             pid: if waits { 0 } else { container.pid },
-            stdin: process.stdio.stdin.clone(),
-            stdout: process.stdio.stdout.clone(),
-            stderr: process.stdio.stderr.clone(),
+            stdin: stdio::name(process.stdio.stdin.as_ref()),
+            stdout: stdio::name(process.stdio.stdout.as_ref()),
+            stderr: stdio::name(process.stdio.stderr.as_ref()),
             terminal: process.stdio.terminal,
             ..Default::default()
         };
@@ -158,12 +152,7 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, req: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        let stdio = StdioNames {
-            stdin: req.stdin.clone(),
-            stdout: req.stdout.clone(),
-            stderr: req.stderr.clone(),
-            terminal: req.terminal,
-        };
+        let stdio = stdio::decode(&req.stdin, &req.stdout, &req.stderr, req.terminal)?;
         // The Any's type is containerd's name for the OCI process, and its value is JSON.
         let (container, id) = (id::container(&req.id)?, id::exec(&req.exec_id)?);
         let exec = ExecRequest { container, id, process: req.spec.value.clone(), stdio };

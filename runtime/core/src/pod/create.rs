@@ -31,7 +31,7 @@ use super::{
     phases::PhaseTimes,
     provision::VmOrigin,
     rootfs::{self, RootfsMount},
-    stdio::{HostStdio, StdioNames},
+    stdio::{HostStdio, ProcessStdio},
     streams::{self, Outputs, ProcessStreams},
 };
 use crate::{
@@ -45,7 +45,7 @@ use crate::{
 };
 
 /// A request to create a container.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct CreateRequest {
     /// Unique in the pod.
     pub id: ContainerId,
@@ -55,7 +55,7 @@ pub struct CreateRequest {
     /// configuration is used.
     pub rootfs: Vec<RootfsMount>,
     /// Where the init's standard streams lead.
-    pub stdio: StdioNames,
+    pub stdio: ProcessStdio,
     /// Directory of the checkpoint to restore the container from, instead of executing its command. It may be
     /// removed once the container has been created.
     pub checkpoint: Option<PathBuf>,
@@ -235,7 +235,8 @@ impl Pod {
             container: create.id.to_string(),
             unclaimed: Arc::clone(&self.shared.starting),
         });
-        let container = Container::new(create.id, create.bundle, create.stdio, anchor, vm.clone(), storage);
+        let container =
+            Container::new(create.id, create.bundle, create.stdio.names(), anchor, vm.clone(), storage);
         container.init.connect_stdin(stdin);
         let outputs = streams.outputs;
         (Arc::new(container), ContainerWatch { agent, vm, outputs })

@@ -28,7 +28,7 @@ use super::{
     Container, ContainerId, ContainerProcess, ExecId, Pod, PodError, PodEvent, PodRequest, ProcessExit,
     ProcessId, ProcessState, SignalScope, StateError, Transition,
     exit::finish_output,
-    stdio::{HostStdio, StdioNames},
+    stdio::{HostStdio, ProcessStdio},
     streams::{self, Outputs},
 };
 use crate::spec;
@@ -40,7 +40,7 @@ const NOT_FOUND: u32 = 127;
 const NOT_STARTED: u32 = 255;
 
 /// A request to add a process to a container.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct ExecRequest {
     /// The container that the process is added to.
     pub container: ContainerId,
@@ -49,7 +49,7 @@ pub struct ExecRequest {
     /// OCI process (runtime-spec, config.md, "Process"), as JSON.
     pub process: Vec<u8>,
     /// Where the process's standard streams lead.
-    pub stdio: StdioNames,
+    pub stdio: ProcessStdio,
 }
 
 /// A process that was added to a container.
@@ -64,10 +64,19 @@ pub(super) struct AddedProcess {
 
 #[derive(Debug)]
 enum ExecStage {
-    Described(Box<runtime::Process>),
+    Described(Box<DescribedProcess>),
     /// The guest knows the process by an id of its own, so the caller's id can be any text and can be reused
     /// at once.
     Sent(ProcessRef),
+    /// It is being started, or could not be started.
+    Taken,
+}
+
+/// What a process that has not been started is made of.
+#[derive(Debug)]
+struct DescribedProcess {
+    process: runtime::Process,
+    stdio: ProcessStdio,
 }
 
 /// All processes that were added to a container.
@@ -126,11 +135,23 @@ impl AddedProcess {
         self.stage.lock().expect("no panic while held")
     }
 
+    /// Takes what the process is made of, in order to start it.
+    fn take(&self) -> Result<Box<DescribedProcess>, PodError> {
+        let mut stage = self.stage();
+        match std::mem::replace(&mut *stage, ExecStage::Taken) {
+            ExecStage::Described(described) => Ok(described),
+            other => {
+                *stage = other;
+                Err(PodError::state(PodRequest::Start, &self.name, StateError::AlreadyStarted))
+            }
+        }
+    }
+
     /// The process in the guest; None if it is not there yet. Waits for a start that is under way.
     async fn in_guest(&self) -> Option<ProcessRef> {
         let _decided = self.process.transitions.lock().await;
         match &*self.stage() {
-            ExecStage::Described(_) => None,
+            ExecStage::Described(_) | ExecStage::Taken => None,
             ExecStage::Sent(process) => Some(process.clone()),
         }
     }
@@ -138,9 +159,9 @@ impl AddedProcess {
     /// Sets the initial size of the process's terminal; returns false if the process was started already.
     async fn set_initial_size(&self, width: u32, height: u32) -> bool {
         let _decided = self.process.transitions.lock().await;
-        let ExecStage::Described(process) = &mut *self.stage() else { return false };
+        let ExecStage::Described(described) = &mut *self.stage() else { return false };
         let size = runtime::BoxBuilder::default().width(width).height(height).build();
-        process.set_console_size(Some(size.expect("every field is given")));
+        described.process.set_console_size(Some(size.expect("every field is given")));
         true
     }
 }
@@ -202,8 +223,11 @@ impl Pod {
         let added = AddedProcess {
             id: exec.id.clone(),
             name: container.id.exec(&exec.id).to_string(),
-            process: Arc::new(ContainerProcess::new(exec.stdio)),
-            stage: Mutex::new(ExecStage::Described(Box::new(process))),
+            process: Arc::new(ContainerProcess::new(exec.stdio.names())),
+            stage: Mutex::new(ExecStage::Described(Box::new(DescribedProcess {
+                process,
+                stdio: exec.stdio,
+            }))),
         };
         match container.execs.lock().added.entry(exec.id.clone()) {
             hash_map::Entry::Occupied(_) => {
@@ -262,16 +286,15 @@ impl Pod {
 
     /// Asks the guest to run the process.
     async fn send(&self, container: &Container, exec: &AddedProcess) -> Result<ExecWatch, PodError> {
-        let mut host = HostStdio::open(&exec.process.stdio, &self.owner(&exec.id))?;
+        let DescribedProcess { process, stdio } = *exec.take()?;
+        let mut host = HostStdio::open(&stdio, &self.owner(&exec.id))?;
+        drop(stdio);
         host.ready().await?;
         let vm = self.vm_of(&container.id).await?;
         let agent = self.agent(&container.id).await?;
         let gone = || PodError::state(PodRequest::Exec, &container.id, StateError::AlreadyStopped);
         let in_guest = container.execs.admit().ok_or_else(gone)?;
-        let stage = std::mem::replace(&mut *exec.stage(), ExecStage::Sent(in_guest.clone()));
-        let ExecStage::Described(process) = stage else {
-            return Err(PodError::state(PodRequest::Start, &exec.name, StateError::AlreadyStarted));
-        };
+        *exec.stage() = ExecStage::Sent(in_guest.clone());
         let _starting = self.shared.starting.acquire().await.expect("never closed");
         let (stdio, mut streams) = streams::connect(&vm, host).await?;
         let request = ExecProcessRequest {

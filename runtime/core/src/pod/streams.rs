@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use super::{
     PodError,
-    stdio::{HostStdio, Logger, OutputCopy, StdinCopy, StdinEnd, StdinFifo, StdinReader, StdioError},
+    stdio::{HostStdio, Logger, OutputCopy, StdinCopy, StdinEnd, StdinReader, StdinSource, StdioError},
 };
 
 /// How many processes may be starting at once. Each has three streams open that the agent has not claimed.
@@ -20,14 +20,14 @@ pub(super) const STARTING: usize = MAX_UNCLAIMED_STREAMS / 3;
 
 /// The streams of a process, connected at both ends except for the caller's end of stdin.
 pub(super) struct ProcessStreams {
-    stdin: Option<(StdinFifo, BoxedStream)>,
+    stdin: Option<(StdinSource, BoxedStream)>,
     terminal: bool,
     pub(super) outputs: Outputs,
 }
 
 /// Stdin of a process that has not started: the guest's end is connected, the caller's is not open.
 pub(super) struct PendingInput {
-    fifo: StdinFifo,
+    source: StdinSource,
     to_guest: BoxedStream,
     terminal: bool,
     agent: agent::Client,
@@ -85,16 +85,16 @@ impl ProcessStreams {
         container: &str,
         process: ProcessRef,
     ) -> Option<PendingInput> {
-        let (fifo, to_guest) = self.stdin.take()?;
+        let (source, to_guest) = self.stdin.take()?;
         let (agent, container) = (agent.clone(), container.to_owned());
-        Some(PendingInput { fifo, to_guest, terminal: self.terminal, agent, container, process })
+        Some(PendingInput { source, to_guest, terminal: self.terminal, agent, container, process })
     }
 }
 
 impl fmt::Debug for PendingInput {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PendingInput")
-            .field("fifo", &self.fifo)
+            .field("source", &self.source)
             .field("container", &self.container)
             .field("process", &self.process)
             .finish_non_exhaustive()
@@ -107,7 +107,7 @@ impl PendingInput {
     /// # Errors
     /// The errors of open(2).
     pub(super) fn open(&self) -> Result<StdinReader, StdioError> {
-        self.fifo.open()
+        self.source.open()
     }
 
     /// Starts to copy from the caller's end.

@@ -25,7 +25,7 @@ use super::{
     create::{self, ContainerDisks, CreatePlan},
     layer,
     phases::PhaseTimes,
-    stdio::StdioNames,
+    stdio::ProcessStdio,
 };
 use crate::{
     checkpoint::ImageDisk,
@@ -134,7 +134,7 @@ impl Pod {
             id: container.id.clone(),
             bundle: container.bundle.clone(),
             rootfs: container.rootfs.clone(),
-            stdio: StdioNames::default(),
+            stdio: ProcessStdio::default(),
             checkpoint: Some(dir.to_owned()),
         };
         let mut plan = self.plan(&create)?;
