@@ -4,6 +4,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use machinen::agent::Client;
+use machinen_protocol::process::ProcessRef;
 use tokio::io::AsyncWriteExt;
 
 fuzz_target!(|data: &[u8]| {
@@ -14,7 +15,7 @@ fuzz_target!(|data: &[u8]| {
         let calls = async {
             let (deleted, exit, files) = tokio::join!(
                 client.delete_container("c"),
-                client.wait_process("c", ""),
+                client.wait_process("c", &ProcessRef::Init),
                 client.read_cgroup("c", &["cpu.stat"]),
             );
             drop((deleted, exit, files));

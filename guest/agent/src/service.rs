@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use machinen_protocol::api::{self, Agent};
+use machinen_protocol::{
+    api::{self, Agent},
+    process::{ProcessRef, SignalTarget},
+};
 use tokio::sync::watch;
 use ttrpc::r#async::TtrpcContext;
 
@@ -102,14 +105,15 @@ impl Agent for Service {
         request: api::ProcessRequest,
     ) -> ttrpc::Result<api::WaitProcessResponse> {
         let container = self.state.containers.get(&request.container_id).map_err(Failure::from)?;
-        let process = container.process(&request.exec_id).map_err(Failure::from)?;
+        let wanted = ProcessRef::from_wire(request.exec_id);
+        let process = container.process(&wanted).map_err(Failure::from)?;
         let ended = process.ended().await.map_err(Failure::from)?;
         Ok(api::WaitProcessResponse {
             exit_status: ended.code,
             stdout_bytes: ended.stdout_bytes,
             stderr_bytes: ended.stderr_bytes,
             oom_kills: ended.oom_kills,
-            layer_unchanged: request.exec_id.is_empty() && container.layer_unchanged(),
+            layer_unchanged: wanted.is_init() && container.layer_unchanged(),
             ..Default::default()
         })
     }
@@ -121,13 +125,14 @@ impl Agent for Service {
     ) -> ttrpc::Result<api::Empty> {
         let signal = i32::try_from(request.signal).unwrap_or(i32::MAX);
         let container = self.state.containers.get(&request.container_id).map_err(Failure::from)?;
-        container.signal(&request.exec_id, signal, request.all).map_err(Failure::from)?;
+        let target = SignalTarget::from_wire(request.exec_id, request.all);
+        container.signal(&target, signal).map_err(Failure::from)?;
         Ok(api::Empty::new())
     }
 
     async fn end_stdin(&self, _: &TtrpcContext, request: api::EndStdinRequest) -> ttrpc::Result<api::Empty> {
         let container = self.state.containers.get(&request.container_id).map_err(Failure::from)?;
-        let process = container.process(&request.exec_id).map_err(Failure::from)?;
+        let process = container.process(&ProcessRef::from_wire(request.exec_id)).map_err(Failure::from)?;
         process.end_stdin(request.total_bytes).map_err(Failure::from)?;
         Ok(api::Empty::new())
     }
@@ -176,7 +181,7 @@ impl Agent for Service {
         request: api::ProcessRequest,
     ) -> ttrpc::Result<api::Empty> {
         let container = self.state.containers.get(&request.container_id).map_err(Failure::from)?;
-        container.delete_process(&request.exec_id).map_err(Failure::from)?;
+        container.delete_process(&ProcessRef::from_wire(request.exec_id)).map_err(Failure::from)?;
         Ok(api::Empty::new())
     }
 
@@ -186,7 +191,7 @@ impl Agent for Service {
         request: api::ResizeTerminalRequest,
     ) -> ttrpc::Result<api::Empty> {
         let container = self.state.containers.get(&request.container_id).map_err(Failure::from)?;
-        let process = container.process(&request.exec_id).map_err(Failure::from)?;
+        let process = container.process(&ProcessRef::from_wire(request.exec_id)).map_err(Failure::from)?;
         process.resize(WindowSize::clamped(request.width, request.height)).map_err(Failure::from)?;
         Ok(api::Empty::new())
     }

@@ -2,7 +2,7 @@
 //!
 //! This crate does no I/O. It holds the only copy of every name, number and layout that both sides must agree
 //! on: the ttrpc messages ([`api`], from `proto/agent.proto`), the kinds of errors ([`error`]), the first
-//! bytes of each stream ([`preamble`]), the archive of a container's changes ([`layer`]), the messages about
+//! bytes of each stream ([`preamble`]), the names of processes ([`process`]), the archive of a container's changes ([`layer`]), the messages about
 //! its files ([`fuse`]), the addresses below, and the [`VERSION`] that is checked before anything else.
 //!
 //! ```text
@@ -19,6 +19,7 @@ pub mod error;
 pub mod fuse;
 pub mod layer;
 pub mod preamble;
+pub mod process;
 
 /// Generated messages and the ttrpc service of `proto/agent.proto`.
 #[allow(

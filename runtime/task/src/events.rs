@@ -10,11 +10,13 @@ use containerd_shim_protos::{
     },
     topics,
 };
-use machinen::pod::{CreateRequest, event::PodEvent, stdio::StdioNames};
+use machinen::pod::{ProcessId, event::PodEvent, rootfs::RootfsMount, stdio::StdioNames};
 use protobuf::{
     MessageField,
     well_known_types::{any::Any, timestamp::Timestamp},
 };
+
+use crate::stdio;
 
 /// The topic and the body of an event.
 ///
@@ -22,37 +24,52 @@ use protobuf::{
 /// The body cannot be encoded.
 pub fn encode(event: PodEvent) -> (&'static str, protobuf::Result<Any>) {
     match event {
-        PodEvent::Created { pid, create } => (topics::TASK_CREATE_EVENT_TOPIC, any(&created(pid, *create))),
+        PodEvent::Created { id, pid, bundle, rootfs, stdio, checkpoint } => {
+            let body = TaskCreate {
+                container_id: id.into(),
+                bundle: bundle.display().to_string(),
+                rootfs: rootfs.into_iter().map(mount).collect(),
+                io: MessageField::some(io(&stdio)),
+                checkpoint: checkpoint.map(|path| path.display().to_string()).unwrap_or_default(),
+                pid,
+                ..Default::default()
+            };
+            (topics::TASK_CREATE_EVENT_TOPIC, any(&body))
+        }
         PodEvent::Started { id, pid } => {
-            let body = TaskStart { container_id: id, pid, ..Default::default() };
+            let body = TaskStart { container_id: id.into(), pid, ..Default::default() };
             (topics::TASK_START_EVENT_TOPIC, any(&body))
         }
-        PodEvent::Paused { id } => {
-            (topics::TASK_PAUSED_EVENT_TOPIC, any(&TaskPaused { container_id: id, ..Default::default() }))
-        }
-        PodEvent::Resumed { id } => {
-            (topics::TASK_RESUMED_EVENT_TOPIC, any(&TaskResumed { container_id: id, ..Default::default() }))
-        }
+        PodEvent::Paused { id } => (
+            topics::TASK_PAUSED_EVENT_TOPIC,
+            any(&TaskPaused { container_id: id.into(), ..Default::default() }),
+        ),
+        PodEvent::Resumed { id } => (
+            topics::TASK_RESUMED_EVENT_TOPIC,
+            any(&TaskResumed { container_id: id.into(), ..Default::default() }),
+        ),
         PodEvent::Checkpointed { id, path } => {
             let checkpoint = path.display().to_string();
-            let body = TaskCheckpointed { container_id: id, checkpoint, ..Default::default() };
+            let body = TaskCheckpointed { container_id: id.into(), checkpoint, ..Default::default() };
             (topics::TASK_CHECKPOINTED_EVENT_TOPIC, any(&body))
         }
         PodEvent::OutOfMemory { id } => {
-            (topics::TASK_OOM_EVENT_TOPIC, any(&TaskOOM { container_id: id, ..Default::default() }))
+            (topics::TASK_OOM_EVENT_TOPIC, any(&TaskOOM { container_id: id.into(), ..Default::default() }))
         }
-        PodEvent::ExecAdded { id, exec_id } => {
-            let body = TaskExecAdded { container_id: id, exec_id, ..Default::default() };
+        PodEvent::ExecAdded { id, exec } => {
+            let body = TaskExecAdded { container_id: id.into(), exec_id: exec.into(), ..Default::default() };
             (topics::TASK_EXEC_ADDED_EVENT_TOPIC, any(&body))
         }
-        PodEvent::ExecStarted { id, exec_id, pid } => {
-            let body = TaskExecStarted { container_id: id, exec_id, pid, ..Default::default() };
+        PodEvent::ExecStarted { id, exec, pid } => {
+            let (container_id, exec_id) = (id.into(), exec.into());
+            let body = TaskExecStarted { container_id, exec_id, pid, ..Default::default() };
             (topics::TASK_EXEC_STARTED_EVENT_TOPIC, any(&body))
         }
-        PodEvent::Exited { id, exec_id, pid, exit } => {
+        PodEvent::Exited { process: ProcessId { container, exec }, pid, exit } => {
+            let container_id = String::from(container);
             let body = TaskExit {
-                id: if exec_id.is_empty() { id.clone() } else { exec_id },
-                container_id: id,
+                id: exec.map_or_else(|| container_id.clone(), String::from),
+                container_id,
                 pid,
                 exit_status: exit.status,
                 exited_at: MessageField::some(timestamp(exit.at)),
@@ -62,8 +79,8 @@ pub fn encode(event: PodEvent) -> (&'static str, protobuf::Result<Any>) {
         }
         PodEvent::Deleted { id, pid, exit } => {
             let body = TaskDelete {
-                container_id: id.clone(),
-                id,
+                container_id: id.to_string(),
+                id: id.into(),
                 pid,
                 exit_status: exit.status,
                 exited_at: MessageField::some(timestamp(exit.at)),
@@ -74,22 +91,21 @@ pub fn encode(event: PodEvent) -> (&'static str, protobuf::Result<Any>) {
     }
 }
 
-/// The event repeats the request, as containerd's clients expect.
-fn created(pid: u32, create: CreateRequest) -> TaskCreate {
-    let StdioNames { stdin, stdout, stderr, terminal } = create.stdio;
-    let rootfs = create.rootfs.into_iter().map(|mount| api::Mount {
+fn mount(mount: RootfsMount) -> api::Mount {
+    api::Mount {
         type_: mount.kind,
         source: mount.source.display().to_string(),
         options: mount.options,
         ..Default::default()
-    });
-    TaskCreate {
-        container_id: create.id,
-        bundle: create.bundle.display().to_string(),
-        rootfs: rootfs.collect(),
-        io: MessageField::some(TaskIO { stdin, stdout, stderr, terminal, ..Default::default() }),
-        checkpoint: create.checkpoint.map(|path| path.display().to_string()).unwrap_or_default(),
-        pid,
+    }
+}
+
+fn io(names: &StdioNames) -> TaskIO {
+    TaskIO {
+        stdin: stdio::name(names.stdin.as_ref()),
+        stdout: stdio::name(names.stdout.as_ref()),
+        stderr: stdio::name(names.stderr.as_ref()),
+        terminal: names.terminal,
         ..Default::default()
     }
 }
@@ -115,7 +131,7 @@ pub fn timestamp(time: SystemTime) -> Timestamp {
 mod tests {
     use std::time::Duration;
 
-    use machinen::pod::{rootfs::RootfsMount, state::ProcessExit};
+    use machinen::pod::{ContainerId, ExecId, state::ProcessExit, stdio::StreamUri};
     use protobuf::Message;
 
     use super::*;
@@ -123,33 +139,38 @@ mod tests {
     #[test]
     fn an_exit_carries_the_names_containerd_looks_for() {
         let exit = ProcessExit { status: 137, at: UNIX_EPOCH + Duration::from_millis(1500) };
-        for (exec_id, process) in [("", "c"), ("e", "e")] {
-            let event = PodEvent::Exited { id: "c".to_owned(), exec_id: exec_id.to_owned(), pid: 7, exit };
-            let (topic, body) = encode(event);
+        let container = ContainerId::parse("c").unwrap();
+        let added = container.exec(&ExecId::parse("e").unwrap());
+        for (process, id) in [(container.init(), "c"), (added, "e")] {
+            let (topic, body) = encode(PodEvent::Exited { process, pid: 7, exit });
             let body = body.unwrap();
             assert_eq!((topic, body.type_url.as_str()), ("/tasks/exit", "containerd.events.TaskExit"));
             let decoded = TaskExit::parse_from_bytes(&body.value).unwrap();
             let names = (decoded.id.as_str(), decoded.container_id.as_str());
-            assert_eq!((names, decoded.exit_status), ((process, "c"), 137));
+            assert_eq!((names, decoded.exit_status), ((id, "c"), 137));
             assert_eq!((decoded.exited_at.seconds, decoded.exited_at.nanos), (1, 500_000_000));
         }
     }
 
     #[test]
-    fn a_create_event_repeats_the_request() {
+    fn a_create_event_has_what_the_caller_asked_for() {
         let mount = RootfsMount {
             kind: "overlay".to_owned(),
             source: "overlay".into(),
             options: vec!["lowerdir=/l".to_owned()],
         };
-        let create = CreateRequest {
-            id: "c".to_owned(),
+        let (topic, body) = encode(PodEvent::Created {
+            id: ContainerId::parse("c").unwrap(),
+            pid: 7,
             bundle: "/b".into(),
             rootfs: vec![mount],
-            stdio: StdioNames { stdin: "/in".to_owned(), terminal: true, ..StdioNames::default() },
+            stdio: StdioNames {
+                stdin: StreamUri::parse("stdin", "/in").ok(),
+                terminal: true,
+                ..StdioNames::default()
+            },
             checkpoint: Some("/cp".into()),
-        };
-        let (topic, body) = encode(PodEvent::Created { pid: 7, create: Box::new(create) });
+        });
         let decoded = TaskCreate::parse_from_bytes(&body.unwrap().value).unwrap();
         assert_eq!((topic, decoded.container_id.as_str(), decoded.pid), ("/tasks/create", "c", 7));
         assert_eq!((decoded.bundle.as_str(), decoded.checkpoint.as_str()), ("/b", "/cp"));

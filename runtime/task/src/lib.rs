@@ -9,8 +9,10 @@
 mod checkpoint;
 mod error;
 pub mod events;
+mod id;
 mod metrics;
 mod service;
+mod stdio;
 
 use std::{collections::HashMap, sync::Arc};
 

@@ -11,13 +11,11 @@ use containerd_shim_protos::{
         ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
         StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
     },
-    shim::oci::ProcessDetails,
     shim_async::Task,
     ttrpc::{self, asynchronous::TtrpcContext},
 };
 use machinen::pod::{
-    CreateRequest, ExecRequest, HostProcess, Pod, PodError, rootfs::RootfsMount, state::ProcessState,
-    stdio::StdioNames,
+    ContainerId, CreateRequest, ExecRequest, Pod, PodError, rootfs::RootfsMount, state::ProcessState,
 };
 use protobuf::MessageField;
 use tokio::sync::Notify;
@@ -25,8 +23,8 @@ use tokio::sync::Notify;
 use crate::{
     checkpoint,
     error::{encoding, invalid, to_ttrpc, unimplemented},
-    events::{any, timestamp},
-    metrics,
+    events::timestamp,
+    id, metrics, stdio,
 };
 
 /// The name of the runtime-spec's limits in containerd's registry of types, after a prefix.
@@ -59,15 +57,10 @@ impl Task for TaskService {
             return unimplemented("a checkpoint with a parent");
         }
         let create = CreateRequest {
-            id: req.id.clone(),
+            id: id::container(&req.id)?,
             bundle: req.bundle.clone().into(),
             rootfs: req.rootfs.iter().map(rootfs_mount).collect(),
-            stdio: StdioNames {
-                stdin: req.stdin.clone(),
-                stdout: req.stdout.clone(),
-                stderr: req.stderr.clone(),
-                terminal: req.terminal,
-            },
+            stdio: stdio::decode(&req.stdin, &req.stdout, &req.stderr, req.terminal)?,
             checkpoint: checkpoint::restored_from(&req)?,
         };
         let pid = self.pod.create(create).await.map_err(failed)?;
@@ -75,27 +68,24 @@ impl Task for TaskService {
     }
 
     async fn start(&self, _: &TtrpcContext, req: StartRequest) -> ttrpc::Result<StartResponse> {
-        let started = match req.exec_id.as_str() {
-            "" => self.pod.start(&req.id).await,
-            exec_id => self.pod.start_exec(&req.id, exec_id).await,
-        };
-        let pid = started.map_err(failed)?;
+        let pid = self.pod.start(&id::process(&req.id, &req.exec_id)?).await.map_err(failed)?;
         Ok(StartResponse { pid, ..Default::default() })
     }
 
     async fn state(&self, _: &TtrpcContext, req: StateRequest) -> ttrpc::Result<StateResponse> {
-        let container = self.pod.container(&req.id).map_err(failed)?;
-        let process = container.process(&req.exec_id).map_err(failed)?;
+        let id = id::process(&req.id, &req.exec_id)?;
+        let container = self.pod.container(&id.container).map_err(failed)?;
+        let process = container.process(id.exec.as_ref()).map_err(failed)?;
         // A process that was added has no pid until it is started.
-        let waits = !req.exec_id.is_empty() && process.state() == ProcessState::Created;
+        let waits = id.exec.is_some() && process.state() == ProcessState::Created;
         let mut response = StateResponse {
-            id: container.id.clone(),
-            exec_id: req.exec_id.clone(),
+            exec_id: id::exec_id(&id),
+            id: id.container.into(),
             bundle: container.bundle.to_string_lossy().into_owned(),
             pid: if waits { 0 } else { container.pid },
-            stdin: process.stdio.stdin.clone(),
-            stdout: process.stdio.stdout.clone(),
-            stderr: process.stdio.stderr.clone(),
+            stdin: stdio::name(process.stdio.stdin.as_ref()),
+            stdout: stdio::name(process.stdio.stdout.as_ref()),
+            stderr: stdio::name(process.stdio.stderr.as_ref()),
             terminal: process.stdio.terminal,
             ..Default::default()
         };
@@ -113,43 +103,43 @@ impl Task for TaskService {
     }
 
     async fn wait(&self, _: &TtrpcContext, req: WaitRequest) -> ttrpc::Result<WaitResponse> {
-        let container = self.pod.container(&req.id).map_err(failed)?;
-        let exit = container.process(&req.exec_id).map_err(failed)?.exited().await;
+        let id = id::process(&req.id, &req.exec_id)?;
+        let container = self.pod.container(&id.container).map_err(failed)?;
+        let exit = container.process(id.exec.as_ref()).map_err(failed)?.exited().await;
         let exited_at = MessageField::some(timestamp(exit.at));
         Ok(WaitResponse { exit_status: exit.status, exited_at, ..Default::default() })
     }
 
     async fn kill(&self, _: &TtrpcContext, req: KillRequest) -> ttrpc::Result<Empty> {
-        self.pod.kill(&req.id, &req.exec_id, req.signal, req.all).await.map_err(failed)?;
+        let scope = id::signal_scope(&req.id, &req.exec_id, req.all)?;
+        self.pod.kill(&scope, req.signal).await.map_err(failed)?;
         Ok(Empty::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, req: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        let deleted = match req.exec_id.as_str() {
-            "" => self.pod.delete(&req.id).await,
-            exec_id => self.pod.delete_exec(&req.id, exec_id).await,
-        };
+        let deleted = self.pod.delete(&id::process(&req.id, &req.exec_id)?).await;
         let (pid, exit) = deleted.map_err(failed)?;
         let exited_at = MessageField::some(timestamp(exit.at));
         Ok(DeleteResponse { pid, exit_status: exit.status, exited_at, ..Default::default() })
     }
 
     async fn pids(&self, _: &TtrpcContext, req: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        let processes = self.pod.pids(&req.id).map_err(failed)?;
-        let processes = processes.iter().map(process_info).collect::<protobuf::Result<_>>();
-        Ok(PidsResponse { processes: processes.map_err(encoding)?, ..Default::default() })
+        let pids = self.pod.pids(&id::container(&req.id)?).map_err(failed)?;
+        let processes = pids.into_iter().map(|pid| ProcessInfo { pid, ..Default::default() }).collect();
+        Ok(PidsResponse { processes, ..Default::default() })
     }
 
     async fn close_io(&self, _: &TtrpcContext, req: CloseIORequest) -> ttrpc::Result<Empty> {
         if req.stdin {
-            self.pod.close_stdin(&req.id, &req.exec_id).map_err(failed)?;
+            self.pod.close_stdin(&id::process(&req.id, &req.exec_id)?).map_err(failed)?;
         }
         Ok(Empty::new())
     }
 
     async fn connect(&self, _: &TtrpcContext, req: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
         // Before the container exists, the answer still has the pid of the server, as that of runc's shim.
-        let task_pid = self.pod.container(&req.id).map_or(0, |container| container.pid);
+        let container = ContainerId::parse(&req.id).ok().and_then(|id| self.pod.container(&id).ok());
+        let task_pid = container.map_or(0, |container| container.pid);
         let version = env!("CARGO_PKG_VERSION").to_owned();
         Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, version, ..Default::default() })
     }
@@ -162,36 +152,33 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, req: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        let stdio = StdioNames {
-            stdin: req.stdin.clone(),
-            stdout: req.stdout.clone(),
-            stderr: req.stderr.clone(),
-            terminal: req.terminal,
-        };
+        let stdio = stdio::decode(&req.stdin, &req.stdout, &req.stderr, req.terminal)?;
         // The Any's type is containerd's name for the OCI process, and its value is JSON.
-        let exec = ExecRequest { id: req.exec_id.clone(), process: req.spec.value.clone(), stdio };
-        self.pod.exec(&req.id, exec).map_err(failed)?;
+        let (container, id) = (id::container(&req.id)?, id::exec(&req.exec_id)?);
+        let exec = ExecRequest { container, id, process: req.spec.value.clone(), stdio };
+        self.pod.exec(exec).map_err(failed)?;
         Ok(Empty::new())
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, req: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        self.pod.resize(&req.id, &req.exec_id, req.width, req.height).await.map_err(failed)?;
+        let id = id::process(&req.id, &req.exec_id)?;
+        self.pod.resize(&id, req.width, req.height).await.map_err(failed)?;
         Ok(Empty::new())
     }
 
     async fn pause(&self, _: &TtrpcContext, req: PauseRequest) -> ttrpc::Result<Empty> {
-        self.pod.pause(&req.id).await.map_err(failed)?;
+        self.pod.pause(&id::container(&req.id)?).await.map_err(failed)?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, req: ResumeRequest) -> ttrpc::Result<Empty> {
-        self.pod.resume(&req.id).await.map_err(failed)?;
+        self.pod.resume(&id::container(&req.id)?).await.map_err(failed)?;
         Ok(Empty::new())
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, req: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
         let checkpoint = checkpoint::decode(&req)?;
-        self.pod.checkpoint(&req.id, checkpoint).await.map_err(failed)?;
+        self.pod.checkpoint(&id::container(&req.id)?, checkpoint).await.map_err(failed)?;
         Ok(Empty::new())
     }
 
@@ -200,22 +187,15 @@ impl Task for TaskService {
         if !resources.type_url.ends_with(RESOURCES_TYPE) {
             return invalid(format!("limits come as {RESOURCES_TYPE}, not as {:?}", resources.type_url));
         }
-        self.pod.update(&req.id, &resources.value).await.map_err(failed)?;
+        self.pod.update(&id::container(&req.id)?, &resources.value).await.map_err(failed)?;
         Ok(Empty::new())
     }
 
     async fn stats(&self, _: &TtrpcContext, req: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        let stats = self.pod.stats(&req.id).await.map_err(failed)?;
+        let stats = self.pod.stats(&id::container(&req.id)?).await.map_err(failed)?;
         let metrics = metrics::encode(&stats, self.pod.config().task.metrics).map_err(encoding)?;
         Ok(StatsResponse { stats: MessageField::some(metrics), ..Default::default() })
     }
-}
-
-/// A process in the lists of `ctr task ps` and CRI; only added processes have details.
-fn process_info(process: &HostProcess) -> protobuf::Result<ProcessInfo> {
-    let details = ProcessDetails { exec_id: process.exec_id.clone(), ..Default::default() };
-    let info = if process.exec_id.is_empty() { None } else { Some(any(&details)?) };
-    Ok(ProcessInfo { pid: process.pid, info: info.into(), ..Default::default() })
 }
 
 fn rootfs_mount(mount: &containerd_shim_protos::api::Mount) -> RootfsMount {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use machinen_protocol::api;
+use machinen_protocol::{api, process::ProcessRef};
 use nix::unistd::Uid;
 use tokio::time::timeout;
 
@@ -72,10 +72,8 @@ impl Container {
     ///
     /// # Errors
     /// The process runs, or is the init.
-    pub(crate) fn delete_process(&self, exec_id: &str) -> Result<(), ContainerError> {
-        if exec_id.is_empty() {
-            return Err(ContainerError::IsInit);
-        }
+    pub(crate) fn delete_process(&self, process: &ProcessRef) -> Result<(), ContainerError> {
+        let ProcessRef::Exec(exec_id) = process else { return Err(ContainerError::IsInit) };
         let Some((reservation, process)) = self.execs.take(exec_id)? else { return Ok(()) };
         if !process.has_exited() {
             return Err(ProcessError::Running.into());

@@ -5,10 +5,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use machinen_protocol::error::{ErrorKind, HasKind};
-
-/// A directory name may not be longer, and ids are directory names.
-const MAX_ID: usize = 255;
+use machinen_protocol::{
+    error::{ErrorKind, HasKind},
+    process::{MAX_ID, is_id},
+};
 
 #[derive(Debug)]
 pub(crate) struct IdTable<T> {
@@ -159,12 +159,6 @@ impl<T> Drop for Reservation<T> {
     }
 }
 
-fn is_id(id: &str) -> bool {
-    (1..=MAX_ID).contains(&id.len())
-        && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_+-.".contains(&byte))
-        && !id.bytes().all(|byte| byte == b'.')
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -181,11 +175,8 @@ mod tests {
     }
 
     #[test]
-    fn ids_that_mean_something_to_a_path_or_a_mount_are_refused() {
-        for id in ["", ".", "..", "a/b", "a:b", "a,b", "a b", "a\0", "\u{e4}"] {
-            assert!(matches!(IdTable::<()>::new("thing").reserve(id), Err(IdError::BadId { .. })), "{id:?}");
-        }
-        assert!(IdTable::<()>::new("thing").reserve(&"x".repeat(MAX_ID + 1)).is_err());
+    fn a_malformed_id_is_refused() {
+        assert!(matches!(IdTable::<()>::new("thing").reserve("a/b"), Err(IdError::BadId { .. })));
         assert!(IdTable::<()>::new("thing").reserve("Az09_+-.").is_ok());
     }
 }

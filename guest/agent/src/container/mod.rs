@@ -23,6 +23,7 @@ use std::{
 use machinen_protocol::{
     api,
     error::{ErrorKind, HasKind},
+    process::{ProcessRef, SignalTarget},
 };
 use nix::unistd::Uid;
 use tokio::sync::watch;
@@ -349,12 +350,12 @@ impl Container {
         if self.init.has_exited() { Err(ProcessError::Finished.into()) } else { Ok(&self.cgroup) }
     }
 
-    /// Sends a signal to a process, or to all; the init is "". SIGKILL also ends frozen processes, whose
-    /// writes must not block on a frozen file system.
+    /// Sends a signal to one process, or to all. SIGKILL also ends frozen processes, whose writes must not
+    /// block on a frozen file system.
     ///
     /// # Errors
     /// There is no such process, or no such signal.
-    pub(crate) fn signal(&self, exec_id: &str, signal: i32, all: bool) -> Result<(), ContainerError> {
+    pub(crate) fn signal(&self, target: &SignalTarget, signal: i32) -> Result<(), ContainerError> {
         if signal == libc::SIGKILL
             && !self.init.has_exited()
             && let Err(err) = self.rootfs.thaw()
@@ -362,22 +363,21 @@ impl Container {
             // The processes are killed anyway.
             console::report(&err);
         }
+        let SignalTarget::One(process) = target else { return Ok(self.cgroup.signal_all(signal)?) };
         // CRIU traces the processes of a restored container until the container is started, and would see the
         // end of a single process first: kill all of them.
-        if all || (signal == libc::SIGKILL && exec_id.is_empty() && self.waits_after_restore()) {
+        if signal == libc::SIGKILL && process.is_init() && self.waits_after_restore() {
             return Ok(self.cgroup.signal_all(signal)?);
         }
-        Ok(self.process(exec_id)?.signal(signal)?)
+        Ok(self.process(process)?.signal(signal)?)
     }
 
-    /// The process that an exec_id names; the init is "".
-    ///
     /// # Errors
     /// There is no such process.
-    pub(crate) fn process(&self, exec_id: &str) -> Result<Arc<Process>, ContainerError> {
-        match exec_id {
-            "" => Ok(Arc::clone(&self.init)),
-            _ => Ok(self.execs.get(exec_id)?),
+    pub(crate) fn process(&self, process: &ProcessRef) -> Result<Arc<Process>, ContainerError> {
+        match process {
+            ProcessRef::Init => Ok(Arc::clone(&self.init)),
+            ProcessRef::Exec(exec_id) => Ok(self.execs.get(exec_id)?),
         }
     }
 

@@ -16,7 +16,10 @@ use std::{
 };
 
 use machinen_base::{error::chain, fs::FileError};
-use machinen_protocol::api::{CriuOptions, Disk, RestoreFrom};
+use machinen_protocol::{
+    api::{CriuOptions, Disk, RestoreFrom},
+    process::SignalTarget,
+};
 use machinen_storage::rootdisk::RootdiskKey;
 use machinen_vm::{
     DiskAddress, VmError,
@@ -29,7 +32,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::{sync::mpsc, task::spawn_blocking};
 
 use super::{
-    Container, Pod, PodError, PodEvent,
+    Container, ContainerId, Pod, PodError, PodEvent,
     checkpoint_guest::{Dump, DumpOutcome},
     phases::PhaseTimes,
     state::{PodRequest, ProcessState},
@@ -66,7 +69,7 @@ impl Pod {
     /// # Errors
     /// The container does not exist or is not running, CRIU cannot dump it, or the directory cannot be
     /// written. The container continues as before, and nothing of the checkpoint is left.
-    pub async fn checkpoint(&self, id: &str, checkpoint: CheckpointRequest) -> Result<(), PodError> {
+    pub async fn checkpoint(&self, id: &ContainerId, checkpoint: CheckpointRequest) -> Result<(), PodError> {
         let container = self.container(id)?;
         // Runs in a task of its own: a caller that goes away must not leave a frozen container that is
         // reported as running.
@@ -110,9 +113,10 @@ impl Pod {
             finish(id, wanted, verified).await?;
             let path = wanted.path.display();
             tracing::info!(id, files, bytes, phases = %phases, %path, "container checkpointed");
-            self.emit(PodEvent::Checkpointed { id: id.to_owned(), path: wanted.path.clone() });
+            self.emit(PodEvent::Checkpointed { id: container.id.clone(), path: wanted.path.clone() });
             if wanted.exit {
-                let killed = agent.signal_process(id, "", libc::SIGKILL.cast_unsigned(), true).await;
+                let killed =
+                    agent.signal_process(id, &SignalTarget::All, libc::SIGKILL.cast_unsigned()).await;
                 killed.map_err(|source| PodError::guest("end", id, source))?;
             }
             Ok(())
@@ -189,7 +193,7 @@ fn manifest(container: &Container, options: DumpOptions) -> Result<CheckpointMan
         machinen: env!("CARGO_PKG_VERSION").to_owned(),
         arch: std::env::consts::ARCH.to_owned(),
         created: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
-        container: container.id.clone(),
+        container: container.id.to_string(),
         rootdisk: container.base.map(|key| key.to_string()),
         config: format!("sha256:{:x}", Sha256::digest(&config)),
         hostname: Some(hostname),

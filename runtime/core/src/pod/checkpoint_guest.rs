@@ -172,7 +172,7 @@ impl<'a> Dump<'a> {
     fn no_space(&self) -> PodError {
         let path = self.pod.shared.config.rootdisk.dir.clone();
         let source = CheckpointError::NoSpace { path, source: io::ErrorKind::StorageFull.into() };
-        PodError::Checkpoint { id: self.container.id.clone(), source }
+        PodError::Checkpoint { id: self.container.id.to_string(), source }
     }
 
     async fn freeze_and_dump(

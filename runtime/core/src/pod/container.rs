@@ -11,7 +11,7 @@ use machinen_vm::Vm;
 use tokio::sync::RwLock;
 
 use super::{
-    ContainerProcess, PodError,
+    ContainerId, ContainerProcess, PodError,
     anchor::Anchor,
     checkpoint,
     exec::Execs,
@@ -26,7 +26,7 @@ use crate::config;
 #[derive(Debug)]
 pub struct Container {
     /// The container's id, unique in its pod.
-    pub id: String,
+    pub id: ContainerId,
     /// The directory with `config.json`.
     pub bundle: PathBuf,
     /// Pid of the anchor, the host process that stands for the container.
@@ -63,7 +63,7 @@ pub(super) struct ContainerStorage {
 
 impl Container {
     pub(super) fn new(
-        id: String,
+        id: ContainerId,
         bundle: PathBuf,
         stdio: StdioNames,
         anchor: Anchor,
@@ -120,7 +120,7 @@ impl Container {
     /// Ends the anchor, and with it the view of the container's files, because the container has ended.
     pub(super) async fn end_anchor(&self) {
         if let Err(error) = self.anchor.lock().await.end().await {
-            tracing::warn!(id = self.id, "cannot end the container's anchor: {error}");
+            tracing::warn!(id = self.id.as_str(), "cannot end the container's anchor: {error}");
         }
     }
 }

@@ -12,7 +12,10 @@ use std::{
     sync::Arc,
 };
 
-use machinen_protocol::api::{CreateContainerRequest, Disk, InjectedFile, Rootfs, Stdio};
+use machinen_protocol::{
+    api::{CreateContainerRequest, Disk, InjectedFile, Rootfs, Stdio},
+    process::ProcessRef,
+};
 use machinen_storage::rootdisk::{BuildOptions, Rootdisk, RootdiskCache, RootdiskProgress};
 use machinen_vm::{DiskAddress, DiskBacking, DiskSpec, Vm, VmError, agent, assets::Assets};
 use oci_spec::runtime::Spec;
@@ -20,7 +23,7 @@ use protobuf::MessageField;
 use tokio::{sync::watch, task::spawn_blocking};
 
 use super::{
-    Container, ContainerSlot, Pod, PodError, PodEvent,
+    Container, ContainerId, ContainerSlot, Pod, PodError, PodEvent,
     anchor::Anchor,
     checkpoint::{self, RestorePlan},
     container::ContainerStorage,
@@ -28,7 +31,7 @@ use super::{
     phases::PhaseTimes,
     provision::VmOrigin,
     rootfs::{self, RootfsMount},
-    stdio::{HostStdio, StdioNames},
+    stdio::{HostStdio, ProcessStdio},
     streams::{self, Outputs, ProcessStreams},
 };
 use crate::{
@@ -42,17 +45,17 @@ use crate::{
 };
 
 /// A request to create a container.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct CreateRequest {
     /// Unique in the pod.
-    pub id: String,
+    pub id: ContainerId,
     /// Directory with `config.json`.
     pub bundle: PathBuf,
     /// The mounts of the root file system that the caller asks for; if empty, `root.path` of the
     /// configuration is used.
     pub rootfs: Vec<RootfsMount>,
     /// Where the init's standard streams lead.
-    pub stdio: StdioNames,
+    pub stdio: ProcessStdio,
     /// Directory of the checkpoint to restore the container from, instead of executing its command. It may be
     /// removed once the container has been created.
     pub checkpoint: Option<PathBuf>,
@@ -88,7 +91,7 @@ impl Pod {
     pub async fn create(&self, create: CreateRequest) -> Result<u32, PodError> {
         let id = create.id.clone();
         match self.containers().entry(id.clone()) {
-            std::collections::hash_map::Entry::Occupied(_) => return Err(PodError::Exists { id }),
+            std::collections::hash_map::Entry::Occupied(_) => return Err(PodError::Exists { id: id.into() }),
             std::collections::hash_map::Entry::Vacant(vacant) => vacant.insert(ContainerSlot::Creating),
         };
         // Runs in a task of its own, so that a caller that goes away does not leave a half-made container.
@@ -105,12 +108,12 @@ impl Pod {
 
     async fn create_reserved(&self, create: CreateRequest) -> Result<u32, PodError> {
         let phases = PhaseTimes::default();
-        let request = Box::new(create.clone());
+        let checkpoint = create.checkpoint.clone();
         let all = phases.time("create", self.create_timed(create, &phases)).await;
         let (container, watched, origin) = all?;
-        let (id, pid) = (container.id.clone(), container.pid);
-        self.containers().insert(id.clone(), ContainerSlot::Ready(Arc::clone(&container)));
-        self.emit(PodEvent::Created { pid, create: request });
+        let (id, pid) = (container.id.as_str(), container.pid);
+        self.containers().insert(container.id.clone(), ContainerSlot::Ready(Arc::clone(&container)));
+        self.emit(created(&container, checkpoint));
         tracing::info!(id, pid, %origin, phases = %phases, "container created");
         let ContainerWatch { agent, vm, outputs } = watched;
         tokio::spawn(self.clone().watch(container, agent, vm, outputs));
@@ -225,14 +228,15 @@ impl Pod {
         mut streams: ProcessStreams,
         storage: ContainerStorage,
     ) -> (Arc<Container>, ContainerWatch) {
-        let stdin = streams.take_input(&agent, &create.id, "");
+        let stdin = streams.take_input(&agent, &create.id, ProcessRef::Init);
         anchor.attach(ViewGuest {
             vm: vm.clone(),
             agent: agent.clone(),
-            container: create.id.clone(),
+            container: create.id.to_string(),
             unclaimed: Arc::clone(&self.shared.starting),
         });
-        let container = Container::new(create.id, create.bundle, create.stdio, anchor, vm.clone(), storage);
+        let container =
+            Container::new(create.id, create.bundle, create.stdio.names(), anchor, vm.clone(), storage);
         container.init.connect_stdin(stdin);
         let outputs = streams.outputs;
         (Arc::new(container), ContainerWatch { agent, vm, outputs })
@@ -281,6 +285,17 @@ pub(super) async fn attach_disks(
         phases.time("vm-ready", async { vm.agent().await.map_err(PodError::Boot) }),
     )?;
     Ok((ContainerDisks { base, writable, checkpoint }, agent))
+}
+
+fn created(container: &Container, checkpoint: Option<PathBuf>) -> PodEvent {
+    PodEvent::Created {
+        id: container.id.clone(),
+        pid: container.pid,
+        bundle: container.bundle.clone(),
+        rootfs: container.rootfs.clone(),
+        stdio: container.init.stdio.clone(),
+        checkpoint,
+    }
 }
 
 /// What the watcher of a container needs.

@@ -10,6 +10,7 @@ use machinen_vm::{
 };
 
 use super::{
+    ContainerId, ExecId,
     anchor::AnchorError,
     receive::ReceiveError,
     rootfs::RootfsPlanError,
@@ -38,26 +39,20 @@ pub enum PodError {
         id: String,
     },
     /// The container has no process of this id.
-    #[error("container {id} has no process {exec_id}")]
+    #[error("container {id} has no process {exec}")]
     NoProcess {
         /// The container's id.
-        id: String,
+        id: ContainerId,
         /// The process's id.
-        exec_id: String,
+        exec: ExecId,
     },
     /// The container has a process of this id already.
-    #[error("container {id} has a process {exec_id} already")]
+    #[error("container {id} has a process {exec} already")]
     ExecExists {
         /// The container's id.
-        id: String,
+        id: ContainerId,
         /// The process's id.
-        exec_id: String,
-    },
-    /// A process was to be added without an id.
-    #[error("a process that is added to container {id} needs an id")]
-    NoExecId {
-        /// The container's id.
-        id: String,
+        exec: ExecId,
     },
     /// The container cannot be used before its creation has ended.
     #[error("container {id} is still being created")]
@@ -237,7 +232,6 @@ impl HasKind for PodError {
         match self {
             Self::NoContainer { .. } | Self::NoProcess { .. } => ErrorKind::NotFound,
             Self::Exists { .. } | Self::ExecExists { .. } => ErrorKind::AlreadyExists,
-            Self::NoExecId { .. } => ErrorKind::InvalidArgument,
             Self::Process(error) => error.kind(),
             Self::BeingCreated { .. } => ErrorKind::Unavailable,
             Self::State { source: StateError::Finished, .. } => ErrorKind::NotFound,

@@ -2,69 +2,75 @@
 
 use std::path::PathBuf;
 
-use super::{CreateRequest, state::ProcessExit};
+use super::{ContainerId, ExecId, ProcessId, rootfs::RootfsMount, state::ProcessExit, stdio::StdioNames};
 
 /// An event, sent in the order of occurrence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PodEvent {
     /// A container was created.
     Created {
+        /// The container's id.
+        id: ContainerId,
         /// The pid of the container's anchor on the host.
         pid: u32,
-        /// The request, unchanged.
-        create: Box<CreateRequest>,
+        /// Directory with `config.json`.
+        bundle: PathBuf,
+        /// The mounts of the root file system that the caller asked for.
+        rootfs: Vec<RootfsMount>,
+        /// Where the standard streams of the container's init lead.
+        stdio: StdioNames,
+        /// Directory of the checkpoint that the container is restored from.
+        checkpoint: Option<PathBuf>,
     },
     /// The user's process of a container was started.
     Started {
         /// The container's id.
-        id: String,
+        id: ContainerId,
         /// The pid of the container's anchor on the host.
         pid: u32,
     },
     /// A container was paused.
     Paused {
         /// The container's id.
-        id: String,
+        id: ContainerId,
     },
     /// A paused container was resumed.
     Resumed {
         /// The container's id.
-        id: String,
+        id: ContainerId,
     },
     /// A checkpoint was written to `path`.
     Checkpointed {
         /// The container's id.
-        id: String,
+        id: ContainerId,
         /// The directory of the checkpoint.
         path: PathBuf,
     },
     /// The guest's kernel has killed a process because the container was out of memory.
     OutOfMemory {
         /// The container's id.
-        id: String,
+        id: ContainerId,
     },
     /// A process was added to a container.
     ExecAdded {
         /// The container's id.
-        id: String,
+        id: ContainerId,
         /// The process's id.
-        exec_id: String,
+        exec: ExecId,
     },
     /// An added process was started.
     ExecStarted {
         /// The container's id.
-        id: String,
+        id: ContainerId,
         /// The process's id.
-        exec_id: String,
+        exec: ExecId,
         /// The pid of the container's anchor on the host.
         pid: u32,
     },
     /// A process of a container has ended.
     Exited {
-        /// The container's id.
-        id: String,
-        /// The process's id; empty for the container's init.
-        exec_id: String,
+        /// The container's init, or a process that was added to it.
+        process: ProcessId,
         /// The pid of the container's anchor on the host.
         pid: u32,
         /// How the process ended.
@@ -73,7 +79,7 @@ pub enum PodEvent {
     /// A container was deleted.
     Deleted {
         /// The container's id.
-        id: String,
+        id: ContainerId,
         /// The pid of the container's anchor on the host.
         pid: u32,
         /// How the container's init ended.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use machinen_base::error::chain;
-use machinen_protocol::api::WaitProcessResponse;
+use machinen_protocol::{api::WaitProcessResponse, process::ProcessRef};
 use machinen_vm::{
     Vm,
     agent::{self, AgentError},
@@ -18,8 +18,8 @@ use machinen_vm::{
 use tokio::time::Duration;
 
 use super::{
-    Container, ContainerSlot, Pod, PodEvent, ProcessExit, Transition, state::KILLED, stdio::Logger,
-    streams::Outputs,
+    Container, ContainerId, ContainerSlot, Pod, PodEvent, ProcessExit, SignalScope, Transition,
+    state::KILLED, stdio::Logger, streams::Outputs,
 };
 
 /// Longest wait for a VM to sync its disks and power off before it is killed.
@@ -38,7 +38,7 @@ impl Pod {
         outputs: Outputs,
     ) {
         let reported = AtomicU64::new(0);
-        let mut waiting = pin!(agent.wait_process(&container.id, ""));
+        let mut waiting = pin!(agent.wait_process(&container.id, &ProcessRef::Init));
         let watchers = async {
             tokio::join!(self.watch_memory(&container, &agent, &reported), self.follow_anchor(&container))
         };
@@ -52,7 +52,7 @@ impl Pod {
             // A VM is useless without its agent. If the VM has ended already, this does nothing.
             vm.kill().await;
             let reason = vm.exited().await;
-            tracing::error!(id = container.id, "container lost: {}: {reason}", chain(error));
+            tracing::error!(id = container.id.as_str(), "container lost: {}: {reason}", chain(error));
         }
         // None: the guest is lost and cannot export the container's changes. Otherwise whether there are no
         // changes.
@@ -82,9 +82,17 @@ impl Pod {
     /// Killing the process that stands for a container kills the container.
     async fn follow_anchor(&self, container: &Container) {
         let exit = container.anchor_ended().await;
-        tracing::info!(id = container.id, "the container's anchor has ended ({exit}): killing the container");
-        if let Err(error) = self.kill(&container.id, "", libc::SIGKILL.cast_unsigned(), false).await {
-            tracing::warn!(id = container.id, "cannot kill the container of an anchor: {}", chain(&error));
+        tracing::info!(
+            id = container.id.as_str(),
+            "the container's anchor has ended ({exit}): killing the container"
+        );
+        let init = SignalScope::One(container.id.init());
+        if let Err(error) = self.kill(&init, libc::SIGKILL.cast_unsigned()).await {
+            tracing::warn!(
+                id = container.id.as_str(),
+                "cannot kill the container of an anchor: {}",
+                chain(&error)
+            );
         }
     }
 
@@ -92,15 +100,14 @@ impl Pod {
     async fn record(&self, container: &Container, exit: ProcessExit, unreported_kill: bool) {
         let _ordered = container.init.transitions.lock().await;
         if let Err(error) = container.init.advance(Transition::Exited(exit)) {
-            tracing::error!(id = container.id, "exit reported twice: {error}");
+            tracing::error!(id = container.id.as_str(), "exit reported twice: {error}");
             return;
         }
         if unreported_kill {
             self.emit(PodEvent::OutOfMemory { id: container.id.clone() });
         }
-        tracing::info!(id = container.id, status = exit.status, "container exited");
-        let (id, exec_id) = (container.id.clone(), String::new());
-        self.emit(PodEvent::Exited { id, exec_id, pid: container.pid, exit });
+        tracing::info!(id = container.id.as_str(), status = exit.status, "container exited");
+        self.emit(PodEvent::Exited { process: container.id.init(), pid: container.pid, exit });
     }
 
     /// Ends the VM with its last running container; otherwise removes only this container from the guest.
@@ -111,17 +118,17 @@ impl Pod {
         let mut slot = self.shared.vm.lock().await;
         if self.has_others(&container.id) {
             if let Err(error) = agent.delete_container(&container.id).await {
-                tracing::warn!(id = container.id, "cannot clean up in the guest: {}", chain(&error));
+                tracing::warn!(id = container.id.as_str(), "cannot clean up in the guest: {}", chain(&error));
                 self.shared.unsynced.store(true, Ordering::Relaxed);
             }
         } else if let Some(vm) = slot.take() {
             let synced = secure && !self.shared.unsynced.load(Ordering::Relaxed);
             let exit = if synced { vm.kill().await } else { vm.shutdown(SHUTDOWN_GRACE).await };
-            tracing::debug!(id = container.id, "VM ended: {exit}");
+            tracing::debug!(id = container.id.as_str(), "VM ended: {exit}");
         }
     }
 
-    fn has_others(&self, id: &str) -> bool {
+    fn has_others(&self, id: &ContainerId) -> bool {
         self.containers().iter().any(|(other, entry)| {
             other != id
                 && match entry {

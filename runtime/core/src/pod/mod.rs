@@ -19,6 +19,7 @@ mod error;
 pub mod event;
 mod exec;
 mod exit;
+mod id;
 mod layer;
 mod native_disk;
 mod out_of_memory;
@@ -63,7 +64,7 @@ pub use container::Container;
 pub use create::CreateRequest;
 pub use error::PodError;
 pub use exec::ExecRequest;
-pub use pids::HostProcess;
+pub use id::{ContainerId, ExecId, IdError, ProcessId, SignalScope};
 pub use process::ContainerProcess;
 pub use provision::{admits_one_more, default_vm_spec};
 
@@ -104,7 +105,7 @@ struct PodShared {
     afterwards: Mutex<Afterwards>,
     /// Describes the newest VM of the pod, from before it starts. None: no container was created yet.
     described_vm: Mutex<Option<DescribedVm>>,
-    containers: Mutex<HashMap<String, ContainerSlot>>,
+    containers: Mutex<HashMap<ContainerId, ContainerSlot>>,
     /// One permit is held while a process's streams are open and the agent has not claimed them.
     starting: Arc<Semaphore>,
     /// A container could not be removed from the guest, so its disk may not have been synced.
@@ -146,11 +147,18 @@ impl Pod {
         Self { shared: Arc::new(shared) }
     }
 
-    /// Starts the user's process; returns the pid of the container's anchor.
+    /// Starts a container's init, or a process that was added to it; returns the pid of the container's anchor.
     ///
     /// # Errors
-    /// The container does not exist or was started before, or its command cannot be executed.
-    pub async fn start(&self, id: &str) -> Result<u32, PodError> {
+    /// The process does not exist or was started before, or its command cannot be executed.
+    pub async fn start(&self, process: &ProcessId) -> Result<u32, PodError> {
+        match &process.exec {
+            None => self.start_init(&process.container).await,
+            Some(exec) => self.start_exec(&process.container, exec).await,
+        }
+    }
+
+    async fn start_init(&self, id: &ContainerId) -> Result<u32, PodError> {
         let container = self.container(id)?;
         let _ordered = container.init.transitions.lock().await;
         container.check(PodRequest::Start)?;
@@ -162,29 +170,28 @@ impl Pod {
             .init
             .advance(Transition::Start)
             .map_err(|source| PodError::state(PodRequest::Start, id, source))?;
-        self.emit(PodEvent::Started { id: id.to_owned(), pid: container.pid });
+        self.emit(PodEvent::Started { id: id.clone(), pid: container.pid });
         container.release_checkpoint(agent);
         self.request_template();
         self.refill_pool();
         Ok(container.pid)
     }
 
-    /// Sends `signal` to a process of the container (the init if `exec_id` is empty), or with `all` to all of
-    /// them.
+    /// Sends `signal` to a process of a container, or to all of them.
     ///
     /// SIGKILL works even if the guest hangs: if the agent does not deliver it in time, its VM is killed, and
     /// with it all containers of the pod.
     ///
     /// # Errors
     /// The process does not exist or is not running, or the agent does not answer.
-    pub async fn kill(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), PodError> {
-        let container = self.container(id)?;
-        let name = container.name(exec_id);
-        let fatal = signal == libc::SIGKILL as u32 && (exec_id.is_empty() || all);
+    pub async fn kill(&self, scope: &SignalScope, signal: u32) -> Result<(), PodError> {
+        let id = scope.container().as_str();
+        let container = self.container(scope.container())?;
+        let fatal = signal == libc::SIGKILL as u32 && scope.includes_init();
         let sent = async {
-            let guest_id = container.guest_id(exec_id, PodRequest::Signal).await?;
-            let sent = self.agent(id).await?.signal_process(id, &guest_id, signal, all).await;
-            sent.map_err(|source| PodError::guest("signal", &name, source))
+            let target = container.signal_target(scope).await?;
+            let sent = self.agent(id).await?.signal_process(id, &target, signal).await;
+            sent.map_err(|source| PodError::guest("signal", &scope.to_string(), source))
         };
         match timeout(KILL_PATIENCE, sent).await {
             Err(_) if fatal => {
@@ -195,7 +202,9 @@ impl Pod {
                 container.vm.kill().await;
                 Ok(())
             }
-            Err(_) => Err(PodError::Unanswered { verb: "signal", id: name, deadline: KILL_PATIENCE }),
+            Err(_) => {
+                Err(PodError::Unanswered { verb: "signal", id: scope.to_string(), deadline: KILL_PATIENCE })
+            }
             // On "not found" containerd waits for the exit; any other answer would keep it from deleting the
             // container.
             Ok(Err(error)) if error.is_loss_of_the_vm() => Err(PodError::Gone { id: id.to_owned() }),
@@ -207,7 +216,7 @@ impl Pod {
     ///
     /// # Errors
     /// The container does not exist, or the export fails; the snapshot is unchanged then.
-    pub async fn export_layer(&self, id: &str) -> Result<(), PodError> {
+    pub async fn export_layer(&self, id: &ContainerId) -> Result<(), PodError> {
         let container = self.container(id)?;
         let vm = self.vm_of(id).await?;
         let agent =
@@ -216,15 +225,22 @@ impl Pod {
         Ok(())
     }
 
-    /// Deletes a stopped container, or ends one that was never started. Nothing of the container is left when
-    /// this returns.
+    /// Deletes a stopped container, or an added process that has stopped. What was never started is ended
+    /// first. Nothing of the container or process is left when this returns.
     ///
     /// # Errors
-    /// The container does not exist or is running.
-    pub async fn delete(&self, id: &str) -> Result<(u32, ProcessExit), PodError> {
+    /// The container or process does not exist or is running.
+    pub async fn delete(&self, process: &ProcessId) -> Result<(u32, ProcessExit), PodError> {
+        match &process.exec {
+            None => self.delete_container(&process.container).await,
+            Some(exec) => self.delete_exec(&process.container, exec).await,
+        }
+    }
+
+    async fn delete_container(&self, id: &ContainerId) -> Result<(u32, ProcessExit), PodError> {
         let container = self.container(id)?;
         if container.state() == ProcessState::Created {
-            match self.kill(id, "", libc::SIGKILL as u32, false).await {
+            match self.kill(&SignalScope::One(id.init()), libc::SIGKILL as u32).await {
                 Ok(()) | Err(PodError::State { .. } | PodError::Gone { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -234,7 +250,7 @@ impl Pod {
         let exit = container.exited().await;
         container.gone_from_guest().await;
         if self.containers().remove(id).is_some() {
-            self.emit(PodEvent::Deleted { id: id.to_owned(), pid: container.pid, exit });
+            self.emit(PodEvent::Deleted { id: id.clone(), pid: container.pid, exit });
         }
         Ok((container.pid, exit))
     }
@@ -243,8 +259,8 @@ impl Pod {
     ///
     /// # Errors
     /// The process does not exist.
-    pub fn close_stdin(&self, id: &str, exec_id: &str) -> Result<(), PodError> {
-        self.container(id)?.process(exec_id)?.close_stdin();
+    pub fn close_stdin(&self, process: &ProcessId) -> Result<(), PodError> {
+        self.container(&process.container)?.process(process.exec.as_ref())?.close_stdin();
         Ok(())
     }
 
@@ -266,11 +282,11 @@ impl Pod {
 
     /// # Errors
     /// The container does not exist, or is still being created.
-    pub fn container(&self, id: &str) -> Result<Arc<Container>, PodError> {
+    pub fn container(&self, id: &ContainerId) -> Result<Arc<Container>, PodError> {
         match self.containers().get(id) {
             Some(ContainerSlot::Ready(container)) => Ok(Arc::clone(container)),
-            Some(ContainerSlot::Creating) => Err(PodError::BeingCreated { id: id.to_owned() }),
-            None => Err(PodError::NoContainer { id: id.to_owned() }),
+            Some(ContainerSlot::Creating) => Err(PodError::BeingCreated { id: id.to_string() }),
+            None => Err(PodError::NoContainer { id: id.to_string() }),
         }
     }
 
@@ -310,7 +326,7 @@ impl Pod {
         self.described_vm().as_ref().map_or(0, |vm| vm.spec.vcpus)
     }
 
-    fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<String, ContainerSlot>> {
+    fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<ContainerId, ContainerSlot>> {
         self.shared.containers.lock().expect("no panic while held")
     }
 

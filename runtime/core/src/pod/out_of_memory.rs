@@ -28,7 +28,7 @@ impl Pod {
                     if killed > seen {
                         reported.store(killed, Ordering::Relaxed);
                         self.emit(PodEvent::OutOfMemory { id: container.id.clone() });
-                        tracing::info!(id = container.id, killed, "out of memory");
+                        tracing::info!(id = container.id.as_str(), killed, "out of memory");
                     }
                     if ended {
                         return;
@@ -38,7 +38,7 @@ impl Pod {
                 Err(error) => {
                     // The task that waits for the container's end reports the reason.
                     tracing::debug!(
-                        id = container.id,
+                        id = container.id.as_str(),
                         "cannot watch for out-of-memory kills: {}",
                         chain(&error)
                     );

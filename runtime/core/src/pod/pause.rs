@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::{Container, Pod, PodError, PodEvent, PodRequest, Transition};
+use super::{Container, ContainerId, Pod, PodError, PodEvent, PodRequest, Transition};
 
 impl Pod {
     /// Freezes every process of a container. None of them runs when this returns.
@@ -12,7 +12,7 @@ impl Pod {
     /// # Errors
     /// The container does not exist, is not running or is paused already, or cannot be frozen. It continues
     /// to run then.
-    pub async fn pause(&self, id: &str) -> Result<(), PodError> {
+    pub async fn pause(&self, id: &ContainerId) -> Result<(), PodError> {
         let container = self.container(id)?;
         // Runs in a task of its own: a caller that goes away must not leave a frozen container that is
         // reported as running.
@@ -40,7 +40,7 @@ impl Pod {
             return Err(error);
         }
         container.init.advance(Transition::Pause).map_err(refused)?;
-        self.emit(PodEvent::Paused { id: id.to_owned() });
+        self.emit(PodEvent::Paused { id: container.id.clone() });
         Ok(())
     }
 
@@ -57,7 +57,7 @@ impl Pod {
     ///
     /// # Errors
     /// The container does not exist or is not paused, or the agent does not answer.
-    pub async fn resume(&self, id: &str) -> Result<(), PodError> {
+    pub async fn resume(&self, id: &ContainerId) -> Result<(), PodError> {
         let container = self.container(id)?;
         let pod = self.clone();
         let task = tokio::spawn(async move { pod.thaw(&container).await });
@@ -72,7 +72,7 @@ impl Pod {
         let agent = self.agent(id).await?;
         agent.resume_container(id).await.map_err(|source| PodError::guest("resume", id, source))?;
         container.init.advance(Transition::Resume).map_err(refused)?;
-        self.emit(PodEvent::Resumed { id: id.to_owned() });
+        self.emit(PodEvent::Resumed { id: container.id.clone() });
         Ok(())
     }
 }

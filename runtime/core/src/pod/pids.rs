@@ -6,24 +6,14 @@
 //! therefore does not involve the guest, and is the same whether the guest runs, is paused, hangs or has
 //! ended.
 
-use super::{Pod, PodError};
-
-/// A host process that stands for a process of a container.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HostProcess {
-    /// The pid of the container's anchor on the host.
-    pub pid: u32,
-    /// Empty for the container's init.
-    pub exec_id: String,
-}
+use super::{ContainerId, Pod, PodError};
 
 impl Pod {
-    /// Returns the host processes of a container, the anchor first.
+    /// Returns the pids on the host that stand for the processes of a container: that of its anchor.
     ///
     /// # Errors
     /// The container does not exist.
-    pub fn pids(&self, id: &str) -> Result<Vec<HostProcess>, PodError> {
-        let container = self.container(id)?;
-        Ok(vec![HostProcess { pid: container.pid, exec_id: String::new() }])
+    pub fn pids(&self, id: &ContainerId) -> Result<Vec<u32>, PodError> {
+        Ok(vec![self.container(id)?.pid])
     }
 }

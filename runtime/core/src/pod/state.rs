@@ -1,5 +1,4 @@
-//! The states of a container and of every process in it, as one pure function, and their projection to OCI's
-//! status words.
+//! The states of a container and of every process in it, as one pure function.
 //!
 //! ```text
 //!                      Paused --------exited----------v
@@ -169,17 +168,6 @@ impl ProcessState {
             (_, Transition::Delete) => Ok(None),
             (Self::Stopped(_), Transition::Exited(_)) => Err(StateError::AlreadyStopped),
             (_, Transition::Exited(exit)) => Ok(Some(Self::Stopped(exit))),
-        }
-    }
-
-    /// The status word of the runtime-spec (runtime.md, "State"), and runc's word for a state that the
-    /// runtime-spec lacks.
-    pub fn status(self) -> &'static str {
-        match self {
-            Self::Created => "created",
-            Self::Running => "running",
-            Self::Paused => "paused",
-            Self::Stopped(_) => "stopped",
         }
     }
 }

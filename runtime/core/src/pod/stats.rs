@@ -7,7 +7,7 @@ use std::{collections::HashMap, str::FromStr};
 
 use machinen_protocol::api::CgroupFile;
 
-use super::{Pod, PodError};
+use super::{ContainerId, Pod, PodError};
 
 /// The cgroup files to read.
 pub const FILES: &[&str] = &[
@@ -142,7 +142,7 @@ impl Pod {
     ///
     /// # Errors
     /// The container does not exist or has left the guest, or the agent does not answer.
-    pub async fn stats(&self, id: &str) -> Result<Stats, PodError> {
+    pub async fn stats(&self, id: &ContainerId) -> Result<Stats, PodError> {
         self.container(id)?;
         let files = self.agent(id).await?.read_cgroup(id, FILES).await;
         Ok(Stats::read(&files.map_err(|source| PodError::guest("count the resources of", id, source))?))

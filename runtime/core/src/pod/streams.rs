@@ -5,13 +5,14 @@ use std::fmt;
 use machinen_protocol::{
     MAX_UNCLAIMED_STREAMS,
     api::{self, WaitProcessResponse},
+    process::ProcessRef,
 };
 use machinen_vm::{BoxedStream, Vm, agent};
 use tokio::sync::watch;
 
 use super::{
     PodError,
-    stdio::{HostStdio, Logger, OutputCopy, StdinCopy, StdinEnd, StdinFifo, StdinReader, StdioError},
+    stdio::{HostStdio, Logger, OutputCopy, StdinCopy, StdinEnd, StdinReader, StdinSource, StdioError},
 };
 
 /// How many processes may be starting at once. Each has three streams open that the agent has not claimed.
@@ -19,19 +20,19 @@ pub(super) const STARTING: usize = MAX_UNCLAIMED_STREAMS / 3;
 
 /// The streams of a process, connected at both ends except for the caller's end of stdin.
 pub(super) struct ProcessStreams {
-    stdin: Option<(StdinFifo, BoxedStream)>,
+    stdin: Option<(StdinSource, BoxedStream)>,
     terminal: bool,
     pub(super) outputs: Outputs,
 }
 
 /// Stdin of a process that has not started: the guest's end is connected, the caller's is not open.
 pub(super) struct PendingInput {
-    fifo: StdinFifo,
+    source: StdinSource,
     to_guest: BoxedStream,
     terminal: bool,
     agent: agent::Client,
-    /// Ids of the container and of the process in the guest; the init's is "".
-    id: (String, String),
+    container: String,
+    process: ProcessRef,
 }
 
 /// The two output streams of a process, and the logging program that receives them.
@@ -77,17 +78,26 @@ pub(super) async fn connect(vm: &Vm, host: HostStdio) -> Result<(api::Stdio, Pro
 }
 
 impl ProcessStreams {
-    /// Takes the stdin of the process that has these ids in the guest.
-    pub(super) fn take_input(&mut self, agent: &agent::Client, id: &str, exec: &str) -> Option<PendingInput> {
-        let (fifo, to_guest) = self.stdin.take()?;
-        let id = (id.to_owned(), exec.to_owned());
-        Some(PendingInput { fifo, to_guest, terminal: self.terminal, agent: agent.clone(), id })
+    /// Takes the stdin of this process in the guest.
+    pub(super) fn take_input(
+        &mut self,
+        agent: &agent::Client,
+        container: &str,
+        process: ProcessRef,
+    ) -> Option<PendingInput> {
+        let (source, to_guest) = self.stdin.take()?;
+        let (agent, container) = (agent.clone(), container.to_owned());
+        Some(PendingInput { source, to_guest, terminal: self.terminal, agent, container, process })
     }
 }
 
 impl fmt::Debug for PendingInput {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PendingInput").field("fifo", &self.fifo).field("id", &self.id).finish_non_exhaustive()
+        f.debug_struct("PendingInput")
+            .field("source", &self.source)
+            .field("container", &self.container)
+            .field("process", &self.process)
+            .finish_non_exhaustive()
     }
 }
 
@@ -97,16 +107,16 @@ impl PendingInput {
     /// # Errors
     /// The errors of open(2).
     pub(super) fn open(&self) -> Result<StdinReader, StdioError> {
-        self.fifo.open()
+        self.source.open()
     }
 
     /// Starts to copy from the caller's end.
     pub(super) fn start(self, stdin: StdinReader, closed: watch::Receiver<bool>) -> StdinCopy {
-        let Self { to_guest, terminal, agent, id: (id, exec), .. } = self;
+        let Self { to_guest, terminal, agent, container, process, .. } = self;
         StdinCopy::start(stdin, StdinEnd { closed, terminal }, to_guest, async move |total| {
-            if let Err(error) = agent.end_stdin(&id, &exec, total).await {
+            if let Err(error) = agent.end_stdin(&container, &process, total).await {
                 // A process that has ended does not need the end of its stdin.
-                tracing::debug!(id, exec, "end of stdin not delivered: {error}");
+                tracing::debug!(id = container, ?process, "end of stdin not delivered: {error}");
             }
         })
     }

@@ -2,7 +2,7 @@
 
 use oci_spec::runtime::LinuxResources;
 
-use super::{Pod, PodError, state::PodRequest};
+use super::{ContainerId, Pod, PodError, state::PodRequest};
 use crate::spec::resources::{self, CurrentLimits};
 
 impl Pod {
@@ -11,7 +11,7 @@ impl Pod {
     /// # Errors
     /// The container does not exist or has stopped, the limits are not valid, or the guest lacks or refuses
     /// one of them.
-    pub async fn update(&self, id: &str, json: &[u8]) -> Result<(), PodError> {
+    pub async fn update(&self, id: &ContainerId, json: &[u8]) -> Result<(), PodError> {
         let container = self.container(id)?;
         container.check(PodRequest::Update)?;
         let wanted: LinuxResources =

@@ -25,6 +25,7 @@ use super::{
     create::{self, ContainerDisks, CreatePlan},
     layer,
     phases::PhaseTimes,
+    stdio::ProcessStdio,
 };
 use crate::{
     checkpoint::ImageDisk,
@@ -90,7 +91,7 @@ impl Pod {
         let pod = Self::new(shared.config.clone(), namespace, name, shared.dir.join(DIR), events);
         let restored = phases.time("verify", pod.restore_without_start(container, dir, trial_disk)).await;
         pod.end().await;
-        restored.map_err(|source| PodError::Verify { id: container.id.clone(), source: Box::new(source) })
+        restored.map_err(|source| PodError::Verify { id: container.id.to_string(), source: Box::new(source) })
     }
 
     async fn restore_without_start(
@@ -133,8 +134,8 @@ impl Pod {
             id: container.id.clone(),
             bundle: container.bundle.clone(),
             rootfs: container.rootfs.clone(),
+            stdio: ProcessStdio::default(),
             checkpoint: Some(dir.to_owned()),
-            ..CreateRequest::default()
         };
         let mut plan = self.plan(&create)?;
         // The trial reads all of the memory.

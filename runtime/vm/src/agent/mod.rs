@@ -5,11 +5,15 @@ mod stream_end;
 use std::time::Duration;
 
 use machinen_base::error::{ErrorKind, HasKind};
-use machinen_protocol::api::{
-    AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, CheckpointImagesResponse,
-    ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
-    Empty, EndStdinRequest, ExecProcessRequest, ExportLayerRequest, OpenViewRequest, ProcessRequest,
-    ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, WaitProcessResponse,
+use machinen_protocol::{
+    api::{
+        AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, CheckpointImagesResponse,
+        ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest,
+        CreateContainerResponse, Empty, EndStdinRequest, ExecProcessRequest, ExportLayerRequest,
+        OpenViewRequest, ProcessRequest, ResizeTerminalRequest, SetClockRequest, SignalProcessRequest,
+        WaitProcessResponse,
+    },
+    process::{ProcessRef, SignalTarget},
 };
 use ttrpc::Code;
 
@@ -141,13 +145,16 @@ impl Client {
         call!(self.start_container(container_request(container)), Some(LONG)).map(nothing)
     }
 
-    /// Resolves when the process has ended and its output has been sent. There is no deadline. An empty
-    /// `exec` means the init.
+    /// Resolves when the process has ended and its output has been sent. There is no deadline.
     ///
     /// # Errors
     /// The process does not exist.
-    pub async fn wait_process(&self, container: &str, exec: &str) -> Result<WaitProcessResponse, AgentError> {
-        call!(self.wait_process(process_request(container, exec)), None)
+    pub async fn wait_process(
+        &self,
+        container: &str,
+        process: &ProcessRef,
+    ) -> Result<WaitProcessResponse, AgentError> {
+        call!(self.wait_process(process_request(container, process)), None)
     }
 
     /// Runs an additional process in a container; it is running when this returns.
@@ -162,8 +169,8 @@ impl Client {
     ///
     /// # Errors
     /// The process is still running, or the container does not exist.
-    pub async fn delete_process(&self, container: &str, exec: &str) -> Result<(), AgentError> {
-        call!(self.delete_process(process_request(container, exec)), Some(QUICK)).map(nothing)
+    pub async fn delete_process(&self, container: &str, process: &ProcessRef) -> Result<(), AgentError> {
+        call!(self.delete_process(process_request(container, process)), Some(QUICK)).map(nothing)
     }
 
     /// Sets the size of a process's terminal, in characters.
@@ -173,13 +180,13 @@ impl Client {
     pub async fn resize_terminal(
         &self,
         container: &str,
-        exec: &str,
+        process: &ProcessRef,
         width: u32,
         height: u32,
     ) -> Result<(), AgentError> {
         let request = ResizeTerminalRequest {
             container_id: container.to_owned(),
-            exec_id: exec.to_owned(),
+            exec_id: process.to_wire(),
             width,
             height,
             ..ResizeTerminalRequest::default()
@@ -187,20 +194,20 @@ impl Client {
         call!(self.resize_terminal(request), Some(QUICK)).map(nothing)
     }
 
-    /// Sends a signal to one process, or with `all` to every process of the container.
+    /// Sends a signal to one process, or to every process of the container.
     ///
     /// # Errors
     /// The process does not exist.
     pub async fn signal_process(
         &self,
         container: &str,
-        exec: &str,
+        target: &SignalTarget,
         signal: u32,
-        all: bool,
     ) -> Result<(), AgentError> {
+        let (exec_id, all) = target.to_wire();
         let request = SignalProcessRequest {
             container_id: container.to_owned(),
-            exec_id: exec.to_owned(),
+            exec_id,
             signal,
             all,
             ..SignalProcessRequest::default()
@@ -212,10 +219,15 @@ impl Client {
     ///
     /// # Errors
     /// The process does not exist.
-    pub async fn end_stdin(&self, container: &str, exec: &str, total_bytes: u64) -> Result<(), AgentError> {
+    pub async fn end_stdin(
+        &self,
+        container: &str,
+        process: &ProcessRef,
+        total_bytes: u64,
+    ) -> Result<(), AgentError> {
         let request = EndStdinRequest {
             container_id: container.to_owned(),
-            exec_id: exec.to_owned(),
+            exec_id: process.to_wire(),
             total_bytes,
             ..EndStdinRequest::default()
         };
@@ -305,10 +317,10 @@ fn container_request(container: &str) -> ContainerRequest {
     ContainerRequest { container_id: container.to_owned(), ..ContainerRequest::default() }
 }
 
-fn process_request(container: &str, exec: &str) -> ProcessRequest {
+fn process_request(container: &str, process: &ProcessRef) -> ProcessRequest {
     ProcessRequest {
         container_id: container.to_owned(),
-        exec_id: exec.to_owned(),
+        exec_id: process.to_wire(),
         ..ProcessRequest::default()
     }
 }
@@ -391,7 +403,7 @@ mod tests {
     async fn the_end_of_the_vm_ends_every_call() {
         let (ours, mut theirs) = tokio::io::duplex(4096);
         let client = Client::new(Box::new(ours));
-        let (waited, ()) = tokio::join!(client.wait_process("c", ""), async {
+        let (waited, ()) = tokio::join!(client.wait_process("c", &ProcessRef::Init), async {
             // The call has been sent.
             theirs.read_u8().await.unwrap();
             drop(theirs);

@@ -32,7 +32,7 @@ pub struct StdinFifo {
 /// The reading end of a stdin fifo, with a writing end that keeps the stream from ending while clients detach
 /// and attach again.
 #[derive(Debug)]
-pub struct StdinReader {
+pub struct FifoReader {
     pub(super) reader: pipe::Receiver,
     keeper: Option<OwnedFd>,
     fifo: StdinFifo,
@@ -55,11 +55,11 @@ impl StdinFifo {
     ///
     /// # Errors
     /// The errors of open(2).
-    pub fn open(&self) -> Result<StdinReader, StdioError> {
+    pub(super) fn open(&self) -> Result<FifoReader, StdioError> {
         let failed = |source| StdioError::Open { stream: "stdin", path: self.path.clone(), source };
         let again = || Ok(Self { handle: self.handle.try_clone()?, path: self.path.clone() });
         let reader = self.end(OpenOptions::new().read(true)).map_err(failed)?;
-        let mut stdin = StdinReader {
+        let mut stdin = FifoReader {
             reader: pipe::Receiver::from_file(reader).map_err(failed)?,
             keeper: None,
             fifo: again().map_err(failed)?,
@@ -73,7 +73,7 @@ impl StdinFifo {
     }
 }
 
-impl StdinReader {
+impl FifoReader {
     pub(super) fn is_kept(&self) -> bool {
         self.keeper.is_some()
     }

@@ -4,13 +4,12 @@ use std::{io, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     io::{AsyncWrite, AsyncWriteExt},
-    net::unix::pipe,
     sync::{OwnedMutexGuard, watch},
     task::JoinHandle,
     time::sleep,
 };
 
-use super::{BUFFER, fifo::StdinReader};
+use super::{BUFFER, StdinReader};
 
 /// How long a client may take to open stdin after the start of a process. A client with input is waiting in
 /// open(2) by then; a client whose input was empty may have opened and closed the fifo without a trace.
@@ -85,7 +84,7 @@ async fn copy_input(
 ) -> io::Result<u64> {
     let StdinEnd { mut closed, terminal } = end;
     let mut grace = pin!(sleep(CLIENT_GRACE));
-    let mut unclaimed = !terminal;
+    let mut unclaimed = !terminal && stdin.has_clients();
     let mut buffer = vec![0; BUFFER];
     loop {
         let read = tokio::select! {
@@ -95,7 +94,7 @@ async fn copy_input(
                 stdin.release();
                 continue;
             }
-            read = take(&stdin.reader, taken, &mut buffer) => read?,
+            read = take(&mut stdin, taken, &mut buffer) => read?,
             () = &mut grace, if unclaimed => {
                 unclaimed = false;
                 match stdin.is_abandoned()? {
@@ -114,11 +113,11 @@ async fn copy_input(
 }
 
 /// Reads and counts available bytes, once the count is not held. Cancelling this loses nothing.
-async fn take(from: &pipe::Receiver, taken: &TakenBytes, buffer: &mut [u8]) -> io::Result<usize> {
+async fn take(from: &mut StdinReader, taken: &TakenBytes, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
         from.readable().await?;
         let mut taken = taken.lock().await;
-        match from.try_read(buffer) {
+        match from.read_now(buffer).await {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             read => {
                 let read = read?;

@@ -1,18 +1,21 @@
-//! A process's standard streams on the host: the caller's fifos, files and logging programs at one end, raw
-//! streams to the guest at the other.
+//! A process's standard streams on the host: the caller's fifos, files, logging programs or descriptors at one
+//! end, raw streams to the guest at the other.
 //!
 //! The control channel reports the end of each stream as a byte count (see machinen-protocol), so no code
 //! here infers it from a closed connection.
 
 mod fifo;
+mod inherited;
 mod input;
 mod logger;
 mod output;
+mod source;
 mod unread;
 mod uri;
 
 use std::{
     io,
+    os::fd::OwnedFd,
     path::PathBuf,
     pin::Pin,
     task::{Context, Poll},
@@ -25,29 +28,17 @@ use machinen_base::{
 };
 use tokio::{io::AsyncWrite, net::unix::pipe};
 
-use self::uri::StreamTarget;
+use self::{fifo::StdinFifo, inherited::InheritedStream, source::InheritedInput, uri::StreamTarget};
 
 pub use self::{
-    fifo::{StdinFifo, StdinReader},
     input::{StdinCopy, StdinEnd},
     logger::Logger,
     output::OutputCopy,
+    source::{ProcessStdio, StdinReader, StdinSource, StdioNames, StdioSource},
+    uri::StreamUri,
 };
 
 const BUFFER: usize = 64 << 10;
-
-/// The names of the standard streams that a caller asks for; an empty name is /dev/null.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct StdioNames {
-    /// The fifo that stdin is read from; empty if the process has no stdin.
-    pub stdin: String,
-    /// The fifo or URI that receives stdout; empty if the output is discarded.
-    pub stdout: String,
-    /// The fifo or URI that receives stderr; empty if the output is discarded.
-    pub stderr: String,
-    /// Whether the process has a terminal.
-    pub terminal: bool,
-}
 
 /// The process that the streams belong to, for logging programs.
 #[derive(Debug, Clone)]
@@ -100,6 +91,14 @@ pub enum StdioError {
         /// The cause.
         source: io::Error,
     },
+    /// A descriptor that was passed on cannot be used as a stream.
+    #[error("cannot use the inherited descriptor of {stream}")]
+    Inherited {
+        /// The name of the stream.
+        stream: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
     /// The file is not a fifo.
     #[error("{stream} {} is not a fifo", path.display())]
     NotFifo {
@@ -144,6 +143,7 @@ impl HasKind for StdioError {
             | Self::Stderr { .. }
             | Self::TerminalStderr { .. }
             | Self::Open { .. }
+            | Self::Inherited { .. }
             | Self::NotFifo { .. } => ErrorKind::InvalidArgument,
         }
     }
@@ -154,8 +154,8 @@ impl HasKind for StdioError {
 pub struct HostStdio {
     /// Whether the process has a terminal.
     pub terminal: bool,
-    /// Opened later: see [`StdinFifo`].
-    pub stdin: Option<StdinFifo>,
+    /// Opened when the process starts.
+    pub stdin: Option<StdinSource>,
     /// What receives stdout; None if the output is discarded.
     pub stdout: Option<OutputSink>,
     /// What receives stderr; None if the output is discarded.
@@ -171,6 +171,8 @@ pub enum OutputSink {
     Pipe(pipe::Sender),
     /// A file that is appended to.
     File(tokio::fs::File),
+    /// A descriptor of the caller.
+    Inherited(InheritedStream),
 }
 
 impl HostStdio {
@@ -179,41 +181,11 @@ impl HostStdio {
     ///
     /// # Errors
     /// The first stream that does not exist or has an invalid name.
-    pub fn open(names: &StdioNames, owner: &StreamOwner) -> Result<Self, StdioError> {
-        let mut stdio =
-            Self { terminal: names.terminal, stdin: None, stdout: None, stderr: None, logger: None };
-        let (stdout, stderr) =
-            (StreamTarget::parse("stdout", &names.stdout)?, StreamTarget::parse("stderr", &names.stderr)?);
-        match StreamTarget::parse("stdin", &names.stdin)? {
-            StreamTarget::Null => {}
-            StreamTarget::Fifo(path) => stdio.stdin = Some(StdinFifo::find(&path)?),
-            _ => return Err(StdioError::Stdin { name: names.stdin.clone() }),
-        }
-        let mut shared = None;
-        stdio.stdout = match &stdout {
-            StreamTarget::Null => None,
-            StreamTarget::Fifo(path) => Some(fifo::open_output("stdout", path)?),
-            StreamTarget::File(path) => Some(fifo::append("stdout", path)?),
-            StreamTarget::Program(program) => {
-                let (logger, ends) = Logger::start(program, owner)?;
-                stdio.logger = Some(logger);
-                shared = Some(ends.stderr);
-                Some(OutputSink::Pipe(ends.stdout))
-            }
-        };
-        // containerd's clients pass the same program or file for both outputs; a terminal has no second
-        // output.
-        let same = names.stderr == names.stdout;
-        stdio.stderr = match stderr {
-            StreamTarget::Null => None,
-            _ if names.terminal && same => None,
-            _ if names.terminal => return Err(StdioError::TerminalStderr { name: names.stderr.clone() }),
-            StreamTarget::Fifo(path) => Some(fifo::open_output("stderr", &path)?),
-            StreamTarget::File(path) => Some(fifo::append("stderr", &path)?),
-            StreamTarget::Program(_) if same => shared.map(OutputSink::Pipe),
-            StreamTarget::Program(_) => return Err(StdioError::Stderr { name: names.stderr.clone() }),
-        };
-        Ok(stdio)
+    pub fn open(stdio: &ProcessStdio, owner: &StreamOwner) -> Result<Self, StdioError> {
+        let stdin = open_stdin(&stdio.stdin)?;
+        let (logger, stdout, shared) = open_stdout(&stdio.stdout, owner)?;
+        let stderr = open_stderr(stdio, shared)?;
+        Ok(Self { terminal: stdio.terminal, stdin, stdout, stderr, logger })
     }
 
     /// Waits until the logging program is ready.
@@ -228,11 +200,68 @@ impl HostStdio {
     }
 }
 
+fn open_stdin(stdin: &StdioSource) -> Result<Option<StdinSource>, StdioError> {
+    match stdin {
+        StdioSource::Null => Ok(None),
+        StdioSource::Named(StreamUri { target: StreamTarget::Fifo(path), .. }) => {
+            Ok(Some(StdinSource::Fifo(StdinFifo::find(path)?)))
+        }
+        StdioSource::Named(uri) => Err(StdioError::Stdin { name: uri.to_string() }),
+        StdioSource::Inherited(fd) => Ok(Some(StdinSource::Inherited(InheritedInput::of(fd)?))),
+    }
+}
+
+/// Opens stdout. A logging program takes stderr as well, so its pipe for stderr is returned too.
+fn open_stdout(stdout: &StdioSource, owner: &StreamOwner) -> Result<OpenedStdout, StdioError> {
+    let uri = match stdout {
+        StdioSource::Null => return Ok((None, None, None)),
+        StdioSource::Inherited(fd) => return Ok((None, Some(inherit_output("stdout", fd)?), None)),
+        StdioSource::Named(uri) => uri,
+    };
+    match &uri.target {
+        StreamTarget::Fifo(path) => Ok((None, Some(fifo::open_output("stdout", path)?), None)),
+        StreamTarget::File(path) => Ok((None, Some(fifo::append("stdout", path)?), None)),
+        StreamTarget::Program(program) => {
+            let (logger, ends) = Logger::start(program, owner)?;
+            Ok((Some(logger), Some(OutputSink::Pipe(ends.stdout)), Some(ends.stderr)))
+        }
+    }
+}
+
+/// The logging program, the sink of stdout, and the program's pipe for stderr.
+type OpenedStdout = (Option<Logger>, Option<OutputSink>, Option<pipe::Sender>);
+
+/// Opens stderr. containerd's clients name the same program or file for both outputs; a terminal has no second
+/// output, so an inherited stderr is not used with one.
+fn open_stderr(stdio: &ProcessStdio, shared: Option<pipe::Sender>) -> Result<Option<OutputSink>, StdioError> {
+    let uri = match &stdio.stderr {
+        StdioSource::Null => return Ok(None),
+        StdioSource::Inherited(_) if stdio.terminal => return Ok(None),
+        StdioSource::Inherited(fd) => return inherit_output("stderr", fd).map(Some),
+        StdioSource::Named(uri) => uri,
+    };
+    let same = matches!(&stdio.stdout, StdioSource::Named(stdout) if stdout == uri);
+    match &uri.target {
+        _ if stdio.terminal && same => Ok(None),
+        _ if stdio.terminal => Err(StdioError::TerminalStderr { name: uri.to_string() }),
+        StreamTarget::Fifo(path) => fifo::open_output("stderr", path).map(Some),
+        StreamTarget::File(path) => fifo::append("stderr", path).map(Some),
+        StreamTarget::Program(_) if same => Ok(shared.map(OutputSink::Pipe)),
+        StreamTarget::Program(_) => Err(StdioError::Stderr { name: uri.to_string() }),
+    }
+}
+
+fn inherit_output(stream: &'static str, fd: &OwnedFd) -> Result<OutputSink, StdioError> {
+    let stream = InheritedStream::writer(fd).map_err(|source| StdioError::Inherited { stream, source })?;
+    Ok(OutputSink::Inherited(stream))
+}
+
 impl AsyncWrite for OutputSink {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Pipe(pipe) => Pin::new(pipe).poll_write(cx, bytes),
             Self::File(file) => Pin::new(file).poll_write(cx, bytes),
+            Self::Inherited(stream) => Pin::new(stream).poll_write(cx, bytes),
         }
     }
 
@@ -240,6 +269,7 @@ impl AsyncWrite for OutputSink {
         match self.get_mut() {
             Self::Pipe(pipe) => Pin::new(pipe).poll_flush(cx),
             Self::File(file) => Pin::new(file).poll_flush(cx),
+            Self::Inherited(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
@@ -247,6 +277,7 @@ impl AsyncWrite for OutputSink {
         match self.get_mut() {
             Self::Pipe(pipe) => Pin::new(pipe).poll_shutdown(cx),
             Self::File(file) => Pin::new(file).poll_shutdown(cx),
+            Self::Inherited(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

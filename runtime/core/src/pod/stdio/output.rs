@@ -47,7 +47,7 @@ impl OutputCopy {
     ) -> Self {
         let unread = match &sink {
             OutputSink::Pipe(fifo) => Unread::of(fifo),
-            OutputSink::File(_) => None,
+            OutputSink::File(_) | OutputSink::Inherited(_) => None,
         };
         Self { unread, ..Self::start(name, from_guest, sink) }
     }

@@ -14,12 +14,33 @@ use tokio::{
 
 use super::*;
 
+mod inherited;
+
 fn owner() -> StreamOwner {
     StreamOwner { namespace: "ns".to_owned(), id: "c".to_owned() }
 }
 
-fn open(names: StdioNames) -> Result<HostStdio, StdioError> {
-    HostStdio::open(&names, &owner())
+/// The names of three streams; an empty one is /dev/null.
+#[derive(Default)]
+struct Names {
+    stdin: String,
+    stdout: String,
+    stderr: String,
+    terminal: bool,
+}
+
+fn open(names: Names) -> Result<HostStdio, StdioError> {
+    let source = |stream, name: &str| match name {
+        "" => StdioSource::Null,
+        name => StdioSource::Named(StreamUri::parse(stream, name).unwrap()),
+    };
+    let stdio = ProcessStdio {
+        stdin: source("stdin", &names.stdin),
+        stdout: source("stdout", &names.stdout),
+        stderr: source("stderr", &names.stderr),
+        terminal: names.terminal,
+    };
+    HostStdio::open(&stdio, &owner())
 }
 
 fn fifo(dir: &tempfile::TempDir, name: &str) -> String {
@@ -32,7 +53,7 @@ fn fifo(dir: &tempfile::TempDir, name: &str) -> String {
 async fn output_ends_at_the_count_not_at_the_end_of_the_stream() {
     let dir = tempfile::tempdir().unwrap();
     let name = fifo(&dir, "out");
-    let host = open(StdioNames { stdout: name.clone(), ..Default::default() }).unwrap();
+    let host = open(Names { stdout: name.clone(), ..Default::default() }).unwrap();
     let mut reader = std::fs::File::open(&name).unwrap();
     let (mut guest, from_guest) = duplex(4096);
     let output = OutputCopy::start("stdout", from_guest, host.stdout.unwrap());
@@ -90,7 +111,7 @@ impl Fed {
         before: impl FnOnce(&str, &watch::Sender<bool>),
     ) -> Self {
         let name = fifo(dir, "in");
-        let host = open(StdioNames { stdin: name.clone(), terminal, ..Default::default() }).unwrap();
+        let host = open(Names { stdin: name.clone(), terminal, ..Default::default() }).unwrap();
         let close = watch::Sender::new(false);
         before(&name, &close);
         let (to_guest, guest) = duplex(1 << 20);
@@ -199,7 +220,7 @@ async fn a_terminal_waits_for_clients_to_come() {
 async fn stdin_that_is_held_stays_with_the_caller() {
     let dir = tempfile::tempdir().unwrap();
     let name = fifo(&dir, "in");
-    let host = open(StdioNames { stdin: name.clone(), ..Default::default() }).unwrap();
+    let host = open(Names { stdin: name.clone(), ..Default::default() }).unwrap();
     // The guest accepts less than what was written.
     let (to_guest, mut guest) = duplex(4);
     let close = watch::Sender::new(false);
@@ -228,14 +249,11 @@ async fn stdin_that_is_held_stays_with_the_caller() {
 fn a_missing_fifo_and_a_regular_file_are_named() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let _guard = runtime.enter();
-    let names = StdioNames { stdout: "/nonexistent/out".to_owned(), ..Default::default() };
-    assert_eq!(
-        HostStdio::open(&names, &owner()).unwrap_err().to_string(),
-        "cannot open stdout /nonexistent/out"
-    );
+    let names = Names { stdout: "/nonexistent/out".to_owned(), ..Default::default() };
+    assert_eq!(open(names).unwrap_err().to_string(), "cannot open stdout /nonexistent/out");
     let file = tempfile::NamedTempFile::new().unwrap();
-    let names = StdioNames { stdin: file.path().to_str().unwrap().to_owned(), ..Default::default() };
-    assert!(matches!(HostStdio::open(&names, &owner()), Err(StdioError::NotFifo { stream: "stdin", .. })));
+    let names = Names { stdin: file.path().to_str().unwrap().to_owned(), ..Default::default() };
+    assert!(matches!(open(names), Err(StdioError::NotFifo { stream: "stdin", .. })));
 }
 
 #[tokio::test]
@@ -244,7 +262,7 @@ async fn a_file_is_made_and_appended_to() {
     let path = dir.path().join("a b/log");
     let name = format!("file://{}/a%20b/log", dir.path().display());
     for text in ["one ", "two"] {
-        let names = StdioNames { stdout: name.clone(), stderr: name.clone(), ..Default::default() };
+        let names = Names { stdout: name.clone(), stderr: name.clone(), ..Default::default() };
         let host = open(names).unwrap();
         let (mut guest, from_guest) = duplex(4096);
         let output = OutputCopy::start("stdout", from_guest, host.stdout.unwrap());
@@ -264,7 +282,7 @@ async fn log_with(scheme: &str, script: &str) -> Result<String, StdioError> {
         .append_pair("sh", log.to_str().unwrap())
         .finish();
     let name = format!("{scheme}:///bin/sh?{query}");
-    let mut host = open(StdioNames { stdout: name.clone(), stderr: name, ..Default::default() })?;
+    let mut host = open(Names { stdout: name.clone(), stderr: name, ..Default::default() })?;
     host.ready().await?;
     for (sink, text) in [(host.stdout, "out"), (host.stderr, "err")] {
         let (mut guest, from_guest) = duplex(4096);
@@ -293,7 +311,7 @@ async fn a_program_of_binary_v2_reports_that_it_is_ready() {
 
 #[tokio::test]
 async fn a_missing_program_is_named() {
-    let names = StdioNames { stdout: "binary:///no/logger".to_owned(), ..Default::default() };
+    let names = Names { stdout: "binary:///no/logger".to_owned(), ..Default::default() };
     let error = open(names).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
     assert!(machinen_base::error::chain(&error).contains("/no/logger not found"), "{error:?}");

@@ -1,23 +1,28 @@
 //! The names that callers give to standard streams (containerd, `core/runtime/v2/README.md`, "Logging").
 //!
 //! ```text
-//!   ""                         /dev/null
 //!   /path   fifo:///path       a fifo; a path may also be a file that is there already
 //!   file:///path               a file, appended to
 //!   binary:///program?k=v      a program that reads fd 3 (stdout) and fd 4 (stderr), and closes fd 5 when ready
 //!   binary-v2:///program?k=v   the same, but it must write a byte to fd 5
 //! ```
 
-use std::path::PathBuf;
+use std::{fmt, path::PathBuf};
 
 use percent_encoding::percent_decode_str;
 
 use super::StdioError;
 
-/// The destination of a standard stream.
+/// A name of a standard stream that was understood.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamUri {
+    text: String,
+    pub(super) target: StreamTarget,
+}
+
+/// What a name leads to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum StreamTarget {
-    Null,
     Fifo(PathBuf),
     File(PathBuf),
     Program(LoggerProgram),
@@ -33,14 +38,26 @@ pub(super) struct LoggerProgram {
     pub(super) must_report: bool,
 }
 
-impl StreamTarget {
+impl StreamUri {
+    /// Parses the name of `stream`, which is stdin, stdout or stderr.
+    ///
     /// # Errors
     /// The scheme is unknown, or the path is not absolute.
-    pub(super) fn parse(stream: &'static str, name: &str) -> Result<Self, StdioError> {
+    pub fn parse(stream: &'static str, name: &str) -> Result<Self, StdioError> {
+        Ok(Self { text: name.to_owned(), target: StreamTarget::parse(stream, name)? })
+    }
+}
+
+/// The name as the caller gave it.
+impl fmt::Display for StreamUri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl StreamTarget {
+    fn parse(stream: &'static str, name: &str) -> Result<Self, StdioError> {
         let bad = || StdioError::Scheme { stream, name: name.to_owned() };
-        if name.is_empty() {
-            return Ok(Self::Null);
-        }
         let Some((scheme, rest)) = name.split_once("://") else {
             return if name.starts_with('/') { Ok(Self::Fifo(name.into())) } else { Err(bad()) };
         };
@@ -74,7 +91,6 @@ mod tests {
 
     #[test]
     fn the_schemes_of_containerd() {
-        assert_eq!(parse(""), StreamTarget::Null);
         assert_eq!(parse("/a b%20c?d"), StreamTarget::Fifo("/a b%20c?d".into()));
         assert_eq!(parse("fifo:///a"), StreamTarget::Fifo("/a".into()));
         assert_eq!(parse("file:///var/log/a%20b"), StreamTarget::File("/var/log/a b".into()));
@@ -91,7 +107,7 @@ mod tests {
 
     #[test]
     fn invalid_names_are_reported() {
-        for name in ["relative", "npipe:///a", "file://host/a", "binary://logger", "file:///%ff"] {
+        for name in ["", "relative", "npipe:///a", "file://host/a", "binary://logger", "file:///%ff"] {
             let error = StreamTarget::parse("stderr", name).unwrap_err().to_string();
             assert!(error.contains("stderr") && error.contains(name), "{error}");
         }
@@ -100,7 +116,9 @@ mod tests {
     proptest! {
         #[test]
         fn any_name_is_parsed_or_refused(name in "(/|[a-z0-9-]{0,9}://)?[ -~\u{e4}%?&=]{0,40}") {
-            let _ = StreamTarget::parse("stdin", &name);
+            if let Ok(uri) = StreamUri::parse("stdin", &name) {
+                prop_assert_eq!(uri.to_string(), name);
+            }
         }
     }
 }
