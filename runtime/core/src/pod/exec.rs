@@ -24,7 +24,7 @@ use protobuf::MessageField;
 use super::{
     Container, ContainerProcess, Pod, PodError, PodEvent, PodRequest, ProcessExit, ProcessState, StateError,
     Transition,
-    exit::finish_output,
+    exit::finish_process,
     stdio::{HostStdio, StdioNames},
     streams::{self, Outputs},
 };
@@ -286,8 +286,8 @@ impl Pod {
     async fn watch_exec(self, container: Arc<Container>, exec: Arc<AddedProcess>, watch: ExecWatch) {
         let ExecWatch { agent, guest_id, outputs } = watch;
         let name = container.name(&exec.id);
-        let (exit, logger) =
-            finish_output(&name, outputs, agent.wait_process(&container.id, &guest_id).await).await;
+        let waited = agent.wait_process(&container.id, &guest_id);
+        let (_, exit, logger) = finish_process(&name, &container.kill_clock, outputs, waited).await;
         {
             let _ordered = exec.process.transitions.lock().await;
             if let Err(error) = exec.process.advance(Transition::Exited(exit)) {

@@ -19,6 +19,7 @@ mod error;
 pub mod event;
 mod exec;
 mod exit;
+mod kill_clock;
 mod layer;
 mod native_disk;
 mod out_of_memory;
@@ -43,10 +44,11 @@ use std::{
     sync::{Arc, Mutex, OnceLock, atomic::AtomicBool},
 };
 
+use machinen_base::error::chain;
 use machinen_vm::{Vm, VmSpec, agent};
 use tokio::{
     sync::{Semaphore, mpsc},
-    time::{Duration, timeout},
+    time::timeout,
 };
 
 use crate::{
@@ -54,6 +56,7 @@ use crate::{
     pool::WarmVm,
 };
 use event::PodEvent;
+use kill_clock::KILL_PATIENCE;
 use provision::Afterwards;
 use state::{PodRequest, ProcessExit, ProcessState, StateError, Transition};
 use stdio::StreamOwner;
@@ -66,9 +69,6 @@ pub use exec::ExecRequest;
 pub use pids::HostProcess;
 pub use process::ContainerProcess;
 pub use provision::{admits_one_more, default_vm_spec};
-
-/// How long the guest may take to deliver a signal.
-const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 /// One VM and the containers in it. Clones are handles of the same pod.
 #[derive(Debug, Clone)]
@@ -172,8 +172,9 @@ impl Pod {
     /// Sends `signal` to a process of the container (the init if `exec_id` is empty), or with `all` to all of
     /// them.
     ///
-    /// SIGKILL works even if the guest hangs: if the agent does not deliver it in time, its VM is killed, and
-    /// with it all containers of the pod.
+    /// SIGKILL ends the container whatever the guest does: if the agent does not deliver it in time, or the
+    /// container has not ended in time ([`KillClock`](kill_clock::KillClock)), the VM is killed, and with it
+    /// all containers of the pod.
     ///
     /// # Errors
     /// The process does not exist or is not running, or the agent does not answer.
@@ -181,6 +182,9 @@ impl Pod {
         let container = self.container(id)?;
         let name = container.name(exec_id);
         let fatal = signal == libc::SIGKILL as u32 && (exec_id.is_empty() || all);
+        if fatal {
+            container.kill_clock.start();
+        }
         let sent = async {
             let guest_id = container.guest_id(exec_id, PodRequest::Signal).await?;
             let sent = self.agent(id).await?.signal_process(id, &guest_id, signal, all).await;
@@ -212,7 +216,9 @@ impl Pod {
         let vm = self.vm_of(id).await?;
         let agent =
             vm.agent().await.map_err(|source| PodError::Vm { what: "reach the guest agent", source })?;
-        container.layer.export(&vm, &agent, id).await.map_err(PodError::Export)?;
+        // SIGKILL does not wait for an export: the container's last one follows when it has ended.
+        let killed = container.kill_clock.started();
+        container.layer.export(&vm, &agent, id, killed).await.map_err(PodError::Export)?;
         Ok(())
     }
 
@@ -224,9 +230,9 @@ impl Pod {
     pub async fn delete(&self, id: &str) -> Result<(u32, ProcessExit), PodError> {
         let container = self.container(id)?;
         if container.state() == ProcessState::Created {
-            match self.kill(id, "", libc::SIGKILL as u32, false).await {
-                Ok(()) | Err(PodError::State { .. } | PodError::Gone { .. }) => {}
-                Err(error) => return Err(error),
+            // The container ends in time even if the guest refuses the signal.
+            if let Err(error) = self.kill(id, "", libc::SIGKILL as u32, false).await {
+                tracing::debug!(id, "SIGKILL was not delivered: {}", chain(&error));
             }
             container.exited().await;
         }

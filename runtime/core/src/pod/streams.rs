@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use super::{
     PodError,
-    stdio::{HostStdio, Logger, OutputCopy, StdinCopy, StdinEnd, StdinFifo, StdinReader, StdioError},
+    stdio::{DiscardOutput, HostStdio, Logger, OutputCopy, StdinCopy, StdinEnd, StdinFifo, StdinReader, StdioError},
 };
 
 /// How many processes may be starting at once. Each has three streams open that the agent has not claimed.
@@ -113,6 +113,11 @@ impl PendingInput {
 }
 
 impl Outputs {
+    /// Drops the output from then on, instead of waiting for its readers.
+    pub(super) fn discard(&self) -> DiscardOutput {
+        self.stdout.iter().chain(&self.stderr).map(OutputCopy::discard).collect()
+    }
+
     /// Waits until the caller has received all output of the process. The logging program may still be
     /// working on it.
     pub(super) async fn deliver(self, id: &str, ended: &WaitProcessResponse) -> Option<Logger> {
@@ -130,9 +135,11 @@ impl Outputs {
 
     /// Delivers the output that has arrived from a guest that has ended.
     pub(super) async fn abandon(self) -> Option<Logger> {
-        for output in [self.stdout, self.stderr].into_iter().flatten() {
-            output.abandon().await;
-        }
+        let abandon = async |output: Option<OutputCopy>| match output {
+            Some(output) => output.abandon().await,
+            None => {}
+        };
+        tokio::join!(abandon(self.stdout), abandon(self.stderr));
         self.logger
     }
 }

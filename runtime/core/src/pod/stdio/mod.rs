@@ -31,7 +31,7 @@ pub use self::{
     fifo::{StdinFifo, StdinReader},
     input::{StdinCopy, StdinEnd},
     logger::Logger,
-    output::OutputCopy,
+    output::{DiscardOutput, OutputCopy},
 };
 
 const BUFFER: usize = 64 << 10;
