@@ -6,12 +6,12 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
     io::Read as _,
     path::{Path, PathBuf},
 };
 
-use machinen_base::fs::{FileError, if_exists};
+use machinen_base::fs::{FileError, Links, if_exists, open_regular};
+use machinen_base::text::printable;
 use machinen_protocol::api::{
     CgroupFile, CgroupFileOwner, CheckpointFacts, CriuOptions, ExternalMount, NestedCgroup,
 };
@@ -147,7 +147,8 @@ impl CheckpointManifest {
     /// The manifest is missing, not valid, or has another format or architecture.
     pub fn read(dir: &Path) -> Result<Self, CheckpointError> {
         let path = dir.join(MANIFEST);
-        let opened = if_exists(File::open(&path)).map_err(FileError::at("open", &path))?;
+        // The directory may belong to anybody.
+        let opened = if_exists(open_regular(&path, Links::Refuse)).map_err(FileError::at("open", &path))?;
         let file = opened.ok_or_else(|| CheckpointError::NoManifest { dir: dir.to_owned() })?;
         let mut text = Vec::new();
         file.take(MAX_SIZE).read_to_end(&mut text).map_err(CheckpointError::file("read", &path))?;
@@ -314,6 +315,20 @@ mod tests {
             path: path.to_owned(),
             settings: settings.iter().map(|(name, content)| ((*name).into(), (*content).into())).collect(),
             owners: vec![owner.clone()],
+    #[test]
+    fn only_a_regular_file_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(MANIFEST);
+        let read = || CheckpointManifest::read(dir.path()).unwrap_err();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(matches!(read(), CheckpointError::File(_)));
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/proc/self/status", &path).unwrap();
+        assert!(matches!(read(), CheckpointError::File(_)));
+        std::fs::remove_file(&path).unwrap();
+        assert!(matches!(read(), CheckpointError::NoManifest { .. }));
+    }
+
         };
         let cgroups = vec![
             cgroup("", &[("cgroup.subtree_control", "memory")]),
