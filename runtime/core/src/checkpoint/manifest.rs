@@ -173,7 +173,7 @@ impl CheckpointManifest {
         let manifest: Self = serde_json::from_slice(text).map_err(invalid)?;
         let here = std::env::consts::ARCH;
         if manifest.arch != here {
-            return Err(CheckpointError::Arch { found: manifest.arch, here });
+            return Err(CheckpointError::Arch { found: printable(&manifest.arch), here });
         }
         for ImageDigest { name, size, parts, .. } in &manifest.files {
             if !is_plain(name) {
@@ -187,8 +187,9 @@ impl CheckpointManifest {
     }
 
     pub(crate) fn with_facts(mut self, facts: CheckpointFacts) -> Self {
-        self.kernel = facts.kernel_release;
-        self.criu = facts.criu_version;
+        // The rest is what the restore passes to the guest again, so it stays as it is.
+        self.kernel = printable(&facts.kernel_release);
+        self.criu = printable(&facts.criu_version);
         self.cpu_flags = facts.cpu_flags;
         self.descriptors = facts.descriptors;
         let mounts = facts.mounts.into_iter().map(|mount| ManifestMount {

@@ -287,7 +287,7 @@ impl RestorePlan {
     pub(super) fn check_rootfs(&self, base: Option<RootdiskKey>) -> Result<(), PodError> {
         match (&self.manifest.rootdisk, base) {
             (Some(theirs), Some(ours)) if *theirs != ours.to_string() => {
-                Err(self.failed(CheckpointError::Rootfs { theirs: theirs.clone(), ours }))
+                Err(self.failed(CheckpointError::Rootfs { theirs: printable(theirs), ours }))
             }
             _ => Ok(()),
         }
