@@ -30,6 +30,14 @@ pub enum CheckpointError {
         /// The file or directory.
         path: PathBuf,
     },
+    /// The directory belongs to neither root nor the caller.
+    #[error("{} belongs to user {owner}, who could exchange its files: use a directory of root's or of your own", path.display())]
+    Owner {
+        /// The directory.
+        path: PathBuf,
+        /// The directory's owner.
+        owner: u32,
+    },
     /// The guest's report does not describe images on the disk.
     #[error("the guest's report about its images is not valid: {what}")]
     Guest {
@@ -66,12 +74,12 @@ pub enum CheckpointError {
         /// What this host has.
         here: &'static str,
     },
-    /// The manifest names a file outside of its directory.
-    #[error("{} is named {name:?}, which is not a plain file name", path.display())]
+    /// The manifest names a file that no checkpoint has.
+    #[error("{} names {name:?}, which is no file of a checkpoint", path.display())]
     Name {
         /// The file or directory.
         path: PathBuf,
-        /// The name that is not a plain file name.
+        /// The name.
         name: String,
     },
     /// The number of digests does not match the size of an image.
@@ -129,6 +137,7 @@ impl HasKind for CheckpointError {
             Self::File(_) | Self::Guest { .. } => ErrorKind::Internal,
             Self::NoSpace { .. } => ErrorKind::ResourceExhausted,
             Self::NotEmpty { .. } => ErrorKind::AlreadyExists,
+            Self::Owner { .. } => ErrorKind::PermissionDenied,
             Self::NoManifest { .. } => ErrorKind::NotFound,
             Self::Manifest { .. }
             | Self::Name { .. }

@@ -24,6 +24,12 @@ pub const FORMAT: u32 = 1;
 /// The file's name.
 pub const MANIFEST: &str = "machinen.json";
 
+/// CRIU's log and statistics of a dump, which are among the files of a checkpoint.
+pub(super) const REPORTS: [&str; 2] = ["dump.log", "stats-dump"];
+
+/// Input of the process that it had not read.
+const STDIN: &str = "machinen-stdin";
+
 /// An upper bound: a manifest with the largest number of files is smaller.
 const MAX_SIZE: u64 = 16 << 20;
 
@@ -176,7 +182,7 @@ impl CheckpointManifest {
             return Err(CheckpointError::Arch { found: printable(&manifest.arch), here });
         }
         for ImageDigest { name, size, parts, .. } in &manifest.files {
-            if !is_plain(name) {
+            if !is_image(name) {
                 return Err(CheckpointError::Name { path, name: name.clone() });
             }
             if !parts.is_empty() && parts.len() as u64 != size.div_ceil(PART) {
@@ -271,14 +277,16 @@ impl DumpOptions {
     }
 }
 
-/// Whether this is a single path element that containerd's CRI plugin also accepts: it refuses names with
-/// "..".
-pub(super) fn is_plain(name: &str) -> bool {
-    (1..=255).contains(&name.len())
+/// Whether this is the name of a file of a checkpoint: an image of CRIU's, its log or statistics, or the input
+/// that was not read. The guest chooses the names, and a file that another program looks for must not be among
+/// them. containerd's CRI plugin refuses names with "..".
+pub(super) fn is_image(name: &str) -> bool {
+    let image = name.strip_suffix(".img").is_some_and(|stem| !stem.is_empty());
+    (image || REPORTS.contains(&name) || name == STDIN)
+        && name.len() <= 255
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
         && !name.starts_with('.')
         && !name.contains("..")
-        && name != MANIFEST
 }
 
 #[cfg(test)]
@@ -308,15 +316,6 @@ mod tests {
     }
 
     #[test]
-    fn cgroups_below_the_containers_are_kept() {
-        let golden: CheckpointManifest = serde_json::from_str(include_str!("golden/format-1.json")).unwrap();
-        assert_eq!(golden.cgroups, []);
-        let owner = ("cgroup.procs".to_owned(), 1000, 1000);
-        let cgroup = |path: &str, settings: &[(&str, &str)]| ManifestCgroup {
-            path: path.to_owned(),
-            settings: settings.iter().map(|(name, content)| ((*name).into(), (*content).into())).collect(),
-            owners: vec![owner.clone()],
-    #[test]
     fn only_a_regular_file_is_read() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(MANIFEST);
@@ -330,6 +329,15 @@ mod tests {
         assert!(matches!(read(), CheckpointError::NoManifest { .. }));
     }
 
+    #[test]
+    fn cgroups_below_the_containers_are_kept() {
+        let golden: CheckpointManifest = serde_json::from_str(include_str!("golden/format-1.json")).unwrap();
+        assert_eq!(golden.cgroups, []);
+        let owner = ("cgroup.procs".to_owned(), 1000, 1000);
+        let cgroup = |path: &str, settings: &[(&str, &str)]| ManifestCgroup {
+            path: path.to_owned(),
+            settings: settings.iter().map(|(name, content)| ((*name).into(), (*content).into())).collect(),
+            owners: vec![owner.clone()],
         };
         let cgroups = vec![
             cgroup("", &[("cgroup.subtree_control", "memory")]),
@@ -362,13 +370,30 @@ mod tests {
     }
 
     #[test]
-    fn names_that_lead_elsewhere_are_refused() {
-        for name in ["", ".", "..", "a/b", "/a", ".hidden", "a..b", "a b", "a\0", MANIFEST, &"x".repeat(256)]
-        {
-            assert!(!is_plain(name), "{name:?}");
+    fn only_files_of_criu_are_named() {
+        let long = "x".repeat(252) + ".img";
+        for name in [
+            "",
+            ".",
+            "..",
+            ".img",
+            "a/b.img",
+            "/a.img",
+            ".hidden.img",
+            "a..b.img",
+            "a b.img",
+            "a\0.img",
+            MANIFEST,
+            "evil",
+            "passwd",
+            "x.service",
+            &long,
+        ] {
+            assert!(!is_image(name), "{name:?}");
         }
-        for name in ["pages-1.img", "core-12.img", "stats-dump", "dump.log", "tmpfs-dev-63.tar.gz.img"] {
-            assert!(is_plain(name), "{name}");
+        for name in ["pages-1.img", "core-12.img", "stats-dump", "dump.log", STDIN, "tmpfs-dev-63.tar.gz.img"]
+        {
+            assert!(is_image(name), "{name}");
         }
     }
 }
