@@ -11,7 +11,9 @@ use tokio::sync::watch;
 
 use super::{
     PodError,
-    stdio::{DiscardOutput, HostStdio, Logger, OutputCopy, StdinCopy, StdinEnd, StdinFifo, StdinReader, StdioError},
+    stdio::{
+        DiscardOutput, HostStdio, Logger, OutputCopy, StdinCopy, StdinEnd, StdinFifo, StdinReader, StdioError,
+    },
 };
 
 /// How many processes may be starting at once. Each has three streams open that the agent has not claimed.
@@ -103,7 +105,8 @@ impl PendingInput {
     /// Starts to copy from the caller's end.
     pub(super) fn start(self, stdin: StdinReader, closed: watch::Receiver<bool>) -> StdinCopy {
         let Self { to_guest, terminal, agent, id: (id, exec), .. } = self;
-        StdinCopy::start(stdin, StdinEnd { closed, terminal }, to_guest, async move |total| {
+        let (from_guest, to_guest) = tokio::io::split(to_guest);
+        StdinCopy::start(stdin, StdinEnd { closed, terminal }, from_guest, to_guest, async move |total| {
             if let Err(error) = agent.end_stdin(&id, &exec, total).await {
                 // A process that has ended does not need the end of its stdin.
                 tracing::debug!(id, exec, "end of stdin not delivered: {error}");
