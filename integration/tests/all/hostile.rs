@@ -15,8 +15,11 @@ use machinen_integration::{
     setup::Value,
 };
 use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
+    sys::{
+        signal::{Signal, kill},
+        stat::Mode,
+    },
+    unistd::{Pid, mkfifo},
 };
 
 use crate::harness::on_newest_containerd;
@@ -26,6 +29,8 @@ on_newest_containerd!(
     the_end_of_the_anchor_ends_the_container,
     sigkill_ends_a_pod_of_two,
     a_created_container_is_deleted,
+    the_words_of_an_agent_are_bounded,
+    a_fifo_stops_no_other_request,
 );
 
 /// Longest from SIGKILL to the end of a container: the host's 10 s, an export of 3 s, and time for a slow
@@ -122,5 +127,40 @@ fn a_created_container_is_deleted(containerd: &mut Containerd) -> Result<()> {
     served.client.ok::<api::DeleteResponse>("Delete", &served.delete(""))?;
     ensure!(since.elapsed() < LIMIT, "{:?}", since.elapsed());
     served.shim.shut_down(&served.client)?;
+    fake.settle()
+}
+
+fn the_words_of_an_agent_are_bounded(containerd: &mut Containerd) -> Result<()> {
+    let (fake, rootfs) = fake(containerd, Hostility::FailsStart("\x1b[2J\nlevel=fatal ", 200_000))?;
+    let served = created(containerd, &rootfs)?;
+    let (_, message) = served.client.refused("Start", &served.start(""))?;
+    ensure!(
+        message.len() < 2 << 10 && message.contains("\\u{1b}[2J"),
+        "{} bytes: {message:.200}",
+        message.len()
+    );
+    ensure!(!message.contains(char::is_control), "{message:?}");
+    ensure!(!served.shim.log()?.contains('\x1b'), "the log has the agent's words as they are");
+    served.client.ok::<api::DeleteResponse>("Delete", &served.delete(""))?;
+    served.shim.shut_down(&served.client)?;
+    fake.settle()
+}
+
+/// A checkpoint directory whose manifest is a fifo without a writer.
+fn a_fifo_stops_no_other_request(containerd: &mut Containerd) -> Result<()> {
+    let (fake, rootfs) = fake(containerd, Hostility::IgnoresSigkill)?;
+    let first = running(containerd, &rootfs)?;
+    let checkpoint = containerd.root().join("checkpoint");
+    fs::create_dir(&checkpoint)?;
+    mkfifo(&checkpoint.join("machinen.json"), Mode::S_IRWXU)?;
+    let other = Bundle::busybox(containerd)?;
+    let second = first.in_same_vm(containerd, &other.config(&["sleep", "1000"], |_| ())?)?;
+    let mut request = second.shim.create_request();
+    request.checkpoint = checkpoint.display().to_string();
+    let (_, message) = second.client.refused("Create", &request)?;
+    ensure!(message.contains("not a regular file"), "{message}");
+    first.is("", api::Status::RUNNING, first.pid)?;
+    fs::remove_dir_all(&second.shim.bundle)?;
+    first.end()?;
     fake.settle()
 }
