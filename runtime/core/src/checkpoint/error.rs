@@ -8,7 +8,7 @@ use machinen_base::{
 };
 use machinen_storage::rootdisk::RootdiskKey;
 
-use super::manifest::{FORMAT, MANIFEST};
+use super::manifest::{FORMAT, MANIFEST, MAX_SIZE};
 
 /// Why a checkpoint cannot be written or used.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +57,12 @@ pub enum CheckpointError {
         path: PathBuf,
         /// The cause.
         source: serde_json::Error,
+    },
+    /// The manifest would be larger than one that is read.
+    #[error("the checkpoint has too many files: {} would have more than {} MiB", path.display(), MAX_SIZE >> 20)]
+    LargeManifest {
+        /// The manifest.
+        path: PathBuf,
     },
     /// The checkpoint has another format.
     #[error("{} has format {found}, this version of machinen reads format {FORMAT}", path.display())]
@@ -135,7 +141,7 @@ impl HasKind for CheckpointError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::File(_) | Self::Guest { .. } => ErrorKind::Internal,
-            Self::NoSpace { .. } => ErrorKind::ResourceExhausted,
+            Self::NoSpace { .. } | Self::LargeManifest { .. } => ErrorKind::ResourceExhausted,
             Self::NotEmpty { .. } => ErrorKind::AlreadyExists,
             Self::Owner { .. } => ErrorKind::PermissionDenied,
             Self::NoManifest { .. } => ErrorKind::NotFound,

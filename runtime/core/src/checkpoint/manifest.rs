@@ -30,8 +30,8 @@ pub(super) const REPORTS: [&str; 2] = ["dump.log", "stats-dump"];
 /// Input of the process that it had not read.
 const STDIN: &str = "machinen-stdin";
 
-/// An upper bound: a manifest with the largest number of files is smaller.
-const MAX_SIZE: u64 = 16 << 20;
+/// The largest manifest that is written or read, bytes.
+pub(super) const MAX_SIZE: u64 = 16 << 20;
 
 /// The description of a checkpoint.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -157,8 +157,11 @@ impl CheckpointManifest {
         let opened = if_exists(open_regular(&path, Links::Refuse)).map_err(FileError::at("open", &path))?;
         let file = opened.ok_or_else(|| CheckpointError::NoManifest { dir: dir.to_owned() })?;
         let mut text = Vec::new();
-        file.take(MAX_SIZE).read_to_end(&mut text).map_err(CheckpointError::file("read", &path))?;
-        Self::parse(&text, &path)
+        file.take(MAX_SIZE + 1).read_to_end(&mut text).map_err(CheckpointError::file("read", &path))?;
+        match text.len() as u64 > MAX_SIZE {
+            true => Err(CheckpointError::LargeManifest { path }),
+            false => Self::parse(&text, &path),
+        }
     }
 
     /// Like [`CheckpointManifest::read`], for a manifest that was read from `path` already.

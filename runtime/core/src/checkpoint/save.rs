@@ -15,7 +15,7 @@ use super::{
     CheckpointError,
     directory::CheckpointDir,
     hash_pipeline::{self, CopiedRange},
-    manifest::{CheckpointManifest, MANIFEST, REPORTS},
+    manifest::{CheckpointManifest, MANIFEST, MAX_SIZE, REPORTS},
     report::ImageReport,
 };
 
@@ -162,6 +162,9 @@ impl Written {
         let mut text = serde_json::to_vec_pretty(manifest)
             .map_err(|source| CheckpointError::Manifest { path: path.clone(), source })?;
         text.push(b'\n');
+        if text.len() as u64 > MAX_SIZE {
+            return Err(CheckpointError::LargeManifest { path });
+        }
         let written = file.write_all(&text).and_then(|()| file.sync_all());
         written.map_err(CheckpointError::file("write", &path))
     }
@@ -402,6 +405,19 @@ mod tests {
         let error = save(images(vec![file("a.img", 1, &[])]), manifest(), dir.path()).unwrap_err();
         assert!(matches!(error, CheckpointError::NotEmpty { .. }), "{error}");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_manifest_that_could_not_be_read_is_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("new");
+        let manifest = |length: u64| CheckpointManifest { kernel: "x".repeat(length as usize), ..manifest() };
+        let one = || images(vec![file("a.img", 1, &[(0, 0, 1)])]);
+        let error = save(one(), manifest(MAX_SIZE), &path).unwrap_err();
+        assert!(matches!(error, CheckpointError::LargeManifest { .. }), "{error}");
+        assert!(!path.exists());
+        save(one(), manifest(MAX_SIZE - 1024), &path).unwrap();
+        CheckpointManifest::read(&path).unwrap();
     }
 
     #[test]
