@@ -10,6 +10,7 @@ use machinen::{
     checkpoint::{self, CheckpointError, CheckpointManifest},
     error::chain,
     fs::FileError,
+    text::printable,
 };
 use serde_json::{Value, json};
 
@@ -118,9 +119,9 @@ fn table(found: &[(PathBuf, CheckpointManifest)]) -> String {
     ]);
     for (path, manifest) in found {
         table.row([
-            path.display().to_string(),
-            manifest.container.clone(),
-            manifest.created.clone(),
+            printable(&path.to_string_lossy()),
+            printable(&manifest.container),
+            printable(&manifest.created),
             human(bytes(manifest)),
         ]);
     }
@@ -134,9 +135,12 @@ fn summary(path: &Path, manifest: &CheckpointManifest) -> Value {
 }
 
 fn describe(manifest: &CheckpointManifest) -> String {
+    // A manifest has words of the guest, and any other program may have written it.
     let CheckpointManifest { format, machinen, arch, created, container, kernel, criu, config, .. } =
         manifest;
-    let rootdisk = manifest.rootdisk.as_deref().unwrap_or("a disk of the snapshotter's own");
+    let [machinen, arch, created, container, kernel, criu, config] =
+        [machinen, arch, created, container, kernel, criu, config].map(|text| printable(text));
+    let rootdisk = manifest.rootdisk.as_deref().map_or("a disk of the snapshotter's own".into(), printable);
     let mut text = format!(
         "container  {container}\ncreated    {created}, by machinen {machinen} (format {format})\nneeds      {arch}, \
          kernel {kernel} or newer, {} CPU features\ncriu       {criu}\nrootdisk   {rootdisk}\nconfig     {config}\n\
@@ -149,10 +153,41 @@ fn describe(manifest: &CheckpointManifest) -> String {
     for mount in &manifest.mounts {
         let source =
             mount.source.as_ref().map_or("a file of the configuration".into(), |path| path.to_string_lossy());
-        text += &format!("mount      {} from {source}\n", mount.destination.display());
+        let destination = mount.destination.to_string_lossy();
+        text += &format!("mount      {} from {}\n", printable(&destination), printable(&source));
     }
     for (name, value) in &manifest.limits {
-        text += &format!("limit      {name} {}\n", value.trim());
+        text += &format!("limit      {} {}\n", printable(name), printable(value.trim()));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use machinen::checkpoint::ManifestMount;
+
+    use super::*;
+
+    #[test]
+    fn what_a_checkpoint_says_reaches_no_terminal_as_it_is() {
+        let evil = || format!("6.12\n\x1b[31m{}", "x".repeat(1 << 20));
+        let manifest = CheckpointManifest {
+            container: evil(),
+            created: evil(),
+            kernel: evil(),
+            criu: evil(),
+            rootdisk: Some(evil()),
+            mounts: vec![ManifestMount { destination: evil().into(), source: Some(evil().into()) }],
+            limits: [(evil(), evil())].into(),
+            ..CheckpointManifest::default()
+        };
+        let texts = [describe(&manifest), table(&[(evil().into(), manifest)])];
+        for text in &texts {
+            assert!(!text.contains('\x1b') && text.len() < 16 << 10, "{text:.200}");
+        }
+        assert_eq!(
+            texts[0].lines().filter(|line| line.starts_with('\u{1b}') || line.contains("[31m")).count(),
+            7
+        );
+    }
 }

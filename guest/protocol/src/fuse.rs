@@ -28,19 +28,38 @@ pub const MINOR: u32 = 31;
 
 /// Operations that this crate's users have to recognise.
 pub mod opcode {
+    /// Looks a name up in a directory.
+    pub const LOOKUP: u32 = 1;
     /// The kernel drops references to a node. Has no reply.
     pub const FORGET: u32 = 2;
     /// Reads the attributes of a node.
     pub const GETATTR: u32 = 3;
+    /// Changes the attributes of a node.
+    pub const SETATTR: u32 = 4;
+    /// Makes a symbolic link.
+    pub const SYMLINK: u32 = 6;
+    /// Makes a file without opening it.
+    pub const MKNOD: u32 = 8;
+    /// Makes a directory.
+    pub const MKDIR: u32 = 9;
+    /// Makes a hard link.
+    pub const LINK: u32 = 13;
+    /// Opens a file.
+    pub const OPEN: u32 = 14;
     /// Negotiates the version, once.
     pub const INIT: u32 = 26;
+    /// Opens a directory.
+    pub const OPENDIR: u32 = 27;
+    /// Lists a part of a directory.
+    pub const READDIR: u32 = 28;
+    /// Makes a file and opens it.
+    pub const CREATE: u32 = 35;
     /// Asks for another request to be given up.
     pub const INTERRUPT: u32 = 36;
     /// The file system was unmounted.
     pub const DESTROY: u32 = 38;
     /// [`FORGET`] for several nodes. Has no reply.
     pub const BATCH_FORGET: u32 = 42;
-    pub(super) const OPEN: u32 = 14;
     /// SETATTR, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, WRITE, SETXATTR, REMOVEXATTR, CREATE,
     /// FALLOCATE, RENAME2, COPY_FILE_RANGE.
     pub(super) const CHANGES: [u32; 15] = [4, 6, 8, 9, 10, 11, 12, 13, 16, 21, 24, 35, 43, 45, 47];

@@ -8,6 +8,7 @@
 //!                                                                                 └── machinen-agent (root)
 //! ```
 
+mod hostile;
 mod monitor;
 mod vm;
 
@@ -32,6 +33,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 
 use nix::unistd::Pid;
+
+pub use hostile::Hostility;
 
 use crate::{
     containerd::Containerd,
@@ -68,6 +71,8 @@ pub enum Behaviour {
     Silent,
     /// Has no agent; writes this to the channel instead.
     Speaks(&'static [u8]),
+    /// Has an agent that lies to the host.
+    Hostile(Hostility),
     /// Writes this number of bytes to its console, and has no agent in it.
     Floods(usize),
 }

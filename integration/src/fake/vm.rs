@@ -21,7 +21,7 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{Behaviour, DEADLINE, Handed, Shared, monitor::Monitor};
+use super::{Behaviour, DEADLINE, Handed, Shared, hostile, monitor::Monitor};
 use crate::{inventory, sys};
 
 /// The agent finds its channel under this number.
@@ -55,6 +55,10 @@ pub(super) fn run(
             let mut channel = UnixStream::from(channel);
             channel.write_all(bytes)?;
             Guest::Nobody(channel.into())
+        }
+        Behaviour::Hostile(hostility) => {
+            hostile::serve(channel.try_clone()?, hostility);
+            Guest::Nobody(channel)
         }
         Behaviour::Floods(bytes) => {
             // A reader that has closed its end needs no more bytes.

@@ -18,6 +18,7 @@ mod fork;
 mod guest_trouble;
 mod harness;
 mod host_trouble;
+mod hostile;
 mod interleaving;
 mod kernel;
 mod layer;

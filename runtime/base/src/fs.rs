@@ -4,7 +4,7 @@
 use std::{
     fs::{self, DirBuilder, File, TryLockError},
     io,
-    os::unix::fs::DirBuilderExt as _,
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -59,6 +59,39 @@ pub fn create_new_private_dir(path: &Path) -> io::Result<()> {
 /// Those of mkdir(2), but for EEXIST.
 pub fn create_private_dirs(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Whether a symbolic link may stand in the place of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Links {
+    /// The file that the link leads to is opened.
+    Follow,
+    /// A link is an error.
+    Refuse,
+}
+
+/// Opens a regular file for reading. A fifo, device or directory in its place is an error, and the open never waits for
+/// another process as that of a fifo does.
+///
+/// # Errors
+/// Those of open(2), or the file is not a regular one.
+pub fn open_regular(path: &Path, links: Links) -> io::Result<File> {
+    let no_follow = if links == Links::Refuse { libc::O_NOFOLLOW } else { 0 };
+    let opened = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC | libc::O_NOCTTY | no_follow)
+        .open(path);
+    let odd = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what);
+    match opened {
+        Ok(file) if file.metadata()?.is_file() => Ok(file),
+        Ok(_) => Err(odd("it is not a regular file")),
+        Err(error) if links == Links::Refuse && error.raw_os_error() == Some(libc::ELOOP) => {
+            Err(odd("it is a symbolic link"))
+        }
+        // A socket, or a fifo or device without a driver.
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Err(odd("it is not a regular file")),
+        Err(error) => Err(error),
+    }
 }
 
 /// None if the file does not exist: `if_exists(fs::read(path))`.
@@ -181,6 +214,25 @@ mod tests {
         assert_eq!(if_exists(fs::read(&path)).unwrap(), Some(b"x".to_vec()));
         assert!(remove_if_exists(&path).unwrap() && !remove_if_exists(&path).unwrap());
         assert!(remove_if_exists(dir.path()).is_err());
+    }
+
+    #[test]
+    fn only_regular_files_are_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        fs::write(path("file"), "x").unwrap();
+        std::os::unix::fs::symlink("file", path("link")).unwrap();
+        nix::unistd::mkfifo(&path("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(path("socket")).unwrap();
+        assert!(open_regular(&path("file"), Links::Refuse).is_ok());
+        assert!(open_regular(&path("link"), Links::Follow).is_ok());
+        let error = |name: &str, links| open_regular(&path(name), links).unwrap_err();
+        assert_eq!(error("link", Links::Refuse).to_string(), "it is a symbolic link");
+        // The open of a fifo without a writer would wait.
+        for name in ["fifo", "socket", "."] {
+            assert_eq!(error(name, Links::Follow).to_string(), "it is not a regular file", "{name}");
+        }
+        assert_eq!(error("missing", Links::Refuse).kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

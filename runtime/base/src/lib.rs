@@ -11,6 +11,7 @@ pub mod process;
 pub mod reexec;
 #[expect(unsafe_code, reason = "the one place for it")]
 pub mod sys;
+pub mod text;
 pub mod watch;
 
 /// Directory of everything that is valid until the host reboots.

@@ -19,7 +19,7 @@ const KEPT: usize = 64 << 10;
 /// excerpt.
 const SEARCHED: usize = 16 << 10;
 const EXCERPT_LINES: usize = 12;
-const EXCERPT_BYTES: usize = 2 << 10;
+const EXCERPT_BYTES: usize = 1 << 10;
 /// The guest kernel's panic message: its cause is printed before it, a long call trace after it.
 const PANIC: &str = "Kernel panic - not syncing";
 /// Lines after the panic message that an excerpt includes.

@@ -1,6 +1,6 @@
 //! Why a VM ended.
 
-use machinen_base::process::ProcessExit;
+use machinen_base::{process::ProcessExit, text::printable};
 
 /// Why a VM ended, by QEMU's last events and its exit status.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,8 +76,13 @@ pub(super) fn classify(
 
 /// `; its <name> ended with: <text>`, or nothing if there is no text.
 pub(super) fn quoted(name: &str, text: &str) -> String {
-    let line: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    if line.is_empty() { String::new() } else { format!("; its {name} ended with: {}", line.join(" | ")) }
+    let line: Vec<String> =
+        text.lines().map(str::trim).filter(|line| !line.is_empty()).map(printable).collect();
+    if line.is_empty() {
+        String::new()
+    } else {
+        format!("; its {name} ended with: {}", printable(&line.join(" | ")))
+    }
 }
 
 #[cfg(test)]

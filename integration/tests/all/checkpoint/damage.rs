@@ -36,7 +36,7 @@ const CASES: [Case; 13] = [
         "a name that leads out",
         |dir| change(dir, "/files/0/name", json!("../../x")),
         Code::INVALID_ARGUMENT,
-        "plain file name",
+        "no file of a checkpoint",
     ),
     ("another format", |dir| change(dir, "/format", json!(99)), Code::FAILED_PRECONDITION, "format 99"),
     ("another architecture", |dir| change(dir, "/arch", json!("m68k")), Code::FAILED_PRECONDITION, "m68k"),

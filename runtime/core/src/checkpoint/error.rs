@@ -8,7 +8,7 @@ use machinen_base::{
 };
 use machinen_storage::rootdisk::RootdiskKey;
 
-use super::manifest::{FORMAT, MANIFEST};
+use super::manifest::{FORMAT, MANIFEST, MAX_SIZE};
 
 /// Why a checkpoint cannot be written or used.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +30,14 @@ pub enum CheckpointError {
         /// The file or directory.
         path: PathBuf,
     },
+    /// The directory belongs to neither root nor the caller.
+    #[error("{} belongs to user {owner}, who could exchange its files: use a directory of root's or of your own", path.display())]
+    Owner {
+        /// The directory.
+        path: PathBuf,
+        /// The directory's owner.
+        owner: u32,
+    },
     /// The guest's report does not describe images on the disk.
     #[error("the guest's report about its images is not valid: {what}")]
     Guest {
@@ -50,6 +58,12 @@ pub enum CheckpointError {
         /// The cause.
         source: serde_json::Error,
     },
+    /// The manifest would be larger than one that is read.
+    #[error("the checkpoint has too many files: {} would have more than {} MiB", path.display(), MAX_SIZE >> 20)]
+    LargeManifest {
+        /// The manifest.
+        path: PathBuf,
+    },
     /// The checkpoint has another format.
     #[error("{} has format {found}, this version of machinen reads format {FORMAT}", path.display())]
     Format {
@@ -66,12 +80,12 @@ pub enum CheckpointError {
         /// What this host has.
         here: &'static str,
     },
-    /// The manifest names a file outside of its directory.
-    #[error("{} is named {name:?}, which is not a plain file name", path.display())]
+    /// The manifest names a file that no checkpoint has.
+    #[error("{} names {name:?}, which is no file of a checkpoint", path.display())]
     Name {
         /// The file or directory.
         path: PathBuf,
-        /// The name that is not a plain file name.
+        /// The name.
         name: String,
     },
     /// The number of digests does not match the size of an image.
@@ -127,8 +141,9 @@ impl HasKind for CheckpointError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::File(_) | Self::Guest { .. } => ErrorKind::Internal,
-            Self::NoSpace { .. } => ErrorKind::ResourceExhausted,
+            Self::NoSpace { .. } | Self::LargeManifest { .. } => ErrorKind::ResourceExhausted,
             Self::NotEmpty { .. } => ErrorKind::AlreadyExists,
+            Self::Owner { .. } => ErrorKind::PermissionDenied,
             Self::NoManifest { .. } => ErrorKind::NotFound,
             Self::Manifest { .. }
             | Self::Name { .. }

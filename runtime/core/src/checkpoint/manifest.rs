@@ -6,12 +6,12 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
     io::Read as _,
     path::{Path, PathBuf},
 };
 
-use machinen_base::fs::{FileError, if_exists};
+use machinen_base::fs::{FileError, Links, if_exists, open_regular};
+use machinen_base::text::printable;
 use machinen_protocol::api::{
     CgroupFile, CgroupFileOwner, CheckpointFacts, CriuOptions, ExternalMount, NestedCgroup,
 };
@@ -24,8 +24,14 @@ pub const FORMAT: u32 = 1;
 /// The file's name.
 pub const MANIFEST: &str = "machinen.json";
 
-/// An upper bound: a manifest with the largest number of files is smaller.
-const MAX_SIZE: u64 = 16 << 20;
+/// CRIU's log and statistics of a dump, which are among the files of a checkpoint.
+pub(super) const REPORTS: [&str; 2] = ["dump.log", "stats-dump"];
+
+/// Input of the process that it had not read.
+const STDIN: &str = "machinen-stdin";
+
+/// The largest manifest that is written or read, bytes.
+pub(super) const MAX_SIZE: u64 = 16 << 20;
 
 /// The description of a checkpoint.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -147,11 +153,15 @@ impl CheckpointManifest {
     /// The manifest is missing, not valid, or has another format or architecture.
     pub fn read(dir: &Path) -> Result<Self, CheckpointError> {
         let path = dir.join(MANIFEST);
-        let opened = if_exists(File::open(&path)).map_err(FileError::at("open", &path))?;
+        // The directory may belong to anybody.
+        let opened = if_exists(open_regular(&path, Links::Refuse)).map_err(FileError::at("open", &path))?;
         let file = opened.ok_or_else(|| CheckpointError::NoManifest { dir: dir.to_owned() })?;
         let mut text = Vec::new();
-        file.take(MAX_SIZE).read_to_end(&mut text).map_err(CheckpointError::file("read", &path))?;
-        Self::parse(&text, &path)
+        file.take(MAX_SIZE + 1).read_to_end(&mut text).map_err(CheckpointError::file("read", &path))?;
+        match text.len() as u64 > MAX_SIZE {
+            true => Err(CheckpointError::LargeManifest { path }),
+            false => Self::parse(&text, &path),
+        }
     }
 
     /// Like [`CheckpointManifest::read`], for a manifest that was read from `path` already.
@@ -172,10 +182,10 @@ impl CheckpointManifest {
         let manifest: Self = serde_json::from_slice(text).map_err(invalid)?;
         let here = std::env::consts::ARCH;
         if manifest.arch != here {
-            return Err(CheckpointError::Arch { found: manifest.arch, here });
+            return Err(CheckpointError::Arch { found: printable(&manifest.arch), here });
         }
         for ImageDigest { name, size, parts, .. } in &manifest.files {
-            if !is_plain(name) {
+            if !is_image(name) {
                 return Err(CheckpointError::Name { path, name: name.clone() });
             }
             if !parts.is_empty() && parts.len() as u64 != size.div_ceil(PART) {
@@ -186,8 +196,9 @@ impl CheckpointManifest {
     }
 
     pub(crate) fn with_facts(mut self, facts: CheckpointFacts) -> Self {
-        self.kernel = facts.kernel_release;
-        self.criu = facts.criu_version;
+        // The rest is what the restore passes to the guest again, so it stays as it is.
+        self.kernel = printable(&facts.kernel_release);
+        self.criu = printable(&facts.criu_version);
         self.cpu_flags = facts.cpu_flags;
         self.descriptors = facts.descriptors;
         let mounts = facts.mounts.into_iter().map(|mount| ManifestMount {
@@ -269,14 +280,16 @@ impl DumpOptions {
     }
 }
 
-/// Whether this is a single path element that containerd's CRI plugin also accepts: it refuses names with
-/// "..".
-pub(super) fn is_plain(name: &str) -> bool {
-    (1..=255).contains(&name.len())
+/// Whether this is the name of a file of a checkpoint: an image of CRIU's, its log or statistics, or the input
+/// that was not read. The guest chooses the names, and a file that another program looks for must not be among
+/// them. containerd's CRI plugin refuses names with "..".
+pub(super) fn is_image(name: &str) -> bool {
+    let image = name.strip_suffix(".img").is_some_and(|stem| !stem.is_empty());
+    (image || REPORTS.contains(&name) || name == STDIN)
+        && name.len() <= 255
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
         && !name.starts_with('.')
         && !name.contains("..")
-        && name != MANIFEST
 }
 
 #[cfg(test)]
@@ -303,6 +316,20 @@ mod tests {
         let (written, read): (serde_json::Value, serde_json::Value) =
             (serde_json::to_value(&again).unwrap(), serde_json::from_str(golden).unwrap());
         assert_eq!(written, read);
+    }
+
+    #[test]
+    fn only_a_regular_file_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(MANIFEST);
+        let read = || CheckpointManifest::read(dir.path()).unwrap_err();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(matches!(read(), CheckpointError::File(_)));
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/proc/self/status", &path).unwrap();
+        assert!(matches!(read(), CheckpointError::File(_)));
+        std::fs::remove_file(&path).unwrap();
+        assert!(matches!(read(), CheckpointError::NoManifest { .. }));
     }
 
     #[test]
@@ -346,13 +373,30 @@ mod tests {
     }
 
     #[test]
-    fn names_that_lead_elsewhere_are_refused() {
-        for name in ["", ".", "..", "a/b", "/a", ".hidden", "a..b", "a b", "a\0", MANIFEST, &"x".repeat(256)]
-        {
-            assert!(!is_plain(name), "{name:?}");
+    fn only_files_of_criu_are_named() {
+        let long = "x".repeat(252) + ".img";
+        for name in [
+            "",
+            ".",
+            "..",
+            ".img",
+            "a/b.img",
+            "/a.img",
+            ".hidden.img",
+            "a..b.img",
+            "a b.img",
+            "a\0.img",
+            MANIFEST,
+            "evil",
+            "passwd",
+            "x.service",
+            &long,
+        ] {
+            assert!(!is_image(name), "{name:?}");
         }
-        for name in ["pages-1.img", "core-12.img", "stats-dump", "dump.log", "tmpfs-dev-63.tar.gz.img"] {
-            assert!(is_plain(name), "{name}");
+        for name in ["pages-1.img", "core-12.img", "stats-dump", "dump.log", STDIN, "tmpfs-dev-63.tar.gz.img"]
+        {
+            assert!(is_image(name), "{name}");
         }
     }
 }

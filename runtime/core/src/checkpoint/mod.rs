@@ -10,6 +10,7 @@
 //! manifest is written last, so a directory without it has no complete checkpoint.
 
 mod digest;
+mod directory;
 mod disk;
 mod erofs;
 mod error;

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use machinen_protocol::api::{CheckpointImagesResponse, ImageFile};
 
-use super::{CheckpointError, digest, manifest::is_plain};
+use super::{CheckpointError, digest, manifest::is_image};
 
 /// An upper bound: CRIU makes a few files for each process, and a container has at most thousands of
 /// processes.
@@ -46,7 +46,7 @@ impl ImageReport {
             Some((name, size, from)) if name == image.name && size == image.size => from,
             Some((name, ..)) => return invalid(format!("the rest of {name} is missing")),
             None if self.names.len() == MAX_FILES => return invalid(format!("more than {MAX_FILES} images")),
-            None if !is_plain(&image.name) || !self.names.insert(image.name.clone()) => {
+            None if !is_image(&image.name) || !self.names.insert(image.name.clone()) => {
                 return invalid(format!("an image is named \"{:.64}\"", name.to_string()));
             }
             None => 0,

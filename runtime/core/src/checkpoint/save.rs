@@ -3,19 +3,19 @@
 use std::{
     fs::{self, File},
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use machinen_base::fs::{create_private_dir, if_exists};
+use machinen_base::fs::if_exists;
 use machinen_protocol::api::{CheckpointImagesResponse, ImageFile};
 use tokio::sync::mpsc;
 
 use super::{
     CheckpointError,
+    directory::CheckpointDir,
     hash_pipeline::{self, CopiedRange},
-    manifest::{CheckpointManifest, MANIFEST},
+    manifest::{CheckpointManifest, MANIFEST, MAX_SIZE, REPORTS},
     report::ImageReport,
 };
 
@@ -93,8 +93,9 @@ pub(crate) fn save(
 /// A failure leaves nothing of the copy.
 pub(crate) fn copy(from: &Path, to: &Path) -> Result<(), CheckpointError> {
     let manifest = CheckpointManifest::read(from)?;
+    let from = CheckpointDir::open(from)?;
     let mut written = Written::begin(to)?;
-    manifest.files.iter().try_for_each(|image| written.copy(&image.name, &from.join(&image.name)))?;
+    manifest.files.iter().try_for_each(|image| written.copy(&image.name, &from))?;
     written.manifest(&manifest)?;
     written.keep()
 }
@@ -102,12 +103,16 @@ pub(crate) fn copy(from: &Path, to: &Path) -> Result<(), CheckpointError> {
 /// Copies CRIU's own log and statistics to a directory that may hold other files. Blocks.
 ///
 /// # Errors
-/// The directory cannot be created or written.
+/// The directory cannot be created or written, or belongs to somebody else.
 pub(crate) fn copy_reports(from: &Path, to: &Path) -> Result<(), CheckpointError> {
     fs::create_dir_all(to).map_err(CheckpointError::file("create", to))?;
-    for name in ["dump.log", "stats-dump"] {
-        let (from, to) = (from.join(name), to.join(name));
-        if_exists(fs::copy(&from, &to)).map_err(CheckpointError::file("write", to))?;
+    let (from, to) = (CheckpointDir::open(from)?, CheckpointDir::open(to)?);
+    for name in REPORTS {
+        let source = if_exists(from.open_file(name));
+        let source = source.map_err(CheckpointError::file("open", from.path().join(name)))?;
+        let Some(mut source) = source else { continue };
+        let copied = to.replace(name).and_then(|mut file| io::copy(&mut source, &mut file));
+        copied.map_err(CheckpointError::file("write", to.path().join(name)))?;
     }
     Ok(())
 }
@@ -115,40 +120,39 @@ pub(crate) fn copy_reports(from: &Path, to: &Path) -> Result<(), CheckpointError
 /// Files that are removed when this is dropped, unless they are kept.
 #[derive(Debug)]
 struct Written {
-    dir: PathBuf,
+    dir: CheckpointDir,
     made_dir: bool,
-    files: Vec<PathBuf>,
+    files: Vec<String>,
     kept: bool,
 }
 
 impl Written {
-    fn begin(dir: &Path) -> Result<Self, CheckpointError> {
-        let made_dir = create_private_dir(dir).map_err(CheckpointError::file("create", dir))?;
-        let this = Self { dir: dir.to_owned(), made_dir, files: Vec::new(), kept: false };
-        if fs::read_dir(dir).map_err(CheckpointError::file("read", dir))?.next().is_some() {
-            return Err(CheckpointError::NotEmpty { path: dir.to_owned() });
+    fn begin(path: &Path) -> Result<Self, CheckpointError> {
+        let (dir, made_dir) = CheckpointDir::open_or_create(path)?;
+        let this = Self { dir, made_dir, files: Vec::new(), kept: false };
+        match this.dir.is_empty().map_err(CheckpointError::file("read", path))? {
+            true => Ok(this),
+            false => Err(CheckpointError::NotEmpty { path: path.to_owned() }),
         }
-        Ok(this)
     }
 
     fn create(&mut self, name: &str) -> Result<(File, PathBuf), CheckpointError> {
-        let path = self.dir.join(name);
-        let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&path);
-        let file = file.map_err(CheckpointError::file("create", &path))?;
-        self.files.push(path.clone());
+        let path = self.dir.path().join(name);
+        let file = self.dir.create(name).map_err(CheckpointError::file("create", &path))?;
+        self.files.push(name.to_owned());
         Ok((file, path))
     }
 
-    /// Adds a file, which is on stable storage, under another name.
-    fn copy(&mut self, name: &str, source: &Path) -> Result<(), CheckpointError> {
-        let path = self.dir.join(name);
-        if fs::hard_link(source, &path).is_ok() {
-            self.files.push(path);
+    /// Adds a file of another checkpoint, which is on stable storage.
+    fn copy(&mut self, name: &str, from: &CheckpointDir) -> Result<(), CheckpointError> {
+        if self.dir.link_from(from, name).is_ok() {
+            self.files.push(name.to_owned());
             return Ok(());
         }
         // The directories are on different file systems.
         let (mut file, path) = self.create(name)?;
-        let mut source = File::open(source).map_err(CheckpointError::file("open", source))?;
+        let mut source =
+            from.open_file(name).map_err(CheckpointError::file("open", from.path().join(name)))?;
         let copied = io::copy(&mut source, &mut file).and_then(|_| file.sync_all());
         copied.map_err(CheckpointError::file("write", &path))
     }
@@ -158,17 +162,20 @@ impl Written {
         let mut text = serde_json::to_vec_pretty(manifest)
             .map_err(|source| CheckpointError::Manifest { path: path.clone(), source })?;
         text.push(b'\n');
+        if text.len() as u64 > MAX_SIZE {
+            return Err(CheckpointError::LargeManifest { path });
+        }
         let written = file.write_all(&text).and_then(|()| file.sync_all());
         written.map_err(CheckpointError::file("write", &path))
     }
 
     fn keep(mut self) -> Result<(), CheckpointError> {
-        let sync = |dir: &Path| File::open(dir).and_then(|dir| dir.sync_all());
-        sync(&self.dir).map_err(CheckpointError::file("write", &self.dir))?;
+        self.dir.sync().map_err(CheckpointError::file("write", self.dir.path()))?;
         if self.made_dir
-            && let Some(parent) = self.dir.parent()
+            && let Some(parent) = self.dir.path().parent()
         {
-            sync(parent).map_err(CheckpointError::file("write", parent))?;
+            let parent_dir = File::open(parent).and_then(|dir| dir.sync_all());
+            parent_dir.map_err(CheckpointError::file("write", parent))?;
         }
         self.kept = true;
         Ok(())
@@ -180,12 +187,12 @@ impl Drop for Written {
         if self.kept {
             return;
         }
-        let mut removed: Vec<_> = self.files.iter().map(fs::remove_file).collect();
+        let mut removed: Vec<_> = self.files.iter().map(|name| self.dir.remove(name)).collect();
         if self.made_dir {
-            removed.push(fs::remove_dir(&self.dir));
+            removed.push(fs::remove_dir(self.dir.path()));
         }
         for error in removed.into_iter().filter_map(Result::err) {
-            let dir = self.dir.display();
+            let dir = self.dir.path().display();
             tracing::warn!(%dir, "cannot remove a part of a checkpoint that failed: {error}");
         }
     }
@@ -258,13 +265,13 @@ mod tests {
         let cases = [
             vec![],
             vec![file("../x", 1, &[])],
-            vec![file("a", 1, &[]), file("a", 1, &[])],
-            vec![file("a", 1 << 40, &[])],
-            vec![file("a", 10, &[(0, 64 << 10, 10)])],
-            vec![file("a", 10, &[(0, u64::MAX - 3, 10)])],
-            vec![file("a", 10, &[(5, 0, 6)])],
-            vec![file("a", 10, &[(5, 0, 2), (4, 0, 1)])],
-            (0..9).map(|n| file(&format!("f{n}"), 60 << 10, &[(0, 0, 60 << 10)])).collect(),
+            vec![file("a.img", 1, &[]), file("a.img", 1, &[])],
+            vec![file("a.img", 1 << 40, &[])],
+            vec![file("a.img", 10, &[(0, 64 << 10, 10)])],
+            vec![file("a.img", 10, &[(0, u64::MAX - 3, 10)])],
+            vec![file("a.img", 10, &[(5, 0, 6)])],
+            vec![file("a.img", 10, &[(5, 0, 2), (4, 0, 1)])],
+            (0..9).map(|n| file(&format!("f{n}.img"), 60 << 10, &[(0, 0, 60 << 10)])).collect(),
         ];
         for files in cases {
             let dir = tempfile::tempdir().unwrap();
@@ -289,8 +296,8 @@ mod tests {
             ..file("pages-1.img", size, &[(from, from + 4096, located - from)])
         };
         let (sender, located) = mpsc::channel(4);
-        sender.try_send(answer(vec![file("b", 1, &[(0, 0, 1)]), piece(0, digest::PART)], false)).unwrap();
-        sender.try_send(answer(vec![piece(digest::PART, size), file("a", 0, &[])], true)).unwrap();
+        sender.try_send(answer(vec![file("b.img", 1, &[(0, 0, 1)]), piece(0, digest::PART)], false)).unwrap();
+        sender.try_send(answer(vec![piece(digest::PART, size), file("a.img", 0, &[])], true)).unwrap();
         drop(sender);
         let saved =
             save(DumpImages { disk: Arc::new(disk), size: 8 << 20, located }, manifest(), &path).unwrap();
@@ -298,7 +305,7 @@ mod tests {
         let files = CheckpointManifest::read(&path).unwrap().files;
         assert_eq!(
             files.iter().map(|file| file.name.as_str()).collect::<Vec<_>>(),
-            ["a", "b", "pages-1.img"]
+            ["a.img", "b.img", "pages-1.img"]
         );
         let content = vec![9; size as usize];
         assert!(fs::read(path.join("pages-1.img")).unwrap() == content);
@@ -310,12 +317,12 @@ mod tests {
 
     #[test]
     fn a_report_without_its_last_answer_is_refused() {
-        let one = || vec![file("a", 1, &[(0, 0, 1)])];
+        let one = || vec![file("a.img", 1, &[(0, 0, 1)])];
         let cases = [
             // This is what arrives when the guest has ended.
             vec![answer(one(), false)],
             vec![answer(one(), false), answer(vec![], false)],
-            vec![answer(one(), true), answer(vec![file("b", 1, &[])], true)],
+            vec![answer(one(), true), answer(vec![file("b.img", 1, &[])], true)],
             vec![answer(vec![], true)],
             vec![],
         ];
@@ -345,16 +352,19 @@ mod tests {
         let (part, size) = (digest::PART, 3 * digest::PART);
         let piece = |name: &str, located| ImageFile { located, ..file(name, size, &[]) };
         let cases = [
-            vec![piece("a", part)],
-            vec![piece("a", part), piece("b", size)],
-            vec![piece("a", part), piece("a", part), piece("a", size)],
-            vec![piece("a", part), ImageFile { size: 2 * part, ..piece("a", 2 * part) }],
-            vec![piece("a", 2 * part), piece("a", part), piece("a", size)],
-            vec![piece("a", part + 1), piece("a", size)],
-            vec![piece("a", 0), piece("a", size)],
-            vec![piece("a", size + 1)],
-            vec![piece("a", part), ImageFile { located: size, ..file("a", size, &[(0, 0, part)]) }],
-            vec![ImageFile { located: part, ..file("a", size, &[(part, 0, part)]) }, piece("a", size)],
+            vec![piece("a.img", part)],
+            vec![piece("a.img", part), piece("b.img", size)],
+            vec![piece("a.img", part), piece("a.img", part), piece("a.img", size)],
+            vec![piece("a.img", part), ImageFile { size: 2 * part, ..piece("a.img", 2 * part) }],
+            vec![piece("a.img", 2 * part), piece("a.img", part), piece("a.img", size)],
+            vec![piece("a.img", part + 1), piece("a.img", size)],
+            vec![piece("a.img", 0), piece("a.img", size)],
+            vec![piece("a.img", size + 1)],
+            vec![piece("a.img", part), ImageFile { located: size, ..file("a.img", size, &[(0, 0, part)]) }],
+            vec![
+                ImageFile { located: part, ..file("a.img", size, &[(part, 0, part)]) },
+                piece("a.img", size),
+            ],
         ];
         for files in cases {
             let dir = tempfile::tempdir().unwrap();
@@ -369,12 +379,45 @@ mod tests {
     }
 
     #[test]
+    fn reports_replace_files_and_follow_no_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, work) = (dir.path().join("from"), dir.path().join("work"));
+        fs::create_dir(&from).unwrap();
+        fs::create_dir(&work).unwrap();
+        let (target, log) = (dir.path().join("roots"), work.join("dump.log"));
+        fs::write(from.join("dump.log"), "the guest's").unwrap();
+        fs::write(&target, "root's").unwrap();
+        fs::write(work.join("mine"), "x").unwrap();
+        std::os::unix::fs::symlink(&target, &log).unwrap();
+        // The second time, there is a log already.
+        for _ in 0..2 {
+            copy_reports(&from, &work).unwrap();
+            assert_eq!(fs::read_to_string(&target).unwrap(), "root's");
+            assert!(!log.is_symlink() && fs::read_to_string(&log).unwrap() == "the guest's");
+        }
+        assert_eq!(fs::read_to_string(work.join("mine")).unwrap(), "x");
+    }
+
+    #[test]
     fn a_directory_in_use_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("mine"), "x").unwrap();
-        let error = save(images(vec![file("a", 1, &[])]), manifest(), dir.path()).unwrap_err();
+        let error = save(images(vec![file("a.img", 1, &[])]), manifest(), dir.path()).unwrap_err();
         assert!(matches!(error, CheckpointError::NotEmpty { .. }), "{error}");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_manifest_that_could_not_be_read_is_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("new");
+        let manifest = |length: u64| CheckpointManifest { kernel: "x".repeat(length as usize), ..manifest() };
+        let one = || images(vec![file("a.img", 1, &[(0, 0, 1)])]);
+        let error = save(one(), manifest(MAX_SIZE), &path).unwrap_err();
+        assert!(matches!(error, CheckpointError::LargeManifest { .. }), "{error}");
+        assert!(!path.exists());
+        save(one(), manifest(MAX_SIZE - 1024), &path).unwrap();
+        CheckpointManifest::read(&path).unwrap();
     }
 
     #[test]
@@ -382,7 +425,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("new");
         let mut images =
-            images(vec![file("a", 1, &[(0, 0, 1)]), file("b", 1 << 15, &[(0, 1 << 15, 1 << 15)])]);
+            images(vec![file("a.img", 1, &[(0, 0, 1)]), file("b.img", 1 << 15, &[(0, 1 << 15, 1 << 15)])]);
         // The disk is shorter than its announced size.
         images.disk.set_len(40 << 10).unwrap();
         images.size = 64 << 10;

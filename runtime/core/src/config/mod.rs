@@ -170,6 +170,8 @@ pub struct RootdiskConfig {
     pub writable_size_mib: u64,
     /// Most files that a container's changes may have when they are exported to its snapshot.
     pub layer_max_entries: u64,
+    /// Longest time in which a container's changes may arrive from its VM, seconds.
+    pub export_timeout_s: u64,
     /// mke2fs, a path or a name that is looked up in PATH.
     pub mke2fs: PathBuf,
 }
@@ -270,6 +272,7 @@ impl Default for RootdiskConfig {
             min_size_mib: 2048,
             writable_size_mib: 16384,
             layer_max_entries: 300_000,
+            export_timeout_s: 900,
             mke2fs: "mke2fs".into(),
         }
     }

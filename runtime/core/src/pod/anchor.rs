@@ -13,8 +13,8 @@
 use std::{
     fs::File,
     io::{self, Write as _},
-    os::fd::OwnedFd,
-    path::{Path, PathBuf},
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt as _},
+    path::PathBuf,
 };
 
 use machinen_base::{
@@ -30,7 +30,7 @@ use rustix::{
     mount::{MoveMountFlags, move_mount},
     process::{chroot, fchdir, pivot_root},
 };
-use tokio::{io::AsyncReadExt as _, net::unix::pipe};
+use tokio::{io::AsyncReadExt as _, net::unix::pipe, task::spawn_blocking};
 
 use crate::view::{self, ContainerView, DeviceError, ViewGuest};
 
@@ -41,6 +41,8 @@ pub const ENTRY_POINT: EntryPoint = EntryPoint { name: "container-anchor", main:
 const ROOT_FD: i32 = 3;
 /// What the anchor reports when it has entered its root; any other text is an error message.
 const IN_ROOT: &str = "in root";
+/// The type of the file system of namespaces (linux/magic.h, NSFS_MAGIC).
+const NSFS: rustix::fs::FsWord = 0x6e73_6673;
 /// Where the root is mounted temporarily. Every host has this directory.
 const TEMPORARY_MOUNT: &str = "/proc";
 
@@ -86,7 +88,11 @@ impl Anchor {
     ///
     /// # Errors
     /// The namespace cannot be opened, or the process cannot be started.
-    pub fn spawn(id: &str, netns: Option<&Path>) -> Result<Self, AnchorError> {
+    pub async fn spawn(id: &str, netns: Option<PathBuf>) -> Result<Self, AnchorError> {
+        let netns = match netns {
+            Some(path) => Some(open_netns(path).await?),
+            None => None,
+        };
         let (view, root) = match ContainerView::mount(id) {
             Ok((view, root)) => (Some(view), root),
             Err(error) => {
@@ -106,9 +112,8 @@ impl Anchor {
         };
         let mut spawn = ENTRY_POINT.spawn().sandbox(sandbox);
         spawn = spawn.fd(root, ROOT_FD).stdout(Stdio::Pipe);
-        if let Some(path) = netns {
-            let file = File::open(path).map_err(|source| AnchorError::Netns { path: path.into(), source })?;
-            spawn = spawn.join_netns(file.into());
+        if let Some(netns) = netns {
+            spawn = spawn.join_netns(netns);
         }
         let mut child = spawn.start().map_err(AnchorError::Spawn)?;
         let report = OwnedFd::from(child.stdout.take().expect("it was asked for"));
@@ -155,6 +160,27 @@ impl Anchor {
     }
 }
 
+/// Opens a network namespace by its path, in a thread of its own: the file system that the path leads to may
+/// not answer.
+///
+/// # Errors
+/// The errors of open(2), or the path is not that of a namespace.
+async fn open_netns(path: PathBuf) -> Result<OwnedFd, AnchorError> {
+    let open = {
+        let path = path.clone();
+        move || -> io::Result<OwnedFd> {
+            // The open of a fifo would wait for another process.
+            let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+            if rustix::fs::fstatfs(&file)?.f_type != NSFS {
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a namespace"));
+            }
+            Ok(file.into())
+        }
+    };
+    let opened = spawn_blocking(open).await.unwrap_or_else(|error| Err(io::Error::other(error)));
+    opened.map_err(|source| AnchorError::Netns { path, source })
+}
+
 /// What the anchor process does: enter its root and namespaces, give up all privileges, and wait to be
 /// killed.
 fn main() -> ! {
@@ -188,4 +214,30 @@ fn enter_root() -> io::Result<()> {
     }
     drop(root);
     sys::child::drop_capabilities()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn only_a_namespace_is_joined() {
+        let dir = tempfile::tempdir().unwrap();
+        let (fifo, file) = (dir.path().join("fifo"), dir.path().join("file"));
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        std::fs::write(&file, "").unwrap();
+        for path in [fifo, file, "/dev/null".into()] {
+            let opened =
+                timeout(Duration::from_secs(10), open_netns(path.clone())).await.expect("it does not wait");
+            let AnchorError::Netns { path: named, source } = opened.unwrap_err() else {
+                panic!("another error")
+            };
+            assert_eq!((named, source.to_string().as_str()), (path, "it is not a namespace"));
+        }
+        assert!(open_netns("/proc/self/ns/net".into()).await.is_ok());
+    }
 }

@@ -9,13 +9,17 @@
 //! The container is ended only after the files are on stable storage. A failure leaves it as it was.
 
 use std::{
-    fs,
+    io::Read as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::SystemTime,
 };
 
-use machinen_base::{error::chain, fs::FileError};
+use machinen_base::{
+    error::chain,
+    fs::{FileError, Links, open_regular},
+    text::printable,
+};
 use machinen_protocol::{
     api::{CriuOptions, Disk, RestoreFrom},
     process::SignalTarget,
@@ -90,7 +94,10 @@ impl Pod {
         let was_paused = container.state() == ProcessState::Paused;
         let agent = self.agent(id).await?;
         let failed = |source| PodError::Checkpoint { id: id.to_owned(), source };
-        let manifest = manifest(container, wanted.options).map_err(failed)?;
+        let config = container.bundle.join("config.json");
+        let config =
+            spawn_blocking(move || read_config(config)).await.map_err(PodError::Worker)?.map_err(failed)?;
+        let manifest = manifest(container, wanted.options, &config).map_err(failed)?;
         let phases = PhaseTimes::default();
         let dump = Dump::new(self, container, &agent, wanted, !was_paused);
         let written = async {
@@ -183,11 +190,21 @@ struct ConfigHostname {
     hostname: String,
 }
 
-fn manifest(container: &Container, options: DumpOptions) -> Result<CheckpointManifest, CheckpointError> {
-    let path = container.bundle.join("config.json");
-    let config = fs::read(&path).map_err(FileError::at("read", &path))?;
-    let ConfigHostname { hostname } = serde_json::from_slice(&config)
-        .map_err(|source| CheckpointError::Manifest { path: path.clone(), source })?;
+fn read_config(path: PathBuf) -> Result<Vec<u8>, CheckpointError> {
+    let mut config = Vec::new();
+    open_regular(&path, Links::Follow)
+        .and_then(|file| file.take(spec::bundle::MAX_CONFIG).read_to_end(&mut config))
+        .map_err(FileError::at("read", path))?;
+    Ok(config)
+}
+
+fn manifest(
+    container: &Container,
+    options: DumpOptions,
+    config: &[u8],
+) -> Result<CheckpointManifest, CheckpointError> {
+    let ConfigHostname { hostname } = serde_json::from_slice(config)
+        .map_err(|source| CheckpointError::Manifest { path: container.bundle.join("config.json"), source })?;
     Ok(CheckpointManifest {
         format: FORMAT,
         machinen: env!("CARGO_PKG_VERSION").to_owned(),
@@ -195,7 +212,7 @@ fn manifest(container: &Container, options: DumpOptions) -> Result<CheckpointMan
         created: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         container: container.id.to_string(),
         rootdisk: container.base.map(|key| key.to_string()),
-        config: format!("sha256:{:x}", Sha256::digest(&config)),
+        config: format!("sha256:{:x}", Sha256::digest(config)),
         hostname: Some(hostname),
         terminal: container.init.stdio.terminal,
         options,
@@ -274,7 +291,7 @@ impl RestorePlan {
     pub(super) fn check_rootfs(&self, base: Option<RootdiskKey>) -> Result<(), PodError> {
         match (&self.manifest.rootdisk, base) {
             (Some(theirs), Some(ours)) if *theirs != ours.to_string() => {
-                Err(self.failed(CheckpointError::Rootfs { theirs: theirs.clone(), ours }))
+                Err(self.failed(CheckpointError::Rootfs { theirs: printable(theirs), ours }))
             }
             _ => Ok(()),
         }

@@ -39,6 +39,9 @@ use crate::{
 /// Upper bound of the size of all images that do not hold memory of the container, bytes.
 const OTHER_IMAGES: u64 = 256 << 20;
 
+/// Longest time in which the guest may write all images back and report where they are.
+const LOCATE: Duration = Duration::from_secs(15 * 60);
+
 /// A dump that is being made.
 pub(super) struct Dump<'a> {
     pod: &'a Pod,
@@ -151,8 +154,11 @@ impl<'a> Dump<'a> {
         located: mpsc::Sender<CheckpointImagesResponse>,
     ) -> Result<(), PodError> {
         let id = self.container.id.as_str();
+        let until = tokio::time::Instant::now() + LOCATE;
         loop {
-            let answer = self.agent.checkpoint_images(id).await;
+            let answer = tokio::time::timeout_at(until, self.agent.checkpoint_images(id)).await;
+            let late = |_| PodError::Unanswered { verb: "checkpoint", id: id.to_owned(), deadline: LOCATE };
+            let answer = answer.map_err(late)?;
             let answer =
                 answer.map_err(|source| self.explain(PodError::guest("checkpoint", id, source), attached))?;
             let last = answer.last;

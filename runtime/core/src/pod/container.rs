@@ -15,6 +15,7 @@ use super::{
     anchor::Anchor,
     checkpoint,
     exec::Execs,
+    kill_clock::KillClock,
     layer::WritableLayer,
     rootfs::RootfsMount,
     state::{PodRequest, ProcessExit, ProcessState},
@@ -36,6 +37,8 @@ pub struct Container {
     pub(super) vm: Vm,
     pub(super) init: Arc<ContainerProcess>,
     pub(super) execs: Execs,
+    /// Runs since the container was sent SIGKILL.
+    pub(super) kill_clock: KillClock,
     /// Locked for reading while a process is being added, and for writing while the container is being
     /// frozen: a process that arrives in a frozen cgroup could not report that it was started, and would
     /// prevent a checkpoint.
@@ -79,6 +82,7 @@ impl Container {
             vm,
             init: Arc::new(ContainerProcess::new(stdio)),
             execs: Execs::default(),
+            kill_clock: KillClock::default(),
             freezing: RwLock::default(),
             layer,
             base,

@@ -12,6 +12,7 @@ use std::{
     sync::Arc,
 };
 
+use machinen_base::fs::{Links, open_regular};
 use machinen_protocol::{
     api::{CreateContainerRequest, Disk, InjectedFile, Rootfs, Stdio},
     process::ProcessRef,
@@ -125,9 +126,9 @@ impl Pod {
         create: CreateRequest,
         phases: &PhaseTimes,
     ) -> Result<(Arc<Container>, ContainerWatch, VmOrigin), PodError> {
-        let plan = self.plan(&create)?;
+        let plan = self.planned(&create).await?;
         let mut host_stdio = HostStdio::open(&create.stdio, &self.owner(&create.id))?;
-        let injected = read_injected(&plan.guest.injected)?;
+        let injected = read_injected(plan.guest.injected.clone()).await?;
         let (launched, mut vm) = watch::channel(None);
         let launch = async {
             let provisioned = phases.time("vm-launch", self.provision(&plan)).await?;
@@ -159,7 +160,7 @@ impl Pod {
             files.base = files.writable.take();
         }
         // From here on the guest proceeds on its own, so work on the host does not delay the start.
-        let mut anchor = Anchor::spawn(&create.id, plan.guest.netns.as_deref())?;
+        let mut anchor = Anchor::spawn(&create.id, plan.guest.netns.clone()).await?;
         let (provisioned, (disks, agent)) =
             match attach_disks(&provisioned.vm, &create.id, &files, phases).await {
                 Err(error) if provisioned.origin.is_clone() => {
@@ -207,8 +208,15 @@ impl Pod {
         Ok((container, watched, provisioned.origin))
     }
 
-    /// Makes all checks that change nothing on the host or in the guest.
-    pub(super) fn plan(&self, create: &CreateRequest) -> Result<CreatePlan, PodError> {
+    /// As [`Pod::plan`], in a thread of its own: a file system that a path of the caller leads to may not
+    /// answer, and must not keep this pod's other requests waiting.
+    pub(super) async fn planned(&self, create: &CreateRequest) -> Result<CreatePlan, PodError> {
+        let (pod, create) = (self.clone(), create.clone());
+        spawn_blocking(move || pod.plan(&create)).await.map_err(PodError::Worker)?
+    }
+
+    /// Makes all checks that change nothing on the host or in the guest. Blocks.
+    fn plan(&self, create: &CreateRequest) -> Result<CreatePlan, PodError> {
         let spec = bundle::load(&create.bundle)?;
         let annotations = spec.annotations().clone().unwrap_or_default();
         let config = annotations::apply(&self.shared.config, &annotations)?;
@@ -334,9 +342,17 @@ pub(super) async fn base_disk(plan: &CreatePlan, id: &str) -> Result<Option<Root
     spawn_blocking(build).await.map_err(PodError::Worker)?.map(Some).map_err(PodError::Rootdisk)
 }
 
-pub(super) fn read_injected(files: &[Injected]) -> Result<Vec<InjectedFile>, PodError> {
+/// Reads the files of the host that the container gets, in a thread of its own.
+pub(super) async fn read_injected(files: Vec<Injected>) -> Result<Vec<InjectedFile>, PodError> {
+    if files.is_empty() {
+        return Ok(Vec::new());
+    }
+    spawn_blocking(move || read_files(&files)).await.map_err(PodError::Worker)?
+}
+
+fn read_files(files: &[Injected]) -> Result<Vec<InjectedFile>, PodError> {
     let read = |path: &Path| -> io::Result<(Vec<u8>, u32)> {
-        let file = File::open(path)?;
+        let file = open_regular(path, Links::Follow)?;
         let mode = file.metadata()?.mode() & 0o777;
         let mut content = Vec::new();
         file.take(MAX_INJECTED + 1).read_to_end(&mut content)?;

@@ -27,7 +27,7 @@ use protobuf::MessageField;
 use super::{
     Container, ContainerId, ContainerProcess, ExecId, Pod, PodError, PodEvent, PodRequest, ProcessExit,
     ProcessId, ProcessState, SignalScope, StateError, Transition,
-    exit::finish_output,
+    exit::finish_process,
     stdio::{HostStdio, ProcessStdio},
     streams::{self, Outputs},
 };
@@ -314,8 +314,8 @@ impl Pod {
     async fn watch_exec(self, container: Arc<Container>, exec: Arc<AddedProcess>, watch: ExecWatch) {
         let ExecWatch { agent, in_guest, outputs } = watch;
         let name = exec.name.as_str();
-        let (exit, logger) =
-            finish_output(name, outputs, agent.wait_process(&container.id, &in_guest).await).await;
+        let waited = agent.wait_process(&container.id, &in_guest);
+        let (_, exit, logger) = finish_process(name, &container.kill_clock, outputs, waited).await;
         {
             let _ordered = exec.process.transitions.lock().await;
             if let Err(error) = exec.process.advance(Transition::Exited(exit)) {

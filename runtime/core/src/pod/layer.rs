@@ -24,12 +24,15 @@ use machinen_storage::{
     rootdisk::{self, Rootdisk, RootdiskCache, RootdiskError, RootdiskKey},
 };
 use machinen_vm::{Vm, agent};
-use tokio::task::spawn_blocking;
+use tokio::{
+    task::spawn_blocking,
+    time::{Duration, timeout},
+};
 
 use super::{
     PodError,
     native_disk::{self, NativeDisks},
-    receive::{ReceiveError, receive},
+    receive::{ExportLimits, ReceiveError, receive},
     rootfs,
 };
 use crate::config::{self, Config};
@@ -173,7 +176,7 @@ fn was_written(upper: &Path) -> Result<bool, RootdiskError> {
 pub(super) struct WritableLayer {
     target: Option<LayerTarget>,
     disk: PathBuf,
-    limits: LayerLimits,
+    limits: ExportLimits,
     /// The disk started as a copy of the snapshot's content.
     clean: bool,
     /// One export at a time.
@@ -195,10 +198,12 @@ impl WritableLayer {
         base: Option<RootdiskKey>,
         clean: bool,
     ) -> Self {
-        let limits = LayerLimits {
+        let layer = LayerLimits {
             entries: config.rootdisk.layer_max_entries,
             bytes: config.rootdisk.writable_size_mib << 20,
         };
+        let time = Duration::from_secs(config.rootdisk.export_timeout_s);
+        let limits = ExportLimits { layer, time };
         let (target, disk) = (plan.target.clone(), disk_path(plan, config));
         if let (Some(LayerTarget::Whole(root)), true) = (&target, clean) {
             let labelled = File::open(&disk).and_then(|disk| native_disk::label(&disk, root, base));
@@ -229,7 +234,7 @@ impl WritableLayer {
     }
 
     /// Copies what the container has written to its snapshot. The container has ended, or its processes are
-    /// frozen.
+    /// frozen. The export fails when `killed` resolves.
     ///
     /// # Errors
     /// The export failed; the snapshot is unchanged.
@@ -238,10 +243,12 @@ impl WritableLayer {
         vm: &Vm,
         agent: &agent::Client,
         id: &str,
+        killed: impl Future<Output = ()>,
     ) -> Result<Option<ExportedLayer>, ReceiveError> {
         let Some(target) = self.target.clone() else { return Ok(None) };
-        let _one = self.exporting.lock().await;
-        let (applied, replaced) = receive(vm, agent, id, target.clone(), self.limits).await?;
+        let turn = timeout(self.limits.time, self.exporting.lock());
+        let _one = turn.await.map_err(|_| ReceiveError::Deadline { limit: self.limits.time })?;
+        let (applied, replaced) = receive(vm, agent, id, target.clone(), self.limits, killed).await?;
         if let LayerTarget::Whole(root) = &target {
             // The directory was exchanged for another one, which the disk belongs to now.
             native_disk::relabel(&self.disk, root)
@@ -268,7 +275,8 @@ impl WritableLayer {
         if unchanged && self.clean {
             return Some(ExportedLayer { replaced: None });
         }
-        self.export(vm, agent, id).await.unwrap_or_else(|error| {
+        let never = std::future::pending();
+        self.export(vm, agent, id, never).await.unwrap_or_else(|error| {
             let disk = self.disk.display();
             tracing::error!(
                 id,

@@ -20,6 +20,7 @@ pub mod event;
 mod exec;
 mod exit;
 mod id;
+mod kill_clock;
 mod layer;
 mod native_disk;
 mod out_of_memory;
@@ -44,10 +45,11 @@ use std::{
     sync::{Arc, Mutex, OnceLock, atomic::AtomicBool},
 };
 
+use machinen_base::error::chain;
 use machinen_vm::{Vm, VmSpec, agent};
 use tokio::{
     sync::{Semaphore, mpsc},
-    time::{Duration, timeout},
+    time::timeout,
 };
 
 use crate::{
@@ -55,6 +57,7 @@ use crate::{
     pool::WarmVm,
 };
 use event::PodEvent;
+use kill_clock::KILL_PATIENCE;
 use provision::Afterwards;
 use state::{PodRequest, ProcessExit, ProcessState, StateError, Transition};
 use stdio::StreamOwner;
@@ -67,9 +70,6 @@ pub use exec::ExecRequest;
 pub use id::{ContainerId, ExecId, IdError, ProcessId, SignalScope};
 pub use process::ContainerProcess;
 pub use provision::{admits_one_more, default_vm_spec};
-
-/// How long the guest may take to deliver a signal.
-const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 /// One VM and the containers in it. Clones are handles of the same pod.
 #[derive(Debug, Clone)]
@@ -179,8 +179,9 @@ impl Pod {
 
     /// Sends `signal` to a process of a container, or to all of them.
     ///
-    /// SIGKILL works even if the guest hangs: if the agent does not deliver it in time, its VM is killed, and
-    /// with it all containers of the pod.
+    /// SIGKILL ends the container whatever the guest does: if the agent does not deliver it in time, or the
+    /// container has not ended in time ([`KillClock`](kill_clock::KillClock)), the VM is killed, and with it
+    /// all containers of the pod.
     ///
     /// # Errors
     /// The process does not exist or is not running, or the agent does not answer.
@@ -188,6 +189,9 @@ impl Pod {
         let id = scope.container().as_str();
         let container = self.container(scope.container())?;
         let fatal = signal == libc::SIGKILL as u32 && scope.includes_init();
+        if fatal {
+            container.kill_clock.start();
+        }
         let sent = async {
             let target = container.signal_target(scope).await?;
             let sent = self.agent(id).await?.signal_process(id, &target, signal).await;
@@ -221,7 +225,9 @@ impl Pod {
         let vm = self.vm_of(id).await?;
         let agent =
             vm.agent().await.map_err(|source| PodError::Vm { what: "reach the guest agent", source })?;
-        container.layer.export(&vm, &agent, id).await.map_err(PodError::Export)?;
+        // SIGKILL does not wait for an export: the container's last one follows when it has ended.
+        let killed = container.kill_clock.started();
+        container.layer.export(&vm, &agent, id, killed).await.map_err(PodError::Export)?;
         Ok(())
     }
 
@@ -240,9 +246,9 @@ impl Pod {
     async fn delete_container(&self, id: &ContainerId) -> Result<(u32, ProcessExit), PodError> {
         let container = self.container(id)?;
         if container.state() == ProcessState::Created {
-            match self.kill(&SignalScope::One(id.init()), libc::SIGKILL as u32).await {
-                Ok(()) | Err(PodError::State { .. } | PodError::Gone { .. }) => {}
-                Err(error) => return Err(error),
+            // The container ends in time even if the guest refuses the signal.
+            if let Err(error) = self.kill(&SignalScope::One(id.init()), libc::SIGKILL as u32).await {
+                tracing::debug!(id = id.as_str(), "SIGKILL was not delivered: {}", chain(&error));
             }
             container.exited().await;
         }

@@ -1,4 +1,5 @@
-//! Passes the archive from the guest to the thread that applies it, since file operations block.
+//! Passes the archive from the guest to the thread that applies it, since file operations block. The guest
+//! has to send at a least rate, and an export has a total time, so that a guest cannot prolong one.
 
 use std::{
     io::{self, Read},
@@ -16,15 +17,18 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt},
     sync::mpsc,
     task::spawn_blocking,
-    time::timeout,
+    time::{Instant, sleep, timeout},
 };
 
 /// Bytes that are read at once.
 const CHUNK: usize = 64 << 10;
 /// Chunks that wait to be applied; the guest waits when there are more.
 const WAITING: usize = 4;
-/// Longest time in which a guest that exports may send nothing.
-const STALL: Duration = Duration::from_secs(60);
+/// How long the host waits for the guest in all, in addition to what the bytes that have arrived allow.
+const HEAD_START: Duration = Duration::from_secs(60);
+/// Bytes a second that the guest has to send while the host waits for it. An emulated CPU that packs small
+/// files is several times faster.
+const LEAST_RATE: u64 = 256 << 10;
 
 /// Why a container's changes did not reach the host.
 #[derive(Debug, thiserror::Error)]
@@ -60,12 +64,30 @@ pub enum ReceiveError {
         /// Number of bytes that were announced.
         total: u64,
     },
-    /// No byte arrived for too long.
-    #[error("the guest sent nothing for {seconds} s")]
-    Stalled {
-        /// The time limit, seconds.
-        seconds: u64,
+    /// The guest sends too slowly.
+    #[error(
+        "the guest sent {arrived} bytes of an archive while the host waited {} s for it, which is too slow",
+        waited.as_secs()
+    )]
+    Slow {
+        /// Number of bytes that arrived.
+        arrived: u64,
+        /// The time for which the host has waited for the guest.
+        waited: Duration,
     },
+    /// The export took too long.
+    #[error(
+        "the archive was not complete after {} s; raise rootdisk.export_timeout_s in the configuration if the \
+         container really has so much to export",
+        limit.as_secs()
+    )]
+    Deadline {
+        /// The limit of the configuration (`rootdisk.export_timeout_s`).
+        limit: Duration,
+    },
+    /// The container was sent SIGKILL meanwhile.
+    #[error("the container was killed meanwhile")]
+    Killed,
     /// The thread that applies the changes ended without a result.
     #[error("a worker thread ended early")]
     Worker(#[source] tokio::task::JoinError),
@@ -77,32 +99,48 @@ impl HasKind for ReceiveError {
             Self::Layer(source) => source.kind(),
             Self::Stream(source) => source.kind(),
             Self::Agent(source) => source.kind(),
-            Self::TooMuch { .. } => ErrorKind::FailedPrecondition,
+            Self::TooMuch { .. } | Self::Killed => ErrorKind::FailedPrecondition,
             Self::Broken { .. } | Self::Ended { .. } => ErrorKind::Unavailable,
-            Self::Stalled { .. } => ErrorKind::DeadlineExceeded,
+            Self::Slow { .. } | Self::Deadline { .. } => ErrorKind::DeadlineExceeded,
             Self::Worker(_) => ErrorKind::Internal,
         }
     }
 }
 
+/// The limits of one export.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ExportLimits {
+    /// What the archive may make on the host.
+    pub(super) layer: LayerLimits,
+    /// How long the archive may take to arrive.
+    pub(super) time: Duration,
+}
+
 /// Asks the guest for a container's changes and stores them in `target`. The container must have ended, or
-/// its processes must be frozen.
+/// its processes must be frozen. The export fails when `killed` resolves.
 ///
 /// # Errors
-/// The guest cannot send the changes, sends something else, or the host cannot store them. Then the old layer
-/// is still in place, and nothing of the new one is left.
+/// The guest cannot send the changes, sends something else or too slowly, or the host cannot store them. Then
+/// the old layer is still in place, and nothing of the new one is left.
 pub(super) async fn receive(
     vm: &Vm,
     agent: &agent::Client,
     container: &str,
     target: LayerTarget,
-    limits: LayerLimits,
+    limits: ExportLimits,
+    killed: impl Future<Output = ()>,
 ) -> Result<(AppliedLayer, PreviousLayer), ReceiveError> {
     let (token, stream) = vm.open_stream().await.map_err(ReceiveError::Stream)?;
     let (sender, chunks) = mpsc::channel(WAITING);
-    let applying = spawn_blocking(move || layer::replace(ArchiveReader::new(chunks), &target, limits));
+    let applying = spawn_blocking(move || layer::replace(ArchiveReader::new(chunks), &target, limits.layer));
     let answer = async { agent.export_layer(container, token).await.map_err(ReceiveError::Agent) };
-    let passed = pass(stream, answer, sender).await;
+    // The sender is dropped with the future that passes the archive, which ends the applying thread.
+    let passed = tokio::select! {
+        biased;
+        passed = pass(stream, answer, sender) => passed,
+        () = sleep(limits.time) => Err(PassError::Failed(ReceiveError::Deadline { limit: limits.time })),
+        () = killed => Err(PassError::Failed(ReceiveError::Killed)),
+    };
     let applied = applying.await.map_err(ReceiveError::Worker)?;
     match (passed, applied) {
         (Err(PassError::Failed(error)), _) => Err(error),
@@ -127,6 +165,7 @@ async fn pass(
     pieces: mpsc::Sender<ArchivePiece>,
 ) -> Result<(), PassError> {
     let mut answer = pin!(answer);
+    let mut waited = Duration::ZERO;
     let (mut total, mut arrived) = (None, 0_u64);
     let mut buffer = vec![0; CHUNK];
     loop {
@@ -139,27 +178,32 @@ async fn pass(
             }
             _ => {}
         }
+        let allowed = HEAD_START + Duration::from_secs(arrived / LEAST_RATE);
+        let since = Instant::now();
+        let slow = |_| PassError::Failed(ReceiveError::Slow { arrived, waited: allowed });
         let read = tokio::select! {
             answered = &mut answer, if total.is_none() => {
                 total = Some(answered.map_err(PassError::Failed)?);
+                waited += since.elapsed();
                 continue;
             }
-            read = timeout(STALL, stream.read(&mut buffer)) => read,
+            read = timeout(allowed.saturating_sub(waited), stream.read(&mut buffer)) => read.map_err(slow)?,
         };
+        waited += since.elapsed();
         match read {
-            Ok(Ok(0)) => {
+            Ok(0) => {
                 // If the agent has answered with an error, that is more precise.
                 if total.is_none() {
-                    answer.await.map_err(PassError::Failed)?;
+                    let answered = timeout(allowed.saturating_sub(waited), answer).await.map_err(slow)?;
+                    answered.map_err(PassError::Failed)?;
                 }
                 return Err(PassError::Failed(ReceiveError::Ended { arrived }));
             }
-            Ok(Ok(read)) => {
+            Ok(read) => {
                 arrived += read as u64;
                 pieces.send(Some(buffer[..read].to_vec())).await.map_err(|_| PassError::Unwanted)?;
             }
-            Ok(Err(source)) => return Err(PassError::Failed(ReceiveError::Broken { arrived, source })),
-            Err(_) => return Err(PassError::Failed(ReceiveError::Stalled { seconds: STALL.as_secs() })),
+            Err(source) => return Err(PassError::Failed(ReceiveError::Broken { arrived, source })),
         }
     }
 }
@@ -244,6 +288,36 @@ mod tests {
         let (outcome, read) = passed(b"twice", Ok(3), false).await;
         assert!(matches!(outcome, Err(PassError::Failed(ReceiveError::TooMuch { arrived: 5, total: 3 }))));
         assert!(read.is_err());
+    }
+
+    /// A guest that sends `chunk` bytes each second, and never answers; returns the time until it is given up.
+    async fn given_up(chunk: usize) -> (Duration, PassError) {
+        let (mut guest, host) = tokio::io::duplex(1 << 20);
+        let (sender, mut pieces) = mpsc::channel(1);
+        let drip = async {
+            while guest.write_all(&vec![0; chunk]).await.is_ok() {
+                sleep(Duration::from_secs(1)).await;
+            }
+        };
+        let drain = async { while pieces.recv().await.is_some() {} };
+        let start = Instant::now();
+        let passed = tokio::select! {
+            passed = pass(host, std::future::pending(), sender) => passed,
+            _ = async { tokio::join!(drip, drain) } => unreachable!("the host reads until it gives up"),
+            () = sleep(Duration::from_secs(3600)) => Ok(()),
+        };
+        (start.elapsed(), passed.expect_err("nothing was complete"))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_guest_that_drips_is_given_up() {
+        let (after, error) = given_up(1).await;
+        assert!(matches!(error, PassError::Failed(ReceiveError::Slow { .. })));
+        assert_eq!(after.as_secs(), HEAD_START.as_secs());
+        // Half of the least rate, which the head start lets last for twice its time.
+        let (after, error) = given_up(LEAST_RATE as usize / 2).await;
+        assert!(matches!(error, PassError::Failed(ReceiveError::Slow { .. })));
+        assert!((115..=125).contains(&after.as_secs()), "{after:?}");
     }
 
     #[tokio::test]

@@ -12,7 +12,10 @@ use tokio::sync::watch;
 
 use super::{
     PodError,
-    stdio::{HostStdio, Logger, OutputCopy, StdinCopy, StdinEnd, StdinReader, StdinSource, StdioError},
+    stdio::{
+        DiscardOutput, HostStdio, Logger, OutputCopy, StdinCopy, StdinEnd, StdinReader, StdinSource,
+        StdioError,
+    },
 };
 
 /// How many processes may be starting at once. Each has three streams open that the agent has not claimed.
@@ -113,7 +116,8 @@ impl PendingInput {
     /// Starts to copy from the caller's end.
     pub(super) fn start(self, stdin: StdinReader, closed: watch::Receiver<bool>) -> StdinCopy {
         let Self { to_guest, terminal, agent, container, process, .. } = self;
-        StdinCopy::start(stdin, StdinEnd { closed, terminal }, to_guest, async move |total| {
+        let (from_guest, to_guest) = tokio::io::split(to_guest);
+        StdinCopy::start(stdin, StdinEnd { closed, terminal }, from_guest, to_guest, async move |total| {
             if let Err(error) = agent.end_stdin(&container, &process, total).await {
                 // A process that has ended does not need the end of its stdin.
                 tracing::debug!(id = container, ?process, "end of stdin not delivered: {error}");
@@ -123,6 +127,11 @@ impl PendingInput {
 }
 
 impl Outputs {
+    /// Drops the output from then on, instead of waiting for its readers.
+    pub(super) fn discard(&self) -> DiscardOutput {
+        self.stdout.iter().chain(&self.stderr).map(OutputCopy::discard).collect()
+    }
+
     /// Waits until the caller has received all output of the process. The logging program may still be
     /// working on it.
     pub(super) async fn deliver(self, id: &str, ended: &WaitProcessResponse) -> Option<Logger> {
@@ -140,9 +149,11 @@ impl Outputs {
 
     /// Delivers the output that has arrived from a guest that has ended.
     pub(super) async fn abandon(self) -> Option<Logger> {
-        for output in [self.stdout, self.stderr].into_iter().flatten() {
-            output.abandon().await;
-        }
+        let abandon = async |output: Option<OutputCopy>| match output {
+            Some(output) => output.abandon().await,
+            None => {}
+        };
+        tokio::join!(abandon(self.stdout), abandon(self.stderr));
         self.logger
     }
 }

@@ -101,7 +101,7 @@ impl Pod {
         trial_disk: TrialDisk<'_>,
     ) -> Result<(), PodError> {
         let id = container.id.as_str();
-        let plan = self.prepare_trial(container, dir)?;
+        let plan = self.prepare_trial(container, dir).await?;
         let phases = PhaseTimes::default();
         let provisioned = self.provision(&plan);
         let disks = async {
@@ -129,7 +129,7 @@ impl Pod {
         }
     }
 
-    fn prepare_trial(&self, container: &Container, dir: &Path) -> Result<CreatePlan, PodError> {
+    async fn prepare_trial(&self, container: &Container, dir: &Path) -> Result<CreatePlan, PodError> {
         let create = CreateRequest {
             id: container.id.clone(),
             bundle: container.bundle.clone(),
@@ -137,7 +137,7 @@ impl Pod {
             stdio: ProcessStdio::default(),
             checkpoint: Some(dir.to_owned()),
         };
-        let mut plan = self.plan(&create)?;
+        let mut plan = self.planned(&create).await?;
         // The trial reads all of the memory.
         plan.config.restore.lazy = false;
         if let Some(LayerTarget::Whole(_)) = plan.rootfs.target {
@@ -155,7 +155,7 @@ impl Pod {
         vm: &machinen_vm::Vm,
         files: &ContainerDisks<File, ImageDisk>,
     ) -> Result<(), PodError> {
-        let injected = create::read_injected(&plan.guest.injected)?;
+        let injected = create::read_injected(plan.guest.injected.clone()).await?;
         let (disks, agent) = create::attach_disks(vm, id, files, &PhaseTimes::default()).await?;
         let Some((restore, disk)) = plan.restore.as_ref().zip(files.checkpoint.as_ref()) else {
             return Ok(());

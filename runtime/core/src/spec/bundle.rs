@@ -1,19 +1,21 @@
 //! Reads a bundle's `config.json`, with errors that name what is wrong.
 
 use std::{
-    fs::File,
     io::{self, Read},
     path::{Path, PathBuf},
 };
 
-use machinen_base::error::{ErrorKind, HasKind};
+use machinen_base::{
+    error::{ErrorKind, HasKind},
+    fs::{Links, open_regular},
+};
 use oci_spec::runtime::{Process, Spec};
 use serde_json::Value;
 
 use super::json;
 
 /// Larger files are refused, bytes: the agent accepts messages of 4 MiB.
-const MAX_CONFIG: u64 = 3 << 20;
+pub(crate) const MAX_CONFIG: u64 = 3 << 20;
 
 /// Why a bundle cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -74,7 +76,7 @@ impl HasKind for BundleError {
 pub fn load(bundle: &Path) -> Result<Spec, BundleError> {
     let path = bundle.join("config.json");
     let mut text = Vec::new();
-    File::open(&path)
+    open_regular(&path, Links::Follow)
         .and_then(|file| file.take(MAX_CONFIG + 1).read_to_end(&mut text))
         .map_err(|source| BundleError::Read { path: path.clone(), source })?;
     parse(&text, path)

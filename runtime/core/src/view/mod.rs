@@ -15,6 +15,7 @@
 
 mod answers;
 mod device;
+mod harden;
 mod session;
 #[cfg(test)]
 mod tests;

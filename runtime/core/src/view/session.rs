@@ -17,6 +17,7 @@ use tokio::{
 use super::{
     REPLY_DEADLINE, answers,
     device::{Device, DeviceRead},
+    harden::{HostileReply, harden},
 };
 
 /// Requests that the guest may have at once; more wait in the kernel.
@@ -39,6 +40,8 @@ pub(super) enum SessionEnd {
     Unexpected,
     #[error("the guest's reply does not fit its request")]
     Misfit,
+    #[error(transparent)]
+    Hostile(#[from] HostileReply),
     #[error("the guest did not answer within {REPLY_DEADLINE:?}")]
     Deadline,
 }
@@ -141,11 +144,17 @@ impl Session<'_> {
                 Err(error) => return SessionEnd::Malformed(error),
             };
             let asked = |waiting: &PendingRequest| waiting.request.unique == reply.unique;
-            if !self.waiting().iter().any(asked) {
-                return SessionEnd::Unexpected;
-            }
-            if let Err(error) = guest.read_exact(&mut body[..reply.length - REPLY_HEADER]).await {
+            let found = self.waiting().iter().find(|waiting| asked(waiting)).copied();
+            let Some(PendingRequest { request, .. }) = found else { return SessionEnd::Unexpected };
+            let body = &mut body[..reply.length - REPLY_HEADER];
+            if let Err(error) = guest.read_exact(body).await {
                 return SessionEnd::Stream(error);
+            }
+            if reply.errno == 0
+                && let Err(hostile) = harden(request, body)
+            {
+                // The request still waits, and fails with the session.
+                return hostile.into();
             }
             self.waiting().retain(|waiting| !asked(waiting));
             self.answered.notify_one();

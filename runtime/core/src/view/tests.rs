@@ -108,9 +108,14 @@ async fn requests_and_replies_pass() {
         drop(guest);
     });
     assert!(matches!(end, SessionEnd::Stream(_)), "{end:?}");
+    // The host has decided about the validity and the mode.
+    let mut entry = [7; 128];
+    entry[16..36].fill(0);
+    entry[36..40].copy_from_slice(&10_000_000_u32.to_le_bytes());
+    entry[101] &= !0o6000_u16.to_le_bytes()[1];
     assert_eq!(
         kernel.replies(),
-        [refusal(3, libc::ENOSYS).to_vec(), reply(6, &[7; 128]), refusal(2, libc::ENOENT).to_vec()]
+        [refusal(3, libc::ENOSYS).to_vec(), reply(6, &entry), refusal(2, libc::ENOENT).to_vec()]
     );
 }
 
@@ -137,6 +142,23 @@ async fn a_malformed_reply_fails_the_request_and_ends_the_session() {
         assert!(matches!(end, SessionEnd::Malformed(_) | SessionEnd::Unexpected), "{lie}: {end:?}");
         assert_eq!(kernel.replies(), [refusal(2, libc::EIO)], "{lie}");
     }
+}
+
+#[tokio::test]
+async fn a_listing_with_control_characters_fails_and_ends_the_session() {
+    let (kernel, device) = Kernel::new();
+    let (ours, mut guest) = duplex(1 << 20);
+    let (end, ()) = tokio::join!(run(device, &kernel, ours), async {
+        kernel.ask(&message_of(opcode::READDIR, 4, &[0; 40]));
+        let mut dirent = vec![0; 24];
+        dirent[16] = 4;
+        dirent.extend_from_slice(b"\x1b[2J\0\0\0\0");
+        received(&mut guest).await;
+        received(&mut guest).await;
+        guest.write_all(&reply(4, &dirent)).await.unwrap();
+    });
+    assert!(matches!(end, SessionEnd::Hostile(_)), "{end:?}");
+    assert_eq!(kernel.replies(), [refusal(2, libc::EIO), refusal(4, libc::EIO)]);
 }
 
 #[tokio::test]

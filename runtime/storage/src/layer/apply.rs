@@ -47,6 +47,9 @@ const TAIL: u64 = 64 << 10;
 const DEVICES: [(u32, u32); 10] =
     [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (10, 229), (10, 200)];
 
+/// Device nodes that are logged one by one; of more, only the number is.
+const DEVICES_LOGGED: u64 = 3;
+
 /// What an archive has made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct AppliedLayer {
@@ -185,9 +188,16 @@ impl Applier<'_> {
                 self.set_metadata_by_name(&entry, name)
             }
             EntryNode::Character(major, minor) | EntryNode::Block(major, minor) => {
-                let path = lossy(&entry.path.join(&b'/'));
-                tracing::warn!(path, device = %format!("{major}:{minor}"), "a device node of the container is left out of its snapshot");
                 self.applied.devices_left_out += 1;
+                if self.applied.devices_left_out <= DEVICES_LOGGED {
+                    let path = lossy(&entry.path.join(&b'/'));
+                    let device = format!("{major}:{minor}");
+                    tracing::warn!(
+                        path,
+                        device,
+                        "a device node of the container is left out of its snapshot"
+                    );
+                }
                 self.leave_out(&entry, name)
             }
         }
@@ -262,6 +272,10 @@ impl Applier<'_> {
         }
         while !self.open.is_empty() {
             self.leave()?;
+        }
+        let devices = self.applied.devices_left_out;
+        if devices > DEVICES_LOGGED {
+            tracing::warn!(devices, "this many device nodes of the container are left out of its snapshot");
         }
         Ok(self.applied)
     }

@@ -2,6 +2,7 @@
 
 use std::{ffi::CString, io::Read};
 
+use machinen_base::text::printable;
 use machinen_protocol::layer::{
     self, BLOCK, FILE_TYPE, LINK, MAX_DEPTH, MAX_PATH, MAX_PIECES, MTIME, PATH, Records, SOCKET,
     SPARSE_MAJOR, SPARSE_MINOR, SPARSE_SIZE, XATTR,
@@ -274,5 +275,5 @@ pub(super) fn read_map(content: &mut impl Read, size: u64) -> Result<(DataPieces
 
 /// A path for messages.
 pub(super) fn lossy(path: &[u8]) -> String {
-    String::from_utf8_lossy(&path[..path.len().min(MAX_PATH)]).into_owned()
+    printable(&String::from_utf8_lossy(&path[..path.len().min(MAX_PATH)]))
 }

@@ -4,7 +4,10 @@ mod stream_end;
 
 use std::time::Duration;
 
-use machinen_base::error::{ErrorKind, HasKind};
+use machinen_base::{
+    error::{ErrorKind, HasKind},
+    text::printable,
+};
 use machinen_protocol::{
     api::{
         AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, CheckpointImagesResponse,
@@ -36,7 +39,7 @@ pub enum AgentError {
     Refused {
         /// What the error means, as a ttrpc code.
         code: Code,
-        /// The chain of errors of the agent.
+        /// The chain of errors of the agent, fit to be shown.
         message: String,
     },
     /// The control stream has ended.
@@ -341,7 +344,7 @@ async fn finish<T>(
         ttrpc::Error::RpcStatus(status) => {
             // A code that this side does not know is treated as unknown.
             let code = status.code.enum_value().unwrap_or(Code::UNKNOWN);
-            AgentError::Refused { code, message: status.message }
+            AgentError::Refused { code, message: printable(&status.message) }
         }
         ttrpc::Error::Socket(_)
         | ttrpc::Error::Nix(_)
@@ -368,7 +371,10 @@ mod tests {
     #[async_trait::async_trait]
     impl Agent for Fake {
         async fn start_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
-            let message = format!("no container {}", request.container_id);
+            let message = match request.container_id.as_str() {
+                "hostile" => format!("\x1b[2J\nlevel=fatal {}", "x".repeat(4_000_000)),
+                id => format!("no container {id}"),
+            };
             Err(ttrpc::Error::RpcStatus(ttrpc::get_status(Code::NOT_FOUND, message)))
         }
 
@@ -397,6 +403,14 @@ mod tests {
         assert!(matches!(error, AgentError::Refused { code: Code::NOT_FOUND, .. }));
         assert_eq!(error.kind(), ErrorKind::NotFound);
         client.delete_container("c7").await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_words_of_the_agent_are_printable_and_short() {
+        let (client, _server) = connected().await;
+        let message = client.start_container("hostile").await.unwrap_err().to_string();
+        assert!(message.starts_with("guest agent: \\u{1b}[2J\\nlevel=fatal xxx"), "{message:.80}");
+        assert!(message.len() <= machinen_base::text::MAX_SHOWN + "guest agent: ".len());
     }
 
     #[tokio::test]

@@ -10,6 +10,7 @@
 
 mod choose;
 mod handshake;
+mod joined;
 mod kernel_vsock;
 mod serial;
 mod vhost_user;

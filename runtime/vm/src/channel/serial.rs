@@ -1,4 +1,5 @@
-//! A channel that carries all streams as yamux over one virtio serial port.
+//! A channel that carries all streams as yamux over one virtio serial port. What a guest can make the host
+//! keep is bounded by the windows of all streams together (`joined.rs`).
 
 use std::{
     collections::VecDeque,
@@ -12,9 +13,12 @@ use tokio::{
     net::UnixStream,
     sync::{Mutex, mpsc, oneshot},
 };
-use tokio_util::compat::{FuturesAsyncReadCompatExt as _, TokioAsyncReadCompatExt as _};
+use tokio_util::compat::TokioAsyncReadCompatExt as _;
 
-use super::{BoxedStream, VmChannelError};
+use super::{
+    BoxedStream, VmChannelError,
+    joined::{JoinedSocket, JoinedStream, StreamTable},
+};
 
 /// The largest number of streams at once: three for each of a few dozen processes.
 const MAX_STREAMS: usize = 256;
@@ -23,11 +27,11 @@ const MIN_WINDOW: usize = 256 << 10;
 
 #[derive(Debug)]
 pub(super) struct SerialChannel {
-    control: Mutex<mpsc::Receiver<yamux::Stream>>,
+    control: Mutex<mpsc::Receiver<JoinedStream>>,
     dial: mpsc::Sender<Dial>,
 }
 
-type Dial = oneshot::Sender<Result<yamux::Stream, yamux::ConnectionError>>;
+type Dial = oneshot::Sender<Result<JoinedStream, yamux::ConnectionError>>;
 
 impl SerialChannel {
     /// Returns the end that QEMU inherits.
@@ -51,17 +55,19 @@ impl SerialChannel {
         let mut config = yamux::Config::default();
         config.set_max_num_streams(MAX_STREAMS);
         config.set_max_connection_receive_window(Some(MAX_STREAMS * MIN_WINDOW));
-        let connection = yamux::Connection::new(socket.compat(), config, yamux::Mode::Client);
+        let table = StreamTable::new(MAX_STREAMS * MIN_WINDOW);
+        let socket = JoinedSocket::new(socket.compat(), table.clone());
+        let connection = yamux::Connection::new(socket, config, yamux::Mode::Client);
         let (control_sender, control) = mpsc::channel(1);
         let (dial, dials) = mpsc::channel(16);
-        tokio::spawn(serve(connection, control_sender, dials));
+        tokio::spawn(serve(connection, table, control_sender, dials));
         Self { control: Mutex::new(control), dial }
     }
 
     /// The first stream that the guest opens.
     pub(super) async fn accept(&self) -> Result<BoxedStream, VmChannelError> {
         match self.control.lock().await.recv().await {
-            Some(stream) => Ok(Box::new(stream.compat())),
+            Some(stream) => Ok(Box::new(stream)),
             None => Err(closed()),
         }
     }
@@ -71,7 +77,7 @@ impl SerialChannel {
         self.dial.send(answer).await.map_err(|_| closed())?;
         let stream = answered.await.map_err(|_| closed())?;
         let stream = stream.map_err(|error| VmChannelError::Closed(io::Error::other(error)))?;
-        Ok(Box::new(stream.compat()))
+        Ok(Box::new(stream))
     }
 }
 
@@ -82,7 +88,8 @@ fn closed() -> VmChannelError {
 /// Drives the connection until it ends, or until the dialling handle and all streams are dropped.
 async fn serve<S>(
     mut connection: yamux::Connection<S>,
-    control: mpsc::Sender<yamux::Stream>,
+    table: StreamTable,
+    control: mpsc::Sender<JoinedStream>,
     mut dials: mpsc::Receiver<Dial>,
 ) where
     S: futures_io::AsyncRead + futures_io::AsyncWrite + Unpin,
@@ -97,7 +104,7 @@ async fn serve<S>(
             let Poll::Ready(stream) = connection.poll_new_outbound(cx) else { break };
             if let Some(dial) = pending.pop_front() {
                 // A stream whose caller went away is dropped, which resets it.
-                dial.send(stream).ok();
+                dial.send(stream.map(|stream| table.open(stream))).ok();
             }
         }
         loop {
@@ -106,7 +113,7 @@ async fn serve<S>(
                 // it.
                 Poll::Ready(Some(Ok(stream))) => {
                     if let Some(control) = control.take() {
-                        control.try_send(stream).ok();
+                        control.try_send(table.open(stream)).ok();
                     }
                 }
                 Poll::Ready(Some(Err(error))) => return Poll::Ready(Some(error)),
@@ -123,6 +130,7 @@ async fn serve<S>(
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio_util::compat::FuturesAsyncReadCompatExt as _;
 
     use super::*;
 

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use machinen_base::sys;
+use machinen_base::{sys, text::printable};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::{
@@ -266,7 +266,9 @@ fn deliver(message: QmpMessage, waiting: &mut PendingCommands, events: &broadcas
     }
     let Some((command, answer)) = message.id.and_then(|id| waiting.remove(&id)) else { return };
     let result = match (message.result, message.error) {
-        (_, Some(QmpRefusal { class, desc })) => Err(QmpError::Refused { command, class, description: desc }),
+        (_, Some(QmpRefusal { class, desc })) => {
+            Err(QmpError::Refused { command, class: printable(&class), description: printable(&desc) })
+        }
         (Some(value), None) => Ok(value),
         (None, None) => Err(QmpError::Malformed(format!("an empty answer to {command}"))),
     };

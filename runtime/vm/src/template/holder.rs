@@ -79,15 +79,24 @@ fn watch(names: &store::TemplatePaths) -> io::Result<File> {
 }
 
 /// Finds the process that holds a template, without relying on the manifest.
+///
+/// Any user can run a program with a holder's arguments, some of them with root's rights (set-user-ID). So the
+/// process must also belong to the caller and have the template's lock file open, which no other user can
+/// reach.
 pub(super) fn find(dir: &Path, key: &str) -> Option<u32> {
-    let identity = |dir: &Path| fs::metadata(dir).ok().map(|dir| (dir.dev(), dir.ino()));
+    let identity = |path: &Path| fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
+    let lock = identity(&store::TemplatePaths::new(dir, key).lock());
     let dir = identity(dir)?;
+    let user = nix::unistd::geteuid().as_raw();
     let holds = |pid: u32| {
         let args = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let mut args = args.split(|byte| *byte == 0).skip(1).map(OsStr::from_bytes);
         args.next() == Some(ENTRY_POINT.name.as_ref())
             && args.next().and_then(|other| identity(other.as_ref())) == Some(dir)
             && args.next() == Some(key.as_ref())
+            && fs::metadata(format!("/proc/{pid}")).is_ok_and(|process| process.uid() == user)
+            && identity(format!("/proc/{pid}/fd/{LOCK}").as_ref()) == lock
+            && lock.is_some()
     };
     let processes = fs::read_dir("/proc").ok()?;
     let mut pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -103,4 +112,50 @@ fn publish(names: &store::TemplatePaths) -> io::Result<(OwnedFd, File)> {
     let users = watch(names)?;
     fs::rename(names.unpublished(), names.manifest())?;
     Ok((memory, users))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use machinen_base::process::{Child, Spawn, Stdio};
+
+    use super::*;
+
+    /// Starts a process with the arguments of a holder, and with this file as its descriptor of the lock.
+    fn resembling(dir: &Path, key: &str, lock: &Path) -> Child {
+        let lock = File::options().create(true).append(true).open(lock).unwrap();
+        let dir = dir.to_str().unwrap();
+        Spawn::new("env")
+            .args(["-C", dir, "sh", ENTRY_POINT.name, dir, key])
+            .fd(lock.into(), LOCK)
+            .stdout(Stdio::Pipe)
+            .start()
+            .unwrap()
+    }
+
+    /// Waits until a process executes the script.
+    fn wait_for(process: &mut Child) {
+        let mut stdout = File::from(OwnedFd::from(process.stdout.take().unwrap()));
+        stdout.read_exact(&mut [0]).unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_arguments_of_a_holder_do_not_make_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let (fifo, key) = (dir.path().join("fifo"), "k");
+        mkfifo(&fifo, Mode::S_IRWXU).unwrap();
+        fs::write(dir.path().join(ENTRY_POINT.name), "echo; read forever < fifo\n").unwrap();
+        let lock = store::TemplatePaths::new(dir.path(), key).lock();
+        fs::write(&lock, "").unwrap();
+        // The pid of the stranger is lower, as a rule, so it would be found first.
+        let mut stranger = resembling(dir.path(), key, &dir.path().join("another"));
+        let mut holder = resembling(dir.path(), key, &lock);
+        wait_for(&mut stranger);
+        wait_for(&mut holder);
+        assert_eq!(find(dir.path(), key), Some(holder.pid()));
+        holder.kill().await.unwrap();
+        assert_eq!(find(dir.path(), key), None);
+        stranger.kill().await.unwrap();
+    }
 }

@@ -3,7 +3,7 @@
 use std::{io, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
-    io::{AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     sync::{OwnedMutexGuard, watch},
     task::JoinHandle,
     time::sleep,
@@ -37,10 +37,12 @@ pub struct StdinCopy {
 type TakenBytes = Arc<tokio::sync::Mutex<u64>>;
 
 impl StdinCopy {
-    /// Starts to copy. `ended` is called with the number of bytes when the caller's input has ended.
+    /// Starts to copy. `ended` is called with the number of bytes when the caller's input has ended. A guest
+    /// that sends anything on the stream ends it: nobody would read what the host has to keep of it.
     pub fn start<F>(
         stdin: StdinReader,
         end: StdinEnd,
+        from_guest: impl AsyncRead + Unpin + Send + 'static,
         to_guest: impl AsyncWrite + Unpin + Send + 'static,
         ended: impl FnOnce(u64) -> F + Send + 'static,
     ) -> Self
@@ -51,14 +53,20 @@ impl StdinCopy {
         let counted = Arc::clone(&taken);
         let task = tokio::spawn(async move {
             let mut to_guest = to_guest;
-            match copy_input(stdin, end, &mut to_guest, &counted).await {
-                Ok(total) => ended(total).await,
-                // The process or its VM has ended, which the wait for the process reports.
-                Err(error) => tracing::debug!("stdin ends early: {error}"),
+            let copy = async {
+                match copy_input(stdin, end, &mut to_guest, &counted).await {
+                    Ok(total) => ended(total).await,
+                    // The process or its VM has ended, which the wait for the process reports.
+                    Err(error) => tracing::debug!("stdin ends early: {error}"),
+                }
+                // The guest reads the stream up to the reported count, so the connection stays open until the
+                // process is removed.
+                std::future::pending::<()>().await;
+            };
+            tokio::select! {
+                () = copy => {}
+                () = misuse(from_guest) => tracing::warn!("stdin ends: the guest sends data on it"),
             }
-            // The guest reads the stream up to the reported count, so the connection stays open until the
-            // process is removed.
-            std::future::pending::<()>().await;
         });
         Self { task, taken }
     }
@@ -73,6 +81,14 @@ impl StdinCopy {
 impl Drop for StdinCopy {
     fn drop(&mut self) {
         self.task.abort();
+    }
+}
+
+/// Resolves when the guest has sent data on a stream that carries only input.
+async fn misuse(mut from_guest: impl AsyncRead + Unpin) {
+    if !matches!(from_guest.read(&mut [0]).await, Ok(1)) {
+        // The stream has ended, which the copy notices when it writes.
+        std::future::pending::<()>().await;
     }
 }
 

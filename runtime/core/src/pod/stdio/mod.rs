@@ -33,7 +33,7 @@ use self::{fifo::StdinFifo, inherited::InheritedStream, source::InheritedInput, 
 pub use self::{
     input::{StdinCopy, StdinEnd},
     logger::Logger,
-    output::OutputCopy,
+    output::{DiscardOutput, OutputCopy},
     source::{ProcessStdio, StdinReader, StdinSource, StdioNames, StdioSource},
     uri::StreamUri,
 };

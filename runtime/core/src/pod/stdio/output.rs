@@ -18,13 +18,42 @@ const READER_GRACE: Duration = Duration::from_secs(10);
 /// could keep a container from ending.
 const GUEST_GRACE: Duration = Duration::from_secs(10);
 
+/// How long all of the output may take after the end of its process, whoever is slow.
+const DELIVERY: Duration = Duration::from_secs(60);
+
 /// One output stream on its way from the guest to the caller.
 #[derive(Debug)]
 pub struct OutputCopy {
     name: &'static str,
-    total: watch::Sender<Option<u64>>,
+    orders: watch::Sender<OutputOrders>,
     copied: JoinHandle<io::Result<u64>>,
     unread: Option<Unread>,
+}
+
+/// What is known about the end of an output.
+#[derive(Debug, Clone, Copy, Default)]
+struct OutputOrders {
+    /// The number of bytes, which is known when the process has ended.
+    total: Option<u64>,
+    /// The bytes are read from the guest and dropped.
+    discard: bool,
+}
+
+/// Makes outputs be dropped instead of being delivered.
+#[derive(Debug)]
+pub struct DiscardOutput(Vec<watch::Sender<OutputOrders>>);
+
+impl DiscardOutput {
+    /// Drops all bytes from now on, including those whose reader is being waited for.
+    pub fn now(&self) {
+        self.0.iter().for_each(|orders| orders.send_modify(|orders| orders.discard = true));
+    }
+}
+
+impl FromIterator<Self> for DiscardOutput {
+    fn from_iter<I: IntoIterator<Item = Self>>(outputs: I) -> Self {
+        Self(outputs.into_iter().flat_map(|output| output.0).collect())
+    }
 }
 
 impl OutputCopy {
@@ -34,8 +63,8 @@ impl OutputCopy {
         from_guest: impl AsyncRead + Unpin + Send + 'static,
         sink: impl AsyncWrite + Unpin + Send + 'static,
     ) -> Self {
-        let (total, seen) = watch::channel(None);
-        Self { name, total, copied: tokio::spawn(copy_output(from_guest, sink, seen)), unread: None }
+        let (orders, seen) = watch::channel(OutputOrders::default());
+        Self { name, orders, copied: tokio::spawn(copy_output(from_guest, sink, seen)), unread: None }
     }
 
     /// Like [`OutputCopy::start`], for a stream that the caller has named. If that is a fifo, its reader is
@@ -52,13 +81,22 @@ impl OutputCopy {
         Self { unread, ..Self::start(name, from_guest, sink) }
     }
 
+    /// Drops this output when it is asked to.
+    pub fn discard(&self) -> DiscardOutput {
+        DiscardOutput(vec![self.orders.clone()])
+    }
+
     /// Waits until all `total` bytes of the process have reached the caller.
     ///
     /// # Errors
     /// A sentence for the log, if some bytes did not arrive.
-    pub async fn finish(self, total: u64) -> Result<(), String> {
-        self.total.send_replace(Some(total));
-        match self.copied.await {
+    pub async fn finish(mut self, total: u64) -> Result<(), String> {
+        self.orders.send_modify(|orders| orders.total = Some(total));
+        let Ok(copied) = timeout(DELIVERY, &mut self.copied).await else {
+            self.copied.abort();
+            return Err(format!("{} was not complete {DELIVERY:?} after its process had ended", self.name));
+        };
+        match copied {
             Ok(Ok(copied)) if copied == total => {
                 if let Some(unread) = self.unread {
                     unread.read().await;
@@ -72,9 +110,10 @@ impl OutputCopy {
     }
 
     /// Delivers the bytes that have arrived from a guest that has ended, when the total is unknown.
-    pub async fn abandon(self) {
+    pub async fn abandon(mut self) {
         // The stream ends with its VM. The deadline is for a stream that does not end.
-        if timeout(READER_GRACE, self.copied).await.is_err() {
+        if timeout(READER_GRACE, &mut self.copied).await.is_err() {
+            self.copied.abort();
             tracing::warn!(stream = self.name, "output dropped: its reader accepts nothing");
         }
     }
@@ -83,22 +122,23 @@ impl OutputCopy {
 async fn copy_output(
     mut from_guest: impl AsyncRead + Unpin,
     mut sink: impl AsyncWrite + Unpin,
-    mut total: watch::Receiver<Option<u64>>,
+    mut orders: watch::Receiver<OutputOrders>,
 ) -> io::Result<u64> {
     let mut buffer = vec![0; BUFFER];
-    let mut copied = 0;
+    let (mut copied, mut dropped) = (0, 0);
     loop {
-        if total.borrow().is_some_and(|total| copied >= total) {
+        let OutputOrders { total, .. } = *orders.borrow();
+        if total.is_some_and(|total| copied >= total) {
             break;
         }
         let read = tokio::select! {
             read = from_guest.read(&mut buffer) => read?,
-            changed = total.changed() => match changed {
+            changed = orders.changed() => match changed {
                 Ok(()) => continue,
                 // The copy was abandoned: it ends with the stream.
                 Err(_) => from_guest.read(&mut buffer).await?,
             },
-            () = sleep(GUEST_GRACE), if total.borrow().is_some() => {
+            () = sleep(GUEST_GRACE), if total.is_some() => {
                 let problem = format!("only {copied} bytes came from the guest");
                 return Err(io::Error::new(io::ErrorKind::TimedOut, problem));
             }
@@ -106,26 +146,42 @@ async fn copy_output(
         if read == 0 {
             break;
         }
-        put(&mut sink, &buffer[..read], &mut total).await?;
         copied += read as u64;
+        if dropped > 0 || !put(&mut sink, &buffer[..read], &mut orders).await? {
+            dropped += read as u64;
+        }
+    }
+    if dropped > 0 {
+        let problem =
+            format!("its container was killed and its reader accepts nothing, {dropped} bytes were dropped");
+        return Err(io::Error::new(io::ErrorKind::TimedOut, problem));
     }
     // A tokio file buffers bytes before it writes them.
     sink.flush().await?;
     Ok(copied)
 }
 
-/// Writes all of `bytes`. Once the process has ended, the reader must accept them within the grace period.
+/// Writes all of `bytes`; false if they were dropped instead. Once the process has ended, the reader must
+/// accept them within the grace period.
 async fn put(
     sink: &mut (impl AsyncWrite + Unpin),
     bytes: &[u8],
-    total: &mut watch::Receiver<Option<u64>>,
-) -> io::Result<()> {
+    orders: &mut watch::Receiver<OutputOrders>,
+) -> io::Result<bool> {
     let mut write = pin!(sink.write_all(bytes));
+    let mut ended = orders.clone();
+    let written = async {
+        tokio::select! {
+            written = &mut write => return written,
+            _ = ended.wait_for(|orders| orders.total.is_some()) => {}
+        }
+        timeout(READER_GRACE, write).await.unwrap_or_else(|_| {
+            Err(io::Error::new(io::ErrorKind::TimedOut, "its reader accepts nothing, the rest was dropped"))
+        })
+    };
     tokio::select! {
-        written = &mut write => return written,
-        _ = total.wait_for(Option::is_some) => {}
+        biased;
+        written = written => written.map(|()| true),
+        true = async { orders.wait_for(|orders| orders.discard).await.is_ok() } => Ok(false),
     }
-    timeout(READER_GRACE, write).await.unwrap_or_else(|_| {
-        Err(io::Error::new(io::ErrorKind::TimedOut, "its reader accepts nothing, the rest was dropped"))
-    })
 }

@@ -117,10 +117,15 @@ impl Fed {
         let (to_guest, guest) = duplex(1 << 20);
         let (ended, total) = oneshot::channel();
         let end = StdinEnd { closed: close.subscribe(), terminal };
-        let input =
-            StdinCopy::start(host.stdin.unwrap().open().unwrap(), end, to_guest, async move |count| {
+        let input = StdinCopy::start(
+            host.stdin.unwrap().open().unwrap(),
+            end,
+            tokio::io::empty(),
+            to_guest,
+            async move |count| {
                 ended.send(count).unwrap();
-            });
+            },
+        );
         Self { name, close, guest, total, _input: input }
     }
 
@@ -225,7 +230,8 @@ async fn stdin_that_is_held_stays_with_the_caller() {
     let (to_guest, mut guest) = duplex(4);
     let close = watch::Sender::new(false);
     let end = StdinEnd { closed: close.subscribe(), terminal: false };
-    let input = StdinCopy::start(host.stdin.unwrap().open().unwrap(), end, to_guest, async |_| ());
+    let stdin = host.stdin.unwrap().open().unwrap();
+    let input = StdinCopy::start(stdin, end, tokio::io::empty(), to_guest, async |_| ());
     let mut writer = OpenOptions::new().write(true).open(&name).unwrap();
     writer.write_all(b"first ").unwrap();
     let mut first = [0; 2];

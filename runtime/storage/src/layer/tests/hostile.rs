@@ -16,6 +16,44 @@ fn refused(what: &str, archive: TestArchive) {
     fixture.assert_contained();
 }
 
+/// Counts log lines.
+#[derive(Default)]
+struct LogLines(std::sync::atomic::AtomicUsize);
+
+impl tracing::Subscriber for LogLines {
+    fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, _: &tracing::Event<'_>) {
+        self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+#[test]
+fn many_device_nodes_are_few_lines() {
+    let fixture = LayerFixture::new();
+    let archive = (0..1500)
+        .fold(TestArchive::new(), |archive, n| archive.device(EntryType::Block, &format!("sda{n}"), 8, n));
+    let lines = std::sync::Arc::new(LogLines::default());
+    let dispatch = tracing::Dispatch::new(std::sync::Arc::clone(&lines));
+    let applied = tracing::dispatcher::with_default(&dispatch, || fixture.apply(archive)).unwrap();
+    assert_eq!(applied.devices_left_out, 1500);
+    assert_eq!(lines.0.load(std::sync::atomic::Ordering::Relaxed), 4);
+}
+
 #[test]
 fn paths_that_lead_elsewhere() {
     refused("absolute", TestArchive::new().file("/outside/new", b"x"));
