@@ -11,6 +11,7 @@
 //! | SCHED_DEADLINE and sched_ext | CRIU does not know their parameters |
 //! | a record lock on a file that its holder has mapped | CRIU loses the lock (`locks.rs`) |
 //! | a UNIX socket with several names, or with one that cannot be found or bound | CRIU binds it to one name (`sockets.rs`) |
+//! | io_uring, as an open file | CRIU cannot save the rings, and its errors do not name them |
 //! | a process that another one traces | there can be only one tracer, and CRIU is one |
 
 use std::{
@@ -70,6 +71,7 @@ fn why_not(init: Pid, pid: Pid) -> Option<String> {
     is_traced(pid)
         .or_else(|| in_other_namespace(init, pid))
         .or_else(|| runs_memfd(&at("exe")))
+        .or_else(|| uses_io_uring(&at("fd")))
         .or_else(|| unsupported_policy(&at("task")))
         .or_else(|| locks::lost_by_a_restore(pid))
         .or_else(|| removed(pid, Path::new(&format!("/proc/{init}/root"))))
@@ -98,6 +100,15 @@ fn runs_memfd(exe: &Path) -> Option<String> {
     let is_memfd = fs::read_link(exe)
         .is_ok_and(|exe| exe.starts_with("/memfd:") || exe.to_string_lossy().starts_with("/memfd:"));
     is_memfd.then(|| "executes a program from a memfd".to_owned())
+}
+
+/// A ring that only its descriptor's mappings keep is CRIU's to refuse: its error names the mapping.
+fn uses_io_uring(open: &Path) -> Option<String> {
+    let open = fs::read_dir(open).ok()?.flatten();
+    let mut files = open.filter_map(|entry| fs::read_link(entry.path()).ok());
+    files.any(|file| file == Path::new("anon_inode:[io_uring]")).then(|| {
+        "uses io_uring (where vm.io_uring of the configuration is false, many programs do without)".to_owned()
+    })
 }
 
 fn unsupported_policy(tasks: &Path) -> Option<String> {

@@ -128,6 +128,10 @@ def packets():
     kept.extend([read, write])
 
 
+def io_uring():
+    kept.append(syscall(425, 8, ctypes.create_string_buffer(200)))
+
+
 def mapped_file_with_lock():
     import fcntl
     file = open("/locked", "w+b")
@@ -196,6 +200,7 @@ KINDS = {
     "traced": traced,
     "backlog": backlog,
     "packets": packets,
+    "io-uring": io_uring,
     "socket-links": socket_links,
     "socket-elsewhere": socket_elsewhere,
     "socket-relative": socket_relative,

@@ -18,7 +18,7 @@ use crate::harness::on_newest_containerd;
 on_newest_containerd!(what_cannot_be_restored);
 
 /// The behaviour of a process (see refused.py), and the error of a checkpoint then.
-const KINDS: [(&str, &[&str]); 23] = [
+const KINDS: [(&str, &[&str]); 24] = [
     ("uts", &["process ", "(python3.13) is in another uts namespace than the container's first process"]),
     ("ipc", &["is in another ipc namespace"]),
     ("time", &["another time namespace"]),
@@ -51,6 +51,7 @@ const KINDS: [(&str, &[&str]); 23] = [
         "socket-relative",
         &["has a UNIX socket that was bound to relative and whose file is now /tmp/absolute"],
     ),
+    ("io-uring", &["uses io_uring (where vm.io_uring", "that cannot be restored"]),
     ("overlay", &["has an overlay mounted at /tmp/merged"]),
     ("deadline", &["has a thread with the scheduling policy SCHED_DEADLINE"]),
     ("traced", &["is traced by another process"]),
