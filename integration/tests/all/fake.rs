@@ -1,18 +1,17 @@
 //! Shim and runtime against a VMM that misbehaves: every step of a start can fail, in milliseconds.
 
-use std::{fs, thread, time::Duration};
+use std::{fs, time::Duration};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::api;
 use machinen_integration::{
     bundle::Bundle,
     containerd::Containerd,
     ctr::Run,
-    events::EventServer,
     fake::{Behaviour, FakeVmm},
     served::Served,
     setup::Value,
-    shim::{Client, Shim, V3},
+    shim::{Client, Shim},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -31,7 +30,6 @@ on_newest_containerd!(
     failures_leave_no_descriptors,
     many_lives,
     annotations_of_later_containers,
-    creates_of_one_id_at_once,
 );
 
 /// Makes shims use a fake VMM, and makes a rootfs for specifications of the test's own: `ctr` asks for a CPU
@@ -201,47 +199,5 @@ fn annotations_of_later_containers(containerd: &mut Containerd) -> Result<()> {
         fs::remove_dir_all(&later.shim.bundle)?;
     }
     first.end()?;
-    fake.settle()
-}
-
-/// Of two requests at once to create one container, one is served, and the event has what it asked for.
-fn creates_of_one_id_at_once(containerd: &mut Containerd) -> Result<()> {
-    let (fake, rootfs) = fake(containerd)?;
-    let config = rootfs.config(&["sleep", "1000"], |_| ())?;
-    let events = EventServer::start(containerd.root())?;
-    for round in 0..5 {
-        let shim = Shim::new(containerd)?;
-        let other = shim.bundle.join("other");
-        fs::create_dir(&other)?;
-        fs::copy(&config, shim.bundle.join("config.json"))?;
-        fs::copy(&config, other.join("config.json"))?;
-        let client = Client::connect(&shim.serve_in(&events.environment())?, V3)?;
-        let requests = [(shim.bundle.clone(), "one"), (other, "two")].map(|(bundle, log)| {
-            let stdout = format!("file://{}/{log}", shim.bundle.display());
-            api::CreateTaskRequest { bundle: bundle.display().to_string(), stdout, ..shim.create_request() }
-        });
-        let answers = thread::scope(|scope| {
-            let calls = requests.each_ref().map(|request| {
-                let client = client.clone();
-                scope.spawn(move || client.call::<api::CreateTaskResponse>("Create", request))
-            });
-            calls.map(|call| call.join().expect("no call panics"))
-        });
-        let [first, second] = answers;
-        let (served, pid) = match (first?, second?) {
-            (Ok(served), Err((Code::ALREADY_EXISTS, _))) => (&requests[0], served.pid),
-            (Err((Code::ALREADY_EXISTS, _)), Ok(served)) => (&requests[1], served.pid),
-            answers => bail!("in round {round} the answers are {answers:?}"),
-        };
-        let event = events.created()?;
-        ensure!(event.container_id == shim.id && event.pid == pid, "{event:?}");
-        ensure!(event.bundle == served.bundle && event.io.stdout == served.stdout, "{event:?}, {served:?}");
-        let state: api::StateResponse =
-            client.ok("State", &api::StateRequest { id: shim.id.clone(), ..Default::default() })?;
-        ensure!(state.bundle == served.bundle && state.stdout == served.stdout, "{state:?}, {served:?}");
-        let delete = api::DeleteRequest { id: shim.id.clone(), ..Default::default() };
-        client.ok::<api::DeleteResponse>("Delete", &delete)?;
-        shim.shut_down(&client)?;
-    }
     fake.settle()
 }

@@ -1,15 +1,16 @@
 //! The shim's command line and its task API, without containerd's client.
 
 use std::{
-    fs,
+    fs, thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use containerd_shim_protos::{api, protobuf::EnumOrUnknown};
 use machinen_integration::{
     bundle::Bundle,
     containerd::Containerd,
+    events::EventServer,
     shim::{Client, Shim, V3},
 };
 use nix::{
@@ -28,6 +29,7 @@ on_newest_containerd!(
     delete_from_half_finished_states,
     answers_while_the_guest_hangs,
     refusals_have_the_right_codes,
+    creates_of_one_id_at_once,
 );
 
 const V2: &str = "containerd.task.v2.Task";
@@ -261,4 +263,46 @@ fn refusals_have_the_right_codes(containerd: &mut Containerd) -> Result<()> {
     ensure!(code == Code::NOT_FOUND, "Kill after the end answers {code:?}: {message}");
     client.ok::<api::DeleteResponse>("Delete", &delete)?;
     shim.shut_down(&client)
+}
+
+/// Of two requests at once to create one container, one is served, and the event has what it asked for.
+fn creates_of_one_id_at_once(containerd: &mut Containerd) -> Result<()> {
+    let rootfs = Bundle::busybox(containerd)?;
+    let config = rootfs.config(&["sleep", "1000"], |_| ())?;
+    let events = EventServer::start(containerd.root())?;
+    for round in 0..2 {
+        let shim = Shim::new(containerd)?;
+        let other = shim.bundle.join("other");
+        fs::create_dir(&other)?;
+        fs::copy(&config, shim.bundle.join("config.json"))?;
+        fs::copy(&config, other.join("config.json"))?;
+        let client = Client::connect(&shim.serve_in(&events.environment())?, V3)?;
+        let requests = [(shim.bundle.clone(), "one"), (other, "two")].map(|(bundle, log)| {
+            let stdout = format!("file://{}/{log}", shim.bundle.display());
+            api::CreateTaskRequest { bundle: bundle.display().to_string(), stdout, ..shim.create_request() }
+        });
+        let answers = thread::scope(|scope| {
+            let calls = requests.each_ref().map(|request| {
+                let client = client.clone();
+                scope.spawn(move || client.call::<api::CreateTaskResponse>("Create", request))
+            });
+            calls.map(|call| call.join().expect("no call panics"))
+        });
+        let [first, second] = answers;
+        let (served, pid) = match (first?, second?) {
+            (Ok(served), Err((Code::ALREADY_EXISTS, _))) => (&requests[0], served.pid),
+            (Err((Code::ALREADY_EXISTS, _)), Ok(served)) => (&requests[1], served.pid),
+            answers => bail!("in round {round} the answers are {answers:?}"),
+        };
+        let event = events.created()?;
+        ensure!(event.container_id == shim.id && event.pid == pid, "{event:?}");
+        ensure!(event.bundle == served.bundle && event.io.stdout == served.stdout, "{event:?}, {served:?}");
+        let state: api::StateResponse =
+            client.ok("State", &api::StateRequest { id: shim.id.clone(), ..Default::default() })?;
+        ensure!(state.bundle == served.bundle && state.stdout == served.stdout, "{state:?}, {served:?}");
+        let delete = api::DeleteRequest { id: shim.id.clone(), ..Default::default() };
+        client.ok::<api::DeleteResponse>("Delete", &delete)?;
+        shim.shut_down(&client)?;
+    }
+    Ok(())
 }

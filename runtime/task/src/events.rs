@@ -10,7 +10,12 @@ use containerd_shim_protos::{
     },
     topics,
 };
-use machinen::pod::{ProcessId, event::PodEvent, rootfs::RootfsMount, stdio::StdioNames};
+use machinen::pod::{
+    ProcessId,
+    event::{CreatedContainer, PodEvent},
+    rootfs::RootfsMount,
+    stdio::StdioNames,
+};
 use protobuf::{
     MessageField,
     well_known_types::{any::Any, timestamp::Timestamp},
@@ -24,18 +29,7 @@ use crate::stdio;
 /// The body cannot be encoded.
 pub fn encode(event: PodEvent) -> (&'static str, protobuf::Result<Any>) {
     match event {
-        PodEvent::Created { id, pid, bundle, rootfs, stdio, checkpoint } => {
-            let body = TaskCreate {
-                container_id: id.into(),
-                bundle: bundle.display().to_string(),
-                rootfs: rootfs.into_iter().map(mount).collect(),
-                io: MessageField::some(io(&stdio)),
-                checkpoint: checkpoint.map(|path| path.display().to_string()).unwrap_or_default(),
-                pid,
-                ..Default::default()
-            };
-            (topics::TASK_CREATE_EVENT_TOPIC, any(&body))
-        }
+        PodEvent::Created(container) => (topics::TASK_CREATE_EVENT_TOPIC, any(&created(*container))),
         PodEvent::Started { id, pid } => {
             let body = TaskStart { container_id: id.into(), pid, ..Default::default() };
             (topics::TASK_START_EVENT_TOPIC, any(&body))
@@ -88,6 +82,19 @@ pub fn encode(event: PodEvent) -> (&'static str, protobuf::Result<Any>) {
             };
             (topics::TASK_DELETE_EVENT_TOPIC, any(&body))
         }
+    }
+}
+
+fn created(container: CreatedContainer) -> TaskCreate {
+    let CreatedContainer { id, pid, bundle, rootfs, stdio, checkpoint } = container;
+    TaskCreate {
+        container_id: id.into(),
+        bundle: bundle.display().to_string(),
+        rootfs: rootfs.into_iter().map(mount).collect(),
+        io: MessageField::some(io(&stdio)),
+        checkpoint: checkpoint.map(|path| path.display().to_string()).unwrap_or_default(),
+        pid,
+        ..Default::default()
     }
 }
 
@@ -159,7 +166,7 @@ mod tests {
             source: "overlay".into(),
             options: vec!["lowerdir=/l".to_owned()],
         };
-        let (topic, body) = encode(PodEvent::Created {
+        let (topic, body) = encode(PodEvent::Created(Box::new(CreatedContainer {
             id: ContainerId::parse("c").unwrap(),
             pid: 7,
             bundle: "/b".into(),
@@ -170,7 +177,7 @@ mod tests {
                 ..StdioNames::default()
             },
             checkpoint: Some("/cp".into()),
-        });
+        })));
         let decoded = TaskCreate::parse_from_bytes(&body.unwrap().value).unwrap();
         assert_eq!((topic, decoded.container_id.as_str(), decoded.pid), ("/tasks/create", "c", 7));
         assert_eq!((decoded.bundle.as_str(), decoded.checkpoint.as_str()), ("/b", "/cp"));

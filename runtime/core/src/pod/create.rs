@@ -28,6 +28,7 @@ use super::{
     anchor::Anchor,
     checkpoint::{self, RestorePlan},
     container::ContainerStorage,
+    event::CreatedContainer,
     layer::{self, WritableLayer},
     phases::PhaseTimes,
     provision::VmOrigin,
@@ -296,14 +297,14 @@ pub(super) async fn attach_disks(
 }
 
 fn created(container: &Container, checkpoint: Option<PathBuf>) -> PodEvent {
-    PodEvent::Created {
+    PodEvent::Created(Box::new(CreatedContainer {
         id: container.id.clone(),
         pid: container.pid,
         bundle: container.bundle.clone(),
         rootfs: container.rootfs.clone(),
         stdio: container.init.stdio.clone(),
         checkpoint,
-    }
+    }))
 }
 
 /// What the watcher of a container needs.

@@ -8,20 +8,7 @@ use super::{ContainerId, ExecId, ProcessId, rootfs::RootfsMount, state::ProcessE
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PodEvent {
     /// A container was created.
-    Created {
-        /// The container's id.
-        id: ContainerId,
-        /// The pid of the container's anchor on the host.
-        pid: u32,
-        /// Directory with `config.json`.
-        bundle: PathBuf,
-        /// The mounts of the root file system that the caller asked for.
-        rootfs: Vec<RootfsMount>,
-        /// Where the standard streams of the container's init lead.
-        stdio: StdioNames,
-        /// Directory of the checkpoint that the container is restored from.
-        checkpoint: Option<PathBuf>,
-    },
+    Created(Box<CreatedContainer>),
     /// The user's process of a container was started.
     Started {
         /// The container's id.
@@ -85,4 +72,21 @@ pub enum PodEvent {
         /// How the container's init ended.
         exit: ProcessExit,
     },
+}
+
+/// A container that was created, and what its creator asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CreatedContainer {
+    /// The container's id.
+    pub id: ContainerId,
+    /// The pid of the container's anchor on the host.
+    pub pid: u32,
+    /// Directory with `config.json`.
+    pub bundle: PathBuf,
+    /// The mounts of the root file system that the caller asked for.
+    pub rootfs: Vec<RootfsMount>,
+    /// Where the standard streams of the container's init lead.
+    pub stdio: StdioNames,
+    /// Directory of the checkpoint that the container is restored from.
+    pub checkpoint: Option<PathBuf>,
 }

@@ -48,7 +48,7 @@ impl InheritedStream {
     /// Must be called inside a tokio runtime.
     ///
     /// # Errors
-    /// The errors of open(2) for a pipe or device, which include that the pipe has no reader any more.
+    /// The errors of open(2) for a pipe or device, which include that a named fifo has no reader any more.
     pub(super) fn writer(fd: impl AsFd) -> io::Result<Self> {
         Self::open(fd, OpenOptions::new().write(true))
     }

@@ -162,9 +162,24 @@ async fn dev_null_is_an_empty_input_and_takes_all_output() {
 }
 
 #[tokio::test]
-async fn a_pipe_that_no_process_reads_is_refused() {
+async fn a_pipe_that_no_process_reads_is_reported() {
     let (reader, writer) = io::pipe().unwrap();
     drop(reader);
+    let host = inherit(None, [Some(writer.into()), None], false);
+    let (mut guest, from_guest) = duplex(4096);
+    let output = OutputCopy::to("stdout", from_guest, host.stdout.unwrap());
+    guest.write_all(b"text").await.unwrap();
+    let error = output.finish(4).await.unwrap_err();
+    assert!(error.contains("stdout could not be delivered: Broken pipe"), "{error}");
+}
+
+#[tokio::test]
+async fn a_descriptor_that_cannot_be_opened_again_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = fifo(&dir, "out");
+    let both = OpenOptions::new().read(true).write(true).open(&fifo).unwrap();
+    let writer = OpenOptions::new().write(true).open(&fifo).unwrap();
+    drop(both);
     let stdout = StdioSource::Inherited(writer.into());
     let stdio = ProcessStdio { stdout, ..ProcessStdio::default() };
     let error = HostStdio::open(&stdio, &owner()).unwrap_err();
