@@ -149,9 +149,10 @@ impl Outputs {
 
     /// Delivers the output that has arrived from a guest that has ended.
     pub(super) async fn abandon(self) -> Option<Logger> {
-        let abandon = async |output: Option<OutputCopy>| match output {
-            Some(output) => output.abandon().await,
-            None => {}
+        let abandon = async |output: Option<OutputCopy>| {
+            if let Some(output) = output {
+                output.abandon().await;
+            }
         };
         tokio::join!(abandon(self.stdout), abandon(self.stderr));
         self.logger
