@@ -14,6 +14,7 @@ use super::{
     ContainerProcess, PodError,
     anchor::Anchor,
     checkpoint,
+    create::Attachments,
     exec::Execs,
     layer::WritableLayer,
     rootfs::RootfsMount,
@@ -41,6 +42,8 @@ pub struct Container {
     /// prevent a checkpoint.
     pub(super) freezing: RwLock<()>,
     pub(super) layer: WritableLayer,
+    /// The disks in the VM.
+    pub(super) attachments: Attachments,
     /// The disk with the lower layers of the root file system, if that is an overlay.
     pub(super) base: Option<RootdiskKey>,
     /// The disk of the checkpoint that the container is restored from, until the container has been started.
@@ -55,6 +58,7 @@ pub struct Container {
 #[derive(Debug)]
 pub(super) struct ContainerStorage {
     pub(super) layer: WritableLayer,
+    pub(super) attachments: Attachments,
     pub(super) base: Option<RootdiskKey>,
     pub(super) checkpoint: Option<checkpoint::RestoreDisk>,
     pub(super) checkpoint_config: config::CheckpointConfig,
@@ -70,7 +74,7 @@ impl Container {
         vm: Vm,
         storage: ContainerStorage,
     ) -> Self {
-        let ContainerStorage { layer, base, checkpoint, checkpoint_config, rootfs } = storage;
+        let ContainerStorage { layer, attachments, base, checkpoint, checkpoint_config, rootfs } = storage;
         Self {
             id,
             bundle,
@@ -81,6 +85,7 @@ impl Container {
             execs: Execs::default(),
             freezing: RwLock::default(),
             layer,
+            attachments,
             base,
             checkpoint: Mutex::new(checkpoint),
             checkpoint_config,

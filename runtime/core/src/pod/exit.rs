@@ -2,10 +2,7 @@
 
 use std::{
     pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::AtomicU64},
     time::SystemTime,
 };
 
@@ -15,15 +12,11 @@ use machinen_vm::{
     Vm,
     agent::{self, AgentError},
 };
-use tokio::time::Duration;
 
 use super::{
-    Container, ContainerSlot, Pod, PodEvent, ProcessExit, Transition, state::KILLED, stdio::Logger,
+    Container, Pod, PodError, PodEvent, ProcessExit, Transition, state::KILLED, stdio::Logger,
     streams::Outputs,
 };
-
-/// Longest wait for a VM to sync its disks and power off before it is killed.
-const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 
 /// No process has a status above this; a larger claim of the guest is reduced to it.
 const MAX_STATUS: u32 = 255;
@@ -108,27 +101,14 @@ impl Pod {
     /// If the changes are safe on the host (`secure`), the VM has nothing to sync: the disks of containers
     /// that ended earlier were synced when they were deleted.
     async fn clean(&self, container: &Container, agent: &agent::Client, secure: bool) {
-        let mut slot = self.shared.vm.lock().await;
-        if self.has_others(&container.id) {
-            if let Err(error) = agent.delete_container(&container.id).await {
-                tracing::warn!(id = container.id, "cannot clean up in the guest: {}", chain(&error));
-                self.shared.unsynced.store(true, Ordering::Relaxed);
-            }
-        } else if let Some(vm) = slot.take() {
-            let synced = secure && !self.shared.unsynced.load(Ordering::Relaxed);
-            let exit = if synced { vm.kill().await } else { vm.shutdown(SHUTDOWN_GRACE).await };
-            tracing::debug!(id = container.id, "VM ended: {exit}");
-        }
-    }
-
-    fn has_others(&self, id: &str) -> bool {
-        self.containers().iter().any(|(other, entry)| {
-            other != id
-                && match entry {
-                    ContainerSlot::Creating => true,
-                    ContainerSlot::Ready(container) => !container.init.is_gone(),
-                }
-        })
+        let id = container.id.as_str();
+        let clear = async {
+            let deleted = agent.delete_container(id).await;
+            deleted.map_err(|source| PodError::guest("clean up after", id, source))?;
+            container.attachments.detach().await;
+            Ok(())
+        };
+        self.shared.sandbox.release(id, secure, clear).await;
     }
 }
 
