@@ -9,7 +9,13 @@ use std::{
 };
 
 use containerd_shim_protos::ttrpc::asynchronous::{Server, transport::Listener};
-use machinen::{config::Config, fs::FileError, pod::Pod, pool::WarmVm, sys};
+use machinen::{
+    config::Config,
+    fs::FileError,
+    pod::{Lifetime, Pod, PodSettings},
+    pool::WarmVm,
+    sys,
+};
 use serde::{Deserialize, Serialize};
 use tokio::{
     runtime::Runtime,
@@ -103,13 +109,16 @@ async fn serve_pod(
 ) -> Result<(), ShimError> {
     let ServerParams { namespace, id, bundle, events, .. } = work;
     let (sender, receiver) = mpsc::unbounded_channel();
-    let pod = Pod::new(config, namespace.clone(), id.clone(), bundle.join(POD_DIR), sender);
-    if let Some(warm_vm) = warm_vm {
-        pod.adopt(warm_vm);
-    }
-    if let Some(socket) = &events {
-        pod.set_containerd(PathBuf::from(socket.trim_start_matches("unix://")));
-    }
+    let containerd = events.as_ref().map(|socket| PathBuf::from(socket.trim_start_matches("unix://")));
+    let settings = PodSettings {
+        config,
+        namespace: namespace.clone(),
+        name: id.clone(),
+        dir: bundle.join(POD_DIR),
+        lifetime: Lifetime::Containers,
+        containerd,
+    };
+    let pod = Pod::new(settings, warm_vm, sender);
     let ended = Arc::new(Notify::new());
     let publisher = Publisher::new(namespace, events);
     let (last, last_sent) = oneshot::channel();

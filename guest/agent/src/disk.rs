@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use machinen_protocol::api;
+use machinen_protocol::{api, disks::RootDisks};
 
 use crate::{
     sys,
@@ -64,40 +64,6 @@ pub(crate) enum DiskError {
     Uevents(UeventError),
 }
 
-/// The disks of a root file system.
-#[derive(Debug)]
-pub(crate) enum RootDisks<T> {
-    /// A disk that many containers share, and one for what this container writes.
-    Overlay { base: T, writable: T },
-    /// One disk that is only read.
-    ReadOnly(T),
-    /// One disk that is read and written.
-    Whole(T),
-}
-
-impl<T> RootDisks<T> {
-    /// None without any disk.
-    pub(crate) fn of(base: Option<T>, writable: Option<T>) -> Option<Self> {
-        match (base, writable) {
-            (Some(base), Some(writable)) => Some(Self::Overlay { base, writable }),
-            (Some(base), None) => Some(Self::ReadOnly(base)),
-            (None, Some(writable)) => Some(Self::Whole(writable)),
-            (None, None) => None,
-        }
-    }
-
-    /// Converts each disk. `with` gets the disk and whether it is only read.
-    fn map<U, E>(self, mut with: impl FnMut(T, bool) -> Result<U, E>) -> Result<RootDisks<U>, E> {
-        Ok(match self {
-            Self::Overlay { base, writable } => {
-                RootDisks::Overlay { base: with(base, true)?, writable: with(writable, false)? }
-            }
-            Self::ReadOnly(disk) => RootDisks::ReadOnly(with(disk, true)?),
-            Self::Whole(disk) => RootDisks::Whole(with(disk, false)?),
-        })
-    }
-}
-
 impl From<&api::Disk> for ScsiAddress {
     fn from(disk: &api::Disk) -> Self {
         Self { target: disk.target, lun: disk.lun }
@@ -115,7 +81,7 @@ impl DiskSource {
                 let uevents = Uevents::subscribe().map_err(DiskError::Uevents)?;
                 // The kernel starts to use a disk in the background: ask for all before waiting for the
                 // first.
-                match addresses.map(|address, _| Scanned::scan(address))? {
+                match addresses.try_map(|address, _| Scanned::scan(address))? {
                     RootDisks::Overlay { base, writable } => {
                         let base = base.appears(&uevents).await?;
                         Ok(RootDisks::Overlay { base, writable: writable.appears(&uevents).await? })
@@ -124,7 +90,7 @@ impl DiskSource {
                     RootDisks::Whole(disk) => Ok(RootDisks::Whole(disk.appears(&uevents).await?)),
                 }
             }
-            Self::Directory(dir) => addresses.map(|address, read_only| image(dir, address, read_only)),
+            Self::Directory(dir) => addresses.try_map(|address, read_only| image(dir, address, read_only)),
         }
     }
 
@@ -134,9 +100,7 @@ impl DiskSource {
     /// A disk is not there before the deadline.
     pub(crate) async fn find_one(&self, address: ScsiAddress, read_only: bool) -> Result<Disk, DiskError> {
         let disks = if read_only { RootDisks::ReadOnly(address) } else { RootDisks::Whole(address) };
-        let (RootDisks::ReadOnly(disk) | RootDisks::Whole(disk) | RootDisks::Overlay { writable: disk, .. }) =
-            self.find(disks).await?;
-        Ok(disk)
+        Ok(self.find(disks).await?.into_own())
     }
 }
 

@@ -61,6 +61,8 @@ pub enum Behaviour {
     Babbles(&'static [u8]),
     /// Refuses this command of the monitor.
     Refuses(&'static str),
+    /// Refuses this command of the monitor once: when it is given the command for the nth time.
+    RefusesOnce(&'static str, usize),
     /// Ends when it is given this command.
     DiesOn(&'static str),
     /// Does not answer this command, nor any later one.
@@ -179,6 +181,23 @@ impl FakeVmm {
         let inner =
             |&pid: &u32| Ok(inventory::descendants(pid)?.first().map(|agent| agent.pid.cast_signed()));
         outer.iter().filter_map(|pid| inner(pid).transpose()).map(|pid| pid.map(Pid::from_raw)).collect()
+    }
+
+    /// The disks that are attached to the running VMs.
+    ///
+    /// # Errors
+    /// A directory of disks cannot be read.
+    pub fn disks(&self) -> Result<Vec<PathBuf>> {
+        let mut disks = Vec::new();
+        for entry in fs::read_dir(&self.dir)? {
+            let path = entry?.path();
+            if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("disks-")) {
+                for disk in fs::read_dir(path)? {
+                    disks.push(disk?.path());
+                }
+            }
+        }
+        Ok(disks)
     }
 
     /// Waits until no VM is left.

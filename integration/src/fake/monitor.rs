@@ -91,6 +91,7 @@ impl Monitor {
         let mut line = Vec::new();
         let mut fds = Vec::new();
         let mut hangs = false;
+        let mut counts: BTreeMap<String, usize> = BTreeMap::new();
         loop {
             let (count, more) = match sys::receive_with_fds(&self.socket, &mut buffer) {
                 Ok(received) => received,
@@ -106,6 +107,8 @@ impl Monitor {
                 let command: Value = serde_json::from_slice(&line[..end]).context("odd command")?;
                 line.drain(..=end);
                 let name = command["execute"].as_str().context("no command")?;
+                let count = counts.entry(name.to_owned()).or_default();
+                *count += 1;
                 match self.behaviour {
                     _ if hangs => continue,
                     Behaviour::HangsOn(last) if last == name => {
@@ -119,6 +122,10 @@ impl Monitor {
                     }
                     Behaviour::DiesOn(fatal) if fatal == name => {
                         return Ok((1, "fake-qemu: that was too much\n"));
+                    }
+                    Behaviour::RefusesOnce(refused, nth) if refused == name && *count == nth => {
+                        self.reply(&command, Err(("GenericError", "not today".to_owned())));
+                        continue;
                     }
                     Behaviour::Refuses(refused) if refused == name => {
                         self.reply(&command, Err(("GenericError", "not today".to_owned())));

@@ -35,7 +35,7 @@ on_newest_containerd!(
 /// Makes shims use a fake VMM, and makes a rootfs for specifications of the test's own: `ctr` asks for a CPU
 /// weight, which a host that has its CPU controller in cgroup v1 cannot give to an agent that is an ordinary
 /// process.
-fn fake(containerd: &Containerd) -> Result<(FakeVmm, Bundle)> {
+pub(crate) fn fake(containerd: &Containerd) -> Result<(FakeVmm, Bundle)> {
     let fake = FakeVmm::start(containerd)?;
     containerd.configure(&fake.setup())?;
     Ok((fake, Bundle::busybox(containerd)?))

@@ -13,6 +13,7 @@ mod control;
 mod cpusets;
 mod exec;
 mod exec_api;
+mod failed_create;
 mod fake;
 mod fork;
 mod guest_trouble;

@@ -214,7 +214,15 @@ async fn serve(mut requests: mpsc::Receiver<VmRequest>, mut disks: AttachedDisks
     while let Some(request) = requests.recv().await {
         // The caller may have stopped waiting for the answer.
         match request {
-            VmRequest::Attach(disk, answer) => drop(answer.send(disks.attach(disk).await)),
+            VmRequest::Attach(disk, answer) => {
+                let answered = answer.send(disks.attach(disk).await);
+                // Without the address no caller could detach the disk.
+                if let Err(Ok(address)) = answered
+                    && let Err(error) = disks.detach(address).await
+                {
+                    tracing::warn!("{}", machinen_base::error::chain(&error));
+                }
+            }
             VmRequest::Detach(address, answer) => drop(answer.send(disks.detach(address).await)),
         }
     }

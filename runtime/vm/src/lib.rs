@@ -112,6 +112,7 @@ impl HasKind for VmError {
 #[derive(Debug, Clone)]
 pub struct Vm {
     pid: u32,
+    spec: Arc<VmSpec>,
     channel: Arc<VmChannel>,
     requests: mpsc::Sender<VmRequest>,
     stop: Arc<watch::Sender<StopRequest>>,
@@ -146,6 +147,11 @@ impl Vm {
     /// QEMU's pid.
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// The description that the VM was started with.
+    pub fn spec(&self) -> &VmSpec {
+        &self.spec
     }
 
     /// The guest agent, as soon as it has answered and been configured. Any number of callers may wait, at

@@ -22,6 +22,7 @@ use std::{
 
 use machinen_protocol::{
     api,
+    disks::RootDisks,
     error::{ErrorKind, HasKind},
     process::{ProcessRef, SignalTarget},
 };
@@ -40,7 +41,7 @@ use crate::{
     console,
     context::Context,
     criu::{self, CriuError, Dumped, Fetching, HeldByCriu, Restored},
-    disk::RootDisks,
+    disk::ScsiAddress,
     engine::{self, ContainerContext, Engine, EngineError, Prepared, WaitingInit},
     layer::{self, LayerError, Stamp},
     process::{Process, ProcessError, Started},
@@ -234,8 +235,8 @@ impl Container {
         let stdio = request.stdio.unwrap_or_default();
         let streams = Streams::claim(&stdio, &context.unclaimed).await?;
         let rootfs = request.rootfs.into_option().ok_or(ContainerError::NoRootfs)?;
-        let [base, writable] = [&rootfs.base, &rootfs.writable].map(|disk| disk.as_ref().map(Into::into));
-        let disks = RootDisks::of(base, writable).ok_or(ContainerError::NoRootfs)?;
+        let disks = RootDisks::of_message(rootfs).ok_or(ContainerError::NoRootfs)?;
+        let disks = disks.map(|disk| ScsiAddress::from(&disk));
         let disks = async { Ok(context.disks.find(disks).await.map_err(RootfsError::from)?) };
         let image = async {
             match request.checkpoint.into_option() {

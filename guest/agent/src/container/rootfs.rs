@@ -18,6 +18,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use machinen_protocol::disks::RootDisks;
 use nix::{
     errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
@@ -26,7 +27,7 @@ use nix::{
 
 use crate::{
     console,
-    disk::{Disk, DiskError, RootDisks},
+    disk::{Disk, DiskError},
     sys,
 };
 

@@ -240,7 +240,7 @@ impl<'a> Dump<'a> {
     /// Creates a disk with room for the largest possible images. It has no name, and is removed when its
     /// descriptor is closed.
     async fn scratch_disk(&self) -> Result<(File, u64), PodError> {
-        let memory = u64::from(self.pod.vm_memory_mib()) << 20;
+        let memory = u64::from(self.container.vm.spec().memory_mib) << 20;
         let before = if self.container.checkpoint_config.pre_dump { memory } else { 0 };
         let size = memory * 5 / 4 + before + OTHER_IMAGES;
         let config::RootdiskConfig { dir, mke2fs, .. } = self.pod.shared.config.rootdisk.clone();

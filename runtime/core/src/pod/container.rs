@@ -14,6 +14,7 @@ use super::{
     ContainerId, ContainerProcess, PodError,
     anchor::Anchor,
     checkpoint,
+    create::Attachments,
     exec::Execs,
     kill_clock::KillClock,
     layer::WritableLayer,
@@ -44,6 +45,8 @@ pub struct Container {
     /// prevent a checkpoint.
     pub(super) freezing: RwLock<()>,
     pub(super) layer: WritableLayer,
+    /// The disks in the VM.
+    pub(super) attachments: Attachments,
     /// The disk with the lower layers of the root file system, if that is an overlay.
     pub(super) base: Option<RootdiskKey>,
     /// The disk of the checkpoint that the container is restored from, until the container has been started.
@@ -58,6 +61,7 @@ pub struct Container {
 #[derive(Debug)]
 pub(super) struct ContainerStorage {
     pub(super) layer: WritableLayer,
+    pub(super) attachments: Attachments,
     pub(super) base: Option<RootdiskKey>,
     pub(super) checkpoint: Option<checkpoint::RestoreDisk>,
     pub(super) checkpoint_config: config::CheckpointConfig,
@@ -73,7 +77,7 @@ impl Container {
         vm: Vm,
         storage: ContainerStorage,
     ) -> Self {
-        let ContainerStorage { layer, base, checkpoint, checkpoint_config, rootfs } = storage;
+        let ContainerStorage { layer, attachments, base, checkpoint, checkpoint_config, rootfs } = storage;
         Self {
             id,
             bundle,
@@ -85,6 +89,7 @@ impl Container {
             kill_clock: KillClock::default(),
             freezing: RwLock::default(),
             layer,
+            attachments,
             base,
             checkpoint: Mutex::new(checkpoint),
             checkpoint_config,

@@ -76,6 +76,12 @@ pub enum PodError {
         /// The container's id.
         id: String,
     },
+    /// The owner of the pod has ended the pod.
+    #[error("container {id} cannot be created: its pod has ended")]
+    PodEnded {
+        /// The container's id.
+        id: String,
+    },
     /// The guest's agent refused the request, or cannot be reached.
     #[error("cannot {verb} container {id}")]
     Guest {
@@ -233,7 +239,7 @@ impl HasKind for PodError {
             Self::NoContainer { .. } | Self::NoProcess { .. } => ErrorKind::NotFound,
             Self::Exists { .. } | Self::ExecExists { .. } => ErrorKind::AlreadyExists,
             Self::Process(error) => error.kind(),
-            Self::BeingCreated { .. } => ErrorKind::Unavailable,
+            Self::BeingCreated { .. } | Self::PodEnded { .. } => ErrorKind::Unavailable,
             Self::State { source: StateError::Finished, .. } => ErrorKind::NotFound,
             Self::State { .. } => ErrorKind::FailedPrecondition,
             Self::Gone { .. } => ErrorKind::NotFound,

@@ -2,10 +2,7 @@
 
 use std::{
     pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::AtomicU64},
     time::SystemTime,
 };
 
@@ -15,21 +12,15 @@ use machinen_vm::{
     Vm,
     agent::{self, AgentError},
 };
-use tokio::{
-    sync::MutexGuard,
-    time::{Duration, sleep},
-};
+use tokio::{sync::MutexGuard, time::sleep};
 
 use super::{
-    Container, ContainerId, ContainerSlot, Pod, PodEvent, ProcessExit, SignalScope, Transition,
+    Container, Pod, PodError, PodEvent, ProcessExit, SignalScope, Transition,
     kill_clock::{KILL_PATIENCE, KillClock, READER_PATIENCE},
     state::KILLED,
     stdio::Logger,
     streams::Outputs,
 };
-
-/// Longest wait for a VM to sync its disks and power off before it is killed.
-const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 
 /// No process has a status above this; a larger claim of the guest is reduced to it.
 const MAX_STATUS: u32 = 255;
@@ -93,7 +84,7 @@ impl Pod {
     ) -> EndedInit {
         let reported = AtomicU64::new(0);
         let waited = async {
-            let mut waiting = pin!(agent.wait_process(&container.id, ""));
+            let mut waiting = pin!(agent.wait_process(&container.id, &ProcessRef::Init));
             let watchers = async {
                 tokio::join!(self.watch_memory(container, agent, &reported), self.follow_anchor(container))
             };
@@ -106,7 +97,7 @@ impl Pod {
                 // A VM is useless without its agent. If the VM has ended already, this does nothing.
                 vm.kill().await;
                 let reason = vm.exited().await;
-                tracing::error!(id = container.id, "container lost: {}: {reason}", chain(error));
+                tracing::error!(id = container.id.as_str(), "container lost: {}: {reason}", chain(error));
             }
             waited
         };
@@ -123,7 +114,7 @@ impl Pod {
     /// Kills the VM of a container that was sent SIGKILL and has not ended in time.
     async fn kill_overdue(&self, container: &Container, what: &str) {
         tracing::error!(
-            id = container.id,
+            id = container.id.as_str(),
             "{what} {KILL_PATIENCE:?} after SIGKILL: killing its VM with all containers in it"
         );
         container.vm.kill().await;
@@ -181,27 +172,14 @@ impl Pod {
     /// If the changes are safe on the host (`secure`), the VM has nothing to sync: the disks of containers
     /// that ended earlier were synced when they were deleted.
     async fn clean(&self, container: &Container, agent: &agent::Client, secure: bool) {
-        let mut slot = self.shared.vm.lock().await;
-        if self.has_others(&container.id) {
-            if let Err(error) = agent.delete_container(&container.id).await {
-                tracing::warn!(id = container.id.as_str(), "cannot clean up in the guest: {}", chain(&error));
-                self.shared.unsynced.store(true, Ordering::Relaxed);
-            }
-        } else if let Some(vm) = slot.take() {
-            let synced = secure && !self.shared.unsynced.load(Ordering::Relaxed);
-            let exit = if synced { vm.kill().await } else { vm.shutdown(SHUTDOWN_GRACE).await };
-            tracing::debug!(id = container.id.as_str(), "VM ended: {exit}");
-        }
-    }
-
-    fn has_others(&self, id: &ContainerId) -> bool {
-        self.containers().iter().any(|(other, entry)| {
-            other != id
-                && match entry {
-                    ContainerSlot::Creating => true,
-                    ContainerSlot::Ready(container) => !container.init.is_gone(),
-                }
-        })
+        let id = container.id.as_str();
+        let clear = async {
+            let deleted = agent.delete_container(id).await;
+            deleted.map_err(|source| PodError::guest("clean up after", id, source))?;
+            container.attachments.detach().await;
+            Ok(())
+        };
+        self.shared.sandbox.release(id, secure, clear).await;
     }
 }
 

@@ -28,37 +28,33 @@ mod pause;
 mod phases;
 mod pids;
 mod process;
-mod provision;
 mod receive;
 pub mod rootfs;
+mod sandbox;
 pub mod state;
 pub mod stats;
 pub mod stdio;
 mod streams;
 mod update;
 mod verify;
-mod vm_spec;
 
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, OnceLock, atomic::AtomicBool},
+    sync::{Arc, Mutex},
 };
 
 use machinen_base::error::chain;
-use machinen_vm::{Vm, VmSpec, agent};
+use machinen_vm::{Vm, agent};
 use tokio::{
     sync::{Semaphore, mpsc},
     time::timeout,
 };
 
-use crate::{
-    config::{Config, VmConfig},
-    pool::WarmVm,
-};
+use crate::{config::Config, pool::WarmVm};
 use event::PodEvent;
 use kill_clock::KILL_PATIENCE;
-use provision::Afterwards;
+use sandbox::{Sandbox, SandboxSettings};
 use state::{PodRequest, ProcessExit, ProcessState, StateError, Transition};
 use stdio::StreamOwner;
 
@@ -69,7 +65,7 @@ pub use error::PodError;
 pub use exec::ExecRequest;
 pub use id::{ContainerId, ExecId, IdError, ProcessId, SignalScope};
 pub use process::ContainerProcess;
-pub use provision::{admits_one_more, default_vm_spec};
+pub use sandbox::{Lifetime, admits_one_more, default_vm_spec};
 
 /// One VM and the containers in it. Clones are handles of the same pod.
 #[derive(Debug, Clone)]
@@ -77,39 +73,35 @@ pub struct Pod {
     shared: Arc<PodShared>,
 }
 
-/// What the pod's VM was made of.
+/// What a pod is made with.
 #[derive(Debug)]
-struct DescribedVm {
-    spec: VmSpec,
-    /// The configuration of the container that it was made for.
-    requested: VmConfig,
+pub struct PodSettings {
+    /// The configuration, without the containers' annotations.
+    pub config: Config,
+    /// containerd's namespace, which is passed to logging programs.
+    pub namespace: String,
+    /// Name of the VM in logs and process lists.
+    pub name: String,
+    /// Directory of the VM's sockets and the console log; created and removed with the VM.
+    pub dir: PathBuf,
+    /// When the VM ends.
+    pub lifetime: Lifetime,
+    /// The socket of the containerd that the pod's containers belong to, if it is known. Members of the warm
+    /// pool end when that containerd has ended.
+    pub containerd: Option<PathBuf>,
 }
 
 #[derive(Debug)]
 struct PodShared {
-    config: Config,
-    /// containerd's namespace, which is passed to logging programs.
+    config: Arc<Config>,
     namespace: String,
-    /// Name of the VM in logs and process lists.
     name: String,
-    /// Directory of the pod's sockets and the console log; created with the first container, removed with the
-    /// VM.
     dir: PathBuf,
     events: mpsc::UnboundedSender<PodEvent>,
-    /// Locked by create and by the end of the last container, so that the VM is started and ended once.
-    vm: tokio::sync::Mutex<Option<Vm>>,
-    /// A clone that was made ahead of time, until the first container.
-    warm_vm: Mutex<Option<WarmVm>>,
-    /// The socket of containerd, if the pod's owner knows it.
-    containerd: OnceLock<PathBuf>,
-    afterwards: Mutex<Afterwards>,
-    /// Describes the newest VM of the pod, from before it starts. None: no container was created yet.
-    described_vm: Mutex<Option<DescribedVm>>,
+    sandbox: Sandbox,
     containers: Mutex<HashMap<ContainerId, ContainerSlot>>,
     /// One permit is held while a process's streams are open and the agent has not claimed them.
     starting: Arc<Semaphore>,
-    /// A container could not be removed from the guest, so its disk may not have been synced.
-    unsynced: AtomicBool,
 }
 
 #[derive(Debug, Clone)]
@@ -120,29 +112,31 @@ enum ContainerSlot {
 }
 
 impl Pod {
-    /// Creates an empty pod; its VM starts with its first container. Events are sent in the order of
-    /// occurrence.
+    /// Creates an empty pod; its VM starts with its first container, which uses `warm_vm` if that fits. Events
+    /// are sent in the order of occurrence.
     pub fn new(
-        config: Config,
-        namespace: String,
-        name: String,
-        dir: PathBuf,
+        settings: PodSettings,
+        warm_vm: Option<WarmVm>,
         events: mpsc::UnboundedSender<PodEvent>,
     ) -> Self {
+        let PodSettings { config, namespace, name, dir, lifetime, containerd } = settings;
+        let config = Arc::new(config);
+        let sandbox = SandboxSettings {
+            config: Arc::clone(&config),
+            name: name.clone(),
+            dir: dir.clone(),
+            lifetime,
+            containerd,
+        };
         let shared = PodShared {
             config,
             namespace,
             name,
             dir,
             events,
-            vm: tokio::sync::Mutex::default(),
-            warm_vm: Mutex::default(),
-            containerd: OnceLock::new(),
-            afterwards: Mutex::default(),
-            described_vm: Mutex::default(),
+            sandbox: Sandbox::new(sandbox, warm_vm),
             containers: Mutex::default(),
             starting: Arc::new(Semaphore::new(streams::STARTING)),
-            unsynced: AtomicBool::new(false),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -172,8 +166,7 @@ impl Pod {
             .map_err(|source| PodError::state(PodRequest::Start, id, source))?;
         self.emit(PodEvent::Started { id: id.clone(), pid: container.pid });
         container.release_checkpoint(agent);
-        self.request_template();
-        self.refill_pool();
+        self.shared.sandbox.work_ahead().await;
         Ok(container.pid)
     }
 
@@ -273,11 +266,7 @@ impl Pod {
     /// Ends the VM and all containers in it, because the owner is ending. Each container reports its exit
     /// first.
     pub async fn end(&self) {
-        let unused = self.take_warm_vm().map(|warm| warm.vm);
-        let vm = self.shared.vm.lock().await.take();
-        for vm in unused.into_iter().chain(vm) {
-            vm.kill().await;
-        }
+        self.shared.sandbox.end().await;
         let containers: Vec<_> = self.containers().values().cloned().collect();
         for entry in containers {
             if let ContainerSlot::Ready(container) = entry {
@@ -307,7 +296,7 @@ impl Pod {
     }
 
     async fn vm_of(&self, id: &str) -> Result<Vm, PodError> {
-        self.shared.vm.lock().await.clone().ok_or_else(|| PodError::Gone { id: id.to_owned() })
+        self.shared.sandbox.vm().await.ok_or_else(|| PodError::Gone { id: id.to_owned() })
     }
 
     fn owner(&self, id: &str) -> StreamOwner {
@@ -317,19 +306,6 @@ impl Pod {
     async fn agent(&self, id: &str) -> Result<agent::Client, PodError> {
         let vm = self.vm_of(id).await?;
         vm.agent().await.map_err(|source| PodError::Vm { what: "reach the guest agent", source })
-    }
-
-    fn described_vm(&self) -> std::sync::MutexGuard<'_, Option<DescribedVm>> {
-        self.shared.described_vm.lock().expect("no panic while held")
-    }
-
-    /// Memory of the VM, MiB; 0 if no container was created yet.
-    fn vm_memory_mib(&self) -> u32 {
-        self.described_vm().as_ref().map_or(0, |vm| vm.spec.memory_mib)
-    }
-
-    fn vm_vcpus(&self) -> u32 {
-        self.described_vm().as_ref().map_or(0, |vm| vm.spec.vcpus)
     }
 
     fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<ContainerId, ContainerSlot>> {

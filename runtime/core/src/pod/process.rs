@@ -126,10 +126,6 @@ impl ContainerProcess {
         self.cleaned.send_replace(true);
     }
 
-    pub(super) fn is_gone(&self) -> bool {
-        *self.cleaned.borrow()
-    }
-
     /// Resolves when nothing of the process is left.
     pub(super) async fn gone(&self) {
         self.cleaned.subscribe().wait_for(|&cleaned| cleaned).await.expect("the sender lives in self");

@@ -26,8 +26,8 @@ impl Pod {
             cpu_max: content("cpu.max"),
             memory_max: content("memory.max"),
             memory_current: content("memory.current"),
-            vm_memory_mib: self.vm_memory_mib(),
-            vcpus: self.vm_vcpus(),
+            vm_memory_mib: container.vm.spec().memory_mib,
+            vcpus: container.vm.spec().vcpus,
         };
         let writes = resources::writes(&wanted, now)?;
         if writes.is_empty() {

@@ -9,28 +9,24 @@
 //! the trial disk, which has no name. The restored processes get /dev/null or pipes without a peer as their
 //! standard streams, and execute no instruction.
 
-use std::{fs::File, path::Path};
+use std::{fs::File, path::Path, sync::Arc};
 
 use machinen_protocol::api::Stdio;
 use machinen_storage::{layer::LayerTarget, rootdisk::RootdiskCache};
+use machinen_vm::Vm;
 use protobuf::MessageField;
-use tokio::{
-    sync::{MutexGuard, mpsc},
-    task::spawn_blocking,
-};
+use tokio::{sync::MutexGuard, task::spawn_blocking};
 
 use super::{
     Container, CreateRequest, Pod, PodError,
     checkpoint::restore_disk,
-    create::{self, ContainerDisks, CreatePlan},
+    create::{self, Attachments, ContainerDisks, CreatePlan, OpenDisks},
     layer,
     phases::PhaseTimes,
+    sandbox::{Lifetime, Sandbox, SandboxSettings},
     stdio::ProcessStdio,
 };
-use crate::{
-    checkpoint::ImageDisk,
-    config::{self, VerifyMode},
-};
+use crate::config::{self, VerifyMode};
 
 /// Directory of the trial's VM, below that of the pod.
 const DIR: &str = "verify";
@@ -84,18 +80,29 @@ impl Pod {
         trial_disk: TrialDisk<'_>,
         phases: &PhaseTimes,
     ) -> Result<(), PodError> {
-        let shared = &self.shared;
-        // Events of the trial's VM are dropped.
-        let (events, _) = mpsc::unbounded_channel();
-        let (namespace, name) = (shared.namespace.clone(), format!("{}-verify", shared.name));
-        let pod = Self::new(shared.config.clone(), namespace, name, shared.dir.join(DIR), events);
-        let restored = phases.time("verify", pod.restore_without_start(container, dir, trial_disk)).await;
-        pod.end().await;
+        let sandbox = self.trial_sandbox();
+        let restored = self.restore_without_start(&sandbox, container, dir, trial_disk);
+        let restored = phases.time("verify", restored).await;
+        sandbox.end().await;
         restored.map_err(|source| PodError::Verify { id: container.id.to_string(), source: Box::new(source) })
+    }
+
+    /// A VM of its own, which ends after the trial.
+    fn trial_sandbox(&self) -> Sandbox {
+        let shared = &self.shared;
+        let settings = SandboxSettings {
+            config: Arc::clone(&shared.config),
+            name: format!("{}-verify", shared.name),
+            dir: shared.dir.join(DIR),
+            lifetime: Lifetime::Sandbox,
+            containerd: None,
+        };
+        Sandbox::new(settings, None)
     }
 
     async fn restore_without_start(
         &self,
+        sandbox: &Sandbox,
         container: &Container,
         dir: &Path,
         trial_disk: TrialDisk<'_>,
@@ -103,27 +110,20 @@ impl Pod {
         let id = container.id.as_str();
         let plan = self.prepare_trial(container, dir).await?;
         let phases = PhaseTimes::default();
-        let provisioned = self.provision(&plan);
+        let request = plan.vm_request();
         let disks = async {
-            let disks = tokio::try_join!(
+            let (base, own, checkpoint) = tokio::try_join!(
                 create::base_disk(&plan, id),
                 layer::trial_disk(&plan.rootfs, &plan.config, trial_disk.copy),
                 restore_disk(plan.restore.as_ref(), &phases),
-            );
-            disks.map(|(base, writable, checkpoint)| ContainerDisks {
-                base: base.map(|base| base.file),
-                writable: Some(writable),
-                checkpoint,
-            })
+            )?;
+            Ok(ContainerDisks { root: create::root_disks(&plan, base, own), checkpoint })
         };
-        let (provisioned, mut files) = tokio::try_join!(provisioned, disks)?;
-        if plan.rootfs.read_only {
-            files.base = files.writable.take();
-        }
-        match self.create_without_start(&plan, id, &provisioned.vm, &files).await {
-            Err(error) if provisioned.origin.is_clone() && error.is_loss_of_the_vm() => {
-                let provisioned = self.boot_instead(&plan, provisioned, &error).await?;
-                self.create_without_start(&plan, id, &provisioned.vm, &files).await
+        let (mut acquired, disks) = create::with_vm(sandbox.acquire(id, &request), disks).await?;
+        match create_without_start(&plan, id, &acquired.vm, &disks).await {
+            Err(error) if acquired.origin.is_clone() && error.is_loss_of_the_vm() => {
+                sandbox.boot_instead(id, &request, &mut acquired, &error).await?;
+                create_without_start(&plan, id, &acquired.vm, &disks).await
             }
             created => created,
         }
@@ -137,7 +137,7 @@ impl Pod {
             stdio: ProcessStdio::default(),
             checkpoint: Some(dir.to_owned()),
         };
-        let mut plan = self.planned(&create).await?;
+        let mut plan = self.plan(&create).await?;
         // The trial reads all of the memory.
         plan.config.restore.lazy = false;
         if let Some(LayerTarget::Whole(_)) = plan.rootfs.target {
@@ -147,26 +147,27 @@ impl Pod {
         }
         Ok(plan)
     }
+}
 
-    async fn create_without_start(
-        &self,
-        plan: &CreatePlan,
-        id: &str,
-        vm: &machinen_vm::Vm,
-        files: &ContainerDisks<File, ImageDisk>,
-    ) -> Result<(), PodError> {
-        let injected = create::read_injected(plan.guest.injected.clone()).await?;
-        let (disks, agent) = create::attach_disks(vm, id, files, &PhaseTimes::default()).await?;
-        let Some((restore, disk)) = plan.restore.as_ref().zip(files.checkpoint.as_ref()) else {
-            return Ok(());
-        };
-        let stdio = Stdio { terminal: restore.has_terminal(), ..Default::default() };
-        let vcpus = self.vm_vcpus();
-        let spec = plan.guest.for_vm(vcpus);
-        let mut request = create::request(id, &spec, &disks, stdio, injected)?;
-        let from = restore.request(disks.checkpoint, plan.config.restore, &spec, vcpus);
-        request.checkpoint = MessageField::some(from);
-        let created = agent.create_container(request).await;
-        created.map(drop).map_err(|source| restore.refused(disk, source))
-    }
+async fn create_without_start(
+    plan: &CreatePlan,
+    id: &str,
+    vm: &Vm,
+    disks: &OpenDisks,
+) -> Result<(), PodError> {
+    let injected = plan.read_injected().await?;
+    // The disks stay attached until the VM ends.
+    let attachments = Attachments::new(vm.clone());
+    let (addresses, agent) = attachments.attach(id, disks, &PhaseTimes::default()).await?;
+    let Some((restore, disk)) = plan.restore.as_ref().zip(disks.checkpoint.as_ref()) else {
+        return Ok(());
+    };
+    let stdio = Stdio { terminal: restore.has_terminal(), ..Default::default() };
+    let vcpus = vm.spec().vcpus;
+    let spec = plan.guest.for_vm(vcpus);
+    let mut request = create::request(id, &spec, &addresses, stdio, injected)?;
+    let from = restore.request(addresses.checkpoint, plan.config.restore, &spec, vcpus);
+    request.checkpoint = MessageField::some(from);
+    let created = agent.create_container(request).await;
+    created.map(drop).map_err(|source| restore.refused(disk, source))
 }

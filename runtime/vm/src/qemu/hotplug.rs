@@ -71,6 +71,9 @@ pub(crate) struct AttachedDisks {
     events: broadcast::Receiver<QmpEvent>,
     /// By target.
     attached: BTreeMap<u32, AttachedDisk>,
+    /// The target that the next disk gets, if it is free. The guest may not have noticed yet that a disk was
+    /// detached, so all other targets come first before a target is used again.
+    next_target: u32,
     /// Number of the last disk; no number is used twice.
     last: u64,
 }
@@ -85,7 +88,7 @@ struct AttachedDisk {
 
 impl AttachedDisks {
     pub(crate) fn new(qmp: Qmp, events: broadcast::Receiver<QmpEvent>) -> Self {
-        Self { qmp, events, attached: BTreeMap::new(), last: 0 }
+        Self { qmp, events, attached: BTreeMap::new(), next_target: 0, last: 0 }
     }
 
     pub(crate) async fn attach(&mut self, disk: DiskSpec) -> Result<DiskAddress, VmError> {
@@ -98,6 +101,7 @@ impl AttachedDisks {
             return Err(refused("the access mode of its file is not that of the disk"));
         }
         let target = (0..TARGETS)
+            .map(|offset| (self.next_target + offset) % TARGETS)
             .find(|target| !self.attached.contains_key(target))
             .ok_or_else(|| refused("every target of the controller is in use"))?;
         self.last += 1;
@@ -106,6 +110,7 @@ impl AttachedDisks {
         match self.plug(number, address, disk).await {
             Ok(()) => {
                 self.attached.insert(target, AttachedDisk { number, has_fdset });
+                self.next_target = target + 1;
                 Ok(address)
             }
             Err((undo, source)) => {
@@ -291,22 +296,24 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_target_of_a_detached_disk_is_used_again() {
+    async fn the_target_of_a_detached_disk_is_used_again_after_all_others() {
         let gone = r#"{"event": "DEVICE_DELETED", "data": {"device": "disk-1"}}
 {"return": {}, "id": $ID}"#;
-        let answers = [OK, OK, OK, OK, OK, OK, gone, OK, OK, OK, OK, OK];
+        let answers = [OK, OK, OK, OK, OK, OK, gone, OK, OK, OK, OK, OK, OK, OK, OK];
         let commands = with_qemu(&answers, |mut disks| async move {
             let first = disks.attach(read_only("a")).await.unwrap();
             let second = disks.attach(read_only("b")).await.unwrap();
             assert_eq!((first.target, second.target), (0, 1));
             disks.detach(first).await.unwrap();
             assert!(matches!(disks.detach(first).await, Err(VmError::NoDisk(_))));
-            assert_eq!(disks.attach(read_only("c")).await.unwrap(), first);
+            assert_eq!(disks.attach(read_only("c")).await.unwrap().target, 2);
+            disks.next_target = TARGETS;
+            assert_eq!(disks.attach(read_only("d")).await.unwrap(), first);
         })
         .await;
         let attach = ["add-fd", "blockdev-add", "device_add"];
         let detach = ["device_del", "blockdev-del", "remove-fd"];
-        assert_eq!(commands, [attach, attach, detach, attach].concat());
+        assert_eq!(commands, [attach, attach, detach, attach, attach].concat());
     }
 
     #[tokio::test]

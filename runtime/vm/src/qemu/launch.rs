@@ -197,7 +197,7 @@ impl Launched {
         let boot = Boot {
             channel: Arc::clone(&channel),
             console: running.console.bounded_log.clone(),
-            hostname: spec.hostname,
+            hostname: spec.hostname.clone(),
             timeout: spec.boot_timeout,
             exit: exit.clone(),
         };
@@ -210,7 +210,7 @@ impl Launched {
             tracing::debug!(pid, "VM has ended: {exit}");
             exit_sender.send_replace(Some(exit));
         });
-        Vm { pid, channel, requests, stop: Arc::new(stop), agent, exit }
+        Vm { pid, spec: Arc::new(spec), channel, requests, stop: Arc::new(stop), agent, exit }
     }
 
     /// Ends QEMU, unless it has ended already. Nothing is left of it when this returns.

@@ -25,7 +25,7 @@ const GUEST_OVERHEAD: u32 = 128;
 
 const MOST_VCPUS: u32 = 8;
 
-/// Describes the VM of the pod `name`, whose first container is `container`.
+/// Describes the VM of the pod `name`, whose first container has these limits.
 ///
 /// Blocks. The first call after a boot of the host tries KVM, which takes some time.
 ///
@@ -35,11 +35,10 @@ pub(super) fn build(
     name: &str,
     config: &Config,
     assets: &Assets,
-    container: &Spec,
+    limits: ContainerLimits,
     host: HostMemory,
 ) -> Result<VmSpec, AccelError> {
     let accel = accel::for_vm(Path::new(RUN_DIR), config.vm.accel)?;
-    let limits = ContainerLimits::of(container);
     let host_cpus = thread::available_parallelism().map_or(1, NonZero::get);
     Ok(VmSpec {
         id: name.to_owned(),
@@ -64,14 +63,14 @@ pub(super) fn build(
 
 /// The part of a container's own limits that decides the size of its VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-struct ContainerLimits {
+pub(in crate::pod) struct ContainerLimits {
     memory_mib: Option<u32>,
     /// Rounded up to whole CPUs.
     cpus: Option<u32>,
 }
 
 impl ContainerLimits {
-    fn of(container: &Spec) -> Self {
+    pub(in crate::pod) fn of(container: &Spec) -> Self {
         let resources = container.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         let memory = resources.and_then(|resources| resources.memory().as_ref()?.limit());
         let cpu = resources.and_then(|resources| resources.cpu().as_ref());

@@ -1,0 +1,206 @@
+//! The disks of a container that is being created: opened on the host, and attached to its VM.
+
+use std::{fs::File, sync::Mutex};
+
+use machinen_base::error::chain;
+use machinen_protocol::{
+    api::{CreateContainerRequest, InjectedFile, Stdio},
+    disks::RootDisks,
+};
+use machinen_storage::rootdisk::{BuildOptions, Rootdisk, RootdiskCache, RootdiskKey, RootdiskProgress};
+use machinen_vm::{DiskAddress, DiskBacking, DiskSpec, Vm, VmError, agent};
+use oci_spec::runtime::Spec;
+use protobuf::MessageField;
+use tokio::task::spawn_blocking;
+
+use super::CreatePlan;
+use crate::{
+    checkpoint::ImageDisk,
+    config,
+    pod::{
+        PodError, checkpoint,
+        layer::{self, NewDisk},
+        phases::PhaseTimes,
+    },
+};
+
+/// The disks of a container: those of its root file system, and the one with the checkpoint's images if the
+/// container is restored.
+#[derive(Debug)]
+pub(in crate::pod) struct ContainerDisks<T, C = T> {
+    pub(in crate::pod) root: RootDisks<T>,
+    pub(in crate::pod) checkpoint: Option<C>,
+}
+
+/// The disks of a container on the host.
+pub(in crate::pod) type OpenDisks = ContainerDisks<File, ImageDisk>;
+
+/// What is known of the disks of a container that is being created.
+#[derive(Debug)]
+pub(super) struct PendingDisks {
+    pub(super) open: OpenDisks,
+    /// The base disk, if there is one.
+    pub(super) base: Option<RootdiskKey>,
+    /// Removes a new writable disk, unless the container is created.
+    pub(super) writable: NewDisk,
+}
+
+/// Opens the disks of the plan, all at once; a disk that is missing is made.
+///
+/// # Errors
+/// A disk cannot be made or opened. A new writable disk is removed then.
+pub(super) async fn open(plan: &CreatePlan, id: &str, phases: &PhaseTimes) -> Result<PendingDisks, PodError> {
+    let (base, mut writable, checkpoint) = tokio::try_join!(
+        phases.time("rootdisk", base_disk(plan, id)),
+        phases.time("writable", layer::open_disk(&plan.rootfs, &plan.config)),
+        checkpoint::restore_disk(plan.restore.as_ref(), phases),
+    )?;
+    let own = writable.file.take().expect("a disk is open when it is returned");
+    let key = base.as_ref().map(|base| base.key);
+    let root = root_disks(plan, base, own);
+    Ok(PendingDisks { open: ContainerDisks { root, checkpoint }, base: key, writable })
+}
+
+/// Sorts the disks of a root file system. `base`: the result of [`base_disk`]; `own`: the disk that belongs to
+/// the container alone.
+pub(in crate::pod) fn root_disks(plan: &CreatePlan, base: Option<Rootdisk>, own: File) -> RootDisks<File> {
+    match base {
+        Some(base) => RootDisks::Overlay { base: base.file, writable: own },
+        None if plan.rootfs.read_only => RootDisks::ReadOnly(own),
+        None => RootDisks::Whole(own),
+    }
+}
+
+/// Returns None if the root file system is on a disk already.
+pub(in crate::pod) async fn base_disk(plan: &CreatePlan, id: &str) -> Result<Option<Rootdisk>, PodError> {
+    let Some(source) = plan.rootfs.source.clone() else { return Ok(None) };
+    let config::RootdiskConfig { dir, min_size_mib, mke2fs, .. } = plan.config.rootdisk.clone();
+    let id = id.to_owned();
+    let (plan, all) = (plan.rootfs.clone(), plan.config.clone());
+    let build = move || {
+        let cache = RootdiskCache::open(&dir)?;
+        if let Some(base) = layer::base_of_existing_disk(&plan, &all, &cache)? {
+            return Ok(base);
+        }
+        let options = BuildOptions { min_size: min_size_mib << 20, mke2fs };
+        cache.get_or_build(&source, &options, &mut |progress| match progress {
+            RootdiskProgress::Hashed { .. } => tracing::debug!(id, "rootdisk: {progress}"),
+            _ => tracing::info!(id, "rootdisk: {progress}"),
+        })
+    };
+    spawn_blocking(build).await.map_err(PodError::Worker)?.map(Some).map_err(PodError::Rootdisk)
+}
+
+/// The disks of one container that a VM has attached.
+#[derive(Debug)]
+pub(in crate::pod) struct Attachments {
+    vm: Vm,
+    /// Includes the disks that were attached before another one failed.
+    addresses: Mutex<Vec<DiskAddress>>,
+}
+
+impl Attachments {
+    pub(in crate::pod) fn new(vm: Vm) -> Self {
+        Self { vm, addresses: Mutex::default() }
+    }
+
+    /// Attaches the disks while the guest starts, and waits for its agent.
+    ///
+    /// # Errors
+    /// A disk is refused, or the guest does not become ready. Some disks may be attached.
+    pub(in crate::pod) async fn attach(
+        &self,
+        id: &str,
+        disks: &OpenDisks,
+        phases: &PhaseTimes,
+    ) -> Result<(ContainerDisks<DiskAddress>, agent::Client), PodError> {
+        let base = async |disk| {
+            let attached = self.attach_file("attach the base disk", disk, true, format!("base-{id}"));
+            phases.time("attach-base", attached).await
+        };
+        let writable = async |disk| {
+            let attached = self.attach_file("attach the writable layer", disk, false, format!("rw-{id}"));
+            phases.time("attach-writable", attached).await
+        };
+        let root = async {
+            Ok(match &disks.root {
+                RootDisks::Overlay { base: shared, writable: own } => {
+                    let (base, writable) = tokio::try_join!(base(shared), writable(own))?;
+                    RootDisks::Overlay { base, writable }
+                }
+                RootDisks::ReadOnly(disk) => RootDisks::ReadOnly(base(disk).await?),
+                RootDisks::Whole(disk) => RootDisks::Whole(writable(disk).await?),
+            })
+        };
+        let checkpoint = async {
+            let Some(disk) = &disks.checkpoint else { return Ok(None) };
+            let source = disk.serve().map_err(PodError::Descriptor)?;
+            self.attach_source("attach the checkpoint", source, true, format!("cp-{id}")).await.map(Some)
+        };
+        let ready = phases.time("vm-ready", async { self.vm.agent().await.map_err(PodError::Boot) });
+        let (root, checkpoint, agent) = tokio::try_join!(root, checkpoint, ready)?;
+        Ok((ContainerDisks { root, checkpoint }, agent))
+    }
+
+    async fn attach_file(
+        &self,
+        what: &'static str,
+        file: &File,
+        read_only: bool,
+        serial: String,
+    ) -> Result<DiskAddress, PodError> {
+        let file = file.try_clone().map_err(PodError::Descriptor)?;
+        self.attach_source(what, DiskBacking::File(file.into()), read_only, serial).await
+    }
+
+    async fn attach_source(
+        &self,
+        what: &'static str,
+        source: DiskBacking,
+        read_only: bool,
+        serial: String,
+    ) -> Result<DiskAddress, PodError> {
+        let disk = DiskSpec { source, read_only, volatile: false, serial };
+        let address = self.vm.attach_disk(disk).await.map_err(|source| PodError::Vm { what, source })?;
+        self.addresses.lock().expect("no panic while held").push(address);
+        Ok(address)
+    }
+
+    /// Leaves it to the caller to detach a disk.
+    pub(super) fn hand_over(&self, address: DiskAddress) {
+        self.addresses.lock().expect("no panic while held").retain(|attached| *attached != address);
+    }
+
+    /// Detaches all disks, which the guest does not use any more. A disk that cannot be detached stays until
+    /// the VM ends; that is logged.
+    pub(in crate::pod) async fn detach(&self) {
+        let addresses = std::mem::take(&mut *self.addresses.lock().expect("no panic while held"));
+        for address in addresses {
+            match self.vm.detach_disk(address).await {
+                Ok(()) | Err(VmError::Exited(_)) => {}
+                Err(error) => tracing::warn!("{}", chain(&error)),
+            }
+        }
+    }
+}
+
+/// The request to the guest's agent for a container with these disks.
+///
+/// # Errors
+/// The configuration cannot be encoded.
+pub(in crate::pod) fn request(
+    id: &str,
+    guest_spec: &Spec,
+    disks: &ContainerDisks<DiskAddress>,
+    stdio: Stdio,
+    files: Vec<InjectedFile>,
+) -> Result<CreateContainerRequest, PodError> {
+    Ok(CreateContainerRequest {
+        container_id: id.to_owned(),
+        oci_config: serde_json::to_vec(guest_spec).map_err(PodError::Encode)?,
+        rootfs: MessageField::some(disks.root.map(checkpoint::guest_disk).into_message()),
+        stdio: MessageField::some(stdio),
+        files,
+        ..Default::default()
+    })
+}

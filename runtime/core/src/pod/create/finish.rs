@@ -1,0 +1,151 @@
+//! The third phase of a container's creation: attached. Its step creates the container in the guest.
+
+use std::sync::Arc;
+
+use machinen_protocol::{
+    api::{CreateContainerRequest, InjectedFile, Stdio},
+    process::ProcessRef,
+};
+use machinen_vm::{DiskAddress, Vm, agent};
+use protobuf::MessageField;
+
+use super::{
+    disks::{self, ContainerDisks},
+    undo::{CreateJob, Held},
+};
+use crate::{
+    pod::{
+        Container, PodError,
+        checkpoint::RestoreDisk,
+        container::ContainerStorage,
+        layer::WritableLayer,
+        sandbox::VmOrigin,
+        stdio::HostStdio,
+        streams::{self, Outputs, ProcessStreams},
+    },
+    view::ViewGuest,
+};
+
+/// The VM has the container's disks, and its agent answers.
+#[derive(Debug)]
+pub(super) struct Attached<'a> {
+    pub(super) job: CreateJob<'a>,
+    pub(super) stdio: HostStdio,
+    pub(super) injected: Vec<InjectedFile>,
+    pub(super) held: Held,
+    pub(super) addresses: ContainerDisks<DiskAddress>,
+    pub(super) agent: agent::Client,
+}
+
+/// The container's init waits in the guest.
+pub(super) struct Created {
+    pub(super) container: Arc<Container>,
+    pub(super) origin: VmOrigin,
+    pub(super) watch: ContainerWatch,
+}
+
+/// What the watcher of a container needs.
+pub(super) struct ContainerWatch {
+    pub(super) agent: agent::Client,
+    pub(super) vm: Vm,
+    pub(super) outputs: Outputs,
+}
+
+impl Attached<'_> {
+    /// Connects the streams and creates the container in the guest.
+    ///
+    /// # Errors
+    /// The guest refuses the container, or the anchor cannot enter its root. Nothing is left then.
+    pub(super) async fn create(self) -> Result<Created, PodError> {
+        let Self { job, stdio, injected, mut held, addresses, agent } = self;
+        let streams = match job.create_in_guest(&held, &agent, &addresses, stdio, injected).await {
+            Ok(streams) => streams,
+            Err(error) => {
+                job.undo(held, None).await;
+                return Err(error);
+            }
+        };
+        // The anchor has long entered its root by now; its pid must not be passed to clients before.
+        if let Err(error) = job.phases.time("anchor", held.anchor.wait_for_root()).await {
+            job.undo(held, Some(&agent)).await;
+            return Err(error.into());
+        }
+        Ok(job.finish(held, agent, addresses.checkpoint, streams))
+    }
+}
+
+impl CreateJob<'_> {
+    async fn create_in_guest(
+        &self,
+        held: &Held,
+        agent: &agent::Client,
+        addresses: &ContainerDisks<DiskAddress>,
+        stdio: HostStdio,
+        injected: Vec<InjectedFile>,
+    ) -> Result<ProcessStreams, PodError> {
+        let (vm, phases) = (&held.vm.vm, self.phases);
+        let _starting = self.pod.shared.starting.acquire().await.expect("never closed");
+        let (stdio, streams) = phases.time("streams", streams::connect(vm, stdio)).await?;
+        let request = self.guest_request(vm, addresses, stdio, injected)?;
+        let created = phases.time("guest-create", agent.create_container(request)).await;
+        let created = created.map_err(|source| match (&self.plan.restore, &held.disks.open.checkpoint) {
+            (Some(restore), Some(disk)) => restore.refused(disk, source),
+            _ => PodError::guest("create", &self.request.id, source),
+        })?;
+        phases.record_guest(&created);
+        Ok(streams)
+    }
+
+    fn guest_request(
+        &self,
+        vm: &Vm,
+        addresses: &ContainerDisks<DiskAddress>,
+        stdio: Stdio,
+        injected: Vec<InjectedFile>,
+    ) -> Result<CreateContainerRequest, PodError> {
+        let vcpus = vm.spec().vcpus;
+        let spec = self.plan.guest.for_vm(vcpus);
+        let mut request = disks::request(&self.request.id, &spec, addresses, stdio, injected)?;
+        if let Some(restore) = &self.plan.restore {
+            let from = restore.request(addresses.checkpoint, self.plan.config.restore, &spec, vcpus);
+            request.checkpoint = MessageField::some(from);
+        }
+        Ok(request)
+    }
+
+    /// Records the container, which owns what was held from now on.
+    fn finish(
+        self,
+        held: Held,
+        agent: agent::Client,
+        checkpoint: Option<DiskAddress>,
+        mut streams: ProcessStreams,
+    ) -> Created {
+        let Self { pod, request: create, plan, .. } = self;
+        let Held { vm: acquired, disks, anchor, attachments } = held;
+        let (vm, origin) = (acquired.vm.clone(), acquired.origin);
+        let checkpoint = checkpoint.zip(disks.open.checkpoint).map(|(address, disk)| {
+            attachments.hand_over(address);
+            RestoreDisk { address, disk }
+        });
+        let storage = ContainerStorage {
+            layer: WritableLayer::new(&plan.rootfs, &plan.config, disks.base, disks.writable.keep()),
+            attachments,
+            base: disks.base.filter(|_| plan.rootfs.is_overlaid()),
+            checkpoint,
+            checkpoint_config: plan.config.checkpoint,
+            rootfs: create.rootfs,
+        };
+        let stdin = streams.take_input(&agent, &create.id, ProcessRef::Init);
+        anchor.attach(ViewGuest {
+            vm: vm.clone(),
+            agent: agent.clone(),
+            container: create.id.to_string(),
+            unclaimed: Arc::clone(&pod.shared.starting),
+        });
+        let container = Container::new(create.id, create.bundle, create.stdio.names(), anchor, vm.clone(), storage);
+        container.init.connect_stdin(stdin);
+        let watch = ContainerWatch { agent, vm, outputs: streams.outputs };
+        Created { container: Arc::new(container), origin, watch }
+    }
+}

@@ -1,0 +1,117 @@
+//! Decides everything about a container before anything is changed on the host.
+
+use std::{
+    collections::HashMap,
+    io::{self, Read},
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use machinen_base::fs::{Links, open_regular};
+use machinen_protocol::api::InjectedFile;
+use machinen_vm::assets::Assets;
+use tokio::task::spawn_blocking;
+
+use super::CreateRequest;
+use crate::{
+    config::{Config, annotations},
+    pod::{
+        ContainerId, Pod, PodError,
+        checkpoint::RestorePlan,
+        rootfs::{self, RootfsMount, RootfsPlan},
+        sandbox::{ContainerLimits, VmRequest},
+    },
+    spec::{
+        bundle,
+        guest::{self, GuestSpec, Injected, MAX_INJECTED},
+    },
+};
+
+/// What is decided about a container.
+#[derive(Debug, Clone)]
+pub(in crate::pod) struct CreatePlan {
+    /// With the annotations applied.
+    pub(in crate::pod) config: Config,
+    annotations: HashMap<String, String>,
+    assets: Assets,
+    pub(in crate::pod) guest: GuestSpec,
+    pub(in crate::pod) rootfs: RootfsPlan,
+    pub(in crate::pod) restore: Option<RestorePlan>,
+}
+
+impl CreatePlan {
+    /// What the container requires of its VM.
+    pub(in crate::pod) fn vm_request(&self) -> VmRequest {
+        VmRequest {
+            config: self.config.clone(),
+            annotations: self.annotations.clone(),
+            assets: self.assets.clone(),
+            limits: ContainerLimits::of(&self.guest.spec),
+        }
+    }
+
+    /// Reads the files of the host that the container gets copies of, in a thread of its own.
+    ///
+    /// # Errors
+    /// A file cannot be read, or is too large.
+    pub(in crate::pod) async fn read_injected(&self) -> Result<Vec<InjectedFile>, PodError> {
+        if self.guest.injected.is_empty() {
+            return Ok(Vec::new());
+        }
+        let injected = self.guest.injected.clone();
+        spawn_blocking(move || injected.iter().map(read_one).collect()).await.map_err(PodError::Worker)?
+    }
+
+    /// The network namespace that the container's anchor joins; None: one of its own.
+    pub(super) fn netns(&self) -> Option<PathBuf> {
+        self.guest.netns.clone()
+    }
+}
+
+impl Pod {
+    /// Makes all checks that change nothing on the host or in the guest. They run in a thread of their own: a
+    /// file system that a path of the caller leads to may not answer, and must not keep this pod's other requests
+    /// waiting.
+    pub(in crate::pod) async fn plan(&self, create: &CreateRequest) -> Result<CreatePlan, PodError> {
+        let pod = self.clone();
+        let (id, bundle) = (create.id.clone(), create.bundle.clone());
+        let (rootfs, checkpoint) = (create.rootfs.clone(), create.checkpoint.clone());
+        let plan = move || pod.plan_blocking(&id, &bundle, &rootfs, checkpoint.as_deref());
+        spawn_blocking(plan).await.map_err(PodError::Worker)?
+    }
+
+    fn plan_blocking(
+        &self,
+        id: &ContainerId,
+        bundle: &Path,
+        rootfs: &[RootfsMount],
+        checkpoint: Option<&Path>,
+    ) -> Result<CreatePlan, PodError> {
+        let spec = bundle::load(bundle)?;
+        let annotations = spec.annotations().clone().unwrap_or_default();
+        let config = annotations::apply(&self.shared.config, &annotations)?;
+        let rootfs = rootfs::plan(rootfs, &spec, bundle)?;
+        let guest = guest::reduce(spec, id)?;
+        let assets = Assets::find(&config.assets.dir)?;
+        let restore = checkpoint.map(|dir| RestorePlan::read(id, dir)).transpose()?;
+        Ok(CreatePlan { config, annotations, assets, guest, rootfs, restore })
+    }
+}
+
+fn read_one(Injected { source, destination }: &Injected) -> Result<InjectedFile, PodError> {
+    let (content, mode) =
+        read_small(source).map_err(|error| PodError::Injected { path: source.clone(), source: error })?;
+    Ok(InjectedFile { destination: destination.clone(), content, mode, ..Default::default() })
+}
+
+/// Reads a file of limited size, and its permissions.
+fn read_small(path: &Path) -> io::Result<(Vec<u8>, u32)> {
+    let file = open_regular(path, Links::Follow)?;
+    let mode = file.metadata()?.mode() & 0o777;
+    let mut content = Vec::new();
+    file.take(MAX_INJECTED + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > MAX_INJECTED {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {MAX_INJECTED} bytes")));
+    }
+    Ok((content, mode))
+}

@@ -1,0 +1,54 @@
+//! What is left to do for later starts when a container runs, so that it does not delay this start.
+
+use machinen_base::error::chain;
+use machinen_vm::{VmSpec, template::TemplateStore};
+
+use super::{Sandbox, SandboxState};
+use crate::{
+    config::TemplateConfig,
+    pool::{MemberRequest, Pool, PoolError},
+};
+
+/// What a new VM leaves to be done when its first container runs.
+#[derive(Debug, Default)]
+pub(super) enum Afterwards {
+    #[default]
+    Nothing,
+    /// The VM is a clone of this kind, and the warm pool is to be refilled with such clones.
+    RefillPool(VmSpec),
+    /// A VM of this kind was booted because it has no template; one is to be built.
+    BuildTemplate(VmSpec),
+}
+
+impl Sandbox {
+    /// Starts the work for later starts, because a container of the sandbox runs. A failure is logged.
+    pub(in crate::pod) async fn work_ahead(&self) {
+        let afterwards = match &mut *self.state.lock().await {
+            SandboxState::Running(running) => std::mem::take(&mut running.afterwards),
+            SandboxState::Empty { .. } | SandboxState::Ended => Afterwards::Nothing,
+        };
+        match afterwards {
+            Afterwards::Nothing => {}
+            Afterwards::RefillPool(spec) => {
+                if let Err(error) = self.refill_pool(spec) {
+                    tracing::warn!("{}", chain(&error));
+                }
+            }
+            Afterwards::BuildTemplate(spec) => {
+                let TemplateConfig { dir, budget_mib, .. } = &self.settings.config.template;
+                if let Err(error) = TemplateStore::at(dir).request(&spec, *budget_mib) {
+                    tracing::warn!("{}", chain(&error));
+                }
+            }
+        }
+    }
+
+    /// Requests further clones like this VM from the warm pool.
+    fn refill_pool(&self, spec: VmSpec) -> Result<(), PoolError> {
+        let request = MemberRequest { spec, containerd: self.settings.containerd.clone() };
+        match Pool::of(&self.settings.config)? {
+            Some(pool) => pool.refill(&request),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Starts the VM of a sandbox as planned.
+//!
+//! A warm VM or a clone that fails is not an error: the next way to start a VM is tried, and the log has one
+//! line about it. The first start of a kind of VM also requests a template, but only once its container runs,
+//! so that building the template does not delay the start.
+
+use std::time::Duration;
+
+use machinen_base::error::chain;
+use machinen_vm::{
+    Vm, VmSpec,
+    admission::Reservation,
+    template::{TemplateShape, TemplateStore},
+};
+use tokio::task::spawn_blocking;
+
+use super::{
+    PodError, Sandbox, VmOrigin,
+    afterwards::Afterwards,
+    plan::{ShapedTemplate, VmPlan, VmRequest, VmStart},
+};
+use crate::pool::WarmVm;
+
+/// A clone answers within a tenth of a second. One that has not answered by now has failed, and a VM boots
+/// instead.
+const CLONE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A VM that was started for a container.
+#[derive(Debug)]
+pub(super) struct StartedVm {
+    pub(super) vm: Vm,
+    pub(super) origin: VmOrigin,
+    pub(super) afterwards: Afterwards,
+    pub(super) reservation: Reservation,
+}
+
+impl Sandbox {
+    /// Starts the VM of `plan`. The warm VM is ended if the plan does not use it.
+    ///
+    /// # Errors
+    /// No VM can be booted either.
+    pub(super) async fn start(
+        &self,
+        plan: VmPlan,
+        warm_vm: Option<WarmVm>,
+        request: &VmRequest,
+    ) -> Result<StartedVm, PodError> {
+        let VmPlan { spec, start, reservation } = plan;
+        let (template, warm_fits) = match start {
+            VmStart::Warm(template) => (template, true),
+            VmStart::Clone(template) => (template, false),
+            VmStart::Boot { build_template } => {
+                self.give_up_warm_vm(warm_vm).await;
+                let afterwards = if build_template {
+                    Afterwards::BuildTemplate(spec.clone())
+                } else {
+                    Afterwards::Nothing
+                };
+                return self.launch(spec, afterwards, reservation).await;
+            }
+        };
+        let afterwards = self.refill(&spec);
+        if !warm_fits {
+            self.give_up_warm_vm(warm_vm).await;
+        } else if let Some(vm) = self.take_over(warm_vm, &spec).await {
+            return Ok(StartedVm { vm, origin: VmOrigin::Warm, afterwards, reservation });
+        }
+        let ShapedTemplate { template, shape } = *template;
+        let spec = VmSpec { boot_timeout: spec.boot_timeout.min(CLONE_TIMEOUT), ..spec };
+        match Vm::restore(spec, &self.settings.dir, &template.snapshot).await {
+            Ok(vm) => Ok(StartedVm { vm, origin: VmOrigin::Clone, afterwards, reservation }),
+            Err(error) => {
+                drop((template, reservation));
+                self.discard_template(request, shape, chain(&error)).await;
+                self.boot(request).await
+            }
+        }
+    }
+
+    /// Boots a VM because a clone has failed with `error`.
+    ///
+    /// # Errors
+    /// The host has too little memory, or QEMU does not start.
+    pub(super) async fn start_instead(
+        &self,
+        request: &VmRequest,
+        error: &PodError,
+    ) -> Result<StartedVm, PodError> {
+        let VmPlan { start, reservation, .. } = self.plan(request, None).await?;
+        drop(reservation);
+        if let VmStart::Warm(template) | VmStart::Clone(template) = start {
+            self.discard_template(request, template.shape, chain(error)).await;
+        }
+        self.boot(request).await
+    }
+
+    async fn boot(&self, request: &VmRequest) -> Result<StartedVm, PodError> {
+        let VmPlan { spec, reservation, .. } = self.plan_boot(request).await?;
+        self.launch(spec, Afterwards::Nothing, reservation).await
+    }
+
+    async fn launch(
+        &self,
+        spec: VmSpec,
+        afterwards: Afterwards,
+        reservation: Reservation,
+    ) -> Result<StartedVm, PodError> {
+        let vm = Vm::launch(spec, &self.settings.dir).await.map_err(PodError::Boot)?;
+        Ok(StartedVm { vm, origin: VmOrigin::Boot, afterwards, reservation })
+    }
+
+    fn refill(&self, spec: &VmSpec) -> Afterwards {
+        match self.settings.config.pool.size {
+            0 => Afterwards::Nothing,
+            _ => Afterwards::RefillPool(spec.clone()),
+        }
+    }
+
+    /// Makes the warm VM the pod's. Returns None if its guest does not accept the new identity.
+    async fn take_over(&self, warm_vm: Option<WarmVm>, spec: &VmSpec) -> Option<Vm> {
+        let WarmVm { vm, .. } = warm_vm?;
+        match vm.configure_guest(&spec.hostname).await {
+            Ok(()) => Some(vm),
+            Err(error) => {
+                self.end_warm_vm(&vm, &chain(&error)).await;
+                None
+            }
+        }
+    }
+
+    async fn give_up_warm_vm(&self, warm_vm: Option<WarmVm>) {
+        if let Some(WarmVm { vm, .. }) = warm_vm {
+            self.end_warm_vm(&vm, "the container needs a different VM").await;
+        }
+    }
+
+    async fn end_warm_vm(&self, vm: &Vm, reason: &str) {
+        tracing::info!(pod = self.settings.name, "the warm VM cannot be used: {reason}");
+        vm.kill().await;
+    }
+
+    /// Marks the template as failed, so that later starts boot at once instead of failing in the same way.
+    async fn discard_template(&self, request: &VmRequest, shape: TemplateShape, reason: String) {
+        tracing::warn!(pod = self.settings.name, "cannot clone a VM, booting instead: {reason}");
+        let templates = TemplateStore::at(&request.config.template.dir);
+        let discarded = spawn_blocking(move || templates.discard(&shape, &reason)).await;
+        if let Ok(Err(error)) = discarded {
+            tracing::warn!("{}", chain(&error));
+        }
+    }
+}
