@@ -7,7 +7,13 @@
 //! The clock and the random number generator are the host's and are not touched. Controllers that the host's
 //! cgroup v2 hierarchy lacks are missing here too, and a spec that needs one fails.
 
-use std::{fs, os::unix::process::ExitStatusExt, path::Path, process::ExitStatus};
+use std::{
+    fs::{self, File},
+    io::Write as _,
+    os::unix::process::ExitStatusExt,
+    path::{Path, PathBuf},
+    process::ExitStatus,
+};
 
 use nix::{
     mount::{MsFlags, mount},
@@ -30,7 +36,10 @@ pub(super) fn enter() -> Result<(), BootError> {
     let host = mounts::find_cgroup2(&mountinfo).ok_or(BootError::NoCgroup2)?;
     let root = host.join(format!("machinen-agent-{}", getpid()));
     let leaf = root.join("agent");
-    fs::create_dir_all(&leaf).map_err(|source| BootError::Create { path: leaf, source })?;
+    fs::create_dir_all(&leaf).map_err(|source| BootError::Create { path: leaf.clone(), source })?;
+    // Opened in the host's cgroup namespace: a hierarchy that is mounted with nsdelegate, as by systemd, refuses
+    // moves across the border of a namespace to descriptors that were opened inside of it.
+    let (outside, inside) = (CgroupEntry::open(&host)?, CgroupEntry::open(&leaf)?);
     // The root of a new cgroup namespace is the cgroup of the process that creates it.
     write(root.join("cgroup.procs"), &pid_text(getpid()))?;
     unshare(
@@ -42,14 +51,34 @@ pub(super) fn enter() -> Result<(), BootError> {
     )
     .map_err(BootError::Namespaces)?;
     // Controllers can be enabled for the containers only while no process is in an ancestor of their cgroups.
-    write(host.join("cgroup.procs"), &pid_text(getpid()))?;
+    outside.enter()?;
     match sys::fork().map_err(BootError::Fork)? {
         ForkResult::Parent { child } => wait_and_clean_up(child, &root),
-        ForkResult::Child => inner(),
+        ForkResult::Child => inner(inside),
     }
 }
 
-fn inner() -> Result<(), BootError> {
+/// An open way into a cgroup.
+struct CgroupEntry {
+    path: PathBuf,
+    procs: File,
+}
+
+impl CgroupEntry {
+    fn open(cgroup: &Path) -> Result<Self, BootError> {
+        let path = cgroup.join("cgroup.procs");
+        let procs = File::options().write(true).open(&path);
+        let procs = procs.map_err(|source| BootError::Write { path: path.clone(), source })?;
+        Ok(Self { path, procs })
+    }
+
+    /// Moves this process into the cgroup.
+    fn enter(mut self) -> Result<(), BootError> {
+        self.procs.write_all(b"0").map_err(|source| BootError::Write { path: self.path, source })
+    }
+}
+
+fn inner(agent_cgroup: CgroupEntry) -> Result<(), BootError> {
     set_pdeathsig(Signal::SIGKILL).map_err(BootError::Namespaces)?;
     unshare(CloneFlags::CLONE_NEWNS).map_err(BootError::Namespaces)?;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
@@ -58,7 +87,7 @@ fn inner() -> Result<(), BootError> {
     mount_on("tmpfs", "/run", MsFlags::empty(), "mode=755")?;
     // This hides the host's hierarchies, those of v1 too, so that the rest looks like a separate machine.
     mount_on("cgroup2", cgroup::ROOT, MsFlags::empty(), "")?;
-    write(Path::new(cgroup::ROOT).join("agent/cgroup.procs"), "1")
+    agent_cgroup.enter()
 }
 
 fn mount_on(fstype: &'static str, target: &'static str, flags: MsFlags, data: &str) -> Result<(), BootError> {

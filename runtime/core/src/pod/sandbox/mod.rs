@@ -71,7 +71,7 @@ enum SandboxState {
     /// There is no VM in use. A clone that was made ahead of time waits for the first container, if the pod
     /// was given one.
     Empty {
-        warm_vm: Option<WarmVm>,
+        warm_vm: Option<Box<WarmVm>>,
     },
     Running(Box<RunningSandbox>),
     /// The owner has ended the sandbox: no further VM starts.
@@ -130,7 +130,7 @@ impl fmt::Display for VmOrigin {
 impl Sandbox {
     /// Makes a sandbox without a VM in use. The first container uses `warm_vm` if it fits.
     pub(super) fn new(settings: SandboxSettings, warm_vm: Option<WarmVm>) -> Self {
-        Self { settings, state: Mutex::new(SandboxState::Empty { warm_vm }) }
+        Self { settings, state: Mutex::new(SandboxState::Empty { warm_vm: warm_vm.map(Box::new) }) }
     }
 
     /// Returns the VM for a container, which uses it until [`Sandbox::release`]. The VM is starting if this
@@ -151,8 +151,8 @@ impl Sandbox {
             }
             SandboxState::Empty { warm_vm } => warm_vm,
         };
-        let plan = self.plan(request, warm_vm.as_ref()).await?;
-        let started = self.start(plan, warm_vm.take(), request).await?;
+        let plan = self.plan(request, warm_vm.as_deref()).await?;
+        let started = self.start(plan, warm_vm.take().map(|warm| *warm), request).await?;
         Ok(Self::run(&mut state, started, container, request))
     }
 
