@@ -1,9 +1,10 @@
 //! The protocol between machinen's host side and its guest agent.
 //!
 //! This crate does no I/O. It holds the only copy of every name, number and layout that both sides must agree
-//! on: the ttrpc messages ([`api`], from `proto/agent.proto`), the kinds of errors ([`error`]), the first
-//! bytes of each stream ([`preamble`]), the names of processes ([`process`]), the archive of a container's changes ([`layer`]), the messages about
-//! its files ([`fuse`]), the addresses below, and the [`VERSION`] that is checked before anything else.
+//! on: the ttrpc messages ([`api`], from `proto/agent.proto`), the names of processes ([`process`]), the kinds
+//! of errors ([`error`]), the first bytes of each stream ([`preamble`]), the archive of a container's changes
+//! ([`layer`]), the messages about its files ([`fuse`]), the addresses below, and the [`VERSION`] that is
+//! checked before anything else.
 //!
 //! ```text
 //!   host                                             guest agent
