@@ -51,7 +51,7 @@ pub(super) fn serve(channel: OwnedFd, hostility: Hostility) {
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         if let Err(error) =
-            runtime.map_err(Into::into).and_then(|runtime| runtime.block_on(run(channel, hostility)))
+            runtime.map_err(anyhow::Error::from).and_then(|runtime| runtime.block_on(run(channel, hostility)))
         {
             eprintln!("hostile agent: {error:#}");
         }
@@ -74,7 +74,12 @@ async fn run(channel: OwnedFd, hostility: Hostility) -> Result<()> {
     while let Some(Ok(stream)) = poll_fn(|cx| connection.poll_next_inbound(cx)).await {
         tokio::spawn(welcome(stream, Arc::clone(&agent)));
     }
-    served.await?
+    // Without a connection, the server has nobody to serve.
+    if served.is_finished() {
+        return served.await?;
+    }
+    served.abort();
+    Ok(())
 }
 
 async fn serve_control(control: yamux::Stream, agent: Arc<HostileAgent>) -> Result<()> {

@@ -47,7 +47,17 @@ fn fake(containerd: &mut Containerd, hostility: Hostility) -> Result<(FakeVmm, B
 fn created<'a>(containerd: &'a Containerd, rootfs: &Bundle) -> Result<Served<'a>> {
     let mut served = Served::of(containerd, &rootfs.config(&["sleep", "1000"], |_| ())?)?;
     let stdout = format!("file://{}", served.shim.bundle.join("stdout").display());
-    served.create(|request| request.stdout = stdout)?;
+    // A whole root file system, which the container's changes are exported to.
+    let mount = api::Mount {
+        type_: "bind".to_owned(),
+        source: rootfs.rootfs().display().to_string(),
+        options: vec!["rbind".to_owned(), "rw".to_owned()],
+        ..Default::default()
+    };
+    served.create(|request| {
+        request.stdout = stdout;
+        request.rootfs = vec![mount];
+    })?;
     Ok(served)
 }
 

@@ -131,7 +131,7 @@ mod tests {
     use super::*;
 
     fn error() -> PodError {
-        PodError::NoExecId { id: "c1".to_owned() }
+        PodError::Exists { id: "c1".to_owned() }
     }
 
     #[tokio::test]

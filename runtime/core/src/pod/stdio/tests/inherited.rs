@@ -26,11 +26,13 @@ fn inherit(stdin: Option<OwnedFd>, outputs: [Option<OwnedFd>; 2], terminal: bool
 fn start(stdin: OwnedFd, terminal: bool) -> (DuplexStream, oneshot::Receiver<u64>, StdinCopy) {
     let host = inherit(Some(stdin), [None, None], terminal);
     let (to_guest, guest) = duplex(1 << 20);
+    let (from_guest, to_guest) = tokio::io::split(to_guest);
     let (ended, total) = oneshot::channel();
     // CloseIO does not end a stream that the caller ends.
     let end = StdinEnd { closed: watch::Sender::new(true).subscribe(), terminal };
     let reader = host.stdin.unwrap().open().unwrap();
-    let copy = StdinCopy::start(reader, end, to_guest, async move |count| ended.send(count).unwrap());
+    let copy =
+        StdinCopy::start(reader, end, from_guest, to_guest, async move |count| ended.send(count).unwrap());
     (guest, total, copy)
 }
 
