@@ -93,7 +93,8 @@ pub(super) struct Inputs {
 pub(super) async fn drive(running: RunningVm, qmp: Qmp, inputs: Inputs) -> VmExit {
     let Inputs { mut events, requests, mut stop, agent } = inputs;
     let mut evidence = ExitEvidence::default();
-    let mut work = pin!(serve(requests, AttachedDisks::new(qmp, events.resubscribe())));
+    let mut work =
+        pin!(serve(requests, AttachedDisks::new(qmp, events.resubscribe(), running.qemu.limits())));
     let (mut working, mut listening) = (true, true);
     let mut exited = pin!(running.qemu.exited());
     let mut ending: Option<Pin<Box<dyn Future<Output = ()> + Send>>> = None;

@@ -5,18 +5,19 @@
 //! [`Spawn::run`] waits for a short-lived tool and keeps a bounded part of what it printed.
 
 mod child;
+mod filter;
 mod foreign;
+mod jail;
 mod memory;
-mod sandbox;
 mod spawn;
 mod tool;
 
 use std::{io, os::unix::process::ExitStatusExt as _, process::ExitStatus};
 
-pub use child::Child;
+pub use child::{Child, ChildLimits};
 pub use foreign::kill_foreign;
+pub use jail::{Jail, Namespaces, ResourceLimits, RunAs};
 pub use memory::tree_pss;
-pub use sandbox::{ChildSandbox, Namespaces, RunAs};
 pub use spawn::{Spawn, Stdio, ToolOutput};
 pub use tool::{find_program, run};
 

@@ -14,7 +14,7 @@ use std::{
 
 use command_fds::{CommandFdExt as _, FdMapping};
 
-use super::{ChildSandbox, ProcessError, ProcessExit, child, tool};
+use super::{Jail, ProcessError, ProcessExit, child, tool};
 use crate::sys::{self, child::Bond};
 
 /// Where one of a child's three standard streams goes.
@@ -48,7 +48,7 @@ pub struct Spawn {
     stdout: Stdio,
     stderr: Stdio,
     fds: Vec<(OwnedFd, i32)>,
-    sandbox: ChildSandbox,
+    jail: Jail,
     join_netns: Option<OwnedFd>,
 }
 
@@ -79,7 +79,7 @@ impl Spawn {
             stdout: Stdio::Null,
             stderr: Stdio::Null,
             fds: Vec::new(),
-            sandbox: ChildSandbox::default(),
+            jail: Jail::default(),
             join_netns: None,
         }
     }
@@ -139,9 +139,9 @@ impl Spawn {
         self
     }
 
-    /// The privileges that the child gives up; none unless this is called.
-    pub fn sandbox(mut self, sandbox: ChildSandbox) -> Self {
-        self.sandbox = sandbox;
+    /// What the child may see, use and call; as much as this process unless this is called.
+    pub fn jail(mut self, jail: Jail) -> Self {
+        self.jail = jail;
         self
     }
 
@@ -185,12 +185,12 @@ impl Spawn {
     ) -> Result<(T, String), ProcessError> {
         let program = self.program.to_string_lossy().into_owned();
         let failed = |source: io::Error| ProcessError::Spawn { program: program.clone(), source };
-        let held = self.sandbox.identity.as_ref().and_then(|_| open_unreachable(Path::new(&self.program)));
+        let held = self.jail.identity.as_ref().and_then(|_| open_unreachable(Path::new(&self.program)));
         let path = held.as_ref().map(|fd| format!("/proc/self/fd/{}", fd.as_raw_fd()).into());
         #[expect(clippy::disallowed_methods, reason = "the one place that starts programs")]
         let mut command = std::process::Command::new(path.as_ref().unwrap_or(&self.program));
         command.arg0(self.arg0.as_ref().unwrap_or(&self.program));
-        if self.clear_env {
+        if self.clear_env || self.jail.empty_environment {
             command.env_clear();
         }
         command.args(&self.args).envs(self.env);
@@ -199,7 +199,7 @@ impl Spawn {
         }
         command.stdin(self.stdin).stdout(self.stdout).stderr(self.stderr);
         // Before the descriptors move to their numbers, or the move could overwrite one that the setup uses.
-        let setup = sys::child::ChildSetup { join_netns: self.join_netns, bond, ..self.sandbox.setup() };
+        let setup = sys::child::ChildSetup { join_netns: self.join_netns, bond, ..self.jail.setup() };
         sys::child::on_fork(&mut command, setup);
         let mappings = self
             .fds
@@ -207,6 +207,8 @@ impl Spawn {
             .map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd })
             .collect::<Vec<_>>();
         command.fd_mappings(mappings).map_err(|error| failed(io::Error::other(error)))?;
+        let last = sys::child::LastSetup { limits: self.jail.limits(), filters: self.jail.filters() };
+        sys::child::just_before_exec(&mut command, last);
         match run(&mut command) {
             Ok(result) => Ok((result, program)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -258,8 +260,8 @@ mod tests {
 
     #[test]
     fn a_child_ends_with_the_thread_that_started_it() {
-        for sandbox in [ChildSandbox::default(), ChildSandbox::strict(crate::process::RunAs::default())] {
-            let spawn = Spawn::new("sleep").args(["100"]).sandbox(sandbox);
+        for jail in [Jail::default(), Jail::strict(crate::process::RunAs::default())] {
+            let spawn = Spawn::new("sleep").args(["100"]).jail(jail);
             let starter = std::thread::spawn(|| spawn.spawn_std().unwrap());
             let (mut child, _) = starter.join().unwrap();
             assert_eq!(ProcessExit::from(child.wait().unwrap()), ProcessExit::Signal(libc::SIGKILL));
@@ -275,7 +277,7 @@ mod tests {
         // for writing.
         crate::process::run("cp", ["/bin/echo".as_ref(), program.as_os_str()], &[]).unwrap();
         let identity = crate::process::RunAs { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![] };
-        let spawn = Spawn::new(&program).args(["it", "runs"]).sandbox(ChildSandbox::strict(identity));
+        let spawn = Spawn::new(&program).args(["it", "runs"]).jail(Jail::strict(identity));
         let output = spawn.run().unwrap().success().unwrap();
         assert_eq!(output.stdout, b"it runs\n");
     }

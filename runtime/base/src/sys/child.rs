@@ -35,16 +35,23 @@ pub struct ChildSetup {
     pub unshare: libc::c_int,
     /// uid, gid, supplementary groups.
     pub identity: Option<(u32, u32, Vec<u32>)>,
+    /// Join a new session keyring.
+    pub new_keyring: bool,
     /// Empty every capability set, the bounding set included.
     pub drop_capabilities: bool,
     /// Set PR_SET_NO_NEW_PRIVS (prctl(2)).
     pub no_new_privileges: bool,
-    /// Limit core files to 0 bytes.
-    pub no_core: bool,
     /// Decimal digits.
     pub oom_score_adj: Option<Vec<u8>>,
-    /// A filter of system calls.
-    pub filter: Option<BpfProgram>,
+}
+
+/// What would restrict the steps of [`ChildSetup`] and the move of the child's descriptors to their numbers.
+#[derive(Debug)]
+pub struct LastSetup {
+    /// RLIMIT_* and the limit, both the soft and the hard one.
+    pub limits: Vec<(libc::__rlimit_resource_t, u64)>,
+    /// Filters of system calls.
+    pub filters: Vec<BpfProgram>,
 }
 
 /// Makes `command` apply `setup` to itself just before it executes.
@@ -52,6 +59,22 @@ pub fn on_fork(command: &mut Command, setup: ChildSetup) {
     // SAFETY: `apply` only makes system calls on data that was complete before the fork; it does not allocate
     // or lock.
     unsafe { command.pre_exec(move || apply(&setup)) };
+}
+
+/// Makes `command` apply `setup` to itself after everything that was added to it before, and then execute.
+pub fn just_before_exec(command: &mut Command, setup: LastSetup) {
+    // SAFETY: as for `on_fork`: the closure only makes system calls on data that was complete before the fork.
+    unsafe { command.pre_exec(move || apply_last(&setup)) };
+}
+
+fn apply_last(setup: &LastSetup) -> io::Result<()> {
+    for (resource, limit) in &setup.limits {
+        set_limit(*resource, *limit)?;
+    }
+    for filter in &setup.filters {
+        seccompiler::apply_filter(filter).map_err(|_| io::Error::last_os_error())?;
+    }
+    Ok(())
 }
 
 /// Makes system calls only: see [`ChildSetup`].
@@ -66,9 +89,6 @@ fn apply(setup: &ChildSetup) -> io::Result<()> {
         Bond::Replacement => {}
     }
     close_on_exec()?;
-    if setup.no_core {
-        forbid_core_files()?;
-    }
     if let Some(value) = &setup.oom_score_adj {
         set_oom_score_adj(value)?;
     }
@@ -79,15 +99,16 @@ fn apply(setup: &ChildSetup) -> io::Result<()> {
     if let Some((uid, gid, groups)) = &setup.identity {
         change_identity(*uid, *gid, groups)?;
     }
+    if setup.new_keyring {
+        // After the change of identity, so that the keyring counts against the quota of the child's user.
+        join_new_keyring()?;
+    }
     if setup.drop_capabilities {
         drop_capability_sets()?;
     }
     if setup.no_new_privileges {
         // SAFETY: no memory is involved.
         check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())?;
-    }
-    if let Some(filter) = &setup.filter {
-        seccompiler::apply_filter(filter).map_err(|_| io::Error::last_os_error())?;
     }
     if setup.bond == Bond::Child {
         // After the change of identity, which clears the signal.
@@ -103,10 +124,22 @@ fn close_on_exec() -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) })
 }
 
-fn forbid_core_files() -> io::Result<()> {
-    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+fn set_limit(resource: libc::__rlimit_resource_t, limit: u64) -> io::Result<()> {
+    let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
     // SAFETY: setrlimit(2) reads the structure, which lives until the call returns.
-    check(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) }.into())
+    check(unsafe { libc::setrlimit(resource, &raw const limit) }.into())
+}
+
+/// Leaves the session keyring of the parent. A kernel without keys has nothing to leave.
+fn join_new_keyring() -> io::Result<()> {
+    const JOIN_SESSION_KEYRING: libc::c_int = 1;
+    let anonymous = std::ptr::null::<libc::c_char>();
+    // SAFETY: keyctl(2) reads no memory when the keyring has no name.
+    let joined = check(unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, anonymous) });
+    match joined {
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
+        result => result,
+    }
 }
 
 fn set_oom_score_adj(value: &[u8]) -> io::Result<()> {

@@ -3,6 +3,7 @@
 pub mod child;
 pub mod inherit;
 pub mod kvm;
+pub mod limits;
 pub mod pidfd;
 pub mod socket;
 pub mod vhost;

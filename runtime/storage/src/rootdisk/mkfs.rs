@@ -11,7 +11,7 @@ use std::{
 
 use machinen_base::{
     fs::FileError,
-    process::{ChildSandbox, Namespaces, ProcessError, Spawn, Stdio, ToolOutput},
+    process::{Jail, Namespaces, ProcessError, Spawn, Stdio, ToolOutput},
 };
 use rustix::fs::{MemfdFlags, fstatvfs, memfd_create};
 
@@ -149,7 +149,7 @@ impl Mke2fs {
             .args(args)
             .args(["/proc/self/fd/3"])
             .stdin(stdin)
-            .sandbox(sandbox())
+            .jail(jail())
             .fd(image.try_clone().map_err(failed)?.into(), 3)
             .fd(config().map_err(failed)?.into(), 4);
         for (key, value) in COMMON {
@@ -173,9 +173,15 @@ impl Mke2fs {
 
 /// The restrictions of mke2fs. It needs its privileges to read all files and attributes, but no network or
 /// IPC.
-fn sandbox() -> ChildSandbox {
-    let namespaces = Namespaces { net: true, ipc: true, ..Namespaces::default() };
-    ChildSandbox { namespaces, no_new_privileges: true, no_core: true, ..ChildSandbox::default() }
+fn jail() -> Jail {
+    Jail {
+        namespaces: Namespaces { net: true, ipc: true, ..Namespaces::default() },
+        empty_environment: true,
+        new_keyring: true,
+        no_new_privileges: true,
+        no_core: true,
+        ..Jail::default()
+    }
 }
 
 fn config() -> io::Result<File> {

@@ -18,7 +18,7 @@ use std::{
 
 use machinen_base::{
     fs::{create_new_private_dir, remove_dir_if_exists},
-    process::{Child, ChildSandbox, ProcessExit, RunAs, Spawn, Stdio},
+    process::{Child, Jail, ProcessExit, RunAs, Spawn, Stdio},
     sys,
 };
 use machinen_protocol::{STREAM_PORT, control_port};
@@ -82,7 +82,7 @@ impl VhostUser {
             ])
             .dir(&sockets.path)
             .stderr(Stdio::Fd(stderr_writer.into()))
-            .sandbox(ChildSandbox::strict(identity.clone()))
+            .jail(Jail::strict(identity.clone()))
             .start()
             .map_err(VmChannelError::Daemon)?;
         let stderr =

@@ -51,8 +51,14 @@ pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
     args.option("-name", format!("machinen-{0},process=machinen-{0}", escape(&spec.id)));
     let memory = memory(spec, start);
     let backend = if memory.is_some() { ",memory-backend=ram" } else { "" };
-    // suppress-vmdesc: only debugging tools need the description of the saved state.
-    args.option("-machine", format!("microvm,acpi=on,isa-serial=off,suppress-vmdesc=on{backend}"));
+    // suppress-vmdesc: only debugging tools need the description of the saved state. dump-guest-core, mem-merge: the
+    // guest's memory is in no core of QEMU, and is not merged with equal pages of other guests, which could measure that.
+    args.option(
+        "-machine",
+        format!(
+            "microvm,acpi=on,isa-serial=off,suppress-vmdesc=on,dump-guest-core=off,mem-merge=off{backend}"
+        ),
+    );
     match spec.accel {
         Accelerator::Kvm => args.option("-accel", "kvm").option("-cpu", "host"),
         Accelerator::Tcg { .. } => args.option("-accel", "tcg,thread=multi").option("-cpu", "max"),
@@ -139,6 +145,14 @@ fn memory(spec: &VmSpec, start: Start) -> Option<String> {
         // The daemon maps the guest's memory, so it has to be a shared file.
         (Start::Boot, ChannelKind::VhostUserVsock { .. }) => Some("memory-backend-memfd,share=on".to_owned()),
         (Start::Boot, ChannelKind::KernelVsock | ChannelKind::Serial) => None,
+    }
+}
+
+/// The size of the file that QEMU itself makes for the guest's memory, bytes; 0 if it makes none.
+pub(crate) fn own_memory_file(spec: &VmSpec, start: Start) -> u64 {
+    match (start, &spec.channel) {
+        (Start::Boot, ChannelKind::VhostUserVsock { .. }) => u64::from(spec.memory_mib) << 20,
+        _ => 0,
     }
 }
 

@@ -14,7 +14,7 @@ use std::{
 use machinen_base::{
     error::{ErrorKind, HasKind},
     fs::create_private_dir,
-    process::{ChildSandbox, ProcessError, Spawn, Stdio},
+    process::{ProcessError, Spawn, Stdio},
 };
 use tokio::{
     net::{UnixStream, unix::pipe},
@@ -31,6 +31,7 @@ use crate::{
     exit::{ExitEvidence, VmExit},
     qemu::{
         argv::{self, Start, fd},
+        jail,
         qmp::{Qmp, QmpError, QmpEvent},
         snapshot::{self, VmSnapshot, VmSnapshotError},
     },
@@ -285,7 +286,7 @@ fn start(
     let stderr = pipe::Receiver::from_owned_fd(stderr.into()).map_err(failed("watch a pipe"))?;
 
     let args = argv::argv(spec, origin.start(), guest_end.cid);
-    let mut sandbox = ChildSandbox::strict(spec.identity.clone());
+    let mut jail = jail::jail(spec, origin.start());
     let mut inherited: Vec<(OwnedFd, i32)> = vec![
         (monitor_end.into(), fd::QMP),
         (console_end.into(), fd::CONSOLE),
@@ -297,7 +298,7 @@ fn start(
         LaunchOrigin::Boot => None,
         LaunchOrigin::Template { memory } => Some(memory),
         LaunchOrigin::Clone(snapshot) => {
-            sandbox.ignore_hole_punching = Some(snapshot.memory_fd);
+            jail.ignore_hole_punching = Some(snapshot.memory_fd);
             Some(snapshot.memory.as_fd().try_clone_to_owned().map_err(failed("duplicate a descriptor"))?)
         }
     };
@@ -309,7 +310,7 @@ fn start(
             Some(watched(wake)?)
         }
     };
-    let mut spawn = Spawn::new(&spec.qemu).args(args).stderr(Stdio::Fd(stderr_end.into())).sandbox(sandbox);
+    let mut spawn = Spawn::new(&spec.qemu).args(args).stderr(Stdio::Fd(stderr_end.into())).jail(jail);
     for (fd, number) in inherited {
         spawn = spawn.fd(fd, number);
     }

@@ -4,6 +4,7 @@
 
 pub(crate) mod argv;
 pub(crate) mod hotplug;
+pub(crate) mod jail;
 pub(crate) mod launch;
 pub mod qmp;
 pub(crate) mod snapshot;

@@ -1,12 +1,13 @@
-//! The restrictions of a child process.
+//! The jail of a child process: what it may see, use and call.
+//!
+//! Everything here is a description. `sys::child` applies it between fork(2) and exec(3), and
+//! docs/design/border.md says which attack each part stops.
 
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch,
-};
 use serde::{Deserialize, Serialize};
 
 use crate::sys::child::{Bond, ChildSetup};
+
+use super::filter;
 
 /// The user and the groups that a child process runs as.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,21 +31,42 @@ pub struct Namespaces {
     pub ipc: bool,
     /// A namespace for the hostname (uts_namespaces(7)).
     pub uts: bool,
+    /// A namespace that shows no cgroup of the host above the child's own (cgroup_namespaces(7)).
+    pub cgroup: bool,
 }
 
-/// The privileges that a child process gives up before it executes its program. The default gives up none.
+/// Resource limits of a child process (setrlimit(2)). None keeps the limit of this process.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ResourceLimits {
+    /// The size up to which the child can make a file grow, bytes.
+    pub file_size: Option<u64>,
+    /// One more than the highest number of a descriptor.
+    pub open_files: Option<u64>,
+    /// Processes and threads of the child's user.
+    pub processes: Option<u64>,
+    /// Memory that the child can keep from being swapped out, bytes.
+    pub locked_memory: Option<u64>,
+}
+
+/// The restrictions of a child process, which it applies before it executes its program. The default has none.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ChildSandbox {
+pub struct Jail {
     /// The user that the child becomes; None keeps the user of this process.
     pub identity: Option<RunAs>,
     /// The namespaces that the child gets of its own.
     pub namespaces: Namespaces,
+    /// The child inherits no environment, only the variables that are given to its [`Spawn`](super::Spawn).
+    pub empty_environment: bool,
+    /// The child gets an empty session keyring, instead of the one of this process (session-keyring(7)).
+    pub new_keyring: bool,
     /// Empties every capability set, the bounding set included.
     pub drop_capabilities: bool,
     /// No program that the child executes gains privileges, as by a set-user-ID bit (PR_SET_NO_NEW_PRIVS).
     pub no_new_privileges: bool,
-    /// No core file, whatever the limit of machinen itself.
+    /// No core file, and no core for the program that the host's core_pattern names (core(5)).
     pub no_core: bool,
+    /// The resources that the child can use.
+    pub limits: ResourceLimits,
     /// -1000..1000, see proc_pid_oom_score_adj(5).
     pub oom_score_adj: Option<i16>,
     /// The number of a descriptor. An fallocate(2) that would punch a hole into its file succeeds without
@@ -52,15 +74,18 @@ pub struct ChildSandbox {
     pub ignore_hole_punching: Option<i32>,
 }
 
-impl ChildSandbox {
+impl Jail {
     /// All restrictions, for programs that get all they need as inherited file descriptors.
     pub fn strict(identity: RunAs) -> Self {
         Self {
             identity: Some(identity),
-            namespaces: Namespaces { net: true, mount: true, ipc: true, uts: true },
+            namespaces: Namespaces { net: true, mount: true, ipc: true, uts: true, cgroup: true },
+            empty_environment: true,
+            new_keyring: true,
             drop_capabilities: true,
             no_new_privileges: true,
             no_core: true,
+            limits: ResourceLimits { locked_memory: Some(0), ..ResourceLimits::default() },
             oom_score_adj: None,
             ignore_hole_punching: None,
         }
@@ -73,6 +98,7 @@ impl ChildSandbox {
             (self.namespaces.mount, libc::CLONE_NEWNS),
             (self.namespaces.ipc, libc::CLONE_NEWIPC),
             (self.namespaces.uts, libc::CLONE_NEWUTS),
+            (self.namespaces.cgroup, libc::CLONE_NEWCGROUP),
         ] {
             if wanted {
                 unshare |= flag;
@@ -84,48 +110,35 @@ impl ChildSandbox {
             join_netns: None,
             unshare,
             identity: self.identity.as_ref().map(|id| (id.uid, id.gid, id.groups.clone())),
+            new_keyring: self.new_keyring,
             drop_capabilities: self.drop_capabilities,
             no_new_privileges: self.no_new_privileges,
-            no_core: self.no_core,
             oom_score_adj: self.oom_score_adj.map(|value| value.to_string().into_bytes()),
-            filter: self.ignore_hole_punching.map(no_holes),
         }
     }
-}
 
-/// A filter that makes fallocate(2) with FALLOC_FL_PUNCH_HOLE a success without effect for one descriptor.
-fn no_holes(fd: i32) -> BpfProgram {
-    let punch = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE) as u64;
-    let equals =
-        |argument, value| SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value);
-    let rule = equals(0, u64::from(fd.cast_unsigned()))
-        .and_then(|fd| equals(1, punch).map(|mode| vec![fd, mode]))
-        .and_then(SeccompRule::new);
-    let filter = rule.and_then(|rule| {
-        let rules = [(libc::SYS_fallocate, vec![rule])].into_iter().collect();
-        SeccompFilter::new(rules, SeccompAction::Allow, SeccompAction::Errno(0), TargetArch::x86_64)
-    });
-    filter.and_then(TryInto::try_into).expect("a constant rule for a supported architecture")
+    /// The limits by resource. They are set last, because some of them restrict the steps before.
+    pub(super) fn limits(&self) -> Vec<(libc::__rlimit_resource_t, u64)> {
+        let limits = self.limits;
+        // A limit of one byte, unlike a limit of 0, also keeps the kernel from starting the program that the
+        // host's core_pattern names (core(5)).
+        [
+            (libc::RLIMIT_CORE, self.no_core.then_some(1)),
+            (libc::RLIMIT_FSIZE, limits.file_size),
+            (libc::RLIMIT_NOFILE, limits.open_files),
+            (libc::RLIMIT_NPROC, limits.processes),
+            (libc::RLIMIT_MEMLOCK, limits.locked_memory),
+        ]
+        .into_iter()
+        .filter_map(|(resource, limit)| Some((resource, limit?)))
+        .collect()
+    }
+
+    /// The filters of system calls. The strictest verdict of all of them counts.
+    pub(super) fn filters(&self) -> Vec<seccompiler::BpfProgram> {
+        self.ignore_hole_punching.map(filter::no_holes).into_iter().collect()
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::process::Spawn;
-
-    #[test]
-    fn a_strict_child_has_no_privileges_and_no_network() {
-        let script = "id -u; id -g; id -G; grep -E 'CapEff|CapPrm|CapInh|CapBnd|CapAmb|NoNewPrivs' /proc/self/status; \
-            ulimit -c; cat /proc/self/oom_score_adj; tail -n +3 /proc/net/dev | wc -l";
-        let identity = RunAs { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![7] };
-        let sandbox = ChildSandbox { oom_score_adj: Some(321), ..ChildSandbox::strict(identity) };
-        let output = Spawn::new("sh").args(["-c", script]).sandbox(sandbox).run().unwrap().success().unwrap();
-        let text = String::from_utf8(output.stdout).unwrap();
-        let none = "0000000000000000";
-        let expected = format!(
-            "1879048193\n1879048193\n1879048193 7\nCapInh:\t{none}\nCapPrm:\t{none}\nCapEff:\t{none}\n\
-             CapBnd:\t{none}\nCapAmb:\t{none}\nNoNewPrivs:\t1\n0\n321\n1\n"
-        );
-        assert_eq!(text, expected);
-    }
-}
+mod tests;
