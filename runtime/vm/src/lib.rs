@@ -157,7 +157,7 @@ impl Vm {
     }
 
     /// As [`Vm::launch`], but the guest continues from `snapshot` instead of booting. `spec` must be the one
-    /// of the snapshot, except for `id`, `hostname`, `identity` and `keep_console`.
+    /// of the snapshot, except for `id`, `hostname` and `keep_console`.
     ///
     /// # Errors
     /// QEMU does not start, or does not load the snapshot. Then nothing is left, and the same VM can be

@@ -185,10 +185,17 @@ impl Spawn {
     ) -> Result<(T, String), ProcessError> {
         let program = self.program.to_string_lossy().into_owned();
         let failed = |source: io::Error| ProcessError::Spawn { program: program.clone(), source };
-        let held = self.jail.identity.as_ref().and_then(|_| open_unreachable(Path::new(&self.program)));
-        let path = held.as_ref().map(|fd| format!("/proc/self/fd/{}", fd.as_raw_fd()).into());
+        let not_found = || {
+            let hint = tool::hint(Path::new(&self.program));
+            ProcessError::NotFound { program: program.clone(), hint }
+        };
+        let executable = match Executable::find(&self) {
+            Ok(executable) => executable,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(not_found()),
+            Err(error) => return Err(failed(error)),
+        };
         #[expect(clippy::disallowed_methods, reason = "the one place that starts programs")]
-        let mut command = std::process::Command::new(path.as_ref().unwrap_or(&self.program));
+        let mut command = std::process::Command::new(&executable.path);
         command.arg0(self.arg0.as_ref().unwrap_or(&self.program));
         if self.clear_env || self.jail.empty_environment {
             command.env_clear();
@@ -198,9 +205,14 @@ impl Spawn {
             command.current_dir(dir);
         }
         command.stdin(self.stdin).stdout(self.stdout).stderr(self.stderr);
+        let root = self.jail.root(&executable.path);
+        let root = root.map_err(|source| ProcessError::Root { program: program.clone(), source })?;
         // Before the descriptors move to their numbers, or the move could overwrite one that the setup uses.
-        let setup = sys::child::ChildSetup { join_netns: self.join_netns, bond, ..self.jail.setup() };
-        sys::child::on_fork(&mut command, setup);
+        let setup = self.jail.setup().map_err(failed)?;
+        sys::child::on_fork(
+            &mut command,
+            sys::child::ChildSetup { join_netns: self.join_netns, bond, root, ..setup },
+        );
         let mappings = self
             .fds
             .into_iter()
@@ -209,14 +221,37 @@ impl Spawn {
         command.fd_mappings(mappings).map_err(|error| failed(io::Error::other(error)))?;
         let last = sys::child::LastSetup { limits: self.jail.limits(), filters: self.jail.filters() };
         sys::child::just_before_exec(&mut command, last);
-        match run(&mut command) {
+        let result = if self.jail.namespaces.pid {
+            sys::child::in_new_pid_namespace(|| run(&mut command)).flatten()
+        } else {
+            run(&mut command)
+        };
+        match result {
             Ok(result) => Ok((result, program)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let hint = tool::hint(Path::new(&self.program));
-                Err(ProcessError::NotFound { program, hint })
-            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(not_found()),
             Err(error) => Err(failed(error)),
         }
+    }
+}
+
+/// The file that is executed.
+struct Executable {
+    path: PathBuf,
+    /// Keeps the descriptor open that the path refers to.
+    _held: Option<OwnedFd>,
+}
+
+impl Executable {
+    /// The real path for a program with a root of its own, in which only that path exists. For others the name as it is,
+    /// unless they could not reach it.
+    fn find(spawn: &Spawn) -> io::Result<Self> {
+        let program = Path::new(&spawn.program);
+        if spawn.jail.files.is_some() {
+            return Ok(Self { path: tool::find_program(program).canonicalize()?, _held: None });
+        }
+        let held = spawn.jail.identity.as_ref().and_then(|_| open_unreachable(program));
+        let path = held.as_ref().map(|fd| format!("/proc/self/fd/{}", fd.as_raw_fd()).into());
+        Ok(Self { path: path.unwrap_or_else(|| program.to_owned()), _held: held })
     }
 }
 

@@ -3,13 +3,15 @@
 use std::{
     io,
     os::{
-        fd::{AsRawFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
         unix::process::CommandExt as _,
     },
     process::Command,
 };
 
 use seccompiler::BpfProgram;
+
+use super::root::{self, RootMounts};
 
 /// How a process is related to the one that starts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,20 +27,22 @@ pub enum Bond {
 /// Plain data, complete before the fork: the child of a process with threads may only make system calls.
 #[derive(Debug)]
 pub struct ChildSetup {
-    /// Pid of the process that forks.
-    pub parent: u32,
+    /// A pidfd of the process that forks.
+    pub parent: OwnedFd,
     /// How the child is related to the process that forks.
     pub bond: Bond,
     /// A network namespace to enter.
     pub join_netns: Option<OwnedFd>,
     /// CLONE_NEW* flags.
     pub unshare: libc::c_int,
+    /// The root directory to enter. Needs CLONE_NEWNS, and a pid namespace of the child's own.
+    pub root: Option<RootMounts>,
     /// uid, gid, supplementary groups.
     pub identity: Option<(u32, u32, Vec<u32>)>,
     /// Join a new session keyring.
     pub new_keyring: bool,
-    /// Empty every capability set, the bounding set included.
-    pub drop_capabilities: bool,
+    /// The only capabilities to keep in every set, the bounding set included, as a mask.
+    pub capabilities: Option<u64>,
     /// Set PR_SET_NO_NEW_PRIVS (prctl(2)).
     pub no_new_privileges: bool,
     /// Decimal digits.
@@ -93,8 +97,12 @@ fn apply(setup: &ChildSetup) -> io::Result<()> {
         set_oom_score_adj(value)?;
     }
     enter_namespaces(setup)?;
-    if setup.drop_capabilities {
-        drop_bounding_set()?;
+    if let Some(root) = &setup.root {
+        root::enter(root)?;
+    }
+    if let Some(kept) = setup.capabilities {
+        limit_bounding_set(kept)?;
+        keep_capabilities()?;
     }
     if let Some((uid, gid, groups)) = &setup.identity {
         change_identity(*uid, *gid, groups)?;
@@ -103,8 +111,8 @@ fn apply(setup: &ChildSetup) -> io::Result<()> {
         // After the change of identity, so that the keyring counts against the quota of the child's user.
         join_new_keyring()?;
     }
-    if setup.drop_capabilities {
-        drop_capability_sets()?;
+    if let Some(kept) = setup.capabilities {
+        set_capabilities(kept)?;
     }
     if setup.no_new_privileges {
         // SAFETY: no memory is involved.
@@ -112,7 +120,7 @@ fn apply(setup: &ChildSetup) -> io::Result<()> {
     }
     if setup.bond == Bond::Child {
         // After the change of identity, which clears the signal.
-        die_with_parent(setup.parent)?;
+        die_with_parent(setup.parent.as_fd())?;
     }
     Ok(())
 }
@@ -183,27 +191,55 @@ fn change_identity(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
 }
 
 /// Has the kernel kill this process when the thread that started it ends, and ends now if `parent` has ended
-/// before.
-fn die_with_parent(parent: u32) -> io::Result<()> {
+/// before. The pid of the parent is not known in another pid namespace, but its pidfd is.
+fn die_with_parent(parent: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: no memory is involved.
     check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) }.into())?;
-    // SAFETY: no memory is involved.
-    if unsafe { libc::getppid() } as u32 != parent {
+    let mut ended = libc::pollfd { fd: parent.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: poll(2) reads and writes one structure, which lives until the call returns.
+    let count = unsafe { libc::poll(&raw mut ended, 1, 0) };
+    check(count.into())?;
+    if count > 0 {
         // SAFETY: _exit(2) does not return and runs no code of this program.
         unsafe { libc::_exit(libc::EXIT_FAILURE) };
     }
     Ok(())
 }
 
-/// Gives up every capability of this process, for good.
-pub fn drop_capabilities() -> io::Result<()> {
-    drop_bounding_set()?;
-    drop_capability_sets()
+/// Calls `fork`, which forks once, so that the child is the first process of a new pid namespace. This thread stays in its
+/// own pid namespace.
+///
+/// # Errors
+/// There can be no more pid namespaces.
+///
+/// # Panics
+/// The thread cannot return to the pid namespace that its process is in, which would be a mistake of the kernel.
+pub fn in_new_pid_namespace<T>(fork: impl FnOnce() -> T) -> io::Result<T> {
+    let own = super::pidfd::open(std::process::id())?;
+    // SAFETY: no memory is involved. This changes the namespace of this thread's future children only.
+    check(unsafe { libc::unshare(libc::CLONE_NEWPID) }.into())?;
+    let result = fork();
+    // SAFETY: no memory is involved; `own` keeps its descriptor open.
+    let returned = check(unsafe { libc::setns(own.as_raw_fd(), libc::CLONE_NEWPID) }.into());
+    returned.expect("a thread may return to the pid namespace of its process");
+    Ok(result)
 }
 
-fn drop_bounding_set() -> io::Result<()> {
+/// Gives up every capability of this process, for good.
+pub fn drop_capabilities() -> io::Result<()> {
+    limit_bounding_set(0)?;
+    set_capabilities(0)
+}
+
+/// Keeps the permitted capabilities when the user changes; exec(3) ends this.
+fn keep_capabilities() -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    check(unsafe { libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0) }.into())
+}
+
+fn limit_bounding_set(kept: u64) -> io::Result<()> {
     // The kernel answers EINVAL for the first capability that it does not know.
-    for capability in 0..64 {
+    for capability in (0..64).filter(|capability| kept & (1 << capability) == 0) {
         // SAFETY: no memory is involved.
         if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
             let error = io::Error::last_os_error();
@@ -216,8 +252,9 @@ fn drop_bounding_set() -> io::Result<()> {
     Ok(())
 }
 
-/// Empties the ambient, inheritable, permitted and effective sets (capabilities(7)).
-fn drop_capability_sets() -> io::Result<()> {
+/// Sets the ambient, inheritable, permitted and effective sets (capabilities(7)). A program that is executed keeps them,
+/// whatever its user.
+fn set_capabilities(kept: u64) -> io::Result<()> {
     #[repr(C)]
     struct Header {
         version: u32,
@@ -225,11 +262,19 @@ fn drop_capability_sets() -> io::Result<()> {
     }
     const VERSION_3: u32 = 0x2008_0522;
     let header = Header { version: VERSION_3, pid: 0 };
-    let none = [0_u32; 6];
+    let (low, high) = (kept as u32, (kept >> 32) as u32);
+    let sets = [low, low, low, high, high, high];
     // SAFETY: no memory is involved.
     check(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) }.into())?;
     // SAFETY: version 3 of capset(2) reads one header and two triples of 32-bit words.
-    check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) })
+    check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr()) })?;
+    for capability in (0..64).filter(|capability| kept & (1 << capability) != 0) {
+        // SAFETY: no memory is involved.
+        check(
+            unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, capability, 0, 0) }.into(),
+        )?;
+    }
+    Ok(())
 }
 
 fn check(result: i64) -> io::Result<()> {

@@ -5,6 +5,7 @@ pub mod inherit;
 pub mod kvm;
 pub mod limits;
 pub mod pidfd;
+pub mod root;
 pub mod socket;
 pub mod vhost;
 

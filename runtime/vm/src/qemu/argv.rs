@@ -206,11 +206,10 @@ impl QemuArgs {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
-    use machinen_base::process::RunAs;
 
-    fn spec(accel: Accelerator, channel: ChannelKind) -> VmSpec {
+    pub(crate) fn spec(accel: Accelerator, channel: ChannelKind) -> VmSpec {
         VmSpec {
             id: "c1".into(),
             qemu: "qemu-system-x86_64".into(),
@@ -223,7 +222,7 @@ mod tests {
             channel,
             hostname: "c1".into(),
             boot_timeout: std::time::Duration::from_secs(60),
-            identity: RunAs::default(),
+            qemu_files: Vec::new(),
             keep_console: false,
         }
     }

@@ -8,4 +8,5 @@ pub(crate) mod jail;
 pub(crate) mod launch;
 pub mod qmp;
 pub(crate) mod snapshot;
+mod syscalls;
 pub(crate) mod version;
