@@ -85,9 +85,14 @@ const CALLS: [i64; 66] = [
     libc::SYS_getpgrp,
 ];
 
-/// What QEMU tries, and does without.
-const MISSING: [i64; 4] =
-    [libc::SYS_io_uring_setup, libc::SYS_get_mempolicy, libc::SYS_set_mempolicy, libc::SYS_mbind];
+/// What QEMU and GLib try, and do without.
+const MISSING: [i64; 5] = [
+    libc::SYS_io_uring_setup,
+    libc::SYS_get_mempolicy,
+    libc::SYS_set_mempolicy,
+    libc::SYS_mbind,
+    libc::SYS_sched_setattr,
+];
 
 /// Requests of ioctl(2) without KVM: of sockets, pipes, terminals and disks.
 const REQUESTS: [u32; 9] = [
