@@ -9,6 +9,7 @@ use machinen::{
     assets::Assets,
     config::Config,
     error::chain,
+    process::{Jail, ReservedUser, Spawn, SystemCalls, ToolOutput},
     rootdisk::{RootdiskCache, mke2fs_version},
     vm::{ChannelKind, HostSupport, choose_channel, qemu_version},
 };
@@ -50,6 +51,7 @@ pub(crate) fn run(args: &CheckArgs, config: &Config) -> ExitCode {
         assets(config),
         channel(config),
         cache(config),
+        jail(),
     ];
     if args.json {
         println!("{}", serde_json::to_string_pretty(&findings).expect("plain data"));
@@ -127,6 +129,24 @@ fn channel(config: &Config) -> Finding {
         ),
     };
     Finding { what: "channel", verdict, text }
+}
+
+/// Runs a program with all restrictions that QEMU and the other child processes have.
+fn jail() -> Finding {
+    let tried = ReservedUser::reserve().map_err(|error| chain(&error)).and_then(|user| {
+        let system_calls = Some(SystemCalls::basic());
+        let jail = Jail { system_calls, ..Jail::strict(user.run_as(Vec::new())) };
+        let ran = Spawn::new("/bin/true").jail(jail).run().and_then(ToolOutput::success);
+        ran.map_err(|error| chain(&error))
+    });
+    let (verdict, text) = match tried {
+        Ok(_) => (
+            CheckVerdict::Ok,
+            "child processes get users, roots, namespaces and system call filters of their own".to_owned(),
+        ),
+        Err(text) => (CheckVerdict::Missing, format!("child processes cannot be confined: {text}")),
+    };
+    Finding { what: "jail", verdict, text }
 }
 
 fn cache(config: &Config) -> Finding {

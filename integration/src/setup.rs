@@ -113,6 +113,11 @@ impl Value {
         Self::text(&path.display().to_string())
     }
 
+    pub fn paths(paths: &[&Path]) -> Self {
+        let paths: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
+        Self(format!("{paths:?}"))
+    }
+
     pub fn number(number: u64) -> Self {
         Self(number.to_string())
     }

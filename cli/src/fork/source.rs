@@ -1,6 +1,6 @@
 //! The container that is forked.
 
-use std::{fs::File, path::Path};
+use std::{fs::File, path::Path, time::Duration};
 
 use containerd_client::{
     services::v1::{
@@ -13,7 +13,7 @@ use containerd_client::{
     },
 };
 use machinen::{
-    fs::{FileError, lock, try_lock},
+    fs::{FileError, lock_within, try_lock},
     pod::rootfs::{self, RootfsMount, RootfsPlan},
 };
 use oci_spec::runtime::Spec;
@@ -23,6 +23,9 @@ use super::{containerd::ContainerdClient, error::ForkError};
 /// The runtime's name, and the name of its program, which containerd accepts in its place.
 const RUNTIME: &str = "io.machinen.v1";
 const PROGRAM: &str = "/containerd-shim-machinen-v1";
+
+/// How long another fork of the same container is waited for.
+const LONGEST_FORK: Duration = Duration::from_secs(30 * 60);
 
 /// A container that can be forked.
 #[derive(Debug)]
@@ -84,7 +87,7 @@ impl ForkSource {
         let file = File::open(home).map_err(FileError::at("open", home))?;
         if !try_lock(&file).map_err(FileError::at("lock", home))? {
             eprintln!("waiting for another fork of {}", self.container.id);
-            lock(&file).map_err(FileError::at("lock", home))?;
+            lock_within(&file, LONGEST_FORK).map_err(FileError::at("lock", home))?;
         }
         Ok(file)
     }

@@ -146,6 +146,7 @@ impl FakeVmm {
     pub fn setup(&self) -> Setup {
         Setup::new()
             .set("vm", "qemu", Value::path(&self.dir.join("qemu-system-x86_64")))
+            .set("vm", "qemu_files", Value::paths(&[&self.dir.join(SOCKET)]))
             .set("vm", "channel", Value::text("serial"))
             .set("template", "mode", Value::text("off"))
             .set("rootdisk", "dir", Value::path(&self.dir.join("rootdisk")))

@@ -6,6 +6,9 @@ use std::{
     io,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
+    sync::mpsc::{self, SendError},
+    thread,
+    time::Duration,
 };
 
 /// A failed operation on a file or directory.
@@ -122,21 +125,53 @@ pub fn remove_dir_if_exists(path: &Path) -> io::Result<bool> {
     if_exists(fs::remove_dir_all(path)).map(|removed| removed.is_some())
 }
 
+/// How long [`lock`] and [`lock_shared`] wait. Their holders read and write a few small files, or make a file system.
+const LOCK_DEADLINE: Duration = Duration::from_secs(60);
+
 /// Waits until no other open file description holds a lock on the file, and takes it exclusively (flock(2)). A signal
 /// does not end the wait. The lock is released when the last duplicate of the descriptor is closed.
 ///
 /// # Errors
-/// Those of flock(2), but for EINTR.
+/// Those of flock(2), but for EINTR; `TimedOut` if the lock has not become free within a minute.
 pub fn lock(file: &File) -> io::Result<()> {
-    uninterrupted(|| file.lock())
+    lock_within(file, LOCK_DEADLINE)
 }
 
 /// As [`lock`], shared with others that lock the file so.
 ///
 /// # Errors
-/// Those of flock(2), but for EINTR.
+/// Those of [`lock`].
 pub fn lock_shared(file: &File) -> io::Result<()> {
-    uninterrupted(|| file.lock_shared())
+    if try_lock_shared(file)? { Ok(()) } else { wait_for(file, File::lock_shared, LOCK_DEADLINE) }
+}
+
+/// As [`lock`], with another deadline.
+///
+/// # Errors
+/// Those of [`lock`].
+pub fn lock_within(file: &File, deadline: Duration) -> io::Result<()> {
+    if try_lock(file)? { Ok(()) } else { wait_for(file, File::lock, deadline) }
+}
+
+/// Waits for a lock on a thread of its own, because flock(2) has no deadline. A thread that is given up ends when the
+/// holder of the lock does, and releases the lock then.
+fn wait_for(file: &File, lock: fn(&File) -> io::Result<()>, deadline: Duration) -> io::Result<()> {
+    let waiting = file.try_clone()?;
+    // The sender learns whether its message was received: nothing is kept in the channel.
+    let (sender, locked) = mpsc::sync_channel(0);
+    let wait = move || {
+        let result = uninterrupted(|| lock(&waiting));
+        if let Err(SendError(Ok(()))) = sender.send(result)
+            && let Err(error) = waiting.unlock()
+        {
+            tracing::warn!("cannot release a lock that came too late: {error}");
+        }
+    };
+    thread::Builder::new().name("lock".to_owned()).spawn(wait)?;
+    locked.recv_timeout(deadline).unwrap_or_else(|_| {
+        let text = format!("another process has held the lock for {} s", deadline.as_secs());
+        Err(io::Error::new(io::ErrorKind::TimedOut, text))
+    })
 }
 
 /// As [`lock`], without waiting. False: another open file description holds a lock.
@@ -249,6 +284,23 @@ mod tests {
         assert!(try_lock(&three).unwrap() && !try_lock_shared(&open()).unwrap());
         drop(three);
         lock(&open()).unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_stays_held_is_not_waited_for_without_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let open = || File::options().create(true).append(true).open(&path).unwrap();
+        let (holder, late) = (open(), open());
+        lock(&holder).unwrap();
+        let error = lock_within(&late, Duration::from_millis(20)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        let (sender, locked) = mpsc::channel();
+        let other = open();
+        thread::spawn(move || sender.send(lock_shared(&other).map(|()| other)).unwrap());
+        drop(holder);
+        // The abandoned wait gets the lock at some time, and releases it although `late` is still open.
+        locked.recv_timeout(Duration::from_secs(10)).unwrap().unwrap();
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use machinen_base::process::{Child, ProcessExit};
+use machinen_base::process::{Child, ProcessExit, ReservedUser};
 use nix::sys::signal::Signal;
 use tokio::{
     net::UnixStream,
@@ -63,6 +63,8 @@ pub(super) struct RunningVm {
     pub(super) keep_console: bool,
     /// Open while this clone uses its template; the template's holder notices when it is closed.
     pub(super) in_use: Option<Arc<OwnedFd>>,
+    /// The user that QEMU runs as.
+    pub(super) user: ReservedUser,
 }
 
 /// One of QEMU's outputs, and the task that reads it.
@@ -93,7 +95,8 @@ pub(super) struct Inputs {
 pub(super) async fn drive(running: RunningVm, qmp: Qmp, inputs: Inputs) -> VmExit {
     let Inputs { mut events, requests, mut stop, agent } = inputs;
     let mut evidence = ExitEvidence::default();
-    let mut work = pin!(serve(requests, AttachedDisks::new(qmp, events.resubscribe())));
+    let mut work =
+        pin!(serve(requests, AttachedDisks::new(qmp, events.resubscribe(), running.qemu.limits())));
     let (mut working, mut listening) = (true, true);
     let mut exited = pin!(running.qemu.exited());
     let mut ending: Option<Pin<Box<dyn Future<Output = ()> + Send>>> = None;
@@ -157,8 +160,8 @@ pub(super) async fn record_last_events(
 impl RunningVm {
     /// Cleans up after QEMU has ended, and returns why the VM ended.
     pub(super) async fn finish(self, evidence: &ExitEvidence, exit: ProcessExit) -> VmExit {
-        let Self { qemu, channel, wake, console, stderr, dir, keep_console, in_use } = self;
-        drop((qemu, wake, in_use));
+        let Self { qemu, channel, wake, console, stderr, dir, keep_console, in_use, user } = self;
+        drop((qemu, wake, in_use, user));
         let console = console.end("console").await;
         let stderr = stderr.end("stderr").await;
         let reason = classify(evidence, exit, console.excerpt(), stderr.excerpt());

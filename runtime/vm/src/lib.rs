@@ -26,9 +26,12 @@ mod spec;
 pub mod template;
 mod wake;
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{io, path::Path, sync::Arc, time::Duration};
 
-use machinen_base::error::{ErrorKind, HasKind};
+use machinen_base::{
+    error::{ErrorKind, HasKind},
+    process::ProcessError,
+};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use channel::VmChannel;
@@ -75,6 +78,22 @@ pub enum VmError {
         /// What is wrong with the disk.
         reason: &'static str,
     },
+    /// The file of a disk cannot be opened for QEMU.
+    #[error("cannot open the file of disk {serial} for QEMU")]
+    DiskFile {
+        /// The serial of the [`DiskSpec`].
+        serial: String,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// QEMU cannot be allowed to write a file as large as the disk.
+    #[error("cannot let QEMU write to disk {serial}")]
+    DiskLimit {
+        /// The serial of the [`DiskSpec`].
+        serial: String,
+        /// Why the limit of QEMU cannot be raised.
+        source: ProcessError,
+    },
     /// QEMU did not remove a disk.
     #[error("cannot detach the disk at {address}")]
     Detach {
@@ -103,7 +122,11 @@ impl HasKind for VmError {
             Self::NoDisk(_) => ErrorKind::NotFound,
             Self::Stream(VmChannelError::Deadline) => ErrorKind::DeadlineExceeded,
             Self::Stream(_) => ErrorKind::Unavailable,
-            Self::Attach { .. } | Self::Disk { .. } | Self::Detach { .. } => ErrorKind::Internal,
+            Self::Attach { .. }
+            | Self::Disk { .. }
+            | Self::DiskFile { .. }
+            | Self::DiskLimit { .. }
+            | Self::Detach { .. } => ErrorKind::Internal,
         }
     }
 }
@@ -135,7 +158,7 @@ impl Vm {
     }
 
     /// As [`Vm::launch`], but the guest continues from `snapshot` instead of booting. `spec` must be the one
-    /// of the snapshot, except for `id`, `hostname`, `identity` and `keep_console`.
+    /// of the snapshot, except for `id`, `hostname` and `keep_console`.
     ///
     /// # Errors
     /// QEMU does not start, or does not load the snapshot. Then nothing is left, and the same VM can be

@@ -2,7 +2,6 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use machinen_base::process::RunAs;
 use serde::{Deserialize, Serialize};
 
 use crate::accel::Accelerator;
@@ -33,8 +32,8 @@ pub struct VmSpec {
     pub hostname: String,
     /// From the start of QEMU until the agent has answered.
     pub boot_timeout: Duration,
-    /// The user that QEMU and its helpers run as; see [`VmSpec::unprivileged`].
-    pub identity: RunAs,
+    /// Files and directories that QEMU can read, besides its program, the system's libraries and its own data.
+    pub qemu_files: Vec<PathBuf>,
     /// Keep `console.log` even if the VM ended because its owner asked for it; else it is kept only after a
     /// failure.
     pub keep_console: bool,
@@ -69,12 +68,5 @@ impl VmSpec {
     pub fn template_args(&self) -> Vec<String> {
         let spec = Self { id: String::new(), ..self.clone() };
         argv::argv(&spec, argv::Start::Template, argv::PRIVATE_CID)
-    }
-
-    /// A user without an account, which no other owner of VMs uses: a base plus the owner's pid (at most
-    /// 2^22).
-    pub fn unprivileged(owner_pid: u32, groups: Vec<u32>) -> RunAs {
-        const BASE: u32 = 0x7000_0000;
-        RunAs { uid: BASE + owner_pid, gid: BASE + owner_pid, groups }
     }
 }

@@ -149,7 +149,9 @@ fn wrapped(containerd: &Containerd, name: &str, before: &str) -> Result<PathBuf>
 }
 
 fn with_qemu(templates: &Templates<'_>, mode: &str, qemu: &Path) -> Setup {
-    Setup::new().templates(&templates.dir, mode).set("vm", "qemu", Value::path(qemu))
+    let systems = ["/usr/bin/qemu-system-x86_64", "/usr/share/qemu"].map(Path::new);
+    let setup = Setup::new().templates(&templates.dir, mode).set("vm", "qemu", Value::path(qemu));
+    setup.set("vm", "qemu_files", Value::paths(&systems))
 }
 
 fn qemu_upgraded(containerd: &mut Containerd) -> Result<()> {

@@ -105,6 +105,11 @@ impl Child {
         }
     }
 
+    /// The child's limits, which its owner may raise while it runs.
+    pub fn limits(&self) -> ChildLimits {
+        ChildLimits { program: self.program.clone(), pid: self.pid, exit: self.exit.clone() }
+    }
+
     /// SIGTERM, then SIGKILL when the child has not ended within `grace`; it has been reaped when this
     /// returns.
     ///
@@ -125,6 +130,37 @@ impl Child {
     pub async fn kill(&self) -> Result<ProcessExit, ProcessError> {
         self.signal(Signal::SIGKILL)?;
         Ok(self.exited().await)
+    }
+}
+
+/// The resource limits of a running [`Child`].
+#[derive(Debug, Clone)]
+pub struct ChildLimits {
+    program: String,
+    pid: u32,
+    exit: watch::Receiver<Option<ProcessExit>>,
+}
+
+impl ChildLimits {
+    /// Raises the size to which the child may make files grow, if the limit is lower (RLIMIT_FSIZE). It is not an error
+    /// if the child has ended already. To be called on the thread that has started the child.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn allow_file_size(&self, bytes: u64) -> Result<(), ProcessError> {
+        // The pid is still the child's: a task of this thread reaps the child, and does not run meanwhile.
+        if self.exit.borrow().is_some() {
+            return Ok(());
+        }
+        match sys::limits::raise_file_size(self.pid, bytes) {
+            Err(error) if error.raw_os_error() != Some(libc::ESRCH) => Err(ProcessError::Child {
+                action: "raise a limit of",
+                program: self.program.clone(),
+                pid: self.pid,
+                source: error,
+            }),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -208,6 +244,24 @@ mod tests {
         let mut child = shell("trap 'exit 3' TERM; echo ready; sleep 100 & wait");
         wait_for_line(&mut child);
         assert_eq!(child.terminate(Duration::from_secs(10)).await.unwrap(), ProcessExit::Code(3));
+    }
+
+    #[tokio::test]
+    async fn a_limit_of_file_sizes_is_raised_and_not_lowered() {
+        let limits = crate::process::ResourceLimits { file_size: Some(8192), ..Default::default() };
+        let jail = crate::process::Jail { limits, ..Default::default() };
+        let child = Spawn::new("sleep").args(["100"]).jail(jail).start().unwrap();
+        let limit = || {
+            let text = std::fs::read_to_string(format!("/proc/{}/limits", child.pid())).unwrap();
+            let line = text.lines().find(|line| line.starts_with("Max file size")).unwrap().to_owned();
+            line.split_whitespace().nth(4).unwrap().parse::<u64>().unwrap()
+        };
+        assert_eq!(limit(), 8192);
+        child.limits().allow_file_size(1 << 30).unwrap();
+        child.limits().allow_file_size(4096).unwrap();
+        assert_eq!(limit(), 1 << 30);
+        child.kill().await.unwrap();
+        child.limits().allow_file_size(1 << 31).unwrap();
     }
 
     #[tokio::test]

@@ -5,20 +5,26 @@
 //! [`Spawn::run`] waits for a short-lived tool and keeps a bounded part of what it printed.
 
 mod child;
+mod filter;
 mod foreign;
+mod jail;
 mod memory;
-mod sandbox;
 mod spawn;
 mod tool;
+mod user;
 
 use std::{io, os::unix::process::ExitStatusExt as _, process::ExitStatus};
 
-pub use child::Child;
+use crate::fs::FileError;
+
+pub use child::{Child, ChildLimits};
+pub use filter::SystemCalls;
 pub use foreign::kill_foreign;
+pub use jail::{Jail, JailFiles, Namespaces, ResourceLimits, RunAs, probe};
 pub use memory::tree_pss;
-pub use sandbox::{ChildSandbox, Namespaces, RunAs};
 pub use spawn::{Spawn, Stdio, ToolOutput};
 pub use tool::{find_program, run};
+pub use user::ReservedUser;
 
 /// Why a child process could not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +44,14 @@ pub enum ProcessError {
         program: String,
         /// What fork(2), exec(3) or a step between them answered.
         source: io::Error,
+    },
+    /// The files that the program is to see cannot be put together.
+    #[error("cannot start {program}")]
+    Root {
+        /// The name or path of the program.
+        program: String,
+        /// Which file it was.
+        source: FileError,
     },
     /// A running child cannot be supervised or signalled.
     #[error("cannot {action} {program} (pid {pid})")]

@@ -14,7 +14,7 @@ use std::{
 
 use command_fds::{CommandFdExt as _, FdMapping};
 
-use super::{ChildSandbox, ProcessError, ProcessExit, child, tool};
+use super::{Jail, ProcessError, ProcessExit, child, tool};
 use crate::sys::{self, child::Bond};
 
 /// Where one of a child's three standard streams goes.
@@ -48,7 +48,7 @@ pub struct Spawn {
     stdout: Stdio,
     stderr: Stdio,
     fds: Vec<(OwnedFd, i32)>,
-    sandbox: ChildSandbox,
+    jail: Jail,
     join_netns: Option<OwnedFd>,
 }
 
@@ -79,7 +79,7 @@ impl Spawn {
             stdout: Stdio::Null,
             stderr: Stdio::Null,
             fds: Vec::new(),
-            sandbox: ChildSandbox::default(),
+            jail: Jail::default(),
             join_netns: None,
         }
     }
@@ -139,9 +139,9 @@ impl Spawn {
         self
     }
 
-    /// The privileges that the child gives up; none unless this is called.
-    pub fn sandbox(mut self, sandbox: ChildSandbox) -> Self {
-        self.sandbox = sandbox;
+    /// What the child may see, use and call; as much as this process unless this is called.
+    pub fn jail(mut self, jail: Jail) -> Self {
+        self.jail = jail;
         self
     }
 
@@ -185,12 +185,19 @@ impl Spawn {
     ) -> Result<(T, String), ProcessError> {
         let program = self.program.to_string_lossy().into_owned();
         let failed = |source: io::Error| ProcessError::Spawn { program: program.clone(), source };
-        let held = self.sandbox.identity.as_ref().and_then(|_| open_unreachable(Path::new(&self.program)));
-        let path = held.as_ref().map(|fd| format!("/proc/self/fd/{}", fd.as_raw_fd()).into());
+        let not_found = || {
+            let hint = tool::hint(Path::new(&self.program));
+            ProcessError::NotFound { program: program.clone(), hint }
+        };
+        let executable = match Executable::find(&self) {
+            Ok(executable) => executable,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(not_found()),
+            Err(error) => return Err(failed(error)),
+        };
         #[expect(clippy::disallowed_methods, reason = "the one place that starts programs")]
-        let mut command = std::process::Command::new(path.as_ref().unwrap_or(&self.program));
+        let mut command = std::process::Command::new(&executable.path);
         command.arg0(self.arg0.as_ref().unwrap_or(&self.program));
-        if self.clear_env {
+        if self.clear_env || self.jail.empty_environment {
             command.env_clear();
         }
         command.args(&self.args).envs(self.env);
@@ -198,23 +205,53 @@ impl Spawn {
             command.current_dir(dir);
         }
         command.stdin(self.stdin).stdout(self.stdout).stderr(self.stderr);
+        let root = self.jail.root(&executable.path);
+        let root = root.map_err(|source| ProcessError::Root { program: program.clone(), source })?;
         // Before the descriptors move to their numbers, or the move could overwrite one that the setup uses.
-        let setup = sys::child::ChildSetup { join_netns: self.join_netns, bond, ..self.sandbox.setup() };
-        sys::child::on_fork(&mut command, setup);
+        let setup = self.jail.setup().map_err(failed)?;
+        sys::child::on_fork(
+            &mut command,
+            sys::child::ChildSetup { join_netns: self.join_netns, bond, root, ..setup },
+        );
         let mappings = self
             .fds
             .into_iter()
             .map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd })
             .collect::<Vec<_>>();
         command.fd_mappings(mappings).map_err(|error| failed(io::Error::other(error)))?;
-        match run(&mut command) {
+        let last = sys::child::LastSetup { limits: self.jail.limits(), filters: self.jail.filters() };
+        sys::child::just_before_exec(&mut command, last);
+        let result = if self.jail.namespaces.pid {
+            sys::child::in_new_pid_namespace(|| run(&mut command)).flatten()
+        } else {
+            run(&mut command)
+        };
+        match result {
             Ok(result) => Ok((result, program)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let hint = tool::hint(Path::new(&self.program));
-                Err(ProcessError::NotFound { program, hint })
-            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(not_found()),
             Err(error) => Err(failed(error)),
         }
+    }
+}
+
+/// The file that is executed.
+struct Executable {
+    path: PathBuf,
+    /// Keeps the descriptor open that the path refers to.
+    _held: Option<OwnedFd>,
+}
+
+impl Executable {
+    /// The real path for a program with a root of its own, in which only that path exists. For others the name as it is,
+    /// unless they could not reach it.
+    fn find(spawn: &Spawn) -> io::Result<Self> {
+        let program = Path::new(&spawn.program);
+        if spawn.jail.files.is_some() {
+            return Ok(Self { path: tool::find_program(program).canonicalize()?, _held: None });
+        }
+        let held = spawn.jail.identity.as_ref().and_then(|_| open_unreachable(program));
+        let path = held.as_ref().map(|fd| format!("/proc/self/fd/{}", fd.as_raw_fd()).into());
+        Ok(Self { path: path.unwrap_or_else(|| program.to_owned()), _held: held })
     }
 }
 
@@ -258,8 +295,8 @@ mod tests {
 
     #[test]
     fn a_child_ends_with_the_thread_that_started_it() {
-        for sandbox in [ChildSandbox::default(), ChildSandbox::strict(crate::process::RunAs::default())] {
-            let spawn = Spawn::new("sleep").args(["100"]).sandbox(sandbox);
+        for jail in [Jail::default(), Jail::strict(crate::process::RunAs::default())] {
+            let spawn = Spawn::new("sleep").args(["100"]).jail(jail);
             let starter = std::thread::spawn(|| spawn.spawn_std().unwrap());
             let (mut child, _) = starter.join().unwrap();
             assert_eq!(ProcessExit::from(child.wait().unwrap()), ProcessExit::Signal(libc::SIGKILL));
@@ -275,7 +312,7 @@ mod tests {
         // for writing.
         crate::process::run("cp", ["/bin/echo".as_ref(), program.as_os_str()], &[]).unwrap();
         let identity = crate::process::RunAs { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![] };
-        let spawn = Spawn::new(&program).args(["it", "runs"]).sandbox(ChildSandbox::strict(identity));
+        let spawn = Spawn::new(&program).args(["it", "runs"]).jail(Jail::strict(identity));
         let output = spawn.run().unwrap().success().unwrap();
         assert_eq!(output.stdout, b"it runs\n");
     }

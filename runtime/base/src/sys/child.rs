@@ -3,13 +3,15 @@
 use std::{
     io,
     os::{
-        fd::{AsRawFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
         unix::process::CommandExt as _,
     },
     process::Command,
 };
 
 use seccompiler::BpfProgram;
+
+use super::root::{self, RootMounts};
 
 /// How a process is related to the one that starts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,26 +27,35 @@ pub enum Bond {
 /// Plain data, complete before the fork: the child of a process with threads may only make system calls.
 #[derive(Debug)]
 pub struct ChildSetup {
-    /// Pid of the process that forks.
-    pub parent: u32,
+    /// A pidfd of the process that forks.
+    pub parent: OwnedFd,
     /// How the child is related to the process that forks.
     pub bond: Bond,
     /// A network namespace to enter.
     pub join_netns: Option<OwnedFd>,
     /// CLONE_NEW* flags.
     pub unshare: libc::c_int,
+    /// The root directory to enter. Needs CLONE_NEWNS, and a pid namespace of the child's own.
+    pub root: Option<RootMounts>,
     /// uid, gid, supplementary groups.
     pub identity: Option<(u32, u32, Vec<u32>)>,
-    /// Empty every capability set, the bounding set included.
-    pub drop_capabilities: bool,
+    /// Join a new session keyring.
+    pub new_keyring: bool,
+    /// The only capabilities to keep in every set, the bounding set included, as a mask.
+    pub capabilities: Option<u64>,
     /// Set PR_SET_NO_NEW_PRIVS (prctl(2)).
     pub no_new_privileges: bool,
-    /// Limit core files to 0 bytes.
-    pub no_core: bool,
     /// Decimal digits.
     pub oom_score_adj: Option<Vec<u8>>,
-    /// A filter of system calls.
-    pub filter: Option<BpfProgram>,
+}
+
+/// What would restrict the steps of [`ChildSetup`] and the move of the child's descriptors to their numbers.
+#[derive(Debug)]
+pub struct LastSetup {
+    /// RLIMIT_* and the limit, both the soft and the hard one.
+    pub limits: Vec<(libc::__rlimit_resource_t, u64)>,
+    /// Filters of system calls.
+    pub filters: Vec<BpfProgram>,
 }
 
 /// Makes `command` apply `setup` to itself just before it executes.
@@ -52,6 +63,22 @@ pub fn on_fork(command: &mut Command, setup: ChildSetup) {
     // SAFETY: `apply` only makes system calls on data that was complete before the fork; it does not allocate
     // or lock.
     unsafe { command.pre_exec(move || apply(&setup)) };
+}
+
+/// Makes `command` apply `setup` to itself after everything that was added to it before, and then execute.
+pub fn just_before_exec(command: &mut Command, setup: LastSetup) {
+    // SAFETY: as for `on_fork`: the closure only makes system calls on data that was complete before the fork.
+    unsafe { command.pre_exec(move || apply_last(&setup)) };
+}
+
+fn apply_last(setup: &LastSetup) -> io::Result<()> {
+    for (resource, limit) in &setup.limits {
+        set_limit(*resource, *limit)?;
+    }
+    for filter in &setup.filters {
+        seccompiler::apply_filter(filter).map_err(|_| io::Error::last_os_error())?;
+    }
+    Ok(())
 }
 
 /// Makes system calls only: see [`ChildSetup`].
@@ -66,32 +93,34 @@ fn apply(setup: &ChildSetup) -> io::Result<()> {
         Bond::Replacement => {}
     }
     close_on_exec()?;
-    if setup.no_core {
-        forbid_core_files()?;
-    }
     if let Some(value) = &setup.oom_score_adj {
         set_oom_score_adj(value)?;
     }
     enter_namespaces(setup)?;
-    if setup.drop_capabilities {
-        drop_bounding_set()?;
+    if let Some(root) = &setup.root {
+        root::enter(root)?;
+    }
+    if let Some(kept) = setup.capabilities {
+        limit_bounding_set(kept)?;
+        keep_capabilities()?;
     }
     if let Some((uid, gid, groups)) = &setup.identity {
         change_identity(*uid, *gid, groups)?;
     }
-    if setup.drop_capabilities {
-        drop_capability_sets()?;
+    if setup.new_keyring {
+        // After the change of identity, so that the keyring counts against the quota of the child's user.
+        join_new_keyring()?;
+    }
+    if let Some(kept) = setup.capabilities {
+        set_capabilities(kept)?;
     }
     if setup.no_new_privileges {
         // SAFETY: no memory is involved.
         check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())?;
     }
-    if let Some(filter) = &setup.filter {
-        seccompiler::apply_filter(filter).map_err(|_| io::Error::last_os_error())?;
-    }
     if setup.bond == Bond::Child {
         // After the change of identity, which clears the signal.
-        die_with_parent(setup.parent)?;
+        die_with_parent(setup.parent.as_fd())?;
     }
     Ok(())
 }
@@ -103,10 +132,22 @@ fn close_on_exec() -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) })
 }
 
-fn forbid_core_files() -> io::Result<()> {
-    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+fn set_limit(resource: libc::__rlimit_resource_t, limit: u64) -> io::Result<()> {
+    let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
     // SAFETY: setrlimit(2) reads the structure, which lives until the call returns.
-    check(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) }.into())
+    check(unsafe { libc::setrlimit(resource, &raw const limit) }.into())
+}
+
+/// Leaves the session keyring of the parent. A kernel without keys has nothing to leave.
+fn join_new_keyring() -> io::Result<()> {
+    const JOIN_SESSION_KEYRING: libc::c_int = 1;
+    let anonymous = std::ptr::null::<libc::c_char>();
+    // SAFETY: keyctl(2) reads no memory when the keyring has no name.
+    let joined = check(unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, anonymous) });
+    match joined {
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
+        result => result,
+    }
 }
 
 fn set_oom_score_adj(value: &[u8]) -> io::Result<()> {
@@ -150,27 +191,55 @@ fn change_identity(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
 }
 
 /// Has the kernel kill this process when the thread that started it ends, and ends now if `parent` has ended
-/// before.
-fn die_with_parent(parent: u32) -> io::Result<()> {
+/// before. The pid of the parent is not known in another pid namespace, but its pidfd is.
+fn die_with_parent(parent: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: no memory is involved.
     check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) }.into())?;
-    // SAFETY: no memory is involved.
-    if unsafe { libc::getppid() } as u32 != parent {
+    let mut ended = libc::pollfd { fd: parent.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: poll(2) reads and writes one structure, which lives until the call returns.
+    let count = unsafe { libc::poll(&raw mut ended, 1, 0) };
+    check(count.into())?;
+    if count > 0 {
         // SAFETY: _exit(2) does not return and runs no code of this program.
         unsafe { libc::_exit(libc::EXIT_FAILURE) };
     }
     Ok(())
 }
 
-/// Gives up every capability of this process, for good.
-pub fn drop_capabilities() -> io::Result<()> {
-    drop_bounding_set()?;
-    drop_capability_sets()
+/// Calls `fork`, which forks once, so that the child is the first process of a new pid namespace. This thread stays in its
+/// own pid namespace.
+///
+/// # Errors
+/// There can be no more pid namespaces.
+///
+/// # Panics
+/// The thread cannot return to the pid namespace that its process is in, which would be a mistake of the kernel.
+pub fn in_new_pid_namespace<T>(fork: impl FnOnce() -> T) -> io::Result<T> {
+    let own = super::pidfd::open(std::process::id())?;
+    // SAFETY: no memory is involved. This changes the namespace of this thread's future children only.
+    check(unsafe { libc::unshare(libc::CLONE_NEWPID) }.into())?;
+    let result = fork();
+    // SAFETY: no memory is involved; `own` keeps its descriptor open.
+    let returned = check(unsafe { libc::setns(own.as_raw_fd(), libc::CLONE_NEWPID) }.into());
+    returned.expect("a thread may return to the pid namespace of its process");
+    Ok(result)
 }
 
-fn drop_bounding_set() -> io::Result<()> {
+/// Gives up every capability of this process, for good.
+pub fn drop_capabilities() -> io::Result<()> {
+    limit_bounding_set(0)?;
+    set_capabilities(0)
+}
+
+/// Keeps the permitted capabilities when the user changes; exec(3) ends this.
+fn keep_capabilities() -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    check(unsafe { libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0) }.into())
+}
+
+fn limit_bounding_set(kept: u64) -> io::Result<()> {
     // The kernel answers EINVAL for the first capability that it does not know.
-    for capability in 0..64 {
+    for capability in (0..64).filter(|capability| kept & (1 << capability) == 0) {
         // SAFETY: no memory is involved.
         if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
             let error = io::Error::last_os_error();
@@ -183,8 +252,9 @@ fn drop_bounding_set() -> io::Result<()> {
     Ok(())
 }
 
-/// Empties the ambient, inheritable, permitted and effective sets (capabilities(7)).
-fn drop_capability_sets() -> io::Result<()> {
+/// Sets the ambient, inheritable, permitted and effective sets (capabilities(7)). A program that is executed keeps them,
+/// whatever its user.
+fn set_capabilities(kept: u64) -> io::Result<()> {
     #[repr(C)]
     struct Header {
         version: u32,
@@ -192,11 +262,19 @@ fn drop_capability_sets() -> io::Result<()> {
     }
     const VERSION_3: u32 = 0x2008_0522;
     let header = Header { version: VERSION_3, pid: 0 };
-    let none = [0_u32; 6];
+    let (low, high) = (kept as u32, (kept >> 32) as u32);
+    let sets = [low, low, low, high, high, high];
     // SAFETY: no memory is involved.
     check(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) }.into())?;
     // SAFETY: version 3 of capset(2) reads one header and two triples of 32-bit words.
-    check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) })
+    check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr()) })?;
+    for capability in (0..64).filter(|capability| kept & (1 << capability) != 0) {
+        // SAFETY: no memory is involved.
+        check(
+            unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, capability, 0, 0) }.into(),
+        )?;
+    }
+    Ok(())
 }
 
 fn check(result: i64) -> io::Result<()> {

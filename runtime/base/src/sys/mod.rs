@@ -3,7 +3,9 @@
 pub mod child;
 pub mod inherit;
 pub mod kvm;
+pub mod limits;
 pub mod pidfd;
+pub mod root;
 pub mod socket;
 pub mod vhost;
 

@@ -461,7 +461,7 @@ mod tests {
             channel: ChannelKind::Serial,
             hostname: "pod".into(),
             boot_timeout: std::time::Duration::from_secs(1),
-            identity: VmSpec::unprivileged(1, vec![]),
+            qemu_files: Vec::new(),
             keep_console: false,
         }
     }

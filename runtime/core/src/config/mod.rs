@@ -57,6 +57,9 @@ pub struct AssetsConfig {
 pub struct VmConfig {
     /// QEMU, a path or a name that is looked up in PATH.
     pub qemu: PathBuf,
+    /// Files and directories that QEMU can read, besides its program, the system's libraries and its own data: the
+    /// libraries of a QEMU that is not installed in a directory `bin` next to its `lib` and `share`.
+    pub qemu_files: Vec<PathBuf>,
     /// The vhost-user vsock daemon, a path or a name that is looked up in PATH. Used where the host has no
     /// `/dev/vhost-vsock`.
     pub vhost_device_vsock: PathBuf,
@@ -240,6 +243,7 @@ impl Default for VmConfig {
     fn default() -> Self {
         Self {
             qemu: "qemu-system-x86_64".into(),
+            qemu_files: Vec::new(),
             vhost_device_vsock: "vhost-device-vsock".into(),
             accel: AccelMode::Auto,
             memory_mib: 0,

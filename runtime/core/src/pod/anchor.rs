@@ -19,7 +19,7 @@ use std::{
 
 use machinen_base::{
     error::chain,
-    process::{Child, ChildSandbox, Namespaces, ProcessError, ProcessExit, Stdio},
+    process::{Child, Jail, Namespaces, ProcessError, ProcessExit, Stdio},
     reexec::EntryPoint,
     sys,
 };
@@ -104,13 +104,21 @@ impl Anchor {
                 (None, view::empty().map_err(AnchorError::Root)?)
             }
         };
-        let sandbox = ChildSandbox {
-            namespaces: Namespaces { net: netns.is_none(), mount: true, ipc: true, uts: true },
+        let jail = Jail {
+            namespaces: Namespaces {
+                net: netns.is_none(),
+                mount: true,
+                ipc: true,
+                uts: true,
+                ..Namespaces::default()
+            },
+            empty_environment: true,
+            new_keyring: true,
             no_new_privileges: true,
             no_core: true,
-            ..ChildSandbox::default()
+            ..Jail::default()
         };
-        let mut spawn = ENTRY_POINT.spawn().sandbox(sandbox);
+        let mut spawn = ENTRY_POINT.spawn().jail(jail);
         spawn = spawn.fd(root, ROOT_FD).stdout(Stdio::Pipe);
         if let Some(netns) = netns {
             spawn = spawn.join_netns(netns);

@@ -66,7 +66,6 @@ impl WarmVm {
         config: &Config,
         dir: &Path,
     ) -> Result<Option<Self>, CloneError> {
-        spec.identity = VmSpec::unprivileged(std::process::id(), spec.accel.groups());
         spec.keep_console = false;
         "ready".clone_into(&mut spec.id);
         "ready".clone_into(&mut spec.hostname);

@@ -9,12 +9,15 @@
 //! system that a guest has written is mounted.
 
 use std::{
-    fs,
+    fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
-use machinen_base::{fs::FileError, process};
+use machinen_base::{
+    fs::FileError,
+    process::{Jail, JailFiles, ReservedUser, ResourceLimits, RunAs, Spawn, SystemCalls, ToolOutput},
+};
 
 use super::{LayerError, LayerTarget, StagingDir};
 
@@ -82,8 +85,95 @@ fn copy_directory(from: &Path, to: &Path, expected: Option<&str>) -> Result<(), 
     staging.exchange().map(drop)
 }
 
+/// Runs cp in a jail that shows it `from`, and the directory of `to` as its working directory.
 fn run_cp(more: &[&str], from: &Path, to: &Path) -> Result<(), LayerError> {
-    let args = more.iter().chain(&CP).map(AsRef::as_ref).chain([from.as_os_str(), to.as_os_str()]);
-    let ran = process::run("cp", args, &[]);
-    ran.map(drop).map_err(|source| LayerError::Copy { path: from.to_owned(), source })
+    let failed = |source| LayerError::Copy { path: from.to_owned(), source };
+    let from = from.canonicalize().map_err(FileError::at("find", from))?;
+    let (Some(dir), Some(name)) = (to.parent(), to.file_name()) else {
+        return Err(FileError::new("copy to", to, io::ErrorKind::InvalidInput).into());
+    };
+    let user = ReservedUser::reserve()?;
+    let args = more.iter().chain(&CP).map(AsRef::as_ref).chain([from.as_os_str(), name]);
+    let spawn = Spawn::new("cp").args(args).env("LC_ALL", "C");
+    let ran = spawn.jail(jail(&from, dir, user.run_as(Vec::new()))).run().and_then(ToolOutput::success);
+    ran.map(drop).map_err(failed)
+}
+
+/// What cp calls besides what every program does.
+const CALLS: [i64; 34] = [
+    libc::SYS_chmod,
+    libc::SYS_chown,
+    libc::SYS_copy_file_range,
+    libc::SYS_fallocate,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_fgetxattr,
+    libc::SYS_flistxattr,
+    libc::SYS_fremovexattr,
+    libc::SYS_fsetxattr,
+    libc::SYS_fsync,
+    libc::SYS_ftruncate,
+    libc::SYS_getxattr,
+    libc::SYS_ioctl,
+    libc::SYS_lchown,
+    libc::SYS_lgetxattr,
+    libc::SYS_linkat,
+    libc::SYS_listxattr,
+    libc::SYS_llistxattr,
+    libc::SYS_lremovexattr,
+    libc::SYS_lsetxattr,
+    libc::SYS_mkdir,
+    libc::SYS_mkdirat,
+    libc::SYS_mknodat,
+    libc::SYS_prctl,
+    libc::SYS_removexattr,
+    libc::SYS_renameat2,
+    libc::SYS_setxattr,
+    libc::SYS_symlinkat,
+    libc::SYS_unlinkat,
+    libc::SYS_utimensat,
+    libc::SYS_mknod,
+];
+/// CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SYS_ADMIN for the attributes `trusted.*`, MKNOD, and SETFCAP: what a copy with all
+/// attributes takes.
+const CAPABILITIES: [u8; 7] = [0, 1, 3, 4, 21, 27, 31];
+
+fn jail(from: &Path, to: &Path, identity: RunAs) -> Jail {
+    let files = JailFiles {
+        readable: vec![from.to_owned()],
+        working_dir: Some(to.to_owned()),
+        ..JailFiles::default()
+    };
+    let limits = ResourceLimits {
+        open_files: Some(256),
+        processes: Some(1),
+        locked_memory: Some(0),
+        ..ResourceLimits::default()
+    };
+    Jail {
+        files: Some(files),
+        capabilities: Some(CAPABILITIES.to_vec()),
+        limits,
+        system_calls: Some(SystemCalls::basic().and(&CALLS)),
+        ..Jail::strict(identity)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_taken_over_cp_reaches_nothing_but_its_two_directories() {
+        let dir = tempfile::tempdir().unwrap();
+        let user = ReservedUser::reserve().unwrap();
+        let jail = jail(dir.path(), dir.path(), user.run_as(Vec::new()));
+        assert_eq!(jail.system_calls.as_ref().unwrap().forbidden(), None);
+        let kept = CAPABILITIES.iter().fold(0, |mask, capability| mask | 1 << capability);
+        let holes = machinen_base::process::probe(&jail, kept).unwrap();
+        // It sees the directory above its own ones.
+        assert_eq!(holes, ["sees /tmp"]);
+    }
 }

@@ -9,9 +9,13 @@ use std::{
     io,
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
-use machinen_base::fs::{if_exists, lock, try_lock};
+use machinen_base::fs::{if_exists, lock_within, try_lock};
+
+/// How long the holder of a lock may take, which builds a disk.
+const LONGEST_BUILD: Duration = Duration::from_secs(30 * 60);
 
 /// A held lock. Dropping it releases the lock.
 #[derive(Debug)]
@@ -30,7 +34,7 @@ impl Lock {
                 if !std::mem::replace(&mut reported, true) {
                     waiting();
                 }
-                lock(&file)?;
+                lock_within(&file, LONGEST_BUILD)?;
             }
             // The previous holder may have removed the file meanwhile. Later callers lock another one.
             if is_at(&file, path)? {

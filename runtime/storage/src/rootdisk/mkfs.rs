@@ -11,7 +11,7 @@ use std::{
 
 use machinen_base::{
     fs::FileError,
-    process::{ChildSandbox, Namespaces, ProcessError, Spawn, Stdio, ToolOutput},
+    process::{Jail, Namespaces, ProcessError, ResourceLimits, Spawn, Stdio, ToolOutput},
 };
 use rustix::fs::{MemfdFlags, fstatvfs, memfd_create};
 
@@ -141,6 +141,7 @@ impl Mke2fs {
         let failed = |source: io::Error| FileError::new("write to", dir, source);
         let (block, inode) = (BLOCK.to_string(), INODE.to_string());
         let extended = format!("hash_seed={HASH_SEED},root_owner=0:0{extended}");
+        let size = image.metadata().map_err(failed)?.len();
         let mut spawn = Spawn::new(&self.program)
             .args([
                 "-q", "-F", "-T", "machinen", "-b", &block, "-I", &inode, "-m", "0", "-G", "16", "-U", UUID,
@@ -149,7 +150,7 @@ impl Mke2fs {
             .args(args)
             .args(["/proc/self/fd/3"])
             .stdin(stdin)
-            .sandbox(sandbox())
+            .jail(jail(size))
             .fd(image.try_clone().map_err(failed)?.into(), 3)
             .fd(config().map_err(failed)?.into(), 4);
         for (key, value) in COMMON {
@@ -171,11 +172,25 @@ impl Mke2fs {
     }
 }
 
-/// The restrictions of mke2fs. It needs its privileges to read all files and attributes, but no network or
+/// Far more than a tree of the largest size takes.
+const CPU_SECONDS: u64 = 30 * 60;
+
+/// The restrictions of mke2fs, which writes a file of `size` bytes. It needs its privileges to read all files and attributes, but no network or
 /// IPC.
-fn sandbox() -> ChildSandbox {
-    let namespaces = Namespaces { net: true, ipc: true, ..Namespaces::default() };
-    ChildSandbox { namespaces, no_new_privileges: true, no_core: true, ..ChildSandbox::default() }
+fn jail(size: u64) -> Jail {
+    Jail {
+        limits: ResourceLimits {
+            file_size: Some(size),
+            cpu_seconds: Some(CPU_SECONDS),
+            ..ResourceLimits::default()
+        },
+        namespaces: Namespaces { net: true, ipc: true, ..Namespaces::default() },
+        empty_environment: true,
+        new_keyring: true,
+        no_new_privileges: true,
+        no_core: true,
+        ..Jail::default()
+    }
 }
 
 fn config() -> io::Result<File> {

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use cache::Tried;
 
-const DEVICE: &str = "/dev/kvm";
+pub(crate) const DEVICE: &str = "/dev/kvm";
 
 /// What runs the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

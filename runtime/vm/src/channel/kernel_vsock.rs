@@ -1,6 +1,11 @@
 //! AF_VSOCK through the host kernel's vhost-vsock.
 
-use std::{fs::File, io, os::fd::AsFd as _};
+use std::{
+    fs::File,
+    io,
+    os::fd::AsFd as _,
+    sync::{Mutex as StdMutex, PoisonError},
+};
 
 use machinen_base::sys;
 use machinen_protocol::{STREAM_PORT, control_port};
@@ -19,6 +24,9 @@ const FIRST: u32 = 1 << 16;
 #[derive(Debug)]
 pub(super) struct KernelVsock {
     cid: u32,
+    /// The device, also open in QEMU. As long as it is open here, no other guest can get the CID, and be dialled in place
+    /// of this one when QEMU has ended.
+    device: StdMutex<Option<File>>,
     listener: Mutex<Option<VsockListener>>,
 }
 
@@ -38,7 +46,8 @@ impl KernelVsock {
         let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, control_port(cid)))
             .map_err(failed("listen on vsock"))?;
         let listener = Mutex::new(Some(listener));
-        Ok((Self { cid, listener }, GuestEnd { fd: device.into(), cid }))
+        let fd = device.try_clone().map_err(failed("duplicate a descriptor"))?.into();
+        Ok((Self { cid, device: StdMutex::new(Some(device)), listener }, GuestEnd { fd, cid }))
     }
 
     /// Other guests and programs of this host can dial the port as well; their streams are closed.
@@ -48,21 +57,36 @@ impl KernelVsock {
         let Some(listener) = slot.as_mut() else {
             return Err(failed(io::ErrorKind::NotConnected.into()));
         };
+        let mut warned = false;
         loop {
             let (stream, peer) = listener.accept().await.map_err(failed)?;
             if peer.cid() == self.cid {
                 *slot = None;
                 return Ok(Box::new(stream));
             }
-            tracing::warn!(cid = peer.cid(), "another guest or program dialled this VM's control port");
+            if !std::mem::replace(&mut warned, true) {
+                tracing::warn!(cid = peer.cid(), "another guest or program dialled this VM's control port");
+            }
         }
     }
 
     pub(super) async fn dial(&self) -> Result<BoxedStream, VmChannelError> {
+        if self.device().is_none() {
+            return Err(VmChannelError::Closed(io::ErrorKind::NotConnected.into()));
+        }
         let stream = VsockStream::connect(VsockAddr::new(self.cid, STREAM_PORT))
             .await
             .map_err(VmChannelError::Closed)?;
         Ok(Box::new(stream))
+    }
+
+    /// Releases the CID. Nothing is dialled any more.
+    pub(super) fn close(&self) {
+        self.device().take();
+    }
+
+    fn device(&self) -> std::sync::MutexGuard<'_, Option<File>> {
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -9,6 +9,7 @@
 //! No code above this module depends on which of them is used.
 
 mod choose;
+mod daemon_jail;
 mod handshake;
 mod joined;
 mod kernel_vsock;
@@ -23,7 +24,7 @@ use std::{
     time::Duration,
 };
 
-use machinen_base::process::ProcessError;
+use machinen_base::{fs::FileError, process::ProcessError};
 use machinen_protocol::preamble::{Preamble, PreambleError, StreamKind};
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -55,6 +56,9 @@ pub enum VmChannelError {
         /// What the system answered.
         source: io::Error,
     },
+    /// There is no user for vhost-device-vsock to run as.
+    #[error("cannot find a user for the daemon of the channel to the guest")]
+    User(#[source] FileError),
     /// vhost-device-vsock cannot be started or ended.
     #[error("cannot run the daemon of the channel to the guest")]
     Daemon(#[source] ProcessError),
@@ -133,7 +137,7 @@ impl VmChannel {
                 (Connector::KernelVsock(kernel), end)
             }
             ChannelKind::VhostUserVsock { daemon } => {
-                let (user, fd) = vhost_user::VhostUser::prepare(daemon, dir, &spec.identity).await?;
+                let (user, fd) = vhost_user::VhostUser::prepare(daemon, dir).await?;
                 (Connector::VhostUser(user), GuestEnd { fd, cid: PRIVATE_CID })
             }
             ChannelKind::Serial => {
@@ -179,7 +183,11 @@ impl VmChannel {
     /// returns.
     pub(super) async fn close(&self) -> Result<(), VmChannelError> {
         match &self.connector {
-            Connector::KernelVsock(_) | Connector::Serial(_) | Connector::Silent { .. } => Ok(()),
+            Connector::KernelVsock(kernel) => {
+                kernel.close();
+                Ok(())
+            }
+            Connector::Serial(_) | Connector::Silent { .. } => Ok(()),
             Connector::VhostUser(user) => user.close().await,
         }
     }

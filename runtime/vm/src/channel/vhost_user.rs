@@ -18,7 +18,7 @@ use std::{
 
 use machinen_base::{
     fs::{create_new_private_dir, remove_dir_if_exists},
-    process::{Child, ChildSandbox, ProcessExit, RunAs, Spawn, Stdio},
+    process::{Child, ProcessExit, ReservedUser, RunAs, Spawn, Stdio},
     sys,
 };
 use machinen_protocol::{STREAM_PORT, control_port};
@@ -29,7 +29,7 @@ use tokio::{
     sync::Mutex,
 };
 
-use super::{BoxedStream, PRIVATE_CID, VmChannelError};
+use super::{BoxedStream, PRIVATE_CID, VmChannelError, daemon_jail};
 use crate::bounded_log::BoundedLog;
 
 /// Longest answer to CONNECT that is read, bytes.
@@ -46,6 +46,8 @@ pub(super) struct VhostUser {
     daemon: Child,
     sockets: Sockets,
     control: Mutex<Option<UnixListener>>,
+    /// The user that the daemon runs as.
+    _user: ReservedUser,
 }
 
 /// The directory of the sockets. Dropping this removes the directory.
@@ -59,13 +61,12 @@ struct Sockets {
 
 impl VhostUser {
     /// Returns the socket that QEMU inherits.
-    pub(super) async fn prepare(
-        program: &Path,
-        dir: &Path,
-        identity: &RunAs,
-    ) -> Result<(Self, OwnedFd), VmChannelError> {
+    pub(super) async fn prepare(program: &Path, dir: &Path) -> Result<(Self, OwnedFd), VmChannelError> {
         let failed = |action| move |source| VmChannelError::Host { action, source };
-        let sockets = Sockets::create(dir.join("vsock"), identity).map_err(failed("make a directory"))?;
+        // Not the user of QEMU: neither may trace the other.
+        let user = ReservedUser::reserve().map_err(VmChannelError::User)?;
+        let identity = user.run_as(Vec::new());
+        let sockets = Sockets::create(dir.join("vsock"), &identity).map_err(failed("make a directory"))?;
         let control_name = format!("vm.vsock_{}", control_port(PRIVATE_CID));
         let control = UnixListener::bind(sockets.address(&control_name)).map_err(failed("listen"))?;
         let owned = chown(sockets.path.join(&control_name), Some(identity.uid), Some(identity.gid));
@@ -80,9 +81,8 @@ impl VhostUser {
                     "guest-cid={PRIVATE_CID},socket=vhost.sock,uds-path=vm.vsock,tx-buffer-size={BUFFER}"
                 ),
             ])
-            .dir(&sockets.path)
             .stderr(Stdio::Fd(stderr_writer.into()))
-            .sandbox(ChildSandbox::strict(identity.clone()))
+            .jail(daemon_jail::jail(&sockets.path, identity))
             .start()
             .map_err(VmChannelError::Daemon)?;
         let stderr =
@@ -98,7 +98,7 @@ impl VhostUser {
                 return Err(ended(exit, &printed));
             }
         };
-        Ok((Self { daemon, sockets, control: Mutex::new(Some(control)) }, connection.into()))
+        Ok((Self { daemon, sockets, control: Mutex::new(Some(control)), _user: user }, connection.into()))
     }
 
     /// Accepts the first connection as the control stream, and closes the listener.
@@ -269,14 +269,10 @@ mod tests {
     #[tokio::test]
     async fn a_daemon_that_ends_is_quoted_and_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let identity = RunAs { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![] };
-        let script = dir.path().join("daemon");
-        fs::write(&script, "#!/bin/sh\necho out of luck >&2\nexit 4\n").unwrap();
-        fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        let error = VhostUser::prepare(&script, dir.path(), &identity).await.unwrap_err();
-        assert!(error.to_string().ends_with("exited with status 4: out of luck"), "{error}");
-        let error = VhostUser::prepare("/nowhere/vhost-device-vsock".as_ref(), dir.path(), &identity).await;
+        // It has not the options of the daemon.
+        let error = VhostUser::prepare("/bin/sh".as_ref(), dir.path()).await.unwrap_err();
+        assert!(error.to_string().contains("exited with status 2: "), "{error}");
+        let error = VhostUser::prepare("/nowhere/vhost-device-vsock".as_ref(), dir.path()).await;
         assert!(machinen_base::error::chain(&error.unwrap_err()).contains("make setup"));
         assert!(!dir.path().join("vsock").exists());
     }

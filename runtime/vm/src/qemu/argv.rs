@@ -51,8 +51,14 @@ pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
     args.option("-name", format!("machinen-{0},process=machinen-{0}", escape(&spec.id)));
     let memory = memory(spec, start);
     let backend = if memory.is_some() { ",memory-backend=ram" } else { "" };
-    // suppress-vmdesc: only debugging tools need the description of the saved state.
-    args.option("-machine", format!("microvm,acpi=on,isa-serial=off,suppress-vmdesc=on{backend}"));
+    // suppress-vmdesc: only debugging tools need the description of the saved state. dump-guest-core, mem-merge: the
+    // guest's memory is in no core of QEMU, and is not merged with equal pages of other guests, which could measure that.
+    args.option(
+        "-machine",
+        format!(
+            "microvm,acpi=on,isa-serial=off,suppress-vmdesc=on,dump-guest-core=off,mem-merge=off{backend}"
+        ),
+    );
     match spec.accel {
         Accelerator::Kvm => args.option("-accel", "kvm").option("-cpu", "host"),
         Accelerator::Tcg { .. } => args.option("-accel", "tcg,thread=multi").option("-cpu", "max"),
@@ -142,6 +148,14 @@ fn memory(spec: &VmSpec, start: Start) -> Option<String> {
     }
 }
 
+/// The size of the file that QEMU itself makes for the guest's memory, bytes; 0 if it makes none.
+pub(crate) fn own_memory_file(spec: &VmSpec, start: Start) -> u64 {
+    match (start, &spec.channel) {
+        (Start::Boot, ChannelKind::VhostUserVsock { .. }) => u64::from(spec.memory_mib) << 20,
+        _ => 0,
+    }
+}
+
 fn kernel_command_line(spec: &VmSpec, start: Start) -> String {
     // loglevel=1, not 0: a panicking kernel raises the level only if it is not zero, and then prints the
     // reason on the console. scan=manual: the agent has the kernel scan the address of each attached disk,
@@ -192,11 +206,10 @@ impl QemuArgs {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
-    use machinen_base::process::RunAs;
 
-    fn spec(accel: Accelerator, channel: ChannelKind) -> VmSpec {
+    pub(crate) fn spec(accel: Accelerator, channel: ChannelKind) -> VmSpec {
         VmSpec {
             id: "c1".into(),
             qemu: "qemu-system-x86_64".into(),
@@ -209,7 +222,7 @@ mod tests {
             channel,
             hostname: "c1".into(),
             boot_timeout: std::time::Duration::from_secs(60),
-            identity: RunAs::default(),
+            qemu_files: Vec::new(),
             keep_console: false,
         }
     }

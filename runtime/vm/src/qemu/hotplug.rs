@@ -1,8 +1,18 @@
 //! Adds disks to the virtio-scsi controller of a running VM and removes them, by QMP.
 
-use std::{collections::BTreeMap, os::fd::OwnedFd, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io,
+    os::fd::{AsRawFd as _, OwnedFd},
+    time::Duration,
+};
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use machinen_base::process::ChildLimits;
+use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::stat::fstat,
+};
 use serde_json::json;
 use tokio::sync::broadcast;
 
@@ -49,6 +59,30 @@ pub struct DiskSpec {
     pub serial: String,
 }
 
+impl DiskSpec {
+    /// Replaces the file by an open file description that only QEMU has. Returns the former one.
+    ///
+    /// A lock (flock(2)) and a position belong to the open file description. A QEMU that a guest has taken over could
+    /// otherwise turn the shared lock of "in use" into an exclusive one, and stop all other users of the disk.
+    fn with_own_file(self) -> Result<(Self, Option<OwnedFd>), VmError> {
+        let DiskBacking::File(file) = self.source else { return Ok((self, None)) };
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let own = File::options().read(true).write(!self.read_only).open(path);
+        let own = own.map_err(|source| VmError::DiskFile { serial: self.serial.clone(), source })?;
+        Ok((Self { source: DiskBacking::File(own.into()), ..self }, Some(file)))
+    }
+
+    /// The size of the file that QEMU writes to, bytes; 0 if QEMU writes to none.
+    fn written_size(&self) -> io::Result<u64> {
+        match &self.source {
+            DiskBacking::File(file) if !self.read_only => {
+                Ok(u64::try_from(fstat(file)?.st_size).unwrap_or_default())
+            }
+            DiskBacking::File(_) | DiskBacking::Nbd { .. } => Ok(0),
+        }
+    }
+}
+
 /// Where the guest finds a disk: `/sys/bus/scsi/devices/0:0:<target>:<lun>`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct DiskAddress {
@@ -69,6 +103,7 @@ impl std::fmt::Display for DiskAddress {
 pub(crate) struct AttachedDisks {
     qmp: Qmp,
     events: broadcast::Receiver<QmpEvent>,
+    limits: ChildLimits,
     /// By target.
     attached: BTreeMap<u32, AttachedDisk>,
     /// The target that the next disk gets, if it is free. The guest may not have noticed yet that a disk was
@@ -79,16 +114,18 @@ pub(crate) struct AttachedDisks {
 }
 
 /// A disk that is attached to QEMU.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct AttachedDisk {
     number: u64,
     /// QEMU keeps the disk's descriptor until `remove-fd`.
     has_fdset: bool,
+    /// Locks on the disk last as long as the disk is attached.
+    _held: Option<OwnedFd>,
 }
 
 impl AttachedDisks {
-    pub(crate) fn new(qmp: Qmp, events: broadcast::Receiver<QmpEvent>) -> Self {
-        Self { qmp, events, attached: BTreeMap::new(), next_target: 0, last: 0 }
+    pub(crate) fn new(qmp: Qmp, events: broadcast::Receiver<QmpEvent>, limits: ChildLimits) -> Self {
+        Self { qmp, events, limits, attached: BTreeMap::new(), next_target: 0, last: 0 }
     }
 
     pub(crate) async fn attach(&mut self, disk: DiskSpec) -> Result<DiskAddress, VmError> {
@@ -104,12 +141,14 @@ impl AttachedDisks {
             .map(|offset| (self.next_target + offset) % TARGETS)
             .find(|target| !self.attached.contains_key(target))
             .ok_or_else(|| refused("every target of the controller is in use"))?;
+        self.allow_to_write(&disk)?;
+        let (disk, held) = disk.with_own_file()?;
         self.last += 1;
         let number = self.last;
         let address = DiskAddress { target, lun: 0 };
         match self.plug(number, address, disk).await {
             Ok(()) => {
-                self.attached.insert(target, AttachedDisk { number, has_fdset });
+                self.attached.insert(target, AttachedDisk { number, has_fdset, _held: held });
                 self.next_target = target + 1;
                 Ok(address)
             }
@@ -118,6 +157,13 @@ impl AttachedDisks {
                 Err(VmError::Attach { serial, source })
             }
         }
+    }
+
+    /// Lets QEMU make a file as large as the disk, if QEMU writes to a file.
+    fn allow_to_write(&self, disk: &DiskSpec) -> Result<(), VmError> {
+        let serial = || disk.serial.clone();
+        let size = disk.written_size().map_err(|source| VmError::DiskFile { serial: serial(), source })?;
+        self.limits.allow_file_size(size).map_err(|source| VmError::DiskLimit { serial: serial(), source })
     }
 
     /// A failure includes what the caller has to undo.
@@ -169,15 +215,16 @@ impl AttachedDisks {
 
     pub(crate) async fn detach(&mut self, address: DiskAddress) -> Result<(), VmError> {
         let attached = match self.attached.get(&address.target) {
-            Some(attached) if address.lun == 0 => *attached,
+            Some(attached) if address.lun == 0 => attached,
             _ => return Err(VmError::NoDisk(address)),
         };
-        self.unplug(attached).await.map_err(|source| VmError::Detach { address, source })?;
+        let (number, has_fdset) = (attached.number, attached.has_fdset);
+        self.unplug(number, has_fdset).await.map_err(|source| VmError::Detach { address, source })?;
         self.attached.remove(&address.target);
         Ok(())
     }
 
-    async fn unplug(&mut self, AttachedDisk { number, has_fdset }: AttachedDisk) -> Result<(), QmpError> {
+    async fn unplug(&self, number: u64, has_fdset: bool) -> Result<(), QmpError> {
         let node = node(number);
         let mut events = self.events.resubscribe();
         self.qmp.execute("device_del", json!({ "id": node })).await?;
@@ -262,7 +309,12 @@ fn opened_read_only(file: &OwnedFd) -> Option<bool> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs::File, os::unix::net::UnixStream};
+    use std::os::unix::net::UnixStream;
+
+    use machinen_base::{
+        fs::{lock_shared, try_lock, try_lock_shared},
+        process::Spawn,
+    };
 
     use super::*;
     use crate::qemu::qmp::tests::{GREETING, OK, qemu};
@@ -289,7 +341,8 @@ mod tests {
         let answers: Vec<&str> = [OK].iter().chain(answers).copied().collect();
         let client = async {
             let (qmp, events) = Qmp::connect(ours).await.unwrap();
-            work(AttachedDisks::new(qmp, events)).await;
+            let qemu = Spawn::new("sleep").args(["100"]).start().unwrap();
+            work(AttachedDisks::new(qmp, events, qemu.limits())).await;
         };
         let ((), commands) = tokio::join!(client, qemu(theirs, GREETING, &answers));
         commands[1..].iter().map(|command| command["execute"].as_str().unwrap().to_owned()).collect()
@@ -355,6 +408,23 @@ mod tests {
             .await;
             assert_eq!(commands, expected);
         }
+    }
+
+    #[test]
+    fn qemu_cannot_lock_out_other_users_of_a_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, "x").unwrap();
+        let file = File::open(&path).unwrap();
+        lock_shared(&file).unwrap();
+        let disk = DiskSpec { source: DiskBacking::File(file.into()), ..read_only("base") };
+        let (disk, held) = disk.with_own_file().unwrap();
+        let DiskBacking::File(qemus) = disk.source else { panic!("a disk of a file") };
+        let qemus = File::from(qemus);
+        assert!(!try_lock(&qemus).unwrap(), "QEMU has no exclusive lock while the shim has its shared one");
+        assert!(try_lock_shared(&File::open(&path).unwrap()).unwrap(), "another start uses the disk");
+        assert_eq!(opened_read_only(&qemus.into()), Some(true));
+        drop(held);
     }
 
     #[tokio::test]

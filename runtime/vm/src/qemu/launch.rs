@@ -13,8 +13,8 @@ use std::{
 
 use machinen_base::{
     error::{ErrorKind, HasKind},
-    fs::create_private_dir,
-    process::{ChildSandbox, ProcessError, Spawn, Stdio},
+    fs::{FileError, create_private_dir},
+    process::{ProcessError, ReservedUser, Spawn, Stdio},
 };
 use tokio::{
     net::{UnixStream, unix::pipe},
@@ -31,6 +31,7 @@ use crate::{
     exit::{ExitEvidence, VmExit},
     qemu::{
         argv::{self, Start, fd},
+        jail,
         qmp::{Qmp, QmpError, QmpEvent},
         snapshot::{self, VmSnapshot, VmSnapshotError},
     },
@@ -64,6 +65,9 @@ pub enum LaunchError {
         /// What the system answered.
         source: io::Error,
     },
+    /// There is no user for QEMU to run as.
+    #[error("cannot find a user for QEMU")]
+    User(#[source] FileError),
     /// The channel to the guest cannot be made.
     #[error(transparent)]
     Channel(VmChannelError),
@@ -143,6 +147,7 @@ pub(crate) async fn begin(
 ) -> Result<Launched, LaunchError> {
     let kernel = asset::KERNEL.open(&spec.kernel).map_err(LaunchError::Asset)?;
     let image = asset::IMAGE.open(&spec.image).map_err(LaunchError::Asset)?;
+    let user = ReservedUser::reserve().map_err(LaunchError::User)?;
     let dir = make_dir(dir)?;
     let (channel, guest_end) = match VmChannel::prepare(spec, origin.start(), &dir.path).await {
         Ok(prepared) => prepared,
@@ -156,7 +161,7 @@ pub(crate) async fn begin(
         LaunchOrigin::Clone(snapshot) => snapshot.in_use.clone(),
         LaunchOrigin::Boot | LaunchOrigin::Template { .. } => None,
     };
-    let started = start(spec, origin, &dir.path, guest_end, kernel, image);
+    let started = start(spec, origin, &dir.path, guest_end, kernel, image, &user);
     let StartedQemu { qemu, monitor, wake, console, stderr } = match started {
         Ok(started) => started,
         Err(error) => {
@@ -167,8 +172,17 @@ pub(crate) async fn begin(
             return Err(error);
         }
     };
-    let running =
-        RunningVm { qemu, channel, wake, console, stderr, dir, keep_console: spec.keep_console, in_use };
+    let running = RunningVm {
+        qemu,
+        channel,
+        wake,
+        console,
+        stderr,
+        dir,
+        keep_console: spec.keep_console,
+        in_use,
+        user,
+    };
     match Qmp::connect(monitor).await {
         Ok((qmp, events)) => Ok(Launched { qmp, events, running }),
         Err(error) => Err(failed(running, error).await),
@@ -263,6 +277,7 @@ fn start(
     guest_end: GuestEnd,
     kernel: File,
     image: File,
+    user: &ReservedUser,
 ) -> Result<StartedQemu, LaunchError> {
     let failed = |action| move |source| LaunchError::Host { action, source };
     let log = File::options()
@@ -285,7 +300,7 @@ fn start(
     let stderr = pipe::Receiver::from_owned_fd(stderr.into()).map_err(failed("watch a pipe"))?;
 
     let args = argv::argv(spec, origin.start(), guest_end.cid);
-    let mut sandbox = ChildSandbox::strict(spec.identity.clone());
+    let mut jail = jail::jail(spec, origin.start(), user.run_as(spec.accel.groups()));
     let mut inherited: Vec<(OwnedFd, i32)> = vec![
         (monitor_end.into(), fd::QMP),
         (console_end.into(), fd::CONSOLE),
@@ -297,7 +312,7 @@ fn start(
         LaunchOrigin::Boot => None,
         LaunchOrigin::Template { memory } => Some(memory),
         LaunchOrigin::Clone(snapshot) => {
-            sandbox.ignore_hole_punching = Some(snapshot.memory_fd);
+            jail.ignore_hole_punching = Some(snapshot.memory_fd);
             Some(snapshot.memory.as_fd().try_clone_to_owned().map_err(failed("duplicate a descriptor"))?)
         }
     };
@@ -309,7 +324,7 @@ fn start(
             Some(watched(wake)?)
         }
     };
-    let mut spawn = Spawn::new(&spec.qemu).args(args).stderr(Stdio::Fd(stderr_end.into())).sandbox(sandbox);
+    let mut spawn = Spawn::new(&spec.qemu).args(args).stderr(Stdio::Fd(stderr_end.into())).jail(jail);
     for (fd, number) in inherited {
         spawn = spawn.fd(fd, number);
     }

@@ -4,7 +4,9 @@
 
 pub(crate) mod argv;
 pub(crate) mod hotplug;
+pub(crate) mod jail;
 pub(crate) mod launch;
 pub mod qmp;
 pub(crate) mod snapshot;
+mod syscalls;
 pub(crate) mod version;

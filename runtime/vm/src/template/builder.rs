@@ -136,7 +136,6 @@ fn run(request: BuildRequest, report: &File) -> Result<Infallible, TemplateError
         send_line(report, "busy");
         std::process::exit(0);
     };
-    spec.identity = VmSpec::unprivileged(std::process::id(), spec.accel.groups());
     spec.keep_console = false;
     "template".clone_into(&mut spec.id);
     let built = make(&templates, &shape, &spec, budget_mib, report);

@@ -119,8 +119,6 @@ fn cpu() -> io::Result<String> {
 mod tests {
     use super::*;
     use crate::accel::Accelerator;
-    use machinen_base::process::RunAs;
-
     fn spec(dir: &Path) -> VmSpec {
         for name in ["vmlinux", "guest.img"] {
             fs::write(dir.join(name), name).unwrap();
@@ -137,7 +135,7 @@ mod tests {
             channel: ChannelKind::Serial,
             hostname: "one".into(),
             boot_timeout: std::time::Duration::from_secs(1),
-            identity: RunAs::default(),
+            qemu_files: Vec::new(),
             keep_console: false,
         }
     }
@@ -147,13 +145,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let base = spec(dir.path());
         let key = |spec: &VmSpec| TemplateShape::of(spec).unwrap().unwrap().key();
-        let same = VmSpec {
-            id: "two".into(),
-            hostname: "two".into(),
-            identity: RunAs { uid: 7, ..RunAs::default() },
-            keep_console: true,
-            ..base.clone()
-        };
+        let same = VmSpec { id: "two".into(), hostname: "two".into(), keep_console: true, ..base.clone() };
         assert_eq!(key(&base), key(&same));
         for other in [
             VmSpec { memory_mib: 1024, ..base.clone() },

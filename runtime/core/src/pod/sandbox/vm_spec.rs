@@ -56,7 +56,7 @@ pub(super) fn build(
         channel: choose_channel(config.vm.channel, &HostSupport::detect(&config.vm.vhost_device_vsock)),
         hostname: name.chars().filter(char::is_ascii).take(MAX_HOSTNAME).collect(),
         boot_timeout: Duration::from_secs(config.vm.boot_timeout_s),
-        identity: VmSpec::unprivileged(std::process::id(), accel.groups()),
+        qemu_files: config.vm.qemu_files.clone(),
         keep_console: true,
     })
 }

@@ -1,0 +1,88 @@
+//! The jail of QEMU: what QEMU may use and see, since a guest may have taken it over.
+
+use std::path::{Path, PathBuf};
+
+use machinen_base::process::{Jail, JailFiles, ResourceLimits, RunAs, find_program};
+
+use crate::{
+    accel::{self, Accelerator},
+    qemu::{
+        argv::{self, Start},
+        syscalls,
+    },
+    spec::VmSpec,
+};
+
+/// Each of a VM's disks takes two descriptors of QEMU, and a controller has 256 disks.
+const OPEN_FILES: u64 = 1024;
+
+/// QEMU's threads besides those of the vCPUs: at most 64 that read and write disks, and a few for its event loop, RCU,
+/// and the state of a VM.
+const THREADS: u64 = 128;
+
+/// Below the `share` of QEMU's prefix: its firmware, which distributions put into packages of their own.
+const DATA: [&str; 3] = ["qemu", "qemu-kvm", "seabios"];
+
+/// The restrictions of a QEMU that runs `spec` as the user `identity`.
+pub(crate) fn jail(spec: &VmSpec, start: Start, identity: RunAs) -> Jail {
+    let limits = ResourceLimits {
+        // Disks raise it when they are attached.
+        file_size: Some(argv::own_memory_file(spec, start)),
+        open_files: Some(OPEN_FILES),
+        processes: Some(u64::from(spec.vcpus) + THREADS),
+        locked_memory: Some(0),
+        cpu_seconds: None,
+    };
+    let system_calls = Some(syscalls::allowed(spec.accel));
+    Jail { limits, files: Some(files(spec)), system_calls, ..Jail::strict(identity) }
+}
+
+fn files(spec: &VmSpec) -> JailFiles {
+    let mut readable = data(&find_program(&spec.qemu));
+    readable.extend(spec.qemu_files.iter().cloned());
+    let devices = match spec.accel {
+        Accelerator::Kvm => vec![accel::DEVICE.into()],
+        Accelerator::Tcg { .. } => Vec::new(),
+    };
+    JailFiles { readable, devices, working_dir: None }
+}
+
+/// The directories of QEMU's data, which it finds from the path of its program.
+fn data(program: &Path) -> Vec<PathBuf> {
+    let program = program.canonicalize().unwrap_or_else(|_| program.to_owned());
+    let prefix = program.parent().and_then(Path::parent).unwrap_or(Path::new("/"));
+    DATA.iter().map(|name| prefix.join("share").join(name)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use machinen_base::process::{ReservedUser, probe};
+
+    use super::*;
+    use crate::{ChannelKind, qemu::argv::tests::spec};
+
+    #[test]
+    fn a_taken_over_qemu_reaches_nothing() {
+        let tcg = Accelerator::Tcg { tsc_khz: 1 };
+        let spec = VmSpec { qemu: "/bin/sh".into(), ..spec(tcg, ChannelKind::Serial) };
+        let user = ReservedUser::reserve().unwrap();
+        for start in [Start::Boot, Start::Template, Start::Clone] {
+            let mut jail = jail(&spec, start, user.run_as(Vec::new()));
+            jail.ignore_hole_punching = (start == Start::Clone).then_some(9);
+            assert_eq!(probe(&jail, 0).unwrap(), Vec::<String>::new(), "{start:?}");
+        }
+    }
+
+    #[test]
+    fn no_list_of_system_calls_has_a_way_out() {
+        for accel in [Accelerator::Kvm, Accelerator::Tcg { tsc_khz: 1 }] {
+            assert_eq!(syscalls::allowed(accel).forbidden(), None);
+        }
+    }
+
+    #[test]
+    fn data_is_in_the_prefix_of_the_program() {
+        assert_eq!(data(Path::new("/opt/none/bin/qemu"))[0], Path::new("/opt/none/share/qemu"));
+        assert_eq!(data(Path::new("/qemu"))[0], Path::new("/share/qemu"));
+    }
+}
