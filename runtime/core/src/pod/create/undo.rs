@@ -3,7 +3,7 @@
 //! ```text
 //!   phase      holds in addition                                undo
 //!   Planned    streams of the caller                            closed
-//!   Launched   VM, disks on the host, anchor                    VM released; new writable disk removed; anchor ended
+//!   Launched   VM, disks on the host, anchor                    VM released, new disk removed, anchor ended
 //!   Attached   disks in the VM                                  detached, if the VM stays for other containers
 //!   Created    container in the guest                           killed and deleted there, if the VM stays
 //! ```
