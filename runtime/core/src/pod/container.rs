@@ -13,9 +13,9 @@ use tokio::sync::RwLock;
 use super::{
     ContainerProcess, PodError,
     anchor::Anchor,
-    checkpoint,
     exec::Execs,
     layer::WritableLayer,
+    restore::RestoreDisk,
     rootfs::RootfsMount,
     state::{PodRequest, ProcessExit, ProcessState},
     stdio::StdioNames,
@@ -44,7 +44,7 @@ pub struct Container {
     /// The disk with the lower layers of the root file system, if that is an overlay.
     pub(super) base: Option<RootdiskKey>,
     /// The disk of the checkpoint that the container is restored from, until the container has been started.
-    pub(super) checkpoint: Mutex<Option<checkpoint::RestoreDisk>>,
+    pub(super) checkpoint: Mutex<Option<RestoreDisk>>,
     /// How checkpoints of this container are taken.
     pub(super) checkpoint_config: config::CheckpointConfig,
     /// The mounts of the root file system that the caller asked for.
@@ -56,7 +56,7 @@ pub struct Container {
 pub(super) struct ContainerStorage {
     pub(super) layer: WritableLayer,
     pub(super) base: Option<RootdiskKey>,
-    pub(super) checkpoint: Option<checkpoint::RestoreDisk>,
+    pub(super) checkpoint: Option<RestoreDisk>,
     pub(super) checkpoint_config: config::CheckpointConfig,
     pub(super) rootfs: Vec<RootfsMount>,
 }

@@ -22,11 +22,11 @@ use tokio::{sync::watch, task::spawn_blocking};
 use super::{
     Container, ContainerSlot, Pod, PodError, PodEvent,
     anchor::Anchor,
-    checkpoint::{self, RestorePlan},
     container::ContainerStorage,
     layer::{self, WritableLayer},
     phases::PhaseTimes,
     provision::VmOrigin,
+    restore::{self, RestorePlan},
     rootfs::{self, RootfsMount},
     stdio::{HostStdio, StdioNames},
     streams::{self, Outputs, ProcessStreams},
@@ -136,7 +136,7 @@ impl Pod {
             tokio::try_join!(
                 phases.time("rootdisk", base_disk(&plan, &create.id)),
                 phases.time("writable", layer::open_disk(&plan.rootfs, &plan.config)),
-                checkpoint::restore_disk(plan.restore.as_ref(), phases),
+                restore::restore_disk(plan.restore.as_ref(), phases),
             )
         };
         // Converting an image can take long, so the end of the VM is reported without waiting for it.
@@ -144,15 +144,15 @@ impl Pod {
             tokio::select! { disks = disks => disks, error = vm_end(&mut vm) => Err(error) }
         };
         let stdio = async { host_stdio.ready().await.map_err(PodError::from) };
-        let (provisioned, (base, mut writable, checkpoint), ()) = tokio::try_join!(launch, disks, stdio)?;
+        let (provisioned, (base, (writable, disk), checkpoint), ()) = tokio::try_join!(launch, disks, stdio)?;
         let key = base.as_ref().map(|base| base.key);
         let overlaid = key.filter(|_| plan.rootfs.is_overlaid());
         if let Some(restore) = &plan.restore {
             restore.check_rootfs(overlaid)?;
         }
         let mut files =
-            ContainerDisks { base: base.map(|base| base.file), writable: writable.file.take(), checkpoint };
-        if plan.rootfs.read_only {
+            ContainerDisks { base: base.map(|base| base.file), writable: Some(writable), checkpoint };
+        if plan.rootfs.read_only() {
             files.base = files.writable.take();
         }
         // From here on the guest proceeds on its own, so work on the host does not delay the start.
@@ -189,14 +189,14 @@ impl Pod {
         phases.record_guest(&created);
         // The anchor has long entered its root by now; its pid must not be passed to clients before.
         phases.time("anchor", anchor.wait_for_root()).await?;
-        let layer = WritableLayer::new(&plan.rootfs, &plan.config, key, writable.keep());
+        let layer = WritableLayer::new(disk.keep(key), &plan.config);
         let storage = ContainerStorage {
             layer,
             base: overlaid,
             checkpoint: disks
                 .checkpoint
                 .zip(files.checkpoint)
-                .map(|(address, disk)| checkpoint::RestoreDisk { address, disk }),
+                .map(|(address, disk)| restore::RestoreDisk { address, disk }),
             checkpoint_config: plan.config.checkpoint,
             rootfs: create.rootfs.clone(),
         };
@@ -304,10 +304,10 @@ pub(super) async fn base_disk(plan: &CreatePlan, id: &str) -> Result<Option<Root
     let Some(source) = plan.rootfs.source.clone() else { return Ok(None) };
     let config::RootdiskConfig { dir, min_size_mib, mke2fs, .. } = plan.config.rootdisk.clone();
     let id = id.to_owned();
-    let (plan, all) = (plan.rootfs.clone(), plan.config.clone());
+    let disk = plan.rootfs.disk.clone();
     let build = move || {
         let cache = RootdiskCache::open(&dir)?;
-        if let Some(base) = layer::base_of_existing_disk(&plan, &all, &cache)? {
+        if let Some(base) = disk.base_of_remaining_disk(&cache)? {
             return Ok(base);
         }
         let options = BuildOptions { min_size: min_size_mib << 20, mke2fs };
@@ -350,11 +350,7 @@ pub(super) fn request(
     stdio: Stdio,
     files: Vec<InjectedFile>,
 ) -> Result<CreateContainerRequest, PodError> {
-    let disk = |address: &Option<DiskAddress>| {
-        let disk =
-            |address: &DiskAddress| Disk { target: address.target, lun: address.lun, ..Default::default() };
-        MessageField::from_option(address.as_ref().map(disk))
-    };
+    let disk = |address: &Option<DiskAddress>| MessageField::from_option(address.map(Disk::from));
     Ok(CreateContainerRequest {
         container_id: id.to_owned(),
         oci_config: serde_json::to_vec(guest_spec).map_err(PodError::Encode)?,

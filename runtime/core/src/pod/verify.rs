@@ -12,7 +12,7 @@
 use std::{fs::File, path::Path};
 
 use machinen_protocol::api::Stdio;
-use machinen_storage::{layer::LayerTarget, rootdisk::RootdiskCache};
+use machinen_storage::container_disk::{self, ContainerDiskPlan};
 use protobuf::MessageField;
 use tokio::{
     sync::{MutexGuard, mpsc},
@@ -21,10 +21,10 @@ use tokio::{
 
 use super::{
     Container, CreateRequest, Pod, PodError,
-    checkpoint::restore_disk,
     create::{self, ContainerDisks, CreatePlan},
     layer,
     phases::PhaseTimes,
+    restore::restore_disk,
 };
 use crate::{
     checkpoint::ImageDisk,
@@ -65,7 +65,7 @@ impl<'a> TrialDisk<'a> {
             return Ok(Some(Self { copy: None, _held: Some(held) }));
         };
         let dir = config.rootdisk.dir.clone();
-        let copy = move || RootdiskCache::open(&dir)?.unnamed_copy(&disk);
+        let copy = move || container_disk::unnamed_copy(&disk, &dir);
         let copy = spawn_blocking(copy).await.map_err(PodError::Worker)??;
         Ok(Some(Self { copy: Some(copy), _held: None }))
     }
@@ -116,7 +116,7 @@ impl Pod {
             })
         };
         let (provisioned, mut files) = tokio::try_join!(provisioned, disks)?;
-        if plan.rootfs.read_only {
+        if plan.rootfs.read_only() {
             files.base = files.writable.take();
         }
         match self.create_without_start(&plan, id, &provisioned.vm, &files).await {
@@ -139,10 +139,10 @@ impl Pod {
         let mut plan = self.plan(&create)?;
         // The trial reads all of the memory.
         plan.config.restore.lazy = false;
-        if let Some(LayerTarget::Whole(_)) = plan.rootfs.target {
+        if let ContainerDiskPlan::Whole { root } = plan.rootfs.disk {
             // The directory holds all of the changes. The label of the container's own disk must not decide
-            // about the base disk.
-            plan.rootfs.target = None;
+            // about the base disk. The trial's disk has no name.
+            plan.rootfs.disk = ContainerDiskPlan::Unexported { path: root };
         }
         Ok(plan)
     }

@@ -15,14 +15,14 @@ use machinen_base::fs::{if_exists, lock, try_lock};
 
 /// A held lock. Dropping it releases the lock.
 #[derive(Debug)]
-pub(super) struct Lock {
+pub(crate) struct Lock {
     path: PathBuf,
     _file: File,
 }
 
 impl Lock {
     /// Acquires a lock. If another caller holds it, calls `waiting` once and waits.
-    pub(super) fn acquire(path: &Path, mut waiting: impl FnMut()) -> io::Result<Self> {
+    pub(crate) fn acquire(path: &Path, mut waiting: impl FnMut()) -> io::Result<Self> {
         let mut reported = false;
         loop {
             let file = open(path)?;
