@@ -13,7 +13,7 @@ use seccompiler::BpfProgram;
 
 /// How a process is related to the one that starts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Bond {
+pub(crate) enum Bond {
     /// The process is killed when the thread that started it ends.
     Child,
     /// The process has a session of its own and outlives the one that started it.
@@ -24,31 +24,31 @@ pub enum Bond {
 
 /// Plain data, complete before the fork: the child of a process with threads may only make system calls.
 #[derive(Debug)]
-pub struct ChildSetup {
+pub(crate) struct ChildSetup {
     /// Pid of the process that forks.
-    pub parent: u32,
+    pub(crate) parent: u32,
     /// How the child is related to the process that forks.
-    pub bond: Bond,
+    pub(crate) bond: Bond,
     /// A network namespace to enter.
-    pub join_netns: Option<OwnedFd>,
+    pub(crate) join_netns: Option<OwnedFd>,
     /// CLONE_NEW* flags.
-    pub unshare: libc::c_int,
+    pub(crate) unshare: libc::c_int,
     /// uid, gid, supplementary groups.
-    pub identity: Option<(u32, u32, Vec<u32>)>,
+    pub(crate) identity: Option<(u32, u32, Vec<u32>)>,
     /// Empty every capability set, the bounding set included.
-    pub drop_capabilities: bool,
+    pub(crate) drop_capabilities: bool,
     /// Set PR_SET_NO_NEW_PRIVS (prctl(2)).
-    pub no_new_privileges: bool,
+    pub(crate) no_new_privileges: bool,
     /// Limit core files to 0 bytes.
-    pub no_core: bool,
+    pub(crate) no_core: bool,
     /// Decimal digits.
-    pub oom_score_adj: Option<Vec<u8>>,
+    pub(crate) oom_score_adj: Option<Vec<u8>>,
     /// A filter of system calls.
-    pub filter: Option<BpfProgram>,
+    pub(crate) filter: Option<BpfProgram>,
 }
 
 /// Makes `command` apply `setup` to itself just before it executes.
-pub fn on_fork(command: &mut Command, setup: ChildSetup) {
+pub(crate) fn on_fork(command: &mut Command, setup: ChildSetup) {
     // SAFETY: `apply` only makes system calls on data that was complete before the fork; it does not allocate
     // or lock.
     unsafe { command.pre_exec(move || apply(&setup)) };

@@ -187,5 +187,5 @@ fn enter_root() -> io::Result<()> {
         Err(error) => return Err(error.into()),
     }
     drop(root);
-    sys::child::drop_capabilities()
+    sys::drop_capabilities()
 }

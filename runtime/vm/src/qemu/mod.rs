@@ -5,6 +5,6 @@
 pub(crate) mod argv;
 pub(crate) mod hotplug;
 pub(crate) mod launch;
-pub mod qmp;
+pub(crate) mod qmp;
 pub(crate) mod snapshot;
 pub(crate) mod version;
