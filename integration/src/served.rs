@@ -27,7 +27,7 @@ impl<'a> Served<'a> {
     /// A container that only waits.
     ///
     /// # Errors
-    /// Its rootfs cannot be made, or it does not start.
+    /// The container's rootfs cannot be made, or the container does not start.
     pub fn idle(containerd: &'a Containerd) -> Result<Self> {
         let rootfs = Bundle::busybox(containerd)?;
         Self::run(containerd, &rootfs.config(&["sleep", "1000"], |_| ())?)
@@ -169,7 +169,7 @@ impl<'a> Served<'a> {
     /// Checks the status and pid of a process.
     ///
     /// # Errors
-    /// They differ, or the call is refused.
+    /// The status or the pid differs, or the call is refused.
     pub fn is(&self, exec_id: &str, status: api::Status, pid: u32) -> Result<()> {
         let state = self.state(exec_id)?;
         ensure!(state.status == EnumOrUnknown::new(status) && state.pid == pid, "{state:?}");

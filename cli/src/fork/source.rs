@@ -39,7 +39,7 @@ pub(super) struct ForkSource {
 
 impl ForkSource {
     /// # Errors
-    /// There is no such container, or it cannot be forked.
+    /// There is no such container, or the container cannot be forked.
     pub(super) async fn find(containerd: &ContainerdClient, id: &str) -> Result<Self, ForkError> {
         let id_of = || id.to_owned();
         let container = containerd.container(id).await.map_err(|error| match error.is_not_found() {
@@ -81,7 +81,7 @@ impl ForkSource {
     /// # Errors
     /// The directory cannot be locked.
     pub(super) fn lock(&self) -> Result<File, ForkError> {
-        let path = self.rootfs.target.as_ref().map_or(self.rootfs.writable.as_path(), |target| target.path());
+        let path = self.rootfs.disk.snapshot();
         // This directory stays in place while its content is exchanged.
         let home = path.parent().unwrap_or(path);
         let file = File::open(home).map_err(FileError::at("open", home))?;

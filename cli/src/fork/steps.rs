@@ -10,7 +10,7 @@ use containerd_client::{
     types::Mount,
 };
 use containerd_shim_protos::shim::oci::Options;
-use machinen::{config::Config, error::chain, layer::LayerCopy, pod, pod::rootfs::RootfsPlan};
+use machinen::{config::Config, container_disk::ContainerDiskPlan, error::chain, layer::LayerCopy, pod};
 use prost_types::Any;
 
 use super::{
@@ -110,7 +110,7 @@ impl Fork<'_> {
         let rootfs = self.make_snapshot().await;
         let rootfs = self.record(Undo::Snapshot, rootfs)?;
         self.signals.check()?;
-        let layer_copy = layer_copy(&self.source.rootfs, source::plan(new, &rootfs)?)
+        let layer_copy = layer_copy(&self.source.rootfs.disk, &source::plan(new, &rootfs)?.disk)
             .ok_or_else(|| ForkError::NoSnapshot { id: self.args.source.clone() })?;
         let created = self.containerd.create_container(self.container(&self.spec.restoring)).await;
         let created = created.map_err(|error| match error.is_already_exists() {
@@ -187,14 +187,11 @@ impl Fork<'_> {
 }
 
 /// None if the writes of one of the containers do not reach its snapshot.
-fn layer_copy(from: &RootfsPlan, to: RootfsPlan) -> Option<LayerCopy> {
-    match (from.clone(), to) {
-        (RootfsPlan { target: Some(from), .. }, RootfsPlan { target: Some(to), .. }) => {
-            Some(LayerCopy::Directories { from, to })
+fn layer_copy(from: &ContainerDiskPlan, to: &ContainerDiskPlan) -> Option<LayerCopy> {
+    match (from, to) {
+        (ContainerDiskPlan::Existing { path: from, .. }, ContainerDiskPlan::Existing { path: to, .. }) => {
+            Some(LayerCopy::Disks { from: from.clone(), to: to.clone() })
         }
-        (RootfsPlan { source: None, writable: from, .. }, RootfsPlan { source: None, writable: to, .. }) => {
-            Some(LayerCopy::Disks { from, to })
-        }
-        _ => None,
+        (from, to) => Some(LayerCopy::Directories { from: from.target()?, to: to.target()? }),
     }
 }

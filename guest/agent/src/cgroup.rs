@@ -238,7 +238,7 @@ fn has_line(text: &str, wanted: &str) -> bool {
 /// Enables all controllers of a cgroup for its children.
 ///
 /// # Errors
-/// The kernel refuses; EBUSY when a process is in it.
+/// The kernel refuses; EBUSY when a process is in the cgroup.
 pub(crate) fn enable_controllers(dir: &Path) -> Result<(), CgroupError> {
     let path = dir.join("cgroup.controllers");
     let controllers = fs::read_to_string(&path).map_err(|source| CgroupError::Read { path, source })?;
@@ -280,7 +280,7 @@ fn tree(root: &Path) -> io::Result<Vec<PathBuf>> {
 /// Removes a cgroup without processes, and all cgroups below it.
 ///
 /// # Errors
-/// Those of rmdir(2); EBUSY while a process is in it.
+/// Those of rmdir(2); EBUSY while a process is in one of the cgroups.
 pub(crate) fn remove_tree(root: &Path) -> io::Result<()> {
     for dir in tree(root)?.iter().rev() {
         match fs::remove_dir(dir) {

@@ -54,6 +54,12 @@ pub(crate) fn trace(step: &str) {
     }
 }
 
+/// Prints one line and ends this process at once, which is one that the agent has forked.
+pub(crate) fn fail(text: &str) -> ! {
+    say(text);
+    crate::sys::exit_now(1)
+}
+
 /// Prints an error with all its causes.
 pub(crate) fn report(err: &dyn Error) {
     say(&chain(err));

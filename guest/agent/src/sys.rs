@@ -148,7 +148,7 @@ pub(crate) fn exit_now(code: i32) -> ! {
 /// Registers a descriptor with the runtime.
 ///
 /// # Errors
-/// The kernel cannot poll it.
+/// The kernel cannot poll `inner`.
 pub(crate) fn register<T: AsFd + AsRawFd>(inner: T, interest: Interest) -> io::Result<AsyncFd<T>> {
     // SAFETY: a type that lends its descriptor safely owns it for as long as it lives, and the AsyncFd owns
     // that.
@@ -158,7 +158,7 @@ pub(crate) fn register<T: AsFd + AsRawFd>(inner: T, interest: Interest) -> io::R
 /// Takes over a descriptor that was inherited over exec.
 ///
 /// # Errors
-/// EBADF when it is not open.
+/// EBADF when `fd` is not open.
 pub(crate) fn inherited_fd(fd: RawFd) -> Result<OwnedFd, Errno> {
     // SAFETY: F_GETFD has no effect on memory, whatever the number.
     Errno::result(unsafe { libc::fcntl(fd, libc::F_GETFD) })?;

@@ -103,7 +103,7 @@ impl Preamble {
     /// Reads the bytes that open a stream.
     ///
     /// # Errors
-    /// They are not a preamble of this version. The version is compared before anything that may differ
+    /// The bytes are not a preamble of this version. The version is compared before anything that may differ
     /// between versions.
     pub fn decode(bytes: &[u8; PREAMBLE_LEN]) -> Result<Self, PreambleError> {
         check_head(bytes)?;

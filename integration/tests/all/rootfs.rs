@@ -22,12 +22,7 @@ fn writes_are_private(containerd: &mut Containerd) -> Result<()> {
     let seen =
         containerd.run(IMAGE, &["sh", "-c", "head -1 /etc/passwd; cat /etc/secret; ls -d /new"]).output()?;
     ensure!(seen.text() == "root:x:0:0:root:/root:/bin/sh\nfor root only\n", "{seen}");
-    let from = containerd.log().position();
-    containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", &id])?;
-    containerd.log().wait_for_event(from, "/tasks/exit")?;
-    containerd.ctr_output(&["tasks", "delete", &id])?;
-    containerd.ctr_ok(&["containers", "delete", &id])?;
-    Ok(())
+    containerd.end(&id)
 }
 
 fn the_image_as_it_was_made(containerd: &mut Containerd) -> Result<()> {

@@ -48,12 +48,7 @@ fn outlives_its_file(containerd: &mut Containerd, dir: &Path) -> Result<()> {
     containerd.run(IMAGE, &["true"]).ok()?;
     ensure!(program(server)? == gone, "{id} has another server now");
 
-    let from = containerd.log().position();
-    containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", &id])?;
-    containerd.log().wait_for_event(from, "/tasks/exit")?;
-    containerd.ctr_output(&["tasks", "delete", &id])?;
-    containerd.ctr_ok(&["containers", "delete", &id])?;
-    Ok(())
+    containerd.end(&id)
 }
 
 /// The shim of a container.

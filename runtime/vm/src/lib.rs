@@ -21,7 +21,7 @@ mod bounded_log;
 mod channel;
 mod driver;
 mod exit;
-pub mod qemu;
+mod qemu;
 mod spec;
 pub mod template;
 mod wake;
@@ -36,7 +36,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use channel::VmChannel;
 use driver::{StopRequest, VmRequest};
-use qemu::{launch, qmp::QmpError};
+use qemu::launch;
 
 pub use asset::AssetFileError;
 pub use boot::VmBootError;
@@ -47,7 +47,7 @@ pub use exit::VmExit;
 pub use qemu::{
     hotplug::{DiskAddress, DiskBacking, DiskSpec},
     launch::LaunchError,
-    qmp::QemuVersion,
+    qmp::{QemuVersion, QmpError},
     snapshot::{VmSnapshot, VmSnapshotError},
     version::{QemuError, qemu_version},
 };

@@ -57,7 +57,8 @@ pub(crate) struct DumpSource<'a> {
 /// Copies the memory of running processes. A [`dump`] onto the same disk then copies only what has changed.
 ///
 /// # Errors
-/// CRIU cannot copy it; the disk is as before. After [`CriuError::Corrupted`] the processes must be killed.
+/// CRIU cannot copy the memory; the disk is as before. After [`CriuError::Corrupted`] the processes must be
+/// killed.
 pub(crate) async fn pre_dump(
     reaper: &Reaper,
     source: &DumpSource<'_>,
@@ -146,8 +147,8 @@ impl Dumped {
 /// Dumps the container onto a disk. Its processes stay frozen.
 ///
 /// # Errors
-/// CRIU cannot dump it, or could not restore it; the processes are as before. After [`CriuError::Corrupted`]
-/// they must be killed.
+/// CRIU cannot dump the container, or could not restore it from the dump; the processes are as before. After
+/// [`CriuError::Corrupted`] they must be killed.
 pub(crate) async fn dump(
     reaper: &Reaper,
     source: &DumpSource<'_>,

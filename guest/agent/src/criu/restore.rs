@@ -160,34 +160,13 @@ pub(crate) async fn restore(
     let open = |path: &Path| {
         File::open(path).map_err(|source| CriuError::File { what: "open", path: path.to_owned(), source })
     };
-    let (work_dir, images_dir) = (open(&work)?, open(images.path())?);
-    let log = work.join(LOG);
-    let mut opts = super::options(&images_dir, target.rootfs, options);
-    opts.set_work_dir_fd(work_dir.as_raw_fd());
-    opts.set_log_file(LOG.to_owned());
-    opts.set_rst_sibling(true);
-    opts.set_lazy_pages(options.lazy_pages);
-    opts.cg_root.push(super::cgroup_root(target.cgroup));
-    for mount in &facts.mounts {
-        opts.external.push(format!("mnt[{}]:{}", mount.destination, source(mount, target.files)?));
-    }
+    // CRIU opens both through their numbers in this process.
+    let dirs = [open(&work)?, open(images.path())?];
     let (inherited, terminal) = match ends {
-        ProcessEnds::Files(files) => {
-            for (file, name) in
-                files.iter().zip(&facts.descriptors).filter(|(_, name)| name.starts_with("pipe:"))
-            {
-                let mut inherit = Inherit_fd::new();
-                inherit.set_key(name.clone());
-                inherit.set_fd(file.as_raw_fd());
-                opts.inherit_fd.push(inherit);
-            }
-            (Vec::from(files), None)
-        }
+        ProcessEnds::Files(files) => (Vec::from(files), None),
         ProcessEnds::Terminal(socket) => (Vec::new(), Some(socket)),
     };
-    let mut request = Criu_req::new();
-    request.set_type(Criu_req_type::RESTORE);
-    request.opts = MessageField::some(opts);
+    let request = request(target, &dirs, &inherited, options, facts)?;
     let pages = match options.lazy_pages {
         true => Some(LazyPages::serve(reaper, images.path(), &work).await?),
         false => None,
@@ -196,19 +175,10 @@ pub(crate) async fn restore(
     let criu = Criu::start(reaper, &inherited)?;
     drop(inherited);
     oom::protect(criu.pid())?;
-    // The processes that CRIU restores inherit its cgroup.
-    match target.cgroup.add(criu.pid()) {
-        // CRIU has ended, which is reported below.
-        Err(err) if err.raw_os_error() == Some(libc::ESRCH) => {}
-        added => added.map_err(|source| CriuError::File {
-            what: "move criu into",
-            path: target.cgroup.path().to_owned(),
-            source,
-        })?,
-    }
+    join_cgroup(&criu, target.cgroup)?;
     criu.send(&request).await?;
     let nested = NestedCgroups { cgroup: target.cgroup.clone(), recorded: facts.cgroups.clone() };
-    let pid = follow(&criu, terminal, &nested, &log).await?;
+    let pid = follow(&criu, terminal, &nested, &work.join(LOG)).await?;
     let guard = Guard::over(&criu, target.cgroup.clone());
     let exit = expectation.watch(pid);
     oom::restore_scores(target.cgroup, criu.pid())?;
@@ -216,6 +186,49 @@ pub(crate) async fn restore(
         uts::rename(pid, target.hostname)?;
     }
     Ok(Restored { pid, exit, held: HeldByCriu { guard, criu, nested, pages, images, work }, stdin })
+}
+
+/// The request to CRIU, which gets the first process's standard streams in `inherited`.
+fn request(
+    target: &RestoreTarget<'_>,
+    [work, images]: &[File; 2],
+    inherited: &[OwnedFd],
+    options: &CriuOptions,
+    facts: &CheckpointFacts,
+) -> Result<Criu_req, CriuError> {
+    let mut opts = super::options(images, target.rootfs, options);
+    opts.set_work_dir_fd(work.as_raw_fd());
+    opts.set_log_file(LOG.to_owned());
+    opts.set_rst_sibling(true);
+    opts.set_lazy_pages(options.lazy_pages);
+    opts.cg_root.push(super::cgroup_root(target.cgroup));
+    for mount in &facts.mounts {
+        opts.external.push(format!("mnt[{}]:{}", mount.destination, source(mount, target.files)?));
+    }
+    let pipes = inherited.iter().zip(&facts.descriptors).filter(|(_, name)| name.starts_with("pipe:"));
+    for (file, name) in pipes {
+        let mut inherit = Inherit_fd::new();
+        inherit.set_key(name.clone());
+        inherit.set_fd(file.as_raw_fd());
+        opts.inherit_fd.push(inherit);
+    }
+    let mut request = Criu_req::new();
+    request.set_type(Criu_req_type::RESTORE);
+    request.opts = MessageField::some(opts);
+    Ok(request)
+}
+
+/// Moves CRIU to the container's cgroup, which the processes that CRIU restores inherit.
+fn join_cgroup(criu: &Criu, cgroup: &Cgroup) -> Result<(), CriuError> {
+    match cgroup.add(criu.pid()) {
+        // CRIU has ended, which is reported when its answer is read.
+        Err(err) if err.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+        added => added.map_err(|source| CriuError::File {
+            what: "move criu into",
+            path: cgroup.path().to_owned(),
+            source,
+        }),
+    }
 }
 
 /// Freezes the processes that CRIU holds if CRIU is killed: they must not run, since the container was not

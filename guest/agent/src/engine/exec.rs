@@ -37,14 +37,15 @@ use super::{
     executor::{self, CommandError},
     inherited, log,
     report::{Refusal, Report, Reporter},
-    terminal, zygote,
+    request::ExecRequest,
+    terminal,
 };
-use crate::{cgroup, stdio::ProcessEnds, sys};
+use crate::{cgroup, console, stdio::ProcessEnds, sys};
 
 /// A request, with the descriptors that came with it.
 #[derive(Debug)]
 pub(super) struct ExecCall<'a> {
-    pub(super) request: &'a zygote::ExecRequest,
+    pub(super) request: &'a ExecRequest,
     pub(super) process: OwnedFd,
     pub(super) init: OwnedFd,
     pub(super) ends: ProcessEnds,
@@ -135,7 +136,7 @@ fn fork(exec: &ExecCall<'_>, pids: &OwnedFd) -> Result<ForkResult, ExecError> {
         && let Err(err) = setns(pids, CloneFlags::CLONE_NEWPID)
     {
         // Otherwise every later fork would be in this container.
-        zygote::fail(&format!("the engine's process cannot return to its pid namespace: {err}"));
+        console::fail(&format!("the engine's process cannot return to its pid namespace: {err}"));
     }
     forked
 }
@@ -239,7 +240,7 @@ fn install(filter: Option<&LinuxSeccomp>) -> Result<(), ExecError> {
 }
 
 /// Applies the settings that need the VM's privileges or its /proc.
-fn limit(request: &zygote::ExecRequest, process: &Process, kernel: &dyn Syscall) -> Result<(), ExecError> {
+fn limit(request: &ExecRequest, process: &Process, kernel: &dyn Syscall) -> Result<(), ExecError> {
     inherited::give_up().map_err(ExecError::Inherited)?;
     let score = match process.oom_score_adj() {
         Some(score) => score.to_string(),
@@ -256,7 +257,7 @@ fn limit(request: &zygote::ExecRequest, process: &Process, kernel: &dyn Syscall)
     set_dumpable(false).map_err(step("protect the process"))
 }
 
-fn enter(request: &zygote::ExecRequest, init: &OwnedFd) -> Result<(), ExecError> {
+fn enter(request: &ExecRequest, init: &OwnedFd) -> Result<(), ExecError> {
     let namespaces = CloneFlags::from_bits_retain(request.namespaces & !libc::CLONE_NEWPID);
     // A container that shares the VM's mount namespace has only a root directory of its own.
     let root = if namespaces.contains(CloneFlags::CLONE_NEWNS) {
@@ -281,7 +282,7 @@ fn enter(request: &zygote::ExecRequest, init: &OwnedFd) -> Result<(), ExecError>
     Ok(())
 }
 
-fn connect(request: &zygote::ExecRequest, ends: ProcessEnds) -> Result<(), ExecError> {
+fn connect(request: &ExecRequest, ends: ProcessEnds) -> Result<(), ExecError> {
     match ends {
         ProcessEnds::Files([stdin, stdout, stderr]) => {
             dup2_stdin(stdin)

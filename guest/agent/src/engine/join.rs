@@ -11,10 +11,9 @@ use serde_json::Value;
 
 use super::{
     namespaces::{self, NamespaceError},
+    oci::{SpecError, mapped},
     passwd, process,
-    process::Console,
-    spec::{SpecError, mapped},
-    zygote,
+    request::{Console, ExecRequest},
 };
 use crate::cgroup::Cgroup;
 
@@ -61,7 +60,7 @@ impl ContainerContext {
     /// Reads the host's OCI process and adapts it.
     ///
     /// # Errors
-    /// It lacks something that every process needs.
+    /// The process lacks something that every process needs.
     pub(crate) fn process(&self, json: &[u8], terminal: bool) -> Result<PreparedProcess, SpecError> {
         let mut value: Value = serde_json::from_slice(json).map_err(SpecError::ParseProcess)?;
         if !value.is_object() {
@@ -84,8 +83,8 @@ impl ContainerContext {
         &self,
         init: Pid,
         process: &PreparedProcess,
-    ) -> Result<zygote::ExecRequest, NamespaceError> {
-        Ok(zygote::ExecRequest {
+    ) -> Result<ExecRequest, NamespaceError> {
+        Ok(ExecRequest {
             init: init.as_raw(),
             namespaces: namespaces::not_shared(init)?,
             cgroup: self.cgroup.clone(),

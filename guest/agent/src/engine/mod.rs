@@ -24,10 +24,13 @@ mod executor;
 mod inherited;
 mod join;
 mod log;
+mod mounts;
 mod namespaces;
+mod oci;
 mod passwd;
 mod process;
 mod report;
+mod request;
 mod spec;
 mod terminal;
 mod worker;
@@ -58,23 +61,22 @@ use tokio::sync::oneshot;
 
 pub(crate) use self::{
     join::{ContainerContext, PreparedProcess},
+    mounts::{FileMount, MountPoint},
     namespaces::NamespaceError,
+    oci::SpecError,
     report::Refusal,
-    spec::{FileMount, MountPoint, Prepared, SpecError},
+    spec::{DIR, Prepared},
     zygote::EntryPoints,
 };
 use self::{
     report::{Report, Reports},
-    zygote::ZygoteRequest,
+    request::ZygoteRequest,
 };
 use crate::{
     reaper::{Expectation, Reaper},
     stdio::ProcessEnds,
     sys::WaitStatus,
 };
-
-/// The engine's directory, in the agent's directory of a container.
-pub(crate) const DIR: &str = "engine";
 
 /// The connection to the zygote.
 #[derive(Debug)]

@@ -1,18 +1,9 @@
 //! Adapts the process of an OCI configuration to libcontainer and to the agent's own exec.
 
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::spec::{SpecError, items, number};
+use super::oci::{SpecError, items, number};
 use crate::stdio::WindowSize;
-
-/// The settings of a process's terminal.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Console {
-    /// The terminal's owner, as seen by the process that makes the terminal.
-    pub(super) owner: u32,
-    pub(super) size: Option<WindowSize>,
-}
 
 /// Changes what libcontainer would misread, or would do unlike runc.
 pub(super) fn adapt(process: &mut Value, terminal: bool) -> Result<(), SpecError> {

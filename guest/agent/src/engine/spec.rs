@@ -5,22 +5,25 @@
 //! so large that running it cold takes noticeable time.
 
 use std::{
-    fs, io,
+    fs,
     path::{Component, Path, PathBuf},
 };
 
 use pathrs::Root;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::{
-    DIR,
     devices::{self, Instruction},
     join::ContainerContext,
-    passwd,
-    process::{self, Console},
-    zygote::CreateRequest,
+    mounts::{self, FileMount, MountPoint},
+    oci::{SpecError, items, mapped, path_value},
+    passwd, process,
+    request::{Console, CreateRequest},
 };
 use crate::cgroup;
+
+/// The engine's directory, in the agent's directory of a container.
+pub(crate) const DIR: &str = "engine";
 
 /// A container, prepared for the engine; its spec is on disk.
 #[derive(Debug)]
@@ -31,48 +34,6 @@ pub(crate) struct Prepared {
     owner: u32,
     devices: Vec<Instruction>,
     mount_points: Vec<MountPoint>,
-}
-
-/// A small file that the host has sent: it is at `source` in the agent's directory, and mounted at
-/// `destination` in the container.
-#[derive(Debug, Clone)]
-pub(crate) struct FileMount {
-    pub(crate) source: PathBuf,
-    pub(crate) destination: PathBuf,
-}
-
-/// A place of the root file system itself where the configuration mounts something.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct MountPoint {
-    pub(crate) path: PathBuf,
-    /// The mount is a file, not a directory.
-    pub(crate) is_file: bool,
-}
-
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum SpecError {
-    #[error("the OCI configuration cannot be parsed")]
-    Parse(#[source] serde_json::Error),
-    #[error("the process cannot be parsed")]
-    ParseProcess(#[source] serde_json::Error),
-    #[error("the OCI configuration has no {what}")]
-    Missing { what: &'static str },
-    #[error("process.cwd {cwd:?} is not an absolute path")]
-    Cwd { cwd: String },
-    #[error("linux.cgroupsPath {path} is not an absolute path without '..'")]
-    CgroupPath { path: PathBuf },
-    #[error("seccomp listeners are not supported")]
-    SeccompListener,
-    #[error("linux.resources.devices[{number}] cannot be parsed")]
-    DeviceRule { number: usize },
-    #[error("sysctl {key:?} is not a valid name")]
-    SysctlName { key: String },
-    #[error("cannot set sysctl {key}")]
-    Sysctl { key: String, source: io::Error },
-    #[error("cannot use the root file system")]
-    Rootfs(#[source] pathrs::error::Error),
-    #[error("cannot write {path}")]
-    Write { path: PathBuf, source: io::Error },
 }
 
 impl Prepared {
@@ -119,9 +80,9 @@ impl Prepared {
         make_dir(&dir)?;
         let join_context = ContainerContext::new(linux, rootfs, &cgroup_path, &dir)?;
         section(&mut spec, "root", "root")?["path"] = path_value(rootfs);
-        adapt_mounts(&mut spec, shares_network && has_users);
-        add_files(&mut spec, &root, files);
-        let mount_points = mount_points(&spec["mounts"]);
+        mounts::adapt(&mut spec, shares_network && has_users);
+        mounts::add_files(&mut spec, &root, files);
+        let mount_points = mounts::mount_points(&spec["mounts"]);
         let request = CreateRequest {
             id: id.to_owned(),
             bundle: dir.join("bundle"),
@@ -188,19 +149,6 @@ fn section<'a>(spec: &'a mut Value, key: &str, what: &'static str) -> Result<&'a
     spec.get_mut(key).filter(|value| value.is_object()).ok_or(SpecError::Missing { what })
 }
 
-/// An id. The engine reports an invalid one when it parses the spec.
-pub(super) fn number(value: &Value) -> u32 {
-    value.as_u64().and_then(|number| u32::try_from(number).ok()).unwrap_or(0)
-}
-
-fn path_value(path: &Path) -> Value {
-    path.to_string_lossy().into()
-}
-
-pub(super) fn items(value: &Value) -> impl Iterator<Item = &Value> {
-    value.as_array().into_iter().flatten()
-}
-
 fn has_namespace(linux: &Value, kind: &str) -> bool {
     items(&linux["namespaces"]).any(|namespace| namespace["type"] == kind)
 }
@@ -228,16 +176,6 @@ fn adapt_resources(resources: &mut Value) {
     resources["unified"]["io.weight"] = format!("default {ours}").into();
 }
 
-/// The uid outside the container's user namespace of a user inside it.
-pub(super) fn mapped(uid_mappings: &Value, uid: u32) -> u32 {
-    items(uid_mappings)
-        .find_map(|map| {
-            let offset = uid.checked_sub(number(&map["containerID"]))?;
-            (offset < number(&map["size"])).then(|| number(&map["hostID"]).wrapping_add(offset))
-        })
-        .unwrap_or(uid)
-}
-
 /// Sets the sysctls of the network, which belongs to the VM and with it to the whole pod. libcontainer
 /// refuses to set them.
 fn set_network_sysctls(linux: &mut Value) -> Result<(), SpecError> {
@@ -252,76 +190,6 @@ fn set_network_sysctls(linux: &mut Value) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn adapt_mounts(spec: &mut Value, bind_sysfs_of_vm: bool) {
-    for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
-        // The source is optional and has no meaning for a file system without a device, but libcontainer
-        // requires one.
-        if mount["source"].as_str().is_none_or(str::is_empty) {
-            mount["source"] = mount["type"].clone();
-        }
-        match mount["type"].as_str() {
-            // libcontainer knows mounts of the cgroup hierarchy by the name that they have in v1.
-            Some("cgroup2") => mount["type"] = "cgroup".into(),
-            Some("sysfs") if bind_sysfs_of_vm => bind_sysfs(mount),
-            _ => {}
-        }
-    }
-}
-
-fn add_files(spec: &mut Value, root: &Root, files: Vec<FileMount>) {
-    if !spec["mounts"].is_array() {
-        spec["mounts"] = json!([]);
-    }
-    let mounts = files.into_iter().map(|file| {
-        json!({
-            "destination": path_value(&resolve_last_link(root, file.destination)),
-            "type": "bind",
-            "source": path_value(&file.source),
-            "options": ["rbind", "rprivate"],
-        })
-    });
-    if let Some(all) = spec["mounts"].as_array_mut() {
-        all.extend(mounts);
-    }
-}
-
-fn mount_points(mounts: &Value) -> Vec<MountPoint> {
-    let destination = |mount: &Value| PathBuf::from(mount["destination"].as_str().unwrap_or_default());
-    let all: Vec<PathBuf> = items(mounts).map(destination).collect();
-    let is_below = |path: &Path| all.iter().any(|other| other != path && path.starts_with(other));
-    items(mounts)
-        .map(|mount| MountPoint {
-            path: destination(mount),
-            is_file: mount["type"] == "bind"
-                && mount["source"].as_str().is_some_and(|path| Path::new(path).is_file()),
-        })
-        .filter(|point| !is_below(&point.path))
-        .collect()
-}
-
-/// Resolves a path whose last element is a link, dangling or not. libcontainer creates missing files, but not
-/// the targets of links, and /etc/resolv.conf often is a link. libcontainer itself resolves the elements
-/// before the last one, and ensures that they do not lead out of the root.
-fn resolve_last_link(root: &Root, mut path: PathBuf) -> PathBuf {
-    // The kernel follows as many (path_resolution(7)).
-    for _ in 0..40 {
-        match (root.readlink(&path), path.parent()) {
-            (Ok(target), Some(parent)) => path = parent.join(target),
-            _ => break,
-        }
-    }
-    path
-}
-
-/// Replaces a sysfs mount by a bind mount of the VM's. A sysfs shows a network namespace, and only the owner
-/// of that namespace may mount one.
-fn bind_sysfs(mount: &mut Value) {
-    let options: Vec<Value> = items(&mount["options"]).cloned().chain(["rbind".into()]).collect();
-    mount["type"] = "bind".into();
-    mount["source"] = "/sys".into();
-    mount["options"] = options.into();
-}
-
 /// The file of a sysctl. In a name with slashes, dots are part of the elements (sysctl(8)))
 fn sysctl_path(key: &str) -> Result<PathBuf, SpecError> {
     let relative = if key.contains('/') { key.to_owned() } else { key.replace('.', "/") };
@@ -334,6 +202,8 @@ fn sysctl_path(key: &str) -> Result<PathBuf, SpecError> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn adapt(change: impl FnOnce(&mut Value)) -> Result<(Prepared, Value), SpecError> {
@@ -388,20 +258,6 @@ mod tests {
             (&spec["mounts"][0]["source"], &spec["mounts"][0]["type"]),
             (&json!("cgroup2"), &json!("cgroup"))
         );
-    }
-
-    #[test]
-    fn mount_points_on_the_root_file_system_are_known() {
-        let mounts = json!([
-            {"destination": "/dev", "type": "tmpfs"},
-            {"destination": "/dev/pts", "type": "devpts"},
-            {"destination": "/devices", "type": "tmpfs"},
-            {"destination": "/etc/hosts", "type": "bind", "source": "/proc/self/status"},
-        ]);
-        let found: Vec<_> =
-            mount_points(&mounts).into_iter().map(|point| (point.path, point.is_file)).collect();
-        let points = [("/dev", false), ("/devices", false), ("/etc/hosts", true)];
-        assert_eq!(found, points.map(|(path, is_file)| (PathBuf::from(path), is_file)));
     }
 
     #[test]

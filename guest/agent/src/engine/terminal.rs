@@ -16,7 +16,7 @@ use nix::{
     unistd::{Gid, Uid, dup2_stderr, dup2_stdin, dup2_stdout, fchown},
 };
 
-use super::process::Console;
+use super::request::Console;
 use crate::sys::terminal;
 
 const PTMX: &str = "/dev/pts/ptmx";

@@ -22,10 +22,9 @@ use nix::{
 use super::{
     executor::CommandExecutor,
     inherited, log,
-    process::Console,
     report::{Refusal, Report, Reporter},
+    request::{Console, CreateRequest},
     terminal,
-    zygote::CreateRequest,
 };
 use crate::{
     stdio::{ProcessEnds, receive_fd},

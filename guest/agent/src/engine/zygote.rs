@@ -5,7 +5,6 @@ use std::{
     fs::File,
     io::IoSliceMut,
     os::fd::{AsRawFd, OwnedFd},
-    path::PathBuf,
 };
 
 use nix::{
@@ -18,12 +17,11 @@ use nix::{
     },
     unistd::ForkResult,
 };
-use serde::{Deserialize, Serialize};
 
 use super::{
     exec::{self, ExecCall},
-    process::Console,
     report::{Report, Reporter},
+    request::ZygoteRequest,
     worker,
 };
 use crate::{console, stdio::ProcessEnds, sys};
@@ -32,50 +30,6 @@ use crate::{console, stdio::ProcessEnds, sys};
 const MAX_REQUEST: usize = 16 << 10;
 /// The report pipe, an OCI process in a file, a pidfd of the init, and the three standard streams.
 const MAX_FDS: usize = 6;
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(super) enum ZygoteRequest {
-    /// Comes with the report pipe and the process's ends of its streams.
-    Create(CreateRequest),
-    /// Comes with the report pipe, the OCI process in a file, a pidfd of the container's init, and the ends.
-    Exec(ExecRequest),
-    /// Comes with the report pipe, a container's root directory, and the socket for the requests.
-    View,
-}
-
-/// One container to create.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct CreateRequest {
-    pub(super) id: String,
-    /// Holds config.json.
-    pub(super) bundle: PathBuf,
-    /// libcontainer's state is in a directory of this one, named like the container.
-    pub(super) state: PathBuf,
-    pub(super) rootfs: PathBuf,
-    /// The working directory of the process, in the container.
-    pub(super) cwd: PathBuf,
-    /// The spec does not set the process's OOM score.
-    pub(super) keeps_oom_score: bool,
-    /// The terminal's settings, if the process gets one.
-    pub(super) console: Option<Console>,
-}
-
-/// One process to run in a container.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct ExecRequest {
-    /// Pid of the container's init, in the agent's pid namespace.
-    pub(super) init: i32,
-    /// CLONE_NEW* of the namespaces that the init does not share with the agent.
-    pub(super) namespaces: i32,
-    pub(super) cgroup: PathBuf,
-    /// Holds the spec's linux.seccomp.
-    pub(super) seccomp: Option<PathBuf>,
-    /// The spec's linux.personality.domain.
-    pub(super) personality: Option<String>,
-    /// The terminal's settings, if the process gets one.
-    pub(super) console: Option<Console>,
-}
 
 /// What the zygote runs in forked processes for other modules than the engine.
 #[derive(Debug, Clone, Copy)]
@@ -99,11 +53,11 @@ pub(super) fn fork(entry_points: EntryPoints) -> Result<OwnedFd, Errno> {
 fn serve(socket: OwnedFd, entry_points: EntryPoints) -> ! {
     let named = set_pdeathsig(Signal::SIGKILL).and_then(|()| nix::sys::prctl::set_name(c"machinen-engine"));
     if let Err(err) = named {
-        fail(&format!("the engine's process cannot prepare itself: {err}"));
+        console::fail(&format!("the engine's process cannot prepare itself: {err}"));
     }
     let pids: OwnedFd = match File::open("/proc/self/ns/pid") {
         Ok(file) => file.into(),
-        Err(err) => fail(&format!("the engine's process cannot open its pid namespace: {err}")),
+        Err(err) => console::fail(&format!("the engine's process cannot open its pid namespace: {err}")),
     };
     loop {
         match receive(&socket) {
@@ -114,14 +68,9 @@ fn serve(socket: OwnedFd, entry_points: EntryPoints) -> ! {
             }
             Ok(None) => sys::exit_now(0),
             Err(Errno::EINTR) => {}
-            Err(err) => fail(&format!("the engine's process cannot read a request: {err}")),
+            Err(err) => console::fail(&format!("the engine's process cannot read a request: {err}")),
         }
     }
-}
-
-pub(super) fn fail(text: &str) -> ! {
-    console::say(text);
-    sys::exit_now(1)
 }
 
 /// None when the agent is gone.

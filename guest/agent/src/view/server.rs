@@ -27,10 +27,7 @@ const OOM_SCORE: &str = "500";
 pub(crate) fn serve(root: OwnedFd, socket: OwnedFd) -> ! {
     match run(root, socket) {
         Ok(()) => sys::exit_now(0),
-        Err(err) => {
-            console::say(&format!("cannot serve a container's files: {err}"));
-            sys::exit_now(1)
-        }
+        Err(err) => console::fail(&format!("cannot serve a container's files: {err}")),
     }
 }
 

@@ -69,11 +69,7 @@ fn idle<T>(
     let id = run.container().to_owned();
     run.ok()?;
     let seen = look(&containerd.inventory()?.since(&before))?;
-    let from = containerd.log().position();
-    containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", &id])?;
-    containerd.log().wait_for_event(from, "/tasks/exit")?;
-    containerd.ctr_output(&["tasks", "delete", &id])?;
-    containerd.ctr_ok(&["containers", "delete", &id])?;
+    containerd.end(&id)?;
     containerd.settle(&before)?;
     Ok(seen)
 }

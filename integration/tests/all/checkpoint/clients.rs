@@ -24,7 +24,7 @@ fn a_container_moves_in_an_image(containerd: &mut Containerd) -> Result<()> {
     containerd.ctr_ok(&["containers", "checkpoint", "--rw", "--image", "--task", &id, REF])?;
     // The source continues to run.
     count_above(containerd, &id, before)?;
-    remove(containerd, &id)?;
+    containerd.end(&id)?;
     // The checkpoint is exported to another host and imported again.
     let archive = containerd.root().join("checkpoint.tar");
     containerd.ctr(["images", "export", "--skip-manifest-json"])?.arg(&archive).arg(REF).run()?.ok()?;
@@ -55,7 +55,7 @@ fn a_container_moves_in_an_image(containerd: &mut Containerd) -> Result<()> {
     ])?;
     let paused = count(containerd, &second)?;
     count_above(containerd, &second, paused)?;
-    remove(containerd, &second)?;
+    containerd.end(&second)?;
     remove_what_containerd_leaves(containerd)?;
     containerd.ctr_ok(&["images", "rm", "--sync", REF, "machinen.test/checkpoint:2"])?;
     Ok(())
@@ -90,14 +90,5 @@ pub(super) fn remove_what_containerd_leaves(containerd: &Containerd) -> Result<(
             fs::remove_dir_all(&path)?;
         }
     }
-    Ok(())
-}
-
-fn remove(containerd: &Containerd, id: &str) -> Result<()> {
-    let from = containerd.log().position();
-    containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", id])?;
-    containerd.log().wait_for_event(from, "/tasks/exit")?;
-    containerd.ctr_ok(&["tasks", "rm", id])?;
-    containerd.ctr_ok(&["containers", "rm", id])?;
     Ok(())
 }

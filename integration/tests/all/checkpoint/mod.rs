@@ -16,7 +16,10 @@ mod verify;
 mod watches;
 mod workloads;
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Result;
 use containerd_shim_protos::{
@@ -24,7 +27,13 @@ use containerd_shim_protos::{
     protobuf::{Message, MessageField, well_known_types::any::Any},
     shim::oci::CheckpointOptions,
 };
-use machinen_integration::{containerd::Containerd, served::Served, shim::Client};
+use machinen_integration::{
+    bundle::{Bundle, mount},
+    containerd::Containerd,
+    served::Served,
+    shim::Client,
+};
+use serde_json::json;
 use ttrpc::Code;
 
 /// Counts in memory, and shows the count in a file.
@@ -72,6 +81,20 @@ fn moved<'a>(containerd: &'a Containerd, source: &Served<'_>, config: &Path) -> 
     let restored = Served::restored(containerd, config, &dir)?;
     fs::remove_dir_all(&dir)?;
     Ok(restored)
+}
+
+/// The configuration of a container that runs a program with these capabilities and a file system in memory on
+/// /tmp.
+fn python(bundle: &Bundle, name: &str, program: &str, capabilities: &[&str]) -> Result<PathBuf> {
+    fs::write(bundle.rootfs().join(name), program)?;
+    bundle.config(&["python3.13", &format!("/{name}")], |spec| {
+        let capabilities =
+            json!({"bounding": capabilities, "effective": capabilities, "permitted": capabilities});
+        spec["process"]["capabilities"] = capabilities;
+        spec["process"]["env"] = json!(["PATH=/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE=1"]);
+        let mounts = spec["mounts"].as_array_mut().expect("an array");
+        mounts.push(mount("/tmp", "tmpfs", "tmpfs", &["mode=1777"]));
+    })
 }
 
 fn refused(client: &Client, request: &CheckpointTaskRequest) -> Result<(Code, String)> {

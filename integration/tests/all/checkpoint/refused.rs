@@ -4,15 +4,10 @@ use std::{fs, path::Path};
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::{api::Status, shim::oci::CheckpointOptions};
-use machinen_integration::{
-    bundle::{Bundle, mount},
-    containerd::Containerd,
-    served::Served,
-};
-use serde_json::json;
+use machinen_integration::{bundle::Bundle, containerd::Containerd, served::Served};
 use ttrpc::Code;
 
-use super::{checkpoint, refused, request};
+use super::{checkpoint, python, refused, request};
 use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(what_cannot_be_restored);
@@ -62,18 +57,9 @@ const KINDS: [(&str, &[&str]); 24] = [
 
 fn what_cannot_be_restored(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::with_workloads(containerd)?;
-    fs::write(bundle.rootfs().join("refused.py"), include_str!("refused.py"))?;
     fs::write(bundle.rootfs().join("replaced"), "old".repeat(4000))?;
-    let config = bundle.config(&["python3.13", "/refused.py"], |spec| {
-        let capabilities =
-            ["CAP_SYS_ADMIN", "CAP_SYS_NICE", "CAP_KILL", "CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE"];
-        let capabilities =
-            json!({"bounding": capabilities, "effective": capabilities, "permitted": capabilities});
-        spec["process"]["capabilities"] = capabilities;
-        spec["process"]["env"] = json!(["PATH=/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE=1"]);
-        let mounts = spec["mounts"].as_array_mut().expect("an array");
-        mounts.push(mount("/tmp", "tmpfs", "tmpfs", &["mode=1777"]));
-    })?;
+    let capabilities = ["CAP_SYS_ADMIN", "CAP_SYS_NICE", "CAP_KILL", "CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE"];
+    let config = python(&bundle, "refused.py", include_str!("refused.py"), &capabilities)?;
     let served = Served::run(containerd, &config)?;
     let dir = containerd.root().join("images");
     for (kind, words) in KINDS {

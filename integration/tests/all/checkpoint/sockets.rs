@@ -1,17 +1,10 @@
 //! After a restore, a UNIX socket can be reached at the current name of its file, whatever name it was bound
 //! to.
 
-use std::fs;
-
 use anyhow::{Result, ensure};
-use machinen_integration::{
-    bundle::{Bundle, mount},
-    containerd::Containerd,
-    served::Served,
-};
-use serde_json::json;
+use machinen_integration::{bundle::Bundle, containerd::Containerd, served::Served};
 
-use super::moved;
+use super::{moved, python};
 use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(sockets_with_other_names);
@@ -43,16 +36,8 @@ plain /tmp/link/plain
 
 fn sockets_with_other_names(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::with_workloads(containerd)?;
-    fs::write(bundle.rootfs().join("sockets.py"), include_str!("sockets.py"))?;
-    let config = bundle.config(&["python3.13", "/sockets.py"], |spec| {
-        let capabilities = ["CAP_SYS_CHROOT", "CAP_DAC_OVERRIDE", "CAP_KILL"];
-        let capabilities =
-            json!({"bounding": capabilities, "effective": capabilities, "permitted": capabilities});
-        spec["process"]["capabilities"] = capabilities;
-        spec["process"]["env"] = json!(["PATH=/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE=1"]);
-        let mounts = spec["mounts"].as_array_mut().expect("an array");
-        mounts.push(mount("/tmp", "tmpfs", "tmpfs", &["mode=1777"]));
-    })?;
+    let capabilities = ["CAP_SYS_CHROOT", "CAP_DAC_OVERRIDE", "CAP_KILL"];
+    let config = python(&bundle, "sockets.py", include_str!("sockets.py"), &capabilities)?;
     let mut running = Served::run(containerd, &config)?;
     answers(&running, BOUND)?;
     // The second checkpoint is of the restored container.

@@ -15,7 +15,7 @@ use super::root::{self, RootMounts};
 
 /// How a process is related to the one that starts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Bond {
+pub(crate) enum Bond {
     /// The process is killed when the thread that started it ends.
     Child,
     /// The process has a session of its own and outlives the one that started it.
@@ -26,47 +26,47 @@ pub enum Bond {
 
 /// Plain data, complete before the fork: the child of a process with threads may only make system calls.
 #[derive(Debug)]
-pub struct ChildSetup {
+pub(crate) struct ChildSetup {
     /// A pidfd of the process that forks.
-    pub parent: OwnedFd,
+    pub(crate) parent: OwnedFd,
     /// How the child is related to the process that forks.
-    pub bond: Bond,
+    pub(crate) bond: Bond,
     /// A network namespace to enter.
-    pub join_netns: Option<OwnedFd>,
+    pub(crate) join_netns: Option<OwnedFd>,
     /// CLONE_NEW* flags.
-    pub unshare: libc::c_int,
+    pub(crate) unshare: libc::c_int,
     /// The root directory to enter. Needs CLONE_NEWNS, and a pid namespace of the child's own.
-    pub root: Option<RootMounts>,
+    pub(crate) root: Option<RootMounts>,
     /// uid, gid, supplementary groups.
-    pub identity: Option<(u32, u32, Vec<u32>)>,
+    pub(crate) identity: Option<(u32, u32, Vec<u32>)>,
     /// Join a new session keyring.
-    pub new_keyring: bool,
+    pub(crate) new_keyring: bool,
     /// The only capabilities to keep in every set, the bounding set included, as a mask.
-    pub capabilities: Option<u64>,
+    pub(crate) capabilities: Option<u64>,
     /// Set PR_SET_NO_NEW_PRIVS (prctl(2)).
-    pub no_new_privileges: bool,
+    pub(crate) no_new_privileges: bool,
     /// Decimal digits.
-    pub oom_score_adj: Option<Vec<u8>>,
+    pub(crate) oom_score_adj: Option<Vec<u8>>,
 }
 
 /// What would restrict the steps of [`ChildSetup`] and the move of the child's descriptors to their numbers.
 #[derive(Debug)]
-pub struct LastSetup {
+pub(crate) struct LastSetup {
     /// RLIMIT_* and the limit, both the soft and the hard one.
-    pub limits: Vec<(libc::__rlimit_resource_t, u64)>,
+    pub(crate) limits: Vec<(libc::__rlimit_resource_t, u64)>,
     /// Filters of system calls.
-    pub filters: Vec<BpfProgram>,
+    pub(crate) filters: Vec<BpfProgram>,
 }
 
 /// Makes `command` apply `setup` to itself just before it executes.
-pub fn on_fork(command: &mut Command, setup: ChildSetup) {
+pub(crate) fn on_fork(command: &mut Command, setup: ChildSetup) {
     // SAFETY: `apply` only makes system calls on data that was complete before the fork; it does not allocate
     // or lock.
     unsafe { command.pre_exec(move || apply(&setup)) };
 }
 
 /// Makes `command` apply `setup` to itself after everything that was added to it before, and then execute.
-pub fn just_before_exec(command: &mut Command, setup: LastSetup) {
+pub(crate) fn just_before_exec(command: &mut Command, setup: LastSetup) {
     // SAFETY: as for `on_fork`: the closure only makes system calls on data that was complete before the fork.
     unsafe { command.pre_exec(move || apply_last(&setup)) };
 }
@@ -214,7 +214,7 @@ fn die_with_parent(parent: BorrowedFd<'_>) -> io::Result<()> {
 ///
 /// # Panics
 /// The thread cannot return to the pid namespace that its process is in, which would be a mistake of the kernel.
-pub fn in_new_pid_namespace<T>(fork: impl FnOnce() -> T) -> io::Result<T> {
+pub(crate) fn in_new_pid_namespace<T>(fork: impl FnOnce() -> T) -> io::Result<T> {
     let own = super::pidfd::open(std::process::id())?;
     // SAFETY: no memory is involved. This changes the namespace of this thread's future children only.
     check(unsafe { libc::unshare(libc::CLONE_NEWPID) }.into())?;

@@ -1,11 +1,11 @@
 //! Every unsafe call of the library is in this module.
 
-pub mod child;
+pub(crate) mod child;
 pub mod inherit;
 pub mod kvm;
 pub mod limits;
-pub mod pidfd;
-pub mod root;
+pub(crate) mod pidfd;
+pub(crate) mod root;
 pub mod socket;
 pub mod vhost;
 
@@ -16,6 +16,8 @@ use std::{
 
 use tokio::io::unix::AsyncFd;
 
+pub use child::drop_capabilities;
+
 /// Watches a descriptor for readiness; must be called inside a tokio runtime.
 pub fn async_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` keeps its descriptor open and unchanged until it is dropped.
@@ -23,7 +25,7 @@ pub fn async_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 }
 
 /// A close-on-exec duplicate under the first free number that is not below `number`.
-pub fn duplicate_from(fd: BorrowedFd<'_>, number: i32) -> io::Result<OwnedFd> {
+pub(crate) fn duplicate_from(fd: BorrowedFd<'_>, number: i32) -> io::Result<OwnedFd> {
     // SAFETY: fcntl(2) with F_DUPFD_CLOEXEC takes and returns integers.
     let fd = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, number) };
     if fd < 0 {

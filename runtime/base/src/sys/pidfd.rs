@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 /// Opens a pidfd (pidfd_open(2)).
 ///
 /// `pid` must be a child that has not been reaped, or a pid whose reuse the caller excludes otherwise.
-pub fn open(pid: u32) -> io::Result<OwnedFd> {
+pub(crate) fn open(pid: u32) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_open(2) takes two integers; the new descriptor is close-on-exec.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, libc::PIDFD_NONBLOCK) };
     if fd < 0 {
@@ -22,7 +22,7 @@ pub fn open(pid: u32) -> io::Result<OwnedFd> {
 }
 
 /// Sends a signal to the process of a pidfd (pidfd_send_signal(2)).
-pub fn send_signal(pidfd: BorrowedFd<'_>, signal: Signal) -> io::Result<()> {
+pub(crate) fn send_signal(pidfd: BorrowedFd<'_>, signal: Signal) -> io::Result<()> {
     let no_info = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: pidfd_send_signal(2) reads no memory when the information is null.
     let result = unsafe {

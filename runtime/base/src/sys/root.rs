@@ -8,13 +8,13 @@ use std::{
 
 /// The mounts of a root directory. None of them is attached to the file system tree before the child attaches them.
 #[derive(Debug)]
-pub struct RootMounts {
+pub(crate) struct RootMounts {
     /// The root itself, with a directory or file at each place where something is mounted.
-    pub root: OwnedFd,
+    pub(crate) root: OwnedFd,
     /// What is mounted below the root, in this order, and where: paths without a leading slash.
-    pub mounts: Vec<(OwnedFd, CString)>,
+    pub(crate) mounts: Vec<(OwnedFd, CString)>,
     /// Absolute, in the new root.
-    pub working_dir: CString,
+    pub(crate) working_dir: CString,
 }
 
 /// The directory at which the new root is mounted for a moment. Every host has it.
@@ -24,13 +24,13 @@ const PROC: &CStr = c"proc";
 
 /// The mount's attributes that [`set_attributes`] sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MountAttributes {
+pub(crate) struct MountAttributes {
     /// Nothing can be written.
-    pub read_only: bool,
+    pub(crate) read_only: bool,
     /// Device nodes can be opened.
-    pub devices: bool,
+    pub(crate) devices: bool,
     /// Programs and libraries can be executed.
-    pub executable: bool,
+    pub(crate) executable: bool,
 }
 
 /// `struct mount_attr` of linux/mount.h.
@@ -49,7 +49,7 @@ const NO_EXECUTION: u64 = 0x8;
 
 /// Changes the attributes of a mount (mount_setattr(2), Linux 5.12): set-user-ID bits have no effect, and no mount of the
 /// host propagates into it.
-pub fn set_attributes(mount: BorrowedFd<'_>, attributes: MountAttributes) -> io::Result<()> {
+pub(crate) fn set_attributes(mount: BorrowedFd<'_>, attributes: MountAttributes) -> io::Result<()> {
     let MountAttributes { read_only, devices, executable } = attributes;
     let mut set = NO_SET_USER_ID;
     for (wanted, flag) in [(read_only, READ_ONLY), (!devices, NO_DEVICES), (!executable, NO_EXECUTION)] {

@@ -8,6 +8,7 @@ use std::{
 };
 
 use machinen_base::error::{ErrorKind, HasKind};
+use machinen_storage::container_disk::ContainerDiskOptions;
 use machinen_vm::{ChannelMode, accel::AccelMode};
 use serde::{Deserialize, Serialize};
 
@@ -266,6 +267,14 @@ impl Default for TemplateConfig {
 impl Default for PoolConfig {
     fn default() -> Self {
         Self { size: 0, dir: "/run/machinen/pool".into(), containerd_timeout_s: 600 }
+    }
+}
+
+impl RootdiskConfig {
+    /// How containers' writable disks are made.
+    pub(crate) fn container_disks(&self) -> ContainerDiskOptions {
+        let Self { dir, writable_size_mib, mke2fs, .. } = self.clone();
+        ContainerDiskOptions { cache: dir, size: writable_size_mib << 20, mke2fs }
     }
 }
 

@@ -221,7 +221,7 @@ fn enter_root() -> io::Result<()> {
         Err(error) => return Err(error.into()),
     }
     drop(root);
-    sys::child::drop_capabilities()
+    sys::drop_capabilities()
 }
 
 #[cfg(test)]

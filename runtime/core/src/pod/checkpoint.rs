@@ -1,36 +1,22 @@
-//! Checkpoints of a container: taken while it is frozen, and restored into another container.
+//! Takes checkpoints of a container. `restore.rs` has the other half.
 //!
 //! ```text
-//!   checkpoint   a disk for the guest -> freeze, export the layer (unless paused) -> CRIU dumps onto it
-//!                -> resumed, unless it is to end -> files hashed and synced (-> verified) -> exit: killed
-//!   create       manifest checked -> images are a disk -> CRIU makes the processes, which wait
-//!   start        the processes run
+//!   a disk for the guest -> freeze, export the layer (unless paused) -> CRIU dumps onto it
+//!   -> resumed, unless it is to end -> files hashed and synced (-> verified) -> exit: killed
 //! ```
-//! The container is ended only after the files are on stable storage. A failure leaves it as it was.
+//! The container is ended only after the files are on stable storage. A failure leaves the container as it was.
 
 use std::{
     io::Read as _,
     path::{Path, PathBuf},
-    sync::Arc,
     time::SystemTime,
 };
 
 use machinen_base::{
     error::chain,
     fs::{FileError, Links, open_regular},
-    text::printable,
 };
-use machinen_protocol::{
-    api::{CriuOptions, Disk, RestoreFrom},
-    process::SignalTarget,
-};
-use machinen_storage::rootdisk::RootdiskKey;
-use machinen_vm::{
-    DiskAddress, VmError,
-    agent::{self, AgentError},
-};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
-use protobuf::MessageField;
+use machinen_protocol::process::SignalTarget;
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 use tokio::{sync::mpsc, task::spawn_blocking};
@@ -43,10 +29,9 @@ use super::{
 };
 use crate::{
     checkpoint::{
-        self, CheckpointError, CheckpointManifest, DumpImages, DumpOptions, FORMAT, ImageDisk,
-        SavedCheckpoint,
+        self, CheckpointError, CheckpointManifest, DumpImages, DumpOptions, FORMAT, SavedCheckpoint,
     },
-    config, spec,
+    spec,
 };
 
 /// Number of the guest's reports that may wait for the thread that writes the files.
@@ -99,10 +84,10 @@ impl Pod {
             spawn_blocking(move || read_config(config)).await.map_err(PodError::Worker)?.map_err(failed)?;
         let manifest = manifest(container, wanted.options, &config).map_err(failed)?;
         let phases = PhaseTimes::default();
-        let dump = Dump::new(self, container, &agent, wanted, !was_paused);
+        let dump = Dump::new(self, container, &agent, wanted.options, wanted.exit, !was_paused);
+        let DumpOutcome { disk, facts, layer, trial_disk, frozen } = dump.run(&phases).await?;
+        let manifest = CheckpointManifest { layer, ..manifest }.with_facts(facts);
         let written = async {
-            let DumpOutcome { disk, facts, layer, trial_disk } = dump.run(&phases).await?;
-            let manifest = CheckpointManifest { layer, ..manifest }.with_facts(facts);
             let (located, pieces) = mpsc::channel(WAITING);
             let images = disk.images(pieces);
             let (located, saved) = tokio::join!(
@@ -129,8 +114,11 @@ impl Pod {
             Ok(())
         };
         let written = written.await;
-        if written.is_err() {
-            dump.thaw().await;
+        match frozen {
+            Some(frozen) if written.is_err() => frozen.thaw().await,
+            // The container ends without having run again.
+            Some(frozen) => frozen.leave_frozen(),
+            None => {}
         }
         written
     }
@@ -179,10 +167,6 @@ fn discard(dir: &Path) {
     }
 }
 
-pub(super) fn guest_disk(address: DiskAddress) -> Disk {
-    Disk { target: address.target, lun: address.lun, ..Default::default() }
-}
-
 /// The part of a configuration that the manifest records.
 #[derive(Deserialize)]
 struct ConfigHostname {
@@ -218,167 +202,4 @@ fn manifest(
         options,
         ..CheckpointManifest::default()
     })
-}
-
-/// A checkpoint's images that are attached to a VM.
-#[derive(Debug)]
-pub(super) struct RestoreDisk {
-    pub(super) address: DiskAddress,
-    pub(super) disk: ImageDisk,
-}
-
-impl Container {
-    /// Detaches the checkpoint's disk from the VM of a running container when all of the container's memory
-    /// has been read from it.
-    pub(super) fn release_checkpoint(self: &Arc<Self>, agent: agent::Client) {
-        let source = self.checkpoint.lock().expect("no panic while held").take();
-        let Some(RestoreDisk { address, disk }) = source else { return };
-        let container = Arc::clone(self);
-        tokio::spawn(async move {
-            let id = container.id.as_str();
-            match agent.wait_pages(id).await {
-                Ok(()) => tracing::info!(id, "all of the container's memory was fetched from its checkpoint"),
-                Err(AgentError::Closed) => return,
-                Err(error) => {
-                    let why = disk.fault().map_or_else(|| chain(&error), |fault| chain(&fault));
-                    tracing::error!(
-                        id,
-                        "a restored container was killed, because its memory could not be read: {why}"
-                    );
-                }
-            }
-            match container.vm.detach_disk(address).await {
-                Ok(()) | Err(VmError::Exited(_)) => {}
-                Err(error) => {
-                    tracing::warn!(id, "cannot detach the checkpoint's disk: {}", chain(&error));
-                }
-            }
-        });
-    }
-}
-
-/// A checkpoint that a container is to be restored from.
-#[derive(Debug, Clone)]
-pub(super) struct RestorePlan {
-    id: String,
-    dir: PathBuf,
-    manifest: CheckpointManifest,
-}
-
-impl RestorePlan {
-    /// Reads the manifest, and makes all checks that need no images.
-    pub(super) fn read(id: &str, dir: &Path) -> Result<Self, PodError> {
-        let (id, dir) = (id.to_owned(), dir.to_owned());
-        match CheckpointManifest::read(&dir) {
-            Ok(manifest) => Ok(Self { id, dir, manifest }),
-            Err(source) => Err(PodError::Restore { id, dir, source }),
-        }
-    }
-
-    /// The reason why the guest could not restore the container: damage of the checkpoint, if any was found.
-    pub(super) fn refused(&self, disk: &ImageDisk, error: AgentError) -> PodError {
-        match disk.fault() {
-            Some(fault) => self.failed(fault),
-            None => PodError::guest("create", &self.id, error),
-        }
-    }
-
-    fn failed(&self, source: CheckpointError) -> PodError {
-        PodError::Restore { id: self.id.clone(), dir: self.dir.clone(), source }
-    }
-
-    /// Checks the base disk, since the processes have files on it open.
-    pub(super) fn check_rootfs(&self, base: Option<RootdiskKey>) -> Result<(), PodError> {
-        match (&self.manifest.rootdisk, base) {
-            (Some(theirs), Some(ours)) if *theirs != ours.to_string() => {
-                Err(self.failed(CheckpointError::Rootfs { theirs: printable(theirs), ours }))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    pub(super) fn has_terminal(&self) -> bool {
-        self.manifest.terminal
-    }
-
-    /// `spec` is the new container's, and `cpus` is the number of its VM's CPUs.
-    pub(super) fn request(
-        &self,
-        disk: Option<DiskAddress>,
-        config: config::RestoreConfig,
-        spec: &Spec,
-        cpus: u32,
-    ) -> RestoreFrom {
-        let options = CriuOptions {
-            lazy_pages: config.lazy,
-            tcp_close: config.tcp == config::TcpMode::Close,
-            ..self.manifest.options.criu()
-        };
-        let mut facts = self.manifest.facts();
-        // The VM of the checkpoint may have had more CPUs.
-        for file in &mut facts.limits {
-            if let Some(content) = spec::cpus::file_in_guest(&file.name, &file.content, cpus) {
-                file.content = format!("{content}\n");
-            }
-        }
-        RestoreFrom {
-            disk: disk.map(guest_disk).into(),
-            options: MessageField::some(options),
-            facts: MessageField::some(facts),
-            hostname: changed_hostname(self.manifest.hostname.as_deref(), spec).to_owned(),
-            ..Default::default()
-        }
-    }
-}
-
-/// Returns the configured hostname if it differs from that of the checkpoint. Otherwise the hostname that the
-/// processes have set stays.
-fn changed_hostname<'a>(was: Option<&str>, spec: &'a Spec) -> &'a str {
-    let own = spec::has_own(spec, LinuxNamespaceType::Uts);
-    match (was, spec.hostname().as_deref()) {
-        (Some(was), Some(now)) if own && was != now => now,
-        _ => "",
-    }
-}
-
-/// Opens the images of the checkpoint as a disk.
-pub(super) async fn restore_disk(
-    restore: Option<&RestorePlan>,
-    phases: &PhaseTimes,
-) -> Result<Option<ImageDisk>, PodError> {
-    let Some(restore) = restore.cloned() else { return Ok(None) };
-    let open = move || {
-        let disk = ImageDisk::open(&restore.dir, &restore.manifest);
-        disk.map_err(|source| restore.failed(source))
-    };
-    let opened = phases.time("checkpoint", async { spawn_blocking(open).await.map_err(PodError::Worker)? });
-    opened.await.map(Some)
-}
-
-#[cfg(test)]
-mod tests {
-    use oci_spec::runtime::LinuxNamespaceBuilder;
-
-    use super::*;
-
-    #[test]
-    fn a_hostname_is_set_where_another_is_configured() {
-        let spec = |hostname: &str, kind| {
-            let mut spec = Spec::default();
-            spec.set_hostname(Some(hostname.to_owned()).filter(|name| !name.is_empty()));
-            let namespace = LinuxNamespaceBuilder::default().typ(kind).build().unwrap();
-            spec.linux_mut().as_mut().unwrap().set_namespaces(Some(vec![namespace]));
-            spec
-        };
-        let own = |hostname| spec(hostname, LinuxNamespaceType::Uts);
-        assert_eq!(changed_hostname(Some("a"), &own("b")), "b");
-        assert_eq!(changed_hostname(Some(""), &own("b")), "b");
-        // The hostname that the processes have set stays.
-        assert_eq!(changed_hostname(Some("a"), &own("a")), "");
-        assert_eq!(changed_hostname(Some("a"), &own("")), "");
-        // A checkpoint of an earlier version does not record the hostname, and the VM's hostname is not the
-        // container's.
-        assert_eq!(changed_hostname(None, &own("b")), "");
-        assert_eq!(changed_hostname(Some("a"), &spec("b", LinuxNamespaceType::Pid)), "");
-    }
 }

@@ -9,10 +9,7 @@
 use std::{
     fs::File,
     io,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -20,21 +17,13 @@ use machinen_base::error::chain;
 use machinen_protocol::api::{
     CheckpointContainerRequest, CheckpointContainerResponse, CheckpointFacts, CheckpointImagesResponse,
 };
-use machinen_storage::rootdisk::RootdiskCache;
+use machinen_storage::container_disk::{self, ContainerDiskOptions};
 use machinen_vm::{DiskAddress, DiskBacking, DiskSpec, Vm, agent};
 use protobuf::MessageField;
 use tokio::{sync::mpsc, task::spawn_blocking};
 
-use super::{
-    Container, Pod, PodError,
-    checkpoint::{CheckpointRequest, guest_disk},
-    phases::PhaseTimes,
-    verify::TrialDisk,
-};
-use crate::{
-    checkpoint::{CheckpointError, DumpImages},
-    config,
-};
+use super::{Container, Pod, PodError, frozen::Frozen, phases::PhaseTimes, verify::TrialDisk};
+use crate::checkpoint::{CheckpointError, DumpImages, DumpOptions};
 
 /// Upper bound of the size of all images that do not hold memory of the container, bytes.
 const OTHER_IMAGES: u64 = 256 << 20;
@@ -47,9 +36,9 @@ pub(super) struct Dump<'a> {
     pod: &'a Pod,
     container: &'a Container,
     agent: &'a agent::Client,
-    wanted: &'a CheckpointRequest,
+    options: DumpOptions,
+    exit: bool,
     runs: bool,
-    frozen: AtomicBool,
 }
 
 /// The result of a dump by CRIU.
@@ -61,6 +50,15 @@ pub(super) struct DumpOutcome<'a> {
     pub(super) layer: Option<String>,
     /// The disk for a trial restore, if there is to be one.
     pub(super) trial_disk: Option<TrialDisk<'a>>,
+    /// The container, if this dump has frozen it and the request ends it.
+    pub(super) frozen: Option<Frozen>,
+}
+
+/// What the guest has returned of a container that is frozen.
+struct FrozenDump<'a> {
+    response: CheckpointContainerResponse,
+    layer: Option<String>,
+    trial_disk: Option<TrialDisk<'a>>,
 }
 
 /// A disk that is attached to the VM for the images, and detached afterwards.
@@ -104,19 +102,20 @@ impl ScratchDisk {
 }
 
 impl<'a> Dump<'a> {
-    /// `runs`: the container is running, and not paused by a client.
+    /// `exit`: the request ends the container. `runs`: the container is running, and not paused by a client.
     pub(super) fn new(
         pod: &'a Pod,
         container: &'a Container,
         agent: &'a agent::Client,
-        wanted: &'a CheckpointRequest,
+        options: DumpOptions,
+        exit: bool,
         runs: bool,
     ) -> Self {
-        Self { pod, container, agent, wanted, runs, frozen: AtomicBool::new(false) }
+        Self { pod, container, agent, options, exit, runs }
     }
 
     /// Has CRIU dump the container onto a disk. A running container resumes afterwards, unless the request
-    /// ends it: then it stays frozen until it is killed or [`Dump::thaw`] is called.
+    /// ends it: then the result has the frozen container.
     ///
     /// # Errors
     /// There is no space, or CRIU fails. The disk is detached then.
@@ -127,14 +126,21 @@ impl<'a> Dump<'a> {
         let attached = phases.time("attach", ScratchDisk::attach(vm, disk, size)).await?;
         let request = CheckpointContainerRequest {
             container_id: id.to_owned(),
-            disk: MessageField::some(guest_disk(attached.address)),
-            options: MessageField::some(self.wanted.options.criu()),
+            disk: MessageField::some(attached.address.into()),
+            options: MessageField::some(self.options.criu()),
             ..Default::default()
         };
         match self.freeze_and_dump(request, phases).await {
-            Ok((CheckpointContainerResponse { facts, criu_us, .. }, layer, trial_disk)) => {
+            Ok((FrozenDump { response, layer, trial_disk }, frozen)) => {
+                let CheckpointContainerResponse { facts, criu_us, .. } = response;
                 phases.record("criu", Duration::from_micros(criu_us));
-                Ok(DumpOutcome { disk: attached, facts: facts.unwrap_or_default(), layer, trial_disk })
+                Ok(DumpOutcome {
+                    disk: attached,
+                    facts: facts.unwrap_or_default(),
+                    layer,
+                    trial_disk,
+                    frozen,
+                })
             }
             Err(error) => {
                 let error = self.explain(error, &attached);
@@ -181,11 +187,12 @@ impl<'a> Dump<'a> {
         PodError::Checkpoint { id: self.container.id.to_string(), source }
     }
 
+    /// The container is frozen for as short a time as possible. It stays frozen only if the request ends it.
     async fn freeze_and_dump(
         &self,
         request: CheckpointContainerRequest,
         phases: &PhaseTimes,
-    ) -> Result<(CheckpointContainerResponse, Option<String>, Option<TrialDisk<'a>>), PodError> {
+    ) -> Result<(FrozenDump<'a>, Option<Frozen>), PodError> {
         let id = self.container.id.as_str();
         if self.runs && self.container.checkpoint_config.pre_dump {
             let copied = phases.time("pre-dump", self.agent.pre_dump_container(request.clone())).await;
@@ -194,47 +201,43 @@ impl<'a> Dump<'a> {
             }
         }
         let since = Instant::now();
-        if self.runs {
-            let paused = self.agent.pause_container(id).await;
-            paused.map_err(|source| PodError::guest("pause", id, source))?;
-            self.frozen.store(true, Ordering::Relaxed);
-        }
-        let dumped = async {
-            if self.runs {
-                self.pod.while_frozen(self.container).await?;
+        let frozen = if self.runs { Some(Frozen::freeze(self.agent, id).await?) } else { None };
+        let dumped = self.dump_frozen(request, phases).await;
+        let frozen = match frozen {
+            Some(frozen) if dumped.is_err() || !self.exit => {
+                frozen.thaw().await;
+                None
             }
-            let layer = self.container.layer.identity().map_err(PodError::Layer)?;
-            // Input that the process has not read yet becomes part of the checkpoint. Input that the caller
-            // writes from now on goes to the source container only.
-            let held = self.container.init.hold_stdin().await;
-            let request = CheckpointContainerRequest {
-                stdin_bytes: held.as_deref().copied().unwrap_or(0),
-                sync_rootfs: TrialDisk::copies_disk(self.container),
-                ..request
-            };
-            let dumped = phases.time("dump", self.agent.checkpoint_container(request)).await;
-            drop(held);
-            let dumped = dumped.map_err(|source| PodError::guest("checkpoint", id, source))?;
-            let trial_disk =
-                phases.time("trial-disk", TrialDisk::of(self.container, &self.pod.shared.config)).await?;
-            Ok((dumped, layer, trial_disk))
+            frozen => frozen,
         };
-        let dumped = dumped.await;
-        if dumped.is_err() || !self.wanted.exit {
-            self.thaw().await;
-        }
         phases.record("frozen", since.elapsed());
-        dumped
+        Ok((dumped?, frozen))
     }
 
-    /// Resumes the container if this dump has frozen it.
-    pub(super) async fn thaw(&self) {
+    async fn dump_frozen(
+        &self,
+        request: CheckpointContainerRequest,
+        phases: &PhaseTimes,
+    ) -> Result<FrozenDump<'a>, PodError> {
         let id = self.container.id.as_str();
-        if self.frozen.swap(false, Ordering::Relaxed)
-            && let Err(error) = self.agent.resume_container(id).await
-        {
-            tracing::error!(id, "cannot resume after a checkpoint: {}", chain(&error));
+        if self.runs {
+            self.pod.while_frozen(self.container).await?;
         }
+        let layer = self.container.layer.identity().map_err(PodError::Layer)?;
+        // Input that the process has not read yet becomes part of the checkpoint. Input that the caller
+        // writes from now on goes to the source container only.
+        let held = self.container.init.hold_stdin().await;
+        let request = CheckpointContainerRequest {
+            stdin_bytes: held.as_deref().copied().unwrap_or(0),
+            sync_rootfs: TrialDisk::copies_disk(self.container),
+            ..request
+        };
+        let dumped = phases.time("dump", self.agent.checkpoint_container(request)).await;
+        drop(held);
+        let response = dumped.map_err(|source| PodError::guest("checkpoint", id, source))?;
+        let trial_disk = TrialDisk::of(self.container, &self.pod.shared.config);
+        let trial_disk = phases.time("trial-disk", trial_disk).await?;
+        Ok(FrozenDump { response, layer, trial_disk })
     }
 
     /// Creates a disk with room for the largest possible images. It has no name, and is removed when its
@@ -243,8 +246,8 @@ impl<'a> Dump<'a> {
         let memory = u64::from(self.container.vm.spec().memory_mib) << 20;
         let before = if self.container.checkpoint_config.pre_dump { memory } else { 0 };
         let size = memory * 5 / 4 + before + OTHER_IMAGES;
-        let config::RootdiskConfig { dir, mke2fs, .. } = self.pod.shared.config.rootdisk.clone();
-        let make = move || RootdiskCache::open(&dir)?.unnamed_writable(size, &mke2fs);
+        let options = ContainerDiskOptions { size, ..self.pod.shared.config.rootdisk.container_disks() };
+        let make = move || container_disk::scratch(&options);
         let file = spawn_blocking(make).await.map_err(PodError::Worker)??;
         Ok((file, size))
     }

@@ -13,11 +13,11 @@ use tokio::sync::RwLock;
 use super::{
     ContainerId, ContainerProcess, PodError,
     anchor::Anchor,
-    checkpoint,
     create::Attachments,
     exec::Execs,
     kill_clock::KillClock,
     layer::WritableLayer,
+    restore::RestoreDisk,
     rootfs::RootfsMount,
     state::{PodRequest, ProcessExit, ProcessState},
     stdio::StdioNames,
@@ -50,7 +50,7 @@ pub struct Container {
     /// The disk with the lower layers of the root file system, if that is an overlay.
     pub(super) base: Option<RootdiskKey>,
     /// The disk of the checkpoint that the container is restored from, until the container has been started.
-    pub(super) checkpoint: Mutex<Option<checkpoint::RestoreDisk>>,
+    pub(super) checkpoint: Mutex<Option<RestoreDisk>>,
     /// How checkpoints of this container are taken.
     pub(super) checkpoint_config: config::CheckpointConfig,
     /// The mounts of the root file system that the caller asked for.
@@ -63,7 +63,7 @@ pub(super) struct ContainerStorage {
     pub(super) layer: WritableLayer,
     pub(super) attachments: Attachments,
     pub(super) base: Option<RootdiskKey>,
-    pub(super) checkpoint: Option<checkpoint::RestoreDisk>,
+    pub(super) checkpoint: Option<RestoreDisk>,
     pub(super) checkpoint_config: config::CheckpointConfig,
     pub(super) rootfs: Vec<RootfsMount>,
 }

@@ -3,7 +3,7 @@
 use std::{io, path::PathBuf, time::Duration};
 
 use machinen_base::error::{ErrorKind, HasKind};
-use machinen_storage::{layer::LayerError, rootdisk::RootdiskError};
+use machinen_storage::{container_disk::ContainerDiskError, layer::LayerError, rootdisk::RootdiskError};
 use machinen_vm::{
     VmError, VmSnapshotError, accel::AccelError, admission::AdmissionError, agent::AgentError,
     assets::MissingAsset, template::TemplateError,
@@ -146,7 +146,7 @@ pub enum PodError {
     Rootdisk(#[source] RootdiskError),
     /// The writable disk cannot be made.
     #[error("cannot prepare the writable layer")]
-    Writable(#[from] RootdiskError),
+    Writable(#[from] ContainerDiskError),
     /// The writable disk cannot be used.
     #[error("cannot use the writable layer")]
     Layer(#[source] LayerError),
@@ -256,7 +256,8 @@ impl HasKind for PodError {
             Self::Admission(error) => error.kind(),
             Self::Resources { .. } => ErrorKind::InvalidArgument,
             Self::LayerLimits(error) => error.kind(),
-            Self::Rootdisk(source) | Self::Writable(source) => source.kind(),
+            Self::Rootdisk(source) => source.kind(),
+            Self::Writable(source) => source.kind(),
             Self::Layer(source) => source.kind(),
             Self::Export(source) => source.kind(),
             Self::Checkpoint { source, .. } | Self::Restore { source, .. } => source.kind(),

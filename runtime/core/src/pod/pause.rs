@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::{Container, ContainerId, Pod, PodError, PodEvent, PodRequest, Transition};
+use super::{Container, ContainerId, Pod, PodError, PodEvent, PodRequest, Transition, frozen::Frozen};
 
 impl Pod {
     /// Freezes every process of a container. None of them runs when this returns.
@@ -28,17 +28,12 @@ impl Pod {
         let refused = |source| PodError::state(PodRequest::Pause, id, source);
         container.check(PodRequest::Pause)?;
         let agent = self.agent(id).await?;
-        agent.pause_container(id).await.map_err(|source| PodError::guest("pause", id, source))?;
+        let frozen = Frozen::freeze(&agent, id).await?;
         if let Err(error) = self.while_frozen(container).await {
-            if let Err(thaw) = agent.resume_container(id).await {
-                tracing::warn!(
-                    id,
-                    "cannot resume after a pause that failed: {}",
-                    machinen_base::error::chain(&thaw)
-                );
-            }
+            frozen.thaw().await;
             return Err(error);
         }
+        frozen.leave_frozen();
         container.init.advance(Transition::Pause).map_err(refused)?;
         self.emit(PodEvent::Paused { id: container.id.clone() });
         Ok(())

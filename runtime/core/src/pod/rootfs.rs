@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use machinen_base::error::{ErrorKind, HasKind};
-use machinen_storage::{layer::LayerTarget, rootdisk::RootfsSource};
+use machinen_storage::{container_disk::ContainerDiskPlan, layer::LayerTarget, rootdisk::RootfsSource};
 use oci_spec::runtime::Spec;
 
 /// Name of the writable layer's disk, in the directory of the snapshot (or of the bundle).
@@ -24,25 +24,21 @@ pub struct RootfsMount {
 /// Where a container's root file system comes from, and where its changes go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RootfsPlan {
-    /// What is converted to the base disk. None: `writable` is an existing disk with the whole root file
-    /// system.
+    /// What is converted to the base disk. None: `disk` has the whole root file system.
     pub source: Option<RootfsSource>,
-    /// The disk is attached read-only.
-    pub read_only: bool,
-    /// The writable layer's disk. It is next to the snapshot's upper directory, so that it is removed with
-    /// the snapshot and found by the next start on it, or in the bundle if there is no upper directory. Not
-    /// used for [`LayerTarget::Whole`]; see [`super::native_disk`].
-    pub writable: PathBuf,
-    /// Receives the container's changes when it ends or is paused. None: the changes stay on the disk, since
-    /// the caller has mounted the root file system read-only, or has named a directory of its own that no
-    /// snapshotter reads.
-    pub target: Option<LayerTarget>,
+    /// The disk that the container writes to.
+    pub disk: ContainerDiskPlan,
 }
 
 impl RootfsPlan {
     /// Whether the base disk holds only the lower layers, and nothing that a container has written.
     pub fn is_overlaid(&self) -> bool {
-        matches!(self.target, Some(LayerTarget::Upper(_)))
+        matches!(self.disk, ContainerDiskPlan::Upper { .. })
+    }
+
+    /// Whether the container has one disk, and must not change it.
+    pub fn read_only(&self) -> bool {
+        matches!(self.disk, ContainerDiskPlan::Existing { read_only: true, .. })
     }
 }
 
@@ -98,39 +94,52 @@ impl HasKind for RootfsPlanError {
 /// # Errors
 /// A directory is missing, or a type of mount is not supported.
 pub fn plan(mounts: &[RootfsMount], spec: &Spec, bundle: &Path) -> Result<RootfsPlan, RootfsPlanError> {
+    let in_bundle = || ContainerDiskPlan::Unexported { path: bundle.join(WRITABLE) };
+    let is_read_only = |mount: &RootfsMount| mount.options.iter().any(|option| option == "ro");
     let plan = match mounts {
         [] => {
             let root = spec.root().as_ref().ok_or(RootfsPlanError::None)?;
-            let source = Some(RootfsSource::Dir(bundle.join(root.path())));
-            RootfsPlan { source, read_only: false, writable: bundle.join(WRITABLE), target: None }
+            RootfsPlan { source: Some(RootfsSource::Dir(bundle.join(root.path()))), disk: in_bundle() }
         }
         [mount] if mount.kind == "overlay" => overlay(mount, bundle)?,
         [mount] if mount.kind == "bind" || mount.options.iter().any(|option| option.ends_with("bind")) => {
-            let read_only = mount.options.iter().any(|option| option == "ro");
-            let target = (!read_only).then(|| LayerTarget::Whole(mount.source.clone()));
-            let source = Some(RootfsSource::Dir(mount.source.clone()));
-            RootfsPlan { source, read_only: false, writable: bundle.join(WRITABLE), target }
+            let root = mount.source.clone();
+            let disk = match is_read_only(mount) {
+                true => in_bundle(),
+                false => ContainerDiskPlan::Whole { root: root.clone() },
+            };
+            RootfsPlan { source: Some(RootfsSource::Dir(root)), disk }
         }
         [mount] if mount.kind == "ext4" => {
-            let read_only = mount.options.iter().any(|option| option == "ro");
-            RootfsPlan { source: None, read_only, writable: mount.source.clone(), target: None }
+            let (path, read_only) = (mount.source.clone(), is_read_only(mount));
+            RootfsPlan { source: None, disk: ContainerDiskPlan::Existing { path, read_only } }
         }
         [mount] => return Err(RootfsPlanError::Kind { kind: mount.kind.clone() }),
         several => return Err(RootfsPlanError::Several { count: several.len() }),
     };
-    let dirs: Vec<&PathBuf> = match &plan.source {
-        Some(RootfsSource::Overlay { lowers }) => lowers.iter().collect(),
-        Some(RootfsSource::Dir(dir)) => vec![dir],
-        None => match plan.writable.metadata() {
-            Ok(disk) if disk.is_file() => vec![],
-            Ok(_) => return Err(RootfsPlanError::Device { path: plan.writable }),
-            Err(_) => return Err(RootfsPlanError::Missing { path: plan.writable }),
-        },
+    check_sources(&plan)?;
+    Ok(plan)
+}
+
+/// Checks that the directories exist, or that the disk is a file.
+fn check_sources(plan: &RootfsPlan) -> Result<(), RootfsPlanError> {
+    if let ContainerDiskPlan::Existing { path, .. } = &plan.disk {
+        return match path.metadata() {
+            Ok(disk) if disk.is_file() => Ok(()),
+            Ok(_) => Err(RootfsPlanError::Device { path: path.clone() }),
+            Err(_) => Err(RootfsPlanError::Missing { path: path.clone() }),
+        };
+    }
+    let sources = match &plan.source {
+        Some(RootfsSource::Overlay { lowers }) => lowers.as_slice(),
+        Some(RootfsSource::Dir(dir)) => std::slice::from_ref(dir),
+        None => &[],
     };
-    let target = plan.target.iter().map(LayerTarget::path);
-    match dirs.into_iter().map(PathBuf::as_path).chain(target).find(|dir| !dir.is_dir()) {
+    let target = plan.disk.target();
+    let mut dirs = sources.iter().map(PathBuf::as_path).chain(target.iter().map(LayerTarget::path));
+    match dirs.find(|dir| !dir.is_dir()) {
         Some(path) => Err(RootfsPlanError::Missing { path: path.to_owned() }),
-        None => Ok(plan),
+        None => Ok(()),
     }
 }
 
@@ -140,11 +149,14 @@ fn overlay(mount: &RootfsMount, bundle: &Path) -> Result<RootfsPlan, RootfsPlanE
     if lowers.is_empty() {
         return Err(RootfsPlanError::NoLower);
     }
-    let upper = option("upperdir=").map(|path| PathBuf::from(unescape(path)));
-    let home = upper.as_deref().and_then(Path::parent).unwrap_or(bundle);
-    let writable = home.join(WRITABLE);
-    let source = Some(RootfsSource::Overlay { lowers });
-    Ok(RootfsPlan { writable, read_only: false, source, target: upper.map(LayerTarget::Upper) })
+    let disk = match option("upperdir=").map(|path| PathBuf::from(unescape(path))) {
+        Some(upper) => {
+            let path = upper.parent().unwrap_or(bundle).join(WRITABLE);
+            ContainerDiskPlan::Upper { path, upper }
+        }
+        None => ContainerDiskPlan::Unexported { path: bundle.join(WRITABLE) },
+    };
+    Ok(RootfsPlan { source: Some(RootfsSource::Overlay { lowers }), disk })
 }
 
 /// `lowerdir=a:b\:c` has the two directories `a` and `b:c`, the top one first.
@@ -196,9 +208,8 @@ mod tests {
             format!("upperdir={}", upper.display()),
         ];
         let plan = plan(&[mount("overlay", &options)], &Spec::default(), dir.path()).unwrap();
-        assert_eq!(plan.writable, dir.path().join("3").join(WRITABLE));
         assert_eq!(plan.source, Some(RootfsSource::Overlay { lowers: vec![one, two] }));
-        assert_eq!(plan.target, Some(LayerTarget::Upper(upper)));
+        assert_eq!(plan.disk, ContainerDiskPlan::Upper { path: dir.path().join("3").join(WRITABLE), upper });
     }
 
     #[test]
@@ -209,9 +220,9 @@ mod tests {
             source: dir.path().to_owned(),
             options: vec!["rbind".to_owned(), option.to_owned()],
         };
-        let target = |option| plan(&[bind(option)], &Spec::default(), Path::new("/")).unwrap().target;
-        assert_eq!(target("rw"), Some(LayerTarget::Whole(dir.path().to_owned())));
-        assert_eq!(target("ro"), None);
+        let disk = |option| plan(&[bind(option)], &Spec::default(), Path::new("/b")).unwrap().disk;
+        assert_eq!(disk("rw"), ContainerDiskPlan::Whole { root: dir.path().to_owned() });
+        assert_eq!(disk("ro"), ContainerDiskPlan::Unexported { path: Path::new("/b").join(WRITABLE) });
     }
 
     #[test]
@@ -223,10 +234,9 @@ mod tests {
             options: vec!["loop".to_owned(), option.to_owned()],
         };
         let planned = plan(&[disk("rw", file.path())], &Spec::default(), Path::new("/")).unwrap();
-        let whole =
-            RootfsPlan { source: None, read_only: false, writable: file.path().to_owned(), target: None };
-        assert_eq!(planned, whole);
-        assert!(plan(&[disk("ro", file.path())], &Spec::default(), Path::new("/")).unwrap().read_only);
+        let existing = ContainerDiskPlan::Existing { path: file.path().to_owned(), read_only: false };
+        assert_eq!(planned, RootfsPlan { source: None, disk: existing });
+        assert!(plan(&[disk("ro", file.path())], &Spec::default(), Path::new("/")).unwrap().read_only());
         let device = plan(&[disk("rw", Path::new("/dev/null"))], &Spec::default(), Path::new("/"));
         assert_eq!(device, Err(RootfsPlanError::Device { path: "/dev/null".into() }));
         let missing = plan(&[disk("rw", Path::new("/no/disk"))], &Spec::default(), Path::new("/"));

@@ -12,17 +12,17 @@
 use std::{fs::File, path::Path, sync::Arc};
 
 use machinen_protocol::api::Stdio;
-use machinen_storage::{layer::LayerTarget, rootdisk::RootdiskCache};
+use machinen_storage::container_disk::{self, ContainerDiskPlan};
 use machinen_vm::Vm;
 use protobuf::MessageField;
 use tokio::{sync::MutexGuard, task::spawn_blocking};
 
 use super::{
     Container, CreateRequest, Pod, PodError,
-    checkpoint::restore_disk,
     create::{self, Attachments, ContainerDisks, CreatePlan, OpenDisks},
     layer,
     phases::PhaseTimes,
+    restore::restore_disk,
     sandbox::{Lifetime, Sandbox, SandboxSettings},
     stdio::ProcessStdio,
 };
@@ -62,7 +62,7 @@ impl<'a> TrialDisk<'a> {
             return Ok(Some(Self { copy: None, _held: Some(held) }));
         };
         let dir = config.rootdisk.dir.clone();
-        let copy = move || RootdiskCache::open(&dir)?.unnamed_copy(&disk);
+        let copy = move || container_disk::unnamed_copy(&disk, &dir);
         let copy = spawn_blocking(copy).await.map_err(PodError::Worker)??;
         Ok(Some(Self { copy: Some(copy), _held: None }))
     }
@@ -140,10 +140,10 @@ impl Pod {
         let mut plan = self.plan(&create).await?;
         // The trial reads all of the memory.
         plan.config.restore.lazy = false;
-        if let Some(LayerTarget::Whole(_)) = plan.rootfs.target {
+        if let ContainerDiskPlan::Whole { root } = plan.rootfs.disk {
             // The directory holds all of the changes. The label of the container's own disk must not decide
-            // about the base disk.
-            plan.rootfs.target = None;
+            // about the base disk. The trial's disk has no name.
+            plan.rootfs.disk = ContainerDiskPlan::Unexported { path: root };
         }
         Ok(plan)
     }

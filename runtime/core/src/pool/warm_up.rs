@@ -12,13 +12,16 @@ use std::{
 
 use machinen_base::fs::FileError;
 use machinen_protocol::api::{CreateContainerRequest, Disk, Rootfs};
-use machinen_storage::rootdisk::{RootdiskCache, RootdiskError};
+use machinen_storage::{
+    container_disk::{self, ContainerDiskError, ContainerDiskOptions},
+    rootdisk::RootdiskCache,
+};
 use machinen_vm::{DiskBacking, DiskSpec, Vm};
 use protobuf::MessageField;
 use tokio::task::spawn_blocking;
 
 use super::CloneError;
-use crate::config::{self, Config};
+use crate::config::Config;
 
 const ID: &str = "warm-up";
 /// A configuration with what most containers have. Its command exists and is never executed.
@@ -32,16 +35,14 @@ const WRITABLE: u64 = 64 << 20;
 /// # Errors
 /// The container cannot be created or deleted. The VM must not be used then.
 pub(super) async fn warm_up(vm: &Vm, config: &Config) -> Result<(), CloneError> {
-    let config::RootdiskConfig { dir, mke2fs, .. } = config.rootdisk.clone();
-    let make = move || -> Result<(File, File), RootdiskError> {
-        let cache = RootdiskCache::open(&dir)?;
-        let failed = |source: io::Error| FileError::new("write to", &dir, source);
+    let options = ContainerDiskOptions { size: WRITABLE, ..config.rootdisk.container_disks() };
+    let make = move || -> Result<(File, File), ContainerDiskError> {
+        let cache = RootdiskCache::open(&options.cache)?;
+        let failed = |source: io::Error| FileError::new("write to", &options.cache, source);
         let root = root().map_err(failed)?;
         let opened = File::open(root.path()).map_err(failed)?;
-        Ok((
-            cache.disk_of_files(opened.into(), 1, 4096, &mke2fs)?,
-            cache.unnamed_writable(WRITABLE, &mke2fs)?,
-        ))
+        let base = cache.disk_of_files(opened.into(), 1, 4096, &options.mke2fs)?;
+        Ok((base, container_disk::scratch(&options)?))
     };
     let (base, writable) = spawn_blocking(make).await.map_err(CloneError::Worker)??;
     let attach = async |file: File, read_only| {
@@ -49,8 +50,7 @@ pub(super) async fn warm_up(vm: &Vm, config: &Config) -> Result<(), CloneError> 
         let disk = DiskSpec { source, read_only, volatile: true, serial: ID.to_owned() };
         let attached = vm.attach_disk(disk).await;
         let address = attached.map_err(CloneError::Attach)?;
-        let disk = Disk { target: address.target, lun: address.lun, ..Default::default() };
-        Ok::<_, CloneError>(MessageField::some(disk))
+        Ok::<_, CloneError>(MessageField::some(Disk::from(address)))
     };
     let (base, writable) = (attach(base, true).await?, attach(writable, false).await?);
     let agent = vm.agent().await.map_err(CloneError::Agent)?;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use machinen_storage::rootdisk::RootdiskError;
+use machinen_storage::container_disk::ContainerDiskError;
 use machinen_vm::{
     Vm, VmError, VmSnapshotError, VmSpec,
     admission::{self, AdmissionError, HostMemory},
@@ -31,7 +31,7 @@ pub enum CloneError {
     Agent(#[source] VmError),
     /// The disks for the trial container cannot be made.
     #[error("cannot make the disks of the first container")]
-    Disks(#[from] RootdiskError),
+    Disks(#[from] ContainerDiskError),
     /// A disk cannot be attached.
     #[error("cannot attach a disk of the first container")]
     Attach(#[source] VmError),

@@ -58,7 +58,7 @@ impl StagingDir {
     /// Opens the current layer.
     ///
     /// # Errors
-    /// It cannot be opened.
+    /// The layer cannot be opened.
     pub fn current(&self) -> Result<OwnedFd, LayerError> {
         let opened = open(&self.target, directory_flags(), Mode::empty());
         Ok(opened.map_err(|errno| FileError::new("open", &self.target, errno))?)

@@ -17,7 +17,7 @@ use super::{
     hashing,
     key::RootdiskKey,
     lock::Lock,
-    mkfs::Mke2fs,
+    mkfs::{CopiedTree, Mke2fs},
     source::Recognised,
     source_mount::SourceMount,
     store::{self, DISK, DiskMetadata, Opened},
@@ -211,7 +211,8 @@ impl Job<'_> {
             return Err(RootdiskError::NoSpace { dir: store.dir.clone(), needed, free });
         }
         // The first ten inodes are reserved, the eleventh is lost+found.
-        mke2fs.base(self.mount.share()?, &disk, &store.dir, files + 16, needed)?;
+        let tree = CopiedTree { root: self.mount.share()?, inodes: files + 16, needed };
+        mke2fs.base(tree, &disk, &store.dir)?;
         Ok((disk, mke2fs.version))
     }
 

@@ -110,36 +110,6 @@ pub enum RootdiskError {
         /// What is wrong with the disk.
         source: Ext4Error,
     },
-    /// The changes of a container do not fit on a writable layer.
-    #[error(
-        "{} needs {}, more than the container's writable layer of {} has room for; raise rootdisk.writable_size_mib in \
-         the configuration, or set the annotation io.machinen.rootdisk-size",
-        path.display(), mib(*needed), mib(*size)
-    )]
-    UpperTooLarge {
-        /// Path of the directory with the changes.
-        path: PathBuf,
-        /// What the changes take, bytes.
-        needed: u64,
-        /// The size of the writable layer, bytes.
-        size: u64,
-    },
-    /// The file of a writable layer cannot be made.
-    #[error("cannot make the writable layer {}", path.display())]
-    Writable {
-        /// Path of the writable layer.
-        path: PathBuf,
-        /// What the system answered.
-        source: io::Error,
-    },
-    /// A file that should be a writable layer is not one.
-    #[error("the writable layer {} {what}; remove it to start with an empty one", path.display())]
-    NotWritable {
-        /// Path of the file.
-        path: PathBuf,
-        /// What is wrong, as the end of a sentence about the file.
-        what: String,
-    },
 }
 
 impl HasKind for RootdiskError {
@@ -148,20 +118,18 @@ impl HasKind for RootdiskError {
             Self::NoLayers | Self::Kind { .. } | Self::PathTooLong { .. } | Self::TooLarge { .. } => {
                 ErrorKind::InvalidArgument
             }
-            Self::Changed { .. }
-            | Self::NoMke2fs { .. }
-            | Self::OldMke2fs { .. }
-            | Self::NotWritable { .. } => ErrorKind::FailedPrecondition,
-            Self::NoSpace { .. } | Self::UpperTooLarge { .. } => ErrorKind::ResourceExhausted,
-            Self::File(FileError { source, .. })
-            | Self::Source { source, .. }
-            | Self::Writable { source, .. } => of_io(source),
+            Self::Changed { .. } | Self::NoMke2fs { .. } | Self::OldMke2fs { .. } => {
+                ErrorKind::FailedPrecondition
+            }
+            Self::NoSpace { .. } => ErrorKind::ResourceExhausted,
+            Self::File(FileError { source, .. }) | Self::Source { source, .. } => kind_of_io(source),
             Self::Mke2fs { .. } | Self::Finish { .. } => ErrorKind::Internal,
         }
     }
 }
 
-fn of_io(error: &io::Error) -> ErrorKind {
+/// What an error of the system means for a disk.
+pub(crate) fn kind_of_io(error: &io::Error) -> ErrorKind {
     match error.kind() {
         io::ErrorKind::NotFound => ErrorKind::NotFound,
         io::ErrorKind::AlreadyExists => ErrorKind::AlreadyExists,
@@ -172,6 +140,6 @@ fn of_io(error: &io::Error) -> ErrorKind {
 }
 
 /// Rounded up, so that a small amount is not shown as 0.
-fn mib(bytes: u64) -> String {
+pub(crate) fn mib(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
 }

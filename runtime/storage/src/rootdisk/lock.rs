@@ -19,14 +19,14 @@ const LONGEST_BUILD: Duration = Duration::from_secs(30 * 60);
 
 /// A held lock. Dropping it releases the lock.
 #[derive(Debug)]
-pub(super) struct Lock {
+pub(crate) struct Lock {
     path: PathBuf,
     _file: File,
 }
 
 impl Lock {
     /// Acquires a lock. If another caller holds it, calls `waiting` once and waits.
-    pub(super) fn acquire(path: &Path, mut waiting: impl FnMut()) -> io::Result<Self> {
+    pub(crate) fn acquire(path: &Path, mut waiting: impl FnMut()) -> io::Result<Self> {
         let mut reported = false;
         loop {
             let file = open(path)?;

@@ -48,9 +48,19 @@ const HASH_SEED: &str = "6d616368-696e-656e-8000-000000000002";
 
 /// The program, whose version has been checked.
 #[derive(Debug)]
-pub(super) struct Mke2fs {
+pub(crate) struct Mke2fs {
     program: PathBuf,
-    pub(super) version: String,
+    pub(crate) version: String,
+}
+
+/// A tree that is copied to a new file system.
+#[derive(Debug)]
+pub(crate) struct CopiedTree {
+    pub(crate) root: OwnedFd,
+    /// The number of files that the file system has room for.
+    pub(crate) inodes: u64,
+    /// The number of bytes that the disk will take, for the error of a full file system.
+    pub(crate) needed: u64,
 }
 
 /// The version of the mke2fs that would be used. Blocks.
@@ -65,8 +75,8 @@ impl Mke2fs {
     /// Finds `configured` (a path, or a name in PATH or the system's directories) and checks its version.
     ///
     /// # Errors
-    /// It is not there, or too old.
-    pub(super) fn find(configured: &Path) -> Result<Self, RootdiskError> {
+    /// mke2fs is missing or too old.
+    pub(crate) fn find(configured: &Path) -> Result<Self, RootdiskError> {
         let named = env::var_os(MKE2FS_VARIABLE).map_or_else(|| configured.to_owned(), PathBuf::from);
         let missing = || RootdiskError::NoMke2fs { program: named.display().to_string() };
         let program = locate(&named).ok_or_else(missing)?;
@@ -84,18 +94,9 @@ impl Mke2fs {
         Ok(Self { program, version })
     }
 
-    /// Makes `image` the disk of the tree below `root`, with room for `inodes` files. The disk gets the
-    /// length of `image`.
-    ///
-    /// `needed` is the number of bytes that the disk will take, for the error of a full file system.
-    pub(super) fn base(
-        &self,
-        root: OwnedFd,
-        image: &File,
-        dir: &Path,
-        inodes: u64,
-        needed: u64,
-    ) -> Result<(), RootdiskError> {
+    /// Makes `image` the disk of a tree. The disk gets the length of `image`.
+    pub(super) fn base(&self, tree: CopiedTree, image: &File, dir: &Path) -> Result<(), RootdiskError> {
+        let CopiedTree { root, inodes, needed } = tree;
         let inodes = inodes.to_string();
         let args = ["-N", &inodes, "-O", BASE, "-L", "machinen-base", "-d", "/proc/self/fd/0/."];
         self.run(&args, "", Stdio::Fd(root), image, dir, needed)
@@ -103,7 +104,7 @@ impl Mke2fs {
 
     /// Makes `image`, which is `size` bytes long, an empty file system with a journal. The guest has nothing
     /// to initialise: the parts of a sparse file that were not written are zero.
-    pub(super) fn writable(&self, image: &File, size: u64, dir: &Path) -> Result<(), RootdiskError> {
+    pub(crate) fn writable(&self, image: &File, size: u64, dir: &Path) -> Result<(), RootdiskError> {
         let mut args = vec!["-O", WRITABLE, "-L", "machinen-rw", "-i", "16384"];
         // All blocks of the journal are in use sooner or later, so it is only as large as performance
         // requires. mke2fs gives small file systems less.
@@ -113,16 +114,10 @@ impl Mke2fs {
         self.run(&args, ",lazy_journal_init=1", Stdio::Null, image, dir, 1 << 20)
     }
 
-    /// Makes `image` like [`Mke2fs::writable`], with the tree below `root` in it. It has no checksums, so
+    /// Makes `image` like [`Mke2fs::writable`], with a tree in it. It has no checksums, so
     /// that the tree's times can be corrected afterwards.
-    pub(super) fn seeded(
-        &self,
-        root: OwnedFd,
-        image: &File,
-        dir: &Path,
-        inodes: u64,
-        needed: u64,
-    ) -> Result<(), RootdiskError> {
+    pub(crate) fn seeded(&self, tree: CopiedTree, image: &File, dir: &Path) -> Result<(), RootdiskError> {
+        let CopiedTree { root, inodes, needed } = tree;
         let (features, inodes) = (format!("{BASE},has_journal"), inodes.to_string());
         let args =
             ["-N", &inodes, "-O", &features, "-L", "machinen-rw", "-J", "size=32", "-d", "/proc/self/fd/0/."];

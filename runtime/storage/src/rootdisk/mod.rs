@@ -15,19 +15,19 @@
 
 mod build;
 mod error;
-mod ext4;
+pub(crate) mod ext4;
 mod file_digest;
+mod flat;
 mod hashing;
 mod key;
-mod lock;
+pub(crate) mod lock;
 mod manage;
 mod manifest;
-mod mkfs;
+pub(crate) mod mkfs;
 mod source;
-mod source_mount;
-mod store;
-mod tree;
-mod writable;
+pub(crate) mod source_mount;
+pub(crate) mod store;
+pub(crate) mod tree;
 
 use std::{
     fmt,
@@ -39,24 +39,25 @@ use std::{
 use store::Store;
 
 pub use error::RootdiskError;
+pub(crate) use error::{kind_of_io, mib};
 pub use ext4::Ext4Error;
 pub use key::{RootdiskKey, RootdiskKeyError};
 pub use manage::{DiskState, ListedDisk, PruneOptions, PrunedDisks};
 pub use mkfs::{MKE2FS_VARIABLE, mke2fs_version};
 pub use source::RootfsSource;
 pub use store::{DiskMetadata, UnusableDisk};
-pub use writable::open_writable;
 
 /// Largest file system with 32-bit block numbers.
-const LARGEST: u64 = 16 << 40;
+pub(crate) const LARGEST: u64 = 16 << 40;
 
 /// The cache, shared by all processes that open the same directory.
 #[derive(Debug, Clone)]
 pub struct RootdiskCache {
-    store: Store,
+    pub(crate) store: Store,
     index: Store,
-    locks: Store,
-    blanks: Store,
+    pub(crate) locks: Store,
+    /// Empty file systems for containers' writable disks.
+    pub(crate) blanks: Store,
 }
 
 /// How a disk is made.
@@ -148,4 +149,4 @@ impl RootdiskCache {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -26,7 +26,7 @@ use super::{RootdiskError, tree::lossy};
 
 /// The mount; files are opened below its descriptor.
 #[derive(Debug)]
-pub(super) struct SourceMount {
+pub(crate) struct SourceMount {
     root: OwnedFd,
     /// The source, for messages.
     name: PathBuf,
@@ -83,7 +83,7 @@ impl SourceMount {
 
     /// A directory that has only `upper`, which is `dir`: the tree of a writable layer with the files of
     /// `dir`.
-    pub(super) fn of_upper(dir: &Path) -> Result<Self, RootdiskError> {
+    pub(crate) fn of_upper(dir: &Path) -> Result<Self, RootdiskError> {
         Self::mounted(dir, |target| {
             let none = None::<&str>;
             let upper = target.join("upper");
@@ -123,7 +123,7 @@ impl SourceMount {
     }
 
     /// Duplicates the descriptor, for a child process.
-    pub(super) fn share(&self) -> Result<OwnedFd, RootdiskError> {
+    pub(crate) fn share(&self) -> Result<OwnedFd, RootdiskError> {
         self.root.try_clone().map_err(|error| FileError::new("share the view of", &self.name, error).into())
     }
 

@@ -32,7 +32,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{RootdiskError, lock::is_at};
 
-pub(super) const DISK: &str = "ext4";
+pub(crate) const DISK: &str = "ext4";
 const METADATA: &str = "json";
 /// Version of [`DiskMetadata`]; disks with another one are built again.
 const VERSION: u32 = 1;
@@ -58,7 +58,7 @@ pub struct DiskMetadata {
     /// The version of mke2fs that made the disk.
     pub mke2fs: String,
     /// Digest of the walk; see [`super::tree::SourceTree::shape`].
-    pub(super) shape: String,
+    pub(crate) shape: String,
     seal: Seal,
 }
 
@@ -72,19 +72,19 @@ struct Seal {
 
 /// A directory of disks.
 #[derive(Debug, Clone)]
-pub(super) struct Store {
-    pub(super) dir: PathBuf,
+pub(crate) struct Store {
+    pub(crate) dir: PathBuf,
 }
 
 /// A finished disk, open for reading and locked as in use.
 #[derive(Debug)]
-pub(super) struct Opened {
-    pub(super) file: File,
-    pub(super) metadata: DiskMetadata,
+pub(crate) struct Opened {
+    pub(crate) file: File,
+    pub(crate) metadata: DiskMetadata,
 }
 
 impl DiskMetadata {
-    pub(super) fn new(size: u64, source: String, shape: String, mke2fs: &str) -> Self {
+    pub(crate) fn new(size: u64, source: String, shape: String, mke2fs: &str) -> Self {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let (files, content, seal) = (0, 0, Seal::default());
         Self {
@@ -113,18 +113,18 @@ impl Store {
         Self::open(&self.dir.join(name))
     }
 
-    pub(super) fn path(&self, name: &str, extension: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str, extension: &str) -> PathBuf {
         self.dir.join(format!("{name}.{extension}"))
     }
 
     /// Makes an unnamed file in the directory, for reading and writing.
-    pub(super) fn unnamed(&self) -> Result<File, RootdiskError> {
+    pub(crate) fn unnamed(&self) -> Result<File, RootdiskError> {
         Ok(unnamed(&self.dir).map_err(FileError::at("make a file in", &self.dir))?)
     }
 
     /// Opens the finished disk of that name and locks it as in use. None if there is no such disk, or if it
     /// was damaged since: that is logged, and the next [`Store::publish`] replaces it.
-    pub(super) fn get(&self, name: &str) -> Result<Option<Opened>, RootdiskError> {
+    pub(crate) fn get(&self, name: &str) -> Result<Option<Opened>, RootdiskError> {
         match self.check(name)? {
             Ok(opened) => {
                 let used = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
@@ -190,7 +190,7 @@ impl Store {
 
     /// Writes an unnamed disk to stable storage and gives it its name. An unfinished or damaged disk of that
     /// name is replaced.
-    pub(super) fn publish(
+    pub(crate) fn publish(
         &self,
         name: &str,
         disk: &File,
@@ -255,7 +255,7 @@ impl Store {
     }
 
     /// Removes disks whose build was killed.
-    pub(super) fn sweep(&self) -> Result<(), RootdiskError> {
+    pub(crate) fn sweep(&self) -> Result<(), RootdiskError> {
         for name in self.names()? {
             if !self.path(&name, METADATA).exists() && self.remove(&name)? {
                 tracing::info!(name, "removed an unfinished disk");
@@ -314,7 +314,7 @@ pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
 }
 
 /// Makes an unnamed file in a directory, for reading and writing.
-pub(super) fn unnamed(dir: &Path) -> io::Result<File> {
+pub(crate) fn unnamed(dir: &Path) -> io::Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     match open(dir, flags, Mode::RUSR | Mode::WUSR) {
         Ok(file) => Ok(file.into()),
@@ -338,7 +338,7 @@ fn name_file(file: &File, path: &Path) -> io::Result<()> {
 }
 
 /// Gives a file that was made by [`unnamed`] a name that nothing has yet.
-pub(super) fn name_new_file(file: &File, path: &Path) -> io::Result<()> {
+pub(crate) fn name_new_file(file: &File, path: &Path) -> io::Result<()> {
     let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
     Ok(linkat(CWD, unnamed, CWD, path, AtFlags::SYMLINK_FOLLOW)?)
 }

@@ -19,14 +19,14 @@ const PATH_LIMIT: usize = 4000;
 /// All files below a root, directories before what is in them, the names of a directory sorted by their
 /// bytes.
 #[derive(Debug)]
-pub(super) struct SourceTree {
+pub(crate) struct SourceTree {
     /// The first is the root, with an empty path.
     pub(super) entries: Vec<TreeEntry>,
 }
 
 /// One name in the tree.
 #[derive(Debug)]
-pub(super) struct TreeEntry {
+pub(crate) struct TreeEntry {
     /// From the root, without a leading slash.
     pub(super) path: Box<[u8]>,
     /// How many directories lead to it; 0 for the root.
@@ -98,7 +98,7 @@ impl TreeEntry {
 impl SourceTree {
     /// # Errors
     /// A file cannot be examined; the error names its path.
-    pub(super) fn walk(mount: &SourceMount) -> Result<Self, RootdiskError> {
+    pub(crate) fn walk(mount: &SourceMount) -> Result<Self, RootdiskError> {
         let stat =
             statat(mount, c".", AtFlags::empty()).map_err(|error| mount.error("examine", b"", error))?;
         let mut entries: Vec<TreeEntry> = Vec::new();
@@ -177,7 +177,7 @@ impl SourceTree {
 
     /// The entries for which mke2fs makes an inode: files under their first name, and symbolic links under
     /// each name, because mke2fs copies them once for each.
-    pub(super) fn files(&self) -> impl Iterator<Item = &TreeEntry> {
+    pub(crate) fn files(&self) -> impl Iterator<Item = &TreeEntry> {
         self.entries.iter().filter(|entry| entry.first.is_none() || entry.kind == FileKind::Symlink)
     }
 
@@ -192,7 +192,7 @@ impl SourceTree {
     }
 
     /// Bytes that a disk of the tree will use, as far as is known without reading the tree.
-    pub(super) fn needed_bytes(&self) -> u64 {
+    pub(crate) fn needed_bytes(&self) -> u64 {
         self.files().map(|entry| own_bytes(entry, entry.size.min(entry.allocated))).sum()
     }
 

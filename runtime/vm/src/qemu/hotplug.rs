@@ -92,6 +92,12 @@ pub struct DiskAddress {
     pub lun: u32,
 }
 
+impl From<DiskAddress> for machinen_protocol::api::Disk {
+    fn from(DiskAddress { target, lun }: DiskAddress) -> Self {
+        Self { target, lun, ..Self::default() }
+    }
+}
+
 impl std::fmt::Display for DiskAddress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "target {} lun {}", self.target, self.lun)

@@ -6,7 +6,7 @@ pub(crate) mod argv;
 pub(crate) mod hotplug;
 pub(crate) mod jail;
 pub(crate) mod launch;
-pub mod qmp;
+pub(crate) mod qmp;
 pub(crate) mod snapshot;
 mod syscalls;
 pub(crate) mod version;

@@ -77,7 +77,7 @@ impl std::fmt::Display for QemuVersion {
 
 /// The events of QEMU that are used here (QEMU's QMP reference, "Events").
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum QmpEvent {
+pub(crate) enum QmpEvent {
     /// The machine is off.
     Shutdown {
         /// A `ShutdownCause` of QEMU, such as `guest-shutdown` or `guest-reset`.
@@ -96,7 +96,7 @@ pub enum QmpEvent {
 
 /// A handle on the monitor; clones share it.
 #[derive(Debug, Clone)]
-pub struct Qmp {
+pub(crate) struct Qmp {
     commands: mpsc::Sender<QmpCommand>,
     version: QemuVersion,
 }
@@ -144,7 +144,7 @@ impl Qmp {
     ///
     /// # Errors
     /// QEMU is too old, ends, or does not send its greeting in time.
-    pub async fn connect(
+    pub(crate) async fn connect(
         socket: std::os::unix::net::UnixStream,
     ) -> Result<(Self, broadcast::Receiver<QmpEvent>), QmpError> {
         socket.set_nonblocking(true).map_err(QmpError::Io)?;
@@ -169,7 +169,7 @@ impl Qmp {
     }
 
     /// The version that QEMU reported when the monitor was opened.
-    pub fn version(&self) -> QemuVersion {
+    pub(crate) fn version(&self) -> QemuVersion {
         self.version
     }
 
@@ -177,7 +177,7 @@ impl Qmp {
     ///
     /// # Errors
     /// QEMU refuses the command, ends, or does not answer in time.
-    pub async fn execute(&self, command: &'static str, arguments: Value) -> Result<Value, QmpError> {
+    pub(crate) async fn execute(&self, command: &'static str, arguments: Value) -> Result<Value, QmpError> {
         self.send(command, arguments, None).await
     }
 
@@ -185,7 +185,7 @@ impl Qmp {
     ///
     /// # Errors
     /// As [`Qmp::execute`].
-    pub async fn execute_with_fd(
+    pub(crate) async fn execute_with_fd(
         &self,
         command: &'static str,
         arguments: Value,

@@ -155,7 +155,7 @@ impl VmSnapshot {
     /// `dir` as for [`super::Vm::launch`].
     ///
     /// # Errors
-    /// The VM does not boot, or QEMU cannot save it.
+    /// The VM does not boot, or QEMU cannot save its state.
     pub async fn make(spec: &VmSpec, dir: &Path) -> Result<Self, VmSnapshotError> {
         if let crate::ChannelKind::VhostUserVsock { .. } = spec.channel {
             return Err(VmSnapshotError::Channel);

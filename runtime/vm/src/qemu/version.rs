@@ -28,7 +28,7 @@ pub enum QemuError {
 /// Asks `qemu` for its version. Blocks.
 ///
 /// # Errors
-/// It cannot be run, or is older than what machinen uses.
+/// QEMU cannot be run, or is older than what machinen uses.
 pub fn qemu_version(qemu: &Path) -> Result<QemuVersion, QemuError> {
     let output = process::run(qemu, ["--version"], &[])?;
     let text = String::from_utf8_lossy(&output.stdout);

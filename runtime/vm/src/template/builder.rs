@@ -78,7 +78,7 @@ fn reopened(fd: &OwnedFd) -> io::Result<OwnedFd> {
 /// Builds a template of `spec`, unless there is one, and waits for it. Blocks for some seconds.
 ///
 /// # Errors
-/// It cannot be built, or another process is building it.
+/// The template cannot be built, or another process is building it.
 pub fn build(
     templates: &TemplateStore,
     spec: &VmSpec,

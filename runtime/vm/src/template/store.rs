@@ -222,7 +222,7 @@ impl TemplateStore {
     /// Reads all of a template and compares it with what was built; false if it has changed.
     ///
     /// # Errors
-    /// It is gone or cannot be read.
+    /// The template is gone or cannot be read.
     pub fn verify(&self, listed: &ListedTemplate) -> Result<bool, TemplateError> {
         let memory = |source| TemplateError::Memory { action: "read the memory", source };
         let template = open(listed.manifest.clone(), &self.names(&listed.key)).map_err(memory)?;

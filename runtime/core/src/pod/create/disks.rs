@@ -4,10 +4,13 @@ use std::{fs::File, sync::Mutex};
 
 use machinen_base::error::chain;
 use machinen_protocol::{
-    api::{CreateContainerRequest, InjectedFile, Stdio},
+    api::{self, CreateContainerRequest, InjectedFile, Stdio},
     disks::RootDisks,
 };
-use machinen_storage::rootdisk::{BuildOptions, Rootdisk, RootdiskCache, RootdiskKey, RootdiskProgress};
+use machinen_storage::{
+    container_disk::PendingDisk,
+    rootdisk::{BuildOptions, Rootdisk, RootdiskCache, RootdiskKey, RootdiskProgress},
+};
 use machinen_vm::{DiskAddress, DiskBacking, DiskSpec, Vm, VmError, agent};
 use oci_spec::runtime::Spec;
 use protobuf::MessageField;
@@ -17,11 +20,7 @@ use super::CreatePlan;
 use crate::{
     checkpoint::ImageDisk,
     config,
-    pod::{
-        PodError, checkpoint,
-        layer::{self, NewDisk},
-        phases::PhaseTimes,
-    },
+    pod::{PodError, layer, phases::PhaseTimes, restore},
 };
 
 /// The disks of a container: those of its root file system, and the one with the checkpoint's images if the
@@ -42,7 +41,7 @@ pub(super) struct PendingDisks {
     /// The base disk, if there is one.
     pub(super) base: Option<RootdiskKey>,
     /// Removes a new writable disk, unless the container is created.
-    pub(super) writable: NewDisk,
+    pub(super) writable: PendingDisk,
 }
 
 /// Opens the disks of the plan, all at once; a disk that is missing is made.
@@ -50,12 +49,11 @@ pub(super) struct PendingDisks {
 /// # Errors
 /// A disk cannot be made or opened. A new writable disk is removed then.
 pub(super) async fn open(plan: &CreatePlan, id: &str, phases: &PhaseTimes) -> Result<PendingDisks, PodError> {
-    let (base, mut writable, checkpoint) = tokio::try_join!(
+    let (base, (own, writable), checkpoint) = tokio::try_join!(
         phases.time("rootdisk", base_disk(plan, id)),
         phases.time("writable", layer::open_disk(&plan.rootfs, &plan.config)),
-        checkpoint::restore_disk(plan.restore.as_ref(), phases),
+        restore::restore_disk(plan.restore.as_ref(), phases),
     )?;
-    let own = writable.file.take().expect("a disk is open when it is returned");
     let key = base.as_ref().map(|base| base.key);
     let root = root_disks(plan, base, own);
     Ok(PendingDisks { open: ContainerDisks { root, checkpoint }, base: key, writable })
@@ -66,7 +64,7 @@ pub(super) async fn open(plan: &CreatePlan, id: &str, phases: &PhaseTimes) -> Re
 pub(in crate::pod) fn root_disks(plan: &CreatePlan, base: Option<Rootdisk>, own: File) -> RootDisks<File> {
     match base {
         Some(base) => RootDisks::Overlay { base: base.file, writable: own },
-        None if plan.rootfs.read_only => RootDisks::ReadOnly(own),
+        None if plan.rootfs.read_only() => RootDisks::ReadOnly(own),
         None => RootDisks::Whole(own),
     }
 }
@@ -76,10 +74,10 @@ pub(in crate::pod) async fn base_disk(plan: &CreatePlan, id: &str) -> Result<Opt
     let Some(source) = plan.rootfs.source.clone() else { return Ok(None) };
     let config::RootdiskConfig { dir, min_size_mib, mke2fs, .. } = plan.config.rootdisk.clone();
     let id = id.to_owned();
-    let (plan, all) = (plan.rootfs.clone(), plan.config.clone());
+    let disk = plan.rootfs.disk.clone();
     let build = move || {
         let cache = RootdiskCache::open(&dir)?;
-        if let Some(base) = layer::base_of_existing_disk(&plan, &all, &cache)? {
+        if let Some(base) = disk.base_of_remaining_disk(&cache)? {
             return Ok(base);
         }
         let options = BuildOptions { min_size: min_size_mib << 20, mke2fs };
@@ -198,7 +196,7 @@ pub(in crate::pod) fn request(
     Ok(CreateContainerRequest {
         container_id: id.to_owned(),
         oci_config: serde_json::to_vec(guest_spec).map_err(PodError::Encode)?,
-        rootfs: MessageField::some(disks.root.map(checkpoint::guest_disk).into_message()),
+        rootfs: MessageField::some(disks.root.map(api::Disk::from).into_message()),
         stdio: MessageField::some(stdio),
         files,
         ..Default::default()

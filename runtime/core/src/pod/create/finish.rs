@@ -16,9 +16,9 @@ use super::{
 use crate::{
     pod::{
         Container, PodError,
-        checkpoint::RestoreDisk,
         container::ContainerStorage,
         layer::WritableLayer,
+        restore::RestoreDisk,
         sandbox::VmOrigin,
         stdio::HostStdio,
         streams::{self, Outputs, ProcessStreams},
@@ -129,7 +129,7 @@ impl CreateJob<'_> {
             RestoreDisk { address, disk }
         });
         let storage = ContainerStorage {
-            layer: WritableLayer::new(&plan.rootfs, &plan.config, disks.base, disks.writable.keep()),
+            layer: WritableLayer::new(disks.writable.keep(disks.base), &plan.config),
             attachments,
             base: disks.base.filter(|_| plan.rootfs.is_overlaid()),
             checkpoint,
@@ -143,7 +143,8 @@ impl CreateJob<'_> {
             container: create.id.to_string(),
             unclaimed: Arc::clone(&pod.shared.starting),
         });
-        let container = Container::new(create.id, create.bundle, create.stdio.names(), anchor, vm.clone(), storage);
+        let container =
+            Container::new(create.id, create.bundle, create.stdio.names(), anchor, vm.clone(), storage);
         container.init.connect_stdin(stdin);
         let watch = ContainerWatch { agent, vm, outputs: streams.outputs };
         Created { container: Arc::new(container), origin, watch }

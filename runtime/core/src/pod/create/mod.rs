@@ -20,8 +20,8 @@ mod undo;
 use std::{collections::hash_map, path::PathBuf, sync::Arc};
 
 use super::{
-    Container, ContainerId, ContainerSlot, Pod, PodError, PodEvent, event::CreatedContainer, phases::PhaseTimes,
-    rootfs::RootfsMount, stdio::ProcessStdio,
+    Container, ContainerId, ContainerSlot, Pod, PodError, PodEvent, event::CreatedContainer,
+    phases::PhaseTimes, rootfs::RootfsMount, stdio::ProcessStdio,
 };
 use finish::{ContainerWatch, Created};
 use launch::Planned;

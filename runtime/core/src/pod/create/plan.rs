@@ -17,7 +17,7 @@ use crate::{
     config::{Config, annotations},
     pod::{
         ContainerId, Pod, PodError,
-        checkpoint::RestorePlan,
+        restore::RestorePlan,
         rootfs::{self, RootfsMount, RootfsPlan},
         sandbox::{ContainerLimits, VmRequest},
     },

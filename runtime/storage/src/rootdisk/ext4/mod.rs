@@ -17,13 +17,14 @@ mod xattr;
 
 use std::io;
 
-pub(super) use normalise::{OriginMarks, normalise, set_uuid};
+pub(super) use normalise::set_uuid;
+pub(crate) use normalise::{OriginMarks, normalise};
 pub(super) use read::manifest;
 
 /// Bytes of a block; the only size that is understood.
-pub(super) const BLOCK: usize = 4096;
+pub(crate) const BLOCK: usize = 4096;
 /// Bytes of an inode; the only size that is understood.
-pub(super) const INODE: usize = 256;
+pub(crate) const INODE: usize = 256;
 
 const ROOT: u32 = 2;
 

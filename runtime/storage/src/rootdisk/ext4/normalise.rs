@@ -19,7 +19,7 @@ const EPOCH: Ext4Time = Ext4Time { seconds: 0, nanoseconds: 0 };
 
 /// What to do with an overlay's marks of origin, which name the lower file that another file was copied from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::rootdisk) enum OriginMarks {
+pub(crate) enum OriginMarks {
     Kept,
     /// The marks refer to a file system of the host. In the guest they would hide files of the lower layer.
     Dropped,
@@ -41,11 +41,7 @@ pub(in crate::rootdisk) fn set_uuid(file: &File, uuid: [u8; 16]) -> Result<(), E
 ///
 /// # Errors
 /// The disk cannot be read or written, or does not hold the tree.
-pub(in crate::rootdisk) fn normalise(
-    file: &File,
-    tree: &SourceTree,
-    marks: OriginMarks,
-) -> Result<(), Ext4Error> {
+pub(crate) fn normalise(file: &File, tree: &SourceTree, marks: OriginMarks) -> Result<(), Ext4Error> {
     let mut image = Ext4Image::open(file)?;
     let mut names = vec![1_u64; tree.entries.len()];
     tree.entries.iter().filter_map(|entry| entry.first).for_each(|first| names[first] += 1);
@@ -97,6 +93,12 @@ pub(in crate::rootdisk) fn normalise(
         }
     }
     close(&mut open, 0, tree, 0)?;
+    clear_times(&mut image)?;
+    image.flush()
+}
+
+/// Clears the times of the reserved inodes and of the file system itself.
+fn clear_times(image: &mut Ext4Image<'_>) -> Result<(), Ext4Error> {
     for ino in (1..11).filter(|&ino| ino != ROOT) {
         let mut inode = image.inode(ino)?;
         inode.set_times(EPOCH);
@@ -107,7 +109,7 @@ pub(in crate::rootdisk) fn normalise(
     for at in [0x30, 0x40, 0x108, 0x178, 0x17c, 0x274] {
         put32(superblock, at, 0);
     }
-    image.flush()
+    Ok(())
 }
 
 /// A directory on the way to the current entry.

@@ -4,8 +4,7 @@ mod bytes;
 mod cache;
 mod damage;
 mod failures;
-mod tree;
-mod writable;
+pub(crate) mod tree;
 
 use std::{
     fs,
@@ -17,19 +16,19 @@ use machinen_base::process;
 use super::{BuildOptions, Rootdisk, RootdiskCache, RootdiskError, RootdiskProgress, RootfsSource};
 
 /// A cache in a directory of its own.
-struct CacheFixture {
+pub(crate) struct CacheFixture {
     dir: tempfile::TempDir,
-    cache: RootdiskCache,
+    pub(crate) cache: RootdiskCache,
 }
 
 impl CacheFixture {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let cache = RootdiskCache::open(&dir.path().join("cache")).unwrap();
         Self { dir, cache }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
@@ -46,7 +45,7 @@ impl CacheFixture {
     }
 
     /// Files of the cache's directory, without those of finished disks.
-    fn leftovers(&self) -> Vec<PathBuf> {
+    pub(crate) fn leftovers(&self) -> Vec<PathBuf> {
         let listed = self.cache.list().unwrap();
         let mut found = Vec::new();
         for dir in ["", "locks", "writable"] {
@@ -72,6 +71,6 @@ fn layer(dir: &Path) -> RootfsSource {
 }
 
 /// Runs a tool that the test needs.
-fn tool(program: &str, args: &[&str]) {
+pub(crate) fn tool(program: &str, args: &[&str]) {
     process::run(program, args, &[]).unwrap();
 }

@@ -169,7 +169,7 @@ pub(super) fn path(bytes: &[u8]) -> PathBuf {
 }
 
 /// Sets the modification time, and an access time that must not be found on the disk.
-pub(super) fn touch(path: &Path, seconds: i64, nanoseconds: i64) {
+pub(crate) fn touch(path: &Path, seconds: i64, nanoseconds: i64) {
     let last_modification = Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
     let last_access = Timespec { tv_sec: std::process::id().into(), tv_nsec: 0 };
     let path = CString::new(path.as_os_str().as_bytes()).unwrap();

@@ -1,22 +1,26 @@
-//! Tests of writable layers.
+//! Tests of containers' writable disks; they need root and mke2fs.
 
-use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
+use std::{fs, os::unix::fs::MetadataExt as _};
 
 use machinen_base::{
     error::{ErrorKind, HasKind as _},
     process::Spawn,
 };
 
-use super::{CacheFixture, tool};
-use crate::rootdisk::open_writable;
+use super::{ContainerDiskOptions, ContainerDiskPlan, blank, open_remaining, seed};
+use crate::rootdisk::tests::{CacheFixture, tool, tree::touch};
 
 const SIZE: u64 = 4 << 30;
+
+fn options(fixture: &CacheFixture, size: u64) -> ContainerDiskOptions {
+    ContainerDiskOptions { cache: fixture.cache.dir().to_owned(), size, mke2fs: "mke2fs".into() }
+}
 
 #[test]
 fn a_layer_is_an_empty_file_system_of_its_own() {
     let fixture = CacheFixture::new();
     let (first, second) = (fixture.path("first"), fixture.path("second"));
-    let file = fixture.cache.create_writable(&first, SIZE - 1, Path::new("mke2fs")).unwrap();
+    let file = blank::create(&first, &options(&fixture, SIZE - 1)).unwrap();
     let metadata = file.metadata().unwrap();
     assert_eq!((metadata.len(), metadata.mode() & 0o777), (SIZE, 0o600));
     assert!(metadata.blocks() * 512 < 1 << 20, "{} blocks", metadata.blocks());
@@ -28,7 +32,8 @@ fn a_layer_is_an_empty_file_system_of_its_own() {
     let (disk, dir) = (first.display(), mounted.display());
     let script = format!("mount -o loop {disk} {dir} && head -c 1M /dev/urandom >{dir}/file; umount {dir}");
     tool("unshare", &["--mount", "sh", "-ec", &script]);
-    fixture.cache.create_writable(&second, SIZE, Path::new("/nowhere")).unwrap();
+    let without_mke2fs = ContainerDiskOptions { mke2fs: "/nowhere".into(), ..options(&fixture, SIZE) };
+    blank::create(&second, &without_mke2fs).unwrap();
     tool("e2fsck", &["-fn", second.to_str().unwrap()]);
     let allocated = |path| fs::metadata(path).unwrap().blocks() * 512;
     assert!(allocated(&first) > 1 << 20 && allocated(&second) < 1 << 20);
@@ -38,8 +43,7 @@ fn a_layer_is_an_empty_file_system_of_its_own() {
 #[test]
 fn a_damaged_blank_is_made_again() {
     let fixture = CacheFixture::new();
-    let create =
-        |name: &str| fixture.cache.create_writable(&fixture.path(name), 16 << 20, Path::new("mke2fs"));
+    let create = |name: &str| blank::create(&fixture.path(name), &options(&fixture, 16 << 20));
     create("first").unwrap();
     let blank = fixture.leftovers().into_iter().find(|path| path.extension().unwrap() == "ext4").unwrap();
     let before = fs::metadata(&blank).unwrap();
@@ -47,7 +51,7 @@ fn a_damaged_blank_is_made_again() {
     let last = bytes.iter().rposition(|&byte| byte != 0).unwrap();
     bytes[last] ^= 1;
     fs::write(&blank, bytes).unwrap();
-    super::tree::touch(&blank, before.mtime(), before.mtime_nsec());
+    touch(&blank, before.mtime(), before.mtime_nsec());
     create("second").unwrap();
     assert!(fs::read(fixture.path("first")).unwrap() == fs::read(fixture.path("second")).unwrap());
 }
@@ -56,19 +60,19 @@ fn a_damaged_blank_is_made_again() {
 fn what_a_container_wrote_is_never_overwritten() {
     let fixture = CacheFixture::new();
     let path = fixture.path("layer");
-    let create = || fixture.cache.create_writable(&path, 16 << 20, Path::new("mke2fs"));
+    let create = || blank::create(&path, &options(&fixture, 16 << 20));
     create().unwrap();
     let error = create().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AlreadyExists);
-    assert_eq!(open_writable(&path).unwrap().metadata().unwrap().len(), 16 << 20);
+    assert_eq!(open_remaining(&path).unwrap().metadata().unwrap().len(), 16 << 20);
     for (content, what) in [(vec![], "is too short"), (vec![0; 4096], "is not an ext4 file system")] {
         fs::write(&path, content).unwrap();
-        let text = open_writable(&path).unwrap_err().to_string();
+        let text = open_remaining(&path).unwrap_err().to_string();
         assert!(text.starts_with(&format!("the writable layer {} {what}", path.display())), "{text}");
     }
     fs::remove_file(&path).unwrap();
-    assert_eq!(open_writable(&path).unwrap_err().kind(), ErrorKind::NotFound);
-    let error = fixture.cache.create_writable(&path, u64::MAX >> 1, Path::new("mke2fs")).unwrap_err();
+    assert_eq!(open_remaining(&path).unwrap_err().kind(), ErrorKind::NotFound);
+    let error = blank::create(&path, &options(&fixture, u64::MAX >> 1)).unwrap_err();
     assert!(error.to_string().ends_with("the largest is 16 TiB"), "{error}");
 }
 
@@ -114,7 +118,7 @@ fn a_seeded_layer_has_the_upper_directorys_files() {
         rustix::fs::lsetxattr(upper.join(file), key, value.as_bytes(), rustix::fs::XattrFlags::CREATE)
             .unwrap();
     }
-    let file = fixture.cache.seed_writable(&disk, SIZE, &upper, Path::new("mke2fs")).unwrap();
+    let file = seed::create(&disk, &upper, &options(&fixture, SIZE)).unwrap();
     assert_eq!(file.metadata().unwrap().len(), SIZE);
     assert!(
         file.metadata().unwrap().blocks() * 512 < 8 << 20,
@@ -164,8 +168,46 @@ fn an_upper_directory_that_does_not_fit_is_refused() {
     let (upper, disk) = (fixture.path("upper"), fixture.path("disk"));
     fs::create_dir(&upper).unwrap();
     fs::write(upper.join("big"), vec![7; 64 << 20]).unwrap();
-    let error = fixture.cache.seed_writable(&disk, 64 << 20, &upper, Path::new("mke2fs")).unwrap_err();
+    let error = seed::create(&disk, &upper, &options(&fixture, 64 << 20)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ResourceExhausted);
     assert!(error.to_string().contains("io.machinen.rootdisk-size"), "{error}");
     assert!(!disk.exists());
+}
+
+#[test]
+fn a_new_disk_is_removed_unless_its_container_is_created() {
+    let fixture = CacheFixture::new();
+    let (upper, path) = (fixture.path("fs"), fixture.path("machinen-writable.ext4"));
+    fs::create_dir(&upper).unwrap();
+    let plan = ContainerDiskPlan::Upper { path: path.clone(), upper };
+    let options = options(&fixture, 16 << 20);
+    let (_, pending) = plan.open(&options).unwrap();
+    assert!(path.exists());
+    drop(pending);
+    assert!(!path.exists());
+    let (_, pending) = plan.open(&options).unwrap();
+    assert!(pending.keep(None).is_clean());
+    // The VM was killed. The next container gets the disk, and a failed creation does not remove it.
+    let (_, pending) = plan.open(&options).unwrap();
+    drop(pending);
+    let (_, pending) = plan.open(&options).unwrap();
+    let disk = pending.keep(None);
+    assert!(!disk.is_clean() && path.exists());
+    disk.discard().unwrap();
+    assert!(!path.exists());
+    disk.discard().unwrap();
+}
+
+#[test]
+fn a_disk_of_the_caller_is_only_opened() {
+    let fixture = CacheFixture::new();
+    let path = fixture.path("disk");
+    let plan = ContainerDiskPlan::Existing { path: path.clone(), read_only: true };
+    let error = plan.open(&options(&fixture, 16 << 20)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    fs::write(&path, "anything").unwrap();
+    let (mut file, pending) = plan.open(&options(&fixture, 16 << 20)).unwrap();
+    assert!(std::io::Write::write(&mut file, b"x").is_err());
+    drop(pending);
+    assert!(path.exists());
 }

@@ -17,13 +17,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machinen_base::fs::{create_private_dirs, if_exists, lock, lock_shared, try_lock};
-use machinen_storage::rootdisk::RootdiskKey;
+use machinen_base::fs::{FileError, create_private_dirs, if_exists, lock, lock_shared, try_lock};
 use rustix::{
     fs::{AtFlags, CWD, StatxFlags, XattrFlags, fgetxattr, fsetxattr, statx},
     io::Errno,
 };
 use sha2::{Digest as _, Sha256};
+
+use crate::rootdisk::RootdiskKey;
 
 const ATTRIBUTE: &str = "user.machinen.layer";
 /// Longest value, bytes: a path and some numbers.
@@ -59,13 +60,13 @@ fn dir(cache: &Path) -> PathBuf {
 impl NativeDisks {
     /// Creates the directory if it is missing, waits for the lock, and removes the disks that belong to no
     /// directory.
-    pub(super) fn lock(cache: &Path) -> io::Result<Self> {
+    pub(super) fn lock(cache: &Path) -> Result<Self, FileError> {
         let dir = dir(cache);
-        create_private_dirs(&dir)?;
-        let locked = File::open(&dir)?;
-        lock(&locked)?;
+        create_private_dirs(&dir).map_err(FileError::at("make the directory", &dir))?;
+        let locked = File::open(&dir).map_err(FileError::at("open", &dir))?;
+        lock(&locked).map_err(FileError::at("lock", &dir))?;
         let disks = Self { dir, _lock: locked };
-        disks.sweep()?;
+        disks.sweep().map_err(FileError::at("remove unused disks from", &disks.dir))?;
         Ok(disks)
     }
 

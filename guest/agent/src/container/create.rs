@@ -1,0 +1,213 @@
+//! Creates a container: its disks are mounted, and its init waits to be started.
+
+use std::{
+    fs,
+    path::Path,
+    sync::{Arc, Mutex},
+};
+
+use machinen_protocol::{api, disks::RootDisks};
+use nix::unistd::Uid;
+use tokio::sync::watch;
+
+use super::{
+    Container, ContainerError, IdTable, STATE,
+    delete::{clear, remove_dir},
+    files,
+    restore::{PlannedRestore, RestoreImage},
+    rootfs::{Rootfs, RootfsError},
+    stage::{MemoryState, PendingInit, StartStage},
+};
+use crate::{
+    cgroup::Cgroup,
+    console,
+    context::Context,
+    criu::Restored,
+    disk::{Disk, ScsiAddress},
+    engine::{self, ContainerContext, Engine, EngineError, Prepared},
+    layer::Stamp,
+    process::{Process, Started},
+    reaper::Reaper,
+    stdio::{AgentEnds, Streams},
+    view::View,
+};
+
+/// The time that each phase of a creation took, for the host's log.
+#[derive(Debug)]
+pub(crate) struct Phases {
+    since: std::time::Instant,
+    done: Vec<api::Phase>,
+}
+
+impl Phases {
+    fn new() -> Self {
+        Self { since: std::time::Instant::now(), done: Vec::new() }
+    }
+
+    fn done(&mut self, name: &str) {
+        let micros = u64::try_from(self.since.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.done.push(api::Phase { name: name.to_owned(), micros, ..Default::default() });
+        self.since = std::time::Instant::now();
+    }
+
+    pub(crate) fn into_messages(self) -> Vec<api::Phase> {
+        self.done
+    }
+}
+
+impl Container {
+    /// Creates a container whose init waits to be started. A failed creation leaves nothing behind.
+    ///
+    /// # Errors
+    /// The request, its disks or its spec are not usable.
+    pub(crate) async fn create(
+        context: &Context,
+        request: api::CreateContainerRequest,
+    ) -> Result<(Self, Phases), ContainerError> {
+        let dir = Path::new(STATE).join(&request.container_id);
+        make_dir(&dir)?;
+        let result = Self::create_in(context, request, &dir).await;
+        if result.is_err()
+            && let Err(err) = remove_dir(&dir)
+        {
+            console::report(&err);
+        }
+        result
+    }
+
+    async fn create_in(
+        context: &Context,
+        mut request: api::CreateContainerRequest,
+        dir: &Path,
+    ) -> Result<(Self, Phases), ContainerError> {
+        let mut phases = Phases::new();
+        let streams = Streams::claim(&request.stdio, &context.unclaimed).await?;
+        let (disks, image) = find_disks(context, &mut request).await?;
+        phases.done("disks");
+        let rootfs = Rootfs::mount(dir, &disks)?;
+        drop(disks);
+        phases.done("mounts");
+        let made = make_init(context, &request, dir, rootfs.path(), streams, image.as_ref(), &mut phases);
+        let Made { cgroup, init, pending, join_context } = match made.await {
+            Ok(made) => made,
+            Err(err) => {
+                rootfs.unmount().unwrap_or_else(|err| console::report(&err));
+                return Err(err);
+            }
+        };
+        let container = Self {
+            dir: dir.to_owned(),
+            initial_stamp: rootfs.upper().as_deref().and_then(Stamp::take),
+            rootfs,
+            cgroup,
+            init: Arc::new(init),
+            execs: IdTable::new("process"),
+            join_context,
+            view: View::default(),
+            stage: Mutex::new(StartStage::Created(pending)),
+            memory: watch::Sender::new(MemoryState::Complete),
+            dumped: Mutex::default(),
+        };
+        Ok((container, phases))
+    }
+}
+
+/// Waits until the disks are there: those of the root file system, and that of the checkpoint if the container
+/// is restored.
+async fn find_disks(
+    context: &Context,
+    request: &mut api::CreateContainerRequest,
+) -> Result<(RootDisks<Disk>, Option<RestoreImage>), ContainerError> {
+    let rootfs = request.rootfs.take().ok_or(ContainerError::NoRootfs)?;
+    let disks = RootDisks::of_message(rootfs).ok_or(ContainerError::NoRootfs)?;
+    let disks = disks.map(|disk| ScsiAddress::from(&disk));
+    let disks = async { Ok(context.disks.find(disks).await.map_err(RootfsError::from)?) };
+    let image = async {
+        match request.checkpoint.take() {
+            Some(checkpoint) => RestoreImage::find(&context.disks, checkpoint).await.map(Some),
+            None => Ok(None),
+        }
+    };
+    tokio::try_join!(disks, image)
+}
+
+/// A container's processes, before they are part of a container.
+struct Made {
+    cgroup: Cgroup,
+    init: Process,
+    pending: PendingInit,
+    join_context: ContainerContext,
+}
+
+/// Prepares the configuration, and makes the init below the mounted root file system. A failure leaves no
+/// process and no cgroup.
+async fn make_init(
+    context: &Context,
+    request: &api::CreateContainerRequest,
+    dir: &Path,
+    rootfs: &Path,
+    streams: Streams,
+    image: Option<&RestoreImage>,
+    phases: &mut Phases,
+) -> Result<Made, ContainerError> {
+    let files = files::write(&dir.join("files"), &request.files)?;
+    let (id, config) = (&request.container_id, &request.oci_config);
+    let prepared = Prepared::new(id, dir, rootfs, config, files.clone(), request.stdio.terminal)
+        .map_err(EngineError::from)?;
+    phases.done("spec");
+    let restore = image.map(|image| image.plan(dir, rootfs, &files));
+    let Context { engine, reaper, .. } = context;
+    let (cgroup, init, pending) = make(engine, reaper, &prepared, streams, restore, phases).await?;
+    Ok(Made { cgroup, init, pending, join_context: prepared.join_context().clone() })
+}
+
+/// Has the engine create the container, or CRIU restore it, and supervises its init.
+async fn make(
+    engine: &Engine,
+    reaper: &Reaper,
+    prepared: &Prepared,
+    streams: Streams,
+    restore: Option<PlannedRestore<'_>>,
+    phases: &mut Phases,
+) -> Result<(Cgroup, Process, PendingInit), ContainerError> {
+    let pipes = restore.as_ref().map(PlannedRestore::pipes).unwrap_or_default();
+    let (process_ends, pending) = streams.ends(Uid::from_raw(prepared.owner()), pipes)?;
+    let cgroup = Cgroup::new(prepared.cgroup_path());
+    let create = async {
+        cgroup.create(prepared.devices())?;
+        phases.done("cgroup");
+        let (pid, exit, pending_init, unread) = match restore {
+            None => {
+                let created = engine.create(reaper, prepared, process_ends).await?;
+                let engine::Created { pid, exit, waiting } = created;
+                phases.done("engine");
+                (pid, exit, PendingInit::New(waiting), Vec::new())
+            }
+            Some(restore) => {
+                let Restored { pid, exit, held, stdin } =
+                    restore.run(reaper, prepared, &cgroup, process_ends).await?;
+                phases.done("criu");
+                (pid, exit, PendingInit::Restored(Box::new(held)), stdin)
+            }
+        };
+        let ends = AgentEnds { unread, ..pending.connect()? };
+        Ok::<_, ContainerError>((pid, exit, pending_init, ends))
+    };
+    let (pid, exit, pending_init, ends) = match create.await {
+        Ok(made) => made,
+        Err(err) => {
+            clear(&cgroup).await.unwrap_or_else(|err| console::report(&err));
+            return Err(err);
+        }
+    };
+    let started = Started { pid, exit, ends, cgroup: cgroup.clone(), is_init: true };
+    Ok((cgroup, Process::supervise(started, reaper.clone()), pending_init))
+}
+
+fn make_dir(dir: &Path) -> Result<(), ContainerError> {
+    fs::create_dir_all(dir).map_err(|source| ContainerError::State {
+        what: "create",
+        path: dir.to_owned(),
+        source,
+    })
+}

@@ -1,0 +1,89 @@
+//! The errors of a container's calls.
+
+use std::{io, path::PathBuf, sync::Arc};
+
+use machinen_protocol::error::{ErrorKind, HasKind};
+
+use super::{files::FilesError, id_table::IdError, rootfs::RootfsError};
+use crate::{
+    cgroup::CgroupError, criu::CriuError, engine::EngineError, layer::LayerError, process::ProcessError,
+    stdio::StdioError, view::ViewError,
+};
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ContainerError {
+    #[error("no root file system is given")]
+    NoRootfs,
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
+    #[error(transparent)]
+    Files(#[from] FilesError),
+    #[error(transparent)]
+    Stdio(#[from] StdioError),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    #[error(transparent)]
+    Criu(#[from] CriuError),
+    #[error("{0}")]
+    PagesLost(Arc<CriuError>),
+    #[error("memory of the container is still being fetched from the checkpoint that it was restored from")]
+    PagesPending,
+    #[error("the container is not paused")]
+    NotPaused,
+    #[error("processes were added to the container and still run: {}", .execs.join(", "))]
+    HasExecs { execs: Vec<String> },
+    #[error("no disk is given for the checkpoint")]
+    NoCheckpointDisk,
+    #[error("the container was not dumped")]
+    NotDumped,
+    #[error(transparent)]
+    View(#[from] ViewError),
+    #[error("cannot export the container's changes")]
+    Layer(#[from] LayerError),
+    #[error("the container's disk is a snapshot itself, of which no archive is made")]
+    NoLayer,
+    #[error("no stream with token {token} is waiting for the archive")]
+    NoStream { token: u64 },
+    #[error("cannot {what} {path}")]
+    State { what: &'static str, path: PathBuf, source: io::Error },
+    #[error("container has been started already")]
+    AlreadyStarted,
+    #[error("container is still running")]
+    Running,
+    #[error("the init is deleted with its container")]
+    IsInit,
+    #[error(transparent)]
+    Table(#[from] IdError),
+}
+
+impl HasKind for ContainerError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NoRootfs
+            | Self::IsInit
+            | Self::NoLayer
+            | Self::NoCheckpointDisk
+            | Self::Files(_)
+            | Self::Stdio(_) => ErrorKind::InvalidArgument,
+            Self::Rootfs(_) | Self::NoStream { .. } => ErrorKind::NotFound,
+            Self::AlreadyStarted
+            | Self::Running
+            | Self::NotPaused
+            | Self::NotDumped
+            | Self::PagesPending
+            | Self::HasExecs { .. } => ErrorKind::FailedPrecondition,
+            Self::Table(err) => err.kind(),
+            Self::Engine(err) => err.kind(),
+            Self::Process(err) => err.kind(),
+            Self::Criu(err) => err.kind(),
+            Self::PagesLost(err) => err.kind(),
+            Self::Cgroup(err) => err.kind(),
+            Self::View(err) => err.kind(),
+            Self::Layer(_) | Self::State { .. } => ErrorKind::Internal,
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Adapts the mounts of an OCI configuration, and adds those of the host's files.
+
+use std::path::{Path, PathBuf};
+
+use pathrs::Root;
+use serde_json::{Value, json};
+
+use super::oci::{items, path_value};
+
+/// A small file that the host has sent: it is at `source` in the agent's directory, and mounted at
+/// `destination` in the container.
+#[derive(Debug, Clone)]
+pub(crate) struct FileMount {
+    pub(crate) source: PathBuf,
+    pub(crate) destination: PathBuf,
+}
+
+/// A place of the root file system itself where the configuration mounts something.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct MountPoint {
+    pub(crate) path: PathBuf,
+    /// The mount is a file, not a directory.
+    pub(crate) is_file: bool,
+}
+
+/// Changes what libcontainer would misread. `bind_sysfs_of_vm`: the container may not mount a sysfs.
+pub(super) fn adapt(spec: &mut Value, bind_sysfs_of_vm: bool) {
+    for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
+        // The source is optional and has no meaning for a file system without a device, but libcontainer
+        // requires one.
+        if mount["source"].as_str().is_none_or(str::is_empty) {
+            mount["source"] = mount["type"].clone();
+        }
+        match mount["type"].as_str() {
+            // libcontainer knows mounts of the cgroup hierarchy by the name that they have in v1.
+            Some("cgroup2") => mount["type"] = "cgroup".into(),
+            Some("sysfs") if bind_sysfs_of_vm => bind_sysfs(mount),
+            _ => {}
+        }
+    }
+}
+
+/// Mounts the files that the host has sent.
+pub(super) fn add_files(spec: &mut Value, root: &Root, files: Vec<FileMount>) {
+    if !spec["mounts"].is_array() {
+        spec["mounts"] = json!([]);
+    }
+    let mounts = files.into_iter().map(|file| {
+        json!({
+            "destination": path_value(&resolve_last_link(root, file.destination)),
+            "type": "bind",
+            "source": path_value(&file.source),
+            "options": ["rbind", "rprivate"],
+        })
+    });
+    if let Some(all) = spec["mounts"].as_array_mut() {
+        all.extend(mounts);
+    }
+}
+
+/// The mounts that are not below another mount.
+pub(super) fn mount_points(mounts: &Value) -> Vec<MountPoint> {
+    let destination = |mount: &Value| PathBuf::from(mount["destination"].as_str().unwrap_or_default());
+    let all: Vec<PathBuf> = items(mounts).map(destination).collect();
+    let is_below = |path: &Path| all.iter().any(|other| other != path && path.starts_with(other));
+    items(mounts)
+        .map(|mount| MountPoint {
+            path: destination(mount),
+            is_file: mount["type"] == "bind"
+                && mount["source"].as_str().is_some_and(|path| Path::new(path).is_file()),
+        })
+        .filter(|point| !is_below(&point.path))
+        .collect()
+}
+
+/// Resolves a path whose last element is a link, dangling or not. libcontainer creates missing files, but not
+/// the targets of links, and /etc/resolv.conf often is a link. libcontainer itself resolves the elements
+/// before the last one, and ensures that they do not lead out of the root.
+fn resolve_last_link(root: &Root, mut path: PathBuf) -> PathBuf {
+    // The kernel follows as many (path_resolution(7)).
+    for _ in 0..40 {
+        match (root.readlink(&path), path.parent()) {
+            (Ok(target), Some(parent)) => path = parent.join(target),
+            _ => break,
+        }
+    }
+    path
+}
+
+/// Replaces a sysfs mount by a bind mount of the VM's. A sysfs shows a network namespace, and only the owner
+/// of that namespace may mount one.
+fn bind_sysfs(mount: &mut Value) {
+    let options: Vec<Value> = items(&mount["options"]).cloned().chain(["rbind".into()]).collect();
+    mount["type"] = "bind".into();
+    mount["source"] = "/sys".into();
+    mount["options"] = options.into();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_points_on_the_root_file_system_are_known() {
+        let mounts = json!([
+            {"destination": "/dev", "type": "tmpfs"},
+            {"destination": "/dev/pts", "type": "devpts"},
+            {"destination": "/devices", "type": "tmpfs"},
+            {"destination": "/etc/hosts", "type": "bind", "source": "/proc/self/status"},
+        ]);
+        let found: Vec<_> =
+            mount_points(&mounts).into_iter().map(|point| (point.path, point.is_file)).collect();
+        let points = [("/dev", false), ("/devices", false), ("/etc/hosts", true)];
+        assert_eq!(found, points.map(|(path, is_file)| (PathBuf::from(path), is_file)));
+    }
+}
