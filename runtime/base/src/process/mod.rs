@@ -14,8 +14,8 @@ mod tool;
 use std::{io, os::unix::process::ExitStatusExt as _, process::ExitStatus};
 
 pub use child::Child;
-pub use foreign::kill_foreign;
-pub use memory::tree_pss;
+pub use foreign::{await_ends, kill_foreign};
+pub use memory::{descendants, tree_pss};
 pub use sandbox::{ChildSandbox, Namespaces, RunAs};
 pub use spawn::{Spawn, Stdio, ToolOutput};
 pub use tool::{find_program, run};
