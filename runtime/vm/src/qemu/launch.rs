@@ -40,6 +40,10 @@ use crate::{
 /// The file in the VM's directory that has the guest's console output.
 pub(crate) const CONSOLE_LOG: &str = "console.log";
 
+/// The host's kernel kills QEMU before the shim, which reports the reason, and whose own value containerd sets to at most
+/// a few above that of containerd (proc_pid_oom_score_adj(5)).
+const OOM_SCORE: i16 = 100;
+
 /// Why QEMU could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
@@ -286,6 +290,7 @@ fn start(
 
     let args = argv::argv(spec, origin.start(), guest_end.cid);
     let mut sandbox = ChildSandbox::strict(spec.identity.clone());
+    sandbox.oom_score_adj = Some(OOM_SCORE);
     let mut inherited: Vec<(OwnedFd, i32)> = vec![
         (monitor_end.into(), fd::QMP),
         (console_end.into(), fd::CONSOLE),
