@@ -9,6 +9,7 @@ use machinen::{
     assets::Assets,
     config::Config,
     error::chain,
+    host_cgroup::HostCgroups,
     rootdisk::{RootdiskCache, mke2fs_version},
     vm::{ChannelKind, HostSupport, choose_channel, qemu_version},
 };
@@ -49,6 +50,7 @@ pub(crate) fn run(args: &CheckArgs, config: &Config) -> ExitCode {
         mke2fs(config),
         assets(config),
         channel(config),
+        cgroup(),
         cache(config),
     ];
     if args.json {
@@ -127,6 +129,18 @@ fn channel(config: &Config) -> Finding {
         ),
     };
     Finding { what: "channel", verdict, text }
+}
+
+fn cgroup() -> Finding {
+    let (verdict, text) = match HostCgroups::detect() {
+        Ok(found) if found.missing().is_empty() => (CheckVerdict::Ok, found.to_string()),
+        Ok(found) => {
+            let missing = found.missing().join(", ");
+            (CheckVerdict::Note, format!("{found}; containers cannot have limits of {missing} on the host"))
+        }
+        Err(error) => (CheckVerdict::Note, format!("limits are not enforced on the host: {}", chain(&error))),
+    };
+    Finding { what: "cgroup", verdict, text }
 }
 
 fn cache(config: &Config) -> Finding {

@@ -3,6 +3,7 @@
 use std::io;
 
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use machinen::{error::chain, host_cgroup::HostCgroups};
 use protobuf::{Message, MessageField, well_known_types::any::Any};
 use serde_json::json;
 
@@ -31,6 +32,11 @@ pub(crate) fn run() -> Result<(), ShimError> {
     info.write_to_writer(&mut io::stdout().lock()).map_err(ShimError::Encode)
 }
 
+/// What can limit a pod on the host, in words.
+fn host_cgroups() -> String {
+    HostCgroups::detect().map_or_else(|error| chain(&error), |found| found.to_string())
+}
+
 /// The features document (runtime-spec, features.md): the features of the guest's kernel and engine.
 fn features() -> serde_json::Value {
     json!({
@@ -44,6 +50,7 @@ fn features() -> serde_json::Value {
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },
             "intelRdt": { "enabled": false }
-        }
+        },
+        "annotations": { "io.machinen.host.cgroup": host_cgroups() }
     })
 }

@@ -104,6 +104,7 @@ async fn serve_pod(
     let ServerParams { namespace, id, bundle, events, .. } = work;
     let (sender, receiver) = mpsc::unbounded_channel();
     let pod = Pod::new(config, namespace.clone(), id.clone(), bundle.join(POD_DIR), sender);
+    pod.begin_cgroup(bundle.clone());
     if let Some(warm_vm) = warm_vm {
         pod.adopt(warm_vm);
     }

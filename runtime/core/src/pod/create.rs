@@ -144,7 +144,9 @@ impl Pod {
             tokio::select! { disks = disks => disks, error = vm_end(&mut vm) => Err(error) }
         };
         let stdio = async { host_stdio.ready().await.map_err(PodError::from) };
-        let (provisioned, (base, mut writable, checkpoint), ()) = tokio::try_join!(launch, disks, stdio)?;
+        let cgroup = phases.time("cgroup", self.enter_cgroup(&plan, &create.bundle));
+        let (provisioned, (base, mut writable, checkpoint), (), ()) =
+            tokio::try_join!(launch, disks, stdio, cgroup)?;
         let key = base.as_ref().map(|base| base.key);
         let overlaid = key.filter(|_| plan.rootfs.is_overlaid());
         if let Some(restore) = &plan.restore {
@@ -187,6 +189,7 @@ impl Pod {
                 }
             })?;
         phases.record_guest(&created);
+        phases.time("limits", self.limit_on_host(&create.id, &plan, provisioned.origin)).await?;
         // The anchor has long entered its root by now; its pid must not be passed to clients before.
         phases.time("anchor", anchor.wait_for_root()).await?;
         let layer = WritableLayer::new(&plan.rootfs, &plan.config, key, writable.keep());
@@ -249,6 +252,7 @@ impl Pod {
         if last && let Some(vm) = slot.take() {
             vm.kill().await;
         }
+        self.shared.cgroup.release(id, || self.is_empty()).await;
     }
 }
 

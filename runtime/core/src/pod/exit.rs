@@ -47,11 +47,12 @@ impl Pod {
             waited = &mut waiting => waited,
             ((), ()) = watchers => waiting.await,
         };
-        let unreported_kill = waited.as_ref().is_ok_and(|ended| ended.oom_kills > reported.into_inner());
+        let mut unreported_kill = waited.as_ref().is_ok_and(|ended| ended.oom_kills > reported.into_inner());
         if let Err(error) = &waited {
             // A VM is useless without its agent. If the VM has ended already, this does nothing.
             vm.kill().await;
-            let reason = vm.exited().await;
+            let (reason, out_of_memory) = self.reason_of_loss(vm.exited().await).await;
+            unreported_kill = out_of_memory;
             tracing::error!(id = container.id, "container lost: {}: {reason}", chain(error));
         }
         // None: the guest is lost and cannot export the container's changes. Otherwise whether there are no

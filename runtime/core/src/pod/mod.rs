@@ -19,6 +19,7 @@ mod error;
 pub mod event;
 mod exec;
 mod exit;
+mod host_limits;
 mod layer;
 mod native_disk;
 mod out_of_memory;
@@ -51,6 +52,7 @@ use tokio::{
 
 use crate::{
     config::{Config, VmConfig},
+    host_cgroup::HostCgroup,
     pool::WarmVm,
 };
 use event::PodEvent;
@@ -105,6 +107,8 @@ struct PodShared {
     /// Describes the newest VM of the pod, from before it starts. None: no container was created yet.
     described_vm: Mutex<Option<DescribedVm>>,
     containers: Mutex<HashMap<String, ContainerSlot>>,
+    /// Where the pod's processes are on the host.
+    cgroup: HostCgroup,
     /// One permit is held while a process's streams are open and the agent has not claimed them.
     starting: Arc<Semaphore>,
     /// A container could not be removed from the guest, so its disk may not have been synced.
@@ -140,6 +144,7 @@ impl Pod {
             afterwards: Mutex::default(),
             described_vm: Mutex::default(),
             containers: Mutex::default(),
+            cgroup: HostCgroup::default(),
             starting: Arc::new(Semaphore::new(streams::STARTING)),
             unsynced: AtomicBool::new(false),
         };
@@ -164,8 +169,9 @@ impl Pod {
             .map_err(|source| PodError::state(PodRequest::Start, id, source))?;
         self.emit(PodEvent::Started { id: id.to_owned(), pid: container.pid });
         container.release_checkpoint(agent);
-        self.request_template();
-        self.refill_pool();
+        let home = self.shared.cgroup.home().await;
+        self.request_template(&home);
+        self.refill_pool(&home);
         Ok(container.pid)
     }
 
@@ -233,7 +239,9 @@ impl Pod {
         container.check(PodRequest::Delete)?;
         let exit = container.exited().await;
         container.gone_from_guest().await;
-        if self.containers().remove(id).is_some() {
+        let removed = self.containers().remove(id).is_some();
+        self.shared.cgroup.release(id, || self.is_empty()).await;
+        if removed {
             self.emit(PodEvent::Deleted { id: id.to_owned(), pid: container.pid, exit });
         }
         Ok((container.pid, exit))
@@ -262,6 +270,7 @@ impl Pod {
                 container.gone_from_guest().await;
             }
         }
+        self.shared.cgroup.release("", || true).await;
     }
 
     /// # Errors

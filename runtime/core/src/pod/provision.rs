@@ -166,10 +166,12 @@ impl Pod {
     }
 
     /// Requests the template that was missing when this pod's VM was booted.
-    pub(super) fn request_template(&self) {
+    ///
+    /// The process that builds it outlives the pod, and so belongs to the cgroups `home`.
+    pub(super) fn request_template(&self, home: &[PathBuf]) {
         let Some(spec) = self.afterwards().build.take() else { return };
         let config::TemplateConfig { dir, budget_mib, .. } = &self.shared.config.template;
-        if let Err(error) = TemplateStore::at(dir).request(&spec, *budget_mib) {
+        if let Err(error) = TemplateStore::at(dir).request(&spec, *budget_mib, home) {
             tracing::warn!("{}", chain(&error));
         }
     }
@@ -209,9 +211,12 @@ impl Pod {
 
     /// Requests further clones like this pod's VM from the warm pool, if the VM was a clone and the pool is
     /// enabled.
-    pub(super) fn refill_pool(&self) {
+    ///
+    /// The members outlive the pod, and so belong to the cgroups `home`.
+    pub(super) fn refill_pool(&self, home: &[PathBuf]) {
         let Some(spec) = self.afterwards().refill.take() else { return };
-        let request = pool::MemberRequest { spec, containerd: self.shared.containerd.get().cloned() };
+        let containerd = self.shared.containerd.get().cloned();
+        let request = pool::MemberRequest { spec, containerd, cgroups: home.to_vec() };
         let pool = Pool::of(&self.shared.config);
         if let Err(error) = pool.and_then(|pool| pool.map_or(Ok(()), |pool| pool.refill(&request))) {
             tracing::warn!("{}", chain(&error));

@@ -88,8 +88,10 @@ impl Pod {
         let (events, _) = mpsc::unbounded_channel();
         let (namespace, name) = (shared.namespace.clone(), format!("{}-verify", shared.name));
         let pod = Self::new(shared.config.clone(), namespace, name, shared.dir.join(DIR), events);
+        shared.cgroup.set_vms(2).await;
         let restored = phases.time("verify", pod.restore_without_start(container, dir, trial_disk)).await;
         pod.end().await;
+        shared.cgroup.set_vms(1).await;
         restored.map_err(|source| PodError::Verify { id: container.id.clone(), source: Box::new(source) })
     }
 
