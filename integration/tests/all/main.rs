@@ -17,6 +17,7 @@ mod fake;
 mod fork;
 mod guest_trouble;
 mod harness;
+mod host_cgroup;
 mod host_trouble;
 mod interleaving;
 mod kernel;
