@@ -1,7 +1,7 @@
 //! Which processes are in a pod's cgroup: how this process enters it with all of its children, and leaves it again.
 //!
-//! Children inherit the group of their parent, so this process enters the group before it starts any. It returns to the
-//! groups that it came from when the pod has ended, because a group that has processes cannot be removed. libcgroups
+//! Children inherit the group of their parent, and those that were started before, or meanwhile, are moved. This process
+//! returns to the groups that it came from when the pod has ended, because a group that has processes cannot be removed. libcgroups
 //! makes the groups and moves processes to them. It does not remove them, since its removal kills every process that it
 //! finds; here only groups that are empty are removed.
 
