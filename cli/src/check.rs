@@ -9,6 +9,7 @@ use machinen::{
     assets::Assets,
     config::Config,
     error::chain,
+    host_cgroup::HostCgroups,
     process::{Jail, ReservedUser, Spawn, SystemCalls, ToolOutput},
     rootdisk::{RootdiskCache, mke2fs_version},
     vm::{ChannelKind, HostSupport, choose_channel, qemu_version},
@@ -50,6 +51,7 @@ pub(crate) fn run(args: &CheckArgs, config: &Config) -> ExitCode {
         mke2fs(config),
         assets(config),
         channel(config),
+        cgroup(),
         cache(config),
         jail(),
     ];
@@ -147,6 +149,18 @@ fn jail() -> Finding {
         Err(text) => (CheckVerdict::Missing, format!("child processes cannot be confined: {text}")),
     };
     Finding { what: "jail", verdict, text }
+}
+
+fn cgroup() -> Finding {
+    let (verdict, text) = match HostCgroups::detect() {
+        Ok(found) if found.missing().is_empty() => (CheckVerdict::Ok, found.to_string()),
+        Ok(found) => {
+            let missing = found.missing().join(", ");
+            (CheckVerdict::Note, format!("{found}; containers cannot have limits of {missing} on the host"))
+        }
+        Err(error) => (CheckVerdict::Note, format!("limits are not enforced on the host: {}", chain(&error))),
+    };
+    Finding { what: "cgroup", verdict, text }
 }
 
 fn cache(config: &Config) -> Finding {

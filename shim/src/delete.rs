@@ -11,7 +11,9 @@ use std::{
 
 use containerd_shim_protos::api::DeleteResponse;
 use machinen::{
+    error::chain,
     fs::{FileError, remove_dir_if_exists, remove_if_exists},
+    host_cgroup,
     pod::state::KILLED,
     process::kill_foreign,
 };
@@ -40,6 +42,10 @@ pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
         read(&bundle, ADDRESS_FILE).and_then(|text| Some(PathBuf::from(text.strip_prefix("unix://")?)))
     {
         remove_if_exists(&socket).map_err(FileError::at("remove", socket))?;
+    }
+    if let Err(error) = host_cgroup::remove_abandoned(&bundle) {
+        // containerd logs this as a warning; a group that stays must not keep the rest.
+        eprintln!("{}", chain(&error));
     }
     let pod = bundle.join(POD_DIR);
     remove_dir_if_exists(&pod).map_err(FileError::at("remove", pod))?;

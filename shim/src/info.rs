@@ -3,7 +3,7 @@
 use std::{collections::HashMap, io, path::Path};
 
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
-use machinen::{RUN_DIR, accel, config::Config, error::chain};
+use machinen::{RUN_DIR, accel, config::Config, error::chain, host_cgroup::HostCgroups};
 use protobuf::{Message, MessageField, well_known_types::any::Any};
 use serde_json::json;
 
@@ -48,6 +48,11 @@ fn accelerator() -> String {
     }
 }
 
+/// What can limit a pod on the host, in words.
+fn host_cgroups() -> String {
+    HostCgroups::detect().map_or_else(|error| chain(&error), |found| found.to_string())
+}
+
 /// The features document (runtime-spec, features.md): the features of the guest's kernel and engine.
 fn features() -> serde_json::Value {
     json!({
@@ -61,6 +66,7 @@ fn features() -> serde_json::Value {
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },
             "intelRdt": { "enabled": false }
-        }
+        },
+        "annotations": { "io.machinen.host.cgroup": host_cgroups() }
     })
 }

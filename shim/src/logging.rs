@@ -9,7 +9,11 @@ use std::{
 
 use machinen::{config::Config, fs::FileError};
 use nix::fcntl::OFlag;
-use tracing_subscriber::{filter::LevelFilter, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing_subscriber::{
+    filter::{LevelFilter, Targets},
+    layer::SubscriberExt,
+    util::SubscriberInitExt,
+};
 
 use crate::error::ShimError;
 
@@ -27,7 +31,9 @@ pub(crate) fn init(bundle: &Path, config: &Config, debug: bool) -> Result<(), Sh
     }
     let file = open(&path).map_err(FileError::at("open the log", path))?;
     let lines = tracing_logfmt::builder().with_target(false).layer().with_writer(Arc::new(file));
-    tracing_subscriber::registry().with(level).with(lines).init();
+    // libcgroups warns at each use of each cgroup controller that the host does not have. What fails is an error.
+    let levels = Targets::new().with_default(level).with_target("libcgroups", level.min(LevelFilter::ERROR));
+    tracing_subscriber::registry().with(levels).with(lines).init();
     Ok(())
 }
 

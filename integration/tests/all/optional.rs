@@ -21,7 +21,7 @@ use crate::harness::on_newest_containerd;
 on_newest_containerd!(optional_members_may_be_absent_null_or_empty, odd_members_are_as_with_runc);
 
 /// Variants with a name of this prefix differ from runc, for the reason given.
-const DIFFERENCES: [(&str, &str); 8] = [
+const DIFFERENCES: [(&str, &str); 9] = [
     ("linux.devices.0.path", "runc makes no node and reports nothing; a device without a path is a mistake"),
     (
         "linux.resources.devices.1.allow",
@@ -35,6 +35,7 @@ const DIFFERENCES: [(&str, &str); 8] = [
     ),
     ("linux.intelRdt", "runc 1.1 takes an empty one for none"),
     ("linux.namespaces with time", "runc 1.1 knows no time namespaces"),
+    ("a cgroupsPath with ..", "runc resolves it; a path that leads up is refused by name"),
     ("linux.devices with a disk", "runc makes the node; the VM does not have the host's disks"),
 ];
 

@@ -4,6 +4,7 @@
 
 #![warn(missing_docs)]
 
+pub mod cgroup;
 pub mod error;
 pub mod fs;
 pub mod memfd;

@@ -45,6 +45,7 @@ pub use channel::greet;
 pub use channel::{BoxedStream, ByteStream, ChannelMode, HostSupport, VmChannelError, choose_channel};
 pub use exit::VmExit;
 pub use qemu::{
+    argv::TRANSLATED_CODE_MIB,
     hotplug::{DiskAddress, DiskBacking, DiskSpec},
     launch::LaunchError,
     qmp::{QemuVersion, QmpError},

@@ -19,11 +19,13 @@ use super::{origin, runs_from, twins::have_nothing_in_common, works_from};
 use crate::{
     fork::eventually,
     harness::{IMAGE, on_newest_containerd},
+    host_cgroup::is_confined,
     stdin::input_of_any_size,
 };
 
 on_newest_containerd!(
     ready_clones_are_taken_and_replaced,
+    clones_are_in_their_containers_cgroup,
     members_that_do_not_fit_are_given_up,
     members_that_are_lost,
     a_drain_ends_members_however_far_they_have_come,
@@ -118,6 +120,25 @@ fn ready_clones_are_taken_and_replaced(containerd: &mut Containerd) -> Result<()
     ensure!(origins.iter().filter(|origin| *origin == "ready").count() >= SIZE, "{origins:?}");
     ensure!(origins.iter().all(|origin| origin == "ready" || origin == "clone"), "{origins:?}");
     pool.full()?;
+    pool.end()?;
+    containerd.settle(&before)
+}
+
+/// Clones of either kind, and the members that their starts request, which outlive them.
+fn clones_are_in_their_containers_cgroup(containerd: &mut Containerd) -> Result<()> {
+    let before = containerd.inventory()?;
+    let pool = Pool::new(containerd)?;
+    for wanted in ["clone", "ready"] {
+        let from = containerd.log().position();
+        let run = containerd.run(IMAGE, &["sleep", "1000"]).detached().flag("--null-io");
+        run.ok()?;
+        let origin = origin(containerd, from, run.container())?;
+        ensure!(origin == wanted, "the VM of {} is no {wanted} but a {origin}", run.container());
+        pool.full()?;
+        is_confined(containerd, run.container())?;
+        containerd.task(run.container()).kill()?;
+        containerd.task(run.container()).delete(137)?;
+    }
     pool.end()?;
     containerd.settle(&before)
 }

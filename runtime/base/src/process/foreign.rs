@@ -1,6 +1,10 @@
 //! Ends processes that are not children of this one.
 
-use std::{io, os::fd::AsFd as _, time::Duration};
+use std::{
+    io,
+    os::fd::AsFd as _,
+    time::{Duration, Instant},
+};
 
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -38,6 +42,26 @@ pub fn kill_foreign(pid: u32, is_ours: impl FnOnce() -> bool, deadline: Duration
     }
 }
 
+/// Waits until all of these processes have ended. False: one of them still runs after `deadline`.
+///
+/// # Errors
+/// A process cannot be watched.
+pub fn await_ends(pids: &[u32], deadline: Duration) -> io::Result<bool> {
+    let end = Instant::now() + deadline;
+    for &pid in pids {
+        let pidfd = match sys::pidfd::open(pid) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => continue,
+            result => result?,
+        };
+        let left = PollTimeout::try_from(end.saturating_duration_since(Instant::now()));
+        let left = left.map_err(io::Error::other)?;
+        if poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], left)? == 0 {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -51,5 +75,13 @@ mod tests {
         kill_foreign(child.pid(), || true, Duration::from_secs(5)).unwrap();
         assert_eq!(child.exited().await, crate::process::ProcessExit::Signal(libc::SIGKILL));
         kill_foreign(child.pid(), || true, Duration::from_secs(5)).unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_ends_of_processes_are_awaited() {
+        let child = Spawn::new("sleep").args(["100"]).start().unwrap();
+        assert!(!await_ends(&[child.pid()], Duration::from_millis(10)).unwrap());
+        child.signal(Signal::SIGKILL).unwrap();
+        assert!(await_ends(&[child.pid(), 0x7fff_fff0], Duration::from_secs(20)).unwrap());
     }
 }

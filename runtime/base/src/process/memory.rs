@@ -2,9 +2,28 @@
 
 use std::{collections::HashMap, fs};
 
+use nix::{
+    errno::Errno,
+    sys::wait::{Id, WaitPidFlag, waitid},
+};
+
 /// The proportional share (PSS) of the process `pid` and all its descendants, bytes. A process that has ended
 /// meanwhile counts as 0.
 pub fn tree_pss(pid: u32) -> u64 {
+    tree(pid).into_iter().filter_map(pss).sum()
+}
+
+/// The pids of all descendants of this process. Without any, the processes of the host are not searched.
+pub fn descendants() -> Vec<u32> {
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    match waitid(Id::All, flags) {
+        Err(Errno::ECHILD) => Vec::new(),
+        _ => tree(std::process::id()).split_off(1),
+    }
+}
+
+/// A process and its descendants, parents first.
+fn tree(pid: u32) -> Vec<u32> {
     let children = children();
     let mut tree = vec![pid];
     let mut next = 0;
@@ -14,7 +33,7 @@ pub fn tree_pss(pid: u32) -> u64 {
         tree.extend(found);
         next += 1;
     }
-    tree.into_iter().filter_map(pss).sum()
+    tree
 }
 
 /// The children of all processes.
@@ -62,6 +81,7 @@ mod tests {
         let own = pss(std::process::id()).unwrap();
         assert!(tree_pss(child.pid()) > 0 && tree_pss(std::process::id()) > own / 2);
         assert!(children()[&std::process::id()].contains(&child.pid()));
+        assert!(descendants().contains(&child.pid()));
         child.kill().await.unwrap();
         assert_eq!(tree_pss(0x7fff_ffff), 0);
     }

@@ -19,9 +19,9 @@ use crate::fs::FileError;
 
 pub use child::{Child, ChildLimits};
 pub use filter::SystemCalls;
-pub use foreign::kill_foreign;
+pub use foreign::{await_ends, kill_foreign};
 pub use jail::{Jail, JailFiles, Namespaces, ResourceLimits, RunAs, probe};
-pub use memory::tree_pss;
+pub use memory::{descendants, tree_pss};
 pub use spawn::{Spawn, Stdio, ToolOutput};
 pub use tool::{find_program, run};
 pub use user::ReservedUser;

@@ -69,6 +69,8 @@ pub struct VmConfig {
     /// Ceiling of a VM's memory, MiB. 0: half of the host's memory within bounds, or more if the container's
     /// limit requires it.
     pub memory_mib: u32,
+    /// Memory of a pod on the host in addition to its containers' limits, MiB. 0: by the accelerator.
+    pub memory_overhead_mib: u32,
     /// Number of virtual CPUs; 0 is the host's number with KVM, at most 8, and 1 with emulation. A
     /// container's CPU limit lowers it.
     pub vcpus: u32,
@@ -248,6 +250,7 @@ impl Default for VmConfig {
             vhost_device_vsock: "vhost-device-vsock".into(),
             accel: AccelMode::Auto,
             memory_mib: 0,
+            memory_overhead_mib: 0,
             vcpus: 0,
             channel: ChannelMode::Auto,
             kernel_args: String::new(),

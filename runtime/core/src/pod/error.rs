@@ -20,6 +20,7 @@ use super::{
 use crate::{
     checkpoint::CheckpointError,
     config::annotations::AnnotationError,
+    host_cgroup::HostCgroupError,
     spec::{bundle::BundleError, exec::ProcessSpecError, guest::ReduceError, resources::ResourcesError},
 };
 
@@ -126,6 +127,9 @@ pub enum PodError {
     /// The host process that stands for the container failed.
     #[error(transparent)]
     Anchor(#[from] AnchorError),
+    /// The cgroup of the pod on the host cannot be used.
+    #[error(transparent)]
+    HostCgroup(#[from] HostCgroupError),
     /// The configured accelerator does not work.
     #[error(transparent)]
     Accel(#[from] AccelError),
@@ -252,6 +256,7 @@ impl HasKind for PodError {
             Self::Rootfs(error) => error.kind(),
             Self::Stdio(error) => error.kind(),
             Self::Anchor(_) => ErrorKind::Internal,
+            Self::HostCgroup(error) => error.kind(),
             Self::Accel(error) => error.kind(),
             Self::Admission(error) => error.kind(),
             Self::Resources { .. } => ErrorKind::InvalidArgument,

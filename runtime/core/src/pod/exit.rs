@@ -2,7 +2,10 @@
 
 use std::{
     pin::pin,
-    sync::{Arc, atomic::AtomicU64},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     time::SystemTime,
 };
 
@@ -82,7 +85,7 @@ impl Pod {
         vm: &Vm,
         outputs: Outputs,
     ) -> EndedInit {
-        let reported = AtomicU64::new(0);
+        let (reported, host_kill) = (AtomicU64::new(0), AtomicBool::new(false));
         let waited = async {
             let mut waiting = pin!(agent.wait_process(&container.id, &ProcessRef::Init));
             let watchers = async {
@@ -96,14 +99,18 @@ impl Pod {
             if let Err(error) = &waited {
                 // A VM is useless without its agent. If the VM has ended already, this does nothing.
                 vm.kill().await;
-                let reason = vm.exited().await;
+                let (reason, out_of_memory) = self.reason_of_loss(vm.exited().await).await;
+                host_kill.store(out_of_memory, Ordering::Relaxed);
                 tracing::error!(id = container.id.as_str(), "container lost: {}: {reason}", chain(error));
             }
             waited
         };
         let (waited, exit, logger) =
             finish_process(&container.id, &container.kill_clock, outputs, waited).await;
-        let unreported_kill = waited.as_ref().is_ok_and(|ended| ended.oom_kills > reported.into_inner());
+        let unreported_kill = match &waited {
+            Ok(ended) => ended.oom_kills > reported.into_inner(),
+            Err(_) => host_kill.into_inner(),
+        };
         let unchanged = waited.as_ref().ok().map(|ended| ended.layer_unchanged);
         // The other processes of the container have ended with the init; their exits are reported first.
         container.execs.end().await;

@@ -20,6 +20,7 @@ pub mod event;
 mod exec;
 mod exit;
 mod frozen;
+mod host_limits;
 mod id;
 mod kill_clock;
 mod layer;
@@ -52,7 +53,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{config::Config, pool::WarmVm};
+use crate::{config::Config, host_cgroup::HostCgroup, pool::WarmVm};
 use event::PodEvent;
 use kill_clock::KILL_PATIENCE;
 use sandbox::{Sandbox, SandboxSettings};
@@ -101,6 +102,8 @@ struct PodShared {
     events: mpsc::UnboundedSender<PodEvent>,
     sandbox: Sandbox,
     containers: Mutex<HashMap<ContainerId, ContainerSlot>>,
+    /// Where the pod's processes are on the host.
+    cgroup: HostCgroup,
     /// One permit is held while a process's streams are open and the agent has not claimed them.
     starting: Arc<Semaphore>,
 }
@@ -137,6 +140,7 @@ impl Pod {
             events,
             sandbox: Sandbox::new(sandbox, warm_vm),
             containers: Mutex::default(),
+            cgroup: HostCgroup::default(),
             starting: Arc::new(Semaphore::new(streams::STARTING)),
         };
         Self { shared: Arc::new(shared) }
@@ -167,7 +171,7 @@ impl Pod {
             .map_err(|source| PodError::state(PodRequest::Start, id, source))?;
         self.emit(PodEvent::Started { id: id.clone(), pid: container.pid });
         container.release_checkpoint(agent);
-        self.shared.sandbox.work_ahead().await;
+        self.shared.sandbox.work_ahead(&self.shared.cgroup.home().await).await;
         Ok(container.pid)
     }
 
@@ -249,7 +253,9 @@ impl Pod {
         container.check(PodRequest::Delete)?;
         let exit = container.exited().await;
         container.gone_from_guest().await;
-        if self.containers().remove(id).is_some() {
+        let removed = self.containers().remove(id).is_some();
+        self.release_cgroup(id).await;
+        if removed {
             self.emit(PodEvent::Deleted { id: id.clone(), pid: container.pid, exit });
         }
         Ok((container.pid, exit))
@@ -274,6 +280,7 @@ impl Pod {
                 container.gone_from_guest().await;
             }
         }
+        self.shared.cgroup.release("", || true).await;
     }
 
     /// # Errors

@@ -33,6 +33,11 @@ impl Pod {
         if writes.is_empty() {
             return Ok(());
         }
-        agent.write_cgroup(id, writes).await.map_err(failed)
+        // A limit that grows is raised on the host before the guest relies on it, and one that shrinks is lowered there
+        // after the guest keeps to it.
+        let widened = self.shared.cgroup.widen(id, &wanted).await?;
+        let written = agent.write_cgroup(id, writes).await.map_err(failed);
+        self.shared.cgroup.narrow(widened, written.is_ok()).await?;
+        written
     }
 }

@@ -82,8 +82,10 @@ impl Pod {
     ) -> Result<(), PodError> {
         let sandbox = self.trial_sandbox();
         let restored = self.restore_without_start(&sandbox, container, dir, trial_disk);
+        self.shared.cgroup.set_vms(2).await;
         let restored = phases.time("verify", restored).await;
         sandbox.end().await;
+        self.shared.cgroup.set_vms(1).await;
         restored.map_err(|source| PodError::Verify { id: container.id.to_string(), source: Box::new(source) })
     }
 

@@ -11,6 +11,7 @@ use std::{
 };
 
 use machinen_base::{
+    cgroup,
     fs::{FileError, remove_dir_if_exists, remove_if_exists},
     sys,
 };
@@ -75,6 +76,7 @@ impl Member {
         slot: OwnedFd,
         request: MemberRequest,
     ) -> Result<Option<Self>, MemberError> {
+        cgroup::enter(&request.cgroups, std::process::id()).map_err(PoolError::File)?;
         let Some(pool) = Pool::of(config)? else { return Ok(None) };
         // If the configuration has changed since the slot was taken, this process belongs to another pool.
         let path = PoolSlot::path(&pool.dir, number);

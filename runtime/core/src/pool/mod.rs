@@ -100,6 +100,8 @@ pub struct MemberRequest {
     pub spec: VmSpec,
     /// The socket of that containerd, if known. The member ends when containerd has been absent for long.
     pub containerd: Option<PathBuf>,
+    /// Directories of the cgroups that the member moves to, because that of the pod that starts it ends with that pod.
+    pub cgroups: Vec<PathBuf>,
 }
 
 /// The members that a process with a certain configuration may use.

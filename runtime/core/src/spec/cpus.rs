@@ -58,6 +58,18 @@ impl CpuSet {
         self.0.len()
     }
 
+    /// The numbers of both sets.
+    pub fn union(mut self, other: Self) -> Self {
+        self.0.extend(other.0);
+        self
+    }
+
+    /// The numbers that both sets have; None if there are none.
+    pub fn intersection(&self, other: &Self) -> Option<Self> {
+        let common: BTreeSet<u32> = self.0.intersection(&other.0).copied().collect();
+        (!common.is_empty()).then_some(Self(common))
+    }
+
     /// Returns CPUs of a guest with `cpus` CPUs that stand for this set: as many as the set has, or all. Each
     /// number is mapped to the guest's CPU of that number modulo `cpus`, or to the next one that is free.
     pub fn in_guest(&self, cpus: u32) -> Self {

@@ -35,6 +35,8 @@ pub struct GuestSpec {
     pub injected: Vec<Injected>,
     /// Path of the container's network namespace on the host, if the configuration names one.
     pub netns: Option<PathBuf>,
+    /// `linux.cgroupsPath`, which names a cgroup of the host. The guest has another one.
+    pub cgroups_path: Option<PathBuf>,
 }
 
 /// A host file that is copied to `destination` in the container.
@@ -143,6 +145,7 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
     }
     let netns = take_namespaces(linux)?;
     // The guest has one cgroup tree and no security modules, so the host's names have no meaning there.
+    let cgroups_path = linux.cgroups_path().clone();
     linux.set_cgroups_path(Some(Path::new("/machinen").join(id)));
     linux.set_mount_label(None);
     reduce_linux(linux)?;
@@ -155,7 +158,7 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
             });
         }
     }
-    Ok(GuestSpec { spec, injected, netns })
+    Ok(GuestSpec { spec, injected, netns, cgroups_path })
 }
 
 impl GuestSpec {

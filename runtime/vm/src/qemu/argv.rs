@@ -38,6 +38,10 @@ pub(crate) enum Start {
     Clone,
 }
 
+/// Most memory in which emulation keeps the code that it has translated, MiB. Without a bound it is an eighth of the
+/// host's memory, up to 1 GiB. When it is full QEMU translates anew.
+pub const TRANSLATED_CODE_MIB: u32 = 128;
+
 /// `id` of the virtio-scsi controller that disks are added to; its bus is `<id>.0`.
 pub(crate) const SCSI: &str = "scsi";
 
@@ -61,7 +65,10 @@ pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
     );
     match spec.accel {
         Accelerator::Kvm => args.option("-accel", "kvm").option("-cpu", "host"),
-        Accelerator::Tcg { .. } => args.option("-accel", "tcg,thread=multi").option("-cpu", "max"),
+        Accelerator::Tcg { .. } => {
+            let accel = format!("tcg,thread=multi,tb-size={TRANSLATED_CODE_MIB}");
+            args.option("-accel", accel).option("-cpu", "max")
+        }
     };
     args.option("-smp", spec.vcpus).option("-m", format!("{}M", spec.memory_mib));
     args.flag("-nodefaults").flag("-no-user-config").flag("-no-reboot").option("-display", "none");

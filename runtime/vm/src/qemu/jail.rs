@@ -20,6 +20,10 @@ const OPEN_FILES: u64 = 1024;
 /// and the state of a VM.
 const THREADS: u64 = 128;
 
+/// The host's kernel kills QEMU before the shim, which reports the reason, and whose own value containerd sets to at most
+/// a few above that of containerd (proc_pid_oom_score_adj(5)).
+const OOM_SCORE: i16 = 100;
+
 /// Below the `share` of QEMU's prefix: its firmware, which distributions put into packages of their own.
 const DATA: [&str; 3] = ["qemu", "qemu-kvm", "seabios"];
 
@@ -34,7 +38,13 @@ pub(crate) fn jail(spec: &VmSpec, start: Start, identity: RunAs) -> Jail {
         cpu_seconds: None,
     };
     let system_calls = Some(syscalls::allowed(spec.accel));
-    Jail { limits, files: Some(files(spec)), system_calls, ..Jail::strict(identity) }
+    Jail {
+        limits,
+        files: Some(files(spec)),
+        system_calls,
+        oom_score_adj: Some(OOM_SCORE),
+        ..Jail::strict(identity)
+    }
 }
 
 fn files(spec: &VmSpec) -> JailFiles {

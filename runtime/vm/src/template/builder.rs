@@ -12,6 +12,7 @@ use std::{
 };
 
 use machinen_base::{
+    cgroup,
     error::chain,
     fs::{FileError, remove_dir_if_exists, remove_if_exists},
     memfd,
@@ -41,19 +42,28 @@ struct BuildRequest {
     dir: PathBuf,
     budget_mib: u64,
     spec: VmSpec,
+    /// Directories of the cgroups that the builder moves to.
+    cgroups: Vec<PathBuf>,
 }
 
 impl TemplateStore {
-    /// Starts the build of a template in the background, by a process that outlives this one.
+    /// Starts the build of a template in the background, by a process that outlives this one, in the cgroups with the
+    /// directories `cgroups`. Empty: in those of this process.
     ///
     /// # Errors
     /// The builder cannot be started.
-    pub fn request(&self, spec: &VmSpec, budget_mib: u64) -> Result<(), TemplateError> {
-        self.start_builder(spec, budget_mib).map(drop)
+    pub fn request(&self, spec: &VmSpec, budget_mib: u64, cgroups: &[PathBuf]) -> Result<(), TemplateError> {
+        self.start_builder(spec, budget_mib, cgroups).map(drop)
     }
 
-    fn start_builder(&self, spec: &VmSpec, budget_mib: u64) -> Result<io::PipeReader, TemplateError> {
-        let request = BuildRequest { dir: self.dir().to_owned(), budget_mib, spec: spec.clone() };
+    fn start_builder(
+        &self,
+        spec: &VmSpec,
+        budget_mib: u64,
+        cgroups: &[PathBuf],
+    ) -> Result<io::PipeReader, TemplateError> {
+        let (dir, cgroups) = (self.dir().to_owned(), cgroups.to_vec());
+        let request = BuildRequest { dir, budget_mib, spec: spec.clone(), cgroups };
         let request = serde_json::to_vec(&request).map_err(TemplateError::Encode)?;
         let memory = |source| TemplateError::Memory { action: "pass on a request", source };
         let stdin = memfd::holding(&request).map_err(memory)?;
@@ -94,7 +104,7 @@ pub fn build(
         FoundTemplate::Building => return Err(TemplateError::Building),
         FoundTemplate::Absent | FoundTemplate::Failed(_) => {}
     }
-    let report = templates.start_builder(spec, budget_mib)?;
+    let report = templates.start_builder(spec, budget_mib, &[])?;
     for line in BufReader::new(report).lines() {
         let line = line
             .map_err(|source| TemplateError::Memory { action: "read the progress of the builder", source })?;
@@ -124,7 +134,8 @@ fn main() -> ExitCode {
 
 /// Builds the template, and replaces this process by the template's holder.
 fn run(request: BuildRequest, report: &File) -> Result<Infallible, TemplateError> {
-    let BuildRequest { dir, budget_mib, mut spec } = request;
+    let BuildRequest { dir, budget_mib, mut spec, cgroups } = request;
+    cgroup::enter(&cgroups, std::process::id())?;
     if let Err(error) = rustix::process::nice(NICE) {
         tracing::debug!("cannot lower the priority: {error}");
     }

@@ -55,7 +55,7 @@ impl Attached<'_> {
     /// Connects the streams and creates the container in the guest.
     ///
     /// # Errors
-    /// The guest refuses the container, or the anchor cannot enter its root. Nothing is left then.
+    /// The guest refuses the container, the host a limit, or the anchor cannot enter its root. Nothing is left then.
     pub(super) async fn create(self) -> Result<Created, PodError> {
         let Self { job, stdio, injected, mut held, addresses, agent } = self;
         let streams = match job.create_in_guest(&held, &agent, &addresses, stdio, injected).await {
@@ -65,10 +65,9 @@ impl Attached<'_> {
                 return Err(error);
             }
         };
-        // The anchor has long entered its root by now; its pid must not be passed to clients before.
-        if let Err(error) = job.phases.time("anchor", held.anchor.wait_for_root()).await {
+        if let Err(error) = job.complete_on_host(&mut held).await {
             job.undo(held, Some(&agent)).await;
-            return Err(error.into());
+            return Err(error);
         }
         Ok(job.finish(held, agent, addresses.checkpoint, streams))
     }
@@ -94,6 +93,14 @@ impl CreateJob<'_> {
         })?;
         phases.record_guest(&created);
         Ok(streams)
+    }
+
+    /// Does what is left to do on the host once the container exists in the guest, before anything of the user's runs.
+    async fn complete_on_host(&self, held: &mut Held) -> Result<(), PodError> {
+        let limits = self.pod.limit_on_host(&self.request.id, &self.plan, &held.vm);
+        self.phases.time("limits", limits).await?;
+        // The anchor has long entered its root by now; its pid must not be passed to clients before.
+        Ok(self.phases.time("anchor", held.anchor.wait_for_root()).await?)
     }
 
     fn guest_request(

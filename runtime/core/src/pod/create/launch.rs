@@ -63,6 +63,8 @@ impl<'a> Planned<'a> {
         let vm_request = plan.vm_request();
         let (launched, mut launched_vm) = watch::channel(None);
         let vm = async {
+            // What is started from here on is in the cgroup. A warm VM is moved to it.
+            phases.time("cgroup", pod.enter_cgroup(plan, &request.bundle)).await?;
             let acquired = pod.shared.sandbox.acquire(&request.id, &vm_request);
             let acquired = phases.time("vm-launch", acquired).await?;
             // A clone that ends early is not an error: another VM is booted instead once the disks are there.

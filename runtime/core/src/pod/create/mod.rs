@@ -65,8 +65,16 @@ impl Pod {
     async fn create_reserved(&self, reserved: ReservedId, create: CreateRequest) -> Result<u32, PodError> {
         let phases = PhaseTimes::default();
         let checkpoint = create.checkpoint.clone();
+        let id = create.id.clone();
         let created = phases.time("create", self.create_in_phases(create, &phases)).await;
-        let Created { container, origin, watch } = created?;
+        let Created { container, origin, watch } = match created {
+            Ok(created) => created,
+            Err(error) => {
+                drop(reserved);
+                self.release_cgroup(&id).await;
+                return Err(error);
+            }
+        };
         let (id, pid) = (container.id.as_str(), container.pid);
         reserved.fill(Arc::clone(&container));
         self.emit(created_event(&container, checkpoint));

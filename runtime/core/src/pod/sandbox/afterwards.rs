@@ -1,5 +1,7 @@
 //! What is left to do for later starts when a container runs, so that it does not delay this start.
 
+use std::path::PathBuf;
+
 use machinen_base::error::chain;
 use machinen_vm::{VmSpec, template::TemplateStore};
 
@@ -22,7 +24,9 @@ pub(super) enum Afterwards {
 
 impl Sandbox {
     /// Starts the work for later starts, because a container of the sandbox runs. A failure is logged.
-    pub(in crate::pod) async fn work_ahead(&self) {
+    ///
+    /// The processes outlive the pod, and so belong to the cgroups `home`.
+    pub(in crate::pod) async fn work_ahead(&self, home: &[PathBuf]) {
         let afterwards = match &mut *self.state.lock().await {
             SandboxState::Running(running) => std::mem::take(&mut running.afterwards),
             SandboxState::Empty { .. } | SandboxState::Ended => Afterwards::Nothing,
@@ -30,13 +34,13 @@ impl Sandbox {
         match afterwards {
             Afterwards::Nothing => {}
             Afterwards::RefillPool(spec) => {
-                if let Err(error) = self.refill_pool(spec) {
+                if let Err(error) = self.refill_pool(spec, home) {
                     tracing::warn!("{}", chain(&error));
                 }
             }
             Afterwards::BuildTemplate(spec) => {
                 let TemplateConfig { dir, budget_mib, .. } = &self.settings.config.template;
-                if let Err(error) = TemplateStore::at(dir).request(&spec, *budget_mib) {
+                if let Err(error) = TemplateStore::at(dir).request(&spec, *budget_mib, home) {
                     tracing::warn!("{}", chain(&error));
                 }
             }
@@ -44,8 +48,9 @@ impl Sandbox {
     }
 
     /// Requests further clones like this VM from the warm pool.
-    fn refill_pool(&self, spec: VmSpec) -> Result<(), PoolError> {
-        let request = MemberRequest { spec, containerd: self.settings.containerd.clone() };
+    fn refill_pool(&self, spec: VmSpec, home: &[PathBuf]) -> Result<(), PoolError> {
+        let containerd = self.settings.containerd.clone();
+        let request = MemberRequest { spec, containerd, cgroups: home.to_vec() };
         match Pool::of(&self.settings.config)? {
             Some(pool) => pool.refill(&request),
             None => Ok(()),

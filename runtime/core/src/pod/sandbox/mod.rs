@@ -29,7 +29,10 @@ use afterwards::Afterwards;
 use start::StartedVm;
 
 pub use plan::{admits_one_more, default_vm_spec};
-pub(super) use {plan::VmRequest, vm_spec::ContainerLimits};
+pub(super) use {
+    plan::VmRequest,
+    vm_spec::{ContainerLimits, host_overhead_mib},
+};
 
 /// Longest wait for a VM to sync its disks and power off before it is killed.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
@@ -237,6 +240,11 @@ impl Sandbox {
         if let Some(vm) = vm {
             vm.kill().await;
         }
+    }
+
+    /// Whether the VM ends with the last container that uses it.
+    pub(super) fn ends_with_containers(&self) -> bool {
+        self.settings.lifetime == Lifetime::Containers
     }
 
     /// The VM that containers use, if there is one.

@@ -5,7 +5,7 @@ use std::{num::NonZero, path::Path, thread, time::Duration};
 
 use machinen_base::RUN_DIR;
 use machinen_vm::{
-    HostSupport, VmSpec,
+    HostSupport, TRANSLATED_CODE_MIB, VmSpec,
     accel::{self, AccelError, Accelerator},
     admission::HostMemory,
     assets::Assets,
@@ -13,7 +13,10 @@ use machinen_vm::{
 };
 use oci_spec::runtime::Spec;
 
-use crate::{config::Config, spec::MAX_HOSTNAME};
+use crate::{
+    config::{Config, VmConfig},
+    spec::MAX_HOSTNAME,
+};
 
 /// Bounds of the default memory ceiling, MiB. Memory that is never used still costs something: the guest's
 /// kernel touches 16 MiB for each GiB when it boots, which also takes tens of milliseconds under TCG.
@@ -24,6 +27,14 @@ const MOST_MEMORY: u32 = 2048;
 const GUEST_OVERHEAD: u32 = 128;
 
 const MOST_VCPUS: u32 = 8;
+
+/// Memory on the host that an honest VM takes in addition to its containers' limits, MiB: the shim, QEMU, and the
+/// guest's kernel and agent. Emulation also keeps the code that it has translated.
+const HOST_OVERHEAD: u32 = 160;
+const HOST_OVERHEAD_TCG: u32 = HOST_OVERHEAD + TRANSLATED_CODE_MIB;
+
+/// The guest's kernel describes each page of its memory, which takes a sixty-fourth of it.
+const PAGE_DESCRIPTIONS: u32 = 64;
 
 /// Describes the VM of the pod `name`, whose first container has these limits.
 ///
@@ -59,6 +70,16 @@ pub(super) fn build(
         qemu_files: config.vm.qemu_files.clone(),
         keep_console: true,
     })
+}
+
+/// Memory of a pod on the host in addition to its containers' limits, MiB.
+pub(in crate::pod) fn host_overhead_mib(config: &VmConfig, spec: &VmSpec) -> u64 {
+    let fixed = match (config.memory_overhead_mib, spec.accel) {
+        (0, Accelerator::Kvm) => HOST_OVERHEAD,
+        (0, Accelerator::Tcg { .. }) => HOST_OVERHEAD_TCG,
+        (configured, _) => configured,
+    };
+    u64::from(fixed) + u64::from(spec.memory_mib / PAGE_DESCRIPTIONS)
 }
 
 /// The part of a container's own limits that decides the size of its VM.

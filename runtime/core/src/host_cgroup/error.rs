@@ -1,0 +1,66 @@
+//! The errors of a pod's cgroup on the host.
+
+use std::path::PathBuf;
+
+use libcgroups::common::{AnyManagerError, CreateCgroupSetupError};
+use machinen_base::{
+    error::{ErrorKind, HasKind},
+    fs::FileError,
+};
+
+use super::path::CgroupPathError;
+
+/// Why a pod's processes cannot be in its cgroup, or why it cannot have its limits.
+#[derive(Debug, thiserror::Error)]
+pub enum HostCgroupError {
+    /// `linux.cgroupsPath` is refused.
+    #[error(transparent)]
+    Path(#[from] CgroupPathError),
+    /// The host has no cgroups that can be used.
+    #[error("the host's cgroups cannot be used for {path}")]
+    Setup {
+        /// The cgroup.
+        path: String,
+        /// The cause.
+        source: CreateCgroupSetupError,
+    },
+    /// The cgroup cannot be created, or the shim cannot enter it.
+    #[error("cannot enter the cgroup {path} of the host")]
+    Enter {
+        /// The cgroup.
+        path: String,
+        /// The cause.
+        source: AnyManagerError,
+    },
+    /// The kernel, or systemd, refuses a limit.
+    #[error("cannot set the limits of the cgroup {path} of the host")]
+    Limit {
+        /// The cgroup.
+        path: String,
+        /// The cause.
+        source: AnyManagerError,
+    },
+    /// Processes are still in the cgroup.
+    #[error("the cgroup {} of the host stays, because processes are still in it: {pids:?}", group.display())]
+    InUse {
+        /// The directory of the cgroup.
+        group: PathBuf,
+        /// The processes.
+        pids: Vec<u32>,
+    },
+    /// A file of the host's cgroups, or the record of them in the bundle, cannot be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// A thread ended without a result.
+    #[error("a worker thread ended early")]
+    Worker(#[source] tokio::task::JoinError),
+}
+
+impl HasKind for HostCgroupError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Path(_) => ErrorKind::InvalidArgument,
+            _ => ErrorKind::Internal,
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! When a pod enters and limits its cgroup on the host.
+
+use std::path::{Path, PathBuf};
+
+use machinen_vm::VmExit;
+
+use super::{
+    Pod, PodError,
+    create::CreatePlan,
+    sandbox::{self, AcquiredVm, VmOrigin},
+};
+
+impl Pod {
+    /// Starts to enter the cgroup that the bundle of the pod's first container names, before that container is
+    /// requested.
+    pub fn begin_cgroup(&self, bundle: PathBuf) {
+        self.shared.cgroup.begin(self.shared.name.clone(), bundle);
+    }
+
+    /// Moves this process to the cgroup of the pod's first container, unless it is in there.
+    pub(super) async fn enter_cgroup(&self, plan: &CreatePlan, bundle: &Path) -> Result<(), PodError> {
+        let path = plan.guest.cgroups_path.as_deref();
+        Ok(self.shared.cgroup.enter(path, &self.shared.name, bundle).await?)
+    }
+
+    /// Extends the limits on the host for a container that exists in the guest and does not run yet.
+    pub(super) async fn limit_on_host(
+        &self,
+        id: &str,
+        plan: &CreatePlan,
+        vm: &AcquiredVm,
+    ) -> Result<(), PodError> {
+        let is_clone = Some(vm.origin.is_clone()).filter(|_| vm.origin != VmOrigin::Pod);
+        let resources = plan.guest.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let overhead = sandbox::host_overhead_mib(&plan.config.vm, vm.vm.spec());
+        Ok(self.shared.cgroup.limit(id, resources, overhead, is_clone).await?)
+    }
+
+    /// Lowers the limits on the host after a container was removed or could not be created. Leaves the cgroup if no
+    /// container is left, unless the VM outlives them.
+    pub(super) async fn release_cgroup(&self, id: &str) {
+        let is_last = || self.is_empty() && self.shared.sandbox.ends_with_containers();
+        self.shared.cgroup.release(id, is_last).await;
+    }
+
+    /// Why a VM was lost, and whether the host's kernel has ended it for lack of memory. The count of the cgroup says
+    /// so: the exit of a QEMU that the kernel kills can look as if the shim had asked for it, because the channel to the
+    /// guest ends before the process.
+    pub(super) async fn reason_of_loss(&self, exit: VmExit) -> (String, bool) {
+        match self.shared.cgroup.out_of_memory().await {
+            Some(group) => (
+                format!(
+                    "the host's kernel has killed QEMU, because the memory of the cgroup {group} was used up"
+                ),
+                true,
+            ),
+            None => (exit.to_string(), false),
+        }
+    }
+}
