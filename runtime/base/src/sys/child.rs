@@ -270,9 +270,9 @@ fn set_capabilities(kept: u64) -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr()) })?;
     for capability in (0..64).filter(|capability| kept & (1 << capability) != 0) {
         // SAFETY: no memory is involved.
-        check(
-            unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, capability, 0, 0) }.into(),
-        )?;
+        let raised =
+            unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, capability, 0, 0) };
+        check(raised.into())?;
     }
     Ok(())
 }

@@ -156,9 +156,9 @@ impl RootBuilder {
             set_attributes(mount.as_fd(), attributes)?;
             let at = at.strip_prefix("/").unwrap_or(at);
             if path.is_dir() {
-                self.directory(at)?
+                self.directory(at)?;
             } else {
-                self.file(at)?
+                self.file(at)?;
             }
             Ok((mount, CString::new(at.as_os_str().as_bytes())?))
         };
