@@ -36,8 +36,8 @@ impl Pod {
         Ok(self.shared.cgroup.limit(id, resources, overhead, is_clone).await?)
     }
 
-    /// Lowers the limits on the host after a container was removed or could not be created. Leaves the cgroup if no
-    /// container is left, unless the VM outlives them.
+    /// Lowers the limits on the host after a container was removed or could not be created. Leaves the cgroup
+    /// if no container is left, unless the VM outlives the containers.
     pub(super) async fn release_cgroup(&self, id: &str) {
         let is_last = || self.is_empty() && self.shared.sandbox.ends_with_containers();
         self.shared.cgroup.release(id, is_last).await;

@@ -54,8 +54,8 @@ async fn whole_life(host: &Host, channel: ChannelKind) {
 
     vm.detach_disk(read_only).await.unwrap();
     assert!(matches!(vm.detach_disk(read_only).await, Err(VmError::NoDisk(_))));
-    // Its target is free again for a new disk.
-    assert_eq!(vm.attach_disk(host.disk("base", true)).await.unwrap(), read_only);
+    // The guest may not have noticed yet, so a new disk gets another target.
+    assert_ne!(vm.attach_disk(host.disk("base", true)).await.unwrap(), read_only);
 
     let ending = Instant::now();
     let exit = vm.shutdown(GRACE).await;

@@ -86,8 +86,9 @@ fn the_environment_is_only_what_is_given() {
 
 #[test]
 fn the_session_keyring_is_a_new_one() {
-    // This user sees no keys of the host but those that it possesses.
-    let jail = Jail { new_keyring: true, identity: Some(identity()), ..Jail::default() };
+    // A user that no other process has sees only the keys that it possesses.
+    let user = RunAs { uid: NOT_AN_ACCOUNT + 1, ..identity() };
+    let jail = Jail { new_keyring: true, identity: Some(user), ..Jail::default() };
     assert_eq!(printed(jail, "grep -c ' _ses: empty' /proc/keys"), "1\n");
 }
 

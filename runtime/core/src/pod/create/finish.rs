@@ -55,7 +55,8 @@ impl Attached<'_> {
     /// Connects the streams and creates the container in the guest.
     ///
     /// # Errors
-    /// The guest refuses the container, the host a limit, or the anchor cannot enter its root. Nothing is left then.
+    /// The guest refuses the container, the host refuses a limit, or the anchor cannot enter its root. Nothing is
+    /// left then.
     pub(super) async fn create(self) -> Result<Created, PodError> {
         let Self { job, stdio, injected, mut held, addresses, agent } = self;
         let streams = match job.create_in_guest(&held, &agent, &addresses, stdio, injected).await {
@@ -95,7 +96,8 @@ impl CreateJob<'_> {
         Ok(streams)
     }
 
-    /// Does what is left to do on the host once the container exists in the guest, before anything of the user's runs.
+    /// Does what is left to do on the host once the container exists in the guest. Nothing of the user's runs
+    /// before.
     async fn complete_on_host(&self, held: &mut Held) -> Result<(), PodError> {
         let limits = self.pod.limit_on_host(&self.request.id, &self.plan, &held.vm);
         self.phases.time("limits", limits).await?;

@@ -9,6 +9,7 @@
 //! Each phase is a value, and its step consumes it: the step ends in the next phase, or in an error after
 //! everything that was held is given back (`undo.rs`). Only the base disk stays, since it is in a cache. What
 //! does not depend on each other runs concurrently, and the guest boots meanwhile.
+//! The id and the pod's cgroup on the host are given back after the phases.
 
 mod attach;
 mod disks;
