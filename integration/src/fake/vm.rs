@@ -4,7 +4,7 @@ use std::{
     fs,
     io::{Read, Write},
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::UnixStream,
     },
     path::Path,
@@ -17,7 +17,10 @@ use anyhow::{Context, Result, ensure};
 use command_fds::{CommandFdExt, FdMapping};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::signal::{Signal, kill},
+    sys::{
+        signal::{Signal, kill},
+        socket::{Shutdown, shutdown},
+    },
     unistd::Pid,
 };
 
@@ -126,7 +129,14 @@ impl Guest {
     /// # Errors
     /// A part of the guest is left.
     pub(super) fn kill(&self) -> Result<()> {
-        let Self::Agent(child) = self else { return Ok(()) };
+        let child = match self {
+            Self::Agent(child) => child,
+            Self::Nobody(channel) => {
+                // A hostile agent has a descriptor of its own. The channel may be closed already.
+                let _closed = shutdown(channel.as_raw_fd(), Shutdown::Both);
+                return Ok(());
+            }
+        };
         let mut child = child.lock().expect("the lock is not poisoned");
         if child.try_wait().context("cannot wait for an agent")?.is_none() {
             // The end of pid 1 of the guest ends all of the guest, and then the outer process that waits for

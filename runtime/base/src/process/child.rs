@@ -142,8 +142,14 @@ pub struct ChildLimits {
 }
 
 impl ChildLimits {
-    /// Raises the size to which the child may make files grow, if the limit is lower (RLIMIT_FSIZE). It is not an error
-    /// if the child has ended already. To be called on the thread that has started the child.
+    /// Whether this process may raise limits at all. Where it may not (without CAP_SYS_RESOURCE), a child has
+    /// to be started with the limits that it will need.
+    pub fn can_be_raised() -> bool {
+        sys::limits::can_raise()
+    }
+
+    /// Raises the size to which the child may make files grow, if the limit is lower (RLIMIT_FSIZE). It is not an
+    /// error if the child has ended already. To be called on the thread that has started the child.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -257,6 +263,12 @@ mod tests {
             line.split_whitespace().nth(4).unwrap().parse::<u64>().unwrap()
         };
         assert_eq!(limit(), 8192);
+        if !ChildLimits::can_be_raised() {
+            child.limits().allow_file_size(4096).unwrap();
+            let refused = child.limits().allow_file_size(1 << 30).unwrap_err();
+            assert!(refused.to_string().contains("raise a limit of sleep"), "{refused}");
+            return;
+        }
         child.limits().allow_file_size(1 << 30).unwrap();
         child.limits().allow_file_size(4096).unwrap();
         assert_eq!(limit(), 1 << 30);

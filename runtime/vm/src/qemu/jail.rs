@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use machinen_base::process::{Jail, JailFiles, ResourceLimits, RunAs, find_program};
+use machinen_base::process::{ChildLimits, Jail, JailFiles, ResourceLimits, RunAs, find_program};
 
 use crate::{
     accel::{self, Accelerator},
@@ -15,6 +15,9 @@ use crate::{
 
 /// Each of a VM's disks takes two descriptors of QEMU, and a controller has 256 disks.
 const OPEN_FILES: u64 = 1024;
+
+/// The largest writable disk that a configuration or an annotation gives a container, bytes.
+const LARGEST_DISK: u64 = 16 << 40;
 
 /// QEMU's threads besides those of the vCPUs: at most 64 that read and write disks, and a few for its event loop, RCU,
 /// and the state of a VM.
@@ -30,8 +33,11 @@ const DATA: [&str; 3] = ["qemu", "qemu-kvm", "seabios"];
 /// The restrictions of a QEMU that runs `spec` as the user `identity`.
 pub(crate) fn jail(spec: &VmSpec, start: Start, identity: RunAs) -> Jail {
     let limits = ResourceLimits {
-        // Disks raise it when they are attached.
-        file_size: Some(argv::own_memory_file(spec, start)),
+        // Disks raise it when they are attached, where this process may do that.
+        file_size: Some(match ChildLimits::can_be_raised() {
+            true => argv::own_memory_file(spec, start),
+            false => LARGEST_DISK,
+        }),
         open_files: Some(OPEN_FILES),
         processes: Some(u64::from(spec.vcpus) + THREADS),
         locked_memory: Some(0),
