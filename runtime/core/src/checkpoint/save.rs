@@ -103,7 +103,7 @@ pub(crate) fn copy(from: &Path, to: &Path) -> Result<(), CheckpointError> {
 /// Copies CRIU's own log and statistics to a directory that may hold other files. Blocks.
 ///
 /// # Errors
-/// The directory cannot be created or written, or belongs to somebody else.
+/// The directory cannot be created or written, or belongs to another user.
 pub(crate) fn copy_reports(from: &Path, to: &Path) -> Result<(), CheckpointError> {
     fs::create_dir_all(to).map_err(CheckpointError::file("create", to))?;
     let (from, to) = (CheckpointDir::open(from)?, CheckpointDir::open(to)?);

@@ -32,7 +32,7 @@ const MAX_STATUS: u32 = 255;
 struct EndedInit {
     exit: ProcessExit,
     logger: Option<Logger>,
-    /// Processes were killed because the container was out of memory, and no event has said so.
+    /// Processes were killed because the container was out of memory, and no event has reported it.
     unreported_kill: bool,
     /// Whether the container has written nothing. None: the guest is lost and cannot export the changes.
     unchanged: Option<bool>,

@@ -1,4 +1,4 @@
-//! Joins the data of small yamux frames, so that the memory of a stream that nobody reads is bounded by its
+//! Joins the data of small yamux frames, so that the memory of a stream that is not read is bounded by its
 //! bytes. yamux keeps each frame that it has received in an allocation of its own: a guest that sends a byte
 //! a frame would make it grow to many times the window.
 //!

@@ -68,7 +68,7 @@ pub(super) enum VmStart<T> {
 #[derive(Debug, Clone, Copy)]
 enum TemplateSearch<T> {
     Ready(T),
-    /// There is none, and one could be built.
+    /// There is no template, and one could be built.
     Absent,
     /// Templates are not to be used, one is being built, building or cloning it has failed, or VMs of this
     /// kind cannot be cloned.

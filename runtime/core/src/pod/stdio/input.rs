@@ -38,7 +38,7 @@ type TakenBytes = Arc<tokio::sync::Mutex<u64>>;
 
 impl StdinCopy {
     /// Starts to copy. `ended` is called with the number of bytes when the caller's input has ended. A guest
-    /// that sends anything on the stream ends it: nobody would read what the host has to keep of it.
+    /// that sends anything on the stream ends it: the host would have to keep data that nothing reads.
     pub fn start<F>(
         stdin: StdinReader,
         end: StdinEnd,

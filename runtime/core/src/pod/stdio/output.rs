@@ -18,7 +18,7 @@ const READER_GRACE: Duration = Duration::from_secs(10);
 /// could keep a container from ending.
 const GUEST_GRACE: Duration = Duration::from_secs(10);
 
-/// How long all of the output may take after the end of its process, whoever is slow.
+/// How long all of the output may take after the end of its process, whether the guest or the reader is slow.
 const DELIVERY: Duration = Duration::from_secs(60);
 
 /// One output stream on its way from the guest to the caller.
