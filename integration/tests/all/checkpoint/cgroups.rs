@@ -16,7 +16,8 @@ use crate::harness::on_newest_containerd;
 on_newest_containerd!(below_a_namespace, without_a_namespace, with_a_copy_ahead, more_than_can_be_kept);
 
 /// The first process moves into a child cgroup and enables controllers, as systemd and dockerd do. The root
-/// of the hierarchy depends on the namespace.
+/// of the hierarchy depends on the namespace. A child that is frozen before it has executed its command would not
+/// be found by its name.
 const MAKE: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup); cd $c; mkdir init work work/deep idle; \
                     echo $$ >init/cgroup.procs; \
                     until echo '+memory +pids +cpu' >cgroup.subtree_control; do usleep 10000; done; \
@@ -25,6 +26,7 @@ const MAKE: &str = "c=/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup); cd $c; mkd
                     echo 1 >idle/memory.oom.group; chown 1000 work/cgroup.procs work; \
                     (cd /; exec sleep 7777) & echo $! >work/deep/cgroup.procs; \
                     (cd /; exec sleep 8888) & echo $! >idle/cgroup.procs; \
+                    until grep -q sleep /proc/$!/comm; do usleep 10000; done; \
                     echo 1 >idle/cgroup.freeze; touch /dev/shm/made; cd /; exec sleep 9999";
 /// Prints paths below the container's cgroup, and only values that another start would not change. A process
 /// that waited in the cgroup itself would keep the first process from enabling controllers.
