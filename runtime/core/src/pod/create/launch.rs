@@ -63,8 +63,6 @@ impl<'a> Planned<'a> {
         let vm_request = plan.vm_request();
         let (launched, mut launched_vm) = watch::channel(None);
         let vm = async {
-            // What is started from here on is in the cgroup. A warm VM is moved to it.
-            phases.time("cgroup", pod.enter_cgroup(plan, &request.bundle)).await?;
             let acquired = pod.shared.sandbox.acquire(&request.id, &vm_request);
             let acquired = phases.time("vm-launch", acquired).await?;
             // A clone that ends early is not an error: another VM is booted instead once the disks are there.
@@ -79,8 +77,10 @@ impl<'a> Planned<'a> {
             }
         };
         let stdio = async { self.stdio.ready().await.map_err(PodError::from) };
-        let others = async { tokio::try_join!(disks, stdio) };
-        let (vm, (disks, ())) = with_vm(vm, others).await?;
+        // The kernel takes some 10 ms. A VM that is started meanwhile is moved to the cgroup, as a warm one is.
+        let cgroup = phases.time("cgroup", pod.enter_cgroup(plan, &request.bundle));
+        let others = async { tokio::try_join!(disks, stdio, cgroup) };
+        let (vm, (disks, (), ())) = with_vm(vm, others).await?;
         if let Some(restore) = &plan.restore {
             restore.check_rootfs(disks.base.filter(|_| plan.rootfs.is_overlaid()))?;
         }
