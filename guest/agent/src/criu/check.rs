@@ -65,6 +65,17 @@ pub(super) fn check(source: &DumpSource<'_>) -> Result<(), CriuError> {
     Ok(())
 }
 
+/// Whether all processes are in the mount namespace of the first one.
+///
+/// # Errors
+/// The processes cannot be listed.
+pub(super) fn in_one_mount_namespace(source: &DumpSource<'_>) -> Result<bool, CriuError> {
+    let namespace = |pid: Pid| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+    let first = namespace(source.init.pid());
+    // A process that has ended is in none.
+    Ok(source.cgroup.pids()?.into_iter().filter_map(namespace).all(|other| Some(other) == first))
+}
+
 /// Why a process cannot be restored. A process that has ended has no such reason.
 fn why_not(init: Pid, pid: Pid) -> Option<String> {
     let at = |name: &str| PathBuf::from(format!("/proc/{pid}/{name}"));

@@ -13,8 +13,15 @@ use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type};
 use tokio::task::spawn_blocking;
 
 use super::{
-    CriuError, STDIN, check::check, cpu, extents, files, image_mount::ImageMount, mounts, pagemap,
-    reason::quote_of_dump, recover::recover, rpc::Criu, sockets,
+    CriuError, STDIN,
+    check::{check, in_one_mount_namespace},
+    cpu, extents, files,
+    image_mount::ImageMount,
+    mounts, pagemap,
+    reason::quote_of_dump,
+    recover::recover,
+    rpc::Criu,
+    sockets,
 };
 use crate::{cgroup::Cgroup, disk::Disk, process::Process, reaper::Reaper, stdio};
 
@@ -158,6 +165,7 @@ pub(crate) async fn dump(
 ) -> Result<(Dumped, CheckpointContainerResponse), CriuError> {
     check(source)?;
     let moved = sockets::moved(source)?;
+    let one_namespace = in_one_mount_namespace(source)?;
     let mut facts = facts(source)?;
     let mounted = ImageMount::mount(disk, source.dir, FILE_SYSTEM, MsFlags::MS_NOATIME)?;
     let before = Some(mounted.path().join(BEFORE)).filter(|before| before.is_dir());
@@ -178,7 +186,7 @@ pub(crate) async fn dump(
         }
         done => done?,
     }
-    files::correct(&images, &moved)?;
+    files::correct(&images, &moved, one_namespace)?;
     let unread = source.init.stdin().unread(stdin_sent).await.map_err(CriuError::Stdin)?;
     let path = images.join(STDIN);
     stdio::save_unread(&unread, &path).map_err(|source| CriuError::File { what: "write", path, source })?;

@@ -5,6 +5,10 @@
 //! - A connection loses the name of the socket that accepted it, if that name was removed. CRIU 4.1 does not
 //!   bind connections, but if the other end was closed it waits forever until the connection is bound to the
 //!   removed name.
+//! - Where all processes are in one mount namespace, a UNIX socket loses the number of its mount. CRIU 4.1 enters
+//!   that mount's namespace to bind the socket, also if the process is in it already. The kernel refuses that to
+//!   a process that shares its root and working directory with another one, as CRIU's helper for a session whose
+//!   first process has ended does.
 
 use std::{
     collections::HashSet,
@@ -27,6 +31,7 @@ const STATE: u32 = 4;
 const NAME: u32 = 11;
 const NAME_DIR: u32 = 14;
 const DELETED: u32 = 15;
+const MOUNT: u32 = 17;
 /// A value of [`TYPE`].
 const DATAGRAM: u64 = 2;
 /// A value of [`STATE`].
@@ -40,18 +45,18 @@ pub(super) struct MovedSocket {
     pub(super) name: PathBuf,
 }
 
-/// Corrects the UNIX sockets in the images of a dump.
+/// Corrects the UNIX sockets in the images of a dump. `one_namespace`: all processes are in one mount namespace.
 ///
 /// # Errors
 /// The images lack a socket, or those of the file system.
-pub(super) fn correct(images: &Path, moved: &[MovedSocket]) -> Result<(), CriuError> {
+pub(super) fn correct(images: &Path, moved: &[MovedSocket], one_namespace: bool) -> Result<(), CriuError> {
     let path = images.join(FILES);
     let failed = |what| {
         let path = path.clone();
         move |source| CriuError::File { what, path, source }
     };
     let before = fs::read(&path).map_err(failed("read"))?;
-    let (after, renamed) = corrected(&before, moved).map_err(failed("read"))?;
+    let (after, renamed) = corrected(&before, moved, one_namespace).map_err(failed("read"))?;
     if let Some(missing) = moved.iter().find(|socket| !renamed.contains(&socket.inode)) {
         return Err(CriuError::NoSocket { name: missing.name.clone() });
     }
@@ -59,7 +64,11 @@ pub(super) fn correct(images: &Path, moved: &[MovedSocket]) -> Result<(), CriuEr
 }
 
 /// Returns the corrected list of open files, and the sockets that have another name in it.
-fn corrected(bytes: &[u8], moved: &[MovedSocket]) -> io::Result<(Vec<u8>, HashSet<u64>)> {
+fn corrected(
+    bytes: &[u8],
+    moved: &[MovedSocket],
+    one_namespace: bool,
+) -> io::Result<(Vec<u8>, HashSet<u64>)> {
     let (magic, messages) = image::split(bytes)?;
     let (mut bytes, mut renamed) = (magic.to_vec(), HashSet::new());
     for message in messages {
@@ -77,25 +86,37 @@ fn corrected(bytes: &[u8], moved: &[MovedSocket]) -> io::Result<(Vec<u8>, HashSe
         let fields = socket.special_fields.mut_unknown_fields();
         let named =
             moved.iter().find(|moved| fields.get(INODE) == Some(UnknownValueRef::Varint(moved.inode)));
-        if named.is_none() && !is_connection_without_name(fields) {
+        let loses_mount = one_namespace && fields.get(MOUNT).is_some();
+        let is_renamed = named.is_some() || is_connection_without_name(fields);
+        if !loses_mount && !is_renamed {
             image::append(&mut bytes, message)?;
             continue;
         }
-        for field in [NAME, NAME_DIR, DELETED] {
-            fields.remove(field);
+        if loses_mount {
+            fields.remove(MOUNT);
         }
-        let mut name = Vec::new();
-        if let Some(moved) = named {
-            name.extend(moved.name.as_os_str().as_bytes());
-            name.push(0);
-            renamed.insert(moved.inode);
+        if is_renamed {
+            rename(fields, named);
+            renamed.extend(named.map(|moved| moved.inode));
         }
-        fields.add_length_delimited(NAME, name);
         entry_fields.remove(SOCKET);
         entry_fields.add_length_delimited(SOCKET, socket.write_to_bytes()?);
         image::append(&mut bytes, &entry.write_to_bytes()?)?;
     }
     Ok((bytes, renamed))
+}
+
+/// Gives a socket the name that it is moved to; without one, no name.
+fn rename(socket: &mut UnknownFields, moved: Option<&MovedSocket>) {
+    for field in [NAME, NAME_DIR, DELETED] {
+        socket.remove(field);
+    }
+    let mut name = Vec::new();
+    if let Some(moved) = moved {
+        name.extend(moved.name.as_os_str().as_bytes());
+        name.push(0);
+    }
+    socket.add_length_delimited(NAME, name);
 }
 
 /// Whether a socket was accepted by another one whose name was removed.
@@ -165,7 +186,7 @@ mod tests {
             socket(11, DATAGRAM, ESTABLISHED, b"e\0", true),
         ];
         fs::write(dir.path().join(FILES), list(&before)).unwrap();
-        correct(dir.path(), &[MovedSocket { inode: 8, name: "/run/c".into() }]).unwrap();
+        correct(dir.path(), &[MovedSocket { inode: 8, name: "/run/c".into() }], false).unwrap();
         let after = fs::read(dir.path().join(FILES)).unwrap();
         let (magic, entries) = image::split(&after).unwrap();
         assert_eq!((magic, entries.len()), (*b"magic888", before.len()));
@@ -177,11 +198,27 @@ mod tests {
     }
 
     #[test]
+    fn in_one_namespace_sockets_have_no_mounts() {
+        let dir = tempfile::tempdir().unwrap();
+        let before = [b"\x08\x01\x10\x07".to_vec(), socket(7, STREAM, LISTEN, b"/run/a\0", false)];
+        fs::write(dir.path().join(FILES), list(&before)).unwrap();
+        correct(dir.path(), &[], true).unwrap();
+        let after = fs::read(dir.path().join(FILES)).unwrap();
+        let (_, entries) = image::split(&after).unwrap();
+        assert_eq!(entries[0], before[0]);
+        let mut all = fields(&before[1]);
+        all.retain(|field| !field.starts_with("17 "));
+        assert_eq!(fields(entries[1]), all);
+    }
+
+    #[test]
     fn a_socket_that_is_not_there_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let moved = [MovedSocket { inode: 1, name: "/a".into() }];
-        assert!(matches!(correct(dir.path(), &moved), Err(CriuError::File { .. })));
+        assert!(matches!(correct(dir.path(), &moved, false), Err(CriuError::File { .. })));
         fs::write(dir.path().join(FILES), list(&[socket(7, STREAM, LISTEN, b"a\0", true)])).unwrap();
-        assert!(matches!(correct(dir.path(), &moved), Err(CriuError::NoSocket { name }) if name == *"/a"));
+        assert!(
+            matches!(correct(dir.path(), &moved, false), Err(CriuError::NoSocket { name }) if name == *"/a")
+        );
     }
 }
