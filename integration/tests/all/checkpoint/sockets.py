@@ -110,6 +110,17 @@ def jailed():
         time.sleep(9999)
 
 
+def left_by_its_session():
+    """A child in a session whose first process has ended: CRIU makes a helper for it, which shares the root and
+    working directory of this process while the sockets are bound."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            time.sleep(9999)
+        os._exit(0)
+    os.wait()
+
+
 def ask():
     own = "/tmp/client-%d" % os.getpid()
     for label, (kind, path) in SOCKETS.items():
@@ -130,6 +141,7 @@ def ask():
 if sys.argv[1:] == ["ask"]:
     ask()
 else:
+    left_by_its_session()
     jailed()
     connected()
     renamed()
