@@ -60,7 +60,7 @@ impl EventServer {
     /// Waits for the next event of a create. Events of other topics are ignored.
     ///
     /// # Errors
-    /// There is none in time, or it cannot be decoded.
+    /// No event arrives in time, or it cannot be decoded.
     pub fn created(&self) -> Result<TaskCreate> {
         loop {
             let envelope = self.received.recv_timeout(DEADLINE).context("no create was reported")?;

@@ -74,7 +74,7 @@ async fn run(channel: OwnedFd, hostility: Hostility) -> Result<()> {
     while let Some(Ok(stream)) = poll_fn(|cx| connection.poll_next_inbound(cx)).await {
         tokio::spawn(welcome(stream, Arc::clone(&agent)));
     }
-    // Without a connection, the server has nobody to serve.
+    // Without a connection, the server has no client.
     if served.is_finished() {
         return served.await?;
     }

@@ -52,21 +52,21 @@ pub(super) fn run(
     let guest = match behaviour {
         Behaviour::Silent => {
             shared.hangs();
-            Guest::Nobody(channel)
+            Guest::NoAgent(channel)
         }
         Behaviour::Speaks(bytes) => {
             let mut channel = UnixStream::from(channel);
             channel.write_all(bytes)?;
-            Guest::Nobody(channel.into())
+            Guest::NoAgent(channel.into())
         }
         Behaviour::Hostile(hostility) => {
             hostile::serve(channel.try_clone()?, hostility);
-            Guest::Nobody(channel)
+            Guest::NoAgent(channel)
         }
         Behaviour::Floods(bytes) => {
             // A reader that has closed its end needs no more bytes.
             let _closed = console.write_all(&vec![b'#'; bytes]);
-            Guest::Nobody(channel)
+            Guest::NoAgent(channel)
         }
         _ => Guest::Agent(Arc::new(Mutex::new(start(agent, channel, &console, disks)?))),
     };
@@ -97,14 +97,14 @@ pub(super) fn run(
 pub(super) enum Guest {
     Agent(Arc<Mutex<Child>>),
     /// Keeps the channel open.
-    Nobody(OwnedFd),
+    NoAgent(OwnedFd),
 }
 
 impl Guest {
     fn clone(&self) -> Result<Self> {
         Ok(match self {
             Self::Agent(child) => Self::Agent(Arc::clone(child)),
-            Self::Nobody(channel) => Self::Nobody(channel.try_clone()?),
+            Self::NoAgent(channel) => Self::NoAgent(channel.try_clone()?),
         })
     }
 
@@ -131,7 +131,7 @@ impl Guest {
     pub(super) fn kill(&self) -> Result<()> {
         let child = match self {
             Self::Agent(child) => child,
-            Self::Nobody(channel) => {
+            Self::NoAgent(channel) => {
                 // A hostile agent has a descriptor of its own. The channel may be closed already.
                 let _closed = shutdown(channel.as_raw_fd(), Shutdown::Both);
                 return Ok(());

@@ -125,7 +125,7 @@ pub fn members(group: &Path) -> Result<Vec<u32>, FileError> {
     Ok(text.unwrap_or_default().lines().filter_map(|line| line.parse().ok()).filter(|&pid| pid > 0).collect())
 }
 
-/// Removes the group with this directory. False: there is none, or it is in use.
+/// Removes the group with this directory. Returns false if the group does not exist or is in use.
 ///
 /// # Errors
 /// Those of rmdir(2), but for ENOENT and EBUSY.

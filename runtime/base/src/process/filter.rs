@@ -10,7 +10,7 @@ use seccompiler::{
 /// The system calls that a program may make. Any other one kills it, with SIGSYS.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SystemCalls {
-    /// Calls, each with the arguments that it may have; any if there is none.
+    /// Calls, each with the arguments that it may have; without a list, it may have any.
     allowed: BTreeMap<i64, Vec<Argument>>,
     /// Calls that fail as if the kernel did not have them.
     missing: Vec<i64>,

@@ -35,7 +35,7 @@ use crate::{
     sys::root::{MountAttributes, RootMounts, set_attributes},
 };
 
-/// The files of the host that a jailed program sees, besides its own file and its libraries.
+/// The files of the host that a jailed program sees in addition to its own file and its libraries.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct JailFiles {
     /// Files and directories that the program can read, at their real paths. What does not exist is left out.
