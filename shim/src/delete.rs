@@ -15,7 +15,7 @@ use machinen::{
     fs::{FileError, remove_dir_if_exists, remove_if_exists},
     host_cgroup,
     pod::state::KILLED,
-    process::kill_foreign,
+    process::{ReservedUser, kill_foreign},
 };
 use machinen_task::events::timestamp;
 use protobuf::{Message, MessageField};
@@ -45,6 +45,10 @@ pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
     }
     if let Err(error) = host_cgroup::remove_abandoned(&bundle) {
         // containerd logs this as a warning; a group that stays must not keep the rest.
+        eprintln!("{}", chain(&error));
+    }
+    // A killed server has not released the users of its children.
+    if let Err(error) = ReservedUser::sweep() {
         eprintln!("{}", chain(&error));
     }
     let pod = bundle.join(POD_DIR);

@@ -53,6 +53,29 @@ impl ReservedUser {
         Err(FileError::new("find a free user in", dir, io::ErrorKind::StorageFull))
     }
 
+    /// Removes the reservations of processes that were killed.
+    ///
+    /// # Errors
+    /// The directory of reservations cannot be read, or a file in it cannot be removed.
+    pub fn sweep() -> Result<(), FileError> {
+        Self::sweep_in(&Path::new(RUN_DIR).join("users"))
+    }
+
+    fn sweep_in(dir: &Path) -> Result<(), FileError> {
+        let Some(guard) = if_exists(File::open(dir)).map_err(FileError::at("open", dir))? else {
+            return Ok(());
+        };
+        lock(&guard).map_err(FileError::at("lock", dir))?;
+        for entry in fs::read_dir(dir).map_err(FileError::at("read", dir))? {
+            let path = entry.map_err(FileError::at("read", dir))?.path();
+            // The lock is held until the file is removed.
+            if let Some(_free) = take(&path).map_err(FileError::at("lock", &path))? {
+                remove_if_exists(&path).map_err(FileError::at("remove", &path))?;
+            }
+        }
+        Ok(())
+    }
+
     /// This user, and the group of the same number, in these other groups.
     pub fn run_as(&self, groups: Vec<u32>) -> RunAs {
         RunAs { uid: self.number, gid: self.number, groups }
@@ -94,6 +117,16 @@ fn numbers(seed: u32) -> impl Iterator<Item = u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_reservations_of_killed_processes_are_swept() {
+        let dir = tempfile::tempdir().unwrap();
+        ReservedUser::sweep_in(&dir.path().join("missing")).unwrap();
+        let held = ReservedUser::reserve_in(dir.path()).unwrap();
+        fs::write(dir.path().join("7"), "").unwrap();
+        ReservedUser::sweep_in(dir.path()).unwrap();
+        assert!(held.path.exists() && !dir.path().join("7").exists());
+    }
 
     #[test]
     fn every_user_is_reserved_once() {
