@@ -129,7 +129,8 @@ pub fn remove_dir_if_exists(path: &Path) -> io::Result<bool> {
 const LOCK_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Waits until no other open file description holds a lock on the file, and takes it exclusively (flock(2)). A signal
-/// does not end the wait. The lock is released when the last duplicate of the descriptor is closed.
+/// does not end the wait. The lock is released when the last duplicate of the descriptor is closed; a child process has
+/// one until it executes its program.
 ///
 /// # Errors
 /// Those of flock(2), but for EINTR; `TimedOut` if the lock has not become free within a minute.

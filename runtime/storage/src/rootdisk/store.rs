@@ -210,6 +210,8 @@ impl Store {
         File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
         let file = File::open(&path).map_err(failed)?;
         lock_shared(&file).map_err(failed)?;
+        // Not when `disk` is closed: a process that is being started has a copy of it until it executes its program.
+        disk.unlock().map_err(failed)?;
         Ok(Opened { file, metadata })
     }
 

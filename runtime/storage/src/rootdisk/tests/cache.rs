@@ -5,9 +5,11 @@ use std::{fs, path::Path, sync::mpsc, time::Duration};
 use machinen_base::process::Spawn;
 
 use super::{CacheFixture, layer, small, tool};
-use crate::rootdisk::{BuildOptions, DiskState, PruneOptions, RootdiskCache, RootdiskProgress, RootfsSource};
+use crate::rootdisk::{
+    BuildOptions, DiskState, PruneOptions, Rootdisk, RootdiskCache, RootdiskProgress, RootfsSource,
+};
 
-fn phases(disk: &crate::rootdisk::Rootdisk) -> Vec<&'static str> {
+fn phases(disk: &Rootdisk) -> Vec<&'static str> {
     disk.phases.iter().map(|(name, _)| *name).collect()
 }
 
@@ -129,6 +131,12 @@ fn processes_share_the_work() {
     assert_eq!(fixture.leftovers(), Vec::<std::path::PathBuf>::new());
 }
 
+/// Ends the use of a disk at once. Without this, a process that another test starts would keep its copy of the disk's
+/// descriptor, and so the lock, until it executes its program.
+fn release(disk: Rootdisk) {
+    disk.file.unlock().unwrap();
+}
+
 #[test]
 fn what_is_in_use_is_not_pruned() {
     let fixture = CacheFixture::new();
@@ -136,7 +144,7 @@ fn what_is_in_use_is_not_pruned() {
     make(&used, "used");
     make(&unused, "unused");
     let disk = fixture.build(&layer(&used)).unwrap();
-    drop(fixture.build(&layer(&unused)).unwrap());
+    release(fixture.build(&layer(&unused)).unwrap());
     let listed = fixture.cache.list().unwrap();
     let users: Vec<_> = listed.iter().map(|listed| (listed.key == disk.key, listed.users.clone())).collect();
     assert_eq!(users, [(false, vec![]), (true, vec![std::process::id()])]);
@@ -154,8 +162,10 @@ fn what_is_in_use_is_not_pruned() {
     let pruned = fixture.cache.prune(&tight).unwrap();
     assert_eq!((pruned.removed.len(), pruned.in_use.len()), (1, 1));
     assert_eq!(pruned.in_use[0].key, disk.key);
-    assert!(fixture.build(&layer(&used)).unwrap().cached);
-    drop(disk);
+    let again = fixture.build(&layer(&used)).unwrap();
+    assert!(again.cached);
+    release(again);
+    release(disk);
     assert_eq!(fixture.cache.prune(&PruneOptions::default()).unwrap().removed.len(), 1);
     assert_eq!(fs::read_dir(fixture.cache.dir().join("index")).unwrap().count(), 0);
     assert!(!fixture.build(&layer(&used)).unwrap().cached);
