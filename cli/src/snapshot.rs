@@ -67,8 +67,10 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<VerbOutput, CheckpointError> {
             Ok(VerbOutput::new(table(&found), value))
         }
         SnapshotCommand::Inspect { dir } => {
-            let manifest = CheckpointManifest::read(dir)?;
-            Ok(VerbOutput::new(describe(&manifest), json!(manifest)))
+            let (manifest, digest) = CheckpointManifest::read_with_digest(dir)?;
+            let mut fields = json!(manifest);
+            fields["digest"] = json!(digest);
+            Ok(VerbOutput::new(describe(&manifest, &digest), fields))
         }
         SnapshotCommand::Verify { dirs } => Ok(verify(dirs)),
         SnapshotCommand::Rm { dirs } => {
@@ -134,7 +136,7 @@ fn summary(path: &Path, manifest: &CheckpointManifest) -> Value {
     })
 }
 
-fn describe(manifest: &CheckpointManifest) -> String {
+fn describe(manifest: &CheckpointManifest, digest: &str) -> String {
     // A manifest has words of the guest, and any other program may have written it.
     let CheckpointManifest { format, machinen, arch, created, container, kernel, criu, config, .. } =
         manifest;
@@ -144,7 +146,7 @@ fn describe(manifest: &CheckpointManifest) -> String {
     let mut text = format!(
         "container  {container}\ncreated    {created}, by machinen {machinen} (format {format})\nneeds      {arch}, \
          kernel {kernel} or newer, {} CPU features\ncriu       {criu}\nrootdisk   {rootdisk}\nconfig     {config}\n\
-         terminal   {}\nsize       {} in {} files\n",
+         digest     {digest}\nterminal   {}\nsize       {} in {} files\n",
         manifest.cpu_flags.len(),
         if manifest.terminal { "yes" } else { "no" },
         human(bytes(manifest)),
@@ -181,7 +183,7 @@ mod tests {
             limits: [(evil(), evil())].into(),
             ..CheckpointManifest::default()
         };
-        let texts = [describe(&manifest), table(&[(evil().into(), manifest)])];
+        let texts = [describe(&manifest, "sha256:0"), table(&[(evil().into(), manifest)])];
         for text in &texts {
             assert!(!text.contains('\x1b') && text.len() < 16 << 10, "{text:.200}");
         }

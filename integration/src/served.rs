@@ -8,10 +8,12 @@ use containerd_shim_protos::{
     protobuf::{EnumOrUnknown, MessageField, well_known_types::any::Any},
 };
 use serde_json::json;
+use sha2::{Digest as _, Sha256};
 
 use crate::{
     bundle::Bundle,
     containerd::Containerd,
+    image::hex,
     shim::{Client, Shim, V3},
 };
 
@@ -21,6 +23,8 @@ pub struct Served<'a> {
     pub shim: Shim<'a>,
     pub client: Client,
     pub pid: u32,
+    /// The VM has another container too.
+    pub shares_vm: bool,
 }
 
 impl<'a> Served<'a> {
@@ -63,7 +67,7 @@ impl<'a> Served<'a> {
         let shim = Shim::new(containerd)?;
         fs::copy(config, shim.bundle.join("config.json"))?;
         let client = Client::connect(&shim.serve()?, V3)?;
-        Ok(Self { shim, client, pid: 0 })
+        Ok(Self { shim, client, pid: 0, shares_vm: false })
     }
 
     /// A container with that specification in the VM of this one.
@@ -73,7 +77,7 @@ impl<'a> Served<'a> {
     pub fn in_same_vm(&self, containerd: &'a Containerd, config: &Path) -> Result<Self> {
         let shim = Shim::new(containerd)?;
         fs::copy(config, shim.bundle.join("config.json"))?;
-        Ok(Self { shim, client: self.client.clone(), pid: 0 })
+        Ok(Self { shim, client: self.client.clone(), pid: 0, shares_vm: true })
     }
 
     /// # Errors
@@ -86,12 +90,26 @@ impl<'a> Served<'a> {
         Ok(())
     }
 
-    /// Creates the container from a checkpoint.
+    /// Creates the container from a checkpoint. A container in the VM of another one names the checkpoint's digest.
     ///
     /// # Errors
     /// The call is refused.
     pub fn create_from(&mut self, checkpoint: &Path) -> Result<()> {
+        if self.shares_vm {
+            self.pin(&digest(checkpoint)?)?;
+        }
         self.create(|request| request.checkpoint = checkpoint.display().to_string())
+    }
+
+    /// Has the container restored only from the checkpoint with this digest.
+    ///
+    /// # Errors
+    /// The bundle's configuration cannot be changed.
+    pub fn pin(&self, digest: &str) -> Result<()> {
+        let path = self.shim.bundle.join("config.json");
+        let mut config: serde_json::Value = serde_json::from_slice(&fs::read(&path)?)?;
+        config["annotations"]["io.machinen.checkpoint-digest"] = digest.into();
+        Ok(fs::write(path, config.to_string())?)
     }
 
     /// # Errors
@@ -193,4 +211,10 @@ impl<'a> Served<'a> {
         self.client.ok::<api::DeleteResponse>("Delete", &self.delete(""))?;
         self.shim.shut_down(&self.client)
     }
+}
+
+/// The digest by which a configuration names a checkpoint.
+fn digest(checkpoint: &Path) -> Result<String> {
+    let manifest = fs::read(checkpoint.join("machinen.json"))?;
+    Ok(format!("sha256:{}", hex(&Sha256::digest(manifest))))
 }

@@ -62,6 +62,10 @@ impl ForkSpec {
         {
             *path = format!("{above}{}", options.new).into();
         }
+        // The digest of the checkpoint that the source was restored from. The fork is restored from another one.
+        if let Some(annotations) = spec.get_mut("annotations").and_then(Value::as_object_mut) {
+            annotations.remove(&format!("{PREFIX}checkpoint-digest"));
+        }
         let lasting = serde_json::to_vec(&spec).map_err(failed)?;
         let annotations = spec.entry("annotations").or_insert(Value::Null);
         let tcp = if options.tcp == TcpChoice::Keep { "keep" } else { "close" };
@@ -116,10 +120,11 @@ mod tests {
     #[test]
     fn restore_options_are_temporary_and_hostnames_are_kept() {
         let mut source = source();
-        source["annotations"] = json!({"io.machinen.tcp": "close", "mine": "x"});
+        source["annotations"] =
+            json!({"io.machinen.tcp": "close", "mine": "x", "io.machinen.checkpoint-digest": "sha256:0"});
         let options = ForkOptions { tcp: TcpChoice::Keep, lazy: true, hostname: Some("web"), ..OPTIONS };
         let (lasting, restoring) = of(&source, &options).unwrap();
-        assert_eq!(lasting["annotations"], source["annotations"]);
+        assert_eq!(lasting["annotations"], json!({"io.machinen.tcp": "close", "mine": "x"}));
         assert_eq!(lasting["hostname"], "web");
         assert_eq!(
             restoring["annotations"],

@@ -100,6 +100,11 @@ pub(crate) enum CriuError {
     Kernel { theirs: String, ours: String },
     #[error("the checkpoint has a file mounted at {destination}, for which the configuration has none")]
     NoFile { destination: String },
+    #[error(
+        "the checkpoint mounts {path:?} of the VM at {destination:?}, which belongs to no container: only devices \
+         and files of the container's own configuration are mounted"
+    )]
+    ForeignMount { destination: String, path: String },
     #[error("cannot make the mount point {path}")]
     MountPoint { path: PathBuf, source: Box<pathrs::error::Error> },
     #[error("the page at {address:#x} is in neither of the two dumps")]
@@ -132,7 +137,8 @@ impl HasKind for CriuError {
             | Self::Pages { .. }
             | Self::Cpu { .. }
             | Self::Kernel { .. }
-            | Self::NoFile { .. } => ErrorKind::FailedPrecondition,
+            | Self::NoFile { .. }
+            | Self::ForeignMount { .. } => ErrorKind::FailedPrecondition,
             Self::Hostname { .. } => ErrorKind::InvalidArgument,
             Self::Limits(err) => err.kind(),
             Self::Disk(_) | Self::Mount { .. } => ErrorKind::NotFound,

@@ -3,8 +3,11 @@
 use std::{
     fs::{self, File},
     io,
-    os::fd::{AsRawFd, OwnedFd},
-    path::{Path, PathBuf},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::FileTypeExt as _,
+    },
+    path::{Component, Path, PathBuf},
 };
 
 use machinen_protocol::api::{CheckpointFacts, CriuOptions, NestedCgroup};
@@ -307,15 +310,57 @@ fn pass_on(terminal: &OwnedFd, master: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
+/// What is mounted there: a file of the container's own configuration, or a character device, to which the container's
+/// cgroup controls the access. Anything else of this VM belongs to others, whatever the checkpoint says.
 fn source(mount: &machinen_protocol::api::ExternalMount, files: &[FileMount]) -> Result<String, CriuError> {
     if !mount.source.is_empty() {
-        return Ok(mount.source.clone());
+        return match is_device(Path::new(&mount.source)) {
+            true => Ok(mount.source.clone()),
+            false => Err(CriuError::ForeignMount {
+                destination: mount.destination.clone(),
+                path: mount.source.clone(),
+            }),
+        };
     }
     let file = files.iter().find(|file| file.destination == Path::new(&mount.destination));
     let file = file.ok_or_else(|| CriuError::NoFile { destination: mount.destination.clone() })?;
     Ok(file.source.display().to_string())
 }
 
+/// Whether this is the path of a character device below /dev. Links are not followed.
+fn is_device(path: &Path) -> bool {
+    let is_plain = path.components().skip(1).all(|component| matches!(component, Component::Normal(_)));
+    let is_character = |meta: fs::Metadata| meta.file_type().is_char_device();
+    is_plain && path.starts_with("/dev") && fs::symlink_metadata(path).is_ok_and(is_character)
+}
+
 fn failed(log: &Path) -> CriuError {
     CriuError::Failed { what: "restore", log: quote(log) }
+}
+
+#[cfg(test)]
+mod tests {
+    use machinen_protocol::api::ExternalMount;
+
+    use super::*;
+
+    #[test]
+    fn only_own_files_and_character_devices_are_mounted() {
+        let files = [FileMount { destination: "/etc/hosts".into(), source: "/run/c/files/0".into() }];
+        let mount = |destination: &str, source: &str| {
+            let mount = ExternalMount {
+                destination: destination.to_owned(),
+                source: source.to_owned(),
+                ..Default::default()
+            };
+            super::source(&mount, &files)
+        };
+        assert_eq!(mount("/etc/hosts", "").unwrap(), "/run/c/files/0");
+        assert_eq!(mount("/proc/kcore", "/dev/null").unwrap(), "/dev/null");
+        assert!(matches!(mount("/etc/passwd", ""), Err(CriuError::NoFile { .. })));
+        for foreign in ["/", "/run", "/etc/hostname", "/dev", "/dev/../etc/hostname", "/dev/fd/0", "dev/null"]
+        {
+            assert!(matches!(mount("/x", foreign), Err(CriuError::ForeignMount { .. })), "{foreign}");
+        }
+    }
 }

@@ -33,7 +33,8 @@ on_newest_containerd!(
     a_checkpoint_and_its_source,
     nothing_runs_before_start,
     output_continues,
-    deleted_with_images_in_the_guest
+    deleted_with_images_in_the_guest,
+    in_the_vm_of_others_only_by_its_digest
 );
 
 fn a_checkpoint_and_its_source(containerd: &mut Containerd) -> Result<()> {
@@ -224,6 +225,48 @@ fn deleted_with_images_in_the_guest(containerd: &mut Containerd) -> Result<()> {
     source.client.ok::<DeleteResponse>("Delete", &source.delete(""))?;
     fs::remove_dir_all(&source.shim.bundle)?;
     no_trouble(&pod)?;
+    pod.end()?;
+    Ok(fs::remove_dir_all(&dir)?)
+}
+
+/// A checkpoint may have been written by anybody, and its processes could be root in the VM of others.
+fn in_the_vm_of_others_only_by_its_digest(containerd: &mut Containerd) -> Result<()> {
+    let bundle = Bundle::busybox(containerd)?;
+    let config = bundle.config(&["sh", "-c", COUNTER], |_| ())?;
+    let source = Served::run(containerd, &config)?;
+    ensure!(source.exec_to("look", &["sh", "-c", &counts_from(100)], "")? == 0, "no counter");
+    let dir = containerd.root().join("images");
+    checkpoint(&source, &dir)?;
+    source.end()?;
+    let printed = containerd.machinen(&["snapshot", "inspect", "--json"])?.arg(&dir).run()?.ok()?.text();
+    let printed: serde_json::Value = serde_json::from_str(&printed)?;
+    let digest = printed["digest"].as_str().context("no digest")?;
+    let other = format!("sha256:{}", "0".repeat(64));
+    // Another digest is refused in any VM.
+    let alone = Served::of(containerd, &config)?;
+    alone.pin(&other)?;
+    let pod = Served::idle(containerd)?;
+    let joining = pod.in_same_vm(containerd, &config)?;
+    for (served, word) in [(&alone, &*other), (&joining, "io.machinen.checkpoint-digest")] {
+        let mut request = served.shim.create_request();
+        request.checkpoint = dir.display().to_string();
+        let (code, message) = served.client.refused("Create", &request)?;
+        ensure!(code == Code::FAILED_PRECONDITION && message.contains(word), "{code:?}: {message}");
+    }
+    alone.pin(digest)?;
+    joining.pin(digest)?;
+    for served in [&alone, &joining] {
+        let mut request = served.shim.create_request();
+        request.checkpoint = dir.display().to_string();
+        served.client.ok::<containerd_shim_protos::api::CreateTaskResponse>("Create", &request)?;
+        served.begin()?;
+        ensure!(served.exec_to("look", &["sh", "-c", &counts_from(102)], "")? == 0, "it does not continue");
+        served.client.ok::<Empty>("Kill", &served.kill("", 9))?;
+        served.wait("")?;
+        served.client.ok::<DeleteResponse>("Delete", &served.delete(""))?;
+    }
+    alone.shim.shut_down(&alone.client)?;
+    fs::remove_dir_all(&joining.shim.bundle)?;
     pod.end()?;
     Ok(fs::remove_dir_all(&dir)?)
 }

@@ -19,7 +19,7 @@ on_newest_containerd!(refused_checkpoints, memory_that_has_changed);
 /// A kind of damage, the code of the refusal, and a word of the message.
 type Case = (&'static str, fn(&Path) -> Result<()>, Code, &'static str);
 
-const CASES: [Case; 13] = [
+const CASES: [Case; 14] = [
     (
         "no manifest",
         |dir| Ok(fs::remove_file(dir.join("machinen.json"))?),
@@ -46,6 +46,12 @@ const CASES: [Case; 13] = [
         |dir| change(dir, "/cpu_flags/0", json!("warp")),
         Code::FAILED_PRECONDITION,
         "lacks: warp",
+    ),
+    (
+        "a mount of the VM's own files",
+        |dir| change(dir, "/mounts", json!([{"destination": "/etc", "source": "/run"}])),
+        Code::FAILED_PRECONDITION,
+        "mounts \"/run\" of the VM at \"/etc\"",
     ),
     ("an invalid limit", |dir| change(dir, "/limits", json!({"../x": "1"})), Code::INVALID_ARGUMENT, "../x"),
 ];

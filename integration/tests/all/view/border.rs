@@ -147,7 +147,7 @@ fn without_fuse_there_is_an_empty_directory(containerd: &mut Containerd) -> Resu
     let covered =
         "[ -n \"$COVERED\" ] || COVERED=1 exec unshare --mount sh \"$0\"; mount --bind /dev/null /dev/fuse";
     let client = Client::connect(&shim.serve_in(covered)?, V3)?;
-    let mut served = Served { shim, client, pid: 0 };
+    let mut served = Served { shim, client, pid: 0, shares_vm: false };
     served.create(|_| ())?;
     served.begin()?;
     ensure!(names(&root(served.pid, ""))?.is_empty(), "{:?}", names(&root(served.pid, ""))?);

@@ -110,6 +110,23 @@ pub enum CheckpointError {
         /// What differs, as the end of a sentence.
         what: String,
     },
+    /// The checkpoint is not the one that the container's annotation names.
+    #[error(
+        "the checkpoint has the digest {found}, but the annotation io.machinen.checkpoint-digest has {pinned}"
+    )]
+    Digest {
+        /// The digest of the manifest.
+        found: String,
+        /// The digest that was asked for.
+        pinned: String,
+    },
+    /// The checkpoint would be restored in a VM with other containers, and its origin is not known.
+    #[error(
+        "a checkpoint decides which processes it becomes, with which rights, and this VM has other containers: if \
+         you trust it, put its digest, as `machinen snapshot inspect` prints it, into the annotation \
+         io.machinen.checkpoint-digest"
+    )]
+    Unpinned,
     /// The checkpoint belongs to another root file system.
     #[error(
         "the checkpoint was taken on the root file system {theirs}, but the container has {ours}: restore it with the same image"
@@ -150,7 +167,11 @@ impl HasKind for CheckpointError {
             | Self::Parts { .. }
             | Self::TooLarge { .. }
             | Self::Changed { .. } => ErrorKind::InvalidArgument,
-            Self::Format { .. } | Self::Arch { .. } | Self::Rootfs { .. } => ErrorKind::FailedPrecondition,
+            Self::Format { .. }
+            | Self::Arch { .. }
+            | Self::Digest { .. }
+            | Self::Unpinned
+            | Self::Rootfs { .. } => ErrorKind::FailedPrecondition,
         }
     }
 }

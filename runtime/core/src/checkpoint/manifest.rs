@@ -10,12 +10,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machinen_base::fs::{FileError, Links, if_exists, open_regular};
+use machinen_base::fs::{FileError, Links, hex, if_exists, open_regular};
 use machinen_base::text::printable;
 use machinen_protocol::api::{
     CgroupFile, CgroupFileOwner, CheckpointFacts, CriuOptions, ExternalMount, NestedCgroup,
 };
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use super::{CheckpointError, digest::PART};
 
@@ -152,6 +153,15 @@ impl CheckpointManifest {
     /// # Errors
     /// The manifest is missing, not valid, or has another format or architecture.
     pub fn read(dir: &Path) -> Result<Self, CheckpointError> {
+        Self::read_with_digest(dir).map(|(manifest, _)| manifest)
+    }
+
+    /// Like [`CheckpointManifest::read`], with the digest of the file: `sha256:` and hexadecimal digits. The manifest has
+    /// the digests of all images, so its own digest identifies the whole checkpoint.
+    ///
+    /// # Errors
+    /// Those of [`CheckpointManifest::read`].
+    pub fn read_with_digest(dir: &Path) -> Result<(Self, String), CheckpointError> {
         let path = dir.join(MANIFEST);
         // The directory may belong to anybody.
         let opened = if_exists(open_regular(&path, Links::Refuse)).map_err(FileError::at("open", &path))?;
@@ -160,7 +170,7 @@ impl CheckpointManifest {
         file.take(MAX_SIZE + 1).read_to_end(&mut text).map_err(CheckpointError::file("read", &path))?;
         match text.len() as u64 > MAX_SIZE {
             true => Err(CheckpointError::LargeManifest { path }),
-            false => Self::parse(&text, &path),
+            false => Ok((Self::parse(&text, &path)?, format!("sha256:{}", hex(&Sha256::digest(&text))))),
         }
     }
 

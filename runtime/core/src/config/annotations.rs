@@ -54,6 +54,8 @@ pub enum Scope {
 /// Compares the configuration of a container with a running VM: what the VM has, if that differs.
 type Differs = fn(&Config, &VmSpec) -> Option<String>;
 
+const DIGEST: &str = "sha256: and 64 lower-case hexadecimal digits";
+
 /// Every annotation, with its scope and its effect.
 pub const KEYS: &[Annotation] = &[
     Annotation {
@@ -142,6 +144,19 @@ pub const KEYS: &[Annotation] = &[
                 "close" => TcpMode::Close,
                 _ => return Err("keep or close".into()),
             };
+            Ok(())
+        },
+    },
+    Annotation {
+        name: "checkpoint-digest",
+        scope: Scope::Container,
+        apply: |config, value| {
+            let digits = value.strip_prefix("sha256:").ok_or(DIGEST)?;
+            let is_hex = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+            if digits.len() != 64 || !digits.bytes().all(is_hex) {
+                return Err(DIGEST.into());
+            }
+            config.restore.digest = Some(value.to_owned());
             Ok(())
         },
     },

@@ -144,13 +144,16 @@ pub enum VerifyMode {
 }
 
 /// How containers are restored from checkpoints.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RestoreConfig {
     /// Whether a container runs before its memory is there, and fetches the memory.
     pub lazy: bool,
     /// What happens to established TCP connections.
     pub tcp: TcpMode,
+    /// The digest that the checkpoint must have, by an annotation: `sha256:` and hexadecimal digits.
+    #[serde(skip)]
+    pub digest: Option<String>,
 }
 
 /// What happens to established TCP connections.

@@ -71,15 +71,34 @@ pub(super) struct RestorePlan {
     id: String,
     dir: PathBuf,
     manifest: CheckpointManifest,
+    /// The digest of the manifest, which identifies the checkpoint.
+    digest: String,
 }
 
 impl RestorePlan {
     /// Reads the manifest, and makes all checks that need no images.
     pub(super) fn read(id: &str, dir: &Path) -> Result<Self, PodError> {
         let (id, dir) = (id.to_owned(), dir.to_owned());
-        match CheckpointManifest::read(&dir) {
-            Ok(manifest) => Ok(Self { id, dir, manifest }),
+        match CheckpointManifest::read_with_digest(&dir) {
+            Ok((manifest, digest)) => Ok(Self { id, dir, manifest, digest }),
             Err(source) => Err(PodError::Restore { id, dir, source }),
+        }
+    }
+
+    /// Compares the checkpoint with the one that the container's configuration asks for. A VM with other containers takes
+    /// no other checkpoint.
+    pub(super) fn check_digest(
+        &self,
+        config: &config::RestoreConfig,
+        has_others: bool,
+    ) -> Result<(), PodError> {
+        match &config.digest {
+            Some(pinned) if *pinned != self.digest => {
+                Err(self
+                    .failed(CheckpointError::Digest { found: self.digest.clone(), pinned: pinned.clone() }))
+            }
+            None if has_others => Err(self.failed(CheckpointError::Unpinned)),
+            _ => Ok(()),
         }
     }
 
@@ -113,7 +132,7 @@ impl RestorePlan {
     pub(super) fn request(
         &self,
         disk: Option<DiskAddress>,
-        config: config::RestoreConfig,
+        config: &config::RestoreConfig,
         spec: &Spec,
         cpus: u32,
     ) -> RestoreFrom {

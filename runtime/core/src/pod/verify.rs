@@ -19,7 +19,7 @@ use tokio::{sync::MutexGuard, task::spawn_blocking};
 
 use super::{
     Container, CreateRequest, Pod, PodError,
-    create::{self, Attachments, ContainerDisks, CreatePlan, OpenDisks},
+    create::{self, Attachments, CheckpointOrigin, ContainerDisks, CreatePlan, OpenDisks},
     layer,
     phases::PhaseTimes,
     restore::restore_disk,
@@ -139,7 +139,7 @@ impl Pod {
             stdio: ProcessStdio::default(),
             checkpoint: Some(dir.to_owned()),
         };
-        let mut plan = self.plan(&create).await?;
+        let mut plan = self.plan(&create, CheckpointOrigin::Pod).await?;
         // The trial reads all of the memory.
         plan.config.restore.lazy = false;
         if let ContainerDiskPlan::Whole { root } = plan.rootfs.disk {
@@ -168,7 +168,7 @@ async fn create_without_start(
     let vcpus = vm.spec().vcpus;
     let spec = plan.guest.for_vm(vcpus);
     let mut request = create::request(id, &spec, &addresses, stdio, injected)?;
-    let from = restore.request(addresses.checkpoint, plan.config.restore, &spec, vcpus);
+    let from = restore.request(addresses.checkpoint, &plan.config.restore, &spec, vcpus);
     request.checkpoint = MessageField::some(from);
     let created = agent.create_container(request).await;
     created.map(drop).map_err(|source| restore.refused(disk, source))

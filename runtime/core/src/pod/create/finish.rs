@@ -116,7 +116,7 @@ impl CreateJob<'_> {
         let spec = self.plan.guest.for_vm(vcpus);
         let mut request = disks::request(&self.request.id, &spec, addresses, stdio, injected)?;
         if let Some(restore) = &self.plan.restore {
-            let from = restore.request(addresses.checkpoint, self.plan.config.restore, &spec, vcpus);
+            let from = restore.request(addresses.checkpoint, &self.plan.config.restore, &spec, vcpus);
             request.checkpoint = MessageField::some(from);
         }
         Ok(request)

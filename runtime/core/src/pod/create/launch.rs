@@ -13,6 +13,7 @@ use super::{
     CreateRequest,
     attach::Launched,
     disks::{self, Attachments},
+    plan::CheckpointOrigin,
     undo::{CreateJob, Held},
 };
 use crate::pod::{Pod, PodError, anchor::Anchor, phases::PhaseTimes, stdio::HostStdio};
@@ -35,7 +36,7 @@ impl<'a> Planned<'a> {
         request: CreateRequest,
         phases: &'a PhaseTimes,
     ) -> Result<Self, PodError> {
-        let plan = pod.plan(&request).await?;
+        let plan = pod.plan(&request, CheckpointOrigin::Client).await?;
         let stdio = HostStdio::open(&request.stdio, &pod.owner(&request.id))?;
         let injected = plan.read_injected().await?;
         Ok(Self { job: CreateJob { pod, request, plan, phases }, stdio, injected })

@@ -30,7 +30,7 @@ use launch::Planned;
 pub(super) use self::{
     disks::{Attachments, ContainerDisks, OpenDisks, base_disk, request, root_disks},
     launch::with_vm,
-    plan::CreatePlan,
+    plan::{CheckpointOrigin, CreatePlan},
 };
 
 /// A request to create a container.

@@ -68,15 +68,29 @@ impl CreatePlan {
     }
 }
 
+/// Where the checkpoint of a restore comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::pod) enum CheckpointOrigin {
+    /// A client has named its directory.
+    Client,
+    /// This pod has just written it, and restores it in a VM of its own.
+    Pod,
+}
+
 impl Pod {
     /// Makes all checks that change nothing on the host or in the guest. They run in a thread of their own: a
     /// file system that a path of the caller leads to may not answer, and must not keep this pod's other requests
     /// waiting.
-    pub(in crate::pod) async fn plan(&self, create: &CreateRequest) -> Result<CreatePlan, PodError> {
+    pub(in crate::pod) async fn plan(
+        &self,
+        create: &CreateRequest,
+        origin: CheckpointOrigin,
+    ) -> Result<CreatePlan, PodError> {
         let pod = self.clone();
         let (id, bundle) = (create.id.clone(), create.bundle.clone());
         let (rootfs, checkpoint) = (create.rootfs.clone(), create.checkpoint.clone());
-        let plan = move || pod.plan_blocking(&id, &bundle, &rootfs, checkpoint.as_deref());
+        let plan =
+            move || pod.plan_blocking(&id, &bundle, &rootfs, checkpoint.as_deref().map(|dir| (dir, origin)));
         spawn_blocking(plan).await.map_err(PodError::Worker)?
     }
 
@@ -85,7 +99,7 @@ impl Pod {
         id: &ContainerId,
         bundle: &Path,
         rootfs: &[RootfsMount],
-        checkpoint: Option<&Path>,
+        checkpoint: Option<(&Path, CheckpointOrigin)>,
     ) -> Result<CreatePlan, PodError> {
         let spec = bundle::load(bundle)?;
         let annotations = spec.annotations().clone().unwrap_or_default();
@@ -93,7 +107,15 @@ impl Pod {
         let rootfs = rootfs::plan(rootfs, &spec, bundle)?;
         let guest = guest::reduce(spec, id)?;
         let assets = Assets::find(&config.assets.dir)?;
-        let restore = checkpoint.map(|dir| RestorePlan::read(id, dir)).transpose()?;
+        let restore = checkpoint.map(|(dir, origin)| {
+            let restore = RestorePlan::read(id, dir)?;
+            if origin == CheckpointOrigin::Client {
+                // The container itself is among the pod's by now.
+                restore.check_digest(&config.restore, self.containers().len() > 1)?;
+            }
+            Ok::<_, PodError>(restore)
+        });
+        let restore = restore.transpose()?;
         Ok(CreatePlan { config, annotations, assets, guest, rootfs, restore })
     }
 }
