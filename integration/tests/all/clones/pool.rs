@@ -200,7 +200,11 @@ fn a_drain_ends_members_however_far_they_have_come(containerd: &mut Containerd) 
         let reached =
             ["starting", "cloning", "warming up", "ready"].into_iter().skip_while(|it| *it != state);
         let reached: Vec<_> = reached.collect();
-        eventually(state, || Ok(pool.states()?.iter().any(|is| reached.contains(&is.as_str()))))?;
+        // The shim starts one member after the other, and a drain ends those that it finds.
+        eventually(state, || {
+            let states = pool.states()?;
+            Ok(states.len() == SIZE && states.iter().any(|is| reached.contains(&is.as_str())))
+        })?;
         let had = pool.states()?;
         let drained = pool.command("drain")?;
         ensure!(drained["ended"].as_u64() >= Some(1), "{drained} of {had:?}");
