@@ -96,9 +96,18 @@ impl<'a> Served<'a> {
     /// The call is refused.
     pub fn create_from(&mut self, checkpoint: &Path) -> Result<()> {
         if self.shares_vm {
-            self.pin(&digest(checkpoint)?)?;
+            self.trust(checkpoint)?;
         }
         self.create(|request| request.checkpoint = checkpoint.display().to_string())
+    }
+
+    /// Lets the container be restored from this checkpoint in the VM of another container.
+    ///
+    /// # Errors
+    /// The checkpoint has no manifest, or the bundle's configuration cannot be changed.
+    pub fn trust(&self, checkpoint: &Path) -> Result<()> {
+        let manifest = fs::read(checkpoint.join("machinen.json"))?;
+        self.pin(&format!("sha256:{}", hex(&Sha256::digest(manifest))))
     }
 
     /// Has the container restored only from the checkpoint with this digest.
@@ -211,10 +220,4 @@ impl<'a> Served<'a> {
         self.client.ok::<api::DeleteResponse>("Delete", &self.delete(""))?;
         self.shim.shut_down(&self.client)
     }
-}
-
-/// The digest by which a configuration names a checkpoint.
-fn digest(checkpoint: &Path) -> Result<String> {
-    let manifest = fs::read(checkpoint.join("machinen.json"))?;
-    Ok(format!("sha256:{}", hex(&Sha256::digest(manifest))))
 }

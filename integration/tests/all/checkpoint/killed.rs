@@ -331,6 +331,7 @@ fn in_a_restore(containerd: &mut Containerd) -> Result<()> {
     let before = pod.content()?;
     for when in [SEEN, MAKES] {
         let mut restored = pod.container(COUNTER, "")?;
+        restored.trust(&dir)?;
         let killer = pod.killer(WORKER, when)?;
         let mut create = restored.shim.create_request();
         create.checkpoint = dir.display().to_string();
