@@ -85,7 +85,7 @@ pub(super) fn jail() -> Jail {
 }
 
 fn system_calls() -> SystemCalls {
-    SystemCalls::basic().and(&CALLS).and_threads().and_requests(&[])
+    SystemCalls::basic().and(&CALLS).and_threads().and_missing(&[libc::SYS_ioctl])
 }
 
 #[cfg(test)]
