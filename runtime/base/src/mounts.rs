@@ -45,21 +45,36 @@ pub fn clone_tree(source: BorrowedFd<'_>, options: TreeOptions) -> io::Result<Ow
     Ok(tree)
 }
 
-/// Runs `work` in the mount namespace of the process `pid`, a child that has not been reaped, with that namespace's
-/// root as the root directory. Blocks.
-///
-/// # Errors
-/// The namespace cannot be entered, for example because the process has ended; or those of `work`.
-pub fn in_mount_namespace<T: Send>(pid: u32, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-    let process = pidfd::open(pid)?;
-    let enter = move || {
-        // A namespace of mounts can be entered only by a thread that shares its root with no other.
-        unshare(CloneFlags::CLONE_FS)?;
-        setns(&process, CloneFlags::CLONE_NEWNS)?;
-        work()
-    };
-    thread::scope(|scope| {
-        let entered = thread::Builder::new().name("mounts".to_owned()).spawn_scoped(scope, enter)?;
-        entered.join().unwrap_or_else(|_| Err(io::Error::other("the thread has panicked")))
-    })
+/// The mount namespace of a child process.
+#[derive(Debug)]
+pub struct ChildMounts {
+    /// Refers to this process only, also when its pid is that of another one.
+    child: OwnedFd,
+}
+
+impl ChildMounts {
+    /// The namespace of the process `pid`, a child that has not been reaped.
+    ///
+    /// # Errors
+    /// The errors of pidfd_open(2).
+    pub fn of(pid: u32) -> io::Result<Self> {
+        Ok(Self { child: pidfd::open(pid)? })
+    }
+
+    /// Runs `work` in the namespace, with its root as the root directory. Blocks.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered, for example because the child has ended; or those of `work`.
+    pub fn enter<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+        let entered = move || {
+            // A namespace of mounts can be entered only by a thread that shares its root with no other.
+            unshare(CloneFlags::CLONE_FS)?;
+            setns(&self.child, CloneFlags::CLONE_NEWNS)?;
+            work()
+        };
+        thread::scope(|scope| {
+            let thread = thread::Builder::new().name("mounts".to_owned()).spawn_scoped(scope, entered)?;
+            thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread has panicked")))
+        })
+    }
 }

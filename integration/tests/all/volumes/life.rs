@@ -79,17 +79,20 @@ fn a_killed_shim_leaves_no_server(containerd: &mut Containerd) -> Result<()> {
     let config =
         Bundle::busybox(containerd)?.config(&["sleep", "1000"], |spec| bind(spec, &data, "/data", &[]))?;
     let before = containerd.inventory()?;
-    let run = containerd.run_spec(&config).detached();
+    let run = containerd.run_spec(&config).detached().flag("--null-io");
     run.ok()?;
     let server = *servers(containerd)?.first().context("no server")?;
     let shim = inventory::descendants(containerd.keeper_pid())?;
     let shim = shim.iter().find(|process| process.pid == server).context("no server")?.parent;
+    let from = containerd.log().position();
     kill(shim)?;
     ensure!(
         machinen_integration::process::wait_for_end(server, std::time::Duration::from_secs(10))?,
         "the server stays"
     );
-    containerd.ctr_output(&["task", "delete", "--force", run.container()])?;
-    containerd.ctr_output(&["container", "delete", run.container()])?;
+    let id = run.container();
+    containerd.log().wait_for(from, |line| line.contains("shim disconnected") && line.contains(id))?;
+    containerd.ctr_output(&["tasks", "delete", "--force", id])?;
+    containerd.ctr_ok(&["containers", "delete", id])?;
     containerd.settle(&before)
 }

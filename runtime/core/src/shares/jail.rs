@@ -6,6 +6,8 @@
 
 use machinen_base::process::{Jail, JailFiles, ResourceLimits, RunAs, SystemCalls};
 
+use rustix::process::{Resource, getrlimit};
+
 use super::root::VOLUMES;
 
 /// See capabilities(7) and linux/capability.h.
@@ -25,7 +27,7 @@ pub(super) const CAPABILITIES: [u8; 8] =
 
 /// The server has a descriptor for each file and directory that the guest knows, and for each that it has open.
 /// This bounds the host's memory for them: some 1.5 KiB each. A guest that goes further gets EMFILE.
-const MAX_FILES: u64 = 256 << 10;
+pub(super) const MAX_FILES: u64 = 256 << 10;
 
 const CALLS: [i64; 39] = [
     libc::SYS_capget,
@@ -75,10 +77,12 @@ pub(super) fn jail() -> Jail {
     // To have capabilities not depend on the user; given up before the server reads anything.
     capabilities.push(SETPCAP);
     let strict = Jail::strict(RunAs::default());
+    let inherited = getrlimit(Resource::Nofile).maximum.unwrap_or(MAX_FILES);
     Jail {
         files: Some(JailFiles { mount_points: vec![VOLUMES.into()], ..JailFiles::default() }),
         capabilities: Some(capabilities),
-        limits: ResourceLimits { open_files: Some(MAX_FILES), ..strict.limits },
+        // Without the capability to raise limits, a process cannot exceed what it inherits; see `start.rs`.
+        limits: ResourceLimits { open_files: Some(inherited.min(MAX_FILES)), ..strict.limits },
         system_calls: Some(system_calls()),
         ..strict
     }

@@ -14,7 +14,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machinen_base::mounts::{TreeOptions, clone_tree, in_mount_namespace};
+use machinen_base::mounts::{ChildMounts, TreeOptions, clone_tree};
 use machinen_protocol::shares::ShareEntry;
 use nix::mount::{MntFlags, umount2};
 use rustix::{
@@ -33,8 +33,7 @@ const MAX_ENTRIES: &str = "4096";
 
 #[derive(Debug)]
 pub(super) struct ShareRoot {
-    /// The server's process.
-    server: u32,
+    server: ChildMounts,
     /// The same file system as at [`VOLUMES`]. It is covered there, so only this process can write to it.
     writable: OwnedFd,
 }
@@ -56,7 +55,8 @@ impl ShareRoot {
             | MountAttrFlags::MOUNT_ATTR_NODEV
             | MountAttrFlags::MOUNT_ATTR_NOEXEC;
         let writable = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, harmless)?;
-        in_mount_namespace(server, || {
+        let server = ChildMounts::of(server)?;
+        server.enter(|| {
             attach(&writable, Path::new(VOLUMES))?;
             // A mount of the same files covers the first one.
             let read_only = TreeOptions { recursive: false, read_only: true, follows_host: false };
@@ -77,7 +77,8 @@ impl ShareRoot {
         } else {
             mkdirat(&self.writable, &*name, Mode::from_raw_mode(0o555))?;
         }
-        in_mount_namespace(self.server, || attach(tree, &place(entry)))
+        self.server
+            .enter(|| attach(tree, &place(entry)))
             .inspect_err(|_| drop(self.remove_mount_point(entry)))
     }
 
@@ -86,9 +87,8 @@ impl ShareRoot {
     /// # Errors
     /// Those of umount2(2), or the server has ended.
     pub(super) fn remove(&self, entry: ShareEntry) -> io::Result<()> {
-        in_mount_namespace(self.server, || {
-            Ok(umount2(&place(entry), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?)
-        })?;
+        self.server
+            .enter(|| Ok(umount2(&place(entry), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?))?;
         self.remove_mount_point(entry)
     }
 

@@ -13,6 +13,7 @@ use machinen_base::{
 };
 use machinen_protocol::shares::QUEUES;
 use machinen_vm::{BoxedStream, Vm};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use tokio::{
     io::copy_bidirectional_with_sizes,
     net::UnixStream,
@@ -22,7 +23,7 @@ use tokio::{
 
 use super::{
     RunningShares, ShareError, ShareGuest,
-    jail::jail,
+    jail::{MAX_FILES, jail},
     root::ShareRoot,
     server::{ENTRY_POINT, FIRST_QUEUE},
 };
@@ -45,6 +46,7 @@ pub(super) async fn start(guest: &ShareGuest<'_>) -> Result<RunningShares, Share
         spawn = spawn.fd(socket, number);
     }
     let server = spawn.start().map_err(ShareError::Spawn)?;
+    allow_many_files(server.pid());
     match connect(guest, &server, ours).await {
         Ok((root, queues)) => {
             let vm = guest.vm.clone();
@@ -55,6 +57,17 @@ pub(super) async fn start(guest: &ShareGuest<'_>) -> Result<RunningShares, Share
             end(&server).await;
             Err(error)
         }
+    }
+}
+
+/// Raises the limit of descriptors of the server, a child that has not been reaped, if this process may do so.
+fn allow_many_files(server: u32) {
+    let limit = Rlimit { current: Some(MAX_FILES), maximum: Some(MAX_FILES) };
+    let pid = Pid::from_raw(server.cast_signed());
+    if let Err(error) = prlimit(pid, Resource::Nofile, limit) {
+        tracing::info!(
+            "the pod's volumes may have fewer files in use than {MAX_FILES}: cannot raise the limit: {error}"
+        );
     }
 }
 
