@@ -148,6 +148,7 @@ fn two_containers_of_a_pod(containerd: &mut Containerd) -> Result<()> {
     second.client.ok::<containerd_shim_protos::api::Empty>("Kill", &second.kill("", 9))?;
     second.wait("")?;
     second.client.ok::<containerd_shim_protos::api::DeleteResponse>("Delete", &second.delete(""))?;
+    fs::remove_dir_all(&second.shim.bundle)?;
     ensure!(shell(&first, "cat /data/f")? == "first\n", "the first container's volume is lost");
     first.end()
 }
