@@ -24,14 +24,14 @@ use machinen::{
     pod::anchor,
     pool,
     reexec::{self, EntryPoint},
-    template,
+    shares, template,
 };
 
 use args::{Action, ShimArgs};
 use error::ShimError;
 
 fn main() -> ExitCode {
-    let entry_points = [template::ENTRY_POINTS, &[anchor::ENTRY_POINT, MEMBER]];
+    let entry_points = [template::ENTRY_POINTS, &[anchor::ENTRY_POINT, shares::ENTRY_POINT, MEMBER]];
     reexec::dispatch(&entry_points).unwrap_or_else(|| report(run()))
 }
 

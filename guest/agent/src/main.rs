@@ -24,6 +24,7 @@ mod options;
 mod process;
 mod reaper;
 mod service;
+mod shares;
 mod shutdown;
 mod stdio;
 #[expect(unsafe_code, reason = "the only module with system calls that no crate wraps")]

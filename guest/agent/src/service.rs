@@ -14,6 +14,7 @@ use crate::{
     container::{Container, ContainerError, IdTable},
     context::Context,
     error::Failure,
+    shares::Shares,
     shutdown,
     stdio::{Streams, WindowSize},
 };
@@ -23,6 +24,8 @@ use crate::{
 pub(crate) struct AgentState {
     pub(crate) context: Context,
     pub(crate) containers: IdTable<Container>,
+    /// The volumes of the pod.
+    shares: Shares,
     /// Whether the agent may set the clock and the random number generator.
     owns_kernel: bool,
     /// The id of the call that has shut the guest down.
@@ -32,7 +35,8 @@ pub(crate) struct AgentState {
 impl AgentState {
     pub(crate) fn new(context: Context, owns_kernel: bool) -> Self {
         let shutdown = watch::Sender::new(None);
-        Self { context, containers: IdTable::new("container"), owns_kernel, shutdown }
+        let (containers, shares) = (IdTable::new("container"), Shares::default());
+        Self { context, containers, shares, owns_kernel, shutdown }
     }
 }
 
@@ -216,6 +220,19 @@ impl Agent for Service {
             let stream = stream.ok_or(ContainerError::NoStream { token: request.stream })?;
             let Context { engine, reaper, .. } = &state.context;
             state.containers.get(&request.container_id)?.open_view(engine, reaper, stream).await?;
+            Ok(api::Empty::new())
+        })
+        .await
+    }
+
+    async fn mount_shares(
+        &self,
+        _: &TtrpcContext,
+        request: api::MountSharesRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let state = Arc::clone(&self.state);
+        whole(async move {
+            state.shares.mount(&state.context.unclaimed, &request.streams).await?;
             Ok(api::Empty::new())
         })
         .await

@@ -112,9 +112,17 @@ impl RequestHeader {
     /// # Errors
     /// The request is shorter than its header or longer than [`MAX_REQUEST`].
     pub fn decode(bytes: &[u8; REQUEST_HEADER]) -> Result<Self, FuseError> {
+        Self::decode_within(bytes, MAX_REQUEST)
+    }
+
+    /// Reads the header of a request of at most `max` bytes.
+    ///
+    /// # Errors
+    /// The request is shorter than its header or longer than `max`.
+    pub fn decode_within(bytes: &[u8; REQUEST_HEADER], max: usize) -> Result<Self, FuseError> {
         let length = u32_at(bytes, 0);
         match usize::try_from(length) {
-            Ok(length) if (REQUEST_HEADER..=MAX_REQUEST).contains(&length) => Ok(Self {
+            Ok(length) if (REQUEST_HEADER..=max).contains(&length) => Ok(Self {
                 length,
                 opcode: u32_at(bytes, 4),
                 unique: u64_at(bytes, 8),
@@ -144,6 +152,14 @@ impl ReplyHeader {
     /// The reply is shorter than its header or longer than [`MAX_REPLY`], its error is not one of errno(3),
     /// it has both an error and a body, or it answers no request.
     pub fn decode(bytes: &[u8; REPLY_HEADER]) -> Result<Self, FuseError> {
+        Self::decode_within(bytes, MAX_REPLY)
+    }
+
+    /// Reads the header of a reply of at most `max` bytes.
+    ///
+    /// # Errors
+    /// As for [`ReplyHeader::decode`].
+    pub fn decode_within(bytes: &[u8; REPLY_HEADER], max: usize) -> Result<Self, FuseError> {
         let (length, error) = (u32_at(bytes, 0), u32_at(bytes, 4).cast_signed());
         let unique = u64_at(bytes, 8);
         if unique == 0 {
@@ -154,7 +170,9 @@ impl ReplyHeader {
             return Err(FuseError::Errno(error));
         }
         match usize::try_from(length) {
-            Ok(length) if length == REPLY_HEADER || (error == 0 && within(length)) => {
+            Ok(length)
+                if length == REPLY_HEADER || (error == 0 && (REPLY_HEADER..=max).contains(&length)) =>
+            {
                 Ok(Self { length, errno: -error, unique })
             }
             _ => Err(FuseError::ReplyLength(length)),
@@ -169,10 +187,6 @@ pub fn refusal(unique: u64, errno: i32) -> [u8; REPLY_HEADER] {
     reply[4..8].copy_from_slice(&(-errno).to_le_bytes());
     reply[8..].copy_from_slice(&unique.to_le_bytes());
     reply
-}
-
-fn within(length: usize) -> bool {
-    (REPLY_HEADER..=MAX_REPLY).contains(&length)
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {

@@ -4,7 +4,7 @@
 //! on: the ttrpc messages ([`api`], from `proto/agent.proto`), the disks of a root file system ([`disks`]), the
 //! kinds of errors ([`error`]), the first bytes of each stream ([`preamble`]), the names of processes
 //! ([`process`]), the archive of a container's changes ([`layer`]), the messages about its files ([`fuse`]), the
-//! addresses below, and the [`VERSION`] that is checked before anything else.
+//! volumes of the host ([`shares`]), the addresses below, and the [`VERSION`] that is checked before anything else.
 //!
 //! ```text
 //!   host                                             guest agent
@@ -22,6 +22,7 @@ pub mod fuse;
 pub mod layer;
 pub mod preamble;
 pub mod process;
+pub mod shares;
 
 /// Generated messages and the ttrpc service of `proto/agent.proto`.
 #[allow(

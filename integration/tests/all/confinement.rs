@@ -21,7 +21,6 @@ on_newest_containerd!(
     system_calls,
     group_limits,
     memory_limit_kills,
-    bind_mount_is_refused,
 );
 
 fn mounts_and_their_options(containerd: &mut Containerd) -> Result<()> {
@@ -268,16 +267,5 @@ fn memory_limit_kills(containerd: &mut Containerd) -> Result<()> {
     // The VM and its agent are unharmed: the next container starts as usual.
     let config = bundle.config(&["echo", "well"], |_| ())?;
     ensure!(containerd.run_spec(&config).ok()? == "well\n", "no second container");
-    Ok(())
-}
-
-fn bind_mount_is_refused(containerd: &mut Containerd) -> Result<()> {
-    let source = containerd.root().join("shared");
-    std::fs::create_dir(&source)?;
-    let flag = format!("type=bind,src={},dst=/shared,options=rbind:ro", source.display());
-    let output = containerd.run(IMAGE, &["true"]).flags(&["--mount", &flag]).output()?;
-    let printed = output.error_text();
-    ensure!(output.status != 0 && printed.contains("not supported yet"), "{output}");
-    ensure!(printed.contains("/shared") && printed.contains(&source.display().to_string()), "{output}");
     Ok(())
 }

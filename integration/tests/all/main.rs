@@ -37,3 +37,4 @@ mod survival;
 mod terminal;
 mod upgrade;
 mod view;
+mod volumes;

@@ -9,6 +9,7 @@ pub mod config;
 pub mod host_cgroup;
 pub mod pod;
 pub mod pool;
+pub mod shares;
 pub mod spec;
 pub mod view;
 

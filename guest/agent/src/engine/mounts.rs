@@ -1,7 +1,10 @@
 //! Adapts the mounts of an OCI configuration, and adds those of the host's files.
+//!
+//! The agent itself serves the volumes, so nothing here may look at one: the call would wait for itself.
 
 use std::path::{Path, PathBuf};
 
+use machinen_protocol::shares::ShareEntry;
 use pathrs::Root;
 use serde_json::{Value, json};
 
@@ -24,7 +27,7 @@ pub(crate) struct MountPoint {
 }
 
 /// Changes what libcontainer would misread. `bind_sysfs_of_vm`: the container may not mount a sysfs.
-pub(super) fn adapt(spec: &mut Value, bind_sysfs_of_vm: bool) {
+pub(super) fn adapt(spec: &mut Value, root: &Root, bind_sysfs_of_vm: bool) {
     for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
         // The source is optional and has no meaning for a file system without a device, but libcontainer
         // requires one.
@@ -35,6 +38,10 @@ pub(super) fn adapt(spec: &mut Value, bind_sysfs_of_vm: bool) {
             // libcontainer knows mounts of the cgroup hierarchy by the name that they have in v1.
             Some("cgroup2") => mount["type"] = "cgroup".into(),
             Some("sysfs") if bind_sysfs_of_vm => bind_sysfs(mount),
+            Some("bind") if entry(mount).is_some() => {
+                let destination = PathBuf::from(mount["destination"].as_str().unwrap_or_default());
+                mount["destination"] = path_value(&resolve_last_link(root, destination));
+            }
             _ => {}
         }
     }
@@ -66,11 +73,22 @@ pub(super) fn mount_points(mounts: &Value) -> Vec<MountPoint> {
     items(mounts)
         .map(|mount| MountPoint {
             path: destination(mount),
-            is_file: mount["type"] == "bind"
-                && mount["source"].as_str().is_some_and(|path| Path::new(path).is_file()),
+            is_file: match entry(mount) {
+                Some(entry) => entry.is_file,
+                None => mount["type"] == "bind" && source(mount).is_some_and(Path::is_file),
+            },
         })
         .filter(|point| !is_below(&point.path))
         .collect()
+}
+
+/// The volume that a mount shows.
+fn entry(mount: &Value) -> Option<ShareEntry> {
+    source(mount).and_then(ShareEntry::of_path)
+}
+
+fn source(mount: &Value) -> Option<&Path> {
+    mount["source"].as_str().map(Path::new)
 }
 
 /// Resolves a path whose last element is a link, dangling or not. libcontainer creates missing files, but not
@@ -107,10 +125,13 @@ mod tests {
             {"destination": "/dev/pts", "type": "devpts"},
             {"destination": "/devices", "type": "tmpfs"},
             {"destination": "/etc/hosts", "type": "bind", "source": "/proc/self/status"},
+            {"destination": "/d", "type": "bind", "source": "/run/machinen-shares/dir-1"},
+            {"destination": "/f", "type": "bind", "source": "/run/machinen-shares/file-2"},
         ]);
         let found: Vec<_> =
             mount_points(&mounts).into_iter().map(|point| (point.path, point.is_file)).collect();
-        let points = [("/dev", false), ("/devices", false), ("/etc/hosts", true)];
+        let points =
+            [("/dev", false), ("/devices", false), ("/etc/hosts", true), ("/d", false), ("/f", true)];
         assert_eq!(found, points.map(|(path, is_file)| (PathBuf::from(path), is_file)));
     }
 }

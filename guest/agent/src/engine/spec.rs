@@ -80,7 +80,7 @@ impl Prepared {
         make_dir(&dir)?;
         let join_context = ContainerContext::new(linux, rootfs, &cgroup_path, &dir)?;
         section(&mut spec, "root", "root")?["path"] = path_value(rootfs);
-        mounts::adapt(&mut spec, shares_network && has_users);
+        mounts::adapt(&mut spec, &root, shares_network && has_users);
         mounts::add_files(&mut spec, &root, files);
         let mount_points = mounts::mount_points(&spec["mounts"]);
         let request = CreateRequest {

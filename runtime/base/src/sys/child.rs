@@ -231,6 +231,20 @@ pub fn drop_capabilities() -> io::Result<()> {
     set_capabilities(0)
 }
 
+/// Gives up all capabilities of this thread but those with these numbers (capabilities(7)). To be called before other
+/// threads are started.
+pub fn keep_only_capabilities(kept: &[u8]) -> io::Result<()> {
+    set_capabilities(kept.iter().fold(0, |mask, capability| mask | 1 << capability))
+}
+
+/// Has the capabilities of this thread stay as they are when its user changes, and of the threads that it starts. Needs
+/// CAP_SETPCAP.
+pub fn ignore_user_for_capabilities() -> io::Result<()> {
+    const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+    // SAFETY: no memory is involved.
+    check(unsafe { libc::prctl(libc::PR_SET_SECUREBITS, NO_SETUID_FIXUP, 0, 0, 0) }.into())
+}
+
 /// Keeps the permitted capabilities when the user changes; exec(3) ends this.
 fn keep_capabilities() -> io::Result<()> {
     // SAFETY: no memory is involved.

@@ -16,7 +16,7 @@ use std::{
 
 use tokio::io::unix::AsyncFd;
 
-pub use child::drop_capabilities;
+pub use child::{drop_capabilities, ignore_user_for_capabilities, keep_only_capabilities};
 
 /// Watches a descriptor for readiness; must be called inside a tokio runtime.
 pub fn async_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {

@@ -57,14 +57,30 @@ pub(crate) fn set_attributes(mount: BorrowedFd<'_>, attributes: MountAttributes)
             set |= flag;
         }
     }
-    let attr = MountAttr { set, clear: 0, propagation: libc::MS_PRIVATE, user_namespace: 0 };
+    change(mount, libc::AT_EMPTY_PATH, set, libc::MS_PRIVATE)
+}
+
+/// Changes a mount and all mounts below it: set-user-ID bits, device nodes and programs have no effect. With
+/// `follows_host`, mounts of the host propagate into the tree.
+pub(crate) fn set_tree_attributes(
+    mount: BorrowedFd<'_>,
+    read_only: bool,
+    follows_host: bool,
+) -> io::Result<()> {
+    let set = NO_SET_USER_ID | NO_DEVICES | NO_EXECUTION | if read_only { READ_ONLY } else { 0 };
+    let propagation = if follows_host { libc::MS_SLAVE } else { libc::MS_PRIVATE };
+    change(mount, libc::AT_EMPTY_PATH | libc::AT_RECURSIVE, set, propagation)
+}
+
+fn change(mount: BorrowedFd<'_>, flags: libc::c_int, set: u64, propagation: u64) -> io::Result<()> {
+    let attr = MountAttr { set, clear: 0, propagation, user_namespace: 0 };
     // SAFETY: mount_setattr(2) reads an empty C string and the structure, whose size is passed with it.
     check(unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
             mount.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
+            flags,
             &raw const attr,
             size_of::<MountAttr>(),
         )

@@ -24,6 +24,11 @@ pub enum CheckpointError {
         /// The cause.
         source: io::Error,
     },
+    /// The container has bind mounts of files of the host, which a checkpoint cannot hold yet.
+    #[error(
+        "the container has volumes (bind mounts of the host's files), and such a container cannot be checkpointed or forked yet"
+    )]
+    Volumes,
     /// The directory for a new checkpoint has files in it.
     #[error("{} is not empty: a checkpoint needs a directory of its own", path.display())]
     NotEmpty {
@@ -167,7 +172,8 @@ impl HasKind for CheckpointError {
             | Self::Parts { .. }
             | Self::TooLarge { .. }
             | Self::Changed { .. } => ErrorKind::InvalidArgument,
-            Self::Format { .. }
+            Self::Volumes
+            | Self::Format { .. }
             | Self::Arch { .. }
             | Self::Digest { .. }
             | Self::Unpinned

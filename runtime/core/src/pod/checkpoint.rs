@@ -76,6 +76,9 @@ impl Pod {
         let _ordered = container.init.transitions.lock().await;
         let _none_starting = container.freezing.write().await;
         container.check(PodRequest::Checkpoint)?;
+        if !container.shares.is_empty() {
+            return Err(PodError::Checkpoint { id: id.to_owned(), source: CheckpointError::Volumes });
+        }
         let was_paused = container.state() == ProcessState::Paused;
         let agent = self.agent(id).await?;
         let failed = |source| PodError::Checkpoint { id: id.to_owned(), source };

@@ -22,7 +22,7 @@ use super::{
     state::{PodRequest, ProcessExit, ProcessState},
     stdio::StdioNames,
 };
-use crate::config;
+use crate::{config, shares::ContainerShares};
 
 /// A container that exists in the guest.
 #[derive(Debug)]
@@ -47,6 +47,8 @@ pub struct Container {
     pub(super) layer: WritableLayer,
     /// The disks in the VM.
     pub(super) attachments: Attachments,
+    /// The volumes in the guest.
+    pub(super) shares: ContainerShares,
     /// The disk with the lower layers of the root file system, if that is an overlay.
     pub(super) base: Option<RootdiskKey>,
     /// The disk of the checkpoint that the container is restored from, until the container has been started.
@@ -62,6 +64,7 @@ pub struct Container {
 pub(super) struct ContainerStorage {
     pub(super) layer: WritableLayer,
     pub(super) attachments: Attachments,
+    pub(super) shares: ContainerShares,
     pub(super) base: Option<RootdiskKey>,
     pub(super) checkpoint: Option<RestoreDisk>,
     pub(super) checkpoint_config: config::CheckpointConfig,
@@ -77,7 +80,8 @@ impl Container {
         vm: Vm,
         storage: ContainerStorage,
     ) -> Self {
-        let ContainerStorage { layer, attachments, base, checkpoint, checkpoint_config, rootfs } = storage;
+        let ContainerStorage { layer, attachments, shares, base, checkpoint, checkpoint_config, rootfs } =
+            storage;
         Self {
             id,
             bundle,
@@ -90,6 +94,7 @@ impl Container {
             freezing: RwLock::default(),
             layer,
             attachments,
+            shares,
             base,
             checkpoint: Mutex::new(checkpoint),
             checkpoint_config,

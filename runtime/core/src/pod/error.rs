@@ -21,6 +21,7 @@ use crate::{
     checkpoint::CheckpointError,
     config::annotations::AnnotationError,
     host_cgroup::HostCgroupError,
+    shares::ShareError,
     spec::{bundle::BundleError, exec::ProcessSpecError, guest::ReduceError, resources::ResourcesError},
 };
 
@@ -136,6 +137,9 @@ pub enum PodError {
     /// The host has too little memory for one more VM.
     #[error(transparent)]
     Admission(#[from] AdmissionError),
+    /// A volume cannot be provided.
+    #[error(transparent)]
+    Share(#[from] ShareError),
     /// The new limits are not valid JSON of the runtime-spec.
     #[error("the new limits are not a valid LinuxResources of the runtime-spec")]
     Resources {
@@ -259,6 +263,7 @@ impl HasKind for PodError {
             Self::HostCgroup(error) => error.kind(),
             Self::Accel(error) => error.kind(),
             Self::Admission(error) => error.kind(),
+            Self::Share(error) => error.kind(),
             Self::Resources { .. } => ErrorKind::InvalidArgument,
             Self::LayerLimits(error) => error.kind(),
             Self::Rootdisk(source) => source.kind(),

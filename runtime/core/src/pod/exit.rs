@@ -184,9 +184,11 @@ impl Pod {
             let deleted = agent.delete_container(id).await;
             deleted.map_err(|source| PodError::guest("clean up after", id, source))?;
             container.attachments.detach().await;
+            container.shares.remove().await;
             Ok(())
         };
         self.shared.sandbox.release(id, secure, clear).await;
+        self.shared.shares.settle().await;
     }
 }
 

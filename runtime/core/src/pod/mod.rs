@@ -39,6 +39,7 @@ pub mod stdio;
 mod streams;
 mod update;
 mod verify;
+mod volumes;
 
 use std::{
     collections::HashMap,
@@ -53,7 +54,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{config::Config, host_cgroup::HostCgroup, pool::WarmVm};
+use crate::{config::Config, host_cgroup::HostCgroup, pool::WarmVm, shares::PodShares};
 use event::PodEvent;
 use kill_clock::KILL_PATIENCE;
 use sandbox::{Sandbox, SandboxSettings};
@@ -104,6 +105,8 @@ struct PodShared {
     containers: Mutex<HashMap<ContainerId, ContainerSlot>>,
     /// Where the pod's processes are on the host.
     cgroup: HostCgroup,
+    /// The server of the containers' volumes.
+    shares: PodShares,
     /// One permit is held while a process's streams are open and the agent has not claimed them.
     starting: Arc<Semaphore>,
 }
@@ -141,6 +144,7 @@ impl Pod {
             sandbox: Sandbox::new(sandbox, warm_vm),
             containers: Mutex::default(),
             cgroup: HostCgroup::default(),
+            shares: PodShares::default(),
             starting: Arc::new(Semaphore::new(streams::STARTING)),
         };
         Self { shared: Arc::new(shared) }
@@ -274,6 +278,7 @@ impl Pod {
     /// first.
     pub async fn end(&self) {
         self.shared.sandbox.end().await;
+        self.shared.shares.settle().await;
         let containers: Vec<_> = self.containers().values().cloned().collect();
         for entry in containers {
             if let ContainerSlot::Ready(container) = entry {

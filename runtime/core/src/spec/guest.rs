@@ -15,6 +15,7 @@ use oci_spec::runtime::{
 use super::{
     cpus,
     resources::{self, ResourcesError},
+    volumes::{VolumeError, VolumeMount},
 };
 
 /// Largest host file that is copied into a container, bytes.
@@ -23,7 +24,8 @@ pub const MAX_INJECTED: u64 = 1 << 20;
 /// Types of file systems that the guest's kernel provides.
 const GUEST_KINDS: &[&str] = &["proc", "sysfs", "devpts", "tmpfs", "mqueue", "cgroup", "cgroup2"];
 
-/// Files of the host that `ctr run --net-host` binds. They are copied when the container is created.
+/// Files of the host that `ctr run --net-host` binds. They are copied when the container is created, so that such a
+/// container can be checkpointed; all other bind mounts are volumes.
 const INJECTED: &[&str] = &["/etc/hosts", "/etc/resolv.conf"];
 
 /// A container's configuration for the guest.
@@ -33,6 +35,8 @@ pub struct GuestSpec {
     pub spec: Spec,
     /// Files of the host whose content the container receives.
     pub injected: Vec<Injected>,
+    /// The bind mounts of the configuration; see [`GuestSpec::for_vm`].
+    pub volumes: Vec<VolumeMount>,
     /// Path of the container's network namespace on the host, if the configuration names one.
     pub netns: Option<PathBuf>,
     /// `linux.cgroupsPath`, which names a cgroup of the host. The guest has another one.
@@ -51,14 +55,9 @@ pub struct Injected {
 /// Why a configuration is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ReduceError {
-    /// The mount is of a path on the host.
-    #[error("mount {} of the host path {} is not supported yet (bind mounts come with volumes)", destination.display(), source_path.display())]
-    Bind {
-        /// The path in the container.
-        destination: PathBuf,
-        /// The path on the host.
-        source_path: PathBuf,
-    },
+    /// A bind mount cannot be provided.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
     /// The type of the mount is not supported.
     #[error("mount {} has the type {kind:?}, which is not supported; supported are {}", destination.display(), GUEST_KINDS.join(", "))]
     MountKind {
@@ -125,6 +124,7 @@ impl HasKind for ReduceError {
                 ErrorKind::InvalidArgument
             }
             Self::Resources(error) => error.kind(),
+            Self::Volume(error) => error.kind(),
             _ => ErrorKind::Unimplemented,
         }
     }
@@ -137,7 +137,7 @@ impl HasKind for ReduceError {
 pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
     refuse_hooks(&spec)?;
     spec.set_hooks(None);
-    let injected = take_injected(&mut spec)?;
+    let (injected, volumes) = take_host_mounts(&mut spec)?;
     let mounts_cgroups = mounts_cgroups(&spec);
     let linux = spec.linux_mut().get_or_insert_with(empty_linux);
     if mounts_cgroups {
@@ -158,7 +158,7 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
             });
         }
     }
-    Ok(GuestSpec { spec, injected, netns, cgroups_path })
+    Ok(GuestSpec { spec, injected, volumes, netns, cgroups_path })
 }
 
 impl GuestSpec {
@@ -250,8 +250,11 @@ fn refuse_hooks(spec: &Spec) -> Result<(), ReduceError> {
     }
 }
 
-fn take_injected(spec: &mut Spec) -> Result<Vec<Injected>, ReduceError> {
+/// Takes the mounts of the host's files out of the configuration. A volume keeps its place among the mounts, where its
+/// source is set when the container is created.
+fn take_host_mounts(spec: &mut Spec) -> Result<(Vec<Injected>, Vec<VolumeMount>), ReduceError> {
     let mut injected = Vec::new();
+    let mut volumes = Vec::new();
     let mut kept = Vec::new();
     for mount in spec.mounts().iter().flatten() {
         if mount.destination().as_os_str().is_empty() {
@@ -266,7 +269,8 @@ fn take_injected(spec: &mut Spec) -> Result<Vec<Injected>, ReduceError> {
             match destination.to_str().filter(|path| INJECTED.contains(path) && source == Path::new(path)) {
                 Some(path) => injected.push(Injected { source, destination: path.to_owned() }),
                 None => {
-                    return Err(ReduceError::Bind { destination: destination.clone(), source_path: source });
+                    volumes.push(VolumeMount::take(&mut mount, kept.len())?);
+                    kept.push(mount);
                 }
             }
             continue;
@@ -278,7 +282,7 @@ fn take_injected(spec: &mut Spec) -> Result<Vec<Injected>, ReduceError> {
         kept.push(mount);
     }
     spec.set_mounts(Some(kept));
-    Ok(injected)
+    Ok((injected, volumes))
 }
 
 /// runc's rule: the type `bind`, or a `bind`/`rbind` option with any type.

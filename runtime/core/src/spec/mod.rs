@@ -1,7 +1,7 @@
 //! Translates an OCI bundle on the host to what the guest's agent receives.
 //!
 //! ```text
-//!   config.json --bundle::load--> Spec --guest::reduce--> GuestSpec (JSON for the agent, injected files)
+//!   config.json --bundle::load--> Spec --guest::reduce--> GuestSpec (JSON for the agent, injected files, volumes)
 //!   Process     --exec::reduce--> Process
 //!   LinuxResources --resources::writes--> files of the container's cgroup
 //! ```
@@ -13,6 +13,7 @@ pub mod exec;
 pub mod guest;
 mod json;
 pub mod resources;
+pub mod volumes;
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 

@@ -13,8 +13,8 @@ use machinen_protocol::{
         AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, CheckpointImagesResponse,
         ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest,
         CreateContainerResponse, Empty, EndStdinRequest, ExecProcessRequest, ExportLayerRequest,
-        OpenViewRequest, ProcessRequest, ResizeTerminalRequest, SetClockRequest, SignalProcessRequest,
-        WaitProcessResponse,
+        MountSharesRequest, OpenViewRequest, ProcessRequest, ResizeTerminalRequest, SetClockRequest,
+        SignalProcessRequest, WaitProcessResponse,
     },
     process::{ProcessRef, SignalTarget},
 };
@@ -267,6 +267,15 @@ impl Client {
         let request =
             OpenViewRequest { container_id: container.to_owned(), stream, ..OpenViewRequest::default() };
         call!(self.open_view(request), Some(QUICK)).map(nothing)
+    }
+
+    /// Has the agent mount the pod's volumes, which are served on the streams with these tokens.
+    ///
+    /// # Errors
+    /// A stream does not exist, or the volumes are mounted already.
+    pub async fn mount_shares(&self, streams: Vec<u64>) -> Result<(), AgentError> {
+        let request = MountSharesRequest { streams, ..MountSharesRequest::default() };
+        call!(self.mount_shares(request), Some(QUICK)).map(nothing)
     }
 
     /// Dumps a paused container onto a disk.

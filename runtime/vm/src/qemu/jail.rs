@@ -60,7 +60,7 @@ fn files(spec: &VmSpec) -> JailFiles {
         Accelerator::Kvm => vec![accel::DEVICE.into()],
         Accelerator::Tcg { .. } => Vec::new(),
     };
-    JailFiles { readable, devices, working_dir: None }
+    JailFiles { readable, devices, ..JailFiles::default() }
 }
 
 /// The directories of QEMU's data, which it finds from the path of its program.

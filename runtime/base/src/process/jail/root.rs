@@ -44,6 +44,8 @@ pub struct JailFiles {
     pub devices: Vec<PathBuf>,
     /// A directory in which the program starts and can write. Without it the program starts in the root.
     pub working_dir: Option<PathBuf>,
+    /// Empty directories, by their paths, on which this process mounts something while the program runs.
+    pub mount_points: Vec<PathBuf>,
 }
 
 /// The place of the working directory in the jail.
@@ -87,6 +89,10 @@ impl JailFiles {
         }
         if let Some(dir) = &self.working_dir {
             root.mount_at(dir, Path::new(OWN), WRITABLE)?;
+        }
+        for path in &self.mount_points {
+            let made = root.directory(path.strip_prefix("/").unwrap_or(path));
+            made.map_err(FileError::at("make the mount point", path))?;
         }
         root.finish(self.working_dir.as_ref().map_or("/", |_| OWN))
             .map_err(FileError::at("make the root of a jail for", program))

@@ -23,6 +23,8 @@ use crate::{
         stdio::HostStdio,
         streams::{self, Outputs, ProcessStreams},
     },
+    shares::{ContainerShares, ShareError, ShareGuest},
+    spec::volumes,
     view::ViewGuest,
 };
 
@@ -59,6 +61,13 @@ impl Attached<'_> {
     /// left then.
     pub(super) async fn create(self) -> Result<Created, PodError> {
         let Self { job, stdio, injected, mut held, addresses, agent } = self;
+        match job.phases.time("volumes", job.share(&held, &agent)).await {
+            Ok(shares) => held.shares = shares,
+            Err(error) => {
+                job.undo(held, None).await;
+                return Err(error.into());
+            }
+        }
         let streams = match job.create_in_guest(&held, &agent, &addresses, stdio, injected).await {
             Ok(streams) => streams,
             Err(error) => {
@@ -75,6 +84,13 @@ impl Attached<'_> {
 }
 
 impl CreateJob<'_> {
+    /// Makes the volumes visible in the guest.
+    async fn share(&self, held: &Held, agent: &agent::Client) -> Result<ContainerShares, ShareError> {
+        let unclaimed = &self.pod.shared.starting;
+        let guest = ShareGuest { vm: &held.vm.vm, agent, unclaimed };
+        self.pod.shared.shares.add(&guest, &self.plan.volumes).await
+    }
+
     async fn create_in_guest(
         &self,
         held: &Held,
@@ -86,7 +102,7 @@ impl CreateJob<'_> {
         let (vm, phases) = (&held.vm.vm, self.phases);
         let _starting = self.pod.shared.starting.acquire().await.expect("never closed");
         let (stdio, streams) = phases.time("streams", streams::connect(vm, stdio)).await?;
-        let request = self.guest_request(vm, addresses, stdio, injected)?;
+        let request = self.guest_request(held, addresses, stdio, injected)?;
         let created = phases.time("guest-create", agent.create_container(request)).await;
         let created = created.map_err(|source| match (&self.plan.restore, &held.disks.open.checkpoint) {
             (Some(restore), Some(disk)) => restore.refused(disk, source),
@@ -107,13 +123,14 @@ impl CreateJob<'_> {
 
     fn guest_request(
         &self,
-        vm: &Vm,
+        held: &Held,
         addresses: &ContainerDisks<DiskAddress>,
         stdio: Stdio,
         injected: Vec<InjectedFile>,
     ) -> Result<CreateContainerRequest, PodError> {
-        let vcpus = vm.spec().vcpus;
-        let spec = self.plan.guest.for_vm(vcpus);
+        let vcpus = held.vm.vm.spec().vcpus;
+        let mut spec = self.plan.guest.for_vm(vcpus);
+        volumes::set_sources(&mut spec, &self.plan.guest.volumes, held.shares.entries());
         let mut request = disks::request(&self.request.id, &spec, addresses, stdio, injected)?;
         if let Some(restore) = &self.plan.restore {
             let from = restore.request(addresses.checkpoint, &self.plan.config.restore, &spec, vcpus);
@@ -131,7 +148,7 @@ impl CreateJob<'_> {
         mut streams: ProcessStreams,
     ) -> Created {
         let Self { pod, request: create, plan, .. } = self;
-        let Held { vm: acquired, disks, anchor, attachments } = held;
+        let Held { vm: acquired, disks, anchor, attachments, shares } = held;
         let (vm, origin) = (acquired.vm.clone(), acquired.origin);
         let checkpoint = checkpoint.zip(disks.open.checkpoint).map(|(address, disk)| {
             attachments.hand_over(address);
@@ -140,6 +157,7 @@ impl CreateJob<'_> {
         let storage = ContainerStorage {
             layer: WritableLayer::new(disks.writable.keep(disks.base), &plan.config),
             attachments,
+            shares,
             base: disks.base.filter(|_| plan.rootfs.is_overlaid()),
             checkpoint,
             checkpoint_config: plan.config.checkpoint,

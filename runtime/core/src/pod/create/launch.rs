@@ -16,7 +16,10 @@ use super::{
     plan::CheckpointOrigin,
     undo::{CreateJob, Held},
 };
-use crate::pod::{Pod, PodError, anchor::Anchor, phases::PhaseTimes, stdio::HostStdio};
+use crate::{
+    pod::{Pod, PodError, anchor::Anchor, phases::PhaseTimes, stdio::HostStdio},
+    shares::ContainerShares,
+};
 
 /// The caller's files were read and its streams opened. Nothing is changed on the host.
 #[derive(Debug)]
@@ -88,7 +91,7 @@ impl<'a> Planned<'a> {
         // From here on the guest proceeds on its own, so work on the host does not delay the start.
         let anchor = Anchor::spawn(&request.id, plan.netns()).await?;
         let attachments = Attachments::new(vm.vm.clone());
-        Ok(Held { vm, disks, anchor, attachments })
+        Ok(Held { vm, disks, anchor, attachments, shares: ContainerShares::default() })
     }
 }
 

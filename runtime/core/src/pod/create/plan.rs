@@ -20,10 +20,13 @@ use crate::{
         restore::RestorePlan,
         rootfs::{self, RootfsMount, RootfsPlan},
         sandbox::{ContainerLimits, VmRequest},
+        volumes,
     },
+    shares::Volume,
     spec::{
         bundle,
-        guest::{self, GuestSpec, Injected, MAX_INJECTED},
+        guest::{self, GuestSpec, Injected, MAX_INJECTED, ReduceError},
+        volumes::VolumeError,
     },
 };
 
@@ -37,6 +40,8 @@ pub(in crate::pod) struct CreatePlan {
     pub(in crate::pod) guest: GuestSpec,
     pub(in crate::pod) rootfs: RootfsPlan,
     pub(in crate::pod) restore: Option<RestorePlan>,
+    /// The sources of the volumes.
+    pub(super) volumes: Vec<Volume>,
 }
 
 impl CreatePlan {
@@ -116,7 +121,12 @@ impl Pod {
             Ok::<_, PodError>(restore)
         });
         let restore = restore.transpose()?;
-        Ok(CreatePlan { config, annotations, assets, guest, rootfs, restore })
+        if let (Some(_), Some(volume)) = (&restore, guest.volumes.first()) {
+            let destination = volume.destination.clone();
+            return Err(ReduceError::from(VolumeError::Restored { destination }).into());
+        }
+        let volumes = volumes::open_all(bundle, &guest.volumes)?;
+        Ok(CreatePlan { config, annotations, assets, guest, rootfs, restore, volumes })
     }
 }
 

@@ -4,7 +4,7 @@
 //!   phase      holds in addition                                undo
 //!   Planned    streams of the caller                            closed
 //!   Launched   VM, disks on the host, anchor                    VM released, new disk removed, anchor ended
-//!   Attached   disks in the VM                                  detached, if the VM stays for other containers
+//!   Attached   disks and volumes in the VM                      detached, if the VM stays for other containers
 //!   Created    container in the guest                           killed and deleted there, if the VM stays
 //! ```
 
@@ -17,7 +17,10 @@ use super::{
     CreatePlan, CreateRequest,
     disks::{Attachments, PendingDisks},
 };
-use crate::pod::{Pod, PodError, anchor::Anchor, phases::PhaseTimes, sandbox::AcquiredVm};
+use crate::{
+    pod::{Pod, PodError, anchor::Anchor, phases::PhaseTimes, sandbox::AcquiredVm},
+    shares::ContainerShares,
+};
 
 /// How long the guest may take to end an init that has not started the user's command.
 const END_PATIENCE: Duration = Duration::from_secs(10);
@@ -38,13 +41,15 @@ pub(super) struct Held {
     pub(super) disks: PendingDisks,
     pub(super) anchor: Anchor,
     pub(super) attachments: Attachments,
+    /// The volumes that are visible in the guest.
+    pub(super) shares: ContainerShares,
 }
 
 impl CreateJob<'_> {
     /// Gives everything back that was held. `created`: the agent, if the container exists in the guest.
     pub(super) async fn undo(&self, held: Held, created: Option<&agent::Client>) {
         let id = self.request.id.as_str();
-        let Held { vm, disks, mut anchor, attachments } = held;
+        let Held { vm, disks, mut anchor, attachments, shares } = held;
         drop(vm);
         if let Err(error) = anchor.end().await {
             tracing::warn!(
@@ -58,6 +63,7 @@ impl CreateJob<'_> {
                 remove_from_guest(agent, id).await?;
             }
             attachments.detach().await;
+            shares.remove().await;
             Ok(())
         };
         self.release_vm(clear).await;
@@ -69,6 +75,7 @@ impl CreateJob<'_> {
     pub(super) async fn release_vm(&self, clear: impl Future<Output = Result<(), PodError>>) {
         // The user's command has not run, so the container has written nothing.
         self.pod.shared.sandbox.release(&self.request.id, true, clear).await;
+        self.pod.shared.shares.settle().await;
     }
 }
 

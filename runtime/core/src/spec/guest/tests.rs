@@ -62,15 +62,20 @@ fn where_cgroups_are_mounted_there_is_a_cgroup_namespace() {
 }
 
 #[test]
-fn a_bind_mount_is_refused_by_name() {
+fn a_bind_mount_keeps_its_place_among_the_mounts() {
     let mut spec = Spec::default();
-    spec.set_mounts(Some(vec![bind("/data", "/srv/data")]));
-    let error = reduce(spec, "c1").unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "mount /data of the host path /srv/data is not supported yet (bind mounts come with volumes)"
-    );
-    assert_eq!(error.kind(), ErrorKind::Unimplemented);
+    let tmpfs = || MountBuilder::default().destination("/t").typ("tmpfs").build().unwrap();
+    spec.set_mounts(Some(vec![
+        bind("/etc/hosts", "/etc/hosts"),
+        tmpfs(),
+        bind("data", "/srv/data"),
+        tmpfs(),
+    ]));
+    let reduced = reduce(spec, "c1").unwrap();
+    let [volume] = &reduced.volumes[..] else { panic!("{:?}", reduced.volumes) };
+    assert_eq!((volume.mount, volume.source.as_path()), (1, Path::new("/srv/data")));
+    assert_eq!(reduced.spec.mounts().as_ref().unwrap()[1].destination(), Path::new("/data"));
+    assert_eq!(reduced.injected.len(), 1);
 }
 
 #[test]

@@ -1,0 +1,71 @@
+//! The volumes of a pod: files of the host that its containers see, as one FUSE file system in the guest.
+//!
+//! ```text
+//!   container ──> guest's kernel ──/dev/fuse──> agent ──[`QUEUES`] raw streams──> host's share server ──> volumes
+//! ```
+//! A message of linux/fuse.h begins with its own length, so it travels without another frame. A stream carries
+//! one request and then its reply; the agent sends a request on a stream that waits for no reply, so a request
+//! that takes long holds up only its own stream. The root of the file system has one [`ShareEntry`] for each
+//! volume and nothing else.
+
+use std::path::{Path, PathBuf};
+
+/// How many streams a pod's file system has.
+pub const QUEUES: usize = 4;
+/// Most bytes that one request reads or writes.
+pub const MAX_DATA: usize = 1 << 20;
+/// Longest message in either direction: the data, and a page for what precedes it.
+pub const MAX_MESSAGE: usize = MAX_DATA + 4096;
+/// Where the agent mounts the file system. No container sees this path.
+pub const MOUNT_POINT: &str = "/run/machinen-shares";
+
+/// The name of a volume in the root of the file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ShareEntry {
+    /// Unique in the pod's VM.
+    pub number: u32,
+    /// The volume is a single file, not a directory.
+    pub is_file: bool,
+}
+
+impl ShareEntry {
+    /// The name in the root directory.
+    pub fn name(self) -> String {
+        let kind = if self.is_file { FILE } else { DIRECTORY };
+        format!("{kind}{}", self.number)
+    }
+
+    /// The path in the guest.
+    pub fn path(self) -> PathBuf {
+        Path::new(MOUNT_POINT).join(self.name())
+    }
+
+    /// The entry with this path in the guest, if it is the path of one.
+    pub fn of_path(path: &Path) -> Option<Self> {
+        let name = path.strip_prefix(MOUNT_POINT).ok()?.to_str()?;
+        let number = |kind: &str| name.strip_prefix(kind).and_then(|number| number.parse().ok());
+        let directory = number(DIRECTORY).map(|number| Self { number, is_file: false });
+        directory.or_else(|| number(FILE).map(|number| Self { number, is_file: true }))
+    }
+}
+
+const DIRECTORY: &str = "dir-";
+const FILE: &str = "file-";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_is_known_by_its_path() {
+        for entry in [ShareEntry { number: 0, is_file: false }, ShareEntry { number: 17, is_file: true }] {
+            assert_eq!(ShareEntry::of_path(&entry.path()), Some(entry));
+        }
+        for path in
+            ["/run/machinen-shares", "/run/machinen-shares/x-1", "/run/dir-1", "/run/machinen-shares/dir-"]
+        {
+            assert_eq!(ShareEntry::of_path(Path::new(path)), None, "{path}");
+        }
+        assert_eq!(ShareEntry { number: 3, is_file: true }.path(), Path::new("/run/machinen-shares/file-3"));
+    }
+}

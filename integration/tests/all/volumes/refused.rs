@@ -1,0 +1,49 @@
+//! What is refused, and what the user reads then.
+
+use std::{fs, os::unix::net::UnixListener};
+
+use anyhow::{Result, ensure};
+use machinen_integration::{bundle::Bundle, containerd::Containerd};
+
+use super::{bind, source};
+use crate::harness::{fails_saying, on_newest_containerd};
+
+on_newest_containerd!(mounts_that_cannot_be, checkpoints);
+
+fn mounts_that_cannot_be(containerd: &mut Containerd) -> Result<()> {
+    let data = source(containerd)?;
+    let socket = data.join("socket");
+    let _listener = UnixListener::bind(&socket)?;
+    fs::write(data.join("file"), "")?;
+    let bundle = Bundle::busybox(containerd)?;
+    let missing = data.join("missing");
+    let text = |path: &std::path::Path| path.display().to_string();
+    for (source, options, words) in [
+        (&missing, &[][..], &["cannot open", &text(&missing), "the mount /data", "No such file"][..]),
+        (&socket, &[], &[&text(&socket), "is a socket", "only directories and regular files"]),
+        (&"/dev/null".into(), &[], &["/dev/null", "is a character device"]),
+        (&data, &["rshared"], &["/data", &text(&data), "rshared", "use rslave or rprivate"]),
+    ] {
+        let config = bundle.config(&["true"], |spec| bind(spec, source, "/data", options))?;
+        fails_saying(containerd, &containerd.run_spec(&config), words)?;
+    }
+    Ok(())
+}
+
+fn checkpoints(containerd: &mut Containerd) -> Result<()> {
+    let data = source(containerd)?;
+    let served = super::served(containerd, &data)?;
+    let path = containerd.root().join("checkpoint");
+    let request = containerd_shim_protos::api::CheckpointTaskRequest {
+        id: served.shim.id.clone(),
+        path: path.display().to_string(),
+        ..Default::default()
+    };
+    let (_, error) = served.client.refused("Checkpoint", &request)?;
+    ensure!(error.contains("has volumes") && error.contains("cannot be checkpointed"), "{error}");
+    ensure!(
+        super::shell(&served, "touch /data/after; echo well")? == "well\n",
+        "the container does not continue"
+    );
+    served.end()
+}

@@ -1,0 +1,247 @@
+//! The volumes of a pod: files and directories of the host that its containers see.
+//!
+//! ```text
+//!   guest's agent ──raw streams──> this process ──sockets──> share server (jailed) ──> volumes
+//!                                       └── mounts the volumes in the server's mount namespace
+//! ```
+//! A pod has one share server, which starts with its first volume and ends with its VM. The server parses what
+//! the guest sends, so it is jailed ([`jail`](self::jail)): it sees nothing of the host but the volumes, which
+//! this process mounts for it. A server that an attacker has taken over reaches no more than the guest may reach.
+
+mod init;
+mod jail;
+mod queue;
+mod root;
+mod server;
+mod start;
+
+use std::{
+    io,
+    os::fd::{AsFd as _, OwnedFd},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use machinen_base::{
+    error::{ErrorKind, HasKind, chain},
+    mounts::{TreeOptions, clone_tree},
+    process::ProcessError,
+};
+use machinen_protocol::shares::ShareEntry;
+use machinen_vm::{
+    Vm, VmError,
+    agent::{self, AgentError},
+};
+use tokio::{
+    sync::{Mutex, Semaphore},
+    task::{JoinHandle, spawn_blocking},
+};
+
+use root::ShareRoot;
+
+pub use server::ENTRY_POINT;
+
+/// Why a volume cannot be provided.
+#[derive(Debug, thiserror::Error)]
+pub enum ShareError {
+    /// The source of a volume cannot be opened.
+    #[error("cannot open {}, the source of the mount {}", path.display(), destination.display())]
+    Source {
+        /// The path on the host.
+        path: PathBuf,
+        /// The path in the container.
+        destination: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The source of a volume is neither a directory nor a regular file.
+    #[error(
+        "{}, the source of the mount {}, is a {kind}: only directories and regular files can be mounted",
+        path.display(), destination.display()
+    )]
+    SourceKind {
+        /// The path on the host.
+        path: PathBuf,
+        /// The path in the container.
+        destination: PathBuf,
+        /// The type of the file.
+        kind: &'static str,
+    },
+    /// A mount of the host cannot be made or shown to the server.
+    #[error("cannot mount {} for the server of the pod's volumes", path.display())]
+    Mount {
+        /// The path on the host.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The server's root directory or sockets cannot be made.
+    #[error("cannot {action} for the server of the pod's volumes")]
+    Prepare {
+        /// What failed: a verb that fits the text.
+        action: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The server cannot be started.
+    #[error("cannot start the server of the pod's volumes")]
+    Spawn(#[source] ProcessError),
+    /// The server has ended while the VM runs, so the pod's volumes are lost.
+    #[error("the server of the pod's volumes has ended: the pod must be created anew")]
+    Ended,
+    /// No stream to the guest can be opened.
+    #[error("cannot connect the pod's volumes to the guest")]
+    Stream(#[source] VmError),
+    /// The guest cannot mount the volumes.
+    #[error("cannot mount the pod's volumes in the guest")]
+    Guest(#[source] AgentError),
+}
+
+impl HasKind for ShareError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Source { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
+            Self::SourceKind { .. } => ErrorKind::Unimplemented,
+            Self::Ended => ErrorKind::FailedPrecondition,
+            Self::Stream(source) => source.kind(),
+            Self::Guest(source) => source.kind(),
+            Self::Source { .. } | Self::Mount { .. } | Self::Prepare { .. } | Self::Spawn(_) => {
+                ErrorKind::Internal
+            }
+        }
+    }
+}
+
+/// A volume whose source is open.
+#[derive(Debug, Clone)]
+pub(crate) struct Volume {
+    /// The path on the host, for messages.
+    pub(crate) path: PathBuf,
+    /// The file or directory, which is not replaced by another one under the same path.
+    pub(crate) source: Arc<OwnedFd>,
+    pub(crate) is_file: bool,
+    pub(crate) options: TreeOptions,
+}
+
+/// The VM that a volume is mounted in.
+#[derive(Debug)]
+pub(crate) struct ShareGuest<'a> {
+    pub(crate) vm: &'a Vm,
+    pub(crate) agent: &'a agent::Client,
+    /// Acquired while streams are open that the agent has not claimed.
+    pub(crate) unclaimed: &'a Semaphore,
+}
+
+/// The share server of a pod. There is none before the first volume.
+#[derive(Debug, Default)]
+pub(crate) struct PodShares {
+    running: Mutex<Option<RunningShares>>,
+}
+
+#[derive(Debug)]
+struct RunningShares {
+    vm: Vm,
+    root: Arc<ShareRoot>,
+    /// Ends with the VM or the server.
+    serving: JoinHandle<()>,
+    next_number: u32,
+}
+
+/// The volumes of one container in the server. They stay until [`ContainerShares::remove`] or the end of the VM.
+#[derive(Debug, Default)]
+pub(crate) struct ContainerShares {
+    root: Option<Arc<ShareRoot>>,
+    /// In the order of the volumes.
+    entries: Vec<ShareEntry>,
+}
+
+impl PodShares {
+    /// Makes volumes visible in the guest, and starts the server with the first one.
+    ///
+    /// # Errors
+    /// A volume cannot be mounted, or the server cannot be started. None of the volumes is visible then.
+    pub(crate) async fn add(
+        &self,
+        guest: &ShareGuest<'_>,
+        volumes: &[Volume],
+    ) -> Result<ContainerShares, ShareError> {
+        if volumes.is_empty() {
+            return Ok(ContainerShares::default());
+        }
+        let mut state = self.running.lock().await;
+        let running = match state.take() {
+            Some(running) if running.vm.pid() == guest.vm.pid() => state.insert(running),
+            earlier => {
+                if let Some(RunningShares { serving, .. }) = earlier {
+                    // Its VM has ended. The error that the task has panicked is reported by the runtime.
+                    drop(serving.await);
+                }
+                state.insert(start::start(guest).await?)
+            }
+        };
+        if running.serving.is_finished() {
+            return Err(ShareError::Ended);
+        }
+        running.mount(volumes).await
+    }
+
+    /// Waits until the server is gone, if its VM has ended.
+    pub(crate) async fn settle(&self) {
+        let mut state = self.running.lock().await;
+        let Some(running) = &mut *state else { return };
+        tokio::select! {
+            biased;
+            _ = running.vm.exited() => {}
+            () = std::future::ready(()) => return,
+        }
+        // The error that the task has panicked is reported by the runtime.
+        drop((&mut running.serving).await);
+        *state = None;
+    }
+}
+
+impl RunningShares {
+    async fn mount(&mut self, volumes: &[Volume]) -> Result<ContainerShares, ShareError> {
+        let mut shares = ContainerShares { root: Some(Arc::clone(&self.root)), entries: Vec::new() };
+        for volume in volumes {
+            let entry = ShareEntry { number: self.next_number, is_file: volume.is_file };
+            self.next_number = self.next_number.wrapping_add(1);
+            let (root, mounted) = (Arc::clone(&self.root), volume.clone());
+            let mount = move || {
+                let tree = clone_tree(mounted.source.as_fd(), mounted.options)?;
+                root.add(entry, &tree)
+            };
+            let made = spawn_blocking(mount).await.unwrap_or_else(|error| Err(io::Error::other(error)));
+            if let Err(source) = made {
+                shares.remove().await;
+                return Err(ShareError::Mount { path: volume.path.clone(), source });
+            }
+            shares.entries.push(entry);
+        }
+        Ok(shares)
+    }
+}
+
+impl ContainerShares {
+    /// The names of the volumes in the guest, in the order in which they were given.
+    pub(crate) fn entries(&self) -> &[ShareEntry] {
+        &self.entries
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Removes the volumes from the server, because the container is gone from the guest.
+    pub(crate) async fn remove(&self) {
+        let Some(root) = self.root.clone() else { return };
+        let entries = self.entries.clone();
+        let removed =
+            spawn_blocking(move || entries.into_iter().try_for_each(|entry| root.remove(entry))).await;
+        match removed {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!("cannot remove a volume from its server: {}", chain(&error)),
+            Err(error) => tracing::warn!("cannot remove a volume from its server: {error}"),
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! The process that serves a pod's volumes to its guest.
+//!
+//! fuse-backend-rs parses the requests and carries them out (`PassthroughFs`). It is made for /dev/fuse, but its
+//! replies are written with one call each, so that they can go to a socket as well.
+
+use std::{
+    fs::File,
+    process::{self, ExitCode},
+    thread,
+    time::Duration,
+};
+
+use fuse_backend_rs::passthrough::{Config, PassthroughFs};
+use machinen_base::{reexec::EntryPoint, sys};
+use machinen_protocol::shares::QUEUES;
+
+use super::{jail::CAPABILITIES, queue::Files, root::VOLUMES};
+
+/// The server of a pod's volumes; it inherits its streams.
+pub const ENTRY_POINT: EntryPoint = EntryPoint { name: "share-server", main: |_| main() };
+
+/// The descriptor of the first stream; the others follow.
+pub(super) const FIRST_QUEUE: i32 = 3;
+
+/// How long the guest may use what it knows of a name or of attributes. A change on the host is seen after that.
+const FRESH: Duration = Duration::from_secs(1);
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> std::io::Result<()> {
+    // Files are made as the user of the guest that makes them. That user's rights are checked by the guest's kernel,
+    // which knows its groups; the server's own rights must suffice then.
+    sys::ignore_user_for_capabilities()?;
+    sys::keep_only_capabilities(&CAPABILITIES)?;
+    let queues: Vec<File> = (FIRST_QUEUE..)
+        .take(QUEUES)
+        .map(|number| sys::inherit::take(number).map(File::from))
+        .collect::<Result<_, _>>()?;
+    let config = Config {
+        root_dir: VOLUMES.to_owned(),
+        attr_timeout: FRESH,
+        entry_timeout: FRESH,
+        xattr: true,
+        killpriv_v2: true,
+        // A request's data is at no address that O_DIRECT allows; the guest's own cache is passed by all the same.
+        allow_direct_io: false,
+        ..Config::default()
+    };
+    let files = Files::new(PassthroughFs::new(config)?);
+    let queues: Vec<_> = queues
+        .into_iter()
+        .map(|queue| {
+            let files = files.clone();
+            thread::spawn(move || {
+                // The guest's file system needs all of its streams, so the first end ends them all.
+                match files.serve(queue) {
+                    Ok(()) => process::exit(0),
+                    Err(error) => {
+                        eprintln!("{error}");
+                        process::exit(1)
+                    }
+                }
+            })
+        })
+        .collect();
+    for queue in queues {
+        queue.join().map_err(|_| std::io::Error::other("a thread has panicked"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,146 @@
+//! Starts a pod's share server, and connects it to the guest.
+
+use std::{
+    io::{self, Read as _},
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    sync::Arc,
+    time::Duration,
+};
+
+use machinen_base::{
+    error::chain,
+    process::{Child, Stdio},
+};
+use machinen_protocol::shares::QUEUES;
+use machinen_vm::{BoxedStream, Vm};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use tokio::{
+    io::copy_bidirectional_with_sizes,
+    net::UnixStream,
+    task::{JoinSet, spawn_blocking},
+    time::timeout,
+};
+
+use super::{
+    RunningShares, ShareError, ShareGuest,
+    jail::{MAX_FILES, jail},
+    root::ShareRoot,
+    server::{ENTRY_POINT, FIRST_QUEUE},
+};
+
+/// Size of the buffer of each stream in each direction, bytes.
+const BUFFER: usize = 64 << 10;
+/// The longest time between the end of a VM's streams and the end of the VM.
+const VM_END: Duration = Duration::from_secs(2);
+/// What is kept of the server's messages, bytes.
+const MAX_PRINTED: u64 = 4096;
+
+/// A stream of the guest, and the server's end of it.
+type Queue = (BoxedStream, UnixStream);
+
+/// Starts the server, and has the guest mount what it serves: an empty directory so far.
+pub(super) async fn start(guest: &ShareGuest<'_>) -> Result<RunningShares, ShareError> {
+    let (ours, theirs) = sockets().map_err(prepare("make sockets"))?;
+    let mut spawn = ENTRY_POINT.spawn().jail(jail()).stderr(Stdio::Pipe);
+    for (number, socket) in (FIRST_QUEUE..).zip(theirs) {
+        spawn = spawn.fd(socket, number);
+    }
+    let server = spawn.start().map_err(ShareError::Spawn)?;
+    allow_many_files(server.pid());
+    match connect(guest, &server, ours).await {
+        Ok((root, queues)) => {
+            let vm = guest.vm.clone();
+            let serving = tokio::spawn(serve(vm.clone(), server, queues));
+            Ok(RunningShares { vm, root: Arc::new(root), serving, next_number: 0 })
+        }
+        Err(error) => {
+            end(&server).await;
+            Err(error)
+        }
+    }
+}
+
+/// Raises the limit of descriptors of the server, a child that has not been reaped, if this process may do so.
+fn allow_many_files(server: u32) {
+    let limit = Rlimit { current: Some(MAX_FILES), maximum: Some(MAX_FILES) };
+    let pid = Pid::from_raw(server.cast_signed());
+    if let Err(error) = prlimit(pid, Resource::Nofile, limit) {
+        tracing::info!(
+            "the pod's volumes may have fewer files in use than {MAX_FILES}: cannot raise the limit: {error}"
+        );
+    }
+}
+
+fn sockets() -> io::Result<(Vec<UnixStream>, Vec<OwnedFd>)> {
+    let pair = || {
+        let (ours, theirs) = StdUnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        Ok((UnixStream::from_std(ours)?, OwnedFd::from(theirs)))
+    };
+    (0..QUEUES).map(|_| pair()).collect::<io::Result<Vec<_>>>().map(|pairs| pairs.into_iter().unzip())
+}
+
+async fn connect(
+    guest: &ShareGuest<'_>,
+    server: &Child,
+    sockets: Vec<UnixStream>,
+) -> Result<(ShareRoot, Vec<Queue>), ShareError> {
+    let pid = server.pid();
+    let root = spawn_blocking(move || ShareRoot::mount(pid)).await;
+    let root =
+        root.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(prepare("mount a directory"))?;
+    // A permit stands for the three streams of a process.
+    let permits = u32::try_from(QUEUES.div_ceil(3)).expect("it is small");
+    let _unclaimed = guest.unclaimed.acquire_many(permits).await.expect("never closed");
+    let (mut tokens, mut queues) = (Vec::new(), Vec::new());
+    for socket in sockets {
+        let (token, stream) = guest.vm.open_stream().await.map_err(ShareError::Stream)?;
+        tokens.push(token);
+        queues.push((stream, socket));
+    }
+    // The guest's kernel sends its first request when it has mounted the file system, and nothing waits for the reply.
+    guest.agent.mount_shares(tokens).await.map_err(ShareError::Guest)?;
+    Ok((root, queues))
+}
+
+fn prepare(action: &'static str) -> impl FnOnce(io::Error) -> ShareError {
+    move |source| ShareError::Prepare { action, source }
+}
+
+/// Passes messages on until the VM, a stream or the server ends; then ends the server.
+async fn serve(vm: Vm, mut server: Child, queues: Vec<Queue>) {
+    let mut relays = JoinSet::new();
+    for (mut stream, mut socket) in queues {
+        relays.spawn(
+            async move { copy_bidirectional_with_sizes(&mut stream, &mut socket, BUFFER, BUFFER).await },
+        );
+    }
+    let lost = tokio::select! {
+        biased;
+        _ = vm.exited() => None,
+        exit = server.exited() => Some(format!("the server has ended: {exit}")),
+        ended = relays.join_next() => Some(match ended {
+            Some(Ok(Err(error))) => format!("a stream of the volumes has failed: {error}"),
+            _ => "a stream of the volumes has ended".to_owned(),
+        }),
+    };
+    relays.shutdown().await;
+    end(&server).await;
+    let Some(lost) = lost else { return };
+    // The streams of a VM that ends are closed a little earlier.
+    if timeout(VM_END, vm.exited()).await.is_ok() {
+        return;
+    }
+    let mut printed = String::new();
+    if let Some(stderr) = server.stderr.take() {
+        // The server has ended, so this does not wait; what cannot be read is not needed.
+        drop(stderr.take(MAX_PRINTED).read_to_string(&mut printed));
+    }
+    tracing::error!("the pod's volumes are lost: {lost} {}", machinen_base::text::printable(printed.trim()));
+}
+
+async fn end(server: &Child) {
+    if let Err(error) = server.kill().await {
+        tracing::warn!("cannot end the server of the pod's volumes: {}", chain(&error));
+    }
+}
