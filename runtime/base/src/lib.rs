@@ -8,6 +8,7 @@ pub mod cgroup;
 pub mod error;
 pub mod fs;
 pub mod memfd;
+pub mod netns;
 pub mod process;
 pub mod reexec;
 #[expect(unsafe_code, reason = "the one place for it")]
