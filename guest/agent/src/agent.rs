@@ -58,6 +58,9 @@ pub(crate) async fn run(machine: Machine, engine: Engine) -> Result<(), AgentErr
         if let Err(err) = criu::warm_up(&state.context.reaper).await {
             console::report(&err);
         }
+        if let Err(err) = state.context.network.warm_up() {
+            console::report(&err);
+        }
         Some(wake::wait().await?)
     } else {
         None

@@ -16,6 +16,17 @@ mod socket;
 
 pub use interface::{Interface, InterfaceAddress, Neighbour, Route};
 pub use message::{InvalidInterface, from_message, to_message};
-pub use netlink_packet_route as packet;
 pub use read::interfaces;
+
 pub use socket::{NetlinkError, NetlinkSocket, flags};
+
+/// The messages of rtnetlink, for requests that this crate has no function for.
+pub mod packet {
+    use netlink_packet_core::DefaultNla;
+    pub use netlink_packet_route::*;
+
+    /// An attribute that the messages have no name for.
+    pub fn other_attribute(kind: u16, value: Vec<u8>) -> DefaultNla {
+        DefaultNla::new(kind, value)
+    }
+}

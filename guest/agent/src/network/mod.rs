@@ -14,13 +14,17 @@ mod apply;
 use std::{
     fs::File,
     io,
+    net::IpAddr,
     os::fd::AsFd as _,
     sync::{Mutex, MutexGuard},
 };
 
-use machinen_netlink::{InvalidInterface, NetlinkError, NetlinkSocket, from_message, interfaces};
+use machinen_netlink::{
+    Interface, InterfaceAddress, InvalidInterface, Neighbour, NetlinkError, NetlinkSocket, Route,
+    from_message, interfaces, to_message,
+};
 use machinen_protocol::{
-    api::ConfigureNetworkRequest,
+    api::{ConfigureNetworkRequest, NetworkInterface},
     error::{ErrorKind, HasKind},
 };
 use nix::{
@@ -132,6 +136,20 @@ impl Network {
         Ok(())
     }
 
+    /// Configures the first device, and hides it again. The code for that, and what the kernel loads when it is first
+    /// used, are then in memory in every clone.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(crate) fn warm_up(&self) -> Result<(), NetworkError> {
+        if self.devices().names.is_empty() {
+            return Ok(());
+        }
+        let request = ConfigureNetworkRequest { interfaces: vec![sample()], ..Default::default() };
+        self.configure(&request)?;
+        self.configure(&ConfigureNetworkRequest::default())
+    }
+
     fn devices(&self) -> MutexGuard<'_, Devices> {
         self.0.lock().expect("no panic while held")
     }
@@ -153,6 +171,41 @@ impl Devices {
         }
         Ok(())
     }
+}
+
+/// An interface with all that one can have; its addresses are those for documentation (RFC 5737, RFC 3849).
+fn sample() -> NetworkInterface {
+    let addresses = [IpAddr::from([192, 0, 2, 2]), IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 2])];
+    let gateways = [IpAddr::from([192, 0, 2, 1]), IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 1])];
+    let any = [IpAddr::from([0; 4]), IpAddr::from([0_u16; 8])];
+    let address = |address| InterfaceAddress { address, prefix: 24, broadcast: None, peer: None, scope: 0 };
+    let route = |destination: IpAddr, gateway: Option<IpAddr>, scope| Route {
+        destination,
+        prefix: if gateway.is_none() { 24 } else { 0 },
+        gateway,
+        onlink: gateway.is_some(),
+        source: None,
+        metric: 7,
+        scope,
+        protocol: 4,
+    };
+    let networks = [IpAddr::from([192, 0, 2, 0]), IpAddr::from([0x2001, 0xd00, 0, 0, 0, 0, 0, 0])];
+    let routes = networks.map(|network| route(network, None, if network.is_ipv4() { 253 } else { 0 }));
+    let defaults = [0, 1].map(|kind| route(any[kind], Some(gateways[kind]), 0));
+    let mac = vec![2, 0, 0, 0, 0, 2];
+    let neighbour = |address| Neighbour { address, mac: mac.clone() };
+    to_message(
+        0,
+        &Interface {
+            name: "eth0".to_owned(),
+            mtu: 1450,
+            addresses: addresses.map(address).into(),
+            neighbours: gateways.map(neighbour).into(),
+            routes: [routes, defaults].concat(),
+            mac: mac.clone(),
+            ..Interface::default()
+        },
+    )
 }
 
 fn hidden_name(number: usize) -> String {

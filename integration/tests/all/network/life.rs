@@ -73,7 +73,7 @@ fn clones_have_different_addresses(containerd: &mut Containerd) -> Result<()> {
     let running = running.collect::<Result<Vec<Running>>>()?;
     running.iter().try_for_each(|running| running.wait_for_stdout("ready"))?;
     for lab in &labs {
-        let output = lab.in_peer(&["ping", "-c", "1", "-W", "10", OWN])?;
+        let output = lab.in_peer(&["busybox", "ping", "-c", "1", "-W", "10", OWN])?;
         ensure!(output.status == 0, "{output}");
         let outside = lab.change(&["-o", "link", "show", "dev", "eth0"])?;
         let neighbour = lab.in_peer(&["ip", "neighbour", "show", OWN])?.text();

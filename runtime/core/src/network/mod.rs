@@ -11,6 +11,7 @@
 //! namespace is read when the container is created, again when it is started, and whenever the kernel reports a change.
 
 mod error;
+mod filter;
 mod namespace;
 mod wiring;
 
@@ -22,7 +23,10 @@ use std::{
 use machinen_base::{error::chain, netns::NetnsId, sys};
 use machinen_netlink::{Interface, NetlinkSocket, to_message};
 use machinen_protocol::api::{ConfigureNetworkRequest, NetworkInterface};
-use machinen_vm::{Vm, agent};
+use machinen_vm::{
+    Vm,
+    agent::{self, AgentError},
+};
 use tokio::task::{JoinHandle, spawn_blocking};
 
 pub use error::NetworkError;
@@ -117,13 +121,20 @@ async fn follow(guest: Arc<GuestNetwork>, vm: Vm, changes: NetlinkSocket) {
         biased;
         _ = vm.exited() => {}
         error = follow_changes(&guest, &vm, changes) => {
-            tracing::error!("changes of the network do not reach the guest any more: {}", chain(&error));
+            if !is_end_of_agent(&error) {
+                tracing::error!("changes of the network do not reach the guest any more: {}", chain(&error));
+            }
             vm.exited().await;
         }
     }
     if let Err(error) = guest.in_namespace(PodNamespace::disconnect).await {
         tracing::warn!("a VM's network is not completely disconnected: {}", chain(&error));
     }
+}
+
+/// The VM is ending.
+fn is_end_of_agent(error: &NetworkError) -> bool {
+    matches!(error, NetworkError::Guest(AgentError::Closed))
 }
 
 async fn follow_changes(guest: &GuestNetwork, vm: &Vm, changes: NetlinkSocket) -> NetworkError {
@@ -148,7 +159,13 @@ async fn follow_changes(guest: &GuestNetwork, vm: &Vm, changes: NetlinkSocket) -
         }
         // The namespace may be in the middle of a change that does not fit. The next event brings another attempt.
         if let Err(error) = guest.update(&agent).await {
+            if is_end_of_agent(&error) {
+                return error;
+            }
             tracing::warn!("a change of the network does not reach the guest: {}", chain(&error));
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,7 +12,8 @@ use machinen_vm::TAP_NAME;
 
 use super::{
     NetworkError,
-    wiring::{connect_one_way, disconnect_one_way},
+    filter::Sources,
+    wiring::{disconnect, redirect_all, redirect_own},
 };
 use crate::spec::{bundle, guest};
 
@@ -36,6 +37,7 @@ struct Connected {
     interface: u32,
     tap: u32,
     mtu: u32,
+    sources: Sources,
 }
 
 impl PodNamespace {
@@ -78,9 +80,9 @@ impl PodNamespace {
             self.disconnect()?;
             return Ok(None);
         };
-        if interface.mac.len() != 6 {
+        let Ok(mac) = <[u8; 6]>::try_from(&*interface.mac) else {
             return Err(NetworkError::NotEthernet { name: interface.name });
-        }
+        };
         if interface.shared_routes > 0 {
             tracing::warn!(
                 interface = interface.name,
@@ -88,7 +90,9 @@ impl PodNamespace {
                 interface.shared_routes
             );
         }
-        self.wire(Connected { interface: interface.index, tap, mtu: interface.mtu })?;
+        let addresses = interface.addresses.iter().map(|address| address.address).collect();
+        let sources = Sources { mac, addresses };
+        self.wire(Connected { interface: interface.index, tap, mtu: interface.mtu, sources })?;
         Ok(Some(interface))
     }
 
@@ -97,19 +101,21 @@ impl PodNamespace {
             return Ok(());
         }
         self.disconnect()?;
-        let Connected { interface, tap, mtu } = wanted;
+        let Connected { interface, tap, mtu, sources } = &wanted;
+        // The filters come first, so that no packet of the guest reaches the host's own network code.
+        let up = redirect_own(&mut self.socket, *tap, *interface, sources)
+            .and_then(|()| self.socket.set_link(*tap, DEVICE, true, vec![LinkAttribute::Mtu(*mtu)]))
+            .and_then(|()| redirect_all(&mut self.socket, *interface, *tap));
+        // Also after an error, something is to be removed.
         self.connected = Some(wanted);
-        self.socket.set_link(tap, DEVICE, true, vec![LinkAttribute::Mtu(mtu)])?;
-        connect_one_way(&mut self.socket, tap, interface)?;
-        connect_one_way(&mut self.socket, interface, tap)?;
-        Ok(())
+        Ok(up?)
     }
 
     /// Removes what redirects packets. Does nothing where it is gone already.
     pub(super) fn disconnect(&mut self) -> Result<(), NetworkError> {
         if let Some(Connected { interface, tap, .. }) = self.connected.take() {
-            disconnect_one_way(&mut self.socket, interface)?;
-            disconnect_one_way(&mut self.socket, tap)?;
+            disconnect(&mut self.socket, interface)?;
+            disconnect(&mut self.socket, tap)?;
         }
         Ok(())
     }
@@ -142,8 +148,6 @@ pub fn disconnect_abandoned(bundle: &Path) -> Result<(), NetworkError> {
         return Ok(());
     }
     let others = all.iter().filter(|interface| !interface.loopback);
-    others
-        .map(|interface| disconnect_one_way(&mut socket, interface.index))
-        .collect::<Result<(), NetlinkError>>()?;
+    others.map(|interface| disconnect(&mut socket, interface.index)).collect::<Result<(), NetlinkError>>()?;
     Ok(())
 }
