@@ -13,7 +13,7 @@ use containerd_shim_protos::api::DeleteResponse;
 use machinen::{
     error::chain,
     fs::{FileError, remove_dir_if_exists, remove_if_exists},
-    host_cgroup,
+    host_cgroup, network,
     pod::state::KILLED,
     process::{ReservedUser, kill_foreign},
 };
@@ -45,6 +45,9 @@ pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
     }
     if let Err(error) = host_cgroup::remove_abandoned(&bundle) {
         // containerd logs this as a warning; a group that stays must not keep the rest.
+        eprintln!("{}", chain(&error));
+    }
+    if let Err(error) = network::disconnect_abandoned(&bundle) {
         eprintln!("{}", chain(&error));
     }
     // A killed server has not released the users of its children.

@@ -12,6 +12,7 @@ use crate::{
     context::Context,
     criu,
     engine::{Engine, EngineError},
+    network::{Network, NetworkError},
     options::OptionsError,
     reaper::Reaper,
     service::{AgentState, Service},
@@ -26,6 +27,8 @@ pub(crate) enum AgentError {
     Boot(#[from] BootError),
     #[error("cannot start the container engine")]
     Engine(#[from] EngineError),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     #[error("cannot start the runtime")]
     Runtime(#[source] io::Error),
     #[error("cannot watch child processes")]
@@ -45,12 +48,17 @@ pub(crate) enum AgentError {
 pub(crate) async fn run(machine: Machine, engine: Engine) -> Result<(), AgentError> {
     let unopened = Unopened::open(machine.channel).await?;
     let reaper = Reaper::start().map_err(AgentError::Reaper)?;
-    let context = Context { engine, reaper, unclaimed: Unclaimed::default(), disks: machine.disks };
+    // Before the agent waits: a template has the devices hidden already.
+    let network = Network::hide_devices()?;
+    let context = Context { engine, reaper, unclaimed: Unclaimed::default(), disks: machine.disks, network };
     let state = Arc::new(AgentState::new(context, machine.owns_kernel));
     console::trace("ready");
     let _port = if machine.waits {
         // CRIU's code, and what it asks the kernel when it first runs, are then in memory in every clone.
         if let Err(err) = criu::warm_up(&state.context.reaper).await {
+            console::report(&err);
+        }
+        if let Err(err) = state.context.network.warm_up() {
             console::report(&err);
         }
         Some(wake::wait().await?)

@@ -2,7 +2,7 @@
 //!
 //! A function that needs one or two of these parts takes those, and not the whole [`Context`].
 
-use crate::{channel::Unclaimed, disk::DiskSource, engine::Engine, reaper::Reaper};
+use crate::{channel::Unclaimed, disk::DiskSource, engine::Engine, network::Network, reaper::Reaper};
 
 #[derive(Debug)]
 pub(crate) struct Context {
@@ -10,4 +10,5 @@ pub(crate) struct Context {
     pub(crate) reaper: Reaper,
     pub(crate) unclaimed: Unclaimed,
     pub(crate) disks: DiskSource,
+    pub(crate) network: Network,
 }

@@ -20,6 +20,7 @@ mod disk;
 mod engine;
 mod error;
 mod layer;
+mod network;
 mod options;
 mod process;
 mod reaper;

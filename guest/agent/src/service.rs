@@ -75,6 +75,15 @@ impl Agent for Service {
         Ok(api::Empty::new())
     }
 
+    async fn configure_network(
+        &self,
+        _: &TtrpcContext,
+        request: api::ConfigureNetworkRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        self.state.context.network.configure(&request).map_err(Failure::from)?;
+        Ok(api::Empty::new())
+    }
+
     async fn create_container(
         &self,
         _: &TtrpcContext,

@@ -45,7 +45,7 @@ pub mod api {
 }
 
 /// Version of the whole protocol: messages, preamble and their meaning. Every incompatible change moves it.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// [`control_port`] of the first guest CID, which is 3.
 pub const CONTROL_PORT: u32 = 1024;

@@ -26,6 +26,7 @@ mod kernel;
 mod layer;
 mod lifecycle;
 mod logging;
+mod network;
 mod optional;
 mod process;
 mod refusals;

@@ -9,6 +9,7 @@ pub mod error;
 pub mod fs;
 pub mod memfd;
 pub mod mounts;
+pub mod netns;
 pub mod process;
 pub mod reexec;
 #[expect(unsafe_code, reason = "the one place for it")]

@@ -7,6 +7,7 @@
 pub mod checkpoint;
 pub mod config;
 pub mod host_cgroup;
+pub mod network;
 pub mod pod;
 pub mod pool;
 pub mod shares;

@@ -23,6 +23,7 @@ mod driver;
 mod exit;
 mod qemu;
 mod spec;
+mod tap;
 pub mod template;
 mod wake;
 
@@ -53,6 +54,7 @@ pub use qemu::{
     version::{QemuError, qemu_version},
 };
 pub use spec::{ChannelKind, VmSpec};
+pub use tap::{TAP_NAME, TapDevice};
 
 /// Why something about a VM failed.
 #[derive(Debug, thiserror::Error)]
@@ -138,6 +140,7 @@ pub struct Vm {
     pid: u32,
     spec: Arc<VmSpec>,
     channel: Arc<VmChannel>,
+    tap: Option<Arc<TapDevice>>,
     requests: mpsc::Sender<VmRequest>,
     stop: Arc<watch::Sender<StopRequest>>,
     agent: watch::Receiver<Option<Result<agent::Client, Arc<VmBootError>>>>,
@@ -176,6 +179,11 @@ impl Vm {
     /// The description that the VM was started with.
     pub fn spec(&self) -> &VmSpec {
         &self.spec
+    }
+
+    /// The tap device of the VM's network device, if the VM has one.
+    pub fn tap(&self) -> Option<&TapDevice> {
+        self.tap.as_deref()
     }
 
     /// The guest agent, as soon as it has answered and been configured. Any number of callers may wait, at

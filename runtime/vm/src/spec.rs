@@ -28,6 +28,8 @@ pub struct VmSpec {
     pub kernel_args: String,
     /// How the host and the agent communicate.
     pub channel: ChannelKind,
+    /// The guest has a network device, which is connected to nothing at first.
+    pub nic: bool,
     /// Hostname of the guest itself.
     pub hostname: String,
     /// From the start of QEMU until the agent has answered.

@@ -7,6 +7,7 @@ pub mod limits;
 pub(crate) mod pidfd;
 pub(crate) mod root;
 pub mod socket;
+pub mod tap;
 pub mod vhost;
 
 use std::{

@@ -11,14 +11,14 @@
 //! the container's.
 
 use std::{
-    fs::File,
     io::{self, Write as _},
-    os::{fd::OwnedFd, unix::fs::OpenOptionsExt as _},
+    os::fd::OwnedFd,
     path::PathBuf,
 };
 
 use machinen_base::{
     error::chain,
+    netns,
     process::{Child, Jail, Namespaces, ProcessError, ProcessExit, Stdio},
     reexec::EntryPoint,
     sys,
@@ -41,8 +41,6 @@ pub const ENTRY_POINT: EntryPoint = EntryPoint { name: "container-anchor", main:
 const ROOT_FD: i32 = 3;
 /// What the anchor reports when it has entered its root; any other text is an error message.
 const IN_ROOT: &str = "in root";
-/// The type of the file system of namespaces (linux/magic.h, NSFS_MAGIC).
-const NSFS: rustix::fs::FsWord = 0x6e73_6673;
 /// Where the root is mounted temporarily. Every host has this directory.
 const TEMPORARY_MOUNT: &str = "/proc";
 
@@ -173,17 +171,10 @@ impl Anchor {
 ///
 /// # Errors
 /// The errors of open(2), or the path is not that of a namespace.
-async fn open_netns(path: PathBuf) -> Result<OwnedFd, AnchorError> {
+pub(super) async fn open_netns(path: PathBuf) -> Result<OwnedFd, AnchorError> {
     let open = {
         let path = path.clone();
-        move || -> io::Result<OwnedFd> {
-            // The open of a fifo would wait for another process.
-            let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-            if rustix::fs::fstatfs(&file)?.f_type != NSFS {
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a namespace"));
-            }
-            Ok(file.into())
-        }
+        move || netns::open(&path)
     };
     let opened = spawn_blocking(open).await.unwrap_or_else(|error| Err(io::Error::other(error)));
     opened.map_err(|source| AnchorError::Netns { path, source })

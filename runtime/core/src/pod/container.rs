@@ -22,7 +22,7 @@ use super::{
     state::{PodRequest, ProcessExit, ProcessState},
     stdio::StdioNames,
 };
-use crate::{config, shares::ContainerShares};
+use crate::{config, network::PodNetwork, shares::ContainerShares};
 
 /// A container that exists in the guest.
 #[derive(Debug)]
@@ -36,6 +36,8 @@ pub struct Container {
     anchor: tokio::sync::Mutex<Anchor>,
     /// The pod's VM, which is killed if its agent does not respond.
     pub(super) vm: Vm,
+    /// The connection with the container's network namespace, if it has one.
+    pub(super) network: Option<Arc<PodNetwork>>,
     pub(super) init: Arc<ContainerProcess>,
     pub(super) execs: Execs,
     /// Runs since the container was sent SIGKILL.
@@ -78,6 +80,7 @@ impl Container {
         stdio: StdioNames,
         anchor: Anchor,
         vm: Vm,
+        network: Option<Arc<PodNetwork>>,
         storage: ContainerStorage,
     ) -> Self {
         let ContainerStorage { layer, attachments, shares, base, checkpoint, checkpoint_config, rootfs } =
@@ -88,6 +91,7 @@ impl Container {
             pid: anchor.pid(),
             anchor: tokio::sync::Mutex::new(anchor),
             vm,
+            network,
             init: Arc::new(ContainerProcess::new(stdio)),
             execs: Execs::default(),
             kill_clock: KillClock::default(),

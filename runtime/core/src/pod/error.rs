@@ -22,6 +22,7 @@ use crate::{
     config::annotations::AnnotationError,
     host_cgroup::HostCgroupError,
     shares::ShareError,
+    network::NetworkError,
     spec::{bundle::BundleError, exec::ProcessSpecError, guest::ReduceError, resources::ResourcesError},
 };
 
@@ -104,6 +105,9 @@ pub enum PodError {
         /// How long the guest had.
         deadline: Duration,
     },
+    /// The container's network cannot be set up or changed.
+    #[error(transparent)]
+    Network(NetworkError),
     /// An annotation was refused.
     #[error(transparent)]
     Annotation(#[from] AnnotationError),
@@ -232,6 +236,11 @@ impl PodError {
         Self::Guest { verb, id: id.to_owned(), source }
     }
 
+    /// Whether the container's network is why the request failed, so that another VM would fail too.
+    pub(super) fn is_about_the_network(&self) -> bool {
+        matches!(self, Self::Network(_) | Self::Anchor(_))
+    }
+
     /// Whether the request failed because the VM, and every process in it, ended.
     pub(super) fn is_loss_of_the_vm(&self) -> bool {
         matches!(
@@ -253,6 +262,7 @@ impl HasKind for PodError {
             Self::Gone { .. } => ErrorKind::NotFound,
             Self::Unanswered { .. } => ErrorKind::DeadlineExceeded,
             Self::Guest { source, .. } => source.kind(),
+            Self::Network(error) => error.kind(),
             Self::Annotation(error) => error.kind(),
             Self::Asset(error) => error.kind(),
             Self::Bundle(error) => error.kind(),

@@ -166,6 +166,10 @@ impl Pod {
         let _ordered = container.init.transitions.lock().await;
         container.check(PodRequest::Start)?;
         let agent = self.agent(id).await?;
+        if let Some(network) = &container.network {
+            // A client may have set the namespace up only now.
+            network.update(&agent).await.map_err(PodError::Network)?;
+        }
         let stdin = container.init.open_stdin()?;
         agent.start_container(id).await.map_err(|source| PodError::guest("start", id, source))?;
         container.init.feed(stdin);

@@ -161,6 +161,13 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
     Ok(GuestSpec { spec, injected, volumes, netns, cgroups_path })
 }
 
+/// The path of the network namespace that a host's configuration names.
+pub(crate) fn network_namespace(spec: &Spec) -> Option<PathBuf> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    let network = namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
+    network.and_then(|namespace| namespace.path().clone())
+}
+
 impl GuestSpec {
     /// Returns the configuration for a guest with `cpus` CPUs.
     pub fn for_vm(&self, cpus: u32) -> Spec {

@@ -11,7 +11,7 @@ use machinen_base::{
 use machinen_protocol::{
     api::{
         AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, CheckpointImagesResponse,
-        ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest,
+        ConfigureNetworkRequest, ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest,
         CreateContainerResponse, Empty, EndStdinRequest, ExecProcessRequest, ExportLayerRequest,
         MountSharesRequest, OpenViewRequest, ProcessRequest, ResizeTerminalRequest, SetClockRequest,
         SignalProcessRequest, WaitProcessResponse,
@@ -117,6 +117,14 @@ impl Client {
     /// See [`AgentError`], as for every call.
     pub async fn configure(&self, request: ConfigureRequest) -> Result<ConfigureResponse, AgentError> {
         call!(self.configure(request), Some(QUICK))
+    }
+
+    /// Gives the VM's network devices their names, addresses and routes, and hides the other devices.
+    ///
+    /// # Errors
+    /// A value is not valid, a device does not exist, or the guest's kernel refuses.
+    pub async fn configure_network(&self, request: ConfigureNetworkRequest) -> Result<(), AgentError> {
+        call!(self.configure_network(request), Some(QUICK)).map(nothing)
     }
 
     /// Sets the guest's wall clock, to nanoseconds since the Unix epoch.

@@ -24,6 +24,8 @@ pub(crate) mod fd {
     /// Template and clone: a connected socket on which the agent reports that it waits, and on which the host
     /// wakes it.
     pub(crate) const WAKE: i32 = 9;
+    /// The tap device that is the other end of the guest's network device.
+    pub(crate) const TAP: i32 = 10;
 }
 
 /// How the guest starts.
@@ -121,11 +123,22 @@ pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
         }
     }
 
+    if spec.nic {
+        // QEMU announces a VM that it has restored with the hardware address that the device has then, which is the
+        // same in all clones.
+        args.option("-global", "migration.announce-rounds=0");
+        args.option("-netdev", format!("tap,id=net,fd={}", fd::TAP));
+        args.option("-device", format!("virtio-net-device,netdev=net,mac={UNUSED_MAC}"));
+    }
+
     args.option("-device", format!("virtio-scsi-device,id={SCSI}"));
     args.option("-device", "virtio-balloon-device,free-page-reporting=on");
     args.option("-device", "virtio-rng-device");
     args.0
 }
+
+/// The hardware address of a network device that is connected to nothing: locally administered, and in no use.
+const UNUSED_MAC: &str = "02:00:00:00:00:01";
 
 /// Set of descriptors that holds the guest image; sets of hot-added disks are numbered after it.
 pub(crate) const IMAGE_FDSET: u64 = 1;
@@ -227,6 +240,7 @@ pub(crate) mod tests {
             image: "/a/guest.img".into(),
             kernel_args: String::new(),
             channel,
+            nic: true,
             hostname: "c1".into(),
             boot_timeout: std::time::Duration::from_secs(60),
             qemu_files: Vec::new(),
@@ -271,7 +285,7 @@ pub(crate) mod tests {
                 pairs
                     .into_iter()
                     .filter(|(name, _)| {
-                        ["-device", "-chardev", "-blockdev", "-machine", "-cpu", "-smp", "-m"]
+                        ["-device", "-netdev", "-chardev", "-blockdev", "-machine", "-cpu", "-smp", "-m"]
                             .contains(&&**name)
                     })
                     .collect::<Vec<_>>()

@@ -36,6 +36,7 @@ use crate::{
         snapshot::{self, VmSnapshot, VmSnapshotError},
     },
     spec::VmSpec,
+    tap::TapDevice,
 };
 
 /// The file in the VM's directory that has the guest's console output.
@@ -123,6 +124,7 @@ pub(crate) struct Launched {
     pub(crate) qmp: Qmp,
     pub(crate) events: broadcast::Receiver<QmpEvent>,
     running: RunningVm,
+    tap: Option<TapDevice>,
 }
 
 pub(crate) async fn launch(spec: VmSpec, dir: &Path) -> Result<Vm, LaunchError> {
@@ -162,7 +164,7 @@ pub(crate) async fn begin(
         LaunchOrigin::Boot | LaunchOrigin::Template { .. } => None,
     };
     let started = start(spec, origin, &dir.path, guest_end, kernel, image, &user);
-    let StartedQemu { qemu, monitor, wake, console, stderr } = match started {
+    let StartedQemu { qemu, monitor, wake, console, stderr, tap } = match started {
         Ok(started) => started,
         Err(error) => {
             if let Err(error) = channel.close().await {
@@ -184,7 +186,7 @@ pub(crate) async fn begin(
         user,
     };
     match Qmp::connect(monitor).await {
-        Ok((qmp, events)) => Ok(Launched { qmp, events, running }),
+        Ok((qmp, events)) => Ok(Launched { qmp, events, running, tap }),
         Err(error) => Err(failed(running, error).await),
     }
 }
@@ -201,7 +203,7 @@ impl Launched {
 
     /// Starts the driver task, which owns QEMU from now on.
     fn hand_over(self, spec: VmSpec) -> Vm {
-        let Self { qmp, events, running } = self;
+        let Self { qmp, events, running, tap } = self;
         let (requests, request_queue) = mpsc::channel(16);
         let (stop, stopped) = watch::channel(StopRequest::No);
         let (exit_sender, exit) = watch::channel(None);
@@ -224,12 +226,13 @@ impl Launched {
             tracing::debug!(pid, "VM has ended: {exit}");
             exit_sender.send_replace(Some(exit));
         });
-        Vm { pid, spec: Arc::new(spec), channel, requests, stop: Arc::new(stop), agent, exit }
+        let tap = tap.map(Arc::new);
+        Vm { pid, spec: Arc::new(spec), channel, tap, requests, stop: Arc::new(stop), agent, exit }
     }
 
     /// Ends QEMU, unless it has ended already. Nothing is left of it when this returns.
     pub(crate) async fn end(self) -> VmExit {
-        let Self { qmp, mut events, running } = self;
+        let Self { qmp, mut events, running, .. } = self;
         // A QEMU that has closed its monitor has ended, and its own reason is the one to report.
         let requested = qmp.execute("quit", serde_json::json!({})).await.is_ok();
         drop(qmp);
@@ -268,6 +271,7 @@ struct StartedQemu {
     wake: Option<UnixStream>,
     console: QemuOutput,
     stderr: QemuOutput,
+    tap: Option<TapDevice>,
 }
 
 fn start(
@@ -324,12 +328,26 @@ fn start(
             Some(watched(wake)?)
         }
     };
+    let mut tap = None;
+    let mut netns = None;
+    if spec.nic {
+        let (device, fd) = TapDevice::create().map_err(failed("make a tap device"))?;
+        inherited.push((fd, fd::TAP));
+        // One namespace is enough for the device and for QEMU, which can do nothing with the device there.
+        netns = Some(device.namespace.try_clone().map_err(failed("duplicate a descriptor"))?);
+        jail.namespaces.net = false;
+        tap = Some(device);
+    }
     let mut spawn = Spawn::new(&spec.qemu).args(args).stderr(Stdio::Fd(stderr_end.into())).jail(jail);
+    if let Some(netns) = netns {
+        spawn = spawn.join_netns(netns);
+    }
     for (fd, number) in inherited {
         spawn = spawn.fd(fd, number);
     }
     let qemu = spawn.start().map_err(LaunchError::Qemu)?;
-    Ok(StartedQemu { qemu, monitor, wake, console: read(console, Some(log)), stderr: read(stderr, None) })
+    let (console, stderr) = (read(console, Some(log)), read(stderr, None));
+    Ok(StartedQemu { qemu, monitor, wake, console, stderr, tap })
 }
 
 fn read(source: impl tokio::io::AsyncRead + Unpin + Send + 'static, log: Option<File>) -> QemuOutput {

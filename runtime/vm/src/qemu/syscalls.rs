@@ -94,8 +94,9 @@ const MISSING: [i64; 5] = [
     libc::SYS_sched_setattr,
 ];
 
-/// Requests of ioctl(2) without KVM: of sockets, pipes, terminals and disks.
-const REQUESTS: [u32; 9] = [
+/// Requests of ioctl(2) without KVM: of sockets, pipes, terminals, disks, and of the tap device, whose name, owner and
+/// namespace none of them changes.
+const REQUESTS: [u32; 16] = [
     0x5421,      // FIONBIO
     0x541b,      // FIONREAD
     0x5401,      // TCGETS
@@ -105,6 +106,13 @@ const REQUESTS: [u32; 9] = [
     0x1277,      // BLKDISCARD
     0x127f,      // BLKZEROOUT
     0x8008_1272, // BLKGETSIZE64
+    0x8004_54cf, // TUNGETFEATURES
+    0x8004_54d2, // TUNGETIFF
+    0x4004_54d0, // TUNSETOFFLOAD
+    0x8004_54d7, // TUNGETVNETHDRSZ
+    0x4004_54d8, // TUNSETVNETHDRSZ
+    0x4004_54dc, // TUNSETVNETLE
+    0x4004_54de, // TUNSETVNETBE
 ];
 
 /// The system calls of a QEMU that uses `accel`.

@@ -29,6 +29,8 @@ pub struct TemplateShape {
     args: Vec<String>,
     /// With KVM the guest sees the host's CPU.
     cpu: String,
+    /// The release of the host's kernel, which decides what a tap device can do.
+    host_kernel: String,
 }
 
 /// Identifies a file in one state. The content is not read, because that would take longer than a clone.
@@ -74,6 +76,7 @@ impl TemplateShape {
             image: identity(&spec.image)?,
             args: spec.template_args(),
             cpu: cpu().map_err(FileError::at("read", CPUINFO))?,
+            host_kernel: fs::read_to_string(RELEASE).map_err(FileError::at("read", RELEASE))?,
         }))
     }
 
@@ -102,6 +105,7 @@ fn relies_on_zeroed_memory(kernel_args: &str) -> bool {
 }
 
 const CPUINFO: &str = "/proc/cpuinfo";
+const RELEASE: &str = "/proc/sys/kernel/osrelease";
 
 /// A digest of those properties of the first processor that never change.
 fn cpu() -> io::Result<String> {
@@ -133,6 +137,7 @@ mod tests {
             image: dir.join("guest.img"),
             kernel_args: String::new(),
             channel: ChannelKind::Serial,
+            nic: true,
             hostname: "one".into(),
             boot_timeout: std::time::Duration::from_secs(1),
             qemu_files: Vec::new(),
@@ -155,6 +160,7 @@ mod tests {
             VmSpec { kernel_args: "x".into(), ..base.clone() },
             VmSpec { qemu: "/bin/ls".into(), ..base.clone() },
             VmSpec { channel: ChannelKind::KernelVsock, ..base.clone() },
+            VmSpec { nic: false, ..base.clone() },
         ] {
             assert_ne!(key(&base), key(&other), "{other:?}");
         }

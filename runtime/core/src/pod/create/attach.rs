@@ -1,4 +1,6 @@
-//! The second phase of a container's creation: launched. Its step attaches the disks to the VM.
+//! The second phase of a container's creation: launched. Its step attaches the disks to the VM, and connects its network.
+
+use std::sync::Arc;
 
 use machinen_protocol::api::InjectedFile;
 use machinen_vm::{DiskAddress, agent};
@@ -8,7 +10,10 @@ use super::{
     finish::Attached,
     undo::{CreateJob, Held},
 };
-use crate::pod::{PodError, stdio::HostStdio};
+use crate::{
+    network::PodNetwork,
+    pod::{PodError, anchor::open_netns, stdio::HostStdio},
+};
 
 /// The VM starts, the disks are open, and the anchor's process exists.
 #[derive(Debug)]
@@ -27,14 +32,17 @@ impl<'a> Launched<'a> {
     /// The VM does not start, or refuses a disk. Nothing is left then.
     pub(super) async fn attach(self) -> Result<Attached<'a>, PodError> {
         let Self { job, stdio, injected, mut held } = self;
-        let mut attached = job.attach_disks(&held).await;
+        let mut attached = job.attach_and_connect(&held).await;
         if let Err(error) = &attached
             && held.vm.origin.is_clone()
+            && !error.is_about_the_network()
         {
             attached = job.attach_to_booted(&mut held, error).await;
         }
         match attached {
-            Ok((addresses, agent)) => Ok(Attached { job, stdio, injected, held, addresses, agent }),
+            Ok(((addresses, agent), network)) => {
+                Ok(Attached { job, stdio, injected, held, addresses, agent, network })
+            }
             Err(error) => {
                 job.undo(held, None).await;
                 Err(error)
@@ -43,22 +51,32 @@ impl<'a> Launched<'a> {
     }
 }
 
+type AttachedDisks = (ContainerDisks<DiskAddress>, agent::Client);
+
 impl CreateJob<'_> {
-    async fn attach_disks(
+    /// Attaches the disks, and connects the VM with the container's network meanwhile.
+    async fn attach_and_connect(
         &self,
         held: &Held,
-    ) -> Result<(ContainerDisks<DiskAddress>, agent::Client), PodError> {
-        held.attachments.attach(&self.request.id, &held.disks.open, self.phases).await
+    ) -> Result<(AttachedDisks, Option<Arc<PodNetwork>>), PodError> {
+        let disks = held.attachments.attach(&self.request.id, &held.disks.open, self.phases);
+        let network = async {
+            let Some(path) = self.plan.netns() else { return Ok(None) };
+            let namespace = open_netns(path).await?;
+            self.pod.shared.sandbox.connect(&self.request.id, &held.vm.vm, namespace).await
+        };
+        let (disks, network) = tokio::join!(disks, self.phases.time("tap", network));
+        Ok((disks?, network?))
     }
 
     async fn attach_to_booted(
         &self,
         held: &mut Held,
         error: &PodError,
-    ) -> Result<(ContainerDisks<DiskAddress>, agent::Client), PodError> {
+    ) -> Result<(AttachedDisks, Option<Arc<PodNetwork>>), PodError> {
         let (sandbox, request) = (&self.pod.shared.sandbox, self.plan.vm_request());
         sandbox.boot_instead(&self.request.id, &request, &mut held.vm, error).await?;
         held.attachments = Attachments::new(held.vm.vm.clone());
-        self.attach_disks(held).await
+        self.attach_and_connect(held).await
     }
 }

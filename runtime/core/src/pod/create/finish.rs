@@ -14,6 +14,7 @@ use super::{
     undo::{CreateJob, Held},
 };
 use crate::{
+    network::PodNetwork,
     pod::{
         Container, PodError,
         container::ContainerStorage,
@@ -37,6 +38,8 @@ pub(super) struct Attached<'a> {
     pub(super) held: Held,
     pub(super) addresses: ContainerDisks<DiskAddress>,
     pub(super) agent: agent::Client,
+    /// The connection with the container's network, if it has one.
+    pub(super) network: Option<Arc<PodNetwork>>,
 }
 
 /// The container's init waits in the guest.
@@ -60,7 +63,7 @@ impl Attached<'_> {
     /// The guest refuses the container, the host refuses a limit, or the anchor cannot enter its root. Nothing is
     /// left then.
     pub(super) async fn create(self) -> Result<Created, PodError> {
-        let Self { job, stdio, injected, mut held, addresses, agent } = self;
+        let Self { job, stdio, injected, mut held, addresses, agent, network } = self;
         match job.phases.time("volumes", job.share(&held, &agent)).await {
             Ok(shares) => held.shares = shares,
             Err(error) => {
@@ -68,7 +71,11 @@ impl Attached<'_> {
                 return Err(error.into());
             }
         }
-        let streams = match job.create_in_guest(&held, &agent, &addresses, stdio, injected).await {
+        let created = async {
+            job.configure_network(network.as_deref(), &agent).await?;
+            job.create_in_guest(&held, &agent, &addresses, stdio, injected).await
+        };
+        let streams = match created.await {
             Ok(streams) => streams,
             Err(error) => {
                 job.undo(held, None).await;
@@ -79,7 +86,7 @@ impl Attached<'_> {
             job.undo(held, Some(&agent)).await;
             return Err(error);
         }
-        Ok(job.finish(held, agent, addresses.checkpoint, streams))
+        Ok(job.finish(held, agent, network, addresses.checkpoint, streams))
     }
 }
 
@@ -89,6 +96,16 @@ impl CreateJob<'_> {
         let unclaimed = &self.pod.shared.starting;
         let guest = ShareGuest { vm: &held.vm.vm, agent, unclaimed };
         self.pod.shared.shares.add(&guest, &self.plan.volumes).await
+    }
+
+    /// Gives the guest the container's network, so that a process that is restored has it when it continues.
+    async fn configure_network(
+        &self,
+        network: Option<&PodNetwork>,
+        agent: &agent::Client,
+    ) -> Result<(), PodError> {
+        let Some(network) = network else { return Ok(()) };
+        self.phases.time("network", network.update(agent)).await.map_err(PodError::Network)
     }
 
     async fn create_in_guest(
@@ -144,6 +161,7 @@ impl CreateJob<'_> {
         self,
         held: Held,
         agent: agent::Client,
+        network: Option<Arc<PodNetwork>>,
         checkpoint: Option<DiskAddress>,
         mut streams: ProcessStreams,
     ) -> Created {
@@ -170,8 +188,15 @@ impl CreateJob<'_> {
             container: create.id.to_string(),
             unclaimed: Arc::clone(&pod.shared.starting),
         });
-        let container =
-            Container::new(create.id, create.bundle, create.stdio.names(), anchor, vm.clone(), storage);
+        let container = Container::new(
+            create.id,
+            create.bundle,
+            create.stdio.names(),
+            anchor,
+            vm.clone(),
+            network,
+            storage,
+        );
         container.init.connect_stdin(stdin);
         let watch = ContainerWatch { agent, vm, outputs: streams.outputs };
         Created { container: Arc::new(container), origin, watch }

@@ -68,7 +68,7 @@ impl CreatePlan {
     }
 
     /// The network namespace that the container's anchor joins; None: one of its own.
-    pub(super) fn netns(&self) -> Option<PathBuf> {
+    pub(in crate::pod) fn netns(&self) -> Option<PathBuf> {
         self.guest.netns.clone()
     }
 }

@@ -14,15 +14,16 @@ mod plan;
 mod start;
 mod vm_spec;
 
-use std::{collections::HashSet, fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::HashSet, fmt, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
 
-use machinen_base::error::chain;
+use machinen_base::{error::chain, netns};
 use machinen_vm::{Vm, admission::Reservation};
 use tokio::sync::Mutex;
 
 use super::PodError;
 use crate::{
     config::{Config, VmConfig, annotations},
+    network::{NetworkError, PodNetwork},
     pool::WarmVm,
 };
 use afterwards::Afterwards;
@@ -88,6 +89,8 @@ struct RunningSandbox {
     requested: VmConfig,
     afterwards: Afterwards,
     users: VmUsers,
+    /// The connection with the containers' network namespace, if they have one.
+    network: Option<Arc<PodNetwork>>,
     /// A container could not be removed from the guest, so its disk may not have been synced.
     unsynced: bool,
 }
@@ -110,6 +113,15 @@ pub(super) enum VmOrigin {
     Boot,
     /// The VM that the pod's earlier containers use.
     Pod,
+}
+
+impl RunningSandbox {
+    /// Returns when nothing of the VM, which has ended, is left in the network namespace.
+    async fn network_ended(&self) {
+        if let Some(network) = &self.network {
+            network.ended().await;
+        }
+    }
 }
 
 impl VmOrigin {
@@ -174,13 +186,43 @@ impl Sandbox {
         let mut state = self.state.lock().await;
         clone.vm.kill().await;
         clone._reservation = None;
-        if matches!(*state, SandboxState::Ended) {
-            return Err(PodError::PodEnded { id: container.to_owned() });
+        match &*state {
+            SandboxState::Ended => return Err(PodError::PodEnded { id: container.to_owned() }),
+            SandboxState::Running(running) => running.network_ended().await,
+            SandboxState::Empty { .. } => {}
         }
         *state = SandboxState::Empty { warm_vm: None };
         let started = self.start_instead(request, error).await?;
         *clone = Self::run(&mut state, started, container, request);
         Ok(())
+    }
+
+    /// Connects the VM of a container with the container's network namespace, unless another container of the pod has
+    /// done so. Returns None if the namespace is the host's own.
+    ///
+    /// # Errors
+    /// The VM has ended or has no network device, another container has another namespace, or the kernel refuses.
+    pub(super) async fn connect(
+        &self,
+        container: &str,
+        vm: &Vm,
+        namespace: OwnedFd,
+    ) -> Result<Option<Arc<PodNetwork>>, PodError> {
+        let mut state = self.state.lock().await;
+        let running = match &mut *state {
+            SandboxState::Running(running) if running.vm.pid() == vm.pid() => running,
+            _ => return Err(PodError::Gone { id: container.to_owned() }),
+        };
+        if let Some(network) = &running.network {
+            let id = netns::id(&namespace).map_err(|error| PodError::Network(NetworkError::Enter(error)))?;
+            let same = network.id() == id;
+            return same
+                .then(|| Some(Arc::clone(network)))
+                .ok_or(PodError::Network(NetworkError::OtherNamespace));
+        }
+        let network = PodNetwork::connect(vm, namespace).await.map_err(PodError::Network)?;
+        running.network.clone_from(&network);
+        Ok(network)
     }
 
     fn run(state: &mut SandboxState, started: StartedVm, container: &str, request: &VmRequest) -> AcquiredVm {
@@ -192,6 +234,7 @@ impl Sandbox {
             requested: request.config.vm.clone(),
             afterwards,
             users,
+            network: None,
             unsynced: false,
         }));
         AcquiredVm { vm, origin, _reservation: Some(reservation) }
@@ -224,6 +267,7 @@ impl Sandbox {
                 let exit =
                     if synced { running.vm.kill().await } else { running.vm.shutdown(SHUTDOWN_GRACE).await };
                 tracing::debug!(id = container, "VM ended: {exit}");
+                running.network_ended().await;
                 *state = SandboxState::Empty { warm_vm: None };
             }
         }
@@ -232,13 +276,13 @@ impl Sandbox {
     /// Ends the VM, and with it all containers in it. No further VM starts.
     pub(super) async fn end(&self) {
         let ended = std::mem::replace(&mut *self.state.lock().await, SandboxState::Ended);
-        let vm = match ended {
-            SandboxState::Empty { warm_vm } => warm_vm.map(|warm| warm.vm),
-            SandboxState::Running(running) => Some(running.vm),
-            SandboxState::Ended => None,
-        };
-        if let Some(vm) = vm {
-            vm.kill().await;
+        match ended {
+            SandboxState::Empty { warm_vm: Some(warm) } => _ = warm.vm.kill().await,
+            SandboxState::Running(running) => {
+                running.vm.kill().await;
+                running.network_ended().await;
+            }
+            SandboxState::Empty { warm_vm: None } | SandboxState::Ended => {}
         }
     }
 

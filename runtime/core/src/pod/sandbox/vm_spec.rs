@@ -3,7 +3,7 @@
 
 use std::{num::NonZero, path::Path, thread, time::Duration};
 
-use machinen_base::RUN_DIR;
+use machinen_base::{RUN_DIR, sys::tap};
 use machinen_vm::{
     HostSupport, TRANSLATED_CODE_MIB, VmSpec,
     accel::{self, AccelError, Accelerator},
@@ -65,6 +65,7 @@ pub(super) fn build(
         image: assets.image.clone(),
         kernel_args: config.vm.all_kernel_args(),
         channel: choose_channel(config.vm.channel, &HostSupport::detect(&config.vm.vhost_device_vsock)),
+        nic: Path::new(tap::DEVICE).exists(),
         hostname: name.chars().filter(char::is_ascii).take(MAX_HOSTNAME).collect(),
         boot_timeout: Duration::from_secs(config.vm.boot_timeout_s),
         qemu_files: config.vm.qemu_files.clone(),

@@ -1,0 +1,205 @@
+//! Containers whose specification names a network namespace by its path.
+
+mod lab;
+mod life;
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use machinen_integration::{
+    bundle::Bundle, containerd::Containerd, ctr::Run, process::Running, served::Served,
+};
+use serde_json::json;
+
+use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd};
+use lab::{Lab, OWN, OWN6, PEER, PEER6};
+
+on_every_containerd!(the_container_has_the_interface_of_its_namespace);
+on_newest_containerd!(
+    both_ways_by_tcp,
+    packets_of_any_size,
+    wired_between_create_and_start,
+    changes_reach_a_running_container,
+    routes_and_neighbours,
+    only_loopback_without_a_path,
+    two_interfaces_are_refused,
+);
+
+/// A container in the lab that runs a script of the shell.
+fn run<'a>(containerd: &'a Containerd, lab: &Lab, script: &str) -> Run<'a> {
+    containerd.run(IMAGE, &["sh", "-c", script]).flag(lab.flag())
+}
+
+/// Kills the container of a `ctr run`, and waits until that has removed the container.
+fn end(containerd: &Containerd, run: &Run<'_>, running: Running) -> Result<()> {
+    containerd.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", run.container()])?;
+    running.wait().map(drop)
+}
+
+/// A script that waits until a command succeeds. The test's deadline ends it.
+fn until(command: &str) -> String {
+    format!("until {command}; do sleep 0.1; done 2> /dev/null")
+}
+
+fn the_container_has_the_interface_of_its_namespace(containerd: &mut Containerd) -> Result<()> {
+    let lab = Lab::wired(containerd)?;
+    let show = "cat /sys/class/net/eth0/address; ip -o addr show dev eth0; ip route; ip -6 route";
+    let outside = lab.change(&["-o", "link", "show", "dev", "eth0"])?;
+    let (_, mac) = outside.split_once("link/ether ").expect("the test has made it");
+    let mac = mac.split_whitespace().next().unwrap_or_default();
+    let ping = format!("ping -c 1 -W 10 {PEER} && ping -6 -c 1 -W 10 {PEER6}");
+    let output = run(containerd, &lab, &format!("{show}; {ping}")).ok()?;
+    for wanted in [
+        mac,
+        &format!("inet {OWN}/24"),
+        &format!("inet6 {OWN6}/64"),
+        "inet6 fe80::",
+        &format!("default via {PEER} dev eth0"),
+        "10.77.0.0/24 dev eth0 scope link",
+        &format!("default via {PEER6} dev eth0"),
+        "1 packets received",
+    ] {
+        ensure!(output.contains(wanted), "no {wanted:?} in\n{output}");
+    }
+    lab.nothing_is_left()
+}
+
+fn both_ways_by_tcp(containerd: &mut Containerd) -> Result<()> {
+    let lab = Lab::wired(containerd)?;
+    let from_peer =
+        lab.start_in_peer(&["busybox", "nc", "-ll", "-p", "7001", "-e", "echo", "from the peer"])?;
+    let script = format!(
+        "nc -ll -p 7000 -e echo from the container & \
+         for peer in {PEER} {PEER6}; do {}; done; echo ready; wait",
+        until("nc $peer 7001 < /dev/null")
+    );
+    let container = run(containerd, &lab, &script);
+    let running = container.spawn(Duration::from_secs(120))?;
+    running.wait_for_stdout("from the peer\nfrom the peer\nready")?;
+    for own in [OWN, OWN6] {
+        let output = lab.in_peer(&["busybox", "nc", own, "7000"])?;
+        ensure!(output.text() == "from the container\n", "{own}: {output}");
+    }
+    end(containerd, &container, running)?;
+    drop(from_peer);
+    Ok(())
+}
+
+fn packets_of_any_size(containerd: &mut Containerd) -> Result<()> {
+    for mtu in [1450, 9000] {
+        let lab = Lab::new(containerd)?;
+        lab.wire(mtu)?;
+        // The headers of ICMP and IP have 28 bytes.
+        let (whole, fragmented) = (mtu - 28, 20_000);
+        let script = format!(
+            "cat /sys/class/net/eth0/mtu; for size in {whole} {fragmented}; do \
+             ping -c 1 -W 10 -s $size {PEER} | grep -o '1 packets received'; done; \
+             dd if=/dev/zero bs=1M count=8 2> /dev/null | nc {PEER} 7002"
+        );
+        // The program sends what it has counted back.
+        let counter = lab.start_in_peer(&["busybox", "nc", "-ll", "-p", "7002", "-e", "wc", "-c"])?;
+        let output = run(containerd, &lab, &script).ok()?;
+        let wanted = format!("{mtu}\n1 packets received\n1 packets received\n{}\n", 8 << 20);
+        ensure!(output == wanted, "MTU {mtu}: {output}");
+        drop(counter);
+    }
+    Ok(())
+}
+
+/// Docker sets the namespace up between the two.
+fn wired_between_create_and_start(containerd: &mut Containerd) -> Result<()> {
+    let lab = Lab::new(containerd)?;
+    let bundle = Bundle::busybox(containerd)?;
+    let config = bundle.config(&["sleep", "1000"], |spec| {
+        let path = lab.path();
+        spec["linux"]["namespaces"] = json!([
+            { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" },
+            { "type": "network", "path": path },
+        ]);
+    })?;
+    let mut served = Served::of(containerd, &config)?;
+    served.create(|_| ())?;
+    lab.wire(1500)?;
+    served.begin()?;
+    // No event needs to arrive: the namespace is read again before the container starts.
+    let (status, output) = served.shell(&format!("ip -o addr show dev eth0; ping -c 1 -W 10 {PEER}"))?;
+    ensure!(status == 0 && output.contains(OWN) && output.contains(OWN6), "{status}: {output}");
+    served.end()?;
+    lab.nothing_is_left()
+}
+
+fn changes_reach_a_running_container(containerd: &mut Containerd) -> Result<()> {
+    let lab = Lab::new(containerd)?;
+    let steps = [
+        until("ip addr show dev eth0 | grep -q 10.77.0.2"),
+        "echo connected".to_owned(),
+        until("ip addr show dev eth0 | grep -q 10.77.0.99"),
+        until("ip route | grep -q '10.99.0.0/16 via 10.77.0.1'"),
+        format!("ping -c 1 -W 10 -I 10.77.0.99 {PEER} > /dev/null"),
+        "echo changed".to_owned(),
+        until("! ip route | grep -q 10.99.0.0/16"),
+        "echo removed".to_owned(),
+        until("test ! -e /sys/class/net/eth0"),
+        "echo disconnected".to_owned(),
+        until("ip addr show dev eth1 | grep -q 10.78.0.2"),
+        "echo reconnected".to_owned(),
+    ];
+    let running = run(containerd, &lab, &steps.join("\n")).spawn(Duration::from_secs(120))?;
+    lab.wire(1500)?;
+    running.wait_for_stdout("connected")?;
+    lab.change(&["address", "add", "10.77.0.99/32", "dev", "eth0"])?;
+    lab.change(&["route", "add", "10.99.0.0/16", "via", PEER])?;
+    running.wait_for_stdout("changed")?;
+    lab.change(&["route", "delete", "10.99.0.0/16"])?;
+    running.wait_for_stdout("removed")?;
+    lab.change(&["link", "delete", "eth0"])?;
+    running.wait_for_stdout("disconnected")?;
+    lab.change(&["link", "add", "eth1", "type", "veth", "peer", "name", "other"])?;
+    lab.change(&["address", "add", "10.78.0.2/24", "dev", "eth1"])?;
+    lab.change(&["link", "set", "eth1", "up"])?;
+    let output = running.wait()?;
+    ensure!(output.text().ends_with("reconnected\n"), "{output}");
+    lab.nothing_is_left()
+}
+
+/// As CNI's plugin ptp sets a namespace up, and with a gateway of the other kind of address.
+fn routes_and_neighbours(containerd: &mut Containerd) -> Result<()> {
+    let lab = Lab::new(containerd)?;
+    lab.wire(1500)?;
+    for args in [
+        "route flush table main",
+        "route add 10.77.0.1/32 dev eth0 scope link",
+        "route add 10.77.0.0/24 via 10.77.0.1 src 10.77.0.2",
+        "route add default via 169.254.1.1 dev eth0 onlink metric 7",
+        "route add 10.99.0.0/16 via inet6 fd77::1 dev eth0",
+        "neighbour replace 169.254.1.1 lladdr 02:00:00:00:00:77 dev eth0 nud permanent",
+    ] {
+        lab.change(&args.split(' ').collect::<Vec<_>>())?;
+    }
+    let wanted = |text: &str| text.lines().map(|line| line.trim().to_owned()).collect::<Vec<_>>();
+    let outside = wanted(&lab.change(&["route"])?);
+    let output = run(containerd, &lab, "ip route; ip neigh show nud permanent").ok()?;
+    let inside = wanted(&output);
+    for route in outside.iter().filter(|route| !route.contains("inet6")) {
+        ensure!(inside.contains(route), "no {route:?} in\n{output}");
+    }
+    ensure!(output.contains("169.254.1.1 dev eth0 lladdr 02:00:00:00:00:77"), "{output}");
+    ensure!(inside.iter().any(|route| route.starts_with("10.99.0.0/16")), "{output}");
+    Ok(())
+}
+
+fn only_loopback_without_a_path(containerd: &mut Containerd) -> Result<()> {
+    let script = "ls /sys/class/net; ip -o link | wc -l; ping -c 1 127.0.0.1 | grep -o '1 packets received'";
+    let output = containerd.run(IMAGE, &["sh", "-c", script]).ok()?;
+    let (links, rest) = output.split_at(3);
+    ensure!(links == "lo\n" && rest == "1\n1 packets received\n", "{output}");
+    Ok(())
+}
+
+fn two_interfaces_are_refused(containerd: &mut Containerd) -> Result<()> {
+    let lab = Lab::wired(containerd)?;
+    lab.change(&["link", "add", "eth1", "up", "type", "veth", "peer", "name", "other"])?;
+    let words = ["the network namespace has 2 interfaces (eth0, eth1), and a VM has one"];
+    crate::harness::fails_saying(containerd, &run(containerd, &lab, "true"), &words)?;
+    lab.nothing_is_left()
+}

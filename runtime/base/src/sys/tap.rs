@@ -1,0 +1,33 @@
+//! Tap devices (the kernel's networking/tuntap.rst).
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsRawFd as _, OwnedFd},
+};
+
+/// The file that tap devices are made with.
+pub const DEVICE: &str = "/dev/net/tun";
+
+/// Makes a tap device in the network namespace of this thread. It carries virtio's header before each packet, so that
+/// the other side can leave checksums and segments to the host. The device is removed when the last copy of the
+/// descriptor is closed.
+///
+/// # Errors
+/// The errors of open(2) and of TUNSETIFF. A name of 16 bytes or more is not valid.
+pub fn create(name: &str) -> io::Result<OwnedFd> {
+    let file = File::options().read(true).write(true).open(DEVICE)?;
+    // SAFETY: all bytes zero is a valid value of this structure of numbers and bytes.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.is_empty() || name.len() >= request.ifr_name.len() || name.contains('\0') {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a name of a network device"));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes one structure, which lives until the call returns.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(file.into()) }
+}

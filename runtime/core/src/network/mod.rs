@@ -1,0 +1,171 @@
+//! The network of a pod: the guest has what the interface of the pod's network namespace has.
+//!
+//! ```text
+//!   host's network ── veth ── eth0 ──(tc: every packet, both ways)── tap ── QEMU ── guest's eth0
+//!                             └ namespace that CNI, Docker or the caller has made ┘   same MAC, addresses, routes
+//! ```
+//! The namespace's interface keeps its addresses, so that tools that look into the namespace agree with the container.
+//! Packets that arrive there are redirected before the host's own network code sees them.
+//!
+//! A client may set the namespace up after the container was created, or change it while the container runs. So the
+//! namespace is read when the container is created, again when it is started, and whenever the kernel reports a change.
+
+mod error;
+mod filter;
+mod namespace;
+mod wiring;
+
+use std::{
+    os::fd::{AsFd as _, OwnedFd},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use machinen_base::{error::chain, netns::NetnsId, sys};
+use machinen_netlink::{Interface, NetlinkSocket, to_message};
+use machinen_protocol::api::{ConfigureNetworkRequest, NetworkInterface};
+use machinen_vm::{
+    Vm,
+    agent::{self, AgentError},
+};
+use tokio::task::{JoinHandle, spawn_blocking};
+
+pub use error::NetworkError;
+use namespace::PodNamespace;
+pub use namespace::disconnect_abandoned;
+
+/// The connection of a VM with a network namespace. It lasts as long as the VM.
+#[derive(Debug)]
+pub(crate) struct PodNetwork {
+    id: NetnsId,
+    guest: Arc<GuestNetwork>,
+    follower: tokio::sync::Mutex<Option<JoinHandle<()>>>,
+}
+
+#[derive(Debug)]
+struct GuestNetwork {
+    namespace: Arc<Mutex<PodNamespace>>,
+    /// What the guest was given last. The lock keeps the order of changes.
+    given: tokio::sync::Mutex<Vec<NetworkInterface>>,
+}
+
+impl PodNetwork {
+    /// Connects the VM with a namespace, and follows the namespace until the VM has ended. Returns None if the
+    /// namespace is the host's own, whose packets are not the container's.
+    ///
+    /// # Errors
+    /// The VM has no network device, or the kernel refuses.
+    pub(crate) async fn connect(vm: &Vm, namespace: OwnedFd) -> Result<Option<Arc<Self>>, NetworkError> {
+        let tap = vm.tap().ok_or(NetworkError::NoDevice)?;
+        let tap = tap.namespace.try_clone().map_err(NetworkError::Enter)?;
+        let connected = spawn_blocking(move || PodNamespace::connect(namespace, &tap)).await;
+        let Some((namespace, changes)) = connected.map_err(NetworkError::Worker)?? else { return Ok(None) };
+        let id = namespace.id;
+        let guest = Arc::new(GuestNetwork {
+            namespace: Arc::new(Mutex::new(namespace)),
+            given: tokio::sync::Mutex::default(),
+        });
+        let follower = tokio::spawn(follow(Arc::clone(&guest), vm.clone(), changes));
+        Ok(Some(Arc::new(Self { id, guest, follower: tokio::sync::Mutex::new(Some(follower)) })))
+    }
+
+    /// The namespace that the VM is connected with.
+    pub(crate) fn id(&self) -> NetnsId {
+        self.id
+    }
+
+    /// Reads the namespace and gives the guest what has changed.
+    ///
+    /// # Errors
+    /// The namespace has more interfaces than the VM, or a kernel or the agent refuses.
+    pub(crate) async fn update(&self, agent: &agent::Client) -> Result<(), NetworkError> {
+        self.guest.update(agent).await
+    }
+
+    /// Returns when nothing of the connection is left in the namespace. The VM must have ended.
+    pub(crate) async fn ended(&self) {
+        if let Some(follower) = self.follower.lock().await.take()
+            && let Err(error) = follower.await
+        {
+            tracing::error!("the end of a VM's network was not handled: {error}");
+        }
+    }
+}
+
+impl GuestNetwork {
+    async fn update(&self, agent: &agent::Client) -> Result<(), NetworkError> {
+        let mut given = self.given.lock().await;
+        let interface = self.in_namespace(PodNamespace::refresh).await?;
+        let wanted: Vec<_> = interface.iter().map(|interface: &Interface| to_message(0, interface)).collect();
+        if *given == wanted {
+            return Ok(());
+        }
+        let request = ConfigureNetworkRequest { interfaces: wanted.clone(), ..Default::default() };
+        agent.configure_network(request).await.map_err(NetworkError::Guest)?;
+        *given = wanted;
+        Ok(())
+    }
+
+    async fn in_namespace<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut PodNamespace) -> Result<T, NetworkError> + Send + 'static,
+    ) -> Result<T, NetworkError> {
+        let namespace = Arc::clone(&self.namespace);
+        let work = move || work(&mut namespace.lock().unwrap_or_else(PoisonError::into_inner));
+        spawn_blocking(work).await.map_err(NetworkError::Worker)?
+    }
+}
+
+/// Gives the guest each change of the namespace until the VM has ended, and then disconnects the namespace.
+async fn follow(guest: Arc<GuestNetwork>, vm: Vm, changes: NetlinkSocket) {
+    tokio::select! {
+        biased;
+        _ = vm.exited() => {}
+        error = follow_changes(&guest, &vm, changes) => {
+            if !is_end_of_agent(&error) {
+                tracing::error!("changes of the network do not reach the guest any more: {}", chain(&error));
+            }
+            vm.exited().await;
+        }
+    }
+    if let Err(error) = guest.in_namespace(PodNamespace::disconnect).await {
+        tracing::warn!("a VM's network is not completely disconnected: {}", chain(&error));
+    }
+}
+
+/// The VM is ending.
+fn is_end_of_agent(error: &NetworkError) -> bool {
+    matches!(error, NetworkError::Guest(AgentError::Closed))
+}
+
+async fn follow_changes(guest: &GuestNetwork, vm: &Vm, changes: NetlinkSocket) -> NetworkError {
+    let readable = match changes.as_fd().try_clone_to_owned().and_then(sys::async_fd) {
+        Ok(readable) => readable,
+        Err(error) => return NetworkError::Watch(error),
+    };
+    let agent = match vm.agent().await {
+        Ok(agent) => agent,
+        Err(error) => return NetworkError::Vm(Box::new(error)),
+    };
+    loop {
+        let drained = match readable.readable().await {
+            Ok(mut ready) => {
+                ready.clear_ready();
+                changes.drain()
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = drained {
+            return NetworkError::Watch(error);
+        }
+        // The namespace may be in the middle of a change that does not fit. The next event brings another attempt.
+        if let Err(error) = guest.update(&agent).await {
+            if is_end_of_agent(&error) {
+                return error;
+            }
+            tracing::warn!("a change of the network does not reach the guest: {}", chain(&error));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

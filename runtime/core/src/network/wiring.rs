@@ -1,0 +1,163 @@
+//! Redirects the packets that arrive at one interface to another one, by traffic control (tc(8)).
+//!
+//! The redirection is made of filters of the queueing discipline `clsact` (or `ingress`, if the interface has that
+//! already), with priorities of their own by which they are found again. Filters that others have on the interface stay.
+//!
+//! Packets of the guest are redirected only if they come from the guest's own addresses.
+
+use std::net::IpAddr;
+
+use machinen_netlink::{
+    NetlinkError, NetlinkSocket, flags,
+    packet::{
+        RouteNetlinkMessage,
+        tc::{TcAttribute, TcHandle, TcMessage},
+    },
+};
+
+use super::filter::{self, Sources};
+
+/// A priority and the protocol that all filters of this priority have.
+#[derive(Debug, Clone, Copy)]
+struct Rank {
+    priority: u32,
+    protocol: u16,
+}
+
+/// The priorities begin with "mn". Protocols are those of linux/if_ether.h.
+const IPV4: Rank = Rank { priority: 0x6d6e, protocol: 0x0800 };
+const ARP: Rank = Rank { priority: 0x6d6f, protocol: 0x0806 };
+const IPV6: Rank = Rank { priority: 0x6d70, protocol: 0x86dd };
+const EVERYTHING: Rank = Rank { priority: 0x6d71, protocol: 3 };
+const RANKS: [Rank; 4] = [IPV4, ARP, IPV6, EVERYTHING];
+
+const QDISC: TcHandle = TcHandle { major: u16::MAX, minor: 0 };
+const ARRIVING: TcHandle = TcHandle { major: u16::MAX, minor: TcHandle::MIN_INGRESS };
+const LEAVING: TcHandle = TcHandle { major: u16::MAX, minor: TcHandle::MIN_EGRESS };
+
+/// There is no such filter, no queueing discipline, or no such interface.
+const GONE: [i32; 3] = [libc::ENOENT, libc::EINVAL, libc::ENODEV];
+
+/// Redirects all packets that arrive at the interface `from`: they leave through `to`.
+///
+/// # Errors
+/// The kernel refuses, or has no such filters.
+pub(super) fn redirect_all(socket: &mut NetlinkSocket, from: u32, to: u32) -> Result<(), NetlinkError> {
+    add_qdisc(socket, from)?;
+    // A kernel has one of the two kinds of filters, or both.
+    match add(socket, from, EVERYTHING, filter::u32(&[], filter::redirect(to))) {
+        Err(error) if error.errno() == Some(libc::ENOENT) => {
+            add(socket, from, EVERYTHING, filter::matchall(filter::redirect(to)))
+        }
+        added => added,
+    }
+}
+
+/// Redirects the packets that a guest sends from its own addresses: they leave through `to`. Nothing else leaves.
+///
+/// # Errors
+/// The kernel refuses, or has no such filters.
+pub(super) fn redirect_own(
+    socket: &mut NetlinkSocket,
+    tap: u32,
+    to: u32,
+    sources: &Sources,
+) -> Result<(), NetlinkError> {
+    add_qdisc(socket, tap)?;
+    // The last filter is the first to exist: no packet of the guest reaches the host's own network code meanwhile.
+    match add(socket, tap, EVERYTHING, filter::u32(&[], filter::discard())) {
+        // A kernel without that action: what the guest must not send returns to the guest.
+        Err(error) if error.errno() == Some(libc::ENOENT) => {
+            add(socket, tap, EVERYTHING, filter::u32(&[], filter::redirect(tap)))?;
+        }
+        added => added?,
+    }
+    let sender = filter::sender(sources.mac);
+    for &address in &sources.addresses {
+        let own = match address {
+            IpAddr::V4(address) => {
+                let arp = [sender.clone(), filter::arp_sender(sources.mac, address)].concat();
+                add(socket, tap, ARP, filter::u32(&arp, filter::redirect(to)))?;
+                (IPV4, filter::source4(address))
+            }
+            IpAddr::V6(address) => (IPV6, filter::source6(address)),
+        };
+        let (rank, source) = own;
+        let keys = [sender.clone(), source].concat();
+        add(socket, tap, rank, filter::u32(&keys, filter::redirect(to)))?;
+    }
+    Ok(())
+}
+
+/// Removes the redirection, and the queueing discipline if nothing else uses it. Does nothing if the interface or the
+/// redirection does not exist.
+///
+/// # Errors
+/// The kernel refuses.
+pub(super) fn disconnect(socket: &mut NetlinkSocket, interface: u32) -> Result<(), NetlinkError> {
+    let mut removed = false;
+    for rank in RANKS {
+        let filter = RouteNetlinkMessage::DelTrafficFilter(filters(interface, rank));
+        let action = || format!("remove the redirection of packets from network interface {interface}");
+        removed |= !is_gone(socket.change(action, filter, 0))?;
+    }
+    if !removed {
+        return Ok(());
+    }
+    for side in [ARRIVING, LEAVING] {
+        let list = RouteNetlinkMessage::GetTrafficFilter(message(interface, side));
+        let others = socket.list(|| format!("list the filters of network interface {interface}"), list)?;
+        if !others.is_empty() {
+            return Ok(());
+        }
+    }
+    let mut qdisc = message(interface, TcHandle::CLSACT);
+    qdisc.header.handle = QDISC;
+    let action = || format!("remove the queueing discipline of network interface {interface}");
+    is_gone(socket.change(action, RouteNetlinkMessage::DelQueueDiscipline(qdisc), 0)).map(drop)
+}
+
+/// Whether what is to be removed did not exist.
+fn is_gone(removed: Result<(), NetlinkError>) -> Result<bool, NetlinkError> {
+    match removed {
+        Err(error) if error.errno().is_some_and(|errno| GONE.contains(&errno)) => Ok(true),
+        removed => removed.map(|()| false),
+    }
+}
+
+fn add_qdisc(socket: &mut NetlinkSocket, interface: u32) -> Result<(), NetlinkError> {
+    let mut qdisc = message(interface, TcHandle::CLSACT);
+    qdisc.header.handle = QDISC;
+    qdisc.attributes = vec![TcAttribute::Kind("clsact".to_owned())];
+    let action = || format!("add a queueing discipline to network interface {interface}");
+    let message = RouteNetlinkMessage::NewQueueDiscipline(qdisc);
+    match socket.change(action, message, flags::CREATE | flags::EXCLUSIVE) {
+        Err(error) if error.errno() == Some(libc::EEXIST) => Ok(()),
+        added => added,
+    }
+}
+
+fn add(
+    socket: &mut NetlinkSocket,
+    interface: u32,
+    rank: Rank,
+    attributes: Vec<TcAttribute>,
+) -> Result<(), NetlinkError> {
+    let mut filter = filters(interface, rank);
+    filter.attributes = attributes;
+    let action = || format!("redirect the packets of network interface {interface}");
+    socket.change(action, RouteNetlinkMessage::NewTrafficFilter(filter), flags::CREATE | flags::EXCLUSIVE)
+}
+
+/// Names the filters of one rank at the interface.
+fn filters(interface: u32, rank: Rank) -> TcMessage {
+    let mut filter = message(interface, ARRIVING);
+    filter.header.info = rank.priority << 16 | u32::from(rank.protocol.to_be());
+    filter
+}
+
+fn message(interface: u32, parent: TcHandle) -> TcMessage {
+    let mut message = TcMessage::with_index(interface.cast_signed());
+    message.header.parent = parent;
+    message
+}
