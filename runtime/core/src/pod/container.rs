@@ -22,7 +22,7 @@ use super::{
     state::{PodRequest, ProcessExit, ProcessState},
     stdio::StdioNames,
 };
-use crate::config;
+use crate::{config, hooks::ContainerHooks};
 
 /// A container that exists in the guest.
 #[derive(Debug)]
@@ -55,6 +55,9 @@ pub struct Container {
     pub(super) checkpoint_config: config::CheckpointConfig,
     /// The mounts of the root file system that the caller asked for.
     pub(super) rootfs: Vec<RootfsMount>,
+    pub(super) hooks: ContainerHooks,
+    /// Held while the container is deleted.
+    pub(super) deleting: tokio::sync::Mutex<()>,
 }
 
 /// The disks of a container, and how they are used.
@@ -76,6 +79,7 @@ impl Container {
         anchor: Anchor,
         vm: Vm,
         storage: ContainerStorage,
+        hooks: ContainerHooks,
     ) -> Self {
         let ContainerStorage { layer, attachments, base, checkpoint, checkpoint_config, rootfs } = storage;
         Self {
@@ -94,6 +98,8 @@ impl Container {
             checkpoint: Mutex::new(checkpoint),
             checkpoint_config,
             rootfs,
+            hooks,
+            deleting: tokio::sync::Mutex::default(),
         }
     }
 

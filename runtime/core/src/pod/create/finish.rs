@@ -55,8 +55,8 @@ impl Attached<'_> {
     /// Connects the streams and creates the container in the guest.
     ///
     /// # Errors
-    /// The guest refuses the container, the host refuses a limit, or the anchor cannot enter its root. Nothing is
-    /// left then.
+    /// The guest refuses the container, the host refuses a limit, the anchor cannot enter its root, or a hook fails.
+    /// Nothing is left then.
     pub(super) async fn create(self) -> Result<Created, PodError> {
         let Self { job, stdio, injected, mut held, addresses, agent } = self;
         let streams = match job.create_in_guest(&held, &agent, &addresses, stdio, injected).await {
@@ -66,7 +66,7 @@ impl Attached<'_> {
                 return Err(error);
             }
         };
-        if let Err(error) = job.complete_on_host(&mut held).await {
+        if let Err(error) = job.complete_on_host(&mut held, &agent).await {
             job.undo(held, Some(&agent)).await;
             return Err(error);
         }
@@ -98,11 +98,18 @@ impl CreateJob<'_> {
 
     /// Does what is left to do on the host once the container exists in the guest. Nothing of the user's runs
     /// before.
-    async fn complete_on_host(&self, held: &mut Held) -> Result<(), PodError> {
+    async fn complete_on_host(&self, held: &mut Held, agent: &agent::Client) -> Result<(), PodError> {
         let limits = self.pod.limit_on_host(&self.request.id, &self.plan, &held.vm);
         self.phases.time("limits", limits).await?;
-        // The anchor has long entered its root by now; its pid must not be passed to clients before.
-        Ok(self.phases.time("anchor", held.anchor.wait_for_root()).await?)
+        // The anchor has long entered its root by now; its pid must not be passed to clients or hooks before.
+        self.phases.time("anchor", held.anchor.wait_for_root()).await?;
+        held.anchor.attach(ViewGuest {
+            vm: held.vm.vm.clone(),
+            agent: agent.clone(),
+            container: self.request.id.to_string(),
+            unclaimed: Arc::clone(&self.pod.shared.starting),
+        });
+        self.phases.time("hooks", self.pod.run_create_hooks(&self.plan.hooks, held.anchor.pid())).await
     }
 
     fn guest_request(
@@ -119,6 +126,7 @@ impl CreateJob<'_> {
             let from = restore.request(addresses.checkpoint, self.plan.config.restore, &spec, vcpus);
             request.checkpoint = MessageField::some(from);
         }
+        request.hook_state = self.plan.hooks.state_for_guest()?;
         Ok(request)
     }
 
@@ -130,7 +138,7 @@ impl CreateJob<'_> {
         checkpoint: Option<DiskAddress>,
         mut streams: ProcessStreams,
     ) -> Created {
-        let Self { pod, request: create, plan, .. } = self;
+        let Self { request: create, plan, .. } = self;
         let Held { vm: acquired, disks, anchor, attachments } = held;
         let (vm, origin) = (acquired.vm.clone(), acquired.origin);
         let checkpoint = checkpoint.zip(disks.open.checkpoint).map(|(address, disk)| {
@@ -146,14 +154,9 @@ impl CreateJob<'_> {
             rootfs: create.rootfs,
         };
         let stdin = streams.take_input(&agent, &create.id, ProcessRef::Init);
-        anchor.attach(ViewGuest {
-            vm: vm.clone(),
-            agent: agent.clone(),
-            container: create.id.to_string(),
-            unclaimed: Arc::clone(&pod.shared.starting),
-        });
+        let names = create.stdio.names();
         let container =
-            Container::new(create.id, create.bundle, create.stdio.names(), anchor, vm.clone(), storage);
+            Container::new(create.id, create.bundle, names, anchor, vm.clone(), storage, plan.hooks);
         container.init.connect_stdin(stdin);
         let watch = ContainerWatch { agent, vm, outputs: streams.outputs };
         Created { container: Arc::new(container), origin, watch }

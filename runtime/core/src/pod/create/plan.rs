@@ -15,6 +15,7 @@ use tokio::task::spawn_blocking;
 use super::CreateRequest;
 use crate::{
     config::{Config, annotations},
+    hooks::ContainerHooks,
     pod::{
         ContainerId, Pod, PodError,
         restore::RestorePlan,
@@ -37,6 +38,7 @@ pub(in crate::pod) struct CreatePlan {
     pub(in crate::pod) guest: GuestSpec,
     pub(in crate::pod) rootfs: RootfsPlan,
     pub(in crate::pod) restore: Option<RestorePlan>,
+    pub(super) hooks: ContainerHooks,
 }
 
 impl CreatePlan {
@@ -92,9 +94,10 @@ impl Pod {
         let config = annotations::apply(&self.shared.config, &annotations)?;
         let rootfs = rootfs::plan(rootfs, &spec, bundle)?;
         let guest = guest::reduce(spec, id)?;
+        let hooks = ContainerHooks::new(guest.hooks.clone(), &guest.spec, id, bundle, annotations.clone());
         let assets = Assets::find(&config.assets.dir)?;
         let restore = checkpoint.map(|dir| RestorePlan::read(id, dir)).transpose()?;
-        Ok(CreatePlan { config, annotations, assets, guest, rootfs, restore })
+        Ok(CreatePlan { config, annotations, assets, guest, rootfs, restore, hooks })
     }
 }
 
