@@ -6,13 +6,14 @@
 use std::{
     env, fs, io,
     path::{Path, PathBuf},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use containerd_shim_protos::api::DeleteResponse;
 use machinen::{
     error::chain,
     fs::{FileError, remove_dir_if_exists, remove_if_exists},
+    hooks::{PoststopRecord, recorded},
     host_cgroup, network,
     pod::state::KILLED,
     process::{ReservedUser, kill_foreign},
@@ -23,16 +24,20 @@ use protobuf::{Message, MessageField};
 use crate::{
     args::ShimArgs,
     error::ShimError,
-    server::POD_DIR,
+    server::{POD_DIR, POSTSTOP_DIR, event_loop},
     start::{ADDRESS_FILE, PID_FILE},
 };
 
 /// containerd gives `delete` five seconds in total.
 const KILL_DEADLINE: Duration = Duration::from_secs(2);
 
+/// How long after the begin of `delete` the poststop hooks are killed. containerd would kill them with this process.
+const HOOKS_DEADLINE: Duration = Duration::from_secs(4);
+
 /// # Errors
 /// The server cannot be ended, or files cannot be removed.
 pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
+    let until = Instant::now() + HOOKS_DEADLINE;
     let bundle = match args.bundle.as_os_str().is_empty() {
         true => env::current_dir().map_err(FileError::at("find the bundle, the directory", "."))?,
         false => args.bundle.clone(),
@@ -43,6 +48,7 @@ pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
     {
         remove_if_exists(&socket).map_err(FileError::at("remove", socket))?;
     }
+    run_poststop_hooks(&bundle, until)?;
     if let Err(error) = host_cgroup::remove_abandoned(&bundle) {
         // containerd logs this as a warning; a group that stays must not keep the rest.
         eprintln!("{}", chain(&error));
@@ -54,8 +60,10 @@ pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
     if let Err(error) = ReservedUser::sweep() {
         eprintln!("{}", chain(&error));
     }
-    let pod = bundle.join(POD_DIR);
-    remove_dir_if_exists(&pod).map_err(FileError::at("remove", pod))?;
+    for dir in [POD_DIR, POSTSTOP_DIR] {
+        let path = bundle.join(dir);
+        remove_dir_if_exists(&path).map_err(FileError::at("remove", path))?;
+    }
     for file in [ADDRESS_FILE, PID_FILE] {
         let path = bundle.join(file);
         remove_if_exists(&path).map_err(FileError::at("remove", path))?;
@@ -68,6 +76,33 @@ pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
         ..Default::default()
     };
     response.write_to_writer(&mut io::stdout().lock()).map_err(ShimError::Encode)
+}
+
+/// Runs the poststop hooks of all containers that the server had. A failure is logged by containerd, and must not keep
+/// the rest.
+fn run_poststop_hooks(bundle: &Path, until: Instant) -> Result<(), ShimError> {
+    let dir = bundle.join(POSTSTOP_DIR);
+    let ids = recorded(&dir).unwrap_or_else(|error| {
+        eprintln!("{}", chain(&error));
+        Vec::new()
+    });
+    if ids.is_empty() {
+        return Ok(());
+    }
+    event_loop(bundle)?.block_on(async {
+        for id in ids {
+            let failures = match PoststopRecord::open(&dir, &id) {
+                Ok(Some(record)) => record.run(&[], Some(until)).await,
+                Ok(None) => Ok(Vec::new()),
+                Err(error) => Err(error),
+            };
+            failures
+                .unwrap_or_else(|error| vec![error])
+                .iter()
+                .for_each(|error| eprintln!("{}", chain(error)));
+        }
+    });
+    Ok(())
 }
 
 /// Kills the server if it still runs. The recorded pid is used only if that process works in this bundle.

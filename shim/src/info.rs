@@ -3,7 +3,7 @@
 use std::{collections::HashMap, io, path::Path};
 
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
-use machinen::{RUN_DIR, accel, config::Config, error::chain, host_cgroup::HostCgroups};
+use machinen::{RUN_DIR, accel, config::Config, error::chain, host_cgroup::HostCgroups, spec::OCI_VERSION};
 use protobuf::{Message, MessageField, well_known_types::any::Any};
 use serde_json::json;
 
@@ -57,8 +57,8 @@ fn host_cgroups() -> String {
 fn features() -> serde_json::Value {
     json!({
         "ociVersionMin": "1.0.0",
-        "ociVersionMax": "1.2.0",
-        "hooks": [],
+        "ociVersionMax": OCI_VERSION,
+        "hooks": ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"],
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "pid", "user", "uts"],
             "cgroup": { "v1": false, "v2": true, "systemd": false, "systemdUser": false },

@@ -35,6 +35,9 @@ use crate::{
 /// Directory in the bundle with the pod's sockets and console log.
 pub(crate) const POD_DIR: &str = "vm";
 
+/// Directory in the bundle with the records of the pod's poststop hooks.
+pub(crate) const POSTSTOP_DIR: &str = "poststop";
+
 /// How long containerd may take to receive the last events at the end.
 const EVENTS_GRACE: Duration = Duration::from_secs(2);
 
@@ -115,6 +118,7 @@ async fn serve_pod(
         namespace: namespace.clone(),
         name: id.clone(),
         dir: bundle.join(POD_DIR),
+        poststop_dir: bundle.join(POSTSTOP_DIR),
         lifetime: Lifetime::Containers,
         containerd,
     };

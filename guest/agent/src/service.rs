@@ -106,7 +106,7 @@ impl Agent for Service {
     ) -> ttrpc::Result<api::Empty> {
         let state = Arc::clone(&self.state);
         whole(async move {
-            state.containers.get(&request.container_id)?.start().await?;
+            state.containers.get(&request.container_id)?.start(&state.context).await?;
             Ok(api::Empty::new())
         })
         .await

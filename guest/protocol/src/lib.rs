@@ -23,6 +23,9 @@ pub mod layer;
 pub mod preamble;
 pub mod process;
 pub mod shares;
+pub mod tail;
+
+use std::time::Duration;
 
 /// Generated messages and the ttrpc service of `proto/agent.proto`.
 #[allow(
@@ -46,6 +49,9 @@ pub mod api {
 
 /// Version of the whole protocol: messages, preamble and their meaning. Every incompatible change moves it.
 pub const VERSION: u16 = 4;
+
+/// How long an OCI hook may take whose configuration has no timeout, on the host and in the guest.
+pub const HOOK_PATIENCE: Duration = Duration::from_secs(120);
 
 /// [`control_port`] of the first guest CID, which is 3.
 pub const CONTROL_PORT: u32 = 1024;

@@ -18,6 +18,7 @@ mod fake;
 mod fork;
 mod guest_trouble;
 mod harness;
+mod hooks;
 mod host_cgroup;
 mod host_trouble;
 mod hostile;

@@ -48,9 +48,10 @@ fn odd_specifications(containerd: &mut Containerd) -> Result<()> {
     })?;
     fails_saying(containerd, &containerd.run_spec(&config), &["/x", "nfs", "not supported"])?;
     let config = bundle.config(&["true"], |spec| {
-        spec["hooks"] = json!({ "createRuntime": [{ "path": "/bin/true" }] });
+        spec["hooks"] = json!({ "createRuntime": [{ "path": "bin/true" }] });
     })?;
-    fails_saying(containerd, &containerd.run_spec(&config), &["createRuntime", "not supported yet"])?;
+    let words = ["hooks.createRuntime[0].path", "bin/true", "must be absolute"];
+    fails_saying(containerd, &containerd.run_spec(&config), &words)?;
     let config = bundle.config(&["true"], |spec| {
         spec["linux"]["sysctl"] = json!({ "kernel.no_such_thing": "1" });
     })?;

@@ -5,6 +5,7 @@
 
 use std::{
     fs, io,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
 
@@ -109,6 +110,11 @@ pub fn enter(groups: &[PathBuf], pid: u32) -> Result<(), FileError> {
         }
     }
     Ok(())
+}
+
+/// Opens the file that moves a process to the group with this directory when that process writes `0` to it.
+pub(crate) fn open_for_entry(group: &Path) -> io::Result<OwnedFd> {
+    fs::File::options().write(true).open(group.join(PROCS)).map(OwnedFd::from)
 }
 
 /// The processes of the group with this directory; none if the group does not exist. Groups below it are left out.

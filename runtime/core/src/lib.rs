@@ -6,6 +6,7 @@
 
 pub mod checkpoint;
 pub mod config;
+pub mod hooks;
 pub mod host_cgroup;
 pub mod network;
 pub mod pod;

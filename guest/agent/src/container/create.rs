@@ -14,6 +14,7 @@ use super::{
     Container, ContainerError, IdTable, STATE,
     delete::{clear, remove_dir},
     files,
+    hooks::StartHooks,
     restore::{PlannedRestore, RestoreImage},
     rootfs::{Rootfs, RootfsError},
     stage::{MemoryState, PendingInit, StartStage},
@@ -24,7 +25,7 @@ use crate::{
     context::Context,
     criu::Restored,
     disk::{Disk, ScsiAddress},
-    engine::{self, ContainerContext, Engine, EngineError, Prepared},
+    engine::{self, ContainerContext, Engine, EngineError, Prepared, PreparedHook},
     layer::Stamp,
     process::{Process, Started},
     reaper::Reaper,
@@ -88,7 +89,7 @@ impl Container {
         drop(disks);
         phases.done("mounts");
         let made = make_init(context, &request, dir, rootfs.path(), streams, image.as_ref(), &mut phases);
-        let Made { cgroup, init, pending, join_context } = match made.await {
+        let Made { cgroup, init, pending, join_context, hooks } = match made.await {
             Ok(made) => made,
             Err(err) => {
                 rootfs.unmount().unwrap_or_else(|err| console::report(&err));
@@ -104,6 +105,7 @@ impl Container {
             execs: IdTable::new("process"),
             join_context,
             view: View::default(),
+            start_hooks: StartHooks { hooks, state: std::mem::take(&mut request.hook_state) },
             stage: Mutex::new(StartStage::Created(pending)),
             memory: watch::Sender::new(MemoryState::Complete),
             dumped: Mutex::default(),
@@ -137,6 +139,7 @@ struct Made {
     init: Process,
     pending: PendingInit,
     join_context: ContainerContext,
+    hooks: Vec<PreparedHook>,
 }
 
 /// Prepares the configuration, and makes the init below the mounted root file system. A failure leaves no
@@ -152,13 +155,14 @@ async fn make_init(
 ) -> Result<Made, ContainerError> {
     let files = files::write(&dir.join("files"), &request.files)?;
     let (id, config) = (&request.container_id, &request.oci_config);
-    let prepared = Prepared::new(id, dir, rootfs, config, files.clone(), request.stdio.terminal)
+    let mut prepared = Prepared::new(id, dir, rootfs, config, files.clone(), request.stdio.terminal)
         .map_err(EngineError::from)?;
     phases.done("spec");
     let restore = image.map(|image| image.plan(dir, rootfs, &files));
     let Context { engine, reaper, .. } = context;
     let (cgroup, init, pending) = make(engine, reaper, &prepared, streams, restore, phases).await?;
-    Ok(Made { cgroup, init, pending, join_context: prepared.join_context().clone() })
+    let hooks = prepared.take_hooks();
+    Ok(Made { cgroup, init, pending, join_context: prepared.join_context().clone(), hooks })
 }
 
 /// Has the engine create the container, or CRIU restore it, and supervises its init.

@@ -4,7 +4,7 @@ use std::{io, path::PathBuf, sync::Arc};
 
 use machinen_protocol::error::{ErrorKind, HasKind};
 
-use super::{files::FilesError, id_table::IdError, rootfs::RootfsError};
+use super::{files::FilesError, hooks::StartHookError, id_table::IdError, rootfs::RootfsError};
 use crate::{
     cgroup::CgroupError, criu::CriuError, engine::EngineError, layer::LayerError, process::ProcessError,
     stdio::StdioError, view::ViewError,
@@ -57,6 +57,8 @@ pub(crate) enum ContainerError {
     #[error("the init is deleted with its container")]
     IsInit,
     #[error(transparent)]
+    StartHook(#[from] StartHookError),
+    #[error(transparent)]
     Table(#[from] IdError),
 }
 
@@ -76,6 +78,7 @@ impl HasKind for ContainerError {
             | Self::NotDumped
             | Self::PagesPending
             | Self::HasExecs { .. } => ErrorKind::FailedPrecondition,
+            Self::StartHook(err) => err.kind(),
             Self::Table(err) => err.kind(),
             Self::Engine(err) => err.kind(),
             Self::Process(err) => err.kind(),

@@ -12,6 +12,7 @@ mod delete;
 mod error;
 mod exec;
 mod files;
+mod hooks;
 mod id_table;
 mod pause;
 mod restore;
@@ -29,6 +30,7 @@ use tokio::sync::watch;
 
 pub(crate) use self::{error::ContainerError, id_table::IdTable};
 use self::{
+    hooks::StartHooks,
     rootfs::Rootfs,
     stage::{MemoryState, PendingInit, StartStage},
 };
@@ -36,6 +38,7 @@ use crate::{
     cgroup::Cgroup,
     channel::Stream,
     console,
+    context::Context,
     criu::Dumped,
     engine::ContainerContext,
     layer::{self, Stamp},
@@ -58,6 +61,7 @@ pub(crate) struct Container {
     execs: IdTable<Process>,
     join_context: ContainerContext,
     view: View,
+    start_hooks: StartHooks,
     stage: Mutex<StartStage>,
     memory: watch::Sender<MemoryState>,
     /// The images of the last dump, until the host knows where all of them are on the disk.
@@ -65,11 +69,11 @@ pub(crate) struct Container {
 }
 
 impl Container {
-    /// Has the init execute the user's command, or a restored container continue.
+    /// Runs the hooks, and then has the init execute the user's command, or a restored container continue.
     ///
     /// # Errors
-    /// The container was started before or has ended, or the command cannot be executed.
-    pub(crate) async fn start(&self) -> Result<(), ContainerError> {
+    /// The container was started before or has ended, a hook fails, or the command cannot be executed.
+    pub(crate) async fn start(&self, context: &Context) -> Result<(), ContainerError> {
         let pending = {
             let mut stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
             match std::mem::replace(&mut *stage, StartStage::Started) {
@@ -79,6 +83,10 @@ impl Container {
         };
         if self.init.has_exited() {
             return Err(ProcessError::Finished.into());
+        }
+        if let Err(error) = self.run_start_hooks(context).await {
+            self.cgroup.kill()?;
+            return Err(error.into());
         }
         let restored = matches!(pending, PendingInit::Restored(_));
         match pending.start().await {

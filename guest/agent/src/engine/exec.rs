@@ -223,7 +223,7 @@ fn become_process(exec: ExecCall<'_>) -> Result<Infallible, ExecError> {
     if confined {
         install(filter.as_ref())?;
     }
-    Ok(executor::execute(&process)?)
+    Ok(executor::execute(&process, request.path.as_deref())?)
 }
 
 fn read_filter(path: &Path) -> Result<LinuxSeccomp, ExecError> {

@@ -74,12 +74,15 @@ impl CommandExecutor {
     }
 }
 
-/// Replaces this program by a process's command.
+/// Replaces this program by a process's command, or by the program at `path` with the process's arguments.
 ///
 /// # Errors
 /// The command does not exist, or is not executable.
-pub(super) fn execute(process: &Process) -> Result<Infallible, CommandError> {
-    let path = find(process)?;
+pub(super) fn execute(process: &Process, path: Option<&Path>) -> Result<Infallible, CommandError> {
+    let path = match path {
+        Some(path) => path.to_owned(),
+        None => find(process)?,
+    };
     let name = path.display().to_string();
     let path = c_string(path.into_os_string().into_encoded_bytes())?;
     let args = process.args().iter().flatten().map(|arg| c_string(arg.as_str()));
@@ -109,7 +112,8 @@ impl Executor for CommandExecutor {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let Err(err) = spec.process().as_ref().ok_or(CommandError::NoArgs).and_then(execute);
+        let Err(err) =
+            spec.process().as_ref().ok_or(CommandError::NoArgs).and_then(|process| execute(process, None));
         self.refuse(&err);
         Err(ExecutorError::Other(err.to_string()))
     }

@@ -31,6 +31,8 @@ pub(crate) struct ContainerContext {
 pub(crate) struct PreparedProcess {
     /// The OCI process, as JSON.
     pub(super) json: Vec<u8>,
+    /// The program, if it is not to be looked up by the first argument.
+    path: Option<PathBuf>,
     console: Console,
     owner: u32,
 }
@@ -72,7 +74,7 @@ impl ContainerContext {
         process::add_home(&mut value, || passwd::home_of(&root, uid));
         let console = Console { owner: uid, size: process::console_size(&value) };
         let owner = mapped(&self.uid_mappings, uid);
-        Ok(PreparedProcess { json: value.to_string().into_bytes(), console, owner })
+        Ok(PreparedProcess { json: value.to_string().into_bytes(), path: None, console, owner })
     }
 
     /// The request to the zygote, with the namespaces that the init has at this moment.
@@ -91,11 +93,22 @@ impl ContainerContext {
             seccomp: self.seccomp.clone(),
             personality: self.personality.clone(),
             console: Some(process.console),
+            path: process.path.clone(),
         })
     }
 }
 
 impl PreparedProcess {
+    /// A process without a terminal that executes the program at `path`. `process` is an OCI process that was adapted.
+    pub(super) fn of_program(path: &Path, process: &Value) -> Self {
+        Self {
+            json: process.to_string().into_bytes(),
+            path: Some(path.to_owned()),
+            console: Console::default(),
+            owner: 0,
+        }
+    }
+
     /// The owner of the process's streams, as seen by the agent.
     pub(crate) fn owner(&self) -> u32 {
         self.owner

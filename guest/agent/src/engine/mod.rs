@@ -21,6 +21,7 @@
 mod devices;
 mod exec;
 mod executor;
+mod hooks;
 mod inherited;
 mod join;
 mod log;
@@ -60,6 +61,7 @@ use nix::{
 use tokio::sync::oneshot;
 
 pub(crate) use self::{
+    hooks::PreparedHook,
     join::{ContainerContext, PreparedProcess},
     mounts::{FileMount, MountPoint},
     namespaces::NamespaceError,

@@ -27,6 +27,8 @@ pub(crate) enum SpecError {
     SysctlName { key: String },
     #[error("cannot set sysctl {key}")]
     Sysctl { key: String, source: io::Error },
+    #[error("the path {path:?} of a startContainer hook is not absolute, or too long")]
+    HookPath { path: String },
     #[error("cannot use the root file system")]
     Rootfs(#[source] pathrs::error::Error),
     #[error("cannot write {path}")]

@@ -48,6 +48,8 @@ pub(super) struct ExecRequest {
     pub(super) personality: Option<String>,
     /// The terminal's settings, if the process gets one.
     pub(super) console: Option<Console>,
+    /// The program, if it is not to be looked up by the first argument.
+    pub(super) path: Option<PathBuf>,
 }
 
 /// The settings of a process's terminal.

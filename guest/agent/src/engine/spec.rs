@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use super::{
     devices::{self, Instruction},
+    hooks::{self, PreparedHook},
     join::ContainerContext,
     mounts::{self, FileMount, MountPoint},
     oci::{SpecError, items, mapped, path_value},
@@ -34,6 +35,7 @@ pub(crate) struct Prepared {
     owner: u32,
     devices: Vec<Instruction>,
     mount_points: Vec<MountPoint>,
+    hooks: Vec<PreparedHook>,
 }
 
 impl Prepared {
@@ -50,11 +52,12 @@ impl Prepared {
         terminal: bool,
     ) -> Result<Self, SpecError> {
         let mut spec: Value = serde_json::from_slice(config).map_err(SpecError::Parse)?;
-        // The host runs the hooks.
-        spec.as_object_mut().ok_or(SpecError::Missing { what: "content" })?.remove("hooks");
+        // The engine must not run them: it knows neither the host's state of the container nor their time.
+        let hooks = spec.as_object_mut().ok_or(SpecError::Missing { what: "content" })?.remove("hooks");
         let root = Root::open(rootfs).map_err(SpecError::Rootfs)?;
         let given = section(&mut spec, "process", "process")?;
         process::adapt(given, terminal)?;
+        let hooks = hooks::prepare(&hooks.unwrap_or_default(), given)?;
         let uid = process::uid(given);
         process::add_home(given, || passwd::home_of(&root, uid));
         let cwd = given["cwd"].as_str().unwrap_or_default().into();
@@ -93,7 +96,7 @@ impl Prepared {
             console: terminal.then_some(Console { owner, size }),
         };
         write(&request.bundle, &spec)?;
-        Ok(Self { request, join_context, cgroup_path, owner, devices, mount_points })
+        Ok(Self { request, join_context, cgroup_path, owner, devices, mount_points, hooks })
     }
 
     pub(super) fn request(&self) -> &CreateRequest {
@@ -113,6 +116,11 @@ impl Prepared {
     /// Path of the container's cgroup below the hierarchy's root.
     pub(crate) fn cgroup_path(&self) -> &Path {
         &self.cgroup_path
+    }
+
+    /// The startContainer hooks.
+    pub(crate) fn take_hooks(&mut self) -> Vec<PreparedHook> {
+        std::mem::take(&mut self.hooks)
     }
 
     /// The places where something is mounted.

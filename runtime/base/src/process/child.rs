@@ -8,9 +8,13 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::{
-    signal::Signal,
-    wait::{Id, WaitPidFlag, WaitStatus, waitid},
+use nix::{
+    errno::Errno,
+    sys::{
+        signal::{Signal, killpg},
+        wait::{Id, WaitPidFlag, WaitStatus, waitid},
+    },
+    unistd::Pid,
 };
 use tokio::{io::unix::AsyncFd, sync::watch};
 
@@ -103,6 +107,29 @@ impl Child {
             }),
             _ => Ok(()),
         }
+    }
+
+    /// SIGKILL for the child and all processes of its group, which it was made the leader of; the child has been
+    /// reaped when this returns. Processes that have left the group, or that outlive the child, are not killed. To be
+    /// called on the thread that has started the child.
+    ///
+    /// # Errors
+    /// The kernel refuses the signal.
+    pub async fn kill_group(&self) -> Result<ProcessExit, ProcessError> {
+        // The number of the group is still the child's: a task of this thread reaps the child, and does not run
+        // meanwhile.
+        if self.try_exit().is_none()
+            && let Err(errno) = killpg(Pid::from_raw(self.pid.cast_signed()), Signal::SIGKILL)
+            && errno != Errno::ESRCH
+        {
+            return Err(ProcessError::Child {
+                action: "kill the process group of",
+                program: self.program.clone(),
+                pid: self.pid,
+                source: errno.into(),
+            });
+        }
+        Ok(self.exited().await)
     }
 
     /// The child's limits, which its owner may raise while it runs.
@@ -250,6 +277,16 @@ mod tests {
         let mut child = shell("trap 'exit 3' TERM; echo ready; sleep 100 & wait");
         wait_for_line(&mut child);
         assert_eq!(child.terminate(Duration::from_secs(10)).await.unwrap(), ProcessExit::Code(3));
+    }
+
+    #[tokio::test]
+    async fn a_group_ends_with_its_leader() {
+        let mut child = shell("sleep 1000 & echo $!; exec sleep 1000");
+        let other: i32 = wait_for_line(&mut child).trim().parse().unwrap();
+        let ended = sys::async_fd(sys::pidfd::open(other.cast_unsigned()).unwrap()).unwrap();
+        assert_eq!(child.kill_group().await.unwrap(), ProcessExit::Signal(libc::SIGKILL));
+        drop(tokio::time::timeout(Duration::from_secs(10), ended.readable()).await.expect("it was killed"));
+        assert_eq!(child.kill_group().await.unwrap(), ProcessExit::Signal(libc::SIGKILL));
     }
 
     #[tokio::test]

@@ -15,7 +15,10 @@ use std::{
 use command_fds::{CommandFdExt as _, FdMapping};
 
 use super::{Jail, ProcessError, ProcessExit, child, tool};
-use crate::sys::{self, child::Bond};
+use crate::{
+    cgroup,
+    sys::{self, child::Bond},
+};
 
 /// Where one of a child's three standard streams goes.
 #[derive(Debug, Default)]
@@ -49,7 +52,8 @@ pub struct Spawn {
     stderr: Stdio,
     fds: Vec<(OwnedFd, i32)>,
     jail: Jail,
-    join_netns: Option<OwnedFd>,
+    namespaces: Vec<OwnedFd>,
+    cgroups: Vec<PathBuf>,
 }
 
 /// The result of a tool that has ended.
@@ -80,7 +84,8 @@ impl Spawn {
             stderr: Stdio::Null,
             fds: Vec::new(),
             jail: Jail::default(),
-            join_netns: None,
+            namespaces: Vec::new(),
+            cgroups: Vec::new(),
         }
     }
 
@@ -146,8 +151,20 @@ impl Spawn {
     }
 
     /// The child runs in the network namespace that `netns` is open on (setns(2)).
-    pub fn join_netns(mut self, netns: OwnedFd) -> Self {
-        self.join_netns = Some(netns);
+    pub fn join_netns(self, netns: OwnedFd) -> Self {
+        self.join_namespaces([netns])
+    }
+
+    /// The child runs in the namespaces that these are open on (setns(2)), of any type but pid.
+    pub fn join_namespaces(mut self, namespaces: impl IntoIterator<Item = OwnedFd>) -> Self {
+        self.namespaces.extend(namespaces);
+        self
+    }
+
+    /// The child runs in the groups with these directories, which it enters before it executes its program; in
+    /// those of this process unless this is called.
+    pub fn cgroups(mut self, groups: impl IntoIterator<Item = PathBuf>) -> Self {
+        self.cgroups.extend(groups);
         self
     }
 
@@ -209,9 +226,12 @@ impl Spawn {
         let root = root.map_err(|source| ProcessError::Root { program: program.clone(), source })?;
         // Before the descriptors move to their numbers, or the move could overwrite one that the setup uses.
         let setup = self.jail.setup().map_err(failed)?;
+        let cgroups = self.cgroups.iter().map(|group| cgroup::open_for_entry(group));
+        let cgroups = cgroups.collect::<io::Result<Vec<_>>>().map_err(failed)?;
+        let namespaces = self.namespaces;
         sys::child::on_fork(
             &mut command,
-            sys::child::ChildSetup { join_netns: self.join_netns, bond, root, ..setup },
+            sys::child::ChildSetup { join_namespaces: namespaces, cgroups, bond, root, ..setup },
         );
         let mappings = self
             .fds

@@ -31,8 +31,10 @@ pub(crate) struct ChildSetup {
     pub(crate) parent: OwnedFd,
     /// How the child is related to the process that forks.
     pub(crate) bond: Bond,
-    /// A network namespace to enter.
-    pub(crate) join_netns: Option<OwnedFd>,
+    /// Namespaces to enter, of any type but pid.
+    pub(crate) join_namespaces: Vec<OwnedFd>,
+    /// The files that move the process that writes to them to a cgroup.
+    pub(crate) cgroups: Vec<OwnedFd>,
     /// CLONE_NEW* flags.
     pub(crate) unshare: libc::c_int,
     /// The root directory to enter. Needs CLONE_NEWNS, and a pid namespace of the child's own.
@@ -96,6 +98,7 @@ fn apply(setup: &ChildSetup) -> io::Result<()> {
     if let Some(value) = &setup.oom_score_adj {
         set_oom_score_adj(value)?;
     }
+    setup.cgroups.iter().try_for_each(enter_cgroup)?;
     enter_namespaces(setup)?;
     if let Some(root) = &setup.root {
         root::enter(root)?;
@@ -161,10 +164,17 @@ fn set_oom_score_adj(value: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
+fn enter_cgroup(procs: &OwnedFd) -> io::Result<()> {
+    // 0 stands for the process that writes (cgroups(7)).
+    let own = b"0";
+    // SAFETY: write(2) reads as many bytes as `own` has.
+    check(unsafe { libc::write(procs.as_raw_fd(), own.as_ptr().cast(), own.len()) } as i64)
+}
+
 fn enter_namespaces(setup: &ChildSetup) -> io::Result<()> {
-    if let Some(netns) = &setup.join_netns {
-        // SAFETY: no memory is involved; `netns` keeps its descriptor open.
-        check(unsafe { libc::setns(netns.as_raw_fd(), libc::CLONE_NEWNET) }.into())?;
+    for namespace in &setup.join_namespaces {
+        // SAFETY: no memory is involved; `namespace` keeps its descriptor open.
+        check(unsafe { libc::setns(namespace.as_raw_fd(), 0) }.into())?;
     }
     if setup.unshare != 0 {
         // SAFETY: no memory is involved. The flags are those of namespaces, and the child has one thread.

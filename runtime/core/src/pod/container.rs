@@ -22,7 +22,7 @@ use super::{
     state::{PodRequest, ProcessExit, ProcessState},
     stdio::StdioNames,
 };
-use crate::{config, network::PodNetwork, shares::ContainerShares};
+use crate::{config, hooks::ContainerHooks, network::PodNetwork, shares::ContainerShares};
 
 /// A container that exists in the guest.
 #[derive(Debug)]
@@ -59,6 +59,9 @@ pub struct Container {
     pub(super) checkpoint_config: config::CheckpointConfig,
     /// The mounts of the root file system that the caller asked for.
     pub(super) rootfs: Vec<RootfsMount>,
+    pub(super) hooks: ContainerHooks,
+    /// Held while the container is deleted.
+    pub(super) deleting: tokio::sync::Mutex<()>,
 }
 
 /// The disks of a container, and how they are used.
@@ -82,6 +85,7 @@ impl Container {
         vm: Vm,
         network: Option<Arc<PodNetwork>>,
         storage: ContainerStorage,
+        hooks: ContainerHooks,
     ) -> Self {
         let ContainerStorage { layer, attachments, shares, base, checkpoint, checkpoint_config, rootfs } =
             storage;
@@ -103,6 +107,8 @@ impl Container {
             checkpoint: Mutex::new(checkpoint),
             checkpoint_config,
             rootfs,
+            hooks,
+            deleting: tokio::sync::Mutex::default(),
         }
     }
 

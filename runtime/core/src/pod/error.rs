@@ -20,6 +20,7 @@ use super::{
 use crate::{
     checkpoint::CheckpointError,
     config::annotations::AnnotationError,
+    hooks::HookError,
     host_cgroup::HostCgroupError,
     shares::ShareError,
     network::NetworkError,
@@ -129,6 +130,9 @@ pub enum PodError {
     /// The standard streams cannot be connected.
     #[error(transparent)]
     Stdio(#[from] StdioError),
+    /// A hook of the container failed.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// The host process that stands for the container failed.
     #[error(transparent)]
     Anchor(#[from] AnchorError),
@@ -269,6 +273,7 @@ impl HasKind for PodError {
             Self::Reduce(error) => error.kind(),
             Self::Rootfs(error) => error.kind(),
             Self::Stdio(error) => error.kind(),
+            Self::Hook(error) => error.kind(),
             Self::Anchor(_) => ErrorKind::Internal,
             Self::HostCgroup(error) => error.kind(),
             Self::Accel(error) => error.kind(),

@@ -20,6 +20,7 @@ pub mod event;
 mod exec;
 mod exit;
 mod frozen;
+mod hooks;
 mod host_limits;
 mod id;
 mod kill_clock;
@@ -87,6 +88,9 @@ pub struct PodSettings {
     pub name: String,
     /// Directory of the VM's sockets and the console log; created and removed with the VM.
     pub dir: PathBuf,
+    /// Directory of the records of poststop hooks, for the time after this process was killed. It is made when it is
+    /// needed.
+    pub poststop_dir: PathBuf,
     /// When the VM ends.
     pub lifetime: Lifetime,
     /// The socket of the containerd that the pod's containers belong to, if it is known. Members of the warm
@@ -100,6 +104,7 @@ struct PodShared {
     namespace: String,
     name: String,
     dir: PathBuf,
+    poststop_dir: PathBuf,
     events: mpsc::UnboundedSender<PodEvent>,
     sandbox: Sandbox,
     containers: Mutex<HashMap<ContainerId, ContainerSlot>>,
@@ -126,7 +131,7 @@ impl Pod {
         warm_vm: Option<WarmVm>,
         events: mpsc::UnboundedSender<PodEvent>,
     ) -> Self {
-        let PodSettings { config, namespace, name, dir, lifetime, containerd } = settings;
+        let PodSettings { config, namespace, name, dir, poststop_dir, lifetime, containerd } = settings;
         let config = Arc::new(config);
         let sandbox = SandboxSettings {
             config: Arc::clone(&config),
@@ -140,6 +145,7 @@ impl Pod {
             namespace,
             name,
             dir,
+            poststop_dir,
             events,
             sandbox: Sandbox::new(sandbox, warm_vm),
             containers: Mutex::default(),
@@ -163,6 +169,15 @@ impl Pod {
 
     async fn start_init(&self, id: &ContainerId) -> Result<u32, PodError> {
         let container = self.container(id)?;
+        self.start_in_guest(&container).await?;
+        // The container may end meanwhile, so no transition waits for the hooks.
+        self.run_poststart_hooks(&container).await;
+        self.shared.sandbox.work_ahead(&self.shared.cgroup.home().await).await;
+        Ok(container.pid)
+    }
+
+    async fn start_in_guest(&self, container: &Arc<Container>) -> Result<(), PodError> {
+        let id = &container.id;
         let _ordered = container.init.transitions.lock().await;
         container.check(PodRequest::Start)?;
         let agent = self.agent(id).await?;
@@ -171,7 +186,8 @@ impl Pod {
             network.update(&agent).await.map_err(PodError::Network)?;
         }
         let stdin = container.init.open_stdin()?;
-        agent.start_container(id).await.map_err(|source| PodError::guest("start", id, source))?;
+        let started = agent.start_container(id, container.hooks.time_in_guest()).await;
+        started.map_err(|source| PodError::guest("start", id, source))?;
         container.init.feed(stdin);
         container
             .init
@@ -179,8 +195,7 @@ impl Pod {
             .map_err(|source| PodError::state(PodRequest::Start, id, source))?;
         self.emit(PodEvent::Started { id: id.clone(), pid: container.pid });
         container.release_checkpoint(agent);
-        self.shared.sandbox.work_ahead(&self.shared.cgroup.home().await).await;
-        Ok(container.pid)
+        Ok(())
     }
 
     /// Sends `signal` to a process of a container, or to all of them.
@@ -261,6 +276,8 @@ impl Pod {
         container.check(PodRequest::Delete)?;
         let exit = container.exited().await;
         container.gone_from_guest().await;
+        let _only_delete = container.deleting.lock().await;
+        self.run_poststop_hooks(id).await;
         let removed = self.containers().remove(id).is_some();
         self.release_cgroup(id).await;
         if removed {

@@ -8,12 +8,13 @@ use std::path::{Path, PathBuf};
 
 use machinen_base::error::{ErrorKind, HasKind};
 use oci_spec::runtime::{
-    Linux, LinuxBuilder, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespace,
+    Hooks, Linux, LinuxBuilder, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespace,
     LinuxNamespaceBuilder, LinuxNamespaceType, Mount, Process, Spec,
 };
 
 use super::{
     cpus,
+    hooks::{self, HookSpecError},
     resources::{self, ResourcesError},
     volumes::{VolumeError, VolumeMount},
 };
@@ -33,6 +34,8 @@ const INJECTED: &[&str] = &["/etc/hosts", "/etc/resolv.conf"];
 pub struct GuestSpec {
     /// The configuration that the agent receives.
     pub spec: Spec,
+    /// The hooks that run on the host.
+    pub hooks: Hooks,
     /// Files of the host whose content the container receives.
     pub injected: Vec<Injected>,
     /// The bind mounts of the configuration; see [`GuestSpec::for_vm`].
@@ -69,12 +72,9 @@ pub enum ReduceError {
     /// A mount has no destination.
     #[error("a mount has no destination")]
     NoDestination,
-    /// The hook is not supported.
-    #[error("OCI {hook} hooks are not supported yet")]
-    Hook {
-        /// The name of the hooks.
-        hook: &'static str,
-    },
+    /// A hook cannot be run.
+    #[error(transparent)]
+    Hook(#[from] HookSpecError),
     /// There are two namespaces of one kind.
     #[error("linux.namespaces has two {kind} namespaces")]
     TwoNamespaces {
@@ -123,6 +123,7 @@ impl HasKind for ReduceError {
             Self::NoDestination | Self::TwoNamespaces { .. } | Self::OffsetsWithoutNamespace => {
                 ErrorKind::InvalidArgument
             }
+            Self::Hook(error) => error.kind(),
             Self::Resources(error) => error.kind(),
             Self::Volume(error) => error.kind(),
             _ => ErrorKind::Unimplemented,
@@ -135,8 +136,7 @@ impl HasKind for ReduceError {
 /// # Errors
 /// The first part of the configuration that machinen does not support.
 pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
-    refuse_hooks(&spec)?;
-    spec.set_hooks(None);
+    let hooks = hooks::take(&mut spec)?;
     let (injected, volumes) = take_host_mounts(&mut spec)?;
     let mounts_cgroups = mounts_cgroups(&spec);
     let linux = spec.linux_mut().get_or_insert_with(empty_linux);
@@ -158,7 +158,7 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
             });
         }
     }
-    Ok(GuestSpec { spec, injected, volumes, netns, cgroups_path })
+    Ok(GuestSpec { spec, hooks, injected, volumes, netns, cgroups_path })
 }
 
 /// The path of the network namespace that a host's configuration names.
@@ -239,22 +239,6 @@ fn is_block(device: &LinuxDevice) -> bool {
 pub(super) fn drop_labels(process: &mut Process) {
     process.set_apparmor_profile(None);
     process.set_selinux_label(None);
-}
-
-fn refuse_hooks(spec: &Spec) -> Result<(), ReduceError> {
-    let Some(hooks) = spec.hooks() else { return Ok(()) };
-    let kinds = [
-        ("prestart", hooks.prestart()),
-        ("createRuntime", hooks.create_runtime()),
-        ("createContainer", hooks.create_container()),
-        ("startContainer", hooks.start_container()),
-        ("poststart", hooks.poststart()),
-        ("poststop", hooks.poststop()),
-    ];
-    match kinds.into_iter().find(|(_, hooks)| hooks.as_ref().is_some_and(|hooks| !hooks.is_empty())) {
-        Some((hook, _)) => Err(ReduceError::Hook { hook }),
-        None => Ok(()),
-    }
 }
 
 /// Takes the mounts of the host's files out of the configuration. A volume keeps its place among the mounts, where its

@@ -11,11 +11,15 @@ pub mod bundle;
 pub mod cpus;
 pub mod exec;
 pub mod guest;
+pub mod hooks;
 mod json;
 pub mod resources;
 pub mod volumes;
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+/// The newest version of the runtime-spec that is followed.
+pub const OCI_VERSION: &str = "1.2.0";
 
 /// Longest hostname that Linux takes, bytes (gethostname(2)).
 pub const MAX_HOSTNAME: usize = 64;

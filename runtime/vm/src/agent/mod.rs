@@ -148,12 +148,14 @@ impl Client {
         call!(self.create_container(request), Some(deadline))
     }
 
-    /// Lets the waiting init execute the command.
+    /// Lets the waiting init execute the command, after the container's startContainer hooks, which may take as long
+    /// as `hooks`.
     ///
     /// # Errors
-    /// The container does not exist, or its init is not waiting.
-    pub async fn start_container(&self, container: &str) -> Result<(), AgentError> {
-        call!(self.start_container(container_request(container)), Some(LONG)).map(nothing)
+    /// The container does not exist, its init is not waiting, or a hook fails.
+    pub async fn start_container(&self, container: &str, hooks: Duration) -> Result<(), AgentError> {
+        let deadline = LONG.saturating_add(hooks);
+        call!(self.start_container(container_request(container)), Some(deadline)).map(nothing)
     }
 
     /// Resolves when the process has ended and its output has been sent. There is no deadline.
@@ -415,7 +417,7 @@ mod tests {
     #[tokio::test]
     async fn the_code_and_message_of_the_agent_are_kept() {
         let (client, _server) = connected().await;
-        let error = client.start_container("c7").await.unwrap_err();
+        let error = client.start_container("c7", Duration::ZERO).await.unwrap_err();
         assert_eq!(error.to_string(), "guest agent: no container c7");
         assert!(matches!(error, AgentError::Refused { code: Code::NOT_FOUND, .. }));
         assert_eq!(error.kind(), ErrorKind::NotFound);
@@ -425,7 +427,7 @@ mod tests {
     #[tokio::test]
     async fn the_words_of_the_agent_are_printable_and_short() {
         let (client, _server) = connected().await;
-        let message = client.start_container("hostile").await.unwrap_err().to_string();
+        let message = client.start_container("hostile", Duration::ZERO).await.unwrap_err().to_string();
         assert!(message.starts_with("guest agent: \\u{1b}[2J\\nlevel=fatal xxx"), "{message:.80}");
         assert!(message.len() <= machinen_base::text::MAX_SHOWN + "guest agent: ".len());
     }

@@ -45,7 +45,7 @@ async fn whole_life(host: &Host, channel: ChannelKind) {
     }
     assert!(!status.contains("Uid:\t0"), "{status}");
 
-    let error = agent.start_container("missing").await.unwrap_err();
+    let error = agent.start_container("missing", Duration::ZERO).await.unwrap_err();
     assert!(error.to_string().starts_with("guest agent: "), "{error}");
     let (first, mut stream) = vm.open_stream().await.unwrap();
     let (second, _other) = vm.open_stream().await.unwrap();

@@ -139,7 +139,8 @@ impl Jail {
         Ok(ChildSetup {
             parent: pidfd::open(std::process::id())?,
             bond: Bond::Child,
-            join_netns: None,
+            join_namespaces: Vec::new(),
+            cgroups: Vec::new(),
             unshare,
             root: None,
             identity: self.identity.as_ref().map(|id| (id.uid, id.gid, id.groups.clone())),

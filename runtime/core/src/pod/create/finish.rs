@@ -60,8 +60,8 @@ impl Attached<'_> {
     /// Connects the streams and creates the container in the guest.
     ///
     /// # Errors
-    /// The guest refuses the container, the host refuses a limit, or the anchor cannot enter its root. Nothing is
-    /// left then.
+    /// The guest refuses the container, the host refuses a limit, the anchor cannot enter its root, or a hook fails.
+    /// Nothing is left then.
     pub(super) async fn create(self) -> Result<Created, PodError> {
         let Self { job, stdio, injected, mut held, addresses, agent, network } = self;
         match job.phases.time("volumes", job.share(&held, &agent)).await {
@@ -82,7 +82,7 @@ impl Attached<'_> {
                 return Err(error);
             }
         };
-        if let Err(error) = job.complete_on_host(&mut held).await {
+        if let Err(error) = job.complete_on_host(&mut held, &agent).await {
             job.undo(held, Some(&agent)).await;
             return Err(error);
         }
@@ -131,11 +131,18 @@ impl CreateJob<'_> {
 
     /// Does what is left to do on the host once the container exists in the guest. Nothing of the user's runs
     /// before.
-    async fn complete_on_host(&self, held: &mut Held) -> Result<(), PodError> {
+    async fn complete_on_host(&self, held: &mut Held, agent: &agent::Client) -> Result<(), PodError> {
         let limits = self.pod.limit_on_host(&self.request.id, &self.plan, &held.vm);
         self.phases.time("limits", limits).await?;
-        // The anchor has long entered its root by now; its pid must not be passed to clients before.
-        Ok(self.phases.time("anchor", held.anchor.wait_for_root()).await?)
+        // The anchor has long entered its root by now; its pid must not be passed to clients or hooks before.
+        self.phases.time("anchor", held.anchor.wait_for_root()).await?;
+        held.anchor.attach(ViewGuest {
+            vm: held.vm.vm.clone(),
+            agent: agent.clone(),
+            container: self.request.id.to_string(),
+            unclaimed: Arc::clone(&self.pod.shared.starting),
+        });
+        self.phases.time("hooks", self.pod.run_create_hooks(&self.plan.hooks, held.anchor.pid())).await
     }
 
     fn guest_request(
@@ -153,6 +160,7 @@ impl CreateJob<'_> {
             let from = restore.request(addresses.checkpoint, &self.plan.config.restore, &spec, vcpus);
             request.checkpoint = MessageField::some(from);
         }
+        request.hook_state = self.plan.hooks.state_for_guest()?;
         Ok(request)
     }
 
@@ -165,7 +173,7 @@ impl CreateJob<'_> {
         checkpoint: Option<DiskAddress>,
         mut streams: ProcessStreams,
     ) -> Created {
-        let Self { pod, request: create, plan, .. } = self;
+        let Self { request: create, plan, .. } = self;
         let Held { vm: acquired, disks, anchor, attachments, shares } = held;
         let (vm, origin) = (acquired.vm.clone(), acquired.origin);
         let checkpoint = checkpoint.zip(disks.open.checkpoint).map(|(address, disk)| {
@@ -182,12 +190,6 @@ impl CreateJob<'_> {
             rootfs: create.rootfs,
         };
         let stdin = streams.take_input(&agent, &create.id, ProcessRef::Init);
-        anchor.attach(ViewGuest {
-            vm: vm.clone(),
-            agent: agent.clone(),
-            container: create.id.to_string(),
-            unclaimed: Arc::clone(&pod.shared.starting),
-        });
         let container = Container::new(
             create.id,
             create.bundle,
@@ -196,6 +198,7 @@ impl CreateJob<'_> {
             vm.clone(),
             network,
             storage,
+            plan.hooks,
         );
         container.init.connect_stdin(stdin);
         let watch = ContainerWatch { agent, vm, outputs: streams.outputs };

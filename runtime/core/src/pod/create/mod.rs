@@ -9,7 +9,8 @@
 //! Each phase is a value, and its step consumes it: the step ends in the next phase, or in an error after
 //! everything that was held is given back (`undo.rs`). Only the base disk stays, since it is in a cache. What
 //! does not depend on each other runs concurrently, and the guest boots meanwhile.
-//! The id and the pod's cgroup on the host are given back after the phases.
+//! If the container's hooks had begun, its poststop hooks run after the phases; then the id and the pod's cgroup on the
+//! host are given back.
 
 mod attach;
 mod disks;
@@ -71,6 +72,7 @@ impl Pod {
         let Created { container, origin, watch } = match created {
             Ok(created) => created,
             Err(error) => {
+                self.run_poststop_hooks(&id).await;
                 drop(reserved);
                 self.release_cgroup(&id).await;
                 return Err(error);

@@ -15,6 +15,7 @@ use tokio::task::spawn_blocking;
 use super::CreateRequest;
 use crate::{
     config::{Config, annotations},
+    hooks::ContainerHooks,
     pod::{
         ContainerId, Pod, PodError,
         restore::RestorePlan,
@@ -42,6 +43,7 @@ pub(in crate::pod) struct CreatePlan {
     pub(in crate::pod) restore: Option<RestorePlan>,
     /// The sources of the volumes.
     pub(super) volumes: Vec<Volume>,
+    pub(super) hooks: ContainerHooks,
 }
 
 impl CreatePlan {
@@ -111,6 +113,7 @@ impl Pod {
         let config = annotations::apply(&self.shared.config, &annotations)?;
         let rootfs = rootfs::plan(rootfs, &spec, bundle)?;
         let guest = guest::reduce(spec, id)?;
+        let hooks = ContainerHooks::new(guest.hooks.clone(), &guest.spec, id, bundle, annotations.clone());
         let assets = Assets::find(&config.assets.dir)?;
         let restore = checkpoint.map(|(dir, origin)| {
             let restore = RestorePlan::read(id, dir)?;
@@ -126,7 +129,7 @@ impl Pod {
             return Err(ReduceError::from(VolumeError::Restored { destination }).into());
         }
         let volumes = volumes::open_all(bundle, &guest.volumes)?;
-        Ok(CreatePlan { config, annotations, assets, guest, rootfs, restore, volumes })
+        Ok(CreatePlan { config, annotations, assets, guest, rootfs, restore, volumes, hooks })
     }
 }
 

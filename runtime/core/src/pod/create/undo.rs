@@ -5,7 +5,7 @@
 //!   Planned    streams of the caller                            closed
 //!   Launched   VM, disks on the host, anchor                    VM released, new disk removed, anchor ended
 //!   Attached   disks and volumes in the VM                      detached, if the VM stays for other containers
-//!   Created    container in the guest                           killed and deleted there, if the VM stays
+//!   Created    container in the guest, its hooks have run       killed and deleted there, if the VM stays
 //! ```
 
 use machinen_base::error::chain;

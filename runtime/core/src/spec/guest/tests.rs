@@ -1,8 +1,6 @@
 //! Tests of the reduction of a configuration to what the guest receives.
 
-use oci_spec::runtime::{
-    HookBuilder, HooksBuilder, MountBuilder, get_default_mounts, get_default_namespaces,
-};
+use oci_spec::runtime::{MountBuilder, get_default_mounts, get_default_namespaces};
 use serde_json::{Value, json};
 
 use super::*;
@@ -178,12 +176,4 @@ fn a_relative_destination_is_below_the_root() {
     let mounts = mount("scratch/a").unwrap().spec.mounts().clone().unwrap();
     assert_eq!(mounts[0].destination(), Path::new("/scratch/a"));
     assert_eq!(mount("").unwrap_err(), ReduceError::NoDestination);
-}
-
-#[test]
-fn hooks_are_refused() {
-    let mut spec = Spec::default();
-    let hook = HookBuilder::default().path("/bin/true").build().unwrap();
-    spec.set_hooks(Some(HooksBuilder::default().create_runtime(vec![hook]).build().unwrap()));
-    assert_eq!(reduce(spec, "c1").unwrap_err(), ReduceError::Hook { hook: "createRuntime" });
 }
