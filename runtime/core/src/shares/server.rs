@@ -3,12 +3,7 @@
 //! fuse-backend-rs parses the requests and carries them out (`PassthroughFs`). It is made for /dev/fuse, but its
 //! replies are written with one call each, so that they can go to a socket as well.
 
-use std::{
-    fs::File,
-    process::{self, ExitCode},
-    thread,
-    time::Duration,
-};
+use std::{fs::File, io, process::ExitCode, sync::mpsc, thread, time::Duration};
 
 use fuse_backend_rs::passthrough::{Config, PassthroughFs};
 use machinen_base::{reexec::EntryPoint, sys};
@@ -35,7 +30,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run() -> std::io::Result<()> {
+fn run() -> io::Result<()> {
     // Files are made as the user of the guest that makes them. That user's rights are checked by the guest's kernel,
     // which knows its groups; the server's own rights must suffice then.
     sys::ignore_user_for_capabilities()?;
@@ -55,24 +50,13 @@ fn run() -> std::io::Result<()> {
         ..Config::default()
     };
     let files = Files::new(PassthroughFs::new(config)?);
-    let queues: Vec<_> = queues
-        .into_iter()
-        .map(|queue| {
-            let files = files.clone();
-            thread::spawn(move || {
-                // The guest's file system needs all of its streams, so the first end ends them all.
-                match files.serve(queue) {
-                    Ok(()) => process::exit(0),
-                    Err(error) => {
-                        eprintln!("{error}");
-                        process::exit(1)
-                    }
-                }
-            })
-        })
-        .collect();
+    let (ended, first) = mpsc::channel();
     for queue in queues {
-        queue.join().map_err(|_| std::io::Error::other("a thread has panicked"))?;
+        let (files, ended) = (files.clone(), ended.clone());
+        // The receiver is gone only when the process is ending.
+        thread::spawn(move || drop(ended.send(files.serve(queue))));
     }
-    Ok(())
+    drop(ended);
+    // The guest's file system needs all of its streams, so the first end ends them all.
+    first.recv().map_err(io::Error::other)?
 }
