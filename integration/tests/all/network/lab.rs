@@ -1,12 +1,14 @@
 //! A network for a container: two namespaces that a pair of virtual interfaces connects, one of them for the container.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    path::PathBuf,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
-use machinen_integration::{
-    containerd::Containerd,
-    process::{Invocation, Output, Running},
-};
+use machinen_integration::process::{Invocation, Output, Running};
 
 /// The container's addresses, and those of its neighbour.
 pub(super) const OWN: &str = "10.77.0.2";
@@ -22,8 +24,10 @@ pub(super) struct Lab {
 
 impl Lab {
     /// Makes both namespaces, which nothing connects yet.
-    pub(super) fn new(containerd: &Containerd) -> Result<Self> {
-        let lab = Self { name: containerd.new_id() };
+    pub(super) fn new() -> Result<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let lab = Self { name: format!("machinen-test-{}-{number}", std::process::id()) };
         for namespace in [lab.own(), lab.peer()] {
             ip(&["netns", "add", &namespace])?;
             ip(&["-n", &namespace, "link", "set", "lo", "up"])?;
@@ -49,8 +53,8 @@ impl Lab {
     }
 
     /// Two namespaces that are connected already.
-    pub(super) fn wired(containerd: &Containerd) -> Result<Self> {
-        let lab = Self::new(containerd)?;
+    pub(super) fn wired() -> Result<Self> {
+        let lab = Self::new()?;
         lab.wire(1500)?;
         Ok(lab)
     }
@@ -95,7 +99,7 @@ impl Lab {
     /// What redirects packets in the container's namespace, and the devices that VMs have there.
     pub(super) fn left(&self) -> Result<String> {
         let links = self.change(&["-o", "link", "show"])?;
-        let links: Vec<_> = links.lines().filter(|line| line.contains("machinen")).collect();
+        let links: Vec<_> = links.lines().filter(|line| line.contains(": machinen0")).collect();
         let own = self.own();
         let tc = |kind: &str| Invocation::new("tc").args(["-n", &own, kind, "show"]);
         let disciplines = tc("qdisc").run()?.ok()?.text();

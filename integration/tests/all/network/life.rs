@@ -29,7 +29,7 @@ fn process(containerd: &Containerd, id: &str, words: [&str; 2]) -> Result<Pid> {
 
 fn killed(containerd: &mut Containerd) -> Result<()> {
     for words in [["containerd-shim-machinen-v1", "-id"], ["qemu-system", "microvm"]] {
-        let lab = Lab::wired(containerd)?;
+        let lab = Lab::wired()?;
         let before = containerd.inventory()?;
         let container = run(containerd, &lab, "echo ready; sleep 1000");
         let running = container.spawn(Duration::from_secs(90))?;
@@ -46,7 +46,7 @@ fn killed(containerd: &mut Containerd) -> Result<()> {
 }
 
 fn a_failed_create_leaves_nothing(containerd: &mut Containerd) -> Result<()> {
-    let lab = Lab::wired(containerd)?;
+    let lab = Lab::wired()?;
     let run = containerd.run(crate::harness::IMAGE, &["/no/such/program"]).flag(lab.flag());
     fails_saying(containerd, &run, &["/no/such/program"])?;
     lab.nothing_is_left()?;
@@ -63,7 +63,7 @@ fn clones_have_different_addresses(containerd: &mut Containerd) -> Result<()> {
     let templates = Templates::new(containerd)?;
     containerd.configure(&Setup::new().templates(&templates.dir, "use"))?;
     templates.build()?;
-    let labs = (0..COUNT).map(|_| Lab::wired(containerd)).collect::<Result<Vec<_>>>()?;
+    let labs = (0..COUNT).map(|_| Lab::wired()).collect::<Result<Vec<_>>>()?;
     let script = format!(
         "cat /sys/class/net/eth0/address; {}; echo ready; sleep 1000",
         until(&format!("ping -c 1 -W 5 {PEER} > /dev/null"))

@@ -42,7 +42,7 @@ fn until(command: &str) -> String {
 }
 
 fn the_container_has_the_interface_of_its_namespace(containerd: &mut Containerd) -> Result<()> {
-    let lab = Lab::wired(containerd)?;
+    let lab = Lab::wired()?;
     let show = "cat /sys/class/net/eth0/address; ip -o addr show dev eth0; ip route; ip -6 route";
     let outside = lab.change(&["-o", "link", "show", "dev", "eth0"])?;
     let (_, mac) = outside.split_once("link/ether ").expect("the test has made it");
@@ -65,7 +65,7 @@ fn the_container_has_the_interface_of_its_namespace(containerd: &mut Containerd)
 }
 
 fn both_ways_by_tcp(containerd: &mut Containerd) -> Result<()> {
-    let lab = Lab::wired(containerd)?;
+    let lab = Lab::wired()?;
     let from_peer =
         lab.start_in_peer(&["busybox", "nc", "-ll", "-p", "7001", "-e", "echo", "from the peer"])?;
     let script = format!(
@@ -87,7 +87,7 @@ fn both_ways_by_tcp(containerd: &mut Containerd) -> Result<()> {
 
 fn packets_of_any_size(containerd: &mut Containerd) -> Result<()> {
     for mtu in [1450, 9000] {
-        let lab = Lab::new(containerd)?;
+        let lab = Lab::new()?;
         lab.wire(mtu)?;
         // The headers of ICMP and IP have 28 bytes.
         let (whole, fragmented) = (mtu - 28, 20_000);
@@ -108,7 +108,7 @@ fn packets_of_any_size(containerd: &mut Containerd) -> Result<()> {
 
 /// Docker sets the namespace up between the two.
 fn wired_between_create_and_start(containerd: &mut Containerd) -> Result<()> {
-    let lab = Lab::new(containerd)?;
+    let lab = Lab::new()?;
     let bundle = Bundle::busybox(containerd)?;
     let config = bundle.config(&["sleep", "1000"], |spec| {
         let path = lab.path();
@@ -122,14 +122,20 @@ fn wired_between_create_and_start(containerd: &mut Containerd) -> Result<()> {
     lab.wire(1500)?;
     served.begin()?;
     // No event needs to arrive: the namespace is read again before the container starts.
-    let (status, output) = served.shell(&format!("ip -o addr show dev eth0; ping -c 1 -W 10 {PEER}"))?;
-    ensure!(status == 0 && output.contains(OWN) && output.contains(OWN6), "{status}: {output}");
+    let from_peer =
+        lab.start_in_peer(&["busybox", "nc", "-ll", "-p", "7001", "-e", "echo", "from the peer"])?;
+    let script = format!("ip -o addr show dev eth0; {}", until(&format!("nc {PEER} 7001 < /dev/null")));
+    let (status, output) = served.shell(&script)?;
+    for wanted in [OWN, OWN6, "from the peer"] {
+        ensure!(status == 0 && output.contains(wanted), "{status}, no {wanted:?} in {output}");
+    }
+    drop(from_peer);
     served.end()?;
     lab.nothing_is_left()
 }
 
 fn changes_reach_a_running_container(containerd: &mut Containerd) -> Result<()> {
-    let lab = Lab::new(containerd)?;
+    let lab = Lab::new()?;
     let steps = [
         until("ip addr show dev eth0 | grep -q 10.77.0.2"),
         "echo connected".to_owned(),
@@ -164,7 +170,7 @@ fn changes_reach_a_running_container(containerd: &mut Containerd) -> Result<()> 
 
 /// As CNI's plugin ptp sets a namespace up, and with a gateway of the other kind of address.
 fn routes_and_neighbours(containerd: &mut Containerd) -> Result<()> {
-    let lab = Lab::new(containerd)?;
+    let lab = Lab::new()?;
     lab.wire(1500)?;
     for args in [
         "route flush table main",
@@ -176,7 +182,9 @@ fn routes_and_neighbours(containerd: &mut Containerd) -> Result<()> {
     ] {
         lab.change(&args.split(' ').collect::<Vec<_>>())?;
     }
-    let wanted = |text: &str| text.lines().map(|line| line.trim().to_owned()).collect::<Vec<_>>();
+    let wanted = |text: &str| {
+        text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect::<Vec<_>>()
+    };
     let outside = wanted(&lab.change(&["route"])?);
     let output = run(containerd, &lab, "ip route; ip neigh show nud permanent").ok()?;
     let inside = wanted(&output);
@@ -197,7 +205,7 @@ fn only_loopback_without_a_path(containerd: &mut Containerd) -> Result<()> {
 }
 
 fn two_interfaces_are_refused(containerd: &mut Containerd) -> Result<()> {
-    let lab = Lab::wired(containerd)?;
+    let lab = Lab::wired()?;
     lab.change(&["link", "add", "eth1", "up", "type", "veth", "peer", "name", "other"])?;
     let words = ["the network namespace has 2 interfaces (eth0, eth1), and a VM has one"];
     crate::harness::fails_saying(containerd, &run(containerd, &lab, "true"), &words)?;

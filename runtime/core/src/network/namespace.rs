@@ -4,11 +4,16 @@ use std::{
     io,
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
+    time::{Duration, Instant},
 };
 
 use machinen_base::netns::{self, NetnsId};
 use machinen_netlink::{Interface, NetlinkError, NetlinkSocket, interfaces, packet::link::LinkAttribute};
 use machinen_vm::TAP_NAME;
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
 
 use super::{
     NetworkError,
@@ -22,6 +27,11 @@ const DEVICE: &str = "machinen0";
 
 /// The groups of events that change what the guest has (rtnetlink.h, RTNLGRP): links, addresses, routes, neighbours.
 const EVENTS: [u32; 6] = [1, 3, 5, 7, 9, 11];
+
+const LINK_EVENTS: [u32; 1] = [1];
+
+/// The kernel kills QEMU when its owner ends.
+const VM_ENDS_WITHIN: Duration = Duration::from_secs(1);
 
 /// A network namespace with the tap device of a VM in it.
 #[derive(Debug)]
@@ -141,13 +151,36 @@ pub fn disconnect_abandoned(bundle: &Path) -> Result<(), NetworkError> {
     if id == netns::own_id().map_err(NetworkError::Enter)? {
         return Ok(());
     }
-    let mut socket = netns::inside(namespace.as_fd(), NetlinkSocket::new).map_err(NetworkError::Enter)?;
-    let all = interfaces(&mut socket)?;
-    if all.iter().any(|interface| interface.name == DEVICE) {
-        // The VM of another container of the pod uses the namespace.
-        return Ok(());
-    }
+    let sockets = || Ok((NetlinkSocket::new()?, NetlinkSocket::subscribe(&LINK_EVENTS)?));
+    let (mut socket, changes) = netns::inside(namespace.as_fd(), sockets).map_err(NetworkError::Enter)?;
+    let Some(all) = without_vm(&mut socket, &changes)? else { return Ok(()) };
     let others = all.iter().filter(|interface| !interface.loopback);
     others.map(|interface| disconnect(&mut socket, interface.index)).collect::<Result<(), NetlinkError>>()?;
     Ok(())
+}
+
+/// The interfaces of the namespace once no VM has its tap device there. A VM ends soon after the process that owned it.
+/// Returns None if the VM is still there after that: it belongs to another process.
+fn without_vm(
+    socket: &mut NetlinkSocket,
+    changes: &NetlinkSocket,
+) -> Result<Option<Vec<Interface>>, NetworkError> {
+    let deadline = Instant::now() + VM_ENDS_WITHIN;
+    loop {
+        changes.drain().map_err(NetworkError::Watch)?;
+        let all = interfaces(socket)?;
+        if all.iter().all(|interface| interface.name != DEVICE) {
+            return Ok(Some(all));
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(None);
+        }
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(changes.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(NetworkError::Watch(error.into())),
+        }
+    }
 }
