@@ -13,6 +13,7 @@
 pub mod bundle;
 pub mod containerd;
 pub mod ctr;
+pub mod docker;
 pub mod events;
 pub mod exec;
 pub mod fake;

@@ -53,6 +53,16 @@ pub fn containerd_program(version: Version, program: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// One of Docker's programs, in `sbin` or `bin`.
+///
+/// # Errors
+/// The program is missing: `make setup` has not run.
+pub fn docker_program(dir: &str, program: &str) -> Result<PathBuf> {
+    let path = workspace().join("target/tools/docker").join(dir).join(program);
+    ensure!(path.exists(), "{} is missing: run `make setup`", path.display());
+    Ok(path)
+}
+
 /// A program of this crate, built by cargo next to the running one.
 ///
 /// # Errors

@@ -41,7 +41,7 @@ fn at_create(containerd: &mut Containerd) -> Result<()> {
         fake.settle()?;
     }
     let plain = rootfs.config(&["echo", "well"], |_| ())?;
-    ensure!(containerd.run_spec(&plain).ok()? == "well");
+    ensure!(containerd.run_spec(&plain).ok()? == "well\n");
     fake.settle()
 }
 

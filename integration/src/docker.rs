@@ -1,0 +1,145 @@
+//! A private Docker daemon with its command line, on top of a private containerd.
+//!
+//! dockerd is a descendant of that containerd's keeper, which kills it at the end and removes its files: all of them
+//! are below the containerd's root. It makes no bridge and no rules of iptables, so it changes nothing of the host.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::json;
+
+use crate::{
+    containerd::Containerd,
+    image::Image,
+    paths,
+    process::{DEADLINE, Invocation, Output, wait_for_end},
+};
+
+/// The name under which Docker has machinen's runtime.
+pub const MACHINEN: &str = "machinen";
+/// The name under which Docker has the host's runc.
+pub const RUNC: &str = "runc";
+
+/// A running Docker daemon.
+#[derive(Debug)]
+pub struct Docker<'a> {
+    containerd: &'a Containerd,
+    dir: PathBuf,
+}
+
+impl<'a> Docker<'a> {
+    /// Starts dockerd and waits until it serves. A containerd has one at most.
+    ///
+    /// # Errors
+    /// `make setup` has not run, or dockerd does not start; containerd's log has its messages.
+    pub fn start(containerd: &'a Containerd) -> Result<Self> {
+        let dir = containerd.root().join("docker");
+        for name in ["", "client"] {
+            fs::create_dir(dir.join(name)).with_context(|| format!("cannot make {}", dir.display()))?;
+        }
+        let docker = Self { containerd, dir };
+        docker.write_configuration()?;
+        let from = containerd.log().position();
+        let program = paths::docker_program("sbin", "dockerd")?;
+        let config = docker.dir.join("daemon.json");
+        // The script ends at once, and dockerd stays a descendant of the keeper.
+        let script =
+            format!("setsid {} --config-file {} </dev/null &\n", program.display(), config.display());
+        containerd.run_script(&script)?;
+        containerd.log().wait_for(from, |line| line.contains("API listen on"))?;
+        Ok(docker)
+    }
+
+    fn write_configuration(&self) -> Result<()> {
+        let below = |name: &str| self.dir.join(name);
+        let namespace = self.containerd.namespace();
+        let config = json!({
+            "hosts": [format!("unix://{}", self.socket().display())],
+            "containerd": self.containerd.socket(),
+            "containerd-namespace": namespace,
+            "data-root": below("data"),
+            "exec-root": below("run"),
+            "pidfile": below("pid"),
+            // The keeper removes the groups of this name.
+            "cgroup-parent": format!("/{namespace}"),
+            "bridge": "none",
+            "iptables": false,
+            "ip6tables": false,
+            "ip-forward": false,
+            "userland-proxy-path": paths::docker_program("sbin", "docker-proxy")?,
+            "debug": true,
+            "runtimes": { MACHINEN: { "runtimeType": "io.machinen.v1" } },
+        });
+        Ok(fs::write(below("daemon.json"), config.to_string())?)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.containerd.root().join("d.sock")
+    }
+
+    /// The directory of the daemon, in which a test may have files.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Ends the daemon.
+    ///
+    /// # Errors
+    /// The daemon does not end.
+    pub fn stop(self) -> Result<()> {
+        let pid: u32 = fs::read_to_string(self.dir.join("pid"))?.trim().parse()?;
+        kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM)?;
+        ensure!(wait_for_end(pid, DEADLINE)?, "dockerd did not end within {DEADLINE:?}");
+        Ok(())
+    }
+
+    /// A `docker` command line for this daemon.
+    ///
+    /// # Errors
+    /// `make setup` has not run.
+    pub fn docker(&self, args: &[&str]) -> Result<Invocation> {
+        Ok(Invocation::new(paths::docker_program("bin", "docker")?)
+            .env("DOCKER_HOST", format!("unix://{}", self.socket().display()))
+            .env("DOCKER_CONFIG", self.dir.join("client"))
+            .args(args))
+    }
+
+    /// Runs `docker`, whatever its status.
+    ///
+    /// # Errors
+    /// The program cannot be run, or exceeds its deadline.
+    pub fn output(&self, args: &[&str]) -> Result<Output> {
+        self.docker(args)?.run()
+    }
+
+    /// Runs `docker`, and returns what it prints without the last line end.
+    ///
+    /// # Errors
+    /// The program failed; both of its streams are quoted.
+    pub fn ok(&self, args: &[&str]) -> Result<String> {
+        Ok(self.output(args)?.ok()?.text().trim_end().to_owned())
+    }
+
+    /// Imports the files of an image with one layer.
+    ///
+    /// # Errors
+    /// The image cannot be written or imported.
+    pub fn import(&self, image: &Image) -> Result<()> {
+        let (files, archive) = (self.dir.join("image"), self.dir.join("image.tar"));
+        image.unpack(&files)?;
+        let tar = Invocation::new("tar").arg("-C").arg(&files).arg("-cf").arg(&archive).arg(".");
+        tar.run()?.ok()?;
+        let change = ["--change", "ENV PATH=/usr/sbin:/usr/bin:/sbin:/bin", "--change", "CMD [\"/bin/sh\"]"];
+        let import = self.docker(&["import"])?.args(change).arg(&archive).arg(image.name());
+        import.run()?.ok()?;
+        fs::remove_file(&archive)?;
+        Ok(fs::remove_dir_all(&files)?)
+    }
+}
