@@ -18,6 +18,9 @@ macro_rules! with_docker {
         mod runc {
             $(#[test] fn $test() { super::run(super::docker::RUNC, super::$test); })*
         }
+        mod machinen {
+            $(#[test] fn $test() { super::run(super::docker::MACHINEN, super::$test); })*
+        }
     };
 }
 
