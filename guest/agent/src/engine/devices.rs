@@ -34,9 +34,8 @@ const ALL: i32 = MKNOD | READ | WRITE;
 /// One instruction of the kernel's BPF machine, encoded.
 pub(crate) type Instruction = u64;
 
-/// The program for a spec's `linux.resources.devices`. Later rules take precedence. The first rules are
-/// implied: deny everything, and allow what other runtimes allow to every container, which is to create any
-/// node and to use harmless devices.
+/// The program for a spec's `linux.resources.devices`. Later rules take precedence. Two parts are implied, as with
+/// runc: everything is denied first, and last every container may create any node and use harmless devices.
 ///
 /// # Errors
 /// The number of a rule that cannot be parsed.
@@ -46,12 +45,9 @@ pub(super) fn program(rules: &Value) -> Result<Vec<Instruction>, usize> {
     Ok(compile(&ordered(given)))
 }
 
-/// Inserts the default rules. They follow a leading "deny everything", which containerd writes first and to
-/// which they are exceptions.
+/// Appends the default rules. Docker's configurations rely on runc's order: they deny everything, and allow only some of
+/// the devices that every container has.
 fn ordered(given: Vec<Rule>) -> Vec<Rule> {
-    let denies_all =
-        |rule: &Rule| *rule == Rule { allow: false, kind: None, major: None, minor: None, access: ALL };
-    let leading = given.iter().take_while(|rule| denies_all(rule)).count();
     let char = |major, minor| Rule {
         allow: true,
         kind: Some(DeviceKind::Char),
@@ -74,7 +70,7 @@ fn ordered(given: Vec<Rule>) -> Vec<Rule> {
         char(5, Some(2)),
         char(136, None),
     ];
-    defaults.into_iter().chain(given.into_iter().skip(leading)).collect()
+    given.into_iter().chain(defaults).collect()
 }
 
 fn parse(rule: &Value) -> Option<Rule> {
@@ -250,22 +246,31 @@ mod tests {
         let code = program(&json!([
             {"allow": false, "access": "rwm"},
             {"allow": true, "type": "b", "major": 8, "minor": 16, "access": "r"},
-            {"allow": false, "type": "c", "major": 1, "minor": 3, "access": "w"},
+            {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw"},
+            {"allow": false, "type": "c", "major": 10, "minor": 229, "access": "w"},
         ]))
         .unwrap();
         assert!(allows(&code, DeviceKind::Block, 8, 16, READ));
         assert!(!allows(&code, DeviceKind::Block, 8, 16, READ | WRITE));
         assert!(!allows(&code, DeviceKind::Block, 8, 0, READ));
-        assert!(allows(&code, DeviceKind::Char, 1, 3, READ));
-        assert!(!allows(&code, DeviceKind::Char, 1, 3, READ | WRITE));
+        assert!(allows(&code, DeviceKind::Char, 10, 229, READ));
+        assert!(!allows(&code, DeviceKind::Char, 10, 229, READ | WRITE));
+    }
+
+    #[test]
+    fn the_devices_of_every_container_follow_all_rules() {
+        let deny = json!({"allow": false, "access": "rwm"});
+        let allowed = json!({"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rwm"});
+        let code = program(&json!([deny, allowed, deny])).unwrap();
+        assert!(allows(&code, DeviceKind::Char, 1, 3, READ | WRITE));
+        assert!(allows(&code, DeviceKind::Char, 1, 7, MKNOD));
+        assert!(!allows(&code, DeviceKind::Char, 10, 229, READ));
     }
 
     #[test]
     fn a_privileged_container_may_use_all_devices() {
         let code = program(&json!([{"allow": true, "access": "rwm"}])).unwrap();
         assert!(allows(&code, DeviceKind::Block, 8, 0, READ | WRITE));
-        // No instruction follows the result.
-        assert_eq!(code[6..], [move_value(RESULT, 1), EXIT]);
     }
 
     #[test]

@@ -22,8 +22,8 @@ use crate::{
     config::annotations::AnnotationError,
     hooks::HookError,
     host_cgroup::HostCgroupError,
-    shares::ShareError,
     network::NetworkError,
+    shares::ShareError,
     spec::{bundle::BundleError, exec::ProcessSpecError, guest::ReduceError, resources::ResourcesError},
 };
 

@@ -11,10 +11,10 @@ use machinen_base::{
 use machinen_protocol::{
     api::{
         AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, CheckpointImagesResponse,
-        ConfigureNetworkRequest, ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest,
-        CreateContainerResponse, Empty, EndStdinRequest, ExecProcessRequest, ExportLayerRequest,
-        MountSharesRequest, OpenViewRequest, ProcessRequest, ResizeTerminalRequest, SetClockRequest,
-        SignalProcessRequest, WaitProcessResponse,
+        ConfigureNetworkRequest, ConfigureRequest, ConfigureResponse, ContainerRequest,
+        CreateContainerRequest, CreateContainerResponse, Empty, EndStdinRequest, ExecProcessRequest,
+        ExportLayerRequest, MountSharesRequest, OpenViewRequest, ProcessRequest, ResizeTerminalRequest,
+        SetClockRequest, SignalProcessRequest, WaitProcessResponse,
     },
     process::{ProcessRef, SignalTarget},
 };
