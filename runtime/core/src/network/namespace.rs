@@ -8,7 +8,7 @@ use std::{
 };
 
 use machinen_base::netns::{self, NetnsId};
-use machinen_netlink::{Interface, NetlinkError, NetlinkSocket, interfaces, packet::link::LinkAttribute};
+use machinen_netlink::{Interface, NetlinkSocket, interfaces, packet::link::LinkAttribute};
 use machinen_vm::TAP_NAME;
 use nix::{
     errno::Errno,
@@ -154,9 +154,8 @@ pub fn disconnect_abandoned(bundle: &Path) -> Result<(), NetworkError> {
     let sockets = || Ok((NetlinkSocket::new()?, NetlinkSocket::subscribe(&LINK_EVENTS)?));
     let (mut socket, changes) = netns::inside(namespace.as_fd(), sockets).map_err(NetworkError::Enter)?;
     let Some(all) = without_vm(&mut socket, &changes)? else { return Ok(()) };
-    let others = all.iter().filter(|interface| !interface.loopback);
-    others.map(|interface| disconnect(&mut socket, interface.index)).collect::<Result<(), NetlinkError>>()?;
-    Ok(())
+    let mut others = all.iter().filter(|interface| !interface.loopback);
+    Ok(others.try_for_each(|interface| disconnect(&mut socket, interface.index))?)
 }
 
 /// The interfaces of the namespace once no VM has its tap device there. A VM ends soon after the process that owned it.
