@@ -3,7 +3,7 @@
 //!
 //! CRIU is killed by a container of the same pod that sees all processes of the VM.
 
-use std::{collections::BTreeSet, fs, os::unix::fs::symlink, path::Path};
+use std::{collections::BTreeSet, fs, path::Path};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use containerd_shim_protos::{
@@ -18,7 +18,7 @@ use machinen_integration::{
 use serde_json::json;
 use ttrpc::Code;
 
-use super::{checkpoint, counts_from, refused, request};
+use super::{COUNTER, checkpoint, counts_from, refused, request};
 use crate::harness::on_newest_containerd;
 
 on_newest_containerd!(
@@ -36,10 +36,6 @@ const CAUSE: &str = "criu was killed by signal 9 (SIGKILL)";
 
 /// The further part of the error if the container could not continue.
 const ENDED: &str = "the container has ended";
-
-/// Counts in the form that [`counts_from`] expects. The file is part of a checkpoint.
-const COUNTER: &str =
-    "i=100; while :; do i=$((i+1)); echo $i >/tmp/new; mv /tmp/new /tmp/count; usleep 50000; done";
 
 /// Waits for the number's way back through the connection.
 const ECHO: &str = "read -r i <&4";
@@ -60,7 +56,8 @@ fn connected(port: u16, hear: &str) -> String {
          exec 3>/tmp/to 4</tmp/from
          until [ -e /tmp/ready ]; do usleep 20000; done
          i=100
-         while :; do i=$((i+1)); echo $i >&3; {hear}; echo $i >/tmp/new; mv /tmp/new /tmp/count; usleep 50000; done"
+         while :; do i=$((i+1)); echo $i >&3; {hear}; echo $i >/dev/shm/new; mv /dev/shm/new /dev/shm/count; \
+         usleep 50000; done"
     )
 }
 
@@ -91,7 +88,6 @@ struct Pod<'a> {
 impl<'a> Pod<'a> {
     fn new(containerd: &'a Containerd) -> Result<Self> {
         let bundle = Bundle::busybox(containerd)?;
-        symlink("/tmp/count", bundle.rootfs().join("count"))?;
         Ok(Self { containerd, bundle, idle: Served::idle(containerd)? })
     }
 

@@ -36,15 +36,15 @@ use machinen_integration::{
 use serde_json::json;
 use ttrpc::Code;
 
-/// Counts in memory, and shows the count in a file.
-const COUNTER: &str = "i=100; while :; do i=$((i+1)); echo $i >/new; mv /new /count; usleep 50000; done";
+/// Counts in memory, and shows the count in a file. The file is part of a checkpoint, which may be taken while it is open:
+/// it is not on the root file system, which the restored container may have another one of.
+const COUNTER: &str = "i=100; while :; do i=$((i+1)); echo $i >/dev/shm/new; mv /dev/shm/new /dev/shm/count; usleep 50000; done";
 
-/// A shell command that succeeds if the counter counts on within some seconds, from at least `least`. The file may be empty
-/// for a moment.
+/// A shell command that succeeds if the counter counts on within some seconds, from at least `least`.
 fn counts_from(least: u32) -> String {
     format!(
-        "until a=$(cat /count 2>/dev/null) && [ -n \"$a\" ]; do usleep 50000; done; [ $a -ge {least} ] || exit 3; for n in $(seq 200); do [ $(cat /count) -gt $((a+2)) ] && \
-         exit 0; usleep 50000; done; exit 4"
+        "cd /dev/shm; until [ -s count ]; do usleep 50000; done; a=$(cat count); [ $a -ge {least} ] || exit 3; \
+         for n in $(seq 200); do [ $(cat count) -gt $((a+2)) ] && exit 0; usleep 50000; done; exit 4"
     )
 }
 
