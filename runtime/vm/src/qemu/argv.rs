@@ -68,7 +68,8 @@ pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
     match spec.accel {
         Accelerator::Kvm => args.option("-accel", "kvm").option("-cpu", "host"),
         Accelerator::Tcg { .. } => {
-            let accel = format!("tcg,thread=multi,tb-size={TRANSLATED_CODE_MIB}");
+            let threads = emulation_threads(spec.vcpus);
+            let accel = format!("tcg,thread={threads},tb-size={TRANSLATED_CODE_MIB}");
             args.option("-accel", accel).option("-cpu", "max")
         }
     };
@@ -174,6 +175,15 @@ pub(crate) fn own_memory_file(spec: &VmSpec, start: Start) -> u64 {
         (Start::Boot, ChannelKind::VhostUserVsock { .. }) => u64::from(spec.memory_mib) << 20,
         _ => 0,
     }
+}
+
+/// How TCG executes virtual CPUs: each in a thread of its own, or all in one thread.
+///
+/// A kernel with several CPUs changes its own code while it runs: it writes a breakpoint first and removes it when all
+/// CPUs have seen it. Before version 8.1, QEMU can translate the breakpoint in one thread while another thread removes
+/// it, and execute that translation later; the guest kernel then panics ("Oops: int3") in one of a hundred boots.
+fn emulation_threads(vcpus: u32) -> &'static str {
+    if vcpus > 1 { "single" } else { "multi" }
 }
 
 fn kernel_command_line(spec: &VmSpec, start: Start) -> String {
