@@ -86,6 +86,11 @@ impl Row {
         self.steps.entry(step).or_insert_with(|| Outcome::NotTried(reason.to_owned()));
     }
 
+    /// Whether this outcome of a step makes the run fail. runc is only there for comparison.
+    fn is_failure(&self, outcome: &Outcome) -> bool {
+        self.runtime == Runtime::Machinen && matches!(outcome, Outcome::Failed(_))
+    }
+
     /// Notes that the steps without an outcome were not tried, for this reason.
     pub(crate) fn fill(&mut self, reason: &str) {
         Step::ALL.into_iter().for_each(|step| self.unless(step, reason));
@@ -97,10 +102,9 @@ impl Report {
         self.rows.push(row);
     }
 
-    /// Whether every step that should succeed in a microVM has succeeded; runc is only there for comparison.
+    /// Whether no step has made the run fail.
     pub(crate) fn passed(&self) -> bool {
-        let mut machinen = self.rows.iter().filter(|row| row.runtime == Runtime::Machinen);
-        machinen.all(|row| !row.steps.values().any(|outcome| matches!(outcome, Outcome::Failed(_))))
+        !self.rows.iter().any(|row| row.steps.values().any(|outcome| row.is_failure(outcome)))
     }
 
     /// Writes the table to `target/programs`.
@@ -138,9 +142,13 @@ impl fmt::Display for Report {
             writeln!(f)?;
         }
         writeln!(f)?;
-        for row in &self.rows {
-            for (step, outcome) in &row.steps {
-                if let Some(note) = outcome.note() {
+        // What has made the run fail comes last, where it is seen in a long log.
+        for failures in [false, true] {
+            for row in &self.rows {
+                for (step, outcome) in &row.steps {
+                    let Some(note) = outcome.note().filter(|_| row.is_failure(outcome) == failures) else {
+                        continue;
+                    };
                     writeln!(f, "{} {} {}: {note}", row.program, row.runtime.name(), step.name())?;
                 }
             }
@@ -187,5 +195,14 @@ mod tests {
     fn an_error_is_one_line_of_a_bounded_length() {
         assert_eq!(one_line("status 1\n  stdout: \n  stderr: no VM\n"), "status 1 | stderr: no VM");
         assert_eq!(one_line(&"é".repeat(MOST + 1)).chars().count(), MOST + 4);
+    }
+
+    #[test]
+    fn failures_are_the_last_notes() {
+        let failed = || Outcome::Failed("x".to_owned());
+        let mut both = report(Runtime::Machinen, failed());
+        both.rows.extend(report(Runtime::Runc, failed()).rows);
+        let text = both.to_string();
+        assert_eq!(text.lines().last(), Some("one machinen start: FAIL: x"));
     }
 }
