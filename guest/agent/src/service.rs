@@ -14,6 +14,7 @@ use crate::{
     container::{Container, ContainerError, IdTable},
     context::Context,
     error::Failure,
+    network::Nameservers,
     shares::Shares,
     shutdown,
     stdio::{Streams, WindowSize},
@@ -26,6 +27,7 @@ pub(crate) struct AgentState {
     pub(crate) containers: IdTable<Container>,
     /// The volumes of the pod.
     shares: Shares,
+    nameservers: Nameservers,
     /// Whether the agent may set the clock and the random number generator.
     owns_kernel: bool,
     /// The id of the call that has shut the guest down.
@@ -36,7 +38,7 @@ impl AgentState {
     pub(crate) fn new(context: Context, owns_kernel: bool) -> Self {
         let shutdown = watch::Sender::new(None);
         let (containers, shares) = (IdTable::new("container"), Shares::default());
-        Self { context, containers, shares, owns_kernel, shutdown }
+        Self { context, containers, shares, nameservers: Nameservers::default(), owns_kernel, shutdown }
     }
 }
 
@@ -82,6 +84,19 @@ impl Agent for Service {
     ) -> ttrpc::Result<api::Empty> {
         self.state.context.network.configure(&request).map_err(Failure::from)?;
         Ok(api::Empty::new())
+    }
+
+    async fn forward_nameservers(
+        &self,
+        _: &TtrpcContext,
+        request: api::ForwardNameserversRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let state = Arc::clone(&self.state);
+        whole(async move {
+            state.nameservers.forward(&state.context.unclaimed, &request).await?;
+            Ok(api::Empty::new())
+        })
+        .await
     }
 
     async fn create_container(

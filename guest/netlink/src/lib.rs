@@ -11,6 +11,7 @@
 mod change;
 mod interface;
 mod message;
+pub mod nat;
 mod read;
 mod socket;
 

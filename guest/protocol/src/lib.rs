@@ -4,7 +4,7 @@
 //! on: the ttrpc messages ([`api`], from `proto/agent.proto`), the disks of a root file system ([`disks`]), the
 //! kinds of errors ([`error`]), the first bytes of each stream ([`preamble`]), the names of processes
 //! ([`process`]), the archive of a container's changes ([`layer`]), the messages about its files ([`fuse`]), the
-//! volumes of the host ([`shares`]), the addresses below, and the [`VERSION`] that is checked before anything else.
+//! volumes of the host ([`shares`]), the queries for names ([`nameservers`]), the addresses below, and the [`VERSION`] that is checked before anything else.
 //!
 //! ```text
 //!   host                                             guest agent
@@ -20,6 +20,7 @@ pub mod disks;
 pub mod error;
 pub mod fuse;
 pub mod layer;
+pub mod nameservers;
 pub mod preamble;
 pub mod process;
 pub mod shares;
@@ -48,7 +49,7 @@ pub mod api {
 }
 
 /// Version of the whole protocol: messages, preamble and their meaning. Every incompatible change moves it.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// How long an OCI hook may take whose configuration has no timeout, on the host and in the guest.
 pub const HOOK_PATIENCE: Duration = Duration::from_secs(120);

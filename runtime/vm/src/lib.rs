@@ -53,8 +53,8 @@ pub use qemu::{
     snapshot::{VmSnapshot, VmSnapshotError},
     version::{QemuError, qemu_version},
 };
-pub use spec::{ChannelKind, VmSpec};
-pub use tap::{TAP_NAME, TapDevice};
+pub use spec::{ChannelKind, MAX_NICS, VmSpec};
+pub use tap::{TapDevices, tap_name};
 
 /// Why something about a VM failed.
 #[derive(Debug, thiserror::Error)]
@@ -140,7 +140,7 @@ pub struct Vm {
     pid: u32,
     spec: Arc<VmSpec>,
     channel: Arc<VmChannel>,
-    tap: Option<Arc<TapDevice>>,
+    taps: Option<Arc<TapDevices>>,
     requests: mpsc::Sender<VmRequest>,
     stop: Arc<watch::Sender<StopRequest>>,
     agent: watch::Receiver<Option<Result<agent::Client, Arc<VmBootError>>>>,
@@ -181,9 +181,9 @@ impl Vm {
         &self.spec
     }
 
-    /// The tap device of the VM's network device, if the VM has one.
-    pub fn tap(&self) -> Option<&TapDevice> {
-        self.tap.as_deref()
+    /// The tap devices of the VM's network devices, if the VM has any.
+    pub fn taps(&self) -> Option<&TapDevices> {
+        self.taps.as_deref()
     }
 
     /// The guest agent, as soon as it has answered and been configured. Any number of callers may wait, at

@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 use crate::accel::Accelerator;
 use crate::qemu::argv;
 
+/// Most network devices of a VM: QEMU's microvm has places for 24 devices in all.
+pub const MAX_NICS: u32 = 8;
+
 /// All parameters of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmSpec {
@@ -28,8 +31,8 @@ pub struct VmSpec {
     pub kernel_args: String,
     /// How the host and the agent communicate.
     pub channel: ChannelKind,
-    /// The guest has a network device, which is connected to nothing at first.
-    pub nic: bool,
+    /// The number of the guest's network devices, which are connected to nothing at first. At most [`MAX_NICS`].
+    pub nics: u32,
     /// Hostname of the guest itself.
     pub hostname: String,
     /// From the start of QEMU until the agent has answered.

@@ -1,41 +1,49 @@
-//! The tap device of a VM: the host's end of the guest's network device.
+//! The tap devices of a VM: the host's ends of the guest's network devices.
 //!
-//! A VM has its tap device from birth, because QEMU cannot change the backend of a network device. The device is made in
-//! a private namespace, where it is connected to nothing, and is moved to another one when it is known which network
-//! the VM belongs to. The device ends with its last descriptor, of which QEMU has one and this process another.
+//! A VM has its tap devices from birth, because QEMU cannot change the backend of a network device. The devices are made
+//! in a private namespace, where they are connected to nothing. One is moved to another namespace when it is known which
+//! network it belongs to. A device ends with its last descriptor, of which QEMU has one and this process another.
 
 use std::{io, os::fd::OwnedFd, thread};
 
 use machinen_base::{netns, sys::tap};
 
-/// The name of the device in its first namespace.
-pub const TAP_NAME: &str = "tap0";
+/// The name of a device in its first namespace, by the number of the guest's network device.
+pub fn tap_name(nic: u32) -> String {
+    format!("tap{nic}")
+}
 
-/// The tap device of a VM.
+/// The tap devices of a VM.
 #[derive(Debug)]
-pub struct TapDevice {
-    /// The namespace in which the device was made. It has nothing else, and lasts at least as long as the VM.
+pub struct TapDevices {
+    /// The namespace in which the devices were made. It has nothing else, and lasts at least as long as the VM.
     pub namespace: OwnedFd,
     /// The kernel takes some 40 ms to close the last descriptor of a device. The end of a QEMU, which has another one,
     /// must not wait for that.
-    device: Option<OwnedFd>,
+    devices: Vec<OwnedFd>,
 }
 
-impl TapDevice {
-    /// Makes a device in a namespace of its own. Returns it with the descriptor for QEMU.
-    pub(crate) fn create() -> io::Result<(Self, OwnedFd)> {
-        let (namespace, fd) = netns::inside_new(|| tap::create(TAP_NAME))?;
-        let device = Some(fd.try_clone()?);
-        Ok((Self { namespace, device }, fd))
+impl TapDevices {
+    /// Makes devices in a namespace of their own. Returns them with the descriptors for QEMU.
+    pub(crate) fn create(count: u32) -> io::Result<(Self, Vec<OwnedFd>)> {
+        let make = || (0..count).map(|nic| tap::create(&tap_name(nic))).collect::<io::Result<Vec<_>>>();
+        let (namespace, fds) = netns::inside_new(make)?;
+        let devices = fds.iter().map(OwnedFd::try_clone).collect::<io::Result<_>>()?;
+        Ok((Self { namespace, devices }, fds))
+    }
+
+    /// The number of the devices.
+    pub fn count(&self) -> u32 {
+        u32::try_from(self.devices.len()).expect("there are few")
     }
 }
 
-impl Drop for TapDevice {
+impl Drop for TapDevices {
     fn drop(&mut self) {
-        let device = self.device.take();
-        // Without another thread the descriptor is closed here.
-        if let Err(error) = thread::Builder::new().name("tap".to_owned()).spawn(move || drop(device)) {
-            tracing::debug!("a tap device is closed without a thread: {error}");
+        let devices = std::mem::take(&mut self.devices);
+        // Without another thread the descriptors are closed here.
+        if let Err(error) = thread::Builder::new().name("tap".to_owned()).spawn(move || drop(devices)) {
+            tracing::debug!("tap devices are closed without a thread: {error}");
         }
     }
 }

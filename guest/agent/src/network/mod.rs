@@ -10,6 +10,7 @@
 //! interface only, as on a host, so an unused device is in a namespace that no process is in.
 
 mod apply;
+mod nameservers;
 
 use std::{
     fs::File,
@@ -31,6 +32,8 @@ use nix::{
     errno::Errno,
     sched::{CloneFlags, setns, unshare},
 };
+
+pub(crate) use nameservers::Nameservers;
 
 const OWN: &str = "/proc/thread-self/ns/net";
 
@@ -99,7 +102,8 @@ impl Network {
             .into_iter()
             .filter(|found| !found.loopback && is_ethernet(&found.mac))
             .collect();
-        devices.sort_by_key(|device| device.index);
+        // The host numbers them by the addresses with which it makes them.
+        devices.sort_by_key(|device| device.mac.clone());
         for (number, device) in devices.iter().enumerate() {
             own.socket.move_to(&device.name, hidden.file.as_fd(), &hidden_name(number))?;
         }

@@ -63,7 +63,7 @@ impl Lab {
         format!("{}-own", self.name)
     }
 
-    fn peer(&self) -> String {
+    pub(super) fn peer(&self) -> String {
         format!("{}-peer", self.name)
     }
 

@@ -7,7 +7,11 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use machinen_integration::{
-    bundle::Bundle, containerd::Containerd, ctr::Run, process::Running, served::Served,
+    bundle::Bundle,
+    containerd::Containerd,
+    ctr::Run,
+    process::{Invocation, Running},
+    served::Served,
 };
 use serde_json::json;
 
@@ -22,7 +26,9 @@ on_newest_containerd!(
     changes_reach_a_running_container,
     routes_and_neighbours,
     only_loopback_without_a_path,
-    two_interfaces_are_refused,
+    several_interfaces,
+    too_many_interfaces_are_refused,
+    the_namespace_of_the_pid,
 );
 
 /// A container in the lab that runs a script of the shell.
@@ -204,10 +210,65 @@ fn only_loopback_without_a_path(containerd: &mut Containerd) -> Result<()> {
     Ok(())
 }
 
-fn two_interfaces_are_refused(containerd: &mut Containerd) -> Result<()> {
+/// A second pair of interfaces, with a network of its own.
+fn wire_second(lab: &Lab) -> Result<()> {
+    lab.change(&["link", "add", "eth1", "type", "veth", "peer", "name", "eth1", "netns", &lab.peer()])?;
+    lab.change(&["address", "add", "10.78.0.2/24", "dev", "eth1"])?;
+    lab.change(&["link", "set", "eth1", "up"])?;
+    lab.in_peer(&["ip", "address", "add", "10.78.0.1/24", "dev", "eth1"])?.ok()?;
+    lab.in_peer(&["ip", "link", "set", "eth1", "up"])?.ok().map(drop)
+}
+
+fn several_interfaces(containerd: &mut Containerd) -> Result<()> {
     let lab = Lab::wired()?;
-    lab.change(&["link", "add", "eth1", "up", "type", "veth", "peer", "name", "other"])?;
-    let words = ["the network namespace has 2 interfaces (eth0, eth1), and a VM has one"];
+    wire_second(&lab)?;
+    let steps = [
+        "ls /sys/class/net".to_owned(),
+        until(&format!("ping -c 1 -W 10 {PEER} > /dev/null")),
+        until("ping -c 1 -W 10 -I eth1 10.78.0.1 > /dev/null"),
+        "echo both".to_owned(),
+        until("test ! -e /sys/class/net/eth0"),
+        until("ping -c 1 -W 10 10.78.0.1 > /dev/null"),
+        "echo one".to_owned(),
+    ];
+    let running = run(containerd, &lab, &steps.join("\n")).spawn(Duration::from_secs(120))?;
+    running.wait_for_stdout("both")?;
+    lab.change(&["link", "delete", "eth0"])?;
+    let output = running.wait()?;
+    ensure!(output.text() == "eth0\neth1\nlo\nboth\none\n", "{output}");
+    lab.nothing_is_left()
+}
+
+fn too_many_interfaces_are_refused(containerd: &mut Containerd) -> Result<()> {
+    let lab = Lab::wired()?;
+    for number in 1..=4 {
+        let (name, other) = (format!("eth{number}"), format!("other{number}"));
+        lab.change(&["link", "add", &name, "up", "type", "veth", "peer", "name", &other])?;
+    }
+    let words = ["the network namespace has 5 interfaces (eth0, eth1, eth2, eth3, eth4), and the VM has 4"];
     crate::harness::fails_saying(containerd, &run(containerd, &lab, "true"), &words)?;
     lab.nothing_is_left()
+}
+
+/// A container without a path has a namespace of its own, to which an interface can be moved by the container's pid.
+fn the_namespace_of_the_pid(containerd: &mut Containerd) -> Result<()> {
+    let lab = Lab::wired()?;
+    let bundle = Bundle::busybox(containerd)?;
+    let mut served = Served::of(containerd, &bundle.config(&["sleep", "1000"], |_| ())?)?;
+    served.create(|_| ())?;
+    let pid = served.pid;
+    lab.change(&["link", "set", "eth0", "netns", &pid.to_string()])?;
+    let inside = |args: &[&str]| -> Result<()> {
+        let namespace = format!("--net=/proc/{pid}/ns/net");
+        Invocation::new("nsenter").args([&namespace, "ip"]).args(args.iter().copied()).run()?.ok().map(drop)
+    };
+    inside(&["address", "add", &format!("{OWN}/24"), "dev", "eth0"])?;
+    inside(&["link", "set", "eth0", "up"])?;
+    served.begin()?;
+    let from_peer =
+        lab.start_in_peer(&["busybox", "nc", "-ll", "-p", "7001", "-e", "echo", "from the peer"])?;
+    let (status, output) = served.shell(&until(&format!("nc {PEER} 7001 < /dev/null")))?;
+    ensure!(status == 0 && output == "from the peer\n", "{status}: {output}");
+    drop(from_peer);
+    served.end()
 }

@@ -9,7 +9,7 @@ use std::{
 
 use machinen_base::error::{ErrorKind, HasKind};
 use machinen_storage::container_disk::ContainerDiskOptions;
-use machinen_vm::{ChannelMode, accel::AccelMode};
+use machinen_vm::{ChannelMode, MAX_NICS, accel::AccelMode};
 use serde::{Deserialize, Serialize};
 
 /// The environment variable that names the configuration file.
@@ -74,6 +74,8 @@ pub struct VmConfig {
     /// Number of virtual CPUs; 0 is the host's number with KVM, at most 8, and 1 with emulation. A
     /// container's CPU limit lowers it.
     pub vcpus: u32,
+    /// Number of a VM's network devices, at most 8: a container can have as many network interfaces.
+    pub network_devices: u32,
     /// How the host and the agent communicate.
     pub channel: ChannelMode,
     /// Added to the guest kernel's command line.
@@ -255,6 +257,7 @@ impl Default for VmConfig {
             memory_mib: 0,
             memory_overhead_mib: 0,
             vcpus: 0,
+            network_devices: 4,
             channel: ChannelMode::Auto,
             kernel_args: String::new(),
             io_uring: true,
@@ -334,6 +337,14 @@ pub enum ConfigError {
         /// The cause.
         source: toml::de::Error,
     },
+    /// `vm.network_devices` is too large.
+    #[error("{} has {given} as vm.network_devices, which is at most {MAX_NICS}", path.display())]
+    NetworkDevices {
+        /// The file.
+        path: PathBuf,
+        /// The value.
+        given: u32,
+    },
     /// `annotations.allow` has a name that is not an annotation.
     #[error("{} has an unknown annotation {name:?} in annotations.allow; known are {known}", path.display())]
     UnknownAnnotation {
@@ -392,6 +403,10 @@ impl Config {
                     known: annotations::known_keys(),
                 });
             }
+        }
+        if config.vm.network_devices > MAX_NICS {
+            let given = config.vm.network_devices;
+            return Err(ConfigError::NetworkDevices { path: path.into(), given });
         }
         Ok(config)
     }

@@ -11,7 +11,8 @@ use machinen_vm::{VmError, agent::AgentError};
 pub enum NetworkError {
     /// The VM was started without a network device.
     #[error(
-        "the container's VM has no network device, because this host has no /dev/net/tun: load the kernel module tun"
+        "the container's VM has no network device: load the kernel module tun if this host has no /dev/net/tun, and do not \
+         set vm.network_devices to 0"
     )]
     NoDevice,
     /// The namespace cannot be entered.
@@ -25,9 +26,12 @@ pub enum NetworkError {
     InUse,
     /// There are more interfaces than the VM has.
     #[error(
-        "the network namespace has {} interfaces ({}), and a VM has one", names.len(), names.join(", ")
+        "the network namespace has {} interfaces ({}), and the VM has {devices} (vm.network_devices)", names.len(),
+        names.join(", ")
     )]
     TooMany {
+        /// The number of the VM's network devices.
+        devices: usize,
         /// The names of the interfaces.
         names: Vec<String>,
     },

@@ -12,24 +12,31 @@
 
 mod error;
 mod filter;
+mod nameservers;
 mod namespace;
 mod wiring;
 
 use std::{
+    net::Ipv4Addr,
     os::fd::{AsFd as _, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
 };
 
 use machinen_base::{error::chain, netns::NetnsId, sys};
-use machinen_netlink::{Interface, NetlinkSocket, to_message};
+use machinen_netlink::{NetlinkSocket, to_message};
 use machinen_protocol::api::{ConfigureNetworkRequest, NetworkInterface};
 use machinen_vm::{
     Vm,
     agent::{self, AgentError},
 };
-use tokio::task::{JoinHandle, spawn_blocking};
+use rustix::fs::fstat;
+use tokio::{
+    sync::Semaphore,
+    task::{JoinHandle, spawn_blocking},
+};
 
 pub use error::NetworkError;
+use nameservers::ResolvConf;
 use namespace::PodNamespace;
 pub use namespace::disconnect_abandoned;
 
@@ -43,9 +50,21 @@ pub(crate) struct PodNetwork {
 
 #[derive(Debug)]
 struct GuestNetwork {
+    vm: Vm,
     namespace: Arc<Mutex<PodNamespace>>,
-    /// What the guest was given last. The lock keeps the order of changes.
-    given: tokio::sync::Mutex<Vec<NetworkInterface>>,
+    /// The file of each container that has one.
+    resolv_confs: Mutex<Vec<ResolvConf>>,
+    /// Acquired while a stream is open that the agent has not claimed.
+    unclaimed: Arc<Semaphore>,
+    /// The lock keeps the order of changes.
+    given: tokio::sync::Mutex<Given>,
+}
+
+/// What the guest was given last.
+#[derive(Debug, Default)]
+struct Given {
+    interfaces: Vec<NetworkInterface>,
+    nameservers: Vec<Ipv4Addr>,
 }
 
 impl PodNetwork {
@@ -53,15 +72,22 @@ impl PodNetwork {
     /// namespace is the host's own, whose packets are not the container's.
     ///
     /// # Errors
-    /// The VM has no network device, or the kernel refuses.
-    pub(crate) async fn connect(vm: &Vm, namespace: OwnedFd) -> Result<Option<Arc<Self>>, NetworkError> {
-        let tap = vm.tap().ok_or(NetworkError::NoDevice)?;
-        let tap = tap.namespace.try_clone().map_err(NetworkError::Enter)?;
-        let connected = spawn_blocking(move || PodNamespace::connect(namespace, &tap)).await;
+    /// The kernel refuses.
+    pub(crate) async fn connect(
+        vm: &Vm,
+        namespace: OwnedFd,
+        unclaimed: Arc<Semaphore>,
+    ) -> Result<Option<Arc<Self>>, NetworkError> {
+        let taps = vm.taps().map(|taps| Ok((taps.namespace.try_clone()?, taps.count())));
+        let taps = taps.transpose().map_err(NetworkError::Enter)?;
+        let connected = spawn_blocking(move || PodNamespace::connect(namespace, taps)).await;
         let Some((namespace, changes)) = connected.map_err(NetworkError::Worker)?? else { return Ok(None) };
         let id = namespace.id;
         let guest = Arc::new(GuestNetwork {
+            vm: vm.clone(),
             namespace: Arc::new(Mutex::new(namespace)),
+            resolv_confs: Mutex::default(),
+            unclaimed,
             given: tokio::sync::Mutex::default(),
         });
         let follower = tokio::spawn(follow(Arc::clone(&guest), vm.clone(), changes));
@@ -71,6 +97,17 @@ impl PodNetwork {
     /// The namespace that the VM is connected with.
     pub(crate) fn id(&self) -> NetnsId {
         self.id
+    }
+
+    /// Adds the file that a container has as its /etc/resolv.conf: the container reaches the nameservers of the
+    /// namespace's loopback interface that the file names.
+    pub(crate) fn add_resolv_conf(&self, file: ResolvConf) {
+        let identity = |file: &ResolvConf| fstat(file).map(|stat| (stat.st_dev, stat.st_ino)).ok();
+        let mut files = self.guest.resolv_confs.lock().unwrap_or_else(PoisonError::into_inner);
+        // Containers that follow each other in a pod have the same file.
+        if !files.iter().any(|other| identity(other) == identity(&file)) {
+            files.push(file);
+        }
     }
 
     /// Reads the namespace and gives the guest what has changed.
@@ -94,14 +131,43 @@ impl PodNetwork {
 impl GuestNetwork {
     async fn update(&self, agent: &agent::Client) -> Result<(), NetworkError> {
         let mut given = self.given.lock().await;
-        let interface = self.in_namespace(PodNamespace::refresh).await?;
-        let wanted: Vec<_> = interface.iter().map(|interface: &Interface| to_message(0, interface)).collect();
-        if *given == wanted {
-            return Ok(());
+        let connected = self.in_namespace(PodNamespace::refresh).await?;
+        let wanted: Vec<_> =
+            connected.iter().map(|(device, interface)| to_message(*device, interface)).collect();
+        if given.interfaces != wanted {
+            let request = ConfigureNetworkRequest { interfaces: wanted.clone(), ..Default::default() };
+            agent.configure_network(request).await.map_err(NetworkError::Guest)?;
+            given.interfaces = wanted;
         }
-        let request = ConfigureNetworkRequest { interfaces: wanted.clone(), ..Default::default() };
-        agent.configure_network(request).await.map_err(NetworkError::Guest)?;
-        *given = wanted;
+        // Without an interface no nameserver of the namespace reaches any other.
+        let nameservers = if !connected.is_empty() { self.nameservers().await? } else { Vec::new() };
+        if given.nameservers != nameservers {
+            self.forward(agent, &nameservers).await?;
+            given.nameservers = nameservers;
+        }
+        Ok(())
+    }
+
+    async fn nameservers(&self) -> Result<Vec<Ipv4Addr>, NetworkError> {
+        let files = self.resolv_confs.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if files.is_empty() {
+            return Ok(Vec::new());
+        }
+        spawn_blocking(move || nameservers::named_in(&files)).await.map_err(NetworkError::Worker)
+    }
+
+    /// Has the guest send queries to these nameservers here, and no others.
+    async fn forward(&self, agent: &agent::Client, nameservers: &[Ipv4Addr]) -> Result<(), NetworkError> {
+        if nameservers.is_empty() {
+            return agent.forward_nameservers(&[], 0).await.map_err(NetworkError::Guest);
+        }
+        let namespace = self.in_namespace(|namespace| namespace.descriptor()).await?;
+        let _unclaimed = self.unclaimed.acquire().await.expect("never closed");
+        let (token, stream) =
+            self.vm.open_stream().await.map_err(|error| NetworkError::Vm(Box::new(error)))?;
+        agent.forward_nameservers(nameservers, token).await.map_err(NetworkError::Guest)?;
+        // It ends with the stream, which the guest closes with the next such call or its own end.
+        tokio::spawn(nameservers::answer(stream, Arc::new(namespace), nameservers.to_vec()));
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! The host's side of a pod's network: the namespace, its interface, and the VM's tap device in it.
+//! The host's side of a pod's network: the namespace, its interfaces, and the VM's tap devices in it.
 
 use std::{
     io,
@@ -9,7 +9,7 @@ use std::{
 
 use machinen_base::netns::{self, NetnsId};
 use machinen_netlink::{Interface, NetlinkSocket, interfaces, packet::link::LinkAttribute};
-use machinen_vm::TAP_NAME;
+use machinen_vm::{MAX_NICS, tap_name};
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -22,8 +22,15 @@ use super::{
 };
 use crate::spec::{bundle, guest};
 
-/// The name of a VM's tap device in the namespace of its pod.
-const DEVICE: &str = "machinen0";
+/// The name of a VM's tap device in the namespace of its pod, by the number of the VM's network device.
+fn device_name(device: u32) -> String {
+    format!("machinen{device}")
+}
+
+/// Whether an interface is a VM's tap device.
+fn is_device(interface: &Interface) -> bool {
+    (0..MAX_NICS).any(|device| interface.name == device_name(device))
+}
 
 /// The groups of events that change what the guest has (rtnetlink.h, RTNLGRP): links, addresses, routes, neighbours.
 const EVENTS: [u32; 6] = [1, 3, 5, 7, 9, 11];
@@ -33,11 +40,22 @@ const LINK_EVENTS: [u32; 1] = [1];
 /// The kernel kills QEMU when its owner ends.
 const VM_ENDS_WITHIN: Duration = Duration::from_secs(1);
 
-/// A network namespace with the tap device of a VM in it.
+/// A network namespace whose interfaces are those of a VM.
 #[derive(Debug)]
 pub(super) struct PodNamespace {
     pub(super) id: NetnsId,
+    namespace: OwnedFd,
     socket: NetlinkSocket,
+    /// The namespace in which the VM's tap devices were made, if the VM has any.
+    first: Option<OwnedFd>,
+    /// The VM's network devices, by their numbers.
+    devices: Vec<Device>,
+}
+
+#[derive(Debug, Default)]
+struct Device {
+    /// Its tap device is in the pod's namespace.
+    moved: bool,
     /// The interface whose packets are redirected.
     connected: Option<Connected>,
 }
@@ -51,11 +69,12 @@ struct Connected {
 }
 
 impl PodNamespace {
-    /// Moves the tap device to the namespace. Returns the namespace with a socket that is readable after each change.
-    /// Returns None if the namespace is the one of this process.
+    /// Returns the namespace with a socket that is readable after each change; None if the namespace is the one of this
+    /// process. `taps`: the namespace in which the VM's tap devices are, and their number. A device moves when there is
+    /// an interface to connect it with, because most containers have none.
     pub(super) fn connect(
         namespace: OwnedFd,
-        tap: &OwnedFd,
+        taps: Option<(OwnedFd, u32)>,
     ) -> Result<Option<(Self, NetlinkSocket)>, NetworkError> {
         let id = netns::id(&namespace).map_err(NetworkError::Enter)?;
         if id == netns::own_id().map_err(NetworkError::Enter)? {
@@ -66,32 +85,61 @@ impl PodNamespace {
         }
         let sockets = || Ok((NetlinkSocket::new()?, NetlinkSocket::subscribe(&EVENTS)?));
         let (socket, changes) = netns::inside(namespace.as_fd(), sockets).map_err(NetworkError::Enter)?;
-        let mut first = netns::inside(tap.as_fd(), NetlinkSocket::new).map_err(NetworkError::Enter)?;
-        match first.move_to(TAP_NAME, namespace.as_fd(), DEVICE) {
-            Err(error) if error.errno() == Some(libc::EEXIST) => return Err(NetworkError::InUse),
-            moved => moved?,
-        }
-        Ok(Some((Self { id, socket, connected: None }, changes)))
+        let (first, count) = taps.map_or((None, 0), |(first, count)| (Some(first), count));
+        let devices = (0..count).map(|_| Device::default()).collect();
+        Ok(Some((Self { id, namespace, socket, first, devices }, changes)))
     }
 
-    /// Reads the namespace, and connects its interface with the tap device. Returns the interface if there is one.
-    pub(super) fn refresh(&mut self) -> Result<Option<Interface>, NetworkError> {
-        let all = interfaces(&mut self.socket)?;
-        let tap = all.iter().find(|interface| interface.name == DEVICE).map(|interface| interface.index);
-        let mut used = all.into_iter().filter(|found| found.up && !found.loopback && found.name != DEVICE);
-        let (interface, others) = (used.next(), used.map(|other| other.name).collect::<Vec<_>>());
-        if let Some(interface) = &interface
-            && !others.is_empty()
-        {
-            let names = std::iter::once(interface.name.clone()).chain(others).collect();
-            return Err(NetworkError::TooMany { names });
+    /// Another descriptor of the namespace.
+    pub(super) fn descriptor(&self) -> Result<OwnedFd, NetworkError> {
+        self.namespace.try_clone().map_err(NetworkError::Enter)
+    }
+
+    /// Reads the namespace, and connects each of its interfaces with a device of the VM. Returns the numbers of the
+    /// devices with their interfaces. An interface keeps its device as long as it exists.
+    pub(super) fn refresh(&mut self) -> Result<Vec<(u32, Interface)>, NetworkError> {
+        let used: Vec<_> = interfaces(&mut self.socket)?
+            .into_iter()
+            .filter(|found| found.up && !found.loopback && !is_device(found))
+            .collect();
+        if used.len() > self.devices.len() {
+            if self.devices.is_empty() {
+                return Err(NetworkError::NoDevice);
+            }
+            let names = used.into_iter().map(|interface| interface.name).collect();
+            return Err(NetworkError::TooMany { devices: self.devices.len(), names });
         }
-        let Some((interface, tap)) = interface.zip(tap) else {
-            self.disconnect()?;
-            return Ok(None);
+        let is_used = |connected: &Connected| used.iter().any(|found| found.index == connected.interface);
+        for device in &mut self.devices {
+            if device.connected.as_ref().is_some_and(|connected| !is_used(connected)) {
+                device.disconnect(&mut self.socket)?;
+            }
+        }
+        let mut connected = Vec::new();
+        for interface in used {
+            let number = self.device_of(&interface);
+            if self.connect_device(number, &interface)? {
+                connected.push((number, interface));
+            }
+        }
+        connected.sort_by_key(|(number, _)| *number);
+        Ok(connected)
+    }
+
+    /// The device that is connected with the interface, or one that is connected with none. There is such a device.
+    fn device_of(&self, interface: &Interface) -> u32 {
+        let with = |index: Option<u32>| {
+            let of = |device: &Device| device.connected.as_ref().map(|connected| connected.interface);
+            self.devices.iter().position(|device| of(device) == index)
         };
+        let found = with(Some(interface.index)).or_else(|| with(None));
+        u32::try_from(found.expect("there are as many devices as interfaces")).expect("there are few")
+    }
+
+    /// Returns false if the tap device was removed from the namespace.
+    fn connect_device(&mut self, number: u32, interface: &Interface) -> Result<bool, NetworkError> {
         let Ok(mac) = <[u8; 6]>::try_from(&*interface.mac) else {
-            return Err(NetworkError::NotEthernet { name: interface.name });
+            return Err(NetworkError::NotEthernet { name: interface.name.clone() });
         };
         if interface.shared_routes > 0 {
             tracing::warn!(
@@ -100,32 +148,65 @@ impl PodNamespace {
                 interface.shared_routes
             );
         }
+        self.move_tap(number)?;
+        let name = device_name(number);
+        let all = interfaces(&mut self.socket)?;
+        let device = &mut self.devices[number as usize];
+        let Some(tap) = all.iter().find(|found| found.name == name) else {
+            device.disconnect(&mut self.socket)?;
+            return Ok(false);
+        };
         let addresses = interface.addresses.iter().map(|address| address.address).collect();
         let sources = Sources { mac, addresses };
-        self.wire(Connected { interface: interface.index, tap, mtu: interface.mtu, sources })?;
-        Ok(Some(interface))
+        let wanted = Connected { interface: interface.index, tap: tap.index, mtu: interface.mtu, sources };
+        device.wire(&mut self.socket, &name, wanted)?;
+        Ok(true)
     }
 
-    fn wire(&mut self, wanted: Connected) -> Result<(), NetworkError> {
+    /// Moves the tap device to the namespace, if that was not done before.
+    fn move_tap(&mut self, number: u32) -> Result<(), NetworkError> {
+        let device = &mut self.devices[number as usize];
+        let Some(first) = self.first.as_ref().filter(|_| !device.moved) else { return Ok(()) };
+        let mut socket = netns::inside(first.as_fd(), NetlinkSocket::new).map_err(NetworkError::Enter)?;
+        match socket.move_to(&tap_name(number), self.namespace.as_fd(), &device_name(number)) {
+            Err(error) if error.errno() == Some(libc::EEXIST) => return Err(NetworkError::InUse),
+            moved => moved?,
+        }
+        device.moved = true;
+        Ok(())
+    }
+
+    /// Removes what redirects packets. Does nothing where it is gone already.
+    pub(super) fn disconnect(&mut self) -> Result<(), NetworkError> {
+        self.devices.iter_mut().try_for_each(|device| device.disconnect(&mut self.socket))
+    }
+}
+
+impl Device {
+    fn wire(
+        &mut self,
+        socket: &mut NetlinkSocket,
+        name: &str,
+        wanted: Connected,
+    ) -> Result<(), NetworkError> {
         if self.connected.as_ref() == Some(&wanted) {
             return Ok(());
         }
-        self.disconnect()?;
+        self.disconnect(socket)?;
         let Connected { interface, tap, mtu, sources } = &wanted;
         // The filters come first, so that no packet of the guest reaches the host's own network code.
-        let up = redirect_own(&mut self.socket, *tap, *interface, sources)
-            .and_then(|()| self.socket.set_link(*tap, DEVICE, true, vec![LinkAttribute::Mtu(*mtu)]))
-            .and_then(|()| redirect_all(&mut self.socket, *interface, *tap));
+        let up = redirect_own(socket, *tap, *interface, sources)
+            .and_then(|()| socket.set_link(*tap, name, true, vec![LinkAttribute::Mtu(*mtu)]))
+            .and_then(|()| redirect_all(socket, *interface, *tap));
         // Also after an error, something is to be removed.
         self.connected = Some(wanted);
         Ok(up?)
     }
 
-    /// Removes what redirects packets. Does nothing where it is gone already.
-    pub(super) fn disconnect(&mut self) -> Result<(), NetworkError> {
+    fn disconnect(&mut self, socket: &mut NetlinkSocket) -> Result<(), NetworkError> {
         if let Some(Connected { interface, tap, .. }) = self.connected.take() {
-            disconnect(&mut self.socket, interface)?;
-            disconnect(&mut self.socket, tap)?;
+            disconnect(socket, interface)?;
+            disconnect(socket, tap)?;
         }
         Ok(())
     }
@@ -168,7 +249,7 @@ fn without_vm(
     loop {
         changes.drain().map_err(NetworkError::Watch)?;
         let all = interfaces(socket)?;
-        if all.iter().all(|interface| interface.name != DEVICE) {
+        if !all.iter().any(is_device) {
             return Ok(Some(all));
         }
         let left = deadline.saturating_duration_since(Instant::now());

@@ -10,7 +10,7 @@ use std::{
 
 use machinen_base::{netns, sys::tap};
 use machinen_netlink::{InterfaceAddress, NetlinkSocket, interfaces, packet};
-use machinen_vm::TAP_NAME;
+use machinen_vm::tap_name;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::{NetworkError, namespace::PodNamespace};
@@ -29,25 +29,32 @@ struct Lab {
     vm_namespace: OwnedFd,
     /// QEMU's descriptor.
     vm: File,
+    _vm_second: OwnedFd,
+}
+
+/// A namespace with the tap devices of a VM that has two.
+fn taps() -> (OwnedFd, [OwnedFd; 2]) {
+    netns::inside_new(|| Ok([tap::create(&tap_name(0))?, tap::create(&tap_name(1))?])).unwrap()
 }
 
 impl Lab {
     fn new() -> Self {
         let make = || Ok((tap::create("eth0")?, NetlinkSocket::new()?));
         let (namespace, (outside, mut socket)) = netns::inside_new(make).unwrap();
-        let (vm_namespace, vm) = netns::inside_new(|| tap::create(TAP_NAME)).unwrap();
+        let (vm_namespace, [vm, _vm_second]) = taps();
         let index = index(&mut socket, "eth0");
         for (address, prefix) in [(IpAddr::from(OWN), 24), (OWN6.into(), 64)] {
             let address = InterfaceAddress { address, prefix, broadcast: None, peer: None, scope: 0 };
             socket.add_address(index, &address).unwrap();
         }
         socket.set_link(index, "eth0", true, Vec::new()).unwrap();
-        Self { namespace, socket, outside: outside.into(), vm_namespace, vm: vm.into() }
+        Self { namespace, socket, outside: outside.into(), vm_namespace, vm: vm.into(), _vm_second }
     }
 
     fn connect(&self) -> PodNamespace {
         let namespace = self.namespace.try_clone().unwrap();
-        PodNamespace::connect(namespace, &self.vm_namespace).unwrap().unwrap().0
+        let tap = self.vm_namespace.try_clone().unwrap();
+        PodNamespace::connect(namespace, Some((tap, 2))).unwrap().unwrap().0
     }
 
     fn filters(&mut self, interface: &str) -> usize {
@@ -119,7 +126,8 @@ fn next_mark(device: &mut File, marks: &[u8]) -> u8 {
 fn packets_pass_both_ways_and_nothing_stays() {
     let mut lab = Lab::new();
     let mut pod = lab.connect();
-    let interface = pod.refresh().unwrap().unwrap();
+    let connected = pod.refresh().unwrap();
+    let [(0, interface)] = &connected[..] else { panic!("{connected:?}") };
     assert_eq!((interface.name.as_str(), interface.mtu), ("eth0", 1500));
     let own: Vec<_> = interface.addresses.iter().map(|address| address.address).collect();
     assert!(own.contains(&OWN.into()) && own.contains(&OWN6.into()), "{own:?}");
@@ -131,7 +139,7 @@ fn packets_pass_both_ways_and_nothing_stays() {
         .unwrap();
     assert_eq!(next_mark(&mut lab.vm, b"2"), b'2');
     // A second look changes nothing.
-    assert_eq!(pod.refresh().unwrap().unwrap(), interface);
+    assert_eq!(pod.refresh().unwrap(), connected);
     assert!(lab.filters("eth0") > 0);
     pod.disconnect().unwrap();
     assert_eq!((lab.filters("eth0"), lab.filters("machinen0")), (0, 0));
@@ -141,7 +149,7 @@ fn packets_pass_both_ways_and_nothing_stays() {
 #[test]
 fn a_guest_sends_from_its_own_addresses_only() {
     let mut lab = Lab::new();
-    lab.connect().refresh().unwrap().unwrap();
+    assert_eq!(lab.connect().refresh().unwrap().len(), 1);
     let own = mac(&mut lab.socket);
     let other = [2, 0, 0, 0, 0, 9];
     let (stranger, stranger6) = (Ipv4Addr::new(10, 77, 0, 3), Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 3));
@@ -160,22 +168,56 @@ fn a_guest_sends_from_its_own_addresses_only() {
 }
 
 #[test]
-fn a_namespace_has_one_vm_and_one_interface() {
+fn a_namespace_has_one_vm_and_each_interface_a_device() {
     let mut lab = Lab::new();
     let mut pod = lab.connect();
-    let (other, _vm) = netns::inside_new(|| tap::create(TAP_NAME)).unwrap();
-    let again = PodNamespace::connect(lab.namespace.try_clone().unwrap(), &other);
-    assert!(matches!(again, Err(NetworkError::InUse)), "{again:?}");
-    let second = netns::inside(lab.namespace.as_fd(), || tap::create("eth1")).unwrap();
+    let names = |pod: &mut PodNamespace| -> Vec<(u32, String)> {
+        let connected = pod.refresh().unwrap();
+        connected.into_iter().map(|(device, interface)| (device, interface.name)).collect()
+    };
+    let wanted = |pairs: &[(u32, &str)]| -> Vec<(u32, String)> {
+        pairs.iter().map(|&(device, name)| (device, name.to_owned())).collect()
+    };
+    assert_eq!(names(&mut pod), wanted(&[(0, "eth0")]));
+    let connect = |taps| PodNamespace::connect(lab.namespace.try_clone().unwrap(), taps).unwrap().unwrap().0;
+    assert!(matches!(connect(Some((taps().0, 2))).refresh(), Err(NetworkError::InUse)));
+    assert!(matches!(connect(None).refresh(), Err(NetworkError::NoDevice)));
+    let add = |name| netns::inside(lab.namespace.as_fd(), || tap::create(name)).unwrap();
+    let (second, third) = (add("eth1"), add("eth2"));
     // An interface that is switched off does not count.
-    assert!(pod.refresh().unwrap().is_some());
-    let number = index(&mut lab.socket, "eth1");
-    lab.socket.set_link(number, "eth1", true, Vec::new()).unwrap();
+    assert_eq!(names(&mut pod), wanted(&[(0, "eth0")]));
+    let numbers = ["eth0", "eth1", "eth2"].map(|name| index(&mut lab.socket, name));
+    lab.socket.set_link(numbers[1], "eth1", true, Vec::new()).unwrap();
+    assert_eq!(names(&mut pod), wanted(&[(0, "eth0"), (1, "eth1")]));
+    lab.socket.set_link(numbers[2], "eth2", true, Vec::new()).unwrap();
     let refused = pod.refresh().unwrap_err().to_string();
-    assert_eq!(refused, "the network namespace has 2 interfaces (eth0, eth1), and a VM has one");
-    drop(second);
-    assert!(pod.refresh().unwrap().is_some());
+    assert_eq!(
+        refused,
+        "the network namespace has 3 interfaces (eth0, eth1, eth2), and the VM has 2 (vm.network_devices)"
+    );
+    // A device that is free again is used for another interface, and the others keep theirs.
+    lab.socket.set_link(numbers[0], "eth0", false, Vec::new()).unwrap();
+    assert_eq!(names(&mut pod), wanted(&[(0, "eth2"), (1, "eth1")]));
+    assert_eq!(lab.filters("eth0"), 0);
+    drop((second, third));
+    assert_eq!(names(&mut pod), wanted(&[]));
     // The namespace of this process is the host's.
     let own = netns::open(std::path::Path::new("/proc/self/ns/net")).unwrap();
-    assert!(PodNamespace::connect(own, &other).unwrap().is_none());
+    assert!(PodNamespace::connect(own, None).unwrap().is_none());
+}
+
+#[test]
+fn the_tap_device_comes_with_the_first_interface() {
+    let mut lab = Lab::new();
+    let number = index(&mut lab.socket, "eth0");
+    lab.socket.set_link(number, "eth0", false, Vec::new()).unwrap();
+    let mut pod = lab.connect();
+    assert!(pod.refresh().unwrap().is_empty());
+    let names = |socket: &mut NetlinkSocket| -> Vec<_> {
+        interfaces(socket).unwrap().into_iter().map(|interface| interface.name).collect()
+    };
+    assert!(!names(&mut lab.socket).contains(&"machinen0".to_owned()));
+    lab.socket.set_link(number, "eth0", true, Vec::new()).unwrap();
+    assert_eq!(pod.refresh().unwrap().len(), 1);
+    assert!(names(&mut lab.socket).contains(&"machinen0".to_owned()));
 }

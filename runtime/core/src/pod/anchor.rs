@@ -23,6 +23,7 @@ use machinen_base::{
     reexec::EntryPoint,
     sys,
 };
+use machinen_netlink::NetlinkSocket;
 use nix::mount::{MntFlags, umount2};
 use rustix::{
     fs::CWD,
@@ -43,6 +44,8 @@ const ROOT_FD: i32 = 3;
 const IN_ROOT: &str = "in root";
 /// Where the root is mounted temporarily. Every host has this directory.
 const TEMPORARY_MOUNT: &str = "/proc";
+/// The index of the loopback interface of every network namespace.
+const LOOPBACK: u32 = 1;
 
 /// Why an anchor could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +58,9 @@ pub enum AnchorError {
         /// The cause.
         source: io::Error,
     },
+    /// No network namespace can be made.
+    #[error("cannot make a network namespace for the container")]
+    NewNetns(#[source] io::Error),
     /// The device for the view of the container's files cannot be opened.
     #[error("cannot make a root for the container's anchor process")]
     Root(#[source] DeviceError),
@@ -79,6 +85,7 @@ pub struct Anchor {
     view: Option<ContainerView>,
     child: Child,
     report: pipe::Receiver,
+    netns: OwnedFd,
 }
 
 impl Anchor {
@@ -88,8 +95,8 @@ impl Anchor {
     /// The namespace cannot be opened, or the process cannot be started.
     pub async fn spawn(id: &str, netns: Option<PathBuf>) -> Result<Self, AnchorError> {
         let netns = match netns {
-            Some(path) => Some(open_netns(path).await?),
-            None => None,
+            Some(path) => open_netns(path).await?,
+            None => new_netns().await?,
         };
         let (view, root) = match ContainerView::mount(id) {
             Ok((view, root)) => (Some(view), root),
@@ -103,13 +110,7 @@ impl Anchor {
             }
         };
         let jail = Jail {
-            namespaces: Namespaces {
-                net: netns.is_none(),
-                mount: true,
-                ipc: true,
-                uts: true,
-                ..Namespaces::default()
-            },
+            namespaces: Namespaces { mount: true, ipc: true, uts: true, ..Namespaces::default() },
             empty_environment: true,
             new_keyring: true,
             no_new_privileges: true,
@@ -117,19 +118,25 @@ impl Anchor {
             ..Jail::default()
         };
         let mut spawn = ENTRY_POINT.spawn().jail(jail);
-        spawn = spawn.fd(root, ROOT_FD).stdout(Stdio::Pipe);
-        if let Some(netns) = netns {
-            spawn = spawn.join_netns(netns);
-        }
+        let joined = netns.try_clone().map_err(AnchorError::NewNetns)?;
+        spawn = spawn.fd(root, ROOT_FD).stdout(Stdio::Pipe).join_netns(joined);
         let mut child = spawn.start().map_err(AnchorError::Spawn)?;
         let report = OwnedFd::from(child.stdout.take().expect("it was asked for"));
         let report = pipe::Receiver::from_owned_fd(report).map_err(AnchorError::Report)?;
-        Ok(Self { view, child, report })
+        Ok(Self { view, child, report, netns })
     }
 
     /// The anchor's pid on the host.
     pub fn pid(&self) -> u32 {
         self.child.pid()
+    }
+
+    /// The network namespace that the process is in.
+    ///
+    /// # Errors
+    /// The errors of dup(2).
+    pub(super) fn netns(&self) -> io::Result<OwnedFd> {
+        self.netns.try_clone()
     }
 
     /// Waits until the process has entered its root. Its pid may only be passed to clients after that.
@@ -166,12 +173,21 @@ impl Anchor {
     }
 }
 
+/// Makes a network namespace in which the loopback interface is switched on, as runc does.
+async fn new_netns() -> Result<OwnedFd, AnchorError> {
+    let switch_on =
+        || NetlinkSocket::new()?.set_link(LOOPBACK, "lo", true, Vec::new()).map_err(io::Error::other);
+    let made = spawn_blocking(move || netns::inside_new(switch_on)).await;
+    let made = made.unwrap_or_else(|error| Err(io::Error::other(error)));
+    made.map(|(namespace, ())| namespace).map_err(AnchorError::NewNetns)
+}
+
 /// Opens a network namespace by its path, in a thread of its own: the file system that the path leads to may
 /// not answer.
 ///
 /// # Errors
 /// The errors of open(2), or the path is not that of a namespace.
-pub(super) async fn open_netns(path: PathBuf) -> Result<OwnedFd, AnchorError> {
+async fn open_netns(path: PathBuf) -> Result<OwnedFd, AnchorError> {
     let open = {
         let path = path.clone();
         move || netns::open(&path)

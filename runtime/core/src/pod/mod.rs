@@ -133,12 +133,14 @@ impl Pod {
     ) -> Self {
         let PodSettings { config, namespace, name, dir, poststop_dir, lifetime, containerd } = settings;
         let config = Arc::new(config);
+        let starting = Arc::new(Semaphore::new(streams::STARTING));
         let sandbox = SandboxSettings {
             config: Arc::clone(&config),
             name: name.clone(),
             dir: dir.clone(),
             lifetime,
             containerd,
+            unclaimed: Arc::clone(&starting),
         };
         let shared = PodShared {
             config,
@@ -151,7 +153,7 @@ impl Pod {
             containers: Mutex::default(),
             cgroup: HostCgroup::default(),
             shares: PodShares::default(),
-            starting: Arc::new(Semaphore::new(streams::STARTING)),
+            starting,
         };
         Self { shared: Arc::new(shared) }
     }

@@ -98,6 +98,7 @@ impl Pod {
             dir: shared.dir.join(DIR),
             lifetime: Lifetime::Sandbox,
             containerd: None,
+            unclaimed: Arc::clone(&shared.starting),
         };
         Sandbox::new(settings, None)
     }

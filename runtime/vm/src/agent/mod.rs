@@ -2,7 +2,7 @@
 
 mod stream_end;
 
-use std::time::Duration;
+use std::{net::Ipv4Addr, time::Duration};
 
 use machinen_base::{
     error::{ErrorKind, HasKind},
@@ -13,8 +13,8 @@ use machinen_protocol::{
         AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, CheckpointImagesResponse,
         ConfigureNetworkRequest, ConfigureRequest, ConfigureResponse, ContainerRequest,
         CreateContainerRequest, CreateContainerResponse, Empty, EndStdinRequest, ExecProcessRequest,
-        ExportLayerRequest, MountSharesRequest, OpenViewRequest, ProcessRequest, ResizeTerminalRequest,
-        SetClockRequest, SignalProcessRequest, WaitProcessResponse,
+        ExportLayerRequest, ForwardNameserversRequest, MountSharesRequest, OpenViewRequest, ProcessRequest,
+        ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, WaitProcessResponse,
     },
     process::{ProcessRef, SignalTarget},
 };
@@ -125,6 +125,16 @@ impl Client {
     /// A value is not valid, a device does not exist, or the guest's kernel refuses.
     pub async fn configure_network(&self, request: ConfigureNetworkRequest) -> Result<(), AgentError> {
         call!(self.configure_network(request), Some(QUICK)).map(nothing)
+    }
+
+    /// Has the guest send what containers send to these nameservers on the stream with this token.
+    ///
+    /// # Errors
+    /// The stream does not exist, or the guest's kernel refuses.
+    pub async fn forward_nameservers(&self, nameservers: &[Ipv4Addr], stream: u64) -> Result<(), AgentError> {
+        let nameservers = nameservers.iter().map(|address| address.octets().to_vec()).collect();
+        let request = ForwardNameserversRequest { nameservers, stream, ..Default::default() };
+        call!(self.forward_nameservers(request), Some(QUICK)).map(nothing)
     }
 
     /// Sets the guest's wall clock, to nanoseconds since the Unix epoch.

@@ -24,8 +24,8 @@ pub(crate) mod fd {
     /// Template and clone: a connected socket on which the agent reports that it waits, and on which the host
     /// wakes it.
     pub(crate) const WAKE: i32 = 9;
-    /// The tap device that is the other end of the guest's network device.
-    pub(crate) const TAP: i32 = 10;
+    /// The first of the tap devices that are the other ends of the guest's network devices; the others follow.
+    pub(crate) const FIRST_TAP: i32 = 10;
 }
 
 /// How the guest starts.
@@ -124,12 +124,14 @@ pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
         }
     }
 
-    if spec.nic {
+    if spec.nics > 0 {
         // QEMU announces a VM that it has restored with the hardware address that the device has then, which is the
         // same in all clones.
         args.option("-global", "migration.announce-rounds=0");
-        args.option("-netdev", format!("tap,id=net,fd={}", fd::TAP));
-        args.option("-device", format!("virtio-net-device,netdev=net,mac={UNUSED_MAC}"));
+    }
+    for (nic, fd) in (0..spec.nics).zip(fd::FIRST_TAP..) {
+        args.option("-netdev", format!("tap,id=net{nic},fd={fd}"));
+        args.option("-device", format!("virtio-net-device,netdev=net{nic},mac={}", unused_mac(nic)));
     }
 
     args.option("-device", format!("virtio-scsi-device,id={SCSI}"));
@@ -138,8 +140,11 @@ pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
     args.0
 }
 
-/// The hardware address of a network device that is connected to nothing: locally administered, and in no use.
-const UNUSED_MAC: &str = "02:00:00:00:00:01";
+/// The hardware address of a network device that is connected to nothing: locally administered, and in no use. The
+/// agent finds the device's number by it.
+fn unused_mac(nic: u32) -> String {
+    format!("02:00:00:00:00:{:02x}", nic + 1)
+}
 
 /// Set of descriptors that holds the guest image; sets of hot-added disks are numbered after it.
 pub(crate) const IMAGE_FDSET: u64 = 1;
@@ -250,7 +255,7 @@ pub(crate) mod tests {
             image: "/a/guest.img".into(),
             kernel_args: String::new(),
             channel,
-            nic: true,
+            nics: 2,
             hostname: "c1".into(),
             boot_timeout: std::time::Duration::from_secs(60),
             qemu_files: Vec::new(),

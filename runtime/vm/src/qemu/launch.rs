@@ -36,7 +36,7 @@ use crate::{
         snapshot::{self, VmSnapshot, VmSnapshotError},
     },
     spec::VmSpec,
-    tap::TapDevice,
+    tap::TapDevices,
 };
 
 /// The file in the VM's directory that has the guest's console output.
@@ -124,7 +124,7 @@ pub(crate) struct Launched {
     pub(crate) qmp: Qmp,
     pub(crate) events: broadcast::Receiver<QmpEvent>,
     running: RunningVm,
-    tap: Option<TapDevice>,
+    taps: Option<TapDevices>,
 }
 
 pub(crate) async fn launch(spec: VmSpec, dir: &Path) -> Result<Vm, LaunchError> {
@@ -164,7 +164,7 @@ pub(crate) async fn begin(
         LaunchOrigin::Boot | LaunchOrigin::Template { .. } => None,
     };
     let started = start(spec, origin, &dir.path, guest_end, kernel, image, &user);
-    let StartedQemu { qemu, monitor, wake, console, stderr, tap } = match started {
+    let StartedQemu { qemu, monitor, wake, console, stderr, taps } = match started {
         Ok(started) => started,
         Err(error) => {
             if let Err(error) = channel.close().await {
@@ -186,7 +186,7 @@ pub(crate) async fn begin(
         user,
     };
     match Qmp::connect(monitor).await {
-        Ok((qmp, events)) => Ok(Launched { qmp, events, running, tap }),
+        Ok((qmp, events)) => Ok(Launched { qmp, events, running, taps }),
         Err(error) => Err(failed(running, error).await),
     }
 }
@@ -203,7 +203,7 @@ impl Launched {
 
     /// Starts the driver task, which owns QEMU from now on.
     fn hand_over(self, spec: VmSpec) -> Vm {
-        let Self { qmp, events, running, tap } = self;
+        let Self { qmp, events, running, taps } = self;
         let (requests, request_queue) = mpsc::channel(16);
         let (stop, stopped) = watch::channel(StopRequest::No);
         let (exit_sender, exit) = watch::channel(None);
@@ -226,8 +226,8 @@ impl Launched {
             tracing::debug!(pid, "VM has ended: {exit}");
             exit_sender.send_replace(Some(exit));
         });
-        let tap = tap.map(Arc::new);
-        Vm { pid, spec: Arc::new(spec), channel, tap, requests, stop: Arc::new(stop), agent, exit }
+        let taps = taps.map(Arc::new);
+        Vm { pid, spec: Arc::new(spec), channel, taps, requests, stop: Arc::new(stop), agent, exit }
     }
 
     /// Ends QEMU, unless it has ended already. Nothing is left of it when this returns.
@@ -271,7 +271,7 @@ struct StartedQemu {
     wake: Option<UnixStream>,
     console: QemuOutput,
     stderr: QemuOutput,
-    tap: Option<TapDevice>,
+    taps: Option<TapDevices>,
 }
 
 fn start(
@@ -328,15 +328,15 @@ fn start(
             Some(watched(wake)?)
         }
     };
-    let mut tap = None;
+    let mut taps = None;
     let mut netns = None;
-    if spec.nic {
-        let (device, fd) = TapDevice::create().map_err(failed("make a tap device"))?;
-        inherited.push((fd, fd::TAP));
-        // One namespace is enough for the device and for QEMU, which can do nothing with the device there.
-        netns = Some(device.namespace.try_clone().map_err(failed("duplicate a descriptor"))?);
+    if spec.nics > 0 {
+        let (devices, fds) = TapDevices::create(spec.nics).map_err(failed("make a tap device"))?;
+        inherited.extend(fds.into_iter().zip(fd::FIRST_TAP..));
+        // One namespace is enough for the devices and for QEMU, which can do nothing with the devices there.
+        netns = Some(devices.namespace.try_clone().map_err(failed("duplicate a descriptor"))?);
         jail.namespaces.net = false;
-        tap = Some(device);
+        taps = Some(devices);
     }
     let mut spawn = Spawn::new(&spec.qemu).args(args).stderr(Stdio::Fd(stderr_end.into())).jail(jail);
     if let Some(netns) = netns {
@@ -347,7 +347,7 @@ fn start(
     }
     let qemu = spawn.start().map_err(LaunchError::Qemu)?;
     let (console, stderr) = (read(console, Some(log)), read(stderr, None));
-    Ok(StartedQemu { qemu, monitor, wake, console, stderr, tap })
+    Ok(StartedQemu { qemu, monitor, wake, console, stderr, taps })
 }
 
 fn read(source: impl tokio::io::AsyncRead + Unpin + Send + 'static, log: Option<File>) -> QemuOutput {

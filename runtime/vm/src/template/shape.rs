@@ -137,7 +137,7 @@ mod tests {
             image: dir.join("guest.img"),
             kernel_args: String::new(),
             channel: ChannelKind::Serial,
-            nic: true,
+            nics: 1,
             hostname: "one".into(),
             boot_timeout: std::time::Duration::from_secs(1),
             qemu_files: Vec::new(),
@@ -160,7 +160,7 @@ mod tests {
             VmSpec { kernel_args: "x".into(), ..base.clone() },
             VmSpec { qemu: "/bin/ls".into(), ..base.clone() },
             VmSpec { channel: ChannelKind::KernelVsock, ..base.clone() },
-            VmSpec { nic: false, ..base.clone() },
+            VmSpec { nics: 0, ..base.clone() },
         ] {
             assert_ne!(key(&base), key(&other), "{other:?}");
         }

@@ -48,7 +48,7 @@ impl Host {
             image: asset("guest.img"),
             kernel_args: String::new(),
             channel,
-            nic: true,
+            nics: 1,
             hostname: "test".into(),
             boot_timeout: Duration::from_secs(60),
             qemu_files: Vec::new(),

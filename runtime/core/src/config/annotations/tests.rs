@@ -112,7 +112,7 @@ fn running() -> VmSpec {
         image: "guest.img".into(),
         kernel_args: String::new(),
         channel: ChannelKind::Serial,
-        nic: true,
+        nics: 1,
         hostname: "pod".into(),
         boot_timeout: std::time::Duration::from_secs(1),
         qemu_files: Vec::new(),

@@ -11,8 +11,8 @@ use super::{
     undo::{CreateJob, Held},
 };
 use crate::{
-    network::PodNetwork,
-    pod::{PodError, anchor::open_netns, stdio::HostStdio},
+    network::{NetworkError, PodNetwork},
+    pod::{PodError, stdio::HostStdio},
 };
 
 /// The VM starts, the disks are open, and the anchor's process exists.
@@ -61,9 +61,14 @@ impl CreateJob<'_> {
     ) -> Result<(AttachedDisks, Option<Arc<PodNetwork>>), PodError> {
         let disks = held.attachments.attach(&self.request.id, &held.disks.open, self.phases);
         let network = async {
-            let Some(path) = self.plan.netns() else { return Ok(None) };
-            let namespace = open_netns(path).await?;
-            self.pod.shared.sandbox.connect(&self.request.id, &held.vm.vm, namespace).await
+            let namespace = held.anchor.netns().map_err(NetworkError::Enter).map_err(PodError::Network)?;
+            let sandbox = &self.pod.shared.sandbox;
+            let network =
+                sandbox.connect(&self.request.id, &held.vm.vm, namespace, self.plan.names_netns()).await?;
+            if let Some((network, resolv_conf)) = network.as_ref().zip(self.plan.resolv_conf()) {
+                network.add_resolv_conf(resolv_conf);
+            }
+            Ok::<_, PodError>(network)
         };
         let (disks, network) = tokio::join!(disks, self.phases.time("tap", network));
         Ok((disks?, network?))

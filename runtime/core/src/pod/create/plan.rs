@@ -3,8 +3,9 @@
 use std::{
     collections::HashMap,
     io::{self, Read},
-    os::unix::fs::MetadataExt,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use machinen_base::fs::{Links, open_regular};
@@ -72,6 +73,19 @@ impl CreatePlan {
     /// The network namespace that the container's anchor joins; None: one of its own.
     pub(in crate::pod) fn netns(&self) -> Option<PathBuf> {
         self.guest.netns.clone()
+    }
+
+    /// Whether the configuration names a network namespace, which other containers may have too.
+    pub(super) fn names_netns(&self) -> bool {
+        self.guest.netns.is_some()
+    }
+
+    /// The host's file that the container has as its /etc/resolv.conf.
+    pub(super) fn resolv_conf(&self) -> Option<Arc<OwnedFd>> {
+        let mounted = self.guest.volumes.iter().zip(&self.volumes);
+        let (_, volume) =
+            mounted.rev().find(|(mount, _)| mount.destination == Path::new("/etc/resolv.conf"))?;
+        volume.is_file.then(|| Arc::clone(&volume.source))
     }
 }
 

@@ -18,7 +18,7 @@ use std::{collections::HashSet, fmt, os::fd::OwnedFd, path::PathBuf, sync::Arc, 
 
 use machinen_base::{error::chain, netns};
 use machinen_vm::{Vm, admission::Reservation};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore};
 
 use super::PodError;
 use crate::{
@@ -60,6 +60,8 @@ pub(super) struct SandboxSettings {
     /// The socket of containerd, if the pod's owner knows it. Members of the warm pool end with that
     /// containerd.
     pub(super) containerd: Option<PathBuf>,
+    /// Acquired while a stream is open that the agent has not claimed.
+    pub(super) unclaimed: Arc<Semaphore>,
 }
 
 /// The VM of a pod.
@@ -198,15 +200,17 @@ impl Sandbox {
     }
 
     /// Connects the VM of a container with the container's network namespace, unless another container of the pod has
-    /// done so. Returns None if the namespace is the host's own.
+    /// done so. `named`: the configuration names the namespace; otherwise the container's own is connected if the pod has
+    /// no other. Returns None if the namespace is not connected: it is the host's own, or such a further one.
     ///
     /// # Errors
-    /// The VM has ended or has no network device, another container has another namespace, or the kernel refuses.
+    /// The VM has ended, another container has another namespace, or the kernel refuses.
     pub(super) async fn connect(
         &self,
         container: &str,
         vm: &Vm,
         namespace: OwnedFd,
+        named: bool,
     ) -> Result<Option<Arc<PodNetwork>>, PodError> {
         let mut state = self.state.lock().await;
         let running = match &mut *state {
@@ -215,12 +219,15 @@ impl Sandbox {
         };
         if let Some(network) = &running.network {
             let id = netns::id(&namespace).map_err(|error| PodError::Network(NetworkError::Enter(error)))?;
-            let same = network.id() == id;
-            return same
-                .then(|| Some(Arc::clone(network)))
-                .ok_or(PodError::Network(NetworkError::OtherNamespace));
+            return match network.id() == id {
+                true => Ok(Some(Arc::clone(network))),
+                false if named => Err(PodError::Network(NetworkError::OtherNamespace)),
+                false => Ok(None),
+            };
         }
-        let network = PodNetwork::connect(vm, namespace).await.map_err(PodError::Network)?;
+        let network = PodNetwork::connect(vm, namespace, Arc::clone(&self.settings.unclaimed))
+            .await
+            .map_err(PodError::Network)?;
         running.network.clone_from(&network);
         Ok(network)
     }

@@ -65,7 +65,7 @@ pub(super) fn build(
         image: assets.image.clone(),
         kernel_args: config.vm.all_kernel_args(),
         channel: choose_channel(config.vm.channel, &HostSupport::detect(&config.vm.vhost_device_vsock)),
-        nic: Path::new(tap::DEVICE).exists(),
+        nics: if Path::new(tap::DEVICE).exists() { config.vm.network_devices } else { 0 },
         hostname: name.chars().filter(char::is_ascii).take(MAX_HOSTNAME).collect(),
         boot_timeout: Duration::from_secs(config.vm.boot_timeout_s),
         qemu_files: config.vm.qemu_files.clone(),
