@@ -25,6 +25,7 @@ mod host_limits;
 mod id;
 mod kill_clock;
 mod layer;
+mod mounted;
 mod out_of_memory;
 mod pause;
 mod phases;

@@ -1,11 +1,16 @@
 //! Translates the caller's mounts of a root file system to what the VM gets: a base to convert, and a disk
 //! for the changes.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use machinen_base::error::{ErrorKind, HasKind};
 use machinen_storage::{container_disk::ContainerDiskPlan, layer::LayerTarget, rootdisk::RootfsSource};
 use oci_spec::runtime::Spec;
+
+use super::mounted;
 
 /// Name of the writable layer's disk, in the directory of the snapshot (or of the bundle).
 const WRITABLE: &str = "machinen-writable.ext4";
@@ -51,6 +56,14 @@ pub enum RootfsPlanError {
         /// The file or directory.
         path: PathBuf,
     },
+    /// It cannot be found out what is mounted at the root.
+    #[error("cannot find out what is mounted at the rootfs {}: {error}", path.display())]
+    Unreadable {
+        /// The directory.
+        path: PathBuf,
+        /// The error of the system.
+        error: String,
+    },
     /// There is nothing to use as the root file system.
     #[error("the OCI configuration has no root and the caller mounted none")]
     None,
@@ -79,17 +92,29 @@ pub enum RootfsPlanError {
     NoLower,
 }
 
+impl RootfsPlanError {
+    fn unreadable(path: &Path, error: &io::Error) -> Self {
+        let path = path.to_owned();
+        match error.kind() {
+            io::ErrorKind::NotFound => Self::Missing { path },
+            _ => Self::Unreadable { path, error: error.to_string() },
+        }
+    }
+}
+
 impl HasKind for RootfsPlanError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Missing { .. } => ErrorKind::NotFound,
+            Self::Unreadable { .. } => ErrorKind::FailedPrecondition,
             Self::None | Self::NoLower => ErrorKind::InvalidArgument,
             Self::Kind { .. } | Self::Device { .. } | Self::Several { .. } => ErrorKind::Unimplemented,
         }
     }
 }
 
-/// Plans the disks from the caller's mounts, or from `root.path` of the configuration if there are no mounts.
+/// Plans the disks from the caller's mounts, or from `root.path` of the configuration if there are no mounts. An overlay
+/// that is mounted there counts as if the caller had described it.
 ///
 /// # Errors
 /// A directory is missing, or a type of mount is not supported.
@@ -98,8 +123,11 @@ pub fn plan(mounts: &[RootfsMount], spec: &Spec, bundle: &Path) -> Result<Rootfs
     let is_read_only = |mount: &RootfsMount| mount.options.iter().any(|option| option == "ro");
     let plan = match mounts {
         [] => {
-            let root = spec.root().as_ref().ok_or(RootfsPlanError::None)?;
-            RootfsPlan { source: Some(RootfsSource::Dir(bundle.join(root.path()))), disk: in_bundle() }
+            let root = bundle.join(spec.root().as_ref().ok_or(RootfsPlanError::None)?.path());
+            match mounted::overlay_at(&root).map_err(|error| RootfsPlanError::unreadable(&root, &error))? {
+                Some(mount) => overlay(&mount, bundle)?,
+                None => RootfsPlan { source: Some(RootfsSource::Dir(root)), disk: in_bundle() },
+            }
         }
         [mount] if mount.kind == "overlay" => overlay(mount, bundle)?,
         [mount] if mount.kind == "bind" || mount.options.iter().any(|option| option.ends_with("bind")) => {
