@@ -1,10 +1,12 @@
 //! A private Docker daemon with its command line, on top of a private containerd.
 //!
 //! dockerd is a descendant of that containerd's keeper, which kills it at the end and removes its files: all of them
-//! are below the containerd's root. It makes no bridge and no rules of iptables, so it changes nothing of the host.
+//! are below the containerd's root. It has a network namespace of its own, in which it makes its bridges and its rules of
+//! iptables, so it changes nothing of the host.
 
 use std::{
     fs,
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
 };
 
@@ -32,32 +34,44 @@ pub const RUNC: &str = "runc";
 pub struct Docker<'a> {
     containerd: &'a Containerd,
     dir: PathBuf,
+    pid: u32,
 }
 
 impl<'a> Docker<'a> {
-    /// Starts dockerd and waits until it serves. A containerd has one at most.
+    /// Starts dockerd and waits until it serves. A containerd has one at most. `runtime` is the one of containers that name
+    /// none.
     ///
     /// # Errors
     /// `make setup` has not run, or dockerd does not start; containerd's log has its messages.
-    pub fn start(containerd: &'a Containerd) -> Result<Self> {
+    pub fn start(containerd: &'a Containerd, runtime: &str) -> Result<Self> {
         let dir = containerd.root().join("docker");
         for name in ["", "client"] {
             fs::create_dir(dir.join(name)).with_context(|| format!("cannot make {}", dir.display()))?;
         }
-        let docker = Self { containerd, dir };
-        docker.write_configuration()?;
+        let mut docker = Self { containerd, dir, pid: 0 };
+        let plugins = docker.dir.join("client/cli-plugins");
+        fs::create_dir(&plugins)?;
+        symlink(
+            paths::docker_program("libexec/docker/cli-plugins", "docker-compose")?,
+            plugins.join("docker-compose"),
+        )?;
+        docker.write_configuration(runtime)?;
         let from = containerd.log().position();
         let program = paths::docker_program("sbin", "dockerd")?;
         let config = docker.dir.join("daemon.json");
         // The script ends at once, and dockerd stays a descendant of the keeper.
-        let script =
-            format!("setsid {} --config-file {} </dev/null &\n", program.display(), config.display());
+        let script = format!(
+            "setsid unshare --net sh -c 'ip link set lo up && exec {} --config-file {}' </dev/null &\n",
+            program.display(),
+            config.display()
+        );
         containerd.run_script(&script)?;
         containerd.log().wait_for(from, |line| line.contains("API listen on"))?;
+        docker.pid = fs::read_to_string(docker.dir.join("pid"))?.trim().parse()?;
         Ok(docker)
     }
 
-    fn write_configuration(&self) -> Result<()> {
+    fn write_configuration(&self, runtime: &str) -> Result<()> {
         let below = |name: &str| self.dir.join(name);
         let namespace = self.containerd.namespace();
         let config = json!({
@@ -69,11 +83,10 @@ impl<'a> Docker<'a> {
             "pidfile": below("pid"),
             // The keeper removes the groups of this name.
             "cgroup-parent": format!("/{namespace}"),
-            "bridge": "none",
-            "iptables": false,
-            "ip6tables": false,
-            "ip-forward": false,
             "userland-proxy-path": paths::docker_program("sbin", "docker-proxy")?,
+            "init-path": paths::docker_program("bin", "docker-init")?,
+            // Builds take this one.
+            "default-runtime": runtime,
             "debug": true,
             "runtimes": { MACHINEN: { "runtimeType": "io.machinen.v1" } },
         });
@@ -94,9 +107,8 @@ impl<'a> Docker<'a> {
     /// # Errors
     /// The daemon does not end.
     pub fn stop(self) -> Result<()> {
-        let pid: u32 = fs::read_to_string(self.dir.join("pid"))?.trim().parse()?;
-        kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM)?;
-        ensure!(wait_for_end(pid, DEADLINE)?, "dockerd did not end within {DEADLINE:?}");
+        kill(Pid::from_raw(self.pid.cast_signed()), Signal::SIGTERM)?;
+        ensure!(wait_for_end(self.pid, DEADLINE)?, "dockerd did not end within {DEADLINE:?}");
         Ok(())
     }
 
@@ -125,6 +137,12 @@ impl<'a> Docker<'a> {
     /// The program failed; both of its streams are quoted.
     pub fn ok(&self, args: &[&str]) -> Result<String> {
         Ok(self.output(args)?.ok()?.text().trim_end().to_owned())
+    }
+
+    /// A program in the network namespace of the daemon, as on the host that the daemon serves.
+    pub fn beside(&self, args: &[&str]) -> Invocation {
+        let namespace = format!("--net=/proc/{}/ns/net", self.pid);
+        Invocation::new("nsenter").arg(namespace).args(args.iter().copied())
     }
 
     /// Imports the files of an image with one layer.

@@ -1,14 +1,16 @@
 //! The real Docker as a client: the same commands with runc show that the tests ask for nothing special.
 
+mod compose;
+mod images;
+mod network;
+mod options;
+mod verbs;
+mod volumes;
+
 use std::fs;
 
 use anyhow::{Result, ensure};
-use machinen_integration::{
-    containerd::Containerd,
-    docker::{self, Docker},
-    image::Image,
-    paths::Version,
-};
+use machinen_integration::{containerd::Containerd, docker::Docker, image::Image, paths::Version};
 
 use crate::harness::{self, IMAGE};
 
@@ -16,10 +18,13 @@ use crate::harness::{self, IMAGE};
 macro_rules! with_docker {
     ($name:ident, $runtime:ident: $($test:ident),* $(,)?) => {
         mod $name {
-            $(#[test] fn $test() { super::run(super::docker::$runtime, super::$test); })*
+            $(#[test] fn $test() {
+                $crate::docker::run(machinen_integration::docker::$runtime, super::$test);
+            })*
         }
     };
 }
+use with_docker;
 
 with_docker!(runc, RUNC: exit_codes, streams, a_life_in_the_background, files_are_copied, stopped_in_time);
 // dockerd copies into its own mount of the root file system, which a running VM does not see.
@@ -30,7 +35,7 @@ const CONTAINERD: Version = Version::V1_7;
 
 fn run(runtime: &str, test: fn(&Docker<'_>, &str) -> Result<()>) {
     harness::run(CONTAINERD, |containerd: &mut Containerd| {
-        let docker = Docker::start(containerd)?;
+        let docker = Docker::start(containerd, runtime)?;
         docker.import(&Image::busybox()?)?;
         // dockerd stays until the end of the test, so it is no leftover.
         let before = containerd.inventory()?;

@@ -1,0 +1,48 @@
+//! What a container has written becomes an image or a list of changes, and images are built.
+
+use std::{fs, time::Duration};
+
+use anyhow::{Result, ensure};
+use machinen_integration::docker::Docker;
+
+use super::with_docker;
+use crate::harness::IMAGE;
+
+with_docker!(runc, RUNC: commit_and_diff, a_build);
+with_docker!(machinen, MACHINEN: commit_and_diff, a_build);
+
+fn commit_and_diff(docker: &Docker<'_>, runtime: &str) -> Result<()> {
+    let script = "echo written > /written; rm /etc/passwd; mkdir -p /made/inside; adduser -D someone 2> /dev/null; true";
+    docker.ok(&["run", "--name", "source", "--runtime", runtime, IMAGE, "sh", "-c", script])?;
+    let changes = docker.ok(&["diff", "source"])?;
+    for wanted in ["A /written", "C /etc", "A /made", "A /made/inside"] {
+        ensure!(changes.lines().any(|line| line == wanted), "no {wanted:?} in\n{changes}");
+    }
+    docker.ok(&["commit", "--change", "CMD [\"cat\", \"/written\"]", "source", "committed"])?;
+    let output = docker.ok(&["run", "--rm", "--runtime", runtime, "committed"])?;
+    ensure!(output == "written", "{output}");
+    // The container continues with its own files when it is started again.
+    docker.ok(&["start", "source"])?;
+    docker.ok(&["wait", "source"])?;
+    docker.ok(&["rm", "source"])?;
+    docker.ok(&["rmi", "committed"]).map(drop)
+}
+
+/// The steps of the classic builder, each of them a container.
+fn a_build(docker: &Docker<'_>, runtime: &str) -> Result<()> {
+    let dir = docker.dir().join("context");
+    fs::create_dir(&dir)?;
+    fs::write(dir.join("given"), "given\n")?;
+    let file = format!(
+        "FROM {IMAGE}\nCOPY given /given\nRUN tr a-z A-Z < /given > /upper && echo built by $(uname -n)\n\
+         ENV NAME=value\nRUN test $NAME = value && ln -s upper /link\nCMD [\"cat\", \"/link\"]\n"
+    );
+    fs::write(dir.join("Dockerfile"), file)?;
+    let build =
+        docker.docker(&["build", "--tag", "built", &dir.display().to_string()])?.env("DOCKER_BUILDKIT", "0");
+    build.deadline(Duration::from_secs(120)).run()?.ok()?;
+    let output = docker.ok(&["run", "--rm", "--runtime", runtime, "built"])?;
+    ensure!(output == "GIVEN", "{output}");
+    docker.ok(&["rmi", "built"])?;
+    Ok(fs::remove_dir_all(dir)?)
+}
