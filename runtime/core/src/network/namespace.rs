@@ -17,13 +17,14 @@ use nix::{
 
 use super::{
     NetworkError,
+    egress::Egress,
     filter::Sources,
-    wiring::{disconnect, redirect_all, redirect_own},
+    wiring::{disconnect, pass_resets, redirect_all, redirect_own, replace_own},
 };
 use crate::spec::{bundle, guest};
 
 /// The name of a VM's tap device in the namespace of its pod.
-const DEVICE: &str = "machinen0";
+pub(super) const DEVICE: &str = "machinen0";
 
 /// The groups of events that change what the guest has (rtnetlink.h, RTNLGRP): links, addresses, routes, neighbours.
 const EVENTS: [u32; 6] = [1, 3, 5, 7, 9, 11];
@@ -37,17 +38,27 @@ const VM_ENDS_WITHIN: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct PodNamespace {
     pub(super) id: NetnsId,
-    socket: NetlinkSocket,
+    pub(super) socket: NetlinkSocket,
     /// The interface whose packets are redirected.
-    connected: Option<Connected>,
+    pub(super) connected: Option<Connected>,
+    pub(super) egress: Egress,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Connected {
-    interface: u32,
+pub(super) struct Connected {
+    pub(super) name: String,
+    pub(super) interface: u32,
     tap: u32,
     mtu: u32,
     sources: Sources,
+}
+
+impl Connected {
+    /// Whether the two differ in nothing but the addresses of the guest.
+    fn has_ends_of(&self, other: &Self) -> bool {
+        let ends = |it: &Self| (it.interface, it.tap, it.mtu);
+        ends(self) == ends(other)
+    }
 }
 
 impl PodNamespace {
@@ -71,7 +82,7 @@ impl PodNamespace {
             Err(error) if error.errno() == Some(libc::EEXIST) => return Err(NetworkError::InUse),
             moved => moved?,
         }
-        Ok(Some((Self { id, socket, connected: None }, changes)))
+        Ok(Some((Self { id, socket, connected: None, egress: Egress::default() }, changes)))
     }
 
     /// Reads the namespace, and connects its interface with the tap device. Returns the interface if there is one.
@@ -100,9 +111,10 @@ impl PodNamespace {
                 interface.shared_routes
             );
         }
-        let addresses = interface.addresses.iter().map(|address| address.address).collect();
-        let sources = Sources { mac, addresses };
-        self.wire(Connected { interface: interface.index, tap, mtu: interface.mtu, sources })?;
+        let addresses = interface.addresses.iter().map(|address| address.address);
+        let sources = Sources { mac, addresses: self.egress.of(addresses) };
+        let (name, index, mtu) = (interface.name.clone(), interface.index, interface.mtu);
+        self.wire(Connected { name, interface: index, tap, mtu, sources })?;
         Ok(Some(interface))
     }
 
@@ -110,12 +122,25 @@ impl PodNamespace {
         if self.connected.as_ref() == Some(&wanted) {
             return Ok(());
         }
+        if let Some(connected) = self.connected.take_if(|connected| connected.has_ends_of(&wanted)) {
+            let Connected { interface, tap, sources, .. } = &wanted;
+            if let Err(error) = replace_own(&mut self.socket, *tap, *interface, sources) {
+                // The next attempt begins anew.
+                self.connected = Some(connected);
+                self.disconnect()?;
+                return Err(error.into());
+            }
+            self.connected = Some(wanted);
+            return Ok(());
+        }
         self.disconnect()?;
-        let Connected { interface, tap, mtu, sources } = &wanted;
+        let Connected { interface, tap, mtu, sources, .. } = &wanted;
         // The filters come first, so that no packet of the guest reaches the host's own network code.
         let up = redirect_own(&mut self.socket, *tap, *interface, sources)
             .and_then(|()| self.socket.set_link(*tap, DEVICE, true, vec![LinkAttribute::Mtu(*mtu)]))
-            .and_then(|()| redirect_all(&mut self.socket, *interface, *tap));
+            .and_then(|()| redirect_all(&mut self.socket, *interface, *tap))
+            // The connections of an earlier container, which has ended with its checkpoint, can be this one's.
+            .and_then(|()| pass_resets(&mut self.socket, *interface));
         // Also after an error, something is to be removed.
         self.connected = Some(wanted);
         Ok(up?)
@@ -124,6 +149,7 @@ impl PodNamespace {
     /// Removes what redirects packets. Does nothing where it is gone already.
     pub(super) fn disconnect(&mut self) -> Result<(), NetworkError> {
         if let Some(Connected { interface, tap, .. }) = self.connected.take() {
+            self.keep_connections(interface);
             disconnect(&mut self.socket, interface)?;
             disconnect(&mut self.socket, tap)?;
         }
@@ -156,6 +182,17 @@ pub fn disconnect_abandoned(bundle: &Path) -> Result<(), NetworkError> {
     let Some(all) = without_vm(&mut socket, &changes)? else { return Ok(()) };
     let mut others = all.iter().filter(|interface| !interface.loopback);
     Ok(others.try_for_each(|interface| disconnect(&mut socket, interface.index))?)
+}
+
+/// Whether the path is that of the same network namespace as another path, which may lead nowhere.
+///
+/// # Errors
+/// The first path leads to no network namespace.
+pub fn same_namespace(path: &Path, other: Option<&Path>) -> io::Result<bool> {
+    let id = netns::id(&netns::open(path)?)?;
+    Ok(other.is_some_and(|other| {
+        netns::open(other).and_then(|other| netns::id(&other)).is_ok_and(|other| other == id)
+    }))
 }
 
 /// The interfaces of the namespace once no VM has its tap device there. A VM ends soon after the process that owned it.

@@ -13,7 +13,7 @@ use machinen_netlink::{InterfaceAddress, NetlinkSocket, interfaces, packet};
 use machinen_vm::TAP_NAME;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::{NetworkError, namespace::PodNamespace};
+use super::{NetworkError, egress::Egress, namespace::PodNamespace};
 
 const OWN: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 const OWN6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 2);
@@ -47,14 +47,19 @@ impl Lab {
 
     fn connect(&self) -> PodNamespace {
         let namespace = self.namespace.try_clone().unwrap();
-        PodNamespace::connect(namespace, &self.vm_namespace).unwrap().unwrap().0
+        let mut pod = PodNamespace::connect(namespace, &self.vm_namespace).unwrap().unwrap().0;
+        pod.set_egress(Egress::Open).unwrap();
+        pod
     }
 
     fn filters(&mut self, interface: &str) -> usize {
+        self.filters_at(interface, packet::tc::TcHandle::MIN_INGRESS)
+    }
+
+    fn filters_at(&mut self, interface: &str, side: u16) -> usize {
         let index = index(&mut self.socket, interface);
         let mut message = packet::tc::TcMessage::with_index(index.cast_signed());
-        message.header.parent =
-            packet::tc::TcHandle { major: u16::MAX, minor: packet::tc::TcHandle::MIN_INGRESS };
+        message.header.parent = packet::tc::TcHandle { major: u16::MAX, minor: side };
         let get = packet::RouteNetlinkMessage::GetTrafficFilter(message);
         // Without a queueing discipline the kernel sends an empty list.
         self.socket.list(|| "list the filters".to_owned(), get).unwrap().len()
@@ -178,4 +183,46 @@ fn a_namespace_has_one_vm_and_one_interface() {
     // The namespace of this process is the host's.
     let own = netns::open(std::path::Path::new("/proc/self/ns/net")).unwrap();
     assert!(PodNamespace::connect(own, &other).unwrap().is_none());
+}
+
+#[test]
+fn nothing_leaves_while_the_connections_belong_to_a_checkpoint() {
+    let mut lab = Lab::new();
+    let mut pod = lab.connect();
+    pod.refresh().unwrap().unwrap();
+    let own = mac(&mut lab.socket);
+    for closed in [Egress::Held, Egress::Closed] {
+        pod.set_egress(closed).unwrap();
+        lab.vm.write_all(&frame(own, 0x0800, &ipv4(OWN), b'c')).unwrap();
+        pod.set_egress(Egress::Open).unwrap();
+        lab.vm.write_all(&frame(own, 0x0800, &ipv4(OWN), b'o')).unwrap();
+        assert_eq!(next_mark(&mut lab.outside, b"co"), b'o', "{closed:?}");
+    }
+    // What arrives is redirected in any case.
+    pod.set_egress(Egress::Held).unwrap();
+    let from_peer = frame([2, 0, 0, 0, 0, 1], 0x0800, &ipv4(Ipv4Addr::new(10, 77, 0, 1)), b'2');
+    lab.outside.write_all(&from_peer).unwrap();
+    assert_eq!(next_mark(&mut lab.vm, b"2"), b'2');
+    let (name, counters) = pod.counters().unwrap().unwrap();
+    assert_eq!(name, "eth0");
+    assert!(counters.received.packets >= 1 && counters.sent.packets >= 4, "{counters:?}");
+}
+
+#[test]
+fn the_hosts_kernel_resets_no_connection_of_a_checkpoint() {
+    let mut lab = Lab::new();
+    let mut pod = lab.connect();
+    pod.refresh().unwrap().unwrap();
+    pod.set_egress(Egress::Held).unwrap();
+    pod.disconnect().unwrap();
+    let resets = |lab: &mut Lab| lab.filters_at("eth0", packet::tc::TcHandle::MIN_EGRESS);
+    assert_ne!(resets(&mut lab), 0);
+    assert_eq!(lab.filters("eth0"), 0);
+    // The next container has the connections.
+    let (other, _tap) = netns::inside_new(|| tap::create(TAP_NAME)).unwrap();
+    lab.socket.move_to("machinen0", other.as_fd(), "old").unwrap();
+    lab.vm_namespace = other;
+    let mut pod = lab.connect();
+    pod.refresh().unwrap().unwrap();
+    assert_eq!(resets(&mut lab), 0);
 }
