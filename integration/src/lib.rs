@@ -19,6 +19,7 @@ pub mod exec;
 pub mod fake;
 pub mod image;
 pub mod inventory;
+pub mod lab;
 pub mod log;
 pub mod paths;
 pub mod phases;

@@ -48,6 +48,17 @@ pub(crate) enum ForkError {
     Hostname { id: String },
     #[error("{name:?} is not a valid hostname: it must have 1 to 64 characters without spaces")]
     BadHostname { name: String },
+    #[error(
+        "{id} has the network namespace {}, and the new container needs another one: give it one by --netns PATH, or \
+         --netns none for a loopback interface only", path.display()
+    )]
+    NeedsNetwork { id: String, path: PathBuf },
+    #[error("--netns {} is the network namespace of {id}: the new container needs another one", path.display())]
+    SameNetwork { id: String, path: PathBuf },
+    #[error("--netns {} is not absolute", path.display())]
+    RelativeNetwork { path: PathBuf },
+    #[error("cannot use --netns {}", path.display())]
+    Network { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Memory(#[from] AdmissionError),
     #[error("{} is not empty: --checkpoint-dir needs a directory of its own", path.display())]

@@ -18,6 +18,7 @@ mod capture;
 mod checkpoint_dir;
 mod containerd;
 mod error;
+mod network;
 mod serving;
 mod signals;
 mod source;
@@ -31,7 +32,7 @@ use clap::Args;
 use machinen::config::Config;
 use serde_json::json;
 
-use self::{containerd::ContainerdClient, error::ForkError, spec::TcpChoice};
+use self::{containerd::ContainerdClient, error::ForkError, network::NetworkChoice, spec::TcpChoice};
 
 /// Arguments of `machinen fork`.
 #[derive(Debug, Args)]
@@ -54,6 +55,10 @@ pub(crate) struct ForkArgs {
     /// Hostname of NEW instead of its id
     #[arg(long, value_name = "NAME")]
     hostname: Option<String>,
+    /// Network namespace of NEW, by its path; "none" gives NEW a loopback interface only. A source with a network
+    /// namespace requires it, since both containers cannot have the same
+    #[arg(long, value_name = "PATH|none")]
+    netns: Option<NetworkChoice>,
     /// Print JSON
     #[arg(long)]
     json: bool,

@@ -8,7 +8,10 @@ use machinen::{
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde_json::{Map, Value};
 
-use super::error::ForkError;
+use super::{
+    error::ForkError,
+    network::{self, NetworkChoice},
+};
 
 /// What happens to established TCP connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -27,6 +30,7 @@ pub(super) struct ForkOptions<'a> {
     pub(super) hostname: Option<&'a str>,
     pub(super) tcp: TcpChoice,
     pub(super) lazy: bool,
+    pub(super) netns: Option<&'a NetworkChoice>,
 }
 
 /// The configurations of a fork.
@@ -54,6 +58,10 @@ impl ForkSpec {
             (false, None) => None,
             (false, Some(_)) => return Err(ForkError::Hostname { id: id() }),
         };
+        network::check(options.source, &typed, options.netns)?;
+        if let Some(netns) = options.netns {
+            network::set(&mut spec, netns);
+        }
         if let Some(hostname) = &hostname {
             spec.insert("hostname".to_owned(), hostname.as_str().into());
         }
@@ -89,8 +97,14 @@ mod tests {
 
     use super::*;
 
-    const OPTIONS: ForkOptions<'_> =
-        ForkOptions { source: "one", new: "two", hostname: None, tcp: TcpChoice::Close, lazy: false };
+    const OPTIONS: ForkOptions<'_> = ForkOptions {
+        source: "one",
+        new: "two",
+        hostname: None,
+        tcp: TcpChoice::Close,
+        lazy: false,
+        netns: None,
+    };
 
     fn source() -> Value {
         json!({

@@ -64,6 +64,7 @@ pub(super) async fn fork(
         hostname: args.hostname.as_deref(),
         tcp: args.tcp,
         lazy: args.lazy,
+        netns: args.netns.as_ref(),
     };
     let configured = source.container.spec.as_ref().map(|spec| spec.value.as_slice()).unwrap_or_default();
     let spec = ForkSpec::new(configured, &options)?;

@@ -9,12 +9,14 @@
 #![warn(missing_docs)]
 
 mod change;
+mod counters;
 mod interface;
 mod message;
 pub mod nat;
 mod read;
 mod socket;
 
+pub use counters::{InterfaceCounters, Traffic, counters};
 pub use interface::{Interface, InterfaceAddress, Neighbour, Route};
 pub use message::{InvalidInterface, from_message, to_message};
 pub use read::interfaces;

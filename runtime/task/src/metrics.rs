@@ -7,6 +7,7 @@
 use containerd_shim_protos::{cgroups::metrics as v1, cgroups_v2::metrics as v2};
 use machinen::{
     config::MetricsFormat,
+    network::InterfaceCounters,
     pod::stats::{IoStats, Pressure, Stall, Stats},
 };
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
@@ -32,7 +33,7 @@ pub(crate) fn encode(stats: &Stats, format: MetricsFormat) -> protobuf::Result<A
 }
 
 fn cgroup2(stats: &Stats) -> v2::Metrics {
-    let Stats { cpu, memory, pids, io, io_pressure } = stats;
+    let Stats { cpu, memory, pids, io, io_pressure, network } = stats;
     let (stat, events) = (&memory.stat, &memory.events);
     v2::Metrics {
         pids: MessageField::some(v2::PidsStat {
@@ -103,6 +104,39 @@ fn cgroup2(stats: &Stats) -> v2::Metrics {
             psi: pressure(io_pressure.as_ref()),
             ..Default::default()
         }),
+        network: network.iter().map(network_stat2).collect(),
+        ..Default::default()
+    }
+}
+
+fn network_stat2((name, counters): &(String, InterfaceCounters)) -> v2::NetworkStat {
+    let InterfaceCounters { received, sent } = counters;
+    v2::NetworkStat {
+        name: name.clone(),
+        rx_bytes: received.bytes,
+        rx_packets: received.packets,
+        rx_errors: received.errors,
+        rx_dropped: received.dropped,
+        tx_bytes: sent.bytes,
+        tx_packets: sent.packets,
+        tx_errors: sent.errors,
+        tx_dropped: sent.dropped,
+        ..Default::default()
+    }
+}
+
+fn network_stat1((name, counters): &(String, InterfaceCounters)) -> v1::NetworkStat {
+    let InterfaceCounters { received, sent } = counters;
+    v1::NetworkStat {
+        name: name.clone(),
+        rx_bytes: received.bytes,
+        rx_packets: received.packets,
+        rx_errors: received.errors,
+        rx_dropped: received.dropped,
+        tx_bytes: sent.bytes,
+        tx_packets: sent.packets,
+        tx_errors: sent.errors,
+        tx_dropped: sent.dropped,
         ..Default::default()
     }
 }
@@ -139,7 +173,7 @@ fn pressure(pressure: Option<&Pressure>) -> MessageField<v2::PSIStats> {
 
 /// In v1 times are nanoseconds, and swap includes memory.
 fn cgroup1(stats: &Stats) -> v1::Metrics {
-    let Stats { cpu, memory, pids, io, .. } = stats;
+    let Stats { cpu, memory, pids, io, network, .. } = stats;
     let (stat, events) = (&memory.stat, &memory.events);
     let nanoseconds = |micros: u64| micros.saturating_mul(1000);
     let entry = |usage, limit, max, failcnt| {
@@ -195,6 +229,7 @@ fn cgroup1(stats: &Stats) -> v1::Metrics {
             io_serviced_recursive: blkio(|io| io.rios, |io| io.wios),
             ..Default::default()
         }),
+        network: network.iter().map(network_stat1).collect(),
         memory_oom_control: MessageField::some(v1::MemoryOomControl {
             oom_kill: events.get("oom_kill"),
             ..Default::default()
@@ -240,7 +275,10 @@ fn memory_stat(stats: &Stats) -> v1::MemoryStat {
 
 #[cfg(test)]
 mod tests {
-    use machinen::pod::stats::{CpuStats, MemoryStats, PidsStats};
+    use machinen::{
+        network::Traffic,
+        pod::stats::{CpuStats, MemoryStats, PidsStats},
+    };
     use protobuf::Message;
 
     use super::*;
@@ -251,6 +289,13 @@ mod tests {
             memory: MemoryStats { current: 4096, max: u64::MAX, swap_max: 7, ..MemoryStats::default() },
             pids: PidsStats { current: 2, max: None },
             io: vec![IoStats { major: 8, minor: 16, rbytes: 512, rios: 1, ..IoStats::default() }],
+            network: vec![(
+                "eth0".to_owned(),
+                InterfaceCounters {
+                    received: Traffic { bytes: 11, packets: 1, errors: 2, dropped: 3 },
+                    sent: Traffic { bytes: 22, packets: 4, errors: 5, dropped: 6 },
+                },
+            )],
             ..Stats::default()
         }
     }
@@ -262,12 +307,18 @@ mod tests {
         let metrics = v2::Metrics::parse_from_bytes(&any.value).unwrap();
         assert_eq!((metrics.memory.usage, metrics.cpu.usage_usec, metrics.pids.current), (4096, 5, 2));
         assert_eq!((metrics.memory.usage_limit, metrics.io.usage[0].rbytes), (u64::MAX, 512));
+        let network = &metrics.network[0];
+        assert_eq!((network.name.as_str(), network.rx_bytes, network.tx_bytes), ("eth0", 11, 22));
+        assert_eq!((network.rx_errors, network.rx_dropped), (2, 3));
+        assert_eq!((network.tx_errors, network.tx_dropped), (5, 6));
 
         let any = encode(&stats(), MetricsFormat::Cgroup1).unwrap();
         assert_eq!(any.type_url, "io.containerd.cgroups.v1.Metrics");
         let metrics = v1::Metrics::parse_from_bytes(&any.value).unwrap();
         assert_eq!((metrics.memory.usage.usage, metrics.cpu.usage.total), (4096, 5000));
         assert_eq!((metrics.memory.swap.limit, metrics.pids.limit), (u64::MAX, 0));
+        let network = &metrics.network[0];
+        assert_eq!((network.rx_packets, network.tx_packets), (1, 4));
         let blkio = &metrics.blkio.io_service_bytes_recursive;
         assert_eq!((blkio[0].op.as_str(), blkio[0].value, blkio[1].value), ("Read", 512, 0));
     }

@@ -8,6 +8,7 @@
 //! host reads the images directly from the disk, at the extents that the agent reports: no byte of them is
 //! sent.
 
+mod bound;
 mod check;
 mod cpu;
 mod dump;
@@ -45,6 +46,7 @@ use machinen_protocol::{
 use nix::errno::Errno;
 use rust_criu::rust_criu_protobuf::rpc::{Cgroup_root, Criu_cg_mode, Criu_network_lock_method, Criu_opts};
 
+use self::bound::UnboundSockets;
 pub(crate) use self::{
     dump::{DumpSource, Dumped, dump, pre_dump},
     mounts::make_mount_points,
@@ -119,6 +121,10 @@ pub(crate) enum CriuError {
     NoMaster,
     #[error("criu has not reported which process it has restored")]
     NoPid,
+    #[error("the checkpoint has sockets that are bound to {0}")]
+    Unbound(UnboundSockets),
+    #[error("cannot examine the container's network")]
+    Network(#[from] machinen_netlink::NetlinkError),
     #[error("cannot remove CRIU's lock on the container's connections")]
     Unlock(#[source] Errno),
     #[error("cannot examine the UTS namespace of the restored processes")]
@@ -138,6 +144,7 @@ impl HasKind for CriuError {
             | Self::Cpu { .. }
             | Self::Kernel { .. }
             | Self::NoFile { .. }
+            | Self::Unbound(_)
             | Self::ForeignMount { .. } => ErrorKind::FailedPrecondition,
             Self::Hostname { .. } => ErrorKind::InvalidArgument,
             Self::Limits(err) => err.kind(),

@@ -22,8 +22,8 @@ use rust_criu::rust_criu_protobuf::rpc::{Criu_req, Criu_req_type, Inherit_fd};
 use tokio::{sync::oneshot, task::AbortHandle};
 
 use super::{
-    CriuError, STDIN, cpu, image_mount::ImageMount, lazy::LazyPages, oom, reason::quote, rpc::Criu, tmp_dirs,
-    uts,
+    CriuError, STDIN, bound, cpu, image_mount::ImageMount, lazy::LazyPages, oom, reason::quote, rpc::Criu,
+    tmp_dirs, uts,
 };
 use crate::{
     cgroup::{Cgroup, CgroupError},
@@ -153,6 +153,7 @@ pub(crate) async fn restore(
     cpu::check_kernel(&facts.kernel_release)?;
     cpu::check(&facts.cpu_flags)?;
     let images = ImageMount::mount(disk, target.dir, "erofs", MsFlags::MS_RDONLY | MsFlags::MS_NOATIME)?;
+    bound::check(images.path(), options.tcp_close)?;
     let stdin = stdio::read_unread(&images.path().join(STDIN)).map_err(CriuError::Stdin)?;
     let work = target.dir.join(WORK);
     fs::create_dir_all(&work).map_err(|source| CriuError::File {

@@ -17,9 +17,15 @@ const SETTINGS: [(&str, &str, &str); 5] = [
     ("ipv4", "arp_notify", "1"),
 ];
 
+/// `announce`: the addresses are announced even if nothing changes.
+///
 /// # Errors
 /// The kernel refuses.
-pub(super) fn apply(socket: &mut NetlinkSocket, wanted: &Interface) -> Result<(), NetworkError> {
+pub(super) fn apply(
+    socket: &mut NetlinkSocket,
+    wanted: &Interface,
+    announce: bool,
+) -> Result<(), NetworkError> {
     let present = find(socket, &wanted.name)?;
     if !present.up {
         SETTINGS.iter().try_for_each(|(kind, setting, value)| set(kind, &wanted.name, setting, value))?;
@@ -42,6 +48,11 @@ pub(super) fn apply(socket: &mut NetlinkSocket, wanted: &Interface) -> Result<()
     }
     if !present.up {
         socket.set_link(present.index, &wanted.name, true, Vec::new())?;
+    } else if announce {
+        // The kernel announces the addresses whenever the hardware address is set, also to the same one. It forgets the
+        // neighbours then; the permanent ones are added again below.
+        let same = vec![LinkAttribute::Address(wanted.mac.clone())];
+        socket.set_link(present.index, &wanted.name, true, same)?;
     }
     // Routes change with addresses.
     let present = find(socket, &wanted.name)?;

@@ -134,7 +134,7 @@ impl Network {
         for (number, wanted) in wanted.iter().enumerate() {
             if let Some(wanted) = wanted {
                 devices.show(number, &wanted.name)?;
-                apply::apply(&mut devices.own.socket, wanted)?;
+                apply::apply(&mut devices.own.socket, wanted, request.announce)?;
             }
         }
         Ok(())

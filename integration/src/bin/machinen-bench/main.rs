@@ -12,6 +12,7 @@ mod exec;
 mod floor;
 mod footprint;
 mod fork;
+mod network;
 mod parallel;
 mod ready;
 mod report;
@@ -55,6 +56,8 @@ enum Part {
     Disk,
     /// Checkpoint and restore
     Checkpoints,
+    /// Starts with a network, and its speed
+    Network,
 }
 
 /// Rounds of the slow measurements.
@@ -136,6 +139,9 @@ fn measure(containerd: &Containerd, image: &str, args: &Args) -> Result<Report> 
     }
     if wanted(Part::Checkpoints) {
         checkpoint::measure(containerd, &mut report)?;
+    }
+    if wanted(Part::Network) {
+        network::measure(containerd, image, &bench.cache, args.rounds.min(FEW), &mut report)?;
     }
     // Last: it leaves many containers.
     if wanted(Part::Starts) {

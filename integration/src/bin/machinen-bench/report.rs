@@ -70,6 +70,12 @@ impl Report {
         self.rows.push(Row { title, key, value, p99: None, unit: "MB/s" });
     }
 
+    /// A quotient of two medians.
+    pub(crate) fn share(&mut self, title: &str, key: &str, value: f64) {
+        let (title, key, value) = (title.to_owned(), key.to_owned(), value * 100.0);
+        self.rows.push(Row { title, key, value, p99: None, unit: "%" });
+    }
+
     pub(crate) fn size(&mut self, title: impl Into<String>, key: impl Into<String>, kib: u64) {
         let (title, key) = (title.into(), key.into());
         self.rows.push(Row { title, key, value: kib as f64, p99: None, unit: "KiB" });

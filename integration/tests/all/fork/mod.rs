@@ -22,7 +22,7 @@ const COUNTER: &str = "mkdir /data; exec 5>>/data/log; i=100; while :; do i=$((i
                        mv /data/new /data/count; usleep 50000; done";
 
 /// `machinen fork` with these arguments.
-fn forking(containerd: &Containerd, args: &[&str]) -> Result<Invocation> {
+pub(crate) fn forking(containerd: &Containerd, args: &[&str]) -> Result<Invocation> {
     let fork = containerd.machinen(&["fork"])?.arg("--address").arg(containerd.socket());
     Ok(fork
         .args(["--namespace", containerd.namespace()])
@@ -30,7 +30,7 @@ fn forking(containerd: &Containerd, args: &[&str]) -> Result<Invocation> {
         .env("TMPDIR", containerd.root().join("tmp")))
 }
 
-fn fork(containerd: &Containerd, args: &[&str]) -> Result<Output> {
+pub(crate) fn fork(containerd: &Containerd, args: &[&str]) -> Result<Output> {
     let output = forking(containerd, args)?.run()?.ok()?;
     nothing_but_the_fork(containerd)?;
     Ok(output)
@@ -45,7 +45,7 @@ fn counter<'a>(containerd: &'a Containerd, flags: &[&str]) -> Result<Run<'a>> {
 }
 
 /// The output of a shell command in a container.
-fn sh(containerd: &Containerd, id: &str, script: &str) -> Result<String> {
+pub(crate) fn sh(containerd: &Containerd, id: &str, script: &str) -> Result<String> {
     let exec = containerd.new_id();
     let text = containerd.ctr_ok(&["tasks", "exec", "--exec-id", &exec, id, "sh", "-c", script])?;
     Ok(text.trim().to_owned())

@@ -1,7 +1,10 @@
 //! Containers whose specification names a network namespace by its path.
 
-mod lab;
+mod capture;
+mod forked;
 mod life;
+mod moved;
+mod traffic;
 
 use std::time::Duration;
 
@@ -10,13 +13,13 @@ use machinen_integration::{
     bundle::Bundle,
     containerd::Containerd,
     ctr::Run,
+    lab::{self, Lab, OWN, OWN6, PEER, PEER6},
     process::{Invocation, Running},
     served::Served,
 };
 use serde_json::json;
 
 use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd};
-use lab::{Lab, OWN, OWN6, PEER, PEER6};
 
 on_every_containerd!(the_container_has_the_interface_of_its_namespace);
 on_newest_containerd!(

@@ -11,6 +11,9 @@ use machinen_netlink::packet::{
     },
 };
 
+/// The number of TCP among the protocols above IP.
+const TCP: u8 = 6;
+
 /// What a filter matches: 32 bits at an offset from the network header, of which the mask's count. The header of
 /// Ethernet is before the network header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +45,29 @@ pub(super) fn source6(address: Ipv6Addr) -> Vec<Key> {
 pub(super) fn arp_sender(mac: [u8; 6], address: Ipv4Addr) -> Vec<Key> {
     let ([a, b, c, d, e, f], [i, j, k, l]) = (mac, address.octets());
     vec![word(8, [a, b, c, d]), word(12, [e, f, i, j]), Key { mask: 0xffff_0000, ..word(16, [k, l, 0, 0]) }]
+}
+
+/// A packet of TCP over IPv4, without options of IPv4, that resets a connection.
+pub(super) fn reset4() -> Vec<Key> {
+    const HEADER: i32 = 20;
+    vec![
+        // Version and length of the header.
+        Key { mask: 0xff00_0000, ..word(0, [0x45, 0, 0, 0]) },
+        Key { mask: 0x00ff_0000, ..word(8, [0, TCP, 0, 0]) },
+        reset(HEADER),
+    ]
+}
+
+/// A packet of TCP over IPv6, without extension headers, that resets a connection.
+pub(super) fn reset6() -> Vec<Key> {
+    const HEADER: i32 = 40;
+    vec![Key { mask: 0x0000_ff00, ..word(4, [0, 0, TCP, 0]) }, reset(HEADER)]
+}
+
+/// The flag of a reset in the header of TCP at this offset.
+fn reset(offset: i32) -> Key {
+    const FLAG: u32 = 0x0004_0000;
+    Key { offset: offset + 12, value: FLAG, mask: FLAG }
 }
 
 fn word(offset: i32, bytes: [u8; 4]) -> Key {

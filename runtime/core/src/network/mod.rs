@@ -10,6 +10,7 @@
 //! A client may set the namespace up after the container was created, or change it while the container runs. So the
 //! namespace is read when the container is created, again when it is started, and whenever the kernel reports a change.
 
+mod egress;
 mod error;
 mod filter;
 mod nameservers;
@@ -35,10 +36,12 @@ use tokio::{
     task::{JoinHandle, spawn_blocking},
 };
 
+use egress::Egress;
 pub use error::NetworkError;
+pub use machinen_netlink::{InterfaceCounters, Traffic};
 use nameservers::ResolvConf;
 use namespace::PodNamespace;
-pub use namespace::disconnect_abandoned;
+pub use namespace::{disconnect_abandoned, same_namespace};
 
 /// The connection of a VM with a network namespace. It lasts as long as the VM.
 #[derive(Debug)]
@@ -115,7 +118,59 @@ impl PodNetwork {
     /// # Errors
     /// The namespace has more interfaces than the VM, or a kernel or the agent refuses.
     pub(crate) async fn update(&self, agent: &agent::Client) -> Result<(), NetworkError> {
-        self.guest.update(agent).await
+        self.guest.update(agent, false).await
+    }
+
+    /// Reads the namespace as [`PodNetwork::update`] does, and from now on lets packets of the guest leave. The guest
+    /// announces its addresses if it had them before.
+    ///
+    /// # Errors
+    /// Those of [`PodNetwork::update`].
+    pub(crate) async fn open(&self, agent: &agent::Client) -> Result<(), NetworkError> {
+        let open = |namespace: &mut PodNamespace| match namespace.egress {
+            Egress::Open => Ok(true),
+            Egress::Closed | Egress::Held => namespace.set_egress(Egress::Open).map(|()| false),
+        };
+        let was_open = self.guest.in_namespace(open).await?;
+        self.guest.update(agent, !was_open).await
+    }
+
+    /// Lets no packet of the guest leave any more, because a checkpoint is to have its connections.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(crate) async fn hold(&self) -> Result<(), NetworkError> {
+        self.guest.in_namespace(|namespace| namespace.set_egress(Egress::Held)).await
+    }
+
+    /// Undoes [`PodNetwork::hold`]: the guest keeps its connections. Does nothing otherwise.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(crate) async fn release(&self) -> Result<(), NetworkError> {
+        let open = |namespace: &mut PodNamespace| match namespace.egress {
+            Egress::Held => namespace.set_egress(Egress::Open),
+            Egress::Closed | Egress::Open => Ok(()),
+        };
+        self.guest.in_namespace(open).await
+    }
+
+    /// Gives the guest of another VM, which is connected with nothing, what this guest has.
+    ///
+    /// # Errors
+    /// The agent refuses.
+    pub(crate) async fn copy_to(&self, agent: &agent::Client) -> Result<(), NetworkError> {
+        let interfaces = self.guest.given.lock().await.interfaces.clone();
+        let request = ConfigureNetworkRequest { interfaces, ..Default::default() };
+        agent.configure_network(request).await.map_err(NetworkError::Guest)
+    }
+
+    /// The guest's interfaces with their counts, as the guest sees them.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(crate) async fn counters(&self) -> Result<Vec<(String, InterfaceCounters)>, NetworkError> {
+        self.guest.in_namespace(PodNamespace::counters).await
     }
 
     /// Returns when nothing of the connection is left in the namespace. The VM must have ended.
@@ -129,13 +184,15 @@ impl PodNetwork {
 }
 
 impl GuestNetwork {
-    async fn update(&self, agent: &agent::Client) -> Result<(), NetworkError> {
+    async fn update(&self, agent: &agent::Client, announce: bool) -> Result<(), NetworkError> {
         let mut given = self.given.lock().await;
         let connected = self.in_namespace(PodNamespace::refresh).await?;
         let wanted: Vec<_> =
             connected.iter().map(|(device, interface)| to_message(*device, interface)).collect();
-        if given.interfaces != wanted {
-            let request = ConfigureNetworkRequest { interfaces: wanted.clone(), ..Default::default() };
+        let announce = announce && !given.interfaces.is_empty();
+        if given.interfaces != wanted || announce {
+            let request =
+                ConfigureNetworkRequest { interfaces: wanted.clone(), announce, ..Default::default() };
             agent.configure_network(request).await.map_err(NetworkError::Guest)?;
             given.interfaces = wanted;
         }
@@ -224,7 +281,7 @@ async fn follow_changes(guest: &GuestNetwork, vm: &Vm, changes: NetlinkSocket) -
             return NetworkError::Watch(error);
         }
         // The namespace may be in the middle of a change that does not fit. The next event brings another attempt.
-        if let Err(error) = guest.update(&agent).await {
+        if let Err(error) = guest.update(&agent, false).await {
             if is_end_of_agent(&error) {
                 return error;
             }

@@ -8,7 +8,9 @@ use std::{
 };
 
 use machinen_base::netns::{self, NetnsId};
-use machinen_netlink::{Interface, NetlinkSocket, interfaces, packet::link::LinkAttribute};
+use machinen_netlink::{
+    Interface, InterfaceCounters, NetlinkSocket, counters, interfaces, packet::link::LinkAttribute,
+};
 use machinen_vm::{MAX_NICS, tap_name};
 use nix::{
     errno::Errno,
@@ -17,8 +19,9 @@ use nix::{
 
 use super::{
     NetworkError,
+    egress::Egress,
     filter::Sources,
-    wiring::{disconnect, redirect_all, redirect_own},
+    wiring::{disconnect, pass_resets, redirect_all, redirect_own, replace_own},
 };
 use crate::spec::{bundle, guest};
 
@@ -50,6 +53,7 @@ pub(super) struct PodNamespace {
     first: Option<OwnedFd>,
     /// The VM's network devices, by their numbers.
     devices: Vec<Device>,
+    pub(super) egress: Egress,
 }
 
 #[derive(Debug, Default)]
@@ -62,10 +66,20 @@ struct Device {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Connected {
+    name: String,
     interface: u32,
+    tap_name: String,
     tap: u32,
     mtu: u32,
     sources: Sources,
+}
+
+impl Connected {
+    /// Whether the two differ in nothing but the addresses of the guest.
+    fn has_ends_of(&self, other: &Self) -> bool {
+        let ends = |it: &Self| (it.interface, it.tap, it.mtu);
+        ends(self) == ends(other)
+    }
 }
 
 impl PodNamespace {
@@ -87,7 +101,7 @@ impl PodNamespace {
         let (socket, changes) = netns::inside(namespace.as_fd(), sockets).map_err(NetworkError::Enter)?;
         let (first, count) = taps.map_or((None, 0), |(first, count)| (Some(first), count));
         let devices = (0..count).map(|_| Device::default()).collect();
-        Ok(Some((Self { id, namespace, socket, first, devices }, changes)))
+        Ok(Some((Self { id, namespace, socket, first, devices, egress: Egress::default() }, changes)))
     }
 
     /// Another descriptor of the namespace.
@@ -112,7 +126,7 @@ impl PodNamespace {
         let is_used = |connected: &Connected| used.iter().any(|found| found.index == connected.interface);
         for device in &mut self.devices {
             if device.connected.as_ref().is_some_and(|connected| !is_used(connected)) {
-                device.disconnect(&mut self.socket)?;
+                device.disconnect(&mut self.socket, self.egress)?;
             }
         }
         let mut connected = Vec::new();
@@ -149,17 +163,18 @@ impl PodNamespace {
             );
         }
         self.move_tap(number)?;
-        let name = device_name(number);
+        let tap_name = device_name(number);
         let all = interfaces(&mut self.socket)?;
         let device = &mut self.devices[number as usize];
-        let Some(tap) = all.iter().find(|found| found.name == name) else {
-            device.disconnect(&mut self.socket)?;
+        let Some(tap) = all.iter().find(|found| found.name == tap_name) else {
+            device.disconnect(&mut self.socket, self.egress)?;
             return Ok(false);
         };
-        let addresses = interface.addresses.iter().map(|address| address.address).collect();
-        let sources = Sources { mac, addresses };
-        let wanted = Connected { interface: interface.index, tap: tap.index, mtu: interface.mtu, sources };
-        device.wire(&mut self.socket, &name, wanted)?;
+        let addresses = interface.addresses.iter().map(|address| address.address);
+        let sources = Sources { mac, addresses: self.egress.of(addresses) };
+        let (name, index, mtu) = (interface.name.clone(), interface.index, interface.mtu);
+        let wanted = Connected { name, interface: index, tap_name, tap: tap.index, mtu, sources };
+        device.wire(&mut self.socket, wanted, self.egress)?;
         Ok(true)
     }
 
@@ -176,9 +191,39 @@ impl PodNamespace {
         Ok(())
     }
 
+    /// Lets packets of the guest leave, or not. A namespace that has changed in a way that does not fit is reported by the
+    /// next refresh.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(super) fn set_egress(&mut self, egress: Egress) -> Result<(), NetworkError> {
+        self.egress = egress;
+        if self.devices.iter().any(|device| device.connected.is_some()) {
+            self.refresh().map(drop)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// The names of the guest's interfaces with their counts, as the guest has them: what a tap device sends is what the
+    /// guest receives.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(super) fn counters(&mut self) -> Result<Vec<(String, InterfaceCounters)>, NetworkError> {
+        let mut found = Vec::new();
+        for connected in self.devices.iter().filter_map(|device| device.connected.as_ref()) {
+            if let Some(tap) = counters(&mut self.socket, &connected.tap_name)? {
+                let of_guest = InterfaceCounters { received: tap.sent, sent: tap.received };
+                found.push((connected.name.clone(), of_guest));
+            }
+        }
+        Ok(found)
+    }
+
     /// Removes what redirects packets. Does nothing where it is gone already.
     pub(super) fn disconnect(&mut self) -> Result<(), NetworkError> {
-        self.devices.iter_mut().try_for_each(|device| device.disconnect(&mut self.socket))
+        self.devices.iter_mut().try_for_each(|device| device.disconnect(&mut self.socket, self.egress))
     }
 }
 
@@ -186,25 +231,39 @@ impl Device {
     fn wire(
         &mut self,
         socket: &mut NetlinkSocket,
-        name: &str,
         wanted: Connected,
+        egress: Egress,
     ) -> Result<(), NetworkError> {
         if self.connected.as_ref() == Some(&wanted) {
             return Ok(());
         }
-        self.disconnect(socket)?;
-        let Connected { interface, tap, mtu, sources } = &wanted;
+        if let Some(connected) = self.connected.take_if(|connected| connected.has_ends_of(&wanted)) {
+            let Connected { interface, tap, sources, .. } = &wanted;
+            if let Err(error) = replace_own(socket, *tap, *interface, sources) {
+                // The next attempt begins anew.
+                self.connected = Some(connected);
+                self.disconnect(socket, egress)?;
+                return Err(error.into());
+            }
+            self.connected = Some(wanted);
+            return Ok(());
+        }
+        self.disconnect(socket, egress)?;
+        let Connected { interface, tap_name, tap, mtu, sources, .. } = &wanted;
         // The filters come first, so that no packet of the guest reaches the host's own network code.
         let up = redirect_own(socket, *tap, *interface, sources)
-            .and_then(|()| socket.set_link(*tap, name, true, vec![LinkAttribute::Mtu(*mtu)]))
-            .and_then(|()| redirect_all(socket, *interface, *tap));
+            .and_then(|()| socket.set_link(*tap, tap_name, true, vec![LinkAttribute::Mtu(*mtu)]))
+            .and_then(|()| redirect_all(socket, *interface, *tap))
+            // The connections of an earlier container, which has ended with its checkpoint, can be this one's.
+            .and_then(|()| pass_resets(socket, *interface));
         // Also after an error, something is to be removed.
         self.connected = Some(wanted);
         Ok(up?)
     }
 
-    fn disconnect(&mut self, socket: &mut NetlinkSocket) -> Result<(), NetworkError> {
+    fn disconnect(&mut self, socket: &mut NetlinkSocket, egress: Egress) -> Result<(), NetworkError> {
         if let Some(Connected { interface, tap, .. }) = self.connected.take() {
+            egress.keep_connections(socket, interface);
             disconnect(socket, interface)?;
             disconnect(socket, tap)?;
         }
@@ -237,6 +296,17 @@ pub fn disconnect_abandoned(bundle: &Path) -> Result<(), NetworkError> {
     let Some(all) = without_vm(&mut socket, &changes)? else { return Ok(()) };
     let mut others = all.iter().filter(|interface| !interface.loopback);
     Ok(others.try_for_each(|interface| disconnect(&mut socket, interface.index))?)
+}
+
+/// Whether the path is that of the same network namespace as another path, which may lead nowhere.
+///
+/// # Errors
+/// The first path leads to no network namespace.
+pub fn same_namespace(path: &Path, other: Option<&Path>) -> io::Result<bool> {
+    let id = netns::id(&netns::open(path)?)?;
+    Ok(other.is_some_and(|other| {
+        netns::open(other).and_then(|other| netns::id(&other)).is_ok_and(|other| other == id)
+    }))
 }
 
 /// The interfaces of the namespace once no VM has its tap device there. A VM ends soon after the process that owned it.

@@ -13,7 +13,7 @@ use machinen_netlink::{InterfaceAddress, NetlinkSocket, interfaces, packet};
 use machinen_vm::tap_name;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::{NetworkError, namespace::PodNamespace};
+use super::{NetworkError, egress::Egress, namespace::PodNamespace};
 
 const OWN: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 const OWN6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 2);
@@ -54,14 +54,19 @@ impl Lab {
     fn connect(&self) -> PodNamespace {
         let namespace = self.namespace.try_clone().unwrap();
         let tap = self.vm_namespace.try_clone().unwrap();
-        PodNamespace::connect(namespace, Some((tap, 2))).unwrap().unwrap().0
+        let mut pod = PodNamespace::connect(namespace, Some((tap, 2))).unwrap().unwrap().0;
+        pod.set_egress(Egress::Open).unwrap();
+        pod
     }
 
     fn filters(&mut self, interface: &str) -> usize {
+        self.filters_at(interface, packet::tc::TcHandle::MIN_INGRESS)
+    }
+
+    fn filters_at(&mut self, interface: &str, side: u16) -> usize {
         let index = index(&mut self.socket, interface);
         let mut message = packet::tc::TcMessage::with_index(index.cast_signed());
-        message.header.parent =
-            packet::tc::TcHandle { major: u16::MAX, minor: packet::tc::TcHandle::MIN_INGRESS };
+        message.header.parent = packet::tc::TcHandle { major: u16::MAX, minor: side };
         let get = packet::RouteNetlinkMessage::GetTrafficFilter(message);
         // Without a queueing discipline the kernel sends an empty list.
         self.socket.list(|| "list the filters".to_owned(), get).unwrap().len()
@@ -220,4 +225,47 @@ fn the_tap_device_comes_with_the_first_interface() {
     lab.socket.set_link(number, "eth0", true, Vec::new()).unwrap();
     assert_eq!(pod.refresh().unwrap().len(), 1);
     assert!(names(&mut lab.socket).contains(&"machinen0".to_owned()));
+}
+
+#[test]
+fn nothing_leaves_while_the_connections_belong_to_a_checkpoint() {
+    let mut lab = Lab::new();
+    let mut pod = lab.connect();
+    assert_eq!(pod.refresh().unwrap().len(), 1);
+    let own = mac(&mut lab.socket);
+    for closed in [Egress::Held, Egress::Closed] {
+        pod.set_egress(closed).unwrap();
+        lab.vm.write_all(&frame(own, 0x0800, &ipv4(OWN), b'c')).unwrap();
+        pod.set_egress(Egress::Open).unwrap();
+        lab.vm.write_all(&frame(own, 0x0800, &ipv4(OWN), b'o')).unwrap();
+        assert_eq!(next_mark(&mut lab.outside, b"co"), b'o', "{closed:?}");
+    }
+    // What arrives is redirected in any case.
+    pod.set_egress(Egress::Held).unwrap();
+    let from_peer = frame([2, 0, 0, 0, 0, 1], 0x0800, &ipv4(Ipv4Addr::new(10, 77, 0, 1)), b'2');
+    lab.outside.write_all(&from_peer).unwrap();
+    assert_eq!(next_mark(&mut lab.vm, b"2"), b'2');
+    let counted = pod.counters().unwrap();
+    let [(name, counters)] = &counted[..] else { panic!("{counted:?}") };
+    assert_eq!(name, "eth0");
+    assert!(counters.received.packets >= 1 && counters.sent.packets >= 4, "{counters:?}");
+}
+
+#[test]
+fn the_hosts_kernel_resets_no_connection_of_a_checkpoint() {
+    let mut lab = Lab::new();
+    let mut pod = lab.connect();
+    assert_eq!(pod.refresh().unwrap().len(), 1);
+    pod.set_egress(Egress::Held).unwrap();
+    pod.disconnect().unwrap();
+    let resets = |lab: &mut Lab| lab.filters_at("eth0", packet::tc::TcHandle::MIN_EGRESS);
+    assert_ne!(resets(&mut lab), 0);
+    assert_eq!(lab.filters("eth0"), 0);
+    // The next container has the connections.
+    let (other, _taps) = taps();
+    lab.socket.move_to("machinen0", other.as_fd(), "old").unwrap();
+    lab.vm_namespace = other;
+    let mut pod = lab.connect();
+    assert_eq!(pod.refresh().unwrap().len(), 1);
+    assert_eq!(resets(&mut lab), 0);
 }

@@ -30,6 +30,14 @@ const ARP: Rank = Rank { priority: 0x6d6f, protocol: 0x0806 };
 const IPV6: Rank = Rank { priority: 0x6d70, protocol: 0x86dd };
 const EVERYTHING: Rank = Rank { priority: 0x6d71, protocol: 3 };
 const RANKS: [Rank; 4] = [IPV4, ARP, IPV6, EVERYTHING];
+/// The ranks of the filters that depend on the guest's addresses.
+const OWN: [Rank; 3] = [IPV4, ARP, IPV6];
+/// The ranks of the filters that drop resets.
+const RESETS: [Rank; 2] =
+    [Rank { priority: 0x6d72, protocol: 0x0800 }, Rank { priority: 0x6d73, protocol: 0x86dd }];
+
+/// The kernel gives the loopback interface of each namespace this number.
+const LOOPBACK: u32 = 1;
 
 const QDISC: TcHandle = TcHandle { major: u16::MAX, minor: 0 };
 const ARRIVING: TcHandle = TcHandle { major: u16::MAX, minor: TcHandle::MIN_INGRESS };
@@ -45,9 +53,9 @@ const GONE: [i32; 3] = [libc::ENOENT, libc::EINVAL, libc::ENODEV];
 pub(super) fn redirect_all(socket: &mut NetlinkSocket, from: u32, to: u32) -> Result<(), NetlinkError> {
     add_qdisc(socket, from)?;
     // A kernel has one of the two kinds of filters, or both.
-    match add(socket, from, EVERYTHING, filter::u32(&[], filter::redirect(to))) {
+    match add(socket, from, ARRIVING, EVERYTHING, filter::u32(&[], filter::redirect(to))) {
         Err(error) if error.errno() == Some(libc::ENOENT) => {
-            add(socket, from, EVERYTHING, filter::matchall(filter::redirect(to)))
+            add(socket, from, ARRIVING, EVERYTHING, filter::matchall(filter::redirect(to)))
         }
         added => added,
     }
@@ -65,28 +73,71 @@ pub(super) fn redirect_own(
 ) -> Result<(), NetlinkError> {
     add_qdisc(socket, tap)?;
     // The last filter is the first to exist: no packet of the guest reaches the host's own network code meanwhile.
-    match add(socket, tap, EVERYTHING, filter::u32(&[], filter::discard())) {
+    match add(socket, tap, ARRIVING, EVERYTHING, filter::u32(&[], filter::discard())) {
         // A kernel without that action: what the guest must not send returns to the guest.
         Err(error) if error.errno() == Some(libc::ENOENT) => {
-            add(socket, tap, EVERYTHING, filter::u32(&[], filter::redirect(tap)))?;
+            add(socket, tap, ARRIVING, EVERYTHING, filter::u32(&[], filter::redirect(tap)))?;
         }
         added => added?,
     }
+    add_own(socket, tap, to, sources)
+}
+
+/// Replaces the addresses from which a guest may send, after [`redirect_own`]. Nothing leaves meanwhile.
+///
+/// # Errors
+/// The kernel refuses.
+pub(super) fn replace_own(
+    socket: &mut NetlinkSocket,
+    tap: u32,
+    to: u32,
+    sources: &Sources,
+) -> Result<(), NetlinkError> {
+    for rank in OWN {
+        remove(socket, tap, ARRIVING, rank)?;
+    }
+    add_own(socket, tap, to, sources)
+}
+
+fn add_own(socket: &mut NetlinkSocket, tap: u32, to: u32, sources: &Sources) -> Result<(), NetlinkError> {
     let sender = filter::sender(sources.mac);
     for &address in &sources.addresses {
         let own = match address {
             IpAddr::V4(address) => {
                 let arp = [sender.clone(), filter::arp_sender(sources.mac, address)].concat();
-                add(socket, tap, ARP, filter::u32(&arp, filter::redirect(to)))?;
+                add(socket, tap, ARRIVING, ARP, filter::u32(&arp, filter::redirect(to)))?;
                 (IPV4, filter::source4(address))
             }
             IpAddr::V6(address) => (IPV6, filter::source6(address)),
         };
         let (rank, source) = own;
         let keys = [sender.clone(), source].concat();
-        add(socket, tap, rank, filter::u32(&keys, filter::redirect(to)))?;
+        add(socket, tap, ARRIVING, rank, filter::u32(&keys, filter::redirect(to)))?;
     }
     Ok(())
+}
+
+/// Drops the resets of connections (TCP) that leave through the interface, which the host's own network code sends for
+/// connections that it does not know. They leave through the loopback interface instead, where they are dropped because
+/// they have the hardware address of another host; not every kernel can drop packets in a filter.
+///
+/// # Errors
+/// The kernel refuses.
+pub(super) fn drop_resets(socket: &mut NetlinkSocket, interface: u32) -> Result<(), NetlinkError> {
+    add_qdisc(socket, interface)?;
+    for (rank, keys) in RESETS.into_iter().zip([filter::reset4(), filter::reset6()]) {
+        remove(socket, interface, LEAVING, rank)?;
+        add(socket, interface, LEAVING, rank, filter::u32(&keys, filter::redirect(LOOPBACK)))?;
+    }
+    Ok(())
+}
+
+/// Undoes [`drop_resets`]. Does nothing if that was not done.
+///
+/// # Errors
+/// The kernel refuses.
+pub(super) fn pass_resets(socket: &mut NetlinkSocket, interface: u32) -> Result<(), NetlinkError> {
+    RESETS.into_iter().try_for_each(|rank| remove(socket, interface, LEAVING, rank).map(drop))
 }
 
 /// Removes the redirection, and the queueing discipline if nothing else uses it. Does nothing if the interface or the
@@ -97,9 +148,7 @@ pub(super) fn redirect_own(
 pub(super) fn disconnect(socket: &mut NetlinkSocket, interface: u32) -> Result<(), NetlinkError> {
     let mut removed = false;
     for rank in RANKS {
-        let filter = RouteNetlinkMessage::DelTrafficFilter(filters(interface, rank));
-        let action = || format!("remove the redirection of packets from network interface {interface}");
-        removed |= !is_gone(socket.change(action, filter, 0))?;
+        removed |= remove(socket, interface, ARRIVING, rank)?;
     }
     if !removed {
         return Ok(());
@@ -115,6 +164,18 @@ pub(super) fn disconnect(socket: &mut NetlinkSocket, interface: u32) -> Result<(
     qdisc.header.handle = QDISC;
     let action = || format!("remove the queueing discipline of network interface {interface}");
     is_gone(socket.change(action, RouteNetlinkMessage::DelQueueDiscipline(qdisc), 0)).map(drop)
+}
+
+/// Removes the filters of one rank, and returns whether there were any.
+fn remove(
+    socket: &mut NetlinkSocket,
+    interface: u32,
+    side: TcHandle,
+    rank: Rank,
+) -> Result<bool, NetlinkError> {
+    let filter = RouteNetlinkMessage::DelTrafficFilter(filters(interface, side, rank));
+    let action = || format!("remove a filter of packets from network interface {interface}");
+    is_gone(socket.change(action, filter, 0)).map(|gone| !gone)
 }
 
 /// Whether what is to be removed did not exist.
@@ -140,18 +201,19 @@ fn add_qdisc(socket: &mut NetlinkSocket, interface: u32) -> Result<(), NetlinkEr
 fn add(
     socket: &mut NetlinkSocket,
     interface: u32,
+    side: TcHandle,
     rank: Rank,
     attributes: Vec<TcAttribute>,
 ) -> Result<(), NetlinkError> {
-    let mut filter = filters(interface, rank);
+    let mut filter = filters(interface, side, rank);
     filter.attributes = attributes;
-    let action = || format!("redirect the packets of network interface {interface}");
+    let action = || format!("filter the packets of network interface {interface}");
     socket.change(action, RouteNetlinkMessage::NewTrafficFilter(filter), flags::CREATE | flags::EXCLUSIVE)
 }
 
-/// Names the filters of one rank at the interface.
-fn filters(interface: u32, rank: Rank) -> TcMessage {
-    let mut filter = message(interface, ARRIVING);
+/// Names the filters of one rank at one side of the interface.
+fn filters(interface: u32, side: TcHandle, rank: Rank) -> TcMessage {
+    let mut filter = message(interface, side);
     filter.header.info = rank.priority << 16 | u32::from(rank.protocol.to_be());
     filter
 }

@@ -88,7 +88,7 @@ impl Pod {
         let manifest = manifest(container, wanted.options, &config).map_err(failed)?;
         let phases = PhaseTimes::default();
         let dump = Dump::new(self, container, &agent, wanted.options, wanted.exit, !was_paused);
-        let DumpOutcome { disk, facts, layer, trial_disk, frozen } = dump.run(&phases).await?;
+        let DumpOutcome { disk, facts, layer, trial_disk, frozen, connections } = dump.run(&phases).await?;
         let manifest = CheckpointManifest { layer, ..manifest }.with_facts(facts);
         let written = async {
             let (located, pieces) = mpsc::channel(WAITING);
@@ -117,6 +117,9 @@ impl Pod {
             Ok(())
         };
         let written = written.await;
+        if written.is_err() {
+            connections.release().await;
+        }
         match frozen {
             Some(frozen) if written.is_err() => frozen.thaw().await,
             // The container ends without having run again.

@@ -22,7 +22,10 @@ use machinen_vm::{DiskAddress, DiskBacking, DiskSpec, Vm, agent};
 use protobuf::MessageField;
 use tokio::{sync::mpsc, task::spawn_blocking};
 
-use super::{Container, Pod, PodError, frozen::Frozen, phases::PhaseTimes, verify::TrialDisk};
+use super::{
+    Container, Pod, PodError, connections::HeldConnections, frozen::Frozen, phases::PhaseTimes,
+    verify::TrialDisk,
+};
 use crate::checkpoint::{CheckpointError, DumpImages, DumpOptions};
 
 /// Upper bound of the size of all images that do not hold memory of the container, bytes.
@@ -52,6 +55,8 @@ pub(super) struct DumpOutcome<'a> {
     pub(super) trial_disk: Option<TrialDisk<'a>>,
     /// The container, if this dump has frozen it and the request ends it.
     pub(super) frozen: Option<Frozen>,
+    /// The connections of a container that stays frozen.
+    pub(super) connections: HeldConnections,
 }
 
 /// What the guest has returned of a container that is frozen.
@@ -59,6 +64,7 @@ struct FrozenDump<'a> {
     response: CheckpointContainerResponse,
     layer: Option<String>,
     trial_disk: Option<TrialDisk<'a>>,
+    connections: HeldConnections,
 }
 
 /// A disk that is attached to the VM for the images, and detached afterwards.
@@ -131,7 +137,7 @@ impl<'a> Dump<'a> {
             ..Default::default()
         };
         match self.freeze_and_dump(request, phases).await {
-            Ok((FrozenDump { response, layer, trial_disk }, frozen)) => {
+            Ok((FrozenDump { response, layer, trial_disk, connections }, frozen)) => {
                 let CheckpointContainerResponse { facts, criu_us, .. } = response;
                 phases.record("criu", Duration::from_micros(criu_us));
                 Ok(DumpOutcome {
@@ -140,6 +146,7 @@ impl<'a> Dump<'a> {
                     layer,
                     trial_disk,
                     frozen,
+                    connections,
                 })
             }
             Err(error) => {
@@ -202,7 +209,7 @@ impl<'a> Dump<'a> {
         }
         let since = Instant::now();
         let frozen = if self.runs { Some(Frozen::freeze(self.agent, id).await?) } else { None };
-        let dumped = self.dump_frozen(request, phases).await;
+        let dumped = self.dump_and_hold(request, phases).await;
         let frozen = match frozen {
             Some(frozen) if dumped.is_err() || !self.exit => {
                 frozen.thaw().await;
@@ -212,6 +219,25 @@ impl<'a> Dump<'a> {
         };
         phases.record("frozen", since.elapsed());
         Ok((dumped?, frozen))
+    }
+
+    /// If the container stays frozen, it keeps its connections only if the dump fails.
+    async fn dump_and_hold(
+        &self,
+        request: CheckpointContainerRequest,
+        phases: &PhaseTimes,
+    ) -> Result<FrozenDump<'a>, PodError> {
+        let connections = match self.exit || !self.runs {
+            true => HeldConnections::of(self.pod, self.container, self.options).await?,
+            false => HeldConnections::NONE,
+        };
+        match self.dump_frozen(request, phases).await {
+            Ok(dumped) => Ok(FrozenDump { connections, ..dumped }),
+            Err(error) => {
+                connections.release().await;
+                Err(error)
+            }
+        }
     }
 
     async fn dump_frozen(
@@ -237,7 +263,7 @@ impl<'a> Dump<'a> {
         let response = dumped.map_err(|source| PodError::guest("checkpoint", id, source))?;
         let trial_disk = TrialDisk::of(self.container, &self.pod.shared.config);
         let trial_disk = phases.time("trial-disk", trial_disk).await?;
-        Ok(FrozenDump { response, layer, trial_disk })
+        Ok(FrozenDump { response, layer, trial_disk, connections: HeldConnections::NONE })
     }
 
     /// Creates a disk with room for the largest possible images. It has no name, and is removed when its

@@ -13,6 +13,7 @@
 pub mod anchor;
 mod checkpoint;
 mod checkpoint_guest;
+mod connections;
 mod container;
 mod create;
 mod error;
@@ -186,7 +187,7 @@ impl Pod {
         let agent = self.agent(id).await?;
         if let Some(network) = &container.network {
             // A client may have set the namespace up only now.
-            network.update(&agent).await.map_err(PodError::Network)?;
+            network.open(&agent).await.map_err(PodError::Network)?;
         }
         let stdin = container.init.open_stdin()?;
         let started = agent.start_container(id, container.hooks.time_in_guest()).await;

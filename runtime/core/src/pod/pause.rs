@@ -65,6 +65,10 @@ impl Pod {
         let refused = |source| PodError::state(PodRequest::Resume, id, source);
         container.check(PodRequest::Resume)?;
         let agent = self.agent(id).await?;
+        if let Some(network) = &container.network {
+            // A checkpoint may have its connections, which are this container's again.
+            network.release().await.map_err(PodError::Network)?;
+        }
         agent.resume_container(id).await.map_err(|source| PodError::guest("resume", id, source))?;
         container.init.advance(Transition::Resume).map_err(refused)?;
         self.emit(PodEvent::Resumed { id: container.id.clone() });

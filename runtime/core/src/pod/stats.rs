@@ -5,6 +5,7 @@
 
 use std::{collections::HashMap, str::FromStr};
 
+use machinen_netlink::InterfaceCounters;
 use machinen_protocol::api::CgroupFile;
 
 use super::{ContainerId, Pod, PodError};
@@ -43,6 +44,8 @@ pub struct Stats {
     pub io: Vec<IoStats>,
     /// Stalls by I/O, from `io.pressure`.
     pub io_pressure: Option<Pressure>,
+    /// The network interfaces of the pod, by their names in the container.
+    pub network: Vec<(String, InterfaceCounters)>,
 }
 
 /// Times in microseconds.
@@ -143,9 +146,14 @@ impl Pod {
     /// # Errors
     /// The container does not exist or has left the guest, or the agent does not answer.
     pub async fn stats(&self, id: &ContainerId) -> Result<Stats, PodError> {
-        self.container(id)?;
+        let container = self.container(id)?;
         let files = self.agent(id).await?.read_cgroup(id, FILES).await;
-        Ok(Stats::read(&files.map_err(|source| PodError::guest("count the resources of", id, source))?))
+        let files = files.map_err(|source| PodError::guest("count the resources of", id, source))?;
+        let network = match &container.network {
+            Some(network) => network.counters().await.map_err(PodError::Network)?,
+            None => Vec::new(),
+        };
+        Ok(Stats { network, ..Stats::read(&files) })
     }
 }
 
@@ -180,6 +188,7 @@ impl Stats {
             pids: PidsStats { current: count("pids.current"), max: number(text("pids.max")) },
             io: text("io.stat").lines().filter_map(IoStats::read).take(MAX_DEVICES).collect(),
             io_pressure: Pressure::read(text("io.pressure")),
+            network: Vec::new(),
         }
     }
 }

@@ -26,7 +26,10 @@ use super::{
     sandbox::{Lifetime, Sandbox, SandboxSettings},
     stdio::ProcessStdio,
 };
-use crate::config::{self, VerifyMode};
+use crate::{
+    config::{self, VerifyMode},
+    network::PodNetwork,
+};
 
 /// Directory of the trial's VM, below that of the pod.
 const DIR: &str = "verify";
@@ -123,10 +126,11 @@ impl Pod {
             Ok(ContainerDisks { root: create::root_disks(&plan, base, own), checkpoint })
         };
         let (mut acquired, disks) = create::with_vm(sandbox.acquire(id, &request), disks).await?;
-        match create_without_start(&plan, id, &acquired.vm, &disks).await {
+        let network = container.network.as_deref();
+        match create_without_start(&plan, id, &acquired.vm, &disks, network).await {
             Err(error) if acquired.origin.is_clone() && error.is_loss_of_the_vm() => {
                 sandbox.boot_instead(id, &request, &mut acquired, &error).await?;
-                create_without_start(&plan, id, &acquired.vm, &disks).await
+                create_without_start(&plan, id, &acquired.vm, &disks, network).await
             }
             created => created,
         }
@@ -157,11 +161,16 @@ async fn create_without_start(
     id: &str,
     vm: &Vm,
     disks: &OpenDisks,
+    network: Option<&PodNetwork>,
 ) -> Result<(), PodError> {
     let injected = plan.read_injected().await?;
     // The disks stay attached until the VM ends.
     let attachments = Attachments::new(vm.clone());
     let (addresses, agent) = attachments.attach(id, disks, &PhaseTimes::default()).await?;
+    if let Some(network) = network {
+        // Sockets are bound to these addresses. The trial's network device is connected with nothing.
+        network.copy_to(&agent).await.map_err(PodError::Network)?;
+    }
     let Some((restore, disk)) = plan.restore.as_ref().zip(disks.checkpoint.as_ref()) else {
         return Ok(());
     };

@@ -98,14 +98,21 @@ impl CreateJob<'_> {
         self.pod.shared.shares.add(&guest, &self.plan.volumes).await
     }
 
-    /// Gives the guest the container's network, so that a process that is restored has it when it continues.
+    /// Gives the guest the container's network. A process that is restored has it when it continues, and nothing is sent
+    /// before.
     async fn configure_network(
         &self,
         network: Option<&PodNetwork>,
         agent: &agent::Client,
     ) -> Result<(), PodError> {
         let Some(network) = network else { return Ok(()) };
-        self.phases.time("network", network.update(agent)).await.map_err(PodError::Network)
+        let configured = async {
+            match self.plan.restore {
+                Some(_) => network.update(agent).await,
+                None => network.open(agent).await,
+            }
+        };
+        self.phases.time("network", configured).await.map_err(PodError::Network)
     }
 
     async fn create_in_guest(
