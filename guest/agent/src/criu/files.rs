@@ -21,7 +21,7 @@ use protobuf::{Message as _, UnknownFields, UnknownValueRef, well_known_types::e
 
 use super::{CriuError, image};
 
-const FILES: &str = "files.img";
+pub(super) const FILES: &str = "files.img";
 /// The field of an entry with a UNIX socket.
 const SOCKET: u32 = 16;
 /// Fields of a UNIX socket (criu's images/sk-unix.proto).

@@ -157,7 +157,8 @@ impl CreateJob<'_> {
         volumes::set_sources(&mut spec, &self.plan.guest.volumes, held.shares.entries());
         let mut request = disks::request(&self.request.id, &spec, addresses, stdio, injected)?;
         if let Some(restore) = &self.plan.restore {
-            let from = restore.request(addresses.checkpoint, &self.plan.config.restore, &spec, vcpus);
+            let (config, shared) = (&self.plan.config.restore, held.shares.volumes());
+            let from = restore.request(addresses.checkpoint, config, shared, &spec, vcpus);
             request.checkpoint = MessageField::some(from);
         }
         request.hook_state = self.plan.hooks.state_for_guest()?;
