@@ -63,6 +63,7 @@ pub(super) async fn fork(
         new: &args.new,
         hostname: args.hostname.as_deref(),
         tcp: args.tcp,
+        volumes: args.volumes,
         lazy: args.lazy,
     };
     let configured = source.container.spec.as_ref().map(|spec| spec.value.as_slice()).unwrap_or_default();
