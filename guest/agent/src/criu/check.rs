@@ -56,7 +56,7 @@ const REMOVED: &str = " (deleted)";
 pub(super) struct FrozenProcesses {
     pub(super) init: Pid,
     pub(super) cgroup: Cgroup,
-    /// The file system with the VM's volumes, if there are any.
+    /// The file system with the container's volumes, if it has any.
     pub(super) volumes: Option<VolumeDevice>,
     /// The dump is restored on trial while the processes continue.
     pub(super) is_tried: bool,

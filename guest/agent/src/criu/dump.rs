@@ -168,7 +168,7 @@ pub(crate) async fn dump(
     options: &CriuOptions,
     stdin_sent: u64,
 ) -> Result<(Dumped, CheckpointContainerResponse), CriuError> {
-    let volumes = VolumeDevice::find()?;
+    let volumes = VolumeDevice::used_by(source.init.pid())?;
     let Examined { moved, one_namespace } = examine(source, volumes).await?;
     let mut facts = facts(source)?;
     let mounted = ImageMount::mount(disk, source.dir, FILE_SYSTEM, MsFlags::MS_NOATIME)?;

@@ -58,14 +58,16 @@ struct VolumeMount {
 }
 
 impl VolumeDevice {
-    /// None if the VM has no volumes.
+    /// None if the container whose first process is `init` has no volumes. Those of the VM's other containers must not
+    /// matter to it.
     ///
     /// # Errors
     /// The mounts cannot be read.
-    pub(super) fn find() -> Result<Option<Self>, CriuError> {
+    pub(super) fn used_by(init: Pid) -> Result<Option<Self>, CriuError> {
         let mounts = Process::myself().and_then(|process| process.mountinfo()).map_err(CriuError::Inspect)?;
         let mount = mounts.into_iter().find(|mount| mount.mount_point == Path::new(shares::MOUNT_POINT));
-        Ok(mount.and_then(|mount| Self::of(&mount)))
+        let device = mount.and_then(|mount| Self::of(&mount));
+        Ok(device.filter(|device| !device.mounts(init, init).is_empty()))
     }
 
     fn of(mount: &MountInfo) -> Option<Self> {
