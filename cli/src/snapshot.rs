@@ -158,6 +158,12 @@ fn describe(manifest: &CheckpointManifest, digest: &str) -> String {
         let destination = mount.destination.to_string_lossy();
         text += &format!("mount      {} from {}\n", printable(&destination), printable(&source));
     }
+    for volume in &manifest.volumes {
+        let destination = volume.destination.to_string_lossy();
+        let kind = if volume.is_file { "file" } else { "directory" };
+        let access = if volume.read_only { "read-only" } else { "writable" };
+        text += &format!("volume     {} a {kind}, {access}\n", printable(&destination));
+    }
     for (name, value) in &manifest.limits {
         text += &format!("limit      {} {}\n", printable(name), printable(value.trim()));
     }
@@ -166,7 +172,7 @@ fn describe(manifest: &CheckpointManifest, digest: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use machinen::checkpoint::ManifestMount;
+    use machinen::checkpoint::{ManifestMount, ManifestVolume};
 
     use super::*;
 
@@ -180,6 +186,12 @@ mod tests {
             criu: evil(),
             rootdisk: Some(evil()),
             mounts: vec![ManifestMount { destination: evil().into(), source: Some(evil().into()) }],
+            volumes: vec![ManifestVolume {
+                destination: evil().into(),
+                is_file: true,
+                read_only: true,
+                mounted_at: Some(evil().into()),
+            }],
             limits: [(evil(), evil())].into(),
             ..CheckpointManifest::default()
         };
@@ -189,7 +201,7 @@ mod tests {
         }
         assert_eq!(
             texts[0].lines().filter(|line| line.starts_with('\u{1b}') || line.contains("[31m")).count(),
-            7
+            8
         );
     }
 }

@@ -5,7 +5,7 @@ use std::{io, path::PathBuf};
 use containerd_client::tonic::{self, Code, transport};
 use machinen::{
     admission::AdmissionError, checkpoint::CheckpointError, fs::FileError, layer::LayerError,
-    pod::rootfs::RootfsPlanError,
+    pod::rootfs::RootfsPlanError, spec::guest::ReduceError,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +44,13 @@ pub(crate) enum ForkError {
     Rootfs { id: String, source: RootfsPlanError },
     #[error("the configuration of {id} is not understood")]
     Spec { id: String, source: serde_json::Error },
+    #[error("the mounts of {id} are not supported")]
+    Mounts { id: String, source: ReduceError },
+    #[error(
+        "{id} has writable volumes, whose files are not copied ({volumes}): the new container would write to the same \
+         files; if both may, add --volumes share"
+    )]
+    WritableVolumes { id: String, volumes: String },
     #[error("{id} shares the hostname of its VM, so the new container cannot have --hostname")]
     Hostname { id: String },
     #[error("{name:?} is not a valid hostname: it must have 1 to 64 characters without spaces")]

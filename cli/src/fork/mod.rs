@@ -32,7 +32,12 @@ use clap::Args;
 use machinen::config::Config;
 use serde_json::json;
 
-use self::{containerd::ContainerdClient, error::ForkError, network::NetworkChoice, spec::TcpChoice};
+use self::{
+    containerd::ContainerdClient,
+    error::ForkError,
+    network::NetworkChoice,
+    spec::{TcpChoice, VolumesChoice},
+};
 
 /// Arguments of `machinen fork`.
 #[derive(Debug, Args)]
@@ -46,6 +51,9 @@ pub(crate) struct ForkArgs {
     /// What happens to NEW's established TCP connections, which only one of both containers can continue
     #[arg(long, value_enum, default_value_t = TcpChoice::Close)]
     tcp: TcpChoice,
+    /// What happens if SRC has writable volumes (bind mounts), whose files are not copied
+    #[arg(long, value_enum, default_value_t = VolumesChoice::Refuse)]
+    volumes: VolumesChoice,
     /// Start NEW before its memory is there, which is then loaded on demand
     #[arg(long)]
     lazy: bool,

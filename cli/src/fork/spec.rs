@@ -3,7 +3,7 @@
 use clap::ValueEnum;
 use machinen::{
     annotations::PREFIX,
-    spec::{MAX_HOSTNAME, has_own},
+    spec::{MAX_HOSTNAME, guest, has_own},
 };
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde_json::{Map, Value};
@@ -22,6 +22,15 @@ pub(super) enum TcpChoice {
     Keep,
 }
 
+/// What happens to a container with volumes that it may write to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum VolumesChoice {
+    /// SRC is not forked
+    Refuse,
+    /// SRC and NEW have the same files, and both may write; locks on files do not hold between the two
+    Share,
+}
+
 /// The options of a fork.
 #[derive(Debug)]
 pub(super) struct ForkOptions<'a> {
@@ -29,6 +38,7 @@ pub(super) struct ForkOptions<'a> {
     pub(super) new: &'a str,
     pub(super) hostname: Option<&'a str>,
     pub(super) tcp: TcpChoice,
+    pub(super) volumes: VolumesChoice,
     pub(super) lazy: bool,
     pub(super) netns: Option<&'a NetworkChoice>,
 }
@@ -46,11 +56,15 @@ pub(super) struct ForkSpec {
 
 impl ForkSpec {
     /// # Errors
-    /// The source's configuration is not an OCI configuration, or the hostname is not possible.
+    /// The source's configuration is not an OCI configuration, the hostname is not possible, or the two containers would
+    /// write to the same files of the host.
     pub(super) fn new(source: &[u8], options: &ForkOptions<'_>) -> Result<Self, ForkError> {
         let id = || options.source.to_owned();
         let failed = |source| ForkError::Spec { id: id(), source };
         let typed: Spec = serde_json::from_slice(source).map_err(failed)?;
+        if options.volumes == VolumesChoice::Refuse {
+            refuse_writable_volumes(&typed, options.source)?;
+        }
         let mut spec: Map<String, Value> = serde_json::from_slice(source).map_err(failed)?;
         let hostname = match (has_own(&typed, LinuxNamespaceType::Uts), options.hostname) {
             (true, Some(name)) => Some(checked(name)?),
@@ -86,6 +100,19 @@ impl ForkSpec {
     }
 }
 
+fn refuse_writable_volumes(spec: &Spec, id: &str) -> Result<(), ForkError> {
+    let volumes =
+        guest::volumes(spec.clone()).map_err(|source| ForkError::Mounts { id: id.to_owned(), source })?;
+    let writable = volumes.iter().filter(|volume| !volume.options.read_only);
+    let shown: Vec<_> = writable
+        .map(|volume| format!("{} from {}", volume.destination.display(), volume.source.display()))
+        .collect();
+    match shown.is_empty() {
+        true => Ok(()),
+        false => Err(ForkError::WritableVolumes { id: id.to_owned(), volumes: shown.join(", ") }),
+    }
+}
+
 fn checked(name: &str) -> Result<String, ForkError> {
     let fits = (1..=MAX_HOSTNAME).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_graphic());
     if fits { Ok(name.to_owned()) } else { Err(ForkError::BadHostname { name: name.to_owned() }) }
@@ -102,6 +129,7 @@ mod tests {
         new: "two",
         hostname: None,
         tcp: TcpChoice::Close,
+        volumes: VolumesChoice::Refuse,
         lazy: false,
         netns: None,
     };
@@ -144,6 +172,22 @@ mod tests {
             restoring["annotations"],
             json!({"io.machinen.tcp": "keep", "io.machinen.lazy": "true", "mine": "x"})
         );
+    }
+
+    #[test]
+    fn writable_volumes_are_shared_on_request_only() {
+        let mut source = source();
+        let mount = |destination: &str, options: &[&str]| json!({"destination": destination, "type": "bind", "source": "/srv", "options": options});
+        source["mounts"] = json!([mount("/ro", &["rbind", "ro"])]);
+        assert!(of(&source, &OPTIONS).is_ok());
+        source["mounts"] = json!([mount("/ro", &["ro"]), mount("/rw", &["rbind"]), mount("/w", &["rw"])]);
+        let error = of(&source, &OPTIONS).unwrap_err().to_string();
+        assert!(
+            error.contains("(/rw from /srv, /w from /srv)") && error.contains("--volumes share"),
+            "{error}"
+        );
+        let share = ForkOptions { volumes: VolumesChoice::Share, ..OPTIONS };
+        assert_eq!(of(&source, &share).unwrap().0["mounts"], source["mounts"]);
     }
 
     #[test]

@@ -63,6 +63,7 @@ pub(super) async fn fork(
         new: &args.new,
         hostname: args.hostname.as_deref(),
         tcp: args.tcp,
+        volumes: args.volumes,
         lazy: args.lazy,
         netns: args.netns.as_ref(),
     };

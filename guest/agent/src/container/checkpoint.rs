@@ -40,7 +40,8 @@ impl Container {
     fn source(&self) -> Result<DumpSource<'_>, ContainerError> {
         drop(self.dumped().take());
         let cgroup = self.running_cgroup()?;
-        Ok(DumpSource { init: &self.init, cgroup, rootfs: self.rootfs.path(), dir: &self.dir })
+        let (rootfs, dir) = (self.rootfs.path(), self.dir.as_path());
+        Ok(DumpSource { init: &self.init, cgroup, rootfs, dir, is_tried: false })
     }
 
     /// Dumps the container onto a disk. The container stays paused.
@@ -53,7 +54,7 @@ impl Container {
         disks: &DiskSource,
         request: CheckpointContainerRequest,
     ) -> Result<CheckpointContainerResponse, ContainerError> {
-        let source = self.source()?;
+        let source = DumpSource { is_tried: request.is_tried, ..self.source()? };
         if !source.cgroup.is_frozen() {
             return Err(ContainerError::NotPaused);
         }

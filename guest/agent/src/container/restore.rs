@@ -124,7 +124,9 @@ impl PlannedRestore<'_> {
         cgroup.write_files(&limits)?;
         cgroup.make(&image.facts.cgroups)?;
         criu::make_mount_points(rootfs, prepared.mount_points())?;
-        let target = criu::RestoreTarget { cgroup, rootfs, dir, files, hostname: &image.hostname };
+        criu::make_points_in_volumes(prepared.points_in_volumes()).await?;
+        let (volumes, hostname) = (prepared.volumes(), image.hostname.as_str());
+        let target = criu::RestoreTarget { cgroup, rootfs, dir, files, volumes, hostname };
         let restored =
             criu::restore(reaper, &target, &image.disk, &image.options, &image.facts, stdio).await?;
         Ok(restored)

@@ -13,6 +13,7 @@
 //! | a UNIX socket with several names, or with one that cannot be found or bound | CRIU binds it to one name (`sockets.rs`) |
 //! | io_uring, as an open file | CRIU cannot save the rings, and its errors do not name them |
 //! | a process that another one traces | there can be only one tracer, and CRIU is one |
+//! | a file of a volume that cannot be opened again by its name, or a watch on one | `volumes.rs` |
 
 use std::{
     collections::HashSet,
@@ -25,8 +26,12 @@ use nix::unistd::Pid;
 use procfs::process::Process;
 use rustix::fs::{AtFlags, CWD, linkat};
 
-use super::{CriuError, dump::DumpSource, locks, task::Task};
-use crate::{console, sys};
+use super::{
+    CriuError, locks,
+    task::Task,
+    volumes::{self, VolumeDevice},
+};
+use crate::{cgroup::Cgroup, console, sys};
 
 /// Links in /proc/PID/ns, and the link of the first process to which each must be equal.
 const NAMESPACES: [(&str, &str); 9] = [
@@ -46,20 +51,40 @@ const POLICIES: [i32; 5] =
 /// The kernel marks a path that does not lead to the file any more with this.
 const REMOVED: &str = " (deleted)";
 
-/// Checks all processes. The root file system must be writable.
+/// The processes of a frozen container.
+#[derive(Debug, Clone)]
+pub(super) struct FrozenProcesses {
+    pub(super) init: Pid,
+    pub(super) cgroup: Cgroup,
+    /// The file system with the container's volumes, if it has any.
+    pub(super) volumes: Option<VolumeDevice>,
+    /// The dump is restored on trial while the processes continue.
+    pub(super) is_tried: bool,
+}
+
+/// Checks all processes, and writes back what they have changed in mapped files of volumes. The root file system must
+/// be writable.
 ///
 /// # Errors
-/// Something cannot be restored; the error names the first.
-pub(super) fn check(source: &DumpSource<'_>) -> Result<(), CriuError> {
-    let init = source.init.pid();
-    let root = root_device(init);
-    let mut seen = HashSet::new();
-    for pid in source.cgroup.pids()? {
-        let Some(why) = why_not(init, pid).or_else(|| overlay_of(pid, root.as_deref(), &mut seen)) else {
-            continue;
-        };
-        if let Some(task) = Task::find(pid) {
+/// Something cannot be restored; the error names the first. Or a file of a volume cannot be written.
+pub(super) fn check(processes: &FrozenProcesses) -> Result<(), CriuError> {
+    let FrozenProcesses { init, cgroup, volumes, .. } = processes;
+    let root = root_device(*init);
+    let (mut seen, mut written) = (HashSet::new(), HashSet::new());
+    if volumes.is_some() {
+        volumes::write_back_all()?;
+    }
+    for pid in cgroup.pids()? {
+        let why = why_not(*init, pid)
+            .or_else(|| volumes.as_ref().and_then(|volumes| volumes.why_not(*init, pid)))
+            .or_else(|| overlay_of(pid, root.as_deref(), &mut seen));
+        if let Some(why) = why
+            && let Some(task) = Task::find(pid)
+        {
             return Err(CriuError::Unrestorable { task, why });
+        }
+        if let Some(volumes) = volumes {
+            volumes.write_back(pid, &mut written)?;
         }
     }
     Ok(())
@@ -69,11 +94,11 @@ pub(super) fn check(source: &DumpSource<'_>) -> Result<(), CriuError> {
 ///
 /// # Errors
 /// The processes cannot be listed.
-pub(super) fn in_one_mount_namespace(source: &DumpSource<'_>) -> Result<bool, CriuError> {
+pub(super) fn in_one_mount_namespace(processes: &FrozenProcesses) -> Result<bool, CriuError> {
     let namespace = |pid: Pid| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
-    let first = namespace(source.init.pid());
+    let first = namespace(processes.init);
     // A process that has ended is in none.
-    Ok(source.cgroup.pids()?.into_iter().filter_map(namespace).all(|other| Some(other) == first))
+    Ok(processes.cgroup.pids()?.into_iter().filter_map(namespace).all(|other| Some(other) == first))
 }
 
 /// Why a process cannot be restored. A process that has ended has no such reason.

@@ -14,14 +14,17 @@ use tokio::task::spawn_blocking;
 
 use super::{
     CriuError, STDIN,
-    check::{check, in_one_mount_namespace},
-    cpu, extents, files,
+    check::{FrozenProcesses, check, in_one_mount_namespace},
+    cpu, extents,
+    files::{self, MovedSocket},
     image_mount::ImageMount,
     mounts, pagemap,
     reason::quote_of_dump,
     recover::recover,
     rpc::Criu,
     sockets,
+    volumes::VolumeDevice,
+    watches,
 };
 use crate::{cgroup::Cgroup, disk::Disk, process::Process, reaper::Reaper, stdio};
 
@@ -59,6 +62,8 @@ pub(crate) struct DumpSource<'a> {
     pub(crate) rootfs: &'a Path,
     /// The agent's directory of the container.
     pub(crate) dir: &'a Path,
+    /// The dump is restored on trial while the container continues.
+    pub(crate) is_tried: bool,
 }
 
 /// Copies the memory of running processes. A [`dump`] onto the same disk then copies only what has changed.
@@ -163,9 +168,8 @@ pub(crate) async fn dump(
     options: &CriuOptions,
     stdin_sent: u64,
 ) -> Result<(Dumped, CheckpointContainerResponse), CriuError> {
-    check(source)?;
-    let moved = sockets::moved(source)?;
-    let one_namespace = in_one_mount_namespace(source)?;
+    let volumes = VolumeDevice::used_by(source.init.pid())?;
+    let Examined { moved, one_namespace } = examine(source, volumes).await?;
     let mut facts = facts(source)?;
     let mounted = ImageMount::mount(disk, source.dir, FILE_SYSTEM, MsFlags::MS_NOATIME)?;
     let before = Some(mounted.path().join(BEFORE)).filter(|before| before.is_dir());
@@ -187,6 +191,7 @@ pub(crate) async fn dump(
         done => done?,
     }
     files::correct(&images, &moved, one_namespace)?;
+    volumes.map_or(Ok(()), |volumes| watches::check(&images, volumes))?;
     let unread = source.init.stdin().unread(stdin_sent).await.map_err(CriuError::Stdin)?;
     let path = images.join(STDIN);
     stdio::save_unread(&unread, &path).map_err(|source| CriuError::File { what: "write", path, source })?;
@@ -195,6 +200,26 @@ pub(crate) async fn dump(
     let response =
         CheckpointContainerResponse { facts: MessageField::some(facts), criu_us, ..Default::default() };
     Ok((Dumped { images, before, remaining: None, _mounted: mounted }, response))
+}
+
+/// What CRIU does not find out about the processes.
+struct Examined {
+    moved: Vec<MovedSocket>,
+    /// All processes are in one mount namespace.
+    one_namespace: bool,
+}
+
+/// Examines the frozen processes in a thread of its own. They may use files of a volume, which the agent's main thread
+/// must not wait for: it passes the requests for them on.
+async fn examine(source: &DumpSource<'_>, volumes: Option<VolumeDevice>) -> Result<Examined, CriuError> {
+    let (init, cgroup) = (source.init.pid(), source.cgroup.clone());
+    let processes = FrozenProcesses { init, cgroup, volumes, is_tried: source.is_tried };
+    let examine = move || {
+        check(&processes)?;
+        let moved = sockets::moved(&processes)?;
+        Ok(Examined { moved, one_namespace: in_one_mount_namespace(&processes)? })
+    };
+    spawn_blocking(examine).await.map_err(CriuError::Thread)?
 }
 
 /// Creates a directory on the disk, whose root has lost+found.

@@ -31,6 +31,8 @@ mod task;
 mod tmp_dirs;
 mod tmpfs;
 mod uts;
+mod volumes;
+mod watches;
 
 use std::{
     fs::File,
@@ -49,7 +51,7 @@ use rust_criu::rust_criu_protobuf::rpc::{Cgroup_root, Criu_cg_mode, Criu_network
 use self::bound::UnboundSockets;
 pub(crate) use self::{
     dump::{DumpSource, Dumped, dump, pre_dump},
-    mounts::make_mount_points,
+    mounts::{make_mount_points, make_points_in_volumes},
     restore::{Fetching, HeldByCriu, RestoreTarget, Restored, clear, restore},
     rpc::warm_up,
     task::Task,
@@ -86,6 +88,10 @@ pub(crate) enum CriuError {
     Failed { what: &'static str, log: String },
     #[error("{task} {why}: that cannot be restored")]
     Unrestorable { task: Task, why: String },
+    #[error(
+        "a process watches a file of a volume (inotify, fanotify) that has no known name: that cannot be restored"
+    )]
+    NamelessWatch,
     #[error("cannot examine the UNIX sockets of {task}")]
     Sockets { task: Task, source: io::Error },
     #[error("criu has not saved the UNIX socket {name}")]
@@ -103,8 +109,8 @@ pub(crate) enum CriuError {
     #[error("the checkpoint has a file mounted at {destination}, for which the configuration has none")]
     NoFile { destination: String },
     #[error(
-        "the checkpoint mounts {path:?} of the VM at {destination:?}, which belongs to no container: only devices \
-         and files of the container's own configuration are mounted"
+        "the checkpoint mounts {path:?} of the VM at {destination:?}, which belongs to no container: only devices, \
+         and files and volumes of the container's own configuration are mounted"
     )]
     ForeignMount { destination: String, path: String },
     #[error("cannot make the mount point {path}")]
@@ -138,6 +144,7 @@ impl HasKind for CriuError {
         match self {
             Self::Failed { .. }
             | Self::Unrestorable { .. }
+            | Self::NamelessWatch
             | Self::Died { .. }
             | Self::Corrupted { .. }
             | Self::Pages { .. }

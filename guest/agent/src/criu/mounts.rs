@@ -1,22 +1,44 @@
 //! The mounts of a container whose source is outside the container, which CRIU does not find by itself.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::Permissions,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
 };
 
-use machinen_protocol::api::ExternalMount;
+use machinen_protocol::{api::ExternalMount, shares};
 use nix::unistd::Pid;
 use pathrs::{InodeType, Root};
 use procfs::process::{MountInfo, Process};
+use tokio::task::spawn_blocking;
 
-use super::CriuError;
-use crate::engine::MountPoint;
+use super::{CriuError, volumes};
+use crate::engine::{MountPoint, PointInVolume};
 
 /// File systems that CRIU mounts anew, although they are the same as the VM's.
 const REMADE: [&str; 5] = ["proc", "sysfs", "cgroup2", "mqueue", "devpts"];
+
+/// Creates mount points that new volumes lack. The engine does so for a new container. The agent's main thread serves the
+/// volumes and must not wait for them, so this is done in another one.
+///
+/// # Errors
+/// Those of the file system: the volume is read-only.
+pub(crate) async fn make_points_in_volumes(points: &[PointInVolume]) -> Result<(), CriuError> {
+    if points.is_empty() {
+        return Ok(());
+    }
+    let points = points.to_vec();
+    let make = move || {
+        points.into_iter().try_for_each(|PointInVolume { volume, point, destination }| {
+            make_mount_points(&volume, &[point]).map_err(|error| match error {
+                CriuError::MountPoint { source, .. } => CriuError::MountPoint { path: destination, source },
+                other => other,
+            })
+        })
+    };
+    spawn_blocking(make).await.map_err(CriuError::Thread)?
+}
 
 /// Finds these mounts in the container whose init is `init`; `files` is the directory in which the agent
 /// keeps the container's files.
@@ -38,16 +60,29 @@ fn among(ours: Vec<MountInfo>, theirs: Vec<MountInfo>, files: &Path) -> Vec<Exte
         .map(|mount| (mount.majmin, mount.mount_point))
         .collect();
     let outside = theirs.into_iter().filter(|mount| mount.mount_point != Path::new("/"));
+    let mut seen = HashSet::new();
     outside
         .filter_map(|mount| {
             let at = whole.get(&mount.majmin)?;
-            let source = at.join(mount.root.trim_start_matches('/'));
+            let source = at.join(unescaped(&mount.root).trim_start_matches('/'));
             let source = if source.starts_with(files) { String::new() } else { source.display().to_string() };
-            let destination = mount.mount_point.display().to_string();
-            // CRIU itself finds another mount of the container's own root.
-            (!at.ends_with("rootfs")).then(|| ExternalMount { destination, source, ..Default::default() })
+            let destination = unescaped(&mount.mount_point.display().to_string());
+            let found = ExternalMount { destination, source, ..Default::default() };
+            // CRIU itself finds what the container has mounted: other mounts of its root and of its volumes, or of a
+            // part of these.
+            let is_inside = at.ends_with("rootfs")
+                || at == Path::new(shares::MOUNT_POINT)
+                    && !(volumes::is_volume(&found) && seen.insert(found.source.clone()));
+            (!is_inside).then_some(found)
         })
         .collect()
+}
+
+/// A path in /proc/PID/mountinfo, where spaces, tabs, newlines and backslashes are octal numbers (proc(5)).
+pub(super) fn unescaped(path: &str) -> String {
+    [(r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", "\\")]
+        .into_iter()
+        .fold(path.to_owned(), |path, (escaped, char)| path.replace(escaped, char))
 }
 
 /// Creates mount points that a new root file system lacks. The engine does so for a new container.
@@ -71,4 +106,40 @@ pub(crate) fn make_mount_points(rootfs: &Path, points: &[MountPoint]) -> Result<
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mounts(lines: &[&str]) -> Vec<MountInfo> {
+        lines.iter().map(|line| MountInfo::from_line(line).unwrap()).collect()
+    }
+
+    #[test]
+    fn a_volume_is_external_once() {
+        let ours = [
+            "20 1 0:20 / /run rw - tmpfs run rw",
+            "21 20 0:30 / /run/machinen-shares rw - fuse.machinen machinen rw",
+            "22 20 0:31 / /run/machinen/c/rootfs rw - overlay overlay rw",
+        ];
+        let theirs = [
+            "30 1 0:31 / / rw - overlay overlay rw",
+            "31 30 0:30 /dir-0 /my\\040data rw - fuse.machinen machinen rw",
+            "32 30 0:30 /file-1 /etc/f ro - fuse.machinen machinen rw",
+            "33 30 0:30 /dir-0 /again rw - fuse.machinen machinen rw",
+            "34 30 0:30 /dir-0/sub /part rw - fuse.machinen machinen rw",
+            "35 30 0:20 /machinen/c/files/0 /etc/hosts rw - tmpfs run rw",
+            "36 30 0:31 /var /mnt rw - overlay overlay rw",
+        ];
+        let found = among(mounts(&ours), mounts(&theirs), Path::new("/run/machinen/c/files"));
+        let found: Vec<_> =
+            found.iter().map(|mount| (mount.destination.as_str(), mount.source.as_str())).collect();
+        let expected = [
+            ("/my data", "/run/machinen-shares/dir-0"),
+            ("/etc/f", "/run/machinen-shares/file-1"),
+            ("/etc/hosts", ""),
+        ];
+        assert_eq!(found, expected);
+    }
 }

@@ -16,6 +16,7 @@ use nix::{
 };
 use procfs::process::{MMPermissions, MMapPath, Process};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use tokio::task::spawn_blocking;
 
 use super::{CriuError, dump::DumpSource, network};
 use crate::console;
@@ -48,7 +49,9 @@ pub(super) async fn recover(
     if tcp {
         pids.iter().for_each(|pid| release_connections(*pid));
     }
-    let corrupted = pids.iter().any(|pid| has_criu_code(*pid));
+    // A program may be a file of a volume, and the agent's main thread passes on what reads it.
+    let corrupted = spawn_blocking(move || pids.iter().any(|pid| has_criu_code(*pid))).await;
+    let corrupted = corrupted.unwrap_or(true);
     let left = if frozen { source.cgroup.freeze().await } else { source.cgroup.thaw() };
     if let Err(err) = left {
         console::report(&err);

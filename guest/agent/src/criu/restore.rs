@@ -10,7 +10,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use machinen_protocol::api::{CheckpointFacts, CriuOptions, NestedCgroup};
+use machinen_protocol::api::{CheckpointFacts, CriuOptions, ExternalMount, NestedCgroup};
 use nix::{
     mount::{MntFlags, MsFlags, umount2},
     sys::socket::{ControlMessage, MsgFlags, sendmsg},
@@ -48,6 +48,8 @@ pub(crate) struct RestoreTarget<'a> {
     /// The agent's directory of the container.
     pub(crate) dir: &'a Path,
     pub(crate) files: &'a [FileMount],
+    /// The volumes of the container's configuration, by their paths in the VM.
+    pub(crate) volumes: &'a [PathBuf],
     /// The new hostname in the processes' UTS namespace; empty keeps the old one.
     pub(crate) hostname: &'a str,
 }
@@ -207,7 +209,7 @@ fn request(
     opts.set_lazy_pages(options.lazy_pages);
     opts.cg_root.push(super::cgroup_root(target.cgroup));
     for mount in &facts.mounts {
-        opts.external.push(format!("mnt[{}]:{}", mount.destination, source(mount, target.files)?));
+        opts.external.push(format!("mnt[{}]:{}", mount.destination, source(mount, target)?));
     }
     let pipes = inherited.iter().zip(&facts.descriptors).filter(|(_, name)| name.starts_with("pipe:"));
     for (file, name) in pipes {
@@ -311,11 +313,12 @@ fn pass_on(terminal: &OwnedFd, master: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// What is mounted there: a file of the container's own configuration, or a character device, to which the container's
-/// cgroup controls the access. Anything else of this VM belongs to others, whatever the checkpoint says.
-fn source(mount: &machinen_protocol::api::ExternalMount, files: &[FileMount]) -> Result<String, CriuError> {
+/// What is mounted there: a file or a volume of the container's own configuration, or a character device, to which the
+/// container's cgroup controls the access. Anything else of this VM belongs to others, whatever the checkpoint says.
+fn source(mount: &ExternalMount, target: &RestoreTarget<'_>) -> Result<String, CriuError> {
     if !mount.source.is_empty() {
-        return match is_device(Path::new(&mount.source)) {
+        let path = Path::new(&mount.source);
+        return match target.volumes.iter().any(|volume| volume == path) || is_device(path) {
             true => Ok(mount.source.clone()),
             false => Err(CriuError::ForeignMount {
                 destination: mount.destination.clone(),
@@ -323,7 +326,7 @@ fn source(mount: &machinen_protocol::api::ExternalMount, files: &[FileMount]) ->
             }),
         };
     }
-    let file = files.iter().find(|file| file.destination == Path::new(&mount.destination));
+    let file = target.files.iter().find(|file| file.destination == Path::new(&mount.destination));
     let file = file.ok_or_else(|| CriuError::NoFile { destination: mount.destination.clone() })?;
     Ok(file.source.display().to_string())
 }
@@ -341,26 +344,43 @@ fn failed(log: &Path) -> CriuError {
 
 #[cfg(test)]
 mod tests {
-    use machinen_protocol::api::ExternalMount;
-
     use super::*;
 
     #[test]
-    fn only_own_files_and_character_devices_are_mounted() {
+    fn only_own_files_volumes_and_character_devices_are_mounted() {
         let files = [FileMount { destination: "/etc/hosts".into(), source: "/run/c/files/0".into() }];
+        let cgroup = Cgroup::new(Path::new("/c"));
+        let target = RestoreTarget {
+            cgroup: &cgroup,
+            rootfs: Path::new("/run/c/rootfs"),
+            dir: Path::new("/run/c"),
+            files: &files,
+            volumes: &["/run/machinen-shares/dir-3".into()],
+            hostname: "",
+        };
         let mount = |destination: &str, source: &str| {
             let mount = ExternalMount {
                 destination: destination.to_owned(),
                 source: source.to_owned(),
                 ..Default::default()
             };
-            super::source(&mount, &files)
+            super::source(&mount, &target)
         };
         assert_eq!(mount("/etc/hosts", "").unwrap(), "/run/c/files/0");
         assert_eq!(mount("/proc/kcore", "/dev/null").unwrap(), "/dev/null");
+        assert_eq!(mount("/data", "/run/machinen-shares/dir-3").unwrap(), "/run/machinen-shares/dir-3");
         assert!(matches!(mount("/etc/passwd", ""), Err(CriuError::NoFile { .. })));
-        for foreign in ["/", "/run", "/etc/hostname", "/dev", "/dev/../etc/hostname", "/dev/fd/0", "dev/null"]
-        {
+        for foreign in [
+            "/",
+            "/run",
+            "/etc/hostname",
+            "/dev",
+            "/dev/../etc/hostname",
+            "/dev/fd/0",
+            "dev/null",
+            "/run/machinen-shares/dir-4",
+            "/run/machinen-shares/dir-3/below",
+        ] {
             assert!(matches!(mount("/x", foreign), Err(CriuError::ForeignMount { .. })), "{foreign}");
         }
     }

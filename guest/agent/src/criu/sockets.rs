@@ -13,6 +13,7 @@
 //! | the same, by a link in the directory where the socket was bound, whose first name was removed | the image is changed |
 //! | has several names | the dump is refused, since CRIU binds one |
 //! | has a name in another directory by a link, or one that is too long to bind | the dump is refused |
+//! | is in a volume, and the dump is restored on trial while the container continues | the dump is refused, since the restored socket takes the place of the file |
 //!
 //! In a changed image the socket is bound to the present name of its file, which getsockname(2) in a restored
 //! process then returns. Connections are not examined: they have the name of the socket that accepted them,
@@ -37,13 +38,13 @@ use nix::{
     sys::socket::{SockType, UnixAddr, getpeername, getsockname, getsockopt, sockopt},
     unistd::Pid,
 };
-use procfs::process::Process;
+use procfs::process::{MountInfo, Process};
 use rustix::{
     fs::{Mode, OFlags, ResolveFlags, openat2},
     process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
 };
 
-use super::{CriuError, dump::DumpSource, files::MovedSocket, task::Task};
+use super::{CriuError, check::FrozenProcesses, files::MovedSocket, task::Task, volumes::VolumeDevice};
 use crate::sys;
 
 /// The kernel marks a path that does not lead to the file any more with this.
@@ -66,16 +67,17 @@ enum SocketFile {
 ///
 /// # Errors
 /// A socket cannot be restored under all of its names, or cannot be examined.
-pub(super) fn moved(source: &DumpSource<'_>) -> Result<Vec<MovedSocket>, CriuError> {
+pub(super) fn moved(processes: &FrozenProcesses) -> Result<Vec<MovedSocket>, CriuError> {
     let (mut seen, mut moved) = (HashSet::new(), Vec::new());
-    let pids = source.cgroup.pids()?;
-    if has_fuse(&pids) {
+    let pids = processes.cgroup.pids()?;
+    if serves_files(&pids, processes.volumes) {
         return Ok(moved);
     }
+    let kept = processes.volumes.filter(|_| processes.is_tried);
     for pid in pids {
         // A process that has ended has no sockets.
         let Some(task) = Task::find(pid) else { continue };
-        let places = match places(pid, &mut seen) {
+        let places = match places(pid, kept, &mut seen) {
             Err(_) if Task::find(pid).is_none() => continue,
             places => places.map_err(|source| CriuError::Sockets { task: task.clone(), source })?,
         };
@@ -92,20 +94,29 @@ pub(super) fn moved(source: &DumpSource<'_>) -> Result<Vec<MovedSocket>, CriuErr
 
 /// Whether one of the processes may serve a file system. The process is frozen, so examining a file there
 /// would block. CRIU refuses such a mount.
-fn has_fuse(pids: &[Pid]) -> bool {
+fn serves_files(pids: &[Pid], volumes: Option<VolumeDevice>) -> bool {
     let mut seen = HashSet::new();
-    let is_fuse = |kind: &str| kind.starts_with("fuse") && kind != "fusectl";
+    let is_fuse = |mount: &MountInfo| {
+        // The volumes are served by the host.
+        mount.fs_type.starts_with("fuse")
+            && mount.fs_type != "fusectl"
+            && !volumes.is_some_and(|volumes| volumes.is_at(mount))
+    };
     pids.iter().any(|pid| {
         let namespace = fs::read_link(format!("/proc/{pid}/ns/mnt"));
         namespace.is_ok_and(|namespace| seen.insert(namespace))
             && Process::new(pid.as_raw())
                 .and_then(|process| process.mountinfo())
-                .is_ok_and(|mounts| mounts.into_iter().any(|mount| is_fuse(&mount.fs_type)))
+                .is_ok_and(|mounts| mounts.into_iter().any(|mount| is_fuse(&mount)))
     })
 }
 
-/// The sockets of a process that are bound to files, except those in `seen`.
-fn places(pid: Pid, seen: &mut HashSet<u64>) -> io::Result<Vec<(u64, SocketFile)>> {
+/// The sockets of a process that are bound to files, except those in `seen`. No socket may be bound in `kept`.
+fn places(
+    pid: Pid,
+    kept: Option<VolumeDevice>,
+    seen: &mut HashSet<u64>,
+) -> io::Result<Vec<(u64, SocketFile)>> {
     let sockets: Vec<_> = sockets(pid)?.into_iter().filter(|(inode, _)| seen.insert(*inode)).collect();
     if sockets.is_empty() {
         // This includes a process that waits for its parent, which has no root any more.
@@ -118,7 +129,7 @@ fn places(pid: Pid, seen: &mut HashSet<u64>) -> io::Result<Vec<(u64, SocketFile)
     for (inode, number) in sockets {
         let socket = pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?;
         if let Some(bound) = Bound::of(socket.as_fd())? {
-            places.push((inode, bound.place(&root)?));
+            places.push((inode, bound.place(&root, kept)?));
         }
     }
     Ok(places)
@@ -173,8 +184,13 @@ impl Bound {
         Ok(Some(Self { name: name.to_owned(), file }))
     }
 
-    fn place(&self, root: &File) -> io::Result<SocketFile> {
+    fn place(&self, root: &File, kept: Option<VolumeDevice>) -> io::Result<SocketFile> {
         let status = self.file.metadata()?;
+        if kept.is_some_and(|kept| kept.is_device(status.dev())) {
+            return Ok(
+                self.lost("is in a volume, where a trial restore (checkpoint.verify) would replace it")
+            );
+        }
         match status.nlink() {
             0 => return Ok(SocketFile::Bound),
             1 => {}
@@ -264,7 +280,7 @@ mod tests {
 
     fn place(socket: &impl AsFd) -> Option<SocketFile> {
         let root = namespace_root(nix::unistd::getpid()).unwrap();
-        Bound::of(socket.as_fd()).unwrap().map(|bound| bound.place(&root).unwrap())
+        Bound::of(socket.as_fd()).unwrap().map(|bound| bound.place(&root, None).unwrap())
     }
 
     fn words(place: Option<SocketFile>) -> String {

@@ -63,7 +63,7 @@ use tokio::sync::oneshot;
 pub(crate) use self::{
     hooks::PreparedHook,
     join::{ContainerContext, PreparedProcess},
-    mounts::{FileMount, MountPoint},
+    mounts::{FileMount, MountPoint, PointInVolume},
     namespaces::NamespaceError,
     oci::SpecError,
     report::Refusal,

@@ -65,21 +65,55 @@ pub(super) fn add_files(spec: &mut Value, root: &Root, files: Vec<FileMount>) {
     }
 }
 
+/// A place in a volume where the configuration mounts something else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PointInVolume {
+    /// The path of the volume in the VM.
+    pub(crate) volume: PathBuf,
+    /// Relative to the volume.
+    pub(crate) point: MountPoint,
+    /// The path in the container.
+    pub(crate) destination: PathBuf,
+}
+
 /// The mounts that are not below another mount.
 pub(super) fn mount_points(mounts: &Value) -> Vec<MountPoint> {
-    let destination = |mount: &Value| PathBuf::from(mount["destination"].as_str().unwrap_or_default());
-    let all: Vec<PathBuf> = items(mounts).map(destination).collect();
-    let is_below = |path: &Path| all.iter().any(|other| other != path && path.starts_with(other));
-    items(mounts)
-        .map(|mount| MountPoint {
-            path: destination(mount),
-            is_file: match entry(mount) {
-                Some(entry) => entry.is_file,
-                None => mount["type"] == "bind" && source(mount).is_some_and(Path::is_file),
-            },
-        })
-        .filter(|point| !is_below(&point.path))
-        .collect()
+    let without_above = items(mounts).filter(|mount| above(mounts, &destination(mount)).is_none());
+    without_above.map(|mount| MountPoint { path: destination(mount), is_file: is_file(mount) }).collect()
+}
+
+/// The mounts that are below a volume.
+pub(super) fn points_in_volumes(mounts: &Value) -> Vec<PointInVolume> {
+    let in_volume = |mount: &Value| {
+        let destination = destination(mount);
+        let above = above(mounts, &destination)?;
+        let volume = entry(above)?.path();
+        let path = destination.strip_prefix(self::destination(above)).ok()?.to_owned();
+        Some(PointInVolume { volume, point: MountPoint { path, is_file: is_file(mount) }, destination })
+    };
+    items(mounts).filter_map(in_volume).collect()
+}
+
+/// The nearest mount above a path.
+fn above<'a>(mounts: &'a Value, path: &Path) -> Option<&'a Value> {
+    let is_above = |mount: &&Value| destination(mount) != path && path.starts_with(destination(mount));
+    items(mounts).filter(is_above).max_by_key(|mount| destination(mount).components().count())
+}
+
+fn destination(mount: &Value) -> PathBuf {
+    PathBuf::from(mount["destination"].as_str().unwrap_or_default())
+}
+
+fn is_file(mount: &Value) -> bool {
+    match entry(mount) {
+        Some(entry) => entry.is_file,
+        None => mount["type"] == "bind" && source(mount).is_some_and(Path::is_file),
+    }
+}
+
+/// The volumes that are mounted, by their paths in the VM.
+pub(super) fn volumes(mounts: &Value) -> Vec<PathBuf> {
+    items(mounts).filter_map(entry).map(ShareEntry::path).collect()
 }
 
 /// The volume that a mount shows.
@@ -133,5 +167,24 @@ mod tests {
         let points =
             [("/dev", false), ("/devices", false), ("/etc/hosts", true), ("/d", false), ("/f", true)];
         assert_eq!(found, points.map(|(path, is_file)| (PathBuf::from(path), is_file)));
+        let paths = ["/run/machinen-shares/dir-1", "/run/machinen-shares/file-2"];
+        assert_eq!(volumes(&mounts), paths.map(PathBuf::from));
+        assert_eq!(points_in_volumes(&mounts), []);
+    }
+
+    #[test]
+    fn mount_points_in_volumes_are_known() {
+        let mounts = json!([
+            {"destination": "/d", "type": "bind", "source": "/run/machinen-shares/dir-1"},
+            {"destination": "/d/tmp", "type": "tmpfs"},
+            {"destination": "/d/a/b", "type": "bind", "source": "/run/machinen-shares/file-2"},
+            {"destination": "/d/tmp/in-memory", "type": "tmpfs"},
+        ]);
+        let point = |path: &str, is_file| PointInVolume {
+            volume: "/run/machinen-shares/dir-1".into(),
+            point: MountPoint { path: path.into(), is_file },
+            destination: Path::new("/d").join(path),
+        };
+        assert_eq!(points_in_volumes(&mounts), [point("tmp", false), point("a/b", true)]);
     }
 }

@@ -16,7 +16,7 @@ use super::{
     devices::{self, Instruction},
     hooks::{self, PreparedHook},
     join::ContainerContext,
-    mounts::{self, FileMount, MountPoint},
+    mounts::{self, FileMount, MountPoint, PointInVolume},
     oci::{SpecError, items, mapped, path_value},
     passwd, process,
     request::{Console, CreateRequest},
@@ -35,6 +35,8 @@ pub(crate) struct Prepared {
     owner: u32,
     devices: Vec<Instruction>,
     mount_points: Vec<MountPoint>,
+    points_in_volumes: Vec<PointInVolume>,
+    volumes: Vec<PathBuf>,
     hooks: Vec<PreparedHook>,
 }
 
@@ -86,6 +88,8 @@ impl Prepared {
         mounts::adapt(&mut spec, &root, shares_network && has_users);
         mounts::add_files(&mut spec, &root, files);
         let mount_points = mounts::mount_points(&spec["mounts"]);
+        let points_in_volumes = mounts::points_in_volumes(&spec["mounts"]);
+        let volumes = mounts::volumes(&spec["mounts"]);
         let request = CreateRequest {
             id: id.to_owned(),
             bundle: dir.join("bundle"),
@@ -96,7 +100,17 @@ impl Prepared {
             console: terminal.then_some(Console { owner, size }),
         };
         write(&request.bundle, &spec)?;
-        Ok(Self { request, join_context, cgroup_path, owner, devices, mount_points, hooks })
+        Ok(Self {
+            request,
+            join_context,
+            cgroup_path,
+            owner,
+            devices,
+            mount_points,
+            points_in_volumes,
+            volumes,
+            hooks,
+        })
     }
 
     pub(super) fn request(&self) -> &CreateRequest {
@@ -126,6 +140,16 @@ impl Prepared {
     /// The places where something is mounted.
     pub(crate) fn mount_points(&self) -> &[MountPoint] {
         &self.mount_points
+    }
+
+    /// The places in volumes where something else is mounted.
+    pub(crate) fn points_in_volumes(&self) -> &[PointInVolume] {
+        &self.points_in_volumes
+    }
+
+    /// The container's volumes, by their paths in the VM.
+    pub(crate) fn volumes(&self) -> &[PathBuf] {
+        &self.volumes
     }
 
     /// The program that decides which devices the container may use.

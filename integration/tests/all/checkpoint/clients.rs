@@ -82,7 +82,7 @@ fn count_above(containerd: &Containerd, id: &str, least: u32) -> Result<u32> {
 }
 
 /// containerd unpacks a checkpoint for the runtime, and never removes it.
-pub(super) fn remove_what_containerd_leaves(containerd: &Containerd) -> Result<()> {
+pub(crate) fn remove_what_containerd_leaves(containerd: &Containerd) -> Result<()> {
     for entry in fs::read_dir(containerd.root().join("tmp"))? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

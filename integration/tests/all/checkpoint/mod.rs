@@ -36,6 +36,8 @@ use machinen_integration::{
 use serde_json::json;
 use ttrpc::Code;
 
+pub(crate) use clients::remove_what_containerd_leaves;
+
 /// Counts in memory, and shows the count in a file. The file is part of a checkpoint, which may be taken while it is open:
 /// it is not on the root file system, which the restored container may have another one of.
 const COUNTER: &str = "i=100; while :; do i=$((i+1)); echo $i >/dev/shm/new; mv /dev/shm/new /dev/shm/count; usleep 50000; done";

@@ -5,6 +5,7 @@ mod existing;
 mod faults;
 mod many;
 mod state;
+mod volumes;
 
 use std::{fs, thread, time::Instant};
 

@@ -19,7 +19,7 @@ on_newest_containerd!(
 );
 
 /// The pids of share servers.
-fn servers(containerd: &Containerd) -> Result<Vec<u32>> {
+pub(super) fn servers(containerd: &Containerd) -> Result<Vec<u32>> {
     let all = inventory::descendants(containerd.keeper_pid())?;
     Ok(all
         .iter()
@@ -28,7 +28,7 @@ fn servers(containerd: &Containerd) -> Result<Vec<u32>> {
         .collect())
 }
 
-fn kill(pid: u32) -> Result<()> {
+pub(super) fn kill(pid: u32) -> Result<()> {
     Invocation::new("kill").args(["-KILL", &pid.to_string()]).run()?.ok().map(drop)
 }
 

@@ -1,10 +1,12 @@
 //! Volumes: bind mounts of the host's files and directories.
 
+mod checkpoint;
 mod escape;
 mod files;
 mod life;
 mod mounts;
 mod refused;
+mod restored;
 
 use std::{fs, path::PathBuf};
 

@@ -2,13 +2,13 @@
 
 use std::{fs, os::unix::net::UnixListener};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use machinen_integration::{bundle::Bundle, containerd::Containerd};
 
 use super::{bind, source};
 use crate::harness::{fails_saying, on_newest_containerd};
 
-on_newest_containerd!(mounts_that_cannot_be, checkpoints);
+on_newest_containerd!(mounts_that_cannot_be);
 
 fn mounts_that_cannot_be(containerd: &mut Containerd) -> Result<()> {
     let data = source(containerd)?;
@@ -28,22 +28,4 @@ fn mounts_that_cannot_be(containerd: &mut Containerd) -> Result<()> {
         fails_saying(containerd, &containerd.run_spec(&config), words)?;
     }
     Ok(())
-}
-
-fn checkpoints(containerd: &mut Containerd) -> Result<()> {
-    let data = source(containerd)?;
-    let served = super::served(containerd, &data)?;
-    let path = containerd.root().join("checkpoint");
-    let request = containerd_shim_protos::api::CheckpointTaskRequest {
-        id: served.shim.id.clone(),
-        path: path.display().to_string(),
-        ..Default::default()
-    };
-    let (_, error) = served.client.refused("Checkpoint", &request)?;
-    ensure!(error.contains("has volumes") && error.contains("cannot be checkpointed"), "{error}");
-    ensure!(
-        super::shell(&served, "touch /data/after; echo well")? == "well\n",
-        "the container does not continue"
-    );
-    served.end()
 }

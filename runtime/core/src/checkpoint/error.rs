@@ -24,11 +24,55 @@ pub enum CheckpointError {
         /// The cause.
         source: io::Error,
     },
-    /// The container has bind mounts of files of the host, which a checkpoint cannot hold yet.
+    /// Another mount of the container is at the same place as a volume.
     #[error(
-        "the container has volumes (bind mounts of the host's files), and such a container cannot be checkpointed or forked yet"
+        "the volume {destination} covers another mount or is covered by one, and a restore could make only one of them"
     )]
-    Volumes,
+    CoveredVolume {
+        /// Where the volume is mounted in the container.
+        destination: String,
+    },
+    /// The new container lacks a volume.
+    #[error(
+        "the checkpoint has the volume {destination}, for which the configuration has none: add a bind mount with this \
+         destination"
+    )]
+    NoVolume {
+        /// The path in the checkpoint's configuration.
+        destination: String,
+    },
+    /// The new container has a volume that the checkpoint lacks.
+    #[error(
+        "the configuration has the volume {}, which the checkpoint does not have: remove the mount, since a restored \
+         container has the mounts of its checkpoint",
+        destination.display()
+    )]
+    NewVolume {
+        /// The path in the new configuration.
+        destination: PathBuf,
+    },
+    /// A directory takes the place of a file, or a file that of a directory.
+    #[error(
+        "{}, the source of the volume {destination}, is a {}, and it was a {} when the checkpoint was taken",
+        path.display(), kind(*is_file), kind(!*is_file)
+    )]
+    VolumeKind {
+        /// The path in the container.
+        destination: String,
+        /// The path on the host.
+        path: PathBuf,
+        /// Whether the source is a file now.
+        is_file: bool,
+    },
+    /// The checkpoint's mount is read-only, and stays so.
+    #[error(
+        "the checkpoint has the volume {destination} read-only, and the configuration writable: add the option ro to the \
+         mount"
+    )]
+    ReadOnlyVolume {
+        /// The path in the container.
+        destination: String,
+    },
     /// The directory for a new checkpoint has files in it.
     #[error("{} is not empty: a checkpoint needs a directory of its own", path.display())]
     NotEmpty {
@@ -155,6 +199,10 @@ impl CheckpointError {
     }
 }
 
+fn kind(is_file: bool) -> &'static str {
+    if is_file { "file" } else { "directory" }
+}
+
 fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
@@ -172,7 +220,11 @@ impl HasKind for CheckpointError {
             | Self::Parts { .. }
             | Self::TooLarge { .. }
             | Self::Changed { .. } => ErrorKind::InvalidArgument,
-            Self::Volumes
+            Self::CoveredVolume { .. }
+            | Self::NoVolume { .. }
+            | Self::NewVolume { .. }
+            | Self::VolumeKind { .. }
+            | Self::ReadOnlyVolume { .. }
             | Self::Format { .. }
             | Self::Arch { .. }
             | Self::Digest { .. }

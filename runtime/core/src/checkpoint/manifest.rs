@@ -18,7 +18,12 @@ use machinen_protocol::api::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::{CheckpointError, digest::PART};
+use super::{
+    CheckpointError,
+    digest::PART,
+    volumes::{self, ManifestVolume},
+};
+use crate::shares::SharedVolume;
 
 /// Version of the directory's format.
 pub const FORMAT: u32 = 1;
@@ -71,6 +76,9 @@ pub struct CheckpointManifest {
     pub descriptors: Vec<String>,
     /// The mounts whose source is outside of the container.
     pub mounts: Vec<ManifestMount>,
+    /// The volumes. An earlier version that restores the checkpoint without them is refused by CRIU.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<ManifestVolume>,
     /// Files of the container's cgroup, with their content.
     pub limits: BTreeMap<String, String>,
     /// The container's cgroup with the settings that are not among the limits, and all cgroups below it,
@@ -205,7 +213,16 @@ impl CheckpointManifest {
         Ok(manifest)
     }
 
-    pub(crate) fn with_facts(mut self, facts: CheckpointFacts) -> Self {
+    /// Adds what the guest reports. `shared`: the container's volumes.
+    ///
+    /// # Errors
+    /// The report about volumes cannot be true, or cannot be restored.
+    pub(crate) fn with_facts(
+        mut self,
+        mut facts: CheckpointFacts,
+        shared: &[SharedVolume],
+    ) -> Result<Self, CheckpointError> {
+        self.volumes = volumes::record(&mut facts, shared)?;
         // The rest is what the restore passes to the guest again, so it stays as it is.
         self.kernel = printable(&facts.kernel_release);
         self.criu = printable(&facts.criu_version);
@@ -218,11 +235,11 @@ impl CheckpointManifest {
         self.mounts = mounts.collect();
         self.limits = facts.limits.into_iter().map(|file| (file.name, file.content)).collect();
         self.cgroups = facts.cgroups.into_iter().map(ManifestCgroup::from).collect();
-        self
+        Ok(self)
     }
 
-    /// The part of the manifest that the guest needs.
-    pub(crate) fn facts(&self) -> CheckpointFacts {
+    /// The part of the manifest that the guest needs. `shared`: the volumes of the new container.
+    pub(crate) fn facts(&self, shared: &[SharedVolume]) -> CheckpointFacts {
         let mounts = self.mounts.iter().map(|mount| ExternalMount {
             destination: mount.destination.display().to_string(),
             source: mount.source.as_ref().map(|source| source.display().to_string()).unwrap_or_default(),
@@ -238,7 +255,7 @@ impl CheckpointManifest {
             criu_version: self.criu.clone(),
             cpu_flags: self.cpu_flags.clone(),
             descriptors: self.descriptors.clone(),
-            mounts: mounts.collect(),
+            mounts: mounts.chain(volumes::mounts(&self.volumes, shared)).collect(),
             limits: limits.collect(),
             cgroups: self.cgroups.iter().map(ManifestCgroup::to_message).collect(),
             ..Default::default()
@@ -321,8 +338,8 @@ mod tests {
         assert!(manifest.options.file_locks && !manifest.options.shell_job);
         assert_eq!(manifest.files[0].size, 913);
         // The manifest is written unchanged.
-        let facts = manifest.facts();
-        let again = CheckpointManifest { arch: "x86_64".into(), ..manifest }.with_facts(facts);
+        let facts = manifest.facts(&[]);
+        let again = CheckpointManifest { arch: "x86_64".into(), ..manifest }.with_facts(facts, &[]).unwrap();
         let (written, read): (serde_json::Value, serde_json::Value) =
             (serde_json::to_value(&again).unwrap(), serde_json::from_str(golden).unwrap());
         assert_eq!(written, read);
@@ -345,7 +362,7 @@ mod tests {
     #[test]
     fn cgroups_below_the_containers_are_kept() {
         let golden: CheckpointManifest = serde_json::from_str(include_str!("golden/format-1.json")).unwrap();
-        assert_eq!(golden.cgroups, []);
+        assert_eq!((golden.cgroups.as_slice(), golden.volumes.as_slice()), (&[][..], &[][..]));
         let owner = ("cgroup.procs".to_owned(), 1000, 1000);
         let cgroup = |path: &str, settings: &[(&str, &str)]| ManifestCgroup {
             path: path.to_owned(),
@@ -360,7 +377,7 @@ mod tests {
         let read: CheckpointManifest =
             serde_json::from_str(&serde_json::to_string(&manifest).unwrap()).unwrap();
         assert_eq!(read.cgroups, cgroups);
-        assert_eq!(read.clone().with_facts(read.facts()).cgroups, cgroups);
+        assert_eq!(read.clone().with_facts(read.facts(&[]), &[]).unwrap().cgroups, cgroups);
     }
 
     #[test]

@@ -19,11 +19,14 @@ mod hash_pipeline;
 mod manifest;
 mod report;
 mod save;
+mod volumes;
 
 pub use error::CheckpointError;
 pub use files::{clear, remove, verify};
 pub use manifest::{CheckpointManifest, DumpOptions, FORMAT, ImageDigest, MANIFEST, ManifestMount};
 pub use save::SavedCheckpoint;
+pub use volumes::ManifestVolume;
 
 pub(crate) use disk::ImageDisk;
 pub(crate) use save::{DumpImages, copy, copy_reports, save};
+pub(crate) use volumes::check as check_volumes;

@@ -76,9 +76,6 @@ impl Pod {
         let _ordered = container.init.transitions.lock().await;
         let _none_starting = container.freezing.write().await;
         container.check(PodRequest::Checkpoint)?;
-        if !container.shares.is_empty() {
-            return Err(PodError::Checkpoint { id: id.to_owned(), source: CheckpointError::Volumes });
-        }
         let was_paused = container.state() == ProcessState::Paused;
         let agent = self.agent(id).await?;
         let failed = |source| PodError::Checkpoint { id: id.to_owned(), source };
@@ -89,8 +86,15 @@ impl Pod {
         let phases = PhaseTimes::default();
         let dump = Dump::new(self, container, &agent, wanted.options, wanted.exit, !was_paused);
         let DumpOutcome { disk, facts, layer, trial_disk, frozen, connections } = dump.run(&phases).await?;
-        let manifest = CheckpointManifest { layer, ..manifest }.with_facts(facts);
+        let manifest = CheckpointManifest { layer, ..manifest }.with_facts(facts, container.shares.volumes());
         let written = async {
+            let manifest = match manifest {
+                Ok(manifest) => manifest,
+                Err(error) => {
+                    disk.release();
+                    return Err(failed(error));
+                }
+            };
             let (located, pieces) = mpsc::channel(WAITING);
             let images = disk.images(pieces);
             let (located, saved) = tokio::join!(

@@ -26,7 +26,10 @@ use super::{
     Container, Pod, PodError, connections::HeldConnections, frozen::Frozen, phases::PhaseTimes,
     verify::TrialDisk,
 };
-use crate::checkpoint::{CheckpointError, DumpImages, DumpOptions};
+use crate::{
+    checkpoint::{CheckpointError, DumpImages, DumpOptions},
+    config::VerifyMode,
+};
 
 /// Upper bound of the size of all images that do not hold memory of the container, bytes.
 const OTHER_IMAGES: u64 = 256 << 20;
@@ -256,6 +259,7 @@ impl<'a> Dump<'a> {
         let request = CheckpointContainerRequest {
             stdin_bytes: held.as_deref().copied().unwrap_or(0),
             sync_rootfs: TrialDisk::copies_disk(self.container),
+            is_tried: self.container.checkpoint_config.verify != VerifyMode::Off,
             ..request
         };
         let dumped = phases.time("dump", self.agent.checkpoint_container(request)).await;

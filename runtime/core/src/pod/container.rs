@@ -76,17 +76,25 @@ pub(super) struct ContainerStorage {
     pub(super) rootfs: Vec<RootfsMount>,
 }
 
+/// The VM that a container is in.
+#[derive(Debug)]
+pub(super) struct ContainerGuest {
+    pub(super) vm: Vm,
+    /// The connection of the VM with the container's network namespace, if it has one.
+    pub(super) network: Option<Arc<PodNetwork>>,
+}
+
 impl Container {
     pub(super) fn new(
         id: ContainerId,
         bundle: PathBuf,
         stdio: StdioNames,
         anchor: Anchor,
-        vm: Vm,
-        network: Option<Arc<PodNetwork>>,
+        guest: ContainerGuest,
         storage: ContainerStorage,
         hooks: ContainerHooks,
     ) -> Self {
+        let ContainerGuest { vm, network } = guest;
         let ContainerStorage { layer, attachments, shares, base, checkpoint, checkpoint_config, rootfs } =
             storage;
         Self {

@@ -24,8 +24,10 @@ use tokio::task::spawn_blocking;
 
 use super::{Container, PodError, phases::PhaseTimes};
 use crate::{
-    checkpoint::{CheckpointError, CheckpointManifest, ImageDisk},
-    config, spec,
+    checkpoint::{self, CheckpointError, CheckpointManifest, ImageDisk},
+    config,
+    shares::{SharedVolume, Volume},
+    spec,
 };
 
 /// A checkpoint's images that are attached to a VM.
@@ -124,15 +126,22 @@ impl RestorePlan {
         }
     }
 
+    /// Checks that the container's volumes take the places of those of the checkpoint.
+    pub(super) fn check_volumes(&self, volumes: &[Volume]) -> Result<(), PodError> {
+        checkpoint::check_volumes(&self.manifest.volumes, volumes).map_err(|source| self.failed(source))
+    }
+
     pub(super) fn has_terminal(&self) -> bool {
         self.manifest.terminal
     }
 
-    /// `spec` is the new container's, and `cpus` is the number of its VM's CPUs.
+    /// `shared` are the new container's volumes, `spec` is its configuration, and `cpus` is the number of its VM's
+    /// CPUs.
     pub(super) fn request(
         &self,
         disk: Option<DiskAddress>,
         config: &config::RestoreConfig,
+        shared: &[SharedVolume],
         spec: &Spec,
         cpus: u32,
     ) -> RestoreFrom {
@@ -141,7 +150,7 @@ impl RestorePlan {
             tcp_close: config.tcp == config::TcpMode::Close,
             ..self.manifest.options.criu()
         };
-        let mut facts = self.manifest.facts();
+        let mut facts = self.manifest.facts(shared);
         // The VM of the checkpoint may have had more CPUs.
         for file in &mut facts.limits {
             if let Some(content) = spec::cpus::file_in_guest(&file.name, &file.content, cpus) {

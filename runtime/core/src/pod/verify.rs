@@ -7,7 +7,8 @@
 //! ```
 //! The trial changes nothing of the source container: the base disk is attached read-only, and writes go to
 //! the trial disk, which has no name. The restored processes get /dev/null or pipes without a peer as their
-//! standard streams, and execute no instruction.
+//! standard streams, and execute no instruction. The trial's VM has the container's volumes, in which CRIU opens the
+//! files that the processes have open; a file that was removed exists there for a moment.
 
 use std::{fs::File, path::Path, sync::Arc};
 
@@ -29,6 +30,8 @@ use super::{
 use crate::{
     config::{self, VerifyMode},
     network::PodNetwork,
+    shares::{PodShares, ShareGuest},
+    spec::volumes,
 };
 
 /// Directory of the trial's VM, below that of the pod.
@@ -83,11 +86,12 @@ impl Pod {
         trial_disk: TrialDisk<'_>,
         phases: &PhaseTimes,
     ) -> Result<(), PodError> {
-        let sandbox = self.trial_sandbox();
-        let restored = self.restore_without_start(&sandbox, container, dir, trial_disk);
+        let (sandbox, shares) = (self.trial_sandbox(), PodShares::default());
+        let restored = self.restore_without_start(&sandbox, &shares, container, dir, trial_disk);
         self.shared.cgroup.set_vms(2).await;
         let restored = phases.time("verify", restored).await;
         sandbox.end().await;
+        shares.settle().await;
         self.shared.cgroup.set_vms(1).await;
         restored.map_err(|source| PodError::Verify { id: container.id.to_string(), source: Box::new(source) })
     }
@@ -109,6 +113,7 @@ impl Pod {
     async fn restore_without_start(
         &self,
         sandbox: &Sandbox,
+        shares: &PodShares,
         container: &Container,
         dir: &Path,
         trial_disk: TrialDisk<'_>,
@@ -127,10 +132,10 @@ impl Pod {
         };
         let (mut acquired, disks) = create::with_vm(sandbox.acquire(id, &request), disks).await?;
         let network = container.network.as_deref();
-        match create_without_start(&plan, id, &acquired.vm, &disks, network).await {
+        match self.create_without_start(&plan, id, shares, &acquired.vm, &disks, network).await {
             Err(error) if acquired.origin.is_clone() && error.is_loss_of_the_vm() => {
                 sandbox.boot_instead(id, &request, &mut acquired, &error).await?;
-                create_without_start(&plan, id, &acquired.vm, &disks, network).await
+                self.create_without_start(&plan, id, shares, &acquired.vm, &disks, network).await
             }
             created => created,
         }
@@ -154,32 +159,38 @@ impl Pod {
         }
         Ok(plan)
     }
-}
 
-async fn create_without_start(
-    plan: &CreatePlan,
-    id: &str,
-    vm: &Vm,
-    disks: &OpenDisks,
-    network: Option<&PodNetwork>,
-) -> Result<(), PodError> {
-    let injected = plan.read_injected().await?;
-    // The disks stay attached until the VM ends.
-    let attachments = Attachments::new(vm.clone());
-    let (addresses, agent) = attachments.attach(id, disks, &PhaseTimes::default()).await?;
-    if let Some(network) = network {
-        // Sockets are bound to these addresses. The trial's network device is connected with nothing.
-        network.copy_to(&agent).await.map_err(PodError::Network)?;
+    async fn create_without_start(
+        &self,
+        plan: &CreatePlan,
+        id: &str,
+        shares: &PodShares,
+        vm: &Vm,
+        disks: &OpenDisks,
+        network: Option<&PodNetwork>,
+    ) -> Result<(), PodError> {
+        let injected = plan.read_injected().await?;
+        // The disks and the volumes stay until the VM ends.
+        let attachments = Attachments::new(vm.clone());
+        let (addresses, agent) = attachments.attach(id, disks, &PhaseTimes::default()).await?;
+        if let Some(network) = network {
+            // Sockets are bound to these addresses. The trial's network device is connected with nothing.
+            network.copy_to(&agent).await.map_err(PodError::Network)?;
+        }
+        let Some((restore, disk)) = plan.restore.as_ref().zip(disks.checkpoint.as_ref()) else {
+            return Ok(());
+        };
+        let guest = ShareGuest { vm, agent: &agent, unclaimed: &self.shared.starting };
+        let shared = shares.add(&guest, &plan.volumes).await?;
+        let stdio = Stdio { terminal: restore.has_terminal(), ..Default::default() };
+        let vcpus = vm.spec().vcpus;
+        let mut spec = plan.guest.for_vm(vcpus);
+        volumes::set_sources(&mut spec, &plan.guest.volumes, shared.entries());
+        let mut request = create::request(id, &spec, &addresses, stdio, injected)?;
+        let config = &plan.config.restore;
+        let from = restore.request(addresses.checkpoint, config, shared.volumes(), &spec, vcpus);
+        request.checkpoint = MessageField::some(from);
+        let created = agent.create_container(request).await;
+        created.map(drop).map_err(|source| restore.refused(disk, source))
     }
-    let Some((restore, disk)) = plan.restore.as_ref().zip(disks.checkpoint.as_ref()) else {
-        return Ok(());
-    };
-    let stdio = Stdio { terminal: restore.has_terminal(), ..Default::default() };
-    let vcpus = vm.spec().vcpus;
-    let spec = plan.guest.for_vm(vcpus);
-    let mut request = create::request(id, &spec, &addresses, stdio, injected)?;
-    let from = restore.request(addresses.checkpoint, &plan.config.restore, &spec, vcpus);
-    request.checkpoint = MessageField::some(from);
-    let created = agent.create_container(request).await;
-    created.map(drop).map_err(|source| restore.refused(disk, source))
 }

@@ -36,7 +36,8 @@ fn open_one(bundle: &Path, mount: &VolumeMount) -> Result<Volume, ShareError> {
             return Err(ShareError::SourceKind { path, destination, kind });
         }
     };
-    Ok(Volume { path, source: Arc::new(source), is_file, options: mount.options })
+    let destination = mount.destination.clone();
+    Ok(Volume { path, destination, source: Arc::new(source), is_file, options: mount.options })
 }
 
 fn file_type(fd: &OwnedFd) -> io::Result<FileType> {

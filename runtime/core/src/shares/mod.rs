@@ -117,10 +117,22 @@ impl HasKind for ShareError {
 pub(crate) struct Volume {
     /// The path on the host, for messages.
     pub(crate) path: PathBuf,
+    /// The path in the container's configuration.
+    pub(crate) destination: PathBuf,
     /// The file or directory, which is not replaced by another one under the same path.
     pub(crate) source: Arc<OwnedFd>,
     pub(crate) is_file: bool,
     pub(crate) options: TreeOptions,
+}
+
+/// A volume that is visible in the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SharedVolume {
+    /// The name of the volume in the guest.
+    pub(crate) entry: ShareEntry,
+    /// The path in the container's configuration.
+    pub(crate) destination: PathBuf,
+    pub(crate) read_only: bool,
 }
 
 /// The VM that a volume is mounted in.
@@ -151,8 +163,8 @@ struct RunningShares {
 #[derive(Debug, Default)]
 pub(crate) struct ContainerShares {
     root: Option<Arc<ShareRoot>>,
-    /// In the order of the volumes.
-    entries: Vec<ShareEntry>,
+    /// In the order of the configuration.
+    volumes: Vec<SharedVolume>,
 }
 
 impl PodShares {
@@ -202,7 +214,7 @@ impl PodShares {
 
 impl RunningShares {
     async fn mount(&mut self, volumes: &[Volume]) -> Result<ContainerShares, ShareError> {
-        let mut shares = ContainerShares { root: Some(Arc::clone(&self.root)), entries: Vec::new() };
+        let mut shares = ContainerShares { root: Some(Arc::clone(&self.root)), volumes: Vec::new() };
         for volume in volumes {
             let entry = ShareEntry { number: self.next_number, is_file: volume.is_file };
             self.next_number = self.next_number.wrapping_add(1);
@@ -216,26 +228,31 @@ impl RunningShares {
                 shares.remove().await;
                 return Err(ShareError::Mount { path: volume.path.clone(), source });
             }
-            shares.entries.push(entry);
+            shares.volumes.push(SharedVolume {
+                entry,
+                destination: volume.destination.clone(),
+                read_only: volume.options.read_only,
+            });
         }
         Ok(shares)
     }
 }
 
 impl ContainerShares {
-    /// The names of the volumes in the guest, in the order in which they were given.
-    pub(crate) fn entries(&self) -> &[ShareEntry] {
-        &self.entries
+    /// The volumes, in the order in which they were given.
+    pub(crate) fn volumes(&self) -> &[SharedVolume] {
+        &self.volumes
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+    /// The names of the volumes in the guest.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = ShareEntry> {
+        self.volumes.iter().map(|volume| volume.entry)
     }
 
     /// Removes the volumes from the server, because the container is gone from the guest.
     pub(crate) async fn remove(&self) {
         let Some(root) = self.root.clone() else { return };
-        let entries = self.entries.clone();
+        let entries: Vec<_> = self.entries().collect();
         let removed =
             spawn_blocking(move || entries.into_iter().try_for_each(|entry| root.remove(entry))).await;
         match removed {

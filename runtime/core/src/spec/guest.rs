@@ -161,6 +161,14 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
     Ok(GuestSpec { spec, hooks, injected, volumes, netns, cgroups_path })
 }
 
+/// The bind mounts of a host's configuration.
+///
+/// # Errors
+/// The first mount that machinen does not support.
+pub fn volumes(mut spec: Spec) -> Result<Vec<VolumeMount>, ReduceError> {
+    take_host_mounts(&mut spec).map(|(_, volumes)| volumes)
+}
+
 /// The path of the network namespace that a host's configuration names.
 pub(crate) fn network_namespace(spec: &Spec) -> Option<PathBuf> {
     let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;

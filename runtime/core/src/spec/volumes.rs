@@ -53,22 +53,13 @@ pub enum VolumeError {
         /// The path on the host.
         source_path: PathBuf,
     },
-    /// The container is restored from a checkpoint.
-    #[error(
-        "a container with the volume {} cannot be restored from a checkpoint yet: remove the mount",
-        destination.display()
-    )]
-    Restored {
-        /// The path in the container.
-        destination: PathBuf,
-    },
 }
 
 impl HasKind for VolumeError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::NoSource { .. } => ErrorKind::InvalidArgument,
-            Self::Shared { .. } | Self::Mapped { .. } | Self::Restored { .. } => ErrorKind::Unimplemented,
+            Self::Shared { .. } | Self::Mapped { .. } => ErrorKind::Unimplemented,
         }
     }
 }
@@ -121,7 +112,11 @@ impl VolumeMount {
 }
 
 /// Sets the sources of volumes in the guest.
-pub(crate) fn set_sources(spec: &mut Spec, volumes: &[VolumeMount], entries: &[ShareEntry]) {
+pub(crate) fn set_sources(
+    spec: &mut Spec,
+    volumes: &[VolumeMount],
+    entries: impl IntoIterator<Item = ShareEntry>,
+) {
     let Some(mounts) = spec.mounts_mut() else { return };
     for (volume, entry) in volumes.iter().zip(entries) {
         if let Some(mount) = mounts.get_mut(volume.mount) {

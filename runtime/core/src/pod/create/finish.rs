@@ -17,7 +17,7 @@ use crate::{
     network::PodNetwork,
     pod::{
         Container, PodError,
-        container::ContainerStorage,
+        container::{ContainerGuest, ContainerStorage},
         layer::WritableLayer,
         restore::RestoreDisk,
         sandbox::VmOrigin,
@@ -164,7 +164,8 @@ impl CreateJob<'_> {
         volumes::set_sources(&mut spec, &self.plan.guest.volumes, held.shares.entries());
         let mut request = disks::request(&self.request.id, &spec, addresses, stdio, injected)?;
         if let Some(restore) = &self.plan.restore {
-            let from = restore.request(addresses.checkpoint, &self.plan.config.restore, &spec, vcpus);
+            let (config, shared) = (&self.plan.config.restore, held.shares.volumes());
+            let from = restore.request(addresses.checkpoint, config, shared, &spec, vcpus);
             request.checkpoint = MessageField::some(from);
         }
         request.hook_state = self.plan.hooks.state_for_guest()?;
@@ -202,8 +203,7 @@ impl CreateJob<'_> {
             create.bundle,
             create.stdio.names(),
             anchor,
-            vm.clone(),
-            network,
+            ContainerGuest { vm: vm.clone(), network },
             storage,
             plan.hooks,
         );

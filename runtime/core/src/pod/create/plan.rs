@@ -27,8 +27,7 @@ use crate::{
     shares::Volume,
     spec::{
         bundle,
-        guest::{self, GuestSpec, Injected, MAX_INJECTED, ReduceError},
-        volumes::VolumeError,
+        guest::{self, GuestSpec, Injected, MAX_INJECTED},
     },
 };
 
@@ -43,7 +42,7 @@ pub(in crate::pod) struct CreatePlan {
     pub(in crate::pod) rootfs: RootfsPlan,
     pub(in crate::pod) restore: Option<RestorePlan>,
     /// The sources of the volumes.
-    pub(super) volumes: Vec<Volume>,
+    pub(in crate::pod) volumes: Vec<Volume>,
     pub(super) hooks: ContainerHooks,
 }
 
@@ -138,11 +137,10 @@ impl Pod {
             Ok::<_, PodError>(restore)
         });
         let restore = restore.transpose()?;
-        if let (Some(_), Some(volume)) = (&restore, guest.volumes.first()) {
-            let destination = volume.destination.clone();
-            return Err(ReduceError::from(VolumeError::Restored { destination }).into());
-        }
         let volumes = volumes::open_all(bundle, &guest.volumes)?;
+        if let Some(restore) = &restore {
+            restore.check_volumes(&volumes)?;
+        }
         Ok(CreatePlan { config, annotations, assets, guest, rootfs, restore, volumes, hooks })
     }
 }
