@@ -244,10 +244,8 @@ impl Batch {
             let (bytes, _) = socket.recv_from_full().map_err(broken("receive from"))?;
             let mut rest = &bytes[..];
             while let Some(answer) = rest.first_chunk::<{ HEADER + 4 }>() {
-                if let Some(last) = self.check(answer)? {
-                    if last {
-                        return Ok(());
-                    }
+                if self.check(answer)? == Some(true) {
+                    return Ok(());
                 }
                 let length = u32::from_ne_bytes([answer[0], answer[1], answer[2], answer[3]]) as usize;
                 rest = rest.get(length.max(HEADER).next_multiple_of(4)..).unwrap_or_default();

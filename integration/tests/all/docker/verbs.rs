@@ -1,7 +1,5 @@
 //! What is done to a container after it was started.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
 use anyhow::{Result, ensure};
 use machinen_integration::docker::{Docker, RUNC};
 
@@ -19,6 +17,14 @@ fn start(docker: &Docker<'_>, runtime: &str, flags: &[&str], script: &str) -> Re
 
 fn state(docker: &Docker<'_>, format: &str, name: &str) -> Result<String> {
     docker.ok(&["inspect", "--format", format, name])
+}
+
+/// Waits until events of this kind have happened to a container, since it was made.
+fn happened(docker: &Docker<'_>, container: &str, kind: &str, text: &str) -> Result<()> {
+    let (container, event) = (format!("container={container}"), format!("event={kind}"));
+    let filters = ["--filter", &container, "--filter", &event];
+    let events = docker.docker(&["events", "--since", "30m", "--format", "{{.Action}}"])?.args(filters);
+    events.spawn()?.wait_for_stdout(text)
 }
 
 fn paused(docker: &Docker<'_>, runtime: &str) -> Result<()> {
@@ -40,13 +46,10 @@ fn paused(docker: &Docker<'_>, runtime: &str) -> Result<()> {
 fn restarted(docker: &Docker<'_>, runtime: &str) -> Result<()> {
     start(docker, runtime, &["--name", "again", "--restart", "on-failure:2"], "echo run >> /runs; exit 3")?;
     docker.ok(&["wait", "again"])?;
-    // The policy's next attempt begins after the exit that was waited for.
-    let ended = "{{.State.Status}} {{.RestartCount}} {{.State.ExitCode}}";
-    let deadline = std::time::Instant::now() + Duration::from_secs(60);
-    while state(docker, ended, "again")? != "exited 2 3" {
-        ensure!(std::time::Instant::now() < deadline, "{}", state(docker, ended, "again")?);
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    // The policy's next attempts begin after the exit that was waited for.
+    happened(docker, "again", "die", "die\ndie\ndie\n")?;
+    let state = state(docker, "{{.State.Status}} {{.RestartCount}} {{.State.ExitCode}}", "again")?;
+    ensure!(state == "exited 2 3", "{state}");
     docker.ok(&["rm", "again"])?;
     start(docker, runtime, &["--name", "kept"], "echo started >> /starts; exec sleep 1000")?;
     docker.ok(&["restart", "--time", "1", "kept"])?;
@@ -105,17 +108,9 @@ fn healthy(docker: &Docker<'_>, runtime: &str) -> Result<()> {
         "1",
     ];
     start(docker, runtime, &[&["--name", "patient"], &check[..]].concat(), "sleep 1000")?;
-    let becomes = |wanted: &str| -> Result<()> {
-        let deadline = std::time::Instant::now() + Duration::from_secs(60);
-        while state(docker, "{{.State.Health.Status}}", "patient")? != wanted {
-            ensure!(std::time::Instant::now() < deadline, "the container does not become {wanted}");
-            std::thread::sleep(Duration::from_millis(200));
-        }
-        Ok(())
-    };
-    becomes("unhealthy")?;
+    happened(docker, "patient", "health_status", "health_status: unhealthy\n")?;
     docker.ok(&["exec", "patient", "touch", "/healthy"])?;
-    becomes("healthy")?;
+    happened(docker, "patient", "health_status", "health_status: healthy\n")?;
     docker.ok(&["rm", "--force", "patient"]).map(drop)
 }
 
@@ -123,21 +118,10 @@ fn events(docker: &Docker<'_>, runtime: &str) -> Result<()> {
     start(docker, runtime, &["--name", "eventful"], "exit 4")?;
     ensure!(docker.ok(&["wait", "eventful"])? == "4");
     docker.ok(&["rm", "eventful"])?;
+    let filters = ["--filter", "event=create", "--filter", "event=start", "--filter", "event=die"];
+    let events = docker.docker(&["events", "--since", "30m", "--format", "{{.Action}}"])?.args(filters);
+    let all = events.args(["--filter", "container=eventful", "--filter", "event=destroy"]).spawn()?;
     // The last events may come after the answers to the requests.
-    let until = (SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() + 3).to_string();
-    let args = [
-        "events",
-        "--since",
-        "5m",
-        "--until",
-        &until,
-        "--filter",
-        "container=eventful",
-        "--format",
-        "{{.Action}}",
-    ];
-    let actions = docker.ok(&args)?;
-    let actions: Vec<_> = actions.lines().collect();
-    ensure!(actions == ["create", "start", "die", "destroy"], "{actions:?}");
+    all.wait_for_stdout("create\nstart\ndie\ndestroy\n")?;
     Ok(())
 }

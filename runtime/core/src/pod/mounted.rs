@@ -25,8 +25,8 @@ pub(super) fn overlay_at(root: &Path) -> io::Result<Option<RootfsMount>> {
 
 /// The last mount at the path covers the others.
 fn find(mountinfo: &[u8], root: &Path) -> Option<RootfsMount> {
-    let mounts = mountinfo.split(|&byte| byte == b'\n').filter_map(MountLine::parse);
-    let mount = mounts.filter(|mount| mount.point == root).last().filter(|mount| mount.kind == b"overlay")?;
+    let mut mounts = mountinfo.split(|&byte| byte == b'\n').filter_map(MountLine::parse);
+    let mount = mounts.rfind(|mount| mount.point == root).filter(|mount| mount.kind == b"overlay")?;
     let options: Vec<_> = mount.options.split(|&byte| byte == b',').filter_map(option).collect();
     let options = absolute(options, root)?;
     Some(RootfsMount { kind: "overlay".to_owned(), source: "overlay".into(), options })
