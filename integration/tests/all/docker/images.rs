@@ -8,8 +8,8 @@ use machinen_integration::docker::Docker;
 use super::with_docker;
 use crate::harness::IMAGE;
 
-with_docker!(runc, RUNC: commit_and_diff, a_build);
-with_docker!(machinen, MACHINEN: commit_and_diff, a_build);
+with_docker!(runc, RUNC: commit_and_diff, committed_while_it_runs, a_build);
+with_docker!(machinen, MACHINEN: commit_and_diff, committed_while_it_runs, a_build);
 
 fn commit_and_diff(docker: &Docker<'_>, runtime: &str) -> Result<()> {
     let script = "echo written > /written; rm /etc/passwd; mkdir -p /made/inside; adduser -D someone 2> /dev/null; true";
@@ -26,6 +26,24 @@ fn commit_and_diff(docker: &Docker<'_>, runtime: &str) -> Result<()> {
     docker.ok(&["wait", "source"])?;
     docker.ok(&["rm", "source"])?;
     docker.ok(&["rmi", "committed"]).map(drop)
+}
+
+/// dockerd pauses the container, and has its files mounted all the time.
+fn committed_while_it_runs(docker: &Docker<'_>, runtime: &str) -> Result<()> {
+    docker.ok(&["run", "-d", "--name", "live", "--runtime", runtime, IMAGE, "sleep", "1000"])?;
+    for name in ["one", "two"] {
+        docker.ok(&["exec", "live", "sh", "-c", &format!("echo {name} > /{name}")])?;
+        docker.ok(&["commit", "live", name])?;
+        let file = format!("/{name}");
+        let output = docker.ok(&["run", "--rm", "--runtime", runtime, name, "cat", &file])?;
+        ensure!(output == name, "{output}");
+        docker.ok(&["diff", "live"])?;
+    }
+    docker.ok(&["stop", "--time", "1", "live"])?;
+    let changes = docker.ok(&["diff", "live"])?;
+    ensure!(changes.contains("A /one") && changes.contains("A /two"), "{changes}");
+    docker.ok(&["rm", "live"])?;
+    docker.ok(&["rmi", "one", "two"]).map(drop)
 }
 
 /// The steps of the classic builder, each of them a container.

@@ -7,7 +7,11 @@
 //!            not exported (VM or shim killed, host full) -> disk stays
 //! ```
 
-use std::{fs::File, path::Path};
+use std::{
+    fs::File,
+    path::Path,
+    sync::{Mutex, PoisonError},
+};
 
 use machinen_base::error::chain;
 use machinen_storage::{
@@ -55,6 +59,9 @@ pub(super) struct WritableLayer {
     limits: ExportLimits,
     /// One export at a time.
     exporting: tokio::sync::Mutex<()>,
+    /// The upper directory that the container was started with, once a pause has replaced it. The caller may have an
+    /// overlay mounted on it, as dockerd does, whose files would be lost.
+    first: Mutex<Option<PreviousLayer>>,
 }
 
 /// Proof that the snapshot has everything that the container has written.
@@ -72,7 +79,7 @@ impl WritableLayer {
         };
         let time = Duration::from_secs(config.rootdisk.export_timeout_s);
         let limits = ExportLimits { layer, time };
-        Self { disk, limits, exporting: tokio::sync::Mutex::default() }
+        Self { disk, limits, exporting: tokio::sync::Mutex::default(), first: Mutex::default() }
     }
 
     /// The path of the disk, if the container's changes exist nowhere else.
@@ -117,6 +124,24 @@ impl WritableLayer {
             "the container's writes are in its snapshot"
         );
         Ok(Some(ExportedLayer { replaced: Some(replaced) }))
+    }
+
+    /// Like [`WritableLayer::export`], for a container that continues afterwards.
+    ///
+    /// # Errors
+    /// The export failed; the snapshot is unchanged.
+    pub(super) async fn export_at_pause(
+        &self,
+        vm: &Vm,
+        agent: &agent::Client,
+        id: &str,
+        killed: impl Future<Output = ()>,
+    ) -> Result<(), ReceiveError> {
+        let exported = self.export(vm, agent, id, killed).await?;
+        if let Some(replaced) = exported.and_then(|exported| exported.replaced) {
+            self.first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(replaced);
+        }
+        Ok(())
     }
 
     /// Like [`WritableLayer::export`], for a container that has ended. A failure is logged, and the changes

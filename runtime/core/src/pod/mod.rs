@@ -252,7 +252,7 @@ impl Pod {
             vm.agent().await.map_err(|source| PodError::Vm { what: "reach the guest agent", source })?;
         // SIGKILL does not wait for an export: the container's last one follows when it has ended.
         let killed = container.kill_clock.started();
-        container.layer.export(&vm, &agent, id, killed).await.map_err(PodError::Export)?;
+        container.layer.export_at_pause(&vm, &agent, id, killed).await.map_err(PodError::Export)?;
         Ok(())
     }
 
