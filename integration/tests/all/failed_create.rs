@@ -13,7 +13,7 @@ use machinen_integration::{
 };
 use serde_json::{Value, json};
 
-use crate::{fake::fake, harness::on_newest_containerd};
+use crate::{fake::fake, fork::eventually, harness::on_newest_containerd};
 
 on_newest_containerd!(
     of_the_only_container,
@@ -150,10 +150,15 @@ fn of_the_only_container(containerd: &mut Containerd) -> Result<()> {
         fake.settle().context(fault.name)?;
         works(&rootfs, &mut served).with_context(|| format!("after {}", fault.name))?;
     }
-    let after = descriptors(&served)?;
-    ensure!(after <= before, "{before} descriptors became {after}");
+    none_is_left(&served, before)?;
     served.shim.shut_down(&served.client)?;
     fake.settle()
+}
+
+/// Waits until the shim has no more descriptors than before: the kernel takes some time to remove the tap devices of a
+/// VM that has ended.
+fn none_is_left(served: &Served<'_>, before: usize) -> Result<()> {
+    eventually(&format!("no more than {before} descriptors"), || Ok(descriptors(served)? <= before))
 }
 
 fn of_the_only_container_by_its_vm(containerd: &mut Containerd) -> Result<()> {
@@ -175,8 +180,7 @@ fn of_the_only_container_by_its_vm(containerd: &mut Containerd) -> Result<()> {
         fake.behaviour(Behaviour::Well);
         works(&rootfs, &mut served).with_context(|| format!("after {behaviour:?}"))?;
     }
-    let after = descriptors(&served)?;
-    ensure!(after <= before, "{before} descriptors became {after}");
+    none_is_left(&served, before)?;
     served.shim.shut_down(&served.client)?;
     fake.settle()
 }
@@ -192,8 +196,7 @@ fn of_a_later_container(containerd: &mut Containerd) -> Result<()> {
         has_only_the_first(&fake, &first).context(fault.name)?;
         works(&rootfs, &mut later).with_context(|| format!("after {}", fault.name))?;
     }
-    let after = descriptors(&first)?;
-    ensure!(after <= before, "{before} descriptors became {after}");
+    none_is_left(&first, before)?;
     fs::remove_dir_all(&later.shim.bundle)?;
     first.end()?;
     fake.settle()
