@@ -140,7 +140,7 @@ impl<'a> Docker<'a> {
     }
 
     /// A program in the network namespace of the daemon, as on the host that the daemon serves.
-    pub fn beside(&self, args: &[&str]) -> Invocation {
+    pub fn in_daemons_network(&self, args: &[&str]) -> Invocation {
         let namespace = format!("--net=/proc/{}/ns/net", self.pid);
         Invocation::new("nsenter").arg(namespace).args(args.iter().copied())
     }

@@ -253,7 +253,7 @@ impl Batch {
         }
     }
 
-    /// Returns whether an answer is that to the last message; None: it is none of ours.
+    /// Returns whether an answer is that to the last message; None: the message is no answer.
     fn check(&self, answer: &[u8; HEADER + 4]) -> Result<Option<bool>, NetlinkError> {
         let number =
             |at: usize| u32::from_ne_bytes([answer[at], answer[at + 1], answer[at + 2], answer[at + 3]]);

@@ -170,7 +170,7 @@ struct HostQueue {
 }
 
 impl Host {
-    /// Sends a query, and waits for the reply. Returns None if there is none.
+    /// Sends a query, and waits for the reply. Returns None if no reply arrives in time, or too many queries wait.
     async fn ask(&self, nameserver: u8, transport: Transport, query: &[u8]) -> Option<Vec<u8>> {
         let length = u16::try_from(query.len()).ok()?;
         let Self(queue) = self;

@@ -70,7 +70,8 @@ fn three_services(docker: &Docker<'_>, runtime: &str) -> Result<()> {
     };
     compose(&["up", "--detach"])?;
     let client = "until busybox nc 127.0.0.1 8080 < /dev/null | grep stored; do sleep 0.2; done";
-    let output = docker.beside(&["sh", "-c", client]).deadline(Duration::from_secs(120)).run()?.ok()?;
+    let output =
+        docker.in_daemons_network(&["sh", "-c", client]).deadline(Duration::from_secs(120)).run()?.ok()?;
     ensure!(output.text() == "front got stored\n", "{output}");
     ensure!(docker.ok(&["wait", "project-check-1"])? == "0");
     let logs = docker.ok(&["logs", "project-check-1"])?;
@@ -83,7 +84,7 @@ fn three_services(docker: &Docker<'_>, runtime: &str) -> Result<()> {
     // A restarted container has its volume, and the others find it by its name.
     compose(&["restart", "--timeout", "1", "front"])?;
     let client = "until busybox nc 127.0.0.1 8080 < /dev/null | grep changed; do sleep 0.2; done";
-    docker.beside(&["sh", "-c", client]).deadline(Duration::from_secs(120)).run()?.ok()?;
+    docker.in_daemons_network(&["sh", "-c", client]).deadline(Duration::from_secs(120)).run()?.ok()?;
     compose(&["down", "--volumes", "--timeout", "1"])?;
     Ok(fs::remove_dir_all(&dir)?)
 }

@@ -38,7 +38,11 @@ fn published_ports(docker: &Docker<'_>, runtime: &str) -> Result<()> {
     // By way of docker-proxy, and by way of the rules for the address of the bridge.
     for address in ["127.0.0.1", "172.17.0.1"] {
         let client = until(&format!("busybox nc {address} 8080 < /dev/null | grep tcp"));
-        let output = docker.beside(&["sh", "-c", &client]).deadline(Duration::from_secs(60)).run()?.ok()?;
+        let output = docker
+            .in_daemons_network(&["sh", "-c", &client])
+            .deadline(Duration::from_secs(60))
+            .run()?
+            .ok()?;
         ensure!(output.text() == "tcp\n", "{address}: {output}");
     }
     let ports = docker.ok(&["port", "web", "80/tcp"])?;
