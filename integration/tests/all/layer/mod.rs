@@ -1,5 +1,6 @@
 //! The writes of a container are in its snapshot after its end, and visible at the next start.
 
+mod directory;
 mod host;
 mod killed;
 mod snapshotters;

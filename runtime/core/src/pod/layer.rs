@@ -16,7 +16,7 @@ use std::{
 use machinen_base::error::chain;
 use machinen_storage::{
     container_disk::{ContainerDisk, PendingDisk},
-    layer::{self, LayerError, LayerLimits, PreviousLayer},
+    layer::{self, LayerError, LayerLimits, LayerTarget, PreviousLayer},
 };
 use machinen_vm::{Vm, agent};
 use tokio::{
@@ -112,11 +112,13 @@ impl WritableLayer {
         id: &str,
         killed: impl Future<Output = ()>,
     ) -> Result<Option<ExportedLayer>, ReceiveError> {
-        let Some(target) = self.disk.target().cloned() else { return Ok(None) };
+        if self.disk.target().is_none() {
+            return Ok(None);
+        }
         let turn = timeout(self.limits.time, self.exporting.lock());
         let _one = turn.await.map_err(|_| ReceiveError::Deadline { limit: self.limits.time })?;
-        let (applied, replaced) = receive(vm, agent, id, target, self.limits, killed).await?;
-        self.disk.follow_exchange()?;
+        let stored = receive(vm, agent, id, self.disk.clone(), self.limits, killed).await?;
+        let Some((applied, replaced)) = stored else { return Ok(None) };
         tracing::info!(
             id,
             entries = applied.entries,
@@ -138,7 +140,8 @@ impl WritableLayer {
         killed: impl Future<Output = ()>,
     ) -> Result<(), ReceiveError> {
         let exported = self.export(vm, agent, id, killed).await?;
-        if let Some(replaced) = exported.and_then(|exported| exported.replaced) {
+        let stays = matches!(self.disk.target(), Some(LayerTarget::InPlace(_)));
+        if let Some(replaced) = exported.and_then(|exported| exported.replaced).filter(|_| !stays) {
             self.first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(replaced);
         }
         Ok(())

@@ -8,7 +8,10 @@ use std::{
 };
 
 use machinen_base::error::{ErrorKind, HasKind};
-use machinen_storage::layer::{self, AppliedLayer, LayerError, LayerLimits, LayerTarget, PreviousLayer};
+use machinen_storage::{
+    container_disk::ContainerDisk,
+    layer::{AppliedLayer, LayerError, LayerLimits, PreviousLayer},
+};
 use machinen_vm::{
     Vm, VmError,
     agent::{self, AgentError},
@@ -116,7 +119,7 @@ pub(super) struct ExportLimits {
     pub(super) time: Duration,
 }
 
-/// Asks the guest for a container's changes and stores them in `target`. The container must have ended, or
+/// Asks the guest for a container's changes and stores them in the target of `disk`. The container must have ended, or
 /// its processes must be frozen. The export fails when `killed` resolves.
 ///
 /// # Errors
@@ -126,13 +129,13 @@ pub(super) async fn receive(
     vm: &Vm,
     agent: &agent::Client,
     container: &str,
-    target: LayerTarget,
+    disk: ContainerDisk,
     limits: ExportLimits,
     killed: impl Future<Output = ()>,
-) -> Result<(AppliedLayer, PreviousLayer), ReceiveError> {
+) -> Result<Option<(AppliedLayer, PreviousLayer)>, ReceiveError> {
     let (token, stream) = vm.open_stream().await.map_err(ReceiveError::Stream)?;
     let (sender, chunks) = mpsc::channel(WAITING);
-    let applying = spawn_blocking(move || layer::replace(ArchiveReader::new(chunks), &target, limits.layer));
+    let applying = spawn_blocking(move || disk.export(ArchiveReader::new(chunks), limits.layer));
     let answer = async { agent.export_layer(container, token).await.map_err(ReceiveError::Agent) };
     // The sender is dropped with the future that passes the archive, which ends the applying thread.
     let passed = tokio::select! {

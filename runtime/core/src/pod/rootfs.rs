@@ -9,6 +9,7 @@ use std::{
 use machinen_base::error::{ErrorKind, HasKind};
 use machinen_storage::{container_disk::ContainerDiskPlan, layer::LayerTarget, rootdisk::RootfsSource};
 use oci_spec::runtime::Spec;
+use rustix::fs::StatVfsMountFlags;
 
 use super::mounted;
 
@@ -126,7 +127,7 @@ pub fn plan(mounts: &[RootfsMount], spec: &Spec, bundle: &Path) -> Result<Rootfs
             let root = bundle.join(spec.root().as_ref().ok_or(RootfsPlanError::None)?.path());
             match mounted::overlay_at(&root).map_err(|error| RootfsPlanError::unreadable(&root, &error))? {
                 Some(mount) => overlay(&mount, bundle)?,
-                None => RootfsPlan { source: Some(RootfsSource::Dir(root)), disk: in_bundle() },
+                None => directory(root, spec, bundle)?,
             }
         }
         [mount] if mount.kind == "overlay" => overlay(mount, bundle)?,
@@ -169,6 +170,21 @@ fn check_sources(plan: &RootfsPlan) -> Result<(), RootfsPlanError> {
         Some(path) => Err(RootfsPlanError::Missing { path: path.to_owned() }),
         None => Ok(()),
     }
+}
+
+/// A directory of the user's receives the changes, unless the configuration or its file system is read-only.
+fn directory(root: PathBuf, spec: &Spec, bundle: &Path) -> Result<RootfsPlan, RootfsPlanError> {
+    let unreadable = |error: &io::Error| RootfsPlanError::unreadable(&root, error);
+    let status = rustix::fs::statvfs(&root).map_err(|errno| unreadable(&errno.into()))?;
+    let is_read_only = spec.root().as_ref().is_some_and(|root| root.readonly() == Some(true))
+        || status.f_flag.contains(StatVfsMountFlags::RDONLY);
+    let disk = match is_read_only {
+        true => ContainerDiskPlan::Unexported { path: bundle.join(WRITABLE) },
+        false => {
+            ContainerDiskPlan::InPlace { root: root.canonicalize().map_err(|error| unreadable(&error))? }
+        }
+    };
+    Ok(RootfsPlan { source: Some(RootfsSource::Dir(root)), disk })
 }
 
 fn overlay(mount: &RootfsMount, bundle: &Path) -> Result<RootfsPlan, RootfsPlanError> {
@@ -277,8 +293,18 @@ mod tests {
         let error = plan(&[], &Spec::default(), dir.path()).unwrap_err();
         assert_eq!(error, RootfsPlanError::Missing { path: dir.path().join("rootfs") });
         fs::create_dir(dir.path().join("rootfs")).unwrap();
-        let plan = plan(&[], &Spec::default(), dir.path()).unwrap();
-        assert_eq!(plan.source, Some(RootfsSource::Dir(dir.path().join("rootfs"))));
+        let mut spec = Spec::default();
+        let mut directory = spec.root().clone().unwrap();
+        directory.set_readonly(None);
+        spec.set_root(Some(directory.clone()));
+        let plan = plan(&[], &spec, dir.path()).unwrap();
+        let root = dir.path().join("rootfs");
+        assert_eq!(plan.source, Some(RootfsSource::Dir(root.clone())));
+        assert_eq!(plan.disk, ContainerDiskPlan::InPlace { root: root.canonicalize().unwrap() });
+        directory.set_readonly(Some(true));
+        spec.set_root(Some(directory));
+        let plan = super::plan(&[], &spec, dir.path()).unwrap();
+        assert_eq!(plan.disk, ContainerDiskPlan::Unexported { path: dir.path().join(WRITABLE) });
     }
 
     #[test]

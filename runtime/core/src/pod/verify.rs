@@ -152,7 +152,7 @@ impl Pod {
         let mut plan = self.plan(&create, CheckpointOrigin::Pod).await?;
         // The trial reads all of the memory.
         plan.config.restore.lazy = false;
-        if let ContainerDiskPlan::Whole { root } = plan.rootfs.disk {
+        if let ContainerDiskPlan::Whole { root } | ContainerDiskPlan::InPlace { root } = plan.rootfs.disk {
             // The directory holds all of the changes. The label of the container's own disk must not decide
             // about the base disk. The trial's disk has no name.
             plan.rootfs.disk = ContainerDiskPlan::Unexported { path: root };

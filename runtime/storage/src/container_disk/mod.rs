@@ -4,6 +4,7 @@
 //!   plan        the disk                                       its changes go to
 //!   Upper       next to the snapshot's upper directory         that directory
 //!   Whole       <rootdisk.dir>/layers, labelled ([`native`])   the whole root file system
+//!   InPlace     the same; one for each container               a directory of the user's, which stays in place
 //!   Unexported  in the bundle                                  no snapshot: they end with the bundle
 //!   Existing    the caller's own ([`blockfile`])               the disk is the snapshot
 //! ```
@@ -32,9 +33,10 @@ mod upper;
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Read},
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use machinen_base::fs::{FileError, remove_if_exists};
@@ -42,7 +44,7 @@ use machinen_base::fs::{FileError, remove_if_exists};
 use self::native::NativeDisks;
 pub use self::{blank::scratch, copy::unnamed_copy, error::ContainerDiskError};
 use crate::{
-    layer::{self, LayerError, LayerTarget},
+    layer::{self, AppliedLayer, LayerError, LayerLimits, LayerTarget, PreviousLayer},
     rootdisk::{Rootdisk, RootdiskCache, RootdiskError, RootdiskKey},
 };
 
@@ -73,8 +75,13 @@ pub enum ContainerDiskPlan {
         /// The directory with the root file system. The path of the disk follows from this path.
         root: PathBuf,
     },
-    /// The changes stay on the disk, since the caller has mounted the root file system read-only, or has named
-    /// a directory of its own that no snapshotter reads.
+    /// The changes of a root file system that is a directory of the user's. Several containers can have the same one
+    /// at a time, each with a disk of its own.
+    InPlace {
+        /// The directory, without symbolic links in its path.
+        root: PathBuf,
+    },
+    /// The changes stay on the disk, since the root file system is read-only on the host.
     Unexported {
         /// Path of the disk.
         path: PathBuf,
@@ -94,6 +101,7 @@ impl ContainerDiskPlan {
         match self {
             Self::Upper { upper, .. } => Some(LayerTarget::Upper(upper.clone())),
             Self::Whole { root } => Some(LayerTarget::Whole(root.clone())),
+            Self::InPlace { root } => Some(LayerTarget::InPlace(root.clone())),
             Self::Unexported { .. } | Self::Existing { .. } => None,
         }
     }
@@ -103,6 +111,7 @@ impl ContainerDiskPlan {
         match self {
             Self::Upper { upper: path, .. }
             | Self::Whole { root: path }
+            | Self::InPlace { root: path }
             | Self::Unexported { path }
             | Self::Existing { path, .. } => path,
         }
@@ -114,32 +123,43 @@ impl ContainerDiskPlan {
     /// # Errors
     /// The disk cannot be opened or created, or what killed exports have left cannot be removed.
     pub fn open(&self, options: &ContainerDiskOptions) -> Result<(File, PendingDisk), ContainerDiskError> {
-        let path = self.path(&options.cache);
-        let pending = |created| PendingDisk { target: self.target(), path: path.clone(), created };
-        if let Self::Existing { read_only, .. } = self {
-            return Ok((blockfile::open(&path, *read_only)?, pending(false)));
+        if let Self::Existing { path, read_only } = self {
+            return Ok((blockfile::open(path, *read_only)?, PendingDisk::new(None, path, false)));
         }
-        if let Some(target) = self.target() {
+        let target = self.target();
+        if let Some(target) = &target {
             layer::sweep(target.path())?;
         }
+        if let Some(LayerTarget::InPlace(root)) = &target {
+            layer::sweep_within(root)?;
+        }
         // Locked until a new disk has its label.
-        let _native_disks = match self {
-            Self::Whole { .. } => Some(NativeDisks::lock(&options.cache)?),
+        let labelled = match self {
+            Self::Whole { root } | Self::InPlace { root } => Some((NativeDisks::lock(&options.cache)?, root)),
             _ => None,
         };
-        if path.exists() {
+        let path = match (self, &labelled) {
+            (Self::InPlace { root }, Some((disks, _))) => {
+                disks.unused(&options.cache, root).map_err(FileError::at("find a disk for", root))?
+            }
+            _ => self.path(&options.cache),
+        };
+        let (file, created) = match path.exists() {
+            true => (open_remaining(&path)?, false),
+            false => (self.create(&path, options)?, true),
+        };
+        let mut pending = PendingDisk::new(target, &path, created);
+        if !created {
             let shown = path.display();
             tracing::info!(path = %shown, "the container's disk has changes that its snapshot lacks: the disk is used");
-            let file = open_remaining(&path)?;
             native::mark_in_use(&file).map_err(FileError::at("lock", &path))?;
-            return Ok((file, pending(false)));
-        }
-        let file = self.create(&path, options)?;
-        let pending = pending(true);
-        if let Self::Whole { root } = self {
+        } else if let Some((_, root)) = labelled {
             native::mark_in_use(&file)
                 .and_then(|()| native::label(&file, root, None))
                 .map_err(FileError::at("label", &path))?;
+        }
+        if let Self::InPlace { .. } = self {
+            pending.in_use = Some(file.try_clone().map_err(FileError::at("open", &path))?);
         }
         Ok((file, pending))
     }
@@ -177,7 +197,7 @@ impl ContainerDiskPlan {
 
     fn path(&self, cache: &Path) -> PathBuf {
         match self {
-            Self::Whole { root } => native::path(cache, root),
+            Self::Whole { root } | Self::InPlace { root } => native::path(cache, root),
             Self::Upper { path, .. } | Self::Unexported { path } | Self::Existing { path, .. } => {
                 path.clone()
             }
@@ -199,14 +219,21 @@ pub struct PendingDisk {
     target: Option<LayerTarget>,
     path: PathBuf,
     created: bool,
+    /// Keeps containers with the same directory from the disk.
+    in_use: Option<File>,
 }
 
 impl PendingDisk {
+    fn new(target: Option<LayerTarget>, path: &Path, created: bool) -> Self {
+        Self { target, path: path.to_owned(), created, in_use: None }
+    }
+
     /// The container exists, and the disk belongs to it from now on. `base` is the base disk below the
     /// changes.
     pub fn keep(mut self, base: Option<RootdiskKey>) -> ContainerDisk {
         let clean = std::mem::take(&mut self.created);
-        let disk = ContainerDisk { target: self.target.take(), path: self.path.clone(), clean };
+        let in_use = Arc::new(Mutex::new(self.in_use.take()));
+        let disk = ContainerDisk { target: self.target.take(), path: self.path.clone(), clean, in_use };
         if clean {
             disk.record_base(base);
         }
@@ -230,6 +257,8 @@ pub struct ContainerDisk {
     target: Option<LayerTarget>,
     path: PathBuf,
     clean: bool,
+    /// As long as this is open, other containers with the same directory have other disks.
+    in_use: Arc<Mutex<Option<File>>>,
 }
 
 impl ContainerDisk {
@@ -248,16 +277,22 @@ impl ContainerDisk {
         self.clean
     }
 
-    /// To be called when the snapshot was exchanged for one with the container's changes: the disk of a whole
-    /// root file system belongs to the new directory.
+    /// Stores the archive with the container's changes in the target. None: the disk has no target. Blocks.
     ///
     /// # Errors
-    /// The label of the disk cannot be written.
-    pub fn follow_exchange(&self) -> Result<(), LayerError> {
-        if let Some(LayerTarget::Whole(root)) = &self.target {
+    /// Those of [`layer::store`], or the label of the disk cannot be written.
+    pub fn export(
+        &self,
+        archive: impl Read,
+        limits: LayerLimits,
+    ) -> Result<Option<(AppliedLayer, PreviousLayer)>, LayerError> {
+        let Some(target) = &self.target else { return Ok(None) };
+        let stored = layer::store(archive, target, &native::record(&self.path), limits)?;
+        // The disk of a whole root file system belongs to the new directory.
+        if let LayerTarget::Whole(root) = target {
             native::relabel(&self.path, root).map_err(FileError::at("label", &self.path))?;
         }
-        Ok(())
+        Ok(Some(stored))
     }
 
     /// Removes the disk, which is no longer used. Blocks.
@@ -265,7 +300,14 @@ impl ContainerDisk {
     /// # Errors
     /// The disk cannot be removed.
     pub fn discard(&self) -> Result<(), FileError> {
-        remove_if_exists(&self.path).map(drop).map_err(FileError::at("remove", &self.path))
+        remove_if_exists(&self.path).map(drop).map_err(FileError::at("remove", &self.path))?;
+        if let Some(LayerTarget::InPlace(_)) = self.target {
+            let record = native::record(&self.path);
+            remove_if_exists(&record).map(drop).map_err(FileError::at("remove", &record))?;
+        }
+        // Frees the disk's space.
+        drop(self.in_use.lock().unwrap_or_else(PoisonError::into_inner).take());
+        Ok(())
     }
 
     fn record_base(&self, base: Option<RootdiskKey>) {

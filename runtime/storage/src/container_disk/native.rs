@@ -1,9 +1,11 @@
-//! The writable disks of containers on a whole root file system, as the native snapshotter provides it.
-//! Everything in such a snapshot belongs to the container and nothing outside of it is removed with it, so
+//! The writable disks of containers on a whole root file system, as the native snapshotter or a user provides it.
+//! Everything in such a directory belongs to the container and nothing outside of it is removed with it, so
 //! the disk is kept in a directory of machinen's.
 //!
 //! ```text
 //!   <rootdisk.dir>/layers/<digest of the path>.ext4   attribute user.machinen.layer: identity, base key, path
+//!                         <digest of the path>-1.ext4 of a second container at the same time, in a user's directory
+//!                         <the same>.exported         names that were merged into a user's directory
 //! ```
 //! A disk exists there as long as its changes have not been exported. It belongs to the directory at that
 //! path only while the directory has the recorded identity: a later directory of the same name belongs to
@@ -17,7 +19,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machinen_base::fs::{FileError, create_private_dirs, if_exists, lock, lock_shared, try_lock};
+use machinen_base::fs::{
+    FileError, create_private_dirs, if_exists, lock, lock_shared, remove_if_exists, try_lock,
+};
 use rustix::{
     fs::{AtFlags, CWD, StatxFlags, XattrFlags, fgetxattr, fsetxattr, statx},
     io::Errno,
@@ -27,6 +31,8 @@ use sha2::{Digest as _, Sha256};
 use crate::rootdisk::RootdiskKey;
 
 const ATTRIBUTE: &str = "user.machinen.layer";
+/// Extension of the names of records.
+const RECORD: &str = "exported";
 /// Longest value, bytes: a path and some numbers.
 const ATTRIBUTE_MAX: usize = 8 << 10;
 
@@ -53,6 +59,20 @@ pub(super) fn path(cache: &Path, root: &Path) -> PathBuf {
     dir(cache).join(format!("{digest}.ext4"))
 }
 
+/// The path of one of the disks for `root`, a directory that several containers may use at a time.
+pub(super) fn numbered(cache: &Path, root: &Path, number: usize) -> PathBuf {
+    let first = path(cache, root);
+    match (number, first.file_stem().and_then(|stem| stem.to_str())) {
+        (1.., Some(digest)) => first.with_file_name(format!("{digest}-{number}.ext4")),
+        _ => first,
+    }
+}
+
+/// The record of what has been merged from the disk, see [`layer::store`](crate::layer::store).
+pub(super) fn record(disk: &Path) -> PathBuf {
+    disk.with_extension(RECORD)
+}
+
 fn dir(cache: &Path) -> PathBuf {
     cache.join("layers")
 }
@@ -70,9 +90,27 @@ impl NativeDisks {
         Ok(disks)
     }
 
+    /// The path of the first disk for `root` that no container uses: one that was left, or a new one.
+    pub(super) fn unused(&self, cache: &Path, root: &Path) -> io::Result<PathBuf> {
+        let mut number = 0;
+        loop {
+            let path = numbered(cache, root, number);
+            match if_exists(File::open(&path))? {
+                Some(disk) if !try_lock(&disk)? => number += 1,
+                _ => return Ok(path),
+            }
+        }
+    }
+
     fn sweep(&self) -> io::Result<()> {
         for entry in fs::read_dir(&self.dir)? {
             let path = entry?.path();
+            if path.extension().is_none_or(|extension| extension != "ext4") {
+                if !path.with_extension("ext4").exists() {
+                    remove_if_exists(&path)?;
+                }
+                continue;
+            }
             let disk = File::open(&path)?;
             let belongs = Label::of(&disk)?.is_some_and(|label| label.is_of(&label.path));
             // A disk in use may lack a valid label for a moment, while its directory is being exchanged.

@@ -22,7 +22,7 @@ use super::{
 };
 
 /// Most bytes of an attribute's value, and of the list of names (xattr(7)).
-const XATTR_MAX: usize = 64 << 10;
+pub(super) const XATTR_MAX: usize = 64 << 10;
 
 pub(super) struct Lower<'a> {
     root: BorrowedFd<'a>,

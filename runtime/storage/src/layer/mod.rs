@@ -15,22 +15,29 @@
 //! the host's disks must not exist anywhere on the host.
 //!
 //! The layer is exchanged with one rename(2), so that a crash at any time leaves either the old or the new
-//! one. The container's disk is kept until the new layer is on stable storage: while a disk exists, it may
+//! one. A directory of the user's own is not exchanged: the changes are merged into it ([`merge`]). The container's disk is kept until the new layer is on stable storage: while a disk exists, it may
 //! have writes that the snapshot lacks.
 
 mod apply;
 mod archive;
 mod copy;
 mod error;
+mod exported;
 mod lower;
+mod merge;
 mod staging;
 
-use std::{io::Read, os::fd::AsFd as _, path::PathBuf};
+use std::{
+    io::Read,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+};
 
 pub use apply::{AppliedLayer, apply};
 pub use copy::{LayerCopy, identity};
 pub use error::LayerError;
-pub use staging::{PreviousLayer, StagingDir, sweep};
+use exported::RecordedExport;
+pub use staging::{PreviousLayer, StagingDir, sweep, sweep_within};
 
 /// Limits of what an archive may make on the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,35 +55,52 @@ pub enum LayerTarget {
     Upper(PathBuf),
     /// The whole root file system, as the native snapshotter keeps it: gets what the container had.
     Whole(PathBuf),
+    /// A directory that belongs to no snapshotter, and that others may use: stays in place, and gets the changes.
+    InPlace(PathBuf),
 }
 
 impl LayerTarget {
     /// Path of the directory of the layer.
-    pub fn path(&self) -> &std::path::Path {
+    pub fn path(&self) -> &Path {
         match self {
-            Self::Upper(path) | Self::Whole(path) => path,
+            Self::Upper(path) | Self::Whole(path) | Self::InPlace(path) => path,
         }
     }
 }
 
-/// Writes an archive into a fresh directory and exchanges it with `target`.
+/// Writes an archive into a fresh directory, and exchanges it with `target` or merges it into `target`. For a merge,
+/// `record` has the names that earlier exports of the same container have put there; it may be missing.
 ///
 /// # Errors
 /// The agent would not send this archive, it exceeds `limits`, or the host cannot store it. Then the old layer is still
-/// in place, and nothing of the new one is left.
-pub fn replace(
+/// in place, and nothing of the new one is left. Only a merge that the host's file system does not permit leaves a part
+/// of the changes.
+pub fn store(
     archive: impl Read,
     target: &LayerTarget,
+    record: &Path,
     limits: LayerLimits,
 ) -> Result<(AppliedLayer, PreviousLayer), LayerError> {
-    let staging = StagingDir::next_to(target.path())?;
-    let lower = match target {
-        LayerTarget::Upper(_) => None,
-        LayerTarget::Whole(_) => Some(staging.current()?),
-    };
-    let lower = lower.as_ref().map(|lower| lower.as_fd());
-    let applied = apply(archive, staging.fresh(), lower, limits)?;
-    Ok((applied, staging.exchange()?))
+    match target {
+        LayerTarget::Upper(path) => {
+            let staging = StagingDir::next_to(path)?;
+            let applied = apply(archive, staging.fresh(), None, limits)?;
+            Ok((applied, staging.exchange()?))
+        }
+        LayerTarget::Whole(path) => {
+            let staging = StagingDir::next_to(path)?;
+            let applied = apply(archive, staging.fresh(), Some(staging.current()?.as_fd()), limits)?;
+            Ok((applied, staging.exchange()?))
+        }
+        LayerTarget::InPlace(path) => {
+            let staging = StagingDir::on_file_system_of(path)?;
+            let applied = apply(archive, staging.fresh(), None, limits)?;
+            let recorded = RecordedExport::begin(record, staging.fresh())?;
+            merge::merge(staging.fresh(), path)?;
+            recorded.complete()?;
+            Ok((applied, staging.merged()))
+        }
+    }
 }
 
 #[cfg(test)]

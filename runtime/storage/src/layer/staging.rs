@@ -2,7 +2,8 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    fs, io,
+    fs::{self, File},
+    io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt,
@@ -10,9 +11,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machinen_base::fs::{FileError, create_new_private_dir};
+use machinen_base::fs::{FileError, create_new_private_dir, lock_shared, try_lock};
 use rustix::{
-    fs::{CWD, Mode, OFlags, RenameFlags, fsync, open, renameat_with, syncfs},
+    fs::{
+        AtFlags, CWD, Mode, OFlags, RenameFlags, Statx, StatxFlags, fsync, open, renameat_with, statx, syncfs,
+    },
     io::Errno,
 };
 
@@ -27,6 +30,8 @@ pub struct StagingDir {
     target: PathBuf,
     dir: PathBuf,
     fresh: OwnedFd,
+    /// Keeps [`sweep`] away.
+    _in_use: File,
 }
 
 impl StagingDir {
@@ -35,14 +40,35 @@ impl StagingDir {
     /// # Errors
     /// The directory cannot be made.
     pub fn next_to(target: &Path) -> Result<Self, LayerError> {
-        let (parent, prefix) = parts(target);
+        Self::make(target, parts(target).0)
+    }
+
+    /// Makes an empty directory from which files can be moved to `target`: next to it, or in it if it is a mount point.
+    ///
+    /// # Errors
+    /// The directory cannot be made.
+    pub fn on_file_system_of(target: &Path) -> Result<Self, LayerError> {
+        let (parent, _) = parts(target);
+        let of = |path: &Path| -> Result<Statx, FileError> {
+            let flags = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
+            statx(CWD, path, AtFlags::empty(), flags).map_err(|errno| FileError::new("look at", path, errno))
+        };
+        let mount = |stat: Statx| (stat.stx_mnt_id, stat.stx_dev_major, stat.stx_dev_minor);
+        let is_mount_point = mount(of(parent)?) != mount(of(target)?);
+        Self::make(target, if is_mount_point { target } else { parent })
+    }
+
+    fn make(target: &Path, parent: &Path) -> Result<Self, LayerError> {
+        let (_, prefix) = parts(target);
         let made = tempfile::Builder::new().prefix(&prefix).tempdir_in(parent);
         let made = made.map_err(FileError::at("make a directory in", parent))?;
+        let in_use = File::open(made.path()).and_then(|dir| lock_shared(&dir).map(|()| dir));
+        let in_use = in_use.map_err(FileError::at("lock", made.path()))?;
         let path = made.path().join(FRESH);
         let failed = |source: io::Error| FileError::new("make the directory", &path, source);
         create_new_private_dir(&path).map_err(failed)?;
         let fresh = open(&path, directory_flags(), Mode::empty()).map_err(|errno| failed(errno.into()))?;
-        Ok(Self { target: target.to_owned(), dir: made.keep(), fresh })
+        Ok(Self { target: target.to_owned(), dir: made.keep(), fresh, _in_use: in_use })
     }
 
     /// The directory to fill.
@@ -62,6 +88,11 @@ impl StagingDir {
     pub fn current(&self) -> Result<OwnedFd, LayerError> {
         let opened = open(&self.target, directory_flags(), Mode::empty());
         Ok(opened.map_err(|errno| FileError::new("open", &self.target, errno))?)
+    }
+
+    /// To be called when the content of the directory has been moved to the layer.
+    pub(super) fn merged(self) -> PreviousLayer {
+        PreviousLayer { _old: self }
     }
 
     /// Exchanges the directory with the layer.
@@ -84,7 +115,8 @@ impl Drop for StagingDir {
     }
 }
 
-/// A layer that has been replaced. Dropping it removes the files of the old layer.
+/// A layer that has been replaced. Dropping it removes the files of the old layer. Of a layer that has stayed in place
+/// there are none.
 #[derive(Debug)]
 pub struct PreviousLayer {
     _old: StagingDir,
@@ -105,18 +137,35 @@ impl PreviousLayer {
     }
 }
 
-/// Removes what killed exports to `target` have left. No export to it may be running.
+/// Removes what killed exports to `target` have left next to it.
 ///
 /// # Errors
 /// The directory cannot be listed.
 pub fn sweep(target: &Path) -> Result<(), LayerError> {
-    let (parent, prefix) = parts(target);
+    sweep_in(parts(target).0, target)
+}
+
+/// Removes what killed exports to `target` have left in it.
+///
+/// # Errors
+/// The directory cannot be listed.
+pub fn sweep_within(target: &Path) -> Result<(), LayerError> {
+    sweep_in(target, target)
+}
+
+fn sweep_in(parent: &Path, target: &Path) -> Result<(), LayerError> {
+    let (_, prefix) = parts(target);
     let failed = |source: io::Error| FileError::new("list", parent, source);
     for entry in fs::read_dir(parent).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name();
         // The rest of the name is random and has no dash, unlike the rest for a layer with a longer name.
         if name.as_bytes().strip_prefix(prefix.as_bytes()).is_some_and(|rest| !rest.contains(&b'-')) {
-            remove(&parent.join(name));
+            let dir = parent.join(name);
+            // The directory of an export that is running is locked. What is no directory is not an export's.
+            let opened = open(&dir, directory_flags(), Mode::empty()).map(File::from);
+            if opened.is_ok_and(|opened| try_lock(&opened).is_ok_and(|unused| unused)) {
+                remove(&dir);
+            }
         }
     }
     Ok(())

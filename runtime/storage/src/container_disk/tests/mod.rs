@@ -7,7 +7,7 @@ use machinen_base::{
     process::Spawn,
 };
 
-use super::{ContainerDiskOptions, ContainerDiskPlan, blank, open_remaining, seed};
+use super::{ContainerDiskOptions, ContainerDiskPlan, PendingDisk, blank, open_remaining, seed};
 use crate::rootdisk::tests::{CacheFixture, tool, tree::touch};
 
 const SIZE: u64 = 4 << 30;
@@ -210,4 +210,31 @@ fn a_disk_of_the_caller_is_only_opened() {
     assert!(std::io::Write::write(&mut file, b"x").is_err());
     drop(pending);
     assert!(path.exists());
+}
+
+#[test]
+fn containers_in_one_directory_have_disks_of_their_own() {
+    let fixture = CacheFixture::new();
+    let root = fixture.path("root");
+    fs::create_dir(&root).unwrap();
+    let plan = ContainerDiskPlan::InPlace { root };
+    let open = || plan.open(&options(&fixture, 16 << 20)).unwrap();
+    let kept = |(file, pending): (_, PendingDisk)| {
+        drop::<fs::File>(file);
+        pending.keep(None)
+    };
+    let (first, second) = (kept(open()), kept(open()));
+    assert!(first.path() != second.path() && first.is_clean() && second.is_clean());
+    // The first container ends, and its changes are exported; those of the second one are not.
+    let record = first.path().with_extension("exported");
+    fs::write(&record, "").unwrap();
+    first.discard().unwrap();
+    assert!(!first.path().exists() && !record.exists());
+    let (left, path) = (second.path().to_owned(), first.path().to_owned());
+    let third = kept(open());
+    assert_eq!(third.path(), path);
+    drop(second);
+    // The next one gets the disk that is left.
+    let fourth = kept(open());
+    assert!(fourth.path() == left && !fourth.is_clean());
 }

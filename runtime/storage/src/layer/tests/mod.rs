@@ -3,6 +3,7 @@
 mod copy;
 mod faithful;
 mod hostile;
+mod merge;
 mod staging;
 mod whole;
 

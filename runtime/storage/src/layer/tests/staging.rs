@@ -44,10 +44,9 @@ fn a_failure_leaves_the_old_layer_and_nothing_else() {
 fn what_a_killed_export_left_is_swept() {
     let fixture = LayerFixture::new();
     let (upper, other) = (fixture.path("root"), fixture.path("root-2"));
-    let staging = StagingDir::next_to(&upper).unwrap();
-    apply(TestArchive::new().dir("d").file("d/f", b"x").bytes().as_slice(), staging.fresh(), None, LIMITS)
-        .unwrap();
-    std::mem::forget(staging);
+    let killed = fixture.path(".machinen-root-killed/fresh/d");
+    fs::create_dir_all(&killed).unwrap();
+    fs::write(killed.join("f"), "x").unwrap();
     // The staging directory of a layer with a similar name is kept.
     fs::create_dir(&other).unwrap();
     let neighbours = StagingDir::next_to(&other).unwrap();

@@ -43,7 +43,7 @@ fn apply_over(
     apply(archive.bytes().as_slice(), root.as_fd(), Some(lower.as_fd()), LIMITS)
 }
 
-fn tree(root: &Path) -> Vec<String> {
+pub(super) fn tree(root: &Path) -> Vec<String> {
     let (mut found, mut dirs) = (Vec::new(), vec![root.to_owned()]);
     while let Some(dir) = dirs.pop() {
         for entry in fs::read_dir(dir).unwrap() {
