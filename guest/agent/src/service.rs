@@ -14,7 +14,7 @@ use crate::{
     container::{Container, ContainerError, IdTable},
     context::Context,
     error::Failure,
-    network::Nameservers,
+    network::{Localhost, Nameservers, localhost},
     shares::Shares,
     shutdown,
     stdio::{Streams, WindowSize},
@@ -28,6 +28,7 @@ pub(crate) struct AgentState {
     /// The volumes of the pod.
     shares: Shares,
     nameservers: Nameservers,
+    localhost: Localhost,
     /// Whether the agent may set the clock and the random number generator.
     owns_kernel: bool,
     /// The id of the call that has shut the guest down.
@@ -37,8 +38,15 @@ pub(crate) struct AgentState {
 impl AgentState {
     pub(crate) fn new(context: Context, owns_kernel: bool) -> Self {
         let shutdown = watch::Sender::new(None);
-        let (containers, shares) = (IdTable::new("container"), Shares::default());
-        Self { context, containers, shares, nameservers: Nameservers::default(), owns_kernel, shutdown }
+        Self {
+            context,
+            containers: IdTable::new("container"),
+            shares: Shares::default(),
+            nameservers: Nameservers::default(),
+            localhost: Localhost::default(),
+            owns_kernel,
+            shutdown,
+        }
     }
 }
 
@@ -94,6 +102,32 @@ impl Agent for Service {
         let state = Arc::clone(&self.state);
         whole(async move {
             state.nameservers.forward(&state.context.unclaimed, &request).await?;
+            Ok(api::Empty::new())
+        })
+        .await
+    }
+
+    async fn watch_listeners(
+        &self,
+        _: &TtrpcContext,
+        request: api::WatchListenersRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let state = Arc::clone(&self.state);
+        whole(async move {
+            state.localhost.watch(&state.context.unclaimed, &request, state.owns_kernel).await?;
+            Ok(api::Empty::new())
+        })
+        .await
+    }
+
+    async fn dial_localhost(
+        &self,
+        _: &TtrpcContext,
+        request: api::DialLocalhostRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let state = Arc::clone(&self.state);
+        whole(async move {
+            localhost::dial(&state.context.unclaimed, &request).await?;
             Ok(api::Empty::new())
         })
         .await

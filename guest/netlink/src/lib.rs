@@ -11,6 +11,7 @@
 mod change;
 mod counters;
 mod interface;
+mod listening;
 mod message;
 pub mod nat;
 mod read;
@@ -18,6 +19,7 @@ mod socket;
 
 pub use counters::{InterfaceCounters, Traffic, counters};
 pub use interface::{Interface, InterfaceAddress, Neighbour, Route};
+pub use listening::listening_on_localhost;
 pub use message::{InvalidInterface, from_message, to_message};
 pub use read::interfaces;
 

@@ -4,7 +4,8 @@
 //! on: the ttrpc messages ([`api`], from `proto/agent.proto`), the disks of a root file system ([`disks`]), the
 //! kinds of errors ([`error`]), the first bytes of each stream ([`preamble`]), the names of processes
 //! ([`process`]), the archive of a container's changes ([`layer`]), the messages about its files ([`fuse`]), the
-//! volumes of the host ([`shares`]), the queries for names ([`nameservers`]), the addresses below, and the [`VERSION`] that is checked before anything else.
+//! volumes of the host ([`shares`]), the queries for names ([`nameservers`]), the
+//! connections to localhost ([`localhost`]), the addresses below, and the [`VERSION`] that is checked before anything else.
 //!
 //! ```text
 //!   host                                             guest agent
@@ -20,6 +21,7 @@ pub mod disks;
 pub mod error;
 pub mod fuse;
 pub mod layer;
+pub mod localhost;
 pub mod nameservers;
 pub mod preamble;
 pub mod process;

@@ -10,6 +10,7 @@
 //! interface only, as on a host, so an unused device is in a namespace that no process is in.
 
 mod apply;
+pub(crate) mod localhost;
 mod nameservers;
 
 use std::{
@@ -33,6 +34,7 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
 };
 
+pub(crate) use localhost::Localhost;
 pub(crate) use nameservers::Nameservers;
 
 const OWN: &str = "/proc/thread-self/ns/net";

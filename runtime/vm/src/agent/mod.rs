@@ -12,10 +12,12 @@ use machinen_protocol::{
     api::{
         AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, CheckpointImagesResponse,
         ConfigureNetworkRequest, ConfigureRequest, ConfigureResponse, ContainerRequest,
-        CreateContainerRequest, CreateContainerResponse, Empty, EndStdinRequest, ExecProcessRequest,
-        ExportLayerRequest, ForwardNameserversRequest, MountSharesRequest, OpenViewRequest, ProcessRequest,
-        ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, WaitProcessResponse,
+        CreateContainerRequest, CreateContainerResponse, DialLocalhostRequest, Empty, EndStdinRequest,
+        ExecProcessRequest, ExportLayerRequest, ForwardNameserversRequest, MountSharesRequest,
+        OpenViewRequest, ProcessRequest, ResizeTerminalRequest, SetClockRequest, SignalProcessRequest,
+        WaitProcessResponse, WatchListenersRequest,
     },
+    localhost::LocalPort,
     process::{ProcessRef, SignalTarget},
 };
 use ttrpc::Code;
@@ -135,6 +137,25 @@ impl Client {
         let nameservers = nameservers.iter().map(|address| address.octets().to_vec()).collect();
         let request = ForwardNameserversRequest { nameservers, stream, ..Default::default() };
         call!(self.forward_nameservers(request), Some(QUICK)).map(nothing)
+    }
+
+    /// Has the guest report the ports of localhost on which it listens, on the stream with this token.
+    ///
+    /// # Errors
+    /// The stream does not exist, or the guest's kernel cannot report that.
+    pub async fn watch_listeners(&self, stream: u64) -> Result<(), AgentError> {
+        let request = WatchListenersRequest { stream, ..Default::default() };
+        call!(self.watch_listeners(request), Some(QUICK)).map(nothing)
+    }
+
+    /// Connects the stream with this token with a port of the guest's localhost.
+    ///
+    /// # Errors
+    /// The stream does not exist, or nothing accepts the connection.
+    pub async fn dial_localhost(&self, port: LocalPort, stream: u64) -> Result<(), AgentError> {
+        let LocalPort { ipv6, port } = port;
+        let request = DialLocalhostRequest { ipv6, port: port.into(), stream, ..Default::default() };
+        call!(self.dial_localhost(request), Some(LONG)).map(nothing)
     }
 
     /// Sets the guest's wall clock, to nanoseconds since the Unix epoch.
