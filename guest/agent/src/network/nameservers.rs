@@ -3,7 +3,8 @@
 //! ```text
 //!   container ──> 127.0.0.11:53 ──(nftables)──> 127.0.0.11:PORT, this agent ──raw stream──> host
 //! ```
-//! The agent listens on ports that the kernel chooses, so that a program in a container can itself listen on port 53.
+//! The agent listens on ports that the kernel chooses, so that a program in a container can itself listen on port 53. It
+//! keeps them when the host opens another stream: the kernel leads what a socket sends to the port of its first packet.
 
 use std::{
     collections::HashMap,
@@ -69,7 +70,20 @@ impl HasKind for NameserverError {
 
 /// The nameservers that containers reach through the host.
 #[derive(Debug, Default)]
-pub(crate) struct Nameservers(tokio::sync::Mutex<JoinSet<()>>);
+pub(crate) struct Nameservers(tokio::sync::Mutex<Forwarding>);
+
+#[derive(Debug, Default)]
+struct Forwarding {
+    running: JoinSet<()>,
+    /// The ports on which the agent has listened last.
+    ports: HashMap<Ipv4Addr, ListenerPorts>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct ListenerPorts {
+    udp: u16,
+    tcp: u16,
+}
 
 impl Nameservers {
     /// Does what `ForwardNameservers` asks for.
@@ -81,18 +95,19 @@ impl Nameservers {
         unclaimed: &Unclaimed,
         request: &ForwardNameserversRequest,
     ) -> Result<(), NameserverError> {
-        let mut running = self.0.lock().await;
-        running.shutdown().await;
+        let mut forwarding = self.0.lock().await;
+        forwarding.running.shutdown().await;
         let stream = match request.nameservers.is_empty() {
             true => None,
             false => {
                 Some(unclaimed.claim(request.stream).await.ok_or(NameserverError::NoStream(request.stream))?)
             }
         };
-        let listeners = listen(&request.nameservers).await?;
+        let listeners = listen(&request.nameservers, &forwarding.ports).await?;
+        forwarding.ports = listeners.iter().map(|listener| (listener.address, listener.ports)).collect();
         nat::redirect(&listeners.iter().map(Listener::redirections).collect::<Vec<_>>().concat())?;
         if let Some(stream) = stream {
-            running.spawn(run(listeners, stream));
+            forwarding.running.spawn(run(listeners, stream));
         }
         Ok(())
     }
@@ -102,25 +117,37 @@ impl Nameservers {
 #[derive(Debug)]
 struct Listener {
     address: Ipv4Addr,
-    udp: (UdpSocket, u16),
-    tcp: (TcpListener, u16),
+    ports: ListenerPorts,
+    udp: UdpSocket,
+    tcp: TcpListener,
 }
 
 impl Listener {
-    async fn bind(address: Ipv4Addr) -> io::Result<Self> {
-        let (udp, tcp) = (UdpSocket::bind((address, 0)).await?, TcpListener::bind((address, 0)).await?);
-        let ports = (udp.local_addr()?.port(), tcp.local_addr()?.port());
-        Ok(Self { address, udp: (udp, ports.0), tcp: (tcp, ports.1) })
+    /// Listens on the ports, or on others if another process has them by now; 0: any.
+    async fn bind(address: Ipv4Addr, ports: ListenerPorts) -> io::Result<Self> {
+        let udp = match UdpSocket::bind((address, ports.udp)).await {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => UdpSocket::bind((address, 0)).await,
+            bound => bound,
+        }?;
+        let tcp = match TcpListener::bind((address, ports.tcp)).await {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => TcpListener::bind((address, 0)).await,
+            bound => bound,
+        }?;
+        let ports = ListenerPorts { udp: udp.local_addr()?.port(), tcp: tcp.local_addr()?.port() };
+        Ok(Self { address, ports, udp, tcp })
     }
 
     fn redirections(&self) -> Vec<Redirection> {
-        let to = [(nat::Transport::Udp, self.udp.1), (nat::Transport::Tcp, self.tcp.1)];
+        let to = [(nat::Transport::Udp, self.ports.udp), (nat::Transport::Tcp, self.ports.tcp)];
         let address = self.address;
         to.map(|(transport, to)| Redirection { address, transport, from: PORT, to }).into()
     }
 }
 
-async fn listen(addresses: &[Vec<u8>]) -> Result<Vec<Listener>, NameserverError> {
+async fn listen(
+    addresses: &[Vec<u8>],
+    ports: &HashMap<Ipv4Addr, ListenerPorts>,
+) -> Result<Vec<Listener>, NameserverError> {
     if addresses.len() > MAX_NAMESERVERS {
         return Err(NameserverError::TooMany(addresses.len()));
     }
@@ -129,7 +156,7 @@ async fn listen(addresses: &[Vec<u8>]) -> Result<Vec<Listener>, NameserverError>
         let address = <[u8; 4]>::try_from(bytes.as_slice()).map(Ipv4Addr::from).ok();
         let address = address.filter(Ipv4Addr::is_loopback);
         let address = address.ok_or_else(|| NameserverError::Address(bytes.clone()))?;
-        let listener = Listener::bind(address).await;
+        let listener = Listener::bind(address, ports.get(&address).copied().unwrap_or_default()).await;
         listeners.push(listener.map_err(|source| NameserverError::Listen { address, source })?);
     }
     Ok(listeners)
@@ -146,8 +173,8 @@ async fn run(listeners: Vec<Listener>, stream: Stream) {
     }));
     let mut tasks = JoinSet::new();
     for (number, listener) in (0..).zip(listeners) {
-        tasks.spawn(serve_udp(listener.udp.0, host.clone(), number));
-        tasks.spawn(serve_tcp(listener.tcp.0, host.clone(), number));
+        tasks.spawn(serve_udp(listener.udp, host.clone(), number));
+        tasks.spawn(serve_tcp(listener.tcp, host.clone(), number));
     }
     tasks.spawn(send_queries(writer, queries));
     tasks.spawn(take_replies(reader, host));

@@ -3,7 +3,9 @@
 mod capture;
 mod forked;
 mod life;
+mod localhost;
 mod moved;
+mod nameservers;
 mod traffic;
 
 use std::time::Duration;

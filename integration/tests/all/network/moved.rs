@@ -107,7 +107,7 @@ fn refused_restore(containerd: &Containerd, config: &Path, dir: &Path) -> Result
     Ok(message)
 }
 
-fn checkpoint(served: &Served<'_>, dir: &Path, exit: bool) -> Result<()> {
+pub(super) fn checkpoint(served: &Served<'_>, dir: &Path, exit: bool) -> Result<()> {
     let options = CheckpointOptions { open_tcp: true, exit, ..Default::default() };
     served.client.ok::<Empty>("Checkpoint", &request(served, dir, Some(&options))?).map(drop)
 }

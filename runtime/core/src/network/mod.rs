@@ -13,35 +13,49 @@
 mod egress;
 mod error;
 mod filter;
+mod localhost;
 mod nameservers;
 mod namespace;
 mod wiring;
 
 use std::{
+    io,
     net::Ipv4Addr,
     os::fd::{AsFd as _, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
-use machinen_base::{error::chain, netns::NetnsId, sys};
+use machinen_base::{
+    error::{ErrorKind, HasKind as _, chain},
+    netns::NetnsId,
+    sys,
+};
 use machinen_netlink::{NetlinkSocket, to_message};
 use machinen_protocol::api::{ConfigureNetworkRequest, NetworkInterface};
 use machinen_vm::{
-    Vm,
+    BoxedStream, Vm,
     agent::{self, AgentError},
 };
 use rustix::fs::fstat;
 use tokio::{
-    sync::Semaphore,
+    sync::{Notify, Semaphore, watch},
     task::{JoinHandle, spawn_blocking},
+    time::{Instant, sleep_until},
 };
 
 use egress::Egress;
 pub use error::NetworkError;
+use localhost::Dial;
 pub use machinen_netlink::{InterfaceCounters, Traffic};
 use nameservers::ResolvConf;
 use namespace::PodNamespace;
 pub use namespace::{disconnect_abandoned, same_namespace};
+
+/// The least time between two streams for the same purpose: a guest may close them at any moment.
+const REOPENED_AFTER: Duration = Duration::from_secs(1);
+/// When another attempt follows one that has failed.
+const TRIED_AGAIN_AFTER: Duration = Duration::from_secs(10);
 
 /// The connection of a VM with a network namespace. It lasts as long as the VM.
 #[derive(Debug)]
@@ -61,6 +75,10 @@ struct GuestNetwork {
     unclaimed: Arc<Semaphore>,
     /// The lock keeps the order of changes.
     given: tokio::sync::Mutex<Given>,
+    /// The number of the last stream for nameservers that has ended.
+    ended: watch::Sender<u64>,
+    /// A container of the pod has been started.
+    started: Notify,
 }
 
 /// What the guest was given last.
@@ -68,6 +86,8 @@ struct GuestNetwork {
 struct Given {
     interfaces: Vec<NetworkInterface>,
     nameservers: Vec<Ipv4Addr>,
+    /// The number of the stream for the nameservers.
+    stream: u64,
 }
 
 impl PodNetwork {
@@ -92,6 +112,8 @@ impl PodNetwork {
             resolv_confs: Mutex::default(),
             unclaimed,
             given: tokio::sync::Mutex::default(),
+            ended: watch::Sender::default(),
+            started: Notify::new(),
         });
         let follower = tokio::spawn(follow(Arc::clone(&guest), vm.clone(), changes));
         Ok(Some(Arc::new(Self { id, guest, follower: tokio::sync::Mutex::new(Some(follower)) })))
@@ -133,6 +155,11 @@ impl PodNetwork {
         };
         let was_open = self.guest.in_namespace(open).await?;
         self.guest.update(agent, !was_open).await
+    }
+
+    /// To be called when a container has been started: processes of the namespace reach the guest's localhost soon.
+    pub(crate) fn container_started(&self) {
+        self.guest.started.notify_one();
     }
 
     /// Lets no packet of the guest leave any more, because a checkpoint is to have its connections.
@@ -199,10 +226,22 @@ impl GuestNetwork {
         // Without an interface no nameserver of the namespace reaches any other.
         let nameservers = if !connected.is_empty() { self.nameservers().await? } else { Vec::new() };
         if given.nameservers != nameservers {
-            self.forward(agent, &nameservers).await?;
+            given.stream += 1;
+            self.forward(agent, &nameservers, given.stream).await?;
             given.nameservers = nameservers;
         }
         Ok(())
+    }
+
+    /// Opens the stream for nameservers again, if the one with this number is still the last one.
+    async fn reopen(&self, agent: &agent::Client, ended: u64) -> Result<(), NetworkError> {
+        {
+            let mut given = self.given.lock().await;
+            if given.stream == ended {
+                given.nameservers.clear();
+            }
+        }
+        self.update(agent, false).await
     }
 
     async fn nameservers(&self) -> Result<Vec<Ipv4Addr>, NetworkError> {
@@ -213,19 +252,56 @@ impl GuestNetwork {
         spawn_blocking(move || nameservers::named_in(&files)).await.map_err(NetworkError::Worker)
     }
 
-    /// Has the guest send queries to these nameservers here, and no others.
-    async fn forward(&self, agent: &agent::Client, nameservers: &[Ipv4Addr]) -> Result<(), NetworkError> {
+    /// Has the guest send queries to these nameservers here, and no others. The stream for them gets this number.
+    async fn forward(
+        &self,
+        agent: &agent::Client,
+        nameservers: &[Ipv4Addr],
+        number: u64,
+    ) -> Result<(), NetworkError> {
         if nameservers.is_empty() {
             return agent.forward_nameservers(&[], 0).await.map_err(NetworkError::Guest);
         }
         let namespace = self.in_namespace(|namespace| namespace.descriptor()).await?;
+        let (send, nameservers) = (self.ended.clone(), nameservers.to_vec());
+        let stream =
+            self.open_stream(async |token| agent.forward_nameservers(&nameservers, token).await).await?;
+        // The guest closes the stream with the next such call, or its own end. If it ends before, the number of the last
+        // stream is still this one.
+        let reopened = Instant::now() + REOPENED_AFTER;
+        tokio::spawn(async move {
+            nameservers::answer(stream, Arc::new(namespace), nameservers).await;
+            sleep_until(reopened).await;
+            send.send_if_modified(|last| std::mem::replace(last, number.max(*last)) < number);
+        });
+        Ok(())
+    }
+
+    /// Opens a stream that a call of the agent claims by its token.
+    async fn open_stream(
+        &self,
+        claim: impl AsyncFnOnce(u64) -> Result<(), AgentError>,
+    ) -> Result<BoxedStream, NetworkError> {
         let _unclaimed = self.unclaimed.acquire().await.expect("never closed");
         let (token, stream) =
             self.vm.open_stream().await.map_err(|error| NetworkError::Vm(Box::new(error)))?;
-        agent.forward_nameservers(nameservers, token).await.map_err(NetworkError::Guest)?;
-        // It ends with the stream, which the guest closes with the next such call or its own end.
-        tokio::spawn(nameservers::answer(stream, Arc::new(namespace), nameservers.to_vec()));
-        Ok(())
+        claim(token).await.map_err(NetworkError::Guest)?;
+        Ok(stream)
+    }
+
+    /// Lets the namespace's localhost lead to the guest's, until the guest does not report its ports any more.
+    async fn serve_localhost(self: &Arc<Self>, agent: &agent::Client) -> Result<io::Error, NetworkError> {
+        let namespace = self.in_namespace(|namespace| namespace.descriptor()).await?;
+        let reports = self.open_stream(async |token| agent.watch_listeners(token).await).await?;
+        let (guest, agent) = (Arc::clone(self), agent.clone());
+        let dial: Dial = Arc::new(move |port| {
+            let (guest, agent) = (Arc::clone(&guest), agent.clone());
+            Box::pin(async move {
+                let opened = guest.open_stream(async |token| agent.dial_localhost(port, token).await).await;
+                opened.map_err(io::Error::other)
+            })
+        });
+        Ok(localhost::serve(reports, Arc::new(namespace), dial).await)
     }
 
     async fn in_namespace<T: Send + 'static>(
@@ -240,18 +316,48 @@ impl GuestNetwork {
 
 /// Gives the guest each change of the namespace until the VM has ended, and then disconnects the namespace.
 async fn follow(guest: Arc<GuestNetwork>, vm: Vm, changes: NetlinkSocket) {
+    let followed = async {
+        let error = follow_changes(&guest, &vm, changes).await;
+        if !is_end_of_agent(&error) {
+            tracing::error!("changes of the network do not reach the guest any more: {}", chain(&error));
+        }
+    };
+    let all = async { tokio::join!(followed, keep_localhost(&guest, &vm)) };
     tokio::select! {
         biased;
         _ = vm.exited() => {}
-        error = follow_changes(&guest, &vm, changes) => {
-            if !is_end_of_agent(&error) {
-                tracing::error!("changes of the network do not reach the guest any more: {}", chain(&error));
-            }
+        ((), ()) = all => {
             vm.exited().await;
         }
     }
     if let Err(error) = guest.in_namespace(PodNamespace::disconnect).await {
         tracing::warn!("a VM's network is not completely disconnected: {}", chain(&error));
+    }
+}
+
+/// Lets the namespace's localhost lead to the guest's from the first start of a container until the end of the VM.
+async fn keep_localhost(guest: &Arc<GuestNetwork>, vm: &Vm) {
+    guest.started.notified().await;
+    // Without an agent the start has failed.
+    let Ok(agent) = vm.agent().await else { return };
+    loop {
+        let again = Instant::now() + REOPENED_AFTER;
+        match guest.serve_localhost(&agent).await {
+            Ok(error) => tracing::debug!("the guest does not report its ports any more: {error}"),
+            Err(error) if is_end_of_agent(&error) => return,
+            Err(error) if error.kind() == ErrorKind::FailedPrecondition => {
+                let error = chain(&error);
+                tracing::warn!(
+                    "localhost of the network namespace does not lead into the container: {error}"
+                );
+                return;
+            }
+            Err(error) => {
+                tracing::warn!("localhost does not lead into the container: {}", chain(&error));
+                sleep_until(again + TRIED_AGAIN_AFTER).await;
+            }
+        }
+        sleep_until(again).await;
     }
 }
 
@@ -269,19 +375,35 @@ async fn follow_changes(guest: &GuestNetwork, vm: &Vm, changes: NetlinkSocket) -
         Ok(agent) => agent,
         Err(error) => return NetworkError::Vm(Box::new(error)),
     };
+    let mut ended = guest.ended.subscribe();
+    let mut again = None;
     loop {
-        let drained = match readable.readable().await {
-            Ok(mut ready) => {
-                ready.clear_ready();
-                changes.drain()
-            }
-            Err(error) => Err(error),
-        };
-        if let Err(error) = drained {
-            return NetworkError::Watch(error);
-        }
         // The namespace may be in the middle of a change that does not fit. The next event brings another attempt.
-        if let Err(error) = guest.update(&agent, false).await {
+        let updated = tokio::select! {
+            ready = readable.readable() => {
+                let drained = ready.and_then(|mut ready| {
+                    ready.clear_ready();
+                    changes.drain()
+                });
+                if let Err(error) = drained {
+                    return NetworkError::Watch(error);
+                }
+                guest.update(&agent, false).await
+            }
+            changed = ended.changed() => {
+                // The sender is the guest's own.
+                drop(changed);
+                again = Some(Instant::now());
+                continue;
+            }
+            () = sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => {
+                let number = *ended.borrow_and_update();
+                let reopened = guest.reopen(&agent, number).await;
+                again = reopened.is_err().then(|| Instant::now() + TRIED_AGAIN_AFTER);
+                reopened
+            }
+        };
+        if let Err(error) = updated {
             if is_end_of_agent(&error) {
                 return error;
             }

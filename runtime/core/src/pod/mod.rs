@@ -192,6 +192,9 @@ impl Pod {
         let stdin = container.init.open_stdin()?;
         let started = agent.start_container(id, container.hooks.time_in_guest()).await;
         started.map_err(|source| PodError::guest("start", id, source))?;
+        if let Some(network) = &container.network {
+            network.container_started();
+        }
         container.init.feed(stdin);
         container
             .init
