@@ -52,6 +52,8 @@ const FAULTS: [Fault; 5] = [
     },
     Fault {
         name: "launched: a disk that is damaged",
+        // The disk of a root file system that receives no changes is in the bundle.
+        spec: |spec| spec["root"]["readonly"] = json!(true),
         damaged_disk: true,
         words: &["machinen-writable.ext4"],
         ..NONE

@@ -8,7 +8,7 @@ use machinen_integration::{containerd::Containerd, paths::Version, setup::Setup}
 use super::Kept;
 use crate::harness::{IMAGE, on_newest_containerd, run_with};
 
-on_newest_containerd!(native_snapshotter);
+on_newest_containerd!(native_snapshotter, removed_after_a_pause);
 
 fn native_snapshotter(containerd: &mut Containerd) -> Result<()> {
     let script = "echo run >> /count; cat /count; rm -f /etc/secret; rm -rf /home/alice; mkdir /home/alice; \
@@ -33,6 +33,30 @@ fn native_snapshotter(containerd: &mut Containerd) -> Result<()> {
         .collect();
     ensure!(others.is_empty(), "left next to the snapshots: {others:?}");
     kept.remove()
+}
+
+/// The export at the pause has put the file into the snapshot, and the one at the end must not keep it.
+fn removed_after_a_pause(containerd: &mut Containerd) -> Result<()> {
+    for snapshotter in ["native", "overlayfs"] {
+        let script = "echo x > /removed; echo x > /kept; until [ -e /go ]; do sleep 0.1; done; rm /removed";
+        let kept = Kept::start(containerd, IMAGE, snapshotter, script)?;
+        let exec = |script: &str| {
+            containerd.ctr_ok(&["tasks", "exec", "--exec-id", "do", &kept.id, "sh", "-c", script])
+        };
+        exec("until [ -s /kept ]; do sleep 0.1; done")?;
+        containerd.ctr_ok(&["tasks", "pause", &kept.id])?;
+        ensure!(kept.dir()?.join("removed").exists(), "{snapshotter}: not exported at the pause");
+        containerd.ctr_ok(&["tasks", "resume", &kept.id])?;
+        let from = containerd.log().position();
+        exec("touch /go")?;
+        containerd.log().wait_for_event(from, "/tasks/exit")?;
+        ensure!(kept.delete_task()? == 0, "the script failed");
+        let dir = kept.dir()?;
+        let present = ["removed", "kept", "go"].map(|name| dir.join(name).exists());
+        ensure!(present == [false, true, true], "{snapshotter}: removed, kept, go: {present:?}");
+        kept.remove()?;
+    }
+    Ok(())
 }
 
 /// The writes of a container to a snapshot of that kind are in the snapshot, and visible at the next start.

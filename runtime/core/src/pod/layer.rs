@@ -10,7 +10,7 @@
 use std::{
     fs::File,
     path::Path,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use machinen_base::error::chain;
@@ -60,7 +60,8 @@ pub(super) struct WritableLayer {
     /// One export at a time.
     exporting: tokio::sync::Mutex<()>,
     /// The upper directory that the container was started with, once a pause has replaced it. The caller may have an
-    /// overlay mounted on it, as dockerd does, whose files would be lost.
+    /// overlay mounted on it, as dockerd does, whose files would be lost. A whole root file system is made of it again,
+    /// since it has nothing that the container has removed after the pause.
     first: Mutex<Option<PreviousLayer>>,
 }
 
@@ -117,7 +118,8 @@ impl WritableLayer {
         }
         let turn = timeout(self.limits.time, self.exporting.lock());
         let _one = turn.await.map_err(|_| ReceiveError::Deadline { limit: self.limits.time })?;
-        let stored = receive(vm, agent, id, self.disk.clone(), self.limits, killed).await?;
+        let before = self.first().as_ref().map(PreviousLayer::files).transpose()?;
+        let stored = receive(vm, agent, id, (self.disk.clone(), before), self.limits, killed).await?;
         let Some((applied, replaced)) = stored else { return Ok(None) };
         tracing::info!(
             id,
@@ -126,6 +128,10 @@ impl WritableLayer {
             "the container's writes are in its snapshot"
         );
         Ok(Some(ExportedLayer { replaced: Some(replaced) }))
+    }
+
+    fn first(&self) -> MutexGuard<'_, Option<PreviousLayer>> {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Like [`WritableLayer::export`], for a container that continues afterwards.
@@ -142,7 +148,7 @@ impl WritableLayer {
         let exported = self.export(vm, agent, id, killed).await?;
         let stays = matches!(self.disk.target(), Some(LayerTarget::InPlace(_)));
         if let Some(replaced) = exported.and_then(|exported| exported.replaced).filter(|_| !stays) {
-            self.first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(replaced);
+            self.first().get_or_insert(replaced);
         }
         Ok(())
     }

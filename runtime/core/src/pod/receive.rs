@@ -3,6 +3,7 @@
 
 use std::{
     io::{self, Read},
+    os::fd::OwnedFd,
     pin::pin,
     time::Duration,
 };
@@ -119,7 +120,7 @@ pub(super) struct ExportLimits {
     pub(super) time: Duration,
 }
 
-/// Asks the guest for a container's changes and stores them in the target of `disk`. The container must have ended, or
+/// Asks the guest for a container's changes and stores them in the target of the disk, see [`ContainerDisk::export`]. The container must have ended, or
 /// its processes must be frozen. The export fails when `killed` resolves.
 ///
 /// # Errors
@@ -129,13 +130,13 @@ pub(super) async fn receive(
     vm: &Vm,
     agent: &agent::Client,
     container: &str,
-    disk: ContainerDisk,
+    (disk, before): (ContainerDisk, Option<OwnedFd>),
     limits: ExportLimits,
     killed: impl Future<Output = ()>,
 ) -> Result<Option<(AppliedLayer, PreviousLayer)>, ReceiveError> {
     let (token, stream) = vm.open_stream().await.map_err(ReceiveError::Stream)?;
     let (sender, chunks) = mpsc::channel(WAITING);
-    let applying = spawn_blocking(move || disk.export(ArchiveReader::new(chunks), limits.layer));
+    let applying = spawn_blocking(move || disk.export(ArchiveReader::new(chunks), before, limits.layer));
     let answer = async { agent.export_layer(container, token).await.map_err(ReceiveError::Agent) };
     // The sender is dropped with the future that passes the archive, which ends the applying thread.
     let passed = tokio::select! {

@@ -34,7 +34,7 @@ mod upper;
 use std::{
     fs::{self, File},
     io::{self, Read},
-    os::unix::fs::FileExt as _,
+    os::{fd::OwnedFd, unix::fs::FileExt as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -44,7 +44,7 @@ use machinen_base::fs::{FileError, remove_if_exists};
 use self::native::NativeDisks;
 pub use self::{blank::scratch, copy::unnamed_copy, error::ContainerDiskError};
 use crate::{
-    layer::{self, AppliedLayer, LayerError, LayerLimits, LayerTarget, PreviousLayer},
+    layer::{self, AppliedLayer, EarlierExports, LayerError, LayerLimits, LayerTarget, PreviousLayer},
     rootdisk::{Rootdisk, RootdiskCache, RootdiskError, RootdiskKey},
 };
 
@@ -277,17 +277,24 @@ impl ContainerDisk {
         self.clean
     }
 
-    /// Stores the archive with the container's changes in the target. None: the disk has no target. Blocks.
+    /// Stores the archive with the container's changes in the target. None: the disk has no target. `before` is the
+    /// layer before the container's first export, if this is not the first one. Blocks.
     ///
     /// # Errors
     /// Those of [`layer::store`], or the label of the disk cannot be written.
     pub fn export(
         &self,
         archive: impl Read,
+        before: Option<OwnedFd>,
         limits: LayerLimits,
     ) -> Result<Option<(AppliedLayer, PreviousLayer)>, LayerError> {
         let Some(target) = &self.target else { return Ok(None) };
-        let stored = layer::store(archive, target, &native::record(&self.path), limits)?;
+        let stored = layer::store(
+            archive,
+            target,
+            EarlierExports { before, record: &native::record(&self.path) },
+            limits,
+        )?;
         // The disk of a whole root file system belongs to the new directory.
         if let LayerTarget::Whole(root) = target {
             native::relabel(&self.path, root).map_err(FileError::at("label", &self.path))?;

@@ -29,7 +29,7 @@ mod staging;
 
 use std::{
     io::Read,
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -68,8 +68,17 @@ impl LayerTarget {
     }
 }
 
-/// Writes an archive into a fresh directory, and exchanges it with `target` or merges it into `target`. For a merge,
-/// `record` has the names that earlier exports of the same container have put there; it may be missing.
+/// What earlier exports of the same container have changed in its layer.
+#[derive(Debug)]
+pub struct EarlierExports<'a> {
+    /// The layer before the first of them, as [`PreviousLayer::files`] opens it; None: there were none. Without it a
+    /// whole root file system would keep what the container has removed since.
+    pub before: Option<OwnedFd>,
+    /// The file with the names that they have merged into a directory. It may be missing.
+    pub record: &'a Path,
+}
+
+/// Writes an archive into a fresh directory, and exchanges it with `target` or merges it into `target`.
 ///
 /// # Errors
 /// The agent would not send this archive, it exceeds `limits`, or the host cannot store it. Then the old layer is still
@@ -78,7 +87,7 @@ impl LayerTarget {
 pub fn store(
     archive: impl Read,
     target: &LayerTarget,
-    record: &Path,
+    earlier: EarlierExports<'_>,
     limits: LayerLimits,
 ) -> Result<(AppliedLayer, PreviousLayer), LayerError> {
     match target {
@@ -89,13 +98,14 @@ pub fn store(
         }
         LayerTarget::Whole(path) => {
             let staging = StagingDir::next_to(path)?;
-            let applied = apply(archive, staging.fresh(), Some(staging.current()?.as_fd()), limits)?;
+            let lower = earlier.before.map_or_else(|| staging.current(), Ok)?;
+            let applied = apply(archive, staging.fresh(), Some(lower.as_fd()), limits)?;
             Ok((applied, staging.exchange()?))
         }
         LayerTarget::InPlace(path) => {
             let staging = StagingDir::on_file_system_of(path)?;
             let applied = apply(archive, staging.fresh(), None, limits)?;
-            let recorded = RecordedExport::begin(record, staging.fresh())?;
+            let recorded = RecordedExport::begin(earlier.record, staging.fresh())?;
             merge::merge(staging.fresh(), path)?;
             recorded.complete()?;
             Ok((applied, staging.merged()))

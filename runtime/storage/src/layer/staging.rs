@@ -92,7 +92,7 @@ impl StagingDir {
 
     /// To be called when the content of the directory has been moved to the layer.
     pub(super) fn merged(self) -> PreviousLayer {
-        PreviousLayer { _old: self }
+        PreviousLayer { old: self }
     }
 
     /// Exchanges the directory with the layer.
@@ -102,7 +102,7 @@ impl StagingDir {
     pub fn exchange(self) -> Result<PreviousLayer, LayerError> {
         let fresh = self.dir.join(FRESH);
         match renameat_with(CWD, &fresh, CWD, &self.target, RenameFlags::EXCHANGE) {
-            Ok(()) => Ok(PreviousLayer { _old: self }),
+            Ok(()) => Ok(PreviousLayer { old: self }),
             Err(Errno::BUSY | Errno::XDEV) => Err(LayerError::MountPoint { path: self.target.clone() }),
             Err(errno) => Err(FileError::new("replace", &self.target, errno).into()),
         }
@@ -119,16 +119,26 @@ impl Drop for StagingDir {
 /// there are none.
 #[derive(Debug)]
 pub struct PreviousLayer {
-    _old: StagingDir,
+    old: StagingDir,
 }
 
 impl PreviousLayer {
+    /// Opens the directory with the files of the old layer.
+    ///
+    /// # Errors
+    /// The directory cannot be opened.
+    pub fn files(&self) -> Result<OwnedFd, LayerError> {
+        let path = self.old.fresh_path();
+        Ok(open(&path, directory_flags(), Mode::empty())
+            .map_err(|errno| FileError::new("open", &path, errno))?)
+    }
+
     /// Returns when the new layer is on stable storage.
     ///
     /// # Errors
     /// The layer cannot be written back.
     pub fn sync(&self) -> Result<(), LayerError> {
-        let StagingDir { target, fresh, .. } = &self._old;
+        let StagingDir { target, fresh, .. } = &self.old;
         let failed = |errno: Errno| FileError::new("write back", target, errno);
         syncfs(fresh).map_err(failed)?;
         let parent =

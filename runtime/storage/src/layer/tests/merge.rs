@@ -9,7 +9,7 @@ use std::{
 use tar::EntryType;
 
 use super::{LIMITS, LayerFixture, TestArchive, whole::tree};
-use crate::layer::{LayerError, LayerTarget, store, sweep, sweep_within};
+use crate::layer::{EarlierExports, LayerError, LayerTarget, store, sweep, sweep_within};
 
 struct Merged {
     fixture: LayerFixture,
@@ -36,7 +36,12 @@ impl Merged {
     fn merge(&self, archive: TestArchive) -> Result<(), LayerError> {
         let target = LayerTarget::InPlace(self.root());
         let record = self.records.path().join("disk.exported");
-        let (_, stored) = store(archive.bytes().as_slice(), &target, &record, LIMITS)?;
+        let (_, stored) = store(
+            archive.bytes().as_slice(),
+            &target,
+            EarlierExports { before: None, record: &record },
+            LIMITS,
+        )?;
         stored.sync()?;
         assert!(!record.with_extension("next").exists());
         Ok(())
@@ -267,7 +272,8 @@ fn two_containers_in_one_directory() {
     for name in ["one", "two"] {
         let record = merged.records.path().join(name);
         let archive = TestArchive::new().file("both", name.as_bytes()).file(name, b"");
-        store(archive.bytes().as_slice(), &target, &record, LIMITS).unwrap();
+        store(archive.bytes().as_slice(), &target, EarlierExports { before: None, record: &record }, LIMITS)
+            .unwrap();
     }
     assert_eq!(tree(&merged.root()), ["both", "one", "two"]);
     assert_eq!(merged.read("both"), "two");

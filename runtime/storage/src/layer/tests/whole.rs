@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{LIMITS, LayerFixture, TestArchive};
-use crate::layer::{AppliedLayer, LayerError, apply};
+use crate::layer::{AppliedLayer, EarlierExports, LayerError, LayerTarget, PreviousLayer, apply, store};
 
 fn lower(fixture: &LayerFixture) -> PathBuf {
     let lower = fixture.path("outside");
@@ -123,5 +123,25 @@ fn links_in_the_old_tree_are_not_followed() {
     apply_over(&fixture, &lower, TestArchive::new().dir("dir").file("dir/new", b"x")).unwrap();
     assert_eq!(tree(&fixture.path("root")), ["dir", "dir/new"]);
     fs::remove_dir_all(lower).unwrap();
+    fixture.assert_contained();
+}
+
+/// No lower layer has such a file, so the container's archive has no mark for it.
+#[test]
+fn what_was_removed_after_a_pause_does_not_come_back() {
+    let fixture = LayerFixture::new();
+    let root = fixture.path("root");
+    fs::write(root.join("old"), "old").unwrap();
+    let target = LayerTarget::Whole(root.clone());
+    let (record, mut first) = (fixture.path("no-record"), None);
+    for (name, wanted) in [("one", ["old", "one"]), ("two", ["old", "two"])] {
+        let before = first.as_ref().map(|first: &PreviousLayer| first.files().unwrap());
+        let archive = TestArchive::new().file(name, b"new").bytes();
+        let earlier = EarlierExports { before, record: &record };
+        let (_, replaced) = store(archive.as_slice(), &target, earlier, LIMITS).unwrap();
+        assert_eq!(tree(&root), wanted);
+        first.get_or_insert(replaced);
+    }
+    drop(first);
     fixture.assert_contained();
 }
