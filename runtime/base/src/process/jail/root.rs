@@ -22,7 +22,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, CWD, Mode, OFlags, chmodat, mkdirat, openat, symlinkat},
+    fs::{AtFlags, CWD, FileType, Mode, chmodat, mkdirat, mknodat, symlinkat},
     io::Errno,
     mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_string,
@@ -190,8 +190,12 @@ impl RootBuilder {
 
     fn file(&self, path: &Path) -> io::Result<()> {
         self.directory(path.parent().unwrap_or(Path::new("")))?;
-        let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        openat(&self.root, path, flags, Mode::from_raw_mode(0o444))?;
+        // Made without a descriptor: a child that another thread forks at this moment would keep it open for writing, and
+        // the root could not become read-only (EBUSY).
+        match mknodat(&self.root, path, FileType::RegularFile, Mode::from_raw_mode(0o444), 0) {
+            Err(Errno::EXIST) => {}
+            made => made?,
+        }
         Ok(())
     }
 
