@@ -1,5 +1,7 @@
 //! The shim's own errors.
 
+use std::io;
+
 use containerd_shim_protos::ttrpc;
 use machinen::{config::ConfigError, fs::FileError, pool::MemberError, process::ProcessError};
 
@@ -23,6 +25,12 @@ pub(crate) enum ShimError {
     NoSlot,
     #[error(transparent)]
     Member(#[from] MemberError),
+    #[error("the server of the sandbox {sandbox} does not run; create the pod again")]
+    NoSandbox {
+        sandbox: String,
+        #[source]
+        source: io::Error,
+    },
     #[error("cannot start the server")]
     Server(#[source] ProcessError),
     #[error("cannot serve the task API")]

@@ -3,9 +3,8 @@
 use std::{collections::HashMap, io, path::Path};
 
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
-use machinen::{RUN_DIR, accel, config::Config, error::chain, host_cgroup::HostCgroups, spec::OCI_VERSION};
+use machinen::{RUN_DIR, accel, config::Config, error::chain, features};
 use protobuf::{Message, MessageField, well_known_types::any::Any};
-use serde_json::json;
 
 use crate::error::ShimError;
 
@@ -21,7 +20,7 @@ const ACCELERATOR: &str = "io.machinen.accelerator";
 pub(crate) fn run() -> Result<(), ShimError> {
     let features = Any {
         type_url: FEATURES_TYPE.to_owned(),
-        value: serde_json::to_vec(&features()).map_err(ShimError::Json)?,
+        value: serde_json::to_vec(&features::document()).map_err(ShimError::Json)?,
         ..Default::default()
     };
     let info = RuntimeInfo {
@@ -46,27 +45,4 @@ fn accelerator() -> String {
         Ok(accelerator) => accelerator.name().to_owned(),
         Err(error) => chain(&error),
     }
-}
-
-/// What can limit a pod on the host, in words.
-fn host_cgroups() -> String {
-    HostCgroups::detect().map_or_else(|error| chain(&error), |found| found.to_string())
-}
-
-/// The features document (runtime-spec, features.md): the features of the guest's kernel and engine.
-fn features() -> serde_json::Value {
-    json!({
-        "ociVersionMin": "1.0.0",
-        "ociVersionMax": OCI_VERSION,
-        "hooks": ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"],
-        "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "pid", "user", "uts"],
-            "cgroup": { "v1": false, "v2": true, "systemd": false, "systemdUser": false },
-            "seccomp": { "enabled": true },
-            "apparmor": { "enabled": false },
-            "selinux": { "enabled": false },
-            "intelRdt": { "enabled": false }
-        },
-        "annotations": { "io.machinen.host.cgroup": host_cgroups() }
-    })
 }

@@ -10,6 +10,7 @@
 mod args;
 mod delete;
 mod error;
+mod group;
 mod info;
 mod logging;
 mod member;

@@ -32,12 +32,6 @@ use crate::{
     start::{ADDRESS_FILE, LISTENER_FD},
 };
 
-/// Directory in the bundle with the pod's sockets and console log.
-pub(crate) const POD_DIR: &str = "vm";
-
-/// Directory in the bundle with the records of the pod's poststop hooks.
-pub(crate) const POSTSTOP_DIR: &str = "poststop";
-
 /// How long containerd may take to receive the last events at the end.
 const EVENTS_GRACE: Duration = Duration::from_secs(2);
 
@@ -117,8 +111,7 @@ async fn serve_pod(
         config,
         namespace: namespace.clone(),
         name: id.clone(),
-        dir: bundle.join(POD_DIR),
-        poststop_dir: bundle.join(POSTSTOP_DIR),
+        state_dir: bundle.clone(),
         lifetime: Lifetime::Containers,
         containerd,
     };

@@ -23,7 +23,7 @@ use machinen::{
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use crate::{args::ShimArgs, error::ShimError, server::ServerParams};
+use crate::{args::ShimArgs, error::ShimError, group, server::ServerParams};
 
 /// The descriptor on which the server inherits its listener.
 pub(crate) const LISTENER_FD: i32 = 3;
@@ -51,9 +51,15 @@ struct Bootstrap<'a> {
 /// The socket cannot be created or the server cannot be started. Nothing is left then.
 pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
     let bundle = env::current_dir().map_err(FileError::at("find the bundle, the directory", "."))?;
-    let socket = socket_path(args);
+    let sandbox = group::sandbox_of(&args.id, &bundle);
+    let socket = socket_path(args, sandbox.as_deref().unwrap_or(&args.id));
     let address = format!("unix://{}", socket.display());
-    if UnixStream::connect(&socket).is_err() {
+    let served = UnixStream::connect(&socket);
+    if let Some(sandbox) = sandbox {
+        served.map_err(|source| ShimError::NoSandbox { sandbox, source })?;
+        // A containerd that was restarted reads it (containerd 1.6).
+        write_address(&bundle, &address)?;
+    } else if served.is_err() {
         spawn_server(args, &bundle, &socket, &address).inspect_err(|_| {
             // The first failure is the one to report; the next attempt replaces a stale socket.
             let _ = fs::remove_file(&socket);
@@ -75,9 +81,9 @@ fn answer(address: &str, max_version: Option<&str>) -> Result<String, ShimError>
     }
 }
 
-/// One socket per containerd, namespace and container, short enough for a Unix address.
-fn socket_path(args: &ShimArgs) -> PathBuf {
-    let name = format!("{}/{}/{}", args.address, args.namespace, args.id);
+/// One socket per containerd, namespace and pod, which the id of its first container names, short enough for a Unix address.
+fn socket_path(args: &ShimArgs, id: &str) -> PathBuf {
+    let name = format!("{}/{}/{id}", args.address, args.namespace);
     let hash = Sha256::digest(name);
     Path::new(SOCKET_DIR).join(hex(&hash[..16]))
 }
@@ -88,11 +94,7 @@ fn spawn_server(args: &ShimArgs, bundle: &Path, socket: &Path, address: &str) ->
     let listener = UnixListener::bind(socket).map_err(FileError::at("listen on", socket))?;
     fs::set_permissions(socket, fs::Permissions::from_mode(0o600))
         .map_err(FileError::at("set the mode of", socket))?;
-    let write = |name: &str, text: &str| {
-        let path = bundle.join(name);
-        fs::write(&path, text).map_err(FileError::at("write", path))
-    };
-    write(ADDRESS_FILE, address)?;
+    write_address(bundle, address)?;
     let listener = OwnedFd::from(listener);
     if handed_to_pool(args, bundle, &listener)? {
         return Ok(());
@@ -105,8 +107,13 @@ fn spawn_server(args: &ShimArgs, bundle: &Path, socket: &Path, address: &str) ->
         server = server.args(["-debug"]);
     }
     let pid = server.fd(listener, LISTENER_FD).detach().map_err(ShimError::Server)?;
-    write(PID_FILE, &pid.to_string())?;
-    Ok(())
+    let path = bundle.join(PID_FILE);
+    Ok(fs::write(&path, pid.to_string()).map_err(FileError::at("write", path))?)
+}
+
+fn write_address(bundle: &Path, address: &str) -> Result<(), FileError> {
+    let path = bundle.join(ADDRESS_FILE);
+    fs::write(&path, address).map_err(FileError::at("write", path))
 }
 
 /// Whether a member of the warm pool has accepted the work.
@@ -141,8 +148,8 @@ mod tests {
 
     #[test]
     fn sockets_differ_and_are_short() {
-        let args = |id: &str| ShimArgs { id: id.repeat(20), ..Default::default() };
-        let (one, two) = (socket_path(&args("one")), socket_path(&args("two")));
+        let args = ShimArgs::default();
+        let (one, two) = (socket_path(&args, &"one".repeat(20)), socket_path(&args, &"two".repeat(20)));
         assert_ne!(one, two);
         assert!(one.as_os_str().len() < 100);
     }

@@ -11,7 +11,7 @@ use ttrpc::r#async::TtrpcContext;
 
 use crate::{
     configure,
-    container::{Container, ContainerError, IdTable},
+    container::{Container, ContainerError, IdTable, namespaces},
     context::Context,
     error::Failure,
     network::{Localhost, Nameservers, localhost},
@@ -141,7 +141,16 @@ impl Agent for Service {
         let state = Arc::clone(&self.state);
         whole(async move {
             let reservation = state.containers.reserve(&request.container_id)?;
-            let (container, phases) = Container::create(&state.context, request).await?;
+            let joined = match namespaces::find(&state.containers, &request.namespaces) {
+                Ok(joined) => joined,
+                Err(err) => {
+                    // A refused call leaves no stream behind.
+                    let _ =
+                        Streams::claim(&request.stdio.unwrap_or_default(), &state.context.unclaimed).await;
+                    return Err(err.into());
+                }
+            };
+            let (container, phases) = Container::create(&state.context, request, &joined).await?;
             reservation.fill(container);
             Ok(api::CreateContainerResponse { phases: phases.into_messages(), ..Default::default() })
         })

@@ -51,7 +51,7 @@ pub mod api {
 }
 
 /// Version of the whole protocol: messages, preamble and their meaning. Every incompatible change moves it.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 
 /// How long an OCI hook may take whose configuration has no timeout, on the host and in the guest.
 pub const HOOK_PATIENCE: Duration = Duration::from_secs(120);

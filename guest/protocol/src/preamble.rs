@@ -174,11 +174,11 @@ mod tests {
     #[test]
     fn golden_bytes() {
         let control = Preamble { kind: StreamKind::Control, token: 0 }.encode();
-        assert_eq!(&control, b"machinen\x05\x00\x01\x00\0\0\0\0\0\0\0\0\0\0\0\0");
+        assert_eq!(&control, b"machinen\x06\x00\x01\x00\0\0\0\0\0\0\0\0\0\0\0\0");
         let raw = Preamble { kind: StreamKind::Raw, token: 0x0102_0304_0506_0708 }.encode();
-        assert_eq!(&raw, b"machinen\x05\x00\x02\x00\0\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01");
-        assert_eq!(&Answer::Accepted.encode(), b"machinen\x05\x00\x00\x00\0\0\0\0");
-        assert_eq!(&Answer::Refused.encode(), b"machinen\x05\x00\x02\x00\0\0\0\0");
+        assert_eq!(&raw, b"machinen\x06\x00\x02\x00\0\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01");
+        assert_eq!(&Answer::Accepted.encode(), b"machinen\x06\x00\x00\x00\0\0\0\0");
+        assert_eq!(&Answer::Refused.encode(), b"machinen\x06\x00\x02\x00\0\0\0\0");
     }
 
     #[test]

@@ -12,6 +12,7 @@ pub mod events;
 mod id;
 mod metrics;
 mod service;
+mod stand_in;
 mod stdio;
 
 use std::{collections::HashMap, sync::Arc};

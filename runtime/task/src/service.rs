@@ -1,6 +1,6 @@
 //! containerd's task API: each method decodes, calls the pod, and encodes. No logic lives here.
 
-use std::sync::Arc;
+use std::{os::fd::OwnedFd, sync::Arc};
 
 use async_trait::async_trait;
 use containerd_shim_protos::{
@@ -15,7 +15,8 @@ use containerd_shim_protos::{
     ttrpc::{self, asynchronous::TtrpcContext},
 };
 use machinen::pod::{
-    ContainerId, CreateRequest, ExecRequest, Pod, PodError, rootfs::RootfsMount, state::ProcessState,
+    ContainerId, CreateRequest, ExecRequest, Pod, PodError, ProcessId, rootfs::RootfsMount,
+    state::ProcessState,
 };
 use protobuf::MessageField;
 use tokio::sync::Notify;
@@ -24,7 +25,8 @@ use crate::{
     checkpoint,
     error::{encoding, invalid, to_ttrpc, unimplemented},
     events::timestamp,
-    id, metrics, stdio,
+    id, metrics, stand_in,
+    stdio::{self, NamedStdio},
 };
 
 /// The name of the runtime-spec's limits in containerd's registry of types, after a prefix.
@@ -42,6 +44,17 @@ impl TaskService {
     pub(crate) fn new(pod: Pod, ended: Arc<Notify>) -> Self {
         Self { pod, ended }
     }
+
+    /// Kills a process when the process of the host that stands for it has ended.
+    fn follow(&self, stand_in: Option<OwnedFd>, process: ProcessId) {
+        let Some(stand_in) = stand_in else { return };
+        let pod = self.pod.clone();
+        tokio::spawn(async move {
+            if let Err(error) = stand_in::kill_after(stand_in, &pod, &process).await {
+                tracing::debug!(id = %process, "not killed after the process that stands for it: {error}");
+            }
+        });
+    }
 }
 
 fn failed(error: PodError) -> ttrpc::Error {
@@ -56,14 +69,18 @@ impl Task for TaskService {
         if !req.parent_checkpoint.is_empty() {
             return unimplemented("a checkpoint with a parent");
         }
+        let NamedStdio { stdio, stand_in } =
+            stdio::decode(&req.stdin, &req.stdout, &req.stderr, req.terminal)?;
+        let id = id::container(&req.id)?;
         let create = CreateRequest {
-            id: id::container(&req.id)?,
+            id: id.clone(),
             bundle: req.bundle.clone().into(),
             rootfs: req.rootfs.iter().map(rootfs_mount).collect(),
-            stdio: stdio::decode(&req.stdin, &req.stdout, &req.stderr, req.terminal)?,
+            stdio,
             checkpoint: checkpoint::restored_from(&req)?,
         };
         let pid = self.pod.create(create).await.map_err(failed)?;
+        self.follow(stand_in, id.init());
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 
@@ -152,11 +169,14 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, req: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        let stdio = stdio::decode(&req.stdin, &req.stdout, &req.stderr, req.terminal)?;
+        let NamedStdio { stdio, stand_in } =
+            stdio::decode(&req.stdin, &req.stdout, &req.stderr, req.terminal)?;
         // The Any's type is containerd's name for the OCI process, and its value is JSON.
         let (container, id) = (id::container(&req.id)?, id::exec(&req.exec_id)?);
+        let process = container.exec(&id);
         let exec = ExecRequest { container, id, process: req.spec.value.clone(), stdio };
         self.pod.exec(exec).map_err(failed)?;
+        self.follow(stand_in, process);
         Ok(Empty::new())
     }
 

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
 
@@ -12,9 +12,11 @@ use tokio::sync::watch;
 
 use super::{
     Container, ContainerError, IdTable, STATE,
+    copy_up::copy_up,
     delete::{clear, remove_dir},
     files,
     hooks::StartHooks,
+    namespaces::{HeldNamespaces, NamespacePath},
     restore::{PlannedRestore, RestoreImage},
     rootfs::{Rootfs, RootfsError},
     stage::{MemoryState, PendingInit, StartStage},
@@ -64,10 +66,11 @@ impl Container {
     pub(crate) async fn create(
         context: &Context,
         request: api::CreateContainerRequest,
+        joined: &[NamespacePath],
     ) -> Result<(Self, Phases), ContainerError> {
         let dir = Path::new(STATE).join(&request.container_id);
         make_dir(&dir)?;
-        let result = Self::create_in(context, request, &dir).await;
+        let result = Self::create_in(context, request, joined, &dir).await;
         if result.is_err()
             && let Err(err) = remove_dir(&dir)
         {
@@ -79,6 +82,7 @@ impl Container {
     async fn create_in(
         context: &Context,
         mut request: api::CreateContainerRequest,
+        joined: &[NamespacePath],
         dir: &Path,
     ) -> Result<(Self, Phases), ContainerError> {
         let mut phases = Phases::new();
@@ -88,8 +92,9 @@ impl Container {
         let rootfs = Rootfs::mount(dir, &disks)?;
         drop(disks);
         phases.done("mounts");
-        let made = make_init(context, &request, dir, rootfs.path(), streams, image.as_ref(), &mut phases);
-        let Made { cgroup, init, pending, join_context, hooks } = match made.await {
+        let made =
+            make_init(context, &request, (dir, rootfs.path()), joined, streams, image.as_ref(), &mut phases);
+        let Made { cgroup, init, pending, join_context, hooks, namespaces, volumes } = match made.await {
             Ok(made) => made,
             Err(err) => {
                 rootfs.unmount().unwrap_or_else(|err| console::report(&err));
@@ -105,6 +110,8 @@ impl Container {
             execs: IdTable::new("process"),
             join_context,
             view: View::default(),
+            namespaces,
+            volumes,
             start_hooks: StartHooks { hooks, state: std::mem::take(&mut request.hook_state) },
             stage: Mutex::new(StartStage::Created(pending)),
             memory: watch::Sender::new(MemoryState::Complete),
@@ -140,6 +147,8 @@ struct Made {
     pending: PendingInit,
     join_context: ContainerContext,
     hooks: Vec<PreparedHook>,
+    namespaces: HeldNamespaces,
+    volumes: Vec<PathBuf>,
 }
 
 /// Prepares the configuration, and makes the init below the mounted root file system. A failure leaves no
@@ -147,22 +156,30 @@ struct Made {
 async fn make_init(
     context: &Context,
     request: &api::CreateContainerRequest,
-    dir: &Path,
-    rootfs: &Path,
+    (dir, rootfs): (&Path, &Path),
+    joined: &[NamespacePath],
     streams: Streams,
     image: Option<&RestoreImage>,
     phases: &mut Phases,
 ) -> Result<Made, ContainerError> {
     let files = files::write(&dir.join("files"), &request.files)?;
     let (id, config) = (&request.container_id, &request.oci_config);
-    let mut prepared = Prepared::new(id, dir, rootfs, config, files.clone(), request.stdio.terminal)
+    let mut prepared = Prepared::new(id, dir, rootfs, config, files.clone(), joined, request.stdio.terminal)
         .map_err(EngineError::from)?;
     phases.done("spec");
     let restore = image.map(|image| image.plan(dir, rootfs, &files));
     let Context { engine, reaper, .. } = context;
     let (cgroup, init, pending) = make(engine, reaper, &prepared, streams, restore, phases).await?;
     let hooks = prepared.take_hooks();
-    Ok(Made { cgroup, init, pending, join_context: prepared.join_context().clone(), hooks })
+    let namespaces = match HeldNamespaces::of(init.pid()) {
+        Ok(namespaces) => namespaces,
+        Err(err) => {
+            clear(&cgroup).await.unwrap_or_else(|err| console::report(&err));
+            return Err(err);
+        }
+    };
+    let (join_context, volumes) = (prepared.join_context().clone(), prepared.volumes().to_vec());
+    Ok(Made { cgroup, init, pending, join_context, hooks, namespaces, volumes })
 }
 
 /// Has the engine create the container, or CRIU restore it, and supervises its init.
@@ -185,6 +202,7 @@ async fn make(
                 let created = engine.create(reaper, prepared, process_ends).await?;
                 let engine::Created { pid, exit, waiting } = created;
                 phases.done("engine");
+                copy_up(prepared.rootfs(), pid, prepared.copied_up())?;
                 (pid, exit, PendingInit::New(waiting), Vec::new())
             }
             Some(restore) => {

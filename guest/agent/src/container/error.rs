@@ -4,7 +4,10 @@ use std::{io, path::PathBuf, sync::Arc};
 
 use machinen_protocol::error::{ErrorKind, HasKind};
 
-use super::{files::FilesError, hooks::StartHookError, id_table::IdError, rootfs::RootfsError};
+use super::{
+    copy_up::CopyUpError, files::FilesError, hooks::StartHookError, id_table::IdError, refresh::RefreshError,
+    rootfs::RootfsError,
+};
 use crate::{
     cgroup::CgroupError, criu::CriuError, engine::EngineError, layer::LayerError, process::ProcessError,
     stdio::StdioError, view::ViewError,
@@ -12,8 +15,14 @@ use crate::{
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ContainerError {
+    #[error("namespaces of type {kind:?} cannot be joined")]
+    NamespaceType { kind: String },
     #[error("no root file system is given")]
     NoRootfs,
+    #[error(transparent)]
+    Refresh(#[from] RefreshError),
+    #[error(transparent)]
+    CopyUp(#[from] CopyUpError),
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
     #[error(transparent)]
@@ -66,6 +75,7 @@ impl HasKind for ContainerError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::NoRootfs
+            | Self::NamespaceType { .. }
             | Self::IsInit
             | Self::NoLayer
             | Self::NoCheckpointDisk
@@ -86,7 +96,7 @@ impl HasKind for ContainerError {
             Self::PagesLost(err) => err.kind(),
             Self::Cgroup(err) => err.kind(),
             Self::View(err) => err.kind(),
-            Self::Layer(_) | Self::State { .. } => ErrorKind::Internal,
+            Self::Refresh(_) | Self::CopyUp(_) | Self::Layer(_) | Self::State { .. } => ErrorKind::Internal,
         }
     }
 }

@@ -7,6 +7,7 @@
 //! "Stopped" is not a state of this diagram: the kernel knows whether the init has ended.
 
 mod checkpoint;
+mod copy_up;
 mod create;
 mod delete;
 mod error;
@@ -14,7 +15,9 @@ mod exec;
 mod files;
 mod hooks;
 mod id_table;
+pub(crate) mod namespaces;
 mod pause;
+mod refresh;
 mod restore;
 mod rootfs;
 mod stage;
@@ -31,6 +34,7 @@ use tokio::sync::watch;
 pub(crate) use self::{error::ContainerError, id_table::IdTable};
 use self::{
     hooks::StartHooks,
+    namespaces::HeldNamespaces,
     rootfs::Rootfs,
     stage::{MemoryState, PendingInit, StartStage},
 };
@@ -62,6 +66,10 @@ pub(crate) struct Container {
     join_context: ContainerContext,
     view: View,
     start_hooks: StartHooks,
+    /// Other containers may be in them.
+    namespaces: HeldNamespaces,
+    /// The container's volumes, by their paths in the VM.
+    volumes: Vec<PathBuf>,
     stage: Mutex<StartStage>,
     memory: watch::Sender<MemoryState>,
     /// The images of the last dump, until the host knows where all of them are on the disk.
@@ -83,6 +91,10 @@ impl Container {
         };
         if self.init.has_exited() {
             return Err(ProcessError::Finished.into());
+        }
+        if let Err(error) = refresh::refresh(self.volumes.clone()).await {
+            self.cgroup.kill()?;
+            return Err(error.into());
         }
         if let Err(error) = self.run_start_hooks(context).await {
             self.cgroup.kill()?;

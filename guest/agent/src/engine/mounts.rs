@@ -8,7 +8,10 @@ use machinen_protocol::shares::ShareEntry;
 use pathrs::Root;
 use serde_json::{Value, json};
 
-use super::oci::{items, path_value};
+use super::oci::{SpecError, items, path_value};
+
+/// The option of a tmpfs that starts with what the image has in its place.
+const COPY_UP: &str = "tmpcopyup";
 
 /// A small file that the host has sent: it is at `source` in the agent's directory, and mounted at
 /// `destination` in the container.
@@ -44,6 +47,35 @@ pub(super) fn adapt(spec: &mut Value, root: &Root, bind_sysfs_of_vm: bool) {
             }
             _ => {}
         }
+    }
+}
+
+/// Removes runc's option `tmpcopyup`, and returns the places of the mounts that have it.
+///
+/// # Errors
+/// The mount cannot be filled.
+pub(super) fn take_copy_ups(spec: &mut Value) -> Result<Vec<PathBuf>, SpecError> {
+    let mut taken = Vec::new();
+    for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
+        let Some(options) = mount["options"].as_array_mut() else { continue };
+        let before = options.len();
+        options.retain(|option| option != COPY_UP);
+        if options.len() < before {
+            let is_read_only = options.iter().any(|option| option == "ro");
+            let path = destination(mount);
+            if is_read_only || mount["type"] != "tmpfs" {
+                let reason = if is_read_only { "it is read-only" } else { "it is no tmpfs" };
+                return Err(SpecError::CopyUp { path, reason });
+            }
+            taken.push(path);
+        }
+    }
+    match taken
+        .iter()
+        .find(|path| above(&spec["mounts"], path).is_some_and(|mount| destination(mount) != Path::new("/")))
+    {
+        Some(path) => Err(SpecError::CopyUp { path: path.clone(), reason: "it is below another mount" }),
+        None => Ok(taken),
     }
 }
 

@@ -29,6 +29,8 @@ pub(crate) enum SpecError {
     Sysctl { key: String, source: io::Error },
     #[error("the path {path:?} of a startContainer hook is not absolute, or too long")]
     HookPath { path: String },
+    #[error("the mount {path} cannot have the option tmpcopyup: {reason}")]
+    CopyUp { path: PathBuf, reason: &'static str },
     #[error("cannot use the root file system")]
     Rootfs(#[source] pathrs::error::Error),
     #[error("cannot write {path}")]

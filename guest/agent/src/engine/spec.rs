@@ -10,7 +10,7 @@ use std::{
 };
 
 use pathrs::Root;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     devices::{self, Instruction},
@@ -21,7 +21,7 @@ use super::{
     passwd, process,
     request::{Console, CreateRequest},
 };
-use crate::cgroup;
+use crate::{cgroup, container::namespaces::NamespacePath};
 
 /// The engine's directory, in the agent's directory of a container.
 pub(crate) const DIR: &str = "engine";
@@ -38,6 +38,7 @@ pub(crate) struct Prepared {
     points_in_volumes: Vec<PointInVolume>,
     volumes: Vec<PathBuf>,
     hooks: Vec<PreparedHook>,
+    copied_up: Vec<PathBuf>,
 }
 
 impl Prepared {
@@ -51,6 +52,7 @@ impl Prepared {
         rootfs: &Path,
         config: &[u8],
         files: Vec<FileMount>,
+        joined: &[NamespacePath],
         terminal: bool,
     ) -> Result<Self, SpecError> {
         let mut spec: Value = serde_json::from_slice(config).map_err(SpecError::Parse)?;
@@ -76,6 +78,7 @@ impl Prepared {
         let devices = devices::program(linux.pointer("/resources/devices").unwrap_or(&Value::Null))
             .map_err(|number| SpecError::DeviceRule { number })?;
         let owner = mapped(&linux["uidMappings"], uid);
+        join(linux, joined);
         let shares_network = !has_namespace(linux, "network");
         let has_users = has_namespace(linux, "user");
         if shares_network {
@@ -85,6 +88,7 @@ impl Prepared {
         make_dir(&dir)?;
         let join_context = ContainerContext::new(linux, rootfs, &cgroup_path, &dir)?;
         section(&mut spec, "root", "root")?["path"] = path_value(rootfs);
+        let copied_up = mounts::take_copy_ups(&mut spec)?;
         mounts::adapt(&mut spec, &root, shares_network && has_users);
         mounts::add_files(&mut spec, &root, files);
         let mount_points = mounts::mount_points(&spec["mounts"]);
@@ -110,6 +114,7 @@ impl Prepared {
             points_in_volumes,
             volumes,
             hooks,
+            copied_up,
         })
     }
 
@@ -130,6 +135,16 @@ impl Prepared {
     /// Path of the container's cgroup below the hierarchy's root.
     pub(crate) fn cgroup_path(&self) -> &Path {
         &self.cgroup_path
+    }
+
+    /// The root file system.
+    pub(crate) fn rootfs(&self) -> &Path {
+        &self.request.rootfs
+    }
+
+    /// The places of file systems that get what the image has there.
+    pub(crate) fn copied_up(&self) -> &[PathBuf] {
+        &self.copied_up
     }
 
     /// The startContainer hooks.
@@ -179,6 +194,17 @@ fn make_dir(dir: &Path) -> Result<(), SpecError> {
 /// A required object of the spec.
 fn section<'a>(spec: &'a mut Value, key: &str, what: &'static str) -> Result<&'a mut Value, SpecError> {
     spec.get_mut(key).filter(|value| value.is_object()).ok_or(SpecError::Missing { what })
+}
+
+/// Adds the namespaces of other containers that the container is in.
+fn join(linux: &mut Value, joined: &[NamespacePath]) {
+    if joined.is_empty() {
+        return;
+    }
+    let mut namespaces = linux["namespaces"].as_array().cloned().unwrap_or_default();
+    let named = |joined: &NamespacePath| json!({ "type": joined.kind, "path": joined.path });
+    namespaces.extend(joined.iter().map(named));
+    linux["namespaces"] = namespaces.into();
 }
 
 fn has_namespace(linux: &Value, kind: &str) -> bool {
@@ -256,6 +282,7 @@ mod tests {
             dir.path(),
             &serde_json::to_vec(&config).unwrap(),
             vec![file],
+            &[],
             false,
         )?;
         let written = fs::read(dir.path().join("engine/bundle/config.json")).unwrap();
@@ -328,7 +355,7 @@ mod tests {
             assert!(err.contains(text), "{err}");
         }
         assert!(matches!(
-            Prepared::new("c", Path::new("/x"), Path::new("/r"), b"{", vec![], false),
+            Prepared::new("c", Path::new("/x"), Path::new("/r"), b"{", vec![], &[], false),
             Err(SpecError::Parse(_))
         ));
     }

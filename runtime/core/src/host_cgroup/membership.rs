@@ -40,7 +40,7 @@ pub(super) struct JoinedCgroup {
     groups: Vec<PathBuf>,
     /// The groups that this process came from.
     home: Vec<PathBuf>,
-    bundle: PathBuf,
+    state_dir: PathBuf,
     /// systemd has made the group.
     is_scope: bool,
     /// Kills of the host's kernel that the group had counted before.
@@ -58,7 +58,7 @@ impl JoinedCgroup {
     /// in that group, this one gets another group next to it, named after `id`.
     ///
     /// Blocks, for some 10 ms: the kernel waits until no process is being forked.
-    pub(super) fn enter(wanted: &CgroupPath, id: &str, bundle: &Path) -> Result<Self, HostCgroupError> {
+    pub(super) fn enter(wanted: &CgroupPath, id: &str, state_dir: &Path) -> Result<Self, HostCgroupError> {
         let own = std::process::id();
         let home = cgroup::of_process(own)?;
         let path = match is_occupied(wanted)? {
@@ -72,14 +72,14 @@ impl JoinedCgroup {
                 path
             }
         };
-        let record = bundle.join(RECORD);
+        let record = state_dir.join(RECORD);
         let directory = path.directory().into_os_string();
         fs::write(&record, directory.as_encoded_bytes()).map_err(FileError::at("write", record))?;
         let mut joined = Self {
             path,
             groups: Vec::new(),
             home,
-            bundle: bundle.to_owned(),
+            state_dir: state_dir.to_owned(),
             is_scope: false,
             kills_before: 0,
         };
@@ -184,19 +184,19 @@ impl JoinedCgroup {
             members.iter().try_for_each(|&pid| cgroup::enter(&self.home, pid))?;
         }
         remove_groups(&self.groups)?;
-        let record = self.bundle.join(RECORD);
+        let record = self.state_dir.join(RECORD);
         remove_if_exists(&record).map_err(FileError::at("remove", record))?;
         Ok(())
     }
 }
 
-/// Removes the cgroup of a pod whose shim was killed, by the record in its bundle, once the pod's processes have ended.
+/// Removes the cgroup of a pod whose shim was killed, by the record in its directory, once the pod's processes have ended.
 /// Blocks for at most two seconds.
 ///
 /// # Errors
 /// Processes are still in the cgroup, or it cannot be removed.
-pub fn remove_abandoned(bundle: &Path) -> Result<(), HostCgroupError> {
-    let record = bundle.join(RECORD);
+pub fn remove_abandoned(state_dir: &Path) -> Result<(), HostCgroupError> {
+    let record = state_dir.join(RECORD);
     let text = if_exists(fs::read_to_string(&record)).map_err(FileError::at("read", &record))?;
     // The record of a shim that was killed while it wrote the record is empty; there is no group then.
     if let Some(path) = text.filter(|text| !text.is_empty())

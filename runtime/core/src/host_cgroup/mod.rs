@@ -83,28 +83,32 @@ pub struct WidenedLimits {
 impl HostCgroup {
     /// Starts to enter the cgroup that the bundle names, so that the first container does not have to wait for that. A
     /// failure is reported by [`HostCgroup::enter`], which the first container's create calls.
-    pub fn begin(&self, id: String, bundle: PathBuf) {
+    pub fn begin(&self, id: String, bundle: PathBuf, state_dir: PathBuf) {
         let cgroup = self.clone();
         tokio::spawn(async move {
-            let dir = bundle.clone();
-            let Ok(Ok(spec)) = spawn_blocking(move || bundle::load(&dir)).await else { return };
+            let Ok(Ok(spec)) = spawn_blocking(move || bundle::load(&bundle)).await else { return };
             let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
-            if let Err(error) = cgroup.enter(path.as_deref(), &id, &bundle).await {
+            if let Err(error) = cgroup.enter(path.as_deref(), &id, &state_dir).await {
                 tracing::debug!(id, "{}", chain(&error));
             }
         });
     }
 
     /// Moves this process and its children to the cgroup `path`, if this is the pod's first container. Children that are
-    /// started meanwhile are moved too.
+    /// started meanwhile are moved too. `state_dir` gets a record for [`remove_abandoned`].
     ///
     /// # Errors
     /// The path is refused, or the cgroup cannot be made. This process is where it was then.
-    pub async fn enter(&self, path: Option<&Path>, id: &str, bundle: &Path) -> Result<(), HostCgroupError> {
+    pub async fn enter(
+        &self,
+        path: Option<&Path>,
+        id: &str,
+        state_dir: &Path,
+    ) -> Result<(), HostCgroupError> {
         let path = path.filter(|path| !path.as_os_str().is_empty()).map(CgroupPath::parse).transpose()?;
-        let (cgroup, id, bundle) = (self.clone(), id.to_owned(), bundle.to_owned());
+        let (cgroup, id, state_dir) = (self.clone(), id.to_owned(), state_dir.to_owned());
         // A task of its own, because a caller that gives up must not leave this process in a group that is forgotten.
-        let entered = tokio::spawn(async move { cgroup.enter_once(path, id, bundle).await });
+        let entered = tokio::spawn(async move { cgroup.enter_once(path, id, state_dir).await });
         entered.await.map_err(HostCgroupError::Worker)?
     }
 
@@ -112,7 +116,7 @@ impl HostCgroup {
         &self,
         path: Option<CgroupPath>,
         id: String,
-        bundle: PathBuf,
+        state_dir: PathBuf,
     ) -> Result<(), HostCgroupError> {
         let mut state = self.state.lock().await;
         if state.decided {
@@ -122,7 +126,7 @@ impl HostCgroup {
             state.decided = true;
             return Ok(());
         };
-        let joined = blocking(move || JoinedCgroup::enter(&path, &id, &bundle)).await?;
+        let joined = blocking(move || JoinedCgroup::enter(&path, &id, &state_dir)).await?;
         tracing::debug!("entered the cgroup {} of the host", joined.path());
         *state = CgroupState { decided: true, joined: Some(Arc::new(joined)), ..CgroupState::default() };
         Ok(())

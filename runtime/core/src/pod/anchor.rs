@@ -33,6 +33,7 @@ use rustix::{
 };
 use tokio::{io::AsyncReadExt as _, net::unix::pipe, task::spawn_blocking};
 
+use super::namespaces::AnchorNamespaces;
 use crate::view::{self, ContainerView, DeviceError, ViewGuest};
 
 /// The process whose pid clients get; it inherits its root.
@@ -89,11 +90,16 @@ pub struct Anchor {
 }
 
 impl Anchor {
-    /// Starts the anchor of the container `id`, in the network namespace at `netns` or a new one.
+    /// Starts the anchor of the container `id`, in the network namespace at `netns` or a new one, and in the `joined`
+    /// namespaces or new ones of their kinds.
     ///
     /// # Errors
     /// The namespace cannot be opened, or the process cannot be started.
-    pub async fn spawn(id: &str, netns: Option<PathBuf>) -> Result<Self, AnchorError> {
+    pub(super) async fn spawn(
+        id: &str,
+        netns: Option<PathBuf>,
+        joined: AnchorNamespaces,
+    ) -> Result<Self, AnchorError> {
         let netns = match netns {
             Some(path) => open_netns(path).await?,
             None => new_netns().await?,
@@ -110,7 +116,12 @@ impl Anchor {
             }
         };
         let jail = Jail {
-            namespaces: Namespaces { mount: true, ipc: true, uts: true, ..Namespaces::default() },
+            namespaces: Namespaces {
+                mount: true,
+                ipc: joined.ipc.is_none(),
+                uts: joined.uts.is_none(),
+                ..Namespaces::default()
+            },
             empty_environment: true,
             new_keyring: true,
             no_new_privileges: true,
@@ -118,8 +129,9 @@ impl Anchor {
             ..Jail::default()
         };
         let mut spawn = ENTRY_POINT.spawn().jail(jail);
-        let joined = netns.try_clone().map_err(AnchorError::NewNetns)?;
-        spawn = spawn.fd(root, ROOT_FD).stdout(Stdio::Pipe).join_netns(joined);
+        let own_netns = netns.try_clone().map_err(AnchorError::NewNetns)?;
+        spawn = spawn.fd(root, ROOT_FD).stdout(Stdio::Pipe).join_netns(own_netns);
+        spawn = spawn.join_namespaces(joined.ipc.into_iter().chain(joined.uts));
         let mut child = spawn.start().map_err(AnchorError::Spawn)?;
         let report = OwnedFd::from(child.stdout.take().expect("it was asked for"));
         let report = pipe::Receiver::from_owned_fd(report).map_err(AnchorError::Report)?;

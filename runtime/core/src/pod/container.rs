@@ -17,6 +17,7 @@ use super::{
     exec::Execs,
     kill_clock::KillClock,
     layer::WritableLayer,
+    namespaces::ContainerNamespaces,
     restore::RestoreDisk,
     rootfs::RootfsMount,
     state::{PodRequest, ProcessExit, ProcessState},
@@ -38,6 +39,8 @@ pub struct Container {
     pub(super) vm: Vm,
     /// The connection with the container's network namespace, if it has one.
     pub(super) network: Option<Arc<PodNetwork>>,
+    /// By which other containers of the pod recognise the namespaces that they share with this one.
+    pub(super) namespaces: ContainerNamespaces,
     pub(super) init: Arc<ContainerProcess>,
     pub(super) execs: Execs,
     /// Runs since the container was sent SIGKILL.
@@ -82,6 +85,7 @@ pub(super) struct ContainerGuest {
     pub(super) vm: Vm,
     /// The connection of the VM with the container's network namespace, if it has one.
     pub(super) network: Option<Arc<PodNetwork>>,
+    pub(super) namespaces: ContainerNamespaces,
 }
 
 impl Container {
@@ -94,7 +98,7 @@ impl Container {
         storage: ContainerStorage,
         hooks: ContainerHooks,
     ) -> Self {
-        let ContainerGuest { vm, network } = guest;
+        let ContainerGuest { vm, network, namespaces } = guest;
         let ContainerStorage { layer, attachments, shares, base, checkpoint, checkpoint_config, rootfs } =
             storage;
         Self {
@@ -104,6 +108,7 @@ impl Container {
             anchor: tokio::sync::Mutex::new(anchor),
             vm,
             network,
+            namespaces,
             init: Arc::new(ContainerProcess::new(stdio)),
             execs: Execs::default(),
             kill_clock: KillClock::default(),

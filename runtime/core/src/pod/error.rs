@@ -12,6 +12,7 @@ use machinen_vm::{
 use super::{
     ContainerId, ExecId,
     anchor::AnchorError,
+    namespaces::NamespaceError,
     receive::ReceiveError,
     rootfs::RootfsPlanError,
     state::{PodRequest, StateError},
@@ -226,6 +227,9 @@ pub enum PodError {
     /// The configuration for the guest cannot be encoded.
     #[error("cannot encode the configuration for the guest")]
     Encode(#[source] serde_json::Error),
+    /// A namespace of the configuration cannot be used.
+    #[error(transparent)]
+    Namespace(#[from] NamespaceError),
     /// A thread or task ended without a result.
     #[error("a worker thread ended early")]
     Worker(#[source] tokio::task::JoinError),
@@ -271,6 +275,7 @@ impl HasKind for PodError {
             Self::Asset(error) => error.kind(),
             Self::Bundle(error) => error.kind(),
             Self::Reduce(error) => error.kind(),
+            Self::Namespace(error) => error.kind(),
             Self::Rootfs(error) => error.kind(),
             Self::Stdio(error) => error.kind(),
             Self::Hook(error) => error.kind(),

@@ -1,6 +1,6 @@
 //! When a container's hooks run on the host, and in which cgroup.
 
-use super::{Container, ContainerId, Pod, PodError};
+use super::{Container, ContainerId, Pod, PodError, leftovers::POSTSTOP_DIR};
 use crate::hooks::{ContainerHooks, HookError, PoststopRecord};
 use machinen_base::error::chain;
 
@@ -8,7 +8,7 @@ impl Pod {
     /// Runs the hooks of a creation. The container exists and waits, and `anchor` stands for it.
     pub(super) async fn run_create_hooks(&self, hooks: &ContainerHooks, anchor: u32) -> Result<(), PodError> {
         let cgroups = self.shared.cgroup.home().await;
-        Ok(hooks.run_at_create(anchor, &cgroups, &self.shared.poststop_dir).await?)
+        Ok(hooks.run_at_create(anchor, &cgroups, &self.shared.state_dir.join(POSTSTOP_DIR)).await?)
     }
 
     /// Runs the poststart hooks of a container that runs.
@@ -37,7 +37,7 @@ impl Pod {
     }
 
     async fn run_recorded(&self, id: &ContainerId) -> Result<Vec<HookError>, HookError> {
-        match PoststopRecord::open(&self.shared.poststop_dir, id.as_str())? {
+        match PoststopRecord::open(&self.shared.state_dir.join(POSTSTOP_DIR), id.as_str())? {
             Some(record) => record.run(&self.shared.cgroup.home().await, None).await,
             None => Ok(Vec::new()),
         }

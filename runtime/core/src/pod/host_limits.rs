@@ -1,6 +1,6 @@
 //! When a pod enters and limits its cgroup on the host.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use machinen_vm::VmExit;
 
@@ -14,13 +14,13 @@ impl Pod {
     /// Starts to enter the cgroup that the bundle of the pod's first container names, before that container is
     /// requested.
     pub fn begin_cgroup(&self, bundle: PathBuf) {
-        self.shared.cgroup.begin(self.shared.name.clone(), bundle);
+        self.shared.cgroup.begin(self.shared.name.clone(), bundle, self.shared.state_dir.clone());
     }
 
     /// Moves this process to the cgroup of the pod's first container, unless it is in there.
-    pub(super) async fn enter_cgroup(&self, plan: &CreatePlan, bundle: &Path) -> Result<(), PodError> {
+    pub(super) async fn enter_cgroup(&self, plan: &CreatePlan) -> Result<(), PodError> {
         let path = plan.guest.cgroups_path.as_deref();
-        Ok(self.shared.cgroup.enter(path, &self.shared.name, bundle).await?)
+        Ok(self.shared.cgroup.enter(path, &self.shared.name, &self.shared.state_dir).await?)
     }
 
     /// Extends the limits on the host for a container that exists in the guest and does not run yet.

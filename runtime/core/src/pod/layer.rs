@@ -59,9 +59,8 @@ pub(super) struct WritableLayer {
     limits: ExportLimits,
     /// One export at a time.
     exporting: tokio::sync::Mutex<()>,
-    /// The upper directory that the container was started with, once a pause has replaced it. The caller may have an
-    /// overlay mounted on it, as dockerd does, whose files would be lost. A whole root file system is made of it again,
-    /// since it has nothing that the container has removed after the pause.
+    /// The directory that the container was started with, once a pause has replaced it. A whole root file system is made of
+    /// it again, since it has nothing that the container has removed after the pause.
     first: Mutex<Option<PreviousLayer>>,
 }
 
@@ -146,7 +145,8 @@ impl WritableLayer {
         killed: impl Future<Output = ()>,
     ) -> Result<(), ReceiveError> {
         let exported = self.export(vm, agent, id, killed).await?;
-        let stays = matches!(self.disk.target(), Some(LayerTarget::InPlace(_)));
+        let stays =
+            matches!(self.disk.target(), Some(LayerTarget::InPlace(_) | LayerTarget::MountedUpper { .. }));
         if let Some(replaced) = exported.and_then(|exported| exported.replaced).filter(|_| !stays) {
             self.first().get_or_insert(replaced);
         }

@@ -26,7 +26,9 @@ mod host_limits;
 mod id;
 mod kill_clock;
 mod layer;
+pub mod leftovers;
 mod mounted;
+mod namespaces;
 mod out_of_memory;
 mod pause;
 mod phases;
@@ -60,6 +62,7 @@ use tokio::{
 use crate::{config::Config, host_cgroup::HostCgroup, pool::WarmVm, shares::PodShares};
 use event::PodEvent;
 use kill_clock::KILL_PATIENCE;
+use leftovers::VM_DIR;
 use sandbox::{Sandbox, SandboxSettings};
 use state::{PodRequest, ProcessExit, ProcessState, StateError, Transition};
 use stdio::StreamOwner;
@@ -70,6 +73,7 @@ pub use create::CreateRequest;
 pub use error::PodError;
 pub use exec::ExecRequest;
 pub use id::{ContainerId, ExecId, IdError, ProcessId, SignalScope};
+pub use namespaces::NamespaceError;
 pub use process::ContainerProcess;
 pub use sandbox::{Lifetime, admits_one_more, default_vm_spec};
 
@@ -88,11 +92,9 @@ pub struct PodSettings {
     pub namespace: String,
     /// Name of the VM in logs and process lists.
     pub name: String,
-    /// Directory of the VM's sockets and the console log; created and removed with the VM.
-    pub dir: PathBuf,
-    /// Directory of the records of poststop hooks, for the time after this process was killed. It is made when it is
-    /// needed.
-    pub poststop_dir: PathBuf,
+    /// Directory in which the pod's files are, among them records for the time after this process was killed
+    /// ([`leftovers`]). It exists, and belongs to this pod alone.
+    pub state_dir: PathBuf,
     /// When the VM ends.
     pub lifetime: Lifetime,
     /// The socket of the containerd that the pod's containers belong to, if it is known. Members of the warm
@@ -105,8 +107,7 @@ struct PodShared {
     config: Arc<Config>,
     namespace: String,
     name: String,
-    dir: PathBuf,
-    poststop_dir: PathBuf,
+    state_dir: PathBuf,
     events: mpsc::UnboundedSender<PodEvent>,
     sandbox: Sandbox,
     containers: Mutex<HashMap<ContainerId, ContainerSlot>>,
@@ -133,13 +134,13 @@ impl Pod {
         warm_vm: Option<WarmVm>,
         events: mpsc::UnboundedSender<PodEvent>,
     ) -> Self {
-        let PodSettings { config, namespace, name, dir, poststop_dir, lifetime, containerd } = settings;
+        let PodSettings { config, namespace, name, state_dir, lifetime, containerd } = settings;
         let config = Arc::new(config);
         let starting = Arc::new(Semaphore::new(streams::STARTING));
         let sandbox = SandboxSettings {
             config: Arc::clone(&config),
             name: name.clone(),
-            dir: dir.clone(),
+            dir: state_dir.join(VM_DIR),
             lifetime,
             containerd,
             unclaimed: Arc::clone(&starting),
@@ -148,8 +149,7 @@ impl Pod {
             config,
             namespace,
             name,
-            dir,
-            poststop_dir,
+            state_dir,
             events,
             sandbox: Sandbox::new(sandbox, warm_vm),
             containers: Mutex::default(),

@@ -126,11 +126,15 @@ pub fn plan(mounts: &[RootfsMount], spec: &Spec, bundle: &Path) -> Result<Rootfs
         [] => {
             let root = bundle.join(spec.root().as_ref().ok_or(RootfsPlanError::None)?.path());
             match mounted::overlay_at(&root).map_err(|error| RootfsPlanError::unreadable(&root, &error))? {
-                Some(mount) => overlay(&mount, bundle)?,
+                Some(mount) => match overlay(&mount, bundle, Some(&root))? {
+                    plan if check_sources(&plan).is_ok() => plan,
+                    // A caller may have unmounted the lower directories, as Podman does if it maps their users.
+                    _ => directory(root, spec, bundle)?,
+                },
                 None => directory(root, spec, bundle)?,
             }
         }
-        [mount] if mount.kind == "overlay" => overlay(mount, bundle)?,
+        [mount] if mount.kind == "overlay" => overlay(mount, bundle, None)?,
         [mount] if mount.kind == "bind" || mount.options.iter().any(|option| option.ends_with("bind")) => {
             let root = mount.source.clone();
             let disk = match is_read_only(mount) {
@@ -187,7 +191,12 @@ fn directory(root: PathBuf, spec: &Spec, bundle: &Path) -> Result<RootfsPlan, Ro
     Ok(RootfsPlan { source: Some(RootfsSource::Dir(root)), disk })
 }
 
-fn overlay(mount: &RootfsMount, bundle: &Path) -> Result<RootfsPlan, RootfsPlanError> {
+/// `mounted`: where the overlay is mounted, if it is.
+fn overlay(
+    mount: &RootfsMount,
+    bundle: &Path,
+    mounted: Option<&Path>,
+) -> Result<RootfsPlan, RootfsPlanError> {
     let option = |name: &str| mount.options.iter().find_map(|option| option.strip_prefix(name));
     let lowers = split_lowers(option("lowerdir=").unwrap_or_default());
     if lowers.is_empty() {
@@ -196,7 +205,7 @@ fn overlay(mount: &RootfsMount, bundle: &Path) -> Result<RootfsPlan, RootfsPlanE
     let disk = match option("upperdir=").map(|path| PathBuf::from(unescape(path))) {
         Some(upper) => {
             let path = upper.parent().unwrap_or(bundle).join(WRITABLE);
-            ContainerDiskPlan::Upper { path, upper }
+            ContainerDiskPlan::Upper { path, upper, mount: mounted.map(Path::to_owned) }
         }
         None => ContainerDiskPlan::Unexported { path: bundle.join(WRITABLE) },
     };
@@ -253,7 +262,10 @@ mod tests {
         ];
         let plan = plan(&[mount("overlay", &options)], &Spec::default(), dir.path()).unwrap();
         assert_eq!(plan.source, Some(RootfsSource::Overlay { lowers: vec![one, two] }));
-        assert_eq!(plan.disk, ContainerDiskPlan::Upper { path: dir.path().join("3").join(WRITABLE), upper });
+        assert_eq!(
+            plan.disk,
+            ContainerDiskPlan::Upper { path: dir.path().join("3").join(WRITABLE), upper, mount: None }
+        );
     }
 
     #[test]

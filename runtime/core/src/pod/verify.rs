@@ -22,6 +22,7 @@ use super::{
     Container, CreateRequest, Pod, PodError,
     create::{self, Attachments, CheckpointOrigin, ContainerDisks, CreatePlan, OpenDisks},
     layer,
+    leftovers::VM_DIR,
     phases::PhaseTimes,
     restore::restore_disk,
     sandbox::{Lifetime, Sandbox, SandboxSettings},
@@ -102,7 +103,7 @@ impl Pod {
         let settings = SandboxSettings {
             config: Arc::clone(&shared.config),
             name: format!("{}-verify", shared.name),
-            dir: shared.dir.join(DIR),
+            dir: shared.state_dir.join(VM_DIR).join(DIR),
             lifetime: Lifetime::Sandbox,
             containerd: None,
             unclaimed: Arc::clone(&shared.starting),

@@ -40,10 +40,21 @@ pub struct GuestSpec {
     pub injected: Vec<Injected>,
     /// The bind mounts of the configuration; see [`GuestSpec::for_vm`].
     pub volumes: Vec<VolumeMount>,
+    /// The other namespaces that the configuration names by their paths on the host. They are not in `spec`.
+    pub named: Vec<NamedNamespace>,
     /// Path of the container's network namespace on the host, if the configuration names one.
     pub netns: Option<PathBuf>,
     /// `linux.cgroupsPath`, which names a cgroup of the host. The guest has another one.
     pub cgroups_path: Option<PathBuf>,
+}
+
+/// A namespace that a configuration names by its path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedNamespace {
+    /// The kind: pid, ipc, uts, user or cgroup.
+    pub kind: LinuxNamespaceType,
+    /// The path on the host.
+    pub path: PathBuf,
 }
 
 /// A host file that is copied to `destination` in the container.
@@ -84,8 +95,8 @@ pub enum ReduceError {
     /// There are clock offsets, but no time namespace that they could apply to.
     #[error("linux.timeOffsets needs a namespace of type \"time\" in linux.namespaces, which has none")]
     OffsetsWithoutNamespace,
-    /// The namespace belongs to another container.
-    #[error("joining the {kind} namespace {} of another container is not supported yet", path.display())]
+    /// A namespace of this kind cannot be that of another container.
+    #[error("joining the {kind} namespace {} is not supported: each container has its own", path.display())]
     SharedNamespace {
         /// The kind of the namespace.
         kind: LinuxNamespaceType,
@@ -143,7 +154,7 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
     if mounts_cgroups {
         add_cgroup_namespace(linux);
     }
-    let netns = take_namespaces(linux)?;
+    let (netns, named) = take_namespaces(linux)?;
     // The guest has one cgroup tree and no security modules, so the host's names have no meaning there.
     let cgroups_path = linux.cgroups_path().clone();
     linux.set_cgroups_path(Some(Path::new("/machinen").join(id)));
@@ -158,7 +169,7 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
             });
         }
     }
-    Ok(GuestSpec { spec, hooks, injected, volumes, netns, cgroups_path })
+    Ok(GuestSpec { spec, hooks, injected, volumes, named, netns, cgroups_path })
 }
 
 /// The bind mounts of a host's configuration.
@@ -290,11 +301,11 @@ fn is_bind(mount: &Mount) -> bool {
         || mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind")
 }
 
-/// Removes the network namespace, because containers in the guest share that of the VM, which is the pod's.
-/// Adds a mount namespace, which every container has.
-fn take_namespaces(linux: &mut Linux) -> Result<Option<PathBuf>, ReduceError> {
+/// Removes the network namespace, because containers in the guest share that of the VM, which is the pod's, and the
+/// namespaces that have a path. Adds a mount namespace, which every container has.
+fn take_namespaces(linux: &mut Linux) -> Result<(Option<PathBuf>, Vec<NamedNamespace>), ReduceError> {
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
-    let mut netns = None;
+    let (mut netns, mut named) = (None, Vec::new());
     for (number, namespace) in namespaces.iter().enumerate() {
         let kind = namespace.typ();
         if namespaces[..number].iter().any(|other| other.typ() == kind) {
@@ -302,13 +313,15 @@ fn take_namespaces(linux: &mut Linux) -> Result<Option<PathBuf>, ReduceError> {
         }
         match (namespace.typ(), namespace.path()) {
             (LinuxNamespaceType::Network, path) => netns = path.clone(),
-            (kind, Some(path)) => {
+            (kind @ (LinuxNamespaceType::Mount | LinuxNamespaceType::Time), Some(path)) => {
                 return Err(ReduceError::SharedNamespace { kind, path: path.clone() });
             }
+            (kind, Some(path)) => named.push(NamedNamespace { kind, path: path.clone() }),
             (_, None) => {}
         }
     }
-    namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+    namespaces
+        .retain(|namespace| namespace.typ() != LinuxNamespaceType::Network && namespace.path().is_none());
     let has_offsets = linux.time_offsets().as_ref().is_some_and(|offsets| !offsets.is_empty());
     if has_offsets && namespaces.iter().all(|namespace| namespace.typ() != LinuxNamespaceType::Time) {
         return Err(ReduceError::OffsetsWithoutNamespace);
@@ -320,7 +333,7 @@ fn take_namespaces(linux: &mut Linux) -> Result<Option<PathBuf>, ReduceError> {
         );
     }
     linux.set_namespaces(Some(namespaces));
-    Ok(netns)
+    Ok((netns, named))
 }
 
 fn mounts_cgroups(spec: &Spec) -> bool {

@@ -78,6 +78,10 @@ pub fn parse(text: &[u8]) -> Result<LinuxResources, serde_json::Error> {
     let mut value: serde_json::Value = serde_json::from_slice(text)?;
     json::resources(&mut value);
     // Null changes no limit.
+    if value.is_array() {
+        // A list would be taken for the members in their order.
+        return Err(serde::de::Error::custom("the resources are a list, not an object"));
+    }
     serde_json::from_value::<Option<LinuxResources>>(value).map(Option::unwrap_or_default)
 }
 

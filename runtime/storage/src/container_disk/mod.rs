@@ -69,6 +69,8 @@ pub enum ContainerDiskPlan {
         path: PathBuf,
         /// The upper directory of the overlay.
         upper: PathBuf,
+        /// Where the overlay is mounted, if it is.
+        mount: Option<PathBuf>,
     },
     /// The changes of a whole root file system, as the native snapshotter provides it.
     Whole {
@@ -99,6 +101,9 @@ impl ContainerDiskPlan {
     /// Receives the container's changes when it ends or is paused. None: they stay on the disk.
     pub fn target(&self) -> Option<LayerTarget> {
         match self {
+            Self::Upper { upper, mount: Some(mount), .. } => {
+                Some(LayerTarget::MountedUpper { upper: upper.clone(), mount: mount.clone() })
+            }
             Self::Upper { upper, .. } => Some(LayerTarget::Upper(upper.clone())),
             Self::Whole { root } => Some(LayerTarget::Whole(root.clone())),
             Self::InPlace { root } => Some(LayerTarget::InPlace(root.clone())),

@@ -155,7 +155,11 @@ fn empty(dir: BorrowedFd<'_>) -> Result<(), Errno> {
 
 /// Gives `target` the owner, mode and time of `status`, and the attributes of `staged`. Attributes that a container cannot have, such as
 /// those of security modules of the host, are left as they are.
-fn copy_metadata(staged: BorrowedFd<'_>, status: &Stat, target: BorrowedFd<'_>) -> Result<(), Errno> {
+pub(super) fn copy_metadata(
+    staged: BorrowedFd<'_>,
+    status: &Stat,
+    target: BorrowedFd<'_>,
+) -> Result<(), Errno> {
     fchown(target, Some(Uid::from_raw(status.st_uid)), Some(Gid::from_raw(status.st_gid)))?;
     fchmod(target, Mode::from_raw_mode(status.st_mode & 0o7777))?;
     let (wanted, present) = (attributes(staged)?, attributes(target)?);

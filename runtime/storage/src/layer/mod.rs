@@ -15,7 +15,9 @@
 //! the host's disks must not exist anywhere on the host.
 //!
 //! The layer is exchanged with one rename(2), so that a crash at any time leaves either the old or the new
-//! one. A directory of the user's own is not exchanged: the changes are merged into it ([`merge`]). The container's disk is kept until the new layer is on stable storage: while a disk exists, it may
+//! one. A directory of the user's own is not exchanged: the changes are merged into it ([`merge`]).
+//! Of a directory on which an overlay is mounted the content is exchanged, one name after the other, since the overlay
+//! would keep the old directory. The container's disk is kept until the new layer is on stable storage: while a disk exists, it may
 //! have writes that the snapshot lacks.
 
 mod apply;
@@ -25,6 +27,7 @@ mod error;
 mod exported;
 mod lower;
 mod merge;
+mod mounted;
 mod staging;
 
 use std::{
@@ -53,6 +56,14 @@ pub struct LayerLimits {
 pub enum LayerTarget {
     /// The upper directory of an overlay: gets the changes with overlayfs's marks.
     Upper(PathBuf),
+    /// The upper directory of an overlay that is mounted, as dockerd and Podman mount one: stays in place and gets the
+    /// changes with overlayfs's marks, so that the files of the mount are the container's.
+    MountedUpper {
+        /// The directory.
+        upper: PathBuf,
+        /// Where the overlay is mounted.
+        mount: PathBuf,
+    },
     /// The whole root file system, as the native snapshotter keeps it: gets what the container had.
     Whole(PathBuf),
     /// A directory that belongs to no snapshotter, and that others may use: stays in place, and gets the changes.
@@ -63,7 +74,10 @@ impl LayerTarget {
     /// Path of the directory of the layer.
     pub fn path(&self) -> &Path {
         match self {
-            Self::Upper(path) | Self::Whole(path) | Self::InPlace(path) => path,
+            Self::Upper(path)
+            | Self::MountedUpper { upper: path, .. }
+            | Self::Whole(path)
+            | Self::InPlace(path) => path,
         }
     }
 }
@@ -82,8 +96,8 @@ pub struct EarlierExports<'a> {
 ///
 /// # Errors
 /// The agent would not send this archive, it exceeds `limits`, or the host cannot store it. Then the old layer is still
-/// in place, and nothing of the new one is left. Only a merge that the host's file system does not permit leaves a part
-/// of the changes.
+/// in place, and nothing of the new one is left. Only a merge, or the exchange of the content of a mounted directory, that
+/// the host's file system does not permit leaves a part of the changes.
 pub fn store(
     archive: impl Read,
     target: &LayerTarget,
@@ -95,6 +109,13 @@ pub fn store(
             let staging = StagingDir::next_to(path)?;
             let applied = apply(archive, staging.fresh(), None, limits)?;
             Ok((applied, staging.exchange()?))
+        }
+        LayerTarget::MountedUpper { upper, mount } => {
+            let staging = StagingDir::next_to(upper)?;
+            let applied = apply(archive, staging.fresh(), None, limits)?;
+            let replaced = staging.exchange_content()?;
+            mounted::forget_names(mount);
+            Ok((applied, replaced))
         }
         LayerTarget::Whole(path) => {
             let staging = StagingDir::next_to(path)?;

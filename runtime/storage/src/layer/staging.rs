@@ -14,14 +14,16 @@ use std::{
 use machinen_base::fs::{FileError, create_new_private_dir, lock_shared, try_lock};
 use rustix::{
     fs::{
-        AtFlags, CWD, Mode, OFlags, RenameFlags, Statx, StatxFlags, fsync, open, renameat_with, statx, syncfs,
+        AtFlags, CWD, Dir, DirEntry, Mode, OFlags, RenameFlags, Statx, StatxFlags, fsync, open, renameat,
+        renameat_with, statx, syncfs,
     },
     io::Errno,
 };
 
-use super::{LayerError, apply::directory_flags};
+use super::{LayerError, apply::directory_flags, merge::copy_metadata};
 
 const FRESH: &str = "fresh";
+const OLD: &str = "old";
 
 /// A directory next to a layer, on the same file system, which only root can enter. Dropping it removes it
 /// and its content.
@@ -107,6 +109,37 @@ impl StagingDir {
             Err(errno) => Err(FileError::new("replace", &self.target, errno).into()),
         }
     }
+}
+
+impl StagingDir {
+    /// Exchanges the content of the directory with that of the layer, which stays in place, one name after the other.
+    ///
+    /// # Errors
+    /// A file cannot be moved. Then the layer has neither the old nor the new content, and the container's disk has
+    /// the new one.
+    pub(super) fn exchange_content(self) -> Result<PreviousLayer, LayerError> {
+        let old_path = self.dir.join(OLD);
+        create_new_private_dir(&old_path).map_err(FileError::at("make the directory", &old_path))?;
+        let old = open(&old_path, directory_flags(), Mode::empty());
+        let old = old.map_err(|errno| FileError::new("open", &old_path, errno))?;
+        let target = self.current()?;
+        let failed = |errno| FileError::new("exchange the content of", &self.target, errno);
+        move_content(target.as_fd(), old.as_fd()).map_err(failed)?;
+        let status = rustix::fs::fstat(&self.fresh).map_err(failed)?;
+        move_content(self.fresh.as_fd(), target.as_fd()).map_err(failed)?;
+        copy_metadata(self.fresh.as_fd(), &status, target.as_fd()).map_err(failed)?;
+        Ok(PreviousLayer { old: self })
+    }
+}
+
+fn move_content(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), Errno> {
+    // Listed before anything is moved: what a list has of a directory that changes is not defined (readdir(3)).
+    let entries = Dir::read_from(from)?.collect::<Result<Vec<_>, _>>()?;
+    let mut names = entries.iter().map(DirEntry::file_name);
+    names.try_for_each(|name| match name.to_bytes() {
+        b"." | b".." => Ok(()),
+        _ => renameat(from, name, to, name),
+    })
 }
 
 impl Drop for StagingDir {

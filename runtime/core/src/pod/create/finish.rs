@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use machinen_protocol::{
-    api::{CreateContainerRequest, InjectedFile, Stdio},
+    api::{CreateContainerRequest, InjectedFile, JoinedNamespace, Stdio},
     process::ProcessRef,
 };
 use machinen_vm::{DiskAddress, Vm, agent};
@@ -161,6 +161,7 @@ impl CreateJob<'_> {
     ) -> Result<CreateContainerRequest, PodError> {
         let vcpus = held.vm.vm.spec().vcpus;
         let mut spec = self.plan.guest.for_vm(vcpus);
+        self.plan.namespaces.add_new(&mut spec);
         volumes::set_sources(&mut spec, &self.plan.guest.volumes, held.shares.entries());
         let mut request = disks::request(&self.request.id, &spec, addresses, stdio, injected)?;
         if let Some(restore) = &self.plan.restore {
@@ -168,6 +169,12 @@ impl CreateJob<'_> {
             let from = restore.request(addresses.checkpoint, config, shared, &spec, vcpus);
             request.checkpoint = MessageField::some(from);
         }
+        let joined = self.plan.namespaces.joined().map(|(kind, container)| JoinedNamespace {
+            type_: kind.to_string(),
+            container_id: container.to_string(),
+            ..Default::default()
+        });
+        request.namespaces = joined.collect();
         request.hook_state = self.plan.hooks.state_for_guest()?;
         Ok(request)
     }
@@ -197,13 +204,14 @@ impl CreateJob<'_> {
             checkpoint_config: plan.config.checkpoint,
             rootfs: create.rootfs,
         };
+        let namespaces = plan.namespaces.identities(anchor.pid());
         let stdin = streams.take_input(&agent, &create.id, ProcessRef::Init);
         let container = Container::new(
             create.id,
             create.bundle,
             create.stdio.names(),
             anchor,
-            ContainerGuest { vm: vm.clone(), network },
+            ContainerGuest { vm: vm.clone(), network, namespaces },
             storage,
             plan.hooks,
         );

@@ -82,14 +82,15 @@ impl<'a> Planned<'a> {
         };
         let stdio = async { self.stdio.ready().await.map_err(PodError::from) };
         // The kernel takes some 10 ms. A VM that is started meanwhile is moved to the cgroup, as a warm one is.
-        let cgroup = phases.time("cgroup", pod.enter_cgroup(plan, &request.bundle));
+        let cgroup = phases.time("cgroup", pod.enter_cgroup(plan));
         let others = async { tokio::try_join!(disks, stdio, cgroup) };
         let (vm, (disks, (), ())) = with_vm(vm, others).await?;
         if let Some(restore) = &plan.restore {
             restore.check_rootfs(disks.base.filter(|_| plan.rootfs.is_overlaid()))?;
         }
         // From here on the guest proceeds on its own, so work on the host does not delay the start.
-        let anchor = Anchor::spawn(&request.id, plan.netns()).await?;
+        let namespaces = plan.namespaces.of_anchor()?;
+        let anchor = Anchor::spawn(&request.id, plan.netns(), namespaces).await?;
         let attachments = Attachments::new(vm.vm.clone());
         Ok(Held { vm, disks, anchor, attachments, shares: ContainerShares::default() })
     }

@@ -19,6 +19,7 @@ use crate::{
     hooks::ContainerHooks,
     pod::{
         ContainerId, Pod, PodError,
+        namespaces::SharedNamespaces,
         restore::RestorePlan,
         rootfs::{self, RootfsMount, RootfsPlan},
         sandbox::{ContainerLimits, VmRequest},
@@ -44,6 +45,8 @@ pub(in crate::pod) struct CreatePlan {
     /// The sources of the volumes.
     pub(in crate::pod) volumes: Vec<Volume>,
     pub(super) hooks: ContainerHooks,
+    /// The namespaces that the container shares with others of the pod.
+    pub(super) namespaces: SharedNamespaces,
 }
 
 impl CreatePlan {
@@ -137,11 +140,12 @@ impl Pod {
             Ok::<_, PodError>(restore)
         });
         let restore = restore.transpose()?;
+        let namespaces = self.shared_namespaces(&guest.named, restore.is_some())?;
         let volumes = volumes::open_all(bundle, &guest.volumes)?;
         if let Some(restore) = &restore {
             restore.check_volumes(&volumes)?;
         }
-        Ok(CreatePlan { config, annotations, assets, guest, rootfs, restore, volumes, hooks })
+        Ok(CreatePlan { config, annotations, assets, guest, rootfs, restore, volumes, hooks, namespaces })
     }
 }
 

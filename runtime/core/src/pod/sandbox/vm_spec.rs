@@ -28,6 +28,12 @@ const GUEST_OVERHEAD: u32 = 128;
 
 const MOST_VCPUS: u32 = 8;
 
+/// The limits of a whole pod, which containerd's CRI plugin notes at its sandbox (pkg/cri/annotations): bytes, and
+/// microseconds.
+const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+const POD_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const POD_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+
 /// Memory on the host that an honest VM takes in addition to its containers' limits, MiB: the shim, QEMU, and the
 /// guest's kernel and agent. Emulation also keeps the code that it has translated.
 const HOST_OVERHEAD: u32 = 160;
@@ -94,10 +100,12 @@ pub(in crate::pod) struct ContainerLimits {
 impl ContainerLimits {
     pub(in crate::pod) fn of(container: &Spec) -> Self {
         let resources = container.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-        let memory = resources.and_then(|resources| resources.memory().as_ref()?.limit());
+        let of_pod = |name: &str| container.annotations().as_ref()?.get(name)?.parse::<i64>().ok();
+        let memory = of_pod(POD_MEMORY).or_else(|| resources?.memory().as_ref()?.limit());
         let cpu = resources.and_then(|resources| resources.cpu().as_ref());
-        let quota = cpu.and_then(|cpu| cpu.quota()).filter(|&quota| quota > 0);
-        let period = cpu.and_then(|cpu| cpu.period()).filter(|&period| period > 0).unwrap_or(100_000);
+        let quota = of_pod(POD_CPU_QUOTA).or_else(|| cpu?.quota()).filter(|&quota| quota > 0);
+        let period = of_pod(POD_CPU_PERIOD).and_then(|period| u64::try_from(period).ok());
+        let period = period.or_else(|| cpu?.period()).filter(|&period| period > 0).unwrap_or(100_000);
         Self {
             memory_mib: memory
                 .filter(|&bytes| bytes > 0)

@@ -75,12 +75,6 @@ pub enum StdioError {
         /// The name that the caller gave.
         name: String,
     },
-    /// A process with a terminal was to have a stderr.
-    #[error("a terminal has one output, but stderr is {name:?}")]
-    TerminalStderr {
-        /// The name that the caller gave.
-        name: String,
-    },
     /// A file or fifo cannot be opened.
     #[error("cannot open {stream} {}", path.display())]
     Open {
@@ -141,7 +135,6 @@ impl HasKind for StdioError {
             Self::Scheme { .. }
             | Self::Stdin { .. }
             | Self::Stderr { .. }
-            | Self::TerminalStderr { .. }
             | Self::Open { .. }
             | Self::Inherited { .. }
             | Self::NotFifo { .. } => ErrorKind::InvalidArgument,
@@ -231,19 +224,17 @@ fn open_stdout(stdout: &StdioSource, owner: &StreamOwner) -> Result<OpenedStdout
 /// The logging program, the sink of stdout, and the program's pipe for stderr.
 type OpenedStdout = (Option<Logger>, Option<OutputSink>, Option<pipe::Sender>);
 
-/// Opens stderr. containerd's clients name the same program or file for both outputs; a terminal has no second
-/// output, so an inherited stderr is not used with one.
+/// Opens stderr. containerd's clients name the same program or file for both outputs. A terminal has no second output, so
+/// with one stderr is not used: containerd's CRI plugin names a fifo for it nevertheless.
 fn open_stderr(stdio: &ProcessStdio, shared: Option<pipe::Sender>) -> Result<Option<OutputSink>, StdioError> {
     let uri = match &stdio.stderr {
+        _ if stdio.terminal => return Ok(None),
         StdioSource::Null => return Ok(None),
-        StdioSource::Inherited(_) if stdio.terminal => return Ok(None),
         StdioSource::Inherited(fd) => return inherit_output("stderr", fd).map(Some),
         StdioSource::Named(uri) => uri,
     };
     let same = matches!(&stdio.stdout, StdioSource::Named(stdout) if stdout == uri);
     match &uri.target {
-        _ if stdio.terminal && same => Ok(None),
-        _ if stdio.terminal => Err(StdioError::TerminalStderr { name: uri.to_string() }),
         StreamTarget::Fifo(path) => fifo::open_output("stderr", path).map(Some),
         StreamTarget::File(path) => fifo::append("stderr", path).map(Some),
         StreamTarget::Program(_) if same => Ok(shared.map(OutputSink::Pipe)),

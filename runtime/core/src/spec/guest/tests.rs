@@ -89,7 +89,7 @@ fn the_two_files_of_host_networking_are_injected() {
 }
 
 #[test]
-fn namespaces_by_path_are_the_hosts_network_or_refused() {
+fn namespaces_by_path_are_the_hosts_network_or_another_containers() {
     let with = |kind, path: &str| {
         let mut spec = Spec::default();
         let namespace = LinuxNamespaceBuilder::default().typ(kind).path(path).build().unwrap();
@@ -98,8 +98,13 @@ fn namespaces_by_path_are_the_hosts_network_or_refused() {
     };
     let reduced = with(LinuxNamespaceType::Network, "/run/netns/a").unwrap();
     assert_eq!(reduced.netns.as_deref(), Some(Path::new("/run/netns/a")));
+    let reduced = with(LinuxNamespaceType::Pid, "/proc/7/ns/pid").unwrap();
+    let [named] = &reduced.named[..] else { panic!("{:?}", reduced.named) };
+    assert_eq!((named.kind, named.path.as_path()), (LinuxNamespaceType::Pid, Path::new("/proc/7/ns/pid")));
+    let left = reduced.spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
+    assert!(left.iter().all(|namespace| namespace.typ() != LinuxNamespaceType::Pid), "{left:?}");
     assert!(matches!(
-        with(LinuxNamespaceType::Pid, "/proc/1/ns/pid"),
+        with(LinuxNamespaceType::Mount, "/proc/1/ns/mnt"),
         Err(ReduceError::SharedNamespace { .. })
     ));
 }

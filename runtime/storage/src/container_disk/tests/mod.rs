@@ -179,7 +179,7 @@ fn a_new_disk_is_removed_unless_its_container_is_created() {
     let fixture = CacheFixture::new();
     let (upper, path) = (fixture.path("fs"), fixture.path("machinen-writable.ext4"));
     fs::create_dir(&upper).unwrap();
-    let plan = ContainerDiskPlan::Upper { path: path.clone(), upper };
+    let plan = ContainerDiskPlan::Upper { path: path.clone(), upper, mount: None };
     let options = options(&fixture, 16 << 20);
     let (_, pending) = plan.open(&options).unwrap();
     assert!(path.exists());

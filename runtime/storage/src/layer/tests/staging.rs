@@ -28,6 +28,23 @@ fn the_new_layer_takes_the_place_of_the_old_one() {
 }
 
 #[test]
+fn a_mounted_layer_stays_in_place_and_gets_the_new_content() {
+    let fixture = LayerFixture::new();
+    let upper = fixture.path("root");
+    fs::create_dir_all(upper.join("dir/deep")).unwrap();
+    fs::write(upper.join("old"), "").unwrap();
+    let inode = |path: &Path| std::os::unix::fs::MetadataExt::ino(&fs::metadata(path).unwrap());
+    let before = inode(&upper);
+    let staging = StagingDir::next_to(&upper).unwrap();
+    apply(TestArchive::new().file("new", b"x").bytes().as_slice(), staging.fresh(), None, LIMITS).unwrap();
+    let replaced = staging.exchange_content().unwrap();
+    assert_eq!((names(&upper), inode(&upper)), (vec!["new".to_owned()], before));
+    replaced.sync().unwrap();
+    drop(replaced);
+    fixture.assert_contained();
+}
+
+#[test]
 fn a_failure_leaves_the_old_layer_and_nothing_else() {
     let fixture = LayerFixture::new();
     let upper = fixture.path("root");
