@@ -1,0 +1,150 @@
+//! Terminals on the host: a pseudo-terminal for a process, whose one side the caller gets, or the verb's own terminal
+//! relays.
+
+use std::{
+    fs::File,
+    io::{self, IsTerminal as _, Read as _, Write as _},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::Path,
+    thread,
+};
+
+use machinen::{fs::FileError, sys::socket::send_with_fd};
+use rustix::{
+    pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt},
+    termios::{OptionalActions, Termios, Winsize, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize},
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::error::OciError;
+
+/// A pseudo-terminal of the host. The guest's terminal edits lines and makes signals, so this one only carries bytes.
+#[derive(Debug)]
+pub(super) struct Console {
+    master: OwnedFd,
+    pub(super) slave: OwnedFd,
+}
+
+impl Console {
+    /// # Errors
+    /// The host has no free pseudo-terminal.
+    pub(super) fn open() -> Result<Self, OciError> {
+        let open = || -> rustix::io::Result<Self> {
+            let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+            let master = openpt(flags)?;
+            grantpt(&master)?;
+            unlockpt(&master)?;
+            let slave = ioctl_tiocgptpeer(&master, flags)?;
+            let mut modes = tcgetattr(&slave)?;
+            modes.make_raw();
+            tcsetattr(&slave, OptionalActions::Now, &modes)?;
+            Ok(Self { master, slave })
+        };
+        open().map_err(io::Error::from).map_err(OciError::io("open a pseudo-terminal"))
+    }
+
+    /// Sends the caller's side to a console socket (runc, docs/terminals.md, "Detached").
+    ///
+    /// # Errors
+    /// The socket cannot be connected.
+    pub(super) fn send_to(self, socket: &Path) -> Result<OwnedFd, OciError> {
+        let send = || {
+            let stream = UnixStream::connect(socket)?;
+            send_with_fd(stream.as_fd(), b"/dev/ptmx", Some(&self.master)).map(drop)
+        };
+        send().map_err(FileError::at("send the terminal to the console socket", socket))?;
+        Ok(self.slave)
+    }
+
+    /// Joins the caller's side with the terminal or the streams of this process.
+    ///
+    /// # Errors
+    /// The terminal cannot be put into raw mode.
+    pub(super) fn relay(self) -> Result<(Relay, OwnedFd), OciError> {
+        let failed = || OciError::io("use the terminal");
+        let raw = io::stdin().is_terminal().then(RawTerminal::enter).transpose().map_err(failed())?;
+        let master = File::from(self.master);
+        let (mut input, mut output) =
+            (master.try_clone().map_err(failed())?, master.try_clone().map_err(failed())?);
+        // Blocks in read(2) until this process ends.
+        thread::spawn(move || io::copy(&mut io::stdin().lock(), &mut input));
+        let printed = thread::spawn(move || print(&mut output));
+        Ok((Relay { master, printed, _raw: raw }, self.slave))
+    }
+}
+
+/// Prints what the process writes, until its terminal is closed, which read(2) reports as EIO.
+fn print(from: &mut File) {
+    let mut buffer = [0; 4096];
+    let mut stdout = io::stdout().lock();
+    while let Ok(count @ 1..) = from.read(&mut buffer) {
+        if stdout.write_all(&buffer[..count]).and_then(|()| stdout.flush()).is_err() {
+            return;
+        }
+    }
+}
+
+/// The terminal of a verb that stays in the foreground.
+#[derive(Debug)]
+pub(super) struct Relay {
+    master: File,
+    printed: thread::JoinHandle<()>,
+    _raw: Option<RawTerminal>,
+}
+
+impl Relay {
+    /// Gives the process's terminal the size of this one, now and whenever that changes. Never resolves.
+    pub(super) async fn follow_size(&self) {
+        let Ok(mut changes) = signal(SignalKind::window_change()) else {
+            return std::future::pending().await;
+        };
+        loop {
+            if let Ok(size) = tcgetwinsize(io::stdin()) {
+                // A terminal that is closed needs no size.
+                let _ = tcsetwinsize(&self.master, size);
+            }
+            changes.recv().await;
+        }
+    }
+
+    /// Prints the rest of the output, and gives the terminal its modes back.
+    pub(super) fn finish(self) {
+        let Self { master, printed, _raw } = self;
+        drop(master);
+        // The reader ends when the last process that has the terminal open has ended.
+        let _ = printed.join();
+    }
+}
+
+/// The terminal of this process, on which every key reaches the container until this is dropped. Has the modes from
+/// before.
+#[derive(Debug)]
+struct RawTerminal(Termios);
+
+impl RawTerminal {
+    fn enter() -> io::Result<Self> {
+        let before = tcgetattr(io::stdin())?;
+        let mut raw = before.clone();
+        raw.make_raw();
+        tcsetattr(io::stdin(), OptionalActions::Now, &raw)?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        // A terminal that is closed needs no modes.
+        let _ = tcsetattr(io::stdin(), OptionalActions::Now, &self.0);
+    }
+}
+
+/// Sets the first size of a terminal.
+pub(super) fn set_size(console: &Console, width: u64, height: u64) {
+    let size = |value: u64| u16::try_from(value).unwrap_or(u16::MAX);
+    let size = Winsize { ws_col: size(width), ws_row: size(height), ws_xpixel: 0, ws_ypixel: 0 };
+    // A terminal that takes no size has one of its own.
+    let _ = tcsetwinsize(&console.master, size);
+}

@@ -1,0 +1,81 @@
+//! Why a verb of the OCI command line has failed. The texts contain those of runc, which its callers look for.
+
+use std::{io, path::PathBuf};
+
+use containerd_shim_protos::ttrpc;
+use machinen::{
+    config::ConfigError, fs::FileError, pod::IdError, process::ProcessError, spec::bundle::BundleError,
+};
+
+use super::state::ContainerStatus;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OciError {
+    #[error(transparent)]
+    Id(#[from] IdError),
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error("container does not exist: {id:?}")]
+    NoContainer { id: String },
+    #[error("container with given ID already exists: {id:?}")]
+    Exists { id: String },
+    #[error("container not running: {id:?} is {status}")]
+    NotRunning { id: String, status: ContainerStatus },
+    #[error("container not paused: {id:?} is {status}")]
+    NotPaused { id: String, status: ContainerStatus },
+    #[error("cannot start an already running container: {id:?}")]
+    AlreadyRunning { id: String },
+    #[error("cannot start a container that has stopped: {id:?}")]
+    HasStopped { id: String },
+    #[error("cannot exec in a stopped container: {id:?} is {status}")]
+    ExecInStopped { id: String, status: ContainerStatus },
+    #[error("cannot exec in a paused container: {id:?} (use --ignore-paused to override)")]
+    ExecInPaused { id: String },
+    #[error("cannot delete container {id} that is not stopped: {status}")]
+    NotStopped { id: String, status: ContainerStatus },
+    #[error("{flag} is not supported: {reason}")]
+    Unsupported { flag: &'static str, reason: &'static str },
+    #[error(
+        "the process gets a terminal, but no console socket is given: pass --console-socket, or do not detach"
+    )]
+    NoConsoleSocket,
+    #[error("a console socket is given, but the process gets no terminal (process.terminal is false)")]
+    NoTerminal,
+    #[error("unknown signal {signal:?}; it takes a number, or a name such as SIGTERM or TERM")]
+    Signal { signal: String },
+    #[error("{what} {text:?} is not understood: it takes {takes}")]
+    Argument { what: &'static str, text: String, takes: &'static str },
+    #[error("either a command or --process is needed")]
+    NoCommand,
+    #[error("cannot start the process that {purpose}")]
+    Spawn { purpose: &'static str, source: ProcessError },
+    #[error("cannot {what}")]
+    Io { what: &'static str, source: io::Error },
+    #[error("cannot read {}", path.display())]
+    Json { path: PathBuf, source: serde_json::Error },
+    #[error("cannot encode JSON")]
+    Encode(#[source] serde_json::Error),
+    #[error("cannot decode the answer of the container's monitor")]
+    Decode(#[source] protobuf::Error),
+    #[error("{}", answer(.0))]
+    Task(ttrpc::Error),
+}
+
+/// The monitor's own message, without the words of the protocol.
+fn answer(error: &ttrpc::Error) -> String {
+    match error {
+        ttrpc::Error::RpcStatus(status) => status.message.clone(),
+        other => format!("the process that owns the container's VM does not answer: {other}"),
+    }
+}
+
+impl OciError {
+    /// For [`Result::map_err`].
+    pub(super) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { what, source }
+    }
+}

@@ -1,0 +1,57 @@
+//! `machinen run`: creates a container, starts it, and stays until it ends.
+
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::{
+    create::{Attachment, CreateArgs, CreatedContainer, create, destroy},
+    error::OciError,
+    foreground,
+    global::GlobalArgs,
+};
+
+/// Arguments of `machinen run`.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Go away when the container has started
+    #[arg(long, short)]
+    detach: bool,
+    /// Do not delete the container when it has ended
+    #[arg(long)]
+    keep: bool,
+    /// No effect: the container's processes have their parent in the VM
+    #[arg(long)]
+    no_subreaper: bool,
+    #[command(flatten)]
+    create: CreateArgs,
+}
+
+/// # Errors
+/// The container cannot be created or started; nothing of it is left.
+pub(super) async fn run(global: &GlobalArgs, args: &RunArgs) -> Result<ExitCode, OciError> {
+    let attachment = Attachment::of(args.create.console_socket.as_deref(), args.detach);
+    let created = create(global, &args.create, attachment, None).await?;
+    proceed(global, created, args.detach, args.keep).await
+}
+
+/// Starts a container that was created or restored, and stays until it has ended unless that is not wanted.
+///
+/// # Errors
+/// The container cannot be started; nothing of it is left.
+pub(super) async fn proceed(
+    global: &GlobalArgs,
+    created: CreatedContainer,
+    detach: bool,
+    keep: bool,
+) -> Result<ExitCode, OciError> {
+    let CreatedContainer { state, monitor, relay } = created;
+    let ended = match detach {
+        true => monitor.start("").await.map(|_| 0),
+        false => foreground::follow(&monitor, "", relay, async || monitor.start("").await.map(drop)).await,
+    };
+    if ended.is_err() || !(detach || keep) {
+        destroy(global, &state).await?;
+    }
+    ended.map(foreground::exit_code)
+}

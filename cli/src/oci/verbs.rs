@@ -1,0 +1,273 @@
+//! The short verbs: `start`, `kill`, `delete`, `pause`, `resume`, `state`, `list` and `ps`.
+
+use std::{path::PathBuf, str::FromStr as _};
+
+use clap::{Args, ValueEnum};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use super::{
+    client::{MonitorClient, status_of},
+    create::destroy,
+    error::OciError,
+    global::GlobalArgs,
+    state::{ContainerRecord, ContainerStatus, StateDir},
+};
+use crate::output::{Align, TextTable};
+
+/// A verb that takes nothing but a container.
+#[derive(Debug, Args)]
+pub(crate) struct IdArgs {
+    /// Id of the container
+    #[arg(value_name = "ID")]
+    id: String,
+}
+
+/// Arguments of `machinen kill`.
+#[derive(Debug, Args)]
+pub(crate) struct KillArgs {
+    /// Send the signal to all processes of the container
+    #[arg(long, short)]
+    all: bool,
+    /// Id of the container
+    #[arg(value_name = "ID")]
+    id: String,
+    /// The signal, as a number or a name
+    #[arg(default_value = "SIGTERM")]
+    signal: String,
+}
+
+/// Arguments of `machinen delete`.
+#[derive(Debug, Args)]
+pub(crate) struct DeleteArgs {
+    /// Kill the container first if it has not ended; a container that does not exist is no error
+    #[arg(long, short)]
+    force: bool,
+    /// Id of the container
+    #[arg(value_name = "ID")]
+    id: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OutputFormat {
+    Table,
+    Json,
+}
+
+/// Arguments of `machinen list`.
+#[derive(Debug, Args)]
+pub(crate) struct ListArgs {
+    /// How the containers are printed
+    #[arg(long, short, value_enum, default_value_t = OutputFormat::Table)]
+    format: OutputFormat,
+    /// Print ids only
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+/// Starts the command of a container that was created.
+pub(super) async fn start(global: &GlobalArgs, args: &IdArgs) -> Result<(), OciError> {
+    let state = StateDir::find(&global.root, &args.id)?;
+    let stopped = || OciError::HasStopped { id: args.id.clone() };
+    let monitor = MonitorClient::connect(&state).await?.ok_or_else(stopped)?;
+    match monitor.status().await? {
+        ContainerStatus::Running | ContainerStatus::Paused => {
+            Err(OciError::AlreadyRunning { id: args.id.clone() })
+        }
+        ContainerStatus::Stopped => Err(stopped()),
+        ContainerStatus::Created | ContainerStatus::Creating => monitor.start("").await.map(drop),
+    }
+}
+
+/// Sends a signal to a container.
+pub(super) async fn kill(global: &GlobalArgs, args: &KillArgs) -> Result<(), OciError> {
+    let signal = signal_number(&args.signal)?;
+    let state = StateDir::find(&global.root, &args.id)?;
+    let monitor = MonitorClient::running(&state).await?;
+    match monitor.status().await? {
+        ContainerStatus::Stopped if args.all => Ok(()),
+        status @ ContainerStatus::Stopped => Err(OciError::NotRunning { id: args.id.clone(), status }),
+        _ => monitor.kill("", signal, args.all).await,
+    }
+}
+
+fn signal_number(text: &str) -> Result<u32, OciError> {
+    /// The last real-time signal (signal(7)).
+    const LAST: u32 = 64;
+    if let Ok(number @ 1..=LAST) = text.parse::<u32>() {
+        return Ok(number);
+    }
+    let name = text.to_uppercase();
+    let name = if name.starts_with("SIG") { name } else { format!("SIG{name}") };
+    let signal = Signal::from_str(&name).map_err(|_| OciError::Signal { signal: text.to_owned() })?;
+    Ok((signal as i32).cast_unsigned())
+}
+
+/// Deletes a container that has stopped, or any with `--force`.
+pub(super) async fn delete(global: &GlobalArgs, args: &DeleteArgs) -> Result<(), OciError> {
+    let state = match StateDir::find(&global.root, &args.id) {
+        Err(OciError::NoContainer { .. }) if args.force => return Ok(()),
+        found => found?,
+    };
+    if args.force {
+        return delete_by_force(global, &state).await;
+    }
+    match status_of(&state).await? {
+        // The init of a created container is killed, as runc does.
+        ContainerStatus::Stopped | ContainerStatus::Created => destroy(global, &state).await,
+        status => Err(OciError::NotStopped { id: args.id.clone(), status }),
+    }
+}
+
+async fn delete_by_force(global: &GlobalArgs, state: &StateDir) -> Result<(), OciError> {
+    if let Some(monitor) = MonitorClient::connect(state).await? {
+        // A container that has ended refuses the signal. One that does not end by it ends with its monitor.
+        if monitor.kill("", libc::SIGKILL.cast_unsigned(), false).await.is_ok() {
+            monitor.wait("").await?;
+        }
+    }
+    destroy(global, state).await
+}
+
+/// Freezes a container.
+pub(super) async fn pause(global: &GlobalArgs, args: &IdArgs) -> Result<(), OciError> {
+    let state = StateDir::find(&global.root, &args.id)?;
+    let monitor = MonitorClient::running(&state).await?;
+    match monitor.status().await? {
+        ContainerStatus::Running | ContainerStatus::Created => monitor.pause().await,
+        status => Err(OciError::NotRunning { id: args.id.clone(), status }),
+    }
+}
+
+/// Lets a frozen container continue.
+pub(super) async fn resume(global: &GlobalArgs, args: &IdArgs) -> Result<(), OciError> {
+    let state = StateDir::find(&global.root, &args.id)?;
+    let monitor = MonitorClient::running(&state).await?;
+    match monitor.status().await? {
+        ContainerStatus::Paused => monitor.resume().await,
+        status => Err(OciError::NotPaused { id: args.id.clone(), status }),
+    }
+}
+
+/// Prints the state of a container (runtime-spec, runtime.md, "State").
+pub(super) async fn state(global: &GlobalArgs, args: &IdArgs) -> Result<(), OciError> {
+    let state = StateDir::find(&global.root, &args.id)?;
+    let shown = Shown::of(&state).await?;
+    println!("{:#}", shown.value());
+    Ok(())
+}
+
+/// Prints all containers.
+pub(super) async fn list(global: &GlobalArgs, args: &ListArgs) -> Result<(), OciError> {
+    let mut all = Vec::new();
+    for state in StateDir::all(&global.root)? {
+        all.push(Shown::of(&state).await?);
+    }
+    if args.quiet {
+        all.iter().for_each(|shown| println!("{}", shown.id));
+        return Ok(());
+    }
+    if args.format == OutputFormat::Json {
+        println!("{}", json!(all.iter().map(Shown::value).collect::<Vec<_>>()));
+        return Ok(());
+    }
+    let columns = ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"];
+    let mut table = TextTable::new(columns.map(|name| (name, Align::Left)));
+    for Shown { id, pid, status, record } in all {
+        let [bundle, created, owner] = match record {
+            Some(record) => [record.bundle.display().to_string(), record.created, record.owner],
+            None => Default::default(),
+        };
+        table.row([id, pid.to_string(), status.to_string(), bundle, created, owner]);
+    }
+    print!("{table}");
+    Ok(())
+}
+
+/// A container as the verbs print it.
+struct Shown {
+    id: String,
+    /// 0 if the container has stopped, or is being created.
+    pid: u32,
+    status: ContainerStatus,
+    record: Option<ContainerRecord>,
+}
+
+impl Shown {
+    async fn of(state: &StateDir) -> Result<Self, OciError> {
+        let status = status_of(state).await?;
+        let record = state.record()?;
+        let stand_in = record.as_ref().and_then(|record| record.stand_in);
+        let pid = stand_in.filter(|_| status != ContainerStatus::Stopped).map_or(0, |process| process.pid);
+        Ok(Self { id: state.id.to_string(), pid, status, record })
+    }
+
+    fn value(&self) -> Value {
+        let Self { id, pid, status, record } = self;
+        let mut value = json!({ "id": id, "pid": pid, "status": status });
+        if let Some(record) = record {
+            value["ociVersion"] = json!(record.oci_version);
+            value["bundle"] = json!(record.bundle);
+            value["rootfs"] = json!(record.rootfs);
+            value["created"] = json!(record.created);
+            value["owner"] = json!(record.owner);
+            if !record.annotations.is_empty() {
+                value["annotations"] = json!(record.annotations);
+            }
+        }
+        value
+    }
+}
+
+/// Arguments of `machinen ps`.
+#[derive(Debug, Args)]
+pub(crate) struct PsArgs {
+    /// How the processes are printed
+    #[arg(long, short, value_enum, default_value_t = OutputFormat::Table)]
+    format: OutputFormat,
+    /// Id of the container
+    #[arg(value_name = "ID")]
+    id: String,
+    /// Options of ps(1); a VM's processes are listed with fixed columns
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTION")]
+    options: Vec<String>,
+}
+
+/// Prints the processes of the host that stand for those of a container.
+pub(super) async fn ps(global: &GlobalArgs, args: &PsArgs) -> Result<(), OciError> {
+    if !args.options.is_empty() {
+        let reason = "the container's processes are in a VM, where no ps(1) of the host sees them";
+        return Err(OciError::Unsupported { flag: "an option of ps(1)", reason });
+    }
+    let state = StateDir::find(&global.root, &args.id)?;
+    let Shown { pid, status, record, .. } = Shown::of(&state).await?;
+    if pid == 0 {
+        return Err(OciError::NotRunning { id: args.id.clone(), status });
+    }
+    match args.format {
+        OutputFormat::Json => println!("{}", json!([pid])),
+        OutputFormat::Table => {
+            let mut table = TextTable::new([("PID", Align::Left), ("BUNDLE", Align::Left)]);
+            let bundle = record.map_or_else(PathBuf::new, |record| record.bundle);
+            table.row([pid.to_string(), bundle.display().to_string()]);
+            print!("{table}");
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_have_numbers_and_names() {
+        for (text, number) in [("9", 9), ("SIGKILL", 9), ("kill", 9), ("TERM", 15), ("34", 34)] {
+            assert_eq!(signal_number(text).unwrap(), number, "{text}");
+        }
+        for text in ["0", "65", "SIGNONE", "", "-9"] {
+            let error = signal_number(text).unwrap_err().to_string();
+            assert!(error.contains(&format!("{text:?}")), "{error}");
+        }
+    }
+}
