@@ -18,8 +18,9 @@ build: kernel guest-image
 run: build
 	target/release/machinen-demo
 
+# TESTS: --short leaves out the tests of runc, with which those of machinen are compared.
 test: build
-	scripts/test
+	scripts/test $(TESTS)
 
 # PROGRAMS: names of programs, or --short for those that the continuous integration runs.
 test-programs: build
