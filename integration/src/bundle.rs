@@ -1,6 +1,10 @@
 //! Containers with a specification of the test's own: a rootfs directory and a config.json.
 
-use std::{fs, os::unix::fs::symlink, path::PathBuf};
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -19,7 +23,14 @@ impl Bundle {
     /// # Errors
     /// The files cannot be written.
     pub fn busybox(containerd: &Containerd) -> Result<Self> {
-        let dir = containerd.root().join(format!("bundle-{}", containerd.new_id()));
+        Self::busybox_in(containerd.root().join(format!("bundle-{}", containerd.new_id())))
+    }
+
+    /// Unpacks busybox into a new directory.
+    ///
+    /// # Errors
+    /// The files cannot be written.
+    pub fn busybox_in(dir: PathBuf) -> Result<Self> {
         fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         Image::busybox()?.unpack(&dir.join("rootfs"))?;
         Ok(Self { dir })
@@ -38,6 +49,11 @@ impl Bundle {
             symlink(format!("usr/{name}"), rootfs.join(name))?;
         }
         Ok(bundle)
+    }
+
+    /// The directory of the bundle.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     pub fn rootfs(&self) -> PathBuf {

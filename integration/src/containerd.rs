@@ -13,6 +13,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 
 use crate::{
+    cri,
     log::Log,
     paths::{self, Version},
     process::{DEADLINE, Invocation, wait_for_end},
@@ -21,11 +22,7 @@ use crate::{
 
 /// Plugins that no test needs; without them containerd starts in 40 ms and leaves the host's /opt and /run
 /// alone.
-const DISABLED_PLUGINS: [&str; 13] = [
-    "io.containerd.grpc.v1.cri",
-    "io.containerd.cri.v1.images",
-    "io.containerd.cri.v1.runtime",
-    "io.containerd.podsandbox.controller.v1.podsandbox",
+const DISABLED_PLUGINS: [&str; 9] = [
     "io.containerd.internal.v1.opt",
     "io.containerd.internal.v1.restart",
     "io.containerd.internal.v1.tracing",
@@ -35,6 +32,14 @@ const DISABLED_PLUGINS: [&str; 13] = [
     "io.containerd.snapshotter.v1.devmapper",
     "io.containerd.snapshotter.v1.zfs",
     "io.containerd.tracing.processor.v1.otlp",
+];
+
+/// Kubernetes' interface, enabled only on request of a test.
+const CRI_PLUGINS: [&str; 4] = [
+    "io.containerd.grpc.v1.cri",
+    "io.containerd.cri.v1.images",
+    "io.containerd.cri.v1.runtime",
+    "io.containerd.podsandbox.controller.v1.podsandbox",
 ];
 
 /// Enabled only on request of a test, since it needs a disk to copy.
@@ -48,6 +53,8 @@ const BLOCKFILE_SIZE: u64 = 64 << 20;
 pub struct Containerd {
     version: Version,
     root: PathBuf,
+    /// The name of no other containerd: that of the directory of its control groups.
+    name: String,
     namespace: String,
     keeper: Child,
     /// None after the keeper was asked to clean up.
@@ -82,13 +89,15 @@ impl Containerd {
         let root = tempfile::Builder::new().prefix("mit-").tempdir_in("/var/tmp");
         let root_dir = root.context("cannot make a directory in /var/tmp")?;
         let root = root_dir.path().to_owned();
-        let namespace = root.file_name().and_then(|name| name.to_str()).context("odd directory name")?;
-        let namespace = namespace.to_owned();
-        write_configuration(&root, setup)?;
+        let name = root.file_name().and_then(|name| name.to_str()).context("odd directory name")?;
+        let name = name.to_owned();
+        write_configuration(&root, &name, setup)?;
 
         let containerd = paths::containerd_program(version, "containerd")?;
-        let mut keeper = Invocation::new(paths::own_program("machinen-keeper")?)
-            .args([&root, Path::new(&namespace), &containerd, Path::new("--config")])
+        let program = paths::own_program("machinen-keeper")?;
+        let keeper = if setup.cri { cri::in_own_network(&program) } else { Invocation::new(program) };
+        let mut keeper = keeper
+            .args([&root, Path::new(&name), &containerd, Path::new("--config")])
             .arg(root.join("containerd.toml"))
             .env("PATH", search_path(setup)?)
             .env("TMPDIR", root.join("tmp"))
@@ -108,7 +117,8 @@ impl Containerd {
         let mut containerd = Self {
             version,
             root,
-            namespace,
+            namespace: if setup.cri { cri::NAMESPACE.to_owned() } else { name.clone() },
+            name,
             pipes: Mutex::new(Some(Pipes {
                 commands: keeper.stdin.take().context("the keeper has no stdin")?,
                 answers: BufReader::new(keeper.stdout.take().context("the keeper has no stdout")?),
@@ -208,6 +218,11 @@ impl Containerd {
         &self.namespace
     }
 
+    /// The name of the directory of its control groups.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     pub fn socket(&self) -> PathBuf {
         self.root.join("c.sock")
     }
@@ -266,7 +281,7 @@ impl Drop for Containerd {
     }
 }
 
-fn write_configuration(root: &Path, setup: &Setup) -> Result<()> {
+fn write_configuration(root: &Path, name: &str, setup: &Setup) -> Result<()> {
     for dir in ["tmp", "fifo"] {
         fs::create_dir(root.join(dir)).with_context(|| format!("cannot make {}/{dir}", root.display()))?;
     }
@@ -283,6 +298,11 @@ fn write_configuration(root: &Path, setup: &Setup) -> Result<()> {
         );
     } else {
         disabled.push(BLOCKFILE);
+    }
+    if setup.cri {
+        more.push_str(&cri::configure(root, name)?);
+    } else {
+        disabled.extend(CRI_PLUGINS);
     }
     let config = format!(
         "version = 2\nroot = \"{dir}/r\"\nstate = \"{dir}/s\"\ndisabled_plugins = {disabled:?}\n\

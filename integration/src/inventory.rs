@@ -146,9 +146,17 @@ fn process(pid: u32) -> Option<Process> {
 /// # Errors
 /// `/proc/self/mountinfo` cannot be read.
 pub fn mounts_below(root: &Path) -> Result<Vec<PathBuf>> {
-    let table = fs::read_to_string("/proc/self/mountinfo").context("cannot read the mount table")?;
-    let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
+    let points = mount_points("/proc/self/mountinfo")?.into_iter();
     Ok(points.filter(|point| point.starts_with(root)).collect())
+}
+
+/// Mount points in a process's `mountinfo`, in the order in which they were mounted.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn mount_points(table: &str) -> Result<Vec<PathBuf>> {
+    let text = fs::read_to_string(table).with_context(|| format!("cannot read {table}"))?;
+    Ok(text.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from).collect())
 }
 
 /// Directories called `namespace` at the top of every control group hierarchy, and those below them.
@@ -163,6 +171,16 @@ pub fn cgroups(namespace: &str) -> Vec<PathBuf> {
         next += 1;
     }
     found
+}
+
+/// Files of every kind below a directory, as in [`Inventory::files`].
+///
+/// # Errors
+/// A directory cannot be read.
+pub fn files_below(dir: &Path) -> Result<BTreeSet<String>> {
+    let mut files = BTreeSet::new();
+    list(dir, &mut files)?;
+    Ok(files)
 }
 
 fn list(dir: &Path, files: &mut BTreeSet<String>) -> Result<()> {
@@ -208,6 +226,7 @@ pub fn wipe(root: &Path, namespace: &str) -> Result<()> {
         let _absent = fs::remove_file(socket);
     }
     let _absent = fs::remove_dir_all(Path::new("/run/containerd/runc").join(namespace));
+    remove_network_results(root);
     // While something is mounted below, removal could reach into a container's or the host's files.
     result?;
     match fs::remove_dir_all(root) {
@@ -215,6 +234,35 @@ pub fn wipe(root: &Path, namespace: &str) -> Result<()> {
             Err(error).with_context(|| format!("cannot remove {}", root.display()))
         }
         _ => Ok(()),
+    }
+}
+
+/// Continues the control group of a process, if it is frozen by version 1: the process would not die of SIGKILL.
+///
+/// # Errors
+/// The group cannot be changed.
+pub fn thaw(pid: u32) -> Result<()> {
+    // A process that has ended needs no group.
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let Some(group) = groups.lines().find_map(|line| line.split_once(":freezer:")) else { return Ok(()) };
+    let state = format!("/sys/fs/cgroup/freezer{}/freezer.state", group.1);
+    match fs::write(&state, "THAWED") {
+        // The top of the hierarchy, which is never frozen, has no such file.
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound && group.1 != "/" => {
+            Err(error).with_context(|| format!("cannot write {state}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Removes what CNI has written down about the networks of pods that were not stopped: a file for each, which
+/// has the path of the pod's namespace.
+fn remove_network_results(root: &Path) {
+    let below = format!("{}/", root.display());
+    for entry in fs::read_dir("/var/lib/cni/results").into_iter().flatten().flatten() {
+        if fs::read_to_string(entry.path()).is_ok_and(|text| text.contains(&below)) {
+            let _absent = fs::remove_file(entry.path());
+        }
     }
 }
 

@@ -6,6 +6,8 @@
 //!                              └── ctr                    end of the pipe: kills all, unmounts, removes
 //! ```
 //!
+//! Podman, and runtimes that are run by hand, are on a host of the test's own ([`private_host`]), which has a keeper too.
+//!
 //! The keeper is the reason why nothing outlives a test, even one that was killed: every process that
 //! containerd has started is a descendant of the keeper. This is also how [`inventory`] knows which processes
 //! of the machine belong to which test.
@@ -21,9 +23,13 @@ pub mod image;
 pub mod inventory;
 pub mod lab;
 pub mod log;
+pub mod oci;
 pub mod paths;
 pub mod phases;
+pub mod podman;
+pub mod private_host;
 pub mod process;
+pub mod runtime;
 pub mod samples;
 pub mod served;
 mod settle;

@@ -63,6 +63,16 @@ pub fn docker_program(dir: &str, program: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// The network plugins of Debian.
+///
+/// # Errors
+/// They are missing: `make setup` has not run.
+pub fn cni_plugins() -> Result<PathBuf> {
+    let path = workspace().join("target/tools/cni");
+    ensure!(path.join("bridge").exists(), "{} is missing: run `make setup`", path.display());
+    Ok(path)
+}
+
 /// A program of this crate, built by cargo next to the running one.
 ///
 /// # Errors

@@ -8,7 +8,7 @@ use std::{
         unix::process::ExitStatusExt,
     },
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, Command, Stdio},
+    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::{Arc, Condvar, Mutex},
     time::{Duration, Instant},
 };
@@ -55,7 +55,7 @@ pub struct Running {
 
 /// A stream of a running program, read continuously.
 #[derive(Debug)]
-pub(crate) struct Stream {
+pub struct Stream {
     state: Arc<(Mutex<Received>, Condvar)>,
 }
 
@@ -204,6 +204,28 @@ impl Running {
         Ok(())
     }
 
+    /// Waits for the program's end, but not for that of its streams, which other programs may have inherited. Returns
+    /// the exit status.
+    ///
+    /// # Errors
+    /// The deadline passed; the program was killed.
+    pub fn wait_for_exit(&mut self) -> Result<i32> {
+        let left = self.deadline.saturating_sub(self.started.elapsed());
+        let ended = wait_for_end(self.child.id(), left)?;
+        if !ended {
+            self.child.kill().context("cannot kill an overdue program")?;
+        }
+        ensure!(ended, "`{}` did not end within {:?}", self.name, self.deadline);
+        // Unlike `wait`, this leaves stdin open for those that have inherited it.
+        let status = self.child.try_wait().context("cannot wait for a child")?;
+        status.map(status_of).context("a child that has ended has no status")
+    }
+
+    /// What the program, and those that have inherited its streams, have written so far to stdout and stderr.
+    pub fn written(&self) -> [String; 2] {
+        [&self.stdout, &self.stderr].map(|stream| String::from_utf8_lossy(&stream.so_far()).into_owned())
+    }
+
     /// Waits for the program's end.
     ///
     /// # Errors
@@ -217,7 +239,7 @@ impl Running {
         let status = self.child.wait().context("cannot wait for a child")?;
         let duration = self.started.elapsed();
         let output = Output {
-            status: status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default()),
+            status: status_of(status),
             stdout: self.stdout.to_end(),
             stderr: self.stderr.to_end(),
             duration,
@@ -227,6 +249,11 @@ impl Running {
         }
         Ok(output)
     }
+}
+
+/// 128+n when signal n ended it.
+fn status_of(status: ExitStatus) -> i32 {
+    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default())
 }
 
 impl Drop for Running {
@@ -287,7 +314,8 @@ pub fn wait_for_end(pid: u32, time: Duration) -> Result<bool> {
 }
 
 impl Stream {
-    pub(crate) fn read(mut source: impl Read + Send + 'static) -> Self {
+    /// Reads a source to its end, in a thread.
+    pub fn read(mut source: impl Read + Send + 'static) -> Self {
         let state = Arc::new((Mutex::new(Received::default()), Condvar::new()));
         std::thread::spawn({
             let state = Arc::clone(&state);
@@ -312,7 +340,8 @@ impl Stream {
         Self { state }
     }
 
-    pub(crate) fn contains(&self, text: &str, time: Duration) -> bool {
+    /// Waits until a text has been read, for this time at most; false when it has not come.
+    pub fn contains(&self, text: &str, time: Duration) -> bool {
         let has = |bytes: &[u8]| bytes.windows(text.len()).any(|window| window == text.as_bytes());
         let (received, grown) = &*self.state;
         let received = received.lock().expect("readers do not panic");
@@ -323,7 +352,7 @@ impl Stream {
     }
 
     /// All bytes that have been read so far.
-    pub(crate) fn so_far(&self) -> Vec<u8> {
+    pub fn so_far(&self) -> Vec<u8> {
         self.state.0.lock().expect("readers do not panic").bytes.clone()
     }
 

@@ -18,6 +18,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     containerd::Containerd,
+    cri,
     image::hex,
     inventory::{Inventory, SHIM_SOCKETS, Scope},
     sys,
@@ -39,12 +40,13 @@ impl Containerd {
 
     fn scope(&self) -> Scope {
         let dirs = ["s/io.containerd.runtime.v2.task", "fifo", "tmp"];
+        let dirs = dirs.into_iter().chain(cri::DIRS);
         Scope {
             keeper: self.keeper_pid(),
             root: self.root().to_owned(),
-            dirs: dirs.iter().map(|dir| self.root().join(dir)).collect(),
+            dirs: dirs.map(|dir| self.root().join(dir)).collect(),
             sockets: self.socket_names(),
-            namespace: self.namespace().to_owned(),
+            namespace: self.name().to_owned(),
         }
     }
 
@@ -98,7 +100,9 @@ impl Containerd {
     }
 
     fn is_frame(&self, file: &str) -> bool {
-        let namespace = self.bundle("");
-        file.strip_prefix("d ").is_some_and(|dir| Path::new(dir) == namespace)
+        let frames: Vec<_> = cri::FRAMES.iter().map(|dir| self.root().join(dir)).collect();
+        file.strip_prefix("d ")
+            .map(Path::new)
+            .is_some_and(|dir| dir == self.bundle("") || frames.iter().any(|frame| frame == dir))
     }
 }

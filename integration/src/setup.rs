@@ -21,6 +21,7 @@ pub struct Setup {
     machinen: BTreeMap<String, BTreeMap<String, String>>,
     env: BTreeMap<String, String>,
     pub(crate) blockfile: bool,
+    pub(crate) cri: bool,
     /// Directories of programs that containerd and the runtimes find before the host's.
     pub(crate) programs: Vec<PathBuf>,
 }
@@ -72,6 +73,12 @@ impl Setup {
     /// Gives containerd (1.7 and newer) the snapshotter whose snapshots are disks in files.
     pub fn blockfile(mut self) -> Self {
         self.blockfile = true;
+        self
+    }
+
+    /// Gives containerd the interface of Kubernetes, and a network namespace of its own.
+    pub(crate) fn cri(mut self) -> Self {
+        self.cri = true;
         self
     }
 

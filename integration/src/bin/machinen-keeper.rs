@@ -137,6 +137,9 @@ fn spawn(command: &[String]) -> Result<Pid> {
 fn terminate(pid: Pid) {
     // The process may have ended in the meantime, which is what was wanted.
     let _gone = kill(pid, Signal::SIGKILL);
+    if let Err(error) = inventory::thaw(pid.as_raw().cast_unsigned()) {
+        eprintln!("machinen-keeper: {error:#}");
+    }
 }
 
 fn descendants() -> Result<Vec<Pid>> {

@@ -44,6 +44,13 @@ impl Image {
         Ok(Self::new("machinen.test/busybox:1", vec![busybox::layer()?]))
     }
 
+    /// The same files under another name and with another command.
+    pub fn running(mut self, name: &str, command: &[&str]) -> Self {
+        name.clone_into(&mut self.name);
+        self.command = command.iter().map(|word| (*word).to_owned()).collect();
+        self
+    }
+
     /// The same image with one more layer, under another name.
     pub fn with(mut self, name: &str, layer: Layer) -> Self {
         name.clone_into(&mut self.name);

@@ -13,6 +13,7 @@ mod floor;
 mod footprint;
 mod fork;
 mod network;
+mod oci;
 mod parallel;
 mod ready;
 mod report;
@@ -58,6 +59,8 @@ enum Part {
     Checkpoints,
     /// Starts with a network, and its speed
     Network,
+    /// The OCI command line
+    Oci,
 }
 
 /// Rounds of the slow measurements.
@@ -142,6 +145,9 @@ fn measure(containerd: &Containerd, image: &str, args: &Args) -> Result<Report> 
     }
     if wanted(Part::Network) {
         network::measure(containerd, image, &bench.cache, args.rounds.min(FEW), &mut report)?;
+    }
+    if wanted(Part::Oci) {
+        oci::measure(containerd, &bench.cache, args.rounds.min(FEW), &mut report)?;
     }
     // Last: it leaves many containers.
     if wanted(Part::Starts) {

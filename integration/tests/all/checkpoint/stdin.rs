@@ -21,8 +21,9 @@ on_newest_containerd!(
     an_init_that_pipes_its_own_output
 );
 
-/// Reads a line, and the rest when /go exists.
-const READER: &str = "read -r first; echo $first; until [ -e /go ]; do usleep 20000; done; cat; echo end";
+/// Reads a line, and the rest when /go exists, which the next container on the bundle must not find.
+const READER: &str =
+    "read -r first; echo $first; until [ -e /go ]; do usleep 20000; done; rm /go; cat; echo end";
 
 /// A container's streams in the host's files.
 struct Streams {

@@ -1,0 +1,174 @@
+//! Bundles that are unusual, wrong, old or new.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use machinen_integration::{bundle::mount, oci::Oci};
+use serde_json::{Value, json};
+
+use super::with_oci;
+
+with_oci!(
+    unusual,
+    programs_by_path,
+    wrong,
+    broken,
+    changed_after_its_creation,
+    a_bundle_in_the_current_directory
+);
+
+/// The name of a case, its change of the specification, and the text that is expected.
+type Case = (&'static str, fn(&mut Value), &'static str);
+
+/// Runs a container with a changed specification.
+fn run(
+    oci: &Oci,
+    command: &[&str],
+    change: impl FnOnce(&mut Value),
+) -> Result<machinen_integration::process::Output> {
+    let dir = oci.bundle_dir("b");
+    if fs::exists(&dir)? {
+        fs::remove_dir_all(&dir)?;
+    }
+    oci.bundle("b", command, change)?;
+    oci.output(&["run", "--bundle", &dir, "b"])
+}
+
+fn unusual(oci: &Oci) -> Result<()> {
+    let same: fn(&mut Value) = |_| {};
+    let cases: [Case; 7] = [
+        ("echo $(hostname)", |spec| spec["hostname"] = json!("named"), "named\n"),
+        (
+            "echo unknown",
+            |spec| {
+                spec["unknown"] = json!({ "field": 1 });
+                spec["linux"]["unknown"] = json!([1, 2]);
+                spec["annotations"] = json!({ "org.example": "" });
+            },
+            "unknown\n",
+        ),
+        (
+            "grep -c ' /twice ' /proc/mounts; cat /twice/second 2> /dev/null || echo second",
+            |spec| {
+                let mounts = spec["mounts"].as_array_mut().expect("a list");
+                mounts.push(mount("/twice", "tmpfs", "tmpfs", &["size=1m"]));
+                mounts.push(mount("/twice", "tmpfs", "tmpfs", &["size=2m"]));
+            },
+            "2\nsecond\n",
+        ),
+        (
+            "id -u; id -g",
+            |spec| spec["process"]["user"] = json!({ "uid": 4711, "gid": 4712 }),
+            "4711\n4712\n",
+        ),
+        ("pwd", |spec| spec["process"]["cwd"] = json!("/not/there/yet"), "/not/there/yet\n"),
+        (
+            "echo ${#BIG}",
+            |spec| {
+                let big = format!("BIG={}", "x".repeat(100_000));
+                spec["process"]["env"] = json!(["PATH=/bin", big, "A=1", "A=2"]);
+            },
+            "100000\n",
+        ),
+        ("echo $A", same, "\n"),
+    ];
+    for (script, change, wanted) in cases {
+        let output = run(oci, &["sh", "-c", script], change)?;
+        ensure!(output.status == 0 && output.text() == wanted, "{script}: {output}");
+    }
+    // Versions of the specification that the runtime does not know may have more fields.
+    for version in ["1.0.0", "1.0.2-dev", "1.2.0"] {
+        let output = run(oci, &["echo", version], |spec| spec["ociVersion"] = json!(version))?;
+        ensure!(output.text() == format!("{version}\n"), "{output}");
+    }
+    Ok(())
+}
+
+/// The program is found by the container's PATH, which need not begin with a slash, and by a path from its cwd.
+fn programs_by_path(oci: &Oci) -> Result<()> {
+    let output = run(oci, &["busybox", "echo", "found"], |spec| {
+        spec["process"]["env"] = json!(["PATH=/no/such/directory:/bin"]);
+    })?;
+    ensure!(output.text() == "found\n", "{output}");
+    let output = run(oci, &["bin/busybox", "echo", "found"], |_| {})?;
+    ensure!(output.text() == "found\n", "{output}");
+    let output = run(oci, &["./busybox", "pwd"], |spec| spec["process"]["cwd"] = json!("/bin"))?;
+    ensure!(output.text() == "/bin\n", "{output}");
+    let output = run(oci, &["busybox", "true"], |spec| spec["process"]["env"] = json!([]))?;
+    ensure!(
+        output.status == 1 && output.error_text().contains("executable file not found in $PATH"),
+        "{output}"
+    );
+    Ok(())
+}
+
+/// Each is refused before anything of the container runs, and nothing is left of it.
+fn wrong(oci: &Oci) -> Result<()> {
+    let cases: [Case; 7] = [
+        ("no program", |spec| spec["process"]["args"] = json!([]), "args"),
+        (
+            "no such program",
+            |spec| spec["process"]["args"] = json!(["no-such"]),
+            "executable file not found in $PATH",
+        ),
+        ("a directory", |spec| spec["process"]["args"] = json!(["/etc"]), "/etc"),
+        ("no rootfs", |spec| spec["root"]["path"] = json!("no-such-directory"), "no-such-directory"),
+        ("an empty cwd", |spec| spec["process"]["cwd"] = json!(""), "cwd"),
+        ("a relative cwd", |spec| spec["process"]["cwd"] = json!("tmp"), "cwd"),
+        (
+            "a mount's source",
+            |spec| {
+                let mounts = spec["mounts"].as_array_mut().expect("a list");
+                mounts.push(mount("/data", "bind", "/no/such/source", &["bind"]));
+            },
+            "/no/such/source",
+        ),
+    ];
+    for (name, change, text) in cases {
+        let output = run(oci, &["true"], change)?;
+        ensure!(
+            output.status == 1 && output.error_text().to_lowercase().contains(&text.to_lowercase()),
+            "{name}: {output}"
+        );
+        super::is_gone(oci, "b")?;
+    }
+    Ok(())
+}
+
+fn broken(oci: &Oci) -> Result<()> {
+    let bundle = oci.bundle("b", &["true"], |_| {})?;
+    let dir = oci.bundle_dir("b");
+    for text in ["", "{", "[]", "{}", r#"{"ociVersion": 1}"#, r#"{"ociVersion": "1.0.0", "process": "x"}"#] {
+        bundle.config_text(text)?;
+        let output = oci.output(&["create", "--bundle", &dir, "b"])?;
+        ensure!(output.status == 1 && !output.error_text().is_empty(), "{text}: {output}");
+        super::is_gone(oci, "b")?;
+    }
+    Ok(())
+}
+
+/// What counts is the file as it was when the container was created.
+fn changed_after_its_creation(oci: &Oci) -> Result<()> {
+    let bundle = oci.bundle("b", &["echo", "first"], |_| {})?;
+    let container = oci.create("b")?;
+    let pid = oci.pid("b")?;
+    oci.configure(&bundle, "b", &["echo", "second"], |_| {})?;
+    oci.ok(&["start", "b"])?;
+    oci.wait(pid)?;
+    oci.ok(&["delete", "b"])?;
+    let output = container.wait()?;
+    ensure!(output.text() == "first\n", "{output}");
+    Ok(())
+}
+
+fn a_bundle_in_the_current_directory(oci: &Oci) -> Result<()> {
+    let bundle =
+        oci.bundle("b", &["sh", "-c", "cat /etc/passwd | head -n 1; echo x > /written"], |spec| {
+            spec["root"] = json!({ "path": "rootfs", "readonly": true });
+        })?;
+    let run = oci.scripted(&format!("cd {}; exec \"$@\"", bundle.dir().display()), &["run", "b"])?;
+    let output = run.run().context("cannot run")?;
+    ensure!(output.status == 1 && output.text() == "root:x:0:0:root:/root:/bin/sh\n", "{output}");
+    ensure!(output.error_text().contains("Read-only file system"), "{output}");
+    Ok(())
+}

@@ -1,0 +1,113 @@
+//! What is done to a running container: signals, pauses and other limits.
+
+use std::{fs, io::Write};
+
+use anyhow::{Context, Result, ensure};
+use machinen_integration::{bundle::mount, oci::Oci};
+use serde_json::{Value, json};
+
+use super::{SLEEP, with_oci};
+
+with_oci!(signals, all_processes, paused, updated, created_with_limits);
+
+fn signals(oci: &Oci) -> Result<()> {
+    let script = "for s in HUP USR1 WINCH; do trap \"echo $s\" $s; done; trap 'exit 9' TERM; echo ready; while :; do sleep 0.1; done";
+    oci.bundle("k", &["sh", "-c", script], |_| {})?;
+    let container = oci.launch("k")?;
+    let pid = oci.pid("k")?;
+    container.wait_for_stdout("ready\n")?;
+    for (signal, name) in [("HUP", "HUP"), ("SIGUSR1", "USR1"), ("28", "WINCH")] {
+        oci.ok(&["kill", "k", signal])?;
+        container.wait_for_stdout(&format!("{name}\n"))?;
+    }
+    // Without a signal it is SIGTERM.
+    oci.ok(&["kill", "k"])?;
+    oci.wait(pid)?;
+    oci.ok(&["delete", "k"]).map(drop)
+}
+
+/// A container in the PID namespace of another has no first process that takes the others along.
+fn all_processes(oci: &Oci) -> Result<()> {
+    oci.bundle("k", &["sh", "-c", "trap '' TERM; sleep 1000 & echo ready; wait"], |_| {})?;
+    let container = oci.launch("k")?;
+    let pid = oci.pid("k")?;
+    container.wait_for_stdout("ready\n")?;
+    oci.ok(&["kill", "--all", "k", "KILL"])?;
+    oci.wait(pid)?;
+    oci.ok(&["delete", "k"]).map(drop)
+}
+
+fn paused(oci: &Oci) -> Result<()> {
+    oci.bundle("p", &["sh", "-c", "while read line; do echo got $line; done"], |_| {})?;
+    let mut container = oci.launch("p")?;
+    let mut stdin = container.stdin().context("it was asked for")?;
+    stdin.write_all(b"one\n")?;
+    container.wait_for_stdout("got one\n")?;
+    oci.ok(&["pause", "p"])?;
+    oci.has_status("p", "paused")?;
+    oci.fails(&["exec", "p", "true"], 255, "cannot exec in a paused container")?;
+    oci.fails(&["start", "p"], 1, "cannot start")?;
+    stdin.write_all(b"two\n")?;
+    oci.ok(&["resume", "p"])?;
+    oci.has_status("p", "running")?;
+    container.wait_for_stdout("got two\n")?;
+    oci.ok(&["pause", "p"])?;
+    // SIGKILL takes effect at once, or when the container continues.
+    let pid = oci.pid("p")?;
+    oci.ok(&["kill", "p", "KILL"])?;
+    let _ended = oci.output(&["resume", "p"])?;
+    oci.wait(pid)?;
+    oci.ok(&["delete", "p"]).map(drop)
+}
+
+fn with_cgroup(spec: &mut Value) {
+    let mounts = spec["mounts"].as_array_mut().expect("a list");
+    mounts.push(mount("/sys/fs/cgroup", "cgroup", "cgroup", &["ro", "nosuid", "noexec", "nodev"]));
+    spec["linux"]["namespaces"].as_array_mut().expect("a list").push(json!({ "type": "cgroup" }));
+}
+
+/// The files of either version of cgroups.
+const SHOW: &str = "cd /sys/fs/cgroup; cat memory.max memory/memory.limit_in_bytes 2> /dev/null; \
+                    cut -d ' ' -f 1 cpu.max cpu/cpu.cfs_quota_us 2> /dev/null; cat pids.max pids/pids.max 2> /dev/null; true";
+
+fn updated(oci: &Oci) -> Result<()> {
+    oci.bundle("u", &SLEEP, with_cgroup)?;
+    let _container = oci.launch("u")?;
+    oci.ok(&["update", "--memory", "100000000", "--pids-limit", "70", "u"])?;
+    let limits = || oci.ok(&["exec", "u", "sh", "-c", SHOW]);
+    let seen = limits()?;
+    ensure!(seen.starts_with("99999744\n") && seen.ends_with("\n70\n"), "{seen}");
+    let file = oci.file("resources.json");
+    fs::write(
+        &file,
+        json!({ "cpu": { "quota": 30000, "period": 100_000 }, "pids": { "limit": 60 } }).to_string(),
+    )?;
+    oci.ok(&["update", "--resources", &file.display().to_string(), "u"])?;
+    let seen = limits()?;
+    ensure!(seen == "99999744\n30000\n60\n", "{seen}");
+    // By the standard input.
+    let mut update = oci.command(&["update", "--resources", "-", "u"])?.with_stdin().spawn()?;
+    let mut stdin = update.stdin().context("it was asked for")?;
+    stdin.write_all(br#"{"pids": {"limit": 50}}"#)?;
+    drop(stdin);
+    update.wait()?.ok()?;
+    ensure!(limits()?.ends_with("\n50\n"), "{}", limits()?);
+    fs::write(&file, "[]")?;
+    oci.fails(&["update", "--resources", &file.display().to_string(), "u"], 1, "")?;
+    oci.ok(&["delete", "--force", "u"]).map(drop)
+}
+
+fn created_with_limits(oci: &Oci) -> Result<()> {
+    oci.bundle("l", &["sh", "-c", SHOW], |spec| {
+        with_cgroup(spec);
+        spec["linux"]["resources"] = json!({
+            "memory": { "limit": 64 << 20 },
+            "cpu": { "quota": 50000, "period": 100_000 },
+            "pids": { "limit": 40 },
+        });
+        spec["process"]["rlimits"] = json!([{ "type": "RLIMIT_NOFILE", "soft": 100, "hard": 200 }]);
+    })?;
+    let output = oci.ok(&["run", "--bundle", &oci.bundle_dir("l"), "l"])?;
+    ensure!(output == "67108864\n50000\n40\n", "{output}");
+    Ok(())
+}
