@@ -14,6 +14,7 @@
 
 pub mod bundle;
 pub mod containerd;
+pub mod cri;
 pub mod ctr;
 pub mod docker;
 pub mod events;

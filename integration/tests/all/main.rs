@@ -11,6 +11,7 @@ mod clones;
 mod confinement;
 mod control;
 mod cpusets;
+mod cri;
 mod docker;
 mod exec;
 mod exec_api;

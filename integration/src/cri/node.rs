@@ -1,0 +1,173 @@
+//! A node: containerd with the images and the network that pods need.
+
+use std::{
+    fs,
+    net::IpAddr,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use anyhow::{Result, ensure};
+use containerd_client::tonic::Code;
+
+use super::{Client, Pod, api, eventually};
+use crate::{
+    containerd::Containerd, image::Image, inventory::Inventory, paths::Version, process::Invocation,
+    setup::Setup,
+};
+
+/// The image of all containers.
+pub const IMAGE: &str = "machinen.test/busybox:1";
+/// The image of the container that holds a pod's namespaces.
+pub(super) const PAUSE: &str = "machinen.test/pause:1";
+
+/// The runtime of a pod, as a RuntimeClass names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Handler {
+    Runc,
+    Machinen,
+}
+
+impl Handler {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Runc => "runc",
+            Self::Machinen => "machinen",
+        }
+    }
+}
+
+/// A node with one runtime for all of its pods.
+#[derive(Debug)]
+pub struct Node {
+    containerd: Containerd,
+    shared: Arc<Shared>,
+    before: Inventory,
+}
+
+/// What pods need of their node; containerd may be started again while they exist.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) client: Client,
+    pub(super) handler: Handler,
+    /// The directory of the node's files.
+    pub(super) root: PathBuf,
+    /// The directory of the control groups.
+    pub(super) group: String,
+    /// Ids of the pods so far.
+    pub(super) pods: Mutex<Vec<String>>,
+    numbers: AtomicU32,
+}
+
+impl Shared {
+    pub(super) fn number(&self) -> u32 {
+        self.numbers.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+impl Node {
+    /// Starts containerd, and waits until pods can be made.
+    ///
+    /// # Errors
+    /// See [`Containerd::start_with`]; or CRI does not become ready.
+    pub fn start(version: Version, handler: Handler, setup: &Setup) -> Result<Self> {
+        let containerd = Containerd::start_with(version, &setup.clone().cri())?;
+        let shared = Arc::new(Shared {
+            client: Client::connect(&containerd.socket())?,
+            handler,
+            root: containerd.root().to_owned(),
+            group: containerd.name().to_owned(),
+            pods: Mutex::default(),
+            numbers: AtomicU32::new(1),
+        });
+        let mut node = Self { containerd, shared, before: Inventory::default() };
+        node.wait_until_ready()?;
+        for image in [Image::busybox()?, Image::busybox()?.running(PAUSE, &["/bin/sleep", "1000000"])] {
+            node.import(&image)?;
+        }
+        node.before = node.containerd.inventory()?;
+        Ok(node)
+    }
+
+    /// Imports an image, and waits until CRI knows it.
+    ///
+    /// # Errors
+    /// The image cannot be imported.
+    pub fn import(&self, image: &Image) -> Result<()> {
+        self.containerd.import(image)?;
+        let spec = api::ImageSpec { image: image.name().to_owned(), ..Default::default() };
+        let request = api::ImageStatusRequest { image: Some(spec), verbose: false };
+        eventually("the image is known", || Ok(self.client().image_status(request.clone())?.image)).map(drop)
+    }
+
+    fn wait_until_ready(&self) -> Result<()> {
+        eventually("CRI and the network are ready", || {
+            match self.client().status(api::StatusRequest { verbose: false }) {
+                Ok(reply) => {
+                    let conditions = reply.status.unwrap_or_default().conditions;
+                    Ok(conditions.iter().all(|condition| condition.status).then_some(()))
+                }
+                // The plugin, or containerd itself, is still starting.
+                Err(refusal) if matches!(refusal.code, Code::Unavailable | Code::Unknown) => Ok(None),
+                Err(refusal) => Err(refusal.into()),
+            }
+        })
+    }
+
+    /// Kills containerd and starts it again; pods continue to run.
+    ///
+    /// # Errors
+    /// containerd does not start.
+    pub fn restart(&mut self) -> Result<()> {
+        self.containerd.restart()?;
+        self.wait_until_ready()
+    }
+
+    /// Runs a pod.
+    ///
+    /// # Errors
+    /// containerd refuses it.
+    pub fn pod(&self, change: impl FnOnce(&mut api::PodSandboxConfig)) -> Result<Pod> {
+        Pod::run(Arc::clone(&self.shared), change)
+    }
+
+    pub fn client(&self) -> &Client {
+        &self.shared.client
+    }
+
+    pub fn handler(&self) -> Handler {
+        self.shared.handler
+    }
+
+    pub fn containerd(&self) -> &Containerd {
+        &self.containerd
+    }
+
+    /// A program in the node's network.
+    pub fn program(&self, args: &[&str]) -> Invocation {
+        let namespace = format!("--net=/proc/{}/ns/net", self.containerd.keeper_pid());
+        Invocation::new("nsenter").arg(namespace).args(args.iter().copied())
+    }
+
+    /// Waits until nothing is left of any pod.
+    ///
+    /// # Errors
+    /// Something is left; it is listed.
+    pub fn settle(&self) -> Result<()> {
+        for pod in self.shared.pods.lock().expect("the lock is not poisoned").iter() {
+            self.containerd.note_id(pod);
+        }
+        self.containerd.settle(&self.before)?;
+        // The network's plugin has a file for each address that a pod has.
+        let addresses = self.containerd.root().join("cni/state").join(self.containerd.name());
+        for entry in fs::read_dir(addresses).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let address = name.to_str().and_then(|name| name.parse::<IpAddr>().ok());
+            ensure!(address.is_none(), "the address {} is still reserved", name.display());
+        }
+        Ok(())
+    }
+}
