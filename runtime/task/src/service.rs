@@ -79,8 +79,14 @@ impl Task for TaskService {
             stdio,
             checkpoint: checkpoint::restored_from(&req)?,
         };
-        let pid = self.pod.create(create).await.map_err(failed)?;
-        self.follow(stand_in, id.init());
+        let service = self.clone();
+        // A task of its own: a caller that goes away ends this call, but not the creation, and its stand-in ends too.
+        let created = tokio::spawn(async move {
+            let pid = service.pod.create(create).await?;
+            service.follow(stand_in, id.init());
+            Ok(pid)
+        });
+        let pid = created.await.map_err(PodError::Worker).flatten().map_err(failed)?;
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 

@@ -31,6 +31,27 @@ with_oci!(
     refused_in_a_state,
 );
 
+/// A container of machinen's needs a moment, in which the verb can be killed.
+#[test]
+fn killed_while_it_creates() {
+    run(Runtime::Machinen, |oci| {
+        oci.bundle("killed", &SLEEP, |_| {})?;
+        let vms = oci.host().root().join("state/@pods");
+        let script = format!(
+            "\"$@\" < /dev/null > /dev/null 2>&1 & until ls {}/*/vm > /dev/null 2>&1; do sleep 0.02; done; \
+             kill -9 $!; wait $!; true",
+            vms.display()
+        );
+        let create = ["create", "--bundle", &oci.bundle_dir("killed"), "killed"];
+        oci.scripted(&script, &create)?.run()?.ok()?;
+        // The VM has ended by then.
+        let stopped = "until \"$@\" | grep -q '\"stopped\"'; do sleep 0.1; done";
+        oci.scripted(stopped, &["state", "killed"])?.run()?.ok()?;
+        oci.ok(&["delete", "killed"])?;
+        is_gone(oci, "killed")
+    });
+}
+
 /// Runs until it is told to end, in any state.
 const SLEEP: [&str; 2] = ["sleep", "1000"];
 
