@@ -38,7 +38,7 @@ enum Verb {
     Own(OwnVerb),
 }
 
-/// What machinen has besides the verbs of an OCI runtime.
+/// Verbs that no other OCI runtime has.
 #[derive(Debug, Subcommand)]
 enum OwnVerb {
     /// Check whether and how this host can run VMs, and what is missing.

@@ -152,7 +152,7 @@ async fn exec(global: &GlobalArgs, args: &ExecArgs) -> Result<u32, OciError> {
         write_pid_file(args.pid_file.as_deref(), stand_in.process)?;
         stand_in.go(anchor)
     };
-    match args.detach || matches!(attachment, Attachment::Socket(_)) && args.pid_file.is_some() {
+    match args.detach {
         true => start().await.map(|()| 0),
         false => foreground::follow(&monitor, &exec, relay, start).await,
     }

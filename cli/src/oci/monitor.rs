@@ -47,7 +47,7 @@ const LISTENER_FD: i32 = 3;
 /// The descriptor that is closed when the verb that creates the container has ended.
 const CREATOR_FD: i32 = 4;
 
-/// The namespace that logging programs are told; there are none here.
+/// The namespace of containerd that a logging program would get. Streams of the command line lead to none.
 const NAMESPACE: &str = "oci";
 
 /// How long answers in flight may take to arrive at the end.

@@ -10,7 +10,7 @@ use super::{
     create::{Attachment, CreateArgs, create},
     error::OciError,
     global::GlobalArgs,
-    run::proceed,
+    run::{StayArgs, proceed},
 };
 
 /// Arguments of `machinen restore`.
@@ -22,15 +22,8 @@ pub(crate) struct RestoreArgs {
     /// No effect: CRIU's log goes to the log of the container
     #[arg(long, value_name = "DIR")]
     work_path: Option<PathBuf>,
-    /// Go away when the container continues
-    #[arg(long, short)]
-    detach: bool,
-    /// Do not delete the container when it has ended
-    #[arg(long)]
-    keep: bool,
-    /// No effect: the container's processes have their parent in the VM
-    #[arg(long)]
-    no_subreaper: bool,
+    #[command(flatten)]
+    stay: StayArgs,
     // The manifest of a checkpoint says what it needs, so these have been decided.
     #[command(flatten)]
     criu: CriuArgs,
@@ -44,8 +37,8 @@ pub(crate) struct RestoreArgs {
 /// The container cannot be restored; nothing of it is left.
 pub(super) async fn run(global: &GlobalArgs, args: &RestoreArgs) -> Result<ExitCode, OciError> {
     args.unsupported.refuse()?;
-    let attachment = Attachment::of(args.create.console_socket.as_deref(), args.detach);
+    let attachment = Attachment::of(args.create.console_socket.as_deref(), args.stay.detach);
     let image = args.image_path.canonicalize().map_err(FileError::at("find", &args.image_path))?;
     let created = create(global, &args.create, attachment, Some(&image)).await?;
-    proceed(global, created, args.detach, args.keep).await
+    proceed(global, created, &args.stay).await
 }

@@ -14,25 +14,32 @@ use super::{
 /// Arguments of `machinen run`.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
-    /// Go away when the container has started
+    #[command(flatten)]
+    stay: StayArgs,
+    #[command(flatten)]
+    create: CreateArgs,
+}
+
+/// How long a verb stays that starts a container.
+#[derive(Debug, Args)]
+pub(super) struct StayArgs {
+    /// Go away when the container runs
     #[arg(long, short)]
-    detach: bool,
+    pub(super) detach: bool,
     /// Do not delete the container when it has ended
     #[arg(long)]
     keep: bool,
     /// No effect: the container's processes have their parent in the VM
     #[arg(long)]
     no_subreaper: bool,
-    #[command(flatten)]
-    create: CreateArgs,
 }
 
 /// # Errors
 /// The container cannot be created or started; nothing of it is left.
 pub(super) async fn run(global: &GlobalArgs, args: &RunArgs) -> Result<ExitCode, OciError> {
-    let attachment = Attachment::of(args.create.console_socket.as_deref(), args.detach);
+    let attachment = Attachment::of(args.create.console_socket.as_deref(), args.stay.detach);
     let created = create(global, &args.create, attachment, None).await?;
-    proceed(global, created, args.detach, args.keep).await
+    proceed(global, created, &args.stay).await
 }
 
 /// Starts a container that was created or restored, and stays until it has ended unless that is not wanted.
@@ -42,9 +49,9 @@ pub(super) async fn run(global: &GlobalArgs, args: &RunArgs) -> Result<ExitCode,
 pub(super) async fn proceed(
     global: &GlobalArgs,
     created: CreatedContainer,
-    detach: bool,
-    keep: bool,
+    stay: &StayArgs,
 ) -> Result<ExitCode, OciError> {
+    let StayArgs { detach, keep, .. } = *stay;
     let CreatedContainer { state, monitor, relay } = created;
     let ended = match detach {
         true => monitor.start("").await.map(|_| 0),

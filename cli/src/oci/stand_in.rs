@@ -245,7 +245,7 @@ async fn pass_on_size(monitor: &MonitorClient, exec: &str) {
     }
 }
 
-/// The signals that are passed on: those which a process can catch and which somebody may send to it.
+/// The signals that are passed on: those that a process can catch and that users send.
 struct ForwardedSignals(mpsc::UnboundedReceiver<i32>);
 
 impl ForwardedSignals {

@@ -39,7 +39,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Asks until there is an answer, as kubelet does.
 ///
 /// # Errors
-/// There is none in time, or a question failed.
+/// There is no answer in time, or a question failed.
 #[expect(
     clippy::disallowed_methods,
     reason = "containerd 1.6 has no events of CRI, and kubelet asks again too"

@@ -1,6 +1,6 @@
 //! Streams of containers and ports of pods through containerd's streaming server, by websocket.
 //!
-//! A call of CRI returns an address, and whoever dials it gets the streams: each message begins with the number of
+//! A call of CRI returns an address, and a client that dials it gets the streams: each message begins with the number of
 //! its stream (Kubernetes, `v4.channel.k8s.io`).
 
 use std::{

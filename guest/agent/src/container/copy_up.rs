@@ -87,7 +87,7 @@ fn copy_entry(from: &Path, to: &Path, meta: &Metadata, device: u64) -> io::Resul
     } else if kind.is_file() {
         fs::copy(from, to)?;
     } else if kind.is_socket() {
-        // Nobody listens on it.
+        // No process listens on a socket of an image.
         return Ok(());
     } else {
         let kind = SFlag::from_bits_truncate(meta.mode() & SFlag::S_IFMT.bits());

@@ -1,10 +1,10 @@
 //! Which namespaces a container shares with others of its pod.
 //!
 //! A configuration names a namespace by a path on the host: `/proc/PID/ns/ipc` of the process that stands for another
-//! container, or a file on which somebody has pinned the namespace for the pod. In the guest the containers then are in
+//! container, or a file on which a client has pinned the namespace for the pod. In the guest the containers then are in
 //! the same namespace. Anchors have IPC and UTS namespaces on the host, so these are recognised by their identity. Of the
-//! other kinds a container has none on the host, and it is recognised by its process: whoever is in the mount namespace
-//! of its anchor stands for it.
+//! other kinds a container has none on the host, and it is recognised by its process: a process in the mount namespace
+//! of the anchor stands for the container.
 
 use std::{
     fs, io,

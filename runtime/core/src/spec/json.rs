@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 const TEXT_MAPS: [&str; 3] = ["annotations", "linux.sysctl", "linux.resources.unified"];
 
 /// Capabilities that the guest's kernel has (linux/capability.h).
-const CAPABILITIES: [&str; 41] = [
+pub(crate) const CAPABILITIES: [&str; 41] = [
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
     "CAP_DAC_READ_SEARCH",

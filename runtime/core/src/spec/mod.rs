@@ -16,6 +16,7 @@ mod json;
 pub mod resources;
 pub mod volumes;
 
+pub(crate) use json::CAPABILITIES;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 /// The newest version of the runtime-spec that is followed.

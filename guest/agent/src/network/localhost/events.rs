@@ -1,7 +1,7 @@
 //! When TCP sockets begin and cease to listen, by a tracepoint of the kernel (Documentation/trace/events.rst).
 //!
 //! The kernel has no other event for listen(2). The content of an event is not used: it only shows when to look. An
-//! instance of the tracing file system has buffers and settings of its own, so nobody else's tracing is disturbed, and it
+//! instance of the tracing file system has buffers and settings of its own, so other users of tracing are not disturbed, and it
 //! is used through a descriptor of a mount that is not attached anywhere.
 
 use std::{
