@@ -70,7 +70,7 @@ pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
         Accelerator::Tcg { .. } => {
             let threads = emulation_threads(spec.vcpus);
             let accel = format!("tcg,thread={threads},tb-size={TRANSLATED_CODE_MIB}");
-            args.option("-accel", accel).option("-cpu", "max")
+            args.option("-accel", accel).option("-cpu", EMULATED_CPU)
         }
     };
     args.option("-smp", spec.vcpus).option("-m", format!("{}M", spec.memory_mib));
@@ -182,6 +182,10 @@ pub(crate) fn own_memory_file(spec: &VmSpec, start: Start) -> u64 {
     }
 }
 
+/// The processor that TCG emulates: all it can, but for the promise that `rep movsb` and `rep stosb` are fast. The guest's
+/// kernel and libc would copy and clear memory by them, which TCG executes byte by byte.
+const EMULATED_CPU: &str = "max,-erms,-fsrm";
+
 /// How TCG executes virtual CPUs: each in a thread of its own, or all in one thread.
 ///
 /// A kernel with several CPUs changes its own code while it runs: it writes a breakpoint first and removes it when all
@@ -200,11 +204,16 @@ fn kernel_command_line(spec: &VmSpec, start: Start) -> String {
          reboot=t panic=-1 rcupdate.rcu_expedited=1 random.trust_cpu=on scsi_mod.scan=manual {CHANNEL_ARG}={}",
         spec.channel.guest_name()
     );
-    if let Accelerator::Tcg { tsc_khz } = spec.accel {
+    match spec.accel {
         // Emulated timers are too slow to calibrate delays with, and emulation does not execute
         // speculatively.
-        let lpj = u64::from(tsc_khz) * 1000 / u64::from(GUEST_HZ);
-        line += &format!(" tsc_early_khz={tsc_khz} lpj={lpj} tsc=reliable no_timer_check mitigations=off");
+        Accelerator::Tcg { tsc_khz } => {
+            let lpj = u64::from(tsc_khz) * 1000 / u64::from(GUEST_HZ);
+            line +=
+                &format!(" tsc_early_khz={tsc_khz} lpj={lpj} tsc=reliable no_timer_check mitigations=off");
+        }
+        // On a processor these cost little, and under emulation they cost too much.
+        Accelerator::Kvm => line += " init_on_alloc=1 randomize_kstack_offset=on",
     }
     if start == Start::Template {
         line += &format!(" {TEMPLATE_ARG}");
