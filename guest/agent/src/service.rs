@@ -286,7 +286,8 @@ impl Agent for Service {
             let stream = state.context.unclaimed.claim(request.stream).await;
             let stream = stream.ok_or(ContainerError::NoStream { token: request.stream })?;
             let Context { engine, reaper, .. } = &state.context;
-            state.containers.get(&request.container_id)?.open_view(engine, reaper, stream).await?;
+            let container = state.containers.get(&request.container_id)?;
+            container.open_view(engine, reaper, stream, request.without_mounts).await?;
             Ok(api::Empty::new())
         })
         .await

@@ -46,6 +46,8 @@ pub mod opcode {
     pub const LINK: u32 = 13;
     /// Opens a file.
     pub const OPEN: u32 = 14;
+    /// Asks for the sizes of the file system.
+    pub const STATFS: u32 = 17;
     /// Negotiates the version, once.
     pub const INIT: u32 = 26;
     /// Opens a directory.

@@ -13,7 +13,7 @@ mod relay;
 mod server;
 mod tree;
 
-use std::{io, os::fd::OwnedFd, time::Duration};
+use std::{io, os::fd::OwnedFd, path::Path, time::Duration};
 
 use machinen_protocol::error::{ErrorKind, HasKind};
 use nix::{
@@ -70,12 +70,34 @@ impl HasKind for ViewError {
     }
 }
 
-/// The view of one container: at most one at a time.
+/// The views of one container: at most one of each kind at a time.
 #[derive(Debug, Default)]
 pub(crate) struct View {
-    serving: Mutex<Option<Serving>>,
+    with_mounts: Mutex<Option<Serving>>,
+    without_mounts: Mutex<Option<Serving>>,
+    /// For both.
     gate: WriteGate,
 }
+
+/// What a view shows.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum ViewedRoot<'a> {
+    /// The root directory of the container's init, and what is mounted in it.
+    OfInit(Pid),
+    /// The root file system at this path of the agent's mount namespace, where nothing is mounted in it.
+    WithoutMounts(&'a Path),
+}
+
+impl ViewedRoot<'_> {
+    fn open(self, reaper: &Reaper) -> Result<OwnedFd, ViewError> {
+        match self {
+            Self::OfInit(init) => root_of(reaper, init),
+            Self::WithoutMounts(path) => open(path, ROOT_FLAGS, Mode::empty()).map_err(ViewError::Root),
+        }
+    }
+}
+
+const ROOT_FLAGS: OFlag = OFlag::O_PATH.union(OFlag::O_DIRECTORY).union(OFlag::O_CLOEXEC);
 
 #[derive(Debug)]
 struct Serving {
@@ -86,7 +108,7 @@ struct Serving {
 }
 
 impl View {
-    /// Serves the root directory of the container's `init` on `stream`. A server from an earlier call ends.
+    /// Serves the files below `root` on `stream`. A server of the same kind from an earlier call ends.
     ///
     /// # Errors
     /// The container has ended, or the server cannot be started.
@@ -94,12 +116,16 @@ impl View {
         &self,
         engine: &Engine,
         reaper: &Reaper,
-        init: Pid,
+        root: ViewedRoot<'_>,
         stream: Stream,
     ) -> Result<(), ViewError> {
-        let mut serving = self.serving.lock().await;
+        let serving = match root {
+            ViewedRoot::OfInit(_) => &self.with_mounts,
+            ViewedRoot::WithoutMounts(_) => &self.without_mounts,
+        };
+        let mut serving = serving.lock().await;
         end(serving.take()).await;
-        let root = root_of(reaper, init)?;
+        let root = root.open(reaper)?;
         let (ours, servers) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
                 .map_err(ViewError::Socket)?;
@@ -111,10 +137,10 @@ impl View {
         Ok(())
     }
 
-    /// Makes the view read-only, and returns when no change is in progress.
+    /// Makes the views read-only, and returns when no change is in progress.
     ///
     /// # Errors
-    /// A change takes too long; the view is writable again.
+    /// A change takes too long; the views are writable again.
     pub(crate) async fn make_read_only(&self) -> Result<(), ViewError> {
         timeout(CHANGE_DEADLINE, self.gate.close()).await.map_err(|_| {
             self.gate.open();
@@ -126,9 +152,11 @@ impl View {
         self.gate.open();
     }
 
-    /// Ends the server, and returns when it is gone.
+    /// Ends the servers, and returns when they are gone.
     pub(crate) async fn end(&self) {
-        end(self.serving.lock().await.take()).await;
+        for serving in [&self.with_mounts, &self.without_mounts] {
+            end(serving.lock().await.take()).await;
+        }
     }
 }
 
@@ -145,8 +173,7 @@ async fn end(serving: Option<Serving>) {
 fn root_of(reaper: &Reaper, init: Pid) -> Result<OwnedFd, ViewError> {
     // The pid is not reused while this handle is open.
     let _handle = reaper.open(init).map_err(ViewError::Root)?.ok_or(ViewError::NotRunning)?;
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    match open(format!("/proc/{init}/root").as_str(), flags, Mode::empty()) {
+    match open(format!("/proc/{init}/root").as_str(), ROOT_FLAGS, Mode::empty()) {
         Err(Errno::ENOENT) => Err(ViewError::NotRunning),
         root => root.map_err(ViewError::Root),
     }

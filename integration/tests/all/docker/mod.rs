@@ -9,8 +9,12 @@ mod volumes;
 
 use std::fs;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use machinen_integration::{containerd::Containerd, docker::Docker, image::Image, paths::Version};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 use crate::harness::{self, IMAGE};
 
@@ -27,8 +31,10 @@ macro_rules! with_docker {
 use with_docker;
 
 with_docker!(runc, RUNC: exit_codes, streams, a_life_in_the_background, files_are_copied, stopped_in_time);
-// dockerd copies into its own mount of the root file system, which a running VM does not see.
-with_docker!(machinen, MACHINEN: exit_codes, streams, a_life_in_the_background, stopped_in_time);
+with_docker!(
+    machinen, MACHINEN: exit_codes, streams, a_life_in_the_background, files_are_copied, stopped_in_time,
+    the_mount_of_a_killed_shims_container_is_dockers_again
+);
 
 /// The containerd of the same suite as dockerd.
 const CONTAINERD: Version = Version::V1_7;
@@ -101,7 +107,14 @@ fn files_are_copied(docker: &Docker<'_>, runtime: &str) -> Result<()> {
     let file = |name: &str| dir.join(name).display().to_string();
     fs::write(file("given"), "from the host\n")?;
     docker.ok(&["cp", &file("given"), "copied:/given"])?;
-    docker.ok(&["exec", "copied", "sh", "-c", "cat /written; touch /end"])?;
+    // What the container has written is seen at once, also by a copy of a directory.
+    docker.ok(&["exec", "copied", "sh", "-c", "mkdir -p /tree/deep; echo now > /tree/deep/file"])?;
+    docker.ok(&["cp", "copied:/tree/deep", &file("deep")])?;
+    ensure!(fs::read_to_string(dir.join("deep/file"))? == "now\n", "the copy of a directory");
+    docker.ok(&["cp", "copied:/written", &file("early")])?;
+    ensure!(fs::read_to_string(file("early"))? == "from the container\n", "a copy while the container runs");
+    docker.ok(&["cp", &file("deep"), "copied:/back"])?;
+    docker.ok(&["exec", "copied", "sh", "-c", "cat /written && cat /back/file && touch /end"])?;
     ensure!(docker.ok(&["wait", "copied"])? == "0");
     for (name, content) in [("written", "from the container\n"), ("taken", "from the host\n")] {
         docker.ok(&["cp", &format!("copied:/{name}"), &file(name)])?;
@@ -118,4 +131,27 @@ fn stopped_in_time(docker: &Docker<'_>, runtime: &str) -> Result<()> {
     let state = docker.ok(&["inspect", "--format", "{{.State.ExitCode}}", "stubborn"])?;
     ensure!(state == "137", "{state}");
     docker.ok(&["rm", "stubborn"]).map(drop)
+}
+
+/// Nothing covers dockerd's mount of the root file system then, which dockerd unmounts, and the container starts again.
+fn the_mount_of_a_killed_shims_container_is_dockers_again(docker: &Docker<'_>, runtime: &str) -> Result<()> {
+    let id = docker.ok(&run_args(runtime, &["-d", "--name", "lost", IMAGE, "sleep", "1000"]))?;
+    let views = || -> Result<usize> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        let dir = docker.dir().display().to_string();
+        let is_view = |line: &&str| line.contains(" - fuse.machinen ") && line.contains(&dir);
+        Ok(mounts.lines().filter(is_view).count())
+    };
+    ensure!(views()? == 1, "the view does not cover dockerd's mount");
+    let pid = docker.ok(&["inspect", "--format", "{{.State.Pid}}", "lost"])?;
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let shim =
+        status.lines().find_map(|line| line.strip_prefix("PPid:")).context("no parent")?.trim().parse()?;
+    kill(Pid::from_raw(shim), Signal::SIGKILL)?;
+    ensure!(docker.ok(&["wait", "lost"])? == "137");
+    ensure!(views()? == 0, "a view is left");
+    docker.ok(&["start", "lost"])?;
+    let state = docker.ok(&["inspect", "--format", "{{.Id}} {{.State.Status}}", "lost"])?;
+    ensure!(state == format!("{id} running"), "{state}");
+    docker.ok(&["rm", "--force", "lost"]).map(drop)
 }

@@ -33,7 +33,7 @@ use rustix::{
 };
 use tokio::{io::AsyncReadExt as _, net::unix::pipe, task::spawn_blocking};
 
-use super::namespaces::AnchorNamespaces;
+use super::{cover::Cover, namespaces::AnchorNamespaces};
 use crate::view::{self, ContainerView, DeviceError, ViewGuest};
 
 /// The process whose pid clients get; it inherits its root.
@@ -82,6 +82,8 @@ pub enum AnchorError {
 /// The anchor of a container that is being created or exists.
 #[derive(Debug)]
 pub struct Anchor {
+    /// Another view, where the caller has mounted the root file system.
+    cover: Option<Cover>,
     /// Ends before the process, which may be waiting for a reply of the view.
     view: Option<ContainerView>,
     child: Child,
@@ -135,7 +137,7 @@ impl Anchor {
         let mut child = spawn.start().map_err(AnchorError::Spawn)?;
         let report = OwnedFd::from(child.stdout.take().expect("it was asked for"));
         let report = pipe::Receiver::from_owned_fd(report).map_err(AnchorError::Report)?;
-        Ok(Self { view, child, report, netns })
+        Ok(Self { cover: None, view, child, report, netns })
     }
 
     /// The anchor's pid on the host.
@@ -173,11 +175,21 @@ impl Anchor {
         self.child.exited()
     }
 
-    /// Ends the view and then the process.
+    /// Keeps a cover, which is to end with this anchor.
+    pub(super) fn keep(&mut self, cover: Cover) {
+        self.cover = Some(cover);
+    }
+
+    /// Ends the views and then the process.
     ///
     /// # Errors
     /// The kernel refuses to kill the process.
     pub(super) async fn end(&mut self) -> Result<(), ProcessError> {
+        if let Some(cover) = self.cover.take()
+            && let Err(error) = cover.remove().await
+        {
+            tracing::warn!("{}", chain(&error));
+        }
         if let Some(view) = &mut self.view {
             view.end().await;
         }

@@ -11,6 +11,7 @@ use machinen_base::{
     process::ReservedUser,
 };
 
+use super::cover::{self, COVERS_DIR};
 use crate::{
     hooks::{PoststopRecord, recorded},
     host_cgroup, network,
@@ -31,11 +32,12 @@ pub(super) const POSTSTOP_DIR: &str = "poststop";
 pub async fn remove(state_dir: &Path, bundle: &Path, until: Instant) -> Result<Vec<String>, FileError> {
     let mut problems = run_poststop_hooks(&state_dir.join(POSTSTOP_DIR), until).await;
     let mut note = |result: Result<(), String>| problems.extend(result.err());
+    note(cover::uncover_abandoned(state_dir).map_err(|error| chain(&error)));
     note(host_cgroup::remove_abandoned(state_dir).map_err(|error| chain(&error)));
     note(network::disconnect_abandoned(bundle).map_err(|error| chain(&error)));
     // A killed owner has not released the users of its children.
     note(ReservedUser::sweep().map_err(|error| chain(&error)));
-    for dir in [VM_DIR, POSTSTOP_DIR] {
+    for dir in [VM_DIR, POSTSTOP_DIR, COVERS_DIR] {
         let path = state_dir.join(dir);
         remove_dir_if_exists(&path).map_err(FileError::at("remove", path))?;
     }

@@ -15,6 +15,7 @@ mod checkpoint;
 mod checkpoint_guest;
 mod connections;
 mod container;
+mod cover;
 mod create;
 mod error;
 pub mod event;

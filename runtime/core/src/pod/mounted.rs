@@ -23,10 +23,22 @@ pub(super) fn overlay_at(root: &Path) -> io::Result<Option<RootfsMount>> {
     Ok(find(&fs::read(MOUNTINFO)?, &root))
 }
 
+/// Whether the file system that is mounted last at `point` is of this type. `point` has no links, and is not accessed.
+///
+/// # Errors
+/// /proc is not mounted.
+pub(super) fn is_of_type(point: &Path, kind: &str) -> io::Result<bool> {
+    let mountinfo = fs::read(MOUNTINFO)?;
+    Ok(last_at(&mountinfo, point).is_some_and(|mount| mount.kind == kind.as_bytes()))
+}
+
 /// The last mount at the path covers the others.
+fn last_at<'a>(mountinfo: &'a [u8], point: &Path) -> Option<MountLine<'a>> {
+    mountinfo.split(|&byte| byte == b'\n').filter_map(MountLine::parse).rfind(|mount| mount.point == point)
+}
+
 fn find(mountinfo: &[u8], root: &Path) -> Option<RootfsMount> {
-    let mut mounts = mountinfo.split(|&byte| byte == b'\n').filter_map(MountLine::parse);
-    let mount = mounts.rfind(|mount| mount.point == root).filter(|mount| mount.kind == b"overlay")?;
+    let mount = last_at(mountinfo, root).filter(|mount| mount.kind == b"overlay")?;
     let options: Vec<_> = mount.options.split(|&byte| byte == b',').filter_map(option).collect();
     let options = absolute(options, root)?;
     Some(RootfsMount { kind: "overlay".to_owned(), source: "overlay".into(), options })

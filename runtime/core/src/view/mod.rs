@@ -38,6 +38,9 @@ use device::{Device, DeviceRead};
 pub(crate) use device::empty;
 pub use device::{DeviceError, DeviceStep};
 
+/// The type of a view in /proc/self/mountinfo.
+pub(crate) const MOUNT_TYPE: &str = "fuse.machinen";
+
 /// The longest wait for the guest: for the reply to a request, or for a server to be opened.
 const REPLY_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -56,6 +59,8 @@ pub(crate) struct ViewGuest {
     pub(crate) container: String,
     /// Acquired while a stream is open that the agent has not claimed.
     pub(crate) unclaimed: Arc<Semaphore>,
+    /// What is mounted in the container's root file system is not shown.
+    pub(crate) without_mounts: bool,
 }
 
 /// Why no server could be opened in the guest.
@@ -113,7 +118,7 @@ impl ViewGuest {
         let open = async {
             let _unclaimed = self.unclaimed.acquire().await.expect("never closed");
             let (token, stream) = self.vm.open_stream().await?;
-            self.agent.open_view(&self.container, token).await?;
+            self.agent.open_view(&self.container, token, self.without_mounts).await?;
             Ok(stream)
         };
         tokio::time::timeout(REPLY_DEADLINE, open).await.map_err(|_| OpenError::Deadline)?
@@ -145,6 +150,11 @@ async fn serve_guest(
     guest: &mut watch::Receiver<Option<ViewGuest>>,
 ) -> std::io::Result<DeviceRead> {
     let mut buffer = vec![0; MAX_REQUEST];
+    // The kernel's first request negotiates the connection, which is not for the guest, attached or not.
+    match device.read(&mut buffer).await? {
+        DeviceRead::Unmounted => return Ok(DeviceRead::Unmounted),
+        DeviceRead::Request(first) => answers::without_guest(device, first, &buffer)?,
+    }
     let guest = loop {
         tokio::select! {
             read = device.read(&mut buffer) => match read? {

@@ -300,13 +300,19 @@ impl Client {
         call!(self.export_layer(request), None).map(|answer| answer.total_bytes)
     }
 
-    /// Has the agent serve the container's files on the stream with this token.
+    /// Has the agent serve the container's files on the stream with this token, with what is mounted in the container's
+    /// root file system or without.
     ///
     /// # Errors
     /// The container or stream does not exist, or the container has ended.
-    pub async fn open_view(&self, container: &str, stream: u64) -> Result<(), AgentError> {
-        let request =
-            OpenViewRequest { container_id: container.to_owned(), stream, ..OpenViewRequest::default() };
+    pub async fn open_view(
+        &self,
+        container: &str,
+        stream: u64,
+        without_mounts: bool,
+    ) -> Result<(), AgentError> {
+        let container_id = container.to_owned();
+        let request = OpenViewRequest { container_id, stream, without_mounts, ..OpenViewRequest::default() };
         call!(self.open_view(request), Some(QUICK)).map(nothing)
     }
 

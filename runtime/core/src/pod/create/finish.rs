@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use machinen_base::error::chain;
 use machinen_protocol::{
     api::{CreateContainerRequest, InjectedFile, JoinedNamespace, Stdio},
     process::ProcessRef,
 };
+use machinen_storage::container_disk::ContainerDiskPlan;
 use machinen_vm::{DiskAddress, Vm, agent};
 use protobuf::MessageField;
 
@@ -18,6 +20,7 @@ use crate::{
     pod::{
         Container, PodError,
         container::{ContainerGuest, ContainerStorage},
+        cover::{COVERS_DIR, Cover},
         layer::WritableLayer,
         restore::RestoreDisk,
         sandbox::VmOrigin,
@@ -143,13 +146,39 @@ impl CreateJob<'_> {
         self.phases.time("limits", limits).await?;
         // The anchor has long entered its root by now; its pid must not be passed to clients or hooks before.
         self.phases.time("anchor", held.anchor.wait_for_root()).await?;
-        held.anchor.attach(ViewGuest {
+        held.anchor.attach(self.view_guest(held, agent, false));
+        let hooks = self.pod.run_create_hooks(&self.plan.hooks, held.anchor.pid());
+        self.phases.time("hooks", hooks).await?;
+        self.cover_mounted_root(held, agent).await;
+        Ok(())
+    }
+
+    fn view_guest(&self, held: &Held, agent: &agent::Client, without_mounts: bool) -> ViewGuest {
+        ViewGuest {
             vm: held.vm.vm.clone(),
             agent: agent.clone(),
             container: self.request.id.to_string(),
             unclaimed: Arc::clone(&self.pod.shared.starting),
-        });
-        self.phases.time("hooks", self.pod.run_create_hooks(&self.plan.hooks, held.anchor.pid())).await
+            without_mounts,
+        }
+    }
+
+    /// A caller that has mounted the root file system itself finds the container's files there. A failure is logged: then it
+    /// finds them as they were before the start.
+    async fn cover_mounted_root(&self, held: &mut Held, agent: &agent::Client) {
+        let ContainerDiskPlan::Upper { mount: Some(mount), .. } = &self.plan.rootfs.disk else { return };
+        let id = self.request.id.as_str();
+        let record = self.pod.shared.state_dir.join(COVERS_DIR).join(id);
+        match Cover::make(self.view_guest(held, agent, true), mount.clone(), record).await {
+            Ok(cover) => held.anchor.keep(cover),
+            Err(error) => {
+                tracing::warn!(
+                    id,
+                    "the mounted root file system does not show the container's files: {}",
+                    chain(&error)
+                );
+            }
+        }
     }
 
     fn guest_request(
