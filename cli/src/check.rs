@@ -10,6 +10,7 @@ use machinen::{
     config::Config,
     error::chain,
     host_cgroup::HostCgroups,
+    pool,
     process::{Jail, ReservedUser, Spawn, SystemCalls, ToolOutput},
     rootdisk::{RootdiskCache, mke2fs_version},
     vm::{ChannelKind, HostSupport, choose_channel, qemu_version},
@@ -53,6 +54,7 @@ pub(crate) fn run(args: &CheckArgs, config: &Config) -> ExitCode {
         channel(config),
         cgroup(),
         cache(config),
+        warm_pool(config),
         jail(),
     ];
     if args.json {
@@ -131,6 +133,22 @@ fn channel(config: &Config) -> Finding {
         ),
     };
     Finding { what: "channel", verdict, text }
+}
+
+/// Whether clones are kept ready for the next starts.
+fn warm_pool(config: &Config) -> Finding {
+    let (size, reserve) = (config.pool.size, config.pool.memory_reserve_percent);
+    let (verdict, text) = match (size, pool::has_room(config)) {
+        (0, _) => (CheckVerdict::Note, "no clone is kept ready for the next start (pool.size)".to_owned()),
+        (_, Ok(())) => (
+            CheckVerdict::Ok,
+            format!(
+                "{size} kept ready while {reserve} % of the memory are available besides (pool.size, pool.memory_reserve_percent)"
+            ),
+        ),
+        (_, Err(error)) => (CheckVerdict::Note, format!("no clone is kept ready: {}", chain(&error))),
+    };
+    Finding { what: "pool", verdict, text }
 }
 
 /// Runs a program with all restrictions that QEMU and the other child processes have.

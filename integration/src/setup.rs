@@ -48,14 +48,14 @@ impl Setup {
         self.set("template", "dir", Value::path(dir)).set("template", "mode", Value::text(mode))
     }
 
-    /// Only the paths of the checkout's assets and tools; all other keys have their defaults.
+    /// Only the paths of the checkout's assets and tools, and no warm pool, whose clones outlive the starts that they
+    /// are made after; all other keys have their defaults.
     pub fn of_user() -> Self {
         let vsock = paths::tools().join("vhost-device-vsock");
-        Self::default().set("assets", "dir", Value::path(&paths::assets())).set(
-            "vm",
-            "vhost_device_vsock",
-            Value::path(&vsock),
-        )
+        Self::default()
+            .set("assets", "dir", Value::path(&paths::assets()))
+            .set("vm", "vhost_device_vsock", Value::path(&vsock))
+            .set("pool", "size", Value::number(0))
     }
 
     /// Allows every annotation, also those that change how a VM works.

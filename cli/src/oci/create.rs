@@ -2,7 +2,6 @@
 
 use std::{
     fs,
-    os::fd::OwnedFd,
     path::{Path, PathBuf},
     time::SystemTime,
 };
@@ -169,7 +168,7 @@ async fn create_in(
     let process = spec.process().as_ref();
     let terminal = process.and_then(|process| process.terminal()).unwrap_or(false);
     let size = process.and_then(|process| process.console_size()).map(|size| (size.width(), size.height()));
-    let (pod, creator) = enter_pod(state, bundle, spec, global)?;
+    let pod = enter_pod(state, bundle, spec, global)?;
     let mut record = ContainerRecord::new(state, bundle, spec, pod);
     let (streams, relay) = attachment.streams(terminal, size)?;
     let stand_in = StandIn::start(&state.id, &record.pod, "", streams)?;
@@ -188,29 +187,23 @@ async fn create_in(
     state.save(&record)?;
     write_pid_file(args.pid_file.as_deref(), stand_in.process)?;
     stand_in.go(anchor)?;
-    drop(creator);
     Ok((client, relay))
 }
 
-/// Finds the pod that the container belongs to, or makes one with a monitor, which ends if the returned descriptor is
-/// closed before a container exists. The container's record names the pod from then on.
-fn enter_pod(
-    state: &StateDir,
-    bundle: &Path,
-    spec: &Spec,
-    global: &GlobalArgs,
-) -> Result<(PodDir, Option<OwnedFd>), OciError> {
+/// Finds the pod that the container belongs to, or makes one with a monitor. The container's record names the pod from
+/// then on.
+fn enter_pod(state: &StateDir, bundle: &Path, spec: &Spec, global: &GlobalArgs) -> Result<PodDir, OciError> {
     if let Some(pod) = PodDir::of_other(&global.root, &state.id, spec)? {
         let _locked = pod.lock()?;
         state.save(&ContainerRecord::new(state, bundle, spec, pod.clone()))?;
-        return Ok((pod, None));
+        return Ok(pod);
     }
     let pod = PodDir::create(&global.root)?;
     let _locked = pod.lock()?;
     state.save(&ContainerRecord::new(state, bundle, spec, pod.clone()))?;
-    let (monitor, creator) = monitor::start(&state.id, &pod, bundle.to_owned(), &global.log)?;
+    let monitor = monitor::start(&state.id, &pod, bundle.to_owned(), &global.log)?;
     pod.save(&PodRecord { monitor, bundle: bundle.to_owned() })?;
-    Ok((pod, Some(creator)))
+    Ok(pod)
 }
 
 impl ContainerRecord {

@@ -4,7 +4,8 @@ use std::{io, path::PathBuf};
 
 use containerd_shim_protos::ttrpc;
 use machinen::{
-    config::ConfigError, fs::FileError, pod::IdError, process::ProcessError, spec::bundle::BundleError,
+    config::ConfigError, fs::FileError, pod::IdError, pool::MemberError, process::ProcessError,
+    spec::bundle::BundleError,
 };
 
 use super::state::ContainerStatus;
@@ -57,6 +58,12 @@ pub(crate) enum OciError {
     Io { what: &'static str, source: io::Error },
     #[error("cannot read {}", path.display())]
     Json { path: PathBuf, source: serde_json::Error },
+    #[error("this process was started without what it is to do")]
+    NoParams,
+    #[error("cannot read what this process is to do")]
+    Params(#[source] serde_json::Error),
+    #[error(transparent)]
+    Member(#[from] MemberError),
     #[error("cannot encode JSON")]
     Encode(#[source] serde_json::Error),
     #[error("cannot decode the answer of the container's monitor")]

@@ -35,8 +35,13 @@ pub(crate) use error::OciError;
 pub(crate) use global::GlobalArgs;
 
 /// The hidden processes that the verbs and the monitors start.
-pub(crate) const ENTRY_POINTS: &[EntryPoint] =
-    &[monitor::ENTRY_POINT, stand_in::ENTRY_POINT, anchor::ENTRY_POINT, shares::ENTRY_POINT];
+pub(crate) const ENTRY_POINTS: &[EntryPoint] = &[
+    monitor::ENTRY_POINT,
+    monitor::POOL_ENTRY_POINT,
+    stand_in::ENTRY_POINT,
+    anchor::ENTRY_POINT,
+    shares::ENTRY_POINT,
+];
 
 /// The verbs of an OCI runtime (runc(8)).
 #[derive(Debug, Subcommand)]

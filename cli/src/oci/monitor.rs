@@ -21,13 +21,13 @@ use machinen::{
     error::chain,
     fs::FileError,
     pod::{ContainerId, Lifetime, Pod, PodSettings},
+    pool::{self, Member, Pool, WarmVm},
+    process::foreign_end,
     reexec::EntryPoint,
     sys,
 };
 use serde::{Deserialize, Serialize};
 use tokio::{
-    io::AsyncReadExt as _,
-    net::unix::pipe,
     signal::unix::{SignalKind, signal},
     sync::{Notify, mpsc},
     time::timeout,
@@ -43,9 +43,11 @@ use super::{
 /// The owner of a pod's VM.
 pub(crate) const ENTRY_POINT: EntryPoint = EntryPoint { name: "container-monitor", main };
 
+/// A monitor that waits in the warm pool, with a VM that is ready.
+pub(crate) const POOL_ENTRY_POINT: EntryPoint =
+    EntryPoint { name: pool::MEMBER, main: |args| report(wait_in_pool(&args)) };
+
 const LISTENER_FD: i32 = 3;
-/// The descriptor that is closed when the verb that creates the container has ended.
-const CREATOR_FD: i32 = 4;
 
 /// The namespace of containerd that a logging program would get. Streams of the command line lead to none.
 const NAMESPACE: &str = "oci";
@@ -59,10 +61,12 @@ struct MonitorParams {
     pod: PodDir,
     bundle: PathBuf,
     log: LogArgs,
+    /// The verb that creates the container.
+    creator: HostProcess,
 }
 
-/// Starts the monitor of a pod, whose first container is to be created as `id` from `bundle`. It ends if the returned descriptor is closed before the
-/// container exists.
+/// Starts the monitor of a pod, whose first container is to be created as `id` from `bundle`, or finds one in the warm
+/// pool. It ends if this process ends before the container exists.
 ///
 /// # Errors
 /// The socket cannot be made, or the process cannot be started.
@@ -71,7 +75,7 @@ pub(super) fn start(
     pod: &PodDir,
     bundle: PathBuf,
     log: &LogArgs,
-) -> Result<(HostProcess, OwnedFd), OciError> {
+) -> Result<HostProcess, OciError> {
     let failed = |source| OciError::Spawn { purpose: "owns the container's VM", source };
     let socket = pod.path.join(SOCKET);
     let listener = pod.with_socket(|path| {
@@ -79,46 +83,81 @@ pub(super) fn start(
         fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
         Ok(listener)
     });
-    let listener = listener.map_err(FileError::at("listen on", socket))?;
-    let (reader, creator) = std::io::pipe().map_err(OciError::io("make a pipe"))?;
-    let log = log.absolute()?;
-    let params = MonitorParams { id: id.to_string(), pod: pod.clone(), bundle, log };
+    let listener = OwnedFd::from(listener.map_err(FileError::at("listen on", socket))?);
+    let (log, creator) = (log.absolute()?, HostProcess::of(std::process::id())?);
+    let params = MonitorParams { id: id.to_string(), pod: pod.clone(), bundle, log, creator };
     let params = serde_json::to_string(&params).map_err(OciError::Encode)?;
-    let spawn = ENTRY_POINT.spawn().args([params]).dir("/");
-    let spawn = spawn.fd(listener.into(), LISTENER_FD).fd(reader.into(), CREATOR_FD);
-    let pid = spawn.detach().map_err(failed)?;
-    Ok((HostProcess::of(pid)?, creator.into()))
+    if let Some(pid) = taken_from_pool(&params, &listener)? {
+        return HostProcess::of(pid);
+    }
+    let pid = ENTRY_POINT.spawn().args([params]).dir("/").fd(listener, LISTENER_FD).detach();
+    HostProcess::of(pid.map_err(failed)?)
+}
+
+/// Returns the pid of the member of the warm pool that has accepted the work.
+fn taken_from_pool(params: &str, listener: &OwnedFd) -> Result<Option<u32>, OciError> {
+    match Pool::of(&monitor_config()?) {
+        Ok(pool) => Ok(pool.and_then(|pool| pool.hand_over(params.as_bytes(), listener))),
+        Err(error) => {
+            tracing::warn!("the warm pool is not used: {}", chain(&error));
+            Ok(None)
+        }
+    }
+}
+
+/// The configuration of all monitors.
+fn monitor_config() -> Result<Config, OciError> {
+    let mut config = Config::load()?;
+    // The verbs decode one format only.
+    config.task.metrics = MetricsFormat::Cgroup2;
+    Ok(config)
 }
 
 fn main(args: Vec<String>) -> ExitCode {
-    let result = args.first().ok_or_else(|| "no parameters".to_owned()).and_then(|params| {
-        let params: MonitorParams = serde_json::from_str(params).map_err(|error| error.to_string())?;
-        run(params).map_err(|error| chain(&error))
-    });
+    report(args.first().ok_or(OciError::NoParams).and_then(|params| run(params)))
+}
+
+fn report(result: Result<(), OciError>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error}");
+            tracing::error!("{}", chain(&error));
+            // A member of the warm pool has no log yet: its errors are in a file of the pool.
+            eprintln!("machinen: {}", chain(&error));
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(params: MonitorParams) -> Result<(), OciError> {
+fn run(params: &str) -> Result<(), OciError> {
     // This comes before other descriptors are opened.
-    let inherited = OciError::io("find the inherited descriptors");
-    let taken = sys::inherit::take(LISTENER_FD).and_then(|fd| Ok((fd, sys::inherit::take(CREATOR_FD)?)));
-    let (listener, creator) = taken.map_err(inherited)?;
-    let mut config = Config::load()?;
-    // The verbs decode one format only.
-    config.task.metrics = MetricsFormat::Cgroup2;
-    // Members of the warm pool are servers of containerd's tasks, which only the shim can be.
-    config.pool.size = 0;
-    params.log.follow(&config)?;
+    let listener = sys::inherit::take(LISTENER_FD).map_err(OciError::io("find the inherited listener"))?;
+    let params = serde_json::from_str(params).map_err(OciError::Params)?;
+    let config = monitor_config()?;
+    in_event_loop(serve(params, config, listener.into(), None))
+}
+
+/// Waits in the slot whose number is the first argument, and becomes the monitor of the pod that takes it.
+fn wait_in_pool(args: &[String]) -> Result<(), OciError> {
+    // This comes before other descriptors are opened.
+    let slot = sys::inherit::take(pool::SLOT_FD).map_err(OciError::io("find the slot of the warm pool"))?;
+    let number = args.first().and_then(|number| number.parse().ok()).ok_or(OciError::NoParams)?;
+    let request = serde_json::from_reader(std::io::stdin().lock()).map_err(OciError::Params)?;
+    let config = monitor_config()?;
+    in_event_loop(async {
+        let Some(member) = Member::join(&config, number, slot, request).await? else { return Ok(()) };
+        let Some(taken) = member.taken().await? else { return Ok(()) };
+        let params = serde_json::from_slice(&taken.message).map_err(OciError::Params)?;
+        let (listener, warm_vm) = taken.accept().await?;
+        serve(params, config, listener, Some(warm_vm)).await
+    })
+}
+
+fn in_event_loop(work: impl Future<Output = Result<(), OciError>>) -> Result<(), OciError> {
     // Children die with the thread that started them, so there is one thread.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(OciError::io("start the event loop"))?;
-    let result = runtime.block_on(serve(params, config, listener.into(), creator));
+    let result = runtime.block_on(work);
     // Image conversions that are no longer needed may still run in threads. They can be stopped at any point.
     runtime.shutdown_background();
     result
@@ -128,8 +167,9 @@ async fn serve(
     params: MonitorParams,
     config: Config,
     listener: UnixListener,
-    creator: OwnedFd,
+    warm_vm: Option<WarmVm>,
 ) -> Result<(), OciError> {
+    params.log.follow(&config)?;
     let (events, mut happened) = mpsc::unbounded_channel();
     let settings = PodSettings {
         config,
@@ -139,7 +179,7 @@ async fn serve(
         lifetime: Lifetime::Containers,
         containerd: None,
     };
-    let pod = Pod::new(settings, None, events);
+    let pod = Pod::new(settings, warm_vm, events);
     pod.begin_cgroup(params.bundle);
     // The verbs ask for what they want to know, so the events are for the log only.
     tokio::spawn(async move {
@@ -156,7 +196,7 @@ async fn serve(
     let mut terminate = signal(SignalKind::terminate()).map_err(OciError::io("watch signals"))?;
     tokio::select! {
         () = ended.notified() => {}
-        () = abandoned(&pod, creator) => tracing::warn!("the creation was abandoned"),
+        () = abandoned(&pod, params.creator) => tracing::warn!("the creation was abandoned"),
         _ = terminate.recv() => tracing::info!("ending on SIGTERM"),
     }
     pod.end().await;
@@ -166,12 +206,8 @@ async fn serve(
 }
 
 /// Resolves if the verb that creates the container ends without having made one.
-async fn abandoned(pod: &Pod, creator: OwnedFd) {
-    let closed = async {
-        let mut creator = pipe::Receiver::from_owned_fd(creator)?;
-        creator.read(&mut [0]).await
-    };
-    if let Err(error) = closed.await {
+async fn abandoned(pod: &Pod, creator: HostProcess) {
+    if let Err(error) = foreign_end(creator.pid, || creator.exists()).await {
         tracing::warn!("cannot watch the verb that creates the container: {error}");
     }
     if !pod.is_empty() {

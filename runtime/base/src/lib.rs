@@ -10,6 +10,7 @@ pub mod fs;
 pub mod memfd;
 pub mod mounts;
 pub mod netns;
+pub mod pressure;
 pub mod process;
 pub mod reexec;
 #[expect(unsafe_code, reason = "the one place for it")]

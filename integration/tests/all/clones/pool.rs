@@ -4,8 +4,10 @@ use std::{fs, path::PathBuf, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use machinen_integration::{
+    bundle::Bundle,
     containerd::Containerd,
-    process::{DEADLINE, wait_for_end},
+    process::{DEADLINE, Invocation, wait_for_end},
+    runtime::Runtime,
     setup::{Setup, Value},
     templates::{Templates, Watch},
 };
@@ -31,6 +33,8 @@ on_newest_containerd!(
     a_drain_ends_members_however_far_they_have_come,
     a_drain_while_members_are_taken,
     members_end_some_time_after_their_containerd,
+    no_member_where_memory_is_not_to_spare,
+    members_give_way_to_a_vm_without_memory,
 );
 
 const SIZE: usize = 3;
@@ -291,5 +295,45 @@ fn members_end_some_time_after_their_containerd(containerd: &mut Containerd) -> 
     containerd.machinen(&["template", "rm", "--all"])?.run()?.ok()?;
     fs::remove_dir_all(&templates)?;
     fs::remove_dir_all(&dir)?;
+    containerd.settle(&before)
+}
+
+fn no_member_where_memory_is_not_to_spare(containerd: &mut Containerd) -> Result<()> {
+    let before = containerd.inventory()?;
+    let setup = Setup::new().set("pool", "memory_reserve_percent", Value::number(100));
+    let pool = Pool::configured(containerd, setup)?;
+    let from = containerd.log().position();
+    runs_from(containerd, "clone")?;
+    runs_from(containerd, "clone")?;
+    ensure!(pool.command("ls")? == json!([]), "a clone waits");
+    let lines = containerd.log().since(from);
+    ensure!(lines.iter().any(|line| line.contains("no clone is kept ready")), "no reason is logged");
+    let trouble = |line: &&String| line.contains("level=warn") && line.contains("pool");
+    ensure!(!lines.iter().any(|line| trouble(&line)), "it is no trouble: {lines:?}");
+    pool.templates.remove_all()?;
+    containerd.settle(&before)
+}
+
+/// Another machinen on the same host, with a configuration by which no memory is left for a VM.
+fn members_give_way_to_a_vm_without_memory(containerd: &mut Containerd) -> Result<()> {
+    let before = containerd.inventory()?;
+    let pool = Pool::new(containerd)?;
+    runs_from(containerd, "clone")?;
+    pool.full()?;
+    let bundle = Bundle::busybox_in(containerd.root().join("bundle"))?;
+    bundle.config(&["true"], |_| {})?;
+    let full = Setup::new().set("pool", "dir", Value::path(&pool.dir));
+    let full = full.set("vm", "memory_reserve_percent", Value::number(100));
+    let program = Runtime::Machinen.program(bundle.dir(), &full)?;
+    let run = Invocation::new(program).arg("--root").arg(bundle.dir().join("state"));
+    let refused = run.args(["run", "--bundle"]).arg(bundle.dir()).arg("c").run()?;
+    ensure!(
+        refused.status != 0 && refused.error_text().contains("not enough memory on this host"),
+        "{refused}"
+    );
+    ensure!(pool.command("ls")? == json!([]), "the pool keeps its memory");
+    runs_from(containerd, "clone")?;
+    fs::remove_dir_all(bundle.dir())?;
+    pool.end()?;
     containerd.settle(&before)
 }

@@ -42,6 +42,22 @@ pub fn kill_foreign(pid: u32, is_ours: impl FnOnce() -> bool, deadline: Duration
     }
 }
 
+/// Returns when the process `pid` has ended; at once if there is none, or if `is_ours` says that it is another one.
+///
+/// # Errors
+/// The process cannot be watched.
+pub async fn foreign_end(pid: u32, is_ours: impl FnOnce() -> bool) -> io::Result<()> {
+    let pidfd = match sys::pidfd::open(pid) {
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+        result => sys::async_fd(result?)?,
+    };
+    if is_ours() {
+        // The borrow of the readiness ends here: a pidfd stays readable.
+        drop(pidfd.readable().await?);
+    }
+    Ok(())
+}
+
 /// Waits until all of these processes have ended. False: one of them still runs after `deadline`.
 ///
 /// # Errors
@@ -75,6 +91,17 @@ mod tests {
         kill_foreign(child.pid(), || true, Duration::from_secs(5)).unwrap();
         assert_eq!(child.exited().await, crate::process::ProcessExit::Signal(libc::SIGKILL));
         kill_foreign(child.pid(), || true, Duration::from_secs(5)).unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_process_is_an_event() {
+        let child = Spawn::new("sleep").args(["100"]).start().unwrap();
+        let (pid, short) = (child.pid(), Duration::from_millis(10));
+        tokio::time::timeout(short, foreign_end(pid, || true)).await.unwrap_err();
+        foreign_end(pid, || false).await.unwrap();
+        child.signal(Signal::SIGKILL).unwrap();
+        foreign_end(pid, || true).await.unwrap();
+        foreign_end(0x7fff_fff0, || true).await.unwrap();
     }
 
     #[tokio::test]

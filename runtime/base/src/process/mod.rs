@@ -19,7 +19,7 @@ use crate::fs::FileError;
 
 pub use child::{Child, ChildLimits};
 pub use filter::SystemCalls;
-pub use foreign::{await_ends, kill_foreign};
+pub use foreign::{await_ends, foreign_end, kill_foreign};
 pub use jail::{Jail, JailFiles, Namespaces, ResourceLimits, RunAs, probe};
 pub use memory::{descendants, tree_pss};
 pub use spawn::{Spawn, Stdio, ToolOutput};

@@ -15,7 +15,7 @@ use std::{
     os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
 };
 
-use tokio::io::unix::AsyncFd;
+use tokio::io::{Interest, unix::AsyncFd};
 
 pub use child::{drop_capabilities, ignore_user_for_capabilities, keep_only_capabilities};
 
@@ -23,6 +23,12 @@ pub use child::{drop_capabilities, ignore_user_for_capabilities, keep_only_capab
 pub fn async_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` keeps its descriptor open and unchanged until it is dropped.
     unsafe { AsyncFd::register(fd) }.map_err(io::Error::from)
+}
+
+/// Watches a descriptor for exceptional conditions (POLLPRI); must be called inside a tokio runtime.
+pub(crate) fn async_fd_of_priority(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` keeps its descriptor open and unchanged until it is dropped.
+    unsafe { AsyncFd::register_with_interest(fd, Interest::PRIORITY) }.map_err(io::Error::from)
 }
 
 /// A close-on-exec duplicate under the first free number that is not below `number`.

@@ -118,9 +118,12 @@ pub enum TemplateMode {
 pub struct PoolConfig {
     /// Number of clones that are kept ready; 0 disables the pool.
     pub size: u32,
+    /// Clones are kept ready only while this much of the host's memory is available besides, percent.
+    pub memory_reserve_percent: u64,
     /// The directory of the pool's slots and sockets.
     pub dir: PathBuf,
-    /// How long containerd may be absent before the clones end, seconds.
+    /// How long containerd may be absent before the clones end, seconds. Clones for the OCI command line, which has
+    /// no containerd, wait for a start as long.
     pub containerd_timeout_s: u64,
 }
 
@@ -275,7 +278,12 @@ impl Default for TemplateConfig {
 
 impl Default for PoolConfig {
     fn default() -> Self {
-        Self { size: 0, dir: "/run/machinen/pool".into(), containerd_timeout_s: 600 }
+        Self {
+            size: 1,
+            memory_reserve_percent: 25,
+            dir: "/run/machinen/pool".into(),
+            containerd_timeout_s: 600,
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use std::{
 
 use machinen_base::{
     fs::{FileError, if_exists},
+    pressure::MemoryPressure,
     watch::FileWatch,
 };
 use tokio::{
@@ -26,6 +27,10 @@ pub(super) enum EndReason {
     /// The pool was drained, or the program or its configuration was changed.
     Changed,
     ContainerdGone,
+    /// No start has taken the member for long, and it belongs to no containerd.
+    Unused,
+    /// The host's memory is scarce.
+    MemoryScarce,
     /// The watch that reports the other reasons has failed.
     WatchFailed,
 }
@@ -38,25 +43,42 @@ pub(super) struct Dismissal {
 }
 
 impl Dismissal {
-    /// `containerd` is the socket of the containerd that the member is for, if known, and the time that it
-    /// may be absent.
-    pub(super) fn watch(slot: &PoolSlot, containerd: Option<(PathBuf, Duration)>) -> Result<Self, PoolError> {
+    /// `containerd` is the socket of the containerd that the member is for, if there is one; `patience` is how long it
+    /// may be absent, and how long a member without one waits.
+    pub(super) fn watch(
+        slot: &PoolSlot,
+        containerd: Option<PathBuf>,
+        patience: Duration,
+    ) -> Result<Self, PoolError> {
         let own = Path::new("/proc/self/exe");
         let changes = changes(own, slot).map_err(FileError::at("watch", own))?;
         let mut terminate =
             signal(SignalKind::terminate()).map_err(FileError::at("watch signals of", own))?;
+        let pressure = MemoryPressure::watch().inspect_err(|error| {
+            tracing::debug!("the scarcity of the host's memory cannot be watched: {error}");
+        });
         let (sender, reason) = watch::channel(None);
         let watcher = tokio::spawn(async move {
-            let gone = async {
+            let unneeded = async {
                 match containerd {
-                    Some((socket, patience)) => client::gone(&socket, patience).await,
-                    None => std::future::pending().await,
+                    Some(socket) => client::gone(&socket, patience).await.map(|()| EndReason::ContainerdGone),
+                    None => {
+                        tokio::time::sleep(patience).await;
+                        Ok(EndReason::Unused)
+                    }
+                }
+            };
+            let scarce = async {
+                match pressure {
+                    Ok(pressure) => pressure.scarce().await,
+                    Err(_) => std::future::pending().await,
                 }
             };
             let reason = tokio::select! {
                 _ = terminate.recv() => EndReason::Signal,
                 changed = changes.changed() => changed.map_or(EndReason::WatchFailed, |()| EndReason::Changed),
-                gone = gone => gone.map_or(EndReason::WatchFailed, |()| EndReason::ContainerdGone),
+                unneeded = unneeded => unneeded.unwrap_or(EndReason::WatchFailed),
+                scarce = scarce => scarce.map_or(EndReason::WatchFailed, |()| EndReason::MemoryScarce),
             };
             sender.send_replace(Some(reason));
         });

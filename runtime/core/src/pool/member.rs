@@ -82,7 +82,7 @@ impl Member {
         let path = PoolSlot::path(&pool.dir, number);
         let Some(slot) = PoolSlot::inherited(path.clone(), slot)? else { return Ok(None) };
         let patience = Duration::from_secs(config.pool.containerd_timeout_s);
-        let dismissal = Dismissal::watch(&slot, request.containerd.map(|socket| (socket, patience)))?;
+        let dismissal = Dismissal::watch(&slot, request.containerd, patience)?;
         // The watch does not report what happened before it began.
         if !slot.has_name()? {
             return Ok(None);

@@ -53,7 +53,7 @@ use slot::PoolSlot;
 pub use listing::{ListedMember, drain, list};
 pub use member::{Member, MemberError, TakenMember};
 pub use slot::{MemberRecord, MemberStage};
-pub use warm_vm::{CloneError, WarmVm};
+pub use warm_vm::{CloneError, WarmVm, has_room};
 
 /// The name of the entry point of a process that is a member. The number of its slot is its argument, and a
 /// [`MemberRequest`] is its stdin, as JSON. The shim has the entry point, because a member becomes a shim.

@@ -5,7 +5,7 @@ use std::path::Path;
 use machinen_storage::container_disk::ContainerDiskError;
 use machinen_vm::{
     Vm, VmError, VmSnapshotError, VmSpec,
-    admission::{self, AdmissionError, HostMemory},
+    admission::{self, AdmissionError, HostMemory, Reservation},
     agent::AgentError,
     template::{FoundTemplate, TemplateError, TemplateShape, TemplateStore},
 };
@@ -48,6 +48,21 @@ pub enum CloneError {
     Worker(#[source] tokio::task::JoinError),
 }
 
+/// Reserves memory for a clone that waits, of what the host does not need otherwise.
+fn reserve(config: &Config) -> Result<Reservation, AdmissionError> {
+    let reserve = config.vm.memory_reserve_percent.max(config.pool.memory_reserve_percent);
+    admission::admit(&reservations_dir(), admission::CLONE_NEEDS_MIB, reserve, HostMemory::now()?)
+}
+
+/// Checks whether the host has memory to spare for a clone that waits (`pool.memory_reserve_percent`). Nothing is
+/// reserved.
+///
+/// # Errors
+/// It has not, or its memory cannot be read.
+pub fn has_room(config: &Config) -> Result<(), AdmissionError> {
+    reserve(config).map(drop)
+}
+
 /// A VM that was made ahead of time, and the shape of its template.
 #[derive(Debug)]
 pub struct WarmVm {
@@ -79,9 +94,7 @@ impl WarmVm {
         });
         let found = found.await.map_err(CloneError::Worker)??;
         let Some((template, shape)) = found else { return Ok(None) };
-        let reserve = config.vm.memory_reserve_percent;
-        let _promise =
-            admission::admit(&reservations_dir(), admission::CLONE_NEEDS_MIB, reserve, HostMemory::now()?)?;
+        let _promise = reserve(config)?;
         let vm = Vm::restore(spec, dir, &template.snapshot).await.map_err(CloneError::Clone)?;
         Ok(Some(Self { vm, shape }))
     }

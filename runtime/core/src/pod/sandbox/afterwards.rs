@@ -8,7 +8,7 @@ use machinen_vm::{VmSpec, template::TemplateStore};
 use super::{Sandbox, SandboxState};
 use crate::{
     config::TemplateConfig,
-    pool::{MemberRequest, Pool, PoolError},
+    pool::{self, MemberRequest, Pool, PoolError},
 };
 
 /// What a new VM leaves to be done when its first container runs.
@@ -49,6 +49,10 @@ impl Sandbox {
 
     /// Requests further clones like this VM from the warm pool.
     fn refill_pool(&self, spec: VmSpec, home: &[PathBuf]) -> Result<(), PoolError> {
+        if let Err(error) = pool::has_room(&self.settings.config) {
+            tracing::debug!("no clone is kept ready: {}", chain(&error));
+            return Ok(());
+        }
         let containerd = self.settings.containerd.clone();
         let request = MemberRequest { spec, containerd, cgroups: home.to_vec() };
         match Pool::of(&self.settings.config)? {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use machinen_base::error::chain;
+use machinen_base::error::{ErrorKind, HasKind as _, chain};
 use machinen_vm::{
     VmSpec,
     admission::{self, AdmissionError, HostMemory, Reservation},
@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     config::{Config, TemplateMode},
-    pool::WarmVm,
+    pool::{self, WarmVm},
     reservations_dir,
 };
 
@@ -123,8 +123,29 @@ impl Sandbox {
     ) -> Result<VmPlan, PodError> {
         let (name, request) = (self.settings.name.clone(), request.clone());
         let warm = warm_vm.map(|warm| warm.shape.clone());
-        let plan = move || plan(&name, &request, mode, warm.as_ref());
+        let plan = move || match plan(&name, &request, mode, warm.as_ref()) {
+            Err(PodError::Admission(scarce)) if scarce.kind() == ErrorKind::ResourceExhausted => {
+                give_way(&request.config, scarce)?;
+                plan(&name, &request, mode, warm.as_ref())
+            }
+            planned => planned,
+        };
         spawn_blocking(plan).await.map_err(PodError::Worker)?
+    }
+}
+
+/// Ends the clones of the warm pool, because a pod needs their memory. Blocks until they have ended.
+///
+/// # Errors
+/// There are none: `scarce`, the reason for the call.
+fn give_way(config: &Config, scarce: AdmissionError) -> Result<(), PodError> {
+    match pool::drain(&config.pool.dir) {
+        Ok(1..) => Ok(()),
+        Ok(0) => Err(scarce.into()),
+        Err(error) => {
+            tracing::warn!("the warm pool keeps its memory: {}", chain(&error));
+            Err(scarce.into())
+        }
     }
 }
 
