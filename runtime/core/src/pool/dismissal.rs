@@ -11,6 +11,7 @@ use machinen_base::{
     pressure::MemoryPressure,
     watch::FileWatch,
 };
+use machinen_vm::admission::HostMemory;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
@@ -18,7 +19,7 @@ use tokio::{
 };
 
 use super::{PoolError, client, slot::PoolSlot};
-use crate::config;
+use crate::config::{self, PoolConfig};
 
 /// Why a member ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,13 +44,15 @@ pub(super) struct Dismissal {
 }
 
 impl Dismissal {
-    /// `containerd` is the socket of the containerd that the member is for, if there is one; `patience` is how long it
-    /// may be absent, and how long a member without one waits.
+    /// `containerd` is the socket of the containerd that the member is for, if there is one.
     pub(super) fn watch(
         slot: &PoolSlot,
         containerd: Option<PathBuf>,
-        patience: Duration,
+        config: &PoolConfig,
     ) -> Result<Self, PoolError> {
+        // How long containerd may be absent, and how long a member without one waits.
+        let patience = Duration::from_secs(config.containerd_timeout_s);
+        let reserve_percent = config.memory_reserve_percent;
         let own = Path::new("/proc/self/exe");
         let changes = changes(own, slot).map_err(FileError::at("watch", own))?;
         let mut terminate =
@@ -70,7 +73,7 @@ impl Dismissal {
             };
             let scarce = async {
                 match pressure {
-                    Ok(pressure) => pressure.scarce().await,
+                    Ok(pressure) => scarce(&pressure, reserve_percent).await,
                     Err(_) => std::future::pending().await,
                 }
             };
@@ -90,6 +93,17 @@ impl Dismissal {
         let mut reason = self.reason.clone();
         let found = reason.wait_for(Option::is_some).await.ok().and_then(|reason| *reason);
         found.unwrap_or(EndReason::WatchFailed)
+    }
+}
+
+/// Returns when processes of the host wait for memory and less than the reserve is available.
+async fn scarce(pressure: &MemoryPressure, reserve_percent: u64) -> io::Result<()> {
+    loop {
+        pressure.stalled().await?;
+        let host = HostMemory::now().map_err(io::Error::other)?;
+        if host.available < host.total * reserve_percent / 100 {
+            return Ok(());
+        }
     }
 }
 

@@ -7,7 +7,6 @@ use std::{
         unix::net::UnixListener,
     },
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use machinen_base::{
@@ -81,8 +80,7 @@ impl Member {
         // If the configuration has changed since the slot was taken, this process belongs to another pool.
         let path = PoolSlot::path(&pool.dir, number);
         let Some(slot) = PoolSlot::inherited(path.clone(), slot)? else { return Ok(None) };
-        let patience = Duration::from_secs(config.pool.containerd_timeout_s);
-        let dismissal = Dismissal::watch(&slot, request.containerd, patience)?;
+        let dismissal = Dismissal::watch(&slot, request.containerd, &config.pool)?;
         // The watch does not report what happened before it began.
         if !slot.has_name()? {
             return Ok(None);
