@@ -1,7 +1,7 @@
 # One or a few lines a target; what a target does is in scripts/.
 PREFIX ?= /usr/local
 
-.PHONY: setup kernel guest-image build run test test-programs bench lint install
+.PHONY: setup kernel guest-image build run test test-programs bench lint install install-files deb test-deb
 
 setup:
 	scripts/setup
@@ -33,6 +33,17 @@ lint: setup
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 
-install: build
+install: build install-files
+
+# What is built already.
+install-files:
 	install -D -t $(DESTDIR)$(PREFIX)/bin target/release/containerd-shim-machinen-v1 target/release/machinen
-	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/machinen target/guest/vmlinux target/guest/guest.img
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/machinen target/guest/vmlinux target/guest/guest.img
+
+# A package for Debian, in target/deb.
+deb: build
+	scripts/deb
+
+# Installs, upgrades, removes and purges that package on a Debian of its own.
+test-deb: deb
+	scripts/test-deb

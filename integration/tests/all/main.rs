@@ -12,6 +12,7 @@ mod confinement;
 mod control;
 mod cpusets;
 mod cri;
+mod deploy;
 mod docker;
 mod exec;
 mod exec_api;

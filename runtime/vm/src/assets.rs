@@ -40,8 +40,8 @@ impl HasKind for MissingAsset {
 }
 
 impl Assets {
-    /// Looks in `MACHINEN_ASSETS_DIR`, then `configured` (`assets.dir` of the configuration, empty by default), then `../share/machinen`
-    /// relative to the running binary, then `target/guest` of the checkout that the binary was built in. If
+    /// Looks in `MACHINEN_ASSETS_DIR`, then `configured` (`assets.dir` of the configuration, empty by default), then `../lib/machinen`
+    /// and `../share/machinen` relative to the running binary, then `target/guest` of the checkout that the binary was built in. If
     /// the user has named a directory, no other one is searched.
     ///
     /// # Errors
@@ -70,11 +70,12 @@ impl Assets {
     }
 }
 
-/// The directories that belong to a binary: `PREFIX/share/machinen` for `PREFIX/bin/x`, and
+/// The directories that belong to a binary: `PREFIX/lib/machinen` for `PREFIX/bin/x`, `PREFIX/share/machinen`, where
+/// version 0.1 has installed them, and
 /// `CHECKOUT/target/guest` for `CHECKOUT/target/release/x`.
 fn dirs_of(binary: &Path) -> Vec<PathBuf> {
     let parent = binary.parent().unwrap_or(Path::new("/"));
-    let mut dirs = vec![parent.join("../share/machinen")];
+    let mut dirs = vec![parent.join("../lib/machinen"), parent.join("../share/machinen")];
     dirs.extend(binary.ancestors().filter(|dir| dir.ends_with("target")).map(|target| target.join("guest")));
     dirs
 }
@@ -102,7 +103,8 @@ mod tests {
     #[test]
     fn a_checkout_and_a_prefix_are_known() {
         let dirs = dirs_of(Path::new("/src/target/release/machinen"));
-        assert_eq!(dirs[1], Path::new("/src/target/guest"));
-        assert_eq!(dirs_of(Path::new("/usr/bin/machinen")), [Path::new("/usr/bin/../share/machinen")]);
+        assert_eq!(dirs[2], Path::new("/src/target/guest"));
+        let installed = ["/usr/bin/../lib/machinen", "/usr/bin/../share/machinen"].map(Path::new);
+        assert_eq!(dirs_of(Path::new("/usr/bin/machinen")), installed);
     }
 }
