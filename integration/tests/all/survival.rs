@@ -79,16 +79,18 @@ enum Step {
     Running,
 }
 
-/// A converter that reports its start in one fifo, and waits for another that has no writer.
-fn hanging_converter(containerd: &Containerd) -> Result<std::path::PathBuf> {
+/// A converter that reports its start in one fifo, and waits for another that has no writer. It sees the tree that it
+/// copies and nothing else, so the fifos are in the tree.
+fn hanging_converter(containerd: &Containerd, rootfs: &Bundle) -> Result<std::path::PathBuf> {
     let path = containerd.root().join("mke2fs-hanging");
     for name in ["reached", "never"] {
-        mkfifo(&containerd.root().join(name), Mode::S_IRWXU)?;
+        let fifo = rootfs.rootfs().join(name);
+        mkfifo(&fifo, Mode::S_IRWXU)?;
+        // Whatever the umask is.
+        fs::set_permissions(&fifo, std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
     }
-    let dir = containerd.root().display();
-    let text = format!(
-        "#!/bin/sh\ncase \"$*\" in *' -d '*) echo > {dir}/reached; read x < {dir}/never ;; esac\nexec mke2fs \"$@\"\n"
-    );
+    let text = "#!/bin/sh\n[ \"$1\" = -V ] && exec mke2fs -V\ntree=/proc/self/fd/0\n\
+        echo > $tree/reached; read x < $tree/never\n";
     fs::write(&path, text)?;
     fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     Ok(path)
@@ -96,7 +98,9 @@ fn hanging_converter(containerd: &Containerd) -> Result<std::path::PathBuf> {
 
 fn killed_at_each_step(containerd: &mut Containerd) -> Result<()> {
     let (fake, rootfs) = fake(containerd)?;
-    let converter = hanging_converter(containerd)?;
+    let converter = hanging_converter(containerd, &rootfs)?;
+    // The cache has an empty writable disk from now on, so that the converter is asked for base disks only.
+    ensure!(run(containerd, &rootfs, "echo well")?.output()?.text() == "well\n", "nothing was killed yet");
     let steps = [
         Step::Conversion,
         Step::Vm(Behaviour::HangsOn("qmp_capabilities")),
@@ -127,10 +131,12 @@ fn hit(
     victim: Victim,
 ) -> Result<String> {
     let before = containerd.inventory()?;
-    let cache = containerd.root().join(format!("cache-{}", containerd.new_id()));
     if let Step::Conversion = step {
-        let setup = fake.setup().set("rootdisk", "dir", Value::path(&cache));
-        containerd.configure(&setup.set("rootdisk", "mke2fs", Value::path(converter)))?;
+        fs::write(
+            rootfs.rootfs().join(containerd.new_id()),
+            "a new file, so that there is no base disk yet",
+        )?;
+        containerd.configure(&fake.setup().set("rootdisk", "mke2fs", Value::path(converter)))?;
     }
     fake.behaviour(if let Step::Vm(behaviour) = step { behaviour } else { Behaviour::Well });
     if let (Step::Running, Victim::Shim) = (step, victim) {
@@ -142,7 +148,7 @@ fn hit(
     let doomed = run(containerd, rootfs, "echo running; sleep 1000")?;
     let running = doomed.spawn(Duration::from_secs(60))?;
     match step {
-        Step::Conversion => _ = fs::read(containerd.root().join("reached"))?,
+        Step::Conversion => _ = fs::read(rootfs.rootfs().join("reached"))?,
         Step::Vm(_) => fake.wait_until_one_hangs()?,
         Step::Running => running.wait_for_stdout("running")?,
     }

@@ -72,7 +72,9 @@ fn fill(
     }
     let mke2fs = Mke2fs::find(&options.mke2fs)?;
     ftruncate(file, size).map_err(|errno| FileError::new("write to", dir, errno))?;
-    mke2fs.seeded(CopiedTree { root: mount.share()?, inodes, needed }, file, dir)?;
+    // The marks of an overlay are such attributes.
+    let tree_to_copy = CopiedTree { root: mount.share()?, inodes, needed, has_trusted: true };
+    mke2fs.seeded(tree_to_copy, file, dir)?;
     let finished = ext4::normalise(file, &tree, ext4::OriginMarks::Dropped);
     Ok(finished.map_err(|source| RootdiskError::Finish { root: upper.to_owned(), source })?)
 }

@@ -14,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 use super::{
     BuildOptions, LARGEST, Rootdisk, RootdiskCache, RootdiskError, RootdiskProgress, RootfsSource,
     ext4::{self, BLOCK, INODE},
-    hashing,
+    hashing::{self, HashedTree},
     key::RootdiskKey,
     lock::Lock,
     mkfs::{CopiedTree, Mke2fs},
@@ -139,12 +139,12 @@ impl Job<'_> {
         progress(RootdiskProgress::Converting { files, bytes });
         let (key, disk) = if self.cache.has_shape(&self.shape)? {
             let mut reports = ProgressReports::new(bytes, &mut *progress);
-            let key =
-                timed(phases, "hash", || hashing::key(&self.mount, &self.tree, size, |n| reports.add(n)))?;
+            let HashedTree { key, has_trusted } =
+                timed(phases, "hash", || hashing::hash(&self.mount, &self.tree, size, |n| reports.add(n)))?;
             if let Some(opened) = store.get(&key.to_string())? {
                 return Ok((key, opened, true));
             }
-            (key, timed(phases, "mke2fs", || self.convert(size, files))?)
+            (key, timed(phases, "mke2fs", || self.convert(size, files, has_trusted))?)
         } else {
             self.hash_and_convert(size, files, phases, progress)?
         };
@@ -166,6 +166,9 @@ impl Job<'_> {
 
     /// Hashes on one core while mke2fs runs on another. Both read the same files at about the same time, so
     /// each file is read from the host's disk only once.
+    ///
+    /// Hardly any tree has attributes that only a privileged process can read. Where hashing finds one, mke2fs runs
+    /// again, with that privilege.
     fn hash_and_convert(
         &self,
         size: u64,
@@ -182,22 +185,27 @@ impl Job<'_> {
                     let _ = sender.send(report);
                 });
                 let start = Instant::now();
-                (hashing::key(&self.mount, &self.tree, size, |n| counted.add(n)), start.elapsed())
+                (hashing::hash(&self.mount, &self.tree, size, |n| counted.add(n)), start.elapsed())
             });
             let convert = scope.spawn(|| {
                 let start = Instant::now();
-                (self.convert(size, files), start.elapsed())
+                (self.convert(size, files, false), start.elapsed())
             });
             reports.iter().for_each(progress);
-            let (key, hash_time) = hash.join().expect("hashing does not panic");
+            let (hashed, hash_time) = hash.join().expect("hashing does not panic");
             let (disk, convert_time) = convert.join().expect("converting does not panic");
             phases.extend([("hash", hash_time), ("mke2fs", convert_time)]);
-            Ok((key?, disk?))
+            let HashedTree { key, has_trusted } = hashed?;
+            match has_trusted {
+                true => Ok((key, timed(phases, "mke2fs", || self.convert(size, files, true))?)),
+                false => Ok((key, disk?)),
+            }
         })
     }
 
-    /// Makes the disk by mke2fs, as an unnamed file. Also returns mke2fs's version.
-    fn convert(&self, size: u64, files: u64) -> Result<(File, String), RootdiskError> {
+    /// Makes the disk by mke2fs, as an unnamed file. Also returns mke2fs's version. `has_trusted`: as of
+    /// [`HashedTree`].
+    fn convert(&self, size: u64, files: u64, has_trusted: bool) -> Result<(File, String), RootdiskError> {
         let store = &self.cache.store;
         let mke2fs = Mke2fs::find(&self.options.mke2fs)?;
         let disk = store.unnamed()?;
@@ -211,7 +219,7 @@ impl Job<'_> {
             return Err(RootdiskError::NoSpace { dir: store.dir.clone(), needed, free });
         }
         // The first ten inodes are reserved, the eleventh is lost+found.
-        let tree = CopiedTree { root: self.mount.share()?, inodes: files + 16, needed };
+        let tree = CopiedTree { root: self.mount.share()?, inodes: files + 16, needed, has_trusted };
         mke2fs.base(tree, &disk, &store.dir)?;
         Ok((disk, mke2fs.version))
     }

@@ -2,11 +2,14 @@
 
 use std::{
     fs::File,
-    os::fd::{AsRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     path::Path,
 };
 
-use machinen_base::fs::FileError;
+use machinen_base::{
+    fs::FileError,
+    mounts::{TreeOptions, clone_tree},
+};
 use rustix::fs::ftruncate;
 
 use super::{
@@ -28,12 +31,17 @@ impl RootdiskCache {
         bytes: u64,
         mke2fs: &Path,
     ) -> Result<File, RootdiskError> {
+        // Of a mount, unlike of a directory, mke2fs does not reach what is above it.
+        let options = TreeOptions { recursive: false, read_only: true, follows_host: false };
+        let root =
+            clone_tree(dir.as_fd(), options).map_err(FileError::at("copy files to", &self.store.dir))?;
         let inodes = files + files / 4 + 64;
         let size = (bytes + bytes / 64 + inodes * INODE as u64 + (16 << 20)).next_multiple_of(BLOCK as u64);
         let mke2fs = Mke2fs::find(mke2fs)?;
         let file = self.store.unnamed()?;
         ftruncate(&file, size).map_err(|error| FileError::new("write to", &self.store.dir, error))?;
-        mke2fs.base(CopiedTree { root: dir, inodes, needed: bytes }, &file, &self.store.dir)?;
+        let tree = CopiedTree { root, inodes, needed: bytes, has_trusted: false };
+        mke2fs.base(tree, &file, &self.store.dir)?;
         // A read-only disk must be passed to QEMU as a read-only descriptor.
         let read_only = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
         Ok(read_only.map_err(FileError::at("open a disk in", &self.store.dir))?)

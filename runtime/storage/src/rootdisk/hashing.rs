@@ -21,17 +21,27 @@ const BUFFER: usize = 256 << 10;
 /// The kernel's limit of a list of attribute names, and of an attribute's value.
 const XATTR_MAX: usize = 64 << 10;
 
-/// The key of the disk of `disk_size` bytes that is made of the tree. `done` is called with the number of
-/// bytes of each file that was read.
+/// What reading a whole tree has shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct HashedTree {
+    /// The key of the disk that is made of the tree.
+    pub(super) key: RootdiskKey,
+    /// Some file has attributes `trusted.*`, which only a privileged process can read (xattr(7)).
+    pub(super) has_trusted: bool,
+}
+
+/// Reads the tree of a disk of `disk_size` bytes. `done` is called with the number of bytes of each file that was
+/// read.
 ///
 /// # Errors
 /// A file cannot be read, or its size is not what the walk saw.
-pub(super) fn key(
+pub(super) fn hash(
     mount: &SourceMount,
     tree: &SourceTree,
     disk_size: u64,
     mut done: impl FnMut(u64),
-) -> Result<RootdiskKey, RootdiskError> {
+) -> Result<HashedTree, RootdiskError> {
+    let mut has_trusted = false;
     let mut manifest = TreeManifest::new(disk_size);
     let mut buffer = vec![0; BUFFER];
     // The directory of the last entry: most of the next ones are in it too.
@@ -72,6 +82,7 @@ pub(super) fn key(
                 (xattrs(mount, entry, None, &mut buffer)?, RecordData::Other)
             }
         };
+        has_trusted |= xattrs.iter().any(|(name, _)| name.starts_with(b"trusted."));
         manifest.add(&FileRecord {
             path: &entry.path,
             kind: entry.kind,
@@ -83,7 +94,7 @@ pub(super) fn key(
             node,
         });
     }
-    Ok(manifest.finish())
+    Ok(HashedTree { key: manifest.finish(), has_trusted })
 }
 
 fn content(

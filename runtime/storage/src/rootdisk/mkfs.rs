@@ -11,13 +11,14 @@ use std::{
 
 use machinen_base::{
     fs::FileError,
-    process::{Jail, Namespaces, ProcessError, ResourceLimits, Spawn, Stdio, ToolOutput},
+    process::{ProcessError, ReservedUser, Spawn, Stdio, ToolOutput},
 };
 use rustix::fs::{MemfdFlags, fstatvfs, memfd_create};
 
 use super::{
     RootdiskError,
     ext4::{BLOCK, INODE},
+    mkfs_jail::{self, Reads},
 };
 
 /// The environment variable that overrides the configured program.
@@ -32,8 +33,10 @@ const SYSTEM_DIRS: [&str; 2] = ["/usr/sbin", "/sbin"];
 /// only the sections that mke2fs requires for the types of file systems that it guesses.
 const CONFIG: &str = "[fs_types]\n ext2 = {\n  blocksize = 4096\n }\n ext3 = {\n  blocksize = 4096\n }\n machinen = {\n  \
                       blocksize = 4096\n }\n";
-const COMMON: [(&str, &str); 4] = [
+const COMMON: [(&str, &str); 5] = [
     ("MKE2FS_CONFIG", "/proc/self/fd/4"),
+    // It sees no mounts that the disk could be one of.
+    ("EXT2FS_NO_MTAB_OK", "1"),
     ("E2FSPROGS_FAKE_TIME", "1"),
     ("SOURCE_DATE_EPOCH", "1"),
     ("LC_ALL", "C"),
@@ -56,11 +59,30 @@ pub(crate) struct Mke2fs {
 /// A tree that is copied to a new file system.
 #[derive(Debug)]
 pub(crate) struct CopiedTree {
+    /// The root of a mount, so that no path leads from it to the host's other files.
     pub(crate) root: OwnedFd,
     /// The number of files that the file system has room for.
     pub(crate) inodes: u64,
     /// The number of bytes that the disk will take, for the error of a full file system.
     pub(crate) needed: u64,
+    /// Whether files may have attributes `trusted.*`. They are copied only then, since reading them takes a privilege.
+    pub(crate) has_trusted: bool,
+}
+
+impl CopiedTree {
+    fn reads(&self) -> Reads {
+        if self.has_trusted { Reads::TreeWithTrusted } else { Reads::Tree }
+    }
+}
+
+/// One run of the program.
+struct Run<'a> {
+    args: &'a [&'a str],
+    /// More of the option -E, with a comma before it.
+    extended: &'a str,
+    reads: Reads,
+    /// As of [`CopiedTree`].
+    needed: u64,
 }
 
 /// The version of the mke2fs that would be used. Blocks.
@@ -96,10 +118,10 @@ impl Mke2fs {
 
     /// Makes `image` the disk of a tree. The disk gets the length of `image`.
     pub(super) fn base(&self, tree: CopiedTree, image: &File, dir: &Path) -> Result<(), RootdiskError> {
-        let CopiedTree { root, inodes, needed } = tree;
-        let inodes = inodes.to_string();
+        let inodes = tree.inodes.to_string();
         let args = ["-N", &inodes, "-O", BASE, "-L", "machinen-base", "-d", "/proc/self/fd/0/."];
-        self.run(&args, "", Stdio::Fd(root), image, dir, needed)
+        let run = Run { args: &args, extended: "", reads: tree.reads(), needed: tree.needed };
+        self.run(run, Stdio::Fd(tree.root), image, dir)
     }
 
     /// Makes `image`, which is `size` bytes long, an empty file system with a journal. The guest has nothing
@@ -111,80 +133,52 @@ impl Mke2fs {
         if size >= 1 << 30 {
             args.extend(["-J", "size=32"]);
         }
-        self.run(&args, ",lazy_journal_init=1", Stdio::Null, image, dir, 1 << 20)
+        let run =
+            Run { args: &args, extended: ",lazy_journal_init=1", reads: Reads::Nothing, needed: 1 << 20 };
+        self.run(run, Stdio::Null, image, dir)
     }
 
     /// Makes `image` like [`Mke2fs::writable`], with a tree in it. It has no checksums, so
     /// that the tree's times can be corrected afterwards.
     pub(crate) fn seeded(&self, tree: CopiedTree, image: &File, dir: &Path) -> Result<(), RootdiskError> {
-        let CopiedTree { root, inodes, needed } = tree;
-        let (features, inodes) = (format!("{BASE},has_journal"), inodes.to_string());
+        let (features, inodes) = (format!("{BASE},has_journal"), tree.inodes.to_string());
         let args =
             ["-N", &inodes, "-O", &features, "-L", "machinen-rw", "-J", "size=32", "-d", "/proc/self/fd/0/."];
-        self.run(&args, ",lazy_journal_init=1", Stdio::Fd(root), image, dir, needed)
+        let (reads, needed) = (tree.reads(), tree.needed);
+        let run = Run { args: &args, extended: ",lazy_journal_init=1", reads, needed };
+        self.run(run, Stdio::Fd(tree.root), image, dir)
     }
 
-    fn run(
-        &self,
-        args: &[&str],
-        extended: &str,
-        stdin: Stdio,
-        image: &File,
-        dir: &Path,
-        needed: u64,
-    ) -> Result<(), RootdiskError> {
+    fn run(&self, run: Run<'_>, stdin: Stdio, image: &File, dir: &Path) -> Result<(), RootdiskError> {
         let failed = |source: io::Error| FileError::new("write to", dir, source);
         let (block, inode) = (BLOCK.to_string(), INODE.to_string());
-        let extended = format!("hash_seed={HASH_SEED},root_owner=0:0{extended}");
+        let extended = format!("hash_seed={HASH_SEED},root_owner=0:0{}", run.extended);
         let size = image.metadata().map_err(failed)?.len();
+        let user = ReservedUser::reserve()?;
         let mut spawn = Spawn::new(&self.program)
             .args([
                 "-q", "-F", "-T", "machinen", "-b", &block, "-I", &inode, "-m", "0", "-G", "16", "-U", UUID,
             ])
             .args(["-o", "Linux", "-E", &extended])
-            .args(args)
+            .args(run.args)
             .args(["/proc/self/fd/3"])
             .stdin(stdin)
-            .jail(jail(size))
+            .jail(mkfs_jail::jail(size, run.reads, user.run_as(Vec::new())))
             .fd(image.try_clone().map_err(failed)?.into(), 3)
             .fd(config().map_err(failed)?.into(), 4);
         for (key, value) in COMMON {
             spawn = spawn.env(key, value);
         }
-        match spawn.run().and_then(ToolOutput::success) {
-            Ok(_) => Ok(()),
-            Err(source) => {
-                let full = matches!(&source, ProcessError::Failed { stderr, .. } if stderr.contains("No space left"));
-                match fstatvfs(image) {
-                    Ok(space) if full || space.f_bavail == 0 => {
-                        let free = space.f_bavail * space.f_frsize;
-                        Err(RootdiskError::NoSpace { dir: dir.to_owned(), needed, free })
-                    }
-                    _ => Err(RootdiskError::Mke2fs { dir: dir.to_owned(), source }),
-                }
+        let ran = mkfs_jail::lent(image, &user, || Ok(spawn.run().and_then(ToolOutput::success)));
+        let Err(source) = ran.map_err(failed)? else { return Ok(()) };
+        let full = matches!(&source, ProcessError::Failed { stderr, .. } if stderr.contains("No space left"));
+        match fstatvfs(image) {
+            Ok(space) if full || space.f_bavail == 0 => {
+                let free = space.f_bavail * space.f_frsize;
+                Err(RootdiskError::NoSpace { dir: dir.to_owned(), needed: run.needed, free })
             }
+            _ => Err(RootdiskError::Mke2fs { dir: dir.to_owned(), source }),
         }
-    }
-}
-
-/// Far more than a tree of the largest size takes.
-const CPU_SECONDS: u64 = 30 * 60;
-
-/// The restrictions of mke2fs, which writes a file of `size` bytes. It needs its privileges to read all files and attributes, but no network or
-/// IPC.
-fn jail(size: u64) -> Jail {
-    Jail {
-        limits: ResourceLimits {
-            file_size: Some(size),
-            cpu_seconds: Some(CPU_SECONDS),
-            ..ResourceLimits::default()
-        },
-        namespaces: Namespaces { net: true, ipc: true, ..Namespaces::default() },
-        empty_environment: true,
-        new_keyring: true,
-        no_new_privileges: true,
-        no_core: true,
-        ..Jail::default()
     }
 }
 

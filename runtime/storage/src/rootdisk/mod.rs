@@ -24,6 +24,7 @@ pub(crate) mod lock;
 mod manage;
 mod manifest;
 pub(crate) mod mkfs;
+mod mkfs_jail;
 mod source;
 pub(crate) mod source_mount;
 pub(crate) mod store;

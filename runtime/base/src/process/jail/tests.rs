@@ -79,6 +79,14 @@ fn limits_are_those_of_the_jail() {
 }
 
 #[test]
+fn a_child_that_has_used_its_time_is_killed_also_as_the_first_of_its_pid_namespace() {
+    let limits = ResourceLimits { cpu_seconds: Some(1), ..ResourceLimits::default() };
+    let jail = Jail { limits, ..Jail::strict(identity()) };
+    let output = Spawn::new("/bin/sh").args(["-c", "while :; do :; done"]).jail(jail).run().unwrap();
+    assert_eq!(output.exit, ProcessExit::Signal(libc::SIGKILL));
+}
+
+#[test]
 fn the_environment_is_only_what_is_given() {
     let output = Spawn::new("/usr/bin/env").env("GIVEN", "1").jail(Jail::strict(identity()));
     assert_eq!(output.run().unwrap().success().unwrap().stdout, b"GIVEN=1\n");

@@ -15,7 +15,12 @@ use rustix::fs::{
 };
 
 use super::{CacheFixture, layer, small};
-use crate::rootdisk::{ext4, hashing, source_mount::SourceMount, tree::SourceTree};
+use crate::rootdisk::{
+    ext4,
+    hashing::{self, HashedTree},
+    source_mount::SourceMount,
+    tree::SourceTree,
+};
 
 /// A name that is not UTF-8, one with characters that shells and parsers stumble over, and the longest one.
 fn names() -> [Vec<u8>; 3] {
@@ -192,11 +197,31 @@ fn everything_survives() {
     let read = || {
         let mount = SourceMount::of_dir(&mounted)?;
         let tree = SourceTree::walk(&mount)?;
-        hashing::key(&mount, &tree, disk.size, |_| ())
+        hashing::hash(&mount, &tree, disk.size, |_| ())
     };
-    let key = read();
+    let read = read();
     super::tool("umount", &["-l", mounted.to_str().unwrap()]);
-    assert_eq!(key.unwrap(), disk.key);
+    assert_eq!(read.unwrap(), HashedTree { key: disk.key, has_trusted: true });
+}
+
+/// mke2fs runs once, without the privilege to read attributes of privileged processes, unless there are such.
+#[test]
+fn only_trees_with_trusted_attributes_are_copied_by_a_privileged_mke2fs() {
+    let fixture = CacheFixture::new();
+    let root = fixture.path("root");
+    fs::create_dir(&root).unwrap();
+    fs::write(root.join("private"), "of a user without rights for others").unwrap();
+    fs::set_permissions(root.join("private"), fs::Permissions::from_mode(0o400)).unwrap();
+    chown(root.join("private"), Some(7), Some(7)).unwrap();
+    fs::set_permissions(&root, fs::Permissions::from_mode(0o700)).unwrap();
+    let runs =
+        |disk: &crate::rootdisk::Rootdisk| disk.phases.iter().filter(|(name, _)| *name == "mke2fs").count();
+    let ordinary = fixture.build(&layer(&root)).unwrap();
+    assert_eq!((runs(&ordinary), ext4::manifest(&ordinary.file).unwrap()), (1, ordinary.key));
+    lsetxattr(root.join("private"), "trusted.x", b"y", XattrFlags::empty()).unwrap();
+    fs::write(root.join("another shape"), "").unwrap();
+    let trusted = fixture.build(&layer(&root)).unwrap();
+    assert_eq!((runs(&trusted), ext4::manifest(&trusted.file).unwrap()), (2, trusted.key));
 }
 
 #[test]
