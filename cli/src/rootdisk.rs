@@ -9,8 +9,8 @@ use clap::{Args, Subcommand};
 use machinen::{
     config,
     rootdisk::{
-        BuildOptions, DiskState, ListedDisk, PruneOptions, PrunedDisks, Rootdisk, RootdiskCache,
-        RootdiskError, RootdiskKey, RootdiskProgress, RootfsSource,
+        DiskState, ListedDisk, PruneOptions, PrunedDisks, Rootdisk, RootdiskCache, RootdiskError,
+        RootdiskKey, RootdiskProgress, RootfsSource,
     },
 };
 use serde_json::{Value, json};
@@ -112,10 +112,8 @@ pub(crate) fn run(
                 [dir] if !layers => RootfsSource::Dir(dir.clone()),
                 _ => RootfsSource::Overlay { lowers: paths },
             };
-            let options = BuildOptions {
-                min_size: min_size.unwrap_or(config.min_size_mib << 20),
-                mke2fs: config.mke2fs.clone(),
-            };
+            let mut options = config.base_disks();
+            options.min_size = min_size.unwrap_or(options.min_size);
             let disk = cache
                 .get_or_build(&source, &options, &mut |progress: RootdiskProgress| eprintln!("{progress}"))?;
             Ok(VerbOutput::lines([disk.key], built_json(&disk)))

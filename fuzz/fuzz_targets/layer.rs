@@ -11,9 +11,10 @@ use std::{
 };
 
 use libfuzzer_sys::fuzz_target;
+use machinen_base::space::DiskReserve;
 use machinen::layer::{LayerLimits, apply};
 
-const LIMITS: LayerLimits = LayerLimits { entries: 64, bytes: 1 << 20 };
+const LIMITS: LayerLimits = LayerLimits { entries: 64, bytes: 1 << 20, reserve: DiskReserve::percent(0) };
 
 fuzz_target!(|bytes: &[u8]| {
     // The first byte chooses one of the two kinds of target.

@@ -13,6 +13,7 @@ pub mod netns;
 pub mod pressure;
 pub mod process;
 pub mod reexec;
+pub mod space;
 #[expect(unsafe_code, reason = "the one place for it")]
 pub mod sys;
 pub mod text;

@@ -212,12 +212,20 @@ fn record(evidence: &mut ExitEvidence, event: Result<QmpEvent, broadcast::error:
     }
 }
 
-/// Ends when the last handle is gone.
+/// Ends when the last handle is gone, or when the VM must end because of its disks.
 async fn serve(mut requests: mpsc::Receiver<VmRequest>, mut disks: AttachedDisks) {
-    while let Some(request) = requests.recv().await {
+    loop {
+        let request = tokio::select! {
+            request = requests.recv() => request,
+            () = disks.until_look() => match disks.look().await {
+                Ok(()) => continue,
+                Err(error) => return tracing::error!("the VM is killed: {error}"),
+            },
+        };
         // The caller may have stopped waiting for the answer.
         match request {
-            VmRequest::Attach(disk, answer) => {
+            None => return,
+            Some(VmRequest::Attach(disk, answer)) => {
                 let answered = answer.send(disks.attach(disk).await);
                 // Without the address no caller could detach the disk.
                 if let Err(Ok(address)) = answered
@@ -226,7 +234,7 @@ async fn serve(mut requests: mpsc::Receiver<VmRequest>, mut disks: AttachedDisks
                     tracing::warn!("{}", machinen_base::error::chain(&error));
                 }
             }
-            VmRequest::Detach(address, answer) => drop(answer.send(disks.detach(address).await)),
+            Some(VmRequest::Detach(address, answer)) => drop(answer.send(disks.detach(address).await)),
         }
     }
 }

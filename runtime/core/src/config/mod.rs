@@ -7,8 +7,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machinen_base::error::{ErrorKind, HasKind};
-use machinen_storage::container_disk::ContainerDiskOptions;
+use machinen_base::{
+    error::{ErrorKind, HasKind},
+    space::DiskReserve,
+};
+use machinen_storage::{container_disk::ContainerDiskOptions, rootdisk::BuildOptions};
 use machinen_vm::{ChannelMode, MAX_NICS, accel::AccelMode};
 use serde::{Deserialize, Serialize};
 
@@ -182,6 +185,8 @@ pub struct RootdiskConfig {
     pub min_size_mib: u64,
     /// Size of a container's writable disk, MiB.
     pub writable_size_mib: u64,
+    /// The share of a file system of the host that disks and exports leave free, percent.
+    pub disk_reserve_percent: u64,
     /// Most files that a container's changes may have when they are exported to its snapshot.
     pub layer_max_entries: u64,
     /// Longest time in which a container's changes may arrive from its VM, seconds.
@@ -291,7 +296,18 @@ impl RootdiskConfig {
     /// How containers' writable disks are made.
     pub(crate) fn container_disks(&self) -> ContainerDiskOptions {
         let Self { dir, writable_size_mib, mke2fs, .. } = self.clone();
-        ContainerDiskOptions { cache: dir, size: writable_size_mib << 20, mke2fs }
+        ContainerDiskOptions { cache: dir, size: writable_size_mib << 20, mke2fs, reserve: self.reserve() }
+    }
+
+    /// How base disks are made.
+    pub fn base_disks(&self) -> BuildOptions {
+        let Self { min_size_mib, mke2fs, .. } = self.clone();
+        BuildOptions { min_size: min_size_mib << 20, mke2fs, reserve: self.reserve() }
+    }
+
+    /// What disks and exports leave free.
+    pub(crate) fn reserve(&self) -> DiskReserve {
+        DiskReserve::percent(self.disk_reserve_percent)
     }
 }
 
@@ -301,6 +317,7 @@ impl Default for RootdiskConfig {
             dir: "/var/lib/machinen/rootdisk".into(),
             min_size_mib: 2048,
             writable_size_mib: 16384,
+            disk_reserve_percent: 5,
             layer_max_entries: 300_000,
             export_timeout_s: 900,
             mke2fs: "mke2fs".into(),

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use machinen_base::error::chain;
+use machinen_base::{error::chain, space::DiskReserve};
 use machinen_protocol::api::{
     CheckpointContainerRequest, CheckpointContainerResponse, CheckpointFacts, CheckpointImagesResponse,
 };
@@ -80,9 +80,10 @@ pub(super) struct ScratchDisk {
 }
 
 impl ScratchDisk {
-    async fn attach(vm: Vm, file: File, size: u64) -> Result<Self, PodError> {
+    async fn attach(vm: Vm, file: File, size: u64, reserve: DiskReserve) -> Result<Self, PodError> {
         let source = DiskBacking::File(file.try_clone().map_err(PodError::Descriptor)?.into());
-        let disk = DiskSpec { source, read_only: false, volatile: true, serial: "checkpoint".to_owned() };
+        let serial = "checkpoint".to_owned();
+        let disk = DiskSpec { source, read_only: false, volatile: true, serial, reserve };
         let attached = vm.attach_disk(disk).await;
         let what = "attach a disk for the checkpoint";
         let address = attached.map_err(|source| PodError::Vm { what, source })?;
@@ -132,7 +133,8 @@ impl<'a> Dump<'a> {
         let id = self.container.id.as_str();
         let vm = self.pod.vm_of(id).await?;
         let (disk, size) = self.scratch_disk().await?;
-        let attached = phases.time("attach", ScratchDisk::attach(vm, disk, size)).await?;
+        let reserve = self.pod.shared.config.rootdisk.reserve();
+        let attached = phases.time("attach", ScratchDisk::attach(vm, disk, size, reserve)).await?;
         let request = CheckpointContainerRequest {
             container_id: id.to_owned(),
             disk: MessageField::some(attached.address.into()),
@@ -188,7 +190,8 @@ impl<'a> Dump<'a> {
     /// Replaces the error by "no space" if the host's file system is full: the guest only notices that a
     /// write has failed.
     fn explain(&self, error: PodError, attached: &ScratchDisk) -> PodError {
-        if is_full(&attached.file) { self.no_space() } else { error }
+        let reserve = self.pod.shared.config.rootdisk.reserve();
+        if is_full(&attached.file, reserve) { self.no_space() } else { error }
     }
 
     fn no_space(&self) -> PodError {
@@ -283,7 +286,7 @@ impl<'a> Dump<'a> {
     }
 }
 
-/// Whether the host's file system with this file is out of space.
-fn is_full(file: &File) -> bool {
-    rustix::fs::fstatvfs(file).is_ok_and(|space| space.f_bavail * space.f_frsize < 1 << 20)
+/// Whether the host's file system with this file is out of space that the guest may take.
+fn is_full(file: &File, reserve: DiskReserve) -> bool {
+    reserve.space(file).is_ok_and(|space| space.usable() < 1 << 20)
 }

@@ -76,6 +76,7 @@ impl WritableLayer {
         let layer = LayerLimits {
             entries: config.rootdisk.layer_max_entries,
             bytes: config.rootdisk.writable_size_mib << 20,
+            reserve: config.rootdisk.reserve(),
         };
         let time = Duration::from_secs(config.rootdisk.export_timeout_s);
         let limits = ExportLimits { layer, time };

@@ -172,7 +172,7 @@ impl Pod {
     ) -> Result<(), PodError> {
         let injected = plan.read_injected().await?;
         // The disks and the volumes stay until the VM ends.
-        let attachments = Attachments::new(vm.clone());
+        let attachments = Attachments::new(vm.clone(), plan.config.rootdisk.reserve());
         let (addresses, agent) = attachments.attach(id, disks, &PhaseTimes::default()).await?;
         if let Some(network) = network {
             // Sockets are bound to these addresses. The trial's network device is connected with nothing.

@@ -10,7 +10,7 @@ use std::{
     os::unix::fs::PermissionsExt as _,
 };
 
-use machinen_base::fs::FileError;
+use machinen_base::{fs::FileError, space::DiskReserve};
 use machinen_protocol::api::{CreateContainerRequest, Disk, Rootfs};
 use machinen_storage::{
     container_disk::{self, ContainerDiskError, ContainerDiskOptions},
@@ -47,7 +47,13 @@ pub(super) async fn warm_up(vm: &Vm, config: &Config) -> Result<(), CloneError> 
     let (base, writable) = spawn_blocking(make).await.map_err(CloneError::Worker)??;
     let attach = async |file: File, read_only| {
         let source = DiskBacking::File(file.into());
-        let disk = DiskSpec { source, read_only, volatile: true, serial: ID.to_owned() };
+        let disk = DiskSpec {
+            source,
+            read_only,
+            volatile: true,
+            serial: ID.to_owned(),
+            reserve: DiskReserve::default(),
+        };
         let attached = vm.attach_disk(disk).await;
         let address = attached.map_err(CloneError::Attach)?;
         Ok::<_, CloneError>(MessageField::some(Disk::from(address)))

@@ -21,14 +21,16 @@ use sha2::{Digest as _, Sha256};
 
 use super::{ContainerDiskError, ContainerDiskOptions};
 use crate::rootdisk::{
-    DiskMetadata, LARGEST, RootdiskCache, RootdiskError, RootdiskKey, ext4::BLOCK, lock::Lock, mkfs::Mke2fs,
-    store,
+    DiskMetadata, LARGEST, RootdiskCache, RootdiskError, RootdiskKey, check_space, ext4::BLOCK, lock::Lock,
+    mkfs::Mke2fs, store,
 };
 
 /// Part of a blank's name: raise it when blanks are made in another way.
 const FORMAT: u32 = 1;
 /// More data than any blank has; one of 16 TiB has 60 MiB.
 const DATA_MAX: u64 = 256 << 20;
+/// What a new disk can take at once, bytes. What its guest writes is watched (`machinen_vm::DiskSpec`).
+const LEAST: u64 = 1 << 20;
 
 /// Makes an empty disk of the configured size (rounded up to whole blocks), open for reading and writing. The
 /// file gets its name when it is complete.
@@ -41,8 +43,10 @@ pub(super) fn create(path: &Path, options: &ContainerDiskOptions) -> Result<File
         return Err(RootdiskError::TooLarge { size }.into());
     }
     let blank = Blank::of_size(&RootdiskCache::open(&options.cache)?, size, &options.mke2fs)?;
+    let failed = FileError::at("create", path);
+    let file = store::unnamed(parent(path)).map_err(failed)?;
+    check_space(options.reserve, &file, parent(path), LEAST)?;
     let make = || -> io::Result<File> {
-        let file = store::unnamed(parent(path))?;
         blank.write_to(&file, size)?;
         file.set_permissions(Permissions::from_mode(0o600))?;
         store::name_new_file(&file, path)?;
@@ -61,6 +65,7 @@ pub fn scratch(options: &ContainerDiskOptions) -> Result<File, ContainerDiskErro
     let cache = RootdiskCache::open(&options.cache)?;
     let blank = Blank::of_size(&cache, size, &options.mke2fs)?;
     let file = cache.store.unnamed()?;
+    check_space(options.reserve, &file, cache.dir(), LEAST)?;
     blank.write_to(&file, size).map_err(FileError::at("write to", cache.dir()))?;
     Ok(file)
 }

@@ -39,7 +39,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use machinen_base::fs::{FileError, remove_if_exists};
+use machinen_base::{
+    fs::{FileError, remove_if_exists},
+    space::DiskReserve,
+};
 
 use self::native::NativeDisks;
 pub use self::{blank::scratch, copy::unnamed_copy, error::ContainerDiskError};
@@ -57,6 +60,8 @@ pub struct ContainerDiskOptions {
     pub size: u64,
     /// mke2fs, a path or a name in PATH.
     pub mke2fs: PathBuf,
+    /// What a new disk leaves free of its file system.
+    pub reserve: DiskReserve,
 }
 
 /// Which disk a container writes to, and what receives its changes.

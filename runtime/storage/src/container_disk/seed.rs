@@ -11,7 +11,7 @@ use rustix::fs::ftruncate;
 
 use super::{ContainerDiskError, ContainerDiskOptions, blank::parent};
 use crate::rootdisk::{
-    RootdiskCache, RootdiskError,
+    RootdiskCache, RootdiskError, check_space,
     ext4::{self, BLOCK, INODE},
     mkfs::{CopiedTree, Mke2fs},
     source_mount::SourceMount,
@@ -71,6 +71,7 @@ fn fill(
         return Err(ContainerDiskError::UpperTooLarge { path: upper.to_owned(), needed, size });
     }
     let mke2fs = Mke2fs::find(&options.mke2fs)?;
+    check_space(options.reserve, file, dir, needed)?;
     ftruncate(file, size).map_err(|errno| FileError::new("write to", dir, errno))?;
     // The marks of an overlay are such attributes.
     let tree_to_copy = CopiedTree { root: mount.share()?, inodes, needed, has_trusted: true };

@@ -43,6 +43,9 @@ const NAME: u64 = 12;
 /// The most bytes after the archive's end, which is padded to a whole record.
 const TAIL: u64 = 64 << 10;
 
+/// Bytes after which the free space is looked at again. Other exports and disks take space at the same time.
+const SPACE_STEP: u64 = 1 << 20;
+
 /// Character devices that every container may have: memory devices, terminals, fuse and tun.
 const DEVICES: [(u32, u32); 10] =
     [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (10, 229), (10, 200)];
@@ -82,6 +85,7 @@ pub fn apply(
         lower: lower.map(Lower::new),
         limits,
         applied: AppliedLayer::default(),
+        space_known_to: 0,
         open: Vec::new(),
         dir: duplicate(root)?,
         buffer: vec![0; BUFFER],
@@ -131,6 +135,8 @@ struct Applier<'a> {
     lower: Option<Lower<'a>>,
     limits: LayerLimits,
     applied: AppliedLayer,
+    /// There was space for so many bytes of `applied`.
+    space_known_to: u64,
     /// The directories from the root to the current one; none before the first entry.
     open: Vec<OpenDir>,
     /// The last of `open`.
@@ -394,6 +400,22 @@ impl Applier<'_> {
         if self.applied.bytes > self.limits.bytes {
             return Err(LayerError::Bytes { limit: self.limits.bytes });
         }
+        if self.applied.bytes > self.space_known_to {
+            self.look_for_space(bytes.max(SPACE_STEP))?;
+        }
+        Ok(())
+    }
+
+    /// Checks that the part of the archive that comes next, which takes `bytes`, leaves the host its space.
+    fn look_for_space(&mut self, bytes: u64) -> Result<(), LayerError> {
+        if !self.limits.reserve.is_nothing() {
+            let space = self.limits.reserve.space(self.root);
+            let space = space.map_err(|source| write_error("look for free space for", &[], source))?;
+            if space.usable() < bytes {
+                return Err(LayerError::NoSpace { space });
+            }
+        }
+        self.space_known_to = self.applied.bytes.saturating_add(SPACE_STEP);
         Ok(())
     }
 }

@@ -6,6 +6,7 @@ use machinen_base::{
     error::{ErrorKind, HasKind},
     fs::FileError,
     process::ProcessError,
+    space::FreeSpace,
 };
 
 /// Why the changes of a container could not be stored or copied.
@@ -42,6 +43,15 @@ pub enum LayerError {
     Bytes {
         /// The size of the writable layer, bytes.
         limit: u64,
+    },
+    /// The file system of the layer would be too full for the host.
+    #[error(
+        "the file system of the layer has {} MiB free, of which {} MiB are kept free (rootdisk.disk_reserve_percent)",
+        space.free >> 20, space.kept >> 20
+    )]
+    NoSpace {
+        /// The space of the file system.
+        space: FreeSpace,
     },
     /// The host cannot make a file of the layer.
     #[error("cannot {action} {path:?} of the layer")]
@@ -82,7 +92,7 @@ impl HasKind for LayerError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Archive { .. } | Self::Read(_) | Self::Entry { .. } => ErrorKind::FailedPrecondition,
-            Self::Entries { .. } | Self::Bytes { .. } => ErrorKind::ResourceExhausted,
+            Self::Entries { .. } | Self::Bytes { .. } | Self::NoSpace { .. } => ErrorKind::ResourceExhausted,
             Self::Write { source, .. } | Self::File(FileError { source, .. }) => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::ResourceExhausted,
                 _ => ErrorKind::Internal,

@@ -36,6 +36,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use machinen_base::space::DiskReserve;
+
 pub use apply::{AppliedLayer, apply};
 pub use copy::{LayerCopy, identity};
 pub use error::LayerError;
@@ -49,6 +51,8 @@ pub struct LayerLimits {
     pub entries: u64,
     /// Bytes on the disk, in whole blocks.
     pub bytes: u64,
+    /// What they leave free of the file system of the layer.
+    pub reserve: DiskReserve,
 }
 
 /// The directory of the host that gets a container's changes.

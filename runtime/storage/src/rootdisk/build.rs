@@ -8,11 +8,12 @@ use std::{
 };
 
 use machinen_base::fs::FileError;
-use rustix::fs::{fstatvfs, ftruncate};
+use rustix::fs::ftruncate;
 use sha2::{Digest as _, Sha256};
 
 use super::{
     BuildOptions, LARGEST, Rootdisk, RootdiskCache, RootdiskError, RootdiskProgress, RootfsSource,
+    check_space,
     ext4::{self, BLOCK, INODE},
     hashing::{self, HashedTree},
     key::RootdiskKey,
@@ -213,11 +214,7 @@ impl Job<'_> {
         ftruncate(&disk, size).map_err(failed)?;
         // Two bitmaps for each group of 128 MiB.
         let needed = self.tree.needed_bytes() + size / (128 << 20) * 2 * BLOCK as u64 + (1 << 20);
-        let space = fstatvfs(&disk).map_err(failed)?;
-        let free = space.f_bavail * space.f_frsize;
-        if free < needed {
-            return Err(RootdiskError::NoSpace { dir: store.dir.clone(), needed, free });
-        }
+        check_space(self.options.reserve, &disk, &store.dir, needed)?;
         // The first ten inodes are reserved, the eleventh is lost+found.
         let tree = CopiedTree { root: self.mount.share()?, inodes: files + 16, needed, has_trusted };
         mke2fs.base(tree, &disk, &store.dir)?;

@@ -6,6 +6,7 @@ use machinen_base::{
     error::{ErrorKind, HasKind},
     fs::FileError,
     process::ProcessError,
+    space::FreeSpace,
 };
 
 use super::ext4::Ext4Error;
@@ -53,19 +54,19 @@ pub enum RootdiskError {
         /// Path of a file inside the root file system that changed.
         path: String,
     },
-    /// The file system of the cache is full.
+    /// The file system is full, or would be too full for the host.
     #[error(
-        "not enough space in {} for a root disk: {} needed, {} free; free some (`machinen rootdisk prune`) or set \
-         rootdisk.dir in the configuration to another file system",
-        dir.display(), mib(*needed), mib(*free)
+        "not enough space in {} for a disk: {} needed, {} free, of which {} are kept free (rootdisk.disk_reserve_percent); \
+         free some (`machinen rootdisk prune`) or set rootdisk.dir in the configuration to another file system",
+        dir.display(), mib(*needed), mib(space.free), mib(space.kept)
     )]
     NoSpace {
-        /// Path of the directory of the cache.
+        /// Path of the directory of the disk.
         dir: PathBuf,
         /// What the disk takes, bytes.
         needed: u64,
-        /// What the file system has left, bytes.
-        free: u64,
+        /// The space of the file system.
+        space: FreeSpace,
     },
     /// The disk would need block numbers of more than 32 bits.
     #[error("a root disk of {} is not possible; the largest is 16 TiB", mib(*size))]

@@ -12,13 +12,15 @@ use std::{
 use machinen_base::{
     fs::FileError,
     process::{ProcessError, ReservedUser, Spawn, Stdio, ToolOutput},
+    space::DiskReserve,
 };
-use rustix::fs::{MemfdFlags, fstatvfs, memfd_create};
+use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::{
     RootdiskError,
     ext4::{BLOCK, INODE},
     mkfs_jail::{self, Reads},
+    space_of,
 };
 
 /// The environment variable that overrides the configured program.
@@ -172,10 +174,9 @@ impl Mke2fs {
         let ran = mkfs_jail::lent(image, &user, || Ok(spawn.run().and_then(ToolOutput::success)));
         let Err(source) = ran.map_err(failed)? else { return Ok(()) };
         let full = matches!(&source, ProcessError::Failed { stderr, .. } if stderr.contains("No space left"));
-        match fstatvfs(image) {
-            Ok(space) if full || space.f_bavail == 0 => {
-                let free = space.f_bavail * space.f_frsize;
-                Err(RootdiskError::NoSpace { dir: dir.to_owned(), needed: run.needed, free })
+        match space_of(DiskReserve::default(), image, dir) {
+            Ok(space) if full || space.free == 0 => {
+                Err(RootdiskError::NoSpace { dir: dir.to_owned(), needed: run.needed, space })
             }
             _ => Err(RootdiskError::Mke2fs { dir: dir.to_owned(), source }),
         }

@@ -37,6 +37,10 @@ use std::{
     time::Duration,
 };
 
+use machinen_base::{
+    fs::FileError,
+    space::{DiskReserve, FreeSpace},
+};
 use store::Store;
 
 pub use error::RootdiskError;
@@ -68,11 +72,13 @@ pub struct BuildOptions {
     pub min_size: u64,
     /// A path, or a name in PATH; [`MKE2FS_VARIABLE`] overrides it.
     pub mke2fs: PathBuf,
+    /// What the disk leaves free of the file system of the cache.
+    pub reserve: DiskReserve,
 }
 
 impl Default for BuildOptions {
     fn default() -> Self {
-        Self { min_size: 2 << 30, mke2fs: "mke2fs".into() }
+        Self { min_size: 2 << 30, mke2fs: "mke2fs".into(), reserve: DiskReserve::default() }
     }
 }
 
@@ -147,6 +153,25 @@ impl RootdiskCache {
     pub fn dir(&self) -> &Path {
         &self.store.dir
     }
+}
+
+/// Checks that a file in `dir` can take `needed` bytes more.
+pub(crate) fn check_space(
+    reserve: DiskReserve,
+    file: &File,
+    dir: &Path,
+    needed: u64,
+) -> Result<(), RootdiskError> {
+    let space = space_of(reserve, file, dir)?;
+    match space.usable() < needed {
+        true => Err(RootdiskError::NoSpace { dir: dir.to_owned(), needed, space }),
+        false => Ok(()),
+    }
+}
+
+/// The space of the file system of a file in `dir`.
+fn space_of(reserve: DiskReserve, file: &File, dir: &Path) -> Result<FreeSpace, RootdiskError> {
+    Ok(reserve.space(file).map_err(FileError::at("look for free space in", dir))?)
 }
 
 #[cfg(test)]

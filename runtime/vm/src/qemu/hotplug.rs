@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use machinen_base::process::ChildLimits;
+use machinen_base::{process::ChildLimits, space::DiskReserve};
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
     sys::stat::fstat,
@@ -20,6 +20,7 @@ use crate::{
     VmError,
     qemu::{
         argv::{IMAGE_FDSET, SCSI},
+        growth::{GrowingDisk, GrowthError, GrowthWatch},
         qmp::{Qmp, QmpError, QmpEvent},
     },
 };
@@ -57,6 +58,9 @@ pub struct DiskSpec {
     pub volatile: bool,
     /// Names the disk inside the guest and in messages; the guest sees at most 36 bytes of it.
     pub serial: String,
+    /// What the guest's writes leave free of the host's file system that the disk's file is on: as long as there is less, the
+    /// writes wait. Of no effect for a disk that the guest cannot write to, or that is no file.
+    pub reserve: DiskReserve,
 }
 
 impl DiskSpec {
@@ -70,6 +74,19 @@ impl DiskSpec {
         let own = File::options().read(true).write(!self.read_only).open(path);
         let own = own.map_err(|source| VmError::DiskFile { serial: self.serial.clone(), source })?;
         Ok((Self { source: DiskBacking::File(own.into()), ..self }, Some(file)))
+    }
+
+    /// What has to be looked at while the disk `number` is attached, if it can grow. `file` is the disk's.
+    fn growing(&self, number: u64, file: Option<&OwnedFd>) -> Result<Option<GrowingDisk>, VmError> {
+        match file {
+            Some(file) if !self.read_only && !self.reserve.is_nothing() => {
+                let file = file.try_clone();
+                let file =
+                    file.map_err(|source| VmError::DiskFile { serial: self.serial.clone(), source })?;
+                Ok(Some(GrowingDisk::new(node(number), file.into(), self.reserve)))
+            }
+            _ => Ok(None),
+        }
     }
 
     /// The size of the file that QEMU writes to, bytes; 0 if QEMU writes to none.
@@ -117,6 +134,7 @@ pub(crate) struct AttachedDisks {
     next_target: u32,
     /// Number of the last disk; no number is used twice.
     last: u64,
+    growth: GrowthWatch,
 }
 
 /// A disk that is attached to QEMU.
@@ -131,7 +149,15 @@ struct AttachedDisk {
 
 impl AttachedDisks {
     pub(crate) fn new(qmp: Qmp, events: broadcast::Receiver<QmpEvent>, limits: ChildLimits) -> Self {
-        Self { qmp, events, limits, attached: BTreeMap::new(), next_target: 0, last: 0 }
+        Self {
+            qmp,
+            events,
+            limits,
+            attached: BTreeMap::new(),
+            next_target: 0,
+            last: 0,
+            growth: GrowthWatch::default(),
+        }
     }
 
     pub(crate) async fn attach(&mut self, disk: DiskSpec) -> Result<DiskAddress, VmError> {
@@ -151,9 +177,13 @@ impl AttachedDisks {
         let (disk, held) = disk.with_own_file()?;
         self.last += 1;
         let number = self.last;
+        let growing = disk.growing(number, held.as_ref())?;
         let address = DiskAddress { target, lun: 0 };
         match self.plug(number, address, disk).await {
             Ok(()) => {
+                if let Some(growing) = growing {
+                    self.growth.add(growing);
+                }
                 self.attached.insert(target, AttachedDisk { number, has_fdset, _held: held });
                 self.next_target = target + 1;
                 Ok(address)
@@ -183,7 +213,7 @@ impl AttachedDisks {
         address: DiskAddress,
         disk: DiskSpec,
     ) -> Result<(), (PlugUndo, QmpError)> {
-        let DiskSpec { source, read_only, volatile, serial } = disk;
+        let DiskSpec { source, read_only, volatile, serial, reserve: _ } = disk;
         let node = node(number);
         let (undo, storage) = match source {
             DiskBacking::File(file) => {
@@ -231,7 +261,21 @@ impl AttachedDisks {
         let (number, has_fdset) = (attached.number, attached.has_fdset);
         self.unplug(number, has_fdset).await.map_err(|source| VmError::Detach { address, source })?;
         self.attached.remove(&address.target);
+        self.growth.remove(&node(number));
         Ok(())
+    }
+
+    /// Waits until the disks' file systems have to be looked at.
+    pub(crate) async fn until_look(&self) {
+        self.growth.until_look().await;
+    }
+
+    /// Has the guest's writes wait as long as a disk's file system has less free space than it has to keep.
+    ///
+    /// # Errors
+    /// A disk grows although its writes have to wait.
+    pub(crate) async fn look(&mut self) -> Result<(), GrowthError> {
+        self.growth.look(&self.qmp).await
     }
 
     async fn unplug(&self, number: u64, has_fdset: bool) -> Result<(), QmpError> {
@@ -299,6 +343,7 @@ impl PlugUndo {
     }
 }
 
+/// The name of a disk's block device in QEMU, and of the device that the guest sees.
 fn node(number: u64) -> String {
     format!("disk-{number}")
 }
@@ -333,7 +378,13 @@ mod tests {
 
     fn read_only(serial: &str) -> DiskSpec {
         let source = DiskBacking::File(File::open("/dev/null").unwrap().into());
-        DiskSpec { source, read_only: true, volatile: false, serial: serial.into() }
+        DiskSpec {
+            source,
+            read_only: true,
+            volatile: false,
+            serial: serial.into(),
+            reserve: DiskReserve::default(),
+        }
     }
 
     fn served() -> DiskSpec {

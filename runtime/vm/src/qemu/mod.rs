@@ -3,6 +3,7 @@
 //! The rest of the crate speaks of VMs; a second VMM would be a folder next to this one.
 
 pub(crate) mod argv;
+pub(crate) mod growth;
 pub(crate) mod hotplug;
 pub(crate) mod jail;
 pub(crate) mod launch;

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use machinen_base::space::DiskReserve;
 use machinen_vm::{ChannelKind, DiskBacking, DiskSpec, VmSpec, accel};
 
 const DISK_BYTES: u64 = 4 << 20;
@@ -70,7 +71,8 @@ impl Host {
         file.write_all_at(serial.as_bytes(), 0).unwrap();
         (&file).flush().unwrap();
         let file = File::options().read(true).write(!read_only).open(&path).unwrap();
-        DiskSpec { source: DiskBacking::File(file.into()), read_only, volatile: false, serial: serial.into() }
+        let (source, reserve) = (DiskBacking::File(file.into()), DiskReserve::default());
+        DiskSpec { source, read_only, volatile: false, serial: serial.into(), reserve }
     }
 
     /// The log of a VM that has ended, if it was kept.

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use machinen_base::space::DiskReserve;
 use machinen_vm::{ChannelKind, DiskBacking, DiskSpec, LaunchError, Vm, VmBootError, VmError, VmExit};
 use tokio::io::AsyncWriteExt as _;
 
@@ -85,6 +86,7 @@ async fn a_disk_that_does_not_fit_is_refused() {
             read_only: true,
             volatile: false,
             serial: "dir".into(),
+            reserve: DiskReserve::default(),
         })
         .await;
     let text = chain(&error.unwrap_err());

@@ -2,14 +2,14 @@
 
 use std::{fs::File, sync::Mutex};
 
-use machinen_base::error::chain;
+use machinen_base::{error::chain, space::DiskReserve};
 use machinen_protocol::{
     api::{self, CreateContainerRequest, InjectedFile, Stdio},
     disks::RootDisks,
 };
 use machinen_storage::{
     container_disk::PendingDisk,
-    rootdisk::{BuildOptions, Rootdisk, RootdiskCache, RootdiskKey, RootdiskProgress},
+    rootdisk::{Rootdisk, RootdiskCache, RootdiskKey, RootdiskProgress},
 };
 use machinen_vm::{DiskAddress, DiskBacking, DiskSpec, Vm, VmError, agent};
 use oci_spec::runtime::Spec;
@@ -19,7 +19,6 @@ use tokio::task::spawn_blocking;
 use super::CreatePlan;
 use crate::{
     checkpoint::ImageDisk,
-    config,
     pod::{PodError, layer, phases::PhaseTimes, restore},
 };
 
@@ -72,7 +71,7 @@ pub(in crate::pod) fn root_disks(plan: &CreatePlan, base: Option<Rootdisk>, own:
 /// Returns None if the root file system is on a disk already.
 pub(in crate::pod) async fn base_disk(plan: &CreatePlan, id: &str) -> Result<Option<Rootdisk>, PodError> {
     let Some(source) = plan.rootfs.source.clone() else { return Ok(None) };
-    let config::RootdiskConfig { dir, min_size_mib, mke2fs, .. } = plan.config.rootdisk.clone();
+    let (dir, options) = (plan.config.rootdisk.dir.clone(), plan.config.rootdisk.base_disks());
     let id = id.to_owned();
     let disk = plan.rootfs.disk.clone();
     let build = move || {
@@ -80,7 +79,6 @@ pub(in crate::pod) async fn base_disk(plan: &CreatePlan, id: &str) -> Result<Opt
         if let Some(base) = disk.base_of_remaining_disk(&cache)? {
             return Ok(base);
         }
-        let options = BuildOptions { min_size: min_size_mib << 20, mke2fs };
         cache.get_or_build(&source, &options, &mut |progress| match progress {
             RootdiskProgress::Hashed { .. } => tracing::debug!(id, "rootdisk: {progress}"),
             _ => tracing::info!(id, "rootdisk: {progress}"),
@@ -93,13 +91,15 @@ pub(in crate::pod) async fn base_disk(plan: &CreatePlan, id: &str) -> Result<Opt
 #[derive(Debug)]
 pub(in crate::pod) struct Attachments {
     vm: Vm,
+    reserve: DiskReserve,
     /// Includes the disks that were attached before another one failed.
     addresses: Mutex<Vec<DiskAddress>>,
 }
 
 impl Attachments {
-    pub(in crate::pod) fn new(vm: Vm) -> Self {
-        Self { vm, addresses: Mutex::default() }
+    /// `reserve`: what the guest's writes leave free on the host.
+    pub(in crate::pod) fn new(vm: Vm, reserve: DiskReserve) -> Self {
+        Self { vm, reserve, addresses: Mutex::default() }
     }
 
     /// Attaches the disks while the guest starts, and waits for its agent.
@@ -158,7 +158,7 @@ impl Attachments {
         read_only: bool,
         serial: String,
     ) -> Result<DiskAddress, PodError> {
-        let disk = DiskSpec { source, read_only, volatile: false, serial };
+        let disk = DiskSpec { source, read_only, volatile: false, serial, reserve: self.reserve };
         let address = self.vm.attach_disk(disk).await.map_err(|source| PodError::Vm { what, source })?;
         self.addresses.lock().expect("no panic while held").push(address);
         Ok(address)

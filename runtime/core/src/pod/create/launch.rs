@@ -91,7 +91,7 @@ impl<'a> Planned<'a> {
         // From here on the guest proceeds on its own, so work on the host does not delay the start.
         let namespaces = plan.namespaces.of_anchor()?;
         let anchor = Anchor::spawn(&request.id, plan.netns(), namespaces).await?;
-        let attachments = Attachments::new(vm.vm.clone());
+        let attachments = Attachments::new(vm.vm.clone(), plan.config.rootdisk.reserve());
         Ok(Held { vm, disks, anchor, attachments, shares: ContainerShares::default() })
     }
 }

@@ -5,6 +5,7 @@ use std::{fs, os::unix::fs::MetadataExt as _};
 use machinen_base::{
     error::{ErrorKind, HasKind as _},
     process::Spawn,
+    space::DiskReserve,
 };
 
 use super::{ContainerDiskOptions, ContainerDiskPlan, PendingDisk, blank, open_remaining, seed};
@@ -13,7 +14,32 @@ use crate::rootdisk::tests::{CacheFixture, tool, tree::touch};
 const SIZE: u64 = 4 << 30;
 
 fn options(fixture: &CacheFixture, size: u64) -> ContainerDiskOptions {
-    ContainerDiskOptions { cache: fixture.cache.dir().to_owned(), size, mke2fs: "mke2fs".into() }
+    ContainerDiskOptions {
+        cache: fixture.cache.dir().to_owned(),
+        size,
+        mke2fs: "mke2fs".into(),
+        reserve: DiskReserve::default(),
+    }
+}
+
+#[test]
+fn a_disk_that_would_take_what_is_kept_free_is_not_made() {
+    let fixture = CacheFixture::new();
+    let upper = fixture.path("upper");
+    fs::create_dir(&upper).unwrap();
+    let full = ContainerDiskOptions { reserve: DiskReserve::percent(100), ..options(&fixture, SIZE) };
+    let path = fixture.path("disk");
+    let refused = [
+        blank::create(&path, &full).unwrap_err(),
+        blank::scratch(&full).unwrap_err(),
+        seed::create(&path, &upper, &full).unwrap_err(),
+    ];
+    for error in refused {
+        assert_eq!(error.kind(), ErrorKind::ResourceExhausted);
+        assert!(error.to_string().contains("(rootdisk.disk_reserve_percent)"), "{error}");
+    }
+    assert!(!path.exists());
+    blank::create(&path, &options(&fixture, SIZE)).unwrap();
 }
 
 #[test]

@@ -1,13 +1,23 @@
 //! Tests of what a hostile guest may send: it is refused, and nothing outside of the fresh directory changes.
 
-use std::io::Read;
+use std::{
+    fs::{self, File},
+    io::Read,
+    os::fd::AsFd as _,
+};
 
-use machinen_base::error::chain;
+use machinen_base::{
+    error::{ErrorKind, HasKind as _, chain},
+    space::DiskReserve,
+};
 use proptest::prelude::*;
 use tar::EntryType;
 
 use super::{LIMITS, LayerFixture, Repeated, TestArchive};
-use crate::layer::LayerError;
+use crate::{
+    layer::{LayerError, LayerLimits, apply},
+    rootdisk::tests::tool,
+};
 
 fn refused(what: &str, archive: TestArchive) {
     let fixture = LayerFixture::new();
@@ -89,7 +99,7 @@ fn links_that_lead_elsewhere() {
     let archive = TestArchive::new().owner(5, 5).mode(0o777).symlink("a", "../outside/file");
     fixture.apply(archive.symlink("b", "../outside")).unwrap();
     fixture.assert_contained();
-    let outside = std::fs::metadata(fixture.path("outside/file")).unwrap();
+    let outside = fs::metadata(fixture.path("outside/file")).unwrap();
     assert_eq!(std::os::unix::fs::MetadataExt::uid(&outside), 0);
 }
 
@@ -242,6 +252,29 @@ fn more_than_the_limits() {
     let fixture = LayerFixture::new();
     let error = fixture.apply_bytes(TestArchive::new().bytes().chain(std::io::repeat(0))).unwrap_err();
     assert!(error.to_string().contains("continues after"), "{error}");
+}
+
+#[test]
+fn an_export_leaves_the_host_what_is_kept_free() {
+    let dir = tempfile::tempdir().unwrap();
+    tool("mount", &["-t", "tmpfs", "-o", "size=16m", "tmpfs", dir.path().to_str().unwrap()]);
+    let limits = LayerLimits { reserve: DiskReserve::percent(50), ..LIMITS };
+    let content = vec![7; 3 << 20];
+    let names = ["1", "2", "3", "4"];
+    let archive = names.into_iter().fold(TestArchive::new(), |archive, name| archive.file(name, &content));
+    let root = File::open(dir.path()).unwrap();
+    let result = apply(archive.bytes().as_slice(), root.as_fd(), None, limits);
+    let space = limits.reserve.space(&root).unwrap();
+    let whole = |name: &&&str| fs::metadata(dir.path().join(name)).is_ok_and(|file| file.len() == 3 << 20);
+    let made: Vec<_> = names.iter().filter(whole).collect();
+    tool("umount", &["-l", dir.path().to_str().unwrap()]);
+    let error = result.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ResourceExhausted);
+    assert!(
+        matches!(error, LayerError::NoSpace { .. }) && error.to_string().contains("8 MiB are kept"),
+        "{error}"
+    );
+    assert!(space.usable() > 0 && made.len() == 2, "{made:?}: {space:?}");
 }
 
 #[test]

@@ -14,12 +14,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use machinen_base::space::DiskReserve;
 use machinen_protocol::layer::push_record;
 use tar::{Builder, EntryType, Header};
 
 use super::{AppliedLayer, LayerError, LayerLimits, apply};
 
-const LIMITS: LayerLimits = LayerLimits { entries: 1000, bytes: 64 << 20 };
+const LIMITS: LayerLimits = LayerLimits { entries: 1000, bytes: 64 << 20, reserve: DiskReserve::percent(0) };
 
 /// An archive that grows entry by entry; names are taken as they are.
 struct TestArchive {

@@ -10,6 +10,7 @@ use std::{
 use machinen_base::{
     error::{ErrorKind, HasKind as _, chain},
     process::ProcessExit,
+    space::DiskReserve,
 };
 
 use super::{CacheFixture, cache::process, layer, small, tool};
@@ -68,8 +69,18 @@ fn a_full_file_system_is_reported_beforehand() {
     let error = cache.get_or_build(&layer(&root), &small(), &mut |_| ()).unwrap_err();
     let text = error.to_string();
     assert!(text.contains(&format!("space in {}", cache.dir().display())), "{text}");
-    assert!(text.contains("5 MiB needed, 2 MiB free"), "{text}");
+    assert!(text.contains("5 MiB needed, 2 MiB free, of which 0 MiB are kept free"), "{text}");
     assert_eq!(error.kind(), ErrorKind::ResourceExhausted);
+}
+
+#[test]
+fn a_base_disk_leaves_the_host_what_is_kept_free() {
+    let fixture = CacheFixture::new();
+    let root = make(&fixture);
+    let options = BuildOptions { reserve: DiskReserve::percent(100), ..small() };
+    let error = fixture.cache.get_or_build(&layer(&root), &options, &mut |_| ()).unwrap_err();
+    assert!(matches!(error, RootdiskError::NoSpace { .. }), "{error}");
+    assert!(fixture.cache.list().unwrap().is_empty());
 }
 
 #[test]
