@@ -41,6 +41,9 @@ enum TemplateCommand {
         /// Virtual CPUs
         #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=64))]
         vcpus: Option<u32>,
+        /// containerd's namespace of the containers, where each has templates of its own (template.per_namespace)
+        #[arg(long, value_name = "NAME", default_value = "default")]
+        namespace: String,
     },
     /// List the templates, the most recently used first
     Ls,
@@ -82,10 +85,10 @@ pub(crate) enum TemplateCliError {
 pub(crate) fn run(args: &TemplateArgs, mut config: Config) -> Result<VerbOutput, TemplateCliError> {
     let templates = TemplateStore::at(&config.template.dir);
     match &args.command {
-        TemplateCommand::Build { memory_ceiling, vcpus } => {
+        TemplateCommand::Build { memory_ceiling, vcpus, namespace } => {
             config.vm.memory_mib = memory_ceiling.unwrap_or(config.vm.memory_mib);
             config.vm.vcpus = vcpus.unwrap_or(config.vm.vcpus);
-            let spec = pod::default_vm_spec(&config, &Assets::find(&config.assets.dir)?)?;
+            let spec = pod::default_vm_spec(&config, &Assets::find(&config.assets.dir)?, namespace)?;
             let mut progress = |line| eprintln!("{line}");
             let built = template::build(&templates, &spec, config.template.budget_mib, &mut progress)?;
             let key = built.manifest.shape.key();

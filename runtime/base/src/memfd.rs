@@ -61,6 +61,23 @@ mod tests {
         assert_eq!(&content, b"content");
     }
 
+    /// Its holes can be filled, as by a QEMU that a guest has taken over.
+    #[test]
+    fn a_sealed_file_takes_at_most_its_size() {
+        use rustix::fs::{FallocateFlags, fallocate};
+        let fd = sparse(1 << 20).unwrap();
+        seal(&fd).unwrap();
+        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        fallocate(&file, FallocateFlags::empty(), 0, 1 << 20).unwrap();
+        for flags in [FallocateFlags::empty(), FallocateFlags::KEEP_SIZE] {
+            assert!(fallocate(&file, flags, 1 << 20, 4096).is_err(), "{flags:?}");
+        }
+        assert!(file.set_len(2 << 20).is_err());
+        let taken = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()) * 512;
+        assert_eq!(taken, 1 << 20);
+    }
+
     #[test]
     fn a_file_that_is_not_sealed_is_recognised() {
         assert!(!is_sealed(sparse(4096).unwrap()));

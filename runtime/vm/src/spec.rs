@@ -39,6 +39,8 @@ pub struct VmSpec {
     pub boot_timeout: Duration,
     /// Files and directories that QEMU can read, besides its program, the system's libraries and its own data.
     pub qemu_files: Vec<PathBuf>,
+    /// Whose VM this is: a VM is a clone only of a template that was built for the same. Empty: for all.
+    pub tenant: String,
     /// Keep `console.log` even if the VM ended because its owner asked for it; else it is kept only after a
     /// failure.
     pub keep_console: bool,

@@ -101,6 +101,9 @@ pub struct TemplateConfig {
     pub dir: PathBuf,
     /// Most memory that all templates may take, MiB.
     pub budget_mib: u64,
+    /// Whether each of containerd's namespaces has templates of its own, so that its VMs share no memory with those of
+    /// others.
+    pub per_namespace: bool,
 }
 
 /// Whether templates are used and built.
@@ -277,7 +280,12 @@ impl Default for VmConfig {
 
 impl Default for TemplateConfig {
     fn default() -> Self {
-        Self { mode: TemplateMode::Auto, dir: "/run/machinen/template".into(), budget_mib: 1024 }
+        Self {
+            mode: TemplateMode::Auto,
+            dir: "/run/machinen/template".into(),
+            budget_mib: 1024,
+            per_namespace: false,
+        }
     }
 }
 

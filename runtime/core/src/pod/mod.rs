@@ -89,7 +89,7 @@ pub struct Pod {
 pub struct PodSettings {
     /// The configuration, without the containers' annotations.
     pub config: Config,
-    /// containerd's namespace, which is passed to logging programs.
+    /// containerd's namespace, which is passed to logging programs and can have templates of its own.
     pub namespace: String,
     /// Name of the VM in logs and process lists.
     pub name: String,
@@ -141,6 +141,7 @@ impl Pod {
         let sandbox = SandboxSettings {
             config: Arc::clone(&config),
             name: name.clone(),
+            namespace: namespace.clone(),
             dir: state_dir.join(VM_DIR),
             lifetime,
             containerd,

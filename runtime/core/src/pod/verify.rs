@@ -103,6 +103,7 @@ impl Pod {
         let settings = SandboxSettings {
             config: Arc::clone(&shared.config),
             name: format!("{}-verify", shared.name),
+            namespace: shared.namespace.clone(),
             dir: shared.state_dir.join(VM_DIR).join(DIR),
             lifetime: Lifetime::Sandbox,
             containerd: None,

@@ -268,6 +268,7 @@ pub(crate) mod tests {
             hostname: "c1".into(),
             boot_timeout: std::time::Duration::from_secs(60),
             qemu_files: Vec::new(),
+            tenant: String::new(),
             keep_console: false,
         }
     }

@@ -31,6 +31,9 @@ pub struct TemplateShape {
     cpu: String,
     /// The release of the host's kernel, which decides what a tap device can do.
     host_kernel: String,
+    /// As of [`VmSpec::tenant`].
+    #[serde(default)]
+    tenant: String,
 }
 
 /// Identifies a file in one state. The content is not read, because that would take longer than a clone.
@@ -77,6 +80,7 @@ impl TemplateShape {
             args: spec.template_args(),
             cpu: cpu().map_err(FileError::at("read", CPUINFO))?,
             host_kernel: fs::read_to_string(RELEASE).map_err(FileError::at("read", RELEASE))?,
+            tenant: spec.tenant.clone(),
         }))
     }
 
@@ -99,9 +103,11 @@ impl TemplateShape {
 /// Whether the guest's kernel relies on free memory being zero. Memory that a clone gives back to the host
 /// and takes again has the template's content, which is harmless otherwise.
 fn relies_on_zeroed_memory(kernel_args: &str) -> bool {
+    // The kernel takes a hyphen for an underscore, and arguments in quotes.
     kernel_args
         .split_ascii_whitespace()
-        .any(|arg| arg.starts_with("init_on_free") || arg.starts_with("page_poison"))
+        .map(|arg| arg.replace('"', "").replace('-', "_"))
+        .any(|arg| ["init_on_free", "page_poison"].iter().any(|name| arg.starts_with(name)))
 }
 
 const CPUINFO: &str = "/proc/cpuinfo";
@@ -141,6 +147,7 @@ mod tests {
             hostname: "one".into(),
             boot_timeout: std::time::Duration::from_secs(1),
             qemu_files: Vec::new(),
+            tenant: String::new(),
             keep_console: false,
         }
     }
@@ -161,6 +168,7 @@ mod tests {
             VmSpec { qemu: "/bin/ls".into(), ..base.clone() },
             VmSpec { channel: ChannelKind::KernelVsock, ..base.clone() },
             VmSpec { nics: 0, ..base.clone() },
+            VmSpec { tenant: "k8s.io".into(), ..base.clone() },
         ] {
             assert_ne!(key(&base), key(&other), "{other:?}");
         }
@@ -182,8 +190,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let spec = spec(dir.path());
         let daemon = VmSpec { channel: ChannelKind::VhostUserVsock { daemon: "d".into() }, ..spec.clone() };
-        let zeros = VmSpec { kernel_args: "a init_on_free=1".into(), ..spec.clone() };
-        assert_eq!((TemplateShape::of(&daemon).unwrap(), TemplateShape::of(&zeros).unwrap()), (None, None));
+        assert_eq!(TemplateShape::of(&daemon).unwrap(), None);
+        for args in [
+            "a init_on_free=1",
+            "init-on-free=1",
+            "\"init_on_free=1\"",
+            "init_\"on_free\"=1",
+            "page_poison=1",
+        ] {
+            let zeros = VmSpec { kernel_args: args.into(), ..spec.clone() };
+            assert_eq!(TemplateShape::of(&zeros).unwrap(), None, "{args}");
+        }
         let missing = VmSpec { image: dir.path().join("nowhere"), ..spec };
         assert!(TemplateShape::of(&missing).unwrap_err().to_string().contains("nowhere"));
     }

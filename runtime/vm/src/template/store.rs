@@ -80,6 +80,19 @@ pub struct ListedTemplate {
     pub used: Option<SystemTime>,
 }
 
+impl ListedTemplate {
+    /// Bytes of memory that the template takes by now: at most its VM's memory, because its size is sealed. Clones make
+    /// it grow, whose pods are charged for that.
+    fn taken(&self) -> u64 {
+        let memory = format!("/proc/{}/fd/{}", self.manifest.pid, holder::MEMORY);
+        let now = fs::metadata(memory).map_or(0, |memory| memory.blocks() * 512);
+        now.clamp(
+            self.manifest.allocated,
+            (u64::from(self.manifest.memory_mib) << 20).max(self.manifest.allocated),
+        )
+    }
+}
+
 /// The files of one template.
 #[derive(Debug)]
 pub(super) struct TemplatePaths {
@@ -305,10 +318,11 @@ impl TemplateStore {
             useful
         });
         for template in kept {
-            room += template.manifest.allocated;
+            let taken = template.taken();
+            room += taken;
             if room > budget {
                 self.remove(&template.key)?;
-                room -= template.manifest.allocated;
+                room -= taken;
             }
         }
         Ok(())

@@ -53,6 +53,7 @@ impl Host {
             hostname: "test".into(),
             boot_timeout: Duration::from_secs(60),
             qemu_files: Vec::new(),
+            tenant: String::new(),
             keep_console: false,
         }
     }

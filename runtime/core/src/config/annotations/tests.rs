@@ -116,6 +116,7 @@ fn running() -> VmSpec {
         hostname: "pod".into(),
         boot_timeout: std::time::Duration::from_secs(1),
         qemu_files: Vec::new(),
+        tenant: String::new(),
         keep_console: false,
     }
 }

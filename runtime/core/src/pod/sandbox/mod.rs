@@ -54,6 +54,8 @@ pub(super) struct SandboxSettings {
     pub(super) config: Arc<Config>,
     /// Name of the VM in logs and process lists.
     pub(super) name: String,
+    /// containerd's namespace.
+    pub(super) namespace: String,
     /// Directory of the VM's sockets and of the console log; created and removed with the VM.
     pub(super) dir: PathBuf,
     pub(super) lifetime: Lifetime,

@@ -121,12 +121,13 @@ impl Sandbox {
         request: &VmRequest,
         warm_vm: Option<&WarmVm>,
     ) -> Result<VmPlan, PodError> {
-        let (name, request) = (self.settings.name.clone(), request.clone());
+        let (settings, request) = (&self.settings, request.clone());
+        let (name, namespace) = (settings.name.clone(), settings.namespace.clone());
         let warm = warm_vm.map(|warm| warm.shape.clone());
-        let plan = move || match plan(&name, &request, mode, warm.as_ref()) {
+        let plan = move || match plan((&name, &namespace), &request, mode, warm.as_ref()) {
             Err(PodError::Admission(scarce)) if scarce.kind() == ErrorKind::ResourceExhausted => {
                 give_way(&request.config, scarce)?;
-                plan(&name, &request, mode, warm.as_ref())
+                plan((&name, &namespace), &request, mode, warm.as_ref())
             }
             planned => planned,
         };
@@ -151,14 +152,14 @@ fn give_way(config: &Config, scarce: AdmissionError) -> Result<(), PodError> {
 
 /// Blocks.
 fn plan(
-    name: &str,
+    (name, namespace): (&str, &str),
     request: &VmRequest,
     mode: TemplateMode,
     warm: Option<&TemplateShape>,
 ) -> Result<VmPlan, PodError> {
     let host = HostMemory::now()?;
     let VmRequest { config, assets, limits, .. } = request;
-    let spec = vm_spec::build(name, config, assets, *limits, host)?;
+    let spec = vm_spec::build((name, namespace), config, assets, *limits, host)?;
     let found = match mode {
         TemplateMode::Off => TemplateSearch::Unusable,
         TemplateMode::Use | TemplateMode::Auto => find_template(name, &spec, config),
@@ -203,12 +204,18 @@ pub fn admits_one_more(config: &Config) -> Result<(), AdmissionError> {
     admission::admit(&reservations_dir(), needed, reserve, HostMemory::now()?).map(drop)
 }
 
-/// Describes the VM of a container that has no annotations and no limits.
+/// Describes the VM of a container in a namespace of containerd's that has no annotations and no limits.
 ///
 /// # Errors
 /// The configured accelerator does not work here, or the host's memory cannot be read.
-pub fn default_vm_spec(config: &Config, assets: &Assets) -> Result<VmSpec, PodError> {
-    Ok(vm_spec::build("template", config, assets, ContainerLimits::default(), HostMemory::now()?)?)
+pub fn default_vm_spec(config: &Config, assets: &Assets, namespace: &str) -> Result<VmSpec, PodError> {
+    Ok(vm_spec::build(
+        ("template", namespace),
+        config,
+        assets,
+        ContainerLimits::default(),
+        HostMemory::now()?,
+    )?)
 }
 
 #[cfg(test)]

@@ -42,14 +42,14 @@ const HOST_OVERHEAD_TCG: u32 = HOST_OVERHEAD + TRANSLATED_CODE_MIB;
 /// The guest's kernel describes each page of its memory, which takes a sixty-fourth of it.
 const PAGE_DESCRIPTIONS: u32 = 64;
 
-/// Describes the VM of the pod `name`, whose first container has these limits.
+/// Describes the VM of the pod `name` in containerd's namespace `namespace`, whose first container has these limits.
 ///
 /// Blocks. The first call after a boot of the host tries KVM, which takes some time.
 ///
 /// # Errors
 /// The configured accelerator does not work here.
 pub(super) fn build(
-    name: &str,
+    (name, namespace): (&str, &str),
     config: &Config,
     assets: &Assets,
     limits: ContainerLimits,
@@ -75,6 +75,7 @@ pub(super) fn build(
         hostname: name.chars().filter(char::is_ascii).take(MAX_HOSTNAME).collect(),
         boot_timeout: Duration::from_secs(config.vm.boot_timeout_s),
         qemu_files: config.vm.qemu_files.clone(),
+        tenant: if config.template.per_namespace { namespace.to_owned() } else { String::new() },
         keep_console: true,
     })
 }
