@@ -8,6 +8,7 @@ use machinen::{
     accel::{self, Accelerator},
     assets::Assets,
     config::Config,
+    confined,
     error::chain,
     host_cgroup::HostCgroups,
     pool,
@@ -56,6 +57,7 @@ pub(crate) fn run(args: &CheckArgs, config: &Config) -> ExitCode {
         cache(config),
         warm_pool(config),
         jail(),
+        landlock(),
     ];
     if args.json {
         println!("{}", serde_json::to_string_pretty(&findings).expect("plain data"));
@@ -167,6 +169,19 @@ fn jail() -> Finding {
         Err(text) => (CheckVerdict::Missing, format!("child processes cannot be confined: {text}")),
     };
     Finding { what: "jail", verdict, text }
+}
+
+/// Tries what the threads that unpack a guest's bytes are kept from.
+fn landlock() -> Finding {
+    let (verdict, text) = match confined::holds() {
+        Ok(true) => (CheckVerdict::Ok, "what guests send is unpacked by threads that reach no other file".to_owned()),
+        Ok(false) => (
+            CheckVerdict::Note,
+            "not in this kernel (Linux 5.19, security module landlock); what guests send is unpacked without it".to_owned(),
+        ),
+        Err(error) => (CheckVerdict::Note, format!("threads cannot be restricted: {error}")),
+    };
+    Finding { what: "landlock", verdict, text }
 }
 
 fn cgroup() -> Finding {

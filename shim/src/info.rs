@@ -3,7 +3,7 @@
 use std::{collections::HashMap, io, path::Path};
 
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
-use machinen::{RUN_DIR, accel, config::Config, error::chain, features};
+use machinen::{RUN_DIR, accel, config::Config, confined, error::chain, features};
 use protobuf::{Message, MessageField, well_known_types::any::Any};
 
 use crate::error::ShimError;
@@ -14,6 +14,9 @@ const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/f
 /// What runs the instructions of guests on this host: `kvm`, `tcg`, which is no isolation boundary, or the reason
 /// why no VM can start.
 const ACCELERATOR: &str = "io.machinen.accelerator";
+
+/// Whether Landlock restricts the threads that unpack what guests send: `true` or `false`.
+const LANDLOCK: &str = "io.machinen.landlock";
 
 /// # Errors
 /// The answer cannot be written.
@@ -30,7 +33,10 @@ pub(crate) fn run() -> Result<(), ShimError> {
             ..Default::default()
         }),
         features: MessageField::some(features),
-        annotations: HashMap::from([(ACCELERATOR.to_owned(), accelerator())]),
+        annotations: HashMap::from([
+            (ACCELERATOR.to_owned(), accelerator()),
+            (LANDLOCK.to_owned(), confined::holds().unwrap_or_default().to_string()),
+        ]),
         ..Default::default()
     };
     info.write_to_writer(&mut io::stdout().lock()).map_err(ShimError::Encode)

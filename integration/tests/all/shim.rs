@@ -81,6 +81,8 @@ fn info_describes_the_runtime(containerd: &mut Containerd) -> Result<()> {
     ensure!(features["linux"]["cgroup"]["v2"] == true, "{features}");
     let accelerator = info.annotations.get("io.machinen.accelerator").map(String::as_str);
     ensure!(matches!(accelerator, Some("kvm" | "tcg")), "{info:?}");
+    let landlock = info.annotations.get("io.machinen.landlock").map(String::as_str);
+    ensure!(matches!(landlock, Some("true" | "false")), "{info:?}");
     ensure!(files(&shim)? == ["rootfs"], "-info left something in the bundle");
     fs::remove_dir_all(&shim.bundle)?;
     Ok(())

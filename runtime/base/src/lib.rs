@@ -5,6 +5,7 @@
 #![warn(missing_docs)]
 
 pub mod cgroup;
+pub mod confined;
 pub mod error;
 pub mod fs;
 pub mod memfd;

@@ -59,6 +59,11 @@ impl CheckpointDir {
         Ok(others? == 0)
     }
 
+    /// Duplicates the descriptor, for work that can reach no other directory.
+    pub(super) fn descriptor(&self) -> io::Result<OwnedFd> {
+        self.fd.try_clone()
+    }
+
     /// Creates a file, which must not exist.
     ///
     /// # Errors

@@ -3,11 +3,12 @@
 use std::{
     fs::{self, File},
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use machinen_base::fs::if_exists;
+use machinen_base::{confined::confined, fs::if_exists};
 use machinen_protocol::api::{CheckpointImagesResponse, ImageFile};
 use tokio::sync::mpsc;
 
@@ -15,7 +16,7 @@ use super::{
     CheckpointError,
     directory::CheckpointDir,
     hash_pipeline::{self, CopiedRange},
-    manifest::{CheckpointManifest, MANIFEST, MAX_SIZE, REPORTS},
+    manifest::{CheckpointManifest, ImageDigest, MANIFEST, MAX_SIZE, REPORTS},
     report::ImageReport,
 };
 
@@ -48,10 +49,24 @@ pub(crate) fn save(
     mut manifest: CheckpointManifest,
     dir: &Path,
 ) -> Result<SavedCheckpoint, CheckpointError> {
-    let DumpImages { disk, size, mut located } = images;
     let mut written = Written::begin(dir)?;
+    // The guest names the images and their places.
+    let opened = written.dir.descriptor().map_err(CheckpointError::file("open", dir))?;
+    let received = confined(&[opened.as_fd()], || receive(images, &mut written));
+    manifest.files = received.map_err(CheckpointError::file("confine the writing of", dir))??;
+    manifest.files.sort_by(|a, b| a.name.cmp(&b.name));
+    let bytes = manifest.files.iter().map(|file| file.size).sum();
+    let files = manifest.files.len();
+    written.manifest(&manifest)?;
+    written.keep()?;
+    Ok(SavedCheckpoint { files, bytes })
+}
+
+/// Writes the images that the guest reports. Blocks.
+fn receive(images: DumpImages, written: &mut Written) -> Result<Vec<ImageDigest>, CheckpointError> {
+    let DumpImages { disk, size, mut located } = images;
     let mut report = ImageReport::new(size);
-    manifest.files = hash_pipeline::run(|copied| {
+    hash_pipeline::run(|copied| {
         let mut current = None;
         while let Some(answer) = located.blocking_recv() {
             report.accept(&answer)?;
@@ -77,13 +92,7 @@ pub(crate) fn save(
             }
         }
         report.finish()
-    })?;
-    manifest.files.sort_by(|a, b| a.name.cmp(&b.name));
-    let bytes = manifest.files.iter().map(|file| file.size).sum();
-    let files = manifest.files.len();
-    written.manifest(&manifest)?;
-    written.keep()?;
-    Ok(SavedCheckpoint { files, bytes })
+    })
 }
 
 /// Copies a checkpoint to another directory, by hard links if possible, since images are never changed.

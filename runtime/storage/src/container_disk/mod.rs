@@ -294,7 +294,7 @@ impl ContainerDisk {
     /// Those of [`layer::store`], or the label of the disk cannot be written.
     pub fn export(
         &self,
-        archive: impl Read,
+        archive: impl Read + Send,
         before: Option<OwnedFd>,
         limits: LayerLimits,
     ) -> Result<Option<(AppliedLayer, PreviousLayer)>, LayerError> {

@@ -32,11 +32,11 @@ mod staging;
 
 use std::{
     io::Read,
-    os::fd::{AsFd as _, OwnedFd},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
-use machinen_base::space::DiskReserve;
+use machinen_base::{confined::confined, space::DiskReserve};
 
 pub use apply::{AppliedLayer, apply};
 pub use copy::{LayerCopy, identity};
@@ -103,7 +103,7 @@ pub struct EarlierExports<'a> {
 /// in place, and nothing of the new one is left. Only a merge, or the exchange of the content of a mounted directory, that
 /// the host's file system does not permit leaves a part of the changes.
 pub fn store(
-    archive: impl Read,
+    archive: impl Read + Send,
     target: &LayerTarget,
     earlier: EarlierExports<'_>,
     limits: LayerLimits,
@@ -111,12 +111,12 @@ pub fn store(
     match target {
         LayerTarget::Upper(path) => {
             let staging = StagingDir::next_to(path)?;
-            let applied = apply(archive, staging.fresh(), None, limits)?;
+            let applied = apply_confined(archive, staging.fresh(), None, limits)?;
             Ok((applied, staging.exchange()?))
         }
         LayerTarget::MountedUpper { upper, mount } => {
             let staging = StagingDir::next_to(upper)?;
-            let applied = apply(archive, staging.fresh(), None, limits)?;
+            let applied = apply_confined(archive, staging.fresh(), None, limits)?;
             let replaced = staging.exchange_content()?;
             mounted::forget_names(mount);
             Ok((applied, replaced))
@@ -124,18 +124,30 @@ pub fn store(
         LayerTarget::Whole(path) => {
             let staging = StagingDir::next_to(path)?;
             let lower = earlier.before.map_or_else(|| staging.current(), Ok)?;
-            let applied = apply(archive, staging.fresh(), Some(lower.as_fd()), limits)?;
+            let applied = apply_confined(archive, staging.fresh(), Some(lower.as_fd()), limits)?;
             Ok((applied, staging.exchange()?))
         }
         LayerTarget::InPlace(path) => {
             let staging = StagingDir::on_file_system_of(path)?;
-            let applied = apply(archive, staging.fresh(), None, limits)?;
+            let applied = apply_confined(archive, staging.fresh(), None, limits)?;
             let recorded = RecordedExport::begin(earlier.record, staging.fresh())?;
             merge::merge(staging.fresh(), path)?;
             recorded.complete()?;
             Ok((applied, staging.merged()))
         }
     }
+}
+
+/// Like [`apply`], in a thread that can reach only the two directories.
+fn apply_confined(
+    archive: impl Read + Send,
+    root: BorrowedFd<'_>,
+    lower: Option<BorrowedFd<'_>>,
+    limits: LayerLimits,
+) -> Result<AppliedLayer, LayerError> {
+    let dirs: Vec<_> = [Some(root), lower].into_iter().flatten().collect();
+    confined(&dirs, || apply(archive, root, lower, limits))
+        .map_err(|source| apply::write_error("confine the unpacking of", &[], source))?
 }
 
 #[cfg(test)]

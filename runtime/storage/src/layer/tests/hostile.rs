@@ -2,8 +2,13 @@
 
 use std::{
     fs::{self, File},
-    io::Read,
+    io::{self, Read},
     os::fd::AsFd as _,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use machinen_base::{
@@ -15,7 +20,7 @@ use tar::EntryType;
 
 use super::{LIMITS, LayerFixture, Repeated, TestArchive};
 use crate::{
-    layer::{LayerError, LayerLimits, apply},
+    layer::{EarlierExports, LayerError, LayerLimits, LayerTarget, apply, store},
     rootdisk::tests::tool,
 };
 
@@ -252,6 +257,35 @@ fn more_than_the_limits() {
     let fixture = LayerFixture::new();
     let error = fixture.apply_bytes(TestArchive::new().bytes().chain(std::io::repeat(0))).unwrap_err();
     assert!(error.to_string().contains("continues after"), "{error}");
+}
+
+/// Reads a file of the host while it is read itself, as a parser that an archive has taken over might.
+struct Reaching<'a> {
+    archive: &'a [u8],
+    file: &'a Path,
+    reached: Arc<AtomicBool>,
+}
+
+impl Read for Reaching<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.reached.fetch_or(File::open(self.file).is_ok(), Ordering::Relaxed);
+        self.archive.read(buffer)
+    }
+}
+
+#[test]
+fn an_archive_is_unpacked_by_a_thread_that_reaches_no_other_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let (target, outside) = (dir.path().join("upper"), dir.path().join("outside"));
+    fs::create_dir(&target).unwrap();
+    fs::write(&outside, "").unwrap();
+    let reached = Arc::new(AtomicBool::new(false));
+    let bytes = TestArchive::new().file("file", b"x").bytes();
+    let archive = Reaching { archive: &bytes, file: &outside, reached: Arc::clone(&reached) };
+    let earlier = EarlierExports { before: None, record: Path::new("/nowhere") };
+    store(archive, &LayerTarget::Upper(target.clone()), earlier, LIMITS).unwrap();
+    assert_eq!(fs::read(target.join("file")).unwrap(), b"x");
+    assert!(!reached.load(Ordering::Relaxed));
 }
 
 #[test]
