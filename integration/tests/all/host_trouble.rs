@@ -10,8 +10,10 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use machinen_integration::{
+    bundle::Bundle,
     containerd::Containerd,
     paths,
+    process::Invocation,
     setup::{Setup, Value},
 };
 use nix::{
@@ -28,6 +30,7 @@ on_newest_containerd!(
     mke2fs_missing_or_old,
     assets_missing_or_damaged,
     disk_full_while_converting,
+    writes_wait_until_the_host_has_space,
     one_conversion_for_many,
     damaged_rootdisk_is_rebuilt,
 );
@@ -109,6 +112,64 @@ fn disk_full_while_converting(containerd: &mut Containerd) -> Result<()> {
     works(containerd)?;
     nix::mount::umount2(&dir, nix::mount::MntFlags::MNT_DETACH)?;
     Ok(())
+}
+
+/// A file system of a size of its own, which is unmounted when this is dropped.
+struct SmallFileSystem(PathBuf);
+
+impl SmallFileSystem {
+    fn new(containerd: &Containerd, mib: u64) -> Result<Self> {
+        let (image, dir) = (containerd.root().join("small.ext4"), containerd.root().join("small"));
+        fs::create_dir(&dir)?;
+        fs::File::create(&image)?.set_len(mib << 20)?;
+        // No blocks for root alone, so that what is kept free is machinen's doing.
+        Invocation::new("mke2fs").args(["-q", "-F", "-t", "ext4", "-m", "0"]).arg(&image).run()?.ok()?;
+        Invocation::new("mount").args(["-o", "loop"]).arg(&image).arg(&dir).run()?.ok()?;
+        Ok(Self(dir))
+    }
+
+    /// All disks are on it, of which this share is kept free.
+    fn setup(&self, reserve_percent: u64) -> Setup {
+        let setup = Setup::new().set("rootdisk", "dir", Value::path(&self.0.join("cache")));
+        setup.set("rootdisk", "disk_reserve_percent", Value::number(reserve_percent))
+    }
+}
+
+impl Drop for SmallFileSystem {
+    fn drop(&mut self) {
+        if let Err(error) = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH) {
+            eprintln!("cannot unmount {}: {error}", self.0.display());
+        }
+    }
+}
+
+/// The disk of a container is larger than the file system that it is on.
+fn writes_wait_until_the_host_has_space(containerd: &mut Containerd) -> Result<()> {
+    let small = SmallFileSystem::new(containerd, 400)?;
+    containerd.configure(&small.setup(10))?;
+    let ballast = small.0.join("ballast");
+    Invocation::new("fallocate").args(["-l", "150M"]).arg(&ballast).run()?.ok()?;
+    let rootfs = Bundle::busybox(containerd)?;
+    // The file is removed, so that there is nothing to export.
+    let script = "dd if=/dev/zero of=/big bs=1M count=250 conv=fsync 2>/dev/null && rm /big && echo done";
+    let from = containerd.log().position();
+    let container = containerd.run_spec(&rootfs.config(&["sh", "-c", script], |_| ())?);
+    let running = container.spawn(Duration::from_secs(180))?;
+    containerd.log().wait_for(from, |line| line.contains("writes wait"))?;
+    // What QEMU had begun is complete, and nothing follows.
+    let free = || -> Result<u64> {
+        let space = nix::sys::statvfs::statvfs(&small.0)?;
+        Ok(space.blocks_available() * space.fragment_size() >> 20)
+    };
+    ensure!((1..60).contains(&free()?), "{} MiB are free", free()?);
+    fs::remove_file(&ballast)?;
+    containerd.log().wait_for(from, |line| line.contains("writes continue"))?;
+    let output = running.wait()?.ok()?;
+    ensure!(output.text() == "done\n", "{output}");
+    // Without space there is no new container.
+    containerd.configure(&small.setup(100))?;
+    let refused = containerd.run_spec(&rootfs.config(&["true"], |_| ())?);
+    fails_saying(containerd, &refused, &["not enough space", "rootdisk.disk_reserve_percent"])
 }
 
 /// The space that the files of a directory take.
