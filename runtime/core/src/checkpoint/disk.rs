@@ -10,6 +10,7 @@
 //! or the VM ends.
 
 use std::{
+    collections::VecDeque,
     fs::File,
     io::{self, Read, Seek, SeekFrom, Write},
     os::unix::{fs::FileExt as _, net::UnixStream},
@@ -32,6 +33,8 @@ use super::{
 
 /// The name of the only export in the list that `nbd` serves, by which QEMU selects it.
 const EXPORT: &str = "rustnbd";
+/// How many verified parts are kept.
+const VERIFIED_PARTS: usize = 8;
 
 /// A disk that can be attached to a VM. Clones are handles of the same disk.
 #[derive(Debug, Clone)]
@@ -120,16 +123,23 @@ fn allow_many_files() {
 fn serve(mut socket: &UnixStream, content: Arc<DiskContent>) -> io::Result<()> {
     let size = content.size;
     handshake(&mut socket, |_| Ok(Export { size, readonly: true, ..Export::<()>::default() }))?;
-    transmission(socket, Reader { content, at: 0, buffer: Vec::new(), buffered: None })
+    transmission(socket, Reader { content, at: 0, verified: VecDeque::new() })
 }
 
 /// The state of one NBD session.
 struct Reader {
     content: Arc<DiskContent>,
     at: u64,
-    /// The part that was verified last; `buffered` has the index of its image and its number.
-    buffer: Vec<u8>,
-    buffered: Option<(usize, u64)>,
+    /// The parts that were read last, the latest first. A guest that reads here and there would otherwise have each small
+    /// piece cost the reading and hashing of a whole part.
+    verified: VecDeque<VerifiedPart>,
+}
+
+/// A part of an image whose digest was compared.
+struct VerifiedPart {
+    /// The index of the image, and the number of the part.
+    place: (usize, u64),
+    bytes: Vec<u8>,
 }
 
 impl Read for Reader {
@@ -172,17 +182,30 @@ impl Reader {
             image.file.read_exact_at(&mut into[..count], at).map_err(|_| fault("cannot be read"))?;
             return Ok(count);
         }
-        let number = at / PART;
-        if self.buffered != Some((index, number)) {
-            self.buffered = None;
-            let part = digest::read_part(&image.file, image.size, number, &mut self.buffer);
-            let part = part.map_err(|_| fault("cannot be read"))?;
-            if Some(&digest::of_part(part)) != image.parts.get(number as usize) {
-                return Err(fault("has different content"));
-            }
-            self.buffered = Some((index, number));
+        let place = (index, at / PART);
+        if self.verified.front().is_none_or(|part| part.place != place) {
+            let known = self.verified.iter().position(|part| part.place == place);
+            let part = match known.and_then(|known| self.verified.remove(known)) {
+                Some(part) => part,
+                None => {
+                    // Its allocation is used again.
+                    let oldest = match self.verified.len() {
+                        VERIFIED_PARTS => self.verified.pop_back(),
+                        _ => None,
+                    };
+                    let mut bytes = oldest.map(|part| part.bytes).unwrap_or_default();
+                    let part = digest::read_part(&image.file, image.size, place.1, &mut bytes);
+                    let part = part.map_err(|_| fault("cannot be read"))?;
+                    if Some(&digest::of_part(part)) != image.parts.get(place.1 as usize) {
+                        return Err(fault("has different content"));
+                    }
+                    VerifiedPart { place, bytes }
+                }
+            };
+            self.verified.push_front(part);
         }
-        Ok(copy_available(&self.buffer[(at % PART) as usize..], into))
+        let part = self.verified.front().expect("it was put there");
+        Ok(copy_available(&part.bytes[(at % PART) as usize..], into))
     }
 }
 
@@ -282,6 +305,34 @@ mod tests {
         let opened = ImageDisk::open(dir.path(), &manifest);
         setrlimit(Resource::Nofile, limit).unwrap();
         assert_eq!(opened.unwrap().0.images.len(), 1500);
+    }
+
+    #[test]
+    fn parts_that_are_read_in_turn_are_verified_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let parts = VERIFIED_PARTS as u64 + 1;
+        let files = [("pages-1.img", vec![2; (parts * PART) as usize])];
+        let disk = ImageDisk::open(dir.path(), &saved(dir.path(), &files)).unwrap();
+        let mut reader = Reader { content: Arc::clone(&disk.0), at: 0, verified: VecDeque::new() };
+        let mut read = |part: u64| {
+            reader.at = disk.0.images[0].at + part * PART + 5;
+            let mut bytes = [0; 10];
+            reader.read(&mut bytes).map(|_| bytes)
+        };
+        for part in [0, 1, 0] {
+            assert_eq!(read(part).unwrap(), [2; 10]);
+        }
+        // What was verified is still there, until as many other parts were read.
+        File::options()
+            .write(true)
+            .open(dir.path().join("pages-1.img"))
+            .unwrap()
+            .write_all_at(b"x", 9)
+            .unwrap();
+        (1..VERIFIED_PARTS as u64).for_each(|part| assert_eq!(read(part).unwrap(), [2; 10]));
+        assert_eq!(read(0).unwrap(), [2; 10]);
+        (1..parts).for_each(|part| assert_eq!(read(part).unwrap(), [2; 10]));
+        assert!(read(0).is_err());
     }
 
     #[test]
