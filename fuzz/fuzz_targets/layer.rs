@@ -4,15 +4,20 @@
 //! before the archive is read, since an attacker would do that too.
 #![no_main]
 
+#[path = "../archive.rs"]
+mod archive;
+
 use std::{
     fs::{self, File},
-    os::{fd::AsFd, unix::fs::MetadataExt},
+    os::fd::AsFd,
     path::Path,
 };
 
 use libfuzzer_sys::fuzz_target;
-use machinen_base::space::DiskReserve;
 use machinen::layer::{LayerLimits, apply};
+use machinen_base::space::DiskReserve;
+
+use archive::{state, with_checksums};
 
 const LIMITS: LayerLimits = LayerLimits { entries: 64, bytes: 1 << 20, reserve: DiskReserve::percent(0) };
 
@@ -43,28 +48,3 @@ fuzz_target!(|bytes: &[u8]| {
     assert_eq!(state(&outside), before, "something outside was changed");
     assert_eq!(fs::read(lower.join("d/f")).expect("it is there"), b"untouched");
 });
-
-/// The properties of the files in a directory that must not change.
-fn state(dir: &Path) -> Vec<(String, u64, u32, u32, i64, Vec<u8>)> {
-    let entries = fs::read_dir(dir).expect("it is there").map(|entry| {
-        let path = entry.expect("it is there").path();
-        let status = fs::symlink_metadata(&path).expect("it is there");
-        let content = fs::read(&path).expect("a file");
-        (path.display().to_string(), status.nlink(), status.mode(), status.uid(), status.mtime(), content)
-    });
-    entries.collect()
-}
-
-fn with_checksums(archive: &[u8]) -> Vec<u8> {
-    let (mut archive, mut at) = (archive.to_vec(), 0_usize);
-    while let Some(block) = archive.get_mut(at..at + 512) {
-        let mut header = tar::Header::from_byte_slice(block).clone();
-        if block.iter().any(|&byte| byte != 0) {
-            header.set_cksum();
-            block.copy_from_slice(header.as_bytes());
-        }
-        let size = header.entry_size().unwrap_or(0).min(1 << 30) as usize;
-        at += 512 + size.next_multiple_of(512);
-    }
-    archive
-}

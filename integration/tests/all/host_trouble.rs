@@ -159,7 +159,7 @@ fn writes_wait_until_the_host_has_space(containerd: &mut Containerd) -> Result<(
     // What QEMU had begun is complete, and nothing follows.
     let free = || -> Result<u64> {
         let space = nix::sys::statvfs::statvfs(&small.0)?;
-        Ok(space.blocks_available() * space.fragment_size() >> 20)
+        Ok((space.blocks_available() * space.fragment_size()) >> 20)
     };
     ensure!((1..60).contains(&free()?), "{} MiB are free", free()?);
     fs::remove_file(&ballast)?;

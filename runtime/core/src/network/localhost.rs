@@ -55,7 +55,7 @@ pub(super) async fn serve(mut reports: BoxedStream, namespace: Arc<OwnedFd>, dia
     }
 }
 
-async fn read_report(stream: &mut BoxedStream) -> io::Result<BTreeSet<LocalPort>> {
+pub(super) async fn read_report(stream: &mut BoxedStream) -> io::Result<BTreeSet<LocalPort>> {
     let mut header = [0; REPORT_HEADER];
     stream.read_exact(&mut header).await?;
     let mut ports = vec![0; report_length(header).map_err(io::Error::other)?];
@@ -173,7 +173,10 @@ async fn send_frames(mut from: impl AsyncRead + Unpin, to: &mut (impl AsyncWrite
     }
 }
 
-async fn take_frames(from: &mut (impl AsyncRead + Unpin), mut to: impl AsyncWrite + Unpin) -> io::Result<()> {
+pub(super) async fn take_frames(
+    from: &mut (impl AsyncRead + Unpin),
+    mut to: impl AsyncWrite + Unpin,
+) -> io::Result<()> {
     let mut frame = vec![0; MAX_FRAME];
     loop {
         let length = usize::from(from.read_u16().await?);

@@ -13,6 +13,8 @@
 mod egress;
 mod error;
 mod filter;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod localhost;
 mod nameservers;
 mod namespace;

@@ -40,6 +40,8 @@ use tokio::{
 use root::ShareRoot;
 
 pub use server::ENTRY_POINT;
+#[cfg(fuzzing)]
+pub use server::ServedFiles;
 
 /// Why a volume cannot be provided.
 #[derive(Debug, thiserror::Error)]

@@ -39,17 +39,7 @@ fn run() -> io::Result<()> {
         .take(QUEUES)
         .map(|number| sys::inherit::take(number).map(File::from))
         .collect::<Result<_, _>>()?;
-    let config = Config {
-        root_dir: VOLUMES.to_owned(),
-        attr_timeout: FRESH,
-        entry_timeout: FRESH,
-        xattr: true,
-        killpriv_v2: true,
-        // A request's data is at no address that O_DIRECT allows; the guest's own cache is passed by all the same.
-        allow_direct_io: false,
-        ..Config::default()
-    };
-    let files = Files::new(PassthroughFs::new(config)?);
+    let files = files(VOLUMES)?;
     let (ended, first) = mpsc::channel();
     for queue in queues {
         let (files, ended) = (files.clone(), ended.clone());
@@ -59,4 +49,43 @@ fn run() -> io::Result<()> {
     drop(ended);
     // The guest's file system needs all of its streams, so the first end ends them all.
     first.recv().map_err(io::Error::other)?
+}
+
+/// The files below the directory `root`, which is opened when the guest's kernel sends its first request.
+fn files(root: &str) -> io::Result<Files> {
+    let config = Config {
+        root_dir: root.to_owned(),
+        attr_timeout: FRESH,
+        entry_timeout: FRESH,
+        xattr: true,
+        killpriv_v2: true,
+        // A request's data is at no address that O_DIRECT allows; the guest's own cache is passed by all the same.
+        allow_direct_io: false,
+        ..Config::default()
+    };
+    Ok(Files::new(PassthroughFs::new(config)?))
+}
+
+/// What a share server does with a stream; for fuzzing.
+#[cfg(fuzzing)]
+#[derive(Clone)]
+pub struct ServedFiles(Files);
+
+#[cfg(fuzzing)]
+impl ServedFiles {
+    /// The files below the root directory that the serving thread has when the first request arrives.
+    ///
+    /// # Errors
+    /// proc(5) is not mounted.
+    pub fn new() -> io::Result<Self> {
+        files("/").map(Self)
+    }
+
+    /// Serves until the stream ends.
+    ///
+    /// # Errors
+    /// The stream has failed, or what arrives is not FUSE.
+    pub fn serve(&self, stream: File) -> io::Result<()> {
+        self.0.serve(stream)
+    }
 }
