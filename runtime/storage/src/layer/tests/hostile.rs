@@ -49,7 +49,7 @@ impl tracing::Subscriber for LogLines {
     fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
 
     fn event(&self, _: &tracing::Event<'_>) {
-        self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.0.fetch_add(1, Ordering::Relaxed);
     }
 
     fn enter(&self, _: &tracing::span::Id) {}
@@ -62,11 +62,11 @@ fn many_device_nodes_are_few_lines() {
     let fixture = LayerFixture::new();
     let archive = (0..900)
         .fold(TestArchive::new(), |archive, n| archive.device(EntryType::Block, &format!("sda{n}"), 8, n));
-    let lines = std::sync::Arc::new(LogLines::default());
-    let dispatch = tracing::Dispatch::new(std::sync::Arc::clone(&lines));
+    let lines = Arc::new(LogLines::default());
+    let dispatch = tracing::Dispatch::new(Arc::clone(&lines));
     let applied = tracing::dispatcher::with_default(&dispatch, || fixture.apply(archive)).unwrap();
     assert_eq!(applied.devices_left_out, 900);
-    assert_eq!(lines.0.load(std::sync::atomic::Ordering::Relaxed), 4);
+    assert_eq!(lines.0.load(Ordering::Relaxed), 4);
 }
 
 #[test]
@@ -220,7 +220,7 @@ fn more_than_the_limits() {
             let bytes = make(n).bytes();
             bytes[..bytes.len() - 1024].to_vec()
         },
-        current: std::io::Cursor::new(root()),
+        current: io::Cursor::new(root()),
         number: 0,
     };
     let names = endless(|n| TestArchive::without_root().file(n.to_string(), b""));
@@ -249,13 +249,13 @@ fn more_than_the_limits() {
         let fixture = LayerFixture::new();
         let mut bytes = TestArchive::new().entry(kind, "a", |header| header.set_size(1 << 60), b"").bytes();
         bytes.truncate(bytes.len() - 1024);
-        let error = chain(&fixture.apply_bytes(bytes.chain(std::io::repeat(0))).unwrap_err());
+        let error = chain(&fixture.apply_bytes(bytes.chain(io::repeat(0))).unwrap_err());
         assert!(error.contains(what), "{error}");
     }
 
     // Data after the end of the archive is not read forever.
     let fixture = LayerFixture::new();
-    let error = fixture.apply_bytes(TestArchive::new().bytes().chain(std::io::repeat(0))).unwrap_err();
+    let error = fixture.apply_bytes(TestArchive::new().bytes().chain(io::repeat(0))).unwrap_err();
     assert!(error.to_string().contains("continues after"), "{error}");
 }
 
