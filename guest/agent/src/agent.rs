@@ -53,7 +53,7 @@ pub(crate) async fn run(machine: Machine, engine: Engine) -> Result<(), AgentErr
     let context = Context { engine, reaper, unclaimed: Unclaimed::default(), disks: machine.disks, network };
     let state = Arc::new(AgentState::new(context, machine.owns_kernel));
     console::trace("ready");
-    let _port = if machine.waits {
+    let woken = if machine.waits {
         // CRIU's code, and what it asks the kernel when it first runs, are then in memory in every clone.
         if let Err(err) = criu::warm_up(&state.context.reaper).await {
             console::report(&err);
@@ -65,7 +65,8 @@ pub(crate) async fn run(machine: Machine, engine: Engine) -> Result<(), AgentErr
     } else {
         None
     };
-    let channel = Channel::open(unopened, &state.context.unclaimed);
+    let wake = woken.as_ref().map(|(wake, _port)| *wake);
+    let channel = Channel::open(unopened, &state.context.unclaimed, wake);
     console::trace("channel open");
     serve(&channel, &state).await
 }

@@ -51,7 +51,7 @@ pub mod api {
 }
 
 /// Version of the whole protocol: messages, preamble and their meaning. Every incompatible change moves it.
-pub const VERSION: u16 = 6;
+pub const VERSION: u16 = 7;
 
 /// How long an OCI hook may take whose configuration has no timeout, on the host and in the guest.
 pub const HOOK_PATIENCE: Duration = Duration::from_secs(120);
@@ -76,7 +76,7 @@ pub const STREAM_PORT: u32 = 1025;
 pub const SERIAL_PORT_NAME: &str = "io.machinen.agent";
 
 /// Name of the virtserialport on which the agent of a template waits to be woken (see
-/// [`preamble::Kind::Waiting`]). Templates and their clones have this port, other VMs do not.
+/// [`preamble::StreamKind::Waiting`]). Templates and their clones have this port, other VMs do not.
 pub const WAKE_PORT_NAME: &str = "io.machinen.wake";
 
 /// Word on the kernel command line that makes the agent wait on the wake port before it dials the host.

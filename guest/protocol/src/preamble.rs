@@ -3,6 +3,7 @@
 //! ```text
 //!   request, 24 bytes:  "machinen" | version u16 | kind u16 | reserved u32 = 0 | token u64     (little endian)
 //!   answer,  16 bytes:  "machinen" | version u16 | status u16 | reserved u32 = 0
+//!   wake,    20 bytes:  an answer that accepts | control port u32            (on the wake port only)
 //! ```
 //!
 //! The layout of the first ten bytes of both never changes, so that two sides of different versions can
@@ -16,6 +17,8 @@ const MAGIC: [u8; 8] = *b"machinen";
 pub const PREAMBLE_LEN: usize = 24;
 /// Size of an encoded [`Answer`], bytes.
 pub const ANSWER_LEN: usize = 16;
+/// Size of an encoded [`Wake`], bytes.
+pub const WAKE_LEN: usize = ANSWER_LEN + 4;
 
 /// What a stream is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +51,14 @@ pub enum Answer {
     /// Too many streams wait to be claimed, the token is in use, or the kind is not expected here; the stream
     /// is closed after this.
     Refused,
+}
+
+/// What wakes the agent of a clone, and what this agent must not take from its template.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wake {
+    /// The AF_VSOCK port on which the clone's host listens; 0 where the channel has no such port. The agent cannot
+    /// derive it from the VM's CID yet, because its kernel may still have the CID of the template.
+    pub control_port: u32,
 }
 
 /// Why the first bytes of a stream were not understood.
@@ -146,6 +157,32 @@ impl Answer {
     }
 }
 
+impl Wake {
+    /// The bytes that wake an agent.
+    pub fn encode(self) -> [u8; WAKE_LEN] {
+        let mut out = [0; WAKE_LEN];
+        out[..ANSWER_LEN].copy_from_slice(&Answer::Accepted.encode());
+        out[ANSWER_LEN..].copy_from_slice(&self.control_port.to_le_bytes());
+        out
+    }
+
+    /// Reads the bytes that wake an agent.
+    ///
+    /// # Errors
+    /// As for [`Answer::decode`], or the answer is not [`Answer::Accepted`].
+    pub fn decode(bytes: &[u8; WAKE_LEN]) -> Result<Self, PreambleError> {
+        let (answer, port) = bytes.split_first_chunk().expect("longer than an answer");
+        match Answer::decode(answer)? {
+            Answer::Accepted => {}
+            Answer::WrongVersion | Answer::Refused => {
+                let value = u16_at(answer, 10).into();
+                return Err(PreambleError::Unknown { field: "answer on the wake port", value });
+            }
+        }
+        Ok(Self { control_port: u32::from_le_bytes(port.try_into().expect("four bytes")) })
+    }
+}
+
 fn check_head(bytes: &[u8]) -> Result<(), PreambleError> {
     if bytes[..8] != MAGIC {
         return Err(PreambleError::NotMachinen);
@@ -174,11 +211,13 @@ mod tests {
     #[test]
     fn golden_bytes() {
         let control = Preamble { kind: StreamKind::Control, token: 0 }.encode();
-        assert_eq!(&control, b"machinen\x06\x00\x01\x00\0\0\0\0\0\0\0\0\0\0\0\0");
+        assert_eq!(&control, b"machinen\x07\x00\x01\x00\0\0\0\0\0\0\0\0\0\0\0\0");
         let raw = Preamble { kind: StreamKind::Raw, token: 0x0102_0304_0506_0708 }.encode();
-        assert_eq!(&raw, b"machinen\x06\x00\x02\x00\0\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01");
-        assert_eq!(&Answer::Accepted.encode(), b"machinen\x06\x00\x00\x00\0\0\0\0");
-        assert_eq!(&Answer::Refused.encode(), b"machinen\x06\x00\x02\x00\0\0\0\0");
+        assert_eq!(&raw, b"machinen\x07\x00\x02\x00\0\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01");
+        assert_eq!(&Answer::Accepted.encode(), b"machinen\x07\x00\x00\x00\0\0\0\0");
+        assert_eq!(&Answer::Refused.encode(), b"machinen\x07\x00\x02\x00\0\0\0\0");
+        let wake = Wake { control_port: 0x0102_0304 }.encode();
+        assert_eq!(&wake, b"machinen\x07\x00\x00\x00\0\0\0\0\x04\x03\x02\x01");
     }
 
     #[test]
@@ -190,6 +229,16 @@ mod tests {
         for answer in [Answer::Accepted, Answer::WrongVersion, Answer::Refused] {
             assert_eq!(Answer::decode(&answer.encode()), Ok(answer));
         }
+    }
+
+    #[test]
+    fn only_an_acceptance_wakes() {
+        let wake = Wake { control_port: 70_000 };
+        assert_eq!(Wake::decode(&wake.encode()), Ok(wake));
+        let mut bytes = wake.encode();
+        bytes[..ANSWER_LEN].copy_from_slice(&Answer::Refused.encode());
+        let refused = PreambleError::Unknown { field: "answer on the wake port", value: 2 };
+        assert_eq!(Wake::decode(&bytes), Err(refused));
     }
 
     #[test]

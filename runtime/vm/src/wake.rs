@@ -3,12 +3,12 @@
 //!
 //! ```text
 //!   template:  agent -- preamble, kind Waiting --> builder           then the VM is saved
-//!   clone:     agent <-- answer, Accepted -- host                    then it dials as after a boot
+//!   clone:     agent <-- wake, its control port -- host              then it dials as after a boot
 //! ```
 
 use std::io;
 
-use machinen_protocol::preamble::{Answer, PREAMBLE_LEN, Preamble, PreambleError, StreamKind};
+use machinen_protocol::preamble::{PREAMBLE_LEN, Preamble, PreambleError, StreamKind, Wake};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::UnixStream,
@@ -36,6 +36,6 @@ pub(super) async fn waiting(port: &mut UnixStream) -> Result<(), WakeError> {
 }
 
 /// Wakes the agent, as soon as its VM runs.
-pub(super) async fn wake(port: &mut UnixStream) -> io::Result<()> {
-    port.write_all(&Answer::Accepted.encode()).await
+pub(super) async fn wake(port: &mut UnixStream, wake: Wake) -> io::Result<()> {
+    port.write_all(&wake.encode()).await
 }

@@ -20,7 +20,10 @@ use std::{
     task::{Context, Poll},
 };
 
-use machinen_protocol::{SERIAL_PORT_NAME, preamble::PreambleError};
+use machinen_protocol::{
+    SERIAL_PORT_NAME,
+    preamble::{PreambleError, Wake},
+};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::compat::Compat;
 use tokio_vsock::VsockStream;
@@ -33,7 +36,8 @@ use crate::{boot::ChannelSource, uevent::UeventError};
 
 #[derive(Debug)]
 pub(crate) enum Channel {
-    Vsock,
+    /// What has woken this VM, if it is a clone.
+    Vsock(Option<Wake>),
     Serial(serial::Serial),
 }
 
@@ -96,11 +100,11 @@ impl Unopened {
 impl Channel {
     /// Accepts raw streams from now on, into `unclaimed`. The agent does so before the host can know that the
     /// agent runs, so that no stream is refused for being early.
-    pub(crate) fn open(unopened: Unopened, unclaimed: &Unclaimed) -> Self {
+    pub(crate) fn open(unopened: Unopened, unclaimed: &Unclaimed, wake: Option<Wake>) -> Self {
         match unopened {
             Unopened::Vsock(listener) => {
                 listener.accept_into(unclaimed.clone());
-                Self::Vsock
+                Self::Vsock(wake)
             }
             // yamux sends bytes at once, and a clone has another host than its template.
             Unopened::Serial(port) => Self::Serial(serial::Serial::over(port, unclaimed.clone())),
@@ -112,11 +116,14 @@ impl Channel {
     /// # Errors
     /// The host does not answer, or has another version.
     pub(crate) async fn dial_control(&self) -> Result<(ControlStream, ControlWatch), ChannelError> {
-        let mut stream = match self {
-            Self::Vsock => vsock::dial().await?,
-            Self::Serial(serial) => serial.dial().await?,
+        let stream = match self {
+            Self::Vsock(wake) => vsock::dial(*wake).await?,
+            Self::Serial(serial) => {
+                let mut stream = serial.dial().await?;
+                preamble::greet(&mut stream).await?;
+                stream
+            }
         };
-        preamble::greet(&mut stream).await?;
         Ok(ControlStream::new(stream))
     }
 

@@ -5,26 +5,23 @@
 
 use machinen_protocol::{
     WAKE_PORT_NAME,
-    preamble::{ANSWER_LEN, Answer, Preamble, StreamKind},
+    preamble::{Preamble, StreamKind, WAKE_LEN, Wake},
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{ChannelError, port};
 
-/// Waits until the host wakes this VM. Returns the port, which should be kept open: closing it takes a
-/// message to the host.
+/// Waits until the host wakes this VM. Returns the host's message, and the port, which should be kept open: closing
+/// it takes a message to the host.
 ///
 /// # Errors
-/// The port does not exist, or the host's answer is not an acceptance.
-pub(crate) async fn wait() -> Result<port::Port, ChannelError> {
+/// The port does not exist, or the host's message is not valid.
+pub(crate) async fn wait() -> Result<(Wake, port::Port), ChannelError> {
     let mut port = port::open(WAKE_PORT_NAME).await?;
     port.write_all(&Preamble { kind: StreamKind::Waiting, token: 0 }.encode())
         .await
         .map_err(ChannelError::Wake)?;
-    let mut answer = [0; ANSWER_LEN];
-    port.read_exact(&mut answer).await.map_err(ChannelError::Wake)?;
-    match Answer::decode(&answer).map_err(ChannelError::Preamble)? {
-        Answer::Accepted => Ok(port),
-        Answer::WrongVersion | Answer::Refused => Err(ChannelError::Refused),
-    }
+    let mut message = [0; WAKE_LEN];
+    port.read_exact(&mut message).await.map_err(ChannelError::Wake)?;
+    Ok((Wake::decode(&message).map_err(ChannelError::Preamble)?, port))
 }

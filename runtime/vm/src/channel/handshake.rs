@@ -3,7 +3,33 @@
 use machinen_protocol::preamble::{ANSWER_LEN, Answer, PREAMBLE_LEN, Preamble, PreambleError, StreamKind};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::{ByteStream, VmChannelError};
+use super::{BoxedStream, ByteStream, VmChannelError};
+
+/// Accepts streams until one of them is a control stream.
+///
+/// The guest gives up a call whose answer is late, and calls again. So a stream without a greeting may be one that the
+/// guest has given up, and a newer stream replaces it.
+pub(super) async fn control<F>(accept: impl Fn() -> F) -> Result<BoxedStream, VmChannelError>
+where
+    F: Future<Output = Result<BoxedStream, VmChannelError>>,
+{
+    let mut stream = accept().await?;
+    loop {
+        let newer = tokio::select! {
+            biased;
+            accepted = accept_control(&mut stream) => match accepted {
+                Ok(()) => return Ok(stream),
+                Err(VmChannelError::Closed(error)) => {
+                    tracing::debug!("the guest has given up a control stream: {error}");
+                    accept().await?
+                }
+                Err(error) => return Err(error),
+            },
+            newer = accept() => newer?,
+        };
+        stream = newer;
+    }
+}
 
 /// Reads the guest's first bytes and answers them.
 pub(super) async fn accept_control(stream: &mut (impl ByteStream + ?Sized)) -> Result<(), VmChannelError> {
@@ -112,6 +138,31 @@ mod tests {
         let (mut host, guest) = duplex(64);
         drop(guest);
         assert!(matches!(accept_control(&mut host).await, Err(VmChannelError::Closed(_))));
+    }
+
+    #[tokio::test]
+    async fn streams_that_the_guest_has_given_up_are_replaced() {
+        let (calls, accepted) = tokio::sync::mpsc::unbounded_channel();
+        let accepted = tokio::sync::Mutex::new(accepted);
+        let accept = || async { Ok(accepted.lock().await.recv().await.unwrap()) };
+        let call = || {
+            let (host, guest) = duplex(64);
+            calls.send(Box::new(host) as BoxedStream).unwrap();
+            guest
+        };
+        // One ends half-way, and one stays silent.
+        let mut closed = call();
+        closed.write_all(b"mach").await.unwrap();
+        drop(closed);
+        let silent = call();
+        let mut last = call();
+        last.write_all(&Preamble { kind: StreamKind::Control, token: 0 }.encode()).await.unwrap();
+        let mut control = control(accept).await.unwrap();
+        control.write_all(b"hello").await.unwrap();
+        let mut read = [0; ANSWER_LEN + 5];
+        last.read_exact(&mut read).await.unwrap();
+        assert_eq!(&read[ANSWER_LEN..], b"hello");
+        drop(silent);
     }
 
     #[tokio::test]

@@ -2,14 +2,15 @@
 
 use std::{
     fs::File,
+    future::poll_fn,
     io,
     os::fd::AsFd as _,
-    sync::{Mutex as StdMutex, PoisonError},
+    sync::{Mutex as StdMutex, MutexGuard, PoisonError},
+    task::Poll,
 };
 
 use machinen_base::sys;
 use machinen_protocol::{STREAM_PORT, control_port};
-use tokio::sync::Mutex;
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 
 use super::{BoxedStream, GuestEnd, VmChannelError};
@@ -27,47 +28,54 @@ pub(super) struct KernelVsock {
     /// The device, also open in QEMU. As long as it is open here, no other guest can get the CID, and be dialled in place
     /// of this one when QEMU has ended.
     device: StdMutex<Option<File>>,
-    listener: Mutex<Option<VsockListener>>,
+    /// None when the control stream is open.
+    listener: StdMutex<Option<VsockListener>>,
 }
 
 impl KernelVsock {
-    /// Takes a CID that is free on this host and listens on the port that belongs to it.
+    /// Takes a CID that is free on this host, and whose port is free, and listens on that port.
     pub(super) fn prepare() -> Result<(Self, GuestEnd), VmChannelError> {
         let failed = |action| move |source| VmChannelError::Host { action, source };
         let device =
             File::options().read(true).write(true).open(DEVICE).map_err(failed("open /dev/vhost-vsock"))?;
-        let cid = candidates(std::process::id())
-            .find_map(|cid| match sys::vhost::set_guest_cid(device.as_fd(), cid) {
-                Ok(()) => Some(Ok(cid)),
-                Err(error) if error.kind() == io::ErrorKind::AddrInUse => None,
-                Err(error) => Some(Err(failed("set a vsock CID")(error))),
-            })
-            .unwrap_or(Err(VmChannelError::NoCid(TRIES)))?;
-        let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, control_port(cid)))
-            .map_err(failed("listen on vsock"))?;
-        let listener = Mutex::new(Some(listener));
+        let (cid, listener) = first_free(candidates(std::process::id()), |cid| {
+            sys::vhost::set_guest_cid(device.as_fd(), cid).map_err(|error| ("set a vsock CID", error))?;
+            VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, control_port(cid)))
+                .map_err(|error| ("listen on vsock", error))
+        })?;
         let fd = device.try_clone().map_err(failed("duplicate a descriptor"))?.into();
-        Ok((Self { cid, device: StdMutex::new(Some(device)), listener }, GuestEnd { fd, cid }))
+        let (device, listener) = (StdMutex::new(Some(device)), StdMutex::new(Some(listener)));
+        Ok((Self { cid, device, listener }, GuestEnd { fd, cid }))
     }
 
-    /// Other guests and programs of this host can dial the port as well; their streams are closed.
+    /// The port that the guest is to dial.
+    pub(super) fn control_port(&self) -> u32 {
+        control_port(self.cid)
+    }
+
+    /// Accepts a stream of the guest. Other guests and programs of this host can dial the port as well; their streams are
+    /// closed.
     pub(super) async fn accept(&self) -> Result<BoxedStream, VmChannelError> {
-        let failed = |source| VmChannelError::Host { action: "accept a vsock stream", source };
-        let mut slot = self.listener.lock().await;
-        let Some(listener) = slot.as_mut() else {
-            return Err(failed(io::ErrorKind::NotConnected.into()));
-        };
         let mut warned = false;
         loop {
-            let (stream, peer) = listener.accept().await.map_err(failed)?;
+            let accepted = poll_fn(|cx| match &*self.listener() {
+                Some(listener) => listener.poll_accept(cx),
+                None => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+            });
+            let accepted = accepted.await;
+            let (stream, peer) = accepted
+                .map_err(|source| VmChannelError::Host { action: "accept a vsock stream", source })?;
             if peer.cid() == self.cid {
-                *slot = None;
                 return Ok(Box::new(stream));
             }
             if !std::mem::replace(&mut warned, true) {
                 tracing::warn!(cid = peer.cid(), "another guest or program dialled this VM's control port");
             }
         }
+    }
+
+    pub(super) fn stop_listening(&self) {
+        self.listener().take();
     }
 
     pub(super) async fn dial(&self) -> Result<BoxedStream, VmChannelError> {
@@ -80,14 +88,33 @@ impl KernelVsock {
         Ok(Box::new(stream))
     }
 
-    /// Releases the CID. Nothing is dialled any more.
+    /// Releases the CID and its port, so that the VM that is booted in place of this one may have them. Nothing is
+    /// dialled any more.
     pub(super) fn close(&self) {
+        self.stop_listening();
         self.device().take();
     }
 
-    fn device(&self) -> std::sync::MutexGuard<'_, Option<File>> {
+    fn device(&self) -> MutexGuard<'_, Option<File>> {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn listener(&self) -> MutexGuard<'_, Option<VsockListener>> {
+        self.listener.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes the first candidate of which nothing is in use. What fails is named next to the error.
+fn first_free<T>(
+    mut candidates: impl Iterator<Item = u32>,
+    take: impl Fn(u32) -> Result<T, (&'static str, io::Error)>,
+) -> Result<(u32, T), VmChannelError> {
+    let found = candidates.find_map(|cid| match take(cid) {
+        Ok(taken) => Some(Ok((cid, taken))),
+        Err((_, error)) if error.kind() == io::ErrorKind::AddrInUse => None,
+        Err((action, source)) => Some(Err(VmChannelError::Host { action, source })),
+    });
+    found.unwrap_or(Err(VmChannelError::NoCid(TRIES)))
 }
 
 /// Starts at a number that differs between processes, so that VMs that start together seldom try the same
@@ -109,5 +136,20 @@ mod tests {
             assert!(*all.first().unwrap() >= FIRST && *all.last().unwrap() < u32::MAX / 2);
             assert!(all.iter().all(|cid| control_port(*cid) > *cid));
         }
+    }
+
+    #[test]
+    fn a_cid_whose_port_is_in_use_is_passed_over() {
+        let found = first_free(3..9, |cid| match cid {
+            3 => Err(("set a vsock CID", io::ErrorKind::AddrInUse.into())),
+            4 => Err(("listen on vsock", io::ErrorKind::AddrInUse.into())),
+            _ => Ok(()),
+        });
+        assert_eq!(found.unwrap().0, 5);
+        let error =
+            first_free(3..9, |_| Err::<(), _>(("listen on vsock", io::ErrorKind::OutOfMemory.into())));
+        assert!(error.unwrap_err().to_string().starts_with("cannot listen on vsock"));
+        let used = first_free(3..5, |_| Err::<(), _>(("set a vsock CID", io::ErrorKind::AddrInUse.into())));
+        assert!(matches!(used, Err(VmChannelError::NoCid(_))));
     }
 }

@@ -150,14 +150,32 @@ impl VmChannel {
 
     /// Waits, without a deadline, until the guest dials the control stream. To be called once.
     pub(super) async fn accept_control(&self) -> Result<BoxedStream, VmChannelError> {
-        let mut stream = match &self.connector {
-            Connector::KernelVsock(kernel) => kernel.accept().await?,
-            Connector::VhostUser(user) => user.accept().await?,
-            Connector::Serial(serial) => serial.accept().await?,
-            Connector::Silent { .. } => return Err(silent()),
-        };
-        handshake::accept_control(&mut stream).await?;
-        Ok(stream)
+        match &self.connector {
+            Connector::KernelVsock(kernel) => {
+                let control = handshake::control(|| kernel.accept()).await?;
+                kernel.stop_listening();
+                Ok(control)
+            }
+            Connector::VhostUser(user) => {
+                let control = handshake::control(|| user.accept()).await?;
+                user.stop_listening();
+                Ok(control)
+            }
+            Connector::Serial(serial) => {
+                let mut control = serial.accept().await?;
+                handshake::accept_control(&mut control).await?;
+                Ok(control)
+            }
+            Connector::Silent { .. } => Err(silent()),
+        }
+    }
+
+    /// The AF_VSOCK port that a clone's agent is to dial; 0 if the channel has none.
+    pub(super) fn control_port(&self) -> u32 {
+        match &self.connector {
+            Connector::KernelVsock(kernel) => kernel.control_port(),
+            Connector::VhostUser(_) | Connector::Serial(_) | Connector::Silent { .. } => 0,
+        }
     }
 
     /// A new raw stream, registered in the agent under the token that is returned with it.

@@ -8,12 +8,15 @@
 
 use std::{
     fs::{self, File},
+    future::poll_fn,
     io,
     os::{
         fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::{fs::chown, net::UnixStream as StdUnixStream},
     },
     path::{Path, PathBuf},
+    sync::{Mutex as StdMutex, PoisonError},
+    task::Poll,
 };
 
 use machinen_base::{
@@ -26,7 +29,6 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{UnixListener, UnixStream},
-    sync::Mutex,
 };
 
 use super::{BoxedStream, PRIVATE_CID, VmChannelError, daemon_jail};
@@ -45,7 +47,8 @@ const BUFFER: usize = 256 << 10;
 pub(super) struct VhostUser {
     daemon: Child,
     sockets: Sockets,
-    control: Mutex<Option<UnixListener>>,
+    /// None when the control stream is open.
+    control: StdMutex<Option<UnixListener>>,
     /// The user that the daemon runs as.
     _user: ReservedUser,
 }
@@ -98,19 +101,27 @@ impl VhostUser {
                 return Err(ended(exit, &printed));
             }
         };
-        Ok((Self { daemon, sockets, control: Mutex::new(Some(control)), _user: user }, connection.into()))
+        Ok((Self { daemon, sockets, control: StdMutex::new(Some(control)), _user: user }, connection.into()))
     }
 
-    /// Accepts the first connection as the control stream, and closes the listener.
+    /// Accepts a stream to the control port.
     pub(super) async fn accept(&self) -> Result<BoxedStream, VmChannelError> {
-        let failed = |source| VmChannelError::Host { action: "accept a stream", source };
-        let mut slot = self.control.lock().await;
-        let Some(listener) = slot.as_ref() else {
-            return Err(failed(io::ErrorKind::NotConnected.into()));
-        };
-        let (stream, _) = listener.accept().await.map_err(failed)?;
-        *slot = None;
-        Ok(Box::new(stream))
+        let accepted = poll_fn(|cx| match &*self.control() {
+            Some(listener) => listener.poll_accept(cx),
+            None => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+        });
+        match accepted.await {
+            Ok((stream, _)) => Ok(Box::new(stream)),
+            Err(source) => Err(VmChannelError::Host { action: "accept a stream", source }),
+        }
+    }
+
+    pub(super) fn stop_listening(&self) {
+        self.control().take();
+    }
+
+    fn control(&self) -> std::sync::MutexGuard<'_, Option<UnixListener>> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) async fn dial(&self) -> Result<BoxedStream, VmChannelError> {

@@ -16,6 +16,7 @@ use machinen_base::{
     fs::{FileError, create_private_dir},
     process::{ProcessError, ReservedUser, Spawn, Stdio},
 };
+use machinen_protocol::preamble::Wake;
 use tokio::{
     net::{UnixStream, unix::pipe},
     sync::{broadcast, mpsc, watch},
@@ -199,6 +200,11 @@ impl Launched {
     /// The host's end of the wake port, which templates and clones have.
     pub(crate) fn wake_port(&mut self) -> &mut UnixStream {
         self.running.wake.as_mut().expect("asked of a template or a clone")
+    }
+
+    /// What the agent of a clone has to know before it can reach the host.
+    pub(crate) fn wake(&self) -> Wake {
+        Wake { control_port: self.running.channel.control_port() }
     }
 
     /// Starts the driver task, which owns QEMU from now on.

@@ -236,7 +236,8 @@ pub(crate) async fn restore(launched: &mut Launched, snapshot: &VmSnapshot) -> R
     if !matches!(written, Ok(Ok(()))) || !migration_ended(&mut launched.events).await {
         return Err(VmSnapshotError::Failed { action: "restore", ended: String::new() });
     }
-    wake::wake(launched.wake_port()).await.map_err(VmSnapshotError::Stream)?;
+    let wake = launched.wake();
+    wake::wake(launched.wake_port(), wake).await.map_err(VmSnapshotError::Stream)?;
     launched.qmp.execute("cont", json!({})).await.map_err(refused)?;
     Ok(())
 }
