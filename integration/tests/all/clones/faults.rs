@@ -34,6 +34,7 @@ on_newest_containerd!(
     qemu_upgraded,
     budget_too_small,
     state_that_qemu_refuses,
+    clones_that_are_lost,
     no_memory_for_a_vm,
     memory_for_some_only,
 );
@@ -216,6 +217,42 @@ fn state_that_qemu_refuses(containerd: &mut Containerd) -> Result<()> {
     let from = containerd.log().position();
     runs_from(containerd, "boot")?;
     let lines = lines_with(containerd, from, &["booting a VM", "no template", "cannot load that"]);
+    ensure!(lines == 1, "{lines} lines report why there is no template");
+    templates.remove_all()
+}
+
+/// The guest of a clone does not answer, because the channel of its QEMU leads elsewhere.
+fn clones_that_are_lost(containerd: &mut Containerd) -> Result<()> {
+    let templates = Templates::new(containerd)?;
+    let dir = containerd.root().join("switch");
+    fs::create_dir(&dir)?;
+    let switch = dir.join("lose");
+    let lose = format!("case \"$*\" in *-incoming*) ! [ -e {} ] || exec 7<&4 ;; esac", switch.display());
+    let qemu = wrapped(containerd, "qemu-loses", &lose)?;
+    let systems = ["/usr/bin/qemu-system-x86_64", "/usr/share/qemu"].map(Path::new);
+    let setup = with_qemu(&templates, "use", &qemu).set("vm", "channel", Value::text("serial"));
+    containerd.configure(&setup.set("vm", "qemu_files", Value::paths(&[systems[0], systems[1], &dir])))?;
+    let template = templates.build()?;
+    let booted_instead = || -> Result<usize> {
+        let from = containerd.log().position();
+        runs_from(containerd, "boot")?;
+        let lines = lines_with(containerd, from, &["a clone was lost, booting instead"]);
+        ensure!(lines == 1, "{lines} lines report a lost clone");
+        Ok(lines_with(containerd, from, &["the template is put aside"]))
+    };
+    fs::write(&switch, "")?;
+    ensure!(booted_instead()? == 0, "one lost clone condemns its template");
+    fs::remove_file(&switch)?;
+    runs_from(containerd, "clone")?;
+    // The clone that worked counts: three more have to be lost.
+    fs::write(&switch, "")?;
+    ensure!(booted_instead()? + booted_instead()? == 0, "the template was put aside too early");
+    ensure!(booted_instead()? == 1, "the template of three lost clones is tried on");
+    ensure!(wait_for_end(template.holder, END)?, "the template lives");
+    fs::remove_file(&switch)?;
+    let from = containerd.log().position();
+    runs_from(containerd, "boot")?;
+    let lines = lines_with(containerd, from, &["booting a VM", "no template"]);
     ensure!(lines == 1, "{lines} lines report why there is no template");
     templates.remove_all()
 }

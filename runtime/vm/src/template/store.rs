@@ -5,6 +5,7 @@
 //!   KEY.json     the manifest; counts only while the lock is held
 //!   KEY.used     a fifo that the owner of each clone has open for writing: its end shows that no clone is left
 //!   KEY.failed   why the last attempt to build failed
+//!   KEY.lost     a byte for each clone that was lost since one has worked
 //!   KEY.vm/      while the template's VM runs
 //! ```
 
@@ -35,6 +36,10 @@ use crate::VmSnapshot;
 
 /// How long after a failure starts boot without requesting the template again.
 const RETRY: Duration = Duration::from_secs(600);
+
+/// How many clones in a row may be lost before the template is taken to be the cause. One may be lost for another
+/// reason, such as a host that is too busy.
+const LOST_CLONES: u64 = 3;
 
 /// How long a killed holder may take to end.
 const END_DEADLINE: Duration = Duration::from_secs(5);
@@ -122,6 +127,10 @@ impl TemplatePaths {
 
     pub(super) fn failed(&self) -> PathBuf {
         self.base.with_extension("failed")
+    }
+
+    fn lost(&self) -> PathBuf {
+        self.base.with_extension("lost")
     }
 
     pub(super) fn vm(&self) -> PathBuf {
@@ -254,7 +263,8 @@ impl TemplateStore {
             kill_foreign(pid, || holder::find(&self.dir, key) == Some(pid), END_DEADLINE)
                 .map_err(FileError::at("end the holder of", names.manifest()))?;
         }
-        for path in [names.manifest(), names.unpublished(), names.used(), names.failed(), names.lock()] {
+        let files = [names.manifest(), names.unpublished(), names.used(), names.failed(), names.lost()];
+        for path in files.into_iter().chain([names.lock()]) {
             remove_if_exists(&path).map_err(FileError::at("remove", path))?;
         }
         remove_dir_if_exists(&names.vm()).map_err(FileError::at("remove", names.vm()))?;
@@ -296,6 +306,36 @@ impl TemplateStore {
         let key = shape.key();
         self.remove(&key)?;
         self.note_failure(&key, reason)
+    }
+
+    /// Records that the guest of a clone did not answer. When that has happened to several clones in a row, the template
+    /// is discarded as by [`TemplateStore::discard`]; true if it was.
+    ///
+    /// # Errors
+    /// The loss cannot be recorded, or the template not be discarded.
+    pub fn clone_lost(&self, shape: &TemplateShape, reason: &str) -> Result<bool, TemplateError> {
+        let path = self.names(&shape.key()).lost();
+        let record = || -> io::Result<u64> {
+            let mut file = File::options().append(true).create(true).mode(0o600).open(&path)?;
+            file.write_all(b".")?;
+            Ok(file.metadata()?.len())
+        };
+        let lost = record().map_err(FileError::at("write", &path))?;
+        if lost < LOST_CLONES {
+            return Ok(false);
+        }
+        self.discard(shape, reason)?;
+        Ok(true)
+    }
+
+    /// Forgets lost clones, because one of the template with this key works.
+    ///
+    /// # Errors
+    /// The record of lost clones cannot be removed.
+    pub fn clone_works(&self, key: &str) -> Result<(), TemplateError> {
+        let path = self.names(key).lost();
+        remove_if_exists(&path).map_err(FileError::at("remove", path))?;
+        Ok(())
     }
 
     pub(super) fn note_failure(&self, key: &str, reason: &str) -> Result<(), TemplateError> {

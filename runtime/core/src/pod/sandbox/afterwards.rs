@@ -16,8 +16,13 @@ use crate::{
 pub(super) enum Afterwards {
     #[default]
     Nothing,
-    /// The VM is a clone of this kind, and the warm pool is to be refilled with such clones.
-    RefillPool(VmSpec),
+    /// The VM is a clone.
+    Cloned {
+        /// The key of its template, which works.
+        template: String,
+        /// The warm pool is to be refilled with clones of this kind.
+        refill: Option<VmSpec>,
+    },
     /// A VM of this kind was booted because it has no template; one is to be built.
     BuildTemplate(VmSpec),
 }
@@ -33,8 +38,13 @@ impl Sandbox {
         };
         match afterwards {
             Afterwards::Nothing => {}
-            Afterwards::RefillPool(spec) => {
-                if let Err(error) = self.refill_pool(spec, home) {
+            Afterwards::Cloned { template, refill } => {
+                if let Err(error) =
+                    TemplateStore::at(&self.settings.config.template.dir).clone_works(&template)
+                {
+                    tracing::warn!("{}", chain(&error));
+                }
+                if let Some(Err(error)) = refill.map(|spec| self.refill_pool(spec, home)) {
                     tracing::warn!("{}", chain(&error));
                 }
             }

@@ -59,7 +59,8 @@ impl Sandbox {
                 return self.launch(spec, afterwards, reservation).await;
             }
         };
-        let afterwards = self.refill(&spec);
+        let refill = (self.settings.config.pool.size > 0).then(|| spec.clone());
+        let afterwards = Afterwards::Cloned { template: template.shape.key(), refill };
         if !warm_fits {
             self.give_up_warm_vm(warm_vm).await;
         } else if let Some(vm) = self.take_over(warm_vm, &spec).await {
@@ -89,7 +90,7 @@ impl Sandbox {
         let VmPlan { start, reservation, .. } = self.plan(request, None).await?;
         drop(reservation);
         if let VmStart::Warm(template) | VmStart::Clone(template) = start {
-            self.discard_template(request, template.shape, chain(error)).await;
+            self.lose_clone(request, template.shape, chain(error)).await;
         }
         self.boot(request).await
     }
@@ -107,13 +108,6 @@ impl Sandbox {
     ) -> Result<StartedVm, PodError> {
         let vm = Vm::launch(spec, &self.settings.dir).await.map_err(PodError::Boot)?;
         Ok(StartedVm { vm, origin: VmOrigin::Boot, afterwards, reservation })
-    }
-
-    fn refill(&self, spec: &VmSpec) -> Afterwards {
-        match self.settings.config.pool.size {
-            0 => Afterwards::Nothing,
-            _ => Afterwards::RefillPool(spec.clone()),
-        }
     }
 
     /// Makes the warm VM the pod's. Returns None if its guest does not accept the new identity.
@@ -137,6 +131,19 @@ impl Sandbox {
     async fn end_warm_vm(&self, vm: &Vm, reason: &str) {
         tracing::info!(pod = self.settings.name, "the warm VM cannot be used: {reason}");
         vm.kill().await;
+    }
+
+    /// Records that a clone did not become ready. Later starts clone again, unless that happens time after time.
+    async fn lose_clone(&self, request: &VmRequest, shape: TemplateShape, reason: String) {
+        tracing::warn!(pod = self.settings.name, "a clone was lost, booting instead: {reason}");
+        let templates = TemplateStore::at(&request.config.template.dir);
+        match spawn_blocking(move || templates.clone_lost(&shape, &reason)).await {
+            Ok(Ok(true)) => {
+                tracing::warn!(pod = self.settings.name, "the template is put aside: its clones are lost")
+            }
+            Ok(Ok(false)) | Err(_) => {}
+            Ok(Err(error)) => tracing::warn!("{}", chain(&error)),
+        }
     }
 
     /// Marks the template as failed, so that later starts boot at once instead of failing in the same way.
