@@ -96,8 +96,9 @@ fn user() -> Finding {
 }
 
 fn accelerator(config: &Config) -> Finding {
-    let verdict = accel::verdict(Path::new(RUN_DIR))
-        .and_then(|verdict| Ok((verdict.choose(config.vm.accel)?, verdict.to_string())));
+    let wanted = config.vm.accel;
+    let verdict = accel::verdict_anew(Path::new(RUN_DIR))
+        .and_then(|verdict| Ok((verdict.choose(wanted)?, verdict.describe(wanted)?)));
     match verdict {
         Ok((Accelerator::Tcg { .. }, text)) => Finding { what: "accel", verdict: CheckVerdict::Note, text },
         verdict => found("accel", verdict.map(|(_, text)| text)),

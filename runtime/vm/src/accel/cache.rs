@@ -1,9 +1,10 @@
-//! The results of measurements of the host, kept until it boots again.
+//! The results of measurements of the host, kept until it boots again; those that may be wrong, for a short while.
 
 use std::{
     fs,
     io::{self, Write as _},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use machinen_base::fs::{FileError, if_exists};
@@ -12,7 +13,10 @@ use serde::{Deserialize, Serialize};
 use super::AccelError;
 
 /// Raised when the meaning of the facts changes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+
+/// How long a doubtful result is kept: not every start shall pay for the attempt.
+const DOUBT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Facts {
@@ -27,6 +31,22 @@ pub(super) struct Facts {
 pub(super) enum Tried {
     Works,
     Broken(String),
+    /// It did not work, for a reason that may pass.
+    Doubtful {
+        reason: String,
+        /// Seconds since the host has booted.
+        at: u64,
+    },
+}
+
+impl Tried {
+    /// Whether this holds at a time, in seconds since the host has booted.
+    pub(super) fn holds(&self, now: u64) -> bool {
+        match self {
+            Self::Works | Self::Broken(_) => true,
+            Self::Doubtful { at, .. } => now.abs_diff(*at) < DOUBT.as_secs(),
+        }
+    }
 }
 
 /// Reads the stored facts. None if there are none, or if this version cannot read them.
@@ -66,17 +86,25 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let run_dir = dir.path().join("a/b");
         assert_eq!(load(&run_dir).unwrap(), None);
-        for kvm in [None, Some(Tried::Works), Some(Tried::Broken("slow".into()))] {
+        let doubtful = Tried::Doubtful { reason: "late".into(), at: 7 };
+        for kvm in [None, Some(doubtful), Some(Tried::Works), Some(Tried::Broken("slow".into()))] {
             let facts = || Facts { version: VERSION, tsc_khz: Some(3), kvm: kvm.clone() };
             store(&run_dir, facts()).unwrap();
             assert_eq!(load(&run_dir).unwrap(), Some(facts()));
         }
         let file = fs::read_dir(&run_dir).unwrap().next().unwrap().unwrap().path();
         let stored = fs::read_to_string(&file).unwrap();
-        assert_eq!(stored, r#"{"version":1,"tsc_khz":3,"kvm":{"broken":"slow"}}"#);
-        for noise in ["", "{", &stored.replace(":1,", ":2,")] {
+        assert_eq!(stored, r#"{"version":2,"tsc_khz":3,"kvm":{"broken":"slow"}}"#);
+        for noise in ["", "{", &stored.replace(":2,", ":1,")] {
             fs::write(&file, noise).unwrap();
             assert_eq!(load(&run_dir).unwrap(), None);
         }
+    }
+
+    #[test]
+    fn doubt_passes() {
+        let doubtful = Tried::Doubtful { reason: "late".into(), at: 100 };
+        assert!(doubtful.holds(100) && doubtful.holds(159) && !doubtful.holds(160));
+        assert!(Tried::Broken("no".into()).holds(u64::MAX));
     }
 }

@@ -4,7 +4,8 @@
 //! (QEMU documentation, "Security", "Non-virtualization use case"). So it is never chosen silently.
 //!
 //! That /dev/kvm exists proves little, and the CPU's flags prove less: inside another VM, KVM may emulate
-//! some instructions slowly and fail on the rest. So KVM is tried, once per boot of the host.
+//! some instructions slowly and fail on the rest. So KVM is tried, once per boot of the host; where it did not work
+//! for a reason that may pass, it is tried again a minute later.
 
 mod cache;
 mod probe;
@@ -17,15 +18,18 @@ use std::{
     os::unix::fs::MetadataExt as _,
     path::Path,
     sync::Once,
+    time::Duration,
 };
 
 use machinen_base::{
     error::{ErrorKind, HasKind},
     fs::FileError,
 };
+use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use cache::Tried;
+use probe::Fault;
 
 pub(crate) const DEVICE: &str = "/dev/kvm";
 
@@ -105,13 +109,31 @@ impl HasKind for AccelError {
 }
 
 /// Determines which accelerator this host has. Slow measurements are made once per boot and stored in
-/// `run_dir` (made if it is missing). Blocks, for up to 200 ms the first time.
+/// `run_dir` (made if it is missing). Blocks the first time: for 30 ms where KVM works or is absent, for some seconds at
+/// most.
 ///
 /// # Errors
 /// The results in `run_dir` cannot be read or written, or the host's clock does not run.
 pub fn verdict(run_dir: &Path) -> Result<AccelVerdict, AccelError> {
+    verdict_by(run_dir, Tried::holds)
+}
+
+/// As [`verdict`], but KVM is tried in any case, and what is found is stored.
+///
+/// # Errors
+/// As [`verdict`].
+pub fn verdict_anew(run_dir: &Path) -> Result<AccelVerdict, AccelError> {
+    verdict_by(run_dir, |_, _| false)
+}
+
+/// `holds`: whether a stored result holds at this time, in seconds since the host has booted.
+fn verdict_by(run_dir: &Path, holds: fn(&Tried, u64) -> bool) -> Result<AccelVerdict, AccelError> {
     let device = open();
+    let now = Duration::from(
+        clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(|error| AccelError::Clock(error.into()))?,
+    );
     let mut facts = cache::load(run_dir)?.unwrap_or_default();
+    facts.kvm = facts.kvm.filter(|tried| holds(tried, now.as_secs()));
     let mut learnt = false;
     let tsc_khz = match facts.tsc_khz {
         Some(known) => known,
@@ -125,13 +147,17 @@ pub fn verdict(run_dir: &Path) -> Result<AccelVerdict, AccelError> {
         Ok(access) => {
             let tried = facts.kvm.get_or_insert_with(|| {
                 learnt = true;
-                probe::run().map_or_else(Tried::Broken, |()| Tried::Works)
+                match probe::run() {
+                    Ok(()) => Tried::Works,
+                    Err(Fault::Certain(reason)) => Tried::Broken(reason),
+                    Err(Fault::Doubtful(reason)) => Tried::Doubtful { reason, at: now.as_secs() },
+                }
             });
             match tried.clone() {
                 Tried::Works => {
                     access.map_or_else(|reason| KvmState::Closed { reason }, |()| KvmState::Works)
                 }
-                Tried::Broken(reason) => KvmState::Broken { reason },
+                Tried::Broken(reason) | Tried::Doubtful { reason, .. } => KvmState::Broken { reason },
             }
         }
     };
@@ -172,7 +198,23 @@ impl AccelVerdict {
             (AccelMode::Kvm, _) => Err(AccelError::NoKvm(self.clone())),
         }
     }
+
+    /// What runs guests with the configured value, and why, as one sentence.
+    ///
+    /// # Errors
+    /// KVM is configured and does not work.
+    pub fn describe(&self, wanted: AccelMode) -> Result<String, AccelError> {
+        self.choose(wanted)?;
+        Ok(match (wanted, &self.kvm) {
+            (AccelMode::Tcg, KvmState::Works) => format!("vm.accel is tcg, although KVM works: {TRANSLATED}"),
+            (AccelMode::Tcg, _) => format!("vm.accel is tcg: {TRANSLATED}"),
+            (AccelMode::Auto | AccelMode::Kvm, _) => self.to_string(),
+        })
+    }
 }
+
+const TRANSLATED: &str =
+    "guests run by translation (TCG), which is several times slower and no isolation boundary";
 
 impl Accelerator {
     /// What clients of containerd read about it in the runtime's information.
@@ -194,19 +236,17 @@ impl Accelerator {
 
 impl fmt::Display for AccelVerdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let translated =
-            "guests run by translation (TCG), which is several times slower and no isolation boundary";
         match &self.kvm {
             KvmState::Works => f.write_str("KVM works: guests run on the CPU itself"),
             KvmState::Absent => {
                 write!(
                     f,
-                    "there is no {DEVICE}: {translated}; load the module kvm_intel or kvm_amd if the CPU has it"
+                    "there is no {DEVICE}: {TRANSLATED}; load the module kvm_intel or kvm_amd if the CPU has it"
                 )
             }
-            KvmState::Closed { reason } => write!(f, "{DEVICE} cannot be used ({reason}): {translated}"),
+            KvmState::Closed { reason } => write!(f, "{DEVICE} cannot be used ({reason}): {TRANSLATED}"),
             KvmState::Broken { reason } => {
-                write!(f, "{DEVICE} exists but does not work here ({reason}): {translated}")
+                write!(f, "{DEVICE} exists but does not work here ({reason}): {TRANSLATED}")
             }
         }
     }
@@ -251,6 +291,28 @@ mod tests {
         assert_eq!(absent.choose(AccelMode::Auto).unwrap(), Accelerator::Tcg { tsc_khz: 7 });
         let error = absent.choose(AccelMode::Kvm).unwrap_err().to_string();
         assert!(error.starts_with("vm.accel is kvm, but there is no /dev/kvm"), "{error}");
+    }
+
+    #[test]
+    fn what_is_chosen_is_described() {
+        let (works, absent) = (verdict_of(KvmState::Works), verdict_of(KvmState::Absent));
+        let text = works.describe(AccelMode::Tcg).unwrap();
+        assert!(text.starts_with("vm.accel is tcg, although KVM works: guests run by translation"), "{text}");
+        let text = absent.describe(AccelMode::Tcg).unwrap();
+        assert!(text.starts_with("vm.accel is tcg: guests run by translation"), "{text}");
+        assert_eq!(works.describe(AccelMode::Auto).unwrap(), works.to_string());
+        absent.describe(AccelMode::Kvm).unwrap_err();
+    }
+
+    #[test]
+    fn a_doubtful_result_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = Duration::from(clock_gettime(ClockId::CLOCK_BOOTTIME).unwrap()).as_secs();
+        let kvm = Some(Tried::Doubtful { reason: "it was busy".into(), at });
+        cache::store(dir.path(), cache::Facts { tsc_khz: Some(7), kvm, ..cache::Facts::default() }).unwrap();
+        let was_busy = |verdict: AccelVerdict| matches!(verdict.kvm, KvmState::Broken { reason } if reason == "it was busy");
+        assert!(was_busy(verdict(dir.path()).unwrap()) || open().is_err());
+        assert!(!was_busy(verdict_anew(dir.path()).unwrap()));
     }
 
     #[test]
