@@ -249,6 +249,12 @@ fn qemu_killed(containerd: &mut Containerd) -> Result<()> {
     containerd.log().wait_for_event(from, "/tasks/exit")?;
     let took = killed.elapsed();
     ensure!(took < Duration::from_secs(1), "the exit was reported {took:?} after the death of QEMU");
+    let words = ["container lost", "QEMU was killed by SIGKILL"];
+    let reason = |line: &&String| words.iter().all(|word| line.contains(word));
+    ensure!(
+        containerd.log().since(from).iter().any(|line| reason(&line)),
+        "the log does not say what killed QEMU"
+    );
     let output = running.wait()?;
     ensure!(output.status == 137, "{output}");
     works(containerd)

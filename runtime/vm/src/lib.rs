@@ -56,6 +56,9 @@ pub use qemu::{
 pub use spec::{ChannelKind, MAX_NICS, VmSpec};
 pub use tap::{TapDevices, tap_name};
 
+/// How long a VM may take to end after its agent has closed the control stream.
+const LAST_MOMENTS: Duration = Duration::from_millis(500);
+
 /// Why something about a VM failed.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
@@ -265,6 +268,17 @@ impl Vm {
             first
         });
         self.exited().await
+    }
+
+    /// Ends a VM whose agent has closed the control stream, and returns why the VM ended.
+    ///
+    /// The end of a process is seen a moment after that of its streams. So the VM may end by itself first, and the reason
+    /// is that of QEMU or of the guest, such as a kill by the host's kernel.
+    pub async fn end_of_lost(&self) -> VmExit {
+        match tokio::time::timeout(LAST_MOMENTS, self.exited()).await {
+            Ok(exit) => exit,
+            Err(_) => self.kill().await,
+        }
     }
 
     /// Kills the VM and returns when nothing is left of it. What the guest had not synced is lost.

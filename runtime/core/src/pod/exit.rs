@@ -97,9 +97,12 @@ impl Pod {
                 ((), ()) = watchers => waiting.await,
             };
             if let Err(error) = &waited {
-                // A VM is useless without its agent. If the VM has ended already, this does nothing.
-                vm.kill().await;
-                let (reason, out_of_memory) = self.reason_of_loss(vm.exited().await).await;
+                // A VM is useless without its agent.
+                let exit = match error {
+                    AgentError::Closed => vm.end_of_lost().await,
+                    _ => vm.kill().await,
+                };
+                let (reason, out_of_memory) = self.reason_of_loss(exit).await;
                 host_kill.store(out_of_memory, Ordering::Relaxed);
                 tracing::error!(id = container.id.as_str(), "container lost: {}: {reason}", chain(error));
             }
