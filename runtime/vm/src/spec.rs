@@ -19,6 +19,10 @@ pub struct VmSpec {
     pub qemu: PathBuf,
     /// What runs the instructions of the guest.
     pub accel: Accelerator,
+    /// With KVM: whether the guest gets the processor's extensions for VMs of its own.
+    pub nested_kvm: bool,
+    /// With KVM: whether the guest gets the processor's performance counters.
+    pub pmu: bool,
     /// Ceiling of the guest's memory, MiB; the host pays only for what the guest has touched.
     pub memory_mib: u32,
     /// The number of CPUs of the guest.

@@ -69,6 +69,10 @@ pub struct VmConfig {
     pub vhost_device_vsock: PathBuf,
     /// KVM, emulation, or whichever works.
     pub accel: AccelMode,
+    /// Whether guests get the processor's extensions for VMs of their own, with KVM.
+    pub nested_kvm: bool,
+    /// Whether guests get the processor's performance counters, with KVM.
+    pub pmu: bool,
     /// Ceiling of a VM's memory, MiB. 0: half of the host's memory within bounds, or more if the container's
     /// limit requires it.
     pub memory_mib: u32,
@@ -265,6 +269,8 @@ impl Default for VmConfig {
             qemu_files: Vec::new(),
             vhost_device_vsock: "vhost-device-vsock".into(),
             accel: AccelMode::Auto,
+            nested_kvm: false,
+            pmu: false,
             memory_mib: 0,
             memory_overhead_mib: 0,
             vcpus: 0,

@@ -66,7 +66,7 @@ pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
         ),
     );
     match spec.accel {
-        Accelerator::Kvm => args.option("-accel", "kvm").option("-cpu", "host"),
+        Accelerator::Kvm => args.option("-accel", "kvm").option("-cpu", host_cpu(spec)),
         Accelerator::Tcg { .. } => {
             let threads = emulation_threads(spec.vcpus);
             let accel = format!("tcg,thread={threads},tb-size={TRANSLATED_CODE_MIB}");
@@ -138,6 +138,14 @@ pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
     args.option("-device", "virtio-balloon-device,free-page-reporting=on");
     args.option("-device", "virtio-rng-device");
     args.0
+}
+
+/// The host's processor, without those parts that make KVM itself larger, unless they are asked for. QEMU knows the names
+/// of all makers' features on each processor.
+fn host_cpu(spec: &VmSpec) -> String {
+    let nested = if spec.nested_kvm { "" } else { ",-vmx,-svm" };
+    let pmu = if spec.pmu { "" } else { ",pmu=off" };
+    format!("host{nested}{pmu}")
 }
 
 /// The hardware address of a network device that is connected to nothing: locally administered, and in no use. The
@@ -258,6 +266,8 @@ pub(crate) mod tests {
             id: "c1".into(),
             qemu: "qemu-system-x86_64".into(),
             accel,
+            nested_kvm: false,
+            pmu: false,
             memory_mib: 2048,
             vcpus: 2,
             kernel: "/a/vmlinux".into(),
@@ -331,6 +341,14 @@ pub(crate) mod tests {
         let spec =
             VmSpec { kernel_args: "debug x=1".into(), ..spec(Accelerator::Kvm, ChannelKind::KernelVsock) };
         insta::assert_snapshot!(lines(&spec, Start::Boot, 77));
+    }
+
+    #[test]
+    fn parts_of_the_processor_are_asked_for() {
+        let kvm = spec(Accelerator::Kvm, ChannelKind::Serial);
+        assert_eq!(host_cpu(&kvm), "host,-vmx,-svm,pmu=off");
+        assert_eq!(host_cpu(&VmSpec { nested_kvm: true, ..kvm.clone() }), "host,pmu=off");
+        assert_eq!(host_cpu(&VmSpec { pmu: true, ..kvm }), "host,-vmx,-svm");
     }
 
     #[test]

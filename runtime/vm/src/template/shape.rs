@@ -137,6 +137,8 @@ mod tests {
             id: "one".into(),
             qemu: "/bin/sh".into(),
             accel: Accelerator::Kvm,
+            nested_kvm: false,
+            pmu: false,
             memory_mib: 512,
             vcpus: 1,
             kernel: dir.join("vmlinux"),
@@ -169,6 +171,8 @@ mod tests {
             VmSpec { channel: ChannelKind::KernelVsock, ..base.clone() },
             VmSpec { nics: 0, ..base.clone() },
             VmSpec { tenant: "k8s.io".into(), ..base.clone() },
+            VmSpec { nested_kvm: true, ..base.clone() },
+            VmSpec { pmu: true, ..base.clone() },
         ] {
             assert_ne!(key(&base), key(&other), "{other:?}");
         }

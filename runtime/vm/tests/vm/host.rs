@@ -43,6 +43,8 @@ impl Host {
             id: "test".into(),
             qemu: "qemu-system-x86_64".into(),
             accel,
+            nested_kvm: false,
+            pmu: false,
             memory_mib: 512,
             vcpus: 1,
             kernel: asset("vmlinux"),

@@ -106,6 +106,8 @@ fn running() -> VmSpec {
         id: "pod".into(),
         qemu: "qemu".into(),
         accel,
+        nested_kvm: false,
+        pmu: false,
         memory_mib: 512,
         vcpus: 2,
         kernel: "vmlinux".into(),

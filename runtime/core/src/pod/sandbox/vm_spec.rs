@@ -61,6 +61,8 @@ pub(super) fn build(
         id: name.to_owned(),
         qemu: config.vm.qemu.clone(),
         accel,
+        nested_kvm: config.vm.nested_kvm,
+        pmu: config.vm.pmu,
         memory_mib: memory_mib(
             config.vm.memory_mib,
             u32::try_from(host.total).unwrap_or(u32::MAX),
