@@ -23,6 +23,7 @@ use crate::{
 on_newest_containerd!(
     what_programs_look_for,
     a_program_of_32_bit,
+    no_socket_leads_to_the_host,
     network_devices,
     events_of_the_vms_own_disks_are_hidden,
 );
@@ -30,6 +31,7 @@ on_newest_containerd!(
 const CALLS: (&str, &str) = ("calls.py", include_str!("kernel/calls.py"));
 const DEVICES: (&str, &str) = ("devices.py", include_str!("kernel/devices.py"));
 const EVENTS: (&str, &str) = ("events.py", include_str!("kernel/events.py"));
+const VSOCK: (&str, &str) = ("vsock.py", include_str!("kernel/vsock.py"));
 const LINKS: (&str, &str) = ("links.py", include_str!("kernel/links.py"));
 
 /// A specification that runs the first of the scripts, with the rights that administrators have.
@@ -82,28 +84,53 @@ fn io_uring_can_be_turned_off() {
 fn a_program_of_32_bit(containerd: &mut Containerd) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     let program = bundle.rootfs().join("bin/of-32-bit");
-    fs::write(&program, elf32("of 32 bit\n"))?;
+    let text = b"of 32 bit\n";
+    let write = |text_at: u32| {
+        let mut code = vec![0xb8, 4, 0, 0, 0, 0xbb, 1, 0, 0, 0, 0xb9]; // mov eax, write; mov ebx, 1; mov ecx, ...
+        code.extend(text_at.to_le_bytes());
+        code.extend([0xba, 10, 0, 0, 0, 0xcd, 0x80]); // mov edx, 10; int 0x80
+        code.extend([0xb8, 1, 0, 0, 0, 0xbb, 7, 0, 0, 0, 0xcd, 0x80]); // mov eax, exit; mov ebx, 7; int 0x80
+        code
+    };
+    fs::write(&program, elf32(write, text))?;
     Invocation::new("chmod").arg("755").arg(&program).run()?.ok()?;
     let output = containerd.run_spec(&bundle.config(&["of-32-bit"], |_| ())?).output()?;
     ensure!(output.status == 7 && output.text() == "of 32 bit\n", "{output}");
     Ok(())
 }
 
-/// The smallest i386 program that writes a text and exits with 7: file header, one program header, code,
-/// text.
-fn elf32(text: &str) -> Vec<u8> {
-    const BASE: u32 = 0x0804_8000;
-    const HEADERS: u32 = 52 + 32;
-    let length = u32::try_from(text.len()).expect("a short text");
-    let code = |text_at: u32| {
-        let mut code = vec![0xb8, 4, 0, 0, 0, 0xbb, 1, 0, 0, 0, 0xb9]; // mov eax, write; mov ebx, 1; mov ecx, ...
-        code.extend(text_at.to_le_bytes());
-        code.push(0xba); // mov edx, ...
-        code.extend(length.to_le_bytes());
-        code.extend([0xcd, 0x80]); // int 0x80
-        code.extend([0xb8, 1, 0, 0, 0, 0xbb, 7, 0, 0, 0, 0xcd, 0x80]); // mov eax, exit; mov ebx, 7; int 0x80
+/// The host listens on vsock for its own guests, and a container is not the guest.
+fn no_socket_leads_to_the_host(containerd: &mut Containerd) -> Result<()> {
+    for channel in ["auto", "vsock"] {
+        containerd.configure(&Setup::new().set("vm", "channel", Toml::text(channel)))?;
+        let (_bundle, config) = script(containerd, &[VSOCK], &[])?;
+        let output = containerd.run_spec(&config).output()?;
+        let refused = "[Errno 1] Operation not permitted";
+        let wanted = format!("by_socket: {refused}\nby_io_uring: {refused}\n");
+        ensure!(output.text() == wanted, "with the channel {channel}: {output}");
+    }
+    // A program of 32 bit has a second way: socketcall(SYS_SOCKET, { AF_VSOCK, SOCK_STREAM, 0 }).
+    let bundle = Bundle::busybox(containerd)?;
+    let program = bundle.rootfs().join("bin/socketcall");
+    let call = |arguments_at: u32| {
+        let mut code = vec![0xb8, 102, 0, 0, 0, 0xbb, 1, 0, 0, 0, 0xb9]; // mov eax, socketcall; mov ebx, 1; mov ecx, ...
+        code.extend(arguments_at.to_le_bytes());
+        code.extend([0xcd, 0x80, 0xf7, 0xd8, 0x89, 0xc3]); // int 0x80; neg eax; mov ebx, eax
+        code.extend([0xb8, 1, 0, 0, 0, 0xcd, 0x80]); // mov eax, exit; int 0x80
         code
     };
+    fs::write(&program, elf32(call, &[40, 1, 0].map(u32::to_le_bytes).concat()))?;
+    Invocation::new("chmod").arg("755").arg(&program).run()?.ok()?;
+    let output = containerd.run_spec(&bundle.config(&["socketcall"], |_| ())?).output()?;
+    ensure!(output.status == libc::EPERM, "the exit status is the error: {output}");
+    Ok(())
+}
+
+/// The smallest i386 program: file header, one program header, code, which is made for the address of the data, data.
+fn elf32(code: impl Fn(u32) -> Vec<u8>, data: &[u8]) -> Vec<u8> {
+    const BASE: u32 = 0x0804_8000;
+    const HEADERS: u32 = 52 + 32;
+    let length = u32::try_from(data.len()).expect("few data");
     let code = code(BASE + HEADERS + u32::try_from(code(0).len()).expect("a short program"));
     let size = HEADERS + u32::try_from(code.len()).expect("a short program") + length;
     let mut file = b"\x7fELF\x01\x01\x01".to_vec();
@@ -116,7 +143,7 @@ fn elf32(text: &str) -> Vec<u8> {
     // p_type, p_offset, p_vaddr, p_paddr, p_filesz, p_memsz, p_flags, p_align
     file.extend([1, 0, BASE, BASE, size, size, 5, 0x1000].into_iter().flat_map(u32::to_le_bytes));
     file.extend(code);
-    file.extend(text.as_bytes());
+    file.extend(data);
     file
 }
 
