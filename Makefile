@@ -1,7 +1,7 @@
 # One or a few lines a target; what a target does is in scripts/.
 PREFIX ?= /usr/local
 
-.PHONY: setup kernel guest-image build run test test-programs bench lint install install-files deb test-deb
+.PHONY: setup kernel guest-image build run test test-kvm test-programs bench lint install install-files deb test-deb
 
 setup:
 	scripts/setup
@@ -21,6 +21,12 @@ run: build
 # TESTS: --short leaves out the tests of runc, with which those of machinen are compared.
 test: build
 	scripts/test $(TESTS)
+
+# KVM_TESTS: parts of tests' names, in place of the list in config/kvm-tests. KVM_SUITE: the host's Debian.
+KVM_SUITE ?= trixie
+
+test-kvm: build
+	scripts/kvm-host --suite $(KVM_SUITE) test $(KVM_TESTS)
 
 # PROGRAMS: names of programs, or --short for those that the continuous integration runs.
 test-programs: build

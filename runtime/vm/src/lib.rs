@@ -57,7 +57,7 @@ pub use spec::{ChannelKind, MAX_NICS, VmSpec};
 pub use tap::{TapDevices, tap_name};
 
 /// How long a VM may take to end after its agent has closed the control stream.
-const LAST_MOMENTS: Duration = Duration::from_millis(500);
+const LAST_MOMENTS: Duration = Duration::from_millis(250);
 
 /// Why something about a VM failed.
 #[derive(Debug, thiserror::Error)]
