@@ -20,7 +20,7 @@ const DOUBT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Facts {
-    version: u32,
+    pub(super) version: u32,
     pub(super) tsc_khz: Option<u32>,
     /// None if KVM has not been tried.
     pub(super) kvm: Option<Tried>,

@@ -475,3 +475,28 @@ fn failure(names: &TemplatePaths) -> Option<String> {
     }
     fs::read_to_string(path).ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{ChannelKind, VmSpec, accel::Accelerator, qemu::argv::tests::spec};
+
+    #[test]
+    fn a_template_is_put_aside_when_several_clones_in_a_row_are_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        let spec = spec(Accelerator::Kvm, ChannelKind::Serial);
+        let spec = VmSpec { qemu: "/bin/sh".into(), kernel: file.clone(), image: file, ..spec };
+        let shape = TemplateShape::of(&spec).unwrap().unwrap();
+        let store = TemplateStore::at(&dir.path().join("templates"));
+        store.create().unwrap();
+        let lost = || store.clone_lost(&shape, "it is silent").unwrap();
+        assert!(!lost() && !lost());
+        store.clone_works(&shape.key()).unwrap();
+        assert!(!lost() && !lost() && lost());
+        assert!(
+            matches!(store.find(&shape).unwrap(), FoundTemplate::Failed(reason) if reason == "it is silent")
+        );
+    }
+}
