@@ -21,6 +21,7 @@ mod start;
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -73,11 +74,28 @@ pub(crate) enum Kind {
     Clone,
     Boot,
     Runc,
+    /// runsc in the place of runc, with its default platform (systrap), without a network.
+    Gvisor,
 }
 
 impl Kind {
     fn runtime(self) -> String {
-        if self == Self::Runc { paths::RUNC.to_owned() } else { paths::runtime() }
+        match self {
+            Self::Clone | Self::Boot => paths::runtime(),
+            Self::Runc | Self::Gvisor => paths::RUNC.to_owned(),
+        }
+    }
+
+    /// The program that containerd's shim for runc runs, if it is not runc.
+    fn runc_binary(self, containerd: &Containerd) -> Result<Option<PathBuf>> {
+        if self != Self::Gvisor {
+            return Ok(None);
+        }
+        let (script, runsc) = (containerd.root().join("runsc"), paths::tools().join("../gvisor/usr/bin/runsc"));
+        let text = format!("#!/bin/sh\nexec {} --ignore-cgroups --network=none \"$@\"\n", runsc.display());
+        fs::write(&script, text)?;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+        Ok(Some(script))
     }
 
     fn name(self) -> &'static str {
@@ -85,6 +103,7 @@ impl Kind {
             Self::Clone => "clones",
             Self::Boot => "boots",
             Self::Runc => "runc",
+            Self::Gvisor => "gVisor",
         }
     }
 }

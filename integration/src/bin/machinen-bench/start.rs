@@ -14,6 +14,7 @@ pub(crate) struct Starts {
     pub(crate) boot: Samples,
     pub(crate) clone: Samples,
     pub(crate) runc: Samples,
+    pub(crate) gvisor: Samples,
     pub(crate) floor: Samples,
     /// From the start of a clone's QEMU to its agent's answer.
     pub(crate) agent: Samples,
@@ -39,6 +40,7 @@ impl Starts {
         report.time("ctr run --rm true, boot", "start_warm_ms", &self.boot);
         report.time("ctr run --rm true, clone", "start_clone_ms", &self.clone);
         report.time("ctr run --rm true, runc", "start_runc_ms", &self.runc);
+        report.time("ctr run --rm true, gVisor", "start_gvisor_ms", &self.gvisor);
         report.time("floor: the same VM boots and powers off", "floor_ms", &self.floor);
         report.time("clone to the agent's answer", "clone_to_agent_ms", &self.agent);
         report.time("to the first byte of output, clone", "first_byte_clone_ms", &self.first_byte);
@@ -87,6 +89,7 @@ pub(crate) fn measure(containerd: &Containerd, image: &str, floor: &Floor, round
         fs::remove_dir_all(&cold)?;
 
         starts.runc.push(run(containerd, image, Kind::Runc)?);
+        starts.gvisor.push(run(containerd, image, Kind::Gvisor)?);
         starts.first_byte_runc.push(first_byte(containerd, image, Kind::Runc)?);
         starts.floor.push(floor.run()?);
         eprintln!("round {} of {rounds}", round + 1);
@@ -124,7 +127,11 @@ fn run_with_phases(
 fn run(containerd: &Containerd, image: &str, kind: Kind) -> Result<Duration> {
     let before = containerd.inventory()?;
     let runtime = kind.runtime();
-    let output = containerd.run(image, &["true"]).runtime(&runtime).output()?;
+    let mut command = containerd.run(image, &["true"]).runtime(&runtime);
+    if let Some(program) = kind.runc_binary(containerd)? {
+        command = command.flag("--runc-binary").flag(program);
+    }
+    let output = command.output()?;
     ensure!(output.status == 0, "{runtime}: {output}");
     // Background work of a start must not slow the next one.
     containerd.settle(&before).context("after a start")?;
