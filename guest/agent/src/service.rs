@@ -391,6 +391,15 @@ impl Agent for Service {
         Ok(api::ReadCgroupResponse { files, ..Default::default() })
     }
 
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRequest,
+    ) -> ttrpc::Result<api::ListProcessesResponse> {
+        let container = self.state.containers.get(&request.container_id).map_err(Failure::from)?;
+        Ok(container.processes().map_err(Failure::from)?)
+    }
+
     async fn write_cgroup(
         &self,
         _: &TtrpcContext,

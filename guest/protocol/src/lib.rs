@@ -53,6 +53,11 @@ pub mod api {
 /// Version of the whole protocol: messages, preamble and their meaning. Every incompatible change moves it.
 pub const VERSION: u16 = 7;
 
+/// Most processes in the answer to ListProcesses.
+pub const MAX_LISTED_PROCESSES: usize = 1024;
+/// Most bytes of a process's command in the answer to ListProcesses.
+pub const MAX_COMMAND: usize = 512;
+
 /// How long an OCI hook may take whose configuration has no timeout, on the host and in the guest.
 pub const HOOK_PATIENCE: Duration = Duration::from_secs(120);
 

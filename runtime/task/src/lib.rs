@@ -1,6 +1,7 @@
-//! containerd's Task service on a [`Pod`]: the requests, the metrics, and the events that it reports.
+//! containerd's Task service on a [`Pod`]: the requests, the metrics, and the events that it reports; and the service by
+//! which the command line inspects a pod.
 //!
-//! The owner of a pod serves it on a socket: today the shim.
+//! The owner of a pod serves both on a socket: the shim, and the command line's monitor.
 //!
 //! [`Pod`]: machinen::pod::Pod
 
@@ -10,6 +11,7 @@ mod checkpoint;
 mod error;
 pub mod events;
 mod id;
+mod inspection;
 mod metrics;
 mod service;
 mod stand_in;
@@ -21,19 +23,43 @@ use containerd_shim_protos::{shim_async::create_task, ttrpc::r#async::Service};
 use machinen::pod::Pod;
 use tokio::sync::Notify;
 
+use api::create_inspection;
+use inspection::InspectionService;
 use service::TaskService;
+
+/// Generated messages and the ttrpc service of `proto/inspection.proto`.
+#[allow(
+    clippy::all,
+    clippy::allow_attributes,
+    clippy::unwrap_used,
+    missing_debug_implementations,
+    missing_docs,
+    rust_2018_idioms,
+    unreachable_pub,
+    unused_qualifications,
+    reason = "generated code"
+)]
+pub mod api {
+    mod generated {
+        include!(concat!(env!("OUT_DIR"), "/inspection/api.rs"));
+    }
+    pub use generated::inspection::*;
+    pub use generated::inspection_ttrpc::{Inspection, InspectionClient, create_inspection};
+}
 
 /// The name of the task API since containerd 2.0.
 const TASK_V3: &str = "containerd.task.v3.Task";
 /// The name of the same methods and messages in containerd 1.x.
 const TASK_V2: &str = "containerd.task.v2.Task";
 
-/// The task API of a pod under both of its names. `ended` is notified when containerd has requested a shutdown and no
+/// The task API of a pod under both of its names, and the service for the command line ([`api`]). `ended` is notified when containerd has requested a shutdown and no
 /// container is left.
 pub fn services(pod: Pod, ended: Arc<Notify>) -> HashMap<String, Service> {
+    let inspection = create_inspection(Arc::new(InspectionService::new(pod.clone())));
     let service = TaskService::new(pod, ended);
     let mut services = create_task(Arc::new(service.clone()));
     let v2 = create_task(Arc::new(service)).remove(TASK_V3).map(|service| (TASK_V2.to_owned(), service));
     services.extend(v2);
+    services.extend(inspection);
     services
 }

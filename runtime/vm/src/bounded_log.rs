@@ -11,7 +11,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use tokio::io::{AsyncRead, AsyncReadExt as _};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _},
+    sync::Notify,
+};
 
 /// Bytes that are kept of the beginning, and as many of the end.
 const KEPT: usize = 64 << 10;
@@ -27,13 +30,32 @@ const AFTER_PANIC: usize = 2;
 
 /// The record, shared between the task that reads the output and those that quote it.
 #[derive(Debug, Clone, Default)]
-pub(super) struct BoundedLog(Arc<Mutex<KeptBytes>>);
+pub(super) struct BoundedLog(Arc<SharedLog>);
+
+#[derive(Debug, Default)]
+struct SharedLog {
+    kept: Mutex<KeptBytes>,
+    /// Notified when there is more, or the source has ended.
+    changed: Notify,
+}
 
 #[derive(Debug, Default)]
 struct KeptBytes {
     head: Vec<u8>,
     tail: VecDeque<u8>,
     dropped: u64,
+    ended: bool,
+}
+
+/// A piece of what a program has printed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LogPiece {
+    /// What was printed; empty if there is no more.
+    pub bytes: Vec<u8>,
+    /// How many bytes were printed up to the end of this piece.
+    pub end: u64,
+    /// How many bytes before this piece are not kept any more.
+    pub left_out: u64,
 }
 
 impl BoundedLog {
@@ -56,10 +78,13 @@ impl BoundedLog {
                 break;
             }
             let head = self.lock().push(&buffer[..count]);
+            self.0.changed.notify_waiters();
             if let (Some(file), Ok(())) = (&mut log, &outcome) {
                 outcome = file.write_all(&buffer[..head]);
             }
         }
+        self.lock().ended = true;
+        self.0.changed.notify_waiters();
         if let (Some(mut file), Ok(())) = (log, &outcome) {
             outcome = file.write_all(&self.lock().end());
         }
@@ -74,8 +99,27 @@ impl BoundedLog {
         excerpt(&bytes)
     }
 
+    /// What was printed after the first `from` bytes, at most [`KEPT`] bytes of it. With `wait` an empty piece means
+    /// that the source has ended.
+    pub(super) async fn after(&self, from: u64, wait: bool) -> LogPiece {
+        loop {
+            let changed = self.0.changed.notified();
+            let mut changed = std::pin::pin!(changed);
+            // From here on no notification is missed.
+            changed.as_mut().enable();
+            {
+                let kept = self.lock();
+                let piece = kept.after(from);
+                if !piece.bytes.is_empty() || kept.ended || !wait {
+                    return piece;
+                }
+            }
+            changed.await;
+        }
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, KeptBytes> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -89,6 +133,19 @@ impl KeptBytes {
         self.tail.drain(..excess);
         self.dropped += excess as u64;
         head
+    }
+
+    fn after(&self, from: u64) -> LogPiece {
+        let head = self.head.len() as u64;
+        if from < head {
+            let bytes = self.head[usize::try_from(from).unwrap_or(usize::MAX)..].to_vec();
+            return LogPiece { bytes, end: head, left_out: 0 };
+        }
+        let start = head + self.dropped;
+        let end = start + self.tail.len() as u64;
+        let skipped = usize::try_from(from.saturating_sub(start)).unwrap_or(usize::MAX);
+        let bytes = self.tail.iter().skip(skipped).copied().collect();
+        LogPiece { bytes, end, left_out: start.saturating_sub(from) }
     }
 
     /// The bytes to log after the head.
@@ -140,6 +197,36 @@ mod tests {
         expected.extend(b"\n[1000000 bytes left out]\n");
         expected.extend(vec![b'b'; KEPT]);
         assert!(log == expected);
+    }
+
+    #[tokio::test]
+    async fn pieces_lead_from_the_beginning_to_the_end() {
+        let mut flood = vec![b'a'; KEPT];
+        flood.extend(vec![b'x'; 1000]);
+        flood.extend(vec![b'b'; KEPT]);
+        let (log, _) = captured(&flood).await;
+        let first = log.after(0, true).await;
+        assert_eq!((first.bytes.len(), first.end, first.left_out), (KEPT, KEPT as u64, 0));
+        let second = log.after(first.end, true).await;
+        assert_eq!((second.bytes, second.end, second.left_out), (vec![b'b'; KEPT], flood.len() as u64, 1000));
+        let last = log.after(second.end, true).await;
+        assert_eq!((last.bytes, last.end), (Vec::new(), second.end));
+        assert_eq!(log.after(u64::MAX, true).await.bytes, b"");
+    }
+
+    #[tokio::test]
+    async fn a_piece_that_is_waited_for_arrives_when_it_is_printed() {
+        use tokio::io::AsyncWriteExt as _;
+        let (mut printer, source) = tokio::io::duplex(64);
+        let log = BoundedLog::default();
+        assert_eq!(log.after(0, false).await, LogPiece::default());
+        let reader = tokio::spawn(log.clone().read(source, None));
+        let (piece, written) = tokio::join!(log.after(0, true), printer.write_all(b"hello"));
+        written.unwrap();
+        assert_eq!(piece.bytes, b"hello");
+        drop(printer);
+        assert_eq!(log.after(5, true).await.bytes, b"");
+        reader.await.unwrap().unwrap();
     }
 
     #[tokio::test]

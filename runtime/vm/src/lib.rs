@@ -35,12 +35,14 @@ use machinen_base::{
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
+use bounded_log::BoundedLog;
 use channel::VmChannel;
 use driver::{StopRequest, VmRequest};
 use qemu::launch;
 
 pub use asset::AssetFileError;
 pub use boot::VmBootError;
+pub use bounded_log::LogPiece;
 #[cfg(fuzzing)]
 pub use channel::greet;
 pub use channel::{BoxedStream, ByteStream, ChannelMode, HostSupport, VmChannelError, choose_channel};
@@ -144,6 +146,7 @@ pub struct Vm {
     spec: Arc<VmSpec>,
     channel: Arc<VmChannel>,
     taps: Option<Arc<TapDevices>>,
+    console: BoundedLog,
     requests: mpsc::Sender<VmRequest>,
     stop: Arc<watch::Sender<StopRequest>>,
     agent: watch::Receiver<Option<Result<agent::Client, Arc<VmBootError>>>>,
@@ -187,6 +190,12 @@ impl Vm {
     /// The tap devices of the VM's network devices, if the VM has any.
     pub fn taps(&self) -> Option<&TapDevices> {
         self.taps.as_deref()
+    }
+
+    /// What the guest has printed on its console after the first `from` bytes. With `wait` an empty piece means that the
+    /// VM has ended. The text is the guest's own, and may contain anything.
+    pub async fn console(&self, from: u64, wait: bool) -> LogPiece {
+        self.console.after(from, wait).await
     }
 
     /// The guest agent, as soon as it has answered and been configured. Any number of callers may wait, at

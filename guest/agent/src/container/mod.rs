@@ -17,6 +17,7 @@ mod hooks;
 mod id_table;
 pub(crate) mod namespaces;
 mod pause;
+mod processes;
 mod refresh;
 mod restore;
 mod rootfs;

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use machinen_protocol::api::{
-    CgroupFile, ReadCgroupRequest, WaitOutOfMemoryRequest, WaitOutOfMemoryResponse, WriteCgroupRequest,
+    CgroupFile, ListProcessesResponse, ReadCgroupRequest, WaitOutOfMemoryRequest, WaitOutOfMemoryResponse,
+    WriteCgroupRequest,
 };
 
 use super::{AgentError, Client, QUICK, container_request, finish, nothing};
@@ -39,6 +40,14 @@ impl Client {
             ..ReadCgroupRequest::default()
         };
         call!(self.read_cgroup(request), Some(SOON)).map(|answer| answer.files)
+    }
+
+    /// Lists the processes of a container. What the guest says of them is not checked.
+    ///
+    /// # Errors
+    /// The container does not exist or has ended.
+    pub async fn list_processes(&self, container: &str) -> Result<ListProcessesResponse, AgentError> {
+        call!(self.list_processes(container_request(container)), Some(SOON))
     }
 
     /// Writes files of the cgroup in the given order, all or none of them.

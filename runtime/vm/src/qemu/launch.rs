@@ -216,9 +216,10 @@ impl Launched {
         let (agent_sender, agent) = watch::channel(None);
         let (pid, channel) = (running.qemu.pid(), Arc::clone(&running.channel));
         tracing::debug!(pid, version = %qmp.version(), "QEMU answers");
+        let console = running.console.bounded_log.clone();
         let boot = Boot {
             channel: Arc::clone(&channel),
-            console: running.console.bounded_log.clone(),
+            console: console.clone(),
             hostname: spec.hostname.clone(),
             timeout: spec.boot_timeout,
             exit: exit.clone(),
@@ -233,7 +234,8 @@ impl Launched {
             exit_sender.send_replace(Some(exit));
         });
         let taps = taps.map(Arc::new);
-        Vm { pid, spec: Arc::new(spec), channel, taps, requests, stop: Arc::new(stop), agent, exit }
+        let (spec, stop) = (Arc::new(spec), Arc::new(stop));
+        Vm { pid, spec, channel, taps, console, requests, stop, agent, exit }
     }
 
     /// Ends QEMU, unless it has ended already. Nothing is left of it when this returns.

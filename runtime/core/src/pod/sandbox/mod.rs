@@ -295,6 +295,11 @@ impl Sandbox {
         }
     }
 
+    /// The socket of containerd, if the pod's owner knows it.
+    pub(super) fn containerd(&self) -> Option<&PathBuf> {
+        self.settings.containerd.as_ref()
+    }
+
     /// Whether the VM ends with the last container that uses it.
     pub(super) fn ends_with_containers(&self) -> bool {
         self.settings.lifetime == Lifetime::Containers
