@@ -34,6 +34,44 @@ pub enum ErrorKind {
     Internal,
 }
 
+impl ErrorKind {
+    /// The name of the kind for programs. It never changes.
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::InvalidArgument => "invalid-argument",
+            Self::NotFound => "not-found",
+            Self::AlreadyExists => "already-exists",
+            Self::PermissionDenied => "permission-denied",
+            Self::FailedPrecondition => "failed-precondition",
+            Self::Unimplemented => "unimplemented",
+            Self::ResourceExhausted => "resource-exhausted",
+            Self::DeadlineExceeded => "deadline-exceeded",
+            Self::Unavailable => "unavailable",
+            Self::Internal => "internal",
+        }
+    }
+
+    /// Whether the same request may succeed later although the caller changes nothing.
+    pub fn is_retryable(self) -> bool {
+        matches!(self, Self::ResourceExhausted | Self::DeadlineExceeded | Self::Unavailable)
+    }
+
+    /// The kind of a failed operation of the system.
+    pub fn of_io(error: &std::io::Error) -> Self {
+        match error.kind() {
+            std::io::ErrorKind::NotFound => Self::NotFound,
+            std::io::ErrorKind::AlreadyExists => Self::AlreadyExists,
+            std::io::ErrorKind::PermissionDenied => Self::PermissionDenied,
+            std::io::ErrorKind::InvalidInput => Self::InvalidArgument,
+            std::io::ErrorKind::StorageFull
+            | std::io::ErrorKind::QuotaExceeded
+            | std::io::ErrorKind::OutOfMemory => Self::ResourceExhausted,
+            std::io::ErrorKind::TimedOut => Self::DeadlineExceeded,
+            _ => Self::Internal,
+        }
+    }
+}
+
 /// An error that knows what it means for its caller.
 pub trait HasKind: Error {
     /// What the error means for its caller.
@@ -118,6 +156,15 @@ mod tests {
         }
         assert_eq!(ErrorKind::from(Code::ABORTED), ErrorKind::FailedPrecondition);
         assert_eq!(ErrorKind::from(Code::UNKNOWN), ErrorKind::Internal);
+    }
+
+    #[test]
+    fn codes_differ_and_the_state_of_a_container_does_not_change_by_waiting() {
+        let codes: std::collections::BTreeSet<_> = KINDS.iter().map(|kind| kind.code()).collect();
+        assert_eq!(codes.len(), KINDS.len());
+        let retryable: Vec<_> =
+            KINDS.iter().filter(|kind| kind.is_retryable()).map(|kind| kind.code()).collect();
+        assert_eq!(retryable, ["resource-exhausted", "deadline-exceeded", "unavailable"]);
     }
 
     #[derive(Debug, thiserror::Error)]

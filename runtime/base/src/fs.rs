@@ -11,6 +11,8 @@ use std::{
     time::Duration,
 };
 
+use crate::error::{ErrorKind, HasKind};
+
 /// A failed operation on a file or directory.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {action} {}", path.display())]
@@ -33,6 +35,12 @@ impl FileError {
     pub fn at(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self { action, path, source }
+    }
+}
+
+impl HasKind for FileError {
+    fn kind(&self) -> ErrorKind {
+        ErrorKind::of_io(&self.source)
     }
 }
 

@@ -39,6 +39,8 @@ pub struct Config {
     pub restore: RestoreConfig,
     /// `[rootdisk]`: how root file systems become disks.
     pub rootdisk: RootdiskConfig,
+    /// What `machinen boot` keeps.
+    pub boot: BootConfig,
     /// `[annotations]`: what containers may override.
     pub annotations: AnnotationsConfig,
     /// `[task]`: what the shim answers.
@@ -202,6 +204,14 @@ pub struct RootdiskConfig {
     pub mke2fs: PathBuf,
 }
 
+/// What `machinen boot` keeps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BootConfig {
+    /// The directory of unpacked images, and of the bundles of containers.
+    pub dir: PathBuf,
+}
+
 /// What containers may override.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -336,6 +346,12 @@ impl Default for RootdiskConfig {
             export_timeout_s: 900,
             mke2fs: "mke2fs".into(),
         }
+    }
+}
+
+impl Default for BootConfig {
+    fn default() -> Self {
+        Self { dir: "/var/lib/machinen/boot".into() }
     }
 }
 

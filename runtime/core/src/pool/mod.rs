@@ -30,6 +30,7 @@ use std::{
 };
 
 use machinen_base::{
+    error::{ErrorKind, HasKind},
     fs::{FileError, create_private_dirs, hex, if_exists},
     memfd,
     process::{ProcessError, Stdio},
@@ -91,6 +92,17 @@ pub enum PoolError {
         /// The time limit, seconds.
         seconds: u64,
     },
+}
+
+impl HasKind for PoolError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::File(error) => error.kind(),
+            Self::Start(_) => ErrorKind::Internal,
+            Self::Request(error) | Self::Wait(error) => ErrorKind::of_io(error),
+            Self::Stays { .. } => ErrorKind::DeadlineExceeded,
+        }
+    }
 }
 
 /// What VM a member is to make, and for which containerd.
