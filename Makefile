@@ -45,6 +45,7 @@ install: build install-files
 install-files:
 	install -D -t $(DESTDIR)$(PREFIX)/bin target/release/containerd-shim-machinen-v1 target/release/machinen
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/machinen target/guest/vmlinux target/guest/guest.img
+	scripts/install-help target/release/machinen $(DESTDIR)$(PREFIX)/share
 
 # A package for Debian, in target/deb.
 deb: build

@@ -1,5 +1,7 @@
 //! Finds keys by their first digits.
 
+use machinen::error::{ErrorKind, HasKind};
+
 /// Why a prefix does not name exactly one key.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PrefixError {
@@ -7,6 +9,15 @@ pub(crate) enum PrefixError {
     NoSuchKey { prefix: String, thing: &'static str },
     #[error("{prefix:?} could be several {thing}s; give more digits")]
     Ambiguous { prefix: String, thing: &'static str },
+}
+
+impl HasKind for PrefixError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NoSuchKey { .. } => ErrorKind::NotFound,
+            Self::Ambiguous { .. } => ErrorKind::InvalidArgument,
+        }
+    }
 }
 
 /// Finds the one entry of `all` whose key begins with `prefix`. `thing` names what the entries are, and the

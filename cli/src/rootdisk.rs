@@ -8,6 +8,7 @@ use std::{
 use clap::{Args, Subcommand};
 use machinen::{
     config,
+    error::{ErrorKind, HasKind},
     rootdisk::{
         DiskState, ListedDisk, PruneOptions, PrunedDisks, Rootdisk, RootdiskCache, RootdiskError,
         RootdiskKey, RootdiskProgress, RootfsSource,
@@ -89,6 +90,16 @@ pub(crate) enum RootdiskCliError {
     Directory(#[source] std::io::Error),
     #[error(transparent)]
     Rootdisk(#[from] RootdiskError),
+}
+
+impl HasKind for RootdiskCliError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Key(error) => error.kind(),
+            Self::Directory(error) => ErrorKind::of_io(error),
+            Self::Rootdisk(error) => error.kind(),
+        }
+    }
 }
 
 /// Runs one of the commands; prints progress on stderr.
@@ -224,7 +235,7 @@ fn built_json(disk: &Rootdisk) -> Value {
 }
 
 /// `512`, `64K`, `10M`, `3G`, `1T`
-fn size(text: &str) -> Result<u64, String> {
+pub(crate) fn size(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
     let shift = match text[digits.len()..].to_ascii_uppercase().trim_end_matches("IB").trim_end_matches('B') {
         "" => 0,

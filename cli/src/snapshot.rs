@@ -33,6 +33,7 @@ pub(crate) struct SnapshotArgs {
 enum SnapshotCommand {
     /// List the checkpoints in a directory: its subdirectories that are checkpoints
     Ls {
+        /// Directory that is searched
         #[arg(default_value = ".")]
         dir: PathBuf,
     },
@@ -44,12 +45,14 @@ enum SnapshotCommand {
     /// Read checkpoints and compare sizes and digests with what was written. The exit status is 1 if one has
     /// changed
     Verify {
+        /// Directories with machinen.json
         #[arg(required = true, value_name = "DIR")]
         dirs: Vec<PathBuf>,
     },
     /// Remove checkpoints: the files that their manifests name, and the directories if nothing else is in
     /// them
     Rm {
+        /// Directories with machinen.json
         #[arg(required = true, value_name = "DIR")]
         dirs: Vec<PathBuf>,
     },

@@ -6,6 +6,7 @@ use clap::{Args, Subcommand};
 use machinen::{
     assets::{Assets, MissingAsset},
     config::Config,
+    error::{ErrorKind, HasKind},
     pod::{self, PodError},
     template::{self, ListedTemplate, TemplateError, TemplateStore},
 };
@@ -76,6 +77,17 @@ pub(crate) enum TemplateCliError {
     Spec(#[from] PodError),
     #[error(transparent)]
     Template(#[from] TemplateError),
+}
+
+impl HasKind for TemplateCliError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Key(error) => error.kind(),
+            Self::Asset(error) => error.kind(),
+            Self::Spec(error) => error.kind(),
+            Self::Template(error) => error.kind(),
+        }
+    }
 }
 
 /// Runs one of the commands; prints progress on stderr.

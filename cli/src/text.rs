@@ -14,7 +14,11 @@ pub(super) fn human(bytes: u64) -> String {
 
 /// How long ago a time was, in its two largest units.
 pub(super) fn ago(time: Option<SystemTime>) -> String {
-    let age = time.and_then(|time| time.elapsed().ok()).unwrap_or_default();
+    duration(time.and_then(|time| time.elapsed().ok()).unwrap_or_default())
+}
+
+/// A time span, in its two largest units.
+pub(super) fn duration(age: Duration) -> String {
     let mut rounded = humantime::format_duration(Duration::from_secs(age.as_secs())).to_string();
     if let Some((at, _)) = rounded.match_indices(' ').nth(1) {
         rounded.truncate(at);

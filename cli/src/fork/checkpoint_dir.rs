@@ -118,6 +118,31 @@ fn temporary(dir: &Path) -> Result<CheckpointDir, ForkError> {
     Ok(CheckpointDir { path, kept: false, created: true, _lock: own })
 }
 
+/// The directories that killed forks have left below the cache of disks. Removes them unless `dry_run`.
+///
+/// # Errors
+/// A directory cannot be read or removed.
+pub(crate) fn left_over(cache: &Path, dry_run: bool) -> Result<Vec<PathBuf>, FileError> {
+    let dir = cache.join("forks");
+    let mut left_over = Vec::new();
+    let Some(guard) = if_exists(File::open(&dir)).map_err(FileError::at("open", &dir))? else {
+        return Ok(left_over);
+    };
+    lock(&guard).map_err(FileError::at("lock", &dir))?;
+    for entry in fs::read_dir(&dir).map_err(FileError::at("read", &dir))? {
+        let path = entry.map_err(FileError::at("read", &dir))?.path();
+        // The fork of this directory may have removed it meanwhile.
+        let Ok(left) = File::open(&path) else { continue };
+        if try_lock(&left).map_err(FileError::at("lock", &path))? {
+            if !dry_run {
+                remove_dir_if_exists(&path).map_err(FileError::at("remove", &path))?;
+            }
+            left_over.push(path);
+        }
+    }
+    Ok(left_over)
+}
+
 fn sweep(dir: &Path) -> Result<(), ForkError> {
     for entry in fs::read_dir(dir).map_err(FileError::at("read", dir))? {
         let path = entry.map_err(FileError::at("read", dir))?.path();

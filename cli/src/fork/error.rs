@@ -4,8 +4,13 @@ use std::{io, path::PathBuf};
 
 use containerd_client::tonic::{self, Code, transport};
 use machinen::{
-    admission::AdmissionError, checkpoint::CheckpointError, fs::FileError, layer::LayerError,
-    pod::rootfs::RootfsPlanError, spec::guest::ReduceError,
+    admission::AdmissionError,
+    checkpoint::CheckpointError,
+    error::{ErrorKind, HasKind},
+    fs::FileError,
+    layer::LayerError,
+    pod::rootfs::RootfsPlanError,
+    spec::guest::ReduceError,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -107,5 +112,54 @@ impl ForkError {
 
     fn has_code(&self, code: Code) -> bool {
         matches!(self, Self::Call { status, .. } if status.code() == code)
+    }
+}
+
+impl HasKind for ForkError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Connect { .. } | Self::Lost { .. } | Self::NotServing { .. } => ErrorKind::Unavailable,
+            Self::Namespace { .. }
+            | Self::Runtime { .. }
+            | Self::Hostname { .. }
+            | Self::BadHostname { .. }
+            | Self::NeedsNetwork { .. }
+            | Self::SameNetwork { .. }
+            | Self::RelativeNetwork { .. }
+            | Self::WritableVolumes { .. }
+            | Self::CheckpointDirNotEmpty { .. } => ErrorKind::InvalidArgument,
+            Self::Call { status, .. } => kind_of(status.code()),
+            Self::NoContainer { .. } => ErrorKind::NotFound,
+            Self::NotRunning { .. }
+            | Self::Resumed { .. }
+            | Self::NoSnapshot { .. }
+            | Self::CheckpointDirInUse { .. } => ErrorKind::FailedPrecondition,
+            Self::Exists { .. } | Self::SnapshotExists { .. } => ErrorKind::AlreadyExists,
+            Self::Rootfs { source, .. } => source.kind(),
+            Self::Mounts { source, .. } => source.kind(),
+            Self::Network { source, .. } => ErrorKind::of_io(source),
+            Self::Memory(error) => error.kind(),
+            Self::File(error) => error.kind(),
+            Self::Checkpoint(error) => error.kind(),
+            Self::Layer { source, .. } => source.kind(),
+            Self::Start(_) | Self::Spec { .. } | Self::Worker(_) | Self::Interrupted { .. } => {
+                ErrorKind::Internal
+            }
+        }
+    }
+}
+
+fn kind_of(code: Code) -> ErrorKind {
+    match code {
+        Code::InvalidArgument | Code::OutOfRange => ErrorKind::InvalidArgument,
+        Code::NotFound => ErrorKind::NotFound,
+        Code::AlreadyExists => ErrorKind::AlreadyExists,
+        Code::PermissionDenied | Code::Unauthenticated => ErrorKind::PermissionDenied,
+        Code::FailedPrecondition | Code::Aborted => ErrorKind::FailedPrecondition,
+        Code::Unimplemented => ErrorKind::Unimplemented,
+        Code::ResourceExhausted => ErrorKind::ResourceExhausted,
+        Code::DeadlineExceeded => ErrorKind::DeadlineExceeded,
+        Code::Unavailable => ErrorKind::Unavailable,
+        Code::Ok | Code::Cancelled | Code::Unknown | Code::Internal | Code::DataLoss => ErrorKind::Internal,
     }
 }

@@ -26,6 +26,8 @@ mod spec;
 mod steps;
 mod undo;
 
+pub(crate) use checkpoint_dir::left_over;
+
 use std::path::PathBuf;
 
 use clap::Args;

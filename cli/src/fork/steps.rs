@@ -23,6 +23,7 @@ use super::{
     spec::{ForkOptions, ForkSpec},
     undo::{LABEL, Undo},
 };
+use crate::find::FORKED_FROM;
 
 /// A container that was made.
 #[derive(Debug)]
@@ -175,9 +176,12 @@ impl Fork<'_> {
     fn container(&self, spec: &[u8]) -> Container {
         let source = &self.source.container;
         let kind = source.spec.as_ref().map(|spec| spec.type_url.clone()).unwrap_or_default();
+        let mut labels = source.labels.clone();
+        // `machinen ls` shows it.
+        labels.insert(FORKED_FROM.to_owned(), self.args.source.clone());
         Container {
             id: self.args.new.clone(),
-            labels: source.labels.clone(),
+            labels,
             image: source.image.clone(),
             runtime: source.runtime.clone(),
             spec: Some(Any { type_url: kind, value: spec.to_owned() }),

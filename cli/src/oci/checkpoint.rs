@@ -142,7 +142,7 @@ pub(super) async fn run(global: &GlobalArgs, args: &CheckpointArgs) -> Result<()
         return Ok(());
     }
     monitor.wait("").await?;
-    destroy(global, &state).await
+    destroy(&global.root, &state).await
 }
 
 /// A path that means the same to the monitor, which works in another directory.

@@ -27,7 +27,7 @@ use super::{
 
 /// A connection with the monitor of a container.
 #[derive(Clone)]
-pub(super) struct MonitorClient {
+pub(crate) struct MonitorClient {
     id: String,
     task: TaskClient,
 }
@@ -37,7 +37,7 @@ impl MonitorClient {
     ///
     /// # Errors
     /// The socket cannot be connected for another reason.
-    pub(super) async fn connect(state: &StateDir) -> Result<Option<Self>, OciError> {
+    pub(crate) async fn connect(state: &StateDir) -> Result<Option<Self>, OciError> {
         match state.record()? {
             Some(record) => Self::of_pod(&state.id, &record.pod),
             None => Ok(None),
@@ -48,7 +48,7 @@ impl MonitorClient {
     ///
     /// # Errors
     /// The socket cannot be connected for another reason.
-    pub(super) fn of_pod(id: &ContainerId, pod: &PodDir) -> Result<Option<Self>, OciError> {
+    pub(crate) fn of_pod(id: &ContainerId, pod: &PodDir) -> Result<Option<Self>, OciError> {
         let connected = pod.with_socket(|path| std::os::unix::net::UnixStream::connect(path));
         let stream = match connected {
             Ok(stream) => stream,
@@ -66,7 +66,7 @@ impl MonitorClient {
     ///
     /// # Errors
     /// The socket cannot be watched.
-    pub(super) fn over(id: &ContainerId, stream: std::os::unix::net::UnixStream) -> Result<Self, OciError> {
+    pub(crate) fn over(id: &ContainerId, stream: std::os::unix::net::UnixStream) -> Result<Self, OciError> {
         let failed = || OciError::io("use the socket of the container's monitor");
         stream.set_nonblocking(true).map_err(failed())?;
         let stream = UnixStream::from_std(stream).map_err(failed())?;
@@ -77,13 +77,13 @@ impl MonitorClient {
     ///
     /// # Errors
     /// The container has stopped, as one without a monitor has.
-    pub(super) async fn running(state: &StateDir) -> Result<Self, OciError> {
+    pub(crate) async fn running(state: &StateDir) -> Result<Self, OciError> {
         let stopped = || OciError::NotRunning { id: state.id.to_string(), status: ContainerStatus::Stopped };
         Self::connect(state).await?.ok_or_else(stopped)
     }
 
     /// The state of the container's init.
-    pub(super) async fn status(&self) -> Result<ContainerStatus, OciError> {
+    pub(crate) async fn status(&self) -> Result<ContainerStatus, OciError> {
         let request = StateRequest { id: self.id.clone(), ..Default::default() };
         let state = match self.task.state(context(), &request).await {
             Ok(state) => state,
@@ -102,38 +102,38 @@ impl MonitorClient {
     }
 
     /// Creates the container; returns the pid of its anchor.
-    pub(super) async fn create(&self, request: CreateTaskRequest) -> Result<u32, OciError> {
+    pub(crate) async fn create(&self, request: CreateTaskRequest) -> Result<u32, OciError> {
         let request = CreateTaskRequest { id: self.id.clone(), ..request };
         self.task.create(context(), &request).await.map(|created| created.pid).map_err(OciError::Task)
     }
 
     /// Starts the init, or the process that was added as `exec`.
-    pub(super) async fn start(&self, exec: &str) -> Result<u32, OciError> {
+    pub(crate) async fn start(&self, exec: &str) -> Result<u32, OciError> {
         let request = StartRequest { id: self.id.clone(), exec_id: exec.to_owned(), ..Default::default() };
         self.task.start(context(), &request).await.map(|started| started.pid).map_err(OciError::Task)
     }
 
     /// Adds a process.
-    pub(super) async fn exec(&self, request: ExecProcessRequest) -> Result<(), OciError> {
+    pub(crate) async fn exec(&self, request: ExecProcessRequest) -> Result<(), OciError> {
         let request = ExecProcessRequest { id: self.id.clone(), ..request };
         self.task.exec(context(), &request).await.map(drop).map_err(OciError::Task)
     }
 
     /// Waits until a process has ended; returns its exit status.
-    pub(super) async fn wait(&self, exec: &str) -> Result<u32, OciError> {
+    pub(crate) async fn wait(&self, exec: &str) -> Result<u32, OciError> {
         let request = WaitRequest { id: self.id.clone(), exec_id: exec.to_owned(), ..Default::default() };
         self.task.wait(context(), &request).await.map(|ended| ended.exit_status).map_err(OciError::Task)
     }
 
     /// Sends a signal to a process, or to all of the container.
-    pub(super) async fn kill(&self, exec: &str, signal: u32, all: bool) -> Result<(), OciError> {
+    pub(crate) async fn kill(&self, exec: &str, signal: u32, all: bool) -> Result<(), OciError> {
         let request =
             KillRequest { id: self.id.clone(), exec_id: exec.to_owned(), signal, all, ..Default::default() };
         self.task.kill(context(), &request).await.map(drop).map_err(OciError::Task)
     }
 
     /// Removes a process that has ended, or the container with its init. One that is gone already is no error.
-    pub(super) async fn delete(&self, exec: &str) -> Result<(), OciError> {
+    pub(crate) async fn delete(&self, exec: &str) -> Result<(), OciError> {
         let request = DeleteRequest { id: self.id.clone(), exec_id: exec.to_owned(), ..Default::default() };
         match self.task.delete(context(), &request).await {
             Err(error) if !is(&error, Code::NOT_FOUND) => Err(OciError::Task(error)),
@@ -142,13 +142,13 @@ impl MonitorClient {
     }
 
     /// Makes the monitor end if it has no container. The connection may end before the answer.
-    pub(super) async fn shut_down(&self) {
+    pub(crate) async fn shut_down(&self) {
         let request = ShutdownRequest { id: self.id.clone(), ..Default::default() };
         let _ = self.task.shutdown(context(), &request).await;
     }
 
     /// Sets the size of a process's terminal, in characters.
-    pub(super) async fn resize(&self, exec: &str, width: u16, height: u16) -> Result<(), OciError> {
+    pub(crate) async fn resize(&self, exec: &str, width: u16, height: u16) -> Result<(), OciError> {
         let request = ResizePtyRequest {
             id: self.id.clone(),
             exec_id: exec.to_owned(),
@@ -160,19 +160,19 @@ impl MonitorClient {
     }
 
     /// Freezes the container.
-    pub(super) async fn pause(&self) -> Result<(), OciError> {
+    pub(crate) async fn pause(&self) -> Result<(), OciError> {
         let request = PauseRequest { id: self.id.clone(), ..Default::default() };
         self.task.pause(context(), &request).await.map(drop).map_err(OciError::Task)
     }
 
     /// Lets a frozen container continue.
-    pub(super) async fn resume(&self) -> Result<(), OciError> {
+    pub(crate) async fn resume(&self) -> Result<(), OciError> {
         let request = ResumeRequest { id: self.id.clone(), ..Default::default() };
         self.task.resume(context(), &request).await.map(drop).map_err(OciError::Task)
     }
 
     /// Changes the container's limits: `resources` is a LinuxResources of the runtime-spec, in JSON.
-    pub(super) async fn update(&self, resources: Vec<u8>) -> Result<(), OciError> {
+    pub(crate) async fn update(&self, resources: Vec<u8>) -> Result<(), OciError> {
         let resources = Any {
             type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".to_owned(),
             value: resources,
@@ -187,7 +187,7 @@ impl MonitorClient {
     }
 
     /// The container's metrics, as cgroup v2's message.
-    pub(super) async fn stats(
+    pub(crate) async fn stats(
         &self,
     ) -> Result<containerd_shim_protos::cgroups_v2::metrics::Metrics, OciError> {
         let request = StatsRequest { id: self.id.clone(), ..Default::default() };
@@ -196,7 +196,7 @@ impl MonitorClient {
     }
 
     /// Writes a checkpoint.
-    pub(super) async fn checkpoint(&self, request: CheckpointTaskRequest) -> Result<(), OciError> {
+    pub(crate) async fn checkpoint(&self, request: CheckpointTaskRequest) -> Result<(), OciError> {
         let request = CheckpointTaskRequest { id: self.id.clone(), ..request };
         self.task.checkpoint(context(), &request).await.map(drop).map_err(OciError::Task)
     }
@@ -215,7 +215,7 @@ fn is(error: &ttrpc::Error, code: Code) -> bool {
 ///
 /// # Errors
 /// The monitor does not answer.
-pub(super) async fn status_of(state: &StateDir) -> Result<ContainerStatus, OciError> {
+pub(crate) async fn status_of(state: &StateDir) -> Result<ContainerStatus, OciError> {
     match MonitorClient::connect(state).await? {
         Some(monitor) => monitor.status().await,
         None if state.record()?.is_none() => Ok(ContainerStatus::Creating),

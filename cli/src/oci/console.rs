@@ -23,15 +23,15 @@ use super::error::OciError;
 
 /// A pseudo-terminal of the host. The guest's terminal edits lines and makes signals, so this one only carries bytes.
 #[derive(Debug)]
-pub(super) struct Console {
-    master: OwnedFd,
-    pub(super) slave: OwnedFd,
+pub(crate) struct Console {
+    pub(crate) master: OwnedFd,
+    pub(crate) slave: OwnedFd,
 }
 
 impl Console {
     /// # Errors
     /// The host has no free pseudo-terminal.
-    pub(super) fn open() -> Result<Self, OciError> {
+    pub(crate) fn open() -> Result<Self, OciError> {
         let open = || -> rustix::io::Result<Self> {
             let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
             let master = openpt(flags)?;
@@ -50,7 +50,7 @@ impl Console {
     ///
     /// # Errors
     /// The socket cannot be connected.
-    pub(super) fn send_to(self, socket: &Path) -> Result<OwnedFd, OciError> {
+    pub(crate) fn send_to(self, socket: &Path) -> Result<OwnedFd, OciError> {
         let send = || {
             let stream = UnixStream::connect(socket)?;
             send_with_fd(stream.as_fd(), b"/dev/ptmx", Some(&self.master)).map(drop)
@@ -63,7 +63,7 @@ impl Console {
     ///
     /// # Errors
     /// The terminal cannot be put into raw mode.
-    pub(super) fn relay(self) -> Result<(Relay, OwnedFd), OciError> {
+    pub(crate) fn relay(self) -> Result<(Relay, OwnedFd), OciError> {
         let failed = || OciError::io("use the terminal");
         let raw = io::stdin().is_terminal().then(RawTerminal::enter).transpose().map_err(failed())?;
         let master = File::from(self.master);
@@ -89,7 +89,7 @@ fn print(from: &mut File) {
 
 /// The terminal of a verb that stays in the foreground.
 #[derive(Debug)]
-pub(super) struct Relay {
+pub(crate) struct Relay {
     master: File,
     printed: thread::JoinHandle<()>,
     _raw: Option<RawTerminal>,
@@ -97,7 +97,7 @@ pub(super) struct Relay {
 
 impl Relay {
     /// Gives the process's terminal the size of this one, now and whenever that changes. Never resolves.
-    pub(super) async fn follow_size(&self) {
+    pub(crate) async fn follow_size(&self) {
         let Ok(mut changes) = signal(SignalKind::window_change()) else {
             return std::future::pending().await;
         };
@@ -111,7 +111,7 @@ impl Relay {
     }
 
     /// Prints the rest of the output, and gives the terminal its modes back.
-    pub(super) fn finish(self) {
+    pub(crate) fn finish(self) {
         let Self { master, printed, _raw } = self;
         drop(master);
         // The reader ends when the last process that has the terminal open has ended.
@@ -122,10 +122,10 @@ impl Relay {
 /// The terminal of this process, on which every key reaches the container until this is dropped. Has the modes from
 /// before.
 #[derive(Debug)]
-struct RawTerminal(Termios);
+pub(crate) struct RawTerminal(Termios);
 
 impl RawTerminal {
-    fn enter() -> io::Result<Self> {
+    pub(crate) fn enter() -> io::Result<Self> {
         let before = tcgetattr(io::stdin())?;
         let mut raw = before.clone();
         raw.make_raw();
@@ -142,7 +142,7 @@ impl Drop for RawTerminal {
 }
 
 /// Sets the first size of a terminal.
-pub(super) fn set_size(console: &Console, width: u64, height: u64) {
+pub(crate) fn set_size(console: &Console, width: u64, height: u64) {
     let size = |value: u64| u16::try_from(value).unwrap_or(u16::MAX);
     let size = Winsize { ws_col: size(width), ws_row: size(height), ws_xpixel: 0, ws_ypixel: 0 };
     // A terminal that takes no size has one of its own.

@@ -7,11 +7,11 @@ use std::{
 };
 
 use clap::Args;
-use containerd_shim_protos::api::CreateTaskRequest;
+use containerd_shim_protos::api::{CreateTaskRequest, Mount};
 use machinen::{
     config::Config,
     error::chain,
-    fs::FileError,
+    fs::{FileError, remove_dir_if_exists},
     pod::ContainerId,
     spec::{OCI_VERSION, bundle},
 };
@@ -36,10 +36,10 @@ pub(crate) struct CreateArgs {
     bundle: PathBuf,
     /// Unix socket that receives the process's terminal
     #[arg(long, value_name = "SOCKET")]
-    pub(super) console_socket: Option<PathBuf>,
+    pub(crate) console_socket: Option<PathBuf>,
     /// File that gets the pid of the process that stands for the container on the host
     #[arg(long, value_name = "FILE")]
-    pub(super) pid_file: Option<PathBuf>,
+    pub(crate) pid_file: Option<PathBuf>,
     /// Number of further descriptors for the process; a VM cannot have any
     #[arg(long, value_name = "N", default_value_t = 0)]
     preserve_fds: u32,
@@ -51,30 +51,67 @@ pub(crate) struct CreateArgs {
     no_new_keyring: bool,
     /// Id of the container
     #[arg(value_name = "ID")]
-    pub(super) id: String,
+    pub(crate) id: String,
+    #[arg(skip)]
+    pub(crate) boot: Option<BootedRootfs>,
+}
+
+/// What `machinen boot` adds to a bundle that it has made.
+#[derive(Debug, Clone)]
+pub(crate) struct BootedRootfs {
+    /// What the root file system is made of. The bundle is removed with the container.
+    pub(crate) mount: Mount,
+}
+
+impl CreateArgs {
+    /// The container's id.
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The directory with `config.json`.
+    pub(crate) fn bundle(&self) -> &Path {
+        &self.bundle
+    }
+
+    /// Those of a container whose bundle was made for it alone.
+    pub(crate) fn of_boot(id: String, bundle: PathBuf, boot: BootedRootfs) -> Self {
+        Self {
+            bundle,
+            console_socket: None,
+            pid_file: None,
+            preserve_fds: 0,
+            no_pivot: false,
+            no_new_keyring: false,
+            id,
+            boot: Some(boot),
+        }
+    }
 }
 
 /// A container whose init waits in its VM.
-pub(super) struct CreatedContainer {
-    pub(super) state: StateDir,
-    pub(super) monitor: MonitorClient,
+pub(crate) struct CreatedContainer {
+    pub(crate) state: StateDir,
+    pub(crate) monitor: MonitorClient,
     /// The terminal of a process that stays in the foreground.
-    pub(super) relay: Option<Relay>,
+    pub(crate) relay: Option<Relay>,
 }
 
 /// What the terminal of a process is connected with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Attachment<'a> {
+#[derive(Debug)]
+pub(crate) enum Attachment<'a> {
     /// The caller's socket, which gets the terminal.
     Socket(&'a Path),
     /// The streams of this process.
     Foreground,
     /// Neither.
     Detached,
+    /// Streams that another process keeps.
+    Kept(StandInStreams),
 }
 
 impl<'a> Attachment<'a> {
-    pub(super) fn of(console_socket: Option<&'a Path>, detach: bool) -> Self {
+    pub(crate) fn of(console_socket: Option<&'a Path>, detach: bool) -> Self {
         match console_socket {
             Some(socket) => Self::Socket(socket),
             None if detach => Self::Detached,
@@ -86,15 +123,18 @@ impl<'a> Attachment<'a> {
     ///
     /// # Errors
     /// A terminal has nothing that it could be connected with, or the reverse.
-    pub(super) fn streams(
+    pub(crate) fn streams(
         self,
         terminal: bool,
         size: Option<(u64, u64)>,
     ) -> Result<(StandInStreams, Option<Relay>), OciError> {
+        if let Self::Kept(streams) = self {
+            return Ok((streams, None));
+        }
         if !terminal {
             return match self {
                 Self::Socket(_) => Err(OciError::NoTerminal),
-                Self::Foreground | Self::Detached => Ok((StandInStreams::Inherited, None)),
+                _ => Ok((StandInStreams::Inherited, None)),
             };
         }
         let open = || {
@@ -110,7 +150,7 @@ impl<'a> Attachment<'a> {
                 let (relay, slave) = open()?.relay()?;
                 Ok((StandInStreams::Terminal(slave), Some(relay)))
             }
-            Self::Detached => Err(OciError::NoConsoleSocket),
+            Self::Detached | Self::Kept(_) => Err(OciError::NoConsoleSocket),
         }
     }
 }
@@ -119,7 +159,7 @@ impl<'a> Attachment<'a> {
 ///
 /// # Errors
 /// The container cannot be created; nothing of it is left.
-pub(super) async fn run(global: &GlobalArgs, args: &CreateArgs) -> Result<(), OciError> {
+pub(crate) async fn run(global: &GlobalArgs, args: &CreateArgs) -> Result<(), OciError> {
     let attachment = Attachment::of(args.console_socket.as_deref(), true);
     create(global, args, attachment, None).await.map(drop)
 }
@@ -128,7 +168,7 @@ pub(super) async fn run(global: &GlobalArgs, args: &CreateArgs) -> Result<(), Oc
 ///
 /// # Errors
 /// The container cannot be created; nothing of it is left.
-pub(super) async fn create(
+pub(crate) async fn create(
     global: &GlobalArgs,
     args: &CreateArgs,
     attachment: Attachment<'_>,
@@ -149,7 +189,7 @@ pub(super) async fn create(
         Ok((monitor, relay)) => Ok(CreatedContainer { state, monitor, relay }),
         Err(error) => {
             // The first failure is the one to report.
-            if let Err(left) = destroy(global, &state).await {
+            if let Err(left) = destroy(&global.root, &state).await {
                 eprintln!("machinen: {}", chain(&left));
             }
             Err(error)
@@ -168,8 +208,9 @@ async fn create_in(
     let process = spec.process().as_ref();
     let terminal = process.and_then(|process| process.terminal()).unwrap_or(false);
     let size = process.and_then(|process| process.console_size()).map(|size| (size.width(), size.height()));
-    let pod = enter_pod(state, bundle, spec, global)?;
+    let pod = enter_pod(state, bundle, spec, (global, args))?;
     let mut record = ContainerRecord::new(state, bundle, spec, pod);
+    record.own_bundle = args.boot.is_some();
     let (streams, relay) = attachment.streams(terminal, size)?;
     let stand_in = StandIn::start(&state.id, &record.pod, "", streams)?;
     let client = MonitorClient::running(state).await?;
@@ -179,6 +220,7 @@ async fn create_in(
         stdin: stand_in.stream(0),
         stdout: stand_in.stream(1),
         stderr: if terminal { String::new() } else { stand_in.stream(2) },
+        rootfs: args.boot.iter().map(|boot| boot.mount.clone()).collect(),
         checkpoint: checkpoint.map(|dir| dir.to_string_lossy().into_owned()).unwrap_or_default(),
         ..Default::default()
     };
@@ -192,15 +234,24 @@ async fn create_in(
 
 /// Finds the pod that the container belongs to, or makes one with a monitor. The container's record names the pod from
 /// then on.
-fn enter_pod(state: &StateDir, bundle: &Path, spec: &Spec, global: &GlobalArgs) -> Result<PodDir, OciError> {
+fn enter_pod(
+    state: &StateDir,
+    bundle: &Path,
+    spec: &Spec,
+    (global, args): (&GlobalArgs, &CreateArgs),
+) -> Result<PodDir, OciError> {
+    let record = |pod| {
+        let own_bundle = args.boot.is_some();
+        ContainerRecord { own_bundle, ..ContainerRecord::new(state, bundle, spec, pod) }
+    };
     if let Some(pod) = PodDir::of_other(&global.root, &state.id, spec)? {
         let _locked = pod.lock()?;
-        state.save(&ContainerRecord::new(state, bundle, spec, pod.clone()))?;
+        state.save(&record(pod.clone()))?;
         return Ok(pod);
     }
     let pod = PodDir::create(&global.root)?;
     let _locked = pod.lock()?;
-    state.save(&ContainerRecord::new(state, bundle, spec, pod.clone()))?;
+    state.save(&record(pod.clone()))?;
     let monitor = monitor::start(&state.id, &pod, bundle.to_owned(), &global.log)?;
     pod.save(&PodRecord { monitor, bundle: bundle.to_owned() })?;
     Ok(pod)
@@ -220,6 +271,7 @@ impl ContainerRecord {
             created: humantime::format_rfc3339_nanos(SystemTime::now()).to_string(),
             owner: user.map(|user| user.name).unwrap_or_default(),
             annotations: spec.annotations().clone().unwrap_or_default(),
+            own_bundle: false,
         }
     }
 }
@@ -228,7 +280,7 @@ impl ContainerRecord {
 ///
 /// # Errors
 /// The file cannot be written.
-pub(super) fn write_pid_file(path: Option<&Path>, process: HostProcess) -> Result<(), OciError> {
+pub(crate) fn write_pid_file(path: Option<&Path>, process: HostProcess) -> Result<(), OciError> {
     let Some(path) = path else { return Ok(()) };
     let failed = || FileError::at("write the pid file", path);
     let mut name = path.as_os_str().to_owned();
@@ -241,35 +293,43 @@ pub(super) fn write_pid_file(path: Option<&Path>, process: HostProcess) -> Resul
 ///
 /// # Errors
 /// A part of it cannot be removed.
-pub(super) async fn destroy(global: &GlobalArgs, state: &StateDir) -> Result<(), OciError> {
+pub(crate) async fn destroy(root: &Path, state: &StateDir) -> Result<(), OciError> {
     let Some(record) = state.record()? else { return state.remove() };
     let monitor = MonitorClient::of_pod(&state.id, &record.pod)?;
     if let Some(monitor) = &monitor {
         match monitor.delete("").await {
             Ok(()) => {}
             // The end of the monitor ends the container, too.
-            Err(error) if is_alone(global, state, &record.pod)? => {
+            Err(error) if is_alone(root, state, &record.pod)? => {
                 tracing::debug!("not deleted by its monitor: {}", chain(&error));
             }
             Err(error) => return Err(error),
         }
     }
     if !record.pod.path.exists() {
-        return state.remove();
+        return remove(state, &record);
     }
     let _locked = record.pod.lock()?;
-    if is_alone(global, state, &record.pod)? {
+    if is_alone(root, state, &record.pod)? {
         if let Some(monitor) = &monitor {
             monitor.shut_down().await;
         }
         record.pod.remove().await?;
     }
+    remove(state, &record)
+}
+
+/// Frees the id, after the bundle if it was made for the container.
+fn remove(state: &StateDir, record: &ContainerRecord) -> Result<(), OciError> {
+    if record.own_bundle {
+        remove_dir_if_exists(&record.bundle).map_err(FileError::at("remove", &record.bundle))?;
+    }
     state.remove()
 }
 
 /// Whether no other container is in the pod.
-fn is_alone(global: &GlobalArgs, state: &StateDir, pod: &PodDir) -> Result<bool, OciError> {
-    for other in StateDir::all(&global.root)?.into_iter().filter(|other| other.id != state.id) {
+fn is_alone(root: &Path, state: &StateDir, pod: &PodDir) -> Result<bool, OciError> {
+    for other in StateDir::all(root)?.into_iter().filter(|other| other.id != state.id) {
         if other.record()?.is_some_and(|record| record.pod == *pod) {
             return Ok(false);
         }

@@ -4,11 +4,17 @@ use std::{io, path::PathBuf};
 
 use containerd_shim_protos::ttrpc;
 use machinen::{
-    config::ConfigError, fs::FileError, pod::IdError, pool::MemberError, process::ProcessError,
+    config::ConfigError,
+    error::{ErrorKind, HasKind},
+    fs::FileError,
+    pod::IdError,
+    pool::MemberError,
+    process::ProcessError,
     spec::bundle::BundleError,
 };
 
 use super::state::ContainerStatus;
+use crate::find::FindError;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OciError {
@@ -68,6 +74,10 @@ pub(crate) enum OciError {
     Encode(#[source] serde_json::Error),
     #[error("cannot decode the answer of the container's monitor")]
     Decode(#[source] protobuf::Error),
+    #[error(transparent)]
+    Processes { source: Box<FindError> },
+    #[error("exec failed")]
+    Exec(#[source] Box<OciError>),
     #[error("{}", answer(.0))]
     Task(ttrpc::Error),
 }
@@ -82,7 +92,45 @@ fn answer(error: &ttrpc::Error) -> String {
 
 impl OciError {
     /// For [`Result::map_err`].
-    pub(super) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { what, source }
+    }
+}
+
+impl HasKind for OciError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Id(error) => error.kind(),
+            Self::Bundle(error) => error.kind(),
+            Self::Config(error) => error.kind(),
+            Self::File(error) => error.kind(),
+            Self::Exec(error) => error.kind(),
+            Self::Processes { source } => source.kind(),
+            Self::NoContainer { .. } => ErrorKind::NotFound,
+            Self::Exists { .. } => ErrorKind::AlreadyExists,
+            Self::NotRunning { .. }
+            | Self::NotPaused { .. }
+            | Self::AlreadyRunning { .. }
+            | Self::HasStopped { .. }
+            | Self::ExecInStopped { .. }
+            | Self::ExecInPaused { .. }
+            | Self::NotStopped { .. } => ErrorKind::FailedPrecondition,
+            Self::Unsupported { .. } => ErrorKind::Unimplemented,
+            Self::NoConsoleSocket
+            | Self::NoTerminal
+            | Self::Signal { .. }
+            | Self::Argument { .. }
+            | Self::NoCommand => ErrorKind::InvalidArgument,
+            Self::Io { source, .. } => ErrorKind::of_io(source),
+            Self::Task(ttrpc::Error::RpcStatus(status)) => status.code().into(),
+            Self::Task(_) => ErrorKind::Unavailable,
+            Self::Spawn { .. }
+            | Self::NoParams
+            | Self::Params(_)
+            | Self::Member(_)
+            | Self::Json { .. }
+            | Self::Encode(_)
+            | Self::Decode(_) => ErrorKind::Internal,
+        }
     }
 }

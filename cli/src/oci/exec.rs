@@ -89,9 +89,7 @@ pub(super) async fn run(global: &GlobalArgs, args: &ExecArgs) -> Result<ExitCode
     match exec(global, args).await {
         Ok(status) => Ok(foreground::exit_code(status)),
         Err(error) => {
-            let message = format!("exec failed: {}", machinen::error::chain(&error));
-            eprintln!("machinen: {message}");
-            global.report(&message);
+            global.report(&OciError::Exec(Box::new(error)).into());
             Ok(ExitCode::from(NOT_STARTED))
         }
     }

@@ -19,7 +19,7 @@ const PASSED_ON: [i32; 6] =
 ///
 /// # Errors
 /// The process cannot be started, or its monitor is lost.
-pub(super) async fn follow(
+pub(crate) async fn follow(
     monitor: &MonitorClient,
     exec: &str,
     relay: Option<Relay>,
@@ -78,6 +78,6 @@ async fn until_end(
 }
 
 /// The exit code of a verb for a process's exit status.
-pub(super) fn exit_code(status: u32) -> ExitCode {
+pub(crate) fn exit_code(status: u32) -> ExitCode {
     ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX))
 }

@@ -11,7 +11,6 @@ use std::{
 use clap::{Args, ValueEnum};
 use machinen::{config::Config, fs::FileError};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 use tracing_subscriber::{
     filter::{LevelFilter, Targets},
     layer::SubscriberExt as _,
@@ -19,9 +18,10 @@ use tracing_subscriber::{
 };
 
 use super::error::OciError;
+use crate::failure::Failure;
 
 /// Where containers of the OCI command line have their directories, unless `--root` says otherwise.
-const DEFAULT_ROOT: &str = "/run/machinen/containers";
+pub(crate) const DEFAULT_ROOT: &str = "/run/machinen/containers";
 
 /// Options of all verbs of the OCI runtime.
 #[derive(Debug, Args)]
@@ -29,7 +29,7 @@ const DEFAULT_ROOT: &str = "/run/machinen/containers";
 pub(crate) struct GlobalArgs {
     /// Directory for the state of containers
     #[arg(long, value_name = "DIR", default_value = DEFAULT_ROOT)]
-    pub(super) root: PathBuf,
+    pub(crate) root: PathBuf,
     #[command(flatten)]
     pub(super) log: LogArgs,
     /// cgroupsPath has the form SLICE:PREFIX:NAME, whose scope systemd is asked for
@@ -65,10 +65,15 @@ enum LogFormat {
 }
 
 impl GlobalArgs {
-    /// Writes the failure of a verb to the log that the caller has named. A caller that reads only its log still learns
-    /// the reason.
-    pub(crate) fn report(&self, message: &str) {
-        if let Err(error) = self.log.report(message) {
+    /// Reports the failure of a verb on stderr, and in the log that the caller has named. A caller that reads only its log
+    /// still learns the reason.
+    pub(crate) fn report(&self, failure: &Failure) {
+        match (&self.log.log, self.log.log_format) {
+            // As runc, whose log is its stderr then.
+            (None, LogFormat::Json) => eprintln!("{}", failure.value(&now())),
+            _ => eprintln!("machinen: {}", failure.message()),
+        }
+        if let Err(error) = self.log.report(failure) {
             eprintln!("machinen: cannot write the log: {error}");
         }
     }
@@ -84,12 +89,12 @@ impl LogArgs {
         Ok(Self { log: log.map_err(OciError::io("find the log"))?, ..*self })
     }
 
-    fn report(&self, message: &str) -> io::Result<()> {
+    fn report(&self, failure: &Failure) -> io::Result<()> {
         let Some(path) = &self.log else { return Ok(()) };
-        let time = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
+        let time = now();
         let line = match self.log_format {
-            LogFormat::Json => json!({ "level": "error", "msg": message, "time": time }).to_string(),
-            LogFormat::Text => format!("time={time:?} level=error msg={message:?}"),
+            LogFormat::Json => failure.value(&time).to_string(),
+            LogFormat::Text => format!("time={time:?} level=error msg={:?}", failure.message()),
         };
         writeln!(append(path)?, "{line}")
     }
@@ -121,6 +126,10 @@ impl LogArgs {
     }
 }
 
+fn now() -> String {
+    humantime::format_rfc3339_seconds(SystemTime::now()).to_string()
+}
+
 fn append(path: &Path) -> io::Result<std::fs::File> {
     OpenOptions::new().append(true).create(true).open(path)
 }
@@ -134,13 +143,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let log = |log_format| LogArgs { log: Some(path.clone()), log_format, debug: false };
-        log(LogFormat::Json).report("no \"x\"").unwrap();
-        log(LogFormat::Text).report("no \"x\"").unwrap();
+        let failure = Failure::from(OciError::NoContainer { id: "x".to_owned() });
+        log(LogFormat::Json).report(&failure).unwrap();
+        log(LogFormat::Text).report(&failure).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         let lines: Vec<_> = text.lines().collect();
         let json: serde_json::Value = serde_json::from_str(lines[0]).unwrap();
-        assert_eq!((json["level"].as_str(), json["msg"].as_str()), (Some("error"), Some("no \"x\"")));
-        assert!(lines[1].contains("level=error msg=\"no \\\"x\\\"\""), "{text}");
-        LogArgs::default().report("nowhere").unwrap();
+        let message = "container does not exist: \"x\"";
+        assert_eq!((json["level"].as_str(), json["msg"].as_str()), (Some("error"), Some(message)));
+        assert_eq!(json["code"], "not-found");
+        assert!(lines[1].contains("level=error msg=\"container does not exist: \\\"x\\\"\""), "{text}");
+        LogArgs::default().report(&failure).unwrap();
     }
 }

@@ -8,22 +8,22 @@
 //! docs/design/oci.md has the reasons.
 
 mod checkpoint;
-mod client;
-mod console;
-mod create;
+pub(crate) mod client;
+pub(crate) mod console;
+pub(crate) mod create;
 mod error;
 mod events;
 mod exec;
-mod foreground;
+pub(crate) mod foreground;
 mod global;
 mod monitor;
-mod pod;
+pub(crate) mod pod;
 mod restore;
-mod run;
-mod spec;
-mod stand_in;
-mod state;
-mod update;
+pub(crate) mod run;
+pub(crate) mod spec;
+pub(crate) mod stand_in;
+pub(crate) mod state;
+pub(crate) mod update;
 mod verbs;
 
 use std::process::ExitCode;
@@ -32,7 +32,8 @@ use clap::Subcommand;
 use machinen::{pod::anchor, reexec::EntryPoint, shares};
 
 pub(crate) use error::OciError;
-pub(crate) use global::GlobalArgs;
+pub(crate) use global::{DEFAULT_ROOT, GlobalArgs};
+pub(crate) use monitor::NAME as MONITOR;
 
 /// The hidden processes that the verbs and the monitors start.
 pub(crate) const ENTRY_POINTS: &[EntryPoint] = &[
@@ -62,7 +63,7 @@ pub(crate) enum OciVerb {
     Exec(exec::ExecArgs),
     /// List the containers.
     List(verbs::ListArgs),
-    /// List the host processes that stand for a container's.
+    /// List the processes of a container, as its guest sees them.
     Ps(verbs::PsArgs),
     /// Freeze a container.
     Pause(verbs::IdArgs),

@@ -40,8 +40,10 @@ use super::{
     state::HostProcess,
 };
 
+/// The first argument of a monitor. Its parameters follow.
+pub(crate) const NAME: &str = "container-monitor";
 /// The owner of a pod's VM.
-pub(crate) const ENTRY_POINT: EntryPoint = EntryPoint { name: "container-monitor", main };
+pub(crate) const ENTRY_POINT: EntryPoint = EntryPoint { name: NAME, main };
 
 /// A monitor that waits in the warm pool, with a VM that is ready.
 pub(crate) const POOL_ENTRY_POINT: EntryPoint =

@@ -34,7 +34,7 @@ use super::{
     state::{HostProcess, PODS, StateDir, write_json},
 };
 
-pub(super) const SOCKET: &str = "monitor.sock";
+pub(crate) const SOCKET: &str = "monitor.sock";
 const LOCK: &str = "lock";
 const RECORD: &str = "pod.json";
 
@@ -51,29 +51,29 @@ const HOOKS_DEADLINE: Duration = Duration::from_secs(60);
 /// The directory of a pod.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub(super) struct PodDir {
-    pub(super) path: PathBuf,
+pub(crate) struct PodDir {
+    pub(crate) path: PathBuf,
 }
 
 /// What is kept of a pod.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct PodRecord {
-    pub(super) monitor: HostProcess,
+pub(crate) struct PodRecord {
+    pub(crate) monitor: HostProcess,
     /// The bundle of the container that the pod was made for.
-    pub(super) bundle: PathBuf,
+    pub(crate) bundle: PathBuf,
 }
 
 /// Keeps others from entering and leaving a pod until it is dropped.
 #[derive(Debug)]
-pub(super) struct PodLock(#[expect(dead_code, reason = "the lock ends with the file")] File);
+pub(crate) struct PodLock(#[expect(dead_code, reason = "the lock ends with the file")] File);
 
 impl PodDir {
     /// Makes the directory of a new pod.
     ///
     /// # Errors
     /// The file system refuses.
-    pub(super) fn create(root: &Path) -> Result<Self, OciError> {
+    pub(crate) fn create(root: &Path) -> Result<Self, OciError> {
         let pods = root.join(PODS);
         machinen::fs::create_private_dirs(&pods).map_err(FileError::at("create the directory", &pods))?;
         let made = tempfile::Builder::new().prefix("pod-").tempdir_in(&pods);
@@ -85,7 +85,7 @@ impl PodDir {
     ///
     /// # Errors
     /// The containers cannot be listed.
-    pub(super) fn of_other(root: &Path, id: &str, spec: &Spec) -> Result<Option<Self>, OciError> {
+    pub(crate) fn of_other(root: &Path, id: &str, spec: &Spec) -> Result<Option<Self>, OciError> {
         let sandbox = spec.annotations().as_ref();
         let sandbox = sandbox.and_then(|all| SANDBOX.iter().find_map(|name| all.get(*name)));
         let processes = processes_of_namespaces(spec);
@@ -105,7 +105,7 @@ impl PodDir {
 
     /// # Errors
     /// The directory does not exist any more, or the file system refuses.
-    pub(super) fn lock(&self) -> Result<PodLock, OciError> {
+    pub(crate) fn lock(&self) -> Result<PodLock, OciError> {
         let path = self.path.join(LOCK);
         let file = File::options().create(true).truncate(false).write(true).open(&path);
         let file = file.map_err(FileError::at("open", &path))?;
@@ -117,7 +117,7 @@ impl PodDir {
     ///
     /// # Errors
     /// The record cannot be read.
-    pub(super) fn record(&self) -> Result<Option<PodRecord>, OciError> {
+    pub(crate) fn record(&self) -> Result<Option<PodRecord>, OciError> {
         let path = self.path.join(RECORD);
         let text = if_exists(fs::read(&path)).map_err(FileError::at("read", &path))?;
         let Some(text) = text else { return Ok(None) };
@@ -126,8 +126,13 @@ impl PodDir {
 
     /// # Errors
     /// The file system refuses.
-    pub(super) fn save(&self, record: &PodRecord) -> Result<(), OciError> {
+    pub(crate) fn save(&self, record: &PodRecord) -> Result<(), OciError> {
         write_json(&self.path, RECORD, record)
+    }
+
+    /// Where the monitor listens; the path may be too long for a Unix address.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.path.join(SOCKET)
     }
 
     /// Runs `work` with a path of the monitor's socket that is short enough for a Unix address, whatever the
@@ -135,7 +140,7 @@ impl PodDir {
     ///
     /// # Errors
     /// The directory cannot be opened, or `work` fails.
-    pub(super) fn with_socket<T>(&self, work: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
+    pub(crate) fn with_socket<T>(&self, work: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let dir: OwnedFd = rustix::fs::open(&self.path, flags, Mode::empty())?;
         work(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd()).as_ref())
@@ -145,7 +150,7 @@ impl PodDir {
     ///
     /// # Errors
     /// The monitor does not end, or files cannot be removed.
-    pub(super) async fn remove(&self) -> Result<(), OciError> {
+    pub(crate) async fn remove(&self) -> Result<(), OciError> {
         if let Some(PodRecord { monitor, bundle }) = self.record()? {
             let failed = || OciError::io("end the process that owns the container's VM");
             if monitor.exists() && !await_ends(&[monitor.pid], END_GRACE).map_err(failed())? {

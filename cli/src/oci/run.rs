@@ -22,21 +22,21 @@ pub(crate) struct RunArgs {
 
 /// How long a verb stays that starts a container.
 #[derive(Debug, Args)]
-pub(super) struct StayArgs {
+pub(crate) struct StayArgs {
     /// Go away when the container runs
     #[arg(long, short)]
-    pub(super) detach: bool,
+    pub(crate) detach: bool,
     /// Do not delete the container when it has ended
     #[arg(long)]
-    keep: bool,
+    pub(crate) keep: bool,
     /// No effect: the container's processes have their parent in the VM
     #[arg(long)]
-    no_subreaper: bool,
+    pub(crate) no_subreaper: bool,
 }
 
 /// # Errors
 /// The container cannot be created or started; nothing of it is left.
-pub(super) async fn run(global: &GlobalArgs, args: &RunArgs) -> Result<ExitCode, OciError> {
+pub(crate) async fn run(global: &GlobalArgs, args: &RunArgs) -> Result<ExitCode, OciError> {
     let attachment = Attachment::of(args.create.console_socket.as_deref(), args.stay.detach);
     let created = create(global, &args.create, attachment, None).await?;
     proceed(global, created, &args.stay).await
@@ -46,7 +46,7 @@ pub(super) async fn run(global: &GlobalArgs, args: &RunArgs) -> Result<ExitCode,
 ///
 /// # Errors
 /// The container cannot be started; nothing of it is left.
-pub(super) async fn proceed(
+pub(crate) async fn proceed(
     global: &GlobalArgs,
     created: CreatedContainer,
     stay: &StayArgs,
@@ -58,7 +58,7 @@ pub(super) async fn proceed(
         false => foreground::follow(&monitor, "", relay, async || monitor.start("").await.map(drop)).await,
     };
     if ended.is_err() || !(detach || keep) {
-        destroy(global, &state).await?;
+        destroy(&global.root, &state).await?;
     }
     ended.map(foreground::exit_code)
 }

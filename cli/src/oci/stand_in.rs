@@ -63,18 +63,20 @@ struct StandInParams {
 
 /// A stand-in that was started. If this is dropped before [`StandIn::go`], the process ends.
 #[derive(Debug)]
-pub(super) struct StandIn {
-    pub(super) process: HostProcess,
+pub(crate) struct StandIn {
+    pub(crate) process: HostProcess,
     orders: File,
 }
 
 /// Where a stand-in's standard streams come from.
 #[derive(Debug)]
-pub(super) enum StandInStreams {
+pub(crate) enum StandInStreams {
     /// Those of the verb.
     Inherited,
     /// The side of a pseudo-terminal that programs use.
     Terminal(OwnedFd),
+    /// Pipes, for stdin, stdout and stderr; without the first, stdin is /dev/null.
+    Pipes(Option<OwnedFd>, OwnedFd, OwnedFd),
 }
 
 impl StandIn {
@@ -82,7 +84,7 @@ impl StandIn {
     ///
     /// # Errors
     /// The process cannot be started.
-    pub(super) fn start(
+    pub(crate) fn start(
         id: &ContainerId,
         pod: &PodDir,
         exec: &str,
@@ -109,6 +111,10 @@ impl StandIn {
             StandInStreams::Inherited => {
                 spawn.stdin(Stdio::Inherit).stdout(Stdio::Inherit).stderr(Stdio::Inherit)
             }
+            StandInStreams::Pipes(stdin, stdout, stderr) => {
+                let stdin = stdin.map_or(Stdio::Null, Stdio::Fd);
+                spawn.stdin(stdin).stdout(Stdio::Fd(stdout)).stderr(Stdio::Fd(stderr))
+            }
             StandInStreams::Terminal(slave) => {
                 let again =
                     || slave.try_clone().map(Stdio::Fd).map_err(OciError::io("duplicate the terminal"));
@@ -120,7 +126,7 @@ impl StandIn {
     }
 
     /// The name of one of its standard streams, for requests to the monitor.
-    pub(super) fn stream(&self, number: u32) -> String {
+    pub(crate) fn stream(&self, number: u32) -> String {
         format!("fd://{}/{number}", self.process.pid)
     }
 
@@ -128,7 +134,7 @@ impl StandIn {
     ///
     /// # Errors
     /// The stand-in has ended.
-    pub(super) fn go(mut self, anchor: u32) -> Result<(), OciError> {
+    pub(crate) fn go(mut self, anchor: u32) -> Result<(), OciError> {
         writeln!(self.orders, "{anchor}")
             .map_err(OciError::io("reach the process that stands for the container"))
     }

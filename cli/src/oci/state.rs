@@ -23,38 +23,41 @@ use super::{error::OciError, pod::PodDir};
 
 const RECORD: &str = "state.json";
 /// The directory of the pods, which is not a container's.
-pub(super) const PODS: &str = "@pods";
+pub(crate) const PODS: &str = "@pods";
 
 /// The directory of one container.
 #[derive(Debug, Clone)]
-pub(super) struct StateDir {
-    pub(super) id: ContainerId,
-    pub(super) path: PathBuf,
+pub(crate) struct StateDir {
+    pub(crate) id: ContainerId,
+    pub(crate) path: PathBuf,
 }
 
 /// What is kept of a container.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct ContainerRecord {
-    pub(super) oci_version: String,
-    pub(super) id: String,
+pub(crate) struct ContainerRecord {
+    pub(crate) oci_version: String,
+    pub(crate) id: String,
     /// The process that stands for the container's init. None while the container is being created.
-    pub(super) stand_in: Option<HostProcess>,
-    pub(super) pod: PodDir,
-    pub(super) bundle: PathBuf,
-    pub(super) rootfs: PathBuf,
+    pub(crate) stand_in: Option<HostProcess>,
+    pub(crate) pod: PodDir,
+    pub(crate) bundle: PathBuf,
+    pub(crate) rootfs: PathBuf,
     /// RFC 3339.
-    pub(super) created: String,
-    pub(super) owner: String,
+    pub(crate) created: String,
+    pub(crate) owner: String,
     #[serde(default)]
-    pub(super) annotations: HashMap<String, String>,
+    pub(crate) annotations: HashMap<String, String>,
+    /// The bundle was made for this container, and is removed with it.
+    #[serde(default)]
+    pub(crate) own_bundle: bool,
 }
 
 /// A process of the host that cannot be mistaken for a later one with the same pid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct HostProcess {
-    pub(super) pid: u32,
+pub(crate) struct HostProcess {
+    pub(crate) pid: u32,
     /// In clock ticks after the boot of the host (proc_pid_stat(5), field 22).
     start_time: u64,
 }
@@ -87,7 +90,7 @@ impl StateDir {
     ///
     /// # Errors
     /// A container has the id, or the directory cannot be made.
-    pub(super) fn reserve(root: &Path, id: ContainerId) -> Result<Self, OciError> {
+    pub(crate) fn reserve(root: &Path, id: ContainerId) -> Result<Self, OciError> {
         fs::create_dir_all(root).map_err(FileError::at("create the directory", root))?;
         let path = root.join(id.as_str());
         match create_new_private_dir(&path) {
@@ -101,7 +104,7 @@ impl StateDir {
 
     /// # Errors
     /// There is no container with the id.
-    pub(super) fn find(root: &Path, id: &str) -> Result<Self, OciError> {
+    pub(crate) fn find(root: &Path, id: &str) -> Result<Self, OciError> {
         let missing = || OciError::NoContainer { id: id.to_owned() };
         let id = ContainerId::parse(id).map_err(|_| missing())?;
         let path = root.join(id.as_str());
@@ -112,7 +115,7 @@ impl StateDir {
     ///
     /// # Errors
     /// The root directory cannot be read.
-    pub(super) fn all(root: &Path) -> Result<Vec<Self>, OciError> {
+    pub(crate) fn all(root: &Path) -> Result<Vec<Self>, OciError> {
         let failed = || FileError::at("list", root);
         let Some(entries) = if_exists(fs::read_dir(root)).map_err(failed())? else { return Ok(Vec::new()) };
         let mut all = Vec::new();
@@ -131,7 +134,7 @@ impl StateDir {
     ///
     /// # Errors
     /// The record cannot be read.
-    pub(super) fn record(&self) -> Result<Option<ContainerRecord>, OciError> {
+    pub(crate) fn record(&self) -> Result<Option<ContainerRecord>, OciError> {
         let path = self.path.join(RECORD);
         let Some(text) = if_exists(fs::read(&path)).map_err(FileError::at("read", &path))? else {
             return Ok(None);
@@ -143,7 +146,7 @@ impl StateDir {
     ///
     /// # Errors
     /// The file system refuses.
-    pub(super) fn save(&self, record: &ContainerRecord) -> Result<(), OciError> {
+    pub(crate) fn save(&self, record: &ContainerRecord) -> Result<(), OciError> {
         write_json(&self.path, RECORD, record)
     }
 
@@ -151,7 +154,7 @@ impl StateDir {
     ///
     /// # Errors
     /// The file system refuses.
-    pub(super) fn remove(&self) -> Result<(), OciError> {
+    pub(crate) fn remove(&self) -> Result<(), OciError> {
         remove_dir_if_exists(&self.path).map_err(FileError::at("remove", &self.path))?;
         Ok(())
     }
@@ -161,7 +164,7 @@ impl StateDir {
 ///
 /// # Errors
 /// The file system refuses.
-pub(super) fn write_json(dir: &Path, name: &str, value: &impl Serialize) -> Result<(), OciError> {
+pub(crate) fn write_json(dir: &Path, name: &str, value: &impl Serialize) -> Result<(), OciError> {
     let text = serde_json::to_vec(value).map_err(OciError::Encode)?;
     let write = || {
         let mut file = tempfile::NamedTempFile::new_in(dir)?;
@@ -174,13 +177,13 @@ pub(super) fn write_json(dir: &Path, name: &str, value: &impl Serialize) -> Resu
 impl HostProcess {
     /// # Errors
     /// There is no such process.
-    pub(super) fn of(pid: u32) -> Result<Self, OciError> {
+    pub(crate) fn of(pid: u32) -> Result<Self, OciError> {
         let start_time = start_time(pid).map_err(FileError::at("read", format!("/proc/{pid}/stat")))?;
         Ok(Self { pid, start_time })
     }
 
     /// Whether the process exists, possibly as one that has ended and was not waited for.
-    pub(super) fn exists(self) -> bool {
+    pub(crate) fn exists(self) -> bool {
         start_time(self.pid).is_ok_and(|time| time == self.start_time)
     }
 }
@@ -207,6 +210,7 @@ mod tests {
             created: "2026-01-01T00:00:00Z".to_owned(),
             owner: "root".to_owned(),
             annotations: HashMap::new(),
+            own_bundle: false,
         }
     }
 

@@ -108,7 +108,10 @@ impl UpdateArgs {
 }
 
 /// Reads a number of bytes, which may have a unit of 1024, as Docker's and runc's options have.
-fn bytes(what: &'static str, text: Option<&str>) -> Result<Option<Value>, OciError> {
+///
+/// # Errors
+/// The text is no such number.
+pub(crate) fn bytes(what: &'static str, text: Option<&str>) -> Result<Option<Value>, OciError> {
     let Some(text) = text else { return Ok(None) };
     let lower = text.to_lowercase();
     let number = lower.trim_end_matches('b').trim_end_matches('i');

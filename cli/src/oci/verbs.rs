@@ -1,6 +1,6 @@
 //! The short verbs: `start`, `kill`, `delete`, `pause`, `resume`, `state`, `list` and `ps`.
 
-use std::{path::PathBuf, str::FromStr as _};
+use std::str::FromStr as _;
 
 use clap::{Args, ValueEnum};
 use nix::sys::signal::Signal;
@@ -13,7 +13,11 @@ use super::{
     global::GlobalArgs,
     state::{ContainerRecord, ContainerStatus, StateDir},
 };
-use crate::output::{Align, TextTable};
+use crate::{
+    everyday::top,
+    find::{PodClient, PodSocket},
+    output::{Align, TextTable},
+};
 
 /// A verb that takes nothing but a container.
 #[derive(Debug, Args)]
@@ -114,7 +118,7 @@ pub(super) async fn delete(global: &GlobalArgs, args: &DeleteArgs) -> Result<(),
     }
     match status_of(&state).await? {
         // The init of a created container is killed, as runc does.
-        ContainerStatus::Stopped | ContainerStatus::Created => destroy(global, &state).await,
+        ContainerStatus::Stopped | ContainerStatus::Created => destroy(&global.root, &state).await,
         status => Err(OciError::NotStopped { id: args.id.clone(), status }),
     }
 }
@@ -126,7 +130,7 @@ async fn delete_by_force(global: &GlobalArgs, state: &StateDir) -> Result<(), Oc
             monitor.wait("").await?;
         }
     }
-    destroy(global, state).await
+    destroy(&global.root, state).await
 }
 
 /// Freezes a container.
@@ -233,7 +237,7 @@ pub(crate) struct PsArgs {
     options: Vec<String>,
 }
 
-/// Prints the processes of the host that stand for those of a container.
+/// Prints the processes of a container, as its guest sees them.
 pub(super) async fn ps(global: &GlobalArgs, args: &PsArgs) -> Result<(), OciError> {
     if !args.options.is_empty() {
         let reason = "the container's processes are in a VM, where no ps(1) of the host sees them";
@@ -241,17 +245,17 @@ pub(super) async fn ps(global: &GlobalArgs, args: &PsArgs) -> Result<(), OciErro
     }
     let state = StateDir::find(&global.root, &args.id)?;
     let Shown { pid, status, record, .. } = Shown::of(&state).await?;
-    if pid == 0 {
+    let Some(record) = record.filter(|_| pid != 0) else {
         return Err(OciError::NotRunning { id: args.id.clone(), status });
-    }
+    };
+    let pod = PodClient::connect(&PodSocket(record.pod.socket()));
+    let listed = async { pod?.processes(&args.id).await }.await;
+    let listed = listed.map_err(|source| OciError::Processes { source: Box::new(source) })?;
     match args.format {
-        OutputFormat::Json => println!("{}", json!([pid])),
-        OutputFormat::Table => {
-            let mut table = TextTable::new([("PID", Align::Left), ("BUNDLE", Align::Left)]);
-            let bundle = record.map_or_else(PathBuf::new, |record| record.bundle);
-            table.row([pid.to_string(), bundle.display().to_string()]);
-            print!("{table}");
+        OutputFormat::Json => {
+            println!("{}", json!(listed.processes.iter().map(|process| process.pid).collect::<Vec<_>>()));
         }
+        OutputFormat::Table => print!("{}", top::table(&listed)),
     }
     Ok(())
 }

@@ -1,0 +1,233 @@
+//! `machinen attach`: connects this terminal with a container that `machinen boot --detach` has started.
+
+use std::{
+    io::{self, IsTerminal as _, Read as _},
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::net::UnixStream as StdUnixStream,
+    },
+    path::Path,
+    process::ExitCode,
+    thread,
+};
+
+use clap::Args;
+use machinen::fs::FileError;
+use rustix::fs::{Mode, OFlags};
+use tokio::{
+    io::AsyncWriteExt as _,
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+
+use super::error::EverydayError;
+use crate::{
+    boot::keeper::{Frame, FrameKind, SOCKET, read_frame},
+    find,
+    oci::{GlobalArgs, OciError, console::RawTerminal},
+};
+
+/// Arguments of `machinen attach`.
+#[derive(Debug, Args)]
+pub(crate) struct AttachArgs {
+    /// Keys that detach: characters or ctrl-LETTER, with commas between them
+    #[arg(long, value_name = "KEYS", default_value = "ctrl-p,ctrl-q")]
+    detach_keys: String,
+    /// Do not connect stdin
+    #[arg(long)]
+    no_stdin: bool,
+    /// Id or name of the container, or the beginning of its id
+    #[arg(value_name = "CONTAINER")]
+    container: String,
+}
+
+/// Resolves with the container's exit status, or with 0 when the user has detached.
+///
+/// # Errors
+/// The container has no streams to attach to.
+pub(super) async fn run(global: &GlobalArgs, args: &AttachArgs) -> Result<ExitCode, EverydayError> {
+    let keys = DetachKeys::parse(&args.detach_keys)?;
+    let container = find::one(global, &args.container).await?;
+    let not_kept =
+        || EverydayError::NotAttachable { id: container.id.clone(), owner: container.owner.name() };
+    if !container.bundle.join(SOCKET).exists() {
+        return Err(not_kept());
+    }
+    let stream = dial(&container.bundle).map_err(|error| match error.kind() {
+        // The keeper ends with the container.
+        io::ErrorKind::ConnectionRefused => EverydayError::Ended { id: container.id.clone() },
+        _ => FileError::new("connect to", container.bundle.join(SOCKET), error).into(),
+    })?;
+    converse(stream, keys, args.no_stdin).await
+}
+
+fn dial(bundle: &Path) -> io::Result<UnixStream> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dir: OwnedFd = rustix::fs::open(bundle, flags, Mode::empty())?;
+    let stream = StdUnixStream::connect(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd()))?;
+    stream.set_nonblocking(true)?;
+    UnixStream::from_std(stream)
+}
+
+async fn converse(
+    stream: UnixStream,
+    mut keys: DetachKeys,
+    no_stdin: bool,
+) -> Result<ExitCode, EverydayError> {
+    let lost = |source| EverydayError::Attached { source };
+    let (from, mut to) = stream.into_split();
+    let mut frames = frames(from);
+    let hello = frames.recv().await.transpose().map_err(lost)?;
+    let has_terminal = hello.is_some_and(|frame| frame.content == [1]);
+    let is_terminal = io::stdin().is_terminal();
+    let _raw = (has_terminal && is_terminal && !no_stdin)
+        .then(RawTerminal::enter)
+        .transpose()
+        .map_err(OciError::io("use the terminal"))?;
+    let mut typed = if no_stdin { None } else { Some(input()) };
+    let mut sizes = signal(SignalKind::window_change()).map_err(OciError::io("watch signals"))?;
+    send_size(&mut to).await;
+    loop {
+        tokio::select! {
+            frame = frames.recv() => match frame.transpose().map_err(lost)? {
+                Some(Frame { kind: FrameKind::Stdout, content }) => print(&mut io::stdout(), &content)?,
+                Some(Frame { kind: FrameKind::Stderr, content }) => print(&mut io::stderr(), &content)?,
+                Some(Frame { kind: FrameKind::Exit, content }) => {
+                    let status = content.last_chunk().map_or(u32::MAX, |bytes| u32::from_be_bytes(*bytes));
+                    return Ok(crate::oci::foreground::exit_code(status));
+                }
+                Some(_) => {}
+                None => return Err(lost(io::ErrorKind::UnexpectedEof.into())),
+            },
+            bytes = next(&mut typed) => {
+                let bytes = bytes.unwrap_or_default();
+                let has_ended = bytes.is_empty();
+                if has_ended {
+                    typed = None;
+                }
+                let Some(passed) = keys.pass(&bytes) else {
+                    print(&mut io::stderr(), b"\r\ndetached\r\n")?;
+                    return Ok(ExitCode::SUCCESS);
+                };
+                if has_ended || !passed.is_empty() {
+                    to.write_all(&Frame::new(FrameKind::Stdin, &passed).encode()).await.map_err(lost)?;
+                }
+            }
+            _ = sizes.recv() => send_size(&mut to).await,
+        }
+    }
+}
+
+/// What the keeper sends. A task of its own reads it, since a message that was read in part must not be forgotten.
+fn frames(mut from: OwnedReadHalf) -> mpsc::Receiver<io::Result<Frame>> {
+    let (sender, receiver) = mpsc::channel(4);
+    tokio::spawn(async move {
+        while let Some(frame) = read_frame(&mut from).await.transpose() {
+            let failed = frame.is_err();
+            if sender.send(frame).await.is_err() || failed {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+/// What is typed; empty at the end. Read on a thread, which blocks in read(2) until this process ends.
+fn input() -> mpsc::Receiver<Vec<u8>> {
+    let (sender, receiver) = mpsc::channel(4);
+    thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(count) = io::stdin().lock().read(&mut buffer) {
+            if sender.blocking_send(buffer[..count].to_vec()).is_err() || count == 0 {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+async fn next(typed: &mut Option<mpsc::Receiver<Vec<u8>>>) -> Option<Vec<u8>> {
+    match typed {
+        Some(receiver) => receiver.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn send_size(to: &mut OwnedWriteHalf) {
+    let Ok(size) = rustix::termios::tcgetwinsize(io::stdin()) else { return };
+    let content = [size.ws_col.to_be_bytes(), size.ws_row.to_be_bytes()].concat();
+    // A connection that is lost is noticed by the reader.
+    let _ = to.write_all(&Frame::new(FrameKind::Size, &content).encode()).await;
+}
+
+fn print(to: &mut impl io::Write, bytes: &[u8]) -> Result<(), EverydayError> {
+    let written = to.write_all(bytes).and_then(|()| to.flush());
+    written.map_err(|source| EverydayError::File(FileError::new("write to", "the terminal", source)))
+}
+
+/// Finds a sequence of keys in what is typed.
+#[derive(Debug)]
+struct DetachKeys {
+    keys: Vec<u8>,
+    /// How many of them were typed, and are held back.
+    typed: usize,
+}
+
+impl DetachKeys {
+    fn parse(text: &str) -> Result<Self, EverydayError> {
+        let key = |key: &str| match (key.strip_prefix("ctrl-").map(str::as_bytes), key.as_bytes()) {
+            (Some([letter @ (b'a'..=b'z' | b'@' | b'['..=b'_')]), _) => {
+                Some(letter.to_ascii_uppercase() & 0x1f)
+            }
+            (None, [key]) => Some(*key),
+            _ => None,
+        };
+        let keys = text.split(',').map(key).collect::<Option<Vec<_>>>();
+        let keys = keys.ok_or_else(|| EverydayError::DetachKeys { keys: text.to_owned() })?;
+        Ok(Self { keys, typed: 0 })
+    }
+
+    /// What goes to the container; None: the sequence is complete.
+    fn pass(&mut self, bytes: &[u8]) -> Option<Vec<u8>> {
+        let mut passed = Vec::new();
+        for byte in bytes {
+            if *byte == self.keys[self.typed] {
+                self.typed += 1;
+                if self.typed == self.keys.len() {
+                    return None;
+                }
+                continue;
+            }
+            passed.extend_from_slice(&self.keys[..self.typed]);
+            self.typed = usize::from(*byte == self.keys[0]);
+            if self.typed == 0 {
+                passed.push(*byte);
+            }
+        }
+        Some(passed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_detach_and_other_keys_pass() {
+        let mut keys = DetachKeys::parse("ctrl-p,ctrl-q").unwrap();
+        assert_eq!(keys.pass(b"ls\r").unwrap(), b"ls\r");
+        assert_eq!(keys.pass(b"a\x10").unwrap(), b"a");
+        assert_eq!(keys.pass(b"b").unwrap(), b"\x10b");
+        assert_eq!(keys.pass(b"\x10\x10").unwrap(), b"\x10");
+        assert_eq!(keys.pass(b"\x11"), None);
+        let mut twice = DetachKeys::parse("ctrl-],ctrl-]").unwrap();
+        assert_eq!(twice.pass(b"x\x1d\x1d"), None);
+        for odd in ["", "ctrl-", "ctrl-1", "ab", "a,,b"] {
+            assert!(DetachKeys::parse(odd).is_err(), "{odd:?}");
+        }
+    }
+}

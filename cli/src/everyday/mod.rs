@@ -1,0 +1,98 @@
+//! The verbs for a user at a terminal. They find containers whoever made them (`find`).
+
+mod attach;
+mod console;
+mod error;
+mod logs;
+mod ls;
+pub(crate) mod top;
+
+use std::process::ExitCode;
+
+use clap::Subcommand;
+use machinen::{config::Config, reexec::EntryPoint};
+
+use crate::{
+    boot, copy,
+    failure::Failure,
+    fork,
+    oci::{GlobalArgs, OciError},
+};
+
+/// The hidden processes that the verbs start.
+pub(crate) const ENTRY_POINTS: &[EntryPoint] = &[boot::keeper::ENTRY_POINT];
+
+/// Everyday commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum EverydayVerb {
+    /// List the containers of this host, whoever made them.
+    #[command(
+        long_about = "List the containers of this host, whoever made them: those of containerd, Docker, Podman, CRI-O \
+        and of machinen itself. MEMORY is the share of the host's memory that the VM takes, and the most that its guest \
+        can use; containers of one pod have one VM."
+    )]
+    Ls(ls::LsArgs),
+    /// Start a container from an image in a file or a directory, without any daemon.
+    #[command(
+        long_about = "Start a container from an image in a file or a directory, without any daemon, and stay until it ends. \
+        The image is unpacked once; what the container writes is gone with it. Without --netns the container has a \
+        loopback interface only."
+    )]
+    Boot(Box<boot::BootArgs>),
+    /// Connect this terminal with a container that `boot --detach` has started.
+    #[command(
+        long_about = "Connect this terminal with a container that `machinen boot --detach` has started: its output from a \
+        little before now on, and its input if it was started with --tty or --interactive. The exit status is that of the \
+        container, or 0 after the keys that detach."
+    )]
+    Attach(attach::AttachArgs),
+    /// Print the output of a container that `boot --detach` or Podman has started.
+    Logs(logs::LogsArgs),
+    /// Show the processes of a container, as its guest sees them.
+    Top(top::TopArgs),
+    /// Print what the guest of a container has printed on its console: messages of its kernel and of its agent.
+    Console(console::ConsoleArgs),
+    /// Copy files between a running container and the host.
+    #[command(
+        long_about = "Copy files between a running container and the host. One of SRC and DST is CONTAINER:PATH. \
+        Directories are copied with all that is in them, links as links. Devices, fifos and sockets are left out. Files \
+        that are copied to the host belong to the user unless --archive is given, and never have setuid or setgid."
+    )]
+    Cp(copy::CpArgs),
+    /// Make a second container that continues from where a running one is.
+    #[command(
+        long_about = "Make a second container that continues from where a running one is: with the same processes \
+        and memory, and what SRC has written until then, in a VM of its own. SRC continues to run. NEW has SRC's \
+        image, labels and configuration, but another hostname and machine id, and its output is discarded."
+    )]
+    Fork(fork::ForkArgs),
+}
+
+/// # Errors
+/// The verb has failed.
+pub(crate) fn run(global: &GlobalArgs, verb: EverydayVerb) -> Result<ExitCode, Failure> {
+    if let EverydayVerb::Fork(args) = verb {
+        fork::run(&args, &Config::load()?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(OciError::io("start the event loop"))?;
+    let done = runtime.block_on(dispatch(global, verb));
+    // A thread that relays a terminal may wait for a key.
+    runtime.shutdown_background();
+    done
+}
+
+async fn dispatch(global: &GlobalArgs, verb: EverydayVerb) -> Result<ExitCode, Failure> {
+    match verb {
+        EverydayVerb::Boot(args) => return Ok(boot::run(global, *args).await),
+        EverydayVerb::Attach(args) => return Ok(attach::run(global, &args).await?),
+        EverydayVerb::Logs(args) => logs::run(global, &args).await?,
+        EverydayVerb::Ls(args) => ls::run(global, &args).await?,
+        EverydayVerb::Top(args) => top::run(global, &args).await?,
+        EverydayVerb::Console(args) => console::run(global, &args).await?,
+        EverydayVerb::Cp(args) => copy::run(global, &args).await?,
+        EverydayVerb::Fork(_) => {}
+    }
+    Ok(ExitCode::SUCCESS)
+}
