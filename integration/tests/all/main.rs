@@ -14,6 +14,7 @@ mod cpusets;
 mod cri;
 mod deploy;
 mod docker;
+mod everyday;
 mod exec;
 mod exec_api;
 mod failed_create;
