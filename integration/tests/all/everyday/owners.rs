@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::{json, seen::row};
 use crate::{
-    fork::fork,
+    fork::{fork, sh},
     harness::{IMAGE, on_newest_containerd},
 };
 
@@ -26,6 +26,8 @@ fn of_containerd(containerd: &mut Containerd) -> Result<()> {
     let one = own_row(containerd, &machinen(&["ls", "--format", "json"])?, &id)?;
     ensure!(one["owner"] == "containerd", "{one}");
     ensure!(one["image"] == IMAGE && one["status"] == "running" && one["vm"]["pss"].is_u64(), "{one}");
+    // Its command has been executed.
+    sh(containerd, &id, "until [ -s /f ]; do usleep 50000; done")?;
     let whole = format!("{}/{id}", containerd.namespace());
     ensure!(machinen(&["top", &whole])?.contains("sleep 1234"));
     let copy = containerd.root().join("copied").display().to_string();
