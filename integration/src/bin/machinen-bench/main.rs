@@ -91,7 +91,8 @@ impl Kind {
         if self != Self::Gvisor {
             return Ok(None);
         }
-        let (script, runsc) = (containerd.root().join("runsc"), paths::tools().join("../gvisor/usr/bin/runsc"));
+        let (script, runsc) =
+            (containerd.root().join("runsc"), paths::tools().join("../gvisor/usr/bin/runsc"));
         let text = format!("#!/bin/sh\nexec {} --ignore-cgroups --network=none \"$@\"\n", runsc.display());
         fs::write(&script, text)?;
         fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;

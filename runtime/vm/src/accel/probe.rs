@@ -179,6 +179,7 @@ mod tests {
 
     /// The alarm of the probe counts what this thread computes, and not how long it waits.
     #[test]
+    #[expect(clippy::disallowed_methods, reason = "the test is about time that passes without work")]
     fn an_alarm_counts_the_time_of_the_processor() {
         SigSet::all().thread_block().unwrap();
         let pending = || {

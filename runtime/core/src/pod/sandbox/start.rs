@@ -139,7 +139,7 @@ impl Sandbox {
         let templates = TemplateStore::at(&request.config.template.dir);
         match spawn_blocking(move || templates.clone_lost(&shape, &reason)).await {
             Ok(Ok(true)) => {
-                tracing::warn!(pod = self.settings.name, "the template is put aside: its clones are lost")
+                tracing::warn!(pod = self.settings.name, "the template is put aside: its clones are lost");
             }
             Ok(Ok(false)) | Err(_) => {}
             Ok(Err(error)) => tracing::warn!("{}", chain(&error)),
