@@ -48,9 +48,12 @@ fn both_continue(containerd: &mut Containerd) -> Result<()> {
         Ok(serde_json::from_str(&containerd.ctr_ok(&["containers", "info", id])?)?)
     };
     let (theirs, ours) = (info(source)?, info(&new)?);
-    for field in ["Labels", "Image", "Runtime", "Snapshotter"] {
+    for field in ["Image", "Runtime", "Snapshotter"] {
         ensure!(theirs[field] == ours[field], "{field}: {theirs} and {ours}");
     }
+    let mut labels = theirs["Labels"].clone();
+    labels["io.machinen.forked-from"] = source.into();
+    ensure!(labels == ours["Labels"], "labels: {theirs} and {ours}");
     ensure!(ours["Labels"]["mine"] == "yes" && ours["SnapshotKey"] == new.as_str(), "{ours}");
     ensure!(
         ours["Spec"]["hostname"] == new.as_str()

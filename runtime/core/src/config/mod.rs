@@ -341,7 +341,7 @@ impl Default for RootdiskConfig {
             dir: "/var/lib/machinen/rootdisk".into(),
             min_size_mib: 2048,
             writable_size_mib: 16384,
-            disk_reserve_percent: 5,
+            disk_reserve_percent: 1,
             layer_max_entries: 300_000,
             export_timeout_s: 900,
             mke2fs: "mke2fs".into(),

@@ -80,9 +80,12 @@ pub(super) struct ScratchDisk {
 }
 
 impl ScratchDisk {
-    async fn attach(vm: Vm, file: File, size: u64, reserve: DiskReserve) -> Result<Self, PodError> {
+    async fn attach(vm: Vm, file: File, size: u64) -> Result<Self, PodError> {
         let source = DiskBacking::File(file.try_clone().map_err(PodError::Descriptor)?.into());
         let serial = "checkpoint".to_owned();
+        // Where space is short the guest's writes fail instead of waiting: the container may be frozen meanwhile, and a
+        // checkpoint can be repeated.
+        let reserve = DiskReserve::default();
         let disk = DiskSpec { source, read_only: false, volatile: true, serial, reserve };
         let attached = vm.attach_disk(disk).await;
         let what = "attach a disk for the checkpoint";
@@ -133,8 +136,7 @@ impl<'a> Dump<'a> {
         let id = self.container.id.as_str();
         let vm = self.pod.vm_of(id).await?;
         let (disk, size) = self.scratch_disk().await?;
-        let reserve = self.pod.shared.config.rootdisk.reserve();
-        let attached = phases.time("attach", ScratchDisk::attach(vm, disk, size, reserve)).await?;
+        let attached = phases.time("attach", ScratchDisk::attach(vm, disk, size)).await?;
         let request = CheckpointContainerRequest {
             container_id: id.to_owned(),
             disk: MessageField::some(attached.address.into()),

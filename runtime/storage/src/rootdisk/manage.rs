@@ -83,7 +83,11 @@ impl RootdiskCache {
             let Ok(file) = fs::metadata(&path) else { continue };
             let users = lock_holders(&locks, file.dev(), file.ino());
             let state = match self.store.check(&name)? {
-                Ok(_) => DiskState::Ready,
+                Ok(opened) => {
+                    // Not when it is closed: a process that is being started has a copy until it executes its program.
+                    opened.file.unlock().map_err(FileError::at("unlock", &path))?;
+                    DiskState::Ready
+                }
                 Err(UnusableDisk::Absent) => continue,
                 Err(UnusableDisk::Unfinished) => DiskState::Unfinished,
                 Err(damage) => DiskState::Damaged(damage),

@@ -166,8 +166,8 @@ mod tests {
             let (qmp, _events) = Qmp::connect(ours).await.unwrap();
             // Enough space: nothing is asked of QEMU.
             watch.look(&qmp).await.unwrap();
+            assert!(watch.next.unwrap() <= Instant::now() + LONGEST);
             watch.disks[0].reserve = DiskReserve::percent(100);
-            watch.until_look().await;
             watch.look(&qmp).await.unwrap();
             assert!(watch.next.unwrap() <= Instant::now() + HELD);
             watch.disks[0].reserve = DiskReserve::percent(0);
