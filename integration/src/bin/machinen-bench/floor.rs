@@ -1,7 +1,8 @@
 //! The floor: the QEMU, kernel and guest image of a container, booting to an agent that powers off at once.
 //!
 //! The command line is read from a running container's QEMU, so it is always the one that machinen uses. Only
-//! the inherited sockets become null devices, and the inherited files become files opened by a shell.
+//! the inherited sockets become null devices, the tap devices a network of their own, and the inherited files become
+//! files opened by a shell.
 
 use std::time::Duration;
 
@@ -32,6 +33,10 @@ impl Floor {
             } else if let Some(tail) = arg.strip_prefix("socket,id=") {
                 let id = tail.split(',').next().unwrap_or_default();
                 arg = format!("null,id={id}");
+            } else if let Some(tail) = arg.strip_prefix("tap,id=") {
+                // A network of its own, which leads nowhere.
+                let id = tail.split(',').next().unwrap_or_default();
+                arg = format!("user,id={id},restrict=on");
             }
             next_is_kernel = arg == "-kernel";
             next_is_append = arg == "-append";

@@ -46,7 +46,9 @@ fn wait_for_one(containerd: &Containerd) -> Result<()> {
     loop {
         let listed = containerd.machinen(&["pool", "ls", "--json"])?.run()?.ok()?;
         let members: Json = serde_json::from_slice(&listed.stdout).context("odd list")?;
-        if members.as_array().is_some_and(|members| !members.is_empty()) {
+        // Those that are being made are listed, too.
+        let is_ready = |member: &Json| member["state"] == "ready";
+        if members.as_array().is_some_and(|members| members.iter().any(is_ready)) {
             return Ok(());
         }
         ensure!(Instant::now() < end, "no clone gets ready");
