@@ -146,7 +146,7 @@ fn warm_pool(config: &Config) -> Finding {
         (_, Ok(())) => (
             CheckVerdict::Ok,
             format!(
-                "{size} kept ready while {reserve} % of the memory are available besides (pool.size, pool.memory_reserve_percent)"
+                "{size} kept ready while at least {reserve} % of the host's memory is available (pool.size, pool.memory_reserve_percent)"
             ),
         ),
         (_, Err(error)) => (CheckVerdict::Note, format!("no clone is kept ready: {}", chain(&error))),

@@ -31,7 +31,7 @@ const UNKNOWN_SIZE: u64 = 16 << 20;
 /// Most names of files that are left out and reported.
 const MAX_REPORTED: usize = 100;
 
-/// What is kept of a file besides its content, its mode and its time of change.
+/// Which attributes a copy keeps, in addition to content, mode and modification time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct CopyOptions {
     /// Owner and group.

@@ -65,7 +65,7 @@ async fn print_running(container: &FoundContainer, follow: bool) -> Result<(), F
     }
 }
 
-/// Prints the console that a VM has left. False: there is none.
+/// Prints the console log of a VM that has ended. Returns false if there is no such log.
 fn print_left(container: &FoundContainer) -> Result<bool, FindError> {
     let path = match &container.root {
         // The pod's directory is that of the socket.

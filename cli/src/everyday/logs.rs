@@ -97,7 +97,7 @@ impl LogReader {
         Ok(Self { path: path.to_owned(), file: BufReader::new(file), rest: Vec::new() })
     }
 
-    /// The next line that is complete; None: there is none now.
+    /// The next complete line. None: the file has no further complete line yet.
     fn next(&mut self) -> Result<Option<Vec<u8>>, EverydayError> {
         let mut limited = io::Read::take(&mut self.file, MAX_LINE);
         limited.read_until(b'\n', &mut self.rest).map_err(FileError::at("read", &self.path))?;

@@ -1,4 +1,4 @@
-//! The verbs for a user at a terminal. They find containers whoever made them (`find`).
+//! The verbs for a user at a terminal. They work on the containers of every client: containerd, Docker, Podman, CRI-O and machinen itself (`find`).
 
 mod attach;
 mod console;
@@ -25,9 +25,9 @@ pub(crate) const ENTRY_POINTS: &[EntryPoint] = &[boot::keeper::ENTRY_POINT];
 /// Everyday commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum EverydayVerb {
-    /// List the containers of this host, whoever made them.
+    /// List the containers of this host, also those of other clients.
     #[command(
-        long_about = "List the containers of this host, whoever made them: those of containerd, Docker, Podman, CRI-O \
+        long_about = "List the containers of this host: those of containerd, Docker, Podman, CRI-O \
         and of machinen itself. MEMORY is the share of the host's memory that the VM takes, and the most that its guest \
         can use; containers of one pod have one VM."
     )]

@@ -1,4 +1,4 @@
-//! Finds the containers of this host, whoever made them: containerd and Docker by its shims, Podman and CRI-O by the state
+//! Finds the containers of this host, for every client: containerd and Docker by its shims, Podman and CRI-O by the state
 //! of the OCI command line, and those of `machinen run` and `boot`.
 //!
 //! ```text

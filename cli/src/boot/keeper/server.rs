@@ -50,7 +50,7 @@ pub(super) struct Inherited {
 struct Shared {
     output: Mutex<Output>,
     frames: broadcast::Sender<Frame>,
-    /// Where input goes; None when it has ended, or if there is none.
+    /// The pipe to the standard input of the container. None: the input has ended, or the container has no input.
     input: Mutex<Option<File>>,
     /// The terminal.
     terminal: Option<File>,

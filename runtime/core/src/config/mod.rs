@@ -130,7 +130,7 @@ pub enum TemplateMode {
 pub struct PoolConfig {
     /// Number of clones that are kept ready; 0 disables the pool.
     pub size: u32,
-    /// Clones are kept ready only while this much of the host's memory is available besides, percent.
+    /// Clones are kept ready only while this part of the host's memory stays available to others, percent.
     pub memory_reserve_percent: u64,
     /// The directory of the pool's slots and sockets.
     pub dir: PathBuf,
