@@ -26,11 +26,9 @@ pub(crate) const ENTRY_POINTS: &[EntryPoint] = &[boot::keeper::ENTRY_POINT];
 #[derive(Debug, Subcommand)]
 pub(crate) enum EverydayVerb {
     /// List the containers of this host, also those of other clients.
-    #[command(
-        long_about = "List the containers of this host: those of containerd, Docker, Podman, CRI-O \
+    #[command(long_about = "List the containers of this host: those of containerd, Docker, Podman, CRI-O \
         and of machinen itself. MEMORY is the share of the host's memory that the VM takes, and the most that its guest \
-        can use; containers of one pod have one VM."
-    )]
+        can use; containers of one pod have one VM.")]
     Ls(ls::LsArgs),
     /// Start a container from an image in a file or a directory, without any daemon.
     #[command(
