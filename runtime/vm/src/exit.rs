@@ -1,6 +1,7 @@
 //! Why a VM ended.
 
 use machinen_base::{process::ProcessExit, text::printable};
+use nix::sys::signal::Signal;
 
 /// Why a VM ended, by QEMU's last events and its exit status.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +29,13 @@ pub enum VmExit {
         /// What QEMU printed last.
         stderr: String,
     },
+}
+
+impl VmExit {
+    /// Whether QEMU was killed from outside of the VM, by the OOM killer or by somebody: no guest causes SIGKILL.
+    pub(crate) fn is_sigkill(&self) -> bool {
+        matches!(self, Self::Killed { signal, .. } if *signal == Signal::SIGKILL as i32)
+    }
 }
 
 impl std::fmt::Display for VmExit {

@@ -35,6 +35,7 @@ on_newest_containerd!(
     budget_too_small,
     state_that_qemu_refuses,
     clones_that_are_lost,
+    a_clone_whose_qemu_is_killed,
     no_memory_for_a_vm,
     memory_for_some_only,
 );
@@ -254,6 +255,28 @@ fn clones_that_are_lost(containerd: &mut Containerd) -> Result<()> {
     runs_from(containerd, "boot")?;
     let lines = lines_with(containerd, from, &["booting a VM", "no template"]);
     ensure!(lines == 1, "{lines} lines report why there is no template");
+    templates.remove_all()
+}
+
+/// The QEMU of a clone is killed, as by the OOM killer: no fault of its template, which serves the next container.
+fn a_clone_whose_qemu_is_killed(containerd: &mut Containerd) -> Result<()> {
+    let templates = Templates::new(containerd)?;
+    let dir = containerd.root().join("switch");
+    fs::create_dir(&dir)?;
+    let switch = dir.join("kill");
+    let kill = format!("case \"$*\" in *-incoming*) ! [ -e {} ] || kill -9 $$ ;; esac", switch.display());
+    let qemu = wrapped(containerd, "qemu-killed", &kill)?;
+    let systems = ["/usr/bin/qemu-system-x86_64", "/usr/share/qemu"].map(Path::new);
+    let setup = with_qemu(&templates, "use", &qemu);
+    containerd.configure(&setup.set("vm", "qemu_files", Value::paths(&[systems[0], systems[1], &dir])))?;
+    templates.build()?;
+    fs::write(&switch, "")?;
+    let from = containerd.log().position();
+    runs_from(containerd, "boot")?;
+    let lines = lines_with(containerd, from, &["a clone was lost, booting instead", "SIGKILL"]);
+    ensure!(lines == 1, "{lines} lines report a lost clone");
+    fs::remove_file(&switch)?;
+    runs_from(containerd, "clone")?;
     templates.remove_all()
 }
 

@@ -3,8 +3,9 @@
 //! As long as a file system has less free space than it has to keep, the guest's writes to its disks wait in QEMU, and
 //! continue when there is space again. An error instead would make the guest's file system read-only.
 //!
-//! The kernel reports no event when a file system fills up. A look is due when the disks could have taken all that is
-//! left, at the speed of fast storage, so with much free space there is next to none.
+//! The kernel reports no event when a file system fills up. A look is due when the disks could have taken what is left,
+//! at the speed of fast storage, so with much free space there is next to none. With little free space the writes are
+//! slowed, so that what is left lasts until the next look.
 
 use std::{fs::File, io, time::Duration};
 
@@ -18,6 +19,10 @@ use super::qmp::{Qmp, QmpError};
 /// How fast disks can take space, bytes a second.
 const FASTEST: u64 = 1 << 30;
 const SHORTEST: Duration = Duration::from_millis(250);
+/// With less usable space than fast storage takes in half a second, writes are slowed. Bytes.
+const SLOWED_BELOW: u64 = FASTEST / 2;
+/// The slowest pace of writes that do not wait, bytes a second.
+const SLOWEST: u64 = 4 << 20;
 const LONGEST: Duration = Duration::from_secs(60);
 /// Between two looks at a file system with too little space.
 const HELD: Duration = Duration::from_secs(1);
@@ -46,13 +51,43 @@ pub(super) struct GrowingDisk {
     name: String,
     file: File,
     reserve: DiskReserve,
-    /// What the file took when the guest's writes began to wait, bytes; None: they do not wait.
-    held_at: Option<u64>,
+    pace: Pace,
+}
+
+/// How fast the guest may write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pace {
+    Unlimited,
+    /// At most so many bytes a second.
+    Slowed(u64),
+    /// Not at all since the file took so many bytes.
+    Held(u64),
+}
+
+impl Pace {
+    /// The pace at which the usable space lasts for a second at least: there may be several disks on the file system.
+    /// It is a power of two, so that it seldom changes.
+    fn for_usable(usable: u64) -> Self {
+        if usable < SLOWED_BELOW {
+            Self::Slowed((1 << usable.max(1).ilog2()).max(SLOWEST))
+        } else {
+            Self::Unlimited
+        }
+    }
+
+    /// For QEMU, in bytes a second; 0 stands for no limit. No write is small enough for one byte a second.
+    fn limit(self) -> u64 {
+        match self {
+            Self::Unlimited => 0,
+            Self::Slowed(rate) => rate,
+            Self::Held(_) => 1,
+        }
+    }
 }
 
 impl GrowingDisk {
     pub(super) fn new(name: String, file: File, reserve: DiskReserve) -> Self {
-        Self { name, file, reserve, held_at: None }
+        Self { name, file, reserve, pace: Pace::Unlimited }
     }
 
     fn taken(&self) -> io::Result<u64> {
@@ -69,37 +104,45 @@ impl GrowingDisk {
                 return Ok(LONGEST);
             }
         };
-        match self.held_at {
-            None if space.usable() > 0 => {}
-            None => {
+        let pace = match self.pace {
+            Pace::Held(then) if taken > then + ON_THE_WAY => {
+                return Err(GrowthError { disk: self.name.clone(), grown: taken - then, space });
+            }
+            // With some distance, so that the writes do not stop again at once.
+            Pace::Held(then) if space.usable() <= space.kept / 8 => Pace::Held(then),
+            Pace::Held(_) => {
+                tracing::info!(disk = self.name, "the guest's writes continue");
+                Pace::for_usable(space.usable())
+            }
+            Pace::Unlimited | Pace::Slowed(_) if space.usable() == 0 => {
                 let (free, kept) = (space.free >> 20, space.kept >> 20);
                 tracing::warn!(
                     disk = self.name,
                     "the guest's writes wait: the host's file system has {free} MiB free, of which {kept} MiB are kept free \
                      (rootdisk.disk_reserve_percent)"
                 );
-                self.hold(qmp, true).await;
-                self.held_at = Some(taken);
+                Pace::Held(taken)
             }
-            // With some distance, so that the writes do not stop again at once.
-            Some(_) if space.usable() > space.kept / 8 => {
-                tracing::info!(disk = self.name, "the guest's writes continue");
-                self.hold(qmp, false).await;
-                self.held_at = None;
-            }
-            Some(then) if taken > then + ON_THE_WAY => {
-                return Err(GrowthError { disk: self.name.clone(), grown: taken - then, space });
-            }
-            Some(_) => {}
+            Pace::Unlimited | Pace::Slowed(_) => Pace::for_usable(space.usable()),
+        };
+        if pace.limit() != self.pace.limit() {
+            self.limit(qmp, pace.limit()).await;
         }
-        let left = Duration::from_millis(space.usable().saturating_mul(1000) / FASTEST);
-        Ok(if self.held_at.is_some() { HELD } else { left.clamp(SHORTEST, LONGEST) })
+        self.pace = pace;
+        Ok(match pace {
+            Pace::Held(_) => HELD,
+            Pace::Slowed(_) => SHORTEST,
+            Pace::Unlimited => {
+                let quick = space.usable().saturating_sub(SLOWED_BELOW / 2);
+                Duration::from_millis(quick.saturating_mul(1000) / FASTEST).clamp(SHORTEST, LONGEST)
+            }
+        })
     }
 
-    /// Lets QEMU pass on the guest's writes at a byte a second, which none of them is small enough for, or at any speed.
-    async fn hold(&self, qmp: &Qmp, held: bool) {
+    /// Lets QEMU pass on the guest's writes at so many bytes a second, or with 0 at any speed.
+    async fn limit(&self, qmp: &Qmp, rate: u64) {
         let arguments = json!({
-            "id": self.name, "bps": 0, "bps_rd": 0, "bps_wr": u8::from(held), "iops": 0, "iops_rd": 0, "iops_wr": 0,
+            "id": self.name, "bps": 0, "bps_rd": 0, "bps_wr": rate, "iops": 0, "iops_rd": 0, "iops_wr": 0,
         });
         match qmp.execute("block_set_io_throttle", arguments).await {
             // The VM is ending.
@@ -155,6 +198,20 @@ mod tests {
 
     use super::*;
     use crate::qemu::qmp::tests::{GREETING, OK, qemu};
+
+    /// Until the next look the disks take half of the usable space at most.
+    #[test]
+    fn writes_are_slowed_before_the_space_ends() {
+        let slowed = |usable: u64| match Pace::for_usable(usable) {
+            Pace::Slowed(rate) => Some(rate),
+            Pace::Unlimited | Pace::Held(_) => None,
+        };
+        assert_eq!(slowed(SLOWED_BELOW), None);
+        assert_eq!(slowed(SLOWED_BELOW - 1), Some(256 << 20));
+        assert_eq!(slowed(200 << 20), Some(128 << 20));
+        assert_eq!((slowed(5 << 20), slowed(1)), (Some(SLOWEST), Some(SLOWEST)));
+        assert_eq!((Pace::Unlimited.limit(), Pace::Held(9).limit()), (0, 1));
+    }
 
     #[tokio::test]
     async fn writes_wait_while_the_host_has_too_little_space() {

@@ -118,6 +118,9 @@ pub enum VmSnapshotError {
         /// Why QEMU ended, as `: reason`; empty if QEMU has not ended by itself.
         ended: String,
     },
+    /// QEMU was killed from outside, by the OOM killer or by somebody.
+    #[error("QEMU was killed by SIGKILL before the VM ran")]
+    Killed,
     /// The state is of another version of QEMU.
     #[error("the state was saved by QEMU {snapshot}, and QEMU {running} cannot read it")]
     Version {
@@ -287,10 +290,20 @@ fn number_of(pid: u32, memory: &OwnedFd) -> Result<i32, VmSnapshotError> {
 }
 
 impl VmSnapshotError {
+    /// Whether QEMU ended for a reason that lies outside of the VM and its snapshot, so that another try may succeed.
+    pub fn is_killed(&self) -> bool {
+        match self {
+            Self::Killed => true,
+            Self::Launch(LaunchError::Exited { exit }) => exit.is_sigkill(),
+            _ => false,
+        }
+    }
+
     /// Adds why QEMU ended, if the error is a consequence of that.
     pub(crate) fn with_exit(self, exit: &VmExit) -> Self {
         let ended = match exit {
             VmExit::Requested => return self,
+            exit if exit.is_sigkill() => return Self::Killed,
             exit => format!(": {exit}"),
         };
         match self {

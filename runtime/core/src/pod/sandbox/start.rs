@@ -72,7 +72,12 @@ impl Sandbox {
             Ok(vm) => Ok(StartedVm { vm, origin: VmOrigin::Clone, afterwards, reservation }),
             Err(error) => {
                 drop((template, reservation));
-                self.discard_template(request, shape, chain(&error)).await;
+                let (killed, reason) = (error.is_killed(), chain(&error));
+                if killed {
+                    self.lose_clone(request, shape, reason).await;
+                } else {
+                    self.discard_template(request, shape, reason).await;
+                }
                 self.boot(request).await
             }
         }
