@@ -14,9 +14,10 @@ on_newest_containerd!(
     restored_by_ctr
 );
 
-/// Counts in a file of the volume that has its hostname.
-const COUNTER: &str = "mkdir /data; i=100; while :; do i=$((i+1)); echo $i >/volume/$(hostname).new; \
-                       mv /volume/$(hostname).new /volume/$(hostname); echo $i >/data/count; usleep 50000; done";
+/// Counts, and writes once to the file of the volume that has its hostname. A file that is open there at the moment of
+/// the checkpoint must still have its name when the fork is restored.
+const COUNTER: &str = "mkdir /data; i=100; while :; do i=$((i+1)); f=/volume/$(hostname); \
+                       [ -e $f ] || { echo $i >$f.new; mv $f.new $f; }; echo $i >/data/count; usleep 50000; done";
 
 fn volume(containerd: &Containerd, options: &str) -> Result<(PathBuf, String)> {
     let dir = containerd.root().join(format!("volume-{}", containerd.new_id()));

@@ -155,7 +155,7 @@ fn programs_and_memory_fetched_later(containerd: &mut Containerd) -> Result<()> 
     let restored = Served::restored(containerd, &config, &dir)?;
     let exe = shell(
         &restored,
-        "readlink /proc/1/exe; touch /dev/shm/go; until [ -e /data/out ]; do usleep 50000; done",
+        "readlink /proc/1/exe; touch /dev/shm/go; until [ -s /data/out ]; do usleep 50000; done",
     )?;
     ensure!(exe == "/data/sh\n" && fs::read_to_string(data.join("out"))? == "well\n", "{exe}");
     restored.end()?;

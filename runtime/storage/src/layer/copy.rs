@@ -80,8 +80,10 @@ fn copy_directory(from: &Path, to: &Path, expected: Option<&str>) -> Result<(), 
     };
     unchanged()?;
     let staging = StagingDir::next_to(to)?;
-    run_cp(&[ALL_ATTRIBUTES], from, &staging.fresh_path())?;
+    let copied = run_cp(&[ALL_ATTRIBUTES], from, &staging.fresh_path());
+    // The removal of a directory that was replaced may also be why cp has failed.
     unchanged()?;
+    copied?;
     staging.exchange().map(drop)
 }
 
