@@ -1,4 +1,5 @@
-//! Generates the ttrpc bindings of `proto/inspection.proto`; the generator is pure Rust and needs no `protoc`.
+//! Generates the ttrpc bindings of `proto/inspection.proto`, and the messages of `proto/pod_sandbox.proto`; the generator
+//! is pure Rust and needs no `protoc`.
 
 use std::{env, fs, path::PathBuf};
 
@@ -6,18 +7,22 @@ use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
 fn main() {
     println!("cargo::rerun-if-changed=proto");
-    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("inspection");
+    generate("inspection", "pub mod inspection;\npub mod inspection_ttrpc;\n");
+    generate("pod_sandbox", "pub mod pod_sandbox;\n");
+}
+
+/// The generated files open with inner attributes, which `include!` refuses: they are included as these modules.
+fn generate(name: &str, modules: &str) {
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join(name);
     fs::create_dir_all(&out).expect("OUT_DIR is writable");
     Codegen::new()
-        .inputs(["proto/inspection.proto"])
+        .inputs([format!("proto/{name}.proto")])
         .include("proto")
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))
         .customize(Customize { async_all: true, ..Default::default() })
         .out_dir(&out)
         .run()
-        .expect("proto/inspection.proto compiles");
-    // The generated files open with inner attributes, which `include!` refuses: they are included as modules.
-    fs::write(out.join("api.rs"), "pub mod inspection;\npub mod inspection_ttrpc;\n")
-        .expect("OUT_DIR is writable");
+        .expect("the file compiles");
+    fs::write(out.join("api.rs"), modules).expect("OUT_DIR is writable");
 }

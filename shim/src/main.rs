@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod connections;
 mod delete;
 mod error;
 mod group;

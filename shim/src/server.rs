@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use containerd_shim_protos::ttrpc::asynchronous::{Server, transport::Listener};
+use containerd_shim_protos::ttrpc::asynchronous::Server;
 use machinen::{
     config::Config,
     fs::FileError,
@@ -26,6 +26,7 @@ use tokio::{
 
 use crate::{
     args::ShimArgs,
+    connections::Connections,
     error::ShimError,
     logging,
     publisher::Publisher,
@@ -123,7 +124,7 @@ async fn serve_pod(
     let published = tokio::spawn(publisher.run(receiver, last_sent));
 
     let services = machinen_task::services(pod.clone(), Arc::clone(&ended));
-    let listener = Listener::try_from(listener).map_err(FileError::at("listen on", &bundle))?;
+    let (listener, connections) = Connections::of(listener).map_err(FileError::at("listen on", &bundle))?;
     let mut server = Server::new().add_listener(listener).register_service(services);
     server.start().await.map_err(ShimError::Serve)?;
     tracing::debug!(id, "serving");
@@ -140,6 +141,10 @@ async fn serve_pod(
     let _ = last.send(());
     if timeout(EVENTS_GRACE, published).await.is_err() {
         tracing::warn!(id, "containerd did not receive the last events in time");
+    }
+    if pod.has_sandbox() {
+        // containerd closes the connection when it has the answer to ShutdownSandbox.
+        let _ = timeout(EVENTS_GRACE, connections.closed()).await;
     }
     // Answers in flight still arrive, and a connection that stays open delays the end by a limited time.
     let _ = timeout(EVENTS_GRACE, server.shutdown()).await;

@@ -2,7 +2,8 @@
 //!
 //! The agent boots user space, dials the host, and then owns every container and every process of the VM.
 //! With `--serial-fd` the same binary runs as an ordinary process in private namespaces, for tests of the
-//! real agent without a VM. CRIU calls it under the name `tar` (`criu/tmpfs.rs`).
+//! real agent without a VM. CRIU calls it under the name `tar` (`criu/tmpfs.rs`), and it is the program of a pod's sandbox
+//! under the name `pause`.
 
 #![deny(unsafe_code)]
 #![warn(unreachable_pub)]
@@ -22,6 +23,7 @@ mod error;
 mod layer;
 mod network;
 mod options;
+mod pause;
 mod process;
 mod reaper;
 mod service;
@@ -39,7 +41,7 @@ use engine::{Engine, EntryPoints};
 use options::Options;
 
 fn main() -> ExitCode {
-    if let Some(code) = criu::run_as_tar() {
+    if let Some(code) = criu::run_as_tar().or_else(pause::run_as_pause) {
         return code;
     }
     console::install_panic_hook();

@@ -61,6 +61,9 @@ pub const MAX_COMMAND: usize = 512;
 /// How long an OCI hook may take whose configuration has no timeout, on the host and in the guest.
 pub const HOOK_PATIENCE: Duration = Duration::from_secs(120);
 
+/// The program in the VM's own root file system that only waits, and reaps the processes that are left to it.
+pub const PAUSE: &str = "/pause";
+
 /// [`control_port`] of the first guest CID, which is 3.
 pub const CONTROL_PORT: u32 = 1024;
 

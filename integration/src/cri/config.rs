@@ -85,6 +85,11 @@ Root = {runc:?}
 runtime_type = "io.machinen.v1"
 pod_annotations = ["io.machinen.*"]
 container_annotations = ["io.machinen.*"]
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.machinen-sandbox]
+runtime_type = "io.machinen.v1"
+sandboxer = "shim"
+pod_annotations = ["io.machinen.*"]
+container_annotations = ["io.machinen.*"]
 "#,
         paths::RUNC,
         conf = cni.join("conf"),

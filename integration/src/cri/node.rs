@@ -29,6 +29,8 @@ pub(super) const PAUSE: &str = "machinen.test/pause:1";
 pub enum Handler {
     Runc,
     Machinen,
+    /// The pod's sandbox is the shim's own, by containerd's Sandbox API (containerd 2).
+    MachinenSandbox,
 }
 
 impl Handler {
@@ -36,6 +38,7 @@ impl Handler {
         match self {
             Self::Runc => "runc",
             Self::Machinen => "machinen",
+            Self::MachinenSandbox => "machinen-sandbox",
         }
     }
 }

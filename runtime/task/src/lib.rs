@@ -1,7 +1,7 @@
-//! containerd's Task service on a [`Pod`]: the requests, the metrics, and the events that it reports; and the service by
-//! which the command line inspects a pod.
+//! containerd's Task and Sandbox services on a [`Pod`]: the requests, the metrics, and the events that it reports; and the
+//! service by which the command line inspects a pod.
 //!
-//! The owner of a pod serves both on a socket: the shim, and the command line's monitor.
+//! The owner of a pod serves them on a socket: the shim, and the command line's monitor.
 //!
 //! [`Pod`]: machinen::pod::Pod
 
@@ -13,18 +13,23 @@ pub mod events;
 mod id;
 mod inspection;
 mod metrics;
+mod pod_config;
+mod sandbox;
 mod service;
 mod stand_in;
 mod stdio;
 
 use std::{collections::HashMap, sync::Arc};
 
-use containerd_shim_protos::{shim_async::create_task, ttrpc::r#async::Service};
+use containerd_shim_protos::{
+    sandbox_async::create_sandbox, shim_async::create_task, ttrpc::r#async::Service,
+};
 use machinen::pod::Pod;
 use tokio::sync::Notify;
 
 use api::create_inspection;
 use inspection::InspectionService;
+use sandbox::SandboxService;
 use service::TaskService;
 
 /// Generated messages and the ttrpc service of `proto/inspection.proto`.
@@ -52,14 +57,16 @@ const TASK_V3: &str = "containerd.task.v3.Task";
 /// The name of the same methods and messages in containerd 1.x.
 const TASK_V2: &str = "containerd.task.v2.Task";
 
-/// The task API of a pod under both of its names, and the service for the command line ([`api`]). `ended` is notified when containerd has requested a shutdown and no
-/// container is left.
+/// The task API of a pod under both of its names, the sandbox API, and the service for the command line ([`api`]). `ended`
+/// is notified when containerd has requested a shutdown and no container is left, or a shutdown of the sandbox.
 pub fn services(pod: Pod, ended: Arc<Notify>) -> HashMap<String, Service> {
     let inspection = create_inspection(Arc::new(InspectionService::new(pod.clone())));
+    let sandbox = create_sandbox(Arc::new(SandboxService::new(pod.clone(), Arc::clone(&ended))));
     let service = TaskService::new(pod, ended);
     let mut services = create_task(Arc::new(service.clone()));
     let v2 = create_task(Arc::new(service)).remove(TASK_V3).map(|service| (TASK_V2.to_owned(), service));
     services.extend(v2);
+    services.extend(sandbox);
     services.extend(inspection);
     services
 }

@@ -168,7 +168,8 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        if self.pod.is_empty() {
+        // A sandbox has a shutdown of its own, also when its containers are gone.
+        if self.pod.is_empty() && !self.pod.has_sandbox() {
             self.ended.notify_one();
         }
         Ok(Empty::new())

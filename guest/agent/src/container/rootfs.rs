@@ -238,10 +238,20 @@ fn mount_disk(
 ) -> Result<(), RootfsError> {
     make_dir(target)?;
     let (source, result) = match disk {
-        Disk::Block { device, .. } => (
-            device,
-            mount(Some(device), target, Some("ext4"), flags, (!options.is_empty()).then_some(options)),
-        ),
+        Disk::Block { device, .. } => {
+            let mounted = |kind| {
+                mount(Some(device), target, Some(kind), flags, (!options.is_empty()).then_some(options))
+            };
+            let mounted = match mounted("ext4") {
+                // The kernel has found no ext4 on the disk. The VM's own image, which a sandbox has as its root file system,
+                // is an EROFS.
+                Err(Errno::EINVAL) if flags.contains(MsFlags::MS_RDONLY) && options.is_empty() => {
+                    mounted("erofs")
+                }
+                result => result,
+            };
+            (device, mounted)
+        }
         Disk::Directory(dir) => (dir, mount(Some(dir), target, None::<&str>, MsFlags::MS_BIND, None::<&str>)),
     };
     result.map_err(|err| RootfsError::Mount { role, device: source.clone(), source: err })

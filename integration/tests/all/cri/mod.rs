@@ -49,6 +49,7 @@ macro_rules! both_runtimes {
             machinen_1_6(V1_6, Machinen): [$($every,)* $($two,)*];
             machinen_1_7(V1_7, Machinen): [$($every,)*];
             machinen_2_1(V2_1, Machinen): [$($every,)* $($two,)* $($one,)*];
+            sandbox_2_1(V2_1, MachinenSandbox): [$($every,)* $($two,)* $($one,)*];
         }
     };
 }

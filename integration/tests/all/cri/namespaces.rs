@@ -1,7 +1,7 @@
 //! The namespaces that the containers of a pod share.
 
 use anyhow::{Result, ensure};
-use machinen_integration::cri::{Container, Node, api};
+use machinen_integration::cri::{Container, Handler, Node, api};
 
 use super::both_runtimes;
 
@@ -65,7 +65,11 @@ fn processes_on_request(node: &mut Node) -> Result<()> {
     ensure!(one? == two?, "the namespaces differ");
     // The first process is the pod's, not that of a container.
     let init = second.shell("tr '\\0' ' ' < /proc/1/cmdline")?;
-    ensure!(init == "/bin/sleep 1000000 ", "{init}");
+    let wanted = match node.handler() {
+        Handler::MachinenSandbox => "/pause ",
+        Handler::Runc | Handler::Machinen => "/bin/sleep 1000000 ",
+    };
+    ensure!(init == wanted, "{init}");
     second.shell("killall -KILL tail")?;
     ensure!(first.wait()?.exit_code == 137, "{:?}", first.status());
     ensure!(second.runs()?, "the second container ended with the first");

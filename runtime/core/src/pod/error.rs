@@ -2,7 +2,10 @@
 
 use std::{io, path::PathBuf, time::Duration};
 
-use machinen_base::error::{ErrorKind, HasKind};
+use machinen_base::{
+    error::{ErrorKind, HasKind},
+    fs::FileError,
+};
 use machinen_storage::{container_disk::ContainerDiskError, layer::LayerError, rootdisk::RootdiskError};
 use machinen_vm::{
     VmError, VmSnapshotError, accel::AccelError, admission::AdmissionError, agent::AgentError,
@@ -116,6 +119,9 @@ pub enum PodError {
     /// The kernel or the image is missing.
     #[error(transparent)]
     Asset(#[from] MissingAsset),
+    /// The configuration of the container that stands for a pod cannot be written.
+    #[error("cannot make the sandbox of the pod")]
+    SandboxBundle(#[source] FileError),
     /// The bundle's `config.json` cannot be used.
     #[error(transparent)]
     Bundle(#[from] BundleError),
@@ -273,6 +279,7 @@ impl HasKind for PodError {
             Self::Network(error) => error.kind(),
             Self::Annotation(error) => error.kind(),
             Self::Asset(error) => error.kind(),
+            Self::SandboxBundle(_) => ErrorKind::Internal,
             Self::Bundle(error) => error.kind(),
             Self::Reduce(error) => error.kind(),
             Self::Namespace(error) => error.kind(),

@@ -74,6 +74,24 @@ pub enum PodEvent {
     },
 }
 
+impl PodEvent {
+    /// The container that the event is about.
+    pub fn container(&self) -> &ContainerId {
+        match self {
+            Self::Created(created) => &created.id,
+            Self::Exited { process, .. } => &process.container,
+            Self::Started { id, .. }
+            | Self::Paused { id }
+            | Self::Resumed { id }
+            | Self::Checkpointed { id, .. }
+            | Self::OutOfMemory { id }
+            | Self::ExecAdded { id, .. }
+            | Self::ExecStarted { id, .. }
+            | Self::Deleted { id, .. } => id,
+        }
+    }
+}
+
 /// A container that was created, and what its creator asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CreatedContainer {

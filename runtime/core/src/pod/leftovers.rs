@@ -11,7 +11,10 @@ use machinen_base::{
     process::ReservedUser,
 };
 
-use super::cover::{self, COVERS_DIR};
+use super::{
+    cover::{self, COVERS_DIR},
+    sandbox_files,
+};
 use crate::{
     hooks::{PoststopRecord, recorded},
     host_cgroup, network,
@@ -33,6 +36,7 @@ pub async fn remove(state_dir: &Path, bundle: &Path, until: Instant) -> Result<V
     let mut problems = run_poststop_hooks(&state_dir.join(POSTSTOP_DIR), until).await;
     let mut note = |result: Result<(), String>| problems.extend(result.err());
     note(cover::uncover_abandoned(state_dir).map_err(|error| chain(&error)));
+    note(sandbox_files::remove(state_dir).map_err(|error| chain(&error)));
     note(host_cgroup::remove_abandoned(state_dir).map_err(|error| chain(&error)));
     note(network::disconnect_abandoned(bundle).map_err(|error| chain(&error)));
     // A killed owner has not released the users of its children.

@@ -40,6 +40,8 @@ mod receive;
 mod restore;
 pub mod rootfs;
 mod sandbox;
+mod sandbox_container;
+mod sandbox_files;
 pub mod state;
 pub mod stats;
 pub mod stdio;
@@ -51,7 +53,7 @@ mod volumes;
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, OnceLock},
 };
 
 use machinen_base::error::chain;
@@ -79,6 +81,8 @@ pub use inspect::{ContainerDescription, ContainerProcessInfo, PodDescription, Vm
 pub use namespaces::NamespaceError;
 pub use process::ContainerProcess;
 pub use sandbox::{Lifetime, admits_one_more, default_vm_spec};
+pub use sandbox_container::{IdMapping, SandboxRequest};
+pub use sandbox_files::DnsConfig;
 
 /// One VM and the containers in it. Clones are handles of the same pod.
 #[derive(Debug, Clone)]
@@ -114,6 +118,8 @@ struct PodShared {
     events: mpsc::UnboundedSender<PodEvent>,
     sandbox: Sandbox,
     containers: Mutex<HashMap<ContainerId, ContainerSlot>>,
+    /// The container that stands for the pod itself, if a client has asked for one.
+    sandbox_container: OnceLock<ContainerId>,
     /// Where the pod's processes are on the host.
     cgroup: HostCgroup,
     /// The server of the containers' volumes.
@@ -157,6 +163,7 @@ impl Pod {
             events,
             sandbox: Sandbox::new(sandbox, warm_vm),
             containers: Mutex::default(),
+            sandbox_container: OnceLock::new(),
             cgroup: HostCgroup::default(),
             shares: PodShares::default(),
             starting,
@@ -317,6 +324,11 @@ impl Pod {
                 container.gone_from_guest().await;
             }
         }
+        if self.has_sandbox()
+            && let Err(error) = self.remove_sandbox_files().await
+        {
+            tracing::warn!("{}", chain(&error));
+        }
         self.shared.cgroup.release("", || true).await;
     }
 
@@ -358,6 +370,9 @@ impl Pod {
     }
 
     fn emit(&self, event: PodEvent) {
+        if self.shared.sandbox_container.get() == Some(event.container()) {
+            return;
+        }
         // The receiver is closed only when the owner of the pod is ending.
         let _ = self.shared.events.send(event);
     }

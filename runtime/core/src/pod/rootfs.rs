@@ -143,7 +143,8 @@ pub fn plan(mounts: &[RootfsMount], spec: &Spec, bundle: &Path) -> Result<Rootfs
             };
             RootfsPlan { source: Some(RootfsSource::Dir(root)), disk }
         }
-        [mount] if mount.kind == "ext4" => {
+        // The image of the VM is the root file system of a pod's sandbox.
+        [mount] if mount.kind == "ext4" || (mount.kind == "erofs" && is_read_only(mount)) => {
             let (path, read_only) = (mount.source.clone(), is_read_only(mount));
             RootfsPlan { source: None, disk: ContainerDiskPlan::Existing { path, read_only } }
         }

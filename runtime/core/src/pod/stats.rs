@@ -158,6 +158,28 @@ impl Pod {
 }
 
 impl Stats {
+    /// Adds what another container of the pod uses. Limits, stalls and the network stay, which are the pod's.
+    pub(super) fn add(&mut self, other: Self) {
+        let sums = [
+            (&mut self.cpu.usage_usec, other.cpu.usage_usec),
+            (&mut self.cpu.user_usec, other.cpu.user_usec),
+            (&mut self.cpu.system_usec, other.cpu.system_usec),
+            (&mut self.memory.current, other.memory.current),
+            (&mut self.memory.swap_current, other.memory.swap_current),
+            (&mut self.pids.current, other.pids.current),
+        ];
+        add_each(sums);
+        self.memory.stat.add(other.memory.stat);
+        self.memory.events.add(other.memory.events);
+        for device in other.io {
+            match self.io.iter_mut().find(|known| (known.major, known.minor) == (device.major, device.minor))
+            {
+                Some(known) => known.add(&device),
+                None => self.io.push(device),
+            }
+        }
+    }
+
     /// Parses the files. Any content is accepted; values that cannot be parsed become 0.
     pub fn read(files: &[CgroupFile]) -> Self {
         let text =
@@ -205,6 +227,12 @@ impl FlatKeyedFile {
         Self(rows.take(Self::MAX_ROWS).collect())
     }
 
+    fn add(&mut self, other: Self) {
+        for (name, value) in other.0 {
+            add_each([(self.0.entry(name).or_default(), value)]);
+        }
+    }
+
     /// The value of the row `name`; 0 if there is no such row.
     pub fn get(&self, name: &str) -> u64 {
         self.0.get(name).copied().unwrap_or(0)
@@ -216,7 +244,23 @@ impl FlatKeyedFile {
     }
 }
 
+/// The numbers are the guest's, and may be of any size.
+fn add_each<'a>(sums: impl IntoIterator<Item = (&'a mut u64, u64)>) {
+    for (sum, value) in sums {
+        *sum = sum.saturating_add(value);
+    }
+}
+
 impl IoStats {
+    fn add(&mut self, other: &Self) {
+        add_each([
+            (&mut self.rbytes, other.rbytes),
+            (&mut self.wbytes, other.wbytes),
+            (&mut self.rios, other.rios),
+            (&mut self.wios, other.wios),
+        ]);
+    }
+
     fn read(line: &str) -> Option<Self> {
         let mut words = line.split_ascii_whitespace();
         let (major, minor) = words.next()?.split_once(':')?;
@@ -310,6 +354,26 @@ mod tests {
         assert_eq!(stats.io.len(), 2);
         let pressure = stats.io_pressure.unwrap();
         assert_eq!((pressure.some.avg10, pressure.full.total), (1.5, 5));
+    }
+
+    #[test]
+    fn the_containers_of_a_pod_are_added_up() {
+        let one = [
+            file("memory.current", "4096"),
+            file("memory.max", "9"),
+            file("memory.stat", "anon 10\nfile 1\n"),
+            file("io.stat", "8:0 rbytes=1\n"),
+        ];
+        let other = [
+            file("memory.current", "18446744073709551615"),
+            file("memory.max", "7"),
+            file("memory.stat", "anon 5\n"),
+            file("io.stat", "8:0 rbytes=2\n8:16 wios=3\n"),
+        ];
+        let mut sum = Stats::read(&one);
+        sum.add(Stats::read(&other));
+        assert_eq!((sum.memory.current, sum.memory.max, sum.memory.stat.get("anon")), (u64::MAX, 9, 15));
+        assert_eq!((sum.io.len(), sum.io[0].rbytes, sum.io[1].wios), (2, 3, 3));
     }
 
     #[test]

@@ -124,7 +124,8 @@ impl Pod {
         rootfs: &[RootfsMount],
         checkpoint: Option<(&Path, CheckpointOrigin)>,
     ) -> Result<CreatePlan, PodError> {
-        let spec = bundle::load(bundle)?;
+        let mut spec = bundle::load(bundle)?;
+        self.share_sandbox_files(&mut spec, id);
         let annotations = spec.annotations().clone().unwrap_or_default();
         let config = annotations::apply(&self.shared.config, &annotations)?;
         let rootfs = rootfs::plan(rootfs, &spec, bundle)?;
