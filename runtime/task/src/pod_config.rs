@@ -11,6 +11,7 @@ use crate::error::{invalid, unimplemented};
 #[allow(
     clippy::all,
     clippy::allow_attributes,
+    clippy::semicolon_if_nothing_returned,
     clippy::unwrap_used,
     missing_debug_implementations,
     missing_docs,

@@ -21,6 +21,12 @@ mod machinen {
         super::run(machinen_integration::cri::Handler::Machinen);
     }
 }
+mod sandbox {
+    #[test]
+    fn a_checkpoint_leaves_the_container_running() {
+        super::run(machinen_integration::cri::Handler::MachinenSandbox);
+    }
+}
 
 /// containerd asks for CRIU on the node, whatever the runtime uses.
 fn run(handler: Handler) {

@@ -9,6 +9,7 @@ mod namespaces;
 mod network;
 mod resources;
 mod restart;
+mod sandbox;
 mod security;
 mod streaming;
 mod vm;

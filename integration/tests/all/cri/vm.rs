@@ -7,6 +7,7 @@ use super::pod_tests;
 
 pod_tests! {
     machinen_2_1(V2_1, Machinen): [one_vm_for_a_pod];
+    sandbox_2_1(V2_1, MachinenSandbox): [one_vm_for_a_pod];
 }
 
 /// The processes of the node whose command line begins with a program of this name and has these words.
