@@ -12,7 +12,7 @@ use machinen::{
     error::chain,
     host_cgroup::HostCgroups,
     pool,
-    process::{Jail, ReservedUser, Spawn, SystemCalls, ToolOutput},
+    process::{Jail, ReservedUser, Spawn, SystemCalls, ToolOutput, find_program},
     rootdisk::{RootdiskCache, mke2fs_version},
     vm::{ChannelKind, HostSupport, choose_channel, qemu_version},
 };
@@ -53,6 +53,7 @@ pub(crate) fn run(args: &CheckArgs, config: &Config) -> ExitCode {
         mke2fs(config),
         assets(config),
         channel(config),
+        outside(config),
         cgroup(),
         cache(config),
         warm_pool(config),
@@ -136,6 +137,26 @@ fn channel(config: &Config) -> Finding {
         ),
     };
     Finding { what: "channel", verdict, text }
+}
+
+/// Whether containers without a network namespace can be connected with the outside.
+fn outside(config: &Config) -> Finding {
+    let program = find_program(&config.network.pasta);
+    let (verdict, text) = match program.is_file() {
+        true => (
+            CheckVerdict::Ok,
+            format!("{} publishes ports (annotation io.machinen.ports)", program.display()),
+        ),
+        false => (
+            CheckVerdict::Note,
+            format!(
+                "{} not found; with the Debian package passt, containers without a network namespace can have \
+                 connections to the outside and published ports",
+                config.network.pasta.display()
+            ),
+        ),
+    };
+    Finding { what: "pasta", verdict, text }
 }
 
 /// Whether clones are kept ready for the next starts.

@@ -18,7 +18,7 @@ use std::{
     process::ExitCode,
 };
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use containerd_shim_protos::api::Mount;
 use machinen::{
     config::Config,
@@ -44,6 +44,13 @@ use crate::{
 const NOT_STARTED: u8 = 125;
 /// The directory of the bundles, below `boot.dir`.
 pub(crate) const BUNDLES: &str = "bundles";
+
+/// How a container without a network namespace is connected with the outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OutsideChoice {
+    /// By pasta(1)
+    Pasta,
+}
 
 /// Arguments of `machinen boot`.
 #[derive(Debug, Args)]
@@ -75,9 +82,17 @@ pub(crate) struct BootArgs {
     /// Directory or file of the host that is mounted in the container; may be repeated
     #[arg(long, short, value_name = "SOURCE:DESTINATION[:ro]")]
     volume: Vec<String>,
-    /// Network namespace of the host by its path; without it the container has a loopback interface only
-    #[arg(long, value_name = "PATH")]
+    /// Network namespace of the host by its path; without it the container has a loopback interface only, unless it
+    /// has --network or --publish
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["network", "publish"])]
     netns: Option<PathBuf>,
+    /// pasta: connections to the outside, by the program of that name (package passt)
+    #[arg(long, value_enum)]
+    network: Option<OutsideChoice>,
+    /// Port of the host that leads to a port of the container, at 127.0.0.1 unless an address is given; may be repeated.
+    /// Includes --network pasta
+    #[arg(long, short, value_name = "[ADDRESS:]HOST:CONTAINER[/udp]")]
+    publish: Vec<String>,
     /// Hostname instead of the name
     #[arg(long, value_name = "NAME")]
     hostname: Option<String>,

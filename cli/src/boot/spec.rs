@@ -2,7 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use machinen::{pod::ContainerId, spec::OCI_VERSION};
+use machinen::{
+    annotations::PREFIX,
+    config::ports::{PORTS, PublishedPort, parse_ports},
+    pod::ContainerId,
+    spec::OCI_VERSION,
+};
 use serde_json::{Value, json};
 
 use super::{BootArgs, BootError, user};
@@ -59,6 +64,9 @@ pub(super) struct SpecOptions {
     cpu_quota: Option<u64>,
     volumes: Vec<Value>,
     netns: Option<PathBuf>,
+    outside: bool,
+    /// As the annotation has them.
+    ports: Option<String>,
     read_only: bool,
     tty: bool,
     size: Option<(u16, u16)>,
@@ -87,6 +95,8 @@ impl SpecOptions {
             cpu_quota: cpu_quota.transpose()?,
             volumes: args.volume.iter().map(|text| volume(text)).collect::<Result<Vec<_>, _>>()?,
             netns: args.netns.clone(),
+            outside: args.network.is_some(),
+            ports: published(&args.publish)?,
             read_only: args.read_only,
             tty: args.tty,
             size: args.terminal_size(),
@@ -102,6 +112,21 @@ fn variable(text: &str) -> Result<String, BootError> {
         Some(("", _)) => Err(odd()),
         Some(_) => Ok(text.to_owned()),
         None => std::env::var(text).map(|value| format!("{text}={value}")).map_err(|_| odd()),
+    }
+}
+
+/// The ports as the annotation has them, if there are any.
+fn published(options: &[String]) -> Result<Option<String>, BootError> {
+    for text in options {
+        let odd = |_| BootError::Option { option: "--publish", text: text.clone(), takes: PORTS };
+        text.parse::<PublishedPort>().map_err(odd)?;
+    }
+    let all = options.join(",");
+    let takes = "each port of the host once, and at most 128 ports";
+    let odd = |_| BootError::Option { option: "--publish", text: all.clone(), takes };
+    match options {
+        [] => Ok(None),
+        _ => parse_ports(&all).map(|_| Some(all.clone())).map_err(odd),
     }
 }
 
@@ -163,6 +188,12 @@ pub(super) fn spec(
     });
     if let Some((width, height)) = options.size {
         spec["process"]["consoleSize"] = json!({ "width": width, "height": height });
+    }
+    if options.outside {
+        spec["annotations"][format!("{PREFIX}network")] = "pasta".into();
+    }
+    if let Some(ports) = &options.ports {
+        spec["annotations"][format!("{PREFIX}ports")] = ports.as_str().into();
     }
     if let Some(memory) = &options.memory {
         spec["linux"]["resources"]["memory"] = json!({ "limit": memory });

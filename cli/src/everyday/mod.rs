@@ -33,8 +33,8 @@ pub(crate) enum EverydayVerb {
     /// Start a container from an image in a file or a directory, without any daemon.
     #[command(
         long_about = "Start a container from an image in a file or a directory, without any daemon, and stay until it ends. \
-        The image is unpacked once; what the container writes is gone with it. Without --netns the container has a \
-        loopback interface only."
+        The image is unpacked once; what the container writes is gone with it. Without --netns, \
+        --network or --publish the container has a loopback interface only."
     )]
     Boot(Box<boot::BootArgs>),
     /// Connect this terminal with a container that `boot --detach` has started.

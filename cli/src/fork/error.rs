@@ -6,6 +6,7 @@ use containerd_client::tonic::{self, Code, transport};
 use machinen::{
     admission::AdmissionError,
     checkpoint::CheckpointError,
+    config::ports::PORTS,
     error::{ErrorKind, HasKind},
     fs::FileError,
     layer::LayerError,
@@ -65,6 +66,13 @@ pub(crate) enum ForkError {
          --netns none for a loopback interface only", path.display()
     )]
     NeedsNetwork { id: String, path: PathBuf },
+    #[error(
+        "{id} has the published ports {ports}, which the new container cannot have too: give it others by --publish, or \
+         --publish none"
+    )]
+    NeedsPorts { id: String, ports: String },
+    #[error("--publish has {text:?}; it takes none, or ports separated by commas: {PORTS}")]
+    Ports { text: String },
     #[error("--netns {} is the network namespace of {id}: the new container needs another one", path.display())]
     SameNetwork { id: String, path: PathBuf },
     #[error("--netns {} is not absolute", path.display())]
@@ -125,6 +133,8 @@ impl HasKind for ForkError {
             | Self::BadHostname { .. }
             | Self::NeedsNetwork { .. }
             | Self::SameNetwork { .. }
+            | Self::NeedsPorts { .. }
+            | Self::Ports { .. }
             | Self::RelativeNetwork { .. }
             | Self::WritableVolumes { .. }
             | Self::CheckpointDirNotEmpty { .. } => ErrorKind::InvalidArgument,

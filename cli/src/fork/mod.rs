@@ -69,6 +69,10 @@ pub(crate) struct ForkArgs {
     /// namespace requires it, since both containers cannot have the same
     #[arg(long, value_name = "PATH|none")]
     netns: Option<NetworkChoice>,
+    /// Published ports of NEW, separated by commas; "none" publishes none. A source with published ports (annotation
+    /// io.machinen.ports) requires it, since both containers cannot have the same
+    #[arg(long, short, value_name = "PORTS|none", conflicts_with = "netns")]
+    publish: Option<String>,
     /// Print JSON
     #[arg(long)]
     json: bool,

@@ -2,11 +2,11 @@
 
 use std::{convert::Infallible, path::PathBuf, str::FromStr};
 
-use machinen::network;
+use machinen::{annotations::PREFIX, config::ports::parse_ports, network};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde_json::{Map, Value, json};
 
-use super::error::ForkError;
+use super::{error::ForkError, spec::ForkOptions};
 
 /// The network of the new container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +66,47 @@ pub(super) fn set(spec: &mut Map<String, Value>, choice: &NetworkChoice) {
     }
 }
 
+/// Sets the published ports in a configuration.
+///
+/// # Errors
+/// The source has published ports and there is no choice, or the choice is malformed.
+pub(super) fn publish(options: &ForkOptions<'_>, spec: &mut Map<String, Value>) -> Result<(), ForkError> {
+    let (network, ports) = (format!("{PREFIX}network"), format!("{PREFIX}ports"));
+    let of_source = spec.get("annotations").and_then(|all| all.get(&ports)?.as_str()).map(str::to_owned);
+    let mut set = |name: &str, value: Option<&str>| set_annotation(spec, name, value);
+    match (options.publish, options.netns) {
+        (Some("none"), _) if of_source.is_some() => {
+            // The container keeps its connections to the outside.
+            set(&network, Some("pasta"));
+            set(&ports, None);
+        }
+        (Some("none"), _) => {}
+        (Some(text), _) => {
+            parse_ports(text).map_err(|_| ForkError::Ports { text: text.to_owned() })?;
+            set(&ports, Some(text));
+        }
+        // The namespace that was chosen is the whole network.
+        (None, Some(_)) => [&network, &ports].into_iter().for_each(|name| set(name, None)),
+        (None, None) => {
+            if let Some(ports) = of_source {
+                return Err(ForkError::NeedsPorts { id: options.source.to_owned(), ports });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn set_annotation(spec: &mut Map<String, Value>, name: &str, value: Option<&str>) {
+    match value {
+        Some(value) => spec.entry("annotations").or_insert(Value::Null)[name] = value.into(),
+        None => {
+            if let Some(annotations) = spec.get_mut("annotations").and_then(Value::as_object_mut) {
+                annotations.remove(name);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,5 +147,29 @@ mod tests {
         let mut bare = Map::new();
         set(&mut bare, &NetworkChoice::None);
         assert_eq!(bare["linux"]["namespaces"], json!([{ "type": "network" }]));
+    }
+    #[test]
+    fn a_fork_publishes_other_ports_or_none() {
+        let publish = |annotations: Value, publish: Option<&'static str>, netns: Option<&NetworkChoice>| {
+            let mut spec: Map<String, Value> =
+                serde_json::from_value(json!({ "annotations": annotations })).unwrap();
+            let options = ForkOptions { publish, netns, ..crate::fork::spec::tests::OPTIONS };
+            super::publish(&options, &mut spec).map(|()| spec["annotations"].clone())
+        };
+        let with = || json!({ "a": "b", "io.machinen.ports": "80:80" });
+        let error = publish(with(), None, None).unwrap_err().to_string();
+        assert!(error.contains("80:80") && error.contains("--publish"), "{error}");
+        assert_eq!(
+            publish(with(), Some("81:80"), None).unwrap(),
+            json!({ "a": "b", "io.machinen.ports": "81:80" })
+        );
+        assert_eq!(
+            publish(with(), Some("none"), None).unwrap(),
+            json!({ "a": "b", "io.machinen.network": "pasta" })
+        );
+        assert_eq!(publish(with(), None, Some(&NetworkChoice::None)).unwrap(), json!({ "a": "b" }));
+        assert_eq!(publish(json!({ "a": "b" }), Some("none"), None).unwrap(), json!({ "a": "b" }));
+        assert_eq!(publish(Value::Null, None, None).unwrap(), Value::Null);
+        assert!(matches!(publish(Value::Null, Some("80"), None), Err(ForkError::Ports { .. })));
     }
 }

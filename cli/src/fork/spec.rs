@@ -41,6 +41,7 @@ pub(super) struct ForkOptions<'a> {
     pub(super) volumes: VolumesChoice,
     pub(super) lazy: bool,
     pub(super) netns: Option<&'a NetworkChoice>,
+    pub(super) publish: Option<&'a str>,
 }
 
 /// The configurations of a fork.
@@ -76,6 +77,7 @@ impl ForkSpec {
         if let Some(netns) = options.netns {
             network::set(&mut spec, netns);
         }
+        network::publish(options, &mut spec)?;
         if let Some(hostname) = &hostname {
             spec.insert("hostname".to_owned(), hostname.as_str().into());
         }
@@ -119,12 +121,12 @@ fn checked(name: &str) -> Result<String, ForkError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use serde_json::json;
 
     use super::*;
 
-    const OPTIONS: ForkOptions<'_> = ForkOptions {
+    pub(in crate::fork) const OPTIONS: ForkOptions<'_> = ForkOptions {
         source: "one",
         new: "two",
         hostname: None,
@@ -132,6 +134,7 @@ mod tests {
         volumes: VolumesChoice::Refuse,
         lazy: false,
         netns: None,
+        publish: None,
     };
 
     fn source() -> Value {

@@ -67,6 +67,7 @@ pub(super) async fn fork(
         volumes: args.volumes,
         lazy: args.lazy,
         netns: args.netns.as_ref(),
+        publish: args.publish.as_deref(),
     };
     let configured = source.container.spec.as_ref().map(|spec| spec.value.as_slice()).unwrap_or_default();
     let spec = ForkSpec::new(configured, &options)?;

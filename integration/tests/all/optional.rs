@@ -13,12 +13,31 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::api;
 use machinen::spec::{bundle, guest};
-use machinen_integration::{bundle::Bundle, containerd::Containerd, process::Invocation, served::Served};
+use machinen_integration::{
+    bundle::Bundle,
+    containerd::Containerd,
+    process::Invocation,
+    served::Served,
+    setup::{Setup, Value as Key},
+};
 use serde_json::{Map, Value, json};
 
-use crate::harness::on_newest_containerd;
+use crate::harness::{NEWEST, run_with};
 
-on_newest_containerd!(optional_members_may_be_absent_null_or_empty, odd_members_are_as_with_runc);
+/// A configuration without a network namespace is one of the variants.
+fn setup() -> Setup {
+    Setup::new().set("network", "host", Key::text("loopback"))
+}
+
+#[test]
+fn on_the_newest_containerd() {
+    run_with(NEWEST, &setup(), optional_members_may_be_absent_null_or_empty);
+}
+
+#[test]
+fn odd_ones_on_the_newest_containerd() {
+    run_with(NEWEST, &setup(), odd_members_are_as_with_runc);
+}
 
 /// Variants with a name of this prefix differ from runc, for the reason given.
 const DIFFERENCES: [(&str, &str); 9] = [

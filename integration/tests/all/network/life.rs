@@ -22,7 +22,7 @@ on_newest_containerd!(
     many_have_the_addresses_of_their_own_namespaces
 );
 
-fn process(containerd: &Containerd, id: &str, words: [&str; 2]) -> Result<Pid> {
+pub(super) fn process(containerd: &Containerd, id: &str, words: [&str; 2]) -> Result<Pid> {
     let inventory = containerd.inventory()?;
     let mut processes = inventory.processes.iter();
     let found =
@@ -32,7 +32,7 @@ fn process(containerd: &Containerd, id: &str, words: [&str; 2]) -> Result<Pid> {
 }
 
 /// Removes a container whose task has ended or is being removed.
-fn remove(containerd: &Containerd, id: &str) -> Result<()> {
+pub(super) fn remove(containerd: &Containerd, id: &str) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         containerd.ctr_output(&["tasks", "delete", id])?;

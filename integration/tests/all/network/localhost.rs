@@ -230,6 +230,7 @@ fn the_hosts_own_localhost_is_not_changed(containerd: &mut Containerd) -> Result
     let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
     let script = format!("nc -ll -p {port} -e echo reached & echo ready; wait");
     let container = containerd.run(crate::harness::IMAGE, &["sh", "-c", &script]).flag("--net-host");
+    let container = container.flag("--annotation=io.machinen.network=pasta");
     let running = container.spawn(Duration::from_secs(120))?;
     running.wait_for_stdout("ready")?;
     let id = container.container();

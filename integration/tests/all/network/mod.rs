@@ -2,10 +2,12 @@
 
 mod capture;
 mod forked;
+mod kinds;
 mod life;
 mod localhost;
 mod moved;
 mod nameservers;
+mod outside;
 mod traffic;
 
 use std::time::Duration;

@@ -98,7 +98,7 @@ pub(super) fn hint(program: &Path) -> String {
         "mke2fs" | "e2fsck" | "debugfs" | "resize2fs" | "tune2fs" => "e2fsprogs",
         "qemu-system-x86_64" => "qemu-system-x86",
         "criu" => "criu",
-        "passt" => "passt",
+        "passt" | "pasta" => "passt",
         "vhost-device-vsock" => return "install it with `make setup`, or choose another channel".into(),
         _ => return "install it or correct its path".into(),
     };

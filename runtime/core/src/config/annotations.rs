@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use machinen_base::error::{ErrorKind, HasKind};
 use machinen_vm::{ChannelKind, ChannelMode, VmSpec};
 
-use super::{Config, TcpMode, TemplateMode, VerifyMode, VmConfig};
+use super::{Config, TcpMode, TemplateMode, VerifyMode, VmConfig, ports::parse_ports};
 
 /// The prefix of machinen's annotations.
 pub const PREFIX: &str = "io.machinen.";
@@ -54,6 +54,8 @@ pub enum Scope {
 /// Compares the configuration of a container with a running VM: what the VM has, if that differs.
 type Differs = fn(&Config, &VmSpec) -> Option<String>;
 
+const PORT_LIST: &str = "ports as [ADDRESS:]HOST:CONTAINER[/udp], such as 8080:80, 0.0.0.0:53:53/udp or [::1]:80:80, separated by \
+                         commas; each of the host's once, and at most 128";
 const DIGEST: &str = "sha256: and 64 lower-case hexadecimal digits";
 
 /// Every annotation, with its scope and its effect.
@@ -157,6 +159,26 @@ pub const KEYS: &[Annotation] = &[
                 return Err(DIGEST.into());
             }
             config.restore.digest = Some(value.to_owned());
+            Ok(())
+        },
+    },
+    Annotation {
+        name: "network",
+        scope: Scope::Container,
+        apply: |config, value| match value {
+            "pasta" => {
+                config.network.outside = true;
+                Ok(())
+            }
+            _ => Err("pasta".into()),
+        },
+    },
+    Annotation {
+        name: "ports",
+        scope: Scope::Container,
+        apply: |config, value| {
+            config.network.ports = parse_ports(value).map_err(|_| PORT_LIST)?;
+            config.network.outside = true;
             Ok(())
         },
     },

@@ -1,6 +1,7 @@
 //! The configuration file. Every key has a default, and `config/machinen.toml` documents all of them.
 
 pub mod annotations;
+pub mod ports;
 
 use std::{
     env, fs, io,
@@ -14,6 +15,8 @@ use machinen_base::{
 use machinen_storage::{container_disk::ContainerDiskOptions, rootdisk::BuildOptions};
 use machinen_vm::{ChannelMode, MAX_NICS, accel::AccelMode};
 use serde::{Deserialize, Serialize};
+
+use ports::PublishedPort;
 
 /// The environment variable that names the configuration file.
 const PATH_VARIABLE: &str = "MACHINEN_CONFIG";
@@ -29,6 +32,8 @@ pub struct Config {
     pub assets: AssetsConfig,
     /// `[vm]`: how VMs are made.
     pub vm: VmConfig,
+    /// `[network]`: how containers without a network namespace get a network.
+    pub network: NetworkConfig,
     /// `[template]`: how templates are used.
     pub template: TemplateConfig,
     /// `[pool]`: how clones are made ahead of time.
@@ -95,6 +100,35 @@ pub struct VmConfig {
     pub boot_timeout_s: u64,
     /// The share of the host's memory that starts leave available, percent.
     pub memory_reserve_percent: u64,
+}
+
+/// How containers without a network namespace get a network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NetworkConfig {
+    /// pasta, a path or a name that is looked up in PATH.
+    pub pasta: PathBuf,
+    /// What a container gets that asks for the host's own network.
+    pub host: HostNetwork,
+    /// Whether pasta connects the container with the outside, by an annotation.
+    #[serde(skip)]
+    pub outside: bool,
+    /// The published ports, by an annotation.
+    #[serde(skip)]
+    pub ports: Vec<PublishedPort>,
+}
+
+/// What a container gets that asks for the host's own network.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HostNetwork {
+    /// An error.
+    #[default]
+    Refuse,
+    /// A loopback interface only.
+    Loopback,
+    /// Connections to the outside by pasta.
+    Pasta,
 }
 
 /// How templates are used.
@@ -291,6 +325,12 @@ impl Default for VmConfig {
             boot_timeout_s: 60,
             memory_reserve_percent: 1,
         }
+    }
+}
+
+impl Default for NetworkConfig {
+    fn default() -> Self {
+        Self { pasta: "pasta".into(), host: HostNetwork::Refuse, outside: false, ports: Vec::new() }
     }
 }
 

@@ -1,10 +1,16 @@
 //! The errors of a pod's network.
 
-use std::io;
+use std::{io, path::PathBuf};
 
-use machinen_base::error::{ErrorKind, HasKind};
+use machinen_base::{
+    error::{ErrorKind, HasKind},
+    fs::FileError,
+    process::ProcessError,
+};
 use machinen_netlink::NetlinkError;
 use machinen_vm::{VmError, agent::AgentError};
+
+use crate::config::ports::PublishedPort;
 
 /// Why a VM could not be connected with a network namespace.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +50,57 @@ pub enum NetworkError {
     /// The pod has a network namespace already.
     #[error("the container's network namespace is not the one of the other containers of its pod")]
     OtherNamespace,
+    /// The configuration asks for the host's own network.
+    #[error(
+        "the configuration asks for the host's own network, which a container in a VM cannot have: give it a network \
+         namespace, or connections to the outside by the annotation io.machinen.network=pasta (for all such containers: \
+         network.host in machinen's configuration), and publish ports by io.machinen.ports"
+    )]
+    Host,
+    /// A published port needs a network that machinen makes.
+    #[error(
+        "the annotations io.machinen.network and io.machinen.ports are for containers without a network namespace, and \
+         the configuration names {}: publish ports where that network is made", path.display()
+    )]
+    NamesNamespace {
+        /// The path of the namespace.
+        path: PathBuf,
+    },
+    /// The pod has another network already.
+    #[error(
+        "the container's pod has its network already: give the annotations io.machinen.network and io.machinen.ports to \
+         the pod's first container, or the same ones to all"
+    )]
+    OtherPorts,
+    /// A port of the host cannot be published.
+    #[error("cannot publish the port {port}")]
+    Publish {
+        /// The port.
+        port: PublishedPort,
+        /// What bind(2) has answered, such as that the address is in use.
+        source: io::Error,
+    },
+    /// There is no user for pasta.
+    #[error("cannot reserve a user for pasta")]
+    User(#[source] FileError),
+    /// pasta cannot be started.
+    #[error("cannot start pasta, which connects the container with the outside")]
+    Pasta(#[source] ProcessError),
+    /// The streams of pasta cannot be made.
+    #[error("cannot reach pasta")]
+    PastaStreams(#[source] io::Error),
+    /// pasta has ended before it was ready.
+    #[error("pasta, which connects the container with the outside, has failed: {printed}")]
+    PastaEnded {
+        /// Its messages.
+        printed: String,
+    },
+    /// pasta does not become ready.
+    #[error("pasta, which connects the container with the outside, was not ready after {seconds} s")]
+    PastaHangs {
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// The kernel does not report changes.
     #[error("cannot watch the network namespace")]
     Watch(#[source] io::Error),
@@ -62,7 +119,13 @@ impl HasKind for NetworkError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::NoDevice | Self::InUse | Self::OtherNamespace => ErrorKind::FailedPrecondition,
-            Self::TooMany { .. } | Self::NotEthernet { .. } => ErrorKind::Unimplemented,
+            Self::TooMany { .. } | Self::NotEthernet { .. } | Self::Host => ErrorKind::Unimplemented,
+            Self::NamesNamespace { .. } | Self::OtherPorts => ErrorKind::InvalidArgument,
+            Self::Publish { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
+                ErrorKind::FailedPrecondition
+            }
+            Self::Publish { source, .. } => ErrorKind::of_io(source),
+            Self::Pasta(ProcessError::NotFound { .. }) => ErrorKind::FailedPrecondition,
             Self::Guest(error) => error.kind(),
             Self::Vm(error) => error.kind(),
             _ => ErrorKind::Internal,

@@ -18,6 +18,7 @@ pub mod fuzzing;
 mod localhost;
 mod nameservers;
 mod namespace;
+mod pasta;
 mod wiring;
 
 use std::{
@@ -53,6 +54,9 @@ pub use machinen_netlink::{InterfaceCounters, Traffic};
 use nameservers::ResolvConf;
 use namespace::PodNamespace;
 pub use namespace::{disconnect_abandoned, same_namespace};
+pub use pasta::NAMESERVER;
+pub(crate) use pasta::OutsideNetwork;
+use pasta::RunningPasta;
 
 /// The least time between two streams for the same purpose: a guest may close them at any moment.
 const REOPENED_AFTER: Duration = Duration::from_secs(1);
@@ -63,6 +67,7 @@ const TRIED_AGAIN_AFTER: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(crate) struct PodNetwork {
     id: NetnsId,
+    outside: Option<OutsideNetwork>,
     guest: Arc<GuestNetwork>,
     follower: tokio::sync::Mutex<Option<JoinHandle<()>>>,
 }
@@ -93,14 +98,16 @@ struct Given {
 }
 
 impl PodNetwork {
-    /// Connects the VM with a namespace, and follows the namespace until the VM has ended. Returns None if the
-    /// namespace is the host's own, whose packets are not the container's.
+    /// Connects the VM with a namespace, and the namespace with the `outside`, if there is one to be made. Follows the
+    /// namespace until the VM has ended. Returns None if the namespace is the host's own, whose packets are not the
+    /// container's.
     ///
     /// # Errors
-    /// The kernel refuses.
+    /// The kernel refuses, or there is no connection with the outside.
     pub(crate) async fn connect(
         vm: &Vm,
         namespace: OwnedFd,
+        outside: Option<OutsideNetwork>,
         unclaimed: Arc<Semaphore>,
     ) -> Result<Option<Arc<Self>>, NetworkError> {
         let taps = vm.taps().map(|taps| Ok((taps.namespace.try_clone()?, taps.count())));
@@ -108,6 +115,10 @@ impl PodNetwork {
         let connected = spawn_blocking(move || PodNamespace::connect(namespace, taps)).await;
         let Some((namespace, changes)) = connected.map_err(NetworkError::Worker)?? else { return Ok(None) };
         let id = namespace.id;
+        let pasta = match &outside {
+            Some(outside) => Some(outside.connect(&namespace.descriptor()?).await?),
+            None => None,
+        };
         let guest = Arc::new(GuestNetwork {
             vm: vm.clone(),
             namespace: Arc::new(Mutex::new(namespace)),
@@ -117,13 +128,18 @@ impl PodNetwork {
             ended: watch::Sender::default(),
             started: Notify::new(),
         });
-        let follower = tokio::spawn(follow(Arc::clone(&guest), vm.clone(), changes));
-        Ok(Some(Arc::new(Self { id, guest, follower: tokio::sync::Mutex::new(Some(follower)) })))
+        let follower = tokio::spawn(follow(Arc::clone(&guest), vm.clone(), changes, pasta));
+        Ok(Some(Arc::new(Self { id, outside, guest, follower: tokio::sync::Mutex::new(Some(follower)) })))
     }
 
     /// The namespace that the VM is connected with.
     pub(crate) fn id(&self) -> NetnsId {
         self.id
+    }
+
+    /// The connection with the outside that was made for the namespace.
+    pub(crate) fn outside(&self) -> Option<&OutsideNetwork> {
+        self.outside.as_ref()
     }
 
     /// Adds the file that a container has as its /etc/resolv.conf: the container reaches the nameservers of the
@@ -317,20 +333,31 @@ impl GuestNetwork {
 }
 
 /// Gives the guest each change of the namespace until the VM has ended, and then disconnects the namespace.
-async fn follow(guest: Arc<GuestNetwork>, vm: Vm, changes: NetlinkSocket) {
+async fn follow(guest: Arc<GuestNetwork>, vm: Vm, changes: NetlinkSocket, mut pasta: Option<RunningPasta>) {
     let followed = async {
         let error = follow_changes(&guest, &vm, changes).await;
         if !is_end_of_agent(&error) {
             tracing::error!("changes of the network do not reach the guest any more: {}", chain(&error));
         }
     };
-    let all = async { tokio::join!(followed, keep_localhost(&guest, &vm)) };
+    let outside = async {
+        if let Some(pasta) = &mut pasta {
+            let printed = pasta.ended().await;
+            tracing::error!(
+                "the container is not connected with the outside any more, because pasta has ended: {printed}"
+            );
+        }
+    };
+    let all = async { tokio::join!(followed, keep_localhost(&guest, &vm), outside) };
     tokio::select! {
         biased;
         _ = vm.exited() => {}
-        ((), ()) = all => {
+        _ = all => {
             vm.exited().await;
         }
+    }
+    if let Some(pasta) = pasta {
+        pasta.end().await;
     }
     if let Err(error) = guest.in_namespace(PodNamespace::disconnect).await {
         tracing::warn!("a VM's network is not completely disconnected: {}", chain(&error));

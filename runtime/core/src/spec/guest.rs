@@ -44,6 +44,8 @@ pub struct GuestSpec {
     pub named: Vec<NamedNamespace>,
     /// Path of the container's network namespace on the host, if the configuration names one.
     pub netns: Option<PathBuf>,
+    /// The configuration has no network namespace, which asks for the host's.
+    pub host_network: bool,
     /// `linux.cgroupsPath`, which names a cgroup of the host. The guest has another one.
     pub cgroups_path: Option<PathBuf>,
 }
@@ -154,6 +156,7 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
     if mounts_cgroups {
         add_cgroup_namespace(linux);
     }
+    let host_network = !linux.namespaces().iter().flatten().any(is_network);
     let (netns, named) = take_namespaces(linux)?;
     // The guest has one cgroup tree and no security modules, so the host's names have no meaning there.
     let cgroups_path = linux.cgroups_path().clone();
@@ -169,7 +172,7 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
             });
         }
     }
-    Ok(GuestSpec { spec, hooks, injected, volumes, named, netns, cgroups_path })
+    Ok(GuestSpec { spec, hooks, injected, volumes, named, netns, host_network, cgroups_path })
 }
 
 /// The bind mounts of a host's configuration.
@@ -183,8 +186,12 @@ pub fn volumes(mut spec: Spec) -> Result<Vec<VolumeMount>, ReduceError> {
 /// The path of the network namespace that a host's configuration names.
 pub(crate) fn network_namespace(spec: &Spec) -> Option<PathBuf> {
     let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
-    let network = namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
+    let network = namespaces.iter().find(|namespace| is_network(namespace));
     network.and_then(|namespace| namespace.path().clone())
+}
+
+fn is_network(namespace: &LinuxNamespace) -> bool {
+    namespace.typ() == LinuxNamespaceType::Network
 }
 
 impl GuestSpec {

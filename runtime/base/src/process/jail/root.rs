@@ -44,8 +44,11 @@ pub struct JailFiles {
     pub devices: Vec<PathBuf>,
     /// A directory in which the program starts and can write. Without it the program starts in the root.
     pub working_dir: Option<PathBuf>,
-    /// Empty directories, by their paths, on which this process mounts something while the program runs.
+    /// Empty directories, by their paths, on which something is mounted while the program runs.
     pub mount_points: Vec<PathBuf>,
+    /// Files that the program can read at other paths than their own, which come second. What does not exist is left out.
+    /// The first path may be that of a descriptor of this process, such as one of a namespace.
+    pub placed: Vec<(PathBuf, PathBuf)>,
 }
 
 /// The place of the working directory in the jail.
@@ -60,6 +63,7 @@ const PROGRAM_DIRS: [&str; 3] = ["bin", "sbin", "libexec"];
 const READABLE: MountAttributes = MountAttributes { read_only: true, devices: false, executable: true };
 const DEVICE: MountAttributes = MountAttributes { read_only: true, devices: true, executable: false };
 const WRITABLE: MountAttributes = MountAttributes { read_only: false, devices: false, executable: false };
+const PLACED: MountAttributes = MountAttributes { read_only: true, devices: false, executable: false };
 const EMPTY: MountAttributes = MountAttributes { read_only: true, devices: false, executable: false };
 
 /// A root that is being put together.
@@ -82,6 +86,12 @@ impl JailFiles {
         }
         for path in &self.devices {
             root.mount(path, DEVICE)?;
+        }
+        for (path, at) in &self.placed {
+            match path.metadata() {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                _ => root.mount_at(path, at, PLACED)?,
+            }
         }
         root.mount(program, READABLE)?;
         if let Some(interpreter) = interpreter(program)? {

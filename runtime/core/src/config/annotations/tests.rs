@@ -67,6 +67,9 @@ fn each_key_reaches_its_setting() {
     assert_eq!(with("io.machinen.channel", "serial").unwrap().vm.channel, ChannelMode::Serial);
     assert!(with("io.machinen.lazy", "true").unwrap().restore.lazy);
     assert_eq!(with("io.machinen.tcp", "close").unwrap().restore.tcp, TcpMode::Close);
+    assert!(with("io.machinen.network", "pasta").unwrap().network.outside);
+    let network = with("io.machinen.ports", "8080:80,53:53/udp").unwrap().network;
+    assert!(network.outside && network.ports.len() == 2, "{network:?}");
 }
 
 #[test]
@@ -84,6 +87,8 @@ fn errors_name_the_valid_values() {
         ("io.machinen.kernel-args", "a\nb"),
         ("io.machinen.channel", "pigeon"),
         ("io.machinen.tcp", "open"),
+        ("io.machinen.network", "host"),
+        ("io.machinen.ports", "80"),
     ] {
         let error = with(name, value).unwrap_err().to_string();
         assert!(error.contains(name) && error.contains("it takes"), "{error}");

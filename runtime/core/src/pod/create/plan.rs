@@ -15,8 +15,9 @@ use tokio::task::spawn_blocking;
 
 use super::CreateRequest;
 use crate::{
-    config::{Config, annotations},
+    config::{Config, HostNetwork, NetworkConfig, annotations},
     hooks::ContainerHooks,
+    network::{self, NetworkError, OutsideNetwork},
     pod::{
         ContainerId, Pod, PodError,
         namespaces::SharedNamespaces,
@@ -29,8 +30,13 @@ use crate::{
     spec::{
         bundle,
         guest::{self, GuestSpec, Injected, MAX_INJECTED},
+        volumes::VolumeMount,
     },
 };
+
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+/// The network namespace of this process.
+const OWN_NETNS: &str = "/proc/self/ns/net";
 
 /// What is decided about a container.
 #[derive(Debug, Clone)]
@@ -44,6 +50,8 @@ pub(in crate::pod) struct CreatePlan {
     pub(in crate::pod) restore: Option<RestorePlan>,
     /// The sources of the volumes.
     pub(in crate::pod) volumes: Vec<Volume>,
+    /// How the container's own network namespace is connected with the outside, if it is.
+    pub(super) outside: Option<OutsideNetwork>,
     pub(super) hooks: ContainerHooks,
     /// The namespaces that the container shares with others of the pod.
     pub(super) namespaces: SharedNamespaces,
@@ -65,28 +73,34 @@ impl CreatePlan {
     /// # Errors
     /// A file cannot be read, or is too large.
     pub(in crate::pod) async fn read_injected(&self) -> Result<Vec<InjectedFile>, PodError> {
-        if self.guest.injected.is_empty() {
-            return Ok(Vec::new());
+        let mut injected = self.guest.injected.clone();
+        let mut files = Vec::new();
+        if self.outside.is_some() && !self.guest.volumes.iter().any(is_resolv_conf) {
+            // The host's nameserver may be one that only the host reaches.
+            injected.retain(|file| file.destination != RESOLV_CONF);
+            files.push(resolv_conf());
         }
-        let injected = self.guest.injected.clone();
-        spawn_blocking(move || injected.iter().map(read_one).collect()).await.map_err(PodError::Worker)?
+        if !injected.is_empty() {
+            let read = move || injected.iter().map(read_one).collect::<Result<Vec<_>, _>>();
+            files.extend(spawn_blocking(read).await.map_err(PodError::Worker)??);
+        }
+        Ok(files)
     }
 
     /// The network namespace that the container's anchor joins; None: one of its own.
     pub(in crate::pod) fn netns(&self) -> Option<PathBuf> {
-        self.guest.netns.clone()
+        self.guest.netns.clone().filter(|_| self.outside.is_none())
     }
 
     /// Whether the configuration names a network namespace, which other containers may have too.
     pub(super) fn names_netns(&self) -> bool {
-        self.guest.netns.is_some()
+        self.netns().is_some()
     }
 
     /// The host's file that the container has as its /etc/resolv.conf.
     pub(super) fn resolv_conf(&self) -> Option<Arc<OwnedFd>> {
         let mounted = self.guest.volumes.iter().zip(&self.volumes);
-        let (_, volume) =
-            mounted.rev().find(|(mount, _)| mount.destination == Path::new("/etc/resolv.conf"))?;
+        let (_, volume) = mounted.rev().find(|(mount, _)| is_resolv_conf(mount))?;
         volume.is_file.then(|| Arc::clone(&volume.source))
     }
 }
@@ -130,6 +144,7 @@ impl Pod {
         let config = annotations::apply(&self.shared.config, &annotations)?;
         let rootfs = rootfs::plan(rootfs, &spec, bundle)?;
         let guest = guest::reduce(spec, id)?;
+        let outside = outside(&config.network, &guest)?;
         let hooks = ContainerHooks::new(guest.hooks.clone(), &guest.spec, id, bundle, annotations.clone());
         let assets = Assets::find(&config.assets.dir)?;
         let restore = checkpoint.map(|(dir, origin)| {
@@ -146,8 +161,47 @@ impl Pod {
         if let Some(restore) = &restore {
             restore.check_volumes(&volumes)?;
         }
-        Ok(CreatePlan { config, annotations, assets, guest, rootfs, restore, volumes, hooks, namespaces })
+        let plan = CreatePlan {
+            config,
+            annotations,
+            assets,
+            guest,
+            rootfs,
+            restore,
+            volumes,
+            outside,
+            hooks,
+            namespaces,
+        };
+        Ok(plan)
     }
+}
+
+/// How the container is connected with the outside, if it is.
+///
+/// # Errors
+/// The configuration asks for the host's own network, or names another one.
+fn outside(config: &NetworkConfig, guest: &GuestSpec) -> Result<Option<OutsideNetwork>, PodError> {
+    // A path that does not lead to a namespace is reported where it is joined.
+    let is_host = |path: &PathBuf| network::same_namespace(OWN_NETNS.as_ref(), Some(path)).unwrap_or(false);
+    let wants_host = guest.host_network || guest.netns.as_ref().is_some_and(is_host);
+    let outside = OutsideNetwork { pasta: config.pasta.clone(), ports: config.ports.clone() };
+    match (&guest.netns, config.outside, config.host) {
+        (_, true, _) | (_, false, HostNetwork::Pasta) if wants_host => Ok(Some(outside)),
+        (_, false, HostNetwork::Refuse) if wants_host => Err(PodError::Network(NetworkError::Host)),
+        (Some(path), true, _) => Err(PodError::Network(NetworkError::NamesNamespace { path: path.clone() })),
+        (None, true, _) => Ok(Some(outside)),
+        (_, false, _) => Ok(None),
+    }
+}
+
+fn is_resolv_conf(mount: &VolumeMount) -> bool {
+    mount.destination == Path::new(RESOLV_CONF)
+}
+
+fn resolv_conf() -> InjectedFile {
+    let content = format!("nameserver {}\n", network::NAMESERVER).into_bytes();
+    InjectedFile { destination: RESOLV_CONF.to_owned(), content, mode: 0o644, ..Default::default() }
 }
 
 fn read_one(Injected { source, destination }: &Injected) -> Result<InjectedFile, PodError> {

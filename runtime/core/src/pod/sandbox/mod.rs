@@ -23,7 +23,7 @@ use tokio::sync::{Mutex, Semaphore};
 use super::PodError;
 use crate::{
     config::{Config, VmConfig, annotations},
-    network::{NetworkError, PodNetwork},
+    network::{NetworkError, OutsideNetwork, PodNetwork},
     pool::WarmVm,
 };
 use afterwards::Afterwards;
@@ -203,16 +203,18 @@ impl Sandbox {
 
     /// Connects the VM of a container with the container's network namespace, unless another container of the pod has
     /// done so. `named`: the configuration names the namespace; otherwise the container's own is connected if the pod has
-    /// no other. Returns None if the namespace is not connected: it is the host's own, or such a further one.
+    /// no other. `outside`: how the namespace is connected with the outside. Returns None if the namespace is not
+    /// connected: it is the host's own, or such a further one.
     ///
     /// # Errors
-    /// The VM has ended, another container has another namespace, or the kernel refuses.
+    /// The VM has ended, another container has another namespace or connection, or the kernel refuses.
     pub(super) async fn connect(
         &self,
         container: &str,
         vm: &Vm,
         namespace: OwnedFd,
         named: bool,
+        outside: Option<OutsideNetwork>,
     ) -> Result<Option<Arc<PodNetwork>>, PodError> {
         let mut state = self.state.lock().await;
         let running = match &mut *state {
@@ -220,6 +222,9 @@ impl Sandbox {
             _ => return Err(PodError::Gone { id: container.to_owned() }),
         };
         if let Some(network) = &running.network {
+            if outside.is_some() && network.outside() != outside.as_ref() {
+                return Err(PodError::Network(NetworkError::OtherPorts));
+            }
             let id = netns::id(&namespace).map_err(|error| PodError::Network(NetworkError::Enter(error)))?;
             return match network.id() == id {
                 true => Ok(Some(Arc::clone(network))),
@@ -227,7 +232,7 @@ impl Sandbox {
                 false => Ok(None),
             };
         }
-        let network = PodNetwork::connect(vm, namespace, Arc::clone(&self.settings.unclaimed))
+        let network = PodNetwork::connect(vm, namespace, outside, Arc::clone(&self.settings.unclaimed))
             .await
             .map_err(PodError::Network)?;
         running.network.clone_from(&network);
