@@ -33,7 +33,10 @@ use args::{Action, ShimArgs};
 use error::ShimError;
 
 fn main() -> ExitCode {
-    let entry_points = [template::ENTRY_POINTS, &[anchor::ENTRY_POINT, shares::ENTRY_POINT, MEMBER]];
+    let entry_points = [
+        template::ENTRY_POINTS,
+        &[anchor::ENTRY_POINT, shares::ENTRY_POINT, shares::MAPPING_ENTRY_POINT, MEMBER],
+    ];
     reexec::dispatch(&entry_points).unwrap_or_else(|| report(run()))
 }
 

@@ -42,6 +42,7 @@ pub(crate) const ENTRY_POINTS: &[EntryPoint] = &[
     stand_in::ENTRY_POINT,
     anchor::ENTRY_POINT,
     shares::ENTRY_POINT,
+    shares::MAPPING_ENTRY_POINT,
 ];
 
 /// The verbs of an OCI runtime (runc(8)).

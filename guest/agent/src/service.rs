@@ -306,6 +306,19 @@ impl Agent for Service {
         .await
     }
 
+    async fn offer_socket_stream(
+        &self,
+        _: &TtrpcContext,
+        request: api::OfferSocketStreamRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let state = Arc::clone(&self.state);
+        whole(async move {
+            state.shares.offer(&state.context.unclaimed, request.stream).await?;
+            Ok(api::Empty::new())
+        })
+        .await
+    }
+
     async fn checkpoint_container(
         &self,
         _: &TtrpcContext,

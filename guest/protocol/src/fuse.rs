@@ -62,6 +62,8 @@ pub mod opcode {
     pub const DESTROY: u32 = 38;
     /// [`FORGET`] for several nodes. Has no reply.
     pub const BATCH_FORGET: u32 = 42;
+    /// Lists a part of a directory, and looks the names up.
+    pub const READDIRPLUS: u32 = 44;
     /// SETATTR, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, WRITE, SETXATTR, REMOVEXATTR, CREATE,
     /// FALLOCATE, RENAME2, COPY_FILE_RANGE.
     pub(super) const CHANGES: [u32; 15] = [4, 6, 8, 9, 10, 11, 12, 13, 16, 21, 24, 35, 43, 45, 47];

@@ -5,7 +5,7 @@
 //! kinds of errors ([`error`]), the first bytes of each stream ([`preamble`]), the names of processes
 //! ([`process`]), the archive of a container's changes ([`layer`]), the messages about its files ([`fuse`]), the
 //! volumes of the host ([`shares`]), the queries for names ([`nameservers`]), the
-//! connections to localhost ([`localhost`]), the addresses below, and the [`VERSION`] that is checked before anything else.
+//! connections to localhost ([`localhost`]) and to sockets of the host ([`sockets`]), the addresses below, and the [`VERSION`] that is checked before anything else.
 //!
 //! ```text
 //!   host                                             guest agent
@@ -26,6 +26,7 @@ pub mod nameservers;
 pub mod preamble;
 pub mod process;
 pub mod shares;
+pub mod sockets;
 pub mod tail;
 
 use std::time::Duration;
@@ -51,7 +52,7 @@ pub mod api {
 }
 
 /// Version of the whole protocol: messages, preamble and their meaning. Every incompatible change moves it.
-pub const VERSION: u16 = 7;
+pub const VERSION: u16 = 8;
 
 /// Most processes in the answer to ListProcesses.
 pub const MAX_LISTED_PROCESSES: usize = 1024;

@@ -45,6 +45,15 @@ pub fn clone_tree(source: BorrowedFd<'_>, options: TreeOptions) -> io::Result<Ow
     Ok(tree)
 }
 
+/// Shows the files of a mount that is in no namespace yet as those of the users to which the user namespace maps their
+/// owners; with `recursive` also those of the mounts below it.
+///
+/// # Errors
+/// The errors of mount_setattr(2), as EINVAL where the file system knows no such mounts.
+pub fn map_users(tree: BorrowedFd<'_>, namespace: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
+    root::map_users(tree, namespace, recursive)
+}
+
 /// The mount namespace of a child process.
 #[derive(Debug)]
 pub struct ChildMounts {

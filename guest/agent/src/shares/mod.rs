@@ -8,6 +8,7 @@
 //! would wait for its own answer. Other processes do that for it.
 
 mod queue;
+mod sockets;
 
 use std::{
     fs, io,
@@ -32,6 +33,7 @@ use tokio::{
     task::JoinSet,
 };
 
+use self::{queue::Queue, sockets::Sockets};
 use crate::{
     channel::{Stream, Unclaimed},
     console, sys,
@@ -64,9 +66,12 @@ impl HasKind for ShareError {
     }
 }
 
-/// Whether the volumes are mounted.
+/// The volumes of the pod.
 #[derive(Debug, Default)]
-pub(crate) struct Shares(Mutex<bool>);
+pub(crate) struct Shares {
+    is_mounted: Mutex<bool>,
+    sockets: Arc<Sockets>,
+}
 
 impl Shares {
     /// Mounts the volumes, and passes requests on from then on.
@@ -74,7 +79,7 @@ impl Shares {
     /// # Errors
     /// A stream is missing, the volumes are mounted, or the kernel refuses.
     pub(crate) async fn mount(&self, unclaimed: &Unclaimed, tokens: &[u64]) -> Result<(), ShareError> {
-        let mut mounted = self.0.lock().await;
+        let mut mounted = self.is_mounted.lock().await;
         let mut streams = Vec::new();
         for token in tokens.iter().copied() {
             streams.push(unclaimed.claim(token).await.ok_or(ShareError::NoStream { token })?);
@@ -87,7 +92,17 @@ impl Shares {
         }
         let device = Arc::new(mount_file_system()?);
         *mounted = true;
-        tokio::spawn(pass_on(device, streams));
+        tokio::spawn(pass_on(device, Arc::clone(&self.sockets), streams));
+        Ok(())
+    }
+
+    /// Keeps a stream for the next connection to a socket of the host.
+    ///
+    /// # Errors
+    /// There is no such stream.
+    pub(crate) async fn offer(&self, unclaimed: &Unclaimed, token: u64) -> Result<(), ShareError> {
+        let stream = unclaimed.claim(token).await.ok_or(ShareError::NoStream { token })?;
+        self.sockets.offer(stream).await;
         Ok(())
     }
 }
@@ -113,10 +128,11 @@ fn mount_file_system() -> Result<AsyncFd<OwnedFd>, ShareError> {
 }
 
 /// Passes requests on until a stream ends; then every access to a volume fails.
-async fn pass_on(device: Arc<AsyncFd<OwnedFd>>, streams: Vec<Stream>) {
+async fn pass_on(device: Arc<AsyncFd<OwnedFd>>, sockets: Arc<Sockets>, streams: Vec<Stream>) {
     let mut queues = JoinSet::new();
     for stream in streams {
-        queues.spawn(queue::run(Arc::clone(&device), stream));
+        let queue = Queue { device: Arc::clone(&device), sockets: Arc::clone(&sockets), stream };
+        queues.spawn(queue.run());
     }
     drop(device);
     if let Some(Ok(Err(error))) = queues.join_next().await {

@@ -5,32 +5,145 @@ use std::{io, os::fd::OwnedFd, sync::Arc};
 use machinen_protocol::{
     fuse::{REPLY_HEADER, REQUEST_HEADER, ReplyHeader, RequestHeader, opcode},
     shares::MAX_MESSAGE,
+    sockets::SocketKind,
 };
 use nix::errno::Errno;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, unix::AsyncFd};
 
-use crate::channel::Stream;
+use super::sockets::{
+    Lookup, NewSocket, Sockets,
+    messages::{Entry, forget, question, take_sockets},
+};
+use crate::{channel::Stream, console};
 
-/// Runs until the file system is unmounted, or the stream ends.
-///
-/// # Errors
-/// The stream has failed, or the host sent what is not a reply to the request.
-pub(super) async fn run(device: Arc<AsyncFd<OwnedFd>>, mut stream: Stream) -> io::Result<()> {
-    let mut message = vec![0; MAX_MESSAGE];
-    while let Some(request) = read(&device, &mut message).await? {
-        // A request that is being answered cannot be given up. With the last file of a file system that is unmounted
-        // nothing is left to be done on the host.
-        if matches!(request.opcode, opcode::INTERRUPT | opcode::DESTROY) {
-            continue;
+type Device = Arc<AsyncFd<OwnedFd>>;
+
+/// Room for the reply to a lookup, bytes.
+const SHORT_REPLY: usize = 256;
+
+#[derive(Debug)]
+pub(super) struct Queue {
+    pub(super) device: Device,
+    pub(super) sockets: Arc<Sockets>,
+    pub(super) stream: Stream,
+}
+
+impl Queue {
+    /// Runs until the file system is unmounted, or the stream ends.
+    ///
+    /// # Errors
+    /// The stream has failed, or the host sent what is not a reply to the request.
+    pub(super) async fn run(mut self) -> io::Result<()> {
+        let mut message = vec![0; MAX_MESSAGE];
+        while let Some(request) = read(&self.device, &mut message).await? {
+            // A request that is being answered cannot be given up. With the last file of a file system that is
+            // unmounted nothing is left to be done on the host.
+            if matches!(request.opcode, opcode::INTERRUPT | opcode::DESTROY) {
+                continue;
+            }
+            match self.sockets.answer(request, &message[REQUEST_HEADER..request.length]) {
+                Some(answer) if answer.is_empty() => {}
+                Some(answer) => write(&self.device, &answer)?,
+                None => self.pass_on(request, &mut message).await?,
+            }
         }
-        stream.write_all(&message[..request.length]).await?;
-        stream.flush().await?;
-        if request.is_answered() {
-            let length = receive(&mut stream, request, &mut message).await?;
-            write(&device, &message[..length])?;
+        Ok(())
+    }
+
+    /// Sends a request to the host, and the reply to the kernel.
+    async fn pass_on(&mut self, request: RequestHeader, message: &mut [u8]) -> io::Result<()> {
+        let sent = &message[..request.length];
+        self.sockets.forget(request, &sent[REQUEST_HEADER..]);
+        let lookup = (request.opcode == opcode::LOOKUP).then(|| sent.to_vec()).unwrap_or_default();
+        self.send(sent).await?;
+        if !request.is_answered() {
+            return Ok(());
+        }
+        let length = self.receive(request.unique, message).await?;
+        let reply = &mut message[..length];
+        match request.opcode {
+            opcode::LOOKUP | opcode::MKNOD | opcode::LINK => self.give_entry(request, reply, &lookup).await,
+            opcode::READDIRPLUS => {
+                let sockets = take_sockets(&mut reply[REPLY_HEADER..]);
+                write(&self.device, reply)?;
+                for node in sockets {
+                    self.send(&forget(node)).await?;
+                }
+                Ok(())
+            }
+            _ => write(&self.device, reply),
         }
     }
-    Ok(())
+
+    /// Gives the kernel the reply to a request for an entry. If it is a socket of the host, the agent has bound its own by
+    /// then: a task waits for that, because the kernel asks the queues meanwhile.
+    async fn give_entry(&mut self, request: RequestHeader, reply: &[u8], lookup: &[u8]) -> io::Result<()> {
+        let found =
+            Entry::of_reply(reply).map_or(Lookup::Known, |entry| self.sockets.examine(request, &entry));
+        let (device, reply) = (Arc::clone(&self.device), reply.to_vec());
+        match found {
+            Lookup::Known => return write(&device, &reply),
+            Lookup::Waits(mut bound) => drop(tokio::spawn(async move {
+                // Where it cannot be bound, the kernel gets the reply too.
+                drop(bound.wait_for(|bound| *bound).await);
+                finish(&device, &reply);
+            })),
+            Lookup::New(socket) => {
+                let entry = self.entry_to_bind(&socket, request.unique, lookup).await?;
+                let Some(entry) = entry else { return write(&device, &reply) };
+                drop(tokio::spawn(async move {
+                    if let Err(error) = socket.bind(entry).await {
+                        console::say(&format!("a socket of the host cannot be reached: {error}"));
+                    }
+                    finish(&device, &reply);
+                }));
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks a socket up once more, for the agent's own name. None: the host has no such socket any more, or it takes no
+    /// connections.
+    async fn entry_to_bind(
+        &mut self,
+        socket: &NewSocket,
+        unique: u64,
+        lookup: &[u8],
+    ) -> io::Result<Option<Entry>> {
+        let mut reply = [0; SHORT_REPLY];
+        self.send(&question(unique, socket.node())).await?;
+        let length = self.receive(unique, &mut reply).await?;
+        if SocketKind::decode(&reply[REPLY_HEADER..length]) != Some(SocketKind::Connections) {
+            return Ok(None);
+        }
+        self.send(lookup).await?;
+        let length = self.receive(unique, &mut reply).await?;
+        match Entry::of_reply(&reply[..length]) {
+            Some(entry) if entry.node() == socket.node() => Ok(Some(entry)),
+            // Another file has the name by now.
+            Some(entry) => self.send(&forget(entry.node())).await.map(|()| None),
+            None => Ok(None),
+        }
+    }
+
+    async fn send(&mut self, message: &[u8]) -> io::Result<()> {
+        self.stream.write_all(message).await?;
+        self.stream.flush().await
+    }
+
+    /// Receives the reply to the request `unique`, and returns its length.
+    async fn receive(&mut self, unique: u64, message: &mut [u8]) -> io::Result<usize> {
+        let most = message.len();
+        let (header, body) = message.split_at_mut(REPLY_HEADER);
+        self.stream.read_exact(header).await?;
+        let header = header.as_array().expect("split there");
+        let reply = ReplyHeader::decode_within(header, most).map_err(io::Error::other)?;
+        if reply.unique != unique {
+            return Err(io::Error::other("the host's reply is to another request"));
+        }
+        self.stream.read_exact(&mut body[..reply.length - REPLY_HEADER]).await?;
+        Ok(reply.length)
+    }
 }
 
 /// The next request, in `message`. None: the file system was unmounted.
@@ -53,16 +166,11 @@ async fn read(device: &AsyncFd<OwnedFd>, message: &mut [u8]) -> io::Result<Optio
     }
 }
 
-async fn receive(stream: &mut Stream, request: RequestHeader, message: &mut [u8]) -> io::Result<usize> {
-    let (header, body) = message.split_at_mut(REPLY_HEADER);
-    stream.read_exact(header).await?;
-    let header = header.as_array().expect("split there");
-    let reply = ReplyHeader::decode_within(header, MAX_MESSAGE).map_err(io::Error::other)?;
-    if reply.unique != request.unique {
-        return Err(io::Error::other("the host's reply is to another request"));
+/// Writes a reply from a task. The queues find out whether the file system is gone.
+fn finish(device: &AsyncFd<OwnedFd>, reply: &[u8]) {
+    if let Err(error) = write(device, reply) {
+        console::say(&format!("a file of a volume cannot be looked up: {error}"));
     }
-    stream.read_exact(&mut body[..reply.length - REPLY_HEADER]).await?;
-    Ok(reply.length)
 }
 
 fn write(device: &AsyncFd<OwnedFd>, reply: &[u8]) -> io::Result<()> {

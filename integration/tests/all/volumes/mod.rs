@@ -7,6 +7,7 @@ mod life;
 mod mounts;
 mod refused;
 mod restored;
+mod sockets;
 
 use std::{fs, path::PathBuf};
 

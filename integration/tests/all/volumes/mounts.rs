@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    os::unix::fs::{MetadataExt, symlink},
+    os::unix::fs::{MetadataExt, chown, symlink},
 };
 
 use anyhow::{Result, ensure};
@@ -11,6 +11,8 @@ use machinen_integration::{
     containerd::Containerd,
     served::Served,
 };
+
+use serde_json::json;
 
 use super::{bind, shell, source};
 use crate::harness::{IMAGE, on_every_containerd, on_newest_containerd};
@@ -23,6 +25,7 @@ on_newest_containerd!(
     onto_links_of_the_image,
     two_containers_of_a_pod,
     mounts_below_the_source,
+    mapped_users,
 );
 
 fn by_ctr(containerd: &mut Containerd) -> Result<()> {
@@ -176,5 +179,45 @@ fn mounts_below_the_source(containerd: &mut Containerd) -> Result<()> {
     })();
     Invocation::new("umount").arg(&below).run()?.ok()?;
     ensure!(seen? == "below\n", "not only the recursive mount has the file below");
+    Ok(())
+}
+
+/// ID-mapped mounts, as Kubernetes asks for them in pods with a user namespace.
+fn mapped_users(containerd: &mut Containerd) -> Result<()> {
+    let data = source(containerd)?;
+    for (name, owner) in [("of-root", 0), ("of-other", 1000)] {
+        fs::write(data.join(name), "")?;
+        chown(data.join(name), Some(owner), Some(owner))?;
+    }
+    let bundle = Bundle::busybox(containerd)?;
+    let mapping = json!([{"containerID": 0, "hostID": 5000, "size": 2000}]);
+    let script =
+        "stat -c '%u %g' /data/of-root /data/of-other; touch /data/new-$0; stat -c '%u %g' /data/new-$0";
+    // Its owner is not among the users of the container's namespace, so nothing can be made in it there.
+    fs::create_dir(bundle.rootfs().join("data"))?;
+    // By mappings of the mount, and by those of the container's user namespace.
+    let config = bundle.config(&["sh", "-ec", script, "mount"], |spec| {
+        bind(spec, &data, "/data", &[]);
+        let mounts = spec["mounts"].as_array_mut().expect("an array");
+        let mount = mounts.last_mut().expect("it has just been added");
+        mount["uidMappings"] = mapping.clone();
+        mount["gidMappings"] = mapping.clone();
+        spec["process"]["user"] = json!({"uid": 5000, "gid": 5000});
+    })?;
+    let seen = containerd.run_spec(&config).ok()?;
+    ensure!(seen == "5000 5000\n6000 6000\n5000 5000\n", "{seen}");
+    let config = bundle.config(&["sh", "-ec", script, "container"], |spec| {
+        bind(spec, &data, "/data", &["idmap"]);
+        spec["linux"]["uidMappings"] = mapping.clone();
+        spec["linux"]["gidMappings"] = mapping.clone();
+        let namespaces = spec["linux"]["namespaces"].as_array_mut().expect("an array");
+        namespaces.push(json!({"type": "user"}));
+    })?;
+    let seen = containerd.run_spec(&config).ok()?;
+    ensure!(seen == "0 0\n1000 1000\n0 0\n", "{seen}");
+    for name in ["new-mount", "new-container"] {
+        let made = fs::metadata(data.join(name))?;
+        ensure!((made.uid(), made.gid()) == (0, 0), "{name} belongs to {}", made.uid());
+    }
     Ok(())
 }

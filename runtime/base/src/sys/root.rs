@@ -46,6 +46,7 @@ const READ_ONLY: u64 = 0x1;
 const NO_SET_USER_ID: u64 = 0x2;
 const NO_DEVICES: u64 = 0x4;
 const NO_EXECUTION: u64 = 0x8;
+const MAPPED: u64 = 0x10_0000;
 
 /// Changes the attributes of a mount (mount_setattr(2), Linux 5.12): set-user-ID bits have no effect, and no mount of the
 /// host propagates into it.
@@ -72,8 +73,19 @@ pub(crate) fn set_tree_attributes(
     change(mount, libc::AT_EMPTY_PATH | libc::AT_RECURSIVE, set, propagation)
 }
 
+/// Gives the files of a mount, and with `recursive` those of all mounts below it, to the users to which the user namespace
+/// maps their owners.
+pub(crate) fn map_users(mount: BorrowedFd<'_>, namespace: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    let user_namespace = u64::from(namespace.as_raw_fd().cast_unsigned());
+    apply(mount, flags, MountAttr { set: MAPPED, clear: 0, propagation: 0, user_namespace })
+}
+
 fn change(mount: BorrowedFd<'_>, flags: libc::c_int, set: u64, propagation: u64) -> io::Result<()> {
-    let attr = MountAttr { set, clear: 0, propagation, user_namespace: 0 };
+    apply(mount, flags, MountAttr { set, clear: 0, propagation, user_namespace: 0 })
+}
+
+fn apply(mount: BorrowedFd<'_>, flags: libc::c_int, attr: MountAttr) -> io::Result<()> {
     // SAFETY: mount_setattr(2) reads an empty C string and the structure, whose size is passed with it.
     check(unsafe {
         libc::syscall(

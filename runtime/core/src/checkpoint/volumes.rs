@@ -140,7 +140,14 @@ mod tests {
     fn volume(destination: &str, is_file: bool, read_only: bool) -> Volume {
         let source = Arc::new(std::fs::File::open("/").unwrap().into());
         let options = TreeOptions { recursive: true, read_only, follows_host: false };
-        Volume { path: "/srv".into(), destination: destination.into(), source, is_file, options }
+        Volume {
+            path: "/srv".into(),
+            destination: destination.into(),
+            source,
+            is_file,
+            options,
+            mappings: None,
+        }
     }
 
     #[test]

@@ -32,7 +32,7 @@ use tokio::{
 };
 
 /// How long the guest may take to close a stream whose two directions have ended.
-const CLOSED_WITHIN: Duration = Duration::from_secs(10);
+pub(crate) const CLOSED_WITHIN: Duration = Duration::from_secs(10);
 
 type DialFuture = Pin<Box<dyn Future<Output = io::Result<BoxedStream>> + Send>>;
 
@@ -160,7 +160,11 @@ async fn relay(socket: &mut TcpStream, stream: BoxedStream) -> io::Result<()> {
     Ok(())
 }
 
-async fn send_frames(mut from: impl AsyncRead + Unpin, to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+/// Sends what arrives in frames, until it ends.
+pub(crate) async fn send_frames(
+    mut from: impl AsyncRead + Unpin,
+    to: &mut (impl AsyncWrite + Unpin),
+) -> io::Result<()> {
     let mut frame = vec![0; 2 + MAX_FRAME];
     loop {
         let read = from.read(&mut frame[2..]).await?;
@@ -173,7 +177,8 @@ async fn send_frames(mut from: impl AsyncRead + Unpin, to: &mut (impl AsyncWrite
     }
 }
 
-pub(super) async fn take_frames(
+/// Writes the content of frames, until an empty one arrives.
+pub(crate) async fn take_frames(
     from: &mut (impl AsyncRead + Unpin),
     mut to: impl AsyncWrite + Unpin,
 ) -> io::Result<()> {

@@ -15,7 +15,7 @@ mod error;
 mod filter;
 #[cfg(fuzzing)]
 pub mod fuzzing;
-mod localhost;
+pub(crate) mod localhost;
 mod nameservers;
 mod namespace;
 mod pasta;

@@ -88,6 +88,14 @@ pub enum RootfsPlanError {
         /// Number of mounts.
         count: usize,
     },
+    /// The users of the root file system would have to be mapped.
+    #[error(
+        "a rootfs mount has the option {option}, which is not supported: use a snapshot whose files belong to the users of the user namespace"
+    )]
+    Mapped {
+        /// The option.
+        option: String,
+    },
     /// The overlay has no lower directory.
     #[error("the overlay rootfs has no lowerdir")]
     NoLower,
@@ -109,7 +117,9 @@ impl HasKind for RootfsPlanError {
             Self::Missing { .. } => ErrorKind::NotFound,
             Self::Unreadable { .. } => ErrorKind::FailedPrecondition,
             Self::None | Self::NoLower => ErrorKind::InvalidArgument,
-            Self::Kind { .. } | Self::Device { .. } | Self::Several { .. } => ErrorKind::Unimplemented,
+            Self::Kind { .. } | Self::Device { .. } | Self::Several { .. } | Self::Mapped { .. } => {
+                ErrorKind::Unimplemented
+            }
         }
     }
 }
@@ -122,6 +132,10 @@ impl HasKind for RootfsPlanError {
 pub fn plan(mounts: &[RootfsMount], spec: &Spec, bundle: &Path) -> Result<RootfsPlan, RootfsPlanError> {
     let in_bundle = || ContainerDiskPlan::Unexported { path: bundle.join(WRITABLE) };
     let is_read_only = |mount: &RootfsMount| mount.options.iter().any(|option| option == "ro");
+    let mapped = |option: &&String| option.starts_with("uidmap=") || option.starts_with("gidmap=");
+    if let Some(option) = mounts.iter().flat_map(|mount| &mount.options).find(mapped) {
+        return Err(RootfsPlanError::Mapped { option: option.clone() });
+    }
     let plan = match mounts {
         [] => {
             let root = bundle.join(spec.root().as_ref().ok_or(RootfsPlanError::None)?.path());
@@ -267,6 +281,13 @@ mod tests {
             plan.disk,
             ContainerDiskPlan::Upper { path: dir.path().join("3").join(WRITABLE), upper, mount: None }
         );
+    }
+
+    #[test]
+    fn a_root_file_system_with_mapped_users_is_refused() {
+        let options = ["lowerdir=/a".to_owned(), "uidmap=0:1000:10".to_owned()];
+        let error = plan(&[mount("overlay", &options)], &Spec::default(), Path::new("/b")).unwrap_err();
+        assert!(error.to_string().contains("the option uidmap=0:1000:10"), "{error}");
     }
 
     #[test]

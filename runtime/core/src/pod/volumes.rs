@@ -14,7 +14,7 @@ use crate::{
 /// answer.
 ///
 /// # Errors
-/// A source does not exist, or is neither a directory nor a regular file.
+/// A source does not exist, or is a FIFO or a device.
 pub(super) fn open_all(bundle: &Path, mounts: &[VolumeMount]) -> Result<Vec<Volume>, PodError> {
     mounts.iter().map(|mount| open_one(bundle, mount)).collect::<Result<_, _>>().map_err(PodError::Share)
 }
@@ -30,14 +30,16 @@ fn open_one(bundle: &Path, mount: &VolumeMount) -> Result<Volume, ShareError> {
     })?;
     let is_file = match kind {
         FileType::Directory => false,
-        FileType::RegularFile => true,
+        // A socket of the host is a file to which the guest can connect.
+        FileType::RegularFile | FileType::Socket => true,
         other => {
             let (destination, kind) = (mount.destination.clone(), name(other));
             return Err(ShareError::SourceKind { path, destination, kind });
         }
     };
     let destination = mount.destination.clone();
-    Ok(Volume { path, destination, source: Arc::new(source), is_file, options: mount.options })
+    let (options, mappings) = (mount.options, mount.mappings.clone());
+    Ok(Volume { path, destination, source: Arc::new(source), is_file, options, mappings })
 }
 
 fn file_type(fd: &OwnedFd) -> io::Result<FileType> {
@@ -48,7 +50,6 @@ fn name(kind: FileType) -> &'static str {
     match kind {
         FileType::BlockDevice => "block device",
         FileType::CharacterDevice => "character device",
-        FileType::Socket => "socket",
         FileType::Fifo => "FIFO",
         _ => "file of another type",
     }
@@ -61,19 +62,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_directories_and_regular_files_are_sources() {
+    fn only_directories_files_and_sockets_are_sources() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("file"), "").unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("socket")).unwrap();
         let open = |source: &str| {
             let options = TreeOptions { recursive: true, read_only: false, follows_host: false };
             let (source, destination) = (source.into(), "/data".into());
-            open_all(dir.path(), &[VolumeMount { mount: 0, source, destination, options }])
+            open_all(dir.path(), &[VolumeMount { mount: 0, source, destination, options, mappings: None }])
         };
         assert!(open("file").unwrap()[0].is_file && !open(".").unwrap()[0].is_file);
+        assert!(open("socket").unwrap()[0].is_file);
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            dir.path().join("fifo"),
+            FileType::Fifo,
+            Mode::from_raw_mode(0o600),
+            0,
+        )
+        .unwrap();
         for (source, words) in [
             ("/dev/null", "/dev/null, the source of the mount /data, is a character device"),
-            ("socket", "is a socket"),
+            ("fifo", "is a FIFO: only directories, regular files and sockets can be mounted"),
             ("missing", "the source of the mount /data: No such file or directory"),
         ] {
             let error = chain(&open(source).unwrap_err());

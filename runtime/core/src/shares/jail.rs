@@ -29,7 +29,7 @@ pub(super) const CAPABILITIES: [u8; 8] =
 /// This bounds the host's memory for them: some 1.5 KiB each. A guest that goes further gets EMFILE.
 pub(super) const MAX_FILES: u64 = 256 << 10;
 
-const CALLS: [i64; 39] = [
+const CALLS: [i64; 44] = [
     libc::SYS_capget,
     libc::SYS_capset,
     libc::SYS_prctl,
@@ -69,6 +69,12 @@ const CALLS: [i64; 39] = [
     libc::SYS_epoll_create1,
     libc::SYS_eventfd2,
     libc::SYS_pselect6,
+    // Connections to sockets in the volumes.
+    libc::SYS_connect,
+    libc::SYS_openat2,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_setsockopt,
 ];
 
 /// The jail of a server before it has started to serve.
@@ -89,7 +95,8 @@ pub(super) fn jail() -> Jail {
 }
 
 fn system_calls() -> SystemCalls {
-    SystemCalls::basic().and(&CALLS).and_threads().and_missing(&[libc::SYS_ioctl])
+    let calls = SystemCalls::basic().and(&CALLS).and_threads().and_missing(&[libc::SYS_ioctl]);
+    calls.and_with_argument(libc::SYS_socket, 0, u64::from(u32::MAX), libc::AF_UNIX as u64)
 }
 
 #[cfg(test)]

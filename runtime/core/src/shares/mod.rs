@@ -8,11 +8,14 @@
 //! the guest sends, so it is jailed ([`jail`](self::jail)): it sees nothing of the host but the volumes, which
 //! this process mounts for it. A server that an attacker has taken over reaches no more than the guest may reach.
 
+mod dial;
 mod init;
 mod jail;
+mod mapping;
 mod queue;
 mod root;
 mod server;
+mod sockets;
 mod start;
 
 use std::{
@@ -24,7 +27,7 @@ use std::{
 
 use machinen_base::{
     error::{ErrorKind, HasKind, chain},
-    mounts::{TreeOptions, clone_tree},
+    mounts::{TreeOptions, clone_tree, map_users},
     process::ProcessError,
 };
 use machinen_protocol::shares::ShareEntry;
@@ -39,6 +42,9 @@ use tokio::{
 
 use root::ShareRoot;
 
+use crate::spec::volumes::IdMappings;
+
+pub use mapping::MAPPING_ENTRY_POINT;
 pub use server::ENTRY_POINT;
 #[cfg(fuzzing)]
 pub use server::ServedFiles;
@@ -56,9 +62,9 @@ pub enum ShareError {
         /// The cause.
         source: io::Error,
     },
-    /// The source of a volume is neither a directory nor a regular file.
+    /// The source of a volume is neither a directory nor a regular file or a socket.
     #[error(
-        "{}, the source of the mount {}, is a {kind}: only directories and regular files can be mounted",
+        "{}, the source of the mount {}, is a {kind}: only directories, regular files and sockets can be mounted",
         path.display(), destination.display()
     )]
     SourceKind {
@@ -72,6 +78,20 @@ pub enum ShareError {
     /// A mount of the host cannot be made or shown to the server.
     #[error("cannot mount {} for the server of the pod's volumes", path.display())]
     Mount {
+        /// The path on the host.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The process for a mapping of users cannot be started or ended.
+    #[error("cannot make a user namespace for an ID-mapped mount")]
+    Mapper(#[source] ProcessError),
+    /// The kernel refuses a mapping of users.
+    #[error("the kernel refuses the mapping of users of an ID-mapped mount")]
+    Mappings(#[source] io::Error),
+    /// The users of a volume cannot be mapped.
+    #[error("cannot map the users of {}: its file system must support ID-mapped mounts", path.display())]
+    Mapped {
         /// The path on the host.
         path: PathBuf,
         /// The cause.
@@ -104,12 +124,16 @@ impl HasKind for ShareError {
         match self {
             Self::Source { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
             Self::SourceKind { .. } => ErrorKind::Unimplemented,
+            Self::Mapped { .. } => ErrorKind::FailedPrecondition,
+            Self::Mappings(_) => ErrorKind::InvalidArgument,
             Self::Ended => ErrorKind::FailedPrecondition,
             Self::Stream(source) => source.kind(),
             Self::Guest(source) => source.kind(),
-            Self::Source { .. } | Self::Mount { .. } | Self::Prepare { .. } | Self::Spawn(_) => {
-                ErrorKind::Internal
-            }
+            Self::Source { .. }
+            | Self::Mount { .. }
+            | Self::Prepare { .. }
+            | Self::Spawn(_)
+            | Self::Mapper(_) => ErrorKind::Internal,
         }
     }
 }
@@ -125,6 +149,8 @@ pub(crate) struct Volume {
     pub(crate) source: Arc<OwnedFd>,
     pub(crate) is_file: bool,
     pub(crate) options: TreeOptions,
+    /// The users in the guest to whom the files of users on the host belong.
+    pub(crate) mappings: Option<IdMappings>,
 }
 
 /// A volume that is visible in the guest.
@@ -143,7 +169,7 @@ pub(crate) struct ShareGuest<'a> {
     pub(crate) vm: &'a Vm,
     pub(crate) agent: &'a agent::Client,
     /// Acquired while streams are open that the agent has not claimed.
-    pub(crate) unclaimed: &'a Semaphore,
+    pub(crate) unclaimed: &'a Arc<Semaphore>,
 }
 
 /// The share server of a pod. There is none before the first volume.
@@ -220,15 +246,9 @@ impl RunningShares {
         for volume in volumes {
             let entry = ShareEntry { number: self.next_number, is_file: volume.is_file };
             self.next_number = self.next_number.wrapping_add(1);
-            let (root, mounted) = (Arc::clone(&self.root), volume.clone());
-            let mount = move || {
-                let tree = clone_tree(mounted.source.as_fd(), mounted.options)?;
-                root.add(entry, &tree)
-            };
-            let made = spawn_blocking(mount).await.unwrap_or_else(|error| Err(io::Error::other(error)));
-            if let Err(source) = made {
+            if let Err(error) = mount(Arc::clone(&self.root), entry, volume).await {
                 shares.remove().await;
-                return Err(ShareError::Mount { path: volume.path.clone(), source });
+                return Err(error);
             }
             shares.volumes.push(SharedVolume {
                 entry,
@@ -238,6 +258,31 @@ impl RunningShares {
         }
         Ok(shares)
     }
+}
+
+/// Mounts one volume for the server.
+async fn mount(root: Arc<ShareRoot>, entry: ShareEntry, volume: &Volume) -> Result<(), ShareError> {
+    let mapping = match &volume.mappings {
+        Some(mappings) => Some((mapping::namespace(mappings).await?, mappings.recursive)),
+        None => None,
+    };
+    let volume = volume.clone();
+    let mount = move || {
+        let path = volume.path;
+        let failed = |source| ShareError::Mount { path: path.clone(), source };
+        let tree = clone_tree(volume.source.as_fd(), volume.options).map_err(failed)?;
+        if let Some((namespace, recursive)) = mapping {
+            map_users(tree.as_fd(), namespace.as_fd(), recursive)
+                .map_err(|source| ShareError::Mapped { path: path.clone(), source })?;
+        }
+        root.add(entry, &tree).map_err(failed)
+    };
+    let mounted = spawn_blocking(mount).await;
+    mounted.unwrap_or_else(|error| Err(prepare("mount a volume")(io::Error::other(error))))
+}
+
+fn prepare(action: &'static str) -> impl FnOnce(io::Error) -> ShareError {
+    move |source| ShareError::Prepare { action, source }
 }
 
 impl ContainerShares {

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read, Write},
-    os::fd::AsRawFd,
+    os::fd::{AsRawFd, OwnedFd},
     sync::Arc,
 };
 
@@ -13,11 +13,15 @@ use fuse_backend_rs::{
     transport::{FuseBuf, FuseDevWriter, Reader},
 };
 use machinen_protocol::{
-    fuse::{REQUEST_HEADER, RequestHeader, opcode, refusal},
+    fuse::{REPLY_HEADER, REQUEST_HEADER, RequestHeader, opcode, refusal},
     shares::MAX_MESSAGE,
+    sockets::KIND_OF_SOCKET,
 };
 
-use super::init::{InitRefusal, InitRequest};
+use super::{
+    dial,
+    init::{InitRefusal, InitRequest},
+};
 
 /// The files that all queues of a pod serve.
 #[derive(Clone)]
@@ -30,6 +34,14 @@ impl Files {
     pub(super) fn new(files: PassthroughFs) -> Self {
         let files = Arc::new(files);
         Self { server: Arc::new(Server::new(Arc::clone(&files))), files }
+    }
+
+    /// Connects to sockets of the volumes, until the control socket ends.
+    ///
+    /// # Errors
+    /// The socket has failed.
+    pub(super) fn dial(&self, control: OwnedFd) -> io::Result<()> {
+        dial::serve(control, &self.files)
     }
 
     /// Serves until the stream ends.
@@ -57,6 +69,7 @@ impl Files {
             opcode::LOOKUP if is_relative(&request[REQUEST_HEADER..]) => {
                 return stream.write_all(&refusal(header.unique, libc::ESTALE));
             }
+            KIND_OF_SOCKET => return stream.write_all(&self.kind_of_socket(header)),
             // The agent keeps these to itself.
             opcode::INTERRUPT | opcode::DESTROY => return Ok(()),
             _ => {}
@@ -67,6 +80,17 @@ impl Files {
         // Everything that an honest kernel sends is answered, with an errno if need be.
         let answered = self.server.handle_message(reader, writer.into(), None, None);
         answered.map(drop).map_err(|error| io::Error::other(format!("a request cannot be answered: {error}")))
+    }
+
+    fn kind_of_socket(&self, header: RequestHeader) -> Vec<u8> {
+        match dial::kind(&self.files, header.node) {
+            Ok(kind) => {
+                let body = kind.encode();
+                let length = (REPLY_HEADER + body.len()) as u32;
+                [&length.to_le_bytes()[..], &[0; 4], &header.unique.to_le_bytes(), &body].concat()
+            }
+            Err(error) => refusal(header.unique, error.raw_os_error().unwrap_or(libc::EIO)).to_vec(),
+        }
     }
 
     fn negotiate(&self, header: RequestHeader, body: &[u8]) -> Vec<u8> {

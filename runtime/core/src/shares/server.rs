@@ -17,6 +17,9 @@ pub const ENTRY_POINT: EntryPoint = EntryPoint { name: "share-server", main: |_|
 /// The descriptor of the first stream; the others follow.
 pub(super) const FIRST_QUEUE: i32 = 3;
 
+/// The descriptor of the socket on which this process asks for connections.
+pub(super) const CONTROL: i32 = FIRST_QUEUE + QUEUES as i32;
+
 /// How long the guest may use what it knows of a name or of attributes. A change on the host is seen after that.
 const FRESH: Duration = Duration::from_secs(1);
 
@@ -39,8 +42,16 @@ fn run() -> io::Result<()> {
         .take(QUEUES)
         .map(|number| sys::inherit::take(number).map(File::from))
         .collect::<Result<_, _>>()?;
+    let control = sys::inherit::take(CONTROL)?;
     let files = files(VOLUMES)?;
     let (ended, first) = mpsc::channel();
+    let (connecting, over) = (files.clone(), ended.clone());
+    thread::spawn(move || {
+        // The end of the control socket is not that of the volumes.
+        if let Err(error) = connecting.dial(control) {
+            drop(over.send(Err(error)));
+        }
+    });
     for queue in queues {
         let (files, ended) = (files.clone(), ended.clone());
         // The receiver is gone only when the process is ending.

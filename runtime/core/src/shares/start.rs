@@ -24,8 +24,10 @@ use tokio::{
 use super::{
     RunningShares, ShareError, ShareGuest,
     jail::{MAX_FILES, jail},
+    prepare,
     root::ShareRoot,
-    server::{ENTRY_POINT, FIRST_QUEUE},
+    server::{CONTROL, ENTRY_POINT, FIRST_QUEUE},
+    sockets as connections,
 };
 
 /// Size of the buffer of each stream in each direction, bytes.
@@ -41,7 +43,8 @@ type Queue = (BoxedStream, UnixStream);
 /// Starts the server, and has the guest mount what it serves: an empty directory so far.
 pub(super) async fn start(guest: &ShareGuest<'_>) -> Result<RunningShares, ShareError> {
     let (ours, theirs) = sockets().map_err(prepare("make sockets"))?;
-    let mut spawn = ENTRY_POINT.spawn().jail(jail()).stderr(Stdio::Pipe);
+    let (control, dialer) = control().map_err(prepare("make sockets"))?;
+    let mut spawn = ENTRY_POINT.spawn().jail(jail()).stderr(Stdio::Pipe).fd(dialer, CONTROL);
     for (number, socket) in (FIRST_QUEUE..).zip(theirs) {
         spawn = spawn.fd(socket, number);
     }
@@ -50,7 +53,11 @@ pub(super) async fn start(guest: &ShareGuest<'_>) -> Result<RunningShares, Share
     match connect(guest, &server, ours).await {
         Ok((root, queues)) => {
             let vm = guest.vm.clone();
-            let serving = tokio::spawn(serve(vm.clone(), server, queues));
+            let sockets = {
+                let (agent, unclaimed) = (guest.agent.clone(), Arc::clone(guest.unclaimed));
+                connections::serve(vm.clone(), agent, unclaimed, control)
+            };
+            let serving = tokio::spawn(serve(vm.clone(), server, queues, sockets));
             Ok(RunningShares { vm, root: Arc::new(root), serving, next_number: 0 })
         }
         Err(error) => {
@@ -80,6 +87,13 @@ fn sockets() -> io::Result<(Vec<UnixStream>, Vec<OwnedFd>)> {
     (0..QUEUES).map(|_| pair()).collect::<io::Result<Vec<_>>>().map(|pairs| pairs.into_iter().unzip())
 }
 
+/// The two ends of a socket on which the server is asked for connections. Ours does not block.
+fn control() -> io::Result<(Arc<OwnedFd>, OwnedFd)> {
+    let (ours, theirs) = StdUnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    Ok((Arc::new(ours.into()), theirs.into()))
+}
+
 async fn connect(
     guest: &ShareGuest<'_>,
     server: &Child,
@@ -103,13 +117,19 @@ async fn connect(
     Ok((root, queues))
 }
 
-fn prepare(action: &'static str) -> impl FnOnce(io::Error) -> ShareError {
-    move |source| ShareError::Prepare { action, source }
-}
-
 /// Passes messages on until the VM, a stream or the server ends; then ends the server.
-async fn serve(vm: Vm, mut server: Child, queues: Vec<Queue>) {
+async fn serve(
+    vm: Vm,
+    mut server: Child,
+    queues: Vec<Queue>,
+    sockets: impl Future<Output = Result<(), ShareError>> + Send + 'static,
+) {
     let mut relays = JoinSet::new();
+    let connecting = tokio::spawn(async {
+        if let Err(error) = sockets.await {
+            tracing::debug!("containers reach no more sockets of the host: {}", chain(&error));
+        }
+    });
     for (mut stream, mut socket) in queues {
         relays.spawn(
             async move { copy_bidirectional_with_sizes(&mut stream, &mut socket, BUFFER, BUFFER).await },
@@ -125,6 +145,7 @@ async fn serve(vm: Vm, mut server: Child, queues: Vec<Queue>) {
         }),
     };
     relays.shutdown().await;
+    connecting.abort();
     end(&server).await;
     let Some(lost) = lost else { return };
     // The streams of a VM that ends are closed a little earlier.

@@ -286,7 +286,7 @@ fn take_host_mounts(spec: &mut Spec) -> Result<(Vec<Injected>, Vec<VolumeMount>)
             match destination.to_str().filter(|path| INJECTED.contains(path) && source == Path::new(path)) {
                 Some(path) => injected.push(Injected { source, destination: path.to_owned() }),
                 None => {
-                    volumes.push(VolumeMount::take(&mut mount, kept.len())?);
+                    volumes.push(VolumeMount::take(&mut mount, kept.len(), spec.linux().as_ref())?);
                     kept.push(mount);
                 }
             }

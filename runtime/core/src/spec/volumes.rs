@@ -7,7 +7,7 @@ use machinen_base::{
     mounts::TreeOptions,
 };
 use machinen_protocol::shares::ShareEntry;
-use oci_spec::runtime::{Mount, Spec};
+use oci_spec::runtime::{Linux, LinuxIdMapping, Mount, Spec};
 
 /// A bind mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,6 +20,56 @@ pub struct VolumeMount {
     pub destination: PathBuf,
     /// How the host shows the files to the guest.
     pub options: TreeOptions,
+    /// The users in the guest to whom the files of users on the host belong, where they are others.
+    pub mappings: Option<IdMappings>,
+}
+
+/// Consecutive users, or groups, of an ID-mapped mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IdMapping {
+    /// The first one as the file system has it.
+    pub source: u32,
+    /// The first one as the container's kernel sees it.
+    pub shown: u32,
+    /// How many.
+    pub count: u32,
+}
+
+/// The mappings of an ID-mapped mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IdMappings {
+    /// Those of users.
+    pub uids: Vec<IdMapping>,
+    /// Those of groups.
+    pub gids: Vec<IdMapping>,
+    /// They also hold for what is mounted below the mount.
+    pub recursive: bool,
+}
+
+impl IdMappings {
+    /// None: a list has no mappings, or there is none.
+    fn new(
+        uids: Option<&[LinuxIdMapping]>,
+        gids: Option<&[LinuxIdMapping]>,
+        recursive: bool,
+    ) -> Option<Self> {
+        let list = |mappings: &[LinuxIdMapping]| {
+            let all = mappings.iter().map(|mapping| IdMapping {
+                source: mapping.container_id(),
+                shown: mapping.host_id(),
+                count: mapping.size(),
+            });
+            all.collect::<Vec<_>>()
+        };
+        let (uids, gids) = (list(uids?), list(gids?));
+        (!uids.is_empty() && !gids.is_empty()).then_some(Self { uids, gids, recursive })
+    }
+
+    /// Those of a container's user namespace, if it has one.
+    fn of_container(linux: Option<&Linux>, recursive: bool) -> Option<Self> {
+        let linux = linux?;
+        Self::new(linux.uid_mappings().as_deref(), linux.gid_mappings().as_deref(), recursive)
+    }
 }
 
 /// Why a bind mount is refused.
@@ -45,9 +95,12 @@ pub enum VolumeError {
         /// The option.
         option: String,
     },
-    /// The users of the mount would have to be mapped.
-    #[error("the mount {} of {} maps users, which is not supported yet", destination.display(), source_path.display())]
-    Mapped {
+    /// The mapping of users is not complete.
+    #[error(
+        "the mount {} of {} maps users and has not both uidMappings and gidMappings, nor has the container's user namespace",
+        destination.display(), source_path.display()
+    )]
+    Mappings {
         /// The path in the container.
         destination: PathBuf,
         /// The path on the host.
@@ -58,28 +111,44 @@ pub enum VolumeError {
 impl HasKind for VolumeError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::NoSource { .. } => ErrorKind::InvalidArgument,
-            Self::Shared { .. } | Self::Mapped { .. } => ErrorKind::Unimplemented,
+            Self::NoSource { .. } | Self::Mappings { .. } => ErrorKind::InvalidArgument,
+            Self::Shared { .. } => ErrorKind::Unimplemented,
         }
     }
 }
 
-/// How mounts below a mount appear elsewhere (mount(8)).
-const PROPAGATION: [&str; 8] =
-    ["private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable"];
+/// Options that the host carries out: among them how mounts below a mount appear elsewhere (mount(8)).
+const HOSTS: [&str; 16] = [
+    "private",
+    "rprivate",
+    "slave",
+    "rslave",
+    "shared",
+    "rshared",
+    "unbindable",
+    "runbindable",
+    "idmap",
+    "ridmap",
+    "bind",
+    "rbind",
+    "ro",
+    "rro",
+    "rw",
+    "rrw",
+];
 
 impl VolumeMount {
     /// Takes what the host does out of a bind mount. What is left of `mount`, the one with this number among the
     /// configuration's mounts, is for the guest.
     ///
     /// # Errors
-    /// The mount has an option that is not supported, or no source.
-    pub(super) fn take(mount: &mut Mount, number: usize) -> Result<Self, VolumeError> {
+    /// The mount has an option that is not supported, or no source, or its mapping of users is not complete.
+    pub(super) fn take(mount: &mut Mount, number: usize, linux: Option<&Linux>) -> Result<Self, VolumeError> {
         let destination = mount.destination().clone();
         let source = mount.source().clone().filter(|source| !source.as_os_str().is_empty());
         let source = source.ok_or_else(|| VolumeError::NoSource { destination: destination.clone() })?;
         let mut options = TreeOptions { recursive: false, read_only: false, follows_host: false };
-        let mut kept = Vec::new();
+        let (mut kept, mut mapped) = (Vec::new(), None);
         for option in mount.options().iter().flatten() {
             match option.as_str() {
                 "bind" => {}
@@ -92,22 +161,41 @@ impl VolumeMount {
                     let option = option.clone();
                     return Err(VolumeError::Shared { destination, source_path: source, option });
                 }
-                "idmap" | "ridmap" => return Err(VolumeError::Mapped { destination, source_path: source }),
+                "idmap" | "ridmap" => mapped = Some(option == "ridmap"),
                 _ => {}
             }
-            let is_hosts = PROPAGATION.contains(&option.as_str());
-            if !is_hosts && !["bind", "rbind", "ro", "rro", "rw", "rrw"].contains(&option.as_str()) {
+            if !HOSTS.contains(&option.as_str()) {
                 kept.push(option.clone());
             }
         }
-        if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
-            return Err(VolumeError::Mapped { destination, source_path: source });
-        }
+        let mappings = take_mappings(mount, mapped, linux);
+        let mappings = mappings.map_err(|()| VolumeError::Mappings {
+            destination: destination.clone(),
+            source_path: source.clone(),
+        })?;
         // In the guest a volume is one file system, without others below it.
         kept.push("bind".to_owned());
         kept.push(if options.read_only { "ro" } else { "rw" }.to_owned());
         mount.set_typ(Some("bind".to_owned())).set_options(Some(kept));
-        Ok(Self { mount: number, source, destination, options })
+        Ok(Self { mount: number, source, destination, options, mappings })
+    }
+}
+
+/// The mappings of a mount, by runc's rules: a mount that has the option `idmap` (or `ridmap`, `mapped` is whether) and no
+/// mappings has those of the container's user namespace. The host maps, so the guest does not.
+fn take_mappings(
+    mount: &mut Mount,
+    mapped: Option<bool>,
+    linux: Option<&Linux>,
+) -> Result<Option<IdMappings>, ()> {
+    let given = |list: &Option<Vec<LinuxIdMapping>>| list.clone().filter(|list| !list.is_empty());
+    let (uids, gids) = (given(mount.uid_mappings()), given(mount.gid_mappings()));
+    let recursive = mapped.unwrap_or_default();
+    mount.set_uid_mappings(None).set_gid_mappings(None);
+    match (&uids, &gids) {
+        (None, None) if mapped.is_none() => Ok(None),
+        (None, None) => IdMappings::of_container(linux, recursive).ok_or(()).map(Some),
+        _ => IdMappings::new(uids.as_deref(), gids.as_deref(), recursive).ok_or(()).map(Some),
     }
 }
 
@@ -127,7 +215,7 @@ pub(crate) fn set_sources(
 
 #[cfg(test)]
 mod tests {
-    use oci_spec::runtime::MountBuilder;
+    use oci_spec::runtime::{LinuxBuilder, LinuxIdMappingBuilder, MountBuilder};
 
     use super::*;
 
@@ -140,7 +228,7 @@ mod tests {
             .options(options)
             .build()
             .unwrap();
-        let volume = VolumeMount::take(&mut mount, 3)?;
+        let volume = VolumeMount::take(&mut mount, 3, None)?;
         assert_eq!((volume.mount, mount.typ().as_deref()), (3, Some("bind")));
         Ok((volume.options, mount.options().clone().unwrap()))
     }
@@ -162,17 +250,44 @@ mod tests {
 
     #[test]
     fn what_is_not_supported_is_named() {
-        for (option, words) in [
-            ("rshared", "/data of /srv has the option rshared"),
-            ("shared", "rslave"),
-            ("idmap", "maps users"),
-        ] {
+        for (option, words) in [("rshared", "/data of /srv has the option rshared"), ("shared", "rslave")] {
             let error = take(&["rbind", option]).unwrap_err();
             assert!(error.to_string().contains(words), "{error}");
             assert_eq!(error.kind(), ErrorKind::Unimplemented);
         }
+        let error = take(&["rbind", "idmap"]).unwrap_err();
+        assert!(error.to_string().contains("/data of /srv maps users"), "{error}");
         let mut mount = MountBuilder::default().destination("/data").typ("bind").build().unwrap();
-        let error = VolumeMount::take(&mut mount, 0).unwrap_err();
+        let error = VolumeMount::take(&mut mount, 0, None).unwrap_err();
         assert_eq!(error.to_string(), "the bind mount /data has no source");
+    }
+
+    #[test]
+    fn mappings_are_those_of_the_mount_or_the_container() {
+        let ids = |source: u32, shown: u32| {
+            let id =
+                LinuxIdMappingBuilder::default().container_id(source).host_id(shown).size(10_u32).build();
+            vec![id.unwrap()]
+        };
+        let linux =
+            LinuxBuilder::default().uid_mappings(ids(0, 1000)).gid_mappings(ids(0, 2000)).build().unwrap();
+        let take = |options: &[&str], uids: Option<_>, gids: Option<_>| {
+            let mut mount =
+                MountBuilder::default().destination("/data").source("/srv").typ("bind").build().unwrap();
+            let options = options.iter().map(|option| (*option).to_owned()).collect::<Vec<_>>();
+            mount.set_options(Some(options)).set_uid_mappings(uids).set_gid_mappings(gids);
+            let volume = VolumeMount::take(&mut mount, 0, Some(&linux))?;
+            assert!(mount.uid_mappings().is_none() && mount.gid_mappings().is_none());
+            assert!(!mount.options().iter().flatten().any(|option| option.contains("idmap")));
+            Ok::<_, VolumeError>(volume.mappings)
+        };
+        let mapping = |source, shown| vec![IdMapping { source, shown, count: 10 }];
+        let own = |recursive| IdMappings { uids: mapping(1, 5), gids: mapping(2, 6), recursive };
+        assert_eq!(take(&["rbind"], None, None), Ok(None));
+        assert_eq!(take(&["rbind"], Some(ids(1, 5)), Some(ids(2, 6))), Ok(Some(own(false))));
+        assert_eq!(take(&["ridmap"], Some(ids(1, 5)), Some(ids(2, 6))), Ok(Some(own(true))));
+        let containers = IdMappings { uids: mapping(0, 1000), gids: mapping(0, 2000), recursive: false };
+        assert_eq!(take(&["idmap"], None, None), Ok(Some(containers)));
+        assert!(take(&["rbind"], Some(ids(1, 5)), None).is_err());
     }
 }

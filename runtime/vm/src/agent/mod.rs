@@ -14,8 +14,8 @@ use machinen_protocol::{
         ConfigureNetworkRequest, ConfigureRequest, ConfigureResponse, ContainerRequest,
         CreateContainerRequest, CreateContainerResponse, DialLocalhostRequest, Empty, EndStdinRequest,
         ExecProcessRequest, ExportLayerRequest, ForwardNameserversRequest, MountSharesRequest,
-        OpenViewRequest, ProcessRequest, ResizeTerminalRequest, SetClockRequest, SignalProcessRequest,
-        WaitProcessResponse, WatchListenersRequest,
+        OfferSocketStreamRequest, OpenViewRequest, ProcessRequest, ResizeTerminalRequest, SetClockRequest,
+        SignalProcessRequest, WaitProcessResponse, WatchListenersRequest,
     },
     localhost::LocalPort,
     process::{ProcessRef, SignalTarget},
@@ -323,6 +323,15 @@ impl Client {
     pub async fn mount_shares(&self, streams: Vec<u64>) -> Result<(), AgentError> {
         let request = MountSharesRequest { streams, ..MountSharesRequest::default() };
         call!(self.mount_shares(request), Some(QUICK)).map(nothing)
+    }
+
+    /// Gives the agent a stream for the next connection of a container to a socket of the host.
+    ///
+    /// # Errors
+    /// The stream does not exist.
+    pub async fn offer_socket_stream(&self, stream: u64) -> Result<(), AgentError> {
+        let request = OfferSocketStreamRequest { stream, ..OfferSocketStreamRequest::default() };
+        call!(self.offer_socket_stream(request), Some(QUICK)).map(nothing)
     }
 
     /// Dumps a paused container onto a disk.

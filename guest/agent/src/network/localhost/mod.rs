@@ -8,7 +8,7 @@
 //! address of localhost, where it would find the process of the host without a VM.
 
 mod events;
-mod relay;
+pub(crate) mod relay;
 
 use std::{collections::BTreeSet, convert::Infallible, io, net::SocketAddr, time::Duration};
 

@@ -12,7 +12,7 @@ use tokio::{
 use crate::channel::Stream;
 
 /// How long the host may take to acknowledge the end of a connection.
-const ENDED_WITHIN: Duration = Duration::from_secs(10);
+pub(crate) const ENDED_WITHIN: Duration = Duration::from_secs(10);
 
 /// Relays until both directions have ended. If one of them fails, the socket is reset.
 pub(super) async fn relay(mut socket: TcpStream, stream: Stream) {
@@ -27,7 +27,11 @@ pub(super) async fn relay(mut socket: TcpStream, stream: Stream) {
     }
 }
 
-async fn send_frames(mut from: impl AsyncRead + Unpin, to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+/// Sends what arrives in frames, until it ends.
+pub(crate) async fn send_frames(
+    mut from: impl AsyncRead + Unpin,
+    to: &mut (impl AsyncWrite + Unpin),
+) -> io::Result<()> {
     let mut frame = vec![0; 2 + MAX_FRAME];
     loop {
         let read = from.read(&mut frame[2..]).await?;
@@ -40,7 +44,11 @@ async fn send_frames(mut from: impl AsyncRead + Unpin, to: &mut (impl AsyncWrite
     }
 }
 
-async fn take_frames(from: &mut (impl AsyncRead + Unpin), mut to: impl AsyncWrite + Unpin) -> io::Result<()> {
+/// Writes the content of frames, until an empty one arrives.
+pub(crate) async fn take_frames(
+    from: &mut (impl AsyncRead + Unpin),
+    mut to: impl AsyncWrite + Unpin,
+) -> io::Result<()> {
     let mut frame = vec![0; MAX_FRAME];
     loop {
         let length = usize::from(from.read_u16().await?);

@@ -51,6 +51,8 @@ pub struct Namespaces {
     /// A namespace in which the child has pid 1 and sees no other process (pid_namespaces(7)). A signal for which the
     /// child has no handler does not reach it there, except for SIGKILL.
     pub pid: bool,
+    /// A user namespace without any mapping (user_namespaces(7)). Nothing that needs a capability can be asked for then.
+    pub user: bool,
 }
 
 /// Resource limits of a child process (setrlimit(2)). None keeps the limit of this process.
@@ -103,7 +105,15 @@ impl Jail {
     pub fn strict(identity: RunAs) -> Self {
         Self {
             identity: Some(identity),
-            namespaces: Namespaces { net: true, mount: true, ipc: true, uts: true, cgroup: true, pid: true },
+            namespaces: Namespaces {
+                net: true,
+                mount: true,
+                ipc: true,
+                uts: true,
+                cgroup: true,
+                pid: true,
+                user: false,
+            },
             files: Some(JailFiles::default()),
             empty_environment: true,
             new_keyring: true,
@@ -131,6 +141,7 @@ impl Jail {
             (self.namespaces.ipc, libc::CLONE_NEWIPC),
             (self.namespaces.uts, libc::CLONE_NEWUTS),
             (self.namespaces.cgroup, libc::CLONE_NEWCGROUP),
+            (self.namespaces.user, libc::CLONE_NEWUSER),
         ] {
             if wanted {
                 unshare |= flag;
