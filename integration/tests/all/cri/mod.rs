@@ -5,6 +5,7 @@
 mod checkpoint;
 mod isolation;
 mod life;
+mod many;
 mod namespaces;
 mod network;
 mod resources;

@@ -304,7 +304,7 @@ mod tests {
         let mut got = [0; 5];
         server.accept().unwrap().0.read_exact(&mut got).unwrap();
         assert_eq!(&got, b"hello");
-        let status = std::fs::read_to_string(format!("/proc/{}/status", pasta.child.pid())).unwrap();
+        let status = fs::read_to_string(format!("/proc/{}/status", pasta.child.pid())).unwrap();
         let uid = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap();
         assert_eq!(uid.contains("\t0"), !is_open_to_all(TUN));
         assert!(status.contains("NoNewPrivs:\t1"), "{status}");
