@@ -87,6 +87,12 @@ impl Invocation {
         self
     }
 
+    /// Has the program be run by another one, which gets it and its arguments after its own.
+    pub fn under(self, wrapper: Self) -> Self {
+        let args = wrapper.args.into_iter().chain([self.program.into_os_string()]).chain(self.args).collect();
+        Self { program: wrapper.program, args, ..self }
+    }
+
     pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
         self.env.push((name.into(), value.into()));
         self

@@ -4,6 +4,7 @@
 
 use std::{
     env, fs, io,
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime},
 };
@@ -22,7 +23,7 @@ use crate::{
     error::ShimError,
     group,
     server::event_loop,
-    start::{ADDRESS_FILE, PID_FILE},
+    start::{ADDRESS_FILE, PID_FILE, POD_FILE},
 };
 
 /// containerd gives `delete` five seconds in total.
@@ -39,14 +40,16 @@ pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
         true => env::current_dir().map_err(FileError::at("find the bundle, the directory", "."))?,
         false => args.bundle.clone(),
     };
-    if group::sandbox_of(&args.id, &bundle).is_some() {
-        // The container's files are the sandbox's, whose server may still run.
+    if group::sandbox_of(&args.id, &bundle).is_some() || bundle.join(POD_FILE).exists() {
+        // The container's files are those of another one, whose server may still run.
+        return answer(0);
+    }
+    if group::serves_others(&args.id, &bundle) && is_served(&bundle) {
+        // containerd also calls this when it has closed its connection, after it has deleted the container.
         return answer(0);
     }
     let pid = end_server(&bundle)?;
-    if let Some(socket) =
-        read(&bundle, ADDRESS_FILE).and_then(|text| Some(PathBuf::from(text.strip_prefix("unix://")?)))
-    {
+    if let Some(socket) = socket(&bundle) {
         remove_if_exists(&socket).map_err(FileError::at("remove", socket))?;
     }
     let removed = event_loop(&bundle)?.block_on(leftovers::remove(&bundle, &bundle, until));
@@ -57,6 +60,14 @@ pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
         remove_if_exists(&path).map_err(FileError::at("remove", path))?;
     }
     answer(pid)
+}
+
+fn socket(bundle: &Path) -> Option<PathBuf> {
+    read(bundle, ADDRESS_FILE).and_then(|text| Some(PathBuf::from(text.strip_prefix("unix://")?)))
+}
+
+fn is_served(bundle: &Path) -> bool {
+    socket(bundle).is_some_and(|socket| UnixStream::connect(socket).is_ok())
 }
 
 fn answer(pid: u32) -> Result<(), ShimError> {

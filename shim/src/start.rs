@@ -23,7 +23,12 @@ use machinen::{
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use crate::{args::ShimArgs, error::ShimError, group, server::ServerParams};
+use crate::{
+    args::ShimArgs,
+    error::ShimError,
+    group::{self, ServedContainer},
+    server::ServerParams,
+};
 
 /// The descriptor on which the server inherits its listener.
 pub(crate) const LISTENER_FD: i32 = 3;
@@ -32,6 +37,9 @@ pub(crate) const LISTENER_FD: i32 = 3;
 pub(crate) const ADDRESS_FILE: &str = "address";
 /// File in the bundle with the server's pid, for `delete`.
 pub(crate) const PID_FILE: &str = "shim.pid";
+
+/// File in the bundle of a container that another container's server serves, with the id of that container.
+pub(crate) const POD_FILE: &str = "pod";
 
 /// The directory of the sockets of containerd's shims.
 const SOCKET_DIR: &str = "/run/containerd/s";
@@ -52,11 +60,19 @@ struct Bootstrap<'a> {
 pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
     let bundle = env::current_dir().map_err(FileError::at("find the bundle, the directory", "."))?;
     let sandbox = group::sandbox_of(&args.id, &bundle);
-    let socket = socket_path(args, sandbox.as_deref().unwrap_or(&args.id));
+    let pod = match &sandbox {
+        Some(id) => Some(ServedContainer { socket: socket_path(args, id), id: id.clone() }),
+        None => group::owner_of_namespaces(&bundle),
+    };
+    if let Some(ServedContainer { id, .. }) = pod.as_ref().filter(|_| sandbox.is_none()) {
+        let path = bundle.join(POD_FILE);
+        fs::write(&path, id).map_err(FileError::at("write", path))?;
+    }
+    let socket = pod.as_ref().map_or_else(|| socket_path(args, &args.id), |pod| pod.socket.clone());
     let address = format!("unix://{}", socket.display());
     let served = UnixStream::connect(&socket);
-    if let Some(sandbox) = sandbox {
-        served.map_err(|source| ShimError::NoSandbox { sandbox, source })?;
+    if let Some(ServedContainer { id, .. }) = pod {
+        served.map_err(|source| ShimError::NoSandbox { sandbox: id, source })?;
         // A containerd that was restarted reads it (containerd 1.6).
         write_address(&bundle, &address)?;
     } else if served.is_err() {

@@ -1,4 +1,4 @@
-//! Which TCP sockets listen on localhost, as ss(8) shows them (sock_diag(7)).
+//! Which sockets listen on localhost, by TCP and UDP, as ss(8) shows them (sock_diag(7)).
 
 use std::{io, net::Ipv6Addr};
 
@@ -15,8 +15,11 @@ const DONE: u16 = 3;
 const ERROR: u16 = 2;
 /// NLM_F_REQUEST and NLM_F_DUMP.
 const LIST: u16 = 0x301;
-/// The state of a socket that listens (TCP_LISTEN), as a bit.
-const LISTENS: u32 = 1 << 10;
+/// The number of a protocol above IP, and the state of its sockets that listen, as a bit: TCP_LISTEN, and TCP_CLOSE for a
+/// socket of UDP that receives from anyone.
+const PROTOCOLS: [(u8, u32); 2] = [(TCP, 1 << 10), (UDP, 1 << 7)];
+const TCP: u8 = 6;
+const UDP: u8 = 17;
 /// inet_diag.h: INET_DIAG_SKV6ONLY.
 const ONLY_IPV6: u16 = 11;
 /// Bytes of `inet_diag_msg`, and where its fields are.
@@ -34,8 +37,10 @@ const LOOPBACK: u32 = 1;
 /// The kernel refuses, or cannot list sockets.
 pub fn listening_on_localhost() -> Result<Vec<LocalPort>, NetlinkError> {
     let mut found = Vec::new();
-    for family in [libc_family::INET, libc_family::INET6] {
-        list(family, |socket| found.extend(socket.ports()))?;
+    for protocol in PROTOCOLS {
+        for family in [libc_family::INET, libc_family::INET6] {
+            list(family, protocol, |socket| found.extend(socket.ports(protocol.0 == UDP)))?;
+        }
     }
     Ok(found)
 }
@@ -73,7 +78,7 @@ impl Listening {
     }
 
     /// The ports of localhost that lead to the socket.
-    fn ports(self) -> impl Iterator<Item = LocalPort> {
+    fn ports(self, udp: bool) -> impl Iterator<Item = LocalPort> {
         let Self { family, port, address, interface, only_ipv6 } = self;
         let (ipv4, ipv6) = match family {
             libc_family::INET => {
@@ -90,16 +95,19 @@ impl Listening {
             _ => (false, false),
         };
         let reachable = port != 0 && [0, LOOPBACK].contains(&interface);
-        let port = move |ipv6| LocalPort { ipv6, port };
+        let port = move |ipv6| LocalPort { udp, ipv6, port };
         [(ipv4, port(false)), (ipv6, port(true))]
             .into_iter()
             .filter_map(move |(is, port)| (is && reachable).then_some(port))
     }
 }
 
-/// Lists the sockets of one family that listen.
-fn list(family: u8, mut each: impl FnMut(Listening)) -> Result<(), NetlinkError> {
-    const TCP: u8 = 6;
+/// Lists the sockets of one family and protocol that listen.
+fn list(
+    family: u8,
+    (protocol, listens): (u8, u32),
+    mut each: impl FnMut(Listening),
+) -> Result<(), NetlinkError> {
     let broken = |action| move |source| NetlinkError::Socket { action, source };
     let mut socket = Socket::new(NETLINK_SOCK_DIAG).map_err(broken("make"))?;
     socket.bind_auto().map_err(broken("make"))?;
@@ -109,8 +117,8 @@ fn list(family: u8, mut each: impl FnMut(Listening)) -> Result<(), NetlinkError>
     request[..4].copy_from_slice(&length.to_ne_bytes());
     request[4..6].copy_from_slice(&BY_FAMILY.to_ne_bytes());
     request[6..8].copy_from_slice(&LIST.to_ne_bytes());
-    request[HEADER..HEADER + 2].copy_from_slice(&[family, TCP]);
-    request[HEADER + 4..HEADER + 8].copy_from_slice(&LISTENS.to_ne_bytes());
+    request[HEADER..HEADER + 2].copy_from_slice(&[family, protocol]);
+    request[HEADER + 4..HEADER + 8].copy_from_slice(&listens.to_ne_bytes());
     socket.send_to(&request, &SocketAddr::new(0, 0), 0).map_err(broken("send to"))?;
     loop {
         let (bytes, _) = socket.recv_from_full().map_err(broken("receive from"))?;
@@ -138,7 +146,7 @@ fn list(family: u8, mut each: impl FnMut(Listening)) -> Result<(), NetlinkError>
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpListener;
+    use std::net::{TcpListener, UdpSocket};
 
     use super::*;
 
@@ -146,7 +154,7 @@ mod tests {
     fn sockets_of_both_kinds_are_found() {
         let listening = |port| {
             let found = listening_on_localhost().unwrap();
-            let kinds = |ipv6| found.contains(&LocalPort { ipv6, port });
+            let kinds = |ipv6| found.contains(&LocalPort { udp: false, ipv6, port });
             (kinds(false), kinds(true))
         };
         for (address, wanted) in [
@@ -165,13 +173,24 @@ mod tests {
     }
 
     #[test]
+    fn sockets_of_udp_that_receive_from_anyone_are_found() {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let port = LocalPort { udp: true, ipv6: false, port: socket.local_addr().unwrap().port() };
+        assert!(listening_on_localhost().unwrap().contains(&port));
+        socket.connect("127.0.0.1:9").unwrap();
+        assert!(!listening_on_localhost().unwrap().contains(&port));
+    }
+
+    #[test]
     fn a_socket_of_ipv6_only_and_one_of_another_interface() {
         let socket = Listening { family: 10, port: 80, address: [0; 16], interface: 0, only_ipv6: true };
-        assert_eq!(socket.ports().collect::<Vec<_>>(), [LocalPort { ipv6: true, port: 80 }]);
-        assert_eq!(Listening { interface: 7, ..socket }.ports().count(), 0);
+        let found: Vec<_> = socket.ports(false).collect();
+        assert_eq!(found, [LocalPort { udp: false, ipv6: true, port: 80 }]);
+        assert_eq!(Listening { interface: 7, ..socket }.ports(false).count(), 0);
         let mapped = Ipv6Addr::from([0, 0, 0, 0, 0, 0xffff, 0x7f00, 1]).octets();
         let mapped = Listening { address: mapped, ..socket };
-        assert_eq!(mapped.ports().collect::<Vec<_>>(), [LocalPort { ipv6: false, port: 80 }]);
+        let found: Vec<_> = mapped.ports(true).collect();
+        assert_eq!(found, [LocalPort { udp: true, ipv6: false, port: 80 }]);
         let mut message = vec![0; MESSAGE];
         message[0] = 10;
         message[5] = 80;

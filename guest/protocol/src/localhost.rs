@@ -1,13 +1,14 @@
-//! Connections that processes of the host make to the localhost of a pod's network namespace, and that lead to the
-//! guest's localhost.
+//! Connections and datagrams that processes of the host send to the localhost of a pod's network namespace, and that
+//! lead to the guest's localhost.
 //!
 //! ```text
 //!   report       agent ──raw stream──> host: the ports on which processes of the guest listen, after each change
 //!   connection   process ──127.0.0.1 or ::1──> host ──raw stream of frames──> agent ──127.0.0.1 or ::1──> container
 //! ```
-//! A report is the number of ports (two bytes) and three bytes for each port: 4 or 6, and the port. A frame is a length
-//! (two bytes) and that many bytes of the connection; one without bytes is the end of its direction. A stream that ends
-//! without it is a reset. Numbers are big-endian.
+//! A report is the number of ports (two bytes) and three bytes for each port: 4 or 6, for UDP with [`UDP`], and the port. A
+//! frame is a length (two bytes) and that many bytes of the connection; one without bytes is the end of its direction. A
+//! stream that ends without it is a reset. With UDP a stream belongs to one sender, and each frame is a datagram; empty ones
+//! are not carried. Numbers are big-endian.
 
 use std::{
     collections::BTreeSet,
@@ -18,12 +19,18 @@ use std::{
 pub const MAX_PORTS: usize = 512;
 /// Most connections of a pod at a time; others wait.
 pub const MAX_CONNECTIONS: usize = 256;
+/// Most bytes of a datagram (UDP over IPv4).
+pub const MAX_DATAGRAM: usize = 65_507;
+/// What marks a port of UDP in a report.
+const UDP: u8 = 0x10;
 /// Most bytes of a connection in one frame.
 pub const MAX_FRAME: usize = 32 << 10;
 
 /// A port of the guest's localhost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LocalPort {
+    /// Of UDP, not of TCP.
+    pub udp: bool,
     /// Of ::1, not of 127.0.0.1.
     pub ipv6: bool,
     /// The port, which is not 0.
@@ -63,7 +70,8 @@ pub fn encode_report(ports: &BTreeSet<LocalPort>) -> Vec<u8> {
     let mut report = count.to_be_bytes().to_vec();
     for port in ports {
         let [high, low] = port.port.to_be_bytes();
-        report.extend([if port.ipv6 { 6 } else { 4 }, high, low]);
+        let kind = if port.ipv6 { 6 } else { 4 };
+        report.extend([if port.udp { kind | UDP } else { kind }, high, low]);
     }
     report
 }
@@ -86,8 +94,8 @@ pub fn report_length(header: [u8; REPORT_HEADER]) -> Result<usize, InvalidReport
 pub fn decode_report(ports: &[u8]) -> Result<BTreeSet<LocalPort>, InvalidReport> {
     let decode = |&[kind, high, low]: &[u8; PORT]| {
         let port = u16::from_be_bytes([high, low]);
-        match (kind, port) {
-            (4 | 6, 1..) => Ok(LocalPort { ipv6: kind == 6, port }),
+        match (kind & !UDP, port) {
+            (version @ (4 | 6), 1..) => Ok(LocalPort { udp: kind & UDP != 0, ipv6: version == 6, port }),
             _ => Err(InvalidReport::Port(kind, port)),
         }
     };
@@ -101,12 +109,13 @@ mod tests {
     #[test]
     fn reports_survive_the_journey() {
         let ports = BTreeSet::from([
-            LocalPort { ipv6: false, port: 80 },
-            LocalPort { ipv6: true, port: 80 },
-            LocalPort { ipv6: false, port: 0xfffe },
+            LocalPort { udp: false, ipv6: false, port: 80 },
+            LocalPort { udp: false, ipv6: true, port: 80 },
+            LocalPort { udp: true, ipv6: false, port: 80 },
+            LocalPort { udp: false, ipv6: false, port: 0xfffe },
         ]);
         let report = encode_report(&ports);
-        assert_eq!(report, [0, 3, 4, 0, 80, 4, 0xff, 0xfe, 6, 0, 80]);
+        assert_eq!(report, [0, 4, 4, 0, 80, 4, 0xff, 0xfe, 6, 0, 80, 0x14, 0, 80]);
         assert_eq!(report_length([report[0], report[1]]), Ok(report.len() - REPORT_HEADER));
         assert_eq!(decode_report(&report[REPORT_HEADER..]), Ok(ports));
         assert_eq!(encode_report(&BTreeSet::new()), [0, 0]);
@@ -114,7 +123,8 @@ mod tests {
 
     #[test]
     fn reports_are_bounded_and_checked() {
-        let all: BTreeSet<_> = (1..=u16::MAX).map(|port| LocalPort { ipv6: false, port }).collect();
+        let all: BTreeSet<_> =
+            (1..=u16::MAX).map(|port| LocalPort { udp: false, ipv6: false, port }).collect();
         let report = encode_report(&all);
         assert_eq!(report.len(), REPORT_HEADER + MAX_PORTS * PORT);
         assert_eq!(report_length([2, 1]), Err(InvalidReport::TooMany(513)));

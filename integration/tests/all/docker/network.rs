@@ -9,8 +9,14 @@ use machinen_integration::docker::Docker;
 use super::with_docker;
 use crate::harness::IMAGE;
 
-with_docker!(runc, RUNC: the_default_bridge, published_ports, names_in_a_network, moved_to_another_network);
-with_docker!(machinen, MACHINEN: the_default_bridge, published_ports, names_in_a_network, moved_to_another_network);
+with_docker!(
+    runc, RUNC:
+    the_default_bridge, published_ports, names_in_a_network, moved_to_another_network, namespaces_of_another_container,
+);
+with_docker!(
+    machinen, MACHINEN:
+    the_default_bridge, published_ports, names_in_a_network, moved_to_another_network, namespaces_of_another_container,
+);
 
 /// A script that waits until a command succeeds. The test's deadline ends it.
 fn until(command: &str) -> String {
@@ -87,4 +93,48 @@ fn moved_to_another_network(docker: &Docker<'_>, runtime: &str) -> Result<()> {
     ensure!(address.text() == "10.99.0.2\n", "{address}");
     docker.ok(&["rm", "--force", "moved"])?;
     docker.ok(&["network", "rm", "other"]).map(drop)
+}
+
+/// `--network container:NAME` and its siblings: the path of a namespace of another container's pid.
+fn namespaces_of_another_container(docker: &Docker<'_>, runtime: &str) -> Result<()> {
+    let server = "exec nc -ll -p 80 -e echo served";
+    let first = [
+        "run",
+        "-d",
+        "--name",
+        "first",
+        "--ipc",
+        "shareable",
+        "--runtime",
+        runtime,
+        IMAGE,
+        "sh",
+        "-c",
+        server,
+    ];
+    docker.ok(&first)?;
+    let look = format!(
+        "{}; nc 127.0.0.1 80 < /dev/null; ip -4 -o addr show dev eth0 | awk '{{print $4}}'; hostname",
+        until("nc 127.0.0.1 80 < /dev/null > /dev/null")
+    );
+    let shared = ["--network", "container:first", "--ipc", "container:first"];
+    let args = [&["run", "--rm", "--runtime", runtime][..], &shared, &[IMAGE, "sh", "-c", &look]].concat();
+    let output = docker.docker(&args)?.deadline(Duration::from_secs(120)).run()?.ok()?.text();
+    let hostname = docker.ok(&["exec", "first", "hostname"])?;
+    ensure!(output == format!("served\n172.17.0.2/16\n{}\n", hostname.trim()), "{output}");
+    let args = ["run", "--rm", "--runtime", runtime, "--pid", "container:first", IMAGE, "ps"];
+    let output = docker.ok(&args)?;
+    ensure!(output.contains("nc -ll -p 80"), "{output}");
+    // The other one may end first.
+    let args = [
+        &["run", "-d", "--name", "second", "--runtime", runtime][..],
+        &shared[..2],
+        &[IMAGE, "sleep", "1000"],
+    ];
+    docker.ok(&args.concat())?;
+    docker.ok(&["exec", "first", "true"])?;
+    docker.ok(&["rm", "--force", "first"])?;
+    let address = docker.ok(&["exec", "second", "ip", "-4", "-o", "addr", "show", "lo"])?;
+    ensure!(address.contains("127.0.0.1"), "{address}");
+    docker.ok(&["rm", "--force", "second"]).map(drop)
 }

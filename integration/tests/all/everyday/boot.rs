@@ -16,6 +16,7 @@ on_a_host!(
     attached,
     deleted_at_its_end,
     two_at_once,
+    published,
     collected,
 );
 
@@ -84,6 +85,32 @@ fn wrong_input(oci: &Oci) -> Result<()> {
     }
     oci.fails(&["cp", "none:/x", "/tmp"], 1, "there is no container \"none\"")?;
     oci.fails(&["cp", "/x", "/tmp"], 1, "neither SRC nor DST")
+}
+
+/// Ports of the host. It has no network but what the test gives it.
+fn published(oci: &Oci) -> Result<()> {
+    let host = |script: &str| oci.scripted(script, &["list"])?.run()?.ok();
+    host(
+        "ip link add out0 type veth peer name out1; ip link set out0 up; ip link set out1 up; \
+          ip addr add 192.168.77.1/24 dev out0; ip route add default via 192.168.77.2",
+    )?;
+    background(oci, "web", &["--publish", "8080:80"], "nc -ll -p 80 -e echo served & true")?;
+    let served = host("until busybox nc 127.0.0.1 8080 < /dev/null | grep served; do sleep 0.1; done")?;
+    ensure!(served.text().starts_with("served\n"), "{served}");
+    let archive = image(oci);
+    oci.fails(
+        &["boot", "-p", "8080:80", &archive, "true"],
+        125,
+        "cannot publish the port 127.0.0.1:8080:80",
+    )?;
+    oci.fails(&["boot", "-p", "8080", &archive, "true"], 125, "--publish")?;
+    let outside = boot(oci, &["--network", "pasta"], "ip -4 -o addr show dev eth0; cat /etc/resolv.conf")?;
+    let text = outside.text();
+    ensure!(text.contains("10.0.2.100/24") && text.contains("nameserver 10.0.2.3"), "{outside}");
+    let checked = oci.output(&["check"])?.text();
+    ensure!(checked.contains("pasta publishes ports"), "{checked}");
+    oci.output(&["delete", "--force", "web"])?.ok()?;
+    host("ip link delete out0").map(drop)
 }
 
 fn in_the_background(oci: &Oci) -> Result<()> {

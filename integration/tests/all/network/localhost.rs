@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{self, ErrorKind, Read, Write},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream, UdpSocket},
     os::fd::AsFd,
     path::Path,
     thread,
@@ -28,6 +28,7 @@ on_newest_containerd!(
     the_end_of_the_vm_ends_connections,
     after_a_checkpoint_and_a_restore,
     the_localhost_of_the_pid,
+    datagrams_reach_servers,
     the_hosts_own_localhost_is_not_changed,
 );
 
@@ -213,6 +214,66 @@ fn after_a_checkpoint_and_a_restore(containerd: &mut Containerd) -> Result<()> {
     ensure!(all(dial_soon(&other.path(), V4, 7001)?)? == "reached\n", "after the restore");
     restored.end()?;
     served.end()
+}
+
+/// A server that returns what it gets, and the port that another one is on after the first message `move`.
+const ECHO: &str = "
+import socket
+def server(port):
+    found = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    found.bind(('::', port))
+    return found
+one = server(5300)
+while True:
+    data, peer = one.recvfrom(65535)
+    if data == b'move':
+        one = server(5301)
+    one.sendto(data + b' for ' + str(one.getsockname()[1]).encode(), peer)
+";
+
+/// What a server answers to a datagram, sent again until it does.
+fn ask(namespace: &Path, address: IpAddr, port: u16, text: &[u8]) -> Result<Vec<u8>> {
+    let socket = inside(namespace, || UdpSocket::bind((address, 0)))?;
+    socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+    socket.connect((address, port))?;
+    let deadline = Instant::now() + PATIENCE;
+    let mut answer = vec![0; 65_535];
+    loop {
+        // Nothing may listen yet, which the error of an earlier datagram says.
+        let answered = socket.send(text).and_then(|_| socket.recv(&mut answer));
+        match answered {
+            Ok(length) => {
+                answer.truncate(length);
+                return Ok(answer);
+            }
+            Err(error) => ensure!(Instant::now() < deadline, "no answer from {address} {port}: {error}"),
+        }
+        wait();
+    }
+}
+
+fn datagrams_reach_servers(containerd: &mut Containerd) -> Result<()> {
+    let (lab, bundle) = (Lab::wired()?, Bundle::with_workloads(containerd)?);
+    let config = bundle.config(&["python3.13", "-c", ECHO], |spec| {
+        let namespaces = spec["linux"]["namespaces"].as_array_mut().expect("an array");
+        namespaces.retain(|namespace| namespace["type"] != "network");
+        namespaces.push(serde_json::json!({ "type": "network", "path": lab.path() }));
+    })?;
+    let served = Served::run(containerd, &config)?;
+    for address in [V4, V6] {
+        let answer = ask(&lab.path(), address, 5300, b"query")?;
+        ensure!(answer == b"query for 5300", "{address}: {}", String::from_utf8_lossy(&answer));
+    }
+    let large = vec![b'x'; 60_000];
+    let answer = ask(&lab.path(), V4, 5300, &large)?;
+    ensure!(answer.starts_with(&large), "{} bytes are answered", answer.len());
+    // A port that is bound while the container runs.
+    let socket = inside(&lab.path(), || UdpSocket::bind((V4, 0)))?;
+    socket.send_to(b"move", (V4, 5300))?;
+    let answer = ask(&lab.path(), V4, 5301, b"query")?;
+    ensure!(answer == b"query for 5301", "{}", String::from_utf8_lossy(&answer));
+    served.end()?;
+    lab.nothing_is_left()
 }
 
 /// A container without a path has a namespace of its own, in which nsenter(1) finds the container's servers.

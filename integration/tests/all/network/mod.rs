@@ -1,6 +1,7 @@
 //! Containers whose specification names a network namespace by its path.
 
 mod capture;
+mod cni;
 mod forked;
 mod kinds;
 mod life;

@@ -29,6 +29,7 @@ on_newest_containerd!(
     the_hosts_network_is_refused,
     ended_with_the_shim,
     restored_and_forked,
+    published_ports_of_udp,
 );
 
 const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -240,6 +241,38 @@ fn restored(containerd: &Containerd, port: u16) -> Result<()> {
     restored.end()?;
     std::fs::remove_dir_all(&dir)?;
     Ok(())
+}
+
+fn published_ports_of_udp(containerd: &mut Containerd) -> Result<()> {
+    use machinen_integration::{bundle::Bundle, served::Served};
+    const ECHO: &str = "
+import socket
+one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+one.bind(('0.0.0.0', 5300))
+while True:
+    data, peer = one.recvfrom(2048)
+    one.sendto(data, peer)
+";
+    let port = UdpSocket::bind((LOCALHOST, 0))?.local_addr()?.port();
+    let bundle = Bundle::with_workloads(containerd)?;
+    let config = bundle.config(&["python3.13", "-c", ECHO], |spec| {
+        let ports = format!("0.0.0.0:{port}:5300/udp");
+        spec["annotations"] = serde_json::json!({ "io.machinen.ports": ports });
+    })?;
+    let served = Served::run(containerd, &config)?;
+    for address in [LOCALHOST, host_address()?] {
+        let socket = UdpSocket::bind((address, 0))?;
+        socket.connect((address, port))?;
+        socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+        let deadline = Instant::now() + PATIENCE;
+        let mut answer = [0; 16];
+        // A datagram before the server has its port is lost.
+        while socket.send(b"query").and_then(|_| socket.recv(&mut answer)).is_err() {
+            ensure!(Instant::now() < deadline, "no answer at {address}");
+        }
+        ensure!(answer.starts_with(b"query"), "{answer:?}");
+    }
+    served.end()
 }
 
 /// A host without pasta, and one that gives it to all containers with the host's network.

@@ -28,7 +28,10 @@ pub enum NetworkError {
     #[error("cannot connect the VM with the network namespace")]
     Kernel(#[from] NetlinkError),
     /// A VM is connected already.
-    #[error("the network namespace is connected with another VM: each VM needs a namespace of its own")]
+    #[error(
+        "the network namespace is connected with another VM: each VM needs a namespace of its own, and containers that \
+         share one must be in one pod"
+    )]
     InUse,
     /// There are more interfaces than the VM has.
     #[error(

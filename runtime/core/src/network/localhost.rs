@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   process in the namespace ──TCP──> 127.0.0.1 or ::1, this process ──raw stream──> agent ──TCP──> container
+//!                              UDP: datagrams.rs
 //! ```
 //! The guest reports the ports on which it listens, and exactly on those this process listens in the namespace. So the
 //! kernel refuses connections to other ports at once, and a port on which another process of the namespace listens stays
@@ -11,7 +12,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     io,
-    net::{SocketAddr, TcpListener as StdTcpListener},
+    net::{SocketAddr, TcpListener as StdTcpListener, UdpSocket as StdUdpSocket},
     os::fd::{AsFd as _, OwnedFd},
     pin::Pin,
     sync::Arc,
@@ -25,11 +26,13 @@ use machinen_protocol::localhost::{
 use machinen_vm::BoxedStream;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, split},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpStream, UdpSocket},
     sync::Semaphore,
     task::{JoinHandle, spawn_blocking},
     time::timeout,
 };
+
+use super::datagrams;
 
 /// How long the guest may take to close a stream whose two directions have ended.
 pub(crate) const CLOSED_WITHIN: Duration = Duration::from_secs(10);
@@ -91,19 +94,42 @@ impl LocalServer {
         let bind = move || netns::inside(namespace.as_fd(), || Ok(bind_all(new)));
         let bound = spawn_blocking(bind).await.map_err(io::Error::other)??;
         for (port, listener) in bound {
-            let listener = TcpListener::from_std(listener)?;
-            let accepting = accept(listener, port, Arc::clone(&self.dial), Arc::clone(&self.connections));
-            self.listening.insert(port, ListeningTask(tokio::spawn(accepting)));
+            let (dial, connections) = (Arc::clone(&self.dial), Arc::clone(&self.connections));
+            let serving = match listener {
+                BoundSocket::Tcp(listener) => {
+                    tokio::spawn(accept(TcpListener::from_std(listener)?, port, dial, connections))
+                }
+                BoundSocket::Udp(socket) => {
+                    tokio::spawn(datagrams::serve(UdpSocket::from_std(socket)?, port, dial, connections))
+                }
+            };
+            self.listening.insert(port, ListeningTask(serving));
         }
         Ok(())
     }
 }
 
-fn bind_all(ports: Vec<LocalPort>) -> Vec<(LocalPort, StdTcpListener)> {
+enum BoundSocket {
+    Tcp(StdTcpListener),
+    Udp(StdUdpSocket),
+}
+
+impl BoundSocket {
+    fn bind(port: LocalPort) -> io::Result<Self> {
+        let address = SocketAddr::new(port.address(), port.port);
+        if port.udp {
+            let socket = StdUdpSocket::bind(address)?;
+            return socket.set_nonblocking(true).map(|()| Self::Udp(socket));
+        }
+        let listener = StdTcpListener::bind(address)?;
+        listener.set_nonblocking(true).map(|()| Self::Tcp(listener))
+    }
+}
+
+fn bind_all(ports: Vec<LocalPort>) -> Vec<(LocalPort, BoundSocket)> {
     let bind = |port: LocalPort| {
         let address = SocketAddr::new(port.address(), port.port);
-        let bound = StdTcpListener::bind(address)
-            .and_then(|listener| listener.set_nonblocking(true).map(|()| (port, listener)));
+        let bound = BoundSocket::bind(port).map(|socket| (port, socket));
         // Another process has the port, or the namespace lacks the address.
         bound.inspect_err(|error| tracing::debug!("{address} does not lead into the container: {error}")).ok()
     };
@@ -244,9 +270,9 @@ mod tests {
 
     /// A port on which nothing listens.
     fn free(ipv6: bool) -> LocalPort {
-        let any = LocalPort { ipv6, port: 0 };
+        let any = LocalPort { udp: false, ipv6, port: 0 };
         let port = StdTcpListener::bind((any.address(), 0)).unwrap().local_addr().unwrap().port();
-        LocalPort { ipv6, port }
+        LocalPort { udp: false, ipv6, port }
     }
 
     async fn dialed(port: LocalPort) -> TcpStream {
@@ -301,7 +327,7 @@ mod tests {
     async fn the_port_of_another_process_stays_its_own() {
         let (free, mut guest) = (free(false), Guest::new(false));
         let other = StdTcpListener::bind("127.0.0.1:0").unwrap();
-        let taken = LocalPort { ipv6: false, port: other.local_addr().unwrap().port() };
+        let taken = LocalPort { udp: false, ipv6: false, port: other.local_addr().unwrap().port() };
         guest.listens(&[taken, free], free).await;
         let client = dialed(taken).await;
         assert_eq!(other.accept().unwrap().1, client.local_addr().unwrap());

@@ -10,6 +10,7 @@
 //! A client may set the namespace up after the container was created, or change it while the container runs. So the
 //! namespace is read when the container is created, again when it is started, and whenever the kernel reports a change.
 
+mod datagrams;
 mod egress;
 mod error;
 mod filter;

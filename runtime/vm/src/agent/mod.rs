@@ -153,8 +153,8 @@ impl Client {
     /// # Errors
     /// The stream does not exist, or nothing accepts the connection.
     pub async fn dial_localhost(&self, port: LocalPort, stream: u64) -> Result<(), AgentError> {
-        let LocalPort { ipv6, port } = port;
-        let request = DialLocalhostRequest { ipv6, port: port.into(), stream, ..Default::default() };
+        let LocalPort { udp, ipv6, port } = port;
+        let request = DialLocalhostRequest { ipv6, port: port.into(), stream, udp, ..Default::default() };
         call!(self.dial_localhost(request), Some(LONG)).map(nothing)
     }
 

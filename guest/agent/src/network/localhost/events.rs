@@ -1,6 +1,8 @@
-//! When TCP sockets begin and cease to listen, by a tracepoint of the kernel (Documentation/trace/events.rst).
+//! When TCP sockets begin and cease to listen, and when UDP sockets are bound, by tracing of the kernel
+//! (Documentation/trace/events.rst, kprobetrace.rst).
 //!
-//! The kernel has no other event for listen(2). The content of an event is not used: it only shows when to look. An
+//! The kernel has no other event for listen(2), and none at all for bind(2), so the second one is a probe at the function
+//! that gives a socket a port which a program has asked for. The end of a UDP socket is seen with the next event. The content of an event is not used: it only shows when to look. An
 //! instance of the tracing file system has buffers and settings of its own, so other users of tracing are not disturbed, and it
 //! is used through a descriptor of a mount that is not attached anywhere.
 
@@ -24,13 +26,17 @@ use tokio::{
 use crate::sys;
 
 const INSTANCE: &str = "instances/machinen";
+/// The probe. The second argument of the function is the port.
+const PROBE: &str = "p:machinen/udp_bind udp_lib_get_port port=%si:u16\n";
 /// Settings of the instance, in this order. 10 is the number of the state of a socket that listens (TCP_LISTEN).
-const SETTINGS: [(&str, &str); 4] = [
+const SETTINGS: [(&str, &str); 6] = [
     ("buffer_size_kb", "4"),
     // A reader is woken by the first event.
     ("buffer_percent", "0"),
     ("events/sock/inet_sock_set_state/filter", "oldstate == 10 || newstate == 10"),
     ("events/sock/inet_sock_set_state/enable", "1"),
+    ("events/machinen/udp_bind/filter", "port != 0"),
+    ("events/machinen/udp_bind/enable", "1"),
 ];
 
 #[derive(Debug)]
@@ -45,6 +51,12 @@ impl SocketEvents {
         let configuration = fsopen("tracefs", FsOpenFlags::FSOPEN_CLOEXEC)?;
         fsconfig_create(&configuration)?;
         let root = fsmount(&configuration, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+        let mut probes = File::from(open(root.as_fd(), "kprobe_events", OFlags::WRONLY | OFlags::APPEND)?);
+        match probes.write_all(PROBE.as_bytes()) {
+            // It is there since an earlier subscription.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            added => added?,
+        }
         match mkdirat(&root, INSTANCE, Mode::RWXU) {
             Err(Errno::EXIST) => {}
             made => made?,

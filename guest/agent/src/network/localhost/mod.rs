@@ -1,12 +1,13 @@
-//! The guest's localhost, for processes of the host that connect to the localhost of the pod's network namespace.
+//! The guest's localhost, for processes of the host that connect or send to the localhost of the pod's network namespace.
 //!
 //! ```text
-//!   listen(2) ──tracepoint──> this agent ──report──> host, which listens on the same port in the namespace
+//!   listen(2), bind(2) ──tracing──> this agent ──report──> host, which listens on the same port in the namespace
 //!   connect(2) on the host ──> host ──raw stream──> this agent ──> 127.0.0.1:PORT, as on a host
 //! ```
 //! Only sockets of the containers' namespace count. A program in a container finds the agent's end of a connection at an
 //! address of localhost, where it would find the process of the host without a VM.
 
+mod datagrams;
 mod events;
 pub(crate) mod relay;
 
@@ -106,7 +107,14 @@ pub(crate) async fn dial(
     let stream = claim(unclaimed, request.stream).await?;
     let port = u16::try_from(request.port).ok().filter(|&port| port != 0);
     let port = port.ok_or(LocalhostError::Port(request.port))?;
-    let address = SocketAddr::new(LocalPort { ipv6: request.ipv6, port }.address(), port);
+    let port = LocalPort { udp: request.udp, ipv6: request.ipv6, port };
+    let address = SocketAddr::new(port.address(), port.port);
+    if port.udp {
+        let socket = datagrams::socket(address).await;
+        let socket = socket.map_err(|source| LocalhostError::Connect { address, source })?;
+        tokio::spawn(datagrams::relay(socket, stream));
+        return Ok(());
+    }
     let connected = timeout(CONNECTED_WITHIN, TcpStream::connect(address)).await;
     let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
     let socket = connected.map_err(|source| LocalhostError::Connect { address, source })?;
