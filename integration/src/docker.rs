@@ -93,7 +93,8 @@ impl<'a> Docker<'a> {
         Ok(fs::write(below("daemon.json"), config.to_string())?)
     }
 
-    fn socket(&self) -> PathBuf {
+    /// The daemon's own socket.
+    pub fn socket(&self) -> PathBuf {
         self.containerd.root().join("d.sock")
     }
 

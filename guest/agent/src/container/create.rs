@@ -16,6 +16,7 @@ use super::{
     delete::{clear, remove_dir},
     files,
     hooks::StartHooks,
+    host_disks,
     namespaces::{HeldNamespaces, NamespacePath},
     restore::{PlannedRestore, RestoreImage},
     rootfs::{Rootfs, RootfsError},
@@ -88,6 +89,7 @@ impl Container {
         let mut phases = Phases::new();
         let streams = Streams::claim(&request.stdio, &context.unclaimed).await?;
         let (disks, image) = find_disks(context, &mut request).await?;
+        host_disks::translate(&context.disks, &mut request).await?;
         phases.done("disks");
         let rootfs = Rootfs::mount(dir, &disks)?;
         drop(disks);

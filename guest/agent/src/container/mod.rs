@@ -14,6 +14,7 @@ mod error;
 mod exec;
 mod files;
 mod hooks;
+mod host_disks;
 mod id_table;
 pub(crate) mod namespaces;
 mod pause;

@@ -3,13 +3,13 @@
 use std::{fs, path::PathBuf};
 
 use anyhow::{Result, ensure};
-use machinen_integration::docker::Docker;
+use machinen_integration::{docker::Docker, paths};
 
 use super::with_docker;
 use crate::harness::IMAGE;
 
-with_docker!(runc, RUNC: directories_and_files, named_volumes, read_only_and_tmpfs, dockers_own_files);
-with_docker!(machinen, MACHINEN: directories_and_files, named_volumes, read_only_and_tmpfs, dockers_own_files);
+with_docker!(runc, RUNC: directories_and_files, named_volumes, read_only_and_tmpfs, dockers_own_files, dockers_own_socket);
+with_docker!(machinen, MACHINEN: directories_and_files, named_volumes, read_only_and_tmpfs, dockers_own_files, dockers_own_socket);
 
 fn run(docker: &Docker<'_>, runtime: &str, flags: &[&str], script: &str) -> Result<String> {
     docker.ok(&[&["run", "--rm", "--runtime", runtime], flags, &[IMAGE, "sh", "-ec", script]].concat())
@@ -95,5 +95,20 @@ fn dockers_own_files(docker: &Docker<'_>, runtime: &str) -> Result<()> {
     let output = run(docker, runtime, &flags, script)?;
     let lines: Vec<_> = output.lines().filter(|line| !line.is_empty()).collect();
     ensure!(lines == ["named", "10.1.2.3", "nameserver 10.0.0.53", "search example.org"], "{output}");
+    Ok(())
+}
+
+/// A container calls the daemon, as continuous integration and reverse proxies do.
+fn dockers_own_socket(docker: &Docker<'_>, runtime: &str) -> Result<()> {
+    let socket = format!("{}:/var/run/docker.sock", docker.socket().display());
+    let python = format!("{}:/w:ro", paths::workspace().join("target/tools/workloads/usr").display());
+    let flags = ["-v", &socket, "-v", &python, "-e", "PYTHONHOME=/w", "-e", "PYTHONDONTWRITEBYTECODE=1"];
+    let program = "import socket; s = socket.socket(socket.AF_UNIX); s.connect(\"/var/run/docker.sock\"); \
+                   s.sendall(b\"GET /_ping HTTP/1.0\\r\\n\\r\\n\"); print(s.makefile().read().splitlines()[-1])";
+    let script = format!(
+        "/w/lib64/ld-linux-x86-64.so.2 --library-path /w/lib/x86_64-linux-gnu /w/bin/python3.13 -c '{program}'"
+    );
+    let output = run(docker, runtime, &flags, &script)?;
+    ensure!(output == "OK", "{output}");
     Ok(())
 }

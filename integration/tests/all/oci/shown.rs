@@ -75,7 +75,6 @@ fn itself(oci: &Oci) -> Result<()> {
         "/mountOptions",
         "/linux/namespaces",
         "/linux/capabilities",
-        "/linux/mountExtensions/idmap/enabled",
     ] {
         ensure!(features.pointer(pointer).is_some(), "no {pointer} in {features}");
     }

@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf};
 
 use anyhow::{Result, ensure};
-use machinen_integration::{podman::Podman, runtime::Runtime};
+use machinen_integration::podman::Podman;
 
 use super::{IMAGE, remove, script, start, with_podman};
 
@@ -72,17 +72,14 @@ fn overlays(podman: &Podman) -> Result<()> {
     let data = dir(podman, "lower")?;
     fs::write(data.join("file"), "of the host\n")?;
     let overlay = format!("{}:/data:O", data.display());
-    let text = "echo changed > /data/file; cat /data/file";
-    if podman.runtime() == Runtime::Machinen {
-        let args = ["run", "--rm", "--network", "none", "-v", &overlay, IMAGE, "sh", "-c", text];
-        let refused = podman.output(&args)?;
-        let named = refused.error_text().contains("mount /data has the type \"overlay\"");
-        ensure!(refused.status != 0 && named, "{refused}");
-    } else {
-        let output = script(podman, &["-v", &overlay], text)?;
-        ensure!(output == "changed", "{output}");
-    }
-    ensure!(fs::read_to_string(data.join("file"))? == "of the host\n");
+    fs::create_dir_all(data.join("deep/er"))?;
+    fs::write(data.join("removed"), "")?;
+    let text = "echo changed > /data/file; cat /data/file; rm /data/removed; rm -r /data/deep; mkdir /data/deep; \
+                mv /data/file /data/moved; ls -A /data /data/deep";
+    let output = script(podman, &["-v", &overlay], text)?;
+    ensure!(output == "changed\n/data:\ndeep\nmoved\n\n/data/deep:", "{output}");
+    ensure!(fs::read_to_string(data.join("file"))? == "of the host\n" && data.join("deep/er").is_dir());
+    ensure!(data.join("removed").is_file());
     Ok(fs::remove_dir_all(data)?)
 }
 

@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use machinen_integration::{bundle::Bundle, containerd::Containerd};
+use nix::{sys::stat::Mode, unistd::mkfifo};
 
 use super::{bind, run, served, shell, source};
 use crate::harness::on_newest_containerd;
@@ -21,6 +22,7 @@ on_newest_containerd!(
     a_big_file_and_many_small_ones,
     links_are_resolved_in_the_container,
     attributes_sizes_and_holes,
+    a_fifo_of_the_host_connects_processes_of_the_guest,
 );
 
 fn both_sides_read_and_write(containerd: &mut Containerd) -> Result<()> {
@@ -183,5 +185,16 @@ s = os.statvfs("/data"); print(s.f_blocks > 0)
     let seen = containerd.run_spec(&config).ok()?;
     let wanted = "4294967304 True\n10 True\nb'kept' ['user.machinen']\n2000000002\nTrue\n";
     ensure!(seen == wanted, "{seen}");
+    Ok(())
+}
+
+/// A process that waits at it waits in the guest's kernel, and holds up nothing else.
+fn a_fifo_of_the_host_connects_processes_of_the_guest(containerd: &mut Containerd) -> Result<()> {
+    let data = source(containerd)?;
+    mkfifo(&data.join("fifo"), Mode::S_IRWXU)?;
+    let script = "for i in 1 2 3 4 5 6; do cat /data/fifo >/dev/null & done; ls /data; echo x >/data/file; \
+                  cat /data/file; kill $(jobs -p); (echo through >/data/fifo) & cat /data/fifo";
+    let seen = run(containerd, &Bundle::busybox(containerd)?, &data, script)?;
+    ensure!(seen == "fifo\nx\nthrough\n", "{seen}");
     Ok(())
 }

@@ -24,6 +24,7 @@ use tokio::{sync::mpsc, task::spawn_blocking};
 use super::{
     Container, ContainerId, Pod, PodError, PodEvent,
     checkpoint_guest::{Dump, DumpOutcome},
+    host_disks::HostDiskError,
     phases::PhaseTimes,
     state::{PodRequest, ProcessState},
 };
@@ -76,6 +77,9 @@ impl Pod {
         let _ordered = container.init.transitions.lock().await;
         let _none_starting = container.freezing.write().await;
         container.check(PodRequest::Checkpoint)?;
+        if let Some(path) = container.host_disk.clone() {
+            return Err(HostDiskError::Checkpoint { id: id.to_owned(), path }.into());
+        }
         let was_paused = container.state() == ProcessState::Paused;
         let agent = self.agent(id).await?;
         let failed = |source| PodError::Checkpoint { id: id.to_owned(), source };

@@ -62,6 +62,8 @@ pub struct Container {
     pub(super) checkpoint_config: config::CheckpointConfig,
     /// The mounts of the root file system that the caller asked for.
     pub(super) rootfs: Vec<RootfsMount>,
+    /// A block device of the host that the container uses.
+    pub(super) host_disk: Option<PathBuf>,
     pub(super) hooks: ContainerHooks,
     /// Held while the container is deleted.
     pub(super) deleting: tokio::sync::Mutex<()>,
@@ -77,6 +79,7 @@ pub(super) struct ContainerStorage {
     pub(super) checkpoint: Option<RestoreDisk>,
     pub(super) checkpoint_config: config::CheckpointConfig,
     pub(super) rootfs: Vec<RootfsMount>,
+    pub(super) host_disk: Option<PathBuf>,
 }
 
 /// The VM that a container is in.
@@ -99,8 +102,16 @@ impl Container {
         hooks: ContainerHooks,
     ) -> Self {
         let ContainerGuest { vm, network, namespaces } = guest;
-        let ContainerStorage { layer, attachments, shares, base, checkpoint, checkpoint_config, rootfs } =
-            storage;
+        let ContainerStorage {
+            layer,
+            attachments,
+            shares,
+            base,
+            checkpoint,
+            checkpoint_config,
+            rootfs,
+            host_disk,
+        } = storage;
         Self {
             id,
             bundle,
@@ -120,6 +131,7 @@ impl Container {
             checkpoint: Mutex::new(checkpoint),
             checkpoint_config,
             rootfs,
+            host_disk,
             hooks,
             deleting: tokio::sync::Mutex::default(),
         }

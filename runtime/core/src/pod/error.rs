@@ -15,6 +15,7 @@ use machinen_vm::{
 use super::{
     ContainerId, ExecId,
     anchor::AnchorError,
+    host_disks::HostDiskError,
     namespaces::NamespaceError,
     receive::ReceiveError,
     rootfs::RootfsPlanError,
@@ -78,6 +79,9 @@ pub enum PodError {
         /// The cause.
         source: StateError,
     },
+    /// A block device of the host cannot be used.
+    #[error(transparent)]
+    HostDisk(#[from] HostDiskError),
     /// The VM of the container has ended.
     #[error("the VM of container {id} has ended")]
     Gone {
@@ -291,6 +295,7 @@ impl HasKind for PodError {
             Self::Accel(error) => error.kind(),
             Self::Admission(error) => error.kind(),
             Self::Share(error) => error.kind(),
+            Self::HostDisk(error) => error.kind(),
             Self::Resources { .. } => ErrorKind::InvalidArgument,
             Self::LayerLimits(error) => error.kind(),
             Self::Rootdisk(source) => source.kind(),

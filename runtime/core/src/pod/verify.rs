@@ -130,7 +130,7 @@ impl Pod {
                 layer::trial_disk(&plan.rootfs, &plan.config, trial_disk.copy),
                 restore_disk(plan.restore.as_ref(), &phases),
             )?;
-            Ok(ContainerDisks { root: create::root_disks(&plan, base, own), checkpoint })
+            Ok(ContainerDisks { root: create::root_disks(&plan, base, own), checkpoint, host: Vec::new() })
         };
         let (mut acquired, disks) = create::with_vm(sandbox.acquire(id, &request), disks).await?;
         let network = container.network.as_deref();
@@ -174,7 +174,7 @@ impl Pod {
         let injected = plan.read_injected().await?;
         // The disks and the volumes stay until the VM ends.
         let attachments = Attachments::new(vm.clone(), plan.config.rootdisk.reserve());
-        let (addresses, agent) = attachments.attach(id, disks, &PhaseTimes::default()).await?;
+        let (addresses, agent) = attachments.attach(id, disks, &[], &PhaseTimes::default()).await?;
         if let Some(network) = network {
             // Sockets are bound to these addresses. The trial's network device is connected with nothing.
             network.copy_to(&agent).await.map_err(PodError::Network)?;

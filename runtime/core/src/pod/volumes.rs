@@ -60,6 +60,7 @@ mod tests {
     use machinen_base::{error::chain, mounts::TreeOptions};
 
     use super::*;
+    use crate::spec::volumes::MountPart;
 
     #[test]
     fn only_directories_files_and_sockets_are_sources() {
@@ -69,7 +70,17 @@ mod tests {
         let open = |source: &str| {
             let options = TreeOptions { recursive: true, read_only: false, follows_host: false };
             let (source, destination) = (source.into(), "/data".into());
-            open_all(dir.path(), &[VolumeMount { mount: 0, source, destination, options, mappings: None }])
+            open_all(
+                dir.path(),
+                &[VolumeMount {
+                    mount: 0,
+                    source,
+                    destination,
+                    options,
+                    mappings: None,
+                    part: MountPart::Whole,
+                }],
+            )
         };
         assert!(open("file").unwrap()[0].is_file && !open(".").unwrap()[0].is_file);
         assert!(open("socket").unwrap()[0].is_file);

@@ -8,15 +8,16 @@ use std::path::{Path, PathBuf};
 
 use machinen_base::error::{ErrorKind, HasKind};
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxBuilder, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespace,
-    LinuxNamespaceBuilder, LinuxNamespaceType, Mount, Process, Spec,
+    Hooks, Linux, LinuxBuilder, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespace, LinuxNamespaceBuilder,
+    LinuxNamespaceType, Mount, Process, Spec,
 };
 
 use super::{
     cpus,
+    disks::{DISK_KINDS, DiskRequest},
     hooks::{self, HookSpecError},
     resources::{self, ResourcesError},
-    volumes::{VolumeError, VolumeMount},
+    volumes::{self, VolumeError, VolumeMount},
 };
 
 /// Largest host file that is copied into a container, bytes.
@@ -40,6 +41,8 @@ pub struct GuestSpec {
     pub injected: Vec<Injected>,
     /// The bind mounts of the configuration; see [`GuestSpec::for_vm`].
     pub volumes: Vec<VolumeMount>,
+    /// The block devices of the host in the configuration.
+    pub disks: Vec<DiskRequest>,
     /// The other namespaces that the configuration names by their paths on the host. They are not in `spec`.
     pub named: Vec<NamedNamespace>,
     /// Path of the container's network namespace on the host, if the configuration names one.
@@ -75,7 +78,7 @@ pub enum ReduceError {
     #[error(transparent)]
     Volume(#[from] VolumeError),
     /// The type of the mount is not supported.
-    #[error("mount {} has the type {kind:?}, which is not supported; supported are {}", destination.display(), GUEST_KINDS.join(", "))]
+    #[error("mount {} has the type {kind:?}, which is not supported; supported are {}", destination.display(), [GUEST_KINDS, DISK_KINDS, &["overlay"]].concat().join(", "))]
     MountKind {
         /// The path in the container.
         destination: PathBuf,
@@ -113,18 +116,6 @@ pub enum ReduceError {
         /// Why the field is not supported.
         reason: &'static str,
     },
-    /// The host's block device cannot be used in the guest.
-    #[error(
-        "linux.devices has {}, block device {major}:{minor} of the host, which the VM does not have", path.display()
-    )]
-    BlockDevice {
-        /// The device.
-        path: PathBuf,
-        /// The major number.
-        major: i64,
-        /// The minor number.
-        minor: i64,
-    },
     /// A limit is refused.
     #[error(transparent)]
     Resources(#[from] ResourcesError),
@@ -150,7 +141,7 @@ impl HasKind for ReduceError {
 /// The first part of the configuration that machinen does not support.
 pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
     let hooks = hooks::take(&mut spec)?;
-    let (injected, volumes) = take_host_mounts(&mut spec)?;
+    let HostMounts { injected, volumes, mut disks } = take_host_mounts(&mut spec)?;
     let mounts_cgroups = mounts_cgroups(&spec);
     let linux = spec.linux_mut().get_or_insert_with(empty_linux);
     if mounts_cgroups {
@@ -163,6 +154,9 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
     linux.set_cgroups_path(Some(Path::new("/machinen").join(id)));
     linux.set_mount_label(None);
     reduce_linux(linux)?;
+    if !may_use_any_device(linux) {
+        disks.extend(DiskRequest::of_devices(linux));
+    }
     if let Some(process) = spec.process_mut() {
         drop_labels(process);
         if process.exec_cpu_affinity().is_some() {
@@ -172,7 +166,7 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
             });
         }
     }
-    Ok(GuestSpec { spec, hooks, injected, volumes, named, netns, host_network, cgroups_path })
+    Ok(GuestSpec { spec, hooks, injected, volumes, disks, named, netns, host_network, cgroups_path })
 }
 
 /// The bind mounts of a host's configuration.
@@ -180,7 +174,7 @@ pub fn reduce(mut spec: Spec, id: &str) -> Result<GuestSpec, ReduceError> {
 /// # Errors
 /// The first mount that machinen does not support.
 pub fn volumes(mut spec: Spec) -> Result<Vec<VolumeMount>, ReduceError> {
-    take_host_mounts(&mut spec).map(|(_, volumes)| volumes)
+    take_host_mounts(&mut spec).map(|mounts| mounts.volumes)
 }
 
 /// The path of the network namespace that a host's configuration names.
@@ -234,15 +228,6 @@ fn reduce_linux(linux: &mut Linux) -> Result<(), ReduceError> {
         resources::for_creation(&mut limits)?;
         linux.set_resources(Some(limits));
     }
-    if !may_use_any_device(linux)
-        && let Some(device) = linux.devices().iter().flatten().find(|device| is_block(device))
-    {
-        return Err(ReduceError::BlockDevice {
-            path: device.path().clone(),
-            major: device.major(),
-            minor: device.minor(),
-        });
-    }
     Ok(())
 }
 
@@ -257,21 +242,23 @@ fn may_use_any_device(linux: &Linux) -> bool {
     rules.into_iter().flatten().rfind(is_about_all).is_some_and(LinuxDeviceCgroup::allow)
 }
 
-fn is_block(device: &LinuxDevice) -> bool {
-    device.typ() == LinuxDeviceType::B
-}
-
 /// Removes the labels of the host's security modules, which the guest does not have.
 pub(super) fn drop_labels(process: &mut Process) {
     process.set_apparmor_profile(None);
     process.set_selinux_label(None);
 }
 
-/// Takes the mounts of the host's files out of the configuration. A volume keeps its place among the mounts, where its
-/// source is set when the container is created.
-fn take_host_mounts(spec: &mut Spec) -> Result<(Vec<Injected>, Vec<VolumeMount>), ReduceError> {
-    let mut injected = Vec::new();
-    let mut volumes = Vec::new();
+/// What the mounts of a configuration have of the host.
+struct HostMounts {
+    injected: Vec<Injected>,
+    volumes: Vec<VolumeMount>,
+    disks: Vec<DiskRequest>,
+}
+
+/// Takes the mounts of the host's files out of the configuration. A volume or disk keeps its place among the mounts, where
+/// its source is set when the container is created.
+fn take_host_mounts(spec: &mut Spec) -> Result<HostMounts, ReduceError> {
+    let (mut injected, mut volumes, mut disks) = (Vec::new(), Vec::new(), Vec::new());
     let mut kept = Vec::new();
     for mount in spec.mounts().iter().flatten() {
         if mount.destination().as_os_str().is_empty() {
@@ -293,13 +280,17 @@ fn take_host_mounts(spec: &mut Spec) -> Result<(Vec<Injected>, Vec<VolumeMount>)
             continue;
         }
         let kind = mount.typ().clone().unwrap_or_default();
-        if !GUEST_KINDS.contains(&kind.as_str()) {
+        if kind == "overlay" {
+            volumes.extend(volumes::take_overlay(&mut mount, kept.len())?);
+        } else if let Some(disk) = DiskRequest::of_mount(&mount, kept.len()) {
+            disks.push(disk);
+        } else if !GUEST_KINDS.contains(&kind.as_str()) {
             return Err(ReduceError::MountKind { destination: destination.clone(), kind });
         }
         kept.push(mount);
     }
     spec.set_mounts(Some(kept));
-    Ok((injected, volumes))
+    Ok(HostMounts { injected, volumes, disks })
 }
 
 /// runc's rule: the type `bind`, or a `bind`/`rbind` option with any type.

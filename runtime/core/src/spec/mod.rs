@@ -9,6 +9,7 @@
 
 pub mod bundle;
 pub mod cpus;
+pub mod disks;
 pub mod exec;
 pub mod guest;
 pub mod hooks;

@@ -1,6 +1,9 @@
 //! Bind mounts of a configuration: which files of the host they show, and how.
 
-use std::path::PathBuf;
+use std::{
+    ffi::OsStr,
+    path::{Path, PathBuf},
+};
 
 use machinen_base::{
     error::{ErrorKind, HasKind},
@@ -22,6 +25,24 @@ pub struct VolumeMount {
     pub options: TreeOptions,
     /// The users in the guest to whom the files of users on the host belong, where they are others.
     pub mappings: Option<IdMappings>,
+    /// What the volume is for the mount.
+    pub part: MountPart,
+}
+
+/// What a volume is for a mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MountPart {
+    /// The mount shows the volume.
+    Whole,
+    /// A lower directory of an overlay that the guest mounts.
+    Lower,
+    /// The directory that has the upper and the working directory of an overlay, and their names in it.
+    Upper {
+        /// The name of the upper directory.
+        upper: String,
+        /// The name of the working directory.
+        work: String,
+    },
 }
 
 /// Consecutive users, or groups, of an ID-mapped mount.
@@ -95,6 +116,14 @@ pub enum VolumeError {
         /// The option.
         option: String,
     },
+    /// An overlay cannot be mounted in the guest.
+    #[error("the overlay {} cannot be mounted: {reason}", destination.display())]
+    Overlay {
+        /// The path in the container.
+        destination: PathBuf,
+        /// Why.
+        reason: &'static str,
+    },
     /// The mapping of users is not complete.
     #[error(
         "the mount {} of {} maps users and has not both uidMappings and gidMappings, nor has the container's user namespace",
@@ -111,7 +140,9 @@ pub enum VolumeError {
 impl HasKind for VolumeError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::NoSource { .. } | Self::Mappings { .. } => ErrorKind::InvalidArgument,
+            Self::NoSource { .. } | Self::Mappings { .. } | Self::Overlay { .. } => {
+                ErrorKind::InvalidArgument
+            }
             Self::Shared { .. } => ErrorKind::Unimplemented,
         }
     }
@@ -177,7 +208,7 @@ impl VolumeMount {
         kept.push("bind".to_owned());
         kept.push(if options.read_only { "ro" } else { "rw" }.to_owned());
         mount.set_typ(Some("bind".to_owned())).set_options(Some(kept));
-        Ok(Self { mount: number, source, destination, options, mappings })
+        Ok(Self { mount: number, source, destination, options, mappings, part: MountPart::Whole })
     }
 }
 
@@ -199,6 +230,55 @@ fn take_mappings(
     }
 }
 
+/// Takes the directories of the host out of an overlay, as Podman's volumes with the option `O` are. The guest mounts the
+/// overlay. What is left of `mount`, the one with this number, is for the guest.
+///
+/// # Errors
+/// The overlay has no lower directories, or its upper and working directories are not in one directory.
+pub(super) fn take_overlay(mount: &mut Mount, number: usize) -> Result<Vec<VolumeMount>, VolumeError> {
+    let destination = mount.destination().clone();
+    let refused = |reason| VolumeError::Overlay { destination: destination.clone(), reason };
+    let options = mount.options().clone().unwrap_or_default();
+    let option = |name: &str| options.iter().find_map(|option| option.strip_prefix(name));
+    if options.iter().any(|option| option.contains('\\')) {
+        return Err(refused("names with a backslash are not supported"));
+    }
+    let lowers = option("lowerdir=").ok_or_else(|| refused("it has no lowerdir"))?;
+    let volume = |source: PathBuf, read_only, part| VolumeMount {
+        mount: number,
+        source,
+        destination: destination.clone(),
+        options: TreeOptions { recursive: false, read_only, follows_host: false },
+        mappings: None,
+        part,
+    };
+    let mut volumes: Vec<_> =
+        lowers.split(':').map(|lower| volume(lower.into(), true, MountPart::Lower)).collect();
+    match (option("upperdir="), option("workdir=")) {
+        (None, None) => {}
+        (Some(upper), Some(work)) => {
+            let (upper, work) = (PathBuf::from(upper), PathBuf::from(work));
+            let name = |path: &Path| path.file_name().and_then(OsStr::to_str).map(ToOwned::to_owned);
+            let parent = upper.parent().filter(|parent| work.parent() == Some(*parent));
+            let parent = parent.zip(name(&upper)).zip(name(&work));
+            let ((parent, upper), work) =
+                parent.ok_or_else(|| refused("its upperdir and workdir are not in the same directory"))?;
+            volumes.push(volume(parent.to_owned(), false, MountPart::Upper { upper, work }));
+        }
+        _ => return Err(refused("an upperdir needs a workdir")),
+    }
+    let dirs = ["lowerdir=", "upperdir=", "workdir="];
+    let is_kept = |option: &&String| {
+        !dirs.iter().any(|dir| option.starts_with(dir))
+            && (!HOSTS.contains(&option.as_str()) || *option == "ro")
+    };
+    let mut kept: Vec<_> = options.iter().filter(is_kept).cloned().collect();
+    // The server of the volumes may not set other attributes than those of users.
+    kept.push("userxattr".to_owned());
+    mount.set_source(Some("overlay".into())).set_options(Some(kept));
+    Ok(volumes)
+}
+
 /// Sets the sources of volumes in the guest.
 pub(crate) fn set_sources(
     spec: &mut Spec,
@@ -207,9 +287,24 @@ pub(crate) fn set_sources(
 ) {
     let Some(mounts) = spec.mounts_mut() else { return };
     for (volume, entry) in volumes.iter().zip(entries) {
-        if let Some(mount) = mounts.get_mut(volume.mount) {
-            mount.set_source(Some(entry.path()));
+        let Some(mount) = mounts.get_mut(volume.mount) else { continue };
+        let path = entry.path().display().to_string();
+        let mut options = mount.options().clone().unwrap_or_default();
+        match &volume.part {
+            MountPart::Whole => {
+                mount.set_source(Some(entry.path()));
+                continue;
+            }
+            MountPart::Lower => match options.iter_mut().find(|option| option.starts_with("lowerdir=")) {
+                Some(lowers) => lowers.extend([":", &path]),
+                None => options.push(format!("lowerdir={path}")),
+            },
+            MountPart::Upper { upper, work } => {
+                options.push(format!("upperdir={path}/{upper}"));
+                options.push(format!("workdir={path}/{work}"));
+            }
         }
+        mount.set_options(Some(options));
     }
 }
 
@@ -245,6 +340,45 @@ mod tests {
             let (tree, left) = take(options).unwrap();
             assert_eq!(tree, expected, "{options:?}");
             assert_eq!(left, kept, "{options:?}");
+        }
+    }
+
+    #[test]
+    fn an_overlay_is_mounted_by_the_guest() {
+        let overlay = |options: &[&str]| {
+            let options = options.iter().map(|option| (*option).to_owned()).collect::<Vec<_>>();
+            let mount =
+                MountBuilder::default().destination("/d").source("overlay").typ("overlay").options(options);
+            let mut mount = mount.build().unwrap();
+            take_overlay(&mut mount, 0).map(|volumes| (volumes, mount))
+        };
+        let options = ["lowerdir=/a:/b", "upperdir=/c/up", "workdir=/c/work", "private", "noatime"];
+        let (volumes, mount) = overlay(&options).unwrap();
+        let shown: Vec<_> = volumes
+            .iter()
+            .map(|volume| (volume.source.to_str().unwrap(), volume.options.read_only))
+            .collect();
+        assert_eq!(shown, [("/a", true), ("/b", true), ("/c", false)]);
+        let mut spec = Spec::default();
+        spec.set_mounts(Some(vec![mount]));
+        let entries = (0..).map(|number| ShareEntry { number, is_file: false });
+        set_sources(&mut spec, &volumes, entries);
+        let mount = &spec.mounts().as_ref().unwrap()[0];
+        let expected = [
+            "noatime",
+            "userxattr",
+            "lowerdir=/run/machinen-shares/dir-0:/run/machinen-shares/dir-1",
+            "upperdir=/run/machinen-shares/dir-2/up",
+            "workdir=/run/machinen-shares/dir-2/work",
+        ];
+        assert_eq!(mount.options().as_ref().unwrap(), &expected);
+        for (options, words) in [
+            (&["upperdir=/c/up"][..], "no lowerdir"),
+            (&["lowerdir=/a", "upperdir=/c/up"], "needs a workdir"),
+            (&["lowerdir=/a", "upperdir=/c/up", "workdir=/d/work"], "same directory"),
+        ] {
+            let error = overlay(options).unwrap_err();
+            assert!(error.to_string().contains(words), "{error}");
         }
     }
 

@@ -11,7 +11,7 @@ use std::{
 use machinen_base::{process::ChildLimits, space::DiskReserve};
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
-    sys::stat::fstat,
+    sys::stat::{SFlag, fstat},
 };
 use serde_json::json;
 use tokio::sync::broadcast;
@@ -217,12 +217,12 @@ impl AttachedDisks {
         let node = node(number);
         let (undo, storage) = match source {
             DiskBacking::File(file) => {
-                let fdset = fdset(number);
+                let (fdset, driver) = (fdset(number), driver(&file));
                 let handed = self.qmp.execute_with_fd("add-fd", json!({ "fdset-id": fdset }), file).await;
                 handed.map_err(|error| (PlugUndo::Nothing, error))?;
                 // Images are shared between VMs. Their owners lock them, not QEMU.
                 let storage = json!({
-                    "driver": "file", "filename": format!("/dev/fdset/{fdset}"), "read-only": read_only,
+                    "driver": driver, "filename": format!("/dev/fdset/{fdset}"), "read-only": read_only,
                     "auto-read-only": false, "locking": "off", "discard": "unmap",
                 });
                 (PlugUndo::Fdset, storage)
@@ -346,6 +346,15 @@ impl PlugUndo {
 /// The name of a disk's block device in QEMU, and of the device that the guest sees.
 fn node(number: u64) -> String {
     format!("disk-{number}")
+}
+
+/// QEMU's driver for a file or a block device.
+fn driver(file: &OwnedFd) -> &'static str {
+    let is_block = |mode| SFlag::from_bits_truncate(mode) & SFlag::S_IFMT == SFlag::S_IFBLK;
+    match fstat(file) {
+        Ok(found) if is_block(found.st_mode) => "host_device",
+        _ => "file",
+    }
 }
 
 fn fdset(number: u64) -> u64 {

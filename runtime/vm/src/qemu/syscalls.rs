@@ -96,10 +96,11 @@ const MISSING: [i64; 5] = [
 
 /// Requests of ioctl(2) without KVM: of sockets, pipes, terminals, disks, and of the tap device, whose name, owner and
 /// namespace none of them changes.
-const REQUESTS: [u32; 16] = [
+const REQUESTS: [u32; 17] = [
     0x5421,      // FIONBIO
     0x541b,      // FIONREAD
     0x5401,      // TCGETS
+    0x125e,      // BLKROGET
     0x1261,      // BLKFLSBUF
     0x1268,      // BLKSSZGET
     0x127b,      // BLKPBSZGET

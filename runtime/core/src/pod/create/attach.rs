@@ -59,7 +59,8 @@ impl CreateJob<'_> {
         &self,
         held: &Held,
     ) -> Result<(AttachedDisks, Option<Arc<PodNetwork>>), PodError> {
-        let disks = held.attachments.attach(&self.request.id, &held.disks.open, self.phases);
+        let disks =
+            held.attachments.attach(&self.request.id, &held.disks.open, &self.plan.host_disks, self.phases);
         let network = async {
             let namespace = held.anchor.netns().map_err(NetworkError::Enter).map_err(PodError::Network)?;
             let sandbox = &self.pod.shared.sandbox;

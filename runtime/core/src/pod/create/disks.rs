@@ -19,7 +19,7 @@ use tokio::task::spawn_blocking;
 use super::CreatePlan;
 use crate::{
     checkpoint::ImageDisk,
-    pod::{PodError, layer, phases::PhaseTimes, restore},
+    pod::{PodError, host_disks::HostDiskFile, layer, phases::PhaseTimes, restore},
 };
 
 /// The disks of a container: those of its root file system, and the one with the checkpoint's images if the
@@ -28,6 +28,8 @@ use crate::{
 pub(in crate::pod) struct ContainerDisks<T, C = T> {
     pub(in crate::pod) root: RootDisks<T>,
     pub(in crate::pod) checkpoint: Option<C>,
+    /// Block devices of the host that are attached.
+    pub(in crate::pod) host: Vec<api::HostDisk>,
 }
 
 /// The disks of a container on the host.
@@ -55,7 +57,8 @@ pub(super) async fn open(plan: &CreatePlan, id: &str, phases: &PhaseTimes) -> Re
     )?;
     let key = base.as_ref().map(|base| base.key);
     let root = root_disks(plan, base, own);
-    Ok(PendingDisks { open: ContainerDisks { root, checkpoint }, base: key, writable })
+    let open = ContainerDisks { root, checkpoint, host: Vec::new() };
+    Ok(PendingDisks { open, base: key, writable })
 }
 
 /// Sorts the disks of a root file system. `base`: the result of [`base_disk`]; `own`: the disk that belongs to
@@ -110,6 +113,7 @@ impl Attachments {
         &self,
         id: &str,
         disks: &OpenDisks,
+        host: &[HostDiskFile],
         phases: &PhaseTimes,
     ) -> Result<(ContainerDisks<DiskAddress>, agent::Client), PodError> {
         let base = async |disk| {
@@ -136,8 +140,28 @@ impl Attachments {
             self.attach_source("attach the checkpoint", source, true, format!("cp-{id}")).await.map(Some)
         };
         let ready = phases.time("vm-ready", async { self.vm.agent().await.map_err(PodError::Boot) });
-        let (root, checkpoint, agent) = tokio::try_join!(root, checkpoint, ready)?;
-        Ok((ContainerDisks { root, checkpoint }, agent))
+        let host = self.attach_host(id, host);
+        let (root, checkpoint, host, agent) = tokio::try_join!(root, checkpoint, host, ready)?;
+        Ok((ContainerDisks { root, checkpoint, host }, agent))
+    }
+
+    /// Attaches block devices of the host.
+    async fn attach_host(&self, id: &str, disks: &[HostDiskFile]) -> Result<Vec<api::HostDisk>, PodError> {
+        let mut attached = Vec::new();
+        for HostDiskFile { file, major, minor, read_only, .. } in disks {
+            let source = DiskBacking::File(file.try_clone().map_err(PodError::Descriptor)?.into());
+            let (serial, reserve) = (format!("dev-{major}-{minor}-{id}"), DiskReserve::default());
+            let disk = DiskSpec { source, read_only: *read_only, volatile: false, serial, reserve };
+            let address = self.attach_disk("attach a block device of the host", disk).await?;
+            attached.push(api::HostDisk {
+                major: *major,
+                minor: *minor,
+                disk: MessageField::some(address.into()),
+                read_only: *read_only,
+                ..api::HostDisk::default()
+            });
+        }
+        Ok(attached)
     }
 
     async fn attach_file(
@@ -159,6 +183,10 @@ impl Attachments {
         serial: String,
     ) -> Result<DiskAddress, PodError> {
         let disk = DiskSpec { source, read_only, volatile: false, serial, reserve: self.reserve };
+        self.attach_disk(what, disk).await
+    }
+
+    async fn attach_disk(&self, what: &'static str, disk: DiskSpec) -> Result<DiskAddress, PodError> {
         let address = self.vm.attach_disk(disk).await.map_err(|source| PodError::Vm { what, source })?;
         self.addresses.lock().expect("no panic while held").push(address);
         Ok(address)
@@ -199,6 +227,7 @@ pub(in crate::pod) fn request(
         rootfs: MessageField::some(disks.root.map(api::Disk::from).into_message()),
         stdio: MessageField::some(stdio),
         files,
+        host_disks: disks.host.clone(),
         ..Default::default()
     })
 }

@@ -28,7 +28,7 @@ use crate::{
         streams::{self, Outputs, ProcessStreams},
     },
     shares::{ContainerShares, ShareError, ShareGuest},
-    spec::volumes,
+    spec::{self, volumes},
     view::ViewGuest,
 };
 
@@ -192,6 +192,10 @@ impl CreateJob<'_> {
         let mut spec = self.plan.guest.for_vm(vcpus);
         self.plan.namespaces.add_new(&mut spec);
         volumes::set_sources(&mut spec, &self.plan.guest.volumes, held.shares.entries());
+        let mounted = self.plan.host_disks.iter();
+        let mounted =
+            mounted.flat_map(|disk| disk.mounts.iter().map(|&mount| (mount, disk.major, disk.minor)));
+        spec::disks::set_sources(&mut spec, mounted);
         let mut request = disks::request(&self.request.id, &spec, addresses, stdio, injected)?;
         if let Some(restore) = &self.plan.restore {
             let (config, shared) = (&self.plan.config.restore, held.shares.volumes());
@@ -232,6 +236,7 @@ impl CreateJob<'_> {
             checkpoint,
             checkpoint_config: plan.config.checkpoint,
             rootfs: create.rootfs,
+            host_disk: plan.host_disks.first().map(|disk| disk.path.clone()),
         };
         let namespaces = plan.namespaces.identities(anchor.pid());
         let stdin = streams.take_input(&agent, &create.id, ProcessRef::Init);

@@ -20,6 +20,7 @@ use crate::{
     network::{self, NetworkError, OutsideNetwork},
     pod::{
         ContainerId, Pod, PodError,
+        host_disks::{self, HostDiskError, HostDiskFile},
         namespaces::SharedNamespaces,
         restore::RestorePlan,
         rootfs::{self, RootfsMount, RootfsPlan},
@@ -52,6 +53,8 @@ pub(in crate::pod) struct CreatePlan {
     pub(in crate::pod) volumes: Vec<Volume>,
     /// How the container's own network namespace is connected with the outside, if it is.
     pub(super) outside: Option<OutsideNetwork>,
+    /// The block devices of the host.
+    pub(in crate::pod) host_disks: Vec<HostDiskFile>,
     pub(super) hooks: ContainerHooks,
     /// The namespaces that the container shares with others of the pod.
     pub(super) namespaces: SharedNamespaces,
@@ -158,10 +161,14 @@ impl Pod {
         let restore = restore.transpose()?;
         let namespaces = self.shared_namespaces(&guest.named, restore.is_some())?;
         let volumes = volumes::open_all(bundle, &guest.volumes)?;
+        let host_disks = host_disks::open_all(&guest.disks)?;
         if let Some(restore) = &restore {
             restore.check_volumes(&volumes)?;
+            if let Some(disk) = host_disks.first() {
+                return Err(HostDiskError::Restore { path: disk.path.clone() }.into());
+            }
         }
-        let plan = CreatePlan {
+        Ok(CreatePlan {
             config,
             annotations,
             assets,
@@ -170,10 +177,10 @@ impl Pod {
             restore,
             volumes,
             outside,
+            host_disks,
             hooks,
             namespaces,
-        };
-        Ok(plan)
+        })
     }
 }
 

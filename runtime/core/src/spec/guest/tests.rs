@@ -4,6 +4,7 @@ use oci_spec::runtime::{MountBuilder, get_default_mounts, get_default_namespaces
 use serde_json::{Value, json};
 
 use super::*;
+use crate::spec::disks::DiskSource;
 
 fn bind(destination: &str, source: &str) -> Mount {
     MountBuilder::default()
@@ -145,17 +146,13 @@ fn a_configuration_without_linux_has_only_mounts_of_its_own() {
 
 #[test]
 fn members_that_concern_the_host_are_refused_by_name() {
-    let disk = json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
-    let all = json!([{"allow": true, "access": "rwm"}]);
     for (section, words) in [
         (json!({"intelRdt": {}}), "linux.intelRdt"),
         (json!({"netDevices": {"eth0": {"name": "eth1"}}}), "linux.netDevices"),
-        (json!({"devices": disk}), "/dev/sda, block device 8:0 of the host"),
     ] {
         let error = linux(section).unwrap_err();
         assert!(error.kind() == ErrorKind::Unimplemented && error.to_string().contains(words), "{error}");
     }
-    linux(json!({"devices": disk, "resources": {"devices": all}})).unwrap();
     let mut spec = Spec::default();
     let affinity = serde_json::from_value(json!({"initial": "0-3"})).unwrap();
     spec.process_mut().as_mut().unwrap().set_exec_cpu_affinity(Some(affinity));
@@ -181,4 +178,44 @@ fn a_relative_destination_is_below_the_root() {
     let mounts = mount("scratch/a").unwrap().spec.mounts().clone().unwrap();
     assert_eq!(mounts[0].destination(), Path::new("/scratch/a"));
     assert_eq!(mount("").unwrap_err(), ReduceError::NoDestination);
+}
+
+#[test]
+fn block_devices_of_the_host_are_disks() {
+    let disks = |rules: Value, mounts: Value| {
+        let devices = json!([
+            {"path": "/dev/a", "type": "b", "major": 8, "minor": 0},
+            {"path": "/dev/c", "type": "c", "major": 1, "minor": 3},
+        ]);
+        let linux = json!({"devices": devices, "resources": {"devices": rules}});
+        let spec = json!({"ociVersion": "1.2.0", "mounts": mounts, "linux": linux});
+        reduce(serde_json::from_value(spec).unwrap(), "c1").unwrap().disks
+    };
+    let rule = |minor: u32, access: &str| json!({"allow": true, "type": "b", "major": 8, "minor": minor, "access": access});
+    let none = json!([]);
+    for (rules, read_only) in [
+        (json!([]), true),
+        (json!([rule(0, "rw")]), false),
+        (json!([rule(0, "r"), rule(1, "rwm")]), true),
+        (json!([rule(0, "rwm"), {"allow": false, "access": "w"}]), true),
+    ] {
+        let found = disks(rules.clone(), none.clone());
+        let source = DiskSource::Device { path: "/dev/a".into(), major: 8, minor: 0 };
+        assert_eq!(found, [DiskRequest { source, read_only }], "{rules}");
+    }
+    // A privileged container has a node for each device of the host, and none of them is given to it.
+    assert_eq!(disks(json!([{"allow": true, "access": "rwm"}]), none), []);
+    let mount = |kind: &str, options: Value| {
+        json!([
+            {"destination": "/t", "type": "tmpfs", "source": "tmpfs"},
+            {"destination": "/d", "type": kind, "source": "/dev/sdb", "options": options},
+        ])
+    };
+    for (kind, options, read_only) in
+        [("ext4", json!(["noatime"]), false), ("ext4", json!(["rw", "ro"]), true), ("erofs", json!([]), true)]
+    {
+        let found = disks(json!([]), mount(kind, options));
+        let source = DiskSource::Mount { mount: 1, source: "/dev/sdb".into(), destination: "/d".into() };
+        assert_eq!(found[0], DiskRequest { source, read_only });
+    }
 }
