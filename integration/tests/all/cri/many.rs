@@ -11,7 +11,6 @@ const PODS: usize = 10;
 
 pod_tests! {
     machinen_2_1(V2_1, Machinen): [ten_pods_of_three_containers];
-    sandbox_2_1(V2_1, MachinenSandbox): [ten_pods_of_three_containers];
 }
 
 fn ten_pods_of_three_containers(node: &mut Node) -> Result<()> {
