@@ -246,17 +246,18 @@ fn restored(containerd: &Containerd, port: u16) -> Result<()> {
 fn published_ports_of_udp(containerd: &mut Containerd) -> Result<()> {
     use machinen_integration::{bundle::Bundle, served::Served};
     const ECHO: &str = "
-import socket
+import socket, sys
 one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-one.bind(('0.0.0.0', 5300))
+one.bind(('0.0.0.0', int(sys.argv[1])))
 while True:
     data, peer = one.recvfrom(2048)
     one.sendto(data, peer)
 ";
     let port = UdpSocket::bind((LOCALHOST, 0))?.local_addr()?.port();
     let bundle = Bundle::with_workloads(containerd)?;
-    let config = bundle.config(&["python3.13", "-c", ECHO], |spec| {
-        let ports = format!("0.0.0.0:{port}:5300/udp");
+    // pasta of 2023 loses the answers to localhost if the two ports differ.
+    let config = bundle.config(&["python3.13", "-c", ECHO, &port.to_string()], |spec| {
+        let ports = format!("0.0.0.0:{port}:{port}/udp");
         spec["annotations"] = serde_json::json!({ "io.machinen.ports": ports });
     })?;
     let served = Served::run(containerd, &config)?;

@@ -4,7 +4,7 @@
 //! UDP, datagrams may be lost: those for which there is no stream, and those that arrive faster than the guest takes them.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     io,
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
@@ -49,20 +49,23 @@ pub(super) async fn serve(socket: UdpSocket, port: LocalPort, dial: Dial, connec
         if length == 0 {
             continue;
         }
-        if !senders.contains_key(&from) {
-            let Ok(permit) = Arc::clone(&connections).try_acquire_owned() else { continue };
-            let (waiting, datagrams) = mpsc::channel(WAITING);
-            let (socket, dial) = (Arc::clone(&socket), Arc::clone(&dial));
-            flows.spawn(async move {
-                if let Err(error) = relay(&socket, from, datagrams, port, &dial).await {
-                    tracing::debug!("datagrams to port {} of localhost are lost: {error}", port.port);
-                }
-                drop(permit);
-            });
-            senders.insert(from, waiting);
-        }
+        let waiting = match senders.entry(from) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => {
+                let Ok(permit) = Arc::clone(&connections).try_acquire_owned() else { continue };
+                let (waiting, datagrams) = mpsc::channel(WAITING);
+                let (socket, dial) = (Arc::clone(&socket), Arc::clone(&dial));
+                flows.spawn(async move {
+                    if let Err(error) = relay(&socket, from, datagrams, port, &dial).await {
+                        tracing::debug!("datagrams to port {} of localhost are lost: {error}", port.port);
+                    }
+                    drop(permit);
+                });
+                new.insert(waiting)
+            }
+        };
         // A full queue loses the datagram.
-        drop(senders[&from].try_send(buffer[..length].to_vec()));
+        drop(waiting.try_send(buffer[..length].to_vec()));
     }
 }
 
