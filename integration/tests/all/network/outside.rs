@@ -73,7 +73,7 @@ fn answer(address: IpAddr, port: u16) -> Result<String> {
         match asked {
             Ok(text) if !text.is_empty() => return Ok(text),
             asked => {
-                ensure!(Instant::now() < deadline, "port {port} of {address} does not answer: {asked:?}")
+                ensure!(Instant::now() < deadline, "port {port} of {address} does not answer: {asked:?}");
             }
         }
         wait();
