@@ -89,7 +89,7 @@ impl Container {
         let mut phases = Phases::new();
         let streams = Streams::claim(&request.stdio, &context.unclaimed).await?;
         let (disks, image) = find_disks(context, &mut request).await?;
-        host_disks::translate(&context.disks, &mut request).await?;
+        let host_disks = host_disks::provide(&context.disks, &mut request).await?;
         phases.done("disks");
         let rootfs = Rootfs::mount(dir, &disks)?;
         drop(disks);
@@ -107,6 +107,7 @@ impl Container {
             dir: dir.to_owned(),
             initial_stamp: rootfs.upper().as_deref().and_then(Stamp::take),
             rootfs,
+            host_disks,
             cgroup,
             init: Arc::new(init),
             execs: IdTable::new("process"),

@@ -41,6 +41,7 @@ impl Container {
             exec.close();
         }
         self.view.end().await;
+        self.host_disks.release();
         self.rootfs.sync()?;
         self.rootfs.unmount()?;
         remove_dir(&self.dir)
@@ -48,6 +49,7 @@ impl Container {
 
     /// Writes the container's data to its disk while the VM shuts down. The processes have ended by then.
     pub(crate) fn shut_down(&self) {
+        self.host_disks.release();
         if let Err(err) = self.rootfs.unmount() {
             console::report(&err);
         }

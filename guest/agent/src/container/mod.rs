@@ -36,6 +36,7 @@ use tokio::sync::watch;
 pub(crate) use self::{error::ContainerError, id_table::IdTable};
 use self::{
     hooks::StartHooks,
+    host_disks::DiskMounts,
     namespaces::HeldNamespaces,
     rootfs::Rootfs,
     stage::{MemoryState, PendingInit, StartStage},
@@ -59,6 +60,8 @@ pub(crate) const STATE: &str = "/run/machinen";
 pub(crate) struct Container {
     dir: PathBuf,
     rootfs: Rootfs,
+    /// Dropped after the processes have ended.
+    host_disks: DiskMounts,
     /// The state of the upper directory before the command ran.
     initial_stamp: Option<Stamp>,
     cgroup: Cgroup,

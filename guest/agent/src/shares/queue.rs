@@ -54,7 +54,7 @@ impl Queue {
     async fn pass_on(&mut self, request: RequestHeader, message: &mut [u8]) -> io::Result<()> {
         let sent = &message[..request.length];
         self.sockets.forget(request, &sent[REQUEST_HEADER..]);
-        let lookup = (request.opcode == opcode::LOOKUP).then(|| sent.to_vec()).unwrap_or_default();
+        let lookup = if request.opcode == opcode::LOOKUP { sent.to_vec() } else { Vec::new() };
         self.send(sent).await?;
         if !request.is_answered() {
             return Ok(());

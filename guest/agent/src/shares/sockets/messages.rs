@@ -185,6 +185,6 @@ mod tests {
         let several = request(opcode::BATCH_FORGET, 0, 0, &body);
         assert_eq!(forgotten(header(&several), &several[REQUEST_HEADER..]), [(9, 3), (10, 1)]);
         let other = question(1, 9);
-        assert_eq!(forgotten(header(&other), &[]), []);
+        assert!(forgotten(header(&other), &[]).is_empty());
     }
 }
