@@ -2,8 +2,7 @@
 //!
 //! The configuration has the host's numbers, in its devices, in the rules about devices, and as the sources of mounts
 //! (`/dev/block/MAJOR:MINOR`). The agent mounts the file systems on the disks, and containers get bind mounts of them: so
-//! the container needs no right to use the device, a file system on a disk that cannot be written is read-only itself, and
-//! it is complete on its disk when the VM ends.
+//! the container needs no right to use the device, and a file system on a disk that cannot be written is read-only itself.
 
 use std::{
     fs, io,

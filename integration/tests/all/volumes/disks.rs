@@ -83,7 +83,7 @@ fn devices_and_file_systems_on_them(containerd: &mut Containerd) -> Result<()> {
     let script = "cat /*/file; touch /ro/new 2>&1 | grep -o Read-only";
     let config = bundle.config(&["sh", "-ec", script], |spec| {
         let mounts = spec["mounts"].as_array_mut().expect("an array");
-        mounts.push(mount("/disk", "ext4", &device.path, &["ro"]));
+        mounts.push(mount("/disk", "ext4", &device.path, &[]));
         mounts.push(mount("/ro", "ext4", &unchanged.path, &["ro"]));
     })?;
     let seen = containerd.run_spec(&config).ok()?;
