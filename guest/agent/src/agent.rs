@@ -4,19 +4,24 @@
 use std::{io, sync::Arc};
 
 use machinen_protocol::api::create_agent;
+use procfs::{
+    ProcResult,
+    process::{MMapPath, Process},
+};
 
 use crate::{
     boot::{BootError, Machine},
+    cgroup::DeviceFilters,
     channel::{Channel, ChannelError, Unclaimed, Unopened, wake},
-    console,
+    configure, console,
     context::Context,
     criu,
-    engine::{Engine, EngineError},
+    engine::{self, Engine, EngineError},
     network::{Network, NetworkError},
     options::OptionsError,
     reaper::Reaper,
     service::{AgentState, Service},
-    shutdown,
+    shutdown, sys,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -50,17 +55,12 @@ pub(crate) async fn run(machine: Machine, engine: Engine) -> Result<(), AgentErr
     let reaper = Reaper::start().map_err(AgentError::Reaper)?;
     // Before the agent waits: a template has the devices hidden already.
     let network = Network::hide_devices()?;
-    let context = Context { engine, reaper, unclaimed: Unclaimed::default(), disks: machine.disks, network };
+    let (unclaimed, device_filters) = (Unclaimed::default(), DeviceFilters::default());
+    let context = Context { engine, reaper, unclaimed, disks: machine.disks, device_filters, network };
     let state = Arc::new(AgentState::new(context, machine.owns_kernel));
     console::trace("ready");
     let woken = if machine.waits {
-        // CRIU's code, and what it asks the kernel when it first runs, are then in memory in every clone.
-        if let Err(err) = criu::warm_up(&state.context.reaper).await {
-            console::report(&err);
-        }
-        if let Err(err) = state.context.network.warm_up() {
-            console::report(&err);
-        }
+        warm_up(&state).await;
         Some(wake::wait().await?)
     } else {
         None
@@ -69,6 +69,30 @@ pub(crate) async fn run(machine: Machine, engine: Engine) -> Result<(), AgentErr
     let channel = Channel::open(unopened, &state.context.unclaimed, wake);
     console::trace("channel open");
     serve(&channel, &state).await
+}
+
+/// Has this program in memory as a whole, so that no clone reads a part of it from the disk.
+fn read_program() -> ProcResult<()> {
+    let process = Process::myself()?;
+    let program = MMapPath::Path(process.exe()?);
+    for mapped in process.maps()?.into_iter().filter(|mapped| mapped.pathname == program) {
+        let (start, end) = mapped.address;
+        sys::populate(start, usize::try_from(end - start).unwrap_or_default()).map_err(io::Error::from)?;
+    }
+    Ok(())
+}
+
+/// Does what each clone of this template would do otherwise. A failure only makes clones slower.
+async fn warm_up(state: &AgentState) {
+    let Context { reaper, network, device_filters, .. } = &state.context;
+    read_program().unwrap_or_else(|err| console::report(&err));
+    // CRIU's code, and what it asks the kernel when it first runs, are then in memory in every clone.
+    criu::warm_up(reaper).await.unwrap_or_else(|err| console::report(&err));
+    network.warm_up().unwrap_or_else(|err| console::report(&err));
+    state.localhost.warm_up().await.unwrap_or_else(|err| console::report(&err));
+    configure::warm_up().unwrap_or_else(|err| console::report(&err));
+    engine::warm_up().unwrap_or_else(|err| console::report(&err));
+    device_filters.warm_up(engine::usual_program()).unwrap_or_else(|err| console::report(&err));
 }
 
 /// Serves one control stream, from dial to close.

@@ -1,6 +1,7 @@
 //! The cgroup of one container: its processes, what happened to them, and its removal (cgroup v2, kernel
 //! document admin-guide/cgroup-v2.rst). The engine sets the limits.
 
+mod device_filter;
 mod freeze_and_limits;
 mod nested;
 
@@ -15,6 +16,7 @@ use machinen_protocol::error::{ErrorKind, HasKind};
 use nix::{errno::Errno, unistd::Pid};
 use tokio::io::Interest;
 
+pub(crate) use self::device_filter::{DeviceFilters, Instruction};
 use crate::sys;
 
 /// Where the hierarchy is mounted.
@@ -93,12 +95,12 @@ impl Cgroup {
         &self.path
     }
 
-    /// Creates the cgroup, with all controllers of its parents, and allows only the devices that `filter`
-    /// allows.
+    /// Creates the cgroup, with all controllers of its parents, and allows only the devices that the program
+    /// `devices` allows.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub(crate) fn create(&self, filter: &[u64]) -> Result<(), CgroupError> {
+    pub(crate) fn create(&self, filters: &DeviceFilters, devices: &[Instruction]) -> Result<(), CgroupError> {
         let failed = |source| CgroupError::Create { path: self.path.clone(), source };
         let below_root = self.path.strip_prefix(ROOT).unwrap_or(&self.path);
         let mut dir = PathBuf::from(ROOT);
@@ -111,7 +113,8 @@ impl Cgroup {
             }
         }
         let dir = fs::File::open(&self.path).map_err(failed)?;
-        sys::attach_device_filter(dir.as_fd(), filter)
+        filters
+            .attach(dir.as_fd(), devices)
             .map_err(|source| CgroupError::Devices { path: self.path.clone(), source })
     }
 

@@ -32,8 +32,6 @@ const MACHINE_ID: &str = "/etc/machine-id";
 const OWN_MACHINE_ID: &str = "/run/machine-id";
 const MACHINE_ID_DIGITS: usize = 32;
 
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConfigureError {
     #[error("{got} bytes of entropy given, between {MIN_ENTROPY} and {MAX_ENTROPY} are needed")]
@@ -54,8 +52,6 @@ pub(crate) enum ConfigureError {
     WriteMachineId(#[source] io::Error),
     #[error("cannot mount {MACHINE_ID}")]
     MountMachineId(#[source] Errno),
-    #[error("cannot read {BOOT_ID}")]
-    BootId(#[source] io::Error),
     #[error("cannot ask the kernel for its release")]
     Release(#[source] Errno),
 }
@@ -101,7 +97,6 @@ pub(crate) fn configure(
     Ok(api::ConfigureResponse {
         kernel_release: kernel.release().to_string_lossy().into_owned(),
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
-        boot_id: fs::read_to_string(BOOT_ID).map_err(ConfigureError::BootId)?.trim_end().to_owned(),
         ..Default::default()
     })
 }
@@ -121,13 +116,23 @@ pub(crate) fn set_clock(nanoseconds: i64, owns_kernel: bool) -> Result<(), Confi
     clock_settime(ClockId::CLOCK_REALTIME, time).map_err(ConfigureError::Clock)
 }
 
+/// Mounts the file of the machine id, which stays empty until the VM is configured.
+///
+/// # Errors
+/// The kernel refuses.
+pub(crate) fn warm_up() -> Result<(), ConfigureError> {
+    fs::write(OWN_MACHINE_ID, "").map_err(ConfigureError::WriteMachineId)?;
+    mount_machine_id()
+}
+
 fn set_machine_id(id: &str) -> Result<(), ConfigureError> {
     let text = format!("{id}\n");
     fs::write(OWN_MACHINE_ID, &text).map_err(ConfigureError::WriteMachineId)?;
-    // A clone that was prepared ahead of time gets the same machine id twice.
-    if fs::read(MACHINE_ID).is_ok_and(|shown| shown == text.as_bytes()) {
-        return Ok(());
-    }
+    // In a clone, the file is mounted by its template.
+    if fs::read(MACHINE_ID).is_ok_and(|shown| shown == text.as_bytes()) { Ok(()) } else { mount_machine_id() }
+}
+
+fn mount_machine_id() -> Result<(), ConfigureError> {
     let none = None::<&str>;
     mount(Some(OWN_MACHINE_ID), MACHINE_ID, none, MsFlags::MS_BIND, none)
         .map_err(ConfigureError::MountMachineId)

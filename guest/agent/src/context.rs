@@ -2,7 +2,10 @@
 //!
 //! A function that needs one or two of these parts takes those, and not the whole [`Context`].
 
-use crate::{channel::Unclaimed, disk::DiskSource, engine::Engine, network::Network, reaper::Reaper};
+use crate::{
+    cgroup::DeviceFilters, channel::Unclaimed, disk::DiskSource, engine::Engine, network::Network,
+    reaper::Reaper,
+};
 
 #[derive(Debug)]
 pub(crate) struct Context {
@@ -10,5 +13,6 @@ pub(crate) struct Context {
     pub(crate) reaper: Reaper,
     pub(crate) unclaimed: Unclaimed,
     pub(crate) disks: DiskSource,
+    pub(crate) device_filters: DeviceFilters,
     pub(crate) network: Network,
 }

@@ -28,7 +28,7 @@ pub(crate) struct AgentState {
     /// The volumes of the pod.
     shares: Shares,
     nameservers: Nameservers,
-    localhost: Localhost,
+    pub(crate) localhost: Localhost,
     /// Whether the agent may set the clock and the random number generator.
     owns_kernel: bool,
     /// The id of the call that has shut the guest down.

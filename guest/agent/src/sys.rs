@@ -280,17 +280,23 @@ pub(crate) fn attach_loop(file: BorrowedFd<'_>, read_only: bool) -> io::Result<(
     }
 }
 
-/// Loads a BPF program that decides about devices, and attaches it to a cgroup (bpf(2)), with which it
-/// disappears.
+/// Reads a mapping of a file into memory, and gives this process its pages (madvise(2)).
+///
+/// # Errors
+/// Nothing is mapped there, or the file cannot be read.
+pub(crate) fn populate(start: u64, length: usize) -> Result<(), Errno> {
+    let start = std::ptr::without_provenance_mut(usize::try_from(start).map_err(|_| Errno::EFAULT)?);
+    // SAFETY: the pages are only read, so nothing that this process can see changes.
+    Errno::result(unsafe { libc::madvise(start, length, libc::MADV_POPULATE_READ) }).map(drop)
+}
+
+/// Loads a BPF program that decides about devices (bpf(2)).
 ///
 /// # Errors
 /// Those of bpf(2).
-pub(crate) fn attach_device_filter(cgroup: BorrowedFd<'_>, code: &[u64]) -> Result<(), Errno> {
+pub(crate) fn load_device_filter(code: &[u64]) -> Result<OwnedFd, Errno> {
     const BPF_PROG_LOAD: libc::c_long = 5;
-    const BPF_PROG_ATTACH: libc::c_long = 8;
     const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-    const BPF_CGROUP_DEVICE: u32 = 6;
-    const BPF_F_ALLOW_MULTI: u32 = 2;
     #[repr(C)]
     struct Load {
         kind: u32,
@@ -298,13 +304,6 @@ pub(crate) fn attach_device_filter(cgroup: BorrowedFd<'_>, code: &[u64]) -> Resu
         code: u64,
         license: u64,
         log: [u64; 2],
-    }
-    #[repr(C)]
-    struct Attach {
-        target: u32,
-        program: u32,
-        kind: u32,
-        flags: u32,
     }
     let length = u32::try_from(code.len()).map_err(|_| Errno::E2BIG)?;
     let load = Load {
@@ -321,7 +320,24 @@ pub(crate) fn attach_device_filter(cgroup: BorrowedFd<'_>, code: &[u64]) -> Resu
     })?;
     let program = i32::try_from(program).map_err(|_| Errno::EOVERFLOW)?;
     // SAFETY: the kernel has made the descriptor for this call.
-    let program = unsafe { OwnedFd::from_raw_fd(program) };
+    Ok(unsafe { OwnedFd::from_raw_fd(program) })
+}
+
+/// Attaches such a program to a cgroup, with which the attachment disappears (bpf(2)).
+///
+/// # Errors
+/// Those of bpf(2).
+pub(crate) fn attach_device_filter(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>) -> Result<(), Errno> {
+    const BPF_PROG_ATTACH: libc::c_long = 8;
+    const BPF_CGROUP_DEVICE: u32 = 6;
+    const BPF_F_ALLOW_MULTI: u32 = 2;
+    #[repr(C)]
+    struct Attach {
+        target: u32,
+        program: u32,
+        kind: u32,
+        flags: u32,
+    }
     let attach = Attach {
         target: cgroup.as_raw_fd().cast_unsigned(),
         program: program.as_raw_fd().cast_unsigned(),

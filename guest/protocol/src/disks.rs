@@ -7,6 +7,10 @@ use protobuf::MessageField;
 
 use crate::api::{Disk, Rootfs};
 
+/// How many disks a template has, at the first SCSI targets. In a clone the base disk can be in the first one's place and
+/// the writable disk in the second one's.
+pub const TEMPLATE_DISKS: u32 = 2;
+
 /// The disks of a root file system. `T` is what is known of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RootDisks<T> {

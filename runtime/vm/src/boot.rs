@@ -155,7 +155,6 @@ pub(super) async fn configure_guest(
     tracing::debug!(
         hostname,
         machine_id,
-        boot_id = plain(&response.boot_id),
         kernel = plain(&response.kernel_release),
         agent = plain(&response.agent_version),
         "guest is ready"

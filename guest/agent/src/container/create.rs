@@ -28,10 +28,9 @@ use crate::{
     context::Context,
     criu::Restored,
     disk::{Disk, ScsiAddress},
-    engine::{self, ContainerContext, Engine, EngineError, Prepared, PreparedHook},
+    engine::{self, ContainerContext, EngineError, Prepared, PreparedHook},
     layer::Stamp,
     process::{Process, Started},
-    reaper::Reaper,
     stdio::{AgentEnds, Streams},
     view::View,
 };
@@ -171,8 +170,7 @@ async fn make_init(
         .map_err(EngineError::from)?;
     phases.done("spec");
     let restore = image.map(|image| image.plan(dir, rootfs, &files));
-    let Context { engine, reaper, .. } = context;
-    let (cgroup, init, pending) = make(engine, reaper, &prepared, streams, restore, phases).await?;
+    let (cgroup, init, pending) = make(context, &prepared, streams, restore, phases).await?;
     let hooks = prepared.take_hooks();
     let namespaces = match HeldNamespaces::of(init.pid()) {
         Ok(namespaces) => namespaces,
@@ -187,8 +185,7 @@ async fn make_init(
 
 /// Has the engine create the container, or CRIU restore it, and supervises its init.
 async fn make(
-    engine: &Engine,
-    reaper: &Reaper,
+    Context { engine, reaper, device_filters, .. }: &Context,
     prepared: &Prepared,
     streams: Streams,
     restore: Option<PlannedRestore<'_>>,
@@ -198,7 +195,7 @@ async fn make(
     let (process_ends, pending) = streams.ends(Uid::from_raw(prepared.owner()), pipes)?;
     let cgroup = Cgroup::new(prepared.cgroup_path());
     let create = async {
-        cgroup.create(prepared.devices())?;
+        cgroup.create(device_filters, prepared.devices())?;
         phases.done("cgroup");
         let (pid, exit, pending_init, unread) = match restore {
             None => {

@@ -269,7 +269,12 @@ fn make_dir(path: &Path) -> Result<bool, RootfsError> {
 /// The root directory of an overlay has the owner and mode of the upper directory: a new one gets those of
 /// the image.
 fn copy_root_attributes(upper: &Path, image: &Path) -> io::Result<()> {
-    let of_image = fs::metadata(image)?;
-    chown(upper, Some(of_image.uid()), Some(of_image.gid()))?;
-    fs::set_permissions(upper, of_image.permissions())
+    let (of_image, of_upper) = (fs::metadata(image)?, fs::metadata(upper)?);
+    if (of_image.uid(), of_image.gid()) != (of_upper.uid(), of_upper.gid()) {
+        chown(upper, Some(of_image.uid()), Some(of_image.gid()))?;
+    }
+    if of_image.mode() != of_upper.mode() {
+        fs::set_permissions(upper, of_image.permissions())?;
+    }
+    Ok(())
 }

@@ -5,6 +5,8 @@
 
 use serde_json::Value;
 
+use crate::cgroup::Instruction;
+
 /// A rule of the configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Rule {
@@ -31,9 +33,6 @@ const READ: i32 = 2;
 const WRITE: i32 = 4;
 const ALL: i32 = MKNOD | READ | WRITE;
 
-/// One instruction of the kernel's BPF machine, encoded.
-pub(crate) type Instruction = u64;
-
 /// The program for a spec's `linux.resources.devices`. Later rules take precedence. Two parts are implied, as with
 /// runc: everything is denied first, and last every container may create any node and use harmless devices.
 ///
@@ -43,6 +42,11 @@ pub(super) fn program(rules: &Value) -> Result<Vec<Instruction>, usize> {
     let given = rules.as_array().into_iter().flatten().enumerate();
     let given = given.map(|(number, rule)| parse(rule).ok_or(number)).collect::<Result<Vec<_>, _>>()?;
     Ok(compile(&ordered(given)))
+}
+
+/// The program for a spec that denies everything, and allows no device that is not allowed anyway, as most do.
+pub(crate) fn usual_program() -> Vec<Instruction> {
+    compile(&ordered(Vec::new()))
 }
 
 /// Appends the default rules. Docker's configurations rely on runc's order: they deny everything, and allow only some of
@@ -70,7 +74,18 @@ fn ordered(given: Vec<Rule>) -> Vec<Rule> {
         char(5, Some(2)),
         char(136, None),
     ];
-    given.into_iter().chain(defaults).collect()
+    let decides = |rule: &Rule| !defaults.iter().any(|default| default.covers(rule));
+    given.into_iter().filter(decides).chain(defaults).collect()
+}
+
+impl Rule {
+    /// Whether this rule, which allows something, decides about all that an earlier rule would decide about.
+    fn covers(&self, earlier: &Self) -> bool {
+        let has_access = if earlier.allow { earlier.access & !self.access == 0 } else { self.access == ALL };
+        let has = |own: Option<i32>, other| own.is_none() || own == other;
+        let has_kind = self.kind.is_none() || self.kind == earlier.kind;
+        has_access && has_kind && has(self.major, earlier.major) && has(self.minor, earlier.minor)
+    }
 }
 
 fn parse(rule: &Value) -> Option<Rule> {
@@ -232,12 +247,37 @@ mod tests {
     fn by_default_only_harmless_devices() {
         for rules in [json!(null), json!([{"allow": false, "access": "rwm"}])] {
             let code = program(&rules).unwrap();
+            assert_eq!(code, usual_program());
             assert!(allows(&code, DeviceKind::Char, 1, 3, READ | WRITE));
             assert!(allows(&code, DeviceKind::Char, 136, 77, READ | WRITE));
             assert!(allows(&code, DeviceKind::Block, 8, 0, MKNOD));
             assert!(!allows(&code, DeviceKind::Block, 8, 0, READ));
             assert!(!allows(&code, DeviceKind::Block, 8, 0, READ | MKNOD));
             assert!(!allows(&code, DeviceKind::Char, 1, 1, READ));
+        }
+    }
+
+    #[test]
+    fn a_rule_that_decides_nothing_is_left_out() {
+        // containerd's, and Docker's.
+        let rules = json!([
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "type": "c", "access": "m"},
+            {"allow": true, "type": "b", "access": "m"},
+            {"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rwm"},
+            {"allow": true, "type": "c", "major": 1, "minor": 9, "access": "r"},
+            {"allow": false, "type": "c", "major": 5, "minor": 2, "access": "w"},
+            {"allow": true, "type": "c", "major": 136, "access": "rwm"},
+        ]);
+        assert_eq!(program(&rules).unwrap(), usual_program());
+        for rule in [
+            json!({"allow": true, "type": "c", "access": "r"}),
+            json!({"allow": false, "type": "c", "access": "m"}),
+            json!({"allow": true, "type": "b", "major": 1, "minor": 3, "access": "rwm"}),
+            json!({"allow": true, "type": "c", "major": 1, "access": "rwm"}),
+            json!({"allow": true, "major": 1, "minor": 3, "access": "rwm"}),
+        ] {
+            assert_ne!(program(&json!([rule])).unwrap(), usual_program(), "{rule}");
         }
     }
 

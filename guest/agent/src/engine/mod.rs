@@ -58,9 +58,11 @@ use nix::{
     },
     unistd::{Pid, pipe2},
 };
+use pathrs::flags::OpenFlags;
 use tokio::sync::oneshot;
 
 pub(crate) use self::{
+    devices::usual_program,
     hooks::PreparedHook,
     join::{ContainerContext, PreparedProcess},
     mounts::{FileMount, MountPoint, PointInVolume},
@@ -79,6 +81,15 @@ use crate::{
     stdio::ProcessEnds,
     sys::WaitStatus,
 };
+
+/// Makes what this process, and those that it forks, would make for their first container otherwise: the file system of
+/// processes through which files are opened by their descriptors.
+///
+/// # Errors
+/// The kernel refuses.
+pub(crate) fn warm_up() -> Result<(), pathrs::error::Error> {
+    pathrs::Root::open("/")?.resolve("/")?.reopen(OpenFlags::O_PATH).map(drop)
+}
 
 /// The connection to the zygote.
 #[derive(Debug)]

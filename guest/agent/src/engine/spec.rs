@@ -13,7 +13,7 @@ use pathrs::Root;
 use serde_json::{Value, json};
 
 use super::{
-    devices::{self, Instruction},
+    devices,
     hooks::{self, PreparedHook},
     join::ContainerContext,
     mounts::{self, FileMount, MountPoint, PointInVolume},
@@ -21,7 +21,10 @@ use super::{
     passwd, process,
     request::{Console, CreateRequest},
 };
-use crate::{cgroup, container::namespaces::NamespacePath};
+use crate::{
+    cgroup::{self, Instruction},
+    container::namespaces::NamespacePath,
+};
 
 /// The engine's directory, in the agent's directory of a container.
 pub(crate) const DIR: &str = "engine";

@@ -59,6 +59,10 @@ fn serve(socket: OwnedFd, entry_points: EntryPoints) -> ! {
         Ok(file) => file.into(),
         Err(err) => console::fail(&format!("the engine's process cannot open its pid namespace: {err}")),
     };
+    if let Err(err) = super::warm_up() {
+        // Only workers get slower.
+        console::report(&err);
+    }
     loop {
         match receive(&socket) {
             Ok(Some((request, fds))) => {

@@ -10,7 +10,6 @@ async fn configure_returns_kernel_and_agent() {
     let answer = guest.configure().await.unwrap();
     assert!(answer.kernel_release.starts_with(|c: char| c.is_ascii_digit()), "{answer:?}");
     assert_eq!(answer.agent_version, env!("CARGO_PKG_VERSION"));
-    assert_eq!(answer.boot_id.len(), 36, "{answer:?}");
     assert!(guest.shutdown().await.success());
 }
 

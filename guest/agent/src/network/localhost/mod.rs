@@ -64,9 +64,24 @@ impl HasKind for LocalhostError {
 
 /// The reports to the host.
 #[derive(Debug, Default)]
-pub(crate) struct Localhost(Mutex<JoinSet<()>>);
+pub(crate) struct Localhost {
+    running: Mutex<JoinSet<()>>,
+    /// Events that a template has subscribed to and no host asks for yet.
+    subscribed: Mutex<Option<SocketEvents>>,
+}
 
 impl Localhost {
+    /// Subscribes to the kernel's events, so that a clone finds it done: the kernel makes a thousand files for it, and
+    /// changes its own code.
+    ///
+    /// # Errors
+    /// The kernel has no such events.
+    pub(crate) async fn warm_up(&self) -> Result<(), LocalhostError> {
+        let events = SocketEvents::subscribe().map_err(LocalhostError::Events)?;
+        *self.subscribed.lock().await = Some(events);
+        Ok(())
+    }
+
     /// Does what `WatchListeners` asks for.
     ///
     /// # Errors
@@ -81,9 +96,12 @@ impl Localhost {
         if !owns_kernel {
             return Err(LocalhostError::ForeignKernel);
         }
-        let mut running = self.0.lock().await;
+        let mut running = self.running.lock().await;
         running.shutdown().await;
-        let events = SocketEvents::subscribe().map_err(LocalhostError::Events)?;
+        let events = match self.subscribed.lock().await.take() {
+            Some(events) => events,
+            None => SocketEvents::subscribe().map_err(LocalhostError::Events)?,
+        };
         listening_on_localhost()?;
         running.spawn(async {
             let Err(error) = report(stream, events).await;
