@@ -84,10 +84,11 @@ fn read_program() -> ProcResult<()> {
 
 /// Does what each clone of this template would do otherwise. A failure only makes clones slower.
 async fn warm_up(state: &AgentState) {
-    let Context { reaper, network, device_filters, .. } = &state.context;
+    let Context { reaper, network, disks, device_filters, .. } = &state.context;
     read_program().unwrap_or_else(|err| console::report(&err));
     // CRIU's code, and what it asks the kernel when it first runs, are then in memory in every clone.
     criu::warm_up(reaper).await.unwrap_or_else(|err| console::report(&err));
+    disks.warm_up().await.unwrap_or_else(|err| console::report(&err));
     network.warm_up().unwrap_or_else(|err| console::report(&err));
     state.localhost.warm_up().await.unwrap_or_else(|err| console::report(&err));
     configure::warm_up().unwrap_or_else(|err| console::report(&err));

@@ -5,10 +5,14 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::OnceLock,
     time::Duration,
 };
 
-use machinen_protocol::{api, disks::RootDisks};
+use machinen_protocol::{
+    api,
+    disks::{RootDisks, TEMPLATE_DISKS},
+};
 
 use crate::{
     sys,
@@ -25,8 +29,8 @@ const SCAN: &str = "/sys/class/scsi_host/host0/scan";
 /// Where the agent finds disks.
 #[derive(Debug, Clone)]
 pub(crate) enum DiskSource {
-    /// The VM's virtio-scsi controller.
-    Scsi,
+    /// The VM's virtio-scsi controller. The devices of the disks that a template has are found in the template, by target.
+    Scsi { of_template: OnceLock<Vec<PathBuf>> },
     /// Images and directories named `<target>-<lun>`, in a test.
     Directory(PathBuf),
 }
@@ -48,6 +52,8 @@ pub(crate) enum Disk {
 pub(crate) struct ScsiAddress {
     target: u32,
     lun: u32,
+    /// The template had a disk there, and the host has put this one into its place.
+    known: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -66,7 +72,7 @@ pub(crate) enum DiskError {
 
 impl From<&api::Disk> for ScsiAddress {
     fn from(disk: &api::Disk) -> Self {
-        Self { target: disk.target, lun: disk.lun }
+        Self { target: disk.target, lun: disk.lun, known: disk.known }
     }
 }
 
@@ -77,7 +83,11 @@ impl DiskSource {
     /// A disk is not there before the deadline.
     pub(crate) async fn find(&self, addresses: RootDisks<ScsiAddress>) -> Result<RootDisks<Disk>, DiskError> {
         match self {
-            Self::Scsi => {
+            Self::Scsi { of_template } => {
+                let found = addresses.try_map(|address, _| address.known_device(of_template).ok_or(()));
+                if let Ok(devices) = found {
+                    return Ok(devices.map(Disk::block));
+                }
                 let uevents = Uevents::subscribe().map_err(DiskError::Uevents)?;
                 // The kernel starts to use a disk in the background: ask for all before waiting for the
                 // first.
@@ -89,9 +99,26 @@ impl DiskSource {
                     RootDisks::ReadOnly(disk) => Ok(RootDisks::ReadOnly(disk.appears(&uevents).await?)),
                     RootDisks::Whole(disk) => Ok(RootDisks::Whole(disk.appears(&uevents).await?)),
                 }
+                .map(|devices| devices.map(Disk::block))
             }
             Self::Directory(dir) => addresses.try_map(|address, read_only| image(dir, address, read_only)),
         }
+    }
+
+    /// Finds the disks of a template, which its clones have replaced when they ask for them.
+    ///
+    /// # Errors
+    /// A disk is not there before the deadline.
+    pub(crate) async fn warm_up(&self) -> Result<(), DiskError> {
+        let Self::Scsi { of_template } = self else { return Ok(()) };
+        let uevents = Uevents::subscribe().map_err(DiskError::Uevents)?;
+        let mut devices = Vec::new();
+        for target in 0..TEMPLATE_DISKS {
+            let scanned = Scanned::scan(ScsiAddress { target, lun: 0, known: false })?;
+            devices.push(scanned.appears(&uevents).await?);
+        }
+        of_template.get_or_init(|| devices);
+        Ok(())
     }
 
     /// Finds one disk.
@@ -101,6 +128,20 @@ impl DiskSource {
     pub(crate) async fn find_one(&self, address: ScsiAddress, read_only: bool) -> Result<Disk, DiskError> {
         let disks = if read_only { RootDisks::ReadOnly(address) } else { RootDisks::Whole(address) };
         Ok(self.find(disks).await?.into_own())
+    }
+}
+
+impl ScsiAddress {
+    /// The device of a disk that is in the place of one of the template's.
+    fn known_device(self, of_template: &OnceLock<Vec<PathBuf>>) -> Option<PathBuf> {
+        let number = usize::try_from(self.target).ok()?;
+        (self.known && self.lun == 0).then(|| of_template.get()?.get(number).cloned())?
+    }
+}
+
+impl Disk {
+    fn block(device: PathBuf) -> Self {
+        Self::Block { device, _loop_device: None }
     }
 }
 
@@ -116,17 +157,14 @@ impl Scanned {
         Ok(Self { address })
     }
 
-    async fn appears(self, uevents: &Uevents) -> Result<Disk, DiskError> {
-        let ScsiAddress { target, lun } = self.address;
+    async fn appears(self, uevents: &Uevents) -> Result<PathBuf, DiskError> {
+        let ScsiAddress { target, lun, .. } = self.address;
         // sysfs shows a LUN as it was addressed; above 255 that includes the flag of the flat format (SAM-5,
         // 4.7).
         let shown = if lun > 255 { lun | 0x4000 } else { lun };
         let dir = PathBuf::from(format!("/sys/bus/scsi/devices/0:0:{target}:{shown}/block"));
-        let device = uevents
-            .find(DEADLINE, || block_device(&dir))
-            .await
-            .map_err(|source| DiskError::Missing { target, lun, source })?;
-        Ok(Disk::Block { device, _loop_device: None })
+        let found = uevents.find(DEADLINE, || block_device(&dir)).await;
+        found.map_err(|source| DiskError::Missing { target, lun, source })
     }
 }
 
@@ -137,7 +175,11 @@ fn block_device(dir: &Path) -> Option<PathBuf> {
     File::open(&device).is_ok().then_some(device)
 }
 
-fn image(dir: &Path, ScsiAddress { target, lun }: ScsiAddress, read_only: bool) -> Result<Disk, DiskError> {
+fn image(
+    dir: &Path,
+    ScsiAddress { target, lun, .. }: ScsiAddress,
+    read_only: bool,
+) -> Result<Disk, DiskError> {
     let path = dir.join(format!("{target}-{lun}"));
     let open = File::options().read(true).write(!read_only && !path.is_dir()).open(&path);
     let file = open.map_err(|source| DiskError::MissingImage { path: path.clone(), source })?;
@@ -147,4 +189,28 @@ fn image(dir: &Path, ScsiAddress { target, lun }: ScsiAddress, read_only: bool) 
     let (number, device) =
         sys::attach_loop(file.as_fd(), read_only).map_err(|source| DiskError::Loop { path, source })?;
     Ok(Disk::Block { device: format!("/dev/loop{number}").into(), _loop_device: Some(device) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_disk_in_the_place_of_a_templates_is_not_looked_for() {
+        let of_template = OnceLock::from(vec!["/dev/a".into(), "/dev/b".into()]);
+        let address = |target, known| ScsiAddress { target, lun: 0, known };
+        let known = |address: ScsiAddress| address.known_device(&of_template);
+        assert_eq!(known(address(1, true)), Some("/dev/b".into()));
+        assert_eq!(known(address(1, false)), None);
+        assert_eq!(known(address(2, true)), None);
+        assert_eq!(known(ScsiAddress { lun: 1, ..address(1, true) }), None);
+        assert_eq!(address(0, true).known_device(&OnceLock::new()), None);
+        let disks = RootDisks::Overlay { base: address(0, true), writable: address(1, true) };
+        let source = DiskSource::Scsi { of_template: of_template.clone() };
+        let found = source.find(disks).await.unwrap().map(|disk| match disk {
+            Disk::Block { device, .. } => device,
+            Disk::Directory(path) => path,
+        });
+        assert_eq!(found, RootDisks::Overlay { base: "/dev/a".into(), writable: "/dev/b".into() });
+    }
 }

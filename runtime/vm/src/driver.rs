@@ -28,6 +28,7 @@ use crate::{
         hotplug::{AttachedDisks, DiskAddress, DiskSpec},
         launch::CONSOLE_LOG,
         qmp::{Qmp, QmpEvent},
+        slots::SlotDisks,
     },
 };
 
@@ -89,14 +90,24 @@ pub(super) struct Inputs {
     pub(super) requests: mpsc::Receiver<VmRequest>,
     pub(super) stop: watch::Receiver<StopRequest>,
     pub(super) agent: watch::Receiver<Option<Result<agent::Client, Arc<VmBootError>>>>,
+    pub(super) slots: Slots,
+}
+
+/// The disks that a VM has from the start.
+#[derive(Debug)]
+pub(super) enum Slots {
+    /// The VM has booted.
+    Absent,
+    /// The VM is a clone, with these disks in its template's slots.
+    Present(SlotDisks),
 }
 
 /// Runs until the VM has ended and nothing is left of it.
 pub(super) async fn drive(running: RunningVm, qmp: Qmp, inputs: Inputs) -> VmExit {
-    let Inputs { mut events, requests, mut stop, agent } = inputs;
+    let Inputs { mut events, requests, mut stop, agent, slots } = inputs;
     let mut evidence = ExitEvidence::default();
-    let mut work =
-        pin!(serve(requests, AttachedDisks::new(qmp, events.resubscribe(), running.qemu.limits())));
+    let disks = AttachedDisks::new(qmp, events.resubscribe(), running.qemu.limits());
+    let mut work = pin!(serve(requests, disks, slots));
     let (mut working, mut listening) = (true, true);
     let mut exited = pin!(running.qemu.exited());
     let mut ending: Option<Pin<Box<dyn Future<Output = ()> + Send>>> = None;
@@ -213,7 +224,12 @@ fn record(evidence: &mut ExitEvidence, event: Result<QmpEvent, broadcast::error:
 }
 
 /// Ends when the last handle is gone, or when the VM must end because of its disks.
-async fn serve(mut requests: mpsc::Receiver<VmRequest>, mut disks: AttachedDisks) {
+async fn serve(mut requests: mpsc::Receiver<VmRequest>, mut disks: AttachedDisks, slots: Slots) {
+    if let Slots::Present(disks_in_slots) = slots
+        && let Err(error) = disks.take_over(disks_in_slots).await
+    {
+        return tracing::error!("the VM is killed: {}", machinen_base::error::chain(&error));
+    }
     loop {
         let request = tokio::select! {
             request = requests.recv() => request,

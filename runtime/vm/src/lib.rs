@@ -52,6 +52,7 @@ pub use qemu::{
     hotplug::{DiskAddress, DiskBacking, DiskSpec},
     launch::LaunchError,
     qmp::{QemuVersion, QmpError},
+    slots::SlotDisks,
     snapshot::{VmSnapshot, VmSnapshotError},
     version::{QemuError, qemu_version},
 };
@@ -168,13 +169,19 @@ impl Vm {
     }
 
     /// As [`Vm::launch`], but the guest continues from `snapshot` instead of booting. `spec` must be the one
-    /// of the snapshot, except for `id`, `hostname` and `keep_console`.
+    /// of the snapshot, except for `id`, `hostname` and `keep_console`. With `disks` the guest has these disks from
+    /// the start, at [`SlotDisks::ADDRESSES`].
     ///
     /// # Errors
     /// QEMU does not start, or does not load the snapshot. Then nothing is left, and the same VM can be
     /// launched.
-    pub async fn restore(spec: VmSpec, dir: &Path, snapshot: &VmSnapshot) -> Result<Self, VmSnapshotError> {
-        launch::clone(spec, dir, snapshot).await
+    pub async fn restore(
+        spec: VmSpec,
+        dir: &Path,
+        snapshot: &VmSnapshot,
+        disks: Option<SlotDisks>,
+    ) -> Result<Self, VmSnapshotError> {
+        launch::clone(spec, dir, snapshot, disks).await
     }
 
     /// QEMU's pid.

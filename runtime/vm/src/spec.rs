@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use crate::accel::Accelerator;
-use crate::qemu::argv;
+use crate::qemu::{argv, slots};
 
 /// Most network devices of a VM: QEMU's microvm has places for 24 devices in all.
 pub const MAX_NICS: u32 = 8;
@@ -78,6 +78,7 @@ impl VmSpec {
     /// QEMU's arguments for a template of this VM, without what differs between its clones.
     pub fn template_args(&self) -> Vec<String> {
         let spec = Self { id: String::new(), ..self.clone() };
-        argv::argv(&spec, argv::Start::Template, argv::PRIVATE_CID)
+        let args = argv::argv(&spec, argv::Start::Template, argv::PRIVATE_CID);
+        args.into_iter().chain(slots::args()).collect()
     }
 }

@@ -11,6 +11,7 @@ use std::{
     fs, io,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
+    sync::OnceLock,
 };
 
 use nix::{
@@ -126,7 +127,12 @@ fn machine() -> Result<Machine, BootError> {
         ChannelKind::Vsock => ChannelSource::Vsock,
         ChannelKind::Serial => ChannelSource::Port,
     };
-    Ok(Machine { channel, disks: DiskSource::Scsi, owns_kernel: true, waits: args.waits })
+    Ok(Machine {
+        channel,
+        disks: DiskSource::Scsi { of_template: OnceLock::new() },
+        owns_kernel: true,
+        waits: args.waits,
+    })
 }
 
 /// Makes the kernel read the agent's whole file now, in a few large requests in the background. Page faults

@@ -2,6 +2,7 @@
 //! when they cannot be had.
 
 mod auto;
+mod disks;
 mod faults;
 mod isolation;
 mod memory;

@@ -10,7 +10,7 @@
 //! standard streams, and execute no instruction. The trial's VM has the container's volumes, in which CRIU opens the
 //! files that the processes have open; a file that was removed exists there for a moment.
 
-use std::{fs::File, path::Path, sync::Arc};
+use std::{fs::File, future::ready, path::Path, sync::Arc};
 
 use machinen_protocol::api::Stdio;
 use machinen_storage::container_disk::{self, ContainerDiskPlan};
@@ -132,7 +132,8 @@ impl Pod {
             )?;
             Ok(ContainerDisks { root: create::root_disks(&plan, base, own), checkpoint, host: Vec::new() })
         };
-        let (mut acquired, disks) = create::with_vm(sandbox.acquire(id, &request), disks).await?;
+        let (mut acquired, disks) =
+            create::with_vm(sandbox.acquire(id, &request, ready(None)), disks).await?;
         let network = container.network.as_deref();
         match self.create_without_start(&plan, id, shares, &acquired.vm, &disks, network).await {
             Err(error) if acquired.origin.is_clone() && error.is_loss_of_the_vm() => {
@@ -173,7 +174,7 @@ impl Pod {
     ) -> Result<(), PodError> {
         let injected = plan.read_injected().await?;
         // The disks and the volumes stay until the VM ends.
-        let attachments = Attachments::new(vm.clone(), plan.config.rootdisk.reserve());
+        let attachments = Attachments::new(vm.clone(), plan.config.rootdisk.reserve(), false);
         let (addresses, agent) = attachments.attach(id, disks, &[], &PhaseTimes::default()).await?;
         if let Some(network) = network {
             // Sockets are bound to these addresses. The trial's network device is connected with nothing.

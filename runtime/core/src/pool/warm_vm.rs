@@ -95,7 +95,7 @@ impl WarmVm {
         let found = found.await.map_err(CloneError::Worker)??;
         let Some((template, shape)) = found else { return Ok(None) };
         let _promise = reserve(config)?;
-        let vm = Vm::restore(spec, dir, &template.snapshot).await.map_err(CloneError::Clone)?;
+        let vm = Vm::restore(spec, dir, &template.snapshot, None).await.map_err(CloneError::Clone)?;
         Ok(Some(Self { vm, shape }))
     }
 

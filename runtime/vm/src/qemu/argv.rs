@@ -26,6 +26,8 @@ pub(crate) mod fd {
     pub(crate) const WAKE: i32 = 9;
     /// The first of the tap devices that are the other ends of the guest's network devices; the others follow.
     pub(crate) const FIRST_TAP: i32 = 10;
+    /// Clone: the first of the disks with which it starts.
+    pub(crate) const FIRST_SLOT: i32 = FIRST_TAP + crate::MAX_NICS as i32;
 }
 
 /// How the guest starts.

@@ -22,6 +22,7 @@ use crate::{
         argv::{IMAGE_FDSET, SCSI},
         growth::{GrowingDisk, GrowthError, GrowthWatch},
         qmp::{Qmp, QmpError, QmpEvent},
+        slots::{self, SLOTS, SlotDisks},
     },
 };
 
@@ -64,6 +65,15 @@ pub struct DiskSpec {
 }
 
 impl DiskSpec {
+    /// The size of the file, bytes; None if the disk is no regular file, or its file is not open as the disk is to be used.
+    pub(crate) fn regular_size(&self) -> Option<u64> {
+        let DiskBacking::File(file) = &self.source else { return None };
+        let status = fstat(file).ok()?;
+        let is_regular = SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT == SFlag::S_IFREG;
+        let is_usable = is_regular && opened_read_only(file) == Some(self.read_only);
+        is_usable.then(|| u64::try_from(status.st_size).unwrap_or_default())
+    }
+
     /// Replaces the file by an open file description that only QEMU has. Returns the former one.
     ///
     /// A lock (flock(2)) and a position belong to the open file description. A QEMU that a guest has taken over could
@@ -100,6 +110,19 @@ impl DiskSpec {
     }
 }
 
+/// A disk whose file is an open file description that only QEMU has, and the caller's file, which may hold a lock.
+#[derive(Debug)]
+pub(crate) struct GuardedDisk {
+    pub(crate) disk: DiskSpec,
+    held: Option<OwnedFd>,
+}
+
+impl GuardedDisk {
+    pub(crate) fn new(disk: DiskSpec) -> Result<Self, VmError> {
+        disk.with_own_file().map(|(disk, held)| Self { disk, held })
+    }
+}
+
 /// Where the guest finds a disk: `/sys/bus/scsi/devices/0:0:<target>:<lun>`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct DiskAddress {
@@ -107,11 +130,13 @@ pub struct DiskAddress {
     pub target: u32,
     /// The logical unit of the target.
     pub lun: u32,
+    /// The guest has the disk since its template, and need not look for it.
+    pub known: bool,
 }
 
 impl From<DiskAddress> for machinen_protocol::api::Disk {
-    fn from(DiskAddress { target, lun }: DiskAddress) -> Self {
-        Self { target, lun, ..Self::default() }
+    fn from(DiskAddress { target, lun, known }: DiskAddress) -> Self {
+        Self { target, lun, known, ..Self::default() }
     }
 }
 
@@ -160,6 +185,30 @@ impl AttachedDisks {
         }
     }
 
+    /// Takes over the disks with which a clone has started, or removes them if they have no content.
+    ///
+    /// # Errors
+    /// QEMU cannot be allowed to write to a disk, or does not remove a slot.
+    pub(crate) async fn take_over(&mut self, disks: SlotDisks) -> Result<(), VmError> {
+        self.last = slots::number(SLOTS - 1);
+        self.next_target = u32::try_from(SLOTS).unwrap_or_default();
+        let Some(disks) = disks.into_content() else {
+            for (slot, address) in SlotDisks::ADDRESSES.into_iter().enumerate() {
+                let removed = self.unplug(slots::number(slot), true).await;
+                removed.map_err(|source| VmError::Detach { address, source })?;
+            }
+            return Ok(());
+        };
+        for (slot, GuardedDisk { disk, held }) in disks.into_iter().enumerate() {
+            let number = slots::number(slot);
+            if let Some(growing) = disk.growing(number, held.as_ref())? {
+                self.growth.add(growing);
+            }
+            self.attached.insert(slot as u32, AttachedDisk { number, has_fdset: true, _held: held });
+        }
+        Ok(())
+    }
+
     pub(crate) async fn attach(&mut self, disk: DiskSpec) -> Result<DiskAddress, VmError> {
         let serial = disk.serial.clone();
         let refused = |reason| VmError::Disk { serial: serial.clone(), reason };
@@ -173,12 +222,12 @@ impl AttachedDisks {
             .map(|offset| (self.next_target + offset) % TARGETS)
             .find(|target| !self.attached.contains_key(target))
             .ok_or_else(|| refused("every target of the controller is in use"))?;
-        self.allow_to_write(&disk)?;
+        allow_to_write(&self.limits, &disk)?;
         let (disk, held) = disk.with_own_file()?;
         self.last += 1;
         let number = self.last;
         let growing = disk.growing(number, held.as_ref())?;
-        let address = DiskAddress { target, lun: 0 };
+        let address = DiskAddress { target, lun: 0, known: false };
         match self.plug(number, address, disk).await {
             Ok(()) => {
                 if let Some(growing) = growing {
@@ -193,17 +242,6 @@ impl AttachedDisks {
                 Err(VmError::Attach { serial, source })
             }
         }
-    }
-
-    /// Lets QEMU make a file as large as the disk, if QEMU writes to a file. Where limits cannot be raised, QEMU
-    /// was started with one for the largest disk.
-    fn allow_to_write(&self, disk: &DiskSpec) -> Result<(), VmError> {
-        if !ChildLimits::can_be_raised() {
-            return Ok(());
-        }
-        let serial = || disk.serial.clone();
-        let size = disk.written_size().map_err(|source| VmError::DiskFile { serial: serial(), source })?;
-        self.limits.allow_file_size(size).map_err(|source| VmError::DiskLimit { serial: serial(), source })
     }
 
     /// A failure includes what the caller has to undo.
@@ -343,8 +381,19 @@ impl PlugUndo {
     }
 }
 
+/// Lets QEMU make a file as large as the disk, if QEMU writes to a file. Where limits cannot be raised, QEMU
+/// was started with one for the largest disk.
+pub(crate) fn allow_to_write(limits: &ChildLimits, disk: &DiskSpec) -> Result<(), VmError> {
+    if !ChildLimits::can_be_raised() {
+        return Ok(());
+    }
+    let serial = || disk.serial.clone();
+    let size = disk.written_size().map_err(|source| VmError::DiskFile { serial: serial(), source })?;
+    limits.allow_file_size(size).map_err(|source| VmError::DiskLimit { serial: serial(), source })
+}
+
 /// The name of a disk's block device in QEMU, and of the device that the guest sees.
-fn node(number: u64) -> String {
+pub(crate) fn node(number: u64) -> String {
     format!("disk-{number}")
 }
 
@@ -357,7 +406,7 @@ fn driver(file: &OwnedFd) -> &'static str {
     }
 }
 
-fn fdset(number: u64) -> u64 {
+pub(crate) fn fdset(number: u64) -> u64 {
     IMAGE_FDSET + number
 }
 
@@ -437,6 +486,46 @@ mod tests {
         let attach = ["add-fd", "blockdev-add", "device_add"];
         let detach = ["device_del", "blockdev-del", "remove-fd"];
         assert_eq!(commands, [attach, attach, detach, attach, attach].concat());
+    }
+
+    #[tokio::test]
+    async fn disks_in_a_templates_slots_can_be_detached() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let open = |write| File::options().read(true).write(write).open(file.path()).unwrap();
+        let disk = |write: bool| DiskSpec {
+            source: DiskBacking::File(open(write).into()),
+            read_only: !write,
+            ..read_only("a")
+        };
+        let slots = SlotDisks::new(disk(false), disk(true)).unwrap();
+        let gone = r#"{"event": "DEVICE_DELETED", "data": {"device": "disk-2"}}
+{"return": {}, "id": $ID}"#;
+        let commands = with_qemu(&[gone, OK, OK, OK, OK, OK], |mut disks| async move {
+            disks.take_over(slots.unwrap()).await.unwrap();
+            disks.detach(SlotDisks::ADDRESSES[1]).await.unwrap();
+            assert_eq!(disks.attach(read_only("b")).await.unwrap().target, 2);
+        })
+        .await;
+        let detach = ["device_del", "blockdev-del", "remove-fd"];
+        assert_eq!(commands, [detach, ["add-fd", "blockdev-add", "device_add"]].concat());
+    }
+
+    #[tokio::test]
+    async fn a_templates_slots_without_disks_are_removed() {
+        let [first, second] = [1, 2].map(|number| {
+            format!(
+                r#"{{"event": "DEVICE_DELETED", "data": {{"device": "disk-{number}"}}}}
+{{"return": {{}}, "id": $ID}}"#
+            )
+        });
+        let commands = with_qemu(&[&first, OK, OK, &second, OK, OK, OK, OK, OK], |mut disks| async move {
+            disks.take_over(SlotDisks::holes().unwrap()).await.unwrap();
+            assert_eq!(disks.attach(read_only("b")).await.unwrap().target, 2);
+        })
+        .await;
+        let remove = ["device_del", "blockdev-del", "remove-fd"];
+        assert_eq!(commands, [remove, remove, ["add-fd", "blockdev-add", "device_add"]].concat());
     }
 
     #[tokio::test]

@@ -28,12 +28,13 @@ use crate::{
     boot::Boot,
     bounded_log::BoundedLog,
     channel::{GuestEnd, VmChannel, VmChannelError},
-    driver::{self, Inputs, QemuOutput, RunningVm, StopRequest, VmDir},
+    driver::{self, Inputs, QemuOutput, RunningVm, Slots, StopRequest, VmDir},
     exit::{ExitEvidence, VmExit},
     qemu::{
         argv::{self, Start, fd},
         jail,
         qmp::{Qmp, QmpError, QmpEvent},
+        slots::{self, SlotDisks},
         snapshot::{self, VmSnapshot, VmSnapshotError},
     },
     spec::VmSpec,
@@ -105,8 +106,12 @@ pub(crate) enum LaunchOrigin<'a> {
     /// A boot with this memory, until the agent waits.
     Template {
         memory: OwnedFd,
+        disks: &'a SlotDisks,
     },
-    Clone(&'a VmSnapshot),
+    Clone {
+        snapshot: &'a VmSnapshot,
+        disks: &'a SlotDisks,
+    },
 }
 
 impl LaunchOrigin<'_> {
@@ -114,7 +119,7 @@ impl LaunchOrigin<'_> {
         match self {
             Self::Boot => Start::Boot,
             Self::Template { .. } => Start::Template,
-            Self::Clone(_) => Start::Clone,
+            Self::Clone { .. } => Start::Clone,
         }
     }
 }
@@ -129,15 +134,23 @@ pub(crate) struct Launched {
 }
 
 pub(crate) async fn launch(spec: VmSpec, dir: &Path) -> Result<Vm, LaunchError> {
-    Ok(begin(&spec, dir, LaunchOrigin::Boot).await?.hand_over(spec))
+    Ok(begin(&spec, dir, LaunchOrigin::Boot).await?.hand_over(spec, Slots::Absent))
 }
 
 /// As [`launch`], but from the snapshot of another VM.
-pub(crate) async fn clone(spec: VmSpec, dir: &Path, snapshot: &VmSnapshot) -> Result<Vm, VmSnapshotError> {
+pub(crate) async fn clone(
+    spec: VmSpec,
+    dir: &Path,
+    snapshot: &VmSnapshot,
+    disks: Option<SlotDisks>,
+) -> Result<Vm, VmSnapshotError> {
     snapshot.check()?;
-    let mut launched = begin(&spec, dir, LaunchOrigin::Clone(snapshot)).await?;
-    match snapshot::restore(&mut launched, snapshot).await {
-        Ok(()) => Ok(launched.hand_over(spec)),
+    let disks = disks.map_or_else(SlotDisks::holes, Ok);
+    let disks = disks.map_err(|error| VmSnapshotError::Disk(Box::new(error)))?;
+    let origin = LaunchOrigin::Clone { snapshot, disks: &disks };
+    let mut launched = begin(&spec, dir, origin).await?;
+    match launched.restore(snapshot, &disks).await {
+        Ok(()) => Ok(launched.hand_over(spec, Slots::Present(disks))),
         Err(error) => Err(error.with_exit(&launched.end().await)),
     }
 }
@@ -161,7 +174,7 @@ pub(crate) async fn begin(
     };
     let channel = Arc::new(channel);
     let in_use = match origin {
-        LaunchOrigin::Clone(snapshot) => snapshot.in_use.clone(),
+        LaunchOrigin::Clone { snapshot, .. } => snapshot.in_use.clone(),
         LaunchOrigin::Boot | LaunchOrigin::Template { .. } => None,
     };
     let started = start(spec, origin, &dir.path, guest_end, kernel, image, &user);
@@ -207,8 +220,15 @@ impl Launched {
         Wake { control_port: self.running.channel.control_port() }
     }
 
+    /// Lets the guest continue.
+    async fn restore(&mut self, snapshot: &VmSnapshot, disks: &SlotDisks) -> Result<(), VmSnapshotError> {
+        let allowed = disks.allow_to_write(&self.running.qemu.limits());
+        allowed.map_err(|error| VmSnapshotError::Disk(Box::new(error)))?;
+        snapshot::restore(self, snapshot).await
+    }
+
     /// Starts the driver task, which owns QEMU from now on.
-    fn hand_over(self, spec: VmSpec) -> Vm {
+    fn hand_over(self, spec: VmSpec, slots: Slots) -> Vm {
         let Self { qmp, events, running, taps } = self;
         let (requests, request_queue) = mpsc::channel(16);
         let (stop, stopped) = watch::channel(StopRequest::No);
@@ -227,7 +247,7 @@ impl Launched {
         tokio::spawn(async move {
             agent_sender.send_replace(Some(boot.run().await));
         });
-        let inputs = Inputs { events, requests: request_queue, stop: stopped, agent: agent.clone() };
+        let inputs = Inputs { events, requests: request_queue, stop: stopped, agent: agent.clone(), slots };
         tokio::spawn(async move {
             let exit = driver::drive(running, qmp, inputs).await;
             tracing::debug!(pid, "VM has ended: {exit}");
@@ -311,7 +331,7 @@ fn start(
     let console = watched(console)?;
     let stderr = pipe::Receiver::from_owned_fd(stderr.into()).map_err(failed("watch a pipe"))?;
 
-    let args = argv::argv(spec, origin.start(), guest_end.cid);
+    let mut args = argv::argv(spec, origin.start(), guest_end.cid);
     let mut jail = jail::jail(spec, origin.start(), user.run_as(spec.accel.groups()));
     let mut inherited: Vec<(OwnedFd, i32)> = vec![
         (monitor_end.into(), fd::QMP),
@@ -320,10 +340,18 @@ fn start(
         (image.into(), fd::IMAGE),
         (guest_end.fd, fd::CHANNEL),
     ];
+    let in_slots = match &origin {
+        LaunchOrigin::Boot => None,
+        LaunchOrigin::Template { disks, .. } | LaunchOrigin::Clone { disks, .. } => Some(*disks),
+    };
+    if let Some(disks) = in_slots {
+        args.extend(slots::args());
+        inherited.extend(disks.inherited().map_err(failed("duplicate a descriptor"))?);
+    }
     let memory = match origin {
         LaunchOrigin::Boot => None,
-        LaunchOrigin::Template { memory } => Some(memory),
-        LaunchOrigin::Clone(snapshot) => {
+        LaunchOrigin::Template { memory, .. } => Some(memory),
+        LaunchOrigin::Clone { snapshot, .. } => {
             jail.ignore_hole_punching = Some(snapshot.memory_fd);
             Some(snapshot.memory.as_fd().try_clone_to_owned().map_err(failed("duplicate a descriptor"))?)
         }

@@ -8,6 +8,7 @@ pub(crate) mod hotplug;
 pub(crate) mod jail;
 pub(crate) mod launch;
 pub(crate) mod qmp;
+pub(crate) mod slots;
 pub(crate) mod snapshot;
 mod syscalls;
 pub(crate) mod version;

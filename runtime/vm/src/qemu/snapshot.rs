@@ -41,6 +41,7 @@ use crate::{
         argv::fd,
         launch::{LaunchOrigin, Launched, begin},
         qmp::{QemuVersion, QmpError, QmpEvent},
+        slots::SlotDisks,
     },
     wake::{self, WakeError},
 };
@@ -135,6 +136,9 @@ pub enum VmSnapshotError {
     /// The seccomp filter of QEMU is for another descriptor than that of the memory.
     #[error("QEMU has opened the template's memory under another number")]
     Number,
+    /// A disk of the clone cannot be used.
+    #[error(transparent)]
+    Disk(Box<crate::VmError>),
     /// The channel has a process of its own, whose state is not in the snapshot.
     #[error("a VM with the channel of vhost-device-vsock cannot be cloned")]
     Channel,
@@ -165,7 +169,9 @@ impl VmSnapshot {
         }
         let memory = memfd::sparse(u64::from(spec.memory_mib) << 20).map_err(failed("make a memfd"))?;
         let passed = memory.try_clone().map_err(failed("duplicate a descriptor"))?;
-        let mut launched = begin(spec, dir, LaunchOrigin::Template { memory: passed }).await?;
+        let disks = SlotDisks::holes().map_err(|error| VmSnapshotError::Disk(Box::new(error)))?;
+        let origin = LaunchOrigin::Template { memory: passed, disks: &disks };
+        let mut launched = begin(spec, dir, origin).await?;
         let made = save(spec, &mut launched, &memory).await;
         let exit = launched.end().await;
         let (devices, memory_fd, qemu) = made.map_err(|error| error.with_exit(&exit))?;

@@ -26,7 +26,7 @@ async fn clones_continue_where_their_template_waits() {
     let saved = saved(&host).await;
     for _ in 0..3 {
         let start = Instant::now();
-        let vm = Vm::restore(host.spec(ChannelKind::Serial), &host.dir(), &saved).await;
+        let vm = Vm::restore(host.spec(ChannelKind::Serial), &host.dir(), &saved, None).await;
         let vm = vm.unwrap_or_else(|error| panic!("{}", chain(&error)));
         let restored = start.elapsed();
         vm.attach_disk(host.disk("base", true)).await.unwrap();
@@ -49,7 +49,7 @@ async fn a_template_cannot_be_changed() {
     memory.read_exact_at(&mut before, 1 << 20).unwrap();
     memory.write_at(b"changed", 1 << 20).unwrap_err();
     memory.set_len(0).unwrap_err();
-    let vm = Vm::restore(host.spec(ChannelKind::Serial), &host.dir(), &saved).await.unwrap();
+    let vm = Vm::restore(host.spec(ChannelKind::Serial), &host.dir(), &saved, None).await.unwrap();
     vm.agent().await.unwrap();
     vm.kill().await;
     let mut after = [1; 64];
@@ -64,7 +64,7 @@ async fn a_snapshot_that_qemu_refuses_leaves_nothing() {
     let mut saved = saved(&host).await;
     let devices = saved.devices.clone();
     let refused = async |saved: &VmSnapshot, spec: VmSpec, words: &str| {
-        let error = Vm::restore(spec, &host.dir(), saved).await.unwrap_err();
+        let error = Vm::restore(spec, &host.dir(), saved, None).await.unwrap_err();
         let text = chain(&error);
         assert!(text.contains(words), "{words:?} is not in {text:?}");
         host.no_files_are_left();
@@ -89,7 +89,7 @@ async fn a_snapshot_that_qemu_refuses_leaves_nothing() {
     let memory = std::mem::replace(&mut saved.memory, File::open("/dev/zero").unwrap().into());
     refused(&saved, spec(), "not sealed").await;
     saved.memory = memory;
-    let vm = Vm::restore(spec(), &host.dir(), &saved).await.unwrap();
+    let vm = Vm::restore(spec(), &host.dir(), &saved, None).await.unwrap();
     vm.agent().await.unwrap();
     vm.kill().await;
     host.nothing_is_left(vm.pid());
@@ -115,7 +115,7 @@ async fn the_console_of_a_guest_that_never_waits_is_quoted() {
 async fn a_clone_that_is_killed_is_noticed() {
     let host = Host::new();
     let saved = saved(&host).await;
-    let vm = Vm::restore(host.spec(ChannelKind::Serial), &host.dir(), &saved).await.unwrap();
+    let vm = Vm::restore(host.spec(ChannelKind::Serial), &host.dir(), &saved, None).await.unwrap();
     vm.agent().await.unwrap();
     host::kill(vm.pid());
     assert!(matches!(vm.exited().await, VmExit::Killed { signal: libc::SIGKILL, .. }));

@@ -82,7 +82,7 @@ impl CreateJob<'_> {
     ) -> Result<(AttachedDisks, Option<Arc<PodNetwork>>), PodError> {
         let (sandbox, request) = (&self.pod.shared.sandbox, self.plan.vm_request());
         sandbox.boot_instead(&self.request.id, &request, &mut held.vm, error).await?;
-        held.attachments = Attachments::new(held.vm.vm.clone(), self.plan.config.rootdisk.reserve());
+        held.attachments = Attachments::new(held.vm.vm.clone(), self.plan.config.rootdisk.reserve(), false);
         self.attach_and_connect(held).await
     }
 }

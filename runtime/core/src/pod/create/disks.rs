@@ -11,7 +11,7 @@ use machinen_storage::{
     container_disk::PendingDisk,
     rootdisk::{Rootdisk, RootdiskCache, RootdiskKey, RootdiskProgress},
 };
-use machinen_vm::{DiskAddress, DiskBacking, DiskSpec, Vm, VmError, agent};
+use machinen_vm::{DiskAddress, DiskBacking, DiskSpec, SlotDisks, Vm, VmError, agent};
 use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 use tokio::task::spawn_blocking;
@@ -43,6 +43,38 @@ pub(super) struct PendingDisks {
     pub(super) base: Option<RootdiskKey>,
     /// Removes a new writable disk, unless the container is created.
     pub(super) writable: PendingDisk,
+}
+
+impl PendingDisks {
+    /// The disks with which a clone can start; None if they are not an overlay's, or do not fit a clone.
+    ///
+    /// # Errors
+    /// A file cannot be opened for QEMU.
+    pub(super) fn for_slots(&self, id: &str, plan: &CreatePlan) -> Result<Option<SlotDisks>, PodError> {
+        let RootDisks::Overlay { base, writable } = &self.open.root else { return Ok(None) };
+        let reserve = plan.config.rootdisk.reserve();
+        let (base, writable) = (base_spec(base, id, reserve)?, writable_spec(writable, id, reserve)?);
+        SlotDisks::new(base, writable)
+            .map_err(|source| PodError::Vm { what: "open the disks of a clone", source })
+    }
+}
+
+fn base_spec(file: &File, id: &str, reserve: DiskReserve) -> Result<DiskSpec, PodError> {
+    file_spec(file, true, format!("base-{id}"), reserve)
+}
+
+fn writable_spec(file: &File, id: &str, reserve: DiskReserve) -> Result<DiskSpec, PodError> {
+    file_spec(file, false, format!("rw-{id}"), reserve)
+}
+
+fn file_spec(
+    file: &File,
+    read_only: bool,
+    serial: String,
+    reserve: DiskReserve,
+) -> Result<DiskSpec, PodError> {
+    let source = DiskBacking::File(file.try_clone().map_err(PodError::Descriptor)?.into());
+    Ok(DiskSpec { source, read_only, volatile: false, serial, reserve })
 }
 
 /// Opens the disks of the plan, all at once; a disk that is missing is made.
@@ -95,14 +127,18 @@ pub(in crate::pod) async fn base_disk(plan: &CreatePlan, id: &str) -> Result<Opt
 pub(in crate::pod) struct Attachments {
     vm: Vm,
     reserve: DiskReserve,
+    /// The VM has started with the disks of the root file system.
+    has_disks: bool,
     /// Includes the disks that were attached before another one failed.
     addresses: Mutex<Vec<DiskAddress>>,
 }
 
 impl Attachments {
     /// `reserve`: what the guest's writes leave free on the host.
-    pub(in crate::pod) fn new(vm: Vm, reserve: DiskReserve) -> Self {
-        Self { vm, reserve, addresses: Mutex::default() }
+    /// `has_disks`: the VM has started with the disks of the root file system.
+    pub(in crate::pod) fn new(vm: Vm, reserve: DiskReserve, has_disks: bool) -> Self {
+        let attached = if has_disks { SlotDisks::ADDRESSES.to_vec() } else { Vec::new() };
+        Self { vm, reserve, has_disks, addresses: Mutex::new(attached) }
     }
 
     /// Attaches the disks while the guest starts, and waits for its agent.
@@ -117,15 +153,21 @@ impl Attachments {
         phases: &PhaseTimes,
     ) -> Result<(ContainerDisks<DiskAddress>, agent::Client), PodError> {
         let base = async |disk| {
-            let attached = self.attach_file("attach the base disk", disk, true, format!("base-{id}"));
+            let disk = base_spec(disk, id, self.reserve)?;
+            let attached = self.attach_disk("attach the base disk", disk);
             phases.time("attach-base", attached).await
         };
         let writable = async |disk| {
-            let attached = self.attach_file("attach the writable layer", disk, false, format!("rw-{id}"));
+            let disk = writable_spec(disk, id, self.reserve)?;
+            let attached = self.attach_disk("attach the writable layer", disk);
             phases.time("attach-writable", attached).await
         };
         let root = async {
             Ok(match &disks.root {
+                _ if self.has_disks => {
+                    let [base, writable] = SlotDisks::ADDRESSES;
+                    RootDisks::Overlay { base, writable }
+                }
                 RootDisks::Overlay { base: shared, writable: own } => {
                     let (base, writable) = tokio::try_join!(base(shared), writable(own))?;
                     RootDisks::Overlay { base, writable }
@@ -137,7 +179,9 @@ impl Attachments {
         let checkpoint = async {
             let Some(disk) = &disks.checkpoint else { return Ok(None) };
             let source = disk.serve().map_err(PodError::Descriptor)?;
-            self.attach_source("attach the checkpoint", source, true, format!("cp-{id}")).await.map(Some)
+            let (serial, reserve) = (format!("cp-{id}"), self.reserve);
+            let disk = DiskSpec { source, read_only: true, volatile: false, serial, reserve };
+            self.attach_disk("attach the checkpoint", disk).await.map(Some)
         };
         let ready = phases.time("vm-ready", async { self.vm.agent().await.map_err(PodError::Boot) });
         let host = self.attach_host(id, host);
@@ -162,28 +206,6 @@ impl Attachments {
             });
         }
         Ok(attached)
-    }
-
-    async fn attach_file(
-        &self,
-        what: &'static str,
-        file: &File,
-        read_only: bool,
-        serial: String,
-    ) -> Result<DiskAddress, PodError> {
-        let file = file.try_clone().map_err(PodError::Descriptor)?;
-        self.attach_source(what, DiskBacking::File(file.into()), read_only, serial).await
-    }
-
-    async fn attach_source(
-        &self,
-        what: &'static str,
-        source: DiskBacking,
-        read_only: bool,
-        serial: String,
-    ) -> Result<DiskAddress, PodError> {
-        let disk = DiskSpec { source, read_only, volatile: false, serial, reserve: self.reserve };
-        self.attach_disk(what, disk).await
     }
 
     async fn attach_disk(&self, what: &'static str, disk: DiskSpec) -> Result<DiskAddress, PodError> {

@@ -7,7 +7,7 @@ use std::pin::pin;
 
 use machinen_protocol::api::InjectedFile;
 use machinen_vm::{Vm, VmError};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use super::{
     CreateRequest,
@@ -66,8 +66,11 @@ impl<'a> Planned<'a> {
         let CreateJob { pod, request, plan, phases } = &self.job;
         let vm_request = plan.vm_request();
         let (launched, mut launched_vm) = watch::channel(None);
+        let (opened, first_disks) = oneshot::channel();
         let vm = async {
-            let acquired = pod.shared.sandbox.acquire(&request.id, &vm_request);
+            // No disks are a reason to start without them: the cause is reported where they are opened.
+            let first_disks = async { first_disks.await.ok().flatten() };
+            let acquired = pod.shared.sandbox.acquire(&request.id, &vm_request, first_disks);
             let acquired = phases.time("vm-launch", acquired).await?;
             // A clone that ends early is not an error: another VM is booted instead once the disks are there.
             launched.send_replace(Some(acquired.vm.clone()).filter(|_| !acquired.origin.is_clone()));
@@ -75,10 +78,13 @@ impl<'a> Planned<'a> {
         };
         // Converting an image can take long, so the end of the VM is reported without waiting for it.
         let disks = async {
-            tokio::select! {
-                disks = disks::open(plan, &request.id, phases) => disks,
-                error = vm_end(&mut launched_vm) => Err(error),
-            }
+            let disks = tokio::select! {
+                disks = disks::open(plan, &request.id, phases) => disks?,
+                error = vm_end(&mut launched_vm) => return Err(error),
+            };
+            // There is no receiver if the VM does not wait for disks.
+            let _ = opened.send(disks.for_slots(&request.id, plan)?);
+            Ok(disks)
         };
         let stdio = async { self.stdio.ready().await.map_err(PodError::from) };
         // The kernel takes some 10 ms. A VM that is started meanwhile is moved to the cgroup, as a warm one is.
@@ -91,7 +97,7 @@ impl<'a> Planned<'a> {
         // From here on the guest proceeds on its own, so work on the host does not delay the start.
         let namespaces = plan.namespaces.of_anchor()?;
         let anchor = Anchor::spawn(&request.id, plan.netns(), namespaces).await?;
-        let attachments = Attachments::new(vm.vm.clone(), plan.config.rootdisk.reserve());
+        let attachments = Attachments::new(vm.vm.clone(), plan.config.rootdisk.reserve(), vm.has_disks);
         Ok(Held { vm, disks, anchor, attachments, shares: ContainerShares::default() })
     }
 }

@@ -17,7 +17,7 @@ mod vm_spec;
 use std::{collections::HashSet, fmt, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
 
 use machinen_base::{error::chain, netns};
-use machinen_vm::{Vm, admission::Reservation};
+use machinen_vm::{SlotDisks, Vm, admission::Reservation};
 use tokio::sync::{Mutex, Semaphore};
 
 use super::PodError;
@@ -104,6 +104,8 @@ struct RunningSandbox {
 pub(super) struct AcquiredVm {
     pub(super) vm: Vm,
     pub(super) origin: VmOrigin,
+    /// The VM has started with the disks that [`Sandbox::acquire`] was given.
+    pub(super) has_disks: bool,
     /// Held until the container is created.
     _reservation: Option<Reservation>,
 }
@@ -153,12 +155,17 @@ impl Sandbox {
     }
 
     /// Returns the VM for a container, which uses it until [`Sandbox::release`]. The VM is starting if this
-    /// is its first container.
+    /// is its first container. A clone starts with `disks`, if there are any, and waits for them.
     ///
     /// # Errors
     /// No VM can be started, the container's annotations require another VM than the one that runs, or the
     /// sandbox has ended.
-    pub(super) async fn acquire(&self, container: &str, request: &VmRequest) -> Result<AcquiredVm, PodError> {
+    pub(super) async fn acquire(
+        &self,
+        container: &str,
+        request: &VmRequest,
+        disks: impl Future<Output = Option<SlotDisks>>,
+    ) -> Result<AcquiredVm, PodError> {
         let mut state = self.state.lock().await;
         let warm_vm = match &mut *state {
             SandboxState::Ended => return Err(PodError::PodEnded { id: container.to_owned() }),
@@ -166,12 +173,17 @@ impl Sandbox {
                 let RunningSandbox { vm, requested, users, .. } = &mut **running;
                 annotations::check_join(&request.config, &request.annotations, requested, vm.spec())?;
                 users.enter(container);
-                return Ok(AcquiredVm { vm: vm.clone(), origin: VmOrigin::Pod, _reservation: None });
+                return Ok(AcquiredVm {
+                    vm: vm.clone(),
+                    origin: VmOrigin::Pod,
+                    has_disks: false,
+                    _reservation: None,
+                });
             }
             SandboxState::Empty { warm_vm } => warm_vm,
         };
         let plan = self.plan(request, warm_vm.as_deref()).await?;
-        let started = self.start(plan, warm_vm.take().map(|warm| *warm), request).await?;
+        let started = self.start(plan, warm_vm.take().map(|warm| *warm), request, disks).await?;
         Ok(Self::run(&mut state, started, container, request))
     }
 
@@ -240,7 +252,7 @@ impl Sandbox {
     }
 
     fn run(state: &mut SandboxState, started: StartedVm, container: &str, request: &VmRequest) -> AcquiredVm {
-        let StartedVm { vm, origin, afterwards, reservation } = started;
+        let StartedVm { vm, origin, has_disks, afterwards, reservation } = started;
         let mut users = VmUsers::default();
         users.enter(container);
         *state = SandboxState::Running(Box::new(RunningSandbox {
@@ -251,7 +263,7 @@ impl Sandbox {
             network: None,
             unsynced: false,
         }));
-        AcquiredVm { vm, origin, _reservation: Some(reservation) }
+        AcquiredVm { vm, origin, has_disks, _reservation: Some(reservation) }
     }
 
     /// Ends a container's use of the VM. If the VM has no reason left to run, it ends too; nothing is left of

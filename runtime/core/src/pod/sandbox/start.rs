@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use machinen_base::error::chain;
 use machinen_vm::{
-    Vm, VmSpec,
+    SlotDisks, Vm, VmSpec,
     admission::Reservation,
     template::{TemplateShape, TemplateStore},
 };
@@ -30,12 +30,15 @@ const CLONE_TIMEOUT: Duration = Duration::from_secs(20);
 pub(super) struct StartedVm {
     pub(super) vm: Vm,
     pub(super) origin: VmOrigin,
+    /// The VM has the disks of its first container already.
+    pub(super) has_disks: bool,
     pub(super) afterwards: Afterwards,
     pub(super) reservation: Reservation,
 }
 
 impl Sandbox {
-    /// Starts the VM of `plan`. The warm VM is ended if the plan does not use it.
+    /// Starts the VM of `plan`. The warm VM is ended if the plan does not use it. A clone waits for `disks` and starts with
+    /// them.
     ///
     /// # Errors
     /// No VM can be booted either.
@@ -44,6 +47,7 @@ impl Sandbox {
         plan: VmPlan,
         warm_vm: Option<WarmVm>,
         request: &VmRequest,
+        disks: impl Future<Output = Option<SlotDisks>>,
     ) -> Result<StartedVm, PodError> {
         let VmPlan { spec, start, reservation } = plan;
         let (template, warm_fits) = match start {
@@ -64,12 +68,14 @@ impl Sandbox {
         if !warm_fits {
             self.give_up_warm_vm(warm_vm).await;
         } else if let Some(vm) = self.take_over(warm_vm, &spec).await {
-            return Ok(StartedVm { vm, origin: VmOrigin::Warm, afterwards, reservation });
+            return Ok(StartedVm { vm, origin: VmOrigin::Warm, has_disks: false, afterwards, reservation });
         }
         let ShapedTemplate { template, shape } = *template;
         let spec = VmSpec { boot_timeout: spec.boot_timeout.min(CLONE_TIMEOUT), ..spec };
-        match Vm::restore(spec, &self.settings.dir, &template.snapshot).await {
-            Ok(vm) => Ok(StartedVm { vm, origin: VmOrigin::Clone, afterwards, reservation }),
+        let disks = disks.await;
+        let has_disks = disks.is_some();
+        match Vm::restore(spec, &self.settings.dir, &template.snapshot, disks).await {
+            Ok(vm) => Ok(StartedVm { vm, origin: VmOrigin::Clone, has_disks, afterwards, reservation }),
             Err(error) => {
                 drop((template, reservation));
                 let (killed, reason) = (error.is_killed(), chain(&error));
@@ -112,7 +118,7 @@ impl Sandbox {
         reservation: Reservation,
     ) -> Result<StartedVm, PodError> {
         let vm = Vm::launch(spec, &self.settings.dir).await.map_err(PodError::Boot)?;
-        Ok(StartedVm { vm, origin: VmOrigin::Boot, afterwards, reservation })
+        Ok(StartedVm { vm, origin: VmOrigin::Boot, has_disks: false, afterwards, reservation })
     }
 
     /// Makes the warm VM the pod's. Returns None if its guest does not accept the new identity.
