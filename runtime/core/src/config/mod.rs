@@ -508,45 +508,4 @@ impl Config {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_documented_file_is_the_default() {
-        let documented = Config::read(Path::new("../../config/machinen.toml")).unwrap();
-        assert_eq!(documented, Config::default());
-    }
-
-    #[test]
-    fn every_key_is_documented() {
-        let text = fs::read_to_string("../../config/machinen.toml").unwrap();
-        let all = toml::Table::try_from(Config::default()).unwrap();
-        for (section, keys) in &all {
-            for key in keys.as_table().unwrap().keys() {
-                assert!(
-                    text.contains(&format!("\n{key} = ")),
-                    "{section}.{key} is not in config/machinen.toml"
-                );
-            }
-        }
-    }
-
-    #[test]
-    fn io_uring_is_turned_off_before_the_users_arguments() {
-        let args = |io_uring, args: &str| {
-            VmConfig { io_uring, kernel_args: args.into(), ..VmConfig::default() }.all_kernel_args()
-        };
-        assert_eq!(args(true, ""), "");
-        assert_eq!(args(true, "debug"), "debug");
-        assert_eq!(args(false, ""), NO_IO_URING);
-        assert_eq!(args(false, "debug"), format!("{NO_IO_URING} debug"));
-    }
-
-    #[test]
-    fn an_unknown_key_is_named() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        fs::write(file.path(), "[vm]\nmemory = 3\n").unwrap();
-        let error = machinen_base::error::chain(&Config::read(file.path()).unwrap_err());
-        assert!(error.contains("unknown field `memory`"), "{error}");
-    }
-}
+mod tests;
