@@ -69,7 +69,7 @@ fn fifty_clones_have_nothing_in_common(containerd: &mut Containerd) -> Result<()
 pub(super) fn have_nothing_in_common(containerd: &Containerd, clones: usize, wanted: &str) -> Result<()> {
     let bundle = Bundle::busybox(containerd)?;
     let config = bundle.config(&["sh", "-c", SCRIPT], |spec| {
-        let private = ["pid", "uts", "network"];
+        let private = ["pid", "uts"];
         let namespaces = spec["linux"]["namespaces"].as_array_mut().expect("an array");
         namespaces.retain(|namespace| !private.iter().any(|kind| namespace["type"] == *kind));
         for set in ["bounding", "effective", "permitted"] {

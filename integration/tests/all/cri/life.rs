@@ -69,8 +69,7 @@ fn logs_of_both_streams(node: &mut Node) -> Result<()> {
     ensure!(log.iter().any(|line| !line.full), "a line of 20 000 bytes is not in parts");
 
     // kubelet renames the file of a running container, and asks for a new one.
-    let running =
-        pod.start("rotated", &["sh", "-c", "echo before; read -r _ < /tmp/go; echo after"], |_| ())?;
+    let running = pod.start("rotated", &["sh", "-c", "echo before; exec sleep 1000000"], |_| ())?;
     running.wait_for_log("before")?;
     std::fs::rename(running.log_file(), running.log_file().with_extension("1"))?;
     pod.client()

@@ -21,7 +21,9 @@ def attempt(path, kind=socket.SOCK_STREAM):
             s.connect(path)
             s.sendall(b"x")
             s.shutdown(socket.SHUT_WR)
-            return s.recv(100).decode() or "the connection has ended"
+            # The answer may come in several pieces.
+            answer = b"".join(iter(lambda: s.recv(100), b""))
+            return answer.decode() or "the connection has ended"
         except OSError as error:
             return errno.errorcode[error.errno]
 

@@ -262,7 +262,7 @@ mod tests {
         net::{IpAddr, Ipv4Addr, TcpStream},
     };
 
-    use machinen_base::{error::HasKind as _, netns};
+    use machinen_base::{error::HasKind as _, netns, process::probe};
     use machinen_netlink::{Interface, NetlinkSocket, interfaces};
 
     use super::*;
@@ -310,6 +310,16 @@ mod tests {
         assert!(status.contains("NoNewPrivs:\t1"), "{status}");
         pasta.end().await;
         assert!(found(&mut socket).is_none());
+    }
+
+    /// It sees the devices and the directories that it needs, in a root of its own.
+    #[test]
+    fn a_taken_over_pasta_reaches_nothing_else() {
+        let (namespace, _socket) = namespace();
+        let user = ReservedUser::reserve().unwrap();
+        let jail = jail(Path::new("/bin/sh"), &namespace, user.run_as(Vec::new()));
+        let kept = CAPABILITIES.iter().fold(0, |mask, bit| mask | 1 << bit);
+        assert_eq!(probe(&jail, kept).unwrap(), ["sees /tmp", "sees /dev"]);
     }
 
     #[tokio::test]

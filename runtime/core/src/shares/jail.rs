@@ -101,7 +101,16 @@ fn system_calls() -> SystemCalls {
 
 #[cfg(test)]
 mod tests {
+    use machinen_base::process::probe;
+
     use super::*;
+
+    /// The server is root, with the capabilities that files of any owner take.
+    #[test]
+    fn a_taken_over_server_reaches_nothing_but_its_volumes() {
+        let kept = jail().capabilities.unwrap().iter().fold(0, |mask, bit| mask | 1 << bit);
+        assert_eq!(probe(&jail(), kept).unwrap(), ["is user 0"]);
+    }
 
     #[test]
     fn no_call_leads_out_of_the_volumes() {
