@@ -2,7 +2,7 @@
 //! host's network, and what is refused.
 
 use std::{
-    io::{Read as _, Write as _},
+    io::{ErrorKind::WouldBlock, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket},
     time::{Duration, Instant},
 };
@@ -122,7 +122,7 @@ fn connections_to_the_outside(containerd: &mut Containerd) -> Result<()> {
     let (address, hidden) = (server.local_addr()?, TcpListener::bind((LOCALHOST, 0))?);
     let script = format!(
         "cat /etc/resolv.conf; ip -o -4 addr show dev eth0; nc {} {} < /dev/null; \
-         nc -w 2 10.0.2.2 {} < /dev/null || echo hidden",
+         timeout 5 nc -w 2 10.0.2.2 {} < /dev/null; echo end",
         address.ip(),
         address.port(),
         hidden.local_addr()?.port(),
@@ -130,9 +130,13 @@ fn connections_to_the_outside(containerd: &mut Containerd) -> Result<()> {
     let running = run(containerd, &script, &[("network", "pasta")]).spawn(PATIENCE)?;
     server.accept()?.0.write_all(b"from the host\n")?;
     let output = running.wait()?.ok()?.text();
-    for wanted in ["nameserver 10.0.2.3\n", "inet 10.0.2.100/24", "from the host\n", "hidden\n"] {
+    for wanted in ["nameserver 10.0.2.3\n", "inet 10.0.2.100/24", "from the host\n", "end\n"] {
         ensure!(output.contains(wanted), "no {wanted:?} in {output}");
     }
+    // Whatever answers at the gateway's address, it is not the host's localhost.
+    hidden.set_nonblocking(true)?;
+    let reached = hidden.accept();
+    ensure!(reached.as_ref().is_err_and(|error| error.kind() == WouldBlock), "{reached:?}");
     // Without the annotation there is loopback only.
     let output = run(containerd, "ls /sys/class/net", &[]).ok()?;
     ensure!(output == "lo\n", "{output}");
