@@ -32,7 +32,7 @@ pub enum VmExit {
 }
 
 impl VmExit {
-    /// Whether QEMU was killed from outside of the VM, by the OOM killer or by somebody: no guest causes SIGKILL.
+    /// Whether QEMU was killed from outside of the VM, by the OOM killer or by a user of the host: no guest causes SIGKILL.
     pub(crate) fn is_sigkill(&self) -> bool {
         matches!(self, Self::Killed { signal, .. } if *signal == Signal::SIGKILL as i32)
     }

@@ -16,7 +16,7 @@ use super::pod_tests;
 
 pod_tests! {
     machinen_2_1(V2_1, MachinenSandbox): [
-        files_of_the_pod, the_end_of_the_vm, the_end_of_the_shim, described,
+        files_of_the_pod, the_end_of_the_vm, the_end_of_the_shim, described, a_failed_start,
     ];
 }
 
@@ -88,6 +88,16 @@ fn the_end_of_the_shim(node: &mut Node) -> Result<()> {
     ensure!(container.wait()?.exit_code != 0, "{:?}", container.status());
     not_ready(&pod)?;
     pod.remove()
+}
+
+/// The reason of a failed start reaches the client, nothing stays, and the next pod works.
+fn a_failed_start(node: &mut Node) -> Result<()> {
+    let refused = node.pod(|config| {
+        config.annotations.insert("io.machinen.no-such-option".to_owned(), "1".to_owned());
+    });
+    let Err(error) = refused else { anyhow::bail!("an unknown annotation was accepted") };
+    ensure!(format!("{error:#}").contains("io.machinen.no-such-option"), "{error:#}");
+    node.pod(|_| ())?.remove()
 }
 
 /// `crictl inspectp` asks for details.

@@ -69,7 +69,7 @@ pub(super) async fn serve(socket: UdpSocket, port: LocalPort, dial: Dial, connec
     }
 }
 
-/// Relays the datagrams of one sender, and the answers to it, until there are none for a while.
+/// Relays the datagrams of one sender, and the answers to it, until neither has come for a while.
 async fn relay(
     socket: &UdpSocket,
     from: SocketAddr,

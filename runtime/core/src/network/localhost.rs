@@ -161,7 +161,10 @@ async fn accept(listener: TcpListener, port: LocalPort, dial: Dial, connections:
 
 async fn connect(mut socket: TcpStream, port: LocalPort, dial: &Dial) {
     let relayed = match dial(port).await {
-        Ok(stream) => relay(&mut socket, stream).await,
+        Ok(stream) => {
+            let (from, to) = socket.split();
+            relay(from, to, stream).await
+        }
         Err(error) => Err(error),
     };
     if let Err(error) = relayed {
@@ -170,10 +173,14 @@ async fn connect(mut socket: TcpStream, port: LocalPort, dial: &Dial) {
     }
 }
 
-/// Relays until both directions have ended.
-async fn relay(socket: &mut TcpStream, stream: BoxedStream) -> io::Result<()> {
+/// Relays between the two directions of a connection and a stream of frames until both directions have ended, or one has
+/// failed.
+pub(crate) async fn relay(
+    from: impl AsyncRead + Unpin,
+    to: impl AsyncWrite + Unpin,
+    stream: BoxedStream,
+) -> io::Result<()> {
     let (mut reader, mut writer) = split(stream);
-    let (from, to) = socket.split();
     tokio::try_join!(send_frames(from, &mut writer), take_frames(&mut reader, to))?;
     // The guest closes the stream when it knows by this frame that everything has arrived. If it does not, the
     // connection has ended nevertheless.
@@ -187,10 +194,7 @@ async fn relay(socket: &mut TcpStream, stream: BoxedStream) -> io::Result<()> {
 }
 
 /// Sends what arrives in frames, until it ends.
-pub(crate) async fn send_frames(
-    mut from: impl AsyncRead + Unpin,
-    to: &mut (impl AsyncWrite + Unpin),
-) -> io::Result<()> {
+async fn send_frames(mut from: impl AsyncRead + Unpin, to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
     let mut frame = vec![0; 2 + MAX_FRAME];
     loop {
         let read = from.read(&mut frame[2..]).await?;
@@ -204,10 +208,7 @@ pub(crate) async fn send_frames(
 }
 
 /// Writes the content of frames, until an empty one arrives.
-pub(crate) async fn take_frames(
-    from: &mut (impl AsyncRead + Unpin),
-    mut to: impl AsyncWrite + Unpin,
-) -> io::Result<()> {
+async fn take_frames(from: &mut (impl AsyncRead + Unpin), mut to: impl AsyncWrite + Unpin) -> io::Result<()> {
     let mut frame = vec![0; MAX_FRAME];
     loop {
         let length = usize::from(from.read_u16().await?);

@@ -149,7 +149,7 @@ impl OutsideNetwork {
         .map(OsString::from)
         .into();
         if run_as.uid == 0 {
-            // pasta would become nobody otherwise, and could not enter the namespace.
+            // Without the option pasta takes the user `nobody`, who may not enter the namespace.
             arguments.extend(["--runas".into(), "0:0".into()]);
         }
         for (protocol, option) in [(Protocol::Tcp, "--tcp-ports"), (Protocol::Udp, "--udp-ports")] {

@@ -81,8 +81,11 @@ impl Pod {
             return Err(PodError::Exists { id: id.to_string() });
         }
         let started = self.try_start_sandbox(id, request).await;
-        if started.is_err() {
-            self.stop_sandbox().await?;
+        // The first failure is the one to report.
+        if started.is_err()
+            && let Err(error) = self.stop_sandbox().await
+        {
+            tracing::warn!("{}", chain(&error));
         }
         started
     }

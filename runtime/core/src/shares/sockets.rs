@@ -21,14 +21,14 @@ use machinen_base::sys::socket::{receive_with_fd, send_with_fd};
 use machinen_protocol::sockets::{DialHeader, MAX_CONNECTIONS};
 use machinen_vm::{BoxedStream, Vm, agent};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, Interest, split},
+    io::{AsyncReadExt as _, AsyncWriteExt as _, Interest},
     net::UnixStream,
     sync::Semaphore,
     time::timeout,
 };
 
 use super::{ShareError, dial::ANSWER};
-use crate::network::localhost::{CLOSED_WITHIN, send_frames, take_frames};
+use crate::network::localhost::{CLOSED_WITHIN, relay};
 
 /// How long the server may take to connect.
 const CONNECTED_WITHIN: Duration = Duration::from_secs(25);
@@ -80,7 +80,10 @@ async fn connect(
     stream.write_i32(errno).await?;
     stream.flush().await?;
     match socket {
-        Some(socket) => relay(socket, stream).await,
+        Some(mut socket) => {
+            let (from, to) = socket.split();
+            relay(from, to, stream).await
+        }
         // The guest closes the stream when it has the answer.
         None => drain(stream).await,
     }
@@ -111,19 +114,4 @@ async fn dial(header: [u8; DialHeader::SIZE], control: &OwnedFd) -> io::Result<U
         ((ANSWER, None), errno @ 1..) => Err(io::Error::from_raw_os_error(errno)),
         _ => Err(io::ErrorKind::InvalidData.into()),
     }
-}
-
-/// Relays until both directions have ended, or one has failed.
-async fn relay(mut socket: UnixStream, stream: BoxedStream) -> io::Result<()> {
-    let (mut reader, mut writer) = split(stream);
-    let (from, to) = socket.split();
-    tokio::try_join!(send_frames(from, &mut writer), take_frames(&mut reader, to))?;
-    // The guest closes the stream when it knows by this frame that everything has arrived.
-    let closed = async {
-        writer.write_all(&0_u16.to_be_bytes()).await?;
-        writer.flush().await?;
-        reader.read_u8().await
-    };
-    drop(timeout(CLOSED_WITHIN, closed).await);
-    Ok(())
 }

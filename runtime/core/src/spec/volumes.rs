@@ -68,7 +68,7 @@ pub struct IdMappings {
 }
 
 impl IdMappings {
-    /// None: a list has no mappings, or there is none.
+    /// None: a list is missing or empty.
     fn new(
         uids: Option<&[LinuxIdMapping]>,
         gids: Option<&[LinuxIdMapping]>,

@@ -119,7 +119,7 @@ pub enum VmSnapshotError {
         /// Why QEMU ended, as `: reason`; empty if QEMU has not ended by itself.
         ended: String,
     },
-    /// QEMU was killed from outside, by the OOM killer or by somebody.
+    /// QEMU was killed from outside, by the OOM killer or by a user of the host.
     #[error("QEMU was killed by SIGKILL before the VM ran")]
     Killed,
     /// The state is of another version of QEMU.

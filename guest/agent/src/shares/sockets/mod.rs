@@ -100,7 +100,7 @@ impl Sockets {
         self.streams.add(stream).await;
     }
 
-    /// Answers a request that is about the agent's own directory. An answer without bytes is none.
+    /// Answers a request that is about the agent's own directory. Nothing is sent for an empty answer.
     pub(super) fn answer(&self, request: RequestHeader, body: &[u8]) -> Option<Vec<u8>> {
         let name = |from: usize| CStr::from_bytes_until_nul(body.get(from..).unwrap_or_default()).ok();
         let directory = Entry::directory(HIDDEN_NODE);
@@ -268,7 +268,7 @@ mod tests {
         let first = lookup();
         assert!(matches!(first, Lookup::New(_)));
         assert!(matches!(lookup(), Lookup::Waits(_)));
-        // It turns out that there is none.
+        // The first lookup ends without a socket.
         drop(first);
         assert!(matches!(lookup(), Lookup::New(_)));
     }
