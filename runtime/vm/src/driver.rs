@@ -123,9 +123,15 @@ pub(super) async fn drive(running: RunningVm, qmp: Qmp, inputs: Inputs) -> VmExi
                 Ok(()) => *stop.borrow_and_update(),
                 Err(_) => StopRequest::Now,
             },
-            () = &mut work, if working => {
-                // No handle is left.
+            served = &mut work, if working => {
                 working = false;
+                if let Err(error) = served {
+                    // Where QEMU has ended by itself this is the consequence, and the reason is QEMU's own.
+                    tracing::error!("the VM is killed: {}", machinen_base::error::chain(&*error));
+                    kill(&running.qemu);
+                    break exited.await;
+                }
+                // No handle is left.
                 StopRequest::Now
             }
             () = async { ending.as_mut().expect("checked").await }, if ending.is_some() => StopRequest::Now,
@@ -135,9 +141,7 @@ pub(super) async fn drive(running: RunningVm, qmp: Qmp, inputs: Inputs) -> VmExi
             StopRequest::No => {}
             StopRequest::Within(grace) => ending = Some(Box::pin(power_off(agent.borrow().clone(), grace))),
             StopRequest::Now => {
-                if let Err(error) = running.qemu.signal(Signal::SIGKILL) {
-                    tracing::error!("cannot kill a VM: {}", machinen_base::error::chain(&error));
-                }
+                kill(&running.qemu);
                 break exited.await;
             }
         }
@@ -224,23 +228,25 @@ fn record(evidence: &mut ExitEvidence, event: Result<QmpEvent, broadcast::error:
 }
 
 /// Ends when the last handle is gone, or when the VM must end because of its disks.
-async fn serve(mut requests: mpsc::Receiver<VmRequest>, mut disks: AttachedDisks, slots: Slots) {
-    if let Slots::Present(disks_in_slots) = slots
-        && let Err(error) = disks.take_over(disks_in_slots).await
-    {
-        return tracing::error!("the VM is killed: {}", machinen_base::error::chain(&error));
+async fn serve(
+    mut requests: mpsc::Receiver<VmRequest>,
+    mut disks: AttachedDisks,
+    slots: Slots,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    if let Slots::Present(disks_in_slots) = slots {
+        disks.take_over(disks_in_slots).await?;
     }
     loop {
         let request = tokio::select! {
             request = requests.recv() => request,
-            () = disks.until_look() => match disks.look().await {
-                Ok(()) => continue,
-                Err(error) => return tracing::error!("the VM is killed: {error}"),
-            },
+            () = disks.until_look() => {
+                disks.look().await?;
+                continue;
+            }
         };
         // The caller may have stopped waiting for the answer.
         match request {
-            None => return,
+            None => return Ok(()),
             Some(VmRequest::Attach(disk, answer)) => {
                 let answered = answer.send(disks.attach(disk).await);
                 // Without the address no caller could detach the disk.
@@ -252,6 +258,12 @@ async fn serve(mut requests: mpsc::Receiver<VmRequest>, mut disks: AttachedDisks
             }
             Some(VmRequest::Detach(address, answer)) => drop(answer.send(disks.detach(address).await)),
         }
+    }
+}
+
+fn kill(qemu: &Child) {
+    if let Err(error) = qemu.signal(Signal::SIGKILL) {
+        tracing::error!("cannot kill a VM: {}", machinen_base::error::chain(&error));
     }
 }
 

@@ -118,6 +118,7 @@ async fn a_clone_that_is_killed_is_noticed() {
     let vm = Vm::restore(host.spec(ChannelKind::Serial), &host.dir(), &saved, None).await.unwrap();
     vm.agent().await.unwrap();
     host::kill(vm.pid());
-    assert!(matches!(vm.exited().await, VmExit::Killed { signal: libc::SIGKILL, .. }));
+    let exit = vm.exited().await;
+    assert!(matches!(exit, VmExit::Killed { signal: libc::SIGKILL, .. }), "{exit:?}");
     host.nothing_is_left(vm.pid());
 }
