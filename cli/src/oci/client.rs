@@ -125,6 +125,15 @@ impl MonitorClient {
         self.task.wait(context(), &request).await.map(|ended| ended.exit_status).map_err(OciError::Task)
     }
 
+    /// Sends a signal to the container's init, or to all its processes. Until the monitor has learnt of the end of an
+    /// init, that is like a zombie's: the signal is accepted, as by kill(2).
+    pub(crate) async fn kill_init(&self, signal: u32, all: bool) -> Result<(), OciError> {
+        match self.kill("", signal, all).await {
+            Err(OciError::Task(error)) if is(&error, Code::NOT_FOUND) => Ok(()),
+            sent => sent,
+        }
+    }
+
     /// Sends a signal to a process, or to all of the container.
     pub(crate) async fn kill(&self, exec: &str, signal: u32, all: bool) -> Result<(), OciError> {
         let request =

@@ -91,7 +91,10 @@ pub(super) async fn kill(global: &GlobalArgs, args: &KillArgs) -> Result<(), Oci
     match monitor.status().await? {
         ContainerStatus::Stopped if args.all => Ok(()),
         status @ ContainerStatus::Stopped => Err(OciError::NotRunning { id: args.id.clone(), status }),
-        _ => monitor.kill("", signal, args.all).await,
+        ContainerStatus::Creating => monitor.kill("", signal, args.all).await,
+        ContainerStatus::Created | ContainerStatus::Running | ContainerStatus::Paused => {
+            monitor.kill_init(signal, args.all).await
+        }
     }
 }
 
