@@ -3,6 +3,7 @@
 //! Everything is measured in one run, in rounds, so that each figure is taken under the same conditions;
 //! medians are reported. Prints a table and writes `target/bench/start.json`.
 
+mod bare_vm;
 mod checkpoint;
 mod conversion;
 mod cpu;
@@ -18,6 +19,8 @@ mod parallel;
 mod ready;
 mod report;
 mod start;
+mod traffic;
+mod volumes;
 
 use std::{
     fs,
@@ -47,6 +50,9 @@ struct Args {
     /// Measure this part only; may be given more than once
     #[arg(long, value_enum)]
     only: Vec<Part>,
+    /// Compare volumes with virtio-9p, which this kernel (an uncompressed image) has and machinen's does not
+    #[arg(long, value_name = "VMLINUX")]
+    kernel_with_9p: Option<PathBuf>,
 }
 
 /// The parts that can be measured alone.
@@ -58,8 +64,12 @@ enum Part {
     Disk,
     /// Checkpoint and restore
     Checkpoints,
-    /// Starts with a network, and its speed
+    /// Starts with a network and volumes
     Network,
+    /// The speed of the network
+    Traffic,
+    /// Work on files in a volume
+    Volumes,
     /// The OCI command line
     Oci,
 }
@@ -166,6 +176,14 @@ fn measure(containerd: &Containerd, image: &str, args: &Args) -> Result<Report> 
     if wanted(Part::Network) {
         network::measure(containerd, image, &bench.cache, args.rounds.min(FEW), &mut report)?;
     }
+    if wanted(Part::Traffic) {
+        let qemu = bench.booted_qemu()?;
+        traffic::measure(containerd, &qemu, args.rounds.min(FEW), &mut report)?;
+    }
+    if wanted(Part::Volumes) {
+        let (qemu, kernel) = (bench.booted_qemu()?, args.kernel_with_9p.as_deref());
+        volumes::measure(containerd, &qemu, kernel, args.rounds.min(FEW), &mut report)?;
+    }
     if wanted(Part::Oci) {
         oci::measure(containerd, &bench.cache, args.rounds.min(FEW), &mut report)?;
     }
@@ -187,6 +205,14 @@ struct Bench<'a> {
 impl Bench<'_> {
     fn configure(&self, kind: Kind) -> Result<()> {
         self.containerd.configure(&setup_of(self.containerd, kind, &self.cache))
+    }
+
+    /// The arguments of the QEMU of a container whose VM boots. Containers are clones afterwards.
+    fn booted_qemu(&self) -> Result<Vec<String>> {
+        self.configure(Kind::Boot)?;
+        let qemu = footprint::measure(self.containerd, self.image)?.qemu;
+        self.configure(Kind::Clone)?;
+        Ok(qemu)
     }
 
     /// Each figure of the checkpoint measurements is compared with another of the same run.

@@ -1,23 +1,27 @@
-//! The network: what a start costs more with one, and how fast a container sends, compared with runc in the same run.
+//! What a start costs more with a network and with volumes, and what it takes with runc then.
 
-use std::{path::Path, time::Duration};
+use std::{fs, path::Path, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use machinen_integration::{
-    containerd::Containerd,
-    lab::{Lab, PEER},
-    process::DEADLINE,
-    samples::Samples,
-};
+use machinen_integration::{containerd::Containerd, lab::Lab, samples::Samples};
 
 use crate::{Kind, report::Report, setup_of};
 
-const PORT: &str = "7002";
-const MIB: u64 = 1 << 20;
+/// The number of volumes, which are directories.
+const VOLUMES: usize = 3;
 
-/// How much is sent at once: about a second's worth.
-fn amount(kind: Kind) -> u64 {
-    if kind == Kind::Runc { 2048 } else { 128 }
+/// A kind of starts: its row in the table and that row's key.
+struct Row {
+    title: &'static str,
+    key: &'static str,
+    kind: Kind,
+    network: bool,
+    volumes: usize,
+    samples: Samples,
+}
+
+fn row(title: &'static str, key: &'static str, kind: Kind, network: bool, volumes: usize) -> Row {
+    Row { title, key, kind, network, volumes, samples: Samples::default() }
 }
 
 pub(crate) fn measure(
@@ -29,63 +33,46 @@ pub(crate) fn measure(
 ) -> Result<()> {
     containerd.configure(&setup_of(containerd, Kind::Clone, cache))?;
     let lab = Lab::wired()?;
-    let (mut with, mut without) = (Samples::default(), Samples::default());
-    // Not counted: fills the caches.
-    start(containerd, image, None)?;
-    for round in 0..rounds {
-        without.push(start(containerd, image, None)?);
-        with.push(start(containerd, image, Some(&lab))?);
-        eprintln!("starts with a network: round {} of {rounds}", round + 1);
-    }
-    report.time("ctr run --rm true, clone, without a network", "start_no_network_ms", &without);
-    report.time("  the same with a network", "start_network_ms", &with);
-
-    let sink =
-        lab.start_in_peer(&["busybox", "nc", "-ll", "-p", PORT, "-e", "dd", "of=/dev/null", "bs=64k"])?;
-    let (mut ours, mut runcs) = (Samples::default(), Samples::default());
-    for _ in 0..rounds {
-        for (kind, samples) in [(Kind::Clone, &mut ours), (Kind::Runc, &mut runcs)] {
-            samples.push(send(containerd, image, &lab, kind)?);
+    let title = "ctr run --rm true, clone, without a network";
+    let mut rows = [
+        row(title, "start_no_network_ms", Kind::Clone, false, 0),
+        row("  the same with a network", "start_network_ms", Kind::Clone, true, 0),
+        row("  the same with a network and 3 volumes", "start_volumes_ms", Kind::Clone, true, VOLUMES),
+        row("  runc with a network and 3 volumes", "start_volumes_runc_ms", Kind::Runc, true, VOLUMES),
+    ];
+    // The first is not counted: it fills the caches.
+    for round in 0..=rounds {
+        for row in &mut rows {
+            let taken = start(containerd, image, &lab, row)?;
+            if round > 0 {
+                row.samples.push(taken);
+            }
         }
+        eprintln!("starts with a network and volumes: round {round} of {rounds}");
     }
-    drop(sink);
-    let rate = |kind, samples: &Samples| (amount(kind) * MIB) as f64 / 1e6 / (samples.median() / 1e3);
-    let (ours, runcs) = (rate(Kind::Clone, &ours), rate(Kind::Runc, &runcs));
-    report.rate("TCP from a container to its neighbour", "network_send_rate", ours);
-    report.rate("  the same with runc", "network_send_rate_runc", runcs);
-    report.share("  as a share of that", "network_send_share", ours / runcs);
+    for row in &rows {
+        report.time(row.title, row.key, &row.samples);
+    }
+    let [without, _, with, _] = &rows;
+    let more = with.samples.median() - without.samples.median();
+    report.target("a network and 3 volumes: at most 40 ms more", more, 40.0, "ms");
     Ok(())
 }
 
-fn start(containerd: &Containerd, image: &str, lab: Option<&Lab>) -> Result<Duration> {
+fn start(containerd: &Containerd, image: &str, lab: &Lab, row: &Row) -> Result<Duration> {
     let before = containerd.inventory()?;
-    let mut run = containerd.run(image, &["true"]);
-    if let Some(lab) = lab {
+    let mut run = containerd.run(image, &["true"]).runtime(&row.kind.runtime());
+    if row.network {
         run = run.flag(lab.flag());
+    }
+    for number in 0..row.volumes {
+        let volume = containerd.root().join(format!("volume-{number}"));
+        fs::create_dir_all(&volume)?;
+        let source = volume.display();
+        run = run.flag(format!("--mount=type=bind,src={source},dst=/volumes/{number},options=rbind:rw"));
     }
     let output = run.output()?;
     ensure!(output.status == 0, "{output}");
     containerd.settle(&before).context("after a start")?;
     Ok(output.duration)
-}
-
-/// The time that a container takes to send the amount, by its own clock.
-fn send(containerd: &Containerd, image: &str, lab: &Lab, kind: Kind) -> Result<Duration> {
-    let before = containerd.inventory()?;
-    let mib = amount(kind);
-    // The program writes to the socket itself: nc copies a KiB at a time.
-    let script = format!(
-        "until nc {PEER} {PORT} < /dev/null > /dev/null; do sleep 0.1; done; cut -d ' ' -f 1 /proc/uptime; \
-         nc {PEER} {PORT} -e dd if=/dev/zero bs=64k count={} 2>&1 | head -n 1; cut -d ' ' -f 1 /proc/uptime",
-        mib * 16
-    );
-    let run = containerd.run(image, &["sh", "-c", &script]).runtime(&kind.runtime()).flag(lab.flag());
-    let printed = run.spawn(DEADLINE)?.wait()?.ok()?.text();
-    let lines: Vec<_> = printed.lines().collect();
-    let &[from, counted, to] = lines.as_slice() else { anyhow::bail!("odd output: {printed}") };
-    ensure!(counted.starts_with(&format!("{}+0 records", mib * 16)), "not all was sent: {printed}");
-    containerd.settle(&before).context("after a transfer")?;
-    let seconds = to.parse::<f64>()? - from.parse::<f64>()?;
-    eprintln!("{mib} MiB sent with {} in {seconds:.2} s", kind.name());
-    Ok(Duration::from_secs_f64(seconds.max(0.01)))
 }

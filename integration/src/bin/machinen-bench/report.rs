@@ -70,6 +70,12 @@ impl Report {
         self.rows.push(Row { title, key, value, p99: None, unit: "MB/s" });
     }
 
+    /// A median, how often in a second.
+    pub(crate) fn frequency(&mut self, title: &str, key: &str, value: f64) {
+        let (title, key) = (title.to_owned(), key.to_owned());
+        self.rows.push(Row { title, key, value, p99: None, unit: "/s" });
+    }
+
     /// A quotient of two medians.
     pub(crate) fn share(&mut self, title: &str, key: &str, value: f64) {
         let (title, key, value) = (title.to_owned(), key.to_owned(), value * 100.0);
