@@ -80,23 +80,44 @@ impl NetlinkSocket {
         self.change(action, RouteNetlinkMessage::DelAddress(address_message(interface, address)), 0)
     }
 
-    /// Adds a route.
+    /// Adds a route to the main table.
     ///
     /// # Errors
     /// The kernel refuses, as when no route leads to the gateway.
     pub fn add_route(&mut self, interface: u32, route: &Route) -> Result<(), NetlinkError> {
+        self.add_route_to(RouteHeader::RT_TABLE_MAIN.into(), interface, route)
+    }
+
+    /// Adds a route to the table of this number.
+    ///
+    /// # Errors
+    /// The kernel refuses, as when no route leads to the gateway.
+    pub fn add_route_to(&mut self, table: u32, interface: u32, route: &Route) -> Result<(), NetlinkError> {
         let action = || format!("add the route to {}/{}", route.destination, route.prefix);
-        let message = RouteNetlinkMessage::NewRoute(route_message(interface, route));
+        let message = RouteNetlinkMessage::NewRoute(route_message(table, interface, route));
         self.change(action, message, flags::CREATE | flags::REPLACE)
     }
 
-    /// Removes a route.
+    /// Removes a route of the main table.
     ///
     /// # Errors
     /// The kernel refuses.
     pub fn remove_route(&mut self, interface: u32, route: &Route) -> Result<(), NetlinkError> {
+        self.remove_route_from(RouteHeader::RT_TABLE_MAIN.into(), interface, route)
+    }
+
+    /// Removes a route of the table of this number.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn remove_route_from(
+        &mut self,
+        table: u32,
+        interface: u32,
+        route: &Route,
+    ) -> Result<(), NetlinkError> {
         let action = || format!("remove the route to {}/{}", route.destination, route.prefix);
-        self.change(action, RouteNetlinkMessage::DelRoute(route_message(interface, route)), 0)
+        self.change(action, RouteNetlinkMessage::DelRoute(route_message(table, interface, route)), 0)
     }
 
     /// Sets the hardware address of a neighbour, for good.
@@ -145,12 +166,16 @@ fn address_message(interface: u32, address: &InterfaceAddress) -> AddressMessage
     message
 }
 
-fn route_message(interface: u32, route: &Route) -> RouteMessage {
+fn route_message(table: u32, interface: u32, route: &Route) -> RouteMessage {
     let mut message = RouteMessage::default();
     let header = &mut message.header;
     header.address_family = family(route.destination);
     header.destination_prefix_length = route.prefix;
-    header.table = RouteHeader::RT_TABLE_MAIN;
+    // The header has room for small numbers only.
+    match u8::try_from(table) {
+        Ok(small) => header.table = small,
+        Err(_) => message.attributes.push(RouteAttribute::Table(table)),
+    }
     header.protocol = route.protocol.into();
     header.scope = route.scope.into();
     header.kind = RouteType::Unicast;

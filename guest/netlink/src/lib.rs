@@ -8,20 +8,25 @@
 
 #![warn(missing_docs)]
 
+mod arrivals;
 mod change;
 mod counters;
 mod interface;
 mod listening;
 mod message;
 pub mod nat;
+mod nft;
 mod read;
+mod rules;
 mod socket;
 
+pub use arrivals::mark_arrivals;
 pub use counters::{InterfaceCounters, Traffic, counters};
 pub use interface::{Interface, InterfaceAddress, Neighbour, Route};
 pub use listening::listening_on_localhost;
 pub use message::{InvalidInterface, from_message, to_message};
 pub use read::interfaces;
+pub use rules::{IpVersion, LOCAL_TABLE, RoutingRule};
 
 pub use socket::{NetlinkError, NetlinkSocket, flags};
 

@@ -9,6 +9,7 @@ mod localhost;
 mod moved;
 mod nameservers;
 mod outside;
+mod routed;
 mod traffic;
 
 use std::time::Duration;

@@ -32,7 +32,7 @@ on_newest_containerd!(
 );
 
 /// Sends everything back that arrives.
-const ECHO: &str = "nc -ll -p 7000 -e cat";
+pub(super) const ECHO: &str = "nc -ll -p 7000 -e cat";
 
 /// A configuration with a network namespace.
 pub(super) fn config(
@@ -52,20 +52,20 @@ pub(super) fn config(
 }
 
 /// A connection from the neighbour to the container.
-struct Connection {
+pub(super) struct Connection {
     client: Running,
     stdin: ChildStdin,
     sent: String,
 }
 
 impl Connection {
-    fn open(lab: &Lab, address: &str) -> Result<Self> {
+    pub(super) fn open(lab: &Lab, address: &str) -> Result<Self> {
         let mut client = lab.talk_in_peer(&["busybox", "nc", address, "7000"])?;
         let stdin = client.stdin().context("no stdin")?;
         Ok(Self { client, stdin, sent: String::new() })
     }
 
-    fn send(&mut self, line: &str) -> Result<()> {
+    pub(super) fn send(&mut self, line: &str) -> Result<()> {
         let line = format!("{line}\n");
         self.stdin.write_all(line.as_bytes())?;
         self.sent.push_str(&line);
@@ -73,18 +73,18 @@ impl Connection {
     }
 
     /// Waits until everything has come back.
-    fn returned(&self) -> Result<()> {
+    pub(super) fn returned(&self) -> Result<()> {
         self.client.wait_for_stdout(&self.sent)
     }
 
-    fn exchange(&mut self, line: &str) -> Result<()> {
+    pub(super) fn exchange(&mut self, line: &str) -> Result<()> {
         self.send(line)?;
         self.returned()
     }
 }
 
 /// A running container that listens.
-fn listening<'a>(containerd: &'a Containerd, config: &Path) -> Result<Served<'a>> {
+pub(super) fn listening<'a>(containerd: &'a Containerd, config: &Path) -> Result<Served<'a>> {
     let served = Served::run(containerd, config)?;
     // Port 7000, in the state LISTEN.
     let ready = until("cat /proc/net/tcp /proc/net/tcp6 | grep -q ':1B58 .* 0A '");

@@ -170,7 +170,11 @@ pub const KEYS: &[Annotation] = &[
                 config.network.outside = true;
                 Ok(())
             }
-            _ => Err("pasta".into()),
+            "routed" => {
+                config.network.routed = true;
+                Ok(())
+            }
+            _ => Err("pasta or routed".into()),
         },
     },
     Annotation {

@@ -102,7 +102,7 @@ pub struct VmConfig {
     pub memory_reserve_percent: u64,
 }
 
-/// How containers without a network namespace get a network.
+/// How containers get a network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct NetworkConfig {
@@ -113,6 +113,9 @@ pub struct NetworkConfig {
     /// Whether pasta connects the container with the outside, by an annotation.
     #[serde(skip)]
     pub outside: bool,
+    /// Whether packets pass the network code of the container's namespace, by an annotation.
+    #[serde(skip)]
+    pub routed: bool,
     /// The published ports, by an annotation.
     #[serde(skip)]
     pub ports: Vec<PublishedPort>,
@@ -330,7 +333,13 @@ impl Default for VmConfig {
 
 impl Default for NetworkConfig {
     fn default() -> Self {
-        Self { pasta: "pasta".into(), host: HostNetwork::Refuse, outside: false, ports: Vec::new() }
+        Self {
+            pasta: "pasta".into(),
+            host: HostNetwork::Refuse,
+            outside: false,
+            routed: false,
+            ports: Vec::new(),
+        }
     }
 }
 

@@ -44,6 +44,36 @@ pub enum NetworkError {
         /// The names of the interfaces.
         names: Vec<String>,
     },
+    /// There are more interfaces than packets can be routed to.
+    #[error(
+        "the network namespace has {} interfaces ({}), and a container with the annotation io.machinen.network=routed can \
+         have one", names.len(), names.join(", ")
+    )]
+    SeveralRouted {
+        /// The names of the interfaces.
+        names: Vec<String>,
+    },
+    /// The routed mode needs a namespace that somebody else makes.
+    #[error(
+        "the annotation io.machinen.network=routed is for a container with a network namespace of its own that others \
+         connect, and not for the host's network or published ports (io.machinen.ports)"
+    )]
+    NothingToRoute,
+    /// The kernel cannot find out which packets are for the guest.
+    #[error(
+        "the annotation io.machinen.network=routed needs nf_tables of the host's kernel (modules nf_tables, nft_socket)"
+    )]
+    Mark(#[source] NetlinkError),
+    /// A setting of the namespace cannot be changed.
+    #[error("cannot set {path} to {value} in the network namespace")]
+    Setting {
+        /// The file of the setting.
+        path: String,
+        /// The value.
+        value: String,
+        /// What the kernel has answered.
+        source: io::Error,
+    },
     /// The interface is not one that a VM can have.
     #[error("the network interface {name} has no Ethernet address, which the VM's interface needs")]
     NotEthernet {
@@ -121,9 +151,15 @@ pub enum NetworkError {
 impl HasKind for NetworkError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::NoDevice | Self::InUse | Self::OtherNamespace => ErrorKind::FailedPrecondition,
-            Self::TooMany { .. } | Self::NotEthernet { .. } | Self::Host => ErrorKind::Unimplemented,
-            Self::NamesNamespace { .. } | Self::OtherPorts => ErrorKind::InvalidArgument,
+            Self::NoDevice | Self::InUse | Self::OtherNamespace | Self::Mark(_) => {
+                ErrorKind::FailedPrecondition
+            }
+            Self::TooMany { .. } | Self::SeveralRouted { .. } | Self::NotEthernet { .. } | Self::Host => {
+                ErrorKind::Unimplemented
+            }
+            Self::NamesNamespace { .. } | Self::OtherPorts | Self::NothingToRoute => {
+                ErrorKind::InvalidArgument
+            }
             Self::Publish { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
                 ErrorKind::FailedPrecondition
             }

@@ -74,8 +74,8 @@ fn word(offset: i32, bytes: [u8; 4]) -> Key {
     Key { offset, value: u32::from_be_bytes(bytes), mask: u32::MAX }
 }
 
-/// A filter of the kind u32. Without keys it matches everything.
-pub(super) fn u32(keys: &[Key], action: TcAction) -> Vec<TcAttribute> {
+/// A filter of the kind u32. Without keys it matches everything. Without an action the packets go on.
+pub(super) fn u32(keys: &[Key], action: impl Into<Option<TcAction>>) -> Vec<TcAttribute> {
     let mut selector = TcU32Selector::default();
     selector.flags = TcU32SelectorFlags::Terminal;
     let all = [Key { offset: 0, value: 0, mask: 0 }];
@@ -88,10 +88,11 @@ pub(super) fn u32(keys: &[Key], action: TcAction) -> Vec<TcAttribute> {
         selector.keys.push(raw);
         selector.nkeys += 1;
     }
-    let options = [TcFilterU32Option::Selector(selector), TcFilterU32Option::Action(vec![action])];
+    let mut options = vec![TcFilterU32Option::Selector(selector)];
+    options.extend(action.into().map(|action| TcFilterU32Option::Action(vec![action])));
     vec![
         TcAttribute::Kind(TcFilterU32::KIND.to_owned()),
-        TcAttribute::Options(options.map(TcOption::U32).into()),
+        TcAttribute::Options(options.into_iter().map(TcOption::U32).collect()),
     ]
 }
 

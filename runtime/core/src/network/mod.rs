@@ -5,7 +5,8 @@
 //!                             └ namespace that CNI, Docker or the caller has made ┘   same MAC, addresses, routes
 //! ```
 //! The namespace's interface keeps its addresses, so that tools that look into the namespace agree with the container.
-//! Packets that arrive there are redirected before the host's own network code sees them.
+//! Packets that arrive there are redirected before the host's own network code sees them, unless it is to see them
+//! ([`routed`]).
 //!
 //! A client may set the namespace up after the container was created, or change it while the container runs. So the
 //! namespace is read when the container is created, again when it is started, and whenever the kernel reports a change.
@@ -20,6 +21,7 @@ pub(crate) mod localhost;
 mod nameservers;
 mod namespace;
 mod pasta;
+mod routed;
 mod wiring;
 
 use std::{
@@ -53,6 +55,7 @@ pub use error::NetworkError;
 use localhost::Dial;
 pub use machinen_netlink::{InterfaceCounters, Traffic};
 use nameservers::ResolvConf;
+pub(crate) use namespace::PacketPath;
 use namespace::PodNamespace;
 pub use namespace::{disconnect_abandoned, same_namespace};
 pub use pasta::NAMESERVER;
@@ -69,6 +72,7 @@ const TRIED_AGAIN_AFTER: Duration = Duration::from_secs(10);
 pub(crate) struct PodNetwork {
     id: NetnsId,
     outside: Option<OutsideNetwork>,
+    path: PacketPath,
     guest: Arc<GuestNetwork>,
     follower: tokio::sync::Mutex<Option<JoinHandle<()>>>,
 }
@@ -109,11 +113,12 @@ impl PodNetwork {
         vm: &Vm,
         namespace: OwnedFd,
         outside: Option<OutsideNetwork>,
+        path: PacketPath,
         unclaimed: Arc<Semaphore>,
     ) -> Result<Option<Arc<Self>>, NetworkError> {
         let taps = vm.taps().map(|taps| Ok((taps.namespace.try_clone()?, taps.count())));
         let taps = taps.transpose().map_err(NetworkError::Enter)?;
-        let connected = spawn_blocking(move || PodNamespace::connect(namespace, taps)).await;
+        let connected = spawn_blocking(move || PodNamespace::connect(namespace, taps, path)).await;
         let Some((namespace, changes)) = connected.map_err(NetworkError::Worker)?? else { return Ok(None) };
         let id = namespace.id;
         let pasta = match &outside {
@@ -130,7 +135,13 @@ impl PodNetwork {
             started: Notify::new(),
         });
         let follower = tokio::spawn(follow(Arc::clone(&guest), vm.clone(), changes, pasta));
-        Ok(Some(Arc::new(Self { id, outside, guest, follower: tokio::sync::Mutex::new(Some(follower)) })))
+        Ok(Some(Arc::new(Self {
+            id,
+            outside,
+            path,
+            guest,
+            follower: tokio::sync::Mutex::new(Some(follower)),
+        })))
     }
 
     /// The namespace that the VM is connected with.
@@ -141,6 +152,11 @@ impl PodNetwork {
     /// The connection with the outside that was made for the namespace.
     pub(crate) fn outside(&self) -> Option<&OutsideNetwork> {
         self.outside.as_ref()
+    }
+
+    /// How packets pass between the namespace and the VM.
+    pub(crate) fn path(&self) -> PacketPath {
+        self.path
     }
 
     /// Adds the file that a container has as its /etc/resolv.conf: the container reaches the nameservers of the

@@ -2,14 +2,16 @@
 
 use std::{
     io,
-    os::fd::{AsFd as _, OwnedFd},
+    net::IpAddr,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
     time::{Duration, Instant},
 };
 
 use machinen_base::netns::{self, NetnsId};
 use machinen_netlink::{
-    Interface, InterfaceCounters, NetlinkSocket, counters, interfaces, packet::link::LinkAttribute,
+    Interface, InterfaceCounters, NetlinkError, NetlinkSocket, counters, interfaces,
+    packet::link::LinkAttribute,
 };
 use machinen_vm::{MAX_NICS, tap_name};
 use nix::{
@@ -21,7 +23,8 @@ use super::{
     NetworkError,
     egress::Egress,
     filter::Sources,
-    wiring::{disconnect, pass_resets, redirect_all, redirect_own, replace_own},
+    routed::{self, Ends, RoutedGuest, remove_rules},
+    wiring::{Onward, admit_own, disconnect, pass_resets, redirect_all, replace_own},
 };
 use crate::spec::{bundle, guest};
 
@@ -33,6 +36,16 @@ fn device_name(device: u32) -> String {
 /// Whether an interface is a VM's tap device.
 fn is_device(interface: &Interface) -> bool {
     (0..MAX_NICS).any(|device| interface.name == device_name(device))
+}
+
+/// How packets pass between the namespace's interfaces and a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum PacketPath {
+    /// From one device to the other: the network code of the namespace sees none.
+    #[default]
+    Redirected,
+    /// Through the network code of the namespace, with its routes and the rules that others have there.
+    Routed,
 }
 
 /// The groups of events that change what the guest has (rtnetlink.h, RTNLGRP): links, addresses, routes, neighbours.
@@ -53,6 +66,7 @@ pub(super) struct PodNamespace {
     first: Option<OwnedFd>,
     /// The VM's network devices, by their numbers.
     devices: Vec<Device>,
+    pub(super) path: PacketPath,
     pub(super) egress: Egress,
 }
 
@@ -62,6 +76,8 @@ struct Device {
     moved: bool,
     /// The interface whose packets are redirected.
     connected: Option<Connected>,
+    /// What is routed to the guest, if packets are.
+    routed: Option<RoutedGuest>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,13 +88,26 @@ struct Connected {
     tap: u32,
     mtu: u32,
     sources: Sources,
+    /// The addresses that are routed to the guest.
+    routed: Vec<IpAddr>,
 }
 
 impl Connected {
     /// Whether the two differ in nothing but the addresses of the guest.
     fn has_ends_of(&self, other: &Self) -> bool {
-        let ends = |it: &Self| (it.interface, it.tap, it.mtu);
+        let ends = |it: &Self| (it.name.clone(), it.interface, it.tap, it.mtu);
         ends(self) == ends(other)
+    }
+
+    fn ends<'a>(&'a self, namespace: BorrowedFd<'a>) -> Ends<'a> {
+        Ends {
+            namespace,
+            interface: &self.name,
+            index: self.interface,
+            tap_name: &self.tap_name,
+            tap: self.tap,
+            guest_mac: self.sources.mac,
+        }
     }
 }
 
@@ -89,6 +118,7 @@ impl PodNamespace {
     pub(super) fn connect(
         namespace: OwnedFd,
         taps: Option<(OwnedFd, u32)>,
+        path: PacketPath,
     ) -> Result<Option<(Self, NetlinkSocket)>, NetworkError> {
         let id = netns::id(&namespace).map_err(NetworkError::Enter)?;
         if id == netns::own_id().map_err(NetworkError::Enter)? {
@@ -101,7 +131,7 @@ impl PodNamespace {
         let (socket, changes) = netns::inside(namespace.as_fd(), sockets).map_err(NetworkError::Enter)?;
         let (first, count) = taps.map_or((None, 0), |(first, count)| (Some(first), count));
         let devices = (0..count).map(|_| Device::default()).collect();
-        Ok(Some((Self { id, namespace, socket, first, devices, egress: Egress::default() }, changes)))
+        Ok(Some((Self { id, namespace, socket, first, devices, path, egress: Egress::default() }, changes)))
     }
 
     /// Another descriptor of the namespace.
@@ -116,25 +146,26 @@ impl PodNamespace {
             .into_iter()
             .filter(|found| found.up && !found.loopback && !is_device(found))
             .collect();
+        let names = || used.iter().map(|interface| interface.name.clone()).collect();
+        if self.path == PacketPath::Routed && used.len() > 1 {
+            return Err(NetworkError::SeveralRouted { names: names() });
+        }
         if used.len() > self.devices.len() {
             if self.devices.is_empty() {
                 return Err(NetworkError::NoDevice);
             }
-            let names = used.into_iter().map(|interface| interface.name).collect();
-            return Err(NetworkError::TooMany { devices: self.devices.len(), names });
+            return Err(NetworkError::TooMany { devices: self.devices.len(), names: names() });
         }
         let is_used = |connected: &Connected| used.iter().any(|found| found.index == connected.interface);
         for device in &mut self.devices {
             if device.connected.as_ref().is_some_and(|connected| !is_used(connected)) {
-                device.disconnect(&mut self.socket, self.egress)?;
+                device.disconnect(&mut self.socket, self.namespace.as_fd(), self.egress)?;
             }
         }
         let mut connected = Vec::new();
         for interface in used {
             let number = self.device_of(&interface);
-            if self.connect_device(number, &interface)? {
-                connected.push((number, interface));
-            }
+            connected.extend(self.connect_device(number, interface)?.map(|interface| (number, interface)));
         }
         connected.sort_by_key(|(number, _)| *number);
         Ok(connected)
@@ -150,12 +181,16 @@ impl PodNamespace {
         u32::try_from(found.expect("there are as many devices as interfaces")).expect("there are few")
     }
 
-    /// Returns false if the tap device was removed from the namespace.
-    fn connect_device(&mut self, number: u32, interface: &Interface) -> Result<bool, NetworkError> {
+    /// Returns the interface as the guest has it; None if the tap device was removed from the namespace.
+    fn connect_device(
+        &mut self,
+        number: u32,
+        interface: Interface,
+    ) -> Result<Option<Interface>, NetworkError> {
         let Ok(mac) = <[u8; 6]>::try_from(&*interface.mac) else {
-            return Err(NetworkError::NotEthernet { name: interface.name.clone() });
+            return Err(NetworkError::NotEthernet { name: interface.name });
         };
-        if interface.shared_routes > 0 {
+        if interface.shared_routes > 0 && self.path == PacketPath::Redirected {
             tracing::warn!(
                 interface = interface.name,
                 "{} routes with several next hops are not in the guest",
@@ -167,15 +202,21 @@ impl PodNamespace {
         let all = interfaces(&mut self.socket)?;
         let device = &mut self.devices[number as usize];
         let Some(tap) = all.iter().find(|found| found.name == tap_name) else {
-            device.disconnect(&mut self.socket, self.egress)?;
-            return Ok(false);
+            device.disconnect(&mut self.socket, self.namespace.as_fd(), self.egress)?;
+            return Ok(None);
         };
-        let addresses = interface.addresses.iter().map(|address| address.address);
+        let (seen, routed) = match self.path {
+            PacketPath::Redirected => (interface, Vec::new()),
+            PacketPath::Routed => {
+                (routed::guest_interface(&interface, &tap.mac), routed::addresses(&interface))
+            }
+        };
+        let addresses = seen.addresses.iter().map(|address| address.address);
         let sources = Sources { mac, addresses: self.egress.of(addresses) };
-        let (name, index, mtu) = (interface.name.clone(), interface.index, interface.mtu);
-        let wanted = Connected { name, interface: index, tap_name, tap: tap.index, mtu, sources };
-        device.wire(&mut self.socket, wanted, self.egress)?;
-        Ok(true)
+        let (name, index, mtu) = (seen.name.clone(), seen.index, seen.mtu);
+        let wanted = Connected { name, interface: index, tap_name, tap: tap.index, mtu, sources, routed };
+        device.wire(&mut self.socket, self.namespace.as_fd(), wanted, self.path, self.egress)?;
+        Ok(Some(seen))
     }
 
     /// Moves the tap device to the namespace, if that was not done before.
@@ -223,7 +264,9 @@ impl PodNamespace {
 
     /// Removes what redirects packets. Does nothing where it is gone already.
     pub(super) fn disconnect(&mut self) -> Result<(), NetworkError> {
-        self.devices.iter_mut().try_for_each(|device| device.disconnect(&mut self.socket, self.egress))
+        let (namespace, egress) = (self.namespace.as_fd(), self.egress);
+        let mut devices = self.devices.iter_mut();
+        devices.try_for_each(|device| device.disconnect(&mut self.socket, namespace, egress))
     }
 }
 
@@ -231,48 +274,104 @@ impl Device {
     fn wire(
         &mut self,
         socket: &mut NetlinkSocket,
+        namespace: BorrowedFd<'_>,
         wanted: Connected,
+        path: PacketPath,
         egress: Egress,
     ) -> Result<(), NetworkError> {
         if self.connected.as_ref() == Some(&wanted) {
             return Ok(());
         }
-        if let Some(connected) = self.connected.take_if(|connected| connected.has_ends_of(&wanted)) {
-            let Connected { interface, tap, sources, .. } = &wanted;
-            if let Err(error) = replace_own(socket, *tap, *interface, sources) {
-                // The next attempt begins anew.
-                self.connected = Some(connected);
-                self.disconnect(socket, egress)?;
-                return Err(error.into());
-            }
-            self.connected = Some(wanted);
-            return Ok(());
+        let same_ends = self.connected.take_if(|connected| connected.has_ends_of(&wanted));
+        if same_ends.is_none() {
+            self.disconnect(socket, namespace, egress)?;
         }
-        self.disconnect(socket, egress)?;
-        let Connected { interface, tap_name, tap, mtu, sources, .. } = &wanted;
-        // The filters come first, so that no packet of the guest reaches the host's own network code.
-        let up = redirect_own(socket, *tap, *interface, sources)
-            .and_then(|()| socket.set_link(*tap, tap_name, true, vec![LinkAttribute::Mtu(*mtu)]))
-            .and_then(|()| redirect_all(socket, *interface, *tap))
-            // The connections of an earlier container, which has ended with its checkpoint, can be this one's.
-            .and_then(|()| pass_resets(socket, *interface));
         // Also after an error, something is to be removed.
-        self.connected = Some(wanted);
-        Ok(up?)
+        let wanted = self.connected.insert(wanted);
+        let wired = match path {
+            PacketPath::Redirected => redirect(socket, wanted, same_ends.is_some()).map_err(Into::into),
+            PacketPath::Routed => {
+                let routed = self.routed.get_or_insert_default();
+                route(socket, wanted, wanted.ends(namespace), routed, same_ends.is_some())
+            }
+        };
+        if wired.is_err() && same_ends.is_some() {
+            // The next attempt begins anew.
+            self.disconnect(socket, namespace, egress)?;
+        }
+        wired
     }
 
-    fn disconnect(&mut self, socket: &mut NetlinkSocket, egress: Egress) -> Result<(), NetworkError> {
-        if let Some(Connected { interface, tap, .. }) = self.connected.take() {
-            egress.keep_connections(socket, interface);
-            disconnect(socket, interface)?;
-            disconnect(socket, tap)?;
-        }
-        Ok(())
+    fn disconnect(
+        &mut self,
+        socket: &mut NetlinkSocket,
+        namespace: BorrowedFd<'_>,
+        egress: Egress,
+    ) -> Result<(), NetworkError> {
+        let Some(Connected { interface, tap, tap_name, .. }) = self.connected.take() else { return Ok(()) };
+        egress.keep_connections(socket, interface);
+        let routed = match self.routed.take() {
+            Some(mut routed) => {
+                // Without its filters, the device must not lead to the namespace's network code.
+                let down = switch_off(socket, tap, &tap_name).map_err(Into::into);
+                routed.end(socket, namespace).and(down)
+            }
+            None => Ok(()),
+        };
+        disconnect(socket, interface)?;
+        disconnect(socket, tap)?;
+        routed
     }
 }
 
+/// Switches the device off, with the addresses that it has. It may have disappeared.
+fn switch_off(socket: &mut NetlinkSocket, tap: u32, name: &str) -> Result<(), NetlinkError> {
+    let off =
+        socket.set_link(tap, name, false, Vec::new()).and_then(|()| routed::take_addresses(socket, tap));
+    match off {
+        Err(error) if error.errno() == Some(libc::ENODEV) => Ok(()),
+        off => off,
+    }
+}
+
+/// Redirects packets between the interface and the tap. `again`: they are redirected already, from other addresses.
+fn redirect(socket: &mut NetlinkSocket, wanted: &Connected, again: bool) -> Result<(), NetlinkError> {
+    let Connected { interface, tap_name, tap, mtu, sources, .. } = wanted;
+    let onward = Onward::To(*interface);
+    if again {
+        return replace_own(socket, *tap, onward, sources);
+    }
+    // The filters come first, so that no packet of the guest reaches the host's own network code.
+    admit_own(socket, *tap, onward, sources)?;
+    socket.set_link(*tap, tap_name, true, vec![LinkAttribute::Mtu(*mtu)])?;
+    redirect_all(socket, *interface, *tap)?;
+    // The connections of an earlier container, which has ended with its checkpoint, can be this one's.
+    pass_resets(socket, *interface)
+}
+
+/// Has the namespace route packets between the interface and the tap. `again`: it does so already, for other addresses.
+fn route(
+    socket: &mut NetlinkSocket,
+    wanted: &Connected,
+    ends: Ends<'_>,
+    guest: &mut RoutedGuest,
+    again: bool,
+) -> Result<(), NetworkError> {
+    let Connected { interface, tap_name, tap, mtu, sources, routed, .. } = wanted;
+    if again {
+        replace_own(socket, *tap, Onward::Routed, sources)?;
+        return guest.route(socket, ends, routed);
+    }
+    admit_own(socket, *tap, Onward::Routed, sources)?;
+    // All addresses of the device are given to it.
+    routed::without_own_addresses(ends)?;
+    socket.set_link(*tap, tap_name, true, vec![LinkAttribute::Mtu(*mtu)])?;
+    guest.route(socket, ends, routed)?;
+    Ok(pass_resets(socket, *interface)?)
+}
+
 /// Removes what a killed process has left in the network namespace of the bundle's container: the redirection of
-/// packets to a tap device that exists no more. A namespace or a bundle that is gone has nothing left.
+/// packets to a tap device that exists no more, and the rules that routed them. A namespace or a bundle that is gone has nothing left.
 ///
 /// # Errors
 /// The kernel refuses.
@@ -294,6 +393,7 @@ pub fn disconnect_abandoned(bundle: &Path) -> Result<(), NetworkError> {
     let sockets = || Ok((NetlinkSocket::new()?, NetlinkSocket::subscribe(&LINK_EVENTS)?));
     let (mut socket, changes) = netns::inside(namespace.as_fd(), sockets).map_err(NetworkError::Enter)?;
     let Some(all) = without_vm(&mut socket, &changes)? else { return Ok(()) };
+    remove_rules(&mut socket, namespace.as_fd())?;
     let mut others = all.iter().filter(|interface| !interface.loopback);
     Ok(others.try_for_each(|interface| disconnect(&mut socket, interface.index))?)
 }

@@ -11,7 +11,7 @@ use machinen_netlink::{
     NetlinkError, NetlinkSocket, flags,
     packet::{
         RouteNetlinkMessage,
-        tc::{TcAttribute, TcHandle, TcMessage},
+        tc::{TcAction, TcAttribute, TcHandle, TcMessage},
     },
 };
 
@@ -43,6 +43,25 @@ const QDISC: TcHandle = TcHandle { major: u16::MAX, minor: 0 };
 const ARRIVING: TcHandle = TcHandle { major: u16::MAX, minor: TcHandle::MIN_INGRESS };
 const LEAVING: TcHandle = TcHandle { major: u16::MAX, minor: TcHandle::MIN_EGRESS };
 
+/// What happens to the packets that a guest may send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Onward {
+    /// They leave through this interface.
+    To(u32),
+    /// They enter the network code of the namespace. Packets of ARP do not: the namespace asks the guest nothing, and the
+    /// guest must not answer for others.
+    Routed,
+}
+
+impl Onward {
+    fn action(self) -> Option<TcAction> {
+        match self {
+            Self::To(interface) => Some(filter::redirect(interface)),
+            Self::Routed => None,
+        }
+    }
+}
+
 /// There is no such filter, no queueing discipline, or no such interface.
 const GONE: [i32; 3] = [libc::ENOENT, libc::EINVAL, libc::ENODEV];
 
@@ -61,14 +80,14 @@ pub(super) fn redirect_all(socket: &mut NetlinkSocket, from: u32, to: u32) -> Re
     }
 }
 
-/// Redirects the packets that a guest sends from its own addresses: they leave through `to`. Nothing else leaves.
+/// Admits the packets that a guest sends from its own addresses, and no others.
 ///
 /// # Errors
 /// The kernel refuses, or has no such filters.
-pub(super) fn redirect_own(
+pub(super) fn admit_own(
     socket: &mut NetlinkSocket,
     tap: u32,
-    to: u32,
+    onward: Onward,
     sources: &Sources,
 ) -> Result<(), NetlinkError> {
     add_qdisc(socket, tap)?;
@@ -80,39 +99,46 @@ pub(super) fn redirect_own(
         }
         added => added?,
     }
-    add_own(socket, tap, to, sources)
+    add_own(socket, tap, onward, sources)
 }
 
-/// Replaces the addresses from which a guest may send, after [`redirect_own`]. Nothing leaves meanwhile.
+/// Replaces the addresses from which a guest may send, after [`admit_own`]. Nothing leaves meanwhile.
 ///
 /// # Errors
 /// The kernel refuses.
 pub(super) fn replace_own(
     socket: &mut NetlinkSocket,
     tap: u32,
-    to: u32,
+    onward: Onward,
     sources: &Sources,
 ) -> Result<(), NetlinkError> {
     for rank in OWN {
         remove(socket, tap, ARRIVING, rank)?;
     }
-    add_own(socket, tap, to, sources)
+    add_own(socket, tap, onward, sources)
 }
 
-fn add_own(socket: &mut NetlinkSocket, tap: u32, to: u32, sources: &Sources) -> Result<(), NetlinkError> {
+fn add_own(
+    socket: &mut NetlinkSocket,
+    tap: u32,
+    onward: Onward,
+    sources: &Sources,
+) -> Result<(), NetlinkError> {
     let sender = filter::sender(sources.mac);
     for &address in &sources.addresses {
         let own = match address {
             IpAddr::V4(address) => {
-                let arp = [sender.clone(), filter::arp_sender(sources.mac, address)].concat();
-                add(socket, tap, ARRIVING, ARP, filter::u32(&arp, filter::redirect(to)))?;
+                if let Onward::To(to) = onward {
+                    let arp = [sender.clone(), filter::arp_sender(sources.mac, address)].concat();
+                    add(socket, tap, ARRIVING, ARP, filter::u32(&arp, filter::redirect(to)))?;
+                }
                 (IPV4, filter::source4(address))
             }
             IpAddr::V6(address) => (IPV6, filter::source6(address)),
         };
         let (rank, source) = own;
         let keys = [sender.clone(), source].concat();
-        add(socket, tap, ARRIVING, rank, filter::u32(&keys, filter::redirect(to)))?;
+        add(socket, tap, ARRIVING, rank, filter::u32(&keys, onward.action()))?;
     }
     Ok(())
 }
@@ -137,7 +163,7 @@ pub(super) fn drop_resets(socket: &mut NetlinkSocket, interface: u32) -> Result<
 /// # Errors
 /// The kernel refuses.
 pub(super) fn pass_resets(socket: &mut NetlinkSocket, interface: u32) -> Result<(), NetlinkError> {
-    RESETS.into_iter().try_for_each(|rank| remove(socket, interface, LEAVING, rank).map(drop))
+    remove_all(socket, interface, LEAVING, &RESETS)
 }
 
 /// Removes the redirection, and the queueing discipline if nothing else uses it. Does nothing if the interface or the
@@ -146,9 +172,18 @@ pub(super) fn pass_resets(socket: &mut NetlinkSocket, interface: u32) -> Result<
 /// # Errors
 /// The kernel refuses.
 pub(super) fn disconnect(socket: &mut NetlinkSocket, interface: u32) -> Result<(), NetlinkError> {
+    remove_all(socket, interface, ARRIVING, &RANKS)
+}
+
+fn remove_all(
+    socket: &mut NetlinkSocket,
+    interface: u32,
+    side: TcHandle,
+    ranks: &[Rank],
+) -> Result<(), NetlinkError> {
     let mut removed = false;
-    for rank in RANKS {
-        removed |= remove(socket, interface, ARRIVING, rank)?;
+    for &rank in ranks {
+        removed |= remove(socket, interface, side, rank)?;
     }
     if !removed {
         return Ok(());

@@ -68,6 +68,8 @@ fn each_key_reaches_its_setting() {
     assert!(with("io.machinen.lazy", "true").unwrap().restore.lazy);
     assert_eq!(with("io.machinen.tcp", "close").unwrap().restore.tcp, TcpMode::Close);
     assert!(with("io.machinen.network", "pasta").unwrap().network.outside);
+    let network = with("io.machinen.network", "routed").unwrap().network;
+    assert!(network.routed && !network.outside, "{network:?}");
     let network = with("io.machinen.ports", "8080:80,53:53/udp").unwrap().network;
     assert!(network.outside && network.ports.len() == 2, "{network:?}");
 }

@@ -65,7 +65,9 @@ impl CreateJob<'_> {
             let namespace = held.anchor.netns().map_err(NetworkError::Enter).map_err(PodError::Network)?;
             let sandbox = &self.pod.shared.sandbox;
             let (named, outside) = (self.plan.names_netns(), self.plan.outside.clone());
-            let network = sandbox.connect(&self.request.id, &held.vm.vm, namespace, named, outside).await?;
+            let path = self.plan.packet_path;
+            let network =
+                sandbox.connect(&self.request.id, &held.vm.vm, namespace, named, outside, path).await?;
             if let Some((network, resolv_conf)) = network.as_ref().zip(self.plan.resolv_conf()) {
                 network.add_resolv_conf(resolv_conf);
             }

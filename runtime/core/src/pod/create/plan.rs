@@ -17,7 +17,7 @@ use super::CreateRequest;
 use crate::{
     config::{Config, HostNetwork, NetworkConfig, annotations},
     hooks::ContainerHooks,
-    network::{self, NetworkError, OutsideNetwork},
+    network::{self, NetworkError, OutsideNetwork, PacketPath},
     pod::{
         ContainerId, Pod, PodError,
         host_disks::{self, HostDiskError, HostDiskFile},
@@ -53,6 +53,8 @@ pub(in crate::pod) struct CreatePlan {
     pub(in crate::pod) volumes: Vec<Volume>,
     /// How the container's own network namespace is connected with the outside, if it is.
     pub(super) outside: Option<OutsideNetwork>,
+    /// How packets pass between the container's network namespace and its VM.
+    pub(super) packet_path: PacketPath,
     /// The block devices of the host.
     pub(in crate::pod) host_disks: Vec<HostDiskFile>,
     pub(super) hooks: ContainerHooks,
@@ -168,6 +170,7 @@ impl Pod {
                 return Err(HostDiskError::Restore { path: disk.path.clone() }.into());
             }
         }
+        let packet_path = if config.network.routed { PacketPath::Routed } else { PacketPath::Redirected };
         Ok(CreatePlan {
             config,
             annotations,
@@ -177,6 +180,7 @@ impl Pod {
             restore,
             volumes,
             outside,
+            packet_path,
             host_disks,
             hooks,
             namespaces,
@@ -187,11 +191,14 @@ impl Pod {
 /// How the container is connected with the outside, if it is.
 ///
 /// # Errors
-/// The configuration asks for the host's own network, or names another one.
+/// The configuration asks for the host's own network, or names another one, or there is nothing to be routed to.
 fn outside(config: &NetworkConfig, guest: &GuestSpec) -> Result<Option<OutsideNetwork>, PodError> {
     // A path that does not lead to a namespace is reported where it is joined.
     let is_host = |path: &PathBuf| network::same_namespace(OWN_NETNS.as_ref(), Some(path)).unwrap_or(false);
     let wants_host = guest.host_network || guest.netns.as_ref().is_some_and(is_host);
+    if config.routed && (wants_host || config.outside) {
+        return Err(PodError::Network(NetworkError::NothingToRoute));
+    }
     let outside = OutsideNetwork { pasta: config.pasta.clone(), ports: config.ports.clone() };
     match (&guest.netns, config.outside, config.host) {
         (_, true, _) | (_, false, HostNetwork::Pasta) if wants_host => Ok(Some(outside)),

@@ -23,7 +23,7 @@ use tokio::sync::{Mutex, Semaphore};
 use super::PodError;
 use crate::{
     config::{Config, VmConfig, annotations},
-    network::{NetworkError, OutsideNetwork, PodNetwork},
+    network::{NetworkError, OutsideNetwork, PacketPath, PodNetwork},
     pool::WarmVm,
 };
 use afterwards::Afterwards;
@@ -215,8 +215,8 @@ impl Sandbox {
 
     /// Connects the VM of a container with the container's network namespace, unless another container of the pod has
     /// done so. `named`: the configuration names the namespace; otherwise the container's own is connected if the pod has
-    /// no other. `outside`: how the namespace is connected with the outside. Returns None if the namespace is not
-    /// connected: it is the host's own, or such a further one.
+    /// no other. `outside`: how the namespace is connected with the outside. `path`: how packets pass, which a further
+    /// container need not say. Returns None if the namespace is not connected: it is the host's own, or such a further one.
     ///
     /// # Errors
     /// The VM has ended, another container has another namespace or connection, or the kernel refuses.
@@ -227,6 +227,7 @@ impl Sandbox {
         namespace: OwnedFd,
         named: bool,
         outside: Option<OutsideNetwork>,
+        path: PacketPath,
     ) -> Result<Option<Arc<PodNetwork>>, PodError> {
         let mut state = self.state.lock().await;
         let running = match &mut *state {
@@ -234,7 +235,8 @@ impl Sandbox {
             _ => return Err(PodError::Gone { id: container.to_owned() }),
         };
         if let Some(network) = &running.network {
-            if outside.is_some() && network.outside() != outside.as_ref() {
+            let other_path = path != PacketPath::default() && path != network.path();
+            if other_path || outside.is_some() && network.outside() != outside.as_ref() {
                 return Err(PodError::Network(NetworkError::OtherPorts));
             }
             let id = netns::id(&namespace).map_err(|error| PodError::Network(NetworkError::Enter(error)))?;
@@ -244,7 +246,7 @@ impl Sandbox {
                 false => Ok(None),
             };
         }
-        let network = PodNetwork::connect(vm, namespace, outside, Arc::clone(&self.settings.unclaimed))
+        let network = PodNetwork::connect(vm, namespace, outside, path, Arc::clone(&self.settings.unclaimed))
             .await
             .map_err(PodError::Network)?;
         running.network.clone_from(&network);
