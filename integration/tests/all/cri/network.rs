@@ -11,7 +11,7 @@ use super::both_runtimes;
 both_runtimes! {
     every: [],
     oldest_and_newest: [a_pod_has_an_address],
-    newest: [pods_reach_each_other, a_port_of_the_node],
+    newest: [pods_reach_each_other, a_port_of_the_node, a_pod_whose_packets_are_routed],
 }
 
 /// A server that answers each client with a text.
@@ -69,5 +69,20 @@ fn a_port_of_the_node(node: &mut Node) -> Result<()> {
     let _container = pod.start("main", &server("from the pod"), |_| ())?;
     let heard = dial(node, "10.88.0.1", "18080")?;
     ensure!(heard.text() == "from the pod\n", "{heard}");
+    pod.remove()
+}
+
+/// With the annotation of machinen, which runc does not know.
+fn a_pod_whose_packets_are_routed(node: &mut Node) -> Result<()> {
+    let pod = node.pod(|config| {
+        config.annotations.insert("io.machinen.network".to_owned(), "routed".to_owned());
+    })?;
+    let address = pod.address()?;
+    let _server = pod.start("server", &server("from the pod"), |_| ())?;
+    let client = pod.idle("client")?;
+    let heard = dial(node, &address, "8080")?;
+    ensure!(heard.text() == "from the pod\n", "{heard}");
+    let pinged = client.shell("ping -c 1 -W 10 10.88.0.1; nc 127.0.0.1 8080 < /dev/null")?;
+    ensure!(pinged.contains("1 packets received") && pinged.ends_with("from the pod\n"), "{pinged}");
     pod.remove()
 }
