@@ -66,6 +66,30 @@ pub(crate) fn scheduling_policy(thread: Pid) -> Result<i32, Errno> {
         .map(|policy| i32::try_from(policy).unwrap_or(i32::MAX) & !SCHED_RESET_ON_FORK)
 }
 
+/// Has the files of a mount that is attached nowhere belong to the users that the ids of a user namespace stand for outside
+/// of it (mount_setattr(2), MOUNT_ATTR_IDMAP).
+///
+/// # Errors
+/// Those of mount_setattr(2).
+pub(crate) fn map_owners(mount: BorrowedFd<'_>, namespace: BorrowedFd<'_>) -> Result<(), Errno> {
+    const ID_MAPPED: u64 = 0x10_0000;
+    let namespace = namespace.as_raw_fd().cast_unsigned().into();
+    // struct mount_attr: attributes to set and to clear, propagation, user namespace.
+    let attributes = [ID_MAPPED, 0, 0, namespace];
+    // SAFETY: the kernel reads an empty C string, and the structure, whose size is passed with it.
+    Errno::result(unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            size_of_val(&attributes),
+        )
+    })
+    .map(drop)
+}
+
 /// fork(2).
 ///
 /// # Errors

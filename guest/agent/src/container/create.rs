@@ -28,7 +28,7 @@ use crate::{
     context::Context,
     criu::Restored,
     disk::{Disk, ScsiAddress},
-    engine::{self, ContainerContext, EngineError, Prepared, PreparedHook},
+    engine::{self, ContainerContext, EngineError, IdMaps, Prepared, PreparedHook},
     layer::Stamp,
     process::{Process, Started},
     stdio::{AgentEnds, Streams},
@@ -87,10 +87,16 @@ impl Container {
     ) -> Result<(Self, Phases), ContainerError> {
         let mut phases = Phases::new();
         let streams = Streams::claim(&request.stdio, &context.unclaimed).await?;
+        let mapped = request.rootfs.mapped;
         let (disks, image) = find_disks(context, &mut request).await?;
         let host_disks = host_disks::provide(&context.disks, &mut request).await?;
         phases.done("disks");
-        let rootfs = Rootfs::mount(dir, &disks)?;
+        let owners = if mapped {
+            Some((&context.engine, IdMaps::of_config(&request.oci_config).map_err(EngineError::from)?))
+        } else {
+            None
+        };
+        let rootfs = Rootfs::mount(dir, &disks, owners).await?;
         drop(disks);
         phases.done("mounts");
         let made =

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!   <dir>/base     ext4, read-only, its journal is never replayed: other VMs have the same blocks mounted
+//!   <dir>/mapped   the same with the owners that a user namespace gives its users, if the container has one
 //!   <dir>/rw       ext4, with upper/ and work/
 //!   <dir>/rootfs   overlay of both; or the one disk
 //! ```
@@ -28,6 +29,7 @@ use nix::{
 use crate::{
     console,
     disk::{Disk, DiskError},
+    engine::{Engine, EngineError, IdMaps},
     sys,
 };
 
@@ -38,8 +40,8 @@ const WORK: &str = "work";
 #[derive(Debug)]
 pub(crate) struct Rootfs {
     path: PathBuf,
-    /// Mount points of the writable and of the base disk.
-    disks: [PathBuf; 2],
+    /// Mount points of the writable disk, the base disk with other owners, and the base disk.
+    disks: [PathBuf; 3],
     kind: RootfsKind,
 }
 
@@ -58,6 +60,8 @@ pub(crate) enum RootfsError {
     Create { path: PathBuf, source: io::Error },
     #[error("{device} has no usable ext4 file system: cannot mount it as the {role} disk")]
     Mount { role: &'static str, device: PathBuf, source: Errno },
+    #[error(transparent)]
+    Owners(#[from] Box<EngineError>),
     #[error("cannot mount the overlay {path}")]
     Overlay { path: PathBuf, source: Errno },
     #[error("cannot reset the overlay's index on {path}")]
@@ -71,19 +75,28 @@ pub(crate) enum RootfsError {
 }
 
 impl Rootfs {
-    /// Mounts the root file system below `dir`.
+    /// Mounts the root file system below `dir`. `owners`: those of the base disk's files, if they are users of a user
+    /// namespace.
     ///
     /// # Errors
     /// A file system cannot be mounted; what was mounted before it is unmounted again.
-    pub(crate) fn mount(dir: &Path, disks: &RootDisks<Disk>) -> Result<Self, RootfsError> {
+    pub(crate) async fn mount(
+        dir: &Path,
+        disks: &RootDisks<Disk>,
+        owners: Option<(&Engine, IdMaps)>,
+    ) -> Result<Self, RootfsError> {
         let kind = match disks {
             RootDisks::Overlay { .. } => RootfsKind::Overlay,
             RootDisks::ReadOnly(_) => RootfsKind::ReadOnly,
             RootDisks::Whole(_) => RootfsKind::Whole,
         };
-        let rootfs = Self { path: dir.join("rootfs"), disks: [dir.join("rw"), dir.join("base")], kind };
+        let rootfs = Self {
+            path: dir.join("rootfs"),
+            disks: ["rw", "mapped", "base"].map(|name| dir.join(name)),
+            kind,
+        };
         let mounted = match disks {
-            RootDisks::Overlay { base, writable } => rootfs.mount_overlay(base, writable),
+            RootDisks::Overlay { base, writable } => rootfs.mount_overlay(base, writable, owners).await,
             // Only this VM has the disk mounted: a journal that an earlier VM has left is replayed now.
             RootDisks::ReadOnly(disk) => mount_disk("only", disk, &rootfs.path, MsFlags::MS_RDONLY, ""),
             RootDisks::Whole(disk) => {
@@ -98,9 +111,22 @@ impl Rootfs {
         Ok(rootfs)
     }
 
-    fn mount_overlay(&self, base: &Disk, writable: &Disk) -> Result<(), RootfsError> {
-        let [rw, lower] = &self.disks;
-        mount_disk("base", base, lower, MsFlags::MS_RDONLY | MsFlags::MS_NOATIME, "noload")?;
+    async fn mount_overlay(
+        &self,
+        base: &Disk,
+        writable: &Disk,
+        owners: Option<(&Engine, IdMaps)>,
+    ) -> Result<(), RootfsError> {
+        let [rw, mapped, plain] = &self.disks;
+        mount_disk("base", base, plain, MsFlags::MS_RDONLY | MsFlags::MS_NOATIME, "noload")?;
+        let lower = match owners {
+            Some((engine, ids)) => {
+                make_dir(mapped)?;
+                engine.map_owners(plain, mapped, &ids).await.map_err(Box::new)?;
+                mapped
+            }
+            None => plain,
+        };
         // The host has written all inode tables, which the kernel would otherwise do in the background.
         mount_disk("writable", writable, rw, MsFlags::MS_NOATIME, "noinit_itable")?;
         let (upper, work) = (rw.join(UPPER), rw.join(WORK));

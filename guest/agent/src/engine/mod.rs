@@ -13,7 +13,8 @@
 //! ```
 //! An additional process in a container needs less, and is the agent's own code (see `exec`): the zygote
 //! forks it, also as the agent's child, into the container's pid namespace and cgroup. The zygote also forks
-//! the process that serves a container's files to the host (see `view`).
+//! the process that serves a container's files to the host (see `view`), and those that show a file system with other
+//! owners (see `mapping`).
 //!
 //! Forking a ready process costs a few milliseconds, executing a helper tens of them. The report pipe stays
 //! open in the init until its command is executed: the end of the pipe means "started".
@@ -25,6 +26,7 @@ mod hooks;
 mod inherited;
 mod join;
 mod log;
+mod mapping;
 mod mounts;
 mod namespaces;
 mod oci;
@@ -44,7 +46,7 @@ use std::{
         fd::{AsRawFd, OwnedFd, RawFd},
         unix::net::UnixStream as StdUnixStream,
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use machinen_protocol::error::{ErrorKind, HasKind};
@@ -65,6 +67,7 @@ pub(crate) use self::{
     devices::usual_program,
     hooks::PreparedHook,
     join::{ContainerContext, PreparedProcess},
+    mapping::IdMaps,
     mounts::{FileMount, MountPoint, PointInVolume},
     namespaces::NamespaceError,
     oci::SpecError,
@@ -73,6 +76,7 @@ pub(crate) use self::{
     zygote::EntryPoints,
 };
 use self::{
+    mapping::MapRequest,
     report::{Report, Reports},
     request::ZygoteRequest,
 };
@@ -239,6 +243,31 @@ impl Engine {
         }
     }
 
+    /// Mounts the file system that is at `source` at `target` too, where its files belong to the users that these ids
+    /// stand for outside of their user namespace.
+    ///
+    /// # Errors
+    /// The kernel refuses the ids, or the file system has no such mounts.
+    pub(crate) async fn map_owners(
+        &self,
+        source: &Path,
+        target: &Path,
+        ids: &IdMaps,
+    ) -> Result<(), EngineError> {
+        let (source, target) = (source.to_owned(), target.to_owned());
+        let request = MapRequest { source, target, ids: ids.clone() };
+        let mut reports = self.send(&ZygoteRequest::MapOwners(request), Vec::new())?;
+        let mut failure = FailureLog::new("map the users of the root file system");
+        loop {
+            match reports.next().await.map_err(EngineError::Reports)? {
+                Some(Report::Worker { .. }) => {}
+                Some(Report::Mapped) => return Ok(()),
+                Some(Report::Failed { text }) => return Err(failure.failed(text)),
+                _ => return Err(failure.died()),
+            }
+        }
+    }
+
     /// Sends a request and its descriptors, which are closed here: afterwards only the engine's processes
     /// hold them.
     fn send(&self, request: &ZygoteRequest, fds: Vec<OwnedFd>) -> Result<Reports, EngineError> {
@@ -300,7 +329,7 @@ async fn follow(
             Some(Report::Log { text }) => failure.log(text),
             Some(Report::Refused { refusal, text }) => failure.refused = Some((refusal, text)),
             Some(Report::Failed { text }) => return Err(failure.failed(text)),
-            None => return Err(failure.died()),
+            Some(Report::Mapped) | None => return Err(failure.died()),
         }
     }
 }
@@ -346,7 +375,7 @@ impl Reports {
                 Report::Refused { refusal, text } => failure.refused = Some((refusal, text)),
                 Report::Failed { text } => return Err(failure.failed(text)),
                 Report::Log { text } => failure.log(text),
-                Report::Worker { .. } | Report::Created { .. } => {}
+                Report::Worker { .. } | Report::Created { .. } | Report::Mapped => {}
             }
         }
         match failure.refused {

@@ -31,6 +31,8 @@ pub(crate) enum SpecError {
     HookPath { path: String },
     #[error("the mount {path} cannot have the option tmpcopyup: {reason}")]
     CopyUp { path: PathBuf, reason: &'static str },
+    #[error("linux.{what} has {count} ranges of ids; 1 to {most} are possible")]
+    IdRanges { what: &'static str, count: usize, most: usize },
     #[error("cannot use the root file system")]
     Rootfs(#[source] pathrs::error::Error),
     #[error("cannot write {path}")]

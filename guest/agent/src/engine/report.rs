@@ -30,6 +30,8 @@ pub(super) enum Report {
     Failed { text: String },
     /// The container's init waits, or the added process exists.
     Created { pid: i32 },
+    /// The file system is shown with other owners.
+    Mapped,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

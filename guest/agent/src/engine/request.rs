@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::mapping::MapRequest;
 use crate::stdio::WindowSize;
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -15,6 +16,8 @@ pub(super) enum ZygoteRequest {
     Exec(ExecRequest),
     /// Comes with the report pipe, a container's root directory, and the socket for the requests.
     View,
+    /// Comes with the report pipe.
+    MapOwners(MapRequest),
 }
 
 /// One container to create.

@@ -1,7 +1,7 @@
 //! The creation of one container, in a process of its own.
 
 use std::{
-    io,
+    fs, io,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::UnixListener,
@@ -18,6 +18,7 @@ use nix::{
     sys::{socket::MsgFlags, stat::Mode},
     unistd::getpid,
 };
+use serde_json::Value;
 
 use super::{
     executor::CommandExecutor,
@@ -39,6 +40,8 @@ enum WorkerError {
     Terminal(#[source] io::Error),
     #[error("cannot use the root file system")]
     Rootfs(#[source] pathrs::error::Error),
+    #[error("cannot open the namespaces that the container joins")]
+    Namespaces(#[source] io::Error),
     #[error("cannot create the working directory {cwd}")]
     Cwd { cwd: String, source: pathrs::error::Error },
     #[error(transparent)]
@@ -71,6 +74,7 @@ fn create(request: &CreateRequest, reporter: &Reporter, ends: ProcessEnds) -> Re
     }
     let root = pathrs::Root::open(&request.rootfs).map_err(WorkerError::Rootfs)?;
     make_cwd(&root, &request.cwd)?;
+    let _namespaces = hold_namespaces(&request.bundle).map_err(WorkerError::Namespaces)?;
     let mut builder = ContainerBuilder::new(request.id.clone(), SyscallType::default())
         .with_root_path(&request.state)?
         .with_executor(CommandExecutor::new(reporter.clone()));
@@ -90,6 +94,26 @@ fn create(request: &CreateRequest, reporter: &Reporter, ends: ProcessEnds) -> Re
         relay.pass_on(request.console.unwrap_or_default()).map_err(WorkerError::Terminal)?;
     }
     container.pid().map(nix_0_29_pid).ok_or(WorkerError::NoInit)
+}
+
+/// Opens the namespaces that the configuration names by paths, and names them by the descriptors. libcontainer opens them
+/// by their paths when it has joined a user namespace, in which it may not look into the agent's process any more.
+fn hold_namespaces(bundle: &Path) -> io::Result<Vec<fs::File>> {
+    let path = bundle.join("config.json");
+    let mut spec: Value = serde_json::from_slice(&fs::read(&path)?)?;
+    let mut held = Vec::new();
+    for namespace in spec.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut).into_iter().flatten()
+    {
+        if let Some(path) = namespace["path"].as_str() {
+            let file = fs::File::open(path)?;
+            namespace["path"] = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
+            held.push(file);
+        }
+    }
+    if !held.is_empty() {
+        fs::write(&path, serde_json::to_vec(&spec)?)?;
+    }
+    Ok(held)
 }
 
 /// libcontainer sends a terminal to a socket that it finds by its path, but the agent's socket has no path:

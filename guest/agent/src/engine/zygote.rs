@@ -20,6 +20,7 @@ use nix::{
 
 use super::{
     exec::{self, ExecCall},
+    mapping,
     report::{Report, Reporter},
     request::ZygoteRequest,
     worker,
@@ -121,6 +122,11 @@ fn spawn(
             let ends = ProcessEnds::from_fds(fds.collect())?;
             exec::spawn(ExecCall { request, process, init, ends }, &reporter, pids);
         }
+        ZygoteRequest::MapOwners(request) => match sys::fork_sibling() {
+            Ok(ForkResult::Parent { .. }) => {}
+            Ok(ForkResult::Child) => mapping::run(request, &reporter),
+            Err(err) => reporter.send(Report::Failed { text: format!("cannot fork a worker: {err}") }),
+        },
         ZygoteRequest::View => {
             let (root, socket) = (fds.next()?, fds.next()?);
             match sys::fork_sibling() {

@@ -1,14 +1,24 @@
 //! What a securityContext asks for.
 
-use anyhow::{Result, ensure};
-use machinen_integration::cri::{Node, api};
+use std::{fs, os::unix::fs::MetadataExt as _};
 
-use super::both_runtimes;
+use anyhow::{Result, ensure};
+use machinen_integration::cri::{Node, Pod, api};
+
+use super::{both_runtimes, pod_tests};
 
 both_runtimes! {
     every: [],
     oldest_and_newest: [],
     newest: [users_and_groups, read_only_root, capabilities_and_seccomp, sysctls],
+}
+
+// containerd 1.6 knows no such pods, and 1.7 none with volumes. The shims for runc that the tests have cannot mount the
+// root file system of such a pod.
+pod_tests! {
+    users_machinen_1_7(V1_7, Machinen): [users_of_a_namespace];
+    users_machinen_2_1(V2_1, Machinen): [users_of_a_namespace, volumes_in_a_user_namespace];
+    users_sandbox_2_1(V2_1, MachinenSandbox): [users_of_a_namespace, volumes_in_a_user_namespace];
 }
 
 fn security(config: &mut api::ContainerConfig) -> &mut api::LinuxContainerSecurityContext {
@@ -82,5 +92,58 @@ fn sysctls(node: &mut Node) -> Result<()> {
             .shell("cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/kernel/shm_rmid_forced")?;
         ensure!(read == "80\n1\n", "{name}: {read}");
     }
+    pod.remove()
+}
+
+/// The first user of a pod's user namespace, as the kubelet gives each pod one of its own.
+const HOST: u32 = 4 << 16;
+
+fn ids() -> Vec<api::IdMapping> {
+    vec![api::IdMapping { host_id: HOST, container_id: 0, length: 1 << 16 }]
+}
+
+/// A pod with `hostUsers: false`.
+fn pod_with_users(node: &mut Node) -> Result<Pod> {
+    let users = api::UserNamespace { mode: api::NamespaceMode::Pod.into(), uids: ids(), gids: ids() };
+    node.pod(|config| {
+        let security = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut());
+        let options = security.and_then(|security| security.namespace_options.as_mut());
+        options.expect("the pod has options").userns_options = Some(users);
+    })
+}
+
+fn users_of_a_namespace(node: &mut Node) -> Result<()> {
+    let pod = pod_with_users(node)?;
+    for name in ["first", "second"] {
+        let container = pod.idle(name)?;
+        let script = "cat /proc/self/uid_map /proc/self/gid_map | tr -s ' '; id -u; cat /etc/secret; \
+                      touch /made; chown 1000:2000 /made; stat -c '%u %g' / /bin/busybox /made";
+        let seen = container.shell(script)?;
+        let map = format!(" 0 {HOST} 65536\n");
+        let wanted = format!("{map}{map}0\nfor root only\n0 0\n0 0\n1000 2000\n");
+        ensure!(seen == wanted, "{name}: {seen}");
+        // Its root is not that of its VM.
+        let refused = container.shell("! mknod /dev/disk b 8 0 2>&1")?;
+        ensure!(refused.contains("Operation not permitted"), "{refused}");
+    }
+    pod.remove()
+}
+
+fn volumes_in_a_user_namespace(node: &mut Node) -> Result<()> {
+    let pod = pod_with_users(node)?;
+    let volume = pod.dir()?;
+    let container = pod.start("main", &IDLE, |config| {
+        config.mounts.push(api::Mount {
+            container_path: "/volume".to_owned(),
+            host_path: volume.display().to_string(),
+            uid_mappings: ids(),
+            gid_mappings: ids(),
+            ..Default::default()
+        });
+    })?;
+    let seen = container.shell("touch /volume/made; stat -c '%u %g' /volume /volume/made /etc/hosts")?;
+    ensure!(seen == "0 0\n0 0\n0 0\n", "{seen}");
+    let made = fs::metadata(volume.join("made"))?;
+    ensure!((made.uid(), made.gid()) == (0, 0), "{} {}", made.uid(), made.gid());
     pod.remove()
 }

@@ -8,7 +8,7 @@ use std::{
 
 use machinen_base::error::{ErrorKind, HasKind};
 use machinen_storage::{container_disk::ContainerDiskPlan, layer::LayerTarget, rootdisk::RootfsSource};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxIdMapping, Spec};
 use rustix::fs::StatVfsMountFlags;
 
 use super::mounted;
@@ -34,6 +34,9 @@ pub struct RootfsPlan {
     pub source: Option<RootfsSource>,
     /// The disk that the container writes to.
     pub disk: ContainerDiskPlan,
+    /// The files of `source` belong to users of the container's user namespace. What the container writes belongs to the
+    /// users that those stand for outside.
+    pub mapped: bool,
 }
 
 impl RootfsPlan {
@@ -90,9 +93,11 @@ pub enum RootfsPlanError {
     },
     /// The users of the root file system would have to be mapped.
     #[error(
-        "a rootfs mount has the option {option}, which is not supported: use a snapshot whose files belong to the users of the user namespace"
+        "a rootfs mount of the type {kind:?} has the option {option}, which is supported for overlay with the ids of the container's user namespace (linux.uidMappings, linux.gidMappings) only"
     )]
     Mapped {
+        /// The type of the mount.
+        kind: String,
         /// The option.
         option: String,
     },
@@ -132,10 +137,7 @@ impl HasKind for RootfsPlanError {
 pub fn plan(mounts: &[RootfsMount], spec: &Spec, bundle: &Path) -> Result<RootfsPlan, RootfsPlanError> {
     let in_bundle = || ContainerDiskPlan::Unexported { path: bundle.join(WRITABLE) };
     let is_read_only = |mount: &RootfsMount| mount.options.iter().any(|option| option == "ro");
-    let mapped = |option: &&String| option.starts_with("uidmap=") || option.starts_with("gidmap=");
-    if let Some(option) = mounts.iter().flat_map(|mount| &mount.options).find(mapped) {
-        return Err(RootfsPlanError::Mapped { option: option.clone() });
-    }
+    let mapped = maps_users(mounts, spec)?;
     let plan = match mounts {
         [] => {
             let root = bundle.join(spec.root().as_ref().ok_or(RootfsPlanError::None)?.path());
@@ -155,18 +157,46 @@ pub fn plan(mounts: &[RootfsMount], spec: &Spec, bundle: &Path) -> Result<Rootfs
                 true => in_bundle(),
                 false => ContainerDiskPlan::Whole { root: root.clone() },
             };
-            RootfsPlan { source: Some(RootfsSource::Dir(root)), disk }
+            RootfsPlan { source: Some(RootfsSource::Dir(root)), disk, mapped: false }
         }
         // The image of the VM is the root file system of a pod's sandbox.
         [mount] if mount.kind == "ext4" || (mount.kind == "erofs" && is_read_only(mount)) => {
             let (path, read_only) = (mount.source.clone(), is_read_only(mount));
-            RootfsPlan { source: None, disk: ContainerDiskPlan::Existing { path, read_only } }
+            RootfsPlan { source: None, disk: ContainerDiskPlan::Existing { path, read_only }, mapped: false }
         }
         [mount] => return Err(RootfsPlanError::Kind { kind: mount.kind.clone() }),
         several => return Err(RootfsPlanError::Several { count: several.len() }),
     };
     check_sources(&plan)?;
-    Ok(plan)
+    Ok(RootfsPlan { mapped, ..plan })
+}
+
+/// Whether a mount maps the users of its lower layers, as containerd describes it: `uidmap=INSIDE:OUTSIDE:COUNT` with
+/// further ranges after commas, and `gidmap=`.
+fn maps_users(mounts: &[RootfsMount], spec: &Spec) -> Result<bool, RootfsPlanError> {
+    let linux = spec.linux().as_ref();
+    let of_namespace = [
+        ("uidmap=", linux.and_then(|linux| linux.uid_mappings().as_deref())),
+        ("gidmap=", linux.and_then(|linux| linux.gid_mappings().as_deref())),
+    ];
+    let mut mapped = false;
+    for mount in mounts {
+        for (name, ids) in of_namespace {
+            let Some((option, ranges)) =
+                mount.options.iter().find_map(|option| Some((option, option.strip_prefix(name)?)))
+            else {
+                continue;
+            };
+            let range =
+                |ids: &LinuxIdMapping| format!("{}:{}:{}", ids.container_id(), ids.host_id(), ids.size());
+            let wanted: Vec<_> = ids.unwrap_or_default().iter().map(range).collect();
+            if mount.kind != "overlay" || ranges != wanted.join(",") {
+                return Err(RootfsPlanError::Mapped { kind: mount.kind.clone(), option: option.clone() });
+            }
+            mapped = true;
+        }
+    }
+    Ok(mapped)
 }
 
 /// Checks that the directories exist, or that the disk is a file.
@@ -203,7 +233,7 @@ fn directory(root: PathBuf, spec: &Spec, bundle: &Path) -> Result<RootfsPlan, Ro
             ContainerDiskPlan::InPlace { root: root.canonicalize().map_err(|error| unreadable(&error))? }
         }
     };
-    Ok(RootfsPlan { source: Some(RootfsSource::Dir(root)), disk })
+    Ok(RootfsPlan { source: Some(RootfsSource::Dir(root)), disk, mapped: false })
 }
 
 /// `mounted`: where the overlay is mounted, if it is.
@@ -224,7 +254,7 @@ fn overlay(
         }
         None => ContainerDiskPlan::Unexported { path: bundle.join(WRITABLE) },
     };
-    Ok(RootfsPlan { source: Some(RootfsSource::Overlay { lowers }), disk })
+    Ok(RootfsPlan { source: Some(RootfsSource::Overlay { lowers }), disk, mapped: false })
 }
 
 /// `lowerdir=a:b\:c` has the two directories `a` and `b:c`, the top one first.
@@ -255,6 +285,8 @@ fn unescape(text: &str) -> String {
 mod tests {
     use std::fs;
 
+    use serde_json::json;
+
     use super::*;
 
     fn mount(kind: &str, options: &[String]) -> RootfsMount {
@@ -284,10 +316,25 @@ mod tests {
     }
 
     #[test]
-    fn a_root_file_system_with_mapped_users_is_refused() {
-        let options = ["lowerdir=/a".to_owned(), "uidmap=0:1000:10".to_owned()];
-        let error = plan(&[mount("overlay", &options)], &Spec::default(), Path::new("/b")).unwrap_err();
-        assert!(error.to_string().contains("the option uidmap=0:1000:10"), "{error}");
+    fn users_are_mapped_by_the_ids_of_the_user_namespace_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let ids = |host_id: u32| json!({"containerID": 0, "hostID": host_id, "size": 10});
+        let linux = json!({"uidMappings": [ids(1000)], "gidMappings": [ids(2000), ids(3000)]});
+        let with_ids = serde_json::from_value(json!({"ociVersion": "1.2.0", "linux": linux})).unwrap();
+        let planned = |kind: &str, spec: &Spec, uids: &str| {
+            let lower = format!("lowerdir={}", dir.path().display());
+            let options = [lower, format!("uidmap={uids}"), "gidmap=0:2000:10,0:3000:10".to_owned()];
+            plan(&[mount(kind, &options)], spec, Path::new("/b")).map(|plan| plan.mapped)
+        };
+        assert_eq!(planned("overlay", &with_ids, "0:1000:10"), Ok(true));
+        for (kind, spec, uids) in [
+            ("overlay", &with_ids, "0:1001:10"),
+            ("overlay", &Spec::default(), "0:1000:10"),
+            ("bind", &with_ids, "0:1000:10"),
+        ] {
+            let error = planned(kind, spec, uids).unwrap_err().to_string();
+            assert!(error.contains(kind) && error.contains(&format!("the option uidmap={uids}")), "{error}");
+        }
     }
 
     #[test]
@@ -313,7 +360,7 @@ mod tests {
         };
         let planned = plan(&[disk("rw", file.path())], &Spec::default(), Path::new("/")).unwrap();
         let existing = ContainerDiskPlan::Existing { path: file.path().to_owned(), read_only: false };
-        assert_eq!(planned, RootfsPlan { source: None, disk: existing });
+        assert_eq!(planned, RootfsPlan { source: None, disk: existing, mapped: false });
         assert!(plan(&[disk("ro", file.path())], &Spec::default(), Path::new("/")).unwrap().read_only());
         let device = plan(&[disk("rw", Path::new("/dev/null"))], &Spec::default(), Path::new("/"));
         assert_eq!(device, Err(RootfsPlanError::Device { path: "/dev/null".into() }));

@@ -97,12 +97,18 @@ pub(super) fn mount_in(spec: &mut Spec, state_dir: &Path) {
     let shares_ipc = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref()).is_some_and(|all| {
         all.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Ipc && namespace.path().is_some())
     });
+    let linux = spec.linux().as_ref();
+    let uids = linux.and_then(|linux| linux.uid_mappings().clone()).filter(|ids| !ids.is_empty());
+    let gids = linux.and_then(|linux| linux.gid_mappings().clone()).filter(|ids| !ids.is_empty());
     let is_read_only = spec.root().as_ref().is_some_and(|root| root.readonly() == Some(true));
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for name in ["hostname", "hosts", "resolv.conf"] {
         let destination = Path::new("/etc").join(name);
         if mounts.iter().all(|mount| *mount.destination() != destination) {
-            mounts.push(bind(dir.join(name), &destination, if is_read_only { "ro" } else { "rw" }));
+            let mut mount = bind(dir.join(name), &destination, if is_read_only { "ro" } else { "rw" });
+            // They are root's, also in a user namespace.
+            mount.set_uid_mappings(uids.clone()).set_gid_mappings(gids.clone());
+            mounts.push(mount);
         }
     }
     let is_memory = |mount: &&mut Mount| {

@@ -189,7 +189,7 @@ impl Pod {
         let vcpus = vm.spec().vcpus;
         let mut spec = plan.guest.for_vm(vcpus);
         volumes::set_sources(&mut spec, &plan.guest.volumes, shared.entries());
-        let mut request = create::request(id, &spec, &addresses, stdio, injected)?;
+        let mut request = create::request(id, &spec, &addresses, plan.rootfs.mapped, stdio, injected)?;
         let config = &plan.config.restore;
         let from = restore.request(addresses.checkpoint, config, shared.volumes(), &spec, vcpus);
         request.checkpoint = MessageField::some(from);

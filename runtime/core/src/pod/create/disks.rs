@@ -4,7 +4,7 @@ use std::{fs::File, sync::Mutex};
 
 use machinen_base::{error::chain, space::DiskReserve};
 use machinen_protocol::{
-    api::{self, CreateContainerRequest, InjectedFile, Stdio},
+    api::{self, CreateContainerRequest, InjectedFile, Rootfs, Stdio},
     disks::RootDisks,
 };
 use machinen_storage::{
@@ -232,7 +232,8 @@ impl Attachments {
     }
 }
 
-/// The request to the guest's agent for a container with these disks.
+/// The request to the guest's agent for a container with these disks. `mapped`: the files of the base disk belong to users
+/// of the container's user namespace.
 ///
 /// # Errors
 /// The configuration cannot be encoded.
@@ -240,13 +241,15 @@ pub(in crate::pod) fn request(
     id: &str,
     guest_spec: &Spec,
     disks: &ContainerDisks<DiskAddress>,
+    mapped: bool,
     stdio: Stdio,
     files: Vec<InjectedFile>,
 ) -> Result<CreateContainerRequest, PodError> {
+    let rootfs = Rootfs { mapped, ..disks.root.map(api::Disk::from).into_message() };
     Ok(CreateContainerRequest {
         container_id: id.to_owned(),
         oci_config: serde_json::to_vec(guest_spec).map_err(PodError::Encode)?,
-        rootfs: MessageField::some(disks.root.map(api::Disk::from).into_message()),
+        rootfs: MessageField::some(rootfs),
         stdio: MessageField::some(stdio),
         files,
         host_disks: disks.host.clone(),

@@ -196,7 +196,8 @@ impl CreateJob<'_> {
         let mounted =
             mounted.flat_map(|disk| disk.mounts.iter().map(|&mount| (mount, disk.major, disk.minor)));
         spec::disks::set_sources(&mut spec, mounted);
-        let mut request = disks::request(&self.request.id, &spec, addresses, stdio, injected)?;
+        let mut request =
+            disks::request(&self.request.id, &spec, addresses, self.plan.rootfs.mapped, stdio, injected)?;
         if let Some(restore) = &self.plan.restore {
             let (config, shared) = (&self.plan.config.restore, held.shares.volumes());
             let from = restore.request(addresses.checkpoint, config, shared, &spec, vcpus);
