@@ -319,6 +319,19 @@ impl Agent for Service {
         .await
     }
 
+    async fn replace_volume_data(
+        &self,
+        _: &TtrpcContext,
+        request: api::ReplaceVolumeDataRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let state = Arc::clone(&self.state);
+        whole(async move {
+            state.shares.replace_data(&request.entry, request.target).await?;
+            Ok(api::Empty::new())
+        })
+        .await
+    }
+
     async fn checkpoint_container(
         &self,
         _: &TtrpcContext,

@@ -392,6 +392,40 @@ pub(crate) fn freeze_file_system(root: BorrowedFd<'_>, frozen: bool) -> io::Resu
     }
 }
 
+/// The number that the server of a FUSE file system has given to a file: the first part of the file's handle (the kernel's
+/// fuse_encode_fh).
+///
+/// # Errors
+/// Those of name_to_handle_at(2); EOPNOTSUPP if the file is on another file system.
+pub(crate) fn fuse_node(file: BorrowedFd<'_>) -> io::Result<u64> {
+    const FILEID_INO64_GEN: i32 = 0x81;
+    #[repr(C)]
+    struct Handle {
+        length: u32,
+        kind: i32,
+        words: [u32; 3],
+    }
+    let mut handle = Handle { length: size_of::<[u32; 3]>() as u32, kind: 0, words: [0; 3] };
+    let mut mount = 0_i32;
+    // SAFETY: the kernel reads an empty name, and writes a file_handle with room for `length` bytes and a number.
+    Errno::result(unsafe {
+        libc::syscall(
+            libc::SYS_name_to_handle_at,
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            &raw mut handle,
+            &raw mut mount,
+            libc::AT_EMPTY_PATH,
+        )
+    })?;
+    match handle {
+        Handle { kind: FILEID_INO64_GEN, words: [high, low, _], .. } => {
+            Ok(u64::from(high) << 32 | u64::from(low))
+        }
+        _ => Err(Errno::EOPNOTSUPP.into()),
+    }
+}
+
 /// A piece of a file, and its place on the disk, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FileExtent {

@@ -42,6 +42,8 @@ pub mod opcode {
     pub const MKNOD: u32 = 8;
     /// Makes a directory.
     pub const MKDIR: u32 = 9;
+    /// Gives a name to another file.
+    pub const RENAME: u32 = 12;
     /// Makes a hard link.
     pub const LINK: u32 = 13;
     /// Opens a file.

@@ -19,8 +19,12 @@ pub const MAX_MESSAGE: usize = MAX_DATA + 4096;
 /// Where the agent mounts the file system. No container sees this path.
 pub const MOUNT_POINT: &str = "/run/machinen-shares";
 
+/// The name of the link by which kubelet replaces all files of a ConfigMap's volume at once: it leads to a directory in the
+/// volume, and all other names of the volume are links through it (Kubernetes, pkg/volume/util/atomic_writer.go).
+pub const DATA_LINK: &str = "..data";
+
 /// The name of a volume in the root of the file system.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ShareEntry {
     /// Unique in the pod's VM.
     pub number: u32,
@@ -42,7 +46,11 @@ impl ShareEntry {
 
     /// The entry with this path in the guest, if it is the path of one.
     pub fn of_path(path: &Path) -> Option<Self> {
-        let name = path.strip_prefix(MOUNT_POINT).ok()?.to_str()?;
+        Self::of_name(path.strip_prefix(MOUNT_POINT).ok()?.to_str()?)
+    }
+
+    /// The entry with this name, if it is the name of one.
+    pub fn of_name(name: &str) -> Option<Self> {
         let number = |kind: &str| name.strip_prefix(kind).and_then(|number| number.parse().ok());
         let directory = number(DIRECTORY).map(|number| Self { number, is_file: false });
         directory.or_else(|| number(FILE).map(|number| Self { number, is_file: true }))

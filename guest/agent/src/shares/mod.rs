@@ -8,18 +8,24 @@
 //! would wait for its own answer. Other processes do that for it.
 
 mod queue;
+mod replaced;
 mod sockets;
 
 use std::{
+    collections::HashMap,
+    ffi::OsString,
     fs, io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::ffi::OsStringExt as _,
+    },
     path::Path,
-    sync::Arc,
+    sync::{Arc, Weak},
 };
 
 use machinen_protocol::{
     error::{ErrorKind, HasKind},
-    shares::{MOUNT_POINT, QUEUES},
+    shares::{MOUNT_POINT, QUEUES, ShareEntry},
 };
 use nix::{
     errno::Errno,
@@ -30,10 +36,14 @@ use nix::{
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::Mutex,
-    task::JoinSet,
+    task::{JoinSet, spawn_blocking},
 };
 
-use self::{queue::Queue, sockets::Sockets};
+use self::{
+    queue::Queue,
+    replaced::{Data, Renaming},
+    sockets::Sockets,
+};
 use crate::{
     channel::{Stream, Unclaimed},
     console, sys,
@@ -53,13 +63,18 @@ pub(crate) enum ShareError {
     Device(#[source] io::Error),
     #[error("cannot mount the volumes at {MOUNT_POINT}")]
     Mount(#[source] Errno),
+    #[error("{entry:?} is no directory of the host in the volumes")]
+    Entry { entry: String },
+    #[error("cannot notify the processes that watch the volume {entry}")]
+    Notify { entry: String, source: io::Error },
 }
 
 impl HasKind for ShareError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Mounted => ErrorKind::AlreadyExists,
-            Self::Streams { .. } => ErrorKind::InvalidArgument,
+            Self::Streams { .. } | Self::Entry { .. } => ErrorKind::InvalidArgument,
+            Self::Notify { .. } => ErrorKind::FailedPrecondition,
             Self::NoStream { .. } => ErrorKind::NotFound,
             Self::Create(_) | Self::Device(_) | Self::Mount(_) => ErrorKind::Internal,
         }
@@ -69,8 +84,12 @@ impl HasKind for ShareError {
 /// The volumes of the pod.
 #[derive(Debug, Default)]
 pub(crate) struct Shares {
-    is_mounted: Mutex<bool>,
+    /// The device of the file system, which is closed when a stream ends.
+    device: Mutex<Option<Weak<AsyncFd<OwnedFd>>>>,
     sockets: Arc<Sockets>,
+    renaming: Arc<Renaming>,
+    /// What the links `..data` lead to. Locked while processes are notified.
+    data: Mutex<HashMap<ShareEntry, Data>>,
 }
 
 impl Shares {
@@ -79,21 +98,47 @@ impl Shares {
     /// # Errors
     /// A stream is missing, the volumes are mounted, or the kernel refuses.
     pub(crate) async fn mount(&self, unclaimed: &Unclaimed, tokens: &[u64]) -> Result<(), ShareError> {
-        let mut mounted = self.is_mounted.lock().await;
+        let mut mounted = self.device.lock().await;
         let mut streams = Vec::new();
         for token in tokens.iter().copied() {
             streams.push(unclaimed.claim(token).await.ok_or(ShareError::NoStream { token })?);
         }
-        if *mounted {
+        if mounted.is_some() {
             return Err(ShareError::Mounted);
         }
         if streams.len() != QUEUES {
             return Err(ShareError::Streams { given: streams.len() });
         }
         let device = Arc::new(mount_file_system()?);
-        *mounted = true;
-        tokio::spawn(pass_on(device, Arc::clone(&self.sockets), streams));
+        *mounted = Some(Arc::downgrade(&device));
+        tokio::spawn(pass_on(device, Arc::clone(&self.sockets), Arc::clone(&self.renaming), streams));
         Ok(())
+    }
+
+    /// Learns where the link `..data` of a volume leads, and notifies the processes that watch the volume if it has led
+    /// elsewhere. Without a target the volume is not needed any more.
+    ///
+    /// # Errors
+    /// There is no such volume, or the kernel refuses a notification.
+    pub(crate) async fn replace_data(&self, name: &str, target: Vec<u8>) -> Result<(), ShareError> {
+        let entry = ShareEntry::of_name(name).filter(|entry| !entry.is_file);
+        let device = self.device.lock().await.clone();
+        let (Some(entry), Some(device)) = (entry, device) else {
+            return Err(ShareError::Entry { entry: name.to_owned() });
+        };
+        let mut data = self.data.lock().await;
+        let former = data.remove(&entry);
+        if target.is_empty() {
+            return Ok(());
+        }
+        let renaming = Arc::clone(&self.renaming);
+        let target = OsString::from_vec(target);
+        let replace = move || Data::replace(entry, target, former, &renaming, &device);
+        let failed = |source| ShareError::Notify { entry: name.to_owned(), source };
+        let (replaced, notified) =
+            spawn_blocking(replace).await.map_err(|error| failed(io::Error::other(error)))?;
+        data.insert(entry, replaced);
+        notified.map_err(failed)
     }
 
     /// Keeps a stream for the next connection to a socket of the host.
@@ -128,10 +173,16 @@ fn mount_file_system() -> Result<AsyncFd<OwnedFd>, ShareError> {
 }
 
 /// Passes requests on until a stream ends; then every access to a volume fails.
-async fn pass_on(device: Arc<AsyncFd<OwnedFd>>, sockets: Arc<Sockets>, streams: Vec<Stream>) {
+async fn pass_on(
+    device: Arc<AsyncFd<OwnedFd>>,
+    sockets: Arc<Sockets>,
+    renaming: Arc<Renaming>,
+    streams: Vec<Stream>,
+) {
     let mut queues = JoinSet::new();
     for stream in streams {
-        let queue = Queue { device: Arc::clone(&device), sockets: Arc::clone(&sockets), stream };
+        let (device, sockets) = (Arc::clone(&device), Arc::clone(&sockets));
+        let queue = Queue { device, sockets, renaming: Arc::clone(&renaming), stream };
         queues.spawn(queue.run());
     }
     drop(device);

@@ -10,9 +10,12 @@ use machinen_protocol::{
 use nix::errno::Errno;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, unix::AsyncFd};
 
-use super::sockets::{
-    Lookup, NewSocket, Sockets,
-    messages::{Entry, forget, question, take_sockets},
+use super::{
+    replaced::Renaming,
+    sockets::{
+        Lookup, NewSocket, Sockets,
+        messages::{Entry, forget, question, take_sockets},
+    },
 };
 use crate::{channel::Stream, console};
 
@@ -25,6 +28,7 @@ const SHORT_REPLY: usize = 256;
 pub(super) struct Queue {
     pub(super) device: Device,
     pub(super) sockets: Arc<Sockets>,
+    pub(super) renaming: Arc<Renaming>,
     pub(super) stream: Stream,
 }
 
@@ -41,7 +45,8 @@ impl Queue {
             if matches!(request.opcode, opcode::INTERRUPT | opcode::DESTROY) {
                 continue;
             }
-            match self.sockets.answer(request, &message[REQUEST_HEADER..request.length]) {
+            let body = &message[REQUEST_HEADER..request.length];
+            match self.sockets.answer(request, body).or_else(|| self.renaming.answer(request, body)) {
                 Some(answer) if answer.is_empty() => {}
                 Some(answer) => write(&self.device, &answer)?,
                 None => self.pass_on(request, &mut message).await?,

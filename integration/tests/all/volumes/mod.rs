@@ -7,6 +7,7 @@ mod files;
 mod life;
 mod mounts;
 mod refused;
+mod replaced;
 mod restored;
 mod sockets;
 

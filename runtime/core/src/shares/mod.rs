@@ -13,6 +13,7 @@ mod init;
 mod jail;
 mod mapping;
 mod queue;
+mod replaced;
 mod root;
 mod server;
 mod sockets;
@@ -40,6 +41,7 @@ use tokio::{
     task::{JoinHandle, spawn_blocking},
 };
 
+use replaced::Follower;
 use root::ShareRoot;
 
 use crate::spec::volumes::IdMappings;
@@ -78,6 +80,14 @@ pub enum ShareError {
     /// A mount of the host cannot be made or shown to the server.
     #[error("cannot mount {} for the server of the pod's volumes", path.display())]
     Mount {
+        /// The path on the host.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Changes of a volume cannot be followed.
+    #[error("cannot watch {} for changes", path.display())]
+    Watch {
         /// The path on the host.
         path: PathBuf,
         /// The cause.
@@ -131,6 +141,7 @@ impl HasKind for ShareError {
             Self::Guest(source) => source.kind(),
             Self::Source { .. }
             | Self::Mount { .. }
+            | Self::Watch { .. }
             | Self::Prepare { .. }
             | Self::Spawn(_)
             | Self::Mapper(_) => ErrorKind::Internal,
@@ -193,6 +204,8 @@ pub(crate) struct ContainerShares {
     root: Option<Arc<ShareRoot>>,
     /// In the order of the configuration.
     volumes: Vec<SharedVolume>,
+    /// Those of the volumes whose files the host replaces all at once.
+    followers: Vec<Follower>,
 }
 
 impl PodShares {
@@ -222,7 +235,7 @@ impl PodShares {
         if running.serving.is_finished() {
             return Err(ShareError::Ended);
         }
-        running.mount(volumes).await
+        running.mount(volumes, guest.agent).await
     }
 
     /// Waits until the server is gone, if its VM has ended.
@@ -241,8 +254,12 @@ impl PodShares {
 }
 
 impl RunningShares {
-    async fn mount(&mut self, volumes: &[Volume]) -> Result<ContainerShares, ShareError> {
-        let mut shares = ContainerShares { root: Some(Arc::clone(&self.root)), volumes: Vec::new() };
+    async fn mount(
+        &mut self,
+        volumes: &[Volume],
+        agent: &agent::Client,
+    ) -> Result<ContainerShares, ShareError> {
+        let mut shares = ContainerShares { root: Some(Arc::clone(&self.root)), ..ContainerShares::default() };
         for volume in volumes {
             let entry = ShareEntry { number: self.next_number, is_file: volume.is_file };
             self.next_number = self.next_number.wrapping_add(1);
@@ -255,6 +272,13 @@ impl RunningShares {
                 destination: volume.destination.clone(),
                 read_only: volume.options.read_only,
             });
+            match Follower::start(volume, entry, agent).await {
+                Ok(follower) => shares.followers.extend(follower),
+                Err(source) => {
+                    shares.remove().await;
+                    return Err(ShareError::Watch { path: volume.path.clone(), source });
+                }
+            }
         }
         Ok(shares)
     }
@@ -299,6 +323,9 @@ impl ContainerShares {
     /// Removes the volumes from the server, because the container is gone from the guest.
     pub(crate) async fn remove(&self) {
         let Some(root) = self.root.clone() else { return };
+        for follower in &self.followers {
+            follower.stop().await;
+        }
         let entries: Vec<_> = self.entries().collect();
         let removed =
             spawn_blocking(move || entries.into_iter().try_for_each(|entry| root.remove(entry))).await;

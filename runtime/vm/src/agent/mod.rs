@@ -13,9 +13,9 @@ use machinen_protocol::{
         AgentClient, CheckpointContainerRequest, CheckpointContainerResponse, CheckpointImagesResponse,
         ConfigureNetworkRequest, ConfigureRequest, ConfigureResponse, ContainerRequest,
         CreateContainerRequest, CreateContainerResponse, DialLocalhostRequest, Empty, EndStdinRequest,
-        ExecProcessRequest, ExportLayerRequest, ForwardNameserversRequest, MountSharesRequest,
-        OfferSocketStreamRequest, OpenViewRequest, ProcessRequest, ResizeTerminalRequest, SetClockRequest,
-        SignalProcessRequest, WaitProcessResponse, WatchListenersRequest,
+        ExecProcessRequest, ExportLayerRequest, ForwardNameserversRequest, OpenViewRequest, ProcessRequest,
+        ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, WaitProcessResponse,
+        WatchListenersRequest,
     },
     localhost::LocalPort,
     process::{ProcessRef, SignalTarget},
@@ -104,6 +104,7 @@ macro_rules! call {
 
 // Declared after the macro that it uses.
 mod cgroup_calls;
+mod volume_calls;
 
 impl Client {
     /// Uses a control stream whose handshake is done. Must be called inside a tokio runtime.
@@ -314,24 +315,6 @@ impl Client {
         let container_id = container.to_owned();
         let request = OpenViewRequest { container_id, stream, without_mounts, ..OpenViewRequest::default() };
         call!(self.open_view(request), Some(QUICK)).map(nothing)
-    }
-
-    /// Has the agent mount the pod's volumes, which are served on the streams with these tokens.
-    ///
-    /// # Errors
-    /// A stream does not exist, or the volumes are mounted already.
-    pub async fn mount_shares(&self, streams: Vec<u64>) -> Result<(), AgentError> {
-        let request = MountSharesRequest { streams, ..MountSharesRequest::default() };
-        call!(self.mount_shares(request), Some(QUICK)).map(nothing)
-    }
-
-    /// Gives the agent a stream for the next connection of a container to a socket of the host.
-    ///
-    /// # Errors
-    /// The stream does not exist.
-    pub async fn offer_socket_stream(&self, stream: u64) -> Result<(), AgentError> {
-        let request = OfferSocketStreamRequest { stream, ..OfferSocketStreamRequest::default() };
-        call!(self.offer_socket_stream(request), Some(QUICK)).map(nothing)
     }
 
     /// Dumps a paused container onto a disk.

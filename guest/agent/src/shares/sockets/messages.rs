@@ -1,10 +1,11 @@
-//! The parts of FUSE messages (linux/fuse.h) that have to do with sockets.
+//! The parts of FUSE messages (linux/fuse.h) that the agent makes or examines itself.
 //!
 //! | what | where |
 //! |---|---|
 //! | fuse_entry_out, the reply to a lookup | node 0..8, lifetimes 16..24 and 32..36, attributes from 40 on with the mode at 60 |
 //! | fuse_direntplus | fuse_entry_out, fuse_dirent with the length of the name at 16, the name; a multiple of 8 bytes |
 //! | fuse_forget_in | how many lookups are forgotten 0..8 |
+//! | fuse_notify_delete_out | the directory's node 0..8, the file's 8..16, the length of the name 16..20; from 24 on the name and a NUL |
 //! | fuse_batch_forget_in | how many nodes 0..4; from 8 on for each of them the node and a fuse_forget_in |
 
 use machinen_protocol::{
@@ -35,6 +36,16 @@ impl Entry {
         entry[40..48].copy_from_slice(&node.to_le_bytes());
         entry[MODE..MODE + 4].copy_from_slice(&(libc::S_IFDIR | 0o700).to_le_bytes());
         entry[MODE + 4..MODE + 8].copy_from_slice(&2_u32.to_le_bytes());
+        Self(entry)
+    }
+
+    /// A symbolic link, of which the kernel keeps neither the name nor the attributes.
+    pub(in crate::shares) fn link(node: u64) -> Self {
+        let mut entry = [0; ENTRY];
+        entry[..8].copy_from_slice(&node.to_le_bytes());
+        entry[40..48].copy_from_slice(&node.to_le_bytes());
+        entry[MODE..MODE + 4].copy_from_slice(&(libc::S_IFLNK | 0o777).to_le_bytes());
+        entry[MODE + 4..MODE + 8].copy_from_slice(&1_u32.to_le_bytes());
         Self(entry)
     }
 
@@ -84,6 +95,20 @@ pub(in crate::shares) fn question(unique: u64, node: u64) -> Vec<u8> {
 /// Tells the host that one lookup of a node is forgotten. There is no reply.
 pub(in crate::shares) fn forget(node: u64) -> Vec<u8> {
     request(opcode::FORGET, 0, node, &1_u64.to_le_bytes())
+}
+
+/// The reply to the request `unique` that it is done.
+pub(in crate::shares) fn acknowledgement(unique: u64) -> Vec<u8> {
+    reply(unique, &[])
+}
+
+/// Tells the kernel that a file is removed.
+pub(in crate::shares) fn deletion(parent: u64, node: u64, name: &[u8]) -> Vec<u8> {
+    const FUSE_NOTIFY_DELETE: u32 = 6;
+    let length = (REPLY_HEADER + 24 + name.len() + 1) as u32;
+    let header = [&length.to_le_bytes()[..], &FUSE_NOTIFY_DELETE.to_le_bytes(), &[0; 8]].concat();
+    let nodes = [parent.to_le_bytes(), node.to_le_bytes()].concat();
+    [&header, &nodes, &(name.len() as u32).to_le_bytes()[..], &[0; 4], name, &[0]].concat()
 }
 
 /// The nodes that a request forgets, and how many lookups of each.
@@ -174,6 +199,16 @@ mod tests {
         assert_eq!(found.attributes(3).len(), 120);
         assert!(Entry::of_reply(&reply[..16]).is_none());
         assert!(!Entry::directory(4).is_socket());
+    }
+
+    #[test]
+    fn a_removed_file_is_named_by_its_directory() {
+        let message = deletion(3, 0x0102, b"key");
+        let golden = b"\x2c\0\0\0\x06\0\0\0\0\0\0\0\0\0\0\0\x03\0\0\0\0\0\0\0\x02\x01\0\0\0\0\0\0\x03\0\0\0\0\0\0\0key\0";
+        assert_eq!(message, golden);
+        let link = Entry::link(5).reply(3);
+        // The name has no lifetime.
+        assert_eq!((Entry::of_reply(&link).unwrap().node(), &link[32..40]), (5, &[0; 8][..]));
     }
 
     #[test]
