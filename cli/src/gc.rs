@@ -11,6 +11,7 @@ use std::{
 use clap::Args;
 use machinen::{
     config::Config,
+    container_disk::sweep_archives,
     error::chain,
     fs::{FileError, if_exists, remove_dir_if_exists, try_lock},
     rootdisk::{PruneOptions, RootdiskCache},
@@ -90,6 +91,9 @@ pub(crate) fn run(global: &GlobalArgs, args: &GcArgs, config: &Config) -> Result
     let options = PruneOptions { older_than: Some(args.unused_for), keep_bytes: None, dry_run: args.dry_run };
     for disk in cache.prune(&options)?.removed {
         collected.note(&disk.path, Ok::<_, FileError>(true));
+    }
+    if !args.dry_run {
+        sweep_archives(cache.dir())?;
     }
     for path in fork::left_over(&config.rootdisk.dir, args.dry_run)? {
         collected.note(&path, Ok::<_, FileError>(true));

@@ -167,6 +167,10 @@ fn describe(manifest: &CheckpointManifest, digest: &str) -> String {
         let access = if volume.read_only { "read-only" } else { "writable" };
         text += &format!("volume     {} a {kind}, {access}\n", printable(&destination));
     }
+    for copy in &manifest.copies {
+        let destination = copy.destination.to_string_lossy();
+        text += &format!("copy       {} of {}\n", printable(&destination), printable(&copy.rootdisk));
+    }
     for (name, value) in &manifest.limits {
         text += &format!("limit      {} {}\n", printable(name), printable(value.trim()));
     }
@@ -175,7 +179,7 @@ fn describe(manifest: &CheckpointManifest, digest: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use machinen::checkpoint::{ManifestMount, ManifestVolume};
+    use machinen::checkpoint::{ManifestCopy, ManifestMount, ManifestVolume};
 
     use super::*;
 
@@ -195,6 +199,7 @@ mod tests {
                 read_only: true,
                 mounted_at: Some(evil().into()),
             }],
+            copies: vec![ManifestCopy { destination: evil().into(), rootdisk: evil() }],
             limits: [(evil(), evil())].into(),
             ..CheckpointManifest::default()
         };
@@ -204,7 +209,7 @@ mod tests {
         }
         assert_eq!(
             texts[0].lines().filter(|line| line.starts_with('\u{1b}') || line.contains("[31m")).count(),
-            8
+            9
         );
     }
 }

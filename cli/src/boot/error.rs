@@ -1,7 +1,7 @@
 //! Why a container cannot be booted.
 
 use machinen::{
-    config::ConfigError,
+    config::{ConfigError, copies::InvalidCopy},
     error::{ErrorKind, HasKind},
     fs::FileError,
     pod::IdError,
@@ -29,6 +29,8 @@ pub(crate) enum BootError {
     NoCommand,
     #[error("{option} {text:?} is not understood: it takes {takes}")]
     Option { option: &'static str, text: String, takes: &'static str },
+    #[error("--copy-mount is not understood")]
+    Copies(#[source] InvalidCopy),
     #[error("the image has no user {user:?} in /etc/passwd")]
     NoUser { user: String },
     #[error("the image has no group {group:?} in /etc/group")]
@@ -47,7 +49,7 @@ impl HasKind for BootError {
             Self::File(error) => error.kind(),
             Self::Worker(_) | Self::Interrupted { .. } => ErrorKind::Internal,
             Self::NoUser { .. } | Self::NoGroup { .. } => ErrorKind::NotFound,
-            Self::NoCommand | Self::Option { .. } => ErrorKind::InvalidArgument,
+            Self::NoCommand | Self::Option { .. } | Self::Copies(_) => ErrorKind::InvalidArgument,
             Self::UserFile { source, .. } => ErrorKind::of_io(source),
         }
     }

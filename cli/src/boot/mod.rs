@@ -82,6 +82,9 @@ pub(crate) struct BootArgs {
     /// Directory or file of the host that is mounted in the container; may be repeated
     #[arg(long, short, value_name = "SOURCE:DESTINATION[:ro]")]
     volume: Vec<String>,
+    /// Directory of the host that the container gets a copy of, which it may change; may be repeated
+    #[arg(long, value_name = "SOURCE:DESTINATION")]
+    copy_mount: Vec<String>,
     /// Network namespace of the host by its path; without it the container has a loopback interface only, unless it
     /// has --network or --publish
     #[arg(long, value_name = "PATH", conflicts_with_all = ["network", "publish"])]

@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 
 use machinen::{
     annotations::PREFIX,
-    config::ports::{PORTS, PublishedPort, parse_ports},
+    config::{
+        copies::parse_copies,
+        ports::{PORTS, PublishedPort, parse_ports},
+    },
     pod::ContainerId,
     spec::OCI_VERSION,
 };
@@ -63,6 +66,8 @@ pub(super) struct SpecOptions {
     memory: Option<Value>,
     cpu_quota: Option<u64>,
     volumes: Vec<Value>,
+    /// As the annotation has them.
+    copies: Option<String>,
     netns: Option<PathBuf>,
     outside: bool,
     /// As the annotation has them.
@@ -94,6 +99,7 @@ impl SpecOptions {
             memory: update::bytes("--memory", args.memory.as_deref())?,
             cpu_quota: cpu_quota.transpose()?,
             volumes: args.volume.iter().map(|text| volume(text)).collect::<Result<Vec<_>, _>>()?,
+            copies: copies(&args.copy_mount)?,
             netns: args.netns.clone(),
             outside: args.network.is_some(),
             ports: published(&args.publish)?,
@@ -127,6 +133,26 @@ fn published(options: &[String]) -> Result<Option<String>, BootError> {
     match options {
         [] => Ok(None),
         _ => parse_ports(&all).map(|_| Some(all.clone())).map_err(odd),
+    }
+}
+
+/// The copy mounts as the annotation has them, if there are any. A relative source is relative to the working directory.
+fn copies(options: &[String]) -> Result<Option<String>, BootError> {
+    let absolute = |text: &String| match text.rsplit_once(':') {
+        Some((source, destination)) => match Path::new(source).canonicalize() {
+            Ok(source) => format!("{}:{destination}", source.display()),
+            // The error names it as the user does.
+            Err(_) => text.clone(),
+        },
+        None => text.clone(),
+    };
+    let all = options.iter().map(absolute).collect::<Vec<_>>().join(",");
+    match options {
+        [] => Ok(None),
+        _ => match parse_copies(&all) {
+            Ok(_) => Ok(Some(all)),
+            Err(source) => Err(BootError::Copies(source)),
+        },
     }
 }
 
@@ -194,6 +220,9 @@ pub(super) fn spec(
     }
     if let Some(ports) = &options.ports {
         spec["annotations"][format!("{PREFIX}ports")] = ports.as_str().into();
+    }
+    if let Some(copies) = &options.copies {
+        spec["annotations"][format!("{PREFIX}copy-mount")] = copies.as_str().into();
     }
     if let Some(memory) = &options.memory {
         spec["linux"]["resources"]["memory"] = json!({ "limit": memory });

@@ -4,7 +4,7 @@
 //! on: the ttrpc messages ([`api`], from `proto/agent.proto`), the disks of a root file system ([`disks`]), the
 //! kinds of errors ([`error`]), the first bytes of each stream ([`preamble`]), the names of processes
 //! ([`process`]), the archive of a container's changes ([`layer`]), the messages about its files ([`fuse`]), the
-//! volumes of the host ([`shares`]), the queries for names ([`nameservers`]), the
+//! volumes of the host ([`shares`]) and copies of its directories ([`copies`]), the queries for names ([`nameservers`]), the
 //! connections to localhost ([`localhost`]) and to sockets of the host ([`sockets`]), the addresses below, and the [`VERSION`] that is checked before anything else.
 //!
 //! ```text
@@ -17,6 +17,7 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs, unreachable_pub)]
 
+pub mod copies;
 pub mod disks;
 pub mod error;
 pub mod fuse;

@@ -41,7 +41,8 @@ impl Container {
         drop(self.dumped().take());
         let cgroup = self.running_cgroup()?;
         let (rootfs, dir) = (self.rootfs.path(), self.dir.as_path());
-        Ok(DumpSource { init: &self.init, cgroup, rootfs, dir, is_tried: false })
+        let (copies, written) = (self.copies.paths(), self.copies.written());
+        Ok(DumpSource { init: &self.init, cgroup, rootfs, dir, copies, written, is_tried: false })
     }
 
     /// Dumps the container onto a disk. The container stays paused.

@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use super::{
     Container, ContainerError, IdTable, STATE,
+    copies::Copies,
     copy_up::copy_up,
     delete::{clear, remove_dir},
     files,
@@ -91,6 +92,7 @@ impl Container {
         let (disks, image) = find_disks(context, &mut request).await?;
         let host_disks = host_disks::provide(&context.disks, &mut request).await?;
         phases.done("disks");
+        let copies = Copies::mount(&context.disks, dir, &mut request).await?;
         let owners = if mapped {
             Some((&context.engine, IdMaps::of_config(&request.oci_config).map_err(EngineError::from)?))
         } else {
@@ -99,8 +101,8 @@ impl Container {
         let rootfs = Rootfs::mount(dir, &disks, owners).await?;
         drop(disks);
         phases.done("mounts");
-        let made =
-            make_init(context, &request, (dir, rootfs.path()), joined, streams, image.as_ref(), &mut phases);
+        let places = Places { dir, rootfs: rootfs.path(), copies: &copies.paths() };
+        let made = make_init(context, &request, places, joined, streams, image.as_ref(), &mut phases);
         let Made { cgroup, init, pending, join_context, hooks, namespaces, volumes } = match made.await {
             Ok(made) => made,
             Err(err) => {
@@ -113,6 +115,7 @@ impl Container {
             initial_stamp: rootfs.upper().as_deref().and_then(Stamp::take),
             rootfs,
             host_disks,
+            copies,
             cgroup,
             init: Arc::new(init),
             execs: IdTable::new("process"),
@@ -159,23 +162,34 @@ struct Made {
     volumes: Vec<PathBuf>,
 }
 
+/// Where a container's files are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Places<'a> {
+    /// The agent's directory of the container.
+    pub(super) dir: &'a Path,
+    pub(super) rootfs: &'a Path,
+    /// Where the copies of the host's directories are mounted.
+    pub(super) copies: &'a [PathBuf],
+}
+
 /// Prepares the configuration, and makes the init below the mounted root file system. A failure leaves no
 /// process and no cgroup.
 async fn make_init(
     context: &Context,
     request: &api::CreateContainerRequest,
-    (dir, rootfs): (&Path, &Path),
+    places: Places<'_>,
     joined: &[NamespacePath],
     streams: Streams,
     image: Option<&RestoreImage>,
     phases: &mut Phases,
 ) -> Result<Made, ContainerError> {
+    let Places { dir, rootfs, .. } = places;
     let files = files::write(&dir.join("files"), &request.files)?;
     let (id, config) = (&request.container_id, &request.oci_config);
     let mut prepared = Prepared::new(id, dir, rootfs, config, files.clone(), joined, request.stdio.terminal)
         .map_err(EngineError::from)?;
     phases.done("spec");
-    let restore = image.map(|image| image.plan(dir, rootfs, &files));
+    let restore = image.map(|image| image.plan(places, &files));
     let (cgroup, init, pending) = make(context, &prepared, streams, restore, phases).await?;
     let hooks = prepared.take_hooks();
     let namespaces = match HeldNamespaces::of(init.pid()) {

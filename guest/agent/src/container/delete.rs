@@ -42,6 +42,7 @@ impl Container {
         }
         self.view.end().await;
         self.host_disks.release();
+        self.copies.unmount()?;
         self.rootfs.sync()?;
         self.rootfs.unmount()?;
         remove_dir(&self.dir)
@@ -50,6 +51,7 @@ impl Container {
     /// Writes the container's data to its disk while the VM shuts down. The processes have ended by then.
     pub(crate) fn shut_down(&self) {
         self.host_disks.release();
+        self.copies.unmount().unwrap_or_else(|err| console::report(&err));
         if let Err(err) = self.rootfs.unmount() {
             console::report(&err);
         }

@@ -5,8 +5,8 @@ use std::{io, path::PathBuf, sync::Arc};
 use machinen_protocol::error::{ErrorKind, HasKind};
 
 use super::{
-    copy_up::CopyUpError, files::FilesError, hooks::StartHookError, host_disks::HostDiskError,
-    id_table::IdError, refresh::RefreshError, rootfs::RootfsError,
+    copies::CopyError, copy_up::CopyUpError, files::FilesError, hooks::StartHookError,
+    host_disks::HostDiskError, id_table::IdError, refresh::RefreshError, rootfs::RootfsError,
 };
 use crate::{
     cgroup::CgroupError, criu::CriuError, engine::EngineError, layer::LayerError, process::ProcessError,
@@ -25,6 +25,8 @@ pub(crate) enum ContainerError {
     CopyUp(#[from] CopyUpError),
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
+    #[error(transparent)]
+    Copy(#[from] CopyError),
     #[error(transparent)]
     HostDisk(#[from] HostDiskError),
     #[error(transparent)]
@@ -90,6 +92,7 @@ impl HasKind for ContainerError {
             | Self::NotDumped
             | Self::PagesPending
             | Self::HasExecs { .. } => ErrorKind::FailedPrecondition,
+            Self::Copy(err) => err.kind(),
             Self::HostDisk(err) => err.kind(),
             Self::StartHook(err) => err.kind(),
             Self::Table(err) => err.kind(),

@@ -7,6 +7,7 @@
 //! "Stopped" is not a state of this diagram: the kernel knows whether the init has ended.
 
 mod checkpoint;
+pub(crate) mod copies;
 mod copy_up;
 mod create;
 mod delete;
@@ -33,14 +34,15 @@ use std::{
 use machinen_protocol::process::{ProcessRef, SignalTarget};
 use tokio::sync::watch;
 
-pub(crate) use self::{error::ContainerError, id_table::IdTable};
 use self::{
+    copies::Copies,
     hooks::StartHooks,
     host_disks::DiskMounts,
     namespaces::HeldNamespaces,
     rootfs::Rootfs,
     stage::{MemoryState, PendingInit, StartStage},
 };
+pub(crate) use self::{error::ContainerError, id_table::IdTable};
 use crate::{
     cgroup::Cgroup,
     channel::Stream,
@@ -62,6 +64,7 @@ pub(crate) struct Container {
     rootfs: Rootfs,
     /// Dropped after the processes have ended.
     host_disks: DiskMounts,
+    copies: Copies,
     /// The state of the upper directory before the command ran.
     initial_stamp: Option<Stamp>,
     cgroup: Cgroup,

@@ -1,10 +1,10 @@
 //! Restores a container from a checkpoint, and follows the memory that is fetched while it runs.
 
-use std::{path::Path, sync::Arc};
+use std::sync::Arc;
 
 use machinen_protocol::api;
 
-use super::{Container, ContainerError, stage::MemoryState};
+use super::{Container, ContainerError, create::Places, stage::MemoryState};
 use crate::{
     cgroup::Cgroup,
     console,
@@ -68,8 +68,7 @@ pub(super) struct RestoreImage {
 #[derive(Debug)]
 pub(super) struct PlannedRestore<'a> {
     image: &'a RestoreImage,
-    dir: &'a Path,
-    rootfs: &'a Path,
+    places: Places<'a>,
     files: &'a [FileMount],
 }
 
@@ -89,13 +88,8 @@ impl RestoreImage {
         })
     }
 
-    pub(super) fn plan<'a>(
-        &'a self,
-        dir: &'a Path,
-        rootfs: &'a Path,
-        files: &'a [FileMount],
-    ) -> PlannedRestore<'a> {
-        PlannedRestore { image: self, dir, rootfs, files }
+    pub(super) fn plan<'a>(&'a self, places: Places<'a>, files: &'a [FileMount]) -> PlannedRestore<'a> {
+        PlannedRestore { image: self, places, files }
     }
 }
 
@@ -117,7 +111,7 @@ impl PlannedRestore<'_> {
         cgroup: &Cgroup,
         stdio: ProcessEnds,
     ) -> Result<Restored, ContainerError> {
-        let Self { image, dir, rootfs, files } = self;
+        let Self { image, places: Places { dir, rootfs, copies }, files } = self;
         // The weight that an idle cgroup (cpu.idle) reports cannot be set.
         let is_set = |file: &&api::CgroupFile| file.name != "cpu.weight" || file.content.trim_end() != "0";
         let limits: Vec<_> = image.facts.limits.iter().filter(is_set).cloned().collect();
@@ -126,7 +120,7 @@ impl PlannedRestore<'_> {
         criu::make_mount_points(rootfs, prepared.mount_points())?;
         criu::make_points_in_volumes(prepared.points_in_volumes()).await?;
         let (volumes, hostname) = (prepared.volumes(), image.hostname.as_str());
-        let target = criu::RestoreTarget { cgroup, rootfs, dir, files, volumes, hostname };
+        let target = criu::RestoreTarget { cgroup, rootfs, dir, files, volumes, copies, hostname };
         let restored =
             criu::restore(reaper, &target, &image.disk, &image.options, &image.facts, stdio).await?;
         Ok(restored)

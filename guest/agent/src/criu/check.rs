@@ -27,7 +27,7 @@ use procfs::process::Process;
 use rustix::fs::{AtFlags, CWD, linkat};
 
 use super::{
-    CriuError, locks,
+    CriuError, locks, mounts,
     task::Task,
     volumes::{self, VolumeDevice},
 };
@@ -58,6 +58,8 @@ pub(super) struct FrozenProcesses {
     pub(super) cgroup: Cgroup,
     /// The file system with the container's volumes, if it has any.
     pub(super) volumes: Option<VolumeDevice>,
+    /// Where the agent has mounted copies of the host's directories, which are overlays.
+    pub(super) copies: Vec<PathBuf>,
     /// The dump is restored on trial while the processes continue.
     pub(super) is_tried: bool,
 }
@@ -68,8 +70,9 @@ pub(super) struct FrozenProcesses {
 /// # Errors
 /// Something cannot be restored; the error names the first. Or a file of a volume cannot be written.
 pub(super) fn check(processes: &FrozenProcesses) -> Result<(), CriuError> {
-    let FrozenProcesses { init, cgroup, volumes, .. } = processes;
-    let root = root_device(*init);
+    let FrozenProcesses { init, cgroup, volumes, copies, .. } = processes;
+    let mut known = mounts::devices_at(copies)?;
+    known.extend(root_device(*init));
     let (mut seen, mut written) = (HashSet::new(), HashSet::new());
     if volumes.is_some() {
         volumes::write_back_all()?;
@@ -77,7 +80,7 @@ pub(super) fn check(processes: &FrozenProcesses) -> Result<(), CriuError> {
     for pid in cgroup.pids()? {
         let why = why_not(*init, pid)
             .or_else(|| volumes.as_ref().and_then(|volumes| volumes.why_not(*init, pid)))
-            .or_else(|| overlay_of(pid, root.as_deref(), &mut seen));
+            .or_else(|| overlay_of(pid, &known, &mut seen));
         if let Some(why) = why
             && let Some(task) = Task::find(pid)
         {
@@ -219,15 +222,15 @@ fn has_huge_pages() -> bool {
     fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.contains("hugepages="))
 }
 
-/// Describes an overlay that a process has mounted in addition to the container's root file system. `seen`
+/// Describes an overlay that a process has mounted in addition to those of the agent, whose devices are `known`. `seen`
 /// are the mount namespaces that were examined already.
-fn overlay_of(pid: Pid, root: Option<&str>, seen: &mut HashSet<PathBuf>) -> Option<String> {
+fn overlay_of(pid: Pid, known: &[String], seen: &mut HashSet<PathBuf>) -> Option<String> {
     if !seen.insert(fs::read_link(format!("/proc/{pid}/ns/mnt")).ok()?) {
         return None;
     }
     let mounts = Process::new(pid.as_raw()).and_then(|process| process.mountinfo()).ok()?;
     let overlay =
-        mounts.into_iter().find(|mount| mount.fs_type == "overlay" && Some(mount.majmin.as_str()) != root)?;
+        mounts.into_iter().find(|mount| mount.fs_type == "overlay" && !known.contains(&mount.majmin))?;
     Some(format!("has an overlay mounted at {}", overlay.mount_point.display().to_string().escape_debug()))
 }
 

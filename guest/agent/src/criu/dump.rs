@@ -2,11 +2,15 @@
 
 use std::{
     fs::{self, File},
+    io::{BufWriter, Write as _},
     path::{Path, PathBuf},
     time::Instant,
 };
 
-use machinen_protocol::api::{CheckpointContainerResponse, CheckpointFacts, CriuOptions, ImageFile};
+use machinen_protocol::{
+    api::{CheckpointContainerResponse, CheckpointFacts, CriuOptions, ImageFile},
+    copies,
+};
 use nix::mount::MsFlags;
 use protobuf::MessageField;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type};
@@ -26,7 +30,7 @@ use super::{
     volumes::VolumeDevice,
     watches,
 };
-use crate::{cgroup::Cgroup, disk::Disk, process::Process, reaper::Reaper, stdio};
+use crate::{cgroup::Cgroup, disk::Disk, layer::pack, process::Process, reaper::Reaper, stdio};
 
 const LOG: &str = "dump.log";
 /// The file system on the disk.
@@ -62,6 +66,10 @@ pub(crate) struct DumpSource<'a> {
     pub(crate) rootfs: &'a Path,
     /// The agent's directory of the container.
     pub(crate) dir: &'a Path,
+    /// Where the copies of the host's directories are mounted.
+    pub(crate) copies: Vec<PathBuf>,
+    /// The directories with what was written to the copies.
+    pub(crate) written: Vec<PathBuf>,
     /// The dump is restored on trial while the container continues.
     pub(crate) is_tried: bool,
 }
@@ -195,6 +203,7 @@ pub(crate) async fn dump(
     let unread = source.init.stdin().unread(stdin_sent).await.map_err(CriuError::Stdin)?;
     let path = images.join(STDIN);
     stdio::save_unread(&unread, &path).map_err(|source| CriuError::File { what: "write", path, source })?;
+    save_copies(&images, source.written.clone()).await?;
     facts.criu_version = version(&images.join(LOG));
     let criu_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
     let response =
@@ -213,13 +222,33 @@ struct Examined {
 /// must not wait for: it passes the requests for them on.
 async fn examine(source: &DumpSource<'_>, volumes: Option<VolumeDevice>) -> Result<Examined, CriuError> {
     let (init, cgroup) = (source.init.pid(), source.cgroup.clone());
-    let processes = FrozenProcesses { init, cgroup, volumes, is_tried: source.is_tried };
+    let copies = source.copies.clone();
+    let processes = FrozenProcesses { init, cgroup, volumes, copies, is_tried: source.is_tried };
     let examine = move || {
         check(&processes)?;
         let moved = sockets::moved(&processes)?;
         Ok(Examined { moved, one_namespace: in_one_mount_namespace(&processes)? })
     };
     spawn_blocking(examine).await.map_err(CriuError::Thread)?
+}
+
+/// Saves what was written to the copies of the host's directories. The container is frozen.
+async fn save_copies(images: &Path, written: Vec<PathBuf>) -> Result<(), CriuError> {
+    if written.is_empty() {
+        return Ok(());
+    }
+    let images = images.to_owned();
+    let save = move || {
+        written.iter().enumerate().try_for_each(|(number, upper)| {
+            let path = images.join(copies::image(number));
+            let failed = |source| CriuError::File { what: "write", path: path.clone(), source };
+            let mut output = BufWriter::new(File::create(&path).map_err(failed)?);
+            pack(upper, &mut output)?;
+            output.flush().map_err(failed)
+        })
+    };
+    // The agent has to answer other calls.
+    spawn_blocking(save).await.map_err(CriuError::Thread)?
 }
 
 /// Creates a directory on the disk, whose root has lost+found.
@@ -283,7 +312,7 @@ fn facts(source: &DumpSource<'_>) -> Result<CheckpointFacts, CriuError> {
         kernel_release: cpu::kernel(),
         cpu_flags: cpu::flags()?,
         descriptors: descriptors(source.init),
-        mounts: mounts::external(source.init.pid(), &source.dir.join("files"))?,
+        mounts: mounts::external(source.init.pid(), source.dir)?,
         limits,
         cgroups: source.cgroup.record(&LIMITS)?,
         ..Default::default()

@@ -60,6 +60,7 @@ pub(crate) use self::{
 use crate::{
     cgroup::{self, Cgroup, CgroupError},
     disk::DiskError,
+    layer::PackError,
 };
 
 /// Image with the unread bytes of the first process's stdin; missing when there are none. CRIU does not know
@@ -92,6 +93,8 @@ pub(crate) enum CriuError {
         "a process watches a file of a volume (inotify, fanotify) that has no known name: that cannot be restored"
     )]
     NamelessWatch,
+    #[error("cannot save what the container has written to a copy of a directory")]
+    Copy(#[from] PackError),
     #[error("cannot examine the UNIX sockets of {task}")]
     Sockets { task: Task, source: io::Error },
     #[error("criu has not saved the UNIX socket {name}")]

@@ -7,14 +7,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machinen_protocol::{api::ExternalMount, shares};
+use machinen_protocol::{api::ExternalMount, copies, shares};
 use nix::unistd::Pid;
 use pathrs::{InodeType, Root};
 use procfs::process::{MountInfo, Process};
 use tokio::task::spawn_blocking;
 
 use super::{CriuError, volumes};
-use crate::engine::{MountPoint, PointInVolume};
+use crate::{
+    container::copies::DIR,
+    engine::{MountPoint, PointInVolume},
+};
 
 /// File systems that CRIU mounts anew, although they are the same as the VM's.
 const REMADE: [&str; 5] = ["proc", "sysfs", "cgroup2", "mqueue", "devpts"];
@@ -40,19 +43,33 @@ pub(crate) async fn make_points_in_volumes(points: &[PointInVolume]) -> Result<(
     spawn_blocking(make).await.map_err(CriuError::Thread)?
 }
 
-/// Finds these mounts in the container whose init is `init`; `files` is the directory in which the agent
-/// keeps the container's files.
+/// The devices of the file systems that the agent has mounted at these paths.
+///
+/// # Errors
+/// Those of reading /proc/self/mountinfo.
+pub(super) fn devices_at(paths: &[PathBuf]) -> Result<Vec<String>, CriuError> {
+    let mounts = Process::myself().and_then(|process| process.mountinfo()).map_err(CriuError::Inspect)?;
+    let mounts = mounts.into_iter().filter(|mount| paths.contains(&mount.mount_point));
+    Ok(mounts.map(|mount| mount.majmin).collect())
+}
+
+/// Finds these mounts in the container whose init is `init`; `dir` is the agent's directory of the container.
 ///
 /// # Errors
 /// Those of reading /proc/PID/mountinfo.
-pub(super) fn external(init: Pid, files: &Path) -> Result<Vec<ExternalMount>, CriuError> {
+pub(super) fn external(init: Pid, dir: &Path) -> Result<Vec<ExternalMount>, CriuError> {
     let of = |process: Result<Process, _>| process.and_then(|process| process.mountinfo());
     let ours = of(Process::myself()).map_err(CriuError::Inspect)?;
     let theirs = of(Process::new(init.as_raw())).map_err(CriuError::Inspect)?;
-    Ok(among(ours.into_iter().collect(), theirs.into_iter().collect(), files))
+    Ok(among(ours.into_iter().collect(), theirs.into_iter().collect(), dir))
 }
 
-fn among(ours: Vec<MountInfo>, theirs: Vec<MountInfo>, files: &Path) -> Vec<ExternalMount> {
+fn among(ours: Vec<MountInfo>, theirs: Vec<MountInfo>, dir: &Path) -> Vec<ExternalMount> {
+    let (files, all_copies) = (dir.join("files"), dir.join(DIR));
+    let copy_at = |at: &Path| -> Option<usize> {
+        let below = at.strip_prefix(&all_copies).ok()?.to_str()?;
+        below.strip_suffix("/rootfs")?.parse().ok()
+    };
     // Mount points of the VM at which a whole file system is mounted, by file system.
     let whole: HashMap<String, PathBuf> = ours
         .into_iter()
@@ -65,8 +82,15 @@ fn among(ours: Vec<MountInfo>, theirs: Vec<MountInfo>, files: &Path) -> Vec<Exte
         .filter_map(|mount| {
             let at = whole.get(&mount.majmin)?;
             let source = at.join(unescaped(&mount.root).trim_start_matches('/'));
-            let source = if source.starts_with(files) { String::new() } else { source.display().to_string() };
             let destination = unescaped(&mount.mount_point.display().to_string());
+            if let Some(number) = copy_at(at) {
+                // CRIU itself finds other mounts of it.
+                let source = copies::source(number);
+                let is_first = mount.root == "/" && seen.insert(source.clone());
+                return is_first.then_some(ExternalMount { destination, source, ..Default::default() });
+            }
+            let source =
+                if source.starts_with(&files) { String::new() } else { source.display().to_string() };
             let found = ExternalMount { destination, source, ..Default::default() };
             // CRIU itself finds what the container has mounted: other mounts of its root and of its volumes, or of a
             // part of these.
@@ -122,6 +146,7 @@ mod tests {
             "20 1 0:20 / /run rw - tmpfs run rw",
             "21 20 0:30 / /run/machinen-shares rw - fuse.machinen machinen rw",
             "22 20 0:31 / /run/machinen/c/rootfs rw - overlay overlay rw",
+            "23 20 0:32 / /run/machinen/c/copies/1/rootfs rw - overlay overlay rw",
         ];
         let theirs = [
             "30 1 0:31 / / rw - overlay overlay rw",
@@ -131,14 +156,18 @@ mod tests {
             "34 30 0:30 /dir-0/sub /part rw - fuse.machinen machinen rw",
             "35 30 0:20 /machinen/c/files/0 /etc/hosts rw - tmpfs run rw",
             "36 30 0:31 /var /mnt rw - overlay overlay rw",
+            "37 30 0:32 / /copy rw - overlay overlay rw",
+            "38 30 0:32 / /copied rw - overlay overlay rw",
+            "39 30 0:32 /sub /sub rw - overlay overlay rw",
         ];
-        let found = among(mounts(&ours), mounts(&theirs), Path::new("/run/machinen/c/files"));
+        let found = among(mounts(&ours), mounts(&theirs), Path::new("/run/machinen/c"));
         let found: Vec<_> =
             found.iter().map(|mount| (mount.destination.as_str(), mount.source.as_str())).collect();
         let expected = [
             ("/my data", "/run/machinen-shares/dir-0"),
             ("/etc/f", "/run/machinen-shares/file-1"),
             ("/etc/hosts", ""),
+            ("/copy", "machinen-copy:1"),
         ];
         assert_eq!(found, expected);
     }

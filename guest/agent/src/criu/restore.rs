@@ -10,7 +10,10 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use machinen_protocol::api::{CheckpointFacts, CriuOptions, ExternalMount, NestedCgroup};
+use machinen_protocol::{
+    api::{CheckpointFacts, CriuOptions, ExternalMount, NestedCgroup},
+    copies,
+};
 use nix::{
     mount::{MntFlags, MsFlags, umount2},
     sys::socket::{ControlMessage, MsgFlags, sendmsg},
@@ -50,6 +53,8 @@ pub(crate) struct RestoreTarget<'a> {
     pub(crate) files: &'a [FileMount],
     /// The volumes of the container's configuration, by their paths in the VM.
     pub(crate) volumes: &'a [PathBuf],
+    /// Where the copies of the host's directories are mounted in the VM, in the order of the checkpoint's.
+    pub(crate) copies: &'a [PathBuf],
     /// The new hostname in the processes' UTS namespace; empty keeps the old one.
     pub(crate) hostname: &'a str,
 }
@@ -313,9 +318,16 @@ fn pass_on(terminal: &OwnedFd, master: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// What is mounted there: a file or a volume of the container's own configuration, or a character device, to which the
+/// What is mounted there: a file, a volume or a copy of the container's own configuration, or a character device, to which the
 /// container's cgroup controls the access. Anything else of this VM belongs to others, whatever the checkpoint says.
 fn source(mount: &ExternalMount, target: &RestoreTarget<'_>) -> Result<String, CriuError> {
+    if let Some(number) = copies::number(&mount.source) {
+        let copy = target.copies.get(number).ok_or_else(|| CriuError::ForeignMount {
+            destination: mount.destination.clone(),
+            path: mount.source.clone(),
+        })?;
+        return Ok(copy.display().to_string());
+    }
     if !mount.source.is_empty() {
         let path = Path::new(&mount.source);
         return match target.volumes.iter().any(|volume| volume == path) || is_device(path) {
@@ -356,6 +368,7 @@ mod tests {
             dir: Path::new("/run/c"),
             files: &files,
             volumes: &["/run/machinen-shares/dir-3".into()],
+            copies: &["/run/c/copies/0/rootfs".into()],
             hostname: "",
         };
         let mount = |destination: &str, source: &str| {
@@ -369,6 +382,7 @@ mod tests {
         assert_eq!(mount("/etc/hosts", "").unwrap(), "/run/c/files/0");
         assert_eq!(mount("/proc/kcore", "/dev/null").unwrap(), "/dev/null");
         assert_eq!(mount("/data", "/run/machinen-shares/dir-3").unwrap(), "/run/machinen-shares/dir-3");
+        assert_eq!(mount("/copy", "machinen-copy:0").unwrap(), "/run/c/copies/0/rootfs");
         assert!(matches!(mount("/etc/passwd", ""), Err(CriuError::NoFile { .. })));
         for foreign in [
             "/",
@@ -380,6 +394,7 @@ mod tests {
             "dev/null",
             "/run/machinen-shares/dir-4",
             "/run/machinen-shares/dir-3/below",
+            "machinen-copy:1",
         ] {
             assert!(matches!(mount("/x", foreign), Err(CriuError::ForeignMount { .. })), "{foreign}");
         }

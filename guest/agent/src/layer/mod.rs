@@ -22,7 +22,7 @@ use tokio::{
 
 use crate::channel::Stream;
 
-pub(crate) use pack::PackError;
+pub(crate) use pack::{PackError, pack};
 pub(crate) use stamp::Stamp;
 
 /// Size of a chunk, bytes.
@@ -49,7 +49,7 @@ pub(crate) async fn export(upper: PathBuf, mut stream: Stream) -> Result<u64, La
     let (sender, mut chunks) = mpsc::channel::<Vec<u8>>(WAITING);
     let packed = spawn_blocking(move || {
         let mut output = Chunks { sender, chunk: Vec::with_capacity(CHUNK) };
-        pack::pack(&upper, &mut output)
+        pack(&upper, &mut output)
     });
     let mut total = 0;
     while let Some(chunk) = chunks.recv().await {

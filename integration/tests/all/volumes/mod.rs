@@ -1,6 +1,7 @@
 //! Volumes: bind mounts of the host's files and directories.
 
 mod checkpoint;
+mod copies;
 mod disks;
 mod escape;
 mod files;

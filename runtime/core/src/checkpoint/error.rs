@@ -73,6 +73,38 @@ pub enum CheckpointError {
         /// The path in the container.
         destination: String,
     },
+    /// The new container lacks a copy mount.
+    #[error(
+        "the checkpoint has a copy mount at {destination}, for which the configuration has none: add it to the annotation \
+         io.machinen.copy-mount"
+    )]
+    NoCopy {
+        /// The path in the checkpoint's configuration.
+        destination: String,
+    },
+    /// The new container has a copy mount that the checkpoint lacks.
+    #[error(
+        "the configuration has a copy mount at {}, which the checkpoint does not have: remove it from the annotation \
+         io.machinen.copy-mount",
+        destination.display()
+    )]
+    NewCopy {
+        /// The path in the new configuration.
+        destination: PathBuf,
+    },
+    /// The copied files are not those of the checkpoint.
+    #[error(
+        "the copy mount at {destination} was made of the files {theirs}, which are not in the cache any more, and the \
+         directory has other files now, {ours}"
+    )]
+    CopyBase {
+        /// The path in the container.
+        destination: String,
+        /// The base disk of the checkpoint.
+        theirs: String,
+        /// The base disk of the directory.
+        ours: RootdiskKey,
+    },
     /// The directory for a new checkpoint has files in it.
     #[error("{} is not empty: a checkpoint needs a directory of its own", path.display())]
     NotEmpty {
@@ -223,6 +255,9 @@ impl HasKind for CheckpointError {
             Self::CoveredVolume { .. }
             | Self::NoVolume { .. }
             | Self::NewVolume { .. }
+            | Self::NoCopy { .. }
+            | Self::NewCopy { .. }
+            | Self::CopyBase { .. }
             | Self::VolumeKind { .. }
             | Self::ReadOnlyVolume { .. }
             | Self::Format { .. }

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    CheckpointError,
+    CheckpointError, ManifestCopy,
     digest::PART,
     volumes::{self, ManifestVolume},
 };
@@ -79,6 +79,10 @@ pub struct CheckpointManifest {
     /// The volumes. An earlier version that restores the checkpoint without them is refused by CRIU.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<ManifestVolume>,
+    /// The copy mounts, in the order of their images. An earlier version that restores the checkpoint without them is
+    /// refused by its guest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub copies: Vec<ManifestCopy>,
     /// Files of the container's cgroup, with their content.
     pub limits: BTreeMap<String, String>,
     /// The container's cgroup with the settings that are not among the limits, and all cgroups below it,

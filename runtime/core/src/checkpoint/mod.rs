@@ -9,6 +9,7 @@
 //! The guest's report about its images (names, sizes, offsets) is validated before the host uses it. The
 //! manifest is written last, so a directory without it has no complete checkpoint.
 
+mod copies;
 mod digest;
 mod directory;
 mod disk;
@@ -21,12 +22,14 @@ mod report;
 mod save;
 mod volumes;
 
+pub use copies::ManifestCopy;
 pub use error::CheckpointError;
 pub use files::{clear, remove, verify};
 pub use manifest::{CheckpointManifest, DumpOptions, FORMAT, ImageDigest, MANIFEST, ManifestMount};
 pub use save::SavedCheckpoint;
 pub use volumes::ManifestVolume;
 
+pub(crate) use copies::{arrange as arrange_copies, check_base as check_copy_base, open_written};
 pub(crate) use disk::ImageDisk;
 pub(crate) use save::{DumpImages, copy, copy_reports, save};
 pub(crate) use volumes::check as check_volumes;

@@ -10,7 +10,14 @@ use std::collections::HashMap;
 use machinen_base::error::{ErrorKind, HasKind};
 use machinen_vm::{ChannelKind, ChannelMode, VmSpec};
 
-use super::{Config, TcpMode, TemplateMode, VerifyMode, VmConfig, ports::parse_ports};
+use super::{
+    Config, TcpMode, TemplateMode, VerifyMode, VmConfig,
+    copies::{InvalidCopy, parse_copies},
+    ports::parse_ports,
+};
+
+/// Annotations of this prefix are on containers of Kubernetes pods (containerd's CRI plugin and CRI-O).
+const KUBERNETES: &str = "io.kubernetes.cri";
 
 /// The prefix of machinen's annotations.
 pub const PREFIX: &str = "io.machinen.";
@@ -56,6 +63,7 @@ type Differs = fn(&Config, &VmSpec) -> Option<String>;
 
 const PORT_LIST: &str = "ports as [ADDRESS:]HOST:CONTAINER[/udp], such as 8080:80, 0.0.0.0:53:53/udp or [::1]:80:80, separated by \
                          commas; each of the host's once, and at most 128";
+const COPY_LIST: &str = "copy mounts as HOST:CONTAINER with two absolute paths without `..`, such as /srv/data:/data, separated by commas";
 const DIGEST: &str = "sha256: and 64 lower-case hexadecimal digits";
 
 /// Every annotation, with its scope and its effect.
@@ -90,6 +98,29 @@ pub const KEYS: &[Annotation] = &[
             let max = config.annotations.max_rootdisk_size_mib.max(config.rootdisk.writable_size_mib);
             at_most(mib, max, "max_rootdisk_size_mib")?;
             config.rootdisk.writable_size_mib = mib.into();
+            Ok(())
+        },
+    },
+    Annotation {
+        name: "copy-mount",
+        scope: Scope::Container,
+        apply: |config, value| {
+            config.rootdisk.copies = parse_copies(value).map_err(|invalid| match invalid {
+                InvalidCopy::Malformed(_) => Refusal::Malformed(COPY_LIST),
+                InvalidCopy::Duplicate(_) => "copy mounts whose destinations differ".into(),
+                InvalidCopy::TooMany => "at most 16 copy mounts".into(),
+            })?;
+            Ok(())
+        },
+    },
+    Annotation {
+        name: "copy-mount-size",
+        scope: Scope::Container,
+        apply: |config, value| {
+            let mib = number(value, 64, 1 << 24).ok_or("a whole number of MiB from 64 to 16777216")?;
+            let max = config.annotations.max_rootdisk_size_mib.max(config.rootdisk.copy_size_mib);
+            at_most(mib, max, "max_rootdisk_size_mib")?;
+            config.rootdisk.copy_size_mib = mib.into();
             Ok(())
         },
     },
@@ -247,6 +278,11 @@ pub enum AnnotationError {
         /// The annotation, without its prefix.
         name: &'static str,
     },
+    /// The annotation would show a pod what only the node's administrator may show it.
+    #[error(
+        "annotation {PREFIX}copy-mount names directories of the host and is not allowed for pods; rootdisk.copies_in_pods in the configuration decides"
+    )]
+    InPod,
     /// The annotation shapes the VM, and the pod's VM runs with another value.
     #[error(
         "annotation {PREFIX}{name} has the value {value:?}, but the container joins a VM that runs with {running}; remove the annotation, set it on the pod's first container, or use a pod of its own"
@@ -264,7 +300,7 @@ pub enum AnnotationError {
 impl HasKind for AnnotationError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::NotAllowed { .. } | Self::TooLarge { .. } => ErrorKind::PermissionDenied,
+            Self::NotAllowed { .. } | Self::InPod | Self::TooLarge { .. } => ErrorKind::PermissionDenied,
             Self::VmRuns { .. } => ErrorKind::FailedPrecondition,
             Self::BadValue { .. } | Self::Unknown { .. } => ErrorKind::InvalidArgument,
         }
@@ -290,6 +326,11 @@ pub fn apply(config: &Config, annotations: &HashMap<String, String>) -> Result<C
         if matches!(key.scope, Scope::Vm(_)) && !config.annotations.templates {
             result.template.mode = without_builds(config.template.mode);
         }
+    }
+    // Whoever may make a pod may not read the host's directories.
+    let in_pod = annotations.keys().any(|name| name.starts_with(KUBERNETES));
+    if in_pod && !result.rootdisk.copies.is_empty() && !config.rootdisk.copies_in_pods {
+        return Err(AnnotationError::InPod);
     }
     Ok(result)
 }

@@ -1,6 +1,7 @@
 //! The configuration file. Every key has a default, and `config/machinen.toml` documents all of them.
 
 pub mod annotations;
+pub mod copies;
 pub mod ports;
 
 use std::{
@@ -16,6 +17,7 @@ use machinen_storage::{container_disk::ContainerDiskOptions, rootdisk::BuildOpti
 use machinen_vm::{ChannelMode, MAX_NICS, accel::AccelMode};
 use serde::{Deserialize, Serialize};
 
+use copies::CopyMount;
 use ports::PublishedPort;
 
 /// The environment variable that names the configuration file.
@@ -239,6 +241,13 @@ pub struct RootdiskConfig {
     pub export_timeout_s: u64,
     /// mke2fs, a path or a name that is looked up in PATH.
     pub mke2fs: PathBuf,
+    /// The directories of the host that the container gets copies of, by an annotation.
+    #[serde(skip)]
+    pub copies: Vec<CopyMount>,
+    /// How much a container may write to each of its copies, MiB.
+    pub copy_size_mib: u64,
+    /// Whether annotations of Kubernetes pods may name directories of the host.
+    pub copies_in_pods: bool,
 }
 
 /// What `machinen boot` keeps.
@@ -372,6 +381,11 @@ impl RootdiskConfig {
         ContainerDiskOptions { cache: dir, size: writable_size_mib << 20, mke2fs, reserve: self.reserve() }
     }
 
+    /// How the disks are made to which containers write what they change in copies of the host's directories.
+    pub(crate) fn copy_disks(&self) -> ContainerDiskOptions {
+        ContainerDiskOptions { size: self.copy_size_mib << 20, ..self.container_disks() }
+    }
+
     /// How base disks are made.
     pub fn base_disks(&self) -> BuildOptions {
         let Self { min_size_mib, mke2fs, .. } = self.clone();
@@ -394,6 +408,9 @@ impl Default for RootdiskConfig {
             layer_max_entries: 300_000,
             export_timeout_s: 900,
             mke2fs: "mke2fs".into(),
+            copies: Vec::new(),
+            copy_size_mib: 4096,
+            copies_in_pods: false,
         }
     }
 }

@@ -24,6 +24,7 @@ use tokio::{sync::mpsc, task::spawn_blocking};
 use super::{
     Container, ContainerId, Pod, PodError, PodEvent,
     checkpoint_guest::{Dump, DumpOutcome},
+    copies::OpenCopy,
     host_disks::HostDiskError,
     phases::PhaseTimes,
     state::{PodRequest, ProcessState},
@@ -210,6 +211,7 @@ fn manifest(
         created: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         container: container.id.to_string(),
         rootdisk: container.base.map(|key| key.to_string()),
+        copies: container.copies.iter().map(OpenCopy::recorded).collect(),
         config: format!("sha256:{:x}", Sha256::digest(config)),
         hostname: Some(hostname),
         terminal: container.init.stdio.terminal,

@@ -23,8 +23,8 @@ use protobuf::MessageField;
 use tokio::{sync::mpsc, task::spawn_blocking};
 
 use super::{
-    Container, Pod, PodError, connections::HeldConnections, frozen::Frozen, phases::PhaseTimes,
-    verify::TrialDisk,
+    Container, Pod, PodError, connections::HeldConnections, copies::OpenCopy, frozen::Frozen,
+    phases::PhaseTimes, verify::TrialDisk,
 };
 use crate::{
     checkpoint::{CheckpointError, DumpImages, DumpOptions},
@@ -280,7 +280,8 @@ impl<'a> Dump<'a> {
     async fn scratch_disk(&self) -> Result<(File, u64), PodError> {
         let memory = u64::from(self.container.vm.spec().memory_mib) << 20;
         let before = if self.container.checkpoint_config.pre_dump { memory } else { 0 };
-        let size = memory * 5 / 4 + before + OTHER_IMAGES;
+        let written = self.container.copies.iter().map(OpenCopy::written).sum::<Result<u64, _>>()?;
+        let size = memory * 5 / 4 + before + written * 5 / 4 + OTHER_IMAGES;
         let options = ContainerDiskOptions { size, ..self.pod.shared.config.rootdisk.container_disks() };
         let make = move || container_disk::scratch(&options);
         let file = spawn_blocking(make).await.map_err(PodError::Worker)??;

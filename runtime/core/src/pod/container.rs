@@ -13,6 +13,7 @@ use tokio::sync::RwLock;
 use super::{
     ContainerId, ContainerProcess, PodError,
     anchor::Anchor,
+    copies::OpenCopy,
     create::Attachments,
     exec::Execs,
     kill_clock::KillClock,
@@ -62,6 +63,8 @@ pub struct Container {
     pub(super) checkpoint_config: config::CheckpointConfig,
     /// The mounts of the root file system that the caller asked for.
     pub(super) rootfs: Vec<RootfsMount>,
+    /// The copies of the host's directories.
+    pub(super) copies: Vec<OpenCopy>,
     /// A block device of the host that the container uses.
     pub(super) host_disk: Option<PathBuf>,
     pub(super) hooks: ContainerHooks,
@@ -79,6 +82,7 @@ pub(super) struct ContainerStorage {
     pub(super) checkpoint: Option<RestoreDisk>,
     pub(super) checkpoint_config: config::CheckpointConfig,
     pub(super) rootfs: Vec<RootfsMount>,
+    pub(super) copies: Vec<OpenCopy>,
     pub(super) host_disk: Option<PathBuf>,
 }
 
@@ -110,6 +114,7 @@ impl Container {
             checkpoint,
             checkpoint_config,
             rootfs,
+            copies,
             host_disk,
         } = storage;
         Self {
@@ -131,6 +136,7 @@ impl Container {
             checkpoint: Mutex::new(checkpoint),
             checkpoint_config,
             rootfs,
+            copies,
             host_disk,
             hooks,
             deleting: tokio::sync::Mutex::default(),

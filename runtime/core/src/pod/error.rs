@@ -15,6 +15,7 @@ use machinen_vm::{
 use super::{
     ContainerId, ExecId,
     anchor::AnchorError,
+    copies::CopyError,
     host_disks::HostDiskError,
     namespaces::NamespaceError,
     receive::ReceiveError,
@@ -79,6 +80,9 @@ pub enum PodError {
         /// The cause.
         source: StateError,
     },
+    /// A directory of the host cannot be copied.
+    #[error(transparent)]
+    Copy(#[from] CopyError),
     /// A block device of the host cannot be used.
     #[error(transparent)]
     HostDisk(#[from] HostDiskError),
@@ -294,6 +298,7 @@ impl HasKind for PodError {
             Self::HostCgroup(error) => error.kind(),
             Self::Accel(error) => error.kind(),
             Self::Admission(error) => error.kind(),
+            Self::Copy(error) => error.kind(),
             Self::Share(error) => error.kind(),
             Self::HostDisk(error) => error.kind(),
             Self::Resources { .. } => ErrorKind::InvalidArgument,

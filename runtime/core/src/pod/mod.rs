@@ -15,6 +15,7 @@ mod checkpoint;
 mod checkpoint_guest;
 mod connections;
 mod container;
+mod copies;
 mod cover;
 mod create;
 mod error;
@@ -74,6 +75,7 @@ use stdio::StreamOwner;
 
 pub use checkpoint::CheckpointRequest;
 pub use container::Container;
+pub use copies::CopyError;
 pub use create::CreateRequest;
 pub use error::PodError;
 pub use exec::ExecRequest;

@@ -7,6 +7,7 @@
 //! ```
 
 use std::{
+    fs::File,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -25,7 +26,7 @@ use tokio::task::spawn_blocking;
 use super::{Container, PodError, phases::PhaseTimes};
 use crate::{
     checkpoint::{self, CheckpointError, CheckpointManifest, ImageDisk},
-    config,
+    config::{self, copies::CopyMount},
     shares::{SharedVolume, Volume},
     spec,
 };
@@ -129,6 +130,29 @@ impl RestorePlan {
     /// Checks that the container's volumes take the places of those of the checkpoint.
     pub(super) fn check_volumes(&self, volumes: &[Volume]) -> Result<(), PodError> {
         checkpoint::check_volumes(&self.manifest.volumes, volumes).map_err(|source| self.failed(source))
+    }
+
+    /// Brings the container's copy mounts into the order of those of the checkpoint.
+    pub(super) fn arrange_copies(&self, configured: &[CopyMount]) -> Result<Vec<CopyMount>, PodError> {
+        checkpoint::arrange_copies(&self.manifest.copies, configured).map_err(|source| self.failed(source))
+    }
+
+    /// The disk of which the copy of this number was made.
+    pub(super) fn copy_base(&self, number: usize) -> Option<RootdiskKey> {
+        self.manifest.copies.get(number)?.rootdisk.parse().ok()
+    }
+
+    /// Checks that the copy of this number is one of the same files.
+    pub(super) fn check_copy_base(&self, number: usize, base: RootdiskKey) -> Result<(), PodError> {
+        let recorded = self.manifest.copies.get(number);
+        let checked = recorded.map_or(Ok(()), |recorded| checkpoint::check_copy_base(recorded, base));
+        checked.map_err(|source| self.failed(source))
+    }
+
+    /// Opens what the container had written to the copy of this number. Blocks.
+    pub(super) fn open_written(&self, number: usize) -> Result<File, PodError> {
+        let opened = checkpoint::open_written(&self.dir, &self.manifest, number);
+        opened.map_err(|source| self.failed(source))
     }
 
     pub(super) fn has_terminal(&self) -> bool {

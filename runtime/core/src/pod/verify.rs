@@ -20,6 +20,7 @@ use tokio::{sync::MutexGuard, task::spawn_blocking};
 
 use super::{
     Container, CreateRequest, Pod, PodError,
+    copies::{self, OpenCopy},
     create::{self, Attachments, CheckpointOrigin, ContainerDisks, CreatePlan, OpenDisks},
     layer,
     leftovers::VM_DIR,
@@ -125,12 +126,15 @@ impl Pod {
         let phases = PhaseTimes::default();
         let request = plan.vm_request();
         let disks = async {
-            let (base, own, checkpoint) = tokio::try_join!(
+            let (base, own, checkpoint, copies) = tokio::try_join!(
                 create::base_disk(&plan, id),
                 layer::trial_disk(&plan.rootfs, &plan.config, trial_disk.copy),
                 restore_disk(plan.restore.as_ref(), &phases),
+                copies::open(&plan, id),
             )?;
-            Ok(ContainerDisks { root: create::root_disks(&plan, base, own), checkpoint, host: Vec::new() })
+            let root = create::root_disks(&plan, base, own);
+            let open = ContainerDisks { root, checkpoint, host: Vec::new(), copies: Vec::new() };
+            Ok((open, copies))
         };
         let (mut acquired, disks) =
             create::with_vm(sandbox.acquire(id, &request, ready(None)), disks).await?;
@@ -169,13 +173,13 @@ impl Pod {
         id: &str,
         shares: &PodShares,
         vm: &Vm,
-        disks: &OpenDisks,
+        (disks, copies): &(OpenDisks, Vec<OpenCopy>),
         network: Option<&PodNetwork>,
     ) -> Result<(), PodError> {
         let injected = plan.read_injected().await?;
         // The disks and the volumes stay until the VM ends.
         let attachments = Attachments::new(vm.clone(), plan.config.rootdisk.reserve(), false);
-        let (addresses, agent) = attachments.attach(id, disks, &[], &PhaseTimes::default()).await?;
+        let (addresses, agent) = attachments.attach(id, disks, &[], copies, &PhaseTimes::default()).await?;
         if let Some(network) = network {
             // Sockets are bound to these addresses. The trial's network device is connected with nothing.
             network.copy_to(&agent).await.map_err(PodError::Network)?;

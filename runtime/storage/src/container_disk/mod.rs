@@ -23,6 +23,7 @@
 //! - [`ContainerDiskPlan::open`] removes the labelled disks whose directory is gone. The snapshotter removes a
 //!   disk that is next to an upper directory, and the owner of a bundle the one in the bundle.
 
+mod archived;
 mod blank;
 mod blockfile;
 mod copy;
@@ -45,7 +46,12 @@ use machinen_base::{
 };
 
 use self::native::NativeDisks;
-pub use self::{blank::scratch, copy::unnamed_copy, error::ContainerDiskError};
+pub use self::{
+    archived::{from_archive, sweep_archives},
+    blank::scratch,
+    copy::unnamed_copy,
+    error::ContainerDiskError,
+};
 use crate::{
     layer::{self, AppliedLayer, EarlierExports, LayerError, LayerLimits, LayerTarget, PreviousLayer},
     rootdisk::{Rootdisk, RootdiskCache, RootdiskError, RootdiskKey},

@@ -139,7 +139,7 @@ pub fn store(
 }
 
 /// Like [`apply`], in a thread that can reach only the two directories.
-fn apply_confined(
+pub(crate) fn apply_confined(
     archive: impl Read + Send,
     root: BorrowedFd<'_>,
     lower: Option<BorrowedFd<'_>>,

@@ -106,6 +106,33 @@ fn unknown_and_disallowed_keys_are_refused() {
     assert_eq!(apply(&config, &annotations), Err(AnnotationError::NotAllowed { name: "vcpus" }));
 }
 
+#[test]
+fn copies_are_not_for_pods_unless_the_configuration_says_so() {
+    let mut annotations = HashMap::from([("io.machinen.copy-mount".to_owned(), "/srv:/data".to_owned())]);
+    let applied = apply(&Config::default(), &annotations).unwrap();
+    assert_eq!(applied.rootdisk.copies.len(), 1);
+    assert_eq!(applied.rootdisk.copy_size_mib, 4096);
+    for pod in ["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"] {
+        let mut annotations = annotations.clone();
+        annotations.insert(pod.to_owned(), "container".to_owned());
+        let error = apply(&Config::default(), &annotations).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::PermissionDenied);
+        assert!(error.to_string().contains("rootdisk.copies_in_pods"), "{error}");
+        let mut config = Config::default();
+        config.rootdisk.copies_in_pods = true;
+        apply(&config, &annotations).unwrap();
+    }
+    annotations.insert("io.machinen.copy-mount-size".to_owned(), "16385".to_owned());
+    let error = apply(&Config::default(), &annotations).unwrap_err();
+    assert!(error.to_string().contains("max_rootdisk_size_mib"), "{error}");
+    for (value, words) in [("data:/data", "two absolute paths"), ("/a:/x,/b:/x", "whose destinations differ")]
+    {
+        let annotations = HashMap::from([("io.machinen.copy-mount".to_owned(), value.to_owned())]);
+        let error = apply(&Config::default(), &annotations).unwrap_err();
+        assert!(error.to_string().contains(words) && error.to_string().contains(value), "{error}");
+    }
+}
+
 /// The VM of a container with the default configuration.
 fn running() -> VmSpec {
     let accel = machinen_vm::accel::Accelerator::Kvm;

@@ -6,7 +6,7 @@ use machinen_protocol::api::InjectedFile;
 use machinen_vm::{DiskAddress, agent};
 
 use super::{
-    disks::{Attachments, ContainerDisks},
+    disks::{Attachments, ContainerDisks, PendingDisks},
     finish::Attached,
     undo::{CreateJob, Held},
 };
@@ -59,8 +59,9 @@ impl CreateJob<'_> {
         &self,
         held: &Held,
     ) -> Result<(AttachedDisks, Option<Arc<PodNetwork>>), PodError> {
-        let disks =
-            held.attachments.attach(&self.request.id, &held.disks.open, &self.plan.host_disks, self.phases);
+        let PendingDisks { open, copies, .. } = &held.disks;
+        let host = &self.plan.host_disks;
+        let disks = held.attachments.attach(&self.request.id, open, host, copies, self.phases);
         let network = async {
             let namespace = held.anchor.netns().map_err(NetworkError::Enter).map_err(PodError::Network)?;
             let sandbox = &self.pod.shared.sandbox;

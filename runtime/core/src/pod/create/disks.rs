@@ -19,7 +19,14 @@ use tokio::task::spawn_blocking;
 use super::CreatePlan;
 use crate::{
     checkpoint::ImageDisk,
-    pod::{PodError, host_disks::HostDiskFile, layer, phases::PhaseTimes, restore},
+    pod::{
+        PodError,
+        copies::{self, OpenCopy},
+        host_disks::HostDiskFile,
+        layer,
+        phases::PhaseTimes,
+        restore,
+    },
 };
 
 /// The disks of a container: those of its root file system, and the one with the checkpoint's images if the
@@ -30,6 +37,8 @@ pub(in crate::pod) struct ContainerDisks<T, C = T> {
     pub(in crate::pod) checkpoint: Option<C>,
     /// Block devices of the host that are attached.
     pub(in crate::pod) host: Vec<api::HostDisk>,
+    /// Copies of directories of the host that are attached.
+    pub(in crate::pod) copies: Vec<api::CopyMount>,
 }
 
 /// The disks of a container on the host.
@@ -43,6 +52,7 @@ pub(super) struct PendingDisks {
     pub(super) base: Option<RootdiskKey>,
     /// Removes a new writable disk, unless the container is created.
     pub(super) writable: PendingDisk,
+    pub(super) copies: Vec<OpenCopy>,
 }
 
 impl PendingDisks {
@@ -82,15 +92,16 @@ fn file_spec(
 /// # Errors
 /// A disk cannot be made or opened. A new writable disk is removed then.
 pub(super) async fn open(plan: &CreatePlan, id: &str, phases: &PhaseTimes) -> Result<PendingDisks, PodError> {
-    let (base, (own, writable), checkpoint) = tokio::try_join!(
+    let (base, (own, writable), checkpoint, copies) = tokio::try_join!(
         phases.time("rootdisk", base_disk(plan, id)),
         phases.time("writable", layer::open_disk(&plan.rootfs, &plan.config)),
         restore::restore_disk(plan.restore.as_ref(), phases),
+        phases.time("copies", copies::open(plan, id)),
     )?;
     let key = base.as_ref().map(|base| base.key);
     let root = root_disks(plan, base, own);
-    let open = ContainerDisks { root, checkpoint, host: Vec::new() };
-    Ok(PendingDisks { open, base: key, writable })
+    let open = ContainerDisks { root, checkpoint, host: Vec::new(), copies: Vec::new() };
+    Ok(PendingDisks { open, base: key, writable, copies })
 }
 
 /// Sorts the disks of a root file system. `base`: the result of [`base_disk`]; `own`: the disk that belongs to
@@ -150,6 +161,7 @@ impl Attachments {
         id: &str,
         disks: &OpenDisks,
         host: &[HostDiskFile],
+        copies: &[OpenCopy],
         phases: &PhaseTimes,
     ) -> Result<(ContainerDisks<DiskAddress>, agent::Client), PodError> {
         let base = async |disk| {
@@ -184,9 +196,28 @@ impl Attachments {
             self.attach_disk("attach the checkpoint", disk).await.map(Some)
         };
         let ready = phases.time("vm-ready", async { self.vm.agent().await.map_err(PodError::Boot) });
-        let host = self.attach_host(id, host);
-        let (root, checkpoint, host, agent) = tokio::try_join!(root, checkpoint, host, ready)?;
-        Ok((ContainerDisks { root, checkpoint, host }, agent))
+        let (host, copies) = (self.attach_host(id, host), self.attach_copies(id, copies));
+        let (root, checkpoint, host, copies, agent) =
+            tokio::try_join!(root, checkpoint, host, copies, ready)?;
+        Ok((ContainerDisks { root, checkpoint, host, copies }, agent))
+    }
+
+    /// Attaches both disks of each copy.
+    async fn attach_copies(&self, id: &str, copies: &[OpenCopy]) -> Result<Vec<api::CopyMount>, PodError> {
+        let mut attached = Vec::new();
+        for (number, OpenCopy { destination, base, writable }) in copies.iter().enumerate() {
+            let base = file_spec(&base.file, true, format!("copy-{number}-{id}"), self.reserve)?;
+            let writable = file_spec(writable, false, format!("copyrw-{number}-{id}"), self.reserve)?;
+            let base = self.attach_disk("attach the disk of a copy mount", base).await?;
+            let writable = self.attach_disk("attach the disk of a copy mount", writable).await?;
+            let disks = RootDisks::Overlay { base, writable }.map(api::Disk::from);
+            attached.push(api::CopyMount {
+                destination: destination.display().to_string(),
+                rootfs: MessageField::some(disks.into_message()),
+                ..api::CopyMount::default()
+            });
+        }
+        Ok(attached)
     }
 
     /// Attaches block devices of the host.
@@ -253,6 +284,7 @@ pub(in crate::pod) fn request(
         stdio: MessageField::some(stdio),
         files,
         host_disks: disks.host.clone(),
+        copies: disks.copies.clone(),
         ..Default::default()
     })
 }

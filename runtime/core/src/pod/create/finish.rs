@@ -237,6 +237,7 @@ impl CreateJob<'_> {
             checkpoint,
             checkpoint_config: plan.config.checkpoint,
             rootfs: create.rootfs,
+            copies: disks.copies,
             host_disk: plan.host_disks.first().map(|disk| disk.path.clone()),
         };
         let namespaces = plan.namespaces.identities(anchor.pid());

@@ -15,11 +15,11 @@ use tokio::task::spawn_blocking;
 
 use super::CreateRequest;
 use crate::{
-    config::{Config, HostNetwork, NetworkConfig, annotations},
+    config::{Config, HostNetwork, NetworkConfig, annotations, copies::CopyMount},
     hooks::ContainerHooks,
     network::{self, NetworkError, OutsideNetwork, PacketPath},
     pod::{
-        ContainerId, Pod, PodError,
+        ContainerId, Pod, PodError, copies,
         host_disks::{self, HostDiskError, HostDiskFile},
         namespaces::SharedNamespaces,
         restore::RestorePlan,
@@ -51,6 +51,8 @@ pub(in crate::pod) struct CreatePlan {
     pub(in crate::pod) restore: Option<RestorePlan>,
     /// The sources of the volumes.
     pub(in crate::pod) volumes: Vec<Volume>,
+    /// The copy mounts, in the order of the checkpoint's.
+    pub(in crate::pod) copies: Vec<CopyMount>,
     /// How the container's own network namespace is connected with the outside, if it is.
     pub(super) outside: Option<OutsideNetwork>,
     /// How packets pass between the container's network namespace and its VM.
@@ -164,6 +166,7 @@ impl Pod {
         let namespaces = self.shared_namespaces(&guest.named, restore.is_some())?;
         let volumes = volumes::open_all(bundle, &guest.volumes)?;
         let host_disks = host_disks::open_all(&guest.disks)?;
+        let copies = copies::plan(&config.rootdisk.copies, restore.as_ref())?;
         if let Some(restore) = &restore {
             restore.check_volumes(&volumes)?;
             if let Some(disk) = host_disks.first() {
@@ -179,6 +182,7 @@ impl Pod {
             rootfs,
             restore,
             volumes,
+            copies,
             outside,
             packet_path,
             host_disks,
