@@ -139,11 +139,11 @@ fn published(options: &[String]) -> Result<Option<String>, BootError> {
 /// The copy mounts as the annotation has them, if there are any. A relative source is relative to the working directory.
 fn copies(options: &[String]) -> Result<Option<String>, BootError> {
     let absolute = |text: &String| match text.rsplit_once(':') {
-        Some((source, destination)) => match Path::new(source).canonicalize() {
-            Ok(source) => format!("{}:{destination}", source.display()),
-            // The error names it as the user does.
-            Err(_) => text.clone(),
-        },
+        // One that does not exist is reported where it is copied.
+        Some((source, destination)) => Path::new(source)
+            .canonicalize()
+            .or_else(|_| std::path::absolute(source))
+            .map_or_else(|_| text.clone(), |source| format!("{}:{destination}", source.display())),
         None => text.clone(),
     };
     let all = options.iter().map(absolute).collect::<Vec<_>>().join(",");

@@ -3,14 +3,14 @@
 use std::{fs, path::Path};
 
 use anyhow::{Result, ensure};
-use machinen_integration::cri::{Node, api};
+use machinen_integration::cri::{IMAGE, Node, api};
 
 use super::both_runtimes;
 
 both_runtimes! {
     every: [],
     oldest_and_newest: [],
-    newest: [directories_of_the_node, files_that_kubelet_writes],
+    newest: [directories_of_the_node, files_that_kubelet_writes, an_image_as_a_volume],
 }
 
 fn mount(host: &Path, container: &str, readonly: bool) -> api::Mount {
@@ -65,4 +65,29 @@ fn files_that_kubelet_writes(node: &mut Node) -> Result<()> {
     container.shell("echo failed > /dev/termination-log")?;
     ensure!(fs::read_to_string(&words)? == "failed\n", "{:?}", fs::read_to_string(&words));
     pod.remove()
+}
+
+/// The volume `image` of Kubernetes: containerd mounts the image's file system on the node, and two containers see it.
+fn an_image_as_a_volume(node: &mut Node) -> Result<()> {
+    let pod = node.pod(|_| ())?;
+    let image = api::ImageSpec { image: IMAGE.to_owned(), ..Default::default() };
+    let mounts = vec![api::Mount {
+        container_path: "/image".to_owned(),
+        image: Some(image),
+        readonly: true,
+        ..Default::default()
+    }];
+    for name in ["one", "two"] {
+        let container = pod.start(name, &["sleep", "100000"], |config| config.mounts.clone_from(&mounts))?;
+        let seen = container.shell(
+            "cmp /bin/busybox /image/bin/busybox && ls -d /image/etc && /image/bin/busybox echo ran",
+        )?;
+        ensure!(seen == "/image/etc\nran\n", "{seen}");
+        let refused = container.shell("! touch /image/file 2>&1")?;
+        ensure!(refused.contains("Read-only file system"), "{refused}");
+    }
+    pod.remove()?;
+    // containerd unmounts the image, and keeps its own directory for the next one.
+    let own = node.containerd().root().join("s/io.containerd.grpc.v1.cri/image-volumes");
+    Ok(fs::remove_dir(own)?)
 }

@@ -8,7 +8,9 @@ use machinen_base::{
     space::DiskReserve,
 };
 
-use super::{ContainerDiskOptions, ContainerDiskPlan, PendingDisk, blank, open_remaining, seed};
+use super::{
+    ContainerDiskOptions, ContainerDiskPlan, PendingDisk, blank, from_archive, open_remaining, seed,
+};
 use crate::rootdisk::tests::{CacheFixture, tool, tree::touch};
 
 const SIZE: u64 = 4 << 30;
@@ -64,6 +66,63 @@ fn a_layer_is_an_empty_file_system_of_its_own() {
     let allocated = |path| fs::metadata(path).unwrap().blocks() * 512;
     assert!(allocated(&first) > 1 << 20 && allocated(&second) < 1 << 20);
     assert_eq!(fixture.leftovers().len(), 2, "only the blank and its metadata: {:?}", fixture.leftovers());
+}
+
+/// An archive as the agent packs it: a directory and a file in it.
+fn archive() -> Vec<u8> {
+    let mut archive = tar::Builder::new(Vec::new());
+    for (name, kind, content) in [
+        (".", tar::EntryType::Directory, &b""[..]),
+        ("dir", tar::EntryType::Directory, b""),
+        ("dir/file", tar::EntryType::Regular, b"written"),
+    ] {
+        let mut header = tar::Header::new_ustar();
+        header.set_path(name).unwrap();
+        header.set_entry_type(kind);
+        header.set_mode(0o750);
+        header.set_uid(7);
+        header.set_gid(8);
+        header.set_mtime(1);
+        header.set_size(content.len() as u64);
+        header.set_cksum();
+        archive.append(&header, content).unwrap();
+    }
+    archive.into_inner().unwrap()
+}
+
+/// Directories in which archives were unpacked.
+fn unpacked(fixture: &CacheFixture) -> usize {
+    let entries = fs::read_dir(fixture.cache.dir()).unwrap().flatten();
+    entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(".machinen-")).count()
+}
+
+#[test]
+fn a_disk_is_made_of_an_archive() {
+    use std::os::fd::AsRawFd as _;
+    let fixture = CacheFixture::new();
+    let file = from_archive(archive().as_slice(), &options(&fixture, SIZE), 100).unwrap();
+    let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+    tool("e2fsck", &["-fn", &path]);
+    let script = format!("debugfs -R 'cat /upper/dir/file' {path} 2>/dev/null | grep -qx written");
+    tool("sh", &["-c", &script]);
+    assert_eq!((file.metadata().unwrap().nlink(), unpacked(&fixture)), (0, 0));
+    assert!(fixture.leftovers().is_empty(), "{:?}", fixture.leftovers());
+}
+
+#[test]
+fn what_is_no_archive_of_an_agent_is_refused_and_leaves_nothing() {
+    let fixture = CacheFixture::new();
+    let options = options(&fixture, SIZE);
+    let whole = archive();
+    for (bytes, entries) in [(&whole[..1000], 100), (b"no archive", 100), (&whole[..], 2)] {
+        from_archive(bytes, &options, entries).unwrap_err();
+        assert_eq!(unpacked(&fixture), 0);
+    }
+    // What a killed process has unpacked.
+    let left = fixture.cache.dir().join(".machinen-archived-abc123");
+    fs::create_dir_all(left.join("fresh/dir")).unwrap();
+    super::sweep_archives(fixture.cache.dir()).unwrap();
+    assert!(!left.exists());
 }
 
 #[test]
