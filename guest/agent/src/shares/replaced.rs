@@ -109,7 +109,7 @@ pub(super) struct Data {
 /// A file that will be removed with the directory that `..data` leads to.
 #[derive(Debug)]
 struct Former {
-    /// Without it the kernel would not keep the name of a file that is watched and not open.
+    /// Without it the kernel might not keep the name of a file that is watched and not open.
     _kept: OwnedFd,
     node: u64,
     parent: u64,

@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
+use containerd_shim_protos::api::{DeleteResponse, Empty};
 use machinen_integration::{
     bundle::Bundle,
     containerd::Containerd,
@@ -34,6 +35,7 @@ on_newest_containerd!(
     other_copies_are_refused,
     forks_have_what_was_written,
     mistakes_are_named,
+    a_pod_gives_disks_back,
     disks_are_collected,
 );
 
@@ -294,6 +296,38 @@ fn mistakes_are_named(containerd: &mut Containerd) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A container of a pod has a copy of its own, and its disks leave the VM with it, as they do if it cannot be created.
+fn a_pod_gives_disks_back(containerd: &mut Containerd) -> Result<()> {
+    let (dir, bundle) = (directory(containerd)?, Bundle::busybox(containerd)?);
+    let config = |at: &str| bundle.config(&["sleep", "1000"], |spec| copied(spec, &[(&dir, at)]));
+    let users = || -> Result<usize> {
+        let listed = containerd.machinen(&["rootdisk", "ls", "--json"])?.run()?.ok()?;
+        let listed: Value = serde_json::from_str(&listed.text())?;
+        let ours = listed.as_array().into_iter().flatten();
+        let ours = ours.filter(|disk| disk["source"] == dir.display().to_string());
+        Ok(ours.filter_map(|disk| disk["users"].as_array()).map(Vec::len).sum())
+    };
+    let first = Served::idle(containerd)?;
+    for _ in 0..2 {
+        let mut second = first.in_same_vm(containerd, &config("/data")?)?;
+        second.create(|_| ())?;
+        second.begin()?;
+        let seen = shell(&second, "ls /data; echo x >/data/x")?;
+        ensure!(seen == "dir\nfile\nlink\nrun\n" && users()? > 0, "{seen:?}");
+        shell(&first, "[ ! -e /data ]")?;
+        second.client.ok::<Empty>("Kill", &second.kill("", 9))?;
+        second.wait("")?;
+        second.client.ok::<DeleteResponse>("Delete", &second.delete(""))?;
+        fs::remove_dir_all(&second.shim.bundle)?;
+        ensure!(users()? == 0, "the disk is still in use");
+        let refused = first.in_same_vm(containerd, &config("/bin/busybox/data")?)?;
+        refused.client.refused("Create", &refused.shim.create_request())?;
+        fs::remove_dir_all(&refused.shim.bundle)?;
+        ensure!(users()? == 0, "the disk of a container that was not created is still in use");
+    }
+    first.end()
 }
 
 fn disks_are_collected(containerd: &mut Containerd) -> Result<()> {
