@@ -426,6 +426,19 @@ impl Agent for Service {
         Ok(container.processes().map_err(Failure::from)?)
     }
 
+    async fn set_secrets(
+        &self,
+        _: &TtrpcContext,
+        request: api::SetSecretsRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let state = Arc::clone(&self.state);
+        whole(async move {
+            state.containers.get(&request.container_id)?.set_secrets(request).await?;
+            Ok(api::Empty::new())
+        })
+        .await
+    }
+
     async fn write_cgroup(
         &self,
         _: &TtrpcContext,

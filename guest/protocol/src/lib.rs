@@ -26,6 +26,7 @@ pub mod localhost;
 pub mod nameservers;
 pub mod preamble;
 pub mod process;
+pub mod secrets;
 pub mod shares;
 pub mod sockets;
 pub mod tail;

@@ -88,7 +88,7 @@ impl Copies {
                 path: at.clone(),
                 source,
             })?;
-            let rootfs = Rootfs::mount(&at, &disks).map_err(failed)?;
+            let rootfs = Rootfs::mount(&at, &disks, None).await.map_err(failed)?;
             add(&mut config, &destination, rootfs.path());
             copies.mounted.push(rootfs);
         }

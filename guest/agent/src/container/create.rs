@@ -103,7 +103,8 @@ impl Container {
         phases.done("mounts");
         let places = Places { dir, rootfs: rootfs.path(), copies: &copies.paths() };
         let made = make_init(context, &request, places, joined, streams, image.as_ref(), &mut phases);
-        let Made { cgroup, init, pending, join_context, hooks, namespaces, volumes } = match made.await {
+        let Made { cgroup, init, pending, join_context, hooks, namespaces, volumes, owner } = match made.await
+        {
             Ok(made) => made,
             Err(err) => {
                 rootfs.unmount().unwrap_or_else(|err| console::report(&err));
@@ -123,6 +124,8 @@ impl Container {
             view: View::default(),
             namespaces,
             volumes,
+            owner,
+            secrets: tokio::sync::Mutex::default(),
             start_hooks: StartHooks { hooks, state: std::mem::take(&mut request.hook_state) },
             stage: Mutex::new(StartStage::Created(pending)),
             memory: watch::Sender::new(MemoryState::Complete),
@@ -160,6 +163,7 @@ struct Made {
     hooks: Vec<PreparedHook>,
     namespaces: HeldNamespaces,
     volumes: Vec<PathBuf>,
+    owner: u32,
 }
 
 /// Where a container's files are.
@@ -200,7 +204,8 @@ async fn make_init(
         }
     };
     let (join_context, volumes) = (prepared.join_context().clone(), prepared.volumes().to_vec());
-    Ok(Made { cgroup, init, pending, join_context, hooks, namespaces, volumes })
+    let owner = prepared.owner();
+    Ok(Made { cgroup, init, pending, join_context, hooks, namespaces, volumes, owner })
 }
 
 /// Has the engine create the container, or CRIU restore it, and supervises its init.

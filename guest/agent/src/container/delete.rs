@@ -2,7 +2,7 @@
 
 use std::{fs, io, path::Path, sync::PoisonError};
 
-use super::{Container, ContainerError, stage::StartStage};
+use super::{Container, ContainerError, secrets, stage::StartStage};
 use crate::{
     cgroup::{Cgroup, CgroupError},
     console, criu, engine,
@@ -69,6 +69,7 @@ pub(super) async fn clear(cgroup: &Cgroup) -> Result<(), CgroupError> {
 /// left makes this fail instead of descending.
 pub(super) fn remove_dir(dir: &Path) -> Result<(), ContainerError> {
     criu::clear(dir)?;
+    secrets::unmount(&dir.join(criu::SECRETS_DIR))?;
     for path in [dir.join("files"), dir.join(engine::DIR)] {
         match fs::remove_dir_all(&path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {

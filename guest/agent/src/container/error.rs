@@ -7,6 +7,7 @@ use machinen_protocol::error::{ErrorKind, HasKind};
 use super::{
     copies::CopyError, copy_up::CopyUpError, files::FilesError, hooks::StartHookError,
     host_disks::HostDiskError, id_table::IdError, refresh::RefreshError, rootfs::RootfsError,
+    secrets::SecretsError,
 };
 use crate::{
     cgroup::CgroupError, criu::CriuError, engine::EngineError, layer::LayerError, process::ProcessError,
@@ -72,6 +73,8 @@ pub(crate) enum ContainerError {
     #[error(transparent)]
     StartHook(#[from] StartHookError),
     #[error(transparent)]
+    Secrets(#[from] SecretsError),
+    #[error(transparent)]
     Table(#[from] IdError),
 }
 
@@ -95,6 +98,7 @@ impl HasKind for ContainerError {
             Self::Copy(err) => err.kind(),
             Self::HostDisk(err) => err.kind(),
             Self::StartHook(err) => err.kind(),
+            Self::Secrets(err) => err.kind(),
             Self::Table(err) => err.kind(),
             Self::Engine(err) => err.kind(),
             Self::Process(err) => err.kind(),

@@ -23,6 +23,7 @@ mod processes;
 mod refresh;
 mod restore;
 mod rootfs;
+pub(crate) mod secrets;
 mod stage;
 mod view;
 
@@ -78,6 +79,10 @@ pub(crate) struct Container {
     namespaces: HeldNamespaces,
     /// The container's volumes, by their paths in the VM.
     volumes: Vec<PathBuf>,
+    /// The user of the command, as the agent sees it.
+    owner: u32,
+    /// Held while secrets are written.
+    secrets: tokio::sync::Mutex<()>,
     stage: Mutex<StartStage>,
     memory: watch::Sender<MemoryState>,
     /// The images of the last dump, until the host knows where all of them are on the disk.

@@ -2,15 +2,18 @@
 
 use std::sync::Arc;
 
-use machinen_protocol::api;
+use machinen_protocol::{
+    api,
+    secrets::{MOUNT_SOURCE, SECRETS},
+};
 
-use super::{Container, ContainerError, create::Places, stage::MemoryState};
+use super::{Container, ContainerError, create::Places, secrets, stage::MemoryState};
 use crate::{
     cgroup::Cgroup,
     console,
     criu::{self, CriuError, Fetching, Restored},
     disk::{Disk, DiskSource},
-    engine::{FileMount, Prepared},
+    engine::{FileMount, MountPoint, Prepared},
     reaper::Reaper,
     stdio::ProcessEnds,
 };
@@ -119,8 +122,15 @@ impl PlannedRestore<'_> {
         cgroup.make(&image.facts.cgroups)?;
         criu::make_mount_points(rootfs, prepared.mount_points())?;
         criu::make_points_in_volumes(prepared.points_in_volumes()).await?;
+        let secrets = dir.join(criu::SECRETS_DIR);
+        if image.facts.mounts.iter().any(|mount| mount.source == MOUNT_SOURCE) {
+            secrets::mount_tmpfs(&secrets)?;
+            let point = MountPoint { path: SECRETS.into(), is_file: false };
+            criu::make_mount_points(rootfs, &[point])?;
+        }
         let (volumes, hostname) = (prepared.volumes(), image.hostname.as_str());
-        let target = criu::RestoreTarget { cgroup, rootfs, dir, files, volumes, copies, hostname };
+        let target =
+            criu::RestoreTarget { cgroup, rootfs, dir, files, volumes, copies, secrets: &secrets, hostname };
         let restored =
             criu::restore(reaper, &target, &image.disk, &image.options, &image.facts, stdio).await?;
         Ok(restored)

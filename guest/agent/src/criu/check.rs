@@ -13,6 +13,7 @@
 //! | a UNIX socket with several names, or with one that cannot be found or bound | CRIU binds it to one name (`sockets.rs`) |
 //! | io_uring, as an open file | CRIU cannot save the rings, and its errors do not name them |
 //! | a process that another one traces | there can be only one tracer, and CRIU is one |
+//! | a secret that a process has open | no checkpoint has its content, so the file would be missing |
 //! | a file of a volume that cannot be opened again by its name, or a watch on one | `volumes.rs` |
 
 use std::{
@@ -60,6 +61,8 @@ pub(super) struct FrozenProcesses {
     pub(super) volumes: Option<VolumeDevice>,
     /// Where the agent has mounted copies of the host's directories, which are overlays.
     pub(super) copies: Vec<PathBuf>,
+    /// The file system with the container's secrets, if it has any.
+    pub(super) secrets: Option<VolumeDevice>,
     /// The dump is restored on trial while the processes continue.
     pub(super) is_tried: bool,
 }
@@ -70,7 +73,7 @@ pub(super) struct FrozenProcesses {
 /// # Errors
 /// Something cannot be restored; the error names the first. Or a file of a volume cannot be written.
 pub(super) fn check(processes: &FrozenProcesses) -> Result<(), CriuError> {
-    let FrozenProcesses { init, cgroup, volumes, copies, .. } = processes;
+    let FrozenProcesses { init, cgroup, volumes, copies, secrets, .. } = processes;
     let mut known = mounts::devices_at(copies)?;
     known.extend(root_device(*init));
     let (mut seen, mut written) = (HashSet::new(), HashSet::new());
@@ -80,6 +83,7 @@ pub(super) fn check(processes: &FrozenProcesses) -> Result<(), CriuError> {
     for pid in cgroup.pids()? {
         let why = why_not(*init, pid)
             .or_else(|| volumes.as_ref().and_then(|volumes| volumes.why_not(*init, pid)))
+            .or_else(|| secrets.as_ref().and_then(|secrets| secrets.secret_used_by(pid)))
             .or_else(|| overlay_of(pid, &known, &mut seen));
         if let Some(why) = why
             && let Some(task) = Task::find(pid)

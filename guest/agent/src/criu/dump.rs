@@ -22,7 +22,8 @@ use super::{
     cpu, extents,
     files::{self, MovedSocket},
     image_mount::ImageMount,
-    mounts, pagemap,
+    mounts::{self, SECRETS_DIR},
+    pagemap,
     reason::quote_of_dump,
     recover::recover,
     rpc::Criu,
@@ -222,8 +223,9 @@ struct Examined {
 /// must not wait for: it passes the requests for them on.
 async fn examine(source: &DumpSource<'_>, volumes: Option<VolumeDevice>) -> Result<Examined, CriuError> {
     let (init, cgroup) = (source.init.pid(), source.cgroup.clone());
-    let copies = source.copies.clone();
-    let processes = FrozenProcesses { init, cgroup, volumes, copies, is_tried: source.is_tried };
+    let (copies, is_tried) = (source.copies.clone(), source.is_tried);
+    let secrets = VolumeDevice::mounted_at(&source.dir.join(SECRETS_DIR));
+    let processes = FrozenProcesses { init, cgroup, volumes, copies, secrets, is_tried };
     let examine = move || {
         check(&processes)?;
         let moved = sockets::moved(&processes)?;

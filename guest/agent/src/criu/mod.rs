@@ -51,7 +51,7 @@ use rust_criu::rust_criu_protobuf::rpc::{Cgroup_root, Criu_cg_mode, Criu_network
 use self::bound::UnboundSockets;
 pub(crate) use self::{
     dump::{DumpSource, Dumped, dump, pre_dump},
-    mounts::{make_mount_points, make_points_in_volumes},
+    mounts::{SECRETS_DIR, make_mount_points, make_points_in_volumes},
     restore::{Fetching, HeldByCriu, RestoreTarget, Restored, clear, restore},
     rpc::warm_up,
     task::Task,

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machinen_protocol::{api::ExternalMount, copies, shares};
+use machinen_protocol::{api::ExternalMount, copies, secrets::MOUNT_SOURCE, shares};
 use nix::unistd::Pid;
 use pathrs::{InodeType, Root};
 use procfs::process::{MountInfo, Process};
@@ -19,6 +19,8 @@ use crate::{
     engine::{MountPoint, PointInVolume},
 };
 
+/// The tmpfs with the secrets of a container, in the agent's directory of it.
+pub(crate) const SECRETS_DIR: &str = "secrets";
 /// File systems that CRIU mounts anew, although they are the same as the VM's.
 const REMADE: [&str; 5] = ["proc", "sysfs", "cgroup2", "mqueue", "devpts"];
 
@@ -65,7 +67,7 @@ pub(super) fn external(init: Pid, dir: &Path) -> Result<Vec<ExternalMount>, Criu
 }
 
 fn among(ours: Vec<MountInfo>, theirs: Vec<MountInfo>, dir: &Path) -> Vec<ExternalMount> {
-    let (files, all_copies) = (dir.join("files"), dir.join(DIR));
+    let (files, all_copies, secrets) = (dir.join("files"), dir.join(DIR), dir.join(SECRETS_DIR));
     let copy_at = |at: &Path| -> Option<usize> {
         let below = at.strip_prefix(&all_copies).ok()?.to_str()?;
         below.strip_suffix("/rootfs")?.parse().ok()
@@ -89,8 +91,11 @@ fn among(ours: Vec<MountInfo>, theirs: Vec<MountInfo>, dir: &Path) -> Vec<Extern
                 let is_first = mount.root == "/" && seen.insert(source.clone());
                 return is_first.then_some(ExternalMount { destination, source, ..Default::default() });
             }
-            let source =
-                if source.starts_with(&files) { String::new() } else { source.display().to_string() };
+            let source = match () {
+                () if source.starts_with(&files) => String::new(),
+                () if *at == secrets => MOUNT_SOURCE.to_owned(),
+                () => source.display().to_string(),
+            };
             let found = ExternalMount { destination, source, ..Default::default() };
             // CRIU itself finds what the container has mounted: other mounts of its root and of its volumes, or of a
             // part of these.
@@ -147,6 +152,7 @@ mod tests {
             "21 20 0:30 / /run/machinen-shares rw - fuse.machinen machinen rw",
             "22 20 0:31 / /run/machinen/c/rootfs rw - overlay overlay rw",
             "23 20 0:32 / /run/machinen/c/copies/1/rootfs rw - overlay overlay rw",
+            "24 20 0:33 / /run/machinen/c/secrets rw - tmpfs secrets rw",
         ];
         let theirs = [
             "30 1 0:31 / / rw - overlay overlay rw",
@@ -155,6 +161,7 @@ mod tests {
             "33 30 0:30 /dir-0 /again rw - fuse.machinen machinen rw",
             "34 30 0:30 /dir-0/sub /part rw - fuse.machinen machinen rw",
             "35 30 0:20 /machinen/c/files/0 /etc/hosts rw - tmpfs run rw",
+            "40 30 0:33 / /run/secrets rw - tmpfs secrets rw",
             "36 30 0:31 /var /mnt rw - overlay overlay rw",
             "37 30 0:32 / /copy rw - overlay overlay rw",
             "38 30 0:32 / /copied rw - overlay overlay rw",
@@ -167,6 +174,7 @@ mod tests {
             ("/my data", "/run/machinen-shares/dir-0"),
             ("/etc/f", "/run/machinen-shares/file-1"),
             ("/etc/hosts", ""),
+            ("/run/secrets", MOUNT_SOURCE),
             ("/copy", "machinen-copy:1"),
         ];
         assert_eq!(found, expected);

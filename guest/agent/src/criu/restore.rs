@@ -13,6 +13,7 @@ use std::{
 use machinen_protocol::{
     api::{CheckpointFacts, CriuOptions, ExternalMount, NestedCgroup},
     copies,
+    secrets::MOUNT_SOURCE,
 };
 use nix::{
     mount::{MntFlags, MsFlags, umount2},
@@ -55,6 +56,8 @@ pub(crate) struct RestoreTarget<'a> {
     pub(crate) volumes: &'a [PathBuf],
     /// Where the copies of the host's directories are mounted in the VM, in the order of the checkpoint's.
     pub(crate) copies: &'a [PathBuf],
+    /// An empty tmpfs, if the container had secrets when it was dumped.
+    pub(crate) secrets: &'a Path,
     /// The new hostname in the processes' UTS namespace; empty keeps the old one.
     pub(crate) hostname: &'a str,
 }
@@ -318,9 +321,12 @@ fn pass_on(terminal: &OwnedFd, master: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// What is mounted there: a file, a volume or a copy of the container's own configuration, or a character device, to which the
-/// container's cgroup controls the access. Anything else of this VM belongs to others, whatever the checkpoint says.
+/// What is mounted there: a file, a volume, a copy or the secrets of the container itself, or a character device, to which
+/// the container's cgroup controls the access. Anything else of this VM belongs to others, whatever the checkpoint says.
 fn source(mount: &ExternalMount, target: &RestoreTarget<'_>) -> Result<String, CriuError> {
+    if mount.source == MOUNT_SOURCE {
+        return Ok(target.secrets.display().to_string());
+    }
     if let Some(number) = copies::number(&mount.source) {
         let copy = target.copies.get(number).ok_or_else(|| CriuError::ForeignMount {
             destination: mount.destination.clone(),
@@ -369,6 +375,7 @@ mod tests {
             files: &files,
             volumes: &["/run/machinen-shares/dir-3".into()],
             copies: &["/run/c/copies/0/rootfs".into()],
+            secrets: Path::new("/run/c/secrets"),
             hostname: "",
         };
         let mount = |destination: &str, source: &str| {
@@ -383,6 +390,7 @@ mod tests {
         assert_eq!(mount("/proc/kcore", "/dev/null").unwrap(), "/dev/null");
         assert_eq!(mount("/data", "/run/machinen-shares/dir-3").unwrap(), "/run/machinen-shares/dir-3");
         assert_eq!(mount("/copy", "machinen-copy:0").unwrap(), "/run/c/copies/0/rootfs");
+        assert_eq!(mount("/run/secrets", MOUNT_SOURCE).unwrap(), "/run/c/secrets");
         assert!(matches!(mount("/etc/passwd", ""), Err(CriuError::NoFile { .. })));
         for foreign in [
             "/",

@@ -26,7 +26,9 @@ use std::{
 use machinen_protocol::{api::ExternalMount, shares};
 use nix::unistd::Pid;
 use procfs::process::{MMPermissions, MMapPath, MountInfo, Process};
-use rustix::fs::{AtFlags, CWD, StatVfsMountFlags, StatxFlags, makedev, statvfs, statx, syncfs};
+use rustix::fs::{
+    AtFlags, CWD, StatVfsMountFlags, StatxAttributes, StatxFlags, makedev, statvfs, statx, syncfs,
+};
 
 use super::{CriuError, mounts};
 
@@ -68,6 +70,20 @@ impl VolumeDevice {
         let mount = mounts.into_iter().find(|mount| mount.mount_point == Path::new(shares::MOUNT_POINT));
         let device = mount.and_then(|mount| Self::of(&mount));
         Ok(device.filter(|device| !device.mounts(init, init).is_empty()))
+    }
+
+    /// The file system that is mounted at a path of the VM; None if none is.
+    pub(super) fn mounted_at(path: &Path) -> Option<Self> {
+        let status = statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::TYPE).ok()?;
+        let is_mounted = status.stx_attributes.contains(StatxAttributes::MOUNT_ROOT);
+        is_mounted.then(|| Self::new(status.stx_dev_major, status.stx_dev_minor))
+    }
+
+    /// Describes the first file of this file system, which has secrets, that a process uses.
+    pub(super) fn secret_used_by(self, pid: Pid) -> Option<String> {
+        let file = used_files(pid).into_iter().find(|file| self.has(&file.link))?;
+        let path = file.path.trim_end_matches(REMOVED).escape_debug().to_string();
+        Some(format!("has {path} open, a secret, which no checkpoint has"))
     }
 
     fn of(mount: &MountInfo) -> Option<Self> {

@@ -1,10 +1,10 @@
-//! The calls for the cgroup of a running container.
+//! The calls for the cgroup and the secrets of a running container.
 
 use std::time::Duration;
 
 use machinen_protocol::api::{
-    CgroupFile, ListProcessesResponse, ReadCgroupRequest, WaitOutOfMemoryRequest, WaitOutOfMemoryResponse,
-    WriteCgroupRequest,
+    CgroupFile, ListProcessesResponse, ReadCgroupRequest, Secret, SetSecretsRequest, WaitOutOfMemoryRequest,
+    WaitOutOfMemoryResponse, WriteCgroupRequest,
 };
 
 use super::{AgentError, Client, QUICK, container_request, finish, nothing};
@@ -48,6 +48,21 @@ impl Client {
     /// The container does not exist or has ended.
     pub async fn list_processes(&self, container: &str) -> Result<ListProcessesResponse, AgentError> {
         call!(self.list_processes(container_request(container)), Some(SOON))
+    }
+
+    /// Writes and removes secrets of a container, all or none of them. The caller has checked them.
+    ///
+    /// # Errors
+    /// The container has ended, has something else in the place of its secrets, or has no room for them.
+    pub async fn set_secrets(
+        &self,
+        container: &str,
+        secrets: Vec<Secret>,
+        removed: Vec<String>,
+    ) -> Result<(), AgentError> {
+        let container_id = container.to_owned();
+        let request = SetSecretsRequest { container_id, secrets, removed, ..SetSecretsRequest::default() };
+        call!(self.set_secrets(request), Some(SOON)).map(nothing)
     }
 
     /// Writes files of the cgroup in the given order, all or none of them.
