@@ -1,4 +1,4 @@
-//! Generates the ttrpc bindings of `proto/inspection.proto`, and the messages of `proto/pod_sandbox.proto`; the generator
+//! Generates the ttrpc bindings of `proto/inspection.proto` and `proto/secrets.proto`, and the messages of `proto/pod_sandbox.proto`; the generator
 //! is pure Rust and needs no `protoc`.
 
 use std::{env, fs, path::PathBuf};
@@ -8,6 +8,7 @@ use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 fn main() {
     println!("cargo::rerun-if-changed=proto");
     generate("inspection", "pub mod inspection;\npub mod inspection_ttrpc;\n");
+    generate("secrets", "pub mod secrets;\npub mod secrets_ttrpc;\n");
     generate("pod_sandbox", "pub mod pod_sandbox;\n");
 }
 

@@ -6,6 +6,7 @@ use machinen::{
     config::ConfigError,
     error::{ErrorKind, HasKind},
     fs::FileError,
+    secrets::SecretError,
 };
 
 use crate::{find::FindError, oci::OciError};
@@ -37,6 +38,24 @@ pub(crate) enum EverydayError {
         "{id} has no log that machinen knows; its output goes to its manager ({owner}), or to the caller that has created it"
     )]
     NoLog { id: String, owner: &'static str },
+    #[error("the ports of {id} are published by its manager, which knows them: {hint}")]
+    ForeignPorts { id: String, hint: &'static str },
+    #[error("{id} does not publish its port {port}; `machinen port {id}` lists those that it does")]
+    NotPublished { id: String, port: String },
+    #[error("the port {port:?} is not understood: it takes a number from 1 to 65535, or NUMBER/udp")]
+    Port { port: String },
+    #[error("the annotation {name} of {id} is not understood")]
+    PortAnnotation { id: String, name: &'static str },
+    #[error("no secret is given: NAME=VALUE, NAME, --env-file or --rm")]
+    NoSecret,
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    #[error("the variable {name} is not set, from which the secret is to be taken")]
+    NoVariable { name: String },
+    #[error("line {line} of {} is not NAME=VALUE", path.display())]
+    EnvLine { path: PathBuf, line: usize },
+    #[error("{} is longer than {most} bytes", path.display())]
+    EnvFile { path: PathBuf, most: u64 },
     #[error("{} has a line that is no line of a container's log", path.display())]
     NotALog { path: PathBuf },
 }
@@ -48,11 +67,19 @@ impl HasKind for EverydayError {
             Self::Oci(error) => error.kind(),
             Self::File(error) => error.kind(),
             Self::Config(error) => error.kind(),
-            Self::NotAttachable { .. } | Self::NoLog { .. } => ErrorKind::Unimplemented,
+            Self::NotAttachable { .. } | Self::NoLog { .. } | Self::ForeignPorts { .. } => {
+                ErrorKind::Unimplemented
+            }
             Self::Ended { .. } => ErrorKind::FailedPrecondition,
             Self::Attached { .. } => ErrorKind::Unavailable,
-            Self::DetachKeys { .. } => ErrorKind::InvalidArgument,
-            Self::NotALog { .. } => ErrorKind::Internal,
+            Self::DetachKeys { .. }
+            | Self::Port { .. }
+            | Self::NoSecret
+            | Self::Secret(_)
+            | Self::EnvLine { .. }
+            | Self::EnvFile { .. } => ErrorKind::InvalidArgument,
+            Self::NotPublished { .. } | Self::NoVariable { .. } => ErrorKind::NotFound,
+            Self::NotALog { .. } | Self::PortAnnotation { .. } => ErrorKind::Internal,
         }
     }
 }

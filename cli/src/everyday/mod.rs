@@ -5,6 +5,8 @@ mod console;
 mod error;
 mod logs;
 mod ls;
+mod port;
+mod secret;
 pub(crate) mod top;
 
 use std::process::ExitCode;
@@ -50,6 +52,16 @@ pub(crate) enum EverydayVerb {
     Top(top::TopArgs),
     /// Print what the guest of a container has printed on its console: messages of its kernel and of its agent.
     Console(console::ConsoleArgs),
+    /// Print which ports of the host lead to a container.
+    Port(port::PortArgs),
+    /// Give a running container secrets, which are on no disk and in no checkpoint.
+    #[command(
+        long_about = "Give a running container secrets: files in /run/secrets, one for each, which the user of the \
+        container's command may read. They are in the memory of the VM only, on no disk and in no checkpoint: a container \
+        that is restored or forked has an empty /run/secrets. A value among the arguments can be seen by other users of \
+        this host (ps); NAME alone takes the value from the environment, and --env-file - from stdin."
+    )]
+    Secret(secret::SecretArgs),
     /// Copy files between a running container and the host.
     #[command(
         long_about = "Copy files between a running container and the host. One of SRC and DST is CONTAINER:PATH. \
@@ -90,6 +102,8 @@ async fn dispatch(global: &GlobalArgs, verb: EverydayVerb) -> Result<ExitCode, F
         EverydayVerb::Top(args) => top::run(global, &args).await?,
         EverydayVerb::Console(args) => console::run(global, &args).await?,
         EverydayVerb::Cp(args) => copy::run(global, &args).await?,
+        EverydayVerb::Port(args) => port::run(global, &args).await?,
+        EverydayVerb::Secret(args) => secret::run(global, &args).await?,
         EverydayVerb::Fork(_) => {}
     }
     Ok(ExitCode::SUCCESS)

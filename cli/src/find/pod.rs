@@ -17,16 +17,20 @@ use containerd_shim_protos::ttrpc::{
 use machinen::fs::FileError;
 use machinen_task::api::{
     ConsoleRequest, ConsoleResponse, DescribeRequest, DescribeResponse, InspectionClient, ProcessesRequest,
-    ProcessesResponse,
+    ProcessesResponse, SecretsClient, SetSecretsRequest,
 };
 use rustix::fs::{Mode, OFlags};
 use tokio::time::timeout;
 
 use super::{FindError, PATIENCE, PodSocket};
 
+/// For requests that the owner passes on to the guest, which has ten seconds.
+const GUEST: Duration = Duration::from_secs(15);
+
 /// A connection with the owner of a pod.
 pub(crate) struct PodClient {
     inspection: InspectionClient,
+    secrets: SecretsClient,
 }
 
 impl PodClient {
@@ -46,7 +50,8 @@ impl PodClient {
         stream.set_nonblocking(true).map_err(FileError::at("watch the socket", path))?;
         let stream =
             tokio::net::UnixStream::from_std(stream).map_err(FileError::at("watch the socket", path))?;
-        Ok(Self { inspection: InspectionClient::new(Client::new(Socket::new(stream))) })
+        let client = Client::new(Socket::new(stream));
+        Ok(Self { inspection: InspectionClient::new(client.clone()), secrets: SecretsClient::new(client) })
     }
 
     /// The VM and the containers of the pod.
@@ -62,10 +67,16 @@ impl PodClient {
     /// # Errors
     /// The owner or the guest does not answer, or the container does not run.
     pub(crate) async fn processes(&self, id: &str) -> Result<ProcessesResponse, FindError> {
-        /// The owner gives the guest ten seconds.
-        const GUEST: Duration = Duration::from_secs(15);
         let request = ProcessesRequest { container_id: id.to_owned(), ..Default::default() };
         within(GUEST, self.inspection.processes(Context::default(), &request)).await
+    }
+
+    /// Writes and removes secrets of a container.
+    ///
+    /// # Errors
+    /// The owner or the guest does not answer, or refuses.
+    pub(crate) async fn set_secrets(&self, request: &SetSecretsRequest) -> Result<(), FindError> {
+        within(GUEST, self.secrets.set(Context::default(), request)).await.map(drop)
     }
 
     /// What the guest of a container has printed on its console after the first `from` bytes.

@@ -72,7 +72,7 @@ pub(crate) struct ExecArgs {
     /// Number of further descriptors for the process; a VM cannot have any
     #[arg(long, value_name = "N", default_value_t = 0)]
     preserve_fds: u32,
-    /// Run the process although the container is paused; it continues with the container
+    /// Refused for a paused container, in which no process can be added; no effect on another one
     #[arg(long)]
     ignore_paused: bool,
     /// Id of the container

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 
 pub use config::annotations;
 pub use machinen_base::{RUN_DIR, cgroup, confined, error, fs, process, reexec, sys, text, watch};
+pub use machinen_protocol::secrets;
 pub use machinen_storage::{container_disk, layer, rootdisk};
 pub use machinen_vm as vm;
 pub use machinen_vm::{accel, admission, agent, assets, template};

@@ -6,6 +6,7 @@ use machinen_base::{
     error::{ErrorKind, HasKind},
     fs::FileError,
 };
+use machinen_protocol::secrets::SecretError;
 use machinen_storage::{container_disk::ContainerDiskError, layer::LayerError, rootdisk::RootdiskError};
 use machinen_vm::{
     VmError, VmSnapshotError, accel::AccelError, admission::AdmissionError, agent::AgentError,
@@ -163,6 +164,17 @@ pub enum PodError {
     /// A volume cannot be provided.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// A secret is not valid.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    /// A request has many secrets.
+    #[error("{count} secrets are given at once; {most} are allowed")]
+    ManySecrets {
+        /// How many there are.
+        count: usize,
+        /// How many are allowed.
+        most: usize,
+    },
     /// The new limits are not valid JSON of the runtime-spec.
     #[error("the new limits are not a valid LinuxResources of the runtime-spec")]
     Resources {
@@ -301,7 +313,7 @@ impl HasKind for PodError {
             Self::Copy(error) => error.kind(),
             Self::Share(error) => error.kind(),
             Self::HostDisk(error) => error.kind(),
-            Self::Resources { .. } => ErrorKind::InvalidArgument,
+            Self::Resources { .. } | Self::Secret(_) | Self::ManySecrets { .. } => ErrorKind::InvalidArgument,
             Self::LayerLimits(error) => error.kind(),
             Self::Rootdisk(source) => source.kind(),
             Self::Writable(source) => source.kind(),

@@ -44,6 +44,7 @@ pub mod rootfs;
 mod sandbox;
 mod sandbox_container;
 mod sandbox_files;
+mod secrets;
 pub mod state;
 pub mod stats;
 pub mod stdio;
@@ -87,6 +88,7 @@ pub use process::ContainerProcess;
 pub use sandbox::{Lifetime, admits_one_more, default_vm_spec};
 pub use sandbox_container::{IdMapping, SandboxRequest};
 pub use sandbox_files::DnsConfig;
+pub use secrets::{ContainerSecret, SecretsRequest};
 
 /// One VM and the containers in it. Clones are handles of the same pod.
 #[derive(Debug, Clone)]

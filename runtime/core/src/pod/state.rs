@@ -84,6 +84,8 @@ pub enum PodRequest {
     Signal,
     /// Setting the size of the terminal.
     Resize,
+    /// Writing secrets, for which files of a paused container would have to change.
+    Secrets,
 }
 
 impl PodRequest {
@@ -99,6 +101,7 @@ impl PodRequest {
             Self::Update => "update",
             Self::Signal => "signal",
             Self::Resize => "resize the terminal of",
+            Self::Secrets => "set secrets of",
         }
     }
 }
@@ -138,17 +141,17 @@ impl ProcessState {
     /// # Errors
     /// Why the request is refused.
     pub fn allows(self, request: PodRequest) -> Result<(), StateError> {
-        use PodRequest::{Checkpoint, Delete, Exec, Pause, Resize, Resume, Signal, Start, Update};
+        use PodRequest::{Checkpoint, Delete, Exec, Pause, Resize, Resume, Secrets, Signal, Start, Update};
         match (self, request) {
-            (Self::Created, Start | Exec | Update | Signal | Resize)
-            | (Self::Running, Pause | Exec | Checkpoint | Update | Signal | Resize)
+            (Self::Created, Start | Exec | Update | Signal | Resize | Secrets)
+            | (Self::Running, Pause | Exec | Checkpoint | Update | Signal | Resize | Secrets)
             | (Self::Paused, Resume | Checkpoint | Update | Signal | Resize)
             | (Self::Stopped(_), Delete) => Ok(()),
             (Self::Stopped(_), Signal) => Err(StateError::Finished),
             (Self::Stopped(_), _) => Err(StateError::AlreadyStopped),
             (Self::Running | Self::Paused, Start) => Err(StateError::AlreadyStarted),
             (Self::Created, Pause | Resume | Checkpoint) => Err(StateError::NotStarted),
-            (Self::Paused, Pause | Delete | Exec) => Err(StateError::Paused),
+            (Self::Paused, Pause | Delete | Exec | Secrets) => Err(StateError::Paused),
             (Self::Running, Resume) => Err(StateError::NotPaused),
             (Self::Created | Self::Running, Delete) => Err(StateError::StillRunning),
         }
