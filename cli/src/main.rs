@@ -1,6 +1,7 @@
 //! The command line `machinen`: one file for each verb.
 
 mod boot;
+mod build;
 mod check;
 mod copy;
 mod everyday;

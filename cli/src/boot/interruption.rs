@@ -6,12 +6,12 @@ use super::BootError;
 use crate::oci::OciError;
 
 /// The signals by which users end programs.
-pub(super) struct Interruption([(Signal, &'static str); 3]);
+pub(crate) struct Interruption([(Signal, &'static str); 3]);
 
 impl Interruption {
     /// # Errors
     /// Signals cannot be watched.
-    pub(super) fn watch() -> Result<Self, OciError> {
+    pub(crate) fn watch() -> Result<Self, OciError> {
         let watch = |kind, name| {
             let signal = signal(kind).map_err(OciError::io("watch signals"))?;
             Ok::<_, OciError>((signal, name))
@@ -27,7 +27,7 @@ impl Interruption {
     ///
     /// # Errors
     /// A signal has arrived.
-    pub(super) async fn unless<T>(&mut self, work: impl Future<Output = T>) -> Result<T, BootError> {
+    pub(crate) async fn unless<T>(&mut self, work: impl Future<Output = T>) -> Result<T, BootError> {
         let [(first, first_name), (second, second_name), (third, third_name)] = &mut self.0;
         let signal = tokio::select! {
             done = work => return Ok(done),

@@ -9,8 +9,8 @@
 mod error;
 mod interruption;
 pub(crate) mod keeper;
-mod spec;
-mod user;
+pub(crate) mod spec;
+pub(crate) mod user;
 
 use std::{
     io::{IsTerminal as _, Read as _},
@@ -27,8 +27,8 @@ use machinen::{
 };
 use tokio::task::spawn_blocking;
 
-pub(crate) use self::error::BootError;
-use self::{interruption::Interruption, keeper::Kept};
+use self::keeper::Kept;
+pub(crate) use self::{error::BootError, interruption::Interruption};
 use crate::{
     failure::Failure,
     image::{self, ImageCache, ImageRoot, ReadyImage},
@@ -140,7 +140,7 @@ async fn boot(global: &GlobalArgs, args: BootArgs) -> Result<ExitCode, BootError
     let config = Config::load()?;
     let id = match &args.name {
         Some(name) => ContainerId::parse(name)?,
-        None => ContainerId::parse(&made_up()?)?,
+        None => ContainerId::parse(&made_up("boot")?)?,
     };
     // Refused before anything is unpacked.
     if global.root.join(id.as_str()).exists() {
@@ -149,7 +149,8 @@ async fn boot(global: &GlobalArgs, args: BootArgs) -> Result<ExitCode, BootError
     let options = spec::SpecOptions::check(&args, &id)?;
     let mut interruption = Interruption::watch()?;
     let image = interruption.unless(prepare(&config, &args)).await??;
-    let (bundle, held) = bundle((global, &config), &id, &image, &options)?;
+    let text = spec::spec(&id, &image, &options)?;
+    let (bundle, held) = bundle((global, &config), &id, &image, &text)?;
     let boot = BootedRootfs { mount: mount(&image.root) };
     // The bundle names the image, so another process may have it now.
     drop(image);
@@ -178,13 +179,15 @@ async fn prepare(config: &Config, args: &BootArgs) -> Result<ReadyImage, BootErr
 }
 
 /// Makes the bundle, locked until the returned file is closed. It is removed with the container.
-fn bundle(
+///
+/// # Errors
+/// The file system refuses.
+pub(crate) fn bundle(
     (global, config): (&GlobalArgs, &Config),
     id: &ContainerId,
     image: &ReadyImage,
-    options: &spec::SpecOptions,
+    text: &[u8],
 ) -> Result<(PathBuf, std::fs::File), BootError> {
-    let text = spec::spec(id, image, options)?;
     let bundles = config.boot.dir.join(BUNDLES);
     create_private_dirs(&bundles).map_err(FileError::at("create the directory", &bundles))?;
     let made = tempfile::Builder::new().prefix(&format!("{id}-")).tempdir_in(&bundles);
@@ -263,7 +266,10 @@ async fn detached(
 }
 
 /// Creates a container. If a signal arrives meanwhile, nothing of it is left.
-async fn create_unless(
+///
+/// # Errors
+/// The container cannot be created, or a signal has arrived.
+pub(crate) async fn create_unless(
     global: &GlobalArgs,
     args: &CreateArgs,
     attachment: Attachment<'_>,
@@ -284,12 +290,15 @@ async fn create_unless(
 }
 
 /// A name that no other container has.
-fn made_up() -> Result<String, FileError> {
+///
+/// # Errors
+/// There are no random numbers.
+pub(crate) fn made_up(prefix: &str) -> Result<String, FileError> {
     let mut bytes = [0; 6];
     let source = Path::new("/dev/urandom");
     let read = std::fs::File::open(source).and_then(|mut file| file.read_exact(&mut bytes));
     read.map_err(FileError::at("read", source))?;
-    Ok(format!("boot-{}", hex(&bytes)))
+    Ok(format!("{prefix}-{}", hex(&bytes)))
 }
 
 impl BootArgs {

@@ -11,9 +11,13 @@ use machinen::{
     pod::ContainerId,
     spec::OCI_VERSION,
 };
+use oci_spec::image::Config;
 use serde_json::{Value, json};
 
-use super::{BootArgs, BootError, user};
+use super::{
+    BootArgs, BootError,
+    user::{self, ProcessUser},
+};
 use crate::{
     image::ReadyImage,
     oci::{OciError, update},
@@ -56,7 +60,7 @@ const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys",
 
 /// Options that are understood, before an image is unpacked.
 #[derive(Debug, Default)]
-pub(super) struct SpecOptions {
+pub(crate) struct SpecOptions {
     command: Vec<String>,
     entrypoint: Option<String>,
     env: Vec<String>,
@@ -75,6 +79,8 @@ pub(super) struct SpecOptions {
     read_only: bool,
     tty: bool,
     size: Option<(u16, u16)>,
+    /// Most bytes that the container can write, MiB.
+    scratch_mib: Option<u64>,
 }
 
 impl SpecOptions {
@@ -106,6 +112,31 @@ impl SpecOptions {
             read_only: args.read_only,
             tty: args.tty,
             size: args.terminal_size(),
+            scratch_mib: None,
+        })
+    }
+
+    /// For a container that is only there for the processes that are added to it, as that of a build. Its `init` never
+    /// runs.
+    ///
+    /// # Errors
+    /// The memory is not understood.
+    pub(crate) fn of_builder(
+        id: &ContainerId,
+        init: &str,
+        memory: Option<&str>,
+        scratch_mib: Option<u64>,
+        outside: bool,
+    ) -> Result<Self, BootError> {
+        Ok(Self {
+            entrypoint: Some(init.to_owned()),
+            user: Some("0:0".to_owned()),
+            workdir: Some("/".to_owned()),
+            hostname: id.as_str().chars().take(63).collect(),
+            memory: update::bytes("--memory", memory)?,
+            scratch_mib,
+            outside,
+            ..Self::default()
         })
     }
 }
@@ -175,11 +206,30 @@ fn volume(text: &str) -> Result<Value, BootError> {
     }))
 }
 
+/// A process that is added to the container of a build, with the configuration that its image has so far.
+pub(crate) fn added_process(config: &Config, user: &ProcessUser, args: &[String], hostname: &str) -> Value {
+    process(config, user, args, &SpecOptions { hostname: hostname.to_owned(), ..Default::default() })
+}
+
+fn process(config: &Config, user: &ProcessUser, args: &[String], options: &SpecOptions) -> Value {
+    let env = environment(config.env().as_deref().unwrap_or_default(), options, user.home.as_deref());
+    let cwd = options.workdir.as_ref().or(config.working_dir().as_ref()).filter(|dir| !dir.is_empty());
+    json!({
+        "terminal": options.tty,
+        "args": args,
+        "env": env,
+        "cwd": cwd.map_or("/", String::as_str),
+        "user": { "uid": user.uid, "gid": user.gid, "additionalGids": user.further_gids },
+        "capabilities": capabilities(user.uid),
+        "noNewPrivileges": false,
+    })
+}
+
 /// The text of `config.json`.
 ///
 /// # Errors
 /// There is no command, or the image has no such user.
-pub(super) fn spec(
+pub(crate) fn spec(
     id: &ContainerId,
     image: &ReadyImage,
     options: &SpecOptions,
@@ -187,19 +237,9 @@ pub(super) fn spec(
     let config = &image.config;
     let named = options.user.as_ref().or(config.user().as_ref()).map_or("", String::as_str);
     let user = user::find(image.root.path(), named)?;
-    let env = environment(config.env().as_deref().unwrap_or_default(), options, user.home.as_deref());
-    let cwd = options.workdir.as_ref().or(config.working_dir().as_ref()).filter(|dir| !dir.is_empty());
     let mut spec = json!({
         "ociVersion": OCI_VERSION,
-        "process": {
-            "terminal": options.tty,
-            "args": command(image, options)?,
-            "env": env,
-            "cwd": cwd.map_or("/", String::as_str),
-            "user": { "uid": user.uid, "gid": user.gid, "additionalGids": user.further_gids },
-            "capabilities": capabilities(user.uid),
-            "noNewPrivileges": false,
-        },
+        "process": process(config, &user, &command(image, options)?, options),
         "root": { "path": "rootfs", "readonly": options.read_only },
         "hostname": options.hostname,
         "mounts": mounts(options),
@@ -223,6 +263,9 @@ pub(super) fn spec(
     }
     if let Some(copies) = &options.copies {
         spec["annotations"][format!("{PREFIX}copy-mount")] = copies.as_str().into();
+    }
+    if let Some(mib) = options.scratch_mib {
+        spec["annotations"][format!("{PREFIX}rootdisk-size")] = mib.to_string().into();
     }
     if let Some(memory) = &options.memory {
         spec["linux"]["resources"]["memory"] = json!({ "limit": memory });
@@ -295,7 +338,7 @@ fn mounts(options: &SpecOptions) -> Vec<Value> {
 
 #[cfg(test)]
 mod tests {
-    use oci_spec::image::{Config, ConfigBuilder};
+    use oci_spec::image::ConfigBuilder;
 
     use super::*;
     use crate::image::ImageRoot;

@@ -7,7 +7,7 @@ use crate::image::read_in_root;
 
 /// The user of a process.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct ProcessUser {
+pub(crate) struct ProcessUser {
     pub(super) uid: u32,
     pub(super) gid: u32,
     pub(super) further_gids: Vec<u32>,
@@ -30,7 +30,11 @@ pub(super) fn find(root: &Path, text: &str) -> Result<ProcessUser, BootError> {
     read(text, &file("/etc/passwd")?, &file("/etc/group")?)
 }
 
-fn read(text: &str, passwd: &str, group: &str) -> Result<ProcessUser, BootError> {
+/// Reads `USER[:GROUP]` with the contents of /etc/passwd and /etc/group.
+///
+/// # Errors
+/// A name is not in them.
+pub(crate) fn read(text: &str, passwd: &str, group: &str) -> Result<ProcessUser, BootError> {
     let (user, group_name) = match text.split_once(':') {
         Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
         None => (text, None),

@@ -13,6 +13,8 @@ pub(crate) enum CopyError {
     Find(#[from] FindError),
     #[error("{id} does not run (it is {status}); the files of a running container can be copied")]
     NotRunning { id: String, status: String },
+    #[error("the files of the container are not served: process {pid} has the root of the host")]
+    NotServed { pid: u32 },
     #[error("neither SRC nor DST is CONTAINER:PATH")]
     NoContainer,
     #[error("SRC and DST are both in containers; copy to the host first")]
@@ -39,7 +41,7 @@ pub(crate) enum CopyError {
 
 impl CopyError {
     /// The failure of `action` on `path`.
-    pub(super) fn at(action: &'static str, path: &Path, errno: Errno) -> Self {
+    pub(crate) fn at(action: &'static str, path: &Path, errno: Errno) -> Self {
         Self::File { action, path: path.to_owned(), source: errno.into() }
     }
 }
@@ -48,7 +50,7 @@ impl HasKind for CopyError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Find(error) => error.kind(),
-            Self::NotRunning { .. } => ErrorKind::FailedPrecondition,
+            Self::NotRunning { .. } | Self::NotServed { .. } => ErrorKind::FailedPrecondition,
             Self::Missing { .. } => ErrorKind::NotFound,
             Self::NoContainer
             | Self::TwoContainers

@@ -5,6 +5,7 @@
 //! is copied is made with *at calls that never go through a link ([`tree`]).
 
 mod error;
+mod files;
 mod resolve;
 mod tree;
 
@@ -17,8 +18,9 @@ use std::{
 use clap::Args;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 
-pub(crate) use self::error::CopyError;
-use self::{
+pub(crate) use self::{
+    error::CopyError,
+    files::{make_dirs, open_root, read_small},
     resolve::{LastLink, Place, resolve},
     tree::{CopyLimits, CopyOptions, TreeCopy},
 };
@@ -108,9 +110,7 @@ async fn container_root(global: &GlobalArgs, name: &str) -> Result<OwnedFd, Copy
     if pid == 0 || !["running", "paused", "created"].contains(&status.as_str()) {
         return Err(CopyError::NotRunning { id, status });
     }
-    let path = PathBuf::from(format!("/proc/{pid}/root"));
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    rustix::fs::open(&path, flags, Mode::empty()).map_err(|errno| CopyError::at("open", &path, errno))
+    open_root(pid)
 }
 
 /// A path of the host, whose owner is the user.

@@ -25,17 +25,17 @@ const MAX_LINKS: u32 = 40;
 
 /// A name in a directory. The name need not exist.
 #[derive(Debug)]
-pub(super) struct Place {
-    pub(super) parent: OwnedFd,
+pub(crate) struct Place {
+    pub(crate) parent: OwnedFd,
     /// `.` for the directory itself.
-    pub(super) name: OsString,
+    pub(crate) name: OsString,
     /// As the user has named it.
-    pub(super) shown: PathBuf,
+    pub(crate) shown: PathBuf,
 }
 
 /// What happens to a link at the end of a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum LastLink {
+pub(crate) enum LastLink {
     /// The path means the link.
     Keep,
     /// The path means what the link leads to.
@@ -47,7 +47,7 @@ impl Place {
     ///
     /// # Errors
     /// The directory cannot be searched.
-    pub(super) fn kind(&self) -> Result<Option<FileType>, CopyError> {
+    pub(crate) fn kind(&self) -> Result<Option<FileType>, CopyError> {
         match statat(&self.parent, &self.name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(Some(FileType::from_raw_mode(stat.st_mode))),
             Err(Errno::NOENT) => Ok(None),
@@ -60,7 +60,7 @@ impl Place {
 ///
 /// # Errors
 /// A component is missing or no directory, or there are too many links.
-pub(super) fn resolve(root: &OwnedFd, path: &Path, last: LastLink) -> Result<Place, CopyError> {
+pub(crate) fn resolve(root: &OwnedFd, path: &Path, last: LastLink) -> Result<Place, CopyError> {
     let failed = |errno| CopyError::at("look up", path, errno);
     let mut ahead = components(path.as_os_str());
     let mut dirs = vec![root.try_clone().map_err(|error| CopyError::File {

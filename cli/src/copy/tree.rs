@@ -33,29 +33,29 @@ const MAX_REPORTED: usize = 100;
 
 /// Which attributes a copy keeps, in addition to content, mode and modification time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct CopyOptions {
+pub(crate) struct CopyOptions {
     /// Owner and group.
-    pub(super) owners: bool,
+    pub(crate) owners: bool,
     /// setuid, setgid and sticky.
-    pub(super) special_bits: bool,
+    pub(crate) special_bits: bool,
 }
 
 /// Bounds of a copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct CopyLimits {
-    pub(super) bytes: u64,
-    pub(super) entries: u64,
+pub(crate) struct CopyLimits {
+    pub(crate) bytes: u64,
+    pub(crate) entries: u64,
     /// Each level takes two descriptors.
-    pub(super) depth: usize,
+    pub(crate) depth: usize,
 }
 
 impl CopyLimits {
-    pub(super) const DEFAULT: Self = Self { bytes: 64 << 30, entries: 2_000_000, depth: 256 };
+    pub(crate) const DEFAULT: Self = Self { bytes: 64 << 30, entries: 2_000_000, depth: 256 };
 }
 
 /// A copy, and how much of its bounds is used.
 #[derive(Debug)]
-pub(super) struct TreeCopy {
+pub(crate) struct TreeCopy {
     excludes: Vec<Pattern>,
     options: CopyOptions,
     limits: CopyLimits,
@@ -65,12 +65,12 @@ pub(super) struct TreeCopy {
 }
 
 impl TreeCopy {
-    pub(super) fn new(excludes: Vec<Pattern>, options: CopyOptions, limits: CopyLimits) -> Self {
+    pub(crate) fn new(excludes: Vec<Pattern>, options: CopyOptions, limits: CopyLimits) -> Self {
         Self { excludes, options, limits, bytes: 0, entries: 0, left_out: Vec::new() }
     }
 
     /// The files that were not copied because of their type.
-    pub(super) fn left_out(&self) -> &[String] {
+    pub(crate) fn left_out(&self) -> &[String] {
         &self.left_out
     }
 
@@ -78,7 +78,7 @@ impl TreeCopy {
     ///
     /// # Errors
     /// A file cannot be read or made, or a bound is reached.
-    pub(super) fn copy(&mut self, from: &Place, into: &OwnedFd, name: &OsStr) -> Result<(), CopyError> {
+    pub(crate) fn copy(&mut self, from: &Place, into: &OwnedFd, name: &OsStr) -> Result<(), CopyError> {
         self.entry(from.parent.as_fd(), &from.name, into.as_fd(), name, &mut CopyPath::new(&from.shown))
     }
 

@@ -15,7 +15,7 @@ use clap::Subcommand;
 use machinen::{config::Config, reexec::EntryPoint};
 
 use crate::{
-    boot, copy,
+    boot, build, copy,
     failure::Failure,
     fork,
     oci::{GlobalArgs, OciError},
@@ -39,6 +39,8 @@ pub(crate) enum EverydayVerb {
         --network or --publish the container has a loopback interface only."
     )]
     Boot(Box<boot::BootArgs>),
+    /// Build images in files, without any daemon.
+    Image(build::ImageArgs),
     /// Connect this terminal with a container that `boot --detach` has started.
     #[command(
         long_about = "Connect this terminal with a container that `machinen boot --detach` has started: its output from a \
@@ -96,6 +98,7 @@ pub(crate) fn run(global: &GlobalArgs, verb: EverydayVerb) -> Result<ExitCode, F
 async fn dispatch(global: &GlobalArgs, verb: EverydayVerb) -> Result<ExitCode, Failure> {
     match verb {
         EverydayVerb::Boot(args) => return Ok(boot::run(global, *args).await),
+        EverydayVerb::Image(args) => build::run(global, &args).await?,
         EverydayVerb::Attach(args) => return Ok(attach::run(global, &args).await?),
         EverydayVerb::Logs(args) => logs::run(global, &args).await?,
         EverydayVerb::Ls(args) => ls::run(global, &args).await?,

@@ -48,6 +48,8 @@ pub(crate) enum ImageError {
     Unpack { path: PathBuf, source: io::Error },
     #[error("cannot read {name:?} of the image")]
     Read { name: String, source: io::Error },
+    #[error("cannot pack {path:?} into an image")]
+    Pack { path: PathBuf, source: io::Error },
     #[error("the image has more than {most} {what}")]
     Bounds { what: &'static str, most: u64 },
     #[error(transparent)]
@@ -59,7 +61,9 @@ impl HasKind for ImageError {
         match self {
             Self::Missing { .. } | Self::NoReference { .. } => ErrorKind::NotFound,
             Self::Bounds { .. } => ErrorKind::ResourceExhausted,
-            Self::Unpack { source, .. } | Self::Read { source, .. } => ErrorKind::of_io(source),
+            Self::Unpack { source, .. } | Self::Read { source, .. } | Self::Pack { source, .. } => {
+                ErrorKind::of_io(source)
+            }
             Self::File(error) => error.kind(),
             _ => ErrorKind::InvalidArgument,
         }

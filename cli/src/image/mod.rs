@@ -8,9 +8,11 @@
 //! Images are not trusted: sizes and digests are checked before anything is made, and unpacking cannot leave its directory
 //! ([`unpack`]). An unpacked image is kept by the digests of its layers ([`cache`]).
 
+mod base;
 mod cache;
 mod error;
 mod manifest;
+mod pack;
 mod reader;
 mod store;
 mod unpack;
@@ -24,8 +26,10 @@ use machinen::fs::FileError;
 use oci_spec::image::{Config, ImageConfiguration};
 
 pub(crate) use self::{
+    base::{BaseImage, BaseLayers, prepare_base},
     cache::{CachedImage, ImageCache},
     error::ImageError,
+    pack::pack,
     unpack::read_in_root,
 };
 use self::{manifest::FoundImage, store::Opened};
@@ -69,26 +73,16 @@ pub(crate) fn prepare(
     cache: &ImageCache,
     report: &mut dyn FnMut(&str),
 ) -> Result<ReadyImage, ImageError> {
-    let path = path.canonicalize().map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => ImageError::Missing { path: path.to_owned() },
-        _ => FileError::new("find", path, error).into(),
-    })?;
+    let path = found(path)?;
     let shown = path.display().to_string();
-    let no_choice = || match reference {
-        Some(reference) => Err(ImageError::NoChoice { path: path.clone(), reference: reference.to_owned() }),
-        None => Ok(()),
-    };
     match store::open(&path, cache)? {
         Opened::Directory => {
-            no_choice()?;
-            let metadata = fs::read_dir(&path).map_err(FileError::at("list", &path))?.next();
-            if metadata.is_none() {
-                return Err(ImageError::EmptyDir { path });
-            }
+            no_choice(&path, reference)?;
+            not_empty(&path)?;
             Ok(ReadyImage { root: ImageRoot::Dir(path), config: Config::default(), name: shown })
         }
         Opened::RootfsTar(tar) => {
-            no_choice()?;
+            no_choice(&path, reference)?;
             let root = cache.of_tar(&tar, &path, report)?;
             Ok(ReadyImage { root: ImageRoot::Cached(root), config: Config::default(), name: shown })
         }
@@ -98,6 +92,31 @@ pub(crate) fn prepare(
             let config = runtime_config(config);
             Ok(ReadyImage { root: ImageRoot::Cached(root), config, name: name.unwrap_or(shown) })
         }
+    }
+}
+
+/// The absolute path of an image.
+fn found(path: &Path) -> Result<PathBuf, ImageError> {
+    path.canonicalize().map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => ImageError::Missing { path: path.to_owned() },
+        _ => FileError::new("find", path, error).into(),
+    })
+}
+
+/// What is a root file system has no images to choose from.
+fn no_choice(path: &Path, reference: Option<&str>) -> Result<(), ImageError> {
+    match reference {
+        Some(reference) => {
+            Err(ImageError::NoChoice { path: path.to_owned(), reference: reference.to_owned() })
+        }
+        None => Ok(()),
+    }
+}
+
+fn not_empty(path: &Path) -> Result<(), ImageError> {
+    match fs::read_dir(path).map_err(FileError::at("list", path))?.next() {
+        Some(_) => Ok(()),
+        None => Err(ImageError::EmptyDir { path: path.to_owned() }),
     }
 }
 

@@ -23,7 +23,7 @@ use super::{
 };
 
 /// The name of the runtime-spec's process in containerd's registry of types.
-const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
+pub(crate) const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 /// The exit code if the process could not be started, as runc's.
 const NOT_STARTED: u8 = 255;
 

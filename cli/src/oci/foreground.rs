@@ -38,6 +38,19 @@ pub(crate) async fn follow(
     status
 }
 
+/// Like [`follow`] for a process without a terminal, to which no signals are passed on.
+///
+/// # Errors
+/// The process cannot be started, or its monitor is lost.
+pub(crate) async fn follow_quietly(
+    monitor: &MonitorClient,
+    exec: &str,
+    start: impl AsyncFnOnce() -> Result<(), OciError>,
+) -> Result<u32, OciError> {
+    let (_, mut none) = mpsc::unbounded_channel();
+    until_end(monitor, exec, None, start, &mut none).await
+}
+
 async fn until_end(
     monitor: &MonitorClient,
     exec: &str,

@@ -13,7 +13,7 @@ pub(crate) mod console;
 pub(crate) mod create;
 mod error;
 mod events;
-mod exec;
+pub(crate) mod exec;
 pub(crate) mod foreground;
 mod global;
 mod monitor;

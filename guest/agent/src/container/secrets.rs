@@ -97,8 +97,7 @@ impl Container {
         // One call after the other.
         let _turn = self.secrets.lock().await;
         let (dir, init, owner) = (self.dir.join(SECRETS_DIR), self.init.pid(), self.owner);
-        // A thread of its own: it enters the container's mount namespace, and what is mounted in the container may be
-        // served by the agent's main thread.
+        // Not on the main thread, which may serve what is mounted in the container.
         let (sender, done) = oneshot::channel();
         thread::spawn(move || sender.send(set(&dir, init, owner, &request)));
         Ok(done.await.unwrap_or(Err(SecretsError::Thread))?)
@@ -108,7 +107,9 @@ impl Container {
 fn set(dir: &Path, init: Pid, owner: u32, request: &SetSecretsRequest) -> Result<(), SecretsError> {
     if !request.secrets.is_empty() {
         mount_tmpfs(dir)?;
-        show(dir, init)?;
+        // In a thread of its own, since it enters the container's mount namespace.
+        let shown = dir.to_owned();
+        thread::spawn(move || show(&shown, init)).join().map_err(|_| SecretsError::Thread)??;
     }
     write(dir, owner, &request.secrets)?;
     for name in &request.removed {

@@ -97,6 +97,12 @@ fn published(oci: &Oci) -> Result<()> {
     background(oci, "web", &["--publish", "8080:80"], "nc -ll -p 80 -e echo served & true")?;
     let served = host("until busybox nc 127.0.0.1 8080 < /dev/null | grep served; do sleep 0.1; done")?;
     ensure!(served.text().starts_with("served\n"), "{served}");
+    ensure!(oci.ok(&["port", "web"])? == "80/tcp -> 127.0.0.1:8080\n");
+    ensure!(oci.ok(&["port", "web", "80"])? == "127.0.0.1:8080\n");
+    let listed = json(&oci.ok(&["port", "--format", "json", "web"])?)?;
+    let wanted = [("containerPort", 80.into()), ("protocol", "tcp".into()), ("hostPort", 8080.into())];
+    ensure!(wanted.iter().all(|(key, value): &(&str, Value)| listed[0][key] == *value), "{listed}");
+    oci.fails(&["port", "web", "81"], 1, "does not publish its port 81")?;
     let archive = image(oci);
     oci.fails(
         &["boot", "-p", "8080:80", &archive, "true"],

@@ -1,8 +1,9 @@
-//! The commands for a user at a terminal: `boot`, `ls`, `top`, `console`, `logs`, `cp`, `attach` and `gc`.
+//! The commands for a user at a terminal: `boot`, `ls`, `top`, `console`, `logs`, `cp`, `attach`, `port`, `secret` and `gc`.
 
 mod boot;
 mod copy;
 mod owners;
+mod secrets;
 mod seen;
 
 use anyhow::{Context, Result, ensure};

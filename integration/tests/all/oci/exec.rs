@@ -10,6 +10,19 @@ use super::{SLEEP, with_oci};
 
 with_oci!(arguments, exit_codes, a_process_file, fed, detached, on_a_terminal);
 
+/// Its root file system is frozen with it.
+#[test]
+fn in_a_paused_container() {
+    super::run(machinen_integration::runtime::Runtime::Machinen, |oci| {
+        started(oci)?;
+        ensure!(oci.ok(&["exec", "--ignore-paused", "e", "echo", "runs"])? == "runs\n");
+        oci.ok(&["pause", "e"])?;
+        oci.fails(&["exec", "e", "true"], 255, "cannot exec in a paused container")?;
+        oci.fails(&["exec", "--ignore-paused", "e", "true"], 255, "--ignore-paused is not supported")?;
+        remove(oci)
+    });
+}
+
 /// A container that runs until it is removed.
 fn started(oci: &Oci) -> Result<()> {
     oci.bundle("e", &SLEEP, |_| {})?;
