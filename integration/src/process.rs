@@ -357,6 +357,14 @@ impl Stream {
         has(&waited.0.bytes)
     }
 
+    /// Waits for the end of the stream, for this time at most; false when it has not come.
+    pub fn ends(&self, time: Duration) -> bool {
+        let (received, grown) = &*self.state;
+        let received = received.lock().expect("readers do not panic");
+        let waited = grown.wait_timeout_while(received, time, |received| !received.ended);
+        waited.expect("readers do not panic").0.ended
+    }
+
     /// All bytes that have been read so far.
     pub fn so_far(&self) -> Vec<u8> {
         self.state.0.lock().expect("readers do not panic").bytes.clone()

@@ -24,6 +24,9 @@ pub struct Terminal {
     output: Stream,
 }
 
+/// How long the rest of the output may take after the program has ended.
+const REST: Duration = Duration::from_secs(2);
+
 impl Terminal {
     /// Starts a program on a terminal of a size.
     ///
@@ -81,6 +84,8 @@ impl Terminal {
     pub fn wait(mut self) -> Result<(i32, String)> {
         ensure!(wait_for_end(self.child.id(), PATIENCE)?, "a program on a terminal does not end");
         let status = self.child.wait()?.code().unwrap_or(-1);
+        // The last bytes may not be read yet. Another process may keep the terminal open, so this is bounded.
+        self.output.ends(REST);
         Ok((status, String::from_utf8_lossy(&self.output.so_far()).into_owned()))
     }
 }
