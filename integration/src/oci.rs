@@ -63,6 +63,14 @@ impl Oci {
         Ok(Self { host, runtime, program })
     }
 
+    /// Changes machinen's configuration, for the commands that follow.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn set_up(&self, setup: &Setup) -> Result<()> {
+        self.runtime.program(self.host.root(), setup).map(drop)
+    }
+
     pub fn host(&self) -> &PrivateHost {
         &self.host
     }

@@ -89,6 +89,11 @@ impl PrivateHost {
         Ok(host)
     }
 
+    /// The first process in the host's namespaces.
+    pub fn server(&self) -> u32 {
+        self.server
+    }
+
     /// The directory of the host, which is removed at the end. It is at the same place inside of the host.
     pub fn root(&self) -> &Path {
         &self.root

@@ -13,7 +13,7 @@ mod monitor;
 mod vm;
 
 use std::{
-    fs,
+    fs::{self, File},
     os::{
         fd::OwnedFd,
         unix::{
@@ -32,13 +32,17 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use nix::unistd::Pid;
+use nix::{
+    sched::{CloneFlags, setns, unshare},
+    unistd::Pid,
+};
 
 pub use hostile::Hostility;
 
 use crate::{
     containerd::Containerd,
     inventory, paths,
+    private_host::PrivateHost,
     setup::{Setup, Value},
 };
 
@@ -113,16 +117,29 @@ impl FakeVmm {
     /// # Errors
     /// The files cannot be made, or a program is not built.
     pub fn start(containerd: &Containerd) -> Result<Self> {
-        let dir = containerd.root().join("fake");
+        Self::start_in(containerd.root(), None)
+    }
+
+    /// Waits for VMs of a private host.
+    ///
+    /// # Errors
+    /// The files cannot be made, or a program is not built.
+    pub fn start_on(host: &PrivateHost) -> Result<Self> {
+        let mounts = format!("/proc/{}/ns/mnt", host.server());
+        let mounts = File::open(&mounts).with_context(|| format!("cannot open {mounts}"))?;
+        Self::start_in(host.root(), Some(mounts))
+    }
+
+    /// `mounts`: the mount namespace in which the disks are.
+    fn start_in(root: &Path, mounts: Option<File>) -> Result<Self> {
+        let dir = root.join("fake");
         fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let program = dir.join("qemu-system-x86_64");
         fs::copy(paths::own_program("fake-qemu")?, &program).context("cannot copy fake-qemu")?;
         let agent = paths::agent()?;
         let listener = UnixListener::bind(dir.join(SOCKET)).context("cannot listen for VMs")?;
         // The user that QEMU runs as must be able to enter this directory.
-        for (path, mode) in
-            [(containerd.root(), 0o711), (&dir, 0o711), (&program, 0o755), (&dir.join(SOCKET), 0o777)]
-        {
+        for (path, mode) in [(root, 0o711), (&dir, 0o711), (&program, 0o755), (&dir.join(SOCKET), 0o777)] {
             fs::set_permissions(path, fs::Permissions::from_mode(mode))
                 .with_context(|| format!("cannot set the mode of {}", path.display()))?;
         }
@@ -137,7 +154,8 @@ impl FakeVmm {
         });
         let acceptor = std::thread::spawn({
             let (shared, dir) = (Arc::clone(&shared), dir.clone());
-            move || accept(&listener, &shared, &dir, &agent)
+            let mounts = Arc::new(mounts);
+            move || accept(&listener, &shared, &dir, &agent, &mounts)
         });
         Ok(Self { dir, shared, acceptor: Some(acceptor) })
     }
@@ -228,18 +246,34 @@ impl Drop for FakeVmm {
     }
 }
 
-fn accept(listener: &UnixListener, shared: &Arc<Shared>, dir: &Path, agent: &Path) {
+/// A file can have a further name only in the mount namespace that it was opened in.
+fn enter(mounts: Option<&File>) -> Result<()> {
+    let Some(mounts) = mounts else { return Ok(()) };
+    unshare(CloneFlags::CLONE_FS).context("cannot leave the root of the other threads")?;
+    setns(mounts, CloneFlags::CLONE_NEWNS).context("cannot enter the host's mount namespace")
+}
+
+fn accept(
+    listener: &UnixListener,
+    shared: &Arc<Shared>,
+    dir: &Path,
+    agent: &Path,
+    mounts: &Arc<Option<File>>,
+) {
     for (number, connection) in listener.incoming().enumerate() {
         let Ok(connection) = connection else { return };
         if shared.ended.load(Ordering::Relaxed) {
             return;
         }
         let behaviour = *shared.behaviour.lock().expect("the lock is not poisoned");
+        let mounts = Arc::clone(mounts);
         let (shared, agent, disks) =
             (Arc::clone(shared), agent.to_owned(), dir.join(format!("disks-{number}")));
         *shared.running.lock().expect("the lock is not poisoned") += 1;
         std::thread::spawn(move || {
-            if let Err(error) = vm::run(connection, behaviour, &agent, &disks, &shared) {
+            let ran = enter(mounts.as_ref().as_ref())
+                .and_then(|()| vm::run(connection, behaviour, &agent, &disks, &shared));
+            if let Err(error) = ran {
                 eprintln!("fake VM {number}: {error:#}");
             }
             *shared.running.lock().expect("the lock is not poisoned") -= 1;

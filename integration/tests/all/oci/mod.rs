@@ -6,6 +6,7 @@ mod exec;
 mod hooks;
 mod limits;
 mod logging;
+mod model;
 mod pool;
 mod shown;
 mod streams;
