@@ -27,7 +27,7 @@ use tokio::{
 use super::error::EverydayError;
 use crate::{
     boot::keeper::{Frame, FrameKind, SOCKET, read_frame},
-    find,
+    find::{self, FoundContainer},
     oci::{GlobalArgs, OciError, console::RawTerminal},
 };
 
@@ -57,12 +57,81 @@ pub(super) async fn run(global: &GlobalArgs, args: &AttachArgs) -> Result<ExitCo
     if !container.bundle.join(SOCKET).exists() {
         return Err(not_kept());
     }
-    let stream = dial(&container.bundle).map_err(|error| match error.kind() {
+    let mut typed = if args.no_stdin { Typed::nothing() } else { Typed::of_stdin() };
+    match converse(connect(&container)?, keys, &mut typed).await? {
+        AttachEnd::Ended(status) => Ok(crate::oci::foreground::exit_code(status)),
+        AttachEnd::Detached => {
+            print(&mut io::stderr(), b"\r\ndetached\r\n")?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// How a connection with a container has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum AttachEnd {
+    /// By the keys of the user.
+    Detached,
+    /// With the container, which has this exit status.
+    Ended(u32),
+}
+
+/// What is typed at this terminal.
+pub(super) struct Typed {
+    /// None: nothing more comes, or nothing is to be read.
+    receiver: Option<mpsc::Receiver<Vec<u8>>>,
+    /// What was taken and not used.
+    pushed: Vec<u8>,
+}
+
+impl Typed {
+    pub(super) fn nothing() -> Self {
+        Self { receiver: None, pushed: Vec::new() }
+    }
+
+    /// Begins to read stdin, which must be done once.
+    pub(super) fn of_stdin() -> Self {
+        Self::of(input())
+    }
+
+    pub(super) fn of(receiver: mpsc::Receiver<Vec<u8>>) -> Self {
+        Self { receiver: Some(receiver), pushed: Vec::new() }
+    }
+
+    /// Whether more may come.
+    pub(super) fn is_open(&self) -> bool {
+        self.receiver.is_some() || !self.pushed.is_empty()
+    }
+
+    /// What was typed next; empty at the end, and after that it does not resolve.
+    pub(super) async fn next(&mut self) -> Vec<u8> {
+        if !self.pushed.is_empty() {
+            return std::mem::take(&mut self.pushed);
+        }
+        let Some(receiver) = &mut self.receiver else { return std::future::pending().await };
+        let bytes = receiver.recv().await.unwrap_or_default();
+        if bytes.is_empty() {
+            self.receiver = None;
+        }
+        bytes
+    }
+
+    /// Makes `bytes` the next ones.
+    pub(super) fn push_back(&mut self, bytes: Vec<u8>) {
+        self.pushed.splice(0..0, bytes);
+    }
+}
+
+/// Connects to the process that holds the streams of a container.
+///
+/// # Errors
+/// The container has ended, or the process cannot be reached.
+pub(super) fn connect(container: &FoundContainer) -> Result<UnixStream, EverydayError> {
+    dial(&container.bundle).map_err(|error| match error.kind() {
         // The keeper ends with the container.
         io::ErrorKind::ConnectionRefused => EverydayError::Ended { id: container.id.clone() },
         _ => FileError::new("connect to", container.bundle.join(SOCKET), error).into(),
-    })?;
-    converse(stream, keys, args.no_stdin).await
+    })
 }
 
 fn dial(bundle: &Path) -> io::Result<UnixStream> {
@@ -73,22 +142,25 @@ fn dial(bundle: &Path) -> io::Result<UnixStream> {
     UnixStream::from_std(stream)
 }
 
-async fn converse(
+/// Relays between this terminal and a container until one of them ends it.
+///
+/// # Errors
+/// The connection or the terminal fails.
+pub(super) async fn converse(
     stream: UnixStream,
     mut keys: DetachKeys,
-    no_stdin: bool,
-) -> Result<ExitCode, EverydayError> {
+    typed: &mut Typed,
+) -> Result<AttachEnd, EverydayError> {
     let lost = |source| EverydayError::Attached { source };
     let (from, mut to) = stream.into_split();
     let mut frames = frames(from);
     let hello = frames.recv().await.transpose().map_err(lost)?;
     let has_terminal = hello.is_some_and(|frame| frame.content == [1]);
     let is_terminal = io::stdin().is_terminal();
-    let _raw = (has_terminal && is_terminal && !no_stdin)
+    let _raw = (has_terminal && is_terminal && typed.is_open())
         .then(RawTerminal::enter)
         .transpose()
         .map_err(OciError::io("use the terminal"))?;
-    let mut typed = if no_stdin { None } else { Some(input()) };
     let mut sizes = signal(SignalKind::window_change()).map_err(OciError::io("watch signals"))?;
     send_size(&mut to).await;
     loop {
@@ -98,22 +170,18 @@ async fn converse(
                 Some(Frame { kind: FrameKind::Stderr, content }) => print(&mut io::stderr(), &content)?,
                 Some(Frame { kind: FrameKind::Exit, content }) => {
                     let status = content.last_chunk().map_or(u32::MAX, |bytes| u32::from_be_bytes(*bytes));
-                    return Ok(crate::oci::foreground::exit_code(status));
+                    return Ok(AttachEnd::Ended(status));
                 }
                 Some(_) => {}
                 None => return Err(lost(io::ErrorKind::UnexpectedEof.into())),
             },
-            bytes = next(&mut typed) => {
-                let bytes = bytes.unwrap_or_default();
-                let has_ended = bytes.is_empty();
-                if has_ended {
-                    typed = None;
-                }
+            bytes = typed.next() => {
                 let Some(passed) = keys.pass(&bytes) else {
-                    print(&mut io::stderr(), b"\r\ndetached\r\n")?;
-                    return Ok(ExitCode::SUCCESS);
+                    // For what comes after this container.
+                    typed.push_back(keys.rest(&bytes));
+                    return Ok(AttachEnd::Detached);
                 };
-                if has_ended || !passed.is_empty() {
+                if bytes.is_empty() || !passed.is_empty() {
                     to.write_all(&Frame::new(FrameKind::Stdin, &passed).encode()).await.map_err(lost)?;
                 }
             }
@@ -150,13 +218,6 @@ fn input() -> mpsc::Receiver<Vec<u8>> {
     receiver
 }
 
-async fn next(typed: &mut Option<mpsc::Receiver<Vec<u8>>>) -> Option<Vec<u8>> {
-    match typed {
-        Some(receiver) => receiver.recv().await,
-        None => std::future::pending().await,
-    }
-}
-
 async fn send_size(to: &mut OwnedWriteHalf) {
     let Ok(size) = rustix::termios::tcgetwinsize(io::stdin()) else { return };
     let content = [size.ws_col.to_be_bytes(), size.ws_row.to_be_bytes()].concat();
@@ -164,21 +225,25 @@ async fn send_size(to: &mut OwnedWriteHalf) {
     let _ = to.write_all(&Frame::new(FrameKind::Size, &content).encode()).await;
 }
 
-fn print(to: &mut impl io::Write, bytes: &[u8]) -> Result<(), EverydayError> {
+pub(super) fn print(to: &mut impl io::Write, bytes: &[u8]) -> Result<(), EverydayError> {
     let written = to.write_all(bytes).and_then(|()| to.flush());
     written.map_err(|source| EverydayError::File(FileError::new("write to", "the terminal", source)))
 }
 
 /// Finds a sequence of keys in what is typed.
 #[derive(Debug)]
-struct DetachKeys {
+pub(super) struct DetachKeys {
     keys: Vec<u8>,
     /// How many of them were typed, and are held back.
     typed: usize,
+    /// How many bytes followed in the call that has completed the sequence.
+    after: usize,
 }
 
 impl DetachKeys {
-    fn parse(text: &str) -> Result<Self, EverydayError> {
+    /// # Errors
+    /// The keys are not understood.
+    pub(super) fn parse(text: &str) -> Result<Self, EverydayError> {
         let key = |key: &str| match (key.strip_prefix("ctrl-").map(str::as_bytes), key.as_bytes()) {
             (Some([letter @ (b'a'..=b'z' | b'@' | b'['..=b'_')]), _) => {
                 Some(letter.to_ascii_uppercase() & 0x1f)
@@ -188,16 +253,17 @@ impl DetachKeys {
         };
         let keys = text.split(',').map(key).collect::<Option<Vec<_>>>();
         let keys = keys.ok_or_else(|| EverydayError::DetachKeys { keys: text.to_owned() })?;
-        Ok(Self { keys, typed: 0 })
+        Ok(Self { keys, typed: 0, after: 0 })
     }
 
     /// What goes to the container; None: the sequence is complete.
     fn pass(&mut self, bytes: &[u8]) -> Option<Vec<u8>> {
         let mut passed = Vec::new();
-        for byte in bytes {
+        for (at, byte) in bytes.iter().enumerate() {
             if *byte == self.keys[self.typed] {
                 self.typed += 1;
                 if self.typed == self.keys.len() {
+                    self.after = bytes.len() - at - 1;
                     return None;
                 }
                 continue;
@@ -209,6 +275,11 @@ impl DetachKeys {
             }
         }
         Some(passed)
+    }
+
+    /// What follows the complete sequence in `bytes`, which `pass` has got.
+    fn rest(&self, bytes: &[u8]) -> Vec<u8> {
+        bytes[bytes.len() - self.after..].to_vec()
     }
 }
 
@@ -225,7 +296,8 @@ mod tests {
         assert_eq!(keys.pass(b"\x10\x10").unwrap(), b"\x10");
         assert_eq!(keys.pass(b"\x11"), None);
         let mut twice = DetachKeys::parse("ctrl-],ctrl-]").unwrap();
-        assert_eq!(twice.pass(b"x\x1d\x1d"), None);
+        assert_eq!(twice.pass(b"x\x1d\x1dab"), None);
+        assert_eq!(twice.rest(b"x\x1d\x1dab"), b"ab");
         for odd in ["", "ctrl-", "ctrl-1", "ab", "a,,b"] {
             assert!(DetachKeys::parse(odd).is_err(), "{odd:?}");
         }

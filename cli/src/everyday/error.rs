@@ -26,6 +26,8 @@ pub(crate) enum EverydayError {
          streams"
     )]
     NotAttachable { id: String, owner: &'static str },
+    #[error("mux needs a terminal; `machinen attach` does not")]
+    NoTerminal,
     #[error("{id} has ended; `machinen logs` prints its output")]
     Ended { id: String },
     #[error("the connection with the container's streams broke")]
@@ -75,6 +77,7 @@ impl HasKind for EverydayError {
             Self::DetachKeys { .. }
             | Self::Port { .. }
             | Self::NoSecret
+            | Self::NoTerminal
             | Self::Secret(_)
             | Self::EnvLine { .. }
             | Self::EnvFile { .. } => ErrorKind::InvalidArgument,

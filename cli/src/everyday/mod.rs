@@ -5,6 +5,7 @@ mod console;
 mod error;
 mod logs;
 mod ls;
+mod mux;
 mod port;
 mod secret;
 pub(crate) mod top;
@@ -48,6 +49,13 @@ pub(crate) enum EverydayVerb {
         container, or 0 after the keys that detach."
     )]
     Attach(attach::AttachArgs),
+    /// Switch this terminal between the containers that `boot --detach` has started.
+    #[command(
+        long_about = "Switch this terminal between the containers that `machinen boot --detach` has started. They are listed; a \
+        number and Enter connect with one: the end of its output is shown, and what follows. The keys ctrl-] ctrl-] return to \
+        the list (with Enter after them if the container has no terminal). The containers run on when this ends."
+    )]
+    Mux(mux::MuxArgs),
     /// Print the output of a container that `boot --detach` or Podman has started.
     Logs(logs::LogsArgs),
     /// Show the processes of a container, as its guest sees them.
@@ -100,6 +108,7 @@ async fn dispatch(global: &GlobalArgs, verb: EverydayVerb) -> Result<ExitCode, F
         EverydayVerb::Boot(args) => return Ok(boot::run(global, *args).await),
         EverydayVerb::Image(args) => build::run(global, &args).await?,
         EverydayVerb::Attach(args) => return Ok(attach::run(global, &args).await?),
+        EverydayVerb::Mux(args) => mux::run(global, &args).await?,
         EverydayVerb::Logs(args) => logs::run(global, &args).await?,
         EverydayVerb::Ls(args) => ls::run(global, &args).await?,
         EverydayVerb::Top(args) => top::run(global, &args).await?,

@@ -1,7 +1,9 @@
-//! The commands for a user at a terminal: `boot`, `ls`, `top`, `console`, `logs`, `cp`, `attach`, `port`, `secret` and `gc`.
+//! The commands for a user at a terminal: `boot`, `image build`, `ls`, `top`, `console`, `logs`, `cp`, `attach`, `mux`, `port`, `secret` and `gc`.
 
 mod boot;
+mod build;
 mod copy;
+mod mux;
 mod owners;
 mod secrets;
 mod seen;
