@@ -95,7 +95,8 @@ fn in_no_checkpoint(oci: &Oci) -> Result<()> {
 
 /// A restore could not open the file again.
 fn held_open(oci: &Oci) -> Result<()> {
-    let wait = "until exec 3< /run/secrets/V; do sleep 0.1; done 2> /dev/null; echo open; sleep 1000";
+    let wait =
+        "until [ -e /run/secrets/V ]; do sleep 0.1; done; exec 3< /run/secrets/V; echo open; sleep 1000";
     oci.bundle("h", &["sh", "-c", wait], |_| {})?;
     let container = oci.launch("h")?;
     oci.ok(&["secret", "h", "V=1"])?;
