@@ -133,7 +133,7 @@ impl Builder {
         steps: &[Step],
         context: &Path,
     ) -> Result<image::Config, BuildError> {
-        let mut image = NewImage { config: base, has_cmd: false };
+        let mut image = NewImage::of(base);
         for (at, step) in steps.iter().enumerate() {
             eprintln!("step {} of {}: {}", at + 1, steps.len(), step.text);
             let done = self.step(&mut image, step, at, context).await;
@@ -281,6 +281,16 @@ struct NewImage {
 }
 
 impl NewImage {
+    /// A base without a search path gets the one that its containers have, since steps extend it by `$PATH`.
+    fn of(mut config: image::Config) -> Self {
+        let mut env = config.env().clone().unwrap_or_default();
+        if !env.iter().any(|variable| variable.starts_with("PATH=")) {
+            env.push(spec::PATH.to_owned());
+            config.set_env(Some(env));
+        }
+        Self { config, has_cmd: false }
+    }
+
     fn workdir(&self) -> String {
         let dir = self.config.working_dir().clone().filter(|dir| !dir.is_empty());
         dir.unwrap_or_else(|| "/".to_owned())
@@ -374,7 +384,9 @@ mod tests {
             .working_dir("/w".to_owned())
             .build()
             .unwrap();
-        let mut image = NewImage { config: base, has_cmd: false };
+        let bare = NewImage::of(image::Config::default());
+        assert!(bare.config.env().clone().unwrap()[0].starts_with("PATH=/usr/local/sbin:"));
+        let mut image = NewImage::of(base);
         let mut note = |text: &str| image.note(&step(1, text).unwrap().instruction);
         note("ENV PATH=/opt:$PATH A=1");
         note("ENV A=2 B=$A");

@@ -53,7 +53,7 @@ struct NerdctlPort {
 /// # Errors
 /// The container does not exist, its ports are not known, or it does not publish the port.
 pub(super) async fn run(global: &GlobalArgs, args: &PortArgs) -> Result<(), EverydayError> {
-    let wanted = args.port.as_deref().map(|text| wanted(text)).transpose()?;
+    let wanted = args.port.as_deref().map(wanted).transpose()?;
     let container = find::one(global, &args.container).await?;
     let spec = bundle::load(&container.bundle).map_err(OciError::from)?;
     let mut ports = published(&container, spec.annotations().as_ref().unwrap_or(&HashMap::new()))?;
