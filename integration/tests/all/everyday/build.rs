@@ -79,10 +79,7 @@ fn of_the_new_image(oci: &Oci, base: &str) -> Result<()> {
 
 fn of_a_script(oci: &Oci) -> Result<()> {
     let script = oci.file("script");
-    fs::write(
-        &script,
-        "echo out; echo err >&2\nfalse | true\necho made > /made\n[ ! -t 0 ] && ! read x\n",
-    )?;
+    fs::write(&script, "echo out; echo err >&2\nfalse | true\necho made > /made\n[ ! -t 0 ] && ! read x\n")?;
     let (script, output) = (script.display().to_string(), oci.file("out").display().to_string());
     let args = ["image", "build", "--base", &image(oci), "--script", &script, "--output", &output];
     let options = ["--cmd", "cat /made; echo $V", "--env", "V=1", "--workdir", "/tmp", "--scratch", "512M"];

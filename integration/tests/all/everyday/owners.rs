@@ -33,7 +33,11 @@ fn of_containerd(containerd: &mut Containerd) -> Result<()> {
     let copy = containerd.root().join("copied").display().to_string();
     machinen(&["cp", &format!("{whole}:/f"), &copy])?;
     ensure!(std::fs::read_to_string(&copy)? == "x\n");
+    machinen(&["secret", &whole, "KEY=hush"])?;
     fork(containerd, &[&id, &new])?;
+    // A fork continues from a checkpoint, which has no secrets.
+    ensure!(sh(containerd, &id, "cat /run/secrets/KEY")? == "hush");
+    ensure!(sh(containerd, &new, "ls -A /run/secrets && grep -c secrets /proc/mounts")? == "1");
     ensure!(own_row(containerd, &machinen(&["ls", "--format", "json"])?, &new)?["forkedFrom"] == id.as_str());
     for id in [&id, &new] {
         containerd.task(id).kill()?;
@@ -102,6 +106,11 @@ fn listed_with_its_name(podman: &Podman) -> Result<()> {
     let mut following = podman.host().program(program)?.args(["logs", "--follow", "web"]).spawn()?;
     following.wait_for_stdout("said\n")?;
     ensure!(machinen(&["top", id])?.contains("sleep 1234"));
+    machinen(&["secret", "web", "KEY=hush"])?;
+    ensure!(podman.ok(&["exec", "web", "cat", "/run/secrets/KEY"])? == "hush");
+    let program = machinen_integration::paths::release_dir()?.join("machinen");
+    let ports = podman.host().program(program)?.args(["port", "web"]).run()?;
+    ensure!(ports.status == 1 && ports.error_text().contains("podman port"), "{ports}");
     podman.ok(&["rm", "--force", "--time", "0", "web"])?;
     // It ends with conmon.
     ensure!(following.wait_for_exit()? == 0, "{:?}", following.written());
