@@ -36,15 +36,19 @@ const WRITABLE: u64 = 64 << 20;
 /// The container cannot be created or deleted. The VM must not be used then.
 pub(super) async fn warm_up(vm: &Vm, config: &Config) -> Result<(), CloneError> {
     let options = ContainerDiskOptions { size: WRITABLE, ..config.rootdisk.container_disks() };
+    let failed = |source: io::Error| {
+        ContainerDiskError::from(FileError::new("write to", std::env::temp_dir(), source))
+    };
+    // Not in the thread, which goes on when this member is dismissed: it would leave the directory.
+    let root = root().map_err(failed)?;
+    let opened = File::open(root.path()).map_err(failed)?;
     let make = move || -> Result<(File, File), ContainerDiskError> {
         let cache = RootdiskCache::open(&options.cache)?;
-        let failed = |source: io::Error| FileError::new("write to", &options.cache, source);
-        let root = root().map_err(failed)?;
-        let opened = File::open(root.path()).map_err(failed)?;
         let base = cache.disk_of_files(opened.into(), 1, 4096, &options.mke2fs)?;
         Ok((base, container_disk::scratch(&options)?))
     };
     let (base, writable) = spawn_blocking(make).await.map_err(CloneError::Worker)??;
+    drop(root);
     let attach = async |file: File, read_only| {
         let source = DiskBacking::File(file.into());
         let disk = DiskSpec {
