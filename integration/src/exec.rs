@@ -1,8 +1,12 @@
 //! `ctr tasks exec`: further processes in a container.
 
-use std::{ffi::OsString, io::Write, time::Duration};
+use std::{
+    ffi::OsString,
+    io::Write,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::{
     containerd::Containerd,
@@ -51,9 +55,12 @@ impl Containerd {
     pub fn end(&self, id: &str) -> Result<()> {
         let from = self.log().position();
         self.ctr_ok(&["tasks", "kill", "--signal", "SIGKILL", id])?;
-        self.log().wait_for(from, |line| line.contains("topic=/tasks/exit"))?;
-        // The status of `ctr` is the task's exit status.
-        self.ctr_output(&["tasks", "delete", id])?;
+        self.log().wait_for_event(from, "/tasks/exit")?;
+        // The event may be another container's: its line does not say whose it is.
+        let deadline = Instant::now() + DEADLINE;
+        while self.ctr_output(&["tasks", "delete", id])?.error_text().contains("must be stopped") {
+            ensure!(Instant::now() < deadline, "{id} does not end");
+        }
         self.ctr_ok(&["containers", "delete", id])?;
         Ok(())
     }

@@ -25,6 +25,13 @@ pub struct Process {
     pub command: String,
 }
 
+impl Process {
+    fn is_same(&self, later: &Self) -> bool {
+        let is_zombie = later.command.starts_with('[');
+        self == later || !is_zombie && (self.pid, self.parent) == (later.pid, later.parent)
+    }
+}
+
 /// Everything that belongs to one root, namespace and keeper.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Inventory {
@@ -76,10 +83,12 @@ impl Inventory {
         })
     }
 
-    /// The entries of this inventory that the earlier one lacks.
+    /// The entries of this inventory that the earlier one lacks. A process that has executed another program since then is
+    /// the same: runc's containers are running before their command is.
     pub fn since(&self, before: &Self) -> Self {
+        let is_new = |process: &&Process| !before.processes.iter().any(|old| old.is_same(process));
         Self {
-            processes: &self.processes - &before.processes,
+            processes: self.processes.iter().filter(is_new).cloned().collect(),
             mounts: &self.mounts - &before.mounts,
             files: &self.files - &before.files,
             cgroups: &self.cgroups - &before.cgroups,
