@@ -1,7 +1,7 @@
 //! Work on the files of a volume, against the container's own disk in the same VM, and against a bind mount with runc.
 //! The page caches are warm, as those of a working tree are.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use machinen_integration::{
@@ -21,6 +21,9 @@ const KINDS: [(&str, &str); 5] = [
     ("small_files", "1,000 files made and removed"),
     ("status", "5,000 files looked up, as by git status"),
 ];
+
+/// How long all rounds together may take.
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// The volume and a directory of the disk, as the container sees them.
 const DIRS: [&str; 2] = ["/volume", "/root"];
@@ -101,7 +104,8 @@ fn run(
     })?;
     let before = containerd.inventory()?;
     eprintln!("work on volumes with {}", kind.name());
-    let printed = containerd.run_spec(&config).runtime(&kind.runtime()).ok()?;
+    let running = containerd.run_spec(&config).runtime(&kind.runtime()).spawn(PATIENCE)?;
+    let printed = running.wait()?.ok()?.text();
     containerd.settle(&before)?;
     parsed(&printed, rounds)
 }
@@ -120,7 +124,7 @@ fn samples(name: &str, printed: &str, rounds: usize) -> Result<[Samples; 2]> {
         }
         for (samples, seconds) in samples.iter_mut().zip(words.by_ref()) {
             let seconds = seconds.parse().with_context(|| format!("odd line {line:?}"))?;
-            samples.push(std::time::Duration::from_secs_f64(seconds));
+            samples.push(Duration::from_secs_f64(seconds));
         }
         counted += 1;
     }
