@@ -192,7 +192,7 @@ fn command(line: usize, text: &str) -> Result<Vec<String>, BuildError> {
     Ok(["/bin/sh", "-c", text].map(str::to_owned).to_vec())
 }
 
-/// A list of texts in JSON, which is not empty; None if it is none.
+/// Reads a JSON list of strings that has at least one. Returns None for any other text.
 fn list(line: usize, text: &str) -> Result<Option<Vec<String>>, BuildError> {
     if !text.starts_with('[') {
         return Ok(None);

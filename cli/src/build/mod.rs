@@ -112,7 +112,7 @@ struct BuildArgs {
     /// Most memory of the steps, in bytes or with k, m or g
     #[arg(long, short, value_name = "SIZE")]
     memory: Option<String>,
-    /// pasta: connections to the outside, by the program of that name (package passt); without it there are none
+    /// Connections to the outside: by pasta (package passt), or none without this option
     #[arg(long, value_enum)]
     network: Option<OutsideChoice>,
     /// Directory with what COPY copies

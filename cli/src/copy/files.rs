@@ -33,7 +33,7 @@ pub(crate) fn open_root(pid: u32) -> Result<OwnedFd, CopyError> {
     }
 }
 
-/// Reads a small file of a container; None if there is none.
+/// Reads a small file of a container. Returns None if the file does not exist.
 ///
 /// # Errors
 /// It cannot be read, is no regular file, or is not small.

@@ -327,7 +327,7 @@ pub fn apply(config: &Config, annotations: &HashMap<String, String>) -> Result<C
             result.template.mode = without_builds(config.template.mode);
         }
     }
-    // Whoever may make a pod may not read the host's directories.
+    // The author of a pod may not read the host's directories.
     let in_pod = annotations.keys().any(|name| name.starts_with(KUBERNETES));
     if in_pod && !result.rootdisk.copies.is_empty() && !config.rootdisk.copies_in_pods {
         return Err(AnnotationError::InPod);

@@ -2,6 +2,7 @@
 
 pub mod annotations;
 pub mod copies;
+mod error;
 pub mod ports;
 
 use std::{
@@ -9,15 +10,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machinen_base::{
-    error::{ErrorKind, HasKind},
-    space::DiskReserve,
-};
+use machinen_base::space::DiskReserve;
 use machinen_storage::{container_disk::ContainerDiskOptions, rootdisk::BuildOptions};
 use machinen_vm::{ChannelMode, MAX_NICS, accel::AccelMode};
 use serde::{Deserialize, Serialize};
 
 use copies::CopyMount;
+pub use error::ConfigError;
 use ports::PublishedPort;
 
 /// The environment variable that names the configuration file.
@@ -436,51 +435,6 @@ impl Default for AnnotationsConfig {
 impl Default for LogConfig {
     fn default() -> Self {
         Self { level: "info".to_owned() }
-    }
-}
-
-/// Why the configuration cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read the configuration file {}", path.display())]
-    Read {
-        /// The file or directory.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// The file has a syntax error, an unknown key or an invalid value.
-    #[error("the configuration file {} is not valid (see config/machinen.toml for every key)", path.display())]
-    Parse {
-        /// The file or directory.
-        path: PathBuf,
-        /// The cause.
-        source: toml::de::Error,
-    },
-    /// `vm.network_devices` is too large.
-    #[error("{} has {given} as vm.network_devices, which is at most {MAX_NICS}", path.display())]
-    NetworkDevices {
-        /// The file.
-        path: PathBuf,
-        /// The value.
-        given: u32,
-    },
-    /// `annotations.allow` has a name that is not an annotation.
-    #[error("{} has an unknown annotation {name:?} in annotations.allow; known are {known}", path.display())]
-    UnknownAnnotation {
-        /// The file or directory.
-        path: PathBuf,
-        /// The unknown name.
-        name: String,
-        /// All known names.
-        known: String,
-    },
-}
-
-impl HasKind for ConfigError {
-    fn kind(&self) -> ErrorKind {
-        ErrorKind::InvalidArgument
     }
 }
 
