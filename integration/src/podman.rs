@@ -142,6 +142,9 @@ impl Podman {
     /// # Errors
     /// Something is left; it is listed.
     pub fn settle(&self, before: &Inventory) -> Result<()> {
+        // A `podman` that conmon has started after a container's end may fail, since the container is removed already,
+        // and then leaves its storage mounted. The next one that succeeds unmounts the storage.
+        self.host.settle(before, &STORAGE)?;
         self.ok(&["rmi", "--all"])?;
         let mut left = self.host.settle(before, &STORAGE)?;
         let kept = |file: &String| KEPT.iter().any(|kept| file == kept || is_below(file, kept));

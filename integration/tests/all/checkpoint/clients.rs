@@ -3,7 +3,7 @@
 use std::{fs, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use machinen_integration::{containerd::Containerd, process::DEADLINE};
+use machinen_integration::{containerd::Containerd, paths::Version, process::DEADLINE};
 
 use crate::harness::{IMAGE, on_every_containerd};
 
@@ -27,7 +27,12 @@ fn a_container_moves_in_an_image(containerd: &mut Containerd) -> Result<()> {
     containerd.end(&id)?;
     // The checkpoint is exported to another host and imported again.
     let archive = containerd.root().join("checkpoint.tar");
-    containerd.ctr(["images", "export", "--skip-manifest-json"])?.arg(&archive).arg(REF).run()?.ok()?;
+    let mut export = containerd.ctr(["images", "export", "--skip-manifest-json"])?;
+    if containerd.version() != Version::V1_6 {
+        // Without it, ctr ends as soon as containerd has sent the archive, and may leave its last part unwritten.
+        export = export.arg("--local");
+    }
+    export.arg(&archive).arg(REF).run()?.ok()?;
     containerd.ctr_ok(&["images", "rm", "--sync", REF])?;
     containerd.ctr(["images", "import", "--no-unpack"])?.arg(&archive).run()?.ok()?;
     fs::remove_file(&archive)?;
