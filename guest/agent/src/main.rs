@@ -41,7 +41,7 @@ use engine::{Engine, EntryPoints};
 use options::Options;
 
 fn main() -> ExitCode {
-    if let Some(code) = criu::run_as_tar().or_else(pause::run_as_pause) {
+    if let Some(code) = criu::run_as_tar().or_else(criu::run_as_duplicate).or_else(pause::run_as_pause) {
         return code;
     }
     console::install_panic_hook();

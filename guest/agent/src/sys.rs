@@ -1,6 +1,7 @@
 //! The only unsafe code of the agent: system calls that no crate wraps, each a few lines.
 
 pub(crate) mod terminal;
+pub(crate) mod tracing;
 
 use std::{
     io,

@@ -26,12 +26,20 @@ impl Cgroup {
     /// # Errors
     /// The kernel refuses, or cannot freeze one of them: all of them continue then.
     pub(crate) async fn freeze(&self) -> Result<(), CgroupError> {
-        self.set("cgroup.freeze", "1")?;
+        self.begin_to_freeze()?;
         let frozen = self.watch("cgroup.events", |text| has_line(text, "frozen 1").then_some(()));
         match tokio::time::timeout(FREEZE_DEADLINE, frozen).await {
             Ok(frozen) => frozen.map(drop),
             Err(_) => self.thaw().and(Err(CgroupError::NotFrozen)),
         }
+    }
+
+    /// Begins to freeze all processes. Those that are stopped by ptrace freeze when they are let go.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(crate) fn begin_to_freeze(&self) -> Result<(), CgroupError> {
+        self.set("cgroup.freeze", "1")
     }
 
     /// Whether all processes are frozen.

@@ -19,7 +19,9 @@ use tokio::task::spawn_blocking;
 use super::{
     CriuError, STDIN,
     check::{FrozenProcesses, check, in_one_mount_namespace},
-    cpu, extents,
+    cpu,
+    duplicate::Duplicate,
+    extents,
     files::{self, MovedSocket},
     image_mount::ImageMount,
     mounts::{self, SECRETS_DIR},
@@ -27,7 +29,7 @@ use super::{
     reason::quote_of_dump,
     recover::recover,
     rpc::Criu,
-    sockets,
+    sockets, terminals,
     volumes::VolumeDevice,
     watches,
 };
@@ -178,7 +180,7 @@ pub(crate) async fn dump(
     stdin_sent: u64,
 ) -> Result<(Dumped, CheckpointContainerResponse), CriuError> {
     let volumes = VolumeDevice::used_by(source.init.pid())?;
-    let Examined { moved, one_namespace } = examine(source, volumes).await?;
+    let Examined { moved, one_namespace, terminals } = examine(source, volumes).await?;
     let mut facts = facts(source)?;
     let mounted = ImageMount::mount(disk, source.dir, FILE_SYSTEM, MsFlags::MS_NOATIME)?;
     let before = Some(mounted.path().join(BEFORE)).filter(|before| before.is_dir());
@@ -191,6 +193,7 @@ pub(crate) async fn dump(
         opts.opts.set_parent_img(format!("../{BEFORE}"));
     }
     source.cgroup.unfreeze(&facts.cgroups)?;
+    terminals::replace(reaper, source.cgroup, &terminals).await?;
     let ran = run(reaper, Criu_req_type::DUMP, opts, &images).await;
     source.cgroup.refreeze(&facts.cgroups)?;
     match ran {
@@ -217,6 +220,8 @@ struct Examined {
     moved: Vec<MovedSocket>,
     /// All processes are in one mount namespace.
     one_namespace: bool,
+    /// The descriptors for `/dev/tty` that are replaced.
+    terminals: Vec<Duplicate>,
 }
 
 /// Examines the frozen processes in a thread of its own. They may use files of a volume, which the agent's main thread
@@ -229,7 +234,10 @@ async fn examine(source: &DumpSource<'_>, volumes: Option<VolumeDevice>) -> Resu
     let examine = move || {
         check(&processes)?;
         let moved = sockets::moved(&processes)?;
-        Ok(Examined { moved, one_namespace: in_one_mount_namespace(&processes)? })
+        let one_namespace = in_one_mount_namespace(&processes)?;
+        let pids = processes.cgroup.pids()?;
+        let terminals = pids.into_iter().flat_map(terminals::replaceable).collect();
+        Ok(Examined { moved, one_namespace, terminals })
     };
     spawn_blocking(examine).await.map_err(CriuError::Thread)?
 }

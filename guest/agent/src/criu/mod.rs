@@ -12,6 +12,7 @@ mod bound;
 mod check;
 mod cpu;
 mod dump;
+mod duplicate;
 mod extents;
 mod files;
 mod image;
@@ -28,6 +29,7 @@ mod restore;
 mod rpc;
 mod sockets;
 mod task;
+mod terminals;
 mod tmp_dirs;
 mod tmpfs;
 mod uts;
@@ -51,6 +53,7 @@ use rust_criu::rust_criu_protobuf::rpc::{Cgroup_root, Criu_cg_mode, Criu_network
 use self::bound::UnboundSockets;
 pub(crate) use self::{
     dump::{DumpSource, Dumped, dump, pre_dump},
+    duplicate::run_as_duplicate,
     mounts::{SECRETS_DIR, make_mount_points, make_points_in_volumes},
     restore::{Fetching, HeldByCriu, RestoreTarget, Restored, clear, restore},
     rpc::warm_up,

@@ -206,19 +206,38 @@ pub(super) fn spawn(
     for fd in inherited {
         fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).map_err(|err| CriuError::Run(err.into()))?;
     }
-    let expectation = reaper.expect();
     #[expect(clippy::disallowed_methods, reason = "in the guest the agent's reaper supervises processes")]
-    let child = Command::new(PROGRAM)
-        .args(args)
+    let mut criu = Command::new(PROGRAM);
+    criu.args(args)
         .env_clear()
         .env("PATH", format!("{}:/usr/sbin:/usr/bin", tmpfs::DIR))
-        .current_dir("/")
         .process_group(0)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .map_err(CriuError::Run)?;
+        .stderr(Stdio::null());
+    supervise(reaper, criu)
+}
+
+/// Starts the agent's own program under another name, by which it does something else.
+///
+/// # Errors
+/// Those of starting a program.
+pub(super) fn spawn_own(
+    reaper: &Reaper,
+    name: &str,
+    args: &[String],
+) -> Result<(Pid, oneshot::Receiver<WaitStatus>), CriuError> {
+    #[expect(clippy::disallowed_methods, reason = "in the guest the agent's reaper supervises processes")]
+    let mut own = Command::new("/proc/self/exe");
+    own.arg0(name).args(args).env_clear();
+    supervise(reaper, own)
+}
+
+fn supervise(
+    reaper: &Reaper,
+    mut program: Command,
+) -> Result<(Pid, oneshot::Receiver<WaitStatus>), CriuError> {
+    let expectation = reaper.expect();
+    program.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null());
+    let child = program.spawn().map_err(CriuError::Run)?;
     let pid = Pid::from_raw(child.id().cast_signed());
     Ok((pid, expectation.watch(pid)))
 }

@@ -12,6 +12,7 @@ mod refused;
 mod sockets;
 mod state;
 mod stdin;
+mod terminals;
 mod verify;
 mod watches;
 mod workloads;
