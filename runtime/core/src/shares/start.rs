@@ -94,27 +94,41 @@ fn control() -> io::Result<(Arc<OwnedFd>, OwnedFd)> {
     Ok((Arc::new(ours.into()), theirs.into()))
 }
 
+/// Mounts the directory of the volumes for the server, and has the guest mount what the server serves. Neither waits for
+/// the other: the guest's kernel sends its first request when it has mounted the file system, and nothing waits for the
+/// reply.
 async fn connect(
     guest: &ShareGuest<'_>,
     server: &Child,
     sockets: Vec<UnixStream>,
 ) -> Result<(ShareRoot, Vec<Queue>), ShareError> {
     let pid = server.pid();
-    let root = spawn_blocking(move || ShareRoot::mount(pid)).await;
-    let root =
-        root.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(prepare("mount a directory"))?;
+    let root = spawn_blocking(move || ShareRoot::mount(pid));
+    let queues = mount_in_guest(guest, sockets).await;
+    let root = root.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+    Ok((root.map_err(prepare("mount a directory"))?, queues?))
+}
+
+async fn mount_in_guest(guest: &ShareGuest<'_>, sockets: Vec<UnixStream>) -> Result<Vec<Queue>, ShareError> {
     // A permit stands for the three streams of a process.
     let permits = u32::try_from(QUEUES.div_ceil(3)).expect("it is small");
     let _unclaimed = guest.unclaimed.acquire_many(permits).await.expect("never closed");
-    let (mut tokens, mut queues) = (Vec::new(), Vec::new());
+    let mut opening = JoinSet::new();
     for socket in sockets {
-        let (token, stream) = guest.vm.open_stream().await.map_err(ShareError::Stream)?;
-        tokens.push(token);
-        queues.push((stream, socket));
+        let vm = guest.vm.clone();
+        opening.spawn(async move { vm.open_stream().await.map(|(token, stream)| (token, (stream, socket))) });
     }
-    // The guest's kernel sends its first request when it has mounted the file system, and nothing waits for the reply.
+    let (mut tokens, mut queues) = (Vec::new(), Vec::new());
+    while let Some(opened) = opening.join_next().await {
+        let (token, queue) = opened
+            .map_err(io::Error::other)
+            .map_err(prepare("open a stream"))?
+            .map_err(ShareError::Stream)?;
+        tokens.push(token);
+        queues.push(queue);
+    }
     guest.agent.mount_shares(tokens).await.map_err(ShareError::Guest)?;
-    Ok((root, queues))
+    Ok(queues)
 }
 
 /// Passes messages on until the VM, a stream or the server ends; then ends the server.

@@ -67,7 +67,12 @@ impl Attached<'_> {
     /// Nothing is left then.
     pub(super) async fn create(self) -> Result<Created, PodError> {
         let Self { job, stdio, injected, mut held, addresses, agent, network } = self;
-        match job.phases.time("volumes", job.share(&held, &agent)).await {
+        // Neither waits for the guest longer because of the other.
+        let (shares, configured) = tokio::join!(
+            job.phases.time("volumes", job.share(&held, &agent)),
+            job.configure_network(network.as_deref(), &agent),
+        );
+        match shares {
             Ok(shares) => held.shares = shares,
             Err(error) => {
                 job.undo(held, None).await;
@@ -75,7 +80,7 @@ impl Attached<'_> {
             }
         }
         let created = async {
-            job.configure_network(network.as_deref(), &agent).await?;
+            configured?;
             job.create_in_guest(&held, &agent, &addresses, stdio, injected).await
         };
         let streams = match created.await {
