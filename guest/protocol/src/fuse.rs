@@ -42,20 +42,36 @@ pub mod opcode {
     pub const MKNOD: u32 = 8;
     /// Makes a directory.
     pub const MKDIR: u32 = 9;
+    /// Removes a name of a file.
+    pub const UNLINK: u32 = 10;
+    /// Removes a directory.
+    pub const RMDIR: u32 = 11;
     /// Gives a name to another file.
     pub const RENAME: u32 = 12;
     /// Makes a hard link.
     pub const LINK: u32 = 13;
     /// Opens a file.
     pub const OPEN: u32 = 14;
+    /// Reads data of a file.
+    pub const READ: u32 = 15;
     /// Asks for the sizes of the file system.
     pub const STATFS: u32 = 17;
+    /// Closes a file, which no process has open any more.
+    pub const RELEASE: u32 = 18;
+    /// Sets an extended attribute.
+    pub const SETXATTR: u32 = 21;
+    /// Reads an extended attribute, or its size.
+    pub const GETXATTR: u32 = 22;
+    /// Removes an extended attribute.
+    pub const REMOVEXATTR: u32 = 24;
     /// Negotiates the version, once.
     pub const INIT: u32 = 26;
     /// Opens a directory.
     pub const OPENDIR: u32 = 27;
     /// Lists a part of a directory.
     pub const READDIR: u32 = 28;
+    /// Closes a directory.
+    pub const RELEASEDIR: u32 = 29;
     /// Makes a file and opens it.
     pub const CREATE: u32 = 35;
     /// Asks for another request to be given up.
@@ -66,6 +82,8 @@ pub mod opcode {
     pub const BATCH_FORGET: u32 = 42;
     /// Lists a part of a directory, and looks the names up.
     pub const READDIRPLUS: u32 = 44;
+    /// [`RENAME`] with flags.
+    pub const RENAME2: u32 = 45;
     /// SETATTR, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, WRITE, SETXATTR, REMOVEXATTR, CREATE,
     /// FALLOCATE, RENAME2, COPY_FILE_RANGE.
     pub(super) const CHANGES: [u32; 15] = [4, 6, 8, 9, 10, 11, 12, 13, 16, 21, 24, 35, 43, 45, 47];

@@ -7,8 +7,21 @@
 //! one request and then its reply; the agent sends a request on a stream that waits for no reply, so a request
 //! that takes long holds up only its own stream. The root of the file system has one [`ShareEntry`] for each
 //! volume and nothing else.
+//!
+//! The messages differ from those of a kernel in this:
+//!
+//! - RELEASE and RELEASEDIR have no reply. The process that has closed the file does not wait for one either.
+//! - A successful reply to CREATE, UNLINK or RMDIR may be followed, within its length, by the attributes of the
+//!   directory ([`DIRECTORY_ATTRIBUTES`]), for which the kernel asks next.
+//! - The last word of the reply to OPEN and CREATE says whether the file has capabilities ([`NO_CAPABILITIES`]), for
+//!   which the kernel asks before the first write.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use crate::fuse::opcode;
 
 /// How many streams a pod's file system has.
 pub const QUEUES: usize = 4;
@@ -16,12 +29,25 @@ pub const QUEUES: usize = 4;
 pub const MAX_DATA: usize = 1 << 20;
 /// Longest message in either direction: the data, and a page for what precedes it.
 pub const MAX_MESSAGE: usize = MAX_DATA + 4096;
+/// How long the guest may use what it knows of a name or of attributes. A change on the host is seen after that.
+pub const FRESH: Duration = Duration::from_secs(1);
+/// Bytes of the attributes of a directory after a reply (fuse_attr_out).
+pub const DIRECTORY_ATTRIBUTES: usize = 104;
+/// Bytes of the body of the reply to OPEN (fuse_open_out), which is also the end of that to CREATE.
+pub const OPEN_OUT: usize = 16;
+/// The last word of a fuse_open_out, which the kernel does not use: the file has no attribute `security.capability`.
+pub const NO_CAPABILITIES: u32 = 1;
 /// Where the agent mounts the file system. No container sees this path.
 pub const MOUNT_POINT: &str = "/run/machinen-shares";
 
 /// The name of the link by which kubelet replaces all files of a ConfigMap's volume at once: it leads to a directory in the
 /// volume, and all other names of the volume are links through it (Kubernetes, pkg/volume/util/atomic_writer.go).
 pub const DATA_LINK: &str = "..data";
+
+/// Whether a request with this opcode has a reply.
+pub fn is_answered(opcode: u32) -> bool {
+    !matches!(opcode, opcode::FORGET | opcode::BATCH_FORGET | opcode::RELEASE | opcode::RELEASEDIR)
+}
 
 /// The name of a volume in the root of the file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

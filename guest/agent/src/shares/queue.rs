@@ -4,17 +4,21 @@ use std::{io, os::fd::OwnedFd, sync::Arc};
 
 use machinen_protocol::{
     fuse::{REPLY_HEADER, REQUEST_HEADER, ReplyHeader, RequestHeader, opcode},
-    shares::MAX_MESSAGE,
+    shares::{MAX_MESSAGE, is_answered},
     sockets::SocketKind,
 };
 use nix::errno::Errno;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, unix::AsyncFd};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, unix::AsyncFd},
+    sync::Mutex,
+};
 
 use super::{
+    foreseen::Foreseen,
     replaced::Renaming,
     sockets::{
         Lookup, NewSocket, Sockets,
-        messages::{Entry, forget, question, take_sockets},
+        messages::{Entry, acknowledgement, forget, question, take_sockets},
     },
 };
 use crate::{channel::Stream, console};
@@ -29,6 +33,9 @@ pub(super) struct Queue {
     pub(super) device: Device,
     pub(super) sockets: Arc<Sockets>,
     pub(super) renaming: Arc<Renaming>,
+    pub(super) foreseen: Arc<Foreseen>,
+    /// Held by the queue that waits for a request: all of them would wake up for each.
+    pub(super) turn: Arc<Mutex<()>>,
     pub(super) stream: Stream,
 }
 
@@ -39,14 +46,15 @@ impl Queue {
     /// The stream has failed, or the host sent what is not a reply to the request.
     pub(super) async fn run(mut self) -> io::Result<()> {
         let mut message = vec![0; MAX_MESSAGE];
-        while let Some(request) = read(&self.device, &mut message).await? {
+        while let Some(request) = self.next(&mut message).await? {
             // A request that is being answered cannot be given up. With the last file of a file system that is
             // unmounted nothing is left to be done on the host.
             if matches!(request.opcode, opcode::INTERRUPT | opcode::DESTROY) {
                 continue;
             }
             let body = &message[REQUEST_HEADER..request.length];
-            match self.sockets.answer(request, body).or_else(|| self.renaming.answer(request, body)) {
+            let own = self.sockets.answer(request, body).or_else(|| self.renaming.answer(request, body));
+            match own.or_else(|| self.foreseen.answer(request, body)) {
                 Some(answer) if answer.is_empty() => {}
                 Some(answer) => write(&self.device, &answer)?,
                 None => self.pass_on(request, &mut message).await?,
@@ -55,16 +63,24 @@ impl Queue {
         Ok(())
     }
 
+    /// The next request, in `message`. None: the file system was unmounted.
+    async fn next(&self, message: &mut [u8]) -> io::Result<Option<RequestHeader>> {
+        let _turn = self.turn.lock().await;
+        read(&self.device, message).await
+    }
+
     /// Sends a request to the host, and the reply to the kernel.
     async fn pass_on(&mut self, request: RequestHeader, message: &mut [u8]) -> io::Result<()> {
         let sent = &message[..request.length];
         self.sockets.forget(request, &sent[REQUEST_HEADER..]);
         let lookup = if request.opcode == opcode::LOOKUP { sent.to_vec() } else { Vec::new() };
+        let foreseen = self.foreseen.sends(request);
         self.send(sent).await?;
-        if !request.is_answered() {
-            return Ok(());
+        if !is_answered(request.opcode) {
+            return self.acknowledge(request);
         }
         let length = self.receive(request.unique, message).await?;
+        let length = self.foreseen.take(request, foreseen, &mut message[..length]);
         let reply = &mut message[..length];
         match request.opcode {
             opcode::LOOKUP | opcode::MKNOD | opcode::LINK => self.give_entry(request, reply, &lookup).await,
@@ -78,6 +94,11 @@ impl Queue {
             }
             _ => write(&self.device, reply),
         }
+    }
+
+    /// Replies to a request that the host does not reply to, if the kernel expects it.
+    fn acknowledge(&self, request: RequestHeader) -> io::Result<()> {
+        if request.is_answered() { write(&self.device, &acknowledgement(request.unique)) } else { Ok(()) }
     }
 
     /// Gives the kernel the reply to a request for an entry. If it is a socket of the host, the agent has bound its own by
@@ -151,7 +172,6 @@ impl Queue {
     }
 }
 
-/// The next request, in `message`. None: the file system was unmounted.
 async fn read(device: &AsyncFd<OwnedFd>, message: &mut [u8]) -> io::Result<Option<RequestHeader>> {
     loop {
         let mut ready = device.readable().await?;

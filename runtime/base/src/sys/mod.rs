@@ -3,6 +3,7 @@
 pub(crate) mod child;
 pub mod inherit;
 pub mod kvm;
+mod lease;
 pub mod limits;
 pub(crate) mod pidfd;
 pub(crate) mod root;
@@ -18,6 +19,7 @@ use std::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 pub use child::{drop_capabilities, ignore_user_for_capabilities, keep_only_capabilities};
+pub use lease::take_read_lease;
 
 /// Watches a descriptor for readiness; must be called inside a tokio runtime.
 pub fn async_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {

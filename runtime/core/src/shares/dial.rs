@@ -10,16 +10,12 @@
 use std::{
     io,
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
-    path::Path,
     sync::Arc,
     thread,
     time::Duration,
 };
 
-use fuse_backend_rs::{
-    api::filesystem::{Context, FileSystem as _},
-    passthrough::PassthroughFs,
-};
+use fuse_backend_rs::passthrough::PassthroughFs;
 use machinen_base::sys::socket::{receive_with_fd, send_with_fd};
 use machinen_protocol::sockets::{DialHeader, SocketKind};
 use nix::{
@@ -30,12 +26,12 @@ use nix::{
     },
 };
 use rustix::{
-    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat2},
+    fs::{FileType, OFlags, fstat},
     process::{Gid, Uid},
     thread::{set_thread_res_gid, set_thread_res_uid},
 };
 
-use super::root::VOLUMES;
+use super::{reopen::reopen, root::VOLUMES};
 
 /// How long a process may take to make room in its queue of connections.
 const ACCEPTED_WITHIN: Duration = Duration::from_secs(20);
@@ -94,19 +90,9 @@ fn dial(files: &PassthroughFs, header: DialHeader) -> io::Result<OwnedFd> {
     Ok(connected(&file, SockType::Stream)?)
 }
 
-/// Opens a socket by the name that it has now. It is the node's file, and no other under the same name.
 fn open_socket(files: &PassthroughFs, node: u64) -> io::Result<OwnedFd> {
-    let path = files.readlinkat_proc_file(node)?;
-    let below = path.strip_prefix(VOLUMES).map_err(|_| io::Error::from_raw_os_error(libc::ENOENT))?;
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let root = rustix::fs::openat(CWD, Path::new(VOLUMES), flags | OFlags::DIRECTORY, Mode::empty())?;
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-    let file = openat2(&root, below, flags, Mode::empty(), resolve)?;
-    let (found, (wanted, _)) = (fstat(&file)?, files.getattr(&Context::new(), node, None)?);
-    if (found.st_dev, found.st_ino) != (wanted.st_dev, wanted.st_ino) {
-        return Err(io::Error::from_raw_os_error(libc::ESTALE));
-    }
-    if FileType::from_raw_mode(found.st_mode) != FileType::Socket {
+    let file = reopen(files, VOLUMES, node, OFlags::PATH)?;
+    if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::Socket {
         return Err(io::Error::from_raw_os_error(libc::ENOTSOCK));
     }
     Ok(file)

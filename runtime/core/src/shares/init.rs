@@ -60,7 +60,6 @@ impl InitRequest {
             | FsOptions::BIG_WRITES
             | FsOptions::AUTO_INVAL_DATA
             | FsOptions::DO_READDIRPLUS
-            | FsOptions::READDIRPLUS_AUTO
             | FsOptions::ASYNC_DIO
             | FsOptions::PARALLEL_DIROPS
             | FsOptions::MAX_PAGES

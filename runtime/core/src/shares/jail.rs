@@ -19,11 +19,12 @@ const FSETID: u8 = 4;
 const SETGID: u8 = 6;
 const SETUID: u8 = 7;
 const SETPCAP: u8 = 8;
+const LEASE: u8 = 28;
 const SETFCAP: u8 = 31;
 
 /// What the server keeps while it serves.
-pub(super) const CAPABILITIES: [u8; 8] =
-    [CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, SETGID, SETUID, SETFCAP];
+pub(super) const CAPABILITIES: [u8; 9] =
+    [CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, SETGID, SETUID, LEASE, SETFCAP];
 
 /// The server has a descriptor for each file and directory that the guest knows, and for each that it has open.
 /// This bounds the host's memory for them: some 1.5 KiB each. A guest that goes further gets EMFILE.

@@ -9,10 +9,14 @@
 //! this process mounts for it. A server that an attacker has taken over reaches no more than the guest may reach.
 
 mod dial;
+mod extended;
 mod init;
 mod jail;
+mod kept;
+mod listing;
 mod mapping;
 mod queue;
+mod reopen;
 mod replaced;
 mod root;
 mod server;

@@ -20,6 +20,7 @@ use machinen_protocol::{
 
 use super::{
     dial,
+    extended::Extended,
     init::{InitRefusal, InitRequest},
 };
 
@@ -28,12 +29,18 @@ use super::{
 pub(super) struct Files {
     files: Arc<PassthroughFs>,
     server: Arc<Server<Arc<PassthroughFs>>>,
+    extended: Arc<Extended>,
 }
 
 impl Files {
-    pub(super) fn new(files: PassthroughFs) -> Self {
+    /// The files below the directory `root`.
+    pub(super) fn new(files: PassthroughFs, root: &'static str) -> Self {
         let files = Arc::new(files);
-        Self { server: Arc::new(Server::new(Arc::clone(&files))), files }
+        Self {
+            server: Arc::new(Server::new(Arc::clone(&files))),
+            files,
+            extended: Arc::new(Extended::new(root)),
+        }
     }
 
     /// Connects to sockets of the volumes, until the control socket ends.
@@ -63,16 +70,20 @@ impl Files {
         request: &mut [u8],
         reply: &mut [u8],
     ) -> io::Result<()> {
+        let body = &request[REQUEST_HEADER..];
         match header.opcode {
-            opcode::INIT => return stream.write_all(&self.negotiate(header, &request[REQUEST_HEADER..])),
+            opcode::INIT => return stream.write_all(&self.negotiate(header, body)),
             // The library would resolve these names, which a kernel sends only for NFS.
-            opcode::LOOKUP if is_relative(&request[REQUEST_HEADER..]) => {
+            opcode::LOOKUP if is_relative(body) => {
                 return stream.write_all(&refusal(header.unique, libc::ESTALE));
             }
             KIND_OF_SOCKET => return stream.write_all(&self.kind_of_socket(header)),
             // The agent keeps these to itself.
             opcode::INTERRUPT | opcode::DESTROY => return Ok(()),
             _ => {}
+        }
+        if let Some(answer) = self.extended.answer(&self.files, header, user(request), body) {
+            return if answer.is_empty() { Ok(()) } else { stream.write_all(&answer) };
         }
         let reader = Reader::<()>::from_fuse_buffer(FuseBuf::new(request)).map_err(io::Error::other)?;
         // A write to a blocking socket is complete, so a reply needs no buffer of its own.
@@ -123,6 +134,12 @@ fn receive(stream: &mut impl Read, buffer: &mut [u8]) -> io::Result<Option<Reque
     let request = RequestHeader::decode_within(header, MAX_MESSAGE).map_err(io::Error::other)?;
     stream.read_exact(&mut rest[..request.length - REQUEST_HEADER])?;
     Ok(Some(request))
+}
+
+/// The user and the group of the process that makes a request (fuse_in_header).
+fn user(request: &[u8]) -> (u32, u32) {
+    let word = |at: usize| u32::from_le_bytes(request[at..at + 4].try_into().expect("within the header"));
+    (word(24), word(28))
 }
 
 /// Whether a name, which ends with a NUL, is `.` or `..`.

@@ -3,11 +3,12 @@
 //! fuse-backend-rs parses the requests and carries them out (`PassthroughFs`). It is made for /dev/fuse, but its
 //! replies are written with one call each, so that they can go to a socket as well.
 
-use std::{fs::File, io, process::ExitCode, sync::mpsc, thread, time::Duration};
+use std::{fs::File, io, process::ExitCode, sync::mpsc, thread};
 
 use fuse_backend_rs::passthrough::{Config, PassthroughFs};
 use machinen_base::{reexec::EntryPoint, sys};
-use machinen_protocol::shares::QUEUES;
+use machinen_protocol::shares::{FRESH, QUEUES};
+use nix::sys::signal::{SigSet, Signal};
 
 use super::{jail::CAPABILITIES, queue::Files, root::VOLUMES};
 
@@ -19,9 +20,6 @@ pub(super) const FIRST_QUEUE: i32 = 3;
 
 /// The descriptor of the socket on which this process asks for connections.
 pub(super) const CONTROL: i32 = FIRST_QUEUE + QUEUES as i32;
-
-/// How long the guest may use what it knows of a name or of attributes. A change on the host is seen after that.
-const FRESH: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     match run() {
@@ -38,6 +36,8 @@ fn run() -> io::Result<()> {
     // which knows its groups; the server's own rights must suffice then.
     sys::ignore_user_for_capabilities()?;
     sys::keep_only_capabilities(&CAPABILITIES)?;
+    // The kernel asks for the end of a lease, which is about to end anyway. All threads inherit this.
+    SigSet::from(Signal::SIGIO).thread_block()?;
     let queues: Vec<File> = (FIRST_QUEUE..)
         .take(QUEUES)
         .map(|number| sys::inherit::take(number).map(File::from))
@@ -63,7 +63,7 @@ fn run() -> io::Result<()> {
 }
 
 /// The files below the directory `root`, which is opened when the guest's kernel sends its first request.
-fn files(root: &str) -> io::Result<Files> {
+fn files(root: &'static str) -> io::Result<Files> {
     let config = Config {
         root_dir: root.to_owned(),
         attr_timeout: FRESH,
@@ -74,7 +74,7 @@ fn files(root: &str) -> io::Result<Files> {
         allow_direct_io: false,
         ..Config::default()
     };
-    Ok(Files::new(PassthroughFs::new(config)?))
+    Ok(Files::new(PassthroughFs::new(config)?, root))
 }
 
 /// What a share server does with a stream; for fuzzing.

@@ -22,6 +22,9 @@ const DIRENT: usize = 24;
 pub(in crate::shares) struct Entry([u8; ENTRY]);
 
 impl Entry {
+    /// Bytes of the entry in a reply.
+    pub(in crate::shares) const SIZE: usize = ENTRY;
+
     /// The entry of a whole reply, if the reply is one with an entry.
     pub(in crate::shares) fn of_reply(reply: &[u8]) -> Option<Self> {
         reply.get(REPLY_HEADER..)?.as_array().copied().map(Self)
@@ -76,7 +79,8 @@ impl Entry {
     }
 }
 
-fn reply(unique: u64, body: &[u8]) -> Vec<u8> {
+/// The reply with this body to the request `unique`.
+pub(in crate::shares) fn reply(unique: u64, body: &[u8]) -> Vec<u8> {
     let length = (REPLY_HEADER + body.len()) as u32;
     [&length.to_le_bytes()[..], &[0; 4], &unique.to_le_bytes(), body].concat()
 }
