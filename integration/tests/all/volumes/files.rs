@@ -193,7 +193,7 @@ fn a_fifo_of_the_host_connects_processes_of_the_guest(containerd: &mut Container
     let data = source(containerd)?;
     mkfifo(&data.join("fifo"), Mode::S_IRWXU)?;
     let script = "for i in 1 2 3 4 5 6; do cat /data/fifo >/dev/null & done; ls /data; echo x >/data/file; \
-                  cat /data/file; kill $(jobs -p); (echo through >/data/fifo) & cat /data/fifo";
+                  cat /data/file; kill $(jobs -p); wait; (echo through >/data/fifo) & cat /data/fifo";
     let seen = run(containerd, &Bundle::busybox(containerd)?, &data, script)?;
     ensure!(seen == "fifo\nx\nthrough\n", "{seen}");
     Ok(())

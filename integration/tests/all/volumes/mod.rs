@@ -1,5 +1,6 @@
 //! Volumes: bind mounts of the host's files and directories.
 
+mod cached;
 mod checkpoint;
 mod copies;
 mod disks;
