@@ -21,6 +21,7 @@ use serde_json::json;
 
 use crate::{
     boot::{BUNDLES, CONTAINER, IMAGE_KEY},
+    build,
     failure::Failure,
     find, fork,
     image::ImageCache,
@@ -81,6 +82,7 @@ pub(crate) fn run(global: &GlobalArgs, args: &GcArgs, config: &Config) -> Result
     for root in find::roots(global)? {
         pods(&root, args.dry_run, &mut collected)?;
     }
+    builds(&config.boot.dir, args.dry_run, &mut collected)?;
     let in_use = bundles(&config.boot.dir.join(BUNDLES), args.dry_run, &mut collected)?;
     if config.boot.dir.exists() {
         let images = ImageCache::open(&config.boot.dir)?.prune(&in_use, args.unused_for, args.dry_run)?;
@@ -113,12 +115,29 @@ fn templates(config: &Config, dry_run: bool, collected: &mut Collected) -> Resul
     Ok(())
 }
 
+/// Containers and unfinished images of builds that were killed.
+fn builds(boot_dir: &Path, dry_run: bool, collected: &mut Collected) -> Result<(), Failure> {
+    let runtime = event_loop()?;
+    for build in build::left(boot_dir)? {
+        let paths = build.paths();
+        match if dry_run { Ok(()) } else { runtime.block_on(build.remove()) } {
+            Ok(()) => paths.iter().for_each(|path| collected.note(path, Ok::<_, FileError>(true))),
+            Err(error) => collected.note(build.path(), Err(error)),
+        }
+    }
+    Ok(())
+}
+
+fn event_loop() -> Result<tokio::runtime::Runtime, OciError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(OciError::io("start the event loop"))
+}
+
 /// Pods without a monitor and without a container, which a creation that was killed has left.
 fn pods(root: &Path, dry_run: bool, collected: &mut Collected) -> Result<(), Failure> {
     let dir = root.join(PODS);
     let entries = if_exists(fs::read_dir(&dir)).map_err(FileError::at("list", &dir))?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(OciError::io("start the event loop"))?;
+    let runtime = event_loop()?;
     for path in entries.into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())) {
         let pod = PodDir { path: path.clone() };
         let removed = runtime.block_on(async {

@@ -23,7 +23,7 @@ mod text;
 
 use std::{process::ExitCode, sync::LazyLock};
 
-use clap::{FromArgMatches as _, Parser, Subcommand};
+use clap::{ArgAction, FromArgMatches as _, Parser, Subcommand};
 use failure::Failure;
 use machinen::spec::OCI_VERSION;
 
@@ -33,8 +33,11 @@ static VERSION: LazyLock<String> =
 
 /// Container runtime that gives every pod a kernel of its own.
 #[derive(Debug, Parser)]
-#[command(name = "machinen", version = VERSION.as_str(), args_override_self = true)]
+#[command(name = "machinen", version = VERSION.as_str(), args_override_self = true, disable_version_flag = true)]
 struct Cli {
+    /// Print the version
+    #[arg(long, short = 'v', short_alias = 'V', action = ArgAction::Version)]
+    version: Option<bool>,
     #[command(flatten)]
     oci: oci::GlobalArgs,
     #[command(subcommand)]

@@ -75,17 +75,17 @@ pub(super) struct Builder {
 }
 
 impl Builder {
-    /// Creates the container.
+    /// Creates the container `id`.
     ///
     /// # Errors
     /// It cannot be created, or a signal has arrived; nothing of it is left.
     pub(super) async fn start(
         (global, config): (&GlobalArgs, &Config),
+        id: ContainerId,
         base: ReadyImage,
         options: &BuilderOptions,
         interruption: &mut Interruption,
     ) -> Result<Self, BuildError> {
-        let id = ContainerId::parse(&boot::made_up("build")?)?;
         let BuilderOptions { memory, scratch_mib, outside } = options;
         let has_shell = base.root.path().join("bin/sh").symlink_metadata().is_ok();
         let init = if has_shell { SHELL } else { ALWAYS_THERE };

@@ -4,7 +4,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Read, Write},
+    io::{self, BufWriter, Read, Write},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -20,7 +20,7 @@ use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
 use super::error::BuildError;
-use crate::image::ImageError;
+use crate::image::{ImageError, pack_merged};
 
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -83,14 +83,15 @@ pub(super) struct LayoutWriter {
 }
 
 impl LayoutWriter {
-    /// Begins the layout that is to be at `target`.
+    /// Begins the layout that is to be at `target`, in the new directory `unfinished` next to it.
     ///
     /// # Errors
     /// The directory that `target` is in cannot be written.
-    pub(super) fn begin(target: &Path, cancelled: &Cancelled) -> Result<Self, BuildError> {
-        let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty());
-        let parent = parent.unwrap_or(Path::new("."));
-        let dir = tempfile::Builder::new().prefix(".machinen-build-").tempdir_in(parent);
+    pub(super) fn begin(target: &Path, unfinished: &Path, cancelled: &Cancelled) -> Result<Self, BuildError> {
+        let parent = unfinished.parent().unwrap_or(Path::new("/"));
+        let name = unfinished.file_name().unwrap_or_default();
+        // The name is known before, so that the directory is found after SIGKILL.
+        let dir = tempfile::Builder::new().prefix(name).rand_bytes(0).tempdir_in(parent);
         let dir = dir.map_err(FileError::at("create a directory in", parent))?;
         let blobs = dir.path().join("blobs/sha256");
         fs::create_dir_all(&blobs).map_err(FileError::at("create the directory", &blobs))?;
@@ -210,21 +211,17 @@ impl LayoutWriter {
         rustix::fs::syncfs(open(self.dir.path())?)
             .map_err(|errno| FileError::new("write", self.dir.path(), errno))?;
         if self.target.extension().is_some_and(|extension| extension == "tar") {
-            let packed = self.dir.path().join("archive");
-            let file = File::create(&packed).map_err(FileError::at("create", &packed))?;
-            let mut archive = tar::Builder::new(DigestWriter::new(file, &self.cancelled));
-            for name in ["oci-layout", "index.json", "blobs"] {
-                let path = self.dir.path().join(name);
-                let added = match path.is_dir() {
-                    true => archive.append_dir_all(name, &path),
-                    false => archive.append_path_with_name(&path, name),
-                };
-                added.map_err(FileError::at("pack", &path))?;
-            }
-            let file = archive.into_inner().map_err(FileError::at("write", &packed))?;
-            file.inner.sync_all().map_err(FileError::at("write", &packed))?;
-            // Unlike rename(2), link(2) replaces nothing.
-            return Ok(fs::hard_link(&packed, &self.target).map_err(failed("create"))?);
+            return self.name_archive(|archive| {
+                for name in ["oci-layout", "index.json", "blobs"] {
+                    let path = self.dir.path().join(name);
+                    let added = match path.is_dir() {
+                        true => archive.append_dir_all(name, &path),
+                        false => archive.append_path_with_name(&path, name),
+                    };
+                    added.map_err(FileError::at("pack", &path))?;
+                }
+                Ok(())
+            });
         }
         let from = self.dir.path();
         // As of any other directory that the user makes.
@@ -236,6 +233,33 @@ impl LayoutWriter {
         // The name is gone.
         let _ = self.dir.keep();
         Ok(())
+    }
+}
+
+impl LayoutWriter {
+    /// Writes the tar of a root file system instead of a layout: what an overlay of `upper` over `lower` shows.
+    ///
+    /// # Errors
+    /// A file cannot be read or written, or the name is taken.
+    pub(super) fn finish_rootfs(self, upper: &Path, lower: &Path) -> Result<(), BuildError> {
+        self.name_archive(|archive| Ok(pack_merged(archive, upper, lower)?))
+    }
+
+    /// Writes an archive, to which `fill` adds the files, and gives it the name of the target.
+    fn name_archive(
+        &self,
+        fill: impl FnOnce(&mut tar::Builder<DigestWriter<BufWriter<File>>>) -> Result<(), BuildError>,
+    ) -> Result<(), BuildError> {
+        let packed = self.dir.path().join("archive");
+        let file = File::create(&packed).map_err(FileError::at("create", &packed))?;
+        let mut archive = tar::Builder::new(DigestWriter::new(BufWriter::new(file), &self.cancelled));
+        fill(&mut archive)?;
+        let failed = || FileError::at("write", &packed);
+        let buffer = archive.into_inner().map_err(failed())?.inner;
+        let file = buffer.into_inner().map_err(io::IntoInnerError::into_error).map_err(failed())?;
+        file.sync_all().map_err(failed())?;
+        // Unlike rename(2), link(2) replaces nothing.
+        Ok(fs::hard_link(&packed, &self.target).map_err(FileError::at("create", &self.target))?)
     }
 }
 

@@ -13,6 +13,7 @@ mod containerfile;
 mod copying;
 mod error;
 mod layout;
+mod record;
 
 use std::{
     fs::File,
@@ -23,19 +24,20 @@ use std::{
 };
 
 use clap::{Args, Subcommand, ValueEnum};
-use machinen::{config::Config, fs::FileError};
+use machinen::{config::Config, fs::FileError, pod::ContainerId};
 use oci_spec::image::{HistoryBuilder, ImageConfiguration};
 use tokio::task::spawn_blocking;
 
-pub(crate) use self::error::BuildError;
+pub(crate) use self::{error::BuildError, record::left};
 use self::{
     builder::{Builder, BuilderOptions},
     containerfile::{Instruction, Step, Word},
     layout::{Cancelled, LayoutWriter},
+    record::HeldRecord,
 };
 use crate::{
-    boot::Interruption,
-    image::{BaseImage, ImageCache, pack, prepare_base},
+    boot::{self, Interruption},
+    image::{BaseImage, BaseLayers, ImageCache, Packed, pack, prepare_base},
     oci::GlobalArgs,
 };
 
@@ -58,7 +60,7 @@ enum ImageVerb {
         long_about = "Build an image from another one and steps, which run in a VM, without any daemon. The steps are those \
         of a Containerfile (FROM with a path, RUN, COPY, ENV, WORKDIR, USER, CMD and ENTRYPOINT; others are refused), or a \
         script for /bin/sh. The result is an OCI image layout, or an archive of one if PATH ends with .tar: the layers of \
-        the base, and one with all changes. Nothing is left of a build that fails or is interrupted."
+        the base, and one with all changes; or with --format rootfs a tar of all files. Nothing is left of a build that fails or is interrupted."
     )]
     Build(Box<BuildArgs>),
 }
@@ -68,6 +70,24 @@ enum ImageVerb {
 enum OutsideChoice {
     /// By pasta(1)
     Pasta,
+}
+
+/// What a build writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OutputFormat {
+    /// An OCI image layout, or an archive of one if the path ends with .tar
+    Oci,
+    /// A tar of the root file system
+    Rootfs,
+}
+
+/// What is to be written after the steps.
+struct Output {
+    format: OutputFormat,
+    tag: Option<String>,
+    layers: BaseLayers,
+    /// The unpacked base. The bundle of the container keeps it.
+    base: PathBuf,
 }
 
 /// Arguments of `machinen image build`.
@@ -97,6 +117,9 @@ struct BuildArgs {
     /// Entry point of the new image, as a list in JSON or for the shell
     #[arg(long, value_name = "COMMAND")]
     entrypoint: Option<String>,
+    /// What is written: an image layout, or a tar of the root file system, without command and environment
+    #[arg(long, value_enum, default_value_t = OutputFormat::Oci)]
+    format: OutputFormat,
     /// Path of the new image, which must not exist
     #[arg(long, short, value_name = "PATH")]
     output: PathBuf,
@@ -132,6 +155,9 @@ pub(crate) async fn run(global: &GlobalArgs, args: &ImageArgs) -> Result<(), Bui
 async fn build(global: &GlobalArgs, args: &BuildArgs) -> Result<(), BuildError> {
     let config = Config::load()?;
     let steps = steps(args)?;
+    if args.format == OutputFormat::Rootfs {
+        lost_steps(&steps).for_each(|step| eprintln!("machinen: a tar of a root file system does not keep {step}"));
+    }
     if args.output.symlink_metadata().is_ok() {
         return Err(BuildError::Exists { path: args.output.clone() });
     }
@@ -139,19 +165,23 @@ async fn build(global: &GlobalArgs, args: &BuildArgs) -> Result<(), BuildError> 
     let mut interruption = Interruption::watch()?;
     let base = interruption.unless(base(&config, args, &steps)).await??;
     let cancelled = Cancelled::default();
+    let id = ContainerId::parse(&boot::made_up("build")?)?;
+    let held = HeldRecord::write(&config.boot.dir, id.as_str(), &global.root, &args.output)?;
     // Before the steps, so that a directory that cannot be written is reported at once.
-    let layout = LayoutWriter::begin(&args.output, &cancelled)?;
+    let layout = LayoutWriter::begin(&args.output, &held.record.unfinished, &cancelled)?;
     let BaseImage { ready, configuration, layers } = base;
-    let builder = Builder::start((global, &config), ready, &options, &mut interruption).await?;
+    let (format, tag, base) = (args.format, args.tag.clone(), ready.root.path().to_owned());
+    let output = Output { format, tag, layers, base };
+    let builder = Builder::start((global, &config), id, ready, &options, &mut interruption).await?;
     let built = async {
         let (builder, new) = (&builder, configuration.config().clone().unwrap_or_default());
         let run = tokio::time::timeout(args.timeout, builder.run(new, &steps, &args.context));
         let timeout = |_| BuildError::Timeout { limit: args.timeout };
         let new = interruption.unless(run).await?.map_err(timeout)??;
         let changes = interruption.unless(builder.end()).await??;
-        let (configuration, tag) = (completed(configuration, new, &steps), args.tag.clone());
+        let configuration = completed(configuration, new, &steps);
         eprintln!("writing {}", args.output.display());
-        let written = spawn_blocking(move || write(layout, &layers, &changes, configuration, tag.as_deref()));
+        let written = spawn_blocking(move || write(layout, &output, &changes, configuration));
         let mut written = std::pin::pin!(written);
         match interruption.unless(&mut written).await {
             Ok(written) => written.map_err(BuildError::Worker)?,
@@ -171,17 +201,28 @@ async fn build(global: &GlobalArgs, args: &BuildArgs) -> Result<(), BuildError> 
     Ok(())
 }
 
+/// The steps whose effect is not in the files.
+fn lost_steps(steps: &[Step]) -> impl Iterator<Item = &str> {
+    let lost = |step: &&Step| {
+        use Instruction::{Cmd, Entrypoint, Env, User, Workdir};
+        matches!(step.instruction, Cmd(_) | Entrypoint(_) | Env(_) | User(_) | Workdir(_))
+    };
+    steps.iter().filter(lost).map(|step| step.text.as_str())
+}
+
 /// The base and its layers, and the changes as one more.
 fn write(
     mut layout: LayoutWriter,
-    layers: &crate::image::BaseLayers,
+    output: &Output,
     changes: &Path,
     configuration: ImageConfiguration,
-    tag: Option<&str>,
 ) -> Result<(), BuildError> {
-    layers.for_each(|layer| layout.copy_layer(&layer.name, layer.content, layer.digest, layer.diff))?;
-    layout.write_layer(|archive| Ok(pack(archive, changes, true)?))?;
-    layout.finish(configuration, tag)
+    if output.format == OutputFormat::Rootfs {
+        return layout.finish_rootfs(changes, &output.base);
+    }
+    output.layers.for_each(|layer| layout.copy_layer(&layer.name, layer.content, layer.digest, layer.diff))?;
+    layout.write_layer(|archive| Ok(pack(archive, changes, Packed::Changes)?))?;
+    layout.finish(configuration, output.tag.as_deref())
 }
 
 async fn base(config: &Config, args: &BuildArgs, steps: &[Step]) -> Result<BaseImage, BuildError> {

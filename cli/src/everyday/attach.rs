@@ -27,7 +27,7 @@ use tokio::{
 use super::error::EverydayError;
 use crate::{
     boot::keeper::{Frame, FrameKind, SOCKET, read_frame},
-    find::{self, FoundContainer},
+    find::{self, FoundContainer, ManagersVerb},
     oci::{GlobalArgs, OciError, console::RawTerminal},
 };
 
@@ -52,10 +52,9 @@ pub(crate) struct AttachArgs {
 pub(super) async fn run(global: &GlobalArgs, args: &AttachArgs) -> Result<ExitCode, EverydayError> {
     let keys = DetachKeys::parse(&args.detach_keys)?;
     let container = find::one(global, &args.container).await?;
-    let not_kept =
-        || EverydayError::NotAttachable { id: container.id.clone(), owner: container.owner.name() };
     if !container.bundle.join(SOCKET).exists() {
-        return Err(not_kept());
+        let instead = container.instead(ManagersVerb::Attach);
+        return Err(EverydayError::NotAttachable { id: container.id, instead });
     }
     let mut typed = if args.no_stdin { Typed::nothing() } else { Typed::of_stdin() };
     match converse(connect(&container)?, keys, &mut typed).await? {

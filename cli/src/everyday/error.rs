@@ -21,11 +21,8 @@ pub(crate) enum EverydayError {
     File(#[from] FileError),
     #[error(transparent)]
     Config(#[from] ConfigError),
-    #[error(
-        "{id} was not started by `machinen boot --detach`, so nothing can be attached to it; its manager ({owner}) has its \
-         streams"
-    )]
-    NotAttachable { id: String, owner: &'static str },
+    #[error("{id} was not started by `machinen boot --detach`, so machinen has not its streams: {instead}")]
+    NotAttachable { id: String, instead: String },
     #[error("mux needs a terminal; `machinen attach` does not")]
     NoTerminal,
     #[error("{id} has ended; `machinen logs` prints its output")]
@@ -36,10 +33,8 @@ pub(crate) enum EverydayError {
         "--detach-keys {keys:?} is not understood: it takes characters or ctrl-LETTER, with commas between them"
     )]
     DetachKeys { keys: String },
-    #[error(
-        "{id} has no log that machinen knows; its output goes to its manager ({owner}), or to the caller that has created it"
-    )]
-    NoLog { id: String, owner: &'static str },
+    #[error("{id} has no log that machinen can read: {instead}")]
+    NoLog { id: String, instead: String },
     #[error("the ports of {id} are published by its manager, which knows them: {hint}")]
     ForeignPorts { id: String, hint: &'static str },
     #[error("{id} does not publish its port {port}; `machinen port {id}` lists those that it does")]

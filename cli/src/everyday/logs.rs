@@ -21,7 +21,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use super::error::EverydayError;
 use crate::{
     boot::keeper::{LOG, LogLine},
-    find::{self, FoundContainer, writer_of_log},
+    find::{self, FoundContainer, ManagersVerb, writer_of_log},
     oci::GlobalArgs,
 };
 
@@ -79,7 +79,10 @@ fn log_of(container: &FoundContainer) -> Result<PathBuf, EverydayError> {
     match &container.log {
         Some(log) => Ok(log.clone()),
         None if kept.exists() => Ok(kept),
-        None => Err(EverydayError::NoLog { id: container.id.clone(), owner: container.owner.name() }),
+        None => {
+            let instead = container.instead(ManagersVerb::Logs);
+            Err(EverydayError::NoLog { id: container.id.clone(), instead })
+        }
     }
 }
 

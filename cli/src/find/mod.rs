@@ -11,6 +11,7 @@
 
 mod containerd;
 mod error;
+mod manager;
 mod oci;
 mod pod;
 mod process;
@@ -26,6 +27,7 @@ use serde::Serialize;
 pub(crate) use self::{
     containerd::FORKED_FROM,
     error::FindError,
+    manager::ManagersVerb,
     oci::{IMAGE, writer_of_log},
     pod::PodClient,
     process::{MemoryUse, age_of, memory_of},

@@ -12,7 +12,7 @@ use oci_spec::image::{Arch, ImageConfiguration, ImageConfigurationBuilder, Os, R
 use super::{
     ImageCache, ImageError, ImageRoot, ReadyImage,
     manifest::{self, FoundImage, Layer},
-    pack,
+    pack::{Packed, pack},
     reader::DigestReader,
     store::{self, BlobStore, Opened},
 };
@@ -109,7 +109,7 @@ pub(crate) fn prepare_base(
             report("packing the root file system");
             let failed = |source| ImageError::File(FileError::new("pack", &path, source));
             let mut archive = tar::Builder::new(std::io::BufWriter::new(cache.unnamed_file()?));
-            pack(&mut archive, &path, false)?;
+            pack(&mut archive, &path, Packed::Root)?;
             archive.into_inner().map_err(failed)?.into_inner().map_err(|error| failed(error.into_error()))?
         }
     };

@@ -29,7 +29,7 @@ pub(crate) use self::{
     base::{BaseImage, BaseLayers, prepare_base},
     cache::{CachedImage, ImageCache},
     error::ImageError,
-    pack::pack,
+    pack::{Packed, pack, pack_merged},
     unpack::read_in_root,
 };
 use self::{manifest::FoundImage, store::Opened};

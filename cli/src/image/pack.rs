@@ -1,10 +1,10 @@
-//! Packs a directory into the archive of a layer (image-spec, layer.md).
+//! Packs a directory into the archive of a layer (image-spec, layer.md), or two into that of a root file system.
 //!
 //! The directory is a root file system, or has what a container has written, with overlayfs's marks, and was filled by
 //! [`machinen::layer`]. It is read from open directories, and no link is followed.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     ffi::{OsStr, OsString},
     fs::File,
     io::{self, Read as _, Write},
@@ -40,27 +40,58 @@ const MAX_XATTR: usize = 64 << 10;
 /// Deeper trees were not unpacked either.
 const MAX_DEPTH: usize = 1024;
 
+/// What a packed directory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Packed {
+    /// A root file system.
+    Root,
+    /// The upper directory of an overlay, whose marks become those of layers.
+    Changes,
+}
+
 /// A directory that is being packed.
 struct Packer<'a, W: Write> {
     archive: &'a mut Builder<W>,
     /// The first name of each file that has several.
     linked: HashMap<(u64, u64), PathBuf>,
-    /// Whether devices are marks of what was removed.
+    /// Whether overlayfs's marks become those of layers.
     marks: bool,
+    /// Whether a name with the meaning of a mark is an error.
+    guest_wrote: bool,
 }
 
-/// Packs all that is in the directory `root`. With `marks`, overlayfs's marks become those of layers.
+const DIRECTORY: OFlags =
+    OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+
+/// Packs all that is in a directory.
 ///
 /// # Errors
 /// A file cannot be read, or the archive cannot be written.
-pub(crate) fn pack<W: Write>(archive: &mut Builder<W>, root: &Path, marks: bool) -> Result<(), ImageError> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let failed = |errno: Errno| ImageError::Pack { path: root.to_owned(), source: errno.into() };
-    let dir: OwnedFd = rustix::fs::open(root, flags, Mode::empty()).map_err(failed)?;
-    let mut packer = Packer { archive, linked: HashMap::new(), marks };
-    let stat = fstat(&dir).map_err(failed)?;
-    packer.add_dir(&dir, &stat, Path::new(".")).map_err(|source| at(Path::new("."), source))?;
+pub(crate) fn pack<W: Write>(
+    archive: &mut Builder<W>,
+    root: &Path,
+    packed: Packed,
+) -> Result<(), ImageError> {
+    let marks = packed == Packed::Changes;
+    let mut packer = Packer { archive, linked: HashMap::new(), marks, guest_wrote: marks };
+    let dir = packer.root(root)?;
     packer.entries(&dir, Path::new(""), 0)
+}
+
+/// Packs the root file system that an overlay of `upper` over `lower` shows.
+///
+/// # Errors
+/// A file cannot be read, or the archive cannot be written.
+pub(crate) fn pack_merged<W: Write>(
+    archive: &mut Builder<W>,
+    upper: &Path,
+    lower: &Path,
+) -> Result<(), ImageError> {
+    let failed = |errno: Errno| at(lower, errno.into());
+    let below: OwnedFd = rustix::fs::open(lower, DIRECTORY, Mode::empty()).map_err(failed)?;
+    let mut packer = Packer { archive, linked: HashMap::new(), marks: false, guest_wrote: true };
+    let dir = packer.root(upper)?;
+    packer.merged(&dir, Some(&below), Path::new(""), 0)
 }
 
 fn at(path: &Path, source: io::Error) -> ImageError {
@@ -68,6 +99,52 @@ fn at(path: &Path, source: io::Error) -> ImageError {
 }
 
 impl<W: Write> Packer<'_, W> {
+    /// Adds the directory that is the root, and returns it.
+    fn root(&mut self, path: &Path) -> Result<OwnedFd, ImageError> {
+        let failed = |errno: Errno| at(path, errno.into());
+        let dir: OwnedFd = rustix::fs::open(path, DIRECTORY, Mode::empty()).map_err(failed)?;
+        let stat = fstat(&dir).map_err(failed)?;
+        self.add_dir(&dir, &stat, Path::new(".")).map_err(|source| at(Path::new("."), source))?;
+        Ok(dir)
+    }
+
+    /// Adds what a directory of an overlay shows.
+    fn merged(
+        &mut self,
+        upper: &OwnedFd,
+        lower: Option<&OwnedFd>,
+        path: &Path,
+        depth: usize,
+    ) -> Result<(), ImageError> {
+        if depth > MAX_DEPTH {
+            return Err(at(path, io::Error::other("it is too deep")));
+        }
+        let failed = |errno: Errno| at(path, errno.into());
+        let above: BTreeSet<_> = names(upper).map_err(failed)?.into_iter().collect();
+        let mut all = above.clone();
+        if let Some(lower) = lower {
+            all.extend(names(lower).map_err(failed)?);
+        }
+        for name in all {
+            let below = path.join(&name);
+            if !above.contains(&name) {
+                // It is in one of the two.
+                let Some(lower) = lower else { continue };
+                if let Some(child) = self.entry(lower, &name, &below).map_err(|source| at(&below, source))? {
+                    self.entries(&child, &below, depth + 1)?;
+                }
+                continue;
+            }
+            let entry = |source| at(&below, source);
+            // A device that marks what was removed is left out as others are.
+            let Some(child) = self.entry(upper, &name, &below).map_err(entry)? else { continue };
+            let hidden = is_opaque(&child);
+            let lower = lower.filter(|_| !hidden).and_then(|dir| openat(dir, &name, DIRECTORY, Mode::empty()).ok());
+            self.merged(&child, lower.as_ref(), &below, depth + 1)?;
+        }
+        Ok(())
+    }
+
     fn entries(&mut self, dir: &OwnedFd, path: &Path, depth: usize) -> Result<(), ImageError> {
         if depth > MAX_DEPTH {
             return Err(at(path, io::Error::other("it is too deep")));
@@ -85,7 +162,7 @@ impl<W: Write> Packer<'_, W> {
     fn entry(&mut self, dir: &OwnedFd, name: &OsStr, path: &Path) -> io::Result<Option<OwnedFd>> {
         let stat = statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?;
         let kind = FileType::from_raw_mode(stat.st_mode);
-        if self.marks && name.as_bytes().starts_with(WHITEOUT.as_bytes()) {
+        if self.guest_wrote && name.as_bytes().starts_with(WHITEOUT.as_bytes()) {
             return Err(io::Error::other("its name means that a file is removed"));
         }
         if kind != FileType::Directory && stat.st_nlink > 1 {
@@ -100,8 +177,7 @@ impl<W: Write> Packer<'_, W> {
         }
         match kind {
             FileType::Directory => {
-                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let child = openat(dir, name, flags, Mode::empty())?;
+                let child = openat(dir, name, DIRECTORY, Mode::empty())?;
                 self.add_dir(&child, &stat, path)?;
                 return Ok(Some(child));
             }
@@ -139,8 +215,7 @@ impl<W: Write> Packer<'_, W> {
     fn add_dir(&mut self, dir: &OwnedFd, stat: &Stat, path: &Path) -> io::Result<()> {
         self.add_xattrs(dir)?;
         self.add_empty(stat, EntryType::Directory, path)?;
-        let mut mark = [0; 1];
-        if self.marks && fgetxattr(dir, OPAQUE_XATTR, &mut mark).is_ok() && mark == *b"y" {
+        if self.marks && is_opaque(dir) {
             self.add_empty(stat, EntryType::Regular, &path.join(OPAQUE))?;
         }
         Ok(())
@@ -174,6 +249,12 @@ impl<W: Write> Packer<'_, W> {
         self.archive
             .append_pax_extensions(records.iter().map(|(key, value)| (key.as_str(), value.as_slice())))
     }
+}
+
+/// Whether a directory of an overlay hides the one below it.
+fn is_opaque(dir: &OwnedFd) -> bool {
+    let mut mark = [0; 1];
+    fgetxattr(dir, OPAQUE_XATTR, &mut mark).is_ok() && mark == *b"y"
 }
 
 fn header(stat: &Stat, kind: EntryType) -> Header {

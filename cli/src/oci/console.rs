@@ -3,7 +3,7 @@
 
 use std::{
     fs::File,
-    io::{self, IsTerminal as _, Read as _, Write as _},
+    io::{self, IsTerminal as _},
     os::{
         fd::{AsFd as _, OwnedFd},
         unix::net::UnixStream,
@@ -71,19 +71,67 @@ impl Console {
             (master.try_clone().map_err(failed())?, master.try_clone().map_err(failed())?);
         // Blocks in read(2) until this process ends.
         thread::spawn(move || io::copy(&mut io::stdin().lock(), &mut input));
-        let printed = thread::spawn(move || print(&mut output));
+        let printed = thread::spawn(move || print(&mut output, &mut Printed::stdout()));
         Ok((Relay { master, printed, _raw: raw }, self.slave))
     }
 }
 
 /// Prints what the process writes, until its terminal is closed, which read(2) reports as EIO.
-fn print(from: &mut File) {
+fn print(from: &mut impl io::Read, to: &mut Printed<impl io::Write>) {
     let mut buffer = [0; 4096];
-    let mut stdout = io::stdout().lock();
     while let Ok(count @ 1..) = from.read(&mut buffer) {
-        if stdout.write_all(&buffer[..count]).and_then(|()| stdout.flush()).is_err() {
+        if to.write(&buffer[..count]).is_err() {
             return;
         }
+    }
+    // Whoever reads the output is gone then.
+    let _ = to.end();
+}
+
+/// The output of a terminal on the way to this process's stdout.
+///
+/// A terminal writes a carriage return before each newline (ONLCR). For a file or a pipe it is removed again, so that what
+/// comes out is what the process has written, as with runc.
+struct Printed<W> {
+    to: W,
+    is_terminal: bool,
+    /// A carriage return that the next byte decides about.
+    held: bool,
+}
+
+impl Printed<io::StdoutLock<'static>> {
+    fn stdout() -> Self {
+        let to = io::stdout();
+        let is_terminal = to.is_terminal();
+        Self { to: to.lock(), is_terminal, held: false }
+    }
+}
+
+impl<W: io::Write> Printed<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.is_terminal {
+            self.to.write_all(bytes)?;
+            return self.to.flush();
+        }
+        let mut out = Vec::with_capacity(bytes.len() + 1);
+        for byte in bytes {
+            if self.held && *byte != b'\n' {
+                out.push(b'\r');
+            }
+            self.held = *byte == b'\r';
+            if !self.held {
+                out.push(*byte);
+            }
+        }
+        self.to.write_all(&out)?;
+        self.to.flush()
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        if std::mem::take(&mut self.held) {
+            self.to.write_all(b"\r")?;
+        }
+        self.to.flush()
     }
 }
 
@@ -147,4 +195,30 @@ pub(crate) fn set_size(console: &Console, width: u64, height: u64) {
     let size = Winsize { ws_col: size(width), ws_row: size(height), ws_xpixel: 0, ws_ypixel: 0 };
     // A terminal that takes no size has one of its own.
     let _ = tcsetwinsize(&console.master, size);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn printed(is_terminal: bool, chunks: &[&str]) -> String {
+        let mut printed = Printed { to: Vec::new(), is_terminal, held: false };
+        chunks.iter().for_each(|chunk| printed.write(chunk.as_bytes()).unwrap());
+        printed.end().unwrap();
+        String::from_utf8(printed.to).unwrap()
+    }
+
+    #[test]
+    fn a_file_gets_the_lines_that_the_process_has_written() {
+        for (chunks, expected) in [
+            (&["a\r\nb\r\n"][..], "a\nb\n"),
+            (&["a\r", "\nb"], "a\nb"),
+            // The process has written a carriage return itself.
+            (&["a\r\r\n", "x\ry\r"], "a\r\nx\ry\r"),
+            (&["", "\r", "", "\n"], "\n"),
+        ] {
+            assert_eq!(printed(false, chunks), expected, "{chunks:?}");
+            assert_eq!(printed(true, chunks), chunks.concat());
+        }
+    }
 }

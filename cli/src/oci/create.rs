@@ -319,6 +319,20 @@ pub(crate) async fn destroy(root: &Path, state: &StateDir) -> Result<(), OciErro
     remove(state, &record)
 }
 
+/// Kills a container that has not ended, and removes it as [`destroy`] does.
+///
+/// # Errors
+/// A part of it cannot be removed.
+pub(crate) async fn destroy_by_force(root: &Path, state: &StateDir) -> Result<(), OciError> {
+    if let Some(monitor) = MonitorClient::connect(state).await? {
+        // A container that has ended refuses the signal. One that does not end by it ends with its monitor.
+        if monitor.kill("", libc::SIGKILL.cast_unsigned(), false).await.is_ok() {
+            monitor.wait("").await?;
+        }
+    }
+    destroy(root, state).await
+}
+
 /// Frees the id, after the bundle if it was made for the container.
 fn remove(state: &StateDir, record: &ContainerRecord) -> Result<(), OciError> {
     if record.own_bundle {

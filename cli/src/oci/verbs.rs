@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{
     client::{MonitorClient, status_of},
-    create::destroy,
+    create::{destroy, destroy_by_force},
     error::OciError,
     global::GlobalArgs,
     state::{ContainerRecord, ContainerStatus, StateDir},
@@ -117,23 +117,13 @@ pub(super) async fn delete(global: &GlobalArgs, args: &DeleteArgs) -> Result<(),
         found => found?,
     };
     if args.force {
-        return delete_by_force(global, &state).await;
+        return destroy_by_force(&global.root, &state).await;
     }
     match status_of(&state).await? {
         // The init of a created container is killed, as runc does.
         ContainerStatus::Stopped | ContainerStatus::Created => destroy(&global.root, &state).await,
         status => Err(OciError::NotStopped { id: args.id.clone(), status }),
     }
-}
-
-async fn delete_by_force(global: &GlobalArgs, state: &StateDir) -> Result<(), OciError> {
-    if let Some(monitor) = MonitorClient::connect(state).await? {
-        // A container that has ended refuses the signal. One that does not end by it ends with its monitor.
-        if monitor.kill("", libc::SIGKILL.cast_unsigned(), false).await.is_ok() {
-            monitor.wait("").await?;
-        }
-    }
-    destroy(&global.root, state).await
 }
 
 /// Freezes a container.

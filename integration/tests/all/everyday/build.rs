@@ -7,7 +7,7 @@ use machinen_integration::{image::Image, oci::Oci, process::Invocation};
 
 use super::{image, json, on_a_host};
 
-on_a_host!(of_a_containerfile, of_a_script, of_every_base, failures, interrupted);
+on_a_host!(of_a_containerfile, of_a_script, of_every_base, of_a_root_file_system, failures, interrupted, killed);
 
 /// Makes the context of a build, with a Containerfile on the image.
 fn context(oci: &Oci, steps: &str) -> Result<String> {
@@ -25,7 +25,7 @@ fn no_rest(oci: &Oci) -> Result<()> {
     let dir = oci.file("x");
     let dir = dir.parent().context("it is in a directory")?;
     let rest: Vec<_> = fs::read_dir(dir)?.filter_map(|entry| Some(entry.ok()?.file_name())).collect();
-    ensure!(!rest.iter().any(|name| name.to_string_lossy().contains("machinen-build")), "{rest:?}");
+    ensure!(!rest.iter().any(|name| name.to_string_lossy().starts_with(".machinen-")), "{rest:?}");
     Ok(())
 }
 
@@ -109,6 +109,59 @@ fn of_every_base(oci: &Oci) -> Result<()> {
         ensure!(oci.output(&["boot", &output])?.ok()?.text() == "x\n");
     }
     ensure!(!rootfs.join("written").exists(), "the directory was changed");
+    Ok(())
+}
+
+/// A tar without the layers' marks, of which the base's files are a part.
+fn of_a_root_file_system(oci: &Oci) -> Result<()> {
+    let context = context(
+        oci,
+        "RUN mkdir -p /d/e; echo old > /d/old; echo e > /d/e/old; echo k > /kept\n\
+         RUN mkfifo /fifo; ln /kept /same; chown 7:8 /kept\n\
+         CMD [\"lost\"]\n",
+    )?;
+    let (first, tar) = (oci.file("first"), oci.file("root.tar"));
+    let (first, tar) = (first.display().to_string(), tar.display().to_string());
+    oci.ok(&["image", "build", "--output", &first, &context])?;
+    // A directory that hides another one, files that are removed, and one in the place of a directory.
+    let script = oci.file("script");
+    fs::write(&script, "rm -r /d /fifo; mkdir /d; echo new > /d/new; rm -r /etc; echo file > /etc; rm /same")?;
+    let script = script.display().to_string();
+    let args = ["image", "build", "--base", &first, "--script", &script, "--format", "rootfs", "--env", "A=1"];
+    let built = oci.output(&[&args[..], &["--output", &tar]].concat())?.ok()?;
+    ensure!(built.error_text().contains("does not keep --env A"), "{built}");
+    no_rest(oci)?;
+    let listed = Invocation::new("tar").args(["-tvf", &tar, "--numeric-owner"]).run()?.ok()?.text();
+    let line = |name: &str| listed.lines().find(|line| line.ends_with(name));
+    let kept = line(" kept").context("no kept")?;
+    ensure!(kept.contains("7/8") && line(" bin/busybox").is_some(), "{listed}");
+    ensure!(!["old", ".wh.", "fifo", "same"].iter().any(|name| listed.contains(name)), "{listed}");
+    let run = oci.output(&["boot", &tar, "sh", "-c", "cat /d/new /etc /kept; ls /d; stat -c %u /kept"])?.ok()?;
+    ensure!(run.text() == "new\nfile\nk\nnew\n7\n", "{run}");
+    oci.fails(&[&args[..], &["--output", &tar]].concat(), 1, "is there already")
+}
+
+/// SIGKILL, in the middle of a step. The container runs on until `gc` removes it.
+fn killed(oci: &Oci) -> Result<()> {
+    let context = context(oci, "RUN echo begun; sleep 1000\n")?;
+    let script = format!(
+        "cd {context}; \"$@\" 2> log & until grep -q begun log; do sleep 0.1; done; kill -9 $!; wait $!; cat log"
+    );
+    let output = oci.file("new").display().to_string();
+    oci.scripted(&script, &["image", "build", "--output", &output, &context])?.run()?.ok()?;
+    let id = oci.ok(&["list", "--quiet"])?.trim().to_owned();
+    ensure!(id.starts_with("build-"), "{id}");
+    let unfinished = oci.file(&format!(".machinen-{id}"));
+    ensure!(unfinished.exists(), "no {}", unfinished.display());
+    let planned = oci.ok(&["gc", "--dry-run"])?;
+    let named = format!("would remove {}", unfinished.display());
+    ensure!(planned.contains(&named) && planned.contains(&format!("/state/{id}\n")), "{planned}");
+    ensure!(oci.ok(&["list", "--quiet"])?.trim() == id && unfinished.exists(), "gc --dry-run has removed it");
+    let removed = oci.ok(&["gc"])?;
+    ensure!(removed.contains(&format!("removed {}", unfinished.display())), "{removed}");
+    ensure!(oci.ok(&["list", "--quiet"])?.is_empty());
+    no_rest(oci)?;
+    ensure!(!oci.ok(&["gc"])?.contains("build"), "it was removed");
     Ok(())
 }
 

@@ -33,6 +33,13 @@ fn of_containerd(containerd: &mut Containerd) -> Result<()> {
     let copy = containerd.root().join("copied").display().to_string();
     machinen(&["cp", &format!("{whole}:/f"), &copy])?;
     ensure!(std::fs::read_to_string(&copy)? == "x\n");
+    let refused = |verb: &str, text: &str| -> Result<()> {
+        let output = containerd.machinen(&[verb, &whole])?.run()?;
+        ensure!(output.status == 1 && output.error_text().contains(text), "{output}");
+        Ok(())
+    };
+    refused("logs", "the client of containerd")?;
+    refused("attach", &format!("use `ctr --namespace {} tasks attach {id}`", containerd.namespace()))?;
     machinen(&["secret", &whole, "KEY=hush"])?;
     fork(containerd, &[&id, &new])?;
     // A fork continues from a checkpoint, which has no secrets.
@@ -106,6 +113,12 @@ fn listed_with_its_name(podman: &Podman) -> Result<()> {
     let mut following = podman.host().program(program)?.args(["logs", "--follow", "web"]).spawn()?;
     following.wait_for_stdout("said\n")?;
     ensure!(machinen(&["top", id])?.contains("sleep 1234"));
+    let program = machinen_integration::paths::release_dir()?.join("machinen");
+    let attached = podman.host().program(program)?.args(["attach", "web"]).run()?;
+    ensure!(attached.status == 1 && attached.error_text().contains("use `podman attach web`"), "{attached}");
+    let copy = podman.host().root().join("tmp/copied").display().to_string();
+    machinen(&["cp", "web:/etc/passwd", &copy])?;
+    ensure!(std::fs::read_to_string(&copy)?.starts_with("root:"));
     machinen(&["secret", "web", "KEY=hush"])?;
     ensure!(podman.ok(&["exec", "web", "cat", "/run/secrets/KEY"])? == "hush");
     let program = machinen_integration::paths::release_dir()?.join("machinen");
