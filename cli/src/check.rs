@@ -18,6 +18,8 @@ use machinen::{
 };
 use serde::Serialize;
 
+use crate::rights;
+
 #[derive(Debug, Args)]
 pub(crate) struct CheckArgs {
     /// Print JSON
@@ -86,13 +88,9 @@ fn found(what: &'static str, result: Result<String, impl Error + 'static>) -> Fi
 }
 
 fn user() -> Finding {
-    match nix::unistd::geteuid().is_root() {
-        true => Finding { what: "user", verdict: CheckVerdict::Ok, text: "root".to_owned() },
-        false => Finding {
-            what: "user",
-            verdict: CheckVerdict::Missing,
-            text: "not root; containerd runs its shims as root, try again with sudo".to_owned(),
-        },
+    match rights::missing() {
+        None => Finding { what: "user", verdict: CheckVerdict::Ok, text: "root".to_owned() },
+        Some(text) => Finding { what: "user", verdict: CheckVerdict::Missing, text },
     }
 }
 

@@ -5,6 +5,8 @@ use std::error::Error;
 use machinen::error::{ErrorKind, HasKind, chain};
 use serde_json::{Value, json};
 
+use crate::rights;
+
 /// Why a verb has failed.
 #[derive(Debug)]
 pub(crate) struct Failure {
@@ -20,9 +22,13 @@ impl<E: HasKind + 'static> From<E> for Failure {
 }
 
 impl Failure {
-    /// The error with all its causes, in one line.
+    /// The error with all its causes, in one line. What was not permitted may need another user.
     pub(crate) fn message(&self) -> String {
-        chain(self.error.as_ref())
+        let chain = chain(self.error.as_ref());
+        match rights::missing().filter(|_| self.kind == ErrorKind::PermissionDenied) {
+            Some(missing) => format!("{chain}; {missing}"),
+            None => chain,
+        }
     }
 
     /// For programs: what the log of an OCI runtime has, the code of the error, and whether the same command may succeed

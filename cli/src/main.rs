@@ -16,6 +16,7 @@ mod oci;
 mod output;
 mod pool;
 mod prefix;
+mod rights;
 mod rootdisk;
 mod snapshot;
 mod template;

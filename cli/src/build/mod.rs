@@ -28,13 +28,13 @@ use machinen::{config::Config, fs::FileError, pod::ContainerId};
 use oci_spec::image::{HistoryBuilder, ImageConfiguration};
 use tokio::task::spawn_blocking;
 
-pub(crate) use self::{error::BuildError, record::left};
 use self::{
     builder::{Builder, BuilderOptions},
     containerfile::{Instruction, Step, Word},
     layout::{Cancelled, LayoutWriter},
     record::HeldRecord,
 };
+pub(crate) use self::{error::BuildError, record::left};
 use crate::{
     boot::{self, Interruption},
     image::{BaseImage, BaseLayers, ImageCache, Packed, pack, prepare_base},
@@ -156,7 +156,8 @@ async fn build(global: &GlobalArgs, args: &BuildArgs) -> Result<(), BuildError> 
     let config = Config::load()?;
     let steps = steps(args)?;
     if args.format == OutputFormat::Rootfs {
-        lost_steps(&steps).for_each(|step| eprintln!("machinen: a tar of a root file system does not keep {step}"));
+        lost_steps(&steps)
+            .for_each(|step| eprintln!("machinen: a tar of a root file system does not keep {step}"));
     }
     if args.output.symlink_metadata().is_ok() {
         return Err(BuildError::Exists { path: args.output.clone() });
@@ -220,7 +221,9 @@ fn write(
     if output.format == OutputFormat::Rootfs {
         return layout.finish_rootfs(changes, &output.base);
     }
-    output.layers.for_each(|layer| layout.copy_layer(&layer.name, layer.content, layer.digest, layer.diff))?;
+    output
+        .layers
+        .for_each(|layer| layout.copy_layer(&layer.name, layer.content, layer.digest, layer.diff))?;
     layout.write_layer(|archive| Ok(pack(archive, changes, Packed::Changes)?))?;
     layout.finish(configuration, output.tag.as_deref())
 }

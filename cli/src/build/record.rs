@@ -105,7 +105,9 @@ pub(crate) fn left(boot_dir: &Path) -> Result<Vec<LeftBuild>, FileError> {
     let mut left = Vec::new();
     for entry in fs::read_dir(&dir).map_err(FileError::at("list", &dir))? {
         let path = entry.map_err(FileError::at("list", &dir))?.path();
-        let Some(file) = if_exists(File::open(&path)).map_err(FileError::at("open", &path))? else { continue };
+        let Some(file) = if_exists(File::open(&path)).map_err(FileError::at("open", &path))? else {
+            continue;
+        };
         if !try_lock(&file).map_err(FileError::at("lock", &path))? {
             continue;
         }

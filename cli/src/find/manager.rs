@@ -34,7 +34,8 @@ impl FoundContainer {
                 format!("ctr --namespace {namespace} tasks attach {id}")
             }
             ContainerOwner::Containerd => {
-                return "its output goes to the client of containerd that has created it, and ctr keeps none".to_owned();
+                return "its output goes to the client of containerd that has created it, and ctr keeps none"
+                    .to_owned();
             }
             ContainerOwner::Machinen => {
                 return "its streams are those of the command that has created it; `machinen boot --detach` keeps them"

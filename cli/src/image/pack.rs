@@ -139,7 +139,8 @@ impl<W: Write> Packer<'_, W> {
             // A device that marks what was removed is left out as others are.
             let Some(child) = self.entry(upper, &name, &below).map_err(entry)? else { continue };
             let hidden = is_opaque(&child);
-            let lower = lower.filter(|_| !hidden).and_then(|dir| openat(dir, &name, DIRECTORY, Mode::empty()).ok());
+            let lower =
+                lower.filter(|_| !hidden).and_then(|dir| openat(dir, &name, DIRECTORY, Mode::empty()).ok());
             self.merged(&child, lower.as_ref(), &below, depth + 1)?;
         }
         Ok(())

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 use containerd_shim_protos::cgroups_v2::metrics::{IOEntry, Metrics};
+use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -55,8 +56,18 @@ pub(super) async fn run(global: &GlobalArgs, args: &EventsArgs) -> Result<(), Oc
 
 async fn print(id: &str, monitor: &MonitorClient) -> Result<(), OciError> {
     let metrics = monitor.stats().await?;
-    println!("{}", json!({ "type": "stats", "id": id, "data": data(&metrics) }));
+    let event = Event { kind: "stats", id, data: data(&metrics) };
+    println!("{}", serde_json::to_string(&event).map_err(OciError::Encode)?);
     Ok(())
+}
+
+/// A line of the output, in the order of runc's, which scripts compare.
+#[derive(Debug, Serialize)]
+struct Event<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    id: &'a str,
+    data: Value,
 }
 
 /// The metrics in runc's form (its package `types`), which is that of cgroup v1.

@@ -72,6 +72,9 @@ pub(crate) struct ExecArgs {
     /// Number of further descriptors for the process; a VM cannot have any
     #[arg(long, value_name = "N", default_value_t = 0)]
     preserve_fds: u32,
+    /// Cgroup below the container's, which is not supported
+    #[arg(long, value_name = "PATH", hide = true)]
+    cgroup: Vec<String>,
     /// Refused for a paused container, in which no process can be added; no effect on another one
     #[arg(long)]
     ignore_paused: bool,
@@ -99,6 +102,10 @@ async fn exec(global: &GlobalArgs, args: &ExecArgs) -> Result<u32, OciError> {
     if args.preserve_fds > 0 {
         let reason = "a process in a VM cannot have the caller's descriptors";
         return Err(OciError::Unsupported { flag: "--preserve-fds", reason });
+    }
+    if !args.cgroup.is_empty() {
+        let reason = "an added process is in the cgroup of its container";
+        return Err(OciError::Unsupported { flag: "--cgroup", reason });
     }
     let state = StateDir::find(&global.root, &args.id)?;
     let record = state.record()?.ok_or_else(|| OciError::NoContainer { id: args.id.clone() })?;

@@ -1,8 +1,9 @@
 //! The options before the verb, as runc has them, and the log that they name.
 
 use std::{
-    fs::OpenOptions,
+    fs::{File, OpenOptions},
     io::{self, Write as _},
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::SystemTime,
@@ -65,6 +66,14 @@ enum LogFormat {
 }
 
 impl GlobalArgs {
+    /// Begins the log that the caller has named.
+    ///
+    /// # Errors
+    /// Its file cannot be opened.
+    pub(super) fn begin_log(&self) -> Result<(), OciError> {
+        self.log.begin()
+    }
+
     /// Reports the failure of a verb on stderr, and in the log that the caller has named. A caller that reads only its log
     /// still learns the reason.
     pub(crate) fn report(&self, failure: &Failure) {
@@ -105,8 +114,32 @@ impl LogArgs {
     /// The file cannot be opened.
     pub(super) fn follow(&self, config: &Config) -> Result<(), OciError> {
         let Some(path) = &self.log else { return Ok(()) };
-        let file = Arc::new(append(path).map_err(FileError::at("open the log", path))?);
         let level = config.log.level.parse().unwrap_or(LevelFilter::INFO);
+        self.send(append(path).map_err(FileError::at("open the log", path))?, level);
+        Ok(())
+    }
+
+    /// Begins the log of a verb: in the file, which is there from then on, or with --debug on stderr.
+    ///
+    /// # Errors
+    /// The file cannot be opened.
+    pub(super) fn begin(&self) -> Result<(), OciError> {
+        match &self.log {
+            Some(path) => {
+                self.send(append(path).map_err(FileError::at("open the log", path))?, LevelFilter::INFO)
+            }
+            None if self.debug => {
+                let stderr = io::stderr().as_fd().try_clone_to_owned();
+                self.send(stderr.map_err(OciError::io("duplicate stderr"))?.into(), LevelFilter::INFO);
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Sends this process's log to a file; more of it with --debug.
+    fn send(&self, file: File, level: LevelFilter) {
+        let file = Arc::new(file);
         let level = if self.debug { level.max(LevelFilter::DEBUG) } else { level };
         // libcgroups warns at each use of each cgroup controller that the host does not have. What fails is an error.
         let levels =
@@ -122,7 +155,6 @@ impl LogArgs {
                 registry.with(lines).init();
             }
         }
-        Ok(())
     }
 }
 
@@ -130,7 +162,7 @@ fn now() -> String {
     humantime::format_rfc3339_seconds(SystemTime::now()).to_string()
 }
 
-fn append(path: &Path) -> io::Result<std::fs::File> {
+fn append(path: &Path) -> io::Result<File> {
     OpenOptions::new().append(true).create(true).open(path)
 }
 

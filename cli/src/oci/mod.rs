@@ -87,11 +87,15 @@ pub(crate) enum OciVerb {
 /// # Errors
 /// The verb has failed.
 pub(crate) fn run(global: &GlobalArgs, verb: &OciVerb) -> Result<ExitCode, OciError> {
+    global.begin_log()?;
+    // Without the arguments, which may have secrets.
+    tracing::debug!(version = env!("CARGO_PKG_VERSION"), "the verb begins");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(OciError::io("start the event loop"))?;
     let done = runtime.block_on(dispatch(global, verb));
     // A thread that relays a terminal may wait for a key.
     runtime.shutdown_background();
+    tracing::debug!("the verb ends");
     done
 }
 

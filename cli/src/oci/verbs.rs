@@ -1,10 +1,11 @@
 //! The short verbs: `start`, `kill`, `delete`, `pause`, `resume`, `state`, `list` and `ps`.
 
-use std::str::FromStr as _;
+use std::{collections::HashMap, path::Path, str::FromStr as _};
 
 use clap::{Args, ValueEnum};
 use nix::sys::signal::Signal;
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::json;
 
 use super::{
     client::{MonitorClient, status_of},
@@ -90,6 +91,7 @@ pub(super) async fn kill(global: &GlobalArgs, args: &KillArgs) -> Result<(), Oci
     let monitor = MonitorClient::running(&state).await?;
     match monitor.status().await? {
         ContainerStatus::Stopped if args.all => Ok(()),
+        status if signal == 0 && status != ContainerStatus::Stopped => Ok(()),
         status @ ContainerStatus::Stopped => Err(OciError::NotRunning { id: args.id.clone(), status }),
         ContainerStatus::Creating => monitor.kill("", signal, args.all).await,
         ContainerStatus::Created | ContainerStatus::Running | ContainerStatus::Paused => {
@@ -98,10 +100,11 @@ pub(super) async fn kill(global: &GlobalArgs, args: &KillArgs) -> Result<(), Oci
     }
 }
 
+/// The number of a signal; 0 only asks whether the container runs, as for kill(2).
 fn signal_number(text: &str) -> Result<u32, OciError> {
     /// The last real-time signal (signal(7)).
     const LAST: u32 = 64;
-    if let Ok(number @ 1..=LAST) = text.parse::<u32>() {
+    if let Ok(number @ 0..=LAST) = text.parse::<u32>() {
         return Ok(number);
     }
     let name = text.to_uppercase();
@@ -150,7 +153,7 @@ pub(super) async fn resume(global: &GlobalArgs, args: &IdArgs) -> Result<(), Oci
 pub(super) async fn state(global: &GlobalArgs, args: &IdArgs) -> Result<(), OciError> {
     let state = StateDir::find(&global.root, &args.id)?;
     let shown = Shown::of(&state).await?;
-    println!("{:#}", shown.value());
+    println!("{}", serde_json::to_string_pretty(&shown.document()).map_err(OciError::Encode)?);
     Ok(())
 }
 
@@ -165,7 +168,8 @@ pub(super) async fn list(global: &GlobalArgs, args: &ListArgs) -> Result<(), Oci
         return Ok(());
     }
     if args.format == OutputFormat::Json {
-        println!("{}", json!(all.iter().map(Shown::value).collect::<Vec<_>>()));
+        let documents: Vec<_> = all.iter().map(Shown::document).collect();
+        println!("{}", serde_json::to_string(&documents).map_err(OciError::Encode)?);
         return Ok(());
     }
     let columns = ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"];
@@ -199,21 +203,42 @@ impl Shown {
         Ok(Self { id: state.id.to_string(), pid, status, record })
     }
 
-    fn value(&self) -> Value {
+    fn document(&self) -> StateDocument<'_> {
         let Self { id, pid, status, record } = self;
-        let mut value = json!({ "id": id, "pid": pid, "status": status });
-        if let Some(record) = record {
-            value["ociVersion"] = json!(record.oci_version);
-            value["bundle"] = json!(record.bundle);
-            value["rootfs"] = json!(record.rootfs);
-            value["created"] = json!(record.created);
-            value["owner"] = json!(record.owner);
-            if !record.annotations.is_empty() {
-                value["annotations"] = json!(record.annotations);
-            }
+        let record = record.as_ref();
+        StateDocument {
+            oci_version: record.map(|record| record.oci_version.as_str()),
+            id,
+            pid: *pid,
+            status: *status,
+            bundle: record.map(|record| record.bundle.as_path()),
+            rootfs: record.map(|record| record.rootfs.as_path()),
+            created: record.map(|record| record.created.as_str()),
+            annotations: record.map(|record| &record.annotations).filter(|all| !all.is_empty()),
+            owner: record.map(|record| record.owner.as_str()),
         }
-        value
     }
+}
+
+/// What `state` and `list` print, in the order of runc's, which scripts compare.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct StateDocument<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    oci_version: Option<&'a str>,
+    id: &'a str,
+    pid: u32,
+    status: ContainerStatus,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bundle: Option<&'a Path>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rootfs: Option<&'a Path>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    created: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    annotations: Option<&'a HashMap<String, String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    owner: Option<&'a str>,
 }
 
 /// Arguments of `machinen ps`.
@@ -237,13 +262,16 @@ pub(super) async fn ps(global: &GlobalArgs, args: &PsArgs) -> Result<(), OciErro
         return Err(OciError::Unsupported { flag: "an option of ps(1)", reason });
     }
     let state = StateDir::find(&global.root, &args.id)?;
-    let Shown { pid, status, record, .. } = Shown::of(&state).await?;
-    let Some(record) = record.filter(|_| pid != 0) else {
-        return Err(OciError::NotRunning { id: args.id.clone(), status });
+    let Shown { pid, record, .. } = Shown::of(&state).await?;
+    let listed = match record.filter(|_| pid != 0) {
+        Some(record) => {
+            let pod = PodClient::connect(&PodSocket(record.pod.socket()));
+            let listed = async { pod?.processes(&args.id).await }.await;
+            listed.map_err(|source| OciError::Processes { source: Box::new(source) })?
+        }
+        // A container that has stopped has none, which is no error to runc.
+        None => Default::default(),
     };
-    let pod = PodClient::connect(&PodSocket(record.pod.socket()));
-    let listed = async { pod?.processes(&args.id).await }.await;
-    let listed = listed.map_err(|source| OciError::Processes { source: Box::new(source) })?;
     match args.format {
         OutputFormat::Json => {
             println!("{}", json!(listed.processes.iter().map(|process| process.pid).collect::<Vec<_>>()));
@@ -259,10 +287,10 @@ mod tests {
 
     #[test]
     fn signals_have_numbers_and_names() {
-        for (text, number) in [("9", 9), ("SIGKILL", 9), ("kill", 9), ("TERM", 15), ("34", 34)] {
+        for (text, number) in [("0", 0), ("9", 9), ("SIGKILL", 9), ("kill", 9), ("TERM", 15), ("34", 34)] {
             assert_eq!(signal_number(text).unwrap(), number, "{text}");
         }
-        for text in ["0", "65", "SIGNONE", "", "-9"] {
+        for text in ["65", "SIGNONE", "", "-9"] {
             let error = signal_number(text).unwrap_err().to_string();
             assert!(error.contains(&format!("{text:?}")), "{error}");
         }

@@ -118,6 +118,13 @@ impl Cgroup {
             .map_err(|source| CgroupError::Devices { path: self.path.clone(), source })
     }
 
+    /// How many processes the kernel has killed for lack of memory in the cgroup's parent and all below it. It counts on
+    /// when a cgroup below is removed, as that of a failed creation is. 0 without the memory controller.
+    pub(crate) fn killed_for_memory(&self) -> u64 {
+        let events = self.path.parent().map(|parent| fs::read_to_string(parent.join("memory.events")));
+        events.and_then(Result::ok).and_then(|events| count(&events, "oom_kill")).unwrap_or(0)
+    }
+
     /// Moves a process into the cgroup.
     ///
     /// # Errors
@@ -232,6 +239,11 @@ impl Cgroup {
             _ => CgroupError::Read { path: self.path.clone(), source },
         })
     }
+}
+
+/// The number after a key of a flat keyed file.
+fn count(text: &str, key: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.parse().ok())
 }
 
 fn has_line(text: &str, wanted: &str) -> bool {

@@ -222,9 +222,12 @@ async fn make(
     let create = async {
         cgroup.create(device_filters, prepared.devices())?;
         phases.done("cgroup");
+        let killed = cgroup.killed_for_memory();
         let (pid, exit, pending_init, unread) = match restore {
             None => {
-                let created = engine.create(reaper, prepared, process_ends).await?;
+                let created = engine.create(reaper, prepared, process_ends).await;
+                let created =
+                    created.map_err(|err| explained(err, &cgroup, killed, prepared.memory_limit()))?;
                 let engine::Created { pid, exit, waiting } = created;
                 phases.done("engine");
                 copy_up(prepared.rootfs(), pid, prepared.copied_up())?;
@@ -249,6 +252,19 @@ async fn make(
     };
     let started = Started { pid, exit, ends, cgroup: cgroup.clone(), is_init: true };
     Ok((cgroup, Process::supervise(started, reaper.clone()), pending_init))
+}
+
+/// The failure of a creation, which may be that the kernel has killed the init: then the engine knows only that nothing more
+/// came from it. `killed` is how often that had happened before.
+fn explained(err: EngineError, cgroup: &Cgroup, killed: u64, limit: Option<i64>) -> ContainerError {
+    match (limit, err) {
+        (Some(limit), err @ (EngineError::Failed { .. } | EngineError::Died { .. }))
+            if cgroup.killed_for_memory() > killed =>
+        {
+            ContainerError::MemoryLimit { limit, source: err }
+        }
+        (_, err) => err.into(),
+    }
 }
 
 fn make_dir(dir: &Path) -> Result<(), ContainerError> {

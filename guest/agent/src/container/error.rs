@@ -46,6 +46,11 @@ pub(crate) enum ContainerError {
     PagesLost(Arc<CriuError>),
     #[error("memory of the container is still being fetched from the checkpoint that it was restored from")]
     PagesPending,
+    /// Begins as runc's message.
+    #[error(
+        "container init was OOM-killed (memory limit too low?): linux.resources.memory.limit is {limit} bytes"
+    )]
+    MemoryLimit { limit: i64, source: EngineError },
     #[error("the container is not paused")]
     NotPaused,
     #[error("processes were added to the container and still run: {}", .execs.join(", "))]
@@ -86,6 +91,7 @@ impl HasKind for ContainerError {
             | Self::IsInit
             | Self::NoLayer
             | Self::NoCheckpointDisk
+            | Self::MemoryLimit { .. }
             | Self::Files(_)
             | Self::Stdio(_) => ErrorKind::InvalidArgument,
             Self::Rootfs(_) | Self::NoStream { .. } => ErrorKind::NotFound,

@@ -2,9 +2,13 @@
 //!
 //! The agent itself serves the volumes, so nothing here may look at one: the call would wait for itself.
 
-use std::path::{Path, PathBuf};
+use std::{
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+};
 
 use machinen_protocol::shares::ShareEntry;
+use nix::sys::stat::fstat;
 use pathrs::Root;
 use serde_json::{Value, json};
 
@@ -46,6 +50,29 @@ pub(super) fn adapt(spec: &mut Value, root: &Root, bind_sysfs_of_vm: bool) {
                 mount["destination"] = path_value(&resolve_last_link(root, destination));
             }
             _ => {}
+        }
+    }
+    add_modes(&mut spec["mounts"], root);
+}
+
+/// Gives each tmpfs without a mode that of the directory in its place, as runc does.
+fn add_modes(mounts: &mut Value, root: &Root) {
+    let mode = |mount: &Value| {
+        let has_mode = items(&mount["options"]).filter_map(Value::as_str).any(|it| it.starts_with("mode="));
+        let is_below = above(mounts, &destination(mount)).is_some_and(|it| destination(it) != Path::new("/"));
+        if mount["type"] != "tmpfs" || has_mode || is_below {
+            return None;
+        }
+        // What is not there becomes a directory that nobody has chosen a mode for.
+        let found = fstat(root.resolve(destination(mount)).ok()?.as_fd()).ok()?;
+        Some(format!("mode={:o}", found.st_mode & 0o7777))
+    };
+    let modes: Vec<_> = items(mounts).map(mode).collect();
+    for (mount, mode) in mounts.as_array_mut().into_iter().flatten().zip(modes) {
+        let Some(mode) = mode else { continue };
+        match mount["options"].as_array_mut() {
+            Some(options) => options.push(mode.into()),
+            None => mount["options"] = json!([mode]),
         }
     }
 }
@@ -202,6 +229,35 @@ mod tests {
         let paths = ["/run/machinen-shares/dir-1", "/run/machinen-shares/file-2"];
         assert_eq!(volumes(&mounts), paths.map(PathBuf::from));
         assert_eq!(points_in_volumes(&mounts), []);
+    }
+
+    #[test]
+    fn a_tmpfs_has_the_mode_of_the_directory_in_its_place() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        for (name, mode) in [("tmp", 0o1770), ("dev", 0o700), ("dev/shm", 0o711)] {
+            let path = dir.path().join(name);
+            std::fs::create_dir(&path).unwrap();
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let mount =
+            |path: &str, options: Value| json!({"destination": path, "type": "tmpfs", "options": options});
+        let mut spec = json!({"mounts": [
+            mount("/tmp", json!(["nosuid"])), mount("/dev", Value::Null), mount("/dev/shm", json!([])),
+            mount("/tmp", json!(["mode=500"])), mount("/none", json!([])),
+            {"destination": "/tmp", "type": "bind", "source": "/x", "options": []},
+        ]});
+        adapt(&mut spec, &Root::open(dir.path()).unwrap(), false);
+        let options: Vec<_> = items(&spec["mounts"]).map(|mount| mount["options"].clone()).collect();
+        let expected = [
+            json!(["nosuid", "mode=1770"]),
+            json!(["mode=700"]),
+            json!([]),
+            json!(["mode=500"]),
+            json!([]),
+            json!([]),
+        ];
+        assert_eq!(options, expected);
     }
 
     #[test]

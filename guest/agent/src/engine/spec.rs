@@ -35,6 +35,7 @@ pub(crate) struct Prepared {
     request: CreateRequest,
     join_context: ContainerContext,
     cgroup_path: PathBuf,
+    memory_limit: Option<i64>,
     owner: u32,
     devices: Vec<Instruction>,
     mount_points: Vec<MountPoint>,
@@ -78,6 +79,7 @@ impl Prepared {
         if let Some(resources) = linux.get_mut("resources") {
             adapt_resources(resources);
         }
+        let memory_limit = linux.pointer("/resources/memory/limit").and_then(Value::as_i64);
         let devices = devices::program(linux.pointer("/resources/devices").unwrap_or(&Value::Null))
             .map_err(|number| SpecError::DeviceRule { number })?;
         let owner = mapped(&linux["uidMappings"], uid);
@@ -111,6 +113,7 @@ impl Prepared {
             request,
             join_context,
             cgroup_path,
+            memory_limit,
             owner,
             devices,
             mount_points,
@@ -138,6 +141,11 @@ impl Prepared {
     /// Path of the container's cgroup below the hierarchy's root.
     pub(crate) fn cgroup_path(&self) -> &Path {
         &self.cgroup_path
+    }
+
+    /// The limit of the container's memory, bytes.
+    pub(crate) fn memory_limit(&self) -> Option<i64> {
+        self.memory_limit
     }
 
     /// The root file system.

@@ -7,7 +7,15 @@ use machinen_integration::{image::Image, oci::Oci, process::Invocation};
 
 use super::{image, json, on_a_host};
 
-on_a_host!(of_a_containerfile, of_a_script, of_every_base, of_a_root_file_system, failures, interrupted, killed);
+on_a_host!(
+    of_a_containerfile,
+    of_a_script,
+    of_every_base,
+    of_a_root_file_system,
+    failures,
+    interrupted,
+    killed
+);
 
 /// Makes the context of a build, with a Containerfile on the image.
 fn context(oci: &Oci, steps: &str) -> Result<String> {
@@ -125,9 +133,13 @@ fn of_a_root_file_system(oci: &Oci) -> Result<()> {
     oci.ok(&["image", "build", "--output", &first, &context])?;
     // A directory that hides another one, files that are removed, and one in the place of a directory.
     let script = oci.file("script");
-    fs::write(&script, "rm -r /d /fifo; mkdir /d; echo new > /d/new; rm -r /etc; echo file > /etc; rm /same")?;
+    fs::write(
+        &script,
+        "rm -r /d /fifo; mkdir /d; echo new > /d/new; rm -r /etc; echo file > /etc; rm /same",
+    )?;
     let script = script.display().to_string();
-    let args = ["image", "build", "--base", &first, "--script", &script, "--format", "rootfs", "--env", "A=1"];
+    let args =
+        ["image", "build", "--base", &first, "--script", &script, "--format", "rootfs", "--env", "A=1"];
     let built = oci.output(&[&args[..], &["--output", &tar]].concat())?.ok()?;
     ensure!(built.error_text().contains("does not keep --env A"), "{built}");
     no_rest(oci)?;
@@ -136,7 +148,8 @@ fn of_a_root_file_system(oci: &Oci) -> Result<()> {
     let kept = line(" kept").context("no kept")?;
     ensure!(kept.contains("7/8") && line(" bin/busybox").is_some(), "{listed}");
     ensure!(!["old", ".wh.", "fifo", "same"].iter().any(|name| listed.contains(name)), "{listed}");
-    let run = oci.output(&["boot", &tar, "sh", "-c", "cat /d/new /etc /kept; ls /d; stat -c %u /kept"])?.ok()?;
+    let run =
+        oci.output(&["boot", &tar, "sh", "-c", "cat /d/new /etc /kept; ls /d; stat -c %u /kept"])?.ok()?;
     ensure!(run.text() == "new\nfile\nk\nnew\n7\n", "{run}");
     oci.fails(&[&args[..], &["--output", &tar]].concat(), 1, "is there already")
 }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{SLEEP, with_oci};
 
-with_oci!(signals, all_processes, paused, updated, created_with_limits);
+with_oci!(signals, all_processes, paused, updated, created_with_limits, too_little_memory);
 
 fn signals(oci: &Oci) -> Result<()> {
     let script = "for s in HUP USR1 WINCH; do trap \"echo $s\" $s; done; trap 'exit 9' TERM; echo ready; while :; do sleep 0.1; done";
@@ -20,9 +20,12 @@ fn signals(oci: &Oci) -> Result<()> {
         oci.ok(&["kill", "k", signal])?;
         container.wait_for_stdout(&format!("{name}\n"))?;
     }
+    // It only asks whether the container runs.
+    oci.ok(&["kill", "k", "0"])?;
     // Without a signal it is SIGTERM.
     oci.ok(&["kill", "k"])?;
     oci.wait(pid)?;
+    oci.fails(&["kill", "k", "0"], 1, "container not running")?;
     oci.ok(&["delete", "k"]).map(drop)
 }
 
@@ -110,4 +113,15 @@ fn created_with_limits(oci: &Oci) -> Result<()> {
     let output = oci.ok(&["run", "--bundle", &oci.bundle_dir("l"), "l"])?;
     ensure!(output == "67108864\n50000\n40\n", "{output}");
     Ok(())
+}
+
+/// The error names the limit, also where the kernel has killed the init for it.
+fn too_little_memory(oci: &Oci) -> Result<()> {
+    oci.bundle("l", &["true"], |spec| {
+        spec["linux"]["resources"] = json!({ "memory": { "limit": 1000 } });
+    })?;
+    let output = oci.output(&["run", "--bundle", &oci.bundle_dir("l"), "l"])?;
+    let text = output.error_text();
+    ensure!(output.status == 1 && text.contains("memory limit") && text.contains("1000"), "{output}");
+    super::is_gone(oci, "l")
 }

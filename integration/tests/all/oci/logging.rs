@@ -8,7 +8,21 @@ use serde_json::Value;
 
 use super::with_oci;
 
-with_oci!(as_json, as_text, misuse);
+with_oci!(as_json, as_text, misuse, in_detail);
+
+/// A caller that names a file finds it, whatever happens.
+fn in_detail(oci: &Oci) -> Result<()> {
+    oci.bundle("d", &["true"], |_| {})?;
+    let (log, dir) = (oci.file("log.txt"), oci.bundle_dir("d"));
+    let path = log.display().to_string();
+    oci.command_with(&["--log", &path], &["list"])?.run()?.ok()?;
+    ensure!(log.exists());
+    oci.command_with(&["--debug", "--log", &path], &["run", "--bundle", &dir, "d"])?.run()?.ok()?;
+    ensure!(fs::read_to_string(&log)?.contains("level=debug"));
+    let output = oci.command_with(&["--debug"], &["run", "--bundle", &dir, "d"])?.run()?.ok()?;
+    ensure!(output.error_text().contains("level=debug") && output.text().is_empty(), "{output}");
+    Ok(())
+}
 
 /// The last line of a log.
 fn last(oci: &Oci, name: &str) -> Result<String> {

@@ -23,6 +23,10 @@ fn lists(oci: &Oci) -> Result<()> {
     let (pid, dir) = (oci.pid("one")?.to_string(), bundle.dir().display().to_string());
     ensure!(line[..4] == ["one", &pid, "created", &dir] && line[5] == "root", "{list}");
     ensure!(oci.ok(&["list", "--quiet"])? == "one\n");
+    let text = oci.ok(&["list", "--format", "json"])?;
+    let keys = ["ociVersion", "id", "pid", "status", "bundle", "rootfs", "created", "annotations", "owner"];
+    let places: Vec<_> = keys.iter().map(|key| text.find(&format!("\"{key}\":"))).collect();
+    ensure!(places.iter().all(Option::is_some) && places.is_sorted(), "{text}");
     let list = json(&oci.ok(&["list", "--format", "json"])?)?;
     let first = &list[0];
     ensure!(first["id"] == "one" && first["status"] == "created" && first["bundle"] == dir, "{list}");
@@ -52,7 +56,9 @@ fn counts(oci: &Oci) -> Result<()> {
     oci.bundle("c", &["sh", "-c", "sleep 1234 & echo ready; wait"], |_| {})?;
     let container = oci.launch("c")?;
     container.wait_for_stdout("ready\n")?;
-    let event = json(&oci.ok(&["events", "--stats", "c"])?)?;
+    let event = oci.ok(&["events", "--stats", "c"])?;
+    ensure!(event.starts_with(r#"{"type":"stats","id":"c","data":{"#), "{event}");
+    let event = json(&event)?;
     ensure!(event["type"] == "stats" && event["id"] == "c", "{event}");
     let data = &event["data"];
     ensure!(data["pids"]["current"] == 2, "{data}");

@@ -14,6 +14,19 @@ use super::with_oci;
 
 with_oci!(pipes, files, without_a_reader, a_terminal, reaped_by_its_monitor, terminals_are_refused);
 
+/// What a file gets of a terminal's output has no carriage returns but those that the process has written. runc prints the
+/// same, and needs a terminal of its own for it.
+#[test]
+fn a_terminal_that_is_printed_to_a_pipe() {
+    super::run(machinen_integration::runtime::Runtime::Machinen, |oci| {
+        let script = "test -t 1 && echo one; printf 'two\\r\\nthree'";
+        oci.bundle("t", &["sh", "-c", script], |spec| spec["process"]["terminal"] = json!(true))?;
+        let output = oci.output(&["run", "--bundle", &oci.bundle_dir("t"), "t"])?.ok()?;
+        ensure!(output.text() == "one\ntwo\r\nthree", "{output}");
+        Ok(())
+    });
+}
+
 /// The master of a terminal that was handed over.
 pub(super) struct Console {
     master: File,
