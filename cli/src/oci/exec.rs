@@ -195,13 +195,24 @@ fn described(record: &ContainerRecord, args: &ExecArgs) -> Result<Value, OciErro
     if !args.additional_gids.is_empty() {
         process["user"]["additionalGids"] = json!(args.additional_gids);
     }
-    for set in ["bounding", "effective", "permitted", "inheritable", "ambient"] {
-        // A process that has no inheritable capabilities has no ambient ones either.
-        if !args.cap.is_empty() {
-            extend(&mut process["capabilities"][set], &args.cap);
-        }
-    }
+    add_capabilities(&mut process["capabilities"], &args.cap);
     Ok(process)
+}
+
+/// Adds capabilities as runc does: no inheritable ones, and ambient ones only where the container has them as inheritable.
+fn add_capabilities(sets: &mut Value, added: &[String]) {
+    if added.is_empty() {
+        return;
+    }
+    for set in ["bounding", "effective", "permitted"] {
+        extend(&mut sets[set], added);
+    }
+    let inheritable = sets["inheritable"].as_array().cloned().unwrap_or_default();
+    let ambient = added.iter().filter(|name| inheritable.iter().any(|it| it == name.as_str()));
+    let ambient: Vec<_> = ambient.cloned().collect();
+    if !ambient.is_empty() {
+        extend(&mut sets["ambient"], &ambient);
+    }
 }
 
 /// Adds texts to a list, which may be absent.
@@ -209,4 +220,23 @@ fn extend(list: &mut Value, texts: &[String]) {
     let mut all = list.as_array().cloned().unwrap_or_default();
     all.extend(texts.iter().map(|text| json!(text)));
     *list = json!(all);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn added_capabilities_are_ambient_only_if_they_are_inheritable() {
+        let mut sets = json!({ "bounding": ["CAP_A"], "inheritable": ["CAP_B"] });
+        add_capabilities(&mut sets, &["CAP_B".to_owned(), "CAP_C".to_owned()]);
+        let added = json!(["CAP_B", "CAP_C"]);
+        let expected = json!({
+            "bounding": ["CAP_A", "CAP_B", "CAP_C"], "effective": added, "permitted": added,
+            "inheritable": ["CAP_B"], "ambient": ["CAP_B"],
+        });
+        assert_eq!(sets, expected);
+        add_capabilities(&mut sets, &[]);
+        assert_eq!(sets, expected);
+    }
 }

@@ -45,6 +45,10 @@ fn example() -> io::Result<Spec> {
     spec.set_version(OCI_VERSION.to_owned()).set_hostname(Some("machinen".to_owned())).set_root(Some(root));
     if let Some(process) = spec.process_mut() {
         process.set_terminal(Some(true));
+        // As runc's since CVE-2022-29162: a program gets no capabilities by its file.
+        if let Some(capabilities) = process.capabilities_mut() {
+            capabilities.set_inheritable(None).set_ambient(None);
+        }
     }
     Ok(spec)
 }

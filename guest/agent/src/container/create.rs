@@ -19,6 +19,7 @@ use super::{
     hooks::StartHooks,
     host_disks,
     namespaces::{HeldNamespaces, NamespacePath},
+    read_only_dev::read_only_dev,
     restore::{PlannedRestore, RestoreImage},
     rootfs::{Rootfs, RootfsError},
     stage::{MemoryState, PendingInit, StartStage},
@@ -231,6 +232,9 @@ async fn make(
                 let engine::Created { pid, exit, waiting } = created;
                 phases.done("engine");
                 copy_up(prepared.rootfs(), pid, prepared.copied_up())?;
+                if prepared.has_read_only_dev() {
+                    read_only_dev(pid)?;
+                }
                 (pid, exit, PendingInit::New(waiting), Vec::new())
             }
             Some(restore) => {

@@ -6,8 +6,8 @@ use machinen_protocol::error::{ErrorKind, HasKind};
 
 use super::{
     copies::CopyError, copy_up::CopyUpError, files::FilesError, hooks::StartHookError,
-    host_disks::HostDiskError, id_table::IdError, refresh::RefreshError, rootfs::RootfsError,
-    secrets::SecretsError,
+    host_disks::HostDiskError, id_table::IdError, read_only_dev::ReadOnlyDevError, refresh::RefreshError,
+    rootfs::RootfsError, secrets::SecretsError,
 };
 use crate::{
     cgroup::CgroupError, criu::CriuError, engine::EngineError, layer::LayerError, process::ProcessError,
@@ -24,6 +24,8 @@ pub(crate) enum ContainerError {
     Refresh(#[from] RefreshError),
     #[error(transparent)]
     CopyUp(#[from] CopyUpError),
+    #[error(transparent)]
+    ReadOnlyDev(#[from] ReadOnlyDevError),
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
     #[error(transparent)]
@@ -112,7 +114,11 @@ impl HasKind for ContainerError {
             Self::PagesLost(err) => err.kind(),
             Self::Cgroup(err) => err.kind(),
             Self::View(err) => err.kind(),
-            Self::Refresh(_) | Self::CopyUp(_) | Self::Layer(_) | Self::State { .. } => ErrorKind::Internal,
+            Self::Refresh(_)
+            | Self::CopyUp(_)
+            | Self::ReadOnlyDev(_)
+            | Self::Layer(_)
+            | Self::State { .. } => ErrorKind::Internal,
         }
     }
 }

@@ -20,6 +20,7 @@ mod id_table;
 pub(crate) mod namespaces;
 mod pause;
 mod processes;
+mod read_only_dev;
 mod refresh;
 mod restore;
 mod rootfs;

@@ -21,7 +21,7 @@ use nix::{
     sys::stat::makedev,
     unistd::{AccessFlags, dup2_stderr, dup2_stdin, dup2_stdout, eaccess, execve},
 };
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::{Capability, Process, Spec};
 
 use super::report::{Refusal, Report, Reporter};
 use crate::sys;
@@ -159,7 +159,7 @@ fn find(process: &Process) -> Result<PathBuf, CommandError> {
         let errno = |err: &io::Error| Errno::from_raw(err.raw_os_error().unwrap_or(libc::EIO));
         let metadata = fs::metadata(name)
             .map_err(|err| CommandError::Stat { name: name.clone(), errno: errno(&err) })?;
-        return executable(Path::new(name), &metadata)
+        return executable(process, Path::new(name), &metadata)
             .map(|()| name.into())
             .map_err(|errno| CommandError::NotExecutable { name: name.clone(), errno });
     }
@@ -168,7 +168,7 @@ fn find(process: &Process) -> Result<PathBuf, CommandError> {
     for dir in path.unwrap_or_default().split(':') {
         // An empty element means the working directory.
         let candidate = Path::new(if dir.is_empty() { "." } else { dir }).join(name);
-        match fs::metadata(&candidate).map(|metadata| executable(&candidate, &metadata)) {
+        match fs::metadata(&candidate).map(|metadata| executable(process, &candidate, &metadata)) {
             Ok(Ok(())) => return Ok(candidate),
             Ok(Err(Errno::EACCES)) => denied = Some(Errno::EACCES),
             _ => {}
@@ -181,7 +181,7 @@ fn find(process: &Process) -> Result<PathBuf, CommandError> {
     }))
 }
 
-fn executable(path: &Path, metadata: &fs::Metadata) -> Result<(), Errno> {
+fn executable(process: &Process, path: &Path, metadata: &fs::Metadata) -> Result<(), Errno> {
     if metadata.is_dir() {
         return Err(Errno::EISDIR);
     }
@@ -190,5 +190,15 @@ fn executable(path: &Path, metadata: &fs::Metadata) -> Result<(), Errno> {
     if metadata.mode() & 0o111 == 0 {
         return Err(Errno::EACCES);
     }
-    eaccess(path, AccessFlags::X_OK)
+    match eaccess(path, AccessFlags::X_OK) {
+        // This process does not have the capability yet that the command will have.
+        Err(Errno::EACCES) if overrides_modes(process) => Ok(()),
+        checked => checked,
+    }
+}
+
+/// Whether the process may execute files whatever their modes say of its user (capabilities(7)).
+fn overrides_modes(process: &Process) -> bool {
+    let effective = process.capabilities().as_ref().and_then(|sets| sets.effective().as_ref());
+    effective.is_some_and(|set| set.contains(&Capability::DacOverride))
 }

@@ -1,7 +1,7 @@
 //! The startContainer hooks of a configuration, as processes that the engine runs in the container.
 //!
 //! A hook has the user, the privileges and the limits of the container's own process, as runc's hooks have, which its
-//! init runs after it has given up its privileges. It has no environment but its own.
+//! init runs after it has given up its privileges. A hook without an environment has that of the process.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -38,7 +38,9 @@ fn prepare_one(hook: &Value, process: &Value) -> Result<PreparedHook, SpecError>
     let mut process = process.clone();
     let has_args = items(&hook["args"]).next().is_some();
     process["args"] = if has_args { hook["args"].clone() } else { json!([path]) };
-    process["env"] = hook["env"].clone();
+    if !hook["env"].is_null() {
+        process["env"] = hook["env"].clone();
+    }
     process["terminal"] = false.into();
     Ok(PreparedHook {
         path: path.into(),
@@ -68,7 +70,7 @@ mod tests {
         );
         assert_eq!(
             read(&prepared[1]),
-            json!({ "user": user, "args": ["/bin/f"], "env": null, "cwd": "/srv", "terminal": false })
+            json!({ "user": user, "args": ["/bin/f"], "env": ["A=b", "HOME=/"], "cwd": "/srv", "terminal": false })
         );
         assert_eq!(
             prepared.iter().map(|hook| hook.patience).collect::<Vec<_>>(),

@@ -47,7 +47,7 @@ pub(super) fn adapt(spec: &mut Value, root: &Root, bind_sysfs_of_vm: bool) {
             Some("sysfs") if bind_sysfs_of_vm => bind_sysfs(mount),
             Some("bind") if entry(mount).is_some() => {
                 let destination = PathBuf::from(mount["destination"].as_str().unwrap_or_default());
-                mount["destination"] = path_value(&resolve_last_link(root, destination));
+                mount["destination"] = path_value(&resolve_links(root, &destination));
             }
             _ => {}
         }
@@ -75,6 +75,15 @@ fn add_modes(mounts: &mut Value, root: &Root) {
             None => mount["options"] = json!([mode]),
         }
     }
+}
+
+/// Whether /dev is a read-only tmpfs.
+pub(super) fn has_read_only_dev(mounts: &Value) -> bool {
+    let is_dev = |mount: &&Value| destination(mount) == Path::new("/dev") && mount["type"] == "tmpfs";
+    items(mounts)
+        .filter(is_dev)
+        .last()
+        .is_some_and(|mount| items(&mount["options"]).any(|option| option == "ro"))
 }
 
 /// Removes runc's option `tmpcopyup`, and returns the places of the mounts that have it.
@@ -113,7 +122,7 @@ pub(super) fn add_files(spec: &mut Value, root: &Root, files: Vec<FileMount>) {
     }
     let mounts = files.into_iter().map(|file| {
         json!({
-            "destination": path_value(&resolve_last_link(root, file.destination)),
+            "destination": path_value(&resolve_links(root, &file.destination)),
             "type": "bind",
             "source": path_value(&file.source),
             "options": ["rbind", "rprivate"],
@@ -184,18 +193,34 @@ fn source(mount: &Value) -> Option<&Path> {
     mount["source"].as_str().map(Path::new)
 }
 
-/// Resolves a path whose last element is a link, dangling or not. libcontainer creates missing files, but not
-/// the targets of links, and /etc/resolv.conf often is a link. libcontainer itself resolves the elements
-/// before the last one, and ensures that they do not lead out of the root.
-fn resolve_last_link(root: &Root, mut path: PathBuf) -> PathBuf {
-    // The kernel follows as many (path_resolution(7)).
-    for _ in 0..40 {
-        match (root.readlink(&path), path.parent()) {
-            (Ok(target), Some(parent)) => path = parent.join(target),
-            _ => break,
+/// Resolves all links in a path, also dangling ones. libcontainer creates missing files and directories, but not the
+/// targets of links, and /etc/resolv.conf often is a link. A link that leads out of the root leads to the root.
+fn resolve_links(root: &Root, path: &Path) -> PathBuf {
+    /// The kernel follows as many (path_resolution(7)).
+    const MAX_LINKS: usize = 40;
+    let names = |path: &Path| path.components().map(|it| it.as_os_str().to_owned()).collect::<Vec<_>>();
+    let mut resolved = PathBuf::from("/");
+    // The next name is the last one.
+    let mut rest: Vec<_> = names(path).into_iter().rev().collect();
+    let mut links = 0;
+    while let Some(name) = rest.pop() {
+        match name.as_encoded_bytes() {
+            b"/" => resolved = PathBuf::from("/"),
+            b"." => {}
+            b".." => drop(resolved.pop()),
+            _ => {
+                let next = resolved.join(&name);
+                match root.readlink(&next) {
+                    Ok(target) if links < MAX_LINKS => {
+                        links += 1;
+                        rest.extend(names(&target).into_iter().rev());
+                    }
+                    _ => resolved = next,
+                }
+            }
         }
     }
-    path
+    resolved
 }
 
 /// Replaces a sysfs mount by a bind mount of the VM's. A sysfs shows a network namespace, and only the owner
@@ -258,6 +283,39 @@ mod tests {
             json!([]),
         ];
         assert_eq!(options, expected);
+    }
+
+    #[test]
+    fn links_lead_to_where_the_mount_is_to_be_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let link = |target: &str, name: &str| {
+            std::os::unix::fs::symlink(target, dir.path().join(name)).unwrap();
+        };
+        std::fs::create_dir(dir.path().join("d")).unwrap();
+        link("/gone/deep", "d/jump");
+        link("../run/file", "d/file");
+        link("/../../out", "out");
+        link("loop", "loop");
+        let root = Root::open(dir.path()).unwrap();
+        for (path, expected) in [
+            ("/d/jump/x/y", "/gone/deep/x/y"),
+            ("/d/file", "/run/file"),
+            ("d/./plain/../x", "/d/x"),
+            ("/out/x", "/out/x"),
+            ("/loop", "/loop"),
+        ] {
+            assert_eq!(resolve_links(&root, path.as_ref()), Path::new(expected), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_read_only_dev_is_the_last_one() {
+        let dev =
+            |kind: &str, options: Value| json!({"destination": "/dev", "type": kind, "options": options});
+        let (ro, rw) = (dev("tmpfs", json!(["nosuid", "ro"])), dev("tmpfs", json!(["rw"])));
+        assert!(has_read_only_dev(&json!([rw, ro])));
+        assert!(!has_read_only_dev(&json!([ro, rw])));
+        assert!(!has_read_only_dev(&json!([dev("bind", json!(["ro"]))])) && !has_read_only_dev(&Value::Null));
     }
 
     #[test]

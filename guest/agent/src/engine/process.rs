@@ -1,5 +1,7 @@
 //! Adapts the process of an OCI configuration to libcontainer and to the agent's own exec.
 
+use std::collections::HashSet;
+
 use serde_json::{Value, json};
 
 use super::oci::{SpecError, items, number};
@@ -23,9 +25,23 @@ pub(super) fn adapt(process: &mut Value, terminal: bool) -> Result<(), SpecError
     if process["capabilities"].is_null() {
         process["capabilities"] = json!({});
     }
+    unify_env(process);
     // The request's streams decide, not the configuration.
     process["terminal"] = terminal.into();
     Ok(())
+}
+
+/// Leaves the last one of the variables with the same name, as runc does. What programs would see of several is up to them.
+pub(super) fn unify_env(process: &mut Value) {
+    let name = |var: &Value| var.as_str().map(|var| var.split('=').next().unwrap_or(var).to_owned());
+    let mut seen = HashSet::new();
+    let mut kept: Vec<Value> = items(&process["env"]).cloned().collect();
+    kept.reverse();
+    kept.retain(|var| name(var).is_none_or(|name| seen.insert(name)));
+    kept.reverse();
+    if !process["env"].is_null() {
+        process["env"] = kept.into();
+    }
 }
 
 /// Sets a missing HOME. libcontainer would ask the C library, which loads libraries that the tenant's files
@@ -52,6 +68,18 @@ pub(super) fn console_size(process: &Value) -> Option<WindowSize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_several_variables_with_a_name_the_last_one_stays() {
+        let mut process = json!({"env": ["A=1", "HOME=/x", "B", "A=2", "HOME=", "AB=3", "B=4"]});
+        unify_env(&mut process);
+        assert_eq!(process["env"], json!(["A=2", "HOME=", "AB=3", "B=4"]));
+        add_home(&mut process, || "/root".to_owned());
+        assert_eq!(process["env"], json!(["A=2", "AB=3", "B=4", "HOME=/root"]));
+        let mut bare = json!({});
+        unify_env(&mut bare);
+        assert_eq!(bare["env"], Value::Null);
+    }
 
     #[test]
     fn a_missing_or_empty_home_is_found() {

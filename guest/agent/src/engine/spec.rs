@@ -36,6 +36,7 @@ pub(crate) struct Prepared {
     join_context: ContainerContext,
     cgroup_path: PathBuf,
     memory_limit: Option<i64>,
+    read_only_dev: bool,
     owner: u32,
     devices: Vec<Instruction>,
     mount_points: Vec<MountPoint>,
@@ -65,9 +66,9 @@ impl Prepared {
         let root = Root::open(rootfs).map_err(SpecError::Rootfs)?;
         let given = section(&mut spec, "process", "process")?;
         process::adapt(given, terminal)?;
-        let hooks = hooks::prepare(&hooks.unwrap_or_default(), given)?;
         let uid = process::uid(given);
         process::add_home(given, || passwd::home_of(&root, uid));
+        let hooks = hooks::prepare(&hooks.unwrap_or_default(), given)?;
         let cwd = given["cwd"].as_str().unwrap_or_default().into();
         let keeps_oom_score = given["oomScoreAdj"].is_null();
         let size = process::console_size(given);
@@ -75,6 +76,7 @@ impl Prepared {
         if !linux["seccomp"]["listenerPath"].is_null() {
             return Err(SpecError::SeccompListener);
         }
+        adapt_masks(linux);
         let cgroup_path = cgroup_path(linux, id)?;
         if let Some(resources) = linux.get_mut("resources") {
             adapt_resources(resources);
@@ -94,6 +96,7 @@ impl Prepared {
         let join_context = ContainerContext::new(linux, rootfs, &cgroup_path, &dir)?;
         section(&mut spec, "root", "root")?["path"] = path_value(rootfs);
         let copied_up = mounts::take_copy_ups(&mut spec)?;
+        let read_only_dev = mounts::has_read_only_dev(&spec["mounts"]);
         mounts::adapt(&mut spec, &root, shares_network && has_users);
         mounts::add_files(&mut spec, &root, files);
         let mount_points = mounts::mount_points(&spec["mounts"]);
@@ -114,6 +117,7 @@ impl Prepared {
             join_context,
             cgroup_path,
             memory_limit,
+            read_only_dev,
             owner,
             devices,
             mount_points,
@@ -146,6 +150,11 @@ impl Prepared {
     /// The limit of the container's memory, bytes.
     pub(crate) fn memory_limit(&self) -> Option<i64> {
         self.memory_limit
+    }
+
+    /// Whether /dev is a tmpfs that is to be read-only. The engine makes the devices in it, and leaves it writable.
+    pub(crate) fn has_read_only_dev(&self) -> bool {
+        self.read_only_dev
     }
 
     /// The root file system.
@@ -200,6 +209,19 @@ fn write(bundle: &Path, spec: &Value) -> Result<(), SpecError> {
 
 fn make_dir(dir: &Path) -> Result<(), SpecError> {
     fs::create_dir_all(dir).map_err(|source| SpecError::Write { path: dir.to_owned(), source })
+}
+
+/// Exchanges the values of masked comparisons of seccomp: they are true if the argument, masked by `value`, is `valueTwo`
+/// (runtime-spec, config-linux.md, "Seccomp"), and libcontainer takes them the other way round. Then a rule that allows
+/// clone(2) without new namespaces allows it with them.
+fn adapt_masks(linux: &mut Value) {
+    let rules = linux.pointer_mut("/seccomp/syscalls").and_then(Value::as_array_mut).into_iter().flatten();
+    let args = rules.filter_map(|rule| rule.get_mut("args")?.as_array_mut()).flatten();
+    for arg in args.filter(|arg| arg["op"] == "SCMP_CMP_MASKED_EQ") {
+        let (mask, value) = (arg["value"].take(), arg["valueTwo"].take());
+        arg["value"] = if value.is_null() { json!(0) } else { value };
+        arg["valueTwo"] = if mask.is_null() { json!(0) } else { mask };
+    }
 }
 
 /// A required object of the spec.
@@ -298,6 +320,25 @@ mod tests {
         )?;
         let written = fs::read(dir.path().join("engine/bundle/config.json")).unwrap();
         Ok((prepared, serde_json::from_slice(&written).unwrap()))
+    }
+
+    #[test]
+    fn a_mask_is_where_the_engine_looks_for_it() {
+        let mut linux = json!({"seccomp": {"syscalls": [{"names": ["clone"], "args": [
+            {"index": 0, "value": 0x7e02_0000, "op": "SCMP_CMP_MASKED_EQ"},
+            {"index": 1, "value": 12, "valueTwo": 8, "op": "SCMP_CMP_MASKED_EQ"},
+            {"index": 2, "value": 5, "op": "SCMP_CMP_EQ"},
+        ]}, {"names": ["read"]}]}});
+        adapt_masks(&mut linux);
+        let expected = json!([
+            {"index": 0, "value": 0, "valueTwo": 0x7e02_0000, "op": "SCMP_CMP_MASKED_EQ"},
+            {"index": 1, "value": 8, "valueTwo": 12, "op": "SCMP_CMP_MASKED_EQ"},
+            {"index": 2, "value": 5, "op": "SCMP_CMP_EQ"},
+        ]);
+        assert_eq!(linux["seccomp"]["syscalls"][0]["args"], expected);
+        let mut none = json!({"namespaces": []});
+        adapt_masks(&mut none);
+        assert_eq!(none, json!({"namespaces": []}));
     }
 
     #[test]

@@ -220,18 +220,20 @@ fn die_with_parent(parent: BorrowedFd<'_>) -> io::Result<()> {
 /// own pid namespace.
 ///
 /// # Errors
-/// There can be no more pid namespaces.
+/// There can be no more pid namespaces, or the process is in a user namespace that does not own its pid namespace.
 ///
 /// # Panics
 /// The thread cannot return to the pid namespace that its process is in, which would be a mistake of the kernel.
 pub(crate) fn in_new_pid_namespace<T>(fork: impl FnOnce() -> T) -> io::Result<T> {
     let own = super::pidfd::open(std::process::id())?;
+    // SAFETY: no memory is involved; `own` keeps its descriptor open.
+    let enter_own = || check(unsafe { libc::setns(own.as_raw_fd(), libc::CLONE_NEWPID) }.into());
+    // What is not allowed now would not be allowed after the change either.
+    enter_own()?;
     // SAFETY: no memory is involved. This changes the namespace of this thread's future children only.
     check(unsafe { libc::unshare(libc::CLONE_NEWPID) }.into())?;
     let result = fork();
-    // SAFETY: no memory is involved; `own` keeps its descriptor open.
-    let returned = check(unsafe { libc::setns(own.as_raw_fd(), libc::CLONE_NEWPID) }.into());
-    returned.expect("a thread may return to the pid namespace of its process");
+    enter_own().expect("a thread may return to the pid namespace of its process");
     Ok(result)
 }
 
