@@ -77,6 +77,7 @@ impl Prepared {
             return Err(SpecError::SeccompListener);
         }
         adapt_masks(linux);
+        adapt_propagation(linux);
         let cgroup_path = cgroup_path(linux, id)?;
         if let Some(resources) = linux.get_mut("resources") {
             adapt_resources(resources);
@@ -222,6 +223,18 @@ fn adapt_masks(linux: &mut Value) {
         arg["value"] = if value.is_null() { json!(0) } else { value };
         arg["valueTwo"] = if mask.is_null() { json!(0) } else { mask };
     }
+}
+
+/// Gives the propagation of the root file system the name that libcontainer knows; it always takes it for the whole tree.
+fn adapt_propagation(linux: &mut Value) {
+    let Some(propagation) = linux.get_mut("rootfsPropagation") else { return };
+    let known = match propagation.as_str() {
+        Some("rprivate") => "private",
+        Some("rslave") => "slave",
+        Some("runbindable") => "unbindable",
+        _ => return,
+    };
+    *propagation = known.into();
 }
 
 /// A required object of the spec.

@@ -8,9 +8,23 @@ use serde_json::{Value, json};
 
 use super::with_oci;
 
+/// As runc since 1.3.
+#[test]
+fn of_several_variables_the_last_one_counts() {
+    super::run(machinen_integration::runtime::Runtime::Machinen, |oci| {
+        let output = run(oci, &["env"], |spec| {
+            spec["process"]["env"] = json!(["A=1", "PATH=/bin", "HOME=/x", "A=2", "HOME="]);
+        })?;
+        ensure!(output.text() == "PATH=/bin\nA=2\nHOME=/root\n", "{output}");
+        Ok(())
+    });
+}
+
 with_oci!(
     unusual,
     programs_by_path,
+    mounts_and_their_places,
+    masked_system_calls,
     wrong,
     broken,
     changed_after_its_creation,
@@ -36,7 +50,7 @@ fn run(
 
 fn unusual(oci: &Oci) -> Result<()> {
     let same: fn(&mut Value) = |_| {};
-    let cases: [Case; 7] = [
+    let cases: [Case; 9] = [
         ("echo $(hostname)", |spec| spec["hostname"] = json!("named"), "named\n"),
         (
             "echo unknown",
@@ -70,6 +84,8 @@ fn unusual(oci: &Oci) -> Result<()> {
             },
             "100000\n",
         ),
+        ("echo slave", |spec| spec["linux"]["rootfsPropagation"] = json!("rslave"), "slave\n"),
+        ("echo private", |spec| spec["linux"]["rootfsPropagation"] = json!("rprivate"), "private\n"),
         ("echo $A", same, "\n"),
     ];
     for (script, change, wanted) in cases {
@@ -99,6 +115,54 @@ fn programs_by_path(oci: &Oci) -> Result<()> {
         output.status == 1 && output.error_text().contains("executable file not found in $PATH"),
         "{output}"
     );
+    Ok(())
+}
+
+/// Cases of runc's own tests.
+fn mounts_and_their_places(oci: &Oci) -> Result<()> {
+    let dir = oci.bundle_dir("m");
+    let bundle = oci.bundle("m", &["true"], |_| {})?;
+    fs::create_dir(bundle.rootfs().join("given"))?;
+    fs::set_permissions(bundle.rootfs().join("given"), std::os::unix::fs::PermissionsExt::from_mode(0o2710))?;
+    std::os::unix::fs::symlink("/gone/deep", bundle.rootfs().join("jump"))?;
+    let file = oci.file("mounted");
+    fs::write(&file, "mounted\n")?;
+    let file = file.display().to_string();
+    let script = "stat -c %a /given /other; cat /gone/deep/x/f; touch /dev/f 2> /dev/null || echo read-only; \
+                  echo x > /dev/null && echo device";
+    oci.configure(&bundle, "m", &["sh", "-c", script], |spec| {
+        let mounts = spec["mounts"].as_array_mut().expect("a list");
+        mounts.retain(|mount| mount["destination"] != "/dev");
+        mounts.insert(1, mount("/dev", "tmpfs", "tmpfs", &["nosuid", "mode=755", "ro"]));
+        mounts.push(mount("/given", "tmpfs", "tmpfs", &[]));
+        mounts.push(mount("/other", "tmpfs", "tmpfs", &["mode=700"]));
+        mounts.push(mount("/jump/x/f", "bind", &file, &["bind"]));
+    })?;
+    let output = oci.output(&["run", "--bundle", &dir, "m"])?.ok()?;
+    ensure!(output.text() == "2710\n700\nmounted\nread-only\ndevice\n", "{output}");
+    Ok(())
+}
+
+/// A rule whose two values differ: the first is the mask.
+fn masked_system_calls(oci: &Oci) -> Result<()> {
+    const NEW_MOUNTS: u64 = libc::CLONE_NEWNS as u64;
+    const NEW_NAMES: u64 = libc::CLONE_NEWUTS as u64;
+    let script = "unshare -m true 2> /dev/null || echo refused; unshare -m -u true && echo both; unshare -u true && echo one";
+    let script = script.replace("unshare", "busybox unshare");
+    let output = run(oci, &["sh", "-c", &script], |spec| {
+        for set in ["bounding", "effective", "permitted"] {
+            let set = spec["process"]["capabilities"][set].as_array_mut().expect("a list");
+            set.push(json!("CAP_SYS_ADMIN"));
+        }
+        let mask = json!({
+            "index": 0, "value": NEW_MOUNTS | NEW_NAMES, "valueTwo": NEW_MOUNTS, "op": "SCMP_CMP_MASKED_EQ",
+        });
+        spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
+            "syscalls": [{ "names": ["unshare"], "action": "SCMP_ACT_ERRNO", "args": [mask] }],
+        });
+    })?;
+    ensure!(output.text() == "refused\nboth\none\n", "{output}");
     Ok(())
 }
 

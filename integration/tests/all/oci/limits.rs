@@ -1,9 +1,9 @@
 //! What is done to a running container: signals, pauses and other limits.
 
-use std::{fs, io::Write};
+use std::{fs, io::Write, path::Path};
 
 use anyhow::{Context, Result, ensure};
-use machinen_integration::{bundle::mount, oci::Oci};
+use machinen_integration::{bundle::mount, oci::Oci, runtime::Runtime};
 use serde_json::{Value, json};
 
 use super::{SLEEP, with_oci};
@@ -124,4 +124,28 @@ fn too_little_memory(oci: &Oci) -> Result<()> {
     let text = output.error_text();
     ensure!(output.status == 1 && text.contains("memory limit") && text.contains("1000"), "{output}");
     super::is_gone(oci, "l")
+}
+
+/// The owner of the VM would stop in it for ever. runc refuses it since 1.2.
+#[test]
+fn a_frozen_cgroup() {
+    super::run(Runtime::Machinen, refused_in_a_frozen_cgroup);
+}
+
+fn refused_in_a_frozen_cgroup(oci: &Oci) -> Result<()> {
+    oci.bundle("z", &["true"], |_| {})?;
+    let freezer = Path::new("/sys/fs/cgroup/freezer");
+    let (mount, file, value) = match freezer.exists() {
+        true => (freezer, "freezer.state", "FROZEN"),
+        false => (Path::new("/sys/fs/cgroup"), "cgroup.freeze", "1"),
+    };
+    let group = mount.join(oci.host().name()).join("z");
+    fs::create_dir_all(&group)?;
+    fs::write(group.join(file), value)?;
+    let output = oci.output(&["run", "--bundle", &oci.bundle_dir("z"), "z"]);
+    fs::remove_dir(&group)?;
+    let output = output?;
+    let is_told = output.error_text().contains("container's cgroup unexpectedly frozen");
+    ensure!(output.status == 1 && is_told, "{output}");
+    super::is_gone(oci, "z")
 }

@@ -32,6 +32,15 @@ pub enum HostCgroupError {
         /// The cause.
         source: AnyManagerError,
     },
+    /// The cgroup, or one above it, is frozen.
+    #[error(
+        "container's cgroup unexpectedly frozen: {}; let it continue, or choose another one (linux.cgroupsPath)",
+        group.display()
+    )]
+    Frozen {
+        /// The directory of the frozen cgroup.
+        group: PathBuf,
+    },
     /// The kernel, or systemd, refuses a limit.
     #[error("cannot set the limits of the cgroup {path} of the host")]
     Limit {
@@ -60,6 +69,7 @@ impl HasKind for HostCgroupError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Path(_) => ErrorKind::InvalidArgument,
+            Self::Frozen { .. } => ErrorKind::FailedPrecondition,
             _ => ErrorKind::Internal,
         }
     }

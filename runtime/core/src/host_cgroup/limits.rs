@@ -8,7 +8,7 @@ use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxPids, LinuxResources};
 use crate::spec::cpus::{self, CpuSet};
 
 /// The period of the host's CPU quota, microseconds: the kernel's default.
-const PERIOD: u64 = 100_000;
+pub(super) const PERIOD: u64 = 100_000;
 
 /// CPU time of the shim and the VMM, in each period, in addition to the containers' quotas: a quarter of one CPU.
 const CPU_ALLOWANCE: u64 = PERIOD / 4;

@@ -25,7 +25,7 @@ use nix::unistd::getsid;
 use nix_of_libcgroups::unistd::Pid;
 use oci_spec::runtime::LinuxResources;
 
-use super::{HostCgroupError, path::CgroupPath};
+use super::{HostCgroupError, limits::PERIOD, path::CgroupPath};
 
 /// File in the bundle with the directory of the pod's cgroup, for the time after the shim was killed.
 const RECORD: &str = "host-cgroup";
@@ -72,6 +72,10 @@ impl JoinedCgroup {
                 path
             }
         };
+        // This process would stop there, and could not even be killed.
+        if let Some(group) = frozen(&path)? {
+            return Err(HostCgroupError::Frozen { group });
+        }
         let record = state_dir.join(RECORD);
         let directory = path.directory().into_os_string();
         fs::write(&record, directory.as_encoded_bytes()).map_err(FileError::at("write", record))?;
@@ -132,6 +136,14 @@ impl JoinedCgroup {
 
     /// Sets limits of the group. Those that are not given stay as they are.
     pub(super) fn apply(&self, resources: &LinuxResources) -> Result<(), HostCgroupError> {
+        let mut resources = resources.clone();
+        let most = self.groups.iter().find_map(|group| largest_quota(group));
+        if let (Some(cpu), Some(most)) = (resources.cpu_mut(), most)
+            && cpu.quota().is_some_and(|quota| quota > most)
+        {
+            cpu.set_quota(Some(most));
+        }
+        let resources = &resources;
         let options =
             ControllerOpt { resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None };
         manager(&self.path, self.is_scope)?
@@ -248,6 +260,35 @@ fn directories(path: &CgroupPath) -> Result<Vec<PathBuf>, FileError> {
     Ok(cgroup::hierarchies()?.iter().map(of).filter(|group| group.is_dir()).collect())
 }
 
+/// The most CPU time in each period of [`PERIOD`] that a group of version 1 can have: that of the nearest group above which has
+/// a quota. The kernel refuses more, and the allowance for the VM may be more.
+fn largest_quota(group: &Path) -> Option<i64> {
+    group.ancestors().skip(1).find_map(|above| {
+        let number = |name: &str| fs::read_to_string(above.join(name)).ok()?.trim().parse::<i64>().ok();
+        let (quota, period) = (number("cpu.cfs_quota_us")?, number("cpu.cfs_period_us")?);
+        let most = i128::from(quota) * i128::from(PERIOD) / i128::from(period.max(1));
+        (quota > 0).then(|| i64::try_from(most).unwrap_or(i64::MAX))
+    })
+}
+
+/// The group, or the nearest one above it that exists, in a hierarchy in which it is frozen.
+fn frozen(path: &CgroupPath) -> Result<Option<PathBuf>, FileError> {
+    let path = path.directory();
+    let below = path.strip_prefix("/").unwrap_or(&path);
+    let nearest = |hierarchy: &CgroupHierarchy| {
+        let groups = below.ancestors().map(|group| hierarchy.mount.join(group));
+        groups.into_iter().find(|group| group.is_dir())
+    };
+    Ok(cgroup::hierarchies()?.iter().filter_map(nearest).find(|group| is_frozen(group)))
+}
+
+/// Both files say so for a group below a frozen one, too. The root of a hierarchy has neither.
+fn is_frozen(group: &Path) -> bool {
+    let read = |name: &str| fs::read_to_string(group.join(name)).unwrap_or_default();
+    let (v1, v2) = (read("freezer.state"), read("cgroup.events"));
+    ["FROZEN", "FREEZING"].contains(&v1.trim()) || field(&v2, "frozen") == Some(1)
+}
+
 fn is_occupied(path: &CgroupPath) -> Result<bool, FileError> {
     Ok(!members(&directories(path)?)?.is_empty())
 }
@@ -277,6 +318,38 @@ mod tests {
         let text = "low 0\noom 4\noom_kill 3\noom_group_kill 9\n";
         assert_eq!((field(text, "oom_kill"), field(text, "oom_ki")), (Some(3), None));
         assert_eq!(field("oom_kill_disable 0\nunder_oom 0\noom_kill 1", "oom_kill"), Some(1));
+    }
+
+    #[test]
+    fn a_quota_is_bounded_by_the_nearest_one_above() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, quota: &str, period: &str| {
+            let group = dir.path().join(name);
+            fs::create_dir_all(&group).unwrap();
+            fs::write(group.join("cpu.cfs_quota_us"), quota).unwrap();
+            fs::write(group.join("cpu.cfs_period_us"), period).unwrap();
+        };
+        write("a", "50000\n", "200000\n");
+        write("a/b", "-1\n", "100000\n");
+        write("a/b/c", "90000\n", "100000\n");
+        assert_eq!(largest_quota(&dir.path().join("a/b/c")), Some(25_000));
+        assert_eq!(largest_quota(&dir.path().join("a")), None);
+    }
+
+    #[test]
+    fn a_frozen_group_is_known_in_both_versions() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(!is_frozen(dir.path()));
+        for (name, text, expected) in [
+            ("freezer.state", "THAWED\n", false),
+            ("freezer.state", "FREEZING\n", true),
+            ("cgroup.events", "populated 0\nfrozen 0\n", false),
+            ("cgroup.events", "populated 0\nfrozen 1\n", true),
+        ] {
+            fs::write(dir.path().join(name), text).unwrap();
+            assert_eq!(is_frozen(dir.path()), expected, "{text}");
+            fs::remove_file(dir.path().join(name)).unwrap();
+        }
     }
 
     #[test]
