@@ -39,25 +39,36 @@ pub(super) async fn run(global: &GlobalArgs, args: &EventsArgs) -> Result<(), Oc
             let status = ContainerStatus::Stopped;
             return Err(OciError::NotRunning { id: args.id.clone(), status });
         }
-        _ if args.stats => return print(&args.id, &monitor).await,
+        _ if args.stats => return print(&args.id, &monitor.stats().await?),
         _ => {}
     }
     let mut ticks = interval(args.interval.max(Duration::from_millis(1)));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let ended = async { monitor.wait("").await };
     tokio::pin!(ended);
+    let mut kills = None;
     loop {
         tokio::select! {
             _ = &mut ended => return Ok(()),
-            _ = ticks.tick() => print(&args.id, &monitor).await?,
+            _ = ticks.tick() => {
+                let metrics = monitor.stats().await?;
+                // The monitor counts them; what has happened before is no event of this moment.
+                let now = metrics.memory_events.oom_kill;
+                if kills.replace(now).is_some_and(|before| now > before) {
+                    print_event(&Event { kind: "oom", id: &args.id, data: None })?;
+                }
+                print(&args.id, &metrics)?;
+            }
         }
     }
 }
 
-async fn print(id: &str, monitor: &MonitorClient) -> Result<(), OciError> {
-    let metrics = monitor.stats().await?;
-    let event = Event { kind: "stats", id, data: data(&metrics) };
-    println!("{}", serde_json::to_string(&event).map_err(OciError::Encode)?);
+fn print(id: &str, metrics: &Metrics) -> Result<(), OciError> {
+    print_event(&Event { kind: "stats", id, data: Some(data(metrics)) })
+}
+
+fn print_event(event: &Event<'_>) -> Result<(), OciError> {
+    println!("{}", serde_json::to_string(event).map_err(OciError::Encode)?);
     Ok(())
 }
 
@@ -67,7 +78,8 @@ struct Event<'a> {
     #[serde(rename = "type")]
     kind: &'static str,
     id: &'a str,
-    data: Value,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<Value>,
 }
 
 /// The metrics in runc's form (its package `types`), which is that of cgroup v1.

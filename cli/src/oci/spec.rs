@@ -46,8 +46,9 @@ fn example() -> io::Result<Spec> {
     if let Some(process) = spec.process_mut() {
         process.set_terminal(Some(true));
         // As runc's since CVE-2022-29162: a program gets no capabilities by its file.
-        if let Some(capabilities) = process.capabilities_mut() {
+        if let Some(mut capabilities) = process.capabilities().clone() {
             capabilities.set_inheritable(None).set_ambient(None);
+            process.set_capabilities(Some(capabilities));
         }
     }
     Ok(spec)

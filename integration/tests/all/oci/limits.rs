@@ -149,3 +149,20 @@ fn refused_in_a_frozen_cgroup(oci: &Oci) -> Result<()> {
     ensure!(output.status == 1 && is_told, "{output}");
     super::is_gone(oci, "z")
 }
+
+/// A process that the guest's kernel has killed for lack of memory is an event, as with runc.
+#[test]
+fn out_of_memory() {
+    super::run(Runtime::Machinen, |oci| {
+        oci.bundle("o", &SLEEP, |spec| {
+            spec["linux"]["resources"] = json!({ "memory": { "limit": 32 << 20 } });
+        })?;
+        let _container = oci.launch("o")?;
+        let events = oci.command(&["events", "--interval", "200ms", "o"])?.spawn()?;
+        events.wait_for_stdout("\"type\":\"stats\"")?;
+        let script = "x=$(dd if=/dev/urandom bs=1M count=60 2> /dev/null | tr '\\0' x)";
+        ensure!(oci.output(&["exec", "o", "sh", "-c", script])?.status != 0, "it was not killed");
+        events.wait_for_stdout(r#"{"type":"oom","id":"o"}"#)?;
+        oci.ok(&["delete", "--force", "o"]).map(drop)
+    });
+}
