@@ -126,7 +126,8 @@ impl LogArgs {
     pub(super) fn begin(&self) -> Result<(), OciError> {
         match &self.log {
             Some(path) => {
-                self.send(append(path).map_err(FileError::at("open the log", path))?, LevelFilter::INFO)
+                let file = append(path).map_err(FileError::at("open the log", path))?;
+                self.send(file, LevelFilter::INFO);
             }
             None if self.debug => {
                 let stderr = io::stderr().as_fd().try_clone_to_owned();
