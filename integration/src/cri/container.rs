@@ -4,7 +4,7 @@ use std::{collections::HashMap, fs, path::PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{IMAGE, Pod, Refusal, api, eventually, pod::runtime_default};
+use super::{Client, IMAGE, Pod, Refusal, api, eventually, pod::runtime_default};
 
 /// How long an added process may take, in seconds.
 const EXEC_SECONDS: i64 = 60;
@@ -67,6 +67,10 @@ impl<'a> Container<'a> {
 
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    pub fn client(&self) -> &Client {
+        self.pod.client()
     }
 
     /// # Errors

@@ -1,14 +1,19 @@
 //! What containers use, and what they may use.
 
 use anyhow::{Context, Result, ensure};
-use machinen_integration::cri::{Container, Node, Pod, api, eventually};
+use machinen_integration::cri::{Container, Handler, Node, Pod, Refusal, api, eventually};
 
-use super::both_runtimes;
+use super::{both_runtimes, pod_tests};
 
 both_runtimes! {
     every: [],
     oldest_and_newest: [statistics],
-    newest: [limits_and_their_change],
+    newest: [limits_and_their_change, limits_that_cannot_be],
+}
+
+pod_tests! {
+    room_machinen(V2_1, Machinen): [room_to_grow];
+    room_sandbox(V2_1, MachinenSandbox): [room_to_grow];
 }
 
 fn stats(pod: &Pod, container: &Container<'_>) -> Result<api::ContainerStats> {
@@ -70,7 +75,7 @@ fn limits_and_their_change(node: &mut Node) -> Result<()> {
     let container = pod.start("main", &["sleep", "100000"], |config| {
         let resources = config.linux.as_mut().and_then(|linux| linux.resources.as_mut());
         let resources = resources.expect("the container has resources");
-        resources.memory_limit_in_bytes = 64 << 20;
+        resources.memory_limit_in_bytes = 40 << 20;
         resources.cpu_period = 100_000;
         resources.cpu_quota = 50_000;
         resources.cpu_shares = 512;
@@ -84,23 +89,94 @@ fn limits_and_their_change(node: &mut Node) -> Result<()> {
         )
     };
     let (before, other) = (read(&container)?, read(&neighbour)?);
-    ensure!(before.trim() == format!("{}\n50000 100000", 64 << 20), "{before}");
-    let request = api::UpdateContainerResourcesRequest {
-        container_id: container.id().to_owned(),
-        linux: Some(api::LinuxContainerResources {
-            memory_limit_in_bytes: 96 << 20,
-            cpu_period: 100_000,
-            cpu_quota: 80_000,
-            ..Default::default()
-        }),
-        ..Default::default()
-    };
-    pod.client().update_container_resources(request)?;
+    ensure!(before.trim() == format!("{}\n50000 100000", 40 << 20), "{before}");
+    resize(&container, 96, 80_000)?;
     let after = read(&container)?;
     ensure!(after.trim() == format!("{}\n80000 100000", 96 << 20), "{after}");
     ensure!(read(&neighbour)? == other, "the neighbour has changed: {}", read(&neighbour)?);
     let status =
         container.status()?.resources.and_then(|resources| resources.linux).context("no resources")?;
     ensure!(status.memory_limit_in_bytes == 96 << 20 && status.cpu_quota == 80_000, "{status:?}");
+    // The larger limit holds: this was impossible before.
+    container.shell("dd if=/dev/zero of=/dev/more bs=1M count=60 2> /dev/null")?;
+    pod.remove()
+}
+
+/// What kubelet sends for a resize: MiB, and microseconds in each 100 ms.
+fn resize(container: &Container<'_>, mib: i64, quota: i64) -> Result<(), Refusal> {
+    let request = api::UpdateContainerResourcesRequest {
+        container_id: container.id().to_owned(),
+        linux: Some(resources(mib, quota)),
+        ..Default::default()
+    };
+    container.client().update_container_resources(request).map(drop)
+}
+
+fn resources(mib: i64, quota: i64) -> api::LinuxContainerResources {
+    api::LinuxContainerResources {
+        memory_limit_in_bytes: mib << 20,
+        cpu_period: 100_000,
+        cpu_quota: quota,
+        ..Default::default()
+    }
+}
+
+fn limited<'a>(pod: &'a Pod, name: &str, mib: i64, quota: i64) -> Result<Container<'a>> {
+    pod.start(name, &["sleep", "100000"], |config| {
+        config.linux.get_or_insert_default().resources = Some(resources(mib, quota));
+    })
+}
+
+/// MiB of the container's status.
+fn limit_in_status(container: &Container<'_>) -> Result<i64> {
+    let resources = container.status()?.resources.and_then(|resources| resources.linux);
+    Ok(resources.context("no resources")?.memory_limit_in_bytes >> 20)
+}
+
+/// A limit below what is in use, and limits that the VM has no room for: the container continues with its old limits, and
+/// another change works.
+fn limits_that_cannot_be(node: &mut Node) -> Result<()> {
+    let pod = node.pod(|_| ())?;
+    let container = limited(&pod, "main", 128, 50_000)?;
+    // The container's own tmpfs; /dev/shm is the pod's.
+    container.shell("dd if=/dev/zero of=/dev/used bs=1M count=60 2> /dev/null")?;
+    let is_machinen = node.handler() != Handler::Runc;
+    // With runc the kernel decides: cgroup v1 refuses, and v2 ends the container's processes.
+    if is_machinen {
+        let Err(refusal) = resize(&container, 32, 50_000) else { anyhow::bail!("32 MiB are not enough") };
+        ensure!(refusal.message.contains("that cannot be reclaimed"), "{refusal}");
+    }
+    if is_machinen {
+        for (mib, quota, words) in
+            [(1 << 20, 50_000, "io.machinen.memory-ceiling"), (128, 6_400_000, "io.machinen.vcpus")]
+        {
+            let Err(refusal) = resize(&container, mib, quota) else { anyhow::bail!("{mib} MiB, {quota} us") };
+            ensure!(refusal.message.contains(words), "{refusal}");
+        }
+    }
+    ensure!(container.runs()? && limit_in_status(&container)? == 128, "{:?}", container.status());
+    container.shell("rm /dev/used")?;
+    resize(&container, 48, 20_000)?;
+    ensure!(limit_in_status(&container)? == 48, "{:?}", container.status());
+    pod.remove()
+}
+
+/// The VM of a pod that says its limits is larger than they are: all containers together can grow, up to what it has.
+fn room_to_grow(node: &mut Node) -> Result<()> {
+    let pod = node.pod(|config| {
+        config.linux.get_or_insert_default().resources = Some(resources(1900, 0));
+    })?;
+    let (first, second) = (limited(&pod, "first", 1800, 50_000)?, limited(&pod, "second", 100, 50_000)?);
+    let vm = first.shell("awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo")?;
+    let vm: i64 = vm.trim().parse()?;
+    ensure!((3800..=4096).contains(&vm), "the VM has {vm} MiB");
+    resize(&first, 3000, 50_000)?;
+    ensure!(limit_in_status(&first)? == 3000, "{:?}", first.status());
+    // The other container's limit counts, too.
+    let Err(refusal) = resize(&second, 1200, 50_000) else { anyhow::bail!("4200 MiB in a VM of 4096") };
+    ensure!(refusal.message.contains("3000 MiB of the pod's other containers"), "{refusal}");
+    ensure!(limit_in_status(&second)? == 100, "{:?}", second.status());
+    resize(&first, 1800, 50_000)?;
+    resize(&second, 1200, 50_000)?;
     pod.remove()
 }

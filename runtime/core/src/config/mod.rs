@@ -89,6 +89,8 @@ pub struct VmConfig {
     /// Number of virtual CPUs; 0 is the host's number with KVM, at most 8, and 1 with emulation. A
     /// container's CPU limit lowers it.
     pub vcpus: u32,
+    /// How far the limits of a Kubernetes pod can grow while it runs, percent of those that it starts with.
+    pub growth_percent: u32,
     /// Number of a VM's network devices, at most 8: a container can have as many network interfaces.
     pub network_devices: u32,
     /// How the host and the agent communicate.
@@ -329,6 +331,7 @@ impl Default for VmConfig {
             memory_mib: 0,
             memory_overhead_mib: 0,
             vcpus: 0,
+            growth_percent: 100,
             network_devices: 4,
             channel: ChannelMode::Auto,
             kernel_args: String::new(),

@@ -47,6 +47,11 @@ impl ContainerLimits {
         resources.map(|resources| Self::default().updated(resources)).unwrap_or_default()
     }
 
+    /// Bytes.
+    pub(super) fn memory(&self) -> Option<u64> {
+        self.memory
+    }
+
     /// These limits after an update. Zero means "unchanged" and a negative value "no limit". Values that are not valid
     /// were refused before.
     pub(super) fn updated(&self, change: &LinuxResources) -> Self {

@@ -151,6 +151,13 @@ impl HostCgroup {
         self.apply(&mut state).await
     }
 
+    /// The sum of the limits of memory of the pod's containers other than `id`, bytes.
+    pub async fn memory_of_others(&self, id: &str) -> u64 {
+        let state = self.state.lock().await;
+        let others = state.containers.iter().filter(|(other, _)| *other != id);
+        others.filter_map(|(_, limits)| limits.memory()).fold(0, u64::saturating_add)
+    }
+
     /// Widens the limits for an update that widens those of a container. [`HostCgroup::narrow`] completes the update
     /// when the guest has it.
     ///

@@ -12,6 +12,10 @@ use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory,
 
 use super::{cpus, json};
 
+mod current;
+
+pub use current::CurrentLimits;
+
 /// The kernel's default period, microseconds. It applies to a quota without a period.
 const PERIOD: u64 = 100_000;
 
@@ -36,16 +40,33 @@ pub enum ResourcesError {
         /// What values are valid.
         expected: &'static str,
     },
-    /// The limit is larger than the VM's memory.
+    /// The limit, together with those of the pod's other containers, is larger than the VM's memory.
     #[error(
-        "linux.resources.memory.limit is {mib} MiB, but the VM has {vm_mib} MiB and cannot grow: \
-         create the container with that limit, or with the annotation io.machinen.memory-ceiling"
+        "linux.resources.memory.limit is {mib} MiB{}, but the VM has {vm_mib} MiB and cannot grow: \
+         create the pod with that limit, with the annotation io.machinen.memory-ceiling, or with a larger \
+         vm.growth_percent in the configuration", others_text(*.others_mib)
     )]
     BeyondVm {
         /// The limit, MiB.
         mib: u64,
+        /// The sum of the limits of the pod's other containers, MiB.
+        others_mib: u64,
         /// The VM's memory, MiB.
         vm_mib: u32,
+    },
+    /// The limit is a larger part of a CPU than the VM has.
+    #[error(
+        "linux.resources.cpu.quota is {quota} of {period}, but the VM has {vcpus} CPUs and gets no more: create \
+         the pod with that limit, with the annotation io.machinen.vcpus, or with another vm.vcpus or \
+         vm.growth_percent in the configuration"
+    )]
+    BeyondVcpus {
+        /// Microseconds in each period.
+        quota: u64,
+        /// Microseconds.
+        period: u64,
+        /// The VM's virtual CPUs.
+        vcpus: u32,
     },
     /// The container uses more memory than the new limit.
     #[error(
@@ -58,6 +79,21 @@ pub enum ResourcesError {
         /// Memory that the container uses, bytes.
         used: u64,
     },
+    /// The container uses more memory that cannot be reclaimed than the new limit.
+    #[error(
+        "linux.resources.memory.limit is {limit} bytes, but the container uses {used} that cannot be reclaimed: \
+         the kernel would end its processes; stop the container first, or choose a higher limit"
+    )]
+    Unreclaimable {
+        /// The new limit, bytes.
+        limit: u64,
+        /// Memory that the kernel cannot take from the container, bytes.
+        used: u64,
+    },
+}
+
+fn others_text(mib: u64) -> String {
+    if mib > 0 { format!(", with {mib} MiB of the pod's other containers") } else { String::new() }
 }
 
 impl HasKind for ResourcesError {
@@ -65,7 +101,10 @@ impl HasKind for ResourcesError {
         match self {
             Self::Unsupported { .. } => ErrorKind::Unimplemented,
             Self::Invalid { .. } => ErrorKind::InvalidArgument,
-            Self::BeyondVm { .. } | Self::InUse { .. } => ErrorKind::FailedPrecondition,
+            Self::BeyondVm { .. }
+            | Self::BeyondVcpus { .. }
+            | Self::InUse { .. }
+            | Self::Unreclaimable { .. } => ErrorKind::FailedPrecondition,
         }
     }
 }
@@ -85,21 +124,6 @@ pub fn parse(text: &[u8]) -> Result<LinuxResources, serde_json::Error> {
     serde_json::from_value::<Option<LinuxResources>>(value).map(Option::unwrap_or_default)
 }
 
-/// The state of the cgroup before an update.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CurrentLimits<'a> {
-    /// Content of cpu.max: quota and period.
-    pub cpu_max: &'a str,
-    /// Content of memory.max.
-    pub memory_max: &'a str,
-    /// Content of memory.current.
-    pub memory_current: &'a str,
-    /// Zero if there is no VM yet.
-    pub vm_memory_mib: u32,
-    /// Number of the VM's virtual CPUs.
-    pub vcpus: u32,
-}
-
 /// Prepares the limits of a new container for the guest: removes values that mean "no limit".
 ///
 /// # Errors
@@ -112,7 +136,7 @@ pub fn for_creation(resources: &mut LinuxResources) -> Result<(), ResourcesError
         resources.set_memory(Some(memory));
     }
     ignore_kernel_memory(resources);
-    let none = CurrentLimits { cpu_max: "", memory_max: "", memory_current: "", vm_memory_mib: 0, vcpus: 1 };
+    let none = CurrentLimits { vcpus: 1, ..CurrentLimits::default() };
     writes(resources, none)?;
     unset_zeros(resources);
     Ok(())
@@ -248,20 +272,8 @@ impl Writes {
             self.add("memory.swap.max", limit_text(swap));
         }
         if let Some(limit) = limit {
-            let bytes = u64::try_from(limit).unwrap_or(0);
-            let vm = u64::from(now.vm_memory_mib) << 20;
-            // Clients repeat limits that they do not change, and a container may keep the limit that it was
-            // created with.
-            let same = now.memory_max.trim_end().parse() == Ok(bytes);
-            if bytes > vm && vm > 0 && !same {
-                return Err(ResourcesError::BeyondVm { mib: bytes >> 20, vm_mib: now.vm_memory_mib });
-            }
-            if let Ok(used) = now.memory_current.trim_end().parse::<u64>()
-                && memory.check_before_update() == Some(true)
-                && limit > 0
-                && bytes < used
-            {
-                return Err(ResourcesError::InUse { limit: bytes, used });
+            if let Ok(bytes) = u64::try_from(limit) {
+                now.check_memory(bytes, memory.check_before_update() == Some(true))?;
             }
             self.add("memory.max", limit_text(limit));
         }
@@ -291,7 +303,7 @@ impl Writes {
         if idle == Some(1) {
             self.add("cpu.idle", "1".to_owned());
         }
-        self.bandwidth(cpu, now.cpu_max);
+        self.bandwidth(cpu, now)?;
         if let Some(set) = cpus::of(cpu)? {
             self.add(cpus::CPU_FILES[0], set.in_guest(now.vcpus).to_string());
         }
@@ -302,7 +314,7 @@ impl Writes {
         Ok(())
     }
 
-    fn bandwidth(&mut self, cpu: &LinuxCpu, now: &str) {
+    fn bandwidth(&mut self, cpu: &LinuxCpu, now: CurrentLimits<'_>) -> Result<(), ResourcesError> {
         let quota = cpu.quota().filter(|&quota| quota != 0);
         let period = cpu.period().filter(|&period| period != 0);
         // The kernel refuses a burst above the quota, in whichever order they are written, so it is reset
@@ -312,14 +324,16 @@ impl Writes {
             self.add("cpu.max.burst", "0".to_owned());
         }
         if changes {
-            let (old_quota, old_period) = now.trim_end().split_once(' ').unwrap_or(("max", ""));
+            let (old_quota, old_period) = now.cpu_max.trim_end().split_once(' ').unwrap_or(("max", ""));
             let quota = quota.map_or_else(|| old_quota.to_owned(), limit_text);
             let period = period.or_else(|| old_period.parse().ok()).unwrap_or(PERIOD);
+            now.check_quota(&quota, period)?;
             self.add("cpu.max", format!("{quota} {period}"));
         }
         if let Some(burst) = cpu.burst().filter(|&burst| burst != 0) {
             self.add("cpu.max.burst", burst.to_string());
         }
+        Ok(())
     }
 
     /// Whether the guest has pages of this size is found when the files are written.

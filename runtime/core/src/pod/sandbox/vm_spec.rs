@@ -57,6 +57,7 @@ pub(super) fn build(
 ) -> Result<VmSpec, AccelError> {
     let accel = accel::for_vm(Path::new(RUN_DIR), config.vm.accel)?;
     let host_cpus = thread::available_parallelism().map_or(1, NonZero::get);
+    let limits = limits.grown(config.vm.growth_percent);
     Ok(VmSpec {
         id: name.to_owned(),
         qemu: config.vm.qemu.clone(),
@@ -98,6 +99,8 @@ pub(in crate::pod) struct ContainerLimits {
     memory_mib: Option<u32>,
     /// Rounded up to whole CPUs.
     cpus: Option<u32>,
+    /// They are the limits of a whole pod, which Kubernetes may raise while it runs.
+    may_grow: bool,
 }
 
 impl ContainerLimits {
@@ -114,7 +117,18 @@ impl ContainerLimits {
                 .filter(|&bytes| bytes > 0)
                 .map(|bytes| u32::try_from((bytes as u64).div_ceil(1 << 20)).unwrap_or(u32::MAX)),
             cpus: quota.map(|quota| u32::try_from((quota as u64).div_ceil(period)).unwrap_or(u32::MAX)),
+            may_grow: of_pod(POD_MEMORY).is_some() || of_pod(POD_CPU_QUOTA).is_some(),
         }
+    }
+
+    /// The limits that the VM must have room for: a VM cannot be enlarged while it runs.
+    fn grown(self, percent: u32) -> Self {
+        let percent = if self.may_grow { u64::from(percent) } else { 0 };
+        let grow = |limit: u32| {
+            let grown = u64::from(limit).saturating_add((u64::from(limit) * percent).div_ceil(100));
+            u32::try_from(grown).unwrap_or(u32::MAX)
+        };
+        Self { memory_mib: self.memory_mib.map(grow), cpus: self.cpus.map(grow), ..self }
     }
 }
 
@@ -176,7 +190,24 @@ mod tests {
             .build()
             .unwrap();
         spec.linux_mut().as_mut().unwrap().set_resources(Some(resources));
-        assert_eq!(ContainerLimits::of(&spec), ContainerLimits { memory_mib: Some(100), cpus: Some(2) });
+        let limits = ContainerLimits { memory_mib: Some(100), cpus: Some(2), may_grow: false };
+        assert_eq!(ContainerLimits::of(&spec), limits);
+        assert_eq!(limits.grown(50), limits, "nobody raises the limits of a container without a pod");
         assert_eq!(ContainerLimits::of(&Spec::default()), ContainerLimits::default());
+    }
+
+    #[test]
+    fn the_vm_of_a_pod_has_room_for_larger_limits() {
+        let annotations = [(POD_MEMORY, "1992294400"), (POD_CPU_QUOTA, "150000"), (POD_CPU_PERIOD, "100000")];
+        let mut spec = Spec::default();
+        spec.set_annotations(Some(annotations.map(|(name, value)| (name.into(), value.into())).into()));
+        let limits = ContainerLimits::of(&spec);
+        assert_eq!(limits, ContainerLimits { memory_mib: Some(1900), cpus: Some(2), may_grow: true });
+        let grown = limits.grown(100);
+        assert_eq!((grown.memory_mib, grown.cpus), (Some(3800), Some(4)));
+        assert_eq!(memory_mib(0, 24000, grown.memory_mib), 4096);
+        assert_eq!(memory_mib(0, 24000, limits.grown(0).memory_mib), 2048);
+        let most = ContainerLimits { memory_mib: Some(u32::MAX), ..limits };
+        assert_eq!(most.grown(u32::MAX).memory_mib, Some(u32::MAX));
     }
 }

@@ -6,6 +6,8 @@ const NOW: CurrentLimits<'_> = CurrentLimits {
     cpu_max: "max 100000\n",
     memory_max: "max\n",
     memory_current: "8388608\n",
+    memory_stat: "anon 524288\nfile 5242880\nshmem 262144\nslab_reclaimable 4096\n",
+    others_memory: 0,
     vm_memory_mib: 512,
     vcpus: 2,
 };
@@ -144,4 +146,51 @@ fn a_limit_beyond_the_vm_may_stay() {
     let resources = serde_json::from_str(r#"{"memory":{"limit":1073741824}}"#).unwrap();
     let now = CurrentLimits { memory_max: "1073741824\n", ..NOW };
     assert_eq!(writes(&resources, now).unwrap().len(), 1);
+}
+
+#[test]
+fn limits_grow_up_to_what_the_vm_has() {
+    let mib = |mib: u64| mib << 20;
+    let memory = |old: &str, others: u64, limit: u64| {
+        let resources = format!(r#"{{"memory":{{"limit":{limit}}}}}"#);
+        let now = CurrentLimits { memory_max: old, others_memory: others, ..NOW };
+        writes(&parse(resources.as_bytes()).unwrap(), now).map(drop)
+    };
+    let old = mib(100).to_string();
+    memory(&old, mib(300), mib(212)).unwrap();
+    let refused = memory(&old, mib(300), mib(213)).unwrap_err();
+    assert_eq!(refused, ResourcesError::BeyondVm { mib: 213, others_mib: 300, vm_mib: 512 });
+    assert!(
+        refused.to_string().contains("213 MiB, with 300 MiB of the pod's other containers, but the VM has")
+    );
+    // What does not grow is not refused, although the sum was too large before.
+    memory(&old, mib(900), mib(50)).unwrap();
+    memory(&old, mib(900), mib(100)).unwrap();
+
+    let quota = |old: &str, new: &str| {
+        writes(&parse(new.as_bytes()).unwrap(), CurrentLimits { cpu_max: old, ..NOW }).map(drop)
+    };
+    quota("50000 100000\n", r#"{"cpu":{"quota":200000}}"#).unwrap();
+    let refused = quota("50000 100000\n", r#"{"cpu":{"quota":200001}}"#).unwrap_err();
+    assert_eq!(refused, ResourcesError::BeyondVcpus { quota: 200_001, period: 100_000, vcpus: 2 });
+    assert!(quota("50000 100000\n", r#"{"cpu":{"period":20000}}"#).is_err(), "a shorter period is more");
+    for (old, new) in [
+        ("50000 100000\n", r#"{"cpu":{"quota":-1}}"#),
+        ("max 100000\n", r#"{"cpu":{"quota":900000}}"#),
+        ("900000 100000\n", r#"{"cpu":{"quota":900000,"period":100000}}"#),
+        ("900000 100000\n", r#"{"cpu":{"quota":450000,"period":50000}}"#),
+        ("900000 100000\n", r#"{"cpu":{"quota":300000}}"#),
+    ] {
+        quota(old, new).unwrap_or_else(|error| panic!("{old} to {new}: {error}"));
+    }
+}
+
+#[test]
+fn limits_below_what_cannot_be_reclaimed_are_refused() {
+    let limit = |bytes: u64| {
+        writes(&parse(format!(r#"{{"memory":{{"limit":{bytes}}}}}"#).as_bytes()).unwrap(), NOW).map(drop)
+    };
+    let used = 786_432;
+    limit(used).unwrap();
+    assert_eq!(limit(used - 1).unwrap_err(), ResourcesError::Unreclaimable { limit: used - 1, used });
 }
