@@ -1,7 +1,7 @@
 # One or a few lines a target; what a target does is in scripts/.
 PREFIX ?= /usr/local
 
-.PHONY: setup kernel guest-image build run test test-kvm test-programs bench lint install install-files deb test-deb
+.PHONY: setup kernel guest-image build run test test-kvm test-programs bench lint install install-files deb test-deb installer-image soak
 
 setup:
 	scripts/setup
@@ -54,3 +54,13 @@ deb: build
 # Installs, upgrades, removes and purges that package on a Debian of its own.
 test-deb: deb
 	scripts/test-deb
+
+# The image of the DaemonSet in deploy/installer, in target/installer.
+installer-image: build
+	scripts/installer-image
+
+# PODS: how many pods of Kubernetes are created and removed, one after the other, while what they leave is watched.
+PODS ?= 200
+
+soak: build
+	MACHINEN_SOAK_PODS=$(PODS) scripts/test --soak

@@ -58,6 +58,31 @@ impl Client {
     }
 }
 
+impl Client {
+    /// The events of all containers, until `last` accepts one. containerd (2.0 and newer) keeps those of the last five
+    /// minutes for its first reader.
+    ///
+    /// # Errors
+    /// containerd refuses the call, or the last event does not come in time.
+    pub fn container_events(
+        &self,
+        mut is_last: impl FnMut(&api::ContainerEventResponse) -> bool,
+    ) -> Result<Vec<api::ContainerEventResponse>, Refusal> {
+        let mut service = RuntimeServiceClient::new(self.channel.clone());
+        self.wait("get_container_events", async {
+            let mut stream = service.get_container_events(api::GetEventsRequest {}).await?.into_inner();
+            let mut events = Vec::new();
+            while let Some(event) = stream.message().await? {
+                events.push(event);
+                if events.last().is_some_and(&mut is_last) {
+                    break;
+                }
+            }
+            Ok(Response::new(events))
+        })
+    }
+}
+
 macro_rules! calls {
     ($service:ident: $($name:ident($request:ident) -> $reply:ident;)*) => {
         impl Client {
@@ -92,6 +117,8 @@ calls! { RuntimeServiceClient:
     list_containers(ListContainersRequest) -> ListContainersResponse;
     container_status(ContainerStatusRequest) -> ContainerStatusResponse;
     container_stats(ContainerStatsRequest) -> ContainerStatsResponse;
+    list_metric_descriptors(ListMetricDescriptorsRequest) -> ListMetricDescriptorsResponse;
+    list_pod_sandbox_metrics(ListPodSandboxMetricsRequest) -> ListPodSandboxMetricsResponse;
     update_container_resources(UpdateContainerResourcesRequest) -> UpdateContainerResourcesResponse;
     reopen_container_log(ReopenContainerLogRequest) -> ReopenContainerLogResponse;
     checkpoint_container(CheckpointContainerRequest) -> CheckpointContainerResponse;

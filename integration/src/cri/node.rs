@@ -31,6 +31,8 @@ pub enum Handler {
     Machinen,
     /// The pod's sandbox is the shim's own, by containerd's Sandbox API (containerd 2).
     MachinenSandbox,
+    /// What the installer of `deploy/` has installed.
+    Installed,
 }
 
 impl Handler {
@@ -39,6 +41,7 @@ impl Handler {
             Self::Runc => "runc",
             Self::Machinen => "machinen",
             Self::MachinenSandbox => "machinen-sandbox",
+            Self::Installed => "machinen-installed",
         }
     }
 }

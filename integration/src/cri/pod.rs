@@ -38,6 +38,11 @@ impl Pod {
         &self.node.client
     }
 
+    /// The directory of the logs of the pod's containers.
+    pub fn logs(&self) -> PathBuf {
+        PathBuf::from(&self.config.log_directory)
+    }
+
     /// A directory for files that the test gives the pod's containers.
     ///
     /// # Errors

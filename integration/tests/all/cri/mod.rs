@@ -3,6 +3,8 @@
 //! Each test runs with both runtimes: with runc it shows that it asks for nothing special.
 
 mod checkpoint;
+mod events;
+mod installer;
 mod isolation;
 mod life;
 mod many;
@@ -12,6 +14,7 @@ mod resources;
 mod restart;
 mod sandbox;
 mod security;
+mod soak;
 mod streaming;
 mod vm;
 mod volumes;

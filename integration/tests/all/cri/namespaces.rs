@@ -67,7 +67,7 @@ fn processes_on_request(node: &mut Node) -> Result<()> {
     let init = second.shell("tr '\\0' ' ' < /proc/1/cmdline")?;
     let wanted = match node.handler() {
         Handler::MachinenSandbox => "/pause ",
-        Handler::Runc | Handler::Machinen => "/bin/sleep 1000000 ",
+        Handler::Runc | Handler::Machinen | Handler::Installed => "/bin/sleep 1000000 ",
     };
     ensure!(init == wanted, "{init}");
     second.shell("killall -KILL tail")?;
