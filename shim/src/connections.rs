@@ -3,6 +3,9 @@
 //! A client of ttrpc that sees the end of a connection together with an answer may report either (Go's `select` takes one
 //! of them at random), and containerd takes a lost answer to ShutdownSandbox for a failure. So the server leaves it to
 //! containerd to close the connection.
+//!
+//! A containerd whose own client goes away may forget a server that it has started, and remove its bundle before `delete`
+//! can find it there. Such a server ends by itself.
 
 use std::{
     io,
@@ -10,6 +13,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use containerd_shim_protos::ttrpc::asynchronous::transport::Listener;
@@ -18,6 +22,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::UnixStream,
     sync::watch,
+    time::timeout,
 };
 
 /// How many connections the other side has not closed.
@@ -49,6 +54,18 @@ impl Connections {
     pub(crate) async fn closed(&self) {
         // The sender is held by this value.
         let _ = self.0.subscribe().wait_for(|open| *open == 0).await;
+    }
+
+    /// Resolves when there was no connection for some time, and nobody can need the server any more.
+    pub(crate) async fn abandoned(&self, time: Duration, is_useless: impl Fn() -> bool) {
+        let mut open = self.0.subscribe();
+        loop {
+            // The sender is held by this value.
+            let _ = open.wait_for(|open| *open == 0).await;
+            if timeout(time, open.wait_for(|open| *open > 0)).await.is_err() && is_useless() {
+                return;
+            }
+        }
     }
 }
 
@@ -111,7 +128,7 @@ mod tests {
     use std::time::Duration;
 
     use futures_util::FutureExt as _;
-    use tokio::{io::AsyncReadExt as _, time::timeout};
+    use tokio::io::AsyncReadExt as _;
 
     use super::*;
 
@@ -124,5 +141,21 @@ mod tests {
         drop(theirs);
         counted.read_to_end(&mut Vec::new()).await.unwrap();
         timeout(Duration::from_secs(10), connections.closed()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_server_without_connections_is_abandoned_if_it_has_nothing_to_serve() {
+        const SOON: Duration = Duration::from_millis(20);
+        let connections = Connections(Arc::new(watch::Sender::new(0)));
+        let abandoned =
+            |is_useless: bool| timeout(SOON * 10, connections.abandoned(SOON, move || is_useless));
+        abandoned(true).await.expect("nothing has connected");
+        abandoned(false).await.expect_err("there is something to serve");
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut counted = connections.count(ours);
+        abandoned(true).await.expect_err("there is a connection");
+        drop(theirs);
+        counted.read_to_end(&mut Vec::new()).await.unwrap();
+        abandoned(true).await.expect("the connection is closed");
     }
 }

@@ -48,18 +48,31 @@ pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
         // containerd also calls this when it has closed its connection, after it has deleted the container.
         return answer(0);
     }
-    let pid = end_server(&bundle)?;
+    let pid = end_server(&present(&args.id, &bundle))?;
     if let Some(socket) = socket(&bundle) {
         remove_if_exists(&socket).map_err(FileError::at("remove", socket))?;
     }
-    let removed = event_loop(&bundle)?.block_on(leftovers::remove(&bundle, &bundle, until));
+    let event_loop = event_loop(&bundle)?;
+    let remove = |bundle: &Path| event_loop.block_on(leftovers::remove(bundle, bundle, until));
     // containerd logs these as warnings.
-    removed?.iter().for_each(|problem| eprintln!("{problem}"));
+    remove(&bundle)?.iter().for_each(|problem| eprintln!("{problem}"));
+    let renamed = present(&args.id, &bundle);
+    if renamed != bundle {
+        remove(&renamed)?.iter().for_each(|problem| eprintln!("{problem}"));
+    }
     for file in [ADDRESS_FILE, PID_FILE] {
         let path = bundle.join(file);
         remove_if_exists(&path).map_err(FileError::at("remove", path))?;
     }
     answer(pid)
+}
+
+/// The bundle as it is called now: a containerd that cleans up twice may rename it meanwhile (`.ID`), to remove it. It is the
+/// directory that containerd runs this program in.
+fn present(id: &str, bundle: &Path) -> PathBuf {
+    let here = env::current_dir().ok().filter(|_| !bundle.exists());
+    let renamed = here.filter(|here| here.file_name() == Some(format!(".{id}").as_ref()));
+    renamed.unwrap_or_else(|| bundle.to_owned())
 }
 
 fn socket(bundle: &Path) -> Option<PathBuf> {

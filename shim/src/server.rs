@@ -36,6 +36,10 @@ use crate::{
 /// How long containerd may take to receive the last events at the end.
 const EVENTS_GRACE: Duration = Duration::from_secs(2);
 
+/// How long a server waits for a connection when it has no container, or its bundle was removed. containerd connects at once
+/// to a server that it has started, and after its own restart ends those without containers and finds none without a bundle.
+const ABANDONED_AFTER: Duration = Duration::from_secs(15);
+
 /// Serves until containerd requests a shutdown and no container is left, or until SIGTERM.
 ///
 /// # Errors
@@ -134,6 +138,9 @@ async fn serve_pod(
     tokio::select! {
         () = ended.notified() => {}
         _ = terminate.recv() => tracing::info!(id, "ending on SIGTERM"),
+        () = connections.abandoned(ABANDONED_AFTER, || pod.is_empty() || !bundle.exists()) => {
+            tracing::info!(id, "ending, because containerd has forgotten this server");
+        }
     }
     pod.end().await;
     // Sent before containerd sees the connection close, since it then runs `delete`, which kills a server

@@ -83,6 +83,35 @@ impl Client {
     }
 }
 
+/// Calls whose client goes away before there is a reply, as a kubelet that is killed.
+macro_rules! abandoned_calls {
+    ($($name:ident: $call:ident($request:ident) -> $reply:ident;)*) => {
+        impl Client {
+            $(
+                /// Returns the reply, if it has come before `after`.
+                ///
+                /// # Errors
+                /// containerd refuses the call before that.
+                pub fn $name(&self, request: api::$request, after: Duration) -> Result<Option<api::$reply>, Refusal> {
+                    let mut service = RuntimeServiceClient::new(self.channel.clone());
+                    self.wait(stringify!($call), async {
+                        match tokio::time::timeout(after, service.$call(request)).await {
+                            Ok(reply) => Ok(Response::new(Some(reply?.into_inner()))),
+                            Err(_) => Ok(Response::new(None)),
+                        }
+                    })
+                }
+            )*
+        }
+    };
+}
+
+abandoned_calls! {
+    abandon_run_pod_sandbox: run_pod_sandbox(RunPodSandboxRequest) -> RunPodSandboxResponse;
+    abandon_start_container: start_container(StartContainerRequest) -> StartContainerResponse;
+    abandon_stop_pod_sandbox: stop_pod_sandbox(StopPodSandboxRequest) -> StopPodSandboxResponse;
+}
+
 macro_rules! calls {
     ($service:ident: $($name:ident($request:ident) -> $reply:ident;)*) => {
         impl Client {

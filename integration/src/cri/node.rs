@@ -10,12 +10,16 @@ use std::{
     },
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use containerd_client::tonic::Code;
 
 use super::{Client, Pod, api, eventually};
 use crate::{
-    containerd::Containerd, image::Image, inventory::Inventory, paths::Version, process::Invocation,
+    containerd::Containerd,
+    image::Image,
+    inventory::{self, Inventory},
+    paths::Version,
+    process::Invocation,
     setup::Setup,
 };
 
@@ -140,6 +144,47 @@ impl Node {
         Pod::run(Arc::clone(&self.shared), change)
     }
 
+    /// The request for another pod.
+    ///
+    /// # Errors
+    /// The directory of its logs cannot be made.
+    pub fn pod_request(&self) -> Result<api::RunPodSandboxRequest> {
+        Pod::request(&self.shared, |_| ())
+    }
+
+    /// Stops and removes all pods, again and again until there are none, as kubelet does.
+    ///
+    /// # Errors
+    /// A pod cannot be removed.
+    pub fn remove_all_pods(&self) -> Result<()> {
+        let mut last = None;
+        let removed = eventually("all pods are removed", || {
+            let pods = self.client().list_pod_sandbox(api::ListPodSandboxRequest::default())?.items;
+            for pod in &pods {
+                let id = || pod.id.clone();
+                let mut known = self.shared.pods.lock().expect("the lock is not poisoned");
+                if !known.contains(&pod.id) {
+                    known.push(id());
+                }
+                let stop = api::StopPodSandboxRequest { pod_sandbox_id: id() };
+                let remove = api::RemovePodSandboxRequest { pod_sandbox_id: id() };
+                let stopped = self.client().stop_pod_sandbox(stop);
+                if let Err(refusal) = stopped.and_then(|_| self.client().remove_pod_sandbox(remove)) {
+                    last = Some(refusal);
+                }
+            }
+            Ok(pods.is_empty().then_some(()))
+        });
+        removed.with_context(|| format!("the last refusal: {last:?}"))?;
+        // A server that is ending is still in its group.
+        let mut error = None;
+        let removed = eventually("the pods' control groups are removed", || {
+            error = inventory::remove_cgroups(&self.shared.group).err();
+            Ok(error.is_none().then_some(()))
+        });
+        removed.with_context(|| format!("{error:?}"))
+    }
+
     pub fn client(&self) -> &Client {
         &self.shared.client
     }
@@ -167,13 +212,27 @@ impl Node {
             self.containerd.note_id(pod);
         }
         self.containerd.settle(&self.before)?;
-        // The network's plugin has a file for each address that a pod has.
-        let addresses = self.containerd.root().join("cni/state").join(self.containerd.name());
-        for entry in fs::read_dir(addresses).into_iter().flatten().flatten() {
-            let name = entry.file_name();
-            let address = name.to_str().and_then(|name| name.parse::<IpAddr>().ok());
-            ensure!(address.is_none(), "the address {} is still reserved", name.display());
-        }
+        let reserved = self.addresses();
+        ensure!(reserved.is_empty(), "addresses are still reserved: {reserved:?}");
         Ok(())
+    }
+
+    /// The network's plugin has a file for each address that a pod has.
+    fn addresses(&self) -> Vec<PathBuf> {
+        let dir = self.containerd.root().join("cni/state").join(self.containerd.name());
+        let files = fs::read_dir(dir).into_iter().flatten().flatten();
+        let is_address = |name: &str| name.parse::<IpAddr>().is_ok();
+        let addresses = files.filter(|file| file.file_name().to_str().is_some_and(is_address));
+        addresses.map(|file| file.path()).collect()
+    }
+
+    /// Frees the addresses of pods that could not get their network, as an administrator does.
+    ///
+    /// # Errors
+    /// There is none, or one cannot be freed.
+    pub fn free_addresses(&self) -> Result<()> {
+        let reserved = self.addresses();
+        ensure!(!reserved.is_empty(), "no address is reserved");
+        reserved.into_iter().try_for_each(|file| Ok(fs::remove_file(file)?))
     }
 }

@@ -16,15 +16,22 @@ pub struct Pod {
 }
 
 impl Pod {
-    pub(super) fn run(node: Arc<Shared>, change: impl FnOnce(&mut api::PodSandboxConfig)) -> Result<Self> {
-        let number = node.number();
-        let mut config = config(&node, number);
+    pub(super) fn request(
+        node: &Shared,
+        change: impl FnOnce(&mut api::PodSandboxConfig),
+    ) -> Result<api::RunPodSandboxRequest> {
+        let mut config = config(node, node.number());
         change(&mut config);
         fs::create_dir_all(&config.log_directory)?;
-        let request = api::RunPodSandboxRequest {
-            config: Some(config.clone()),
+        Ok(api::RunPodSandboxRequest {
+            config: Some(config),
             runtime_handler: node.handler.name().to_owned(),
-        };
+        })
+    }
+
+    pub(super) fn run(node: Arc<Shared>, change: impl FnOnce(&mut api::PodSandboxConfig)) -> Result<Self> {
+        let request = Self::request(&node, change)?;
+        let config = request.config.clone().unwrap_or_default();
         let id = node.client.run_pod_sandbox(request)?.pod_sandbox_id;
         node.pods.lock().expect("the lock is not poisoned").push(id.clone());
         Ok(Self { node, config, id })

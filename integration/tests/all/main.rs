@@ -43,6 +43,7 @@ mod stdin;
 mod streams;
 mod survival;
 mod terminal;
+mod traces;
 mod upgrade;
 mod view;
 mod volumes;

@@ -14,6 +14,7 @@ pub mod pod;
 pub mod pool;
 pub mod shares;
 pub mod spec;
+pub mod traces;
 pub mod view;
 
 use std::path::{Path, PathBuf};

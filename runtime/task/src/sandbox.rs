@@ -18,14 +18,17 @@ use containerd_shim_protos::{
     sandbox_async::Sandbox,
     ttrpc::{self, Code, asynchronous::TtrpcContext, get_status},
 };
-use machinen::pod::{ContainerId, Pod, PodError, SandboxRequest, state::ProcessExit};
+use machinen::{
+    pod::{ContainerId, Pod, PodError, SandboxRequest, state::ProcessExit},
+    traces,
+};
 use protobuf::MessageField;
 use tokio::sync::{Notify, watch};
 
 use crate::{
     error::{encoding, to_ttrpc},
     events::timestamp,
-    id, metrics, pod_config,
+    id, metrics, pod_config, service,
 };
 
 /// The names of CRI's states of a pod, as which containerd reads them.
@@ -115,13 +118,14 @@ impl Sandbox for SandboxService {
 
     async fn start_sandbox(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         req: StartSandboxRequest,
     ) -> ttrpc::Result<StartSandboxResponse> {
         let sandbox = self.named(&req.sandbox_id)?;
         let (service, created_at) = (self.clone(), sandbox.created_at);
         // A task of its own: a caller that goes away ends this call, but not the start.
-        let started = tokio::spawn(async move { service.start(sandbox).await });
+        let parent = service::parent(context);
+        let started = tokio::spawn(traces::within(parent, async move { service.start(sandbox).await }));
         let pid = started.await.map_err(PodError::Worker).flatten().map_err(failed)?;
         let created_at = MessageField::some(timestamp(created_at));
         Ok(StartSandboxResponse { pid, created_at, ..Default::default() })

@@ -14,9 +14,12 @@ use containerd_shim_protos::{
     shim_async::Task,
     ttrpc::{self, asynchronous::TtrpcContext},
 };
-use machinen::pod::{
-    ContainerId, CreateRequest, ExecRequest, Pod, PodError, ProcessId, rootfs::RootfsMount,
-    state::ProcessState,
+use machinen::{
+    pod::{
+        ContainerId, CreateRequest, ExecRequest, Pod, PodError, ProcessId, rootfs::RootfsMount,
+        state::ProcessState,
+    },
+    traces::{self, TraceParent},
 };
 use protobuf::MessageField;
 use tokio::sync::Notify;
@@ -63,9 +66,18 @@ fn failed(error: PodError) -> ttrpc::Error {
     answer
 }
 
+/// The client's span (W3C trace context), which containerd passes on where it is traced itself.
+pub(crate) fn parent(context: &TtrpcContext) -> Option<TraceParent> {
+    TraceParent::parse(context.metadata.get("traceparent")?.first()?)
+}
+
 #[async_trait]
 impl Task for TaskService {
-    async fn create(&self, _: &TtrpcContext, req: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
+    async fn create(
+        &self,
+        context: &TtrpcContext,
+        req: CreateTaskRequest,
+    ) -> ttrpc::Result<CreateTaskResponse> {
         if !req.parent_checkpoint.is_empty() {
             return unimplemented("a checkpoint with a parent");
         }
@@ -81,17 +93,19 @@ impl Task for TaskService {
         };
         let service = self.clone();
         // A task of its own: a caller that goes away ends this call, but not the creation, and its stand-in ends too.
-        let created = tokio::spawn(async move {
+        let created = tokio::spawn(traces::within(parent(context), async move {
             let pid = service.pod.create(create).await?;
             service.follow(stand_in, id.init());
             Ok(pid)
-        });
+        }));
         let pid = created.await.map_err(PodError::Worker).flatten().map_err(failed)?;
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 
-    async fn start(&self, _: &TtrpcContext, req: StartRequest) -> ttrpc::Result<StartResponse> {
-        let pid = self.pod.start(&id::process(&req.id, &req.exec_id)?).await.map_err(failed)?;
+    async fn start(&self, context: &TtrpcContext, req: StartRequest) -> ttrpc::Result<StartResponse> {
+        let process = id::process(&req.id, &req.exec_id)?;
+        let started = traces::within(parent(context), self.pod.start(&process));
+        let pid = started.await.map_err(failed)?;
         Ok(StartResponse { pid, ..Default::default() })
     }
 
@@ -203,9 +217,10 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, req: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+    async fn checkpoint(&self, context: &TtrpcContext, req: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
         let checkpoint = checkpoint::decode(&req)?;
-        self.pod.checkpoint(&id::container(&req.id)?, checkpoint).await.map_err(failed)?;
+        let id = id::container(&req.id)?;
+        traces::within(parent(context), self.pod.checkpoint(&id, checkpoint)).await.map_err(failed)?;
         Ok(Empty::new())
     }
 

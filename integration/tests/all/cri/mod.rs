@@ -16,6 +16,7 @@ mod sandbox;
 mod security;
 mod soak;
 mod streaming;
+mod trouble;
 mod vm;
 mod volumes;
 

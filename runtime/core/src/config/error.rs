@@ -5,6 +5,8 @@ use std::{io, path::PathBuf};
 use machinen_base::error::{ErrorKind, HasKind};
 use machinen_vm::MAX_NICS;
 
+use crate::traces::EndpointError;
+
 /// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -31,6 +33,14 @@ pub enum ConfigError {
         path: PathBuf,
         /// The value.
         given: u32,
+    },
+    /// `traces.endpoint` cannot be used.
+    #[error("{} has a traces.endpoint that cannot be used", path.display())]
+    Traces {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: EndpointError,
     },
     /// `annotations.allow` has a name that is not an annotation.
     #[error("{} has an unknown annotation {name:?} in annotations.allow; known are {known}", path.display())]

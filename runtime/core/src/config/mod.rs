@@ -15,6 +15,7 @@ use machinen_storage::{container_disk::ContainerDiskOptions, rootdisk::BuildOpti
 use machinen_vm::{ChannelMode, MAX_NICS, accel::AccelMode};
 use serde::{Deserialize, Serialize};
 
+use crate::traces::Endpoint;
 use copies::CopyMount;
 pub use error::ConfigError;
 use ports::PublishedPort;
@@ -53,6 +54,16 @@ pub struct Config {
     pub task: TaskConfig,
     /// `[log]`: what is logged.
     pub log: LogConfig,
+    /// `[traces]`: where traces of operations are sent.
+    pub traces: TracesConfig,
+}
+
+/// Where traces of operations are sent.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TracesConfig {
+    /// A receiver of OTLP by HTTP and JSON. If empty, OpenTelemetry's environment variables say it, or there are no traces.
+    pub endpoint: String,
 }
 
 /// Where kernel and image are.
@@ -481,6 +492,10 @@ impl Config {
                     known: annotations::known_keys(),
                 });
             }
+        }
+        if !config.traces.endpoint.is_empty() {
+            let endpoint = Endpoint::parse(&config.traces.endpoint);
+            endpoint.map_err(|source| ConfigError::Traces { path: path.to_owned(), source })?;
         }
         if config.vm.network_devices > MAX_NICS {
             let given = config.vm.network_devices;

@@ -33,7 +33,7 @@ use crate::{
     checkpoint::{
         self, CheckpointError, CheckpointManifest, DumpImages, DumpOptions, FORMAT, SavedCheckpoint,
     },
-    spec,
+    spec, traces,
 };
 
 /// Number of the guest's reports that may wait for the thread that writes the files.
@@ -65,7 +65,14 @@ impl Pod {
         // Runs in a task of its own: a caller that goes away must not leave a frozen container that is
         // reported as running.
         let pod = self.clone();
-        let task = tokio::spawn(async move { pod.checkpoint_whole(&container, &checkpoint).await });
+        let work = async move {
+            let trace = pod.trace("checkpoint", &container.id);
+            let phases = PhaseTimes::default();
+            let done = pod.checkpoint_whole(&container, &checkpoint, &phases).await;
+            trace.end(&done, || phases.spans());
+            done
+        };
+        let task = tokio::spawn(traces::inherit(work));
         task.await.map_err(PodError::Worker)?
     }
 
@@ -73,6 +80,7 @@ impl Pod {
         &self,
         container: &Container,
         wanted: &CheckpointRequest,
+        phases: &PhaseTimes,
     ) -> Result<(), PodError> {
         let id = container.id.as_str();
         let _ordered = container.init.transitions.lock().await;
@@ -88,9 +96,8 @@ impl Pod {
         let config =
             spawn_blocking(move || read_config(config)).await.map_err(PodError::Worker)?.map_err(failed)?;
         let manifest = manifest(container, wanted.options, &config).map_err(failed)?;
-        let phases = PhaseTimes::default();
         let dump = Dump::new(self, container, &agent, wanted.options, wanted.exit, !was_paused);
-        let DumpOutcome { disk, facts, layer, trial_disk, frozen, connections } = dump.run(&phases).await?;
+        let DumpOutcome { disk, facts, layer, trial_disk, frozen, connections } = dump.run(phases).await?;
         let manifest = CheckpointManifest { layer, ..manifest }.with_facts(facts, container.shares.volumes());
         let written = async {
             let manifest = match manifest {
@@ -104,19 +111,19 @@ impl Pod {
             let images = disk.images(pieces);
             let (located, saved) = tokio::join!(
                 phases.time("images", dump.locate(&disk, located)),
-                save(id, images, manifest, &wanted.path, &phases),
+                save(id, images, manifest, &wanted.path, phases),
             );
             disk.release();
             // An error of the guest comes first: the writer fails too when a location is missing.
             located?;
             let SavedCheckpoint { files, bytes } = saved?;
             let verified = match trial_disk {
-                Some(trial_disk) => self.verify(container, &wanted.path, trial_disk, &phases).await,
+                Some(trial_disk) => self.verify(container, &wanted.path, trial_disk, phases).await,
                 None => Ok(()),
             };
             finish(id, wanted, verified).await?;
             let path = wanted.path.display();
-            tracing::info!(id, files, bytes, phases = %phases, %path, "container checkpointed");
+            tracing::info!(id, files, bytes, %phases, %path, "container checkpointed");
             self.emit(PodEvent::Checkpointed { id: container.id.clone(), path: wanted.path.clone() });
             if wanted.exit {
                 let killed =

@@ -118,7 +118,7 @@ impl Pod {
 
 fn describe((id, slot): (&ContainerId, &ContainerSlot)) -> ContainerDescription {
     let (state, pid, bundle) = match slot {
-        ContainerSlot::Creating => (None, 0, PathBuf::new()),
+        ContainerSlot::Creating(_) => (None, 0, PathBuf::new()),
         ContainerSlot::Ready(container) => (Some(container.state()), container.pid, container.bundle.clone()),
     };
     ContainerDescription { id: id.clone(), state, pid, bundle }

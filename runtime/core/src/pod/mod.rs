@@ -62,11 +62,17 @@ use std::{
 use machinen_base::error::chain;
 use machinen_vm::{Vm, agent};
 use tokio::{
-    sync::{Semaphore, mpsc},
+    sync::{Semaphore, mpsc, watch},
     time::timeout,
 };
 
-use crate::{config::Config, host_cgroup::HostCgroup, pool::WarmVm, shares::PodShares};
+use crate::{
+    config::Config,
+    host_cgroup::HostCgroup,
+    pool::WarmVm,
+    shares::PodShares,
+    traces::{self, Endpoint, Traces},
+};
 use event::PodEvent;
 use kill_clock::KILL_PATIENCE;
 use leftovers::VM_DIR;
@@ -132,12 +138,13 @@ struct PodShared {
     shares: PodShares,
     /// One permit is held while a process's streams are open and the agent has not claimed them.
     starting: Arc<Semaphore>,
+    traces: Traces,
 }
 
 #[derive(Debug, Clone)]
 enum ContainerSlot {
-    /// The id is reserved while its container is being created.
-    Creating,
+    /// The id is reserved while its container is being created. The channel ends with the creation.
+    Creating(watch::Receiver<()>),
     Ready(Arc<Container>),
 }
 
@@ -161,6 +168,11 @@ impl Pod {
             containerd,
             unclaimed: Arc::clone(&starting),
         };
+        // The configuration's own endpoint was checked when it was read.
+        let endpoint = Endpoint::find(&config.traces.endpoint).unwrap_or_else(|error| {
+            tracing::warn!("there are no traces: {error}");
+            None
+        });
         let shared = PodShared {
             config,
             namespace,
@@ -173,6 +185,7 @@ impl Pod {
             cgroup: HostCgroup::default(),
             shares: PodShares::default(),
             starting,
+            traces: Traces::to(endpoint),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -182,10 +195,18 @@ impl Pod {
     /// # Errors
     /// The process does not exist or was started before, or its command cannot be executed.
     pub async fn start(&self, process: &ProcessId) -> Result<u32, PodError> {
-        match &process.exec {
+        let trace = self.trace(if process.exec.is_some() { "exec" } else { "start" }, &process.container);
+        let started = match &process.exec {
             None => self.start_init(&process.container).await,
             Some(exec) => self.start_exec(&process.container, exec).await,
-        }
+        };
+        trace.end(&started, Vec::new);
+        started
+    }
+
+    /// Begins the trace of an operation.
+    fn trace(&self, name: &'static str, id: &ContainerId) -> traces::Running {
+        self.shared.traces.begin(name, &self.shared.name, id.as_str())
     }
 
     async fn start_init(&self, id: &ContainerId) -> Result<u32, PodError> {
@@ -277,7 +298,7 @@ impl Pod {
     }
 
     /// Deletes a stopped container, or an added process that has stopped. What was never started is ended
-    /// first. Nothing of the container or process is left when this returns.
+    /// first, and a creation that is in progress is waited for: its client has gone away. Nothing of the container or process is left when this returns.
     ///
     /// # Errors
     /// The container or process does not exist or is running.
@@ -289,6 +310,22 @@ impl Pod {
     }
 
     async fn delete_container(&self, id: &ContainerId) -> Result<(u32, ProcessExit), PodError> {
+        let creating = match self.containers().get(id) {
+            Some(ContainerSlot::Creating(creating)) => Some(creating.clone()),
+            Some(ContainerSlot::Ready(_)) | None => None,
+        };
+        let Some(mut creating) = creating else { return self.delete_created(id).await };
+        let (pod, id) = (self.clone(), id.clone());
+        // A task of its own: containerd does not wait as long as a creation may take.
+        let deleted = tokio::spawn(async move {
+            // Nothing is sent: the channel ends.
+            let _ = creating.changed().await;
+            pod.delete_created(&id).await
+        });
+        deleted.await.map_err(PodError::Worker)?
+    }
+
+    async fn delete_created(&self, id: &ContainerId) -> Result<(u32, ProcessExit), PodError> {
         let container = self.container(id)?;
         if container.state() == ProcessState::Created {
             // The container ends in time even if the guest refuses the signal.
@@ -343,7 +380,7 @@ impl Pod {
     pub fn container(&self, id: &ContainerId) -> Result<Arc<Container>, PodError> {
         match self.containers().get(id) {
             Some(ContainerSlot::Ready(container)) => Ok(Arc::clone(container)),
-            Some(ContainerSlot::Creating) => Err(PodError::BeingCreated { id: id.to_string() }),
+            Some(ContainerSlot::Creating(_)) => Err(PodError::BeingCreated { id: id.to_string() }),
             None => Err(PodError::NoContainer { id: id.to_string() }),
         }
     }

@@ -194,7 +194,7 @@ impl Pod {
 fn ready(slot: &ContainerSlot) -> Option<std::sync::Arc<Container>> {
     match slot {
         ContainerSlot::Ready(container) => Some(std::sync::Arc::clone(container)),
-        ContainerSlot::Creating => None,
+        ContainerSlot::Creating(_) => None,
     }
 }
 

@@ -21,10 +21,13 @@ mod undo;
 
 use std::{collections::hash_map, path::PathBuf, sync::Arc};
 
+use tokio::sync::watch;
+
 use super::{
     Container, ContainerId, ContainerSlot, Pod, PodError, PodEvent, event::CreatedContainer,
     phases::PhaseTimes, rootfs::RootfsMount, stdio::ProcessStdio,
 };
+use crate::traces;
 use finish::{ContainerWatch, Created};
 use launch::Planned;
 
@@ -60,15 +63,17 @@ impl Pod {
         let reserved = ReservedId::reserve(self, &create.id)?;
         // Runs in a task of its own, so that a caller that goes away does not leave a half-made container.
         let pod = self.clone();
-        let task = tokio::spawn(async move { pod.create_reserved(reserved, create).await });
+        let task = tokio::spawn(traces::inherit(async move { pod.create_reserved(reserved, create).await }));
         task.await.map_err(PodError::Worker)?
     }
 
     async fn create_reserved(&self, reserved: ReservedId, create: CreateRequest) -> Result<u32, PodError> {
+        let trace = self.trace(if create.checkpoint.is_some() { "restore" } else { "create" }, &create.id);
         let phases = PhaseTimes::default();
         let checkpoint = create.checkpoint.clone();
         let id = create.id.clone();
         let created = phases.time("create", self.create_in_phases(create, &phases)).await;
+        trace.end(&created, || phases.spans());
         let Created { container, origin, watch } = match created {
             Ok(created) => created,
             Err(error) => {
@@ -114,17 +119,20 @@ struct ReservedId {
     pod: Pod,
     /// None: a container has it.
     id: Option<ContainerId>,
+    /// Dropped after the id has its container, or is free again.
+    _creating: watch::Sender<()>,
 }
 
 impl ReservedId {
     /// # Errors
     /// A container has the id.
     fn reserve(pod: &Pod, id: &ContainerId) -> Result<Self, PodError> {
+        let (creating, waiters) = watch::channel(());
         match pod.containers().entry(id.clone()) {
             hash_map::Entry::Occupied(_) => return Err(PodError::Exists { id: id.to_string() }),
-            hash_map::Entry::Vacant(vacant) => vacant.insert(ContainerSlot::Creating),
+            hash_map::Entry::Vacant(vacant) => vacant.insert(ContainerSlot::Creating(waiters)),
         };
-        Ok(Self { pod: pod.clone(), id: Some(id.clone()) })
+        Ok(Self { pod: pod.clone(), id: Some(id.clone()), _creating: creating })
     }
 
     /// Gives the id to the container that was created.
