@@ -105,6 +105,8 @@ fn socket_path(args: &ShimArgs, id: &str) -> PathBuf {
 }
 
 fn spawn_server(args: &ShimArgs, bundle: &Path, socket: &Path, address: &str) -> Result<(), ShimError> {
+    // An error of the server reaches containerd's log only, and one of this program its client.
+    let config = Config::load()?;
     fs::create_dir_all(SOCKET_DIR).map_err(FileError::at("create the directory", SOCKET_DIR))?;
     remove_if_exists(socket).map_err(FileError::at("remove the stale socket", socket))?;
     let listener = UnixListener::bind(socket).map_err(FileError::at("listen on", socket))?;
@@ -112,7 +114,7 @@ fn spawn_server(args: &ShimArgs, bundle: &Path, socket: &Path, address: &str) ->
         .map_err(FileError::at("set the mode of", socket))?;
     write_address(bundle, address)?;
     let listener = OwnedFd::from(listener);
-    if handed_to_pool(args, bundle, &listener)? {
+    if handed_to_pool(args, &config, bundle, &listener)? {
         return Ok(());
     }
 
@@ -133,10 +135,13 @@ fn write_address(bundle: &Path, address: &str) -> Result<(), FileError> {
 }
 
 /// Whether a member of the warm pool has accepted the work.
-fn handed_to_pool(args: &ShimArgs, bundle: &Path, listener: &OwnedFd) -> Result<bool, ShimError> {
-    // An invalid configuration is reported by the server, in containerd's log.
-    let Ok(config) = Config::load() else { return Ok(false) };
-    let Ok(Some(pool)) = Pool::of(&config) else { return Ok(false) };
+fn handed_to_pool(
+    args: &ShimArgs,
+    config: &Config,
+    bundle: &Path,
+    listener: &OwnedFd,
+) -> Result<bool, ShimError> {
+    let Ok(Some(pool)) = Pool::of(config) else { return Ok(false) };
     let work = ServerParams {
         namespace: args.namespace.clone(),
         id: args.id.clone(),

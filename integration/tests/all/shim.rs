@@ -1,7 +1,9 @@
 //! The shim's command line and its task API, without containerd's client.
 
 use std::{
-    fs, thread,
+    fs,
+    path::Path,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -11,6 +13,7 @@ use machinen_integration::{
     bundle::Bundle,
     containerd::Containerd,
     events::EventServer,
+    process::wait_for_end,
     shim::{Client, Shim, V3},
 };
 use nix::{
@@ -30,9 +33,13 @@ on_newest_containerd!(
     answers_while_the_guest_hangs,
     refusals_have_the_right_codes,
     creates_of_one_id_at_once,
+    calls_that_the_api_does_not_have,
+    a_forgotten_server_ends,
+    a_create_whose_client_is_gone,
 );
 
 const V2: &str = "containerd.task.v2.Task";
+const SANDBOX: &str = "containerd.runtime.sandbox.v1.Sandbox";
 
 fn connect(shim: &Shim<'_>) -> api::ConnectRequest {
     api::ConnectRequest { id: shim.id.clone(), ..Default::default() }
@@ -70,6 +77,55 @@ fn start_answers_as_each_containerd_expects(containerd: &mut Containerd) -> Resu
         shim.shut_down(&Client::connect(&address, V3)?)?;
     }
     Ok(())
+}
+
+/// A newer containerd may ask for more; it takes this answer for "not yet".
+fn calls_that_the_api_does_not_have(containerd: &mut Containerd) -> Result<()> {
+    let shim = Shim::new(containerd)?;
+    let address = shim.serve()?;
+    for (service, method) in [(SANDBOX, "UpdateSandbox"), (V3, "UpdatePod")] {
+        let client = Client::connect(&address, service)?;
+        let (code, message) = client.refused(method, &api::Empty::new())?;
+        ensure!(code == Code::UNIMPLEMENTED, "{service}/{method}: {code:?}: {message}");
+    }
+    shim.shut_down(&Client::connect(&address, V3)?)
+}
+
+/// containerd has started it, and never connects.
+fn a_forgotten_server_ends(containerd: &mut Containerd) -> Result<()> {
+    let shim = Shim::new(containerd)?;
+    let address = shim.serve()?;
+    let pid = fs::read_to_string(shim.bundle.join("shim.pid"))?.trim().parse()?;
+    ensure!(wait_for_end(pid, Duration::from_secs(60))?, "the server runs on");
+    let socket = address.trim_start_matches("unix://");
+    ensure!(!Path::new(socket).exists(), "{socket} is left");
+    Ok(fs::remove_dir_all(&shim.bundle)?)
+}
+
+/// containerd gives up a Create by a Delete, which waits for it, and then by a Shutdown.
+fn a_create_whose_client_is_gone(containerd: &mut Containerd) -> Result<()> {
+    let rootfs = Bundle::busybox(containerd)?;
+    let shim = Shim::new(containerd)?;
+    fill(&shim, &rootfs, &["sleep", "1000"])?;
+    let client = Client::connect(&shim.serve()?, V3)?;
+    let creating = {
+        let (client, request) = (client.clone(), shim.create_request());
+        thread::spawn(move || client.call::<api::CreateTaskResponse>("Create", &request))
+    };
+    let end = Instant::now() + Duration::from_secs(60);
+    // Until the shim has begun: before that there is no container.
+    let delete = api::DeleteRequest { id: shim.id.clone(), ..Default::default() };
+    let deleted = loop {
+        match client.call::<api::DeleteResponse>("Delete", &delete)? {
+            Err((Code::NOT_FOUND, _)) if Instant::now() < end => thread::yield_now(),
+            other => break other,
+        }
+    };
+    let deleted = deleted.map_err(|(code, message)| anyhow::anyhow!("{code:?}: {message}"))?;
+    ensure!(deleted.exit_status == 137, "{deleted}");
+    creating.join().expect("no panic")?.map_err(|(_, message)| anyhow::anyhow!(message))?;
+    ensure!(client.refused("State", &connect(&shim))?.0 == Code::NOT_FOUND, "the container is left");
+    shim.shut_down(&client)
 }
 
 fn info_describes_the_runtime(containerd: &mut Containerd) -> Result<()> {
