@@ -57,7 +57,7 @@ pub(super) fn build(
 ) -> Result<VmSpec, AccelError> {
     let accel = accel::for_vm(Path::new(RUN_DIR), config.vm.accel)?;
     let host_cpus = thread::available_parallelism().map_or(1, NonZero::get);
-    let limits = limits.grown(config.vm.growth_percent);
+    let grown = limits.grown(config.vm.growth_percent);
     Ok(VmSpec {
         id: name.to_owned(),
         qemu: config.vm.qemu.clone(),
@@ -68,8 +68,9 @@ pub(super) fn build(
             config.vm.memory_mib,
             u32::try_from(host.total).unwrap_or(u32::MAX),
             limits.memory_mib,
+            grown.memory_mib,
         ),
-        vcpus: vcpus(config.vm.vcpus, accel, host_cpus, limits.cpus),
+        vcpus: vcpus(config.vm.vcpus, accel, host_cpus, grown.cpus),
         kernel: assets.kernel.clone(),
         image: assets.image.clone(),
         kernel_args: config.vm.all_kernel_args(),
@@ -132,17 +133,18 @@ impl ContainerLimits {
     }
 }
 
-/// The configured ceiling, or half of the host's memory within bounds; more if the container's limit requires
-/// it.
+/// The configured ceiling, or half of the host's memory within bounds; more if the container's limit, or what it may grow
+/// to, requires it.
 ///
-/// A size that is not configured is a power of two, because every size of VM needs a template of its own.
-fn memory_mib(configured: u32, host: u32, limit: Option<u32>) -> u32 {
+/// A size that is not configured is a power of two, because every size of VM needs a template of its own. Limits often are
+/// powers of two themselves, so what they may grow to includes the guest's own memory.
+fn memory_mib(configured: u32, host: u32, limit: Option<u32>, grown: Option<u32>) -> u32 {
     if configured > 0 {
         return configured;
     }
     let half = (host / 2).clamp(LEAST_MEMORY, MOST_MEMORY);
     let default = 1 << half.ilog2();
-    let wanted = limit.map_or(0, |limit| limit.saturating_add(GUEST_OVERHEAD));
+    let wanted = limit.map_or(0, |limit| limit.saturating_add(GUEST_OVERHEAD)).max(grown.unwrap_or(0));
     default.max(wanted.checked_next_power_of_two().unwrap_or(u32::MAX).min(host))
 }
 
@@ -163,13 +165,13 @@ mod tests {
 
     #[test]
     fn memory_is_half_of_the_host_within_bounds() {
-        assert_eq!(memory_mib(0, 600, None), 512);
-        assert_eq!(memory_mib(0, 2400, None), 1024);
-        assert_eq!(memory_mib(0, 1 << 20, None), 2048);
-        assert_eq!(memory_mib(900, 24000, Some(5000)), 900);
-        assert_eq!(memory_mib(0, 24000, Some(3000)), 4096);
-        assert_eq!(memory_mib(0, 24000, Some(20000)), 24000);
-        assert_eq!(memory_mib(0, 24000, Some(900_000)), 24000);
+        assert_eq!(memory_mib(0, 600, None, None), 512);
+        assert_eq!(memory_mib(0, 2400, None, None), 1024);
+        assert_eq!(memory_mib(0, 1 << 20, None, None), 2048);
+        assert_eq!(memory_mib(900, 24000, Some(5000), Some(5000)), 900);
+        assert_eq!(memory_mib(0, 24000, Some(3000), Some(3000)), 4096);
+        assert_eq!(memory_mib(0, 24000, Some(20000), Some(20000)), 24000);
+        assert_eq!(memory_mib(0, 24000, Some(900_000), Some(900_000)), 24000);
     }
 
     #[test]
@@ -205,8 +207,9 @@ mod tests {
         assert_eq!(limits, ContainerLimits { memory_mib: Some(1900), cpus: Some(2), may_grow: true });
         let grown = limits.grown(100);
         assert_eq!((grown.memory_mib, grown.cpus), (Some(3800), Some(4)));
-        assert_eq!(memory_mib(0, 24000, grown.memory_mib), 4096);
-        assert_eq!(memory_mib(0, 24000, limits.grown(0).memory_mib), 2048);
+        assert_eq!(memory_mib(0, 24000, limits.memory_mib, grown.memory_mib), 4096);
+        assert_eq!(memory_mib(0, 24000, Some(4096), Some(8192)), 8192, "twice as much, and not four times");
+        assert_eq!(memory_mib(0, 24000, limits.memory_mib, limits.grown(0).memory_mib), 2048);
         let most = ContainerLimits { memory_mib: Some(u32::MAX), ..limits };
         assert_eq!(most.grown(u32::MAX).memory_mib, Some(u32::MAX));
     }
