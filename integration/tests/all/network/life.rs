@@ -19,6 +19,7 @@ use crate::harness::{fails_saying, on_newest_containerd, works};
 on_newest_containerd!(
     killed,
     a_failed_create_leaves_nothing,
+    a_guest_that_resets_its_devices,
     many_have_the_addresses_of_their_own_namespaces
 );
 
@@ -74,6 +75,16 @@ fn a_failed_create_leaves_nothing(containerd: &mut Containerd) -> Result<()> {
     let run = super::run(containerd, &lab, "true");
     fails_saying(containerd, &run, &["connected with another VM"])?;
     lab.change(&["link", "delete", "machinen0"])?;
+    lab.nothing_is_left()
+}
+
+/// As a guest does that powers off, or one that is not to be trusted.
+fn a_guest_that_resets_its_devices(containerd: &mut Containerd) -> Result<()> {
+    let lab = Lab::wired()?;
+    let script = "cd /sys/bus/virtio/drivers/virtio_net && for device in virtio*; do echo $device >unbind; done; \
+                  ls -d virtio* 2>/dev/null; echo well";
+    let output = run(containerd, &lab, script).flag("--privileged").ok()?;
+    ensure!(output == "well\n", "{output:?}");
     lab.nothing_is_left()
 }
 

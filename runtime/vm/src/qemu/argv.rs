@@ -133,7 +133,12 @@ pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
     }
     for (nic, fd) in (0..spec.nics).zip(fd::FIRST_TAP..) {
         args.option("-netdev", format!("tap,id=net{nic},fd={fd}"));
-        args.option("-device", format!("virtio-net-device,netdev=net{nic},mac={}", unused_mac(nic)));
+        // Without announcements, QEMU 7.2 to 10 frees the timer for them when it loads a VM, and crashes when the guest
+        // resets a device that has such a timer.
+        args.option(
+            "-device",
+            format!("virtio-net-device,netdev=net{nic},mac={},guest_announce=off", unused_mac(nic)),
+        );
     }
 
     args.option("-device", format!("virtio-scsi-device,id={SCSI}"));
