@@ -69,7 +69,7 @@ pub(crate) fn run(args: &ShimArgs) -> Result<(), ShimError> {
 
 /// The bundle as it is called now: a containerd that cleans up twice may rename it meanwhile (`.ID`), to remove it. It is the
 /// directory that containerd runs this program in.
-fn present(id: &str, bundle: &Path) -> PathBuf {
+pub(crate) fn present(id: &str, bundle: &Path) -> PathBuf {
     let here = env::current_dir().ok().filter(|_| !bundle.exists());
     let renamed = here.filter(|here| here.file_name() == Some(format!(".{id}").as_ref()));
     renamed.unwrap_or_else(|| bundle.to_owned())

@@ -5,14 +5,15 @@ use std::{
     os::unix::net::UnixListener,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use containerd_shim_protos::ttrpc::asynchronous::Server;
 use machinen::{
     config::Config,
+    error::chain,
     fs::FileError,
-    pod::{Lifetime, Pod, PodSettings},
+    pod::{Lifetime, Pod, PodSettings, leftovers},
     pool::WarmVm,
     sys,
 };
@@ -27,6 +28,7 @@ use tokio::{
 use crate::{
     args::ShimArgs,
     connections::Connections,
+    delete::present,
     error::ShimError,
     logging,
     publisher::Publisher,
@@ -135,14 +137,19 @@ async fn serve_pod(
 
     let mut terminate =
         signal(SignalKind::terminate()).map_err(FileError::at("watch signals of", &bundle))?;
+    let mut is_abandoned = false;
     tokio::select! {
         () = ended.notified() => {}
         _ = terminate.recv() => tracing::info!(id, "ending on SIGTERM"),
         () = connections.abandoned(ABANDONED_AFTER, || pod.is_empty() || !bundle.exists()) => {
             tracing::info!(id, "ending, because containerd has forgotten this server");
+            is_abandoned = true;
         }
     }
     pod.end().await;
+    if is_abandoned {
+        remove_from_renamed(&id, &bundle).await;
+    }
     // Sent before containerd sees the connection close, since it then runs `delete`, which kills a server
     // that is still running.
     let _ = last.send(());
@@ -156,6 +163,18 @@ async fn serve_pod(
     // Answers in flight still arrive, and a connection that stays open delays the end by a limited time.
     let _ = timeout(EVENTS_GRACE, server.shutdown()).await;
     Ok(())
+}
+
+/// Removes what the pod has left in a bundle that containerd has renamed. By its path the pod does not find it.
+async fn remove_from_renamed(id: &str, bundle: &Path) {
+    let renamed = present(id, bundle);
+    if renamed == bundle {
+        return;
+    }
+    match leftovers::remove(&renamed, &renamed, Instant::now() + EVENTS_GRACE).await {
+        Ok(problems) => problems.iter().for_each(|problem| tracing::warn!(id, "{problem}")),
+        Err(error) => tracing::warn!(id, "{}", chain(&error)),
+    }
 }
 
 fn socket_of(bundle: &Path) -> Option<PathBuf> {

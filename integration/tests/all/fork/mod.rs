@@ -55,7 +55,7 @@ pub(crate) fn sh(containerd: &Containerd, id: &str, script: &str) -> Result<Stri
 /// The counter's value, as soon as it exceeds `least`.
 fn count_above(containerd: &Containerd, id: &str, least: u32) -> Result<u32> {
     let ask = format!(
-        "until [ $(cat /data/count 2>/dev/null || echo 0) -gt {least} ]; do usleep 50000; done; cat /data/count"
+        "until read -r count 2>/dev/null </data/count && [ $count -gt {least} ]; do usleep 50000; done; echo $count"
     );
     let count = sh(containerd, id, &ask)?;
     count.parse().with_context(|| format!("odd count {count:?}"))

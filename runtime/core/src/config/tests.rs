@@ -1,4 +1,4 @@
-use super::*;
+use super::{vm::NO_IO_URING, *};
 
 #[test]
 fn the_documented_file_is_the_default() {
