@@ -76,6 +76,7 @@ fn a_volume_that_vanished(node: &mut Node) -> Result<()> {
 
 /// kubelet is killed during RunPodSandbox or StopPodSandbox. Another one finds what there is, and removes it.
 fn a_pod_without_its_kubelet(node: &mut Node) -> Result<()> {
+    let mut restarts = 0;
     for moment in MOMENTS.map(Duration::from_millis) {
         let request = node.pod_request()?;
         // A refusal is as good as no reply: the plugins of the network may be in each other's way after they were
@@ -84,14 +85,17 @@ fn a_pod_without_its_kubelet(node: &mut Node) -> Result<()> {
             let stop = api::StopPodSandboxRequest { pod_sandbox_id: reply.pod_sandbox_id };
             node.client().abandon_stop_pod_sandbox(stop, moment / 8)?;
         }
-        node.remove_all_pods()?;
+        let removed = |node: &Node| node.remove_all_pods().and_then(|()| node.settle());
         // A runc that was still starting makes the pod's control groups again. kubelet looks for such groups every few
         // seconds.
-        if node.settle().is_err() {
-            node.remove_all_pods()?;
-            node.settle().with_context(|| format!("after {moment:?}"))?;
+        if removed(node).is_err() && removed(node).is_err() {
+            // As for a container, below.
+            restarts += 1;
+            node.restart()?;
+            removed(node).with_context(|| format!("after {moment:?} and a restart"))?;
         }
     }
+    ensure!(restarts <= 2, "{restarts} tasks were forgotten");
     let pod = node.pod(|_| ())?;
     pod.idle("main")?;
     pod.remove()
