@@ -16,7 +16,7 @@ fn missing_of(uid: u32, name: Option<&str>, uid_map: &str) -> Option<String> {
         let name = name.map(|name| format!(" ({name})")).unwrap_or_default();
         return Some(format!("machinen needs root, and this is user {uid}{name}: try again with sudo"));
     }
-    // The first user namespace has all users (user_namespaces(7)). One that is root in another is somebody else outside.
+    // Only the initial user namespace maps all users (user_namespaces(7)). Root of another one is an ordinary user of the host.
     let mut words = uid_map.split_ascii_whitespace();
     let (Some("0"), Some(outside)) = (words.next(), words.next()) else { return None };
     (outside != "0").then(|| {

@@ -84,7 +84,7 @@ fn print(from: &mut impl io::Read, to: &mut Printed<impl io::Write>) {
             return;
         }
     }
-    // Whoever reads the output is gone then.
+    // A failed write means that the reader has closed its end.
     let _ = to.end();
 }
 

@@ -193,8 +193,10 @@ pub(crate) async fn dump(
         opts.opts.set_parent_img(format!("../{BEFORE}"));
     }
     source.cgroup.unfreeze(&facts.cgroups)?;
-    terminals::replace(reaper, source.cgroup, &terminals).await?;
-    let ran = run(reaper, Criu_req_type::DUMP, opts, &images).await;
+    let ran = match terminals::replace(reaper, source.cgroup, &terminals).await {
+        Ok(()) => run(reaper, Criu_req_type::DUMP, opts, &images).await,
+        Err(error) => Err(error),
+    };
     source.cgroup.refreeze(&facts.cgroups)?;
     match ran {
         Err(died @ CriuError::Died { .. }) => {
