@@ -98,6 +98,11 @@ impl<'a> Docker<'a> {
         self.containerd.root().join("d.sock")
     }
 
+    /// The containerd that the daemon uses.
+    pub fn containerd(&self) -> &Containerd {
+        self.containerd
+    }
+
     /// The directory of the daemon, in which a test may have files.
     pub fn dir(&self) -> &Path {
         &self.dir

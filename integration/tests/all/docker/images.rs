@@ -4,12 +4,13 @@ use std::{fs, time::Duration};
 
 use anyhow::{Result, ensure};
 use machinen_integration::docker::Docker;
+use serde_json::Value;
 
 use super::with_docker;
 use crate::harness::IMAGE;
 
 with_docker!(runc, RUNC: commit_and_diff, committed_while_it_runs, a_build);
-with_docker!(machinen, MACHINEN: commit_and_diff, committed_while_it_runs, a_build);
+with_docker!(machinen, MACHINEN: commit_and_diff, committed_while_it_runs, a_build, containers_of_an_image_have_one_base_disk);
 
 fn commit_and_diff(docker: &Docker<'_>, runtime: &str) -> Result<()> {
     let script = "echo written > /written; rm /etc/passwd; mkdir -p /made/inside; adduser -D someone 2> /dev/null; true";
@@ -63,4 +64,20 @@ fn a_build(docker: &Docker<'_>, runtime: &str) -> Result<()> {
     ensure!(output == "GIVEN", "{output}");
     docker.ok(&["rmi", "built"])?;
     Ok(fs::remove_dir_all(dir)?)
+}
+
+/// Docker puts a layer of its own between the image and each container.
+fn containers_of_an_image_have_one_base_disk(docker: &Docker<'_>, runtime: &str) -> Result<()> {
+    for _ in 0..3 {
+        let seen = docker.ok(&["run", "--rm", "--runtime", runtime, IMAGE, "ls", "-a", "/"])?;
+        ensure!(seen.lines().any(|name| name == ".dockerenv"), "{seen}");
+    }
+    let listed = docker.containerd().machinen(&["rootdisk", "ls", "--json"])?.run()?.ok()?.text();
+    let listed: Vec<Value> = serde_json::from_str(&listed)?;
+    let dir = docker.dir().display().to_string();
+    let made =
+        listed.iter().filter(|disk| disk["source"].as_str().is_some_and(|source| source.contains(&dir)));
+    // None if another test has made the disk of this image.
+    ensure!(made.clone().count() <= 1, "{:?}", made.collect::<Vec<_>>());
+    Ok(())
 }

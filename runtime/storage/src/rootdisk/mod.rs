@@ -19,6 +19,7 @@ pub(crate) mod ext4;
 mod file_digest;
 mod flat;
 mod hashing;
+mod init_layer;
 mod key;
 pub(crate) mod lock;
 mod manage;

@@ -7,8 +7,8 @@ use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    BuildOptions, RootdiskError, key::RootdiskKey, manifest::FORMAT, source_mount::SourceMount,
-    tree::SourceTree,
+    BuildOptions, RootdiskError, init_layer::InitLayer, key::RootdiskKey, manifest::FORMAT,
+    source_mount::SourceMount, tree::SourceTree,
 };
 
 /// A root file system on the host.
@@ -29,6 +29,8 @@ pub(super) struct Recognised {
     pub(super) identity: RootdiskKey,
     /// Top first; none for a directory.
     layers: Vec<PathBuf>,
+    /// The top layer, if Docker has made it.
+    init: Option<InitLayer>,
     /// The mount and the walk that were needed to recognise a directory.
     walked: Option<(SourceMount, SourceTree)>,
     /// Whether it can change while it is read.
@@ -66,15 +68,24 @@ impl RootfsSource {
                 digest.update(b"dir");
                 digest.update(tree.identity().to_string());
                 let identity = RootdiskKey::new(digest.finalize().into());
-                Ok(Recognised { identity, layers: Vec::new(), walked: Some((mount, tree)), mutable: true })
+                let walked = Some((mount, tree));
+                Ok(Recognised { identity, layers: Vec::new(), init: None, walked, mutable: true })
             }
             Self::Overlay { lowers } => {
-                for lower in lowers {
+                let init = match &lowers[..] {
+                    [top, _, ..] => InitLayer::read(top)?,
+                    _ => None,
+                };
+                if let Some(init) = &init {
+                    digest.update(b"init");
+                    digest.update(init.content.to_string());
+                }
+                for lower in &lowers[usize::from(init.is_some())..] {
                     digest.update(b"lower");
                     digest.update(layer_identity(lower)?);
                 }
                 let (identity, layers) = (RootdiskKey::new(digest.finalize().into()), lowers.clone());
-                Ok(Recognised { identity, layers, walked: None, mutable: false })
+                Ok(Recognised { identity, layers, init, walked: None, mutable: false })
             }
         }
     }
@@ -88,7 +99,10 @@ impl Recognised {
         }
         let layers: Vec<&Path> = self.layers.iter().map(PathBuf::as_path).collect();
         let mount = SourceMount::of_layers(&layers)?;
-        let tree = SourceTree::walk(&mount)?;
+        let mut tree = SourceTree::walk(&mount)?;
+        if let Some(init) = &self.init {
+            init.set_times(&mut tree);
+        }
         Ok((mount, tree))
     }
 }

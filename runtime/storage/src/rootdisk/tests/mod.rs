@@ -32,7 +32,7 @@ impl CacheFixture {
         self.dir.path().join(name)
     }
 
-    fn build(&self, source: &RootfsSource) -> Result<Rootdisk, RootdiskError> {
+    pub(crate) fn build(&self, source: &RootfsSource) -> Result<Rootdisk, RootdiskError> {
         self.build_watched(source, |_| ())
     }
 
