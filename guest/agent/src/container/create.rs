@@ -265,7 +265,9 @@ fn explained(err: EngineError, cgroup: &Cgroup, killed: u64, limit: Option<i64>)
         (Some(limit), err @ (EngineError::Failed { .. } | EngineError::Died { .. }))
             if cgroup.killed_for_memory() > killed =>
         {
-            ContainerError::MemoryLimit { limit, source: err }
+            // What the engine saw says nothing more to the user.
+            console::report(&err);
+            ContainerError::MemoryLimit { limit }
         }
         (_, err) => err.into(),
     }

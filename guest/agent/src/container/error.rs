@@ -52,7 +52,7 @@ pub(crate) enum ContainerError {
     #[error(
         "container init was OOM-killed (memory limit too low?): linux.resources.memory.limit is {limit} bytes"
     )]
-    MemoryLimit { limit: i64, source: EngineError },
+    MemoryLimit { limit: i64 },
     #[error("the container is not paused")]
     NotPaused,
     #[error("processes were added to the container and still run: {}", .execs.join(", "))]
