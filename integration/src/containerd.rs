@@ -288,19 +288,19 @@ fn write_configuration(root: &Path, name: &str, setup: &Setup) -> Result<()> {
     let dir = root.display();
     let mut disabled = DISABLED_PLUGINS.to_vec();
     let mut more = String::new();
-    if setup.blockfile {
+    if let Some(kind) = setup.blockfile {
         let scratch = root.join("scratch.ext4");
         fs::File::create(&scratch)?.set_len(BLOCKFILE_SIZE)?;
-        Invocation::new("mke2fs").args(["-q", "-t", "ext4", "-F"]).arg(&scratch).run()?.ok()?;
+        Invocation::new("mke2fs").args(["-q", "-t", kind, "-F"]).arg(&scratch).run()?.ok()?;
         more = format!(
             "[plugins.\"{BLOCKFILE}\"]\nroot_path = \"{dir}/r/{BLOCKFILE}\"\nscratch_file = {scratch:?}\n\
-             fs_type = \"ext4\"\n"
+             fs_type = {kind:?}\n"
         );
     } else {
         disabled.push(BLOCKFILE);
     }
     if setup.cri {
-        more.push_str(&cri::configure(root, name)?);
+        more.push_str(&cri::configure(root, name, setup.snapshotter)?);
     } else {
         disabled.extend(CRI_PLUGINS);
     }

@@ -20,7 +20,10 @@ pub struct Setup {
     /// Section, then key, then the value as TOML.
     machinen: BTreeMap<String, BTreeMap<String, String>>,
     env: BTreeMap<String, String>,
-    pub(crate) blockfile: bool,
+    /// The file system of the blockfile snapshotter's disks, if containerd gets it.
+    pub(crate) blockfile: Option<&'static str>,
+    /// The snapshotter of machinen's handlers of pods, if it is not that of all others.
+    pub(crate) snapshotter: Option<&'static str>,
     pub(crate) cri: bool,
     /// Directories of programs that containerd and the runtimes find before the host's.
     pub(crate) programs: Vec<PathBuf>,
@@ -71,8 +74,19 @@ impl Setup {
     }
 
     /// Gives containerd (1.7 and newer) the snapshotter whose snapshots are disks in files.
-    pub fn blockfile(mut self) -> Self {
-        self.blockfile = true;
+    pub fn blockfile(self) -> Self {
+        self.blockfile_of("ext4")
+    }
+
+    /// The same with another file system on the disks, which mke2fs can make and the host can mount.
+    pub fn blockfile_of(mut self, kind: &'static str) -> Self {
+        self.blockfile = Some(kind);
+        self
+    }
+
+    /// Gives pods of machinen (containerd 1.7 and newer) a snapshotter of their own.
+    pub fn snapshotter(mut self, name: &'static str) -> Self {
+        self.snapshotter = Some(name);
         self
     }
 

@@ -32,8 +32,9 @@ pub(crate) fn in_own_network(program: &Path) -> Invocation {
         .arg(program)
 }
 
-/// Writes the network's configuration, and returns the plugin's part of containerd's.
-pub(crate) fn configure(root: &Path, name: &str) -> Result<String> {
+/// Writes the network's configuration, and returns the plugin's part of containerd's. `snapshotter` is that of machinen's
+/// pods, if it is not that of all others.
+pub(crate) fn configure(root: &Path, name: &str, snapshotter: Option<&str>) -> Result<String> {
     let cni = root.join("cni");
     for dir in ["conf", "state"] {
         fs::create_dir_all(cni.join(dir)).with_context(|| format!("cannot make {}", cni.display()))?;
@@ -60,6 +61,7 @@ pub(crate) fn configure(root: &Path, name: &str) -> Result<String> {
     fs::write(cni.join("conf/10-pods.conflist"), network.to_string())?;
     let plugins = paths::cni_plugins()?;
     let runc = root.join("runc");
+    let snapshotter = snapshotter.map(|name| format!("snapshotter = {name:?}")).unwrap_or_default();
     // The newest containerd understands the names of the oldest, and 1.6 ignores what it does not know.
     Ok(format!(
         r#"
@@ -85,11 +87,13 @@ Root = {runc:?}
 runtime_type = "io.machinen.v1"
 pod_annotations = ["io.machinen.*"]
 container_annotations = ["io.machinen.*"]
+{snapshotter}
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.machinen-sandbox]
 runtime_type = "io.machinen.v1"
 sandboxer = "shim"
 pod_annotations = ["io.machinen.*"]
 container_annotations = ["io.machinen.*"]
+{snapshotter}
 "#,
         paths::RUNC,
         conf = cni.join("conf"),

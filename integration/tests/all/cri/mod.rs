@@ -14,6 +14,7 @@ mod resources;
 mod restart;
 mod sandbox;
 mod security;
+mod snapshotters;
 mod soak;
 mod streaming;
 mod trouble;
