@@ -145,6 +145,7 @@ calls! { RuntimeServiceClient:
     remove_container(RemoveContainerRequest) -> RemoveContainerResponse;
     list_containers(ListContainersRequest) -> ListContainersResponse;
     container_status(ContainerStatusRequest) -> ContainerStatusResponse;
+    list_container_stats(ListContainerStatsRequest) -> ListContainerStatsResponse;
     container_stats(ContainerStatsRequest) -> ContainerStatsResponse;
     list_metric_descriptors(ListMetricDescriptorsRequest) -> ListMetricDescriptorsResponse;
     list_pod_sandbox_metrics(ListPodSandboxMetricsRequest) -> ListPodSandboxMetricsResponse;

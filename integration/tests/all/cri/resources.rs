@@ -1,5 +1,10 @@
 //! What containers use, and what they may use.
 
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
+
 use anyhow::{Context, Result, ensure};
 use machinen_integration::cri::{Container, Handler, Node, Pod, Refusal, api, eventually};
 
@@ -8,7 +13,7 @@ use super::{both_runtimes, pod_tests};
 both_runtimes! {
     every: [],
     oldest_and_newest: [statistics],
-    newest: [limits_and_their_change, limits_that_cannot_be],
+    newest: [limits_and_their_change, limits_that_cannot_be, statistics_while_containers_are_made],
 }
 
 pod_tests! {
@@ -47,6 +52,34 @@ fn statistics(node: &mut Node) -> Result<()> {
     if node.containerd().version() == machinen_integration::paths::Version::V2_1 {
         pod_statistics(node, &pod)?;
     }
+    pod.remove()
+}
+
+/// kubelet asks for the statistics of all containers every few seconds. One that is being created has none, which is no
+/// error, and those of its neighbours are there.
+fn statistics_while_containers_are_made(node: &mut Node) -> Result<()> {
+    let pod = node.pod(|_| ())?;
+    let neighbour = pod.idle("neighbour")?;
+    let done = AtomicBool::new(false);
+    let from = node.containerd().log().position();
+    thread::scope(|scope| -> Result<()> {
+        let asked = scope.spawn(|| -> Result<()> {
+            while !done.load(Ordering::Relaxed) {
+                let found =
+                    pod.client().list_container_stats(api::ListContainerStatsRequest::default())?.stats;
+                let ids: Vec<_> =
+                    found.iter().filter_map(|stats| Some(&*stats.attributes.as_ref()?.id)).collect();
+                ensure!(ids.contains(&neighbour.id()), "{ids:?}");
+            }
+            Ok(())
+        });
+        let made = (0..3).try_for_each(|number| pod.idle(&format!("main-{number}")).map(drop));
+        done.store(true, Ordering::Relaxed);
+        asked.join().expect("asking does not panic").and(made)
+    })?;
+    let log = node.containerd().log().since(from);
+    let complaint = log.iter().find(|line| line.contains("collecting metrics for"));
+    ensure!(complaint.is_none(), "{complaint:?}");
     pod.remove()
 }
 

@@ -144,9 +144,13 @@ impl Pod {
     /// Returns a container's usage so far.
     ///
     /// # Errors
-    /// The container does not exist or has left the guest, or the agent does not answer.
+    /// The container does not exist, is still being created or has left the guest, or the agent does not answer.
     pub async fn stats(&self, id: &ContainerId) -> Result<Stats, PodError> {
-        let container = self.container(id)?;
+        let container = self.container(id).map_err(|error| match error {
+            // Clients ask for all containers at a time. One that does not exist yet is no error for them.
+            PodError::BeingCreated { id } => PodError::NoContainer { id },
+            other => other,
+        })?;
         let files = self.agent(id).await?.read_cgroup(id, FILES).await;
         let files = files.map_err(|source| PodError::guest("count the resources of", id, source))?;
         let network = match &container.network {
