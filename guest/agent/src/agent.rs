@@ -59,6 +59,9 @@ pub(crate) async fn run(machine: Machine, engine: Engine) -> Result<(), AgentErr
     let context = Context { engine, reaper, unclaimed, disks: machine.disks, device_filters, network };
     let state = Arc::new(AgentState::new(context, machine.owns_kernel));
     console::trace("ready");
+    // Before the agent waits, as everything that is the same in all clones.
+    let server = ttrpc::r#async::Server::new()
+        .register_service(create_agent(Arc::new(Service::new(Arc::clone(&state)))));
     let woken = if machine.waits {
         warm_up(&state).await;
         Some(wake::wait().await?)
@@ -68,7 +71,7 @@ pub(crate) async fn run(machine: Machine, engine: Engine) -> Result<(), AgentErr
     let wake = woken.as_ref().map(|(wake, _port)| *wake);
     let channel = Channel::open(unopened, &state.context.unclaimed, wake);
     console::trace("channel open");
-    serve(&channel, &state).await
+    serve(&channel, &state, server).await
 }
 
 /// Has this program in memory as a whole, so that no clone reads a part of it from the disk.
@@ -97,13 +100,15 @@ async fn warm_up(state: &AgentState) {
 }
 
 /// Serves one control stream, from dial to close.
-async fn serve(channel: &Channel, state: &Arc<AgentState>) -> Result<(), AgentError> {
+async fn serve(
+    channel: &Channel,
+    state: &AgentState,
+    server: ttrpc::r#async::Server,
+) -> Result<(), AgentError> {
     let (control, mut watch) = channel.dial_control().await?;
     console::trace("host greeted");
     let listener = ttrpc::r#async::transport::Listener::new(futures_util::stream::iter([Ok(control)]));
-    let mut server = ttrpc::r#async::Server::new()
-        .register_service(create_agent(Arc::new(Service::new(Arc::clone(state)))))
-        .add_listener(listener);
+    let mut server = server.add_listener(listener);
     server.start().await.map_err(AgentError::Serve)?;
     let mut shutdown = state.shutdown.subscribe();
     let requested = async { shutdown.wait_for(Option::is_some).await.ok().and_then(|call| *call) };

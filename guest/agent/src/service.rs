@@ -90,7 +90,12 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: api::ConfigureNetworkRequest,
     ) -> ttrpc::Result<api::Empty> {
-        self.state.context.network.configure(&request).map_err(Failure::from)?;
+        let Context { network, engine, .. } = &self.state.context;
+        // Processes stay in the namespace in which they begin.
+        if self.state.containers.is_empty() {
+            network.enter_prepared(engine, &request).await.map_err(Failure::from)?;
+        }
+        network.configure(&request).map_err(Failure::from)?;
         Ok(api::Empty::new())
     }
 

@@ -27,7 +27,7 @@ impl NetlinkSocket {
         name: &str,
     ) -> Result<(), NetlinkError> {
         let mut message = LinkMessage::default();
-        let found = crate::interfaces(self)?.into_iter().find(|found| found.name == interface);
+        let found = crate::read::links(self)?.into_iter().find(|found| found.name == interface);
         message.header.index = found.map_or(0, |found| found.index);
         message.attributes =
             vec![LinkAttribute::NetNsFd(namespace.as_raw_fd()), LinkAttribute::IfName(name.to_owned())];

@@ -20,13 +20,7 @@ use crate::{Interface, InterfaceAddress, Neighbour, NetlinkError, NetlinkSocket,
 /// # Errors
 /// The kernel refuses, or sends what cannot be read.
 pub fn interfaces(socket: &mut NetlinkSocket) -> Result<Vec<Interface>, NetlinkError> {
-    let get = RouteNetlinkMessage::GetLink(LinkMessage::default());
-    let mut interfaces = Vec::new();
-    for message in socket.list(|| "list the network interfaces".to_owned(), get)? {
-        if let RouteNetlinkMessage::NewLink(link) = message {
-            interfaces.push(interface(link));
-        }
-    }
+    let mut interfaces = links(socket)?;
     let get = RouteNetlinkMessage::GetAddress(AddressMessage::default());
     for message in socket.list(|| "list the addresses".to_owned(), get)? {
         if let RouteNetlinkMessage::NewAddress(message) = message {
@@ -55,6 +49,17 @@ pub fn interfaces(socket: &mut NetlinkSocket) -> Result<Vec<Interface>, NetlinkE
         interface.routes.sort_by_key(|route| route.gateway.is_some());
     }
     Ok(interfaces)
+}
+
+/// Lists the interfaces without addresses, routes and neighbours.
+pub(crate) fn links(socket: &mut NetlinkSocket) -> Result<Vec<Interface>, NetlinkError> {
+    let get = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    let messages = socket.list(|| "list the network interfaces".to_owned(), get)?;
+    let link = |message| match message {
+        RouteNetlinkMessage::NewLink(link) => Some(interface(link)),
+        _ => None,
+    };
+    Ok(messages.into_iter().filter_map(link).collect())
 }
 
 fn find(interfaces: &mut [Interface], index: u32) -> Option<&mut Interface> {

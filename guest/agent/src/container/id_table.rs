@@ -116,6 +116,11 @@ impl<T> IdTable<T> {
         }
     }
 
+    /// Whether no id is in use, also not by a thing that is being created or deleted.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
     pub(crate) fn all(&self) -> Vec<Arc<T>> {
         self.entries().into_iter().map(|(_, thing)| thing).collect()
     }

@@ -140,6 +140,8 @@ pub(crate) enum EngineError {
     Refused { refusal: Refusal, text: String },
     #[error("cannot {what}: {text}")]
     Failed { what: &'static str, text: String },
+    #[error("cannot keep the network namespace open")]
+    Namespace(#[source] io::Error),
     #[error("the container does not run")]
     NotRunning,
     #[error("cannot examine the container's namespaces")]
@@ -268,6 +270,20 @@ impl Engine {
         }
     }
 
+    /// Has all later processes begin in this network namespace.
+    ///
+    /// # Errors
+    /// The kernel refuses. Later processes begin where they would have begun then.
+    pub(crate) async fn enter_network(&self, namespace: OwnedFd) -> Result<(), EngineError> {
+        let mut reports = self.send(&ZygoteRequest::EnterNetwork, vec![namespace])?;
+        let mut failure = FailureLog::new("enter the network namespace");
+        match reports.next().await.map_err(EngineError::Reports)? {
+            Some(Report::Entered) => Ok(()),
+            Some(Report::Failed { text }) => Err(failure.failed(text)),
+            _ => Err(failure.died()),
+        }
+    }
+
     /// Sends a request and its descriptors, which are closed here: afterwards only the engine's processes
     /// hold them.
     fn send(&self, request: &ZygoteRequest, fds: Vec<OwnedFd>) -> Result<Reports, EngineError> {
@@ -329,7 +345,7 @@ async fn follow(
             Some(Report::Log { text }) => failure.log(text),
             Some(Report::Refused { refusal, text }) => failure.refused = Some((refusal, text)),
             Some(Report::Failed { text }) => return Err(failure.failed(text)),
-            Some(Report::Mapped) | None => return Err(failure.died()),
+            Some(Report::Mapped | Report::Entered) | None => return Err(failure.died()),
         }
     }
 }
@@ -375,7 +391,7 @@ impl Reports {
                 Report::Refused { refusal, text } => failure.refused = Some((refusal, text)),
                 Report::Failed { text } => return Err(failure.failed(text)),
                 Report::Log { text } => failure.log(text),
-                Report::Worker { .. } | Report::Created { .. } | Report::Mapped => {}
+                Report::Worker { .. } | Report::Created { .. } | Report::Mapped | Report::Entered => {}
             }
         }
         match failure.refused {

@@ -228,7 +228,7 @@ fn resolve_links(root: &Root, path: &Path) -> PathBuf {
 fn bind_sysfs(mount: &mut Value) {
     let options: Vec<Value> = items(&mount["options"]).cloned().chain(["rbind".into()]).collect();
     mount["type"] = "bind".into();
-    mount["source"] = "/sys".into();
+    mount["source"] = crate::network::sysfs().into();
     mount["options"] = options.into();
 }
 

@@ -32,6 +32,8 @@ pub(super) enum Report {
     Created { pid: i32 },
     /// The file system is shown with other owners.
     Mapped,
+    /// Later processes begin in another network namespace.
+    Entered,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

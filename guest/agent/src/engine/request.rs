@@ -18,6 +18,8 @@ pub(super) enum ZygoteRequest {
     View,
     /// Comes with the report pipe.
     MapOwners(MapRequest),
+    /// Comes with the report pipe, and the network namespace in which later processes begin.
+    EnterNetwork,
 }
 
 /// One container to create.

@@ -10,6 +10,7 @@ use std::{
 use nix::{
     cmsg_space,
     errno::Errno,
+    sched::{CloneFlags, setns},
     sys::{
         prctl::set_pdeathsig,
         signal::Signal,
@@ -127,6 +128,13 @@ fn spawn(
             Ok(ForkResult::Child) => mapping::run(request, &reporter),
             Err(err) => reporter.send(Report::Failed { text: format!("cannot fork a worker: {err}") }),
         },
+        ZygoteRequest::EnterNetwork => {
+            let entered = setns(fds.next()?, CloneFlags::CLONE_NEWNET);
+            reporter.send(entered.map_or_else(
+                |err| Report::Failed { text: format!("cannot enter the network namespace: {err}") },
+                |()| Report::Entered,
+            ));
+        }
         ZygoteRequest::View => {
             let (root, socket) = (fds.next()?, fds.next()?);
             match sys::fork_sibling() {

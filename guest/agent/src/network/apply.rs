@@ -17,7 +17,19 @@ const SETTINGS: [(&str, &str, &str); 5] = [
     ("ipv4", "arp_notify", "1"),
 ];
 
-/// `announce`: the addresses are announced even if nothing changes.
+/// Switches an interface on, for `apply` to go on from. Returns what it has then.
+///
+/// # Errors
+/// The kernel refuses.
+pub(super) fn switch_on(socket: &mut NetlinkSocket, name: &str) -> Result<Interface, NetworkError> {
+    let present = find(socket, name)?;
+    prepare(name)?;
+    socket.set_link(present.index, name, true, Vec::new())?;
+    find(socket, name)
+}
+
+/// `announce`: the addresses are announced even if nothing changes. `known`: what the interface has, if it was switched
+/// on before anything else could change it.
 ///
 /// # Errors
 /// The kernel refuses.
@@ -25,17 +37,22 @@ pub(super) fn apply(
     socket: &mut NetlinkSocket,
     wanted: &Interface,
     announce: bool,
+    known: Option<Interface>,
 ) -> Result<(), NetworkError> {
-    let present = find(socket, &wanted.name)?;
-    if !present.up {
-        SETTINGS.iter().try_for_each(|(kind, setting, value)| set(kind, &wanted.name, setting, value))?;
-    }
+    let present = match &known {
+        Some(known) => known.clone(),
+        None => find(socket, &wanted.name)?,
+    };
+    let mac = LinkAttribute::Address(wanted.mac.clone());
     let mut attributes = Vec::new();
     if present.mtu != wanted.mtu {
         attributes.push(LinkAttribute::Mtu(wanted.mtu));
     }
-    if present.mac != wanted.mac {
-        attributes.push(LinkAttribute::Address(wanted.mac.clone()));
+    if !present.up {
+        prepare(&wanted.name)?;
+        if present.mac != wanted.mac {
+            attributes.push(mac.clone());
+        }
     }
     if !attributes.is_empty() {
         socket.set_link(present.index, &wanted.name, present.up, attributes)?;
@@ -48,14 +65,13 @@ pub(super) fn apply(
     }
     if !present.up {
         socket.set_link(present.index, &wanted.name, true, Vec::new())?;
-    } else if announce {
+    } else if announce || present.mac != wanted.mac {
         // The kernel announces the addresses whenever the hardware address is set, also to the same one. It forgets the
         // neighbours then; the permanent ones are added again below.
-        let same = vec![LinkAttribute::Address(wanted.mac.clone())];
-        socket.set_link(present.index, &wanted.name, true, same)?;
+        socket.set_link(present.index, &wanted.name, true, vec![mac])?;
     }
-    // Routes change with addresses.
-    let present = find(socket, &wanted.name)?;
+    // Routes change with addresses. No address of a known interface was removed.
+    let present = if known.is_some() { present } else { find(socket, &wanted.name)? };
     for neighbour in present.neighbours.iter().filter(|neighbour| !wanted.neighbours.contains(neighbour)) {
         socket.remove_neighbour(present.index, neighbour)?;
     }
@@ -69,6 +85,11 @@ pub(super) fn apply(
         socket.add_route(present.index, route)?;
     }
     Ok(())
+}
+
+/// What an interface needs before it is switched on.
+fn prepare(name: &str) -> Result<(), NetworkError> {
+    SETTINGS.iter().try_for_each(|(kind, setting, value)| set(kind, name, setting, value))
 }
 
 fn find(socket: &mut NetlinkSocket, name: &str) -> Result<Interface, NetworkError> {

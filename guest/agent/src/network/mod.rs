@@ -8,10 +8,14 @@
 //! ```
 //! A VM has its devices from birth, and most containers have no network. Such a container must see the loopback
 //! interface only, as on a host, so an unused device is in a namespace that no process is in.
+//!
+//! A clone has the first device in a third namespace, where it is switched on already ([`prepared`]). If the VM gets a
+//! network before its first container, the agent goes there instead of moving the device to where it is.
 
 mod apply;
 pub(crate) mod localhost;
 mod nameservers;
+mod prepared;
 
 use std::{
     fs::File,
@@ -34,15 +38,26 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
 };
 
+use crate::{
+    console,
+    engine::{Engine, EngineError},
+};
+
 pub(crate) use localhost::Localhost;
 pub(crate) use nameservers::Nameservers;
+use prepared::Prepared;
+pub(crate) use prepared::sysfs;
 
 const OWN: &str = "/proc/thread-self/ns/net";
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NetworkError {
-    #[error("cannot make the hidden network namespace")]
+    #[error("cannot make a network namespace")]
     Namespace(#[source] io::Error),
+    #[error("cannot enter the network namespace of the VM's first containers")]
+    Enter(#[source] Errno),
+    #[error("cannot mount {0} in a network namespace")]
+    Mount(&'static str, #[source] Errno),
     #[error(transparent)]
     Invalid(#[from] InvalidInterface),
     #[error("the VM has no network device {0}")]
@@ -63,7 +78,7 @@ impl HasKind for NetworkError {
             Self::Invalid(_) | Self::Twice(_) => ErrorKind::InvalidArgument,
             Self::NoDevice(_) => ErrorKind::NotFound,
             Self::Kernel(_) | Self::Missing(_) | Self::Setting { .. } => ErrorKind::FailedPrecondition,
-            Self::Namespace(_) => ErrorKind::Internal,
+            Self::Namespace(_) | Self::Enter(_) | Self::Mount(..) => ErrorKind::Internal,
         }
     }
 }
@@ -78,6 +93,10 @@ struct Devices {
     hidden: Namespace,
     /// The present name of each device that the containers see. Its index is the device's number.
     names: Vec<Option<String>>,
+    /// Where the first device is while it has no name.
+    prepared: Option<Prepared>,
+    /// What the first device has, if nothing has changed since this was read.
+    known: Option<Interface>,
 }
 
 #[derive(Debug)]
@@ -109,7 +128,8 @@ impl Network {
         for (number, device) in devices.iter().enumerate() {
             own.socket.move_to(&device.name, hidden.file.as_fd(), &hidden_name(number))?;
         }
-        Ok(Self(Mutex::new(Devices { own, hidden, names: vec![None; devices.len()] })))
+        let names = vec![None; devices.len()];
+        Ok(Self(Mutex::new(Devices { own, hidden, names, prepared: None, known: None })))
     }
 
     /// Does what `ConfigureNetwork` asks for.
@@ -136,7 +156,8 @@ impl Network {
         for (number, wanted) in wanted.iter().enumerate() {
             if let Some(wanted) = wanted {
                 devices.show(number, &wanted.name)?;
-                apply::apply(&mut devices.own.socket, wanted, request.announce)?;
+                let known = if number == 0 { devices.known.take() } else { None };
+                apply::apply(&mut devices.own.socket, wanted, request.announce, known)?;
             }
         }
         Ok(())
@@ -153,7 +174,46 @@ impl Network {
         }
         let request = ConfigureNetworkRequest { interfaces: vec![sample()], ..Default::default() };
         self.configure(&request)?;
-        self.configure(&ConfigureNetworkRequest::default())
+        self.configure(&ConfigureNetworkRequest::default())?;
+        let mut devices = self.devices();
+        let Devices { own, hidden, .. } = &mut *devices;
+        let prepared = Prepared::make(&own.file, &mut hidden.socket, &hidden_name(0))?;
+        devices.prepared = Some(prepared);
+        Ok(())
+    }
+
+    /// Has this process and all later ones in the namespace with the first device, if the template has prepared one that
+    /// fits the request. No container may exist: it would stay behind.
+    ///
+    /// # Errors
+    /// The kernel refuses, after it has let the engine in.
+    pub(crate) async fn enter_prepared(
+        &self,
+        engine: &Engine,
+        request: &ConfigureNetworkRequest,
+    ) -> Result<(), NetworkError> {
+        let fits = |prepared: &mut Prepared| {
+            request.interfaces.iter().any(|it| it.device == 0 && it.name == prepared.interface.name)
+        };
+        let Some(Prepared { namespace, interface }) = self.devices().prepared.take_if(fits) else {
+            return Ok(());
+        };
+        let entered = async {
+            let file = namespace.file.try_clone().map_err(EngineError::Namespace)?;
+            engine.enter_network(file.into()).await
+        };
+        if let Err(err) = entered.await {
+            // The device can still be moved.
+            console::report(&err);
+            self.devices().prepared = Some(Prepared { namespace, interface });
+            return Ok(());
+        }
+        setns(&namespace.file, CloneFlags::CLONE_NEWNET).map_err(NetworkError::Enter)?;
+        let mut devices = self.devices();
+        devices.own = namespace;
+        devices.names[0] = Some(interface.name.clone());
+        devices.known = Some(interface);
+        Ok(())
     }
 
     fn devices(&self) -> MutexGuard<'_, Devices> {
@@ -166,13 +226,20 @@ impl Devices {
         if let Some(name) = &self.names[number] {
             self.own.socket.move_to(name, self.hidden.file.as_fd(), &hidden_name(number))?;
             self.names[number] = None;
+            self.known = self.known.take().filter(|_| number > 0);
         }
         Ok(())
     }
 
     fn show(&mut self, number: usize, name: &str) -> Result<(), NetworkError> {
         if self.names[number].is_none() {
-            self.hidden.socket.move_to(&hidden_name(number), self.own.file.as_fd(), name)?;
+            let own = self.own.file.as_fd();
+            match self.prepared.take_if(|_| number == 0) {
+                Some(mut prepared) => {
+                    prepared.namespace.socket.move_to(&prepared.interface.name, own, name)?
+                }
+                None => self.hidden.socket.move_to(&hidden_name(number), own, name)?,
+            }
             self.names[number] = Some(name.to_owned());
         }
         Ok(())
@@ -226,9 +293,14 @@ fn is_ethernet(mac: &[u8]) -> bool {
 /// This thread's namespace, and a new one.
 fn namespaces() -> io::Result<(Namespace, Namespace)> {
     let own = Namespace::of_this_thread()?;
+    let hidden = in_new_namespace(&own.file, Namespace::of_this_thread)??;
+    Ok((own, hidden))
+}
+
+/// Does something in a new namespace, and returns to that of this thread.
+fn in_new_namespace<T>(own: &File, act: impl FnOnce() -> T) -> io::Result<T> {
     unshare(CloneFlags::CLONE_NEWNET)?;
-    let hidden = Namespace::of_this_thread();
-    let returned: Result<(), Errno> = setns(&own.file, CloneFlags::CLONE_NEWNET);
-    returned?;
-    Ok((own, hidden?))
+    let done = act();
+    setns(own, CloneFlags::CLONE_NEWNET)?;
+    Ok(done)
 }
