@@ -177,7 +177,7 @@ impl Network {
         self.configure(&ConfigureNetworkRequest::default())?;
         let mut devices = self.devices();
         let Devices { own, hidden, .. } = &mut *devices;
-        let prepared = Prepared::make(&own.file, &mut hidden.socket, &hidden_name(0))?;
+        let prepared = Prepared::make(&own.file, hidden, &hidden_name(0))?;
         devices.prepared = Some(prepared);
         Ok(())
     }

@@ -15,6 +15,7 @@ use machinen_netlink::{Interface, NetlinkSocket};
 use nix::{
     errno::Errno,
     mount::{MsFlags, mount},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{AddressFamily, SockFlag, SockType, socket},
 };
 
@@ -26,6 +27,10 @@ const NAME: &str = "eth0";
 /// The namespace, for comparison, and its sysfs.
 const NAMESPACE: &str = "/run/machinen-network";
 const SYSFS: &str = "/run/machinen-sys";
+/// Changes of links (rtnetlink.h).
+const RTNLGRP_LINK: u32 = 1;
+/// After this time the kernel has completed a change of a link, ms.
+const LINK_WITHIN: u16 = 1_500;
 
 #[derive(Debug)]
 pub(super) struct Prepared {
@@ -35,23 +40,35 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
-    /// Makes the namespace. `own`: the namespace of this thread; `device`: the name of the device in the namespace of the
-    /// socket.
+    /// Makes the namespace. `own`: that of this thread; `device`: the name of the device in the hidden one, where it
+    /// stays if this fails.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub(super) fn make(own: &File, hidden: &mut NetlinkSocket, device: &str) -> Result<Self, NetworkError> {
+    pub(super) fn make(own: &File, hidden: &mut Namespace, device: &str) -> Result<Self, NetworkError> {
         let made = in_new_namespace(own, || {
             let mut namespace = Namespace::of_this_thread().map_err(NetworkError::Namespace)?;
             loopback_up().map_err(|source| NetworkError::Namespace(source.into()))?;
-            hidden.move_to(device, namespace.file.as_fd(), NAME)?;
-            let interface = apply::switch_on(&mut namespace.socket, NAME)?;
             mount_sysfs()?;
             bind(OWN, NAMESPACE)?;
-            Ok(Self { namespace, interface })
+            hidden.socket.move_to(device, namespace.file.as_fd(), NAME)?;
+            match switch_on(&mut namespace.socket) {
+                Ok(interface) => Ok(Self { namespace, interface }),
+                Err(error) => {
+                    namespace.socket.move_to(NAME, hidden.file.as_fd(), device)?;
+                    Err(error)
+                }
+            }
         });
         made.map_err(NetworkError::Namespace)?
     }
+}
+
+fn switch_on(socket: &mut NetlinkSocket) -> Result<Interface, NetworkError> {
+    let changes = NetlinkSocket::subscribe(&[RTNLGRP_LINK]).map_err(NetworkError::Namespace)?;
+    let interface = apply::switch_on(socket, NAME)?;
+    wait_for_link(&changes).map_err(NetworkError::Namespace)?;
+    Ok(interface)
 }
 
 /// The path of a sysfs that shows the network namespace of this thread.
@@ -64,6 +81,15 @@ pub(crate) fn sysfs() -> &'static str {
 fn loopback_up() -> Result<(), Errno> {
     let any = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     sys::loopback_up(any.as_fd())
+}
+
+/// Waits for the notification with which the kernel has completed the change. It comes from a worker of the kernel within a
+/// second, and each clone would have that work otherwise.
+fn wait_for_link(changes: &NetlinkSocket) -> io::Result<()> {
+    // Those that were sent during the call.
+    changes.drain()?;
+    poll(&mut [PollFd::new(changes.as_fd(), PollFlags::POLLIN)], PollTimeout::from(LINK_WITHIN))?;
+    Ok(())
 }
 
 /// A sysfs shows the network namespace in which it was mounted.

@@ -35,6 +35,7 @@ on_newest_containerd!(
     changes_reach_a_running_container,
     routes_and_neighbours,
     only_loopback_without_a_path,
+    the_sysfs_of_mapped_users_has_the_interface,
     several_interfaces,
     too_many_interfaces_are_refused,
     the_namespace_of_the_pid,
@@ -217,6 +218,28 @@ fn only_loopback_without_a_path(containerd: &mut Containerd) -> Result<()> {
     let (links, rest) = output.split_at(3);
     ensure!(links == "lo\n" && rest == "1\n1 packets received\n", "{output}");
     Ok(())
+}
+
+/// A container with users of its own cannot mount a sysfs, and gets one that shows its network.
+fn the_sysfs_of_mapped_users_has_the_interface(containerd: &mut Containerd) -> Result<()> {
+    let lab = Lab::wired()?;
+    let bundle = Bundle::busybox(containerd)?;
+    for (wired, expected) in [(true, "eth0\nlo\n"), (false, "lo\n")] {
+        let config = bundle.config(&["ls", "/sys/class/net"], |spec| {
+            let mapping = json!([{"containerID": 0, "hostID": 5000, "size": 2000}]);
+            spec["linux"]["uidMappings"] = mapping.clone();
+            spec["linux"]["gidMappings"] = mapping;
+            let namespaces = spec["linux"]["namespaces"].as_array_mut().expect("an array");
+            namespaces.push(json!({"type": "user"}));
+            if wired {
+                namespaces.retain(|namespace| namespace["type"] != "network");
+                namespaces.push(json!({"type": "network", "path": lab.path()}));
+            }
+        })?;
+        let seen = containerd.run_spec(&config).ok()?;
+        ensure!(seen == expected, "{seen}");
+    }
+    lab.nothing_is_left()
 }
 
 /// A second pair of interfaces, with a network of its own.
