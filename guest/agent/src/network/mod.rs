@@ -236,7 +236,7 @@ impl Devices {
             let own = self.own.file.as_fd();
             match self.prepared.take_if(|_| number == 0) {
                 Some(mut prepared) => {
-                    prepared.namespace.socket.move_to(&prepared.interface.name, own, name)?
+                    prepared.namespace.socket.move_to(&prepared.interface.name, own, name)?;
                 }
                 None => self.hidden.socket.move_to(&hidden_name(number), own, name)?,
             }
