@@ -1,16 +1,16 @@
 //! `machinen check`: whether and how this host can run VMs, and what is missing.
 
-use std::{error::Error, path::Path, process::ExitCode};
+use std::{error::Error, process::ExitCode};
 
 use clap::Args;
 use machinen::{
-    RUN_DIR,
     accel::{self, Accelerator},
     assets::Assets,
     config::Config,
     confined,
     error::chain,
     host_cgroup::HostCgroups,
+    owner,
     pool,
     process::{Jail, ReservedUser, Spawn, SystemCalls, ToolOutput, find_program},
     rootdisk::{RootdiskCache, mke2fs_version},
@@ -96,7 +96,7 @@ fn user() -> Finding {
 
 fn accelerator(config: &Config) -> Finding {
     let wanted = config.vm.accel;
-    let verdict = accel::verdict_anew(Path::new(RUN_DIR))
+    let verdict = accel::verdict_anew(owner::run_dir())
         .and_then(|verdict| Ok((verdict.choose(wanted)?, verdict.describe(wanted)?)));
     match verdict {
         Ok((Accelerator::Tcg { .. }, text)) => Finding { what: "accel", verdict: CheckVerdict::Note, text },

@@ -26,7 +26,7 @@ use std::{process::ExitCode, sync::LazyLock};
 
 use clap::{ArgAction, FromArgMatches as _, Parser, Subcommand};
 use failure::Failure;
-use machinen::spec::OCI_VERSION;
+use machinen::{owner, spec::OCI_VERSION};
 
 /// What `--version` prints after the name, in runc's form.
 static VERSION: LazyLock<String> =
@@ -77,6 +77,10 @@ fn main() -> ExitCode {
 }
 
 fn run(oci: &oci::GlobalArgs, verb: Verb) -> Result<ExitCode, Failure> {
+    if owner::user().is_some() {
+        // Locks and sockets are there, so it has to be the user's alone.
+        owner::make_run_dir()?;
+    }
     match verb {
         Verb::Everyday(verb) => everyday::run(oci, verb),
         Verb::Oci(verb) => Ok(oci::run(oci, &verb)?),

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, io, path::Path};
 
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
-use machinen::{RUN_DIR, accel, config::Config, confined, error::chain, features};
+use machinen::{accel, config::Config, confined, error::chain, features, owner};
 use protobuf::{Message, MessageField, well_known_types::any::Any};
 
 use crate::error::ShimError;
@@ -47,7 +47,7 @@ fn accelerator() -> String {
         Ok(config) => config.vm.accel,
         Err(error) => return chain(&error),
     };
-    match accel::verdict(Path::new(RUN_DIR)).and_then(|verdict| verdict.choose(mode)) {
+    match accel::verdict(owner::run_dir()).and_then(|verdict| verdict.choose(mode)) {
         Ok(accelerator) => accelerator.name().to_owned(),
         Err(error) => chain(&error),
     }

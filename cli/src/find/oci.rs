@@ -16,7 +16,7 @@ use super::{
 };
 use crate::boot::keeper;
 use crate::oci::{
-    DEFAULT_ROOT, GlobalArgs, MONITOR,
+    GlobalArgs, MONITOR, default_root,
     state::{ContainerRecord, PODS, StateDir},
 };
 
@@ -42,7 +42,7 @@ pub(super) async fn containers(
 }
 
 pub(super) fn roots(global: &GlobalArgs, processes: &[ListedProcess]) -> BTreeSet<PathBuf> {
-    let mut roots = BTreeSet::from([PathBuf::from(DEFAULT_ROOT), global.root.clone()]);
+    let mut roots = BTreeSet::from([default_root(), global.root.clone()]);
     for monitor in processes {
         let [_, name, params, ..] = monitor.args.as_slice() else { continue };
         if name == MONITOR {

@@ -10,7 +10,7 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
-use machinen::{config::Config, fs::FileError};
+use machinen::{config::Config, fs::FileError, owner};
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::{
     filter::{LevelFilter, Targets},
@@ -22,21 +22,23 @@ use super::error::OciError;
 use crate::failure::Failure;
 
 /// Where containers of the OCI command line have their directories, unless `--root` says otherwise.
-pub(crate) const DEFAULT_ROOT: &str = "/run/machinen/containers";
+pub(crate) fn default_root() -> PathBuf {
+    owner::run_dir().join("containers")
+}
 
 /// Options of all verbs of the OCI runtime.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Options of the OCI runtime")]
 pub(crate) struct GlobalArgs {
     /// Directory for the state of containers
-    #[arg(long, value_name = "DIR", default_value = DEFAULT_ROOT)]
+    #[arg(long, value_name = "DIR", default_value = default_root().into_os_string())]
     pub(crate) root: PathBuf,
     #[command(flatten)]
     pub(super) log: LogArgs,
     /// cgroupsPath has the form SLICE:PREFIX:NAME, whose scope systemd is asked for
     #[arg(long)]
     systemd_cgroup: bool,
-    /// Accepted because callers of runc pass it; machinen needs root
+    /// Accepted because callers of runc pass it; machinen finds out for whom it works
     #[arg(long, value_name = "true|false|auto", hide = true)]
     rootless: Option<String>,
     /// Accepted because callers of runc pass it; the guest has a CRIU of its own

@@ -32,7 +32,7 @@ use clap::Subcommand;
 use machinen::{pod::anchor, reexec::EntryPoint, shares};
 
 pub(crate) use error::OciError;
-pub(crate) use global::{DEFAULT_ROOT, GlobalArgs};
+pub(crate) use global::{GlobalArgs, default_root};
 pub(crate) use monitor::NAME as MONITOR;
 
 /// The hidden processes that the verbs and the monitors start.

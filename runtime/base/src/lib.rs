@@ -11,6 +11,7 @@ pub mod fs;
 pub mod memfd;
 pub mod mounts;
 pub mod netns;
+pub mod owner;
 pub mod pressure;
 pub mod process;
 pub mod reexec;
@@ -20,5 +21,7 @@ pub mod sys;
 pub mod text;
 pub mod watch;
 
-/// Directory of everything that is valid until the host reboots.
+/// The host's root's directory of everything that is valid until the host reboots; others have [`owner::run_dir`].
 pub const RUN_DIR: &str = "/run/machinen";
+/// The host's root's directory of everything that outlives a reboot; others have [`owner::data_dir`].
+pub const DATA_DIR: &str = "/var/lib/machinen";

@@ -17,10 +17,10 @@ pub mod spec;
 pub mod traces;
 pub mod view;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 pub use config::annotations;
-pub use machinen_base::{RUN_DIR, cgroup, confined, error, fs, process, reexec, sys, text, watch};
+pub use machinen_base::{cgroup, confined, error, fs, owner, process, reexec, sys, text, watch};
 pub use machinen_protocol::secrets;
 pub use machinen_storage::{container_disk, layer, rootdisk};
 pub use machinen_vm as vm;
@@ -28,5 +28,5 @@ pub use machinen_vm::{accel, admission, agent, assets, template};
 
 /// The directory in which all starting VMs of this host reserve their memory.
 pub(crate) fn reservations_dir() -> PathBuf {
-    Path::new(RUN_DIR).join("starting")
+    owner::run_dir().join("starting")
 }

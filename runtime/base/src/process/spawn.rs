@@ -1,7 +1,6 @@
 //! The description of a child process, and its start.
 
 use std::{
-    convert::Infallible,
     ffi::{OsStr, OsString},
     fs::File,
     io,
@@ -170,7 +169,7 @@ impl Spawn {
 
     /// Forks and executes; returns once the program runs, with the name to use in messages.
     pub(super) fn spawn_std(self) -> Result<(std::process::Child, String), ProcessError> {
-        self.execute(Bond::Child, std::process::Command::spawn)
+        self.prepare(Bond::Child)?.start()
     }
 
     /// Starts the program in a session of its own, in which it outlives this process. Inside a tokio runtime
@@ -179,7 +178,7 @@ impl Spawn {
     /// # Errors
     /// The program cannot be started.
     pub fn detach(self) -> Result<u32, ProcessError> {
-        let (child, program) = self.execute(Bond::Detached, std::process::Command::spawn)?;
+        let (child, program) = self.prepare(Bond::Detached)?.start()?;
         let pid = child.id();
         child::reap_in_background(child, program);
         Ok(pid)
@@ -187,30 +186,16 @@ impl Spawn {
 
     /// Replaces this process by the program; returns only if that fails.
     pub fn replace(self) -> ProcessError {
-        let result = self.execute(Bond::Replacement, |command| Err::<Infallible, _>(command.exec()));
-        match result {
+        match self.prepare(Bond::Replacement) {
+            Ok(mut prepared) => prepared.program.not_started(prepared.command.exec()),
             Err(error) => error,
-            Ok((never, _)) => match never {},
         }
     }
 
-    /// Builds the command and passes it to `run`. Returns the result with the program's name for messages.
-    fn execute<T>(
-        self,
-        bond: Bond,
-        run: impl FnOnce(&mut std::process::Command) -> io::Result<T>,
-    ) -> Result<(T, String), ProcessError> {
-        let program = self.program.to_string_lossy().into_owned();
-        let failed = |source: io::Error| ProcessError::Spawn { program: program.clone(), source };
-        let not_found = || {
-            let hint = tool::hint(Path::new(&self.program));
-            ProcessError::NotFound { program: program.clone(), hint }
-        };
-        let executable = match Executable::find(&self) {
-            Ok(executable) => executable,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(not_found()),
-            Err(error) => return Err(failed(error)),
-        };
+    /// Builds the command, which does the rest of the work between fork and exec.
+    fn prepare(self, bond: Bond) -> Result<Prepared, ProcessError> {
+        let program = ProgramName(self.program.clone());
+        let executable = Executable::find(&self).map_err(|error| program.not_started(error))?;
         #[expect(clippy::disallowed_methods, reason = "the one place that starts programs")]
         let mut command = std::process::Command::new(&executable.path);
         command.arg0(self.arg0.as_ref().unwrap_or(&self.program));
@@ -223,11 +208,11 @@ impl Spawn {
         }
         command.stdin(self.stdin).stdout(self.stdout).stderr(self.stderr);
         let root = self.jail.root(&executable.path);
-        let root = root.map_err(|source| ProcessError::Root { program: program.clone(), source })?;
+        let root = root.map_err(|source| ProcessError::Root { program: program.to_string(), source })?;
         // Before the descriptors move to their numbers, or the move could overwrite one that the setup uses.
-        let setup = self.jail.setup().map_err(failed)?;
+        let setup = self.jail.setup().map_err(|error| program.failed(error))?;
         let cgroups = self.cgroups.iter().map(|group| cgroup::open_for_entry(group));
-        let cgroups = cgroups.collect::<io::Result<Vec<_>>>().map_err(failed)?;
+        let cgroups = cgroups.collect::<io::Result<Vec<_>>>().map_err(|error| program.failed(error))?;
         let namespaces = self.namespaces;
         sys::child::on_fork(
             &mut command,
@@ -238,19 +223,57 @@ impl Spawn {
             .into_iter()
             .map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd })
             .collect::<Vec<_>>();
-        command.fd_mappings(mappings).map_err(|error| failed(io::Error::other(error)))?;
+        command.fd_mappings(mappings).map_err(|error| program.failed(io::Error::other(error)))?;
         let last = sys::child::LastSetup { limits: self.jail.limits(), filters: self.jail.filters() };
         sys::child::just_before_exec(&mut command, last);
-        let result = if self.jail.namespaces.pid {
-            sys::child::in_new_pid_namespace(|| run(&mut command)).flatten()
-        } else {
-            run(&mut command)
+        let new_pid_namespace = self.jail.namespaces.pid;
+        Ok(Prepared { command, program, new_pid_namespace, _executable: executable })
+    }
+}
+
+/// A command that is complete.
+struct Prepared {
+    command: std::process::Command,
+    program: ProgramName,
+    new_pid_namespace: bool,
+    /// Must exist until the program runs.
+    _executable: Executable,
+}
+
+impl Prepared {
+    fn start(mut self) -> Result<(std::process::Child, String), ProcessError> {
+        let started = match self.new_pid_namespace {
+            true => sys::child::spawn_in_new_pid_namespace(self.command),
+            false => self.command.spawn(),
         };
-        match result {
-            Ok(result) => Ok((result, program)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(not_found()),
-            Err(error) => Err(failed(error)),
+        let child = started.map_err(|error| self.program.not_started(error))?;
+        Ok((child, self.program.to_string()))
+    }
+}
+
+/// The program in messages.
+struct ProgramName(OsString);
+
+impl ProgramName {
+    fn failed(&self, source: io::Error) -> ProcessError {
+        ProcessError::Spawn { program: self.to_string(), source }
+    }
+
+    /// The program could not be executed.
+    fn not_started(&self, source: io::Error) -> ProcessError {
+        match source.kind() {
+            io::ErrorKind::NotFound => {
+                let hint = tool::hint(Path::new(&self.0));
+                ProcessError::NotFound { program: self.to_string(), hint }
+            }
+            _ => self.failed(source),
         }
+    }
+}
+
+impl std::fmt::Display for ProgramName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.to_string_lossy().fmt(f)
     }
 }
 

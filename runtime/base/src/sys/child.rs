@@ -6,7 +6,9 @@ use std::{
         fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
         unix::process::CommandExt as _,
     },
-    process::Command,
+    process::{Child, Command},
+    sync::mpsc,
+    thread,
 };
 
 use seccompiler::BpfProgram;
@@ -216,25 +218,67 @@ fn die_with_parent(parent: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// Calls `fork`, which forks once, so that the child is the first process of a new pid namespace. This thread stays in its
-/// own pid namespace.
+/// Starts `command` as the first process of a new pid namespace. This thread stays in its own pid namespace.
 ///
 /// # Errors
-/// There can be no more pid namespaces, or the process is in a user namespace that does not own its pid namespace.
+/// There can be no more pid namespaces, or the program cannot be started.
 ///
 /// # Panics
 /// The thread cannot return to the pid namespace that its process is in, which would be a mistake of the kernel.
-pub(crate) fn in_new_pid_namespace<T>(fork: impl FnOnce() -> T) -> io::Result<T> {
+pub(crate) fn spawn_in_new_pid_namespace(mut command: Command) -> io::Result<Child> {
     let own = super::pidfd::open(std::process::id())?;
     // SAFETY: no memory is involved; `own` keeps its descriptor open.
     let enter_own = || check(unsafe { libc::setns(own.as_raw_fd(), libc::CLONE_NEWPID) }.into());
     // What is not allowed now would not be allowed after the change either.
-    enter_own()?;
-    // SAFETY: no memory is involved. This changes the namespace of this thread's future children only.
-    check(unsafe { libc::unshare(libc::CLONE_NEWPID) }.into())?;
-    let result = fork();
+    match enter_own() {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => return spawn_from_a_thread(command),
+        allowed => allowed?,
+    }
+    unshare_pids()?;
+    let result = command.spawn();
     enter_own().expect("a thread may return to the pid namespace of its process");
-    Ok(result)
+    result
+}
+
+/// As [`spawn_in_new_pid_namespace`], for a process in a user namespace that does not own its pid namespace: no thread of it
+/// can return there. So the child is the only one of a new thread, which stays for as long as the child does, because the
+/// child would end with it.
+fn spawn_from_a_thread(mut command: Command) -> io::Result<Child> {
+    let (sender, spawned) = mpsc::sync_channel(1);
+    let start = move || {
+        let started = unshare_pids().and_then(|()| {
+            let mut child = command.spawn()?;
+            match super::pidfd::open(child.id()) {
+                Ok(pidfd) => Ok((child, pidfd)),
+                Err(error) => child.kill().and_then(|()| child.wait()).and(Err(error)),
+            }
+        });
+        match started {
+            Ok((child, pidfd)) => {
+                if sender.send(Ok(child)).is_ok() {
+                    wait_readable(&pidfd);
+                }
+            }
+            Err(error) => drop(sender.send(Err(error))),
+        }
+    };
+    thread::Builder::new().name("child".to_owned()).spawn(start)?;
+    spawned.recv().unwrap_or_else(|_| Err(io::Error::other("the thread that starts a child has ended")))
+}
+
+/// The children of this thread are in a new pid namespace after this.
+fn unshare_pids() -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    check(unsafe { libc::unshare(libc::CLONE_NEWPID) }.into())
+}
+
+/// Returns when the process of a pidfd has ended.
+fn wait_readable(pidfd: &OwnedFd) {
+    let mut ended = libc::pollfd { fd: pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: poll(2) reads and writes one structure, which lives until the call returns.
+    while unsafe { libc::poll(&raw mut ended, 1, -1) } < 0 {
+        // Only a signal ends the call early.
+    }
 }
 
 /// Gives up every capability of this process, for good.

@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machinen_base::space::DiskReserve;
+use machinen_base::{DATA_DIR, RUN_DIR, owner, space::DiskReserve};
 use machinen_storage::{container_disk::ContainerDiskOptions, rootdisk::BuildOptions};
 use machinen_vm::MAX_NICS;
 use serde::{Deserialize, Serialize};
@@ -291,7 +291,7 @@ impl Default for TemplateConfig {
     fn default() -> Self {
         Self {
             mode: TemplateMode::Auto,
-            dir: "/run/machinen/template".into(),
+            dir: format!("{RUN_DIR}/template").into(),
             budget_mib: 1024,
             per_namespace: false,
         }
@@ -303,7 +303,7 @@ impl Default for PoolConfig {
         Self {
             size: 1,
             memory_reserve_percent: 25,
-            dir: "/run/machinen/pool".into(),
+            dir: format!("{RUN_DIR}/pool").into(),
             containerd_timeout_s: 600,
         }
     }
@@ -336,7 +336,7 @@ impl RootdiskConfig {
 impl Default for RootdiskConfig {
     fn default() -> Self {
         Self {
-            dir: "/var/lib/machinen/rootdisk".into(),
+            dir: format!("{DATA_DIR}/rootdisk").into(),
             min_size_mib: 2048,
             writable_size_mib: 16384,
             disk_reserve_percent: 1,
@@ -352,7 +352,7 @@ impl Default for RootdiskConfig {
 
 impl Default for BootConfig {
     fn default() -> Self {
-        Self { dir: "/var/lib/machinen/boot".into() }
+        Self { dir: format!("{DATA_DIR}/boot").into() }
     }
 }
 
@@ -374,23 +374,43 @@ impl Default for LogConfig {
     }
 }
 
-/// The path of the configuration file: `MACHINEN_CONFIG`, or the default, which may be missing.
+/// The path of the configuration file: `MACHINEN_CONFIG`, the user's own, or the default, which may be missing.
 pub(crate) fn path() -> PathBuf {
-    env::var_os(PATH_VARIABLE).map_or_else(|| DEFAULT_PATH.into(), PathBuf::from)
+    let own = || owner::config_dir().map(|dir| dir.join("machinen.toml")).filter(|path| path.exists());
+    env::var_os(PATH_VARIABLE).map(PathBuf::from).or_else(own).unwrap_or_else(|| DEFAULT_PATH.into())
 }
 
 impl Config {
-    /// Loads the file that `MACHINEN_CONFIG` names, or `/etc/machinen/machinen.toml`; the latter may be missing.
+    /// Loads the file that `MACHINEN_CONFIG` names, that of an ordinary user (`~/.config/machinen/machinen.toml`), or
+    /// `/etc/machinen/machinen.toml`; the latter may be missing.
     ///
     /// # Errors
     /// The file cannot be read, or has a syntax error, an unknown key or an invalid value.
     pub fn load() -> Result<Self, ConfigError> {
-        match (Self::read(&path()), env::var_os(PATH_VARIABLE)) {
+        let config = match (Self::read(&path()), env::var_os(PATH_VARIABLE)) {
             (Err(ConfigError::Read { source, .. }), None) if source.kind() == io::ErrorKind::NotFound => {
                 Ok(Self::default())
             }
             (result, _) => result,
+        }?;
+        Ok(match owner::user() {
+            Some(_) => config.with_directories(owner::run_dir(), owner::data_dir()),
+            None => config,
+        })
+    }
+
+    /// Has these directories instead of the host's root's, where the configuration has those.
+    fn with_directories(mut self, run: &Path, data: &Path) -> Self {
+        let dirs = [&mut self.template.dir, &mut self.pool.dir, &mut self.rootdisk.dir, &mut self.boot.dir];
+        for dir in dirs {
+            for (of_root, own) in [(RUN_DIR, run), (DATA_DIR, data)] {
+                if let Ok(below) = dir.strip_prefix(of_root) {
+                    *dir = own.join(below);
+                    break;
+                }
+            }
         }
+        self
     }
 
     fn read(path: &Path) -> Result<Self, ConfigError> {

@@ -18,6 +18,16 @@ fn every_key_is_documented() {
 }
 
 #[test]
+fn a_user_has_directories_of_its_own() {
+    let mut config = Config { boot: BootConfig { dir: "/srv/boot".into() }, ..Config::default() };
+    config = config.with_directories(Path::new("/run/user/7/machinen"), Path::new("/home/u/machinen"));
+    assert_eq!(config.template.dir, Path::new("/run/user/7/machinen/template"));
+    assert_eq!(config.pool.dir, Path::new("/run/user/7/machinen/pool"));
+    assert_eq!(config.rootdisk.dir, Path::new("/home/u/machinen/rootdisk"));
+    assert_eq!(config.boot.dir, Path::new("/srv/boot"));
+}
+
+#[test]
 fn io_uring_is_turned_off_before_the_users_arguments() {
     let args = |io_uring, args: &str| {
         VmConfig { io_uring, kernel_args: args.into(), ..VmConfig::default() }.all_kernel_args()

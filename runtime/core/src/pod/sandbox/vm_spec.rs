@@ -3,7 +3,7 @@
 
 use std::{num::NonZero, path::Path, thread, time::Duration};
 
-use machinen_base::{RUN_DIR, sys::tap};
+use machinen_base::{owner, sys::tap};
 use machinen_vm::{
     HostSupport, TRANSLATED_CODE_MIB, VmSpec,
     accel::{self, AccelError, Accelerator},
@@ -55,7 +55,7 @@ pub(super) fn build(
     limits: ContainerLimits,
     host: HostMemory,
 ) -> Result<VmSpec, AccelError> {
-    let accel = accel::for_vm(Path::new(RUN_DIR), config.vm.accel)?;
+    let accel = accel::for_vm(owner::run_dir(), config.vm.accel)?;
     let host_cpus = thread::available_parallelism().map_or(1, NonZero::get);
     let grown = limits.grown(config.vm.growth_percent);
     Ok(VmSpec {
