@@ -42,7 +42,7 @@ pub(super) async fn containers(
 }
 
 pub(super) fn roots(global: &GlobalArgs, processes: &[ListedProcess]) -> BTreeSet<PathBuf> {
-    let mut roots = BTreeSet::from([default_root(), global.root.clone()]);
+    let mut roots = BTreeSet::from([default_root().to_owned(), global.root.clone()]);
     for monitor in processes {
         let [_, name, params, ..] = monitor.args.as_slice() else { continue };
         if name == MONITOR {

@@ -5,7 +5,7 @@ use std::{
     io::{self, Write as _},
     os::fd::AsFd as _,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, LazyLock},
     time::SystemTime,
 };
 
@@ -22,8 +22,9 @@ use super::error::OciError;
 use crate::failure::Failure;
 
 /// Where containers of the OCI command line have their directories, unless `--root` says otherwise.
-pub(crate) fn default_root() -> PathBuf {
-    owner::run_dir().join("containers")
+pub(crate) fn default_root() -> &'static Path {
+    static ROOT: LazyLock<PathBuf> = LazyLock::new(|| owner::run_dir().join("containers"));
+    &ROOT
 }
 
 /// Options of all verbs of the OCI runtime.
@@ -31,7 +32,7 @@ pub(crate) fn default_root() -> PathBuf {
 #[command(next_help_heading = "Options of the OCI runtime")]
 pub(crate) struct GlobalArgs {
     /// Directory for the state of containers
-    #[arg(long, value_name = "DIR", default_value = default_root().into_os_string())]
+    #[arg(long, value_name = "DIR", default_value = default_root().as_os_str())]
     pub(crate) root: PathBuf,
     #[command(flatten)]
     pub(super) log: LogArgs,

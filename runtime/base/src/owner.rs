@@ -40,7 +40,9 @@ fn user_of(uid: u32, map: &str) -> Option<u32> {
 pub fn run_dir() -> &'static Path {
     static DIR: LazyLock<PathBuf> = LazyLock::new(|| match user() {
         None => crate::RUN_DIR.into(),
-        Some(_) => variable("XDG_RUNTIME_DIR").map_or_else(|| data_dir().join("run"), |dir| dir.join("machinen")),
+        Some(_) => {
+            variable("XDG_RUNTIME_DIR").map_or_else(|| data_dir().join("run"), |dir| dir.join("machinen"))
+        }
     });
     &DIR
 }

@@ -7,7 +7,8 @@ use rustix::thread::{CapabilitySet, capabilities};
 /// Whether this process may raise the limits of others, which needs CAP_SYS_RESOURCE: root in a container, for
 /// example, often has no such capability. The one that root of another user namespace has does not count.
 pub fn can_raise() -> bool {
-    crate::owner::user().is_none() && capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_RESOURCE))
+    crate::owner::user().is_none()
+        && capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_RESOURCE))
 }
 
 /// Raises RLIMIT_FSIZE of a process to `bytes`, unless it is higher already.

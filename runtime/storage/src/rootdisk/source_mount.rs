@@ -12,14 +12,18 @@ use std::{
     thread,
 };
 
-use machinen_base::fs::FileError;
+use machinen_base::{
+    fs::FileError,
+    mounts::{TreeOptions, clone_tree},
+    owner,
+};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
 };
 use rustix::{
     fs::{CWD, Mode, OFlags, open},
-    mount::{OpenTreeFlags, open_tree},
+    mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
 };
 
 use super::{RootdiskError, tree::lossy};
@@ -41,14 +45,8 @@ impl AsFd for SourceMount {
 impl SourceMount {
     /// A directory without what is mounted below it.
     pub(super) fn of_dir(dir: &Path) -> Result<Self, RootdiskError> {
-        Self::mounted(dir, |target| {
-            let none = None::<&str>;
-            let bind = MsFlags::MS_BIND;
-            let read_only = bind | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOATIME;
-            mount(Some(dir), target, none, bind, none)
-                .and_then(|()| mount(none, target, none, read_only, none))
-                .map_err(|error| FileError::new("mount a read-only view of", dir, error).into())
-        })
+        let failed = FileError::at("mount a read-only view of", dir);
+        Ok(Self { root: read_only(dir).map_err(failed)?, name: dir.to_owned() })
     }
 
     /// The merged layers, top first.
@@ -71,7 +69,9 @@ impl SourceMount {
             });
             let dirs = dirs.collect::<Result<Vec<_>, _>>()?;
             let names: Vec<_> = dirs.iter().map(|dir| dir.as_raw_fd().to_string()).collect();
-            let options = format!("lowerdir={}", names.join(":"));
+            // An ordinary user's overlayfs keeps its marks in attributes that the user may set.
+            let marks = if owner::user().is_some() { ",userxattr" } else { "" };
+            let options = format!("lowerdir={}{marks}", names.join(":"));
             let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOATIME;
             nix::unistd::chdir("/proc/self/fd")
                 .and_then(|()| {
@@ -85,16 +85,14 @@ impl SourceMount {
     /// `dir`.
     pub(crate) fn of_upper(dir: &Path) -> Result<Self, RootdiskError> {
         Self::mounted(dir, |target| {
-            let none = None::<&str>;
             let upper = target.join("upper");
-            let (bind, read_only) = (
-                MsFlags::MS_BIND,
-                MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOATIME,
-            );
             mount(Some("machinen"), target, Some("tmpfs"), MsFlags::empty(), Some("mode=0755,size=64k"))
                 .and_then(|()| nix::unistd::mkdir(&upper, nix::sys::stat::Mode::S_IRWXU))
-                .and_then(|()| mount(Some(dir), &upper, none, bind, none))
-                .and_then(|()| mount(none, &upper, none, read_only, none))
+                .map_err(io::Error::from)
+                .and_then(|()| {
+                    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+                    Ok(move_mount(read_only(dir)?, "", CWD, &upper, flags)?)
+                })
                 .map_err(|error| FileError::new("mount a read-only view of", dir, error).into())
         })
     }
@@ -156,4 +154,12 @@ impl SourceMount {
 pub(super) fn open_in(dir: impl AsFd, name: &[u8]) -> rustix::io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
     rustix::fs::openat(dir, name, flags, Mode::empty())
+}
+
+/// A read-only mount of a directory, which is in no namespace yet. The flags that its mount has on the host stay: those of
+/// a mount from outside of this user namespace must not be taken away.
+fn read_only(dir: &Path) -> io::Result<OwnedFd> {
+    let opened = open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let options = TreeOptions { recursive: false, read_only: true, follows_host: false };
+    clone_tree(opened.as_fd(), options)
 }
