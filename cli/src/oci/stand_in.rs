@@ -195,8 +195,14 @@ fn release_streams() -> io::Result<()> {
 
 /// Enters the cgroups and namespaces of the container's anchor, with its root, and gives up all capabilities.
 fn join(anchor: u32) -> io::Result<()> {
-    let groups = cgroup::of_process(anchor).map_err(io::Error::other)?;
-    cgroup::enter(&groups, std::process::id()).map_err(io::Error::other)?;
+    let own = std::process::id();
+    let present = cgroup::of_process(own).map_err(io::Error::other)?;
+    let mut groups = cgroup::of_process(anchor).map_err(io::Error::other)?;
+    // An ordinary user may not even write where nothing would change.
+    groups.retain(|group| !present.contains(group));
+    if let Err(error) = cgroup::enter(&groups, own) {
+        tracing::warn!("cannot enter the cgroups of process {anchor}: {}", chain(&error));
+    }
     let pid = Pid::from_raw(anchor.cast_signed()).ok_or(io::ErrorKind::InvalidInput)?;
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
     let all = CloneFlags::CLONE_NEWNET

@@ -9,6 +9,11 @@ use std::{
 /// The file that tap devices are made with.
 pub const DEVICE: &str = "/dev/net/tun";
 
+/// Whether this process may make tap devices: the file exists, and may be opened.
+pub fn is_usable() -> bool {
+    File::options().read(true).write(true).open(DEVICE).is_ok()
+}
+
 /// Makes a tap device in the network namespace of this thread. It carries virtio's header before each packet, so that
 /// the other side can leave checksums and segments to the host. The device is removed when the last copy of the
 /// descriptor is closed.

@@ -23,7 +23,7 @@ use std::{
     time::Duration,
 };
 
-use machinen_base::error::chain;
+use machinen_base::{error::chain, owner};
 use oci_spec::runtime::LinuxResources;
 use tokio::{sync::Mutex, task::spawn_blocking, time::sleep};
 
@@ -126,7 +126,16 @@ impl HostCgroup {
             state.decided = true;
             return Ok(());
         };
-        let joined = blocking(move || JoinedCgroup::enter(&path, &id, &state_dir)).await?;
+        let joined = match blocking(move || JoinedCgroup::enter(&path, &id, &state_dir)).await {
+            Ok(joined) => joined,
+            // The cgroups of the host are not an ordinary user's, unless they were delegated to it.
+            Err(error) if owner::user().is_some() => {
+                tracing::warn!("limits hold in the guest only: {}", chain(&error));
+                state.decided = true;
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
         tracing::debug!("entered the cgroup {} of the host", joined.path());
         *state = CgroupState { decided: true, joined: Some(Arc::new(joined)), ..CgroupState::default() };
         Ok(())

@@ -1,7 +1,7 @@
 //! Decides what VM a pod gets, from the configuration, this host, and the limits of the pod's first
 //! container.
 
-use std::{num::NonZero, path::Path, thread, time::Duration};
+use std::{num::NonZero, thread, time::Duration};
 
 use machinen_base::{owner, sys::tap};
 use machinen_vm::{
@@ -75,7 +75,7 @@ pub(super) fn build(
         image: assets.image.clone(),
         kernel_args: config.vm.all_kernel_args(),
         channel: choose_channel(config.vm.channel, &HostSupport::detect(&config.vm.vhost_device_vsock)),
-        nics: if Path::new(tap::DEVICE).exists() { config.vm.network_devices } else { 0 },
+        nics: if tap::is_usable() { config.vm.network_devices } else { 0 },
         hostname: name.chars().filter(char::is_ascii).take(MAX_HOSTNAME).collect(),
         boot_timeout: Duration::from_secs(config.vm.boot_timeout_s),
         qemu_files: config.vm.qemu_files.clone(),
