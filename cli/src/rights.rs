@@ -14,7 +14,7 @@ fn missing_of(is_root: bool, user: u32, name: Option<&str>) -> String {
     let name = name.map(|name| format!(" ({name})")).unwrap_or_default();
     match is_root {
         false => format!(
-            "this is user {user}{name}, without a user namespace: try again with sudo, or below `podman unshare`"
+            "this is user {user}{name}, without a user namespace: try again with sudo, or as an ordinary user below `podman unshare`"
         ),
         true => format!(
             "this is root of a user namespace, user {user}{name} outside of it, as under rootless Podman: `machinen check` \

@@ -30,6 +30,7 @@ pub mod phases;
 pub mod podman;
 pub mod private_host;
 pub mod process;
+pub mod rootless;
 pub mod runtime;
 pub mod samples;
 pub mod served;

@@ -194,7 +194,7 @@ fn is_below(file: &str, dir: &str) -> bool {
 }
 
 impl Version {
-    fn dir(self) -> Result<PathBuf> {
+    pub(crate) fn dir(self) -> Result<PathBuf> {
         let name = match self {
             Self::V4 => "podman-4",
             Self::V5 => "podman",

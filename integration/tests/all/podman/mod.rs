@@ -7,6 +7,7 @@ mod network;
 mod older;
 mod options;
 mod pods;
+mod rootless;
 mod verbs;
 mod volumes;
 
