@@ -30,6 +30,16 @@ const NEWUIDMAP: &str = "/usr/bin/newuidmap";
 /// The device nodes that each user may open, and their numbers.
 const DEVICES: [(&str, u64, u64); 2] = [("/dev/fuse", 10, 229), ("/dev/net/tun", 10, 200)];
 
+/// Has the copies of programs of another suite find their copied libraries and dynamic linker.
+const RELOCATE: &str = r#"
+find "$1/usr/bin" "$1/usr/lib" -type f | while read -r file; do
+    path=$(patchelf --print-rpath "$file" 2> /dev/null) || continue
+    case $path in "$0"*) patchelf --force-rpath --set-rpath "$1${path#"$0"}" "$file" ;; esac
+    linker=$(patchelf --print-interpreter "$file" 2> /dev/null) || continue
+    case $linker in "$0"*) patchelf --set-interpreter "$1${linker#"$0"}" "$file" ;; esac
+done
+"#;
+
 /// A Podman of an ordinary user, whose containers have VMs.
 #[derive(Debug)]
 pub struct RootlessPodman {
@@ -129,6 +139,7 @@ fn prepare(root: &Path, version: Version) -> Result<()> {
     fs::set_permissions(&user, PermissionsExt::from_mode(0o755))?;
     own_dir(&user.join("home"))?;
     Invocation::new("cp").arg("-rL").arg(dir.join("usr")).arg(&user).run()?.ok()?;
+    Invocation::new("sh").args(["-c", RELOCATE]).arg(dir.canonicalize()?).arg(&user).run()?.ok()?;
     Invocation::new("cp").arg("-a").arg(dir.join("etc/.")).arg(&etc).run()?.ok()?;
     fs::copy(paths::release_dir()?.join("machinen"), user.join("machinen"))?;
     let assets = user.join("guest");

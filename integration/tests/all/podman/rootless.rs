@@ -35,7 +35,7 @@ fn exit_codes(podman: &RootlessPodman) -> Result<()> {
     for (command, status) in [
         (&["true"][..], 0),
         (&["sh", "-c", "exit 7"], 7),
-        (&["sh", "-c", "kill -9 $$"], 137),
+        (&["sh", "-c", "sh -c 'kill -9 $$'; exit $?"], 137),
         (&["no-such"], 127),
     ] {
         let output = podman.output(&[&["run", "--rm", "--network", "none", IMAGE], command].concat())?;

@@ -15,6 +15,7 @@ use std::{
     },
 };
 
+use machinen_base::owner;
 use machinen_protocol::layer::{MAX_RECORDS, OPAQUE};
 use rustix::{
     fs::{
@@ -444,11 +445,34 @@ fn set_metadata(file: BorrowedFd<'_>, entry: &ArchiveEntry, marked: bool) -> Res
         .map_err(failed("set the owner of"))?;
     fchmod(file, Mode::from_raw_mode(entry.mode)).map_err(failed("set the mode of"))?;
     for (key, value) in &entry.xattrs {
-        if marked || key.as_bytes() != OPAQUE.0.as_bytes() {
+        if let Some(key) = on_host(key)
+            && (marked || key != opaque_mark())
+        {
             set_xattr(file, key, value).map_err(failed("set an attribute of"))?;
         }
     }
     futimens(file, &times(entry.mtime)).map_err(failed("set the time of"))
+}
+
+/// The name by which overlayfs of this process's user namespace knows an opaque directory.
+pub(super) fn opaque_mark() -> &'static CStr {
+    match owner::user() {
+        None => c"trusted.overlay.opaque",
+        Some(_) => c"user.overlay.opaque",
+    }
+}
+
+/// The name that an attribute of a container has on the host. An ordinary user can set no trusted attribute, and overlayfs would
+/// take the container's own attributes of overlayfs for its marks: None, they are left out.
+fn on_host(key: &CStr) -> Option<&CStr> {
+    if owner::user().is_none() {
+        return Some(key);
+    }
+    match key.to_bytes() {
+        name if name == OPAQUE.0.as_bytes() => Some(opaque_mark()),
+        name if name.starts_with(b"trusted.") || name.starts_with(b"user.overlay.") => None,
+        _ => Some(key),
+    }
 }
 
 pub(super) fn set_xattr(file: BorrowedFd<'_>, key: &CStr, value: &[u8]) -> Result<(), Errno> {

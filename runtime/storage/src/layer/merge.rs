@@ -19,7 +19,7 @@ use std::{
 };
 
 use machinen_base::fs::{FileError, lock};
-use machinen_protocol::layer::{OPAQUE, travels};
+use machinen_protocol::layer::travels;
 use rustix::{
     fs::{
         AtFlags, Dir, FileType, Gid, Mode, Stat, Timestamps, Uid, fchmod, fchown, fgetxattr, flistxattr,
@@ -30,7 +30,7 @@ use rustix::{
 
 use super::{
     LayerError,
-    apply::{directory_flags, open_dir, set_xattr, times, write_error},
+    apply::{directory_flags, opaque_mark, open_dir, set_xattr, times, write_error},
     archive::Components,
     lower::XATTR_MAX,
 };
@@ -124,7 +124,7 @@ fn is_directory(status: &Stat) -> bool {
 }
 
 fn is_opaque(dir: BorrowedFd<'_>) -> Result<bool, Errno> {
-    match fgetxattr(dir, OPAQUE.0, &mut [0_u8; 8][..]) {
+    match fgetxattr(dir, opaque_mark(), &mut [0_u8; 8][..]) {
         Ok(_) | Err(Errno::RANGE) => Ok(true),
         Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(false),
         Err(errno) => Err(errno),
@@ -164,7 +164,8 @@ pub(super) fn copy_metadata(
     fchmod(target, Mode::from_raw_mode(status.st_mode & 0o7777))?;
     let (wanted, present) = (attributes(staged)?, attributes(target)?);
     let keys = |list: &[u8]| -> Vec<Vec<u8>> {
-        let keys = list.split(|&byte| byte == 0).filter(|key| travels(key) && *key != OPAQUE.0.as_bytes());
+        let keys =
+            list.split(|&byte| byte == 0).filter(|key| travels(key) && *key != opaque_mark().to_bytes());
         keys.map(<[u8]>::to_vec).collect()
     };
     let wanted = keys(&wanted);
