@@ -188,8 +188,12 @@ fn configure(root: &Path, version: Version) -> Result<()> {
         user.join("machinen"),
     );
     fs::write(containers.join("containers.conf"), config).context("cannot configure Podman")?;
-    fs::write(containers.join("storage.conf"), "[storage]\ndriver = \"overlay\"\n")
-        .context("cannot configure Podman's storage")?;
+    // The older version does not commit a container without these two.
+    let storage = format!(
+        "[storage]\ndriver = \"overlay\"\nrunroot = \"/run/user/{USER}/containers\"\ngraphroot = {:?}\n",
+        user.join("home/.local/share/containers/storage")
+    );
+    fs::write(containers.join("storage.conf"), storage).context("cannot configure Podman's storage")?;
     let machinen = root.join("etc/machinen");
     fs::create_dir_all(&machinen)?;
     let text =
