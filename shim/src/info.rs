@@ -1,6 +1,6 @@
 //! `-info`: describes this runtime and its features (containerd 2.2 and newer, once per runtime).
 
-use std::{collections::HashMap, io, path::Path};
+use std::{collections::HashMap, io};
 
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use machinen::{accel, config::Config, confined, error::chain, features, owner};

@@ -77,7 +77,7 @@ pub fn make_run_dir() -> Result<(), FileError> {
     }
     let status = fs::symlink_metadata(dir).map_err(FileError::at("examine", dir))?;
     if !status.is_dir() || status.uid() != geteuid().as_raw() || status.mode() & 0o077 != 0 {
-        let text = "it has to be a directory of this user that nobody else may enter (mode 0700)";
+        let text = "it has to be a directory of this user that no other user may enter (mode 0700)";
         return Err(FileError::new("use", dir, io::Error::new(io::ErrorKind::PermissionDenied, text)));
     }
     Ok(())

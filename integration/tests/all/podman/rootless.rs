@@ -15,7 +15,14 @@ macro_rules! with_rootless_podman {
     };
 }
 
-with_rootless_podman!(exit_codes, a_life, a_users_files, its_own_directories_and_users, a_pod);
+with_rootless_podman!(
+    exit_codes,
+    a_life,
+    a_users_files,
+    a_second_start,
+    its_own_directories_and_users,
+    a_pod
+);
 
 fn run(version: Version, test: fn(&RootlessPodman) -> Result<()>) {
     let podman = RootlessPodman::start(version).unwrap_or_else(|error| panic!("{error:#}"));
@@ -82,7 +89,18 @@ fn a_users_files(podman: &RootlessPodman) -> Result<()> {
     remove(podman, "it")
 }
 
-/// The state is below the user's directories, for nobody else, and QEMU runs as another user than the user.
+/// A directory of the image that the container has replaced is still the container's own.
+fn a_second_start(podman: &RootlessPodman) -> Result<()> {
+    let script =
+        "ls /replaced /etc; [ -e /replaced ] || { rm -r /etc; mkdir /etc /replaced; echo new > /etc/new; }";
+    let output = podman.output(&["run", "--name", "it", "--network", "none", IMAGE, "sh", "-c", script])?;
+    ensure!(output.status == 0 && output.text().contains("passwd"), "{output}");
+    let again = podman.ok(&["start", "--attach", "it"])?;
+    ensure!(again.contains("new") && !again.contains("passwd"), "{again}");
+    remove(podman, "it")
+}
+
+/// The state is below the user's directories, for no other user, and QEMU runs as another user than the user.
 fn its_own_directories_and_users(podman: &RootlessPodman) -> Result<()> {
     start(podman, "it", "sleep 1000")?;
     let dir = podman.host().path(&format!("/run/user/{}/machinen", podman.user()));

@@ -124,7 +124,7 @@ impl Range {
     fn of_maps(uids: &str, gids: &str) -> Option<Self> {
         let (uids, gids) = (mapped(uids), mapped(gids));
         let pairs = uids.iter().flat_map(|uid| gids.iter().map(move |gid| (uid, gid)));
-        // Number 0 is the user, who is nobody else.
+        // Number 0 is the user that this process works for.
         let common = pairs.map(|(uid, gid)| (uid.0.max(gid.0).max(1), uid.1.min(gid.1)));
         let (start, end) = common.max_by_key(|(start, end)| end.saturating_sub(*start))?;
         let length = end.checked_sub(start).filter(|length| *length > 0)?;

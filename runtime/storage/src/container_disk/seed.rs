@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use machinen_base::fs::FileError;
+use machinen_base::{fs::FileError, owner};
 use rustix::fs::ftruncate;
 
 use super::{ContainerDiskError, ContainerDiskOptions, blank::parent};
@@ -76,6 +76,10 @@ fn fill(
     // The marks of an overlay are such attributes.
     let tree_to_copy = CopiedTree { root: mount.share()?, inodes, needed, has_trusted: true };
     mke2fs.seeded(tree_to_copy, file, dir)?;
-    let finished = ext4::normalise(file, &tree, ext4::OriginMarks::Dropped);
+    let marks = match owner::user() {
+        None => ext4::OriginMarks::Dropped,
+        Some(_) => ext4::OriginMarks::DroppedOfUser,
+    };
+    let finished = ext4::normalise(file, &tree, marks);
     Ok(finished.map_err(|source| RootdiskError::Finish { root: upper.to_owned(), source })?)
 }

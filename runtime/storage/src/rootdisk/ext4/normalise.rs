@@ -23,6 +23,9 @@ pub(crate) enum OriginMarks {
     Kept,
     /// The marks refer to a file system of the host. In the guest they would hide files of the lower layer.
     Dropped,
+    /// As Dropped, of an upper directory of an ordinary user, where all marks are user attributes (`userxattr` in
+    /// Documentation/filesystems/overlayfs.rst). That of an opaque directory becomes the one that the guest's overlay reads.
+    DroppedOfUser,
 }
 
 /// Sets the UUID of a disk, which is part of the handles of its files (name_to_handle_at(2)).

@@ -41,6 +41,18 @@ impl Raw {
         self.prefix == 4 && self.name == b"overlay.origin"
     }
 
+    /// The attribute that it is on the disk, if any.
+    fn as_on_disk(self, marks: OriginMarks) -> Option<Self> {
+        match marks {
+            OriginMarks::Kept => Some(self),
+            _ if self.is_origin() => None,
+            OriginMarks::DroppedOfUser if self.prefix == 1 && self.name.starts_with(b"overlay.") => {
+                (self.name == b"overlay.opaque").then_some(Self { prefix: 4, ..self })
+            }
+            _ => Some(self),
+        }
+    }
+
     fn hash(&self) -> u32 {
         let name = self.name.iter().fold(0_u32, |hash, &byte| hash.rotate_left(5) ^ u32::from(byte));
         self.value.chunks(4).fold(name, |hash, chunk| {
@@ -74,10 +86,9 @@ impl Ext4Image<'_> {
         marks: OriginMarks,
     ) -> Result<bool, Ext4Error> {
         let (inside, outside) = self.raw_xattrs(inode)?;
-        let mut all = [inside, outside].concat();
-        let found = all.len();
-        all.retain(|raw| marks == OriginMarks::Kept || !raw.is_origin());
-        if all.len() == found && found < 2 {
+        let found = [inside, outside].concat();
+        let mut all: Vec<_> = found.iter().cloned().filter_map(|raw| raw.as_on_disk(marks)).collect();
+        if all == found && found.len() < 2 {
             return Ok(false);
         }
         // The order that the kernel requires in a block.
@@ -215,6 +226,21 @@ mod tests {
             write(&mut area, base, &attributes, true);
             assert_eq!(parse(&area, base).unwrap(), attributes);
         }
+    }
+
+    #[test]
+    fn marks_of_an_ordinary_users_overlay_become_those_of_the_guests() {
+        let of = |name: &str, marks| raw(name, 1).as_on_disk(marks).map(|raw| (raw.prefix, raw.name));
+        let kept = |prefix, name: &str| Some((prefix, name.as_bytes().to_vec()));
+        assert_eq!(of("overlay.opaque", OriginMarks::DroppedOfUser), kept(4, "overlay.opaque"));
+        assert_eq!(of("overlay.impure", OriginMarks::DroppedOfUser), None);
+        assert_eq!(of("overlay.opaque", OriginMarks::Dropped), kept(1, "overlay.opaque"));
+        assert_eq!(of("comment", OriginMarks::DroppedOfUser), kept(1, "comment"));
+        let origin = || Raw { prefix: 4, ..raw("overlay.origin", 1) };
+        assert_eq!(
+            (origin().as_on_disk(OriginMarks::Dropped), origin().as_on_disk(OriginMarks::Kept)),
+            (None, Some(origin()))
+        );
     }
 
     #[test]
