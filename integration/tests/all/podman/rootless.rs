@@ -26,7 +26,8 @@ with_rootless_podman!(
 
 fn run(version: Version, test: fn(&RootlessPodman) -> Result<()>) {
     let podman = RootlessPodman::start(version).unwrap_or_else(|error| panic!("{error:#}"));
-    let result = podman.load(&Image::busybox().unwrap()).and_then(|()| test(&podman));
+    let loaded = Image::busybox().and_then(|image| podman.load(&image));
+    let result = loaded.and_then(|()| test(&podman));
     result.unwrap_or_else(|error| panic!("with {version:?}: {error:#}"));
 }
 

@@ -42,7 +42,7 @@ impl Raw {
     }
 
     /// The attribute that it is on the disk, if any.
-    fn as_on_disk(self, marks: OriginMarks) -> Option<Self> {
+    fn on_disk(self, marks: OriginMarks) -> Option<Self> {
         match marks {
             OriginMarks::Kept => Some(self),
             _ if self.is_origin() => None,
@@ -87,7 +87,7 @@ impl Ext4Image<'_> {
     ) -> Result<bool, Ext4Error> {
         let (inside, outside) = self.raw_xattrs(inode)?;
         let found = [inside, outside].concat();
-        let mut all: Vec<_> = found.iter().cloned().filter_map(|raw| raw.as_on_disk(marks)).collect();
+        let mut all: Vec<_> = found.iter().cloned().filter_map(|raw| raw.on_disk(marks)).collect();
         if all == found && found.len() < 2 {
             return Ok(false);
         }
@@ -230,7 +230,7 @@ mod tests {
 
     #[test]
     fn marks_of_an_ordinary_users_overlay_become_those_of_the_guests() {
-        let of = |name: &str, marks| raw(name, 1).as_on_disk(marks).map(|raw| (raw.prefix, raw.name));
+        let of = |name: &str, marks| raw(name, 1).on_disk(marks).map(|raw| (raw.prefix, raw.name));
         let kept = |prefix, name: &str| Some((prefix, name.as_bytes().to_vec()));
         assert_eq!(of("overlay.opaque", OriginMarks::DroppedOfUser), kept(4, "overlay.opaque"));
         assert_eq!(of("overlay.impure", OriginMarks::DroppedOfUser), None);
@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(of("comment", OriginMarks::DroppedOfUser), kept(1, "comment"));
         let origin = || Raw { prefix: 4, ..raw("overlay.origin", 1) };
         assert_eq!(
-            (origin().as_on_disk(OriginMarks::Dropped), origin().as_on_disk(OriginMarks::Kept)),
+            (origin().on_disk(OriginMarks::Dropped), origin().on_disk(OriginMarks::Kept)),
             (None, Some(origin()))
         );
     }
