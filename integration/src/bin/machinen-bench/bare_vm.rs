@@ -4,6 +4,7 @@
 use std::{
     fs::File,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -57,8 +58,15 @@ impl BareVm {
     }
 
     /// Boots a VM of another kernel that has a directory of the host at `at` by virtio-9p, and runs a command of the shell.
-    /// Returns what that prints.
-    pub(crate) fn run_with_9p(&self, kernel: &Path, share: &Path, at: &str, command: &str) -> Result<String> {
+    /// Returns what that prints, within `time`.
+    pub(crate) fn run_with_9p(
+        &self,
+        kernel: &Path,
+        share: &Path,
+        at: &str,
+        command: &str,
+        time: Duration,
+    ) -> Result<String> {
         // QEMU's manual asks for a large msize. cache=none is the only kind that is coherent with the host.
         let options = "trans=virtio,version=9p2000.L,msize=524288,cache=none";
         self.prepare(&format!(
@@ -69,7 +77,7 @@ impl BareVm {
         let device = "virtio-9p-device,fsdev=share,mount_tag=share";
         args.extend(["-fsdev", &fsdev, "-device", device].map(str::to_owned));
         let (program, args) = args.split_first().context("no program")?;
-        printed(Invocation::new(program).args(args).run()?)
+        printed(Invocation::new(program).args(args).deadline(time).run()?)
     }
 
     /// Makes the disk, whose init runs the script and powers the VM off.

@@ -51,7 +51,7 @@ pub(crate) fn measure(
             eprintln!("work on volumes with virtio-9p");
             let command = format!("/usr/bin/python3.13 /volumes.py {rounds} {}", DIRS[0]);
             let vm = BareVm::new(&bundle, qemu)?;
-            parsed(&vm.run_with_9p(kernel, &volume, DIRS[0], &command)?, rounds)?
+            parsed(&vm.run_with_9p(kernel, &volume, DIRS[0], &command, PATIENCE)?, rounds)?
         }
         None => Vec::new(),
     };
