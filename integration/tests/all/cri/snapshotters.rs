@@ -55,7 +55,7 @@ fn one_that_does_not_exist(node: &mut Node) -> Result<()> {
     is_refused(node, "no-such", ["snapshotter no-such", "not found"])
 }
 
-/// The snapshots are disks, but with a file system that is none of those that the guest gets.
+/// The snapshots are disks with ext3, which machinen does not give to a guest.
 fn one_with_disks_of_another_kind(node: &mut Node) -> Result<()> {
     is_refused(
         node,

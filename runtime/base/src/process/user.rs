@@ -26,7 +26,7 @@ const NUMBERS: u32 = 1 << 24;
 
 /// Most numbers that are taken from a user's range.
 const OF_RANGE: u32 = 4096;
-/// The last numbers of a range, which containers have more often than those before: 65534 is nobody.
+/// The last numbers of a range are left to containers: images use some of them, such as 65534 for the user `nobody`.
 const LAST: u32 = 1024;
 
 /// A user that no other process of this host runs as, until this is dropped. If there is only one user, it is that one.
