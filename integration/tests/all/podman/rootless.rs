@@ -3,7 +3,11 @@
 use std::{fs, os::unix::fs::MetadataExt as _};
 
 use anyhow::{Context, Result, ensure};
-use machinen_integration::{image::Image, podman::Version, rootless::RootlessPodman};
+use machinen_integration::{image::Image, inventory::Inventory, podman::Version, rootless::RootlessPodman};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 use crate::harness::IMAGE;
 
@@ -20,6 +24,7 @@ with_rootless_podman!(
     a_life,
     a_users_files,
     a_second_start,
+    a_killed_monitor,
     its_own_directories_and_users,
     a_pod
 );
@@ -99,6 +104,31 @@ fn a_second_start(podman: &RootlessPodman) -> Result<()> {
     let again = podman.ok(&["start", "--attach", "it"])?;
     ensure!(again.contains("new") && !again.contains("passwd"), "{again}");
     remove(podman, "it")
+}
+
+/// Neither QEMU nor another process of the VM outlives the owner of the VM, and the container can be removed.
+fn a_killed_monitor(podman: &RootlessPodman) -> Result<()> {
+    let of_machinen = |left: Inventory| {
+        let files = left.files.into_iter().filter(|file| file.contains("/machinen/"));
+        files.filter(|file| !file.contains("/machinen/accel")).collect::<Vec<_>>()
+    };
+    start(podman, "first", "true")?;
+    podman.ok(&["wait", "first"])?;
+    remove(podman, "first")?;
+    let before = podman.host().inventory(&[])?;
+    start(podman, "it", "sleep 1000")?;
+    let processes = podman.host().processes()?;
+    let monitor = processes.iter().find(|process| process.command.contains("container-monitor"));
+    let pid = monitor.context("no monitor")?.pid;
+    ensure!(processes.iter().any(|process| process.command.contains("qemu-system")), "no QEMU");
+    kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL)?;
+    ensure!(podman.ok(&["wait", "it"])? == "137");
+    remove(podman, "it")?;
+    let left = of_machinen(podman.host().settle(&before, &[])?);
+    ensure!(left.is_empty(), "{left:?}");
+    start(podman, "again", "true")?;
+    ensure!(podman.ok(&["wait", "again"])? == "0");
+    remove(podman, "again")
 }
 
 /// The state is below the user's directories, for no other user, and QEMU runs as another user than the user.
