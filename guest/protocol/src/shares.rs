@@ -11,10 +11,8 @@
 //! The messages differ from those of a kernel in this:
 //!
 //! - RELEASE and RELEASEDIR have no reply. The process that has closed the file does not wait for one either.
-//! - A successful reply to CREATE, UNLINK or RMDIR may be followed, within its length, by the attributes of the
-//!   directory ([`DIRECTORY_ATTRIBUTES`]), for which the kernel asks next.
-//! - The last word of the reply to OPEN and CREATE says whether the file has capabilities ([`NO_CAPABILITIES`]), for
-//!   which the kernel asks before the first write.
+//! - The reply to OPEN and CREATE may say that the file has no capabilities ([`FOPEN_NO_CAPABILITIES`]), for which the
+//!   kernel asks otherwise before the first write.
 
 use std::{
     path::{Path, PathBuf},
@@ -31,12 +29,9 @@ pub const MAX_DATA: usize = 1 << 20;
 pub const MAX_MESSAGE: usize = MAX_DATA + 4096;
 /// How long the guest may use what it knows of a name or of attributes. A change on the host is seen after that.
 pub const FRESH: Duration = Duration::from_secs(1);
-/// Bytes of the attributes of a directory after a reply (fuse_attr_out).
-pub const DIRECTORY_ATTRIBUTES: usize = 104;
-/// Bytes of the body of the reply to OPEN (fuse_open_out), which is also the end of that to CREATE.
-pub const OPEN_OUT: usize = 16;
-/// The last word of a fuse_open_out, which the kernel does not use: the file has no attribute `security.capability`.
-pub const NO_CAPABILITIES: u32 = 1;
+/// What the kernel may do with an open file (fuse_open_out): know that it has no attribute `security.capability`. A flag of
+/// the guest's kernel (`config/kernel-patches/fuse-fewer-questions.patch`); others ignore it.
+pub const FOPEN_NO_CAPABILITIES: u32 = 1 << 31;
 /// Where the agent mounts the file system. No container sees this path.
 pub const MOUNT_POINT: &str = "/run/machinen-shares";
 

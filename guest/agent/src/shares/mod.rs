@@ -7,7 +7,6 @@
 //! has one thread, which also passes the requests on: it must never access a file of a volume itself, or it
 //! would wait for its own answer. Other processes do that for it.
 
-mod foreseen;
 mod queue;
 mod replaced;
 mod sockets;
@@ -41,7 +40,6 @@ use tokio::{
 };
 
 use self::{
-    foreseen::Foreseen,
     queue::Queue,
     replaced::{Data, Renaming},
     sockets::Sockets,
@@ -182,11 +180,11 @@ async fn pass_on(
     streams: Vec<Stream>,
 ) {
     let mut queues = JoinSet::new();
-    let (foreseen, turn) = (Arc::new(Foreseen::default()), Arc::new(Mutex::new(())));
+    let turn = Arc::new(Mutex::new(()));
     for stream in streams {
         let (device, sockets) = (Arc::clone(&device), Arc::clone(&sockets));
-        let (renaming, foreseen) = (Arc::clone(&renaming), Arc::clone(&foreseen));
-        let queue = Queue { device, sockets, renaming, foreseen, turn: Arc::clone(&turn), stream };
+        let (renaming, turn) = (Arc::clone(&renaming), Arc::clone(&turn));
+        let queue = Queue { device, sockets, renaming, turn, stream, unsent: Vec::new() };
         queues.spawn(queue.run());
     }
     drop(device);

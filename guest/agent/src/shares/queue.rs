@@ -14,7 +14,6 @@ use tokio::{
 };
 
 use super::{
-    foreseen::Foreseen,
     replaced::Renaming,
     sockets::{
         Lookup, NewSocket, Sockets,
@@ -25,6 +24,8 @@ use crate::{channel::Stream, console};
 
 type Device = Arc<AsyncFd<OwnedFd>>;
 
+/// Bytes of requests without a reply that are sent at once.
+const MAX_UNSENT: usize = 16 << 10;
 /// Room for the reply to a lookup, bytes.
 const SHORT_REPLY: usize = 256;
 
@@ -33,10 +34,12 @@ pub(super) struct Queue {
     pub(super) device: Device,
     pub(super) sockets: Arc<Sockets>,
     pub(super) renaming: Arc<Renaming>,
-    pub(super) foreseen: Arc<Foreseen>,
     /// Held by the queue that waits for a request: all of them would wake up for each.
     pub(super) turn: Arc<Mutex<()>>,
     pub(super) stream: Stream,
+    /// Requests that the host does not reply to. They are sent with the next one that it does reply to, or when the kernel
+    /// has no further request.
+    pub(super) unsent: Vec<u8>,
 }
 
 impl Queue {
@@ -47,40 +50,63 @@ impl Queue {
     pub(super) async fn run(mut self) -> io::Result<()> {
         let mut message = vec![0; MAX_MESSAGE];
         while let Some(request) = self.next(&mut message).await? {
-            // A request that is being answered cannot be given up. With the last file of a file system that is
-            // unmounted nothing is left to be done on the host.
-            if matches!(request.opcode, opcode::INTERRUPT | opcode::DESTROY) {
-                continue;
-            }
-            let body = &message[REQUEST_HEADER..request.length];
-            let own = self.sockets.answer(request, body).or_else(|| self.renaming.answer(request, body));
-            match own.or_else(|| self.foreseen.answer(request, body)) {
-                Some(answer) if answer.is_empty() => {}
-                Some(answer) => write(&self.device, &answer)?,
-                None => self.pass_on(request, &mut message).await?,
-            }
+            self.pass_on(request, &mut message).await?;
         }
         Ok(())
     }
 
-    /// The next request, in `message`. None: the file system was unmounted.
-    async fn next(&self, message: &mut [u8]) -> io::Result<Option<RequestHeader>> {
-        let _turn = self.turn.lock().await;
-        read(&self.device, message).await
+    /// The next request that the host replies to, in `message`. None: the file system was unmounted.
+    async fn next(&mut self, message: &mut [u8]) -> io::Result<Option<RequestHeader>> {
+        let turn = Arc::clone(&self.turn);
+        let _turn = turn.lock().await;
+        loop {
+            let request = match read(&self.device, message).await? {
+                Some(Read::Request(request)) => request,
+                Some(Read::None) => {
+                    self.send(&[]).await?;
+                    continue;
+                }
+                None => return Ok(None),
+            };
+            if !self.is_done(request, &message[..request.length])? {
+                return Ok(Some(request));
+            }
+            if self.unsent.len() >= MAX_UNSENT {
+                self.send(&[]).await?;
+            }
+        }
+    }
+
+    /// Does what a request asks for, if that takes no reply from the host. Otherwise false.
+    fn is_done(&mut self, request: RequestHeader, message: &[u8]) -> io::Result<bool> {
+        // A request that is being answered cannot be given up. With the last file of a file system that is unmounted
+        // nothing is left to be done on the host.
+        if matches!(request.opcode, opcode::INTERRUPT | opcode::DESTROY) {
+            return Ok(true);
+        }
+        let body = &message[REQUEST_HEADER..];
+        let own = self.sockets.answer(request, body).or_else(|| self.renaming.answer(request, body));
+        if let Some(answer) = own {
+            if !answer.is_empty() {
+                write(&self.device, &answer)?;
+            }
+            return Ok(true);
+        }
+        self.sockets.forget(request, body);
+        if is_answered(request.opcode) {
+            return Ok(false);
+        }
+        self.unsent.extend_from_slice(message);
+        self.acknowledge(request)?;
+        Ok(true)
     }
 
     /// Sends a request to the host, and the reply to the kernel.
     async fn pass_on(&mut self, request: RequestHeader, message: &mut [u8]) -> io::Result<()> {
         let sent = &message[..request.length];
-        self.sockets.forget(request, &sent[REQUEST_HEADER..]);
         let lookup = if request.opcode == opcode::LOOKUP { sent.to_vec() } else { Vec::new() };
-        let foreseen = self.foreseen.sends(request);
         self.send(sent).await?;
-        if !is_answered(request.opcode) {
-            return self.acknowledge(request);
-        }
         let length = self.receive(request.unique, message).await?;
-        let length = self.foreseen.take(request, foreseen, &mut message[..length]);
         let reply = &mut message[..length];
         match request.opcode {
             opcode::LOOKUP | opcode::MKNOD | opcode::LINK => self.give_entry(request, reply, &lookup).await,
@@ -88,7 +114,7 @@ impl Queue {
                 let sockets = take_sockets(&mut reply[REPLY_HEADER..]);
                 write(&self.device, reply)?;
                 for node in sockets {
-                    self.send(&forget(node)).await?;
+                    self.unsent.extend_from_slice(&forget(node));
                 }
                 Ok(())
             }
@@ -152,8 +178,16 @@ impl Queue {
         }
     }
 
+    /// Sends what has not been sent yet, and this.
     async fn send(&mut self, message: &[u8]) -> io::Result<()> {
-        self.stream.write_all(message).await?;
+        if self.unsent.is_empty() {
+            self.stream.write_all(message).await?;
+        } else {
+            // One write to the stream is one to the device.
+            self.unsent.extend_from_slice(message);
+            self.stream.write_all(&self.unsent).await?;
+            self.unsent.clear();
+        }
         self.stream.flush().await
     }
 
@@ -172,11 +206,19 @@ impl Queue {
     }
 }
 
-async fn read(device: &AsyncFd<OwnedFd>, message: &mut [u8]) -> io::Result<Option<RequestHeader>> {
+/// What a read from the device has found.
+enum Read {
+    Request(RequestHeader),
+    /// There is no request at the moment, and the next read waits for one.
+    None,
+}
+
+/// Reads a request. None: the file system was unmounted.
+async fn read(device: &AsyncFd<OwnedFd>, message: &mut [u8]) -> io::Result<Option<Read>> {
     loop {
         let mut ready = device.readable().await?;
         let length = match ready.try_io(|device| Ok(nix::unistd::read(device, message)?)) {
-            Err(_) => continue,
+            Err(_) => return Ok(Some(Read::None)),
             Ok(Ok(length)) => length,
             Ok(Err(error)) => match error.raw_os_error() {
                 // The calling process has given up.
@@ -187,7 +229,8 @@ async fn read(device: &AsyncFd<OwnedFd>, message: &mut [u8]) -> io::Result<Optio
         };
         let header = message[..length].first_chunk::<REQUEST_HEADER>();
         let header = header.ok_or(io::ErrorKind::InvalidData)?;
-        return RequestHeader::decode_within(header, MAX_MESSAGE).map(Some).map_err(io::Error::other);
+        let request = RequestHeader::decode_within(header, MAX_MESSAGE).map_err(io::Error::other)?;
+        return Ok(Some(Read::Request(request)));
     }
 }
 

@@ -10,7 +10,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use machinen_integration::{containerd::Containerd, process::Invocation, served::Served};
 use rustix::{
-    fs::{XattrFlags, getxattr, setxattr},
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::{XattrFlags, getxattr, inotify, setxattr},
     io::Errno,
 };
 
@@ -21,6 +22,7 @@ on_newest_containerd!(
     an_unchanged_file_is_read_once,
     a_file_that_is_open_for_writing_is_read_anew,
     few_requests_make_and_remove_a_file,
+    a_closed_file_is_closed_on_the_host,
     a_listing_includes_the_attributes,
     a_write_takes_capabilities_away,
 );
@@ -112,6 +114,19 @@ fn few_requests_make_and_remove_a_file(containerd: &mut Containerd) -> Result<()
     served.end()
 }
 
+/// No process waits for that, and no further request follows.
+fn a_closed_file_is_closed_on_the_host(containerd: &mut Containerd) -> Result<()> {
+    let data = source(containerd)?;
+    let served = served(containerd, &data)?;
+    let closed = inotify::init(inotify::CreateFlags::CLOEXEC)?;
+    inotify::add_watch(&closed, &data, inotify::WatchFlags::CLOSE_WRITE)?;
+    shell(&served, "exec 3>/data/f; echo x >&3")?;
+    let timeout = Timespec { tv_sec: 10, tv_nsec: 0 };
+    let ready = poll(&mut [PollFd::new(&closed, PollFlags::IN)], Some(&timeout))?;
+    ensure!(ready == 1, "the host has the file still open for writing");
+    served.end()
+}
+
 /// No file of the directory is looked up by itself.
 fn a_listing_includes_the_attributes(containerd: &mut Containerd) -> Result<()> {
     let data = source(containerd)?;
@@ -129,7 +144,7 @@ fn a_listing_includes_the_attributes(containerd: &mut Containerd) -> Result<()> 
     served.end()
 }
 
-/// The agent may tell the kernel that the new file has none.
+/// The guest's kernel knows that the new file has none.
 fn a_write_takes_capabilities_away(containerd: &mut Containerd) -> Result<()> {
     let data = source(containerd)?;
     let served = served(containerd, &data)?;

@@ -3,8 +3,7 @@
 //! | request | what more |
 //! |---|---|
 //! | OPEN | whether the kernel keeps the data that it has of the file ([`kept`](super::kept)), whether it need say nothing at close(2), whether the file has capabilities |
-//! | CREATE | the same, and the attributes of the directory |
-//! | UNLINK, RMDIR | the attributes of the directory |
+//! | CREATE | the same |
 //! | RELEASE, RELEASEDIR | there is no reply |
 //! | READDIRPLUS | nothing more, but less while few descriptors are left ([`listing`](super::listing)) |
 //!
@@ -15,7 +14,6 @@
 //! | fuse_release_in | handle 0..8, flags 8..12 |
 //! | fuse_open_out | handle 0..8, what the kernel may do 8..12, unused 12..16 |
 //! | fuse_entry_out | node 0..8, lifetimes 16..40, attributes 40..128 |
-//! | fuse_attr_out | lifetime 0..12, attributes 16..104 |
 
 use std::{ffi::CStr, io};
 
@@ -26,7 +24,7 @@ use fuse_backend_rs::{
 };
 use machinen_protocol::{
     fuse::{REPLY_HEADER, RequestHeader, opcode, refusal},
-    shares::{NO_CAPABILITIES, OPEN_OUT},
+    shares::FOPEN_NO_CAPABILITIES,
 };
 use rustix::fs::{OFlags, fstatfs};
 
@@ -63,7 +61,6 @@ impl Extended {
         let answered = match header.opcode {
             opcode::OPEN => self.open(files, header.node, body),
             opcode::CREATE => self.create(files, header.node, user, body),
-            opcode::UNLINK | opcode::RMDIR => remove(files, header, body),
             opcode::RELEASE | opcode::RELEASEDIR => {
                 self.release(files, header, body);
                 return Some(Vec::new());
@@ -109,7 +106,6 @@ impl Extended {
         let may = self.close(files, entry.inode, flags);
         let mut out = entry_out(&entry);
         out.extend(open_out(files, entry.inode, handle.unwrap_or_default(), may));
-        out.extend(attributes(files, directory));
         Ok(out)
     }
 
@@ -161,15 +157,6 @@ fn reads_only(flags: u32) -> bool {
     flags & (libc::O_ACCMODE | libc::O_TRUNC) as u32 == libc::O_RDONLY as u32
 }
 
-fn remove(files: &PassthroughFs, header: RequestHeader, body: &[u8]) -> io::Result<Vec<u8>> {
-    let (context, name) = (Context::new(), name(body)?);
-    match header.opcode {
-        opcode::RMDIR => files.rmdir(&context, header.node, name)?,
-        _ => files.unlink(&context, header.node, name)?,
-    }
-    Ok(attributes(files, header.node))
-}
-
 /// The numbers at the beginning of a request's body.
 fn words<const N: usize>(body: &[u8]) -> io::Result<[u32; N]> {
     let words = body.as_chunks::<4>().0.get(..N).ok_or_else(malformed)?;
@@ -184,18 +171,17 @@ fn malformed() -> io::Error {
     io::Error::from_raw_os_error(libc::EINVAL)
 }
 
-fn open_out(files: &PassthroughFs, node: u64, handle: u64, may: u32) -> [u8; OPEN_OUT] {
+fn open_out(files: &PassthroughFs, node: u64, handle: u64, may: u32) -> [u8; 16] {
     let capabilities = files.getxattr(&Context::new(), node, c"security.capability", 0);
     let known = match capabilities {
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENODATA | libc::EOPNOTSUPP)) => {
-            NO_CAPABILITIES
+            FOPEN_NO_CAPABILITIES
         }
         _ => 0,
     };
-    let mut out = [0; OPEN_OUT];
+    let mut out = [0; 16];
     out[..8].copy_from_slice(&handle.to_le_bytes());
-    out[8..12].copy_from_slice(&may.to_le_bytes());
-    out[12..].copy_from_slice(&known.to_le_bytes());
+    out[8..12].copy_from_slice(&(may | known).to_le_bytes());
     out
 }
 
@@ -205,13 +191,6 @@ fn entry_out(entry: &Entry) -> Vec<u8> {
     let nanoseconds = lifetimes.map(|lifetime| lifetime.subsec_nanos().to_le_bytes());
     let node = [entry.inode.to_le_bytes(), entry.generation.to_le_bytes()];
     [&node.concat()[..], &seconds.concat(), &nanoseconds.concat(), &attr(&entry.attr)].concat()
-}
-
-/// The attributes of a directory; nothing if they cannot be read, so that the guest asks for them.
-fn attributes(files: &PassthroughFs, directory: u64) -> Vec<u8> {
-    let Ok((found, lifetime)) = files.getattr(&Context::new(), directory, None) else { return Vec::new() };
-    let (seconds, nanoseconds) = (lifetime.as_secs().to_le_bytes(), lifetime.subsec_nanos().to_le_bytes());
-    [&seconds[..], &nanoseconds, &[0; 4], &attr(&found)].concat()
 }
 
 /// fuse_attr, 88 bytes.
@@ -243,7 +222,7 @@ fn attr(found: &libc::stat64) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use fuse_backend_rs::{api::filesystem::FsOptions, passthrough::Config};
-    use machinen_protocol::{fuse::ROOT, shares::DIRECTORY_ATTRIBUTES};
+    use machinen_protocol::fuse::ROOT;
     use nix::unistd::{getgid, getuid};
 
     use super::*;
@@ -282,29 +261,20 @@ mod tests {
     }
 
     #[test]
-    fn a_new_file_comes_with_its_directory_and_without_capabilities() {
+    fn a_new_file_has_no_capabilities() {
         let served = Served::new();
         let created = served.create("file");
-        assert_eq!(created.len(), REPLY_HEADER + 128 + OPEN_OUT + DIRECTORY_ATTRIBUTES);
+        assert_eq!(created.len(), REPLY_HEADER + 128 + 16);
         assert_eq!((number(&created, 0) as usize, number(&created, 8)), (created.len(), 7));
         let node = number(&created, 16);
         let (attributes, _) = served.files.getattr(&Context::new(), node, None).unwrap();
-        // The inode, and the mode after it, of the file and of the directory.
         assert_eq!(number(&created, 56), attributes.st_ino);
         assert_eq!(created[116..120], attributes.st_mode.to_le_bytes());
-        let (directory, _) = served.files.getattr(&Context::new(), ROOT, None).unwrap();
-        assert_eq!(number(&created, 176), directory.st_ino);
-        assert_eq!(created[236..240], directory.st_mode.to_le_bytes());
-        assert_eq!(created[156..160], NO_CAPABILITIES.to_le_bytes());
+        assert_eq!(created[152..156], (FOPEN_NOFLUSH | FOPEN_NO_CAPABILITIES).to_le_bytes());
 
         let handle = number(&created, 144);
         assert!(served.answer(opcode::RELEASE, node, &handle.to_le_bytes()).is_empty());
         assert!(served.files.release(&Context::new(), node, 0, handle, false, false, None).is_err());
-        let removed = served.answer(opcode::UNLINK, ROOT, b"file\0");
-        assert_eq!(
-            (removed.len(), number(&removed, 32)),
-            (REPLY_HEADER + DIRECTORY_ATTRIBUTES, directory.st_ino)
-        );
     }
 
     #[test]
@@ -313,7 +283,7 @@ mod tests {
         let node = number(&served.create("file"), 16);
         for _ in 0..2 {
             let opened = served.answer(opcode::OPEN, node, &[0; 8]);
-            assert_eq!(opened[24..28], FOPEN_NOFLUSH.to_le_bytes());
+            assert_eq!(opened[24..28], (FOPEN_NOFLUSH | FOPEN_NO_CAPABILITIES).to_le_bytes());
             assert!(served.answer(opcode::RELEASE, node, &opened[16..24]).is_empty());
         }
     }
@@ -322,15 +292,11 @@ mod tests {
     fn failures_have_their_errno() {
         let served = Served::new();
         let failed = |errno: i32| refusal(7, errno).to_vec();
-        assert_eq!(served.answer(opcode::UNLINK, ROOT, b"none\0"), failed(libc::ENOENT));
-        assert_eq!(served.answer(opcode::RMDIR, ROOT, b"no end"), failed(libc::EINVAL));
         assert_eq!(served.answer(opcode::OPEN, ROOT, &[0; 4]), failed(libc::EINVAL));
         assert_eq!(served.answer(opcode::CREATE, ROOT, &[0; 16]), failed(libc::EINVAL));
         assert_eq!(served.answer(opcode::OPEN, 99, &[0; 8]), failed(libc::EBADF));
         for name in ["a/b", ".."] {
             assert_eq!(served.create(name), failed(libc::EINVAL), "{name}");
-            let removed = served.answer(opcode::UNLINK, ROOT, format!("{name}\0").as_bytes());
-            assert_eq!(removed, failed(libc::EINVAL), "{name}");
         }
         assert!(served.answer(opcode::RELEASE, ROOT, b"short").is_empty());
     }

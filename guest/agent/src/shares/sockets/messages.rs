@@ -22,9 +22,6 @@ const DIRENT: usize = 24;
 pub(in crate::shares) struct Entry([u8; ENTRY]);
 
 impl Entry {
-    /// Bytes of the entry in a reply.
-    pub(in crate::shares) const SIZE: usize = ENTRY;
-
     /// The entry of a whole reply, if the reply is one with an entry.
     pub(in crate::shares) fn of_reply(reply: &[u8]) -> Option<Self> {
         reply.get(REPLY_HEADER..)?.as_array().copied().map(Self)
