@@ -8,6 +8,7 @@ use procfs::{
     ProcResult,
     process::{MMapPath, Process},
 };
+use tokio::task::spawn_blocking;
 
 use crate::{
     boot::{BootError, Machine},
@@ -97,6 +98,8 @@ async fn warm_up(state: &AgentState) {
     configure::warm_up().unwrap_or_else(|err| console::report(&err));
     engine::warm_up().unwrap_or_else(|err| console::report(&err));
     device_filters.warm_up(engine::usual_program()).unwrap_or_else(|err| console::report(&err));
+    // The thread that packs the layer of a container that has ended.
+    spawn_blocking(|| ()).await.unwrap_or_else(|err| console::report(&err));
 }
 
 /// Serves one control stream, from dial to close.

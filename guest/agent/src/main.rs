@@ -35,7 +35,7 @@ mod sys;
 mod uevent;
 mod view;
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use engine::{Engine, EntryPoints};
 use options::Options;
@@ -59,6 +59,8 @@ fn run() -> Result<(), agent::AgentError> {
     let engine = Engine::fork(EntryPoints { serve_view: view::serve })?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        // A template has a thread for what blocks, which clones keep.
+        .thread_keep_alive(Duration::MAX)
         .build()
         .map_err(agent::AgentError::Runtime)?;
     runtime.block_on(agent::run(machine, engine))
