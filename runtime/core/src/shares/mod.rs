@@ -24,7 +24,7 @@ mod sockets;
 mod start;
 
 use std::{
-    io,
+    io, mem,
     os::fd::{AsFd as _, OwnedFd},
     path::PathBuf,
     sync::Arc,
@@ -47,6 +47,7 @@ use tokio::{
 
 use replaced::Follower;
 use root::ShareRoot;
+use start::ShareServer;
 
 use crate::spec::volumes::IdMappings;
 
@@ -190,7 +191,26 @@ pub(crate) struct ShareGuest<'a> {
 /// The share server of a pod. There is none before the first volume.
 #[derive(Debug, Default)]
 pub(crate) struct PodShares {
-    running: Mutex<Option<RunningShares>>,
+    state: Mutex<ShareState>,
+}
+
+#[derive(Debug, Default)]
+enum ShareState {
+    #[default]
+    None,
+    /// The guest has not mounted anything yet.
+    Started(ShareServer),
+    Running(RunningShares),
+}
+
+impl ShareState {
+    fn run(&mut self, running: RunningShares) -> &mut RunningShares {
+        *self = Self::Running(running);
+        match self {
+            Self::Running(running) => running,
+            Self::None | Self::Started(_) => unreachable!("it has just been set"),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -213,6 +233,19 @@ pub(crate) struct ContainerShares {
 }
 
 impl PodShares {
+    /// Starts the server, unless there is one, if there are volumes to be added: it takes no guest, so that it may start
+    /// while the VM does. [`PodShares::settle`] ends it if nothing is added.
+    ///
+    /// # Errors
+    /// The server cannot be started.
+    pub(crate) async fn prepare(&self, volumes: &[Volume]) -> Result<(), ShareError> {
+        let mut state = self.state.lock().await;
+        if !volumes.is_empty() && matches!(*state, ShareState::None) {
+            *state = ShareState::Started(ShareServer::start().await?);
+        }
+        Ok(())
+    }
+
     /// Makes volumes visible in the guest, and starts the server with the first one.
     ///
     /// # Errors
@@ -225,27 +258,37 @@ impl PodShares {
         if volumes.is_empty() {
             return Ok(ContainerShares::default());
         }
-        let mut state = self.running.lock().await;
-        let running = match state.take() {
-            Some(running) if running.vm.pid() == guest.vm.pid() => state.insert(running),
-            earlier => {
-                if let Some(RunningShares { serving, .. }) = earlier {
-                    // Its VM has ended. The error that the task has panicked is reported by the runtime.
-                    drop(serving.await);
-                }
-                state.insert(start::start(guest).await?)
+        let mut state = self.state.lock().await;
+        let running = match mem::take(&mut *state) {
+            ShareState::Running(running) if running.vm.pid() == guest.vm.pid() => running,
+            ShareState::Running(RunningShares { serving, .. }) => {
+                // Its VM has ended. The error that the task has panicked is reported by the runtime.
+                drop(serving.await);
+                ShareServer::start().await?.connect(guest).await?
             }
+            ShareState::Started(server) => server.connect(guest).await?,
+            ShareState::None => ShareServer::start().await?.connect(guest).await?,
         };
+        let running = state.run(running);
         if running.serving.is_finished() {
             return Err(ShareError::Ended);
         }
         running.mount(volumes, guest.agent).await
     }
 
-    /// Waits until the server is gone, if its VM has ended.
+    /// Ends a server that no guest has been connected with, and waits until another one is gone, if its VM has ended.
     pub(crate) async fn settle(&self) {
-        let mut state = self.running.lock().await;
-        let Some(running) = &mut *state else { return };
+        let mut state = self.state.lock().await;
+        let running = match &mut *state {
+            ShareState::None => return,
+            ShareState::Running(running) => running,
+            ShareState::Started(_) => {
+                if let ShareState::Started(server) = mem::take(&mut *state) {
+                    server.end().await;
+                }
+                return;
+            }
+        };
         tokio::select! {
             biased;
             _ = running.vm.exited() => {}
@@ -253,7 +296,7 @@ impl PodShares {
         }
         // The error that the task has panicked is reported by the runtime.
         drop((&mut running.serving).await);
-        *state = None;
+        *state = ShareState::None;
     }
 }
 

@@ -1,4 +1,4 @@
-//! Starts a pod's share server, and connects it to the guest.
+//! Starts a pod's share server, and connects it with the guest.
 
 use std::{
     io::{self, Read as _},
@@ -40,30 +40,61 @@ const MAX_PRINTED: u64 = 4096;
 /// A stream of the guest, and the server's end of it.
 type Queue = (BoxedStream, UnixStream);
 
-/// Starts the server, and has the guest mount what it serves: an empty directory so far.
-pub(super) async fn start(guest: &ShareGuest<'_>) -> Result<RunningShares, ShareError> {
-    let (ours, theirs) = sockets().map_err(prepare("make sockets"))?;
-    let (control, dialer) = control().map_err(prepare("make sockets"))?;
-    let mut spawn = ENTRY_POINT.spawn().jail(jail()).stderr(Stdio::Pipe).fd(dialer, CONTROL);
-    for (number, socket) in (FIRST_QUEUE..).zip(theirs) {
-        spawn = spawn.fd(socket, number);
+/// A server that is connected with no guest. It serves an empty directory so far.
+#[derive(Debug)]
+pub(super) struct ShareServer {
+    process: Child,
+    root: ShareRoot,
+    /// Our ends of its streams.
+    sockets: Vec<UnixStream>,
+    /// Our end of the socket on which it is asked for connections.
+    control: Arc<OwnedFd>,
+}
+
+impl ShareServer {
+    /// Starts the process, and mounts the directory of the volumes for it.
+    pub(super) async fn start() -> Result<Self, ShareError> {
+        let (sockets, theirs) = sockets().map_err(prepare("make sockets"))?;
+        let (control, dialer) = control().map_err(prepare("make sockets"))?;
+        let mut spawn = ENTRY_POINT.spawn().jail(jail()).stderr(Stdio::Pipe).fd(dialer, CONTROL);
+        for (number, socket) in (FIRST_QUEUE..).zip(theirs) {
+            spawn = spawn.fd(socket, number);
+        }
+        let process = spawn.start().map_err(ShareError::Spawn)?;
+        let pid = process.pid();
+        allow_many_files(pid);
+        let root = spawn_blocking(move || ShareRoot::mount(pid)).await;
+        match root.unwrap_or_else(|error| Err(io::Error::other(error))) {
+            Ok(root) => Ok(Self { process, root, sockets, control }),
+            Err(error) => {
+                end(&process).await;
+                Err(prepare("mount a directory")(error))
+            }
+        }
     }
-    let server = spawn.start().map_err(ShareError::Spawn)?;
-    allow_many_files(server.pid());
-    match connect(guest, &server, ours).await {
-        Ok((root, queues)) => {
-            let vm = guest.vm.clone();
-            let sockets = {
-                let (agent, unclaimed) = (guest.agent.clone(), Arc::clone(guest.unclaimed));
-                connections::serve(vm.clone(), agent, unclaimed, control)
-            };
-            let serving = tokio::spawn(serve(vm.clone(), server, queues, sockets));
-            Ok(RunningShares { vm, root: Arc::new(root), serving, next_number: 0 })
-        }
-        Err(error) => {
-            end(&server).await;
-            Err(error)
-        }
+
+    /// Has the guest mount what the server serves.
+    pub(super) async fn connect(self, guest: &ShareGuest<'_>) -> Result<RunningShares, ShareError> {
+        let Self { process, root, sockets, control } = self;
+        let queues = match mount_in_guest(guest, sockets).await {
+            Ok(queues) => queues,
+            Err(error) => {
+                end(&process).await;
+                return Err(error);
+            }
+        };
+        let vm = guest.vm.clone();
+        let sockets = {
+            let (agent, unclaimed) = (guest.agent.clone(), Arc::clone(guest.unclaimed));
+            connections::serve(vm.clone(), agent, unclaimed, control)
+        };
+        let serving = tokio::spawn(serve(vm.clone(), process, queues, sockets));
+        Ok(RunningShares { vm, root: Arc::new(root), serving, next_number: 0 })
+    }
+
+    /// Ends the process.
+    pub(super) async fn end(self) {
+        end(&self.process).await;
     }
 }
 
@@ -92,21 +123,6 @@ fn control() -> io::Result<(Arc<OwnedFd>, OwnedFd)> {
     let (ours, theirs) = StdUnixStream::pair()?;
     ours.set_nonblocking(true)?;
     Ok((Arc::new(ours.into()), theirs.into()))
-}
-
-/// Mounts the directory of the volumes for the server, and has the guest mount what the server serves. Neither waits for
-/// the other: the guest's kernel sends its first request when it has mounted the file system, and nothing waits for the
-/// reply.
-async fn connect(
-    guest: &ShareGuest<'_>,
-    server: &Child,
-    sockets: Vec<UnixStream>,
-) -> Result<(ShareRoot, Vec<Queue>), ShareError> {
-    let pid = server.pid();
-    let root = spawn_blocking(move || ShareRoot::mount(pid));
-    let queues = mount_in_guest(guest, sockets).await;
-    let root = root.await.unwrap_or_else(|error| Err(io::Error::other(error)));
-    Ok((root.map_err(prepare("mount a directory"))?, queues?))
 }
 
 async fn mount_in_guest(guest: &ShareGuest<'_>, sockets: Vec<UnixStream>) -> Result<Vec<Queue>, ShareError> {

@@ -95,6 +95,7 @@ impl<'a> Planned<'a> {
             restore.check_rootfs(disks.base.filter(|_| plan.rootfs.is_overlaid()))?;
         }
         // From here on the guest proceeds on its own, so work on the host does not delay the start.
+        pod.shared.shares.prepare(&plan.volumes).await?;
         let namespaces = plan.namespaces.of_anchor()?;
         let anchor = Anchor::spawn(&request.id, plan.netns(), namespaces).await?;
         let attachments = Attachments::new(vm.vm.clone(), plan.config.rootdisk.reserve(), vm.has_disks);
