@@ -26,7 +26,7 @@ pub(crate) struct AgentState {
     pub(crate) context: Context,
     pub(crate) containers: IdTable<Container>,
     /// The volumes of the pod.
-    shares: Shares,
+    pub(crate) shares: Shares,
     nameservers: Nameservers,
     pub(crate) localhost: Localhost,
     /// Whether the agent may set the clock and the random number generator.
