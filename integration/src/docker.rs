@@ -51,17 +51,23 @@ impl<'a> Docker<'a> {
         let mut docker = Self { containerd, dir, pid: 0 };
         let plugins = docker.dir.join("client/cli-plugins");
         fs::create_dir(&plugins)?;
-        symlink(
-            paths::docker_program("libexec/docker/cli-plugins", "docker-compose")?,
-            plugins.join("docker-compose"),
-        )?;
+        for plugin in ["docker-compose", "docker-buildx"] {
+            symlink(paths::docker_program("libexec/docker/cli-plugins", plugin)?, plugins.join(plugin))?;
+        }
+        // BuildKit runs the steps of a build by the program of this name, whatever runtimes the daemon knows.
+        let programs = docker.dir.join("programs");
+        fs::create_dir(&programs)?;
+        if runtime == MACHINEN {
+            symlink(paths::release_dir()?.join("machinen"), programs.join("runc"))?;
+        }
         docker.write_configuration(runtime)?;
         let from = containerd.log().position();
         let program = paths::docker_program("sbin", "dockerd")?;
         let config = docker.dir.join("daemon.json");
         // The script ends at once, and dockerd stays a descendant of the keeper.
         let script = format!(
-            "setsid unshare --net sh -c 'ip link set lo up && exec {} --config-file {}' </dev/null &\n",
+            "PATH={}:$PATH setsid unshare --net sh -c 'ip link set lo up && exec {} --config-file {}' </dev/null &\n",
+            programs.display(),
             program.display(),
             config.display()
         );
