@@ -61,9 +61,11 @@ fn a_checkpoint_and_its_source(containerd: &mut Containerd) -> Result<()> {
     served.is("", Status::PAUSED, served.pid)?;
     served.client.ok::<Empty>("Resume", &ResumeRequest { id: id(), ..Default::default() })?;
     continues(104)?;
-    // A directory in use.
-    let (code, message) = refused(&served.client, &request(&served, &dir("first"), None)?)?;
+    // A directory with other files, and one with an earlier checkpoint.
+    let (code, message) = refused(&served.client, &request(&served, containerd.root(), None)?)?;
     ensure!(code == Code::ALREADY_EXISTS && message.contains("is not empty"), "{code:?}: {message}");
+    checkpoint(&served, &dir("second"))?;
+    complete(&dir("second"))?;
     continues(104)?;
     // The last checkpoint: in two directories, with its reports in a third.
     let path = |name: &str| dir(name).display().to_string();
@@ -218,8 +220,8 @@ fn deleted_with_images_in_the_guest(containerd: &mut Containerd) -> Result<()> {
     source.create(|_| ())?;
     source.begin()?;
     ensure!(source.exec_to("ready", &["sh", "-c", ready], "")? == 0, "the container does not get ready");
-    let (code, message) = refused(&source.client, &request(&source, &dir, None)?)?;
-    ensure!(code == Code::ALREADY_EXISTS && message.contains("is not empty"), "{code:?}: {message}");
+    let (code, message) = refused(&source.client, &request(&source, &dir.join("no/place"), None)?)?;
+    ensure!(message.contains("images/no/place"), "{code:?}: {message}");
     source.client.ok::<Empty>("Kill", &source.kill("", 9))?;
     source.wait("")?;
     source.client.ok::<DeleteResponse>("Delete", &source.delete(""))?;

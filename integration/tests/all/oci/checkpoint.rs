@@ -2,12 +2,12 @@
 
 use std::fs;
 
-use anyhow::{Result, ensure};
-use machinen_integration::oci::Oci;
+use anyhow::{Context, Result, ensure};
+use machinen_integration::{oci::Oci, runtime::Runtime};
 
 use super::with_oci;
 
-with_oci!(restored, left_running, refused);
+with_oci!(restored, left_running, twice, refused);
 
 /// Counts in memory, and writes each number to a file.
 const COUNTER: &str = "i=0; while :; do i=$((i+1)); echo $i > /count; sleep 0.1; done";
@@ -72,6 +72,42 @@ fn left_running(oci: &Oci) -> Result<()> {
     let now = count(oci, "c", seen)?;
     count(oci, "c", now)?;
     oci.ok(&["delete", "--force", "c"]).map(drop)
+}
+
+/// The second checkpoint takes the place of the first.
+fn twice(oci: &Oci) -> Result<()> {
+    let seen = started(oci)?;
+    let image = oci.file("image").display().to_string();
+    oci.ok(&["checkpoint", "--image-path", &image, "--leave-running", "c"])?;
+    let later = count(oci, "c", seen + 5)?;
+    oci.ok(&["checkpoint", "--image-path", &image, "c"])?;
+    // Nothing of the first is left, and nothing next to it.
+    let parent = oci.file("image");
+    let parent = parent.parent().context("it is in a directory")?;
+    let names: Vec<_> = fs::read_dir(parent)?.map(|entry| Ok(entry?.file_name())).collect::<Result<_>>()?;
+    ensure!(names == ["image"], "{names:?}");
+    // The file has what the counter has written last.
+    let (bundle, args) = (oci.bundle_dir("c"), ["restore", "--image-path", &image, "--detach", "--bundle"]);
+    let mut restore = oci.command(&[&args[..], &[&bundle, "c"]].concat())?.spawn()?;
+    ensure!(restore.wait_for_exit()? == 0, "{:?}", restore.written());
+    count(oci, "c", later)?;
+    oci.ok(&["delete", "--force", "c"]).map(drop)
+}
+
+/// Only a checkpoint is replaced.
+#[test]
+fn other_files_are_left_alone() {
+    super::run(Runtime::Machinen, |oci| {
+        started(oci)?;
+        let image = oci.file("image");
+        let checkpoint = ["checkpoint", "--leave-running", "--image-path", &image.display().to_string(), "c"];
+        oci.ok(&checkpoint)?;
+        fs::write(image.join("mine"), "x")?;
+        oci.fails(&checkpoint, 1, "\"mine\"")?;
+        oci.has_status("c", "running")?;
+        ensure!(fs::read_to_string(image.join("mine"))? == "x" && image.join("machinen.json").exists());
+        oci.ok(&["delete", "--force", "c"]).map(drop)
+    });
 }
 
 fn refused(oci: &Oci) -> Result<()> {

@@ -3,9 +3,13 @@
 //! are made and opened below the descriptor, without following a link.
 
 use std::{
+    ffi::OsString,
     fs::File,
     io,
-    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
+    os::{
+        fd::OwnedFd,
+        unix::{ffi::OsStringExt as _, fs::MetadataExt as _},
+    },
     path::{Path, PathBuf},
 };
 
@@ -48,15 +52,19 @@ impl CheckpointDir {
         &self.path
     }
 
+    /// The names in the directory.
+    ///
     /// # Errors
     /// The directory cannot be read.
-    pub(super) fn is_empty(&self) -> io::Result<bool> {
-        let mut entries = Dir::read_from(&self.fd)?;
-        let others = entries.try_fold(0, |others, entry| -> io::Result<u32> {
-            let entry = entry?;
-            Ok(others + u32::from(!matches!(entry.file_name().to_bytes(), b"." | b"..")))
-        });
-        Ok(others? == 0)
+    pub(super) fn names(&self) -> io::Result<Vec<OsString>> {
+        let mut names = Vec::new();
+        for entry in Dir::read_from(&self.fd)? {
+            let name = OsString::from_vec(entry?.file_name().to_bytes().to_vec());
+            if name != "." && name != ".." {
+                names.push(name);
+            }
+        }
+        Ok(names)
     }
 
     /// Duplicates the descriptor, for work that can reach no other directory.
@@ -138,9 +146,9 @@ mod tests {
         let (target, path) = (dir.path().join("target"), dir.path().join("work"));
         fs::write(&target, "root's").unwrap();
         let (work, made) = CheckpointDir::open_or_create(&path).unwrap();
-        assert!(made && work.is_empty().unwrap());
+        assert!(made && work.names().unwrap().is_empty());
         symlink(&target, path.join("dump.log")).unwrap();
-        assert!(!work.is_empty().unwrap());
+        assert_eq!(work.names().unwrap(), ["dump.log"]);
         assert_eq!(work.create("dump.log").unwrap_err().kind(), io::ErrorKind::AlreadyExists);
         assert!(work.open_file("dump.log").is_err());
         drop(work.replace("dump.log").unwrap());

@@ -1,6 +1,6 @@
 //! The errors of writing and using checkpoints.
 
-use std::{io, path::PathBuf};
+use std::{ffi::OsString, io, path::PathBuf};
 
 use machinen_base::{
     error::{ErrorKind, HasKind},
@@ -106,10 +106,16 @@ pub enum CheckpointError {
         ours: RootdiskKey,
     },
     /// The directory for a new checkpoint has files in it.
-    #[error("{} is not empty: a checkpoint needs a directory of its own", path.display())]
+    #[error(
+        "{} is not empty: it has {other:?}, and a checkpoint needs a directory of its own, or takes the place of an earlier \
+         one",
+        path.display()
+    )]
     NotEmpty {
-        /// The file or directory.
+        /// The directory.
         path: PathBuf,
+        /// The name of one of the files.
+        other: OsString,
     },
     /// The directory belongs to neither root nor the caller.
     #[error("{} belongs to user {owner}, who could exchange its files: use a directory of root's or of your own", path.display())]

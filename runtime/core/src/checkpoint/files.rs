@@ -11,7 +11,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::{
     CheckpointError, digest,
-    manifest::{CheckpointManifest, ImageDigest, MANIFEST},
+    manifest::{CheckpointManifest, ImageDigest},
 };
 
 /// Reads a checkpoint and verifies all of its files. Blocks.
@@ -34,7 +34,7 @@ pub fn verify(dir: &Path) -> Result<CheckpointManifest, CheckpointError> {
 /// the request can be repeated.
 pub fn clear(dir: &Path) -> Result<(), CheckpointError> {
     let manifest = CheckpointManifest::read(dir)?;
-    for name in manifest.files.iter().map(|file| file.name.as_str()).chain([MANIFEST]) {
+    for name in manifest.names() {
         let path = dir.join(name);
         remove_if_exists(&path).map_err(CheckpointError::file("remove", path))?;
     }

@@ -168,6 +168,11 @@ impl CheckpointManifest {
         Self::read_with_digest(dir).map(|(manifest, _)| manifest)
     }
 
+    /// The names of the checkpoint's files, that of the manifest last.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.files.iter().map(|file| file.name.as_str()).chain([MANIFEST])
+    }
+
     /// Like [`CheckpointManifest::read`], with the digest of the file: `sha256:` and hexadecimal digits. The manifest has
     /// the digests of all images, so its own digest identifies the whole checkpoint.
     ///

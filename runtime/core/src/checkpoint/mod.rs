@@ -7,7 +7,8 @@
 //!                 verified when it is read
 //! ```
 //! The guest's report about its images (names, sizes, offsets) is validated before the host uses it. The
-//! manifest is written last, so a directory without it has no complete checkpoint.
+//! manifest is written last, so a directory without it has no complete checkpoint. A checkpoint that is written where an
+//! earlier one is takes its place as a whole.
 
 mod copies;
 mod digest;
@@ -20,6 +21,7 @@ mod hash_pipeline;
 mod manifest;
 mod report;
 mod save;
+mod staged;
 mod volumes;
 
 pub use copies::ManifestCopy;
@@ -32,4 +34,5 @@ pub use volumes::ManifestVolume;
 pub(crate) use copies::{arrange as arrange_copies, check_base as check_copy_base, open_written};
 pub(crate) use disk::ImageDisk;
 pub(crate) use save::{DumpImages, copy, copy_reports, save};
+pub(crate) use staged::StagedCheckpoint;
 pub(crate) use volumes::check as check_volumes;

@@ -18,6 +18,7 @@ use super::{
     hash_pipeline::{self, CopiedRange},
     manifest::{CheckpointManifest, ImageDigest, MANIFEST, MAX_SIZE, REPORTS},
     report::ImageReport,
+    staged::StagedCheckpoint,
 };
 
 /// Images on a disk, with the guest's report about them.
@@ -95,18 +96,20 @@ fn receive(images: DumpImages, written: &mut Written) -> Result<Vec<ImageDigest>
     })
 }
 
-/// Copies a checkpoint to another directory, by hard links if possible, since images are never changed.
-/// Blocks.
+/// Copies a checkpoint to another directory, by hard links if possible, since images are never changed. An earlier
+/// checkpoint in that directory is replaced. Blocks.
 ///
 /// # Errors
 /// A failure leaves nothing of the copy.
 pub(crate) fn copy(from: &Path, to: &Path) -> Result<(), CheckpointError> {
     let manifest = CheckpointManifest::read(from)?;
     let from = CheckpointDir::open(from)?;
-    let mut written = Written::begin(to)?;
+    let place = StagedCheckpoint::prepare(to)?;
+    let mut written = Written::begin(place.dir())?;
     manifest.files.iter().try_for_each(|image| written.copy(&image.name, &from))?;
     written.manifest(&manifest)?;
-    written.keep()
+    written.keep()?;
+    place.commit()
 }
 
 /// Copies CRIU's own log and statistics to a directory that may hold other files. Blocks.
@@ -139,9 +142,9 @@ impl Written {
     fn begin(path: &Path) -> Result<Self, CheckpointError> {
         let (dir, made_dir) = CheckpointDir::open_or_create(path)?;
         let this = Self { dir, made_dir, files: Vec::new(), kept: false };
-        match this.dir.is_empty().map_err(CheckpointError::file("read", path))? {
-            true => Ok(this),
-            false => Err(CheckpointError::NotEmpty { path: path.to_owned() }),
+        match this.dir.names().map_err(CheckpointError::file("read", path))?.pop() {
+            None => Ok(this),
+            Some(other) => Err(CheckpointError::NotEmpty { path: path.to_owned(), other }),
         }
     }
 

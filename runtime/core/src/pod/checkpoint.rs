@@ -12,10 +12,7 @@ use std::{
     time::SystemTime,
 };
 
-use machinen_base::{
-    error::chain,
-    fs::{FileError, Links, open_regular},
-};
+use machinen_base::fs::{FileError, Links, open_regular};
 use machinen_protocol::process::SignalTarget;
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
@@ -32,6 +29,7 @@ use super::{
 use crate::{
     checkpoint::{
         self, CheckpointError, CheckpointManifest, DumpImages, DumpOptions, FORMAT, SavedCheckpoint,
+        StagedCheckpoint,
     },
     spec, traces,
 };
@@ -42,7 +40,7 @@ const WAITING: usize = 2;
 /// A request to checkpoint a container.
 #[derive(Debug, Clone, Default)]
 pub struct CheckpointRequest {
-    /// Receives the files. The directory is created, or must be empty.
+    /// Receives the files. The directory is created, or is empty, or has an earlier checkpoint, which is replaced.
     pub path: PathBuf,
     /// Receives the same files, if the caller names a second directory.
     pub also: Option<PathBuf>,
@@ -89,9 +87,10 @@ impl Pod {
         if let Some(path) = container.host_disk.clone() {
             return Err(HostDiskError::Checkpoint { id: id.to_owned(), path }.into());
         }
+        let failed = |source| PodError::Checkpoint { id: id.to_owned(), source };
+        let place = prepare(&wanted.path).await?.map_err(failed)?;
         let was_paused = container.state() == ProcessState::Paused;
         let agent = self.agent(id).await?;
-        let failed = |source| PodError::Checkpoint { id: id.to_owned(), source };
         let config = container.bundle.join("config.json");
         let config =
             spawn_blocking(move || read_config(config)).await.map_err(PodError::Worker)?.map_err(failed)?;
@@ -111,17 +110,17 @@ impl Pod {
             let images = disk.images(pieces);
             let (located, saved) = tokio::join!(
                 phases.time("images", dump.locate(&disk, located)),
-                save(id, images, manifest, &wanted.path, phases),
+                save(id, images, manifest, place.dir(), phases),
             );
             disk.release();
             // An error of the guest comes first: the writer fails too when a location is missing.
             located?;
             let SavedCheckpoint { files, bytes } = saved?;
             let verified = match trial_disk {
-                Some(trial_disk) => self.verify(container, &wanted.path, trial_disk, phases).await,
+                Some(trial_disk) => self.verify(container, place.dir(), trial_disk, phases).await,
                 None => Ok(()),
             };
-            finish(id, wanted, verified).await?;
+            finish(id, wanted, place, verified).await?;
             let path = wanted.path.display();
             tracing::info!(id, files, bytes, %phases, %path, "container checkpointed");
             self.emit(PodEvent::Checkpointed { id: container.id.clone(), path: wanted.path.clone() });
@@ -160,11 +159,18 @@ async fn save(
     saved.await?.map_err(|source| PodError::Checkpoint { id: id.to_owned(), source })
 }
 
-/// Copies a complete checkpoint to the caller's other directories. If `verified` or a copy fails, removes all
-/// of them.
+/// Decides where the files are written, before anything is asked of the guest.
+async fn prepare(path: &Path) -> Result<Result<StagedCheckpoint, CheckpointError>, PodError> {
+    let path = path.to_owned();
+    spawn_blocking(move || StagedCheckpoint::prepare(&path)).await.map_err(PodError::Worker)
+}
+
+/// Copies a complete checkpoint to the caller's other directories, and puts it in its place. If `verified` or a copy fails,
+/// removes it.
 async fn finish(
     id: &str,
     wanted: &CheckpointRequest,
+    place: StagedCheckpoint,
     verified: Result<(), PodError>,
 ) -> Result<(), PodError> {
     let CheckpointRequest { path, also, work, .. } = wanted.clone();
@@ -172,21 +178,19 @@ async fn finish(
     let finish = move || {
         let also = also.filter(|also| *also != path);
         let copy = || {
-            also.as_ref().map_or(Ok(()), |also| checkpoint::copy(&path, also))?;
-            work.map_or(Ok(()), |work| checkpoint::copy_reports(&path, &work)).inspect_err(|_| {
-                also.iter().for_each(|also| discard(also));
-            })
+            work.map_or(Ok(()), |work| checkpoint::copy_reports(place.dir(), &work))?;
+            also.map_or(Ok(()), |also| checkpoint::copy(place.dir(), &also))
         };
-        let failed = |source| PodError::Checkpoint { id, source };
-        verified.and_then(|()| copy().map_err(failed)).inspect_err(|_| discard(&path))
+        let failed = |source| PodError::Checkpoint { id: id.clone(), source };
+        match verified.and_then(|()| copy().map_err(failed)) {
+            Ok(()) => place.commit().map_err(failed),
+            Err(error) => {
+                place.discard();
+                Err(error)
+            }
+        }
     };
     spawn_blocking(finish).await.map_err(PodError::Worker)?
-}
-
-fn discard(dir: &Path) {
-    if let Err(error) = checkpoint::remove(dir) {
-        tracing::warn!("{}", chain(&error));
-    }
 }
 
 /// The part of a configuration that the manifest records.
