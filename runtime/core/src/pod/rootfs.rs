@@ -227,11 +227,13 @@ fn directory(root: PathBuf, spec: &Spec, bundle: &Path) -> Result<RootfsPlan, Ro
     let status = rustix::fs::statvfs(&root).map_err(|errno| unreadable(&errno.into()))?;
     let is_read_only = spec.root().as_ref().is_some_and(|root| root.readonly() == Some(true))
         || status.f_flag.contains(StatVfsMountFlags::RDONLY);
-    let disk = match is_read_only {
+    let canonical = root.canonicalize().map_err(|error| unreadable(&error))?;
+    // A disk in the bundle would be a part of a root file system that has the bundle in it. The container cannot write
+    // to a read-only one, so that nothing is exported from its disk.
+    let has_bundle = bundle.canonicalize().is_ok_and(|bundle| bundle.starts_with(&canonical));
+    let disk = match is_read_only && !has_bundle {
         true => ContainerDiskPlan::Unexported { path: bundle.join(WRITABLE) },
-        false => {
-            ContainerDiskPlan::InPlace { root: root.canonicalize().map_err(|error| unreadable(&error))? }
-        }
+        false => ContainerDiskPlan::InPlace { root: canonical },
     };
     Ok(RootfsPlan { source: Some(RootfsSource::Dir(root)), disk, mapped: false })
 }
@@ -383,9 +385,17 @@ mod tests {
         assert_eq!(plan.source, Some(RootfsSource::Dir(root.clone())));
         assert_eq!(plan.disk, ContainerDiskPlan::InPlace { root: root.canonicalize().unwrap() });
         directory.set_readonly(Some(true));
-        spec.set_root(Some(directory));
+        spec.set_root(Some(directory.clone()));
         let plan = super::plan(&[], &spec, dir.path()).unwrap();
         assert_eq!(plan.disk, ContainerDiskPlan::Unexported { path: dir.path().join(WRITABLE) });
+        // The bundle is in the root file system.
+        for inside in [root.clone(), root.join("bundle")] {
+            fs::create_dir_all(&inside).unwrap();
+            directory.set_path(root.clone());
+            spec.set_root(Some(directory.clone()));
+            let plan = super::plan(&[], &spec, &inside).unwrap();
+            assert_eq!(plan.disk, ContainerDiskPlan::InPlace { root: root.canonicalize().unwrap() });
+        }
     }
 
     #[test]
