@@ -34,6 +34,7 @@ mod passwd;
 mod process;
 mod report;
 mod request;
+mod seccomp;
 mod spec;
 mod terminal;
 mod worker;

@@ -8,7 +8,7 @@ use std::{
 };
 
 use machinen_protocol::shares::ShareEntry;
-use nix::sys::stat::fstat;
+use nix::sys::stat::{SFlag, fstat};
 use pathrs::Root;
 use serde_json::{Value, json};
 
@@ -53,6 +53,24 @@ pub(super) fn adapt(spec: &mut Value, root: &Root, bind_sysfs_of_vm: bool) {
         }
     }
     add_modes(&mut spec["mounts"], root);
+}
+
+/// Refuses a proc or sysfs whose place in the image is a link, or a file: what the container trusts would be elsewhere.
+///
+/// # Errors
+/// There is one, in runc's words.
+pub(super) fn refuse_links(mounts: &Value, root: &Root) -> Result<(), SpecError> {
+    for mount in items(mounts) {
+        let Some(kind @ ("proc" | "sysfs")) = mount["type"].as_str() else { continue };
+        // What is not there becomes a directory.
+        let Ok(place) = root.resolve_nofollow(destination(mount)) else { continue };
+        let is_directory = fstat(place.as_fd())
+            .is_ok_and(|found| SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR);
+        if !is_directory {
+            return Err(SpecError::NoDirectory { kind: kind.to_owned(), path: destination(mount) });
+        }
+    }
+    Ok(())
 }
 
 /// Gives each tmpfs without a mode that of the directory in its place, as runc does.
@@ -254,6 +272,30 @@ mod tests {
         let paths = ["/run/machinen-shares/dir-1", "/run/machinen-shares/file-2"];
         assert_eq!(volumes(&mounts), paths.map(PathBuf::from));
         assert_eq!(points_in_volumes(&mounts), []);
+    }
+
+    #[test]
+    fn a_proc_in_the_place_of_a_link_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/elsewhere", dir.path().join("sys")).unwrap();
+        std::fs::create_dir(dir.path().join("proc")).unwrap();
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        let refused = |path: &str, kind: &str| {
+            refuse_links(&json!([{"destination": path, "type": kind}]), &root)
+                .err()
+                .map(|err| err.to_string())
+        };
+        for (path, kind) in [("/proc", "proc"), ("/new", "sysfs"), ("/sys", "tmpfs"), ("/sys", "bind")] {
+            assert_eq!(refused(path, kind), None, "{path}");
+        }
+        for (path, kind) in [("/sys", "sysfs"), ("/file", "proc")] {
+            let error = refused(path, kind).unwrap();
+            assert!(
+                error.contains(path) && error.contains("must be mounted on ordinary directory"),
+                "{error}"
+            );
+        }
     }
 
     #[test]

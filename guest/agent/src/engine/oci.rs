@@ -19,6 +19,10 @@ pub(crate) enum SpecError {
     Cwd { cwd: String },
     #[error("linux.cgroupsPath {path} is not an absolute path without '..'")]
     CgroupPath { path: PathBuf },
+    #[error(
+        "filesystem {kind:?} must be mounted on ordinary directory: {path:?} of the image is something else"
+    )]
+    NoDirectory { kind: String, path: PathBuf },
     #[error("seccomp listeners are not supported")]
     SeccompListener,
     #[error("linux.resources.devices[{number}] cannot be parsed")]

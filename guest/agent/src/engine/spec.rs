@@ -5,6 +5,7 @@
 //! so large that running it cold takes noticeable time.
 
 use std::{
+    collections::HashSet,
     fs,
     path::{Component, Path, PathBuf},
 };
@@ -20,6 +21,7 @@ use super::{
     oci::{SpecError, items, mapped, path_value},
     passwd, process,
     request::{Console, CreateRequest},
+    seccomp,
 };
 use crate::{
     cgroup::{self, Instruction},
@@ -76,7 +78,11 @@ impl Prepared {
         if !linux["seccomp"]["listenerPath"].is_null() {
             return Err(SpecError::SeccompListener);
         }
-        adapt_masks(linux);
+        if let Some(profile) = linux.get_mut("seccomp") {
+            seccomp::adapt(profile);
+        }
+        remove_repeated(linux, "maskedPaths");
+        remove_repeated(linux, "readonlyPaths");
         adapt_propagation(linux);
         let cgroup_path = cgroup_path(linux, id)?;
         if let Some(resources) = linux.get_mut("resources") {
@@ -98,6 +104,7 @@ impl Prepared {
         section(&mut spec, "root", "root")?["path"] = path_value(rootfs);
         let copied_up = mounts::take_copy_ups(&mut spec)?;
         let read_only_dev = mounts::has_read_only_dev(&spec["mounts"]);
+        mounts::refuse_links(&spec["mounts"], &root)?;
         mounts::adapt(&mut spec, &root, shares_network && has_users);
         mounts::add_files(&mut spec, &root, files);
         let mount_points = mounts::mount_points(&spec["mounts"]);
@@ -212,16 +219,11 @@ fn make_dir(dir: &Path) -> Result<(), SpecError> {
     fs::create_dir_all(dir).map_err(|source| SpecError::Write { path: dir.to_owned(), source })
 }
 
-/// Exchanges the values of masked comparisons of seccomp: they are true if the argument, masked by `value`, is `valueTwo`
-/// (runtime-spec, config-linux.md, "Seccomp"), and libcontainer takes them the other way round. Then a rule that allows
-/// clone(2) without new namespaces allows it with them.
-fn adapt_masks(linux: &mut Value) {
-    let rules = linux.pointer_mut("/seccomp/syscalls").and_then(Value::as_array_mut).into_iter().flatten();
-    let args = rules.filter_map(|rule| rule.get_mut("args")?.as_array_mut()).flatten();
-    for arg in args.filter(|arg| arg["op"] == "SCMP_CMP_MASKED_EQ") {
-        let (mask, value) = (arg["value"].take(), arg["valueTwo"].take());
-        arg["value"] = if value.is_null() { json!(0) } else { value };
-        arg["valueTwo"] = if mask.is_null() { json!(0) } else { mask };
+/// Removes paths that are named twice: each mount of a mask would cover the one before.
+fn remove_repeated(linux: &mut Value, list: &str) {
+    let mut seen = HashSet::new();
+    if let Some(paths) = linux.get_mut(list).and_then(Value::as_array_mut) {
+        paths.retain(|path| seen.insert(path.to_string()));
     }
 }
 
@@ -336,22 +338,11 @@ mod tests {
     }
 
     #[test]
-    fn a_mask_is_where_the_engine_looks_for_it() {
-        let mut linux = json!({"seccomp": {"syscalls": [{"names": ["clone"], "args": [
-            {"index": 0, "value": 0x7e02_0000, "op": "SCMP_CMP_MASKED_EQ"},
-            {"index": 1, "value": 12, "valueTwo": 8, "op": "SCMP_CMP_MASKED_EQ"},
-            {"index": 2, "value": 5, "op": "SCMP_CMP_EQ"},
-        ]}, {"names": ["read"]}]}});
-        adapt_masks(&mut linux);
-        let expected = json!([
-            {"index": 0, "value": 0, "valueTwo": 0x7e02_0000, "op": "SCMP_CMP_MASKED_EQ"},
-            {"index": 1, "value": 8, "valueTwo": 12, "op": "SCMP_CMP_MASKED_EQ"},
-            {"index": 2, "value": 5, "op": "SCMP_CMP_EQ"},
-        ]);
-        assert_eq!(linux["seccomp"]["syscalls"][0]["args"], expected);
-        let mut none = json!({"namespaces": []});
-        adapt_masks(&mut none);
-        assert_eq!(none, json!({"namespaces": []}));
+    fn a_path_is_masked_once() {
+        let mut linux = json!({"maskedPaths": ["/a", "/b", "/a", "/a/b"]});
+        remove_repeated(&mut linux, "maskedPaths");
+        remove_repeated(&mut linux, "readonlyPaths");
+        assert_eq!(linux, json!({"maskedPaths": ["/a", "/b", "/a/b"]}));
     }
 
     #[test]
