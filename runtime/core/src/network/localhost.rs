@@ -8,11 +8,15 @@
 //! kernel refuses connections to other ports at once, and a port on which another process of the namespace listens stays
 //! that process's. The guest can take ports of this localhost, as a container without a VM can, and answer connections
 //! that are made to them. It can make none.
+//!
+//! The same ports are served on the addresses that the guest has of the namespace. Only processes of the namespace get
+//! there, such as Podman's port handler for ordinary users (rootlessport): what arrives from elsewhere is redirected to the
+//! guest before.
 
 use std::{
     collections::{BTreeSet, HashMap},
     io,
-    net::{SocketAddr, TcpListener as StdTcpListener, UdpSocket as StdUdpSocket},
+    net::{IpAddr, SocketAddr, TcpListener as StdTcpListener, UdpSocket as StdUdpSocket},
     os::fd::{AsFd as _, OwnedFd},
     pin::Pin,
     sync::Arc,
@@ -34,6 +38,9 @@ use tokio::{
 
 use super::datagrams;
 
+/// On how many addresses of each kind the ports are served. A namespace has one or two.
+const MAX_ADDRESSES: usize = 8;
+
 /// How long the guest may take to close a stream whose two directions have ended.
 pub(crate) const CLOSED_WITHIN: Duration = Duration::from_secs(10);
 
@@ -42,20 +49,45 @@ type DialFuture = Pin<Box<dyn Future<Output = io::Result<BoxedStream>> + Send>>;
 /// Connects a new stream with a port of the guest.
 pub(super) type Dial = Arc<dyn Fn(LocalPort) -> DialFuture + Send + Sync>;
 
+/// The addresses of the namespace that the guest has, at this moment.
+pub(super) type OwnAddresses =
+    Arc<dyn Fn() -> Pin<Box<dyn Future<Output = Vec<IpAddr>> + Send>> + Send + Sync>;
+
 /// Listens on the ports of the reports that arrive on the stream, until the stream ends. Connections that exist then
 /// are not affected.
-pub(super) async fn serve(mut reports: BoxedStream, namespace: Arc<OwnedFd>, dial: Dial) -> io::Error {
+pub(super) async fn serve(
+    mut reports: BoxedStream,
+    namespace: Arc<OwnedFd>,
+    own: OwnAddresses,
+    dial: Dial,
+) -> io::Error {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut server = LocalServer { namespace, dial, connections, listening: HashMap::new() };
     loop {
         let updated = match read_report(&mut reports).await {
-            Ok(wanted) => server.update(wanted).await,
+            Ok(wanted) => server.update(places(&wanted, &own().await)).await,
             Err(error) => Err(error),
         };
         if let Err(error) = updated {
             return error;
         }
     }
+}
+
+/// Where a port of the guest's localhost is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+struct Place {
+    address: IpAddr,
+    port: LocalPort,
+}
+
+/// The places of the ports on localhost and on the addresses that the guest has.
+fn places(ports: &BTreeSet<LocalPort>, own: &[IpAddr]) -> BTreeSet<Place> {
+    let of_port = |port: LocalPort| {
+        let own = own.iter().copied().filter(move |address| address.is_ipv6() == port.ipv6);
+        own.take(MAX_ADDRESSES).chain([port.address()]).map(move |address| Place { address, port })
+    };
+    ports.iter().copied().flat_map(of_port).collect()
 }
 
 pub(super) async fn read_report(stream: &mut BoxedStream) -> io::Result<BTreeSet<LocalPort>> {
@@ -70,7 +102,7 @@ struct LocalServer {
     namespace: Arc<OwnedFd>,
     dial: Dial,
     connections: Arc<Semaphore>,
-    listening: HashMap<LocalPort, ListeningTask>,
+    listening: HashMap<Place, ListeningTask>,
 }
 
 /// Accepts connections until it is dropped.
@@ -83,17 +115,18 @@ impl Drop for ListeningTask {
 }
 
 impl LocalServer {
-    /// Listens on these ports and no others. A port that another process has is left to that process.
-    async fn update(&mut self, wanted: BTreeSet<LocalPort>) -> io::Result<()> {
-        self.listening.retain(|port, task| wanted.contains(port) && !task.0.is_finished());
-        let new: Vec<_> = wanted.into_iter().filter(|port| !self.listening.contains_key(port)).collect();
+    /// Listens at these places and no others. A port that another process has is left to that process.
+    async fn update(&mut self, wanted: BTreeSet<Place>) -> io::Result<()> {
+        self.listening.retain(|place, task| wanted.contains(place) && !task.0.is_finished());
+        let new: Vec<_> = wanted.into_iter().filter(|place| !self.listening.contains_key(place)).collect();
         if new.is_empty() {
             return Ok(());
         }
         let namespace = Arc::clone(&self.namespace);
         let bind = move || netns::inside(namespace.as_fd(), || Ok(bind_all(new)));
         let bound = spawn_blocking(bind).await.map_err(io::Error::other)??;
-        for (port, listener) in bound {
+        for (place, listener) in bound {
+            let port = place.port;
             let (dial, connections) = (Arc::clone(&self.dial), Arc::clone(&self.connections));
             let serving = match listener {
                 BoundSocket::Tcp(listener) => {
@@ -103,7 +136,7 @@ impl LocalServer {
                     tokio::spawn(datagrams::serve(UdpSocket::from_std(socket)?, port, dial, connections))
                 }
             };
-            self.listening.insert(port, ListeningTask(serving));
+            self.listening.insert(place, ListeningTask(serving));
         }
         Ok(())
     }
@@ -115,9 +148,9 @@ enum BoundSocket {
 }
 
 impl BoundSocket {
-    fn bind(port: LocalPort) -> io::Result<Self> {
-        let address = SocketAddr::new(port.address(), port.port);
-        if port.udp {
+    fn bind(place: Place) -> io::Result<Self> {
+        let address = place.socket_address();
+        if place.port.udp {
             let socket = StdUdpSocket::bind(address)?;
             return socket.set_nonblocking(true).map(|()| Self::Udp(socket));
         }
@@ -126,14 +159,20 @@ impl BoundSocket {
     }
 }
 
-fn bind_all(ports: Vec<LocalPort>) -> Vec<(LocalPort, BoundSocket)> {
-    let bind = |port: LocalPort| {
-        let address = SocketAddr::new(port.address(), port.port);
-        let bound = BoundSocket::bind(port).map(|socket| (port, socket));
+impl Place {
+    fn socket_address(self) -> SocketAddr {
+        SocketAddr::new(self.address, self.port.port)
+    }
+}
+
+fn bind_all(places: Vec<Place>) -> Vec<(Place, BoundSocket)> {
+    let bind = |place: Place| {
+        let address = place.socket_address();
+        let bound = BoundSocket::bind(place).map(|socket| (place, socket));
         // Another process has the port, or the namespace lacks the address.
         bound.inspect_err(|error| tracing::debug!("{address} does not lead into the container: {error}")).ok()
     };
-    ports.into_iter().filter_map(bind).collect()
+    places.into_iter().filter_map(bind).collect()
 }
 
 async fn accept(listener: TcpListener, port: LocalPort, dial: Dial, connections: Arc<Semaphore>) {
@@ -240,6 +279,10 @@ mod tests {
 
     impl Guest {
         fn new(refuses: bool) -> Self {
+            Self::with_addresses(refuses, Vec::new())
+        }
+
+        fn with_addresses(refuses: bool, own: Vec<IpAddr>) -> Self {
             let namespace = Arc::new(netns::open("/proc/self/ns/net".as_ref()).unwrap());
             let (reports, theirs) = duplex(1 << 16);
             let (send, dialed) = mpsc::unbounded_channel();
@@ -251,7 +294,11 @@ mod tests {
                     if refuses { Err(io::ErrorKind::ConnectionRefused.into()) } else { Ok(stream) }
                 })
             };
-            let served = tokio::spawn(serve(Box::new(theirs), namespace, Arc::new(dial)));
+            let own: OwnAddresses = Arc::new(move || {
+                let own = own.clone();
+                Box::pin(async { own })
+            });
+            let served = tokio::spawn(serve(Box::new(theirs), namespace, own, Arc::new(dial)));
             Self { reports, dialed, served }
         }
 
@@ -313,6 +360,30 @@ mod tests {
         while TcpStream::connect((second.address(), second.port)).await.is_ok() {
             tokio::task::yield_now().await;
         }
+    }
+
+    #[tokio::test]
+    async fn the_addresses_of_the_guest_lead_to_it_too() {
+        let own = [IpAddr::from([127, 0, 0, 7]), IpAddr::from([0xfe80, 0, 0, 0, 0, 0, 0, 1])];
+        let (port, mut guest) = (free(false), Guest::with_addresses(false, own.to_vec()));
+        guest.listens(&[port], port).await;
+        let client = TcpStream::connect((own[0], port.port)).await.unwrap();
+        assert_eq!(guest.dialed.recv().await.unwrap().0, port);
+        drop(client);
+        guest.listens(&[], port).await;
+        while TcpStream::connect((own[0], port.port)).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[test]
+    fn addresses_have_the_kind_of_their_port_and_are_few() {
+        let port = |ipv6| LocalPort { udp: true, ipv6, port: 7 };
+        let many: Vec<_> = (0..20).map(|last| IpAddr::from([10, 0, 0, last])).collect();
+        let both = BTreeSet::from([port(false), port(true)]);
+        let places = places(&both, &many);
+        assert_eq!(places.iter().filter(|place| place.port.ipv6).count(), 1);
+        assert_eq!(places.len(), MAX_ADDRESSES + 2);
     }
 
     #[tokio::test]

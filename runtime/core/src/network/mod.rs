@@ -26,7 +26,7 @@ mod wiring;
 
 use std::{
     io,
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     os::fd::{AsFd as _, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -52,7 +52,7 @@ use tokio::{
 
 use egress::Egress;
 pub use error::NetworkError;
-use localhost::Dial;
+use localhost::{Dial, OwnAddresses};
 pub use machinen_netlink::{InterfaceCounters, Traffic};
 use nameservers::ResolvConf;
 pub(crate) use namespace::PacketPath;
@@ -336,7 +336,24 @@ impl GuestNetwork {
                 opened.map_err(io::Error::other)
             })
         });
-        Ok(localhost::serve(reports, Arc::new(namespace), dial).await)
+        let guest = Arc::clone(self);
+        let own: OwnAddresses = Arc::new(move || {
+            let guest = Arc::clone(&guest);
+            Box::pin(async move { guest.redirected_addresses().await })
+        });
+        Ok(localhost::serve(reports, Arc::new(namespace), own, dial).await)
+    }
+
+    /// The addresses of the namespace that are the guest's, and at which only processes of the namespace reach a socket of
+    /// the namespace. In the routed mode the namespace itself passes their packets on to the guest.
+    async fn redirected_addresses(&self) -> Vec<IpAddr> {
+        let path = self.namespace.lock().unwrap_or_else(PoisonError::into_inner).path;
+        if path == PacketPath::Routed {
+            return Vec::new();
+        }
+        let given = self.given.lock().await;
+        let addresses = given.interfaces.iter().flat_map(|interface| &interface.addresses);
+        addresses.filter_map(|address| ip_address(&address.address)).collect()
     }
 
     async fn in_namespace<T: Send + 'static>(
@@ -347,6 +364,12 @@ impl GuestNetwork {
         let work = move || work(&mut namespace.lock().unwrap_or_else(PoisonError::into_inner));
         spawn_blocking(work).await.map_err(NetworkError::Worker)?
     }
+}
+
+/// The address of four or sixteen bytes.
+fn ip_address(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
 }
 
 /// Gives the guest each change of the namespace until the VM has ended, and then disconnects the namespace.
