@@ -120,6 +120,7 @@ async fn serve_pod(
         name: id.clone(),
         state_dir: bundle.clone(),
         lifetime: Lifetime::Containers,
+        default_cgroup: None,
         containerd,
     };
     let pod = Pod::new(settings, warm_vm, sender);

@@ -9,7 +9,7 @@ use std::{
         fd::OwnedFd,
         unix::{fs::PermissionsExt as _, net::UnixListener},
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
     time::Duration,
@@ -20,6 +20,7 @@ use machinen::{
     config::{Config, MetricsFormat},
     error::chain,
     fs::FileError,
+    owner,
     pod::{ContainerId, Lifetime, Pod, PodSettings},
     pool::{self, Member, Pool, WarmVm},
     process::foreign_end,
@@ -53,6 +54,9 @@ const LISTENER_FD: i32 = 3;
 
 /// The namespace of containerd that a logging program would get. Streams of the command line lead to none.
 const NAMESPACE: &str = "oci";
+
+/// The cgroup on the host with the groups of pods whose configuration names none. runc makes a group with the container's id.
+const CGROUPS: &str = "/machinen";
 
 /// How long answers in flight may take to arrive at the end.
 const ANSWERS_GRACE: Duration = Duration::from_secs(2);
@@ -179,6 +183,8 @@ async fn serve(
         name: params.id.clone(),
         state_dir: params.pod.path.clone(),
         lifetime: Lifetime::Containers,
+        // An ordinary user has no cgroups but those that are delegated to it.
+        default_cgroup: owner::user().is_none().then(|| Path::new(CGROUPS).join(&params.id)),
         containerd: None,
     };
     let pod = Pod::new(settings, warm_vm, events);

@@ -166,3 +166,29 @@ fn out_of_memory() {
         oci.ok(&["delete", "--force", "o"]).map(drop)
     });
 }
+
+/// A container whose configuration names no cgroup has one on the host anyway, which has its limits.
+#[test]
+fn no_cgroup_is_named() {
+    super::run(Runtime::Machinen, |oci| {
+        let id = format!("{}-group", oci.host().name());
+        oci.bundle(&id, &SLEEP, |spec| {
+            spec["linux"]["resources"] = json!({ "memory": { "limit": 64 << 20 } });
+            spec["linux"].as_object_mut().expect("an object").remove("cgroupsPath");
+        })?;
+        let _container = oci.launch(&id)?;
+        let groups = fs::read_to_string(format!("/proc/{}/cgroup", oci.pid(&id)?))?;
+        let path = format!("/machinen/{id}");
+        ensure!(groups.lines().any(|line| line.ends_with(&path)), "not in {path}: {groups}");
+        let root = Path::new("/sys/fs/cgroup");
+        let dirs = [root.join("memory"), root.to_owned()].map(|mount| mount.join(&path[1..]));
+        let files = ["memory.limit_in_bytes", "memory.max"];
+        let mut limits =
+            dirs.iter().zip(files).filter_map(|(dir, file)| fs::read_to_string(dir.join(file)).ok());
+        let limit: u64 = limits.next().context("no limit")?.trim().parse()?;
+        ensure!((64 << 20..8 << 30).contains(&limit), "{limit}");
+        oci.ok(&["delete", "--force", &id])?;
+        ensure!(dirs.iter().all(|dir| !dir.exists()), "the group is left");
+        Ok(())
+    });
+}

@@ -6,8 +6,9 @@
 //!   container updated    wider limits first on the host, narrower ones first in the guest
 //!   last one deleted     the shim returns to the groups it came from, and removes the empty group
 //! ```
-//! A container's own limits are enforced in the guest; the host's cgroup bounds a guest that ignores them. A pod whose
-//! first container has no cgroupsPath stays where its shim is, without limits of its own.
+//! A container's own limits are enforced in the guest; the host's cgroup bounds a guest that ignores them. A pod of a shim
+//! whose first container has no cgroupsPath stays where the shim is, without limits of its own; the OCI command line has a
+//! default group.
 
 mod error;
 mod host;
@@ -42,8 +43,10 @@ const STEP: Duration = Duration::from_secs(2);
 const STEPS: u32 = 15;
 
 /// The cgroup of one pod. Clones are handles of the same.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct HostCgroup {
+    /// The group of a pod whose first container names none.
+    default: Option<PathBuf>,
     state: Arc<Mutex<CgroupState>>,
 }
 
@@ -81,6 +84,11 @@ pub struct WidenedLimits {
 }
 
 impl HostCgroup {
+    /// The cgroup of a pod that is in none yet. `default` is used if the first container names no other, and can be made.
+    pub fn new(default: Option<PathBuf>) -> Self {
+        Self { default, state: Arc::default() }
+    }
+
     /// Starts to enter the cgroup that the bundle names, so that the first container does not have to wait for that. A
     /// failure is reported by [`HostCgroup::enter`], which the first container's create calls.
     pub fn begin(&self, id: String, bundle: PathBuf, state_dir: PathBuf) {
@@ -105,16 +113,20 @@ impl HostCgroup {
         id: &str,
         state_dir: &Path,
     ) -> Result<(), HostCgroupError> {
-        let path = path.filter(|path| !path.as_os_str().is_empty()).map(CgroupPath::parse).transpose()?;
+        let named = path.filter(|path| !path.as_os_str().is_empty());
+        let path = named.or(self.default.as_deref()).map(CgroupPath::parse).transpose()?;
+        // The cgroups of the host are not an ordinary user's, unless they were delegated to it.
+        let is_optional = named.is_none() || owner::user().is_some();
         let (cgroup, id, state_dir) = (self.clone(), id.to_owned(), state_dir.to_owned());
         // A task of its own, because a caller that gives up must not leave this process in a group that is forgotten.
-        let entered = tokio::spawn(async move { cgroup.enter_once(path, id, state_dir).await });
+        let entered = tokio::spawn(async move { cgroup.enter_once(path, is_optional, id, state_dir).await });
         entered.await.map_err(HostCgroupError::Worker)?
     }
 
     async fn enter_once(
         &self,
         path: Option<CgroupPath>,
+        is_optional: bool,
         id: String,
         state_dir: PathBuf,
     ) -> Result<(), HostCgroupError> {
@@ -128,8 +140,7 @@ impl HostCgroup {
         };
         let joined = match blocking(move || JoinedCgroup::enter(&path, &id, &state_dir)).await {
             Ok(joined) => joined,
-            // The cgroups of the host are not an ordinary user's, unless they were delegated to it.
-            Err(error) if owner::user().is_some() => {
+            Err(error) if is_optional => {
                 tracing::warn!("limits hold in the guest only: {}", chain(&error));
                 state.decided = true;
                 return Ok(());

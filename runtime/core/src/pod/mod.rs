@@ -116,6 +116,9 @@ pub struct PodSettings {
     pub state_dir: PathBuf,
     /// When the VM ends.
     pub lifetime: Lifetime,
+    /// The pod's cgroup on the host if its first container names none. The pod is not in a cgroup of its own without it, or if
+    /// the group cannot be made.
+    pub default_cgroup: Option<PathBuf>,
     /// The socket of the containerd that the pod's containers belong to, if it is known. Members of the warm
     /// pool end when that containerd has ended.
     pub containerd: Option<PathBuf>,
@@ -156,7 +159,8 @@ impl Pod {
         warm_vm: Option<WarmVm>,
         events: mpsc::UnboundedSender<PodEvent>,
     ) -> Self {
-        let PodSettings { config, namespace, name, state_dir, lifetime, containerd } = settings;
+        let PodSettings { config, namespace, name, state_dir, lifetime, default_cgroup, containerd } =
+            settings;
         let config = Arc::new(config);
         let starting = Arc::new(Semaphore::new(streams::STARTING));
         let sandbox = SandboxSettings {
@@ -182,7 +186,7 @@ impl Pod {
             sandbox: Sandbox::new(sandbox, warm_vm),
             containers: Mutex::default(),
             sandbox_container: OnceLock::new(),
-            cgroup: HostCgroup::default(),
+            cgroup: HostCgroup::new(default_cgroup),
             shares: PodShares::default(),
             starting,
             traces: Traces::to(endpoint),
