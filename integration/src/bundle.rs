@@ -42,13 +42,22 @@ impl Bundle {
     /// The files cannot be written, or `make setup` has not unpacked them.
     pub fn with_workloads(containerd: &Containerd) -> Result<Self> {
         let bundle = Self::busybox(containerd)?;
-        let rootfs = bundle.rootfs();
+        bundle.add_workloads()?;
+        Ok(bundle)
+    }
+
+    /// Adds Python and Redis.
+    ///
+    /// # Errors
+    /// The files cannot be written, or `make setup` has not unpacked them.
+    pub fn add_workloads(&self) -> Result<()> {
+        let rootfs = self.rootfs();
         let usr = paths::workspace().join("target/tools/workloads/usr/.");
         Invocation::new("cp").arg("-a").arg(usr).arg(rootfs.join("usr")).run()?.ok()?;
         for name in ["lib", "lib64"] {
             symlink(format!("usr/{name}"), rootfs.join(name))?;
         }
-        Ok(bundle)
+        Ok(())
     }
 
     /// The directory of the bundle.

@@ -16,8 +16,8 @@ use containerd_shim_protos::ttrpc::{
 };
 use machinen::fs::FileError;
 use machinen_task::api::{
-    ConsoleRequest, ConsoleResponse, DescribeRequest, DescribeResponse, InspectionClient, ProcessesRequest,
-    ProcessesResponse, SecretsClient, SetSecretsRequest,
+    ConsoleRequest, ConsoleResponse, DescribeRequest, DescribeResponse, InspectionClient, NotPausedRequest,
+    ProcessesRequest, ProcessesResponse, SecretsClient, SetSecretsRequest,
 };
 use rustix::fs::{Mode, OFlags};
 use tokio::time::timeout;
@@ -69,6 +69,15 @@ impl PodClient {
     pub(crate) async fn processes(&self, id: &str) -> Result<ProcessesResponse, FindError> {
         let request = ProcessesRequest { container_id: id.to_owned(), ..Default::default() };
         within(GUEST, self.inspection.processes(Context::default(), &request)).await
+    }
+
+    /// Waits until a container is not paused, however long that takes.
+    ///
+    /// # Errors
+    /// The owner does not answer, or ends meanwhile.
+    pub(crate) async fn not_paused(&self, id: &str) -> Result<(), FindError> {
+        let request = NotPausedRequest { container_id: id.to_owned(), ..Default::default() };
+        Ok(self.inspection.not_paused(Context::default(), &request).await.map(drop)?)
     }
 
     /// Writes and removes secrets of a container.

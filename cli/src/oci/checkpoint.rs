@@ -81,6 +81,11 @@ pub(super) struct UnsupportedArgs {
     lsm_profile: Option<String>,
     #[arg(long, hide = true)]
     lsm_mount_context: Option<String>,
+    #[arg(long, hide = true)]
+    tcp_skip_in_flight: bool,
+    // The guest's CRIU has it always.
+    #[arg(long, hide = true)]
+    link_remap: bool,
 }
 
 impl UnsupportedArgs {
@@ -96,11 +101,12 @@ impl UnsupportedArgs {
             (self.status_fd.is_some(), "--status-fd", "a VM cannot have the caller's descriptors"),
             (self.parent_path.is_some(), "--parent-path", whole),
             (self.auto_dedup, "--auto-dedup", whole),
+            (self.tcp_skip_in_flight, "--tcp-skip-in-flight", "a connection that is being made is refused"),
             (self.lsm_profile.is_some(), "--lsm-profile", labels),
             (self.lsm_mount_context.is_some(), "--lsm-mount-context", labels),
         ] {
             if given {
-                return Err(OciError::Unsupported { flag, reason });
+                return Err(OciError::Unsupported { what: flag, reason });
             }
         }
         Ok(())

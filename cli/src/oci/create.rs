@@ -28,6 +28,8 @@ use super::{
     state::{ContainerRecord, HostProcess, StateDir},
 };
 
+const NO_DESCRIPTORS: &str = "a process in a VM cannot have the caller's descriptors";
+
 /// Options of the verbs that make a container.
 #[derive(Debug, Args)]
 pub(crate) struct CreateArgs {
@@ -40,6 +42,9 @@ pub(crate) struct CreateArgs {
     /// File that gets the pid of the process that stands for the container on the host
     #[arg(long, value_name = "FILE")]
     pub(crate) pid_file: Option<PathBuf>,
+    /// Unix socket that receives a descriptor of the process that stands for the container (pidfd_open(2))
+    #[arg(long, value_name = "SOCKET")]
+    pidfd_socket: Option<PathBuf>,
     /// Number of further descriptors for the process; a VM cannot have any
     #[arg(long, value_name = "N", default_value_t = 0)]
     preserve_fds: u32,
@@ -80,6 +85,7 @@ impl CreateArgs {
             bundle,
             console_socket: None,
             pid_file: None,
+            pidfd_socket: None,
             preserve_fds: 0,
             no_pivot: false,
             no_new_keyring: false,
@@ -174,10 +180,8 @@ pub(crate) async fn create(
     attachment: Attachment<'_>,
     checkpoint: Option<&Path>,
 ) -> Result<CreatedContainer, OciError> {
-    if args.preserve_fds > 0 {
-        let reason = "a process in a VM cannot have the caller's descriptors";
-        return Err(OciError::Unsupported { flag: "--preserve-fds", reason });
-    }
+    refuse_descriptors(args.preserve_fds)?;
+    refuse_activation(|name| std::env::var(name).ok())?;
     // The monitor reads it again, and cannot report an error as well.
     Config::load()?;
     let id = ContainerId::parse(&args.id)?;
@@ -195,6 +199,28 @@ pub(crate) async fn create(
             Err(error)
         }
     }
+}
+
+/// # Errors
+/// The caller wants the process to have descriptors of its own.
+pub(super) fn refuse_descriptors(count: u32) -> Result<(), OciError> {
+    match count {
+        0 => Ok(()),
+        _ => Err(OciError::Unsupported { what: "--preserve-fds", reason: NO_DESCRIPTORS }),
+    }
+}
+
+/// runc passes the sockets that systemd has opened for it (sd_listen_fds(3)) on to the container.
+///
+/// # Errors
+/// There are such sockets.
+fn refuse_activation(variable: impl Fn(&str) -> Option<String>) -> Result<(), OciError> {
+    let number = |name| variable(name).and_then(|text| text.parse::<u32>().ok());
+    let is_meant = number("LISTEN_PID") == Some(std::process::id());
+    if is_meant && number("LISTEN_FDS").is_some_and(|count| count > 0) {
+        return Err(OciError::Unsupported { what: "socket activation (LISTEN_FDS)", reason: NO_DESCRIPTORS });
+    }
+    Ok(())
 }
 
 async fn create_in(
@@ -228,6 +254,7 @@ async fn create_in(
     record.stand_in = Some(stand_in.process);
     state.save(&record)?;
     write_pid_file(args.pid_file.as_deref(), stand_in.process)?;
+    stand_in.send_pidfd(args.pidfd_socket.as_deref())?;
     stand_in.go(anchor)?;
     Ok((client, relay))
 }
@@ -349,4 +376,26 @@ fn is_alone(root: &Path, state: &StateDir, pod: &PodDir) -> Result<bool, OciErro
         }
     }
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockets_of_systemd_are_refused_if_they_are_meant_for_this_process() {
+        let own = std::process::id();
+        let refused = |pid: u32, count: &str| {
+            refuse_activation(|name| match name {
+                "LISTEN_PID" => Some(pid.to_string()),
+                "LISTEN_FDS" => Some(count.to_owned()),
+                _ => None,
+            })
+        };
+        let error = refused(own, "1").unwrap_err().to_string();
+        assert!(error.contains("LISTEN_FDS"), "{error}");
+        refused(own, "0").unwrap();
+        refused(own + 1, "1").unwrap();
+        refuse_activation(|_| None).unwrap();
+    }
 }

@@ -44,8 +44,8 @@ pub(crate) enum OciError {
     ExecInPaused { id: String },
     #[error("cannot delete container {id} that is not stopped: {status}")]
     NotStopped { id: String, status: ContainerStatus },
-    #[error("{flag} is not supported: {reason}")]
-    Unsupported { flag: &'static str, reason: &'static str },
+    #[error("{what} is not supported: {reason}")]
+    Unsupported { what: &'static str, reason: &'static str },
     #[error(
         "the process gets a terminal, but no console socket is given: pass --console-socket, or do not detach"
     )]
@@ -75,7 +75,7 @@ pub(crate) enum OciError {
     #[error("cannot decode the answer of the container's monitor")]
     Decode(#[source] protobuf::Error),
     #[error(transparent)]
-    Processes { source: Box<FindError> },
+    Inspection { source: Box<FindError> },
     #[error("exec failed")]
     Exec(#[source] Box<OciError>),
     #[error("{}", answer(.0))]
@@ -105,7 +105,7 @@ impl HasKind for OciError {
             Self::Config(error) => error.kind(),
             Self::File(error) => error.kind(),
             Self::Exec(error) => error.kind(),
-            Self::Processes { source } => source.kind(),
+            Self::Inspection { source } => source.kind(),
             Self::NoContainer { .. } => ErrorKind::NotFound,
             Self::Exists { .. } => ErrorKind::AlreadyExists,
             Self::NotRunning { .. }

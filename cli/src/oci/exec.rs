@@ -14,13 +14,14 @@ use serde_json::{Value, json};
 
 use super::{
     client::MonitorClient,
-    create::{Attachment, write_pid_file},
+    create::{Attachment, refuse_descriptors, write_pid_file},
     error::OciError,
     foreground,
     global::GlobalArgs,
     stand_in::StandIn,
     state::{ContainerRecord, ContainerStatus, StateDir},
 };
+use crate::find::{PodClient, PodSocket};
 
 /// The name of the runtime-spec's process in containerd's registry of types.
 pub(crate) const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
@@ -57,6 +58,9 @@ pub(crate) struct ExecArgs {
     /// File that gets the pid of the process that stands for the new one on the host
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
+    /// Unix socket that receives a descriptor of the process that stands for the new one (pidfd_open(2))
+    #[arg(long, value_name = "SOCKET")]
+    pidfd_socket: Option<PathBuf>,
     /// AppArmor profile; guests have none
     #[arg(long, value_name = "PROFILE", hide = true)]
     apparmor: Option<String>,
@@ -75,7 +79,7 @@ pub(crate) struct ExecArgs {
     /// Cgroup below the container's, which is not supported
     #[arg(long, value_name = "PATH", hide = true)]
     cgroup: Vec<String>,
-    /// Refused for a paused container, in which no process can be added; no effect on another one
+    /// If the container is paused, wait until it is resumed instead of failing
     #[arg(long)]
     ignore_paused: bool,
     /// Id of the container
@@ -99,29 +103,14 @@ pub(super) async fn run(global: &GlobalArgs, args: &ExecArgs) -> Result<ExitCode
 }
 
 async fn exec(global: &GlobalArgs, args: &ExecArgs) -> Result<u32, OciError> {
-    if args.preserve_fds > 0 {
-        let reason = "a process in a VM cannot have the caller's descriptors";
-        return Err(OciError::Unsupported { flag: "--preserve-fds", reason });
-    }
+    refuse_descriptors(args.preserve_fds)?;
     if !args.cgroup.is_empty() {
         let reason = "an added process is in the cgroup of its container";
-        return Err(OciError::Unsupported { flag: "--cgroup", reason });
+        return Err(OciError::Unsupported { what: "--cgroup", reason });
     }
     let state = StateDir::find(&global.root, &args.id)?;
     let record = state.record()?.ok_or_else(|| OciError::NoContainer { id: args.id.clone() })?;
-    let stopped = |status| OciError::ExecInStopped { id: args.id.clone(), status };
-    let Some(monitor) = MonitorClient::of_pod(&state.id, &record.pod)? else {
-        return Err(stopped(ContainerStatus::Stopped));
-    };
-    match monitor.status().await? {
-        ContainerStatus::Running | ContainerStatus::Created => {}
-        ContainerStatus::Paused if args.ignore_paused => {
-            let reason = "no process can be added while the container is paused";
-            return Err(OciError::Unsupported { flag: "--ignore-paused", reason });
-        }
-        ContainerStatus::Paused => return Err(OciError::ExecInPaused { id: args.id.clone() }),
-        status => return Err(stopped(status)),
-    }
+    let monitor = running(&state, &record, args).await?;
     let process = match &args.process {
         Some(file) => read_process(file)?,
         None => described(&record, args)?,
@@ -155,11 +144,36 @@ async fn exec(global: &GlobalArgs, args: &ExecArgs) -> Result<u32, OciError> {
         }
         let anchor = started?;
         write_pid_file(args.pid_file.as_deref(), stand_in.process)?;
+        stand_in.send_pidfd(args.pidfd_socket.as_deref())?;
         stand_in.go(anchor)
     };
     match args.detach {
         true => start().await.map(|()| 0),
         false => foreground::follow(&monitor, &exec, relay, start).await,
+    }
+}
+
+/// The monitor of a container to which a process can be added. That of a paused container is waited for if the caller
+/// ignores the pause: a process that is added to it by runc does not run before the container is resumed, either.
+async fn running(
+    state: &StateDir,
+    record: &ContainerRecord,
+    args: &ExecArgs,
+) -> Result<MonitorClient, OciError> {
+    let stopped = |status| OciError::ExecInStopped { id: args.id.clone(), status };
+    let monitor = MonitorClient::of_pod(&state.id, &record.pod)?;
+    let monitor = monitor.ok_or_else(|| stopped(ContainerStatus::Stopped))?;
+    loop {
+        match monitor.status().await? {
+            ContainerStatus::Running | ContainerStatus::Created => return Ok(monitor),
+            ContainerStatus::Paused if args.ignore_paused => {
+                let pod = PodClient::connect(&PodSocket(record.pod.socket()));
+                let waited = async { pod?.not_paused(&args.id).await }.await;
+                waited.map_err(|source| OciError::Inspection { source: Box::new(source) })?;
+            }
+            ContainerStatus::Paused => return Err(OciError::ExecInPaused { id: args.id.clone() }),
+            status => return Err(stopped(status)),
+        }
     }
 }
 

@@ -19,16 +19,18 @@ use std::{
         fd::{AsFd as _, OwnedFd},
         unix::net::UnixStream,
     },
+    path::Path,
     process::ExitCode,
 };
 
 use machinen::{
     cgroup,
     error::chain,
+    fs::FileError,
     pod::ContainerId,
     process::{Jail, Stdio},
     reexec::EntryPoint,
-    sys,
+    sys::{self, socket::send_with_fd},
 };
 use nix::sched::{CloneFlags, setns};
 use rustix::{
@@ -65,6 +67,8 @@ struct StandInParams {
 #[derive(Debug)]
 pub(crate) struct StandIn {
     pub(crate) process: HostProcess,
+    /// It stands for the container's init, and not for a process that is added.
+    is_init: bool,
     orders: File,
 }
 
@@ -122,12 +126,28 @@ impl StandIn {
             }
         };
         let process = HostProcess::of(spawn.detach().map_err(failed)?)?;
-        Ok(Self { process, orders: OwnedFd::from(orders).into() })
+        Ok(Self { process, is_init: exec.is_empty(), orders: OwnedFd::from(orders).into() })
     }
 
     /// The name of one of its standard streams, for requests to the monitor.
     pub(crate) fn stream(&self, number: u32) -> String {
         format!("fd://{}/{number}", self.process.pid)
+    }
+
+    /// Sends a descriptor of the stand-in to the caller's socket, if there is one, with the text that runc sends.
+    ///
+    /// # Errors
+    /// The socket cannot be connected.
+    pub(crate) fn send_pidfd(&self, socket: Option<&Path>) -> Result<(), OciError> {
+        let Some(socket) = socket else { return Ok(()) };
+        let text: &[u8] = if self.is_init { b"standard" } else { b"setns" };
+        let send = || {
+            let pid = Pid::from_raw(self.process.pid.cast_signed()).ok_or(io::ErrorKind::InvalidInput)?;
+            let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+            let stream = UnixStream::connect(socket)?;
+            send_with_fd(stream.as_fd(), text, Some(&pidfd)).map(drop)
+        };
+        Ok(send().map_err(FileError::at("send the descriptor of the process to the socket", socket))?)
     }
 
     /// The process exists in the guest. `anchor` is the host process whose namespaces the stand-in enters.

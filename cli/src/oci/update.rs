@@ -37,6 +37,9 @@ pub(crate) struct UpdateArgs {
     /// CPU time by which a period may exceed the quota, microseconds
     #[arg(long, value_name = "MICROSECONDS")]
     cpu_burst: Option<u64>,
+    /// 1 lets the container run only when no other wants the CPU
+    #[arg(long, value_name = "0|1", allow_negative_numbers = true)]
+    cpu_idle: Option<i64>,
     /// CPUs that may be used, such as 0-2,4
     #[arg(long, value_name = "LIST")]
     cpuset_cpus: Option<String>,
@@ -55,14 +58,55 @@ pub(crate) struct UpdateArgs {
     /// Largest number of processes; -1 is no limit
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pids_limit: Option<i64>,
+    #[command(flatten)]
+    unsupported: UnsupportedArgs,
     /// Id of the container
     #[arg(value_name = "ID")]
     id: String,
 }
 
+/// Options of runc that are refused by name.
+#[derive(Debug, Args)]
+struct UnsupportedArgs {
+    // No effect, as with runc: no kernel has these limits any more.
+    #[arg(long, hide = true)]
+    kernel_memory: Option<String>,
+    #[arg(long, hide = true)]
+    kernel_memory_tcp: Option<String>,
+    #[arg(long, hide = true)]
+    cpu_rt_period: Option<u64>,
+    #[arg(long, hide = true, allow_negative_numbers = true)]
+    cpu_rt_runtime: Option<i64>,
+    #[arg(long, hide = true)]
+    l3_cache_schema: Option<String>,
+    #[arg(long, hide = true)]
+    mem_bw_schema: Option<String>,
+}
+
+impl UnsupportedArgs {
+    /// # Errors
+    /// One of the options is given.
+    fn refuse(&self) -> Result<(), OciError> {
+        let real_time = "cgroups of version 2, which the guest has, give no time to real-time processes";
+        let cache = "a guest cannot divide the caches and the memory bandwidth of the host's processors";
+        for (given, what, reason) in [
+            (self.cpu_rt_period.is_some(), "--cpu-rt-period", real_time),
+            (self.cpu_rt_runtime.is_some(), "--cpu-rt-runtime", real_time),
+            (self.l3_cache_schema.is_some(), "--l3-cache-schema", cache),
+            (self.mem_bw_schema.is_some(), "--mem-bw-schema", cache),
+        ] {
+            if given {
+                return Err(OciError::Unsupported { what, reason });
+            }
+        }
+        Ok(())
+    }
+}
+
 /// # Errors
 /// The limits are not understood, or the container does not take them.
 pub(super) async fn run(global: &GlobalArgs, args: &UpdateArgs) -> Result<(), OciError> {
+    args.unsupported.refuse()?;
     let resources = match &args.resources {
         Some(path) => read(path)?,
         None => args.described()?,
@@ -97,6 +141,7 @@ impl UpdateArgs {
         set("cpu", "quota", self.cpu_quota.map(Value::from));
         set("cpu", "shares", self.cpu_share.map(Value::from));
         set("cpu", "burst", self.cpu_burst.map(Value::from));
+        set("cpu", "idle", self.cpu_idle.map(Value::from));
         set("cpu", "cpus", self.cpuset_cpus.clone().map(Value::from));
         set("cpu", "mems", self.cpuset_mems.clone().map(Value::from));
         set("memory", "limit", bytes("--memory", self.memory.as_deref())?);

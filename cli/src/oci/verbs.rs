@@ -1,8 +1,9 @@
 //! The short verbs: `start`, `kill`, `delete`, `pause`, `resume`, `state`, `list` and `ps`.
 
-use std::{collections::HashMap, path::Path, str::FromStr as _};
+use std::{collections::HashMap, fs, path::Path, str::FromStr as _};
 
 use clap::{Args, ValueEnum};
+use machinen::fs::FileError;
 use nix::sys::signal::Signal;
 use serde::Serialize;
 use serde_json::json;
@@ -11,7 +12,7 @@ use super::{
     client::{MonitorClient, status_of},
     create::{destroy, destroy_by_force},
     error::OciError,
-    global::GlobalArgs,
+    global::{GlobalArgs, default_root},
     state::{ContainerRecord, ContainerStatus, StateDir},
 };
 use crate::{
@@ -159,6 +160,10 @@ pub(super) async fn state(global: &GlobalArgs, args: &IdArgs) -> Result<(), OciE
 
 /// Prints all containers.
 pub(super) async fn list(global: &GlobalArgs, args: &ListArgs) -> Result<(), OciError> {
+    // Without a container there is no default directory yet. Another one that does not exist is a mistake.
+    if global.root != default_root() {
+        fs::read_dir(&global.root).map_err(FileError::at("list", &global.root))?;
+    }
     let mut all = Vec::new();
     for state in StateDir::all(&global.root)? {
         all.push(Shown::of(&state).await?);
@@ -259,7 +264,7 @@ pub(crate) struct PsArgs {
 pub(super) async fn ps(global: &GlobalArgs, args: &PsArgs) -> Result<(), OciError> {
     if !args.options.is_empty() {
         let reason = "the container's processes are in a VM, where no ps(1) of the host sees them";
-        return Err(OciError::Unsupported { flag: "an option of ps(1)", reason });
+        return Err(OciError::Unsupported { what: "an option of ps(1)", reason });
     }
     let state = StateDir::find(&global.root, &args.id)?;
     let Shown { pid, record, .. } = Shown::of(&state).await?;
@@ -267,7 +272,7 @@ pub(super) async fn ps(global: &GlobalArgs, args: &PsArgs) -> Result<(), OciErro
         Some(record) => {
             let pod = PodClient::connect(&PodSocket(record.pod.socket()));
             let listed = async { pod?.processes(&args.id).await }.await;
-            listed.map_err(|source| OciError::Processes { source: Box::new(source) })?
+            listed.map_err(|source| OciError::Inspection { source: Box::new(source) })?
         }
         // A container that has stopped has none, which is no error to runc.
         None => Default::default(),

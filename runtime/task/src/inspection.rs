@@ -9,7 +9,7 @@ use protobuf::MessageField;
 use crate::{
     api::{
         ConsoleRequest, ConsoleResponse, ContainerInfo, DescribeRequest, DescribeResponse, Inspection,
-        ProcessDescription, ProcessesRequest, ProcessesResponse, VmInfo,
+        NotPausedRequest, NotPausedResponse, ProcessDescription, ProcessesRequest, ProcessesResponse, VmInfo,
     },
     error::to_ttrpc,
     id,
@@ -63,6 +63,12 @@ impl Inspection for InspectionService {
             left_out: piece.left_out,
             ..Default::default()
         })
+    }
+
+    async fn not_paused(&self, _: &TtrpcContext, req: NotPausedRequest) -> ttrpc::Result<NotPausedResponse> {
+        let container = self.pod.container(&id::container(&req.container_id)?);
+        container.map_err(|error| to_ttrpc(&error))?.not_paused().await;
+        Ok(NotPausedResponse::default())
     }
 }
 

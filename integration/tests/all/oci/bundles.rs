@@ -3,7 +3,7 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use machinen_integration::{bundle::mount, oci::Oci};
+use machinen_integration::{bundle::mount, oci::Oci, runtime::Runtime};
 use serde_json::{Value, json};
 
 use super::with_oci;
@@ -11,7 +11,7 @@ use super::with_oci;
 /// As runc since 1.3.
 #[test]
 fn of_several_variables_the_last_one_counts() {
-    super::run(machinen_integration::runtime::Runtime::Machinen, |oci| {
+    super::run(Runtime::Machinen, |oci| {
         let output = run(oci, &["env"], |spec| {
             spec["process"]["env"] = json!(["A=1", "PATH=/bin", "HOME=/x", "A=2", "HOME="]);
         })?;
@@ -28,7 +28,10 @@ with_oci!(
     wrong,
     broken,
     changed_after_its_creation,
-    a_bundle_in_the_current_directory
+    a_bundle_in_the_current_directory,
+    a_root_that_is_the_bundle,
+    a_proc_in_the_place_of_a_link,
+    newer_system_calls,
 );
 
 /// The name of a case, its change of the specification, and the text that is expected.
@@ -234,5 +237,77 @@ fn a_bundle_in_the_current_directory(oci: &Oci) -> Result<()> {
     let output = run.run().context("cannot run")?;
     ensure!(output.status == 1 && output.text() == "root:x:0:0:root:/root:/bin/sh\n", "{output}");
     ensure!(output.error_text().contains("Read-only file system"), "{output}");
+    Ok(())
+}
+
+/// `root.path` is `.`: the configuration is a file of the container.
+fn a_root_that_is_the_bundle(oci: &Oci) -> Result<()> {
+    for readonly in [true, false] {
+        let dir = oci.bundle_dir("b");
+        if fs::exists(&dir)? {
+            fs::remove_dir_all(&dir)?;
+        }
+        let script = "ls /config.json; touch /written 2> /dev/null || echo read-only";
+        let bundle = oci.bundle("b", &["sh", "-c", script], |spec| {
+            spec["root"] = json!({ "path": ".", "readonly": readonly });
+        })?;
+        let rootfs = bundle.rootfs();
+        fs::rename(bundle.dir().join("config.json"), rootfs.join("config.json"))?;
+        let output = oci.ok(&["run", "--bundle", &rootfs.display().to_string(), "b"])?;
+        let expected = if readonly { "/config.json\nread-only\n" } else { "/config.json\n" };
+        ensure!(output == expected, "{output}");
+        ensure!(rootfs.join("written").exists() != readonly, "{readonly}");
+        ensure!(!rootfs.join("machinen-writable.ext4").exists());
+    }
+    Ok(())
+}
+
+/// What the container trusts would be elsewhere.
+fn a_proc_in_the_place_of_a_link(oci: &Oci) -> Result<()> {
+    let bundle = oci.bundle("b", &["true"], |_| {})?;
+    let proc = bundle.rootfs().join("proc");
+    if proc.exists() {
+        fs::remove_dir(&proc)?;
+    }
+    std::os::unix::fs::symlink("/tmp", &proc)?;
+    oci.fails(&["run", "--bundle", &oci.bundle_dir("b"), "b"], 1, "must be mounted on ordinary directory")?;
+    super::is_gone(oci, "b")
+}
+
+/// As runc masks it since 1.4.
+#[test]
+fn a_path_that_is_masked_twice() {
+    super::run(Runtime::Machinen, |oci| {
+        let script = "for path in /etc /usr; do grep -c \" $path \" /proc/mounts; done";
+        let output = run(oci, &["/bin/sh", "-c", script], |spec| {
+            spec["linux"]["maskedPaths"] = json!(["/etc", "/root", "/etc"]);
+            spec["linux"]["readonlyPaths"] = json!(["/usr", "/home", "/usr"]);
+        })?;
+        ensure!(output.text() == "1\n1\n", "{output}");
+        Ok(())
+    });
+}
+
+/// A profile that is older than a system call does not forbid it: the call does not exist.
+fn newer_system_calls(oci: &Oci) -> Result<()> {
+    // The newest that the profile names is rseq, 334. pidfd_open is 434, and mknod is 133.
+    let names = "read write open close stat fstat lstat poll lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask \
+        rt_sigreturn ioctl pread64 readv writev access pipe sched_yield mremap madvise dup dup2 dup3 getpid clone fork vfork \
+        execve exit wait4 kill uname fcntl getcwd chdir readlink umask sysinfo getuid getgid geteuid getegid getppid \
+        sigaltstack arch_prctl gettid futex getdents64 set_tid_address clock_gettime exit_group epoll_create1 epoll_ctl \
+        epoll_pwait eventfd2 tgkill openat newfstatat readlinkat faccessat set_robust_list pipe2 prlimit64 getrandom statx rseq \
+        socket connect accept accept4 sendto recvfrom sendmsg recvmsg shutdown bind listen getsockopt setsockopt prctl";
+    let names: Vec<_> = names.split_whitespace().collect();
+    let script = "import os\n\
+        for call in lambda: os.pidfd_open(os.getpid()), lambda: os.mkfifo('/fifo'):\n\
+        \x20   try: call()\n\
+        \x20   except OSError as error: print(error.errno)\n";
+    let bundle = oci.bundle("b", &["python3.13", "-c", script], |spec| {
+        let rule = json!({ "names": names, "action": "SCMP_ACT_ALLOW" });
+        spec["linux"]["seccomp"] = json!({ "defaultAction": "SCMP_ACT_ERRNO", "syscalls": [rule] });
+    })?;
+    bundle.add_workloads()?;
+    let output = oci.ok(&["run", "--bundle", &oci.bundle_dir("b"), "b"])?;
+    ensure!(output == format!("{}\n{}\n", libc::ENOSYS, libc::EPERM), "{output}");
     Ok(())
 }

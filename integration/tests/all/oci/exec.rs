@@ -3,22 +3,43 @@
 use std::{fs, fs::File, io::Write};
 
 use anyhow::{Context, Result, ensure};
-use machinen_integration::oci::{ConsoleSocket, Oci};
+use machinen_integration::{
+    oci::{ConsoleSocket, Oci},
+    runtime::Runtime,
+};
 use serde_json::json;
 
 use super::{SLEEP, with_oci};
 
-with_oci!(arguments, exit_codes, a_process_file, fed, detached, on_a_terminal);
+with_oci!(arguments, exit_codes, a_process_file, fed, detached, on_a_terminal, in_a_paused_container);
 
-/// Its root file system is frozen with it.
+/// The process begins when the container is resumed.
+fn in_a_paused_container(oci: &Oci) -> Result<()> {
+    started(oci)?;
+    ensure!(oci.ok(&["exec", "--ignore-paused", "e", "echo", "runs"])? == "runs\n");
+    oci.ok(&["pause", "e"])?;
+    oci.fails(&["exec", "e", "true"], 255, "cannot exec in a paused container")?;
+    let waiting =
+        oci.command(&["exec", "--ignore-paused", "e", "sh", "-c", "echo resumed; exit 3"])?.spawn()?;
+    oci.has_status("e", "paused")?;
+    ensure!(waiting.written()[0].is_empty(), "{:?}", waiting.written());
+    oci.ok(&["resume", "e"])?;
+    let output = waiting.wait()?;
+    ensure!(output.status == 3 && output.text() == "resumed\n", "{output}");
+    remove(oci)
+}
+
+/// A container that ends while it is paused gets no process.
 #[test]
-fn in_a_paused_container() {
-    super::run(machinen_integration::runtime::Runtime::Machinen, |oci| {
+fn in_a_paused_container_that_ends() {
+    super::run(Runtime::Machinen, |oci| {
         started(oci)?;
-        ensure!(oci.ok(&["exec", "--ignore-paused", "e", "echo", "runs"])? == "runs\n");
         oci.ok(&["pause", "e"])?;
-        oci.fails(&["exec", "e", "true"], 255, "cannot exec in a paused container")?;
-        oci.fails(&["exec", "--ignore-paused", "e", "true"], 255, "--ignore-paused is not supported")?;
+        let waiting = oci.command(&["exec", "--ignore-paused", "e", "true"])?.spawn()?;
+        oci.has_status("e", "paused")?;
+        oci.ok(&["kill", "e", "KILL"])?;
+        let output = waiting.wait()?;
+        ensure!(output.status == 255 && output.error_text().contains("stopped container"), "{output}");
         remove(oci)
     });
 }

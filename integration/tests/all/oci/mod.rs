@@ -3,6 +3,7 @@
 mod bundles;
 mod checkpoint;
 mod exec;
+mod flags;
 mod hooks;
 mod limits;
 mod logging;

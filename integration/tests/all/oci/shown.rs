@@ -1,7 +1,12 @@
 //! What the runtime shows: containers, processes, counts, itself.
 
+use std::fs;
+
 use anyhow::{Context, Result, ensure};
-use machinen_integration::oci::{Oci, json_of};
+use machinen_integration::{
+    oci::{Oci, json_of},
+    runtime::Runtime,
+};
 use serde_json::Value;
 
 use super::{SLEEP, with_oci};
@@ -13,6 +18,7 @@ fn json(text: &str) -> Result<Value> {
 }
 
 fn lists(oci: &Oci) -> Result<()> {
+    fs::create_dir_all(oci.host().root().join("state"))?;
     let empty = oci.ok(&["list"])?;
     ensure!(empty.split_whitespace().eq(["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"]), "{empty}");
     ensure!(["null", "[]"].contains(&oci.ok(&["list", "--format", "json"])?.trim()));
@@ -35,6 +41,16 @@ fn lists(oci: &Oci) -> Result<()> {
     let output = oci.output(&["list", "--format", "xml"])?;
     ensure!(output.status != 0 && output.error_text().contains("format"), "{output}");
     oci.ok(&["delete", "--force", "one"]).map(drop)
+}
+
+/// A directory that the caller names must exist, as with runc since 1.5.
+#[test]
+fn no_root() {
+    super::run(Runtime::Machinen, |oci| {
+        let output = oci.scripted("exec \"$1\" --root /no/such/directory list", &["list"])?.run()?;
+        ensure!(output.status == 1 && output.error_text().contains("/no/such/directory"), "{output}");
+        Ok(())
+    });
 }
 
 fn processes(oci: &Oci) -> Result<()> {
@@ -97,7 +113,7 @@ fn a_new_specification(oci: &Oci) -> Result<()> {
     let bundle = oci.bundle("n", &["true"], |_| {})?;
     let (dir, file) = (bundle.dir().display().to_string(), bundle.dir().join("config.json"));
     oci.fails(&["spec", "--bundle", &dir], 1, "exists")?;
-    std::fs::remove_file(&file)?;
+    fs::remove_file(&file)?;
     oci.ok(&["spec", "--bundle", &dir])?;
     let mut spec = json_of(&file)?;
     ensure!(spec["process"]["terminal"] == true && spec["root"]["path"] == "rootfs", "{spec}");

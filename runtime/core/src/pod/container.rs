@@ -161,6 +161,11 @@ impl Container {
         self.init.exited().await
     }
 
+    /// Resolves as soon as the container is not paused, because it was resumed or has ended.
+    pub async fn not_paused(&self) {
+        self.init.not_paused().await;
+    }
+
     /// Resolves when nothing of the container is left in the guest.
     pub(super) async fn gone_from_guest(&self) {
         self.init.gone().await;

@@ -64,6 +64,12 @@ impl ContainerProcess {
         }
     }
 
+    /// Resolves as soon as the process is not paused.
+    pub(super) async fn not_paused(&self) {
+        let mut state = self.state.subscribe();
+        state.wait_for(|state| *state != ProcessState::Paused).await.expect("the sender lives in self");
+    }
+
     /// Moves to the state after `transition`; the caller holds `transitions`.
     pub(super) fn advance(&self, transition: Transition) -> Result<(), StateError> {
         if let Some(next) = self.state().after(transition)? {
