@@ -1,5 +1,7 @@
 //! `machinen check`: whether and how this host can run VMs, and what is missing.
 
+mod user;
+
 use std::{error::Error, process::ExitCode};
 
 use clap::Args;
@@ -13,13 +15,14 @@ use machinen::{
     owner, pool,
     process::{Jail, ReservedUser, Spawn, SystemCalls, ToolOutput, find_program},
     rootdisk::{RootdiskCache, mke2fs_version},
-    sys,
     vm::{ChannelKind, HostSupport, choose_channel, qemu_version},
 };
 use nix::unistd::geteuid;
 use serde::Serialize;
 
 use crate::rights;
+
+const NAMESPACE: &str = "an ordinary user, as root of a user namespace";
 
 #[derive(Debug, Args)]
 pub(crate) struct CheckArgs {
@@ -89,43 +92,17 @@ fn found(what: &'static str, result: Result<String, impl Error + 'static>) -> Fi
 }
 
 fn user() -> Finding {
-    let Some(missing) = rights::missing() else {
+    let (Some(user), Some(missing)) = (owner::user(), rights::missing()) else {
         return Finding { what: "user", verdict: CheckVerdict::Ok, text: "root".to_owned() };
     };
-    if !geteuid().is_root() {
-        return Finding { what: "user", verdict: CheckVerdict::Missing, text: missing };
-    }
-    let (verdict, text) = match lacks_of_user().as_slice() {
-        [] => (CheckVerdict::Ok, "an ordinary user, as root of a user namespace".to_owned()),
-        lacks => (
-            CheckVerdict::Note,
-            format!("an ordinary user, as root of a user namespace: {}", lacks.join("; ")),
-        ),
+    let lacks = user::lacks(user);
+    let (verdict, who) = match (geteuid().is_root(), lacks.is_empty()) {
+        (false, _) => (CheckVerdict::Missing, missing),
+        (true, true) => (CheckVerdict::Ok, NAMESPACE.to_owned()),
+        (true, false) => (CheckVerdict::Note, NAMESPACE.to_owned()),
     };
+    let text = [who].into_iter().chain(lacks).collect::<Vec<_>>().join("; ");
     Finding { what: "user", verdict, text }
-}
-
-/// What an ordinary user's containers go without, and what to do about it.
-fn lacks_of_user() -> Vec<&'static str> {
-    let mut lacks = Vec::new();
-    if ["/proc/self/uid_map", "/proc/self/gid_map"].iter().any(|map| !maps_others(map)) {
-        lacks.push(
-            "QEMU runs as this user, because the user namespace has no others (uidmap, /etc/subuid and /etc/subgid give them)",
-        );
-    }
-    if !sys::tap::is_usable() {
-        lacks.push(
-            "VMs have no network, because /dev/net/tun cannot be opened (`sudo chmod 666 /dev/net/tun`)",
-        );
-    }
-    lacks
-}
-
-/// Whether a map of a user namespace has more than one number.
-fn maps_others(map: &str) -> bool {
-    let text = std::fs::read_to_string(map).unwrap_or_default();
-    let counts = text.lines().filter_map(|line| line.split_ascii_whitespace().nth(2)?.parse::<u64>().ok());
-    counts.sum::<u64>() > 1
 }
 
 fn accelerator(config: &Config) -> Finding {
