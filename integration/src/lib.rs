@@ -28,6 +28,7 @@ pub mod oci;
 pub mod paths;
 pub mod phases;
 pub mod podman;
+mod podman_commands;
 pub mod private_host;
 pub mod process;
 pub mod rootless;

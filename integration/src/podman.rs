@@ -10,12 +10,12 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
+pub use crate::podman_commands::PodmanCommands;
 use crate::{
-    image::Image,
     inventory::{self, Inventory},
     paths,
     private_host::{PrivateHost, nothing_of},
-    process::{Invocation, Output},
+    process::Invocation,
     runtime::Runtime,
     setup::Setup,
 };
@@ -86,49 +86,6 @@ impl Podman {
         self.host.root().join("tmp")
     }
 
-    /// A `podman` command line.
-    ///
-    /// # Errors
-    /// `make setup` has not run.
-    pub fn podman(&self, args: &[&str]) -> Result<Invocation> {
-        let criu = paths::workspace().join("target/tools/criu/bin");
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        let path = std::env::join_paths([criu].into_iter().chain(std::env::split_paths(&path)))?;
-        let podman = self.host.program(self.version.dir()?.join("usr/bin/podman"))?;
-        Ok(podman
-            .env("PATH", path)
-            .env("TMPDIR", self.dir())
-            .env("PODMAN_IGNORE_CGROUPSV1_WARNING", "1")
-            .args(args))
-    }
-
-    /// Runs `podman`, whatever its status.
-    ///
-    /// # Errors
-    /// The program cannot be run, or exceeds its deadline.
-    pub fn output(&self, args: &[&str]) -> Result<Output> {
-        self.podman(args)?.run()
-    }
-
-    /// Runs `podman`, and returns what it prints without the last line end.
-    ///
-    /// # Errors
-    /// The program failed; both of its streams are quoted.
-    pub fn ok(&self, args: &[&str]) -> Result<String> {
-        let output = self.output(args)?.ok().with_context(|| format!("podman {}", args.join(" ")))?;
-        Ok(output.text().trim_end().to_owned())
-    }
-
-    /// # Errors
-    /// The image cannot be written or loaded.
-    pub fn load(&self, image: &Image) -> Result<()> {
-        let archive = self.host.root().join("image.tar");
-        image.write(&archive)?;
-        let loaded = self.ok(&["load", "--quiet", "--input", &archive.display().to_string()])?;
-        ensure!(loaded.ends_with(image.name()), "the image {} was loaded as {loaded:?}", image.name());
-        fs::remove_file(&archive).context("cannot remove the archive of an image")
-    }
-
     /// The resources of the containers now.
     ///
     /// # Errors
@@ -172,6 +129,24 @@ impl Podman {
             |group: &Path| ids.iter().any(|id| group.display().to_string().contains(&format!("-{id}")));
         groups.retain(|group| of_container(group));
         Ok(groups)
+    }
+}
+
+impl PodmanCommands for Podman {
+    fn podman(&self, args: &[&str]) -> Result<Invocation> {
+        let criu = paths::workspace().join("target/tools/criu/bin");
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let path = std::env::join_paths([criu].into_iter().chain(std::env::split_paths(&path)))?;
+        let podman = self.host.program(self.version.dir()?.join("usr/bin/podman"))?;
+        Ok(podman
+            .env("PATH", path)
+            .env("TMPDIR", self.dir())
+            .env("PODMAN_IGNORE_CGROUPSV1_WARNING", "1")
+            .args(args))
+    }
+
+    fn exchange(&self) -> PathBuf {
+        self.dir()
     }
 }
 

@@ -13,11 +13,10 @@ use std::{
 use anyhow::{Context, Result, ensure};
 
 use crate::{
-    image::Image,
     paths,
-    podman::Version,
+    podman::{PodmanCommands, Version},
     private_host::PrivateHost,
-    process::{Invocation, Output},
+    process::Invocation,
 };
 
 /// The user and its group.
@@ -95,39 +94,15 @@ impl RootlessPodman {
             .env("PODMAN_IGNORE_CGROUPSV1_WARNING", "1")
             .current_dir("/"))
     }
+}
 
-    /// A `podman` command line.
-    ///
-    /// # Errors
-    /// The programs of this crate have not been built.
-    pub fn podman(&self, args: &[&str]) -> Result<Invocation> {
+impl PodmanCommands for RootlessPodman {
+    fn podman(&self, args: &[&str]) -> Result<Invocation> {
         Ok(self.program(self.host.root().join("user/usr/bin/podman"))?.args(args))
     }
 
-    /// Runs `podman`, whatever its status.
-    ///
-    /// # Errors
-    /// The program cannot be run, or exceeds its deadline.
-    pub fn output(&self, args: &[&str]) -> Result<Output> {
-        self.podman(args)?.run()
-    }
-
-    /// Runs `podman`, and returns what it prints without the last line end.
-    ///
-    /// # Errors
-    /// The program failed; both of its streams are quoted.
-    pub fn ok(&self, args: &[&str]) -> Result<String> {
-        let output = self.output(args)?.ok().with_context(|| format!("podman {}", args.join(" ")))?;
-        Ok(output.text().trim_end().to_owned())
-    }
-
-    /// # Errors
-    /// The image cannot be written or loaded.
-    pub fn load(&self, image: &Image) -> Result<()> {
-        let archive = self.home().join("image.tar");
-        image.write(&archive)?;
-        self.ok(&["load", "--quiet", "--input", &archive.display().to_string()])?;
-        fs::remove_file(&archive).context("cannot remove the archive of an image")
+    fn exchange(&self) -> PathBuf {
+        self.home()
     }
 }
 
@@ -179,11 +154,12 @@ fn configure(root: &Path, version: Version) -> Result<()> {
          default_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n\
          [network]\nnetwork_backend = \"{backend}\"\n\
          [engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\nlock_type = \"file\"\n\
-         conmon_path = [{:?}]\nhelper_binaries_dir = [{:?}, {:?}]\n\
+         conmon_path = [{:?}]\nhelper_binaries_dir = [{:?}, {:?}, {:?}]\n\
          runtime = \"machinen\"\n[engine.runtimes]\nmachinen = [{:?}]\n",
         usr.join("bin/catatonit"),
         usr.join("bin/conmon"),
         usr.join("lib/podman"),
+        usr.join("libexec/podman"),
         usr.join("bin"),
         user.join("machinen"),
     );

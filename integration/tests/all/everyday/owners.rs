@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use machinen_integration::{
     containerd::Containerd,
     image::Image,
-    podman::{Podman, Version},
+    podman::{Podman, PodmanCommands as _, Version},
     runtime::Runtime,
 };
 

@@ -1,7 +1,7 @@
 //! Checkpoints: in the place of the container, as an archive, and of a container that continues.
 
 use anyhow::{Result, ensure};
-use machinen_integration::podman::Podman;
+use machinen_integration::podman::{Podman, PodmanCommands as _};
 
 use super::{inspect, remove, start, with_podman};
 

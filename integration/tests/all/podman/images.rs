@@ -3,7 +3,10 @@
 use std::{fs, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use machinen_integration::{podman::Podman, process::Invocation};
+use machinen_integration::{
+    podman::{Podman, PodmanCommands as _},
+    process::Invocation,
+};
 
 use super::{remove, script, start, with_podman};
 use crate::harness::IMAGE;

@@ -14,7 +14,7 @@ mod volumes;
 use anyhow::{Context, Result, ensure};
 use machinen_integration::{
     image::Image,
-    podman::{Podman, Version},
+    podman::{Podman, PodmanCommands as _, Version},
     runtime::Runtime,
 };
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use machinen_integration::podman::Podman;
+use machinen_integration::podman::{Podman, PodmanCommands as _};
 
 use super::{inspect, remove, with_podman};
 use crate::harness::IMAGE;

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use machinen_integration::{
-    podman::{Podman, Version},
+    podman::{Podman, PodmanCommands as _, Version},
     runtime::Runtime,
 };
 

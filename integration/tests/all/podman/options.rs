@@ -1,7 +1,10 @@
 //! Options of `podman run`.
 
 use anyhow::{Result, ensure};
-use machinen_integration::{podman::Podman, runtime::Runtime};
+use machinen_integration::{
+    podman::{Podman, PodmanCommands as _},
+    runtime::Runtime,
+};
 
 use super::{IMAGE, script, with_podman};
 

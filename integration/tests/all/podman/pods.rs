@@ -3,7 +3,7 @@
 use std::fs;
 
 use anyhow::{Result, ensure};
-use machinen_integration::podman::Podman;
+use machinen_integration::podman::{Podman, PodmanCommands as _};
 
 use super::{
     network::{from_port, until},

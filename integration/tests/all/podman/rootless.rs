@@ -1,15 +1,23 @@
 //! The real Podman of an ordinary user.
 
-use std::{fs, os::unix::fs::MetadataExt as _};
+use std::{fs, os::unix::fs::MetadataExt as _, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use machinen_integration::{image::Image, inventory::Inventory, podman::Version, rootless::RootlessPodman};
+use machinen_integration::{
+    image::Image,
+    inventory::Inventory,
+    podman::{PodmanCommands as _, Version},
+    rootless::RootlessPodman,
+};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 
 use crate::harness::IMAGE;
+
+/// How long a port may take to be served.
+const CLIENT: Duration = Duration::from_secs(60);
 
 /// Makes a test with each version of each function `fn(&RootlessPodman) -> Result<()>`.
 macro_rules! with_rootless_podman {
@@ -26,7 +34,8 @@ with_rootless_podman!(
     a_second_start,
     a_killed_monitor,
     its_own_directories_and_users,
-    a_pod
+    a_pod,
+    published_ports
 );
 
 fn run(version: Version, test: fn(&RootlessPodman) -> Result<()>) {
@@ -175,4 +184,46 @@ fn a_pod(podman: &RootlessPodman) -> Result<()> {
     let output = podman.ok(&["run", "--rm", "--pod", "pod", IMAGE, "sh", "-c", script])?;
     ensure!(output == "served", "{output}");
     podman.ok(&["pod", "rm", "--force", "--time", "0", "pod"]).map(drop)
+}
+
+/// Podman's own port handler connects to the container's address from inside of its network namespace.
+fn published_ports(podman: &RootlessPodman) -> Result<()> {
+    let server = ["nc", "-ll", "-p", "80", "-e", "echo", "served"];
+    for (name, network, port) in
+        [("default", "slirp4netns", 8080), ("slirp", "slirp4netns:port_handler=slirp4netns", 8081)]
+    {
+        let published = format!("{port}:80");
+        let run = ["run", "-d", "--name", name, "--network", network, "-p", &published, IMAGE];
+        podman.ok(&[&run[..], &server].concat())?;
+        let script =
+            format!("until busybox nc 127.0.0.1 {port} < /dev/null | grep served; do sleep 0.2; done");
+        let output = podman.program("sh")?.args(["-c", &script]).deadline(CLIENT).run()?;
+        ensure!(output.status == 0 && output.text() == "served\n", "{network}: {output}");
+        remove(podman, name)?;
+    }
+    Ok(())
+}
+
+/// Podman's default network since version 5.
+#[test]
+fn connected_by_pasta() {
+    run(Version::V5, |podman| {
+        // pasta takes over what the host's own interface has.
+        for command in [
+            "link add up0 type veth peer name up1",
+            "addr add 10.77.0.2/24 dev up0",
+            "link set up0 up",
+            "link set up1 up",
+            "route add default via 10.77.0.1",
+        ] {
+            podman.host().program("ip")?.args(command.split(' ')).run()?.ok()?;
+        }
+        let server = ["nc", "-ll", "-p", "80", "-e", "echo", "served"];
+        let run = ["run", "-d", "--name", "web", "--network", "pasta", "-p", "8082:80", IMAGE];
+        podman.ok(&[&run[..], &server].concat())?;
+        let script = "until busybox nc 127.0.0.1 8082 < /dev/null | grep served; do sleep 0.2; done";
+        let output = podman.program("sh")?.args(["-c", script]).deadline(CLIENT).run()?;
+        ensure!(output.status == 0 && output.text() == "served\n", "{output}");
+        remove(podman, "web")
+    });
 }

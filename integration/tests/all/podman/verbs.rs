@@ -3,7 +3,10 @@
 use std::io::Write;
 
 use anyhow::{Context, Result, ensure};
-use machinen_integration::{podman::Podman, terminal::Terminal};
+use machinen_integration::{
+    podman::{Podman, PodmanCommands as _},
+    terminal::Terminal,
+};
 
 use super::{inspect, printed, remove, start, with_podman};
 use crate::harness::IMAGE;

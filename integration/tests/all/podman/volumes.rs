@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf};
 
 use anyhow::{Result, ensure};
-use machinen_integration::podman::Podman;
+use machinen_integration::podman::{Podman, PodmanCommands as _};
 
 use super::{IMAGE, remove, script, start, with_podman};
 
