@@ -11,13 +11,19 @@ use anyhow::{Context, Result};
 use crate::{paths, setup::Setup};
 
 /// The host's runc, which Debian has at this path.
-const RUNC: &str = "/usr/sbin/runc";
+pub const RUNC: &str = "/usr/sbin/runc";
+/// The host's crun, which Debian has at this path.
+const CRUN: &str = "/usr/bin/crun";
 
 /// A runtime with runc's command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Runtime {
     Runc,
     Machinen,
+    /// The host's crun, for comparison in the bench.
+    Crun,
+    /// gVisor with its default platform (systrap), without a network and cgroups, for comparison in the bench.
+    Runsc,
 }
 
 impl Runtime {
@@ -25,6 +31,8 @@ impl Runtime {
         match self {
             Self::Runc => "runc",
             Self::Machinen => "machinen",
+            Self::Crun => "crun",
+            Self::Runsc => "runsc",
         }
     }
 
@@ -39,6 +47,7 @@ impl Runtime {
                 "d /run/machinen/starting",
                 "d /run/machinen/users",
             ],
+            Self::Crun | Self::Runsc => &[],
         };
         kept.contains(&file)
     }
@@ -56,20 +65,29 @@ impl Runtime {
     pub fn program(self, dir: &Path, setup: &Setup) -> Result<PathBuf> {
         match self {
             Self::Runc => Ok(RUNC.into()),
+            Self::Crun => Ok(CRUN.into()),
+            Self::Runsc => {
+                let program = paths::tools().join("../gvisor/usr/bin/runsc");
+                let command = format!("{} --ignore-cgroups --network=none", program.display());
+                script(dir.join("runsc"), "", &command)
+            }
             Self::Machinen => {
-                let (script, config) = (dir.join("machinen"), dir.join("machinen.toml"));
-                let program = paths::release_dir()?.join("machinen");
-                let failed = || format!("cannot write {}", script.display());
-                fs::write(&config, setup.machinen_toml()).with_context(failed)?;
-                let text = format!(
-                    "#!/bin/sh\nMACHINEN_CONFIG={} exec {} \"$@\"\n",
-                    config.display(),
-                    program.display()
-                );
-                fs::write(&script, text).with_context(failed)?;
-                fs::set_permissions(&script, PermissionsExt::from_mode(0o755)).with_context(failed)?;
-                Ok(script)
+                let (config, program) = (dir.join("machinen.toml"), paths::release_dir()?.join("machinen"));
+                fs::write(&config, setup.machinen_toml())
+                    .with_context(|| format!("cannot write {}", config.display()))?;
+                let set = format!("export MACHINEN_CONFIG={}\n", config.display());
+                script(dir.join("machinen"), &set, &program.display().to_string())
             }
         }
     }
+}
+
+/// Writes a program that becomes a command with its own arguments.
+fn script(path: PathBuf, before: &str, command: &str) -> Result<PathBuf> {
+    let write = || {
+        fs::write(&path, format!("#!/bin/sh\n{before}exec {command} \"$@\"\n"))?;
+        fs::set_permissions(&path, PermissionsExt::from_mode(0o755))
+    };
+    write().with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
 }

@@ -1,4 +1,4 @@
-//! The OCI command line: `run` and `exec` of `machinen` and of runc, in the same run.
+//! The OCI command line: `run` and `exec` of `machinen` and of runc, crun and runsc, in the same run.
 
 use std::{path::Path, time::Duration};
 
@@ -14,26 +14,53 @@ pub(crate) fn measure(
     report: &mut Report,
 ) -> Result<()> {
     let setup = setup_of(containerd, Kind::Clone, cache);
-    let ours = Measured::start(Oci::start_with(Runtime::Machinen, &setup)?)?;
-    let runcs = Measured::start(Oci::start(Runtime::Runc)?)?;
-    let (mut ours, mut runcs) = (ours, runcs);
+    let mut all = Vec::new();
+    for (runtime, ..) in OTHERS {
+        all.push(Measured::start(Oci::start(runtime)?)?);
+    }
+    let mut ours = Measured::start(Oci::start_with(Runtime::Machinen, &setup)?)?;
     for round in 0..rounds {
-        for measured in [&mut ours, &mut runcs] {
-            measured.round()?;
-        }
+        ours.round()?;
+        all.iter_mut().try_for_each(Measured::round)?;
         eprintln!("OCI command line: round {} of {rounds}", round + 1);
     }
     report.time("machinen run true, clone", "oci_run_ms", &ours.run);
-    report.time("  runc run true", "oci_run_runc_ms", &runcs.run);
-    report.share("  as a share of that", "oci_run_share", ours.run.median() / runcs.run.median());
+    for (other, (_, [line, key, share], _)) in all.iter().zip(OTHERS) {
+        report.time(line, key, &other.run);
+        report.share("  as a share of that", share, ours.run.median() / other.run.median());
+    }
     report.time("machinen exec true", "oci_exec_ms", &ours.exec);
-    report.time("  runc exec true", "oci_exec_runc_ms", &runcs.exec);
-    report.share("  as a share of that", "oci_exec_share", ours.exec.median() / runcs.exec.median());
-    for measured in [ours, runcs] {
+    for (other, (_, _, [line, key, share])) in all.iter().zip(OTHERS) {
+        report.time(line, key, &other.exec);
+        report.share("  as a share of that", share, ours.exec.median() / other.exec.median());
+    }
+    for measured in all.into_iter().chain([ours]) {
         measured.oci.ok(&["delete", "--force", SLEEPER])?;
     }
     Ok(())
 }
+
+/// A line of the report and the names of its two values.
+type Row = [&'static str; 3];
+
+/// The runtimes that machinen is compared with, and their rows for `run` and `exec`.
+const OTHERS: [(Runtime, Row, Row); 3] = [
+    (
+        Runtime::Runc,
+        ["  runc run true", "oci_run_runc_ms", "oci_run_share"],
+        ["  runc exec true", "oci_exec_runc_ms", "oci_exec_share"],
+    ),
+    (
+        Runtime::Crun,
+        ["  crun run true", "oci_run_crun_ms", "oci_run_crun_share"],
+        ["  crun exec true", "oci_exec_crun_ms", "oci_exec_crun_share"],
+    ),
+    (
+        Runtime::Runsc,
+        ["  runsc run true (systrap, no network)", "oci_run_runsc_ms", "oci_run_runsc_share"],
+        ["  runsc exec true", "oci_exec_runsc_ms", "oci_exec_runsc_share"],
+    ),
+];
 
 /// The container in which processes are added.
 const SLEEPER: &str = "sleeper";
