@@ -62,6 +62,9 @@ const OTHERS: [(Runtime, Row, Row); 3] = [
     ),
 ];
 
+/// Where hosts with cgroups of version 1 may have those of version 2, too.
+const UNIFIED: &str = "/sys/fs/cgroup/unified";
+
 /// The container in which processes are added.
 const SLEEPER: &str = "sleeper";
 
@@ -73,6 +76,10 @@ struct Measured {
 
 impl Measured {
     fn start(oci: Oci) -> Result<Self> {
+        if oci.runtime() == Runtime::Crun && Path::new(UNIFIED).is_dir() {
+            // crun refuses a host that has cgroups of both versions. The mounts are this bench's own.
+            oci.host().program("umount")?.arg(UNIFIED).run()?.ok()?;
+        }
         oci.bundle("once", &["true"], |_| {})?;
         oci.bundle(SLEEPER, &["sleep", "100000"], |_| {})?;
         // Its streams end here, and the container does not.
