@@ -296,7 +296,9 @@ fn newer_system_calls(oci: &Oci) -> Result<()> {
         execve exit wait4 kill uname fcntl getcwd chdir readlink umask sysinfo getuid getgid geteuid getegid getppid \
         sigaltstack arch_prctl gettid futex getdents64 set_tid_address clock_gettime exit_group epoll_create1 epoll_ctl \
         epoll_pwait eventfd2 tgkill openat newfstatat readlinkat faccessat set_robust_list pipe2 prlimit64 getrandom statx rseq \
-        socket connect accept accept4 sendto recvfrom sendmsg recvmsg shutdown bind listen getsockopt setsockopt prctl";
+        socket connect accept accept4 sendto recvfrom sendmsg recvmsg shutdown bind listen getsockopt setsockopt prctl statfs fstatfs \
+        fchdir capget capset setgroups sched_getaffinity nanosleep epoll_wait fchown getpgrp mincore timer_settime \
+        timer_delete timer_create unlinkat";
     let names: Vec<_> = names.split_whitespace().collect();
     let script = "import os\n\
         for call in lambda: os.pidfd_open(os.getpid()), lambda: os.mkfifo('/fifo'):\n\

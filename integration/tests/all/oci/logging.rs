@@ -15,7 +15,7 @@ fn in_detail(oci: &Oci) -> Result<()> {
     oci.bundle("d", &["true"], |_| {})?;
     let (log, dir) = (oci.file("log.txt"), oci.bundle_dir("d"));
     let path = log.display().to_string();
-    oci.command_with(&["--log", &path], &["list"])?.run()?.ok()?;
+    oci.command_with(&["--log", &path], &["features"])?.run()?.ok()?;
     ensure!(log.exists());
     oci.command_with(&["--debug", "--log", &path], &["run", "--bundle", &dir, "d"])?.run()?.ok()?;
     ensure!(fs::read_to_string(&log)?.contains("level=debug"));
