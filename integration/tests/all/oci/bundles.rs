@@ -306,7 +306,11 @@ fn newer_system_calls(oci: &Oci) -> Result<()> {
         \x20   except OSError as error: print(error.errno)\n";
     let bundle = oci.bundle("b", &["python3.13", "-c", script], |spec| {
         let rule = json!({ "names": names, "action": "SCMP_ACT_ALLOW" });
-        spec["linux"]["seccomp"] = json!({ "defaultAction": "SCMP_ACT_ERRNO", "syscalls": [rule] });
+        // runc does it for architectures that are named only.
+        let architectures = ["SCMP_ARCH_X86_64"];
+        spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ERRNO", "architectures": architectures, "syscalls": [rule],
+        });
     })?;
     bundle.add_workloads()?;
     let output = oci.ok(&["run", "--bundle", &oci.bundle_dir("b"), "b"])?;
