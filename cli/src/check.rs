@@ -15,7 +15,8 @@ use machinen::{
     owner, pool,
     process::{Jail, ReservedUser, Spawn, SystemCalls, ToolOutput, find_program},
     rootdisk::{RootdiskCache, mke2fs_version},
-    vm::{ChannelKind, HostSupport, choose_channel, qemu_version},
+    sys,
+    vm::{ChannelKind, HostSupport, choose_channel, qemu_version, try_vhost},
 };
 use nix::unistd::geteuid;
 use serde::Serialize;
@@ -59,6 +60,7 @@ pub(crate) fn run(args: &CheckArgs, config: &Config) -> ExitCode {
         mke2fs(config),
         assets(config),
         channel(config),
+        network(config),
         outside(config),
         cgroup(),
         cache(config),
@@ -146,6 +148,29 @@ fn channel(config: &Config) -> Finding {
         ),
     };
     Finding { what: "channel", verdict, text }
+}
+
+/// What moves the packets of networks.
+fn network(config: &Config) -> Finding {
+    let wanted = config.vm.vhost_net_devices.min(config.vm.network_devices);
+    let accel = accel::verdict(owner::run_dir()).and_then(|verdict| verdict.choose(config.vm.accel));
+    let (verdict, text) = match (sys::tap::is_usable(), wanted, accel, try_vhost()) {
+        (false, ..) => (
+            CheckVerdict::Note,
+            format!("containers have none, because {} cannot be opened", sys::tap::DEVICE),
+        ),
+        (true, 1.., Ok(Accelerator::Kvm), Ok(())) => {
+            (CheckVerdict::Ok, "the host's kernel moves packets (vhost-net)".to_owned())
+        }
+        (true, 1.., Ok(Accelerator::Kvm), Err(error)) => (
+            CheckVerdict::Note,
+            format!(
+                "QEMU moves packets; the host's kernel is faster, but /dev/vhost-net cannot be opened ({error}): `modprobe vhost_net`"
+            ),
+        ),
+        (true, ..) => (CheckVerdict::Ok, "QEMU moves packets".to_owned()),
+    };
+    Finding { what: "network", verdict, text }
 }
 
 /// Whether containers without a network namespace can be connected with the outside.

@@ -57,7 +57,7 @@ pub use qemu::{
     version::{QemuError, qemu_version},
 };
 pub use spec::{ChannelKind, MAX_NICS, VmSpec};
-pub use tap::{TapDevices, tap_name};
+pub use tap::{TapDevices, tap_name, try_vhost};
 
 /// How long a VM may take to end after its agent has closed the control stream.
 const LAST_MOMENTS: Duration = Duration::from_millis(250);

@@ -37,6 +37,9 @@ pub struct VmSpec {
     pub channel: ChannelKind,
     /// The number of the guest's network devices, which are connected to nothing at first. At most [`MAX_NICS`].
     pub nics: u32,
+    /// The number of network devices, counted from the first one, whose packets the host's kernel moves (vhost-net). QEMU
+    /// moves those of the others.
+    pub vhost_nics: u32,
     /// Hostname of the guest itself.
     pub hostname: String,
     /// From the start of QEMU until the agent has answered.

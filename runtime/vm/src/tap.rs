@@ -3,14 +3,32 @@
 //! A VM has its tap devices from birth, because QEMU cannot change the backend of a network device. The devices are made
 //! in a private namespace, where they are connected to nothing. One is moved to another namespace when it is known which
 //! network it belongs to. A device ends with its last descriptor, of which QEMU has one and this process another.
+//!
+//! The packets of a device are moved between the tap and the guest's memory by QEMU, or by the host's kernel (vhost-net),
+//! to which QEMU hands the tap over by a descriptor of /dev/vhost-net.
 
-use std::{io, os::fd::OwnedFd, thread};
+use std::{fs::File, io, os::fd::OwnedFd, thread};
 
 use machinen_base::{netns, sys::tap};
 
 /// The name of a device in its first namespace, by the number of the guest's network device.
 pub fn tap_name(nic: u32) -> String {
     format!("tap{nic}")
+}
+
+const VHOST: &str = "/dev/vhost-net";
+
+/// Opens the host kernel's mover of packets, for one device.
+pub(crate) fn open_vhost() -> io::Result<OwnedFd> {
+    Ok(File::options().read(true).write(true).open(VHOST)?.into())
+}
+
+/// Whether the host's kernel can move packets between a tap and a guest (vhost-net): the file exists, and may be opened.
+///
+/// # Errors
+/// It does not exist, or may not be opened.
+pub fn try_vhost() -> io::Result<()> {
+    open_vhost().map(drop)
 }
 
 /// The tap devices of a VM.

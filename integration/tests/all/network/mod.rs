@@ -11,6 +11,7 @@ mod nameservers;
 mod outside;
 mod routed;
 mod traffic;
+mod vhost;
 
 use std::time::Duration;
 

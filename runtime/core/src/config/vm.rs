@@ -35,6 +35,9 @@ pub struct VmConfig {
     pub growth_percent: u32,
     /// Number of a VM's network devices, at most 8: a container can have as many network interfaces.
     pub network_devices: u32,
+    /// Number of network devices, counted from the first one, whose packets the host's kernel moves (vhost-net), where it
+    /// can and KVM runs the guest. QEMU moves those of the others.
+    pub vhost_net_devices: u32,
     /// How the host and the agent communicate.
     pub channel: ChannelMode,
     /// Added to the guest kernel's command line.
@@ -76,6 +79,7 @@ impl Default for VmConfig {
             vcpus: 0,
             growth_percent: 100,
             network_devices: 4,
+            vhost_net_devices: 1,
             channel: ChannelMode::Auto,
             kernel_args: String::new(),
             io_uring: true,

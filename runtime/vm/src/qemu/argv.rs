@@ -26,8 +26,10 @@ pub(crate) mod fd {
     pub(crate) const WAKE: i32 = 9;
     /// The first of the tap devices that are the other ends of the guest's network devices; the others follow.
     pub(crate) const FIRST_TAP: i32 = 10;
+    /// /dev/vhost-net, opened for the first network device; for the others that have it, it follows.
+    pub(crate) const FIRST_VHOST: i32 = FIRST_TAP + crate::MAX_NICS as i32;
     /// Clone: the first of the disks with which it starts.
-    pub(crate) const FIRST_SLOT: i32 = FIRST_TAP + crate::MAX_NICS as i32;
+    pub(crate) const FIRST_SLOT: i32 = FIRST_VHOST + crate::MAX_NICS as i32;
 }
 
 /// How the guest starts.
@@ -131,8 +133,8 @@ pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
         // same in all clones.
         args.option("-global", "migration.announce-rounds=0");
     }
-    for (nic, fd) in (0..spec.nics).zip(fd::FIRST_TAP..) {
-        args.option("-netdev", format!("tap,id=net{nic},fd={fd}"));
+    for nic in 0..spec.nics {
+        args.option("-netdev", tap(nic, nic < spec.vhost_nics));
         // Without announcements, QEMU 7.2 to 10 frees the timer for them when it loads a VM, and crashes when the guest
         // resets a device that has such a timer.
         args.option(
@@ -153,6 +155,13 @@ fn host_cpu(spec: &VmSpec) -> String {
     let nested = if spec.nested_kvm { "" } else { ",-vmx,-svm" };
     let pmu = if spec.pmu { "" } else { ",pmu=off" };
     format!("host{nested}{pmu}")
+}
+
+/// The host's end of a network device.
+fn tap(nic: u32, vhost: bool) -> String {
+    let number = nic.cast_signed();
+    let tap = format!("tap,id=net{nic},fd={}", fd::FIRST_TAP + number);
+    if vhost { format!("{tap},vhost=on,vhostfd={}", fd::FIRST_VHOST + number) } else { tap }
 }
 
 /// The hardware address of a network device that is connected to nothing: locally administered, and in no use. The
@@ -282,6 +291,7 @@ pub(crate) mod tests {
             kernel_args: String::new(),
             channel,
             nics: 2,
+            vhost_nics: 0,
             hostname: "c1".into(),
             boot_timeout: std::time::Duration::from_secs(60),
             qemu_files: Vec::new(),
@@ -314,13 +324,14 @@ pub(crate) mod tests {
 
     #[test]
     fn clone_on_kvm() {
-        insta::assert_snapshot!(lines(&spec(Accelerator::Kvm, ChannelKind::KernelVsock), Start::Clone, 78));
+        let spec = VmSpec { vhost_nics: 1, ..spec(Accelerator::Kvm, ChannelKind::KernelVsock) };
+        insta::assert_snapshot!(lines(&spec, Start::Clone, 78));
     }
 
     #[test]
     fn a_clone_has_its_templates_devices() {
         for channel in [ChannelKind::Serial, ChannelKind::KernelVsock] {
-            let spec = spec(Accelerator::Kvm, channel);
+            let spec = VmSpec { vhost_nics: 1, ..spec(Accelerator::Kvm, channel) };
             let devices = |start| {
                 let args = argv(&spec, start, 3);
                 let pairs: Vec<_> = args.windows(2).map(|pair| (pair[0].clone(), pair[1].clone())).collect();

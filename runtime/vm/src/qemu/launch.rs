@@ -38,7 +38,7 @@ use crate::{
         snapshot::{self, VmSnapshot, VmSnapshotError},
     },
     spec::VmSpec,
-    tap::TapDevices,
+    tap::{self, TapDevices},
 };
 
 /// The file in the VM's directory that has the guest's console output.
@@ -369,6 +369,8 @@ fn start(
     if spec.nics > 0 {
         let (devices, fds) = TapDevices::create(spec.nics).map_err(failed("make a tap device"))?;
         inherited.extend(fds.into_iter().zip(fd::FIRST_TAP..));
+        let vhost = (0..spec.vhost_nics).map(|_| tap::open_vhost()).collect::<io::Result<Vec<_>>>();
+        inherited.extend(vhost.map_err(failed("open /dev/vhost-net"))?.into_iter().zip(fd::FIRST_VHOST..));
         // One namespace is enough for the devices and for QEMU, which can do nothing with the devices there.
         netns = Some(devices.namespace.try_clone().map_err(failed("duplicate a descriptor"))?);
         jail.namespaces.net = false;

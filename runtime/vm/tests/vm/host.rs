@@ -52,6 +52,7 @@ impl Host {
             kernel_args: String::new(),
             channel,
             nics: 1,
+            vhost_nics: 0,
             hostname: "test".into(),
             boot_timeout: Duration::from_secs(60),
             qemu_files: Vec::new(),

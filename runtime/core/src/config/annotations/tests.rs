@@ -149,6 +149,7 @@ fn running() -> VmSpec {
         kernel_args: String::new(),
         channel: ChannelKind::Serial,
         nics: 1,
+        vhost_nics: 0,
         hostname: "pod".into(),
         boot_timeout: std::time::Duration::from_secs(1),
         qemu_files: Vec::new(),

@@ -1,7 +1,7 @@
 //! Decides what VM a pod gets, from the configuration, this host, and the limits of the pod's first
 //! container.
 
-use std::{num::NonZero, thread, time::Duration};
+use std::{io, num::NonZero, thread, time::Duration};
 
 use machinen_base::{owner, sys::tap};
 use machinen_vm::{
@@ -9,7 +9,7 @@ use machinen_vm::{
     accel::{self, AccelError, Accelerator},
     admission::HostMemory,
     assets::Assets,
-    choose_channel,
+    choose_channel, try_vhost,
 };
 use oci_spec::runtime::Spec;
 
@@ -58,6 +58,7 @@ pub(super) fn build(
     let accel = accel::for_vm(owner::run_dir(), config.vm.accel)?;
     let host_cpus = thread::available_parallelism().map_or(1, NonZero::get);
     let grown = limits.grown(config.vm.growth_percent);
+    let nics = if tap::is_usable() { config.vm.network_devices } else { 0 };
     Ok(VmSpec {
         id: name.to_owned(),
         qemu: config.vm.qemu.clone(),
@@ -75,7 +76,8 @@ pub(super) fn build(
         image: assets.image.clone(),
         kernel_args: config.vm.all_kernel_args(),
         channel: choose_channel(config.vm.channel, &HostSupport::detect(&config.vm.vhost_device_vsock)),
-        nics: if tap::is_usable() { config.vm.network_devices } else { 0 },
+        nics,
+        vhost_nics: vhost_nics(config.vm.vhost_net_devices, accel, nics, try_vhost),
         hostname: name.chars().filter(char::is_ascii).take(MAX_HOSTNAME).collect(),
         boot_timeout: Duration::from_secs(config.vm.boot_timeout_s),
         qemu_files: config.vm.qemu_files.clone(),
@@ -157,6 +159,28 @@ fn vcpus(configured: u32, accel: Accelerator, host: usize, limit: Option<u32>) -
     wanted.min(limit.unwrap_or(u32::MAX)).max(1)
 }
 
+/// How many of a VM's network devices the host's kernel serves. An emulated guest is much slower than QEMU.
+fn vhost_nics(
+    configured: u32,
+    accel: Accelerator,
+    nics: u32,
+    try_vhost: impl FnOnce() -> io::Result<()>,
+) -> u32 {
+    let wanted = configured.min(nics);
+    if wanted == 0 || accel != Accelerator::Kvm {
+        return 0;
+    }
+    match try_vhost() {
+        Ok(()) => wanted,
+        Err(error) => {
+            tracing::info!(
+                "QEMU moves the packets of networks, because /dev/vhost-net cannot be opened: {error}"
+            );
+            0
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use oci_spec::runtime::{LinuxCpuBuilder, LinuxMemoryBuilder, LinuxResourcesBuilder};
@@ -181,6 +205,18 @@ mod tests {
         assert_eq!(vcpus(0, Accelerator::Kvm, 4, Some(2)), 2);
         assert_eq!(vcpus(0, tcg, 4, None), 1);
         assert_eq!(vcpus(3, tcg, 2, None), 3);
+    }
+
+    #[test]
+    fn the_kernel_serves_network_devices_where_it_can() {
+        let absent = || Err(io::ErrorKind::NotFound.into());
+        assert_eq!(vhost_nics(1, Accelerator::Kvm, 4, || Ok(())), 1);
+        assert_eq!(vhost_nics(8, Accelerator::Kvm, 4, || Ok(())), 4);
+        assert_eq!(vhost_nics(1, Accelerator::Kvm, 4, absent), 0);
+        let untried = || unreachable!("the device is not needed");
+        assert_eq!(vhost_nics(1, Accelerator::Kvm, 0, untried), 0);
+        assert_eq!(vhost_nics(0, Accelerator::Kvm, 4, untried), 0);
+        assert_eq!(vhost_nics(1, Accelerator::Tcg { tsc_khz: 1 }, 4, untried), 0);
     }
 
     #[test]
