@@ -6,7 +6,7 @@ use std::{error::Error, process::ExitCode};
 
 use clap::Args;
 use machinen::{
-    accel::{self, Accelerator},
+    accel::{self, AccelError, Accelerator},
     assets::Assets,
     config::Config,
     confined,
@@ -117,6 +117,11 @@ fn accelerator(config: &Config) -> Finding {
     }
 }
 
+/// The accelerator of VMs, by what [`accelerator`] has found out.
+fn chosen_accel(config: &Config) -> Result<Accelerator, AccelError> {
+    accel::verdict(owner::run_dir())?.choose(config.vm.accel)
+}
+
 fn qemu(config: &Config) -> Finding {
     let version = qemu_version(&config.vm.qemu);
     found("qemu", version.map(|version| format!("{} is QEMU {version}", config.vm.qemu.display())))
@@ -137,11 +142,14 @@ fn assets(config: &Config) -> Finding {
 
 fn channel(config: &Config) -> Finding {
     let host = HostSupport::detect(&config.vm.vhost_device_vsock);
-    let (verdict, text) = match choose_channel(config.vm.channel, &host) {
+    // Without an accelerator no VM starts, which is a finding of its own.
+    let accel = chosen_accel(config).unwrap_or(Accelerator::Kvm);
+    let (verdict, text) = match choose_channel(config.vm.channel, accel, &host) {
         ChannelKind::KernelVsock => (CheckVerdict::Ok, "vsock by the host's kernel".to_owned()),
         ChannelKind::VhostUserVsock { daemon } => {
             (CheckVerdict::Ok, format!("vsock by {}", daemon.display()))
         }
+        ChannelKind::Serial if accel != Accelerator::Kvm => (CheckVerdict::Ok, "serial port".to_owned()),
         ChannelKind::Serial => (
             CheckVerdict::Note,
             "serial port; `modprobe vhost_vsock` gives containers a faster one".to_owned(),
@@ -153,8 +161,7 @@ fn channel(config: &Config) -> Finding {
 /// What moves the packets of networks.
 fn network(config: &Config) -> Finding {
     let wanted = config.vm.vhost_net_devices.min(config.vm.network_devices);
-    let accel = accel::verdict(owner::run_dir()).and_then(|verdict| verdict.choose(config.vm.accel));
-    let (verdict, text) = match (sys::tap::is_usable(), wanted, accel, try_vhost()) {
+    let (verdict, text) = match (sys::tap::is_usable(), wanted, chosen_accel(config), try_vhost()) {
         (false, ..) => (
             CheckVerdict::Note,
             format!("containers have none, because {} cannot be opened", sys::tap::DEVICE),

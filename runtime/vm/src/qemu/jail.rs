@@ -43,7 +43,7 @@ pub(crate) fn jail(spec: &VmSpec, start: Start, identity: RunAs) -> Jail {
         locked_memory: Some(0),
         cpu_seconds: None,
     };
-    let system_calls = Some(syscalls::allowed(spec.accel));
+    let system_calls = Some(syscalls::allowed(spec.accel, &spec.channel));
     Jail {
         limits,
         files: Some(files(spec)),
@@ -80,10 +80,12 @@ mod tests {
     #[test]
     fn a_taken_over_qemu_reaches_nothing() {
         let tcg = Accelerator::Tcg { tsc_khz: 1 };
-        let spec = VmSpec { qemu: "/bin/sh".into(), ..spec(tcg, ChannelKind::Serial) };
+        let spec = |channel| VmSpec { qemu: "/bin/sh".into(), ..spec(tcg, channel) };
+        let (serial, vsock) = (spec(ChannelKind::Serial), spec(ChannelKind::KernelVsock));
         let user = ReservedUser::reserve().unwrap();
-        for start in [Start::Boot, Start::Template, Start::Clone] {
-            let mut jail = jail(&spec, start, user.run_as(Vec::new()));
+        let starts = [Start::Boot, Start::Template, Start::Clone];
+        for (start, spec) in starts.iter().flat_map(|start| [(*start, &serial), (*start, &vsock)]) {
+            let mut jail = jail(spec, start, user.run_as(Vec::new()));
             jail.ignore_hole_punching = (start == Start::Clone).then_some(9);
             assert_eq!(probe(&jail, 0).unwrap(), Vec::<String>::new(), "{start:?}");
         }
@@ -92,7 +94,9 @@ mod tests {
     #[test]
     fn no_list_of_system_calls_has_a_way_out() {
         for accel in [Accelerator::Kvm, Accelerator::Tcg { tsc_khz: 1 }] {
-            assert_eq!(syscalls::allowed(accel).forbidden(), None);
+            for channel in [ChannelKind::KernelVsock, ChannelKind::Serial] {
+                assert_eq!(syscalls::allowed(accel, &channel).forbidden(), None);
+            }
         }
     }
 

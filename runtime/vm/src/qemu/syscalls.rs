@@ -6,7 +6,7 @@
 
 use machinen_base::process::SystemCalls;
 
-use crate::accel::Accelerator;
+use crate::{accel::Accelerator, spec::ChannelKind};
 
 const CALLS: [i64; 66] = [
     // The event loop.
@@ -116,13 +116,36 @@ const REQUESTS: [u32; 17] = [
     0x4004_54de, // TUNSETVNETBE
 ];
 
-/// The system calls of a QEMU that uses `accel`.
-pub(super) fn allowed(accel: Accelerator) -> SystemCalls {
+/// Requests of the kernel's devices that move data for a guest (linux/vhost.h).
+const VHOST_REQUESTS: [u32; 16] = [
+    0x8008_af00, // VHOST_GET_FEATURES
+    0x4008_af00, // VHOST_SET_FEATURES
+    0x0000_af01, // VHOST_SET_OWNER
+    0x4008_af03, // VHOST_SET_MEM_TABLE
+    0x4008_af10, // VHOST_SET_VRING_NUM
+    0x4028_af11, // VHOST_SET_VRING_ADDR
+    0x4008_af12, // VHOST_SET_VRING_BASE
+    0xc008_af12, // VHOST_GET_VRING_BASE
+    0x4008_af20, // VHOST_SET_VRING_KICK
+    0x4008_af21, // VHOST_SET_VRING_CALL
+    0x4008_af22, // VHOST_SET_VRING_ERR
+    0x4008_af23, // VHOST_SET_VRING_BUSYLOOP_TIMEOUT
+    0x4008_af25, // VHOST_SET_BACKEND_FEATURES
+    0x8008_af26, // VHOST_GET_BACKEND_FEATURES
+    0x4008_af60, // VHOST_VSOCK_SET_GUEST_CID
+    0x4004_af61, // VHOST_VSOCK_SET_RUNNING
+];
+
+/// The system calls of a QEMU that uses `accel` and `channel`.
+pub(super) fn allowed(accel: Accelerator, channel: &ChannelKind) -> SystemCalls {
     let calls = SystemCalls::basic().and(&CALLS).and_threads().and_missing(&MISSING);
     // A socket of this kind reaches nothing: the network namespace has no other process, and the root no socket.
     let calls = calls.and_with_argument(libc::SYS_socket, 0, u64::MAX, libc::AF_UNIX as u64);
-    match accel {
-        Accelerator::Tcg { .. } => calls.and_requests(&REQUESTS),
-        Accelerator::Kvm => calls.and(&[libc::SYS_ioctl]),
+    match (accel, channel) {
+        (Accelerator::Kvm, _) => calls.and(&[libc::SYS_ioctl]),
+        (Accelerator::Tcg { .. }, ChannelKind::KernelVsock) => {
+            calls.and_requests(&[&REQUESTS[..], &VHOST_REQUESTS].concat())
+        }
+        (Accelerator::Tcg { .. }, _) => calls.and_requests(&REQUESTS),
     }
 }

@@ -75,7 +75,11 @@ pub(super) fn build(
         kernel: assets.kernel.clone(),
         image: assets.image.clone(),
         kernel_args: config.vm.all_kernel_args(),
-        channel: choose_channel(config.vm.channel, &HostSupport::detect(&config.vm.vhost_device_vsock)),
+        channel: choose_channel(
+            config.vm.channel,
+            accel,
+            &HostSupport::detect(&config.vm.vhost_device_vsock),
+        ),
         nics,
         vhost_nics: vhost_nics(config.vm.vhost_net_devices, accel, nics, try_vhost),
         hostname: name.chars().filter(char::is_ascii).take(MAX_HOSTNAME).collect(),
