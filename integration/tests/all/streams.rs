@@ -55,7 +55,7 @@ fn stdin_reaches_its_end(containerd: &mut Containerd) -> Result<()> {
 
 /// By large writes, which the agent must split: the daemon drops packets that are too long for it.
 fn much_over_vsock(containerd: &mut Containerd) -> Result<()> {
-    const BLOCKS: usize = 2000;
+    const BLOCKS: usize = 500;
     let count = format!("count={BLOCKS}");
     let run = containerd.run(IMAGE, &["dd", "if=/dev/zero", "bs=65536", &count]);
     let output = run.flags(&["--annotation", "io.machinen.channel=vsock"]).output()?.ok()?;
