@@ -172,10 +172,10 @@ fn network(config: &Config) -> Finding {
         (true, 1.., Ok(Accelerator::Kvm), Err(error)) => (
             CheckVerdict::Note,
             format!(
-                "QEMU moves packets; the host's kernel is faster, but /dev/vhost-net cannot be opened ({error}): `modprobe vhost_net`"
+                "QEMU moves packets, because /dev/vhost-net cannot be opened ({error}): `modprobe vhost_net`"
             ),
         ),
-        (true, ..) => (CheckVerdict::Ok, "QEMU moves packets".to_owned()),
+        (true, ..) => (CheckVerdict::Ok, "QEMU moves packets (vm.vhost_net_devices)".to_owned()),
     };
     Finding { what: "network", verdict, text }
 }

@@ -13,6 +13,7 @@ use machinen_integration::{
     containerd::Containerd,
     served::Served,
     setup::{Setup, Value},
+    templates::Templates,
 };
 
 use super::{
@@ -32,6 +33,11 @@ const BUSY: u64 = 20;
 /// Of a clone, and of a restored container.
 fn the_hosts_kernel_moves_packets(containerd: &mut Containerd) -> Result<()> {
     let expected = u64::from(can_move(containerd)?);
+    let templates = Templates::new(containerd)?;
+    let setup = Setup::new().templates(&templates.dir, "use");
+    containerd.configure(&setup.set("vm", "vhost_net_devices", Value::number(1)))?;
+    templates.build()?;
+    let from = containerd.log().position();
     let lab = Lab::wired()?;
     let bundle = Bundle::busybox(containerd)?;
     let config = config(&bundle, &lab.path(), ECHO, &[])?;
@@ -49,6 +55,9 @@ fn the_hosts_kernel_moves_packets(containerd: &mut Containerd) -> Result<()> {
     transfer(&lab, &restored)?;
     handed_over(qemu(containerd, &restored)?, expected)?;
     restored.end()?;
+    let clones = containerd.log().since(from).iter().filter(|line| line.contains("origin=clone")).count();
+    ensure!(clones == 2, "{clones} of two VMs were clones");
+    templates.remove_all()?;
     fs::remove_dir_all(&dir)?;
     lab.nothing_is_left()
 }

@@ -79,7 +79,7 @@ impl Default for VmConfig {
             vcpus: 0,
             growth_percent: 100,
             network_devices: 4,
-            vhost_net_devices: 1,
+            vhost_net_devices: 0,
             channel: ChannelMode::Auto,
             kernel_args: String::new(),
             io_uring: true,
