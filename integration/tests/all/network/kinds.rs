@@ -7,12 +7,23 @@ use super::{
     lab::{Lab, OWN, OWN6, PEER, PEER6},
     run, until,
 };
-use crate::harness::on_newest_containerd;
+use crate::harness::{self, NEWEST, on_newest_containerd};
 
 on_newest_containerd!(an_interface_of_macvlan, an_interface_that_loses_its_link);
 
-/// The neighbour has one end of a pair, and an interface of macvlan on the other one is the container's.
 fn an_interface_of_macvlan(containerd: &mut Containerd) -> Result<()> {
+    an_interface_on_another(containerd, "macvlan mode bridge")
+}
+
+/// All interfaces of ipvlan have the hardware address of the one that they are on.
+#[test]
+#[ignore = "needs the kernel's ipvlan, which a host with KVM has (config/kvm-tests)"]
+fn an_interface_of_ipvlan() {
+    harness::run(NEWEST, |containerd| an_interface_on_another(containerd, "ipvlan mode l2"));
+}
+
+/// The neighbour has one end of a pair, and an interface of this kind on the other one is the container's.
+fn an_interface_on_another(containerd: &Containerd, kind: &str) -> Result<()> {
     let lab = Lab::new()?;
     let in_peer = |args: &str| lab.in_peer(&args.split(' ').collect::<Vec<_>>())?.ok().map(drop);
     in_peer("ip link add eth0 type veth peer name parent")?;
@@ -20,7 +31,7 @@ fn an_interface_of_macvlan(containerd: &mut Containerd) -> Result<()> {
     in_peer(&format!("ip address add {PEER6}/64 dev eth0 nodad"))?;
     in_peer("ip link set eth0 up")?;
     in_peer("ip link set parent up")?;
-    in_peer("ip link add link parent name child type macvlan mode bridge")?;
+    in_peer(&format!("ip link add link parent name child type {kind}"))?;
     in_peer(&format!("ip link set child netns {} name eth0", lab.own()))?;
     lab.change(&["address", "add", &format!("{OWN}/24"), "dev", "eth0"])?;
     lab.change(&["address", "add", &format!("{OWN6}/64"), "dev", "eth0", "nodad"])?;
