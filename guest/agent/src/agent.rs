@@ -95,7 +95,6 @@ async fn warm_up(state: &AgentState) {
     disks.warm_up().await.unwrap_or_else(|err| console::report(&err));
     network.warm_up().unwrap_or_else(|err| console::report(&err));
     state.localhost.warm_up().await.unwrap_or_else(|err| console::report(&err));
-    state.shares.warm_up().await.unwrap_or_else(|err| console::report(&err));
     configure::warm_up().unwrap_or_else(|err| console::report(&err));
     engine::warm_up().unwrap_or_else(|err| console::report(&err));
     device_filters.warm_up(engine::usual_program()).unwrap_or_else(|err| console::report(&err));

@@ -26,7 +26,7 @@ pub(crate) struct AgentState {
     pub(crate) context: Context,
     pub(crate) containers: IdTable<Container>,
     /// The volumes of the pod.
-    pub(crate) shares: Shares,
+    shares: Shares,
     nameservers: Nameservers,
     pub(crate) localhost: Localhost,
     /// Whether the agent may set the clock and the random number generator.

@@ -84,8 +84,6 @@ impl HasKind for ShareError {
 /// The volumes of the pod.
 #[derive(Debug, Default)]
 pub(crate) struct Shares {
-    /// The device of a file system that the template has mounted. The kernel's first request waits there.
-    prepared: Mutex<Option<AsyncFd<OwnedFd>>>,
     /// The device of the file system, which is closed when a stream ends.
     device: Mutex<Option<Weak<AsyncFd<OwnedFd>>>>,
     sockets: Arc<Sockets>,
@@ -95,15 +93,6 @@ pub(crate) struct Shares {
 }
 
 impl Shares {
-    /// Mounts the file system, which nothing serves yet.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub(crate) async fn warm_up(&self) -> Result<(), ShareError> {
-        *self.prepared.lock().await = Some(mount_file_system()?);
-        Ok(())
-    }
-
     /// Mounts the volumes, and passes requests on from then on.
     ///
     /// # Errors
@@ -120,8 +109,7 @@ impl Shares {
         if streams.len() != QUEUES {
             return Err(ShareError::Streams { given: streams.len() });
         }
-        let prepared = self.prepared.lock().await.take();
-        let device = Arc::new(prepared.map_or_else(mount_file_system, Ok)?);
+        let device = Arc::new(mount_file_system()?);
         *mounted = Some(Arc::downgrade(&device));
         tokio::spawn(pass_on(device, Arc::clone(&self.sockets), Arc::clone(&self.renaming), streams));
         Ok(())
