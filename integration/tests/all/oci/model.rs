@@ -2,7 +2,7 @@
 //! in which state, with which text they are refused, and which state follows. The VMs are fake, so that a sequence takes
 //! seconds.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use machinen_integration::{fake::FakeVmm, oci::Oci, runtime::Runtime};
 use proptest::{
     prelude::*,
@@ -112,7 +112,8 @@ fn random_sequences(oci: &Oci) -> Result<()> {
         Config { cases: SEQUENCES, failure_persistence: None, max_shrink_iters: 16, ..Config::default() };
     let seen = std::cell::RefCell::new(std::collections::BTreeSet::new());
     // Chance alone does not lead to each state each time.
-    let each_state = [Verb::Create, Verb::Start, Verb::Pause, Verb::Exec, Verb::Resume, Verb::Kill, Verb::Delete];
+    let each_state =
+        [Verb::Create, Verb::Start, Verb::Pause, Verb::Exec, Verb::Resume, Verb::Kill, Verb::Delete];
     follow(oci, &each_state, &mut seen.borrow_mut())?;
     fake.settle()?;
     let outcome = TestRunner::new(config).run(&prop::collection::vec(verb(), 1..=LENGTH), |verbs| {
