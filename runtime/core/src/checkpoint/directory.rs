@@ -29,7 +29,7 @@ impl CheckpointDir {
     /// Opens a directory, and creates it if it is missing. Returns whether it was created.
     ///
     /// # Errors
-    /// The directory can be neither opened nor created, or belongs to somebody else.
+    /// The directory can be neither opened nor created, or belongs to another user.
     pub(super) fn open_or_create(path: &Path) -> Result<(Self, bool), CheckpointError> {
         let made = create_private_dir(path).map_err(CheckpointError::file("create", path))?;
         Ok((Self::open(path)?, made))

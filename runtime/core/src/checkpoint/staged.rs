@@ -34,7 +34,7 @@ impl StagedCheckpoint {
     /// Decides where the checkpoint for `path` is written. Blocks.
     ///
     /// # Errors
-    /// The directory has other files than those of a checkpoint, or belongs to somebody else.
+    /// The directory has other files than those of a checkpoint, or belongs to another user.
     pub(crate) fn prepare(path: &Path) -> Result<Self, CheckpointError> {
         let in_place = Self { path: path.to_owned(), replacement: None };
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(in_place) };
