@@ -35,7 +35,8 @@ pub(crate) fn in_own_network(program: &Path) -> Invocation {
 /// Writes the network's configuration, and returns the plugin's part of containerd's. `snapshotter` is that of machinen's
 /// pods, if it is not that of all others.
 pub(crate) fn configure(root: &Path, name: &str, snapshotter: Option<&str>) -> Result<String> {
-    let cni = root.join("cni");
+    let (cni, cdi) = (root.join("cni"), root.join("cdi"));
+    fs::create_dir(&cdi).with_context(|| format!("cannot make {}", cdi.display()))?;
     for dir in ["conf", "state"] {
         fs::create_dir_all(cni.join(dir)).with_context(|| format!("cannot make {}", cni.display()))?;
     }
@@ -70,12 +71,16 @@ sandbox_image = "{PAUSE}"
 stream_server_address = "127.0.0.1"
 stream_server_port = "0"
 disable_apparmor = true
+enable_cdi = true
+cdi_spec_dirs = [{cdi:?}]
 # The tests' machine may not have the capability that a lower value needs.
 restrict_oom_score_adj = true
 netns_mounts_under_state_dir = true
 [plugins."io.containerd.grpc.v1.cri".cni]
 bin_dir = {plugins:?}
 conf_dir = {conf:?}
+# Each file is a network, for the pods' interfaces eth0 and eth1.
+max_conf_num = 2
 [plugins."io.containerd.grpc.v1.cri".containerd]
 snapshotter = "overlayfs"
 default_runtime_name = "runc"

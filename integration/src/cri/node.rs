@@ -12,6 +12,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use containerd_client::tonic::Code;
+use serde_json::{Value, json};
 
 use super::{Client, Pod, api, eventually};
 use crate::{
@@ -203,6 +204,38 @@ impl Node {
         Invocation::new("nsenter").arg(namespace).args(args.iter().copied())
     }
 
+    /// Where the plugin of addresses writes down which of them pods have (`dataDir`).
+    pub fn network_state(&self) -> PathBuf {
+        self.containerd.root().join("cni/state")
+    }
+
+    /// Replaces the networks of the pods, and waits until containerd has read their lists of plugins. A network's name is
+    /// one that no former network had.
+    ///
+    /// # Errors
+    /// A file cannot be written, or containerd does not accept it.
+    pub fn set_networks(&self, networks: &[(String, Value)]) -> Result<()> {
+        let dir = self.containerd.root().join("cni/conf");
+        for entry in fs::read_dir(&dir)? {
+            fs::remove_file(entry?.path())?;
+        }
+        for (place, (name, plugins)) in networks.iter().enumerate() {
+            let list = json!({ "cniVersion": "1.0.0", "name": name, "plugins": plugins });
+            // containerd does not read a file of this name.
+            let new = dir.join("new");
+            fs::write(&new, list.to_string())?;
+            fs::rename(&new, dir.join(format!("{place}.conflist")))?;
+        }
+        eventually("containerd has read the networks", || {
+            let info = self.client().status(api::StatusRequest { verbose: true })?.info;
+            let read: Value = serde_json::from_str(info.get("cniconfig").context("no networks")?)?;
+            let read = read["Networks"].as_array().cloned().unwrap_or_default();
+            let names = read.iter().filter_map(|network| network["Config"]["Name"].as_str());
+            let names: Vec<_> = names.filter(|name| *name != "cni-loopback").collect();
+            Ok(names.iter().eq(networks.iter().map(|(name, _)| name)).then_some(()))
+        })
+    }
+
     /// Waits until nothing is left of any pod.
     ///
     /// # Errors
@@ -217,10 +250,10 @@ impl Node {
         Ok(())
     }
 
-    /// The network's plugin has a file for each address that a pod has.
+    /// The plugin of addresses has a directory for each network, and a file in it for each address that a pod has.
     fn addresses(&self) -> Vec<PathBuf> {
-        let dir = self.containerd.root().join("cni/state").join(self.containerd.name());
-        let files = fs::read_dir(dir).into_iter().flatten().flatten();
+        let entries = |dir: PathBuf| fs::read_dir(dir).into_iter().flatten().flatten();
+        let files = entries(self.network_state()).flat_map(|network| entries(network.path()));
         let is_address = |name: &str| name.parse::<IpAddr>().is_ok();
         let addresses = files.filter(|file| file.file_name().to_str().is_some_and(is_address));
         addresses.map(|file| file.path()).collect()

@@ -98,11 +98,11 @@ fn find(socket: &mut NetlinkSocket, name: &str) -> Result<Interface, NetworkErro
 }
 
 /// Changes a setting of an interface, if the kernel has it: one that was built without IPv6 has none for IPv6.
-fn set(kind: &str, interface: &str, setting: &str, value: &'static str) -> Result<(), NetworkError> {
+fn set(kind: &str, interface: &str, setting: &str, value: &str) -> Result<(), NetworkError> {
     let path = format!("/proc/sys/net/{kind}/conf/{interface}/{setting}");
     match fs::write(&path, value) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(source) => Err(NetworkError::Setting { path, value, source }),
+        Err(source) => Err(NetworkError::Setting { path, value: value.to_owned(), source }),
         Ok(()) => Ok(()),
     }
 }

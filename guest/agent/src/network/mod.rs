@@ -16,6 +16,7 @@ mod apply;
 pub(crate) mod localhost;
 mod nameservers;
 mod prepared;
+mod settings;
 
 use std::{
     fs::File,
@@ -67,7 +68,9 @@ pub(crate) enum NetworkError {
     #[error("network device {0} was requested twice")]
     Twice(u32),
     #[error("cannot set {path} to {value}")]
-    Setting { path: String, value: &'static str, source: io::Error },
+    Setting { path: String, value: String, source: io::Error },
+    #[error("{0:?} is no setting of a network namespace")]
+    SettingName(String),
     #[error("the VM's network cannot be configured")]
     Kernel(#[from] NetlinkError),
 }
@@ -75,7 +78,7 @@ pub(crate) enum NetworkError {
 impl HasKind for NetworkError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::Invalid(_) | Self::Twice(_) => ErrorKind::InvalidArgument,
+            Self::Invalid(_) | Self::Twice(_) | Self::SettingName(_) => ErrorKind::InvalidArgument,
             Self::NoDevice(_) => ErrorKind::NotFound,
             Self::Kernel(_) | Self::Missing(_) | Self::Setting { .. } => ErrorKind::FailedPrecondition,
             Self::Namespace(_) | Self::Enter(_) | Self::Mount(..) => ErrorKind::Internal,
@@ -146,6 +149,7 @@ impl Network {
                 return Err(NetworkError::Twice(message.device));
             }
         }
+        settings::set_all(&request.settings)?;
         // A name that is given up may be the new name of another device.
         for (number, wanted) in wanted.iter().enumerate() {
             let name = wanted.as_ref().map(|wanted| &wanted.name);

@@ -10,6 +10,7 @@ mod life;
 mod many;
 mod namespaces;
 mod network;
+mod networks;
 mod resources;
 mod restart;
 mod sandbox;

@@ -74,6 +74,9 @@ pub enum NetworkError {
         /// What the kernel has answered.
         source: io::Error,
     },
+    /// The settings of the namespace cannot be read.
+    #[error("cannot read the settings of the network namespace")]
+    Settings(#[source] io::Error),
     /// The interface is not one that a VM can have.
     #[error("the network interface {name} has no Ethernet address, which the VM's interface needs")]
     NotEthernet {

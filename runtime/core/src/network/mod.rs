@@ -22,6 +22,7 @@ mod nameservers;
 mod namespace;
 mod pasta;
 mod routed;
+mod settings;
 mod wiring;
 
 use std::{
@@ -61,6 +62,7 @@ pub use namespace::{disconnect_abandoned, same_namespace};
 pub use pasta::NAMESERVER;
 pub(crate) use pasta::OutsideNetwork;
 use pasta::RunningPasta;
+use settings::Settings;
 
 /// The least time between two streams for the same purpose: a guest may close them at any moment.
 const REOPENED_AFTER: Duration = Duration::from_secs(1);
@@ -97,6 +99,7 @@ struct GuestNetwork {
 #[derive(Debug, Default)]
 struct Given {
     interfaces: Vec<NetworkInterface>,
+    settings: Settings,
     nameservers: Vec<Ipv4Addr>,
     /// The number of the stream for the nameservers.
     stream: u64,
@@ -222,8 +225,10 @@ impl PodNetwork {
     /// # Errors
     /// The agent refuses.
     pub(crate) async fn copy_to(&self, agent: &agent::Client) -> Result<(), NetworkError> {
-        let interfaces = self.guest.given.lock().await.interfaces.clone();
-        let request = ConfigureNetworkRequest { interfaces, ..Default::default() };
+        let given = self.guest.given.lock().await;
+        let (interfaces, settings) = (given.interfaces.clone(), given.settings.clone().into_iter().collect());
+        drop(given);
+        let request = ConfigureNetworkRequest { interfaces, settings, ..Default::default() };
         agent.configure_network(request).await.map_err(NetworkError::Guest)
     }
 
@@ -248,15 +253,22 @@ impl PodNetwork {
 impl GuestNetwork {
     async fn update(&self, agent: &agent::Client, announce: bool) -> Result<(), NetworkError> {
         let mut given = self.given.lock().await;
-        let connected = self.in_namespace(PodNamespace::refresh).await?;
+        let (connected, settings) = self.in_namespace(PodNamespace::refresh_all).await?;
         let wanted: Vec<_> =
             connected.iter().map(|(device, interface)| to_message(*device, interface)).collect();
         let announce = announce && !given.interfaces.is_empty();
-        if given.interfaces != wanted || announce {
-            let request =
-                ConfigureNetworkRequest { interfaces: wanted.clone(), announce, ..Default::default() };
+        if given.interfaces != wanted || given.settings != settings || announce {
+            // A container's own configuration may have changed the others since.
+            let is_new = |(name, value): &(&String, &String)| given.settings.get(*name) != Some(*value);
+            let new = settings.iter().filter(is_new).map(|(name, value)| (name.clone(), value.clone()));
+            let request = ConfigureNetworkRequest {
+                interfaces: wanted.clone(),
+                settings: new.collect(),
+                announce,
+                ..Default::default()
+            };
             agent.configure_network(request).await.map_err(NetworkError::Guest)?;
-            given.interfaces = wanted;
+            (given.interfaces, given.settings) = (wanted, settings);
         }
         // Without an interface no nameserver of the namespace reaches any other.
         let nameservers = if !connected.is_empty() { self.nameservers().await? } else { Vec::new() };

@@ -24,6 +24,7 @@ use super::{
     egress::Egress,
     filter::Sources,
     routed::{self, Ends, RoutedGuest, remove_rules},
+    settings::{ChangedSettings, Settings},
     wiring::{Onward, admit_own, disconnect, pass_resets, redirect_all, replace_own},
 };
 use crate::spec::{bundle, guest};
@@ -66,6 +67,7 @@ pub(super) struct PodNamespace {
     first: Option<OwnedFd>,
     /// The VM's network devices, by their numbers.
     devices: Vec<Device>,
+    settings: ChangedSettings,
     pub(super) path: PacketPath,
     pub(super) egress: Egress,
 }
@@ -131,12 +133,24 @@ impl PodNamespace {
         let (socket, changes) = netns::inside(namespace.as_fd(), sockets).map_err(NetworkError::Enter)?;
         let (first, count) = taps.map_or((None, 0), |(first, count)| (Some(first), count));
         let devices = (0..count).map(|_| Device::default()).collect();
-        Ok(Some((Self { id, namespace, socket, first, devices, path, egress: Egress::default() }, changes)))
+        let (settings, egress) = (ChangedSettings::default(), Egress::default());
+        Ok(Some((Self { id, namespace, socket, first, devices, settings, path, egress }, changes)))
     }
 
     /// Another descriptor of the namespace.
     pub(super) fn descriptor(&self) -> Result<OwnedFd, NetworkError> {
         self.namespace.try_clone().map_err(NetworkError::Enter)
+    }
+
+    /// Does what [`Self::refresh`] does, and also returns the settings of the namespace that somebody has changed. A namespace
+    /// without interfaces is not examined for them.
+    pub(super) fn refresh_all(&mut self) -> Result<(Vec<(u32, Interface)>, Settings), NetworkError> {
+        let connected = self.refresh()?;
+        if let Some(usual) = self.first.as_ref().filter(|_| !connected.is_empty()) {
+            let read = self.settings.read(self.namespace.as_fd(), usual.as_fd());
+            read.map_err(NetworkError::Settings)?;
+        }
+        Ok((connected, self.settings.last().clone()))
     }
 
     /// Reads the namespace, and connects each of its interfaces with a device of the VM. Returns the numbers of the
