@@ -3,8 +3,11 @@
 //!
 //! Containers of one pod share the kernel, where the disks of all of them are devices.
 
+use std::path::Path;
+
 use serde_json::Value;
 
+use super::oci::{SpecError, items};
 use crate::cgroup::Instruction;
 
 /// A rule of the configuration.
@@ -27,6 +30,9 @@ enum DeviceKind {
     Char = 2,
 }
 
+/// Has an entry for each character device of the kernel, named by its numbers.
+const KNOWN: &str = "/sys/dev/char";
+
 /// Values of the kernel's BPF_DEVCG_ACC_* (bpf.h).
 const MKNOD: i32 = 1;
 const READ: i32 = 2;
@@ -42,6 +48,29 @@ pub(super) fn program(rules: &Value) -> Result<Vec<Instruction>, usize> {
     let given = rules.as_array().into_iter().flatten().enumerate();
     let given = given.map(|(number, rule)| parse(rule).ok_or(number)).collect::<Result<Vec<_>, _>>()?;
     Ok(compile(&ordered(given)))
+}
+
+/// Refuses a character device that this kernel does not have: a node for it could not be opened. A privileged container has
+/// a node for each device of the host, most of which it never opens.
+///
+/// # Errors
+/// There is such a device.
+pub(super) fn refuse_missing(linux: &Value) -> Result<(), SpecError> {
+    let rules = items(&linux["resources"]["devices"]).filter_map(parse);
+    let about_all = |rule: &Rule| (rule.kind, rule.major, rule.minor) == (None, None, None);
+    if rules.filter(about_all).last().is_some_and(|rule| rule.allow) {
+        return Ok(());
+    }
+    for device in items(&linux["devices"]) {
+        let number = |name: &str| device[name].as_i64().unwrap_or(-1);
+        let (major, minor) = (number("major"), number("minor"));
+        let is_char = device["type"].as_str().is_some_and(|kind| ["c", "u"].contains(&kind));
+        if is_char && !Path::new(KNOWN).join(format!("{major}:{minor}")).exists() {
+            let path = device["path"].as_str().unwrap_or_default().to_owned();
+            return Err(SpecError::NoDevice { path, major, minor });
+        }
+    }
+    Ok(())
 }
 
 /// The program for a spec that denies everything, and allows no device that is not allowed anyway, as most do.
@@ -305,6 +334,15 @@ mod tests {
         assert!(allows(&code, DeviceKind::Char, 1, 3, READ | WRITE));
         assert!(allows(&code, DeviceKind::Char, 1, 7, MKNOD));
         assert!(!allows(&code, DeviceKind::Char, 10, 229, READ));
+    }
+
+    #[test]
+    fn a_device_of_the_kernel_and_those_of_a_privileged_container_are_not_refused() {
+        let device = |major| json!([{"path": "/dev/x", "type": "c", "major": major, "minor": 3}]);
+        let all = json!([{"allow": false, "access": "rwm"}, {"allow": true, "access": "rwm"}]);
+        assert!(refuse_missing(&json!({"devices": device(1)})).is_ok());
+        assert!(refuse_missing(&json!({"devices": device(511)})).is_err());
+        assert!(refuse_missing(&json!({"devices": device(511), "resources": {"devices": all}})).is_ok());
     }
 
     #[test]

@@ -27,6 +27,11 @@ pub(crate) enum SpecError {
     SeccompListener,
     #[error("linux.resources.devices[{number}] cannot be parsed")]
     DeviceRule { number: usize },
+    #[error(
+        "{path} is a character device of the host ({major}:{minor}) that the VM does not have: only disks of the host can be \
+         given to a container"
+    )]
+    NoDevice { path: String, major: i64, minor: i64 },
     #[error("sysctl {key:?} is not a valid name")]
     SysctlName { key: String },
     #[error("cannot set sysctl {key}")]

@@ -91,6 +91,7 @@ impl Prepared {
         let memory_limit = linux.pointer("/resources/memory/limit").and_then(Value::as_i64);
         let devices = devices::program(linux.pointer("/resources/devices").unwrap_or(&Value::Null))
             .map_err(|number| SpecError::DeviceRule { number })?;
+        devices::refuse_missing(linux)?;
         let owner = mapped(&linux["uidMappings"], uid);
         join(linux, joined);
         let shares_network = !has_namespace(linux, "network");
@@ -397,7 +398,7 @@ mod tests {
     #[test]
     fn invalid_settings_are_named() {
         type Change = fn(&mut Value);
-        let cases: [(Change, &str); 7] = [
+        let cases: [(Change, &str); 8] = [
             (|c| c["process"] = Value::Null, "has no process"),
             (|c| c["process"]["args"] = json!([]), "has no process.args"),
             (|c| c["process"]["cwd"] = json!("tmp"), "process.cwd \"tmp\""),
@@ -405,6 +406,13 @@ mod tests {
             (|c| c["linux"] = Value::Null, "has no linux"),
             (|c| c["linux"]["cgroupsPath"] = json!("/a/../.."), "linux.cgroupsPath"),
             (|c| c["linux"]["sysctl"] = json!({"net./../kernel/x": "1"}), "is not a valid name"),
+            (
+                |c| {
+                    c["linux"]["devices"] =
+                        json!([{"path": "/dev/card", "type": "c", "major": 226, "minor": 77}])
+                },
+                "/dev/card is a character device of the host (226:77) that the VM does not have",
+            ),
         ];
         for (change, text) in cases {
             let err = adapt(change).unwrap_err().to_string();

@@ -2,15 +2,18 @@
 
 use std::{fs, os::unix::fs::MetadataExt as _};
 
-use anyhow::{Result, ensure};
-use machinen_integration::cri::{Node, Pod, api};
+use anyhow::{Result, bail, ensure};
+use machinen_integration::cri::{Handler, Node, Pod, api};
+use serde_json::json;
 
 use super::{both_runtimes, pod_tests};
 
 both_runtimes! {
     every: [],
     oldest_and_newest: [],
-    newest: [users_and_groups, read_only_root, capabilities_and_seccomp, sysctls],
+    newest: [
+        users_and_groups, only_the_given_groups, read_only_root, capabilities_and_seccomp, sysctls, devices_of_cdi,
+    ],
 }
 
 // containerd 1.6 knows no such pods, and 1.7 none with volumes. The shims for runc that the tests have cannot mount the
@@ -43,6 +46,65 @@ fn users_and_groups(node: &mut Node) -> Result<()> {
     ensure!(owned.starts_with("1000 2000\n") && owned.contains("Permission denied"), "{owned}");
     let root = pod.idle("root")?;
     ensure!(root.shell("id -u")? == "0\n", "{}", root.shell("id")?);
+    pod.remove()
+}
+
+/// `supplementalGroupsPolicy: Strict`: the image's groups of the user do not come along.
+fn only_the_given_groups(node: &mut Node) -> Result<()> {
+    let pod = node.pod(|_| ())?;
+    let strict = pod.start("strict", &IDLE, |config| {
+        let security = security(config);
+        security.run_as_user = Some(api::Int64Value { value: 1000 });
+        security.run_as_group = Some(api::Int64Value { value: 2000 });
+        security.supplemental_groups = vec![3000];
+        security.supplemental_groups_policy = api::SupplementalGroupsPolicy::Strict.into();
+    })?;
+    let groups = strict.shell("id -G")?;
+    ensure!(groups == "2000 3000\n", "{groups}");
+    let user = strict.status()?.user.and_then(|user| user.linux).unwrap_or_default();
+    ensure!((user.uid, user.gid) == (1000, 2000) && user.supplemental_groups == [2000, 3000], "{user:?}");
+    pod.remove()
+}
+
+/// What the specification of a device changes, it changes in the VM; a device of the host's kernel cannot be there.
+fn devices_of_cdi(node: &mut Node) -> Result<()> {
+    let dir = node.containerd().root().join("cdi");
+    fs::write(dir.join("library"), "of the card\n")?;
+    let library = json!({
+        "hostPath": dir.join("library"), "containerPath": "/usr/lib/card", "options": ["ro", "rbind", "rprivate"],
+    });
+    // Numbers of a graphics card.
+    let node_of_card = json!({ "path": "/dev/card", "type": "c", "major": 226, "minor": 7 });
+    let specification = json!({
+        "cdiVersion": "0.6.0",
+        "kind": "machinen.test/card",
+        "devices": [
+            { "name": "library", "containerEdits": { "env": ["CARD=here"], "mounts": [library] } },
+            { "name": "node", "containerEdits": { "deviceNodes": [node_of_card] } },
+        ],
+    });
+    fs::write(dir.join("card.json"), specification.to_string())?;
+    let with = |name: &str| {
+        let device = api::CdiDevice { name: format!("machinen.test/card={name}") };
+        move |config: &mut api::ContainerConfig| config.cdi_devices = vec![device]
+    };
+    let pod = node.pod(|_| ())?;
+    let library = pod.start("library", &IDLE, with("library"))?;
+    let seen = library.shell("cat /usr/lib/card; tr '\\0' '\\n' < /proc/1/environ | grep CARD")?;
+    ensure!(seen == "of the card\nCARD=here\n", "{seen}");
+    let container = pod.create("node", &IDLE, with("node"))?;
+    match (node.handler(), container.start()) {
+        (Handler::Runc, started) => started?,
+        (_, Ok(())) => bail!("a container has a card that its VM does not have"),
+        (_, Err(refusal)) => {
+            ensure!(
+                refusal.message.contains("/dev/card is a character device of the host (226:7)"),
+                "{refusal}"
+            );
+        }
+    }
+    container.remove().or_else(|_| container.stop(0).and_then(|()| container.remove()))?;
+    ensure!(library.runs()?, "{:?}", library.status());
     pod.remove()
 }
 
