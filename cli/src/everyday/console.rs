@@ -18,6 +18,9 @@ const LEFT: &str = "vm/console.log";
 /// Most bytes that are printed of it: more than the owner of a VM keeps.
 const MAX_LEFT: u64 = 1 << 20;
 
+/// How many bytes are the end of it.
+const LAST: usize = 4096;
+
 /// Arguments of `machinen console`.
 #[derive(Debug, Args)]
 pub(crate) struct ConsoleArgs {
@@ -42,6 +45,24 @@ pub(super) async fn run(global: &GlobalArgs, args: &ConsoleArgs) -> Result<(), F
             }
         }
         printed => printed,
+    }
+}
+
+/// Prints the end of what there is. Text that a VM has left when it ended is printed as well.
+///
+/// # Errors
+/// The VM cannot be asked, and has left nothing.
+pub(super) async fn print_last(container: &FoundContainer) -> Result<(), FindError> {
+    let asked = match PodClient::connect(&container.socket) {
+        Ok(pod) => pod.console(&container.id, 0, false).await,
+        Err(error) => Err(error),
+    };
+    match asked {
+        Ok(piece) => Ok(print(&piece.text[piece.text.len().saturating_sub(LAST)..])?),
+        Err(error) => match print_left(container)? {
+            true => Ok(()),
+            false => Err(error),
+        },
     }
 }
 

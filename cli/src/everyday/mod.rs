@@ -2,9 +2,11 @@
 
 mod attach;
 mod console;
+mod debug;
 mod error;
 mod logs;
 mod ls;
+mod metrics;
 mod mux;
 mod port;
 mod secret;
@@ -62,6 +64,15 @@ pub(crate) enum EverydayVerb {
     Top(top::TopArgs),
     /// Print what the guest of a container has printed on its console: messages of its kernel and of its agent.
     Console(console::ConsoleArgs),
+    /// Print what the containers of this host use, in the format of Prometheus.
+    #[command(
+        long_about = "Print what the containers of this host use, in the text format of Prometheus and with the names and \
+        labels of cAdvisor, which cannot see containers in VMs. A collector of text files runs this: \
+        machinen metrics > DIR/machinen.prom.new && mv DIR/machinen.prom.new DIR/machinen.prom"
+    )]
+    Metrics(metrics::MetricsArgs),
+    /// Print all that is known of a pod: its VM, containers, processes and console.
+    Debug(debug::DebugArgs),
     /// Print which ports of the host lead to a container.
     Port(port::PortArgs),
     /// Give a running container secrets, which are on no disk and in no checkpoint.
@@ -113,6 +124,8 @@ async fn dispatch(global: &GlobalArgs, verb: EverydayVerb) -> Result<ExitCode, F
         EverydayVerb::Ls(args) => ls::run(global, &args).await?,
         EverydayVerb::Top(args) => top::run(global, &args).await?,
         EverydayVerb::Console(args) => console::run(global, &args).await?,
+        EverydayVerb::Metrics(args) => metrics::run(global, &args).await?,
+        EverydayVerb::Debug(args) => debug::run(global, &args).await?,
         EverydayVerb::Cp(args) => copy::run(global, &args).await?,
         EverydayVerb::Port(args) => port::run(global, &args).await?,
         EverydayVerb::Secret(args) => secret::run(global, &args).await?,

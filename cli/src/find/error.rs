@@ -29,6 +29,8 @@ pub(crate) enum FindError {
     Refused { status: Box<ttrpc::Status> },
     #[error("cannot talk to the process that owns the VM")]
     Protocol(#[source] Box<ttrpc::Error>),
+    #[error("the answer of the process that owns the VM cannot be decoded")]
+    Decode(#[source] protobuf::Error),
     #[error(transparent)]
     File(#[from] FileError),
     #[error(transparent)]
@@ -58,7 +60,7 @@ impl HasKind for FindError {
             Self::NoAnswer { .. } => ErrorKind::DeadlineExceeded,
             Self::OldOwner => ErrorKind::Unimplemented,
             Self::Refused { status } => status.code().into(),
-            Self::File(_) => ErrorKind::Internal,
+            Self::Decode(_) | Self::File(_) => ErrorKind::Internal,
             Self::Oci(error) => error.kind(),
         }
     }

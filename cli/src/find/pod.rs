@@ -9,16 +9,20 @@ use std::{
     time::Duration,
 };
 
-use containerd_shim_protos::ttrpc::{
-    self,
-    r#async::{Client, transport::Socket},
-    context::Context,
+use containerd_shim_protos::{
+    cgroups_v2::metrics::Metrics,
+    ttrpc::{
+        self,
+        r#async::{Client, transport::Socket},
+        context::Context,
+    },
 };
 use machinen::fs::FileError;
 use machinen_task::api::{
-    ConsoleRequest, ConsoleResponse, DescribeRequest, DescribeResponse, InspectionClient, NotPausedRequest,
-    ProcessesRequest, ProcessesResponse, SecretsClient, SetSecretsRequest,
+    ConsoleRequest, ConsoleResponse, DescribeRequest, DescribeResponse, InspectionClient, MetricsRequest,
+    NotPausedRequest, ProcessesRequest, ProcessesResponse, SecretsClient, SetSecretsRequest,
 };
+use protobuf::Message as _;
 use rustix::fs::{Mode, OFlags};
 use tokio::time::timeout;
 
@@ -69,6 +73,16 @@ impl PodClient {
     pub(crate) async fn processes(&self, id: &str) -> Result<ProcessesResponse, FindError> {
         let request = ProcessesRequest { container_id: id.to_owned(), ..Default::default() };
         within(GUEST, self.inspection.processes(Context::default(), &request)).await
+    }
+
+    /// What a container uses, as the guest counts it.
+    ///
+    /// # Errors
+    /// The owner or the guest does not answer, or the container does not run.
+    pub(crate) async fn metrics(&self, id: &str) -> Result<Metrics, FindError> {
+        let request = MetricsRequest { container_id: id.to_owned(), ..Default::default() };
+        let answer = within(GUEST, self.inspection.metrics(Context::default(), &request)).await?;
+        Metrics::parse_from_bytes(&answer.metrics).map_err(FindError::Decode)
     }
 
     /// Waits until a container is not paused, however long that takes.

@@ -49,7 +49,9 @@ pub(super) async fn containers(processes: &[ListedProcess]) -> Result<Vec<FoundC
         .map(|(socket, bundles)| {
             tokio::spawn(async move {
                 let pod = async { PodClient::connect(&socket)?.describe().await }.await;
-                bundles.iter().map(|bundle| container(bundle, &socket, &pod)).collect::<Vec<_>>()
+                let more = others(&bundles, &pod);
+                let all = bundles.iter().chain(&more);
+                all.map(|bundle| container(bundle, &socket, &pod)).collect::<Vec<_>>()
             })
         })
         .collect();
@@ -58,6 +60,16 @@ pub(super) async fn containers(processes: &[ListedProcess]) -> Result<Vec<FoundC
         found.extend(pod.await.unwrap_or_default());
     }
     Ok(found)
+}
+
+/// The bundles of the pod's other containers. Those of a pod by the Sandbox API are in another directory than the sandbox's.
+fn others(bundles: &[PathBuf], pod: &Result<DescribeResponse, FindError>) -> Vec<PathBuf> {
+    let is_other = |bundle: &PathBuf| {
+        let is_same = |other: &PathBuf| other.file_name() == bundle.file_name();
+        bundle.is_absolute() && !bundles.iter().any(is_same)
+    };
+    let described = pod.iter().flat_map(|pod| &pod.containers);
+    described.map(|container| PathBuf::from(&container.bundle)).filter(is_other).collect()
 }
 
 /// The bundles of our shims.
@@ -155,6 +167,18 @@ mod tests {
         assert_eq!((found.id.as_str(), found.namespace.as_deref()), ("c1", Some("ns")));
         assert_eq!((found.status.as_str(), found.pid), ("lost", 0));
         assert!(found.problem.unwrap().contains("nothing listens"));
+    }
+
+    #[test]
+    fn a_container_elsewhere_is_one_of_the_pod() {
+        let described = ["/state/sandboxes/ns/pod", "/state/tasks/ns/main", ""].map(|bundle| {
+            machinen_task::api::ContainerInfo { bundle: bundle.to_owned(), ..Default::default() }
+        });
+        let pod = Ok(DescribeResponse { containers: described.to_vec(), ..Default::default() });
+        assert_eq!(
+            others(&["/state/sandboxes/ns/pod".into()], &pod),
+            [PathBuf::from("/state/tasks/ns/main")]
+        );
     }
 
     #[test]

@@ -3,16 +3,20 @@
 
 use async_trait::async_trait;
 use containerd_shim_protos::ttrpc::{self, asynchronous::TtrpcContext};
-use machinen::pod::{ContainerDescription, ContainerProcessInfo, Pod, state::ProcessState};
+use machinen::{
+    config::MetricsFormat,
+    pod::{ContainerDescription, ContainerProcessInfo, Pod, state::ProcessState},
+};
 use protobuf::MessageField;
 
 use crate::{
     api::{
         ConsoleRequest, ConsoleResponse, ContainerInfo, DescribeRequest, DescribeResponse, Inspection,
-        NotPausedRequest, NotPausedResponse, ProcessDescription, ProcessesRequest, ProcessesResponse, VmInfo,
+        MetricsRequest, MetricsResponse, NotPausedRequest, NotPausedResponse, ProcessDescription,
+        ProcessesRequest, ProcessesResponse, VmInfo,
     },
-    error::to_ttrpc,
-    id,
+    error::{encoding, to_ttrpc},
+    id, metrics,
 };
 
 /// The service of one pod.
@@ -52,6 +56,13 @@ impl Inspection for InspectionService {
         let (processes, total) = self.pod.processes(&id).await.map_err(|error| to_ttrpc(&error))?;
         let processes = processes.into_iter().map(process).collect();
         Ok(ProcessesResponse { processes, total, ..Default::default() })
+    }
+
+    async fn metrics(&self, _: &TtrpcContext, req: MetricsRequest) -> ttrpc::Result<MetricsResponse> {
+        let id = id::container(&req.container_id)?;
+        let stats = self.pod.stats(&id).await.map_err(|error| to_ttrpc(&error))?;
+        let metrics = metrics::encode(&stats, MetricsFormat::Cgroup2);
+        Ok(MetricsResponse { metrics: metrics.map_err(encoding)?.value, ..Default::default() })
     }
 
     async fn console(&self, _: &TtrpcContext, req: ConsoleRequest) -> ttrpc::Result<ConsoleResponse> {

@@ -11,6 +11,7 @@ mod many;
 mod namespaces;
 mod network;
 mod networks;
+mod observed;
 mod resources;
 mod restart;
 mod sandbox;
