@@ -24,6 +24,7 @@ pub mod image;
 pub mod inventory;
 pub mod lab;
 pub mod log;
+pub mod loop_device;
 pub mod oci;
 pub mod paths;
 pub mod phases;

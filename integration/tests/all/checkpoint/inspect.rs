@@ -18,7 +18,7 @@ on_newest_containerd!(
 );
 
 /// A program of another Debian release than the host's, with its own libraries.
-fn tool(program: &str) -> Invocation {
+pub(crate) fn tool(program: &str) -> Invocation {
     let root = paths::workspace().join("target/tools/inspect/usr");
     let lib = root.join("lib/x86_64-linux-gnu");
     Invocation::new(lib.join("ld-linux-x86-64.so.2"))

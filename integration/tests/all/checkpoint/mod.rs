@@ -5,7 +5,7 @@ mod cgroups;
 mod clients;
 mod damage;
 mod failures;
-mod inspect;
+pub(crate) mod inspect;
 mod joined;
 mod killed;
 mod refused;

@@ -4,10 +4,12 @@ use std::fs::File;
 
 use anyhow::{Context, Result, ensure};
 use machinen_integration::{
-    cri::{Handler, Node, api},
+    cri::{Handler, IMAGE, Node, api},
     paths::{self, Version},
     setup::Setup,
 };
+
+use crate::checkpoint::inspect::tool;
 
 mod runc {
     #[test]
@@ -58,5 +60,13 @@ fn checkpoint(node: &mut Node) -> Result<()> {
     // It is listed by the path in a directory, and only regular files can be in it.
     let flat = |name: &&String| name.strip_prefix("checkpoint/").is_some_and(|name| name.contains('/'));
     ensure!(!names.iter().any(|name| flat(&name)), "{names:?}");
+    // containerd puts the statistics where this program looks for them with runc only.
+    let parts: &[_] =
+        if node.handler() == Handler::Runc { &["--all"] } else { &["--ps-tree", "--files", "--mounts"] };
+    let shown =
+        tool("checkpointctl").arg("inspect").args(parts.iter().copied()).arg(&archive).run()?.ok()?.text();
+    for word in ["main", IMAGE, "containerd", "Process tree", "sh", "/dev/null"] {
+        ensure!(shown.contains(word), "no {word:?} in\n{shown}");
+    }
     pod.remove()
 }

@@ -6,6 +6,7 @@ mod checkpoint;
 mod events;
 mod installer;
 mod isolation;
+mod kubelet;
 mod life;
 mod many;
 mod namespaces;
@@ -22,6 +23,7 @@ mod streaming;
 mod trouble;
 mod vm;
 mod volumes;
+mod volumes_of_kubelet;
 
 use anyhow::Result;
 use machinen_integration::{

@@ -1,13 +1,13 @@
 //! Block devices of the host: as a device, and as a file system that the guest mounts.
 
-use std::{fs, path::Path};
+use std::fs;
 
 use anyhow::{Result, ensure};
 use containerd_shim_protos::api::CheckpointTaskRequest;
 use machinen_integration::{
     bundle::{Bundle, mount},
     containerd::Containerd,
-    process::Invocation,
+    loop_device::LoopDevice,
     served::Served,
 };
 use serde_json::{Value, json};
@@ -17,40 +17,15 @@ use crate::harness::{fails_saying, on_newest_containerd};
 
 on_newest_containerd!(devices_and_file_systems_on_them);
 
-/// A loop device with an ext4, which is detached in the end.
-struct LoopDevice {
-    path: String,
-    numbers: (u64, u64),
-}
-
-impl LoopDevice {
-    /// With the files of a directory.
-    fn new(image: &Path, files: &Path) -> Result<Self> {
-        fs::File::create(image)?.set_len(32 << 20)?;
-        Invocation::new("mke2fs").args(["-q", "-t", "ext4", "-d"]).args([files, image]).run()?.ok()?;
-        let attached = Invocation::new("losetup").args(["--find", "--show"]).arg(image).run()?.ok()?;
-        let path = attached.text().trim().to_owned();
-        let numbers = nix::sys::stat::stat(path.as_str())?.st_rdev;
-        Ok(Self { path, numbers: (nix::sys::stat::major(numbers), nix::sys::stat::minor(numbers)) })
-    }
-
-    /// What `--device` of Docker adds.
-    fn add_to(&self, spec: &mut Value, path: &str, access: &str) {
-        let (major, minor) = self.numbers;
-        spec["linux"]["devices"] =
-            json!([{"path": path, "type": "b", "major": major, "minor": minor, "fileMode": 0o660}]);
-        spec["linux"]["resources"]["devices"] = json!([
-            {"allow": false, "access": "rwm"},
-            {"allow": true, "type": "b", "major": major, "minor": minor, "access": access},
-        ]);
-    }
-}
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        // The device is released when its last user has closed it; the inventory finds one that is left.
-        let _detached = Invocation::new("losetup").args(["--detach", &self.path]).run();
-    }
+/// What `--device` of Docker adds.
+fn add_device(device: &LoopDevice, spec: &mut Value, path: &str, access: &str) {
+    let (major, minor) = device.numbers;
+    spec["linux"]["devices"] =
+        json!([{"path": path, "type": "b", "major": major, "minor": minor, "fileMode": 0o660}]);
+    spec["linux"]["resources"]["devices"] = json!([
+        {"allow": false, "access": "rwm"},
+        {"allow": true, "type": "b", "major": major, "minor": minor, "access": access},
+    ]);
 }
 
 fn devices_and_file_systems_on_them(containerd: &mut Containerd) -> Result<()> {
@@ -91,7 +66,8 @@ fn devices_and_file_systems_on_them(containerd: &mut Containerd) -> Result<()> {
     let script = "dd if=/dev/xvda bs=1 skip=1080 count=2 2>/dev/null | od -An -tx1; \
                   (echo x | dd of=/dev/xvda bs=512 seek=2 conv=notrunc) 2>&1 | grep -ciE 'not permitted|denied' || true";
     for (access, refused) in [("rw", "0"), ("r", "1")] {
-        let config = bundle.config(&["sh", "-c", script], |spec| device.add_to(spec, "/dev/xvda", access))?;
+        let config =
+            bundle.config(&["sh", "-c", script], |spec| add_device(&device, spec, "/dev/xvda", access))?;
         let seen = containerd.run_spec(&config).ok()?;
         let words: Vec<_> = seen.split_whitespace().collect();
         ensure!(words == ["53", "ef", refused], "{access}: {seen}");
