@@ -37,6 +37,7 @@ use std::time::Duration;
 #[allow(
     clippy::all,
     clippy::allow_attributes,
+    clippy::semicolon_if_nothing_returned,
     clippy::unwrap_used,
     missing_debug_implementations,
     missing_docs,

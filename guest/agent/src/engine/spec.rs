@@ -409,7 +409,7 @@ mod tests {
             (
                 |c| {
                     c["linux"]["devices"] =
-                        json!([{"path": "/dev/card", "type": "c", "major": 226, "minor": 77}])
+                        json!([{"path": "/dev/card", "type": "c", "major": 226, "minor": 77}]);
                 },
                 "/dev/card is a character device of the host (226:77) that the VM does not have",
             ),

@@ -11,7 +11,7 @@ use crate::console;
 /// # Errors
 /// A path is not one of a namespace's settings, or the kernel refuses a value.
 pub(super) fn set_all(settings: &HashMap<String, String>) -> Result<(), NetworkError> {
-    for name in settings.keys().filter(|name| !is_valid(name)) {
+    if let Some(name) = settings.keys().find(|name| !is_valid(name)) {
         return Err(NetworkError::SettingName(name.chars().take(64).collect()));
     }
     for (name, value) in settings {

@@ -4,16 +4,25 @@
 use std::{fs, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
-use machinen_integration::cri::{Container, Node, Refusal, api, eventually};
+use machinen_integration::{
+    cri::{Container, Node, Refusal, api, eventually},
+    setup::{Setup, Value},
+};
 
-use super::both_runtimes;
+use super::{both_runtimes, pod_tests};
 
 both_runtimes! {
     every: [],
     oldest_and_newest: [],
     newest: [
         a_network_that_fails_half_way, a_volume_that_vanished, a_pod_without_its_kubelet, a_container_without_its_kubelet,
+        a_handler_that_is_not_configured,
     ],
+}
+
+pod_tests! {
+    memory_machinen(V2_1, Machinen): [a_node_without_memory];
+    memory_sandbox(V2_1, MachinenSandbox): [a_node_without_memory];
 }
 
 /// Milliseconds until the client is gone. A pod of machinen takes some hundred, longer on a busy host.
@@ -43,6 +52,38 @@ fn a_network_that_fails_half_way(node: &mut Node) -> Result<()> {
         node.settle()?;
     }
     configure(&works, "portmap")?;
+    let pod = node.pod(|_| ())?;
+    pod.idle("main")?;
+    pod.remove()
+}
+
+/// A RuntimeClass whose handler this node's containerd does not have.
+fn a_handler_that_is_not_configured(node: &mut Node) -> Result<()> {
+    for _ in 0..2 {
+        let mut request = node.pod_request()?;
+        "no-such-handler".clone_into(&mut request.runtime_handler);
+        let Err(refusal) = node.client().run_pod_sandbox(request) else { bail!("a pod has no handler") };
+        ensure!(refusal.message.contains("no-such-handler"), "{refusal}");
+        node.remove_all_pods()?;
+        node.settle()?;
+    }
+    let pod = node.pod(|_| ())?;
+    pod.idle("main")?;
+    pod.remove()
+}
+
+/// The node keeps more memory free than it has left.
+fn a_node_without_memory(node: &mut Node) -> Result<()> {
+    let full = Setup::new().set("vm", "memory_reserve_percent", Value::number(100));
+    node.containerd().configure(&full)?;
+    for _ in 0..2 {
+        let Err(refusal) = node.pod(|_| ()) else { bail!("a pod has memory that the node does not have") };
+        let refusal = format!("{refusal:#}");
+        ensure!(refusal.contains("not enough memory on this host for one more VM"), "{refusal}");
+        node.remove_all_pods()?;
+        node.settle()?;
+    }
+    node.containerd().configure(&Setup::new())?;
     let pod = node.pod(|_| ())?;
     pod.idle("main")?;
     pod.remove()
