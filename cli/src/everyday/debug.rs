@@ -3,8 +3,6 @@
 //! Each part is asked for by itself, and one that cannot be had says why: a guest that does not answer is the usual reason
 //! to look.
 
-use std::time::Duration;
-
 use clap::Args;
 use machinen::text::printable;
 
@@ -70,11 +68,11 @@ async fn print_container(container: &FoundContainer) {
 async fn print_use(container: &FoundContainer) -> Result<(), FindError> {
     let pod = PodClient::connect(&container.socket)?;
     let metrics = pod.metrics(&container.id).await?;
-    let cpu = duration(Duration::from_micros(metrics.cpu.usage_usec));
+    let cpu = metrics.cpu.usage_usec as f64 / 1e6;
     let (memory, killed) = (&metrics.memory, metrics.memory_events.oom_kill);
     let most = if memory.usage_limit == u64::MAX { "-".to_owned() } else { human(memory.usage_limit) };
     println!(
-        "  CPU time {cpu}, memory {} of {most}, {killed} killed for lack of memory",
+        "  CPU time {cpu:.2}s, memory {} of {most}, {killed} killed for lack of memory",
         human(memory.usage)
     );
     for interface in &metrics.network {
