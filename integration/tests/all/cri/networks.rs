@@ -20,7 +20,7 @@ both_runtimes! {
 
 /// All interfaces of ipvlan have the hardware address of the one that they are on.
 #[test]
-#[ignore = "needs the kernel's ipvlan, which a host with KVM has (config/kvm-tests)"]
+#[ignore = "needs a kernel with ipvlan: to be run by its name on a host that has one"]
 fn of_ipvlan() {
     super::run(Version::V2_1, Handler::Machinen, |node| with(node, &on_another_interface(node, "ipvlan")));
 }

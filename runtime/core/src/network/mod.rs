@@ -62,7 +62,7 @@ pub use namespace::{disconnect_abandoned, same_namespace};
 pub use pasta::NAMESERVER;
 pub(crate) use pasta::OutsideNetwork;
 use pasta::RunningPasta;
-use settings::Settings;
+use settings::{Reread, Settings};
 
 /// The least time between two streams for the same purpose: a guest may close them at any moment.
 const REOPENED_AFTER: Duration = Duration::from_secs(1);
@@ -178,7 +178,7 @@ impl PodNetwork {
     /// # Errors
     /// The namespace has more interfaces than the VM, or a kernel or the agent refuses.
     pub(crate) async fn update(&self, agent: &agent::Client) -> Result<(), NetworkError> {
-        self.guest.update(agent, false).await
+        self.guest.update(agent, false, Reread::Settings).await
     }
 
     /// Reads the namespace as [`PodNetwork::update`] does, and from now on lets packets of the guest leave. The guest
@@ -192,7 +192,7 @@ impl PodNetwork {
             Egress::Closed | Egress::Held => namespace.set_egress(Egress::Open).map(|()| false),
         };
         let was_open = self.guest.in_namespace(open).await?;
-        self.guest.update(agent, !was_open).await
+        self.guest.update(agent, !was_open, Reread::Settings).await
     }
 
     /// To be called when a container has been started: processes of the namespace reach the guest's localhost soon.
@@ -251,9 +251,9 @@ impl PodNetwork {
 }
 
 impl GuestNetwork {
-    async fn update(&self, agent: &agent::Client, announce: bool) -> Result<(), NetworkError> {
+    async fn update(&self, agent: &agent::Client, announce: bool, what: Reread) -> Result<(), NetworkError> {
         let mut given = self.given.lock().await;
-        let (connected, settings) = self.in_namespace(PodNamespace::refresh_all).await?;
+        let (connected, settings) = self.in_namespace(move |namespace| namespace.reread(what)).await?;
         let wanted: Vec<_> =
             connected.iter().map(|(device, interface)| to_message(*device, interface)).collect();
         let announce = announce && !given.interfaces.is_empty();
@@ -288,7 +288,7 @@ impl GuestNetwork {
                 given.nameservers.clear();
             }
         }
-        self.update(agent, false).await
+        self.update(agent, false, Reread::Interfaces).await
     }
 
     async fn nameservers(&self) -> Result<Vec<Ipv4Addr>, NetworkError> {
@@ -469,7 +469,7 @@ async fn follow_changes(guest: &GuestNetwork, vm: &Vm, changes: NetlinkSocket) -
                 if let Err(error) = drained {
                     return NetworkError::Watch(error);
                 }
-                guest.update(&agent, false).await
+                guest.update(&agent, false, Reread::Interfaces).await
             }
             changed = ended.changed() => {
                 // The sender is the guest's own.

@@ -24,7 +24,7 @@ use super::{
     egress::Egress,
     filter::Sources,
     routed::{self, Ends, RoutedGuest, remove_rules},
-    settings::{ChangedSettings, Settings},
+    settings::{ChangedSettings, Reread, Settings},
     wiring::{Onward, admit_own, disconnect, pass_resets, redirect_all, replace_own},
 };
 use crate::spec::{bundle, guest};
@@ -144,9 +144,10 @@ impl PodNamespace {
 
     /// Does what [`Self::refresh`] does, and also returns the settings of the namespace that somebody has changed. A namespace
     /// without interfaces is not examined for them.
-    pub(super) fn refresh_all(&mut self) -> Result<(Vec<(u32, Interface)>, Settings), NetworkError> {
+    pub(super) fn reread(&mut self, what: Reread) -> Result<(Vec<(u32, Interface)>, Settings), NetworkError> {
         let connected = self.refresh()?;
-        if let Some(usual) = self.first.as_ref().filter(|_| !connected.is_empty()) {
+        let has_settings = what == Reread::Settings && !connected.is_empty();
+        if let Some(usual) = self.first.as_ref().filter(|_| has_settings) {
             let read = self.settings.read(self.namespace.as_fd(), usual.as_fd());
             read.map_err(NetworkError::Settings)?;
         }

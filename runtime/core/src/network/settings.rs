@@ -1,7 +1,7 @@
 //! Settings of a network namespace (sysctls below /proc/sys/net) that somebody has changed there, as the CNI's plugin
 //! `tuning` does. The guest gets them.
 //!
-//! The kernel reports no change of a setting, so they are read whenever the namespace's interfaces are. Which of them were
+//! The kernel reports no change of a setting, so they are read when a container is created or started. Which of them were
 //! changed is known by comparison with a namespace that nobody else has had. Settings of single interfaces (`conf`, `neigh`)
 //! are not among them: the guest's interfaces have their own.
 
@@ -21,6 +21,15 @@ const READ_WRITE: u32 = 0o600;
 
 /// Values by the paths of the settings below /proc/sys/net.
 pub(super) type Settings = BTreeMap<String, String>;
+
+/// What is read of a namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reread {
+    /// After the kernel has reported a change, of which there can be many.
+    Interfaces,
+    /// These too.
+    Settings,
+}
 
 /// The settings of a namespace that were changed.
 #[derive(Debug, Default)]
