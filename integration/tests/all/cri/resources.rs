@@ -17,8 +17,8 @@ both_runtimes! {
 }
 
 pod_tests! {
-    room_machinen(V2_1, Machinen): [room_to_grow];
-    room_sandbox(V2_1, MachinenSandbox): [room_to_grow];
+    room_machinen(V2_1, Machinen): [room_to_grow, a_limit_beyond_the_vm];
+    room_sandbox(V2_1, MachinenSandbox): [room_to_grow, a_limit_beyond_the_vm];
 }
 
 fn stats(pod: &Pod, container: &Container<'_>) -> Result<api::ContainerStats> {
@@ -212,4 +212,23 @@ fn room_to_grow(node: &mut Node) -> Result<()> {
     resize(&first, 1800, 50_000)?;
     resize(&second, 1200, 50_000)?;
     pod.remove()
+}
+
+/// A pod in which one container has no limit has none itself, so its VM has the usual size, whatever the others' limits are.
+fn a_limit_beyond_the_vm(node: &mut Node) -> Result<()> {
+    for (ceiling, expected) in [(None, 1700..=2048), (Some("1000"), 800..=1000)] {
+        let from = node.containerd().log().position();
+        let pod = node.pod(|config| {
+            let name = "io.machinen.memory-ceiling".to_owned();
+            config.annotations.extend(ceiling.map(|mib| (name, mib.to_owned())));
+        })?;
+        let limited = limited(&pod, "limited", 16 << 10, 50_000)?;
+        let vm = limited.shell("awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo")?;
+        let vm: i64 = vm.trim().parse()?;
+        ensure!(expected.contains(&vm), "the VM has {vm} MiB");
+        let log = node.containerd().log().since(from);
+        ensure!(log.iter().any(|line| line.contains("io.machinen.memory-ceiling gives it more")), "{log:?}");
+        pod.remove()?;
+    }
+    Ok(())
 }

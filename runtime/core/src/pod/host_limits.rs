@@ -32,6 +32,16 @@ impl Pod {
     ) -> Result<(), PodError> {
         let is_clone = Some(vm.origin.is_clone()).filter(|_| vm.origin != VmOrigin::Pod);
         let resources = plan.guest.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let vm_mib = vm.vm.spec().memory_mib;
+        let memory = resources.and_then(|resources| resources.memory().as_ref()?.limit()).unwrap_or(0);
+        if memory >> 20 > i64::from(vm_mib) {
+            tracing::warn!(
+                id,
+                "the limit of memory is {} MiB, but the pod's VM has {vm_mib} MiB, because the pod was created without limits: \
+                 io.machinen.memory-ceiling gives it more",
+                memory >> 20
+            );
+        }
         let overhead = sandbox::host_overhead_mib(&plan.config.vm, vm.vm.spec());
         Ok(self.shared.cgroup.limit(id, resources, overhead, is_clone).await?)
     }
