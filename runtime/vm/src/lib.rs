@@ -19,6 +19,7 @@ pub mod assets;
 mod boot;
 mod bounded_log;
 mod channel;
+mod cpu;
 mod driver;
 mod exit;
 mod qemu;
@@ -46,6 +47,7 @@ pub use bounded_log::LogPiece;
 #[cfg(fuzzing)]
 pub use channel::greet;
 pub use channel::{BoxedStream, ByteStream, ChannelMode, HostSupport, VmChannelError, choose_channel};
+pub use cpu::{CpuModel, CpuModelError};
 pub use exit::VmExit;
 pub use qemu::{
     argv::TRANSLATED_CODE_MIB,

@@ -5,6 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use crate::accel::Accelerator;
+use crate::cpu::CpuModel;
 use crate::qemu::{argv, slots};
 
 /// Most network devices of a VM: QEMU's microvm has places for 24 devices in all.
@@ -19,6 +20,8 @@ pub struct VmSpec {
     pub qemu: PathBuf,
     /// What runs the instructions of the guest.
     pub accel: Accelerator,
+    /// The processor that the guest sees.
+    pub cpu: CpuModel,
     /// With KVM: whether the guest gets the processor's extensions for VMs of its own.
     pub nested_kvm: bool,
     /// With KVM: whether the guest gets the processor's performance counters.
@@ -29,6 +32,8 @@ pub struct VmSpec {
     pub vcpus: u32,
     /// Uncompressed kernel with a PVH entry point, readable by everyone.
     pub kernel: PathBuf,
+    /// The SHA-256 of a kernel that the user supplies, in hexadecimal digits; empty for machinen's own.
+    pub kernel_digest: String,
     /// Read-only root file system with the agent, readable by everyone.
     pub image: PathBuf,
     /// Added to the kernel command line.

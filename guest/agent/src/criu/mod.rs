@@ -108,7 +108,9 @@ pub(crate) enum CriuError {
     Limits(#[from] CgroupError),
     #[error("cannot examine the mounts and open files of the container's processes")]
     Inspect(#[source] procfs::ProcError),
-    #[error("the checkpoint was taken with CPU features that this VM lacks: {missing}")]
+    #[error(
+        "the checkpoint was taken with CPU features that this VM lacks: {missing} (hosts that exchange checkpoints need the same vm.cpu)"
+    )]
     Cpu { missing: String },
     #[error("the checkpoint was taken on kernel {theirs}, which is newer than this VM's {ours}")]
     Kernel { theirs: String, ours: String },

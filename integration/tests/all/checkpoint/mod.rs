@@ -8,6 +8,7 @@ mod failures;
 pub(crate) mod inspect;
 mod joined;
 mod killed;
+mod processors;
 mod refused;
 mod sockets;
 mod state;

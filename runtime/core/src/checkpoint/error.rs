@@ -214,6 +214,18 @@ pub enum CheckpointError {
          io.machinen.checkpoint-digest"
     )]
     Unpinned,
+    /// One of the guest kernels, or both, were supplied by the user, and they are not the same.
+    #[error(
+        "the checkpoint was taken with {}, and the VM has {}: restore it with the same vm.accel and vm.pvm_kernel",
+        named(theirs),
+        named(ours)
+    )]
+    KernelDigest {
+        /// The digest of the kernel of the checkpoint; None for machinen's own.
+        theirs: Option<String>,
+        /// That of this VM's.
+        ours: Option<String>,
+    },
     /// The checkpoint belongs to another root file system.
     #[error(
         "the checkpoint was taken on the root file system {theirs}, but the container has {ours}: restore it with the same image"
@@ -224,6 +236,13 @@ pub enum CheckpointError {
         /// The root file system of the container.
         ours: RootdiskKey,
     },
+}
+
+/// A guest kernel in an error.
+fn named(digest: &Option<String>) -> String {
+    digest
+        .as_ref()
+        .map_or("machinen's own guest kernel".to_owned(), |digest| format!("the guest kernel {digest}"))
 }
 
 impl CheckpointError {
@@ -270,6 +289,7 @@ impl HasKind for CheckpointError {
             | Self::Arch { .. }
             | Self::Digest { .. }
             | Self::Unpinned
+            | Self::KernelDigest { .. }
             | Self::Rootfs { .. } => ErrorKind::FailedPrecondition,
         }
     }

@@ -15,6 +15,7 @@ use machinen_base::text::printable;
 use machinen_protocol::api::{
     CgroupFile, CgroupFileOwner, CheckpointFacts, CriuOptions, ExternalMount, NestedCgroup,
 };
+use machinen_vm::VmSpec;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
@@ -54,6 +55,9 @@ pub struct CheckpointManifest {
     pub container: String,
     /// The guest kernel's release, as uname(2) reports it.
     pub kernel: String,
+    /// `sha256:` and the digest of a guest kernel that the user has supplied; None for machinen's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel_digest: Option<String>,
     /// Version of the CRIU that took the checkpoint.
     pub criu: String,
     /// Features of the guest's CPU, named as in /proc/cpuinfo.
@@ -314,6 +318,11 @@ impl DumpOptions {
             ..Default::default()
         }
     }
+}
+
+/// What a manifest has of a VM's kernel: nothing of machinen's own, whose release says what it can do.
+pub(crate) fn kernel_digest(vm: &VmSpec) -> Option<String> {
+    Some(&vm.kernel_digest).filter(|digest| !digest.is_empty()).map(|digest| format!("sha256:{digest}"))
 }
 
 /// Whether this is the name of a file of a checkpoint: an image of CRIU's, its log or statistics, or the input

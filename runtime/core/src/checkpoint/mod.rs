@@ -33,6 +33,7 @@ pub use volumes::ManifestVolume;
 
 pub(crate) use copies::{arrange as arrange_copies, check_base as check_copy_base, open_written};
 pub(crate) use disk::ImageDisk;
+pub(crate) use manifest::kernel_digest;
 pub(crate) use save::{DumpImages, copy, copy_reports, save};
 pub(crate) use staged::StagedCheckpoint;
 pub(crate) use volumes::check as check_volumes;

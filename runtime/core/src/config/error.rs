@@ -34,6 +34,15 @@ pub enum ConfigError {
         /// The value.
         given: u32,
     },
+    /// `vm.pvm_kernel` is not set, or not needed.
+    #[error(
+        "{} needs vm.pvm_kernel, the kernel of guests, with vm.accel = \"pvm\", and has it only with that",
+        path.display()
+    )]
+    PvmKernel {
+        /// The file.
+        path: PathBuf,
+    },
     /// `traces.endpoint` cannot be used.
     #[error("{} has a traces.endpoint that cannot be used", path.display())]
     Traces {

@@ -13,7 +13,7 @@ use std::{
 
 use machinen_base::{DATA_DIR, RUN_DIR, owner, space::DiskReserve};
 use machinen_storage::{container_disk::ContainerDiskOptions, rootdisk::BuildOptions};
-use machinen_vm::MAX_NICS;
+use machinen_vm::{MAX_NICS, accel::AccelMode};
 use serde::{Deserialize, Serialize};
 
 use crate::traces::Endpoint;
@@ -442,6 +442,9 @@ impl Config {
         if config.vm.network_devices > MAX_NICS {
             let given = config.vm.network_devices;
             return Err(ConfigError::NetworkDevices { path: path.into(), given });
+        }
+        if (config.vm.accel == AccelMode::Pvm) == config.vm.pvm_kernel.as_os_str().is_empty() {
+            return Err(ConfigError::PvmKernel { path: path.into() });
         }
         Ok(config)
     }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use machinen_vm::{ChannelMode, accel::AccelMode};
+use machinen_vm::{ChannelMode, CpuModel, accel::AccelMode};
 use serde::{Deserialize, Serialize};
 
 /// How VMs are made.
@@ -17,8 +17,12 @@ pub struct VmConfig {
     /// The vhost-user vsock daemon, a path or a name that is looked up in PATH. Used where the host has no
     /// `/dev/vhost-vsock`.
     pub vhost_device_vsock: PathBuf,
-    /// KVM, emulation, or whichever works.
+    /// KVM, emulation, whichever works, or PVM.
     pub accel: AccelMode,
+    /// The processor that guests see. Empty: the host's with KVM, all that can be emulated with emulation.
+    pub cpu: CpuModel,
+    /// The kernel of guests with [`AccelMode::Pvm`].
+    pub pvm_kernel: PathBuf,
     /// Whether guests get the processor's extensions for VMs of their own, with KVM.
     pub nested_kvm: bool,
     /// Whether guests get the processor's performance counters, with KVM.
@@ -72,6 +76,8 @@ impl Default for VmConfig {
             qemu_files: Vec::new(),
             vhost_device_vsock: "vhost-device-vsock".into(),
             accel: AccelMode::Auto,
+            cpu: CpuModel::default(),
+            pvm_kernel: PathBuf::new(),
             nested_kvm: false,
             pmu: false,
             memory_mib: 0,

@@ -97,7 +97,9 @@ impl Pod {
         let manifest = manifest(container, wanted.options, &config).map_err(failed)?;
         let dump = Dump::new(self, container, &agent, wanted.options, wanted.exit, !was_paused);
         let DumpOutcome { disk, facts, layer, trial_disk, frozen, connections } = dump.run(phases).await?;
-        let manifest = CheckpointManifest { layer, ..manifest }.with_facts(facts, container.shares.volumes());
+        let kernel_digest = checkpoint::kernel_digest(container.vm.spec());
+        let manifest = CheckpointManifest { layer, kernel_digest, ..manifest }
+            .with_facts(facts, container.shares.volumes());
         let written = async {
             let manifest = match manifest {
                 Ok(manifest) => manifest,

@@ -16,7 +16,7 @@ use machinen_base::{error::chain, text::printable};
 use machinen_protocol::api::{CriuOptions, RestoreFrom};
 use machinen_storage::rootdisk::RootdiskKey;
 use machinen_vm::{
-    DiskAddress, VmError,
+    DiskAddress, VmError, VmSpec,
     agent::{self, AgentError},
 };
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
@@ -115,6 +115,15 @@ impl RestorePlan {
 
     fn failed(&self, source: CheckpointError) -> PodError {
         PodError::Restore { id: self.id.clone(), dir: self.dir.clone(), source }
+    }
+
+    /// Checks that the VM has the kernel of the checkpoint if the user supplies it: nothing is known of its releases.
+    pub(super) fn check_kernel(&self, vm: &VmSpec) -> Result<(), PodError> {
+        let ours = checkpoint::kernel_digest(vm);
+        match self.manifest.kernel_digest.as_ref().map(|theirs| printable(theirs)) {
+            theirs if theirs == ours => Ok(()),
+            theirs => Err(self.failed(CheckpointError::KernelDigest { theirs, ours })),
+        }
     }
 
     /// Checks the base disk, since the processes have files on it open.

@@ -33,6 +33,9 @@ use probe::Fault;
 
 pub(crate) const DEVICE: &str = "/dev/kvm";
 
+/// There while the module is loaded. A kernel has one implementation of KVM at a time.
+const PVM: &str = "/sys/module/kvm_pvm";
+
 /// What runs the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Accelerator {
@@ -55,6 +58,8 @@ pub enum AccelMode {
     Kvm,
     /// The translator of QEMU, even where KVM works.
     Tcg,
+    /// KVM by PVM, which needs no extensions of the processor and a guest kernel that is built for it.
+    Pvm,
 }
 
 /// What was found out about this host. It is displayed as one sentence.
@@ -71,6 +76,8 @@ pub struct AccelVerdict {
 pub enum KvmState {
     /// KVM runs the instructions of a guest.
     Works,
+    /// It is that of PVM (the module kvm_pvm), which runs only kernels that are built for it. It is not tried.
+    Pvm,
     /// There is no /dev/kvm.
     Absent,
     /// It cannot be opened, or only by root, and QEMU runs as an unprivileged user.
@@ -91,6 +98,12 @@ pub enum AccelError {
     /// KVM is configured and cannot be used.
     #[error("vm.accel is kvm, but {0}")]
     NoKvm(AccelVerdict),
+    /// PVM is configured and is not what the host has.
+    #[error("vm.accel is pvm, but the host has not loaded the module kvm_pvm: {0}")]
+    NoPvm(AccelVerdict),
+    /// The kernel of guests on PVM cannot be read.
+    #[error("vm.accel is pvm, whose guests need a kernel of their own, and vm.pvm_kernel cannot be used")]
+    PvmKernel(#[source] FileError),
     /// The stored results of earlier measurements cannot be read or written.
     #[error(transparent)]
     Cache(#[from] FileError),
@@ -102,7 +115,7 @@ pub enum AccelError {
 impl HasKind for AccelError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::NoKvm(_) => ErrorKind::FailedPrecondition,
+            Self::NoKvm(_) | Self::NoPvm(_) | Self::PvmKernel(_) => ErrorKind::FailedPrecondition,
             Self::Cache { .. } | Self::Clock(_) => ErrorKind::Internal,
         }
     }
@@ -144,6 +157,7 @@ fn verdict_by(run_dir: &Path, holds: fn(&Tried, u64) -> bool) -> Result<AccelVer
     };
     let kvm = match device {
         Err(kvm) => kvm,
+        Ok(Ok(())) if Path::new(PVM).exists() => KvmState::Pvm,
         Ok(access) => {
             let tried = facts.kvm.get_or_insert_with(|| {
                 learnt = true;
@@ -188,12 +202,14 @@ impl AccelVerdict {
     /// The accelerator for the configured value.
     ///
     /// # Errors
-    /// KVM is configured and does not work.
+    /// KVM or PVM is configured and does not work.
     pub fn choose(&self, wanted: AccelMode) -> Result<Accelerator, AccelError> {
         let tcg = Accelerator::Tcg { tsc_khz: self.tsc_khz };
         match (wanted, &self.kvm) {
             (AccelMode::Tcg, _) => Ok(tcg),
             (AccelMode::Auto | AccelMode::Kvm, KvmState::Works) => Ok(Accelerator::Kvm),
+            (AccelMode::Pvm, KvmState::Pvm) => Ok(Accelerator::Kvm),
+            (AccelMode::Pvm, _) => Err(AccelError::NoPvm(self.clone())),
             (AccelMode::Auto, _) => Ok(tcg),
             (AccelMode::Kvm, _) => Err(AccelError::NoKvm(self.clone())),
         }
@@ -202,12 +218,15 @@ impl AccelVerdict {
     /// What runs guests with the configured value, and why, as one sentence.
     ///
     /// # Errors
-    /// KVM is configured and does not work.
+    /// KVM or PVM is configured and does not work.
     pub fn describe(&self, wanted: AccelMode) -> Result<String, AccelError> {
         self.choose(wanted)?;
         Ok(match (wanted, &self.kvm) {
             (AccelMode::Tcg, KvmState::Works) => format!("vm.accel is tcg, although KVM works: {TRANSLATED}"),
             (AccelMode::Tcg, _) => format!("vm.accel is tcg: {TRANSLATED}"),
+            (AccelMode::Pvm, _) => {
+                "vm.accel is pvm: KVM of the module kvm_pvm runs guests, which is not tested".to_owned()
+            }
             (AccelMode::Auto | AccelMode::Kvm, _) => self.to_string(),
         })
     }
@@ -238,6 +257,13 @@ impl fmt::Display for AccelVerdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.kvm {
             KvmState::Works => f.write_str("KVM works: guests run on the CPU itself"),
+            KvmState::Pvm => {
+                write!(
+                    f,
+                    "{DEVICE} is that of PVM, which needs a guest kernel that is built for it: {TRANSLATED}; set vm.accel to \
+                     \"pvm\" and vm.pvm_kernel to such a kernel"
+                )
+            }
             KvmState::Absent => {
                 write!(
                     f,
@@ -291,6 +317,19 @@ mod tests {
         assert_eq!(absent.choose(AccelMode::Auto).unwrap(), Accelerator::Tcg { tsc_khz: 7 });
         let error = absent.choose(AccelMode::Kvm).unwrap_err().to_string();
         assert!(error.starts_with("vm.accel is kvm, but there is no /dev/kvm"), "{error}");
+    }
+
+    #[test]
+    fn pvm_is_chosen_only_where_it_is_configured() {
+        let (works, pvm) = (verdict_of(KvmState::Works), verdict_of(KvmState::Pvm));
+        assert_eq!(pvm.choose(AccelMode::Pvm).unwrap(), Accelerator::Kvm);
+        assert_eq!(pvm.choose(AccelMode::Auto).unwrap(), Accelerator::Tcg { tsc_khz: 7 });
+        let error = pvm.choose(AccelMode::Kvm).unwrap_err().to_string();
+        assert!(error.contains("that of PVM") && error.contains("vm.pvm_kernel"), "{error}");
+        let error = works.choose(AccelMode::Pvm).unwrap_err().to_string();
+        assert!(error.contains("kvm_pvm") && error.contains("KVM works"), "{error}");
+        assert!(pvm.describe(AccelMode::Auto).unwrap().contains("vm.accel to \"pvm\""));
+        assert!(pvm.describe(AccelMode::Pvm).unwrap().contains("not tested"));
     }
 
     #[test]

@@ -6,6 +6,7 @@
 use machinen_protocol::{CHANNEL_ARG, SERIAL_PORT_NAME, TEMPLATE_ARG, WAKE_PORT_NAME};
 
 use crate::accel::Accelerator;
+use crate::cpu;
 use crate::spec::{ChannelKind, VmSpec};
 
 /// Numbers of the descriptors that QEMU inherits.
@@ -70,13 +71,14 @@ pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
         ),
     );
     match spec.accel {
-        Accelerator::Kvm => args.option("-accel", "kvm").option("-cpu", host_cpu(spec)),
+        Accelerator::Kvm => args.option("-accel", "kvm"),
         Accelerator::Tcg { .. } => {
             let threads = emulation_threads(spec.vcpus);
             let accel = format!("tcg,thread={threads},tb-size={TRANSLATED_CODE_MIB}");
-            args.option("-accel", accel).option("-cpu", EMULATED_CPU)
+            args.option("-accel", accel)
         }
     };
+    args.option("-cpu", cpu::option(spec));
     args.option("-smp", spec.vcpus).option("-m", format!("{}M", spec.memory_mib));
     args.flag("-nodefaults").flag("-no-user-config").flag("-no-reboot").option("-display", "none");
     args.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
@@ -149,14 +151,6 @@ pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
     args.0
 }
 
-/// The host's processor, without those parts that make KVM itself larger, unless they are asked for. QEMU knows the names
-/// of all makers' features on each processor.
-fn host_cpu(spec: &VmSpec) -> String {
-    let nested = if spec.nested_kvm { "" } else { ",-vmx,-svm" };
-    let pmu = if spec.pmu { "" } else { ",pmu=off" };
-    format!("host{nested}{pmu}")
-}
-
 /// The host's end of a network device.
 fn tap(nic: u32, vhost: bool) -> String {
     let number = nic.cast_signed();
@@ -205,10 +199,6 @@ pub(crate) fn own_memory_file(spec: &VmSpec, start: Start) -> u64 {
         _ => 0,
     }
 }
-
-/// The processor that TCG emulates: all it can, but for the promise that `rep movsb` and `rep stosb` are fast. The guest's
-/// kernel and libc would copy and clear memory by them, which TCG executes byte by byte.
-const EMULATED_CPU: &str = "max,-erms,-fsrm";
 
 /// How TCG executes virtual CPUs: each in a thread of its own, or all in one thread.
 ///
@@ -282,6 +272,8 @@ pub(crate) mod tests {
             id: "c1".into(),
             qemu: "qemu-system-x86_64".into(),
             accel,
+            cpu: cpu::CpuModel::default(),
+            kernel_digest: String::new(),
             nested_kvm: false,
             pmu: false,
             memory_mib: 2048,
@@ -359,14 +351,6 @@ pub(crate) mod tests {
         let spec =
             VmSpec { kernel_args: "debug x=1".into(), ..spec(Accelerator::Kvm, ChannelKind::KernelVsock) };
         insta::assert_snapshot!(lines(&spec, Start::Boot, 77));
-    }
-
-    #[test]
-    fn parts_of_the_processor_are_asked_for() {
-        let kvm = spec(Accelerator::Kvm, ChannelKind::Serial);
-        assert_eq!(host_cpu(&kvm), "host,-vmx,-svm,pmu=off");
-        assert_eq!(host_cpu(&VmSpec { nested_kvm: true, ..kvm.clone() }), "host,pmu=off");
-        assert_eq!(host_cpu(&VmSpec { pmu: true, ..kvm }), "host,-vmx,-svm");
     }
 
     #[test]

@@ -28,6 +28,7 @@ use crate::{
     boot::Boot,
     bounded_log::BoundedLog,
     channel::{GuestEnd, VmChannel, VmChannelError},
+    cpu::CpuModel,
     driver::{self, Inputs, QemuOutput, RunningVm, Slots, StopRequest, VmDir},
     exit::{ExitEvidence, VmExit},
     qemu::{
@@ -78,10 +79,12 @@ pub enum LaunchError {
     #[error("cannot run QEMU")]
     Qemu(#[source] ProcessError),
     /// QEMU ended before it answered.
-    #[error("QEMU did not start: {exit} (machinen needs QEMU {oldest} or newer)", oldest = super::qmp::OLDEST)]
+    #[error("QEMU did not start: {exit} (machinen needs QEMU {oldest} or newer{cpu})", oldest = super::qmp::OLDEST)]
     Exited {
         /// Why QEMU ended.
         exit: VmExit,
+        /// The processor that it was asked for.
+        cpu: CpuModel,
     },
     /// QEMU runs, and its monitor does not answer as it should.
     #[error("QEMU's monitor does not work")]
@@ -201,7 +204,7 @@ pub(crate) async fn begin(
     };
     match Qmp::connect(monitor).await {
         Ok((qmp, events)) => Ok(Launched { qmp, events, running, taps }),
-        Err(error) => Err(failed(running, error).await),
+        Err(error) => Err(failed(running, error, &spec.cpu).await),
     }
 }
 
@@ -279,7 +282,7 @@ impl Launched {
 }
 
 /// The error of a QEMU that never answered. Its stderr explains more than its closed monitor does.
-async fn failed(running: RunningVm, error: QmpError) -> LaunchError {
+async fn failed(running: RunningVm, error: QmpError, cpu: &CpuModel) -> LaunchError {
     let closed = matches!(error, QmpError::Closed | QmpError::Io(_));
     let ended = if closed { running.qemu.terminate(EXITING).await } else { running.qemu.kill().await };
     let exit = match ended {
@@ -287,7 +290,7 @@ async fn failed(running: RunningVm, error: QmpError) -> LaunchError {
         Err(error) => return LaunchError::Qemu(error),
     };
     let reason = running.finish(&ExitEvidence::default(), exit).await;
-    if closed { LaunchError::Exited { exit: reason } } else { LaunchError::Monitor(error) }
+    if closed { LaunchError::Exited { exit: reason, cpu: cpu.clone() } } else { LaunchError::Monitor(error) }
 }
 
 /// How long a QEMU that has closed its monitor may take to exit.

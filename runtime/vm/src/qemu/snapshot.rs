@@ -300,7 +300,7 @@ impl VmSnapshotError {
     pub fn is_killed(&self) -> bool {
         match self {
             Self::Killed => true,
-            Self::Launch(LaunchError::Exited { exit }) => exit.is_sigkill(),
+            Self::Launch(LaunchError::Exited { exit, .. }) => exit.is_sigkill(),
             _ => false,
         }
     }

@@ -23,6 +23,9 @@ pub struct TemplateShape {
     protocol: u16,
     qemu: FileIdentity,
     kernel: FileIdentity,
+    /// As of [`VmSpec::kernel_digest`].
+    #[serde(default)]
+    kernel_digest: String,
     image: FileIdentity,
     /// QEMU's arguments; accelerator, memory, CPUs, time stamp counter and the kernel's command line are
     /// among them.
@@ -76,6 +79,7 @@ impl TemplateShape {
             protocol: machinen_protocol::VERSION,
             qemu: identity(&process::find_program(&spec.qemu))?,
             kernel: identity(&spec.kernel)?,
+            kernel_digest: spec.kernel_digest.clone(),
             image: identity(&spec.image)?,
             args: spec.template_args(),
             cpu: cpu().map_err(FileError::at("read", CPUINFO))?,
@@ -137,6 +141,8 @@ mod tests {
             id: "one".into(),
             qemu: "/bin/sh".into(),
             accel: Accelerator::Kvm,
+            cpu: crate::cpu::CpuModel::default(),
+            kernel_digest: String::new(),
             nested_kvm: false,
             pmu: false,
             memory_mib: 512,
@@ -170,10 +176,12 @@ mod tests {
             VmSpec { kernel_args: "x".into(), ..base.clone() },
             VmSpec { qemu: "/bin/ls".into(), ..base.clone() },
             VmSpec { channel: ChannelKind::KernelVsock, ..base.clone() },
+            VmSpec { kernel_digest: "0a".into(), ..base.clone() },
             VmSpec { nics: 0, ..base.clone() },
             VmSpec { vhost_nics: 1, ..base.clone() },
             VmSpec { tenant: "k8s.io".into(), ..base.clone() },
             VmSpec { nested_kvm: true, ..base.clone() },
+            VmSpec { cpu: "Nehalem".to_owned().try_into().unwrap(), ..base.clone() },
             VmSpec { pmu: true, ..base.clone() },
         ] {
             assert_ne!(key(&base), key(&other), "{other:?}");

@@ -43,6 +43,8 @@ impl Host {
             id: "test".into(),
             qemu: "qemu-system-x86_64".into(),
             accel,
+            cpu: machinen_vm::CpuModel::default(),
+            kernel_digest: String::new(),
             nested_kvm: false,
             pmu: false,
             memory_mib: 512,

@@ -140,6 +140,8 @@ fn running() -> VmSpec {
         id: "pod".into(),
         qemu: "qemu".into(),
         accel,
+        cpu: machinen_vm::CpuModel::default(),
+        kernel_digest: String::new(),
         nested_kvm: false,
         pmu: false,
         memory_mib: 512,

@@ -92,6 +92,7 @@ impl<'a> Planned<'a> {
         let others = async { tokio::try_join!(disks, stdio, cgroup) };
         let (vm, (disks, (), ())) = with_vm(vm, others).await?;
         if let Some(restore) = &plan.restore {
+            restore.check_kernel(vm.vm.spec())?;
             restore.check_rootfs(disks.base.filter(|_| plan.rootfs.is_overlaid()))?;
         }
         // From here on the guest proceeds on its own, so work on the host does not delay the start.

@@ -1,17 +1,22 @@
 //! Decides what VM a pod gets, from the configuration, this host, and the limits of the pod's first
 //! container.
 
-use std::{io, num::NonZero, thread, time::Duration};
+use std::{fs::File, io, num::NonZero, path::Path, thread, time::Duration};
 
-use machinen_base::{owner, sys::tap};
+use machinen_base::{
+    fs::{FileError, hex},
+    owner,
+    sys::tap,
+};
 use machinen_vm::{
     HostSupport, TRANSLATED_CODE_MIB, VmSpec,
-    accel::{self, AccelError, Accelerator},
+    accel::{self, AccelError, AccelMode, Accelerator},
     admission::HostMemory,
     assets::Assets,
     choose_channel, try_vhost,
 };
 use oci_spec::runtime::Spec;
+use sha2::{Digest as _, Sha256};
 
 use crate::{
     config::{Config, VmConfig},
@@ -58,11 +63,19 @@ pub(super) fn build(
     let accel = accel::for_vm(owner::run_dir(), config.vm.accel)?;
     let host_cpus = thread::available_parallelism().map_or(1, NonZero::get);
     let grown = limits.grown(config.vm.growth_percent);
+    let (kernel, kernel_digest) = match config.vm.accel {
+        AccelMode::Pvm => {
+            let digest = digest(&config.vm.pvm_kernel).map_err(AccelError::PvmKernel)?;
+            (config.vm.pvm_kernel.clone(), digest)
+        }
+        AccelMode::Auto | AccelMode::Kvm | AccelMode::Tcg => (assets.kernel.clone(), String::new()),
+    };
     let nics = if tap::is_usable() { config.vm.network_devices } else { 0 };
     Ok(VmSpec {
         id: name.to_owned(),
         qemu: config.vm.qemu.clone(),
         accel,
+        cpu: config.vm.cpu.clone(),
         nested_kvm: config.vm.nested_kvm,
         pmu: config.vm.pmu,
         memory_mib: memory_mib(
@@ -72,7 +85,8 @@ pub(super) fn build(
             grown.memory_mib,
         ),
         vcpus: vcpus(config.vm.vcpus, accel, host_cpus, grown.cpus),
-        kernel: assets.kernel.clone(),
+        kernel,
+        kernel_digest,
         image: assets.image.clone(),
         kernel_args: config.vm.all_kernel_args(),
         channel: choose_channel(
@@ -88,6 +102,15 @@ pub(super) fn build(
         tenant: if config.template.per_namespace { namespace.to_owned() } else { String::new() },
         keep_console: true,
     })
+}
+
+/// The SHA-256 of a file, in hexadecimal digits.
+fn digest(path: &Path) -> Result<String, FileError> {
+    let mut hasher = Sha256::new();
+    File::open(path)
+        .and_then(|mut file| io::copy(&mut file, &mut hasher))
+        .map_err(FileError::at("read", path))?;
+    Ok(hex(&hasher.finalize()))
 }
 
 /// Memory of a pod on the host in addition to its containers' limits, MiB.
