@@ -15,6 +15,7 @@ use machinen_integration::{
     bundle::Bundle,
     containerd::Containerd,
     inventory,
+    process::Invocation,
     served::Served,
     setup::{Setup, Value},
 };
@@ -24,7 +25,7 @@ use nix::{
 };
 use serde_json::json;
 
-use crate::harness::{IMAGE, on_newest_containerd};
+use crate::harness::{self, IMAGE, NEWEST, on_newest_containerd};
 
 on_newest_containerd!(
     all_processes_of_a_boot_are_in_the_cgroup,
@@ -313,4 +314,34 @@ fn paths_that_are_refused(containerd: &mut Containerd) -> Result<()> {
         ensure!(output.status != 0 && text.contains("linux.cgroupsPath") && text.contains(words), "{output}");
     }
     Ok(())
+}
+
+/// The form of the path that kubelet and CRI-O ask for by their systemd driver.
+#[test]
+#[ignore = "needs a host with systemd and cgroups of version 2, which a host with KVM is (config/kvm-tests)"]
+fn systemd_makes_a_scope() {
+    harness::run(NEWEST, |containerd| {
+        let bundle = Bundle::busybox(containerd)?;
+        let name = format!("machinen-{}", containerd.name());
+        let config = bundle.config(&["sleep", "1000"], |spec| {
+            spec["linux"]["cgroupsPath"] = json!(format!("system.slice:machinen:{}", containerd.name()));
+            spec["linux"]["resources"] = json!({"memory": {"limit": 96 * MIB}});
+        })?;
+        let group = Group { path: format!("/system.slice/{name}.scope") };
+        let state = || Invocation::new("systemctl").args(["is-active", &format!("{name}.scope")]).run();
+        let served = Served::run(containerd, &config)?;
+        ensure!(state()?.text() == "active\n", "{}", state()?);
+        let limit = group.memory()?.context("no limit of memory")?;
+        ensure!((96 * MIB..600 * MIB).contains(&limit), "{limit} bytes");
+        let all = containerd.inventory()?.processes;
+        let qemu = all.iter().find(|process| process.command.contains("microvm")).context("no QEMU")?;
+        let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", qemu.pid))?;
+        ensure!(cgroup.trim() == format!("0::{}", group.path), "QEMU is in {cgroup}");
+        update(&served, &json!({"memory": {"limit": 128 * MIB}}))?;
+        ensure!(group.memory()? == Some(limit + 32 * MIB), "{:?} after an increase", group.memory()?);
+        served.end()?;
+        ensure!(group.dirs().is_empty(), "left: {:?}", group.dirs());
+        ensure!(state()?.text() == "inactive\n", "{}", state()?);
+        Ok(())
+    });
 }

@@ -45,3 +45,20 @@ fn an_unknown_key_is_named() {
     let error = machinen_base::error::chain(&Config::read(file.path()).unwrap_err());
     assert!(error.contains("unknown field `memory`"), "{error}");
 }
+
+#[test]
+fn pvm_and_its_kernel_come_together() {
+    let parse = |vm: &str| Config::parse(&format!("[vm]\n{vm}\n"), Path::new("/etc/x.toml"));
+    for text in ["accel = \"pvm\"", "pvm_kernel = \"/k\"", "accel = \"kvm\"\npvm_kernel = \"/k\""] {
+        let error = parse(text).unwrap_err().to_string();
+        assert!(error.contains("/etc/x.toml needs vm.pvm_kernel"), "{error}");
+    }
+    parse("accel = \"pvm\"\npvm_kernel = \"/k\"").unwrap();
+}
+
+#[test]
+fn an_error_of_a_processor_names_the_key() {
+    let error = Config::parse("[vm]\ncpu = \"max,pmu=on\"\n", Path::new("/etc/x.toml")).unwrap_err();
+    let text = machinen_base::error::chain(&error).to_string();
+    assert!(text.contains("cpu = ") && text.contains("max,pmu=on") && text.contains("-cpu help"), "{text}");
+}
