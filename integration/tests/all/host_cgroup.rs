@@ -318,7 +318,7 @@ fn paths_that_are_refused(containerd: &mut Containerd) -> Result<()> {
 
 /// The form of the path that kubelet and CRI-O ask for by their systemd driver.
 #[test]
-#[ignore = "needs a host with systemd and cgroups of version 2, which a host with KVM is (config/kvm-tests)"]
+#[ignore = "needs a host with systemd and cgroups of version 2, and fails on the one with KVM (docs/design/kvm.md)"]
 fn systemd_makes_a_scope() {
     harness::run(NEWEST, |containerd| {
         let bundle = Bundle::busybox(containerd)?;
