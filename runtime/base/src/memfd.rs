@@ -3,7 +3,15 @@
 use std::{
     fs::File,
     io::{self, Write as _},
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::FileExt as _,
+    },
+};
+
+use rustix::{
+    fs::{SeekFrom, seek},
+    io::Errno,
 };
 
 use nix::{
@@ -22,6 +30,29 @@ pub fn sparse(bytes: u64) -> io::Result<OwnedFd> {
     let file = File::from(memfd_create(c"machinen", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
     file.set_len(bytes)?;
     Ok(file.into())
+}
+
+/// Copies what a file has besides holes to the same places of another one.
+///
+/// # Errors
+/// The files cannot be read or written.
+pub fn copy_data(from: &File, to: &File) -> io::Result<()> {
+    let mut buffer = vec![0; 1 << 20];
+    let mut end = 0;
+    loop {
+        let mut at = match seek(from, SeekFrom::Data(end)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        end = seek(from, SeekFrom::Hole(at))?;
+        while at < end {
+            let length = usize::try_from(end - at).unwrap_or(buffer.len()).min(buffer.len());
+            from.read_exact_at(&mut buffer[..length], at)?;
+            to.write_all_at(&buffer[..length], at)?;
+            at += length as u64;
+        }
+    }
 }
 
 /// A sealed memory file with this content.

@@ -64,6 +64,21 @@ impl Spawn {
 }
 
 impl Child {
+    /// A process that something else reaps, which sends how the process has ended.
+    pub(super) fn kept(
+        program: String,
+        pid: u32,
+        pidfd: Arc<AsyncFd<OwnedFd>>,
+        exit: watch::Receiver<Option<ProcessExit>>,
+    ) -> Self {
+        Self { program, pid, pidfd, exit, stdout: None, stderr: None }
+    }
+
+    /// Gives up the care for the child, which goes on; returns its pid. It still ends with the thread that has started it.
+    pub fn release(self) -> u32 {
+        std::mem::ManuallyDrop::new(self).pid
+    }
+
     /// The name or path of the program that the child executes.
     pub fn program(&self) -> &str {
         &self.program
@@ -107,6 +122,26 @@ impl Child {
             }),
             _ => Ok(()),
         }
+    }
+
+    /// SIGSTOP; all threads of the child stand when this returns. Blocks for the moment that this takes.
+    ///
+    /// # Errors
+    /// The kernel refuses the signal, or the child has ended.
+    pub fn stop(&self) -> Result<(), ProcessError> {
+        self.signal(Signal::SIGSTOP)?;
+        let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+        // By its pid, which is still the child's: a task of this thread reaps the child, and does not run meanwhile. A wait for
+        // the pidfd would not block.
+        let source = loop {
+            match waitid(Id::Pid(Pid::from_raw(self.pid.cast_signed())), flags) {
+                Ok(WaitStatus::Stopped(..)) => return Ok(()),
+                Ok(_) => break Errno::ESRCH.into(),
+                Err(Errno::EINTR) => {}
+                Err(error) => break error.into(),
+            }
+        };
+        Err(ProcessError::Child { action: "stop", program: self.program.clone(), pid: self.pid, source })
     }
 
     /// SIGKILL for the child and all processes of its group, which it was made the leader of; the child has been

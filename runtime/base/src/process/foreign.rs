@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, OwnedFd},
     time::{Duration, Instant},
 };
 
@@ -56,6 +56,22 @@ pub async fn foreign_end(pid: u32, is_ours: impl FnOnce() -> bool) -> io::Result
         drop(pidfd.readable().await?);
     }
     Ok(())
+}
+
+/// A descriptor that is readable when the process `pid` has ended (pidfd_open(2)), which must be a child that has not been reaped.
+///
+/// # Errors
+/// There is no such process.
+pub fn watch_end(pid: u32) -> io::Result<OwnedFd> {
+    sys::pidfd::open(pid)
+}
+
+/// Has the kernel reap the children of this process from now on (SIGCHLD ignored: wait(2)).
+///
+/// # Errors
+/// Those of sigaction(2).
+pub fn ignore_children() -> io::Result<()> {
+    sys::ignore_children()
 }
 
 /// Waits until all of these processes have ended. False: one of them still runs after `deadline`.

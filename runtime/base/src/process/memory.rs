@@ -7,13 +7,15 @@ use nix::{
     sys::wait::{Id, WaitPidFlag, waitid},
 };
 
+use super::twin;
+
 /// The proportional share (PSS) of the process `pid` and all its descendants, bytes. A process that has ended
 /// meanwhile counts as 0.
 pub fn tree_pss(pid: u32) -> u64 {
     tree(pid).into_iter().filter_map(pss).sum()
 }
 
-/// The pids of all descendants of this process. Without any, the processes of the host are not searched.
+/// The pids of all descendants of this process, and of its twins. Without any, the processes of the host are not searched.
 pub fn descendants() -> Vec<u32> {
     let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
     match waitid(Id::All, flags) {
@@ -36,14 +38,19 @@ fn tree(pid: u32) -> Vec<u32> {
     tree
 }
 
-/// The children of all processes.
+/// Whether this process keeps the twin `pid` ([`super::Twin`]), which has another parent.
+pub fn is_own_twin(pid: u32) -> bool {
+    twin::living().contains(&pid)
+}
+
+/// The children of all processes. A twin counts as a child of the process that keeps it.
 fn children() -> HashMap<u32, Vec<u32>> {
     let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        let read = |name| fs::read_to_string(entry.path().join(name)).ok();
         if let Some(pid) = pid
-            && let Some(parent) =
-                fs::read_to_string(entry.path().join("stat")).ok().as_deref().and_then(parent)
+            && let Some(parent) = read("status").as_deref().and_then(keeper).or_else(|| parent_of(pid))
         {
             children.entry(parent).or_default().push(pid);
         }
@@ -51,9 +58,22 @@ fn children() -> HashMap<u32, Vec<u32>> {
     children
 }
 
+/// The parent of a process; None if there is no such process.
+pub fn parent_of(pid: u32) -> Option<u32> {
+    parent(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
 /// The fourth field; the second is a name in parentheses, which may have anything in it.
 fn parent(stat: &str) -> Option<u32> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// The process that traces another one, by the text of its status.
+fn keeper(status: &str) -> Option<u32> {
+    let number =
+        |text: &str, name| text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u32>().ok());
+    let thread = number(status, "TracerPid:").filter(|thread| *thread != 0)?;
+    number(&fs::read_to_string(format!("/proc/{thread}/status")).ok()?, "Tgid:")
 }
 
 fn pss(pid: u32) -> Option<u64> {

@@ -11,6 +11,7 @@ mod jail;
 mod memory;
 mod spawn;
 mod tool;
+mod twin;
 mod user;
 
 use std::{io, os::unix::process::ExitStatusExt as _, process::ExitStatus};
@@ -19,11 +20,12 @@ use crate::fs::FileError;
 
 pub use child::{Child, ChildLimits};
 pub use filter::SystemCalls;
-pub use foreign::{await_ends, foreign_end, kill_foreign};
+pub use foreign::{await_ends, foreign_end, ignore_children, kill_foreign, watch_end};
 pub use jail::{Jail, JailFiles, Namespaces, ResourceLimits, RunAs, probe};
-pub use memory::{descendants, tree_pss};
+pub use memory::{descendants, is_own_twin, parent_of, tree_pss};
 pub use spawn::{Spawn, Stdio, ToolOutput};
 pub use tool::{find_program, run};
+pub use twin::{Twin, prepare_for_twins, twins_are_possible};
 pub use user::ReservedUser;
 
 /// Why a child process could not do its work.

@@ -6,9 +6,12 @@ pub mod kvm;
 mod lease;
 pub mod limits;
 pub(crate) mod pidfd;
+pub(crate) mod priority;
+pub(crate) mod ptrace;
 pub(crate) mod root;
 pub mod socket;
 pub mod tap;
+pub(crate) mod twin;
 pub mod vhost;
 
 use std::{
@@ -49,6 +52,13 @@ pub(crate) fn duplicate_from(fd: BorrowedFd<'_>, number: i32) -> io::Result<Owne
 pub fn end_on_broken_pipe() {
     // SAFETY: signal(2) with the default action runs no code of this program.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
+/// Ignores SIGCHLD, so that the kernel reaps the children of this process.
+pub(crate) fn ignore_children() -> io::Result<()> {
+    // SAFETY: signal(2) that ignores a signal runs no code of this program.
+    let before = unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+    if before == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Fills `buffer` from the kernel's random number generator (getrandom(2)).

@@ -36,3 +36,26 @@ pub fn create(name: &str) -> io::Result<OwnedFd> {
     let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(file.into()) }
 }
+
+/// Sets the length of the header before each packet, bytes (TUNSETVNETHDRSZ).
+///
+/// # Errors
+/// Those of ioctl(2).
+pub fn set_header(device: &OwnedFd, length: i32) -> io::Result<()> {
+    // SAFETY: TUNSETVNETHDRSZ reads one integer, which lives until the call returns.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const length) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Tells the device that the other side takes packets without checksums, and segments of TCP that are to be cut
+/// (TUNSETOFFLOAD).
+///
+/// # Errors
+/// Those of ioctl(2).
+pub fn set_offloads(device: &OwnedFd) -> io::Result<()> {
+    let offloads = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
+    // SAFETY: no memory is involved.
+    let result =
+        unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(offloads)) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

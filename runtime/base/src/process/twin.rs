@@ -1,0 +1,399 @@
+//! Twins: processes that continue where another one stands.
+//!
+//! fork(2) copies the calling thread only. A twin has all threads of its original, each at the instruction where the original's
+//! thread stands, and all of its memory, copy on write. So a program that has prepared itself, such as an emulator that has
+//! translated code, need not do that again.
+//!
+//! ```text
+//!   original       its threads are stopped; the first one is made to call clone(2); then they go on
+//!   twin           descriptors are replaced; the jail of a twin closes; the other threads are made, each with the registers of
+//!                  its original; all threads go on
+//! ```
+//! This is done from outside, by ptrace(2), so the program need not know. What a process shares with its twin after fork(2), such
+//! as sockets, the counters of eventfds and the flags of open files, is replaced, or the two could disturb each other: a twin that
+//! would share a descriptor of anything but /dev/null is not made.
+//!
+//! The original has no part in the life of a twin. A thread of this process traces the first thread of the twin for as long as the
+//! twin lives: it learns how the twin ends, and the kernel kills the twin if this process ends first (PTRACE_O_EXITKILL).
+
+mod confine;
+mod descriptors;
+mod keeper;
+mod memory;
+
+use std::{
+    ffi::CString,
+    fs::File,
+    io,
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+};
+
+use nix::sys::ptrace::Options;
+
+use self::{
+    descriptors::Descriptors,
+    memory::{Memory, Scratch},
+};
+use super::Jail;
+use crate::{
+    cgroup, fs,
+    sys::{
+        pidfd, priority,
+        ptrace::{ThreadState, Tracee, reap},
+    },
+};
+
+use keeper::Living;
+pub(super) use keeper::living;
+
+/// The description of a twin.
+#[derive(Debug)]
+pub struct Twin {
+    /// Descriptors that the twin has instead of those of its original, with their numbers.
+    pub replaced: Vec<(OwnedFd, Vec<i32>)>,
+    /// The name under which the twin is listed (ps(1)), at most 15 bytes.
+    pub name: CString,
+    /// What the twin's arguments are listed with in place of a part of its original's.
+    pub renamed: (String, String),
+    /// What the twin may use and call, in addition to what its original may not. Of namespaces only that of pids can be of its
+    /// own, files are those of the original, and of capabilities it keeps none or those of the original.
+    pub jail: Jail,
+    /// A file that is locked while the original stands, so that two processes do not stop it at once.
+    pub turn: File,
+}
+
+/// Flags of the threads that the C library makes (pthread_create(3)).
+const THREAD: i32 = libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SYSVSEM
+    | libc::CLONE_SETTLS
+    | libc::CLONE_PARENT_SETTID
+    | libc::CLONE_CHILD_CLEARTID;
+/// Flags of the twin's first thread. Its parent is that of the original, which need not know it.
+const PROCESS: i32 =
+    libc::CLONE_PARENT | libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD;
+
+/// Whether this process may make twins: it is root of the host, and the kernel lets processes be traced and be given
+/// descriptors.
+pub fn twins_are_possible() -> bool {
+    // Yama's mode in which nothing is traced (the kernel's admin-guide/LSM/Yama.rst).
+    const NO_ATTACH: &str = "3";
+    let yama = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
+    let capable = rustix::thread::capabilities(None).is_ok_and(|sets| {
+        use rustix::thread::CapabilitySet as Capability;
+        sets.effective.contains(Capability::SYS_PTRACE | Capability::SYS_ADMIN | Capability::SYS_NICE)
+    });
+    crate::owner::user().is_none() && capable && yama.trim() != NO_ATTACH
+}
+
+/// Prepares a process for twins, which share its memory copy on write: what it has mapped of the file behind its descriptor
+/// `number` becomes a private mapping of `file`, which has the same content, and `file` is behind `number`. It sees no processes of
+/// the host any more (/proc), and neither do its twins.
+///
+/// # Errors
+/// As for [`Twin::start`].
+pub fn prepare_for_twins(pid: u32, file: &OwnedFd, number: i32) -> io::Result<()> {
+    let original = Original::stop(pid)?;
+    let memory = Memory::of(original.pid)?;
+    let scratch = Scratch::map(original.first, original.syscall, &memory)?;
+    let call = |number, arguments| original.first.call(original.syscall, number, arguments);
+    let [received] = descriptors::send(original.first, original.syscall, &scratch, &[file.as_raw_fd()])?[..]
+    else {
+        return Err(io::Error::other("a process has not received a descriptor"));
+    };
+    let kind = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    for mapping in memory::mappings(original.pid, number)? {
+        let (start, length) = (mapping.start, mapping.length);
+        call(libc::SYS_mmap, [start, length, mapping.protection, kind as u64, received, mapping.offset])?;
+        call(libc::SYS_madvise, [start, length, libc::MADV_DONTDUMP as u64, 0, 0, 0])?;
+    }
+    let same = memory::same_file(original.pid, number)?;
+    for same in same.into_iter().filter(|number| *number as u64 != received) {
+        call(libc::SYS_dup3, [received, same as u64, libc::O_CLOEXEC as u64, 0, 0, 0])?;
+    }
+    call(libc::SYS_close, [received, 0, 0, 0, 0, 0])?;
+    let proc = scratch.put(b"/proc\0")?;
+    match call(libc::SYS_umount2, [proc, libc::MNT_DETACH as u64, 0, 0, 0, 0]) {
+        // It has none, or no more.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+        result => drop(result?),
+    }
+    scratch.unmap()
+}
+
+/// The threads of the original, which stand while this exists. The first is the one that the process began with.
+struct Original {
+    pid: i32,
+    first: Tracee,
+    others: Vec<Tracee>,
+    states: Vec<ThreadState>,
+    /// An instruction `syscall`, in every process at another address (vdso(7)).
+    syscall: u64,
+}
+
+/// A twin whose threads do not run yet. It is killed when it is dropped before that.
+struct Unborn {
+    first: Tracee,
+    others: Vec<Tracee>,
+    syscall: u64,
+    armed: bool,
+}
+
+impl Twin {
+    /// Makes the twin of the process `original`, and lets it run. To be called on the thread that keeps it.
+    fn make(&self, original: u32) -> io::Result<(Tracee, Living)> {
+        fs::lock(&self.turn)?;
+        let made = self.make_alone(original);
+        self.turn.unlock()?;
+        made
+    }
+
+    fn make_alone(&self, original: u32) -> io::Result<(Tracee, Living)> {
+        let original = Original::stop(original)?;
+        let descriptors = Descriptors::read(original.pid)?;
+        let (mut twin, tid) = original.fork(self.jail.namespaces.pid)?;
+        // Before its cgroups are chosen: see `follow`.
+        let living = Living::add(twin.first.pid());
+        let memory = Memory::of(twin.first.pid())?;
+        let scratch = Scratch::map(twin.first, twin.syscall, &memory)?;
+        follow(twin.first.pid().cast_unsigned())?;
+        descriptors.replace(&twin, &scratch, &self.replaced)?;
+        memory.rename_arguments(twin.first.pid(), &self.renamed)?;
+        confine::confine(twin.first, twin.syscall, &scratch, &self.name, &self.jail)?;
+        twin.make_threads(&original, tid)?;
+        scratch.unmap()?;
+        twin.first.set_state(&original.states[0])?;
+        drop(original);
+        Ok((twin.run()?, living))
+    }
+}
+
+/// Gives a twin the cgroups and the priority that a child of this process has.
+fn follow(twin: u32) -> io::Result<()> {
+    let own = || cgroup::of_process(std::process::id()).map_err(io::Error::other);
+    let mut groups = own()?;
+    loop {
+        cgroup::enter(&groups, twin).map_err(io::Error::other)?;
+        let now = own()?;
+        // This process may have been moved meanwhile, with all of its twins that were known.
+        if now == groups {
+            break;
+        }
+        groups = now;
+    }
+    priority::set(twin, priority::own()?)
+}
+
+impl Original {
+    fn stop(pid: u32) -> io::Result<Self> {
+        let pid = pid.cast_signed();
+        let options = Options::PTRACE_O_TRACESYSGOOD
+            | Options::PTRACE_O_TRACECLONE
+            | Options::PTRACE_O_TRACEFORK
+            | Options::PTRACE_O_EXITKILL;
+        let syscall = memory::syscall(pid)?;
+        let first = Tracee::seize(pid, options)?;
+        // From here on the threads are let go whatever fails.
+        let mut original = Self { pid, first, others: Vec::new(), states: Vec::new(), syscall };
+        original.states.push(first.state()?);
+        // Threads that stand make no new ones, so that the list is complete when it has no thread that runs.
+        while original.stop_others(options)? {}
+        Ok(original)
+    }
+
+    /// Stops the threads that run yet; whether there were any.
+    fn stop_others(&mut self, options: Options) -> io::Result<bool> {
+        let known = self.others.len();
+        for entry in std::fs::read_dir(format!("/proc/{}/task", self.pid))? {
+            let tid = entry?.file_name().to_str().and_then(|name| name.parse().ok()).unwrap_or(self.pid);
+            if tid == self.pid || self.others.iter().any(|thread| thread.pid() == tid) {
+                continue;
+            }
+            let thread = match Tracee::seize(tid, options) {
+                // It has ended meanwhile.
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => continue,
+                thread => thread?,
+            };
+            self.others.push(thread);
+            self.states.push(thread.state()?);
+        }
+        Ok(self.others.len() > known)
+    }
+
+    /// Has the first thread fork. Returns the twin, and how far behind its area in memory the C library has the id of a
+    /// thread.
+    fn fork(&self, new_pids: bool) -> io::Result<(Unborn, u64)> {
+        let state = &self.states[0];
+        // Below what the calling convention leaves to functions that call no other (the System V ABI's red zone).
+        let place = (state.registers.rsp - 4096) & !0xf;
+        self.first.call(
+            self.syscall,
+            libc::SYS_prctl,
+            [libc::PR_GET_TID_ADDRESS as u64, place, 0, 0, 0, 0],
+        )?;
+        let tid = Memory::of(self.pid)?.read_number(place)?;
+        let flags = PROCESS | if new_pids { libc::CLONE_NEWPID } else { 0 };
+        let arguments = [flags as u64, 0, 0, tid, 0, 0];
+        let made = self.first.call_for_thread(self.syscall, libc::SYS_clone, arguments)?;
+        let twin = Unborn { first: made, others: Vec::new(), syscall: self.syscall, armed: true };
+        Ok((twin, tid.wrapping_sub(state.registers.fs_base)))
+    }
+}
+
+impl Drop for Original {
+    /// Lets the original go on as if nothing had happened.
+    fn drop(&mut self) {
+        let threads = std::iter::once(self.first).chain(self.others.iter().copied());
+        for (number, thread) in threads.enumerate() {
+            // The last one may have none, if it could not be read.
+            let restored = self.states.get(number).map_or(Ok(()), |state| thread.set_state(state));
+            let released = restored.and(thread.detach());
+            if let Err(error) = released {
+                tracing::debug!(pid = self.pid, "cannot let a process go on: {error}");
+            }
+        }
+    }
+}
+
+impl Unborn {
+    fn make_threads(&mut self, original: &Original, tid: u64) -> io::Result<()> {
+        for state in &original.states[1..] {
+            let registers = &state.registers;
+            let own = registers.fs_base.wrapping_add(tid);
+            let arguments = [THREAD as u64, registers.rsp, own, own, registers.fs_base, 0];
+            let thread = self.first.call_for_thread(self.syscall, libc::SYS_clone, arguments)?;
+            self.others.push(thread);
+            thread.register(self.syscall, state)?;
+            thread.set_state(state)?;
+        }
+        Ok(())
+    }
+
+    /// Lets all threads run; only the first is traced further.
+    fn run(mut self) -> io::Result<Tracee> {
+        for thread in &self.others {
+            thread.detach()?;
+        }
+        self.first.set_options(Options::PTRACE_O_EXITKILL)?;
+        self.first.resume(libc::PTRACE_CONT, 0)?;
+        self.armed = false;
+        Ok(self.first)
+    }
+}
+
+impl Drop for Unborn {
+    fn drop(&mut self) {
+        if self.armed {
+            let pid = self.first.pid();
+            let killed = pidfd::open(pid.cast_unsigned())
+                .and_then(|pidfd| pidfd::send_signal(pidfd.as_fd(), nix::sys::signal::Signal::SIGKILL));
+            match killed {
+                Ok(()) => reap(pid),
+                Err(error) => tracing::warn!(pid, "cannot kill a process that was not completed: {error}"),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead as _, BufReader, Write as _};
+
+    use super::*;
+    use nix::sys::signal::Signal;
+
+    use crate::process::{ProcessExit, RunAs, Spawn, Stdio, SystemCalls};
+
+    const PROGRAM: &str = r#"
+import os, sys, threading
+lock = threading.Lock(); lock.acquire()
+count = 0
+def work():
+    global count
+    while True:
+        lock.acquire(); count += 1
+        os.write(1, b"thread %d of %d, user %d, %.1f\n" % (count, threading.active_count(), os.getuid(), 0.5 + count))
+for i in range(2): threading.Thread(target=work, daemon=True).start()
+os.write(1, b"ready\n")
+for line in sys.stdin:
+    if line == "exit\n": os._exit(7)
+    lock.release()
+"#;
+
+    fn until_state(pid: u32, state: char) {
+        let is = || {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+            stat.rsplit_once(") ").unwrap().1.starts_with(state) || stat.contains(") t ")
+        };
+        while !is() {
+            std::thread::yield_now();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_twin_has_all_threads() {
+        let (stdin, mut to_original) = io::pipe().unwrap();
+        let (from_original, stdout) = io::pipe().unwrap();
+        let original = Spawn::new("python3")
+            .args(["-c", PROGRAM])
+            .stdin(Stdio::Fd(stdin.into()))
+            .stdout(Stdio::Fd(stdout.into()))
+            .stderr(Stdio::Inherit)
+            .start()
+            .unwrap();
+        let mut from_original = BufReader::new(from_original);
+        let mut line = String::new();
+        from_original.read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n");
+        for round in 0..20 {
+            let (stdin, mut to_twin) = io::pipe().unwrap();
+            let (from_twin, stdout) = io::pipe().unwrap();
+            let mut from_twin = BufReader::new(from_twin);
+            let identity = RunAs { uid: 0x7000_0001, gid: 0x7000_0001, groups: vec![] };
+            let jail = Jail {
+                no_new_privileges: true,
+                identity: Some(identity),
+                namespaces: crate::process::Namespaces { pid: true, ..Default::default() },
+                system_calls: Some(SystemCalls::basic().and_threads()),
+                no_core: true,
+                ..Jail::default()
+            };
+            let stderr = File::options().write(true).open("/dev/null").unwrap();
+            let twin = Twin {
+                replaced: vec![(stdin.into(), vec![0]), (stdout.into(), vec![1]), (stderr.into(), vec![2])],
+                name: c"twin".to_owned(),
+                renamed: ("threading".to_owned(), "in a twin".to_owned()),
+                jail,
+                turn: tempfile::tempfile().unwrap(),
+            };
+            let begun = std::time::Instant::now();
+            let twin = twin.start(original.pid()).await.unwrap();
+            eprintln!("round {round}: {:?}", begun.elapsed());
+            for count in 1..4 {
+                to_twin.write_all(b"go\n").unwrap();
+                let mut line = String::new();
+                from_twin.read_line(&mut line).unwrap();
+                assert_eq!(line, format!("thread {count} of 3, user 1879048193, {count}.5\n"));
+            }
+            let arguments = std::fs::read_to_string(format!("/proc/{}/cmdline", twin.pid())).unwrap();
+            assert!(arguments.contains("in a twin.Lock()"), "{arguments}");
+            // It stands and goes on as any process.
+            twin.signal(Signal::SIGSTOP).unwrap();
+            to_twin.write_all(b"go\n").unwrap();
+            until_state(twin.pid(), 'T');
+            twin.signal(Signal::SIGCONT).unwrap();
+            let mut line = String::new();
+            from_twin.read_line(&mut line).unwrap();
+            assert_eq!(line, "thread 4 of 3, user 1879048193, 4.5\n");
+            to_twin.write_all(b"exit\n").unwrap();
+            assert_eq!(twin.exited().await, ProcessExit::Code(7));
+        }
+        to_original.write_all(b"go\n").unwrap();
+        let mut line = String::new();
+        from_original.read_line(&mut line).unwrap();
+        assert_eq!(line, "thread 1 of 3, user 0, 1.5\n");
+    }
+}
