@@ -21,6 +21,7 @@ use crate::{
     network::{Network, NetworkError},
     options::OptionsError,
     reaper::Reaper,
+    rehearsal,
     service::{AgentState, Service},
     shutdown, sys,
 };
@@ -98,6 +99,7 @@ async fn warm_up(state: &AgentState) {
     configure::warm_up().unwrap_or_else(|err| console::report(&err));
     engine::warm_up().unwrap_or_else(|err| console::report(&err));
     device_filters.warm_up(engine::usual_program()).unwrap_or_else(|err| console::report(&err));
+    rehearsal::rehearse(&state.context).await.unwrap_or_else(|err| console::report(&err));
     // The thread that packs the layer of a container that has ended.
     spawn_blocking(|| ()).await.unwrap_or_else(|err| console::report(&err));
 }

@@ -26,6 +26,7 @@ mod options;
 mod pause;
 mod process;
 mod reaper;
+mod rehearsal;
 mod service;
 mod shares;
 mod shutdown;
