@@ -6,8 +6,10 @@ use clap::{Args, Subcommand};
 use machinen::{
     assets::{Assets, MissingAsset},
     config::Config,
+    container_disk::ContainerDiskError,
     error::{ErrorKind, HasKind},
     pod::{self, PodError},
+    pool,
     template::{self, ListedTemplate, TemplateError, TemplateStore},
 };
 use serde_json::{Value, json};
@@ -77,6 +79,8 @@ pub(crate) enum TemplateCliError {
     Spec(#[from] PodError),
     #[error(transparent)]
     Template(#[from] TemplateError),
+    #[error(transparent)]
+    Disk(#[from] ContainerDiskError),
 }
 
 impl HasKind for TemplateCliError {
@@ -86,6 +90,7 @@ impl HasKind for TemplateCliError {
             Self::Asset(error) => error.kind(),
             Self::Spec(error) => error.kind(),
             Self::Template(error) => error.kind(),
+            Self::Disk(error) => error.kind(),
         }
     }
 }
@@ -102,7 +107,9 @@ pub(crate) fn run(args: &TemplateArgs, mut config: Config) -> Result<VerbOutput,
             config.vm.vcpus = vcpus.unwrap_or(config.vm.vcpus);
             let spec = pod::default_vm_spec(&config, &Assets::find(&config.assets.dir)?, namespace)?;
             let mut progress = |line| eprintln!("{line}");
-            let built = template::build(&templates, &spec, config.template.budget_mib, &mut progress)?;
+            let disks = pool::warm_up::disks(&config)?;
+            let budget = config.template.budget_mib;
+            let built = template::build(&templates, &spec, budget, Some(disks), &mut progress)?;
             let key = built.manifest.shape.key();
             Ok(VerbOutput::lines([&key], json!({ "key": key, "allocated": built.manifest.allocated })))
         }
@@ -165,7 +172,7 @@ fn table(listed: &[ListedTemplate]) -> String {
             key.clone(),
             format!("{}MiB", manifest.memory_mib),
             manifest.vcpus.to_string(),
-            human(manifest.allocated),
+            human(manifest.allocated + manifest.original_memory),
             ago(Some(UNIX_EPOCH + Duration::from_secs(manifest.created))),
             ago(*used),
             state(template).to_owned(),
@@ -190,6 +197,7 @@ fn listed_json(listed: &ListedTemplate) -> Value {
         "memoryMib": listed.manifest.memory_mib,
         "vcpus": listed.manifest.vcpus,
         "allocated": listed.manifest.allocated,
+        "qemu": listed.manifest.original_memory,
         "created": listed.manifest.created,
         "used": seconds,
         "state": state(listed),

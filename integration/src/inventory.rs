@@ -140,6 +140,8 @@ fn process(pid: u32) -> Option<Process> {
     // The name is in parentheses and may itself contain any character; the rest is numbers.
     let (head, tail) = stat.rsplit_once(')')?;
     let parent = tail.split_whitespace().nth(1)?.parse().ok()?;
+    // The QEMU of a clone may be a twin of its template's, which the VM's owner traces.
+    let parent = tracer(pid).unwrap_or(parent);
     let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let command = String::from_utf8_lossy(&command).replace('\0', " ");
     let command = if command.is_empty() {
@@ -148,6 +150,15 @@ fn process(pid: u32) -> Option<Process> {
         command.trim_end().to_owned()
     };
     Some(Process { pid, parent, command })
+}
+
+/// The process that traces another one.
+fn tracer(pid: u32) -> Option<u32> {
+    let number = |pid: u32, name| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        status.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u32>().ok())
+    };
+    number(number(pid, "TracerPid:").filter(|thread| *thread != 0)?, "Tgid:")
 }
 
 /// Mount points at or below a path, in the order in which they were mounted.

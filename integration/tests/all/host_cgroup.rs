@@ -97,10 +97,13 @@ pub(crate) fn is_confined(containerd: &Containerd, id: &str) -> Result<()> {
     let shim = all.iter().find(|process| process.pid == anchor.parent).context("no shim")?;
     ensure!(group.has(shim.pid)?, "the shim {shim:?} is not in {}", group.path);
     let children = inventory::descendants(shim.pid)?;
-    // Members of the pool and builders of templates outlive the shim, in sessions of their own.
+    // Members of the pool and builders of templates outlive the shim, in sessions of their own. A clone's QEMU has one, too, if it
+    // is a twin of its template's.
     let session = session(shim.pid)?;
-    let (own, others): (Vec<_>, Vec<_>) =
-        children.into_iter().partition(|child| self::session(child.pid).is_ok_and(|other| other == session));
+    let (own, others): (Vec<_>, Vec<_>) = children.into_iter().partition(|child| {
+        let is_vm = child.parent == shim.pid && child.command.contains("microvm");
+        is_vm || self::session(child.pid).is_ok_and(|other| other == session)
+    });
     ensure!(own.iter().any(|child| child.command.contains("microvm")), "no QEMU among {own:?}");
     for child in own {
         ensure!(group.has(child.pid)?, "{child:?} is not in {}", group.path);

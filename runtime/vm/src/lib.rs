@@ -55,7 +55,7 @@ pub use qemu::{
     launch::LaunchError,
     qmp::{QemuVersion, QmpError},
     slots::SlotDisks,
-    snapshot::{VmSnapshot, VmSnapshotError},
+    snapshot::{OriginalQemu, VmSnapshot, VmSnapshotError},
     version::{QemuError, qemu_version},
 };
 pub use spec::{ChannelKind, MAX_NICS, VmSpec};

@@ -45,6 +45,9 @@ pub struct VmSpec {
     /// The number of network devices, counted from the first one, whose packets the host's kernel moves (vhost-net). QEMU
     /// moves those of the others.
     pub vhost_nics: u32,
+    /// Whether clones of a template are twins of its QEMU ([`machinen_base::process::Twin`]), which needs emulation and the
+    /// serial channel.
+    pub twins: bool,
     /// Hostname of the guest itself.
     pub hostname: String,
     /// From the start of QEMU until the agent has answered.

@@ -31,6 +31,15 @@ pub fn try_vhost() -> io::Result<()> {
     open_vhost().map(drop)
 }
 
+/// Sets a device up as QEMU does when the guest's driver has started, for a QEMU that does not do so any more.
+pub(crate) fn prepare_for_guest(device: &OwnedFd) -> io::Result<()> {
+    tap::set_header(device, VIRTIO_HEADER)?;
+    tap::set_offloads(device)
+}
+
+/// Length of the header of virtio 1's packets, bytes.
+const VIRTIO_HEADER: i32 = 12;
+
 /// The tap devices of a VM.
 #[derive(Debug)]
 pub struct TapDevices {

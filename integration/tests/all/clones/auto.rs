@@ -3,7 +3,7 @@
 use std::{io::Write as _, thread};
 
 use anyhow::{Context, Result, ensure};
-use machinen_integration::{containerd::Containerd, process::DEADLINE};
+use machinen_integration::{containerd::Containerd, inventory::Process, process::DEADLINE};
 
 use super::{automatic, has_id, origin, runs_from};
 use crate::harness::{IMAGE, on_newest_containerd};
@@ -48,11 +48,12 @@ fn concurrent_starts_build_one_template(containerd: &mut Containerd) -> Result<(
     for run in &runs {
         origin(containerd, from, run.container())?;
     }
-    // Of the eight containers and the builders, only the holder is left.
+    // Of the eight containers and the builders, only the holder is left, with the template's QEMU.
     let holder = templates.only()?.holder;
     let mut with_holder = before.clone();
     let processes = containerd.inventory()?.processes;
-    with_holder.processes.extend(processes.into_iter().filter(|process| process.pid == holder));
+    let kept = |process: &Process| [process.pid, process.parent].contains(&holder);
+    with_holder.processes.extend(processes.into_iter().filter(kept));
     containerd.settle(&with_holder)?;
     runs_from(containerd, "clone")?;
     templates.remove_all()?;

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use machinen_integration::{
     bundle::Bundle,
     containerd::Containerd,
+    inventory,
     process::{DEADLINE, Invocation, wait_for_end},
     runtime::Runtime,
     setup::{Setup, Value},
@@ -86,8 +87,14 @@ impl<'a> Pool<'a> {
     /// Processes of members and of their VMs.
     fn processes(&self) -> Result<Vec<u32>> {
         let all = self.containerd.inventory()?.processes;
-        let theirs = |command: &str| ["pool-member", "qemu"].iter().any(|word| command.contains(word));
-        Ok(all.iter().filter(|process| theirs(&process.command)).map(|process| process.pid).collect())
+        let holders = all.iter().filter(|process| process.command.contains("template-holder"));
+        let holders: Vec<_> = holders.map(|process| process.pid).collect();
+        // The QEMU of a template is a child of the template's holder.
+        let theirs = |process: &&inventory::Process| {
+            let named = ["pool-member", "qemu"].iter().any(|word| process.command.contains(word));
+            named && !holders.contains(&process.parent)
+        };
+        Ok(all.iter().filter(theirs).map(|process| process.pid).collect())
     }
 
     fn end(self) -> Result<()> {

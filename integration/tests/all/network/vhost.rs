@@ -112,7 +112,8 @@ fn qemu(containerd: &Containerd, served: &Served<'_>) -> Result<u32> {
 
 fn of_a_clone(qemu: u32, expected: u64) -> Result<()> {
     let command = fs::read_to_string(format!("/proc/{qemu}/cmdline"))?;
-    ensure!(command.contains("-incoming"), "the VM has booted: {command}");
+    // The memory of a VM that boots is no file.
+    ensure!(command.contains("memory-backend-file"), "the VM has booted: {command}");
     handed_over(qemu, expected)
 }
 

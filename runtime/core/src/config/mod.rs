@@ -121,6 +121,8 @@ pub struct TemplateConfig {
     /// Whether each of containerd's namespaces has templates of its own, so that its VMs share no memory with those of
     /// others.
     pub per_namespace: bool,
+    /// Whether clones are twins of their template's QEMU, where that can be.
+    pub twins: bool,
 }
 
 /// Whether templates are used and built.
@@ -294,6 +296,7 @@ impl Default for TemplateConfig {
             dir: format!("{RUN_DIR}/template").into(),
             budget_mib: 1024,
             per_namespace: false,
+            twins: true,
         }
     }
 }

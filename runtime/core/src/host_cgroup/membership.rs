@@ -225,7 +225,10 @@ pub fn remove_abandoned(state_dir: &Path) -> Result<(), HostCgroupError> {
 fn children() -> Vec<u32> {
     let session = |pid: u32| getsid(Some(nix::unistd::Pid::from_raw(pid.cast_signed())));
     let own = session(std::process::id());
-    process::descendants().into_iter().filter(|&pid| session(pid) == own).collect()
+    process::descendants()
+        .into_iter()
+        .filter(|&pid| session(pid) == own || process::is_own_twin(pid))
+        .collect()
 }
 
 fn remove_groups(groups: &[PathBuf]) -> Result<(), HostCgroupError> {

@@ -17,7 +17,7 @@ mod dismissal;
 mod listing;
 mod member;
 mod slot;
-mod warm_up;
+pub mod warm_up;
 mod warm_vm;
 
 use std::{

@@ -35,20 +35,13 @@ const WRITABLE: u64 = 64 << 20;
 /// # Errors
 /// The container cannot be created or deleted. The VM must not be used then.
 pub(super) async fn warm_up(vm: &Vm, config: &Config) -> Result<(), CloneError> {
-    let options = ContainerDiskOptions { size: WRITABLE, ..config.rootdisk.container_disks() };
-    let failed = |source: io::Error| {
-        ContainerDiskError::from(FileError::new("write to", std::env::temp_dir(), source))
-    };
+    let options = options(config);
     // Not in the thread, which goes on when this member is dismissed: it would leave the directory.
     let root = root().map_err(failed)?;
     let opened = File::open(root.path()).map_err(failed)?;
-    let make = move || -> Result<(File, File), ContainerDiskError> {
-        let cache = RootdiskCache::open(&options.cache)?;
-        let base = cache.disk_of_files(opened.into(), 1, 4096, &options.mke2fs)?;
-        Ok((base, container_disk::scratch(&options)?))
-    };
-    let (base, writable) = spawn_blocking(make).await.map_err(CloneError::Worker)??;
+    let made = spawn_blocking(move || make(&options, opened)).await.map_err(CloneError::Worker)?;
     drop(root);
+    let [base, writable] = made?;
     let attach = async |file: File, read_only| {
         let source = DiskBacking::File(file.into());
         let disk = DiskSpec {
@@ -75,6 +68,31 @@ pub(super) async fn warm_up(vm: &Vm, config: &Config) -> Result<(), CloneError> 
         .await
         .map_err(|source| CloneError::Container { verb: "create", source })?;
     agent.delete_container(ID).await.map_err(|source| CloneError::Container { verb: "delete", source })
+}
+
+/// Makes an image with a command, and a file system to write to, of which a container can be made that no client sees. Blocks.
+///
+/// # Errors
+/// No space or no mke2fs.
+pub fn disks(config: &Config) -> Result<[File; 2], ContainerDiskError> {
+    let root = root().map_err(failed)?;
+    let opened = File::open(root.path()).map_err(failed)?;
+    make(&options(config), opened)
+}
+
+fn options(config: &Config) -> ContainerDiskOptions {
+    ContainerDiskOptions { size: WRITABLE, ..config.rootdisk.container_disks() }
+}
+
+fn failed(source: io::Error) -> ContainerDiskError {
+    FileError::new("write to", std::env::temp_dir(), source).into()
+}
+
+/// The base disk of the files in a directory, and an empty writable one.
+fn make(options: &ContainerDiskOptions, root: File) -> Result<[File; 2], ContainerDiskError> {
+    let cache = RootdiskCache::open(&options.cache)?;
+    let base = cache.disk_of_files(root.into(), 1, 4096, &options.mke2fs)?;
+    Ok([base, container_disk::scratch(options)?])
 }
 
 /// Makes a root file system with a command.

@@ -59,7 +59,8 @@ pub(crate) const PRIVATE_CID: u32 = 3;
 /// QEMU's arguments. `guest_cid` matters to the vsock channels only.
 pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
     let mut args = QemuArgs::default();
-    args.option("-name", format!("machinen-{0},process=machinen-{0}", escape(&spec.id)));
+    let name = process_name(&spec.id);
+    args.option("-name", format!("{name},process={name}"));
     let memory = memory(spec, start);
     let backend = if memory.is_some() { ",memory-backend=ram" } else { "" };
     // suppress-vmdesc: only debugging tools need the description of the saved state. dump-guest-core, mem-merge: the
@@ -81,7 +82,10 @@ pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
     args.option("-cpu", cpu::option(spec));
     args.option("-smp", spec.vcpus).option("-m", format!("{}M", spec.memory_mib));
     args.flag("-nodefaults").flag("-no-user-config").flag("-no-reboot").option("-display", "none");
-    args.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+    // What is to have twins has to fork, and its twins are confined when they are made.
+    if !(start == Start::Template && spec.twins) {
+        args.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+    }
     if let Some(memory) = memory {
         args.option("-object", format!("{memory},id=ram,size={}M", spec.memory_mib));
     }
@@ -149,6 +153,11 @@ pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
     args.option("-device", "virtio-balloon-device,free-page-reporting=on");
     args.option("-device", "virtio-rng-device");
     args.0
+}
+
+/// The name of a VM and of its process, as an option's value.
+pub(crate) fn process_name(id: &str) -> String {
+    format!("machinen-{}", escape(id))
 }
 
 /// The host's end of a network device.
@@ -284,6 +293,7 @@ pub(crate) mod tests {
             channel,
             nics: 2,
             vhost_nics: 0,
+            twins: false,
             hostname: "c1".into(),
             boot_timeout: std::time::Duration::from_secs(60),
             qemu_files: Vec::new(),
@@ -312,6 +322,14 @@ pub(crate) mod tests {
     fn template_on_tcg() {
         let spec = spec(Accelerator::Tcg { tsc_khz: 2_500_000 }, ChannelKind::Serial);
         insta::assert_snapshot!(lines(&spec, Start::Template, 0));
+    }
+
+    #[test]
+    fn what_has_twins_may_fork() {
+        let spec = spec(Accelerator::Tcg { tsc_khz: 2_500_000 }, ChannelKind::Serial);
+        let sandbox = |twins, start| lines(&VmSpec { twins, ..spec.clone() }, start, 0).contains("-sandbox");
+        assert!(!sandbox(true, Start::Template));
+        assert!(sandbox(true, Start::Clone) && sandbox(true, Start::Boot) && sandbox(false, Start::Template));
     }
 
     #[test]

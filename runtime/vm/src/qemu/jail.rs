@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use machinen_base::process::{ChildLimits, Jail, JailFiles, ResourceLimits, RunAs, find_program};
+use machinen_base::process::{ChildLimits, Jail, JailFiles, Namespaces, ResourceLimits, RunAs, find_program};
 
 use crate::{
     accel::{self, Accelerator},
@@ -27,6 +27,12 @@ const THREADS: u64 = 128;
 /// a few above that of containerd (proc_pid_oom_score_adj(5)).
 const OOM_SCORE: i16 = 100;
 
+/// Numbers of capabilities (linux/capability.h).
+const SETGID: u8 = 6;
+const SETUID: u8 = 7;
+const SETPCAP: u8 = 8;
+const SYS_ADMIN: u8 = 21;
+
 /// Below the `share` of QEMU's prefix: its firmware, which distributions put into packages of their own.
 const DATA: [&str; 3] = ["qemu", "qemu-kvm", "seabios"];
 
@@ -43,6 +49,9 @@ pub(crate) fn jail(spec: &VmSpec, start: Start, identity: RunAs) -> Jail {
         locked_memory: Some(0),
         cpu_seconds: None,
     };
+    if start == Start::Template && spec.twins {
+        return original(spec, limits);
+    }
     let system_calls = Some(syscalls::allowed(spec.accel, &spec.channel));
     Jail {
         limits,
@@ -50,6 +59,22 @@ pub(crate) fn jail(spec: &VmSpec, start: Start, identity: RunAs) -> Jail {
         system_calls,
         oom_score_adj: Some(OOM_SCORE),
         ..Jail::strict(identity)
+    }
+}
+
+/// The restrictions of a QEMU that is to have twins. It runs nothing but the guest's kernel and agent, and stands still when a
+/// container's code runs in its twins. It can make the twins other users without capabilities, with
+/// pids of their own.
+fn original(spec: &VmSpec, limits: ResourceLimits) -> Jail {
+    let strict = Jail::strict(RunAs::default());
+    Jail {
+        limits: ResourceLimits { processes: None, ..limits },
+        files: Some(files(spec)),
+        identity: None,
+        namespaces: Namespaces { pid: false, ..strict.namespaces },
+        capabilities: Some(vec![SETGID, SETUID, SETPCAP, SYS_ADMIN]),
+        oom_score_adj: Some(OOM_SCORE),
+        ..strict
     }
 }
 

@@ -1,6 +1,7 @@
 //! Starts QEMU: makes everything that QEMU inherits, and removes it again if QEMU does not answer.
 
 use std::{
+    ffi::CString,
     fs::File,
     io,
     os::{
@@ -12,9 +13,9 @@ use std::{
 };
 
 use machinen_base::{
-    error::{ErrorKind, HasKind},
+    error::{ErrorKind, HasKind, chain},
     fs::{FileError, create_private_dir},
-    process::{ProcessError, ReservedUser, Spawn, Stdio},
+    process::{Child, Jail, ProcessError, ReservedUser, Spawn, Stdio, Twin, prepare_for_twins},
 };
 use machinen_protocol::preamble::Wake;
 use tokio::{
@@ -36,7 +37,7 @@ use crate::{
         jail,
         qmp::{Qmp, QmpError, QmpEvent},
         slots::{self, SlotDisks},
-        snapshot::{self, VmSnapshot, VmSnapshotError},
+        snapshot::{self, OriginalQemu, VmSnapshot, VmSnapshotError},
     },
     spec::VmSpec,
     tap::{self, TapDevices},
@@ -115,6 +116,12 @@ pub(crate) enum LaunchOrigin<'a> {
         snapshot: &'a VmSnapshot,
         disks: &'a SlotDisks,
     },
+    /// A clone whose QEMU is a twin of the template's, with this pid.
+    Twin {
+        snapshot: &'a VmSnapshot,
+        original: &'a OriginalQemu,
+        disks: &'a SlotDisks,
+    },
 }
 
 impl LaunchOrigin<'_> {
@@ -122,7 +129,7 @@ impl LaunchOrigin<'_> {
         match self {
             Self::Boot => Start::Boot,
             Self::Template { .. } => Start::Template,
-            Self::Clone { .. } => Start::Clone,
+            Self::Clone { .. } | Self::Twin { .. } => Start::Clone,
         }
     }
 }
@@ -150,6 +157,18 @@ pub(crate) async fn clone(
     snapshot.check()?;
     let disks = disks.map_or_else(SlotDisks::holes, Ok);
     let disks = disks.map_err(|error| VmSnapshotError::Disk(Box::new(error)))?;
+    if let Ok(original) = &snapshot.original {
+        let origin = LaunchOrigin::Twin { snapshot, original, disks: &disks };
+        match begin(&spec, dir, origin).await {
+            Ok(mut launched) => {
+                return match launched.proceed(&disks).await {
+                    Ok(()) => Ok(launched.hand_over(spec, Slots::Present(disks))),
+                    Err(error) => Err(error.with_exit(&launched.end().await)),
+                };
+            }
+            Err(error) => tracing::warn!("a clone is no twin of its template's QEMU: {}", chain(&error)),
+        }
+    }
     let origin = LaunchOrigin::Clone { snapshot, disks: &disks };
     let mut launched = begin(&spec, dir, origin).await?;
     match launched.restore(snapshot, &disks).await {
@@ -177,15 +196,19 @@ pub(crate) async fn begin(
     };
     let channel = Arc::new(channel);
     let in_use = match origin {
-        LaunchOrigin::Clone { snapshot, .. } => snapshot.in_use.clone(),
+        LaunchOrigin::Clone { snapshot, .. } | LaunchOrigin::Twin { snapshot, .. } => snapshot.in_use.clone(),
         LaunchOrigin::Boot | LaunchOrigin::Template { .. } => None,
     };
-    let started = start(spec, origin, &dir.path, guest_end, kernel, image, &user);
+    let version = match &origin {
+        LaunchOrigin::Twin { snapshot, .. } => Some(snapshot.qemu),
+        _ => None,
+    };
+    let started = start(spec, origin, &dir.path, guest_end, kernel, image, &user).await;
     let StartedQemu { qemu, monitor, wake, console, stderr, taps } = match started {
         Ok(started) => started,
         Err(error) => {
             if let Err(error) = channel.close().await {
-                tracing::warn!("{}", machinen_base::error::chain(&error));
+                tracing::warn!("{}", chain(&error));
             }
             dir.clean(false);
             return Err(error);
@@ -202,7 +225,12 @@ pub(crate) async fn begin(
         in_use,
         user,
     };
-    match Qmp::connect(monitor).await {
+    let monitor = match version {
+        // The original's monitor has greeted.
+        Some(version) => Qmp::resume(monitor, version),
+        None => Qmp::connect(monitor).await,
+    };
+    match monitor {
         Ok((qmp, events)) => Ok(Launched { qmp, events, running, taps }),
         Err(error) => Err(failed(running, error, &spec.cpu).await),
     }
@@ -261,6 +289,49 @@ impl Launched {
         Vm { pid, spec, channel, taps, console, requests, stop, agent, exit }
     }
 
+    /// Leaves QEMU as the original of twins, after its state was saved.
+    ///
+    /// # Errors
+    /// It cannot have twins. Nothing is left of it then.
+    pub(crate) async fn stand_still(
+        self,
+        spec: &VmSpec,
+        memory: &OwnedFd,
+        memory_fd: i32,
+        disks: &SlotDisks,
+    ) -> io::Result<(OriginalQemu, Child)> {
+        let pid = self.pid();
+        let stop = || -> io::Result<_> {
+            let mut files = disks.inherited()?;
+            files.push((memory.try_clone()?, fd::MEMORY));
+            files.push((File::open(&spec.kernel)?.into(), fd::KERNEL));
+            files.push((File::open(&spec.image)?.into(), fd::IMAGE));
+            let numbers = files.iter().map(|(file, number)| Ok((*number, snapshot::numbers_of(pid, file)?)));
+            let numbers = numbers.collect::<io::Result<_>>()?;
+            prepare_for_twins(pid, memory, memory_fd)?;
+            // It notices no end of its sockets, whose other ends are closed after this.
+            self.running.qemu.stop().map_err(io::Error::other)?;
+            Ok(numbers)
+        };
+        let numbers = match stop() {
+            Ok(numbers) => numbers,
+            Err(error) => {
+                self.end().await;
+                return Err(error);
+            }
+        };
+        let RunningVm { qemu, dir, .. } = self.running;
+        dir.clean(false);
+        Ok((OriginalQemu { pid, numbers }, qemu))
+    }
+
+    /// Lets the guest of a twin continue.
+    async fn proceed(&mut self, disks: &SlotDisks) -> Result<(), VmSnapshotError> {
+        let allowed = disks.allow_to_write(&self.running.qemu.limits());
+        allowed.map_err(|error| VmSnapshotError::Disk(Box::new(error)))?;
+        snapshot::proceed(self).await
+    }
+
     /// Ends QEMU, unless it has ended already. Nothing is left of it when this returns.
     pub(crate) async fn end(self) -> VmExit {
         let Self { qmp, mut events, running, .. } = self;
@@ -274,7 +345,7 @@ impl Launched {
                 running.finish(&evidence, exit).await
             }
             Err(error) => {
-                tracing::error!("cannot end a VM: {}", machinen_base::error::chain(&error));
+                tracing::error!("cannot end a VM: {}", chain(&error));
                 VmExit::Requested
             }
         }
@@ -297,7 +368,7 @@ async fn failed(running: RunningVm, error: QmpError, cpu: &CpuModel) -> LaunchEr
 const EXITING: std::time::Duration = std::time::Duration::from_secs(5);
 
 struct StartedQemu {
-    qemu: machinen_base::process::Child,
+    qemu: Child,
     monitor: StdUnixStream,
     wake: Option<UnixStream>,
     console: QemuOutput,
@@ -305,7 +376,7 @@ struct StartedQemu {
     taps: Option<TapDevices>,
 }
 
-fn start(
+async fn start(
     spec: &VmSpec,
     origin: LaunchOrigin<'_>,
     dir: &Path,
@@ -345,16 +416,23 @@ fn start(
     ];
     let in_slots = match &origin {
         LaunchOrigin::Boot => None,
-        LaunchOrigin::Template { disks, .. } | LaunchOrigin::Clone { disks, .. } => Some(*disks),
+        LaunchOrigin::Template { disks, .. }
+        | LaunchOrigin::Clone { disks, .. }
+        | LaunchOrigin::Twin { disks, .. } => Some(*disks),
     };
     if let Some(disks) = in_slots {
         args.extend(slots::args());
         inherited.extend(disks.inherited().map_err(failed("duplicate a descriptor"))?);
     }
+    let mut twin_of = None;
     let memory = match origin {
         LaunchOrigin::Boot => None,
         LaunchOrigin::Template { memory, .. } => Some(memory),
-        LaunchOrigin::Clone { snapshot, .. } => {
+        LaunchOrigin::Clone { snapshot, .. } | LaunchOrigin::Twin { snapshot, .. } => {
+            if let LaunchOrigin::Twin { original, .. } = origin {
+                let turn = snapshot.turn().map_err(failed("open a lock"))?;
+                twin_of = Some((original, turn));
+            }
             jail.ignore_hole_punching = Some(snapshot.memory_fd);
             Some(snapshot.memory.as_fd().try_clone_to_owned().map_err(failed("duplicate a descriptor"))?)
         }
@@ -379,6 +457,12 @@ fn start(
         jail.namespaces.net = false;
         taps = Some(devices);
     }
+    if let Some(original) = twin_of {
+        let (original, turn) = original;
+        let qemu = twin(spec, original, turn, jail, inherited, stderr_end.into()).await?;
+        let (console, stderr) = (read(console, Some(log)), read(stderr, None));
+        return Ok(StartedQemu { qemu, monitor, wake, console, stderr, taps });
+    }
     let mut spawn = Spawn::new(&spec.qemu).args(args).stderr(Stdio::Fd(stderr_end.into())).jail(jail);
     if let Some(netns) = netns {
         spawn = spawn.join_netns(netns);
@@ -389,6 +473,31 @@ fn start(
     let qemu = spawn.start().map_err(LaunchError::Qemu)?;
     let (console, stderr) = (read(console, Some(log)), read(stderr, None));
     Ok(StartedQemu { qemu, monitor, wake, console, stderr, taps })
+}
+
+/// Makes the twin of the QEMU of a template. `inherited` is what another QEMU would inherit.
+async fn twin(
+    spec: &VmSpec,
+    original: &OriginalQemu,
+    turn: File,
+    jail: Jail,
+    inherited: Vec<(OwnedFd, i32)>,
+    stderr: OwnedFd,
+) -> Result<Child, LaunchError> {
+    let failed = |action| move |source| LaunchError::Host { action, source };
+    let mut replaced = vec![(stderr, vec![libc::STDERR_FILENO])];
+    for (file, number) in inherited {
+        if (fd::FIRST_TAP..fd::FIRST_VHOST).contains(&number) {
+            tap::prepare_for_guest(&file).map_err(failed("set up a tap device"))?;
+        }
+        // QEMU has opened some of the files again, and uses other numbers for them.
+        let numbers = original.numbers.get(&number);
+        replaced.push((file, numbers.cloned().unwrap_or_else(|| vec![number])));
+    }
+    let name = CString::new(format!("machinen-{}", spec.id))
+        .map_err(|error| LaunchError::Host { action: "name the process", source: error.into() })?;
+    let renamed = (argv::process_name(snapshot::ORIGINAL), argv::process_name(&spec.id));
+    Twin { replaced, name, renamed, jail, turn }.start(original.pid).await.map_err(LaunchError::Qemu)
 }
 
 fn read(source: impl tokio::io::AsyncRead + Unpin + Send + 'static, log: Option<File>) -> QemuOutput {

@@ -168,6 +168,23 @@ impl Qmp {
         Ok((qmp, event_queue))
     }
 
+    /// Continues with a monitor that is connected already, of a QEMU with this version.
+    ///
+    /// # Errors
+    /// The socket cannot be watched.
+    pub(crate) fn resume(
+        socket: std::os::unix::net::UnixStream,
+        version: QemuVersion,
+    ) -> Result<(Self, broadcast::Receiver<QmpEvent>), QmpError> {
+        socket.set_nonblocking(true).map_err(QmpError::Io)?;
+        let (reader, writer) = UnixStream::from_std(socket).map_err(QmpError::Io)?.into_split();
+        let lines = Lines { reader: BufReader::new(reader), line: Vec::new() };
+        let (commands, queue) = mpsc::channel(16);
+        let (events, event_queue) = broadcast::channel(64);
+        tokio::spawn(serve(lines, writer, queue, events));
+        Ok((Self { commands, version }, event_queue))
+    }
+
     /// The version that QEMU reported when the monitor was opened.
     pub(crate) fn version(&self) -> QemuVersion {
         self.version

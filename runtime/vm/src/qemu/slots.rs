@@ -8,6 +8,7 @@
 //! keeps the size that it has found in the template, and uses what the file system on the disk takes of it.
 
 use std::{
+    fs::File,
     io,
     os::fd::{AsFd as _, OwnedFd},
 };
@@ -70,15 +71,27 @@ impl SlotDisks {
     /// # Errors
     /// The kernel refuses.
     pub(crate) fn holes() -> Result<Self, VmError> {
-        let hole = |read_only| {
+        Self::holes_with([None, None])
+    }
+
+    /// As [`Self::holes`], but that the disks begin with the content of these files.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(crate) fn holes_with(content: [Option<&File>; SLOTS]) -> Result<Self, VmError> {
+        let hole = |read_only, content: Option<&File>| {
             let serial = "hole";
             let failed = |source| VmError::DiskFile { serial: serial.to_owned(), source };
-            let source = DiskBacking::File(memfd::sparse(SIZE).map_err(failed)?);
+            let file = memfd::sparse(SIZE).map_err(failed)?;
+            if let Some(content) = content {
+                memfd::copy_data(content, &File::from(file.try_clone().map_err(failed)?)).map_err(failed)?;
+            }
+            let source = DiskBacking::File(file);
             let (serial, reserve) = (serial.to_owned(), DiskReserve::default());
             GuardedDisk::new(DiskSpec { source, read_only, volatile: false, serial, reserve })
         };
-        let [first, second] = READ_ONLY;
-        Ok(Self { disks: [hole(first)?, hole(second)?], has_content: false })
+        let ([first, second], [base, writable]) = (READ_ONLY, content);
+        Ok(Self { disks: [hole(first, base)?, hole(second, writable)?], has_content: false })
     }
 
     /// What QEMU inherits, with the numbers.

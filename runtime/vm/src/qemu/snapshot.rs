@@ -12,10 +12,11 @@
 //! own copy.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io,
     os::{
-        fd::{AsFd as _, OwnedFd},
+        fd::{AsFd, AsRawFd as _, OwnedFd},
         unix::fs::MetadataExt as _,
     },
     path::Path,
@@ -26,7 +27,9 @@ use std::{
 use machinen_base::{
     error::{ErrorKind, HasKind},
     memfd,
+    process::Child,
 };
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -41,7 +44,7 @@ use crate::{
         argv::fd,
         launch::{LaunchOrigin, Launched, begin},
         qmp::{QemuVersion, QmpError, QmpEvent},
-        slots::SlotDisks,
+        slots::{SLOTS, SlotDisks},
     },
     wake::{self, WakeError},
 };
@@ -49,8 +52,20 @@ use crate::{
 /// The state of microvm's devices is some 60 KiB; the rest is for more disks and CPUs.
 const MAX_DEVICES: u64 = 16 << 20;
 
+/// The id of the VM of which a template is made.
+pub(crate) const ORIGINAL: &str = "template";
+
 /// QEMU reads or writes the device state in milliseconds.
 const DEADLINE: Duration = Duration::from_secs(20);
+
+/// The QEMU of a template, which stands still, and of which clones are twins.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OriginalQemu {
+    /// Its pid on the host.
+    pub pid: u32,
+    /// The numbers of its descriptors for each file that QEMU inherits, by the number under which it is inherited.
+    pub numbers: BTreeMap<i32, Vec<i32>>,
+}
 
 /// The state of a VM that waits to be woken. It can be restored any number of times.
 pub struct VmSnapshot {
@@ -62,6 +77,12 @@ pub struct VmSnapshot {
     pub memory_fd: i32,
     /// The version of QEMU that wrote the stream; no other version can read it.
     pub qemu: QemuVersion,
+    /// The QEMU that clones are twins of, or why there is none.
+    pub original: Result<OriginalQemu, String>,
+    /// The process of the original, if this one has started it. It ends with this value.
+    pub original_process: Option<Child>,
+    /// A file that is locked while a twin of the original is made. No QEMU has a descriptor of it.
+    pub turn: OwnedFd,
     /// Each clone keeps this descriptor open until it ends.
     pub in_use: Option<Arc<OwnedFd>>,
 }
@@ -159,25 +180,50 @@ impl HasKind for VmSnapshotError {
 
 impl VmSnapshot {
     /// Boots a VM until its agent waits, and saves it. Nothing of the VM runs any more when this returns.
-    /// `dir` as for [`super::Vm::launch`].
+    /// `dir` as for [`super::Vm::launch`]. With `disks`, an image and a file system to write to, the guest makes a container once.
     ///
     /// # Errors
     /// The VM does not boot, or QEMU cannot save its state.
-    pub async fn make(spec: &VmSpec, dir: &Path) -> Result<Self, VmSnapshotError> {
+    pub async fn make(
+        spec: &VmSpec,
+        dir: &Path,
+        disks: Option<&[File; SLOTS]>,
+    ) -> Result<Self, VmSnapshotError> {
         if let crate::ChannelKind::VhostUserVsock { .. } = spec.channel {
             return Err(VmSnapshotError::Channel);
         }
         let memory = memfd::sparse(u64::from(spec.memory_mib) << 20).map_err(failed("make a memfd"))?;
         let passed = memory.try_clone().map_err(failed("duplicate a descriptor"))?;
-        let disks = SlotDisks::holes().map_err(|error| VmSnapshotError::Disk(Box::new(error)))?;
+        let disks =
+            disks.map_or_else(SlotDisks::holes, |disks| SlotDisks::holes_with(disks.each_ref().map(Some)));
+        let disks = disks.map_err(|error| VmSnapshotError::Disk(Box::new(error)))?;
         let origin = LaunchOrigin::Template { memory: passed, disks: &disks };
         let mut launched = begin(spec, dir, origin).await?;
         let made = save(spec, &mut launched, &memory).await;
-        let exit = launched.end().await;
-        let (devices, memory_fd, qemu) = made.map_err(|error| error.with_exit(&exit))?;
+        let (made, original) = match made {
+            Ok(saved) if spec.twins => {
+                let original = launched.stand_still(spec, &memory, saved.1, &disks).await;
+                (Ok(saved), original.map_err(|error| error.to_string()))
+            }
+            made => {
+                let exit = launched.end().await;
+                (made.map_err(|error| error.with_exit(&exit)), Err("its accelerator has none".to_owned()))
+            }
+        };
+        let (devices, memory_fd, qemu) = made?;
         // A memfd can be sealed only when no writable mapping of it is left.
         memfd::seal(&memory).map_err(failed("seal a memfd"))?;
-        Ok(Self { memory, devices, memory_fd, qemu, in_use: None })
+        let (original, original_process) = match original {
+            Ok((original, process)) => (Ok(original), Some(process)),
+            Err(error) => (Err(error), None),
+        };
+        let turn = memfd::sparse(0).map_err(failed("make a memfd"))?;
+        Ok(Self { memory, devices, memory_fd, qemu, original, original_process, turn, in_use: None })
+    }
+
+    /// A descriptor of the file that is locked while a twin is made, with locks of its own.
+    pub(crate) fn turn(&self) -> io::Result<File> {
+        File::open(format!("/proc/self/fd/{}", self.turn.as_raw_fd()))
     }
 
     /// # Errors
@@ -245,6 +291,12 @@ pub(crate) async fn restore(launched: &mut Launched, snapshot: &VmSnapshot) -> R
     if !matches!(written, Ok(Ok(()))) || !migration_ended(&mut launched.events).await {
         return Err(VmSnapshotError::Failed { action: "restore", ended: String::new() });
     }
+    proceed(launched).await
+}
+
+/// Wakes the agent and lets the guest run.
+pub(crate) async fn proceed(launched: &mut Launched) -> Result<(), VmSnapshotError> {
+    let refused = |source| VmSnapshotError::Qmp { action: "restore", source };
     let wake = launched.wake();
     wake::wake(launched.wake_port(), wake).await.map_err(VmSnapshotError::Stream)?;
     launched.qmp.execute("cont", json!({})).await.map_err(refused)?;
@@ -276,23 +328,24 @@ async fn migration_ended(events: &mut broadcast::Receiver<QmpEvent>) -> bool {
 
 /// The number of the descriptor that QEMU has opened for the memory, not the one that it inherited.
 fn number_of(pid: u32, memory: &OwnedFd) -> Result<i32, VmSnapshotError> {
-    let look = || -> io::Result<Option<i32>> {
-        let wanted = File::from(memory.as_fd().try_clone_to_owned()?).metadata()?;
-        for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
-            let entry = entry?;
-            let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
-            // A descriptor that was closed meanwhile is a different one.
-            let Ok(file) = std::fs::metadata(entry.path()) else { continue };
-            if let Some(number) = number
-                && number != fd::MEMORY
-                && (file.dev(), file.ino()) == (wanted.dev(), wanted.ino())
-            {
-                return Ok(Some(number));
-            }
+    let numbers = numbers_of(pid, memory).map_err(failed("find QEMU's descriptor"))?;
+    numbers.into_iter().find(|number| *number != fd::MEMORY).ok_or(VmSnapshotError::Number)
+}
+
+/// The numbers of QEMU's descriptors that lead to `file`.
+pub(crate) fn numbers_of(pid: u32, file: &impl AsFd) -> io::Result<Vec<i32>> {
+    let wanted = File::from(file.as_fd().try_clone_to_owned()?).metadata()?;
+    let mut numbers = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let entry = entry?;
+        let number: Option<i32> = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        // A descriptor that was closed meanwhile is a different one.
+        let Ok(file) = std::fs::metadata(entry.path()) else { continue };
+        if (file.dev(), file.ino()) == (wanted.dev(), wanted.ino()) {
+            numbers.extend(number);
         }
-        Ok(None)
-    };
-    look().map_err(failed("find QEMU's descriptor"))?.ok_or(VmSnapshotError::Number)
+    }
+    Ok(numbers)
 }
 
 impl VmSnapshotError {

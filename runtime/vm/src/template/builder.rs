@@ -16,7 +16,7 @@ use machinen_base::{
     error::chain,
     fs::{FileError, remove_dir_if_exists, remove_if_exists},
     memfd,
-    process::{Spawn, Stdio},
+    process::{self, Child, Spawn, Stdio},
     reexec::EntryPoint,
     sys::inherit,
 };
@@ -28,13 +28,19 @@ use super::{
     pages,
     store::{self, FoundTemplate, ReadyTemplate, TemplateStore},
 };
-use crate::{VmSnapshot, VmSpec};
+use crate::{
+    VmSnapshot, VmSpec,
+    qemu::{slots::SLOTS, snapshot},
+};
 
 /// The process that builds a template; a [`BuildRequest`] is its stdin, as JSON.
 pub(super) const ENTRY_POINT: EntryPoint = EntryPoint { name: "template-builder", main: |_| main() };
 
 /// Added to the niceness: no start waits for a template, and containers are being started meanwhile.
 const NICE: i32 = 10;
+
+/// The number of the first of the disks that a builder inherits.
+const FIRST_DISK: i32 = 7;
 
 /// The input of a builder.
 #[derive(Debug, Serialize, Deserialize)]
@@ -44,7 +50,12 @@ struct BuildRequest {
     spec: VmSpec,
     /// Directories of the cgroups that the builder moves to.
     cgroups: Vec<PathBuf>,
+    /// Whether the builder has inherited disks of which the guest makes a container once.
+    has_disks: bool,
 }
+
+/// Disks of which the guest of a template makes a container once: an image, and a file system to write to.
+pub type RehearsalDisks = [File; SLOTS];
 
 impl TemplateStore {
     /// Starts the build of a template in the background, by a process that outlives this one, in the cgroups with the
@@ -52,8 +63,14 @@ impl TemplateStore {
     ///
     /// # Errors
     /// The builder cannot be started.
-    pub fn request(&self, spec: &VmSpec, budget_mib: u64, cgroups: &[PathBuf]) -> Result<(), TemplateError> {
-        self.start_builder(spec, budget_mib, cgroups).map(drop)
+    pub fn request(
+        &self,
+        spec: &VmSpec,
+        budget_mib: u64,
+        cgroups: &[PathBuf],
+        disks: Option<RehearsalDisks>,
+    ) -> Result<(), TemplateError> {
+        self.start_builder(spec, budget_mib, cgroups, disks).map(drop)
     }
 
     fn start_builder(
@@ -61,20 +78,24 @@ impl TemplateStore {
         spec: &VmSpec,
         budget_mib: u64,
         cgroups: &[PathBuf],
+        disks: Option<RehearsalDisks>,
     ) -> Result<io::PipeReader, TemplateError> {
         let (dir, cgroups) = (self.dir().to_owned(), cgroups.to_vec());
-        let request = BuildRequest { dir, budget_mib, spec: spec.clone(), cgroups };
+        let request =
+            BuildRequest { dir, budget_mib, spec: spec.clone(), cgroups, has_disks: disks.is_some() };
         let request = serde_json::to_vec(&request).map_err(TemplateError::Encode)?;
         let memory = |source| TemplateError::Memory { action: "pass on a request", source };
         let stdin = memfd::holding(&request).map_err(memory)?;
         let (reader, writer) = io::pipe().map_err(memory)?;
-        ENTRY_POINT
+        let mut spawn = ENTRY_POINT
             .spawn()
             .dir("/")
             .stdin(Stdio::Fd(reopened(&stdin).map_err(memory)?))
-            .fd(writer.into(), holder::REPORT)
-            .detach()
-            .map_err(TemplateError::Builder)?;
+            .fd(writer.into(), holder::REPORT);
+        for (disk, number) in disks.into_iter().flatten().zip(FIRST_DISK..) {
+            spawn = spawn.fd(disk.into(), number);
+        }
+        spawn.detach().map_err(TemplateError::Builder)?;
         Ok(reader)
     }
 }
@@ -93,6 +114,7 @@ pub fn build(
     templates: &TemplateStore,
     spec: &VmSpec,
     budget_mib: u64,
+    disks: Option<RehearsalDisks>,
     progress: &mut dyn FnMut(String),
 ) -> Result<ReadyTemplate, TemplateError> {
     let shape = TemplateShape::of(spec)?.ok_or(TemplateError::Vm(crate::VmSnapshotError::Channel))?;
@@ -104,7 +126,7 @@ pub fn build(
         FoundTemplate::Building => return Err(TemplateError::Building),
         FoundTemplate::Absent | FoundTemplate::Failed(_) => {}
     }
-    let report = templates.start_builder(spec, budget_mib, &[])?;
+    let report = templates.start_builder(spec, budget_mib, &[], disks)?;
     for line in BufReader::new(report).lines() {
         let line = line
             .map_err(|source| TemplateError::Memory { action: "read the progress of the builder", source })?;
@@ -134,7 +156,10 @@ fn main() -> ExitCode {
 
 /// Builds the template, and replaces this process by the template's holder.
 fn run(request: BuildRequest, report: &File) -> Result<Infallible, TemplateError> {
-    let BuildRequest { dir, budget_mib, mut spec, cgroups } = request;
+    let BuildRequest { dir, budget_mib, mut spec, cgroups, has_disks } = request;
+    let disks = has_disks.then(inherited_disks).transpose();
+    let disks =
+        disks.map_err(|source| TemplateError::Memory { action: "take the inherited disks", source })?;
     cgroup::enter(&cgroups, std::process::id())?;
     if let Err(error) = rustix::process::nice(NICE) {
         tracing::debug!("cannot lower the priority: {error}");
@@ -148,8 +173,8 @@ fn run(request: BuildRequest, report: &File) -> Result<Infallible, TemplateError
         std::process::exit(0);
     };
     spec.keep_console = false;
-    "template".clone_into(&mut spec.id);
-    let built = make(&templates, &shape, &spec, budget_mib, report);
+    snapshot::ORIGINAL.clone_into(&mut spec.id);
+    let built = make(&templates, &shape, &spec, budget_mib, disks, report);
     let spawn = match built {
         Ok(snapshot) => hold(&templates, &key, snapshot, lock, report),
         Err(error) => Err(error),
@@ -162,12 +187,17 @@ fn run(request: BuildRequest, report: &File) -> Result<Infallible, TemplateError
     Err(error)
 }
 
+fn inherited_disks() -> io::Result<RehearsalDisks> {
+    Ok([inherit::take(FIRST_DISK)?.into(), inherit::take(FIRST_DISK + 1)?.into()])
+}
+
 /// Boots and saves the VM, and writes the manifest under a name that is not read yet.
 fn make(
     templates: &TemplateStore,
     shape: &TemplateShape,
     spec: &VmSpec,
     budget_mib: u64,
+    disks: Option<RehearsalDisks>,
     report: &File,
 ) -> Result<VmSnapshot, TemplateError> {
     let names = templates.names(&shape.key());
@@ -180,23 +210,27 @@ fn make(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime =
         runtime.map_err(|source| TemplateError::Memory { action: "start an event loop", source })?;
-    let snapshot = runtime.block_on(VmSnapshot::make(spec, &names.vm()));
+    let snapshot = runtime.block_on(VmSnapshot::make(spec, &names.vm(), disks.as_ref()));
     remove_dir_if_exists(&names.vm()).map_err(FileError::at("remove", names.vm()))?;
     let snapshot = snapshot?;
     let memory = |source| TemplateError::Memory { action: "read the memory", source };
     let file = File::from(snapshot.memory.as_fd().try_clone_to_owned().map_err(memory)?);
     let allocated = pages::allocated(&file).map_err(memory)?;
-    send_line(report, &format!("saved, {} MiB of memory", allocated >> 20));
-    templates.make_room(allocated, budget_mib)?;
+    let original_memory = snapshot.original.as_ref().map_or(0, |original| process::tree_pss(original.pid));
+    let taken = allocated + original_memory;
+    send_line(report, &format!("saved, {} MiB of memory", taken >> 20));
+    templates.make_room(taken, budget_mib)?;
     let manifest = TemplateManifest {
         version: VERSION,
         shape: shape.clone(),
         pid: std::process::id(),
         qemu: snapshot.qemu,
         memory_fd: snapshot.memory_fd,
+        original: snapshot.original.clone(),
         memory_mib: spec.memory_mib,
         vcpus: spec.vcpus,
         allocated,
+        original_memory,
         devices: snapshot.devices.len() as u64,
         sha256: hash::digest(&file, &snapshot.devices).map_err(memory)?,
         created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
@@ -217,9 +251,14 @@ fn hold(
     let memory = |source| TemplateError::Memory { action: "pass on the memory", source };
     let devices = memfd::holding(&snapshot.devices).map_err(memory)?;
     let report = report.try_clone().map_err(memory)?;
+    // The holder is the same process, and its parent therefore.
+    snapshot.original_process.map(Child::release);
+    let original = snapshot.original.as_ref().ok();
+    let original = original.map(|original| [original.pid.to_string(), snapshot.memory_fd.to_string()]);
     Ok(holder::ENTRY_POINT
         .spawn()
         .args([templates.dir().as_os_str(), key.as_ref()])
+        .args(original.into_iter().flatten())
         .dir("/")
         .fd(snapshot.memory, holder::MEMORY)
         .fd(devices, holder::DEVICES)

@@ -20,7 +20,12 @@ use std::{
     process::ExitCode,
 };
 
-use machinen_base::{fs::remove_if_exists, reexec::EntryPoint, sys::inherit};
+use machinen_base::{
+    fs::{lock, remove_if_exists},
+    process::{self, ignore_children},
+    reexec::EntryPoint,
+    sys::inherit,
+};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::stat::Mode,
@@ -29,7 +34,8 @@ use nix::{
 
 use super::{builder, pages, store};
 
-/// The process that holds a template; the directory of templates and the key are its arguments.
+/// The process that holds a template; its arguments are the directory of templates, the key, and if there is one the pid of the
+/// QEMU that clones are twins of, with the number under which that has opened the memory.
 pub(super) const ENTRY_POINT: EntryPoint = EntryPoint { name: "template-holder", main };
 
 /// Numbers of the descriptors that the holder keeps open.
@@ -40,7 +46,14 @@ pub(super) const LOCK: i32 = 5;
 pub(super) const REPORT: i32 = 6;
 
 fn main(args: Vec<String>) -> ExitCode {
-    let [dir, key] = &args[..] else { return ExitCode::from(2) };
+    let (dir, key, original) = match &args[..] {
+        [dir, key] => (dir, key, None),
+        [dir, key, pid, number] => match (pid.parse(), number.parse()) {
+            (Ok(pid), Ok(number)) => (dir, key, Some(Original { pid, number })),
+            _ => return ExitCode::from(2),
+        },
+        _ => return ExitCode::from(2),
+    };
     let names = store::TemplatePaths::new(Path::new(dir), key);
     let published = publish(&names);
     // Dropping `report` closes the pipe, which ends the wait.
@@ -51,21 +64,47 @@ fn main(args: Vec<String>) -> ExitCode {
         }
     }
     // Only an error ends the holder, and the template with it. The next start then has another one built.
-    drop(published.map(|(memory, users)| keep(memory, users, &names)));
+    drop(published.map(|(memory, users)| keep(memory, users, original, &names)));
     ExitCode::FAILURE
 }
 
-/// Replaces the memory by a compact copy if it has grown, each time that the last clone has ended.
-fn keep(mut memory: OwnedFd, mut users: File, names: &store::TemplatePaths) -> io::Result<()> {
+/// The QEMU that clones are twins of, a child of this process.
+struct Original {
+    pid: u32,
+    /// The number under which it has opened the memory.
+    number: i32,
+}
+
+/// Replaces the memory by a compact copy if it has grown, each time that the last clone has ended. Ends when the original does.
+fn keep(
+    mut memory: OwnedFd,
+    mut users: File,
+    original: Option<Original>,
+    names: &store::TemplatePaths,
+) -> io::Result<()> {
+    // Twins are children of this process, too, and have keepers that learn how they end.
+    ignore_children()?;
+    let end = original.as_ref().map(|original| process::watch_end(original.pid)).transpose()?;
     let built = pages::allocated(&File::from(memory.try_clone()?))?;
     loop {
-        poll(&mut [PollFd::new(users.as_fd(), PollFlags::empty())], PollTimeout::NONE)?;
+        let mut events = vec![PollFd::new(users.as_fd(), PollFlags::empty())];
+        events.extend(end.as_ref().map(|end| PollFd::new(end.as_fd(), PollFlags::POLLIN)));
+        poll(&mut events, PollTimeout::NONE)?;
+        if events.get(1).and_then(PollFd::any) == Some(true) {
+            return Err(io::Error::other("the template's QEMU has ended"));
+        }
         // The fifo is opened again: a reader that has seen the last writer close it sees no further event.
         users = watch(names)?;
         let grown = File::from(memory.try_clone()?);
         if pages::allocated(&grown)? > 2 * built
             && let Ok(copy) = pages::copy(&grown)
         {
+            if let Some(Original { pid, number }) = original {
+                // No twin is made meanwhile.
+                let turn = File::options().append(true).create(true).mode(0o600).open(names.turn())?;
+                lock(&turn)?;
+                process::prepare_for_twins(pid, &copy, number)?;
+            }
             // The copy gets the descriptor number under which clones find the memory. If the host has no
             // memory for a copy, the old one is kept.
             rustix::io::dup2(&copy, &mut memory)?;

@@ -29,7 +29,7 @@ mod store;
 
 use machinen_base::reexec::EntryPoint;
 
-pub use builder::build;
+pub use builder::{RehearsalDisks, build};
 pub use error::TemplateError;
 pub use manifest::TemplateManifest;
 pub use shape::TemplateShape;

@@ -153,6 +153,7 @@ mod tests {
             channel: ChannelKind::Serial,
             nics: 1,
             vhost_nics: 0,
+            twins: false,
             hostname: "one".into(),
             boot_timeout: std::time::Duration::from_secs(1),
             qemu_files: Vec::new(),

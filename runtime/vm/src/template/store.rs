@@ -6,6 +6,7 @@
 //!   KEY.used     a fifo that the owner of each clone has open for writing: its end shows that no clone is left
 //!   KEY.failed   why the last attempt to build failed
 //!   KEY.lost     a byte for each clone that was lost since one has worked
+//!   KEY.turn     is locked by the process that makes a clone of the template's QEMU
 //!   KEY.vm/      while the template's VM runs
 //! ```
 
@@ -25,7 +26,7 @@ use machinen_base::{
         try_lock_shared,
     },
     memfd,
-    process::kill_foreign,
+    process::{kill_foreign, parent_of},
 };
 
 use super::{
@@ -91,10 +92,8 @@ impl ListedTemplate {
     fn taken(&self) -> u64 {
         let memory = format!("/proc/{}/fd/{}", self.manifest.pid, holder::MEMORY);
         let now = fs::metadata(memory).map_or(0, |memory| memory.blocks() * 512);
-        now.clamp(
-            self.manifest.allocated,
-            (u64::from(self.manifest.memory_mib) << 20).max(self.manifest.allocated),
-        )
+        let most = (u64::from(self.manifest.memory_mib) << 20).max(self.manifest.allocated);
+        now.clamp(self.manifest.allocated, most) + self.manifest.original_memory
     }
 }
 
@@ -131,6 +130,10 @@ impl TemplatePaths {
 
     fn lost(&self) -> PathBuf {
         self.base.with_extension("lost")
+    }
+
+    pub(super) fn turn(&self) -> PathBuf {
+        self.base.with_extension("turn")
     }
 
     pub(super) fn vm(&self) -> PathBuf {
@@ -263,7 +266,8 @@ impl TemplateStore {
             kill_foreign(pid, || holder::find(&self.dir, key) == Some(pid), END_DEADLINE)
                 .map_err(FileError::at("end the holder of", names.manifest()))?;
         }
-        let files = [names.manifest(), names.unpublished(), names.used(), names.failed(), names.lost()];
+        let files =
+            [names.manifest(), names.unpublished(), names.used(), names.failed(), names.lost(), names.turn()];
         for path in files.into_iter().chain([names.lock()]) {
             remove_if_exists(&path).map_err(FileError::at("remove", path))?;
         }
@@ -456,11 +460,19 @@ fn open(manifest: TemplateManifest, names: &TemplatePaths) -> io::Result<ReadyTe
     if devices.len() as u64 != manifest.devices {
         return Err(io::Error::other("the holder's device state is of another size"));
     }
+    // Another process may have got its pid, until its holder has noticed that it has ended.
+    let original = manifest.original.clone().and_then(|original| match parent_of(original.pid) {
+        Some(parent) if parent == manifest.pid => Ok(original),
+        _ => Err("it has ended".to_owned()),
+    });
     let snapshot = VmSnapshot {
         memory: memory.into(),
         devices,
         memory_fd: manifest.memory_fd,
         qemu: manifest.qemu,
+        original,
+        original_process: None,
+        turn: File::options().append(true).create(true).mode(0o600).open(names.turn())?.into(),
         in_use: Some(Arc::new(used.into())),
     };
     Ok(ReadyTemplate { manifest, snapshot })

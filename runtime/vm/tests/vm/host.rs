@@ -52,6 +52,7 @@ impl Host {
             kernel: asset("vmlinux"),
             image: asset("guest.img"),
             kernel_args: String::new(),
+            twins: matches!(accel, accel::Accelerator::Tcg { .. }) && channel == ChannelKind::Serial,
             channel,
             nics: 1,
             vhost_nics: 0,

@@ -152,6 +152,7 @@ fn running() -> VmSpec {
         channel: ChannelKind::Serial,
         nics: 1,
         vhost_nics: 0,
+        twins: false,
         hostname: "pod".into(),
         boot_timeout: std::time::Duration::from_secs(1),
         qemu_files: Vec::new(),

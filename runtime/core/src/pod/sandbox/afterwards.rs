@@ -1,9 +1,10 @@
 //! What is left to do for later starts when a container runs, so that it does not delay this start.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
 use machinen_base::error::chain;
 use machinen_vm::{VmSpec, template::TemplateStore};
+use tokio::task::spawn_blocking;
 
 use super::{Sandbox, SandboxState};
 use crate::{
@@ -50,7 +51,19 @@ impl Sandbox {
             }
             Afterwards::BuildTemplate(spec) => {
                 let TemplateConfig { dir, budget_mib, .. } = &self.settings.config.template;
-                if let Err(error) = TemplateStore::at(dir).request(&spec, *budget_mib, home) {
+                let config = Arc::clone(&self.settings.config);
+                let disks = match spawn_blocking(move || pool::warm_up::disks(&config)).await {
+                    Ok(Ok(disks)) => Some(disks),
+                    Ok(Err(error)) => {
+                        tracing::warn!("a template is built without a container: {}", chain(&error));
+                        None
+                    }
+                    Err(error) => {
+                        tracing::warn!("a template is built without a container: {error}");
+                        None
+                    }
+                };
+                if let Err(error) = TemplateStore::at(dir).request(&spec, *budget_mib, home, disks) {
                     tracing::warn!("{}", chain(&error));
                 }
             }

@@ -6,10 +6,11 @@ use std::{fs::File, io, num::NonZero, path::Path, thread, time::Duration};
 use machinen_base::{
     fs::{FileError, hex},
     owner,
+    process::twins_are_possible,
     sys::tap,
 };
 use machinen_vm::{
-    HostSupport, TRANSLATED_CODE_MIB, VmSpec,
+    ChannelKind, HostSupport, TRANSLATED_CODE_MIB, VmSpec,
     accel::{self, AccelError, AccelMode, Accelerator},
     admission::HostMemory,
     assets::Assets,
@@ -71,6 +72,9 @@ pub(super) fn build(
         AccelMode::Auto | AccelMode::Kvm | AccelMode::Tcg => (assets.kernel.clone(), String::new()),
     };
     let nics = if tap::is_usable() { config.vm.network_devices } else { 0 };
+    let channel =
+        choose_channel(config.vm.channel, accel, &HostSupport::detect(&config.vm.vhost_device_vsock));
+    let can_have_twins = matches!(accel, Accelerator::Tcg { .. }) && channel == ChannelKind::Serial;
     Ok(VmSpec {
         id: name.to_owned(),
         qemu: config.vm.qemu.clone(),
@@ -89,13 +93,10 @@ pub(super) fn build(
         kernel_digest,
         image: assets.image.clone(),
         kernel_args: config.vm.all_kernel_args(),
-        channel: choose_channel(
-            config.vm.channel,
-            accel,
-            &HostSupport::detect(&config.vm.vhost_device_vsock),
-        ),
+        channel,
         nics,
         vhost_nics: vhost_nics(config.vm.vhost_net_devices, accel, nics, try_vhost),
+        twins: config.template.twins && can_have_twins && twins_are_possible(),
         hostname: name.chars().filter(char::is_ascii).take(MAX_HOSTNAME).collect(),
         boot_timeout: Duration::from_secs(config.vm.boot_timeout_s),
         qemu_files: config.vm.qemu_files.clone(),
