@@ -4,7 +4,10 @@
 use std::{fs, time::Duration};
 
 use anyhow::{Context, Result};
-use machinen_integration::{containerd::Containerd, inventory::Process};
+use machinen_integration::{
+    containerd::Containerd,
+    inventory::{self, Process},
+};
 
 use crate::{cpu, footprint::field, report::Report};
 
@@ -107,5 +110,13 @@ pub(crate) fn template_kib(holder: u32) -> Result<u64> {
     use std::os::unix::fs::MetadataExt as _;
     let path = format!("/proc/{holder}/fd/3");
     let memory = fs::metadata(&path).with_context(|| format!("cannot look at {path}"))?;
-    Ok(memory.blocks() / 2)
+    // Its QEMU, where clones are twins of it, is the holder's child.
+    let all = inventory::descendants(holder)?;
+    let qemu = all.iter().filter(|process| process.parent == holder && process.command.contains("microvm"));
+    let stands = |process: &&Process| {
+        fs::read_to_string(format!("/proc/{}/stat", process.pid)).is_ok_and(|stat| stat.contains(") T "))
+    };
+    let qemu =
+        qemu.filter(stands).map(|process| field(process, "smaps_rollup", "Pss:")).sum::<Result<u64>>()?;
+    Ok(memory.blocks() / 2 + qemu)
 }

@@ -16,6 +16,7 @@ mod fork;
 mod network;
 mod oci;
 mod parallel;
+mod pods;
 mod ready;
 mod report;
 mod start;
@@ -72,6 +73,8 @@ enum Part {
     Volumes,
     /// The OCI command line
     Oci,
+    /// Pods by containerd's CRI plugin
+    Pods,
 }
 
 /// Rounds of the slow measurements.
@@ -186,6 +189,9 @@ fn measure(containerd: &Containerd, image: &str, args: &Args) -> Result<Report> 
     }
     if wanted(Part::Oci) {
         oci::measure(containerd, &bench.cache, args.rounds.min(FEW), &mut report)?;
+    }
+    if wanted(Part::Pods) {
+        pods::measure(args.rounds.min(FEW), &mut report)?;
     }
     // Last: it leaves many containers.
     if wanted(Part::Starts) {
