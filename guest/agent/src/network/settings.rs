@@ -1,4 +1,4 @@
-//! Settings of the containers' network namespace below /proc/sys/net, which somebody has changed on the host.
+//! Settings of the containers' network namespace below /proc/sys/net, which have been changed on the host.
 
 use std::{collections::HashMap, fs, io, path::Path};
 

@@ -156,7 +156,7 @@ fn is_full_after(seen: &Seen<'_>, name: &str, mib: u64) -> Result<()> {
     Ok(())
 }
 
-/// kubelet opens the part, and binds that to a place of its own, so that nobody can exchange it.
+/// kubelet opens the part, and binds that to a place of its own, so that it cannot be exchanged.
 fn sub_path(mounts: &mut Mounts, dir: &Path) -> Result<PathBuf> {
     let (part, bound) = (dir.join("volume/part"), dir.join("volume-subpaths/0"));
     fs::create_dir_all(&part)?;

@@ -142,7 +142,7 @@ impl PodNamespace {
         self.namespace.try_clone().map_err(NetworkError::Enter)
     }
 
-    /// Does what [`Self::refresh`] does, and also returns the settings of the namespace that somebody has changed. A namespace
+    /// Does what [`Self::refresh`] does, and also returns the settings of the namespace that have been changed. A namespace
     /// without interfaces is not examined for them.
     pub(super) fn reread(&mut self, what: Reread) -> Result<(Vec<(u32, Interface)>, Settings), NetworkError> {
         let connected = self.refresh()?;

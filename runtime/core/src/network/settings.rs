@@ -1,8 +1,8 @@
-//! Settings of a network namespace (sysctls below /proc/sys/net) that somebody has changed there, as the CNI's plugin
+//! Settings of a network namespace (sysctls below /proc/sys/net) that have been changed there, as the CNI's plugin
 //! `tuning` does. The guest gets them.
 //!
 //! The kernel reports no change of a setting, so they are read when a container is created or started. Which of them were
-//! changed is known by comparison with a namespace that nobody else has had. Settings of single interfaces (`conf`, `neigh`)
+//! changed is known by comparison with a namespace that has had no other user. Settings of single interfaces (`conf`, `neigh`)
 //! are not among them: the guest's interfaces have their own.
 
 use std::{
