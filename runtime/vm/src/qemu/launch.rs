@@ -1,7 +1,6 @@
 //! Starts QEMU: makes everything that QEMU inherits, and removes it again if QEMU does not answer.
 
 use std::{
-    ffi::CString,
     fs::File,
     io,
     os::{
@@ -15,7 +14,7 @@ use std::{
 use machinen_base::{
     error::{ErrorKind, HasKind, chain},
     fs::{FileError, create_private_dir},
-    process::{Child, Jail, ProcessError, ReservedUser, Spawn, Stdio, Twin, prepare_for_twins},
+    process::{Child, ProcessError, ReservedUser, Spawn, Stdio, prepare_for_twins},
 };
 use machinen_protocol::preamble::Wake;
 use tokio::{
@@ -38,6 +37,7 @@ use crate::{
         qmp::{Qmp, QmpError, QmpEvent},
         slots::{self, SlotDisks},
         snapshot::{self, OriginalQemu, VmSnapshot, VmSnapshotError},
+        twin,
     },
     spec::VmSpec,
     tap::{self, TapDevices},
@@ -459,7 +459,7 @@ async fn start(
     }
     if let Some(original) = twin_of {
         let (original, turn) = original;
-        let qemu = twin(spec, original, turn, jail, inherited, stderr_end.into()).await?;
+        let qemu = twin::make(spec, original, turn, jail, inherited, stderr_end.into()).await?;
         let (console, stderr) = (read(console, Some(log)), read(stderr, None));
         return Ok(StartedQemu { qemu, monitor, wake, console, stderr, taps });
     }
@@ -473,31 +473,6 @@ async fn start(
     let qemu = spawn.start().map_err(LaunchError::Qemu)?;
     let (console, stderr) = (read(console, Some(log)), read(stderr, None));
     Ok(StartedQemu { qemu, monitor, wake, console, stderr, taps })
-}
-
-/// Makes the twin of the QEMU of a template. `inherited` is what another QEMU would inherit.
-async fn twin(
-    spec: &VmSpec,
-    original: &OriginalQemu,
-    turn: File,
-    jail: Jail,
-    inherited: Vec<(OwnedFd, i32)>,
-    stderr: OwnedFd,
-) -> Result<Child, LaunchError> {
-    let failed = |action| move |source| LaunchError::Host { action, source };
-    let mut replaced = vec![(stderr, vec![libc::STDERR_FILENO])];
-    for (file, number) in inherited {
-        if (fd::FIRST_TAP..fd::FIRST_VHOST).contains(&number) {
-            tap::prepare_for_guest(&file).map_err(failed("set up a tap device"))?;
-        }
-        // QEMU has opened some of the files again, and uses other numbers for them.
-        let numbers = original.numbers.get(&number);
-        replaced.push((file, numbers.cloned().unwrap_or_else(|| vec![number])));
-    }
-    let name = CString::new(format!("machinen-{}", spec.id))
-        .map_err(|error| LaunchError::Host { action: "name the process", source: error.into() })?;
-    let renamed = (argv::process_name(snapshot::ORIGINAL), argv::process_name(&spec.id));
-    Twin { replaced, name, renamed, jail, turn }.start(original.pid).await.map_err(LaunchError::Qemu)
 }
 
 fn read(source: impl tokio::io::AsyncRead + Unpin + Send + 'static, log: Option<File>) -> QemuOutput {

@@ -11,4 +11,5 @@ pub(crate) mod qmp;
 pub(crate) mod slots;
 pub(crate) mod snapshot;
 mod syscalls;
+mod twin;
 pub(crate) mod version;
