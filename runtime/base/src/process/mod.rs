@@ -25,7 +25,7 @@ pub use jail::{Jail, JailFiles, Namespaces, ResourceLimits, RunAs, probe};
 pub use memory::{descendants, is_own_twin, parent_of, tree_pss};
 pub use spawn::{Spawn, Stdio, ToolOutput};
 pub use tool::{find_program, run};
-pub use twin::{Twin, prepare_for_twins, twins_are_possible};
+pub use twin::{Twin, TwinOriginal, add_forker, prepare_for_twins, twins_are_possible};
 pub use user::ReservedUser;
 
 /// Why a child process could not do its work.

@@ -5,13 +5,16 @@
 //! translated code, need not do that again.
 //!
 //! ```text
-//!   original       its threads are stopped; the first one is made to call clone(2); then they go on
+//!   original       stands still for good (SIGSTOP); a thread of it, which was made for this, is made to call clone(2)
 //!   twin           descriptors are replaced; the jail of a twin closes; the other threads are made, each with the registers of
 //!                  its original; all threads go on
 //! ```
 //! This is done from outside, by ptrace(2), so the program need not know. What a process shares with its twin after fork(2), such
 //! as sockets, the counters of eventfds and the flags of open files, is replaced, or the two could disturb each other: a twin that
 //! would share a descriptor of anything but /dev/null is not made.
+//!
+//! None of the original's own threads is changed for that. So if the process that makes a twin is killed, the original stands as
+//! before, the half-made twin is killed by the kernel, and another process can make the next one.
 //!
 //! The original has no part in the life of a twin. A thread of this process traces the first thread of the twin for as long as the
 //! twin lives: it learns how the twin ends, and the kernel kills the twin if this process ends first (PTRACE_O_EXITKILL).
@@ -58,8 +61,17 @@ pub struct Twin {
     /// What the twin may use and call, in addition to what its original may not. Of namespaces only that of pids can be of its
     /// own, files are those of the original, and of capabilities it keeps none or those of the original.
     pub jail: Jail,
-    /// A file that is locked while the original stands, so that two processes do not stop it at once.
+    /// A file that is locked while the twin is made, so that two processes do not trace the original at once.
     pub turn: File,
+}
+
+/// A process that stands still for good, of which twins are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TwinOriginal {
+    /// Its pid.
+    pub pid: u32,
+    /// The id of its thread that twins fork from, from [`add_forker`].
+    pub forker: u32,
 }
 
 /// Flags of the threads that the C library makes (pthread_create(3)).
@@ -72,9 +84,26 @@ const THREAD: i32 = libc::CLONE_VM
     | libc::CLONE_SETTLS
     | libc::CLONE_PARENT_SETTID
     | libc::CLONE_CHILD_CLEARTID;
+/// Flags of the thread that twins fork from, which never runs.
+const FORKER: i32 = libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SYSVSEM
+    | libc::CLONE_CHILD_CLEARTID;
 /// Flags of the twin's first thread. Its parent is that of the original, which need not know it.
 const PROCESS: i32 =
     libc::CLONE_PARENT | libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD;
+
+/// What a traced thread needs to be told of for its calls.
+const TRACED: Options =
+    Options::PTRACE_O_TRACESYSGOOD.union(Options::PTRACE_O_TRACECLONE).union(Options::PTRACE_O_TRACEFORK);
+/// What the forking thread executes: a call of the kernel (`syscall`), and then an instruction that ends the process (`ud2`), in
+/// case that a twin is left alone before it is told where to go on.
+const CALL: [u8; 4] = [0x0f, 0x05, 0x0f, 0x0b];
+/// The size of a page of memory, bytes, and of what is mapped for [`CALL`].
+const PAGE: u64 = 4096;
 
 /// Whether this process may make twins: it is root of the host, and the kernel lets processes be traced and be given
 /// descriptors.
@@ -96,7 +125,7 @@ pub fn twins_are_possible() -> bool {
 /// # Errors
 /// As for [`Twin::start`].
 pub fn prepare_for_twins(pid: u32, file: &OwnedFd, number: i32) -> io::Result<()> {
-    let original = Original::stop(pid)?;
+    let original = Original::stop(pid, TRACED | Options::PTRACE_O_EXITKILL)?;
     let memory = Memory::of(original.pid)?;
     let scratch = Scratch::map(original.first, original.syscall, &memory)?;
     let call = |number, arguments| original.first.call(original.syscall, number, arguments);
@@ -124,6 +153,32 @@ pub fn prepare_for_twins(pid: u32, file: &OwnedFd, number: i32) -> io::Result<()
     scratch.unmap()
 }
 
+/// Gives a process, which stands still for good by SIGSTOP, the thread that its twins fork from.
+///
+/// # Errors
+/// As for [`Twin::start`].
+pub fn add_forker(pid: u32) -> io::Result<TwinOriginal> {
+    let original = Original::stop(pid, TRACED | Options::PTRACE_O_EXITKILL)?;
+    let call = |number, arguments| original.first.call(original.syscall, number, arguments);
+    let (writable, executable) = (libc::PROT_READ | libc::PROT_WRITE, libc::PROT_READ | libc::PROT_EXEC);
+    let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let code = call(libc::SYS_mmap, [0, PAGE, writable as u64, kind as u64, u64::MAX, 0])?;
+    let memory = Memory::of(original.pid)?;
+    memory.write(code, &CALL)?;
+    call(libc::SYS_mprotect, [code, PAGE, executable as u64, 0, 0, 0])?;
+    // Below what the calling convention leaves to functions that call no other (the System V ABI's red zone).
+    let place = (original.states[0].registers.rsp - PAGE) & !0xf;
+    call(libc::SYS_prctl, [libc::PR_GET_TID_ADDRESS as u64, place, 0, 0, 0, 0])?;
+    // Twins learn from it where the C library has the id of the first thread.
+    let tid = memory.read_number(place)?;
+    let arguments = [FORKER as u64, 0, 0, tid, 0, 0];
+    let forker = original.first.call_for_thread(original.syscall, libc::SYS_clone, arguments)?;
+    forker.go_to(code)?;
+    // It stops with all others before it executes anything.
+    forker.detach()?;
+    Ok(TwinOriginal { pid, forker: forker.pid().cast_unsigned() })
+}
+
 /// The threads of the original, which stand while this exists. The first is the one that the process began with.
 struct Original {
     pid: i32,
@@ -144,17 +199,18 @@ struct Unborn {
 
 impl Twin {
     /// Makes the twin of the process `original`, and lets it run. To be called on the thread that keeps it.
-    fn make(&self, original: u32) -> io::Result<(Tracee, Living)> {
+    fn make(&self, original: TwinOriginal) -> io::Result<(Tracee, Living)> {
         fs::lock(&self.turn)?;
         let made = self.make_alone(original);
         self.turn.unlock()?;
         made
     }
 
-    fn make_alone(&self, original: u32) -> io::Result<(Tracee, Living)> {
-        let original = Original::stop(original)?;
+    fn make_alone(&self, TwinOriginal { pid, forker }: TwinOriginal) -> io::Result<(Tracee, Living)> {
+        // If this process is killed, the original is only let go.
+        let original = Original::stop(pid, TRACED)?;
         let descriptors = Descriptors::read(original.pid)?;
-        let (mut twin, tid) = original.fork(self.jail.namespaces.pid)?;
+        let (mut twin, tid) = original.fork(forker.cast_signed(), self.jail.namespaces.pid)?;
         // Before its cgroups are chosen: see `follow`.
         let living = Living::add(twin.first.pid());
         let memory = Memory::of(twin.first.pid())?;
@@ -163,8 +219,9 @@ impl Twin {
         descriptors.replace(&twin, &scratch, &self.replaced)?;
         memory.rename_arguments(twin.first.pid(), &self.renamed)?;
         confine::confine(twin.first, twin.syscall, &scratch, &self.name, &self.jail)?;
-        twin.make_threads(&original, tid)?;
+        twin.make_threads(&original, forker.cast_signed(), tid)?;
         scratch.unmap()?;
+        twin.first.register(twin.syscall, &original.states[0])?;
         twin.first.set_state(&original.states[0])?;
         drop(original);
         Ok((twin.run()?, living))
@@ -188,12 +245,8 @@ fn follow(twin: u32) -> io::Result<()> {
 }
 
 impl Original {
-    fn stop(pid: u32) -> io::Result<Self> {
+    fn stop(pid: u32, options: Options) -> io::Result<Self> {
         let pid = pid.cast_signed();
-        let options = Options::PTRACE_O_TRACESYSGOOD
-            | Options::PTRACE_O_TRACECLONE
-            | Options::PTRACE_O_TRACEFORK
-            | Options::PTRACE_O_EXITKILL;
         let syscall = memory::syscall(pid)?;
         let first = Tracee::seize(pid, options)?;
         // From here on the threads are let go whatever fails.
@@ -223,23 +276,23 @@ impl Original {
         Ok(self.others.len() > known)
     }
 
-    /// Has the first thread fork. Returns the twin, and how far behind its area in memory the C library has the id of a
+    /// Has the thread `forker` fork. Returns the twin, and how far behind its area in memory the C library has the id of a
     /// thread.
-    fn fork(&self, new_pids: bool) -> io::Result<(Unborn, u64)> {
-        let state = &self.states[0];
-        // Below what the calling convention leaves to functions that call no other (the System V ABI's red zone).
-        let place = (state.registers.rsp - 4096) & !0xf;
-        self.first.call(
-            self.syscall,
-            libc::SYS_prctl,
-            [libc::PR_GET_TID_ADDRESS as u64, place, 0, 0, 0, 0],
-        )?;
+    fn fork(&self, forker: i32, new_pids: bool) -> io::Result<(Unborn, u64)> {
+        let missing = || io::Error::other("the thread that twins fork from has gone");
+        let number = self.others.iter().position(|thread| thread.pid() == forker).ok_or_else(missing)?;
+        let (forker, state) = (self.others[number], &self.states[number + 1]);
+        // Wherever in CALL it was left.
+        let syscall = state.registers.rip & !(PAGE - 1);
+        let first = &self.states[0].registers;
+        let place = (first.rsp - PAGE) & !0xf;
+        forker.call(syscall, libc::SYS_prctl, [libc::PR_GET_TID_ADDRESS as u64, place, 0, 0, 0, 0])?;
         let tid = Memory::of(self.pid)?.read_number(place)?;
         let flags = PROCESS | if new_pids { libc::CLONE_NEWPID } else { 0 };
-        let arguments = [flags as u64, 0, 0, tid, 0, 0];
-        let made = self.first.call_for_thread(self.syscall, libc::SYS_clone, arguments)?;
-        let twin = Unborn { first: made, others: Vec::new(), syscall: self.syscall, armed: true };
-        Ok((twin, tid.wrapping_sub(state.registers.fs_base)))
+        let made = forker.call_for_thread(syscall, libc::SYS_clone, [flags as u64, 0, 0, tid, 0, 0])?;
+        let twin = Unborn { first: made, others: Vec::new(), syscall, armed: true };
+        made.set_options(TRACED | Options::PTRACE_O_EXITKILL)?;
+        Ok((twin, tid.wrapping_sub(first.fs_base)))
     }
 }
 
@@ -259,8 +312,11 @@ impl Drop for Original {
 }
 
 impl Unborn {
-    fn make_threads(&mut self, original: &Original, tid: u64) -> io::Result<()> {
-        for state in &original.states[1..] {
+    fn make_threads(&mut self, original: &Original, forker: i32, tid: u64) -> io::Result<()> {
+        for (thread, state) in original.others.iter().zip(&original.states[1..]) {
+            if thread.pid() == forker {
+                continue;
+            }
             let registers = &state.registers;
             let own = registers.fs_base.wrapping_add(tid);
             let arguments = [THREAD as u64, registers.rsp, own, own, registers.fs_base, 0];
@@ -335,20 +391,22 @@ for line in sys.stdin:
 
     #[tokio::test]
     async fn a_twin_has_all_threads() {
-        let (stdin, mut to_original) = io::pipe().unwrap();
+        let (stdin, to_original) = io::pipe().unwrap();
         let (from_original, stdout) = io::pipe().unwrap();
-        let original = Spawn::new("python3")
+        let process = Spawn::new("python3")
             .args(["-c", PROGRAM])
             .stdin(Stdio::Fd(stdin.into()))
             .stdout(Stdio::Fd(stdout.into()))
             .stderr(Stdio::Inherit)
             .start()
             .unwrap();
-        let mut from_original = BufReader::new(from_original);
         let mut line = String::new();
-        from_original.read_line(&mut line).unwrap();
+        BufReader::new(from_original).read_line(&mut line).unwrap();
         assert_eq!(line, "ready\n");
+        process.stop().unwrap();
+        let original = add_forker(process.pid()).unwrap();
         for round in 0..20 {
+            abandon(original, round);
             let (stdin, mut to_twin) = io::pipe().unwrap();
             let (from_twin, stdout) = io::pipe().unwrap();
             let mut from_twin = BufReader::new(from_twin);
@@ -370,7 +428,7 @@ for line in sys.stdin:
                 turn: tempfile::tempfile().unwrap(),
             };
             let begun = std::time::Instant::now();
-            let twin = twin.start(original.pid()).await.unwrap();
+            let twin = twin.start(original).await.unwrap();
             eprintln!("round {round}: {:?}", begun.elapsed());
             for count in 1..4 {
                 to_twin.write_all(b"go\n").unwrap();
@@ -391,9 +449,27 @@ for line in sys.stdin:
             to_twin.write_all(b"exit\n").unwrap();
             assert_eq!(twin.exited().await, ProcessExit::Code(7));
         }
-        to_original.write_all(b"go\n").unwrap();
-        let mut line = String::new();
-        from_original.read_line(&mut line).unwrap();
-        assert_eq!(line, "thread 1 of 3, user 0, 1.5\n");
+        drop(to_original);
+    }
+
+    /// Begins to make a twin, and ends the tracing thread as if its process was killed: at first or when there is a twin.
+    fn abandon(original: TwinOriginal, round: usize) {
+        let begin = move || {
+            let stopped = Original::stop(original.pid, TRACED).unwrap();
+            let pid = (round % 2 == 1).then(|| {
+                let (twin, _) = stopped.fork(original.forker.cast_signed(), true).unwrap();
+                let pid = twin.first.pid();
+                std::mem::forget(twin);
+                pid
+            });
+            std::mem::forget(stopped);
+            pid
+        };
+        let twin = std::thread::spawn(begin).join().unwrap();
+        if let Some(pid) = twin {
+            // It is a child of this process, as the original is.
+            reap(pid);
+        }
+        until_state(original.pid, 'T');
     }
 }

@@ -176,6 +176,13 @@ impl Tracee {
         Ok(ptrace::setregs(self.0, state.registers)?)
     }
 
+    /// Has the thread go on at this address when it runs.
+    pub(crate) fn go_to(self, address: u64) -> io::Result<()> {
+        let mut registers = ptrace::getregs(self.0)?;
+        (registers.rip, registers.orig_rax) = (address, u64::MAX);
+        Ok(ptrace::setregs(self.0, registers)?)
+    }
+
     /// Tells the kernel what the C library has told it for the thread that `state` is of.
     pub(crate) fn register(self, syscall: u64, state: &ThreadState) -> io::Result<()> {
         let [list, length] = state.robust;

@@ -14,7 +14,7 @@ use std::{
 use machinen_base::{
     error::{ErrorKind, HasKind, chain},
     fs::{FileError, create_private_dir},
-    process::{Child, ProcessError, ReservedUser, Spawn, Stdio, prepare_for_twins},
+    process::{Child, ProcessError, ReservedUser, Spawn, Stdio, add_forker, prepare_for_twins},
 };
 use machinen_protocol::preamble::Wake;
 use tokio::{
@@ -311,10 +311,10 @@ impl Launched {
             prepare_for_twins(pid, memory, memory_fd)?;
             // It notices no end of its sockets, whose other ends are closed after this.
             self.running.qemu.stop().map_err(io::Error::other)?;
-            Ok(numbers)
+            Ok(OriginalQemu { pid, forker: add_forker(pid)?.forker, numbers })
         };
-        let numbers = match stop() {
-            Ok(numbers) => numbers,
+        let original = match stop() {
+            Ok(original) => original,
             Err(error) => {
                 self.end().await;
                 return Err(error);
@@ -322,7 +322,7 @@ impl Launched {
         };
         let RunningVm { qemu, dir, .. } = self.running;
         dir.clean(false);
-        Ok((OriginalQemu { pid, numbers }, qemu))
+        Ok((original, qemu))
     }
 
     /// Lets the guest of a twin continue.

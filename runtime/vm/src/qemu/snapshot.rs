@@ -63,6 +63,8 @@ const DEADLINE: Duration = Duration::from_secs(20);
 pub struct OriginalQemu {
     /// Its pid on the host.
     pub pid: u32,
+    /// The id of its thread that twins fork from.
+    pub forker: u32,
     /// The numbers of its descriptors for each file that QEMU inherits, by the number under which it is inherited.
     pub numbers: BTreeMap<i32, Vec<i32>>,
 }

@@ -2,7 +2,7 @@
 
 use std::{ffi::CString, fs::File, os::fd::OwnedFd};
 
-use machinen_base::process::{Child, Jail, Twin};
+use machinen_base::process::{Child, Jail, Twin, TwinOriginal};
 
 use super::{
     argv::{self, fd},
@@ -33,5 +33,7 @@ pub(super) async fn make(
     let name = CString::new(format!("machinen-{}", spec.id))
         .map_err(|error| LaunchError::Host { action: "name the process", source: error.into() })?;
     let renamed = (argv::process_name(snapshot::ORIGINAL), argv::process_name(&spec.id));
-    Twin { replaced, name, renamed, jail, turn }.start(original.pid).await.map_err(LaunchError::Qemu)
+    let &OriginalQemu { pid, forker, .. } = original;
+    let original = TwinOriginal { pid, forker };
+    Twin { replaced, name, renamed, jail, turn }.start(original).await.map_err(LaunchError::Qemu)
 }

@@ -6,7 +6,7 @@ use super::TemplateShape;
 use crate::{OriginalQemu, QemuVersion};
 
 /// Raised when a field changes its meaning; templates of other versions are built again.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 
 /// The description of a published template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

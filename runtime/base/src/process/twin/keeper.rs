@@ -9,7 +9,7 @@ use std::{
 
 use tokio::sync::{oneshot, watch};
 
-use super::Twin;
+use super::{Twin, TwinOriginal};
 use crate::{
     process::{Child, ProcessError, ProcessExit},
     sys::{
@@ -44,13 +44,12 @@ impl Drop for Living {
 }
 
 impl Twin {
-    /// Makes the twin of the process `original` and lets it run. Must be called inside a tokio runtime. No other process may
-    /// trace the original meanwhile.
+    /// Makes a twin of `original` and lets it run. Must be called inside a tokio runtime. No other process may trace the original
+    /// meanwhile.
     ///
     /// # Errors
-    /// The original has ended, cannot be traced, or has what a twin cannot share; it goes on, and no twin is left. If it is this
-    /// process that ends meanwhile, the original ends with it.
-    pub async fn start(self, original: u32) -> Result<Child, ProcessError> {
+    /// The original has ended, cannot be traced, or has what a twin cannot share. No twin is left.
+    pub async fn start(self, original: TwinOriginal) -> Result<Child, ProcessError> {
         let program = self.name.to_string_lossy().into_owned();
         let failed = |source| ProcessError::Spawn { program: program.clone(), source };
         let (made, result) = oneshot::channel();

@@ -37,6 +37,10 @@ impl Memory {
         self.0.read_exact_at(bytes, address)
     }
 
+    pub(super) fn write(&self, address: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_all_at(bytes, address)
+    }
+
     /// Changes the arguments with which a process is listed, in the place where they are (proc_pid_cmdline(5)). What becomes too long
     /// for the place is cut off.
     pub(super) fn rename_arguments(&self, pid: i32, (from, to): &(String, String)) -> io::Result<()> {
@@ -55,7 +59,7 @@ impl Memory {
         if let Some(last) = renamed.last_mut() {
             *last = 0;
         }
-        self.0.write_all_at(&renamed, start)
+        self.write(start, &renamed)
     }
 
     pub(super) fn read_number(&self, address: u64) -> io::Result<u64> {
@@ -151,7 +155,7 @@ impl<'a> Scratch<'a> {
             return Err(io::Error::other("the arguments of a twin's calls take too much memory"));
         }
         self.used.set((place + bytes.len() as u64).next_multiple_of(16));
-        self.memory.0.write_all_at(bytes, self.start + place)?;
+        self.memory.write(self.start + place, bytes)?;
         Ok(self.start + place)
     }
 
