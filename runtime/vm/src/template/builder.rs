@@ -38,6 +38,9 @@ pub(super) const ENTRY_POINT: EntryPoint = EntryPoint { name: "template-builder"
 
 /// Added to the niceness: no start waits for a template, and containers are being started meanwhile.
 const NICE: i32 = 10;
+/// How many times longer than any other VM the VM of a template may boot: next to busy processes of the host, this priority gives
+/// it a small part of a processor, and what waits for it can boot meanwhile.
+const PATIENCE: u32 = 3;
 
 /// The number of the first of the disks that a builder inherits.
 const FIRST_DISK: i32 = 7;
@@ -173,6 +176,7 @@ fn run(request: BuildRequest, report: &File) -> Result<Infallible, TemplateError
         std::process::exit(0);
     };
     spec.keep_console = false;
+    spec.boot_timeout *= PATIENCE;
     snapshot::ORIGINAL.clone_into(&mut spec.id);
     let built = make(&templates, &shape, &spec, budget_mib, disks, report);
     let spawn = match built {
