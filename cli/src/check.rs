@@ -55,6 +55,7 @@ enum CheckVerdict {
 pub(crate) fn run(args: &CheckArgs, config: &Config) -> ExitCode {
     let findings = [
         user(),
+        configuration(config),
         accelerator(config),
         qemu(config),
         mke2fs(config),
@@ -105,6 +106,17 @@ fn user() -> Finding {
     };
     let text = [who].into_iter().chain(lacks).collect::<Vec<_>>().join("; ");
     Finding { what: "user", verdict, text }
+}
+
+/// The file that this configuration is from. The other findings are those of pods that have the same one.
+fn configuration(config: &Config) -> Finding {
+    let file = config.file.display();
+    let text = match config.file.exists() {
+        true => format!("that of {file}"),
+        false => format!("all keys have their defaults, because {file} does not exist"),
+    };
+    let others = "handlers of containerd with another ConfigPath: MACHINEN_CONFIG=FILE machinen check";
+    Finding { what: "config", verdict: CheckVerdict::Ok, text: format!("{text}; {others}") }
 }
 
 fn accelerator(config: &Config) -> Finding {

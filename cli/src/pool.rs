@@ -6,6 +6,7 @@ use clap::{Args, Subcommand};
 use machinen::{
     config::Config,
     pool::{self, ListedMember, MemberRecord, MemberStage, PoolError},
+    text::printable,
 };
 use serde_json::{Value, json};
 
@@ -57,6 +58,7 @@ fn table(members: &[ListedMember]) -> String {
         ("VCPUS", Align::Right),
         ("TAKES", Align::Right),
         ("CREATED", Align::Left),
+        ("CONFIGURATION", Align::Left),
         ("STATE", Align::Left),
     ]);
     for ListedMember { record, memory, .. } in members {
@@ -68,6 +70,7 @@ fn table(members: &[ListedMember]) -> String {
             cell(|record| record.vcpus.to_string()),
             human(*memory),
             cell(|record| ago(Some(UNIX_EPOCH + Duration::from_secs(record.created)))),
+            cell(|record| printable(&record.config.to_string_lossy())),
             record.as_ref().map_or(MemberStage::Starting, |record| record.stage).name().to_owned(),
         ]);
     }
@@ -82,6 +85,7 @@ fn listed_json(listed: &ListedMember) -> Value {
         "memoryMib": record.as_ref().map(|record| record.memory_mib),
         "vcpus": record.as_ref().map(|record| record.vcpus),
         "takes": memory,
+        "config": record.as_ref().map(|record| &record.config),
         "created": record.as_ref().map(|record| record.created),
         "state": record.as_ref().map_or(MemberStage::Starting, |record| record.stage).name(),
     })
@@ -93,16 +97,17 @@ mod tests {
 
     #[test]
     fn a_member_is_a_row_in_every_stage() {
-        let record =
-            MemberRecord { pid: 42, created: 1, memory_mib: 2048, vcpus: 2, stage: MemberStage::WarmingUp };
+        let config = "/etc/machinen/machinen.toml".into();
+        let (memory_mib, stage) = (2048, MemberStage::WarmingUp);
+        let record = MemberRecord { pid: 42, created: 1, memory_mib, vcpus: 2, config, stage };
         let member = |record| ListedMember { pool: "/run/pool".into(), record, memory: 52 << 20 };
         let members = [member(None), member(Some(record))];
         let table = table(&members);
         let rows: Vec<Vec<_>> = table.lines().map(|row| row.split_whitespace().collect()).collect();
-        assert_eq!(rows[0], ["PID", "MEMORY", "VCPUS", "TAKES", "CREATED", "STATE"]);
+        assert_eq!(rows[0], ["PID", "MEMORY", "VCPUS", "TAKES", "CREATED", "CONFIGURATION", "STATE"]);
         assert_eq!(rows[1], ["52.0MiB", "starting"]);
         assert_eq!(rows[2][..4], ["42", "2048MiB", "2", "52.0MiB"]);
-        assert!(table.ends_with("  warming up\n"));
+        assert!(table.ends_with("  /etc/machinen/machinen.toml  warming up\n"), "{table}");
         assert_eq!(listed_json(&members[0])["state"], "starting");
         assert_eq!(listed_json(&members[1])["pid"], 42);
     }

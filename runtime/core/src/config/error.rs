@@ -18,6 +18,14 @@ pub enum ConfigError {
         /// The cause.
         source: io::Error,
     },
+    /// A client names the file by a path that is not absolute.
+    #[error(
+        "the path of the configuration file {path:?} is not absolute; name it as /etc/machinen/NAME.toml"
+    )]
+    Relative {
+        /// The path.
+        path: PathBuf,
+    },
     /// The file has a syntax error, an unknown key or an invalid value.
     #[error("the configuration file {} is not valid (see config/machinen.toml for every key)", path.display())]
     Parse {

@@ -22,8 +22,9 @@ pub use error::ConfigError;
 use ports::PublishedPort;
 pub use vm::VmConfig;
 
-/// The environment variable that names the configuration file.
-const PATH_VARIABLE: &str = "MACHINEN_CONFIG";
+/// The environment variable that names the configuration file. The processes that a process starts have it too, so that
+/// they have the same configuration.
+pub const PATH_VARIABLE: &str = "MACHINEN_CONFIG";
 
 /// Read when `MACHINEN_CONFIG` is not set; the file may be missing.
 const DEFAULT_PATH: &str = "/etc/machinen/machinen.toml";
@@ -32,6 +33,9 @@ const DEFAULT_PATH: &str = "/etc/machinen/machinen.toml";
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
+    /// The file that this was loaded from, which may be missing if it is the default one.
+    #[serde(skip)]
+    pub file: PathBuf,
     /// `[assets]`: where kernel and image are.
     pub assets: AssetsConfig,
     /// `[vm]`: how VMs are made.
@@ -377,8 +381,9 @@ impl Default for LogConfig {
     }
 }
 
-/// The path of the configuration file: `MACHINEN_CONFIG`, the user's own, or the default, which may be missing.
-pub(crate) fn path() -> PathBuf {
+/// The path of the configuration file if no client names one: `MACHINEN_CONFIG`, the user's own, or the default, which
+/// may be missing.
+fn path() -> PathBuf {
     let own = || owner::config_dir().map(|dir| dir.join("machinen.toml")).filter(|path| path.exists());
     env::var_os(PATH_VARIABLE).map(PathBuf::from).or_else(own).unwrap_or_else(|| DEFAULT_PATH.into())
 }
@@ -390,16 +395,35 @@ impl Config {
     /// # Errors
     /// The file cannot be read, or has a syntax error, an unknown key or an invalid value.
     pub fn load() -> Result<Self, ConfigError> {
-        let config = match (Self::read(&path()), env::var_os(PATH_VARIABLE)) {
+        let file = path();
+        let config = match (Self::read(&file), env::var_os(PATH_VARIABLE)) {
             (Err(ConfigError::Read { source, .. }), None) if source.kind() == io::ErrorKind::NotFound => {
                 Ok(Self::default())
             }
             (result, _) => result,
         }?;
-        Ok(match owner::user() {
+        Ok(config.loaded_from(file))
+    }
+
+    /// Loads the file that a client names by an absolute path, or, if it names none, the same as [`Config::load`].
+    /// Processes that are to have the same configuration are started with this path in [`PATH_VARIABLE`].
+    ///
+    /// # Errors
+    /// The path is not absolute, or the same as for [`Config::load`]; the file may not be missing.
+    pub fn load_named(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let Some(file) = file else { return Self::load() };
+        if !file.is_absolute() {
+            return Err(ConfigError::Relative { path: file.into() });
+        }
+        Ok(Self::read(file)?.loaded_from(file.into()))
+    }
+
+    fn loaded_from(self, file: PathBuf) -> Self {
+        let config = Self { file, ..self };
+        match owner::user() {
             Some(_) => config.with_directories(owner::run_dir(), owner::data_dir()),
             None => config,
-        })
+        }
     }
 
     /// Has these directories instead of the host's root's, where the configuration has those.

@@ -47,6 +47,21 @@ fn an_unknown_key_is_named() {
 }
 
 #[test]
+fn a_named_file_must_be_there_and_is_noted() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("nopool.toml");
+    let missing = Config::load_named(Some(&file)).unwrap_err();
+    assert!(missing.to_string().contains(&file.display().to_string()), "{missing}");
+    fs::write(&file, "[pool]\nsize = 0\n").unwrap();
+    let config = Config::load_named(Some(&file)).unwrap();
+    assert_eq!((config.pool.size, config.file), (0, file));
+    let directory = Config::load_named(Some(dir.path())).unwrap_err();
+    assert!(directory.to_string().contains(&dir.path().display().to_string()), "{directory}");
+    let relative = Config::load_named(Some(Path::new("etc/x.toml"))).unwrap_err();
+    assert!(relative.to_string().contains("\"etc/x.toml\" is not absolute"), "{relative}");
+}
+
+#[test]
 fn pvm_and_its_kernel_come_together() {
     let parse = |vm: &str| Config::parse(&format!("[vm]\n{vm}\n"), Path::new("/etc/x.toml"));
     for text in ["accel = \"pvm\"", "pvm_kernel = \"/k\"", "accel = \"kvm\"\npvm_kernel = \"/k\""] {

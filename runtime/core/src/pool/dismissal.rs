@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use super::{PoolError, client, slot::PoolSlot};
-use crate::config::{self, PoolConfig};
+use crate::config::Config;
 
 /// Why a member ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,13 +48,13 @@ impl Dismissal {
     pub(super) fn watch(
         slot: &PoolSlot,
         containerd: Option<PathBuf>,
-        config: &PoolConfig,
+        config: &Config,
     ) -> Result<Self, PoolError> {
         // How long containerd may be absent, and how long a member without one waits.
-        let patience = Duration::from_secs(config.containerd_timeout_s);
-        let reserve_percent = config.memory_reserve_percent;
+        let patience = Duration::from_secs(config.pool.containerd_timeout_s);
+        let reserve_percent = config.pool.memory_reserve_percent;
         let own = Path::new("/proc/self/exe");
-        let changes = changes(own, slot).map_err(FileError::at("watch", own))?;
+        let changes = changes([own, &config.file], slot).map_err(FileError::at("watch", own))?;
         let mut terminate =
             signal(SignalKind::terminate()).map_err(FileError::at("watch signals of", own))?;
         let pressure = MemoryPressure::watch().inspect_err(|error| {
@@ -115,11 +115,11 @@ impl Drop for Dismissal {
 
 /// A watch that reports when the member's slot loses its name, or the program or its configuration is
 /// changed.
-fn changes(program: &Path, slot: &PoolSlot) -> io::Result<FileWatch> {
+fn changes([program, config]: [&Path; 2], slot: &PoolSlot) -> io::Result<FileWatch> {
     let watch = FileWatch::new()?;
     watch.attributes(&slot.open_path())?;
     watch.file(program)?;
     // A missing configuration file is valid.
-    if_exists(watch.file(&config::path()))?;
+    if_exists(watch.file(config))?;
     Ok(watch)
 }

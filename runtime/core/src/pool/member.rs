@@ -80,7 +80,7 @@ impl Member {
         // If the configuration has changed since the slot was taken, this process belongs to another pool.
         let path = PoolSlot::path(&pool.dir, number);
         let Some(slot) = PoolSlot::inherited(path.clone(), slot)? else { return Ok(None) };
-        let dismissal = Dismissal::watch(&slot, request.containerd, &config.pool)?;
+        let dismissal = Dismissal::watch(&slot, request.containerd, config)?;
         // The watch does not report what happened before it began.
         if !slot.has_name()? {
             return Ok(None);
@@ -88,7 +88,7 @@ impl Member {
         let mut record = MemberRecord {
             pid: std::process::id(),
             stage: MemberStage::Cloning,
-            ..MemberRecord::new(&request.spec)
+            ..MemberRecord::new(&request.spec, config.file.clone())
         };
         slot.write(&record)?;
         sweep(&pool.dir).map_err(FileError::at("clear", &pool.dir)).map_err(PoolError::File)?;

@@ -48,7 +48,7 @@ use nix::sys::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::config::Config;
+use crate::config::{Config, PoolConfig};
 use slot::PoolSlot;
 
 pub use listing::{ListedMember, drain, list};
@@ -121,6 +121,8 @@ pub struct MemberRequest {
 pub struct Pool {
     dir: PathBuf,
     size: u32,
+    /// The file of the members' configuration.
+    config: PathBuf,
 }
 
 impl Pool {
@@ -134,6 +136,8 @@ impl Pool {
         }
         let mut digest = Sha256::new();
         digest.update(serde_json::to_vec(config).expect("plain data"));
+        // A member has this path in its environment, and ends when that file changes.
+        digest.update(config.file.as_os_str().as_encoded_bytes());
         digest.update(env::var_os(assets::DIR_VARIABLE).unwrap_or_default().as_encoded_bytes());
         // Members are not shared with a program that was replaced, nor with one that has other mounts, pids
         // or another network.
@@ -144,7 +148,8 @@ impl Pool {
             digest.update(at.ino().to_le_bytes());
         }
         let key = hex(&digest.finalize()[..8]);
-        Ok(Some(Self { dir: config.pool.dir.join(key), size: config.pool.size }))
+        let PoolConfig { dir, size, .. } = &config.pool;
+        Ok(Some(Self { dir: dir.join(key), size: *size, config: config.file.clone() }))
     }
 
     /// Starts a member for each free slot, with a VM as requested. The members outlive this process.
@@ -160,7 +165,7 @@ impl Pool {
     fn start_member(&self, number: u32, request: &MemberRequest) -> Result<(), PoolError> {
         let path = PoolSlot::path(&self.dir, number);
         let Some(slot) = PoolSlot::take(&path)? else { return Ok(()) };
-        slot.write(&MemberRecord::new(&request.spec))?;
+        slot.write(&MemberRecord::new(&request.spec, self.config.clone()))?;
         let stderr = log(&path)?;
         let request = serde_json::to_vec(request).expect("plain data");
         let stdin = memfd::holding(&request).map_err(PoolError::Request)?;

@@ -71,14 +71,18 @@ pub struct MemberRecord {
     pub memory_mib: u32,
     /// Number of the VM's virtual CPUs.
     pub vcpus: u32,
+    /// The file of the member's configuration. Empty: a version of machinen before this field has written the record.
+    #[serde(default)]
+    pub config: PathBuf,
     /// The member's progress.
     pub stage: MemberStage,
 }
 
 impl MemberRecord {
-    pub(super) fn new(spec: &VmSpec) -> Self {
+    pub(super) fn new(spec: &VmSpec, config: PathBuf) -> Self {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        Self { pid: 0, created, memory_mib: spec.memory_mib, vcpus: spec.vcpus, stage: MemberStage::Starting }
+        let (memory_mib, vcpus) = (spec.memory_mib, spec.vcpus);
+        Self { pid: 0, created, memory_mib, vcpus, config, stage: MemberStage::Starting }
     }
 }
 
@@ -222,7 +226,7 @@ mod tests {
     use super::*;
 
     fn record(stage: MemberStage) -> MemberRecord {
-        MemberRecord { pid: 7, created: 1, memory_mib: 512, vcpus: 2, stage }
+        MemberRecord { pid: 7, created: 1, memory_mib: 512, vcpus: 2, config: "/etc/m.toml".into(), stage }
     }
 
     #[test]
