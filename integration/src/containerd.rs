@@ -141,6 +141,15 @@ impl Containerd {
         write(&self.root, "machinen.toml", &setup.machinen_toml())
     }
 
+    /// Writes a further configuration of machinen, which the options of a runtime can name; returns its path.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn configuration(&self, name: &str, setup: &Setup) -> Result<PathBuf> {
+        write(&self.root, name, &setup.machinen_toml())?;
+        Ok(self.root.join(name))
+    }
+
     /// The command line `machinen`, with the configuration that the shims have.
     ///
     /// # Errors

@@ -19,6 +19,7 @@ use serde_json::json;
 
 use crate::{
     containerd::Containerd,
+    cri::OTHER_CONFIGURATION,
     image::Image,
     paths,
     process::{DEADLINE, Invocation, Output, wait_for_end},
@@ -26,6 +27,9 @@ use crate::{
 
 /// The name under which Docker has machinen's runtime.
 pub const MACHINEN: &str = "machinen";
+/// The name under which Docker has machinen's runtime with a configuration of its own, the file [`OTHER_CONFIGURATION`]
+/// in the directory of its containerd.
+pub const MACHINEN_OTHER: &str = "machinen-other";
 /// The name under which Docker has the host's runc.
 pub const RUNC: &str = "runc";
 
@@ -80,6 +84,7 @@ impl<'a> Docker<'a> {
     fn write_configuration(&self, runtime: &str) -> Result<()> {
         let below = |name: &str| self.dir.join(name);
         let namespace = self.containerd.namespace();
+        let other = self.containerd.root().join(OTHER_CONFIGURATION);
         let config = json!({
             "hosts": [format!("unix://{}", self.socket().display())],
             "containerd": self.containerd.socket(),
@@ -94,7 +99,10 @@ impl<'a> Docker<'a> {
             // Builds take this one.
             "default-runtime": runtime,
             "debug": true,
-            "runtimes": { MACHINEN: { "runtimeType": "io.machinen.v1" } },
+            "runtimes": {
+                MACHINEN: { "runtimeType": "io.machinen.v1" },
+                MACHINEN_OTHER: { "runtimeType": "io.machinen.v1", "options": { "ConfigPath": other } },
+            },
         });
         Ok(fs::write(below("daemon.json"), config.to_string())?)
     }

@@ -69,10 +69,24 @@ impl<'a> Shim<'a> {
         self.start_in(&version)
     }
 
+    /// `start` with these bytes on standard input.
+    ///
+    /// # Errors
+    /// The binary cannot be run.
+    pub fn start_with(&self, input: &[u8]) -> Result<Printed> {
+        self.make_log()?;
+        self.run_with("", "start", input)
+    }
+
     fn start_in(&self, environment: &str) -> Result<Printed> {
+        self.make_log()?;
+        self.run(environment, "start")
+    }
+
+    fn make_log(&self) -> Result<()> {
         // Takes the place of the fifo that containerd makes before the call, and reads.
         fs::File::options().create(true).append(true).open(self.bundle.join("log"))?;
-        self.run(environment, "start")
+        Ok(())
     }
 
     /// Starts the shim, and returns the address of its socket.
@@ -128,25 +142,39 @@ impl<'a> Shim<'a> {
     /// # Errors
     /// The binary cannot be run, or its output is not the message that containerd expects.
     pub fn info(&self) -> Result<(Printed, RuntimeInfo)> {
-        let printed = self.run("", "-info")?;
+        self.info_with(&[])
+    }
+
+    /// The same with these bytes on standard input.
+    ///
+    /// # Errors
+    /// As for [`Shim::info`].
+    pub fn info_with(&self, input: &[u8]) -> Result<(Printed, RuntimeInfo)> {
+        let printed = self.run_with("", "-info", input)?;
         let info = RuntimeInfo::parse_from_bytes(&printed.stdout);
         let info = info.with_context(|| format!("-info printed no RuntimeInfo: {printed:?}"))?;
         Ok((printed, info))
     }
 
     fn run(&self, environment: &str, action: &str) -> Result<Printed> {
+        self.run_with(environment, action, &[])
+    }
+
+    fn run_with(&self, environment: &str, action: &str, input: &[u8]) -> Result<Printed> {
         let root = self.containerd.root();
         let (bundle, socket) = (self.bundle.display(), self.containerd.socket());
         let output = |name: &str| root.join(format!("shim-{}.{name}", self.id));
-        let (stdout, stderr, status) = (output("out"), output("err"), output("status"));
+        let (stdin, stdout, stderr, status) = (output("in"), output("out"), output("err"), output("status"));
+        fs::write(&stdin, input)?;
         self.containerd.run_script(&format!(
             "cd {bundle}\nexport TTRPC_ADDRESS={socket}.ttrpc GRPC_ADDRESS={socket} NAMESPACE={namespace}\n\
              {environment}\n{binary} -namespace {namespace} -id {id} -address {socket} \
-             -publish-binary /bin/true -debug {action} </dev/null >{stdout} 2>{stderr}\necho $? >{status}\n",
+             -publish-binary /bin/true -debug {action} <{stdin} >{stdout} 2>{stderr}\necho $? >{status}\n",
             socket = socket.display(),
             namespace = self.containerd.namespace(),
             binary = paths::release_dir()?.join("containerd-shim-machinen-v1").display(),
             id = self.id,
+            stdin = stdin.display(),
             stdout = stdout.display(),
             stderr = stderr.display(),
             status = status.display(),

@@ -1,5 +1,5 @@
-//! Generates the ttrpc bindings of `proto/inspection.proto` and `proto/secrets.proto`, and the messages of `proto/pod_sandbox.proto`; the generator
-//! is pure Rust and needs no `protoc`.
+//! Generates the ttrpc bindings of `proto/inspection.proto` and `proto/secrets.proto`, and the messages of
+//! `proto/pod_sandbox.proto` and `proto/runtime_options.proto`; the generator is pure Rust and needs no `protoc`.
 
 use std::{env, fs, path::PathBuf};
 
@@ -10,6 +10,7 @@ fn main() {
     generate("inspection", "pub mod inspection;\npub mod inspection_ttrpc;\n");
     generate("secrets", "pub mod secrets;\npub mod secrets_ttrpc;\n");
     generate("pod_sandbox", "pub mod pod_sandbox;\n");
+    generate("runtime_options", "pub mod runtime_options;\n");
 }
 
 /// The generated files open with inner attributes, which `include!` refuses: they are included as these modules.

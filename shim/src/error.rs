@@ -4,6 +4,7 @@ use std::io;
 
 use containerd_shim_protos::ttrpc;
 use machinen::{config::ConfigError, fs::FileError, pool::MemberError, process::ProcessError};
+use machinen_task::options::OptionsError;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ShimError {
@@ -13,6 +14,8 @@ pub(crate) enum ShimError {
     File(#[from] FileError),
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error(transparent)]
+    Options(#[from] OptionsError),
     #[error(
         "log.level {level:?} of the configuration is unknown; it takes error, warn, info, debug or trace"
     )]

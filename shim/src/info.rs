@@ -6,7 +6,7 @@ use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use machinen::{accel, config::Config, confined, error::chain, features, owner};
 use protobuf::{Message, MessageField, well_known_types::any::Any};
 
-use crate::error::ShimError;
+use crate::{error::ShimError, options};
 
 /// The name of the runtime-spec's features document in containerd's registry of types.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
@@ -42,8 +42,10 @@ pub(crate) fn run() -> Result<(), ShimError> {
     info.write_to_writer(&mut io::stdout().lock()).map_err(ShimError::Encode)
 }
 
+/// That of the configuration file which the handler of the request has.
 fn accelerator() -> String {
-    let mode = match Config::load() {
+    let loaded = options::of_info().and_then(|options| Ok(Config::load_named(options.config.as_deref())?));
+    let mode = match loaded {
         Ok(config) => config.vm.accel,
         Err(error) => return chain(&error),
     };

@@ -15,6 +15,7 @@ mod group;
 mod info;
 mod logging;
 mod member;
+mod options;
 mod publisher;
 mod server;
 mod start;

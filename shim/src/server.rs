@@ -112,6 +112,7 @@ async fn serve_pod(
     warm_vm: Option<WarmVm>,
 ) -> Result<(), ShimError> {
     let ServerParams { namespace, id, bundle, events, .. } = work;
+    tracing::debug!(id, config = %config.file.display(), "the configuration of the pod");
     let (sender, receiver) = mpsc::unbounded_channel();
     let containerd = events.as_ref().map(|socket| PathBuf::from(socket.trim_start_matches("unix://")));
     let settings = PodSettings {

@@ -15,7 +15,7 @@ use std::{
 };
 
 use machinen::{
-    config::Config,
+    config::{self, Config},
     fs::{FileError, hex, remove_if_exists},
     pool::Pool,
     process::Spawn,
@@ -27,6 +27,7 @@ use crate::{
     args::ShimArgs,
     error::ShimError,
     group::{self, ServedContainer},
+    options,
     server::ServerParams,
 };
 
@@ -105,8 +106,11 @@ fn socket_path(args: &ShimArgs, id: &str) -> PathBuf {
 }
 
 fn spawn_server(args: &ShimArgs, bundle: &Path, socket: &Path, address: &str) -> Result<(), ShimError> {
-    // An error of the server reaches containerd's log only, and one of this program its client.
-    let config = Config::load()?;
+    // Here it is decided which configuration the pod has: the server, the members of the warm pool that it makes, and
+    // their helpers inherit it. An error of the server reaches containerd's log only, and one of this program its
+    // client.
+    let named = options::of_start(args)?.config;
+    let config = Config::load_named(named.as_deref())?;
     fs::create_dir_all(SOCKET_DIR).map_err(FileError::at("create the directory", SOCKET_DIR))?;
     remove_if_exists(socket).map_err(FileError::at("remove the stale socket", socket))?;
     let listener = UnixListener::bind(socket).map_err(FileError::at("listen on", socket))?;
@@ -123,6 +127,9 @@ fn spawn_server(args: &ShimArgs, bundle: &Path, socket: &Path, address: &str) ->
         Spawn::new(binary).args(["-namespace", &args.namespace, "-id", &args.id, "-address", &args.address]);
     if args.debug {
         server = server.args(["-debug"]);
+    }
+    if let Some(file) = named {
+        server = server.env(config::PATH_VARIABLE, file);
     }
     let pid = server.fd(listener, LISTENER_FD).detach().map_err(ShimError::Server)?;
     let path = bundle.join(PID_FILE);

@@ -28,6 +28,7 @@ pub(super) async fn run(global: &GlobalArgs, args: &DebugArgs) -> Result<(), Fin
     let mut pod = find::all(global).await?;
     pod.retain(|container| container.socket == meant.socket);
     print_vm(&meant);
+    print_configuration(&meant).await;
     for container in &pod {
         print_container(container).await;
     }
@@ -49,6 +50,16 @@ fn print_vm(container: &FoundContainer) {
         None => println!("VM: there is none, or its owner does not answer"),
     }
     println!("owner listens at {}", container.socket.0.display());
+}
+
+/// The file of the configuration that the pod was started with; `-` if its owner does not answer.
+async fn print_configuration(container: &FoundContainer) {
+    let described = match PodClient::connect(&container.socket) {
+        Ok(pod) => pod.describe().await,
+        Err(error) => Err(error),
+    };
+    let file = described.map(|pod| pod.config).unwrap_or_default();
+    println!("configuration {}", if file.is_empty() { "-".to_owned() } else { printable(&file) });
 }
 
 async fn print_container(container: &FoundContainer) {

@@ -22,7 +22,7 @@ use containerd_client::{
     tonic::{Request, Response, Status, metadata::AsciiMetadataValue},
     types::{Mount, v1::Process},
 };
-use containerd_shim_protos::shim::oci::{CheckpointOptions, Options};
+use containerd_shim_protos::shim::oci::CheckpointOptions;
 use prost_types::{Any, FieldMask};
 use protobuf::Message;
 
@@ -171,15 +171,10 @@ impl ContainerdClient {
         answer(format!("checkpoint {id}"), self.client.tasks().checkpoint(request).await).map(drop)
     }
 
-    /// Creates a task that is restored from the images in the directory that the options name.
-    pub(super) async fn create_task(
-        &self,
-        request: CreateTaskRequest,
-        options: &Options,
-    ) -> Result<(), ForkError> {
+    /// Creates a task that is restored from the images in the directory that its options name.
+    pub(super) async fn create_task(&self, request: CreateTaskRequest) -> Result<(), ForkError> {
         let what = format!("restore {}", request.container_id);
-        let options = Some(any("containerd.runc.v1.Options", options));
-        let request = self.request(CreateTaskRequest { options, ..request });
+        let request = self.request(request);
         answer(what, self.client.tasks().create(request).await).map(drop)
     }
 

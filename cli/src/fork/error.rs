@@ -13,6 +13,7 @@ use machinen::{
     pod::rootfs::RootfsPlanError,
     spec::guest::ReduceError,
 };
+use machinen_task::options::OptionsError;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ForkError {
@@ -32,6 +33,8 @@ pub(crate) enum ForkError {
     NoContainer { id: String, namespace: String },
     #[error("{id} has the runtime {runtime:?}; containers of io.machinen.v1 can be forked")]
     Runtime { id: String, runtime: String },
+    #[error("the options of the container's runtime are not understood")]
+    Options(#[source] OptionsError),
     #[error("{id} does not run (it {state}); only a running container can be forked")]
     NotRunning { id: String, state: &'static str },
     #[error("{id} exists already; choose another id")]
@@ -129,6 +132,7 @@ impl HasKind for ForkError {
             Self::Connect { .. } | Self::Lost { .. } | Self::NotServing { .. } => ErrorKind::Unavailable,
             Self::Namespace { .. }
             | Self::Runtime { .. }
+            | Self::Options(_)
             | Self::Hostname { .. }
             | Self::BadHostname { .. }
             | Self::NeedsNetwork { .. }

@@ -9,8 +9,8 @@ use containerd_client::{
     services::v1::{Container, CreateTaskRequest},
     types::Mount,
 };
-use containerd_shim_protos::shim::oci::Options;
 use machinen::{config::Config, container_disk::ContainerDiskPlan, error::chain, layer::LayerCopy, pod};
+use machinen_task::options;
 use prost_types::Any;
 
 use super::{
@@ -133,11 +133,19 @@ impl Fork<'_> {
         let new = self.args.new.as_str();
         eprintln!("restoring {new}");
         let checkpoint_dir = self.checkpoint_dir.path().display().to_string();
-        let options = Options { criu_image_path: checkpoint_dir, ..Default::default() };
+        let runtime = self.source.container.runtime.as_ref().and_then(|runtime| runtime.options.as_ref());
+        let runtime = runtime.map(|options| (options.type_url.as_str(), &*options.value));
+        let options = options::restoring(runtime, &checkpoint_dir).map_err(ForkError::Options)?;
+        let options = Some(Any { type_url: options.type_url, value: options.value });
         let terminal = self.source.task.terminal;
-        let request =
-            CreateTaskRequest { container_id: new.to_owned(), rootfs, terminal, ..Default::default() };
-        let created = self.containerd.create_task(request, &options).await;
+        let request = CreateTaskRequest {
+            container_id: new.to_owned(),
+            rootfs,
+            terminal,
+            options,
+            ..Default::default()
+        };
+        let created = self.containerd.create_task(request).await;
         self.record(Undo::Task, created)?;
         self.signals.check()?;
         // The next task of NEW must not be restored from this checkpoint.

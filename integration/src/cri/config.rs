@@ -1,11 +1,11 @@
 //! The configuration of containerd's plugin CRI and of the pods' network.
 
-use std::{fs, path::Path};
+use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::node::PAUSE;
+use super::node::{OTHER_CONFIGURATION, PAUSE};
 use crate::{paths, process::Invocation};
 
 /// The containerd namespace of all that CRI makes.
@@ -62,6 +62,14 @@ pub(crate) fn configure(root: &Path, name: &str, snapshotter: Option<&str>) -> R
     fs::write(cni.join("conf/10-pods.conflist"), network.to_string())?;
     let plugins = paths::cni_plugins()?;
     let runc = root.join("runc");
+    let other = root.join(OTHER_CONFIGURATION);
+    // containerd 2.0 to 2.2 cannot create containers of a handler that has both options and a sandbox of the shim's.
+    let named = root.join("other/containerd-shim-machinen-v1");
+    fs::create_dir(root.join("other"))?;
+    let script =
+        format!("#!/bin/sh\nMACHINEN_CONFIG={} exec containerd-shim-machinen-v1 \"$@\"\n", other.display());
+    fs::write(&named, script)?;
+    fs::set_permissions(&named, PermissionsExt::from_mode(0o755))?;
     let snapshotter = snapshotter.map(|name| format!("snapshotter = {name:?}")).unwrap_or_default();
     // The newest containerd understands the names of the oldest, and 1.6 ignores what it does not know.
     Ok(format!(
@@ -99,6 +107,13 @@ sandboxer = "shim"
 pod_annotations = ["io.machinen.*"]
 container_annotations = ["io.machinen.*"]
 {snapshotter}
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.machinen-other]
+runtime_type = "io.machinen.v1"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.machinen-other.options]
+ConfigPath = {other:?}
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.machinen-sandbox-other]
+runtime_type = {named:?}
+sandboxer = "shim"
 "#,
         paths::RUNC,
         conf = cni.join("conf"),

@@ -21,7 +21,7 @@ pub use calls::{Client, Refusal};
 pub(crate) use config::{DIRS, FRAMES, NAMESPACE, configure, in_own_network};
 pub use container::{Container, LogLine};
 pub use k8s_cri::v1 as api;
-pub use node::{Handler, IMAGE, Node};
+pub use node::{Handler, IMAGE, Node, OTHER_CONFIGURATION};
 pub use pod::Pod;
 
 use std::{

@@ -29,6 +29,9 @@ pub const IMAGE: &str = "machinen.test/busybox:1";
 /// The image of the container that holds a pod's namespaces.
 pub(super) const PAUSE: &str = "machinen.test/pause:1";
 
+/// The file in the node's directory that is the configuration of the handlers with one of their own. Nothing makes it.
+pub const OTHER_CONFIGURATION: &str = "other.toml";
+
 /// The runtime of a pod, as a RuntimeClass names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Handler {
@@ -36,8 +39,13 @@ pub enum Handler {
     Machinen,
     /// The pod's sandbox is the shim's own, by containerd's Sandbox API (containerd 2).
     MachinenSandbox,
-    /// What the installer of `deploy/` has installed.
+    /// The first two with a configuration of their own ([`OTHER_CONFIGURATION`]), by the handler's options and by a
+    /// script that sets `MACHINEN_CONFIG`.
+    MachinenOther,
+    MachinenSandboxOther,
+    /// What the installer of `deploy/` has installed, and what it has installed with a configuration of its own.
     Installed,
+    InstalledOther,
 }
 
 impl Handler {
@@ -46,7 +54,10 @@ impl Handler {
             Self::Runc => "runc",
             Self::Machinen => "machinen",
             Self::MachinenSandbox => "machinen-sandbox",
+            Self::MachinenOther => "machinen-other",
+            Self::MachinenSandboxOther => "machinen-sandbox-other",
             Self::Installed => "machinen-installed",
+            Self::InstalledOther => "machinen-installed-other",
         }
     }
 }
@@ -142,7 +153,15 @@ impl Node {
     /// # Errors
     /// containerd refuses it.
     pub fn pod(&self, change: impl FnOnce(&mut api::PodSandboxConfig)) -> Result<Pod> {
-        Pod::run(Arc::clone(&self.shared), change)
+        self.pod_of(self.shared.handler, change)
+    }
+
+    /// Runs a pod with another runtime than the node's.
+    ///
+    /// # Errors
+    /// containerd refuses it.
+    pub fn pod_of(&self, handler: Handler, change: impl FnOnce(&mut api::PodSandboxConfig)) -> Result<Pod> {
+        Pod::run(Arc::clone(&self.shared), handler, change)
     }
 
     /// The request for another pod.
@@ -150,7 +169,7 @@ impl Node {
     /// # Errors
     /// The directory of its logs cannot be made.
     pub fn pod_request(&self) -> Result<api::RunPodSandboxRequest> {
-        Pod::request(&self.shared, |_| ())
+        Pod::request(&self.shared, self.shared.handler, |_| ())
     }
 
     /// Stops and removes all pods, again and again until there are none, as kubelet does.

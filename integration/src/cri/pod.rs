@@ -4,7 +4,7 @@ use std::{collections::HashMap, fs, path::PathBuf, sync::Arc};
 
 use anyhow::{Context, Result};
 
-use super::{Client, Container, Refusal, api, node::Shared};
+use super::{Client, Container, Handler, Refusal, api, node::Shared};
 use crate::inventory;
 
 /// A running pod. Dropped without [`Pod::remove`] it stays until its node ends.
@@ -18,19 +18,21 @@ pub struct Pod {
 impl Pod {
     pub(super) fn request(
         node: &Shared,
+        handler: Handler,
         change: impl FnOnce(&mut api::PodSandboxConfig),
     ) -> Result<api::RunPodSandboxRequest> {
         let mut config = config(node, node.number());
         change(&mut config);
         fs::create_dir_all(&config.log_directory)?;
-        Ok(api::RunPodSandboxRequest {
-            config: Some(config),
-            runtime_handler: node.handler.name().to_owned(),
-        })
+        Ok(api::RunPodSandboxRequest { config: Some(config), runtime_handler: handler.name().to_owned() })
     }
 
-    pub(super) fn run(node: Arc<Shared>, change: impl FnOnce(&mut api::PodSandboxConfig)) -> Result<Self> {
-        let request = Self::request(&node, change)?;
+    pub(super) fn run(
+        node: Arc<Shared>,
+        handler: Handler,
+        change: impl FnOnce(&mut api::PodSandboxConfig),
+    ) -> Result<Self> {
+        let request = Self::request(&node, handler, change)?;
         let config = request.config.clone().unwrap_or_default();
         let id = node.client.run_pod_sandbox(request)?.pod_sandbox_id;
         node.pods.lock().expect("the lock is not poisoned").push(id.clone());

@@ -8,6 +8,7 @@
 
 mod checkpoint;
 mod clones;
+mod configurations;
 mod confinement;
 mod control;
 mod cpusets;

@@ -5,18 +5,13 @@
 
 use std::path::PathBuf;
 
-use containerd_shim_protos::{
-    api::{CheckpointTaskRequest, CreateTaskRequest},
-    shim::oci::{CheckpointOptions, Options as CreateOptions},
-    ttrpc,
-};
+use containerd_shim_protos::{api::CheckpointTaskRequest, shim::oci::CheckpointOptions, ttrpc};
 use machinen::{checkpoint::DumpOptions, pod::CheckpointRequest};
 use protobuf::Message as _;
 
-use crate::error::invalid;
+use crate::{error::invalid, options::RuntimeOptions};
 
 const TYPES: [&str; 2] = ["containerd.runc.v1.CheckpointOptions", "containerd.linux.runc.CheckpointOptions"];
-const CREATE_TYPE: &str = "containerd.runc.v1.Options";
 /// What runc does with the cgroups. Here a container always has a cgroup of its own, so the mode has no
 /// effect.
 const CGROUPS_MODES: [&str; 7] = ["", "ignore", "cg_none", "props", "soft", "full", "strict"];
@@ -59,19 +54,10 @@ pub(crate) fn decode(req: &CheckpointTaskRequest) -> ttrpc::Result<CheckpointReq
     })
 }
 
-/// Returns the directory that a new container is restored from. containerd 2 sets the field of the request
+/// Returns the directory that a new container is restored from. containerd 2 sets the field `checkpoint` of the request
 /// from runc's options (`criu_image_path`); earlier versions do so for runc only, and pass the options on.
-///
-/// # Errors
-/// The options cannot be decoded.
-pub(crate) fn restored_from(req: &CreateTaskRequest) -> ttrpc::Result<Option<PathBuf>> {
-    let named = |dir: &str| Some(dir).filter(|dir| !dir.is_empty()).map(PathBuf::from);
-    let options = req.options.as_ref().filter(|any| any.type_url.rsplit('/').next() == Some(CREATE_TYPE));
-    let (None, Some(any)) = (named(&req.checkpoint), options) else { return Ok(named(&req.checkpoint)) };
-    match CreateOptions::parse_from_bytes(&any.value) {
-        Ok(options) => Ok(named(&options.criu_image_path)),
-        Err(error) => invalid(format!("the task options cannot be decoded: {error}")),
-    }
+pub(crate) fn restored_from(checkpoint: &str, options: RuntimeOptions) -> Option<PathBuf> {
+    Some(checkpoint).filter(|dir| !dir.is_empty()).map(PathBuf::from).or(options.checkpoint)
 }
 
 #[cfg(test)]
@@ -113,18 +99,11 @@ mod tests {
 
     #[test]
     fn a_container_is_restored_from_the_directory_in_either_field() {
-        let options = CreateOptions { criu_image_path: "/o".to_owned(), ..Default::default() };
-        let request = |checkpoint: &str, type_url: &str, value: Vec<u8>| CreateTaskRequest {
-            checkpoint: checkpoint.to_owned(),
-            options: MessageField::some(Any { type_url: type_url.to_owned(), value, ..Default::default() }),
-            ..Default::default()
-        };
-        let bytes = options.write_to_bytes().unwrap();
-        assert_eq!(restored_from(&request("", CREATE_TYPE, bytes.clone())).unwrap(), Some("/o".into()));
-        assert_eq!(restored_from(&request("/c", CREATE_TYPE, bytes)).unwrap(), Some("/c".into()));
-        assert_eq!(restored_from(&request("", "x.Options", vec![0xff])).unwrap(), None);
-        assert_eq!(restored_from(&CreateTaskRequest::default()).unwrap(), None);
-        assert!(restored_from(&request("", CREATE_TYPE, vec![0xff])).is_err());
+        let options =
+            |dir: Option<&str>| RuntimeOptions { checkpoint: dir.map(Into::into), ..Default::default() };
+        assert_eq!(restored_from("", options(Some("/o"))), Some("/o".into()));
+        assert_eq!(restored_from("/c", options(Some("/o"))), Some("/c".into()));
+        assert_eq!(restored_from("", options(None)), None);
     }
 
     #[test]

@@ -46,6 +46,7 @@ impl Inspection for InspectionService {
             containers: pod.containers.into_iter().map(container).collect(),
             namespace: pod.namespace,
             containerd: pod.containerd.map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),
+            config: self.pod.config().file.to_string_lossy().into_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..Default::default()
         })

@@ -13,6 +13,7 @@ pub mod events;
 mod id;
 mod inspection;
 mod metrics;
+pub mod options;
 mod pod_config;
 mod sandbox;
 mod secrets;

@@ -1,11 +1,16 @@
 //! Decodes the configuration of a pod, as containerd's CRI plugin passes it to CreateSandbox.
 
+use std::path::Path;
+
 use containerd_shim_protos::{sandbox_api::CreateSandboxRequest, ttrpc};
 use machinen::pod::{DnsConfig, IdMapping, SandboxRequest};
 use protobuf::{EnumOrUnknown, Message};
 
 use self::api::pod_sandbox::{IDMapping, NamespaceMode, NamespaceOption, PodSandboxConfig};
-use crate::error::{invalid, unimplemented};
+use crate::{
+    error::{invalid, unimplemented},
+    options,
+};
 
 /// Generated messages of `proto/pod_sandbox.proto`.
 #[allow(
@@ -29,12 +34,17 @@ const CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
 
 /// # Errors
 /// The request has a root file system, which the sandbox of a VM has itself, or another kind of configuration. Without a
-/// configuration all defaults apply.
-pub(crate) fn decode(request: &CreateSandboxRequest) -> ttrpc::Result<SandboxRequest> {
+/// configuration all defaults apply. containerd's CRI plugin passes the options of the runtime to `start` only; those
+/// of another client must name the file that the pod's configuration was loaded from, `file`.
+pub(crate) fn decode(request: &CreateSandboxRequest, file: &Path) -> ttrpc::Result<SandboxRequest> {
     if !request.rootfs.is_empty() {
         return unimplemented("a root file system of the sandbox");
     }
     let config = match request.options.as_ref() {
+        Some(options) if options::is_options(options) => {
+            options::of_request(Some(options), file)?;
+            PodSandboxConfig::new()
+        }
         Some(options) if !options.type_url.is_empty() => {
             if !options.type_url.ends_with(CONFIG_TYPE) {
                 return invalid(format!(
@@ -111,6 +121,9 @@ mod tests {
         *,
     };
 
+    /// The file of the pod's configuration.
+    const FILE: &str = "/m";
+
     fn request(type_url: &str, value: Vec<u8>) -> CreateSandboxRequest {
         CreateSandboxRequest {
             sandbox_id: "s".into(),
@@ -138,15 +151,19 @@ mod tests {
             }),
             ..Default::default()
         };
-        let decoded = decode(&request(CONFIG_TYPE, config.write_to_bytes().unwrap())).unwrap();
+        let decoded = decode(&request(CONFIG_TYPE, config.write_to_bytes().unwrap()), FILE.as_ref()).unwrap();
         assert_eq!((decoded.hostname.as_str(), decoded.cgroup_parent.as_str()), ("web-0", "/kubepods/p"));
         assert_eq!((decoded.memory_bytes, decoded.namespaces), (5, vec!["mount", "uts", "ipc", "pid"]));
     }
 
     #[test]
     fn what_is_no_configuration_is_refused() {
+        let decode = |request: &_| decode(request, FILE.as_ref());
         assert!(decode(&request("runtime.v1.Other", Vec::new())).is_err());
         assert!(decode(&request(CONFIG_TYPE, vec![0xff])).is_err());
+        // The file /x, in the field 2.
+        assert!(decode(&request("runtimeoptions.v1.Options", b"\x12\x02/x".to_vec())).is_err());
+        assert!(decode(&request("runtimeoptions.v1.Options", b"\x12\x02/m".to_vec())).is_ok());
         let defaults = decode(&CreateSandboxRequest::new()).unwrap();
         assert_eq!(defaults.namespaces, ["mount", "uts", "network", "ipc", "pid"]);
     }

@@ -104,7 +104,8 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         req: CreateSandboxRequest,
     ) -> ttrpc::Result<CreateSandboxResponse> {
-        let (id, request) = (id::container(&req.sandbox_id)?, pod_config::decode(&req)?);
+        let id = id::container(&req.sandbox_id)?;
+        let request = pod_config::decode(&req, &self.pod.config().file)?;
         let mut sandbox = self.sandbox();
         if sandbox.is_some() {
             return refused(

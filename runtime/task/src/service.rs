@@ -28,7 +28,7 @@ use crate::{
     checkpoint,
     error::{encoding, invalid, to_ttrpc, unimplemented},
     events::timestamp,
-    id, metrics, stand_in,
+    id, metrics, options, stand_in,
     stdio::{self, NamedStdio},
 };
 
@@ -84,12 +84,13 @@ impl Task for TaskService {
         let NamedStdio { stdio, stand_in } =
             stdio::decode(&req.stdin, &req.stdout, &req.stderr, req.terminal)?;
         let id = id::container(&req.id)?;
+        let options = options::of_request(req.options.as_ref(), &self.pod.config().file)?;
         let create = CreateRequest {
             id: id.clone(),
             bundle: req.bundle.clone().into(),
             rootfs: req.rootfs.iter().map(rootfs_mount).collect(),
             stdio,
-            checkpoint: checkpoint::restored_from(&req)?,
+            checkpoint: checkpoint::restored_from(&req.checkpoint, options),
         };
         let service = self.clone();
         // A task of its own: a caller that goes away ends this call, but not the creation, and its stand-in ends too.

@@ -36,7 +36,7 @@ fn automatic(containerd: &Containerd) -> Result<Templates<'_>> {
 }
 
 /// The origin of a created container's VM in the shim's log: `clone` or `boot`.
-fn origin(containerd: &Containerd, from: usize, id: &str) -> Result<String> {
+pub(crate) fn origin(containerd: &Containerd, from: usize, id: &str) -> Result<String> {
     let created = |line: &&String| line.contains("container created") && has_id(line, id);
     let lines = containerd.log().since(from);
     let line = lines.iter().find(created).with_context(|| format!("no line of the creation of {id}"))?;

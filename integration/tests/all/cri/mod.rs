@@ -4,6 +4,7 @@
 
 mod checkpoint;
 mod events;
+mod handlers;
 mod installer;
 mod isolation;
 mod kubelet;

@@ -66,8 +66,12 @@ fn processes_on_request(node: &mut Node) -> Result<()> {
     // The first process is the pod's, not that of a container.
     let init = second.shell("tr '\\0' ' ' < /proc/1/cmdline")?;
     let wanted = match node.handler() {
-        Handler::MachinenSandbox => "/pause ",
-        Handler::Runc | Handler::Machinen | Handler::Installed => "/bin/sleep 1000000 ",
+        Handler::MachinenSandbox | Handler::MachinenSandboxOther => "/pause ",
+        Handler::Runc
+        | Handler::Machinen
+        | Handler::MachinenOther
+        | Handler::Installed
+        | Handler::InstalledOther => "/bin/sleep 1000000 ",
     };
     ensure!(init == wanted, "{init}");
     second.shell("killall -KILL tail")?;

@@ -1,13 +1,21 @@
 //! Options of `docker run`.
 
+use std::fs;
+
 use anyhow::{Result, ensure};
-use machinen_integration::docker::Docker;
+use machinen_integration::{
+    cri::OTHER_CONFIGURATION,
+    docker::{Docker, MACHINEN_OTHER},
+    setup::{Setup, Value},
+};
 
 use super::with_docker;
 use crate::harness::IMAGE;
 
 with_docker!(runc, RUNC: limits, identity, privileges, an_init_process, a_terminal);
-with_docker!(machinen, MACHINEN: limits, identity, privileges, an_init_process, a_terminal);
+with_docker!(
+    machinen, MACHINEN: limits, identity, privileges, an_init_process, a_terminal, a_configuration_of_its_own
+);
 
 /// Runs a script, and compares what it prints.
 fn prints(docker: &Docker<'_>, runtime: &str, flags: &[&str], script: &str, wanted: &str) -> Result<()> {
@@ -17,6 +25,21 @@ fn prints(docker: &Docker<'_>, runtime: &str, flags: &[&str], script: &str, want
     let output = docker.ok(&args)?;
     ensure!(output == wanted, "{flags:?}: {output}");
     Ok(())
+}
+
+/// A runtime of daemon.json with a file of its own.
+fn a_configuration_of_its_own(docker: &Docker<'_>, _: &str) -> Result<()> {
+    let args = ["run", "--rm", "--runtime", MACHINEN_OTHER, "--network", "none", IMAGE, "sh", "-c"];
+    let args = [&args[..], &["awk '/^MemTotal/ { print $2 < 300 * 1024 }' /proc/meminfo"]].concat();
+    let missing = docker.output(&args)?;
+    let text = missing.error_text();
+    ensure!(missing.status != 0 && text.contains("cannot read the configuration file"), "{missing}");
+    ensure!(text.contains(OTHER_CONFIGURATION), "{missing}");
+    let small = Setup::new().set("vm", "memory_mib", Value::number(300));
+    let file = docker.containerd().configuration(OTHER_CONFIGURATION, &small)?;
+    let printed = docker.ok(&args)?;
+    ensure!(printed == "1", "the file has no effect: {printed}");
+    Ok(fs::remove_file(file)?)
 }
 
 /// The files of either version of cgroups.
