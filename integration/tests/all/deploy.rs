@@ -3,6 +3,7 @@
 use std::fs;
 
 use anyhow::{Result, ensure};
+use machinen::config::Config;
 use machinen_integration::{
     paths::{self, Version},
     process::Invocation,
@@ -32,16 +33,52 @@ fn containerd_takes_the_configuration() -> Result<()> {
             "{} has lost a runtime: {dump}",
             version.name()
         );
-        let runtime = dump.split("containerd.runtimes.machinen]").nth(1).unwrap_or_default();
-        let runtime = runtime.replace('\'', "\"");
-        for line in ["runtime_type = \"io.machinen.v1\"", "privileged_without_host_devices = true"] {
-            ensure!(
-                runtime.contains(line),
-                "{} has no {line} from {}: {dump}",
-                version.name(),
-                ours.display()
-            );
+        let dump = dump.replace('\'', "\"");
+        let lines = ["runtime_type = \"io.machinen.v1\"", "privileged_without_host_devices = true"];
+        let option = ["ConfigPath = \"/etc/machinen/nopool.toml\""];
+        for (section, lines) in
+            [("machinen", &lines[..]), ("machinen-nopool", &lines), ("machinen-nopool.options", &option)]
+        {
+            let runtime = dump.split(&format!("containerd.runtimes.{section}]")).nth(1).unwrap_or_default();
+            let runtime = runtime.split("containerd.runtimes.").next().unwrap_or_default();
+            for line in lines {
+                ensure!(
+                    section_has(runtime, line),
+                    "{} has no {line} for {section} from {}: {dump}",
+                    version.name(),
+                    ours.display()
+                );
+            }
         }
     }
+    Ok(())
+}
+
+fn section_has(section: &str, line: &str) -> bool {
+    section.lines().any(|it| it.trim() == line)
+}
+
+/// The configurations of the further handlers that the installer installs, and their RuntimeClasses.
+#[test]
+fn each_further_handler_has_a_valid_configuration_and_a_runtime_class() -> Result<()> {
+    let deploy = paths::workspace().join("deploy");
+    let classes = fs::read_to_string(deploy.join("kubernetes/runtimeclass.yaml"))?;
+    let list = fs::read_to_string(deploy.join("installer/kustomization.yaml"))?;
+    let mut names = Vec::new();
+    for entry in fs::read_dir(deploy.join("installer/handlers"))? {
+        let path = entry?.path();
+        Config::parse(&fs::read_to_string(&path)?, &path)?;
+        let name = path.file_stem().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+        ensure!(
+            section_has(&list, &format!("- handlers/{name}.toml")),
+            "the installer has no {name}: {list}"
+        );
+        ensure!(
+            section_has(&classes, &format!("handler: machinen-{name}")),
+            "no class for {name}: {classes}"
+        );
+        names.push(name);
+    }
+    ensure!(names == ["nopool"], "{names:?}");
     Ok(())
 }

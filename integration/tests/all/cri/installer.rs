@@ -9,10 +9,11 @@ use std::{
 
 use anyhow::{Result, ensure};
 use machinen_integration::{
-    cri::{Handler, Node},
+    cri::{Handler, Node, OTHER_CONFIGURATION, Pod},
     inventory,
     paths::{self, Version},
     process::{Invocation, Output},
+    setup::{Setup, Value},
 };
 
 use super::pod_tests;
@@ -37,11 +38,10 @@ impl Host {
     /// With the configuration at `config`.
     fn new(version: Version, config: &Path) -> Result<Self> {
         let dir = tempfile::tempdir_in("/var/tmp")?;
-        let (root, from) = (dir.path().join("host"), dir.path().join("from"));
-        for dir in
-            [root.clone(), from.join("bin"), from.join("lib/machinen"), root.join("cache/rootdisk/layers")]
-        {
-            fs::create_dir_all(dir)?;
+        let base = dir.path();
+        let (root, from) = (base.join("host"), base.join("from"));
+        for dir in ["host/cache/rootdisk/layers", "from/bin", "from/lib/machinen", "from/handlers"] {
+            fs::create_dir_all(base.join(dir))?;
         }
         fs::write(root.join("cache/rootdisk/key.ext4"), "")?;
         for program in [SHIM, "machinen"] {
@@ -52,6 +52,11 @@ impl Host {
         }
         let containerd = paths::containerd_program(version, "containerd")?;
         Ok(Self { root, from, config: config.to_owned(), containerd, _dir: dir })
+    }
+
+    /// The configuration of the handler `Installed-NAME`.
+    fn handler(&self, name: &str) -> PathBuf {
+        self.from.join("handlers").join(format!("{name}.toml"))
     }
 
     fn prefix(&self) -> PathBuf {
@@ -94,9 +99,14 @@ fn installed_upgraded_and_removed(node: &mut Node) -> Result<()> {
     let Err(unknown) = node.pod(|_| ()) else { anyhow::bail!("a pod runs before the installation") };
     ensure!(format!("{unknown:#}").contains(Handler::Installed.name()), "{unknown:#}");
 
+    let small = |mib| Setup::new().set("vm", "memory_mib", Value::number(mib));
+    fs::copy(node.containerd().configuration(OTHER_CONFIGURATION, &small(300))?, host.handler("other"))?;
     host.run("install", false)?.ok()?;
     ensure!(host.wants_restart(), "containerd does not learn of the runtime");
     node.restart()?;
+    let other = node.pod_of(Handler::InstalledOther, |_| ())?;
+    ensure!((200..300).contains(&memory_mib(&other)?), "the second handler has another configuration");
+    other.remove()?;
     let pod = node.pod(|_| ())?;
     let old = pod.idle("old")?;
     let shim = shims(node, &host)?;
@@ -105,6 +115,7 @@ fn installed_upgraded_and_removed(node: &mut Node) -> Result<()> {
     // Again, and another version: pods go on, and containerd is not disturbed.
     host.run("install", false)?.ok()?;
     fs::write(host.from.join("lib/machinen/VERSION"), "2")?;
+    fs::copy(node.containerd().configuration(OTHER_CONFIGURATION, &small(400))?, host.handler("other"))?;
     host.run("install", false)?.ok()?;
     ensure!(!host.wants_restart(), "containerd is restarted by an upgrade");
     ensure!(host.prefix().join("lib/machinen/VERSION").exists(), "the new version is not there");
@@ -112,6 +123,15 @@ fn installed_upgraded_and_removed(node: &mut Node) -> Result<()> {
     let new = node.pod(|_| ())?;
     ensure!(new.idle("new")?.shell("echo served")? == "served\n", "there are no new pods");
     new.remove()?;
+    let other = node.pod_of(Handler::InstalledOther, |_| ())?;
+    ensure!((300..400).contains(&memory_mib(&other)?), "its configuration is not that of the new version");
+    other.remove()?;
+    // A handler that the new version does not have.
+    fs::remove_file(host.handler("other"))?;
+    host.run("install", false)?.ok()?;
+    ensure!(host.wants_restart() && !host.prefix().join("handlers/other.toml").exists(), "it is still there");
+    node.restart()?;
+    ensure!(node.pod_of(Handler::InstalledOther, |_| ()).is_err(), "containerd still has it");
 
     let refused = host.run("remove", false)?;
     let text = refused.error_text();
@@ -133,6 +153,53 @@ fn installed_upgraded_and_removed(node: &mut Node) -> Result<()> {
     // Once more is no error.
     host.run("remove", false)?.ok()?;
     ensure!(!host.wants_restart(), "nothing has changed");
+    Ok(())
+}
+
+/// The memory of the VM of a pod.
+fn memory_mib(pod: &Pod) -> Result<u64> {
+    let kib = pod.idle("main")?.shell("awk '/^MemTotal/ { print $2 }' /proc/meminfo")?;
+    Ok(kib.trim().parse::<u64>()? >> 10)
+}
+
+/// An administrator has added the first handler: the installer adds the second one only, and takes it away again. A
+/// name that no handler can have is refused.
+#[test]
+fn a_handler_that_is_there_already() -> Result<()> {
+    for version in [Version::V1_7, Version::V2_1] {
+        let dir = tempfile::tempdir_in("/var/tmp")?;
+        let config = dir.path().join("config.toml");
+        let name = Handler::Installed.name();
+        let section = format!("[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{name}]");
+        let by_hand = format!("version = 2\n{section}\nruntime_type = \"io.machinen.v1\"\n");
+        fs::write(&config, &by_hand)?;
+        let host = Host::new(version, &config)?;
+        host.run("install", false)?.ok()?;
+        ensure!(
+            fs::read_to_string(&config)? == by_hand && !host.wants_restart(),
+            "it has not stayed as it was"
+        );
+        fs::write(host.handler("other"), "[pool]\nsize = 0\n")?;
+        for is_new in [true, false] {
+            host.run("install", false)?.ok()?;
+            ensure!(host.wants_restart() == is_new, "containerd is restarted without a reason, or is not");
+        }
+        let added = fs::read_to_string(&config)?;
+        let file = host.prefix().join("handlers/other.toml");
+        ensure!(added.matches(&section).count() == 1, "the first handler was added twice: {added}");
+        ensure!(added.contains(&format!("ConfigPath = {file:?}")) && file.exists(), "{added}");
+        fs::write(host.handler("a.b"), "")?;
+        let refused = host.run("install", false)?;
+        ensure!(refused.status != 0 && refused.error_text().contains("a.b.toml"), "{refused}");
+        for name in ["a.b", "other"] {
+            fs::remove_file(host.handler(name))?;
+        }
+        host.run("install", false)?.ok()?;
+        ensure!(fs::read_to_string(&config)? == by_hand && host.wants_restart(), "the second one is left");
+        host.run("remove", false)?.ok()?;
+        ensure!(fs::read_to_string(&config)? == by_hand, "the configuration is not what it was");
+        ensure!(fs::read_dir(dir.path())?.count() == 1, "files are left next to it");
+    }
     Ok(())
 }
 
