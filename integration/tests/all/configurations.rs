@@ -174,11 +174,11 @@ fn every_form_of_start(containerd: &mut Containerd) -> Result<()> {
     // Refusals leave nothing but the caller's log, and the next attempt works.
     let shim = Shim::new(containerd)?;
     let missing = containerd.root().join("missing.toml");
-    let body = Any { value: field(3, b"SystemdCgroup = true\n"), ..options(&missing) };
+    let body = Any { value: field(3, b"NoPivotRoot = true\n"), ..options(&missing) };
     for (input, words) in [
         (options(&missing).write_to_bytes()?, missing.to_str().context("odd path")?),
         (bootstrap(&shim, namespace, Some(options(&missing)))?, missing.to_str().context("odd path")?),
-        (body.write_to_bytes()?, "\"SystemdCgroup = true\", without a ConfigPath"),
+        (body.write_to_bytes()?, "\"NoPivotRoot = true\", without a ConfigPath"),
         (vec![0xff], "cannot be decoded"),
     ] {
         let printed = shim.start_with(&input)?;

@@ -114,7 +114,7 @@ impl RuntimeOptions {
                 let decoded = Options::parse_from_bytes(value);
                 let options = decoded.map_err(|source| OptionsError::Decode { kind: TYPE, source })?;
                 let body = String::from_utf8_lossy(&options.config_body);
-                if options.config_path.is_empty() && !body.trim().is_empty() {
+                if options.config_path.is_empty() && !body.trim().is_empty() && !is_implied(&body) {
                     return Err(OptionsError::NoPath { body: body.trim().chars().take(QUOTED).collect() });
                 }
                 Ok(Self { config: path(&options.config_path), checkpoint: None })
@@ -130,6 +130,13 @@ impl RuntimeOptions {
             _ => Ok(Self::default()),
         }
     }
+}
+
+/// Whether options, as TOML, are only runc's `SystemdCgroup`, which many copy to every handler: the form of a container's
+/// `cgroupsPath`, which follows from kubelet's driver, already says whether systemd makes the cgroup.
+fn is_implied(body: &str) -> bool {
+    let Ok(options) = body.parse::<toml::Table>() else { return false };
+    options.iter().all(|(key, value)| key == "SystemdCgroup" && value.is_bool())
 }
 
 /// The options of a task that is restored from the checkpoint in a directory, as the type and the bytes of an Any. The
@@ -241,8 +248,10 @@ mod tests {
             let error = RuntimeOptions::of_start(input, "c1", "k8s.io").unwrap_err();
             machinen::error::chain(&error)
         };
-        let text = error(&bytes(TYPE, options("", "SystemdCgroup = true\n")));
-        assert!(text.contains("\"SystemdCgroup = true\", without a ConfigPath"), "{text}");
+        let text = error(&bytes(TYPE, options("", "NoPivotRoot = true\n")));
+        assert!(text.contains("\"NoPivotRoot = true\", without a ConfigPath"), "{text}");
+        assert!(error(&bytes(TYPE, options("", "SystemdCgroup = 1"))).contains("without a ConfigPath"));
+        assert_eq!(started(&bytes(TYPE, options("", "SystemdCgroup = true\n"))), None);
         assert!(error(&[0xff]).contains("cannot be decoded as google.protobuf.Any"));
         assert!(error(&bytes(TYPE, vec![0xff])).contains(TYPE));
         // Parameters of another container are none of this one's, and not an Any with options either.

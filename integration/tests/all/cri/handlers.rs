@@ -179,12 +179,12 @@ fn files_that_cannot_be_used(node: &mut Node) -> Result<()> {
     fs::write(&config, relative)?;
     node.restart()?;
     is_refused(node, handler, &["\"other.toml\" is not absolute"])?;
-    fs::write(&config, correct.replace(&option, "SystemdCgroup = true"))?;
+    fs::write(&config, correct.replace(&option, "NoPivotRoot = true"))?;
     node.restart()?;
     match node.containerd().version() {
         // It does not pass on what it does not know.
         Version::V1_6 => node.pod_of(handler, |_| ())?.remove()?,
-        _ => is_refused(node, handler, &["SystemdCgroup = true", "without a ConfigPath"])?,
+        _ => is_refused(node, handler, &["NoPivotRoot = true", "without a ConfigPath"])?,
     }
 
     fs::write(&config, correct)?;
