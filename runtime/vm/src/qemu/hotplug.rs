@@ -252,6 +252,7 @@ impl AttachedDisks {
         disk: DiskSpec,
     ) -> Result<(), (PlugUndo, QmpError)> {
         let DiskSpec { source, read_only, volatile, serial, reserve: _ } = disk;
+        let serial = short_serial(&serial);
         let node = node(number);
         let (undo, storage) = match source {
             DiskBacking::File(file) => {
@@ -418,6 +419,14 @@ fn opened_read_only(file: &OwnedFd) -> Option<bool> {
         OFlag::O_RDWR => Some(false),
         _ => None,
     }
+}
+
+/// The part of a serial number that QEMU takes. The guest finds disks by their addresses, so the part need not be unique. QEMU 10
+/// refuses more than 20 letters, because the number also becomes the disk's identifier, and QEMU 7 cuts it off.
+fn short_serial(serial: &str) -> &str {
+    const MOST: usize = 20;
+    let ends = serial.char_indices().map(|(at, letter)| at + letter.len_utf8());
+    &serial[..ends.take_while(|&end| end <= MOST).last().unwrap_or(0)]
 }
 
 #[cfg(test)]

@@ -168,3 +168,11 @@ async fn a_file_with_another_access_mode_never_reaches_qemu() {
     .await;
     assert!(commands.is_empty());
 }
+
+#[test]
+fn a_serial_number_has_room_in_scsi() {
+    let long = format!("base-{}", "a".repeat(64));
+    assert_eq!(short_serial(&long), &long[..20]);
+    assert_eq!(short_serial("base-web"), "base-web");
+    assert_eq!(short_serial(&"é".repeat(20)), "é".repeat(10));
+}
