@@ -1,12 +1,18 @@
 //! What containers use, and what they may use.
 
 use std::{
+    fs,
+    path::Path,
     sync::atomic::{AtomicBool, Ordering},
     thread,
 };
 
 use anyhow::{Context, Result, ensure};
-use machinen_integration::cri::{Container, Handler, Node, Pod, Refusal, api, eventually};
+use machinen_integration::{
+    cri::{Container, Handler, Node, Pod, Refusal, api, eventually},
+    paths::Version,
+    process::Invocation,
+};
 
 use super::{both_runtimes, pod_tests};
 
@@ -49,7 +55,7 @@ fn statistics(node: &mut Node) -> Result<()> {
     let set = memory.working_set_bytes.context("no working set")?.value;
     ensure!((100 << 10..1 << 30).contains(&set), "{set} bytes");
     // 1.6 has no statistics of pods.
-    if node.containerd().version() == machinen_integration::paths::Version::V2_1 {
+    if node.containerd().version() == Version::V2_1 {
         pod_statistics(node, &pod)?;
     }
     pod.remove()
@@ -231,4 +237,42 @@ fn a_limit_beyond_the_vm(node: &mut Node) -> Result<()> {
         pod.remove()?;
     }
     Ok(())
+}
+
+/// What kubelet asks for if its `cgroupDriver` is systemd, its default.
+#[test]
+#[ignore = "needs a host with systemd and cgroups of version 2 (make test-kvm)"]
+fn a_scope_in_a_slice_of_systemd() {
+    super::run(Version::V2_1, Handler::Machinen, a_scope_in_a_slice);
+}
+
+/// The same for a pod without a pause container.
+#[test]
+#[ignore = "needs a host with systemd and cgroups of version 2 (make test-kvm)"]
+fn a_scope_in_a_slice_of_systemd_without_pause() {
+    super::run(Version::V2_1, Handler::MachinenSandbox, a_scope_in_a_slice);
+}
+
+fn a_scope_in_a_slice(node: &mut Node) -> Result<()> {
+    let slices = format!("machinentest{}", std::process::id());
+    let parent = format!("/{slices}.slice/{slices}-pod.slice");
+    let systemctl = |args: &[&str]| -> Result<String> {
+        Ok(Invocation::new("systemctl").args(args).run()?.text().trim().to_owned())
+    };
+    let pod = node.pod(|config| config.linux.get_or_insert_default().cgroup_parent.clone_from(&parent))?;
+    let container = limited(&pod, "main", 96, 50_000)?;
+    let unit = format!("cri-containerd-{}.scope", pod.id());
+    let active = systemctl(&["is-active", &unit])?;
+    ensure!(active == "active", "{unit} is {active}");
+    let group = Path::new("/sys/fs/cgroup").join(&parent[1..]).join(&unit);
+    let members = || fs::read_to_string(group.join("cgroup.procs"));
+    // The pause container has no limit of memory, and so the pod's processes have none; those of the guest hold.
+    resize(&container, 128, 50_000)?;
+    systemctl(&["daemon-reload"])?;
+    ensure!(!members()?.is_empty(), "no process is in {}", group.display());
+    pod.remove()?;
+    let after = systemctl(&["show", "--value", "--property", "LoadState", &unit])?;
+    ensure!(after == "not-found", "{unit} is {after}");
+    // As kubelet does, which has made the slices.
+    systemctl(&["stop", &format!("{slices}.slice")]).map(drop)
 }

@@ -8,7 +8,7 @@ use machinen_base::{
     fs::FileError,
 };
 
-use super::path::CgroupPathError;
+use super::{path::CgroupPathError, scope::ScopeError};
 
 /// Why a pod's processes cannot be in its cgroup, or why it cannot have its limits.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +32,14 @@ pub enum HostCgroupError {
         /// The cause.
         source: AnyManagerError,
     },
+    /// systemd does not make the scope, or does not limit it.
+    #[error("cannot have the cgroup {path} of the host")]
+    Scope {
+        /// The cgroup.
+        path: String,
+        /// The cause.
+        source: ScopeError,
+    },
     /// The cgroup, or one above it, is frozen.
     #[error(
         "container's cgroup unexpectedly frozen: {}; let it continue, or choose another one (linux.cgroupsPath)",
@@ -41,7 +49,7 @@ pub enum HostCgroupError {
         /// The directory of the frozen cgroup.
         group: PathBuf,
     },
-    /// The kernel, or systemd, refuses a limit.
+    /// The kernel refuses a limit.
     #[error("cannot set the limits of the cgroup {path} of the host")]
     Limit {
         /// The cgroup.

@@ -25,7 +25,12 @@ use nix::unistd::getsid;
 use nix_of_libcgroups::unistd::Pid;
 use oci_spec::runtime::LinuxResources;
 
-use super::{HostCgroupError, limits::PERIOD, path::CgroupPath};
+use super::{
+    HostCgroupError,
+    limits::PERIOD,
+    path::CgroupPath,
+    scope::{self, ScopeError},
+};
 
 /// File in the bundle with the directory of the pod's cgroup, for the time after the shim was killed.
 const RECORD: &str = "host-cgroup";
@@ -41,8 +46,8 @@ pub(super) struct JoinedCgroup {
     /// The groups that this process came from.
     home: Vec<PathBuf>,
     state_dir: PathBuf,
-    /// systemd has made the group.
-    is_scope: bool,
+    /// The name of the scope, if systemd has made the group.
+    scope: Option<String>,
     /// Kills of the host's kernel that the group had counted before.
     kills_before: u64,
 }
@@ -84,7 +89,7 @@ impl JoinedCgroup {
             groups: Vec::new(),
             home,
             state_dir: state_dir.to_owned(),
-            is_scope: false,
+            scope: None,
             kills_before: 0,
         };
         match joined.enter_with_children(own) {
@@ -100,7 +105,7 @@ impl JoinedCgroup {
     }
 
     fn enter_with_children(&mut self, own: u32) -> Result<(), HostCgroupError> {
-        self.is_scope = self.add(own)?;
+        self.scope = self.add(own)?;
         let groups = cgroup::of_process(own)?;
         self.groups = groups.into_iter().filter(|group| !self.home.contains(group)).collect();
         children().into_iter().try_for_each(|pid| cgroup::enter(&self.groups, pid))?;
@@ -108,30 +113,32 @@ impl JoinedCgroup {
         Ok(())
     }
 
-    /// Moves a process to the group. Returns whether systemd has made the group.
-    fn add(&self, pid: u32) -> Result<bool, HostCgroupError> {
-        let pid = Pid::from_raw(pid.cast_signed());
-        let path = || self.path.to_string();
-        if let CgroupPath::Scope { .. } = self.path
-            && is_unified()
-        {
-            let added = manager(&self.path, true).and_then(|manager| {
-                manager.add_task(pid).map_err(|source| HostCgroupError::Enter { path: path(), source })
-            });
-            match added {
-                Ok(()) => return Ok(true),
-                Err(error) => tracing::warn!(
-                    "systemd does not make the scope {}, so it is a plain directory: {}",
-                    self.path,
-                    chain(&error)
-                ),
+    /// Moves a process to the group, which is made if it is missing. Returns the name of the scope that systemd has made.
+    fn add(&self, pid: u32) -> Result<Option<String>, HostCgroupError> {
+        if let Some((unit, slice)) = self.path.unit() {
+            if is_unified() && scope::is_available() {
+                match scope::start(&unit, slice, pid) {
+                    Ok(()) => return Ok(Some(unit)),
+                    Err(error @ ScopeError::Connect(_)) => {
+                        tracing::warn!("the scope {} is a plain directory: {}", self.path, chain(&error));
+                    }
+                    Err(error) => return Err(self.refused(error)),
+                }
+            } else {
+                tracing::info!(
+                    "the scope {} is a plain directory: the host has no systemd, or cgroup v1",
+                    self.path
+                );
             }
-        } else if let CgroupPath::Scope { .. } = self.path {
-            tracing::info!("the scope {} is a plain directory: the host has cgroup v1", self.path);
         }
-        let manager = manager(&self.path, false)?;
-        manager.add_task(pid).map_err(|source| HostCgroupError::Enter { path: path(), source })?;
-        Ok(false)
+        let add = |manager: AnyCgroupManager| manager.add_task(Pid::from_raw(pid.cast_signed()));
+        add(manager(&self.path, &self.path.directory())?)
+            .map_err(|source| HostCgroupError::Enter { path: self.path.to_string(), source })?;
+        Ok(None)
+    }
+
+    fn refused(&self, source: ScopeError) -> HostCgroupError {
+        HostCgroupError::Scope { path: self.path.to_string(), source }
     }
 
     /// Sets limits of the group. Those that are not given stay as they are.
@@ -146,9 +153,20 @@ impl JoinedCgroup {
         let resources = &resources;
         let options =
             ControllerOpt { resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None };
-        manager(&self.path, self.is_scope)?
+        manager(&self.path, &self.directory()?)?
             .apply(&options)
-            .map_err(|source| HostCgroupError::Limit { path: self.path.to_string(), source })
+            .map_err(|source| HostCgroupError::Limit { path: self.path.to_string(), source })?;
+        let Some(unit) = &self.scope else { return Ok(()) };
+        let weight = self.read_any(&["cpu.weight"]).and_then(|text| text.trim().parse().ok());
+        scope::limit(unit, resources, weight).map_err(|source| self.refused(source))
+    }
+
+    /// The group, counted from the root of its hierarchy. A systemd that is in a container has its slices in a group of its own.
+    fn directory(&self) -> Result<PathBuf, HostCgroupError> {
+        let [group] = self.groups.as_slice() else { return Ok(self.path.directory()) };
+        let hierarchies = cgroup::hierarchies()?;
+        let below = hierarchies.iter().find_map(|hierarchy| group.strip_prefix(&hierarchy.mount).ok());
+        Ok(below.map_or_else(|| self.path.directory(), |below| Path::new("/").join(below)))
     }
 
     /// The groups that this process came from.
@@ -196,6 +214,10 @@ impl JoinedCgroup {
             members.iter().try_for_each(|&pid| cgroup::enter(&self.home, pid))?;
         }
         remove_groups(&self.groups)?;
+        if let Some(unit) = &self.scope {
+            // Else the next pod of this name would find the scope, until systemd has noticed that the scope is empty.
+            scope::stop(unit).map_err(|source| self.refused(source))?;
+        }
         let record = self.state_dir.join(RECORD);
         remove_if_exists(&record).map_err(FileError::at("remove", record))?;
         Ok(())
@@ -300,9 +322,13 @@ fn is_unified() -> bool {
     matches!(get_cgroup_setup(), Ok(CgroupSetup::Unified))
 }
 
-fn manager(path: &CgroupPath, systemd: bool) -> Result<AnyCgroupManager, HostCgroupError> {
-    let cgroup_path = if systemd { path.for_libcgroups() } else { path.directory() };
-    let config = CgroupConfig { cgroup_path, systemd_cgroup: systemd, container_name: "machinen".to_owned() };
+/// libcgroups' code for the group `path`, which is in `directory`, counted from the root of each hierarchy.
+fn manager(path: &CgroupPath, directory: &Path) -> Result<AnyCgroupManager, HostCgroupError> {
+    let config = CgroupConfig {
+        cgroup_path: directory.to_owned(),
+        systemd_cgroup: false,
+        container_name: "machinen".to_owned(),
+    };
     create_cgroup_manager(config).map_err(|source| HostCgroupError::Setup { path: path.to_string(), source })
 }
 

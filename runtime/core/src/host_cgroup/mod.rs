@@ -15,6 +15,7 @@ mod host;
 mod limits;
 mod membership;
 mod path;
+mod scope;
 
 use std::{
     collections::HashMap,
@@ -36,6 +37,7 @@ pub use error::HostCgroupError;
 pub use host::HostCgroups;
 pub use membership::remove_abandoned;
 pub use path::{CgroupPath, CgroupPathError};
+pub use scope::ScopeError;
 
 /// A guest gives back memory that it has freed some seconds after it has freed it. A lower limit of memory takes effect
 /// step by step during this time, so that it does not end an honest guest.

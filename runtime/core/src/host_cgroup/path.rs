@@ -96,18 +96,21 @@ impl CgroupPath {
         }
     }
 
-    /// The path as libcgroups takes it.
-    pub(super) fn for_libcgroups(&self) -> PathBuf {
+    /// The name of the scope, if it is one, and of its slice.
+    pub(super) fn unit(&self) -> Option<(String, &str)> {
         match self {
-            Self::Directory(path) => path.clone(),
-            Self::Scope { slice, prefix, name } => format!("{slice}:{prefix}:{name}").into(),
+            Self::Directory(_) => None,
+            Self::Scope { slice, prefix, name } => Some((unit(prefix, name), slice)),
         }
     }
 }
 
 impl fmt::Display for CgroupPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.for_libcgroups().display().fmt(f)
+        match self {
+            Self::Directory(path) => path.display().fmt(f),
+            Self::Scope { slice, prefix, name } => write!(f, "{slice}:{prefix}:{name}"),
+        }
     }
 }
 

@@ -58,6 +58,11 @@ impl CpuSet {
         self.0.len()
     }
 
+    /// The numbers, in ascending order.
+    pub fn numbers(&self) -> impl Iterator<Item = u32> {
+        self.0.iter().copied()
+    }
+
     /// The numbers of both sets.
     pub fn union(mut self, other: Self) -> Self {
         self.0.extend(other.0);
