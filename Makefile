@@ -23,10 +23,11 @@ test: build
 	scripts/test $(TESTS)
 
 # KVM_TESTS: parts of tests' names, in place of the list in config/kvm-tests. KVM_SUITE: the host's Debian.
+# KVM_OPTIONS: further options of scripts/kvm-host.
 KVM_SUITE ?= trixie
 
 test-kvm: build
-	scripts/kvm-host --suite $(KVM_SUITE) test $(KVM_TESTS)
+	scripts/kvm-host $(KVM_OPTIONS) --suite $(KVM_SUITE) test $(KVM_TESTS)
 
 # PROGRAMS: names of programs, or --short for those that the continuous integration runs.
 test-programs: build
