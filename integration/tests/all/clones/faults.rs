@@ -92,7 +92,9 @@ fn manifest_damaged(containerd: &mut Containerd) -> Result<()> {
     let (templates, template) = with_template(containerd)?;
     let path = manifest(&templates, &template.key);
     let text = fs::read_to_string(&path)?;
-    let other_version = text.replacen("\"version\": 2", "\"version\": 99", 1);
+    let manifest: serde_json::Value = serde_json::from_str(&text)?;
+    let version = format!("\"version\": {}", manifest["version"]);
+    let other_version = text.replacen(&version, "\"version\": 99", 1);
     ensure!(other_version != text, "no version in {text}");
     let other_digest = {
         let (head, tail) = text.split_once("\"sha256\": \"").context("no digest")?;
@@ -105,7 +107,7 @@ fn manifest_damaged(containerd: &mut Containerd) -> Result<()> {
     ensure!(verified.status == 1 && verified.text().trim_end().ends_with(" changed"), "{verified}");
     fs::write(&path, &text)?;
     runs_from(containerd, "clone")?;
-    let other_form = format!("{{ \"version\": 2, \"rest\": {text} }}");
+    let other_form = format!("{{ {version}, \"rest\": {text} }}");
     for damaged in [&text[..text.len() / 2], "", "\u{7f}ELF", &other_version, &other_form] {
         fs::write(&path, damaged)?;
         // In the mode "use", the damaged manifest is left alone.
