@@ -375,7 +375,7 @@ fn scope_of_systemd(containerd: &mut Containerd) -> Result<()> {
             &served,
             &json!({"memory": {"limit": 128 * MIB}, "cpu": {"quota": 20_000, "period": 100_000}}),
         )?;
-        // systemd writes what it was told of all scopes.
+        // systemd writes the limits again that it has for each scope.
         Invocation::new("systemctl").args(["daemon-reload"]).run()?.ok()?;
         // The sum counts twice for a clone.
         let increased = group.memory()?.context("no limit of memory")?;

@@ -5,7 +5,7 @@
 //! translated code, need not do that again.
 //!
 //! ```text
-//!   original       stands still for good (SIGSTOP); a thread of it, which was made for this, is made to call clone(2)
+//!   original       is stopped by SIGSTOP and never continued; a thread that was added for this is made to call clone(2)
 //!   twin           descriptors are replaced; the jail of a twin closes; the other threads are made, each with the registers of
 //!                  its original; all threads go on
 //! ```
@@ -65,7 +65,7 @@ pub struct Twin {
     pub turn: File,
 }
 
-/// A process that stands still for good, of which twins are made.
+/// A process that was stopped by SIGSTOP and is never continued, of which twins are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TwinOriginal {
     /// Its pid.
@@ -96,11 +96,11 @@ const FORKER: i32 = libc::CLONE_VM
 const PROCESS: i32 =
     libc::CLONE_PARENT | libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD;
 
-/// What a traced thread needs to be told of for its calls.
+/// What ptrace(2) has to report of a thread that is made to call the kernel.
 const TRACED: Options =
     Options::PTRACE_O_TRACESYSGOOD.union(Options::PTRACE_O_TRACECLONE).union(Options::PTRACE_O_TRACEFORK);
 /// What the forking thread executes: a call of the kernel (`syscall`), and then an instruction that ends the process (`ud2`), in
-/// case that a twin is left alone before it is told where to go on.
+/// case that a twin is left alone before its registers are set.
 const CALL: [u8; 4] = [0x0f, 0x05, 0x0f, 0x0b];
 /// The size of a page of memory, bytes, and of what is mapped for [`CALL`].
 const PAGE: u64 = 4096;
@@ -153,7 +153,7 @@ pub fn prepare_for_twins(pid: u32, file: &OwnedFd, number: i32) -> io::Result<()
     scratch.unmap()
 }
 
-/// Gives a process, which stands still for good by SIGSTOP, the thread that its twins fork from.
+/// Gives a process, which was stopped by SIGSTOP and is never continued, the thread that its twins fork from.
 ///
 /// # Errors
 /// As for [`Twin::start`].
