@@ -111,6 +111,9 @@ impl fmt::Display for Inventory {
     }
 }
 
+/// What the arguments of a template's QEMU have and those of no clone.
+const TEMPLATES_QEMU: &str = " -name machinen-template,";
+
 /// All descendants of a process, parents before children.
 ///
 /// # Errors
@@ -140,10 +143,11 @@ fn process(pid: u32) -> Option<Process> {
     // The name is in parentheses and may itself contain any character; the rest is numbers.
     let (head, tail) = stat.rsplit_once(')')?;
     let parent = tail.split_whitespace().nth(1)?.parse().ok()?;
-    // The QEMU of a clone may be a twin of its template's, which the VM's owner traces.
-    let parent = tracer(pid).unwrap_or(parent);
     let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let command = String::from_utf8_lossy(&command).replace('\0', " ");
+    // The QEMU of a clone may be a twin of its template's, which the VM's owner traces. The template's own is traced
+    // too while a twin is made, and belongs to all.
+    let parent = tracer(pid).filter(|_| !command.contains(TEMPLATES_QEMU)).unwrap_or(parent);
     let command = if command.is_empty() {
         format!("[{}]", head.split_once('(').map_or("", |(_, name)| name))
     } else {
