@@ -351,15 +351,6 @@ pub(crate) fn numbers_of(pid: u32, file: &impl AsFd) -> io::Result<Vec<i32>> {
 }
 
 impl VmSnapshotError {
-    /// Whether QEMU ended for a reason that lies outside of the VM and its snapshot, so that another try may succeed.
-    pub fn is_killed(&self) -> bool {
-        match self {
-            Self::Killed => true,
-            Self::Launch(LaunchError::Exited { exit, .. }) => exit.is_sigkill(),
-            _ => false,
-        }
-    }
-
     /// Adds why QEMU ended, if the error is a consequence of that.
     pub(crate) fn with_exit(self, exit: &VmExit) -> Self {
         let ended = match exit {

@@ -301,24 +301,14 @@ impl TemplateStore {
         Ok(removed)
     }
 
-    /// Removes a template that cannot be used and records that, so that starts boot for a while without
-    /// trying again.
+    /// Records that a clone did not become ready, for this reason. When that has happened to several clones in a row, the
+    /// template is removed, and starts boot for a while without trying again; true if it was.
     ///
     /// # Errors
-    /// The template cannot be removed, or the failure not be recorded.
-    pub fn discard(&self, shape: &TemplateShape, reason: &str) -> Result<(), TemplateError> {
-        let key = shape.key();
-        self.remove(&key)?;
-        self.note_failure(&key, reason)
-    }
-
-    /// Records that the guest of a clone did not answer. When that has happened to several clones in a row, the template
-    /// is discarded as by [`TemplateStore::discard`]; true if it was.
-    ///
-    /// # Errors
-    /// The loss cannot be recorded, or the template not be discarded.
+    /// The loss cannot be recorded, or the template not be removed.
     pub fn clone_lost(&self, shape: &TemplateShape, reason: &str) -> Result<bool, TemplateError> {
-        let path = self.names(&shape.key()).lost();
+        let key = shape.key();
+        let path = self.names(&key).lost();
         let record = || -> io::Result<u64> {
             let mut file = File::options().append(true).create(true).mode(0o600).open(&path)?;
             file.write_all(b".")?;
@@ -328,7 +318,8 @@ impl TemplateStore {
         if lost < LOST_CLONES {
             return Ok(false);
         }
-        self.discard(shape, reason)?;
+        self.remove(&key)?;
+        self.note_failure(&key, reason)?;
         Ok(true)
     }
 

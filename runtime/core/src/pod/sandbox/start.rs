@@ -78,12 +78,7 @@ impl Sandbox {
             Ok(vm) => Ok(StartedVm { vm, origin: VmOrigin::Clone, has_disks, afterwards, reservation }),
             Err(error) => {
                 drop((template, reservation));
-                let (killed, reason) = (error.is_killed(), chain(&error));
-                if killed {
-                    self.lose_clone(request, shape, reason).await;
-                } else {
-                    self.discard_template(request, shape, reason).await;
-                }
+                self.lose_clone(request, shape, chain(&error)).await;
                 self.boot(request).await
             }
         }
@@ -154,16 +149,6 @@ impl Sandbox {
             }
             Ok(Ok(false)) | Err(_) => {}
             Ok(Err(error)) => tracing::warn!("{}", chain(&error)),
-        }
-    }
-
-    /// Marks the template as failed, so that later starts boot at once instead of failing in the same way.
-    async fn discard_template(&self, request: &VmRequest, shape: TemplateShape, reason: String) {
-        tracing::warn!(pod = self.settings.name, "cannot clone a VM, booting instead: {reason}");
-        let templates = TemplateStore::at(&request.config.template.dir);
-        let discarded = spawn_blocking(move || templates.discard(&shape, &reason)).await;
-        if let Ok(Err(error)) = discarded {
-            tracing::warn!("{}", chain(&error));
         }
     }
 }
