@@ -13,12 +13,13 @@ guest-image: setup
 	scripts/guest-image "$$(scripts/build-agent)"
 
 build: kernel guest-image
-	cargo build --locked --release --workspace --exclude machinen-guest
+	cargo build --locked --release --package containerd-shim-machinen-v1 --package machinen-cli
 
 run: build
-	target/release/machinen-demo
+	cargo build --locked --package machinen-integration
+	target/debug/machinen-demo
 
-# TESTS: --short leaves out the tests of runc, with which those of machinen are compared.
+# TESTS: --short leaves out the tests of config/long-tests.
 test: build
 	scripts/test $(TESTS)
 
@@ -31,9 +32,11 @@ test-kvm: build
 
 # PROGRAMS: names of programs, or --short for those that the continuous integration runs.
 test-programs: build
-	target/release/machinen-programs $(PROGRAMS)
+	cargo test --locked --workspace --no-run
+	target/debug/machinen-programs $(PROGRAMS)
 
 bench: build
+	cargo build --locked --release --package machinen-integration
 	target/release/machinen-bench
 
 lint: setup
