@@ -88,7 +88,9 @@ fn server(name: &str) -> String {
 /// What kubelet asks of the main container once it has started: the hook, and the probe of its readiness. The hook itself
 /// waits for the program, because either may be first (Kubernetes: Container Lifecycle Hooks).
 fn begun(main: &Container<'_>) -> Result<()> {
-    main.shell("until [ \"$(tail -n 1 /pod/order)\" = main ]; do sleep 0.1; done; echo postStart >> /pod/order")?;
+    main.shell(
+        "until [ \"$(tail -n 1 /pod/order)\" = main ]; do sleep 0.1; done; echo postStart >> /pod/order",
+    )?;
     probed(main, "[ -e /tmp/ready ] && echo ready >> /pod/order")
 }
 
