@@ -315,13 +315,15 @@ pub(crate) fn populate(start: u64, length: usize) -> Result<(), Errno> {
     Errno::result(unsafe { libc::madvise(start, length, libc::MADV_POPULATE_READ) }).map(drop)
 }
 
-/// Loads a BPF program that decides about devices (bpf(2)).
+/// Loads a BPF program that decides about devices (bpf(2)). A signal interrupts the kernel's check of the program, which is
+/// begun again then.
 ///
 /// # Errors
-/// Those of bpf(2).
+/// Those of bpf(2); EAGAIN if signals arrive all the time.
 pub(crate) fn load_device_filter(code: &[u64]) -> Result<OwnedFd, Errno> {
     const BPF_PROG_LOAD: libc::c_long = 5;
     const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+    const TRIES: usize = 10;
     #[repr(C)]
     struct Load {
         kind: u32,
@@ -338,11 +340,20 @@ pub(crate) fn load_device_filter(code: &[u64]) -> Result<OwnedFd, Errno> {
         license: c"Apache-2.0".as_ptr().expose_provenance() as u64,
         log: [0; 2],
     };
-    // SAFETY: the kernel reads `length` instructions of eight bytes and the license, both of which outlive
-    // the call.
-    let program = Errno::result(unsafe {
-        libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<Load>())
-    })?;
+    let attempt = || {
+        // SAFETY: the kernel reads `length` instructions of eight bytes and the license, both of which outlive
+        // the call.
+        Errno::result(unsafe {
+            libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<Load>())
+        })
+    };
+    let mut more = 1..TRIES;
+    let program = loop {
+        match attempt() {
+            Err(Errno::EAGAIN) if more.next().is_some() => {}
+            result => break result?,
+        }
+    };
     let program = i32::try_from(program).map_err(|_| Errno::EOVERFLOW)?;
     // SAFETY: the kernel has made the descriptor for this call.
     Ok(unsafe { OwnedFd::from_raw_fd(program) })
