@@ -10,7 +10,7 @@ use proptest::{
 };
 
 /// The container.
-const ID: &str = "m";
+const ID: &str = "follows-the-model";
 /// How many sequences one run of the test makes, and how long they are.
 const SEQUENCES: u32 = 40;
 const LENGTH: usize = 14;
