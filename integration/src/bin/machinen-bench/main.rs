@@ -9,6 +9,7 @@ mod conversion;
 mod cpu;
 mod crowd;
 mod disk;
+mod end;
 mod exec;
 mod floor;
 mod footprint;
@@ -75,6 +76,8 @@ enum Part {
     Oci,
     /// Pods by containerd's CRI plugin
     Pods,
+    /// From a kill to the exit's event
+    Ends,
 }
 
 /// Rounds of the slow measurements.
@@ -192,6 +195,9 @@ fn measure(containerd: &Containerd, image: &str, args: &Args) -> Result<Report> 
     }
     if wanted(Part::Pods) {
         pods::measure(args.rounds.min(FEW), &mut report)?;
+    }
+    if wanted(Part::Ends) {
+        end::measure(containerd, image, |kind| bench.configure(kind), args.rounds, &mut report)?;
     }
     // Last: it leaves many containers.
     if wanted(Part::Starts) {
