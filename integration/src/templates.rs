@@ -83,7 +83,9 @@ impl<'a> Templates<'a> {
         let listed = self.list()?;
         let printed = || fs::read_to_string(&printed).unwrap_or_default();
         let [template] = &listed[..] else { anyhow::bail!("{} templates: {}", listed.len(), printed()) };
-        ensure!(template.state == "ready", "the template is {}: {}", template.state, printed());
+        let printed = printed();
+        ensure!(template.state == "ready", "the template is {}: {printed}", template.state);
+        ensure!(!printed.contains("clones will be slow"), "{printed}");
         Ok(template.clone())
     }
 

@@ -61,19 +61,23 @@ pub(crate) async fn run(machine: Machine, engine: Engine) -> Result<(), AgentErr
     let context = Context { engine, reaper, unclaimed, disks: machine.disks, device_filters, network };
     let state = Arc::new(AgentState::new(context, machine.owns_kernel));
     console::trace("ready");
-    // Before the agent waits, as everything that is the same in all clones.
-    let server = ttrpc::r#async::Server::new()
-        .register_service(create_agent(Arc::new(Service::new(Arc::clone(&state)))));
     let woken = if machine.waits {
-        warm_up(&state).await;
-        Some(wake::wait().await?)
+        let failed = warm_up(&state).await;
+        Some(wake::wait(failed).await?)
     } else {
         None
     };
     let wake = woken.as_ref().map(|(wake, _port)| *wake);
     let channel = Channel::open(unopened, &state.context.unclaimed, wake);
     console::trace("channel open");
-    serve(&channel, &state, server).await
+    match serve(&channel, &state).await? {
+        ServeEnd::Requested => console::end(0),
+        ServeEnd::HostGone => {
+            // No call can ask for the end any more, but the disks still have to be written.
+            shutdown::run(&state.context.reaper, &state.containers).await;
+            Err(AgentError::HostGone)
+        }
+    }
 }
 
 /// Has this program in memory as a whole, so that no clone reads a part of it from the disk.
@@ -87,33 +91,52 @@ fn read_program() -> ProcResult<()> {
     Ok(())
 }
 
-/// Does what each clone of this template would do otherwise. A failure only makes clones slower.
-async fn warm_up(state: &AgentState) {
+/// Does what each clone of this template would do otherwise. A failure only makes clones slower; returns how many there were.
+async fn warm_up(state: &Arc<AgentState>) -> u64 {
     let Context { reaper, network, disks, device_filters, .. } = &state.context;
-    read_program().unwrap_or_else(|err| console::report(&err));
+    let mut failed = 0;
+    note(read_program(), &mut failed);
     // CRIU's code, and what it asks the kernel when it first runs, are then in memory in every clone.
-    criu::warm_up(reaper).await.unwrap_or_else(|err| console::report(&err));
-    disks.warm_up().await.unwrap_or_else(|err| console::report(&err));
-    network.warm_up().unwrap_or_else(|err| console::report(&err));
-    state.localhost.warm_up().await.unwrap_or_else(|err| console::report(&err));
-    configure::warm_up().unwrap_or_else(|err| console::report(&err));
-    engine::warm_up().unwrap_or_else(|err| console::report(&err));
-    device_filters.warm_up(engine::usual_program()).unwrap_or_else(|err| console::report(&err));
-    rehearsal::rehearse(&state.context).await.unwrap_or_else(|err| console::report(&err));
+    note(criu::warm_up(reaper).await, &mut failed);
+    note(disks.warm_up().await, &mut failed);
+    note(network.warm_up(), &mut failed);
+    note(configure::warm_up(), &mut failed);
+    note(engine::warm_up(), &mut failed);
+    note(device_filters.warm_up(engine::usual_program()), &mut failed);
+    note(rehearsal::rehearse(state).await, &mut failed);
+    // After the rehearsal, which watches them, too.
+    note(state.localhost.warm_up().await, &mut failed);
     // The thread that packs the layer of a container that has ended.
-    spawn_blocking(|| ()).await.unwrap_or_else(|err| console::report(&err));
+    note(spawn_blocking(|| ()).await, &mut failed);
+    failed
+}
+
+fn note<E: std::error::Error>(result: Result<(), E>, failed: &mut u64) {
+    if let Err(error) = result {
+        console::report(&error);
+        *failed += 1;
+    }
+}
+
+/// Why a control stream has ended.
+#[derive(Debug)]
+pub(crate) enum ServeEnd {
+    /// The host has asked for the end of the VM, and has the answer.
+    Requested,
+    /// The host has closed the stream.
+    HostGone,
 }
 
 /// Serves one control stream, from dial to close.
-async fn serve(
-    channel: &Channel,
-    state: &AgentState,
-    server: ttrpc::r#async::Server,
-) -> Result<(), AgentError> {
+///
+/// # Errors
+/// The stream cannot be opened or served.
+pub(crate) async fn serve(channel: &Channel, state: &Arc<AgentState>) -> Result<ServeEnd, AgentError> {
     let (control, mut watch) = channel.dial_control().await?;
     console::trace("host greeted");
     let listener = ttrpc::r#async::transport::Listener::new(futures_util::stream::iter([Ok(control)]));
-    let mut server = server.add_listener(listener);
+    let service = create_agent(Arc::new(Service::new(Arc::clone(state))));
+    let mut server = ttrpc::r#async::Server::new().register_service(service).add_listener(listener);
     server.start().await.map_err(AgentError::Serve)?;
     let mut shutdown = state.shutdown.subscribe();
     let requested = async { shutdown.wait_for(Option::is_some).await.ok().and_then(|call| *call) };
@@ -123,12 +146,8 @@ async fn serve(
             // The agent sends nothing after the answer, but the answer has to arrive.
             watch.answered(call.unwrap_or_default()).await;
             channel.flush().await;
-            console::end(0)
+            Ok(ServeEnd::Requested)
         }
-        () = watch.closed() => {
-            // No call can ask for the end any more, but the disks still have to be written.
-            shutdown::run(&state.context.reaper, &state.containers).await;
-            Err(AgentError::HostGone)
-        }
+        () = watch.closed() => Ok(ServeEnd::HostGone),
     }
 }

@@ -13,11 +13,15 @@ use nix::{
 };
 
 /// Waits until SIGTERM or SIGINT, if this program was started as `pause`. Until then it reaps the processes whose parents
-/// have ended.
+/// have ended. With `-v` it prints its version instead.
 pub(crate) fn run_as_pause() -> Option<ExitCode> {
     let name = env::args_os().next()?;
-    if Path::new(&name) != Path::new(PAUSE) {
+    if Path::new(&name).file_name() != Path::new(PAUSE).file_name() {
         return None;
+    }
+    if env::args_os().nth(1).is_some_and(|option| option == "-v") {
+        println!("pause {}", env!("CARGO_PKG_VERSION"));
+        return Some(ExitCode::SUCCESS);
     }
     match wait() {
         Ok(()) => Some(ExitCode::SUCCESS),

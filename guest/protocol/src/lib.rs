@@ -55,7 +55,7 @@ pub mod api {
 }
 
 /// Version of the whole protocol: messages, preamble and their meaning. Every incompatible change moves it.
-pub const VERSION: u16 = 9;
+pub const VERSION: u16 = 10;
 
 /// Most processes in the answer to ListProcesses.
 pub const MAX_LISTED_PROCESSES: usize = 1024;

@@ -37,7 +37,8 @@ pub enum StreamKind {
 pub struct Preamble {
     /// What the stream is for.
     pub kind: StreamKind,
-    /// Chosen by the host, unique for the life of the VM; 0 for a control stream.
+    /// Chosen by the host, unique for the life of the VM; 0 for a control stream. On the wake port it is the number of the agent's
+    /// preparations that have failed; clones are slower then.
     pub token: u64,
 }
 

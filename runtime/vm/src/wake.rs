@@ -25,12 +25,12 @@ pub enum WakeError {
     Stream,
 }
 
-/// Resolves when the agent waits to be woken.
-pub(super) async fn waiting(port: &mut UnixStream) -> Result<(), WakeError> {
+/// Resolves when the agent waits to be woken. Returns how many of its preparations have failed.
+pub(super) async fn waiting(port: &mut UnixStream) -> Result<u64, WakeError> {
     let mut bytes = [0; PREAMBLE_LEN];
     port.read_exact(&mut bytes).await.map_err(WakeError::Port)?;
     match Preamble::decode(&bytes).map_err(WakeError::Unexpected)? {
-        Preamble { kind: StreamKind::Waiting, token: 0 } => Ok(()),
+        Preamble { kind: StreamKind::Waiting, token } => Ok(token),
         _ => Err(WakeError::Stream),
     }
 }

@@ -11,14 +11,14 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{ChannelError, port};
 
-/// Waits until the host wakes this VM. Returns the host's message, and the port, which should be kept open: closing
+/// Reports that this VM waits, and how many of its preparations have `failed`, until the host wakes it. Returns the host's message, and the port, which should be kept open: closing
 /// it takes a message to the host.
 ///
 /// # Errors
 /// The port does not exist, or the host's message is not valid.
-pub(crate) async fn wait() -> Result<(Wake, port::Port), ChannelError> {
+pub(crate) async fn wait(failed: u64) -> Result<(Wake, port::Port), ChannelError> {
     let mut port = port::open(WAKE_PORT_NAME).await?;
-    port.write_all(&Preamble { kind: StreamKind::Waiting, token: 0 }.encode())
+    port.write_all(&Preamble { kind: StreamKind::Waiting, token: failed }.encode())
         .await
         .map_err(ChannelError::Wake)?;
     let mut message = [0; WAKE_LEN];

@@ -85,6 +85,8 @@ pub struct VmSnapshot {
     pub original_process: Option<Child>,
     /// A file that is locked while a twin of the original is made. No QEMU has a descriptor of it.
     pub turn: OwnedFd,
+    /// How many preparations of the guest have failed, which makes clones slower.
+    pub unprepared: u64,
     /// Each clone keeps this descriptor open until it ends.
     pub in_use: Option<Arc<OwnedFd>>,
 }
@@ -204,7 +206,7 @@ impl VmSnapshot {
         let made = save(spec, &mut launched, &memory).await;
         let (made, original) = match made {
             Ok(saved) if spec.twins => {
-                let original = launched.stand_still(spec, &memory, saved.1, &disks).await;
+                let original = launched.stand_still(spec, &memory, saved.memory_fd, &disks).await;
                 (Ok(saved), original.map_err(|error| error.to_string()))
             }
             made => {
@@ -212,7 +214,7 @@ impl VmSnapshot {
                 (made.map_err(|error| error.with_exit(&exit)), Err("its accelerator has none".to_owned()))
             }
         };
-        let (devices, memory_fd, qemu) = made?;
+        let Saved { devices, memory_fd, qemu, unprepared } = made?;
         // A memfd can be sealed only when no writable mapping of it is left.
         memfd::seal(&memory).map_err(failed("seal a memfd"))?;
         let (original, original_process) = match original {
@@ -220,7 +222,17 @@ impl VmSnapshot {
             Err(error) => (Err(error), None),
         };
         let turn = memfd::sparse(0).map_err(failed("make a memfd"))?;
-        Ok(Self { memory, devices, memory_fd, qemu, original, original_process, turn, in_use: None })
+        Ok(Self {
+            memory,
+            devices,
+            memory_fd,
+            qemu,
+            original,
+            original_process,
+            turn,
+            in_use: None,
+            unprepared,
+        })
     }
 
     /// A descriptor of the file that is locked while a twin is made, with locks of its own.
@@ -239,17 +251,21 @@ fn failed(action: &'static str) -> impl Fn(io::Error) -> VmSnapshotError {
     move |source| VmSnapshotError::Memory { action, source }
 }
 
-async fn save(
-    spec: &VmSpec,
-    launched: &mut Launched,
-    memory: &OwnedFd,
-) -> Result<(Vec<u8>, i32, QemuVersion), VmSnapshotError> {
+/// What is saved of a VM, besides its memory; see [`VmSnapshot`].
+struct Saved {
+    devices: Vec<u8>,
+    memory_fd: i32,
+    qemu: QemuVersion,
+    unprepared: u64,
+}
+
+async fn save(spec: &VmSpec, launched: &mut Launched, memory: &OwnedFd) -> Result<Saved, VmSnapshotError> {
     let port = launched.wake_port();
-    match timeout(spec.boot_timeout, wake::waiting(port)).await {
-        Ok(Ok(())) => {}
+    let unprepared = match timeout(spec.boot_timeout, wake::waiting(port)).await {
+        Ok(Ok(failed)) => failed,
         Ok(Err(source)) => return Err(VmSnapshotError::Waiting { ended: String::new(), source }),
         Err(_) => return Err(VmSnapshotError::WaitingDeadline(spec.boot_timeout)),
-    }
+    };
     let memory_fd = number_of(launched.pid(), memory)?;
     let qmp = &launched.qmp;
     let refused = |source| VmSnapshotError::Qmp { action: "save", source };
@@ -265,7 +281,7 @@ async fn save(
     let ended = migration_ended(&mut launched.events).await;
     match read {
         Ok(Ok(length)) if ended && length as u64 <= MAX_DEVICES => {
-            Ok((devices, memory_fd, launched.qmp.version()))
+            Ok(Saved { devices, memory_fd, qemu: launched.qmp.version(), unprepared })
         }
         Ok(Err(error)) => Err(VmSnapshotError::Stream(error)),
         _ => Err(VmSnapshotError::Failed { action: "save", ended: String::new() }),

@@ -223,6 +223,10 @@ fn make(
     let original_memory = snapshot.original.as_ref().map_or(0, |original| process::tree_pss(original.pid));
     let taken = allocated + original_memory;
     send_line(report, &format!("saved, {} MiB of memory", taken >> 20));
+    if snapshot.unprepared > 0 {
+        let failed = snapshot.unprepared;
+        send_line(report, &format!("clones will be slow: {failed} preparations of the guest have failed"));
+    }
     templates.make_room(taken, budget_mib)?;
     let manifest = TemplateManifest {
         version: VERSION,

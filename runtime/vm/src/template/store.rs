@@ -465,6 +465,7 @@ fn open(manifest: TemplateManifest, names: &TemplatePaths) -> io::Result<ReadyTe
         original_process: None,
         turn: File::options().append(true).create(true).mode(0o600).open(names.turn())?.into(),
         in_use: Some(Arc::new(used.into())),
+        unprepared: 0,
     };
     Ok(ReadyTemplate { manifest, snapshot })
 }

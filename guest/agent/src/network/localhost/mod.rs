@@ -71,12 +71,13 @@ pub(crate) struct Localhost {
 }
 
 impl Localhost {
-    /// Subscribes to the kernel's events, so that a clone finds it done: the kernel makes a thousand files for it, and
-    /// changes its own code.
+    /// Ends the reports to a host that has gone, and subscribes to the kernel's events, so that a clone finds it done: the kernel
+    /// makes a thousand files for it, and changes its own code.
     ///
     /// # Errors
     /// The kernel has no such events.
     pub(crate) async fn warm_up(&self) -> Result<(), LocalhostError> {
+        self.running.lock().await.shutdown().await;
         let events = SocketEvents::subscribe().map_err(LocalhostError::Events)?;
         *self.subscribed.lock().await = Some(events);
         Ok(())
