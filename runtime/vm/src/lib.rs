@@ -40,6 +40,7 @@ use bounded_log::BoundedLog;
 use channel::VmChannel;
 use driver::{StopRequest, VmRequest};
 use qemu::launch;
+use template::working_set::WorkingSet;
 
 pub use asset::AssetFileError;
 pub use boot::VmBootError;
@@ -154,6 +155,8 @@ pub struct Vm {
     stop: Arc<watch::Sender<StopRequest>>,
     agent: watch::Receiver<Option<Result<agent::Client, Arc<VmBootError>>>>,
     exit: watch::Receiver<Option<VmExit>>,
+    /// What is known of the template, if the VM is a clone that has loaded its state.
+    working_set: Option<Arc<WorkingSet>>,
 }
 
 impl Vm {
@@ -184,6 +187,17 @@ impl Vm {
         disks: Option<SlotDisks>,
     ) -> Result<Self, VmSnapshotError> {
         launch::clone(spec, dir, snapshot, disks).await
+    }
+
+    /// Records which of its template's memory a clone has written to by now, if no clone has: later ones get these pages ahead of
+    /// time. To be called before anything of a user's runs in the VM. A failure is logged.
+    pub async fn record_working_set(&self) {
+        let Some(set) = self.working_set.clone() else { return };
+        let pid = self.pid;
+        let recorded = tokio::task::spawn_blocking(move || set.record(pid)).await;
+        if let Err(error) = recorded.map_err(io::Error::other).flatten() {
+            tracing::warn!(pid, "cannot record which memory a clone writes to: {error}");
+        }
     }
 
     /// QEMU's pid.

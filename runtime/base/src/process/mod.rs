@@ -5,6 +5,7 @@
 //! [`Spawn::run`] waits for a short-lived tool and keeps a bounded part of what it printed.
 
 mod child;
+mod copied;
 mod filter;
 mod foreign;
 mod jail;
@@ -19,6 +20,7 @@ use std::{io, os::unix::process::ExitStatusExt as _, process::ExitStatus};
 use crate::fs::FileError;
 
 pub use child::{Child, ChildLimits};
+pub use copied::{PageRange, copied_pages, copy_ahead};
 pub use filter::SystemCalls;
 pub use foreign::{await_ends, foreign_end, ignore_children, kill_foreign, watch_end};
 pub use jail::{Jail, JailFiles, Namespaces, ResourceLimits, RunAs, probe};

@@ -22,7 +22,7 @@
 mod confine;
 mod descriptors;
 mod keeper;
-mod memory;
+pub(super) mod memory;
 
 use std::{
     ffi::CString,
@@ -167,7 +167,7 @@ pub fn add_forker(pid: u32) -> io::Result<TwinOriginal> {
     memory.write(code, &CALL)?;
     call(libc::SYS_mprotect, [code, PAGE, executable as u64, 0, 0, 0])?;
     // Below what the calling convention leaves to functions that call no other (the System V ABI's red zone).
-    let place = (original.states[0].registers.rsp - PAGE) & !0xf;
+    let place = (original.states[0].interrupted.registers.rsp - PAGE) & !0xf;
     call(libc::SYS_prctl, [libc::PR_GET_TID_ADDRESS as u64, place, 0, 0, 0, 0])?;
     // Twins learn from it where the C library has the id of the first thread.
     let tid = memory.read_number(place)?;
@@ -283,8 +283,8 @@ impl Original {
         let number = self.others.iter().position(|thread| thread.pid() == forker).ok_or_else(missing)?;
         let (forker, state) = (self.others[number], &self.states[number + 1]);
         // Wherever in CALL it was left.
-        let syscall = state.registers.rip & !(PAGE - 1);
-        let first = &self.states[0].registers;
+        let syscall = state.interrupted.registers.rip & !(PAGE - 1);
+        let first = &self.states[0].interrupted.registers;
         let place = (first.rsp - PAGE) & !0xf;
         forker.call(syscall, libc::SYS_prctl, [libc::PR_GET_TID_ADDRESS as u64, place, 0, 0, 0, 0])?;
         let tid = Memory::of(self.pid)?.read_number(place)?;
@@ -317,7 +317,7 @@ impl Unborn {
             if thread.pid() == forker {
                 continue;
             }
-            let registers = &state.registers;
+            let registers = &state.interrupted.registers;
             let own = registers.fs_base.wrapping_add(tid);
             let arguments = [THREAD as u64, registers.rsp, own, own, registers.fs_base, 0];
             let thread = self.first.call_for_thread(self.syscall, libc::SYS_clone, arguments)?;

@@ -18,15 +18,21 @@ use nix::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Tracee(Pid);
 
+/// What a call of the kernel that a thread is made to make changes of it.
+#[derive(Debug, Clone)]
+pub(crate) struct Interrupted {
+    /// The general registers. If a system call was interrupted, they are those that call it again.
+    pub(crate) registers: user_regs_struct,
+    /// The signals that are blocked.
+    pub(crate) blocked: u64,
+}
+
 /// All that a thread has in its processor and in the kernel, besides its memory and descriptors.
 #[derive(Debug, Clone)]
 pub(crate) struct ThreadState {
-    /// The general registers. If a system call was interrupted, they are those that call it again.
-    pub(crate) registers: user_regs_struct,
+    pub(crate) interrupted: Interrupted,
     /// The other registers, in the processor's own form (NT_X86_XSTATE).
     extended: Vec<u8>,
-    /// The signals that are blocked.
-    pub(crate) blocked: u64,
     /// Address and length of the list of robust locks (set_robust_list(2)).
     robust: [u64; 2],
     /// The area of restartable sequences, if there is one.
@@ -147,6 +153,16 @@ impl Tracee {
 
     /// Reads the state of the thread; `robust` is read from the kernel by the id of the thread.
     pub(crate) fn state(self) -> io::Result<ThreadState> {
+        Ok(ThreadState {
+            interrupted: self.interrupted()?,
+            extended: self.extended()?,
+            robust: robust_list(self.0)?,
+            sequences: self.sequences()?,
+        })
+    }
+
+    /// Reads what [`Self::call`] changes.
+    pub(crate) fn interrupted(self) -> io::Result<Interrupted> {
         let mut registers = ptrace::getregs(self.0)?;
         // As signed numbers, which the kernel means.
         let (call, result) = (registers.orig_rax as i64, registers.rax as i64);
@@ -155,25 +171,24 @@ impl Tracee {
             registers.rip -= SYSCALL_LENGTH;
         }
         registers.orig_rax = u64::MAX;
-        Ok(ThreadState {
-            registers,
-            extended: self.extended()?,
-            blocked: self.blocked()?,
-            robust: robust_list(self.0)?,
-            sequences: self.sequences()?,
-        })
+        Ok(Interrupted { registers, blocked: self.blocked()? })
     }
 
     /// Gives the thread the registers and the blocked signals of a state.
     pub(crate) fn set_state(self, state: &ThreadState) -> io::Result<()> {
-        self.set_blocked(state.blocked)?;
         let mut extended = libc::iovec {
             iov_base: state.extended.as_ptr().cast_mut().cast(),
             iov_len: state.extended.len(),
         };
         let kind = NT_X86_XSTATE as usize as *mut c_void;
         self.request(libc::PTRACE_SETREGSET, kind, (&raw mut extended).cast())?;
-        Ok(ptrace::setregs(self.0, state.registers)?)
+        self.go_on(&state.interrupted)
+    }
+
+    /// Has the thread go on where it was interrupted when it runs.
+    pub(crate) fn go_on(self, interrupted: &Interrupted) -> io::Result<()> {
+        self.set_blocked(interrupted.blocked)?;
+        Ok(ptrace::setregs(self.0, interrupted.registers)?)
     }
 
     /// Has the thread go on at this address when it runs.

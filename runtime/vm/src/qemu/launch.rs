@@ -14,7 +14,7 @@ use std::{
 use machinen_base::{
     error::{ErrorKind, HasKind, chain},
     fs::{FileError, create_private_dir},
-    process::{Child, ProcessError, ReservedUser, Spawn, Stdio, add_forker, prepare_for_twins},
+    process::{Child, ChildLimits, ProcessError, ReservedUser, Spawn, Stdio, add_forker, prepare_for_twins},
 };
 use machinen_protocol::preamble::Wake;
 use tokio::{
@@ -172,7 +172,10 @@ pub(crate) async fn clone(
     let origin = LaunchOrigin::Clone { snapshot, disks: &disks };
     let mut launched = begin(&spec, dir, origin).await?;
     match launched.restore(snapshot, &disks).await {
-        Ok(()) => Ok(launched.hand_over(spec, Slots::Present(disks))),
+        Ok(()) => {
+            let vm = launched.hand_over(spec, Slots::Present(disks));
+            Ok(Vm { working_set: snapshot.working_set.clone(), ..vm })
+        }
         Err(error) => Err(error.with_exit(&launched.end().await)),
     }
 }
@@ -241,6 +244,17 @@ impl Launched {
         self.running.qemu.pid()
     }
 
+    /// Lets QEMU write to files as far as `bytes`, where it may not anyway.
+    ///
+    /// # Errors
+    /// The limit of QEMU cannot be raised.
+    pub(crate) fn allow_to_write(&self, bytes: u64) -> Result<(), ProcessError> {
+        if !ChildLimits::can_be_raised() {
+            return Ok(());
+        }
+        self.running.qemu.limits().allow_file_size(bytes)
+    }
+
     /// The host's end of the wake port, which templates and clones have.
     pub(crate) fn wake_port(&mut self) -> &mut UnixStream {
         self.running.wake.as_mut().expect("asked of a template or a clone")
@@ -286,7 +300,7 @@ impl Launched {
         });
         let taps = taps.map(Arc::new);
         let (spec, stop) = (Arc::new(spec), Arc::new(stop));
-        Vm { pid, spec, channel, taps, console, requests, stop, agent, exit }
+        Vm { pid, spec, channel, taps, console, requests, stop, agent, exit, working_set: None }
     }
 
     /// Leaves QEMU as the original of twins, after its state was saved.

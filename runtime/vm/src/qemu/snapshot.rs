@@ -46,6 +46,7 @@ use crate::{
         qmp::{QemuVersion, QmpError, QmpEvent},
         slots::{SLOTS, SlotDisks},
     },
+    template::working_set::WorkingSet,
     wake::{self, WakeError},
 };
 
@@ -87,6 +88,8 @@ pub struct VmSnapshot {
     pub turn: OwnedFd,
     /// How many preparations of the guest have failed, which makes clones slower.
     pub unprepared: u64,
+    /// Which memory clones write to, once the template has been published.
+    pub(crate) working_set: Option<Arc<WorkingSet>>,
     /// Each clone keeps this descriptor open until it ends.
     pub in_use: Option<Arc<OwnedFd>>,
 }
@@ -198,12 +201,17 @@ impl VmSnapshot {
         }
         let memory = memfd::sparse(u64::from(spec.memory_mib) << 20).map_err(failed("make a memfd"))?;
         let passed = memory.try_clone().map_err(failed("duplicate a descriptor"))?;
+        let content = disks.map_or(Ok(0), longest).map_err(failed("look at a disk"))?;
         let disks =
             disks.map_or_else(SlotDisks::holes, |disks| SlotDisks::holes_with(disks.each_ref().map(Some)));
         let disks = disks.map_err(|error| VmSnapshotError::Disk(Box::new(error)))?;
         let origin = LaunchOrigin::Template { memory: passed, disks: &disks };
         let mut launched = begin(spec, dir, origin).await?;
-        let made = save(spec, &mut launched, &memory).await;
+        let allowed = launched.allow_to_write(content).map_err(LaunchError::Qemu);
+        let made = match allowed {
+            Ok(()) => save(spec, &mut launched, &memory).await,
+            Err(error) => Err(error.into()),
+        };
         let (made, original) = match made {
             Ok(saved) if spec.twins => {
                 let original = launched.stand_still(spec, &memory, saved.memory_fd, &disks).await;
@@ -231,6 +239,7 @@ impl VmSnapshot {
             original_process,
             turn,
             in_use: None,
+            working_set: None,
             unprepared,
         })
     }
@@ -245,6 +254,11 @@ impl VmSnapshot {
     pub(crate) fn check(&self) -> Result<(), VmSnapshotError> {
         if memfd::is_sealed(&self.memory) { Ok(()) } else { Err(VmSnapshotError::NotSealed) }
     }
+}
+
+/// The size of the largest file, bytes.
+fn longest(files: &[File; SLOTS]) -> io::Result<u64> {
+    files.iter().try_fold(0, |longest: u64, file| Ok(longest.max(file.metadata()?.len())))
 }
 
 fn failed(action: &'static str) -> impl Fn(io::Error) -> VmSnapshotError {
@@ -298,6 +312,8 @@ pub(crate) async fn restore(launched: &mut Launched, snapshot: &VmSnapshot) -> R
     if number_of(launched.pid(), &snapshot.memory)? != snapshot.memory_fd {
         return Err(VmSnapshotError::Number);
     }
+    // The guest's pages are copied while the devices are loaded. Nothing waits for it.
+    let _copied = snapshot.working_set.as_ref().and_then(|set| set.copy_ahead(launched.pid()));
     let refused = |source| VmSnapshotError::Qmp { action: "restore", source };
     let (reader, writer) = io::pipe().map_err(VmSnapshotError::Stream)?;
     qmp.execute_with_fd("getfd", json!({ "fdname": STATE }), reader.into()).await.map_err(refused)?;

@@ -206,7 +206,7 @@ fn make(
 ) -> Result<VmSnapshot, TemplateError> {
     let names = templates.names(&shape.key());
     // Files of a builder or holder that was killed.
-    for path in [names.manifest(), names.unpublished(), names.failed()] {
+    for path in [names.manifest(), names.unpublished(), names.failed(), names.pages()] {
         remove_if_exists(&path).map_err(FileError::at("remove", path))?;
     }
     remove_dir_if_exists(&names.vm()).map_err(FileError::at("remove", names.vm()))?;

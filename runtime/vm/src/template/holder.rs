@@ -32,7 +32,7 @@ use nix::{
     unistd::mkfifo,
 };
 
-use super::{builder, pages, store};
+use super::{builder, pages, paths::TemplatePaths};
 
 /// The process that holds a template; its arguments are the directory of templates, the key, and if there is one the pid of the
 /// QEMU that clones are twins of, with the number under which that has opened the memory.
@@ -54,7 +54,7 @@ fn main(args: Vec<String>) -> ExitCode {
         },
         _ => return ExitCode::from(2),
     };
-    let names = store::TemplatePaths::new(Path::new(dir), key);
+    let names = TemplatePaths::new(Path::new(dir), key);
     let published = publish(&names);
     // Dropping `report` closes the pipe, which ends the wait.
     if let Ok(report) = inherit::take(REPORT).map(File::from) {
@@ -80,7 +80,7 @@ fn keep(
     mut memory: OwnedFd,
     mut users: File,
     original: Option<Original>,
-    names: &store::TemplatePaths,
+    names: &TemplatePaths,
 ) -> io::Result<()> {
     // Twins are children of this process, too, and have keepers that learn how they end.
     ignore_children()?;
@@ -113,7 +113,7 @@ fn keep(
 }
 
 /// Opens the fifo that shows when no clone uses the template any more (fifo(7)).
-fn watch(names: &store::TemplatePaths) -> io::Result<File> {
+fn watch(names: &TemplatePaths) -> io::Result<File> {
     File::options().read(true).custom_flags(libc::O_NONBLOCK).open(names.used())
 }
 
@@ -124,7 +124,7 @@ fn watch(names: &store::TemplatePaths) -> io::Result<File> {
 /// reach.
 pub(super) fn find(dir: &Path, key: &str) -> Option<u32> {
     let identity = |path: &Path| fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
-    let lock = identity(&store::TemplatePaths::new(dir, key).lock());
+    let lock = identity(&TemplatePaths::new(dir, key).lock());
     let dir = identity(dir)?;
     let user = nix::unistd::geteuid().as_raw();
     let holds = |pid: u32| {
@@ -143,7 +143,7 @@ pub(super) fn find(dir: &Path, key: &str) -> Option<u32> {
 }
 
 /// Publishes the manifest. The descriptors have the numbers under which clones look for them.
-fn publish(names: &store::TemplatePaths) -> io::Result<(OwnedFd, File)> {
+fn publish(names: &TemplatePaths) -> io::Result<(OwnedFd, File)> {
     env::set_current_dir("/")?;
     let memory = inherit::take(MEMORY)?;
     remove_if_exists(&names.used())?;
@@ -185,7 +185,7 @@ mod tests {
         let (fifo, key) = (dir.path().join("fifo"), "k");
         mkfifo(&fifo, Mode::S_IRWXU).unwrap();
         fs::write(dir.path().join(ENTRY_POINT.name), "echo; read forever < fifo\n").unwrap();
-        let lock = store::TemplatePaths::new(dir.path(), key).lock();
+        let lock = TemplatePaths::new(dir.path(), key).lock();
         fs::write(&lock, "").unwrap();
         // The pid of the stranger is lower, as a rule, so it would be found first.
         let mut stranger = resembling(dir.path(), key, &dir.path().join("another"));

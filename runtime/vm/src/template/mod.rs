@@ -24,8 +24,10 @@ mod hash;
 mod holder;
 mod manifest;
 mod pages;
+mod paths;
 mod shape;
 mod store;
+pub(crate) mod working_set;
 
 use machinen_base::reexec::EntryPoint;
 

@@ -1,14 +1,4 @@
 //! The directory of templates: finding, listing, checking and removing them.
-//!
-//! ```text
-//!   KEY.lock     held by the builder, then by the holder; its time is that of the last clone
-//!   KEY.json     the manifest; counts only while the lock is held
-//!   KEY.used     a fifo that the owner of each clone has open for writing: its end shows that no clone is left
-//!   KEY.failed   why the last attempt to build failed
-//!   KEY.lost     a byte for each clone that was lost since one has worked
-//!   KEY.turn     is locked by the process that makes a clone of the template's QEMU
-//!   KEY.vm/      while the template's VM runs
-//! ```
 
 use std::{
     collections::BTreeSet,
@@ -32,6 +22,8 @@ use machinen_base::{
 use super::{
     TemplateError, TemplateShape, hash, holder,
     manifest::{TemplateManifest, VERSION},
+    paths::TemplatePaths,
+    working_set::WorkingSet,
 };
 use crate::VmSnapshot;
 
@@ -94,50 +86,6 @@ impl ListedTemplate {
         let now = fs::metadata(memory).map_or(0, |memory| memory.blocks() * 512);
         let most = (u64::from(self.manifest.memory_mib) << 20).max(self.manifest.allocated);
         now.clamp(self.manifest.allocated, most) + self.manifest.original_memory
-    }
-}
-
-/// The files of one template.
-#[derive(Debug)]
-pub(super) struct TemplatePaths {
-    base: PathBuf,
-}
-
-impl TemplatePaths {
-    pub(super) fn new(dir: &Path, key: &str) -> Self {
-        Self { base: dir.join(key) }
-    }
-
-    pub(super) fn manifest(&self) -> PathBuf {
-        self.base.with_extension("json")
-    }
-
-    pub(super) fn unpublished(&self) -> PathBuf {
-        self.base.with_extension("json.new")
-    }
-
-    pub(super) fn lock(&self) -> PathBuf {
-        self.base.with_extension("lock")
-    }
-
-    pub(super) fn used(&self) -> PathBuf {
-        self.base.with_extension("used")
-    }
-
-    pub(super) fn failed(&self) -> PathBuf {
-        self.base.with_extension("failed")
-    }
-
-    fn lost(&self) -> PathBuf {
-        self.base.with_extension("lost")
-    }
-
-    pub(super) fn turn(&self) -> PathBuf {
-        self.base.with_extension("turn")
-    }
-
-    pub(super) fn vm(&self) -> PathBuf {
-        self.base.with_extension("vm")
     }
 }
 
@@ -266,9 +214,7 @@ impl TemplateStore {
             kill_foreign(pid, || holder::find(&self.dir, key) == Some(pid), END_DEADLINE)
                 .map_err(FileError::at("end the holder of", names.manifest()))?;
         }
-        let files =
-            [names.manifest(), names.unpublished(), names.used(), names.failed(), names.lost(), names.turn()];
-        for path in files.into_iter().chain([names.lock()]) {
+        for path in names.all() {
             remove_if_exists(&path).map_err(FileError::at("remove", path))?;
         }
         remove_dir_if_exists(&names.vm()).map_err(FileError::at("remove", names.vm()))?;
@@ -466,6 +412,7 @@ fn open(manifest: TemplateManifest, names: &TemplatePaths) -> io::Result<ReadyTe
         turn: File::options().append(true).create(true).mode(0o600).open(names.turn())?.into(),
         in_use: Some(Arc::new(used.into())),
         unprepared: 0,
+        working_set: Some(Arc::new(WorkingSet::read(names.pages(), manifest.memory_fd))),
     };
     Ok(ReadyTemplate { manifest, snapshot })
 }

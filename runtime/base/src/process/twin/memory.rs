@@ -78,17 +78,17 @@ pub(super) fn number_of_status(pid: i32, name: &str) -> io::Result<u64> {
 
 /// A part of a process's memory that is mapped from a file.
 #[derive(Debug)]
-pub(super) struct Mapping {
-    pub(super) start: u64,
-    pub(super) length: u64,
+pub(in crate::process) struct Mapping {
+    pub(in crate::process) start: u64,
+    pub(in crate::process) length: u64,
     /// PROT_*.
     pub(super) protection: u64,
     /// Where in the file it begins, bytes.
-    pub(super) offset: u64,
+    pub(in crate::process) offset: u64,
 }
 
 /// What a process has mapped of the file behind one of its descriptors.
-pub(super) fn mappings(pid: i32, number: i32) -> io::Result<Vec<Mapping>> {
+pub(in crate::process) fn mappings(pid: i32, number: i32) -> io::Result<Vec<Mapping>> {
     let inode = fs::metadata(format!("/proc/{pid}/fd/{number}"))?.ino().to_string();
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let mapping = |line: &str| {
@@ -122,7 +122,7 @@ pub(super) fn same_file(pid: i32, number: i32) -> io::Result<Vec<i32>> {
 }
 
 /// The address of an instruction `syscall` of a process, in the code that the kernel gives to all processes (vdso(7)).
-pub(super) fn syscall(pid: i32) -> io::Result<u64> {
+pub(in crate::process) fn syscall(pid: i32) -> io::Result<u64> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let missing =
         || io::Error::other("the process has no instruction that calls the kernel where all have one");

@@ -141,6 +141,7 @@ impl CreateJob<'_> {
             _ => PodError::guest("create", &self.request.id, source),
         })?;
         phases.record_guest(&created);
+        vm.record_working_set().await;
         Ok(streams)
     }
 
