@@ -5,21 +5,24 @@ use std::{
     fs::{self, File},
     io::Write as _,
     os::unix::fs::MetadataExt as _,
+    path::PathBuf,
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use machinen_integration::{
     bundle::{Bundle, mount},
     containerd::Containerd,
     process::DEADLINE,
+    setup::{Setup, Value},
+    templates::Templates,
 };
 
-use super::{origin, runs_from, with_template};
+use super::{lines_with, origin, runs_from, with_template};
 use crate::harness::on_newest_containerd;
 
-on_newest_containerd!(freed_memory_returns, growth_goes_with_the_last_clone);
+on_newest_containerd!(freed_memory_returns, growth_goes_with_the_last_clone, memory_is_copied_ahead);
 
 const TOUCHED_KIB: u64 = 150 << 10;
 
@@ -124,6 +127,38 @@ fn growth_goes_with_the_last_clone(containerd: &mut Containerd) -> Result<()> {
     ensure!(verified.text().trim_end().ends_with(" ok"), "{verified}");
     runs_from(containerd, "clone")?;
     templates.remove_all()
+}
+
+/// Where clones load the state of their template, the first one records what it has written to, and the next ones have these pages.
+fn memory_is_copied_ahead(containerd: &mut Containerd) -> Result<()> {
+    let templates = Templates::new(containerd)?;
+    let setup = Setup::new().templates(&templates.dir, "use").set("template", "twins", Value::flag(false));
+    containerd.configure(&setup)?;
+    templates.build()?;
+    let records = || -> Result<Vec<PathBuf>> {
+        let paths = fs::read_dir(&templates.dir)?.map(|entry| Ok(entry?.path()));
+        let paths = paths.collect::<Result<Vec<_>>>()?;
+        Ok(paths.into_iter().filter(|path| path.extension().is_some_and(|kind| kind == "pages")).collect())
+    };
+    let from = containerd.log().position();
+    runs_from(containerd, "clone")?;
+    let [record] = &records()?[..] else { bail!("not one record of what clones write to") };
+    ensure!(lines_with(containerd, from, &["memory was copied ahead"]) == 0, "before anything was recorded");
+    for _ in 0..2 {
+        runs_from(containerd, "clone")?;
+    }
+    let copied = lines_with(containerd, from, &["memory was copied ahead", "pages="]);
+    ensure!(copied == 2, "memory was copied for {copied} of 2 clones");
+    // Whatever is in the record, clones start.
+    for damaged in ["[", r#"[{"first":4503599627370496,"count":3},{"first":0,"count":9}]"#] {
+        fs::write(record, damaged)?;
+        runs_from(containerd, "clone")?;
+    }
+    let verified = templates.command(&["verify"])?.ok()?;
+    ensure!(verified.text().trim_end().ends_with(" ok"), "{verified}");
+    templates.remove_all()?;
+    ensure!(records()?.is_empty(), "the record is left");
+    Ok(())
 }
 
 /// Private memory of the guest: neither the template's, nor what QEMU itself needs, such as the code that it
