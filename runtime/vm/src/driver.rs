@@ -41,6 +41,7 @@ const DRAIN: Duration = Duration::from_secs(2);
 pub(super) enum VmRequest {
     Attach(DiskSpec, oneshot::Sender<Result<DiskAddress, VmError>>),
     Detach(DiskAddress, oneshot::Sender<Result<(), VmError>>),
+    CloseSlots(oneshot::Sender<Result<(), VmError>>),
 }
 
 /// Whether and how the VM is to end.
@@ -234,7 +235,7 @@ async fn serve(
     slots: Slots,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     if let Slots::Present(disks_in_slots) = slots {
-        disks.take_over(disks_in_slots).await?;
+        disks.take_over(disks_in_slots)?;
     }
     loop {
         let request = tokio::select! {
@@ -256,6 +257,7 @@ async fn serve(
                     tracing::warn!("{}", machinen_base::error::chain(&error));
                 }
             }
+            Some(VmRequest::CloseSlots(answer)) => drop(answer.send(disks.close_slots().await)),
             Some(VmRequest::Detach(address, answer)) => drop(answer.send(disks.detach(address).await)),
         }
     }

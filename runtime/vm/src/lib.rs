@@ -157,6 +157,7 @@ pub struct Vm {
     exit: watch::Receiver<Option<VmExit>>,
     /// What is known of the template, if the VM is a clone that has loaded its state.
     working_set: Option<Arc<WorkingSet>>,
+    is_twin: bool,
 }
 
 impl Vm {
@@ -198,6 +199,11 @@ impl Vm {
         if let Err(error) = recorded.map_err(io::Error::other).flatten() {
             tracing::warn!(pid, "cannot record which memory a clone writes to: {error}");
         }
+    }
+
+    /// Whether the VM is a clone whose QEMU is a twin of the template's, and so has all that it has translated.
+    pub fn is_twin(&self) -> bool {
+        self.is_twin
     }
 
     /// QEMU's pid.
@@ -248,7 +254,8 @@ impl Vm {
             .map_err(|error| VmError::Boot(error.into()))
     }
 
-    /// Attaches a disk to the virtio-scsi controller. This is legal as soon as [`Vm::launch`] has returned.
+    /// Attaches a disk to the virtio-scsi controller, in a place that the guest of a clone knows if there is one
+    /// left. This is legal as soon as [`Vm::launch`] has returned.
     ///
     /// # Errors
     /// QEMU refuses, the descriptor does not fit `read_only`, all 256 targets are taken, or the VM has ended.
@@ -262,6 +269,14 @@ impl Vm {
     /// There is no such disk, QEMU refuses, or the VM has ended.
     pub async fn detach_disk(&self, address: DiskAddress) -> Result<(), VmError> {
         self.request(|answer| VmRequest::Detach(address, answer)).await
+    }
+
+    /// Removes the disks without content that a clone has from its template, when the first container has all of its disks.
+    ///
+    /// # Errors
+    /// QEMU refuses, or the VM has ended.
+    pub async fn close_slots(&self) -> Result<(), VmError> {
+        self.request(VmRequest::CloseSlots).await
     }
 
     /// Opens a raw stream into the guest. The token names the stream in calls to the agent. This is legal as

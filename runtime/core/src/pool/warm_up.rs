@@ -29,8 +29,7 @@ const SPEC: &str = include_str!("warm_up.json");
 /// Nothing is written to the disk, so a small one is enough, bytes.
 const WRITABLE: u64 = 64 << 20;
 
-/// Creates a container in `vm` and deletes it. Its disks stay attached: they have no names, and are freed
-/// with the VM.
+/// Creates a container in `vm` and deletes it. Its disks make room for those of the container that comes.
 ///
 /// # Errors
 /// The container cannot be created or deleted. The VM must not be used then.
@@ -52,22 +51,30 @@ pub(super) async fn warm_up(vm: &Vm, config: &Config) -> Result<(), CloneError> 
             reserve: DiskReserve::default(),
         };
         let attached = vm.attach_disk(disk).await;
-        let address = attached.map_err(CloneError::Attach)?;
-        Ok::<_, CloneError>(MessageField::some(Disk::from(address)))
+        attached.map_err(CloneError::Attach)
     };
     let (base, writable) = (attach(base, true).await?, attach(writable, false).await?);
     let agent = vm.agent().await.map_err(CloneError::Agent)?;
     let request = CreateContainerRequest {
         container_id: ID.to_owned(),
         oci_config: SPEC.into(),
-        rootfs: MessageField::some(Rootfs { base, writable, ..Default::default() }),
+        rootfs: MessageField::some(Rootfs {
+            base: MessageField::some(Disk::from(base)),
+            writable: MessageField::some(Disk::from(writable)),
+            ..Default::default()
+        }),
         ..Default::default()
     };
     agent
         .create_container(request)
         .await
         .map_err(|source| CloneError::Container { verb: "create", source })?;
-    agent.delete_container(ID).await.map_err(|source| CloneError::Container { verb: "delete", source })
+    let deleted = agent.delete_container(ID).await;
+    deleted.map_err(|source| CloneError::Container { verb: "delete", source })?;
+    for disk in [base, writable] {
+        vm.detach_disk(disk).await.map_err(CloneError::Detach)?;
+    }
+    Ok(())
 }
 
 /// Makes an image with a command, and a file system to write to, of which a container can be made that no client sees. Blocks.

@@ -35,6 +35,9 @@ pub enum CloneError {
     /// A disk cannot be attached.
     #[error("cannot attach a disk of the first container")]
     Attach(#[source] VmError),
+    /// A disk cannot be detached.
+    #[error("cannot detach a disk of the first container")]
+    Detach(#[source] VmError),
     /// The agent refused a request about the trial container.
     #[error("cannot {verb} the first container")]
     Container {
@@ -99,12 +102,16 @@ impl WarmVm {
         Ok(Some(Self { vm, shape }))
     }
 
-    /// Waits for the agent and lets it create a container once. If this fails or is cancelled, the caller
-    /// must kill the VM.
+    /// Waits for the agent and lets it create a container once. A twin of its template's QEMU has nothing to gain
+    /// from that, and the start that has requested it still needs the processors. If this fails or is cancelled,
+    /// the caller must kill the VM.
     ///
     /// # Errors
     /// The clone does not work.
     pub(super) async fn warm_up(&self, config: &Config) -> Result<(), CloneError> {
+        if self.vm.is_twin() {
+            return self.vm.agent().await.map(drop).map_err(CloneError::Agent);
+        }
         warm_up(&self.vm, config).await
     }
 }

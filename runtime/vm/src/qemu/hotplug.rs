@@ -159,6 +159,10 @@ pub(crate) struct AttachedDisks {
     next_target: u32,
     /// Number of the last disk; no number is used twice.
     last: u64,
+    /// The template's slots that no disk is in.
+    empty: Vec<usize>,
+    /// Slots that disks leave can have others.
+    slots_stay: bool,
     growth: GrowthWatch,
 }
 
@@ -166,6 +170,8 @@ pub(crate) struct AttachedDisks {
 #[derive(Debug)]
 struct AttachedDisk {
     number: u64,
+    /// The slot of the template whose device the disk has.
+    slot: Option<usize>,
     /// QEMU keeps the disk's descriptor until `remove-fd`.
     has_fdset: bool,
     /// Locks on the disk last as long as the disk is attached.
@@ -181,22 +187,21 @@ impl AttachedDisks {
             attached: BTreeMap::new(),
             next_target: 0,
             last: 0,
+            empty: Vec::new(),
+            slots_stay: false,
             growth: GrowthWatch::default(),
         }
     }
 
-    /// Takes over the disks with which a clone has started, or removes them if they have no content.
+    /// Takes over the disks with which a clone has started. Slots without content are for the next disks.
     ///
     /// # Errors
-    /// QEMU cannot be allowed to write to a disk, or does not remove a slot.
-    pub(crate) async fn take_over(&mut self, disks: SlotDisks) -> Result<(), VmError> {
+    /// The file of a disk cannot be watched.
+    pub(crate) fn take_over(&mut self, disks: SlotDisks) -> Result<(), VmError> {
         self.last = slots::number(SLOTS - 1);
         self.next_target = u32::try_from(SLOTS).unwrap_or_default();
         let Some(disks) = disks.into_content() else {
-            for (slot, address) in SlotDisks::ADDRESSES.into_iter().enumerate() {
-                let removed = self.unplug(slots::number(slot), true).await;
-                removed.map_err(|source| VmError::Detach { address, source })?;
-            }
+            (self.empty, self.slots_stay) = ((0..SLOTS).collect(), true);
             return Ok(());
         };
         for (slot, GuardedDisk { disk, held }) in disks.into_iter().enumerate() {
@@ -204,7 +209,22 @@ impl AttachedDisks {
             if let Some(growing) = disk.growing(number, held.as_ref())? {
                 self.growth.add(growing);
             }
-            self.attached.insert(slot as u32, AttachedDisk { number, has_fdset: true, _held: held });
+            self.attached
+                .insert(slot as u32, AttachedDisk { number, slot: None, has_fdset: true, _held: held });
+        }
+        Ok(())
+    }
+
+    /// Removes the template's slots that are empty, and those that will be.
+    ///
+    /// # Errors
+    /// QEMU does not remove a slot.
+    pub(crate) async fn close_slots(&mut self) -> Result<(), VmError> {
+        self.slots_stay = false;
+        while let Some(slot) = self.empty.first().copied() {
+            let removed = self.unplug(slots::number(slot), true).await;
+            removed.map_err(|source| VmError::Detach { address: SlotDisks::ADDRESSES[slot], source })?;
+            self.empty.remove(0);
         }
         Ok(())
     }
@@ -218,6 +238,7 @@ impl AttachedDisks {
         {
             return Err(refused("the access mode of its file is not that of the disk"));
         }
+        let slot = self.empty.iter().copied().find(|slot| slots::fits(*slot, &disk));
         let target = (0..TARGETS)
             .map(|offset| (self.next_target + offset) % TARGETS)
             .find(|target| !self.attached.contains_key(target))
@@ -227,14 +248,18 @@ impl AttachedDisks {
         self.last += 1;
         let number = self.last;
         let growing = disk.growing(number, held.as_ref())?;
-        let address = DiskAddress { target, lun: 0, known: false };
-        match self.plug(number, address, disk).await {
+        let address =
+            slot.map_or(DiskAddress { target, lun: 0, known: false }, |slot| SlotDisks::ADDRESSES[slot]);
+        match self.plug(number, slot, address, disk).await {
             Ok(()) => {
                 if let Some(growing) = growing {
                     self.growth.add(growing);
                 }
-                self.attached.insert(target, AttachedDisk { number, has_fdset, _held: held });
-                self.next_target = target + 1;
+                self.attached.insert(address.target, AttachedDisk { number, slot, has_fdset, _held: held });
+                match slot {
+                    Some(slot) => self.empty.retain(|empty| *empty != slot),
+                    None => self.next_target = target + 1,
+                }
                 Ok(address)
             }
             Err((undo, source)) => {
@@ -248,6 +273,7 @@ impl AttachedDisks {
     async fn plug(
         &self,
         number: u64,
+        slot: Option<usize>,
         address: DiskAddress,
         disk: DiskSpec,
     ) -> Result<(), (PlugUndo, QmpError)> {
@@ -282,6 +308,9 @@ impl AttachedDisks {
             "cache": { "no-flush": volatile }, "file": storage,
         });
         self.qmp.execute("blockdev-add", block).await.map_err(|error| (undo, error))?;
+        if let Some(slot) = slot {
+            return self.put(slot, number).await.map_err(|error| (undo.and_block(), error));
+        }
         // report: if the host has no space left, the guest gets an I/O error, instead of QEMU stopping the
         // VM.
         let device = json!({
@@ -292,14 +321,26 @@ impl AttachedDisks {
         Ok(())
     }
 
+    /// Puts the block device `number` behind the device of a slot.
+    async fn put(&self, slot: usize, number: u64) -> Result<(), QmpError> {
+        let device = format!("/machine/peripheral/{}", node(slots::number(slot)));
+        let drive = json!({ "path": device, "property": "drive", "value": node(number) });
+        self.qmp.execute("qom-set", drive).await.map(drop)
+    }
+
     pub(crate) async fn detach(&mut self, address: DiskAddress) -> Result<(), VmError> {
         let attached = match self.attached.get(&address.target) {
             Some(attached) if address.lun == 0 => attached,
             _ => return Err(VmError::NoDisk(address)),
         };
-        let (number, has_fdset) = (attached.number, attached.has_fdset);
-        self.unplug(number, has_fdset).await.map_err(|source| VmError::Detach { address, source })?;
+        let (number, slot, has_fdset) = (attached.number, attached.slot, attached.has_fdset);
+        let removed = match slot {
+            Some(slot) => self.take_out(slot, number).await,
+            None => self.unplug(number, has_fdset).await,
+        };
+        removed.map_err(|source| VmError::Detach { address, source })?;
         self.attached.remove(&address.target);
+        self.empty.extend(slot.filter(|_| self.slots_stay));
         self.growth.remove(&node(number));
         Ok(())
     }
@@ -315,6 +356,14 @@ impl AttachedDisks {
     /// A disk grows although its writes have to wait.
     pub(crate) async fn look(&mut self) -> Result<(), GrowthError> {
         self.growth.look(&self.qmp).await
+    }
+
+    /// Takes the disk `number` out of a slot, which becomes empty or is removed as well.
+    async fn take_out(&self, slot: usize, number: u64) -> Result<(), QmpError> {
+        let hole = slots::number(slot);
+        self.put(slot, hole).await?;
+        self.remove_block(number, true).await?;
+        if self.slots_stay { Ok(()) } else { self.unplug(hole, true).await }
     }
 
     async fn unplug(&self, number: u64, has_fdset: bool) -> Result<(), QmpError> {
@@ -337,7 +386,11 @@ impl AttachedDisks {
             Ok(result) => result?,
             Err(_) => return Err(QmpError::Deadline { command: "device_del" }),
         }
-        self.qmp.execute("blockdev-del", json!({ "node-name": node })).await?;
+        self.remove_block(number, has_fdset).await
+    }
+
+    async fn remove_block(&self, number: u64, has_fdset: bool) -> Result<(), QmpError> {
+        self.qmp.execute("blockdev-del", json!({ "node-name": node(number) })).await?;
         if has_fdset {
             self.qmp.execute("remove-fd", json!({ "fdset-id": fdset(number) })).await?;
         }

@@ -162,7 +162,10 @@ pub(crate) async fn clone(
         match begin(&spec, dir, origin).await {
             Ok(mut launched) => {
                 return match launched.proceed(&disks).await {
-                    Ok(()) => Ok(launched.hand_over(spec, Slots::Present(disks))),
+                    Ok(()) => {
+                        let vm = launched.hand_over(spec, Slots::Present(disks));
+                        Ok(Vm { is_twin: true, ..vm })
+                    }
                     Err(error) => Err(error.with_exit(&launched.end().await)),
                 };
             }
@@ -300,7 +303,19 @@ impl Launched {
         });
         let taps = taps.map(Arc::new);
         let (spec, stop) = (Arc::new(spec), Arc::new(stop));
-        Vm { pid, spec, channel, taps, console, requests, stop, agent, exit, working_set: None }
+        Vm {
+            pid,
+            spec,
+            channel,
+            taps,
+            console,
+            requests,
+            stop,
+            agent,
+            exit,
+            working_set: None,
+            is_twin: false,
+        }
     }
 
     /// Leaves QEMU as the original of twins, after its state was saved.

@@ -2,8 +2,11 @@
 //!
 //! ```text
 //!   template   slot 0: no content, only read     slot 1: no content
-//!   clone      slot 0: the base disk             slot 1: the writable disk      or both are removed again
+//!   clone      slot 0: the base disk             slot 1: the writable disk
 //! ```
+//! A clone that is made before its disks are known gets them later: QEMU puts another file behind the device of a slot, which the
+//! guest need not notice. What is empty when the first container has all of its disks is removed.
+//!
 //! The saved state of a VM has no content of its disks: QEMU takes it from the command line of each clone. The guest's kernel
 //! keeps the size that it has found in the template, and uses what the file system on the disk takes of it.
 
@@ -52,12 +55,7 @@ impl SlotDisks {
     /// The file of a disk cannot be opened for QEMU.
     pub fn new(base: DiskSpec, writable: DiskSpec) -> Result<Option<Self>, VmError> {
         let disks = [base, writable];
-        let fits = |(disk, read_only): (&DiskSpec, bool)| {
-            let size = disk.regular_size()?;
-            let has_size = (1..=SIZE).contains(&size) && size.is_multiple_of(SECTOR);
-            Some(has_size && disk.read_only == read_only && !disk.volatile)
-        };
-        if !disks.iter().zip(READ_ONLY).all(|disk| fits(disk) == Some(true)) {
+        if !disks.iter().enumerate().all(|(slot, disk)| fits(slot, disk) && !disk.volatile) {
             return Ok(None);
         }
         let [base, writable] = disks;
@@ -121,6 +119,12 @@ impl SlotDisks {
     pub(crate) fn into_content(self) -> Option<[GuardedDisk; SLOTS]> {
         self.has_content.then_some(self.disks)
     }
+}
+
+/// Whether the file of a disk can be in a slot.
+pub(crate) fn fits(slot: usize, disk: &DiskSpec) -> bool {
+    let has_size = |size: u64| (1..=SIZE).contains(&size) && size.is_multiple_of(SECTOR);
+    READ_ONLY.get(slot) == Some(&disk.read_only) && disk.regular_size().is_some_and(has_size)
 }
 
 /// The number of a slot's disk.

@@ -199,6 +199,8 @@ impl Attachments {
         let (host, copies) = (self.attach_host(id, host), self.attach_copies(id, copies));
         let (root, checkpoint, host, copies, agent) =
             tokio::try_join!(root, checkpoint, host, copies, ready)?;
+        let closed = self.vm.close_slots().await;
+        closed.map_err(|source| PodError::Vm { what: "remove the template's disks", source })?;
         Ok((ContainerDisks { root, checkpoint, host, copies }, agent))
     }
 

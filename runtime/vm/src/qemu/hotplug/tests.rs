@@ -78,7 +78,7 @@ async fn disks_in_a_templates_slots_can_be_detached() {
     let gone = r#"{"event": "DEVICE_DELETED", "data": {"device": "disk-2"}}
 {"return": {}, "id": $ID}"#;
     let commands = with_qemu(&[gone, OK, OK, OK, OK, OK], |mut disks| async move {
-        disks.take_over(slots.unwrap()).await.unwrap();
+        disks.take_over(slots.unwrap()).unwrap();
         disks.detach(SlotDisks::ADDRESSES[1]).await.unwrap();
         assert_eq!(disks.attach(read_only("b")).await.unwrap().target, 2);
     })
@@ -96,12 +96,55 @@ async fn a_templates_slots_without_disks_are_removed() {
         )
     });
     let commands = with_qemu(&[&first, OK, OK, &second, OK, OK, OK, OK, OK], |mut disks| async move {
-        disks.take_over(SlotDisks::holes().unwrap()).await.unwrap();
+        disks.take_over(SlotDisks::holes().unwrap()).unwrap();
+        disks.close_slots().await.unwrap();
+        disks.close_slots().await.unwrap();
         assert_eq!(disks.attach(read_only("b")).await.unwrap().target, 2);
     })
     .await;
     let remove = ["device_del", "blockdev-del", "remove-fd"];
     assert_eq!(commands, [remove, remove, ["add-fd", "blockdev-add", "device_add"]].concat());
+}
+
+#[tokio::test]
+async fn a_templates_slots_are_used_again_until_they_are_closed() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    let disk = || DiskSpec {
+        source: DiskBacking::File(File::options().read(true).write(true).open(file.path()).unwrap().into()),
+        read_only: false,
+        ..read_only("a")
+    };
+    let [first, second] = [1, 2].map(|number| {
+        format!(
+            r#"{{"event": "DEVICE_DELETED", "data": {{"device": "disk-{number}"}}}}
+{{"return": {{}}, "id": $ID}}"#
+        )
+    });
+    let fill = ["add-fd", "blockdev-add", "qom-set"];
+    let empty = ["qom-set", "blockdev-del", "remove-fd"];
+    let remove = ["device_del", "blockdev-del", "remove-fd"];
+    let refused = ["add-fd", "blockdev-add", "qom-set", "blockdev-del", "remove-fd"];
+    let answers =
+        [&[OK; 6][..], &[OK, OK, REFUSED, OK, OK], &[OK; 3], &[&first, OK, OK], &[OK; 3], &[&second, OK, OK]];
+    let commands = with_qemu(&answers.concat(), |mut disks| async move {
+        disks.take_over(SlotDisks::holes().unwrap()).unwrap();
+        for _ in 0..2 {
+            let address = disks.attach(disk()).await;
+            // The second time QEMU refuses, and the slot stays empty.
+            if let Ok(address) = address {
+                assert_eq!(address, SlotDisks::ADDRESSES[1]);
+                disks.detach(address).await.unwrap();
+            }
+        }
+        let address = disks.attach(disk()).await.unwrap();
+        assert_eq!(address, SlotDisks::ADDRESSES[1]);
+        disks.close_slots().await.unwrap();
+        disks.detach(address).await.unwrap();
+        assert!(disks.empty.is_empty());
+    })
+    .await;
+    assert_eq!(commands, [&fill[..], &empty, &refused, &fill, &remove, &empty, &remove].concat());
 }
 
 #[tokio::test]
