@@ -125,7 +125,6 @@ async fn serve_pod(
         containerd,
     };
     let pod = Pod::new(settings, warm_vm, sender);
-    pod.begin_cgroup(bundle.clone());
     let ended = Arc::new(Notify::new());
     let publisher = Publisher::new(namespace, events);
     let (last, last_sent) = oneshot::channel();

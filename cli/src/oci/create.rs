@@ -279,7 +279,7 @@ fn enter_pod(
     let pod = PodDir::create(&global.root)?;
     let _locked = pod.lock()?;
     state.save(&record(pod.clone()))?;
-    let monitor = monitor::start(&state.id, &pod, bundle.to_owned(), &global.log)?;
+    let monitor = monitor::start(&state.id, &pod, &global.log)?;
     pod.save(&PodRecord { monitor, bundle: bundle.to_owned() })?;
     Ok(pod)
 }

@@ -9,7 +9,7 @@ use std::{
         fd::OwnedFd,
         unix::{fs::PermissionsExt as _, net::UnixListener},
     },
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
     sync::Arc,
     time::Duration,
@@ -65,23 +65,17 @@ const ANSWERS_GRACE: Duration = Duration::from_secs(2);
 struct MonitorParams {
     id: String,
     pod: PodDir,
-    bundle: PathBuf,
     log: LogArgs,
     /// The verb that creates the container.
     creator: HostProcess,
 }
 
-/// Starts the monitor of a pod, whose first container is to be created as `id` from `bundle`, or finds one in the warm
+/// Starts the monitor of a pod, whose first container is to be created as `id`, or finds one in the warm
 /// pool. It ends if this process ends before the container exists.
 ///
 /// # Errors
 /// The socket cannot be made, or the process cannot be started.
-pub(super) fn start(
-    id: &ContainerId,
-    pod: &PodDir,
-    bundle: PathBuf,
-    log: &LogArgs,
-) -> Result<HostProcess, OciError> {
+pub(super) fn start(id: &ContainerId, pod: &PodDir, log: &LogArgs) -> Result<HostProcess, OciError> {
     let failed = |source| OciError::Spawn { purpose: "owns the container's VM", source };
     let socket = pod.path.join(SOCKET);
     let listener = pod.with_socket(|path| {
@@ -91,7 +85,7 @@ pub(super) fn start(
     });
     let listener = OwnedFd::from(listener.map_err(FileError::at("listen on", socket))?);
     let (log, creator) = (log.absolute()?, HostProcess::of(std::process::id())?);
-    let params = MonitorParams { id: id.to_string(), pod: pod.clone(), bundle, log, creator };
+    let params = MonitorParams { id: id.to_string(), pod: pod.clone(), log, creator };
     let params = serde_json::to_string(&params).map_err(OciError::Encode)?;
     if let Some(pid) = taken_from_pool(&params, &listener)? {
         return HostProcess::of(pid);
@@ -188,7 +182,6 @@ async fn serve(
         containerd: None,
     };
     let pod = Pod::new(settings, warm_vm, events);
-    pod.begin_cgroup(params.bundle);
     // The verbs ask for what they want to know, so the events are for the log only.
     tokio::spawn(async move {
         while let Some(event) = happened.recv().await {

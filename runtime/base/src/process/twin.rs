@@ -230,11 +230,14 @@ impl Twin {
 
 /// Gives a twin the cgroups and the priority that a child of this process has.
 fn follow(twin: u32) -> io::Result<()> {
-    let own = || cgroup::of_process(std::process::id()).map_err(io::Error::other);
-    let mut groups = own()?;
+    let of = |pid: u32| cgroup::of_process(pid).map_err(io::Error::other);
+    let mut groups = of(std::process::id())?;
     loop {
-        cgroup::enter(&groups, twin).map_err(io::Error::other)?;
-        let now = own()?;
+        // The kernel lets no process fork while one is moved, so none is moved in vain.
+        let there = of(twin)?;
+        let others: Vec<_> = groups.iter().filter(|group| !there.contains(group)).cloned().collect();
+        cgroup::enter(&others, twin).map_err(io::Error::other)?;
+        let now = of(std::process::id())?;
         // This process may have been moved meanwhile, with all of its twins that were known.
         if now == groups {
             break;

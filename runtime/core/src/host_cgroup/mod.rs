@@ -1,7 +1,7 @@
 //! The cgroup of a pod on the host, which bounds its shim, its VM and all other processes of the pod.
 //!
 //! ```text
-//!   shim starts          enters linux.cgroupsPath of the bundle      every child inherits it
+//!   VM starts            enters linux.cgroupsPath of the bundle      every later child inherits it
 //!   container created    limits = sum of the containers' + allowance (limits.rs)
 //!   container updated    wider limits first on the host, narrower ones first in the guest
 //!   last one deleted     the shim returns to the groups it came from, and removes the empty group
@@ -29,7 +29,7 @@ use machinen_base::{error::chain, owner};
 use oci_spec::runtime::LinuxResources;
 use tokio::{sync::Mutex, task::spawn_blocking, time::sleep};
 
-use crate::spec::{bundle, cpus::CpuSet};
+use crate::spec::cpus::CpuSet;
 use limits::{ContainerLimits, HostLimits, VmNeeds};
 use membership::JoinedCgroup;
 
@@ -89,19 +89,6 @@ impl HostCgroup {
     /// The cgroup of a pod that is in none yet. `default` is used if the first container names no other, and can be made.
     pub fn new(default: Option<PathBuf>) -> Self {
         Self { default, state: Arc::default() }
-    }
-
-    /// Starts to enter the cgroup that the bundle names, so that the first container does not have to wait for that. A
-    /// failure is reported by [`HostCgroup::enter`], which the first container's create calls.
-    pub fn begin(&self, id: String, bundle: PathBuf, state_dir: PathBuf) {
-        let cgroup = self.clone();
-        tokio::spawn(async move {
-            let Ok(Ok(spec)) = spawn_blocking(move || bundle::load(&bundle)).await else { return };
-            let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
-            if let Err(error) = cgroup.enter(path.as_deref(), &id, &state_dir).await {
-                tracing::debug!(id, "{}", chain(&error));
-            }
-        });
     }
 
     /// Moves this process and its children to the cgroup `path`, if this is the pod's first container. Children that are

@@ -1,7 +1,5 @@
 //! When a pod enters and limits its cgroup on the host.
 
-use std::path::PathBuf;
-
 use machinen_vm::VmExit;
 
 use super::{
@@ -11,12 +9,6 @@ use super::{
 };
 
 impl Pod {
-    /// Starts to enter the cgroup that the bundle of the pod's first container names, before that container is
-    /// requested.
-    pub fn begin_cgroup(&self, bundle: PathBuf) {
-        self.shared.cgroup.begin(self.shared.name.clone(), bundle, self.shared.state_dir.clone());
-    }
-
     /// Moves this process to the cgroup of the pod's first container, unless it is in there.
     pub(super) async fn enter_cgroup(&self, plan: &CreatePlan) -> Result<(), PodError> {
         let path = plan.guest.cgroups_path.as_deref();

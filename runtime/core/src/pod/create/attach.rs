@@ -54,7 +54,8 @@ impl<'a> Launched<'a> {
 type AttachedDisks = (ContainerDisks<DiskAddress>, agent::Client);
 
 impl CreateJob<'_> {
-    /// Attaches the disks, and connects the VM with the container's network meanwhile.
+    /// Attaches the disks, and connects the VM with the container's network meanwhile. This process enters the pod's
+    /// cgroup with a VM that boots, before the guest uses much memory.
     async fn attach_and_connect(
         &self,
         held: &Held,
@@ -74,8 +75,19 @@ impl CreateJob<'_> {
             }
             Ok::<_, PodError>(network)
         };
-        let (disks, network) = tokio::join!(disks, self.phases.time("tap", network));
+        let cgroup = self.enter_cgroup(!held.vm.origin.is_clone());
+        let (disks, network, cgroup) = tokio::join!(disks, self.phases.time("tap", network), cgroup);
+        cgroup?;
         Ok((disks?, network?))
+    }
+
+    /// Enters the pod's cgroup on the host if it is `now` that this is to be done, and it has not been done. Meanwhile no process
+    /// and no thread can be made on the host, for some 10 ms.
+    pub(super) async fn enter_cgroup(&self, now: bool) -> Result<(), PodError> {
+        if !now {
+            return Ok(());
+        }
+        self.phases.time("cgroup", self.pod.enter_cgroup(&self.plan)).await
     }
 
     async fn attach_to_booted(

@@ -83,14 +83,18 @@ impl Attached<'_> {
             configured?;
             job.create_in_guest(&held, &agent, &addresses, stdio, injected).await
         };
-        let streams = match created.await {
-            Ok(streams) => streams,
+        let (streams, entered) = match created.await {
+            Ok(created) => created,
             Err(error) => {
                 job.undo(held, None).await;
                 return Err(error);
             }
         };
-        if let Err(error) = job.complete_on_host(&mut held, &agent).await {
+        let completed = async {
+            entered?;
+            job.complete_on_host(&mut held, &agent).await
+        };
+        if let Err(error) = completed.await {
             job.undo(held, Some(&agent)).await;
             return Err(error);
         }
@@ -123,6 +127,8 @@ impl CreateJob<'_> {
         self.phases.time("network", configured).await.map_err(PodError::Network)
     }
 
+    /// Creates the container in the guest. This process enters the pod's cgroup meanwhile, when it makes no processes and waits
+    /// for the guest; whether that has succeeded is in the result.
     async fn create_in_guest(
         &self,
         held: &Held,
@@ -130,19 +136,20 @@ impl CreateJob<'_> {
         addresses: &ContainerDisks<DiskAddress>,
         stdio: HostStdio,
         injected: Vec<InjectedFile>,
-    ) -> Result<ProcessStreams, PodError> {
+    ) -> Result<(ProcessStreams, Result<(), PodError>), PodError> {
         let (vm, phases) = (&held.vm.vm, self.phases);
         let _starting = self.pod.shared.starting.acquire().await.expect("never closed");
         let (stdio, streams) = phases.time("streams", streams::connect(vm, stdio)).await?;
         let request = self.guest_request(held, addresses, stdio, injected)?;
-        let created = phases.time("guest-create", agent.create_container(request)).await;
+        let created = phases.time("guest-create", agent.create_container(request));
+        let (created, entered) = tokio::join!(created, self.enter_cgroup(held.vm.origin.is_clone()));
         let created = created.map_err(|source| match (&self.plan.restore, &held.disks.open.checkpoint) {
             (Some(restore), Some(disk)) => restore.refused(disk, source),
             _ => PodError::guest("create", &self.request.id, source),
         })?;
         phases.record_guest(&created);
         vm.record_working_set().await;
-        Ok(streams)
+        Ok((streams, entered))
     }
 
     /// Does what is left to do on the host once the container exists in the guest. Nothing of the user's runs

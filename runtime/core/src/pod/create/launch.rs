@@ -87,10 +87,8 @@ impl<'a> Planned<'a> {
             Ok(disks)
         };
         let stdio = async { self.stdio.ready().await.map_err(PodError::from) };
-        // The kernel takes some 10 ms. A VM that is started meanwhile is moved to the cgroup, as a warm one is.
-        let cgroup = phases.time("cgroup", pod.enter_cgroup(plan));
-        let others = async { tokio::try_join!(disks, stdio, cgroup) };
-        let (vm, (disks, (), ())) = with_vm(vm, others).await?;
+        let others = async { tokio::try_join!(disks, stdio) };
+        let (vm, (disks, ())) = with_vm(vm, others).await?;
         if let Some(restore) = &plan.restore {
             restore.check_kernel(vm.vm.spec())?;
             restore.check_rootfs(disks.base.filter(|_| plan.rootfs.is_overlaid()))?;
