@@ -15,6 +15,7 @@ pub mod owner;
 pub mod pressure;
 pub mod process;
 pub mod reexec;
+mod slow_close;
 pub mod space;
 #[expect(unsafe_code, reason = "the one place for it")]
 pub mod sys;

@@ -3,12 +3,12 @@
 use std::{
     fs::File,
     io::{self, Write as _},
-    os::{fd::OwnedFd, unix::fs::OpenOptionsExt as _},
+    os::unix::fs::OpenOptionsExt as _,
 };
 
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::io::Interest;
 
-use crate::sys;
+use crate::{slow_close::SlowlyClosed, sys};
 
 const FILE: &str = "/proc/pressure/memory";
 
@@ -17,7 +17,7 @@ const TRIGGER: &[u8] = b"some 150000 2000000\0";
 
 /// A watch for processes that wait for memory.
 #[derive(Debug)]
-pub struct MemoryPressure(AsyncFd<OwnedFd>);
+pub struct MemoryPressure(SlowlyClosed);
 
 impl MemoryPressure {
     /// Begins to watch.
@@ -29,7 +29,7 @@ impl MemoryPressure {
         let mut file = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(FILE)?;
         // The trigger lives as long as the open file.
         file.write_all(TRIGGER)?;
-        Ok(Self(sys::async_fd_of_priority(file.into())?))
+        Ok(Self(sys::async_fd_of_priority(file.into())?.into()))
     }
 
     /// Returns when processes have waited. The first event can be about a time before the watch, and memory may be

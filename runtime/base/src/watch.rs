@@ -1,21 +1,17 @@
 //! Waits for changes of files, by inotify(7).
 
-use std::{
-    io,
-    os::fd::{AsFd as _, OwnedFd},
-    path::Path,
-};
+use std::{io, os::fd::AsFd as _, path::Path};
 
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-use tokio::io::unix::AsyncFd;
 
-use crate::sys;
+use crate::{slow_close::SlowlyClosed, sys};
 
 /// A set of watched files and directories.
 #[derive(Debug)]
 pub struct FileWatch {
     inotify: Inotify,
-    events: AsyncFd<OwnedFd>,
+    /// The last descriptor of the same.
+    events: SlowlyClosed,
 }
 
 impl FileWatch {
@@ -26,7 +22,7 @@ impl FileWatch {
     pub fn new() -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
         let events = sys::async_fd(inotify.as_fd().try_clone_to_owned()?)?;
-        Ok(Self { inotify, events })
+        Ok(Self { inotify, events: events.into() })
     }
 
     /// Watches the content, the attributes and the name of a file.
