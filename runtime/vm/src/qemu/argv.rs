@@ -49,6 +49,10 @@ pub(crate) enum Start {
 /// host's memory, up to 1 GiB. When it is full QEMU translates anew.
 pub const TRANSLATED_CODE_MIB: u32 = 128;
 
+/// Threads that QEMU always has for requests to disks. It makes others when it needs them, and its event loop would wait for a host that
+/// lets no thread be made, as while a process moves to another cgroup.
+const DISK_THREADS: u32 = 2;
+
 /// `id` of the virtio-scsi controller that disks are added to; its bus is `<id>.0`.
 pub(crate) const SCSI: &str = "scsi";
 
@@ -89,6 +93,7 @@ pub(crate) fn argv(spec: &VmSpec, start: Start, guest_cid: u32) -> Vec<String> {
     if let Some(memory) = memory {
         args.option("-object", format!("{memory},id=ram,size={}M", spec.memory_mib));
     }
+    args.option("-object", format!("main-loop,id=loop,thread-pool-min={DISK_THREADS}"));
     args.option("-global", "virtio-mmio.force-legacy=false");
 
     args.option("-chardev", format!("socket,id=qmp,fd={}", fd::QMP));
