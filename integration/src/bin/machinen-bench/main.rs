@@ -238,9 +238,8 @@ impl Bench<'_> {
         let ready = ready::measure(containerd, image, &self.cache, rounds)?;
         report.time("ctr run --rm true, ready clone (pool.size)", "start_ready_ms", &ready);
         self.configure(Kind::Boot)?;
-        for many in parallel::measure(containerd, image, |kind| self.configure(kind), rounds.min(FEWER))? {
-            many.report(report);
-        }
+        let many = parallel::measure(containerd, image, |kind| self.configure(kind), rounds.min(FEWER))?;
+        many.iter().for_each(|parallel| parallel.report(report));
         conversion::measure(containerd, rounds.min(FEW), report)?;
         exec::measure(containerd, image, rounds, report)?;
         self.configure(Kind::Clone)?;
@@ -253,14 +252,18 @@ impl Bench<'_> {
         crowd::measure(containerd, image, report)?;
 
         let (boot, clone) = (starts.boot.median(), starts.clone.median());
-        let (floor, runc) = (starts.floor.median(), starts.runc.median());
+        let (floor, runc, gvisor) = (starts.floor.median(), starts.runc.median(), starts.gvisor.median());
         report.target("warm start: at most 1.25 x floor + 250 ms", clone, 1.25 * floor + 250.0, "ms");
         report.target("warm start without a template: the same", boot, 1.25 * floor + 250.0, "ms");
         report.target("clone to agent: at most 150 ms", starts.agent.median(), 150.0, "ms");
         report.target("clone: at most 0.35 x boot", clone / boot, 0.35, "x");
-        report.target("clone: at most 2.5 x runc", clone / runc, 2.5, "x");
+        report.target("clone: at most 2.3 x runc", clone / runc, 2.3, "x");
+        report.target("clone: at most gVisor", clone / gvisor, 1.0, "x");
         report.target("ready clone: at most 0.35 x boot", ready.median() / boot, 0.35, "x");
-        report.target("ready clone: at most 2.5 x runc", ready.median() / runc, 2.5, "x");
+        report.target("ready clone: at most 1.4 x runc", ready.median() / runc, 1.4, "x");
+        let alone = parallel::cpu(&many, Kind::Clone, 1);
+        let crowded = parallel::cpu(&many, Kind::Clone, 20);
+        report.target("20 clones at once: at most 1.1 x the CPU of one each", crowded / alone, 1.1, "x");
         let limit = 2.0 * clone + forks.dump.median();
         report.target("fork: at most 2 x warm start + its checkpoint", forks.whole.median(), limit, "ms");
         Ok(())

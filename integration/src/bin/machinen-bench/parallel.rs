@@ -51,6 +51,12 @@ pub(crate) fn measure(
     Ok(measured)
 }
 
+/// Processor time of each of `width` starts at once, ms.
+pub(crate) fn cpu(measured: &[Parallel], kind: Kind, width: usize) -> f64 {
+    let of = measured.iter().find(|parallel| parallel.kind == kind && parallel.width == width);
+    of.map_or(f64::NAN, |parallel| parallel.cpu.median())
+}
+
 impl Parallel {
     fn round(&mut self, containerd: &Containerd, image: &str) -> Result<()> {
         let before = containerd.inventory()?;
