@@ -243,15 +243,24 @@ impl Vm {
         }
     }
 
-    /// Gives a clone that was made before its pod was known the pod's hostname, a new identity and the time.
-    ///
-    /// # Errors
-    /// As [`Vm::agent`], or the agent refuses the configuration. This error does not end the VM.
-    pub async fn configure_guest(&self, hostname: &str) -> Result<(), VmError> {
-        let agent = self.agent().await?;
-        boot::configure_guest(&agent, hostname, String::new)
-            .await
-            .map_err(|error| VmError::Boot(error.into()))
+    /// Gives a clone that was made before its pod was known the pod's hostname, a new identity and the time. [`Vm::agent`] of
+    /// the result waits for that, and fails if the guest's agent refuses.
+    pub fn configured_as(self, hostname: String) -> Self {
+        let (configured, agent) = watch::channel(None);
+        let before = self.clone();
+        tokio::spawn(async move {
+            let configuration = async {
+                let agent = match before.agent().await {
+                    Err(VmError::Boot(error)) => return Some(Err(error)),
+                    // The VM has ended, which callers see.
+                    agent => agent.ok()?,
+                };
+                let accepted = boot::configure_guest(&agent, &hostname, String::new).await;
+                Some(accepted.map(|()| agent).map_err(Arc::new))
+            };
+            configured.send_replace(configuration.await);
+        });
+        Self { agent, ..self }
     }
 
     /// Attaches a disk to the virtio-scsi controller, in a place that the guest of a clone knows if there is one

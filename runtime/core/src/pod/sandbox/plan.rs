@@ -54,8 +54,7 @@ pub(super) struct ShapedTemplate {
 /// Where the state of a VM comes from. `T` is a template.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum VmStart<T> {
-    /// The warm VM, which is a clone of this template. If its guest does not accept its new identity, there
-    /// is still the template.
+    /// The warm VM, which is a clone of this template.
     Warm(T),
     Clone(T),
     Boot {

@@ -67,7 +67,8 @@ impl Sandbox {
         let afterwards = Afterwards::Cloned { template: template.shape.key(), refill };
         if !warm_fits {
             self.give_up_warm_vm(warm_vm).await;
-        } else if let Some(vm) = self.take_over(warm_vm, &spec).await {
+        } else if let Some(WarmVm { vm, .. }) = warm_vm {
+            let vm = vm.configured_as(spec.hostname);
             return Ok(StartedVm { vm, origin: VmOrigin::Warm, has_disks: false, afterwards, reservation });
         }
         let ShapedTemplate { template, shape } = *template;
@@ -116,27 +117,14 @@ impl Sandbox {
         Ok(StartedVm { vm, origin: VmOrigin::Boot, has_disks: false, afterwards, reservation })
     }
 
-    /// Makes the warm VM the pod's. Returns None if its guest does not accept the new identity.
-    async fn take_over(&self, warm_vm: Option<WarmVm>, spec: &VmSpec) -> Option<Vm> {
-        let WarmVm { vm, .. } = warm_vm?;
-        match vm.configure_guest(&spec.hostname).await {
-            Ok(()) => Some(vm),
-            Err(error) => {
-                self.end_warm_vm(&vm, &chain(&error)).await;
-                None
-            }
-        }
-    }
-
     async fn give_up_warm_vm(&self, warm_vm: Option<WarmVm>) {
         if let Some(WarmVm { vm, .. }) = warm_vm {
-            self.end_warm_vm(&vm, "the container needs a different VM").await;
+            tracing::info!(
+                pod = self.settings.name,
+                "the warm VM is not used: the container needs a different one"
+            );
+            vm.kill().await;
         }
-    }
-
-    async fn end_warm_vm(&self, vm: &Vm, reason: &str) {
-        tracing::info!(pod = self.settings.name, "the warm VM cannot be used: {reason}");
-        vm.kill().await;
     }
 
     /// Records that a clone did not become ready. Later starts clone again, unless that happens time after time.
