@@ -9,24 +9,31 @@ use crate::harness::{IMAGE, on_newest_containerd};
 on_newest_containerd!(a_clone_starts_with_its_disks, a_container_in_a_clone_is_as_in_a_vm_that_boots);
 
 /// The size that a guest sees of a disk in a place of its template's, in the unit of /proc/partitions, KiB.
-pub(super) const OF_TEMPLATE: &str = "16106127360";
+const OF_TEMPLATE: &str = "16106127360";
+
+/// Prints the disks that the guest sees, tries to write to the first one, and writes a file.
+// A base disk of another VM must not be writable, however the guest got it.
+const SCRIPT: &str =
+    "cat /proc/partitions; mknod /base b 8 0 && ! head -c 1 /base && echo mine > /file && cat /file";
 
 fn a_clone_starts_with_its_disks(containerd: &mut Containerd) -> Result<()> {
     let (templates, _) = with_template(containerd)?;
-    // A base disk of another VM must not be writable, however the guest got it.
-    let script =
-        "cat /proc/partitions; mknod /base b 8 0 && ! head -c 1 /base && echo mine > /file && cat /file";
     for (wanted, mode, disks) in [("clone", "use", 2), ("boot", "off", 0)] {
         containerd.configure(&Setup::new().templates(&templates.dir, mode))?;
         let from = containerd.log().position();
-        let run = containerd.run(IMAGE, &["sh", "-c", script]);
-        let text = works_from(containerd, &run, wanted)?.text();
-        let seen = text.lines().filter(|line| line.contains(OF_TEMPLATE)).count();
-        ensure!(seen == disks && text.ends_with("mine\n"), "{wanted}: {text}");
+        has_disks_of_template(containerd, wanted, disks)?;
         let attached = super::lines_with(containerd, from, &["container created", "attach-base="]);
         ensure!((attached == 0) == (wanted == "clone"), "{wanted}: {attached} base disks were attached");
     }
     templates.remove_all()
+}
+
+/// Checks that a container, whose VM is of this origin, has so many of its disks in places of the template's.
+pub(super) fn has_disks_of_template(containerd: &Containerd, origin: &str, disks: usize) -> Result<()> {
+    let text = works_from(containerd, &containerd.run(IMAGE, &["sh", "-c", SCRIPT]), origin)?.text();
+    let seen = text.lines().filter(|line| line.contains(OF_TEMPLATE)).count();
+    ensure!(seen == disks && text.ends_with("mine\n"), "{origin}: {text}");
+    Ok(())
 }
 
 /// Everything that a process sees of itself, but for numbers that the kernel counts.

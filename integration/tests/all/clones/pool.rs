@@ -18,7 +18,7 @@ use nix::{
 };
 use serde_json::{Value as Json, json};
 
-use super::{disks::OF_TEMPLATE, origin, runs_from, twins::have_nothing_in_common, works_from};
+use super::{disks::has_disks_of_template, origin, runs_from, twins::have_nothing_in_common, works_from};
 use crate::{
     fork::eventually,
     harness::{IMAGE, on_newest_containerd},
@@ -115,8 +115,7 @@ fn ready_clones_are_taken_and_replaced(containerd: &mut Containerd) -> Result<()
     // Members that have waited for some time differ as other clones do, and their clocks are as exact.
     have_nothing_in_common(containerd, SIZE, "ready")?;
     pool.full()?;
-    let disks = works_from(containerd, &containerd.run(IMAGE, &["cat", "/proc/partitions"]), "ready")?.text();
-    ensure!(!disks.contains(OF_TEMPLATE), "a disk of the template has stayed: {disks}");
+    has_disks_of_template(containerd, "ready", 2)?;
     pool.full()?;
     // There are more starts than members.
     let from = containerd.log().position();
