@@ -455,11 +455,21 @@ for line in sys.stdin:
         drop(to_original);
     }
 
-    /// Begins to make a twin, and ends the tracing thread as if its process was killed: at first or when there is a twin.
+    /// Begins to make a twin, and ends the tracing thread as if its process was killed: at first or when there is a twin. Or the twin
+    /// is killed when it has all of its threads.
     fn abandon(original: TwinOriginal, round: usize) {
         let begin = move || {
             let stopped = Original::stop(original.pid, TRACED).unwrap();
-            let pid = (round % 2 == 1).then(|| {
+            if round % 3 == 2 {
+                let forker = original.forker.cast_signed();
+                let (mut twin, tid) = stopped.fork(forker, true).unwrap();
+                twin.make_threads(&stopped, forker, tid).unwrap();
+                let pidfd = pidfd::open(twin.first.pid().cast_unsigned()).unwrap();
+                pidfd::send_signal(pidfd.as_fd(), Signal::SIGKILL).unwrap();
+                assert!(twin.first.call(twin.syscall, libc::SYS_getpid, [0; 6]).is_err());
+                return None;
+            }
+            let pid = (round % 3 == 1).then(|| {
                 let (twin, _) = stopped.fork(original.forker.cast_signed(), true).unwrap();
                 let pid = twin.first.pid();
                 std::mem::forget(twin);

@@ -2,15 +2,12 @@
 //!
 //! All of it works for the thread alone that has begun to trace.
 
-use std::{io, mem::MaybeUninit};
+use std::{cell::RefCell, collections::HashMap, io, mem::MaybeUninit, path::Path};
 
 use libc::{c_long, c_void, user_regs_struct};
 use nix::{
     errno::Errno,
-    sys::{
-        ptrace::{self, Options},
-        wait::{WaitPidFlag, waitpid},
-    },
+    sys::ptrace::{self, Options},
     unistd::Pid,
 };
 
@@ -112,18 +109,7 @@ impl Tracee {
 
     /// Waits until the thread stops or ends.
     pub(crate) fn wait(self) -> io::Result<Stop> {
-        let mut status = 0;
-        loop {
-            // SAFETY: waitpid(2) writes one integer, which lives until the call returns.
-            let waited = unsafe { libc::waitpid(self.0.as_raw(), &raw mut status, libc::__WALL) };
-            match Errno::result(waited) {
-                Err(Errno::EINTR) => {}
-                result => {
-                    result?;
-                    break;
-                }
-            }
-        }
+        let status = self.wait_for_status()?;
         if !libc::WIFSTOPPED(status) {
             return Ok(Stop::Ended(status));
         }
@@ -135,6 +121,24 @@ impl Tracee {
             (libc::PTRACE_EVENT_STOP, signal) if signal != libc::SIGTRAP => Stop::Group,
             (event, _) => Stop::Event(event),
         })
+    }
+
+    /// As waitpid(2) for the thread. The kernel reports the end of a process only when all of its other threads that are traced have
+    /// been waited for. So what is reported of other threads meanwhile is waited for, and kept for the caller that asks for it.
+    fn wait_for_status(self) -> io::Result<i32> {
+        let pid = self.0.as_raw();
+        loop {
+            if let Some(status) = REPORTED.with_borrow_mut(|reported| reported.remove(&pid)) {
+                return Ok(status);
+            }
+            let (other, has_ended) = next_report()?;
+            // A process that has ended, and is not traced, is a child that this thread has started: it is its owner's to wait for.
+            if other == pid || has_ended && is_process(other) {
+                return waitpid(pid);
+            }
+            let status = waitpid(other)?;
+            REPORTED.with_borrow_mut(|reported| reported.insert(other, status));
+        }
     }
 
     /// Lets the thread run, with a signal if that is not 0.
@@ -327,7 +331,55 @@ fn robust_list(tid: Pid) -> io::Result<[u64; 2]> {
     Ok(unsafe { [list.assume_init(), length.assume_init()] })
 }
 
-/// Waits for a child or tracee without tracing it further; for processes that are killed before they run.
+thread_local! {
+    /// The last status of threads that was reported while this thread waited for another one.
+    static REPORTED: RefCell<HashMap<i32, i32>> = RefCell::default();
+}
+
+/// Waits until the kernel has something to report of a child or tracee of this thread, which stays to be reported. Returns its
+/// id, and whether it has ended.
+fn next_report() -> io::Result<(i32, bool)> {
+    // WEXITED alone: stops are reported of tracees only.
+    let flags = libc::WEXITED | libc::WNOWAIT | libc::__WALL | libc::__WNOTHREAD;
+    let mut report = MaybeUninit::<libc::siginfo_t>::zeroed();
+    loop {
+        // SAFETY: waitid(2) writes the structure, which lives until the call returns.
+        let answer = unsafe { libc::waitid(libc::P_ALL, 0, report.as_mut_ptr(), flags) };
+        match Errno::result(answer) {
+            Err(Errno::EINTR) => {}
+            result => {
+                result?;
+                // SAFETY: zeros are a valid value, and the call has written the fields of a child.
+                let (report, pid) = unsafe { (report.assume_init(), report.assume_init().si_pid()) };
+                let ends = [libc::CLD_EXITED, libc::CLD_KILLED, libc::CLD_DUMPED];
+                return Ok((pid, ends.contains(&report.si_code)));
+            }
+        }
+    }
+}
+
+/// Whether the id is that of a process, not of a further thread of one.
+fn is_process(pid: i32) -> bool {
+    let status = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("status"));
+    let group =
+        |status: String| status.lines().find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok());
+    status.ok().and_then(group).is_none_or(|group: i32| group == pid)
+}
+
+/// The status of a child or tracee.
+fn waitpid(pid: i32) -> io::Result<i32> {
+    let mut status = 0;
+    loop {
+        // SAFETY: waitpid(2) writes one integer, which lives until the call returns.
+        let waited = unsafe { libc::waitpid(pid, &raw mut status, libc::__WALL) };
+        match Errno::result(waited) {
+            Err(Errno::EINTR) => {}
+            result => return Ok(result.map(|_| status)?),
+        }
+    }
+}
+
+/// Waits for the end of a process that was killed: a child, or one that this thread traces.
 pub(crate) fn reap(pid: i32) {
-    while waitpid(Pid::from_raw(pid), Some(WaitPidFlag::__WALL)) == Err(Errno::EINTR) {}
+    while matches!(Tracee(Pid::from_raw(pid)).wait(), Ok(stop) if !matches!(stop, Stop::Ended(_))) {}
 }
