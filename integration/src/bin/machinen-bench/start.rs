@@ -124,7 +124,7 @@ fn run_with_phases(
     Ok((time, steps.map(|(name, millis)| (name, Duration::from_secs_f64(millis / 1000.0))).collect()))
 }
 
-fn run(containerd: &Containerd, image: &str, kind: Kind) -> Result<Duration> {
+pub(crate) fn run(containerd: &Containerd, image: &str, kind: Kind) -> Result<Duration> {
     let before = containerd.inventory()?;
     let runtime = kind.runtime();
     let mut command = containerd.run(image, &["true"]).runtime(&runtime);
