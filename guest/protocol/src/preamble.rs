@@ -212,13 +212,13 @@ mod tests {
     #[test]
     fn golden_bytes() {
         let control = Preamble { kind: StreamKind::Control, token: 0 }.encode();
-        assert_eq!(&control, b"machinen\x09\x00\x01\x00\0\0\0\0\0\0\0\0\0\0\0\0");
+        assert_eq!(&control, b"machinen\x0a\x00\x01\x00\0\0\0\0\0\0\0\0\0\0\0\0");
         let raw = Preamble { kind: StreamKind::Raw, token: 0x0102_0304_0506_0708 }.encode();
-        assert_eq!(&raw, b"machinen\x09\x00\x02\x00\0\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01");
-        assert_eq!(&Answer::Accepted.encode(), b"machinen\x09\x00\x00\x00\0\0\0\0");
-        assert_eq!(&Answer::Refused.encode(), b"machinen\x09\x00\x02\x00\0\0\0\0");
+        assert_eq!(&raw, b"machinen\x0a\x00\x02\x00\0\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01");
+        assert_eq!(&Answer::Accepted.encode(), b"machinen\x0a\x00\x00\x00\0\0\0\0");
+        assert_eq!(&Answer::Refused.encode(), b"machinen\x0a\x00\x02\x00\0\0\0\0");
         let wake = Wake { control_port: 0x0102_0304 }.encode();
-        assert_eq!(&wake, b"machinen\x09\x00\x00\x00\0\0\0\0\x04\x03\x02\x01");
+        assert_eq!(&wake, b"machinen\x0a\x00\x00\x00\0\0\0\0\x04\x03\x02\x01");
     }
 
     #[test]
@@ -245,11 +245,11 @@ mod tests {
     #[test]
     fn another_version_is_reported_before_anything_else() {
         let mut bytes = Preamble { kind: StreamKind::Control, token: 0 }.encode();
-        bytes[8..16].copy_from_slice(&[10, 0, 99, 99, 1, 1, 1, 1]);
-        assert_eq!(Preamble::decode(&bytes), Err(PreambleError::Version { theirs: 10 }));
+        bytes[8..16].copy_from_slice(&[11, 0, 99, 99, 1, 1, 1, 1]);
+        assert_eq!(Preamble::decode(&bytes), Err(PreambleError::Version { theirs: 11 }));
         let mut bytes = Answer::WrongVersion.encode();
-        bytes[8] = 10;
-        assert_eq!(Answer::decode(&bytes), Err(PreambleError::Version { theirs: 10 }));
+        bytes[8] = 11;
+        assert_eq!(Answer::decode(&bytes), Err(PreambleError::Version { theirs: 11 }));
     }
 
     #[test]
