@@ -88,6 +88,10 @@ impl Containerd {
                 bail!("left behind after {DEADLINE:?}:\n{left}");
             }
             let ends: Vec<_> = left.processes.iter().filter_map(|it| sys::pidfd_open(it.pid).ok()).collect();
+            // One has ended meanwhile, of which there would be no event.
+            if ends.len() < left.processes.len() {
+                continue;
+            }
             let mut fds: Vec<_> = ends.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
             fds.push(PollFd::new(mounts.as_fd(), PollFlags::POLLPRI));
             fds.push(PollFd::new(bundles.as_fd(), PollFlags::POLLIN));
