@@ -157,6 +157,6 @@ mod tests {
         assert_eq!(&read, b"bytes");
 
         drop(host);
-        assert_eq!(control.read(&mut read).await.unwrap_or(0), 0, "the channel goes on");
+        assert_eq!(control.read(&mut read).await.unwrap_or(0), 0, "the channel stays open");
     }
 }

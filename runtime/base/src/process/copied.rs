@@ -79,7 +79,7 @@ pub fn copied_pages(pid: u32, number: i32, gap: u64) -> io::Result<Vec<PageRange
 /// they are made.
 ///
 /// # Errors
-/// The process has ended, cannot be traced, has no memory for the copies, or its kernel is older than 5.14. It goes on as before.
+/// The process has ended, cannot be traced, has no memory for the copies, or its kernel is older than 5.14. It runs on as before.
 pub fn copy_ahead(pid: u32, number: i32, ranges: &[PageRange]) -> io::Result<()> {
     let pid = pid.cast_signed();
     let (parts, syscall) = (mappings(pid, number)?, syscall(pid)?);
